@@ -1,0 +1,1 @@
+../../octo_run/__init__.py
