@@ -1,1 +1,8 @@
-"""octo-run."""
+"""The runtime: engine, sessions, KV arena, sampling, memory plan."""
+
+from octo_run.engine.engine import Engine, Generation, Token
+from octo_run.engine.plan import MemoryPlan, plan_memory
+from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.session import Reply, Session
+
+__all__ = ["Engine", "Generation", "MemoryPlan", "Reply", "SamplingParams", "Session", "Token", "plan_memory"]

@@ -1,0 +1,279 @@
+"""The KV arena: one preallocated store for all layers and sequences, packed pages plus full-precision sinks and windows.
+
+Where a token at position ``j`` of a sequence of ``n`` tokens with ``P`` packed pages lives:
+
+- ``j < sink``: in its own full-precision sink slot (attention sinks ruin quantizers);
+- ``sink <= j < sink + 64 P``: row ``(j - sink) % 64`` of packed page ``page_table[seq, (j - sink) // 64]``;
+- the rest, the *tail*: slot ``(j - sink) % ring`` of a full-precision ring of ``window + 64`` tokens.
+
+When the ring is full its oldest 64 tokens are coded into a page. ``P`` is therefore ``(n - sink - window) // 64``, whatever the
+way in which the tokens came. Keys (and queries) are stored in the codec's rotated basis, values too (see ``models.decoder``).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octo_run import kernels
+from octo_run.errors import UsageError
+from octo_run.kernels.codec import KVFormat
+
+PAGE = 64
+
+
+@dataclass(frozen=True)
+class ArenaShape:
+    """What decides the bytes of an arena. ``dtype`` is the full-precision element type; ``context`` counts tokens a sequence."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    k_bytes: int
+    v_bytes: int
+    dtype: torch.dtype
+    context: int
+    sink: int = 64
+    window: int = 64
+    chunk: int = 512
+    sequences: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sink < 0:
+            raise UsageError(f"The number of sink tokens is {self.sink}; give 0 or more.")
+        if self.window < 0 or self.window % PAGE:
+            raise UsageError(f"The window is {self.window} tokens; give a multiple of {PAGE}.")
+        if self.context < 1:
+            raise UsageError(f"The context is {self.context} tokens; give at least 1.")
+
+    @property
+    def ring(self) -> int:
+        """Slots of a sequence's full-precision ring: the window and the page being filled."""
+        return self.window + PAGE
+
+    @property
+    def max_pages(self) -> int:
+        """Packed pages of one sequence at full context."""
+        return max(0, (self.context - self.sink - self.window) // PAGE)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page for one layer and KV head: 64 rows of K, then 64 rows of V."""
+        return PAGE * (self.k_bytes + self.v_bytes)
+
+    @property
+    def packed_token_bytes(self) -> int:
+        """Bytes that one packed token takes over all layers and KV heads."""
+        return self.layers * self.kv_heads * (self.k_bytes + self.v_bytes)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all packed pages."""
+        return self.sequences * self.max_pages * self.layers * self.kv_heads * self.page_bytes
+
+    @property
+    def full_precision_bytes(self) -> int:
+        """Bytes of sinks and rings (all layers) and of the prefill staging buffer (one layer), K and V."""
+        vector = 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return vector * (self.layers * self.sequences * (self.sink + self.ring) + self.ring + self.chunk)
+
+
+class KVArena:
+    """Allocates everything of ``shape`` on ``device`` once; afterwards only writes into it."""
+
+    def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device) -> None:
+        self.shape, self.fmt = shape, fmt
+        s = shape
+        self.pages = torch.zeros(
+            s.sequences * s.max_pages, s.layers, s.kv_heads, s.page_bytes, dtype=torch.uint8, device=device
+        )
+        full = (s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
+        self._full_k = torch.zeros(full, dtype=s.dtype, device=device)
+        self._full_v = torch.zeros(full, dtype=s.dtype, device=device)
+        staging = (1, s.kv_heads, s.ring + s.chunk, s.head_dim)
+        self._staging_k = torch.zeros(staging, dtype=s.dtype, device=device)
+        self._staging_v = torch.zeros(staging, dtype=s.dtype, device=device)
+        self.page_table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
+        # Rows: first query position, packed pages, tail origin, slot of the new token; one column a sequence.
+        self._state = torch.zeros(4, s.sequences, dtype=torch.int32, device=device)
+        self._state_host = torch.zeros(4, s.sequences, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._rows = torch.arange(s.sequences, device=device)
+        self._free = list(range(s.sequences * s.max_pages - 1, -1, -1))
+        self._page_ids: list[list[int]] = [[] for _ in range(s.sequences)]
+        self.length = [0] * s.sequences
+
+    def packed(self, seq: int) -> int:
+        """Packed pages of a sequence."""
+        return len(self._page_ids[seq])
+
+    def packed_end(self, seq: int) -> int:
+        """First position that is neither in a sink slot nor in a packed page."""
+        return self.shape.sink + PAGE * self.packed(seq)
+
+    def page_ids(self, seq: int) -> list[int]:
+        """The sequence's page ids in order of position."""
+        return list(self._page_ids[seq])
+
+    def truncate(self, seq: int, length: int) -> int:
+        """Forget positions from ``length`` on; returns how many tokens remain.
+
+        A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position.
+        """
+        length = min(length, self.length[seq])
+        if length < self.packed_end(seq) and self.packed(seq):
+            keep = max(0, (length - self.shape.sink) // PAGE)
+            self._free += reversed(self._page_ids[seq][keep:])
+            del self._page_ids[seq][keep:]
+            length = min(length, self.packed_end(seq))
+        self.length[seq] = length
+        return length
+
+    def drop_tail(self, seq: int) -> None:
+        """Forget the full-precision tail, whose content an interrupted prefill may have spoilt."""
+        self.length[seq] = min(self.length[seq], self.packed_end(seq))
+
+    def prefill(self, seq: int, count: int) -> "Prefill":
+        """Open the way for ``count`` (at most ``chunk``) new tokens of one sequence."""
+        return Prefill(self, seq, count)
+
+    def decode(self, batch: int) -> "Decode":
+        """Open the way for one new token in each of the first ``batch`` sequences."""
+        return Decode(self, batch)
+
+    def take_pages(self, seq: int, count: int) -> list[int]:
+        """``count`` free page ids, entered in the sequence's table (they count as packed only from ``add_pages`` on)."""
+        ids = [self._free.pop() for _ in range(count)]
+        if ids:
+            first = self.packed(seq)
+            self.page_table[seq, first : first + count] = torch.tensor(ids, dtype=torch.int32)
+        return ids
+
+    def add_pages(self, seq: int, ids: list[int]) -> None:
+        """Count pages that have been written as packed."""
+        self._page_ids[seq] += ids
+
+    def give_back(self, ids: list[int]) -> None:
+        """Return taken pages that were not used."""
+        self._free += reversed(ids)
+
+    def flush(self, seq: int) -> None:
+        """Code the ring's oldest page, for all layers in one call, if the ring is full."""
+        s = self.shape
+        if self.length[seq] - self.packed_end(seq) < s.ring:
+            return
+        slot = s.sink + (PAGE * self.packed(seq)) % s.ring
+        k = self._full_k[:, seq : seq + 1, :, slot : slot + PAGE]
+        v = self._full_v[:, seq : seq + 1, :, slot : slot + PAGE]
+        ids = self.take_pages(seq, 1)
+        kernels.encode_pages(k, v, self.pages, torch.tensor(ids, device=self.pages.device), self.fmt)
+        self.add_pages(seq, ids)
+
+    def set_state(self, first: int, columns: list[tuple[int, int, int, int]]) -> None:
+        """Write the device's (start, packed, tail origin, slot) of consecutive sequences in one copy."""
+        last = first + len(columns)
+        self._state_host[:, first:last] = torch.tensor(columns, dtype=torch.int32).T
+        self._state[:, first:last].copy_(self._state_host[:, first:last], non_blocking=True)
+
+    def inputs(self, layer: int, first: int, last: int, tail: tuple[Tensor, Tensor]) -> kernels.AttentionInputs:
+        """What the attention kernels read for ``layer`` of the sequences ``first .. last - 1``."""
+        sink = self.shape.sink
+        return kernels.AttentionInputs(
+            pages=self.pages[:, layer],
+            page_table=self.page_table[first:last],
+            num_packed=self._state[1, first:last],
+            starts=self._state[0, first:last],
+            sink_k=self._full_k[layer, first:last, :, :sink],
+            sink_v=self._full_v[layer, first:last, :, :sink],
+            tail_k=tail[0],
+            tail_v=tail[1],
+            tail_origin=self._state[2, first:last],
+            sink=sink,
+        )
+
+
+class Prefill:
+    """One chunk of one sequence on its way through the layers. ``commit`` makes it count; ``abort`` undoes it."""
+
+    def __init__(self, arena: KVArena, seq: int, count: int) -> None:
+        s = arena.shape
+        self.arena, self.seq, self.count = arena, seq, count
+        self.start = arena.length[seq]
+        self.end = self.start + count
+        assert 0 < count <= s.chunk and self.end <= s.context
+        self.to_sink = min(count, max(0, s.sink - self.start))
+        origin = PAGE * arena.packed(seq)
+        self.old_tail = max(0, self.start - s.sink - origin)
+        tail = self.old_tail + count - self.to_sink
+        new_pages = max(0, (tail - s.window) // PAGE)
+        self.page_ids = arena.take_pages(seq, new_pages)
+        device = arena.pages.device
+        self._ids = torch.tensor(self.page_ids, dtype=torch.int64, device=device)
+        slots = torch.arange(origin, origin + tail, device=device) % s.ring + s.sink
+        self._old_slots, self._left_slots = slots[: self.old_tail], slots[new_pages * PAGE :]
+        self._coded, self._tail = new_pages * PAGE, tail
+        arena.set_state(seq, [(self.start, arena.packed(seq), origin, 0)])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, workspace: Tensor | None) -> Tensor:
+        """Store the chunk's ``k, v [1, C, kv_heads, d]`` and return the attention of ``q [1, C, heads, d]``."""
+        a, s = self.arena, self.arena.shape
+        parts = ((a._full_k, a._staging_k, k), (a._full_v, a._staging_v, v))
+        for full, staging, new in parts:
+            store, rows = full[layer, self.seq], new[0].transpose(0, 1)
+            store[:, self.start : self.start + self.to_sink] = rows[:, : self.to_sink]
+            staging[0, :, : self.old_tail] = store.index_select(1, self._old_slots)
+            staging[0, :, self.old_tail : self._tail] = rows[:, self.to_sink :]
+        inputs = a.inputs(layer, self.seq, self.seq + 1, (a._staging_k, a._staging_v))
+        out = kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.end, workspace=workspace)
+        if self._coded:
+            k_pages, v_pages = (x[0, :, : self._coded].unflatten(1, (-1, PAGE)) for x in (a._staging_k, a._staging_v))
+            target = a.pages[:, layer : layer + 1]
+            kernels.encode_pages(k_pages.transpose(0, 1)[None], v_pages.transpose(0, 1)[None], target, self._ids, a.fmt)
+        for full, staging, _ in parts:
+            full[layer, self.seq].index_copy_(1, self._left_slots, staging[0, :, self._coded : self._tail])
+        return out
+
+    def commit(self) -> None:
+        """All layers are written: the chunk's tokens now belong to the sequence."""
+        self.arena.add_pages(self.seq, self.page_ids)
+        self.arena.length[self.seq] = self.end
+
+    def abort(self) -> None:
+        """The forward pass did not finish: give the new pages back and forget the tail it may have overwritten."""
+        self.arena.give_back(self.page_ids)
+        self.arena.drop_tail(self.seq)
+
+
+class Decode:
+    """One new token in each of the first ``batch`` sequences, on its way through the layers."""
+
+    def __init__(self, arena: KVArena, batch: int) -> None:
+        s = arena.shape
+        self.arena, self.batch = arena, batch
+        columns = []
+        for seq in range(batch):
+            arena.flush(seq)
+            n = arena.length[seq]
+            assert n < s.context
+            slot = n if n < s.sink else s.sink + (n - s.sink) % s.ring
+            columns.append((n, arena.packed(seq), 0, slot))
+        arena.set_state(0, columns)
+        self.max_length = max(arena.length[:batch]) + 1
+        self._slots = arena._state[3, :batch].to(torch.int64)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, workspace: Tensor | None) -> Tensor:
+        """Store ``k, v [B, 1, kv_heads, d]`` and return the attention of ``q [B, 1, heads, d]``."""
+        a, sink = self.arena, self.arena.shape.sink
+        full_k, full_v = a._full_k[layer, : self.batch], a._full_v[layer, : self.batch]
+        rows = a._rows[: self.batch]
+        full_k[rows, :, self._slots] = k[:, 0]
+        full_v[rows, :, self._slots] = v[:, 0]
+        inputs = a.inputs(layer, 0, self.batch, (full_k[:, :, sink:], full_v[:, :, sink:]))
+        return kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.max_length, workspace=workspace)
+
+    def commit(self) -> None:
+        """All layers are written: the new tokens now belong to their sequences."""
+        for seq in range(self.batch):
+            self.arena.length[seq] += 1
+
+    def abort(self) -> None:
+        """The step did not finish; what it wrote lies beyond the sequences' ends."""

@@ -1,0 +1,174 @@
+"""The memory plan: what an engine will hold on its device, computed from the configuration before anything is loaded."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from octo_run import kernels
+from octo_run.engine.arena import ArenaShape
+from octo_run.errors import OctoError, UsageError
+from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.models.config import ModelConfig
+from octo_run.models.weights import weight_bytes
+
+#: Tokens that go through the layers together in prefill.
+CHUNK = 512
+#: Share of the free memory that ``--ctx auto`` may take (the rest is for the driver's own needs and other programs).
+AUTO_SHARE = {"cuda": 0.92, "cpu": 0.5}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose on one device, and the context that they hold.
+
+    ``full_precision`` are sinks, windows and the staging buffer; ``workspace`` the attention splits, the library's matrix-product
+    workspace and the largest set of activations alive at once; ``logits`` one row of float32 logits with the sampler's copies.
+    """
+
+    kv: str
+    device: str
+    dtype: torch.dtype
+    shape: ArenaShape
+    free: int
+    weights: int
+    workspace: int
+    logits: int
+
+    @property
+    def context(self) -> int:
+        """Tokens that one sequence can hold."""
+        return self.shape.context
+
+    @property
+    def arena(self) -> int:
+        """Bytes of the packed pages."""
+        return self.shape.packed_bytes
+
+    @property
+    def full_precision(self) -> int:
+        """Bytes of sinks, windows and staging buffer."""
+        return self.shape.full_precision_bytes
+
+    @property
+    def total(self) -> int:
+        """All bytes of the plan."""
+        return self.weights + self.arena + self.full_precision + self.workspace + self.logits
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more packed token takes: codes and norms of all layers and KV heads, K and V."""
+        return self.shape.packed_token_bytes
+
+    @property
+    def all_in_bytes_per_token(self) -> float:
+        """Arena and full-precision bytes divided by the context."""
+        return (self.arena + self.full_precision) / (self.shape.sequences * self.context)
+
+    def tokens_that_fit(self, budget: int | None = None) -> int:
+        """The longest context of one sequence whose plan stays within ``budget`` bytes (default: the free memory)."""
+        budget = self.free if budget is None else budget
+        smallest = replace(self, shape=replace(self.shape, context=1))
+        spare = budget - smallest.total
+        if spare < 0:
+            return 0
+        pages = spare // (self.shape.sequences * self.shape.layers * self.shape.kv_heads * self.shape.page_bytes)
+        return int(self.shape.sink + self.shape.ring + 64 * pages)
+
+    def as_dict(self) -> dict[str, int]:
+        """Bytes by purpose, ``bytes_per_token`` and ``context`` in tokens."""
+        names = ("weights", "arena", "full_precision", "workspace", "logits", "total", "bytes_per_token", "context")
+        return {name: int(getattr(self, name)) for name in names}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device now (for a CPU: the memory that the system calls available)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _library_workspace(device: torch.device) -> int:
+    """Bytes that the matrix-product library takes through the allocator on its first call (PyTorch's own defaults)."""
+    if device.type != "cuda":
+        return 0
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
+
+
+def _activations(cfg: ModelConfig, rows: int, dtype: torch.dtype) -> int:
+    """Bytes of the largest set of activations alive at once for ``rows`` tokens: in the MLP, or around the attention."""
+    heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    mlp = 2 * cfg.hidden_size + 4 * cfg.intermediate_size
+    attention = 2 * cfg.hidden_size + 3 * heads
+    return rows * max(mlp, attention) * dtype.itemsize + rows * cfg.hidden_size * 4
+
+
+def plan_memory(
+    cfg: ModelConfig,
+    kv: str | KVFormat,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_context: int | None = None,
+    sink: int = 64,
+    window: int = 64,
+    sequences: int = 1,
+    seed: int = 0,
+) -> MemoryPlan:
+    """The plan for a model; ``max_context`` None takes what the model was trained for, as far as it fits in the free memory.
+
+    Raises ``UsageError`` for a context that the model does not support and ``OctoError`` for one that does not fit.
+    """
+    fmt = kv if isinstance(kv, KVFormat) else parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=dtype)
+    limit = cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window
+    if max_context is not None and max_context > limit:
+        raise UsageError(f"The context of {max_context:,} tokens is beyond the model's {limit:,}; give --ctx {limit} or less.")
+    context = limit if max_context is None else max_context
+    shape = ArenaShape(
+        layers=cfg.num_layers,
+        kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        k_bytes=fmt.k.bytes_per_vector,
+        v_bytes=fmt.v.bytes_per_vector,
+        dtype=dtype,
+        context=context,
+        sink=sink,
+        window=window,
+        chunk=min(CHUNK, context),
+        sequences=sequences,
+    )
+    attention = kernels.attention_workspace_bytes(sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
+    plan = MemoryPlan(
+        kv=fmt.name,
+        device=str(device),
+        dtype=dtype,
+        shape=shape,
+        free=free_memory(device),
+        weights=weight_bytes(cfg, dtype),
+        workspace=attention + _library_workspace(device) + _activations(cfg, shape.chunk, dtype),
+        logits=4 * sequences * cfg.vocab_size * 4,
+    )
+    budget = int(plan.free * AUTO_SHARE[device.type])
+    fits = plan.tokens_that_fit(budget if max_context is None else plan.free)
+    if max_context is None and fits < context:
+        if fits < 256:
+            raise OctoError(
+                f"The model needs {plan.weights / 2**30:.2f} GiB for its weights alone and {plan.device} has "
+                f"{plan.free / 2**30:.2f} GiB free; choose a smaller model or another --device."
+            )
+        return replace(plan, shape=replace(shape, context=fits, chunk=min(CHUNK, fits)))
+    if fits < context:
+        raise OctoError(
+            f"A context of {context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and {plan.device} has "
+            f"{plan.free / 2**30:.2f} GiB free; {max(fits, 0):,} tokens would fit: give --ctx auto or a smaller --ctx."
+        )
+    return plan

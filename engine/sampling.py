@@ -1,0 +1,103 @@
+"""Choosing the next token from logits."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octo_run.errors import UsageError
+from octo_run.models.config import GenerationDefaults
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen, and when to stop.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 switch the respective rule off.
+    The rules apply in the order repetition penalty (over prompt and answer), temperature, top-k, top-p, min-p. ``seed`` None takes a
+    fresh seed. ``max_tokens`` None means as many as the context holds. Generation ends at one of ``stop_ids`` (in addition to the
+    model's own end tokens) or where the text holds one of the strings ``stop``. Raises ``UsageError`` for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            "min_p": (0 <= self.min_p < 1, "at least 0 (off) and below 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 is off)"),
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
+            "stop": (all(self.stop), "strings that are not empty"),
+        }
+        for name, (good, rule) in checks.items():
+            if not good:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; give {rule}.")
+
+    @classmethod
+    def from_defaults(cls, defaults: GenerationDefaults, **overrides: Any) -> "SamplingParams":
+        """The model's own settings (``generation_config.json``) with ``overrides``; an override of None counts as not given."""
+        unknown = set(overrides) - {f.name for f in fields(cls)}
+        if unknown:
+            raise TypeError(f"unknown sampling parameters: {', '.join(sorted(unknown))}")
+        values: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty}
+        if defaults.do_sample:
+            values |= {name: getattr(defaults, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        return cls(**(values | {name: value for name, value in overrides.items() if value is not None}))
+
+
+class Sampler:
+    """Draws tokens for one sequence; the same seed and logits give the same tokens."""
+
+    def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, device: torch.device) -> None:
+        self.params = params
+        self.generator = torch.Generator(device)
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
+        self._seen: Tensor | None = None
+        if params.repetition_penalty != 1.0:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._seen[torch.tensor(prompt, device=device)] = True
+
+    def __call__(self, logits: Tensor) -> tuple[int, float]:
+        """The chosen token id and its log-probability under the model's own distribution, for float32 ``logits [vocab]``."""
+        if not bool(torch.isfinite(logits).all()):
+            raise ArithmeticError("the model produced logits that are not finite")
+        scores = logits
+        if self._seen is not None:
+            penalty = self.params.repetition_penalty
+            scores = torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if self.params.temperature == 0:
+            choice = scores.argmax()
+        else:
+            probabilities = filtered(scores / self.params.temperature, self.params)
+            choice = torch.multinomial(probabilities, 1, generator=self.generator)[0]
+        token = int(choice)
+        if self._seen is not None:
+            self._seen[token] = True
+        return token, float(logits[token] - logits.logsumexp(-1))
+
+
+def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Probabilities ``[vocab]`` (summing to 1) of float32 ``scores`` after top-k, top-p and min-p."""
+    if 0 < params.top_k < scores.numel():
+        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
+    if params.top_p < 1:
+        ordered, order = scores.sort(descending=True)
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        scores = scores.masked_fill((mass_before >= params.top_p).scatter(0, order, mass_before >= params.top_p), -torch.inf)
+    if params.min_p > 0:
+        scores = scores.masked_fill(scores < scores.max() + torch.tensor(params.min_p).log(), -torch.inf)
+    return scores.softmax(-1)
