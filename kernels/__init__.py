@@ -1,1 +1,13 @@
-"""octo-run."""
+"""Operations on the octahedral KV arena; each dispatches on the device of its inputs."""
+
+from octo_run.kernels.attention import PAGE_TOKENS, AttentionInputs, attend, attention_workspace_bytes, page_bytes
+from octo_run.kernels.encode import encode_pages
+
+__all__ = [
+    "PAGE_TOKENS",
+    "AttentionInputs",
+    "attend",
+    "attention_workspace_bytes",
+    "encode_pages",
+    "page_bytes",
+]

@@ -1,0 +1,52 @@
+"""Attention over the octahedral KV arena: PyTorch reference (CPU) and Triton kernels (CUDA) behind one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs, page_bytes
+from octo_run.kernels.attention.reference import attend_reference
+
+if TYPE_CHECKING:
+    from octo_run.kernels.codec import KVFormat
+
+__all__ = ["PAGE_TOKENS", "AttentionInputs", "attend", "attend_reference", "attention_workspace_bytes", "page_bytes"]
+
+
+def attend(
+    q: Tensor,
+    kv: AttentionInputs,
+    fmt: KVFormat,
+    *,
+    scale: float,
+    max_length: int,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """Causal attention over one layer of the arena; K, V and q in the rotated basis, so is the result.
+
+    ``q [B, C, H, d]``: C query tokens per sequence, at positions ``kv.starts[b] + c``, whose own K and V are already in
+    the sinks or the tail. `max_length` is a bound on every sequence's length ``starts[b] + C`` known on the host (the
+    context's limit where the call is captured in a CUDA graph). Softmax and sums are float32 (float64 for float64
+    inputs, CPU only). `workspace` is float32 with `attention_workspace_bytes` bytes; with `out` and `workspace` given
+    nothing is allocated on the GPU. Returns `out`, ``[B, C, H, d]`` in q's dtype. Raises ValueError for inputs that do
+    not fit together.
+    """
+    if q.device.type == "cpu":
+        return attend_reference(q, kv, fmt, scale=scale, out=out)
+    from octo_run.kernels.attention.launch import attend_triton
+
+    return attend_triton(q, kv, fmt, scale=scale, max_length=max_length, out=out, workspace=workspace)
+
+
+def attention_workspace_bytes(
+    batch: int, queries: int, heads: int, kv_heads: int, head_dim: int, max_length: int, device: str
+) -> int:
+    """Bytes of workspace that `attend` needs for such a call on this kind of device (0 on the CPU and for prefill)."""
+    if device == "cpu":
+        return 0
+    from octo_run.kernels.attention.splits import workspace_bytes
+
+    return workspace_bytes(batch, queries, heads, kv_heads, head_dim, max_length)

@@ -1,0 +1,89 @@
+"""What an attention call reads: the parts of the KV arena of one layer, and the checks that launchers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from octo_run.kernels.codec import KVFormat
+
+PAGE_TOKENS = 64
+"""Tokens of one page of the arena, for K and for V."""
+
+HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """One layer's stored keys and values, all in the rotated basis. Token position `j` of sequence `b` (length n) is
+
+    * ``sink_k/v[b, :, j]`` for ``j < sink``,
+    * row ``(j - sink) % 64`` of page ``page_table[b, (j - sink) // 64]`` for ``sink <= j < sink + 64 * num_packed[b]``,
+    * ``tail_k/v[b, :, (j - sink - tail_origin[b]) % capacity]`` for the rest.
+
+    Packed pages hold only positions before the first query (``sink + 64 * num_packed <= starts`` or, for a
+    sequence shorter than the sink, ``num_packed = 0``). Unused entries of the page table are never read.
+    """
+
+    pages: Tensor  # uint8 [num_pages, Hkv, 64 * (K bytes + V bytes)], last dimension contiguous
+    page_table: Tensor  # int32 [B, max_pages]
+    num_packed: Tensor  # int32 [B], pages
+    starts: Tensor  # int32 [B], position of the first query
+    sink_k: Tensor  # [B, Hkv, sink slots, d]
+    sink_v: Tensor
+    tail_k: Tensor  # [B, Hkv, capacity, d]
+    tail_v: Tensor
+    tail_origin: Tensor  # int32 [B]
+    sink: int  # positions kept in sink slots
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, for checks."""
+        return (self.pages, self.page_table, self.num_packed, self.starts, self.sink_k, self.sink_v, self.tail_k,
+                self.tail_v, self.tail_origin)  # fmt: skip
+
+
+def page_bytes(fmt: KVFormat) -> int:
+    """Bytes of one page of one (layer, KV head): 64 K rows, then 64 V rows."""
+    return PAGE_TOKENS * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
+
+
+def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> None:
+    """Raise ValueError, naming the tensor, for shapes, dtypes, devices that do not fit together. Reads no values."""
+    if q.ndim != 4:
+        raise ValueError(f"q must be [batch, queries, heads, head_dim], not {tuple(q.shape)}")
+    batch, _, heads, dim = q.shape
+    kv_heads = kv.pages.shape[1] if kv.pages.ndim == 3 else -1
+    if kv.pages.dtype != torch.uint8 or kv.pages.ndim != 3 or kv.pages.shape[2] != page_bytes(fmt):
+        raise ValueError(
+            f"pages must be uint8 [pages, kv_heads, {page_bytes(fmt)}] for {fmt.name}, "
+            f"not {kv.pages.dtype} {tuple(kv.pages.shape)}"
+        )
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
+    if dim not in HEAD_DIMS or fmt.k.head_dim != dim or fmt.v.head_dim != dim:
+        raise ValueError(f"head_dim {dim} of q is not in {HEAD_DIMS} or not that of the format {fmt.name}")
+    for name in ("sink_k", "sink_v", "tail_k", "tail_v"):
+        part: Tensor = getattr(kv, name)
+        if part.ndim != 4 or part.shape[:2] != (batch, kv_heads) or part.shape[3] != dim:
+            raise ValueError(f"{name} must be [{batch}, {kv_heads}, slots, {dim}], not {tuple(part.shape)}")
+        if part.dtype != q.dtype:
+            raise ValueError(f"{name} is {part.dtype}, q is {q.dtype}")
+    if kv.sink_k.shape[2] < kv.sink:
+        raise ValueError(f"{kv.sink} sink positions do not fit in {kv.sink_k.shape[2]} slots")
+    for name in ("page_table", "num_packed", "starts", "tail_origin"):
+        index: Tensor = getattr(kv, name)
+        if index.dtype != torch.int32 or index.shape[0] != batch or index.ndim != (2 if name == "page_table" else 1):
+            raise ValueError(f"{name} must be int32 with {batch} rows, not {index.dtype} {tuple(index.shape)}")
+    for part in (*kv.tensors(), *(() if out is None else (out,))):
+        if part.device != q.device:
+            raise ValueError(f"q is on {q.device}, another input is on {part.device}")
+        if part.shape[-1] > 1 and part.stride(-1) != 1:
+            raise ValueError("the last dimension of every input must be contiguous")
+    if q.stride(-1) != 1:
+        raise ValueError("the last dimension of q must be contiguous")
+    if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
+        raise ValueError(f"out must be {q.dtype} {tuple(q.shape)}, not {out.dtype} {tuple(out.shape)}")

@@ -1,0 +1,86 @@
+"""Attention over the KV arena in plain PyTorch: the CPU engine's path and the model of what the kernels compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs, check
+
+if TYPE_CHECKING:
+    from octo_run.kernels.codec import KVFormat
+
+TILE_PAGES = 32
+"""Pages decoded at a time: bounds the decoded copy to 2048 tokens of one layer."""
+
+
+def attend_reference(
+    q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """Causal attention of ``q [B, C, H, d]`` (positions ``starts[b] + c``) over sinks, packed pages and tail.
+
+    float64 inputs are computed in float64, all others in float32. Returns ``[B, C, H, d]`` in q's dtype.
+    Raises ValueError for shapes or dtypes that do not fit together.
+    """
+    check(q, kv, fmt, out)
+    batch, count, heads, dim = q.shape
+    kv_heads = kv.pages.shape[1]
+    group = heads // kv_heads
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if out is None:
+        out = torch.empty_like(q)
+    for b in range(batch):
+        start = int(kv.starts[b])
+        rows = q[b].to(dtype).mul(scale).reshape(count, kv_heads, group, dim).transpose(0, 1)
+        rows = rows.reshape(kv_heads, count * group, dim)
+        positions = torch.arange(start, start + count, device=q.device).repeat_interleave(group)
+        result = _attend_one(rows, positions, _segments(kv, fmt, b, start + count, dtype))
+        out[b] = result.reshape(kv_heads, count, group, dim).transpose(0, 1).reshape(count, heads, dim)
+    return out
+
+
+def _segments(
+    kv: AttentionInputs, fmt: KVFormat, b: int, length: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (first position, K [Hkv, n, d], V [Hkv, n, d]) of sequence `b`, in the order of positions."""
+    sinks = min(kv.sink, length)
+    if sinks:
+        yield 0, kv.sink_k[b, :, :sinks].to(dtype), kv.sink_v[b, :, :sinks].to(dtype)
+    packed = int(kv.num_packed[b])
+    split = PAGE_TOKENS * fmt.k.bytes_per_vector
+    for first in range(0, packed, TILE_PAGES):
+        ids = kv.page_table[b, first : min(first + TILE_PAGES, packed)].long()
+        rows = kv.pages[ids].transpose(0, 1)  # [Hkv, pages, bytes]
+        kv_heads, pages = rows.shape[:2]
+        k = rows[..., :split].reshape(kv_heads, pages * PAGE_TOKENS, fmt.k.bytes_per_vector)
+        v = rows[..., split:].reshape(kv_heads, pages * PAGE_TOKENS, fmt.v.bytes_per_vector)
+        yield kv.sink + first * PAGE_TOKENS, fmt.k.decode_rotated(k, dtype), fmt.v.decode_rotated(v, dtype)
+    done = kv.sink + packed * PAGE_TOKENS
+    if length > done:
+        offsets = torch.arange(done - kv.sink, length - kv.sink, device=kv.tail_k.device)
+        slots = (offsets - int(kv.tail_origin[b])) % kv.tail_k.shape[2]
+        yield done, kv.tail_k[b][:, slots].to(dtype), kv.tail_v[b][:, slots].to(dtype)
+
+
+def _attend_one(rows: Tensor, positions: Tensor, segments: Iterator[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """Online softmax over segments: scaled queries ``rows [Hkv, R, d]`` at ``positions [R]`` -> ``[Hkv, R, d]``."""
+    top = rows.new_full((*rows.shape[:2], 1), float("-inf"))
+    total = torch.zeros_like(top)
+    acc = torch.zeros_like(rows)
+    for first, k, v in segments:
+        scores = rows @ k.transpose(1, 2)
+        last = first + k.shape[1] - 1
+        if last > int(positions[0]):
+            keys = torch.arange(first, last + 1, device=rows.device)
+            scores = scores.masked_fill(keys > positions[:, None], float("-inf"))
+        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+        shift = new_top.masked_fill(new_top == float("-inf"), 0.0)
+        weights = (scores - shift).exp_()
+        keep = (top - shift).exp_()
+        total = total * keep + weights.sum(-1, keepdim=True)
+        acc = acc * keep + weights @ v
+        top = new_top
+    return acc / total
