@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs, page_bytes
 from octo_run.kernels.attention.reference import attend_reference
+from octo_run.kernels.attention.splits import workspace_bytes
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
@@ -41,12 +43,11 @@ def attend(
     return attend_triton(q, kv, fmt, scale=scale, max_length=max_length, out=out, workspace=workspace)
 
 
-def attention_workspace_bytes(
-    batch: int, queries: int, heads: int, kv_heads: int, head_dim: int, max_length: int, device: str
-) -> int:
-    """Bytes of workspace that `attend` needs for such a call on this kind of device (0 on the CPU and for prefill)."""
-    if device == "cpu":
-        return 0
-    from octo_run.kernels.attention.splits import workspace_bytes
+def attention_workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int, device: str | torch.device) -> int:
+    """Bytes of workspace that decode steps of up to `batch` sequences of any length need on `device`; 0 on a CPU.
 
-    return workspace_bytes(batch, queries, heads, kv_heads, head_dim, max_length)
+    Prefill (C > 1) needs none.
+    """
+    if torch.device(device).type == "cpu":
+        return 0
+    return workspace_bytes(batch, heads, kv_heads, head_dim)

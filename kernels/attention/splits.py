@@ -24,8 +24,7 @@ def count_splits(batch: int, kv_heads: int, max_length: int) -> int:
     return max(1, min(wanted, useful, MAX_SPLITS))
 
 
-def workspace_bytes(batch: int, queries: int, heads: int, kv_heads: int, head_dim: int, max_length: int) -> int:
-    """Bytes of float32 workspace for one call: partial outputs and log-sum-exps of every split; 0 for prefill."""
-    if queries > 1:
-        return 0
-    return 4 * count_splits(batch, kv_heads, max_length) * batch * heads * (head_dim + 1)
+def workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """Bytes of float32 workspace: partial outputs and log-sum-exps of every split, for up to `batch` sequences."""
+    parts = max(processors() * PROGRAMS_PER_PROCESSOR, batch * kv_heads)  # splits * batch * kv_heads never exceeds this
+    return 4 * parts * (heads // kv_heads) * (head_dim + 1)
