@@ -1,0 +1,408 @@
+"""``config.json`` and ``generation_config.json``: read, checked, and turned into frozen descriptions.
+
+Nothing here imports torch. Field meanings follow the Hugging Face configuration files of the families below; every
+problem is one :class:`~octo_run.errors.OctoError` that names the file and the field.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octo_run.errors import OctoError
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+MAX_JSON_BYTES = 64 << 20
+"""Larger JSON files are refused unread (the largest real one, a shard index, has a few megabytes)."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+_MAX_INT = 2**31 - 1
+_MAX_LAYERS = 4096
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture name settles that its ``config.json`` does not say."""
+
+    model_type: str
+    bias_field: bool
+    """``attention_bias`` is a field of this family (for q, k, v and o alike)."""
+    qkv_bias: bool = False
+    mlp_bias_field: bool = False
+    qk_norm: bool = False
+    sliding: str = "none"
+    """``none``: never; ``always``: wherever ``sliding_window`` is set; ``switch``: only with ``use_sliding_window``."""
+    kv_heads_default: bool = False
+    """``num_key_value_heads`` may be left out and then equals ``num_attention_heads``."""
+    head_dim_required: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family("llama", bias_field=True, mlp_bias_field=True, kv_heads_default=True),
+    "MistralForCausalLM": Family("mistral", bias_field=False, sliding="always"),
+    "Qwen2ForCausalLM": Family("qwen2", bias_field=False, qkv_bias=True, sliding="switch"),
+    "Qwen3ForCausalLM": Family("qwen3", bias_field=True, qk_norm=True, sliding="switch", head_dim_required=True),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are changed for long contexts.
+
+    ``linear`` divides every frequency by ``factor``. ``llama3`` (Llama 3.1, section "RoPE scaling" of Meta's reference
+    code) divides those whose wavelength exceeds ``original_max_position_embeddings / low_freq_factor`` tokens, leaves
+    those below ``original_max_position_embeddings / high_freq_factor`` as they are, and interpolates between.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama shape. Sizes are in elements; ``head_dim`` is even; ``num_heads % num_kv_heads == 0``.
+
+    ``sliding_window`` is None when attention reaches back over the whole of ``max_position_embeddings``; otherwise the
+    number of tokens (at least some of) the layers see, beyond which this engine must not go. ``dtype`` is the dtype the
+    weights were published in (``bfloat16`` where the file does not say).
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    hidden_act: str = "silu"
+    sliding_window: int | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Sampling settings a model comes with. What its file leaves out is off (1.0 for temperature, 0 for ``top_k``)."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. OctoError when it is missing, unreadable, too large, no JSON or no object."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise OctoError(f"{path} has {size:,} bytes, more than any file of its kind: fetch the model again.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OctoError(f"{path.parent} has no {path.name}, so it is no model folder that octo-run can load.") from None
+    except OSError as error:
+        raise OctoError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise OctoError(f"{path} is not valid JSON ({error}): fetch the model again.") from None
+    if not isinstance(value, dict):
+        raise OctoError(f"{path} holds a JSON {type(value).__name__} where an object is needed.")
+    return value
+
+
+class _Fields:
+    """Typed access to a JSON object; every complaint names the file and the field."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
+        self.path, self.values, self.prefix = path, values, prefix
+
+    def fail(self, field: str, problem: str) -> OctoError:
+        return OctoError(f"{self.path}: {self.prefix}{field} {problem}.")
+
+    def raw(self, field: str) -> Any:
+        return self.values.get(field)
+
+    def integer(self, field: str, default: int | None = None, *, low: int = 1, high: int = _MAX_INT) -> int:
+        value = self.raw(field)
+        if value is None:
+            if default is None:
+                raise self.fail(field, "is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.fail(field, f"is {value!r}, not a whole number from {low} to {high}")
+        return value
+
+    def number(self, field: str, default: float | None = None, *, low: float, high: float = math.inf) -> float:
+        """A finite number with ``low <= value <= high``."""
+        value = self.raw(field)
+        if value is None:
+            if default is None:
+                raise self.fail(field, "is missing")
+            return default
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+        if not good or not low <= value <= high:
+            span = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise self.fail(field, f"is {value!r}, not a number {span}")
+        return float(value)
+
+    def positive(self, field: str, default: float | None = None) -> float:
+        value = self.number(field, default, low=0.0)
+        if value == 0.0:
+            raise self.fail(field, "is 0 where a positive number is needed")
+        return value
+
+    def boolean(self, field: str, default: bool = False) -> bool:
+        value = self.raw(field)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.fail(field, f"is {value!r}, not true or false")
+        return value
+
+    def text(self, field: str) -> str | None:
+        value = self.raw(field)
+        if value is not None and not isinstance(value, str):
+            raise self.fail(field, f"is {value!r}, not a text")
+        return value
+
+    def sub(self, field: str) -> "_Fields | None":
+        value = self.raw(field)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail(field, f"is {value!r}, not an object")
+        return _Fields(self.path, value, f"{self.prefix}{field}.")
+
+    def token_ids(self, field: str, vocab_size: int | None = None) -> tuple[int, ...]:
+        """A token id, a list of them, or nothing, without repetitions."""
+        value = self.raw(field)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        high = _MAX_INT if vocab_size is None else vocab_size
+        for item in ids:
+            if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < high:
+                raise self.fail(field, f"holds {item!r}, which is no token id below {high}")
+        return tuple(dict.fromkeys(ids))
+
+
+def load_config(model_dir: Path) -> ModelConfig:
+    """Read and check ``model_dir/config.json``. OctoError, naming file and field, for whatever is not supported."""
+    path = Path(model_dir) / CONFIG_NAME
+    return parse_config(read_json_object(path), path)
+
+
+def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The description in ``values``, the content of the configuration file ``path`` (named in complaints)."""
+    fields = _Fields(path, values)
+    architecture = _architecture(fields)
+    family = FAMILIES[architecture]
+    _refuse_variants(fields)
+    vocab_size = fields.integer("vocab_size")
+    hidden_size = fields.integer("hidden_size")
+    num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads if family.kv_heads_default else None)
+    if num_heads % num_kv_heads:
+        raise fields.fail(
+            "num_attention_heads", f"({num_heads}) is no multiple of num_key_value_heads ({num_kv_heads})"
+        )
+    context = fields.integer("max_position_embeddings")
+    theta, scaling = _rope(fields, context)
+    bias = _bias(fields, "attention_bias", family.bias_field, architecture)
+    bos = fields.raw("bos_token_id")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_head_dim(fields, family, hidden_size, num_heads),
+        max_position_embeddings=context,
+        rms_norm_eps=fields.positive("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings"),
+        qkv_bias=bias or family.qkv_bias,
+        o_bias=bias,
+        mlp_bias=_bias(fields, "mlp_bias", family.mlp_bias_field, architecture),
+        qk_norm=family.qk_norm,
+        sliding_window=_sliding_window(fields, family, num_layers, context),
+        bos_token_id=None if bos is None else fields.integer("bos_token_id", low=0, high=vocab_size - 1),
+        eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
+        dtype=_dtype(fields),
+    )
+
+
+def _architecture(fields: _Fields) -> str:
+    """The architecture's name, from ``architectures`` or else ``model_type``; the two must agree."""
+    names = fields.raw("architectures")
+    model_type = fields.text("model_type")
+    known = ", ".join(FAMILIES)
+    if names is None:
+        for architecture, family in FAMILIES.items():
+            if family.model_type == model_type:
+                return architecture
+        if model_type is None:
+            raise fields.fail("architectures", "is missing, and so is model_type")
+        raise fields.fail("model_type", f"is {model_type!r}, which octo-run does not know (it knows {known})")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise fields.fail("architectures", f"is {names!r}, not a list with one name")
+    if names[0] not in FAMILIES:
+        raise fields.fail("architectures", f"names {names[0]!r}, which octo-run does not know (it knows {known})")
+    if model_type is not None and model_type != FAMILIES[names[0]].model_type:
+        raise fields.fail("model_type", f"is {model_type!r}, which contradicts architectures {names[0]!r}")
+    return str(names[0])
+
+
+def _refuse_variants(fields: _Fields) -> None:
+    """Refuse what changes the computation in a way this decoder does not follow."""
+    act = fields.text("hidden_act")
+    if act is None:
+        raise fields.fail("hidden_act", "is missing")
+    if act not in ("silu", "swish"):
+        raise fields.fail("hidden_act", f"is {act!r}, and octo-run computes 'silu' only")
+    quantization = fields.sub("quantization_config")
+    if quantization is not None:
+        method = quantization.text("quant_method") or "unnamed"
+        problem = f"says that the weights are quantized ({method}), and octo-run reads bf16, fp16 and fp32 weights only"
+        raise fields.fail("quantization_config", problem)
+
+
+def _bias(fields: _Fields, field: str, known: bool, architecture: str) -> bool:
+    value = fields.boolean(field)
+    if value and not known:
+        raise fields.fail(field, f"is true, which contradicts the architecture {architecture}")
+    return value
+
+
+def _head_dim(fields: _Fields, family: Family, hidden_size: int, num_heads: int) -> int:
+    if fields.raw("head_dim") is None:
+        if family.head_dim_required:
+            raise fields.fail("head_dim", "is missing")
+        if hidden_size % num_heads:
+            problem = f"({hidden_size}) is no multiple of num_attention_heads ({num_heads}), and head_dim is missing"
+            raise fields.fail("hidden_size", problem)
+    head_dim = fields.integer("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise fields.fail("head_dim", f"is {head_dim}, which is odd: rotary embeddings turn pairs of coordinates")
+    return head_dim
+
+
+def _sliding_window(fields: _Fields, family: Family, num_layers: int, context: int) -> int | None:
+    """The window in tokens if any layer's attention is shorter than the context, else None."""
+    kinds = fields.raw("layer_types")
+    if kinds is not None:
+        allowed = {"full_attention"} if family.sliding == "none" else {"full_attention", "sliding_attention"}
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            raise fields.fail("layer_types", f"is no list of num_hidden_layers ({num_layers}) names")
+        for kind in kinds:
+            if kind not in allowed:
+                raise fields.fail("layer_types", f"holds {kind!r}, which octo-run does not know here")
+    if family.sliding == "none":
+        if fields.integer("sliding_window", context) < context:
+            raise fields.fail("sliding_window", f"is set, which contradicts model_type {family.model_type!r}")
+        return None
+    # A Mistral file without the field means 4096 (transformers' MistralConfig); null means none.
+    if family.sliding == "always" and "sliding_window" not in fields.values:
+        window: int | None = 4096
+    else:
+        window = None if fields.raw("sliding_window") is None else fields.integer("sliding_window")
+    if family.sliding == "switch":
+        if not fields.boolean("use_sliding_window"):
+            return None
+        if window is None:
+            raise fields.fail("sliding_window", "is missing, and use_sliding_window is true")
+        if kinds is None and fields.integer("max_window_layers", low=0) >= num_layers:
+            return None
+    if kinds is not None and "sliding_attention" not in kinds:
+        return None
+    return window if window is not None and window < context else None
+
+
+def _rope(fields: _Fields, context: int) -> tuple[float, RopeScaling | None]:
+    """Base frequency and scaling, from ``rope_theta`` + ``rope_scaling`` or from ``rope_parameters`` (newer files)."""
+    top = fields.positive("rope_theta", 10_000.0)
+    parameters = fields.sub("rope_parameters")
+    older = fields.sub("rope_scaling")
+    if parameters is not None and older is not None and parameters.values != older.values:
+        raise fields.fail("rope_scaling", "and rope_parameters are both given and differ")
+    rope = parameters or older
+    if rope is None:
+        return _partial_rotary(fields, fields, top), None
+    theta = rope.positive("rope_theta", top)
+    if fields.raw("rope_theta") is not None and theta != top:
+        raise rope.fail("rope_theta", f"({theta:g}) contradicts rope_theta ({top:g})")
+    kind = rope.text("rope_type") or rope.text("type")
+    if kind is None and parameters is None:
+        raise rope.fail("rope_type", "is missing")
+    theta = _partial_rotary(fields, rope, theta)
+    if kind is None or kind == "default":
+        nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
+        if nested:
+            raise rope.fail(nested[0], "is an object: rotary parameters per layer kind are not supported")
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", rope.number("factor", low=1.0))
+    if kind == "llama3":
+        return theta, _llama3(rope, context)
+    raise rope.fail("rope_type", f"is {kind!r}, and octo-run computes 'default', 'linear' and 'llama3' only")
+
+
+def _partial_rotary(fields: _Fields, rope: _Fields, theta: float) -> float:
+    for place in (fields, rope):
+        part = place.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
+        if part != 1.0:
+            raise place.fail("partial_rotary_factor", f"is {part:g}, and octo-run rotates whole heads only")
+    return theta
+
+
+def _llama3(rope: _Fields, context: int) -> RopeScaling:
+    low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
+    if high <= low:
+        raise rope.fail("high_freq_factor", f"({high:g}) is not greater than low_freq_factor ({low:g})")
+    original = rope.integer("original_max_position_embeddings")
+    return RopeScaling("llama3", rope.number("factor", low=1.0), low, high, original)
+
+
+def _dtype(fields: _Fields) -> str:
+    name = fields.text("dtype") or fields.text("torch_dtype") or "bfloat16"
+    name = name.removeprefix("torch.")
+    if name not in DTYPES:
+        raise fields.fail("dtype", f"is {name!r}, not one of {', '.join(DTYPES)}")
+    return name
+
+
+def load_generation_defaults(model_dir: Path) -> GenerationDefaults:
+    """Read ``model_dir/generation_config.json``; without the file: greedy. OctoError for values out of range."""
+    path = Path(model_dir) / GENERATION_CONFIG_NAME
+    if not path.exists():
+        return GenerationDefaults()
+    fields = _Fields(path, read_json_object(path))
+    return GenerationDefaults(
+        do_sample=fields.boolean("do_sample"),
+        temperature=fields.number("temperature", 1.0, low=0.0),
+        top_k=fields.integer("top_k", 0, low=0),
+        top_p=fields.number("top_p", 1.0, low=0.0, high=1.0),
+        min_p=fields.number("min_p", 0.0, low=0.0, high=1.0),
+        repetition_penalty=fields.positive("repetition_penalty", 1.0),
+        eos_token_ids=fields.token_ids("eos_token_id"),
+    )
