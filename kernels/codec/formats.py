@@ -1,0 +1,66 @@
+"""The formats by name, and the pair of them (K and V) that a KV cache uses."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from octo_run.errors import UsageError
+from octo_run.kernels.codec.base import Codec
+from octo_run.kernels.codec.octopus import NOMINAL_BITS, OctopusCodec
+from octo_run.kernels.codec.plain import PlainCodec
+from octo_run.kernels.codec.rotation import HEAD_DIMS
+
+PLAIN = "bf16"
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How keys and values are stored: a codec for each. `name` is what `--kv` was given."""
+
+    name: str
+    k: Codec
+    v: Codec
+
+
+def names() -> tuple[str, ...]:
+    """Every format name that `get` and `--kv` know, the uncompressed `bf16` last."""
+    return (*NOMINAL_BITS, PLAIN)
+
+
+@functools.cache
+def _build(name: str, head_dim: int, seed: int) -> Codec:
+    """A new codec of a known name and a supported head dimension."""
+    return PlainCodec(head_dim, seed) if name == PLAIN else OctopusCodec(name, head_dim, seed)
+
+
+def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:
+    """The codec of that name; the same object for the same arguments.
+
+    UsageError for an unknown name or a head dimension the format has no rotation and codebook for, naming the choices.
+    `bf16` takes any head dimension.
+    """
+    if name not in names():
+        raise UsageError(f"unknown KV format '{name}': choose one of {', '.join(names())}")
+    if name != PLAIN and head_dim not in HEAD_DIMS:
+        dims = ", ".join(map(str, HEAD_DIMS))
+        raise UsageError(f"KV format {name} cannot store head_dim {head_dim}, only {dims}: use --kv {PLAIN}")
+    if head_dim < 1:
+        raise UsageError(f"head_dim {head_dim} is not a number of coordinates: it must be at least 1")
+    return _build(name, head_dim, seed)
+
+
+def parse_kv(text: str, head_dim: int, seed: int = 0, plain_dtype: torch.dtype = torch.bfloat16) -> KVFormat:
+    """The formats named by `--kv`: "NAME" for keys and values alike, or "KNAME:VNAME".
+
+    `plain_dtype` is the dtype that `bf16` stores (the model's). UsageError for anything else, naming the choices.
+    """
+    parts = text.split(":")
+    if len(parts) > 2:
+        raise UsageError(f"--kv '{text}' has too many parts: give one format, or one for keys and one for values, K:V")
+
+    def codec(name: str) -> Codec:
+        found = get(name, head_dim, seed)
+        return PlainCodec(head_dim, seed, plain_dtype) if name == PLAIN else found
+
+    return KVFormat(text, codec(parts[0]), codec(parts[-1]))

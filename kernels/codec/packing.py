@@ -1,0 +1,56 @@
+"""Rows of codes as little-endian bit streams: code i of a vector takes bits [i * bits, (i + 1) * bits) of its row.
+
+Both directions work on 16-bit words, coordinate-major (a row of the working arrays is one code of many vectors), which
+is several times faster in PyTorch than row-major work. A row is padded with zero bits to whole words.
+The byte order of the machine must be little-endian, as it is wherever PyTorch ships.
+"""
+
+import sys
+
+import torch
+
+if sys.byteorder != "little":
+    raise ImportError("octo-run packs its codes on little-endian machines only")
+
+MAX_BITS = 16
+
+
+def packed_bytes(num_codes: int, bits: int) -> int:
+    """Bytes of one row of `num_codes` codes of `bits` bits: whole 16-bit words, so always even."""
+    return -(-num_codes * bits // 16) * 2
+
+
+def _places(num_codes: int, bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Word index (int64) and bit shift (int32) of the first bit of every code; two tensors [num_codes]."""
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"codes of {bits} bits cannot be packed, only of 1 to {MAX_BITS}")
+    first = torch.arange(num_codes, device=device) * bits
+    return first // 16, (first % 16).to(torch.int32)
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack `codes` int32 [num_codes, vectors], each in [0, 2**bits), to uint8 [vectors, packed_bytes]."""
+    num_codes, vectors = codes.shape
+    word, shift = _places(num_codes, bits, codes.device)
+    placed = codes << shift[:, None]
+    num_words = packed_bytes(num_codes, bits) // 2
+    words = codes.new_zeros(num_words + 1, vectors)  # one more: the last code's empty upper half goes there
+    words.index_add_(0, word, placed & 0xFFFF)  # the bits of different codes are disjoint: a sum is an or
+    words.index_add_(0, word + 1, placed >> 16)
+    return words[:num_words].t().to(torch.int16, memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def unpack_codes(rows: torch.Tensor, num_codes: int, bits: int) -> torch.Tensor:
+    """Read `num_codes` codes from each row: uint8 [vectors, row_bytes] -> int32 [num_codes, vectors].
+
+    A row may be longer than its codes (what follows them is ignored); its length must be even. The rows' last
+    dimension is contiguous, and the storage starts at an even offset.
+    """
+    word, shift = _places(num_codes, bits, rows.device)
+    words = rows.view(torch.int16).t().to(torch.int32, memory_format=torch.contiguous_format)
+    following = torch.cat((words[1:], torch.zeros_like(words[:1])))
+    pairs = (words & 0xFFFF) | (following << 16)
+    codes = pairs.index_select(0, word)
+    codes >>= shift[:, None]
+    codes &= (1 << bits) - 1
+    return codes
