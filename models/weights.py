@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from octo_run.errors import OctoError
-from octo_run.models.config import ModelConfig, read_json_object
+from octo_run.models.config import ModelConfig
+from octo_run.models.files import INDEX_NAME, SINGLE_NAME, read_index, weight_files
 from octo_run.models.safetensors_file import FLOAT_DTYPES, MappedFile, TensorEntry, read_header
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 _LISTED = 4
 # Buffers that older checkpoints carry along; they are computed from the configuration instead.
 _HARMLESS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -61,34 +60,6 @@ def num_parameters(cfg: ModelConfig) -> int:
 def weight_bytes(cfg: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of all weights in ``dtype`` (without an allocator's rounding)."""
     return num_parameters(cfg) * dtype.itemsize
-
-
-def weight_files(model_dir: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model folder: the single file, or the shards its index names (which may be missing).
-
-    OctoError when there is neither, or when the index is not one.
-    """
-    model_dir = Path(model_dir)
-    if (model_dir / SINGLE_NAME).exists():
-        return (model_dir / SINGLE_NAME,)
-    if (model_dir / INDEX_NAME).exists():
-        return tuple(model_dir / name for name in sorted(set(read_index(model_dir / INDEX_NAME).values())))
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model_dir.glob(pattern))
-    other = f" (pickled weights such as {pickles[0]} are never opened)" if pickles else ""
-    raise OctoError(f"{model_dir} has neither {SINGLE_NAME} nor {INDEX_NAME}{other}, so there are no weights to load.")
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name from ``model.safetensors.index.json``. File names must be plain (no folders)."""
-    weight_map = read_json_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise OctoError(f"{path}: weight_map is missing or no object with entries.")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
-            raise OctoError(
-                f"{path}: weight_map gives {name!r} the file {file!r}, which is no plain .safetensors name."
-            )
-    return weight_map
 
 
 def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:

@@ -1,0 +1,64 @@
+"""The files of a model folder, by their Hugging Face names. Nothing here imports torch."""
+
+import re
+from pathlib import Path
+
+from octo_run.errors import OctoError
+from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json_object
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+SMALL_NAMES = (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    *TOKENIZER_NAMES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    INDEX_NAME,
+)
+"""Everything but the weights that a model folder may need. Other files are never fetched."""
+
+
+def weight_files(model_dir: Path) -> tuple[Path, ...]:
+    """The safetensors files of a model folder: the single file, or the shards its index names (which may be missing).
+
+    OctoError when there is neither, or when the index is not one.
+    """
+    model_dir = Path(model_dir)
+    if (model_dir / SINGLE_NAME).exists():
+        return (model_dir / SINGLE_NAME,)
+    if (model_dir / INDEX_NAME).exists():
+        return tuple(model_dir / name for name in sorted(set(read_index(model_dir / INDEX_NAME).values())))
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model_dir.glob(pattern))
+    other = f" (pickled weights such as {pickles[0]} are never opened)" if pickles else ""
+    raise OctoError(f"{model_dir} has neither {SINGLE_NAME} nor {INDEX_NAME}{other}, so there are no weights to load.")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name from ``model.safetensors.index.json``. File names must be plain (no folders)."""
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OctoError(f"{path}: weight_map is missing or no object with entries.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
+            raise OctoError(f"{path}: weight_map gives {name!r} the file {file!r}, not a plain .safetensors name.")
+    return weight_map
+
+
+def missing_files(model_dir: Path) -> list[str]:
+    """Names of files without which the folder cannot be loaded: its config, a tokenizer, its weight files."""
+    model_dir = Path(model_dir)
+    missing = [] if (model_dir / CONFIG_NAME).is_file() else [CONFIG_NAME]
+    if not any((model_dir / name).is_file() for name in TOKENIZER_NAMES):
+        missing.append(" or ".join(TOKENIZER_NAMES))
+    try:
+        files = weight_files(model_dir)
+    except OctoError:
+        return [*missing, f"{SINGLE_NAME} or {INDEX_NAME}"]
+    return missing + [path.name for path in files if not path.is_file()]
