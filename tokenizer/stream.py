@@ -1,0 +1,34 @@
+"""Token ids to text, one id at a time, without ever emitting half a character."""
+
+import codecs
+from collections.abc import Callable
+
+
+class StreamingDetokenizer:
+    """Turns ids into text as they come; ``"".join(push(i) for i in ids) + finish()`` equals ``Tokenizer.decode(ids)``.
+
+    Bytes are held back while they may still become a character (at most three), whether they come from byte-fallback
+    tokens (``<0xE4>``) or from byte-level pieces. A sequence that can no longer become one is given as U+FFFD at once,
+    one per maximal ill-formed part (the Unicode standard's recommended practice, section 3.9).
+    """
+
+    def __init__(self, piece: Callable[[int], bytes], skip: frozenset[int], strip_space: bool) -> None:
+        """`piece`: id -> UTF-8 bytes; `skip`: ids that give nothing; `strip_space`: drop one space at the start."""
+        self._piece = piece
+        self._skip = skip
+        self._strip_space = strip_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain after this id, often one piece, "" while a character is incomplete."""
+        if token_id in self._skip:
+            return ""
+        data = self._piece(token_id)
+        if self._strip_space and data:
+            self._strip_space = False
+            data = data.removeprefix(b" ")
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """The end of the text: U+FFFD if a character was left incomplete, else "". Call it once, after the last id."""
+        return self._utf8.decode(b"", final=True)

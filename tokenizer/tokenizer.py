@@ -1,0 +1,229 @@
+"""The tokenizer of a model: one class over both back ends, special tokens kept apart from text."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from octo_run.errors import OctoError, UsageError
+from octo_run.tokenizer.backend import Backend
+from octo_run.tokenizer.chat import ChatTemplate
+from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
+from octo_run.tokenizer.stream import StreamingDetokenizer
+
+
+def load_tokenizer(model_dir: Path) -> "Tokenizer":
+    """The tokenizer of the model in `model_dir`.
+
+    Vocabulary: ``tokenizer.json``, else ``tokenizer.model`` (SentencePiece), else ``vocab.json`` + ``merges.txt``.
+    Errors: OctoError when none is there, or a file is damaged or contradicts another.
+    """
+    model_dir = Path(model_dir)
+    if not model_dir.is_dir():
+        raise OctoError(f"{model_dir} is not a folder with a model.")
+    config = load_config(model_dir)
+    has_vocab = (model_dir / "vocab.json").is_file() and (model_dir / "merges.txt").is_file()
+    backend: Backend
+    if (model_dir / "tokenizer.json").is_file():
+        from octo_run.tokenizer.hf import TokenizersBackend
+
+        backend = TokenizersBackend(model_dir, config)
+    elif (model_dir / "tokenizer.model").is_file():
+        from octo_run.tokenizer.spm import SentencePieceBackend
+
+        backend = SentencePieceBackend(model_dir / "tokenizer.model", config)
+    elif has_vocab:
+        from octo_run.tokenizer.hf import TokenizersBackend
+
+        backend = TokenizersBackend(model_dir, config)
+    else:
+        raise OctoError(
+            f"{model_dir} has no tokenizer: it needs tokenizer.json, tokenizer.model, or vocab.json with merges.txt."
+        )
+    return Tokenizer(backend, config)
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: the highest id + 1 (a model may have more rows).
+        bos_id: the id that begins a text, None for models without one.
+        eos_ids: the ids that end an answer as far as tokenizer_config.json says (generation_config.json may name more).
+        unk_id: what an unknown character becomes where the vocabulary cannot spell it in bytes, None if there is none.
+        special_ids: ids that only templates and explicit requests produce, never text. Tokens that the model's files
+            add but do not call special (Qwen3's ``<think>``) are matched in every text, as everywhere else.
+        adds_bos: whether the model wants plain text (no chat) to begin with `bos_id`.
+    """
+
+    def __init__(self, backend: Backend, config: TokenizerConfig) -> None:
+        """Errors: OctoError when the config names a BOS or EOS that the vocabulary lacks."""
+        self._backend = backend
+        self._directory = config.directory
+        own = {"bos_token": backend.bos, "eos_token": backend.eos, "unk_token": backend.unk}
+        self._named = {key: text for key, text in {**own, **config.named}.items() if text is not None}
+        self.vocab_size = backend.size
+        self.bos_id = self._required_id("bos_token")
+        eos = self._required_id("eos_token")
+        self.eos_ids = () if eos is None else (eos,)
+        self.unk_id = backend.token_id(self._named["unk_token"]) if "unk_token" in self._named else None
+        self._special = self._collect_special(config)
+        self.special_ids = frozenset(token.id for token in self._special.values())
+        backend.seal(self.special_ids)
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        adds_bos = backend.adds_bos if config.add_bos is None else config.add_bos
+        self.adds_bos = bool(adds_bos) and self.bos_id is not None
+        self._template: ChatTemplate | None = None
+        if config.chat_template is not None:
+            variables: dict[str, Any] = dict(self._named)
+            if config.extra_special:
+                variables["additional_special_tokens"] = list(config.extra_special)
+            self._template = ChatTemplate(config.chat_template, config.chat_template_file, variables, self._special)
+
+    def _required_id(self, key: str) -> int | None:
+        text = self._named.get(key)
+        if text is None:
+            return None
+        token_id = self._backend.token_id(text)
+        if token_id is None:
+            raise OctoError(f"The {key} {text!r} of the tokenizer in {self._directory} is not in its vocabulary.")
+        return token_id
+
+    def _collect_special(self, config: TokenizerConfig) -> dict[str, AddedToken]:
+        declared = {token.content: token for token in self._backend.added}
+        special = {text: token for text, token in declared.items() if token.special}
+        for text in (*self._named.values(), *config.extra_special):
+            token_id = self._backend.token_id(text)
+            if token_id is not None and text and text not in special:
+                known = declared.get(text, AddedToken(token_id, text, special=True))
+                special[text] = known
+        return special
+
+    # Encoding
+
+    def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
+        """`text` as ids.
+
+        `add_bos`: begin with `bos_id` (if the model has one, and only once: not again before a BOS that the text itself
+        begins with under `allow_special`). `allow_special`: the texts of special tokens become their ids; otherwise
+        they are text like any other and no special id comes out (but `unk_id` for characters that cannot be spelled).
+        Errors: UsageError when `text` is not valid Unicode.
+        """
+        _check_unicode(text)
+        ids = self._encode_marked(text, None) if allow_special else self._encode_text(text, start=True)
+        if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def _encode_text(self, text: str, *, start: bool) -> list[int]:
+        if not text:
+            return []
+        ids = self._backend.encode(text, start=start)
+        if not self.special_ids.difference({self.unk_id}).isdisjoint(ids):
+            # A vocabulary whose model spells special tokens as ordinary pieces; single characters cannot spell one.
+            ids = [i for n, char in enumerate(text) for i in self._backend.encode(char, start=start and n == 0)]
+        return ids
+
+    def _encode_marked(self, text: str, mark: str | None) -> list[int]:
+        """Encode with special tokens, except those right after `mark`; marks themselves vanish."""
+        ids: list[int] = []
+        position = 0
+        for start, stop, token_id in self._find_special(text, mark):
+            ids += self._encode_run(text, position, start, mark)
+            ids.append(token_id)
+            position = stop
+        return ids + self._encode_run(text, position, len(text), mark)
+
+    def _encode_run(self, text: str, begin: int, end: int, mark: str | None) -> list[int]:
+        run = text[begin:end]
+        return self._encode_text(run if mark is None else run.replace(mark, ""), start=begin == 0)
+
+    def _find_special(self, text: str, mark: str | None) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, id) of special tokens, with the whitespace that they swallow."""
+        position = done = 0
+        while match := self._special_pattern.search(text, position):
+            start, stop = match.span()
+            token = self._special[match.group()]
+            position = start + 1
+            if mark is not None and start > 0 and text[start - 1] == mark:
+                continue
+            if token.single_word and _inside_word(text, start, stop):
+                continue
+            if token.lstrip:
+                start = done + len(text[done:start].rstrip())
+            if token.rstrip:
+                stop = len(text) - len(text[stop:].lstrip())
+            yield start, stop, token.id
+            position = done = stop
+
+    # Decoding
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Special tokens are left out or written as they are.
+
+        Ids without a token (models may have more rows than tokens) give nothing. Errors: ValueError for a negative id.
+        """
+        stream = self.stream(skip_special=skip_special)
+        return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
+
+    def stream(self, *, skip_special: bool = True) -> StreamingDetokenizer:
+        """A decoder for ids that come one at a time; see `StreamingDetokenizer`."""
+        skip = self.special_ids if skip_special else frozenset()
+        return StreamingDetokenizer(self._piece, skip, self._backend.strips_space)
+
+    def _piece(self, token_id: int) -> bytes:
+        if token_id < 0:
+            raise ValueError(f"a token id is 0 or more, not {token_id}")
+        return self._backend.piece(token_id)
+
+    # Chat
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` and `render` can be used."""
+        return self._template is not None
+
+    def chat(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, **template_variables: Any
+    ) -> list[int]:
+        """A conversation as ids: the model's chat template, encoded with special tokens where the template wrote them.
+
+        `messages`: dicts with "role" and "content". Whatever they contain, special ids come from the template alone.
+        No BOS is added to what the template writes. `template_variables` are visible to the template.
+        Errors: OctoError when there is no template or it is faulty or refuses the messages; UsageError when a message
+        is not valid Unicode.
+        """
+        marked = self._chat_template().render_marked(
+            messages, add_generation_prompt=add_generation_prompt, **template_variables
+        )
+        _check_unicode(marked.text)
+        return self._encode_marked(marked.text, marked.mark)
+
+    def render(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, **template_variables: Any
+    ) -> str:
+        """The conversation as the chat template writes it, for reading; encode with `chat`, not from this text."""
+        return self._chat_template().render(messages, add_generation_prompt=add_generation_prompt, **template_variables)
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise OctoError(
+                f"The model in {self._directory} has no chat template (it is a base model); use plain generation."
+            )
+        return self._template
+
+
+def _inside_word(text: str, start: int, stop: int) -> bool:
+    before = text[start - 1 : start]
+    after = text[stop : stop + 1]
+    return re.match(r"\w", before) is not None or re.match(r"\w", after) is not None
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"The text is not valid Unicode: it has half a surrogate pair at position {error.start}."
+        ) from error
