@@ -5,6 +5,7 @@ or what ``hf auth login`` stored.
 """
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -119,7 +120,7 @@ class _Pull:
             self.name.repo, revision=self.name.revision, files_metadata=True
         )
         if not isinstance(info.sha, str) or not re.fullmatch("[0-9a-f]{40}", info.sha):
-            raise OctoError(f"{self.endpoint} gives no commit for {self.name}: is HF_ENDPOINT a Hub?")
+            raise OctoError(f"{self.endpoint} gives no commit for {self.name}: check that HF_ENDPOINT is a Hub.")
         self.commit = info.sha
         self.sizes = {file.rfilename: file.size for file in info.siblings or []}
         self._check_listing()
@@ -244,14 +245,14 @@ def _remove_stale(folder: Path) -> None:
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
     """Keep huggingface-hub's warnings (retries, missing token) off the terminal, where a progress bar stands."""
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        hub_logging.set_verbosity(level)
 
 
 @contextmanager

@@ -68,9 +68,8 @@ def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:
     files = weight_files(model_dir)
     missing = [path.name for path in files if not path.exists()]
     if missing:
-        raise OctoError(
-            f"{model_dir}: {_listing(missing)} of {len(files)} weight files missing: fetch the model again."
-        )
+        count = f"{len(missing)} of {len(files)} weight files missing"
+        raise OctoError(f"{model_dir} is not complete: {count} ({_listing(missing)}), so fetch the model again.")
     found: dict[str, TensorEntry] = {}
     for path in files:
         for name, entry in read_header(path).items():

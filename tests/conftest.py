@@ -1,0 +1,281 @@
+"""Shared fixtures: test data, small random checkpoints, a Hub on this machine; tests marked ``gpu`` need one."""
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of test data that is no part of the project (texts, tokenizers, configurations)."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the shared test data is not at {SHARED}")
+    return SHARED
+
+
+SMALL_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 8192,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 4,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """``make_checkpoint(name="model", shards=1, seed=0, **config)`` writes a random model and returns its folder.
+
+    The configuration is a small Llama with the given fields replaced (None: left out); the weights are stored in its
+    dtype, in one file or in ``shards`` with an index. The tokenizer is the embedded model's, whose vocabulary the
+    default ``vocab_size`` is.
+    """
+
+    def make(name: str = "model", *, shards: int = 1, seed: int = 0, **changes: Any) -> Path:
+        import torch
+
+        from octo_run.models.cache import DEMO_PATH
+        from octo_run.models.config import load_config
+        from octo_run.models.weights import random_weights
+
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        values = {key: value for key, value in (SMALL_CONFIG | changes).items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(values))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 2], "do_sample": False}))
+        for file in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(DEMO_PATH / file, folder / file)
+        cfg = load_config(folder)
+        save_weights(folder, random_weights(cfg, "cpu", getattr(torch, cfg.dtype), seed), shards)
+        return folder
+
+    return make
+
+
+def save_weights(folder: Path, weights: dict[str, Any], shards: int = 1) -> None:
+    from safetensors.torch import save_file
+
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {name: weights[name] for name in list(weights)[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@dataclass
+class FakeRepo:
+    """A repository: files by commit, names (branches, tags) of commits, and whether it is gated (401 or 403)."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    gated: int = 0
+
+    def commit(self, files: dict[str, bytes], *refs: str) -> str:
+        content = b"".join(name.encode() + hashlib.sha1(data).digest() for name, data in sorted(files.items()))
+        commit = hashlib.sha1(content).hexdigest()
+        self.commits[commit] = dict(files)
+        self.refs |= dict.fromkeys(refs, commit)
+        return commit
+
+
+class FakeHub:
+    """A Hub: what huggingface-hub asks for when it pulls. Files ending in .safetensors or .bin come from another host,
+    as LFS files do.
+
+    ``requests`` lists (method, file) or ("API", repository) in order. ``faults[file]`` lists what the next GETs of the
+    file's data do instead of answering: an HTTP status, ``"cut"`` (half of it, then the connection drops) or
+    ``"stall"`` (half of it, then nothing until :attr:`release` is set); ``faults[repository]`` lists the API's statuses.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, FakeRepo] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.faults: dict[str, list[int | str]] = {}
+        self.release = threading.Event()
+        self.stalled = threading.Event()
+        hub = self
+
+        class Handler(_HubHandler):
+            pass
+
+        Handler.hub = hub
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def add(self, name: str, folder: Path, *refs: str, **extra: bytes) -> FakeRepo:
+        """Commit the files of ``folder`` to the repository ``name`` under ``refs`` (``main`` if none is given)."""
+        repo = self.repos.setdefault(name, FakeRepo())
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        repo.commit(files | extra, *(refs or ("main",)))
+        return repo
+
+    def downloads(self, file: str) -> int:
+        """How often the data of ``file`` was asked for."""
+        return self.requests.count(("GET", file))
+
+    def close(self) -> None:
+        self.release.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_args: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        if parts[0] == "cdn":
+            self.data(parts[2], self.hub.blobs[parts[1]], {})
+            return
+        is_api = parts[:2] == ["api", "models"]
+        name, rest = "/".join(parts[2:4] if is_api else parts[:2]), parts[4:] if is_api else parts[2:]
+        repo = self.hub.repos.get(name)
+        if repo is None:
+            self.error(404, "RepoNotFound")
+            return
+        revision = rest[1] if len(rest) > 1 else "main"
+        commit = repo.refs.get(revision, revision)
+        if commit not in repo.commits:
+            self.error(404, "RevisionNotFound")
+        elif is_api:
+            self.info(name, repo, commit)
+        else:
+            self.file(repo, commit, "/".join(rest[2:]))
+
+    def info(self, name: str, repo: FakeRepo, commit: str) -> None:
+        self.hub.requests.append(("API", name))
+        faults = self.hub.faults.get(name)
+        if faults:
+            self.error(int(faults.pop(0)), None)
+            return
+        files = [
+            {"rfilename": file, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+            for file, data in repo.commits[commit].items()
+        ]
+        body = json.dumps({"id": name, "modelId": name, "sha": commit, "private": False, "siblings": files}).encode()
+        self.reply(200, {"Content-Type": "application/json"}, body)
+
+    def file(self, repo: FakeRepo, commit: str, file: str) -> None:
+        if repo.gated:
+            self.error(repo.gated, "GatedRepo")
+            return
+        data = repo.commits[commit].get(file)
+        if data is None:
+            self.error(404, "EntryNotFound")
+            return
+        etag = hashlib.sha256(data).hexdigest()
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}
+        if file.endswith((".safetensors", ".bin")):
+            self.hub.blobs[etag] = data
+            location = f"http://localhost:{self.hub.port}/cdn/{etag}/{file}"
+            linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "Location": location}
+            self.reply(302, headers | linked, b"")
+        else:
+            self.data(file, data, headers)
+
+    def data(self, file: str, data: bytes, headers: dict[str, str]) -> None:
+        self.hub.requests.append((self.command, file))
+        faults = self.hub.faults.get(file)
+        fault = faults.pop(0) if faults and self.command == "GET" else None
+        if isinstance(fault, int):
+            self.error(fault, None)
+            return
+        asked = self.headers.get("Range")
+        if asked is not None:
+            start = int(asked.removeprefix("bytes=").split("-")[0])
+            headers = headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+            self.reply(206, headers, data[start:])
+        elif fault is None:
+            self.reply(200, headers, data)
+        else:
+            self.reply(200, headers, data[: len(data) // 2], length=len(data))
+            self.hub.stalled.set()
+            if fault == "stall":
+                self.hub.release.wait(60)
+            self.close_connection = True
+
+    def error(self, status: int, code: str | None) -> None:
+        self.reply(status, {"X-Error-Code": code} if code else {}, b"")
+
+    def reply(self, status: int, headers: dict[str, str], body: bytes, length: int | None = None) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+            self.wfile.flush()
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A running :class:`FakeHub`, with the environment pointing to it and to an empty cache below ``tmp_path``."""
+    hub = FakeHub()
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    environment = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf-home"),
+        "OCTO_RUN_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    yield hub
+    hub.close()

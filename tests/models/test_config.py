@@ -1,0 +1,300 @@
+"""Configuration files: what is understood, and one sentence naming file and field for everything else."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octo_run.errors import OctoError
+from octo_run.models.config import (
+    GenerationDefaults,
+    ModelConfig,
+    RopeScaling,
+    load_config,
+    load_generation_defaults,
+    parse_config,
+)
+from octo_run.models.hub import DEMO_PATH
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+}
+FAMILIES = {
+    "llama": LLAMA,
+    "mistral": LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    "qwen2": LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+
+
+def parse(family: str = "llama", **changes: Any) -> ModelConfig:
+    """The family's small configuration with some fields replaced (``...``: left out)."""
+    values = {key: value for key, value in (FAMILIES[family] | changes).items() if value is not ...}
+    return parse_config(values, Path("somewhere/config.json"))
+
+
+def refused(*args: str, **changes: Any) -> str:
+    with pytest.raises(OctoError) as error:
+        parse(*args, **changes)
+    text = str(error.value)
+    assert text.startswith("somewhere/config.json: ") and text.endswith(".") and "\n" not in text
+    return text
+
+
+def test_embedded_model() -> None:
+    cfg = load_config(DEMO_PATH)
+    assert (cfg.architecture, cfg.vocab_size, cfg.num_layers, cfg.head_dim) == ("LlamaForCausalLM", 8192, 8, 128)
+    assert cfg.tie_word_embeddings and cfg.dtype == "bfloat16" and cfg.eos_token_ids == (4,)
+    assert load_generation_defaults(DEMO_PATH) == GenerationDefaults(eos_token_ids=(4, 2))
+
+
+def test_defaults_of_left_out_fields() -> None:
+    cfg = parse()
+    assert cfg.head_dim == 16 and cfg.rope_theta == 10_000.0 and cfg.rope_scaling is None
+    assert not cfg.tie_word_embeddings and cfg.bos_token_id is None and cfg.eos_token_ids == ()
+    assert parse(num_key_value_heads=...).num_kv_heads == 4
+    assert parse(architectures=...).architecture == "LlamaForCausalLM"
+
+
+def test_families_differ_in_biases_and_norms() -> None:
+    def marks(cfg: ModelConfig) -> tuple[bool, bool, bool, bool]:
+        return cfg.qkv_bias, cfg.o_bias, cfg.mlp_bias, cfg.qk_norm
+
+    assert marks(parse()) == marks(parse("mistral")) == (False, False, False, False)
+    assert marks(parse("qwen2")) == (True, False, False, False)
+    assert marks(parse("qwen3")) == (False, False, False, True)
+    assert marks(parse(attention_bias=True, mlp_bias=True)) == (True, True, True, False)
+    assert marks(parse("qwen3", attention_bias=True)) == (True, True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Llama-3.1-8B-Instruct", {"num_kv_heads": 8, "head_dim": 128, "eos_token_ids": (128001, 128008, 128009)}),
+        ("Llama-3.2-1B-Instruct", {"head_dim": 64, "tie_word_embeddings": True, "rope_theta": 500000.0}),
+        ("Meta-Llama-3-8B-Instruct", {"max_position_embeddings": 8192, "rope_scaling": None}),
+        ("Mistral-7B-v0.1", {"sliding_window": 4096, "vocab_size": 32000, "head_dim": 128}),
+        ("Qwen2-1.5B-Instruct", {"qkv_bias": True, "o_bias": False, "sliding_window": None, "num_kv_heads": 2}),
+        ("Qwen2.5-7B-Instruct", {"num_heads": 28, "num_kv_heads": 4, "tie_word_embeddings": False}),
+        ("Qwen3-0.6B", {"qk_norm": True, "head_dim": 128, "num_heads": 16, "hidden_size": 1024}),
+        ("SmolLM2-135M", {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}),
+    ],
+)
+def test_published_configurations(shared_dir: Path, name: str, expected: dict[str, Any]) -> None:
+    path = shared_dir / "data" / "configs" / f"{name}.config.json"
+    cfg = parse_config(json.loads(path.read_text()), path)
+    assert {field: getattr(cfg, field) for field in expected} == expected
+
+
+def test_published_llama31_scaling(shared_dir: Path) -> None:
+    path = shared_dir / "data" / "configs" / "Llama-3.1-8B-Instruct.config.json"
+    assert parse_config(json.loads(path.read_text()), path).rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+
+def test_rope_scaling_old_and_new_form() -> None:
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 512)
+    assert parse(rope_theta=5e5, rope_scaling=LLAMA3).rope_scaling == scaling
+    new = parse(rope_parameters=LLAMA3 | {"rope_theta": 5e5})
+    assert (new.rope_theta, new.rope_scaling) == (5e5, scaling)
+    assert parse(rope_scaling={"type": "linear", "factor": 2.5}).rope_scaling == RopeScaling("linear", 2.5)
+    assert parse(rope_scaling={"rope_type": "default"}).rope_scaling is None
+    assert parse(rope_parameters={"rope_type": "default", "rope_theta": 7.0}).rope_theta == 7.0
+    assert parse(rope_scaling=None).rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn', and octo-run"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "is 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type is 'longrope'"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.rope_type is missing"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5, not a number of at least 1"),
+        ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}}, "low_freq_factor is missing"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor (1) is not greater than"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings is 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', not an object"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "are both given and differ"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "contradicts rope_theta"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer kind are not supported"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
+    ],
+)
+def test_rope_refusals(changes: dict[str, Any], words: str) -> None:
+    assert words in refused(**changes)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "hidden_act",
+    ],
+)
+def test_missing_fields(field: str) -> None:
+    assert f"{field} is missing" in refused(**{field: ...})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("llama", {"architectures": ["FooForCausalLM"]}, "architectures names 'FooForCausalLM'"),
+        ("llama", {"architectures": ..., "model_type": "foo"}, "model_type is 'foo'"),
+        ("llama", {"architectures": ..., "model_type": ...}, "architectures is missing, and so is model_type"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "not a list with one name"),
+        ("llama", {"model_type": "mistral"}, "model_type is 'mistral', which contradicts architectures"),
+        ("llama", {"num_key_value_heads": 3}, "num_attention_heads (4) is no multiple of num_key_value_heads (3)"),
+        ("qwen2", {"num_key_value_heads": ...}, "num_key_value_heads is missing"),
+        ("qwen3", {"head_dim": ...}, "head_dim is missing"),
+        ("llama", {"head_dim": 15}, "head_dim is 15, which is odd"),
+        ("llama", {"hidden_size": 63}, "hidden_size (63) is no multiple of num_attention_heads (4)"),
+        ("llama", {"hidden_size": "64"}, "hidden_size is '64', not a whole number"),
+        ("llama", {"hidden_size": 64.0}, "hidden_size is 64.0"),
+        ("llama", {"hidden_size": True}, "hidden_size is True"),
+        ("llama", {"vocab_size": 0}, "vocab_size is 0"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, not true or false"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and octo-run computes 'silu' only"),
+        ("llama", {"hidden_act": 3}, "hidden_act is 3, not a text"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
+        ("mistral", {"attention_bias": True}, "attention_bias is true, which contradicts the architecture"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias is true, which contradicts the architecture"),
+        ("llama", {"sliding_window": 100}, "sliding_window is set, which contradicts model_type 'llama'"),
+        ("llama", {"layer_types": ["sliding_attention"] * 2}, "layer_types holds 'sliding_attention'"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types is no list of num_hidden_layers (2) names"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None}, "sliding_window is missing"),
+        ("llama", {"eos_token_id": 1000}, "eos_token_id holds 1000, which is no token id below 1000"),
+        ("llama", {"eos_token_id": [1, "2"]}, "eos_token_id holds '2'"),
+        ("llama", {"bos_token_id": -1}, "bos_token_id is -1"),
+        ("llama", {"torch_dtype": "float8"}, "dtype is 'float8', not one of bfloat16, float16, float32"),
+    ],
+)
+def test_refusals(family: str, changes: dict[str, Any], words: str) -> None:
+    assert words in refused(family, **changes)
+
+
+def test_sliding_window() -> None:
+    assert parse("mistral", sliding_window=512).sliding_window == 512
+    assert parse("mistral", sliding_window=2048).sliding_window is None
+    assert parse("mistral").sliding_window is None
+    assert parse("mistral", sliding_window=..., max_position_embeddings=8192).sliding_window == 4096
+    assert parse("qwen2", sliding_window=512, use_sliding_window=False).sliding_window is None
+    switched = {"sliding_window": 512, "use_sliding_window": True}
+    assert parse("qwen2", **switched, max_window_layers=1).sliding_window == 512
+    assert parse("qwen2", **switched, max_window_layers=2).sliding_window is None
+    assert parse("qwen3", **switched, layer_types=["full_attention"] * 2).sliding_window is None
+    assert parse("qwen3", **switched, layer_types=["full_attention", "sliding_attention"]).sliding_window == 512
+
+
+def test_token_ids_and_dtype() -> None:
+    cfg = parse(eos_token_id=[5, 6, 5], bos_token_id=1, dtype="float32")
+    assert (cfg.eos_token_ids, cfg.bos_token_id, cfg.dtype) == ((5, 6), 1, "float32")
+    assert parse(torch_dtype="torch.float16").dtype == "float16"
+    assert parse().dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[1]", "holds a JSON list where an object is needed"),
+        (b"[" * 100_000, "is not valid JSON"),
+    ],
+)
+def test_broken_files(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(OctoError, match=words) as error:
+        load_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    with pytest.raises(OctoError, match=r"has no config\.json"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(OctoError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_same_fields_as_transformers_writes(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    scaling = LLAMA3 | {"rope_theta": 5e5}
+    theirs = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_parameters=scaling
+    )
+    theirs.save_pretrained(tmp_path)
+    cfg = load_config(tmp_path)
+    assert (cfg.head_dim, cfg.num_kv_heads, cfg.rope_theta) == (32, 2, 5e5)
+    assert cfg.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 512)
+    for name, kind in (("Qwen2Config", "qwen2"), ("Qwen3Config", "qwen3"), ("MistralConfig", "mistral")):
+        getattr(transformers, name)(num_hidden_layers=2).save_pretrained(tmp_path / kind)
+        assert load_config(tmp_path / kind).num_layers == 2
+
+
+def test_generation_defaults(tmp_path: Path, shared_dir: Path) -> None:
+    assert load_generation_defaults(tmp_path) == GenerationDefaults()
+    source = shared_dir / "data" / "configs" / "Qwen2-1.5B-Instruct.generation_config.json"
+    (tmp_path / "generation_config.json").write_bytes(source.read_bytes())
+    assert load_generation_defaults(tmp_path) == GenerationDefaults(
+        do_sample=True, temperature=0.5, top_k=40, top_p=0.7, repetition_penalty=1.1, eos_token_ids=(151645, 151643)
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 1.5}, "top_p is 1.5, not a number from 0 to 1"),
+        ({"min_p": True}, "min_p is True"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'"),
+        ({"eos_token_id": -3}, "eos_token_id holds -3"),
+    ],
+)
+def test_generation_refusals(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(OctoError) as error:
+        load_generation_defaults(tmp_path)
+    assert words in str(error.value) and "generation_config.json" in str(error.value)
+
+
+def test_null_means_left_out(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": null, "top_k": null, "eos_token_id": null}')
+    assert load_generation_defaults(tmp_path) == GenerationDefaults()
+    assert load_config(make_checkpoint(rope_scaling=None)).rope_scaling is None
