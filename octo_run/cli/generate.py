@@ -1,0 +1,98 @@
+"""``octo-run generate``: one prompt in, one continuation out, for scripts."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from octo_run.cli import EXIT_INTERRUPTED, console, debug_option, runtime
+from octo_run.cli.options import EngineOptions, SamplingOptions, engine_options, sampling_options
+from octo_run.errors import UsageError
+
+if TYPE_CHECKING:
+    from octo_run.engine import Engine, Reply
+
+
+@click.command("generate")
+@click.option("--prompt", "-p", help="The text to continue; without it, standard input is read.")
+@click.option("--chat/--raw", "as_chat", default=False, help="Answer the prompt, or continue it.")
+@click.option("--system", help="System prompt (with --chat).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@engine_options
+@sampling_options
+@debug_option
+def command(
+    prompt: str | None,
+    as_chat: bool,
+    system: str | None,
+    as_json: bool,
+    load: EngineOptions,
+    sampling: SamplingOptions,
+) -> int:
+    """Continue one text or answer one question.
+
+    The text comes from -p, or from standard input (of which one final line feed is taken off). It is continued as
+    it is (--raw, the default) or answered through the model's chat template (--chat). The answer ends at the
+    model's end token, a --stop text, --max-tokens, or where the context is full.
+
+    The keys of the --json object: text, ids, finish_reason (stop, length, context or interrupted), prompt_tokens,
+    reused_tokens, generated_tokens, seconds.
+    """
+    if system is not None and not as_chat:
+        raise UsageError("--system needs --chat: a raw continuation has no system prompt.")
+    text = _prompt_text(prompt)
+    engine = runtime.load_engine(load)
+    reply = runtime.open_reply(engine, _prompt_ids(engine, text, as_chat, system), sampling)
+    interrupted = _run(reply, stream=not as_json)
+    if as_json:
+        console.print_json(_report(reply))
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _prompt_text(prompt: str | None) -> str:
+    """The prompt from ``-p`` or standard input; raises UsageError where there is none."""
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UsageError("there is no prompt: give -p TEXT or pipe a text into standard input.")
+        prompt = console.read_stdin_text().removesuffix("\n").removesuffix("\r")
+    if not prompt.strip():
+        raise UsageError("the prompt is empty: give -p TEXT or pipe a text into standard input.")
+    return prompt
+
+
+def _prompt_ids(engine: "Engine", text: str, as_chat: bool, system: str | None) -> list[int]:
+    """Token ids of the prompt, through the chat template or as plain text after the model's first token."""
+    tokenizer = engine.tokenizer
+    if not as_chat:
+        return tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
+    if not tokenizer.has_chat_template:
+        raise UsageError("this model has no chat template: use --raw.")
+    head = [{"role": "system", "content": system}] if system else []
+    return tokenizer.chat([*head, {"role": "user", "content": text}])
+
+
+def _run(reply: "Reply", *, stream: bool) -> bool:
+    """Generate to the end, printing the pieces if ``stream``; returns whether Ctrl-C ended it."""
+    interrupted = False
+    try:
+        for piece in reply:
+            if stream:
+                console.stream(piece)
+    except KeyboardInterrupt:
+        interrupted = True
+        reply.close()
+    if stream and not reply.text.endswith("\n"):
+        click.echo()
+    return interrupted
+
+
+def _report(reply: "Reply") -> dict[str, object]:
+    return {
+        "text": reply.text,
+        "ids": list(reply.ids),
+        "finish_reason": reply.finish_reason,
+        "prompt_tokens": reply.prompt_tokens,
+        "reused_tokens": reply.reused_tokens,
+        "generated_tokens": reply.generated_tokens,
+        "seconds": round(reply.prefill_seconds + reply.decode_seconds, 6),
+    }

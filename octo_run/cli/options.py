@@ -1,0 +1,114 @@
+"""The options that several commands share, gathered into two frozen dataclasses."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+DEFAULT_MODEL = "octo-demo"
+DEFAULT_KV = "octopus3"
+DTYPES = ("bfloat16", "float16", "float32")
+
+Command = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """What to load and where: the common options of every command that runs a model."""
+
+    model: str
+    kv: str
+    ctx: int | None
+    device: str | None
+    dtype: str | None
+    offline: bool
+    threads: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose tokens. ``None`` leaves a value to the model's ``generation_config.json``."""
+
+    temp: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    max_tokens: int | None
+    stop: tuple[str, ...]
+
+
+def _context_length(_ctx: click.Context, _param: click.Parameter, value: str) -> int | None:
+    """A number of tokens; ``auto`` becomes ``None``."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) == 0:
+        raise click.BadParameter(f"{value!r} is neither a number of tokens nor 'auto'")
+    return int(value)
+
+
+offline_option = click.option("--offline", is_flag=True, help="Never touch the network.")
+_ENGINE_OPTIONS = (
+    click.option(
+        "--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A folder, ORG/NAME[@REV] or octo-demo."
+    ),
+    click.option("--kv", default=DEFAULT_KV, show_default=True, help="KV cache format, as K or K:V (see `show`)."),
+    click.option(
+        "--ctx",
+        metavar="N|auto",
+        default="auto",
+        show_default=True,
+        callback=_context_length,
+        help="Context in tokens.",
+    ),
+    click.option("--device", metavar="cpu|cuda", help="Where to run.  [default: cuda if there is one]"),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: the model's, float32 on a CPU]"),
+    offline_option,
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's choice]"),
+)
+_SAMPLING_OPTIONS = (
+    click.option("--temp", type=click.FloatRange(min=0.0), help="Temperature, 0 = greedy.  [default: the model's]"),
+    click.option("--top-k", type=click.IntRange(min=0), help="Only the K likeliest tokens, 0 = all."),
+    click.option("--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), help="Nucleus of this probability."),
+    click.option(
+        "--min-p", type=click.FloatRange(0.0, 1.0, max_open=True), help="Least probability, relative to the likeliest."
+    ),
+    click.option("--repetition-penalty", type=click.FloatRange(min=0.0, min_open=True), help="1 = none."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        metavar="INTEGER",
+        help="Seed of the sampling.  [default: a new one each time]",
+    ),
+    click.option("--max-tokens", "-n", type=click.IntRange(min=1), help="Longest answer.  [default: no limit]"),
+    click.option("--stop", multiple=True, help="Stop before this text; may be given several times."),
+)
+
+
+def engine_options(command: Command) -> Command:
+    """Add the options that say what to load; the command receives them as ``load: EngineOptions``."""
+    return _gather(command, "load", EngineOptions, _ENGINE_OPTIONS)
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the options that say how to sample; the command receives them as ``sampling: SamplingOptions``."""
+    return _gather(command, "sampling", SamplingOptions, _SAMPLING_OPTIONS)
+
+
+def _gather(
+    command: Command, name: str, target: type[Any], options: tuple[Callable[[Command], Command], ...]
+) -> Command:
+    fields = [field.name for field in dataclasses.fields(target)]
+
+    @functools.wraps(command)
+    def gathered(*args: Any, **values: Any) -> Any:
+        values[name] = target(**{field: values.pop(field) for field in fields})
+        return command(*args, **values)
+
+    decorated: Command = gathered
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated

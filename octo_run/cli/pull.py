@@ -1,0 +1,60 @@
+"""``octo-run pull``: fetch a model from the Hub into the cache."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from octo_run.cli import console, debug_option
+from octo_run.cli.options import offline_option
+
+if TYPE_CHECKING:
+    from octo_run.models.hub import PullProgress
+
+
+@click.command("pull")
+@click.argument("name", metavar="ORG/NAME[@REV]")
+@offline_option
+@debug_option
+def command(name: str, offline: bool) -> None:
+    """Fetch a model from the Hub.
+
+    Only its configuration, tokenizer and safetensors files come. Files that are already whole are kept, so an
+    interrupted pull goes on where it was. A gated repository needs your token in HF_TOKEN. With --offline, only
+    check that the model is there.
+    """
+    from octo_run.models import hub
+
+    with _progress_bar() as progress:
+        entry = hub.pull(name, offline=offline, progress=progress)
+    at = f" at {entry.commit[:12]}" if entry.commit else ""
+    console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {entry.path}")
+    console.notice(f"chat with it: octo-run chat -m {entry.label}")
+
+
+@contextmanager
+def _progress_bar() -> Iterator["Callable[[PullProgress], None] | None"]:
+    """A bar on standard error where that is a terminal; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("asking the Hub", total=None)
+
+        def show(state: "PullProgress") -> None:
+            label = f"{state.file} ({state.index} of {state.count})"
+            bar.update(task, description=label, completed=state.done_bytes, total=state.total_bytes or None)
+
+        yield show

@@ -1,0 +1,26 @@
+"""``octo-run rm``: delete a pulled model."""
+
+import sys
+
+import click
+
+from octo_run.cli import console, debug_option
+from octo_run.errors import UsageError
+
+
+@click.command("rm")
+@click.argument("name", metavar="ORG/NAME[@REV]")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@debug_option
+def command(name: str, yes: bool) -> None:
+    """Delete a pulled model.
+
+    All its revisions go, or only the one after the @.
+    """
+    from octo_run.models import hub
+
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("rm asks before it deletes, and standard input is no terminal: give --yes.")
+        click.confirm(f"Delete {name} from {hub.cache_folder()}?", abort=True, err=True)
+    console.notice(f"{name} is removed, {console.human_bytes(hub.remove(name))} freed")

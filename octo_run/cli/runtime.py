@@ -1,0 +1,104 @@
+"""The one place where the command line meets the engine; tests replace these functions by a small stand-in."""
+
+import os
+from typing import TYPE_CHECKING
+
+from octo_run.cli.console import human_bytes, notice
+from octo_run.cli.options import EngineOptions, SamplingOptions
+
+if TYPE_CHECKING:
+    from octo_run.engine import Engine, Generation, MemoryPlan, Reply, SamplingParams, Session
+
+PLAN_PARTS = {
+    "weights": "weights",
+    "arena": "KV arena",
+    "full_precision": "sinks and windows",
+    "workspace": "workspace",
+    "logits": "logits",
+}
+
+
+def go_offline() -> None:
+    """Forbid the Hub's client every request of this process; call it before that client is imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def announce_device(wanted: str | None) -> None:
+    """Say aloud on standard error that the CPU is taken because there is nothing else."""
+    import torch
+
+    if wanted is None and not torch.cuda.is_available():
+        notice("no CUDA device found: running on the CPU")
+
+
+def load_engine(options: EngineOptions) -> "Engine":
+    """Load the model that ``options`` names, printing the device and the memory plan on standard error first."""
+    if options.offline:
+        go_offline()
+    import torch
+
+    from octo_run.engine import Engine
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    announce_device(options.device)
+    return Engine.load(
+        options.model,
+        kv=options.kv,
+        device=options.device,
+        max_context=options.ctx,
+        dtype=options.dtype,
+        on_plan=lambda plan: notice(describe_plan(options.model, plan)),
+    )
+
+
+def open_session(engine: "Engine", system: str | None) -> "Session":
+    """A new conversation with ``engine``."""
+    from octo_run.engine import Session
+
+    return Session(engine, system=system)
+
+
+def open_reply(engine: "Engine", ids: list[int], options: SamplingOptions) -> "Reply":
+    """Start to continue ``ids``; nothing is computed before the reply is iterated."""
+    from octo_run.engine import Reply
+
+    return Reply(engine, ids, sampling_params(engine, options))
+
+
+def run_to_end(engine: "Engine", ids: list[int], max_tokens: int) -> "Generation":
+    """Continue ``ids`` greedily by ``max_tokens`` tokens; the returned generation is over and holds the figures."""
+    from octo_run.engine import SamplingParams
+
+    generation = engine.generate(ids, SamplingParams(max_tokens=max_tokens))
+    for _token in generation:
+        pass
+    return generation
+
+
+def sampling_params(engine: "Engine", options: SamplingOptions) -> "SamplingParams":
+    """The model's sampling defaults, overridden by what the command line says."""
+    from octo_run.engine import SamplingParams
+
+    return SamplingParams.from_defaults(
+        engine.defaults,
+        temperature=options.temp,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        stop=options.stop or None,
+    )
+
+
+def describe_plan(model: str, plan: "MemoryPlan") -> str:
+    """Two lines that say what will be loaded where, and how much memory each part takes."""
+    parts = plan.as_dict()
+    sizes = [f"{label} {human_bytes(parts[key])}" for key, label in PLAN_PARTS.items()]
+    return (
+        f"{model} on {plan.device}, KV cache {plan.kv}: context {plan.context:,} tokens,"
+        f" {plan.bytes_per_token:,} bytes per packed token\n"
+        f"memory: {' + '.join(sizes)} = {human_bytes(plan.total)}"
+    )

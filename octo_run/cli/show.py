@@ -1,0 +1,124 @@
+"""``octo-run show``: what a model is, what it weighs, and how many tokens fit for every KV cache format."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+from octo_run.cli import console, debug_option
+from octo_run.cli.options import DEFAULT_MODEL, DTYPES
+from octo_run.errors import OctoError
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """One ``--kv`` choice for one model: bytes that a token takes, and the longest context that fits.
+
+    ``bytes_per_token`` are codes and norms of all layers and KV heads; ``all_in_bytes_per_token`` adds the sinks,
+    windows and staging buffer, spread over the context (None where the model does not fit at all).
+    """
+
+    kv: str
+    bytes_per_token: int
+    all_in_bytes_per_token: float | None
+    tokens_that_fit: int
+
+
+@click.command("show")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--device", metavar="cpu|cuda", help="Device whose free memory counts.  [default: cuda if there is one]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: the model's, float32 on a CPU]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@debug_option
+def command(model: str, device: str | None, dtype: str | None, as_json: bool) -> None:
+    """Describe a model and what fits with it.
+
+    MODEL is a folder, ORG/NAME[@REV] or octo-demo (the default). Its weights are not loaded.
+    """
+    facts = describe(model, device, dtype)
+    if as_json:
+        console.print_json(facts)
+    else:
+        click.echo(_text(facts))
+
+
+def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any]:
+    """Facts about ``model`` as a JSON-ready dictionary. Raises OctoError for a model that cannot be read."""
+    from octo_run.engine.engine import choose_device, choose_dtype
+    from octo_run.engine.plan import free_memory
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+    from octo_run.models.weights import expected_tensors, weight_bytes
+
+    path = resolve(model)
+    cfg = load_config(path)
+    where = choose_device(device)
+    kind = choose_dtype(dtype, cfg, where)
+    return {
+        "model": model,
+        "path": str(path),
+        "architecture": cfg.architecture,
+        "parameters": sum(math.prod(shape) for shape in expected_tensors(cfg).values()),
+        "file_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        "weight_bytes": weight_bytes(cfg, kind),
+        "dtype": str(kind).removeprefix("torch."),
+        "layers": cfg.num_layers,
+        "heads": cfg.num_heads,
+        "kv_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "vocabulary": cfg.vocab_size,
+        "max_context": cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window,
+        "device": str(where),
+        "free_bytes": free_memory(where),
+        "kv": [asdict(row) for row in _format_rows(cfg, where, kind)],
+    }
+
+
+def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
+    """One row for every format that the codec knows, ``bf16`` first."""
+    from octo_run.engine.plan import plan_memory
+    from octo_run.kernels import codec
+
+    rows = []
+    for name in dict.fromkeys(("bf16", *codec.names())):
+        fmt = codec.parse_kv(name, cfg.head_dim, plain_dtype=dtype)
+        per_token = cfg.num_layers * cfg.num_kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
+        try:
+            plan = plan_memory(cfg, fmt, device=device, dtype=dtype)
+        except OctoError:  # the weights alone do not fit
+            rows.append(FormatRow(name, per_token, None, 0))
+        else:
+            rows.append(FormatRow(name, per_token, round(plan.all_in_bytes_per_token, 1), plan.tokens_that_fit()))
+    return rows
+
+
+def _text(facts: dict[str, Any]) -> str:
+    shape = (
+        f"{facts['layers']} layers, {facts['heads']} heads over {facts['kv_heads']} KV heads of {facts['head_dim']},"
+        f" vocabulary {facts['vocabulary']:,}"
+    )
+    rows = [
+        [
+            row["kv"],
+            f"{row['bytes_per_token']:,}",
+            "-" if row["all_in_bytes_per_token"] is None else f"{row['all_in_bytes_per_token']:,.0f}",
+            f"{row['tokens_that_fit']:,}",
+        ]
+        for row in facts["kv"]
+    ]
+    lines = [
+        f"model         {facts['model']} ({facts['path']})",
+        f"architecture  {facts['architecture']}: {shape}",
+        f"parameters    {facts['parameters']:,}",
+        f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
+        f"context       {facts['max_context']:,} tokens at most",
+        f"device        {facts['device']}, {console.human_bytes(facts['free_bytes'])} free",
+        "",
+        console.table(["--kv", "bytes/token", "all-in", "tokens that fit in the free memory"], rows),
+        "",
+        "bytes/token: codes and norms of all layers and KV heads, K and V; all-in: with sinks, windows and the staging",
+        "buffer, spread over the longest context that the model supports and the memory holds. Tokens past the model's",
+        "own context are of no use, however many would fit.",
+    ]
+    return "\n".join(lines)
