@@ -124,7 +124,7 @@ def resolve(name: str) -> Path:
 def find(name: HubName) -> ModelEntry:
     """The complete snapshot of ``name`` in the cache. OctoError, with the command to run, when there is none."""
     folder = repo_folder(name)
-    commit = local_commit(folder, name.ref)
+    commit = _known_commit(folder, name.ref)
     if commit is None:
         here = sorted({entry.label for entry in _entries(folder) if entry.complete})
         others = f" ({', '.join(here)} is)" if here else ""
@@ -166,9 +166,10 @@ def manifest_path(folder: Path, commit: str) -> Path:
     return folder / _MANIFESTS / f"{commit}.json"
 
 
-def write_manifest(folder: Path, commit: str, files: dict[str, int | None]) -> None:
-    """Record which files (name -> bytes, None: not known) the snapshot needs to count as complete."""
-    text = json.dumps({"commit": commit, "files": files}, indent=1)
+def write_manifest(folder: Path, commit: str, revision: str, files: dict[str, int | None]) -> None:
+    """Record which files (name -> bytes, None: not known) the snapshot needs to count as complete, and the revision
+    that was asked for."""
+    text = json.dumps({"commit": commit, "revision": revision, "files": files}, indent=1)
     write_atomically(manifest_path(folder, commit), text)
 
 
@@ -195,6 +196,27 @@ def snapshot_missing(folder: Path, commit: str) -> list[str]:
     return [name for name, size in files.items() if not has_file(snapshot / name, size)]
 
 
+def write_ref(folder: Path, revision: str, commit: str) -> None:
+    """Record that ``revision`` is ``commit``; to be called when the snapshot is complete."""
+    if revision != commit:
+        write_atomically(folder / "refs" / revision, commit)
+
+
+def _pending(folder: Path) -> dict[str, str]:
+    """Revision -> commit of pulls that were begun and not finished, as far as the revision has no commit yet."""
+    pending: dict[str, str] = {}
+    manifests = [path for path in _children(folder / _MANIFESTS) if _COMMIT.fullmatch(path.stem)]
+    for path in sorted(manifests, key=lambda item: item.stat().st_mtime):
+        revision = read_json_object(path).get("revision")
+        if isinstance(revision, str) and local_commit(folder, revision) is None:
+            pending[revision] = path.stem
+    return pending
+
+
+def _known_commit(folder: Path, revision: str) -> str | None:
+    return local_commit(folder, revision) or _pending(folder).get(revision)
+
+
 def has_file(path: Path, size: int | None) -> bool:
     """Whether ``path`` is a file of ``size`` bytes (None: of any size)."""
     return path.is_file() and (size is None or path.stat().st_size == size)
@@ -216,9 +238,12 @@ def _entries(folder: Path) -> Iterator[ModelEntry]:
             ref = path.relative_to(root).as_posix()
             commit = local_commit(folder, ref)
             if commit is not None:
-                refs.setdefault(commit, []).insert(0 if ref == DEFAULT_REVISION else len(refs), ref)
+                refs.setdefault(commit, []).append(ref)
+    for ref, commit in _pending(folder).items():
+        refs.setdefault(commit, []).append(ref)
     for commit in _commits(folder):
-        entry = _entry(folder, commit, refs.get(commit, [commit])[0])
+        names = sorted(refs.get(commit, [commit]), key=lambda ref: (ref != DEFAULT_REVISION, ref))
+        entry = _entry(folder, commit, names[0])
         if manifest_path(folder, commit).is_file() or (entry.complete and _is_known(entry.path)):
             yield entry
 
@@ -254,7 +279,7 @@ def remove(name: str) -> int:
     folder = repo_folder(parsed)
     commits = _commits(folder)
     if parsed.revision is not None:
-        commit = local_commit(folder, parsed.revision)
+        commit = _known_commit(folder, parsed.revision)
         commits = [] if commit is None else [commit]
     if folder.is_symlink() or not folder.is_dir() or (parsed.revision is not None and not commits):
         raise OctoError(f"{name} is not in {cache_folder()}, so there is nothing to remove.")

@@ -34,8 +34,8 @@ from octo_run.models.cache import (
     repo_folder,
     resolve,
     snapshot_missing,
-    write_atomically,
     write_manifest,
+    write_ref,
 )
 from octo_run.models.config import CONFIG_NAME, load_config
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, SMALL_NAMES, TOKENIZER_NAMES, weight_files
@@ -97,7 +97,7 @@ def pull(name: str, *, offline: bool = False, progress: ProgressCallback | None 
     _remove_stale(folder)
     with _quiet_hub(), _explained(parsed):
         commit = _Pull(parsed, folder, progress).run()
-        write_atomically(folder / "refs" / parsed.ref, commit)
+        write_ref(folder, parsed.ref, commit)
     return find(parsed)
 
 
@@ -131,7 +131,8 @@ class _Pull:
         absent = [name for name in weights if name not in self.sizes]
         if absent:
             raise OctoError(f"{self.name} is broken on the Hub: {INDEX_NAME} names {absent[0]}, which is not there.")
-        write_manifest(self.folder, self.commit, {name: self.sizes[name] for name in [*self.plan, *weights]})
+        needed = {name: self.sizes[name] for name in [*self.plan, *weights]}
+        write_manifest(self.folder, self.commit, self.name.ref, needed)
         self._check_space([name for name in weights if not has_file(snapshot / name, self.sizes[name])])
         self._fetch(weights)
         return self.commit

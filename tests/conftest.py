@@ -124,7 +124,7 @@ class FakeHub:
 
     ``requests`` lists (method, file) or ("API", repository) in order. ``faults[file]`` lists what the next GETs of the
     file's data do instead of answering: an HTTP status, ``"cut"`` (half of it, then the connection drops) or
-    ``"stall"`` (half of it, then nothing until :attr:`release` is set); ``faults[repository]`` lists the API's statuses.
+    ``"stall"`` (half of it, then nothing until :attr:`release` is set); ``faults[repository]`` those of the API.
     """
 
     def __init__(self) -> None:

@@ -98,12 +98,11 @@ def test_interrupted_between_files_then_resumed(fake_hub: Any, repo: Path) -> No
     snapshot = next((hub.cache_folder() / "models--tiny--llama" / "snapshots").iterdir())
     assert (snapshot / SHARDS[0]).exists() and not (snapshot / SHARDS[1]).exists()
     assert not incomplete_files()
-    with pytest.raises(OctoError, match="is not in"):
-        hub.resolve(NAME)
-    with pytest.raises(OctoError, match=r"is not complete .*00002.* and 1 more missing"):
-        hub.resolve(f"{NAME}@{snapshot.name}")
+    for name in (NAME, f"{NAME}@{snapshot.name}"):
+        with pytest.raises(OctoError, match=r"is not complete .*00002.* and 1 more missing"):
+            hub.resolve(name)
     listed = hub.list_models()[1]
-    assert not listed.complete and listed.label == f"{NAME}@{snapshot.name}"
+    assert not listed.complete and listed.label == NAME and listed.path == snapshot
 
     entry = hub.pull(NAME)
     assert snapshot_files(entry.path) == snapshot_files(repo)
@@ -188,6 +187,9 @@ def test_interrupted_update_keeps_the_old_model(
     with pytest.raises(OctoError):
         hub.pull(NAME)
     assert hub.resolve(NAME) == old.path
+    assert [(entry.complete, entry.label == NAME) for entry in hub.list_models() if entry.path == old.path] == [
+        (True, True)
+    ]
     assert hub.resolve(hub.pull(NAME).label) != old.path
 
 
@@ -325,12 +327,20 @@ def test_remove(fake_hub: Any, repo: Path, make_checkpoint: Callable[..., Path],
     assert repo.is_dir() and hub.resolve("octo-demo").is_dir()
 
 
+def test_pull_of_a_commit(fake_hub: Any, repo: Path) -> None:
+    commit = fake_hub.repos[NAME].refs["main"]
+    entry = hub.pull(f"{NAME}@{commit}")
+    assert entry.commit == entry.revision == commit and hub.list_models()[1:] == [entry]
+    with pytest.raises(OctoError, match="is not in"):
+        hub.resolve(NAME)
+
+
 def test_remove_an_interrupted_pull(fake_hub: Any, repo: Path) -> None:
     fake_hub.faults[SHARDS[0]] = [500]
     with pytest.raises(OctoError):
         hub.pull(NAME)
-    assert hub.remove(NAME) > 0
-    assert hub.list_models()[1:] == []
+    assert hub.remove(f"{NAME}@main") > 0
+    assert hub.list_models()[1:] == [] and not any(hub.cache_folder().glob("models--*"))
 
 
 def test_remove_does_not_follow_links_out_of_the_cache(fake_hub: Any, repo: Path) -> None:
@@ -360,3 +370,25 @@ def test_pull_wants_a_hub_name(fake_hub: Any, name: str) -> None:
         hub.pull(name)
     sentence(error)
     assert fake_hub.requests == []
+
+
+def octo_run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "octo_run", *args], capture_output=True, text=True, timeout=120)
+
+
+def test_commands(fake_hub: Any, repo: Path) -> None:
+    """pull, list, rm as commands: exit codes, one sentence on standard error, no traceback."""
+    fake_hub.faults[SHARDS[1]] = [500]
+    broken = octo_run("pull", NAME)
+    assert broken.returncode == 1 and "500" in broken.stderr and "Traceback" not in broken.stderr
+    assert octo_run("pull", NAME).returncode == 0
+    assert fake_hub.downloads(SHARDS[0]) == 1
+    assert NAME in octo_run("list").stdout
+    assert octo_run("pull", "--offline", NAME).returncode == 0
+    assert octo_run("pull", "not-a-name").returncode == 2
+    fake_hub.repos[NAME].gated = 401
+    fake_hub.add(NAME, repo, "main", **{"generation_config.json": b"{}"})
+    gated = octo_run("pull", NAME)
+    assert gated.returncode == 1 and "is gated" in gated.stderr and len(gated.stderr.strip().splitlines()) <= 3
+    assert octo_run("rm", "--yes", NAME).returncode == 0
+    assert NAME not in octo_run("list").stdout
