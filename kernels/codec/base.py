@@ -90,7 +90,8 @@ class Codec(ABC):
     def decode_rotated(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Decode uint8 [..., bytes_per_vector] to [..., head_dim] in the rotated basis.
 
-        The order of the result in memory is not promised. ValueError for another dtype or size of `packed`, or a `dtype` that is not a floating one.
+        The order of the result in memory is not promised. ValueError for another dtype or size of `packed`, or a
+        `dtype` that is not a floating one.
         """
 
     def decode(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -143,7 +144,10 @@ class TripletCodec(Codec):
 
     @abstractmethod
     def _decode_triplets(self, codes: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
-        """Write gamma [vectors] times the codewords of codes [num_triplets, vectors] into out [num_triplets, 3, vectors]."""
+        """Write gamma [vectors] times the codewords of `codes` [num_triplets, vectors] into `out`.
+
+        out [num_triplets, 3, vectors], in the dtype to work in; gamma has it too.
+        """
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return self._encode_rows(x, rotate=True)

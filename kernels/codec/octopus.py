@@ -144,5 +144,5 @@ def _nearest_codewords(triplets: torch.Tensor, tables: OctopusTables) -> torch.T
     """Codes int32 [num_triplets, vectors] of the codewords nearest to triplets [num_triplets, 3, vectors]."""
     points = triplets.transpose(1, 2).reshape(-1, 3)
     penalty = tables.codewords.square().sum(dim=0) / 2
-    codes = [(part @ tables.codewords - penalty).argmax(dim=1) for part in points.split(1024)]
+    codes = [(part @ tables.codewords - penalty).argmax(dim=1) for part in torch.split(points, 1024)]
     return torch.cat(codes).to(torch.int32).view(triplets.shape[0], triplets.shape[2])

@@ -7,6 +7,7 @@ Hartley matrix). For powers of two this is the rotation of the OCTOPUS paper.
 
 import functools
 import hashlib
+import math
 
 import torch
 
@@ -27,14 +28,14 @@ def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
         first, second = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack((first + second, first - second), dim=-2).reshape(x.shape)
         half *= 2
-    return y * size**-0.5
+    return y / math.sqrt(size)
 
 
 def hartley(size: int) -> torch.Tensor:
     """The orthonormal Hartley matrix, `(cos + sin)(2 pi j k / size) / sqrt(size)`; float64 [size, size], symmetric."""
     steps = torch.arange(size, dtype=torch.float64)
     angles = 2 * torch.pi * torch.remainder(torch.outer(steps, steps), size) / size
-    return (angles.cos() + angles.sin()) * size**-0.5
+    return (angles.cos() + angles.sin()) / math.sqrt(size)
 
 
 def random_signs(head_dim: int, seed: int) -> torch.Tensor:
