@@ -96,7 +96,8 @@ class Conversation:
             try:
                 reply = self._session.ask(text, self._params)
                 if reply.dropped_turns:
-                    self._tell(f"the context is full: the {_count(reply.dropped_turns, 'oldest turn')} dropped")
+                    verb = "was" if reply.dropped_turns == 1 else "were"
+                    self._tell(f"the context is full: {_count(reply.dropped_turns, 'old turn')} {verb} dropped")
                 for piece in reply:
                     stop.answering = True
                     console.stream(piece)
@@ -129,7 +130,7 @@ class Conversation:
         fresh = reply.prompt_tokens - reply.reused_tokens
         speed = console.rate(reply.generated_tokens - 1, reply.decode_seconds)
         parts = [
-            f"{reply.generated_tokens} tokens",
+            _count(reply.generated_tokens, "token"),
             f"{speed} tokens/s",
             f"prompt {reply.prompt_tokens} = {reply.reused_tokens} reused + {fresh} new, {reply.prefill_seconds:.2f} s",
         ]

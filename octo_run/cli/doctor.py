@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -104,14 +105,21 @@ def _cuda() -> Iterator[Finding]:
 def _cache() -> Iterator[Finding]:
     from octo_run.models.hub import cache_folder
 
-    folder = cache_folder()
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        yield Finding("model cache", "wrong", f"{folder} cannot be written: `octo-run pull` would fail")
-        return
-    free = console.human_bytes(shutil.disk_usage(nearest).free)
-    state = "" if folder.exists() else " (made at the first pull)"
-    yield Finding("model cache", "ok", f"{folder}{state}, {free} free")
+    try:
+        folder = cache_folder()
+        nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OctoError as error:
+        yield Finding("model cache", "wrong", str(error))
+    except OSError as error:
+        yield Finding(
+            "model cache", "wrong", f"{folder} cannot be written ({error.strerror}): `octo-run pull` would fail"
+        )
+    else:
+        free = console.human_bytes(shutil.disk_usage(nearest).free)
+        state = "" if folder.exists() else " (made at the first pull)"
+        yield Finding("model cache", "ok", f"{folder}{state}, {free} free")
 
 
 def _demo() -> Iterator[Finding]:

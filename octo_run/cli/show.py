@@ -119,6 +119,7 @@ def _text(facts: dict[str, Any]) -> str:
         "",
         "bytes/token: codes and norms of all layers and KV heads, K and V; all-in: with sinks, windows and the staging",
         "buffer, spread over the longest context that the model supports and the memory holds. Tokens past the model's",
-        "own context are of no use, however many would fit.",
+        "own context are of no use, however many would fit. bf16 is the uncompressed cache; it takes the dtype of the",
+        f"arithmetic, {facts['dtype']} here.",
     ]
     return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""A small in-memory engine in place of the real one, so that the command line is tested without a model."""
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from octo_run.cli import console, main, runtime
+from octo_run.errors import UsageError
+
+
+@dataclass
+class FakeReply:
+    """An answer of prepared pieces; ``"^C"`` among them stands for the key pressed at that moment."""
+
+    pieces: list[str]
+    prompt_tokens: int = 12
+    reused_tokens: int = 0
+    dropped_turns: int = 0
+    reason: str = "stop"
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    prefill_seconds: float = 0.25
+    decode_seconds: float = 0.5
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[str]:
+        for number, piece in enumerate(self.pieces):
+            if piece == "^C":
+                signal.raise_signal(signal.SIGINT)
+                continue
+            self.ids.append(number)
+            self.text += piece
+            yield piece
+        self.finish_reason = self.reason
+
+    def close(self) -> None:
+        self.finish_reason = self.finish_reason or "interrupted"
+
+
+class FakeTokenizer:
+    bos_id = 1
+    has_chat_template = True
+    special_ids = frozenset({0, 1, 2})
+
+    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
+        return [1] * add_bos + [ord(letter) for letter in text]
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return [2, *(ord(letter) for message in messages for letter in message["content"])]
+
+
+class FakeEngine:
+    """Holds what the commands read from an engine, and the answers that it will give, in order."""
+
+    def __init__(self) -> None:
+        self.tokenizer = FakeTokenizer()
+        self.max_context = 4096
+        self.config = SimpleNamespace(vocab_size=100)
+        self.device, self.dtype = SimpleNamespace(type="cpu"), "torch.float32"
+        self.end_ids: frozenset[int] = frozenset({2})
+        self.replies: list[FakeReply] = []
+        self.prompts: list[list[int]] = []
+        self.runs: list[tuple[list[int], int]] = []
+        self.loaded: Any = None
+        self.sampling: Any = None
+        self.session: FakeSession | None = None
+
+    def answers(self, *texts: str) -> None:
+        self.replies += [FakeReply([text]) for text in texts]
+
+    def next_reply(self) -> FakeReply:
+        return self.replies.pop(0)
+
+    def memory_plan(self) -> dict[str, int]:
+        parts = {"weights": 1000, "arena": 200, "full_precision": 30, "workspace": 4, "logits": 5}
+        return {**parts, "total": 1239, "bytes_per_token": 7, "context": self.max_context}
+
+    def memory_now(self) -> dict[str, int]:
+        return {"process_peak": 4_000_000}
+
+
+class FakeSession:
+    def __init__(self, engine: FakeEngine, system: str | None) -> None:
+        self.engine, self.system = engine, system
+        self.asked: list[str] = []
+        self.cleared = 0
+        engine.session = self
+
+    def ask(self, text: str, _params: Any) -> FakeReply:
+        if text == "too long":
+            raise UsageError("The prompt has 5,000 tokens and the context holds 4,096; shorten it or raise --ctx.")
+        self.asked.append(text)
+        return self.engine.next_reply()
+
+    def undo(self) -> str | None:
+        return self.asked.pop() if self.asked else None
+
+    def clear(self) -> None:
+        self.cleared += 1
+        self.asked.clear()
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """The fake engine, put behind all that the commands use of the real one."""
+    fake = FakeEngine()
+
+    def load(options: Any) -> FakeEngine:
+        fake.loaded = options
+        return fake
+
+    def params(_engine: FakeEngine, options: Any) -> Any:
+        fake.sampling = options
+        return SimpleNamespace(temperature=options.temp or 0.0, seed=options.seed)
+
+    def reply(_engine: FakeEngine, ids: list[int], options: Any) -> FakeReply:
+        fake.prompts.append(ids)
+        params(fake, options)
+        return fake.next_reply()
+
+    def run(_engine: FakeEngine, ids: list[int], max_tokens: int) -> Any:
+        fake.runs.append((list(ids), max_tokens))
+        reused = len(fake.runs[-2][0]) if len(fake.runs) > 1 and fake.runs[-2][1] == 1 else 0
+        return SimpleNamespace(
+            prompt_tokens=len(ids), reused_tokens=reused, prefill_seconds=0.5, decode_seconds=0.25 * len(fake.runs)
+        )
+
+    monkeypatch.setattr(runtime, "load_engine", load)
+    monkeypatch.setattr(runtime, "sampling_params", params)
+    monkeypatch.setattr(runtime, "open_session", FakeSession)
+    monkeypatch.setattr(runtime, "open_reply", reply)
+    monkeypatch.setattr(runtime, "run_to_end", run)
+    return fake
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Put bytes on standard input."""
+    import io
+    import sys
+
+    def put(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+
+    return put
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def octo(capsys: pytest.CaptureFixture[str], stdin: Callable[[bytes], None]) -> Callable[..., Outcome]:
+    """Run the command line in this process: ``octo("generate", "-p", "text", stdin=b"")``."""
+
+    def run(*argv: str, data: bytes = b"") -> Outcome:
+        stdin(data)
+        code = main(argv)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
+    """Pretend that a person sits at a terminal and types these lines; an exception class is what a key raises."""
+
+    def play(lines: list[Any]) -> None:
+        from octo_run.cli import line_editor
+
+        class Editor:
+            def read(self) -> str:
+                line = lines.pop(0) if lines else EOFError
+                if isinstance(line, str):
+                    return line
+                raise line
+
+        monkeypatch.setattr(line_editor, "LineEditor", Editor)
+        monkeypatch.setattr(console, "interactive", lambda: True)
+
+    return play

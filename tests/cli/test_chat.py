@@ -1,0 +1,187 @@
+"""``chat``: piped and at a terminal, slash commands, Ctrl-C, notices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from octo_run.cli.chat import EXAMPLES
+from octo_run.cli.conversation import HELP
+
+LINE = b"one\n"
+
+
+def test_piped_lines_are_turns_and_only_answers_come_out(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("first", "second\nline")
+    shown = octo("chat", "--system", "S", data=b"one\n\n  two \r\n")
+    assert (shown.code, shown.out, shown.err) == (0, "first\nsecond\nline\n", "")
+    assert engine.session.asked == ["one", "two"] and engine.session.system == "S"
+
+
+def test_piped_without_input_ends_at_once(octo: Callable[..., Any], engine: Any) -> None:
+    assert octo("chat").code == 0
+
+
+def test_last_line_without_line_feed_counts(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("yes")
+    assert octo("chat", data="é".encode()).out == "yes\n"
+    assert engine.session.asked == ["é"]
+
+
+def test_piped_failure_ends_with_its_exit_code(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("first")
+    shown = octo("chat", data=b"one\ntoo long\nthree\n")
+    assert shown.code == 2 and shown.out == "first\n"
+    assert (
+        shown.err == "octo-run: The prompt has 5,000 tokens and the context holds 4,096; shorten it or raise --ctx.\n"
+    )
+
+
+def test_piped_bad_utf8_names_the_line(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("first")
+    shown = octo("chat", data=b"one\na\xff\n")
+    assert shown.code == 2 and "line 2 of standard input is not UTF-8 text: byte 1" in shown.err
+
+
+def test_piped_ctrl_c_ends_with_130_and_what_was_said(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("")
+    engine.replies[0].pieces = ["half", "^C", " more", " never"]
+    shown = octo("chat", data=b"one\ntwo\n")
+    assert shown.code == 130 and shown.out == "half more\n"
+
+
+def test_piped_commands_write_to_stderr(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("a", "b")
+    shown = octo("chat", data=b"one\n/help\n/stats\n/clear\n/system New\n//slash\n/exit\nnever\n")
+    assert shown.code == 0 and shown.out == "a\nb\n"
+    assert HELP in shown.err and "1 turn: 12 prompt tokens" in shown.err and "planned memory 1.24 kB" in shown.err
+    assert engine.session.asked == ["/slash"] and engine.session.cleared == 1 and engine.session.system == "New"
+
+
+@pytest.mark.parametrize("line", ["/etc/passwd says?", "/ is the root", "1/2"])
+def test_text_with_slashes_is_text(octo: Callable[..., Any], engine: Any, line: str) -> None:
+    engine.answers("a")
+    assert octo("chat", data=line.encode()).code == 0
+    assert engine.session.asked == [line]
+
+
+def test_dropped_turns_are_said(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("a", "b")
+    engine.replies[0].dropped_turns, engine.replies[1].dropped_turns = 1, 3
+    shown = octo("chat", data=b"one\ntwo\n")
+    assert shown.out == "a\nb\n"
+    assert "the context is full: 1 old turn was dropped\n" in shown.err
+    assert "the context is full: 3 old turns were dropped\n" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("reason", "says"), [("context", "the context is full: the answer"), ("length", "--max-tokens")]
+)
+def test_an_answer_that_was_cut_is_said(octo: Callable[..., Any], engine: Any, reason: str, says: str) -> None:
+    engine.answers("a")
+    engine.replies[0].reason = reason
+    assert says in octo("chat", data=LINE).err
+
+
+def test_terminal_greets_answers_and_reports(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    engine.answers("hello", "again")
+    engine.replies[1].reused_tokens = 8
+    terminal(["one", "", "two"])
+    shown = octo("chat")
+    assert shown.code == 0
+    assert all(example in shown.out for example in EXAMPLES)
+    assert "hello\n[1 token, 0.0 tokens/s, prompt 12 = 0 reused + 12 new, 0.25 s]\n" in shown.out
+    assert "prompt 12 = 8 reused + 4 new" in shown.out
+
+
+def test_terminal_greeting_for_other_models_is_short(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    terminal([])
+    shown = octo("chat", "-m", "org/name")
+    assert EXAMPLES[0] not in shown.out and "/help" in shown.out
+
+
+def test_terminal_ctrl_c_stops_the_answer_and_keeps_the_session(
+    octo: Callable[..., Any], engine: Any, terminal: Any
+) -> None:
+    engine.answers("", "after")
+    stopped = engine.replies[0]
+    stopped.pieces = ["half", "^C", " more", " never"]
+    terminal(["one", "two"])
+    shown = octo("chat")
+    assert shown.code == 0 and "half more\n[stopped, " in shown.out and "after" in shown.out
+    assert "never" not in shown.out and stopped.finish_reason == "interrupted"
+    assert engine.session.asked == ["one", "two"]
+
+
+@pytest.mark.parametrize("pieces", [["^C", "never"], ["half", "^C", "^C", "never"]])
+def test_ctrl_c_before_the_answer_or_twice_interrupts_at_once(
+    octo: Callable[..., Any], engine: Any, terminal: Any, pieces: list[str]
+) -> None:
+    engine.answers("", "after")
+    engine.replies[0].pieces = pieces
+    terminal(["one", "two"])
+    shown = octo("chat")
+    assert shown.code == 0 and "stopped" in shown.out and "never" not in shown.out and "after" in shown.out
+
+
+def test_terminal_second_ctrl_c_at_the_prompt_leaves(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    engine.answers("a")
+    terminal([KeyboardInterrupt, "one", KeyboardInterrupt, KeyboardInterrupt, "never"])
+    shown = octo("chat")
+    assert shown.code == 130 and engine.session.asked == ["one"]
+    assert shown.out.count("Ctrl-C again or Ctrl-D leaves.") == 2
+
+
+def test_terminal_failures_keep_the_session(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    engine.answers("a")
+    terminal(["too long", "/bogus", "one", "/exit", "never"])
+    shown = octo("chat")
+    assert shown.code == 0 and engine.session.asked == ["one"]
+    assert "The prompt has 5,000 tokens" in shown.err and "there is no command /bogus" in shown.err
+
+
+def test_regen_asks_again_and_says_when_that_is_the_same(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    engine.answers("a", "b")
+    terminal(["/regen", "one", "/regen"])
+    shown = octo("chat")
+    assert "there is no question to answer again" in shown.err
+    assert "greedy choice gives the same answer again" in shown.out
+    assert engine.session.asked == ["one"]
+    for argv, says in ((["--seed", "1"], "the same --seed"), ([], None)):
+        engine.answers("a", "b")
+        terminal(["one", "/regen"])
+        out = octo("chat", "--temp", "0.5", *argv).out
+        assert "the same answer" not in out if says is None else says in out
+
+
+def test_control_characters_do_not_reach_a_terminal(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    import sys
+
+    from octo_run.cli import console
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen, pipe = Terminal(), io.StringIO()
+    for stream in (screen, pipe):
+        monkeypatch.setattr(sys, "stdout", stream)
+        console.stream("a\x1b[2Jb\x9bc\td\r\n\x07")
+    assert screen.getvalue() == "a[2Jbc\td\n" and pipe.getvalue() == "a\x1b[2Jb\x9bc\td\r\n\x07"
+
+
+def test_dim_only_where_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from octo_run.cli import console
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert console.dim("x") == "\x1b[2mx\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.dim("x") == "x"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert console.dim("x") == "x"

@@ -1,0 +1,143 @@
+"""The group: lazy loading, speed of --help, exit codes, one sentence per failure."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import octo_run
+from octo_run.cli import _COMMANDS, list_models, main
+from octo_run.errors import OctoError, UsageError
+
+HEAVY = ("torch", "triton", "huggingface_hub", "transformers", "tokenizers", "sentencepiece", "prompt_toolkit", "rich")
+HELP_SECONDS = 0.3
+
+
+@pytest.mark.parametrize("command", [None, *_COMMANDS])
+def test_help_is_fast(command: str | None) -> None:
+    argv = [sys.executable, "-m", "octo_run", *([command] if command else []), "--help"]
+    times = []
+    for _ in range(10):  # the machine may be busy: the fastest of a few counts
+        begun = time.perf_counter()
+        shown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+        times.append(time.perf_counter() - begun)
+        if times[-1] < HELP_SECONDS:
+            break
+    assert "Usage: octo-run" in shown and "--debug" in shown
+    assert min(times) < HELP_SECONDS
+
+
+def test_nothing_heavy_is_imported_before_a_command_runs() -> None:
+    program = (
+        "import sys, contextlib, io\n"
+        "from octo_run.cli import main, _COMMANDS\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main(['--help'])\n"
+        "    for name in _COMMANDS: main([name, '--help'])\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_list_imports_neither_torch_nor_the_hub_client() -> None:
+    program = (
+        "import sys; from octo_run.cli import main; main(['list'])\n"
+        "print([name for name in ('torch', 'huggingface_hub') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert shown.splitlines()[-1] == "[]"
+
+
+def test_version(octo: Callable[..., Any]) -> None:
+    shown = octo("--version")
+    assert (shown.code, shown.out, shown.err) == (0, f"octo-run {octo_run.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["caht"], "did you mean 'chat'?"),
+        (["frobnicate"], "the commands are chat, generate, "),
+        (["chat", "--bogus"], "--bogus"),
+        (["generate", "--temp", "-1"], "--temp"),
+        (["generate", "--top-p", "0"], "--top-p"),
+        (["generate", "--ctx", "many"], "'many' is neither a number of tokens nor 'auto'"),
+        (["generate", "--ctx", "0"], "'0' is neither a number of tokens nor 'auto'"),
+        (["generate", "--dtype", "int3"], "--dtype"),
+        (["pull"], "ORG/NAME[@REV]"),
+        (["rm", "org/name"], "give --yes"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(octo: Callable[..., Any], argv: list[str], says: str) -> None:
+    shown = octo(*argv)
+    assert shown.code == 2
+    assert shown.out == ""
+    assert shown.err.startswith("octo-run: ") and says in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_shown(octo: Callable[..., Any]) -> None:
+    shown = octo()
+    assert shown.code == 2 and "Commands:" in shown.err
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as PyTorch names it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (OctoError("The disk is full."), 1, "octo-run: The disk is full.\n"),
+        (UsageError("There is no model 'x'."), 2, "octo-run: There is no model 'x'.\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (PermissionError(13, "Permission denied", "/cache"), 1, "octo-run: /cache: Permission denied.\n"),
+        (OutOfMemoryError("CUDA out of memory\n\nlong"), 1, "the memory ran out"),
+        (MemoryError(), 1, "the memory ran out"),
+        (ZeroDivisionError("division\nby zero"), 1, "unexpected failure (ZeroDivisionError: division by zero)"),
+    ],
+)
+def test_failures_become_sentences(
+    octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, says: str
+) -> None:
+    def fail(**_values: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(list_models.command, "callback", fail)
+    shown = octo("list")
+    assert shown.code == code
+    assert says in shown.err and "Traceback" not in shown.err
+    assert shown.err.count("\n") <= 1
+    for argv in (("--debug", "list"), ("list", "--debug")):
+        shown = octo(*argv)
+        assert shown.code == code
+        if isinstance(error, Exception):
+            assert "Traceback" in shown.err and says in shown.err
+
+
+def test_a_reader_that_went_away_is_no_failure_to_explain() -> None:
+    program = "import sys; from octo_run.cli import main; sys.exit(main(['list']))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() in (0, 1)
+
+
+def test_text_that_the_terminal_cannot_encode_is_replaced() -> None:
+    program = "import sys; from octo_run.cli import main; main(['--version']); print('caf\\xe9 \\u2603')"
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""}
+    )
+    assert shown.returncode == 0 and b"caf? ?" in shown.stdout
+
+
+def test_the_console_script_is_main() -> None:
+    from importlib.metadata import entry_points
+
+    (script,) = (entry for entry in entry_points(group="console_scripts") if entry.name == "octo-run")
+    assert script.load() is main
