@@ -1,13 +1,22 @@
 """Operations on the octahedral KV arena; each dispatches on the device of its inputs."""
 
-from octo_run.kernels.attention import PAGE_TOKENS, AttentionInputs, attend, attention_workspace_bytes, page_bytes
-from octo_run.kernels.encode import encode_pages
+from octo_run.kernels.attention import (
+    PAGE_TOKENS,
+    AttentionInputs,
+    attend,
+    attend_reference,
+    attention_workspace_bytes,
+    page_bytes,
+)
+from octo_run.kernels.encode import encode_pages, encode_pages_reference
 
 __all__ = [
     "PAGE_TOKENS",
     "AttentionInputs",
     "attend",
+    "attend_reference",
     "attention_workspace_bytes",
     "encode_pages",
+    "encode_pages_reference",
     "page_bytes",
 ]

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 PAGE_TOKENS = 64
 """Tokens of one page of the arena, for K and for V."""
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 256)
-
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -64,8 +62,8 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
         )
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
-    if dim not in HEAD_DIMS or fmt.k.head_dim != dim or fmt.v.head_dim != dim:
-        raise ValueError(f"head_dim {dim} of q is not in {HEAD_DIMS} or not that of the format {fmt.name}")
+    if fmt.k.head_dim != dim or fmt.v.head_dim != dim:
+        raise ValueError(f"head_dim of q is {dim}, {fmt.name} stores {fmt.k.head_dim} and {fmt.v.head_dim}")
     for name in ("sink_k", "sink_v", "tail_k", "tail_v"):
         part: Tensor = getattr(kv, name)
         if part.ndim != 4 or part.shape[:2] != (batch, kv_heads) or part.shape[3] != dim:

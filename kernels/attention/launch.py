@@ -1,0 +1,166 @@
+"""Launchers of the attention kernels: shapes and constants in, no host read of a device value."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octo_run.kernels.attention.inputs import AttentionInputs, check
+from octo_run.kernels.attention.splits import count_splits, workspace_bytes
+from octo_run.kernels.attention.triton_attend import attend_kernel, merge_kernel
+from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_ELEMENTS: dict[torch.dtype, Any] = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+_MERGE_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """Tile sizes and launch options: see the constexprs of `attend_kernel` for ROWS, BN, BF, FLIP."""
+
+    rows: int
+    keys: int
+    full_keys: int
+    flip: bool
+    warps: int
+    stages: int
+
+
+@functools.cache
+def part_widths(head_dim: int) -> tuple[int, int]:
+    """Widths (powers of two from 16 on, the second may be 0) of the two parts of planes that hold all triplets."""
+    triplets = -(-head_dim // 3)
+    first = max(16, 1 << (triplets.bit_length() - 1))
+    rest = triplets - first
+    return first, (max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0)
+
+
+@functools.cache
+def _tiling(dtype: torch.dtype, causal: bool, group: int, head_dim: int) -> _Tiling:
+    """One warp a program for decode (what is decoded is decoded once), a warp group and its matrix unit for prefill."""
+    heads = 1 << (group - 1).bit_length()
+    if dtype == torch.float32:
+        return _Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1)
+    if not causal:
+        return _Tiling(max(8, heads), 16 if head_dim > 128 else 32, 16, flip=True, warps=1, stages=1)
+    if head_dim > 128:
+        return _Tiling(64, 32, 32, flip=False, warps=4, stages=1)
+    return _Tiling(64, 64, 32, flip=False, warps=4, stages=1)
+
+
+@functools.cache
+def _no_table(device: torch.device) -> Tensor:
+    return torch.zeros(1, dtype=torch.float32, device=device)
+
+
+def codec_constants(codec: Codec, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
+    """(kind as in `triton_planes`, bits a triplet, levels of xi and eta, levels of rho) of a codec."""
+    if isinstance(codec, OctopusCodec):
+        tables = codec.tables(torch.float32, device)
+        return 1, codec.bits, tables.xi_levels, tables.rho_levels
+    if isinstance(codec, PlainCodec):
+        return 0, 0, _no_table(device), _no_table(device)
+    raise ValueError(f"there is no attention kernel for the format {codec.name}")
+
+
+def _element(fmt: KVFormat) -> Any:
+    """Element type of plain pages; bfloat16 where there are none."""
+    kinds = {codec.dtype for codec in (fmt.k, fmt.v) if isinstance(codec, PlainCodec)}
+    if len(kinds) > 1 or not kinds <= _ELEMENTS.keys():
+        raise ValueError(f"there is no attention kernel for plain pages of {sorted(map(str, kinds))}")
+    return _ELEMENTS[kinds.pop()] if kinds else tl.bfloat16
+
+
+def attend_triton(
+    q: Tensor,
+    kv: AttentionInputs,
+    fmt: KVFormat,
+    *,
+    scale: float,
+    max_length: int,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """`attend` by the Triton kernels (on a GPU, or interpreted). q in fp16, bf16 or fp32.
+
+    16-bit inputs are multiplied in fp16: coordinates of K and V beyond 65504, the fp16 range, are not supported.
+    """
+    check(q, kv, fmt, out)
+    if q.dtype not in _ELEMENTS:
+        raise ValueError(f"the attention kernels take fp16, bf16 and fp32, not {q.dtype}")
+    batch, count, heads, dim = q.shape
+    kv_heads = kv.pages.shape[1]
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    splits = count_splits(batch, kv_heads, max_length) if count == 1 else 1
+    part, lse = _partials(splits, q, kv_heads, workspace)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        _launch(q, kv, fmt, out, part, lse, splits, scale)
+        if splits > 1:
+            merge_kernel[(triton.cdiv(dim, _MERGE_COLUMNS), heads, batch)](
+                part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
+                WIDTH=max(16, 1 << (splits - 1).bit_length()), COLUMNS=_MERGE_COLUMNS, num_warps=4)  # fmt: skip
+    return out
+
+
+def _partials(splits: int, q: Tensor, kv_heads: int, workspace: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for the splits' outputs and log-sum-exps within the workspace; q itself, unused, without splits."""
+    if splits == 1:
+        return _no_table(q.device), _no_table(q.device)
+    batch, _, heads, dim = q.shape
+    if workspace is None:
+        workspace = torch.empty(workspace_bytes(batch, heads, kv_heads, dim) // 4, dtype=torch.float32, device=q.device)
+    rows = batch * heads * splits
+    if workspace.dtype != torch.float32 or not workspace.is_contiguous() or workspace.numel() < rows * (dim + 1):
+        raise ValueError(
+            f"the workspace must be contiguous float32 with at least {rows * (dim + 1)} elements, "
+            f"not {workspace.dtype} with {workspace.numel()}"
+        )
+    flat = workspace.view(-1)
+    return flat[: rows * dim], flat[rows * dim : rows * (dim + 1)]
+
+
+def _launch(
+    q: Tensor,
+    kv: AttentionInputs,
+    fmt: KVFormat,
+    out: Tensor,
+    part: Tensor,
+    lse: Tensor,
+    splits: int,
+    scale: float,
+) -> None:
+    batch, count, heads, dim = q.shape
+    kv_heads = kv.pages.shape[1]
+    group = heads // kv_heads
+    kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, q.device)
+    kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, q.device)
+    causal = count > 1
+    tiling = _tiling(q.dtype, causal, group, dim)
+    first, second = part_widths(dim)
+    blocks = triton.cdiv(count * group, tiling.rows) if causal else splits
+    launch: Callable[..., Any] = attend_kernel[(blocks, kv_heads, batch)]
+    launch(
+        q, out, part, lse, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin,
+        kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v, levels_k, radii_k, levels_v, radii_v, scale,
+        count, splits, kv.sink, kv.tail_k.shape[2], *q.stride()[:3], *out.stride()[:3], *kv.pages.stride()[:2],
+        kv.page_table.stride(0), *kv.sink_k.stride()[:3], *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3],
+        *kv.tail_v.stride()[:3], G=group, D=dim, KIND_K=kind_k, KIND_V=kind_v,
+        BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
+        ELEMENT=_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
+        BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=kind_k == 0 and kind_v == 0,
+        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, num_warps=tiling.warps, num_stages=tiling.stages,
+    )  # fmt: skip

@@ -1,0 +1,265 @@
+"""Triton kernels of attention over the arena: one for decode (split over the context) and prefill, and the merge.
+
+One program serves the query heads of one KV head: its rows are (query, head of the group), padded to a power of two.
+It walks over tiles of keys, first those of packed pages, then the full-precision ones (sinks, tail), and keeps a
+softmax running in base 2. Nothing but registers ever holds a decoded key or value.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from octo_run.kernels.attention.triton_planes import PLAIN, coordinate, norms, planes
+
+LOWEST = tl.constexpr(-1e30)
+"""Starting maximum: finite, so that a program without a key subtracts no infinities."""
+
+
+@triton.jit
+def _across(v, FLIP: tl.constexpr):
+    """A vector over the rows (queries) as a column, or as a row where the tiles are flipped."""
+    if FLIP:
+        return v[None, :]
+    else:
+        return v[:, None]
+
+
+@triton.jit
+def _along(v, FLIP: tl.constexpr):
+    """A vector over keys or triplets: the other direction of `_across`."""
+    if FLIP:
+        return v[:, None]
+    else:
+        return v[None, :]
+
+
+@triton.jit
+def _load_rows(at, keep, i, first: tl.constexpr, T: tl.constexpr, D: tl.constexpr, CONTIGUOUS: tl.constexpr):
+    """Three float32 planes of the queries at pointers `at`, one a row; `i` counts triplets the other way."""
+    cx = coordinate(i, 0, first, T, CONTIGUOUS)
+    cy = coordinate(i, 1, first, T, CONTIGUOUS)
+    cz = coordinate(i, 2, first, T, CONTIGUOUS)
+    x = tl.load(at + cx, mask=keep & (cx < D), other=0.0).to(tl.float32)
+    y = tl.load(at + cy, mask=keep & (cy < D), other=0.0).to(tl.float32)
+    z = tl.load(at + cz, mask=keep & (cz < D), other=0.0).to(tl.float32)
+    return x, y, z
+
+
+@triton.jit
+def _store_rows(at, keep, i, acc, over, first: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+                CONTIGUOUS: tl.constexpr):  # fmt: skip
+    """The opposite of `_load_rows`, in the element type of `at`; `over` multiplies the rows."""
+    cx = coordinate(i, 0, first, T, CONTIGUOUS)
+    cy = coordinate(i, 1, first, T, CONTIGUOUS)
+    cz = coordinate(i, 2, first, T, CONTIGUOUS)
+    tl.store(at + cx, (acc[0] * over).to(at.dtype.element_ty), mask=keep & (cx < D))
+    tl.store(at + cy, (acc[1] * over).to(at.dtype.element_ty), mask=keep & (cy < D))
+    tl.store(at + cz, (acc[2] * over).to(at.dtype.element_ty), mask=keep & (cz < D))
+
+
+@triton.jit
+def _largest(planes_of_rows, FLIP: tl.constexpr):
+    """Largest magnitude of each row."""
+    x, y, z = planes_of_rows
+    return tl.max(tl.maximum(tl.maximum(tl.abs(x), tl.abs(y)), tl.abs(z)), 0 if FLIP else 1)
+
+
+@triton.jit
+def _scaled(planes_of_rows, factor, DOT: tl.constexpr):
+    x, y, z = planes_of_rows
+    return (x * factor).to(DOT), (y * factor).to(DOT), (z * factor).to(DOT)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, T: tl.constexpr, FLIP: tl.constexpr):
+    if FLIP:
+        zero = tl.zeros([T, ROWS], tl.float32)
+    else:
+        zero = tl.zeros([ROWS, T], tl.float32)
+    return zero, zero, zero
+
+
+@triton.jit
+def _dot(rows, tile, acc, FLIP: tl.constexpr):
+    """rows [ROWS, n] @ tile [n, m] + acc, or all of it transposed."""
+    if FLIP:
+        return tl.dot(tile, rows, acc, input_precision="ieee")
+    else:
+        return tl.dot(rows, tile, acc, input_precision="ieee")
+
+
+@triton.jit
+def _tile(
+    q0, q1, gain, m, l, acc0, acc1, kbase, vbase, row, kstride, vstride, visible, levels_k, radii_k, levels_v,
+    radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr, BYTES_V: tl.constexpr,
+    BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    FLIP: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over the BN stored rows `row` [BN] (-1: none, reads as zero where MASKED).
+
+    `visible` (broadcast over the scores) says what counts, where MASKED.
+    """
+    i0 = tl.arange(0, T0)
+    if FLIP:
+        s = tl.zeros([BN, ROWS], tl.float32)
+    else:
+        s = tl.zeros([ROWS, BN], tl.float32)
+    kr = _along(row, FLIP)
+    x, y, z = planes(kbase, kr, _across(i0, FLIP), kstride, kr >= 0, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0,
+                     T0, CONTIGUOUS, DOT)  # fmt: skip
+    s = _dot(q0[2], z, _dot(q0[1], y, _dot(q0[0], x, s, FLIP), FLIP), FLIP)
+    if T1 > 0:
+        i1 = tl.arange(0, T1)
+        x, y, z = planes(kbase, kr, _across(i1, FLIP), kstride, kr >= 0, levels_k, radii_k, KIND_K, BYTES_K, BITS_K,
+                         D, T0, T1, CONTIGUOUS, DOT)  # fmt: skip
+        s = _dot(q1[2], z, _dot(q1[1], y, _dot(q1[0], x, s, FLIP), FLIP), FLIP)
+    s = s * _across(gain, FLIP)
+    if KIND_K != PLAIN:
+        s = s * _along(norms(kbase, row, KIND_K, BYTES_K), FLIP)
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    top = tl.maximum(m, tl.max(s, 0 if FLIP else 1))
+    keep = tl.exp2(m - top)
+    p = tl.exp2(s - _across(top, FLIP))
+    l = l * keep + tl.sum(p, 0 if FLIP else 1)
+    if KIND_V != PLAIN:
+        p = p * _along(norms(vbase, row, KIND_V, BYTES_V), FLIP)
+    p = p.to(DOT)
+    keep = _across(keep, FLIP)
+    vr = _across(row, FLIP)
+    x, y, z = planes(vbase, vr, _along(i0, FLIP), vstride, vr >= 0, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, 0,
+                     T0, CONTIGUOUS, DOT)  # fmt: skip
+    acc0 = (_dot(p, x, acc0[0] * keep, FLIP), _dot(p, y, acc0[1] * keep, FLIP), _dot(p, z, acc0[2] * keep, FLIP))
+    if T1 > 0:
+        x, y, z = planes(vbase, vr, _along(i1, FLIP), vstride, vr >= 0, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D,
+                         T0, T1, CONTIGUOUS, DOT)  # fmt: skip
+        acc1 = (_dot(p, x, acc1[0] * keep, FLIP), _dot(p, y, acc1[1] * keep, FLIP), _dot(p, z, acc1[2] * keep, FLIP))
+    return top, l, acc0, acc1
+
+
+@triton.jit(do_not_specialize=["count", "splits", "sink", "capacity"])
+def attend_kernel(
+    Q, OUT, PART, LSE, PAGES, TABLE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
+    levels_k, radii_k, levels_v, radii_v, scale, count, splits, sink, capacity,
+    sq_b, sq_c, sq_h, so_b, so_c, so_h, sp_page, sp_head, st_b,
+    ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h, stv_t,
+    G: tl.constexpr, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
+    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """Program (row block or split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
+
+    CAUSAL: several queries, one row block a program. Else one query, and with SPLIT one split of its keys, whose
+    normalised output goes to PART [B, H, splits, D] and log2-sum-exp2 to LSE [B, H, splits]. ELEMENT is the element
+    type of plain pages. FLIP: all products transposed, keys on the side that is a multiple of 16, queries on the other.
+    """
+    block = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    start = tl.load(STARTS + b)
+    packed = tl.load(PACKED + b)
+    origin = tl.load(ORIGIN + b)
+    r = tl.arange(0, ROWS)
+    if CAUSAL:
+        r += block * ROWS
+    c = r // G
+    head = h * G + r % G
+    real = c < count
+    wanted = _across(real, FLIP)
+    i0 = _along(tl.arange(0, T0), FLIP)
+    at = Q + b * sq_b + _across(c.to(tl.int64) * sq_c + head * sq_h, FLIP)
+    r0 = _load_rows(at, wanted, i0, 0, T0, D, CONTIGUOUS)
+    largest = tl.maximum(_largest(r0, FLIP), 1e-30)
+    if T1 > 0:
+        i1 = _along(tl.arange(0, T1), FLIP)
+        r1 = _load_rows(at, wanted, i1, T0, T1, D, CONTIGUOUS)
+        largest = tl.maximum(largest, _largest(r1, FLIP))
+    # Queries are divided by their largest coordinate, so that no dtype of DOT can overflow.
+    gain = largest * (scale * 1.4426950408889634)
+    q0 = _scaled(r0, _across(1.0 / largest, FLIP), DOT)
+    acc0 = _zeros(ROWS, T0, FLIP)
+    q1 = q0
+    acc1 = acc0
+    if T1 > 0:
+        q1 = _scaled(r1, _across(1.0 / largest, FLIP), DOT)
+        acc1 = _zeros(ROWS, T1, FLIP)
+    m = tl.full([ROWS], LOWEST, tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+
+    length = start + 1
+    if CAUSAL:
+        length = start + tl.minimum((block * ROWS + ROWS - 1) // G, count - 1) + 1
+    done = sink + packed * 64
+    sinks = tl.minimum(sink, length)
+    sink_tiles = tl.cdiv(sinks, BF)
+    page_tiles = packed * (64 // BN)
+    tiles = page_tiles + sink_tiles + tl.cdiv(tl.maximum(length - done, 0), BF)
+    first = 0
+    last = tiles
+    if SPLIT:
+        each = tl.cdiv(tiles, splits)
+        first = block * each
+        last = tl.minimum(first + each, tiles)
+    on = tl.arange(0, BN)
+    for t in range(first, tl.minimum(last, page_tiles)):
+        page = tl.load(TABLE + b * st_b + t // (64 // BN)).to(tl.int64)
+        base = PAGES + page * sp_page + h * sp_head
+        row = (t % (64 // BN)) * BN + on
+        if KIND_K == PLAIN:
+            kbase = base.to(tl.pointer_type(ELEMENT))
+        else:
+            kbase = base
+        if KIND_V == PLAIN:
+            vbase = (base + 64 * BYTES_K).to(tl.pointer_type(ELEMENT))
+        else:
+            vbase = base + 64 * BYTES_K
+        m, l, acc0, acc1 = _tile(
+            q0, q1, gain, m, l, acc0, acc1, kbase, vbase, row, D, D, True, levels_k, radii_k, levels_v, radii_v,
+            KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1, CONTIGUOUS, DOT, ROWS,
+            BN, False, FLIP)  # fmt: skip
+    on = tl.arange(0, BF)
+    for t in range(tl.maximum(first - page_tiles, 0), last - page_tiles):
+        is_sink = t < sink_tiles
+        position = tl.where(is_sink, t * BF, done + (t - sink_tiles) * BF) + on
+        inside = position < tl.where(is_sink, sinks, length)
+        row = tl.where(is_sink, position, (position - sink - origin) % capacity)
+        row = tl.where(inside, row, -1)
+        kbase = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
+        vbase = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
+        visible = _along(inside, FLIP)
+        if CAUSAL:
+            visible = visible & (_along(position, FLIP) <= _across(start + c, FLIP))
+        m, l, acc0, acc1 = _tile(
+            q0, q1, gain, m, l, acc0, acc1, kbase, vbase, row, tl.where(is_sink, ssk_t, stk_t),
+            tl.where(is_sink, ssv_t, stv_t), visible, levels_k, radii_k, levels_v, radii_v,
+            PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1, CONTIGUOUS, DOT, ROWS, BF, True, FLIP)  # fmt: skip
+
+    over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
+    if SPLIT:
+        index = (b * (tl.num_programs(1) * G) + head) * splits + block
+        tl.store(LSE + index, m + tl.log2(tl.where(l > 0, l, 1.0)), mask=real)
+        at = PART + _across(index * D, FLIP)
+    else:
+        at = OUT + b * so_b + _across(c.to(tl.int64) * so_c + head * so_h, FLIP)
+    _store_rows(at, wanted, i0, acc0, over, 0, T0, D, CONTIGUOUS)
+    if T1 > 0:
+        _store_rows(at, wanted, i1, acc1, over, T0, T1, D, CONTIGUOUS)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_kernel(PART, LSE, OUT, splits, so_b, so_h, D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Program (columns, head, sequence): weighs the `splits` partial outputs by their share of the softmax's sum."""
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    s = tl.arange(0, WIDTH)
+    index = (b * tl.num_programs(1) + h) * splits + s
+    lse = tl.load(LSE + index, mask=s < splits, other=float("-inf"))
+    w = tl.exp2(lse - tl.max(lse, 0))
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    keep = (s < splits)[:, None] & (columns < D)[None, :]
+    part = tl.load(PART + index[:, None] * D + columns[None, :], mask=keep, other=0.0)
+    merged = tl.sum(part * w[:, None], 0) / tl.sum(w, 0)
+    tl.store(OUT + b * so_b + h * so_h + columns, merged.to(OUT.dtype.element_ty), mask=columns < D)

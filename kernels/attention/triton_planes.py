@@ -1,0 +1,96 @@
+"""Device functions that read stored vectors as triplet planes.
+
+A tile of vectors is read as up to two parts of three planes each: a part covers the triplets ``first .. first + T - 1``
+and its plane `c` holds one coordinate of each of them. Which dimension of the tile counts tokens and which triplets is
+the caller's choice: it gives the indices as a row and a column, the way ``tl.dot`` wants the tile.
+
+A storage kind is a constexpr number. Another decoder is another number, a branch in `planes` and, if its norms lie
+elsewhere, in `norms`.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+PLAIN = tl.constexpr(0)
+OCTOPUS = tl.constexpr(1)
+
+
+@triton.jit
+def coordinate(i, c: tl.constexpr, first: tl.constexpr, T: tl.constexpr, CONTIGUOUS: tl.constexpr):
+    """Coordinate that plane `c` holds at index `i`: the triplet's, or (nothing octahedral in sight) contiguous ones."""
+    if CONTIGUOUS:
+        return 3 * first + c * T + i
+    else:
+        return 3 * (first + i) + c
+
+
+@triton.jit
+def _octopus(
+    base, row, i, levels, radii, BYTES: tl.constexpr, BITS: tl.constexpr, TRIPLETS: tl.constexpr, MASKED: tl.constexpr
+):
+    """Unit-norm triplets `i` of rows `row` from codes (xi, eta: (BITS + 2) / 3 bits each, rho the rest), float32.
+
+    A code never spans more than 28 bits from a multiple of 16, so two 16-bit loads hold it; the second may be the norm.
+    """
+    side: tl.constexpr = (BITS + 2) // 3
+    bit = i * BITS
+    words = base.to(tl.pointer_type(tl.uint16)) + (row * (BYTES // 2) + (bit >> 4))
+    if MASKED:
+        keep = (i < TRIPLETS) & (row >= 0)
+        low = tl.load(words, mask=keep, other=0)
+        high = tl.load(words + 1, mask=keep, other=0)
+    else:
+        low = tl.load(words)
+        high = tl.load(words + 1)
+    code = (low.to(tl.uint32) | (high.to(tl.uint32) << 16)) >> (bit & 15).to(tl.uint32)
+    xi = tl.load(levels + (code & ((1 << side) - 1)).to(tl.int32))
+    eta = tl.load(levels + ((code >> side) & ((1 << side) - 1)).to(tl.int32))
+    rho = tl.load(radii + ((code >> (2 * side)) & ((1 << (BITS - 2 * side)) - 1)).to(tl.int32))
+    z = 1.0 - tl.abs(xi) - tl.abs(eta)
+    fold = tl.minimum(z, 0.0)
+    x = tl.where(xi < 0, xi - fold, xi + fold)
+    y = tl.where(eta < 0, eta - fold, eta + fold)
+    rho = rho * tl.rsqrt(x * x + y * y + z * z)
+    return x * rho, y * rho, z * rho
+
+
+@triton.jit
+def planes(
+    base,
+    row,
+    i,
+    stride,
+    keep,
+    levels,
+    radii,
+    KIND: tl.constexpr,
+    BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    D: tl.constexpr,
+    first: tl.constexpr,
+    T: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Planes x, y, z (dtype DOT) of part `first`, `T` of the rows `row` at `base`; plain elements where `keep`."""
+    if KIND == OCTOPUS:
+        TRIPLETS: tl.constexpr = (D + 2) // 3
+        x, y, z = _octopus(base, row, first + i, levels, radii, BYTES, BITS, TRIPLETS, first + T > TRIPLETS)
+        return x.to(DOT), y.to(DOT), z.to(DOT)
+    else:
+        at = base + row * stride
+        cx = coordinate(i, 0, first, T, CONTIGUOUS)
+        cy = coordinate(i, 1, first, T, CONTIGUOUS)
+        cz = coordinate(i, 2, first, T, CONTIGUOUS)
+        x = tl.load(at + cx, mask=keep & (cx < D), other=0.0)
+        y = tl.load(at + cy, mask=keep & (cy < D), other=0.0)
+        z = tl.load(at + cz, mask=keep & (cz < D), other=0.0)
+        return x.to(DOT), y.to(DOT), z.to(DOT)
+
+
+@triton.jit
+def norms(base, row, KIND: tl.constexpr, BYTES: tl.constexpr):
+    """float32 norms of the rows: the last fp16 of a coded row."""
+    return tl.load(base.to(tl.pointer_type(tl.float16)) + (row * (BYTES // 2) + (BYTES // 2 - 1))).to(tl.float32)

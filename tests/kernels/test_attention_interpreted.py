@@ -1,0 +1,29 @@
+"""Runs the Triton cases of the kernel tests under Triton's interpreter, in a process of their own.
+
+The interpreter must be chosen before Triton is imported, and other tests of this process may have imported it.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["test_attention_kernels.py", "test_encode_kernels.py"])
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_interpreted(module):
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", str(HERE / module)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout, run.stdout[-500:]

@@ -1,0 +1,234 @@
+"""Attention over the arena against float64 attention over `codec.decode`, for the reference and the Triton kernels.
+
+The Triton cases run where there is a GPU, or interpreted (see test_attention_interpreted.py).
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from octo_run.kernels import AttentionInputs, attend, attend_reference, page_bytes
+from octo_run.kernels.codec import KVFormat, parse_kv
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+triton_only = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="Triton kernels need a GPU or TRITON_INTERPRET=1"
+)
+SINK = 64
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_with_new_numpy(monkeypatch):
+    """Triton 3.6's interpreter turns one-element arrays into loop bounds by int(), which NumPy 2.4 no longer does."""
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        original = interpreter._patch_lang_tensor
+
+        def patch(tensor, scope):
+            original(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@dataclass
+class Case:
+    """A batch of sequences in an arena, with the same vectors in float64."""
+
+    q: torch.Tensor
+    kv: AttentionInputs
+    fmt: KVFormat
+    want: torch.Tensor
+    max_length: int
+
+
+def _integers(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0):
+    """Sequences of `lengths` tokens whose last `count` are the queries. Whatever must not be read is NaN, or page 0."""
+    torch.manual_seed(seed)
+    fmt = parse_kv(kv, dim, plain_dtype=dtype)
+    batch = len(lengths)
+    starts = [n - count for n in lengths]
+    packed = [max(0, s - sink - window) // 64 for s in starts]
+    capacity = window + 64 + (count if count > 1 else 0)
+    order = iter((torch.randperm(sum(packed)) + 1).tolist())
+    pages = torch.full((sum(packed) + 1, 3, kv_heads, page_bytes(fmt)), 255, dtype=torch.uint8)
+    table = torch.full((batch, max(packed) + 1), 2**30, dtype=torch.int32)
+    sinks = torch.full((2, batch, kv_heads, sink, dim), float("nan")).to(dtype)
+    tails = torch.full((2, batch, kv_heads, capacity, dim), float("nan")).to(dtype)
+    origin = [64 * p if count > 1 else 0 for p in packed]
+    q = (3 * torch.randn(batch, count, heads, dim)).to(dtype)
+    want = torch.empty(batch, count, heads, dim, dtype=torch.float64)
+    for b, n in enumerate(lengths):
+        vectors = (torch.randn(2, kv_heads, n, dim) * (0.2 + torch.rand(2, kv_heads, n, 1))).to(dtype)
+        stored = vectors.double()
+        top = min(n, sink)
+        sinks[:, b, :, :top] = vectors[:, :, :top]
+        for p in range(packed[b]):
+            at = slice(sink + 64 * p, sink + 64 * p + 64)
+            rows = [fmt.k.encode_rotated(vectors[0, :, at]), fmt.v.encode_rotated(vectors[1, :, at])]
+            table[b, p] = next(order)
+            pages[table[b, p], 1] = torch.cat([r.flatten(1) for r in rows], 1)
+            for part, codec in enumerate((fmt.k, fmt.v)):
+                stored[part, :, at] = codec.decode(rows[part], torch.float64) @ codec.rotation.T
+        for j in range(sink + 64 * packed[b], n):
+            tails[:, b, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
+        want[b] = dense(q[b].double(), stored[0], stored[1], starts[b], dim**-0.5)
+    kv_inputs = AttentionInputs(
+        pages[:, 1], table, _integers(packed), _integers(starts), *sinks, *tails, _integers(origin), sink
+    )
+    return Case(q, kv_inputs, fmt, want, max(lengths))
+
+
+def dense(q, k, v, start, scale):
+    """Plain causal attention in float64: q [C, H, d], k and v [Hkv, n, d]."""
+    count, heads, _ = q.shape
+    out = torch.empty_like(q)
+    for h in range(heads):
+        g = h // (heads // k.shape[0])
+        for c in range(count):
+            weights = (k[g, : start + c + 1] @ q[c, h] * scale).softmax(0)
+            out[c, h] = weights @ v[g, : start + c + 1]
+    return out
+
+
+def relative_error(got, want):
+    return float((got.double().cpu() - want).norm() / want.norm())
+
+
+def run_triton(case):
+    from octo_run.kernels.attention.launch import attend_triton
+    from octo_run.kernels.attention.splits import workspace_bytes
+
+    batch, _, heads, dim = case.q.shape
+    kv = replace(case.kv, **{k: v.to(DEVICE) for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
+    q = case.q.to(DEVICE)
+    out = torch.full_like(q, float("nan"))
+    size = workspace_bytes(batch, heads, kv.pages.shape[1], dim) // 4
+    workspace = torch.full((size,), float("nan"), device=DEVICE)
+    got = attend_triton(q, kv, case.fmt, scale=dim**-0.5, max_length=case.max_length, out=out, workspace=workspace)
+    assert got is out
+    return out
+
+
+LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257, 400]
+
+
+@pytest.mark.parametrize("kv", ["octopus2", "octopus3", "octopus4", "bf16", "octopus3:bf16", "octopus4:octopus2"])
+def test_reference_decode_lengths(kv):
+    case = make_case(kv, LENGTHS, 1, 6, 2, 64, dtype=torch.float64)
+    assert relative_error(attend(case.q, case.kv, case.fmt, scale=64**-0.5, max_length=400), case.want) < 1e-12
+
+
+@pytest.mark.parametrize(("count", "sink", "window"), [(2, 64, 64), (70, 64, 64), (130, 0, 0), (65, 4, 128)])
+def test_reference_prefill(count, sink, window):
+    lengths = [count, count + 1, count + 63, count + 64, count + 65, count + 200]
+    case = make_case("octopus3", lengths, count, 4, 1, 64, dtype=torch.float64, sink=sink, window=window)
+    assert relative_error(attend(case.q, case.kv, case.fmt, scale=0.125, max_length=999), case.want) < 1e-12
+
+
+@pytest.mark.parametrize("dim", [80, 96, 112, 128, 256])
+def test_reference_head_dims_and_dtypes(dim):
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
+        case = make_case("octopus3", [300], 1, 7, 1, dim, dtype=dtype)
+        out = torch.full_like(case.q, float("nan"))
+        assert attend_reference(case.q, case.kv, case.fmt, scale=dim**-0.5, out=out) is out
+        assert relative_error(out, case.want) < bound
+
+
+def test_reference_crosses_its_tiles(monkeypatch):
+    monkeypatch.setattr("octo_run.kernels.attention.reference.TILE_PAGES", 2)
+    case = make_case("octopus2", [700], 1, 2, 1, 64, dtype=torch.float64)
+    assert relative_error(attend(case.q, case.kv, case.fmt, scale=0.125, max_length=700), case.want) < 1e-12
+
+
+def test_misfits_are_named():
+    case = make_case("octopus3", [200], 1, 4, 2, 64)
+    good = {"scale": 1.0, "max_length": 200}
+    with pytest.raises(ValueError, match="query heads"):
+        attend(case.q[:, :, :3], case.kv, case.fmt, **good)
+    with pytest.raises(ValueError, match="pages must be uint8"):
+        attend(case.q, case.kv, parse_kv("octopus4", 64), **good)
+    with pytest.raises(ValueError, match="tail_k is"):
+        attend(case.q, replace(case.kv, tail_k=case.kv.tail_k.half()), case.fmt, **good)
+    with pytest.raises(ValueError, match="page_table must be int32"):
+        attend(case.q, replace(case.kv, page_table=case.kv.page_table.long()), case.fmt, **good)
+    with pytest.raises(ValueError, match="sink positions"):
+        attend(case.q, replace(case.kv, sink=65), case.fmt, **good)
+    with pytest.raises(ValueError, match="out must be"):
+        attend(case.q, case.kv, case.fmt, out=case.q[:, :, :1], **good)
+
+
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("kv", ["octopus2", "octopus3", "octopus4", "bf16", "octopus3:bf16"])
+def test_triton_decode_lengths(kv, dtype):
+    bound = 1e-5 if dtype == torch.float32 else 2e-3
+    for lengths in ([1, 64, 192, 193], [65, 256, 330]):
+        case = make_case(kv, lengths, 1, 3, 1, 64, dtype=dtype)
+        got = run_triton(case)
+        for b in range(len(lengths)):
+            assert relative_error(got[b], case.want[b]) < bound, lengths[b]
+
+
+@triton_only
+@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (96, 5), (112, 1), (128, 7), (256, 8)])
+def test_triton_decode_shapes(dim, group):
+    case = make_case("octopus3", [1, 450], 1, 2 * group, 2, dim, dtype=torch.float16)
+    got = run_triton(case)
+    for b in range(2):
+        assert relative_error(got[b], case.want[b]) < 2e-3
+
+
+@triton_only
+@pytest.mark.parametrize(
+    ("kv", "dim", "group", "dtype"),
+    [
+        ("octopus3", 64, 3, torch.float16),
+        ("octopus2", 128, 1, torch.float32),
+        ("octopus4", 96, 7, torch.float16),
+        ("bf16", 80, 4, torch.float16),
+    ],
+)
+def test_triton_prefill(kv, dim, group, dtype):
+    for count, lengths in ((2, [2, 65, 66, 194]), (37, [37, 63 + 37, 200 + 37])):
+        case = make_case(kv, lengths, count, group, 1, dim, dtype=dtype)
+        got = run_triton(case)
+        for b in range(len(lengths)):
+            assert relative_error(got[b], case.want[b]) < (1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@triton_only
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
+def test_triton_sinks_and_windows(sink, window):
+    for count in (1, 5):
+        case = make_case("octopus3", [300, 128, 5], count, 2, 1, 64, dtype=torch.float16, sink=sink, window=window)
+        got = run_triton(case)
+        for b in range(3):
+            assert relative_error(got[b], case.want[b]) < 2e-3
+
+
+@triton_only
+def test_triton_empty_arena_and_bfloat16():
+    case = make_case("octopus3", [40], 1, 2, 1, 64, dtype=torch.bfloat16)
+    case.kv = replace(case.kv, pages=case.kv.pages[:0])
+    assert relative_error(run_triton(case), case.want) < 5e-3
+
+
+@triton_only
+def test_triton_refuses_a_small_workspace():
+    from octo_run.kernels.attention.launch import attend_triton
+
+    case = make_case("octopus3", [300], 1, 2, 1, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="workspace must be"):
+        attend_triton(case.q, case.kv, case.fmt, scale=1.0, max_length=300, workspace=torch.empty(4))
+    case = make_case("octopus3", [300], 1, 2, 1, 64, dtype=torch.float64)
+    with pytest.raises(ValueError, match="fp16, bf16 and fp32"):
+        attend_triton(case.q, case.kv, case.fmt, scale=1.0, max_length=300)
