@@ -13,11 +13,11 @@ def octahedral_map(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple[t
 
     The zero vector goes to (0, 0).
     """
-    length = (x.abs() + y.abs() + z.abs()).clamp_min(torch.finfo(x.dtype).tiny)
-    px, py = x / length, y / length
-    lower = z < 0
-    xi = torch.where(lower, _with_sign_of(1 - py.abs(), px), px)
-    eta = torch.where(lower, _with_sign_of(1 - px.abs(), py), py)
+    size_x, size_y = x.abs(), y.abs()
+    length = (size_x + size_y + z.abs()).clamp_min(torch.finfo(x.dtype).tiny)
+    folded = z.clamp_max(0)  # below the equator 1 - |y| / length is (|x| - z) / length; above it z plays no part
+    xi = torch.copysign((size_x - folded) / length, x + 0.0)  # + 0.0 makes a negative zero positive
+    eta = torch.copysign((size_y - folded) / length, y + 0.0)
     return xi, eta
 
 

@@ -34,6 +34,7 @@ class OctopusTables:
 
     xi_levels: torch.Tensor  # [2^(b+1)], for eta too
     xi_boundaries: torch.Tensor  # [2^(b+1) - 1], midpoints
+    xi_edges: torch.Tensor  # [2^(b+1) + 1], the boundaries between -inf and inf
     rho_levels: torch.Tensor  # [2^(b-1)]
     rho_boundaries: torch.Tensor  # [2^(b-1) - 1], midpoints
     codewords: torch.Tensor  # [3, 2^(3b+1)]: x, y, z of every code
@@ -63,9 +64,12 @@ def _make_tables(nominal_bits: int, head_dim: int) -> OctopusTables:
         ((xi_index + i).clamp(0, side - 1) + side * (eta_index + j).clamp(0, side - 1)).flatten() for i, j in _STEPS
     ]
     neighbours = torch.stack(cells)
+    xi_boundaries = (xi[1:] + xi[:-1]) / 2
+    infinity = torch.tensor([torch.inf], dtype=torch.float64)
     return OctopusTables(
         xi_levels=xi,
-        xi_boundaries=(xi[1:] + xi[:-1]) / 2,
+        xi_boundaries=xi_boundaries,
+        xi_edges=torch.cat((-infinity, xi_boundaries, infinity)),
         rho_levels=rho,
         rho_boundaries=(rho[1:] + rho[:-1]) / 2,
         codewords=(rho[:, None] * directions[:, None, :]).flatten(1),
@@ -103,8 +107,7 @@ class OctopusCodec(TripletCodec):
         x, y, z = triplets.unbind(1)
         xi, eta = octahedral_map(x, y, z)
         shift = self.nominal_bits + 1
-        cell = torch.bucketize(xi, tables.xi_boundaries, out_int32=True, right=True)
-        cell |= torch.bucketize(eta, tables.xi_boundaries, out_int32=True, right=True) << shift
+        cell = nearest_xi(xi, tables) | (nearest_xi(eta, tables) << shift)
         if self.rounding == "scalar":
             rho = (x * x + y * y + z * z).sqrt()
         else:
@@ -117,6 +120,19 @@ class OctopusCodec(TripletCodec):
         flat = codes.view(-1)
         for axis in range(3):
             torch.mul(codewords[axis].index_select(0, flat).view(codes.shape), gamma, out=out[:, axis])
+
+
+def nearest_xi(xi: torch.Tensor, tables: OctopusTables) -> torch.Tensor:
+    """Index of the level nearest to xi (or eta) in [-1, 1]: the number of boundaries <= xi; int32 of xi's shape.
+
+    The levels are nearly uniform, so the cell of a uniform grid is at most one off; many times faster than a search.
+    """
+    side = len(tables.xi_levels)
+    guess = ((xi + 1) * (side / 2)).to(torch.int32).clamp_(0, side - 1)
+    flat = guess.view(-1)
+    above = xi >= tables.xi_edges[1:].index_select(0, flat).view(xi.shape)
+    below = xi < tables.xi_edges[:-1].index_select(0, flat).view(xi.shape)
+    return guess.add_(above).sub_(below.to(torch.int32))
 
 
 def _best_neighbour(

@@ -9,6 +9,7 @@ import torch
 
 from octo_run.kernels.codec import OctopusCodec
 from octo_run.kernels.codec.octahedron import octahedral_direction, octahedral_map
+from octo_run.kernels.codec.octopus import nearest_xi
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fit_octopus_codebooks.py"
 
@@ -46,11 +47,22 @@ def test_octahedral_map_and_its_inverse() -> None:
     x = torch.cat((x, torch.eye(3, dtype=torch.float64), -torch.eye(3, dtype=torch.float64)))
     x = torch.cat((x, torch.tensor([[1.0, -0.0, -1.0], [0.0, 0.0, -1.0], [-0.5, 0.5, 0.0]], dtype=torch.float64)))
     xi, eta = octahedral_map(*x.unbind(-1))
-    assert float(torch.maximum(xi.abs(), eta.abs()).max()) <= 1
+    assert float(torch.maximum(xi.abs(), eta.abs()).max()) <= 1 + 1e-15
     back = torch.stack(octahedral_direction(xi, eta), dim=-1)
     torch.testing.assert_close(back, x / x.norm(dim=-1, keepdim=True), rtol=0, atol=1e-14)
     upper = x[:, 2] >= 0
     assert torch.all((xi.abs() + eta.abs() <= 1 + 1e-15) == upper)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["octopus2", "octopus3", "octopus4"])
+def test_index_of_a_level_is_the_number_of_boundaries_not_above(name: str, dtype: torch.dtype) -> None:
+    tables = OctopusCodec(name, 128, seed=0).tables(dtype)
+    edge = tables.xi_boundaries
+    ends = torch.tensor([-1 - 1e-6, -1, -0.0, 0, 1, 1 + 1e-6], dtype=dtype)
+    infinity = torch.tensor(torch.inf, dtype=dtype)
+    values = torch.cat((edge, edge.nextafter(infinity), edge.nextafter(-infinity), ends, torch.linspace(-1, 1, 9973)))
+    assert torch.equal(nearest_xi(values, tables).long(), torch.bucketize(values, edge, right=True))
 
 
 def test_zero_goes_to_the_centre() -> None:
