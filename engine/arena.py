@@ -1,4 +1,5 @@
-"""The KV arena: one preallocated store for all layers and sequences, packed pages plus full-precision sinks and windows.
+"""The KV arena: one preallocated store for all layers and sequences, packed pages plus full-precision sinks and
+windows.
 
 Where a token at position ``j`` of a sequence of ``n`` tokens with ``P`` packed pages lives:
 
@@ -6,8 +7,12 @@ Where a token at position ``j`` of a sequence of ``n`` tokens with ``P`` packed 
 - ``sink <= j < sink + 64 P``: row ``(j - sink) % 64`` of packed page ``page_table[seq, (j - sink) // 64]``;
 - the rest, the *tail*: slot ``(j - sink) % ring`` of a full-precision ring of ``window + 64`` tokens.
 
-When the ring is full its oldest 64 tokens are coded into a page. ``P`` is therefore ``(n - sink - window) // 64``, whatever the
-way in which the tokens came. Keys (and queries) are stored in the codec's rotated basis, values too (see ``models.decoder``).
+A full ring's oldest 64 tokens are coded into a page before the next token is written, so at least ``window`` of the
+last tokens are in full precision. (After a cut there may be fewer, until new ones have come: what is coded stays
+coded.) Keys and queries are stored in the codec's rotated basis, values too (see ``models.decoder``).
+
+An exception, Ctrl-C's included, may strike between any two statements here. Whatever it leaves half done, the next
+``truncate`` puts right, and every prompt begins with one.
 """
 
 from dataclasses import dataclass
@@ -16,15 +21,15 @@ import torch
 from torch import Tensor
 
 from octo_run import kernels
-from octo_run.errors import UsageError
+from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import KVFormat
 
-PAGE = 64
+PAGE = kernels.PAGE_TOKENS
 
 
 @dataclass(frozen=True)
 class ArenaShape:
-    """What decides the bytes of an arena. ``dtype`` is the full-precision element type; ``context`` counts tokens a sequence."""
+    """What decides the bytes of an arena. ``dtype`` is the full-precision element type, ``context`` tokens a sequence."""
 
     layers: int
     kv_heads: int
@@ -72,6 +77,11 @@ class ArenaShape:
         return self.sequences * self.max_pages * self.layers * self.kv_heads * self.page_bytes
 
     @property
+    def index_bytes(self) -> int:
+        """Bytes of page table, per-step state and row numbers."""
+        return self.sequences * (4 * max(1, self.max_pages) + 4 * 4 + 8)
+
+    @property
     def full_precision_bytes(self) -> int:
         """Bytes of sinks and rings (all layers) and of the prefill staging buffer (one layer), K and V."""
         vector = 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
@@ -97,10 +107,16 @@ class KVArena:
         # Rows: first query position, packed pages, tail origin, slot of the new token; one column a sequence.
         self._state = torch.zeros(4, s.sequences, dtype=torch.int32, device=device)
         self._state_host = torch.zeros(4, s.sequences, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._state_copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._rows = torch.arange(s.sequences, device=device)
-        self._free = list(range(s.sequences * s.max_pages - 1, -1, -1))
         self._page_ids: list[list[int]] = [[] for _ in range(s.sequences)]
         self.length = [0] * s.sequences
+        self._free = self._unused_pages()
+
+    def _unused_pages(self) -> list[int]:
+        """Page ids that no sequence holds, the lowest last (it is the next one taken)."""
+        used = set[int]().union(*self._page_ids)
+        return [page for page in range(self.pages.shape[0] - 1, -1, -1) if page not in used]
 
     def packed(self, seq: int) -> int:
         """Packed pages of a sequence."""
@@ -119,18 +135,14 @@ class KVArena:
 
         A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position.
         """
-        length = min(length, self.length[seq])
-        if length < self.packed_end(seq) and self.packed(seq):
-            keep = max(0, (length - self.shape.sink) // PAGE)
-            self._free += reversed(self._page_ids[seq][keep:])
-            del self._page_ids[seq][keep:]
-            length = min(length, self.packed_end(seq))
+        length, keep = min(length, self.length[seq]), self.packed(seq)
+        if length < self.packed_end(seq):
+            keep = min(keep, max(0, (length - self.shape.sink) // PAGE))
+            length = min(length, self.shape.sink + PAGE * keep)
         self.length[seq] = length
+        del self._page_ids[seq][keep:]
+        self._free = self._unused_pages()
         return length
-
-    def drop_tail(self, seq: int) -> None:
-        """Forget the full-precision tail, whose content an interrupted prefill may have spoilt."""
-        self.length[seq] = min(self.length[seq], self.packed_end(seq))
 
     def prefill(self, seq: int, count: int) -> "Prefill":
         """Open the way for ``count`` (at most ``chunk``) new tokens of one sequence."""
@@ -141,7 +153,8 @@ class KVArena:
         return Decode(self, batch)
 
     def take_pages(self, seq: int, count: int) -> list[int]:
-        """``count`` free page ids, entered in the sequence's table (they count as packed only from ``add_pages`` on)."""
+        """``count`` free page ids, entered in the sequence's table. They count as packed from ``add_pages`` on; without
+        it the next ``truncate`` finds them free again."""
         ids = [self._free.pop() for _ in range(count)]
         if ids:
             first = self.packed(seq)
@@ -152,9 +165,16 @@ class KVArena:
         """Count pages that have been written as packed."""
         self._page_ids[seq] += ids
 
-    def give_back(self, ids: list[int]) -> None:
-        """Return taken pages that were not used."""
-        self._free += reversed(ids)
+    def encode(self, k: Tensor, v: Tensor, pages: Tensor, ids: Tensor) -> None:
+        """``kernels.encode_pages`` in the arena's format; ``OctoError`` for keys or values that overflowed."""
+        try:
+            kernels.encode_pages(k, v, pages, ids, self.fmt)
+        except ValueError:
+            if bool(k.isfinite().all()) and bool(v.isfinite().all()):
+                raise
+            raise OctoError(
+                f"The keys or values are not finite in {str(k.dtype).removeprefix('torch.')}: choose another --dtype."
+            ) from None
 
     def flush(self, seq: int) -> None:
         """Code the ring's oldest page, for all layers in one call, if the ring is full."""
@@ -165,14 +185,18 @@ class KVArena:
         k = self._full_k[:, seq : seq + 1, :, slot : slot + PAGE]
         v = self._full_v[:, seq : seq + 1, :, slot : slot + PAGE]
         ids = self.take_pages(seq, 1)
-        kernels.encode_pages(k, v, self.pages, torch.tensor(ids, device=self.pages.device), self.fmt)
+        self.encode(k, v, self.pages, torch.tensor(ids, device=self.pages.device))
         self.add_pages(seq, ids)
 
     def set_state(self, first: int, columns: list[tuple[int, int, int, int]]) -> None:
         """Write the device's (start, packed, tail origin, slot) of consecutive sequences in one copy."""
         last = first + len(columns)
+        if self._state_copied is not None:
+            self._state_copied.synchronize()  # the previous step's copy may still have to read the host's buffer
         self._state_host[:, first:last] = torch.tensor(columns, dtype=torch.int32).T
         self._state[:, first:last].copy_(self._state_host[:, first:last], non_blocking=True)
+        if self._state_copied is not None:
+            self._state_copied.record()
 
     def inputs(self, layer: int, first: int, last: int, tail: tuple[Tensor, Tensor]) -> kernels.AttentionInputs:
         """What the attention kernels read for ``layer`` of the sequences ``first .. last - 1``."""
@@ -215,7 +239,7 @@ class Prefill:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, workspace: Tensor | None) -> Tensor:
         """Store the chunk's ``k, v [1, C, kv_heads, d]`` and return the attention of ``q [1, C, heads, d]``."""
-        a, s = self.arena, self.arena.shape
+        a = self.arena
         parts = ((a._full_k, a._staging_k, k), (a._full_v, a._staging_v, v))
         for full, staging, new in parts:
             store, rows = full[layer, self.seq], new[0].transpose(0, 1)
@@ -225,9 +249,11 @@ class Prefill:
         inputs = a.inputs(layer, self.seq, self.seq + 1, (a._staging_k, a._staging_v))
         out = kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.end, workspace=workspace)
         if self._coded:
-            k_pages, v_pages = (x[0, :, : self._coded].unflatten(1, (-1, PAGE)) for x in (a._staging_k, a._staging_v))
-            target = a.pages[:, layer : layer + 1]
-            kernels.encode_pages(k_pages.transpose(0, 1)[None], v_pages.transpose(0, 1)[None], target, self._ids, a.fmt)
+            k_pages, v_pages = (
+                x[:, :, : self._coded].view(1, x.shape[1], -1, PAGE, x.shape[3]).transpose(1, 2)
+                for x in (a._staging_k, a._staging_v)
+            )
+            a.encode(k_pages, v_pages, a.pages[:, layer : layer + 1], self._ids)
         for full, staging, _ in parts:
             full[layer, self.seq].index_copy_(1, self._left_slots, staging[0, :, self._coded : self._tail])
         return out
@@ -238,9 +264,9 @@ class Prefill:
         self.arena.length[self.seq] = self.end
 
     def abort(self) -> None:
-        """The forward pass did not finish: give the new pages back and forget the tail it may have overwritten."""
-        self.arena.give_back(self.page_ids)
-        self.arena.drop_tail(self.seq)
+        """The forward pass did not finish: the sequence is what it was, less a tail that the chunk may have spoilt."""
+        intact = self.arena.packed_end(self.seq) if self.page_ids else self.start
+        self.arena.truncate(self.seq, min(self.start, intact))
 
 
 class Decode:
@@ -249,6 +275,7 @@ class Decode:
     def __init__(self, arena: KVArena, batch: int) -> None:
         s = arena.shape
         self.arena, self.batch = arena, batch
+        self.starts = arena.length[:batch]
         columns = []
         for seq in range(batch):
             arena.flush(seq)
@@ -276,4 +303,6 @@ class Decode:
             self.arena.length[seq] += 1
 
     def abort(self) -> None:
-        """The step did not finish; what it wrote lies beyond the sequences' ends."""
+        """The step did not finish: the sequences are what they were (what it wrote lies beyond their ends)."""
+        for seq, start in enumerate(self.starts):
+            self.arena.truncate(seq, start)

@@ -1,8 +1,10 @@
 """The engine: a loaded model, its KV arena, and the loop that turns token ids into token ids."""
 
+import re
 import resource
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,7 @@ DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token. ``logprob`` is under the model's own distribution; ``finish_reason`` is set on the last one."""
+    """A generated token. ``logprob`` is under the model's own distribution; the last one has a ``finish_reason``."""
 
     id: int
     logprob: float
@@ -38,10 +40,10 @@ def choose_device(device: str | None) -> torch.device:
     """The device by name (``cpu``, ``cuda``, ``cuda:1``), or CUDA where there is one. Raises ``UsageError``."""
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", device)
+    if match is None:
         raise UsageError(f"There is no device {device!r}; give --device cpu, cuda or cuda:N.")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         raise OctoError(f"The device {device} was asked for and PyTorch sees {torch.cuda.device_count()} CUDA devices.")
     return torch.device(device)
 
@@ -75,6 +77,7 @@ class Engine:
             )
             self._workspace = torch.empty(count // 4, dtype=torch.float32, device=self.device)
         self._ids: list[int] = []  # the tokens whose keys and values sequence 0 holds
+        self._holder: Generation | None = None  # whose tokens these are
         self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
 
     @classmethod
@@ -93,9 +96,9 @@ class Engine:
     ) -> "Engine":
         """Load ``model`` (a path, a name in the cache, or ``octo-demo``) with its KV cache in the format ``kv``.
 
-        ``max_context`` is in tokens (None: what the model supports, as far as it fits); ``seed`` chooses the codec's rotation.
-        ``on_plan`` is called with the memory plan before any weight is read. Raises ``UsageError`` for wrong arguments and
-        ``OctoError`` for a model that cannot be loaded or does not fit.
+        ``max_context`` is in tokens (None: what the model supports, as far as it fits); ``seed`` chooses the codec's
+        rotation. ``on_plan`` is called with the memory plan before any weight is read. Raises ``UsageError`` for wrong
+        arguments and ``OctoError`` for a model that cannot be loaded or does not fit.
         """
         path = resolve(str(model))
         cfg = load_config(path)
@@ -124,23 +127,30 @@ class Engine:
                 "peak": torch.cuda.max_memory_allocated(self.device),
                 "reserved": torch.cuda.memory_reserved(self.device),
             }
-        return {"process_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        unit = 1 if sys.platform == "darwin" else 1024
+        return {"process_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
     @torch.inference_mode()
     def logits(self, ids: list[int], step: int | None = None) -> Tensor:
-        """Teacher-forced float32 logits ``[n, vocab]`` through the real cache path, ``step`` tokens at a time (default: a chunk)."""
+        """Teacher-forced float32 logits ``[n, vocab]`` through the real cache path, ``step`` (default: a chunk) at a time.
+
+        Raises ``UsageError`` for ids that are no prompt (see ``generate``) and for a step longer than a chunk.
+        """
         self._check_prompt(ids)
         chunk = self.plan.shape.chunk
         if step is not None and not 1 <= step <= chunk:
             raise UsageError(f"step is {step}; give 1 to {chunk} tokens.")
-        self._ids = []
-        self.arena.truncate(0, 0)
+        self._holder = None
+        self._reuse([])
         size = step or chunk
         parts = [self._decoder.logits(self._forward(ids[i : i + size])) for i in range(0, len(ids), size)]
         return torch.cat(parts)
 
     def generate(self, ids: list[int], params: SamplingParams | None = None) -> "Generation":
-        """Continue ``ids``: an iterator of :class:`Token` with the figures of the run as attributes."""
+        """Continue ``ids``: an iterator of :class:`Token` with the figures of the run as attributes.
+
+        Raises ``UsageError`` for no ids, more than the context holds, or ids outside the vocabulary.
+        """
         self._check_prompt(ids)
         return Generation(self, list(ids), params or SamplingParams())
 
@@ -149,14 +159,15 @@ class Engine:
             raise UsageError("The prompt is empty; give at least one token.")
         if len(ids) > self.max_context:
             raise UsageError(
-                f"The prompt has {len(ids):,} tokens and the context holds {self.max_context:,}; shorten it or raise --ctx."
+                f"The prompt has {len(ids):,} tokens and the context holds {self.max_context:,}: "
+                "shorten it or raise --ctx."
             )
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
         if wrong is not None:
             raise UsageError(f"The token id {wrong} is not in the vocabulary of {self.config.vocab_size:,}.")
 
     def _reuse(self, ids: list[int]) -> int:
-        """Cut the cache back to the longest prefix of ``ids`` it holds (short of the last token); returns its length."""
+        """Cut the cache back to the longest prefix of ``ids[:-1]`` that it holds; returns its length."""
         common = 0
         for have, want in zip(self._ids, ids[:-1], strict=False):
             if have != want:
@@ -166,7 +177,8 @@ class Engine:
         del self._ids[kept:]
         return kept
 
-    def _prefill(self, ids: list[int]) -> Tensor:
+    @torch.inference_mode()
+    def _next_logits(self, ids: list[int]) -> Tensor:
         """Feed ``ids`` in chunks; returns the last token's float32 logits ``[vocab]``."""
         chunk = self.plan.shape.chunk
         hidden = None
@@ -179,20 +191,25 @@ class Engine:
     def _forward(self, ids: list[int]) -> Tensor:
         """Hidden states ``[n, hidden]`` of the next ``ids`` of sequence 0, whose keys and values enter the cache."""
         start = self.arena.length[0]
-        step: Prefill | Decode = self.arena.decode(1) if len(ids) == 1 else self.arena.prefill(0, len(ids))
+        step: Prefill | Decode | None = None
         scale = self.config.head_dim**-0.5
         try:
+            step = self.arena.decode(1) if len(ids) == 1 else self.arena.prefill(0, len(ids))
+            attend, workspace = step.attend, self._workspace
             hidden = self._decoder.hidden(
                 torch.tensor([ids], device=self.device),
                 torch.arange(start, start + len(ids), device=self.device)[None],
-                lambda layer, q, k, v: step.attend(layer, q, k, v, scale, self._workspace),
+                lambda layer, q, k, v: attend(layer, q, k, v, scale, workspace),
             )
+            step.commit()
+            self._ids += ids
         except BaseException:
-            step.abort()
+            if step is None:
+                self.arena.truncate(0, start)
+            else:
+                step.abort()
             del self._ids[self.arena.length[0] :]
             raise
-        step.commit()
-        self._ids += ids
         return hidden[0]
 
 
@@ -202,7 +219,10 @@ def _rotation(matrix: Tensor) -> Tensor | None:
 
 
 class Generation:
-    """A running continuation: an iterator of tokens. Leaving it early loses nothing: the cache holds what was fed."""
+    """A running continuation: an iterator of tokens. Leaving it early loses nothing: the cache holds what was fed.
+
+    Another one may run in between; whichever goes on first brings its own tokens back into the cache.
+    """
 
     def __init__(self, engine: Engine, ids: list[int], params: SamplingParams) -> None:
         self.prompt_tokens, self.reused_tokens = len(ids), 0
@@ -221,29 +241,30 @@ class Generation:
         """End the generation; further iteration yields nothing."""
         self._tokens.close()
 
-    def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Iterator[Token]:
+    def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Generator[Token, None, None]:
         ends = engine.end_ids | set(params.stop_ids)
-        sampler = Sampler(params, ids, engine.config.vocab_size, engine.device)
         begun = time.perf_counter()
+        sampler = Sampler(params, ids, engine.config.vocab_size, engine.device)
+        engine._holder = self
         self.reused_tokens = engine._reuse(ids)
-        with torch.inference_mode():
-            logits = engine._prefill(ids[self.reused_tokens :])
-            token, logprob = sampler(logits)
+        token, logprob = sampler(engine._next_logits(ids[self.reused_tokens :]))
         self.prefill_seconds = time.perf_counter() - begun
         while True:
             self.generated_tokens += 1
-            room = engine.max_context - len(ids) - self.generated_tokens
             if token in ends:
                 self.finish_reason = "stop"
             elif params.max_tokens is not None and self.generated_tokens >= params.max_tokens:
                 self.finish_reason = "length"
-            elif room < 0:
+            elif len(ids) == engine.max_context:
                 self.finish_reason = "context"
+            ids.append(token)
             yield Token(token, logprob, self.finish_reason)
             if self.finish_reason is not None:
                 return
             begun = time.perf_counter()
-            with torch.inference_mode():
-                logits = engine._decoder.logits(engine._forward([token]))[0]
-                token, logprob = sampler(logits)
+            fresh = len(ids) - 1
+            if engine._holder is not self:
+                engine._holder = self
+                fresh = engine._reuse(ids)
+            token, logprob = sampler(engine._next_logits(ids[fresh:]))
             self.decode_seconds += time.perf_counter() - begun

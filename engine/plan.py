@@ -1,11 +1,13 @@
-"""The memory plan: what an engine will hold on its device, computed from the configuration before anything is loaded."""
+"""The memory plan: what an engine will hold on its device, computed before anything is loaded."""
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from octo_run import kernels
-from octo_run.engine.arena import ArenaShape
+from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import KVFormat, parse_kv
 from octo_run.models.config import ModelConfig
@@ -21,8 +23,9 @@ AUTO_SHARE = {"cuda": 0.92, "cpu": 0.5}
 class MemoryPlan:
     """Bytes by purpose on one device, and the context that they hold.
 
-    ``full_precision`` are sinks, windows and the staging buffer; ``workspace`` the attention splits, the library's matrix-product
-    workspace and the largest set of activations alive at once; ``logits`` one row of float32 logits with the sampler's copies.
+    ``full_precision`` are sinks, windows and the staging buffer; ``workspace`` the attention splits, the library's
+    matrix-product workspace and the largest set of activations alive at once; ``logits`` one row of float32 logits with
+    the sampler's copies.
     """
 
     kv: str
@@ -41,8 +44,8 @@ class MemoryPlan:
 
     @property
     def arena(self) -> int:
-        """Bytes of the packed pages."""
-        return self.shape.packed_bytes
+        """Bytes of the packed pages and of their table."""
+        return self.shape.packed_bytes + self.shape.index_bytes
 
     @property
     def full_precision(self) -> int:
@@ -71,8 +74,10 @@ class MemoryPlan:
         spare = budget - smallest.total
         if spare < 0:
             return 0
-        pages = spare // (self.shape.sequences * self.shape.layers * self.shape.kv_heads * self.shape.page_bytes)
-        return int(self.shape.sink + self.shape.ring + 64 * pages)
+        one_page = self.shape.layers * self.shape.kv_heads * self.shape.page_bytes
+        # A page takes an entry of the table too; the first entry is in the smallest plan already.
+        pages = (spare + 4 * self.shape.sequences) // (self.shape.sequences * (one_page + 4))
+        return int(self.shape.sink + self.shape.window + PAGE * pages + PAGE - 1)
 
     def as_dict(self) -> dict[str, int]:
         """Bytes by purpose, ``bytes_per_token`` and ``context`` in tokens."""
@@ -85,14 +90,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
+        with Path("/proc/meminfo").open(encoding="ascii") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
@@ -105,7 +108,7 @@ def _library_workspace(device: torch.device) -> int:
 
 
 def _activations(cfg: ModelConfig, rows: int, dtype: torch.dtype) -> int:
-    """Bytes of the largest set of activations alive at once for ``rows`` tokens: in the MLP, or around the attention."""
+    """Bytes of the largest set of activations alive at once for ``rows`` tokens, in the MLP or around the attention."""
     heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
     mlp = 2 * cfg.hidden_size + 4 * cfg.intermediate_size
     attention = 2 * cfg.hidden_size + 3 * heads
@@ -124,14 +127,16 @@ def plan_memory(
     sequences: int = 1,
     seed: int = 0,
 ) -> MemoryPlan:
-    """The plan for a model; ``max_context`` None takes what the model was trained for, as far as it fits in the free memory.
+    """The plan for a model. ``max_context`` None: what the model was trained for, as far as the free memory holds it.
 
     Raises ``UsageError`` for a context that the model does not support and ``OctoError`` for one that does not fit.
     """
     fmt = kv if isinstance(kv, KVFormat) else parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=dtype)
     limit = cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window
     if max_context is not None and max_context > limit:
-        raise UsageError(f"The context of {max_context:,} tokens is beyond the model's {limit:,}; give --ctx {limit} or less.")
+        raise UsageError(
+            f"The context of {max_context:,} tokens is beyond the model's {limit:,}; give --ctx {limit} or less."
+        )
     context = limit if max_context is None else max_context
     shape = ArenaShape(
         layers=cfg.num_layers,
@@ -162,13 +167,14 @@ def plan_memory(
     if max_context is None and fits < context:
         if fits < 256:
             raise OctoError(
-                f"The model needs {plan.weights / 2**30:.2f} GiB for its weights alone and {plan.device} has "
-                f"{plan.free / 2**30:.2f} GiB free; choose a smaller model or another --device."
+                f"The model's weights need {plan.weights / 2**30:.2f} GiB; of the {plan.free / 2**30:.2f} GiB free on "
+                f"{plan.device}, {budget / 2**30:.2f} GiB are taken unasked: give --ctx, or choose a smaller model."
             )
         return replace(plan, shape=replace(shape, context=fits, chunk=min(CHUNK, fits)))
     if fits < context:
         raise OctoError(
-            f"A context of {context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and {plan.device} has "
-            f"{plan.free / 2**30:.2f} GiB free; {max(fits, 0):,} tokens would fit: give --ctx auto or a smaller --ctx."
+            f"A context of {context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "
+            f"{plan.device} has {plan.free / 2**30:.2f} GiB free: "
+            + (f"give --ctx {fits} or less." if fits else "choose a smaller model or another --device.")
         )
     return plan

@@ -1,12 +1,13 @@
 """Choosing the next token from logits."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from octo_run.errors import UsageError
+from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import GenerationDefaults
 
 
@@ -14,10 +15,11 @@ from octo_run.models.config import GenerationDefaults
 class SamplingParams:
     """How the next token is chosen, and when to stop.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 switch the respective rule off.
-    The rules apply in the order repetition penalty (over prompt and answer), temperature, top-k, top-p, min-p. ``seed`` None takes a
-    fresh seed. ``max_tokens`` None means as many as the context holds. Generation ends at one of ``stop_ids`` (in addition to the
-    model's own end tokens) or where the text holds one of the strings ``stop``. Raises ``UsageError`` for values out of range.
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 switch the
+    respective rule off. The rules apply in the order repetition penalty (over prompt and answer), temperature, top-k,
+    top-p, min-p. ``seed`` None takes a fresh seed. ``max_tokens`` None means as many as the context holds. Generation
+    ends at one of ``stop_ids`` (in addition to the model's own end tokens) or where the text holds one of the strings
+    ``stop``. Raises ``UsageError`` for values out of range.
     """
 
     temperature: float = 0.0
@@ -32,13 +34,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p < 1, "at least 0 (off) and below 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 is off)"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**64, "a whole number from 0 to 2^64 - 1"),
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
-            "stop": (all(self.stop), "strings that are not empty"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
         }
         for name, (good, rule) in checks.items():
             if not good:
@@ -46,7 +49,7 @@ class SamplingParams:
 
     @classmethod
     def from_defaults(cls, defaults: GenerationDefaults, **overrides: Any) -> "SamplingParams":
-        """The model's own settings (``generation_config.json``) with ``overrides``; an override of None counts as not given."""
+        """The model's own settings (``generation_config.json``) with ``overrides``; None counts as not given."""
         unknown = set(overrides) - {f.name for f in fields(cls)}
         if unknown:
             raise TypeError(f"unknown sampling parameters: {', '.join(sorted(unknown))}")
@@ -72,9 +75,9 @@ class Sampler:
             self._seen[torch.tensor(prompt, device=device)] = True
 
     def __call__(self, logits: Tensor) -> tuple[int, float]:
-        """The chosen token id and its log-probability under the model's own distribution, for float32 ``logits [vocab]``."""
+        """The token chosen by float32 ``logits [vocab]``, and its log-probability under the model's own distribution."""
         if not bool(torch.isfinite(logits).all()):
-            raise ArithmeticError("the model produced logits that are not finite")
+            raise OctoError("The model's logits are not finite; choose another --dtype, or check the model's files.")
         scores = logits
         if self._seen is not None:
             penalty = self.params.repetition_penalty
@@ -82,8 +85,9 @@ class Sampler:
         if self.params.temperature == 0:
             choice = scores.argmax()
         else:
-            probabilities = filtered(scores / self.params.temperature, self.params)
-            choice = torch.multinomial(probabilities, 1, generator=self.generator)[0]
+            # From the largest score down, so that no temperature is too small for float32.
+            scaled = (scores - scores.max()) / max(self.params.temperature, torch.finfo(torch.float32).tiny)
+            choice = torch.multinomial(filtered(scaled, self.params), 1, generator=self.generator)[0]
         token = int(choice)
         if self._seen is not None:
             self._seen[token] = True
@@ -96,8 +100,10 @@ def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
     if params.top_p < 1:
         ordered, order = scores.sort(descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        scores = scores.masked_fill((mass_before >= params.top_p).scatter(0, order, mass_before >= params.top_p), -torch.inf)
+        share = ordered.softmax(-1)
+        beyond = share.cumsum(-1) - share >= params.top_p  # tokens before this one already make up top_p
+        beyond[0] = False
+        scores = scores.masked_fill(torch.empty_like(beyond).scatter_(0, order, beyond), -torch.inf)
     if params.min_p > 0:
-        scores = scores.masked_fill(scores < scores.max() + torch.tensor(params.min_p).log(), -torch.inf)
+        scores = scores.masked_fill(scores < scores.max() + math.log(params.min_p), -torch.inf)
     return scores.softmax(-1)

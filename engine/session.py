@@ -1,6 +1,6 @@
 """Text on top of the engine: a streamed reply, and a chat session that remembers its turns."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from octo_run.engine.engine import Engine, Generation
 from octo_run.engine.sampling import SamplingParams
@@ -13,7 +13,8 @@ ANSWER_ROOM = 256
 class Reply:
     """An answer as an iterator of text pieces. Closing it early (or an exception in the loop) keeps what was said.
 
-    ``finish_reason``: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full), "interrupted".
+    ``finish_reason``: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full),
+    "interrupted".
     """
 
     def __init__(self, engine: Engine, ids: list[int], params: SamplingParams, dropped_turns: int = 0) -> None:
@@ -63,7 +64,7 @@ class Reply:
         if self.finish_reason is None:
             self.finish_reason = "interrupted"
 
-    def _run(self, engine: Engine, params: SamplingParams) -> Iterator[str]:
+    def _run(self, engine: Engine, params: SamplingParams) -> Generator[str, None, None]:
         stream = engine.tokenizer.stream()
         held = ""
         for token in self.generation:
@@ -105,7 +106,9 @@ class Session:
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
         if not engine.tokenizer.has_chat_template:
-            raise OctoError(f"The model {engine.name} has no chat template; use `octo-run generate` for plain completion.")
+            raise OctoError(
+                f"The model {engine.name} has no chat template; use `octo-run generate` for plain completion."
+            )
         self.engine, self.system = engine, system
         self.turns: list[dict[str, str]] = []
         self._open: Reply | None = None
@@ -114,8 +117,7 @@ class Session:
     def messages(self) -> list[dict[str, str]]:
         """The conversation as chat messages, the system prompt first."""
         self._settle()
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        return head + self.turns
+        return self._head() + self.turns
 
     def clear(self) -> None:
         """Forget all turns; the system prompt stays."""
@@ -132,28 +134,41 @@ class Session:
         return None
 
     def ask(self, text: str, params: SamplingParams | None = None) -> Reply:
-        """Answer ``text``. Raises ``UsageError`` for an empty text or one that does not fit in the context by itself."""
+        """Answer ``text``. Raises ``UsageError`` for an empty text or one that the context does not hold by itself."""
         if not text.strip():
             raise UsageError("The message is empty; type a question.")
         self._settle()
         params = params or SamplingParams.from_defaults(self.engine.defaults)
+        turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
+        reply = Reply(self.engine, ids, params, dropped)
+        self.turns, self._open = turns, reply
+        return reply
+
+    def _fitting(
+        self, turns: list[dict[str, str]], params: SamplingParams
+    ) -> tuple[list[dict[str, str]], list[int], int]:
+        """``turns`` less the oldest ones that leave no room for an answer, their token ids, and how many were dropped.
+
+        A turn is a question with its answer; the last one is never dropped.
+        """
         limit = self.engine.max_context
         room = min(params.max_tokens or ANSWER_ROOM, ANSWER_ROOM, limit // 4)
-        self.turns.append({"role": "user", "content": text})
         dropped = 0
-        ids = self.engine.tokenizer.chat(self.messages)
-        while len(ids) + room > limit and len(self.turns) > 1:
+        ids = self.engine.tokenizer.chat(self._head() + turns)
+        while len(ids) + room > limit and len(turns) > 1:
             dropped += 1
-            del self.turns[0]
-            while len(self.turns) > 1 and self.turns[0]["role"] != "user":
-                del self.turns[0]
-            ids = self.engine.tokenizer.chat(self.messages)
-        try:
-            self._open = Reply(self.engine, ids, params, dropped)
-        except UsageError:
-            self.turns.pop()
-            raise
-        return self._open
+            following = (i for i, turn in enumerate(turns) if i and turn["role"] == "user")
+            turns = turns[next(following) :]
+            ids = self.engine.tokenizer.chat(self._head() + turns)
+        if len(ids) > limit:
+            raise UsageError(
+                f"The message makes a prompt of {len(ids):,} tokens by itself and the context holds {limit:,}; "
+                "shorten it or raise --ctx."
+            )
+        return turns, ids, dropped
+
+    def _head(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def _settle(self) -> None:
         """Enter the last reply, whole or interrupted, into the conversation."""

@@ -1,4 +1,5 @@
-"""The decoder: one definition of the Llama-shaped transformer that a ``ModelConfig`` turns into Llama, Mistral, Qwen2 or Qwen3.
+"""The decoder: one definition of the Llama-shaped transformer that a ``ModelConfig`` turns into Llama, Mistral, Qwen2
+or Qwen3.
 
 The decoder owns weights and arithmetic and knows nothing of caches: for each layer it hands query, key and value to the
 ``attention`` function it was given and goes on with what that returns.
@@ -57,8 +58,8 @@ def _rotate_columns(weight: Tensor, rotation: Tensor, heads: int) -> Tensor:
 class Decoder:
     """The model on one device. Consumes ``weights`` (Hugging Face names), so that fused copies never double the memory.
 
-    ``k_rotation`` and ``v_rotation`` (``[head_dim, head_dim]`` or None) are the codec's: queries and keys are rotated after
-    RoPE; the values' rotation is folded into the value and output projections, which is exact.
+    ``k_rotation`` and ``v_rotation`` (``[head_dim, head_dim]`` or None) are the codec's: queries and keys are rotated
+    after RoPE; the values' rotation is folded into the value and output projections, which is exact.
     """
 
     def __init__(
@@ -108,7 +109,10 @@ class Decoder:
         )
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states ``[B, C, hidden]`` after the last layer, before the final norm, for int64 ``ids, positions [B, C]``."""
+        """Hidden states ``[B, C, hidden]`` after the last layer, before the final norm.
+
+        ``ids`` and ``positions`` are int64 ``[B, C]``.
+        """
         x = F.embedding(ids, self.embedding)
         cos, sin = rope.cos_sin(positions, self.inv_freq, x.dtype)
         for index, layer in enumerate(self.layers):
@@ -125,8 +129,8 @@ class Decoder:
     def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cfg = self.cfg
         qkv = F.linear(rms_norm(x, layer.input_norm, cfg.rms_norm_eps), layer.qkv, layer.qkv_bias)
-        heads = qkv.unflatten(-1, (cfg.num_heads + 2 * cfg.num_kv_heads, cfg.head_dim))
-        q, k, v = heads.split([cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=2)
+        heads = qkv.view(*x.shape[:2], cfg.num_heads + 2 * cfg.num_kv_heads, cfg.head_dim)
+        q, k, v = torch.split(heads, [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=2)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, cfg.rms_norm_eps), rms_norm(k, layer.k_norm, cfg.rms_norm_eps)
         q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
