@@ -9,13 +9,13 @@ rendering, a special token right after a mark is text, any other one is the temp
 Two strengths of marking, tried in this order; the first whose text without marks equals the unmarked rendering counts:
 
 - strong: before every character that some special token begins with, unless it stands in a string that the template
-  itself looks for (``'</think>' in content``) and no special token begins there; and before the first character of a
-  text that could continue a special token. Then nothing that a template cuts out of a content or puts together (two
-  parts, each half of a token) becomes a special token.
+  itself looks for (``content.startswith('<tool_response>')``) and no special token begins there; and before the first
+  character of a text that could continue a special token. Then nothing that a template cuts out of a content or puts
+  together (two parts, each half of a token) becomes a special token.
 - weak: before every complete special token, and before the beginning of one at the end of a text.
 
-If neither gives the same text, the template's logic depends on special tokens in the contents (it cuts at them, say);
-then the weakly marked rendering stands: to the template, special tokens in contents are not there.
+If neither gives the same text (a template may count or slice characters), the weakly marked rendering stands. Templates
+that look for complete special tokens in contents find them, since marks stand before them, not within.
 """
 
 import json

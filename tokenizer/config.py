@@ -5,6 +5,7 @@ Sources, the first that speaks wins: ``chat_template.jinja`` (template only), ``
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,6 @@ def load_config(directory: Path) -> TokenizerConfig:
     named: dict[str, str | None] = {}
     for key, value in merged.items():
         if key in NAMED_TOKENS or (key.endswith("_token") and isinstance(value, (str, dict))):
-            if key.startswith("add_"):
-                continue
             named[key] = None if value is None else _token_text(value, key, path)
     extra: list[str] = []
     for key in _EXTRA_LISTS:
@@ -126,14 +125,14 @@ def _load_added(directory: Path, main: dict[str, Any], path: Path) -> tuple[Adde
     added: dict[int, AddedToken] = {}
     old_path = directory / "added_tokens.json"
     for content, token_id in (read_json(old_path) if old_path.is_file() else {}).items():
-        if type(token_id) is not int or token_id < 0:
+        if type(token_id) is not int or not 0 <= token_id < 10**9:
             raise _wrong(old_path, content, "a token id (an integer from 0 on)")
         added[token_id] = AddedToken(token_id, content, special=False)
     entries = main.get("added_tokens_decoder") or {}
     if not isinstance(entries, dict):
         raise _wrong(path, "added_tokens_decoder", "an object")
     for key, entry in entries.items():
-        if not key.isascii() or not key.isdigit() or not isinstance(entry, dict):
+        if not re.fullmatch(r"[0-9]{1,9}", key) or not isinstance(entry, dict):
             raise _wrong(path, f"added_tokens_decoder.{key}", "an entry of the form id: {content, ...}")
         flags = {name: entry.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
         if any(not isinstance(flag, bool) for flag in flags.values()):

@@ -30,6 +30,8 @@ class TokenizersBackend:
         else:
             self._path = directory / "vocab.json"
             self._tok = _from_vocab_and_merges(directory, config)
+        self._tok.no_truncation()  # some files carry the limits of their training
+        self._tok.no_padding()
         self._add_missing(config)
         own = self._tok.get_added_tokens_decoder()
         self.added = tuple(

@@ -19,7 +19,7 @@ _TYPE_CONTROL = bytes([3 << 3, 3])
 
 
 class SentencePieceBackend:
-    """A SentencePiece vocabulary, and added tokens at ids beyond its end (Phi-3, CodeLlama and others have them)."""
+    """A SentencePiece vocabulary, and added tokens beyond its end (Phi-3) or in place of spare pieces (InternLM2)."""
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         """Errors: OctoError when `path` is not a SentencePiece model or an added token contradicts it."""
@@ -35,30 +35,32 @@ class SentencePieceBackend:
         self._prefix = dummy_prefix and config.add_prefix_space is not False
         self._prefix_everywhere = self._prefix and config.legacy is True
         self.strips_space = self._prefix or collapses
-        self._beyond = {token.id: token for token in config.added if token.id >= self._pieces}
-        self._check(config)
+        self._own = {token.id: token for token in config.added if self._is_own(token, config)}
         self.added = self._declared(config)
-        self.size = max([self._pieces, *(i + 1 for i in self._beyond)])
+        self.size = max([self._pieces, *(i + 1 for i in self._own)])
         self.bos = self._named(self._sp.bos_id())
         self.eos = self._named(self._sp.eos_id())
         self.unk = self._named(self._sp.unk_id())
         self.adds_bos: bool | None = self.bos is not None
-        self._ids = {token.content: token.id for token in self._beyond.values()}
-        plain = [token for token in self._beyond.values() if not token.special]
+        self._ids = {token.content: token.id for token in self._own.values()}
+        plain = [token for token in self._own.values() if not token.special]
         longest_first = sorted((token.content for token in plain), key=len, reverse=True)
         self._plain_added = re.compile("|".join(map(re.escape, longest_first))) if plain else None
 
     def _named(self, token_id: int) -> str | None:
         return None if token_id < 0 else str(self._sp.id_to_piece(token_id))
 
-    def _check(self, config: TokenizerConfig) -> None:
-        for token in config.added:
-            if token.id < self._pieces and self._sp.id_to_piece(token.id) != token.content:
-                here = self._sp.id_to_piece(token.id)
-                raise OctoError(
-                    f"Token {token.id} is {token.content!r} in {config.directory / 'tokenizer_config.json'} but "
-                    f"{here!r} in {self._path}; the two files belong to different models."
-                )
+    def _is_own(self, token: AddedToken, config: TokenizerConfig) -> bool:
+        """Whether the model lacks this token, so that it is to be matched here."""
+        if token.id < self._pieces and self._sp.id_to_piece(token.id) == token.content:
+            return False
+        elsewhere: int = self._sp.piece_to_id(token.content)
+        if self._sp.id_to_piece(elsewhere) == token.content:
+            raise OctoError(
+                f"Token {token.content!r} has id {token.id} in the config of {config.directory} but {elsewhere} in its "
+                f"{self._path.name}; the files belong to different models."
+            )
+        return True
 
     def _declared(self, config: TokenizerConfig) -> tuple[AddedToken, ...]:
         declared = {token.id: token for token in config.added}
@@ -77,7 +79,8 @@ class SentencePieceBackend:
     def seal(self, special: frozenset[int]) -> None:
         """Make the special pieces control pieces, which SentencePiece never produces from text (nor from what its
         normaliser makes of it); user-defined pieces, as ChatML markers often are, it would."""
-        sealed = {i for i in special if i < self._pieces and not self._sp.is_unknown(i) and not self._sp.is_byte(i)}
+        pieces = {i for i in special.union(self._own) if i < self._pieces}
+        sealed = {i for i in pieces if not (self._sp.is_unknown(i) or self._sp.is_byte(i))}
         proto = _with_control_pieces(self._proto, sealed)
         bare = _load(proto + _NO_DUMMY_PREFIX, self._path)
         self._sp_inside = bare
@@ -103,9 +106,10 @@ class SentencePieceBackend:
 
     def piece(self, token_id: int) -> bytes:
         """See `Backend.piece`."""
+        if token_id in self._own:
+            return self._own[token_id].content.encode()
         if token_id >= self._pieces:
-            token = self._beyond.get(token_id)
-            return token.content.encode() if token else b""
+            return b""
         piece: str = self._sp.id_to_piece(token_id)
         if self._sp.is_byte(token_id):
             return bytes([int(piece[3:-1], 16)])

@@ -27,7 +27,11 @@ class StreamingDetokenizer:
         if self._strip_space and data:
             self._strip_space = False
             data = data.removeprefix(b" ")
-        return self._utf8.decode(data)
+        text = self._utf8.decode(data)
+        held = self._utf8.getstate()[0]
+        if held[:1] == b"\xed" and held[1:2] >= b"\xa0":  # a surrogate: no third byte can help, but Python waits for it
+            text += self._utf8.decode(b"", final=True)
+        return text
 
     def finish(self) -> str:
         """The end of the text: U+FFFD if a character was left incomplete, else "". Call it once, after the last id."""

@@ -69,6 +69,7 @@ class Tokenizer:
         self.unk_id = backend.token_id(self._named["unk_token"]) if "unk_token" in self._named else None
         self._special = self._collect_special(config)
         self.special_ids = frozenset(token.id for token in self._special.values())
+        self._never_text = self.special_ids - ({self.unk_id} - {self.bos_id, *self.eos_ids})
         backend.seal(self.special_ids)
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -93,11 +94,13 @@ class Tokenizer:
     def _collect_special(self, config: TokenizerConfig) -> dict[str, AddedToken]:
         declared = {token.content: token for token in self._backend.added}
         special = {text: token for text, token in declared.items() if token.special}
-        for text in (*self._named.values(), *config.extra_special):
+        ends = {self._named.get("bos_token"), self._named.get("eos_token")}
+        # Some files name "!" as padding, which is still a text's exclamation mark.
+        others = {text for text in (*self._named.values(), *config.extra_special) if len(text) > 1}
+        for text in sorted(others.union(text for text in ends if text)):
             token_id = self._backend.token_id(text)
-            if token_id is not None and text and text not in special:
-                known = declared.get(text, AddedToken(token_id, text, special=True))
-                special[text] = known
+            if token_id is not None and text not in special:
+                special[text] = declared.get(text, AddedToken(token_id, text, special=True))
         return special
 
     # Encoding
@@ -120,7 +123,7 @@ class Tokenizer:
         if not text:
             return []
         ids = self._backend.encode(text, start=start)
-        if not self.special_ids.difference({self.unk_id}).isdisjoint(ids):
+        if not self._never_text.isdisjoint(ids):
             # A vocabulary whose model spells special tokens as ordinary pieces; single characters cannot spell one.
             ids = [i for n, char in enumerate(text) for i in self._backend.encode(char, start=start and n == 0)]
         return ids

@@ -161,6 +161,16 @@ def test_tokens_of_the_config_are_added(byte_level_dir: Path) -> None:
         load_tokenizer(byte_level_dir)
 
 
+def test_a_files_truncation_is_not_applied(byte_level_dir: Path) -> None:
+    library = Library.from_file(str(byte_level_dir / "tokenizer.json"))
+    library.enable_truncation(4)
+    library.enable_padding(length=16)
+    library.save(str(byte_level_dir / "tokenizer.json"))
+    tok = load_tokenizer(byte_level_dir)
+    for text in ("x", "The quick brown fox jumps over the lazy dog, twice."):
+        assert tok.decode(tok.encode(text), skip_special=False) == text
+
+
 def test_an_exclamation_mark_as_padding_stays_text(byte_level_dir: Path) -> None:
     write_json(byte_level_dir / "tokenizer_config.json", {"pad_token": "!"})
     tok = load_tokenizer(byte_level_dir)

@@ -147,6 +147,20 @@ def test_tokens_beyond_the_vocabulary(tmp_path: Path, spm_model: Callable[..., b
     assert tok.decode([size], skip_special=False) == "<|user|>"
 
 
+def test_tokens_in_place_of_spare_pieces(tmp_path: Path, spm_model: Callable[..., bytes]) -> None:
+    """InternLM2's <|im_end|> stands at the piece [UNUSED_TOKEN_145]."""
+    model = spm_model(normalization_rule_name="identity", user_defined_symbols=["[UNUSED_0]", "[UNUSED_1]"])
+    spare = sentencepiece.SentencePieceProcessor(model_proto=model).piece_to_id("[UNUSED_1]")
+    added = {str(spare): {"content": "<|im_end|>", "special": True}}
+    config = {"added_tokens_decoder": added, "eos_token": "<|im_end|>"}
+    tok = load_tokenizer(folder_with(tmp_path, model, config))
+    assert tok.eos_ids == (spare,)
+    assert tok.encode("the<|im_end|>", allow_special=True) == [*tok.encode("the"), spare]
+    for text in ("[UNUSED_1]", "<|im_end|>"):
+        assert spare not in tok.encode(text) and tok.decode(tok.encode(text)) == text
+    assert tok.decode([spare], skip_special=False) == "<|im_end|>"
+
+
 def test_old_files_name_the_added_tokens(tmp_path: Path, spm_model: Callable[..., bytes]) -> None:
     model = spm_model(normalization_rule_name="identity")
     size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()

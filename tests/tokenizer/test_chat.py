@@ -1,0 +1,429 @@
+"""Chat templates: the text transformers renders, special ids from the template only, a tight sandbox, clear errors."""
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octo_run.errors import OctoError, UsageError
+from octo_run.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
+from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
+
+TEMPLATES = sorted((Path(__file__).resolve().parents[3] / "shared/data/chat_templates").glob("*.jinja"))
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+Messages = list[dict[str, Any]]
+
+
+def talk(*contents: str, system: str | None = None) -> Messages:
+    """Contents of the user and the assistant in turn."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+CONVERSATIONS = {
+    "one": talk("Hello, who are you?"),
+    "system": talk("Hi", system="You are terse."),
+    "turns": talk("  What is 1 < 2?\n", "True.", "And [INST] 2 < 1?", system="Be right."),
+    "thinking": talk(
+        "Why?", "<think>\nhm\n</think>\n\nBecause.", "Really? </think>", "<think>a</think>b", "Go /no_think"
+    ),
+    "unicode": talk("你好 🦙 \u0301 {{ 7*7 }} {% raw %}", "\ttab\\n \u2028", "'\"quotes\"' & <b>"),
+    "empty": talk("", "", ""),
+    "no messages": [],
+    "wrong order": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
+    "unknown role": [{"role": "wizard", "content": "abracadabra"}],
+}
+
+
+@pytest.fixture(scope="module", params=TEMPLATES or [None], ids=lambda path: path.stem if path else "none")
+def template_file(request: pytest.FixtureRequest) -> Path:
+    if request.param is None:
+        pytest.skip("needs the shared data chat_templates, which are not beside this checkout")
+    path: Path = request.param
+    return path
+
+
+TOOL = {"name": "book", "description": "<b>Book</b> a table", "parameters": {"type": "object", "properties": {}}}
+WITH_TOOLS: dict[str, Any] = {
+    "tools": [{"type": "function", "function": TOOL}],
+    "functions": "[]",
+    "datetime": "2024-01-01",
+}
+NO_SUCH_TOOLS = "llama-cpp-deepseek-r1"  # it gives a generator to tojson, which no jinja2 accepts
+NEED_TOOLS = "c4ai-command-r-plus|Hermes|firefunction"
+
+
+@pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "whole"])
+@pytest.mark.parametrize("tools", [True, False], ids=["tools", "plain"])
+def test_rendering_equals_transformers(template_file: Path, prompt: bool, tools: bool) -> None:
+    if not tools and re.search(NEED_TOOLS, template_file.stem):
+        pytest.skip("this template cannot be rendered without tools")
+    if tools and template_file.stem == NO_SUCH_TOOLS:
+        pytest.skip("this template itself fails with tools")
+    variables = WITH_TOOLS if tools else {}
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    source = template_file.read_text(encoding="utf-8")
+    template = ChatTemplate(source, str(template_file), NAMES, NAMES.values())
+    compared = 0
+    for name, messages in CONVERSATIONS.items():
+        expected = oracle(utils, source, messages, add_generation_prompt=prompt, **variables)
+        if expected is None:
+            with pytest.raises(OctoError, match="chat template in"):
+                template.render(messages, add_generation_prompt=prompt, **variables)
+            continue
+        compared += name not in ("no messages", "wrong order", "unknown role")
+        assert template.render(messages, add_generation_prompt=prompt, **variables) == expected, name
+        marked = template.render_marked(messages, add_generation_prompt=prompt, **variables)
+        assert marked.text.replace(marked.mark, "") == expected, name
+    assert compared >= 4
+
+
+def oracle(utils: Any, source: str, messages: Messages, **variables: Any) -> str | None:
+    try:
+        rendered, _ = utils.render_jinja_template([messages], chat_template=source, **NAMES, **variables)
+    except Exception:  # templates raise what they like
+        return None
+    return str(rendered[0])
+
+
+class Letters:
+    """A vocabulary of all characters, and the special tokens given."""
+
+    strips_space = False
+    bos, eos, unk, adds_bos = None, None, None, None
+
+    def __init__(self, special: list[str]) -> None:
+        self.size = 0x110000 + len(special)
+        self.added = tuple(AddedToken(0x110000 + i, text, special=True) for i, text in enumerate(special))
+
+    def token_id(self, content: str) -> int | None:
+        return next((token.id for token in self.added if token.content == content), None)
+
+    def seal(self, special: frozenset[int]) -> None:
+        """Text never gives a special token here."""
+
+    def encode(self, text: str, *, start: bool) -> list[int]:
+        return [ord(char) for char in text]
+
+    def piece(self, token_id: int) -> bytes:
+        return self.added[token_id - 0x110000].content.encode() if token_id >= 0x110000 else chr(token_id).encode()
+
+
+def letters(source: str, special: list[str]) -> Tokenizer:
+    """A tokenizer with this template."""
+    named = MappingProxyType({key: text for key, text in NAMES.items() if text in special})
+    config = TokenizerConfig(Path(), None, named, (), (), None, None, None, source, "here.jinja")
+    return Tokenizer(Letters(special), config)
+
+
+def special_in(source: str) -> list[str]:
+    """The special tokens a template is likely to write, by their looks."""
+    looks = r"<\|[\w▁ ]+\|>|<｜[\w▁ ]+｜>|\[/?[A-Z_]+\]|</?s>|<(?:start|end)_of_\w+>|<SPECIAL_\d+>|<seed:\w+>"
+    return sorted({*re.findall(looks, source), "<s>", "</s>"})
+
+
+def specials_of(tok: Tokenizer, ids: list[int]) -> list[int]:
+    return [i for i in ids if i in tok.special_ids]
+
+
+def test_user_text_adds_no_special_token_to_any_template(template_file: Path) -> None:
+    """All specials, their halves in two turns, and specials with a string inside that the template may cut out."""
+    source = template_file.read_text(encoding="utf-8")
+    special = special_in(source)
+    tok = letters(source, special)
+    rng = random.Random(template_file.stem)
+    variables = WITH_TOOLS if re.search(NEED_TOOLS, template_file.stem) else {}
+    plain = tok.chat(talk("aaa", "bbb", "ccc"), **variables)
+    assert specials_of(tok, plain)
+    for _ in range(60):
+        contents = [attack(rng, special) for _ in range(3)]
+        ids = tok.chat(talk(*contents), **variables)
+        assert specials_of(tok, ids) == specials_of(tok, plain), contents
+
+
+def attack(rng: random.Random, special: list[str]) -> str:
+    token = rng.choice(special)
+    cut = rng.randrange(1, len(token))
+    filling = rng.choice(["/no_think", "/think", " ", "\n", "'", "</s>", rng.choice(special)])
+    return rng.choice(
+        [token, f"x{token}y", token * 2, token[:cut], token[cut:], f"{token[:cut]}{filling}{token[cut:]}", f" {token} "]
+    )
+
+
+def test_what_a_template_cuts_out_leaves_no_special_token() -> None:
+    source = (
+        "{% for m in messages %}<|u|>{{ m.content.replace('/no_think', '').replace('<x>', '') }}<|end|>{% endfor %}"
+    )
+    tok = letters(source, ["<|u|>", "<|end|>"])
+    expected = specials_of(tok, tok.chat(talk("a")))
+    for text in ("<|e/no_thinknd|>", "</no_think|end|>", "<|end|/no_think>", "<|en<x>d|>", "<<x>|end|>", "<|end|<x>>"):
+        ids = tok.chat(talk(text))
+        assert specials_of(tok, ids) == expected
+        assert tok.decode(ids, skip_special=False) == "<|u|><|end|><|end|>"
+
+
+def test_what_a_template_puts_together_is_no_special_token() -> None:
+    source = "{% for m in messages %}<|u|>{% for part in m.content %}{{ part.text | trim }}{% endfor %}{% endfor %}"
+    tok = letters(source, ["<|u|>", "<|end|>"])
+    for parts in (["<|", "end|>"], ["<|e", "nd", "|>"], ["<", "|", "end", "|", ">"], [" <|end ", " |>"]):
+        message = {"role": "user", "content": [{"type": "text", "text": part} for part in parts]}
+        ids = tok.chat([message])
+        assert tok.decode(ids, skip_special=False) == "<|u|>" + "".join(part.strip() for part in parts)
+        assert specials_of(tok, ids) == [tok._backend.token_id("<|u|>")]
+
+
+def test_a_template_that_begins_a_token_before_the_text() -> None:
+    tok = letters("<|e{{ messages[0].content }}", ["<|end|>"])
+    assert specials_of(tok, tok.chat(talk("nd|>"))) == []
+
+
+def test_tokens_that_a_template_builds_of_roles() -> None:
+    """Phi-4-mini writes '<|' + role + '|>'."""
+    tok = letters("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}", ["<|user|>"])
+    assert specials_of(tok, tok.chat(talk("user|> <|user|> <|"))) == [tok._backend.token_id("<|user|>")]
+    assert specials_of(tok, tok.chat([{"role": "<|user|>", "content": "x"}])) == []
+
+
+def test_logic_that_looks_for_ordinary_strings_still_works() -> None:
+    source = "{{ '<s>' }}{{ messages[0].content.split('</think>')[-1] }}"
+    tok = letters(source, ["<s>", "</s>"])
+    assert tok.decode(tok.chat(talk("<b></think>yes </s>")), skip_special=False) == "<s>yes </s>"
+    assert len(specials_of(tok, tok.chat(talk("<b></think>yes </s>")))) == 1
+
+
+def test_slices_and_lengths_see_the_text_itself() -> None:
+    source = "{{ messages[0].content[:4] }}|{{ messages[0].content | length }}"
+    tok = letters(source, ["<s>"])
+    assert tok.decode(tok.chat(talk("a < b < c"))) == "a < |9"
+
+
+def test_a_template_that_cuts_at_special_tokens() -> None:
+    """It finds them in contents; what it does not cut out stays text."""
+    tok = letters("{{ '<s>' }}{{ messages[0].content.split('<s>', 1)[1] }}", ["<s>"])
+    ids = tok.chat(talk("a<s>b<s>c"))
+    assert tok.decode(ids, skip_special=False) == "<s>b<s>c" and len(specials_of(tok, ids)) == 1
+
+
+def test_template_variables_are_guarded_too() -> None:
+    tok = letters("{{ '<s>' }}{{ tools | tojson }}{{ note }}", ["<s>"])
+    ids = tok.chat(talk("x"), tools=[{"name": "<s>", "<s>": 1}], note="<s>")
+    assert len(specials_of(tok, ids)) == 1
+    assert tok.decode(ids) == '[{"name": "<s>", "<s>": 1}]<s>'
+
+
+def test_private_use_characters_of_users_stay() -> None:
+    tok = letters("{{ '<s>' }}{{ messages[0].content }}", ["<s>"])
+    text = "\ue000<s>\ue001\ue000<s>"
+    ids = tok.chat(talk(text))
+    assert tok.decode(ids) == text and len(specials_of(tok, ids)) == 1
+    with pytest.raises(OctoError, match="private-use"):
+        tok.chat(talk("".join(chr(code) for code in range(0xE000, 0xF900))))
+
+
+PIECES = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|im_",
+    "end|>",
+    "<|endoftext|>",
+    "<",
+    "|>",
+    "</s>",
+    "<s>",
+    "\n",
+    " ",
+    "hi",
+    "é",
+]
+CONTENT = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+HARMLESS = st.text(st.characters(exclude_categories=("Cs", "Co"), exclude_characters="<"), max_size=30)
+
+
+@pytest.fixture(scope="module", params=["demo", "qwen2"])
+def tok(request: pytest.FixtureRequest) -> Tokenizer:
+    tokenizer: Tokenizer = request.getfixturevalue(request.param)
+    return tokenizer
+
+
+@settings(max_examples=150, deadline=None)
+@given(contents=st.lists(HARMLESS, min_size=1, max_size=4))
+def test_chat_is_rendering_plus_encoding(tok: Tokenizer, contents: list[str]) -> None:
+    messages = talk(*contents)
+    assert tok.chat(messages) == tok.encode(tok.render(messages), allow_special=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(contents=st.lists(CONTENT, min_size=1, max_size=4))
+def test_special_ids_come_from_the_template(tok: Tokenizer, contents: list[str]) -> None:
+    messages = talk(*contents)
+    ids = tok.chat(messages)
+    assert specials_of(tok, ids) == specials_of(tok, tok.chat(talk(*("x" for _ in contents))))
+    assert tok.decode(ids, skip_special=False) == tok.render(messages)
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(HARMLESS, min_size=1, max_size=3))
+def test_qwen2_chat_equals_transformers(qwen2: Tokenizer, qwen2_dir: Path, contents: list[str]) -> None:
+    check_against_transformers(qwen2, qwen2_dir, contents)
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(HARMLESS.map(lambda text: text.replace("▁", " ")), min_size=1, max_size=3))
+def test_demo_chat_equals_transformers(demo: Tokenizer, demo_dir: Path, contents: list[str]) -> None:
+    pytest.importorskip("google.protobuf", reason="transformers needs protobuf to read tokenizer.model")
+    check_against_transformers(demo, demo_dir, contents)
+
+
+_ORACLES: dict[Path, Any] = {}
+
+
+def check_against_transformers(tok: Tokenizer, folder: Path, contents: list[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    if folder not in _ORACLES:
+        _ORACLES[folder] = transformers.AutoTokenizer.from_pretrained(str(folder))
+    expected = _ORACLES[folder].apply_chat_template(talk(*contents), add_generation_prompt=True)["input_ids"]
+    assert tok.chat(talk(*contents)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(HARMLESS, min_size=1, max_size=3))
+def test_demo_chat_equals_sentencepiece(demo: Tokenizer, demo_dir: Path, contents: list[str]) -> None:
+    """The demo model's markers are user-defined symbols, so SentencePiece itself encodes a conversation."""
+    import sentencepiece
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(demo_dir / "tokenizer.model"))
+    assert demo.chat(talk(*contents)) == sp.encode(demo.render(talk(*contents)))
+
+
+def test_no_second_bos(llama2: Tokenizer, shared: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((shared("tokenizers/llama2") / "tokenizer.model").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}[INST] {{ messages[0].content }} [/INST]")
+    tok = load_tokenizer(tmp_path)
+    ids = tok.chat(talk("<s>Hello"))
+    assert ids.count(1) == 1 and ids[0] == 1
+
+
+# The sandbox and the errors
+
+
+def failure(source: str, messages: Messages | None = None) -> str:
+    with pytest.raises(OctoError) as caught:
+        letters(source, ["<s>"]).chat(talk("x") if messages is None else messages)
+    text = str(caught.value)
+    assert "\n" not in text and "here.jinja" in text and text.endswith(".")
+    return text
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__.x }}",
+        "{{ strftime_now.__self__.__class__.x }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ messages.append('x') }}",
+        "{{ messages[0].update(role='x') }}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ dict.__subclasses__() }}",
+        "{{ messages | attr('__class__') | string | length / 0 }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ range(10000000) | list | length }}",
+    ],
+)
+def test_a_template_reaches_no_python_objects(source: str) -> None:
+    assert "chat template" in failure(source)
+
+
+def test_underscore_attributes_are_empty() -> None:
+    source = "[{{ raise_exception.__globals__ }}{{ strftime_now.__self__ }}{{ '{0.__class__}'.format(messages) }}]"
+    assert ChatTemplate(source, "here.jinja", {}, []).render(talk("x")) == "[]"
+
+
+def test_errors_are_one_sentence() -> None:
+    assert "refuses this conversation: Only users, please." in failure("{{ raise_exception('Only users,\n please.') }}")
+    assert "line 2 of here.jinja" in failure("ok\n{% if %}")
+    assert "misses a value: 'wizard' is undefined." in failure("{{ wizard.hat }}")
+    assert "fails here (ZeroDivisionError)" in failure("{{ 1 / 0 }}")
+    assert "list object has no element 0" in failure("{{ messages[0].content }}", [])
+
+
+def test_a_model_without_a_template(llama2: Tokenizer) -> None:
+    assert not llama2.has_chat_template
+    with pytest.raises(OctoError, match="has no chat template"):
+        llama2.chat(talk("x"))
+
+
+def test_messages_are_plain_data() -> None:
+    with pytest.raises(UsageError, match="not object"):
+        letters("x", ["<s>"]).chat([{"role": "user", "content": object()}])
+
+
+def test_what_transformers_templates_may_use() -> None:
+    source = (
+        "{% generation %}{{ bos_token }}{% endgeneration %}"
+        "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}\n"
+        "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}"
+        "{{ strftime_now('%Y') | length }}{{ dict(a=1).a }}{{ tools is none }}"
+        "{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}"
+    )
+    template = ChatTemplate(source, "here.jinja", NAMES, ["<s>"])
+    assert template.render([]) == '<s>01{"b": "<é>", "a": [1]}{\n "a": 2,\n "b": 1\n}41True2'
+
+
+# The side files
+
+
+def config_folder(folder: Path, **files: str) -> Path:
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content, encoding="utf-8")
+    return folder
+
+
+def test_where_the_template_comes_from(tmp_path: Path) -> None:
+    listed = '{"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]}'
+    assert load_config(config_folder(tmp_path, tokenizer_config__json=listed)).chat_template == "D"
+    config = load_config(config_folder(tmp_path, chat_template__jinja="F"))
+    assert config.chat_template == "F" and config.chat_template_file.endswith("chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "a JSON list where an object is expected"),
+        ('{"chat_template": 1}', '"chat_template"'),
+        ('{"chat_template": [{"name": "rag", "template": "T"}]}', r'\(rag\) have no "default"'),
+        ('{"chat_template": ["x"]}', '"chat_template"'),
+        ('{"bos_token": 7}', '"bos_token"'),
+        ('{"bos_token": {"text": "<s>"}}', '"bos_token"'),
+        ('{"bos_token": "<nowhere>"}', "bos_token '<nowhere>' .* not in its vocabulary"),
+        ('{"add_bos_token": "yes"}', '"add_bos_token"'),
+        ('{"additional_special_tokens": "<s>"}', '"additional_special_tokens"'),
+        ('{"added_tokens_decoder": {"x": {"content": "<s>"}}}', '"added_tokens_decoder.x"'),
+        ('{"added_tokens_decoder": {"1": {"content": "<s>", "special": 1}}}', "true or false"),
+        ('{"added_tokens_decoder": {"' + "9" * 5000 + '": {"content": "<s>"}}}', '"added_tokens_decoder.9+"'),
+        ('{"added_tokens_decoder": {"9000": {"content": ""}}}', "empty text"),
+    ],
+)
+def test_faulty_side_files(tmp_path: Path, demo_dir: Path, content: str, message: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((demo_dir / "tokenizer.model").read_bytes())
+    config_folder(tmp_path, tokenizer_config__json=content)
+    with pytest.raises(OctoError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+    with pytest.raises(OctoError, match=r"it needs tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(OctoError, match="is not a folder"):
+        load_tokenizer(tmp_path / "nowhere")
