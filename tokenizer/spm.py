@@ -119,6 +119,8 @@ class SentencePieceBackend:
 def _load(proto: bytes, path: Path) -> Any:
     import sentencepiece
 
+    if not proto:
+        raise OctoError(f"{path} is empty; download the file again.")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
     except (RuntimeError, OSError, ValueError) as error:
