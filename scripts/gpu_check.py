@@ -1,0 +1,372 @@
+"""Checks the Triton kernels on a GPU, then times decode attention at the size at which the OCTOPUS paper times its own.
+
+    python scripts/gpu_check.py [--processes N] [--skip-shapes]
+
+Checks: attention (decode and prefill, outputs and workspaces filled with NaN) against float64 attention over
+`codec.decode`, for head dims x group sizes x lengths around page edges x formats; page encoding against the codecs; the
+replay of a CUDA graph against the same calls made one by one. The cases are spread over processes, because most of
+their time is compilation. Nothing is timed whose result is wrong. Exit code 1 if anything differs.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from octo_run.kernels import AttentionInputs, attend, attention_workspace_bytes, encode_pages, page_bytes
+from octo_run.kernels.codec import KVFormat, parse_kv
+
+SINK, WINDOW, PAGE = 64, 64, 64
+HEAD_DIMS = (64, 80, 96, 128, 256)
+GROUPS = (1, 4, 5, 7, 8)
+FORMATS = ("octopus2", "octopus3", "octopus4", "bf16")
+BEYOND_SINK = (0, 1, 63, 64, 65, 127, 128, 129, 1000)
+PUBLISHED_MS = 0.55  # the paper's kernel: 4 KV heads, 28 query heads, 65,536 tokens, d = 128, 10 bits, one H200
+BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 2e-5}  # bf16 outputs are themselves rounded to 2e-3
+
+
+@dataclass
+class Case:
+    """A batch of sequences in an arena, and the float64 result."""
+
+    q: Tensor
+    kv: AttentionInputs
+    fmt: KVFormat
+    want: Tensor
+    max_length: int
+
+
+def stored_pages(fmt: KVFormat, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """[2, H, 64 P, d] -> page bytes [P, H, bytes], and what they hold in the rotated basis, float64 [2, H, 64 P, d]."""
+    parts, decoded = [], []
+    for codec, x in zip((fmt.k, fmt.v), vectors, strict=True):
+        rows = codec.encode_rotated(x)
+        parts.append(rows.reshape(len(rows), -1, PAGE * codec.bytes_per_vector).transpose(0, 1))
+        decoded.append(codec.rotate(codec.decode(rows, torch.float64)))
+    return torch.cat(parts, -1), torch.stack(decoded)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
+    """Causal attention in float64: q [C, H, d] at positions start + c, k and v [Hkv, n, d]."""
+    count, heads, dim = q.shape
+    grouped = q.double().view(count, k.shape[0], -1, dim)
+    scores = torch.einsum("chgd,hnd->hgcn", grouped, k) * scale
+    late = torch.arange(k.shape[1], device=q.device) > torch.arange(start, start + count, device=q.device)[:, None]
+    weights = scores.masked_fill(late, float("-inf")).softmax(-1)
+    return torch.einsum("hgcn,hnd->chgd", weights, v).reshape(count, heads, dim)
+
+
+def arena_inputs(pages: Tensor, table: Tensor, index: list[Tensor], sinks: Tensor, tails: Tensor) -> AttentionInputs:
+    """Inputs from `index` = (packed pages, starts, tail origins) and stacked K and V of sinks and tails."""
+    packed, starts, origin = index
+    return AttentionInputs(pages, table, packed, starts, sinks[0], sinks[1], tails[0], tails[1], origin, SINK)
+
+
+def make_case(kv: str, lengths: list[int], count: int, group: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Case:
+    """Sequences of `lengths` tokens, the last `count` are queries. What must not be read is NaN or an invalid page."""
+    fmt = parse_kv(kv, dim, plain_dtype=dtype)
+    device = torch.device("cuda")
+    starts = [n - count for n in lengths]
+    packed = [max(0, s - SINK - WINDOW) // PAGE for s in starts]
+    capacity = WINDOW + PAGE + (count if count > 1 else 0)
+    order = iter(torch.randperm(sum(packed)).tolist())
+    pages = torch.full((sum(packed) + 1, 2, kv_heads, page_bytes(fmt)), 255, dtype=torch.uint8, device=device)
+    table = torch.full((len(lengths), max(packed) + 1), 2**30, dtype=torch.int32, device=device)
+    full = (2, len(lengths), kv_heads)
+    sinks = torch.full((*full, SINK, dim), float("nan"), device=device).to(dtype)
+    tails = torch.full((*full, capacity, dim), float("nan"), device=device).to(dtype)
+    origin = [PAGE * p if count > 1 else 0 for p in packed]
+    q = (3 * torch.randn(len(lengths), count, group * kv_heads, dim, device=device)).to(dtype)
+    want = torch.empty(q.shape, dtype=torch.float64, device=device)
+    for b, n in enumerate(lengths):
+        gain = 0.2 + torch.rand(2, kv_heads, n, 1, device=device)
+        vectors = (torch.randn(2, kv_heads, n, dim, device=device) * gain).to(dtype)
+        values = vectors.double()
+        top, done = min(n, SINK), SINK + PAGE * packed[b]
+        sinks[:, b, :, :top] = vectors[:, :, :top]
+        if packed[b]:
+            ids = [next(order) for _ in range(packed[b])]
+            table[b, : packed[b]] = torch.tensor(ids, dtype=torch.int32, device=device)
+            pages[ids, 1], values[:, :, SINK:done] = stored_pages(fmt, vectors[:, :, SINK:done])
+        if n > done:
+            slots = (torch.arange(done, n, device=device) - SINK - origin[b]) % capacity
+            tails[:, b, :, slots] = vectors[:, :, done:]
+        want[b] = dense(q[b], values[0], values[1], starts[b], dim**-0.5)
+    index = [torch.tensor(x, dtype=torch.int32, device=device) for x in (packed, starts, origin)]
+    inputs = arena_inputs(pages[:, 1], table, index, sinks, tails)
+    return Case(q, inputs, fmt, want, max(lengths))
+
+
+def workspace_for(q: Tensor, kv: AttentionInputs) -> Tensor:
+    """A workspace full of NaN."""
+    batch, _, heads, dim = q.shape
+    size = attention_workspace_bytes(batch, heads, kv.pages.shape[1], dim, q.device) // 4
+    return torch.full((size,), float("nan"), device=q.device)
+
+
+def error_of(case: Case) -> float:
+    """Largest relative error of a sequence (NaN if anything was left unwritten)."""
+    out = torch.full_like(case.q, float("nan"))
+    scale = case.q.shape[-1] ** -0.5
+    workspace = workspace_for(case.q, case.kv)
+    attend(case.q, case.kv, case.fmt, scale=scale, max_length=case.max_length, out=out, workspace=workspace)
+    difference = (out.double() - case.want).flatten(1).norm(dim=1) / case.want.flatten(1).norm(dim=1)
+    return float(difference.max())
+
+
+def check_attention(kv: str, dim: int, group: int, dtype: torch.dtype) -> list[tuple[str, float, float]]:
+    """(name, error, bound) for decode and prefill of one shape and format."""
+    name = f"{kv} d={dim} group={group} {str(dtype).removeprefix('torch.')}"
+    decode = make_case(kv, [1, 2, SINK, *(SINK + n for n in BEYOND_SINK)], 1, group, 2, dim, dtype)
+    results = [(f"decode {name}", error_of(decode), BOUNDS[dtype])]
+    count = 37
+    prefill = make_case(kv, [count + n for n in (0, *BEYOND_SINK, SINK + 1000)], count, group, 2, dim, dtype)
+    return [*results, (f"prefill {name}", error_of(prefill), BOUNDS[dtype])]
+
+
+def check_single_split(kv: str) -> list[tuple[str, float, float]]:
+    """Decode in one split (no merge), and a batch so large that there is one split, and a prefill of many rows."""
+    short = make_case(kv, [SINK], 1, 7, 1, 128, torch.float16)
+    large = make_case(kv, [300] * 600, 1, 2, 2, 64, torch.float16)
+    wide = make_case(kv, [1100, 517], 512, 4, 2, 128, torch.float16)
+    cases = {"one split": short, "600 sequences": large, "prefill of 512": wide}
+    return [(f"{what} {kv}", error_of(case), 2e-3) for what, case in cases.items()]
+
+
+def check_encode(kv: str, dim: int, dtype: torch.dtype) -> list[tuple[str, float, float]]:
+    """Share of rows whose bytes differ from the codec's (vectors at a boundary between codes), and how MSEs compare."""
+    fmt = parse_kv(kv, dim)
+    source = torch.randn(2, 3, 5, PAGE, 2, dim, device="cuda").to(dtype).transpose(3, 4)  # [2, L, N, H, 64, d], strided
+    source[:, 0, 0, 0, 5] = 0
+    pages = torch.full((7, 4, 2, page_bytes(fmt)), 0xEE, dtype=torch.uint8, device="cuda")[:, 1:]
+    ids = torch.tensor([6, 0, 3, 1, 5], device="cuda")
+    encode_pages(source[0], source[1], pages, ids, fmt)
+    differing, errors, split = 0.0, [], PAGE * fmt.k.bytes_per_vector
+    written = pages[ids].transpose(0, 1)
+    for part, codec in enumerate((fmt.k, fmt.v)):
+        got = (written[..., :split], written[..., split:])[part].reshape(3, 5, 2, PAGE, -1)
+        want = codec.encode_rotated(source[part])
+        differing = max(differing, float((got != want).any(-1).double().mean()))
+        x = source[part].double()
+        mse = [float((codec.decode_rotated(r, torch.float64) - x).square().mean()) for r in (got, want)]
+        errors.append(abs(mse[0] - mse[1]) / max(mse[1], 1e-30))
+    untouched = float((pages[[2, 4]] != 0xEE).any())
+    name = f"encode {kv} d={dim} {str(dtype).removeprefix('torch.')}"
+    return [
+        (f"{name}: rows that differ", differing, 2e-3),
+        (f"{name}: MSE", max(errors), 1e-5),
+        (f"{name}: other pages touched", untouched, 0.0),
+    ]
+
+
+def check_graph(kv: str) -> list[tuple[str, float, float]]:
+    """Replays of one captured decode step, while the sequences grow, against eager calls: largest difference."""
+    cases = [make_case(kv, [n, n + 70], 1, 7, 4, 128, torch.float16) for n in (1000, 70, 700, 1)]
+    slots = max(case.kv.pages.shape[0] for case in cases)
+    first = cases[0]
+    pages = torch.zeros(slots, *first.kv.pages.shape[1:], dtype=torch.uint8, device="cuda")
+    kv_static = replace(first.kv, pages=pages, **{k: v.clone() for k, v in vars(first.kv).items() if k in MOVING})
+    q, out, workspace = first.q.clone(), torch.empty_like(first.q), workspace_for(first.q, first.kv)
+    width = kv_static.page_table.shape[1]
+
+    def step() -> None:
+        attend(q, kv_static, first.fmt, scale=0.1, max_length=4096, out=out, workspace=workspace)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    before = torch.cuda.memory_allocated()
+    with torch.cuda.graph(graph):
+        step()
+    allocated = float(torch.cuda.memory_allocated() - before)
+    worst = 0.0
+    for case in cases:
+        for name in MOVING:
+            moved = getattr(case.kv, name)
+            if name == "page_table":
+                kv_static.page_table[:, : min(width, moved.shape[1])] = moved[:, :width]
+            else:
+                getattr(kv_static, name).copy_(moved)
+        pages[: case.kv.pages.shape[0]] = case.kv.pages
+        q.copy_(case.q)
+        out.fill_(float("nan"))
+        graph.replay()
+        replayed = out.clone()
+        out.fill_(float("nan"))
+        step()
+        worst = max(worst, float((replayed - out).abs().max()))
+        worst = worst if bool(replayed.isfinite().all()) else float("nan")
+    return [(f"graph replay {kv}", worst, 0.0), (f"bytes allocated in the graph {kv}", allocated, 0.0)]
+
+
+MOVING = ("page_table", "num_packed", "starts", "tail_origin", "sink_k", "sink_v", "tail_k", "tail_v")
+
+
+def run_task(task: tuple[str, tuple[object, ...]]) -> list[tuple[str, float, float]]:
+    """One check in a worker process; a crash becomes a mismatch that carries its message."""
+    torch.manual_seed(0)
+    try:
+        results: list[tuple[str, float, float]] = globals()[task[0]](*task[1])
+    except Exception as problem:
+        return [(f"{task[0]}{task[1]}: {type(problem).__name__}: {problem}", float("nan"), 0.0)]
+    return results
+
+
+def all_tasks() -> list[tuple[str, tuple[object, ...]]]:
+    """Every check as (function name, arguments), the ones that compile longest first."""
+    shapes = itertools.product(reversed(HEAD_DIMS), GROUPS, FORMATS)
+    tasks: list[tuple[str, tuple[object, ...]]] = [
+        ("check_attention", (kv, dim, group, torch.float16)) for dim, group, kv in shapes
+    ]
+    tasks += [("check_attention", ("octopus3", dim, 7, torch.bfloat16)) for dim in (64, 128)]
+    tasks += [("check_attention", (kv, dim, 4, torch.float32)) for kv in ("octopus3", "bf16") for dim in (64, 128)]
+    tasks += [("check_attention", (kv, 128, 7, torch.float16)) for kv in ("octopus4:octopus2", "octopus3:bf16")]
+    tasks += [("check_attention", ("octopus3", 112, 16, torch.float16))]
+    tasks += [("check_single_split", (kv,)) for kv in ("octopus3", "bf16")]
+    tasks += [("check_encode", (kv, dim, torch.float32)) for kv in FORMATS for dim in (*HEAD_DIMS, 112)]
+    tasks += [("check_encode", ("octopus3:bf16", 128, torch.bfloat16)), ("check_graph", ("octopus3",))]
+    return [*tasks, ("check_graph", ("bf16",))]
+
+
+def check_everything(processes: int) -> bool:
+    """Run all checks, print what differs and a summary; True if nothing does."""
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        results = [r for part in pool.imap_unordered(run_task, all_tasks(), chunksize=1) for r in part]
+    bad = [r for r in results if not r[1] <= r[2]]
+    for name, error, bound in bad:
+        print(f"MISMATCH {name}: {error:.3g} (at most {bound:g})")
+    for kind in ("decode", "prefill", "encode"):
+        worst = max((r for r in results if r[0].startswith(kind) and r[2] > 0), key=lambda r: r[1] / r[2])
+        print(f"worst {kind}: {worst[1]:.3g} of {worst[2]:g} allowed ({worst[0]})")
+    print(f"{len(results) - len(bad)} of {len(results)} checks passed in {time.monotonic() - began:.0f} s", flush=True)
+    return not bad
+
+
+def timer() -> torch.cuda.Event:
+    """An event that keeps the time."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def full_arena(fmt: KVFormat, tokens: int, kv_heads: int, layers: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Pages [P, layers, Hkv, bytes] of random vectors, one sequence; and milliseconds of encoding one layer's."""
+    count = tokens // PAGE
+    pages = torch.empty(count, layers, kv_heads, page_bytes(fmt), dtype=torch.uint8, device="cuda")
+    ids, spent = torch.randperm(count, device="cuda"), []
+    for layer in range(layers):
+        source = torch.randn(2, 1, count, kv_heads, PAGE, fmt.k.head_dim, device="cuda").to(dtype)
+        start, end = timer(), timer()
+        start.record()
+        encode_pages(source[0], source[1], pages[:, layer : layer + 1], ids, fmt)
+        end.record()
+        torch.cuda.synchronize()
+        spent.append(start.elapsed_time(end))
+    return pages, min(spent)
+
+
+def replay_times(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+    """Milliseconds of each replay."""
+    times = []
+    for _ in range(replays):
+        start, end = timer(), timer()
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One row of the table; milliseconds of one call, GB/s of packed bytes read."""
+
+    kv: str
+    tokens: int
+    bytes_per_vector: int
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    gb_per_s: float
+    encode_ms: float
+    relative_error: float
+
+
+def time_decode(kv: str, tokens: int = 65536, kv_heads: int = 4, group: int = 7, layers: int = 8) -> Timing:
+    """One decode step at d = 128: the median of 100 replays of `layers` calls, each on pages of its own, per call."""
+    fmt, dtype, dim = parse_kv(kv, 128), torch.bfloat16, 128
+    pages, encode_ms = full_arena(fmt, tokens, kv_heads, layers, dtype)
+    count = pages.shape[0]
+    table = torch.randperm(count, device="cuda").to(torch.int32)[None]
+    ends = [torch.tensor([x], dtype=torch.int32, device="cuda") for x in (count, SINK + tokens + 30, 0)]
+    full = torch.randn(4, 1, kv_heads, SINK + WINDOW, dim, device="cuda").to(dtype)
+    q = torch.randn(1, 1, kv_heads * group, dim, device="cuda").to(dtype)
+    sinks, tails = full[:2, :, :, :SINK], full[2:]
+    calls = [arena_inputs(pages[:, n], table, ends, sinks, tails) for n in range(layers)]
+    out, workspace = torch.full_like(q, float("nan")), workspace_for(q, calls[0])
+    length = SINK + tokens + 31
+
+    def step(layer: int) -> None:
+        attend(q, calls[layer], fmt, scale=dim**-0.5, max_length=length, out=out, workspace=workspace)
+
+    step(0)
+    stored = pages[:, 0][table[0].long()].transpose(0, 1)
+    split = PAGE * fmt.k.bytes_per_vector
+    decoded = []
+    for codec, rows in ((fmt.k, stored[..., :split]), (fmt.v, stored[..., split:])):
+        decoded.append(codec.decode_rotated(rows.reshape(kv_heads, tokens, -1), torch.float64))
+    new = [torch.cat((s[0].double(), d, t[0, :, :31].double()), 1)
+           for s, d, t in zip(sinks, decoded, tails, strict=True)]  # fmt: skip
+    want = dense(q[0], new[0], new[1], length - 1, dim**-0.5)
+    error = float((out[0].double() - want).norm() / want.norm())
+    del decoded, new
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(layers):
+            step(layer)
+    replay_times(graph, 10)
+    times = [t / layers for t in replay_times(graph, 100)]
+    moved = tokens * kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
+    median = statistics.median(times)
+    return Timing(kv, tokens, fmt.k.bytes_per_vector, median, min(times), max(times), moved / median / 1e6, encode_ms,
+                  error)  # fmt: skip
+
+
+def main() -> int:
+    """Check, time, print; the process's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=max(1, min(16, os.cpu_count() or 1)))
+    parser.add_argument("--skip-shapes", action="store_true", help="only the timed size (which is checked, too)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_check needs a CUDA GPU.", file=sys.stderr)
+        return 1
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    good = args.skip_shapes or check_everything(args.processes)
+    if not good:
+        return 1
+    rows = [time_decode(kv, tokens) for tokens in (8192, 65536) for kv in FORMATS]
+    print("decode attention, one new token: B = 1, 4 KV heads, 28 query heads, d = 128 (medians of 100 graph replays)")
+    print("tokens  format    B/vector  median ms  min     max     GB/s   encode ms  rel. error")
+    for r in rows:
+        print(
+            f"{r.tokens:6}  {r.kv:8}  {r.bytes_per_vector:8}  {r.median_ms:9.4f}  {r.min_ms:.4f}  {r.max_ms:.4f}  "
+            f"{r.gb_per_s:5.0f}  {r.encode_ms:9.3f}  {r.relative_error:.1e}"
+        )
+    ours = next(r for r in rows if r.kv == "octopus3" and r.tokens == 65536)
+    print(
+        f"published kernel, octopus3, 65536 tokens: {PUBLISHED_MS} ms; here {PUBLISHED_MS / ours.median_ms:.1f}x faster"
+    )
+    print(json.dumps([vars(r) for r in rows]))
+    return 0 if all(r.relative_error < BOUNDS[torch.bfloat16] for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
