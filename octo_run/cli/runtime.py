@@ -23,32 +23,29 @@ def go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def announce_device(wanted: str | None) -> None:
-    """Say aloud on standard error that the CPU is taken because there is nothing else."""
-    import torch
-
-    if wanted is None and not torch.cuda.is_available():
-        notice("no CUDA device found: running on the CPU")
-
-
 def load_engine(options: EngineOptions) -> "Engine":
     """Load the model that ``options`` names, printing the device and the memory plan on standard error first."""
     if options.offline:
         go_offline()
-    import torch
-
     from octo_run.engine import Engine
 
     if options.threads is not None:
+        import torch
+
         torch.set_num_threads(options.threads)
-    announce_device(options.device)
+
+    def announce(plan: "MemoryPlan") -> None:
+        if options.device is None and plan.device == "cpu":
+            notice("no CUDA device found: running on the CPU")
+        notice(describe_plan(options.model, plan))
+
     return Engine.load(
         options.model,
         kv=options.kv,
         device=options.device,
         max_context=options.ctx,
         dtype=options.dtype,
-        on_plan=lambda plan: notice(describe_plan(options.model, plan)),
+        on_plan=announce,
     )
 
 

@@ -8,7 +8,7 @@ import click
 
 from octo_run.cli import console, debug_option
 from octo_run.cli.options import DEFAULT_MODEL, DTYPES
-from octo_run.errors import OctoError
+from octo_run.errors import OctoError, UsageError
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,16 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
 
 
 def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
-    """One row for every format that the codec knows, ``bf16`` first."""
+    """One row for every format that can store vectors of this head dimension, ``bf16`` first."""
     from octo_run.engine.plan import plan_memory
     from octo_run.kernels import codec
 
     rows = []
     for name in dict.fromkeys(("bf16", *codec.names())):
-        fmt = codec.parse_kv(name, cfg.head_dim, plain_dtype=dtype)
+        try:
+            fmt = codec.parse_kv(name, cfg.head_dim, plain_dtype=dtype)
+        except UsageError:  # no such code for this head dimension
+            continue
         per_token = cfg.num_layers * cfg.num_kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
         try:
             plan = plan_memory(cfg, fmt, device=device, dtype=dtype)

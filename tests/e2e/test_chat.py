@@ -1,0 +1,287 @@
+"""The real program with the embedded model, started as a user starts it."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from octo_run.models.cache import DEMO_PATH
+
+BOOKING = "I want to book a table for two in San Jose tonight."
+NEEDLE = (
+    "The boats left at dawn. The special magic number for Anna is 4815162. What is the special magic number for Anna?"
+)
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def program() -> str:
+    path = shutil.which("octo-run", path=str(Path(sys.executable).parent))
+    assert path is not None, "the console script octo-run is not installed beside this Python"
+    return path
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment with empty caches, no network, the CPU, and a terminal that cannot tell its cursor's place."""
+    changes = {
+        "OCTO_RUN_CACHE": str(tmp_path / "cache"),
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+    }
+    return {**os.environ, **changes}
+
+
+@pytest.fixture
+def octo(program: str, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    def run(*argv: str, text: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [program, *argv],
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            env={**environment, **changes},
+            timeout=SECONDS,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("kv", ["octopus3", "bf16"])
+def test_several_turns_through_a_pipe(octo: Callable[..., "subprocess.CompletedProcess[str]"], kv: str) -> None:
+    lines = [BOOKING, "Italian food, please, at 7 pm.", "Yes, that sounds good.", "/stats", "/clear", NEEDLE]
+    done = octo("chat", "--kv", kv, text="\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    first, second, third, needle = done.stdout.splitlines()
+    assert re.search(r"time|restaurant|table|food|city|cuisine", first, re.I), first
+    assert "7 pm" in second or "7:00" in second, second
+    assert third.strip()
+    assert "4815162" in needle
+    assert "\x1b" not in done.stdout + done.stderr and "> " not in done.stdout
+    assert f"KV cache {kv}" in done.stderr and "memory: weights 75.5 MB" in done.stderr
+    assert done.stderr.count("running on the CPU") == 1
+    stats = re.search(r"3 turns: ([\d,]+) prompt tokens, ([\d,]+) of them reused", done.stderr)
+    assert stats is not None, done.stderr
+    assert int(stats[2]) > int(stats[1]) / 3, "the later turns must reuse what the first ones left in the cache"
+
+
+def test_generate_gives_one_json_object(octo: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    done = octo("generate", "--json", "-n", "5", "-p", "It was a dark and stormy night")
+    answer = json.loads(done.stdout)
+    assert done.returncode == 0 and len(answer["ids"]) == answer["generated_tokens"] == 5
+    assert set(answer) == {
+        *("text", "ids", "finish_reason", "prompt_tokens", "reused_tokens", "generated_tokens", "seconds")
+    }
+    assert answer["finish_reason"] == "length" and answer["text"] and answer["seconds"] > 0
+
+
+def test_generate_chat_from_stdin_ends_by_itself(octo: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    done = octo("generate", "--chat", "--seed", "1", "--temp", "0.1", text=NEEDLE + "\n")
+    assert done.returncode == 0 and "4815162" in done.stdout
+
+
+def test_bench_and_doctor(octo: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
+    done = octo("bench", "--prompt-tokens", "70", "--tokens", "4", "--depth", "200", "-r", "2", "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert all(report[f"{part}_tokens_per_second"]["median"] > 0 for part in ("prompt", "generation"))
+    assert octo("doctor").returncode == 0
+
+
+def copy_of_the_demo(folder: Path) -> Path:
+    shutil.copytree(DEMO_PATH, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def truncated_shard(folder: Path) -> list[str]:
+    shard = sorted(copy_of_the_demo(folder).glob("*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size - 1000)
+    return ["generate", "-p", "x", "-m", str(folder)]
+
+
+def garbage_shard(folder: Path) -> list[str]:
+    sorted(copy_of_the_demo(folder).glob("*.safetensors"))[0].write_bytes(b"\xff" * 4096)
+    return ["generate", "-p", "x", "-m", str(folder)]
+
+
+def missing_shard(folder: Path) -> list[str]:
+    sorted(copy_of_the_demo(folder).glob("*.safetensors"))[2].unlink()
+    return ["chat", "-m", str(folder)]
+
+
+def unknown_architecture(folder: Path) -> list[str]:
+    config = copy_of_the_demo(folder) / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
+    return ["chat", "-m", str(folder)]
+
+
+def unwritable_cache(folder: Path) -> list[str]:
+    folder.write_text("a file where the cache should be")
+    return ["pull", "org/name"]
+
+
+FAILURES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
+    "truncated safetensors": (truncated_shard, 1, "model-00002-of-00003.safetensors"),
+    "no safetensors at all": (garbage_shard, 1, "model-00001-of-00003.safetensors"),
+    "missing shard": (missing_shard, 1, "model-00003-of-00003.safetensors"),
+    "unknown architecture": (unknown_architecture, 1, "MambaForCausalLM"),
+    "unwritable cache": (unwritable_cache, 1, "cannot be written"),
+    "wrong kv": (lambda _: ["chat", "--kv", "octopus9"], 2, "octopus3"),
+    "unknown command": (lambda _: ["gnerate"], 2, "did you mean 'generate'?"),
+    "unknown model": (lambda _: ["chat", "-m", "org/none"], 1, "octo-run pull org/none"),
+    "unknown folder": (lambda _: ["chat", "-m", "./none"], 2, "./none"),
+    "context beyond the model": (lambda _: ["chat", "--ctx", "5000"], 2, "--ctx"),
+    "prompt beyond the context": (
+        lambda _: ["generate", "-p", "one two " * 50, "--ctx", "64"],
+        2,
+        "the context holds 64",
+    ),
+    "prompt beyond the model": (lambda _: ["generate", "-p", "one two " * 3000], 2, "the context holds 4,096"),
+    "empty prompt": (lambda _: ["generate", "-p", ""], 2, "the prompt is empty"),
+    "no cuda": (lambda _: ["generate", "-p", "x", "--device", "cuda"], 1, "CUDA"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures_are_one_sentence(
+    octo: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, name: str
+) -> None:
+    prepare, code, says = FAILURES[name]
+    folder = tmp_path / "given"
+    changes = {"OCTO_RUN_CACHE": str(folder), "HF_HUB_OFFLINE": "0"} if name == "unwritable cache" else {}
+    done = octo(*prepare(folder), **changes)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("octo-run: ")]
+    assert len(errors) == 1 and done.stderr.endswith(errors[0] + "\n") and says in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Terminal:
+    """The program on a terminal of its own; ``screen`` is everything it has written so far."""
+
+    def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        self.before = termios.tcgetattr(slave)
+        self.slave = slave
+        self.process = subprocess.Popen(
+            argv,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        self.screen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def read(self, seconds: float = 0.1) -> None:
+        """Take what the program has written, waiting at most ``seconds`` for the first of it."""
+        while select.select([self.master], [], [], seconds)[0]:
+            self.screen += os.read(self.master, 65536).decode("utf-8", "replace")
+            seconds = 0
+
+    def wait_for(self, pattern: str, after: int = 0) -> int:
+        """Wait until ``pattern`` is on the screen past ``after``; returns where it ends."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            self.read()
+            found = re.search(pattern, self.screen[after:], re.DOTALL)
+            if found is not None:
+                return after + found.end()
+            assert self.process.poll() is None, f"the program ended: {self.screen[after:]}"
+        raise AssertionError(f"{pattern!r} did not come: {self.screen[after:]}")
+
+    def wait_for_end(self) -> int:
+        deadline = time.monotonic() + SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.read()
+        self.read()
+        assert self.process.poll() is not None, f"the program does not end: {self.screen[-500:]}"
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal(program: str, environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
+    opened = []
+
+    def start(*argv: str) -> Terminal:
+        opened.append(Terminal([program, *argv], environment))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
+
+
+PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
+WORDS = r".*?\w+\W+\w+\W+\w+"
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_session(terminal: Callable[..., Terminal]) -> None:
+    chat = terminal("chat", "--temp", "3", "--seed", "1")  # so hot that no answer ends by itself
+    at = chat.wait_for("San Jose.*4815162.*/help.*" + PROMPT)
+    chat.type("Tell me a long story.\r")
+    at = chat.wait_for(SENT + WORDS, at)
+    chat.type(CTRL_C)
+    at = chat.wait_for(r"\[stopped, \d+ tokens?, [\d,.-]+ tokens/s, prompt \d+ = 0 reused.*?" + PROMPT, at)
+    chat.type("And now another one.\r")
+    at = chat.wait_for(SENT + WORDS, at)
+    chat.type(CTRL_C)
+    at = chat.wait_for(r"\[stopped, \d+ tokens?, [\d,.-]+ tokens/s, prompt \d+ = [1-9]\d* reused.*?" + PROMPT, at)
+    chat.type("/stats\r")
+    at = chat.wait_for(r"2 turns: .*?" + PROMPT, at)
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0
+    assert termios.tcgetattr(chat.slave)[3] == chat.before[3], "the terminal is left as it was"
+    assert "Traceback" not in chat.screen
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Callable[..., Terminal]) -> None:
+    chat = terminal("chat")
+    at = chat.wait_for("/help.*" + PROMPT)
+    chat.type(BOOKING + "\r")
+    at = chat.wait_for(r"\[\d+ tokens, .*?" + PROMPT, at)
+    chat.type(CTRL_C)
+    at = chat.wait_for("Ctrl-C again or Ctrl-D leaves.*?" + PROMPT, at)
+    chat.type(CTRL_C)
+    assert chat.wait_for_end() == 130
+    assert "Traceback" not in chat.screen
+
+
+def test_ctrl_c_while_loading_ends_at_once(terminal: Callable[..., Terminal]) -> None:
+    chat = terminal("chat")
+    chat.wait_for("memory: weights")
+    chat.type(CTRL_C)
+    chat.read(2)
+    if chat.process.poll() is None:  # loading was quicker than the key, which met the prompt
+        chat.type(CTRL_C)
+    assert chat.wait_for_end() == 130
+    assert "Traceback" not in chat.screen
