@@ -1,0 +1,150 @@
+"""Where each bit of a packed page lies: the layout that the table-decode kernel's registers need.
+
+A page holds 64 vectors of one layer and KV head: a K block and a V block. The kernel gives each lane of a warp, in 16-byte loads, the
+codes of exactly those triplets that the matrix instruction wants from that lane. The bits therefore lie in *lane buffers*, interleaved
+over the 32 lanes. With ``lane = 4 g + t`` (``g`` 0..7, ``t`` 0..3), eight chains of ``chain`` triplets (chain ``c``, slot ``s`` is
+triplet ``chain * c + s``) and ``extras`` single triplets behind them (at most three):
+
+- **K block.** Lane (g, t) holds the tokens ``8 r + g`` (r = 0..7): chains ``2 t`` and ``2 t + 1`` and, for ``t < extras``, extra t.
+- **V block.** Lane (g, t) holds the tokens ``8 r + t`` and ``8 r + t + 4``: chain ``g`` and, for ``g < extras``, extra g.
+
+Within a lane the streams of its tokens come first; slot ``s`` of a chain starts at bit ``s * stream``, so that its trellis predecessor,
+slot ``s + 1`` (the last slot's is slot 0), stands just above it. Sign bytes follow: for eight tokens of one slot three bytes (x, y, z),
+bit ``7 - r % 8`` of each belonging to token r. K norms lie in lanes (g, 3), where the others hold their extra triplet, and behind
+everything; V norms in 12-bit fields behind everything.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+PAGE = 64
+V_NORM_FIELD = 12
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Bit addresses in the blocks of a page.
+
+    head_dim; stream: bits of a triplet in the trellis stream; signed: whether three sign bits come with each triplet;
+    bytes_per_vector: the format's size, norms included; norm_bits: bits of a norm, the top ones of a positive fp16 number.
+    """
+
+    head_dim: int
+    stream: int
+    signed: bool
+    bytes_per_vector: int
+    norm_bits: int
+
+    @property
+    def triplets(self) -> int:
+        """Triplets of a vector."""
+        return -(-self.head_dim // 3)
+
+    @property
+    def chain(self) -> int:
+        """Triplets of each of the eight chains."""
+        return self.triplets // 8
+
+    @property
+    def extras(self) -> int:
+        """Single triplets behind the chains."""
+        return self.triplets % 8
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block (64 K or 64 V vectors)."""
+        return PAGE * self.bytes_per_vector
+
+    @property
+    def v_full_words(self) -> int:
+        """Words of a V lane buffer that all 32 lanes have."""
+        return -(-16 * self.chain * (self.stream + 3 * self.signed) // 32)
+
+    @property
+    def v_words(self) -> int:
+        """Words of a V lane buffer in the lanes that hold an extra triplet."""
+        return -(-16 * (self.chain + 1) * (self.stream + 3 * self.signed) // 32) if self.extras else self.v_full_words
+
+    @property
+    def v_norm_word(self) -> int:
+        """Word of the V block at which the norms begin."""
+        return 32 * self.v_full_words + 4 * self.extras * (self.v_words - self.v_full_words)
+
+    def _k_address(self, lane: Indices, bit: Indices) -> Indices:
+        word = bit // 32
+        return ((word // 4) * 128 + lane * 4 + word % 4) * 32 + bit % 32
+
+    def _v_address(self, lane: Indices, bit: Indices) -> Indices:
+        word, full = bit // 32, self.v_full_words
+        chunked = full // 4 * 4
+        place = np.where(word < chunked, (word // 4) * 128 + lane * 4 + word % 4, word * 32 + lane)
+        place = np.where(word < full, place, full * 32 + (word - full) * (4 * self.extras) + lane)
+        return place * 32 + bit % 32
+
+    @cached_property
+    def k_code(self) -> Indices:
+        """Bit addresses ``[64, triplets, stream]`` of the stream codes in the K block."""
+        token, triplet, bit = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(self.stream))
+        lane, slot = self._k_slot(token, triplet)
+        return self._k_address(lane, (token // 8 * (2 * self.chain + 1) + slot) * self.stream + bit)
+
+    @cached_property
+    def k_sign(self) -> Indices:
+        """Bit addresses ``[64, triplets, 3]`` of the signs in the K block."""
+        token, triplet, axis = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(3))
+        lane, slot = self._k_slot(token, triplet)
+        byte = (2 * self.chain + 1) * self.stream + 3 * slot + axis
+        return self._k_address(lane, 8 * byte + 7 - token // 8)
+
+    @cached_property
+    def k_norm(self) -> Indices:
+        """Bit addresses ``[64, norm_bits]`` of the norms in the K block, low bit first."""
+        token, bit = np.ix_(np.arange(PAGE), np.arange(self.norm_bits))
+        row, low = token // 8, min(self.stream, self.norm_bits)
+        high = self.norm_bits - low
+        end = self.block_bytes // 128 * 32
+        gap = (row * (2 * self.chain + 1) + 2 * self.chain) * self.stream + bit
+        tail = end - 8 * high + high * row + bit - low
+        return self._k_address(token % 8 * 4 + 3, np.where(bit < low, gap, tail))
+
+    def _k_slot(self, token: Indices, triplet: Indices) -> tuple[Indices, Indices]:
+        """Lane and slot (0 .. 2 chain) of a token's triplet in the K block."""
+        chained = triplet < 8 * self.chain
+        t = np.where(chained, triplet // (2 * self.chain), triplet - 8 * self.chain)
+        return token % 8 * 4 + t, np.where(chained, triplet % (2 * self.chain), 2 * self.chain)
+
+    def _v_slot(self, token: Indices, triplet: Indices) -> tuple[Indices, Indices, Indices]:
+        """Lane, the lane's token number (0..15) and slot (0 .. chain) of a token's triplet in the V block."""
+        chained = triplet < 8 * self.chain
+        g = np.where(chained, triplet // self.chain, triplet - 8 * self.chain)
+        return g * 4 + token % 4, token // 8 * 2 + token % 8 // 4, np.where(chained, triplet % self.chain, self.chain)
+
+    @cached_property
+    def v_code(self) -> Indices:
+        """Bit addresses ``[64, triplets, stream]`` of the stream codes in the V block."""
+        token, triplet, bit = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(self.stream))
+        lane, number, slot = self._v_slot(token, triplet)
+        extra = 16 * self.chain * (self.stream + 3 * self.signed) + number * self.stream
+        return self._v_address(lane, np.where(slot < self.chain, (number * self.chain + slot) * self.stream, extra) + bit)
+
+    @cached_property
+    def v_sign(self) -> Indices:
+        """Bit addresses ``[64, triplets, 3]`` of the signs in the V block."""
+        token, triplet, axis = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(3))
+        lane, number, slot = self._v_slot(token, triplet)
+        inner = 2 * self.chain * self.stream + 3 * self.chain * (number // 8) + 3 * slot
+        extra = 2 * self.chain * (self.stream + 3) + 2 * self.stream + 3 * (number // 8)
+        byte = np.where(slot < self.chain, inner, extra) + axis
+        return self._v_address(lane, 8 * byte + 7 - number % 8)
+
+    @cached_property
+    def v_norm(self) -> Indices:
+        """Bit addresses ``[64, norm_bits]`` of the norms in the V block, low bit first."""
+        token, bit = np.ix_(np.arange(PAGE), np.arange(self.norm_bits))
+        spare = V_NORM_FIELD - self.norm_bits
+        return (self.v_norm_word + token % 8 * 3) * 32 + token // 8 * V_NORM_FIELD + spare + bit
