@@ -81,7 +81,7 @@ def _round(engine: "Engine", number: int, prompt_tokens: int, tokens: int, depth
         runtime.run_to_end(engine, ids[:depth], max_tokens=1)
     generation = runtime.run_to_end(engine, ids, max_tokens=tokens)
     fresh = generation.prompt_tokens - generation.reused_tokens
-    return fresh / generation.prefill_seconds, (tokens - 1) / generation.decode_seconds
+    return fresh / generation.prefill_seconds, (generation.generated_tokens - 1) / generation.decode_seconds
 
 
 def _spread(rates: list[float]) -> dict[str, float]:

@@ -130,7 +130,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         fake.runs.append((list(ids), max_tokens))
         reused = len(fake.runs[-2][0]) if len(fake.runs) > 1 and fake.runs[-2][1] == 1 else 0
         return SimpleNamespace(
-            prompt_tokens=len(ids), reused_tokens=reused, prefill_seconds=0.5, decode_seconds=0.25 * len(fake.runs)
+            prompt_tokens=len(ids),
+            reused_tokens=reused,
+            generated_tokens=max_tokens,
+            prefill_seconds=0.5,
+            decode_seconds=0.25 * len(fake.runs),
         )
 
     monkeypatch.setattr(runtime, "load_engine", load)
