@@ -49,16 +49,19 @@ def part_widths(head_dim: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _tiling(dtype: torch.dtype, causal: bool, group: int, head_dim: int) -> _Tiling:
-    """One warp a program for decode (what is decoded is decoded once), a warp group and its matrix unit for prefill."""
+def _tiling(dtype: torch.dtype, plain: bool, causal: bool, group: int, head_dim: int) -> _Tiling:
+    """One warp a program for decode (what is decoded is decoded once), a warp group and its matrix unit for prefill.
+
+    Only loads of plain pages are worth a pipeline: coded ones go through registers. Chosen by timing on an H200.
+    """
     heads = 1 << (group - 1).bit_length()
     if dtype == torch.float32:
         return _Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1)
     if not causal:
-        return _Tiling(max(8, heads), 16 if head_dim > 128 else 32, 16, flip=True, warps=1, stages=1)
+        return _Tiling(max(8, heads), 16 if head_dim > 128 else 32, 16, flip=True, warps=1, stages=3 if plain else 1)
     if head_dim > 128:
         return _Tiling(64, 32, 32, flip=False, warps=4, stages=1)
-    return _Tiling(64, 64, 32, flip=False, warps=4, stages=1)
+    return _Tiling(64, 64, 32, flip=False, warps=4, stages=2 if plain else 1)
 
 
 @functools.cache
@@ -108,7 +111,7 @@ def attend_triton(
     splits = count_splits(batch, kv_heads, max_length) if count == 1 else 1
     part, lse = _partials(splits, q, kv_heads, workspace)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        _launch(q, kv, fmt, out, part, lse, splits, scale)
+        _launch(q, kv, fmt, out, part, lse, splits, splits, scale)
         if splits > 1:
             merge_kernel[(triton.cdiv(dim, _MERGE_COLUMNS), heads, batch)](
                 part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
@@ -141,17 +144,20 @@ def _launch(
     part: Tensor,
     lse: Tensor,
     splits: int,
+    programs: int,
     scale: float,
 ) -> None:
+    """The general kernel; with fewer programs than splits it takes the full-precision parts alone."""
     batch, count, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, q.device)
     kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, q.device)
     causal = count > 1
-    tiling = _tiling(q.dtype, causal, group, dim)
+    plain = kind_k == 0 and kind_v == 0
+    tiling = _tiling(q.dtype, plain, causal, group, dim)
     first, second = part_widths(dim)
-    blocks = triton.cdiv(count * group, tiling.rows) if causal else splits
+    blocks = triton.cdiv(count * group, tiling.rows) if causal else programs
     launch: Callable[..., Any] = attend_kernel[(blocks, kv_heads, batch)]
     launch(
         q, out, part, lse, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin,
@@ -161,6 +167,6 @@ def _launch(
         *kv.tail_v.stride()[:3], G=group, D=dim, KIND_K=kind_k, KIND_V=kind_v,
         BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
         ELEMENT=_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
-        BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=kind_k == 0 and kind_v == 0,
-        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, num_warps=tiling.warps, num_stages=tiling.stages,
+        BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain,
+        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, FULL_ONLY=programs < splits, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

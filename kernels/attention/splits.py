@@ -26,5 +26,5 @@ def count_splits(batch: int, kv_heads: int, max_length: int) -> int:
 
 def workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int) -> int:
     """Bytes of float32 workspace: partial outputs and log-sum-exps of every split, for up to `batch` sequences."""
-    parts = max(processors() * PROGRAMS_PER_PROCESSOR, batch * kv_heads)  # splits * batch * kv_heads never exceeds this
+    parts = max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)  # splits * batch * kv_heads stays within
     return 4 * parts * (heads // kv_heads) * (head_dim + 1)

@@ -349,7 +349,7 @@ def _zero4(zero):
 
 
 @gluon.jit
-def _query(q_ptr, stride_qh, lane, scale, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+def _query(q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
     """The B operand of the score products (one register a slot), and the factor and offset that make logits of its int32 sums.
 
     A query is a 16-bit number times a scale, held as two int8 halves: column g is half g & 1 (0: high) of head g >> 1.
@@ -358,7 +358,7 @@ def _query(q_ptr, stride_qh, lane, scale, G: gl.constexpr, D: gl.constexpr, WARP
     EXTRAS: gl.constexpr = (D + 2) // 3 % 8
     g = lane >> 2
     t = lane & 3
-    qhead = g >> 1
+    qhead = first_head + (g >> 1)
     part = g & 1
     row = q_ptr + gl.minimum(qhead, G - 1) * stride_qh
     peak = gl.full([32 * WARPS], 0.0, gl.float32, layout=LAYOUT)
@@ -399,14 +399,16 @@ def _query(q_ptr, stride_qh, lane, scale, G: gl.constexpr, D: gl.constexpr, WARP
 @gluon.jit
 def table_decode_kernel(
     q_ptr, pages_ptr, page_table_ptr, num_packed_ptr, table_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qh, stride_page, stride_head, stride_table, splits, step_k, step_v, scale_log2,
+    stride_qb, stride_qh, stride_page, stride_head, stride_table, parts, step_k, step_v, scale_log2,
     HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr,
     NORM: gl.constexpr, BPV: gl.constexpr, COPIES: gl.constexpr, COPIES_X: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
 ):  # fmt: skip
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8
     EXTRAS: gl.constexpr = T % 8
-    gl.static_assert(EXTRAS <= 3)
+    gl.static_assert(N == 5 and EXTRAS == 3)  # head_dim 128
+    BLOCKS: gl.constexpr = (G + 3) // 4
+    HEADS: gl.constexpr = min(G, 4)
     SH: gl.constexpr = 7 if COPIES == 32 else 6
     SHX: gl.constexpr = 7 if COPIES_X == 32 else 4
     gl.static_assert((COPIES == 32 or COPIES == 16) and (COPIES_X == 32 or COPIES_X == 4))
@@ -429,7 +431,8 @@ def table_decode_kernel(
     g = lane >> 2
     t = lane & 3
     split = gl.program_id(0)
-    head = gl.program_id(1)
+    head = gl.program_id(1) // BLOCKS
+    first_head = gl.program_id(1) % BLOCKS * 4
     seq = gl.program_id(2)
 
     # The table, one copy for each lane (or pair of lanes), so that no two lanes of a read meet in a bank.
@@ -480,6 +483,7 @@ def table_decode_kernel(
     total = zero_f
     weight = zero_f
 
+    splits = gl.num_programs(0)
     num = gl.load(num_packed_ptr + seq)
     per = (num + splits - 1) // splits
     begin = split * per
@@ -492,8 +496,8 @@ def table_decode_kernel(
     k_stage = _u32(k_row + lane * 16)
     v_stage = _u32(k_row + 64 * BPV + lane * 16)
     v_row = _u32(k_row + 64 * BPV)
-    page_id = gl.load(ids + gl.minimum(begin + warp, last))
-    next_id = gl.load(ids + gl.minimum(begin + warp + WARPS, last))
+    page_id = gl.load(ids + gl.minimum(begin + warp, last), mask=begin < end, other=0)
+    next_id = gl.load(ids + gl.minimum(begin + warp + WARPS, last), mask=begin < end, other=0)
     _fetch(k_stage, pages + page_id.to(gl.int64) * stride_page, lane, BPV)
     _fetch(v_stage, pages + page_id.to(gl.int64) * stride_page + 64 * BPV, lane, BPV)
     gl.thread_barrier()
@@ -628,9 +632,9 @@ def table_decode_kernel(
     _sts(_u32((warp * WARP_WORDS + 4 * ROW + t) * 4), running.to(gl.uint32, bitcast=True))
     _sts(_u32((warp * WARP_WORDS + 4 * ROW + 4 + t) * 4), total.to(gl.uint32, bitcast=True))
     gl.thread_barrier()
-    for written in range(0, G * D, 32 * WARPS):
+    for written in range(0, HEADS * D, 32 * WARPS):
         item = written + tid
-        which = gl.minimum(item // D, G - 1)
+        which = gl.minimum(item // D, HEADS - 1)
         column = item % D
         best = zero_f - 1e30
         for w in range(WARPS):
@@ -641,8 +645,8 @@ def table_decode_kernel(
             scale = _exp2(_ldf(_u32((w * WARP_WORDS + 4 * ROW + which) * 4)) - best)
             mass += scale * _ldf(_u32((w * WARP_WORDS + 4 * ROW + 4 + which) * 4))
             value += scale * _ldf(_u32((w * WARP_WORDS + which * ROW + column) * 4))
-        row = ((seq * HKV + head) * G + which) * splits + split
-        keep = item < G * D
+        row = ((seq * HKV + head) * G + first_head + which) * parts + split
+        keep = (item < HEADS * D) & (first_head + which < G)
         empty = mass == 0.0
         gl.store(
             out_ptr + row.to(gl.int64) * D + column,
