@@ -29,7 +29,7 @@ PAGE = kernels.PAGE_TOKENS
 
 @dataclass(frozen=True)
 class ArenaShape:
-    """What decides the bytes of an arena. ``dtype`` is the full-precision element type, ``context`` tokens a sequence."""
+    """What decides the bytes of an arena; ``dtype`` is the full-precision one, ``context`` in tokens a sequence."""
 
     layers: int
     kv_heads: int

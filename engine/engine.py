@@ -132,7 +132,7 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, ids: list[int], step: int | None = None) -> Tensor:
-        """Teacher-forced float32 logits ``[n, vocab]`` through the real cache path, ``step`` (default: a chunk) at a time.
+        """Teacher-forced float32 logits ``[n, vocab]`` by the real cache path, ``step`` tokens a time (None: a chunk).
 
         Raises ``UsageError`` for ids that are no prompt (see ``generate``) and for a step longer than a chunk.
         """

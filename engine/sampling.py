@@ -75,7 +75,7 @@ class Sampler:
             self._seen[torch.tensor(prompt, device=device)] = True
 
     def __call__(self, logits: Tensor) -> tuple[int, float]:
-        """The token chosen by float32 ``logits [vocab]``, and its log-probability under the model's own distribution."""
+        """The token chosen by float32 ``logits [vocab]`` and its log-probability under the model's own distribution."""
         if not bool(torch.isfinite(logits).all()):
             raise OctoError("The model's logits are not finite; choose another --dtype, or check the model's files.")
         scores = logits

@@ -1,0 +1,350 @@
+"""The KV arena by itself: every cut, every edge, interrupted steps, page accounting, the bytes of pages."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+
+from octo_run.engine.arena import PAGE, ArenaShape, KVArena
+from octo_run.errors import OctoError, UsageError
+from octo_run.kernels.codec import KVFormat, parse_kv
+
+HEADS, KV_HEADS, DIM, LAYERS = 6, 2, 64, 2
+CPU = torch.device("cpu")
+
+
+def new_arena(kv: str = "bf16", **changes: Any) -> KVArena:
+    fmt = parse_kv(kv, DIM, plain_dtype=torch.float32)
+    values: dict[str, Any] = {"context": 600, "chunk": 512} | changes
+    shape = ArenaShape(LAYERS, KV_HEADS, DIM, fmt.k.bytes_per_vector, fmt.v.bytes_per_vector, torch.float32, **values)
+    return KVArena(shape, fmt, CPU)
+
+
+def vectors(layer: int, seed: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [count, HEADS, d], key and value [count, KV_HEADS, d] of tokens that depend on position, layer and seed."""
+    parts = []
+    for position in range(start, start + count):
+        generator = torch.Generator().manual_seed(position * 1000 + layer * 100 + seed)
+        parts.append(torch.randn(HEADS + 2 * KV_HEADS, DIM, generator=generator))
+    q, k, v = torch.stack(parts).split([HEADS, KV_HEADS, KV_HEADS], dim=1)  # type: ignore[no-untyped-call]
+    return q, k, v
+
+
+class Boom(Exception):
+    pass
+
+
+class Sequences:
+    """Several sequences with an arena beside a plain list of their keys and values."""
+
+    def __init__(self, arena: KVArena, tolerance: float = 1e-5) -> None:
+        self.arena, self.tolerance = arena, tolerance
+        empty = torch.zeros(LAYERS, 0, KV_HEADS, DIM)
+        self.k = [empty for _ in range(arena.shape.sequences)]
+        self.v = list(self.k)
+
+    def length(self, seq: int) -> int:
+        return self.k[seq].shape[1]
+
+    def check(self, out: Tensor, seq: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """``out [C, HEADS, d]`` is the attention of ``q`` over what is remembered and the new ``k, v``, in float64."""
+        keys = torch.cat((self.k[seq][layer], k)).double().repeat_interleave(HEADS // KV_HEADS, 1)
+        values = torch.cat((self.v[seq][layer], v)).double().repeat_interleave(HEADS // KV_HEADS, 1)
+        scores = torch.einsum("chd,nhd->hcn", q.double(), keys) * DIM**-0.5
+        n, count = keys.shape[0], q.shape[0]
+        visible = torch.arange(n)[None] <= torch.arange(n - count, n)[:, None]
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        error = (out.double() - torch.einsum("hcn,nhd->chd", weights, values)).abs().max()
+        assert error < self.tolerance, f"layer {layer}, {n} tokens: off by {error}"
+
+    def prefill(self, seq: int, count: int, seed: int, fail_after: int | None = None) -> None:
+        start = self.length(seq)
+        step = self.arena.prefill(seq, count)
+        new = [vectors(layer, seed, start, count) for layer in range(LAYERS)]
+        try:
+            for layer, (q, k, v) in enumerate(new):
+                if layer == fail_after:
+                    raise Boom
+                out = step.attend(layer, q[None], k[None], v[None], DIM**-0.5, None)
+                self.check(out[0], seq, layer, q, k, v)
+            if fail_after == LAYERS:
+                raise Boom
+        except Boom:
+            step.abort()
+            self.forget(seq, self.arena.length[seq])
+            return
+        step.commit()
+        self.remember(seq, new)
+
+    def decode(self, batch: int, seed: int, fail_after: int | None = None) -> None:
+        step = self.arena.decode(batch)
+        new = [[vectors(layer, seed + s, self.length(s), 1) for layer in range(LAYERS)] for s in range(batch)]
+        try:
+            for layer in range(LAYERS):
+                if layer == fail_after:
+                    raise Boom
+                q, k, v = (torch.stack([new[s][layer][part] for s in range(batch)]) for part in range(3))
+                out = step.attend(layer, q, k, v, DIM**-0.5, None)
+                for s in range(batch):
+                    self.check(out[s], s, layer, *new[s][layer])
+        except Boom:
+            step.abort()
+            assert self.arena.length[:batch] == [self.length(s) for s in range(batch)]
+            return
+        step.commit()
+        for s in range(batch):
+            self.remember(s, new[s])
+
+    def remember(self, seq: int, new: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self.k[seq] = torch.cat((self.k[seq], torch.stack([k for _, k, _ in new])), 1)
+        self.v[seq] = torch.cat((self.v[seq], torch.stack([v for _, _, v in new])), 1)
+
+    def forget(self, seq: int, length: int) -> None:
+        self.k[seq], self.v[seq] = self.k[seq][:, :length], self.v[seq][:, :length]
+
+    def truncate(self, seq: int, length: int) -> None:
+        before, edge = self.length(seq), self.arena.packed_end(seq)
+        kept = self.arena.truncate(seq, length)
+        want = min(length, before)
+        s = self.arena.shape
+        if want >= edge or want <= s.sink:
+            assert kept == want
+        else:
+            assert kept == s.sink + (want - s.sink) // PAGE * PAGE
+        self.forget(seq, kept)
+
+    def account(self) -> None:
+        """No page lost, none in two places; no more tail than the ring holds; lengths as remembered."""
+        arena = self.arena
+        held = [page for seq in range(arena.shape.sequences) for page in arena.page_ids(seq)]
+        assert sorted(held + arena._free) == list(range(arena.pages.shape[0]))
+        for seq in range(arena.shape.sequences):
+            length = arena.length[seq]
+            assert length == self.length(seq) <= arena.shape.context
+            assert arena.packed(seq) == 0 or length >= arena.packed_end(seq)
+            assert length - arena.packed_end(seq) <= arena.shape.ring
+            assert arena.page_table[seq, : arena.packed(seq)].tolist() == arena.page_ids(seq)
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    """Random prefills, decodes, cuts and failures of two sequences; attention is checked at every step."""
+
+    @initialize(
+        sink=st.sampled_from([0, 5, 64]), window=st.sampled_from([0, 64, 128]), context=st.sampled_from([70, 300, 450])
+    )
+    def start(self, sink: int, window: int, context: int) -> None:
+        self.all = Sequences(new_arena(sink=sink, window=window, context=context, chunk=150, sequences=2))
+
+    def room(self, seq: int) -> int:
+        return self.all.arena.shape.context - self.all.length(seq)
+
+    @rule(seq=st.integers(0, 1), count=st.integers(1, 150), seed=st.integers(0, 9))
+    def prefill(self, seq: int, count: int, seed: int) -> None:
+        if self.room(seq):
+            self.all.prefill(seq, min(count, self.room(seq)), seed)
+
+    @rule(seq=st.integers(0, 1), count=st.integers(1, 150), layers=st.integers(0, LAYERS))
+    def fail_to_prefill(self, seq: int, count: int, layers: int) -> None:
+        if self.room(seq):
+            self.all.prefill(seq, min(count, self.room(seq)), 77, fail_after=layers)
+
+    @precondition(lambda self: self.room(0) and self.room(1))
+    @rule(batch=st.integers(1, 2), seed=st.integers(0, 9), times=st.sampled_from([1, 2, 3, 70]))
+    def decode(self, batch: int, seed: int, times: int) -> None:
+        for _ in range(min(times, self.room(0), self.room(1))):
+            self.all.decode(batch, seed)
+
+    @precondition(lambda self: self.room(0) and self.room(1))
+    @rule(batch=st.integers(1, 2), layers=st.integers(0, LAYERS - 1))
+    def fail_to_decode(self, batch: int, layers: int) -> None:
+        self.all.decode(batch, 55, fail_after=layers)
+
+    @rule(seq=st.integers(0, 1), length=st.integers(0, 460))
+    def truncate(self, seq: int, length: int) -> None:
+        self.all.truncate(seq, length)
+
+    @rule(seq=st.integers(0, 1))
+    def lose_pages(self, seq: int) -> None:
+        """Pages were taken and the step that wanted them never came to its end, nor to its clean-up."""
+        self.all.arena.take_pages(seq, min(1, len(self.all.arena._free)))
+        self.all.arena.truncate(1 - seq, self.all.length(1 - seq))
+
+    @invariant()
+    def accounts_are_right(self) -> None:
+        if hasattr(self, "all"):
+            self.all.account()
+
+
+TestArenaMachine = ArenaMachine.TestCase
+TestArenaMachine.settings = settings(max_examples=60, stateful_step_count=15, deadline=None)
+
+
+@pytest.mark.parametrize(("sink", "window"), [(64, 64), (0, 0), (5, 128), (0, 64), (64, 0)])
+def test_lengths_around_every_edge(sink: int, window: int) -> None:
+    """Prefill to each length around sink, ring and page edges, then decode across the next flush."""
+    edges = [sink, sink + window, sink + window + PAGE, sink + window + 2 * PAGE]
+    for length in sorted({edge + d for edge in edges for d in (-1, 0, 1) if edge + d > 0}):
+        both = Sequences(new_arena(sink=sink, window=window))
+        both.prefill(0, length, 1)
+        for step in range(3):
+            both.decode(1, step)
+        both.account()
+        n = both.length(0)
+        # A full ring is flushed before the next token: the last token has not yet seen to it.
+        assert both.arena.packed(0) in {max(0, (n - sink - window) // PAGE), max(0, (n - 1 - sink - window) // PAGE)}
+
+
+def test_decode_alone_over_two_pages() -> None:
+    both = Sequences(new_arena(sink=5, window=0, context=140))
+    for _ in range(140):
+        both.decode(1, 3)
+        both.account()
+    assert both.arena.packed(0) == 2
+    assert both.arena._free == []
+    with pytest.raises(AssertionError):
+        both.arena.decode(1)
+
+
+@pytest.mark.parametrize(("sink", "window"), [(64, 64), (5, 0), (0, 128)])
+def test_cut_anywhere_and_go_on(sink: int, window: int) -> None:
+    """In sinks, at and inside packed pages, in the tail, at the end: what is written next is attended to rightly."""
+    full = sink + window + 3 * PAGE + 20
+    edges = {sink + PAGE * i + d for i in range(5) for d in (-1, 0, 1)}
+    for cut in sorted({0, 1, 3, full - 1, full, full + 9, sink + PAGE + 30} | {c for c in edges if 0 <= c <= full}):
+        both = Sequences(new_arena(sink=sink, window=window, context=full + 40))
+        both.prefill(0, full, 1)
+        both.truncate(0, cut)
+        both.account()
+        both.prefill(0, 30, 2)
+        both.decode(1, 3)
+        both.account()
+
+
+def test_failed_prefill_keeps_short_tails_and_whole_pages() -> None:
+    """A chunk that codes no page leaves the sequence as it was; one that does costs the tail."""
+    both = Sequences(new_arena())
+    both.prefill(0, 150, 1)
+    both.prefill(0, 20, 2, fail_after=1)
+    assert both.length(0) == 150
+    both.prefill(0, 200, 2, fail_after=1)
+    assert both.length(0) == 64
+    both.prefill(0, 230, 3)
+    assert both.arena.packed(0) == 2
+    both.prefill(0, 100, 4, fail_after=LAYERS)
+    assert both.length(0) == 64 + 2 * PAGE
+    both.account()
+    both.prefill(0, 200, 5)
+    both.decode(1, 6)
+    both.account()
+
+
+class Interrupted(list[int]):
+    """A list whose n-th change is followed by Ctrl-C."""
+
+    changes = 0
+
+    def __iadd__(self, more: Any) -> "Interrupted":  # type: ignore[override, misc]
+        list.__iadd__(self, more)
+        raise KeyboardInterrupt
+
+
+def test_interrupt_between_page_list_and_length_while_committing() -> None:
+    """The worst moment: the pages count as packed and the length does not know it yet."""
+    both = Sequences(new_arena())
+    both.prefill(0, 140, 1)
+    step = both.arena.prefill(0, 200)
+    for layer in range(LAYERS):
+        q, k, v = vectors(layer, 2, 140, 200)
+        step.attend(layer, q[None], k[None], v[None], DIM**-0.5, None)
+    both.arena._page_ids[0] = Interrupted(both.arena._page_ids[0])
+    with pytest.raises(KeyboardInterrupt):
+        step.commit()
+    step.abort()
+    both.arena._page_ids[0] = list(both.arena._page_ids[0])
+    both.forget(0, both.arena.length[0])
+    both.account()
+    both.prefill(0, 200, 3)
+    both.decode(1, 4)
+
+
+def pages_of(arena: KVArena, seq: int = 0) -> Tensor:
+    return arena.pages[arena.page_ids(seq)]
+
+
+def fill(kv: str, chunks: list[int]) -> KVArena:
+    arena = new_arena(kv)
+    start = 0
+    for count in chunks:
+        step = arena.decode(1) if count == 1 else arena.prefill(0, count)
+        for layer in range(LAYERS):
+            q, k, v = vectors(layer, 1, start, count)
+            step.attend(layer, q[None], k[None], v[None], DIM**-0.5, None)
+        step.commit()
+        start += count
+    return arena
+
+
+@pytest.mark.parametrize("kv", ["bf16", "octopus3", "octopus2:octopus4"])
+def test_bytes_of_pages_depend_on_keys_and_values_alone(kv: str) -> None:
+    whole = pages_of(fill(kv, [321]))
+    assert len(whole) == 3
+    for chunks in ([321], [64, 64, 64, 129], [100, 1, 1, 219], [7] * 45 + [6], [1] * 321):
+        assert torch.equal(pages_of(fill(kv, chunks)), whole)
+
+
+def decoded(arena: KVArena, fmt: KVFormat, position: int, layer: int) -> tuple[Tensor, Tensor]:
+    """Key and value [KV_HEADS, d] of a packed position, original basis, by the codec."""
+    page, row = divmod(position - arena.shape.sink, PAGE)
+    data = arena.pages[arena.page_ids(0)[page], layer]
+    k_bytes, v_bytes = fmt.k.bytes_per_vector, fmt.v.bytes_per_vector
+    at = PAGE * k_bytes + row * v_bytes
+    return fmt.k.decode(data[:, row * k_bytes : (row + 1) * k_bytes]), fmt.v.decode(data[:, at : at + v_bytes])
+
+
+@pytest.mark.parametrize("kv", ["octopus4", "octopus4:octopus2"])
+def test_a_page_holds_its_tokens_in_order(kv: str) -> None:
+    """Row by row the codec's decoding of a page is near the token's key and value (rotated, as they were given)."""
+    arena = fill(kv, [200, 60, 61])
+    for position in (64, 65, 127, 128, 255):
+        for layer in range(LAYERS):
+            _, k, v = vectors(layer, 1, position, 1)
+            got = decoded(arena, arena.fmt, position, layer)
+            for stored, original, codec in zip(got, (k[0], v[0]), (arena.fmt.k, arena.fmt.v), strict=True):
+                limit = {"octopus4": 0.12, "octopus2": 0.4}[codec.name]
+                assert float((codec.rotate(stored) - original).norm() / original.norm()) < limit
+
+
+def test_keys_that_overflowed_are_refused_in_one_sentence() -> None:
+    arena = new_arena("octopus3")
+    step = arena.prefill(0, 300)
+    q, k, v = vectors(0, 1, 0, 300)
+    k[100, 0, 3] = torch.inf
+    with pytest.raises(OctoError, match="not finite in float32: choose another --dtype"):
+        step.attend(0, q[None], k[None], v[None], DIM**-0.5, None)
+    step.abort()
+    assert arena.length == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"), [({"sink": -1}, "sink"), ({"window": 63}, "window"), ({"context": 0}, "context")]
+)
+def test_wrong_shapes_are_refused(changes: dict[str, int], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        new_arena(**changes)
+
+
+@pytest.mark.parametrize("context", [1, 64, 191, 192, 255, 256, 600])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_bytes_are_exactly_those_of_the_shape(context: int, sequences: int) -> None:
+    arena = new_arena("octopus3", context=context, sequences=sequences)
+    tensors = {name: t for name, t in vars(arena).items() if isinstance(t, Tensor)}
+    assert arena.pages.nbytes == arena.shape.packed_bytes
+    full = ("_full_k", "_full_v", "_staging_k", "_staging_v")
+    assert sum(tensors[name].nbytes for name in full) == arena.shape.full_precision_bytes
+    index = ("page_table", "_state", "_rows")
+    assert sum(tensors[name].nbytes for name in index) == arena.shape.index_bytes
+    assert set(tensors) == {"pages", "_state_host", *full, *index}
