@@ -59,6 +59,10 @@ def _tiling(dtype: torch.dtype, plain: bool, causal: bool, group: int, head_dim:
         return _Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1)
     if not causal:
         return _Tiling(max(8, heads), 16 if head_dim > 128 else 32, 16, flip=True, warps=1, stages=3 if plain else 1)
+    if (
+        head_dim > 128 and plain
+    ):  # too few rows for the warp-group unit, whose code here made an H200 fault (Triton 3.6)
+        return _Tiling(32, 32, 16, flip=False, warps=2, stages=2)
     if head_dim > 128:
         return _Tiling(64, 32, 32, flip=False, warps=4, stages=1)
     return _Tiling(64, 64, 32, flip=False, warps=4, stages=2 if plain else 1)

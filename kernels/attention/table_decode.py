@@ -349,7 +349,17 @@ def _zero4(zero):
 
 
 @gluon.jit
-def _query(q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+def _query(
+    q_ptr,
+    stride_qh,
+    lane,
+    first_head,
+    scale,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    WARPS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
     """The B operand of the score products (one register a slot), and the factor and offset that make logits of its int32 sums.
 
     A query is a 16-bit number times a scale, held as two int8 halves: column g is half g & 1 (0: high) of head g >> 1.
