@@ -59,9 +59,8 @@ def _tiling(dtype: torch.dtype, plain: bool, causal: bool, group: int, head_dim:
         return _Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1)
     if not causal:
         return _Tiling(max(8, heads), 16 if head_dim > 128 else 32, 16, flip=True, warps=1, stages=3 if plain else 1)
-    if (
-        head_dim > 128 and plain
-    ):  # too few rows for the warp-group unit, whose code here made an H200 fault (Triton 3.6)
+    if head_dim > 128 and plain:
+        # Too few rows for the warp-group unit: what Triton 3.6 makes of 64 rows here faults on an H200.
         return _Tiling(32, 32, 16, flip=False, warps=2, stages=2)
     if head_dim > 128:
         return _Tiling(64, 32, 32, flip=False, warps=4, stages=1)
@@ -172,5 +171,6 @@ def _launch(
         BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
         ELEMENT=_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
         BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain,
-        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, FULL_ONLY=programs < splits, num_warps=tiling.warps, num_stages=tiling.stages,
+        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, FULL_ONLY=programs < splits, num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )  # fmt: skip
