@@ -455,11 +455,12 @@ def table_decode_kernel(
             _u32(EXTRA_OFFSET + entry_x * (4 * COPIES_X) + (tid % COPIES_X) * 4),
             _u32(gl.load(table_ptr + MAIN + entry_x)),
         )
-    lane_base = _u32((lane % COPIES) * 4)
-    lane_base_x = _u32((lane % COPIES_X) * 4)
+    # Shuffled to itself: else the assembler takes the remainder's mask into every lookup, an instruction each.
+    lane_base = _shuffle(_u32((lane % COPIES) * 4), lane)
+    lane_base_x = _shuffle(_u32((lane % COPIES_X) * 4), lane)
 
     qb, factor, offset = _query(
-        q_ptr + seq * stride_qb + head * G * stride_qh, stride_qh, lane, step_k * scale_log2, G, D, WARPS, LAYOUT
+        q_ptr + seq * stride_qb + head * G * stride_qh, stride_qh, lane, first_head, step_k * scale_log2, G, D, WARPS, LAYOUT
     )
     part = g & 1
     selector_x = _u32(gl.where(part == 0, 0x4441, 0x4440))
