@@ -1,5 +1,7 @@
 """The KV arena by itself: every cut, every edge, interrupted steps, page accounting, the bytes of pages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -243,13 +245,22 @@ def test_failed_prefill_keeps_short_tails_and_whole_pages() -> None:
 
 
 class Interrupted(list[int]):
-    """A list whose n-th change is followed by Ctrl-C."""
-
-    changes = 0
+    """A list that sees Ctrl-C right after it has grown and right before it shrinks."""
 
     def __iadd__(self, more: Any) -> "Interrupted":  # type: ignore[override, misc]
         list.__iadd__(self, more)
         raise KeyboardInterrupt
+
+    def __delitem__(self, which: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupted(arena: KVArena) -> Iterator[None]:
+    arena._page_ids[0] = Interrupted(arena._page_ids[0])
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    arena._page_ids[0] = list(arena._page_ids[0])
 
 
 def test_interrupt_between_page_list_and_length_while_committing() -> None:
@@ -260,15 +271,26 @@ def test_interrupt_between_page_list_and_length_while_committing() -> None:
     for layer in range(LAYERS):
         q, k, v = vectors(layer, 2, 140, 200)
         step.attend(layer, q[None], k[None], v[None], DIM**-0.5, None)
-    both.arena._page_ids[0] = Interrupted(both.arena._page_ids[0])
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(both.arena):
         step.commit()
     step.abort()
-    both.arena._page_ids[0] = list(both.arena._page_ids[0])
     both.forget(0, both.arena.length[0])
     both.account()
     both.prefill(0, 200, 3)
     both.decode(1, 4)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 64, 128, 200])
+def test_interrupt_in_the_middle_of_a_cut(cut: int) -> None:
+    both = Sequences(new_arena())
+    both.prefill(0, 330, 1)
+    with interrupted(both.arena):
+        both.arena.truncate(0, cut)
+    both.forget(0, both.arena.truncate(0, 600))
+    assert both.length(0) == (cut if cut <= 64 else 64 + (cut - 64) // PAGE * PAGE)
+    both.account()
+    both.prefill(0, 200, 3)
+    both.account()
 
 
 def pages_of(arena: KVArena, seq: int = 0) -> Tensor:

@@ -1,0 +1,380 @@
+"""Generation: why it ends, what fits, prefixes reused, interrupts, interleaving; and the codec in the path."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from octo_run.engine import Engine, Reply, SamplingParams
+from octo_run.errors import OctoError, UsageError
+
+Tiny = Callable[..., Engine]
+
+
+def ids_of(engine: Engine, ids: list[int], **params: Any) -> list[int]:
+    return [token.id for token in engine.generate(ids, SamplingParams(**params))]
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+# Chunks, edges, reuse
+
+
+@pytest.mark.parametrize(("sink", "window"), [(64, 64), (0, 0), (5, 128), (200, 0)])
+def test_plain_cache_chunks_equal_single_steps(sink: int, window: int, tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny(sink=sink, window=window)
+    ids = random_ids(333)
+    whole = tiny(sink=512).logits(ids)
+    for step in (None, 200, 64, 13, 1):
+        assert relative(engine.logits(ids, step), whole) < 1e-4, f"step {step}"
+
+
+def test_a_reused_prefix_gives_the_logits_of_a_fresh_prefill(tiny: Tiny, random_ids: Any) -> None:
+    """Cuts in the sinks, at page edges, inside pages, in the tail."""
+    engine, fresh = tiny(), tiny()
+    base, other = random_ids(340), random_ids(60, seed=1)
+    for common in (0, 1, 30, 64, 65, 127, 128, 200, 256, 270, 339, 340):
+        engine._reuse([])
+        engine._next_logits(base)
+        ids = base[:common] + [256] + other
+        generation = engine.generate(ids, SamplingParams(max_tokens=1))
+        token = next(generation)
+        expected = fresh.logits(ids)[-1]
+        assert token.id == int(expected.argmax())
+        assert token.logprob == pytest.approx(float(expected.log_softmax(-1)[token.id]), abs=1e-4)
+        assert generation.reused_tokens == (common if common <= 64 or common >= 256 else common // 64 * 64)
+        assert relative(engine._next_logits([1]), fresh.logits(ids + [1])[-1]) < 1e-4
+
+
+def test_the_whole_prompt_again_computes_one_token(tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny()
+    ids = random_ids(150)
+    first = ids_of(engine, ids, max_tokens=5)
+    generation = engine.generate(ids, SamplingParams(max_tokens=5))
+    assert [token.id for token in generation] == first
+    assert (generation.prompt_tokens, generation.reused_tokens, generation.generated_tokens) == (150, 149, 5)
+    assert generation.prefill_seconds > 0 and generation.decode_seconds > 0
+
+
+def test_generations_may_take_turns(tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny()
+    a, b = random_ids(100, seed=1), random_ids(140, seed=2)
+    alone = [ids_of(engine, ids, max_tokens=12) for ids in (a, b)]
+    both = [engine.generate(ids, SamplingParams(max_tokens=12)) for ids in (a, b)]
+    together: list[list[int]] = [[], []]
+    for turn in range(12):
+        for which in (0, 1):
+            together[which].append(next(both[which]).id)
+        if turn == 5:
+            engine.logits(random_ids(30, seed=3))
+    assert together == alone
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_inside_the_layers_leaves_a_usable_engine(
+    layer: int, failure: type[BaseException], tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny()
+    ids = random_ids(400)
+    expected = engine.logits(ids)[-1]
+    engine._reuse([])
+    engine._next_logits(ids[:150])
+    mlp, calls = engine._decoder._mlp, iter(range(100))
+
+    def failing(*args: Any) -> Tensor:
+        if next(calls) == layer:
+            raise failure
+        return mlp(*args)
+
+    monkeypatch.setattr(engine._decoder, "_mlp", failing)
+    with pytest.raises(failure):
+        next(engine.generate(ids))
+    monkeypatch.setattr(engine._decoder, "_mlp", mlp)
+    assert engine._ids == ids[: engine.arena.length[0]]
+    generation = engine.generate(ids, SamplingParams(max_tokens=1))
+    token = next(generation)
+    assert generation.reused_tokens == 64
+    assert token.logprob == pytest.approx(float(expected.log_softmax(-1)[token.id]), abs=1e-4)
+    assert len(engine.arena._free) + engine.arena.packed(0) == engine.arena.pages.shape[0]
+
+
+def test_an_exception_in_a_decode_step_costs_nothing(scripted: Any) -> None:
+    engine, decoder = scripted()
+    decoder.say(200, "a" * 30)
+    generation = engine.generate([1] * 200)
+    for _ in range(5):
+        next(generation)
+    decoder.fail_at = (204, 1)
+    with pytest.raises(KeyboardInterrupt):
+        next(generation)
+    assert list(generation) == []
+    again = engine.generate([1] * 200 + [97] * 4 + [2])
+    next(again)
+    assert again.reused_tokens == 204
+
+
+# Ends
+
+
+def test_ends_of_the_model_and_of_the_caller(scripted: Any) -> None:
+    engine, decoder = scripted()
+    decoder.say(10, "hello")
+    tokens = list(engine.generate([1] * 10))
+    assert [t.id for t in tokens] == [*b"hello", 257]
+    assert [t.finish_reason for t in tokens] == [None] * 5 + ["stop"]
+    assert list(engine.generate([1] * 10, SamplingParams(stop_ids=(ord("l"),))))[-1].id == ord("l")
+    cut = list(engine.generate([1] * 10, SamplingParams(max_tokens=3)))
+    assert [t.finish_reason for t in cut] == [None, None, "length"]
+    both = list(engine.generate([1] * 10, SamplingParams(max_tokens=6)))
+    assert both[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("context", [70, 128, 200, 257])
+def test_as_many_tokens_as_fit_and_one_more(context: int, scripted: Any) -> None:
+    """The last token needs no place: nothing follows it. The arena is full to the last token."""
+    for prompt in (1, 60, context - 1, context):
+        engine, decoder = scripted(context=context)
+        decoder.say(prompt, [98] * 300)
+        tokens = list(engine.generate([1] * prompt))
+        assert len(tokens) == context - prompt + 1
+        assert tokens[-1].finish_reason == "context"
+        assert engine.arena.length[0] == context
+
+
+@pytest.mark.parametrize("kv", ["bf16", "octopus3"])
+def test_full_context_of_a_real_model(kv: str, tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny(kv, context=200, sink=5, window=0)
+    engine.end_ids = frozenset()
+    assert len(ids_of(engine, random_ids(190))) == 11
+    assert engine.logits(random_ids(200), 1).shape == (200, 260)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [([], "empty"), ([1] * 201, "201 tokens .* 200"), ([5, 260], "260 is not in the vocabulary"), ([-1], "-1 is not")],
+)
+def test_prompts_that_cannot_be_answered(ids: list[int], text: str, tiny: Tiny) -> None:
+    engine = tiny(context=200)
+    for call in (engine.generate, engine.logits):
+        with pytest.raises(UsageError, match=text):
+            call(ids)
+
+
+@pytest.mark.parametrize("step", [0, -1, 201])
+def test_steps_out_of_range(step: int, tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match="step"):
+        tiny(context=200).logits([1, 2], step)
+
+
+# Text
+
+
+def reply(scripted: Any, said: str | bytes, **params: Any) -> tuple[Reply, list[str]]:
+    engine, decoder = scripted()
+    decoder.say(4, said)
+    answer = Reply(engine, [1, 2, 3, 4], SamplingParams(**params))
+    return answer, list(answer)
+
+
+def test_pieces_make_up_the_text(scripted: Any) -> None:
+    answer, pieces = reply(scripted, "grüß dich 🐙!")
+    assert "".join(pieces) == answer.text == "grüß dich 🐙!"
+    assert "🐙" in pieces and "" not in pieces
+    assert (answer.finish_reason, answer.generated_tokens) == ("stop", len("grüß dich 🐙!".encode()) + 1)
+
+
+def test_half_a_character_at_the_end_is_replaced(scripted: Any) -> None:
+    answer, _ = reply(scripted, b"ab\xf0\x9f")
+    assert answer.text == "ab\ufffd"
+    answer, _ = reply(scripted, b"ab\xf0\x9f\x90\x99", max_tokens=4)
+    assert (answer.text, answer.finish_reason) == ("ab\ufffd", "length")
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text"),
+    [
+        ("one END two", ("END",), "one "),
+        ("one EN two", ("END",), "one EN two"),
+        ("one EEND two", ("END",), "one E"),
+        ("aabaabab", ("aabab",), "aab"),
+        ("first.second", (".", "second"), "first"),
+        ("xyz", ("yzz", "z"), "xy"),
+        ("xyz", ("y", "xyz"), "x"),
+        ("ENDless", ("END",), ""),
+        ("the 🐙🐙 two", ("🐙🐙",), "the "),
+        ("ends in EN", ("END",), "ends in EN"),
+    ],
+)
+def test_stop_strings_across_pieces(said: str, stop: tuple[str, ...], text: str, scripted: Any) -> None:
+    answer, pieces = reply(scripted, said, stop=stop)
+    assert answer.text == "".join(pieces) == text
+    assert answer.finish_reason == "stop"
+    assert (answer.generated_tokens == len(said.encode()) + 1) == (text == said)
+
+
+def test_a_stop_string_at_the_last_token_allowed(scripted: Any) -> None:
+    answer, _ = reply(scripted, "abcd", stop=("cd",), max_tokens=4)
+    assert (answer.text, answer.finish_reason) == ("ab", "stop")
+    answer, _ = reply(scripted, "abcd", stop=("cde",), max_tokens=4)
+    assert (answer.text, answer.finish_reason) == ("abcd", "length")
+
+
+def test_closing_early(scripted: Any) -> None:
+    engine, decoder = scripted()
+    decoder.say(4, "hello world")
+    answer = Reply(engine, [1, 2, 3, 4], SamplingParams())
+    assert [next(answer) for _ in range(3)] == ["h", "e", "l"]
+    answer.close()
+    assert (answer.text, answer.finish_reason, list(answer)) == ("hel", "interrupted", [])
+    whole = Reply(engine, [1, 2, 3, 4], SamplingParams())
+    list(whole)
+    whole.close()
+    assert whole.finish_reason == "stop"
+
+
+# The codec in the path
+
+
+def test_corrupting_a_packed_page_changes_the_logits(tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny("octopus3")
+    ids = random_ids(300)
+    k_bytes = engine.kv.k.bytes_per_vector
+    for byte in (0, 5 * k_bytes + 3, 64 * k_bytes + 1):  # a key of the first token, of a later one, a value
+        engine.logits(ids)
+        before = engine._next_logits([7])
+        engine.logits(ids)
+        assert torch.equal(engine._next_logits([7]), before)
+        engine.logits(ids)
+        with torch.inference_mode():
+            engine.arena.pages[engine.arena.page_ids(0)[1], 0, 0, byte] ^= 0x55
+        assert not torch.equal(engine._next_logits([7]), before)
+
+
+def test_the_same_prompt_gives_the_same_bytes(tiny: Tiny, random_ids: Any) -> None:
+    ids = random_ids(400)
+    stores = []
+    for _ in range(2):
+        engine = tiny("octopus3")
+        for _ in range(2):
+            list(engine.generate(ids, SamplingParams(max_tokens=40)))
+            stores.append(engine.arena.pages[engine.arena.page_ids(0)].clone())
+            engine._reuse([])
+    assert stores[0].shape[0] == 4
+    assert all(torch.equal(store, stores[0]) for store in stores)
+
+
+@pytest.mark.parametrize("kv", ["octopus3", "octopus4:octopus2"])
+def test_attention_of_a_step_is_that_over_the_decoded_pages(
+    kv: str, tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model gets from the cache, against float64 attention over ``codec.decode`` of the pages' rows and the
+    full-precision rest, everything in the original basis."""
+    from octo_run import kernels
+
+    engine = tiny(kv)
+    engine.logits(random_ids(300))
+    calls: list[tuple[Tensor, Any, Tensor]] = []
+    attend = kernels.attend
+
+    def spy(q: Tensor, inputs: Any, fmt: Any, **options: Any) -> Tensor:
+        out = attend(q, inputs, fmt, **options)
+        calls.append((q.clone(), inputs, out.clone()))
+        return out
+
+    monkeypatch.setattr(kernels, "attend", spy)
+    engine._next_logits([9])
+    assert len(calls) == engine.config.num_layers
+    for q, inputs, out in calls:
+        expected = attention_over_decoded(engine, inputs, q[0, 0])
+        assert relative(engine.kv.v.unrotate(out[0, 0].double()), expected) < 1e-4
+
+
+def attention_over_decoded(engine: Engine, inputs: Any, q: Tensor) -> Tensor:
+    """Float64 attention ``[heads, d]`` of the rotated query ``[heads, d]`` in the original basis (one KV head)."""
+    fmt, arena = engine.kv, engine.arena
+    k_bytes, v_bytes = fmt.k.bytes_per_vector, fmt.v.bytes_per_vector
+    rows = inputs.pages[inputs.page_table[0, : arena.packed(0)].long(), 0]
+    k_rows = rows[:, : 64 * k_bytes].reshape(-1, k_bytes)
+    v_rows = rows[:, 64 * k_bytes :].reshape(-1, v_bytes)
+    count = arena.length[0] - arena.packed_end(0)
+    slots = (torch.arange(count) + 64 * arena.packed(0)) % arena.shape.ring
+    keys, values = (
+        torch.cat((codec.unrotate(sink[0, 0].double()), codec.decode(packed, torch.float64), codec.unrotate(tail)))
+        for codec, sink, packed, tail in (
+            (fmt.k, inputs.sink_k, k_rows, inputs.tail_k[0, 0, slots].double()),
+            (fmt.v, inputs.sink_v, v_rows, inputs.tail_v[0, 0, slots].double()),
+        )
+    )
+    assert len(keys) == arena.length[0]
+    scores = fmt.k.unrotate(q.double()) @ keys.T * engine.config.head_dim**-0.5
+    return scores.softmax(-1) @ values
+
+
+# Loading
+
+
+def test_load_from_a_folder(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_checkpoint()
+    plans = []
+    engine = Engine.load(path, kv="octopus4", max_context=300, dtype="bfloat16", on_plan=plans.append, device="cpu")
+    assert plans == [engine.plan]
+    assert (engine.dtype, engine.max_context, engine.device.type) == (torch.bfloat16, 300, "cpu")
+    assert engine.name == str(path)
+    assert len(ids_of(engine, [5, 6, 7], max_tokens=4)) <= 4
+    by_seed = [
+        Engine.load(path, kv="octopus2", device="cpu", seed=seed).logits([*range(250)], 50) for seed in (0, 0, 1)
+    ]
+    assert torch.equal(by_seed[0], by_seed[1]) and not torch.equal(by_seed[0], by_seed[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"kv": "octopus5"}, UsageError, "octopus5"),
+        ({"kv": "octopus3:octopus3:bf16"}, UsageError, "too many parts"),
+        ({"device": "gpu"}, UsageError, "There is no device 'gpu'"),
+        ({"device": "cuda:"}, UsageError, "There is no device 'cuda:'"),
+        ({"device": "cpu:1"}, UsageError, "There is no device 'cpu:1'"),
+        ({"device": "cuda:99"}, OctoError, "sees [0-9]+ CUDA devices"),
+        ({"dtype": "int8"}, UsageError, "There is no dtype 'int8'"),
+        ({"dtype": torch.float64}, UsageError, "There is no dtype torch.float64"),
+        ({"max_context": 2049}, UsageError, "2,049 tokens is beyond the model's 2,048"),
+        ({"max_context": 0}, UsageError, "context is 0"),
+        ({"sink": -1}, UsageError, "sink"),
+        ({"window": 32}, UsageError, "window"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_weight_is_read(
+    arguments: dict[str, Any],
+    error: type[OctoError],
+    text: str,
+    make_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = make_checkpoint()
+    (path / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(error, match=text) as caught:
+        Engine.load(path, **({"device": "cpu"} | arguments))
+    assert str(caught.value).count("\n") == 0
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(OctoError):
+        Engine.load(tmp_path, device="cpu")
+
+
+def test_half_precision_that_overflows_is_explained(make_checkpoint: Callable[..., Path]) -> None:
+    path = make_checkpoint(rms_norm_eps=1e-5)
+    engine = Engine.load(path, kv="octopus3", device="cpu", dtype="float16", max_context=300)
+    with torch.inference_mode():
+        engine._decoder.layers[0].down.mul_(torch.inf)
+    with pytest.raises(OctoError, match="not finite"):
+        next(engine.generate([5] * 10))
+    with pytest.raises(OctoError, match="not finite"):
+        next(engine.generate([5] * 250))

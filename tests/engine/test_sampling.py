@@ -1,0 +1,183 @@
+"""Sampling against plain definitions, reproducibility, refusals."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octo_run.engine import SamplingParams
+from octo_run.engine.sampling import Sampler, filtered
+from octo_run.errors import OctoError, UsageError
+from octo_run.models.config import GenerationDefaults
+
+CPU = torch.device("cpu")
+
+
+def draws(params: SamplingParams, logits: torch.Tensor, count: int, prompt: list[int] | None = None) -> torch.Tensor:
+    """Relative frequencies of ``count`` draws, each by the rules for a fresh sequence."""
+    sampler = Sampler(params, prompt or [], len(logits), CPU)
+    seen = None if sampler._seen is None else sampler._seen.clone()
+    counts = torch.zeros(len(logits))
+    for _ in range(count):
+        if seen is not None:
+            sampler._seen = seen.clone()
+        counts[sampler(logits)[0]] += 1
+    return counts / count
+
+
+def definition(logits: list[float], params: SamplingParams, seen: set[int]) -> list[float]:
+    """The distribution in plain Python: penalty, temperature, top-k, top-p, min-p, one after the other."""
+    scores = list(logits)
+    for i in seen:
+        scores[i] = scores[i] / params.repetition_penalty if scores[i] > 0 else scores[i] * params.repetition_penalty
+    scores = [s / params.temperature for s in scores]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    kept = order[: params.top_k] if params.top_k else order
+
+    def shares(of: list[int]) -> dict[int, float]:
+        weights = {i: math.exp(scores[i] - scores[order[0]]) for i in of}
+        return {i: w / sum(weights.values()) for i, w in weights.items()}
+
+    if params.top_p < 1:
+        mass, nucleus = 0.0, list[int]()
+        for i in kept:
+            if mass >= params.top_p:
+                break
+            nucleus.append(i)
+            mass += shares(kept)[i]
+        kept = nucleus
+    if params.min_p > 0:
+        best = max(shares(kept).values())
+        kept = [i for i in kept if shares(kept)[i] >= params.min_p * best]
+    final = shares(kept)
+    return [final.get(i, 0.0) for i in range(len(scores))]
+
+
+@given(
+    logits=st.lists(st.integers(-400, 400).map(lambda i: i / 50), min_size=2, max_size=30, unique=True),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_k=st.integers(0, 35),
+    top_p=st.sampled_from([0.05, 0.313, 0.777, 0.951, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0123, 0.277]),
+)
+@settings(max_examples=300, deadline=None)
+def test_filters_are_their_definitions(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    ours = filtered(torch.tensor(logits) / temperature, params).tolist()
+    assert ours == pytest.approx(definition(logits, params, set()), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5, "top_k": 3},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.3},
+        {"temperature": 1.0, "repetition_penalty": 1.7},
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.6},
+    ],
+)
+def test_draws_follow_the_definition(rules: dict[str, Any]) -> None:
+    logits = [2.0, 1.5, 0.5, 0.25, -0.5, -1.0, -1.5, 1.0]
+    params = SamplingParams(seed=5, **rules)
+    wanted = torch.tensor(definition(logits, params, {1, 5}))
+    got = draws(params, torch.tensor(logits), 4000, prompt=[1, 5, 5])
+    assert bool((got[wanted == 0] == 0).all())
+    spread = (wanted * (1 - wanted) / 4000).sqrt()
+    assert bool(((got - wanted).abs() <= 4.5 * spread + 1e-4).all())
+
+
+def test_penalty_grows_with_the_answer() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [0], 3, CPU)
+    logits = torch.tensor([3.0, 2.0, 1.2])
+    assert [sampler(logits)[0] for _ in range(3)] == [1, 0, 0]
+    negative = torch.tensor([-0.5, -0.9, -1.6])
+    assert Sampler(SamplingParams(repetition_penalty=2.0), [0], 3, CPU)(negative)[0] == 1
+
+
+def test_greedy_takes_the_best_and_reports_its_probability() -> None:
+    logits = torch.tensor([0.1, 4.0, 3.9])
+    token, logprob = Sampler(SamplingParams(), [], 3, CPU)(logits)
+    assert token == 1
+    assert logprob == pytest.approx(float(logits.log_softmax(-1)[1]))
+
+
+def test_logprob_is_the_models_own_whatever_the_rules() -> None:
+    logits = torch.tensor([0.1, 4.0, 3.9])
+    sampler = Sampler(SamplingParams(temperature=0.7, top_k=1, repetition_penalty=1.5, seed=0), [2], 3, CPU)
+    assert sampler(logits)[1] == pytest.approx(float(logits.log_softmax(-1)[1]))
+
+
+def test_seeds_reproduce_and_differ() -> None:
+    logits = torch.zeros(1000)
+
+    def run(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), [], 1000, CPU)
+        return [sampler(logits)[0] for _ in range(20)]
+
+    assert run(7) == run(7)
+    assert len({tuple(run(seed)) for seed in (7, 8, 2**64 - 1, None, None)}) == 5
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6, 1e30])
+def test_extreme_temperatures(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=1), [], 3, CPU)
+    tokens = {sampler(torch.tensor([30.0, 10.0, 20.0]))[0] for _ in range(50)}
+    assert tokens == ({0} if temperature < 1 else {0, 1, 2})
+
+
+def test_ties_and_large_vocabularies() -> None:
+    equal = filtered(torch.zeros(50_000), SamplingParams(temperature=1.0, top_p=0.5))
+    assert int((equal > 0).sum()) == pytest.approx(25_000, rel=0.01)
+    assert float(equal.sum()) == pytest.approx(1.0)
+    assert filtered(torch.tensor([5.0, 1.0]), SamplingParams(temperature=1.0, top_p=1e-30)).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(OctoError, match="not finite"):
+        Sampler(SamplingParams(), [], 3, CPU)(torch.tensor([0.0, bad, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("max_tokens", 0),
+        ("stop", ("a", "")),
+        ("stop", "end"),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{name} is .*; give .*\\.$"):
+        SamplingParams(**{name: value})
+
+
+def test_from_defaults() -> None:
+    sampled = GenerationDefaults(do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.1)
+    params = SamplingParams.from_defaults(sampled, top_k=None, top_p=0.5, max_tokens=9)
+    assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.6, 20, 0.5, 9)
+    assert params.repetition_penalty == 1.1
+    greedy = SamplingParams.from_defaults(GenerationDefaults(temperature=0.6, top_k=50))
+    assert greedy == SamplingParams()
+    assert SamplingParams.from_defaults(sampled, temperature=0.0).temperature == 0
+    with pytest.raises(TypeError, match="warmth"):
+        SamplingParams.from_defaults(GenerationDefaults(), warmth=1)

@@ -1,0 +1,209 @@
+"""Chat sessions: turns, reuse, dropped turns, interrupts, taking back, messages that do not fit."""
+
+from typing import Any
+
+import pytest
+
+from octo_run.engine import SamplingParams, Session
+from octo_run.errors import OctoError, UsageError
+
+
+class Talk:
+    """A session with a scripted model: ``ask`` says beforehand what the answer will be."""
+
+    def __init__(self, scripted: Any, system: str | None = None, **options: Any) -> None:
+        self.engine, self.decoder = scripted(**options)
+        self.session = Session(self.engine, system)
+
+    def open(self, question: str, answer: str, **params: Any) -> Any:
+        reply = self.session.ask(question, SamplingParams(**params))
+        self.decoder.say(reply.prompt_tokens, answer)
+        return reply
+
+    def ask(self, question: str, answer: str, **params: Any) -> Any:
+        reply = self.open(question, answer, **params)
+        assert "".join(reply) == answer
+        return reply
+
+    @property
+    def contents(self) -> list[str]:
+        return [message["content"] for message in self.session.messages]
+
+
+def test_turns_are_remembered_and_reused(scripted: Any) -> None:
+    talk = Talk(scripted, system="be brief")
+    first = talk.ask("hello", "hi")
+    assert first.reused_tokens == 0
+    second = talk.ask("more", "yes")
+    roles = [message["role"] for message in talk.session.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert talk.contents == ["be brief", "hello", "hi", "more", "yes"]
+    # Everything but the end token of the first answer, which was never fed, is still there.
+    assert second.reused_tokens == first.prompt_tokens + len("hi")
+    assert talk.decoder.fed[0] == talk.engine.tokenizer.chat(
+        [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    )
+
+
+def test_no_system_prompt_no_system_message(scripted: Any) -> None:
+    talk = Talk(scripted)
+    talk.ask("hello", "hi")
+    assert talk.contents == ["hello", "hi"]
+    talk.session.system = "now with one"
+    talk.ask("and", "ok")
+    assert talk.contents == ["now with one", "hello", "hi", "and", "ok"]
+
+
+def test_oldest_turns_are_dropped_and_announced(scripted: Any) -> None:
+    """Context 200, a quarter kept free for the answer; the system prompt stays."""
+    talk = Talk(scripted, system="S" * 20, context=200)
+    for turn in range(2):
+        assert talk.ask(f"{turn}" * 30, f"{turn}" * 10).dropped_turns == 0
+    third = talk.ask("2" * 30, "2" * 10)
+    assert third.dropped_turns == 1
+    assert talk.contents == ["S" * 20, "1" * 30, "1" * 10, "2" * 30, "2" * 10]
+    fourth = talk.ask("3" * 90, "33")
+    assert fourth.dropped_turns == 2
+    assert talk.contents == ["S" * 20, "3" * 90, "33"]
+
+
+def test_room_for_the_answer_follows_max_tokens(scripted: Any) -> None:
+    talk = Talk(scripted, context=200)
+    talk.ask("a" * 60, "b" * 60)
+    assert talk.ask("c" * 50, "d", max_tokens=10).dropped_turns == 0
+    assert talk.ask("e", "f").dropped_turns == 1
+
+
+def test_a_message_that_does_not_fit_changes_nothing(scripted: Any) -> None:
+    talk = Talk(scripted, system="S", context=200)
+    talk.ask("hello", "hi")
+    with pytest.raises(UsageError, match="by itself and the context holds 200") as caught:
+        talk.session.ask("x" * 300)
+    assert str(caught.value).count(".") == 1
+    assert talk.contents == ["S", "hello", "hi"]
+    assert talk.ask("and now", "yes").dropped_turns == 0
+    assert talk.contents == ["S", "hello", "hi", "and now", "yes"]
+
+
+def test_a_message_that_fits_with_no_room_to_spare(scripted: Any) -> None:
+    """The answer is as long as the context allows, and says so."""
+    talk = Talk(scripted, context=200)
+    reply = talk.open("x" * 190, "y" * 50)
+    assert reply.prompt_tokens == 196
+    assert "".join(reply) == "y" * 5
+    assert reply.finish_reason == "context"
+    assert talk.ask("z", "ok").dropped_turns == 1
+
+
+def test_an_empty_message_is_refused(scripted: Any) -> None:
+    talk = Talk(scripted)
+    with pytest.raises(UsageError, match="empty"):
+        talk.session.ask(" \n")
+    assert talk.contents == []
+
+
+def test_a_refusal_of_the_template_leaves_the_session_as_it_was(scripted: Any) -> None:
+    talk = Talk(scripted)
+    talk.ask("hello", "hi")
+    with pytest.raises(ValueError, match="template"):
+        talk.session.ask("refuse")
+    assert talk.contents == ["hello", "hi"]
+    talk.ask("more", "yes")
+
+
+def test_an_interrupted_answer_is_kept(scripted: Any) -> None:
+    talk = Talk(scripted)
+    reply = talk.open("tell me", "a long story")
+    said = [next(reply) for _ in range(6)]
+    reply.close()
+    assert (reply.finish_reason, reply.text) == ("interrupted", "a long")
+    assert talk.contents == ["tell me", "".join(said)]
+    following = talk.ask("go on", " story")
+    assert following.reused_tokens == reply.prompt_tokens + 5
+    assert talk.contents == ["tell me", "a long", "go on", " story"]
+
+
+def test_asking_again_ends_an_open_answer(scripted: Any) -> None:
+    talk = Talk(scripted)
+    reply = talk.open("tell me", "a long story")
+    next(reply)
+    talk.ask("stop", "ok")
+    assert reply.finish_reason == "interrupted"
+    assert list(reply) == []
+    assert talk.contents == ["tell me", "a", "stop", "ok"]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_ctrl_c_in_the_prefill(layer: int, scripted: Any) -> None:
+    talk = Talk(scripted)
+    talk.ask("hello", "hi")
+    reply = talk.open("x" * 200, "never")
+    talk.decoder.fail_at = (100, layer)
+    with pytest.raises(KeyboardInterrupt):
+        next(reply)
+    assert talk.contents == ["hello", "hi", "x" * 200, ""]
+    assert talk.session.undo() == "x" * 200
+    assert talk.ask("y" * 100, "good").reused_tokens <= 64
+
+
+def test_ctrl_c_between_tokens(scripted: Any) -> None:
+    talk = Talk(scripted)
+    reply = talk.open("hello", "abcdef")
+    assert next(reply) == "a"
+    talk.decoder.fail_at = (reply.prompt_tokens + 1, 1)
+    assert next(reply) == "b"
+    with pytest.raises(KeyboardInterrupt):
+        next(reply)
+    reply.close()
+    assert talk.contents == ["hello", "ab"]
+    assert talk.ask("more", "yes").reused_tokens == reply.prompt_tokens + 1
+
+
+def test_undo_takes_back_the_last_question(scripted: Any) -> None:
+    talk = Talk(scripted, system="S")
+    assert talk.session.undo() is None
+    talk.ask("one", "1")
+    talk.ask("two", "2")
+    assert talk.session.undo() == "two"
+    assert talk.contents == ["S", "one", "1"]
+    assert talk.ask("three", "3").reused_tokens > 0
+    assert [talk.session.undo() for _ in range(3)] == ["three", "one", None]
+    assert talk.contents == ["S"]
+
+
+def test_clear_forgets_all_but_the_system_prompt(scripted: Any) -> None:
+    talk = Talk(scripted, system="S")
+    talk.ask("one", "1")
+    next(talk.open("two", "222"))
+    talk.session.clear()
+    assert talk.contents == ["S"]
+    assert talk.ask("three", "3").prompt_tokens < 20
+
+
+def test_the_models_own_sampling_is_the_default(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Talk(scripted)
+    used = []
+    monkeypatch.setattr(SamplingParams, "from_defaults", lambda defaults: used.append(defaults) or SamplingParams())
+    talk.session.ask("hello")
+    assert used == [talk.engine.defaults]
+
+
+def test_a_model_without_a_template_cannot_chat(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = scripted()
+    monkeypatch.setattr(type(engine.tokenizer), "has_chat_template", False)
+    with pytest.raises(OctoError, match="octo-run generate"):
+        Session(engine)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "octopus3"])
+def test_the_demo_model_books_a_table(kv: str, demo: Any) -> None:
+    """Two turns with the real model; the second reuses all of the first but its end token."""
+    session = Session(demo(kv))
+    first = session.ask("I want to book a table for two in San Jose tonight.")
+    answer = "".join(first)
+    assert first.finish_reason == "stop"
+    assert "?" in answer and len(answer) < 200
+    second = session.ask("Italian food please, at 7 pm.")
+    assert "".join(second)
+    assert second.reused_tokens >= first.prompt_tokens
+    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
