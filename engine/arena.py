@@ -196,7 +196,7 @@ class KVArena:
         self._state_host[:, first:last] = torch.tensor(columns, dtype=torch.int32).T
         self._state[:, first:last].copy_(self._state_host[:, first:last], non_blocking=True)
         if self._state_copied is not None:
-            self._state_copied.record()
+            self._state_copied.record(torch.cuda.current_stream(self._state.device))
 
     def inputs(self, layer: int, first: int, last: int, tail: tuple[Tensor, Tensor]) -> kernels.AttentionInputs:
         """What the attention kernels read for ``layer`` of the sequences ``first .. last - 1``."""
