@@ -3,7 +3,7 @@
 Written lane by lane: every tensor has one element a thread, so that each line is one machine instruction of each lane.
 """
 # ruff: noqa: E501
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment"
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
