@@ -1,17 +1,20 @@
 """Where each bit of a packed page lies: the layout that the table-decode kernel's registers need.
 
-A page holds 64 vectors of one layer and KV head: a K block and a V block. The kernel gives each lane of a warp, in 16-byte loads, the
-codes of exactly those triplets that the matrix instruction wants from that lane. The bits therefore lie in *lane buffers*, interleaved
-over the 32 lanes. With ``lane = 4 g + t`` (``g`` 0..7, ``t`` 0..3), eight chains of ``chain`` triplets (chain ``c``, slot ``s`` is
-triplet ``chain * c + s``) and ``extras`` single triplets behind them (at most three):
+A page holds 64 vectors of one layer and KV head: a K block and a V block. The kernel gives each lane of a warp, in
+16-byte loads, the codes of exactly those triplets that the matrix instruction wants from that lane. The bits therefore
+lie in *lane buffers*, interleaved over the 32 lanes. With ``lane = 4 g + t`` (``g`` 0..7, ``t`` 0..3), eight chains of
+``chain`` triplets (chain ``c``, slot ``s`` is triplet ``chain * c + s``) and ``extras`` single triplets behind them (at
+most three):
 
-- **K block.** Lane (g, t) holds the tokens ``8 r + g`` (r = 0..7): chains ``2 t`` and ``2 t + 1`` and, for ``t < extras``, extra t.
-- **V block.** Lane (g, t) holds the tokens ``8 r + t`` and ``8 r + t + 4``: chain ``g`` and, for ``g < extras``, extra g.
+- **K block.** Lane (g, t) holds the tokens ``8 r + g`` (r = 0..7): chains ``2 t`` and ``2 t + 1`` and, for
+  ``t < extras``, extra t.
+- **V block.** Lane (g, t) holds the tokens ``8 r + t`` and ``8 r + t + 4``: chain ``g`` and, for ``g < extras``,
+  extra g.
 
-Within a lane the streams of its tokens come first; slot ``s`` of a chain starts at bit ``s * stream``, so that its trellis predecessor,
-slot ``s + 1`` (the last slot's is slot 0), stands just above it. Sign bytes follow: for eight tokens of one slot three bytes (x, y, z),
-bit ``7 - r % 8`` of each belonging to token r. K norms lie in lanes (g, 3), where the others hold their extra triplet, and behind
-everything; V norms in 12-bit fields behind everything.
+Within a lane the streams of its tokens come first; slot ``s`` of a chain starts at bit ``s * stream``, so that its
+trellis predecessor, slot ``s + 1`` (the last slot's is slot 0), stands just above it. Sign bytes follow: for eight
+tokens of one slot three bytes (x, y, z), bit ``7 - r % 8`` of each belonging to token r. K norms lie in lanes (g, 3),
+where the others hold their extra triplet, and behind everything; V norms in 12-bit fields behind everything.
 """
 
 from dataclasses import dataclass
@@ -68,7 +71,9 @@ class PageLayout:
     @property
     def v_words(self) -> int:
         """Words of a V lane buffer in the lanes that hold an extra triplet."""
-        return -(-16 * (self.chain + 1) * (self.stream + 3 * self.signed) // 32) if self.extras else self.v_full_words
+        if not self.extras:
+            return self.v_full_words
+        return -(-16 * (self.chain + 1) * (self.stream + 3 * self.signed) // 32)
 
     @property
     def v_norm_word(self) -> int:
@@ -130,7 +135,8 @@ class PageLayout:
         token, triplet, bit = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(self.stream))
         lane, number, slot = self._v_slot(token, triplet)
         extra = 16 * self.chain * (self.stream + 3 * self.signed) + number * self.stream
-        return self._v_address(lane, np.where(slot < self.chain, (number * self.chain + slot) * self.stream, extra) + bit)
+        start = np.where(slot < self.chain, (number * self.chain + slot) * self.stream, extra)
+        return self._v_address(lane, start + bit)
 
     @cached_property
     def v_sign(self) -> Indices:
