@@ -34,7 +34,8 @@ class PageLayout:
     """Bit addresses in the blocks of a page.
 
     head_dim; stream: bits of a triplet in the trellis stream; signed: whether three sign bits come with each triplet;
-    bytes_per_vector: the format's size, norms included; norm_bits: bits of a norm, the top ones of a positive fp16 number.
+    bytes_per_vector: the format's size, norms included; norm_bits: bits of a norm, the top ones of a positive
+    fp16 number.
     """
 
     head_dim: int
