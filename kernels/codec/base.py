@@ -115,17 +115,16 @@ class Codec(ABC):
             )
 
 
-class TripletCodec(Codec):
-    """A codec that cuts the rotated unit vector into triplets and stores a code for each, then the norm in fp16.
+class RowCodec(Codec):
+    """A codec whose stored vector is a row of bit fields followed by a number gamma in fp16.
 
-    Row of one vector: the codes as one little-endian bit stream (see `packing`), zero bits up to an even number of
-    bytes, then the norm gamma as little-endian fp16. A last triplet that the head dimension does not fill is padded
-    with zeros. Decoding: gamma times the codewords; a gamma of 0 decodes to exact zeros.
+    Row of one vector: `num_triplets` codes and whatever else the format stores, as little-endian bit streams (see
+    `packing`) of `bits` bits a triplet together, zero bits up to an even number of bytes, then gamma as little-endian
+    fp16. A last triplet that the head dimension does not fill is padded. Decoding: gamma times the codewords; a gamma
+    of 0 decodes to exact zeros. Vectors with a norm above 65504, the largest fp16 number, are refused with a
+    ValueError that names the vector.
 
-    Norms: rounded to nearest. Above 65504, the largest fp16 number, the vector is refused with a ValueError that names
-    it. Below 2^-14 fp16 is subnormal: the norm keeps an absolute precision of 2^-25, and up to 2^-25 it becomes 0.
-
-    A format implements `_encode_triplets` and `_decode_triplets`; both see the codes of whole vectors.
+    A format implements `_encode_chunk` and `_decode_chunk`.
     """
 
     def __init__(self, name: str, head_dim: int, seed: int, bits: int) -> None:
@@ -139,12 +138,12 @@ class TripletCodec(Codec):
         return self._rotation
 
     @abstractmethod
-    def _encode_triplets(self, triplets: torch.Tensor) -> torch.Tensor:
-        """Codes int32 [num_triplets, vectors] of the unit vectors' triplets [num_triplets, 3, vectors]."""
+    def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
+        """Encode rotated rows [vectors, head_dim] into packed uint8 [vectors, bytes_per_vector]."""
 
     @abstractmethod
-    def _decode_triplets(self, codes: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
-        """Write gamma [vectors] times the codewords of `codes` [num_triplets, vectors] into `out`.
+    def _decode_chunk(self, part: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
+        """Write gamma [vectors] times the codewords of rows uint8 [vectors, bytes_per_vector] into `out`.
 
         out [num_triplets, 3, vectors], in the dtype to work in; gamma has it too.
         """
@@ -167,16 +166,6 @@ class TripletCodec(Codec):
                 part = self.rotate(part)
             self._encode_chunk(part, packed[start : start + CHUNK])
         return packed.reshape(*x.shape[:-1], self.bytes_per_vector)
-
-    def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
-        """Encode rotated rows [vectors, head_dim] into packed uint8 [vectors, bytes_per_vector]."""
-        norm = torch.linalg.vector_norm(part, dim=-1)
-        units = part.new_zeros(3 * self.num_triplets, len(part))
-        torch.div(part.t(), torch.where(norm > 0, norm, 1.0), out=units[: self.head_dim])
-        codes = self._encode_triplets(units.view(self.num_triplets, 3, len(part)))
-        packed[:, :-NORM_BYTES] = pack_codes(codes, self.bits)
-        gamma = norm.to(torch.float32).to(torch.float16)
-        packed[:, -NORM_BYTES:] = gamma[:, None].view(torch.uint8)
 
     def _check_norms(self, part: torch.Tensor, start: int, shape: torch.Size) -> None:
         """Refuse non-finite values and norms above fp16's range; `part` starts at flat vector `start` of `shape`."""
@@ -206,8 +195,40 @@ class TripletCodec(Codec):
         out = torch.empty(self.num_triplets, 3, len(rows), dtype=work, device=packed.device)
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
-            codes = unpack_codes(part, self.num_triplets, self.bits)
             gamma = part[:, -NORM_BYTES:].contiguous().view(torch.float16)[:, 0].to(work)
-            self._decode_triplets(codes, gamma, out[:, :, start : start + CHUNK])
+            self._decode_chunk(part, gamma, out[:, :, start : start + CHUNK])
         vectors = out.view(3 * self.num_triplets, len(rows))[: self.head_dim].t()
         return vectors.view(*packed.shape[:-1], self.head_dim).to(dtype)
+
+
+class TripletCodec(RowCodec):
+    """A row codec that cuts the rotated unit vector into triplets and stores a code for each, then the norm in fp16.
+
+    Norms: rounded to nearest. Below 2^-14 fp16 is subnormal: the norm keeps an absolute precision of 2^-25, and up to
+    2^-25 it becomes 0. A last triplet is padded with zeros.
+
+    A format implements `_encode_triplets` and `_decode_triplets`; both see the codes of whole vectors.
+    """
+
+    @abstractmethod
+    def _encode_triplets(self, triplets: torch.Tensor) -> torch.Tensor:
+        """Codes int32 [num_triplets, vectors] of the unit vectors' triplets [num_triplets, 3, vectors]."""
+
+    @abstractmethod
+    def _decode_triplets(self, codes: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
+        """Write gamma [vectors] times the codewords of `codes` [num_triplets, vectors] into `out`.
+
+        out [num_triplets, 3, vectors], in the dtype to work in; gamma has it too.
+        """
+
+    def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
+        norm = torch.linalg.vector_norm(part, dim=-1)
+        units = part.new_zeros(3 * self.num_triplets, len(part))
+        torch.div(part.t(), torch.where(norm > 0, norm, 1.0), out=units[: self.head_dim])
+        codes = self._encode_triplets(units.view(self.num_triplets, 3, len(part)))
+        packed[:, :-NORM_BYTES] = pack_codes(codes, self.bits)
+        gamma = norm.to(torch.float32).to(torch.float16)
+        packed[:, -NORM_BYTES:] = gamma[:, None].view(torch.uint8)
+
+    def _decode_chunk(self, part: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
+        self._decode_triplets(unpack_codes(part, self.num_triplets, self.bits), gamma, out)

@@ -10,6 +10,8 @@ from octo_run.kernels.codec.base import Codec
 from octo_run.kernels.codec.octopus import NOMINAL_BITS, OctopusCodec
 from octo_run.kernels.codec.plain import PlainCodec
 from octo_run.kernels.codec.rotation import HEAD_DIMS
+from octo_run.kernels.codec.trellis import FORMATS as TRELLIS_FORMATS
+from octo_run.kernels.codec.trellis import TrellisCodec
 
 PLAIN = "bf16"
 
@@ -24,14 +26,16 @@ class KVFormat:
 
 
 def names() -> tuple[str, ...]:
-    """Every format name that `get` and `--kv` know, the uncompressed `bf16` last."""
-    return (*NOMINAL_BITS, PLAIN)
+    """Every format name that `get` and `--kv` know: the trellis formats, the paper's, the uncompressed `bf16`."""
+    return (*TRELLIS_FORMATS, *NOMINAL_BITS, PLAIN)
 
 
 @functools.cache
 def _build(name: str, head_dim: int, seed: int) -> Codec:
     """A new codec of a known name and a supported head dimension."""
-    return PlainCodec(head_dim, seed) if name == PLAIN else OctopusCodec(name, head_dim, seed)
+    if name == PLAIN:
+        return PlainCodec(head_dim, seed)
+    return TrellisCodec(name, head_dim, seed) if name in TRELLIS_FORMATS else OctopusCodec(name, head_dim, seed)
 
 
 def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:

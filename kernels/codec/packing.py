@@ -20,23 +20,35 @@ def packed_bytes(num_codes: int, bits: int) -> int:
     return -(-num_codes * bits // 16) * 2
 
 
-def _places(num_codes: int, bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(num_codes: int, bits: int, start: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Word index (int64) and bit shift (int32) of the first bit of every code; two tensors [num_codes]."""
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"codes of {bits} bits cannot be packed, only of 1 to {MAX_BITS}")
-    first = torch.arange(num_codes, device=device) * bits
+    first = torch.arange(num_codes, device=device) * bits + start
     return first // 16, (first % 16).to(torch.int32)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack `codes` int32 [num_codes, vectors], each in [0, 2**bits), to uint8 [vectors, packed_bytes]."""
-    num_codes, vectors = codes.shape
-    word, shift = _places(num_codes, bits, codes.device)
-    placed = codes << shift[:, None]
-    num_words = packed_bytes(num_codes, bits) // 2
-    words = codes.new_zeros(num_words + 1, vectors)  # one more: the last code's empty upper half goes there
-    words.index_add_(0, word, placed & 0xFFFF)  # the bits of different codes are disjoint: a sum is an or
-    words.index_add_(0, word + 1, placed >> 16)
+    return pack_streams((codes, bits))
+
+
+def pack_streams(*streams: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """Pack streams (codes as for `pack_codes`, their bits) one directly behind the other, to uint8 [vectors, bytes].
+
+    The rows are padded with zero bits once, at the end: to `packed_bytes` of all bits together.
+    """
+    vectors = streams[0][0].shape[1]
+    total = sum(len(codes) * bits for codes, bits in streams)
+    num_words = packed_bytes(total, 1) // 2
+    words = streams[0][0].new_zeros(num_words + 1, vectors)  # one more: the last code's empty upper half goes there
+    start = 0
+    for codes, bits in streams:
+        word, shift = _places(len(codes), bits, start, codes.device)
+        placed = codes << shift[:, None]
+        words.index_add_(0, word, placed & 0xFFFF)  # the bits of different codes are disjoint: a sum is an or
+        words.index_add_(0, word + 1, placed >> 16)
+        start += len(codes) * bits
     return words[:num_words].t().to(torch.int16, memory_format=torch.contiguous_format).view(torch.uint8)
 
 
@@ -46,11 +58,20 @@ def unpack_codes(rows: torch.Tensor, num_codes: int, bits: int) -> torch.Tensor:
     A row may be longer than its codes (what follows them is ignored); its length must be even. The rows' last
     dimension is contiguous, and the storage starts at an even offset.
     """
-    word, shift = _places(num_codes, bits, rows.device)
+    return unpack_streams(rows, (num_codes, bits))[0]
+
+
+def unpack_streams(rows: torch.Tensor, *streams: tuple[int, int]) -> list[torch.Tensor]:
+    """The inverse of `pack_streams` for streams (number of codes, their bits); otherwise as `unpack_codes`."""
     words = rows.view(torch.int16).t().to(torch.int32, memory_format=torch.contiguous_format)
     following = torch.cat((words[1:], torch.zeros_like(words[:1])))
     pairs = (words & 0xFFFF) | (following << 16)
-    codes = pairs.index_select(0, word)
-    codes >>= shift[:, None]
-    codes &= (1 << bits) - 1
-    return codes
+    found, start = [], 0
+    for num_codes, bits in streams:
+        word, shift = _places(num_codes, bits, start, rows.device)
+        codes = pairs.index_select(0, word)
+        codes >>= shift[:, None]
+        codes &= (1 << bits) - 1
+        found.append(codes)
+        start += num_codes * bits
+    return found

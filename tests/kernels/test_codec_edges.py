@@ -15,7 +15,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 256)
 
 
 def test_names() -> None:
-    assert names() == (*CODED, "bf16")
+    assert names() == ("oct2", "oct3", "oct4", *CODED, "bf16")
     assert all(get(name).name == name for name in names())
 
 
@@ -25,7 +25,7 @@ def test_get_returns_one_object() -> None:
 
 
 def test_wrong_names_and_sizes_name_the_choices() -> None:
-    with pytest.raises(UsageError, match=r"octopus9.*octopus2, octopus3, octopus4, bf16"):
+    with pytest.raises(UsageError, match=r"octopus9.*oct2, oct3, oct4, octopus2, octopus3, octopus4, bf16"):
         get("octopus9")
     with pytest.raises(UsageError, match=r"72.*64, 80, 96, 112, 128, 256.*bf16"):
         get("octopus3", head_dim=72)

@@ -1,0 +1,265 @@
+"""`oct2/3/4`: triplets coded by a tail-biting trellis over a fitted int8 table, with a least-squares gain.
+
+A vector y (rotated basis) is scaled to coordinate variance 1 and cut into T triplets: eight chains of n = T // 8
+(chain c, slot s is triplet c n + s) and T % 8 extras behind them. Every triplet has a stream code of `stream` bits.
+Table index of a chained triplet: its trellis window (see `trellis_search`); of an extra: 2^(stream + state_bits) +
+code. An entry is three int8 numbers v, a coordinate is (v + 1/2) step, negated by its sign bit if the format is signed
+(then v >= 0). The decoded vector is gamma times that, gamma being the stored norm.
+
+Encoding works on integers, so that every implementation finds the same codes: x' = rint(f y) in float32, f = 8 sqrt(d)
+/ (step |y|) rounded to float32 and |y| computed in float64, is y in eighths of a step, limited to +-1020. Signed
+formats code |x'|; a sign bit is set where y < 0. The search minimises the sum of o^2 - o x'/2 over the coordinates, o =
+2 v + 1 (half steps; the squared distance less |x|^2); it is exact in float32. A coordinate that pads the last triplet
+costs nothing and has sign 0.
+
+Norm: the least-squares gain <y, c> / <c, c> of the codeword c, computed in float64, rounded to float32, then to the
+nearest number whose `norm_bits` bits are the top ones of a positive fp16 number (halves up). Gains too small for it
+become 0. Vectors with |y| < 2^-60 are coded as if they were zero, with their signs.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+import torch
+
+from octo_run.kernels.codec.base import CHUNK, NORM_BYTES, RowCodec, working_dtype
+from octo_run.kernels.codec.packing import pack_streams, unpack_streams
+from octo_run.kernels.codec.page_layout import PageLayout
+from octo_run.kernels.codec.trellis_search import nearest_entries, trellis_codes
+
+CHAINS = 8
+FIXED_POINT = 8  # x' counts eighths of a step
+LIMIT = 4 * 255  # of x': the outermost codeword coordinate, 127.5 steps, in eighths
+SMALLEST = 2.0**-60  # shorter vectors are coded as zero vectors
+SEARCHED = 64  # vectors searched at a time: the cost matrix of a slot stays in the second-level cache
+PAGED_DIM = 128  # the head dimension that pages in kernel order exist for
+
+
+@dataclass(frozen=True)
+class TrellisFormat:
+    """The parameters of a trellis format; `norm_bits` are the top bits of a positive fp16 number."""
+
+    stream: int
+    state_bits: int
+    signed: bool
+    norm_bits: int
+
+    @property
+    def chained_entries(self) -> int:
+        """Table entries for chained triplets; those for extras follow."""
+        return 1 << (self.stream + self.state_bits)
+
+    @property
+    def entries(self) -> int:
+        """All table entries."""
+        return self.chained_entries + (1 << self.stream)
+
+
+FORMATS = {
+    "oct2": TrellisFormat(stream=7, state_bits=3, signed=False, norm_bits=10),
+    "oct3": TrellisFormat(stream=7, state_bits=3, signed=True, norm_bits=12),
+    "oct4": TrellisFormat(stream=10, state_bits=1, signed=True, norm_bits=12),
+}
+
+
+@functools.cache
+def stored_table(name: str) -> tuple[torch.Tensor, float]:
+    """The table int8 [entries, 3] and the step of a format (written by scripts/fit_trellis_tables.py)."""
+    path = resources.files("octo_run.kernels.codec").joinpath("trellis_tables.npz")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        return torch.from_numpy(stored[name].astype(np.int8)), float(stored[f"{name}_step"])
+
+
+def norm_numbers(gamma: torch.Tensor, norm_bits: int) -> torch.Tensor:
+    """Norm numbers int32 nearest to gains gamma >= 0 (rounded to float32 first), halves up; saturating.
+
+    The number is the fp16 bit pattern without its 15 - norm_bits low bits (and without its sign bit).
+    """
+    single = gamma.to(torch.float32).clamp(0, 65504)
+    dropped = 15 - norm_bits
+    place = 13 + dropped  # of the number's lowest bit in a float32 pattern
+    normal = (single.view(torch.int32) - (112 << 23) + (1 << (place - 1))) >> place
+    subnormal = (single * 2.0 ** (24 - dropped) + 0.5).to(torch.int32)
+    number = torch.where(single < 2.0**-14, subnormal, normal)
+    return number.clamp(max=(0x7C00 >> dropped) - 1)
+
+
+def norm_values(numbers: torch.Tensor, norm_bits: int) -> torch.Tensor:
+    """The fp16 values of norm numbers (any integer dtype)."""
+    return (numbers.to(torch.int32) << (15 - norm_bits)).to(torch.int16).view(torch.float16)
+
+
+class TrellisCodec(RowCodec):
+    """A trellis format for one head dimension. Bytes depend only on the input's values, the name and the seed.
+
+    Row: the stream codes, then three sign bits a triplet (x lowest; signed formats), then gamma; see `RowCodec`.
+    stream, state_bits, signed, norm_bits: as in `TrellisFormat`; step: the table's unit for coordinates of variance 1;
+    table: int8 [entries, 3], not to be written into; page_layout: of pages in kernel order, None where there are none.
+    """
+
+    def __init__(
+        self, name: str, head_dim: int, seed: int, table: torch.Tensor | None = None, step: float | None = None
+    ) -> None:
+        """`name` is a key of `FORMATS`; `table` and `step` replace the stored ones (together)."""
+        self.format = FORMATS[name]
+        self.stream, self.state_bits = self.format.stream, self.format.state_bits
+        self.signed, self.norm_bits = self.format.signed, self.format.norm_bits
+        super().__init__(name, head_dim, seed, bits=self.stream + 3 * self.signed)
+        if table is None or step is None:
+            table, step = stored_table(name)
+        entries, lowest = self.format.entries, 0 if self.signed else -128
+        if table.dtype != torch.int8 or table.shape != (entries, 3) or int(table.min()) < lowest:
+            raise ValueError(f"{name} needs a table int8 [{entries}, 3] of numbers from {lowest}")
+        self.table, self.step = table, step
+        self.chain = self.num_triplets // CHAINS
+        self.page_layout = (
+            PageLayout(head_dim, self.stream, self.signed, self.bytes_per_vector, self.norm_bits)
+            if head_dim == PAGED_DIM
+            else None
+        )
+        self._codewords: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def table_words(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The table as int32 [entries] = vx | vy << 8 | vz << 16, each v as a byte in two's complement."""
+        bytes_ = self.table.to(torch.int32) & 0xFF
+        return (bytes_[:, 0] | bytes_[:, 1] << 8 | bytes_[:, 2] << 16).to(device)
+
+    def codewords(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Coordinates (v + 1/2) step [3, entries], computed in float64 and rounded; signed: [3, 8 entries].
+
+        Signed: block i of the entries has the sign bits i (x lowest) applied. Made once for a dtype and device.
+        """
+        key = (dtype, torch.device(device))
+        if key not in self._codewords:
+            made = (self.table.t().double() + 0.5) * self.step
+            if self.signed:
+                combination = torch.arange(8) >> torch.arange(3)[:, None] & 1  # [axis, combination]
+                made = ((1 - 2 * combination)[:, :, None] * made[:, None]).flatten(1)
+            self._codewords[key] = made.to(device=key[1], dtype=dtype)
+        return self._codewords[key]
+
+    def encode_fields(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Encode rotated y [..., head_dim] to the numbers that rows and pages store.
+
+        Returns stream codes int32 [..., T], signs uint8 [..., T, 3] (None for an unsigned format) and norm numbers
+        int32 [...]. Errors as `encode`.
+        """
+        self._check_vectors(y)
+        shape, rows = y.shape[:-1], y.reshape(-1, self.head_dim)
+        parts = []
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK].to(working_dtype(y.dtype))
+            self._check_norms(part, start, shape)
+            parts.append(self._fields(part))
+        if not parts:
+            parts.append(self._fields(rows.to(working_dtype(y.dtype))))
+        codes = torch.cat([part[0] for part in parts], 1).t().reshape(*shape, self.num_triplets)
+        numbers = torch.cat([part[2] for part in parts]).view(shape)
+        if not self.signed:
+            return codes, None, numbers
+        packed = torch.cat([part[1] for part in parts], 1).t().reshape(*shape, self.num_triplets, 1)
+        signs = packed >> torch.arange(3, device=y.device) & 1
+        return codes, signs.to(torch.uint8), numbers
+
+    def decode_fields(
+        self, codes: torch.Tensor, signs: torch.Tensor | None, norms: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """The inverse of `encode_fields`: vectors [..., head_dim] in the rotated basis, as `decode_rotated` gives."""
+        work = working_dtype(dtype)
+        flat = codes.reshape(-1, self.num_triplets).t().to(torch.int32).contiguous()
+        packed = flat.new_zeros(flat.shape)
+        if signs is not None:
+            weights = torch.tensor([1, 2, 4], device=signs.device)
+            packed = (signs.reshape(-1, self.num_triplets, 3) * weights).sum(2).t().to(torch.int32)
+        gamma = norm_values(norms.reshape(-1), self.norm_bits).to(work)
+        out = torch.empty(self.num_triplets, 3, len(gamma), dtype=work, device=codes.device)
+        self._write_codewords(flat, packed, gamma, out)
+        return out.view(-1, len(gamma))[: self.head_dim].t().reshape(*codes.shape[:-1], self.head_dim).to(dtype)
+
+    def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
+        codes, signs, numbers = self._fields(part)
+        streams = ((codes, self.stream), (signs, 3)) if self.signed else ((codes, self.stream),)
+        packed[:, :-NORM_BYTES] = pack_streams(*streams)
+        packed[:, -NORM_BYTES:] = norm_values(numbers, self.norm_bits)[:, None].view(torch.uint8)
+
+    def _decode_chunk(self, part: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
+        streams = ((self.num_triplets, self.stream), (self.num_triplets, 3))[: 1 + self.signed]
+        codes, *signs = unpack_streams(part, *streams)
+        self._write_codewords(codes, signs[0] if signs else codes, gamma, out)
+
+    def _write_codewords(
+        self, codes: torch.Tensor, signs: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Write gamma times the codewords into out [T, 3, vectors]; codes and signs (3 bits) int32 [T, vectors]."""
+        index = self._table_index(codes)
+        if self.signed:
+            index.add_(signs, alpha=self.format.entries)
+        codewords = self.codewords(out.dtype, out.device)
+        flat = index.view(-1)
+        for axis in range(3):
+            torch.mul(codewords[axis].index_select(0, flat).view(index.shape), gamma, out=out[:, axis])
+
+    def _table_index(self, codes: torch.Tensor) -> torch.Tensor:
+        """Table indices int32 [T, vectors] of stream codes of the same shape (a new tensor)."""
+        chained = CHAINS * self.chain
+        index = codes + self.format.chained_entries
+        window = index[:chained].view(CHAINS, self.chain, -1)
+        slots = codes[:chained].view(CHAINS, self.chain, -1)
+        state = (slots & ((1 << self.state_bits) - 1)) << self.stream
+        torch.add(slots[:, :-1], state[:, 1:], out=window[:, :-1])
+        torch.add(slots[:, -1], state[:, 0], out=window[:, -1])
+        return index
+
+    def _fields(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes and signs (3 bits, all 0 if unsigned) int32 [T, vectors] and norm numbers int32 [vectors] of `part`.
+
+        part: float32 or float64 [vectors, head_dim], rotated; rounded to float32 first.
+        """
+        y = part.to(torch.float32)
+        norm = y.double().square().sum(1).sqrt()
+        far = norm >= SMALLEST
+        scale = FIXED_POINT * math.sqrt(self.head_dim) / (self.step * torch.where(far, norm, 1.0))
+        factor = torch.where(far, scale, 0.0).to(torch.float32)
+        scaled = y.new_zeros(3 * self.num_triplets, len(y))
+        torch.mul(y.t(), factor, out=scaled[: self.head_dim])
+        scaled.round_().clamp_(-LIMIT, LIMIT)
+        signs = torch.zeros(self.num_triplets, len(y), dtype=torch.int32, device=y.device)
+        if self.signed:
+            negative = scaled.new_zeros(scaled.shape, dtype=torch.int32)
+            negative[: self.head_dim] = y.t() < 0
+            axes = negative.view(self.num_triplets, 3, -1)
+            signs = axes[:, 0] | axes[:, 1] << 1 | axes[:, 2] << 2
+            scaled.abs_()
+        points = self.table.to(device=y.device, dtype=torch.float32) * 2 + 1
+        parts = [
+            self._search(points, piece.view(self.num_triplets, 3, -1))
+            for piece in torch.split(scaled / (FIXED_POINT // 2), SEARCHED, 1)  # half steps
+        ]
+        codes = torch.cat(parts, 1).to(torch.int32)
+        return codes, signs, norm_numbers(self._gains(y, codes, signs), self.norm_bits)
+
+    def _search(self, points: torch.Tensor, triplets: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [T, vectors] of triplets [T, 3, vectors] in half steps; points [entries, 3] likewise."""
+        vectors, chained = triplets.shape[2], CHAINS * self.chain
+        codes = torch.empty(self.num_triplets, vectors, dtype=torch.int64, device=triplets.device)
+        by_slot = triplets[:chained].view(CHAINS, self.chain, 3, vectors).permute(1, 2, 0, 3).flatten(2)
+        found = trellis_codes(points, by_slot, self.stream, self.state_bits)
+        codes[:chained] = found.view(self.chain, CHAINS, vectors).transpose(0, 1).flatten(0, 1)
+        extra = points[self.format.chained_entries :]
+        for triplet in range(chained, self.num_triplets):
+            used = min(3, self.head_dim - 3 * triplet)
+            codes[triplet] = nearest_entries(extra, triplets[triplet], used)
+        return codes
+
+    def _gains(self, y: torch.Tensor, codes: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+        """Least-squares gains float64 [vectors], at least 0, of the codewords for y float32 [vectors, head_dim]."""
+        odd = (2 * self.table.to(torch.float64) + 1).to(y.device)[self._table_index(codes).long()]  # [T, vectors, 3]
+        odd = odd.transpose(1, 2)
+        axis = torch.arange(3, device=y.device)[:, None]
+        odd = torch.where((signs[:, None] >> axis & 1) == 1, -odd, odd)
+        codeword = odd.reshape(3 * self.num_triplets, -1)[: self.head_dim].t()
+        gains = 2 / self.step * (y.double() * codeword).sum(1) / codeword.square().sum(1)
+        return gains.clamp_min(0)
