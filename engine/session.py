@@ -155,7 +155,9 @@ class Session:
         room = min(params.max_tokens or ANSWER_ROOM, ANSWER_ROOM, limit // 4)
         dropped = 0
         ids = self.engine.tokenizer.chat(self._head() + turns)
-        while len(ids) + room > limit and len(turns) > 1:
+        # Dropping a turn costs a prefill of all that follows: once it must be, make room for several turns.
+        target = limit if len(ids) + room <= limit else limit * 3 // 4
+        while len(ids) + room > target and len(turns) > 1:
             dropped += 1
             following = (i for i, turn in enumerate(turns) if i and turn["role"] == "user")
             turns = turns[next(following) :]

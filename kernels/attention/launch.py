@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.attention.splits import count_splits, workspace_bytes
+from octo_run.kernels.attention.table_launch import launch_table, table_splits
 from octo_run.kernels.attention.triton_attend import attend_kernel, merge_kernel
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec
 
@@ -29,7 +30,7 @@ _MERGE_COLUMNS = 16
 
 @dataclass(frozen=True)
 class _Tiling:
-    """Tile sizes and launch options: see the constexprs of `attend_kernel` for ROWS, BN, BF, FLIP."""
+    """Tile sizes and launch options: see the constexprs of `attend_kernel` for ROWS, BN, BF, FLIP, JOINT."""
 
     rows: int
     keys: int
@@ -37,6 +38,7 @@ class _Tiling:
     flip: bool
     warps: int
     stages: int
+    joint: bool = False
 
 
 @functools.cache
@@ -50,7 +52,7 @@ def part_widths(head_dim: int) -> tuple[int, int]:
 
 @functools.cache
 def _tiling(dtype: torch.dtype, plain: bool, causal: bool, group: int, head_dim: int) -> _Tiling:
-    """One warp a program for decode (what is decoded is decoded once), a warp group and its matrix unit for prefill.
+    """One warp a program for decode: what is decoded is decoded once. Prefill of coded pages: a whole warp group.
 
     Only loads of plain pages are worth a pipeline: coded ones go through registers. Chosen by timing on an H200.
     """
@@ -59,12 +61,10 @@ def _tiling(dtype: torch.dtype, plain: bool, causal: bool, group: int, head_dim:
         return _Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1)
     if not causal:
         return _Tiling(max(8, heads), 16 if head_dim > 128 else 32, 16, flip=True, warps=1, stages=3 if plain else 1)
-    if head_dim > 128 and plain:
-        # Too few rows for the warp-group unit: what Triton 3.6 makes of 64 rows here faults on an H200.
+    if plain:
         return _Tiling(32, 32, 16, flip=False, warps=2, stages=2)
-    if head_dim > 128:
-        return _Tiling(64, 32, 32, flip=False, warps=4, stages=1)
-    return _Tiling(64, 64, 32, flip=False, warps=4, stages=2 if plain else 1)
+    keys = 32 if head_dim > 128 else 64
+    return _Tiling(64, keys, keys, flip=False, warps=4, stages=1, joint=True)
 
 
 @functools.cache
@@ -111,10 +111,16 @@ def attend_triton(
     kv_heads = kv.pages.shape[1]
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    splits = count_splits(batch, kv_heads, max_length) if count == 1 else 1
+    table = table_splits(q, kv, fmt, max_length)
+    if table:
+        splits = sum(table)
+    else:
+        splits = count_splits(batch, kv_heads, max_length) if count == 1 else 1
     part, lse = _partials(splits, q, kv_heads, workspace)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        _launch(q, kv, fmt, out, part, lse, splits, splits, scale)
+        _launch(q, kv, fmt, out, part, lse, splits, table[1] if table else splits, scale)
+        if table:
+            launch_table(q, kv, fmt, part, lse, table[0], splits, scale)
         if splits > 1:
             merge_kernel[(triton.cdiv(dim, _MERGE_COLUMNS), heads, batch)](
                 part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
@@ -171,6 +177,6 @@ def _launch(
         BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
         ELEMENT=_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
         BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain,
-        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, FULL_ONLY=programs < splits, num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, FULL_ONLY=programs < splits, JOINT=tiling.joint,
+        num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

@@ -461,7 +461,15 @@ def table_decode_kernel(
     lane_base_x = _shuffle(_u32((lane % COPIES_X) * 4), lane)
 
     qb, factor, offset = _query(
-        q_ptr + seq * stride_qb + head * G * stride_qh, stride_qh, lane, first_head, step_k * scale_log2, G, D, WARPS, LAYOUT
+        q_ptr + seq * stride_qb + head * G * stride_qh,
+        stride_qh,
+        lane,
+        first_head,
+        step_k * scale_log2,
+        G,
+        D,
+        WARPS,
+        LAYOUT,
     )
     part = g & 1
     selector_x = _u32(gl.where(part == 0, 0x4441, 0x4440))

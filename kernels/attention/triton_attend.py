@@ -90,34 +90,62 @@ def _dot(rows, tile, acc, FLIP: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    q0, q1, gain, m, l, acc0, acc1, kbase, vbase, row, kstride, vstride, visible, levels_k, radii_k, levels_v,
-    radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr, BYTES_V: tl.constexpr,
-    BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
-    FLIP: tl.constexpr,
+def _stored(
+    paged, page, page_row, full, full_row, stride, i, levels, radii, KIND: tl.constexpr, BYTES: tl.constexpr,
+    BITS: tl.constexpr, D: tl.constexpr, first: tl.constexpr, T: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the BN stored rows `row` [BN] (-1: none, reads as zero where MASKED).
+    """Planes of part `first`, `T` of a tile: rows of a page if `paged`, else full-precision ones (zero for row -1)."""
+    if paged:
+        x, y, z = planes(page, page_row, i, D, page_row >= 0, levels, radii, KIND, BYTES, BITS, D, first, T, CONTIGUOUS,
+                         DOT)  # fmt: skip
+    else:
+        x, y, z = planes(full, full_row, i, stride, full_row >= 0, levels, radii, PLAIN, 0, 0, D, first, T, CONTIGUOUS,
+                         DOT)  # fmt: skip
+    return x, y, z
 
-    `visible` (broadcast over the scores) says what counts, where MASKED.
+
+@triton.jit
+def _stored_norms(paged, page, row, KIND: tl.constexpr, BYTES: tl.constexpr):
+    """Norms of a page's rows; 1 for full-precision rows."""
+    if paged:
+        n = norms(page, row, KIND, BYTES)
+    else:
+        n = tl.full(row.shape, 1.0, tl.float32)
+    return n
+
+
+@triton.jit
+def _tile(
+    q0, q1, gain, m, l, acc0, acc1, paged, kpage, vpage, page_row, kfull, vfull, full_row, kstride, vstride, visible,
+    levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
+    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr,
+    T1: tl.constexpr, CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over BN stored vectors: `page_row` of a page if `paged`, else `full_row`.
+
+    `paged` may be a constant: then only one of the two is compiled. `visible` (broadcast over the scores) says what
+    counts, where MASKED.
     """
     i0 = tl.arange(0, T0)
     if FLIP:
         s = tl.zeros([BN, ROWS], tl.float32)
     else:
         s = tl.zeros([ROWS, BN], tl.float32)
-    kr = _along(row, FLIP)
-    x, y, z = planes(kbase, kr, _across(i0, FLIP), kstride, kr >= 0, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0,
-                     T0, CONTIGUOUS, DOT)  # fmt: skip
+    pr = _along(page_row, FLIP)
+    fr = _along(full_row, FLIP)
+    x, y, z = _stored(paged, kpage, pr, kfull, fr, kstride, _across(i0, FLIP), levels_k, radii_k, KIND_K, BYTES_K,
+                      BITS_K, D, 0, T0, CONTIGUOUS, DOT)  # fmt: skip
     s = _dot(q0[2], z, _dot(q0[1], y, _dot(q0[0], x, s, FLIP), FLIP), FLIP)
     if T1 > 0:
         i1 = tl.arange(0, T1)
-        x, y, z = planes(kbase, kr, _across(i1, FLIP), kstride, kr >= 0, levels_k, radii_k, KIND_K, BYTES_K, BITS_K,
-                         D, T0, T1, CONTIGUOUS, DOT)  # fmt: skip
+        x, y, z = _stored(paged, kpage, pr, kfull, fr, kstride, _across(i1, FLIP), levels_k, radii_k, KIND_K, BYTES_K,
+                          BITS_K, D, T0, T1, CONTIGUOUS, DOT)  # fmt: skip
         s = _dot(q1[2], z, _dot(q1[1], y, _dot(q1[0], x, s, FLIP), FLIP), FLIP)
     s = s * _across(gain, FLIP)
     if KIND_K != PLAIN:
-        s = s * _along(norms(kbase, row, KIND_K, BYTES_K), FLIP)
+        s = s * _along(_stored_norms(paged, kpage, page_row, KIND_K, BYTES_K), FLIP)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 0 if FLIP else 1))
@@ -125,18 +153,42 @@ def _tile(
     p = tl.exp2(s - _across(top, FLIP))
     l = l * keep + tl.sum(p, 0 if FLIP else 1)
     if KIND_V != PLAIN:
-        p = p * _along(norms(vbase, row, KIND_V, BYTES_V), FLIP)
+        p = p * _along(_stored_norms(paged, vpage, page_row, KIND_V, BYTES_V), FLIP)
     p = p.to(DOT)
     keep = _across(keep, FLIP)
-    vr = _across(row, FLIP)
-    x, y, z = planes(vbase, vr, _along(i0, FLIP), vstride, vr >= 0, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, 0,
-                     T0, CONTIGUOUS, DOT)  # fmt: skip
+    pr = _across(page_row, FLIP)
+    fr = _across(full_row, FLIP)
+    x, y, z = _stored(paged, vpage, pr, vfull, fr, vstride, _along(i0, FLIP), levels_v, radii_v, KIND_V, BYTES_V,
+                      BITS_V, D, 0, T0, CONTIGUOUS, DOT)  # fmt: skip
     acc0 = (_dot(p, x, acc0[0] * keep, FLIP), _dot(p, y, acc0[1] * keep, FLIP), _dot(p, z, acc0[2] * keep, FLIP))
     if T1 > 0:
-        x, y, z = planes(vbase, vr, _along(i1, FLIP), vstride, vr >= 0, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D,
-                         T0, T1, CONTIGUOUS, DOT)  # fmt: skip
+        x, y, z = _stored(paged, vpage, pr, vfull, fr, vstride, _along(i1, FLIP), levels_v, radii_v, KIND_V, BYTES_V,
+                          BITS_V, D, T0, T1, CONTIGUOUS, DOT)  # fmt: skip
         acc1 = (_dot(p, x, acc1[0] * keep, FLIP), _dot(p, y, acc1[1] * keep, FLIP), _dot(p, z, acc1[2] * keep, FLIP))
     return top, l, acc0, acc1
+
+
+@triton.jit
+def _page(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
+          ELEMENT: tl.constexpr):  # fmt: skip
+    """Pointers to the K rows and the V rows of a page, to elements of type ELEMENT where they are plain."""
+    kpage = PAGES + page.to(tl.int64) * sp_page + h * sp_head
+    vpage = kpage + 64 * BYTES_K
+    if KIND_K == PLAIN:
+        kpage = kpage.to(tl.pointer_type(ELEMENT))
+    if KIND_V == PLAIN:
+        vpage = vpage.to(tl.pointer_type(ELEMENT))
+    return kpage, vpage
+
+
+@triton.jit
+def _full_rows(t, sink_tiles, sinks, done, length, sink, origin, capacity, BF: tl.constexpr):
+    """Of full-precision tile `t` (the sinks' first): is it of the sinks, the positions, and the rows (-1: none)."""
+    is_sink = t < sink_tiles
+    position = tl.where(is_sink, t * BF, done + (t - sink_tiles) * BF) + tl.arange(0, BF)
+    row = tl.where(is_sink, position, (position - sink - origin) % capacity)
+    row = tl.where((t >= 0) & (position < tl.where(is_sink, sinks, length)), row, -1)
+    return is_sink, position, row
 
 
 @triton.jit(do_not_specialize=["count", "splits", "sink", "capacity"])
@@ -149,14 +201,16 @@ def attend_kernel(
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
     CONTIGUOUS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr,
-    FULL_ONLY: tl.constexpr,
+    FULL_ONLY: tl.constexpr, JOINT: tl.constexpr,
 ):  # fmt: skip
     """Program (row block or split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
 
     CAUSAL: several queries, one row block a program. Else one query, and with SPLIT one split of its keys, whose
     normalised output goes to PART [B, H, splits, D] and log2-sum-exp2 to LSE [B, H, splits]; programs fill the last
-    places of `splits`. FULL_ONLY: packed pages are left to another kernel. ELEMENT is the element
-    type of plain pages. FLIP: all products transposed, keys on the side that is a multiple of 16, queries on the other.
+    places of `splits`. FULL_ONLY: packed pages are left to another kernel. ELEMENT is the element type of plain pages.
+    FLIP: all products transposed, keys on the side that is a multiple of 16, queries on the other. JOINT: one loop over
+    the tiles of pages and the full-precision ones (BF = BN), for the warp-group matrix unit: of two loops with its
+    products the second reads undefined descriptors when the first is skipped (ptxas 12.8).
     """
     block = tl.program_id(0)
     h = tl.program_id(1)
@@ -206,38 +260,40 @@ def attend_kernel(
         first = block * each
         last = tl.minimum(first + each, tiles)
     on = tl.arange(0, BN)
-    for t in range(first, tl.minimum(last, page_tiles)):
-        page = tl.load(TABLE + b * st_b + t // (64 // BN)).to(tl.int64)
-        base = PAGES + page * sp_page + h * sp_head
-        row = (t % (64 // BN)) * BN + on
-        if KIND_K == PLAIN:
-            kbase = base.to(tl.pointer_type(ELEMENT))
-        else:
-            kbase = base
-        if KIND_V == PLAIN:
-            vbase = (base + 64 * BYTES_K).to(tl.pointer_type(ELEMENT))
-        else:
-            vbase = base + 64 * BYTES_K
-        m, l, acc0, acc1 = _tile(
-            q0, q1, gain, m, l, acc0, acc1, kbase, vbase, row, D, D, True, levels_k, radii_k, levels_v, radii_v,
-            KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1, CONTIGUOUS, DOT, ROWS,
-            BN, False, FLIP)  # fmt: skip
-    on = tl.arange(0, BF)
-    for t in range(tl.maximum(first - page_tiles, 0), last - page_tiles):
-        is_sink = t < sink_tiles
-        position = tl.where(is_sink, t * BF, done + (t - sink_tiles) * BF) + on
-        inside = position < tl.where(is_sink, sinks, length)
-        row = tl.where(is_sink, position, (position - sink - origin) % capacity)
-        row = tl.where(inside, row, -1)
-        kbase = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
-        vbase = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
-        visible = _along(inside, FLIP)
+    full_from = page_tiles
+    if JOINT:
+        full_from = 0
+    else:
+        for t in range(first, tl.minimum(last, page_tiles)):
+            page = tl.load(TABLE + b * st_b + t // (64 // BN))
+            kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
+            row = (t % (64 // BN)) * BN + on
+            m, l, acc0, acc1 = _tile(
+                q0, q1, gain, m, l, acc0, acc1, True, kpage, vpage, row, SINK_K, SINK_V, row, D, D, True,
+                levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
+                CONTIGUOUS, DOT, ROWS, BN, False, FLIP)  # fmt: skip
+    for t in range(tl.maximum(first, full_from), last):
+        is_sink, position, row = _full_rows(t - page_tiles, sink_tiles, sinks, done, length, sink, origin, capacity, BF)
+        kfull = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
+        vfull = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
+        kstride = tl.where(is_sink, ssk_t, stk_t)
+        vstride = tl.where(is_sink, ssv_t, stv_t)
+        visible = _along(row >= 0, FLIP)
         if CAUSAL:
             visible = visible & (_along(position, FLIP) <= _across(start + c, FLIP))
-        m, l, acc0, acc1 = _tile(
-            q0, q1, gain, m, l, acc0, acc1, kbase, vbase, row, tl.where(is_sink, ssk_t, stk_t),
-            tl.where(is_sink, ssv_t, stv_t), visible, levels_k, radii_k, levels_v, radii_v,
-            PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1, CONTIGUOUS, DOT, ROWS, BF, True, FLIP)  # fmt: skip
+        if JOINT:
+            paged = t < page_tiles
+            page = tl.load(TABLE + b * st_b + t // (64 // BN), mask=paged, other=0)
+            kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
+            m, l, acc0, acc1 = _tile(
+                q0, q1, gain, m, l, acc0, acc1, paged, kpage, vpage, (t % (64 // BN)) * BN + on, kfull, vfull, row,
+                kstride, vstride, visible | paged, levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K,
+                BYTES_V, BITS_K, BITS_V, D, T0, T1, CONTIGUOUS, DOT, ROWS, BN, True, FLIP)  # fmt: skip
+        else:
+            m, l, acc0, acc1 = _tile(
+                q0, q1, gain, m, l, acc0, acc1, False, PAGES, PAGES, row, kfull, vfull, row, kstride, vstride, visible,
+                levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1, CONTIGUOUS, DOT, ROWS, BF,
+                True, FLIP)  # fmt: skip
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
     if SPLIT:

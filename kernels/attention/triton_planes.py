@@ -5,7 +5,8 @@ and its plane `c` holds one coordinate of each of them. Which dimension of the t
 the caller's choice: it gives the indices as a row and a column, the way ``tl.dot`` wants the tile.
 
 A storage kind is a constexpr number. Another decoder is another number, a branch in `planes` and, if its norms lie
-elsewhere, in `norms`.
+elsewhere, in `norms`. What `levels`, `radii` and BITS are is the kind's affair: levels of the octahedral coordinates and
+of the radius and the bits of a code, or a table, an address map and the constants of a table format.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -13,8 +14,11 @@ elsewhere, in `norms`.
 import triton
 import triton.language as tl
 
+from octo_run.kernels.attention.triton_table import table_norms, table_planes
+
 PLAIN = tl.constexpr(0)
 OCTOPUS = tl.constexpr(1)
+TABLE = tl.constexpr(2)
 
 
 @triton.jit
@@ -79,6 +83,9 @@ def planes(
         TRIPLETS: tl.constexpr = (D + 2) // 3
         x, y, z = _octopus(base, row, first + i, levels, radii, BYTES, BITS, TRIPLETS, first + T > TRIPLETS)
         return x.to(DOT), y.to(DOT), z.to(DOT)
+    elif KIND == TABLE:
+        x, y, z = table_planes(base, row, first + i, levels, radii, BITS, D, first + T > (D + 2) // 3)
+        return x.to(DOT), y.to(DOT), z.to(DOT)
     else:
         at = base + row * stride
         cx = coordinate(i, 0, first, T, CONTIGUOUS)
@@ -91,6 +98,9 @@ def planes(
 
 
 @triton.jit
-def norms(base, row, KIND: tl.constexpr, BYTES: tl.constexpr):
-    """float32 norms of the rows: the last fp16 of a coded row."""
-    return tl.load(base.to(tl.pointer_type(tl.float16)) + (row * (BYTES // 2) + (BYTES // 2 - 1))).to(tl.float32)
+def norms(base, row, radii, KIND: tl.constexpr, BYTES: tl.constexpr):
+    """float32 norms of the rows: the last fp16 of a coded row, or where the map of a table format says."""
+    if KIND == TABLE:
+        return table_norms(base, row, radii)
+    else:
+        return tl.load(base.to(tl.pointer_type(tl.float16)) + (row * (BYTES // 2) + (BYTES // 2 - 1))).to(tl.float32)

@@ -55,15 +55,15 @@ def test_no_system_prompt_no_system_message(scripted: Any) -> None:
 
 
 def test_oldest_turns_are_dropped_and_announced(scripted: Any) -> None:
-    """Context 200, a quarter kept free for the answer; the system prompt stays."""
+    """Context 200, at least a quarter kept free for the answer; the system prompt stays."""
     talk = Talk(scripted, system="S" * 20, context=200)
     for turn in range(2):
         assert talk.ask(f"{turn}" * 30, f"{turn}" * 10).dropped_turns == 0
     third = talk.ask("2" * 30, "2" * 10)
-    assert third.dropped_turns == 1
-    assert talk.contents == ["S" * 20, "1" * 30, "1" * 10, "2" * 30, "2" * 10]
+    assert third.dropped_turns == 2, "once turns must go, room is made up to three quarters of the context"
+    assert talk.contents == ["S" * 20, "2" * 30, "2" * 10]
     fourth = talk.ask("3" * 90, "33")
-    assert fourth.dropped_turns == 2
+    assert fourth.dropped_turns == 1
     assert talk.contents == ["S" * 20, "3" * 90, "33"]
 
 
