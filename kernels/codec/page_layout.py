@@ -19,14 +19,17 @@ where the others hold their extra triplet, and behind everything; V norms in 12-
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 PAGE = 64
 V_NORM_FIELD = 12
 
 Indices = npt.NDArray[np.int64]
+Side = Literal["k", "v"]
 
 
 @dataclass(frozen=True)
@@ -155,3 +158,51 @@ class PageLayout:
         token, bit = np.ix_(np.arange(PAGE), np.arange(self.norm_bits))
         spare = V_NORM_FIELD - self.norm_bits
         return (self.v_norm_word + token % 8 * 3) * 32 + token // 8 * V_NORM_FIELD + spare + bit
+
+
+def _fields(layout: PageLayout, side: Side) -> tuple[Indices, Indices, Indices]:
+    """Bit addresses of codes, signs and norms in the K or the V block."""
+    if side == "k":
+        return layout.k_code, layout.k_sign, layout.k_norm
+    return layout.v_code, layout.v_sign, layout.v_norm
+
+
+def _place(bits: npt.NDArray[np.uint8], addresses: Indices, numbers: torch.Tensor) -> None:
+    """Write the low bits of numbers [..., addresses.shape[:-1]] to their addresses in bits [..., all bits]."""
+    values = numbers.cpu().numpy()[..., None] >> np.arange(addresses.shape[-1]) & 1
+    flat = values.reshape(*bits.shape[:-1], addresses.size)
+    bits[..., addresses.ravel()] = flat
+
+
+def pack_block(
+    layout: PageLayout, side: Side, codes: torch.Tensor, signs: torch.Tensor | None, norms: torch.Tensor
+) -> torch.Tensor:
+    """The K or V block of 64 vectors: uint8 [..., block_bytes], on the CPU. Bits without an address are 0.
+
+    codes: integers [..., 64, triplets]; signs: 0 or 1, [..., 64, triplets, 3] (None for an unsigned format); norms:
+    norm numbers [..., 64]. ValueError if signs are given for an unsigned format or missing for a signed one.
+    """
+    if (signs is not None) != layout.signed:
+        raise ValueError("a signed layout needs signs" if layout.signed else "an unsigned layout has no signs")
+    code_bits, sign_bits, norm_bits = _fields(layout, side)
+    bits = np.zeros((*norms.shape[:-1], 8 * layout.block_bytes), np.uint8)
+    _place(bits, code_bits, codes)
+    if signs is not None:
+        _place(bits, sign_bits[..., None], signs)
+    _place(bits, norm_bits, norms)
+    return torch.from_numpy(np.packbits(bits, axis=-1, bitorder="little"))
+
+
+def unpack_block(
+    layout: PageLayout, side: Side, block: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The inverse of `pack_block`, of uint8 [..., block_bytes]: codes int32, signs uint8 or None, norms int32."""
+    bits = np.unpackbits(block.cpu().numpy(), axis=-1, bitorder="little")
+
+    def read(addresses: Indices) -> torch.Tensor:
+        weights = 1 << np.arange(addresses.shape[-1])
+        return torch.from_numpy((bits[..., addresses] * weights).sum(-1).astype(np.int32))
+
+    code_bits, sign_bits, norm_bits = _fields(layout, side)
+    signs = torch.from_numpy(bits[..., sign_bits]) if layout.signed else None
+    return read(code_bits), signs, read(norm_bits)

@@ -39,11 +39,13 @@ def trellis_codes(points: torch.Tensor, triplets: torch.Tensor, stream: int, sta
     high, num_cells, _ = cells.shape
     outer = 1 << (high.bit_length() // 2)  # the minimum over `high` in two steps: the first one's results are kept
     flat = cells.reshape(-1, 3)
-    sizes = flat.square().sum(1, keepdim=True)
+    terms = torch.cat((-2 * flat, flat.square().sum(1, keepdim=True)), 1)
     slots, _, chains = triplets.shape
+    factors = torch.cat((triplets, torch.ones_like(triplets[:, :1])), 1)
     partial = triplets.new_empty(slots, outer, num_cells, chains)
+    costs = triplets.new_empty(len(flat), chains)
     for slot in range(slots):
-        costs = torch.addmm(sizes, flat, triplets[slot], alpha=-2)
+        torch.mm(terms, factors[slot], out=costs)
         torch.amin(costs.view(outer, high // outer, num_cells, chains), dim=1, out=partial[slot])
     after = _closed_paths(partial.amin(dim=1), state)
     before = torch.roll(after, -1, 0)
@@ -52,8 +54,8 @@ def trellis_codes(points: torch.Tensor, triplets: torch.Tensor, stream: int, sta
     grouped = cells.view(outer, high // outer, num_cells, 3).permute(0, 2, 1, 3).reshape(-1, high // outer, 3)
     near = grouped[(first * num_cells + cell).view(-1)]  # [n * chains, high / outer, 3]
     wanted = triplets.transpose(1, 2).reshape(-1, 3, 1)
-    costs = near.square().sum(2) - 2 * torch.bmm(near, wanted)[:, :, 0]
-    second = costs.argmin(dim=1).view(slots, chains)
+    last = near.square().sum(2) - 2 * torch.bmm(near, wanted)[:, :, 0]
+    second = last.argmin(dim=1).view(slots, chains)
     return ((first * (high // outer) + second) << state) | after
 
 
