@@ -195,6 +195,7 @@ def test_triton_decode_shapes(dim, group):
         ("octopus2", 128, 1, torch.float32),
         ("octopus4", 96, 7, torch.float16),
         ("bf16", 80, 4, torch.float16),
+        ("bf16:octopus3", 64, 2, torch.float16),
     ],
 )
 def test_triton_prefill(kv, dim, group, dtype):
