@@ -106,10 +106,10 @@ def _stored(
 
 
 @triton.jit
-def _stored_norms(paged, page, row, KIND: tl.constexpr, BYTES: tl.constexpr):
+def _stored_norms(paged, page, row, radii, KIND: tl.constexpr, BYTES: tl.constexpr):
     """Norms of a page's rows; 1 for full-precision rows."""
     if paged:
-        n = norms(page, row, KIND, BYTES)
+        n = norms(page, row, radii, KIND, BYTES)
     else:
         n = tl.full(row.shape, 1.0, tl.float32)
     return n
@@ -145,7 +145,7 @@ def _tile(
         s = _dot(q1[2], z, _dot(q1[1], y, _dot(q1[0], x, s, FLIP), FLIP), FLIP)
     s = s * _across(gain, FLIP)
     if KIND_K != PLAIN:
-        s = s * _along(_stored_norms(paged, kpage, page_row, KIND_K, BYTES_K), FLIP)
+        s = s * _along(_stored_norms(paged, kpage, page_row, radii_k, KIND_K, BYTES_K), FLIP)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 0 if FLIP else 1))
@@ -153,7 +153,7 @@ def _tile(
     p = tl.exp2(s - _across(top, FLIP))
     l = l * keep + tl.sum(p, 0 if FLIP else 1)
     if KIND_V != PLAIN:
-        p = p * _along(_stored_norms(paged, vpage, page_row, KIND_V, BYTES_V), FLIP)
+        p = p * _along(_stored_norms(paged, vpage, page_row, radii_v, KIND_V, BYTES_V), FLIP)
     p = p.to(DOT)
     keep = _across(keep, FLIP)
     pr = _across(page_row, FLIP)
