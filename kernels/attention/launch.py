@@ -15,7 +15,9 @@ from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.attention.splits import count_splits, workspace_bytes
 from octo_run.kernels.attention.table_launch import launch_table, table_splits
 from octo_run.kernels.attention.triton_attend import attend_kernel, merge_kernel
-from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec
+from octo_run.kernels.attention.triton_table import describe
+from octo_run.kernels.blocks import Side, read_map, table_format, table_words
+from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,8 +74,12 @@ def _no_table(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.float32, device=device)
 
 
-def codec_constants(codec: Codec, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
-    """(kind as in `triton_planes`, bits a triplet, levels of xi and eta, levels of rho) of a codec."""
+def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
+    """(kind, bits, levels, radii) of K or V as `triton_planes` takes them."""
+    if isinstance(codec, TrellisCodec):
+        form = table_format(codec)
+        bits = describe(form.stream, form.state, form.signed)
+        return 2, bits, table_words(form, device), read_map(form, side, device)
     if isinstance(codec, OctopusCodec):
         tables = codec.tables(torch.float32, device)
         return 1, codec.bits, tables.xi_levels, tables.rho_levels
@@ -160,8 +166,8 @@ def _launch(
     batch, count, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
-    kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, q.device)
-    kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, q.device)
+    kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, "k", q.device)
+    kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, "v", q.device)
     causal = count > 1
     plain = kind_k == 0 and kind_v == 0
     tiling = _tiling(q.dtype, plain, causal, group, dim)

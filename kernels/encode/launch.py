@@ -10,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from octo_run.kernels.attention.inputs import PAGE_TOKENS
-from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec
+from octo_run.kernels.blocks import Side, table_format
+from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 from octo_run.kernels.encode.reference import check
+from octo_run.kernels.encode.trellis_launch import encode_fields, pack_blocks
 from octo_run.kernels.encode.triton_encode import octopus_pages_kernel, plain_pages_kernel
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ _ROWS = 16
 def encode_pages_triton(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, fmt: KVFormat) -> None:
     """`encode_pages` by the Triton kernels (on a GPU, or interpreted). k and v in fp16, bf16 or fp32.
 
-    Values are not looked at: NaN and infinities give meaningless rows, norms beyond fp16's range are stored as 65504.
+    Values are not looked at: NaN and infinities give meaningless rows, norms beyond fp16's range are stored as the
+    largest number that the format has for them. Trellis formats take memory for the codes of k, then of v, from PyTorch's allocator
+    and give it back; calls of one size reuse it, so that a decode step that flushes a page does not grow memory.
     """
     check(k, v, pages, page_ids, fmt)
     if k.dtype not in _ELEMENTS:
@@ -36,12 +40,16 @@ def encode_pages_triton(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, f
     if k.shape[0] * k.shape[1] == 0:
         return
     with torch.cuda.device_of(k):  # type: ignore[no-untyped-call]
-        _encode(k, pages, page_ids, fmt.k, 0)
-        _encode(v, pages, page_ids, fmt.v, PAGE_TOKENS * fmt.k.bytes_per_vector)
+        _encode(k, pages, page_ids, fmt.k, "k", 0)
+        _encode(v, pages, page_ids, fmt.v, "v", PAGE_TOKENS * fmt.k.bytes_per_vector)
 
 
-def _encode(y: Tensor, pages: Tensor, page_ids: Tensor, codec: Codec, at_byte: int) -> None:
-    """Write the rows of all K, or all V, from byte `at_byte` of every page on."""
+def _encode(y: Tensor, pages: Tensor, page_ids: Tensor, codec: Codec, side: Side, at_byte: int) -> None:
+    """Write the blocks of all K, or all V, from byte `at_byte` of every page on."""
+    if isinstance(codec, TrellisCodec):
+        form = table_format(codec)
+        pack_blocks(encode_fields(y, form), pages, page_ids, form, side, at_byte)
+        return
     layers, count, kv_heads, tokens, dim = y.shape
     grid = (tokens // _ROWS, layers * count, kv_heads)
     places = (count, *y.stride()[:4], *pages.stride()[:3], at_byte)

@@ -1,0 +1,93 @@
+"""Device functions that read vectors of the signed-table trellis formats out of a block, by the maps of `blocks`."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import constexpr_function
+
+from octo_run.kernels.blocks import NORM_SEGMENTS, VALUE_SCALE
+
+SEGMENTS = tl.constexpr(NORM_SEGMENTS)
+SCALE = tl.constexpr(1 / VALUE_SCALE)
+PLANES_AT = tl.constexpr(64 * NORM_SEGMENTS + 4)
+
+
+def describe(stream: int, state: int, signed: bool) -> int:
+    """The constants of a format in one number, as `table_planes` takes it."""
+    return stream | state << 8 | int(signed) << 16
+
+
+@constexpr_function
+def _part(bits, shift):
+    return int(bits) >> shift & 255
+
+
+@triton.jit
+def _stream(words, at, keep):
+    """32 bits of the stream from the place in a block that the map's number `at` names; 0 unless `keep`."""
+    low = tl.load(words + (at & 0xFFF), mask=keep, other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(words + ((at >> 12) & 0xFFF), mask=keep, other=0).to(tl.uint32, bitcast=True)
+    shift = ((at >> 24) & 31).to(tl.uint64)
+    return ((low.to(tl.uint64) | (high.to(tl.uint64) << 32)) >> shift).to(tl.int32)
+
+
+@triton.jit
+def _signed(value, word, bit, SIGNED: tl.constexpr):
+    """The odd half steps, scaled, of int8 `value` in the low byte; complemented first if the bit of the word is set."""
+    number = (value << 24) >> 24
+    if SIGNED:
+        number = number ^ -((word >> bit) & 1)
+    return (2 * number + 1).to(tl.float32) * SCALE
+
+
+@triton.jit
+def table_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Triplets `i` of the tokens `row` of the block at `base`: odd half steps / VALUE_SCALE, float32.
+
+    BITS: of `describe`; table: int32 words, x in the low byte; map: `blocks.read_map`; MASKED: some i are beyond the last.
+    """
+    STREAM: tl.constexpr = _part(BITS, 0)
+    STATE: tl.constexpr = _part(BITS, 8)
+    SIGNED: tl.constexpr = _part(BITS, 16)
+    TRIPLETS: tl.constexpr = (D + 2) // 3
+    CHAIN: tl.constexpr = TRIPLETS // 8
+    MAIN: tl.constexpr = 1 << (STREAM + STATE)
+    words = base.to(tl.pointer_type(tl.int32))
+    if MASKED:
+        i = tl.minimum(i, TRIPLETS - 1)
+    chained = i < 8 * CHAIN
+    last = chained & (i % CHAIN == CHAIN - 1)
+    at = map + PLANES_AT + row * TRIPLETS + i
+    stream = _stream(words, tl.load(at), True)
+    # In a chain the predecessor's code stands above; the last slot's predecessor is slot 0.
+    around = _stream(words, tl.load(at - (CHAIN - 1), mask=last, other=0), last)
+    window = tl.where(last, (stream & ((1 << STREAM) - 1)) | (around << STREAM), stream) & (MAIN - 1)
+    entry = tl.load(table + tl.where(chained, window, MAIN + (stream & ((1 << STREAM) - 1))))
+    word_x = entry
+    word_y = entry
+    word_z = entry
+    xy = tl.zeros(stream.shape, tl.int32)
+    z = xy
+    if SIGNED:
+        xy = tl.load(at + 64 * TRIPLETS)
+        z = tl.load(at + 128 * TRIPLETS)
+        word_x = tl.load(words + (xy & 0xFFF))
+        word_y = tl.load(words + ((xy >> 12) & 0xFFF))
+        word_z = tl.load(words + (z & 0xFFF))
+    x = _signed(entry, word_x, (xy >> 24) & 31, SIGNED)
+    y = _signed(entry >> 8, word_y, (z >> 12) & 31, SIGNED)
+    return x, y, _signed(entry >> 16, word_z, (z >> 17) & 31, SIGNED)
+
+
+@triton.jit
+def table_norms(base, row, map):
+    """float32 factors that turn the numbers of `table_planes` into coordinates, one a token `row`."""
+    words = base.to(tl.pointer_type(tl.int32))
+    pattern = tl.zeros(row.shape, tl.int32)
+    for n in tl.static_range(SEGMENTS):
+        piece = tl.load(map + row * SEGMENTS + n)
+        bits = tl.load(words + (piece & 0xFFF)) >> ((piece >> 12) & 31)
+        pattern |= (bits & ((1 << ((piece >> 17) & 31)) - 1)) << (piece >> 22)
+    factor = tl.load(map + 64 * SEGMENTS).to(tl.float32, bitcast=True)
+    return pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * factor

@@ -1,0 +1,52 @@
+"""Launchers of the trellis encoder: search, then packing."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from octo_run.kernels.blocks import Side, TableFormat, inverse_bits, search_tables
+from octo_run.kernels.encode.triton_trellis import pack_kernel, trellis_kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_ROWS = 16
+_WORDS = 64
+
+
+@functools.cache
+def _units(form: TableFormat, device: torch.device) -> Tensor:
+    return torch.tensor([8 * form.head_dim**0.5, form.step, 2 / form.step], dtype=torch.float64, device=device)
+
+
+def encode_fields(y: Tensor, form: TableFormat) -> Tensor:
+    """Fields of ``y [L, N, Hkv, 64, d]`` (rotated basis, any strides but the last): uint16 ``[L, N, Hkv, 64, T + 1]``.
+
+    Triplet i's field is ``code | signs << 10`` (x's sign lowest), the last one the norm as fp16 bits. They are taken
+    from PyTorch's allocator, 2 (T + 1) bytes a vector: calls of one size use the same memory again.
+    """
+    layers, count, kv_heads, tokens, dim = y.shape
+    fields = torch.empty(*y.shape[:-1], form.triplets + 1, dtype=torch.uint16, device=y.device)
+    tables = search_tables(form, y.device)
+    launch: Callable[..., Any] = trellis_kernel[(tokens // _ROWS, layers * count, kv_heads)]
+    launch(
+        y, fields, tables.keys, tables.values, _units(form, y.device), count, *y.stride()[:4], D=dim,
+        STREAM=form.stream, STATE=form.state, SIGNED=form.signed, NORM=form.norm_bits, COLUMNS=tables.keys.shape[-1],
+        ROWS=_ROWS, num_warps=4)  # fmt: skip
+    return fields
+
+
+def pack_blocks(fields: Tensor, pages: Tensor, page_ids: Tensor, form: TableFormat, side: Side, at_byte: int) -> None:
+    """Write the blocks of `fields` from byte `at_byte` (a multiple of 4) of ``pages[page_ids[n], l, h]`` on."""
+    layers, count, kv_heads, tokens, width = fields.shape
+    inverse = inverse_bits(form, side, fields.device)
+    words = inverse.shape[0]
+    launch: Callable[..., Any] = pack_kernel[(triton.cdiv(words, _WORDS), layers * count, kv_heads)]
+    launch(
+        fields, pages, page_ids, inverse, count, *pages.stride()[:3], at_byte, tokens * width, words, WORDS=_WORDS,
+        num_warps=4)  # fmt: skip

@@ -1,0 +1,247 @@
+"""Triton kernels that code vectors of the rotated basis in the signed-table trellis formats.
+
+Two steps: `trellis_kernel` finds the codes, signs and norms of vectors, `pack_kernel` puts their bits in the places that
+a block of a page has for them. What is computed, with which ties, is said in `codec.trellis`; both agree bit for bit.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+FAR = tl.constexpr(1 << 29)  # more than any path costs
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it leaves a small float rounded to an integer
+
+
+@triton.jit
+def _triplet(source, i, scale, D: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """Triplet i of the vectors at `source`: as it is; in eighths of a step, without the signs if they are
+    stored apart; the signs (x lowest)."""
+    if MASKED:
+        x = tl.load(source + 3 * i, mask=3 * i < D, other=0.0).to(tl.float32)
+        y = tl.load(source + 3 * i + 1, mask=3 * i + 1 < D, other=0.0).to(tl.float32)
+        z = tl.load(source + 3 * i + 2, mask=3 * i + 2 < D, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(source + 3 * i).to(tl.float32)
+        y = tl.load(source + 3 * i + 1).to(tl.float32)
+        z = tl.load(source + 3 * i + 2).to(tl.float32)
+    u = _eighths(x, scale)
+    v = _eighths(y, scale)
+    w = _eighths(z, scale)
+    signs = tl.zeros(x.shape, tl.int32)
+    if SIGNED:
+        signs = (x < 0).to(tl.int32) | ((y < 0).to(tl.int32) << 1) | ((z < 0).to(tl.int32) << 2)
+        u = tl.abs(u)
+        v = tl.abs(v)
+        w = tl.abs(w)
+    return x, y, z, u, v, w, signs
+
+
+@triton.jit
+def _eighths(x, scale):
+    # The limit keeps the product and the sum apart: fused, they would round once.
+    return (tl.minimum(tl.maximum(x * scale, -1020.0), 1020.0) + ROUND) - ROUND
+
+
+@triton.jit
+def _gain_sums(x, y, z, signs, values, entry, i, dots, squares, D: tl.constexpr, ENTRIES: tl.constexpr,
+               SIGNED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Add <y, o> and <o, o> of a triplet to float64 sums, o its codeword in half steps."""
+    for c in tl.static_range(3):
+        number = tl.load(values + c * ENTRIES + entry)
+        if SIGNED:
+            number = tl.where(((signs >> c) & 1) != 0, -number, number)
+        if MASKED:
+            number = tl.where(3 * i + c < D, number, 0.0)
+        number = number.to(tl.float64)
+        dots += (x if c == 0 else (y if c == 1 else z)).to(tl.float64) * number
+        squares += number * number
+    return dots, squares
+
+
+@triton.jit
+def _cheapest(u, v, w, keys, CELLS: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr):
+    """For every pair of states the cheapest code, int32 [vectors, CELLS]: cost in half units * CODES + code.
+
+    Sixteen codes of a column are searched by the least key; see `blocks.search_tables`.
+    """
+    STEP: tl.constexpr = 4  # codes to a turn: enough to hide the loads, few enough to keep them within the loop
+    SIDE: tl.constexpr = COLUMNS // CELLS  # groups of sixteen codes side by side
+    PLANE: tl.constexpr = CODES * CELLS
+    ROWS: tl.constexpr = u.shape[0]
+    column = tl.arange(0, COLUMNS)[None, :]
+    best = tl.full([ROWS, COLUMNS], 0x7FFFFFFF, tl.int32)
+    for group in range(0, CODES // 16, SIDE):
+        least = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
+        for inner in range(0, 16, STEP):
+            at = keys + (group * 16 * CELLS + inner * COLUMNS) + column
+            for n in tl.static_range(STEP):
+                p = at + n * COLUMNS
+                key = tl.load(p) + tl.load(p + PLANE) * u[:, None]
+                key += tl.load(p + 2 * PLANE) * v[:, None]
+                key += tl.load(p + 3 * PLANE) * w[:, None]
+                least = tl.minimum(least, key)
+        key = least.to(tl.int32)
+        code = (group + column // CELLS) * 16 + (key & 15)
+        best = tl.minimum(best, (key >> 4) * CODES + code)
+    if SIDE > 1:
+        best = tl.min(tl.reshape(best, [ROWS, SIDE, CELLS]), 1)
+    return best
+
+
+@triton.jit
+def _pick(tile, columns, column):
+    """Of each row of an integer tile [rows, columns] the element in `column` [rows]."""
+    return tl.sum(tl.where(columns == column[:, None], tile, 0), 1)
+
+
+@triton.jit
+def _norm_pattern(gain, NORM: tl.constexpr):
+    """fp16 bits (int32) of the nearest number whose bits are the top NORM bits of a positive fp16 number, halves up."""
+    DROPPED: tl.constexpr = 15 - NORM
+    PLACE: tl.constexpr = 13 + DROPPED
+    HALF: tl.constexpr = (1 << (PLACE - 1)) - (112 << 23)
+    SMALL: tl.constexpr = 1 << (24 - DROPPED)
+    single = tl.minimum(tl.maximum(gain.to(tl.float32), 0.0), 65504.0)
+    normal = (single.to(tl.int32, bitcast=True) + HALF) >> PLACE
+    subnormal = (single * SMALL + 0.5).to(tl.int32)
+    number = tl.where(single < 6.103515625e-05, subnormal, normal)
+    return tl.minimum(number, (0x7C00 >> DROPPED) - 1) << DROPPED
+
+
+@triton.jit
+def _chain(source, fields, i0, scale, keys, values, dots, squares, D: tl.constexpr, STREAM: tl.constexpr,
+           STATE: tl.constexpr, SIGNED: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Search the chain of N slots that begins at triplet i0, write its fields, add to the gain's sums.
+
+    The path runs from the last slot down to slot 0, once for every start state, the low bits of slot 0's code. Costs
+    are integers times the number of states, so that a sum and the state before it are one number to minimise.
+    """
+    S: tl.constexpr = 1 << STATE
+    CELLS: tl.constexpr = S * S
+    CODES: tl.constexpr = 1 << (STREAM - STATE)
+    CODE_BITS: tl.constexpr = STREAM - STATE
+    FIRST: tl.constexpr = 63 // CODE_BITS  # slots whose codes one int64 holds
+    ENTRIES: tl.constexpr = (1 << (STREAM + STATE)) + (1 << STREAM)
+    ROWS: tl.constexpr = scale.shape[0]
+    states = tl.arange(0, S)
+    before = states[:, None, None, None]
+    paths = tl.where(states[None, :, None] == states[None, None, :], 0, FAR) + tl.zeros([ROWS, S, S], tl.int32)
+    history = tl.zeros([ROWS, S, S], tl.int32)
+    codes = tl.zeros([ROWS, CELLS], tl.int64)
+    more = tl.zeros([ROWS, CELLS], tl.int64)
+    for step in range(N):
+        x, y, z, u, v, w, signs = _triplet(source, i0 + N - 1 - step, scale, D, SIGNED, False)
+        cheapest = _cheapest(u, v, w, keys, CELLS, CODES, COLUMNS)
+        cost = cheapest >> CODE_BITS
+        code = (cheapest & (CODES - 1)).to(tl.int64)
+        if N > FIRST:
+            codes |= tl.where(step < FIRST, code << (CODE_BITS * tl.minimum(step, FIRST - 1)), 0)
+            more |= tl.where(step < FIRST, 0, code << (CODE_BITS * tl.maximum(step - FIRST, 0)))
+        else:
+            codes |= code << (CODE_BITS * step)
+        move = tl.permute(tl.reshape(cost, [ROWS, S, S]), [1, 0, 2])[:, :, None, :]
+        reached = tl.permute(paths, [2, 0, 1])[:, :, :, None] + ((move << STATE) | before)  # [before, row, start, after]
+        best = tl.min(reached, 0)
+        history |= (best & (S - 1)) << (STATE * step)
+        paths = best & -S
+    closed = tl.min(tl.where(states[None, :, None] == states[None, None, :], paths, FAR * 2 - S), 2)
+    state = tl.min(closed | states[None, :], 1) & (S - 1)
+    history = tl.sum(tl.where((states[None, :] == state[:, None])[:, :, None], history, 0), 1)
+    cells = tl.arange(0, CELLS)[None, :]
+    for slot in range(N):
+        step = N - 1 - slot
+        x, y, z, u, v, w, signs = _triplet(source, i0 + slot, scale, D, SIGNED, False)
+        previous = (_pick(history, states[None, :], state) >> (STATE * step)) & (S - 1)
+        cell = (previous << STATE) | state
+        if N > FIRST:
+            late = step >= FIRST
+            held = _pick(tl.where(late, more, codes), cells, cell) >> (CODE_BITS * tl.where(late, step - FIRST, step))
+        else:
+            held = _pick(codes, cells, cell) >> (CODE_BITS * step)
+        code = ((held.to(tl.int32) & (CODES - 1)) << STATE) | state
+        tl.store(fields + i0 + slot, (code | (signs << 10)).to(tl.uint16))
+        dots, squares = _gain_sums(x, y, z, signs, values, (previous << STREAM) | code, 0, dots, squares, D, ENTRIES,
+                                   SIGNED, False)  # fmt: skip
+        state = previous
+    return dots, squares
+
+
+@triton.jit
+def _extra(source, fields, i, scale, values, dots, squares, D: tl.constexpr, STREAM: tl.constexpr,
+           STATE: tl.constexpr, SIGNED: tl.constexpr):  # fmt: skip
+    """Code triplet i, which stands alone, write its field, add to the gain's sums."""
+    MAIN: tl.constexpr = 1 << (STREAM + STATE)
+    ENTRIES: tl.constexpr = MAIN + (1 << STREAM)
+    PART: tl.constexpr = 128 if STREAM > 7 else 1 << STREAM
+    ROWS: tl.constexpr = scale.shape[0]
+    x, y, z, u, v, w, signs = _triplet(source, i, scale, D, SIGNED, True)
+    best = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
+    for part in range(0, 1 << STREAM, PART):
+        code = part + tl.arange(0, PART)[None, :]
+        a = tl.load(values + MAIN + code)
+        b = tl.load(values + MAIN + ENTRIES + code)
+        c = tl.load(values + MAIN + 2 * ENTRIES + code)
+        b = tl.where(3 * i + 1 < D, b, 0.0)
+        c = tl.where(3 * i + 2 < D, c, 0.0)
+        cost = 2 * (a * a + b * b + c * c) - a * u[:, None] - b * v[:, None] - c * w[:, None]
+        best = tl.minimum(best, tl.min((cost.to(tl.int32) << STREAM) | code, 1))
+    code = best & ((1 << STREAM) - 1)
+    tl.store(fields + i, (code | (signs << 10)).to(tl.uint16))
+    return _gain_sums(x, y, z, signs, values, MAIN + code, i, dots, squares, D, ENTRIES, SIGNED, True)
+
+
+@triton.jit(do_not_specialize=["pages"])
+def trellis_kernel(
+    Y, FIELDS, KEYS, VALUES, UNITS, pages, sy_l, sy_n, sy_h, sy_t,
+    D: tl.constexpr, STREAM: tl.constexpr, STATE: tl.constexpr, SIGNED: tl.constexpr, NORM: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Y [L, N, H, 64, D] -> FIELDS uint16 [L, N, H, 64, triplets + 1]: code | signs << 10, then the norm's fp16 bits.
+
+    The program is (ROWS vectors, page of a layer, head) with `pages` pages a layer. KEYS, VALUES: `blocks.SearchTables`;
+    UNITS float64: 8 sqrt(D), the step, 2 / step; COLUMNS: of the KEYS.
+    """
+    TRIPLETS: tl.constexpr = (D + 2) // 3
+    N: tl.constexpr = TRIPLETS // 8
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(2).to(tl.int64)
+    source = Y + (block // pages) * sy_l + (block % pages) * sy_n + h * sy_h + token.to(tl.int64) * sy_t
+    fields = FIELDS + ((block * tl.num_programs(2) + h) * 64 + token) * (TRIPLETS + 1)
+    squares = tl.zeros([ROWS], tl.float64)
+    for c in range(D):
+        number = tl.load(source + c).to(tl.float64)
+        squares += number * number
+    norm = tl.sqrt(squares)
+    far = norm >= 8.673617379884035e-19  # 2^-60
+    scale = tl.load(UNITS) / (tl.load(UNITS + 1) * tl.where(far, norm, 1.0))
+    scale = tl.where(far, scale, 0.0).to(tl.float32)
+    dots = tl.zeros([ROWS], tl.float64)
+    squares = tl.zeros([ROWS], tl.float64)
+    for chain in range(8):
+        dots, squares = _chain(source, fields, chain * N, scale, KEYS, VALUES, dots, squares, D, STREAM, STATE,
+                               SIGNED, N, COLUMNS)  # fmt: skip
+    for i in range(8 * N, TRIPLETS):
+        dots, squares = _extra(source, fields, i, scale, VALUES, dots, squares, D, STREAM, STATE, SIGNED)
+    gain = tl.load(UNITS + 2) * dots / squares
+    tl.store(fields + TRIPLETS, _norm_pattern(gain, NORM).to(tl.uint16))
+
+
+@triton.jit(do_not_specialize=["pages", "sources", "words"])
+def pack_kernel(FIELDS, PAGES, IDS, INVERSE, pages, sp_page, sp_l, sp_h, at_byte, sources, words, WORDS: tl.constexpr):
+    """Write a block: bit b of word w is the bit of FIELDS [L, N, H, sources] that INVERSE [words, 32] names.
+
+    The program is (WORDS words, page of a layer, head); the block begins at byte `at_byte` of the page.
+    """
+    block = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(2).to(tl.int64)
+    page = tl.load(IDS + block % pages).to(tl.int64)
+    fields = FIELDS + (block * tl.num_programs(2) + h) * sources
+    w = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    bit = tl.arange(0, 32)[None, :]
+    place = tl.load(INVERSE + w[:, None] * 32 + bit, mask=w[:, None] < words, other=-1)
+    field = tl.load(fields + (place >> 4), mask=place >= 0, other=0).to(tl.int32)
+    word = tl.sum(((field >> (place & 15)) & 1) << bit, 1)
+    target = (PAGES + page * sp_page + (block // pages) * sp_l + h * sp_h + at_byte).to(tl.pointer_type(tl.int32))
+    tl.store(target + w, word, mask=w < words)
