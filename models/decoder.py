@@ -116,9 +116,10 @@ class Decoder:
         x = F.embedding(ids, self.embedding)
         cos, sin = rope.cos_sin(positions, self.inv_freq, x.dtype)
         for index, layer in enumerate(self.layers):
-            q, k, v = self._qkv(layer, x, cos, sin)
-            mixed = attention(index, q, k, v)
+            # Through an argument list, so that query, key and value are freed before the MLP's activations come.
+            mixed = attention(index, *self._qkv(layer, x, cos, sin))
             x = x + F.linear(mixed.flatten(2), layer.out, layer.out_bias)
+            del mixed
             x = x + self._mlp(layer, x)
         return x
 
