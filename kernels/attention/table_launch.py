@@ -42,7 +42,7 @@ def table_splits(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int)
 
 def launch_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, part: Tensor, lse: Tensor, packed: int, parts: int,
                  scale: float) -> None:  # fmt: skip
-    """Write the first ``packed`` of ``parts`` partial results of every head: part [B, H, parts, d], lse [B, H, parts]."""
+    """Write the first ``packed`` of ``parts`` partial results of a head: part [B, H, parts, d], lse [B, H, parts]."""
     codec = fmt.k
     assert isinstance(codec, TrellisCodec)
     batch, _, heads, dim = q.shape
