@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs
@@ -40,6 +42,12 @@ def table_splits(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int)
     return packed, max(1, min(FULL_SPLITS, room))
 
 
+@functools.cache
+def _table(codec: TrellisCodec, device: torch.device) -> Tensor:
+    """The codec's table on the device, copied once (a copy could not be captured in a graph)."""
+    return codec.table_words(device)
+
+
 def launch_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, part: Tensor, lse: Tensor, packed: int, parts: int,
                  scale: float) -> None:  # fmt: skip
     """Write the first ``packed`` of ``parts`` partial results of a head: part [B, H, parts, d], lse [B, H, parts]."""
@@ -52,7 +60,7 @@ def launch_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, part: Tensor, ls
     entries = 1 << (codec.stream + codec.state_bits)
     words = entries * copies + (copies_x << codec.stream) + WARPS * 32 * codec.bytes_per_vector
     table_decode_kernel[(packed, kv_heads * -(-group // HEADS), batch)](
-        q, kv.pages, kv.page_table, kv.num_packed, codec.table_words(q.device), part, lse, q.stride(0), q.stride(2),
+        q, kv.pages, kv.page_table, kv.num_packed, _table(codec, q.device), part, lse, q.stride(0), q.stride(2),
         *kv.pages.stride()[:2], kv.page_table.stride(0), parts, codec.step, codec.step, scale * LOG2_E, HKV=kv_heads,
         G=group, D=dim, B=codec.stream, STATE=codec.state_bits, SIGNED=codec.signed, NORM=codec.norm_bits,
         BPV=codec.bytes_per_vector, COPIES=copies, COPIES_X=copies_x, WARPS=WARPS, SMEM_WORDS=words, num_warps=WARPS,
