@@ -44,16 +44,15 @@ def _eighths(x, scale):
 
 
 @triton.jit
-def _gain_sums(x, y, z, signs, values, entry, i, dots, squares, D: tl.constexpr, ENTRIES: tl.constexpr,
-               SIGNED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Add <y, o> and <o, o> of a triplet to float64 sums, o its codeword in half steps."""
+def _products(x, y, z, signs, values, entry, i, keep, D: tl.constexpr, ENTRIES: tl.constexpr, SIGNED: tl.constexpr):
+    """<y, o> and <o, o> of triplets i, float64, o their codewords in half steps; 0 unless `keep`."""
+    dots = tl.zeros(entry.shape, tl.float64)
+    squares = dots
     for c in tl.static_range(3):
         number = tl.load(values + c * ENTRIES + entry)
         if SIGNED:
             number = tl.where(((signs >> c) & 1) != 0, -number, number)
-        if MASKED:
-            number = tl.where(3 * i + c < D, number, 0.0)
-        number = number.to(tl.float64)
+        number = tl.where(keep & (3 * i + c < D), number, 0.0).to(tl.float64)
         dots += (x if c == 0 else (y if c == 1 else z)).to(tl.float64) * number
         squares += number * number
     return dots, squares
@@ -90,9 +89,13 @@ def _cheapest(u, v, w, keys, CELLS: tl.constexpr, CODES: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _pick(tile, columns, column):
-    """Of each row of an integer tile [rows, columns] the element in `column` [rows]."""
-    return tl.sum(tl.where(columns == column[:, None], tile, 0), 1)
+def _chosen(tile, column, COLUMNS: tl.constexpr):
+    """Elements [rows, n] of an integer tile [rows, COLUMNS] in the columns `column` [rows, n]."""
+    if COLUMNS >= 32:
+        return tl.gather(tile, column, 1)
+    else:  # Triton 3.6 cannot gather from narrow tiles
+        here = tl.arange(0, COLUMNS)[None, None, :] == column[:, :, None]
+        return tl.sum(tl.where(here, tile[:, None, :], 0), 2)
 
 
 @triton.jit
@@ -110,9 +113,9 @@ def _norm_pattern(gain, NORM: tl.constexpr):
 
 
 @triton.jit
-def _chain(source, fields, i0, scale, keys, values, dots, squares, D: tl.constexpr, STREAM: tl.constexpr,
-           STATE: tl.constexpr, SIGNED: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Search the chain of N slots that begins at triplet i0, write its fields, add to the gain's sums.
+def _chain(source, fields, i0, scale, keys, values, D: tl.constexpr, STREAM: tl.constexpr, STATE: tl.constexpr,
+           SIGNED: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Search the chain of N slots that begins at triplet i0, write its fields; its part of the gain's sums.
 
     The path runs from the last slot down to slot 0, once for every start state, the low bits of slot 0's code. Costs
     are integers times the number of states, so that a sum and the state before it are one number to minimise.
@@ -123,6 +126,7 @@ def _chain(source, fields, i0, scale, keys, values, dots, squares, D: tl.constex
     CODE_BITS: tl.constexpr = STREAM - STATE
     FIRST: tl.constexpr = 63 // CODE_BITS  # slots whose codes one int64 holds
     ENTRIES: tl.constexpr = (1 << (STREAM + STATE)) + (1 << STREAM)
+    WIDTH: tl.constexpr = 16 if N > 8 else (8 if N > 4 else (4 if N > 2 else 2))
     ROWS: tl.constexpr = scale.shape[0]
     states = tl.arange(0, S)
     before = states[:, None, None, None]
@@ -141,39 +145,41 @@ def _chain(source, fields, i0, scale, keys, values, dots, squares, D: tl.constex
         else:
             codes |= code << (CODE_BITS * step)
         move = tl.permute(tl.reshape(cost, [ROWS, S, S]), [1, 0, 2])[:, :, None, :]
-        reached = tl.permute(paths, [2, 0, 1])[:, :, :, None] + ((move << STATE) | before)  # [before, row, start, after]
+        # [before, row, start, after]
+        reached = tl.permute(paths, [2, 0, 1])[:, :, :, None] + ((move << STATE) | before)
         best = tl.min(reached, 0)
         history |= (best & (S - 1)) << (STATE * step)
         paths = best & -S
     closed = tl.min(tl.where(states[None, :, None] == states[None, None, :], paths, FAR * 2 - S), 2)
     state = tl.min(closed | states[None, :], 1) & (S - 1)
     history = tl.sum(tl.where((states[None, :] == state[:, None])[:, :, None], history, 0), 1)
-    cells = tl.arange(0, CELLS)[None, :]
+    slots = tl.arange(0, WIDTH)[None, :]
+    cells = tl.zeros([ROWS, WIDTH], tl.int32)
     for slot in range(N):
-        step = N - 1 - slot
-        x, y, z, u, v, w, signs = _triplet(source, i0 + slot, scale, D, SIGNED, False)
-        previous = (_pick(history, states[None, :], state) >> (STATE * step)) & (S - 1)
-        cell = (previous << STATE) | state
-        if N > FIRST:
-            late = step >= FIRST
-            held = _pick(tl.where(late, more, codes), cells, cell) >> (CODE_BITS * tl.where(late, step - FIRST, step))
-        else:
-            held = _pick(codes, cells, cell) >> (CODE_BITS * step)
-        code = ((held.to(tl.int32) & (CODES - 1)) << STATE) | state
-        tl.store(fields + i0 + slot, (code | (signs << 10)).to(tl.uint16))
-        dots, squares = _gain_sums(x, y, z, signs, values, (previous << STREAM) | code, 0, dots, squares, D, ENTRIES,
-                                   SIGNED, False)  # fmt: skip
+        here = tl.sum(tl.where(states[None, :] == state[:, None], history, 0), 1)
+        previous = (here >> (STATE * (N - 1 - slot))) & (S - 1)
+        cells = tl.where(slots == slot, ((previous << STATE) | state)[:, None], cells)
         state = previous
-    return dots, squares
+    step = tl.maximum(N - 1 - slots, 0)
+    held = _chosen(codes, cells, CELLS) >> (CODE_BITS * tl.minimum(step, FIRST - 1))
+    if N > FIRST:
+        held = tl.where(step < FIRST, held, _chosen(more, cells, CELLS) >> (CODE_BITS * tl.maximum(step - FIRST, 0)))
+    code = ((held.to(tl.int32) & (CODES - 1)) << STATE) | (cells & (S - 1))
+    i = i0 + slots
+    x, y, z, u, v, w, signs = _triplet(source[:, None], i, scale[:, None], D, SIGNED, True)
+    tl.store(fields[:, None] + i, (code | (signs << 10)).to(tl.uint16), mask=slots < N)
+    entry = ((cells >> STATE) << STREAM) | code
+    dots, squares = _products(x, y, z, signs, values, entry, i, slots < N, D, ENTRIES, SIGNED)
+    return tl.sum(dots, 1), tl.sum(squares, 1)
 
 
 @triton.jit
-def _extra(source, fields, i, scale, values, dots, squares, D: tl.constexpr, STREAM: tl.constexpr,
-           STATE: tl.constexpr, SIGNED: tl.constexpr):  # fmt: skip
-    """Code triplet i, which stands alone, write its field, add to the gain's sums."""
+def _extra(source, fields, i, scale, values, D: tl.constexpr, STREAM: tl.constexpr, STATE: tl.constexpr,
+           SIGNED: tl.constexpr):  # fmt: skip
+    """Code triplet i, which stands alone, write its field; its part of the gain's sums."""
     MAIN: tl.constexpr = 1 << (STREAM + STATE)
     ENTRIES: tl.constexpr = MAIN + (1 << STREAM)
-    PART: tl.constexpr = 128 if STREAM > 7 else 1 << STREAM
+    PART: tl.constexpr = 32  # codes at a time: a warp, which then has no more rows to itself than it must
     ROWS: tl.constexpr = scale.shape[0]
     x, y, z, u, v, w, signs = _triplet(source, i, scale, D, SIGNED, True)
     best = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
@@ -188,7 +194,7 @@ def _extra(source, fields, i, scale, values, dots, squares, D: tl.constexpr, STR
         best = tl.minimum(best, tl.min((cost.to(tl.int32) << STREAM) | code, 1))
     code = best & ((1 << STREAM) - 1)
     tl.store(fields + i, (code | (signs << 10)).to(tl.uint16))
-    return _gain_sums(x, y, z, signs, values, MAIN + code, i, dots, squares, D, ENTRIES, SIGNED, True)
+    return _products(x, y, z, signs, values, MAIN + code, i, True, D, ENTRIES, SIGNED)
 
 
 @triton.jit(do_not_specialize=["pages"])
@@ -199,8 +205,8 @@ def trellis_kernel(
 ):  # fmt: skip
     """Y [L, N, H, 64, D] -> FIELDS uint16 [L, N, H, 64, triplets + 1]: code | signs << 10, then the norm's fp16 bits.
 
-    The program is (ROWS vectors, page of a layer, head) with `pages` pages a layer. KEYS, VALUES: `blocks.SearchTables`;
-    UNITS float64: 8 sqrt(D), the step, 2 / step; COLUMNS: of the KEYS.
+    The program is (ROWS vectors, page of a layer, head) with `pages` pages a layer. KEYS, VALUES:
+    `blocks.SearchTables`; UNITS float64: 8 sqrt(D), the step, 2 / step; COLUMNS: of the KEYS.
     """
     TRIPLETS: tl.constexpr = (D + 2) // 3
     N: tl.constexpr = TRIPLETS // 8
@@ -220,10 +226,13 @@ def trellis_kernel(
     dots = tl.zeros([ROWS], tl.float64)
     squares = tl.zeros([ROWS], tl.float64)
     for chain in range(8):
-        dots, squares = _chain(source, fields, chain * N, scale, KEYS, VALUES, dots, squares, D, STREAM, STATE,
-                               SIGNED, N, COLUMNS)  # fmt: skip
+        d, s = _chain(source, fields, chain * N, scale, KEYS, VALUES, D, STREAM, STATE, SIGNED, N, COLUMNS)
+        dots += d
+        squares += s
     for i in range(8 * N, TRIPLETS):
-        dots, squares = _extra(source, fields, i, scale, VALUES, dots, squares, D, STREAM, STATE, SIGNED)
+        d, s = _extra(source, fields, i, scale, VALUES, D, STREAM, STATE, SIGNED)
+        dots += d
+        squares += s
     gain = tl.load(UNITS + 2) * dots / squares
     tl.store(fields + TRIPLETS, _norm_pattern(gain, NORM).to(tl.uint16))
 
