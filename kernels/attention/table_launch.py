@@ -48,20 +48,40 @@ def _table(codec: TrellisCodec, device: torch.device) -> Tensor:
     return codec.table_words(device)
 
 
+def constants(codec: TrellisCodec, kv_heads: int, group: int) -> dict[str, int]:
+    """The kernel's constexprs for a format and ``group`` query heads a KV head.
+
+    The table is copied for every lane, or, where it is too large for that, for every second one; the sub-table of the
+    extra triplets of such a format four times.
+    """
+    copies, copies_x = (32, 32) if codec.stream + codec.state_bits <= 10 else (16, 4)
+    words = copies << (codec.stream + codec.state_bits)
+    return {
+        "HKV": kv_heads,
+        "G": group,
+        "D": codec.head_dim,
+        "B": codec.stream,
+        "STATE": codec.state_bits,
+        "SIGNED": int(codec.signed),
+        "NORM": codec.norm_bits,
+        "BPV": codec.bytes_per_vector,
+        "COPIES": copies,
+        "COPIES_X": copies_x,
+        "WARPS": WARPS,
+        "SMEM_WORDS": words + (copies_x << codec.stream) + WARPS * 2 * PAGE_TOKENS * codec.bytes_per_vector // 4,
+    }
+
+
 def launch_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, part: Tensor, lse: Tensor, packed: int, parts: int,
                  scale: float) -> None:  # fmt: skip
     """Write the first ``packed`` of ``parts`` partial results of a head: part [B, H, parts, d], lse [B, H, parts]."""
     codec = fmt.k
     assert isinstance(codec, TrellisCodec)
-    batch, _, heads, dim = q.shape
+    batch, _, heads, _ = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
-    copies, copies_x = (32, 32) if codec.stream + codec.state_bits <= 10 else (16, 4)
-    entries = 1 << (codec.stream + codec.state_bits)
-    words = entries * copies + (copies_x << codec.stream) + WARPS * 32 * codec.bytes_per_vector
     table_decode_kernel[(packed, kv_heads * -(-group // HEADS), batch)](
         q, kv.pages, kv.page_table, kv.num_packed, _table(codec, q.device), part, lse, q.stride(0), q.stride(2),
-        *kv.pages.stride()[:2], kv.page_table.stride(0), parts, codec.step, codec.step, scale * LOG2_E, HKV=kv_heads,
-        G=group, D=dim, B=codec.stream, STATE=codec.state_bits, SIGNED=codec.signed, NORM=codec.norm_bits,
-        BPV=codec.bytes_per_vector, COPIES=copies, COPIES_X=copies_x, WARPS=WARPS, SMEM_WORDS=words, num_warps=WARPS,
+        *kv.pages.stride()[:2], kv.page_table.stride(0), parts, codec.step, codec.step, scale * LOG2_E,
+        **constants(codec, kv_heads, group), num_warps=WARPS,
     )  # fmt: skip
