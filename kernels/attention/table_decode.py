@@ -9,6 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # renamed after Triton 3.6
+
 
 @constexpr_function
 def _prmt_asm(selector):
@@ -438,7 +440,7 @@ def table_decode_kernel(
     lane = tid & 31
     warp = tid >> 5
     smem.index(0).store(tid)  # names the allocation in the PTX: the lookups below address it by that name
-    gl.thread_barrier()
+    _barrier()
     g = lane >> 2
     t = lane & 3
     split = gl.program_id(0)
@@ -520,7 +522,7 @@ def table_decode_kernel(
     next_id = gl.load(ids + gl.minimum(begin + warp + WARPS, last), mask=begin < end, other=0)
     _fetch(k_stage, pages + page_id.to(gl.int64) * stride_page, lane, BPV)
     _fetch(v_stage, pages + page_id.to(gl.int64) * stride_page + 64 * BPV, lane, BPV)
-    gl.thread_barrier()
+    _barrier()
     for base in range(begin, end, WARPS):
         inside = base + warp < end
         next_block = pages + next_id.to(gl.int64) * stride_page
@@ -637,7 +639,7 @@ def table_decode_kernel(
     weight += _shuffle_f(weight, lane ^ 4)
     weight += _shuffle_f(weight, lane ^ 8)
     weight += _shuffle_f(weight, lane ^ 16)
-    gl.thread_barrier()
+    _barrier()
     ROW: gl.constexpr = 48 * 3
     WARP_WORDS: gl.constexpr = 4 * ROW + 8
     mine = _u32((warp * WARP_WORDS + t * ROW) * 4)
@@ -651,7 +653,7 @@ def table_decode_kernel(
             _sts(mine + _u32(place * 4), value.to(gl.uint32, bitcast=True))
     _sts(_u32((warp * WARP_WORDS + 4 * ROW + t) * 4), running.to(gl.uint32, bitcast=True))
     _sts(_u32((warp * WARP_WORDS + 4 * ROW + 4 + t) * 4), total.to(gl.uint32, bitcast=True))
-    gl.thread_barrier()
+    _barrier()
     for written in range(0, HEADS * D, 32 * WARPS):
         item = written + tid
         which = gl.minimum(item // D, HEADS - 1)

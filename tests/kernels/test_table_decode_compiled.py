@@ -1,4 +1,4 @@
-"""Compiles the table-decode kernel for sm_90 without a GPU: no spills, and a main loop within its instruction budget."""
+"""Compiles the table-decode kernel for sm_90 without a GPU: no spills, a main loop within its instruction budget."""
 
 import importlib.util
 import os
