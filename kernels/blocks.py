@@ -1,13 +1,15 @@
-"""The signed-table trellis formats as the GPU kernels see them: tables, and where each bit of a block of 64 vectors lies.
+"""The signed-table trellis formats as the GPU kernels see them: tables, and the place of each bit of 64 vectors.
 
-A block (the K or the V vectors of a page, of one layer and KV head) is either a `PageLayout` block or 64 rows one behind
-the other. The kernels know neither: they follow the address maps that this module builds, once for a format and device.
+A block (the K or the V vectors of a page, of one layer and KV head) is either a `PageLayout` block or 64 rows one
+behind the other. The kernels know neither: they follow the address maps that this module builds, once for a format and
+device.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -130,7 +132,7 @@ def _segments(bits: Indices, first: int) -> Indices:
     pieces = np.zeros((count, NORM_SEGMENTS), np.int64)
     for token, row in enumerate(bits):
         cuts = [0, *(i for i in range(1, width) if row[i] != row[i - 1] + 1 or row[i] % 32 == 0), width]
-        for n, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for n, (start, stop) in enumerate(pairwise(cuts)):
             pieces[token, n] = row[start] // 32 | row[start] % 32 << 12 | stop - start << 17 | start + first << 22
     return pieces
 
@@ -140,9 +142,10 @@ def read_map(form: TableFormat, side: Side, device: torch.device) -> Tensor:
     """int32: how a kernel finds the numbers of (token, triplet) and the norms.
 
     First the norms, [64, NORM_SEGMENTS] (`_segments`); four numbers, of which the first is the float32 bits of the
-    factor of norms, half a step times VALUE_SCALE; then three planes [64, triplets]: ``w0 | w1 << 12 | shift << 24``, the words that hold the stream from the code's first
-    bit on (in a chain, but for its last slot, the next code stands above), and its place in them; ``wx | wy << 12 |
-    bit x << 24`` and ``wz | bit y << 12 | bit z << 17``, words and places of the signs.
+    factor of norms, half a step times VALUE_SCALE; then three planes [64, triplets]: ``w0 | w1 << 12 | shift << 24``,
+    the words that hold the stream from the code's first bit on (in a chain, but for its last slot, the next code stands
+    above), and its place in them; ``wx | wy << 12 | bit x << 24`` and ``wz | bit y << 12 | bit z << 17``, words and
+    places of the signs.
     """
     bits = block_bits(form, side)
     start = bits.code[:, :, 0]
@@ -172,8 +175,11 @@ def table_words(form: TableFormat, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class SearchTables:
-    """Tables of the encoder, float32: keys [4, codes / (16 * side), 16, side * cells], see `search_tables`, where `side`
-    groups of 16 codes stand side by side; values [3, entries]: the table in odd half steps."""
+    """Tables of the encoder, float32.
+
+    keys: [4, codes / (16 * side), 16, side * cells], `side` groups of 16 codes side by side, see `search_tables`;
+    values: [3, entries], the table in odd half steps.
+    """
 
     keys: Tensor
     values: Tensor
@@ -186,8 +192,8 @@ SEARCH_COLUMNS = 64
 def search_tables(form: TableFormat, device: torch.device) -> SearchTables:
     """Tables of the encoder. ValueError for a table whose costs do not fit the exact range of float32.
 
-    Plane 0 of `keys` and the factors of a triplet x (in eighths of a step) in the planes 1 to 3 give the key of an entry o
-    (odd half steps), ``16 * (2 |o|^2 - o . x) + code % 16``: the least key of 16 codes names the cheapest of
+    Plane 0 of `keys` and the factors of a triplet x (in eighths of a step) in the planes 1 to 3 give the key of an
+    entry o (odd half steps), ``16 * (2 |o|^2 - o . x) + code % 16``: the least key of 16 codes names the cheapest of
     them, the smallest code of equals. All its partial sums are integers below 2^24.
     """
     odd = 2 * form.table.to(torch.float64) + 1

@@ -5,8 +5,8 @@ and its plane `c` holds one coordinate of each of them. Which dimension of the t
 the caller's choice: it gives the indices as a row and a column, the way ``tl.dot`` wants the tile.
 
 A storage kind is a constexpr number. Another decoder is another number, a branch in `planes` and, if its norms lie
-elsewhere, in `norms`. What `levels`, `radii` and BITS are is the kind's affair: levels of the octahedral coordinates and
-of the radius and the bits of a code, or a table, an address map and the constants of a table format.
+elsewhere, in `norms`. What `levels`, `radii` and BITS are is the kind's affair: levels of the octahedral coordinates
+and of the radius and the bits of a code, or a table, an address map and the constants of a table format.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"

@@ -45,7 +45,8 @@ def _signed(value, word, bit, SIGNED: tl.constexpr):
 def table_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """Triplets `i` of the tokens `row` of the block at `base`: odd half steps / VALUE_SCALE, float32.
 
-    BITS: of `describe`; table: int32 words, x in the low byte; map: `blocks.read_map`; MASKED: some i are beyond the last.
+    BITS: of `describe`; table: int32 words, x in the low byte; map: `blocks.read_map`; MASKED: some i are
+    beyond the last.
     """
     STREAM: tl.constexpr = _part(BITS, 0)
     STATE: tl.constexpr = _part(BITS, 8)

@@ -31,8 +31,8 @@ def encode_pages_triton(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, f
     """`encode_pages` by the Triton kernels (on a GPU, or interpreted). k and v in fp16, bf16 or fp32.
 
     Values are not looked at: NaN and infinities give meaningless rows, norms beyond fp16's range are stored as the
-    largest number that the format has for them. Trellis formats take memory for the codes of k, then of v, from PyTorch's allocator
-    and give it back; calls of one size reuse it, so that a decode step that flushes a page does not grow memory.
+    largest number that the format has for them. Trellis formats take memory for the codes of k, then of v, from
+    PyTorch's allocator and give it back; calls of one size reuse it, so that flushing a page does not grow memory.
     """
     check(k, v, pages, page_ids, fmt)
     if k.dtype not in _ELEMENTS:

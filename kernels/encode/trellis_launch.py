@@ -15,7 +15,8 @@ from octo_run.kernels.encode.triton_trellis import pack_kernel, trellis_kernel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_ROWS = 16
+_ROWS = 4
+"""Vectors of a program of one warp: no barriers, and sixteen programs a multiprocessor by their registers (sm_90)."""
 _WORDS = 64
 
 
@@ -37,7 +38,7 @@ def encode_fields(y: Tensor, form: TableFormat) -> Tensor:
     launch(
         y, fields, tables.keys, tables.values, _units(form, y.device), count, *y.stride()[:4], D=dim,
         STREAM=form.stream, STATE=form.state, SIGNED=form.signed, NORM=form.norm_bits, COLUMNS=tables.keys.shape[-1],
-        ROWS=_ROWS, num_warps=4)  # fmt: skip
+        ROWS=_ROWS, num_warps=1)  # fmt: skip
     return fields
 
 

@@ -1,7 +1,8 @@
 """Triton kernels that code vectors of the rotated basis in the signed-table trellis formats.
 
-Two steps: `trellis_kernel` finds the codes, signs and norms of vectors, `pack_kernel` puts their bits in the places that
-a block of a page has for them. What is computed, with which ties, is said in `codec.trellis`; both agree bit for bit.
+Two steps: `trellis_kernel` finds the codes, signs and norms of vectors, `pack_kernel` puts their bits in the places
+that a block of a page has for them. What is computed, with which ties, is said in `codec.trellis`; both agree bit for
+bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
