@@ -53,7 +53,7 @@ def part_widths(head_dim: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _tiling(dtype: torch.dtype, plain: bool, causal: bool, group: int, head_dim: int) -> _Tiling:
+def _tiling(dtype: torch.dtype, plain: bool, table: bool, causal: bool, group: int, head_dim: int) -> _Tiling:
     """One warp a program for decode: what is decoded is decoded once. Prefill of coded pages: a whole warp group.
 
     Only loads of plain pages are worth a pipeline: coded ones go through registers. Chosen by timing on an H200.
@@ -62,10 +62,12 @@ def _tiling(dtype: torch.dtype, plain: bool, causal: bool, group: int, head_dim:
     if dtype == torch.float32:
         return _Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1)
     if not causal:
-        return _Tiling(max(8, heads), 16 if head_dim > 128 else 32, 16, flip=True, warps=1, stages=3 if plain else 1)
+        return _Tiling(
+            max(8, heads), 16 if head_dim > 128 or table else 32, 16, flip=True, warps=1, stages=3 if plain else 1
+        )
     if plain:
         return _Tiling(32, 32, 16, flip=False, warps=2, stages=2)
-    keys = 32 if head_dim > 128 else 64
+    keys = (32 if head_dim > 128 else 64) // (2 if table else 1)  # addresses of a table format take registers
     return _Tiling(64, keys, keys, flip=False, warps=4, stages=1, joint=True)
 
 
@@ -170,7 +172,7 @@ def _launch(
     kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, "v", q.device)
     causal = count > 1
     plain = kind_k == 0 and kind_v == 0
-    tiling = _tiling(q.dtype, plain, causal, group, dim)
+    tiling = _tiling(q.dtype, plain, 2 in (kind_k, kind_v), causal, group, dim)
     first, second = part_widths(dim)
     blocks = triton.cdiv(count * group, tiling.rows) if causal else programs
     launch: Callable[..., Any] = attend_kernel[(blocks, kv_heads, batch)]
