@@ -166,13 +166,6 @@ def read_map(form: TableFormat, side: Side, device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)).to(dtype=torch.int32, device=device)
 
 
-@functools.cache
-def table_words(form: TableFormat, device: torch.device) -> Tensor:
-    """int32 [entries]: a table entry's three int8 numbers, x in the low byte."""
-    numbers = form.table.to(torch.int32) & 255
-    return (numbers[:, 0] | numbers[:, 1] << 8 | numbers[:, 2] << 16).to(device)
-
-
 @dataclass(frozen=True)
 class SearchTables:
     """Tables of the encoder, float32.

@@ -16,7 +16,7 @@ from octo_run.kernels.attention.splits import count_splits, workspace_bytes
 from octo_run.kernels.attention.table_launch import launch_table, table_splits
 from octo_run.kernels.attention.triton_attend import attend_kernel, merge_kernel
 from octo_run.kernels.attention.triton_table import describe
-from octo_run.kernels.blocks import Side, read_map, table_format, table_words
+from octo_run.kernels.blocks import Side, read_map, table_format
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int
     if isinstance(codec, TrellisCodec):
         form = table_format(codec)
         bits = describe(form.stream, form.state, form.signed)
-        return 2, bits, table_words(form, device), read_map(form, side, device)
+        return 2, bits, codec.table_words(device), read_map(form, side, device)
     if isinstance(codec, OctopusCodec):
         tables = codec.tables(torch.float32, device)
         return 1, codec.bits, tables.xi_levels, tables.rho_levels

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs
@@ -42,12 +40,6 @@ def table_splits(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int)
     return packed, max(1, min(FULL_SPLITS, room))
 
 
-@functools.cache
-def _table(codec: TrellisCodec, device: torch.device) -> Tensor:
-    """The codec's table on the device, copied once (a copy could not be captured in a graph)."""
-    return codec.table_words(device)
-
-
 def constants(codec: TrellisCodec, kv_heads: int, group: int) -> dict[str, int]:
     """The kernel's constexprs for a format and ``group`` query heads a KV head.
 
@@ -81,7 +73,7 @@ def launch_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, part: Tensor, ls
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     table_decode_kernel[(packed, kv_heads * -(-group // HEADS), batch)](
-        q, kv.pages, kv.page_table, kv.num_packed, _table(codec, q.device), part, lse, q.stride(0), q.stride(2),
+        q, kv.pages, kv.page_table, kv.num_packed, codec.table_words(q.device), part, lse, q.stride(0), q.stride(2),
         *kv.pages.stride()[:2], kv.page_table.stride(0), parts, codec.step, codec.step, scale * LOG2_E,
         **constants(codec, kv_heads, group), num_warps=WARPS,
     )  # fmt: skip

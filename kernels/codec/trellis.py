@@ -121,11 +121,18 @@ class TrellisCodec(RowCodec):
             else None
         )
         self._codewords: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._table_words: dict[torch.device, torch.Tensor] = {}
 
     def table_words(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The table as int32 [entries] = vx | vy << 8 | vz << 16, each v as a byte in two's complement."""
-        bytes_ = self.table.to(torch.int32) & 0xFF
-        return (bytes_[:, 0] | bytes_[:, 1] << 8 | bytes_[:, 2] << 16).to(device)
+        """The table as int32 [entries] = vx | vy << 8 | vz << 16, each v as a byte in two's complement.
+
+        Made once for a device (a copy could not be captured in a CUDA graph); not to be written into.
+        """
+        where = torch.device(device)
+        if where not in self._table_words:
+            bytes_ = self.table.to(torch.int32) & 0xFF
+            self._table_words[where] = (bytes_[:, 0] | bytes_[:, 1] << 8 | bytes_[:, 2] << 16).to(where)
+        return self._table_words[where]
 
     def codewords(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
         """Coordinates (v + 1/2) step [3, entries], computed in float64 and rounded; signed: [3, 8 entries].
