@@ -1,0 +1,1 @@
+"""Measurements of quality: perplexity, retrieval, tasks, and the codecs on their own."""
