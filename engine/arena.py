@@ -27,6 +27,14 @@ from octo_run.kernels.codec import KVFormat
 PAGE = kernels.PAGE_TOKENS
 
 
+def length_bound(length: int, context: int) -> int:
+    """The bound on lengths that decode attention is launched with: a power of two from 1,024 on, at most ``context``.
+
+    The division of the work follows from it alone, so that one recorded step serves all lengths up to it.
+    """
+    return min(context, max(1024, 1 << (length - 1).bit_length()))
+
+
 @dataclass(frozen=True)
 class ArenaShape:
     """What decides the bytes of an arena; ``dtype`` is the full-precision one, ``context`` in tokens a sequence."""
@@ -156,10 +164,17 @@ class KVArena:
         """``count`` free page ids, entered in the sequence's table. They count as packed from ``add_pages`` on; without
         it the next ``truncate`` finds them free again."""
         ids = [self._free.pop() for _ in range(count)]
-        if ids:
-            first = self.packed(seq)
-            self.page_table[seq, first : first + count] = torch.tensor(ids, dtype=torch.int32)
+        places = self.page_places(seq, count)
+        if count == 1:
+            places.fill_(ids[0])
+        elif ids:
+            host = torch.tensor(ids, dtype=torch.int32)
+            places.copy_(host.pin_memory() if places.is_cuda else host, non_blocking=True)
         return ids
+
+    def page_places(self, seq: int, count: int) -> Tensor:
+        """The ids of the sequence's next ``count`` pages where they stand on the device: int32 ``[count]``."""
+        return self.page_table[seq, self.packed(seq) : self.packed(seq) + count]
 
     def add_pages(self, seq: int, ids: list[int]) -> None:
         """Count pages that have been written as packed."""
@@ -176,17 +191,55 @@ class KVArena:
                 f"The keys or values are not finite in {str(k.dtype).removeprefix('torch.')}: choose another --dtype."
             ) from None
 
-    def flush(self, seq: int) -> None:
-        """Code the ring's oldest page, for all layers in one call, if the ring is full."""
-        s = self.shape
-        if self.length[seq] - self.packed_end(seq) < s.ring:
-            return
-        slot = s.sink + (PAGE * self.packed(seq)) % s.ring
+    def ring_is_full(self, seq: int) -> bool:
+        """Whether a page must be coded before the next token is written."""
+        return self.length[seq] - self.packed_end(seq) >= self.shape.ring
+
+    def oldest_slot(self, seq: int) -> int:
+        """First slot of the ring's oldest page."""
+        return self.shape.sink + (PAGE * self.packed(seq)) % self.shape.ring
+
+    def code_slots(self, seq: int, slot: int, ids: Tensor) -> None:
+        """Code the page that begins in ``slot``, for all layers in one call. Waits for nothing, so it can be captured.
+
+        ``ids`` is int32 [1] on the device.
+        """
         k = self._full_k[:, seq : seq + 1, :, slot : slot + PAGE]
         v = self._full_v[:, seq : seq + 1, :, slot : slot + PAGE]
+        self.encode(k, v, self.pages, ids)
+
+    def flush(self, seq: int) -> None:
+        """Code the ring's oldest page if the ring is full."""
+        if not self.ring_is_full(seq):
+            return
+        places = self.page_places(seq, 1)
         ids = self.take_pages(seq, 1)
-        self.encode(k, v, self.pages, torch.tensor(ids, device=self.pages.device))
+        self.code_slots(seq, self.oldest_slot(seq), places)
         self.add_pages(seq, ids)
+
+    def fill(self, seq: int, length: int, seed: int = 0) -> None:
+        """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
+
+        Eight pages are coded; the others are copies of them. Raises ``UsageError`` for more than the context.
+        """
+        s = self.shape
+        if not 0 <= length <= s.context:
+            raise UsageError(f"The depth is {length:,} tokens; give 0 to {s.context:,}, the context.")
+        self.truncate(seq, 0)
+        generator = torch.Generator(self.pages.device).manual_seed(seed)
+        count = max(0, (length - s.sink - s.window) // PAGE)
+        places = self.page_places(seq, count)
+        ids = self.take_pages(seq, count)
+        for i in range(min(count, 8)):
+            for full in (self._full_k, self._full_v):
+                full[:, seq].normal_(generator=generator)
+            self.code_slots(seq, s.sink, places[i : i + 1])
+        for i in range(8, count):
+            self.pages[ids[i]].copy_(self.pages[ids[i % 8]])
+        for full in (self._full_k, self._full_v):
+            full[:, seq].normal_(generator=generator)
+        self.add_pages(seq, ids)
+        self.length[seq] = length
 
     def set_state(self, first: int, columns: list[tuple[int, int, int, int]]) -> None:
         """Write the device's (start, packed, tail origin, slot) of consecutive sequences in one copy."""
@@ -229,15 +282,24 @@ class Prefill:
         self.old_tail = max(0, self.start - s.sink - origin)
         tail = self.old_tail + count - self.to_sink
         new_pages = max(0, (tail - s.window) // PAGE)
+        self._ids = arena.page_places(seq, new_pages)
         self.page_ids = arena.take_pages(seq, new_pages)
         device = arena.pages.device
-        self._ids = torch.tensor(self.page_ids, dtype=torch.int64, device=device)
         slots = torch.arange(origin, origin + tail, device=device) % s.ring + s.sink
         self._old_slots, self._left_slots = slots[: self.old_tail], slots[new_pages * PAGE :]
         self._coded, self._tail = new_pages * PAGE, tail
         arena.set_state(seq, [(self.start, arena.packed(seq), origin, 0)])
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, workspace: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        workspace: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Store the chunk's ``k, v [1, C, kv_heads, d]`` and return the attention of ``q [1, C, heads, d]``."""
         a = self.arena
         parts = ((a._full_k, a._staging_k, k), (a._full_v, a._staging_v, v))
@@ -247,7 +309,7 @@ class Prefill:
             staging[0, :, : self.old_tail] = store.index_select(1, self._old_slots)
             staging[0, :, self.old_tail : self._tail] = rows[:, self.to_sink :]
         inputs = a.inputs(layer, self.seq, self.seq + 1, (a._staging_k, a._staging_v))
-        out = kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.end, workspace=workspace)
+        out = kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.end, workspace=workspace, out=out)
         if self._coded:
             k_pages, v_pages = (
                 x[:, :, : self._coded].view(1, x.shape[1], -1, PAGE, x.shape[3]).transpose(1, 2)
@@ -284,7 +346,7 @@ class Decode:
             slot = n if n < s.sink else s.sink + (n - s.sink) % s.ring
             columns.append((n, arena.packed(seq), 0, slot))
         arena.set_state(0, columns)
-        self.max_length = max(arena.length[:batch]) + 1
+        self.max_length = length_bound(max(arena.length[:batch]) + 1, s.context)
         self._slots = arena._state[3, :batch].to(torch.int64)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, workspace: Tensor | None) -> Tensor:
