@@ -113,7 +113,7 @@ class KVArena:
         self._staging_v = torch.zeros(staging, dtype=s.dtype, device=device)
         self.page_table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
         # Rows: first query position, packed pages, tail origin, slot of the new token; one column a sequence.
-        self._state = torch.zeros(4, s.sequences, dtype=torch.int32, device=device)
+        self.state = torch.zeros(4, s.sequences, dtype=torch.int32, device=device)
         self._state_host = torch.zeros(4, s.sequences, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._state_copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._rows = torch.arange(s.sequences, device=device)
@@ -247,9 +247,18 @@ class KVArena:
         if self._state_copied is not None:
             self._state_copied.synchronize()  # the previous step's copy may still have to read the host's buffer
         self._state_host[:, first:last] = torch.tensor(columns, dtype=torch.int32).T
-        self._state[:, first:last].copy_(self._state_host[:, first:last], non_blocking=True)
+        self.state[:, first:last].copy_(self._state_host[:, first:last], non_blocking=True)
         if self._state_copied is not None:
-            self._state_copied.record(torch.cuda.current_stream(self._state.device))
+            self._state_copied.record(torch.cuda.current_stream(self.state.device))
+
+    def decode_state(self, seq: int) -> tuple[int, int, int, int]:
+        """What ``set_state`` takes for one more token of the sequence."""
+        s, n = self.shape, self.length[seq]
+        return n, self.packed(seq), 0, n if n < s.sink else s.sink + (n - s.sink) % s.ring
+
+    def full(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Full-precision K and V of a layer in the first ``batch`` sequences: ``[batch, kv_heads, sink + ring, d]``."""
+        return self._full_k[layer, :batch], self._full_v[layer, :batch]
 
     def inputs(self, layer: int, first: int, last: int, tail: tuple[Tensor, Tensor]) -> kernels.AttentionInputs:
         """What the attention kernels read for ``layer`` of the sequences ``first .. last - 1``."""
@@ -257,13 +266,13 @@ class KVArena:
         return kernels.AttentionInputs(
             pages=self.pages[:, layer],
             page_table=self.page_table[first:last],
-            num_packed=self._state[1, first:last],
-            starts=self._state[0, first:last],
+            num_packed=self.state[1, first:last],
+            starts=self.state[0, first:last],
             sink_k=self._full_k[layer, first:last, :, :sink],
             sink_v=self._full_v[layer, first:last, :, :sink],
             tail_k=tail[0],
             tail_v=tail[1],
-            tail_origin=self._state[2, first:last],
+            tail_origin=self.state[2, first:last],
             sink=sink,
         )
 
@@ -335,24 +344,19 @@ class Decode:
     """One new token in each of the first ``batch`` sequences, on its way through the layers."""
 
     def __init__(self, arena: KVArena, batch: int) -> None:
-        s = arena.shape
         self.arena, self.batch = arena, batch
         self.starts = arena.length[:batch]
-        columns = []
         for seq in range(batch):
             arena.flush(seq)
-            n = arena.length[seq]
-            assert n < s.context
-            slot = n if n < s.sink else s.sink + (n - s.sink) % s.ring
-            columns.append((n, arena.packed(seq), 0, slot))
-        arena.set_state(0, columns)
-        self.max_length = length_bound(max(arena.length[:batch]) + 1, s.context)
-        self._slots = arena._state[3, :batch].to(torch.int64)
+            assert arena.length[seq] < arena.shape.context
+        arena.set_state(0, [arena.decode_state(seq) for seq in range(batch)])
+        self.max_length = length_bound(max(arena.length[:batch]) + 1, arena.shape.context)
+        self._slots = arena.state[3, :batch].to(torch.int64)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, workspace: Tensor | None) -> Tensor:
         """Store ``k, v [B, 1, kv_heads, d]`` and return the attention of ``q [B, 1, heads, d]``."""
         a, sink = self.arena, self.arena.shape.sink
-        full_k, full_v = a._full_k[layer, : self.batch], a._full_v[layer, : self.batch]
+        full_k, full_v = a.full(layer, self.batch)
         rows = a._rows[: self.batch]
         full_k[rows, :, self._slots] = k[:, 0]
         full_v[rows, :, self._slots] = v[:, 0]

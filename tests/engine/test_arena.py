@@ -367,6 +367,6 @@ def test_bytes_are_exactly_those_of_the_shape(context: int, sequences: int) -> N
     assert arena.pages.nbytes == arena.shape.packed_bytes
     full = ("_full_k", "_full_v", "_staging_k", "_staging_v")
     assert sum(tensors[name].nbytes for name in full) == arena.shape.full_precision_bytes
-    index = ("page_table", "_state", "_rows")
+    index = ("page_table", "state", "_rows")
     assert sum(tensors[name].nbytes for name in index) == arena.shape.index_bytes
     assert set(tensors) == {"pages", "_state_host", *full, *index}
