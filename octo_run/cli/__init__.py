@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -27,6 +28,7 @@ _COMMANDS = {
     "show": "show",
     "rm": "remove",
     "bench": "bench",
+    "eval": "evaluate",
     "doctor": "doctor",
 }
 
@@ -38,25 +40,33 @@ class Invocation:
     debug: bool = False
 
 
-class _LazyGroup(click.Group):
-    """A group whose commands live in modules that are imported only when they are needed."""
+class LazyGroup(click.Group):
+    """A group whose commands live in modules that are imported only when they are needed.
+
+    ``modules`` says for each command's name, in the order of the help text, which module of ``package`` has it as
+    ``command``.
+    """
+
+    def __init__(self, *args: Any, package: str, modules: dict[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._package, self._modules = package, modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*_COMMANDS]
+        return [*self._modules]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in self._modules:
             return None
-        command = import_module(f"octo_run.cli.{_COMMANDS[cmd_name]}").command
+        command = import_module(f"{self._package}.{self._modules[cmd_name]}").command
         assert isinstance(command, click.Command)
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(_COMMANDS)}."
+        if args and args[0] not in self._modules and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self._modules, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(self._modules)}."
             raise UsageError(f"there is no command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
 
@@ -71,7 +81,9 @@ debug_option = click.option(
 )
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, package="octo_run.cli", modules=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="octo-run", message="%(prog)s %(version)s")
 @debug_option
 def cli() -> None:
