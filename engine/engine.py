@@ -3,37 +3,36 @@
 import re
 import resource
 import sys
-import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from octo_run import kernels
 from octo_run.engine.arena import Decode, KVArena, Prefill
+from octo_run.engine.forward import Forward
+from octo_run.engine.generation import Generation
 from octo_run.engine.plan import MemoryPlan, plan_memory
-from octo_run.engine.sampling import Sampler, SamplingParams
+from octo_run.engine.random_model import NoTokenizer, read_shape
+from octo_run.engine.sampling import BatchSampler, SamplingParams
+from octo_run.engine.step import DecodeStep
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.models import weights as weight_files
 from octo_run.models.config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from octo_run.models.decoder import Decoder
 from octo_run.models.hub import resolve
-from octo_run.models.weights import load_weights
 from octo_run.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+#: Sequences that decode together at most.
+MAX_SEQUENCES = 64
+#: Rows of logits that are computed at once when all are wanted.
+LOGIT_ROWS = 256
 DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Token:
-    """A generated token. ``logprob`` is under the model's own distribution; the last one has a ``finish_reason``."""
-
-    id: int
-    logprob: float
-    finish_reason: str | None
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -75,7 +74,8 @@ class Engine:
             count = kernels.attention_workspace_bytes(
                 plan.shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, self.device
             )
-            self._workspace = torch.empty(count // 4, dtype=torch.float32, device=self.device)
+            self._workspace = torch.zeros(count // 4, dtype=torch.float32, device=self.device)
+            self.step  # noqa: B018 (its memory is taken now)
         self._ids: list[int] = []  # the tokens whose keys and values sequence 0 holds
         self._holder: Generation | None = None  # whose tokens these are
         self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
@@ -92,28 +92,57 @@ class Engine:
         seed: int = 0,
         sink: int = 64,
         window: int = 64,
+        sequences: int = 1,
+        random_weights: ModelConfig | str | Path | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> "Engine":
         """Load ``model`` (a path, a name in the cache, or ``octo-demo``) with its KV cache in the format ``kv``.
 
         ``max_context`` is in tokens (None: what the model supports, as far as it fits); ``seed`` chooses the codec's
-        rotation. ``on_plan`` is called with the memory plan before any weight is read. Raises ``UsageError`` for wrong
-        arguments and ``OctoError`` for a model that cannot be loaded or does not fit.
+        rotation. ``sequences`` is the largest number of them that ``step`` decodes together, each with ``max_context``
+        tokens. ``random_weights`` (a configuration, or the path of one) makes up the weights of a shape, to measure it;
+        ``model`` is then a name for it. ``on_plan`` is called with the memory plan before any weight is read. Raises
+        ``UsageError`` for wrong arguments and ``OctoError`` for a model that cannot be loaded or does not fit.
         """
-        path = resolve(str(model))
-        cfg = load_config(path)
+        if not 1 <= sequences <= MAX_SEQUENCES:
+            raise UsageError(f"The number of sequences is {sequences}; give 1 to {MAX_SEQUENCES}.")
+        path: Path | None = None
+        if random_weights is None:
+            path = resolve(str(model))
+            cfg = load_config(path)
+        else:
+            cfg = read_shape(random_weights)
         where = choose_device(device)
         kind = choose_dtype(dtype, cfg, where)
         fmt = parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=kind)
-        plan = plan_memory(cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window)
+        plan = plan_memory(
+            cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window, sequences=sequences
+        )
         if on_plan is not None:
             on_plan(plan)
-        tokenizer = load_tokenizer(path)
-        defaults = load_generation_defaults(path)
-        weights = load_weights(path, cfg, where, kind)
+        tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
+        defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
         with torch.inference_mode():
+            if path is None:
+                weights = weight_files.random_weights(cfg, where, kind)
+            else:
+                weights = weight_files.load_weights(path, cfg, where, kind)
             decoder = Decoder(cfg, weights, _rotation(fmt.k.rotation), _rotation(fmt.v.rotation))
-            return cls(str(model), cfg, decoder, tokenizer, plan, fmt, defaults, seed)
+            if where.type == "cuda":
+                torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
+            return cls(str(model), cfg, decoder, cast("Tokenizer", tokenizer), plan, fmt, defaults, seed)
+
+    @cached_property
+    def forward(self) -> Forward:
+        """The layers on buffers that are kept: for whole chunks on CUDA, for decode steps alone on a CPU."""
+        sequences = self.plan.shape.sequences
+        rows = max(self.plan.shape.chunk, sequences) if self.device.type == "cuda" else sequences
+        return Forward(self._decoder, self.arena, rows, self._workspace)
+
+    @cached_property
+    def step(self) -> DecodeStep:
+        """Decode steps of the engine's sequences, whose first tokens :meth:`prefill` or :meth:`fill` put there."""
+        return DecodeStep(self.forward, BatchSampler(self.plan.shape.sequences, self.config.vocab_size, self.device))
 
     def memory_plan(self) -> dict[str, int]:
         """Planned bytes by purpose, bytes per packed token, and the context in tokens."""
@@ -143,8 +172,42 @@ class Engine:
         self._holder = None
         self._reuse([])
         size = step or chunk
-        parts = [self._decoder.logits(self._forward(ids[i : i + size])) for i in range(0, len(ids), size)]
-        return torch.cat(parts)
+        out = torch.empty(len(ids), self.config.vocab_size, device=self.device)
+        for start in range(0, len(ids), size):
+            hidden = self._forward(ids[start : start + size])
+            for first in range(0, len(hidden), LOGIT_ROWS):
+                rows = hidden[first : first + LOGIT_ROWS]
+                out[start + first : start + first + len(rows)] = self._logits(rows)
+        return out
+
+    @torch.inference_mode()
+    def fill(self, seq: int, length: int, seed: int = 0) -> None:
+        """Make sequence ``seq`` hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
+
+        Raises ``UsageError`` for a sequence that there is not, and for more tokens than the context holds.
+        """
+        self._check_sequence(seq)
+        self._settle()
+        self.arena.fill(seq, length, seed)
+        if seq == 0:
+            self._holder, self._ids = None, [-1] * length  # no prompt has them
+
+    @torch.inference_mode()
+    def prefill(self, ids: list[int], seq: int = 0) -> Tensor:
+        """Append ``ids`` to sequence ``seq``; the last token's float32 logits ``[vocab]``.
+
+        Raises ``UsageError`` for a sequence that there is not, and for ids that are no prompt or do not fit.
+        """
+        self._check_sequence(seq)
+        self._check_prompt(ids)
+        self._settle()
+        self._holder = None
+        if self.arena.length[seq] + len(ids) > self.max_context:
+            raise UsageError(
+                f"Sequence {seq} holds {self.arena.length[seq]:,} tokens: {len(ids):,} more do not fit into the "
+                f"context of {self.max_context:,}."
+            )
+        return self._next_logits(ids, seq)
 
     def generate(self, ids: list[int], params: SamplingParams | None = None) -> "Generation":
         """Continue ``ids``: an iterator of :class:`Token` with the figures of the run as attributes.
@@ -153,6 +216,16 @@ class Engine:
         """
         self._check_prompt(ids)
         return Generation(self, list(ids), params or SamplingParams())
+
+    def _check_sequence(self, seq: int) -> None:
+        if not 0 <= seq < self.plan.shape.sequences:
+            raise UsageError(f"There is no sequence {seq}: the engine was loaded for {self.plan.shape.sequences}.")
+
+    def _settle(self) -> None:
+        """Take back the steps that run ahead of what was read."""
+        if "step" in vars(self):
+            self.step.cancel()
+        del self._ids[self.arena.length[0] :]
 
     def _check_prompt(self, ids: list[int]) -> None:
         if not ids:
@@ -168,6 +241,7 @@ class Engine:
 
     def _reuse(self, ids: list[int]) -> int:
         """Cut the cache back to the longest prefix of ``ids[:-1]`` that it holds; returns its length."""
+        self._settle()
         common = 0
         for have, want in zip(self._ids, ids[:-1], strict=False):
             if have != want:
@@ -177,94 +251,62 @@ class Engine:
         del self._ids[kept:]
         return kept
 
-    @torch.inference_mode()
-    def _next_logits(self, ids: list[int]) -> Tensor:
+    def _next_logits(self, ids: list[int], seq: int = 0) -> Tensor:
         """Feed ``ids`` in chunks; returns the last token's float32 logits ``[vocab]``."""
+        with torch.inference_mode():
+            return self._logits(self._next_hidden(ids, seq))[0]
+
+    @torch.inference_mode()
+    def _next_hidden(self, ids: list[int], seq: int = 0) -> Tensor:
+        """Feed ``ids`` in chunks; returns the last token's state ``[1, hidden]``, as :meth:`_forward` gives it."""
         chunk = self.plan.shape.chunk
         hidden = None
         for i in range(0, len(ids), chunk):
-            hidden = self._forward(ids[i : i + chunk])[-1:]
+            hidden = self._forward(ids[i : i + chunk], seq)[-1:]
         assert hidden is not None
-        return self._decoder.logits(hidden)[0]
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits ``[n, vocab]`` of what :meth:`_forward` gave."""
+        if self.device.type == "cpu":
+            return self._decoder.logits(hidden)
+        return self.forward.logits(hidden).to(torch.float32)
 
     @torch.inference_mode()
-    def _forward(self, ids: list[int]) -> Tensor:
-        """Hidden states ``[n, hidden]`` of the next ``ids`` of sequence 0, whose keys and values enter the cache."""
-        start = self.arena.length[0]
+    def _forward(self, ids: list[int], seq: int = 0) -> Tensor:
+        """States ``[n, hidden]`` of the next ``ids`` of a sequence, whose keys and values enter the cache."""
+        start = self.arena.length[seq]
         step: Prefill | Decode | None = None
-        scale = self.config.head_dim**-0.5
         try:
-            step = self.arena.decode(1) if len(ids) == 1 else self.arena.prefill(0, len(ids))
-            attend, workspace = step.attend, self._workspace
-            hidden = self._decoder.hidden(
-                torch.tensor([ids], device=self.device),
-                torch.arange(start, start + len(ids), device=self.device)[None],
-                lambda layer, q, k, v: attend(layer, q, k, v, scale, workspace),
-            )
+            step = self.arena.decode(1) if len(ids) == 1 and seq == 0 else self.arena.prefill(seq, len(ids))
+            hidden = self._hidden_cpu(ids, start, step) if self.device.type == "cpu" else self._hidden(ids, step)
             step.commit()
-            self._ids += ids
+            if seq == 0:
+                self._ids += ids
         except BaseException:
             if step is None:
-                self.arena.truncate(0, start)
+                self.arena.truncate(seq, start)
             else:
                 step.abort()
             del self._ids[self.arena.length[0] :]
             raise
-        return hidden[0]
+        return hidden
+
+    def _hidden(self, ids: list[int], step: Prefill | Decode) -> Tensor:
+        on_device = self.forward.upload(ids)
+        if isinstance(step, Decode):
+            return self.forward.step(on_device, step.max_length)
+        return self.forward.chunk(on_device, step)
+
+    def _hidden_cpu(self, ids: list[int], start: int, step: Prefill | Decode) -> Tensor:
+        attend, scale = step.attend, self.config.head_dim**-0.5
+        return self._decoder.hidden(
+            torch.tensor([ids]),
+            torch.arange(start, start + len(ids))[None],
+            lambda layer, q, k, v: attend(layer, q, k, v, scale, None),
+        )[0]
 
 
 def _rotation(matrix: Tensor) -> Tensor | None:
     """None for the identity, so that plain formats pay nothing."""
     return None if torch.equal(matrix, torch.eye(matrix.shape[0], dtype=matrix.dtype)) else matrix
-
-
-class Generation:
-    """A running continuation: an iterator of tokens. Leaving it early loses nothing: the cache holds what was fed.
-
-    Another one may run in between; whichever goes on first brings its own tokens back into the cache.
-    """
-
-    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams) -> None:
-        self.prompt_tokens, self.reused_tokens = len(ids), 0
-        self.prefill_seconds, self.decode_seconds = 0.0, 0.0
-        self.generated_tokens = 0
-        self.finish_reason: str | None = None
-        self._tokens = self._run(engine, ids, params)
-
-    def __iter__(self) -> Iterator[Token]:
-        return self
-
-    def __next__(self) -> Token:
-        return next(self._tokens)
-
-    def close(self) -> None:
-        """End the generation; further iteration yields nothing."""
-        self._tokens.close()
-
-    def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Generator[Token, None, None]:
-        ends = engine.end_ids | set(params.stop_ids)
-        begun = time.perf_counter()
-        sampler = Sampler(params, ids, engine.config.vocab_size, engine.device)
-        engine._holder = self
-        self.reused_tokens = engine._reuse(ids)
-        token, logprob = sampler(engine._next_logits(ids[self.reused_tokens :]))
-        self.prefill_seconds = time.perf_counter() - begun
-        while True:
-            self.generated_tokens += 1
-            if token in ends:
-                self.finish_reason = "stop"
-            elif params.max_tokens is not None and self.generated_tokens >= params.max_tokens:
-                self.finish_reason = "length"
-            elif len(ids) == engine.max_context:
-                self.finish_reason = "context"
-            ids.append(token)
-            yield Token(token, logprob, self.finish_reason)
-            if self.finish_reason is not None:
-                return
-            begun = time.perf_counter()
-            fresh = len(ids) - 1
-            if engine._holder is not self:
-                engine._holder = self
-                fresh = engine._reuse(ids)
-            token, logprob = sampler(engine._next_logits(ids[fresh:]))
-            self.decode_seconds += time.perf_counter() - begun

@@ -8,14 +8,18 @@ import torch
 
 from octo_run import kernels
 from octo_run.engine.arena import PAGE, ArenaShape
+from octo_run.engine.forward import buffer_bytes
+from octo_run.engine.sampling import sampling_bytes
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import KVFormat, parse_kv
 from octo_run.models.config import ModelConfig
 from octo_run.models.weights import weight_bytes
 
-#: Tokens that go through the layers together in prefill.
-CHUNK = 512
-#: Share of the free memory that ``--ctx auto`` may take (the rest is for the driver's own needs and other programs).
+#: Tokens that go through the layers together in prefill; on CUDA fewer where their buffers would take too much memory.
+CHUNK = {"cuda": 4096, "cpu": 512}
+#: Bytes left to the driver on CUDA: kernels, graphs, the rounding of allocations.
+DRIVER_BYTES = 640 * 2**20
+#: Share of the free memory that ``--ctx auto`` may take (the rest is for other programs).
 AUTO_SHARE = {"cuda": 0.92, "cpu": 0.5}
 
 
@@ -24,8 +28,8 @@ class MemoryPlan:
     """Bytes by purpose on one device, and the context that they hold.
 
     ``full_precision`` are sinks, windows and the staging buffer; ``workspace`` the attention splits, the library's
-    matrix-product workspace and the largest set of activations alive at once; ``logits`` one row of float32 logits with
-    the sampler's copies.
+    matrix-product workspaces and the activations of a chunk or a step; ``logits`` the logits of a step and what the
+    sampler keeps for each sequence.
     """
 
     kv: str
@@ -100,19 +104,40 @@ def free_memory(device: torch.device) -> int:
 
 
 def _library_workspace(device: torch.device) -> int:
-    """Bytes that the matrix-product library takes through the allocator on its first call (PyTorch's own defaults)."""
-    if device.type != "cuda":
-        return 0
+    """Bytes that the matrix-product library takes through the allocator, for two streams (PyTorch's own defaults)."""
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
+    return 2 * (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
 
 
-def _activations(cfg: ModelConfig, rows: int, dtype: torch.dtype) -> int:
+def _cpu_activations(cfg: ModelConfig, rows: int, dtype: torch.dtype) -> int:
     """Bytes of the largest set of activations alive at once for ``rows`` tokens, in the MLP or around the attention."""
     heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
     mlp = 2 * cfg.hidden_size + 4 * cfg.intermediate_size
     attention = 2 * cfg.hidden_size + 3 * heads
     return rows * max(mlp, attention) * dtype.itemsize + rows * cfg.hidden_size * 4
+
+
+def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int) -> int:
+    """Tokens of a chunk: on CUDA halved, down to 512, until their buffers take at most a sixteenth of what is free."""
+    rows = CHUNK[device.type]
+    while device.type == "cuda" and rows > 512 and buffer_bytes(cfg, rows, dtype) > free // 16:
+        rows //= 2
+    return rows
+
+
+def _workspace(cfg: ModelConfig, shape: ArenaShape, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of everything that is neither weights nor arena nor logits."""
+    if device.type == "cpu":
+        return _cpu_activations(cfg, shape.chunk, dtype)
+    sequences = shape.sequences
+    attention = kernels.attention_workspace_bytes(sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
+    return attention + _library_workspace(device) + buffer_bytes(cfg, max(shape.chunk, sequences), dtype)
+
+
+def _logits(cfg: ModelConfig, sequences: int, dtype: torch.dtype, device: torch.device) -> int:
+    if device.type == "cpu":
+        return 16 * sequences * cfg.vocab_size
+    return sampling_bytes(sequences, cfg.vocab_size, dtype)
 
 
 def plan_memory(
@@ -137,7 +162,7 @@ def plan_memory(
         raise UsageError(
             f"The context of {max_context:,} tokens is beyond the model's {limit:,}; give --ctx {limit} or less."
         )
-    context = limit if max_context is None else max_context
+    context, free = limit if max_context is None else max_context, free_memory(device)
     shape = ArenaShape(
         layers=cfg.num_layers,
         kv_heads=cfg.num_kv_heads,
@@ -148,19 +173,18 @@ def plan_memory(
         context=context,
         sink=sink,
         window=window,
-        chunk=min(CHUNK, context),
+        chunk=min(_chunk(cfg, dtype, device, free), context),
         sequences=sequences,
     )
-    attention = kernels.attention_workspace_bytes(sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
     plan = MemoryPlan(
         kv=fmt.name,
         device=str(device),
         dtype=dtype,
         shape=shape,
-        free=free_memory(device),
+        free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
         weights=weight_bytes(cfg, dtype),
-        workspace=attention + _library_workspace(device) + _activations(cfg, shape.chunk, dtype),
-        logits=4 * sequences * cfg.vocab_size * 4,
+        workspace=_workspace(cfg, shape, dtype, device),
+        logits=_logits(cfg, sequences, dtype, device),
     )
     budget = int(plan.free * AUTO_SHARE[device.type])
     fits = plan.tokens_that_fit(budget if max_context is None else plan.free)
@@ -170,7 +194,7 @@ def plan_memory(
                 f"The model's weights need {plan.weights / 2**30:.2f} GiB; of the {plan.free / 2**30:.2f} GiB free on "
                 f"{plan.device}, {budget / 2**30:.2f} GiB are taken unasked: give --ctx, or choose a smaller model."
             )
-        return replace(plan, shape=replace(shape, context=fits, chunk=min(CHUNK, fits)))
+        return replace(plan, shape=replace(shape, context=fits, chunk=min(shape.chunk, fits)))
     if fits < context:
         raise OctoError(
             f"A context of {context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "

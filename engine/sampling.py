@@ -1,6 +1,7 @@
 """Choosing the next token from logits."""
 
 import math
+import secrets
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -107,3 +108,110 @@ def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
     if params.min_p > 0:
         scores = scores.masked_fill(scores < scores.max() + math.log(params.min_p), -torch.inf)
     return scores.softmax(-1)
+
+
+def sampling_bytes(sequences: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes on the device of a step's logits in ``dtype`` and of what :class:`BatchSampler` keeps and works with."""
+    return sequences * vocab_size * (dtype.itemsize + 4)
+
+
+class BatchSampler:
+    """Draws a token for each of several sequences on the device; nothing in a draw waits for or asks the host.
+
+    The noise of a draw depends on the sequence's seed and on how many tokens it has drawn, so the same seed and logits
+    give the same tokens, whatever runs beside them or in between. The rules are those of ``SamplingParams``.
+    """
+
+    def __init__(self, sequences: int, vocab_size: int, device: torch.device) -> None:
+        self._device, self._vocab = device, vocab_size
+        self.drawn = torch.zeros(2, sequences, dtype=torch.int32, device=device)
+        self.tokens, self._logprobs = self.drawn[0], self.drawn[1].view(torch.float32)
+        self._rules = torch.zeros(4, sequences, device=device)  # temperature, top_p, log min_p, repetition_penalty
+        self._whole = torch.zeros(3, sequences, dtype=torch.int64, device=device)  # top_k, seed, tokens drawn
+        self._counts = torch.zeros(sequences, vocab_size, dtype=torch.int32, device=device)
+        self._index = torch.arange(vocab_size, device=device)
+        #: Which rules any sequence needs: a recorded draw serves the same ones. (penalty, noise, filters)
+        self.kind = (False, False, False)
+
+    def set(self, params: list[SamplingParams], seen: list[list[int]], drawn: int = 0) -> None:
+        """The rules of the first ``len(params)`` sequences, the tokens their penalties count, and tokens drawn before.
+
+        ``seed`` None takes a fresh one.
+        """
+        batch, tiny = len(params), torch.finfo(torch.float32).tiny
+        rules = [
+            (max(min(p.temperature, 1e30), tiny), p.top_p, math.log(p.min_p) if p.min_p else -math.inf,
+             p.repetition_penalty)
+            for p in params
+        ]  # fmt: skip
+        whole = [(1 if p.temperature == 0 else p.top_k or self._vocab, _signed(p.seed), drawn) for p in params]
+        self._rules[:, :batch] = torch.tensor(rules).T.to(self._device)
+        self._whole[:, :batch] = torch.tensor(whole).T.to(self._device)
+        self.kind = (
+            any(p.repetition_penalty != 1 for p in params),
+            any(p.temperature > 0 for p in params),
+            any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
+        )
+        if self.kind[0]:
+            self._counts[:batch].zero_()
+            for row, tokens in enumerate(seen):
+                self._counts[row].index_fill_(0, torch.tensor(tokens).to(self._device), 1)
+
+    def draw(self, logits: Tensor) -> None:
+        """Draw from ``logits [batch, vocab]`` of the first sequences: ``drawn`` then has tokens and log-probabilities.
+
+        Log-probabilities are under the model's own distribution, not finite if the logits are not.
+        """
+        batch = len(logits)
+        logits = logits.to(torch.float32)
+        temperature, top_p, min_p, penalty = self._rules[:, :batch, None]
+        top_k, seeds, counters = self._whole[:, :batch, None]
+        scores = logits
+        if self.kind[0]:
+            lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+            scores = torch.where(self._counts[:batch] > 0, lowered, logits)
+        if self.kind[1]:
+            greedy = top_k == 1
+            scores = (scores - scores.amax(-1, keepdim=True)) / temperature.where(~greedy, 1.0)
+            if self.kind[2]:
+                scores = _filtered_rows(scores, top_k, top_p, min_p)
+            scores = torch.where(greedy, scores, scores + _gumbel(seeds, counters, self._index))
+            counters.add_(1)
+        tokens = scores.argmax(-1, keepdim=True)
+        if self.kind[0]:
+            self._counts[:batch].scatter_(1, tokens, 1)
+        self.tokens[:batch].copy_(tokens[:, 0])
+        self._logprobs[:batch].copy_((logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True))[:, 0])
+
+
+def _signed(seed: int | None) -> int:
+    """A seed (None: a fresh one) as int64 holds it."""
+    seed = secrets.randbits(64) if seed is None else seed
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
+def _filtered_rows(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """``scores [B, vocab]`` with -inf for what top-k, top-p and min-p (a logarithm), all ``[B, 1]``, leave out."""
+    ordered = scores.sort(descending=True).values
+    last = ordered.gather(1, (top_k - 1).clamp(0, scores.shape[1] - 1))
+    ordered = ordered.masked_fill(ordered < last, -torch.inf)
+    share = ordered.softmax(-1)
+    within = share.cumsum(-1) - share < top_p
+    nucleus = ordered.gather(1, within.sum(-1, keepdim=True).clamp(min=1) - 1)
+    least = torch.maximum(torch.maximum(last, nucleus), ordered[:, :1] + min_p)
+    return scores.masked_fill(scores < least, -torch.inf)
+
+
+def _gumbel(seeds: Tensor, counters: Tensor, index: Tensor) -> Tensor:
+    """Gumbel noise, float32 ``[B, vocab]``: a hash of seed, counter (int64 ``[B, 1]``) and token."""
+    mixed = _hash(_hash(seeds ^ _hash(counters)) + index)
+    share = (((mixed >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    return -torch.log(-torch.log1p(-share))
+
+
+def _hash(x: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014) on int64; multiplication wraps around."""
+    x = x + -7046029254386353131
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

@@ -2,7 +2,8 @@
 
 from collections.abc import Generator, Iterator
 
-from octo_run.engine.engine import Engine, Generation
+from octo_run.engine.engine import Engine
+from octo_run.engine.generation import Generation
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import OctoError, UsageError
 

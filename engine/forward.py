@@ -1,0 +1,140 @@
+"""The decoder's arithmetic on preallocated buffers: chunks of a prompt and decode steps, without an allocation.
+
+The CPU's prompts go through ``Decoder.hidden`` instead; the rounding points are the same.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from octo_run import kernels
+from octo_run.engine import plain_ops as ops
+from octo_run.engine.arena import KVArena, Prefill
+from octo_run.models.config import ModelConfig
+from octo_run.models.decoder import Decoder
+
+#: ``mix(layer, qkv [R, (heads + 2 kv_heads) d]) -> [R, heads * d]``: from a layer's projections to its attention
+Mix = Callable[[int, Tensor], Tensor]
+
+_ALIGNED = 128  # elements: every buffer begins on a multiple
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _shapes(cfg: ModelConfig, rows: int) -> tuple[Shapes, Shapes, Shapes]:
+    """Buffers that live through a layer, those of its attention, those of its MLP (the latter two share memory)."""
+    q, kv = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, 1, cfg.head_dim)
+    lasting: Shapes = dict.fromkeys(("residual", "normed", "delta"), (rows, cfg.hidden_size))
+    attention: Shapes = {"qkv": (rows, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim), "q": (rows, 1, *q)}
+    attention |= {"mixed": (rows, 1, *q), "k": (rows, *kv), "v": (rows, *kv)}
+    mlp: Shapes = {"gate_up": (rows, 2 * cfg.intermediate_size), "inner": (rows, cfg.intermediate_size)}
+    return lasting, attention, mlp
+
+
+def _size(shapes: Shapes) -> int:
+    return sum(-(-prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes.values())
+
+
+def buffer_bytes(cfg: ModelConfig, rows: int, dtype: torch.dtype) -> int:
+    """Bytes that a :class:`Forward` of ``rows`` tokens holds."""
+    lasting, attention, mlp = _shapes(cfg, rows)
+    return (_size(lasting) + max(_size(attention), _size(mlp))) * dtype.itemsize + rows * (4 + 4 + 8)
+
+
+class Forward:
+    """Runs up to ``rows`` tokens through the layers of ``decoder`` over the sequences of ``arena``."""
+
+    def __init__(self, decoder: Decoder, arena: KVArena, rows: int, workspace: Tensor | None) -> None:
+        self.decoder, self.arena, self.workspace = decoder, arena, workspace
+        cfg, device = decoder.cfg, arena.pages.device
+        lasting, attention, mlp = _shapes(cfg, rows)
+        kept = _size(lasting)
+        flat = torch.empty(kept + max(_size(attention), _size(mlp)), dtype=arena.shape.dtype, device=device)
+        self._buffers = {**_carve(flat, lasting), **_carve(flat[kept:], attention), **_carve(flat[kept:], mlp)}
+        self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.scale = cfg.head_dim**-0.5
+
+    def upload(self, ids: list[int]) -> Tensor:
+        """``ids`` on the device, int64, without waiting for the device."""
+        host = torch.tensor(ids)
+        into = self._ids[: len(ids)]
+        return into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
+
+    def chunk(self, ids: Tensor, chunk: Prefill) -> Tensor:
+        """Normed hidden states ``[C, hidden]`` of a chunk of one sequence; ``ids`` int64 ``[C]``."""
+        count = len(ids)
+        positions = torch.arange(chunk.start, chunk.end, dtype=torch.int32, out=self._positions[:count])
+        q, k, v, mixed = (self._buffers[name][:count] for name in ("q", "k", "v", "mixed"))
+
+        query, key, value = (x.view(1, count, -1, x.shape[-1]) for x in (q, k, v))
+
+        def mix(index: int, qkv: Tensor) -> Tensor:
+            self._rope(index, qkv, positions, self._no_slots[:count], k, v, q)
+            chunk.attend(index, query, key, value, self.scale, self.workspace, out=mixed.view(query.shape))
+            return mixed
+
+        return self._layers(ids, mix)
+
+    def step(self, ids: Tensor, max_length: int) -> Tensor:
+        """Normed hidden states ``[B, hidden]`` of one token in each of the first B sequences; ``ids`` int64 ``[B]``.
+
+        Positions, slots and lengths are the arena's on the device: nothing here depends on a value of the host but the
+        bound ``max_length``.
+        """
+        arena, batch, sink = self.arena, len(ids), self.arena.shape.sink
+        positions, slots = arena.state[0, :batch], arena.state[3, :batch]
+        q, mixed = self._buffers["q"][:batch], self._buffers["mixed"][:batch]
+
+        def mix(index: int, qkv: Tensor) -> Tensor:
+            full_k, full_v = arena.full(index, batch)
+            self._rope(index, qkv, positions, slots, full_k, full_v, q)
+            inputs = arena.inputs(index, 0, batch, (full_k[:, :, sink:], full_v[:, :, sink:]))
+            return kernels.attend(
+                q, inputs, arena.fmt, scale=self.scale, max_length=max_length, out=mixed, workspace=self.workspace
+            )
+
+        return self._layers(ids, mix)
+
+    def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits ``[R, vocab]`` of normed hidden states ``[R, hidden]`` in the compute dtype."""
+        if out is None:
+            out = normed.new_empty(len(normed), self.decoder.cfg.vocab_size)
+        ops.linear(normed, self.decoder.head, None, out)
+        return out
+
+    def _rope(self, index: int, qkv: Tensor, positions: Tensor, slots: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
+        layer, cfg = self.decoder.layers[index], self.decoder.cfg
+        ops.qkv_rope_append(
+            qkv, layer.q_norm, layer.k_norm, cfg.rms_norm_eps, self.decoder.inv_freq, positions, slots,
+            self.decoder.k_rotation, k, v, q)  # fmt: skip
+
+    def _layers(self, ids: Tensor, mix: Mix) -> Tensor:
+        decoder, eps = self.decoder, self.decoder.cfg.rms_norm_eps
+        part = {name: buffer[: len(ids)] for name, buffer in self._buffers.items()}
+        residual, normed, delta = part["residual"], part["normed"], part["delta"]
+        ops.embed(ids, decoder.embedding, residual)
+        ops.add_rms_norm(residual, None, decoder.layers[0].input_norm, eps, normed)
+        following = [layer.input_norm for layer in decoder.layers[1:]] + [decoder.final_norm]
+        for index, (layer, next_norm) in enumerate(zip(decoder.layers, following, strict=True)):
+            ops.linear(normed, layer.qkv, layer.qkv_bias, part["qkv"])
+            ops.linear(mix(index, part["qkv"]).flatten(1), layer.out, layer.out_bias, delta)
+            ops.add_rms_norm(delta, residual, layer.mlp_norm, eps, normed)
+            ops.linear(normed, layer.gate_up, layer.gate_up_bias, part["gate_up"])
+            ops.swiglu(part["gate_up"], part["inner"])
+            ops.linear(part["inner"], layer.down, layer.down_bias, delta)
+            ops.add_rms_norm(delta, residual, next_norm, eps, normed)
+        return normed
+
+
+def _carve(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    """Views of consecutive parts of ``flat``."""
+    parts, first = {}, 0
+    for name, shape in shapes.items():
+        parts[name] = flat[first : first + prod(shape)].view(shape)
+        first += -(-prod(shape) // _ALIGNED) * _ALIGNED
+    return parts

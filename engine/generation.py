@@ -1,0 +1,136 @@
+"""A running continuation of one prompt: why it ends, and where its tokens come from on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from octo_run.engine.sampling import Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from octo_run.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token. ``logprob`` is under the model's own distribution; the last one has a ``finish_reason``."""
+
+    id: int
+    logprob: float
+    finish_reason: str | None
+
+
+class _Source(Protocol):
+    """Where tokens come from."""
+
+    def prompt(self, ids: list[int], held: int, drawn: int) -> None:
+        """Go on from ``ids``, of which the cache holds the first ``held``, after ``drawn`` drawn tokens."""
+
+    def take(self, most: int) -> tuple[int, float]:
+        """The next token and its log-probability; ``most`` more, this one included, may be wanted."""
+
+
+class _StepByStep:
+    """Each token is drawn on the host before the next step begins."""
+
+    def __init__(self, engine: Engine, params: SamplingParams, prompt: list[int]) -> None:
+        self._engine = engine
+        self._sampler = Sampler(params, prompt, engine.config.vocab_size, engine.device)
+        self._feed: list[int] = []
+
+    def prompt(self, ids: list[int], held: int, drawn: int) -> None:
+        self._feed = ids[held:]
+
+    def take(self, most: int) -> tuple[int, float]:
+        token, logprob = self._sampler(self._engine._next_logits(self._feed))
+        self._feed = [token]
+        return token, logprob
+
+
+class _Ahead:
+    """Tokens are drawn on the device, and the step that feeds a token is launched before the host has read it."""
+
+    def __init__(self, engine: Engine, params: SamplingParams) -> None:
+        self._engine, self._step = engine, engine.step
+        self._params = params if params.seed is not None else replace(params, seed=secrets.randbits(64))
+        self._unread, self._fresh = 0, True
+
+    def prompt(self, ids: list[int], held: int, drawn: int) -> None:
+        hidden = self._engine._next_hidden(ids[held:])
+        self._step.prepare([self._params], [ids], drawn)
+        self._step.first(hidden)
+        self._unread, self._fresh = 1, True
+
+    def take(self, most: int) -> tuple[int, float]:
+        # The first token is read before the first step is launched: nobody waits for that one's recording.
+        while not self._fresh and self._unread < min(2, most):
+            self._step.launch()
+            self._unread += 1
+        drawn = self._step.read()[0]
+        self._unread -= 1
+        self._fresh = False
+        if self._unread:
+            self._engine._ids.append(drawn[0])
+        return drawn
+
+
+class Generation:
+    """A running continuation: an iterator of tokens. Leaving it early loses nothing: the cache holds what was fed.
+
+    Another one may run in between; whichever goes on first brings its own tokens back into the cache.
+    """
+
+    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams) -> None:
+        self.prompt_tokens, self.reused_tokens = len(ids), 0
+        self.prefill_seconds, self.decode_seconds = 0.0, 0.0
+        self.generated_tokens = 0
+        self.finish_reason: str | None = None
+        self._tokens = self._run(engine, ids, params)
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """End the generation; further iteration yields nothing."""
+        self._tokens.close()
+
+    def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Generator[Token, None, None]:
+        ends = engine.end_ids | set(params.stop_ids)
+        begun = time.perf_counter()
+        source: _Source = _Ahead(engine, params) if engine.device.type == "cuda" else _StepByStep(engine, params, ids)
+        engine._holder = self
+        try:
+            self.reused_tokens = engine._reuse(ids)
+            source.prompt(ids, self.reused_tokens, 0)
+            token, logprob = source.take(1)
+            self.prefill_seconds = time.perf_counter() - begun
+            while True:
+                self.generated_tokens += 1
+                if token in ends:
+                    self.finish_reason = "stop"
+                elif params.max_tokens is not None and self.generated_tokens >= params.max_tokens:
+                    self.finish_reason = "length"
+                elif len(ids) == engine.max_context:
+                    self.finish_reason = "context"
+                ids.append(token)
+                yield Token(token, logprob, self.finish_reason)
+                if self.finish_reason is not None:
+                    return
+                begun = time.perf_counter()
+                if engine._holder is not self:
+                    engine._holder = self
+                    source.prompt(ids, engine._reuse(ids), self.generated_tokens)
+                most = engine.max_context + 1 - len(ids) + 1
+                if params.max_tokens is not None:
+                    most = min(most, params.max_tokens - self.generated_tokens)
+                token, logprob = source.take(most)
+                self.decode_seconds += time.perf_counter() - begun
+        finally:
+            if engine._holder is self:
+                engine._settle()

@@ -1,0 +1,39 @@
+"""A model's shape without its weights: what measuring a shape needs in place of a folder."""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from octo_run.errors import OctoError, UsageError
+from octo_run.models.config import ModelConfig, load_config, parse_config, read_json_object
+
+
+class NoTokenizer:
+    """Stands where a tokenizer would: there is no text to a shape. Its token ids are all ordinary ones."""
+
+    eos_ids: frozenset[int] = frozenset()
+    special_ids: frozenset[int] = frozenset()
+    has_chat_template = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises ``OctoError``."""
+        raise OctoError("A model with random weights has no tokenizer: give it token ids, or load a real model.")
+
+    decode = stream = chat = encode
+
+
+def read_shape(shape: ModelConfig | str | Path) -> ModelConfig:
+    """The configuration itself, or that of a ``config.json`` or of the folder that holds one.
+
+    Raises ``UsageError`` for a path that is not there and ``OctoError`` for a file that is no configuration.
+    """
+    if isinstance(shape, ModelConfig):
+        return shape
+    path = Path(shape)
+    if path.is_dir():
+        return load_config(path)
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}; random weights need a config.json or the folder that holds one.")
+    return parse_config(read_json_object(path), path)
