@@ -69,6 +69,8 @@ class Engine:
         self.max_context = plan.context
         self._decoder = decoder
         self.arena = KVArena(plan.shape, fmt, self.device)
+        #: Whether prompts and steps run on kept buffers, and tokens ahead of what the host has read: always on CUDA.
+        self.ahead = self.device.type == "cuda"
         self._workspace: Tensor | None = None
         if self.device.type == "cuda":
             count = kernels.attention_workspace_bytes(
@@ -134,9 +136,9 @@ class Engine:
 
     @cached_property
     def forward(self) -> Forward:
-        """The layers on buffers that are kept: for whole chunks on CUDA, for decode steps alone on a CPU."""
+        """The layers on buffers that are kept: for whole chunks if ``ahead``, else for decode steps alone."""
         sequences = self.plan.shape.sequences
-        rows = max(self.plan.shape.chunk, sequences) if self.device.type == "cuda" else sequences
+        rows = max(self.plan.shape.chunk, sequences) if self.ahead else sequences
         return Forward(self._decoder, self.arena, rows, self._workspace)
 
     @cached_property
@@ -268,9 +270,9 @@ class Engine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``[n, vocab]`` of what :meth:`_forward` gave."""
-        if self.device.type == "cpu":
-            return self._decoder.logits(hidden)
-        return self.forward.logits(hidden).to(torch.float32)
+        if self.ahead:
+            return self.forward.logits(hidden).to(torch.float32)
+        return self._decoder.logits(hidden)
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], seq: int = 0) -> Tensor:
@@ -279,7 +281,7 @@ class Engine:
         step: Prefill | Decode | None = None
         try:
             step = self.arena.decode(1) if len(ids) == 1 and seq == 0 else self.arena.prefill(seq, len(ids))
-            hidden = self._hidden_cpu(ids, start, step) if self.device.type == "cpu" else self._hidden(ids, step)
+            hidden = self._hidden(ids, step) if self.ahead else self._hidden_eager(ids, start, step)
             step.commit()
             if seq == 0:
                 self._ids += ids
@@ -298,7 +300,7 @@ class Engine:
             return self.forward.step(on_device, step.max_length)
         return self.forward.chunk(on_device, step)
 
-    def _hidden_cpu(self, ids: list[int], start: int, step: Prefill | Decode) -> Tensor:
+    def _hidden_eager(self, ids: list[int], start: int, step: Prefill | Decode) -> Tensor:
         attend, scale = step.attend, self.config.head_dim**-0.5
         return self._decoder.hidden(
             torch.tensor([ids]),

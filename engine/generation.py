@@ -57,23 +57,28 @@ class _Ahead:
         self._engine, self._step = engine, engine.step
         self._params = params if params.seed is not None else replace(params, seed=secrets.randbits(64))
         self._unread, self._fresh = 0, True
+        self._unfed: int | None = None  # a token that was read before a step for it was launched
 
     def prompt(self, ids: list[int], held: int, drawn: int) -> None:
         hidden = self._engine._next_hidden(ids[held:])
         self._step.prepare([self._params], [ids], drawn)
         self._step.first(hidden)
-        self._unread, self._fresh = 1, True
+        self._unread, self._fresh, self._unfed = 1, True, None
 
     def take(self, most: int) -> tuple[int, float]:
         # The first token is read before the first step is launched: nobody waits for that one's recording.
         while not self._fresh and self._unread < min(2, most):
             self._step.launch()
             self._unread += 1
+            if self._unfed is not None:
+                self._engine._ids.append(self._unfed)
+                self._unfed = None
         drawn = self._step.read()[0]
-        self._unread -= 1
-        self._fresh = False
+        self._unread, self._fresh = self._unread - 1, False
         if self._unread:
             self._engine._ids.append(drawn[0])
+        else:
+            self._unfed = drawn[0]
         return drawn
 
 
@@ -103,7 +108,7 @@ class Generation:
     def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Generator[Token, None, None]:
         ends = engine.end_ids | set(params.stop_ids)
         begun = time.perf_counter()
-        source: _Source = _Ahead(engine, params) if engine.device.type == "cuda" else _StepByStep(engine, params, ids)
+        source: _Source = _Ahead(engine, params) if engine.ahead else _StepByStep(engine, params, ids)
         engine._holder = self
         try:
             self.reused_tokens = engine._reuse(ids)
@@ -126,7 +131,7 @@ class Generation:
                 if engine._holder is not self:
                     engine._holder = self
                     source.prompt(ids, engine._reuse(ids), self.generated_tokens)
-                most = engine.max_context + 1 - len(ids) + 1
+                most = engine.max_context + 1 - len(ids)
                 if params.max_tokens is not None:
                     most = min(most, params.max_tokens - self.generated_tokens)
                 token, logprob = source.take(most)

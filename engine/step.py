@@ -79,9 +79,13 @@ class DecodeStep:
     def launch(self) -> None:
         """One step for all sequences of :meth:`start`. Waits for nothing.
 
-        Raises ``UsageError`` if a sequence is full or ``AHEAD`` launches are unread.
+        Raises ``UsageError`` before a :meth:`start`, if a sequence is full, or if ``AHEAD`` launches are unread.
         """
         arena = self.arena
+        if not self._batch:
+            raise UsageError("No sequence has been started: start the steps first.")
+        if len(self._unread) == AHEAD:
+            raise UsageError(f"{AHEAD} steps are launched and unread: read one first.")
         if max(arena.length[: self._batch]) >= arena.shape.context:
             raise UsageError(f"A sequence has reached the context of {arena.shape.context:,} tokens: no step follows.")
         for seq in range(self._bucket):
@@ -117,8 +121,6 @@ class DecodeStep:
         self._batch = 0
 
     def _queue(self, fed: int) -> None:
-        if len(self._unread) == AHEAD:
-            raise UsageError(f"{AHEAD} steps are launched and unread: read one first.")
         result = self._results[self._next]
         self._next = (self._next + 1) % AHEAD
         result.copy(self.sampler.drawn)

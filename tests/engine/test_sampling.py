@@ -1,6 +1,7 @@
 """Sampling against plain definitions, reproducibility, refusals."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octo_run.engine import SamplingParams
-from octo_run.engine.sampling import Sampler, filtered
+from octo_run.engine.sampling import BatchSampler, Sampler, filtered
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import GenerationDefaults
 
@@ -181,3 +182,73 @@ def test_from_defaults() -> None:
     assert SamplingParams.from_defaults(sampled, temperature=0.0).temperature == 0
     with pytest.raises(TypeError, match="warmth"):
         SamplingParams.from_defaults(GenerationDefaults(), warmth=1)
+
+
+# Several sequences at once, on the device
+
+
+def sampled(params: list[SamplingParams], logits: torch.Tensor, seen: list[list[int]] | None = None) -> BatchSampler:
+    sampler = BatchSampler(len(params), logits.shape[-1], CPU)
+    sampler.set(params, seen or [[] for _ in params])
+    sampler.draw(logits.expand(len(params), -1))
+    return sampler
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5, "top_k": 3},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.3},
+        {"temperature": 1.0, "repetition_penalty": 1.7},
+        {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.6},
+    ],
+)
+def test_batch_draws_follow_the_definition(rules: dict[str, Any]) -> None:
+    logits, count = [2.0, 1.5, 0.5, 0.25, -0.5, -1.0, -1.5, 1.0], 6000
+    params = SamplingParams(**rules)
+    sampler = sampled([replace(params, seed=i) for i in range(count)], torch.tensor(logits), [[1, 5, 5]] * count)
+    wanted = torch.tensor(definition(logits, params, {1, 5}))
+    got = torch.bincount(sampler.tokens.long(), minlength=8) / count
+    assert bool((got[wanted == 0] == 0).all())
+    assert bool(((got - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / count).sqrt() + 1e-4).all())
+
+
+def test_draws_of_one_sequence_differ_and_repeat() -> None:
+    sampler = BatchSampler(1, 1000, CPU)
+    runs = []
+    for drawn in (0, 0, 10):
+        sampler.set([SamplingParams(temperature=1.0, seed=2**64 - 1)], [[]], drawn)
+        tokens = []
+        for _ in range(20):
+            sampler.draw(torch.zeros(1, 1000))
+            tokens.append(int(sampler.tokens[0]))
+        runs.append(tokens)
+    assert runs[0] == runs[1] and len(set(runs[0])) > 15
+    assert runs[2][:10] == runs[0][10:]
+
+
+def test_greedy_beside_noise_and_the_models_own_probability() -> None:
+    logits = torch.tensor([0.1, 4.0, 3.9, 1.0])
+    sampler = sampled([SamplingParams(), SamplingParams(temperature=5.0, seed=1), SamplingParams()], logits)
+    assert sampler.tokens[0] == sampler.tokens[2] == 1
+    own = logits.log_softmax(-1)[sampler.tokens.long()]
+    assert torch.allclose(sampler.drawn[1].view(torch.float32), own, atol=1e-6)
+
+
+def test_penalties_count_what_was_drawn() -> None:
+    sampler = BatchSampler(1, 3, CPU)
+    sampler.set([SamplingParams(repetition_penalty=2.0)], [[0]])
+    tokens = []
+    for _ in range(3):
+        sampler.draw(torch.tensor([[3.0, 2.0, 1.2]]))
+        tokens.append(int(sampler.tokens[0]))
+    assert tokens == [1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1e30])
+def test_extreme_temperatures_in_a_batch(temperature: float) -> None:
+    params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(50)]
+    tokens = set(sampled(params, torch.tensor([30.0, 10.0, 20.0])).tokens.tolist())
+    assert tokens == ({0} if temperature < 1 else {0, 1, 2})
