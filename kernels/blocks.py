@@ -1,8 +1,7 @@
 """The signed-table trellis formats as the GPU kernels see them: tables, and the place of each bit of 64 vectors.
 
-A block (the K or the V vectors of a page, of one layer and KV head) is either a `PageLayout` block or 64 rows one
-behind the other. The kernels know neither: they follow the address maps that this module builds, once for a format and
-device.
+A block (the K or the V vectors of a page, of one layer and KV head) lies as its `PageLayout` says. The general kernels
+do not know it: they follow the address maps that this module builds, once for a format and device.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class TableFormat:
     norm_bits: int
     step: float
     table: Tensor
-    layout: PageLayout | None
+    layout: PageLayout
 
     @property
     def triplets(self) -> int:
@@ -93,19 +92,13 @@ class BlockBits:
 @functools.cache
 def block_bits(form: TableFormat, side: Side) -> BlockBits:
     """Where the bits of a K or V block lie; bits of a number from low to high."""
-    real = 3 * np.arange(form.triplets)[:, None] + np.arange(3) < form.head_dim
     layout = form.layout
-    if layout is not None:
-        code, norm = (layout.k_code, layout.k_norm) if side == "k" else (layout.v_code, layout.v_norm)
-        sign = np.full((PAGE, form.triplets, 3), -1)
-        if form.signed:
-            sign = np.where(real, layout.k_sign if side == "k" else layout.v_sign, -1)
-        return BlockBits(code, sign, norm, 15 - form.norm_bits)
-    row = np.arange(PAGE)[:, None] * form.bytes_per_vector * 8
-    code = row[:, :, None] + np.arange(form.triplets * form.stream).reshape(form.triplets, form.stream)
-    sign = row[:, :, None] + form.triplets * form.stream + np.arange(3 * form.triplets).reshape(-1, 3)
-    norm = row + 8 * (form.bytes_per_vector - 2) + np.arange(16)
-    return BlockBits(code, np.where(real & form.signed, sign, -1), norm, 0)
+    code, norm = (layout.k_code, layout.k_norm) if side == "k" else (layout.v_code, layout.v_norm)
+    sign = np.full((PAGE, form.triplets, 3), -1)
+    if form.signed:
+        real = 3 * np.arange(form.triplets)[:, None] + np.arange(3) < form.head_dim
+        sign = np.where(real, layout.k_sign if side == "k" else layout.v_sign, -1)
+    return BlockBits(code, sign, norm, 15 - form.norm_bits)
 
 
 @functools.cache

@@ -1,17 +1,21 @@
-"""Times one decode step's attention, packed pages and full-precision parts and merge, against the best bf16 kernels.
+"""Times one decode step's attention, packed pages, full-precision parts and merge, against the best bf16 and fp8
+kernels.
 
-    python scripts/bench_attention.py [--formats oct2,oct3,...] [--shapes 1x8192,...] [--heads 8x4,...] [--json FILE]
+    python scripts/bench_attention.py [--formats oct2,oct3,...] [--cases 8x4x128@1x8192,...] [--json FILE] [--plot FILE]
 
-Refuses to time a wrong kernel: every format and group size is first compared with float64 attention over the decoded
-pages. Everything runs in one process, by CUDA-graph replay over rotating layers larger than the L2 cache; medians.
-Peers are PyTorch's cuDNN and Flash scaled-dot-product attention over contiguous bf16 K and V (which pay for no page
-table). Prints the machine's copy bandwidth first, then a markdown table: microseconds, the share of that bandwidth that
-the stored bytes reach, and the ratio to the faster peer.
+A case is KV heads x group x head_dim @ batch x tokens, or @ mixed: sixteen sequences of 1,024 to 65,536 tokens. Refuses
+to time a wrong kernel: every format, head count and dimension is first compared with float64 attention over the decoded
+pages. Everything runs in one process, by CUDA-graph replay over rotating layers larger than the L2 cache; medians of
+50. Peers are PyTorch's cuDNN and Flash attention over contiguous K and V (which pay for no page table), FlashInfer's
+paged decode in bf16 and fp8 where it is installed, and our general Triton kernel on bf16 pages (the format bf16).
+Prints the machine's copy bandwidth first, then a markdown table: microseconds, the share of that bandwidth that the
+stored bytes reach, and the ratios to the fastest bf16 kernel (ours included) and to fp8.
 """
 
 import argparse
 import datetime
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,17 +23,46 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from attention_peers import PEERS
 
 from octo_run.kernels import AttentionInputs, attend, attention_workspace_bytes, encode_pages, page_bytes
 from octo_run.kernels.codec import KVFormat, parse_kv
 
-SINK, RING, PAGE, DIM = 64, 128, 64, 128
+SINK, RING, PAGE, NEW = 64, 128, 64, 100
 ROTATE_BYTES = 200_000_000  # four times the L2 cache
+DISTINCT = 5  # pages of a check: their codes come from the CPU too, which takes its time
 BOUND = 4e-3  # bf16 outputs are themselves rounded to 2e-3
 DEVICE = torch.device("cuda")
+MIXED = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 16384, 24576, 32768, 32768, 49152, 65536, 65536]
+CONTEXTS = "1x4096,1x8192,1x32768,1x131072,1x1048576,8x8192,8x32768,16x32768,64x4096,mixed"
+OTHERS = "8x1x128,4x7x128,2x8x128,1x16x128,8x4x64,8x4x256"
+CASES = [f"8x4x128@{context}" for context in CONTEXTS.split(",")]
+CASES += [f"{heads}@{context}" for heads in OTHERS.split(",") for context in ("1x131072", "16x32768")]
+CASES += ["4x7x128@1x65536"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case."""
+
+    kv_heads: int
+    group: int
+    dim: int
+    context: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        heads, context = text.split("@")
+        return cls(*(int(n) for n in heads.split("x")), context)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Packed tokens of every sequence."""
+        if self.context == "mixed":
+            return MIXED
+        batch, tokens = (int(n) for n in self.context.split("x"))
+        return [tokens] * batch
 
 
 @dataclass
@@ -37,13 +70,14 @@ class Row:
     """One measurement: microseconds of a step, and GB/s of the bytes that its format stores."""
 
     shape: str
-    kv_heads: int
-    group: int
+    heads: str
+    head_dim: int
     kernel: str
     microseconds: float
     gb_per_s: float
     share_of_copy: float
     ratio_to_bf16: float
+    ratio_to_fp8: float | None
 
 
 def median_us(step: Callable[[], object], calls: int, repeats: int = 50) -> float:
@@ -73,160 +107,196 @@ def copy_bandwidth() -> float:
     return 2 * 4 * source.numel() / (median_us(lambda: torch.add(source, 1, out=target), 1, 20) * 1e-6)
 
 
-def inputs(fmt: KVFormat, batch: int, tokens: int, kv_heads: int, layers: int) -> list[AttentionInputs]:
-    """``layers`` arenas whose packed pages together hold ``tokens`` tokens a sequence, coded from Gaussian vectors."""
-    count = tokens // PAGE
-    k, v = (torch.randn(1, 16, kv_heads, PAGE, DIM, device=DEVICE) for _ in range(2))
+def inputs(fmt: KVFormat, lengths: list[int], kv_heads: int, dim: int, layers: int) -> list[AttentionInputs]:
+    """``layers`` arenas whose packed pages hold ``lengths`` tokens of the sequences, coded from Gaussian vectors."""
+    counts = [n // PAGE for n in lengths]
+    k, v = (torch.randn(1, 16, kv_heads, PAGE, dim, device=DEVICE) for _ in range(2))
     few = torch.zeros(16, 1, kv_heads, page_bytes(fmt), dtype=torch.uint8, device=DEVICE)
     encode_pages(k, v, few, torch.arange(16, device=DEVICE), fmt)
     result = []
+    packed = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
     for _ in range(layers):
-        pages = few[torch.randint(0, 16, (batch * count,), device=DEVICE), 0]
+        pages = few[torch.randint(0, 16, (sum(counts),), device=DEVICE), 0]
         full = [
-            torch.randn(batch, kv_heads, size, DIM, device=DEVICE, dtype=torch.bfloat16) for size in (SINK, RING) * 2
+            torch.randn(len(lengths), kv_heads, size, dim, device=DEVICE, dtype=torch.bfloat16)
+            for size in (SINK, RING) * 2
         ]
-        length = torch.full((batch,), SINK + tokens + 100, dtype=torch.int32, device=DEVICE)
+        places = iter(torch.randperm(sum(counts), device=DEVICE).int().split(counts))
+        table = torch.zeros(len(lengths), max(counts), dtype=torch.int32, device=DEVICE)
+        for row, count in zip(table, counts, strict=True):
+            row[:count] = next(places)
         result.append(
             AttentionInputs(
                 pages=pages,
-                page_table=torch.randperm(batch * count, device=DEVICE).int().view(batch, count),
-                num_packed=torch.full_like(length, count),
-                starts=length - 1,
+                page_table=table,
+                num_packed=packed,
+                starts=SINK + packed * PAGE + NEW - 1,
                 sink_k=full[0],
                 sink_v=full[2],
                 tail_k=full[1],
                 tail_v=full[3],
-                tail_origin=torch.zeros_like(length),
+                tail_origin=torch.zeros_like(packed),
                 sink=SINK,
             )
         )
     return result
 
 
-def check(kv: str, group: int) -> float:
-    """Relative error of a decode step against float64 attention over the decoded pages (2 sequences, 2 KV heads)."""
-    fmt, heads = parse_kv(kv, DIM), 2
-    k, v = (torch.randn(1, 37, heads, PAGE, DIM, device=DEVICE) for _ in range(2))
-    pages = torch.zeros(37, 1, heads, page_bytes(fmt), dtype=torch.uint8, device=DEVICE)
-    encode_pages(k, v, pages, torch.arange(37, device=DEVICE), fmt)
-    kv_in = inputs(fmt, 2, 37 * PAGE, heads, 1)[0]
-    kv_in = AttentionInputs(**(vars(kv_in) | {"pages": pages[:, 0], "page_table": kv_in.page_table % 37}))
-    q = torch.randn(2, 1, heads * group, DIM, device=DEVICE, dtype=torch.bfloat16)
+def check(kv: str, group: int, dim: int) -> float:
+    """Relative error of a decode step against float64 attention over the decoded pages (2 KV heads, 3 sequences)."""
+    fmt, heads, lengths = parse_kv(kv, dim), 2, [37 * PAGE, 5 * PAGE, 300 * PAGE]
+    counts = [n // PAGE for n in lengths]
+    k, v = (torch.randn(1, DISTINCT, heads, PAGE, dim, device=DEVICE) for _ in range(2))
+    pages = torch.zeros(DISTINCT, 1, heads, page_bytes(fmt), dtype=torch.uint8, device=DEVICE)
+    encode_pages(k, v, pages, torch.arange(DISTINCT, device=DEVICE), fmt)
+    kv_in = inputs(fmt, lengths, heads, dim, 1)[0]
+    kv_in = AttentionInputs(**(vars(kv_in) | {"pages": pages[:, 0], "page_table": kv_in.page_table % DISTINCT}))
+    q = torch.randn(3, 1, heads * group, dim, device=DEVICE, dtype=torch.bfloat16)
     out = torch.full_like(q, float("nan"))
-    attend(q, kv_in, fmt, scale=DIM**-0.5, max_length=SINK + 37 * PAGE + 100, out=out)
+    attend(q, kv_in, fmt, scale=dim**-0.5, max_length=SINK + max(lengths) + NEW, out=out)
     exact = [c.decode_rotated(c.encode_rotated(x[0].cpu()), torch.float64) for c, x in ((fmt.k, k), (fmt.v, v))]
     worst = 0.0
-    for b in range(2):
-        ids = kv_in.page_table[b].long().cpu()
+    for b, count in enumerate(counts):
+        ids = kv_in.page_table[b, :count].long().cpu()
         sides = []
         for rows, sink, tail in ((exact[0], kv_in.sink_k, kv_in.tail_k), (exact[1], kv_in.sink_v, kv_in.tail_v)):
-            packed = rows[ids].transpose(0, 1).reshape(heads, -1, DIM)
-            slots = (torch.arange(100) + 37 * PAGE) % RING
+            packed = rows[ids].transpose(0, 1).reshape(heads, -1, dim)
+            slots = (torch.arange(NEW) + count * PAGE) % RING
             sides.append(torch.cat([sink[b].cpu().double(), packed, tail[b].cpu().double()[:, slots]], 1))
-        scores = torch.einsum("hgd,hnd->hgn", q[b, 0].cpu().double().view(heads, group, DIM), sides[0]) * DIM**-0.5
-        want = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), sides[1]).reshape(-1, DIM)
+        scores = torch.einsum("hgd,hnd->hgn", q[b, 0].cpu().double().view(heads, group, dim), sides[0]) * dim**-0.5
+        want = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), sides[1]).reshape(-1, dim)
         error = float((out[b, 0].cpu().double() - want).norm() / want.norm())
-        worst = max(worst, error) if error == error else float("inf")
+        worst = max(worst, error) if error == error else math.inf
     return worst
 
 
-def time_peers(batch: int, tokens: int, kv_heads: int, group: int) -> dict[str, float]:
-    """Microseconds of PyTorch's bf16 kernels on contiguous K and V of the same number of tokens."""
-    stored = 4 * batch * tokens * kv_heads * DIM
-    layers = ROTATE_BYTES // stored + 1
-    q = torch.randn(batch, kv_heads * group, 1, DIM, device=DEVICE, dtype=torch.bfloat16)
-    kv = [torch.randn(2, batch, kv_heads, tokens, DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(layers)]
+def time_peers(shape: Shape) -> list[tuple[str, float, int]]:
+    """(name, microseconds, stored bytes) of the kernels of others."""
+    rows = []
+    for name, size, prepare in PEERS:
+        stored = 2 * size * sum(shape.lengths) * shape.kv_heads * shape.dim
+        layers = ROTATE_BYTES // stored + 1
+        try:
+            step = prepare(shape.lengths, shape.kv_heads, shape.group, shape.dim, layers)
+            if step is not None:
+                rows.append((name, median_us(step, layers), stored))
+        except (RuntimeError, ValueError) as error:  # a shape that a peer does not take is no reason to stop
+            print(f"{name} does not take {shape}: {str(error).splitlines()[0]}", file=sys.stderr)
+        step = None
+        torch.cuda.empty_cache()
+    return rows
 
-    def step() -> None:
-        for k, v in kv:
-            F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    times = {}
-    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("Flash", SDPBackend.FLASH_ATTENTION)):
-        with sdpa_kernel(backend):
-            times[name] = median_us(step, layers)
-    return times
-
-
-def time_ours(kv: str, batch: int, tokens: int, kv_heads: int, group: int) -> tuple[float, int]:
-    """Microseconds of our step in a format, and its packed bytes."""
-    fmt = parse_kv(kv, DIM)
-    stored = batch * tokens * kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
-    arenas = inputs(fmt, batch, tokens, kv_heads, ROTATE_BYTES // stored + 1)
-    q = torch.randn(batch, 1, kv_heads * group, DIM, device=DEVICE, dtype=torch.bfloat16)
+def time_ours(kv: str, shape: Shape) -> tuple[str, float, int]:
+    """(format, microseconds of our step, its packed bytes)."""
+    fmt = parse_kv(kv, shape.dim)
+    stored = sum(shape.lengths) * shape.kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
+    arenas = inputs(fmt, shape.lengths, shape.kv_heads, shape.dim, ROTATE_BYTES // stored + 1)
+    batch, heads = len(shape.lengths), shape.kv_heads * shape.group
+    q = torch.randn(batch, 1, heads, shape.dim, device=DEVICE, dtype=torch.bfloat16)
     out = torch.empty_like(q)
-    size = attention_workspace_bytes(batch, kv_heads * group, kv_heads, DIM, DEVICE)
-    workspace = torch.empty(size // 4, dtype=torch.float32, device=DEVICE)
+    size = attention_workspace_bytes(batch, heads, shape.kv_heads, shape.dim, DEVICE)
+    workspace = torch.zeros(size // 4, dtype=torch.float32, device=DEVICE)
+    longest = SINK + max(shape.lengths) + NEW
 
     def step() -> None:
         for arena in arenas:
-            attend(q, arena, fmt, scale=DIM**-0.5, max_length=SINK + tokens + 100, out=out, workspace=workspace)
+            attend(q, arena, fmt, scale=shape.dim**-0.5, max_length=longest, out=out, workspace=workspace)
 
-    return median_us(step, len(arenas)), stored
+    return kv, median_us(step, len(arenas)), stored
 
 
-def measure(shape: str, kv_heads: int, group: int, formats: list[str], bandwidth: float) -> list[Row]:
-    """All kernels at one shape "BATCHxTOKENS"."""
-    batch, tokens = (int(part) for part in shape.split("x"))
-    peers = time_peers(batch, tokens, kv_heads, group)
-    best = min(peers.values())
-    found = [(name, time, 4 * batch * tokens * kv_heads * DIM) for name, time in peers.items()]
-    found += [(kv, *time_ours(kv, batch, tokens, kv_heads, group)) for kv in formats]
+def measure(shape: Shape, formats: list[str], bandwidth: float) -> list[Row]:
+    """All kernels at one shape."""
+    found = time_peers(shape) + [time_ours(kv, shape) for kv in formats]
+    bf16 = {"bf16", *(name for name, size, _ in PEERS if size == 2)}
+    best = min((time for name, time, _ in found if name in bf16), default=math.nan)
+    fp8 = next((time for name, time, _ in found if name.endswith("fp8")), None)
     return [
-        Row(shape, kv_heads, group, name, time, stored / time * 1e-3, stored / time * 1e6 / bandwidth, best / time)
+        Row(shape.context, f"{shape.kv_heads} x {shape.group}", shape.dim, name, time, stored / time * 1e-3,
+            stored / time * 1e6 / bandwidth, best / time, None if fp8 is None else fp8 / time)
         for name, time, stored in found
-    ]
+    ]  # fmt: skip
 
 
-def markdown(rows: list[Row], bandwidth: float) -> str:
+def markdown(rows: list[Row], bandwidth: float, errors: dict[str, float]) -> str:
     """The report: what ran where and when, then the table."""
     lines = [
         "# Decode attention, one step of one layer",
         "",
         f"`python scripts/bench_attention.py {' '.join(sys.argv[1:])}` on one {torch.cuda.get_device_name()}, torch "
         f"{torch.__version__}, triton {triton.__version__}, {datetime.date.today()}; copy bandwidth measured in the "
-        f"same run: {bandwidth * 1e-12:.2f} TB/s. Medians of graph replays over rotating buffers, merge and "
-        f"full-precision parts ({SINK} sinks, 100 newest tokens) included in ours. The ratio is to the faster of the "
-        "two bf16 peers.",
+        f"same run: {bandwidth * 1e-12:.2f} TB/s. Medians of 50 graph replays over rotating buffers; merge and "
+        f"full-precision parts ({SINK} sinks, {NEW} newest tokens) are included in ours. Ratios are to the fastest "
+        "bf16 kernel and to FlashInfer's fp8 kernel at the same shape. `mixed`: sequences of "
+        f"{', '.join(f'{n:,}' for n in MIXED)} tokens.",
         "",
-        "| batch x tokens | KV heads x group | kernel | us | GB/s stored | of copy bandwidth | ratio to bf16 |",
-        "|---|---|---|---|---|---|---|",
+        "Relative errors against float64 attention over the decoded pages (bf16 outputs; worst of three lengths): "
+        + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        + ".",
+        "",
+        "| batch x tokens | heads x group | head_dim | kernel | us | GB/s stored | of copy speed | to bf16 | to fp8 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        numbers = f"{r.microseconds:.1f} | {r.gb_per_s:,.0f} | {r.share_of_copy:.0%} | {r.ratio_to_bf16:.2f}"
-        lines.append(f"| {r.shape} | {r.kv_heads} x {r.group} | {r.kernel} | {numbers} |")
+        fp8 = "" if r.ratio_to_fp8 is None else f"{r.ratio_to_fp8:.2f}"
+        numbers = f"{r.microseconds:.1f} | {r.gb_per_s:,.0f} | {r.share_of_copy:.0%} | {r.ratio_to_bf16:.2f} | {fp8}"
+        lines.append(f"| {r.shape} | {r.heads} | {r.head_dim} | {r.kernel} | {numbers} |")
     return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
+    """Roofline: time against stored bytes, with the line that the copy bandwidth allows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    for name in dict.fromkeys(r.kernel for r in rows):
+        points = sorted((r.gb_per_s * r.microseconds * 1e-3, r.microseconds) for r in rows if r.kernel == name)
+        axes.plot(*zip(*points, strict=True), "o", markersize=4, label=name)
+    sizes = [r.gb_per_s * r.microseconds * 1e-3 for r in rows]
+    ends = [min(sizes), max(sizes)]
+    axes.plot(ends, [size * 1e12 / bandwidth for size in ends], "k-", linewidth=1, label="copy bandwidth")
+    axes.set(xscale="log", yscale="log", xlabel="stored K and V (MB)", ylabel="microseconds", title="Decode attention")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="oct2,oct3,oct4,octopus3,bf16")
-    parser.add_argument("--shapes", default="1x8192,1x32768,1x131072,8x8192,8x32768,16x32768,64x4096")
-    parser.add_argument("--heads", default="8x4", help="KV heads x group, comma-separated")
+    parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     formats = args.formats.split(",")
-    heads = [tuple(int(n) for n in pair.split("x")) for pair in args.heads.split(",")]
+    shapes = [Shape.parse(case) for case in args.cases.split(",")]
+    errors: dict[str, float] = {}
     for kv in formats:
-        for _, group in heads:
-            error = check(kv, group)
-            print(f"{kv}, group {group}: relative error {error:.2e}", flush=True)
+        for group, dim in dict.fromkeys((shape.group, shape.dim) for shape in shapes):
+            error = check(kv, group, dim)
+            errors[kv] = max(errors.get(kv, 0.0), error)
+            print(f"{kv}, group {group}, head_dim {dim}: relative error {error:.2e}", flush=True)
             if not error < BOUND:
                 print("wrong result: nothing is timed", file=sys.stderr)
                 return 1
     bandwidth = copy_bandwidth()
     rows = []
-    for kv_heads, group in heads:
-        for shape in args.shapes.split(","):
-            rows += measure(shape, kv_heads, group, formats, bandwidth)
-            torch.cuda.empty_cache()
-    report = markdown(rows, bandwidth)
+    for shape in shapes:
+        rows += measure(shape, formats, bandwidth)
+        torch.cuda.empty_cache()
+    report = markdown(rows, bandwidth, errors)
     print(report)
     if args.markdown:
         args.markdown.write_text(report, encoding="utf-8")
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    if args.plot:
+        plot(rows, bandwidth, args.plot)
     return 0
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels import AttentionInputs, attend, attention_workspace_bytes, encode_pages, page_bytes
+from octo_run.kernels.attention.splits import counter_words
 from octo_run.kernels.codec import Codec, KVFormat, TrellisCodec, parse_kv
 from octo_run.kernels.codec.page_layout import Indices, Side, pack_block
 
@@ -50,14 +51,14 @@ class Case:
 
 def blocks(codec: Codec, side: Side, x: Tensor) -> Tensor:
     """Vectors [..., 64, d] as K or V blocks of pages [..., 64 * bytes], by the codec's own encoder."""
-    if not isinstance(codec, TrellisCodec) or codec.page_layout is None:
+    if not isinstance(codec, TrellisCodec):
         return codec.encode_rotated(x).flatten(-2)
     return pack_block(codec.page_layout, side, *codec.encode_fields(x)).to(x.device)
 
 
 def unblock(codec: Codec, side: Side, block: Tensor) -> Tensor:
     """What K or V blocks [..., 64 * bytes] hold, in the rotated basis: float64 [..., 64, d]."""
-    if not isinstance(codec, TrellisCodec) or codec.page_layout is None:
+    if not isinstance(codec, TrellisCodec):
         rows = block.reshape(*block.shape[:-1], PAGE, -1)
         return codec.rotate(codec.decode(rows, torch.float64))
     layout = codec.page_layout
@@ -137,10 +138,12 @@ def make_case(kv: str, lengths: list[int], count: int, group: int, kv_heads: int
 
 
 def workspace_for(q: Tensor, kv: AttentionInputs) -> Tensor:
-    """A workspace full of NaN."""
+    """A workspace full of NaN, but for the counters at its start."""
     batch, _, heads, dim = q.shape
     size = attention_workspace_bytes(batch, heads, kv.pages.shape[1], dim, q.device) // 4
-    return torch.full((size,), float("nan"), device=q.device)
+    workspace = torch.full((size,), float("nan"), device=q.device)
+    workspace[: counter_words()] = 0
+    return workspace
 
 
 def error_of(case: Case) -> float:

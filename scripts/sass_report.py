@@ -25,7 +25,8 @@ from octo_run.kernels.attention.table_launch import WARPS, constants
 from octo_run.kernels.codec import TrellisCodec, get
 
 FORMATS = ("oct2", "oct3", "oct4")
-POINTERS = {"q_ptr": "bf16", "pages_ptr": "u8", "out_ptr": "fp32", "lse_ptr": "fp32"}
+POINTERS = dict.fromkeys(("q_ptr", "out_ptr", "sink_k_ptr", "sink_v_ptr", "tail_k_ptr", "tail_v_ptr"), "bf16")
+POINTERS |= {"pages_ptr": "u8", "part_ptr": "fp32", "lse_ptr": "fp32"}
 TOKENS = 64
 
 
@@ -35,6 +36,7 @@ class Report:
 
     kv: str
     group: int
+    head_dim: int
     instructions: int
     per_token: float
     per_triplet: float
@@ -44,11 +46,11 @@ class Report:
     kinds: dict[str, int]
 
 
-def compile_variant(kv: str, group: int = 4) -> tuple[bytes, int]:
+def compile_variant(kv: str, group: int = 4, head_dim: int = 128) -> tuple[bytes, int]:
     """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory."""
-    codec = get(kv, 128)
+    codec = get(kv, head_dim)
     assert isinstance(codec, TrellisCodec)
-    fixed = constants(codec, kv_heads=8, group=group)
+    fixed = constants(codec, 8, group, "bf16")
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:
@@ -79,9 +81,9 @@ def longest_loop(sass: str) -> list[str]:
     return names[slice(*best)]
 
 
-def report(kv: str, group: int = 4) -> Report:
+def report(kv: str, group: int = 4, head_dim: int = 128) -> Report:
     """Compile one variant and count."""
-    cubin, shared = compile_variant(kv, group)
+    cubin, shared = compile_variant(kv, group, head_dim)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
@@ -93,9 +95,10 @@ def report(kv: str, group: int = 4) -> Report:
     return Report(
         kv=kv,
         group=group,
+        head_dim=head_dim,
         instructions=len(loop),
         per_token=len(loop) / TOKENS,
-        per_triplet=len(loop) * 32 / TOKENS / (2 * get(kv, 128).num_triplets),
+        per_triplet=len(loop) * 32 / TOKENS / (2 * get(kv, head_dim).num_triplets),
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
         spilled_bytes=int(re.findall(r"STACK:(\d+)", usage)[-1]),
         shared_bytes=shared,

@@ -32,9 +32,9 @@ def attend(
     ``q [B, C, H, d]``: C query tokens per sequence, at positions ``kv.starts[b] + c``, whose own K and V are already in
     the sinks or the tail. `max_length` is a bound on every sequence's length ``starts[b] + C`` known on the host (the
     context's limit where the call is captured in a CUDA graph). Softmax and sums are float32 (float64 for float64
-    inputs, CPU only). `workspace` is float32 with `attention_workspace_bytes` bytes; with `out` and `workspace` given
-    nothing is allocated on the GPU. Returns `out`, ``[B, C, H, d]`` in q's dtype. Raises ValueError for inputs that do
-    not fit together.
+    inputs, CPU only). `workspace` is float32 with `attention_workspace_bytes` bytes, zero before its first use and for
+    one call at a time; with `out` and `workspace` given nothing is allocated on the GPU. Returns `out`, ``[B, C, H,
+    d]`` in q's dtype. Raises ValueError for inputs that do not fit together.
     """
     if q.device.type == "cpu":
         return attend_reference(q, kv, fmt, scale=scale, out=out)

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octo_run.kernels.attention.inputs import AttentionInputs, check
-from octo_run.kernels.attention.splits import count_splits, workspace_bytes
-from octo_run.kernels.attention.table_launch import launch_table, table_splits
+from octo_run.kernels.attention.splits import Workspace, count_splits
+from octo_run.kernels.attention.table_launch import attend_table, takes
 from octo_run.kernels.attention.triton_attend import attend_kernel, merge_kernel
 from octo_run.kernels.attention.triton_table import describe
 from octo_run.kernels.blocks import Side, read_map, table_format
@@ -119,38 +119,22 @@ def attend_triton(
     kv_heads = kv.pages.shape[1]
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    table = table_splits(q, kv, fmt, max_length)
-    if table:
-        splits = sum(table)
-    else:
-        splits = count_splits(batch, kv_heads, max_length) if count == 1 else 1
-    part, lse = _partials(splits, q, kv_heads, workspace)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        _launch(q, kv, fmt, out, part, lse, splits, table[1] if table else splits, scale)
-        if table:
-            launch_table(q, kv, fmt, part, lse, table[0], splits, scale)
+        if takes(q, kv, fmt, max_length):
+            room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device)
+            attend_table(q, kv, fmt, out, room, scale=scale, max_length=max_length)
+            return out
+        splits = count_splits(batch, kv_heads, max_length) if count == 1 else 1
+        part = lse = _no_table(q.device)  # unused without splits
+        if splits > 1:
+            room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device)
+            part, lse = room.partials(splits, batch, heads, dim)
+        _launch(q, kv, fmt, out, part, lse, splits, scale)
         if splits > 1:
             merge_kernel[(triton.cdiv(dim, _MERGE_COLUMNS), heads, batch)](
                 part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
                 WIDTH=max(16, 1 << (splits - 1).bit_length()), COLUMNS=_MERGE_COLUMNS, num_warps=4)  # fmt: skip
     return out
-
-
-def _partials(splits: int, q: Tensor, kv_heads: int, workspace: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Room for the splits' outputs and log-sum-exps within the workspace; q itself, unused, without splits."""
-    if splits == 1:
-        return _no_table(q.device), _no_table(q.device)
-    batch, _, heads, dim = q.shape
-    if workspace is None:
-        workspace = torch.empty(workspace_bytes(batch, heads, kv_heads, dim) // 4, dtype=torch.float32, device=q.device)
-    rows = batch * heads * splits
-    if workspace.dtype != torch.float32 or not workspace.is_contiguous() or workspace.numel() < rows * (dim + 1):
-        raise ValueError(
-            f"the workspace must be contiguous float32 with at least {rows * (dim + 1)} elements, "
-            f"not {workspace.dtype} with {workspace.numel()}"
-        )
-    flat = workspace.view(-1)
-    return flat[: rows * dim], flat[rows * dim : rows * (dim + 1)]
 
 
 def _launch(
@@ -161,10 +145,9 @@ def _launch(
     part: Tensor,
     lse: Tensor,
     splits: int,
-    programs: int,
     scale: float,
 ) -> None:
-    """The general kernel; with fewer programs than splits it takes the full-precision parts alone."""
+    """The general kernel."""
     batch, count, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
@@ -174,7 +157,7 @@ def _launch(
     plain = kind_k == 0 and kind_v == 0
     tiling = _tiling(q.dtype, plain, 2 in (kind_k, kind_v), causal, group, dim)
     first, second = part_widths(dim)
-    blocks = triton.cdiv(count * group, tiling.rows) if causal else programs
+    blocks = triton.cdiv(count * group, tiling.rows) if causal else splits
     launch: Callable[..., Any] = attend_kernel[(blocks, kv_heads, batch)]
     launch(
         q, out, part, lse, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin,
@@ -185,6 +168,6 @@ def _launch(
         BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
         ELEMENT=_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
         BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain,
-        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, FULL_ONLY=programs < splits, JOINT=tiling.joint,
+        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, JOINT=tiling.joint,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

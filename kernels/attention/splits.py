@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 MAX_SPLITS = 512
 PROGRAMS_PER_PROCESSOR = 8
@@ -17,14 +20,51 @@ def processors() -> int:
     return 4
 
 
+def most_splits(batch: int, kv_heads: int) -> int:
+    """Programs along the context for one sequence and KV head that the workspace has room for."""
+    return max(1, processors() * PROGRAMS_PER_PROCESSOR // (batch * kv_heads))
+
+
 def count_splits(batch: int, kv_heads: int, max_length: int) -> int:
     """Programs along the context for one decode step, a function of shapes alone (so that graphs can be captured)."""
-    wanted = processors() * PROGRAMS_PER_PROCESSOR // (batch * kv_heads)
     useful = -(-max_length // TOKENS_PER_SPLIT)
-    return max(1, min(wanted, useful, MAX_SPLITS))
+    return max(1, min(most_splits(batch, kv_heads), useful, MAX_SPLITS))
+
+
+def counter_words() -> int:
+    """Words at the workspace's start that count finished programs: zero before the first use and after every call."""
+    return processors() * PROGRAMS_PER_PROCESSOR
 
 
 def workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes of float32 workspace: partial outputs and log-sum-exps of every split, for up to `batch` sequences."""
+    """Bytes of workspace: counters, then float32 partial outputs and log-sum-exps, for up to `batch` sequences."""
     parts = max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)  # splits * batch * kv_heads stays within
-    return 4 * parts * (heads // kv_heads) * (head_dim + 1)
+    return 4 * (counter_words() + parts * (heads // kv_heads) * (head_dim + 1))
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A workspace cut into its parts: counters int32, the rest float32."""
+
+    counters: Tensor
+    rest: Tensor
+
+    @classmethod
+    def of(cls, whole: Tensor | None, batch: int, heads: int, kv_heads: int, head_dim: int,
+           device: torch.device) -> Workspace:  # fmt: skip
+        """Cut a workspace (None: a new one). Raises ValueError for one that is too small or of another kind."""
+        size = workspace_bytes(batch, heads, kv_heads, head_dim) // 4
+        if whole is None:
+            whole = torch.zeros(size, dtype=torch.float32, device=device)
+        if whole.dtype != torch.float32 or not whole.is_contiguous() or whole.numel() < size:
+            raise ValueError(
+                f"the workspace must be contiguous float32 with at least {size} elements, "
+                f"not {whole.dtype} with {whole.numel()}"
+            )
+        flat, words = whole.view(-1), counter_words()
+        return cls(flat[:words].view(torch.int32), flat[words:])
+
+    def partials(self, splits: int, batch: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Room for the splits' outputs and log-sum-exps."""
+        rows = batch * heads * splits
+        return self.rest[: rows * head_dim], self.rest[rows * head_dim : rows * (head_dim + 1)]

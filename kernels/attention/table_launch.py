@@ -1,53 +1,78 @@
-"""When and how the table-decode kernel takes the packed pages of a decode step."""
+"""When and how the table-decode kernel takes a decode step."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs
-from octo_run.kernels.attention.splits import PROGRAMS_PER_PROCESSOR, processors
+from octo_run.kernels.attention.splits import most_splits, processors
 from octo_run.kernels.attention.table_decode import table_decode_kernel
 from octo_run.kernels.codec import TrellisCodec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from octo_run.kernels.attention.splits import Workspace
     from octo_run.kernels.codec import KVFormat
 
 WARPS = 8
-HEADS = 4
-"""Query heads that one program serves: their two int8 halves fill the eight columns of the matrix product."""
-FULL_SPLITS = 4
-"""Programs for the full-precision parts (sinks and tail) of one KV head, which the general kernel takes."""
+SHARED_BYTES = 227 * 1024 - 64
+"""Shared memory that a program of sm_90 can have, less what the compiler may want for itself."""
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 LOG2_E = 1.4426950408889634
 
 
-def table_splits(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int) -> tuple[int, int] | None:
-    """(splits of the packed pages, splits of the full-precision parts) of a decode step, a function of shapes alone.
+def takes(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int) -> bool:
+    """Whether the kernel applies: decode of 16-bit queries over packed pages, K and V in one table format."""
+    return (
+        isinstance(fmt.k, TrellisCodec)
+        and fmt.k is fmt.v
+        and q.shape[1] == 1
+        and q.is_cuda
+        and q.dtype in ELEMENTS
+        and len(kv.pages) > 0
+        and max_length > kv.sink + PAGE_TOKENS
+    )
 
-    None where the table-decode kernel does not apply: prefill, other formats or head dimensions, K and V in different
-    formats, no packed pages.
+
+def head_blocks(group: int, head_dim: int) -> tuple[int, int]:
+    """(blocks of four heads in a program, programs) that serve the query heads of a KV head."""
+    blocks = 1 if group <= 4 or head_dim > 128 else 2  # registers allow no more
+    return blocks, -(-group // (4 * blocks))
+
+
+@functools.cache
+def count_parts(lanes: int, pages: int, most: int, multiprocessors: int) -> int:
+    """Programs along the context for ``lanes`` programs across it (one fills a multiprocessor): the least time by a
+    model.
+
+    A program costs about as much as a round of its warps over eight pages and a half, whatever it does (measured).
     """
-    if not isinstance(fmt.k, TrellisCodec) or fmt.k is not fmt.v or fmt.k.page_layout is None:
-        return None
-    if q.shape[1] != 1 or not q.is_cuda or len(kv.pages) == 0 or max_length <= kv.sink + PAGE_TOKENS:
-        return None
-    batch, kv_heads = q.shape[0], kv.pages.shape[1]
-    blocks = -(-(q.shape[2] // kv_heads) // HEADS)
-    pages = -(-(max_length - kv.sink) // PAGE_TOKENS)
-    packed = max(1, min(processors() // (batch * kv_heads * blocks), -(-pages // WARPS)))
-    room = processors() * PROGRAMS_PER_PROCESSOR // (batch * kv_heads) - packed
-    return packed, max(1, min(FULL_SPLITS, room))
+
+    def rounds(parts: int) -> float:
+        waves = -(-lanes * parts // multiprocessors)
+        return waves * (1.5 + -(-pages // (parts * WARPS))) + 0.5 * (parts > 1)
+
+    return min(range(1, max(1, min(most, -(-pages // WARPS))) + 1), key=rounds)
 
 
-def constants(codec: TrellisCodec, kv_heads: int, group: int) -> dict[str, int]:
-    """The kernel's constexprs for a format and ``group`` query heads a KV head.
+@functools.cache
+def constants(codec: TrellisCodec, kv_heads: int, group: int, element: str) -> dict[str, int | str]:
+    """The kernel's constexprs for a format, ``group`` query heads a KV head and an element type.
 
-    The table is copied for every lane, or, where it is too large for that, for every second one; the sub-table of the
-    extra triplets of such a format four times.
+    The table is copied for every lane, or, where there is no room for that, for every second or fourth one.
     """
-    copies, copies_x = (32, 32) if codec.stream + codec.state_bits <= 10 else (16, 4)
-    words = copies << (codec.stream + codec.state_bits)
+    entries, extras = 1 << (codec.stream + codec.state_bits), 1 << codec.stream
+    stages = WARPS * 2 * PAGE_TOKENS * codec.bytes_per_vector
+    for copies, copies_x in ((32, 32), (16, 32), (16, 4), (8, 4)):
+        size = 4 * (entries * copies + extras * copies_x) + stages
+        if size <= SHARED_BYTES:
+            break
+    threads = 32 * WARPS
     return {
         "HKV": kv_heads,
         "G": group,
@@ -59,21 +84,32 @@ def constants(codec: TrellisCodec, kv_heads: int, group: int) -> dict[str, int]:
         "BPV": codec.bytes_per_vector,
         "COPIES": copies,
         "COPIES_X": copies_x,
+        "NT": head_blocks(group, codec.head_dim)[0],
+        "PASS": 3 if codec.head_dim <= 128 else 2,
+        "ELEMENT": element,
         "WARPS": WARPS,
-        "SMEM_WORDS": words + (copies_x << codec.stream) + WARPS * 2 * PAGE_TOKENS * codec.bytes_per_vector // 4,
+        "SMEM_WORDS": -(-size // (4 * threads)) * threads,
     }
 
 
-def launch_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, part: Tensor, lse: Tensor, packed: int, parts: int,
-                 scale: float) -> None:  # fmt: skip
-    """Write the first ``packed`` of ``parts`` partial results of a head: part [B, H, parts, d], lse [B, H, parts]."""
+def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Workspace, *, scale: float,
+                 max_length: int) -> None:  # fmt: skip
+    """A decode step in one launch: packed pages, full-precision parts and, by the last program to finish, the merge."""
     codec = fmt.k
     assert isinstance(codec, TrellisCodec)
-    batch, _, heads, _ = q.shape
+    batch, _, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
-    table_decode_kernel[(packed, kv_heads * -(-group // HEADS), batch)](
-        q, kv.pages, kv.page_table, kv.num_packed, codec.table_words(q.device), part, lse, q.stride(0), q.stride(2),
-        *kv.pages.stride()[:2], kv.page_table.stride(0), parts, codec.step, codec.step, scale * LOG2_E,
-        **constants(codec, kv_heads, group), num_warps=WARPS,
+    programs = kv_heads * head_blocks(group, dim)[1]
+    pages = -(-(max_length - kv.sink) // PAGE_TOKENS)
+    parts = count_parts(batch * programs, pages, most_splits(batch, kv_heads), processors())
+    part, lse = workspace.partials(parts, batch, heads, dim)
+    launch: Callable[..., Any] = table_decode_kernel[(parts, programs, batch)]
+    launch(
+        q, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin, kv.sink_k, kv.sink_v, kv.tail_k,
+        kv.tail_v, codec.table_words(q.device), out, part, lse, workspace.counters, q.stride(0), q.stride(2),
+        *kv.pages.stride()[:2], kv.page_table.stride(0), out.stride(0), out.stride(2), *kv.sink_k.stride()[:3],
+        *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], kv.sink, kv.tail_k.shape[2],
+        codec.step, codec.step, scale * LOG2_E, **constants(codec, kv_heads, group, ELEMENTS[q.dtype]),
+        num_warps=WARPS,
     )  # fmt: skip

@@ -201,13 +201,13 @@ def attend_kernel(
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
     CONTIGUOUS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr,
-    FULL_ONLY: tl.constexpr, JOINT: tl.constexpr,
+    JOINT: tl.constexpr,
 ):  # fmt: skip
     """Program (row block or split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
 
     CAUSAL: several queries, one row block a program. Else one query, and with SPLIT one split of its keys, whose
-    normalised output goes to PART [B, H, splits, D] and log2-sum-exp2 to LSE [B, H, splits]; programs fill the last
-    places of `splits`. FULL_ONLY: packed pages are left to another kernel. ELEMENT is the element type of plain pages.
+    normalised output goes to PART [B, H, splits, D] and log2-sum-exp2 to LSE [B, H, splits]. ELEMENT is the element
+    type of plain pages.
     FLIP: all products transposed, keys on the side that is a multiple of 16, queries on the other. JOINT: one loop over
     the tiles of pages and the full-precision ones (BF = BN), for the warp-group matrix unit: of two loops with its
     products the second reads undefined descriptors when the first is skipped (ptxas 12.8).
@@ -251,7 +251,7 @@ def attend_kernel(
     done = sink + packed * 64
     sinks = tl.minimum(sink, length)
     sink_tiles = tl.cdiv(sinks, BF)
-    page_tiles = 0 if FULL_ONLY else packed * (64 // BN)
+    page_tiles = packed * (64 // BN)
     tiles = page_tiles + sink_tiles + tl.cdiv(tl.maximum(length - done, 0), BF)
     first = 0
     last = tiles
@@ -297,7 +297,7 @@ def attend_kernel(
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
     if SPLIT:
-        index = (b * (tl.num_programs(1) * G) + head) * splits + splits - tl.num_programs(0) + block
+        index = (b * (tl.num_programs(1) * G) + head) * splits + block
         tl.store(LSE + index, m + tl.log2(tl.where(l > 0, l, 1.0)), mask=real)
         at = PART + _across(index * D, FLIP)
     else:

@@ -3,18 +3,20 @@
 A page holds 64 vectors of one layer and KV head: a K block and a V block. The kernel gives each lane of a warp, in
 16-byte loads, the codes of exactly those triplets that the matrix instruction wants from that lane. The bits therefore
 lie in *lane buffers*, interleaved over the 32 lanes. With ``lane = 4 g + t`` (``g`` 0..7, ``t`` 0..3), eight chains of
-``chain`` triplets (chain ``c``, slot ``s`` is triplet ``chain * c + s``) and ``extras`` single triplets behind them (at
-most three):
+``chain`` triplets (chain ``c``, slot ``s`` is triplet ``chain * c + s``) and ``extras`` single triplets behind them:
 
 - **K block.** Lane (g, t) holds the tokens ``8 r + g`` (r = 0..7): chains ``2 t`` and ``2 t + 1`` and, for
-  ``t < extras``, extra t.
+  ``t < extras``, extra t. Of extras 4 and 5 the lanes 0 and 1 hold those of the tokens with even ``r // 2``, the lanes
+  2 and 3 those of the others, so that all lanes hold as much.
 - **V block.** Lane (g, t) holds the tokens ``8 r + t`` and ``8 r + t + 4``: chain ``g`` and, for ``g < extras``,
   extra g.
 
 Within a lane the streams of its tokens come first; slot ``s`` of a chain starts at bit ``s * stream``, so that its
 trellis predecessor, slot ``s + 1`` (the last slot's is slot 0), stands just above it. Sign bytes follow: for eight
-tokens of one slot three bytes (x, y, z), bit ``7 - r % 8`` of each belonging to token r. K norms lie in lanes (g, 3),
-where the others hold their extra triplet, and behind everything; V norms in 12-bit fields behind everything.
+tokens of one slot three bytes (x, y, z), bit ``7 - r % 8`` of each belonging to token r. Codes of a fifth or sixth
+extra come behind the signs. K norms: with three extras they lie in lanes (g, 3), where the others hold their extra
+triplet, and behind everything; else those of rows r = 2 t and 2 t + 1 at the end of lane (g, t)'s buffer. V norms lie
+in 12-bit fields behind everything.
 """
 
 from dataclasses import dataclass
@@ -84,14 +86,42 @@ class PageLayout:
         """Word of the V block at which the norms begin."""
         return 32 * self.v_full_words + 4 * self.extras * (self.v_words - self.v_full_words)
 
+    @property
+    def k_singles(self) -> int:
+        """Extra triplets (0 or 1) that every K lane buffer has room for, for each of its tokens."""
+        return 1 if self.extras else 0
+
+    @property
+    def k_token(self) -> int:
+        """Triplets of a token in a K lane buffer, a fifth or sixth extra apart."""
+        return 2 * self.chain + self.k_singles
+
+    @property
+    def k_sign_byte(self) -> int:
+        """Byte of a K lane buffer at which the signs begin."""
+        return self.k_token * self.stream
+
+    @property
+    def k_seconds_bit(self) -> int:
+        """Bit of a K lane buffer at which the codes of the extras 4 and 5 begin (four tokens')."""
+        return 8 * self.k_sign_byte + 24 * (self.k_token + (self.extras > 4)) * self.signed
+
+    @property
+    def norms_in_gap(self) -> bool:
+        """Whether K norms lie where lanes (g, 3) have no extra triplet, and not at the end of all lane buffers."""
+        return self.extras == 3
+
+    @staticmethod
+    def _chunked(lane: Indices, word: Indices, full: int) -> Indices:
+        """Words of lane buffers of ``full`` words: four of a lane side by side as far as there are four."""
+        return np.where(word < full // 4 * 4, (word // 4) * 128 + lane * 4 + word % 4, word * 32 + lane)
+
     def _k_address(self, lane: Indices, bit: Indices) -> Indices:
-        word = bit // 32
-        return ((word // 4) * 128 + lane * 4 + word % 4) * 32 + bit % 32
+        return self._chunked(lane, bit // 32, self.block_bytes // 128) * 32 + bit % 32
 
     def _v_address(self, lane: Indices, bit: Indices) -> Indices:
         word, full = bit // 32, self.v_full_words
-        chunked = full // 4 * 4
-        place = np.where(word < chunked, (word // 4) * 128 + lane * 4 + word % 4, word * 32 + lane)
+        place = self._chunked(lane, word, full)
         place = np.where(word < full, place, full * 32 + (word - full) * (4 * self.extras) + lane)
         return place * 32 + bit % 32
 
@@ -100,32 +130,39 @@ class PageLayout:
         """Bit addresses ``[64, triplets, stream]`` of the stream codes in the K block."""
         token, triplet, bit = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(self.stream))
         lane, slot = self._k_slot(token, triplet)
-        return self._k_address(lane, (token // 8 * (2 * self.chain + 1) + slot) * self.stream + bit)
+        row = token // 8
+        second = self.k_seconds_bit + (row // 4 * 2 + row % 2) * self.stream
+        return self._k_address(
+            lane, np.where(slot < self.k_token, (row * self.k_token + slot) * self.stream, second) + bit
+        )
 
     @cached_property
     def k_sign(self) -> Indices:
         """Bit addresses ``[64, triplets, 3]`` of the signs in the K block."""
         token, triplet, axis = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(3))
         lane, slot = self._k_slot(token, triplet)
-        byte = (2 * self.chain + 1) * self.stream + 3 * slot + axis
-        return self._k_address(lane, 8 * byte + 7 - token // 8)
+        return self._k_address(lane, 8 * (self.k_sign_byte + 3 * slot + axis) + 7 - token // 8)
 
     @cached_property
     def k_norm(self) -> Indices:
         """Bit addresses ``[64, norm_bits]`` of the norms in the K block, low bit first."""
         token, bit = np.ix_(np.arange(PAGE), np.arange(self.norm_bits))
-        row, low = token // 8, min(self.stream, self.norm_bits)
+        row, end = token // 8, self.block_bytes // 128 * 32
+        if not self.norms_in_gap:
+            return self._k_address(token % 8 * 4 + row // 2, end - 2 * self.norm_bits + row % 2 * self.norm_bits + bit)
+        low = min(self.stream, self.norm_bits)
         high = self.norm_bits - low
-        end = self.block_bytes // 128 * 32
-        gap = (row * (2 * self.chain + 1) + 2 * self.chain) * self.stream + bit
+        gap = (row * self.k_token + 2 * self.chain) * self.stream + bit
         tail = end - 8 * high + high * row + bit - low
         return self._k_address(token % 8 * 4 + 3, np.where(bit < low, gap, tail))
 
     def _k_slot(self, token: Indices, triplet: Indices) -> tuple[Indices, Indices]:
-        """Lane and slot (0 .. 2 chain) of a token's triplet in the K block."""
-        chained = triplet < 8 * self.chain
-        t = np.where(chained, triplet // (2 * self.chain), triplet - 8 * self.chain)
-        return token % 8 * 4 + t, np.where(chained, triplet % (2 * self.chain), 2 * self.chain)
+        """Lane and slot (0 .. 2 chain + 1) of a token's triplet in the K block."""
+        extra = triplet - 8 * self.chain
+        t = np.where(extra < 0, triplet // (2 * self.chain), extra)
+        t = np.where(extra >= 4, extra - 4 + token // 16 % 2 * 2, t)
+        slot = np.where(extra < 0, triplet % (2 * self.chain), 2 * self.chain + extra // 4)
+        return token % 8 * 4 + t, slot
 
     def _v_slot(self, token: Indices, triplet: Indices) -> tuple[Indices, Indices, Indices]:
         """Lane, the lane's token number (0..15) and slot (0 .. chain) of a token's triplet in the V block."""

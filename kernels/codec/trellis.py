@@ -35,7 +35,6 @@ FIXED_POINT = 8  # x' counts eighths of a step
 LIMIT = 4 * 255  # of x': the outermost codeword coordinate, 127.5 steps, in eighths
 SMALLEST = 2.0**-60  # shorter vectors are coded as zero vectors
 SEARCHED = 64  # vectors searched at a time: the cost matrix of a slot stays in the second-level cache
-PAGED_DIM = 128  # the head dimension that pages in kernel order exist for
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class TrellisCodec(RowCodec):
 
     Row: the stream codes, then three sign bits a triplet (x lowest; signed formats), then gamma; see `RowCodec`.
     stream, state_bits, signed, norm_bits: as in `TrellisFormat`; step: the table's unit for coordinates of variance 1;
-    table: int8 [entries, 3], not to be written into; page_layout: of pages in kernel order, None where there are none.
+    table: int8 [entries, 3], not to be written into; page_layout: of pages in kernel order.
     """
 
     def __init__(
@@ -115,11 +114,7 @@ class TrellisCodec(RowCodec):
             raise ValueError(f"{name} needs a table int8 [{entries}, 3] of numbers from {lowest}")
         self.table, self.step = table, step
         self.chain = self.num_triplets // CHAINS
-        self.page_layout = (
-            PageLayout(head_dim, self.stream, self.signed, self.bytes_per_vector, self.norm_bits)
-            if head_dim == PAGED_DIM
-            else None
-        )
+        self.page_layout = PageLayout(head_dim, self.stream, self.signed, self.bytes_per_vector, self.norm_bits)
         self._codewords: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._table_words: dict[torch.device, torch.Tensor] = {}
 

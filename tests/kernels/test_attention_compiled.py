@@ -51,7 +51,7 @@ def compile_attend(kv, dim, group, causal, dtype):
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
         "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "ROWS": tiling.rows, "BN": tiling.keys,
         "BF": tiling.full_keys, "T0": first, "T1": second, "CONTIGUOUS": plain, "CAUSAL": causal, "SPLIT": not causal,
-        "FLIP": tiling.flip, "FULL_ONLY": False, "JOINT": tiling.joint,
+        "FLIP": tiling.flip, "JOINT": tiling.joint,
     }  # fmt: skip
     signature = {}
     for name in attend_kernel.arg_names:

@@ -54,7 +54,7 @@ def block_of(codec, side, codes, signs, norms):
 def blocks_of(codec, side, vectors):
     """Blocks uint8 [..., 64 * bytes] of vectors [..., 64, d], as the kernels must lay them out."""
     rows = codec.encode_rotated(vectors)
-    if not isinstance(codec, TrellisCodec) or codec.page_layout is None:
+    if not isinstance(codec, TrellisCodec):
         return rows.flatten(-2)
     codes, signs, norms = codec.encode_fields(vectors)
     places = [block_of(codec, side, codes[at], None if signs is None else signs[at], norms[at])

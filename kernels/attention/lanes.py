@@ -1,0 +1,314 @@
+"""Single machine instructions for Gluon kernels written lane by lane: tensors with one element a thread (NVIDIA).
+
+Shared memory is addressed in bytes from the start of the kernel's one allocation, ``global_smem`` in the PTX.
+"""
+# ruff: noqa: E501
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import constexpr_function
+
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # renamed after Triton 3.6
+
+
+@constexpr_function
+def _prmt_asm(selector):
+    return f"prmt.b32 $0, $1, $2, {int(selector)};"
+
+
+@constexpr_function
+def _shared_asm(instruction, offset=0):
+    """An instruction on shared memory: ``@`` in it stands for the address, the last operand's plus ``offset``."""
+    setup = "{ .reg .u32 b, a; mov.u32 b, global_smem; add.u32 a, b, $#; "
+    operand = str(instruction).count("$")
+    return setup.replace("$#", f"${operand}") + str(instruction).replace("@", f"[a+{int(offset)}]") + " }"
+
+
+@gluon.jit
+def u32(x):
+    return x.to(gl.uint32)
+
+
+@gluon.jit
+def load_shared(address, OFFSET: gl.constexpr):
+    """A word that no thread writes any more: the compiler may move the read."""
+    return gl.inline_asm_elementwise(
+        _shared_asm("ld.shared.u32 $0, @;", OFFSET), "=r,r", [address], dtype=gl.uint32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def read_shared(address):
+    return gl.inline_asm_elementwise(
+        _shared_asm("ld.shared.u32 $0, @;"), "=r,r", [address], dtype=gl.uint32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def read_shared_f(address):
+    return gl.inline_asm_elementwise(
+        _shared_asm("ld.shared.f32 $0, @;"), "=f,r", [address], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def read_shared4(address):
+    return gl.inline_asm_elementwise(
+        _shared_asm("ld.shared.v4.u32 {$0, $1, $2, $3}, @;"),
+        "=r,=r,=r,=r,r",
+        [address],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def write_shared(address, value):
+    return gl.inline_asm_elementwise(
+        _shared_asm("st.shared.u32 @, $1; mov.u32 $0, 0;"),
+        "=r,r,r",
+        [value, address],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def write_shared4(address, value):
+    """The same word four times."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 b; mov.u32 b, global_smem; add.u32 b, b, $2; st.shared.v4.u32 [b], {$1, $1, $1, $1}; mov.u32 $0, 0; }",
+        "=r,r,r",
+        [value, address],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def read_shared2(address):
+    return gl.inline_asm_elementwise(
+        _shared_asm("ld.shared.v2.u32 {$0, $1}, @;"),
+        "=r,=r,r",
+        [address],
+        dtype=(gl.uint32, gl.uint32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def read_shared_half(address):
+    """Two bytes, the upper half of the result zero."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 b; .reg .u16 h; mov.u32 b, global_smem; add.u32 b, b, $1; ld.shared.u16 h, [b]; cvt.u32.u16 $0, h; }",
+        "=r,r",
+        [address],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def load_global2(pointer):
+    """The lane's 8 bytes at ``pointer``."""
+    return gl.inline_asm_elementwise(
+        "ld.global.v2.u32 {$0, $1}, [$2];",
+        "=r,=r,l",
+        [pointer],
+        dtype=(gl.uint32, gl.uint32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def copy16(address, pointer):
+    """Start copying the lane's 16 bytes at ``pointer`` to shared memory."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 b; mov.u32 b, global_smem; add.u32 b, b, $1; cp.async.cg.shared.global [b], [$2], 16; mov.u32 $0, 0; }",
+        "=r,r,l",
+        [address, pointer],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def commit_copies(lane):
+    return gl.inline_asm_elementwise(
+        "cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [lane], dtype=gl.uint32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_older_copies(lane):
+    """Wait until at most the youngest group of copies is under way; then the warp's copies are visible to all its lanes."""
+    return gl.inline_asm_elementwise(
+        "cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, 0;",
+        "=r,r",
+        [lane],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def wait_for_all_copies(lane):
+    return gl.inline_asm_elementwise(
+        "cp.async.wait_all; mov.u32 $0, 0;", "=r,r", [lane], dtype=gl.uint32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def sync_warp(lane):
+    return gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [lane], dtype=gl.uint32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def arrive(counter, last):
+    """Make the program's writes visible, count it in; the number of programs counted before it, for all its threads.
+
+    ``counter`` (scalar pointer) returns to zero after ``last + 1`` arrivals. Scalars in, a scalar out.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t, v, b; mov.u32 t, %tid.x; mov.u32 b, global_smem; setp.eq.u32 p, t, 0; "
+        "fence.acq_rel.gpu; bar.sync 0; @p atom.acq_rel.gpu.global.inc.u32 v, [$1], $2; @p st.shared.u32 [b], v; "
+        "bar.sync 0; ld.shared.u32 $0, [b]; fence.acq_rel.gpu; }",
+        "=r,l,r",
+        [counter, last],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def permute_bytes(a, b, SELECTOR: gl.constexpr):
+    return gl.inline_asm_elementwise(_prmt_asm(SELECTOR), "=r,r,r", [a, b], dtype=gl.uint32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def permute_bytes_by(a, selector):
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [a, selector], dtype=gl.uint32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def shuffle(x, lane):
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [x, lane], dtype=gl.uint32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def shuffle_f(x, lane):
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def mma_int8_32(c, a0, a1, a2, a3, b0, b1):
+    """c (4 int32) + 16 x 32 int8 times 32 x 8 int8."""
+    return gl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+        [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def mma_int8_16(c, a0, a1, b0):
+    """c (4 int32) + 16 x 16 int8 times 16 x 8 int8."""
+    return gl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r",
+        [a0, a1, b0, c[0], c[1], c[2], c[3]],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@constexpr_function
+def _mma_half_asm(element):
+    kind = f"{element}.{element}"
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    )
+
+
+@gluon.jit
+def mma_half(c, a0, a1, a2, a3, b0, b1, ELEMENT: gl.constexpr):
+    """c (4 float32) + 16 x 16 times 16 x 8 of ELEMENT, "bf16" or "f16"."""
+    return gl.inline_asm_elementwise(
+        _mma_half_asm(ELEMENT),
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@constexpr_function
+def _pack_asm(element):
+    return f"cvt.rn.{element}x2.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def pack_half(low, high, ELEMENT: gl.constexpr):
+    """Two float32 rounded to ELEMENT, "bf16" or "f16", in one register."""
+    return gl.inline_asm_elementwise(_pack_asm(ELEMENT), "=r,f,f", [low, high], dtype=gl.uint32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def log2(x):
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def repeat(x, COUNT: gl.constexpr):
+    """A tuple of x, COUNT times."""
+    out = ()
+    for _ in gl.static_range(COUNT):
+        out = out + (x,)
+    return out
+
+
+@gluon.jit
+def sum_over_rows(x, lane):
+    """The sum of x over the lanes that agree in ``lane % 4``, in all of them."""
+    x += shuffle_f(x, lane ^ 4)
+    x += shuffle_f(x, lane ^ 8)
+    x += shuffle_f(x, lane ^ 16)
+    return x
+
+
+@gluon.jit
+def max_over_rows(x, lane):
+    """The maximum of x over the lanes that agree in ``lane % 4``, in all of them."""
+    x = gl.maximum(x, shuffle_f(x, lane ^ 4))
+    x = gl.maximum(x, shuffle_f(x, lane ^ 8))
+    x = gl.maximum(x, shuffle_f(x, lane ^ 16))
+    return x

@@ -1,0 +1,220 @@
+"""Codewords of table-coded pages, lane by lane: from the words of a lane buffer (`codec.page_layout`) to int8 triples.
+
+``words``: the lane's words of a block. N: triplets of a chain; B: bits of a stream code; STATE: of the trellis state;
+SIGNED: whether signs are stored apart; SH, SHX: bit position of a table index in the byte offset of its entry, for the
+chained and the extra triplets.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import constexpr_function
+
+from octo_run.kernels.attention.lanes import load_shared, permute_bytes
+
+
+@constexpr_function
+def _sign_selector(first):
+    """PRMT selector that spreads the top bits of the bytes first .. first + 2 (of two registers) over three bytes."""
+    return (8 + first) | (8 + first + 1) << 4 | (8 + first + 2) << 8 | (8 + first + 2) << 12
+
+
+@gluon.jit
+def field(words, BIT: gl.constexpr, TO: gl.constexpr, SIZE: gl.constexpr):
+    """The SIZE bits at BIT of the lane's words, moved to bit TO of a register; the other bits are not cleared."""
+    FIRST: gl.constexpr = BIT // 32
+    LAST: gl.constexpr = (BIT + SIZE - 1) // 32
+    IN: gl.constexpr = BIT % 32
+    if FIRST == LAST:
+        if IN >= TO:
+            return words[FIRST] >> (IN - TO)
+        else:
+            return words[FIRST] << (TO - IN)
+    else:
+        # A field that crosses into the next word always moves down: IN + SIZE > 32 >= TO + SIZE.
+        return (words[FIRST] >> (IN - TO)) | (words[LAST] << (32 - IN + TO))
+
+
+@gluon.jit
+def select(a, b, MASK: gl.constexpr):
+    """Bits of MASK from a, the others from b."""
+    return (a & MASK) | (b & (0xFFFFFFFF ^ MASK))
+
+
+@gluon.jit
+def _signs(words, BYTE: gl.constexpr, ROW: gl.constexpr):
+    """Three bytes of 0x00 or 0xff: token row ROW's sign bits in the bytes BYTE .. BYTE + 2 of the lane's words."""
+    W: gl.constexpr = BYTE // 4
+    S: gl.constexpr = ROW % 8
+    lo = words[W] << S
+    if BYTE % 4 >= 2:
+        hi = words[W + 1] << S
+    else:
+        hi = lo
+    return permute_bytes(lo, hi, _sign_selector(BYTE % 4))
+
+
+@gluon.jit
+def _codeword(
+    index,
+    lane_base,
+    words,
+    SIGN_BYTE: gl.constexpr,
+    ROW: gl.constexpr,
+    MASK: gl.constexpr,
+    OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr,
+):
+    """The int8 triple (x, y, z, 0) whose table index stands (shifted by the row size) in ``index``."""
+    value = load_shared((index & MASK) | lane_base, OFFSET)
+    if SIGNED:
+        value = value ^ _signs(words, SIGN_BYTE, ROW)
+    return value
+
+
+@gluon.jit
+def chained(
+    words,
+    lane_base,
+    BIT: gl.constexpr,
+    BYTE: gl.constexpr,
+    ROW: gl.constexpr,
+    S: gl.constexpr,
+    N: gl.constexpr,
+    B: gl.constexpr,
+    STATE: gl.constexpr,
+    SH: gl.constexpr,
+    SIGNED: gl.constexpr,
+):
+    """The codeword of slot S of the tail-biting chain whose stream begins at BIT and whose signs at BYTE."""
+    MASK: gl.constexpr = ((1 << (B + STATE)) - 1) << SH
+    if S < N - 1:
+        index = field(words, BIT + S * B, SH, B + STATE)
+    else:
+        # The first triplet's predecessor is the last one: its low bits come from slot 0.
+        top = field(words, BIT + S * B, SH, B)
+        wrap = field(words, BIT, SH + B, STATE)
+        index = select(wrap, top, ((1 << STATE) - 1) << (SH + B))
+    return _codeword(index, lane_base, words, BYTE + 3 * S, ROW, MASK, 0, SIGNED)
+
+
+@gluon.jit
+def single(
+    words,
+    lane_base_x,
+    BIT: gl.constexpr,
+    BYTE: gl.constexpr,
+    ROW: gl.constexpr,
+    B: gl.constexpr,
+    SHX: gl.constexpr,
+    EXTRA_OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr,
+):
+    """The codeword of the extra triplet at BIT, from the table at byte EXTRA_OFFSET."""
+    index = field(words, BIT, SHX, B)
+    return _codeword(index, lane_base_x, words, BYTE, ROW, ((1 << B) - 1) << SHX, EXTRA_OFFSET, SIGNED)
+
+
+@gluon.jit
+def key_token(
+    words,
+    lane_base,
+    lane_base_x,
+    R: gl.constexpr,
+    N: gl.constexpr,
+    EXTRAS: gl.constexpr,
+    B: gl.constexpr,
+    STATE: gl.constexpr,
+    SH: gl.constexpr,
+    SHX: gl.constexpr,
+    EXTRA_OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr,
+):
+    """The lane's codewords of its token R in the K block: chain 2 t, chain 2 t + 1, the extra triplets (garbage where
+    the lane has none)."""
+    SLOTS: gl.constexpr = 2 * N + (EXTRAS > 0)
+    BIT: gl.constexpr = R * SLOTS * B
+    BYTE: gl.constexpr = SLOTS * B
+    out = ()
+    for s in gl.static_range(N):
+        out = out + (chained(words, lane_base, BIT, BYTE, R, s, N, B, STATE, SH, SIGNED),)
+    for s in gl.static_range(N):
+        out = out + (chained(words, lane_base, BIT + N * B, BYTE + 3 * N, R, s, N, B, STATE, SH, SIGNED),)
+    if EXTRAS > 0:
+        out = out + (single(words, lane_base_x, BIT + 2 * N * B, BYTE + 6 * N, R, B, SHX, EXTRA_OFFSET, SIGNED),)
+    if EXTRAS > 4:
+        SECONDS: gl.constexpr = 8 * BYTE + 24 * (SLOTS + 1) * SIGNED
+        out = out + (
+            single(
+                words,
+                lane_base_x,
+                SECONDS + (R // 4 * 2 + R % 2) * B,
+                BYTE + 3 * SLOTS,
+                R,
+                B,
+                SHX,
+                EXTRA_OFFSET,
+                SIGNED,
+            ),
+        )
+    return out
+
+
+@gluon.jit
+def key_norm(
+    words,
+    R: gl.constexpr,
+    N: gl.constexpr,
+    EXTRAS: gl.constexpr,
+    B: gl.constexpr,
+    NORM: gl.constexpr,
+    WORDS: gl.constexpr,
+):
+    """The norm of token R as float32 bits, 2^-112 times too small: right in lane 3, or without three extras in lane R
+    // 2, of every four."""
+    TO: gl.constexpr = 28 - NORM
+    if EXTRAS == 3:
+        LOW: gl.constexpr = B if B < NORM else NORM
+        HIGH: gl.constexpr = NORM - LOW
+        low = field(words, R * (2 * N + 1) * B + 2 * N * B, TO, LOW) & (((1 << LOW) - 1) << TO)
+        if HIGH == 0:
+            return low
+        else:
+            high = field(words, WORDS * 32 - 8 * HIGH + HIGH * R, 28 - HIGH, HIGH)
+            return low | (high & (((1 << HIGH) - 1) << (28 - HIGH)))
+    else:
+        return field(words, WORDS * 32 - 2 * NORM + R % 2 * NORM, TO, NORM) & (((1 << NORM) - 1) << TO)
+
+
+@gluon.jit
+def value_slot(
+    words,
+    lane_base,
+    lane_base_x,
+    U: gl.constexpr,
+    S: gl.constexpr,
+    N: gl.constexpr,
+    B: gl.constexpr,
+    STATE: gl.constexpr,
+    SH: gl.constexpr,
+    SHX: gl.constexpr,
+    EXTRA_OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr,
+):
+    """The lane's codeword of its token U in the V block: slot S of chain g, or (S = N) the extra triplet, garbage where
+    the lane has none."""
+    if S < N:
+        return chained(words, lane_base, U * N * B, 2 * N * B + 3 * N * (U // 8), U, S, N, B, STATE, SH, SIGNED)
+    else:
+        EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)
+        return single(
+            words,
+            lane_base_x,
+            EXTRA * 8 + U * B,
+            EXTRA + 2 * B + 3 * (U // 8),
+            U,
+            B,
+            SHX,
+            EXTRA_OFFSET,
+            SIGNED,
+        )
