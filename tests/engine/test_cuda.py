@@ -1,6 +1,7 @@
-"""The engine on a CUDA GPU against the engine on the CPU, and the memory plan against the allocator."""
+"""The engine on a CUDA GPU: against the CPU, recorded steps against unrecorded ones, the plan against the allocator."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +12,31 @@ pytestmark = pytest.mark.gpu
 
 TEXT = "I want to book a table for two in San Jose tonight. " * 24
 FORMATS = ("bf16", "octopus3", "oct2", "oct3", "oct4")
+GREEDY = SamplingParams()
+#: Statistics of PyTorch's allocator that say what is held: not the counts of requests, which recording a step raises.
+HELD = ("allocated_bytes.all.current", "allocated_bytes.all.peak", "reserved_bytes.all.current", "segment.all.current")
 
 
 def prompt(engine: Engine) -> list[int]:
     return engine.tokenizer.encode(TEXT, add_bos=True)
 
 
+def load(kv: str, **options: Any) -> Engine:
+    engine = Engine.load("octo-demo", kv=kv, device="cuda", **options)
+    engine.end_ids = frozenset()
+    return engine
+
+
+def answer(engine: Engine, ids: list[int], **params: Any) -> list[int]:
+    engine._reuse([])  # a reused prefix takes another path than a fresh one
+    return [token.id for token in engine.generate(ids, SamplingParams(**params))]
+
+
 @pytest.mark.parametrize("kv", FORMATS)
 def test_logits_agree_with_the_cpu(kv: str) -> None:
     """Both in float32 with the same rotation; codes may differ at ties, so coded formats get a wider bound."""
     cpu = Engine.load("octo-demo", kv=kv, device="cpu", dtype="float32", max_context=1024)
-    gpu = Engine.load("octo-demo", kv=kv, device="cuda", dtype="float32", max_context=1024)
+    gpu = load(kv, dtype="float32", max_context=1024)
     ids = prompt(cpu)
     for step, part in ((None, ids), (1, ids[:270])):
         want, got = cpu.logits(part, step), gpu.logits(part, step).cpu()
@@ -29,22 +44,94 @@ def test_logits_agree_with_the_cpu(kv: str) -> None:
         assert error < (1e-4 if kv == "bf16" else 5e-3), f"{kv}, step {step}: {error}"
 
 
+@pytest.mark.parametrize("kv", ["bf16", "octopus3", "oct3"])
+@torch.inference_mode()
+def test_recorded_steps_equal_unrecorded_ones_bit_for_bit(kv: str) -> None:
+    """Over the coding of two pages and a change of the bound on lengths."""
+    engine = load(kv)
+    ids = (prompt(engine) * 4)[:950]
+    tokens = ids[:150]
+    engine.prefill(ids)
+    wanted = [engine._next_logits([token]) for token in tokens]
+    engine.arena.truncate(0, 0)
+    engine.prefill(ids)
+    engine.step.start([0], [GREEDY])
+    for token, logits in zip(tokens, wanted, strict=True):
+        engine.step.sampler.tokens[0].fill_(token)
+        engine.step.launch()
+        engine.step.read()
+        assert torch.equal(engine.step.logits[0].float(), logits)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "octopus3"])
+def test_sequences_of_different_lengths_answer_as_if_alone(kv: str) -> None:
+    """The first tokens: later ones may part where two are all but equal."""
+    engine = load(kv, sequences=5, max_context=1500)
+    ids = (prompt(engine) * 3)[:1200]
+    prompts = [ids[:n] for n in (3, 70, 400, 1100, 200)]
+    alone = [answer(engine, part, max_tokens=8) for part in prompts]
+    engine._reuse([])
+    answers = [[int(engine.prefill(part, seq).argmax())] for seq, part in enumerate(prompts)]
+    engine.step.start([tokens[0] for tokens in answers], [GREEDY] * 5)
+    for _ in range(7):
+        engine.step.launch()
+        for tokens, (token, _) in zip(answers, engine.step.read(), strict=True):
+            tokens.append(token)
+    assert sum(a[:4] == b[:4] for a, b in zip(answers, alone, strict=True)) >= 4
+
+
+@pytest.mark.parametrize("kv", ["octopus3"])
+def test_stops_and_seeds(kv: str) -> None:
+    """An answer that stops while a step is under way leaves the cache as one that is cut there, and goes on alike."""
+    engine = load(kv)
+    ids = prompt(engine)
+    rules: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 7}
+    whole = answer(engine, ids, max_tokens=120, **rules)
+    assert whole == answer(engine, ids, max_tokens=120, **rules)
+    assert whole != answer(engine, ids, max_tokens=120, **(rules | {"seed": 8}))
+    stop = next(token for place, token in enumerate(whole) if place > 60 and token not in whole[:place])
+    place = whole.index(stop)
+    assert answer(engine, ids, stop_ids=(stop,), **rules) == whole[: place + 1]
+    assert engine._ids == ids + whole[:place] and engine.arena.length[0] == len(engine._ids)
+    both = [engine.generate(ids, SamplingParams(max_tokens=30, **rules)) for _ in range(2)]
+    assert next(both[0]).id == next(both[1]).id == next(engine.generate(ids, SamplingParams(**rules))).id
+
+
+@pytest.mark.parametrize("kv", ["bf16", "octopus3", "oct3"])
+def test_two_thousand_steps_change_nothing_in_the_allocator(kv: str) -> None:
+    engine = load(kv, sequences=2)
+    ids = prompt(engine)
+    for seq in range(2):
+        engine.prefill(ids[: 200 + 30 * seq], seq)
+    engine.step.start(ids[:2], [GREEDY, SamplingParams(temperature=1.0, top_p=0.9, seed=1)])
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            engine.step.launch()
+            engine.step.read()
+
+    run(300)  # records the step and the coding of pages
+    before = torch.cuda.memory_stats()
+    run(2000)
+    after = torch.cuda.memory_stats()
+    assert {key: after[key] for key in HELD} == {key: before[key] for key in HELD}
+
+
+@pytest.mark.parametrize("length", [50, 3600])
 @pytest.mark.parametrize("kv", FORMATS)
-def test_plan_matches_the_allocator_and_decode_allocates_nothing(kv: str) -> None:
+def test_plan_matches_the_allocator(kv: str, length: int) -> None:
     gc.collect()  # engines of earlier tests
     torch.cuda.empty_cache()
-    torch._C._cuda_clearCublasWorkspaces()  # the plan counts the workspace, which an earlier engine may have taken
+    torch._C._cuda_clearCublasWorkspaces()  # the plan counts the workspaces, which an earlier engine may have taken
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    engine = Engine.load("octo-demo", kv=kv, device="cuda")
-    for _ in engine.generate(prompt(engine), SamplingParams(max_tokens=400)):
+    engine = load(kv)
+    ids = (prompt(engine) * 20)[:length]
+    for _ in engine.generate(ids, SamplingParams(max_tokens=400)):
         pass
-    peak = torch.cuda.max_memory_allocated() - before
-    assert abs(peak - engine.memory_plan()["total"]) <= 0.02 * peak, (peak, engine.memory_plan())
-    generation = engine.generate(prompt(engine), SamplingParams(max_tokens=400))
-    for _ in range(8):
-        next(generation)
-    held = torch.cuda.memory_allocated()
-    for _ in generation:
+    peak, planned = torch.cuda.max_memory_allocated() - before, engine.memory_plan()["total"]
+    assert abs(peak - planned) <= 0.02 * peak, (peak, engine.memory_plan())
+    settled = torch.cuda.memory_allocated()
+    for _ in engine.generate(ids, SamplingParams(max_tokens=100)):
         pass
-    assert torch.cuda.memory_allocated() <= held
+    assert torch.cuda.memory_allocated() <= settled
