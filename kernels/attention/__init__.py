@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs, page_bytes
+from octo_run.kernels.attention.inputs import AttentionInputs, page_bytes
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.reference import attend_reference
 from octo_run.kernels.attention.splits import workspace_bytes
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from octo_run.kernels.attention.key_mean import KeyMean
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
+
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
-
-PAGE_TOKENS = 64
-"""Tokens of one page of the arena, for K and for V."""
-
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -37,11 +36,15 @@ class AttentionInputs:
     tail_v: Tensor
     tail_origin: Tensor  # int32 [B]
     sink: int  # positions kept in sink slots
+    mean: KeyMean | None = None  # what was taken out of the packed keys and comes back to their logits
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, for checks."""
-        return (self.pages, self.page_table, self.num_packed, self.starts, self.sink_k, self.sink_v, self.tail_k,
-                self.tail_v, self.tail_origin)  # fmt: skip
+        parts = (self.pages, self.page_table, self.num_packed, self.starts, self.sink_k, self.sink_v, self.tail_k,
+                 self.tail_v, self.tail_origin)  # fmt: skip
+        if self.mean is None:
+            return parts
+        return (*parts, self.mean.coefficients, self.mean.tables.base, self.mean.tables.offset)
 
 
 def page_bytes(fmt: KVFormat) -> int:
@@ -76,6 +79,13 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
         index: Tensor = getattr(kv, name)
         if index.dtype != torch.int32 or index.shape[0] != batch or index.ndim != (2 if name == "page_table" else 1):
             raise ValueError(f"{name} must be int32 with {batch} rows, not {index.dtype} {tuple(index.shape)}")
+    if kv.mean is not None:
+        mean, tables = kv.mean.coefficients, kv.mean.tables
+        if mean.shape != q.shape or mean.dtype != torch.float32:
+            raise ValueError(f"mean coefficients must be float32 {tuple(q.shape)}, not {mean.dtype} {tuple(mean.shape)}")
+        for name, table in (("base", tables.base), ("offset", tables.offset)):
+            if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != dim or not table.is_contiguous():
+                raise ValueError(f"the angle table {name} must be contiguous float32 [n, {dim}]")
     for part in (*kv.tensors(), *(() if out is None else (out,))):
         if part.device != q.device:
             raise ValueError(f"q is on {q.device}, another input is on {part.device}")

@@ -158,16 +158,20 @@ def _launch(
     tiling = _tiling(q.dtype, plain, 2 in (kind_k, kind_v), causal, group, dim)
     first, second = part_widths(dim)
     blocks = triton.cdiv(count * group, tiling.rows) if causal else splits
+    coef = base = offset = _no_table(q.device)
+    if kv.mean is not None:
+        coef, base, offset = kv.mean.coefficients, kv.mean.tables.base, kv.mean.tables.offset
     launch: Callable[..., Any] = attend_kernel[(blocks, kv_heads, batch)]
     launch(
         q, out, part, lse, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin,
-        kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v, levels_k, radii_k, levels_v, radii_v, scale,
-        count, splits, kv.sink, kv.tail_k.shape[2], *q.stride()[:3], *out.stride()[:3], *kv.pages.stride()[:2],
+        kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v, levels_k, radii_k, levels_v, radii_v, coef, base,
+        offset, scale, count, splits, kv.sink, kv.tail_k.shape[2],
+        *((0, 0, 0) if kv.mean is None else coef.stride()[:3]), *q.stride()[:3], *out.stride()[:3], *kv.pages.stride()[:2],
         kv.page_table.stride(0), *kv.sink_k.stride()[:3], *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3],
         *kv.tail_v.stride()[:3], G=group, D=dim, KIND_K=kind_k, KIND_V=kind_v,
         BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
         ELEMENT=_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
         BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain,
         CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, JOINT=tiling.joint,
-        num_warps=tiling.warps, num_stages=tiling.stages,
+        MEAN=kv.mean is not None, HALF=max(16, triton.next_power_of_2(dim // 2)), num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

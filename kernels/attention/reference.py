@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs, check
+from octo_run.kernels.attention.inputs import AttentionInputs, check
+from octo_run.kernels.attention.key_mean import page_bias
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
@@ -37,18 +39,23 @@ def attend_reference(
         rows = q[b].to(dtype).mul(scale).reshape(count, kv_heads, group, dim).transpose(0, 1)
         rows = rows.reshape(kv_heads, count * group, dim)
         positions = torch.arange(start, start + count, device=q.device).repeat_interleave(group)
-        result = _attend_one(rows, positions, _segments(kv, fmt, b, start + count, dtype))
+        coefficient = None
+        if kv.mean is not None:
+            coefficient = kv.mean.coefficients[b].to(dtype).mul(scale).reshape(count, kv_heads, group, dim)
+            coefficient = coefficient.transpose(0, 1).reshape(kv_heads, count * group, dim)
+        result = _attend_one(rows, positions, _segments(kv, fmt, b, start + count, dtype, coefficient))
         out[b] = result.reshape(kv_heads, count, group, dim).transpose(0, 1).reshape(count, heads, dim)
     return out
 
 
 def _segments(
-    kv: AttentionInputs, fmt: KVFormat, b: int, length: int, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (first position, K [Hkv, n, d], V [Hkv, n, d]) of sequence `b`, in the order of positions."""
+    kv: AttentionInputs, fmt: KVFormat, b: int, length: int, dtype: torch.dtype, coefficient: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """Yield (first position, K [Hkv, n, d], V [Hkv, n, d], what to add to the logits [Hkv, R, n]) of sequence `b`, in the
+    order of positions. `coefficient`: the key mean's, scaled, [Hkv, R, d]."""
     sinks = min(kv.sink, length)
     if sinks:
-        yield 0, kv.sink_k[b, :, :sinks].to(dtype), kv.sink_v[b, :, :sinks].to(dtype)
+        yield 0, kv.sink_k[b, :, :sinks].to(dtype), kv.sink_v[b, :, :sinks].to(dtype), None
     packed = int(kv.num_packed[b])
     split = PAGE_TOKENS * fmt.k.bytes_per_vector
     for first in range(0, packed, TILE_PAGES):
@@ -57,21 +64,28 @@ def _segments(
         kv_heads, pages = rows.shape[:2]
         k = rows[..., :split].reshape(kv_heads, pages * PAGE_TOKENS, fmt.k.bytes_per_vector)
         v = rows[..., split:].reshape(kv_heads, pages * PAGE_TOKENS, fmt.v.bytes_per_vector)
-        yield kv.sink + first * PAGE_TOKENS, fmt.k.decode_rotated(k, dtype), fmt.v.decode_rotated(v, dtype)
+        bias = None
+        if coefficient is not None and kv.mean is not None:
+            bias = page_bias(coefficient, kv.mean.tables, first, pages)
+        yield kv.sink + first * PAGE_TOKENS, fmt.k.decode_rotated(k, dtype), fmt.v.decode_rotated(v, dtype), bias
     done = kv.sink + packed * PAGE_TOKENS
     if length > done:
         offsets = torch.arange(done - kv.sink, length - kv.sink, device=kv.tail_k.device)
         slots = (offsets - int(kv.tail_origin[b])) % kv.tail_k.shape[2]
-        yield done, kv.tail_k[b][:, slots].to(dtype), kv.tail_v[b][:, slots].to(dtype)
+        yield done, kv.tail_k[b][:, slots].to(dtype), kv.tail_v[b][:, slots].to(dtype), None
 
 
-def _attend_one(rows: Tensor, positions: Tensor, segments: Iterator[tuple[int, Tensor, Tensor]]) -> Tensor:
+def _attend_one(
+    rows: Tensor, positions: Tensor, segments: Iterator[tuple[int, Tensor, Tensor, Tensor | None]]
+) -> Tensor:
     """Online softmax over segments: scaled queries ``rows [Hkv, R, d]`` at ``positions [R]`` -> ``[Hkv, R, d]``."""
     top = rows.new_full((*rows.shape[:2], 1), float("-inf"))
     total = torch.zeros_like(top)
     acc = torch.zeros_like(rows)
-    for first, k, v in segments:
+    for first, k, v, bias in segments:
         scores = rows @ k.transpose(1, 2)
+        if bias is not None:
+            scores += bias
         last = first + k.shape[1] - 1
         if last > int(positions[0]):
             keys = torch.arange(first, last + 1, device=rows.device)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from octo_run.kernels.attention.inputs import PAGE_TOKENS, AttentionInputs
+from octo_run.kernels.attention.inputs import AttentionInputs
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.splits import most_splits, processors
 from octo_run.kernels.attention.table_decode import table_decode_kernel
 from octo_run.kernels.codec import TrellisCodec

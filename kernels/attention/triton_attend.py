@@ -116,8 +116,35 @@ def _stored_norms(paged, page, row, radii, KIND: tl.constexpr, BYTES: tl.constex
 
 
 @triton.jit
+def _mean_bias(
+    coef, wanted, BASE, OFFSET, page, row, D: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    FLIP: tl.constexpr,
+):  # fmt: skip
+    """What the key mean adds to the scores of rows `row` of the sequence's page number `page` (`key_mean.page_bias`)."""
+    i = tl.arange(0, HALF)
+    inside = i < D // 2
+    cos = _along(tl.load(BASE + page * D + i, mask=inside, other=0.0), FLIP)
+    sin = _along(tl.load(BASE + page * D + D // 2 + i, mask=inside, other=0.0), FLIP)
+    at = coef + _along(i, FLIP)
+    there = wanted & _along(inside, FLIP)
+    a = tl.load(at, mask=there, other=0.0)
+    b = tl.load(at + D // 2, mask=there, other=0.0)
+    tables = OFFSET + _along(row, FLIP) * D + _across(i, FLIP)
+    o_cos = tl.load(tables, mask=_across(inside, FLIP), other=0.0)
+    o_sin = tl.load(tables + D // 2, mask=_across(inside, FLIP), other=0.0)
+    turned_a = a * cos + b * sin
+    turned_b = b * cos - a * sin
+    if FLIP:
+        s = tl.dot(o_cos, turned_a, input_precision=PRECISION)
+        return tl.dot(o_sin, turned_b, s, input_precision=PRECISION)
+    else:
+        s = tl.dot(turned_a, o_cos, input_precision=PRECISION)
+        return tl.dot(turned_b, o_sin, s, input_precision=PRECISION)
+
+
+@triton.jit
 def _tile(
-    q0, q1, gain, m, l, acc0, acc1, paged, kpage, vpage, page_row, kfull, vfull, full_row, kstride, vstride, visible,
+    q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, page_row, kfull, vfull, full_row, kstride, vstride, visible,
     levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr,
     T1: tl.constexpr, CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
@@ -125,8 +152,8 @@ def _tile(
 ):  # fmt: skip
     """One step of the online softmax over BN stored vectors: `page_row` of a page if `paged`, else `full_row`.
 
-    `paged` may be a constant: then only one of the two is compiled. `visible` (broadcast over the scores) says what
-    counts, where MASKED.
+    `paged` may be a constant: then only one of the two is compiled. `bias` is added to the scores. `visible` (broadcast
+    over the scores) says what counts, where MASKED.
     """
     i0 = tl.arange(0, T0)
     if FLIP:
@@ -146,6 +173,7 @@ def _tile(
     s = s * _across(gain, FLIP)
     if KIND_K != PLAIN:
         s = s * _along(_stored_norms(paged, kpage, page_row, radii_k, KIND_K, BYTES_K), FLIP)
+    s += bias
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 0 if FLIP else 1))
@@ -194,14 +222,14 @@ def _full_rows(t, sink_tiles, sinks, done, length, sink, origin, capacity, BF: t
 @triton.jit(do_not_specialize=["count", "splits", "sink", "capacity"])
 def attend_kernel(
     Q, OUT, PART, LSE, PAGES, TABLE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
-    levels_k, radii_k, levels_v, radii_v, scale, count, splits, sink, capacity,
-    sq_b, sq_c, sq_h, so_b, so_c, so_h, sp_page, sp_head, st_b,
+    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, count, splits, sink, capacity,
+    sc_b, sc_c, sc_h, sq_b, sq_c, sq_h, so_b, so_c, so_h, sp_page, sp_head, st_b,
     ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
     CONTIGUOUS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr,
-    JOINT: tl.constexpr,
+    JOINT: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Program (row block or split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
 
@@ -210,7 +238,8 @@ def attend_kernel(
     type of plain pages.
     FLIP: all products transposed, keys on the side that is a multiple of 16, queries on the other. JOINT: one loop over
     the tiles of pages and the full-precision ones (BF = BN), for the warp-group matrix unit: of two loops with its
-    products the second reads undefined descriptors when the first is skipped (ptxas 12.8).
+    products the second reads undefined descriptors when the first is skipped (ptxas 12.8). MEAN: add the key mean's part
+    to the scores of packed keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two).
     """
     block = tl.program_id(0)
     h = tl.program_id(1)
@@ -242,6 +271,9 @@ def attend_kernel(
     if T1 > 0:
         q1 = _scaled(r1, _across(1.0 / largest, FLIP), DOT)
         acc1 = _zeros(ROWS, T1, FLIP)
+    coef = COEF + _across(b * sc_b + c.to(tl.int64) * sc_c + head * sc_h, FLIP)
+    lift = scale * 1.4426950408889634
+    PRECISION: tl.constexpr = "ieee" if DOT == tl.float32 else "tf32x3"
     m = tl.full([ROWS], LOWEST, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
 
@@ -268,8 +300,11 @@ def attend_kernel(
             page = tl.load(TABLE + b * st_b + t // (64 // BN))
             kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
             row = (t % (64 // BN)) * BN + on
+            bias = 0.0
+            if MEAN:
+                bias = lift * _mean_bias(coef, wanted, BASE, OFFSET, t // (64 // BN), row, D, HALF, PRECISION, FLIP)
             m, l, acc0, acc1 = _tile(
-                q0, q1, gain, m, l, acc0, acc1, True, kpage, vpage, row, SINK_K, SINK_V, row, D, D, True,
+                q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, row, SINK_K, SINK_V, row, D, D, True,
                 levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
                 CONTIGUOUS, DOT, ROWS, BN, False, FLIP)  # fmt: skip
     for t in range(tl.maximum(first, full_from), last):
@@ -285,13 +320,19 @@ def attend_kernel(
             paged = t < page_tiles
             page = tl.load(TABLE + b * st_b + t // (64 // BN), mask=paged, other=0)
             kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
+            bias = 0.0
+            if MEAN:
+                turn = tl.where(paged, t // (64 // BN), 0)
+                here = (t % (64 // BN)) * BN + on
+                bias = lift * _mean_bias(coef, wanted, BASE, OFFSET, turn, here, D, HALF, PRECISION, FLIP)
+                bias = tl.where(paged, bias, 0.0)
             m, l, acc0, acc1 = _tile(
-                q0, q1, gain, m, l, acc0, acc1, paged, kpage, vpage, (t % (64 // BN)) * BN + on, kfull, vfull, row,
+                q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, (t % (64 // BN)) * BN + on, kfull, vfull, row,
                 kstride, vstride, visible | paged, levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K,
                 BYTES_V, BITS_K, BITS_V, D, T0, T1, CONTIGUOUS, DOT, ROWS, BN, True, FLIP)  # fmt: skip
         else:
             m, l, acc0, acc1 = _tile(
-                q0, q1, gain, m, l, acc0, acc1, False, PAGES, PAGES, row, kfull, vfull, row, kstride, vstride, visible,
+                q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, row, kfull, vfull, row, kstride, vstride, visible,
                 levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1, CONTIGUOUS, DOT, ROWS, BF,
                 True, FLIP)  # fmt: skip
 

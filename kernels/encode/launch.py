@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octo_run.kernels.attention.inputs import PAGE_TOKENS
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.blocks import Side, table_format
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 from octo_run.kernels.encode.reference import check

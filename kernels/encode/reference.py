@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.kernels.attention.inputs import PAGE_TOKENS, page_bytes
+from octo_run.kernels.attention.inputs import page_bytes
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat

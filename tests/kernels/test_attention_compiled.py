@@ -25,14 +25,14 @@ pytestmark = [
 TABLES = ("levels_k", "radii_k", "levels_v", "radii_v")
 POINTERS = {
     **dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V"), "bf16"),
-    **dict.fromkeys(("PART", "LSE", *TABLES), "fp32"),
+    **dict.fromkeys(("PART", "LSE", "COEF", "BASE", "OFFSET", *TABLES), "fp32"),
     **dict.fromkeys(("TABLE", "PACKED", "STARTS", "ORIGIN"), "i32"),
     "PAGES": "u8",
 }
 UNALIGNED = ("scale", "count", "splits", "sink", "capacity", "st_b")
 
 
-def compile_attend(kv, dim, group, causal, dtype):
+def compile_attend(kv, dim, group, causal, dtype, mean=False):
     """The kernel compiled as the launcher would launch it; returns the Triton object and bytes of stack a thread."""
     import triton
     import triton.language as tl
@@ -51,7 +51,7 @@ def compile_attend(kv, dim, group, causal, dtype):
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
         "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "ROWS": tiling.rows, "BN": tiling.keys,
         "BF": tiling.full_keys, "T0": first, "T1": second, "CONTIGUOUS": plain, "CAUSAL": causal, "SPLIT": not causal,
-        "FLIP": tiling.flip, "JOINT": tiling.joint,
+        "FLIP": tiling.flip, "JOINT": tiling.joint, "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)),
     }  # fmt: skip
     signature = {}
     for name in attend_kernel.arg_names:

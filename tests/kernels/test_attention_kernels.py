@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from octo_run.kernels import AttentionInputs, attend, attend_reference, page_bytes
+from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients
 from octo_run.kernels.codec import KVFormat, parse_kv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,8 +51,11 @@ def _integers(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0):
-    """Sequences of `lengths` tokens whose last `count` are the queries. Whatever must not be read is NaN, or page 0."""
+def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0):
+    """Sequences of `lengths` tokens whose last `count` are the queries. Whatever must not be read is NaN, or page 0.
+
+    `mean`: size of the means that the packed keys' logits get back.
+    """
     torch.manual_seed(seed)
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
     batch = len(lengths)
@@ -66,6 +70,8 @@ def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sin
     origin = [64 * p if count > 1 else 0 for p in packed]
     q = (3 * torch.randn(batch, count, heads, dim)).to(dtype)
     want = torch.empty(batch, count, heads, dim, dtype=torch.float64)
+    tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), sink, max(packed) + 1)
+    means = mean * torch.randn(batch, kv_heads, dim)
     for b, n in enumerate(lengths):
         vectors = (torch.randn(2, kv_heads, n, dim) * (0.2 + torch.rand(2, kv_heads, n, 1))).to(dtype)
         stored = vectors.double()
@@ -78,13 +84,27 @@ def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sin
             pages[table[b, p], 1] = torch.cat([r.flatten(1) for r in rows], 1)
             for part, codec in enumerate((fmt.k, fmt.v)):
                 stored[part, :, at] = codec.decode(rows[part], torch.float64) @ codec.rotation.T
+            stored[0, :, at] += rotated_mean(means[b].double(), tables, p, fmt.k.rotation)
         for j in range(sink + 64 * packed[b], n):
             tails[:, b, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
         want[b] = dense(q[b].double(), stored[0], stored[1], starts[b], dim**-0.5)
     kv_inputs = AttentionInputs(
         pages[:, 1], table, _integers(packed), _integers(starts), *sinks, *tails, _integers(origin), sink
     )
+    if mean:
+        plain = q.double() @ fmt.k.rotation
+        kv_inputs = replace(kv_inputs, mean=KeyMean(coefficients(plain.float(), means), tables))
     return Case(q, kv_inputs, fmt, want, max(lengths))
+
+
+def rotated_mean(means, tables, page, rotation):
+    """RoPE of `means` [Hkv, d] at the positions of a page by complex numbers, then the codec's rotation: [Hkv, 64, d]."""
+    half = means.shape[-1] // 2
+    at = torch.complex(*tables.base[page].double().split(half))[None] * torch.complex(
+        *tables.offset.double().split(half, -1)
+    )
+    turned = torch.complex(*means.split(half, -1))[:, None] * at
+    return torch.cat((turned.real, turned.imag), -1) @ rotation.T
 
 
 def dense(q, k, v, start, scale):
@@ -109,6 +129,9 @@ def run_triton(case):
 
     batch, _, heads, dim = case.q.shape
     kv = replace(case.kv, **{k: v.to(DEVICE) for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
+    if kv.mean is not None:
+        tables = AngleTables(kv.mean.tables.base.to(DEVICE), kv.mean.tables.offset.to(DEVICE))
+        kv = replace(kv, mean=KeyMean(kv.mean.coefficients.to(DEVICE), tables))
     q = case.q.to(DEVICE)
     out = torch.full_like(q, float("nan"))
     size = workspace_bytes(batch, heads, kv.pages.shape[1], dim) // 4
@@ -120,6 +143,28 @@ def run_triton(case):
 
 
 LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257, 400]
+
+
+@pytest.mark.parametrize("count", [1, 70])
+@pytest.mark.parametrize("kv", ["octopus3", "bf16"])
+def test_reference_adds_the_mean_back(kv, count):
+    case = make_case(kv, [129, 400], count, 6, 2, 64, dtype=torch.float64, mean=3.0)
+    got = attend(case.q, case.kv, case.fmt, scale=64**-0.5, max_length=400)
+    assert relative_error(got, case.want) < 1e-6  # coefficients and angles are float32
+    without = attend(case.q, replace(case.kv, mean=None), case.fmt, scale=64**-0.5, max_length=400)
+    assert relative_error(without, case.want) > 0.1
+
+
+@triton_only
+@pytest.mark.parametrize(("kv", "dim", "group", "count", "dtype"), [
+    ("octopus3", 64, 3, 1, torch.float32),
+    ("octopus3", 80, 1, 1, torch.bfloat16),
+    ("octopus2", 64, 4, 20, torch.float32),
+    ("bf16", 64, 2, 20, torch.float16),
+])  # fmt: skip
+def test_triton_adds_the_mean_back(kv, dim, group, count, dtype):
+    case = make_case(kv, [150, 300], count, 2 * group, 2, dim, dtype=dtype, mean=2.0)
+    assert relative_error(run_triton(case), case.want) < {torch.float32: 1e-5, torch.float16: 3e-3}.get(dtype, 6e-3)
 
 
 @pytest.mark.parametrize("kv", ["octopus2", "octopus3", "octopus4", "bf16", "octopus3:bf16", "octopus4:octopus2"])

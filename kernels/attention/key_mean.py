@@ -1,0 +1,94 @@
+"""What all keys of a head have in common, kept out of the code: a mean before RoPE, taken out of packed keys and added
+back to the logits.
+
+A norm-and-direction code spends its bits on a large common part. Softmax ignores a vector taken from all keys, but RoPE
+turns a constant mean mu into R_j mu at position j. So R_j mu is subtracted before coding, and q . R_j mu is added to the
+logit of token j. With the halves q = (q1, q2) and mu = (m1, m2), pair by pair,
+
+    q . R_j mu = A cos(j w) + B sin(j w),   A = q1 m1 + q2 m2,   B = q2 m1 - q1 m2,
+
+summed over the frequencies w. For a page that begins at position j0 the coefficients are turned by j0 once,
+A' = A cos(j0 w) + B sin(j0 w), B' = B cos(j0 w) - A sin(j0 w), and multiplied with one table of the 64 offsets. The angle
+tables are the definition of R_j here: both sides use them, so what they differ from the model's own RoPE by only stays
+in the coded part. (Research note: key means, section 6 (a).)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class AngleTables:
+    """Cosines, then sines, float32: ``base [pages, d]`` of the positions that pages begin at, ``offset [64, d]`` of the
+    offsets within a page."""
+
+    base: Tensor
+    offset: Tensor
+
+    @classmethod
+    def build(cls, inv_freq: Tensor, sink: int, pages: int) -> AngleTables:
+        """The tables for frequencies ``inv_freq [d / 2]`` (radians a position); page p begins at ``sink + 64 p``."""
+        freq = inv_freq.to(torch.float64)
+
+        def table(positions: Tensor) -> Tensor:
+            angles = positions.to(torch.float64)[:, None] * freq
+            return torch.cat((angles.cos(), angles.sin()), -1).to(torch.float32)
+
+        starts = sink + PAGE_TOKENS * torch.arange(max(1, pages), device=freq.device)
+        return cls(table(starts), table(torch.arange(PAGE_TOKENS, device=freq.device)))
+
+    def of_pages(self, first: int, count: int) -> Tensor:
+        """Cosines, then sines, of all positions of ``count`` pages from page ``first`` on: float32 [count, 64, d]."""
+        cos, sin = self.base[first : first + count, None].chunk(2, -1)
+        o_cos, o_sin = self.offset.chunk(2, -1)
+        return torch.cat((cos * o_cos - sin * o_sin, sin * o_cos + cos * o_sin), -1)
+
+
+@dataclass(frozen=True)
+class KeyMean:
+    """What attention adds back: ``coefficients`` float32 [B, C, H, d] (A, then B, of every query), and the tables."""
+
+    coefficients: Tensor
+    tables: AngleTables
+
+
+def coefficients(q: Tensor, mean: Tensor) -> Tensor:
+    """A and B, float32 ``[B, C, H, d]``, of queries ``q [B, C, H, d]`` (after RoPE, not in the codec's rotated basis) and
+    means ``[B, Hkv, d]``."""
+    batch, count, heads, dim = q.shape
+    kv_heads = mean.shape[1]
+    q1, q2 = q.to(torch.float32).view(batch, count, kv_heads, heads // kv_heads, dim).chunk(2, -1)
+    m1, m2 = mean.to(torch.float32)[:, None, :, None].chunk(2, -1)
+    return torch.cat((q1 * m1 + q2 * m2, q2 * m1 - q1 * m2), -1).view(batch, count, heads, dim)
+
+
+def page_bias(coefficient: Tensor, tables: AngleTables, first: int, count: int) -> Tensor:
+    """``q . R_j mu`` for the tokens of pages: ``[..., count * 64]`` of coefficients ``[..., d]`` (their dtype)."""
+    angles = tables.of_pages(first, count).flatten(0, 1).to(coefficient.dtype)
+    return coefficient @ angles.T
+
+
+def mean_rows(mean: Tensor, angles: Tensor, rotation: Tensor) -> Tensor:
+    """``R_j mu`` in the codec's rotated basis: float32 ``[..., n, d]`` of means ``[..., d]`` and angles ``[n, d]``.
+
+    ``rotation [d, d]`` float32: the codec's, R x of row vectors x being ``x @ R.T``. Through a d x d matrix, so that the
+    positions cost one product.
+    """
+    m1, m2 = mean.chunk(2, -1)
+    r1, r2 = rotation.T.chunk(2, 0)
+    by_cos = m1[..., None] * r1 + m2[..., None] * r2
+    by_sin = m1[..., None] * r2 - m2[..., None] * r1
+    return angles @ torch.cat((by_cos, by_sin), -2)
+
+
+def estimate(rows: Tensor, angles: Tensor, rotation: Tensor) -> Tensor:
+    """The mean before RoPE, float32 ``[..., d]``, of keys ``rows [..., n, d]`` in the rotated basis at ``angles [n, d]``."""
+    k1, k2 = (rows.to(torch.float32) @ rotation).chunk(2, -1)
+    cos, sin = angles.chunk(2, -1)
+    return torch.cat((k1 * cos + k2 * sin, k2 * cos - k1 * sin), -1).mean(-2)
