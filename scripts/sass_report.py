@@ -26,7 +26,7 @@ from octo_run.kernels.codec import TrellisCodec, get
 
 FORMATS = ("oct2", "oct3", "oct4")
 POINTERS = dict.fromkeys(("q_ptr", "out_ptr", "sink_k_ptr", "sink_v_ptr", "tail_k_ptr", "tail_v_ptr"), "bf16")
-POINTERS |= {"pages_ptr": "u8", "part_ptr": "fp32", "lse_ptr": "fp32"}
+POINTERS |= {"pages_ptr": "u8", "part_ptr": "fp32", "lse_ptr": "fp32", "coef_ptr": "fp32", "base_ptr": "fp32"}
 TOKENS = 64
 
 
@@ -46,11 +46,11 @@ class Report:
     kinds: dict[str, int]
 
 
-def compile_variant(kv: str, group: int = 4, head_dim: int = 128) -> tuple[bytes, int]:
+def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> tuple[bytes, int]:
     """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory."""
     codec = get(kv, head_dim)
     assert isinstance(codec, TrellisCodec)
-    fixed = constants(codec, 8, group, "bf16")
+    fixed = constants(codec, 8, group, "bf16", mean)
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:
@@ -81,9 +81,9 @@ def longest_loop(sass: str) -> list[str]:
     return names[slice(*best)]
 
 
-def report(kv: str, group: int = 4, head_dim: int = 128) -> Report:
+def report(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> Report:
     """Compile one variant and count."""
-    cubin, shared = compile_variant(kv, group, head_dim)
+    cubin, shared = compile_variant(kv, group, head_dim, mean)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)

@@ -16,6 +16,7 @@ in the coded part. (Research note: key means, section 6 (a).)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ class AngleTables:
 
         starts = sink + PAGE_TOKENS * torch.arange(max(1, pages), device=freq.device)
         return cls(table(starts), table(torch.arange(PAGE_TOKENS, device=freq.device)))
+
+    @cached_property
+    def fragments(self) -> Tensor:
+        """The offsets' table as the table-decode kernel multiplies it: int32 [4, d / 16, 32, 4], made once.
+
+        Operand registers of lane 4 g + t for sixteen tokens and sixteen columns: tokens g and g + 8 in turn, frequencies
+        ``t * d / 8 + 2 step`` and the next; a register holds (cos - 1, sin) in fp16. The 1 goes in float32.
+        """
+        cos, sin = self.offset.chunk(2, -1)
+        pairs = torch.stack((cos - 1, sin), -1).to(torch.float16).view(torch.int32)[..., 0]  # [64, d / 2]
+        steps = pairs.shape[1] // 8
+        parts = pairs.view(4, 2, 8, 4, steps, 2)  # tile, half of its tokens, g, t, step, second frequency
+        return parts.permute(0, 4, 2, 3, 5, 1).reshape(4, steps, 32, 4).contiguous()
 
     def of_pages(self, first: int, count: int) -> Tensor:
         """Cosines, then sines, of all positions of ``count`` pages from page ``first`` on: float32 [count, 64, d]."""

@@ -115,6 +115,19 @@ def read_shared_half(address):
 
 
 @gluon.jit
+def load_global4(pointer):
+    """The lane's 16 bytes at ``pointer``."""
+    return gl.inline_asm_elementwise(
+        "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,l",
+        [pointer],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def load_global2(pointer):
     """The lane's 8 bytes at ``pointer``."""
     return gl.inline_asm_elementwise(

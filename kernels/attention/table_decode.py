@@ -35,6 +35,7 @@ from octo_run.kernels.attention.lanes import (
 )
 from octo_run.kernels.attention.table_codewords import field, key_norm, key_token, select, value_slot
 from octo_run.kernels.attention.table_full import full_precision
+from octo_run.kernels.attention.table_mean import add_mean, coefficient_row
 
 
 @constexpr_function
@@ -352,14 +353,14 @@ def _merge(tid, first_head, out_row, part_row, lse_row, stride_oh, parts, G: gl.
 @gluon.jit
 def table_decode_kernel(
     q_ptr, pages_ptr, page_table_ptr, num_packed_ptr, starts_ptr, origin_ptr, sink_k_ptr, sink_v_ptr, tail_k_ptr,
-    tail_v_ptr, table_ptr, out_ptr, part_ptr, lse_ptr, counters_ptr,
+    tail_v_ptr, table_ptr, coef_ptr, base_ptr, fragments_ptr, out_ptr, part_ptr, lse_ptr, counters_ptr,
     stride_qb, stride_qh, stride_page, stride_head, stride_table, stride_ob, stride_oh,
     stride_skb, stride_skh, stride_skt, stride_svb, stride_svh, stride_svt,
-    stride_tkb, stride_tkh, stride_tkt, stride_tvb, stride_tvh, stride_tvt,
+    stride_tkb, stride_tkh, stride_tkt, stride_tvb, stride_tvh, stride_tvt, stride_cb, stride_ch,
     sink, capacity, step_k, step_v, scale_log2,
     HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr,
     NORM: gl.constexpr, BPV: gl.constexpr, COPIES: gl.constexpr, COPIES_X: gl.constexpr, NT: gl.constexpr,
-    PASS: gl.constexpr, ELEMENT: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
+    PASS: gl.constexpr, ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
 ):  # fmt: skip
     """Programs: (part of the context, KV head and block of 4 NT query heads, sequence)."""
     T: gl.constexpr = (D + 2) // 3
@@ -445,6 +446,7 @@ def table_decode_kernel(
         u32(gl.where(g & 1 == 0, 0x4144, 0x4044)),
     )
     source = t * 4 + (g >> 1)
+    coef = coefficient_row(coef_ptr + seq * stride_cb + head * G * stride_ch, stride_ch, lane, first_head, G, D)
     barrier()
     for base in range(begin, end, WARPS):
         inside = base + warp < end
@@ -456,6 +458,9 @@ def table_decode_kernel(
             k_words, lane, lane_base, lane_base_x, queries, zero_i, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED,
             NORM, WORDS_K, NT,
         )  # fmt: skip
+        if MEAN:
+            page = gl.minimum(base + warp, last)
+            scores = add_mean(scores, coef, base_ptr, fragments_ptr, page, lane, scale_log2, D, NT)
         sync_warp(lane)
         _fetch(k_stage, next_block, lane, BPV)
         wait_for_older_copies(lane)
