@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from octo_run import kernels
-from octo_run.engine import plain_ops as ops
 from octo_run.engine.arena import KVArena, Prefill
+from octo_run.kernels import step as ops
+from octo_run.models import rope
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Decoder
 
 #: ``mix(layer, qkv [R, (heads + 2 kv_heads) d]) -> [R, heads * d]``: from a layer's projections to its attention
 Mix = Callable[[int, Tensor], Tensor]
 
+_ANGLE_ROWS = 256  # angles worked on at a time
 _ALIGNED = 128  # elements: every buffer begins on a multiple
 
 
@@ -28,6 +30,7 @@ def _shapes(cfg: ModelConfig, rows: int) -> tuple[Shapes, Shapes, Shapes]:
     """Buffers that live through a layer, those of its attention, those of its MLP (the latter two share memory)."""
     q, kv = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, 1, cfg.head_dim)
     lasting: Shapes = dict.fromkeys(("residual", "normed", "delta"), (rows, cfg.hidden_size))
+    lasting |= dict.fromkeys(("cos", "sin"), (rows, cfg.head_dim // 2))
     attention: Shapes = {"qkv": (rows, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim), "q": (rows, 1, *q)}
     attention |= {"mixed": (rows, 1, *q), "k": (rows, *kv), "v": (rows, *kv)}
     mlp: Shapes = {"gate_up": (rows, 2 * cfg.intermediate_size), "inner": (rows, cfg.intermediate_size)}
@@ -73,8 +76,10 @@ class Forward:
 
         query, key, value = (x.view(1, count, -1, x.shape[-1]) for x in (q, k, v))
 
+        turns = self._turns(positions)
+
         def mix(index: int, qkv: Tensor) -> Tensor:
-            self._rope(index, qkv, positions, self._no_slots[:count], k, v, q)
+            ops.qkv_rope_append(qkv, turns[index], self._no_slots[:count], k, v, q)
             chunk.attend(index, query, key, value, self.scale, self.workspace, out=mixed.view(query.shape))
             return mixed
 
@@ -90,9 +95,11 @@ class Forward:
         positions, slots = arena.state[0, :batch], arena.state[3, :batch]
         q, mixed = self._buffers["q"][:batch], self._buffers["mixed"][:batch]
 
+        turns = self._turns(positions)
+
         def mix(index: int, qkv: Tensor) -> Tensor:
             full_k, full_v = arena.full(index, batch)
-            self._rope(index, qkv, positions, slots, full_k, full_v, q)
+            ops.qkv_rope_append(qkv, turns[index], slots, full_k, full_v, q)
             inputs = arena.inputs(index, 0, batch, (full_k[:, :, sink:], full_v[:, :, sink:]))
             return kernels.attend(
                 q, inputs, arena.fmt, scale=self.scale, max_length=max_length, out=mixed, workspace=self.workspace
@@ -107,11 +114,15 @@ class Forward:
         ops.linear(normed, self.decoder.head, None, out)
         return out
 
-    def _rope(self, index: int, qkv: Tensor, positions: Tensor, slots: Tensor, k: Tensor, v: Tensor, q: Tensor) -> None:
-        layer, cfg = self.decoder.layers[index], self.decoder.cfg
-        ops.qkv_rope_append(
-            qkv, layer.q_norm, layer.k_norm, cfg.rms_norm_eps, self.decoder.inv_freq, positions, slots,
-            self.decoder.k_rotation, k, v, q)  # fmt: skip
+    def _turns(self, positions: Tensor) -> list[ops.Turn]:
+        """For every layer what turns its queries and keys at ``positions`` int32 ``[R]``."""
+        decoder, count = self.decoder, len(positions)
+        cos, sin = self._buffers["cos"][:count], self._buffers["sin"][:count]
+        for first in range(0, count, _ANGLE_ROWS):
+            rows = slice(first, first + _ANGLE_ROWS)
+            cos[rows], sin[rows] = rope.cos_sin(positions[rows], decoder.inv_freq, cos.dtype)
+        eps, rotation = decoder.cfg.rms_norm_eps, decoder.k_rotation
+        return [ops.Turn(cos, sin, layer.q_norm, layer.k_norm, eps, rotation) for layer in decoder.layers]
 
     def _layers(self, ids: Tensor, mix: Mix) -> Tensor:
         decoder, eps = self.decoder, self.decoder.cfg.rms_norm_eps

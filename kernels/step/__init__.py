@@ -1,1 +1,69 @@
-"""Small fused kernels of a decode step, with a PyTorch reference beside each."""
+"""The small operations of a step: PyTorch references (CPU) and Triton kernels (CUDA) behind one call each.
+
+All write into given outputs. On CUDA they allocate nothing, so that steps can be recorded. Rows are sequences of a
+decode step or tokens of a prompt; the rounding points are those of ``models.decoder``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from octo_run.kernels.step import reference
+from octo_run.kernels.step.reference import Turn
+
+__all__ = ["Turn", "add_rms_norm", "embed", "linear", "qkv_rope_append", "swiglu"]
+
+#: Rows up to which our own matrix-vector kernel takes a product.
+VECTOR_ROWS = 8
+
+
+def embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
+    """``out [B, hidden] = table[ids]``; ``ids`` int32 or int64 ``[B]``."""
+    reference.embed(ids, table, out)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+    """``residual += x`` in place, then ``out = rms_norm(residual) * weight``; without a residual that of ``x``.
+
+    ``x, residual, out [B, hidden]``, contiguous, ``weight [hidden]``, all of one dtype.
+    """
+    if x.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.add_rms_norm(x, residual, weight, eps, out)
+    else:
+        reference.add_rms_norm(x, residual, weight, eps, out)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out [B, n] = x [B, k] weight^T + bias`` with ``weight [n, k]``, all contiguous and of one dtype."""
+    if x.is_cuda and len(x) <= VECTOR_ROWS and x.element_size() == 2:
+        from octo_run.kernels.step import launch
+
+        launch.linear(x, weight, bias, out)
+    else:
+        reference.linear(x, weight, bias, out)
+
+
+def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full_v: Tensor, q_out: Tensor) -> None:
+    """From a layer's projections to what attention reads.
+
+    ``qkv [B, (H + 2 Hkv) d]``, contiguous. Queries (normed, turned by RoPE, rotated) go to ``q_out [B, 1, H, d]``, keys
+    of the same kind and values to ``full_k, full_v [B, Hkv, slots, d]`` at ``slots`` int32 ``[B]``.
+    """
+    if qkv.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.qkv_rope_append(qkv, turn, slots, full_k, full_v, q_out)
+    else:
+        reference.qkv_rope_append(qkv, turn, slots, full_k, full_v, q_out)
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """``out [B, n] = silu(gate) * up`` of ``gate_up [B, 2 n]``, both contiguous."""
+    if gate_up.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.swiglu(gate_up, out)
+    else:
+        reference.swiglu(gate_up, out)

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["test_attention_kernels.py", "test_encode_kernels.py", "test_trellis_kernels.py"])
+@pytest.mark.parametrize("module", ["test_attention_kernels.py", "test_encode_kernels.py", "test_step_kernels.py", "test_trellis_kernels.py"])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_interpreted(module):
     run = subprocess.run(

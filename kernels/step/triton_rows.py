@@ -1,0 +1,119 @@
+"""Triton kernels of the small operations of a step. Rounding to the compute dtype happens where PyTorch rounds."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_rms_norm_kernel(X, RESIDUAL, WEIGHT, OUT, eps, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """One row of N numbers a program."""
+    kind = OUT.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * N
+    at = tl.arange(0, BLOCK)
+    inside = at < N
+    x = tl.load(X + row + at, mask=inside, other=0).to(tl.float32)
+    if ADD:
+        x = (x + tl.load(RESIDUAL + row + at, mask=inside, other=0).to(tl.float32)).to(kind)
+        tl.store(RESIDUAL + row + at, x, mask=inside)
+        x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
+    normed = (x * scale).to(kind).to(tl.float32)
+    weight = tl.load(WEIGHT + at, mask=inside, other=0).to(tl.float32)
+    tl.store(OUT + row + at, (weight * normed).to(kind), mask=inside)
+
+
+@triton.jit
+def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr):
+    """The program is (part of a row, row)."""
+    kind = OUT.dtype.element_ty
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    gate = tl.load(GATE_UP + row * 2 * n + at, mask=at < n, other=0).to(tl.float32)
+    up = tl.load(GATE_UP + row * 2 * n + n + at, mask=at < n, other=0).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    tl.store(OUT + row * n + at, (silu * up).to(kind), mask=at < n)
+
+
+@triton.jit
+def _normed(x, other, WEIGHT, column, partner, inside, eps, kind: tl.constexpr, D: tl.constexpr):
+    """Columns and their partners of heads [rows, D], normed."""
+    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    weight = tl.load(WEIGHT + column, mask=inside, other=0).to(tl.float32)[None, :]
+    weight_other = tl.load(WEIGHT + partner, mask=inside, other=0).to(tl.float32)[None, :]
+    x = (weight * (x * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    other = (weight_other * (other * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    return x, other
+
+
+@triton.jit
+def qkv_rope_append_kernel(
+    QKV, COS, SIN, Q_NORM, K_NORM, ROTATION, SLOTS, K, V, Q, eps, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """The program is (HEADS heads, of q, k and v alike; COLUMNS columns of the result; row)."""
+    kind = QKV.dtype.element_ty
+    HALF: tl.constexpr = D // 2
+    row = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, BD)
+    inside = column < D
+    partner = tl.where(column < HALF, column + HALF, column - HALF)
+    source = QKV + (row * (H + 2 * HKV) + head[:, None]) * D
+    there = (head < H + 2 * HKV)[:, None] & inside[None, :]
+    x = tl.load(source + column[None, :], mask=there, other=0).to(tl.float32)
+    other = tl.load(source + partner[None, :], mask=there, other=0).to(tl.float32)
+    if NORM:
+        xq, oq = _normed(x, other, Q_NORM, column, partner, inside, eps, kind, D)
+        xk, ok = _normed(x, other, K_NORM, column, partner, inside, eps, kind, D)
+        x = tl.where((head < H)[:, None], xq, xk)
+        other = tl.where((head < H)[:, None], oq, ok)
+    angle = tl.where(column < HALF, column, column - HALF)
+    cos = tl.load(COS + row * HALF + angle, mask=inside, other=0).to(tl.float32)[None, :]
+    sin = tl.load(SIN + row * HALF + angle, mask=inside, other=0).to(tl.float32)[None, :]
+    here = (x * cos).to(kind).to(tl.float32)
+    there_part = (other * sin).to(kind).to(tl.float32)
+    turned = tl.where((column < HALF)[None, :], here - there_part, here + there_part).to(kind)
+    out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    kept = out < D
+    if ROTATE:
+        part = tl.load(ROTATION + column[:, None] * D + out[None, :], mask=inside[:, None] & kept[None, :], other=0)
+        result = tl.dot(turned, part, input_precision="ieee").to(kind)
+    else:
+        tl.static_assert(COLUMNS == BD)
+        result = turned
+    slot = tl.load(SLOTS + row).to(tl.int64)
+    tl.store(Q + (row * H + head[:, None]) * D + out[None, :], result, mask=(head < H)[:, None] & kept[None, :])
+    k_head = (head - H).to(tl.int64)
+    is_k = (head >= H) & (head < H + HKV)
+    to_k = K + row * sk_b + k_head[:, None] * sk_h + slot * sk_s + out[None, :]
+    tl.store(to_k, result, mask=is_k[:, None] & kept[None, :])
+    v_head = k_head - HKV
+    is_v = (head >= H + HKV) & (head < H + 2 * HKV)
+    value = tl.load(source + out[None, :], mask=is_v[:, None] & kept[None, :], other=0)
+    to_v = V + row * sv_b + v_head[:, None] * sv_h + slot * sv_s + out[None, :]
+    tl.store(to_v, value, mask=is_v[:, None] & kept[None, :])
+
+
+@triton.jit
+def linear_kernel(
+    X, WEIGHT, BIAS, OUT, rows, n, K: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BIASED: tl.constexpr,
+):  # fmt: skip
+    """BN outputs of up to ROWS rows a program: the weights are read once, sums are float32."""
+    kind = OUT.dtype.element_ty
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.arange(0, ROWS)
+    weights = WEIGHT + at.to(tl.int64)[:, None] * K
+    total = tl.zeros([ROWS, BN, BK], tl.float32)
+    for first in range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        w = tl.load(weights + k[None, :], mask=(at < n)[:, None] & (k < K)[None, :], other=0).to(tl.float32)
+        x = tl.load(X + row[:, None] * K + k[None, :], mask=(row < rows)[:, None] & (k < K)[None, :], other=0)
+        total += w[None, :, :] * x.to(tl.float32)[:, None, :]
+    result = tl.sum(total, 2)
+    if BIASED:
+        result += tl.load(BIAS + at, mask=at < n, other=0).to(tl.float32)[None, :]
+    tl.store(OUT + row[:, None] * n + at[None, :], result.to(kind), mask=(row < rows)[:, None] & (at < n)[None, :])

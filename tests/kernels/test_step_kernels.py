@@ -1,0 +1,149 @@
+"""The small operations of a step: references against the decoder's own, Triton kernels against the references.
+
+The Triton cases run where there is a GPU, or interpreted (see test_attention_interpreted.py).
+"""
+
+import os
+
+import pytest
+import torch
+
+from octo_run.kernels import step as ops
+from octo_run.kernels.codec.rotation import rotation_matrix
+from octo_run.kernels.step import reference
+from octo_run.models import rope
+from octo_run.models.decoder import rms_norm
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+triton_only = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="Triton kernels need a GPU or TRITON_INTERPRET=1"
+)
+HALF = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter cuts bfloat16 off instead of rounding it
+SHAPES = [(1, 6, 2, 128, False), (3, 7, 1, 64, True), (5, 32, 8, 80, True), (2, 4, 4, 256, False)]
+
+
+def random(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape) * scale).to(device=DEVICE, dtype=dtype)
+
+
+def close(got, want, dtype):
+    bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    error = float((got.double() - want.double()).norm() / want.double().norm())
+    assert error < bound, error
+
+
+def turn(rows, d, normed, rotated, dtype):
+    positions = torch.randint(0, 5000, (rows,)).to(DEVICE)
+    inv_freq = (1e4 ** -(torch.arange(0, d, 2) / d)).to(DEVICE)
+    cos, sin = rope.cos_sin(positions, inv_freq, dtype)
+    norms = [1 + random(d, dtype=dtype, scale=0.1) for _ in range(2)] if normed else [None, None]
+    rotation = rotation_matrix(d, 0).to(device=DEVICE, dtype=dtype).T.contiguous() if rotated else None
+    return ops.Turn(cos.contiguous(), sin.contiguous(), *norms, 1e-5, rotation)
+
+
+def append(run, qkv, how, heads, kv_heads, d):
+    """What ``run`` writes: queries, keys, values; every other element stays 7."""
+    rows = len(qkv)
+    torch.manual_seed(3)
+    slots = torch.randint(0, 9, (rows,), dtype=torch.int32).to(DEVICE)
+    full = torch.full((2, 3, rows, kv_heads, 9, d), 7.0, dtype=qkv.dtype, device=DEVICE)[:, 1]
+    q = torch.full((rows, 1, heads, d), torch.nan, dtype=qkv.dtype, device=DEVICE)
+    run(qkv, how, slots, full[0], full[1], q)
+    picked = torch.stack([full[:, row, :, slot] for row, slot in enumerate(slots.tolist())])
+    assert int((full != 7).any(-1).sum()) == 2 * rows * kv_heads
+    return q, picked[:, 0], picked[:, 1]
+
+
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "d", "normed"), SHAPES)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_reference_of_queries_keys_values(rows, heads, kv_heads, d, normed, rotated):
+    torch.manual_seed(0)
+    qkv = random(rows, (heads + 2 * kv_heads) * d)
+    how = turn(rows, d, normed, rotated, torch.float32)
+    q, k, v = append(reference.qkv_rope_append, qkv, how, heads, kv_heads, d)
+    parts = list(qkv.view(rows, 1, -1, d).split([heads, kv_heads, kv_heads], dim=2))
+    if normed:
+        parts[:2] = rms_norm(parts[0], how.q_norm, 1e-5), rms_norm(parts[1], how.k_norm, 1e-5)
+    parts[:2] = (rope.apply(x, how.cos[:, None], how.sin[:, None]) for x in parts[:2])
+    if rotated:
+        parts[:2] = parts[0] @ how.rotation, parts[1] @ how.rotation
+    for got, want in zip((q[:, 0], k, v), parts, strict=True):
+        torch.testing.assert_close(got, want[:, 0])
+
+
+def test_reference_of_norms_and_products():
+    torch.manual_seed(0)
+    x, residual, weight, out = random(3, 48), random(3, 48), random(48), random(3, 48)
+    reference.add_rms_norm(x, None, weight, 1e-5, out)
+    assert torch.equal(out, rms_norm(x, weight, 1e-5))
+    before = residual.clone()
+    reference.add_rms_norm(x, residual, weight, 1e-5, out)
+    assert torch.equal(residual, before + x) and torch.equal(out, rms_norm(before + x, weight, 1e-5))
+    reference.swiglu(torch.cat((x, residual), 1), out)
+    torch.testing.assert_close(out, torch.nn.functional.silu(x) * residual)
+    reference.embed(torch.tensor([2, 0], device=DEVICE, dtype=torch.int32), x, out[:2])
+    assert torch.equal(out[:2], x[[2, 0]])
+
+
+@triton_only
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "d", "normed"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_triton_queries_keys_values(rows, heads, kv_heads, d, normed, dtype, rotated):
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    qkv = random(rows, (heads + 2 * kv_heads) * d, dtype=dtype)
+    how = turn(rows, d, normed, rotated, dtype)
+    got = append(launch.qkv_rope_append, qkv, how, heads, kv_heads, d)
+    want = append(reference.qkv_rope_append, qkv, how, heads, kv_heads, d)
+    for ours, theirs in zip(got, want, strict=True):
+        close(ours, theirs, dtype)
+    assert torch.equal(got[2], want[2])
+
+
+@triton_only
+@pytest.mark.parametrize("width", [48, 384, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF])
+def test_triton_norms_and_swiglu(width, dtype):
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    x, weight = random(3, width, dtype=dtype), random(width, dtype=dtype)
+    for residual in (None, random(3, width, dtype=dtype)):
+        outs, sums = [torch.full_like(x, torch.nan) for _ in range(2)], []
+        for out, run in zip(outs, (launch.add_rms_norm, reference.add_rms_norm), strict=True):
+            sums.append(None if residual is None else residual.clone())
+            run(x, sums[-1], weight, 1e-5, out)
+        close(outs[0], outs[1], dtype)
+        assert residual is None or torch.equal(sums[0], sums[1])
+    gate_up = random(3, 2 * width, dtype=dtype, scale=4)
+    for out, run in zip(outs, (launch.swiglu, reference.swiglu), strict=True):
+        run(gate_up, out.fill_(torch.nan))
+    close(outs[0], outs[1], dtype)
+
+
+@triton_only
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(("n", "k"), [(40, 96), (129, 1000)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_triton_products(rows, n, k, biased):
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    x, weight = random(rows, k, dtype=HALF), random(n, k, dtype=HALF)
+    bias = random(n, dtype=HALF) if biased else None
+    out = torch.full((rows, n), torch.nan, dtype=HALF, device=DEVICE)
+    launch.linear(x, weight, bias, out)
+    want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    close(out, want, HALF)
+
+
+@triton_only
+def test_launchers_refuse_strided_inputs():
+    from octo_run.kernels.step import launch
+
+    x = random(4, 64)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        launch.add_rms_norm(x[:, ::2], None, x[0, :32], 1e-5, x[:, :32].contiguous())
