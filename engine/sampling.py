@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octo_run.errors import OctoError, UsageError
+from octo_run.kernels import step as ops
 from octo_run.models.config import GenerationDefaults
 
 
@@ -111,8 +112,8 @@ def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
 
 
 def sampling_bytes(sequences: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Bytes on the device of a step's logits in ``dtype`` and of what :class:`BatchSampler` keeps and works with."""
-    return sequences * vocab_size * (dtype.itemsize + 4)
+    """Bytes on the device of a step's logits in ``dtype`` and of what :class:`BatchSampler` keeps."""
+    return sequences * vocab_size * (dtype.itemsize + 4) + sequences * 16 * -(-vocab_size // ops.PART_TOKENS)
 
 
 class BatchSampler:
@@ -125,93 +126,68 @@ class BatchSampler:
     def __init__(self, sequences: int, vocab_size: int, device: torch.device) -> None:
         self._device, self._vocab = device, vocab_size
         self.drawn = torch.zeros(2, sequences, dtype=torch.int32, device=device)
-        self.tokens, self._logprobs = self.drawn[0], self.drawn[1].view(torch.float32)
-        self._rules = torch.zeros(4, sequences, device=device)  # temperature, top_p, log min_p, repetition_penalty
-        self._whole = torch.zeros(3, sequences, dtype=torch.int64, device=device)  # top_k, seed, tokens drawn
-        self._counts = torch.zeros(sequences, vocab_size, dtype=torch.int32, device=device)
-        self._index = torch.arange(vocab_size, device=device)
-        #: Which rules any sequence needs: a recorded draw serves the same ones. (penalty, noise, filters)
-        self.kind = (False, False, False)
+        self.tokens = self.drawn[0]
+        self._rules = torch.zeros(4, sequences, device=device)  # temperature, penalty, top_p, log min_p
+        self._whole = torch.zeros(3, sequences, dtype=torch.int64, device=device)  # seed, tokens drawn, top_k
+        self._draws = ops.Draws(
+            temperature=self._rules[0],
+            penalty=self._rules[1],
+            seeds=self._whole[0],
+            counters=self._whole[1],
+            counts=torch.zeros(sequences, vocab_size, dtype=torch.int32, device=device),
+            parts=torch.zeros(sequences, 4, -(-vocab_size // ops.PART_TOKENS), device=device),
+            tokens=self.tokens,
+            logprobs=self.drawn[1].view(torch.float32),
+        )
+        self._filtered = False
+
+    @property
+    def kind(self) -> tuple[bool, bool, bool]:
+        """Whether any sequence has a penalty, noise, filters: a recorded draw serves sequences of its own kind."""
+        return self._draws.counted, self._draws.noisy, self._filtered
 
     def set(self, params: list[SamplingParams], seen: list[list[int]], drawn: int = 0) -> None:
         """The rules of the first ``len(params)`` sequences, the tokens their penalties count, and tokens drawn before.
 
         ``seed`` None takes a fresh one.
         """
-        batch, tiny = len(params), torch.finfo(torch.float32).tiny
+        batch, draws = len(params), self._draws
         rules = [
-            (max(min(p.temperature, 1e30), tiny), p.top_p, math.log(p.min_p) if p.min_p else -math.inf,
-             p.repetition_penalty)
+            (min(p.temperature, 1e30), p.repetition_penalty, p.top_p, math.log(p.min_p) if p.min_p else -math.inf)
             for p in params
-        ]  # fmt: skip
-        whole = [(1 if p.temperature == 0 else p.top_k or self._vocab, _signed(p.seed), drawn) for p in params]
+        ]
+        whole = [(_signed(p.seed), drawn, p.top_k or self._vocab) for p in params]
         self._rules[:, :batch] = torch.tensor(rules).T.to(self._device)
         self._whole[:, :batch] = torch.tensor(whole).T.to(self._device)
-        self.kind = (
-            any(p.repetition_penalty != 1 for p in params),
-            any(p.temperature > 0 for p in params),
-            any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params),
-        )
-        if self.kind[0]:
-            self._counts[:batch].zero_()
+        draws.counted = any(p.repetition_penalty != 1 for p in params)
+        draws.noisy = any(p.temperature > 0 for p in params)
+        self._filtered = any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params)
+        if draws.counted:
+            draws.counts[:batch].zero_()
             for row, tokens in enumerate(seen):
-                self._counts[row].index_fill_(0, torch.tensor(tokens).to(self._device), 1)
+                draws.counts[row].index_fill_(0, torch.tensor(tokens, dtype=torch.int64).to(self._device), 1)
 
     def draw(self, logits: Tensor) -> None:
         """Draw from ``logits [batch, vocab]`` of the first sequences: ``drawn`` then has tokens and log-probabilities.
 
         Log-probabilities are under the model's own distribution, not finite if the logits are not.
         """
+        ops.sample(self._draws, logits, self._floor(logits) if self._filtered else None)
+
+    def _floor(self, logits: Tensor) -> Tensor:
+        """The lowest score that top-k, top-p and min-p leave in, float32 ``[batch]``."""
         batch = len(logits)
-        logits = logits.to(torch.float32)
-        temperature, top_p, min_p, penalty = self._rules[:, :batch, None]
-        top_k, seeds, counters = self._whole[:, :batch, None]
-        scores = logits
-        if self.kind[0]:
-            lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
-            scores = torch.where(self._counts[:batch] > 0, lowered, logits)
-        if self.kind[1]:
-            greedy = top_k == 1
-            scores = (scores - scores.amax(-1, keepdim=True)) / temperature.where(~greedy, 1.0)
-            if self.kind[2]:
-                scores = _filtered_rows(scores, top_k, top_p, min_p)
-            scores = torch.where(greedy, scores, scores + _gumbel(seeds, counters, self._index))
-            counters.add_(1)
-        tokens = scores.argmax(-1, keepdim=True)
-        if self.kind[0]:
-            self._counts[:batch].scatter_(1, tokens, 1)
-        self.tokens[:batch].copy_(tokens[:, 0])
-        self._logprobs[:batch].copy_((logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True))[:, 0])
+        temperature, _, top_p, min_p = self._rules[:, :batch, None]
+        ordered = ops.penalised(self._draws, logits).sort(descending=True).values
+        largest, temperature = ordered[:, :1], temperature.clamp(min=torch.finfo(torch.float32).tiny)
+        least = ordered.gather(1, (self._whole[2, :batch, None] - 1).clamp(max=self._vocab - 1))
+        share = ((ordered - largest) / temperature).masked_fill(ordered < least, -torch.inf).softmax(-1)
+        within = (share.cumsum(-1) - share < top_p).sum(-1, keepdim=True).clamp(min=1)
+        nucleus = ordered.gather(1, within - 1)
+        return torch.maximum(torch.maximum(least, nucleus), largest + temperature * min_p)[:, 0]
 
 
 def _signed(seed: int | None) -> int:
     """A seed (None: a fresh one) as int64 holds it."""
     seed = secrets.randbits(64) if seed is None else seed
     return seed - (1 << 64) if seed >> 63 else seed
-
-
-def _filtered_rows(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """``scores [B, vocab]`` with -inf for what top-k, top-p and min-p (a logarithm), all ``[B, 1]``, leave out."""
-    ordered = scores.sort(descending=True).values
-    last = ordered.gather(1, (top_k - 1).clamp(0, scores.shape[1] - 1))
-    ordered = ordered.masked_fill(ordered < last, -torch.inf)
-    share = ordered.softmax(-1)
-    within = share.cumsum(-1) - share < top_p
-    nucleus = ordered.gather(1, within.sum(-1, keepdim=True).clamp(min=1) - 1)
-    least = torch.maximum(torch.maximum(last, nucleus), ordered[:, :1] + min_p)
-    return scores.masked_fill(scores < least, -torch.inf)
-
-
-def _gumbel(seeds: Tensor, counters: Tensor, index: Tensor) -> Tensor:
-    """Gumbel noise, float32 ``[B, vocab]``: a hash of seed, counter (int64 ``[B, 1]``) and token."""
-    mixed = _hash(_hash(seeds ^ _hash(counters)) + index)
-    share = (((mixed >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
-    return -torch.log(-torch.log1p(-share))
-
-
-def _hash(x: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014) on int64; multiplication wraps around."""
-    x = x + -7046029254386353131
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
-    return x ^ ((x >> 31) & ((1 << 33) - 1))

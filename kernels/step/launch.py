@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import triton
 from torch import Tensor
 
-from octo_run.kernels.step.reference import Turn
+from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn
 from octo_run.kernels.step.triton_rows import (
     add_rms_norm_kernel,
-    linear_kernel,
     qkv_rope_append_kernel,
     swiglu_kernel,
 )
+from octo_run.kernels.step.triton_sample import sample_merge_kernel, sample_part_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,14 +67,18 @@ def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full
         COLUMNS=columns, NORM=turn.q_norm is not None, ROTATE=rotation is not None, num_warps=4)  # fmt: skip
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """`kernels.step.linear` for few rows by the Triton kernel."""
-    _check(x=x, weight=weight, out=out)
-    rows, k = x.shape
-    n = len(weight)
-    padded = triton.next_power_of_2(rows)
-    columns = 4 if rows > 2 else 8
-    launch: Callable[..., Any] = linear_kernel[(triton.cdiv(n, columns),)]
-    launch(
-        x, weight, x if bias is None else bias, out, rows, n, K=k, ROWS=padded, BN=columns,
-        BK=min(512, triton.next_power_of_2(k)), BIASED=bias is not None, num_warps=4)  # fmt: skip
+def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
+    """`kernels.step.sample` by the Triton kernels."""
+    _check(logits=logits, counts=draws.counts, floor=logits if floor is None else floor)
+    batch, vocab = logits.shape
+    parts = draws.parts.shape[2]
+    unused = draws.temperature
+    part: Callable[..., Any] = sample_part_kernel[(parts, batch)]
+    part(
+        logits, draws.counts, draws.temperature, draws.penalty, unused if floor is None else floor, draws.seeds,
+        draws.counters, draws.parts, vocab, BLOCK=PART_TOKENS, COUNTED=draws.counted, NOISY=draws.noisy,
+        FLOORED=floor is not None, num_warps=4)  # fmt: skip
+    merge: Callable[..., Any] = sample_merge_kernel[(batch,)]
+    merge(
+        logits, draws.counts, draws.counters, draws.parts, draws.tokens, draws.logprobs, vocab, parts,
+        WIDTH=triton.next_power_of_2(parts), COUNTED=draws.counted, NOISY=draws.noisy, num_warps=1)  # fmt: skip

@@ -22,6 +22,76 @@ class Turn:
     rotation: Tensor | None
 
 
+#: Tokens of the vocabulary that one program of the sampler looks at.
+PART_TOKENS = 1024
+
+
+@dataclass
+class Draws:
+    """What drawing tokens reads and writes, a row or number for each sequence.
+
+    ``temperature, penalty`` float32 ``[B]``; ``seeds, counters`` int64 ``[B]``; ``counts`` int32 ``[B, vocab]``, not
+    zero for tokens that are penalised; ``parts`` float32 ``[B, 4, parts]``, work space; ``tokens`` int32 and
+    ``logprobs`` float32 ``[B]``, the result. ``counted``: any penalty is not 1; ``noisy``: any temperature is not 0.
+    """
+
+    temperature: Tensor
+    penalty: Tensor
+    seeds: Tensor
+    counters: Tensor
+    counts: Tensor
+    parts: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    counted: bool = False
+    noisy: bool = False
+
+
+def penalised(draws: Draws, logits: Tensor) -> Tensor:
+    """Float32 scores ``[B, vocab]``: logits of penalised tokens divided (negative ones multiplied) by the penalty."""
+    logits = logits.to(torch.float32)
+    if not draws.counted:
+        return logits
+    batch = len(logits)
+    penalty = draws.penalty[:batch, None]
+    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(draws.counts[:batch] > 0, lowered, logits)
+
+
+def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
+    """See ``kernels.step.sample``."""
+    batch = len(logits)
+    scores = penalised(draws, logits)
+    if floor is not None:
+        scores = scores.masked_fill(scores < floor[:, None], -torch.inf)
+    if draws.noisy:
+        temperature = draws.temperature[:batch, None]
+        index = torch.arange(logits.shape[1], device=logits.device)
+        noise = _gumbel(draws.seeds[:batch, None], draws.counters[:batch, None], index)
+        scores = torch.where(temperature > 0, scores + temperature * noise, scores)
+        draws.counters[:batch].add_(1)
+    tokens = scores.argmax(-1, keepdim=True)
+    if draws.counted:
+        draws.counts[:batch].scatter_(1, tokens, 1)
+    draws.tokens[:batch].copy_(tokens[:, 0])
+    draws.logprobs[:batch].copy_(logits.to(torch.float32).log_softmax(-1).gather(1, tokens)[:, 0])
+
+
+def _gumbel(seeds: Tensor, counters: Tensor, index: Tensor) -> Tensor:
+    """Gumbel noise, float32 ``[B, vocab]``: a hash of seed, counter (int64 ``[B, 1]``) and token."""
+    mixed = _hash(_hash(seeds ^ _hash(counters)) + index)
+    share = (((mixed >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    return -torch.log(-torch.log1p(-share))
+
+
+def _hash(x: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014) on int64; multiplication wraps around."""
+    x = x + -7046029254386353131
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.float32)
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

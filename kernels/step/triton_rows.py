@@ -95,25 +95,3 @@ def qkv_rope_append_kernel(
     value = tl.load(source + out[None, :], mask=is_v[:, None] & kept[None, :], other=0)
     to_v = V + row * sv_b + v_head[:, None] * sv_h + slot * sv_s + out[None, :]
     tl.store(to_v, value, mask=is_v[:, None] & kept[None, :])
-
-
-@triton.jit
-def linear_kernel(
-    X, WEIGHT, BIAS, OUT, rows, n, K: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BIASED: tl.constexpr,
-):  # fmt: skip
-    """BN outputs of up to ROWS rows a program: the weights are read once, sums are float32."""
-    kind = OUT.dtype.element_ty
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.arange(0, ROWS)
-    weights = WEIGHT + at.to(tl.int64)[:, None] * K
-    total = tl.zeros([ROWS, BN, BK], tl.float32)
-    for first in range(0, K, BK):
-        k = first + tl.arange(0, BK)
-        w = tl.load(weights + k[None, :], mask=(at < n)[:, None] & (k < K)[None, :], other=0).to(tl.float32)
-        x = tl.load(X + row[:, None] * K + k[None, :], mask=(row < rows)[:, None] & (k < K)[None, :], other=0)
-        total += w[None, :, :] * x.to(tl.float32)[:, None, :]
-    result = tl.sum(total, 2)
-    if BIASED:
-        result += tl.load(BIAS + at, mask=at < n, other=0).to(tl.float32)[None, :]
-    tl.store(OUT + row[:, None] * n + at[None, :], result.to(kind), mask=(row < rows)[:, None] & (at < n)[None, :])

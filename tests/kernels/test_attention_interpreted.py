@@ -15,11 +15,20 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["test_attention_kernels.py", "test_encode_kernels.py", "test_step_kernels.py", "test_trellis_kernels.py"])
+@pytest.mark.parametrize("kind", ["attention", "encode", "step", "trellis"])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_interpreted(module):
+def test_interpreted(kind):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-k", "triton", "-p", "no:cacheprovider", str(HERE / module)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-k",
+            "triton",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / f"test_{kind}_kernels.py"),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

@@ -4,6 +4,7 @@ The Triton cases run where there is a GPU, or interpreted (see test_attention_in
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,20 +125,59 @@ def test_triton_norms_and_swiglu(width, dtype):
     close(outs[0], outs[1], dtype)
 
 
-@triton_only
-@pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize(("n", "k"), [(40, 96), (129, 1000)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_triton_products(rows, n, k, biased):
+def test_products(biased):
+    torch.manual_seed(0)
+    x, weight, bias = random(3, 96), random(40, 96), random(40)
+    out = torch.full((3, 40), torch.nan, device=DEVICE)
+    ops.linear(x, weight, bias if biased else None, out)
+    close(out, x.double() @ weight.double().T + (bias.double() if biased else 0), torch.float32)
+
+
+def draws(batch, vocab, **changes):
+    """Rules of a batch: the first sequence greedy, all penalised for some tokens."""
+    state = ops.Draws(
+        temperature=torch.tensor([0.0, 1e-38, 0.5, 1e30, 1.0][:batch], device=DEVICE),
+        penalty=torch.tensor([1.3, 1.0, 0.7, 1.2, 1.1][:batch], device=DEVICE),
+        seeds=torch.tensor([5, -6, 7, 8, 2**62][:batch], device=DEVICE),
+        counters=torch.tensor([0, 1, 2**40, 3, 4][:batch], device=DEVICE),
+        counts=(torch.arange(batch * vocab, device=DEVICE).view(batch, vocab) % 3 == 0).int(),
+        parts=torch.full((batch, 4, -(-vocab // ops.PART_TOKENS)), torch.nan, device=DEVICE),
+        tokens=torch.full((batch,), -1, dtype=torch.int32, device=DEVICE),
+        logprobs=torch.full((batch,), torch.nan, device=DEVICE),
+    )
+    return replace(state, **changes)
+
+
+@triton_only
+@pytest.mark.parametrize("vocab", [50, 2048, 5001])
+@pytest.mark.parametrize(("counted", "noisy", "floored"), [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 1), (0, 1, 1)])
+def test_triton_samples(vocab, counted, noisy, floored):
     from octo_run.kernels.step import launch
 
     torch.manual_seed(0)
-    x, weight = random(rows, k, dtype=HALF), random(n, k, dtype=HALF)
-    bias = random(n, dtype=HALF) if biased else None
-    out = torch.full((rows, n), torch.nan, dtype=HALF, device=DEVICE)
-    launch.linear(x, weight, bias, out)
-    want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    close(out, want, HALF)
+    logits = random(5, vocab, scale=3)
+    floor = logits.sort(descending=True).values[:, 9].contiguous() if floored else None
+    states = [draws(5, vocab, counted=bool(counted), noisy=bool(noisy)) for _ in range(2)]
+    for _ in range(4):
+        for state, run in zip(states, (launch.sample, reference.sample), strict=True):
+            run(state, logits, floor)
+        ours, theirs = states
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=2e-5, rtol=1e-5)
+        assert torch.equal(ours.counters, theirs.counters) and torch.equal(ours.counts, theirs.counts)
+
+
+@triton_only
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_triton_samples_of_broken_logits_show_it(bad):
+    from octo_run.kernels.step import launch
+
+    logits = random(2, 3000)
+    logits[1, 2500] = bad
+    state = draws(2, 3000)
+    launch.sample(state, logits, None)
+    assert bool(state.logprobs[0].isfinite()) and not bool(state.logprobs[1].isfinite())
 
 
 @triton_only

@@ -1,0 +1,78 @@
+"""Triton kernels that draw a token for each sequence: parts of the vocabulary, then the best of the parts."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _hash(x):
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014) on uint64."""
+    x += 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def sample_part_kernel(
+    LOGITS, COUNTS, TEMPERATURE, PENALTY, FLOOR, SEEDS, COUNTERS, PARTS, vocab,
+    BLOCK: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr, FLOORED: tl.constexpr,
+):  # fmt: skip
+    """The program is (part, sequence). PARTS float32 [B, 4, parts]: best score, its token's bits, and of the logits the
+    largest and the sum of exponentials relative to it."""
+    part, row = tl.program_id(0), tl.program_id(1)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    inside = at < vocab
+    places = row.to(tl.int64) * vocab + at
+    logit = tl.load(LOGITS + places, mask=inside, other=float("-inf")).to(tl.float32)
+    score = logit
+    if COUNTED:
+        penalty = tl.load(PENALTY + row)
+        lowered = tl.where(logit > 0, logit / penalty, logit * penalty)
+        score = tl.where(tl.load(COUNTS + places, mask=inside, other=0) > 0, lowered, logit)
+    if FLOORED:
+        score = tl.where(score < tl.load(FLOOR + row), float("-inf"), score)
+    if NOISY:
+        temperature = tl.load(TEMPERATURE + row)
+        seed = tl.load(SEEDS + row).to(tl.uint64, bitcast=True)
+        counter = tl.load(COUNTERS + row).to(tl.uint64, bitcast=True)
+        mixed = _hash(_hash(seed ^ _hash(counter)) + at.to(tl.uint64))
+        share = ((mixed >> 40).to(tl.int32).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+        # -log(1 - share), exact for small shares too
+        wait = tl.where(share < 0.01, share * (1 + share * (0.5 + share * 0.33333333)), -tl.log(1 - share))
+        score = tl.where(temperature > 0, score - temperature * tl.log(wait), score)
+    largest = tl.max(logit, 0)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    to = PARTS + row * 4 * tl.num_programs(0) + part
+    tl.store(to, tl.max(score, 0))
+    token = part * BLOCK + tl.argmax(score, 0)
+    tl.store(to + tl.num_programs(0), token.to(tl.float32, bitcast=True))
+    tl.store(to + 2 * tl.num_programs(0), base)
+    tl.store(to + 3 * tl.num_programs(0), tl.sum(tl.exp(logit - base), 0))
+
+
+@triton.jit
+def sample_merge_kernel(
+    LOGITS, COUNTS, COUNTERS, PARTS, TOKENS, LOGPROBS, vocab, parts,
+    WIDTH: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence: the token and its log-probability; it is counted, and so is the draw."""
+    row = tl.program_id(0)
+    at = tl.arange(0, WIDTH)
+    inside = at < parts
+    source = PARTS + row * 4 * parts + at
+    best = tl.argmax(tl.load(source, mask=inside, other=float("-inf")), 0)
+    token = tl.load(PARTS + row * 4 * parts + parts + best).to(tl.int32, bitcast=True)
+    base = tl.load(source + 2 * parts, mask=inside, other=float("-inf"))
+    total = tl.load(source + 3 * parts, mask=inside, other=0.0)
+    largest = tl.max(base, 0)
+    whole = largest + tl.log(tl.sum(tl.where(inside, total * tl.exp(base - largest), 0.0), 0))
+    chosen = tl.load(LOGITS + row.to(tl.int64) * vocab + token).to(tl.float32)
+    tl.store(TOKENS + row, token)
+    tl.store(LOGPROBS + row, chosen - whole)
+    if COUNTED:
+        tl.store(COUNTS + row.to(tl.int64) * vocab + token, 1)
+    if NOISY:
+        tl.store(COUNTERS + row, tl.load(COUNTERS + row) + 1)
