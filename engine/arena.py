@@ -16,6 +16,7 @@ An exception, Ctrl-C's included, may strike between any two statements here. Wha
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import KVFormat
+
+if TYPE_CHECKING:
+    from octo_run.engine.key_means import KeyMeans
 
 PAGE = kernels.PAGE_TOKENS
 
@@ -37,7 +41,8 @@ def length_bound(length: int, context: int) -> int:
 
 @dataclass(frozen=True)
 class ArenaShape:
-    """What decides the bytes of an arena; ``dtype`` is the full-precision one, ``context`` in tokens a sequence."""
+    """What decides the bytes of an arena; ``dtype`` is the full-precision one, ``context`` in tokens a sequence,
+    ``mean_heads`` the number of query heads if key means are kept out of the codes (``key_means``), else 0."""
 
     layers: int
     kv_heads: int
@@ -50,6 +55,7 @@ class ArenaShape:
     window: int = 64
     chunk: int = 512
     sequences: int = 1
+    mean_heads: int = 0
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -90,6 +96,22 @@ class ArenaShape:
         return self.sequences * (4 * max(1, self.max_pages) + 4 * 4 + 8)
 
     @property
+    def mean_page_bytes(self) -> int:
+        """Bytes that one more page of context takes for the key means' angles."""
+        return 4 * self.head_dim if self.mean_heads else 0
+
+    @property
+    def mean_bytes(self) -> int:
+        """Bytes of the key means, their angles, the coefficients of a chunk and the pages on their way to the code."""
+        if not self.mean_heads:
+            return 0
+        d, pages = self.head_dim, max(self.layers, (self.ring + self.chunk) // PAGE)
+        numbers = d * d + PAGE * d + PAGE * d // 2 + self.layers * self.sequences * self.kv_heads * d
+        numbers += max(self.chunk, self.sequences) * self.mean_heads * d
+        rows = pages * self.kv_heads * PAGE * d * self.dtype.itemsize
+        return 4 * numbers + rows + max(1, self.max_pages) * self.mean_page_bytes
+
+    @property
     def full_precision_bytes(self) -> int:
         """Bytes of sinks and rings (all layers) and of the prefill staging buffer (one layer), K and V."""
         vector = 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
@@ -99,8 +121,8 @@ class ArenaShape:
 class KVArena:
     """Allocates everything of ``shape`` on ``device`` once; afterwards only writes into it."""
 
-    def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device) -> None:
-        self.shape, self.fmt = shape, fmt
+    def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device, means: "KeyMeans | None" = None) -> None:
+        self.shape, self.fmt, self.means = shape, fmt, means
         s = shape
         self.pages = torch.zeros(
             s.sequences * s.max_pages, s.layers, s.kv_heads, s.page_bytes, dtype=torch.uint8, device=device
@@ -202,11 +224,19 @@ class KVArena:
     def code_slots(self, seq: int, slot: int, ids: Tensor) -> None:
         """Code the page that begins in ``slot``, for all layers in one call. Waits for nothing, so it can be captured.
 
-        ``ids`` is int32 [1] on the device.
+        ``ids`` is int32 [1] on the device; the page's number is the sequence's number of packed pages on the device.
         """
         k = self._full_k[:, seq : seq + 1, :, slot : slot + PAGE]
         v = self._full_v[:, seq : seq + 1, :, slot : slot + PAGE]
+        if self.means is not None:
+            k = self.means.take_out(k, 0, seq, self.state[1, seq : seq + 1])
         self.encode(k, v, self.pages, ids)
+
+    def learn_means(self, seq: int, slot: int) -> None:
+        """If the page in ``slot`` is the sequence's first, take the means of all layers from its keys."""
+        if self.means is not None and not self.packed(seq):
+            for layer in range(self.shape.layers):
+                self.means.learn(layer, seq, self._full_k[layer, seq, :, slot : slot + PAGE])
 
     def flush(self, seq: int) -> None:
         """Code the ring's oldest page if the ring is full."""
@@ -214,7 +244,10 @@ class KVArena:
             return
         places = self.page_places(seq, 1)
         ids = self.take_pages(seq, 1)
-        self.code_slots(seq, self.oldest_slot(seq), places)
+        slot = self.oldest_slot(seq)
+        self.learn_means(seq, slot)
+        self.state[1, seq] = self.packed(seq)
+        self.code_slots(seq, slot, places)
         self.add_pages(seq, ids)
 
     def fill(self, seq: int, length: int, seed: int = 0) -> None:
@@ -233,6 +266,7 @@ class KVArena:
         for i in range(min(count, 8)):
             for full in (self._full_k, self._full_v):
                 full[:, seq].normal_(generator=generator)
+            self.state[1, seq] = i
             self.code_slots(seq, s.sink, places[i : i + 1])
         for i in range(8, count):
             self.pages[ids[i]].copy_(self.pages[ids[i % 8]])
@@ -260,8 +294,11 @@ class KVArena:
         """Full-precision K and V of a layer in the first ``batch`` sequences: ``[batch, kv_heads, sink + ring, d]``."""
         return self._full_k[layer, :batch], self._full_v[layer, :batch]
 
-    def inputs(self, layer: int, first: int, last: int, tail: tuple[Tensor, Tensor]) -> kernels.AttentionInputs:
-        """What the attention kernels read for ``layer`` of the sequences ``first .. last - 1``."""
+    def inputs(
+        self, layer: int, first: int, last: int, tail: tuple[Tensor, Tensor], q: Tensor
+    ) -> kernels.AttentionInputs:
+        """What the attention kernels read for ``layer`` of the sequences ``first .. last - 1`` and their queries
+        ``q``."""
         sink = self.shape.sink
         return kernels.AttentionInputs(
             pages=self.pages[:, layer],
@@ -274,6 +311,7 @@ class KVArena:
             tail_v=tail[1],
             tail_origin=self.state[2, first:last],
             sink=sink,
+            mean=None if self.means is None else self.means.of_queries(layer, first, q),
         )
 
 
@@ -317,13 +355,17 @@ class Prefill:
             store[:, self.start : self.start + self.to_sink] = rows[:, : self.to_sink]
             staging[0, :, : self.old_tail] = store.index_select(1, self._old_slots)
             staging[0, :, self.old_tail : self._tail] = rows[:, self.to_sink :]
-        inputs = a.inputs(layer, self.seq, self.seq + 1, (a._staging_k, a._staging_v))
+        inputs = a.inputs(layer, self.seq, self.seq + 1, (a._staging_k, a._staging_v), q)
         out = kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.end, workspace=workspace, out=out)
         if self._coded:
             k_pages, v_pages = (
                 x[:, :, : self._coded].view(1, x.shape[1], -1, PAGE, x.shape[3]).transpose(1, 2)
                 for x in (a._staging_k, a._staging_v)
             )
+            if a.means is not None:
+                if not a.packed(self.seq):
+                    a.means.learn(layer, self.seq, k_pages[0, 0])
+                k_pages = a.means.take_out(k_pages, layer, self.seq, a.state[1, self.seq : self.seq + 1])
             a.encode(k_pages, v_pages, a.pages[:, layer : layer + 1], self._ids)
         for full, staging, _ in parts:
             full[layer, self.seq].index_copy_(1, self._left_slots, staging[0, :, self._coded : self._tail])
@@ -360,7 +402,7 @@ class Decode:
         rows = a._rows[: self.batch]
         full_k[rows, :, self._slots] = k[:, 0]
         full_v[rows, :, self._slots] = v[:, 0]
-        inputs = a.inputs(layer, 0, self.batch, (full_k[:, :, sink:], full_v[:, :, sink:]))
+        inputs = a.inputs(layer, 0, self.batch, (full_k[:, :, sink:], full_v[:, :, sink:]), q)
         return kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.max_length, workspace=workspace)
 
     def commit(self) -> None:

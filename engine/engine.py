@@ -15,6 +15,7 @@ from octo_run import kernels
 from octo_run.engine.arena import Decode, KVArena, Prefill
 from octo_run.engine.forward import Forward
 from octo_run.engine.generation import Generation
+from octo_run.engine.key_means import KeyMeans
 from octo_run.engine.plan import MemoryPlan, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.sampling import BatchSampler, SamplingParams
@@ -68,7 +69,8 @@ class Engine:
         self.device, self.dtype = torch.device(plan.device), plan.dtype
         self.max_context = plan.context
         self._decoder = decoder
-        self.arena = KVArena(plan.shape, fmt, self.device)
+        means = KeyMeans(plan.shape, fmt.k.rotation, decoder.inv_freq) if plan.shape.mean_heads else None
+        self.arena = KVArena(plan.shape, fmt, self.device, means)
         #: Whether prompts and steps run on kept buffers, and tokens ahead of what the host has read: always on CUDA.
         self.ahead = self.device.type == "cuda"
         self._workspace: Tensor | None = None
@@ -94,6 +96,7 @@ class Engine:
         seed: int = 0,
         sink: int = 64,
         window: int = 64,
+        key_mean: bool | None = None,
         sequences: int = 1,
         random_weights: ModelConfig | str | Path | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
@@ -101,10 +104,12 @@ class Engine:
         """Load ``model`` (a path, a name in the cache, or ``octo-demo``) with its KV cache in the format ``kv``.
 
         ``max_context`` is in tokens (None: what the model supports, as far as it fits); ``seed`` chooses the codec's
-        rotation. ``sequences`` is the largest number of them that ``step`` decodes together, each with ``max_context``
-        tokens. ``random_weights`` (a configuration, or the path of one) makes up the weights of a shape, to measure it;
-        ``model`` is then a name for it. ``on_plan`` is called with the memory plan before any weight is read. Raises
-        ``UsageError`` for wrong arguments and ``OctoError`` for a model that cannot be loaded or does not fit.
+        rotation. ``key_mean``: keep the mean of a head's keys out of their code, which costs decode attention about an
+        eighth more instructions (None: where the model's keys have a bias). ``sequences`` is the largest number of them
+        that ``step`` decodes together, each with ``max_context`` tokens. ``random_weights`` (a configuration, or the
+        path of one) makes up the weights of a shape, to measure it; ``model`` is then a name for it. ``on_plan`` is
+        called with the memory plan before any weight is read. Raises ``UsageError`` for wrong arguments and
+        ``OctoError`` for a model that cannot be loaded or does not fit.
         """
         if not 1 <= sequences <= MAX_SEQUENCES:
             raise UsageError(f"The number of sequences is {sequences}; give 1 to {MAX_SEQUENCES}.")
@@ -118,8 +123,9 @@ class Engine:
         kind = choose_dtype(dtype, cfg, where)
         fmt = parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=kind)
         plan = plan_memory(
-            cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window, sequences=sequences
-        )
+            cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window, sequences=sequences,
+            key_mean=key_mean,
+        )  # fmt: skip
         if on_plan is not None:
             on_plan(plan)
         tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)

@@ -100,7 +100,7 @@ class Forward:
         def mix(index: int, qkv: Tensor) -> Tensor:
             full_k, full_v = arena.full(index, batch)
             ops.qkv_rope_append(qkv, turns[index], slots, full_k, full_v, q)
-            inputs = arena.inputs(index, 0, batch, (full_k[:, :, sink:], full_v[:, :, sink:]))
+            inputs = arena.inputs(index, 0, batch, (full_k[:, :, sink:], full_v[:, :, sink:]), q)
             return kernels.attend(
                 q, inputs, arena.fmt, scale=self.scale, max_length=max_length, out=mixed, workspace=self.workspace
             )

@@ -48,8 +48,8 @@ class MemoryPlan:
 
     @property
     def arena(self) -> int:
-        """Bytes of the packed pages and of their table."""
-        return self.shape.packed_bytes + self.shape.index_bytes
+        """Bytes of the packed pages, of their table and of the key means."""
+        return self.shape.packed_bytes + self.shape.index_bytes + self.shape.mean_bytes
 
     @property
     def full_precision(self) -> int:
@@ -79,8 +79,9 @@ class MemoryPlan:
         if spare < 0:
             return 0
         one_page = self.shape.layers * self.shape.kv_heads * self.shape.page_bytes
-        # A page takes an entry of the table too; the first entry is in the smallest plan already.
-        pages = (spare + 4 * self.shape.sequences) // (self.shape.sequences * (one_page + 4))
+        # A page takes an entry of the table and one of the angles too; the first are in the smallest plan already.
+        once, angles = 4 * self.shape.sequences, self.shape.mean_page_bytes
+        pages = (spare + once + angles) // (self.shape.sequences * (one_page + 4) + angles)
         return int(self.shape.sink + self.shape.window + PAGE * pages + PAGE - 1)
 
     def as_dict(self) -> dict[str, int]:
@@ -140,6 +141,11 @@ def _logits(cfg: ModelConfig, sequences: int, dtype: torch.dtype, device: torch.
     return sampling_bytes(sequences, cfg.vocab_size, dtype)
 
 
+def takes_mean(cfg: ModelConfig, fmt: KVFormat, key_mean: bool | None) -> bool:
+    """Whether key means are kept out of the codes: as asked, else for models whose keys have a bias; never of bf16."""
+    return fmt.k.bits > 0 and (cfg.qkv_bias if key_mean is None else key_mean)
+
+
 def plan_memory(
     cfg: ModelConfig,
     kv: str | KVFormat,
@@ -151,8 +157,10 @@ def plan_memory(
     window: int = 64,
     sequences: int = 1,
     seed: int = 0,
+    key_mean: bool | None = None,
 ) -> MemoryPlan:
     """The plan for a model. ``max_context`` None: what the model was trained for, as far as the free memory holds it.
+    ``key_mean``: see ``Engine.load``.
 
     Raises ``UsageError`` for a context that the model does not support and ``OctoError`` for one that does not fit.
     """
@@ -175,6 +183,7 @@ def plan_memory(
         window=window,
         chunk=min(_chunk(cfg, dtype, device, free), context),
         sequences=sequences,
+        mean_heads=cfg.num_heads if takes_mean(cfg, fmt, key_mean) else 0,
     )
     plan = MemoryPlan(
         kv=fmt.name,

@@ -145,6 +145,7 @@ class DecodeStep:
         arena = self.arena
         slot = arena.oldest_slot(seq)
         pages = arena.take_pages(seq, 1)
+        arena.learn_means(seq, slot)
 
         def code() -> None:
             packed = arena.state[1, seq : seq + 1]

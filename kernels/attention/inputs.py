@@ -14,6 +14,7 @@ from octo_run.kernels.attention.page_size import PAGE_TOKENS
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
 
+
 @dataclass(frozen=True)
 class AttentionInputs:
     """One layer's stored keys and values, all in the rotated basis. Token position `j` of sequence `b` (length n) is
@@ -82,7 +83,9 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
     if kv.mean is not None:
         mean, tables = kv.mean.coefficients, kv.mean.tables
         if mean.shape != q.shape or mean.dtype != torch.float32:
-            raise ValueError(f"mean coefficients must be float32 {tuple(q.shape)}, not {mean.dtype} {tuple(mean.shape)}")
+            raise ValueError(
+                f"mean coefficients must be float32 {tuple(q.shape)}, not {mean.dtype} {tuple(mean.shape)}"
+            )
         for name, table in (("base", tables.base), ("offset", tables.offset)):
             if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != dim or not table.is_contiguous():
                 raise ValueError(f"the angle table {name} must be contiguous float32 [n, {dim}]")

@@ -2,13 +2,13 @@
 back to the logits.
 
 A norm-and-direction code spends its bits on a large common part. Softmax ignores a vector taken from all keys, but RoPE
-turns a constant mean mu into R_j mu at position j. So R_j mu is subtracted before coding, and q . R_j mu is added to the
-logit of token j. With the halves q = (q1, q2) and mu = (m1, m2), pair by pair,
+turns a constant mean mu into R_j mu at position j. So R_j mu is subtracted before coding, and q . R_j mu is added to
+the logit of token j. With the halves q = (q1, q2) and mu = (m1, m2), pair by pair,
 
     q . R_j mu = A cos(j w) + B sin(j w),   A = q1 m1 + q2 m2,   B = q2 m1 - q1 m2,
 
-summed over the frequencies w. For a page that begins at position j0 the coefficients are turned by j0 once,
-A' = A cos(j0 w) + B sin(j0 w), B' = B cos(j0 w) - A sin(j0 w), and multiplied with one table of the 64 offsets. The angle
+summed over the frequencies w. For a page that begins at position j0 the coefficients are turned by j0 once, A' = A
+cos(j0 w) + B sin(j0 w), B' = B cos(j0 w) - A sin(j0 w), and multiplied with one table of the 64 offsets. The angle
 tables are the definition of R_j here: both sides use them, so what they differ from the model's own RoPE by only stays
 in the coded part. (Research note: key means, section 6 (a).)
 """
@@ -48,8 +48,8 @@ class AngleTables:
     def fragments(self) -> Tensor:
         """The offsets' table as the table-decode kernel multiplies it: int32 [4, d / 16, 32, 4], made once.
 
-        Operand registers of lane 4 g + t for sixteen tokens and sixteen columns: tokens g and g + 8 in turn, frequencies
-        ``t * d / 8 + 2 step`` and the next; a register holds (cos - 1, sin) in fp16. The 1 goes in float32.
+        Operand registers of lane 4 g + t for sixteen tokens and sixteen columns: tokens g and g + 8 in turn,
+        frequencies ``t * d / 8 + 2 step`` and the next; a register holds (cos - 1, sin) in fp16. The 1 goes in float32.
         """
         cos, sin = self.offset.chunk(2, -1)
         pairs = torch.stack((cos - 1, sin), -1).to(torch.float16).view(torch.int32)[..., 0]  # [64, d / 2]
@@ -73,8 +73,8 @@ class KeyMean:
 
 
 def coefficients(q: Tensor, mean: Tensor) -> Tensor:
-    """A and B, float32 ``[B, C, H, d]``, of queries ``q [B, C, H, d]`` (after RoPE, not in the codec's rotated basis) and
-    means ``[B, Hkv, d]``."""
+    """A and B, float32 ``[B, C, H, d]``, of queries ``q [B, C, H, d]`` (after RoPE, not in the codec's rotated basis)
+    and means ``[B, Hkv, d]``."""
     batch, count, heads, dim = q.shape
     kv_heads = mean.shape[1]
     q1, q2 = q.to(torch.float32).view(batch, count, kv_heads, heads // kv_heads, dim).chunk(2, -1)
@@ -91,8 +91,8 @@ def page_bias(coefficient: Tensor, tables: AngleTables, first: int, count: int) 
 def mean_rows(mean: Tensor, angles: Tensor, rotation: Tensor) -> Tensor:
     """``R_j mu`` in the codec's rotated basis: float32 ``[..., n, d]`` of means ``[..., d]`` and angles ``[n, d]``.
 
-    ``rotation [d, d]`` float32: the codec's, R x of row vectors x being ``x @ R.T``. Through a d x d matrix, so that the
-    positions cost one product.
+    ``rotation [d, d]`` float32: the codec's, R x of row vectors x being ``x @ R.T``. Through a d x d matrix, so that
+    the positions cost one product.
     """
     m1, m2 = mean.chunk(2, -1)
     r1, r2 = rotation.T.chunk(2, 0)
@@ -102,7 +102,54 @@ def mean_rows(mean: Tensor, angles: Tensor, rotation: Tensor) -> Tensor:
 
 
 def estimate(rows: Tensor, angles: Tensor, rotation: Tensor) -> Tensor:
-    """The mean before RoPE, float32 ``[..., d]``, of keys ``rows [..., n, d]`` in the rotated basis at ``angles [n, d]``."""
+    """The mean before RoPE, float32 ``[..., d]``, of keys ``rows [..., n, d]`` in the rotated basis at ``angles [n,
+    d]``."""
     k1, k2 = (rows.to(torch.float32) @ rotation).chunk(2, -1)
     cos, sin = angles.chunk(2, -1)
     return torch.cat((k1 * cos + k2 * sin, k2 * cos - k1 * sin), -1).mean(-2)
+
+
+def take_out(k: Tensor, means: Tensor, first: Tensor, tables: AngleTables, rotation: Tensor, out: Tensor) -> Tensor:
+    """Pages of keys less their rotated mean, written to ``out``.
+
+    ``k [L, N, Hkv, 64, d]`` in the codec's rotated basis, any strides but the last; ``means`` float32 ``[L, Hkv, d]``;
+    ``first`` int32 [1] on the same device: the number of the first page in its sequence; ``rotation`` float32
+    ``[d, d]``; ``out`` like k, contiguous.
+    """
+    layers, count, kv_heads, _, dim = k.shape
+    if k.device.type == "cpu":
+        begin = int(first)
+        angles = tables.of_pages(begin, count).flatten(0, 1)
+        rows = mean_rows(means, angles, rotation).view(layers, kv_heads, count, PAGE_TOKENS, dim).transpose(1, 2)
+        return torch.sub(k, rows, out=out) if out.dtype == rows.dtype else out.copy_(k - rows)
+    import triton
+
+    from octo_run.kernels.attention.triton_mean import take_out_kernel
+
+    with torch.cuda.device_of(k):  # type: ignore[no-untyped-call]
+        take_out_kernel[(count, kv_heads, layers)](
+            k, out, means, first, tables.base, tables.offset, rotation, *k.stride()[:4], *out.stride()[:3],
+            *means.stride()[:2], D=dim, WIDTH=triton.next_power_of_2(dim),
+            HALF=max(16, triton.next_power_of_2(dim // 2)), num_warps=4)  # fmt: skip
+    return out
+
+
+def rotated_coefficients(q: Tensor, means: Tensor, rotation: Tensor, out: Tensor) -> Tensor:
+    """`coefficients` of queries ``q [B, C, H, d]`` in the codec's rotated basis, into ``out`` float32, contiguous.
+
+    ``means`` float32 ``[B, Hkv, d]``, ``rotation`` float32 ``[d, d]``.
+    """
+    if q.device.type == "cpu":
+        return out.copy_(coefficients(q.to(torch.float32) @ rotation, means))
+    import triton
+
+    from octo_run.kernels.attention.triton_mean import coefficients_kernel
+
+    batch, count, heads, dim = q.shape
+    rows = batch * count * heads
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        coefficients_kernel[(triton.cdiv(rows, 16),)](
+            q, out, means, rotation, rows, count, *q.stride()[:3], *means.stride()[:2], H=heads,
+            G=heads // means.shape[1], D=dim, WIDTH=triton.next_power_of_2(dim),
+            HALF=max(16, triton.next_power_of_2(dim // 2)), ROWS=16, num_warps=4)  # fmt: skip
+    return out

@@ -51,8 +51,8 @@ def attend_reference(
 def _segments(
     kv: AttentionInputs, fmt: KVFormat, b: int, length: int, dtype: torch.dtype, coefficient: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-    """Yield (first position, K [Hkv, n, d], V [Hkv, n, d], what to add to the logits [Hkv, R, n]) of sequence `b`, in the
-    order of positions. `coefficient`: the key mean's, scaled, [Hkv, R, d]."""
+    """Yield (first position, K [Hkv, n, d], V [Hkv, n, d], what to add to the logits [Hkv, R, n]) of sequence `b`, in
+    the order of positions. `coefficient`: the key mean's, scaled, [Hkv, R, d]."""
     sinks = min(kv.sink, length)
     if sinks:
         yield 0, kv.sink_k[b, :, :sinks].to(dtype), kv.sink_v[b, :, :sinks].to(dtype), None

@@ -110,13 +110,18 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     mean_strides = (0, 0)
     if kv.mean is not None:
         coefficients, tables = kv.mean.coefficients, kv.mean.tables
-        mean, mean_strides = (coefficients, tables.base, tables.fragments), (coefficients.stride(0), coefficients.stride(2))
+        mean, mean_strides = (
+            (coefficients, tables.base, tables.fragments),
+            (coefficients.stride(0), coefficients.stride(2)),
+        )
     launch: Callable[..., Any] = table_decode_kernel[(parts, programs, batch)]
     launch(
         q, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin, kv.sink_k, kv.sink_v, kv.tail_k,
         kv.tail_v, codec.table_words(q.device), *mean, out, part, lse, workspace.counters, q.stride(0), q.stride(2),
         *kv.pages.stride()[:2], kv.page_table.stride(0), out.stride(0), out.stride(2), *kv.sink_k.stride()[:3],
-        *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], *mean_strides, kv.sink, kv.tail_k.shape[2],
-        codec.step, codec.step, scale * LOG2_E, **constants(codec, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None),
+        *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], *mean_strides, kv.sink,
+        kv.tail_k.shape[2],
+        codec.step, codec.step, scale * LOG2_E,
+        **constants(codec, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None),
         num_warps=WARPS,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the key mean adds to the logits of a page, for the table-decode kernel, lane by lane (`key_mean`).
 
-One small matrix product: rows are the page's tokens, columns 2 t and 2 t + 1 the heads t and 4 + t, K runs over (A, B) of
-the frequencies, of which lane t has those from t D / 8 on.
+One small matrix product: rows are the page's tokens, columns 2 t and 2 t + 1 the heads t and 4 + t, K runs over (A, B)
+of the frequencies, of which lane t has those from t D / 8 on.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
 

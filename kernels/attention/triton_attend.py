@@ -120,7 +120,8 @@ def _mean_bias(
     coef, wanted, BASE, OFFSET, page, row, D: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
     FLIP: tl.constexpr,
 ):  # fmt: skip
-    """What the key mean adds to the scores of rows `row` of the sequence's page number `page` (`key_mean.page_bias`)."""
+    """What the key mean adds to the scores of rows `row` of the sequence's page number `page`
+    (`key_mean.page_bias`)."""
     i = tl.arange(0, HALF)
     inside = i < D // 2
     cos = _along(tl.load(BASE + page * D + i, mask=inside, other=0.0), FLIP)
@@ -144,11 +145,11 @@ def _mean_bias(
 
 @triton.jit
 def _tile(
-    q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, page_row, kfull, vfull, full_row, kstride, vstride, visible,
-    levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
-    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr,
-    T1: tl.constexpr, CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, FLIP: tl.constexpr,
+    q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, page_row, kfull, vfull, full_row, kstride, vstride,
+    visible, levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
+    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr, T1:
+    tl.constexpr, CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MASKED:
+    tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BN stored vectors: `page_row` of a page if `paged`, else `full_row`.
 
@@ -235,11 +236,11 @@ def attend_kernel(
 
     CAUSAL: several queries, one row block a program. Else one query, and with SPLIT one split of its keys, whose
     normalised output goes to PART [B, H, splits, D] and log2-sum-exp2 to LSE [B, H, splits]. ELEMENT is the element
-    type of plain pages.
-    FLIP: all products transposed, keys on the side that is a multiple of 16, queries on the other. JOINT: one loop over
-    the tiles of pages and the full-precision ones (BF = BN), for the warp-group matrix unit: of two loops with its
-    products the second reads undefined descriptors when the first is skipped (ptxas 12.8). MEAN: add the key mean's part
-    to the scores of packed keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two).
+    type of plain pages. FLIP: all products transposed, keys on the side that is a multiple of 16, queries on the other.
+    JOINT: one loop over the tiles of pages and the full-precision ones (BF = BN), for the warp-group matrix unit: of
+    two loops with its products the second reads undefined descriptors when the first is skipped (ptxas 12.8). MEAN: add
+    the key mean's part to the scores of packed keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of
+    two).
     """
     block = tl.program_id(0)
     h = tl.program_id(1)
@@ -273,7 +274,7 @@ def attend_kernel(
         acc1 = _zeros(ROWS, T1, FLIP)
     coef = COEF + _across(b * sc_b + c.to(tl.int64) * sc_c + head * sc_h, FLIP)
     lift = scale * 1.4426950408889634
-    PRECISION: tl.constexpr = "ieee" if DOT == tl.float32 else "tf32x3"
+    PRECISION: tl.constexpr = "ieee" if tl.float32 == DOT else "tf32x3"
     m = tl.full([ROWS], LOWEST, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
 
@@ -327,13 +328,14 @@ def attend_kernel(
                 bias = lift * _mean_bias(coef, wanted, BASE, OFFSET, turn, here, D, HALF, PRECISION, FLIP)
                 bias = tl.where(paged, bias, 0.0)
             m, l, acc0, acc1 = _tile(
-                q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, (t % (64 // BN)) * BN + on, kfull, vfull, row,
-                kstride, vstride, visible | paged, levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K,
+                q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, (t % (64 // BN)) * BN + on, kfull, vfull,
+                row, kstride, vstride, visible | paged, levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K,
                 BYTES_V, BITS_K, BITS_V, D, T0, T1, CONTIGUOUS, DOT, ROWS, BN, True, FLIP)  # fmt: skip
         else:
             m, l, acc0, acc1 = _tile(
-                q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, row, kfull, vfull, row, kstride, vstride, visible,
-                levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1, CONTIGUOUS, DOT, ROWS, BF,
+                q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, row, kfull, vfull, row, kstride, vstride,
+                visible, levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1, CONTIGUOUS, DOT,
+                ROWS, BF,
                 True, FLIP)  # fmt: skip
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)

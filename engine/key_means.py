@@ -1,0 +1,48 @@
+"""The means of the keys before RoPE, one a layer, sequence and KV head, that never enter the code.
+
+A mean is taken from the tokens of the sequence's first packed page and stays; a sequence cut back to before that page
+takes a new one with its next first page. That covers a k_proj bias as well: it is a part of every key.
+"""
+
+import torch
+from torch import Tensor
+
+from octo_run.engine.arena import PAGE, ArenaShape
+from octo_run.kernels.attention import key_mean
+from octo_run.kernels.attention.key_mean import AngleTables, KeyMean
+
+
+class KeyMeans:
+    """Means and what is needed to take them out of pages of keys and to give them back to the logits."""
+
+    def __init__(self, shape: ArenaShape, rotation: Tensor, inv_freq: Tensor) -> None:
+        """``rotation [d, d]`` of the codec of K; ``inv_freq [d / 2]`` on the device that all of this is to lie on.
+        Takes ``shape.mean_bytes``."""
+        device, s = inv_freq.device, shape
+        self.rotation = rotation.to(device=device, dtype=torch.float32).contiguous()
+        self.tables = AngleTables.build(inv_freq, s.sink, s.max_pages)
+        if device.type == "cuda":
+            self.tables.fragments  # noqa: B018 (made now: a recorded step cannot)
+        self.means = torch.zeros(s.layers, s.sequences, s.kv_heads, s.head_dim, device=device)
+        self._coefficients = torch.zeros(max(s.chunk, s.sequences), s.mean_heads, s.head_dim, device=device)
+        pages = max(s.layers, (s.ring + s.chunk) // PAGE)
+        self._rows = torch.zeros(pages, s.kv_heads, PAGE, s.head_dim, dtype=s.dtype, device=device)
+
+    def learn(self, layer: int, seq: int, rows: Tensor) -> None:
+        """Take the means of a layer from its first page of keys ``[kv_heads, 64, d]`` (rotated basis)."""
+        angles = self.tables.of_pages(0, 1)[0]
+        self.means[layer, seq] = key_mean.estimate(rows, angles, self.rotation)
+
+    def take_out(self, k: Tensor, layer: int, seq: int, first: Tensor) -> Tensor:
+        """Pages ``k [L, N, kv_heads, 64, d]`` of the layers from ``layer`` on without their means; ``first`` int32 [1]
+        is the number of the first page. The result is good until the next call."""
+        out = self._rows[: k.shape[0] * k.shape[1]].view(k.shape)
+        means = self.means[layer : layer + k.shape[0], seq]
+        return key_mean.take_out(k, means, first, self.tables, self.rotation, out)
+
+    def of_queries(self, layer: int, first: int, q: Tensor) -> KeyMean:
+        """What attention takes for queries ``q [B, C, heads, d]`` of the sequences from ``first`` on. Good until the
+        next call."""
+        out = self._coefficients.view(-1)[: q.numel()].view(q.shape)
+        means = self.means[layer, first : first + q.shape[0]]
+        return KeyMean(key_mean.rotated_coefficients(q, means, self.rotation, out), self.tables)

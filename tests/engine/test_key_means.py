@@ -1,0 +1,58 @@
+"""Key means in the engine: exact without coding, better with it, and kept through cuts and chunks."""
+
+import pytest
+import torch
+
+from octo_run import Engine
+from octo_run.engine import plan as plan_module
+
+TEXT = "The lighthouse keeper counted the ships that passed in the night and wrote their names in a long list. " * 24
+
+
+def logits(kv: str, key_mean: bool, step: int | None = 64) -> torch.Tensor:
+    engine = Engine.load(kv=kv, device="cpu", max_context=512, key_mean=key_mean)
+    ids = engine.tokenizer.encode(TEXT, add_bos=True)[:460]
+    return engine.logits(ids, step).double()
+
+
+def test_without_coding_the_logits_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = logits("bf16", False)
+    monkeypatch.setattr(plan_module, "takes_mean", lambda *_: True)
+    with_means = logits("bf16", True)
+    assert not torch.equal(with_means, exact), "means were taken out"
+    assert float((with_means - exact).abs().max() / exact.abs().max()) < 1e-5
+
+
+def test_with_coding_the_distribution_is_nearer() -> None:
+    exact = logits("bf16", False).log_softmax(-1)
+    divergence = {}
+    for key_mean in (False, True):
+        coded = logits("octopus2", key_mean).log_softmax(-1)
+        divergence[key_mean] = float((exact.exp() * (exact - coded)).sum(-1).mean())
+    assert divergence[True] < 0.9 * divergence[False]
+
+
+def test_means_are_taken_once_and_again_after_a_cut() -> None:
+    engine = Engine.load(kv="octopus3", device="cpu", max_context=512, key_mean=True)
+    means = engine.arena.means
+    assert means is not None
+    ids = engine.tokenizer.encode(TEXT, add_bos=True)
+    engine.logits(ids[:200], 64)
+    first = means.means.clone()
+    assert float(first.abs().amax()) > 0
+    engine.logits(ids[:400], 64)
+    assert torch.equal(means.means, first), "the same first page gives the same means"
+    other = [*ids[:70], *reversed(ids[70:250])]
+    engine.logits(other, 64)
+    assert not torch.equal(means.means, first)
+
+
+def test_plan_counts_the_means() -> None:
+    plans = [Engine.load(kv="octopus3", device="cpu", max_context=512, key_mean=on).plan for on in (False, True)]
+    engine = Engine.load(kv="octopus3", device="cpu", max_context=512, key_mean=True)
+    means = engine.arena.means
+    assert means is not None
+    held = [means.rotation, means.tables.base, means.tables.offset, means.tables.fragments, means.means,
+            means._coefficients, means._rows]  # fmt: skip
+    assert plans[1].arena - plans[0].arena == sum(x.numel() * x.element_size() for x in held)
+    assert engine.plan.tokens_that_fit(engine.plan.total) >= 512
