@@ -20,6 +20,7 @@ class EngineOptions:
 
     model: str
     kv: str
+    key_mean: bool | None
     ctx: int | None
     device: str | None
     dtype: str | None
@@ -56,6 +57,11 @@ _ENGINE_OPTIONS = (
         "--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A folder, ORG/NAME[@REV] or octo-demo."
     ),
     click.option("--kv", default=DEFAULT_KV, show_default=True, help="KV cache format, as K or K:V (see `show`)."),
+    click.option(
+        "--key-mean/--no-key-mean",
+        default=None,
+        help="Keep the mean of each head's keys out of their code.  [default: where the keys have a bias]",
+    ),
     click.option(
         "--ctx",
         metavar="N|auto",

@@ -1,7 +1,7 @@
 """The one place where the command line meets the engine; tests replace these functions by a small stand-in."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octo_run.cli.console import human_bytes, notice
 from octo_run.cli.options import EngineOptions, SamplingOptions
@@ -23,8 +23,11 @@ def go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def load_engine(options: EngineOptions) -> "Engine":
-    """Load the model that ``options`` names, printing the device and the memory plan on standard error first."""
+def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
+    """Load the model that ``options`` names, printing the device and the memory plan on standard error first.
+
+    ``cache`` are further arguments of ``Engine.load``.
+    """
     if options.offline:
         go_offline()
     from octo_run.engine import Engine
@@ -46,6 +49,8 @@ def load_engine(options: EngineOptions) -> "Engine":
         max_context=options.ctx,
         dtype=options.dtype,
         on_plan=announce,
+        key_mean=options.key_mean,
+        **cache,
     )
 
 
