@@ -1,0 +1,194 @@
+"""Perplexity through the real cache path, and how far a KV format moves the next-token distribution from ``bf16``'s.
+
+A text is cut into windows of ``context`` tokens that begin ``stride`` tokens apart; every token is scored once, in the
+first window that holds it, so that all but the first window's have at least ``context - stride`` tokens before them. A
+window is fed ``step`` tokens at a time: what a token attends to beyond the sinks, the recent window and its own step
+is read from packed pages.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octo_run.engine.engine import Engine
+from octo_run.engine.evaluation.statistics import standard_error
+from octo_run.errors import OctoError, UsageError
+
+#: The format that the others are compared with.
+REFERENCE = "bf16"
+#: The reference's logits are kept between formats up to this size, and computed anew beyond it.
+KEPT_BYTES = 2**30
+_ROWS = 256  # rows of logits that are turned into probabilities at once
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens ``start .. end - 1`` of a text; those from ``first`` on are scored."""
+
+    start: int
+    end: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one format does. ``stderr`` is of the perplexity, ``delta_stderr`` of ``delta_percent`` (paired by token).
+
+    ``delta_percent``: perplexity against bf16's; ``kl_mean`` and ``kl_p99``: Kullback-Leibler divergence, in nats, of
+    the next-token distribution from bf16's, mean and 99 % quantile over the scored tokens; ``top1_agreement``: share of
+    tokens whose likeliest successor is bf16's; ``bytes_per_token``: packed pages, page table, sinks and recent window
+    divided by the context; ``tokens_per_s``: tokens fed per second; ``tokens``: scored tokens.
+    """
+
+    kv: str
+    perplexity: float
+    stderr: float | None
+    delta_percent: float
+    delta_stderr: float | None
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    bytes_per_token: float
+    tokens_per_s: float
+    tokens: int
+
+
+def windows(tokens: int, context: int, stride: int, *, begin: bool) -> list[Window]:
+    """The windows of a text of ``tokens`` tokens.
+
+    ``begin``: each window is preceded by a begin-of-text token, which takes one place of the context; without it the
+    text's first token is not scored. Raises ``UsageError`` for a text shorter than a window and for a stride that
+    leaves tokens without any before them.
+    """
+    room = context - begin
+    if not 1 <= stride < context:
+        raise UsageError(f"--stride is {stride} and the context {context}: give 1 to {context - 1}.")
+    if tokens < room:
+        raise UsageError(
+            f"A text has {tokens:,} tokens and a window of --ctx {context:,} takes {room:,}: "
+            "give a longer text or a smaller --ctx."
+        )
+    found = [Window(0, room, 0 if begin else 1)]
+    while (done := found[-1].end) < tokens:
+        end = min(done + stride, tokens)
+        found.append(Window(end - room, end, done))
+    return found
+
+
+def cache_bytes_per_token(engine: Engine) -> float:
+    """Bytes of packed pages, page table, sinks and recent windows, divided by the tokens that they hold."""
+    s = engine.plan.shape
+    vector = 2 * s.kv_heads * s.head_dim * s.dtype.itemsize
+    full = s.layers * s.sequences * (s.sink + s.ring) * vector
+    return (s.packed_bytes + s.index_bytes + full) / (s.sequences * s.context)
+
+
+class _Runner:
+    """One engine over all windows; counts tokens and time."""
+
+    def __init__(self, engine: Engine, texts: Sequence[list[int]], step: int) -> None:
+        self.engine, self._texts, self._step = engine, texts, step
+        self._begin = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
+        self._fed, self._seconds = 0, 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._fed / self._seconds
+
+    def scored(self, text: int, window: Window) -> tuple[Tensor, Tensor]:
+        """Logits float32 ``[n, vocab]`` before each scored token, and these tokens ``[n]``."""
+        ids = self._begin + self._texts[text][window.start : window.end]
+        targets = torch.tensor(self._texts[text][window.first : window.end], device=self.engine.device)
+        begun = time.perf_counter()
+        logits = self.engine.logits(ids[:-1], self._step)[-len(targets) :]
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+        self._seconds += time.perf_counter() - begun
+        self._fed += len(ids) - 1
+        return logits, targets
+
+
+def evaluate(
+    load: Callable[[str], Engine], kvs: Sequence[str], texts: Sequence[list[int]], *, stride: int, step: int
+) -> Iterator[Row]:
+    """A row for ``bf16``, then one for each other format of ``kvs``; a row comes when its format is done.
+
+    ``load`` gives the engine of a format, whose context is the windows'; ``texts`` are token ids without special ones.
+    At most two engines are held at a time. Raises ``UsageError`` as :func:`windows` and
+    ``Engine.logits`` do, and ``OctoError`` for logits that are not finite.
+    """
+    reference = _Runner(load(REFERENCE), texts, step)
+    engine = reference.engine
+    begin = engine.tokenizer.bos_id is not None
+    places = [
+        (index, window)
+        for index, ids in enumerate(texts)
+        for window in windows(len(ids), engine.max_context, stride, begin=begin)
+    ]
+    count = sum(window.end - window.first for _, window in places)
+    kept: list[tuple[Tensor, Tensor]] = []
+    losses = []
+    for place in places:
+        logits, targets = reference.scored(*place)
+        losses.append(_losses(logits, targets))
+        if 4 * count * engine.config.vocab_size <= KEPT_BYTES:
+            kept.append((logits.clone(), targets))
+    base = torch.cat(losses)
+    yield _row(reference, REFERENCE, base, base, torch.zeros_like(base), torch.ones_like(base))
+    for kv in kvs:
+        if kv == REFERENCE:
+            continue
+        runner = _Runner(load(kv), texts, step)
+        parts = []
+        for index, place in enumerate(places):
+            theirs, targets = kept[index] if kept else reference.scored(*place)
+            parts.append(_compare(theirs, runner.scored(*place)[0], targets))
+        loss, kl, agree = (torch.cat(values) for values in zip(*parts, strict=True))
+        yield _row(runner, kv, base, loss, kl, agree)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-probabilities, float64 ``[n]`` on the CPU, of ``targets [n]`` under ``logits [n, vocab]``."""
+    parts = [
+        part.logsumexp(-1) - part.gather(1, wanted[:, None])[:, 0]
+        for part, wanted in zip(torch.split(logits, _ROWS), torch.split(targets, _ROWS), strict=True)
+    ]
+    return torch.cat(parts).to("cpu", torch.float64)
+
+
+def _compare(reference: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of ``logits [n, vocab]``, divergences from ``reference``, agreement of the likeliest: float64 ``[n]``."""
+    divergences = []
+    for ours, theirs in zip(torch.split(logits, _ROWS), torch.split(reference, _ROWS), strict=True):
+        wanted, got = theirs.log_softmax(-1), ours.log_softmax(-1)
+        divergences.append((wanted.exp() * (wanted - got)).sum(-1))
+    agree = reference.argmax(-1) == logits.argmax(-1)
+    kl = torch.cat(divergences).to("cpu", torch.float64)
+    return _losses(logits, targets), kl, agree.to("cpu", torch.float64)
+
+
+def _row(runner: _Runner, kv: str, base: Tensor, losses: Tensor, kl: Tensor, agree: Tensor) -> Row:
+    if not bool(losses.isfinite().all()):
+        raise OctoError(
+            f"The logits with --kv {kv} are not finite; choose another --dtype, or check the model's files."
+        )
+    perplexity, error = math.exp(float(losses.mean())), standard_error(losses)
+    change = losses - base
+    ratio, change_error = math.exp(float(change.mean())), standard_error(change)
+    return Row(
+        kv=kv,
+        perplexity=perplexity,
+        stderr=None if error is None else perplexity * error,
+        delta_percent=100 * (ratio - 1),
+        delta_stderr=None if change_error is None else 100 * ratio * change_error,
+        kl_mean=float(kl.mean()),
+        kl_p99=float(kl.quantile(0.99)),
+        top1_agreement=float(agree.mean()),
+        bytes_per_token=cache_bytes_per_token(runner.engine),
+        tokens_per_s=runner.tokens_per_s,
+        tokens=len(losses),
+    )

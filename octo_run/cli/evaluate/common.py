@@ -1,0 +1,146 @@
+"""What the commands of ``octo-run eval`` share: options of the cache, formats to compare, reading, writing."""
+
+import csv
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from octo_run.cli import console, runtime
+from octo_run.cli.options import Command, EngineOptions
+from octo_run.errors import UsageError
+
+if TYPE_CHECKING:
+    from octo_run.engine import Engine
+
+figure_type = click.Path(dir_okay=False, path_type=Path)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+    """Which tokens stay in full precision, and the seed of the codec's rotation; names as in ``Engine.load``."""
+
+    sink: int
+    window: int
+    seed: int
+
+
+_CACHE_OPTIONS = (
+    click.option(
+        "--sink", type=click.IntRange(min=0), default=64, show_default=True, help="First tokens in full precision."
+    ),
+    click.option(
+        "--window",
+        type=click.IntRange(min=0),
+        default=64,
+        show_default=True,
+        help="Last tokens in full precision, besides the page being filled; a multiple of 64.",
+    ),
+    click.option(
+        "--codec-seed",
+        "seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Seed of the codec's rotation.",
+    ),
+)
+
+
+def cache_options(command: Command) -> Command:
+    """Add the options of the cache; the command receives them as ``cache: CacheOptions``."""
+
+    @functools.wraps(command)
+    def gathered(*args: Any, **values: Any) -> Any:
+        fields = [field.name for field in dataclasses.fields(CacheOptions)]
+        values["cache"] = CacheOptions(**{field: values.pop(field) for field in fields})
+        return command(*args, **values)
+
+    decorated: Command = gathered
+    for option in reversed(_CACHE_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def formats(load: EngineOptions) -> list[str]:
+    """The formats of ``--kv A,B,C``, each once; raises UsageError for one that the model cannot use."""
+    kvs = [*dict.fromkeys(name.strip() for name in load.kv.split(","))]
+    if load.offline:
+        runtime.go_offline()
+    from octo_run.kernels.codec import parse_kv
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    head_dim = load_config(resolve(load.model)).head_dim
+    for kv in kvs:
+        parse_kv(kv, head_dim)
+    return kvs
+
+
+def context(load: EngineOptions, usual: int) -> int:
+    """The context that ``--ctx`` says; for auto ``usual``, or what the model has where that is less."""
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    if load.ctx is not None:
+        return load.ctx
+    cfg = load_config(resolve(load.model))
+    return min(usual, cfg.max_position_embeddings, cfg.sliding_window or usual)
+
+
+def loader(load: EngineOptions, cache: CacheOptions, tokens: int | None) -> Callable[[str], "Engine"]:
+    """The function that loads the engine of a format with a context of ``tokens`` (None: what the model has)."""
+
+    def of(kv: str) -> "Engine":
+        options = dataclasses.replace(load, kv=kv, ctx=tokens)
+        return runtime.load_engine(options, **dataclasses.asdict(cache))
+
+    return of
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises UsageError where there is none, naming the file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file; give the path of a text.") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder; give the path of a text.") from None
+    text = console.decode_input(data, str(path))
+    if not text.strip():
+        raise UsageError(f"{path} is empty; give a file with text.")
+    return text
+
+
+def sample_text() -> str:
+    """The bundled sample: a few pages of plain prose."""
+    from octo_run.engine import evaluation
+
+    return (Path(evaluation.__file__).parent / "sample.txt").read_text("utf-8")
+
+
+def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
+    """Raise UsageError for files that cannot be written, before anything is measured."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}.")
+    if plot is not None:
+        from octo_run.engine.evaluation.plots import check_figure_path
+
+        check_figure_path(plot)
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of the same keys as a table with a header; what is not known is an empty cell."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def percent(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
+    """A number of per cent, ``-`` where it is not known."""
+    return "-" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"

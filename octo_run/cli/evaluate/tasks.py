@@ -1,0 +1,106 @@
+"""``octo-run eval tasks``: exact match on a file of prompts and answers, with each KV format."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from octo_run.cli import console, debug_option
+from octo_run.cli.evaluate import common
+from octo_run.cli.evaluate.common import CacheOptions, cache_options
+from octo_run.cli.options import EngineOptions, engine_options
+from octo_run.errors import UsageError
+
+if TYPE_CHECKING:
+    from octo_run.engine.evaluation.tasks import Score
+
+
+@click.command("tasks")
+@click.argument("file", type=Path)
+@click.option("--prompt-key", help="Field of the prompt.  [default: prompt, question or input]")
+@click.option("--answer-key", help="Field of the answer.  [default: answer, target or output]")
+@click.option(
+    "--extract",
+    type=click.Choice(["last-number", "first-number", "last-line", "first-line", "whole", "regex"]),
+    default="last-number",
+    show_default=True,
+    help="What is compared, in the model's answer and in the file's.",
+)
+@click.option("--pattern", help="The expression for --extract regex: its last match, or that one's first group.")
+@click.option("--ignore-case", is_flag=True, help="Upper and lower case are the same.")
+@click.option("--chat/--raw", "as_chat", default=True, help="Through the chat template (the default), or as it is.")
+@click.option("--system", help="System prompt (with --chat).")
+@click.option("--max-tokens", "-n", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--stop", multiple=True, help="End an answer before this text; may be given several times.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first tasks of the file.")
+@click.option("--output", type=common.figure_type, help="Write every answer to this JSONL file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
+@engine_options
+@cache_options
+@debug_option
+def command(
+    file: Path,
+    prompt_key: str | None,
+    answer_key: str | None,
+    extract: str,
+    pattern: str | None,
+    ignore_case: bool,
+    as_chat: bool,
+    system: str | None,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    limit: int | None,
+    output: Path | None,
+    as_json: bool,
+    load: EngineOptions,
+    cache: CacheOptions,
+) -> None:
+    """Answer the tasks of FILE with each format of --kv A,B,C and count exact matches.
+
+    FILE has one JSON object a line with a prompt and an answer (GSM8K's lines are such). Answers are greedy. The same
+    rule takes what is compared out of the model's answer and out of the file's; numbers are compared as numbers, texts
+    without regard to white space.
+
+    The keys of a --json row: kv, tasks, correct, accuracy, and its 95 % Wilson interval low and high.
+    """
+    from octo_run.engine.evaluation import tasks as evaluation
+
+    common.check_outputs(output)
+    if system is not None and not as_chat:
+        raise UsageError("--system needs --chat: a raw prompt has no system prompt.")
+    rule = evaluation.extractor(extract, pattern, ignore_case=ignore_case)
+    found = evaluation.read_tasks(common.read_text(file), str(file), prompt_key, answer_key)[:limit]
+    wanted = evaluation.wanted_answers(found, rule)
+    scores, answers = [], []
+    engine_of = common.loader(load, cache, load.ctx)
+    for kv in common.formats(load):
+        outcomes = evaluation.run(
+            engine_of(kv), found, wanted, rule, as_chat=as_chat, system=system, max_tokens=max_tokens, stop=stop
+        )
+        scores.append(evaluation.score(kv, outcomes))
+        answers += [{"kv": kv, **dataclasses.asdict(outcome)} for outcome in outcomes]
+    if output is not None:
+        _write_jsonl(output, answers)
+    if as_json:
+        console.print_json([dataclasses.asdict(row) for row in scores])
+    else:
+        click.echo(_table(scores))
+
+
+def _write_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), "utf-8")
+
+
+def _table(scores: list["Score"]) -> str:
+    rows = [
+        [
+            row.kv,
+            f"{row.correct}/{row.tasks}",
+            f"{100 * row.accuracy:.1f}",
+            f"{100 * row.low:.1f} - {100 * row.high:.1f}",
+        ]
+        for row in scores
+    ]
+    return console.table(["kv", "correct", "accuracy %", "95 % interval"], rows)

@@ -1,0 +1,164 @@
+"""``octo-run eval``: small runs from end to end, what is printed and written, one sentence for what is wrong."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEYS = [
+    "kv",
+    "perplexity",
+    "stderr",
+    "delta_percent",
+    "kl_mean",
+    "kl_p99",
+    "top1_agreement",
+    "bytes_per_token",
+    "tokens_per_s",
+]
+TEXT = "The boats left at dawn. Gulls followed them out to sea! Was it cold? It was, and nobody spoke of it. "
+PPL = ("eval", "ppl", "--device", "cpu", "--ctx", "224", "--max-tokens", "230")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 10)
+    return str(path)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> str:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(
+        '{"question": "What is 3 + 4?", "answer": "3 + 4 = 7\\n#### 7"}\n{"question": "Hi", "answer": "1"}\n'
+    )
+    return str(path)
+
+
+def test_perplexity_as_json_csv_and_plot(octo: Callable[..., Any], text: str, tmp_path: Path) -> None:
+    table, plot = tmp_path / "rows.csv", tmp_path / "plot.svg"
+    shown = octo(*PPL, "--text", text, "--kv", "octopus2,octopus4", "--json", "--csv", str(table), "--plot", str(plot))
+    assert shown.code == 0, shown.err
+    rows = json.loads(shown.out)
+    assert [row["kv"] for row in rows] == ["bf16", "octopus2", "octopus4"]
+    for row in rows:
+        assert set(KEYS) <= set(row) and row["tokens"] == 230
+        assert row["tokens_per_s"] > 0 and row["stderr"] > 0
+    exact, coarse, fine = rows
+    assert (exact["delta_percent"], exact["kl_mean"], exact["top1_agreement"]) == (0, 0, 1)
+    assert 0 < fine["kl_mean"] < coarse["kl_mean"] and coarse["kl_mean"] < coarse["kl_p99"]
+    assert coarse["bytes_per_token"] < fine["bytes_per_token"] < exact["bytes_per_token"]
+    ratio = 100 * (coarse["perplexity"] / exact["perplexity"] - 1)
+    assert coarse["delta_percent"] == pytest.approx(ratio, abs=1e-6)
+    with table.open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["kv"] for row in written] == ["bf16", "octopus2", "octopus4"]
+    assert float(written[1]["kl_mean"]) == coarse["kl_mean"]
+    assert "<svg" in plot.read_text()
+
+
+def test_perplexity_of_the_bundled_sample_as_a_table(octo: Callable[..., Any]) -> None:
+    shown = octo(*PPL, "--kv", "octopus4", "--sink", "0", "--window", "0", "--codec-seed", "1")
+    assert shown.code == 0, shown.err
+    header, exact, coded, note = shown.out.splitlines()
+    assert header.split()[:2] == ["kv", "perplexity"]
+    assert (exact.split()[0], coded.split()[0]) == ("bf16", "octopus4")
+    assert note == "230 tokens scored; ± is one standard error"
+    assert "the bundled sample is small (230 tokens scored)" in shown.err
+
+
+def test_needles_as_table_and_files(octo: Callable[..., Any], text: str, tmp_path: Path) -> None:
+    argv = (
+        "eval",
+        "needle",
+        "--device",
+        "cpu",
+        "--kv",
+        "octopus4",
+        "--text",
+        text,
+        "--lengths",
+        "256",
+        "--depths",
+        "2",
+    )
+    table, plot = tmp_path / "cells.csv", tmp_path / "map.png"
+    shown = octo(*argv, "--trials", "1", "--distractors", "1", "--csv", str(table), "--plot", str(plot), "--json")
+    assert shown.code == 0, shown.err
+    cells = json.loads(shown.out)
+    assert [(cell["kv"], cell["depth"], cell["trials"]) for cell in cells] == [
+        (kv, depth, trials) for kv in ("bf16", "octopus4") for depth, trials in ((0.0, 1), (1.0, 1), (None, 2))
+    ]
+    assert all(cell["low"] <= cell["recall"] <= cell["high"] for cell in cells)
+    assert cells[2]["recall"] == 1.0  # the demo model finds them
+    assert len(table.read_text().splitlines()) == 7 and plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_needle_report_has_a_map_and_totals() -> None:
+    from octo_run.cli.evaluate.needle import report
+    from octo_run.engine.evaluation.needle import Cell, totals
+
+    cells = [Cell("oct3", 512, depth, 2, 1, 0.5, 0.1, 0.9) for depth in (0.0, 1.0)]
+    shown = report(cells + totals(cells))
+    assert "oct3\n  depth         512\n    0 %" in shown
+    assert shown.splitlines()[-1].split() == ["oct3", "512", "2/4", "50.0", "15.0", "-", "85.0"]
+
+
+def test_tasks_with_their_answers_in_a_file(octo: Callable[..., Any], tasks: str, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    argv = ("eval", "tasks", tasks, "--device", "cpu", "--kv", "bf16,octopus3", "--ctx", "128", "-n", "6")
+    shown = octo(*argv, "--json", "--output", str(output))
+    assert shown.code == 0, shown.err
+    rows = json.loads(shown.out)
+    assert [(row["kv"], row["tasks"]) for row in rows] == [("bf16", 2), ("octopus3", 2)]
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(a["kv"], a["line"], a["wanted"]) for a in answers[:2]] == [("bf16", 1, "7"), ("bf16", 2, "1")]
+    assert rows[0]["correct"] == sum(a["correct"] for a in answers[:2])
+    shown = octo(*argv[:5], "--kv", "bf16", "--ctx", "128", "-n", "2", "--raw", "--limit", "1")
+    assert shown.code == 0 and shown.out.splitlines()[1].split()[:2] == ["bf16", "0/1"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["ppl", "--text", "no-such-file"], "no-such-file: there is no such file"),
+        (["ppl", "--text", "."], ". is a folder"),
+        (["ppl", "--text", "EMPTY"], "is empty; give a file with text"),
+        (["ppl", "--text", "BYTES"], "is not UTF-8 text: byte 0"),
+        (["ppl", "--ctx", "4000"], "A text has 1,551 tokens and a window of --ctx 4,000 takes 3,999"),
+        (["ppl", "--stride", "5000"], "--stride is 5000 and the context 1024: give 1 to 1023"),
+        (["ppl", "--kv", "octopus3,oct9"], "unknown KV format 'oct9'"),
+        (["ppl", "--plot", "a.gif"], "a figure's name ends in .png, .svg, .pdf"),
+        (["ppl", "--csv", "no/a.csv"], "no/a.csv: there is no folder no"),
+        (["ppl", "--model", "no/such"], "no/such"),
+        (["needle", "--lengths", "60"], "do not fit into 60 tokens"),
+        (["needle", "--lengths", "1,x"], "'1,x' is no list of lengths"),
+        (["needle", "--distractors", "50"], "give 0 to 41"),
+        (["needle", "--ctx", "512"], "leave --ctx out"),
+        (["tasks", "no-such-file"], "no-such-file: there is no such file"),
+        (["tasks", "TASKS", "--extract", "regex"], "go together"),
+        (["tasks", "TASKS", "--answer-key", "x"], "line 1: there is no field 'x'"),
+        (["tasks", "TASKS", "--raw", "--system", "x"], "--system needs --chat"),
+        (["tasks", "TASKS", "--output", "no/o"], "there is no folder no"),
+        (["tasks", "BAD"], "line 2: this is no JSON"),
+        (["frobnicate"], "the commands are ppl, needle, tasks"),
+        (["pp"], "did you mean 'ppl'?"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
+    octo: Callable[..., Any], tmp_path: Path, tasks: str, argv: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "EMPTY").write_text(" \n")
+    (tmp_path / "BYTES").write_bytes(b"\xff\xfe")
+    (tmp_path / "BAD").write_text('{"prompt": "a", "answer": 1}\n{oops\n')
+    (tmp_path / "TASKS").write_text(Path(tasks).read_text())
+    shown = octo("eval", *argv)
+    assert shown.code == (1 if "no/such" in argv else 2)
+    assert shown.out == "" and says in shown.err
+    assert shown.err.startswith("octo-run: ") and shown.err.count("\n") == 1
