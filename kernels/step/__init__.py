@@ -46,10 +46,15 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out [B, n] = x [B, k] weight^T + bias`` with ``weight [n, k]``, all contiguous and of one dtype.
 
-    By the library: for one to eight rows it reads 2.3 (n = k = 4096) to 4.4 (n = 128256) TB/s on an H200, and plain
-    Triton kernels, tried beside it, no more.
+    A single row of a 16-bit dtype on CUDA goes to our own kernel, which fetches weights while the kernel in front of it
+    ends; the rest to the library. A step of an 8B shape on an H200: 3.99 ms, all by the library 4.47.
     """
-    reference.linear(x, weight, bias, out)
+    if x.is_cuda and len(x) == 1 and x.element_size() == 2:
+        from octo_run.kernels.step import launch
+
+        launch.vector(x, weight, bias, out)
+    else:
+        reference.linear(x, weight, bias, out)
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from octo_run.kernels.step.triton_rows import (
     add_rms_norm_kernel,
     qkv_rope_append_kernel,
     swiglu_kernel,
+    vector_kernel,
 )
 from octo_run.kernels.step.triton_sample import sample_merge_kernel, sample_part_kernel
 
@@ -20,12 +23,37 @@ if TYPE_CHECKING:
 
 _SWIGLU_COLUMNS = 1024
 _HEADS = 16
+#: Rows and columns of the weights that a program of a matrix-vector product takes at a time, and its warps. By timing
+#: whole steps of an 8B shape on an H200, of (4, 1024, 4), (2, 1024, 4), (8, 512, 4), (4, 512, 2) and this one.
+_VECTOR_ROWS, _VECTOR_COLUMNS, _VECTOR_WARPS = 2, 2048, 4
 
 
 def _check(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether kernels may begin before the one in front of them has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _early(x: Tensor) -> dict[str, bool]:
+    early = _overlaps(x.device)
+    return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
+
+
+def vector(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`kernels.step.linear` of a single row by the Triton kernel."""
+    _check(x=x, weight=weight, out=out)
+    n, k = weight.shape
+    launch: Callable[..., Any] = vector_kernel[(triton.cdiv(n, _VECTOR_ROWS),)]
+    launch(
+        x, weight, x if bias is None else bias, out, n, K=k, BN=_VECTOR_ROWS,
+        BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None, **_early(x),
+        num_warps=_VECTOR_WARPS)  # fmt: skip
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -36,7 +64,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     launch: Callable[..., Any] = add_rms_norm_kernel[(len(x),)]
     launch(
         x, x if residual is None else residual, weight, out, eps, N=width, BLOCK=block, ADD=residual is not None,
-        num_warps=min(16, max(4, block // 512)))  # fmt: skip
+        **_early(x), num_warps=min(16, max(4, block // 512)))  # fmt: skip
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
@@ -44,7 +72,7 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     _check(gate_up=gate_up, out=out)
     rows, width = out.shape
     launch: Callable[..., Any] = swiglu_kernel[(triton.cdiv(width, _SWIGLU_COLUMNS), rows)]
-    launch(gate_up, out, width, BLOCK=_SWIGLU_COLUMNS, num_warps=4)
+    launch(gate_up, out, width, BLOCK=_SWIGLU_COLUMNS, **_early(out), num_warps=4)
 
 
 def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full_v: Tensor, q_out: Tensor) -> None:
@@ -64,7 +92,8 @@ def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full
     launch(
         qkv, turn.cos, turn.sin, q_norm, k_norm, qkv if rotation is None else rotation, slots, full_k, full_v, q_out,
         turn.eps, *full_k.stride()[:3], *full_v.stride()[:3], H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=_HEADS,
-        COLUMNS=columns, NORM=turn.q_norm is not None, ROTATE=rotation is not None, num_warps=4)  # fmt: skip
+        COLUMNS=columns, NORM=turn.q_norm is not None, ROTATE=rotation is not None, **_early(qkv),
+        num_warps=4)  # fmt: skip
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:

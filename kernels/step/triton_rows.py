@@ -1,18 +1,29 @@
-"""Triton kernels of the small operations of a step. Rounding to the compute dtype happens where PyTorch rounds."""
+"""Triton kernels of the small operations of a step. Rounding to the compute dtype happens where PyTorch rounds.
+
+EARLY: the kernel is launched as a programmatic dependent one: it may begin before the kernel in front of it has ended,
+fetches weights, and waits only then; its own successor may begin at once, and waits in turn.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def add_rms_norm_kernel(X, RESIDUAL, WEIGHT, OUT, eps, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def add_rms_norm_kernel(
+    X, RESIDUAL, WEIGHT, OUT, eps, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr
+):
     """One row of N numbers a program."""
     kind = OUT.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * N
     at = tl.arange(0, BLOCK)
     inside = at < N
+    weight = tl.load(WEIGHT + at, mask=inside, other=0).to(tl.float32)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(X + row + at, mask=inside, other=0).to(tl.float32)
     if ADD:
         x = (x + tl.load(RESIDUAL + row + at, mask=inside, other=0).to(tl.float32)).to(kind)
@@ -20,16 +31,18 @@ def add_rms_norm_kernel(X, RESIDUAL, WEIGHT, OUT, eps, N: tl.constexpr, BLOCK: t
         x = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
     normed = (x * scale).to(kind).to(tl.float32)
-    weight = tl.load(WEIGHT + at, mask=inside, other=0).to(tl.float32)
     tl.store(OUT + row + at, (weight * normed).to(kind), mask=inside)
 
 
 @triton.jit
-def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr):
+def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """The program is (part of a row, row)."""
     kind = OUT.dtype.element_ty
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     gate = tl.load(GATE_UP + row * 2 * n + at, mask=at < n, other=0).to(tl.float32)
     up = tl.load(GATE_UP + row * 2 * n + n + at, mask=at < n, other=0).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
@@ -51,7 +64,7 @@ def _normed(x, other, WEIGHT, column, partner, inside, eps, kind: tl.constexpr, 
 def qkv_rope_append_kernel(
     QKV, COS, SIN, Q_NORM, K_NORM, ROTATION, SLOTS, K, V, Q, eps, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The program is (HEADS heads, of q, k and v alike; COLUMNS columns of the result; row)."""
     kind = QKV.dtype.element_ty
@@ -62,6 +75,13 @@ def qkv_rope_append_kernel(
     inside = column < D
     partner = tl.where(column < HALF, column + HALF, column - HALF)
     source = QKV + (row * (H + 2 * HKV) + head[:, None]) * D
+    out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    kept = out < D
+    if ROTATE:
+        part = tl.load(ROTATION + column[:, None] * D + out[None, :], mask=inside[:, None] & kept[None, :], other=0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     there = (head < H + 2 * HKV)[:, None] & inside[None, :]
     x = tl.load(source + column[None, :], mask=there, other=0).to(tl.float32)
     other = tl.load(source + partner[None, :], mask=there, other=0).to(tl.float32)
@@ -76,10 +96,7 @@ def qkv_rope_append_kernel(
     here = (x * cos).to(kind).to(tl.float32)
     there_part = (other * sin).to(kind).to(tl.float32)
     turned = tl.where((column < HALF)[None, :], here - there_part, here + there_part).to(kind)
-    out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    kept = out < D
     if ROTATE:
-        part = tl.load(ROTATION + column[:, None] * D + out[None, :], mask=inside[:, None] & kept[None, :], other=0)
         result = tl.dot(turned, part, input_precision="ieee").to(kind)
     else:
         tl.static_assert(COLUMNS == BD)
@@ -95,3 +112,31 @@ def qkv_rope_append_kernel(
     value = tl.load(source + out[None, :], mask=is_v[:, None] & kept[None, :], other=0)
     to_v = V + row * sv_b + v_head[:, None] * sv_h + slot * sv_s + out[None, :]
     tl.store(to_v, value, mask=is_v[:, None] & kept[None, :])
+
+
+@triton.jit
+def vector_kernel(
+    X, WEIGHT, BIAS, OUT, n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """BN outputs of a matrix-vector product a program: x [K], weights [n, K], sums in float32."""
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    source = WEIGHT + at.to(tl.int64)[:, None] * K + k[None, :]
+    there = (at < n)[:, None]
+    weights = tl.load(source, mask=there & (k < K)[None, :], other=0, eviction_policy="evict_first")
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros([BN, BK], tl.float32)
+    for first in range(0, K, BK):
+        x = tl.load(X + first + k, mask=first + k < K, other=0).to(tl.float32)
+        following = first + BK
+        mask = there & (following + k < K)[None, :]
+        ahead = tl.load(source + following, mask=mask, other=0, eviction_policy="evict_first")
+        total += weights.to(tl.float32) * x[None, :]
+        weights = ahead
+    result = tl.sum(total, 1)
+    if BIASED:
+        result += tl.load(BIAS + at, mask=at < n, other=0).to(tl.float32)
+    tl.store(OUT + at, result.to(OUT.dtype.element_ty), mask=at < n)

@@ -134,6 +134,19 @@ def test_products(biased):
     close(out, x.double() @ weight.double().T + (bias.double() if biased else 0), torch.float32)
 
 
+@triton_only
+@pytest.mark.parametrize(("n", "k"), [(40, 96), (7, 1000), (3, 4500)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_triton_products_of_a_vector(n, k, biased):
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    x, weight, bias = random(1, k, dtype=HALF), random(n, k, dtype=HALF), random(n, dtype=HALF, scale=30)
+    out = torch.full((1, n), torch.nan, dtype=HALF, device=DEVICE)
+    launch.vector(x, weight, bias if biased else None, out)
+    close(out, x.double() @ weight.double().T + (bias.double() if biased else 0), HALF)
+
+
 def draws(batch, vocab, **changes):
     """Rules of a batch: the first sequence greedy, all penalised for some tokens."""
     state = ops.Draws(
