@@ -63,6 +63,18 @@ def flashinfer(
     return step
 
 
+def compile_flashinfer(group: int, dim: int) -> None:
+    """Build FlashInfer's kernels for a group size and head dimension, if it is installed."""
+    for element in (torch.bfloat16, torch.float8_e4m3fn):
+        try:
+            step = flashinfer(element, [256], 1, group, dim, 1)
+            if step is not None:
+                step()
+                torch.cuda.synchronize()
+        except (RuntimeError, ValueError):
+            return  # a shape that it does not take: said where it is timed
+
+
 #: Name, bytes of a stored coordinate, how to prepare it.
 PEERS: list[tuple[str, int, Callable[[list[int], int, int, int, int], Step | None]]] = [
     ("cuDNN", 2, lambda *shape: sdpa(SDPBackend.CUDNN_ATTENTION, *shape)),

@@ -16,17 +16,21 @@ import argparse
 import datetime
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
-from attention_peers import PEERS
+from attention_peers import PEERS, compile_flashinfer
 
 from octo_run.kernels import AttentionInputs, attend, attention_workspace_bytes, encode_pages, page_bytes
+from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, page_bias
 from octo_run.kernels.codec import KVFormat, parse_kv
 
 SINK, RING, PAGE, NEW = 64, 128, 64, 100
@@ -107,6 +111,19 @@ def copy_bandwidth() -> float:
     return 2 * 4 * source.numel() / (median_us(lambda: torch.add(source, 1, out=target), 1, 20) * 1e-6)
 
 
+def form(kv: str, dim: int) -> KVFormat:
+    """The format, +mean or not."""
+    return parse_kv(kv.removesuffix("+mean"), dim)
+
+
+def key_mean(q: torch.Tensor, kv_heads: int, pages: int) -> KeyMean:
+    """The mean's part for queries, of random means."""
+    dim = q.shape[-1]
+    inv_freq = 500000.0 ** (-torch.arange(0, dim, 2, device=DEVICE) / dim)
+    means = torch.randn(q.shape[0], kv_heads, dim, device=DEVICE)
+    return KeyMean(coefficients(q, means), AngleTables.build(inv_freq, SINK, pages))
+
+
 def inputs(fmt: KVFormat, lengths: list[int], kv_heads: int, dim: int, layers: int) -> list[AttentionInputs]:
     """``layers`` arenas whose packed pages hold ``lengths`` tokens of the sequences, coded from Gaussian vectors."""
     counts = [n // PAGE for n in lengths]
@@ -144,7 +161,7 @@ def inputs(fmt: KVFormat, lengths: list[int], kv_heads: int, dim: int, layers: i
 
 def check(kv: str, group: int, dim: int) -> float:
     """Relative error of a decode step against float64 attention over the decoded pages (2 KV heads, 3 sequences)."""
-    fmt, heads, lengths = parse_kv(kv, dim), 2, [37 * PAGE, 5 * PAGE, 300 * PAGE]
+    fmt, heads, lengths = form(kv, dim), 2, [37 * PAGE, 5 * PAGE, 300 * PAGE]
     counts = [n // PAGE for n in lengths]
     k, v = (torch.randn(1, DISTINCT, heads, PAGE, dim, device=DEVICE) for _ in range(2))
     pages = torch.zeros(DISTINCT, 1, heads, page_bytes(fmt), dtype=torch.uint8, device=DEVICE)
@@ -152,6 +169,8 @@ def check(kv: str, group: int, dim: int) -> float:
     kv_in = inputs(fmt, lengths, heads, dim, 1)[0]
     kv_in = AttentionInputs(**(vars(kv_in) | {"pages": pages[:, 0], "page_table": kv_in.page_table % DISTINCT}))
     q = torch.randn(3, 1, heads * group, dim, device=DEVICE, dtype=torch.bfloat16)
+    if kv.endswith("+mean"):
+        kv_in = replace(kv_in, mean=key_mean(q, heads, max(counts)))
     out = torch.full_like(q, float("nan"))
     attend(q, kv_in, fmt, scale=dim**-0.5, max_length=SINK + max(lengths) + NEW, out=out)
     exact = [c.decode_rotated(c.encode_rotated(x[0].cpu()), torch.float64) for c, x in ((fmt.k, k), (fmt.v, v))]
@@ -164,6 +183,10 @@ def check(kv: str, group: int, dim: int) -> float:
             slots = (torch.arange(NEW) + count * PAGE) % RING
             sides.append(torch.cat([sink[b].cpu().double(), packed, tail[b].cpu().double()[:, slots]], 1))
         scores = torch.einsum("hgd,hnd->hgn", q[b, 0].cpu().double().view(heads, group, dim), sides[0]) * dim**-0.5
+        if kv_in.mean is not None:
+            tables = AngleTables(kv_in.mean.tables.base.cpu(), kv_in.mean.tables.offset.cpu())
+            bias = page_bias(kv_in.mean.coefficients[b, 0].cpu().double(), tables, 0, count) * dim**-0.5
+            scores[:, :, SINK : SINK + count * PAGE] += bias.view(heads, group, -1)
         want = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), sides[1]).reshape(-1, dim)
         error = float((out[b, 0].cpu().double() - want).norm() / want.norm())
         worst = max(worst, error) if error == error else math.inf
@@ -189,11 +212,14 @@ def time_peers(shape: Shape) -> list[tuple[str, float, int]]:
 
 def time_ours(kv: str, shape: Shape) -> tuple[str, float, int]:
     """(format, microseconds of our step, its packed bytes)."""
-    fmt = parse_kv(kv, shape.dim)
+    fmt = form(kv, shape.dim)
     stored = sum(shape.lengths) * shape.kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
     arenas = inputs(fmt, shape.lengths, shape.kv_heads, shape.dim, ROTATE_BYTES // stored + 1)
     batch, heads = len(shape.lengths), shape.kv_heads * shape.group
     q = torch.randn(batch, 1, heads, shape.dim, device=DEVICE, dtype=torch.bfloat16)
+    if kv.endswith("+mean"):
+        mean = key_mean(q, shape.kv_heads, max(shape.lengths) // PAGE)
+        arenas = [replace(arena, mean=mean) for arena in arenas]
     out = torch.empty_like(q)
     size = attention_workspace_bytes(batch, heads, shape.kv_heads, shape.dim, DEVICE)
     workspace = torch.zeros(size // 4, dtype=torch.float32, device=DEVICE)
@@ -267,23 +293,31 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", default="oct2,oct3,oct4,octopus3,bf16")
+    parser.add_argument("--formats", default="oct2,oct3,oct4,oct3+mean,octopus3,bf16")
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--processes", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="of the checks")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     formats = args.formats.split(",")
     shapes = [Shape.parse(case) for case in args.cases.split(",")]
+    kinds = [*dict.fromkeys((shape.group, shape.dim) for shape in shapes)]
     errors: dict[str, float] = {}
-    for kv in formats:
-        for group, dim in dict.fromkeys((shape.group, shape.dim) for shape in shapes):
-            error = check(kv, group, dim)
+    # Most of a check's time is compilation, whose results the processes share through caches on the disk.
+    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        others = [pool.submit(compile_flashinfer, *kind) for kind in kinds]
+        checks = {(kv, *kind): pool.submit(check, kv, *kind) for kv in formats for kind in kinds}
+        for (kv, group, dim), done in checks.items():
+            error = done.result()
             errors[kv] = max(errors.get(kv, 0.0), error)
-            print(f"{kv}, group {group}, head_dim {dim}: relative error {error:.2e}", flush=True)
             if not error < BOUND:
+                print(f"{kv}, group {group}, head_dim {dim}: relative error {error:.2e}", file=sys.stderr)
                 print("wrong result: nothing is timed", file=sys.stderr)
                 return 1
+        for other in others:
+            other.result()
+    print("all formats are right: " + ", ".join(f"{kv} {error:.1e}" for kv, error in errors.items()), flush=True)
     bandwidth = copy_bandwidth()
     rows = []
     for shape in shapes:

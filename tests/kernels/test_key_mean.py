@@ -64,3 +64,36 @@ def test_biased_keys_code_like_unbiased_ones(kv: str) -> None:
 
     assert error(residual) < 1.05 * error(plain)
     assert error(rows) > 5 * error(plain)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_fragments_are_the_operands_of_the_matrix_product(dim: int) -> None:
+    """Emulates m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16") as the table-decode kernel's lanes feed it."""
+    torch.manual_seed(4)
+    angles = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), 64, 7)
+    coefficient, page = torch.randn(8, dim), 5  # of the heads of one KV head
+    want = page_bias(coefficient.double(), angles, page, 1)
+    a, b = coefficient.chunk(2, -1)
+    cos, sin = angles.base[page].chunk(2)
+    turned_a, turned_b = a * cos + b * sin, b * cos - a * sin
+    pairs = angles.fragments.view(torch.int16).view(torch.float16).view(4, dim // 16, 32, 4, 2).double()
+    got = torch.empty(8, 64, dtype=torch.float64)
+    for tile in range(4):
+        rows, columns = torch.zeros(16, dim // 16, 16), torch.zeros(dim // 16, 16, 8)
+        rows, columns = rows.double(), columns.double()
+        for lane in range(32):
+            g, t = lane // 4, lane % 4
+            head = g // 2 + 4 * (g % 2)
+            for step in range(dim // 16):
+                for register in range(4):  # a0: row g, a1: row g + 8, a2 and a3: eight columns on
+                    at = 2 * t + 8 * (register // 2)
+                    rows[g + 8 * (register % 2), step, at : at + 2] = pairs[tile, step, lane, register]
+                for second in range(2):
+                    frequency = t * (dim // 8) + 2 * step + second
+                    columns[step, 2 * t + 8 * second, g] = turned_a[head, frequency]
+                    columns[step, 2 * t + 8 * second + 1, g] = turned_b[head, frequency]
+        product = rows.flatten(1) @ columns.flatten(0, 1)
+        for column in range(8):
+            head = column // 2 + 4 * (column % 2)
+            got[head, 16 * tile : 16 * tile + 16] = product[:, column] + turned_a[head].double().sum()
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-3
