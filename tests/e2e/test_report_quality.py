@@ -1,0 +1,65 @@
+"""The script of the quality report: settings that differ as they say, a report made of measured parts."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octo_run.kernels.codec import get
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "report_quality.py"
+IDS = list(range(5, 205))
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("report_quality", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(kv: str, group: str, change: float) -> dict[str, Any]:
+    return {
+        "group": group, "kv": kv, "perplexity": 28.5, "stderr": 0.5, "delta_percent": change, "delta_stderr": 0.05,
+        "kl_mean": 0.001, "kl_p99": 0.01, "top1_agreement": 0.98, "bytes_per_token": 2048.0, "tokens_per_s": 9.0,
+        "tokens": 20000,
+    }  # fmt: skip
+
+
+def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
+    """Pages of bf16 into which everything goes by way of a code give what coded pages give; exact layers differ."""
+    real = script.load_case("octo-demo", script.Case("formats", "a", "octopus2"), 256, "cpu").logits(IDS, 64)
+    engine = script.load_case("octo-demo", script.Case("formats", "b", "bf16"), 256, "cpu")
+    exact = engine.logits(IDS, 64)
+    script._code_in_passing(engine, get("octopus2"), set())
+    passing = engine.logits(IDS, 64)
+    assert torch.allclose(passing, real, atol=0.05) and not torch.allclose(exact, real, atol=0.05)
+    edges = script.load_case("octo-demo", script.Case("boundary", "c", "octopus2", {}, (0, -1)), 256, "cpu")
+    assert not torch.allclose(edges.logits(IDS, 64), passing, atol=0.05)
+    assert edges.plan.shape.k_bytes == (2 * 512 + 6 * 40) / 8
+
+
+def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> None:
+    parts = [
+        {"kind": "ppl", "model": "demo", "where": "CPU", "text": "books.txt", "tokens": 20000, "skip": 0,
+         "stride": 2047, "rows": [row("bf16", "formats", 0), row("oct3", "formats", 0.44), row("oct2", "formats", 1.7),
+                  row("oct2, mean out", "mean", 1.0)]},
+        {"kind": "needle", "model": "demo", "where": "CPU", "cells": [
+            {"kv": kv, "length": 2048, "depth": None, "trials": 20, "correct": correct, "recall": correct / 20,
+             "low": 0.7, "high": 1.0} for kv, correct in (("bf16", 20), ("oct3", 19))]},
+    ]  # fmt: skip
+    files = [tmp_path / f"{number}.json" for number in range(2)]
+    for file, part in zip(files, parts, strict=True):
+        file.write_text(json.dumps(part))
+    script.write(tmp_path / "quality.md", files)
+    report = (tmp_path / "quality.md").read_text().splitlines()
+    assert "| oct3 | at most +0.4 % | +0.44 % ± 0.05, reached | - | -2 points | -5.0 points |" in report
+    assert "| oct2 | at most +1.5 % | +1.70 % ± 0.05, not reached | +1.00 % ± 0.05, reached | -5 points | - |" in report
+    assert any(line.startswith("| oct2, mean out | 40 | 28.500 ") for line in report)
+    assert any(line.startswith("| oct3 | 2,048 | 19/20 | 95.0 ") for line in report)
+    assert (tmp_path / "quality-demo.png").exists()
