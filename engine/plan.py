@@ -22,14 +22,18 @@ DRIVER_BYTES = 640 * 2**20
 #: Share of the free memory that ``--ctx auto`` may take (the rest is for other programs).
 AUTO_SHARE = {"cuda": 0.92, "cpu": 0.5}
 
+#: The parts of a plan, which add up to its total.
+PARTS = ("weights", "arena", "full_precision", "workspace", "graphs", "logits")
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes by purpose on one device, and the context that they hold.
 
-    ``full_precision`` are sinks, windows and the staging buffer; ``workspace`` the attention splits, the library's
-    matrix-product workspaces and the activations of a chunk or a step; ``logits`` the logits of a step and what the
-    sampler keeps for each sequence.
+    ``full_precision`` are sinks, windows and the staging buffer; ``workspace`` the attention splits, the matrix-product
+    library's workspace and the activations of a chunk or a step; ``graphs`` what recorded steps take of their own;
+    ``logits`` the logits of a step and what the sampler keeps for each sequence. ``loading`` is no part of the sum: the
+    bytes held at most while weights are fused, before anything else is there. ``free`` is what is left to an engine.
     """
 
     kv: str
@@ -39,7 +43,9 @@ class MemoryPlan:
     free: int
     weights: int
     workspace: int
+    graphs: int
     logits: int
+    loading: int
 
     @property
     def context(self) -> int:
@@ -59,7 +65,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """All bytes of the plan."""
-        return self.weights + self.arena + self.full_precision + self.workspace + self.logits
+        return sum(int(getattr(self, part)) for part in PARTS)
 
     @property
     def bytes_per_token(self) -> int:
@@ -76,7 +82,7 @@ class MemoryPlan:
         budget = self.free if budget is None else budget
         smallest = replace(self, shape=replace(self.shape, context=1))
         spare = budget - smallest.total
-        if spare < 0:
+        if spare < 0 or self.loading > budget:
             return 0
         one_page = self.shape.layers * self.shape.kv_heads * self.shape.page_bytes
         # A page takes an entry of the table and one of the angles too; the first are in the smallest plan already.
@@ -86,7 +92,7 @@ class MemoryPlan:
 
     def as_dict(self) -> dict[str, int]:
         """Bytes by purpose, ``bytes_per_token`` and ``context`` in tokens."""
-        names = ("weights", "arena", "full_precision", "workspace", "logits", "total", "bytes_per_token", "context")
+        names = (*PARTS, "total", "bytes_per_token", "context")
         return {name: int(getattr(self, name)) for name in names}
 
 
@@ -105,9 +111,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def _library_workspace(device: torch.device) -> int:
-    """Bytes that the matrix-product library takes through the allocator, for two streams (PyTorch's own defaults)."""
+    """Bytes that the matrix-product library takes through the allocator for a stream (PyTorch's own defaults)."""
+    if device.type == "cpu":
+        return 0
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return 2 * (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
+    return (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
 
 
 def _cpu_activations(cfg: ModelConfig, rows: int, dtype: torch.dtype) -> int:
@@ -127,12 +135,19 @@ def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int
 
 
 def _workspace(cfg: ModelConfig, shape: ArenaShape, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of everything that is neither weights nor arena nor logits."""
+    """Bytes of splits, activations and the library's workspace."""
     if device.type == "cpu":
         return _cpu_activations(cfg, shape.chunk, dtype)
     sequences = shape.sequences
     attention = kernels.attention_workspace_bytes(sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
     return attention + _library_workspace(device) + buffer_bytes(cfg, max(shape.chunk, sequences), dtype)
+
+
+def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the weights and of the largest copy made while they are fused or rotated (in float32)."""
+    gate_up = 2 * cfg.intermediate_size * dtype.itemsize
+    out = cfg.num_heads * cfg.head_dim * (2 * 4 + dtype.itemsize)
+    return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
 
 
 def _logits(cfg: ModelConfig, sequences: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -193,7 +208,9 @@ def plan_memory(
         free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
         weights=weight_bytes(cfg, dtype),
         workspace=_workspace(cfg, shape, dtype, device),
+        graphs=_library_workspace(device),
         logits=_logits(cfg, sequences, dtype, device),
+        loading=_loading(cfg, dtype),
     )
     budget = int(plan.free * AUTO_SHARE[device.type])
     fits = plan.tokens_that_fit(budget if max_context is None else plan.free)

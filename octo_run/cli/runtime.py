@@ -14,6 +14,7 @@ PLAN_PARTS = {
     "arena": "KV arena",
     "full_precision": "sinks and windows",
     "workspace": "workspace",
+    "graphs": "graphs",
     "logits": "logits",
 }
 
@@ -98,7 +99,7 @@ def sampling_params(engine: "Engine", options: SamplingOptions) -> "SamplingPara
 def describe_plan(model: str, plan: "MemoryPlan") -> str:
     """Two lines that say what will be loaded where, and how much memory each part takes."""
     parts = plan.as_dict()
-    sizes = [f"{label} {human_bytes(parts[key])}" for key, label in PLAN_PARTS.items()]
+    sizes = [f"{label} {human_bytes(parts[key])}" for key, label in PLAN_PARTS.items() if parts[key]]
     return (
         f"{model} on {plan.device}, KV cache {plan.kv}: context {plan.context:,} tokens,"
         f" {plan.bytes_per_token:,} bytes per packed token\n"

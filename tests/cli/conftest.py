@@ -80,7 +80,7 @@ class FakeEngine:
         return self.replies.pop(0)
 
     def memory_plan(self) -> dict[str, int]:
-        parts = {"weights": 1000, "arena": 200, "full_precision": 30, "workspace": 4, "logits": 5}
+        parts = {"weights": 1000, "arena": 200, "full_precision": 30, "workspace": 4, "graphs": 0, "logits": 5}
         return {**parts, "total": 1239, "bytes_per_token": 7, "context": self.max_context}
 
     def memory_now(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octo_run.engine import Engine, MemoryPlan, plan_memory
 from octo_run.engine import plan as plan_module
+from octo_run.engine.plan import PARTS
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import ModelConfig
 
@@ -56,7 +57,7 @@ def test_the_arena_takes_what_the_plan_says(
     told = engine.memory_plan()
     assert told["arena"] + told["full_precision"] == arena_bytes(engine)
     assert told["context"] == engine.max_context
-    assert told["total"] == sum(told[part] for part in ("weights", "arena", "full_precision", "workspace", "logits"))
+    assert told["total"] == sum(told[part] for part in PARTS)
     vectors = 3 * 2 * (engine.kv.k.bytes_per_vector + engine.kv.v.bytes_per_vector)
     assert told["bytes_per_token"] == vectors
     if engine.arena.pages.numel():
