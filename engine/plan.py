@@ -140,7 +140,13 @@ def _workspace(cfg: ModelConfig, shape: ArenaShape, dtype: torch.dtype, device: 
         return _cpu_activations(cfg, shape.chunk, dtype)
     sequences = shape.sequences
     attention = kernels.attention_workspace_bytes(sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
-    return attention + _library_workspace(device) + buffer_bytes(cfg, max(shape.chunk, sequences), dtype)
+    return attention + _library_workspace(device) + _block(buffer_bytes(cfg, max(shape.chunk, sequences), dtype))
+
+
+def _block(count: int) -> int:
+    """Bytes of the block that PyTorch's allocator gives for a large request: it leaves no rest of 1 MiB or less."""
+    whole = -(-count // 2**21) * 2**21
+    return whole if count >= 10 * 2**20 and whole - count <= 2**20 else count
 
 
 def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:

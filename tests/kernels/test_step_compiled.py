@@ -1,0 +1,42 @@
+"""The kernels of a step compile for an H200 (sm_90), launched early too, without a GPU and without spills."""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from octo_run.kernels.step import triton_rows, triton_sample  # noqa: E402
+
+B, F, I, L = "*bf16", "*fp32", "*i32", "*i64"
+HEAD = {"H": 32, "HKV": 8, "D": 128, "BD": 128, "HEADS": 16}
+STRIDES = dict.fromkeys(("sk_b", "sk_h", "sk_s", "sv_b", "sv_h", "sv_s"), "i32")
+TURN = dict.fromkeys(("QKV", "COS", "SIN", "Q_NORM", "K_NORM", "ROTATION", "K", "V", "Q"), B)
+RULES = {"LOGITS": B, "COUNTS": I, "TEMPERATURE": F, "PENALTY": F, "FLOOR": F, "SEEDS": L, "COUNTERS": L, "PARTS": F}
+CASES = [
+    (triton_rows.add_rms_norm_kernel, dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT"), B) | {"eps": "fp32"},
+     {"N": 4096, "BLOCK": 4096, "ADD": True, "EARLY": True}, 8),
+    (triton_rows.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
+    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES | {"SLOTS": I, "eps": "fp32"},
+     HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": True, "EARLY": True}, 4),
+    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES | {"SLOTS": I, "eps": "fp32"},
+     HEAD | {"COLUMNS": 128, "NORM": False, "ROTATE": False, "EARLY": True}, 4),
+    (triton_rows.vector_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": B, "n": "i32"},
+     {"K": 4096, "BN": 2, "BK": 2048, "BIASED": False, "EARLY": True}, 4),
+    (triton_sample.sample_part_kernel, RULES | {"vocab": "i32"},
+     {"BLOCK": 1024, "COUNTED": True, "NOISY": True, "FLOORED": True}, 4),
+    (triton_sample.sample_merge_kernel,
+     {"LOGITS": B, "COUNTS": I, "COUNTERS": L, "PARTS": F, "TOKENS": I, "LOGPROBS": F, "vocab": "i32", "parts": "i32"},
+     {"WIDTH": 128, "COUNTED": True, "NOISY": True}, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "types", "constants", "warps"), CASES)
+def test_compiles_for_hopper(kernel, types, constants, warps):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    assert set(types) | set(constants) == set(kernel.arg_names)
+    source = ASTSource(kernel, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    text = compiled.asm["ptx"]
+    assert ".local" not in text
+    assert constants.get("EARLY", False) == ("griddepcontrol.wait" in text)
