@@ -1,5 +1,7 @@
 """The kernels of a step compile for an H200 (sm_90), launched early too, without a GPU and without spills."""
 
+import os
+
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -7,6 +9,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from octo_run.kernels.step import triton_rows, triton_sample  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 B, F, I, L = "*bf16", "*fp32", "*i32", "*i64"
 HEAD = {"H": 32, "HKV": 8, "D": 128, "BD": 128, "HEADS": 16}
