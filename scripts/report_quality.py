@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,16 +22,17 @@ from typing import Any
 
 import torch
 
-from octo_run.engine import Engine
+from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.evaluation import needle, perplexity
 from octo_run.engine.evaluation.perplexity import REFERENCE, Row
 from octo_run.engine.evaluation.plots import plot_perplexity
+from octo_run.engine.evaluation.statistics import wilson
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import Codec
 
 CONTEXT, STEP = 2048, 64
 OURS, PAPER = ("oct4", "oct3", "oct2"), ("octopus4", "octopus3", "octopus2")
-BASELINES = ("turbo4", "turbo3", "turbo2")
+BASELINES = ("mixed4", "mixed3", "mixed2", "turbo4", "turbo3", "turbo2")
 #: Perplexity change in % (demo model) and recall in points that are aimed at; twice as much on the stress model.
 AIMS = {"oct4": (0.2, 2.0), "oct3": (0.4, 2.0), "oct2": (1.5, 5.0)}
 TITLES = {
@@ -148,23 +150,45 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
-    """Cells at the context's length for bf16, ours and the paper's formats."""
+    """Recall at the context's length. Each text is read once and asked for each of the numbers in it."""
     name, model = args.model.split("=", 1)
     engine = Engine.load(model, kv=REFERENCE, max_context=CONTEXT, device=args.device)
     text = args.text.read_text("utf-8")[args.skip : args.skip + 400_000]
-    depths = [index / 4 for index in range(5)]
-    prompts = needle.prompts(
-        engine.tokenizer, text, lengths=[CONTEXT], depths=depths, trials=args.trials, distractors=4, form="text", seed=0
-    )
-    part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine), "cells": []}
-    kvs = args.only.split(";") if args.only else [REFERENCE, *OURS, *PAPER]
-    for kv in kvs:
+    haystacks = needle.prompts(
+        engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], trials=args.trials, distractors=4, form="text", seed=0
+    )[CONTEXT, 0.5]
+    part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine)}
+    part |= {"texts": len(haystacks), "length": CONTEXT, "rows": []}
+    for kv in args.only.split(";") if args.only else [REFERENCE, *OURS, *PAPER]:
         engine = Engine.load(model, kv=kv, max_context=CONTEXT, device=args.device)
-        cells = needle.evaluate(engine, kv, prompts, STEP)
-        part["cells"] += [dataclasses.asdict(cell) for cell in cells]
-        print(f"{name:8} {kv:28} {cells[-1].correct}/{cells[-1].trials}", flush=True)
+        found = [right for hay in haystacks for right in ask_all(engine, hay)]
+        low, high = wilson(sum(found), len(found))
+        recall = sum(found) / len(found)
+        row = {"kv": kv, "asked": len(found), "found": sum(found), "recall": recall, "low": low, "high": high}
+        part["rows"].append({**row, "key_mean": bool(engine.plan.shape.mean_heads)})
+        print(f"{name:8} {kv:28} {sum(found)}/{len(found)}", flush=True)
         args.out.write_text(json.dumps(part, indent=1))
     return part
+
+
+def ask_all(engine: Engine, hay: needle.Haystack) -> list[bool]:
+    """Whether each number of a text is found. The text goes in by `STEP` tokens, once; questions follow it in turn."""
+
+    def question(key: str) -> list[int]:
+        return engine.tokenizer.chat([{"role": "user", "content": f"What is the special magic number for {key}?"}])
+
+    text = hay.ids[: -len(question(hay.key))]
+    hidden = re.findall(r"The special magic number for (\w+) is ([0-9]{7})\.", engine.tokenizer.decode(text))
+    engine.logits(text[:1])  # the cache holds this token alone now
+    for first in range(1, len(text), STEP):
+        engine.prefill(text[first : first + STEP])
+    found = []
+    for key, value in hidden:
+        generation = engine.generate(text + question(key), SamplingParams(max_tokens=needle.ANSWER_TOKENS))
+        answer = engine.tokenizer.decode([token.id for token in generation])
+        assert generation.reused_tokens > CONTEXT // 2
+        found.append(needle.found(answer, value))
+    return found
 
 
 def write(doc: Path, files: list[Path]) -> None:
@@ -202,8 +226,9 @@ def _head(parts: list[dict[str, Any]]) -> Iterator[str]:
                 f"{STEP} tokens a step; {part['where']}"
             )
         else:
-            total = next(cell for cell in part["cells"] if cell["depth"] is None)
-            asked = f"{total['trials']} prompts of {total['length']:,} tokens, the same for all formats"
+            asked = (
+                f"{part['texts']} texts of {part['length']:,} tokens with five numbers each, the same for all formats"
+            )
             yield f"- needle, {part['model']} model: {asked}; {part['where']}"
     yield ""
 
@@ -212,13 +237,7 @@ def _targets(model: str, parts: list[dict[str, Any]], rows: list[dict[str, Any]]
     """Whether the aims are reached, for the setting without and with the mean out."""
     factor = 1 if model == "demo" else 2
     by_label = {row["kv"]: row for row in rows}
-    recalls = {
-        cell["kv"]: 100 * cell["recall"]
-        for part in parts
-        if part["kind"] == "needle"
-        for cell in part["cells"]
-        if cell["depth"] is None
-    }
+    recalls = {row["kv"]: 100 * row["recall"] for part in parts if part["kind"] == "needle" for row in part["rows"]}
     yield "| format | perplexity change, aim | measured | with the mean out | recall against bf16, aim | measured |"
     yield "|---|---|---|---|---|---|"
     for kv, (change, points) in AIMS.items():
@@ -261,17 +280,17 @@ def _vector_bytes(label: str) -> int:
 
 
 def _needles(parts: list[dict[str, Any]]) -> Iterator[str]:
-    cells = [cell for part in parts for cell in part["cells"] if cell["depth"] is None]
-    if not cells:
+    rows = [row for part in parts for row in part["rows"]]
+    if not rows:
         return
     yield "### One number among five, asked for"
     yield ""
-    yield "| format | tokens | found | recall % | 95 % interval |"
+    yield "| format | keys' mean | found | recall % | 95 % interval |"
     yield "|---|---|---|---|---|"
-    for cell in cells:
+    for row in rows:
         yield (
-            f"| {cell['kv']} | {cell['length']:,} | {cell['correct']}/{cell['trials']} | {100 * cell['recall']:.1f} "
-            f"| {100 * cell['low']:.1f} - {100 * cell['high']:.1f} |"
+            f"| {row['kv']} | {'out' if row['key_mean'] else 'coded'} | {row['found']}/{row['asked']} "
+            f"| {100 * row['recall']:.1f} | {100 * row['low']:.1f} - {100 * row['high']:.1f} |"
         )
     yield ""
 
@@ -289,7 +308,7 @@ def main() -> int:
         sub.add_argument("--skip", type=int, default=200_000, help="characters of the text to pass over")
         sub.add_argument("--tokens", type=int, default=20_470)
         sub.add_argument("--stride", type=int, default=CONTEXT - 1)
-        sub.add_argument("--trials", type=int, default=4)
+        sub.add_argument("--trials", type=int, default=10, help="texts for the needle")
         sub.add_argument("--only", help="labels, separated by semicolons")
         sub.add_argument("--device")
     writer = commands.add_parser("write")
