@@ -1,4 +1,4 @@
-"""Fit the int8 tables of the `oct2/3/4` formats and write kernels/codec/trellis_tables.npz.
+"""Fit the int8 tables of the trellis formats and write kernels/codec/trellis_tables.npz.
 
 Run from anywhere, the package installed: `python scripts/fit_trellis_tables.py [--only oct3] [--check]`; minutes a
 format on one core. `--check` fits anew, writes nothing and ends with exit code 1 if a stored table or step differs.
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from octo_run.kernels.codec.trellis import CHAINS, FIXED_POINT, FORMATS, LIMIT, TrellisFormat
+from octo_run.kernels.codec.trellis import CHAINS, FIXED_POINT, FORMATS, LIMIT, STUDIED, TrellisFormat
 from octo_run.kernels.codec.trellis_search import nearest_entries, trellis_codes
 
 Floats = npt.NDArray[np.float64]
@@ -35,10 +35,12 @@ TRIPLETS = -(-HEAD_DIM // 3)
 CHAIN = TRIPLETS // CHAINS
 CHAINED = CHAINS * CHAIN
 SEED = 20260
-VECTORS = {"oct2": 24_000, "oct3": 24_000, "oct4": 48_000}
-ITERATIONS = 40
+ALL = FORMATS | STUDIED
+VECTORS = {"oct2": 24_000, "oct3": 24_000, "oct4": 48_000} | dict.fromkeys(STUDIED, 8_000)
+ITERATIONS = dict.fromkeys(FORMATS, 40) | dict.fromkeys(STUDIED, 20)
 TRIAL_VECTORS, TRIAL_ITERATIONS, LAST_ITERATIONS = 4_000, 2, 6
 CANDIDATES = {"oct2": (24, 28, 32), "oct3": (26, 28, 30, 32, 34), "oct4": (26, 28, 30, 32, 34)}  # 1024ths, ascending
+CANDIDATES |= {"t34": (28,), "t50": (30,), "t66": (30,)}
 SEARCHED = 64  # vectors a search: the costs stay in the second-level cache
 TARGET = Path(__file__).resolve().parent.parent / "kernels" / "codec" / "trellis_tables.npz"
 
@@ -146,11 +148,11 @@ def to_grid(fmt: TrellisFormat) -> Rounding:
 
 def fit(name: str) -> tuple[npt.NDArray[np.int8], float]:
     """The table int8 [entries, 3] and the step of a format."""
-    fmt, steps, vectors = FORMATS[name], [number / 1024 for number in CANDIDATES[name]], VECTORS[name]
+    fmt, steps, vectors = ALL[name], [number / 1024 for number in CANDIDATES[name]], VECTORS[name]
     data = on_grid(sample(vectors, SEED, fmt.signed), steps[-1])
     start = np.random.default_rng(SEED + 2).standard_normal((fmt.entries, 3)) * (FIXED_POINT / steps[-1])
     grid, levels = to_grid(fmt), to_levels(fmt)
-    points, _ = lloyd(grid(np.abs(start) if fmt.signed else start), data, fmt, ITERATIONS, grid, True, name)
+    points, _ = lloyd(grid(np.abs(start) if fmt.signed else start), data, fmt, ITERATIONS[name], grid, True, name)
     trials = []
     for step in steps:
         begin = levels(points * (steps[-1] / step))
@@ -167,11 +169,11 @@ def main() -> int:
     """Write the tables, or compare them with the stored ones (`--check`); returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the stored file instead of writing it")
-    parser.add_argument("--only", choices=tuple(FORMATS), help="this format alone; the others' tables stay")
+    parser.add_argument("--only", choices=tuple(ALL), help="this format alone; the others' tables stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
     fitted: dict[str, npt.NDArray[np.generic]] = {}
-    for name in (options.only,) if options.only else FORMATS:
+    for name in (options.only,) if options.only else ALL:
         table, step = fit(name)
         fitted |= {name: table, f"{name}_step": np.array(step)}
     stored: dict[str, npt.NDArray[np.generic]] = {}

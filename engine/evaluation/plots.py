@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from octo_run.engine.evaluation.codec_report import Row as Distortion
 from octo_run.engine.evaluation.needle import Cell
 from octo_run.engine.evaluation.perplexity import REFERENCE, Row
 from octo_run.errors import UsageError
@@ -34,6 +35,30 @@ def plot_perplexity(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel(f"change of perplexity against {REFERENCE}, %")
     axes.margins(x=0.15, y=0.1)
     axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_distortion(rows: Sequence[Distortion], path: Path) -> None:
+    """Relative distortion against stored bytes, a panel for each kind of data, with the bound of a Gaussian source."""
+    kinds = list(dict.fromkeys(row.data for row in rows))
+    figure, grid = _figure(1.5 + 4.2 * len(kinds), 4.4, columns=len(kinds))
+    for axes, kind in zip(grid if len(kinds) > 1 else [grid], kinds, strict=True):
+        own = [row for row in rows if row.data == kind]
+        families: dict[str, list[Distortion]] = {}
+        for row in own:
+            families.setdefault("".join(letter for letter in row.codec if not letter.isdecimal()), []).append(row)
+        for family, members in families.items():
+            points = sorted((row.bytes, row.mse) for row in members)
+            ours = family == "oct"
+            axes.plot(*zip(*points, strict=True), "o-" if ours else ".--", linewidth=2 if ours else 1, label=family)
+        limit = sorted({(row.bytes, row.bound) for row in own})
+        axes.plot(*zip(*limit, strict=True), color="black", linewidth=0.8, label="bound")
+        axes.set_yscale("log")
+        axes.set_title(kind)
+        axes.set_xlabel("stored bytes of a vector")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.supylabel("distortion, relative to the energy")
     _save(figure, path)
 
 

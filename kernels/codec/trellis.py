@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from octo_run.kernels.codec.base import CHUNK, NORM_BYTES, RowCodec, working_dtype
-from octo_run.kernels.codec.packing import pack_streams, unpack_streams
+from octo_run.kernels.codec.packing import pack_streams, packed_bytes, unpack_streams
 from octo_run.kernels.codec.page_layout import PageLayout
 from octo_run.kernels.codec.trellis_search import nearest_entries, trellis_codes
 
@@ -61,6 +61,13 @@ FORMATS = {
     "oct2": TrellisFormat(stream=7, state_bits=3, signed=False, norm_bits=10),
     "oct3": TrellisFormat(stream=7, state_bits=3, signed=True, norm_bits=12),
     "oct4": TrellisFormat(stream=10, state_bits=1, signed=True, norm_bits=12),
+}
+
+#: Of the sizes that TurboQuant has, to compare with it; `--kv` does not know them (see `StudiedCodec`).
+STUDIED = {
+    "t34": TrellisFormat(stream=6, state_bits=3, signed=False, norm_bits=14),
+    "t50": TrellisFormat(stream=6, state_bits=3, signed=True, norm_bits=12),
+    "t66": TrellisFormat(stream=9, state_bits=1, signed=True, norm_bits=12),
 }
 
 
@@ -102,8 +109,8 @@ class TrellisCodec(RowCodec):
     def __init__(
         self, name: str, head_dim: int, seed: int, table: torch.Tensor | None = None, step: float | None = None
     ) -> None:
-        """`name` is a key of `FORMATS`; `table` and `step` replace the stored ones (together)."""
-        self.format = FORMATS[name]
+        """`name` is a key of `FORMATS` or `STUDIED`; `table` and `step` replace the stored ones (together)."""
+        self.format = (FORMATS | STUDIED)[name]
         self.stream, self.state_bits = self.format.stream, self.format.state_bits
         self.signed, self.norm_bits = self.format.signed, self.format.norm_bits
         super().__init__(name, head_dim, seed, bits=self.stream + 3 * self.signed)
@@ -265,3 +272,22 @@ class TrellisCodec(RowCodec):
         codeword = odd.reshape(3 * self.num_triplets, -1)[: self.head_dim].t()
         gains = 2 / self.step * (y.double() * codeword).sum(1) / codeword.square().sum(1)
         return gains.clamp_min(0)
+
+
+class StudiedCodec(TrellisCodec):
+    """A format of `STUDIED`: as the others, but the norm's bits lie directly behind the codes and signs."""
+
+    def __init__(self, name: str, head_dim: int, seed: int) -> None:
+        super().__init__(name, head_dim, seed)
+        self.bytes_per_vector = packed_bytes(self.num_triplets * self.bits + self.norm_bits, 1)
+
+    def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
+        codes, signs, numbers = self._fields(part)
+        streams = [(codes, self.stream), *([(signs, 3)] if self.signed else []), (numbers[None], self.norm_bits)]
+        packed[:] = pack_streams(*streams)
+
+    def _decode_chunk(self, part: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
+        triplets = [(self.num_triplets, self.stream), *([(self.num_triplets, 3)] if self.signed else [])]
+        codes, *signs, numbers = unpack_streams(part, *triplets, (1, self.norm_bits))
+        gamma = norm_values(numbers[0], self.norm_bits).to(out.dtype)
+        self._write_codewords(codes, signs[0] if signs else codes, gamma, out)

@@ -98,7 +98,7 @@ def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sin
 
 
 def rotated_mean(means, tables, page, rotation):
-    """RoPE of `means` [Hkv, d] at the positions of a page by complex numbers, then the codec's rotation: [Hkv, 64, d]."""
+    """RoPE of `means` [Hkv, d] at the positions of a page by complex numbers, then the rotation: [Hkv, 64, d]."""
     half = means.shape[-1] // 2
     at = torch.complex(*tables.base[page].double().split(half))[None] * torch.complex(
         *tables.offset.double().split(half, -1)

@@ -1,0 +1,133 @@
+"""``octo-run eval codec``: what codecs do to vectors, at exact stored bytes."""
+
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from octo_run.cli import console, debug_option
+from octo_run.cli.evaluate import common
+from octo_run.cli.options import DEFAULT_MODEL, offline_option
+from octo_run.errors import UsageError
+
+if TYPE_CHECKING:
+    from octo_run.engine.evaluation.codec_report import Row
+
+
+@click.command("codec")
+@click.option("--kv", help="Codecs, comma-separated.  [default: all formats and all codecs of other papers]")
+@click.option("--vectors", type=click.IntRange(min=256), default=4096, show_default=True, help="Gaussian vectors.")
+@click.option("--head-dim", type=int, default=128, show_default=True, help="Coordinates of a Gaussian vector.")
+@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="Whose keys and values to code.")
+@click.option("--no-model", is_flag=True, help="Gaussian vectors only.")
+@click.option("--text", type=Path, help="What the model reads.  [default: a bundled sample]")
+@click.option("--tokens", type=click.IntRange(min=192), default=512, show_default=True, help="Tokens of the text.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the data and the rotation.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
+@click.option("--markdown", "report", type=common.figure_type, help="Write the report to this file.")
+@click.option("--plot", "plots", type=common.figure_type, multiple=True, help="Plot distortion against bytes.")
+@offline_option
+@debug_option
+def command(
+    kv: str | None,
+    vectors: int,
+    head_dim: int,
+    model: str,
+    no_model: bool,
+    text: Path | None,
+    tokens: int,
+    seed: int,
+    as_json: bool,
+    report: Path | None,
+    plots: tuple[Path, ...],
+    offline: bool,
+) -> None:
+    """Distortion of codecs at exact stored bytes, on Gaussian vectors and on a model's keys and values.
+
+    Each codec writes and reads its packed bytes. The keys of a --json row: data, codec, bytes, mse and its standard
+    error mse_stderr (relative to the energy), cosine, ip_error (mean error of inner products), kl (of attention
+    weights, in nats), bound (the least distortion of a Gaussian source at these bits).
+    """
+    common.check_outputs(report)
+    for plot in plots:
+        common.check_outputs(plot=plot)
+    rows = _measure(kv, vectors, head_dim, None if no_model else model, text, tokens, seed, offline)
+    if report is not None:
+        from octo_run.engine.evaluation.codec_report import markdown
+
+        report.write_text(markdown(rows, _facts(vectors, head_dim, tokens, None if no_model else model)), "utf-8")
+    if plots:
+        from octo_run.engine.evaluation.plots import plot_distortion
+
+        for plot in plots:
+            plot_distortion(rows, plot)
+    if as_json:
+        from octo_run.engine.evaluation.codec_report import as_dicts
+
+        console.print_json(as_dicts(rows))
+    else:
+        click.echo(_table(rows))
+
+
+def _measure(
+    kv: str | None,
+    vectors: int,
+    head_dim: int,
+    model: str | None,
+    text: Path | None,
+    tokens: int,
+    seed: int,
+    offline: bool,
+) -> list["Row"]:
+    if offline:
+        from octo_run.cli import runtime
+
+        runtime.go_offline()
+    from octo_run.engine.evaluation.capture import capture
+    from octo_run.engine.evaluation.codec_report import all_names, gaussian, real
+    from octo_run.kernels.codec.rotation import HEAD_DIMS
+
+    if head_dim not in HEAD_DIMS:
+        raise UsageError(f"--head-dim {head_dim}: the codecs exist for {', '.join(map(str, HEAD_DIMS))}.")
+
+    def chosen(dim: int) -> list[str]:
+        known = all_names(dim)
+        names = list(known) if kv is None else [*dict.fromkeys(name.strip() for name in kv.split(","))]
+        wrong = next((name for name in names if name not in known), None)
+        if wrong is not None:
+            raise UsageError(f"There is no codec {wrong!r} for head_dim {dim}; choose from {', '.join(known)}.")
+        return names
+
+    chosen(head_dim)
+    content = common.sample_text() if text is None else common.read_text(text)
+    data = None if model is None else capture(model, content, tokens)
+    names = [] if data is None else chosen(data.k.shape[-1])
+    rows = list(gaussian(chosen(head_dim), head_dim, vectors, seed))
+    return rows if data is None else [*rows, *real(names, data, seed)]
+
+
+def _facts(vectors: int, head_dim: int, tokens: int, model: str | None) -> str:
+    """The command, the machine and the date."""
+    import datetime
+
+    import torch
+
+    read = "" if model is None else f"; keys and values of {model} reading {tokens:,} tokens"
+    line = shlex.join(["octo-run", *sys.argv[1:]])
+    return (
+        f"`{line}`: {vectors:,} Gaussian vectors of {head_dim} coordinates{read}. {platform.machine()} CPU, torch "
+        f"{torch.__version__}, {datetime.date.today()}."
+    )
+
+
+def _table(rows: list["Row"]) -> str:
+    from octo_run.engine.evaluation.codec_report import cells, in_order
+
+    header = ["codec", "bytes", "MSE", "±", "cosine", "ip error", "KL", "bound"]
+    parts = []
+    for data in dict.fromkeys(row.data for row in rows):
+        parts.append(f"{data}\n{console.table(header, [cells(row) for row in in_order(rows, data)])}")
+    return "\n\n".join(parts)

@@ -1,0 +1,33 @@
+"""``octo-run eval codec`` from the outside."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def test_json_plot_and_report(octo: Callable[..., Any], tmp_path: Path) -> None:
+    report, plot = tmp_path / "codec.md", tmp_path / "codec.png"
+    shown = octo("eval", "codec", "--kv", "octopus2,turbo2", "--vectors", "256", "--no-model", "--json",
+                 "--markdown", str(report), "--plot", str(plot))  # fmt: skip
+    assert shown.code == 0, shown.err
+    rows = json.loads(shown.out)
+    assert [(row["data"], row["codec"], row["bytes"]) for row in rows] == [
+        ("gaussian", "octopus2", 40),
+        ("gaussian", "turbo2", 34),
+    ]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert "## Gaussian" in report.read_text("utf-8")
+
+
+def test_wrong_arguments(octo: Callable[..., Any], tmp_path: Path) -> None:
+    for arguments, expected in (
+        (["--kv", "octopus9"], "octopus9"),
+        (["--head-dim", "100"], "--head-dim 100"),
+        (["--text", str(tmp_path / "none.txt")], "there is no such file"),
+        (["--plot", "figure.bmp"], "figure.bmp"),
+        (["--markdown", str(tmp_path / "no" / "report.md")], "there is no folder"),
+        (["--vectors", "1"], "--vectors"),
+    ):
+        shown = octo("eval", "codec", "--no-model", *arguments)
+        assert shown.code == 2 and expected in shown.err, (arguments, shown.err)
