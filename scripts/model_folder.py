@@ -47,6 +47,8 @@ def new_model_folder(target: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         folder.chmod(0o777 & ~mask)
+        for path in folder.iterdir():  # temporary folders and safetensors files are for their owner alone
+            path.chmod(0o666 & ~mask)
         folder.replace(target)  # an empty folder of that name gives way
     except OSError as error:
         raise OctoError(f"The model could not be written to {target}: {error.strerror or error}.") from None
