@@ -129,7 +129,8 @@ def test_script_fits_and_repeats_itself(monkeypatch: pytest.MonkeyPatch, capsys:
     spec.loader.exec_module(script)
     monkeypatch.setitem(script.VECTORS, "oct2", 1000)
     monkeypatch.setitem(script.CANDIDATES, "oct2", (30, 32))
-    for name, value in {"ITERATIONS": 4, "TRIAL_VECTORS": 400, "TRIAL_ITERATIONS": 1, "LAST_ITERATIONS": 1}.items():
+    monkeypatch.setitem(script.ITERATIONS, "oct2", 4)
+    for name, value in {"TRIAL_VECTORS": 400, "TRIAL_ITERATIONS": 1, "LAST_ITERATIONS": 1}.items():
         monkeypatch.setattr(script, name, value)
     table, step = script.fit("oct2")
     distortion = float(re.findall(r"distortion ([0-9.]+)", capsys.readouterr().out)[-1])
