@@ -76,7 +76,7 @@ class Engine:
         self._workspace: Tensor | None = None
         if self.device.type == "cuda":
             count = kernels.attention_workspace_bytes(
-                plan.shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, self.device
+                plan.shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, self.device, plan.shape.chunk
             )
             self._workspace = torch.zeros(count // 4, dtype=torch.float32, device=self.device)
             self.step  # noqa: B018 (its memory is taken now)
@@ -89,7 +89,7 @@ class Engine:
         cls,
         model: str | Path = "octo-demo",
         *,
-        kv: str = "octopus3",
+        kv: str = "oct3",
         device: str | None = None,
         max_context: int | None = None,
         dtype: str | torch.dtype | None = None,

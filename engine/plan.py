@@ -139,7 +139,9 @@ def _workspace(cfg: ModelConfig, shape: ArenaShape, dtype: torch.dtype, device: 
     if device.type == "cpu":
         return _cpu_activations(cfg, shape.chunk, dtype)
     sequences = shape.sequences
-    attention = kernels.attention_workspace_bytes(sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device)
+    attention = kernels.attention_workspace_bytes(
+        sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk
+    )
     return attention + _library_workspace(device) + _block(buffer_bytes(cfg, max(shape.chunk, sequences), dtype))
 
 

@@ -139,8 +139,8 @@ def make_case(kv: str, lengths: list[int], count: int, group: int, kv_heads: int
 
 def workspace_for(q: Tensor, kv: AttentionInputs) -> Tensor:
     """A workspace full of NaN, but for the counters at its start."""
-    batch, _, heads, dim = q.shape
-    size = attention_workspace_bytes(batch, heads, kv.pages.shape[1], dim, q.device) // 4
+    batch, count, heads, dim = q.shape
+    size = attention_workspace_bytes(batch, heads, kv.pages.shape[1], dim, q.device, batch * count) // 4
     workspace = torch.full((size,), float("nan"), device=q.device)
     workspace[: counter_words()] = 0
     return workspace

@@ -44,11 +44,11 @@ def attend(
     return attend_triton(q, kv, fmt, scale=scale, max_length=max_length, out=out, workspace=workspace)
 
 
-def attention_workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int, device: str | torch.device) -> int:
-    """Bytes of workspace that decode steps of up to `batch` sequences of any length need on `device`; 0 on a CPU.
-
-    Prefill (C > 1) needs none.
-    """
+def attention_workspace_bytes(
+    batch: int, heads: int, kv_heads: int, head_dim: int, device: str | torch.device, queries: int = 1
+) -> int:
+    """Bytes of workspace that decode steps of up to `batch` sequences of any length, and prefill of up to `queries`
+    tokens in all (B * C), need on `device`; 0 on a CPU."""
     if torch.device(device).type == "cpu":
         return 0
-    return workspace_bytes(batch, heads, kv_heads, head_dim)
+    return workspace_bytes(batch, heads, kv_heads, head_dim, queries)

@@ -11,28 +11,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octo_run.kernels.attention.constants import ELEMENTS, codec_constants, no_table, page_element, part_widths
 from octo_run.kernels.attention.inputs import AttentionInputs, check
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
+from octo_run.kernels.attention.prefill import attend_prefill
 from octo_run.kernels.attention.splits import Workspace, count_splits
 from octo_run.kernels.attention.table_launch import attend_table, takes
 from octo_run.kernels.attention.triton_attend import attend_kernel, merge_kernel
-from octo_run.kernels.attention.triton_table import describe
-from octo_run.kernels.blocks import Side, read_map, table_format
-from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
+from octo_run.kernels.codec import KVFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_ELEMENTS: dict[torch.dtype, Any] = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
 _MERGE_COLUMNS = 16
 
 
 @dataclass(frozen=True)
 class _Tiling:
-    """Tile sizes and launch options: see the constexprs of `attend_kernel` for ROWS, BN, BF, FLIP, JOINT."""
+    """Tile sizes and launch options: see the constexprs of `attend_kernel` for ROWS, BN, BF, FLIP."""
 
     rows: int
     keys: int
@@ -40,62 +36,17 @@ class _Tiling:
     flip: bool
     warps: int
     stages: int
-    joint: bool = False
 
 
 @functools.cache
-def part_widths(head_dim: int) -> tuple[int, int]:
-    """Widths (powers of two from 16 on, the second may be 0) of the two parts of planes that hold all triplets."""
-    triplets = -(-head_dim // 3)
-    first = max(16, 1 << (triplets.bit_length() - 1))
-    rest = triplets - first
-    return first, (max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0)
-
-
-@functools.cache
-def _tiling(dtype: torch.dtype, plain: bool, table: bool, causal: bool, group: int, head_dim: int) -> _Tiling:
-    """One warp a program for decode: what is decoded is decoded once. Prefill of coded pages: a whole warp group.
-
-    Only loads of plain pages are worth a pipeline: coded ones go through registers. Chosen by timing on an H200.
-    """
+def _tiling(dtype: torch.dtype, plain: bool, table: bool, group: int, head_dim: int) -> _Tiling:
+    """One warp a program: what is decoded is decoded once. Only loads of plain pages are worth a pipeline: coded ones
+    go through registers. Chosen by timing on an H200."""
     heads = 1 << (group - 1).bit_length()
     if dtype == torch.float32:
         return _Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1)
-    if not causal:
-        return _Tiling(
-            max(8, heads), 16 if head_dim > 128 or table else 32, 16, flip=True, warps=1, stages=3 if plain else 1
-        )
-    if plain:
-        return _Tiling(32, 32, 16, flip=False, warps=2, stages=2)
-    keys = (32 if head_dim > 128 else 64) // (2 if table else 1)  # addresses of a table format take registers
-    return _Tiling(64, keys, keys, flip=False, warps=4, stages=1, joint=True)
-
-
-@functools.cache
-def _no_table(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.float32, device=device)
-
-
-def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
-    """(kind, bits, levels, radii) of K or V as `triton_planes` takes them."""
-    if isinstance(codec, TrellisCodec):
-        form = table_format(codec)
-        bits = describe(form.stream, form.state, form.signed)
-        return 2, bits, codec.table_words(device), read_map(form, side, device)
-    if isinstance(codec, OctopusCodec):
-        tables = codec.tables(torch.float32, device)
-        return 1, codec.bits, tables.xi_levels, tables.rho_levels
-    if isinstance(codec, PlainCodec):
-        return 0, 0, _no_table(device), _no_table(device)
-    raise ValueError(f"there is no attention kernel for the format {codec.name}")
-
-
-def _element(fmt: KVFormat) -> Any:
-    """Element type of plain pages; bfloat16 where there are none."""
-    kinds = {codec.dtype for codec in (fmt.k, fmt.v) if isinstance(codec, PlainCodec)}
-    if len(kinds) > 1 or not kinds <= _ELEMENTS.keys():
-        raise ValueError(f"there is no attention kernel for plain pages of {sorted(map(str, kinds))}")
-    return _ELEMENTS[kinds.pop()] if kinds else tl.bfloat16
+    keys = 16 if head_dim > 128 or table else 32
+    return _Tiling(max(8, heads), keys, 16, flip=True, warps=1, stages=3 if plain else 1)
 
 
 def attend_triton(
@@ -113,7 +64,7 @@ def attend_triton(
     16-bit inputs are multiplied in fp16: coordinates of K and V beyond 65504, the fp16 range, are not supported.
     """
     check(q, kv, fmt, out)
-    if q.dtype not in _ELEMENTS:
+    if q.dtype not in ELEMENTS:
         raise ValueError(f"the attention kernels take fp16, bf16 and fp32, not {q.dtype}")
     batch, count, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
@@ -124,8 +75,12 @@ def attend_triton(
             room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device)
             attend_table(q, kv, fmt, out, room, scale=scale, max_length=max_length)
             return out
-        splits = count_splits(batch, kv_heads, max_length) if count == 1 else 1
-        part = lse = _no_table(q.device)  # unused without splits
+        if count > 1:
+            lse = _log_sums(q, kv, max_length, workspace)
+            attend_prefill(q, kv, fmt, out, lse, scale=scale)
+            return out
+        splits = count_splits(batch, kv_heads, max_length)
+        part = lse = no_table(q.device)  # unused without splits
         if splits > 1:
             room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device)
             part, lse = room.partials(splits, batch, heads, dim)
@@ -135,6 +90,14 @@ def attend_triton(
                 part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
                 WIDTH=max(16, 1 << (splits - 1).bit_length()), COLUMNS=_MERGE_COLUMNS, num_warps=4)  # fmt: skip
     return out
+
+
+def _log_sums(q: Tensor, kv: AttentionInputs, max_length: int, workspace: Tensor | None) -> Tensor | None:
+    """Room for one number a query row, None if no page can be packed."""
+    batch, count, heads, dim = q.shape
+    if max_length - count < kv.sink + PAGE_TOKENS:
+        return None
+    return Workspace.of(workspace, batch, heads, kv.pages.shape[1], dim, q.device, batch * count).rest
 
 
 def _launch(
@@ -147,33 +110,29 @@ def _launch(
     splits: int,
     scale: float,
 ) -> None:
-    """The general kernel."""
-    batch, count, heads, dim = q.shape
+    """The general decode kernel."""
+    batch, _, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, "k", q.device)
     kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, "v", q.device)
-    causal = count > 1
     plain = kind_k == 0 and kind_v == 0
-    tiling = _tiling(q.dtype, plain, 2 in (kind_k, kind_v), causal, group, dim)
+    tiling = _tiling(q.dtype, plain, 2 in (kind_k, kind_v), group, dim)
     first, second = part_widths(dim)
-    blocks = triton.cdiv(count * group, tiling.rows) if causal else splits
-    coef = base = offset = _no_table(q.device)
+    coef = base = offset = no_table(q.device)
     if kv.mean is not None:
         coef, base, offset = kv.mean.coefficients, kv.mean.tables.base, kv.mean.tables.offset
-    launch: Callable[..., Any] = attend_kernel[(blocks, kv_heads, batch)]
+    launch: Callable[..., Any] = attend_kernel[(splits, kv_heads, batch)]
     launch(
         q, out, part, lse, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin,
         kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v, levels_k, radii_k, levels_v, radii_v, coef, base,
-        offset, scale, count, splits, kv.sink, kv.tail_k.shape[2],
-        *((0, 0, 0) if kv.mean is None else coef.stride()[:3]), *q.stride()[:3], *out.stride()[:3],
-        *kv.pages.stride()[:2],
-        kv.page_table.stride(0), *kv.sink_k.stride()[:3], *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3],
-        *kv.tail_v.stride()[:3], G=group, D=dim, KIND_K=kind_k, KIND_V=kind_v,
+        offset, scale, splits, kv.sink, kv.tail_k.shape[2],
+        *((0, 0) if kv.mean is None else coef.stride()[:3:2]), *q.stride()[:3:2], *out.stride()[:3:2],
+        *kv.pages.stride()[:2], kv.page_table.stride(0), *kv.sink_k.stride()[:3], *kv.sink_v.stride()[:3],
+        *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], G=group, D=dim, KIND_K=kind_k, KIND_V=kind_v,
         BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
-        ELEMENT=_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
-        BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain,
-        CAUSAL=causal, SPLIT=splits > 1, FLIP=tiling.flip, JOINT=tiling.joint,
+        ELEMENT=page_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
+        BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain, SPLIT=splits > 1, FLIP=tiling.flip,
         MEAN=kv.mean is not None, HALF=max(16, triton.next_power_of_2(dim // 2)),
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

@@ -36,10 +36,11 @@ def counter_words() -> int:
     return processors() * PROGRAMS_PER_PROCESSOR
 
 
-def workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes of workspace: counters, then float32 partial outputs and log-sum-exps, for up to `batch` sequences."""
+def workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int = 1) -> int:
+    """Bytes of workspace: counters, then float32 partial outputs and log-sum-exps of decode steps of up to `batch`
+    sequences, or one log-sum-exp for each of up to `queries` query tokens of prefill and each head."""
     parts = max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)  # splits * batch * kv_heads stays within
-    return 4 * (counter_words() + parts * (heads // kv_heads) * (head_dim + 1))
+    return 4 * (counter_words() + max(parts * (heads // kv_heads) * (head_dim + 1), queries * heads))
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Workspace:
     rest: Tensor
 
     @classmethod
-    def of(cls, whole: Tensor | None, batch: int, heads: int, kv_heads: int, head_dim: int,
-           device: torch.device) -> Workspace:  # fmt: skip
+    def of(cls, whole: Tensor | None, batch: int, heads: int, kv_heads: int, head_dim: int, device: torch.device,
+           queries: int = 1) -> Workspace:  # fmt: skip
         """Cut a workspace (None: a new one). Raises ValueError for one that is too small or of another kind."""
-        size = workspace_bytes(batch, heads, kv_heads, head_dim) // 4
+        size = workspace_bytes(batch, heads, kv_heads, head_dim, queries) // 4
         if whole is None:
             whole = torch.zeros(size, dtype=torch.float32, device=device)
         if whole.dtype != torch.float32 or not whole.is_contiguous() or whole.numel() < size:

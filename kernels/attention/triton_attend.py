@@ -1,6 +1,6 @@
-"""Triton kernels of attention over the arena: one for decode (split over the context) and prefill, and the merge.
+"""Triton kernels of decode attention over the arena, for every format: one split over the context, and the merge.
 
-One program serves the query heads of one KV head: its rows are (query, head of the group), padded to a power of two.
+One program serves the query heads of one KV head: its rows are the heads of the group, padded to a power of two.
 It walks over tiles of keys, first those of packed pages, then the full-precision ones (sinks, tail), and keeps a
 softmax running in base 2. Nothing but registers ever holds a decoded key or value.
 """
@@ -153,7 +153,7 @@ def _tile(
 ):  # fmt: skip
     """One step of the online softmax over BN stored vectors: `page_row` of a page if `paged`, else `full_row`.
 
-    `paged` may be a constant: then only one of the two is compiled. `bias` is added to the scores. `visible` (broadcast
+    `paged` is a constant: only one of the two is compiled. `bias` is added to the scores. `visible` (broadcast
     over the scores) says what counts, where MASKED.
     """
     i0 = tl.arange(0, T0)
@@ -212,35 +212,31 @@ def _page(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: tl.con
 
 @triton.jit
 def _full_rows(t, sink_tiles, sinks, done, length, sink, origin, capacity, BF: tl.constexpr):
-    """Of full-precision tile `t` (the sinks' first): is it of the sinks, the positions, and the rows (-1: none)."""
+    """Of full-precision tile `t` (the sinks' first): is it of the sinks, and the rows (-1: none)."""
     is_sink = t < sink_tiles
     position = tl.where(is_sink, t * BF, done + (t - sink_tiles) * BF) + tl.arange(0, BF)
     row = tl.where(is_sink, position, (position - sink - origin) % capacity)
     row = tl.where((t >= 0) & (position < tl.where(is_sink, sinks, length)), row, -1)
-    return is_sink, position, row
+    return is_sink, row
 
 
-@triton.jit(do_not_specialize=["count", "splits", "sink", "capacity"])
+@triton.jit(do_not_specialize=["splits", "sink", "capacity"])
 def attend_kernel(
     Q, OUT, PART, LSE, PAGES, TABLE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
-    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, count, splits, sink, capacity,
-    sc_b, sc_c, sc_h, sq_b, sq_c, sq_h, so_b, so_c, so_h, sp_page, sp_head, st_b,
+    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, splits, sink, capacity,
+    sc_b, sc_h, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_b,
     ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr,
-    JOINT: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Program (row block or split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
+    """Program (split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
 
-    CAUSAL: several queries, one row block a program. Else one query, and with SPLIT one split of its keys, whose
-    normalised output goes to PART [B, H, splits, D] and log2-sum-exp2 to LSE [B, H, splits]. ELEMENT is the element
-    type of plain pages. FLIP: all products transposed, keys on the side that is a multiple of 16, queries on the other.
-    JOINT: one loop over the tiles of pages and the full-precision ones (BF = BN), for the warp-group matrix unit: of
-    two loops with its products the second reads undefined descriptors when the first is skipped (ptxas 12.8). MEAN: add
-    the key mean's part to the scores of packed keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of
-    two).
+    With SPLIT it takes one split of the keys, and its normalised output goes to PART [B, H, splits, D], its
+    log2-sum-exp2 to LSE [B, H, splits]. ELEMENT is the element type of plain pages. FLIP: all products transposed, keys
+    on the side that is a multiple of 16, queries on the other. MEAN: add the key mean's part to the scores of packed
+    keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two).
     """
     block = tl.program_id(0)
     h = tl.program_id(1)
@@ -249,14 +245,11 @@ def attend_kernel(
     packed = tl.load(PACKED + b)
     origin = tl.load(ORIGIN + b)
     r = tl.arange(0, ROWS)
-    if CAUSAL:
-        r += block * ROWS
-    c = r // G
-    head = h * G + r % G
-    real = c < count
+    head = h * G + r
+    real = r < G
     wanted = _across(real, FLIP)
     i0 = _along(tl.arange(0, T0), FLIP)
-    at = Q + b * sq_b + _across(c.to(tl.int64) * sq_c + head * sq_h, FLIP)
+    at = Q + b * sq_b + _across(head * sq_h, FLIP)
     r0 = _load_rows(at, wanted, i0, 0, T0, D, CONTIGUOUS)
     largest = tl.maximum(_largest(r0, FLIP), 1e-30)
     if T1 > 0:
@@ -272,15 +265,13 @@ def attend_kernel(
     if T1 > 0:
         q1 = _scaled(r1, _across(1.0 / largest, FLIP), DOT)
         acc1 = _zeros(ROWS, T1, FLIP)
-    coef = COEF + _across(b * sc_b + c.to(tl.int64) * sc_c + head * sc_h, FLIP)
+    coef = COEF + _across(b * sc_b + head * sc_h, FLIP)
     lift = scale * 1.4426950408889634
     PRECISION: tl.constexpr = "ieee" if tl.float32 == DOT else "tf32x3"
     m = tl.full([ROWS], LOWEST, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
 
     length = start + 1
-    if CAUSAL:
-        length = start + tl.minimum((block * ROWS + ROWS - 1) // G, count - 1) + 1
     done = sink + packed * 64
     sinks = tl.minimum(sink, length)
     sink_tiles = tl.cdiv(sinks, BF)
@@ -293,50 +284,27 @@ def attend_kernel(
         first = block * each
         last = tl.minimum(first + each, tiles)
     on = tl.arange(0, BN)
-    full_from = page_tiles
-    if JOINT:
-        full_from = 0
-    else:
-        for t in range(first, tl.minimum(last, page_tiles)):
-            page = tl.load(TABLE + b * st_b + t // (64 // BN))
-            kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
-            row = (t % (64 // BN)) * BN + on
-            bias = 0.0
-            if MEAN:
-                bias = lift * _mean_bias(coef, wanted, BASE, OFFSET, t // (64 // BN), row, D, HALF, PRECISION, FLIP)
-            m, l, acc0, acc1 = _tile(
-                q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, row, SINK_K, SINK_V, row, D, D, True,
-                levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
-                CONTIGUOUS, DOT, ROWS, BN, False, FLIP)  # fmt: skip
-    for t in range(tl.maximum(first, full_from), last):
-        is_sink, position, row = _full_rows(t - page_tiles, sink_tiles, sinks, done, length, sink, origin, capacity, BF)
+    for t in range(first, tl.minimum(last, page_tiles)):
+        page = tl.load(TABLE + b * st_b + t // (64 // BN))
+        kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
+        row = (t % (64 // BN)) * BN + on
+        bias = 0.0
+        if MEAN:
+            bias = lift * _mean_bias(coef, wanted, BASE, OFFSET, t // (64 // BN), row, D, HALF, PRECISION, FLIP)
+        m, l, acc0, acc1 = _tile(
+            q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, row, SINK_K, SINK_V, row, D, D, True,
+            levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
+            CONTIGUOUS, DOT, ROWS, BN, False, FLIP)  # fmt: skip
+    for t in range(tl.maximum(first, page_tiles), last):
+        is_sink, row = _full_rows(t - page_tiles, sink_tiles, sinks, done, length, sink, origin, capacity, BF)
         kfull = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
         vfull = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
         kstride = tl.where(is_sink, ssk_t, stk_t)
         vstride = tl.where(is_sink, ssv_t, stv_t)
-        visible = _along(row >= 0, FLIP)
-        if CAUSAL:
-            visible = visible & (_along(position, FLIP) <= _across(start + c, FLIP))
-        if JOINT:
-            paged = t < page_tiles
-            page = tl.load(TABLE + b * st_b + t // (64 // BN), mask=paged, other=0)
-            kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
-            bias = 0.0
-            if MEAN:
-                turn = tl.where(paged, t // (64 // BN), 0)
-                here = (t % (64 // BN)) * BN + on
-                bias = lift * _mean_bias(coef, wanted, BASE, OFFSET, turn, here, D, HALF, PRECISION, FLIP)
-                bias = tl.where(paged, bias, 0.0)
-            m, l, acc0, acc1 = _tile(
-                q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, (t % (64 // BN)) * BN + on, kfull, vfull,
-                row, kstride, vstride, visible | paged, levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K,
-                BYTES_V, BITS_K, BITS_V, D, T0, T1, CONTIGUOUS, DOT, ROWS, BN, True, FLIP)  # fmt: skip
-        else:
-            m, l, acc0, acc1 = _tile(
-                q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, row, kfull, vfull, row, kstride, vstride,
-                visible, levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1, CONTIGUOUS, DOT,
-                ROWS, BF,
-                True, FLIP)  # fmt: skip
+        m, l, acc0, acc1 = _tile(
+            q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, row, kfull, vfull, row, kstride, vstride,
+            _along(row >= 0, FLIP), levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1,
+            CONTIGUOUS, DOT, ROWS, BF, True, FLIP)  # fmt: skip
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
     if SPLIT:
@@ -344,7 +312,7 @@ def attend_kernel(
         tl.store(LSE + index, m + tl.log2(tl.where(l > 0, l, 1.0)), mask=real)
         at = PART + _across(index * D, FLIP)
     else:
-        at = OUT + b * so_b + _across(c.to(tl.int64) * so_c + head * so_h, FLIP)
+        at = OUT + b * so_b + _across(head * so_h, FLIP)
     _store_rows(at, wanted, i0, acc0, over, 0, T0, D, CONTIGUOUS)
     if T1 > 0:
         _store_rows(at, wanted, i1, acc1, over, T0, T1, D, CONTIGUOUS)

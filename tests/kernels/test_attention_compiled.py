@@ -29,43 +29,47 @@ POINTERS = {
     **dict.fromkeys(("TABLE", "PACKED", "STARTS", "ORIGIN"), "i32"),
     "PAGES": "u8",
 }
+SHARED_MEMORY = 227 * 1024  # bytes that a program may have (sm_90)
 UNALIGNED = ("scale", "count", "splits", "sink", "capacity", "st_b")
 
 
-def compile_attend(kv, dim, group, causal, dtype, mean=False):
-    """The kernel compiled as the launcher would launch it; returns the Triton object and bytes of stack a thread."""
+def compile_for_hopper(kernel, constants, tiling, dtype, tables="fp32"):
+    """A kernel compiled as its launcher would launch it; returns the Triton object and bytes of stack a thread."""
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from octo_run.kernels.attention.launch import _tiling, codec_constants, part_widths
-    from octo_run.kernels.attention.triton_attend import attend_kernel
-
-    codec, plain = get(kv, dim), kv == "bf16"
-    kind, bits, levels, _ = codec_constants(codec, "k", torch.device("cpu"))
-    tiling, (first, second) = _tiling(dtype, plain, kind == 2, causal, group, dim), part_widths(dim)
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    signature = {}
+    for name in kernel.arg_names:
+        pointer = tables if name in TABLES else POINTERS.get(name, "").replace("bf16", element)
+        signature[name] = "constexpr" if name in constants else f"*{pointer}" if pointer else "i32"
+    signature["scale"] = "fp32"
+    places = enumerate(kernel.arg_names)
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in places if n not in constants and n not in UNALIGNED}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return compiled, stack_bytes(compiled.asm["cubin"])
+
+
+def format_constants(kv, dim, group, dtype, mean):
+    """Constants that the kernels over pages share, and the element type of their tables."""
+    import triton
+    import triton.language as tl
+
+    from octo_run.kernels.attention.constants import codec_constants, part_widths
+
+    codec = get(kv, dim)
+    kind, bits, levels, _ = codec_constants(codec, "k", torch.device("cpu"))
+    first, second = part_widths(dim)
     constants = {
         "G": group, "D": dim, "KIND_K": kind, "KIND_V": kind, "BYTES_K": codec.bytes_per_vector,
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
-        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "ROWS": tiling.rows, "BN": tiling.keys,
-        "BF": tiling.full_keys, "T0": first, "T1": second, "CONTIGUOUS": plain, "CAUSAL": causal, "SPLIT": not causal,
-        "FLIP": tiling.flip, "JOINT": tiling.joint, "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)),
+        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "CONTIGUOUS": kind == 0,
+        "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)),
     }  # fmt: skip
-    signature = {}
-    for name in attend_kernel.arg_names:
-        pointer = POINTERS.get(name, "").replace("bf16", element)
-        if name in TABLES and levels.dtype == torch.int32:
-            pointer = "i32"
-        signature[name] = "constexpr" if name in constants else f"*{pointer}" if pointer else "i32"
-    signature["scale"] = "fp32"
-    names = [n for n in attend_kernel.arg_names if n not in constants]
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in UNALIGNED}
-    source = ASTSource(attend_kernel, signature, constants, attributes)
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return kernel, tiling, stack_bytes(kernel.asm["cubin"])
+    return constants, "i32" if levels.dtype == torch.int32 else "fp32"
 
 
 def stack_bytes(cubin):
@@ -79,35 +83,87 @@ def stack_bytes(cubin):
     return int(re.search(r"STACK:(\d+)", text).group(1))
 
 
-@pytest.mark.parametrize(
-    ("kv", "dim", "group", "causal", "dtype"),
-    [
-        ("octopus3", 128, 7, False, torch.bfloat16),
-        ("octopus3", 128, 7, True, torch.bfloat16),
-        ("octopus3", 256, 4, True, torch.bfloat16),
-        ("bf16", 128, 7, False, torch.bfloat16),
-        ("bf16", 256, 1, True, torch.bfloat16),
-        ("octopus2", 64, 4, True, torch.float32),
-        ("oct3", 128, 7, False, torch.bfloat16),
-        ("oct3", 128, 7, True, torch.bfloat16),
-        ("oct4", 256, 4, True, torch.bfloat16),
-        ("oct2", 80, 4, False, torch.bfloat16),
-    ],
-)
-def test_compiles_for_hopper(kv, dim, group, causal, dtype):
+def spill_bound(kv):
+    """The tiles were chosen with Triton 3.6; newer compilers allocate registers otherwise (3.9: up to 704 bytes)."""
     import triton
 
-    from octo_run.kernels.attention.launch import part_widths
+    if not triton.__version__.startswith("3.6."):
+        return 1024
+    # The general kernel decodes only those vectors of trellis formats that the table-decode kernel does not take.
+    return 256 if kv in ("oct2", "oct3", "oct4") else 128
 
-    kernel, tiling, stack = compile_attend(kv, dim, group, causal, dtype)
-    products = kernel.asm["ptx"].count("wgmma.mma_async")  # each is 16 deep
-    first, second = part_widths(dim)
-    one_loop = 3 * (first + second) // 16 + 3 * (2 if second else 1) * tiling.keys // 16
-    assert products == (one_loop if tiling.joint else 0)
-    # The tiles were chosen with Triton 3.6; newer compilers allocate registers otherwise (3.9: up to 704 bytes).
-    # Decode of the trellis formats is the path for what the table-decode kernel does not take.
-    bound = (256 if kv in ("oct2", "oct3", "oct4") else 128) if triton.__version__.startswith("3.6.") else 1024
-    assert stack <= bound, f"{stack} bytes of registers spilled"
+
+@pytest.mark.parametrize(
+    ("kv", "dim", "group", "dtype", "mean"),
+    [
+        ("octopus3", 128, 7, torch.bfloat16, False),
+        ("bf16", 128, 7, torch.bfloat16, False),
+        ("octopus2", 64, 4, torch.float32, False),
+        ("octopus4", 128, 4, torch.bfloat16, True),
+        ("oct3", 128, 7, torch.bfloat16, False),
+        ("oct2", 80, 4, torch.bfloat16, False),
+    ],
+)
+def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean):
+    from octo_run.kernels.attention.launch import _tiling
+    from octo_run.kernels.attention.triton_attend import attend_kernel
+
+    constants, tables = format_constants(kv, dim, group, dtype, mean)
+    tiling = _tiling(dtype, kv == "bf16", constants["KIND_K"] == 2, group, dim)
+    constants |= {"ROWS": tiling.rows, "BN": tiling.keys, "BF": tiling.full_keys, "SPLIT": True, "FLIP": tiling.flip}
+    kernel, stack = compile_for_hopper(attend_kernel, constants, tiling, dtype, tables)
+    assert "wgmma" not in kernel.asm["ptx"]
+    assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
+
+
+@pytest.mark.parametrize(
+    ("kv", "dim", "group", "dtype", "mean", "many"),
+    [
+        ("oct3", 128, 4, torch.bfloat16, False, True),
+        ("oct3", 128, 7, torch.bfloat16, True, False),
+        ("oct2", 64, 4, torch.bfloat16, False, True),
+        ("oct4", 256, 4, torch.bfloat16, False, False),
+        ("octopus3", 128, 4, torch.bfloat16, False, True),
+        ("bf16", 128, 4, torch.bfloat16, False, True),
+        ("oct3", 64, 4, torch.float32, False, False),
+    ],
+)
+def test_prefill_of_pages_compiles_for_hopper(kv, dim, group, dtype, mean, many):
+    from octo_run.kernels.attention.prefill import past_tiling
+    from octo_run.kernels.attention.triton_prefill import past_kernel
+
+    constants, tables = format_constants(kv, dim, group, dtype, mean)
+    tiling = past_tiling(dtype, dim, kv == "bf16", mean, many)
+    constants |= {"ROWS": tiling.rows, "BN": tiling.keys}
+    kernel, stack = compile_for_hopper(past_kernel, constants, tiling, dtype, tables)
+    # Each product is 16 deep; a second loop with products would double them.
+    planes, parts = 3, 2 if constants["T1"] else 1
+    products = planes * (constants["T0"] + constants["T1"]) // 16 + planes * parts * tiling.keys // 16
+    products += 6 * constants["HALF"] // 16 if mean else 0
+    assert kernel.asm["ptx"].count("wgmma.mma_async") == (0 if dtype == torch.float32 else products)
+    assert kernel.metadata.shared <= SHARED_MEMORY
+    assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "past"),
+    [(64, torch.bfloat16, True), (80, torch.bfloat16, True), (128, torch.bfloat16, False),
+     (128, torch.bfloat16, True), (256, torch.bfloat16, True), (128, torch.float32, True)],
+)  # fmt: skip
+def test_prefill_in_full_precision_compiles_for_hopper(dim, dtype, past):
+    import triton
+
+    from octo_run.kernels.attention.prefill import full_tiling
+    from octo_run.kernels.attention.triton_prefill import full_kernel
+
+    tiling, width = full_tiling(dtype, dim), max(16, triton.next_power_of_2(dim))
+    constants = {"G": 4, "D": dim, "WIDTH": width, "ROWS": tiling.rows, "BN": tiling.keys, "PAST": past}
+    kernel, stack = compile_for_hopper(full_kernel, constants, tiling, dtype)
+    ptx = kernel.asm["ptx"]
+    assert ptx.count("wgmma.mma_async") == (0 if dtype == torch.float32 else (width + tiling.keys) // 16)
+    assert ("cp.async.c" in ptx) == (dtype != torch.float32), "keys and values come by asynchronous copies"
+    assert kernel.metadata.shared <= SHARED_MEMORY
+    assert stack <= spill_bound("bf16"), f"{stack} bytes of registers spilled"
 
 
 @pytest.mark.parametrize("name", ["oct2", "oct3", "oct4"])

@@ -127,14 +127,14 @@ def run_triton(case):
     from octo_run.kernels.attention.launch import attend_triton
     from octo_run.kernels.attention.splits import counter_words, workspace_bytes
 
-    batch, _, heads, dim = case.q.shape
+    batch, count, heads, dim = case.q.shape
     kv = replace(case.kv, **{k: v.to(DEVICE) for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
     if kv.mean is not None:
         tables = AngleTables(kv.mean.tables.base.to(DEVICE), kv.mean.tables.offset.to(DEVICE))
         kv = replace(kv, mean=KeyMean(kv.mean.coefficients.to(DEVICE), tables))
     q = case.q.to(DEVICE)
     out = torch.full_like(q, float("nan"))
-    size = workspace_bytes(batch, heads, kv.pages.shape[1], dim) // 4
+    size = workspace_bytes(batch, heads, kv.pages.shape[1], dim, batch * count) // 4
     workspace = torch.full((size,), float("nan"), device=DEVICE)
     workspace[: counter_words()] = 0
     got = attend_triton(q, kv, case.fmt, scale=dim**-0.5, max_length=case.max_length, out=out, workspace=workspace)

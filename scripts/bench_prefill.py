@@ -1,0 +1,211 @@
+"""Time prefill attention over the arena, coding of the pages included, against SDPA in plain PyTorch (one GPU).
+
+One layer of an 8B shape (32 query and 8 KV heads of 128 coordinates, hidden 4096, MLP 14336), bf16. Every format is
+first checked against float64. Then, as medians of CUDA events:
+
+* a chunk with and without packed past, attention alone, against the fastest SDPA backend over the same keys in bf16;
+* a prompt through a whole layer: its products, and its attention either by SDPA or by the arena of the engine in
+  chunks (copies to the staging buffer, attention, coding of the pages).
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from octo_run.engine.arena import ArenaShape, KVArena
+from octo_run.kernels import AttentionInputs, attend, attend_reference, encode_pages, page_bytes
+from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients
+from octo_run.kernels.codec import KVFormat, parse_kv
+
+HEADS, KV_HEADS, DIM, HIDDEN, MLP = 32, 8, 128, 4096, 14336
+SINK, PAGE, WINDOW = 64, 64, 64
+BOUND = 6e-3  # bf16 outputs are themselves rounded to 2e-3, what comes from packed pages twice
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+@dataclass
+class Row:
+    """One measurement; ``ratio``: the fastest SDPA's time divided by this one."""
+
+    case: str
+    kernel: str
+    milliseconds: float
+    ratio: float
+
+
+def median_ms(step: Callable[[], object], repeats: int = 7) -> float:
+    """Median milliseconds of a call."""
+    step()
+    step()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        times.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in times)
+
+
+def inputs(fmt: KVFormat, past: int, chunk: int, heads: tuple[int, int], mean: bool,
+           distinct: int = 16) -> tuple[torch.Tensor, AttentionInputs]:  # fmt: skip
+    """Queries [1, chunk, H, d] and an arena with ``past`` packed tokens, sinks and a tail of ``chunk`` tokens."""
+    device, pages = torch.device("cuda"), past // PAGE
+    total, kv_heads = heads
+    k, v = (torch.randn(1, distinct, kv_heads, PAGE, DIM, device=device, dtype=torch.bfloat16) for _ in range(2))
+    few = torch.zeros(distinct, 1, kv_heads, page_bytes(fmt), dtype=torch.uint8, device=device)
+    encode_pages(k, v, few, torch.arange(distinct, device=device), fmt)
+    full = [torch.randn(1, kv_heads, n, DIM, device=device, dtype=torch.bfloat16) for n in (SINK, SINK, chunk, chunk)]
+    q = torch.randn(1, chunk, total, DIM, device=device, dtype=torch.bfloat16)
+    start, zero = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (SINK + pages * PAGE, 0))
+    kv = AttentionInputs(
+        pages=few[torch.randint(0, distinct, (pages,), device=device), 0],
+        page_table=torch.randperm(max(1, pages), device=device).int()[None],
+        num_packed=zero + pages, starts=start, sink_k=full[0], sink_v=full[1], tail_k=full[2], tail_v=full[3],
+        tail_origin=zero + pages * PAGE, sink=SINK,
+    )  # fmt: skip
+    if mean:
+        inv_freq = 500000.0 ** (-torch.arange(0, DIM, 2, device=device) / DIM)
+        means = torch.randn(1, kv_heads, DIM, device=device)
+        kv = replace(kv, mean=KeyMean(coefficients(q, means), AngleTables.build(inv_freq, SINK, pages)))
+    return q, kv
+
+
+def check(kv_name: str, chunk: int) -> float:
+    """Relative error of a chunk over 37 pages against float64 (`attend_reference` on a CPU)."""
+    fmt = parse_kv(kv_name.removesuffix("+mean"), DIM)
+    q, kv = inputs(fmt, 37 * PAGE, chunk, (8, 2), kv_name.endswith("+mean"))
+    out = torch.full_like(q, float("nan"))
+    attend(q, kv, fmt, scale=DIM**-0.5, max_length=SINK + 37 * PAGE + chunk, out=out)
+    moved = {name: x.cpu() for name, x in vars(kv).items() if isinstance(x, torch.Tensor)}
+    moved |= {name: moved[name].double() for name in ("sink_k", "sink_v", "tail_k", "tail_v")}
+    if kv.mean is not None:
+        tables = AngleTables(kv.mean.tables.base.cpu(), kv.mean.tables.offset.cpu())
+        moved["mean"] = KeyMean(kv.mean.coefficients.cpu(), tables)
+    want = attend_reference(q.double().cpu(), replace(kv, **moved), fmt, scale=DIM**-0.5)
+    error = float((out.double().cpu() - want).norm() / want.norm())
+    return error if error == error else math.inf
+
+
+def time_sdpa(past: int, chunk: int) -> dict[str, float]:
+    """Milliseconds of SDPA, keys of all heads and ``past`` tokens in bf16."""
+    q, k, v = (
+        torch.randn(1, HEADS, n, DIM, device="cuda", dtype=torch.bfloat16) for n in (chunk, past + chunk, past + chunk)
+    )
+    bias = causal_lower_right(chunk, past + chunk) if past else None
+    found = {}
+    for name, backend in BACKENDS.items():
+        if past and name == "cuDNN":  # it takes no mask that is aligned to the end
+            continue
+        with sdpa_kernel(backend):
+            found[name] = median_ms(
+                lambda: scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+            )
+    return found
+
+
+def time_chunks(formats: list[str], chunk: int, pasts: list[int]) -> list[Row]:
+    """Attention of a chunk alone."""
+    rows = []
+    for past in pasts:
+        case = f"{chunk:,} tokens after {past:,}"
+        peers = time_sdpa(past + SINK if past else 0, chunk)
+        best = min(peers.values())
+        rows += [Row(case, f"SDPA {name}", ms, best / ms) for name, ms in peers.items()]
+        for name in formats if past else formats[:1]:
+            fmt = parse_kv(name.removesuffix("+mean"), DIM)
+            q, kv = inputs(fmt, past, chunk, (HEADS, KV_HEADS), name.endswith("+mean"))
+            out = torch.empty_like(q)
+            length = SINK + past + chunk if past else chunk
+            if not past:  # a prompt's beginning: the first tokens are the sinks
+                kv = replace(kv, starts=torch.zeros_like(kv.starts))
+            ms = median_ms(lambda: attend(q, kv, fmt, scale=DIM**-0.5, max_length=length, out=out))  # noqa: B023
+            rows.append(Row(case, f"ours, {name if past else 'no pages'}", ms, best / ms))
+    return rows
+
+
+def time_layer(formats: list[str], tokens: int, chunk: int) -> list[Row]:
+    """A prompt through the products and the attention of a layer."""
+    shapes = ((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), (HIDDEN, HEADS * DIM), (2 * MLP, HIDDEN), (HIDDEN, MLP)
+    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02 for shape in shapes]
+    xs = [torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16) for shape in shapes]
+
+    def products(size: int) -> None:
+        for first in range(0, tokens, size):
+            for x, weight in zip(xs, weights, strict=True):
+                linear(x[first : first + size], weight)
+
+    whole, parts = median_ms(lambda: products(tokens)), median_ms(lambda: products(chunk))
+    peers = {name: ms + whole for name, ms in time_sdpa(0, tokens).items()}
+    best, case = min(peers.values()), f"layer, prompt of {tokens:,}"
+    rows = [Row(case, f"products alone, chunks of {n:,}", ms, best / ms) for n, ms in ((tokens, whole), (chunk, parts))]
+    rows += [Row(case, f"products, SDPA {name}", ms, best / ms) for name, ms in peers.items()]
+    for name in formats:
+        if name.endswith("+mean"):
+            continue
+        fmt = parse_kv(name, DIM)
+        shape = ArenaShape(1, KV_HEADS, DIM, fmt.k.bytes_per_vector, fmt.v.bytes_per_vector, torch.bfloat16, tokens,
+                           SINK, WINDOW, chunk)  # fmt: skip
+        arena = KVArena(shape, fmt, torch.device("cuda"))
+        q = torch.randn(1, chunk, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(1, chunk, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        out = torch.empty_like(q)
+
+        def prompt(arena: KVArena = arena, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
+            arena.truncate(0, 0)
+            for _ in range(0, tokens, chunk):
+                step = arena.prefill(0, chunk)
+                step.attend(0, q, k, v, DIM**-0.5, None, out=out)  # noqa: B023
+                step.commit()
+
+        ms = parts + median_ms(prompt)
+        rows.append(Row(case, f"products, ours {name}, coded in chunks of {chunk:,}", ms, best / ms))
+        pages = (tokens - SINK - WINDOW) // PAGE
+        rows_k = torch.randn(1, pages, KV_HEADS, PAGE, DIM, device="cuda", dtype=torch.bfloat16)
+        ids = torch.arange(pages, device="cuda", dtype=torch.int32)
+        ms = median_ms(lambda: encode_pages(rows_k, rows_k, arena.pages, ids, fmt))  # noqa: B023
+        rows.append(Row(case, f"of this coding, {name}", ms, best / ms))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default="oct3,oct3+mean,oct2,oct4,octopus3,bf16")
+    parser.add_argument("--past", default="0,8192,32768,131072", help="packed tokens before the chunk")
+    parser.add_argument("--chunk", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=8192, help="of the prompt through a layer")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    formats = args.formats.split(",")
+    for name in formats:
+        for chunk in (100, 4500 if name == formats[0] else 300):
+            error = check(name, chunk)
+            print(f"{name}, {chunk} queries: relative error {error:.1e}", flush=True)
+            if not error < BOUND:
+                print("wrong result: nothing is timed", file=sys.stderr)
+                return 1
+    rows = time_layer(formats, args.tokens, args.chunk)
+    rows += time_chunks(formats, args.chunk, [int(n) for n in args.past.split(",")])
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
+    print("| case | kernel | ms | SDPA's time / this |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row.case} | {row.kernel} | {row.milliseconds:.3f} | {row.ratio:.2f} |")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
