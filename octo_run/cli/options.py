@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 DEFAULT_MODEL = "octo-demo"
-DEFAULT_KV = "octopus3"
+DEFAULT_KV = "oct3"
 DTYPES = ("bfloat16", "float16", "float32")
 
 Command = Callable[..., Any]
