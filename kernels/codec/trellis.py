@@ -1,4 +1,4 @@
-"""`oct2/3/4`: triplets coded by a tail-biting trellis over a fitted int8 table, with a least-squares gain.
+"""`oct2/3/4`: triplets coded by a tail-biting trellis over a fitted int8 table, with an unbiased gain.
 
 A vector y (rotated basis) is scaled to coordinate variance 1 and cut into T triplets: eight chains of n = T // 8
 (chain c, slot s is triplet c n + s) and T % 8 extras behind them. Every triplet has a stream code of `stream` bits.
@@ -12,9 +12,9 @@ formats code |x'|; a sign bit is set where y < 0. The search minimises the sum o
 2 v + 1 (half steps; the squared distance less |x|^2); it is exact in float32. A coordinate that pads the last triplet
 costs nothing and has sign 0.
 
-Norm: the least-squares gain <y, c> / <c, c> of the codeword c, computed in float64, rounded to float32, then to the
-nearest number whose `norm_bits` bits are the top ones of a positive fp16 number (halves up). Gains too small for it
-become 0. Vectors with |y| < 2^-60 are coded as if they were zero, with their signs.
+Norm: the unbiased gain <y, y> / <y, c> of the codeword c, computed in float64, rounded to float32, then to the nearest
+number whose `norm_bits` bits are the top ones of a positive fp16 number (halves up). Gains too small for it become 0.
+Vectors with |y| < 2^-60 are coded as if they were zero, with their signs and a gain of 0.
 """
 
 import functools
@@ -248,7 +248,7 @@ class TrellisCodec(RowCodec):
             for piece in torch.split(scaled / (FIXED_POINT // 2), SEARCHED, 1)  # half steps
         ]
         codes = torch.cat(parts, 1).to(torch.int32)
-        return codes, signs, norm_numbers(self._gains(y, codes, signs), self.norm_bits)
+        return codes, signs, norm_numbers(self._gains(y.double(), self._unit_codewords(codes, signs)), self.norm_bits)
 
     def _search(self, points: torch.Tensor, triplets: torch.Tensor) -> torch.Tensor:
         """Codes int64 [T, vectors] of triplets [T, 3, vectors] in half steps; points [entries, 3] likewise."""
@@ -263,23 +263,36 @@ class TrellisCodec(RowCodec):
             codes[triplet] = nearest_entries(extra, triplets[triplet], used)
         return codes
 
-    def _gains(self, y: torch.Tensor, codes: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-        """Least-squares gains float64 [vectors], at least 0, of the codewords for y float32 [vectors, head_dim]."""
-        odd = (2 * self.table.to(torch.float64) + 1).to(y.device)[self._table_index(codes).long()]  # [T, vectors, 3]
-        odd = odd.transpose(1, 2)
-        axis = torch.arange(3, device=y.device)[:, None]
+    def _unit_codewords(self, codes: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+        """Codewords float64 [vectors, head_dim] of gain 1."""
+        odd = (2 * self.table.to(torch.float64) + 1).to(codes.device)[self._table_index(codes).long()]
+        odd = odd.transpose(1, 2)  # [T, 3, vectors]
+        axis = torch.arange(3, device=codes.device)[:, None]
         odd = torch.where((signs[:, None] >> axis & 1) == 1, -odd, odd)
-        codeword = odd.reshape(3 * self.num_triplets, -1)[: self.head_dim].t()
-        gains = 2 / self.step * (y.double() * codeword).sum(1) / codeword.square().sum(1)
-        return gains.clamp_min(0)
+        return odd.reshape(3 * self.num_triplets, -1)[: self.head_dim].t() * (self.step / 2)
+
+    def _gains(self, y: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+        """Unbiased gains float64 [vectors] for y float64 [vectors, head_dim]; 0 for vectors coded as if zero.
+
+        What is decoded then has the whole of y along y. The least-squares gain <y, c> / <c, c> has the smaller error,
+        by a factor 1 - error, but shrinks every vector by as much; errors average out in logits and in sums of values,
+        shrinkage does not. Perplexity change of oct2 on the embedded model: +.65 % by least squares, +.24 % so.
+        """
+        energy, along = y.square().sum(1), (y * codewords).sum(1)
+        there = (energy.sqrt() >= SMALLEST) & (along > 0)
+        return torch.where(there, energy / torch.where(there, along, 1.0), 0.0)
 
 
 class StudiedCodec(TrellisCodec):
-    """A format of `STUDIED`: as the others, but the norm's bits lie directly behind the codes and signs."""
+    """A format of `STUDIED`: as the others, but the norm's bits lie directly behind the codes and signs, and the gain
+    is that of least squares, since it is compared with other codecs by its error."""
 
     def __init__(self, name: str, head_dim: int, seed: int) -> None:
         super().__init__(name, head_dim, seed)
         self.bytes_per_vector = packed_bytes(self.num_triplets * self.bits + self.norm_bits, 1)
+
+    def _gains(self, y: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+        return ((y * codewords).sum(1) / codewords.square().sum(1)).clamp_min(0)
 
     def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
         codes, signs, numbers = self._fields(part)

@@ -46,17 +46,15 @@ def _eighths(x, scale):
 
 @triton.jit
 def _products(x, y, z, signs, values, entry, i, keep, D: tl.constexpr, ENTRIES: tl.constexpr, SIGNED: tl.constexpr):
-    """<y, o> and <o, o> of triplets i, float64, o their codewords in half steps; 0 unless `keep`."""
+    """<y, o> of triplets i, float64, o their codewords in half steps; 0 unless `keep`."""
     dots = tl.zeros(entry.shape, tl.float64)
-    squares = dots
     for c in tl.static_range(3):
         number = tl.load(values + c * ENTRIES + entry)
         if SIGNED:
             number = tl.where(((signs >> c) & 1) != 0, -number, number)
         number = tl.where(keep & (3 * i + c < D), number, 0.0).to(tl.float64)
         dots += (x if c == 0 else (y if c == 1 else z)).to(tl.float64) * number
-        squares += number * number
-    return dots, squares
+    return dots
 
 
 @triton.jit
@@ -116,7 +114,7 @@ def _norm_pattern(gain, NORM: tl.constexpr):
 @triton.jit
 def _chain(source, fields, i0, scale, keys, values, D: tl.constexpr, STREAM: tl.constexpr, STATE: tl.constexpr,
            SIGNED: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Search the chain of N slots that begins at triplet i0, write its fields; its part of the gain's sums.
+    """Search the chain of N slots that begins at triplet i0, write its fields; its part of the gain's sum.
 
     The path runs from the last slot down to slot 0, once for every start state, the low bits of slot 0's code. Costs
     are integers times the number of states, so that a sum and the state before it are one number to minimise.
@@ -170,14 +168,13 @@ def _chain(source, fields, i0, scale, keys, values, D: tl.constexpr, STREAM: tl.
     x, y, z, u, v, w, signs = _triplet(source[:, None], i, scale[:, None], D, SIGNED, True)
     tl.store(fields[:, None] + i, (code | (signs << 10)).to(tl.uint16), mask=slots < N)
     entry = ((cells >> STATE) << STREAM) | code
-    dots, squares = _products(x, y, z, signs, values, entry, i, slots < N, D, ENTRIES, SIGNED)
-    return tl.sum(dots, 1), tl.sum(squares, 1)
+    return tl.sum(_products(x, y, z, signs, values, entry, i, slots < N, D, ENTRIES, SIGNED), 1)
 
 
 @triton.jit
 def _extra(source, fields, i, scale, values, D: tl.constexpr, STREAM: tl.constexpr, STATE: tl.constexpr,
            SIGNED: tl.constexpr):  # fmt: skip
-    """Code triplet i, which stands alone, write its field; its part of the gain's sums."""
+    """Code triplet i, which stands alone, write its field; its part of the gain's sum."""
     MAIN: tl.constexpr = 1 << (STREAM + STATE)
     ENTRIES: tl.constexpr = MAIN + (1 << STREAM)
     PART: tl.constexpr = 32  # codes at a time: a warp, which then has no more rows to itself than it must
@@ -224,17 +221,13 @@ def trellis_kernel(
     far = norm >= 8.673617379884035e-19  # 2^-60
     scale = tl.load(UNITS) / (tl.load(UNITS + 1) * tl.where(far, norm, 1.0))
     scale = tl.where(far, scale, 0.0).to(tl.float32)
-    dots = tl.zeros([ROWS], tl.float64)
-    squares = tl.zeros([ROWS], tl.float64)
+    along = tl.zeros([ROWS], tl.float64)
     for chain in range(8):
-        d, s = _chain(source, fields, chain * N, scale, KEYS, VALUES, D, STREAM, STATE, SIGNED, N, COLUMNS)
-        dots += d
-        squares += s
+        along += _chain(source, fields, chain * N, scale, KEYS, VALUES, D, STREAM, STATE, SIGNED, N, COLUMNS)
     for i in range(8 * N, TRIPLETS):
-        d, s = _extra(source, fields, i, scale, VALUES, D, STREAM, STATE, SIGNED)
-        dots += d
-        squares += s
-    gain = tl.load(UNITS + 2) * dots / squares
+        along += _extra(source, fields, i, scale, VALUES, D, STREAM, STATE, SIGNED)
+    there = far & (along > 0)
+    gain = tl.where(there, tl.load(UNITS + 2) * squares / tl.where(there, along, 1.0), 0.0)
     tl.store(fields + TRIPLETS, _norm_pattern(gain, NORM).to(tl.uint16))
 
 

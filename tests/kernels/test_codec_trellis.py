@@ -54,7 +54,7 @@ def test_other_head_dims_are_near(name: str, head_dim: int) -> None:
     """The table is fitted on 128 coordinates; more extras (memoryless) in a vector cost something."""
     x = gaussian(200, head_dim, seed=head_dim)
     codec = codec_of(name, head_dim)
-    assert relative_mse(codec.decode(codec.encode(x)), x) < MOST[name] * 1.12
+    assert relative_mse(codec.decode(codec.encode(x)), x) < MOST[name] * 1.18
 
 
 @pytest.mark.parametrize("head_dim", BYTES)
@@ -108,7 +108,7 @@ def test_rows_are_read_by_an_independent_decoder(name: str, head_dim: int) -> No
     numbers = packed[:, -2:].contiguous().view(torch.int16)[:, 0]
     assert torch.all(numbers & ((1 << (15 - codec.norm_bits)) - 1) == 0)
     unscaled = slow / packed[:, -2:].contiguous().view(torch.float16).double()
-    gain = (unscaled * y).sum(1) / unscaled.square().sum(1)  # what the stored norm rounds
+    gain = y.square().sum(1) / (unscaled * y).sum(1)  # what the stored norm rounds
     stored = packed[:, -2:].contiguous().view(torch.float16)[:, 0].double()
     assert float((stored / gain - 1).abs().max()) <= 2.0 ** -(codec.norm_bits - 4)
 
@@ -324,4 +324,4 @@ def test_bytes_stay_what_they_are() -> None:
     y = ((steps * steps * 31 + steps * 7) % 257 - 128).to(torch.float64).view(8, 128) / 64
     rows = {name: bytes(get(name).encode_rotated(y).flatten().tolist()) for name in FORMATS}
     digests = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in rows.items()}
-    assert digests == {"oct2": "d8a0f32baae278b0", "oct3": "b198bea2bd5ddeaf", "oct4": "2dec09907f7a1180"}
+    assert digests == {"oct2": "d9523c2fce9705c9", "oct3": "207ee6d9707b1034", "oct4": "c9da67bf4dcc2412"}
