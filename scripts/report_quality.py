@@ -72,11 +72,15 @@ def cases() -> list[Case]:
     return [*plain, *mean, *off, *edge]
 
 
-def load_case(model: str, case: Case, context: int, device: str | None) -> Engine:
-    """The engine of a setting."""
+def _place(args: argparse.Namespace) -> dict[str, Any]:
+    return {"max_context": CONTEXT, "device": args.device, "dtype": args.dtype}
+
+
+def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
+    """The engine of a setting; `place`: the context, the device and the dtype."""
     if case.kv not in BASELINES and not case.exact_layers:
-        return Engine.load(model, kv=case.kv, max_context=context, device=device, **case.settings)
-    engine = Engine.load(model, kv=REFERENCE, max_context=context, device=device, **case.settings)
+        return Engine.load(model, kv=case.kv, **place, **case.settings)
+    engine = Engine.load(model, kv=REFERENCE, **place, **case.settings)
     codec = _codec(case.kv, engine.config.head_dim)
     exact = {layer % engine.config.num_layers for layer in case.exact_layers}
     _code_in_passing(engine, codec, exact)
@@ -128,12 +132,12 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
     name, model = args.model.split("=", 1)
     wanted = [case for case in cases() if not args.only or case.label in args.only.split(";")]
     by_label = {case.label: case for case in wanted}
-    reference = Engine.load(model, kv=REFERENCE, max_context=CONTEXT, device=args.device)
+    reference = Engine.load(model, kv=REFERENCE, **_place(args))
     text = args.text.read_text("utf-8")
     ids = reference.tokenizer.encode(text[args.skip : args.skip + 8 * args.tokens])[: args.tokens]
 
     def load(label: str) -> Engine:
-        return reference if label == REFERENCE else load_case(model, by_label[label], CONTEXT, args.device)
+        return reference if label == REFERENCE else load_case(model, by_label[label], _place(args))
 
     perplexity.KEPT_BYTES = 4 * 2**30
     part: dict[str, Any] = {"kind": "ppl", "model": name, "where": where_measured(reference), "text": args.text.name}
@@ -153,7 +157,7 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
 def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
     """Recall at the context's length. Each text is read once and asked for each of the numbers in it."""
     name, model = args.model.split("=", 1)
-    engine = Engine.load(model, kv=REFERENCE, max_context=CONTEXT, device=args.device)
+    engine = Engine.load(model, kv=REFERENCE, **_place(args))
     text = args.text.read_text("utf-8")[args.skip : args.skip + 400_000]
     haystacks = needle.prompts(
         engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], trials=args.trials, distractors=4, form="text", seed=0
@@ -161,7 +165,7 @@ def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
     part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine)}
     part |= {"texts": len(haystacks), "length": CONTEXT, "rows": []}
     for kv in args.only.split(";") if args.only else [REFERENCE, *OURS, *PAPER]:
-        engine = Engine.load(model, kv=kv, max_context=CONTEXT, device=args.device)
+        engine = Engine.load(model, kv=kv, **_place(args))
         found = [right for hay in haystacks for right in ask_all(engine, hay)]
         low, high = wilson(sum(found), len(found))
         recall = sum(found) / len(found)
@@ -314,6 +318,7 @@ def main() -> int:
         sub.add_argument("--trials", type=int, default=10, help="texts for the needle")
         sub.add_argument("--only", help="labels, separated by semicolons")
         sub.add_argument("--device")
+        sub.add_argument("--dtype", help="default: the weights' on a GPU, float32 on a CPU")
     writer = commands.add_parser("write")
     writer.add_argument("doc", type=Path)
     writer.add_argument("parts", type=Path, nargs="+")
