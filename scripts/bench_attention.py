@@ -323,12 +323,12 @@ def main() -> int:
     for shape in shapes:
         rows += measure(shape, formats, bandwidth)
         torch.cuda.empty_cache()
-    report = markdown(rows, bandwidth, errors)
+        report = markdown(rows, bandwidth, errors)  # written as it grows: an interrupted run keeps what it measured
+        if args.markdown:
+            args.markdown.write_text(report, encoding="utf-8")
+        if args.json:
+            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     print(report)
-    if args.markdown:
-        args.markdown.write_text(report, encoding="utf-8")
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     if args.plot:
         plot(rows, bandwidth, args.plot)
     return 0

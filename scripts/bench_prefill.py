@@ -60,8 +60,9 @@ def median_ms(step: Callable[[], object], repeats: int = 7) -> float:
 
 
 def inputs(fmt: KVFormat, past: int, chunk: int, heads: tuple[int, int], mean: bool,
-           distinct: int = 16) -> tuple[torch.Tensor, AttentionInputs]:  # fmt: skip
-    """Queries [1, chunk, H, d] and an arena with ``past`` packed tokens, sinks and a tail of ``chunk`` tokens."""
+           distinct: int = 16) -> tuple[torch.Tensor, AttentionInputs, torch.Tensor]:  # fmt: skip
+    """Queries [1, chunk, H, d], an arena with ``past`` packed tokens, sinks and a tail of ``chunk`` tokens, and what
+    its pages were made of: K and V [2, pages, Hkv, 64, d]."""
     device, pages = torch.device("cuda"), past // PAGE
     total, kv_heads = heads
     k, v = (torch.randn(1, distinct, kv_heads, PAGE, DIM, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -69,9 +70,10 @@ def inputs(fmt: KVFormat, past: int, chunk: int, heads: tuple[int, int], mean: b
     encode_pages(k, v, few, torch.arange(distinct, device=device), fmt)
     full = [torch.randn(1, kv_heads, n, DIM, device=device, dtype=torch.bfloat16) for n in (SINK, SINK, chunk, chunk)]
     q = torch.randn(1, chunk, total, DIM, device=device, dtype=torch.bfloat16)
+    which = torch.randint(0, distinct, (pages,), device=device)
     start, zero = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (SINK + pages * PAGE, 0))
     kv = AttentionInputs(
-        pages=few[torch.randint(0, distinct, (pages,), device=device), 0],
+        pages=few[which, 0],
         page_table=torch.randperm(max(1, pages), device=device).int()[None],
         num_packed=zero + pages, starts=start, sink_k=full[0], sink_v=full[1], tail_k=full[2], tail_v=full[3],
         tail_origin=zero + pages * PAGE, sink=SINK,
@@ -80,17 +82,21 @@ def inputs(fmt: KVFormat, past: int, chunk: int, heads: tuple[int, int], mean: b
         inv_freq = 500000.0 ** (-torch.arange(0, DIM, 2, device=device) / DIM)
         means = torch.randn(1, kv_heads, DIM, device=device)
         kv = replace(kv, mean=KeyMean(coefficients(q, means), AngleTables.build(inv_freq, SINK, pages)))
-    return q, kv
+    return q, kv, torch.cat([k, v])[:, which]
 
 
 def check(kv_name: str, chunk: int) -> float:
-    """Relative error of a chunk over 37 pages against float64 (`attend_reference` on a CPU)."""
+    """Relative error of a chunk over 37 pages against float64 on the CPU, whose pages the reference encoder makes."""
     fmt = parse_kv(kv_name.removesuffix("+mean"), DIM)
-    q, kv = inputs(fmt, 37 * PAGE, chunk, (8, 2), kv_name.endswith("+mean"))
+    q, kv, sources = inputs(fmt, 37 * PAGE, chunk, (8, 2), kv_name.endswith("+mean"))
     out = torch.full_like(q, float("nan"))
     attend(q, kv, fmt, scale=DIM**-0.5, max_length=SINK + 37 * PAGE + chunk, out=out)
     moved = {name: x.cpu() for name, x in vars(kv).items() if isinstance(x, torch.Tensor)}
     moved |= {name: moved[name].double() for name in ("sink_k", "sink_v", "tail_k", "tail_v")}
+    k, v = sources.cpu()[:, None]
+    pages = torch.zeros(37, 1, 2, page_bytes(fmt), dtype=torch.uint8)
+    encode_pages(k, v, pages, torch.arange(37), fmt)  # on a CPU pages are rows of vectors
+    moved["pages"] = pages[:, 0]
     if kv.mean is not None:
         tables = AngleTables(kv.mean.tables.base.cpu(), kv.mean.tables.offset.cpu())
         moved["mean"] = KeyMean(kv.mean.coefficients.cpu(), tables)
@@ -126,7 +132,7 @@ def time_chunks(formats: list[str], chunk: int, pasts: list[int]) -> list[Row]:
         rows += [Row(case, f"SDPA {name}", ms, best / ms) for name, ms in peers.items()]
         for name in formats if past else formats[:1]:
             fmt = parse_kv(name.removesuffix("+mean"), DIM)
-            q, kv = inputs(fmt, past, chunk, (HEADS, KV_HEADS), name.endswith("+mean"))
+            q, kv, _ = inputs(fmt, past, chunk, (HEADS, KV_HEADS), name.endswith("+mean"))
             out = torch.empty_like(q)
             length = SINK + past + chunk if past else chunk
             if not past:  # a prompt's beginning: the first tokens are the sinks
