@@ -142,7 +142,9 @@ def _workspace(cfg: ModelConfig, shape: ArenaShape, dtype: torch.dtype, device: 
     attention = kernels.attention_workspace_bytes(
         sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk
     )
-    return attention + _library_workspace(device) + _block(buffer_bytes(cfg, max(shape.chunk, sequences), dtype))
+    return (
+        _block(attention) + _library_workspace(device) + _block(buffer_bytes(cfg, max(shape.chunk, sequences), dtype))
+    )
 
 
 def _block(count: int) -> int:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from octo_run.kernels.attention.constants import ELEMENTS, codec_constants, no_table, page_element, part_widths
 from octo_run.kernels.attention.inputs import AttentionInputs, check
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.prefill import attend_prefill
 from octo_run.kernels.attention.splits import Workspace, count_splits
 from octo_run.kernels.attention.table_launch import attend_table, takes
@@ -76,8 +75,8 @@ def attend_triton(
             attend_table(q, kv, fmt, out, room, scale=scale, max_length=max_length)
             return out
         if count > 1:
-            lse = _log_sums(q, kv, max_length, workspace)
-            attend_prefill(q, kv, fmt, out, lse, scale=scale)
+            room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device, batch * count)
+            attend_prefill(q, kv, fmt, out, room, scale=scale, max_length=max_length)
             return out
         splits = count_splits(batch, kv_heads, max_length)
         part = lse = no_table(q.device)  # unused without splits
@@ -90,14 +89,6 @@ def attend_triton(
                 part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
                 WIDTH=max(16, 1 << (splits - 1).bit_length()), COLUMNS=_MERGE_COLUMNS, num_warps=4)  # fmt: skip
     return out
-
-
-def _log_sums(q: Tensor, kv: AttentionInputs, max_length: int, workspace: Tensor | None) -> Tensor | None:
-    """Room for one number a query row, None if no page can be packed."""
-    batch, count, heads, dim = q.shape
-    if max_length - count < kv.sink + PAGE_TOKENS:
-        return None
-    return Workspace.of(workspace, batch, heads, kv.pages.shape[1], dim, q.device, batch * count).rest
 
 
 def _launch(

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
+
 MAX_SPLITS = 512
 PROGRAMS_PER_PROCESSOR = 8
 TOKENS_PER_SPLIT = 64
 """A split shorter than this costs more in the merge than it saves."""
+
+
+SLAB_BYTES = 64 * 2**20
+"""Of the workspace: packed keys and values that prefill has decoded at a time."""
 
 
 def processors() -> int:
@@ -36,25 +42,35 @@ def counter_words() -> int:
     return processors() * PROGRAMS_PER_PROCESSOR
 
 
+def _words(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int) -> tuple[int, int]:
+    """32-bit words of a workspace: its first part, and the slab."""
+    parts = max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)  # splits * batch * kv_heads stays within
+    first = counter_words() + max(parts * (heads // kv_heads) * (head_dim + 1), queries * heads)
+    page = 2 * batch * kv_heads * PAGE_TOKENS * head_dim  # of each sequence and head, in float32
+    return -(-first // 64) * 64, max(SLAB_BYTES // 4, page) if queries > 1 else 0
+
+
 def workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int = 1) -> int:
     """Bytes of workspace: counters, then float32 partial outputs and log-sum-exps of decode steps of up to `batch`
-    sequences, or one log-sum-exp for each of up to `queries` query tokens of prefill and each head."""
-    parts = max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)  # splits * batch * kv_heads stays within
-    return 4 * (counter_words() + max(parts * (heads // kv_heads) * (head_dim + 1), queries * heads))
+    sequences, or one log-sum-exp for each of up to `queries` query tokens of prefill and each head; for prefill also
+    the slab."""
+    return 4 * sum(_words(batch, heads, kv_heads, head_dim, queries))
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A workspace cut into its parts: counters int32, the rest float32."""
+    """A workspace cut into its parts: counters int32, the rest float32; the slab is empty for decode steps."""
 
     counters: Tensor
     rest: Tensor
+    slab: Tensor
 
     @classmethod
     def of(cls, whole: Tensor | None, batch: int, heads: int, kv_heads: int, head_dim: int, device: torch.device,
            queries: int = 1) -> Workspace:  # fmt: skip
         """Cut a workspace (None: a new one). Raises ValueError for one that is too small or of another kind."""
-        size = workspace_bytes(batch, heads, kv_heads, head_dim, queries) // 4
+        first, slab = _words(batch, heads, kv_heads, head_dim, queries)
+        size = first + slab
         if whole is None:
             whole = torch.zeros(size, dtype=torch.float32, device=device)
         if whole.dtype != torch.float32 or not whole.is_contiguous() or whole.numel() < size:
@@ -63,7 +79,7 @@ class Workspace:
                 f"not {whole.dtype} with {whole.numel()}"
             )
         flat, words = whole.view(-1), counter_words()
-        return cls(flat[:words].view(torch.int32), flat[words:])
+        return cls(flat[:words].view(torch.int32), flat[words:first], flat[first:size])
 
     def partials(self, splits: int, batch: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """Room for the splits' outputs and log-sum-exps."""

@@ -5,8 +5,10 @@ answers at once. Exit codes: 0 done, 1 a failure explained in one sentence on st
 interrupted with Ctrl-C.
 """
 
+import atexit
 import difflib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -114,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if invocation.debug:
             traceback.print_exc()
         return _explain(error)
+    finally:
+        # What runs at exit is not to be interrupted: Ctrl-C would print tracebacks. Registered last, it runs first.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _explain(error: Exception) -> int:

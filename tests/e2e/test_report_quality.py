@@ -31,15 +31,18 @@ def row(kv: str, group: str, change: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+CPU = {"max_context": 256, "device": "cpu"}
+
+
 def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     """Pages of bf16 into which everything goes by way of a code give what coded pages give; exact layers differ."""
-    real = script.load_case("octo-demo", script.Case("formats", "a", "octopus2"), 256, "cpu").logits(IDS, 64)
-    engine = script.load_case("octo-demo", script.Case("formats", "b", "bf16"), 256, "cpu")
+    real = script.load_case("octo-demo", script.Case("formats", "a", "octopus2"), CPU).logits(IDS, 64)
+    engine = script.load_case("octo-demo", script.Case("formats", "b", "bf16"), CPU)
     exact = engine.logits(IDS, 64)
     script._code_in_passing(engine, get("octopus2"), set())
     passing = engine.logits(IDS, 64)
     assert torch.allclose(passing, real, atol=0.05) and not torch.allclose(exact, real, atol=0.05)
-    edges = script.load_case("octo-demo", script.Case("boundary", "c", "octopus2", {}, (0, -1)), 256, "cpu")
+    edges = script.load_case("octo-demo", script.Case("boundary", "c", "octopus2", {}, (0, -1)), CPU)
     assert not torch.allclose(edges.logits(IDS, 64), passing, atol=0.05)
     assert edges.plan.shape.k_bytes == (2 * 512 + 6 * 40) / 8
 

@@ -24,16 +24,16 @@ pytestmark = [
 
 TABLES = ("levels_k", "radii_k", "levels_v", "radii_v")
 POINTERS = {
-    **dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V"), "bf16"),
+    **dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V", "SLAB_K", "SLAB_V"), "bf16"),
     **dict.fromkeys(("PART", "LSE", "COEF", "BASE", "OFFSET", *TABLES), "fp32"),
     **dict.fromkeys(("TABLE", "PACKED", "STARTS", "ORIGIN"), "i32"),
     "PAGES": "u8",
 }
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have (sm_90)
-UNALIGNED = ("scale", "count", "splits", "sink", "capacity", "st_b")
+UNALIGNED = ("scale", "count", "splits", "sink", "capacity", "st_b", "first", "first_page", "pages")
 
 
-def compile_for_hopper(kernel, constants, tiling, dtype, tables="fp32"):
+def compile_for_hopper(kernel, constants, tiling, dtype, tables="fp32", types=None):
     """A kernel compiled as its launcher would launch it; returns the Triton object and bytes of stack a thread."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -42,9 +42,11 @@ def compile_for_hopper(kernel, constants, tiling, dtype, tables="fp32"):
     element = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     signature = {}
     for name in kernel.arg_names:
-        pointer = tables if name in TABLES else POINTERS.get(name, "").replace("bf16", element)
+        pointer = (
+            tables if name in TABLES else (types or {}).get(name) or POINTERS.get(name, "").replace("bf16", element)
+        )
         signature[name] = "constexpr" if name in constants else f"*{pointer}" if pointer else "i32"
-    signature["scale"] = "fp32"
+    signature |= {"scale": "fp32"} if "scale" in kernel.arg_names else {}
     places = enumerate(kernel.arg_names)
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in places if n not in constants and n not in UNALIGNED}
     source = ASTSource(kernel, signature, constants, attributes)
@@ -116,51 +118,50 @@ def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean):
     assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
 
 
-@pytest.mark.parametrize(
-    ("kv", "dim", "group", "dtype", "mean", "many"),
-    [
-        ("oct3", 128, 4, torch.bfloat16, False, True),
-        ("oct3", 128, 7, torch.bfloat16, True, False),
-        ("oct2", 64, 4, torch.bfloat16, False, True),
-        ("oct4", 256, 4, torch.bfloat16, False, False),
-        ("octopus3", 128, 4, torch.bfloat16, False, True),
-        ("bf16", 128, 4, torch.bfloat16, False, True),
-        ("oct3", 64, 4, torch.float32, False, False),
-    ],
-)
-def test_prefill_of_pages_compiles_for_hopper(kv, dim, group, dtype, mean, many):
-    from octo_run.kernels.attention.prefill import past_tiling
-    from octo_run.kernels.attention.triton_prefill import past_kernel
+@pytest.mark.parametrize("kv", ["oct2", "oct3", "octopus3", "bf16"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_unpacking_compiles_for_hopper(kv, dim):
+    from octo_run.kernels.attention.prefill import Tiling
+    from octo_run.kernels.attention.triton_prefill import unpack_kernel
 
-    constants, tables = format_constants(kv, dim, group, dtype, mean)
-    tiling = past_tiling(dtype, dim, kv == "bf16", mean, many)
-    constants |= {"ROWS": tiling.rows, "BN": tiling.keys}
-    kernel, stack = compile_for_hopper(past_kernel, constants, tiling, dtype, tables)
-    # Each product is 16 deep; a second loop with products would double them.
-    planes, parts = 3, 2 if constants["T1"] else 1
-    products = planes * (constants["T0"] + constants["T1"]) // 16 + planes * parts * tiling.keys // 16
-    products += 6 * constants["HALF"] // 16 if mean else 0
-    assert kernel.asm["ptx"].count("wgmma.mma_async") == (0 if dtype == torch.float32 else products)
+    shared, tables = format_constants(kv, dim, 4, torch.bfloat16, False)
+    constants = {name: value for name, value in shared.items() if name in unpack_kernel.arg_names}
+    kernel, stack = compile_for_hopper(unpack_kernel, constants, Tiling(0, 0, 4, 3), torch.bfloat16, tables)
     assert kernel.metadata.shared <= SHARED_MEMORY
     assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype", "past"),
-    [(64, torch.bfloat16, True), (80, torch.bfloat16, True), (128, torch.bfloat16, False),
-     (128, torch.bfloat16, True), (256, torch.bfloat16, True), (128, torch.float32, True)],
-)  # fmt: skip
-def test_prefill_in_full_precision_compiles_for_hopper(dim, dtype, past):
+    ("dim", "dtype", "past", "slab", "mean"),
+    [
+        (64, torch.bfloat16, True, False, False),
+        (80, torch.bfloat16, True, True, False),
+        (128, torch.bfloat16, False, False, False),
+        (128, torch.bfloat16, True, False, False),
+        (128, torch.bfloat16, False, True, False),
+        (128, torch.bfloat16, True, True, True),
+        (256, torch.bfloat16, True, True, False),
+        (128, torch.float32, True, True, True),
+    ],
+)
+def test_prefill_compiles_for_hopper(dim, dtype, past, slab, mean):
     import triton
+    import triton.language as tl
 
-    from octo_run.kernels.attention.prefill import full_tiling
-    from octo_run.kernels.attention.triton_prefill import full_kernel
+    from octo_run.kernels.attention.prefill import flash_tiling
+    from octo_run.kernels.attention.triton_prefill import flash_kernel
 
-    tiling, width = full_tiling(dtype, dim), max(16, triton.next_power_of_2(dim))
-    constants = {"G": 4, "D": dim, "WIDTH": width, "ROWS": tiling.rows, "BN": tiling.keys, "PAST": past}
-    kernel, stack = compile_for_hopper(full_kernel, constants, tiling, dtype)
+    tiling, width = flash_tiling(dtype, mean), max(16, triton.next_power_of_2(dim))
+    constants = {
+        "G": 4, "D": dim, "WIDTH": width, "ROWS": tiling.rows, "BN": tiling.keys, "PAST": past, "SLAB": slab,
+        "MEAN": mean, "HALF": width // 2, "DOT": tl.float32 if dtype == torch.float32 else tl.float16,
+    }  # fmt: skip
+    types = {name: "fp16" for name in ("SINK_K", "SINK_V", "TAIL_K", "TAIL_V") if slab and dtype != torch.float32}
+    kernel, stack = compile_for_hopper(flash_kernel, constants, tiling, dtype, types=types)
     ptx = kernel.asm["ptx"]
-    assert ptx.count("wgmma.mma_async") == (0 if dtype == torch.float32 else (width + tiling.keys) // 16)
+    # Each product is 16 deep; a second loop with products would double them.
+    products = (width + tiling.keys) // 16 + (6 * (width // 2) // 16 if mean else 0)
+    assert ptx.count("wgmma.mma_async") == (0 if dtype == torch.float32 else products)
     assert ("cp.async.c" in ptx) == (dtype != torch.float32), "keys and values come by asynchronous copies"
     assert kernel.metadata.shared <= SHARED_MEMORY
     assert stack <= spill_bound("bf16"), f"{stack} bytes of registers spilled"

@@ -253,6 +253,18 @@ def test_triton_prefill(kv, dim, group, dtype):
 
 
 @triton_only
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_triton_prefill_in_several_slabs(mean, monkeypatch):
+    from octo_run.kernels.attention import splits
+
+    monkeypatch.setattr(splits, "SLAB_BYTES", 1)  # room for a page in float32, two in fp16
+    case = make_case("octopus3", [40, 64 * 6 + 37, 64 * 3 + 37], 37, 4, 1, 64, dtype=torch.float16, mean=mean)
+    got = run_triton(case)
+    for b in range(3):
+        assert relative_error(got[b], case.want[b]) < 2e-3
+
+
+@triton_only
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
 def test_triton_sinks_and_windows(sink, window):
     for count in (1, 5):
