@@ -76,8 +76,9 @@ class Engine:
         self._workspace: Tensor | None = None
         if self.device.type == "cuda":
             count = kernels.attention_workspace_bytes(
-                plan.shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, self.device, plan.shape.chunk
-            )
+                plan.shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, self.device, plan.shape.chunk,
+                plan.shape.context,
+            )  # fmt: skip
             self._workspace = torch.zeros(count // 4, dtype=torch.float32, device=self.device)
             self.step  # noqa: B018 (its memory is taken now)
         self._ids: list[int] = []  # the tokens whose keys and values sequence 0 holds
@@ -104,8 +105,8 @@ class Engine:
         """Load ``model`` (a path, a name in the cache, or ``octo-demo``) with its KV cache in the format ``kv``.
 
         ``max_context`` is in tokens (None: what the model supports, as far as it fits); ``seed`` chooses the codec's
-        rotation. ``key_mean``: keep the mean of a head's keys out of their code, which costs decode attention about an
-        eighth more instructions (None: where the model's keys have a bias). ``sequences`` is the largest number of them
+        rotation. ``key_mean``: keep the mean of a head's keys out of their code, which makes decode attention up to one
+        and a half times as long (None: where the model's keys have a bias). ``sequences`` is the largest number of them
         that ``step`` decodes together, each with ``max_context`` tokens. ``random_weights`` (a configuration, or the
         path of one) makes up the weights of a shape, to measure it; ``model`` is then a name for it. ``on_plan`` is
         called with the memory plan before any weight is read. Raises ``UsageError`` for wrong arguments and

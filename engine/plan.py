@@ -140,7 +140,7 @@ def _workspace(cfg: ModelConfig, shape: ArenaShape, dtype: torch.dtype, device: 
         return _cpu_activations(cfg, shape.chunk, dtype)
     sequences = shape.sequences
     attention = kernels.attention_workspace_bytes(
-        sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk
+        sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk, shape.context
     )
     return (
         _block(attention) + _library_workspace(device) + _block(buffer_bytes(cfg, max(shape.chunk, sequences), dtype))

@@ -45,10 +45,16 @@ def attend(
 
 
 def attention_workspace_bytes(
-    batch: int, heads: int, kv_heads: int, head_dim: int, device: str | torch.device, queries: int = 1
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    device: str | torch.device,
+    queries: int = 1,
+    length: int | None = None,
 ) -> int:
     """Bytes of workspace that decode steps of up to `batch` sequences of any length, and prefill of up to `queries`
-    tokens in all (B * C), need on `device`; 0 on a CPU."""
+    tokens in all (B * C) with a `max_length` of up to `length` (None: any), need on `device`; 0 on a CPU."""
     if torch.device(device).type == "cpu":
         return 0
-    return workspace_bytes(batch, heads, kv_heads, head_dim, queries)
+    return workspace_bytes(batch, heads, kv_heads, head_dim, queries, length)

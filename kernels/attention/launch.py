@@ -75,7 +75,7 @@ def attend_triton(
             attend_table(q, kv, fmt, out, room, scale=scale, max_length=max_length)
             return out
         if count > 1:
-            room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device, batch * count)
+            room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device, batch * count, max_length)
             attend_prefill(q, kv, fmt, out, room, scale=scale, max_length=max_length)
             return out
         splits = count_splits(batch, kv_heads, max_length)

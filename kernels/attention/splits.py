@@ -42,19 +42,24 @@ def counter_words() -> int:
     return processors() * PROGRAMS_PER_PROCESSOR
 
 
-def _words(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int) -> tuple[int, int]:
+def _words(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int, length: int | None) -> tuple[int, int]:
     """32-bit words of a workspace: its first part, and the slab."""
     parts = max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)  # splits * batch * kv_heads stays within
     first = counter_words() + max(parts * (heads // kv_heads) * (head_dim + 1), queries * heads)
     page = 2 * batch * kv_heads * PAGE_TOKENS * head_dim  # of each sequence and head, in float32
-    return -(-first // 64) * 64, max(SLAB_BYTES // 4, page) if queries > 1 else 0
+    slab = max(SLAB_BYTES // 4, page)
+    if length is not None:
+        slab = min(slab, page * max(1, length // PAGE_TOKENS))
+    return -(-first // 64) * 64, slab if queries > 1 else 0
 
 
-def workspace_bytes(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int = 1) -> int:
+def workspace_bytes(
+    batch: int, heads: int, kv_heads: int, head_dim: int, queries: int = 1, length: int | None = None
+) -> int:
     """Bytes of workspace: counters, then float32 partial outputs and log-sum-exps of decode steps of up to `batch`
     sequences, or one log-sum-exp for each of up to `queries` query tokens of prefill and each head; for prefill also
-    the slab."""
-    return 4 * sum(_words(batch, heads, kv_heads, head_dim, queries))
+    the slab, for sequences of up to `length` tokens (None: of any length)."""
+    return 4 * sum(_words(batch, heads, kv_heads, head_dim, queries, length))
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,9 @@ class Workspace:
 
     @classmethod
     def of(cls, whole: Tensor | None, batch: int, heads: int, kv_heads: int, head_dim: int, device: torch.device,
-           queries: int = 1) -> Workspace:  # fmt: skip
+           queries: int = 1, length: int | None = None) -> Workspace:  # fmt: skip
         """Cut a workspace (None: a new one). Raises ValueError for one that is too small or of another kind."""
-        first, slab = _words(batch, heads, kv_heads, head_dim, queries)
+        first, slab = _words(batch, heads, kv_heads, head_dim, queries, length)
         size = first + slab
         if whole is None:
             whole = torch.zeros(size, dtype=torch.float32, device=device)
