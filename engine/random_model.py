@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NoReturn
 
+from octo_run.engine.shapes import SHAPES
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import ModelConfig, load_config, parse_config, read_json_object
 
@@ -25,15 +26,20 @@ class NoTokenizer:
 
 
 def read_shape(shape: ModelConfig | str | Path) -> ModelConfig:
-    """The configuration itself, or that of a ``config.json`` or of the folder that holds one.
+    """The configuration itself, that of a name in `SHAPES`, or that of a ``config.json`` or of the folder it lies in.
 
     Raises ``UsageError`` for a path that is not there and ``OctoError`` for a file that is no configuration.
     """
     if isinstance(shape, ModelConfig):
         return shape
     path = Path(shape)
+    if str(shape) in SHAPES:
+        return parse_config(SHAPES[str(shape)], path)
     if path.is_dir():
         return load_config(path)
     if not path.is_file():
-        raise UsageError(f"There is no file {path}; random weights need a config.json or the folder that holds one.")
+        raise UsageError(
+            f"There is no file {path}; random weights need a config.json, the folder that holds one, or one of the"
+            f" shapes {', '.join(SHAPES)}."
+        )
     return parse_config(read_json_object(path), path)

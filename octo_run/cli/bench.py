@@ -1,7 +1,12 @@
-"""``octo-run bench``: how fast prompts are read and answers written, and what memory that takes."""
+"""``octo-run bench``: how fast prompts are read and answers written at given depths, and what memory that takes."""
 
-import random
-import statistics
+import csv
+import dataclasses
+import gc
+import io
+import json
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,110 +16,134 @@ from octo_run.cli.options import EngineOptions, engine_options
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
-    from octo_run.engine import Engine
+    from octo_run.engine.benchmark import Row
+
+Test = tuple[str, int]
+
+
+def _tests(_ctx: click.Context, _param: click.Parameter, value: str) -> list[Test]:
+    found = []
+    for name in value.split(","):
+        match = re.fullmatch(r"(pp|tg)([1-9][0-9]*)", name.strip())
+        if match is None:
+            raise click.BadParameter(f"{name.strip()!r} is no test; give a list like pp512,tg128")
+        found.append((match[1], int(match[2])))
+    return found
+
+
+def _depths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
+    if not re.fullmatch(r"\s*[0-9]+\s*(,\s*[0-9]+\s*)*", value):
+        raise click.BadParameter(f"{value!r} is no list of token counts like 0,4096")
+    return [int(number) for number in value.split(",")]
 
 
 @click.command("bench")
-@click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the prompt."
-)
-@click.option("--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens to generate.")
-@click.option("--depth", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens in the cache before.")
+@click.option("--tests", callback=_tests, default="pp512,tg128", show_default=True, metavar="LIST",
+              help="ppN: read a prompt of N tokens; tgN: generate N tokens.")  # fmt: skip
+@click.option("--depth", "depths", callback=_depths, default="0", show_default=True, metavar="LIST",
+              help="Tokens in the cache before.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at a time.")
 @click.option("--repetitions", "-r", type=click.IntRange(min=1), default=5, show_default=True, help="Measured rounds.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--random-weights", metavar="SHAPE", help="Measure a shape (llama-3.1-8b, ..., or a config.json).")
+@click.option("--output", "-o", type=click.Choice(["table", "markdown", "csv", "json", "jsonl"]), default="table",
+              show_default=True, help="Form of the result.")  # fmt: skip
 @engine_options
 @debug_option
-def command(prompt_tokens: int, tokens: int, depth: int, repetitions: int, as_json: bool, load: EngineOptions) -> None:
-    """Measure prompt and generation speed.
+def command(tests: list[Test], depths: list[int], batch: int, repetitions: int, random_weights: str | None,
+            output: str, load: EngineOptions) -> None:  # fmt: skip
+    """Measure prompt and generation speed, for every format of --kv A,B,C, every test and every depth.
 
-    One round that is not counted warms up; then every round puts --depth random tokens in the cache, reads
-    --prompt-tokens new ones and generates --tokens greedily, whatever the model says. Shown are the median and the
-    range over the rounds.
+    One round that is not counted warms up; then every round puts --depth random keys and values in the cache and times
+    the test. Shown are the median and the range over the rounds, and for generation the bytes that a step must
+    read (weights and packed pages) by second, also as a share of the copy bandwidth measured here.
     """
-    engine = runtime.load_engine(load)
-    needed = depth + prompt_tokens + tokens
-    if needed > engine.max_context:
+    needed = max(depths) + max(tokens for _, tokens in tests)
+    if load.ctx is not None and needed > load.ctx:
         raise UsageError(
-            f"--depth {depth} + --prompt-tokens {prompt_tokens} + --tokens {tokens} are {needed:,} tokens and the"
-            f" context holds {engine.max_context:,}; choose less or raise --ctx."
+            f"A depth of {max(depths):,} and a test of {needed - max(depths):,} are {needed:,} tokens and --ctx says"
+            f" {load.ctx:,}; choose less or raise --ctx."
         )
-    report = measure(engine, load, prompt_tokens=prompt_tokens, tokens=tokens, depth=depth, repetitions=repetitions)
-    if as_json:
-        console.print_json(report)
-    else:
-        click.echo(_text(report))
+    report: dict[str, Any] = {"model": random_weights or load.model, "memory": {}, "rows": []}
+    for kv in dict.fromkeys(name.strip() for name in load.kv.split(",")):
+        options = dataclasses.replace(load, kv=kv, ctx=load.ctx or needed)
+        _measure(options, report, tests, depths, batch, repetitions, random_weights)
+        gc.collect()  # the arena goes before the next one is planned
+    click.echo(_FORMS[output](report))
 
 
-def measure(
-    engine: "Engine", load: EngineOptions, *, prompt_tokens: int, tokens: int, depth: int, repetitions: int
-) -> dict[str, Any]:
-    """Time ``repetitions`` rounds after one for warming up; rates are in tokens per second, memory in bytes."""
-    engine.end_ids = frozenset()  # no token ends a measured answer early
-    prompt_rates, generation_rates = [], []
-    for number in range(repetitions + 1):
-        prompt_rate, generation_rate = _round(engine, number, prompt_tokens, tokens, depth)
-        if number:
-            prompt_rates.append(prompt_rate)
-            generation_rates.append(generation_rate)
-    return {
-        "model": load.model,
-        "kv": load.kv,
-        "device": _device_name(engine),
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "prompt_tokens": prompt_tokens,
-        "tokens": tokens,
-        "depth": depth,
-        "repetitions": repetitions,
-        "prompt_tokens_per_second": _spread(prompt_rates),
-        "generation_tokens_per_second": _spread(generation_rates),
-        "memory_plan": engine.memory_plan(),
-        "memory_now": engine.memory_now(),
-    }
+def _measure(load: EngineOptions, report: dict[str, Any], tests: list[Test], depths: list[int], batch: int,
+             repetitions: int, random_weights: str | None) -> None:  # fmt: skip
+    """Load one format and add its rows and its memory to the report."""
+    engine = runtime.load_engine(load, sequences=batch, random_weights=random_weights)
+    if "device" not in report:
+        bandwidth = runtime.copy_bandwidth(engine)
+        report |= {"device": runtime.device_name(engine), "dtype": str(engine.dtype).removeprefix("torch.")}
+        report |= {"repetitions": repetitions, "copy_gb_per_s": round(bandwidth * 1e-9, 2)}
+    for depth in depths:
+        for test in tests:
+            row = runtime.measure(engine, test, depth=depth, batch=batch, repetitions=repetitions,
+                                  bandwidth=report["copy_gb_per_s"] * 1e9)  # fmt: skip
+            report["rows"].append(row)
+            console.notice(f"{row.kv} {row.test} at depth {row.depth:,}: {row.tokens_per_s:,.1f} tokens/s")
+    report["memory"][load.kv] = {"plan": engine.memory_plan(), "now": engine.memory_now()}
 
 
-def _round(engine: "Engine", number: int, prompt_tokens: int, tokens: int, depth: int) -> tuple[float, float]:
-    """One round on tokens of its own (no earlier round's prefix helps): tokens per second of prompt and answer."""
-    source = random.Random(number)
-    ordinary = [i for i in range(engine.config.vocab_size) if i not in engine.tokenizer.special_ids]
-    ids = [ordinary[number % len(ordinary)], *source.choices(ordinary, k=depth + prompt_tokens - 1)]
-    if depth:
-        runtime.run_to_end(engine, ids[:depth], max_tokens=1)
-    generation = runtime.run_to_end(engine, ids, max_tokens=tokens)
-    fresh = generation.prompt_tokens - generation.reused_tokens
-    return fresh / generation.prefill_seconds, (generation.generated_tokens - 1) / generation.decode_seconds
+HEADER = ["kv", "test", "depth", "batch", "tokens/s", "least", "most", "ms/token", "GB/s", "% of copy"]
 
 
-def _spread(rates: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(rates), 2),
-        "least": round(min(rates), 2),
-        "most": round(max(rates), 2),
-    }
+def _cells(row: "Row") -> list[str]:
+    read = ["", ""] if row.gb_per_s is None else [f"{row.gb_per_s:,.1f}", f"{100 * (row.of_bandwidth or 0):.0f}"]
+    return [row.kv, row.test, f"{row.depth:,}", str(row.batch), f"{row.tokens_per_s:,.1f}", f"{row.least:,.1f}",
+            f"{row.most:,.1f}", f"{row.ms_per_token:.3f}", *read]  # fmt: skip
 
 
-def _device_name(engine: "Engine") -> str:
-    """The device with the name of the chip, so that a figure says where it was taken."""
-    import torch
-
-    if engine.device.type == "cuda":
-        return f"{engine.device} ({torch.cuda.get_device_name(engine.device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def _text(report: dict[str, Any]) -> str:
-    rows = []
-    for label, count, key in (("prompt", "prompt_tokens", "prompt"), ("generation", "tokens", "generation")):
-        rates = report[f"{key}_tokens_per_second"]
-        rows.append([label, f"{report[count]:,}", *(f"{rates[name]:,.1f}" for name in ("median", "least", "most"))])
-    plan, now = report["memory_plan"], report["memory_now"]
-    parts = [f"{label} {console.human_bytes(plan[key])}" for key, label in runtime.PLAN_PARTS.items()]
-    actual = [f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in now.items()]
-    return "\n".join(
-        [
-            f"{report['model']}, KV cache {report['kv']}, {report['dtype']} on {report['device']},"
-            f" {report['repetitions']} rounds at depth {report['depth']:,}",
-            console.table(["", "tokens", "median tokens/s", "least", "most"], rows),
-            f"memory planned: {', '.join(parts)}, total {console.human_bytes(plan['total'])}",
-            f"memory in use: {', '.join(actual)}",
-        ]
+def _head(report: dict[str, Any]) -> str:
+    return (
+        f"{report['model']}, {report['dtype']} on {report['device']}, {report['repetitions']} rounds, copy bandwidth"
+        f" {report['copy_gb_per_s']:,} GB/s"
     )
+
+
+def _memory(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for kv, memory in report["memory"].items():
+        plan = memory["plan"]
+        parts = [f"{label} {console.human_bytes(plan[key])}" for key, label in runtime.PLAN_PARTS.items()]
+        now = [f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in memory["now"].items()]
+        lines.append(
+            f"{kv}: {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)}, total"
+            f" {console.human_bytes(plan['total'])}; in use: {', '.join(now)}"
+        )
+    return lines
+
+
+def _table(report: dict[str, Any]) -> str:
+    return "\n".join([_head(report), console.table(HEADER, [_cells(row) for row in report["rows"]]), *_memory(report)])
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    rows = [HEADER, ["---"] * len(HEADER), *(_cells(row) for row in report["rows"])]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n\n".join([_head(report), table, *(f"- {line}" for line in _memory(report))])
+
+
+def _plain(report: dict[str, Any]) -> dict[str, Any]:
+    return report | {"rows": [dataclasses.asdict(row) for row in report["rows"]]}
+
+
+def _csv(report: dict[str, Any]) -> str:
+    text = io.StringIO()
+    rows = _plain(report)["rows"]
+    writer = csv.DictWriter(text, fieldnames=[*rows[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip()
+
+
+_FORMS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "table": _table,
+    "markdown": _markdown,
+    "csv": _csv,
+    "json": lambda report: json.dumps(_plain(report), indent=2),
+    "jsonl": lambda report: "\n".join(json.dumps(row) for row in _plain(report)["rows"]),
+}

@@ -7,7 +7,8 @@ from octo_run.cli.console import human_bytes, notice
 from octo_run.cli.options import EngineOptions, SamplingOptions
 
 if TYPE_CHECKING:
-    from octo_run.engine import Engine, Generation, MemoryPlan, Reply, SamplingParams, Session
+    from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
+    from octo_run.engine.benchmark import Row
 
 PLAN_PARTS = {
     "weights": "weights",
@@ -69,14 +70,27 @@ def open_reply(engine: "Engine", ids: list[int], options: SamplingOptions) -> "R
     return Reply(engine, ids, sampling_params(engine, options))
 
 
-def run_to_end(engine: "Engine", ids: list[int], max_tokens: int) -> "Generation":
-    """Continue ``ids`` greedily by ``max_tokens`` tokens; the returned generation is over and holds the figures."""
-    from octo_run.engine import SamplingParams
+def copy_bandwidth(engine: "Engine") -> float:
+    """Bytes per second that the engine's device copies."""
+    from octo_run.engine import benchmark
 
-    generation = engine.generate(ids, SamplingParams(max_tokens=max_tokens))
-    for _token in generation:
-        pass
-    return generation
+    return benchmark.copy_bandwidth(engine.device)
+
+
+def measure(engine: "Engine", test: tuple[str, int], **settings: Any) -> "Row":
+    """One measurement of ``octo-run bench``; ``settings`` are those of ``benchmark.measure``."""
+    from octo_run.engine import benchmark
+
+    return benchmark.measure(engine, test, **settings)
+
+
+def device_name(engine: "Engine") -> str:
+    """The device with the name of the chip, so that a figure says where it was taken."""
+    import torch
+
+    if engine.device.type == "cuda":
+        return f"{engine.device} ({torch.cuda.get_device_name(engine.device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def sampling_params(engine: "Engine", options: SamplingOptions) -> "SamplingParams":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from octo_run.cli import console, main, runtime
+from octo_run.engine.benchmark import Row
 from octo_run.errors import UsageError
 
 
@@ -68,8 +69,9 @@ class FakeEngine:
         self.end_ids: frozenset[int] = frozenset({2})
         self.replies: list[FakeReply] = []
         self.prompts: list[list[int]] = []
-        self.runs: list[tuple[list[int], int]] = []
+        self.runs: list[tuple[str, str, int, int, int]] = []  # kv, test, tokens, depth, batch
         self.loaded: Any = None
+        self.cache: dict[str, Any] = {}
         self.sampling: Any = None
         self.session: FakeSession | None = None
 
@@ -113,8 +115,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The fake engine, put behind all that the commands use of the real one."""
     fake = FakeEngine()
 
-    def load(options: Any) -> FakeEngine:
-        fake.loaded = options
+    def load(options: Any, **cache: Any) -> FakeEngine:
+        fake.loaded, fake.cache = options, cache
         return fake
 
     def params(_engine: FakeEngine, options: Any) -> Any:
@@ -126,22 +128,19 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         params(fake, options)
         return fake.next_reply()
 
-    def run(_engine: FakeEngine, ids: list[int], max_tokens: int) -> Any:
-        fake.runs.append((list(ids), max_tokens))
-        reused = len(fake.runs[-2][0]) if len(fake.runs) > 1 and fake.runs[-2][1] == 1 else 0
-        return SimpleNamespace(
-            prompt_tokens=len(ids),
-            reused_tokens=reused,
-            generated_tokens=max_tokens,
-            prefill_seconds=0.5,
-            decode_seconds=0.25 * len(fake.runs),
-        )
+    def measure(_engine: FakeEngine, test: tuple[str, int], **settings: Any) -> Row:
+        fake.runs.append((fake.loaded.kv, *test, settings["depth"], settings["batch"]))
+        read = None if test[0] == "pp" else 80.0
+        return Row(fake.loaded.kv, f"{test[0]}{test[1]}", settings["depth"], settings["batch"], 1234.5, 1200.0, 1300.0,
+                   0.81, read, None if read is None else 0.8)  # fmt: skip
 
+    monkeypatch.setattr(runtime, "measure", measure)
+    monkeypatch.setattr(runtime, "copy_bandwidth", lambda _engine: 100e9)
+    monkeypatch.setattr(runtime, "device_name", lambda _engine: "cpu (1 threads)")
     monkeypatch.setattr(runtime, "load_engine", load)
     monkeypatch.setattr(runtime, "sampling_params", params)
     monkeypatch.setattr(runtime, "open_session", FakeSession)
     monkeypatch.setattr(runtime, "open_reply", reply)
-    monkeypatch.setattr(runtime, "run_to_end", run)
     return fake
 
 

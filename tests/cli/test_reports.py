@@ -1,7 +1,6 @@
 """``bench``, ``show``, ``list``, ``pull``, ``rm`` and ``doctor``."""
 
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,30 +30,51 @@ def test_table_sets_numbers_flush_right() -> None:
     assert console.table(["name", "n"], [["a", "5"], ["long", "1,000"]]) == "name      n\na         5\nlong  1,000"
 
 
-def test_bench_times_rounds_after_one_for_warming_up(octo: Callable[..., Any], engine: Any) -> None:
-    argv = "bench --prompt-tokens 10 --tokens 5 --depth 20 -r 2 --json --kv octopus4"
-    report = json.loads(octo(*shlex.split(argv)).out)
-    assert [(len(ids), count) for ids, count in engine.runs] == [(20, 1), (30, 5)] * 3
-    assert all(engine.runs[i + 1][0][:20] == engine.runs[i][0] for i in (0, 2, 4))
-    assert len({ids[0] for ids, _ in engine.runs}) == 3, "no round may reuse the prefix of another"
-    assert not {i for ids, _ in engine.runs for i in ids} & {0, 1, 2}, "special tokens stay out"
-    assert engine.end_ids == frozenset()
-    assert report["prompt_tokens_per_second"] == {"median": 20.0, "least": 20.0, "most": 20.0}
-    generation = report["generation_tokens_per_second"]
-    assert generation["most"] == 4.0 and generation["least"] == pytest.approx(4 / 1.5, abs=0.01)
-    assert (report["kv"], report["depth"], report["repetitions"]) == ("octopus4", 20, 2)
-    assert report["memory_plan"]["total"] == 1239 and report["memory_now"] == {"process_peak": 4_000_000}
+BENCH = ("bench", "--tests", "pp512,tg128", "--depth", "0,4096", "--kv", "oct3,bf16", "--batch", "2")
 
 
-def test_bench_text_names_speed_and_memory(octo: Callable[..., Any], engine: Any) -> None:
-    out = octo("bench", "-r", "1").out
-    assert "prompt      " in out and "generation  " in out and "median tokens/s" in out
-    assert "memory planned: weights 1 kB, KV arena 200 B" in out and "process peak 4 MB" in out
+def test_bench_measures_every_format_depth_and_test(octo: Callable[..., Any], engine: Any) -> None:
+    report = json.loads(octo(*BENCH, "-r", "3", "--output", "json").out)
+    tests = [("pp", 512), ("tg", 128)]
+    assert engine.runs == [(kv, *test, n, 2) for kv in ("oct3", "bf16") for n in (0, 4096) for test in tests]
+    assert engine.loaded.ctx == 4096 + 512, "no more context than the tests need"
+    assert engine.cache == {"sequences": 2, "random_weights": None}
+    assert report["repetitions"] == 3 and report["copy_gb_per_s"] == 100.0
+    assert [row["test"] for row in report["rows"][:2]] == ["pp512", "tg128"]
+    assert report["rows"][0]["gb_per_s"] is None and report["rows"][1]["of_bandwidth"] == 0.8
+    assert report["memory"]["oct3"]["plan"]["total"] == 1239
+    assert report["memory"]["bf16"]["now"] == {"process_peak": 4_000_000}
 
 
-def test_bench_that_does_not_fit_the_context(octo: Callable[..., Any], engine: Any) -> None:
-    shown = octo("bench", "--depth", "4000")
-    assert shown.code == 2 and "are 4,640 tokens and the context holds 4,096" in shown.err and not engine.runs
+def test_bench_prints_tables_and_lines(octo: Callable[..., Any], engine: Any) -> None:
+    table = octo(*BENCH).out
+    assert "tokens/s" in table and "1,234.5" in table and "% of copy" in table
+    assert (
+        "oct3: 7 bytes per packed token; planned: weights 1 kB, KV arena 200 B" in table
+        and "process peak 4 MB" in table
+    )
+    assert (
+        "| oct3 | tg128 | 4,096 | 2 | 1,234.5 | 1,200.0 | 1,300.0 | 0.810 | 80.0 | 80 |"
+        in octo(*BENCH, "-o", "markdown").out
+    )
+    lines = octo(*BENCH, "-o", "csv").out.splitlines()
+    assert lines[0].startswith("kv,test,depth,batch,tokens_per_s") and len(lines) == 9
+    rows = [json.loads(line) for line in octo(*BENCH, "-o", "jsonl").out.splitlines()]
+    assert len(rows) == 8 and rows[7]["kv"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["--tests", "pp512,xx"], "'xx' is no test; give a list like pp512,tg128"),
+        (["--tests", "tg0"], "'tg0' is no test"),
+        (["--depth", "1k"], "'1k' is no list of token counts"),
+        (["--depth", "4000", "--ctx", "4096"], "are 4,512 tokens and --ctx says 4,096"),
+    ],
+)
+def test_bench_refuses(octo: Callable[..., Any], engine: Any, argv: list[str], error: str) -> None:
+    shown = octo("bench", *argv)
+    assert shown.code == 2 and error in shown.err and not engine.runs
 
 
 def test_show_json(octo: Callable[..., Any]) -> None:

@@ -96,10 +96,11 @@ def test_generate_chat_from_stdin_ends_by_itself(octo: Callable[..., "subprocess
 
 
 def test_bench_and_doctor(octo: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
-    done = octo("bench", "--prompt-tokens", "70", "--tokens", "4", "--depth", "200", "-r", "2", "--json")
-    report = json.loads(done.stdout)
+    done = octo("bench", "--tests", "pp70,tg4", "--depth", "200", "--kv", "oct3,bf16", "-r", "1", "--output", "jsonl")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0
-    assert all(report[f"{part}_tokens_per_second"]["median"] > 0 for part in ("prompt", "generation"))
+    assert [(row["kv"], row["test"]) for row in rows] == [(kv, t) for kv in ("oct3", "bf16") for t in ("pp70", "tg4")]
+    assert all(row["tokens_per_s"] > 0 for row in rows) and 0 < rows[1]["of_bandwidth"] < 2
     assert octo("doctor").returncode == 0
 
 

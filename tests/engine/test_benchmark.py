@@ -1,0 +1,48 @@
+"""The measurements behind ``octo-run bench``, on the CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from octo_run.engine import Engine, benchmark
+from octo_run.engine.random_model import read_shape
+from octo_run.engine.shapes import SHAPES
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load("octo-demo", kv="oct3", device="cpu", max_context=300, sequences=2)
+
+
+def test_bandwidth_is_that_of_a_memory() -> None:
+    assert 1e8 < benchmark.copy_bandwidth(torch.device("cpu")) < 1e13
+
+
+def test_rounds_begin_at_the_depth(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[tuple[int, int]] = []
+    fill = engine.fill
+    monkeypatch.setattr(engine, "fill", lambda seq, n, seed: (filled.append((seq, n)), fill(seq, n, seed)))
+    settings: dict[str, Any] = {"depth": 130, "batch": 2, "repetitions": 2, "bandwidth": 1e9}
+    row = benchmark.measure(engine, ("tg", 5), **settings)
+    assert filled == [(0, 130), (1, 130)] * 3 and engine.arena.length[:2] == [135, 135]
+    assert (row.kv, row.test, row.depth, row.batch) == ("oct3", "tg5", 130, 2)
+    assert 0 < row.least <= row.tokens_per_s <= row.most
+    assert row.ms_per_token == pytest.approx(2000 / row.tokens_per_s)
+    step = benchmark.step_weight_bytes(engine) + 2 * engine.plan.bytes_per_token * 132.5
+    assert row.gb_per_s == pytest.approx(step * row.tokens_per_s / 2 * 1e-9)
+    assert row.of_bandwidth == pytest.approx(row.gb_per_s)
+    prompt = benchmark.measure(engine, ("pp", 70), **settings)
+    assert prompt.gb_per_s is None and engine.arena.length[:2] == [200, 200]
+
+
+def test_an_embedding_of_its_own_is_not_read_by_a_step(engine: Engine) -> None:
+    cfg = engine.config
+    apart = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size * 4
+    assert benchmark.step_weight_bytes(engine) == engine.plan.weights - apart
+
+
+def test_named_shapes_are_those_of_the_models() -> None:
+    shapes = {name: read_shape(name) for name in SHAPES}
+    assert (shapes["llama-3.1-8b"].num_layers, shapes["llama-3.1-8b"].hidden_size) == (32, 4096)
+    assert shapes["qwen2.5-7b"].qkv_bias and shapes["qwen3-0.6b"].qk_norm
