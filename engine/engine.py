@@ -107,10 +107,10 @@ class Engine:
         ``max_context`` is in tokens (None: what the model supports, as far as it fits); ``seed`` chooses the codec's
         rotation. ``key_mean``: keep the mean of a head's keys out of their code, which makes decode attention up to one
         and a half times as long (None: where the model's keys have a bias). ``sequences`` is the largest number of them
-        that ``step`` decodes together, each with ``max_context`` tokens. ``random_weights`` (a configuration, or the
-        path of one) makes up the weights of a shape, to measure it; ``model`` is then a name for it. ``on_plan`` is
-        called with the memory plan before any weight is read. Raises ``UsageError`` for wrong arguments and
-        ``OctoError`` for a model that cannot be loaded or does not fit.
+        that ``step`` decodes together, each with ``max_context`` tokens. ``random_weights`` (a configuration, the path
+        of one, or a name in `shapes.SHAPES`) makes up the weights of a shape, to measure it; ``model`` is then a name
+        for it. ``on_plan`` is called with the memory plan before any weight is read. Raises ``UsageError`` for wrong
+        arguments and ``OctoError`` for a model that cannot be loaded or does not fit.
         """
         if not 1 <= sequences <= MAX_SEQUENCES:
             raise UsageError(f"The number of sequences is {sequences}; give 1 to {MAX_SEQUENCES}.")

@@ -99,6 +99,7 @@ class MemoryPlan:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device now (for a CPU: the memory that the system calls available)."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an engine that is gone has left with the allocator is free, too
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as lines:

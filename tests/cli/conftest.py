@@ -64,9 +64,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
         self.max_context = 4096
-        self.config = SimpleNamespace(vocab_size=100)
-        self.device, self.dtype = SimpleNamespace(type="cpu"), "torch.float32"
-        self.end_ids: frozenset[int] = frozenset({2})
+        self.dtype = "torch.float32"
         self.replies: list[FakeReply] = []
         self.prompts: list[list[int]] = []
         self.runs: list[tuple[str, str, int, int, int]] = []  # kv, test, tokens, depth, batch
