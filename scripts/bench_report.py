@@ -1,0 +1,31 @@
+"""What the reports of the measuring scripts have in common: where, when and by which command, and tables."""
+
+import datetime
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """The chip's name, or how many threads of the CPU are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def provenance(argv: Sequence[str], device: torch.device, packages: Sequence[ModuleType]) -> str:
+    """One sentence without its full stop: the command ``argv`` (the script's path first), the device, the versions of
+    ``packages`` and the date."""
+    command = shlex.join(["python", f"scripts/{Path(argv[0]).name}", *argv[1:]])
+    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    return f"`{command}` on one {device_name(device)}, {versions}, {today} (UTC)"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
