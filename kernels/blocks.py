@@ -161,10 +161,10 @@ def read_map(form: TableFormat, side: Side, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class SearchTables:
-    """Tables of the encoder, float32.
+    """Tables of the encoder.
 
-    keys: [4, codes / (16 * side), 16, side * cells], `side` groups of 16 codes side by side, see `search_tables`;
-    values: [3, entries], the table in odd half steps.
+    keys: float16 [16, codes * cells], planes of [codes / (16 * side), 16, side * cells], `side` groups of 16 codes side
+    by side, see `search_tables`; values: float32 [3, entries], the table in odd half steps.
     """
 
     keys: Tensor
@@ -172,27 +172,32 @@ class SearchTables:
 
 
 SEARCH_COLUMNS = 64
+SEARCH_OFFSET = 16 * 3 * 1020**2 // 8
+"""Added to every key: a cost is 2 |o - x / 4|^2 - |x|^2 / 8, so that no key is below zero."""
 
 
 @functools.cache
 def search_tables(form: TableFormat, device: torch.device) -> SearchTables:
     """Tables of the encoder. ValueError for a table whose costs do not fit the exact range of float32.
 
-    Plane 0 of `keys` and the factors of a triplet x (in eighths of a step) in the planes 1 to 3 give the key of an
-    entry o (odd half steps), ``16 * (2 |o|^2 - o . x) + code % 16``: the least key of 16 codes names the cheapest of
-    them, the smallest code of equals. All its partial sums are integers below 2^24.
+    A triplet x (in eighths of a step) in the planes 0 to 2 of `keys`, 1 in plane 3 and 1024 in the planes 4 and 5
+    give the key of an entry o (odd half steps), ``16 * (2 |o|^2 - o . x) + code % 16``: the least key of 16 codes
+    names the cheapest of them, the smallest code of equals. All factors and planes are integers that float16 has, all
+    partial sums in any order integers below 2^24. The other planes are 0: a tensor core multiplies sixteen.
     """
     odd = 2 * form.table.to(torch.float64) + 1
     states, codes = 1 << form.state, form.codes
     main = odd[: states << form.stream].view(states, codes, states, 3).transpose(0, 1).reshape(codes, form.cells, 3)
-    keys = torch.empty(4, codes, form.cells, dtype=torch.float64)
-    keys[0] = 32 * main.square().sum(-1) + torch.arange(codes)[:, None] % 16
-    keys[1:] = -16 * main.permute(2, 0, 1)
-    size, reach = 32 * main.square().sum(-1), 16 * 1020 * main.abs().sum(-1)
-    largest = float((torch.maximum(size, reach) if form.signed else size + reach).max()) + 16
+    size, low = 32 * main.square().sum(-1), torch.arange(codes)[:, None] % 16
+    first = (size + low).long() + SEARCH_OFFSET
+    keys = torch.zeros(16, codes, form.cells, dtype=torch.float64)
+    keys[:3] = -16 * main.permute(2, 0, 1)
+    keys[3], keys[4], keys[5] = first & 1023, first >> 10 & 1023, first >> 20 << 10
+    reach = 16 * 1020 * main.abs().sum(-1)
+    largest = float((torch.maximum(size, reach) if form.signed else size + reach).max()) + SEARCH_OFFSET + 16
     if largest >= 1 << 24 or largest / 16 * codes >= 1 << 30:
         raise ValueError("the table's numbers are too large for an exact search in float32")
     side = max(1, SEARCH_COLUMNS // form.cells)
-    keys = keys.view(4, codes // (16 * side), side, 16, form.cells).transpose(2, 3).flatten(3)
+    keys = keys.view(16, codes // (16 * side), side, 16, form.cells).transpose(2, 3).flatten(1)
     values = odd.t().contiguous()
-    return SearchTables(keys.to(torch.float32).contiguous().to(device), values.to(torch.float32).to(device))
+    return SearchTables(keys.to(torch.float16).contiguous().to(device), values.to(torch.float32).to(device))

@@ -34,11 +34,14 @@ class Tiling:
 
 
 @functools.cache
-def flash_tiling(dtype: torch.dtype, mean: bool) -> Tiling:
-    """Tiles of `flash_kernel`: two programs a multiprocessor up to 128 coordinates."""
+def flash_tiling(dtype: torch.dtype, dim: int, mean: bool) -> Tiling:
+    """Tiles of `flash_kernel`, which takes the registers of a whole multiprocessor (sm_90); three stages of keys and
+    values fit its shared memory up to 128 coordinates."""
     if dtype == torch.float32:
         return Tiling(16, 16, 8, 1)
-    return Tiling(128, 32 if mean else 64, 8, 2)
+    if mean:
+        return Tiling(128, 32, 8, 2)
+    return Tiling(128, 64, 8, 3 if dim <= 128 else 2)
 
 
 def attend_prefill(
@@ -67,7 +70,7 @@ def _flash(q: Tensor, kv: AttentionInputs, out: Tensor, lse: Tensor, scale: floa
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     mean = kv.mean if slab is not None else None
-    tiling = flash_tiling(q.dtype, mean is not None)
+    tiling = flash_tiling(q.dtype, dim, mean is not None)
     tail_k, tail_v = slab if slab is not None else (kv.tail_k, kv.tail_v)
     sink_k, sink_v = slab if slab is not None else (kv.sink_k, kv.sink_v)  # not read beside a slab
     coef = base = offset = no_table(q.device)

@@ -92,7 +92,24 @@ def unpack_kernel(
             _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0, T1, tl.float32)
 
 
-@triton.jit(do_not_specialize=["count", "sink", "capacity", "first"])
+@triton.jit
+def _tile(t, segments, BN: tl.constexpr):
+    """Tile t of sinks and tail: whether it lies in the sinks, its first row there, the position of that row's token,
+    and how many of its rows count. A tile ends where the sinks or the ring end, so that none wraps."""
+    sinks, done, row0, before_wrap, total = segments
+    sink_tiles = tl.cdiv(sinks, BN)
+    first_tiles = tl.cdiv(before_wrap, BN)
+    is_sink = t < sink_tiles
+    wrapped = t >= sink_tiles + first_tiles
+    at = (t - sink_tiles) * BN
+    after = (t - sink_tiles - first_tiles) * BN
+    row = tl.where(is_sink, t * BN, tl.where(wrapped, after, row0 + at))
+    position = tl.where(is_sink, t * BN, done + tl.where(wrapped, before_wrap + after, at))
+    valid = tl.where(is_sink, sinks - t * BN, tl.where(wrapped, total - before_wrap - after, before_wrap - at))
+    return is_sink, row, position, valid
+
+
+@triton.jit(do_not_specialize=["count", "sink", "first"])
 def flash_kernel(
     Q, OUT, LSE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, COEF, BASE, OFFSET, scale, count, sink,
     capacity, first, sc_b, sc_c, sc_h, sq_b, sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t,
@@ -103,17 +120,16 @@ def flash_kernel(
     """Causal attention over sinks and tail; PAST makes it a continuation of what an earlier call left in OUT and LSE.
 
     SLAB: instead over the packed tokens from number `first` on that `unpack_kernel` wrote to TAIL_K and TAIL_V
-    (`capacity` of them at most, of type DOT, as is what stands for sinks), all before the queries; normalised to OUT
-    [B, C, H, D], log2-sum-exp2 to LSE [B, C, H] (without a key 0 and `LOWEST`). MEAN (slabs only): add the key
-    mean's part to the scores (`KeyMean`), by products in DOT. Program (row block, the last first, for they take
-    longest; KV head; sequence). WIDTH and HALF: D and half of it, made powers of two.
+    (`capacity` of them at most, of type DOT), all before the queries; normalised to OUT [B, C, H, D], log2-sum-exp2 to
+    LSE [B, C, H] (without a key 0 and `LOWEST`). MEAN (slabs only): add the key mean's part to the scores (`KeyMean`),
+    by products in DOT. Program (row block, the last first, for they take longest; KV head; sequence). WIDTH and HALF:
+    D and half of it, made powers of two. `scale` is above 0.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     start = tl.load(STARTS + b)
     packed = tl.load(PACKED + b)
-    origin = tl.load(ORIGIN + b)
     r = block * ROWS + tl.arange(0, ROWS)
     c = r // G
     head = h * G + r % G
@@ -128,16 +144,7 @@ def flash_kernel(
         m = tl.load(LSE + (b * count + c) * (tl.num_programs(1) * G) + head, mask=c < count, other=LOWEST)
         l = tl.where(m > LOWEST, 1.0, 0.0)
         acc = tl.load(to, mask=wanted, other=0.0).to(tl.float32)
-    if SLAB:
-        length = tl.minimum(tl.maximum(packed * 64 - first, 0), capacity)
-        done = first * 0
-        origin = done
-    else:
-        length = start + tl.minimum((block * ROWS + ROWS - 1) // G, count - 1) + 1
-        done = sink + packed * 64
-    sinks = tl.minimum(sink, length)
-    sink_tiles = tl.cdiv(sinks, BN)
-    tiles = sink_tiles + tl.cdiv(tl.maximum(length - done, 0), BN)
+    n = tl.arange(0, BN)
     gain = tl.zeros([ROWS], tl.float32) + scale * LOG2E
     if MEAN:
         f = tl.arange(0, HALF)[None, :]
@@ -149,40 +156,62 @@ def flash_kernel(
         lift = (top_f * (scale * LOG2E))[:, None]
         a_high, a_low = _two(a * (1.0 / top_f)[:, None], DOT)
         e_high, e_low = _two(e * (1.0 / top_f)[:, None], DOT)
-    if SLAB:  # queries are divided by their largest coordinate, so that no dtype of DOT can overflow
+    if SLAB:
+        # Queries are divided by their largest coordinate, so that no dtype of DOT can overflow.
         largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
         q = (q.to(tl.float32) * (1.0 / largest)[:, None]).to(DOT)
         gain = gain * largest
-    n = tl.arange(0, BN)
-    for t in range(0, tiles):
-        is_sink = t < sink_tiles
-        begin = tl.where(is_sink, t * BN, done + (t - sink_tiles) * BN)
-        position = begin + n
-        there = position < tl.where(is_sink, sinks, length)
-        row = tl.where(is_sink, begin, (begin - sink - origin) % capacity) + n
-        row = tl.where((row >= capacity) & (t >= sink_tiles), row - capacity, row)
-        k_at = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
-        v_at = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
-        k_row = row.to(tl.int64) * tl.where(is_sink, ssk_t, stk_t)
-        v_row = row.to(tl.int64) * tl.where(is_sink, ssv_t, stv_t)
-        if D == WIDTH:
-            k = tl.load(k_at + k_row[None, :] + column[:, None], mask=there[None, :], other=0.0)
-            v = tl.load(v_at + v_row[:, None] + column[None, :], mask=there[:, None], other=0.0)
-        else:
-            k = tl.load(k_at + k_row[None, :] + column[:, None], mask=there[None, :] & (column < D)[:, None], other=0.0)
-            v = tl.load(v_at + v_row[:, None] + column[None, :], mask=there[:, None] & (column < D)[None, :], other=0.0)
-        s = tl.dot(q, k, input_precision="ieee") * gain[:, None]
-        if MEAN:
-            number = (first + begin) // 64
-            token = begin % 64 + n
-            s += lift * _page_bias(a_high, a_low, e_high, e_low, BASE, OFFSET, number, token, D, HALF, ROWS, BN, DOT)
+        total = tl.minimum(tl.maximum(packed * 64 - first, 0), capacity)
+        tiles = tl.cdiv(total, BN)
+        k_at = TAIL_K + b * stk_b + h * stk_h + n[None, :] * stk_t + column[:, None]
+        v_at = TAIL_V + b * stv_b + h * stv_h + n[:, None] * stv_t + column[None, :]
+    else:
+        length = start + tl.minimum((block * ROWS + ROWS - 1) // G, count - 1) + 1
+        sinks = tl.minimum(sink, length)
+        done = sink + packed * 64
+        total = tl.maximum(length - done, 0)
+        row0 = (packed * 64 - tl.load(ORIGIN + b)) % capacity
+        before_wrap = tl.minimum(total, capacity - row0)
+        segments = (sinks, done, row0, before_wrap, total)
+        tiles = tl.cdiv(sinks, BN) + tl.cdiv(before_wrap, BN) + tl.cdiv(total - before_wrap, BN)
+        earliest = start + block * ROWS // G  # the position of the first row
+    for t in range(0, tiles):  # one loop with products: two in a kernel were miscompiled (ptxas 12.8)
         if SLAB:
-            s = tl.where(there[None, :], s, float("-inf"))
+            position = t * BN
+            valid = total - position
         else:
-            s = tl.where(there[None, :] & (position[None, :] <= (start + c)[:, None]), s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 1))
+            is_sink, row, position, valid = _tile(t, segments, BN)
+            k_step = tl.where(is_sink, ssk_t, stk_t)
+            v_step = tl.where(is_sink, ssv_t, stv_t)
+            k_at = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
+            v_at = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
+            k_at = k_at + row.to(tl.int64) * k_step + n[None, :] * k_step + column[:, None]
+            v_at = v_at + row.to(tl.int64) * v_step + n[:, None] * v_step + column[None, :]
+        there = n < valid
+        if D == WIDTH:
+            k = tl.load(k_at, mask=there[None, :], other=0.0)
+            v = tl.load(v_at, mask=there[:, None], other=0.0)
+        else:
+            k = tl.load(k_at, mask=there[None, :] & (column < D)[:, None], other=0.0)
+            v = tl.load(v_at, mask=there[:, None] & (column < D)[None, :], other=0.0)
+        if SLAB:
+            k_at += BN * stk_t
+            v_at += BN * stv_t
+        s = tl.dot(q, k, input_precision="ieee")
+        if MEAN:
+            number = (first + position) // 64
+            token = position % 64 + n
+            bias = _page_bias(a_high, a_low, e_high, e_low, BASE, OFFSET, number, token, D, HALF, ROWS, BN, DOT)
+            s += bias * (lift / gain[:, None])
+        if SLAB:
+            if valid < BN:
+                s = tl.where(there[None, :], s, float("-inf"))
+        elif (valid < BN) | (position + BN - 1 > earliest):  # other tiles are whole, and before every query
+            bound = tl.minimum(valid - 1, start + c - position)
+            s = tl.where(n[None, :] <= bound[:, None], s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1) * gain)
         keep = tl.exp2(m - top)
-        p = tl.exp2(s - top[:, None])
+        p = tl.exp2(s * gain[:, None] - top[:, None])
         l = l * keep + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
         m = top

@@ -9,14 +9,17 @@ import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.blocks import Side, TableFormat, inverse_bits, search_tables
+from octo_run.kernels.blocks import SEARCH_COLUMNS, Side, TableFormat, inverse_bits, search_tables
 from octo_run.kernels.encode.triton_trellis import pack_kernel, trellis_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_ROWS = 4
-"""Vectors of a program of one warp: no barriers, and sixteen programs a multiprocessor by their registers (sm_90)."""
+_ROWS = 16
+"""Vectors of a program: the rows of a tensor-core product. More give a thread more than one of them."""
+_WARPS = 4
+_REGISTERS = {3: 128, 1: None}
+"""A thread's at most, by state bits: four programs a multiprocessor for short searches (None: as it comes)."""
 _WORDS = 64
 
 
@@ -37,8 +40,8 @@ def encode_fields(y: Tensor, form: TableFormat) -> Tensor:
     launch: Callable[..., Any] = trellis_kernel[(tokens // _ROWS, layers * count, kv_heads)]
     launch(
         y, fields, tables.keys, tables.values, _units(form, y.device), count, *y.stride()[:4], D=dim,
-        STREAM=form.stream, STATE=form.state, SIGNED=form.signed, NORM=form.norm_bits, COLUMNS=tables.keys.shape[-1],
-        ROWS=_ROWS, num_warps=1)  # fmt: skip
+        STREAM=form.stream, STATE=form.state, SIGNED=form.signed, NORM=form.norm_bits, COLUMNS=SEARCH_COLUMNS,
+        ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[form.state])  # fmt: skip
     return fields
 
 

@@ -15,17 +15,12 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away, it leaves 
 
 
 @triton.jit
-def _triplet(source, i, scale, D: tl.constexpr, SIGNED: tl.constexpr, MASKED: tl.constexpr):
+def _triplet(source, i, scale, D: tl.constexpr, SIGNED: tl.constexpr):
     """Triplet i of the vectors at `source`: as it is; in eighths of a step, without the signs if they are
     stored apart; the signs (x lowest)."""
-    if MASKED:
-        x = tl.load(source + 3 * i, mask=3 * i < D, other=0.0).to(tl.float32)
-        y = tl.load(source + 3 * i + 1, mask=3 * i + 1 < D, other=0.0).to(tl.float32)
-        z = tl.load(source + 3 * i + 2, mask=3 * i + 2 < D, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(source + 3 * i).to(tl.float32)
-        y = tl.load(source + 3 * i + 1).to(tl.float32)
-        z = tl.load(source + 3 * i + 2).to(tl.float32)
+    x = tl.load(source + 3 * i, mask=3 * i < D, other=0.0).to(tl.float32)
+    y = tl.load(source + 3 * i + 1, mask=3 * i + 1 < D, other=0.0).to(tl.float32)
+    z = tl.load(source + 3 * i + 2, mask=3 * i + 2 < D, other=0.0).to(tl.float32)
     u = _eighths(x, scale)
     v = _eighths(y, scale)
     w = _eighths(z, scale)
@@ -58,33 +53,46 @@ def _products(x, y, z, signs, values, entry, i, keep, D: tl.constexpr, ENTRIES: 
 
 
 @triton.jit
-def _cheapest(u, v, w, keys, CELLS: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr):
-    """For every pair of states the cheapest code, int32 [vectors, CELLS]: cost in half units * CODES + code.
+def _cheapest(source, i, scale, keys, SIGNED: tl.constexpr, CELLS: tl.constexpr, CODES: tl.constexpr,
+              COLUMNS: tl.constexpr):  # fmt: skip
+    """For triplet i and every pair of states the cheapest code, int32 [vectors, CELLS]: cost in half units * CODES +
+    code.
 
-    Sixteen codes of a column are searched by the least key; see `blocks.search_tables`.
+    The keys of all entries are a product of fp16 matrices, exact in float32; see `blocks.search_tables`. The tensor
+    core leaves a vector's keys of a column with one thread, which takes their minimum.
     """
-    STEP: tl.constexpr = 4  # codes to a turn: enough to hide the loads, few enough to keep them within the loop
+    DEPTH: tl.constexpr = 16
+    PART: tl.constexpr = 4 * COLUMNS  # keys of a product: few enough for registers
     SIDE: tl.constexpr = COLUMNS // CELLS  # groups of sixteen codes side by side
-    PLANE: tl.constexpr = CODES * CELLS
-    ROWS: tl.constexpr = u.shape[0]
+    ROWS: tl.constexpr = scale.shape[0]
+    k = tl.arange(0, DEPTH)[None, :]
+    x = tl.load(source[:, None] + 3 * i + k, mask=k < 3, other=0.0).to(tl.float32)
+    x = _eighths(x, scale[:, None])
+    if SIGNED:
+        x = tl.abs(x)
+    factors = tl.where(k < 3, x, tl.where(k == 3, 1.0, 1024.0)).to(tl.float16)
+    at = keys + tl.arange(0, DEPTH)[:, None] * (CODES * CELLS) + tl.arange(0, PART)[None, :]
     column = tl.arange(0, COLUMNS)[None, :]
     best = tl.full([ROWS, COLUMNS], 0x7FFFFFFF, tl.int32)
-    for group in range(0, CODES // 16, SIDE):
-        least = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
-        for inner in range(0, 16, STEP):
-            at = keys + (group * 16 * CELLS + inner * COLUMNS) + column
-            for n in tl.static_range(STEP):
-                p = at + n * COLUMNS
-                key = tl.load(p) + tl.load(p + PLANE) * u[:, None]
-                key += tl.load(p + 2 * PLANE) * v[:, None]
-                key += tl.load(p + 3 * PLANE) * w[:, None]
-                least = tl.minimum(least, key)
-        key = least.to(tl.int32)
+    for group in tl.static_range(0, CODES // 16, SIDE):
+        least = tl.full([ROWS, COLUMNS], 0x7F800000, tl.int32)  # floats above 0 are in the order of their bits
+        for part in tl.static_range(0, 16 * COLUMNS, PART):
+            found = tl.dot(factors, tl.load(at + group * 16 * CELLS + part)).to(tl.int32, bitcast=True)
+            least = tl.minimum(least, tl.min(tl.reshape(found, [ROWS, PART // COLUMNS, COLUMNS]), 1))
+        key = least.to(tl.float32, bitcast=True).to(tl.int32)
         code = (group + column // CELLS) * 16 + (key & 15)
         best = tl.minimum(best, (key >> 4) * CODES + code)
     if SIDE > 1:
         best = tl.min(tl.reshape(best, [ROWS, SIDE, CELLS]), 1)
     return best
+
+
+@triton.jit
+def _moves(cheapest, CODE_BITS: tl.constexpr, STATE: tl.constexpr):
+    """The costs as [before, after, row], times the number of states."""
+    S: tl.constexpr = 1 << STATE
+    cost = (cheapest >> CODE_BITS) << STATE
+    return tl.permute(tl.reshape(cost, [cheapest.shape[0], S, S]), [1, 2, 0])
 
 
 @triton.jit
@@ -117,45 +125,44 @@ def _chain(source, fields, i0, scale, keys, values, D: tl.constexpr, STREAM: tl.
     """Search the chain of N slots that begins at triplet i0, write its fields; its part of the gain's sum.
 
     The path runs from the last slot down to slot 0, once for every start state, the low bits of slot 0's code. Costs
-    are integers times the number of states, so that a sum and the state before it are one number to minimise.
+    are integers times the number of states, so that a sum and the state before it are one number to minimise. Tiles
+    have the states before and after in front: a thread then has them all, and one start state of a vector.
     """
     S: tl.constexpr = 1 << STATE
     CELLS: tl.constexpr = S * S
-    CODES: tl.constexpr = 1 << (STREAM - STATE)
     CODE_BITS: tl.constexpr = STREAM - STATE
-    FIRST: tl.constexpr = 63 // CODE_BITS  # slots whose codes one int64 holds
+    CODES: tl.constexpr = 1 << CODE_BITS
+    SHORT: tl.constexpr = N * CODE_BITS < 32
+    FIRST: tl.constexpr = N if SHORT else 63 // CODE_BITS  # slots whose codes one integer holds
     ENTRIES: tl.constexpr = (1 << (STREAM + STATE)) + (1 << STREAM)
     WIDTH: tl.constexpr = 16 if N > 8 else (8 if N > 4 else (4 if N > 2 else 2))
     ROWS: tl.constexpr = scale.shape[0]
     states = tl.arange(0, S)
-    before = states[:, None, None, None]
-    paths = tl.where(states[None, :, None] == states[None, None, :], 0, FAR) + tl.zeros([ROWS, S, S], tl.int32)
-    history = tl.zeros([ROWS, S, S], tl.int32)
-    codes = tl.zeros([ROWS, CELLS], tl.int64)
+    cheapest = _cheapest(source, i0 + N - 1, scale, keys, SIGNED, CELLS, CODES, COLUMNS)
+    codes = (cheapest & (CODES - 1)).to(tl.int32 if SHORT else tl.int64)
     more = tl.zeros([ROWS, CELLS], tl.int64)
-    for step in range(N):
-        x, y, z, u, v, w, signs = _triplet(source, i0 + N - 1 - step, scale, D, SIGNED, False)
-        cheapest = _cheapest(u, v, w, keys, CELLS, CODES, COLUMNS)
-        cost = cheapest >> CODE_BITS
-        code = (cheapest & (CODES - 1)).to(tl.int64)
+    paths = tl.permute(_moves(cheapest, CODE_BITS, STATE), [1, 2, 0])  # [after, row, start]
+    history = states[None, None, :] + tl.zeros([S, ROWS, S], tl.int32)
+    for step in range(1, N):
+        cheapest = _cheapest(source, i0 + N - 1 - step, scale, keys, SIGNED, CELLS, CODES, COLUMNS)
+        code = (cheapest & (CODES - 1)).to(codes.dtype)
         if N > FIRST:
             codes |= tl.where(step < FIRST, code << (CODE_BITS * tl.minimum(step, FIRST - 1)), 0)
             more |= tl.where(step < FIRST, 0, code << (CODE_BITS * tl.maximum(step - FIRST, 0)))
         else:
             codes |= code << (CODE_BITS * step)
-        move = tl.permute(tl.reshape(cost, [ROWS, S, S]), [1, 0, 2])[:, :, None, :]
-        # [before, row, start, after]
-        reached = tl.permute(paths, [2, 0, 1])[:, :, :, None] + ((move << STATE) | before)
-        best = tl.min(reached, 0)
+        move = _moves(cheapest, CODE_BITS, STATE) | states[:, None, None]
+        best = tl.min(paths[:, None, :, :] + move[:, :, :, None], 0)
         history |= (best & (S - 1)) << (STATE * step)
         paths = best & -S
-    closed = tl.min(tl.where(states[None, :, None] == states[None, None, :], paths, FAR * 2 - S), 2)
+    same = states[:, None, None] == states[None, None, :]
+    closed = tl.min(tl.where(same, paths, 0x7FFFFFFF - (S - 1)), 0)  # [row, start]
     state = tl.min(closed | states[None, :], 1) & (S - 1)
-    history = tl.sum(tl.where((states[None, :] == state[:, None])[:, :, None], history, 0), 1)
+    history = tl.sum(tl.where(states[None, None, :] == state[None, :, None], history, 0), 2)  # [after, row]
     slots = tl.arange(0, WIDTH)[None, :]
     cells = tl.zeros([ROWS, WIDTH], tl.int32)
     for slot in range(N):
-        here = tl.sum(tl.where(states[None, :] == state[:, None], history, 0), 1)
+        here = tl.sum(tl.where(states[:, None] == state[None, :], history, 0), 0)
         previous = (here >> (STATE * (N - 1 - slot))) & (S - 1)
         cells = tl.where(slots == slot, ((previous << STATE) | state)[:, None], cells)
         state = previous
@@ -165,7 +172,7 @@ def _chain(source, fields, i0, scale, keys, values, D: tl.constexpr, STREAM: tl.
         held = tl.where(step < FIRST, held, _chosen(more, cells, CELLS) >> (CODE_BITS * tl.maximum(step - FIRST, 0)))
     code = ((held.to(tl.int32) & (CODES - 1)) << STATE) | (cells & (S - 1))
     i = i0 + slots
-    x, y, z, u, v, w, signs = _triplet(source[:, None], i, scale[:, None], D, SIGNED, True)
+    x, y, z, _u, _v, _w, signs = _triplet(source[:, None], i, scale[:, None], D, SIGNED)
     tl.store(fields[:, None] + i, (code | (signs << 10)).to(tl.uint16), mask=slots < N)
     entry = ((cells >> STATE) << STREAM) | code
     return tl.sum(_products(x, y, z, signs, values, entry, i, slots < N, D, ENTRIES, SIGNED), 1)
@@ -177,10 +184,10 @@ def _extra(source, fields, i, scale, values, D: tl.constexpr, STREAM: tl.constex
     """Code triplet i, which stands alone, write its field; its part of the gain's sum."""
     MAIN: tl.constexpr = 1 << (STREAM + STATE)
     ENTRIES: tl.constexpr = MAIN + (1 << STREAM)
-    PART: tl.constexpr = 32  # codes at a time: a warp, which then has no more rows to itself than it must
+    PART: tl.constexpr = 32  # codes at a time
     ROWS: tl.constexpr = scale.shape[0]
-    x, y, z, u, v, w, signs = _triplet(source, i, scale, D, SIGNED, True)
-    best = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
+    x, y, z, u, v, w, signs = _triplet(source, i, scale, D, SIGNED)
+    best = tl.full([ROWS, PART], 0x7FFFFFFF, tl.int32)
     for part in range(0, 1 << STREAM, PART):
         code = part + tl.arange(0, PART)[None, :]
         a = tl.load(values + MAIN + code)
@@ -189,8 +196,8 @@ def _extra(source, fields, i, scale, values, D: tl.constexpr, STREAM: tl.constex
         b = tl.where(3 * i + 1 < D, b, 0.0)
         c = tl.where(3 * i + 2 < D, c, 0.0)
         cost = 2 * (a * a + b * b + c * c) - a * u[:, None] - b * v[:, None] - c * w[:, None]
-        best = tl.minimum(best, tl.min((cost.to(tl.int32) << STREAM) | code, 1))
-    code = best & ((1 << STREAM) - 1)
+        best = tl.minimum(best, (cost.to(tl.int32) << STREAM) | code)
+    code = tl.min(best, 1) & ((1 << STREAM) - 1)
     tl.store(fields + i, (code | (signs << 10)).to(tl.uint16))
     return _products(x, y, z, signs, values, MAIN + code, i, True, D, ENTRIES, SIGNED)
 
@@ -208,15 +215,15 @@ def trellis_kernel(
     """
     TRIPLETS: tl.constexpr = (D + 2) // 3
     N: tl.constexpr = TRIPLETS // 8
+    WIDTH: tl.constexpr = 64 if D <= 64 else (128 if D <= 128 else 256)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1).to(tl.int64)
     h = tl.program_id(2).to(tl.int64)
     source = Y + (block // pages) * sy_l + (block % pages) * sy_n + h * sy_h + token.to(tl.int64) * sy_t
     fields = FIELDS + ((block * tl.num_programs(2) + h) * 64 + token) * (TRIPLETS + 1)
-    squares = tl.zeros([ROWS], tl.float64)
-    for c in range(D):
-        number = tl.load(source + c).to(tl.float64)
-        squares += number * number
+    axis = tl.arange(0, WIDTH)[None, :]
+    numbers = tl.load(source[:, None] + axis, mask=axis < D, other=0.0).to(tl.float64)
+    squares = tl.sum(numbers * numbers, 1)
     norm = tl.sqrt(squares)
     far = norm >= 8.673617379884035e-19  # 2^-60
     scale = tl.load(UNITS) / (tl.load(UNITS + 1) * tl.where(far, norm, 1.0))

@@ -151,7 +151,7 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab, mean):
     from octo_run.kernels.attention.prefill import flash_tiling
     from octo_run.kernels.attention.triton_prefill import flash_kernel
 
-    tiling, width = flash_tiling(dtype, mean), max(16, triton.next_power_of_2(dim))
+    tiling, width = flash_tiling(dtype, dim, mean), max(16, triton.next_power_of_2(dim))
     constants = {
         "G": 4, "D": dim, "WIDTH": width, "ROWS": tiling.rows, "BN": tiling.keys, "PAST": past, "SLAB": slab,
         "MEAN": mean, "HALF": width // 2, "DOT": tl.float32 if dtype == torch.float32 else tl.float16,
@@ -164,7 +164,8 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab, mean):
     assert ptx.count("wgmma.mma_async") == (0 if dtype == torch.float32 else products)
     assert ("cp.async.c" in ptx) == (dtype != torch.float32), "keys and values come by asynchronous copies"
     assert kernel.metadata.shared <= SHARED_MEMORY
-    assert stack <= spill_bound("bf16"), f"{stack} bytes of registers spilled"
+    # At 256 coordinates the sum alone takes 128 registers of each thread; 3.6 spills 50 around the slab's loop.
+    assert stack <= max(spill_bound("bf16"), dim), f"{stack} bytes of registers spilled"
 
 
 @pytest.mark.parametrize("name", ["oct2", "oct3", "oct4"])
@@ -175,7 +176,7 @@ def test_trellis_encoder_compiles_for_hopper(name, dim):
     from triton.compiler import ASTSource
 
     from octo_run.kernels.blocks import SEARCH_COLUMNS
-    from octo_run.kernels.encode.trellis_launch import _ROWS
+    from octo_run.kernels.encode.trellis_launch import _REGISTERS, _ROWS, _WARPS
     from octo_run.kernels.encode.triton_trellis import trellis_kernel
 
     codec = get(name, dim)
@@ -183,9 +184,11 @@ def test_trellis_encoder_compiles_for_hopper(name, dim):
         "D": dim, "STREAM": codec.stream, "STATE": codec.state_bits, "SIGNED": codec.signed, "NORM": codec.norm_bits,
         "COLUMNS": SEARCH_COLUMNS, "ROWS": _ROWS,
     }  # fmt: skip
-    pointers = {"Y": "*bf16", "FIELDS": "*u16", "KEYS": "*fp32", "VALUES": "*fp32", "UNITS": "*fp64"}
+    pointers = {"Y": "*bf16", "FIELDS": "*u16", "KEYS": "*fp16", "VALUES": "*fp32", "UNITS": "*fp64"}
     kinds = dict.fromkeys(trellis_kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
     source = ASTSource(trellis_kernel, kinds, constants)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
-    bound = 0 if triton.__version__.startswith("3.6.") else 1024
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": _WARPS, "maxnreg": _REGISTERS[codec.state_bits]}
+    )
+    bound = 320 if triton.__version__.startswith("3.6.") else 1024
     assert stack_bytes(kernel.asm["cubin"]) <= bound
