@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from octo_run.engine.energy import EnergyMeter
 from octo_run.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Row:
     ms_per_token: float  # of one sequence; of a prompt: milliseconds divided by its tokens
     gb_per_s: float | None  # tg: weights and packed pages that a step must read
     of_bandwidth: float | None  # the same, as a share of the copy bandwidth
+    joules_per_token: float | None  # of the GPU, over all rounds; None without NVML
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -40,6 +42,13 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source).zero_()
     best = min(_seconds(device, lambda: target.copy_(source)) for _ in range(10))
     return 2 * source.numel() / best
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the allocator's peak begin at what is allocated now: earlier engines and measurements are not this one's."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def measure(
@@ -52,21 +61,26 @@ def measure(
     kind, tokens = test
     source = random.Random(0)
     ordinary = [i for i in range(engine.config.vocab_size) if i not in engine.tokenizer.special_ids]
-    seconds = []
+    seconds, energy, meter = [], [], EnergyMeter(engine.device)
     for _ in range(repetitions + 1):
         for seq in range(batch):
             engine.fill(seq, depth, seed=seq)
         ids = source.choices(ordinary, k=max(tokens, batch))
+        before = meter.joules()
         seconds.append(_prompts(engine, ids[:tokens], batch) if kind == "pp" else _steps(engine, ids[:batch], tokens))
+        after = meter.joules()
+        energy.append(None if before is None or after is None else after - before)
     rates = sorted(batch * tokens / taken for taken in seconds[1:])
     median = statistics.median(rates)
+    spent = [joules for joules in energy[1:] if joules is not None]
+    joules = sum(spent) / (batch * tokens * repetitions) if len(spent) == repetitions else None
     gb_per_s = share = None
     if kind == "tg":
         held = batch * engine.plan.bytes_per_token * (depth + tokens / 2)
         read = (step_weight_bytes(engine) + held) * median / batch
         gb_per_s, share = read * 1e-9, read / bandwidth
     return Row(engine.plan.kv, f"{kind}{tokens}", depth, batch, median, rates[0], rates[-1], 1e3 * batch / median,
-               gb_per_s, share)  # fmt: skip
+               gb_per_s, share, joules)  # fmt: skip
 
 
 def step_weight_bytes(engine: Engine) -> int:

@@ -2,10 +2,14 @@
 
 import csv
 import dataclasses
+import datetime
 import gc
+import importlib.metadata
 import io
 import json
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +59,8 @@ def command(tests: list[Test], depths: list[int], batch: int, repetitions: int, 
 
     One round that is not counted warms up; then every round puts --depth random keys and values in the cache and times
     the test. Shown are the median and the range over the rounds, and for generation the bytes that a step must
-    read (weights and packed pages) by second, also as a share of the copy bandwidth measured here.
+    read (weights and packed pages) by second, also as a share of the copy bandwidth measured here. Where the GPU's
+    driver counts energy, joules per token are the mean over the rounds.
     """
     needed = max(depths) + max(tokens for _, tokens in tests)
     if load.ctx is not None and needed > load.ctx:
@@ -63,7 +68,9 @@ def command(tests: list[Test], depths: list[int], batch: int, repetitions: int, 
             f"A depth of {max(depths):,} and a test of {needed - max(depths):,} are {needed:,} tokens and --ctx says"
             f" {load.ctx:,}; choose less or raise --ctx."
         )
-    report: dict[str, Any] = {"model": random_weights or load.model, "memory": {}, "rows": []}
+    report: dict[str, Any] = {"model": random_weights or load.model, "command": f"octo-run {shlex.join(sys.argv[1:])}"}
+    report |= {"date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "versions": _versions()}
+    report |= {"memory": {}, "rows": []}
     for kv in dict.fromkeys(name.strip() for name in load.kv.split(",")):
         options = dataclasses.replace(load, kv=kv, ctx=load.ctx or needed)
         _measure(options, report, tests, depths, batch, repetitions, random_weights)
@@ -79,6 +86,7 @@ def _measure(load: EngineOptions, report: dict[str, Any], tests: list[Test], dep
         bandwidth = runtime.copy_bandwidth(engine)
         report |= {"device": runtime.device_name(engine), "dtype": str(engine.dtype).removeprefix("torch.")}
         report |= {"repetitions": repetitions, "copy_gb_per_s": round(bandwidth * 1e-9, 2)}
+    runtime.forget_peak(engine)
     for depth in depths:
         for test in tests:
             row = runtime.measure(engine, test, depth=depth, batch=batch, repetitions=repetitions,
@@ -88,13 +96,22 @@ def _measure(load: EngineOptions, report: dict[str, Any], tests: list[Test], dep
     report["memory"][load.kv] = {"plan": engine.memory_plan(), "now": engine.memory_now()}
 
 
-HEADER = ["kv", "test", "depth", "batch", "tokens/s", "least", "most", "ms/token", "GB/s", "% of copy"]
+HEADER = ["kv", "test", "depth", "batch", "tokens/s", "least", "most", "ms/token", "GB/s", "% of copy", "J/token"]
 
 
 def _cells(row: "Row") -> list[str]:
     read = ["", ""] if row.gb_per_s is None else [f"{row.gb_per_s:,.1f}", f"{100 * (row.of_bandwidth or 0):.0f}"]
+    joules = "" if row.joules_per_token is None else f"{row.joules_per_token:.3g}"
     return [row.kv, row.test, f"{row.depth:,}", str(row.batch), f"{row.tokens_per_s:,.1f}", f"{row.least:,.1f}",
-            f"{row.most:,.1f}", f"{row.ms_per_token:.3f}", *read]  # fmt: skip
+            f"{row.most:,.1f}", f"{row.ms_per_token:.3f}", *read, joules]  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "triton") if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    return any(True for _ in importlib.metadata.distributions(name=name))
 
 
 def _head(report: dict[str, Any]) -> str:
@@ -124,7 +141,9 @@ def _table(report: dict[str, Any]) -> str:
 def _markdown(report: dict[str, Any]) -> str:
     rows = [HEADER, ["---"] * len(HEADER), *(_cells(row) for row in report["rows"])]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return "\n\n".join([_head(report), table, *(f"- {line}" for line in _memory(report))])
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    origin = f"`{report['command']}`, {versions}, {report['date']} (UTC)"
+    return "\n\n".join([_head(report), origin, table, *(f"- {line}" for line in _memory(report))])
 
 
 def _plain(report: dict[str, Any]) -> dict[str, Any]:

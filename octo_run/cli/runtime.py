@@ -119,3 +119,10 @@ def describe_plan(model: str, plan: "MemoryPlan") -> str:
         f" {plan.bytes_per_token:,} bytes per packed token\n"
         f"memory: {' + '.join(sizes)} = {human_bytes(plan.total)}"
     )
+
+
+def forget_peak(engine: "Engine") -> None:
+    """Count the allocator's peak from now on."""
+    from octo_run.engine import benchmark
+
+    benchmark.forget_peak(engine.device)
