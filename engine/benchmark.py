@@ -33,7 +33,7 @@ class Row:
     ms_per_token: float  # of one sequence; of a prompt: milliseconds divided by its tokens
     gb_per_s: float | None  # tg: weights and packed pages that a step must read
     of_bandwidth: float | None  # the same, as a share of the copy bandwidth
-    joules_per_token: float | None  # of the GPU, over all rounds; None without NVML
+    joules_per_token: float | None  # of the GPU, over all rounds; None without NVML or for less than a second
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -73,7 +73,9 @@ def measure(
     rates = sorted(batch * tokens / taken for taken in seconds[1:])
     median = statistics.median(rates)
     spent = [joules for joules in energy[1:] if joules is not None]
-    joules = sum(spent) / (batch * tokens * repetitions) if len(spent) == repetitions else None
+    joules = None
+    if len(spent) == repetitions and sum(seconds[1:]) >= 1:  # the driver's counter is too coarse for less
+        joules = sum(spent) / (batch * tokens * repetitions)
     gb_per_s = share = None
     if kind == "tg":
         held = batch * engine.plan.bytes_per_token * (depth + tokens / 2)

@@ -255,6 +255,39 @@ def _values(
 
 
 @gluon.jit
+def _share(num_packed_ptr, flat, batch, parts, programs, processors, WARPS: gl.constexpr):
+    """What program number ``flat`` of those along all contexts does: the sequence, its part, the parts of that
+    sequence (0: nothing is left to do) and of all sequences before it.
+
+    Every sequence has ``parts`` parts if they are about equally long; else parts are of one length, small enough for
+    the chip to even out their times.
+    """
+    total = 0
+    longest = 0
+    for i in range(batch):
+        num = gl.load(num_packed_ptr + i)
+        total += num
+        longest = gl.maximum(longest, num)
+    waves = (batch * programs * parts + processors - 1) // processors
+    even = gl.maximum(longest + parts - 1, parts) // parts
+    fair = total.to(gl.float32) * programs / processors  # pages of each multiprocessor
+    small = ((0.25 * fair).to(gl.int32) // WARPS + 1) * WARPS
+    unit = gl.where((waves * even).to(gl.float32) <= 1.15 * fair, even, small)
+    start = 0
+    seq = 0
+    before = 0
+    splits = 0
+    for i in range(batch):
+        count = gl.maximum((gl.load(num_packed_ptr + i) + unit - 1) // unit, 1)
+        mine = (flat >= start) & (flat < start + count)
+        seq = gl.where(mine, i, seq)
+        before = gl.where(mine, start, before)
+        splits = gl.where(mine, count, splits)
+        start += count
+    return seq, flat - before, splits, before
+
+
+@gluon.jit
 def _combine(
     acc, running, total, weight, lane, warp, tid, first_head, out_row, part_row, lse_row, stride_oh, parts, split,
     to_value, N: gl.constexpr, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, NT: gl.constexpr,
@@ -357,12 +390,13 @@ def table_decode_kernel(
     stride_qb, stride_qh, stride_page, stride_head, stride_table, stride_ob, stride_oh,
     stride_skb, stride_skh, stride_skt, stride_svb, stride_svh, stride_svt,
     stride_tkb, stride_tkh, stride_tkt, stride_tvb, stride_tvh, stride_tvt, stride_cb, stride_ch,
-    sink, capacity, step_k, step_v, scale_log2,
+    sink, capacity, step_k, step_v, scale_log2, batch, parts, processors,
     HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr,
     NORM: gl.constexpr, BPV: gl.constexpr, COPIES: gl.constexpr, COPIES_X: gl.constexpr, NT: gl.constexpr,
     PASS: gl.constexpr, ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
+    BATCHED: gl.constexpr,
 ):  # fmt: skip
-    """Programs: (part of the context, KV head and block of 4 NT query heads, sequence)."""
+    """Programs: (KV head and block of 4 NT query heads, part of a context)."""
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8
     EXTRAS: gl.constexpr = T % 8
@@ -382,6 +416,17 @@ def table_decode_kernel(
     NORMS_AT: gl.constexpr = FULL_V * 128 + (ALL_V - FULL_V) * EXTRAS * 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
 
+    if BATCHED:
+        seq, split, splits, before = _share(
+            num_packed_ptr, gl.program_id(1), batch, parts, gl.num_programs(0), processors, WARPS
+        )
+        if splits == 0:
+            return
+    else:
+        seq = 0
+        split = gl.program_id(1)
+        splits = gl.num_programs(1)
+        before = 0
     smem = gl.allocate_shared_memory(
         gl.int32, [SMEM_WORDS // (32 * WARPS), 32 * WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -392,11 +437,8 @@ def table_decode_kernel(
     barrier()
     g = lane >> 2
     t = lane & 3
-    split = gl.program_id(0)
-    splits = gl.num_programs(0)
-    head = gl.program_id(1) // BLOCKS
-    first_head = gl.program_id(1) % BLOCKS * (4 * NT)
-    seq = gl.program_id(2)
+    head = gl.program_id(0) // BLOCKS
+    first_head = gl.program_id(0) % BLOCKS * (4 * NT)
 
     # A block is fetched as soon as the one before it in its stage has been worked on; ids are read a page earlier.
     num = gl.load(num_packed_ptr + seq)
@@ -521,16 +563,16 @@ def table_decode_kernel(
         sync_warp(lane)
         _fetch(v_stage, next_block + 64 * BPV, lane, BPV)
 
-    first_row = (seq * HKV + head) * G + first_head
+    first_row = before * (HKV * G) + (head * G + first_head) * splits
     out_row = out_ptr + seq * stride_ob + (head * G + first_head) * stride_oh
-    part_row = part_ptr + first_row.to(gl.int64) * splits * D
-    lse_row = lse_ptr + first_row * splits
+    part_row = part_ptr + first_row.to(gl.int64) * D
+    lse_row = lse_ptr + first_row
     _combine(
         acc, running, total, weight, lane, warp, tid, first_head, out_row, part_row, lse_row, stride_oh, splits, split,
         step_v / 32512.0, N, G, D, HEADS, NT, PAIRS, WARPS,
     )  # fmt: skip
     if splits > 1:
-        counter = counters_ptr + (seq * HKV + head) * BLOCKS + gl.program_id(1) % BLOCKS
+        counter = counters_ptr + (seq * HKV + head) * BLOCKS + gl.program_id(0) % BLOCKS
         if arrive(counter, splits - 1) == splits - 1:
             _merge(tid, first_head, out_row, part_row, lse_row, stride_oh, splits, G, D, HEADS, WARPS)
     smem._keep_alive()

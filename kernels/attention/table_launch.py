@@ -62,8 +62,11 @@ def count_parts(lanes: int, pages: int, most: int, multiprocessors: int) -> int:
 
 
 @functools.cache
-def constants(codec: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool) -> dict[str, int | str]:
-    """The kernel's constexprs for a format, ``group`` query heads a KV head, an element type, with the key mean or not.
+def constants(
+    codec: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool
+) -> dict[str, int | str]:
+    """The kernel's constexprs for a format, ``group`` query heads a KV head, an element type, with the key mean or not,
+    for several sequences or one.
 
     The table is copied for every lane, or, where there is no room for that, for every second or fourth one.
     """
@@ -91,6 +94,7 @@ def constants(codec: TrellisCodec, kv_heads: int, group: int, element: str, mean
         "MEAN": int(mean),
         "WARPS": WARPS,
         "SMEM_WORDS": -(-size // (4 * threads)) * threads,
+        "BATCHED": int(batched),
     }
 
 
@@ -105,7 +109,9 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     programs = kv_heads * head_blocks(group, dim)[1]
     pages = -(-(max_length - kv.sink) // PAGE_TOKENS)
     parts = count_parts(batch * programs, pages, most_splits(batch, kv_heads), processors())
-    part, lse = workspace.partials(parts, batch, heads, dim)
+    # Sequences of unequal lengths are cut in up to this many parts, see the kernel's `_share`.
+    grid = parts if batch == 1 else max(parts * batch, 4 * processors() // programs + batch)
+    part, lse = workspace.partials(grid, 1, heads, dim)
     mean: tuple[Tensor, ...] = (part, part, codec.table_words(q.device))  # unused
     mean_strides = (0, 0)
     if kv.mean is not None:
@@ -114,14 +120,14 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
             (coefficients, tables.base, tables.fragments),
             (coefficients.stride(0), coefficients.stride(2)),
         )
-    launch: Callable[..., Any] = table_decode_kernel[(parts, programs, batch)]
+    launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]
     launch(
         q, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin, kv.sink_k, kv.sink_v, kv.tail_k,
         kv.tail_v, codec.table_words(q.device), *mean, out, part, lse, workspace.counters, q.stride(0), q.stride(2),
         *kv.pages.stride()[:2], kv.page_table.stride(0), out.stride(0), out.stride(2), *kv.sink_k.stride()[:3],
         *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], *mean_strides, kv.sink,
         kv.tail_k.shape[2],
-        codec.step, codec.step, scale * LOG2_E,
-        **constants(codec, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None),
+        codec.step, codec.step, scale * LOG2_E, batch, parts, processors(),
+        **constants(codec, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1),
         num_warps=WARPS,
     )  # fmt: skip

@@ -60,7 +60,7 @@ def command(tests: list[Test], depths: list[int], batch: int, repetitions: int, 
     One round that is not counted warms up; then every round puts --depth random keys and values in the cache and times
     the test. Shown are the median and the range over the rounds, and for generation the bytes that a step must
     read (weights and packed pages) by second, also as a share of the copy bandwidth measured here. Where the GPU's
-    driver counts energy, joules per token are the mean over the rounds.
+    driver counts energy and the rounds take a second or more, joules per token are their mean.
     """
     needed = max(depths) + max(tokens for _, tokens in tests)
     if load.ctx is not None and needed > load.ctx:

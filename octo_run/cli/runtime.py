@@ -42,7 +42,7 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     def announce(plan: "MemoryPlan") -> None:
         if options.device is None and plan.device == "cpu":
             notice("no CUDA device found: running on the CPU")
-        notice(describe_plan(options.model, plan))
+        notice(describe_plan(cache.get("random_weights") or options.model, plan))
 
     return Engine.load(
         options.model,

@@ -134,6 +134,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
     monkeypatch.setattr(runtime, "measure", measure)
     monkeypatch.setattr(runtime, "copy_bandwidth", lambda _engine: 100e9)
+    monkeypatch.setattr(runtime, "forget_peak", lambda _engine: None)
     monkeypatch.setattr(runtime, "device_name", lambda _engine: "cpu (1 threads)")
     monkeypatch.setattr(runtime, "load_engine", load)
     monkeypatch.setattr(runtime, "sampling_params", params)
