@@ -50,7 +50,7 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
     """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory."""
     codec = get(kv, head_dim)
     assert isinstance(codec, TrellisCodec)
-    fixed = constants(codec, 8, group, "bf16", mean)
+    fixed = constants(codec, 8, group, "bf16", mean, batched=True)
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:

@@ -130,7 +130,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         fake.runs.append((fake.loaded.kv, *test, settings["depth"], settings["batch"]))
         read = None if test[0] == "pp" else 80.0
         return Row(fake.loaded.kv, f"{test[0]}{test[1]}", settings["depth"], settings["batch"], 1234.5, 1200.0, 1300.0,
-                   0.81, read, None if read is None else 0.8)  # fmt: skip
+                   0.81, read, None if read is None else 0.8, 0.5)  # fmt: skip
 
     monkeypatch.setattr(runtime, "measure", measure)
     monkeypatch.setattr(runtime, "copy_bandwidth", lambda _engine: 100e9)
