@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from octo_run.kernels.attention.table_decode import table_decode_kernel
-from octo_run.kernels.attention.table_launch import WARPS, constants
+from octo_run.kernels.attention.table_launch import constants, options
 from octo_run.kernels.codec import TrellisCodec, get
 
 FORMATS = ("oct2", "oct3", "oct4")
@@ -59,7 +59,7 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
         signature[name] = "constexpr" if name in fixed else f"*{pointer}" if pointer else number
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or n.startswith("stride")]
     source = GluonASTSource(table_decode_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(head_dim))
     return kernel.asm["cubin"], int(kernel.metadata.shared)
 
 

@@ -260,7 +260,8 @@ def _share(num_packed_ptr, flat, batch, parts, programs, processors, WARPS: gl.c
     sequence (0: nothing is left to do) and of all sequences before it.
 
     Every sequence has ``parts`` parts if they are about equally long; else parts are of one length, small enough for
-    the chip to even out their times.
+    the chip to even out their times. More than eight programs a multiprocessor even themselves out, and there is no
+    counter for their merge (`splits.counter_words`).
     """
     total = 0
     longest = 0
@@ -272,7 +273,7 @@ def _share(num_packed_ptr, flat, batch, parts, programs, processors, WARPS: gl.c
     even = gl.maximum(longest + parts - 1, parts) // parts
     fair = total.to(gl.float32) * programs / processors  # pages of each multiprocessor
     small = ((0.25 * fair).to(gl.int32) // WARPS + 1) * WARPS
-    unit = gl.where((waves * even).to(gl.float32) <= 1.15 * fair, even, small)
+    unit = gl.where(((waves * even).to(gl.float32) <= 1.15 * fair) | (waves > 8), even, small)
     start = 0
     seq = 0
     before = 0

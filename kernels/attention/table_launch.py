@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
-from octo_run.kernels.attention.splits import most_splits, processors
+from octo_run.kernels.attention.splits import counter_words, processors
 from octo_run.kernels.attention.table_decode import table_decode_kernel
 from octo_run.kernels.codec import TrellisCodec
 
@@ -98,6 +98,12 @@ def constants(
     }
 
 
+def options(head_dim: int) -> dict[str, int]:
+    """Launch options. Small heads are told how many registers there are (one program fills a multiprocessor): the
+    assembler would else stop at 128 and spill."""
+    return {"num_warps": WARPS} if head_dim > 64 else {"num_warps": WARPS, "maxnreg": 255}
+
+
 def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Workspace, *, scale: float,
                  max_length: int) -> None:  # fmt: skip
     """A decode step in one launch: packed pages, full-precision parts and, by the last program to finish, the merge."""
@@ -108,7 +114,8 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     group = heads // kv_heads
     programs = kv_heads * head_blocks(group, dim)[1]
     pages = -(-(max_length - kv.sink) // PAGE_TOKENS)
-    parts = count_parts(batch * programs, pages, most_splits(batch, kv_heads), processors())
+    lanes = batch * programs
+    parts = count_parts(lanes, pages, max(1, counter_words() // lanes), processors())
     # Sequences of unequal lengths are cut in up to this many parts, see the kernel's `_share`.
     grid = parts if batch == 1 else max(parts * batch, 4 * processors() // programs + batch)
     part, lse = workspace.partials(grid, 1, heads, dim)
@@ -129,5 +136,5 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
         kv.tail_k.shape[2],
         codec.step, codec.step, scale * LOG2_E, batch, parts, processors(),
         **constants(codec, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1),
-        num_warps=WARPS,
+        **options(dim),
     )  # fmt: skip

@@ -11,7 +11,8 @@ import torch
 
 from octo_run.kernels import AttentionInputs, attend, attend_reference, page_bytes
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec import KVFormat, TrellisCodec, parse_kv
+from octo_run.kernels.codec.page_layout import pack_block
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -79,11 +80,12 @@ def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sin
         sinks[:, b, :, :top] = vectors[:, :, :top]
         for p in range(packed[b]):
             at = slice(sink + 64 * p, sink + 64 * p + 64)
-            rows = [fmt.k.encode_rotated(vectors[0, :, at]), fmt.v.encode_rotated(vectors[1, :, at])]
             table[b, p] = next(order)
-            pages[table[b, p], 1] = torch.cat([r.flatten(1) for r in rows], 1)
-            for part, codec in enumerate((fmt.k, fmt.v)):
-                stored[part, :, at] = codec.decode(rows[part], torch.float64) @ codec.rotation.T
+            blocks = []
+            for part, (codec, side) in enumerate(((fmt.k, "k"), (fmt.v, "v"))):
+                block, stored[part, :, at] = coded(codec, side, vectors[part, :, at])
+                blocks.append(block)
+            pages[table[b, p], 1] = torch.cat(blocks, 1)
             stored[0, :, at] += rotated_mean(means[b].double(), tables, p, fmt.k.rotation)
         for j in range(sink + 64 * packed[b], n):
             tails[:, b, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
@@ -95,6 +97,15 @@ def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sin
         plain = q.double() @ fmt.k.rotation
         kv_inputs = replace(kv_inputs, mean=KeyMean(coefficients(plain.float(), means), tables))
     return Case(q, kv_inputs, fmt, want, max(lengths))
+
+
+def coded(codec, side, x):
+    """Vectors [Hkv, 64, d] as a block of a page [Hkv, bytes], and what it holds in the rotated basis in float64."""
+    if isinstance(codec, TrellisCodec):
+        fields = codec.encode_fields(x)
+        return pack_block(codec.page_layout, side, *fields), codec.decode_fields(*fields, torch.float64)
+    rows = codec.encode_rotated(x)
+    return rows.flatten(1), codec.decode(rows, torch.float64) @ codec.rotation.T
 
 
 def rotated_mean(means, tables, page, rotation):

@@ -1,0 +1,504 @@
+"""Runs Gluon kernels written lane by lane (`lanes.py`, `table_decode.py`) on a CPU, without Triton.
+
+Triton's interpreter knows neither Gluon nor PTX. Here the kernels' own source is run as Python over NumPy, one program
+after the other, all threads of a program in step, with Triton's rules for types and the machine instructions of
+`lanes.py` done by hand: matrix products of fragments, byte permutations, shuffles, asynchronous copies (which arrive
+when they are waited for, not before), atomics. Device memory is one array in which every tensor's storage lies between
+guards: an access outside is an error. What it cannot show: races between threads, and what the compiler makes of it.
+"""
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FLOATS = ("bf16", "f16", "f32")  # what is held as float32
+HELD = {"i1": np.bool_, "u8": np.uint8, "i32": np.int32, "u32": np.uint32, "i64": np.int64} | dict.fromkeys(
+    FLOATS, np.float32
+)
+SIZES = {"i1": 1, "u8": 1, "i32": 4, "u32": 4, "i64": 8, "bf16": 2, "f16": 2, "f32": 4}
+KINDS = {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bfloat16: "bf16", torch.float16: "f16"}
+KINDS |= {torch.float32: "f32"}
+RANKS = ("i1", "u8", "i32", "u32", "i64", "bf16", "f16", "f32")
+GUARD = 4096
+STALE = 0xCD  # bytes of shared memory that nobody wrote
+
+
+def rounded(values: np.ndarray, kind: str) -> np.ndarray:
+    """float32 values rounded to the kind."""
+    if kind == "f32":
+        return values.astype(np.float32)
+    there = torch.bfloat16 if kind == "bf16" else torch.float16
+    return torch.from_numpy(np.array(values, np.float32)).to(there).to(torch.float32).numpy()
+
+
+class Value:
+    """A scalar or one element a thread, of a Triton type."""
+
+    def __init__(self, data: Any, kind: str) -> None:
+        self.data, self.kind = np.asarray(data, HELD[kind]), kind
+
+    def to(self, kind: str, bitcast: bool = False) -> "Value":
+        if bitcast:
+            return Value(self.data.view(HELD[kind]), kind)
+        if kind in FLOATS:
+            return Value(rounded(self.data.astype(np.float32), kind), kind)
+        if self.kind in FLOATS:
+            return Value(self.data.astype(np.int64), kind)
+        return Value(self.data.astype(np.int64).astype(HELD[kind]), kind)
+
+    def __index__(self) -> int:
+        return int(self.data)
+
+    __int__ = __index__
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
+    def __neg__(self) -> "Value":
+        return Value(-self.data, self.kind)
+
+
+def kind_of(a: Any, b: Any) -> str:
+    """The type in which Triton computes with both."""
+    kinds = [x.kind for x in (a, b) if isinstance(x, Value)]
+    if any(isinstance(x, float) for x in (a, b)) and not set(kinds) & set(FLOATS):
+        kinds.append("f32")
+    kind = max(kinds, key=RANKS.index)
+    return "i32" if kind == "i1" and any(type(x) is int for x in (a, b)) else kind
+
+
+def numbers(x: Any, kind: str) -> np.ndarray:
+    """A value or a Python number as an array of the kind."""
+    if isinstance(x, Value):
+        return x.to(kind).data
+    if kind in FLOATS:
+        return np.asarray(x, np.float32)
+    return np.asarray(x, np.int64).astype(HELD[kind])
+
+
+def binary(function: Callable[[np.ndarray, np.ndarray], np.ndarray], kind: str | None = None) -> Any:
+    def forward(a: Any, b: Any) -> Any:
+        if isinstance(b, Pointer):
+            return NotImplemented
+        common = kind_of(a, b)
+        return Value(function(numbers(a, common), numbers(b, common)), kind or common)
+
+    return forward
+
+
+def reverse(method: Any) -> Any:
+    return lambda a, b: method(Value(numbers(b, kind_of(a, b)), kind_of(a, b)), a)
+
+
+def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Division as C does it: toward zero."""
+    if np.issubdtype(a.dtype, np.unsignedinteger):
+        return a // b
+    return (np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)).astype(a.dtype)
+
+
+OPERATIONS: dict[str, Any] = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and}
+OPERATIONS |= {"or": np.bitwise_or, "xor": np.bitwise_xor, "lshift": np.left_shift, "rshift": np.right_shift}
+OPERATIONS |= {"floordiv": quotient, "mod": lambda a, b: (a - quotient(a, b) * b).astype(a.dtype)}
+OPERATIONS |= {"truediv": np.divide}
+for name, operation in OPERATIONS.items():
+    setattr(Value, f"__{name}__", binary(operation))
+    setattr(Value, f"__r{name}__", reverse(getattr(Value, f"__{name}__")))
+for name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Value, f"__{name}__", binary(getattr(np, {"lt": "less", "le": "less_equal", "gt": "greater",
+            "ge": "greater_equal", "eq": "equal", "ne": "not_equal"}[name]), "i1"))  # fmt: skip
+
+
+class Pointer:
+    """Byte addresses in device memory, and what lies there."""
+
+    def __init__(self, at: np.ndarray, kind: str) -> None:
+        self.at, self.kind = np.asarray(at, np.int64), kind
+        self.dtype = types.SimpleNamespace(element_ty=kind)
+
+    def __add__(self, steps: Any) -> "Pointer":
+        return Pointer(self.at + numbers(steps, "i64") * SIZES[self.kind], self.kind)
+
+    __radd__ = __add__
+
+
+class Memory:
+    """Device memory that holds copies of tensors' storages."""
+
+    def __init__(self) -> None:
+        self.bytes = np.zeros(0, np.uint8)
+        self.valid = np.zeros(0, np.bool_)
+        self._places: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pointer(self, tensor: torch.Tensor) -> Pointer:
+        storage = tensor.untyped_storage()
+        whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        if storage.data_ptr() not in self._places:
+            start = -(-len(self.bytes) // 256) * 256 + GUARD
+            grown = np.full(start + len(whole) + GUARD, STALE, np.uint8)
+            grown[: len(self.bytes)] = self.bytes
+            grown[start : start + len(whole)] = whole.numpy()
+            valid = np.zeros(len(grown), np.bool_)
+            valid[: len(self.valid)] = self.valid
+            valid[start : start + len(whole)] = True
+            self.bytes, self.valid = grown, valid
+            self._places[storage.data_ptr()] = (start, whole)
+        start = self._places[storage.data_ptr()][0]
+        return Pointer(np.asarray(start + tensor.storage_offset() * tensor.element_size()), KINDS[tensor.dtype])
+
+    def give_back(self) -> None:
+        """Write everything back to the tensors."""
+        for start, whole in self._places.values():
+            whole.copy_(torch.from_numpy(self.bytes[start : start + len(whole)]))
+
+    def read(self, at: np.ndarray, size: int) -> np.ndarray:
+        """uint8 [..., size] at byte addresses; they must be multiples of the size."""
+        where = at[..., None] + np.arange(size)
+        assert (at % size == 0).all() and self.valid[where].all(), "a read outside of every tensor, or not aligned"
+        return self.bytes[where]
+
+    def write(self, at: np.ndarray, data: np.ndarray) -> None:
+        where = at[..., None] + np.arange(data.shape[-1])
+        assert (at % data.shape[-1] == 0).all() and self.valid[where].all(), "a write outside of every tensor"
+        self.bytes[where] = data
+
+
+def unpack(data: np.ndarray, kind: str) -> Value:
+    """Bytes [..., size] as values."""
+    if kind in ("bf16", "f16"):
+        there = torch.bfloat16 if kind == "bf16" else torch.float16
+        halves = torch.from_numpy(np.ascontiguousarray(data)).view(there)[..., 0]
+        return Value(halves.to(torch.float32).numpy(), kind)
+    return Value(np.ascontiguousarray(data).view(HELD[kind])[..., 0], kind)
+
+
+def pack(value: np.ndarray, kind: str) -> np.ndarray:
+    """Values as bytes [..., size]."""
+    if kind in ("bf16", "f16"):
+        there = torch.bfloat16 if kind == "bf16" else torch.float16
+        return torch.from_numpy(np.array(value, np.float32)).to(there)[..., None].view(torch.uint8).numpy()
+    return np.array(value, HELD[kind])[..., None].view(np.uint8)
+
+
+class Program:
+    """The running program: its number, its threads, its shared memory and the copies under way."""
+
+    memory: Memory
+    ids: tuple[int, ...]
+    grid: tuple[int, ...]
+    threads: int
+    shared: np.ndarray
+    groups: list[list[tuple[np.ndarray, np.ndarray]]]
+
+    def start(self, ids: tuple[int, ...], shared_bytes: int) -> None:
+        self.ids = ids
+        self.shared = np.full(shared_bytes, STALE, np.uint8)
+        self.groups = [[]]
+
+
+RUNNING = Program()
+
+
+def threads_of(x: Value) -> np.ndarray:
+    return np.broadcast_to(x.data, (RUNNING.threads,))
+
+
+def shared_read(address: Any, size: int, offset: int = 0) -> np.ndarray:
+    at = np.broadcast_to(numbers(address, "u32"), (RUNNING.threads,)).astype(np.int64) + offset
+    assert (at % size == 0).all() and (at + size <= len(RUNNING.shared)).all(), "a read outside shared memory"
+    return RUNNING.shared[at[:, None] + np.arange(size)]
+
+
+def shared_words(address: Any, count: int, offset: int = 0) -> tuple[Value, ...]:
+    words = shared_read(address, 4 * count, offset).view(np.uint32)
+    return tuple(Value(words[:, i].copy(), "u32") for i in range(count))
+
+
+def write_shared_words(address: Value, values: list[Value]) -> None:
+    size = 4 * len(values)
+    at = threads_of(address).astype(np.int64)
+    assert (at % size == 0).all() and (at + size <= len(RUNNING.shared)).all(), "a write outside shared memory"
+    words = np.stack([threads_of(v) for v in values], -1).astype(np.uint32)
+    RUNNING.shared[at[:, None] + np.arange(size)] = np.ascontiguousarray(words).view(np.uint8)
+
+
+def global_words(pointer: Pointer, count: int) -> tuple[Value, ...]:
+    words = RUNNING.memory.read(np.broadcast_to(pointer.at, (RUNNING.threads,)), 4 * count).view(np.uint32)
+    return tuple(Value(words[:, i].copy(), "u32") for i in range(count))
+
+
+def copy16(address: Value, pointer: Pointer) -> None:
+    at = threads_of(address).astype(np.int64)
+    assert (at % 16 == 0).all() and (at + 16 <= len(RUNNING.shared)).all(), "a copy outside shared memory"
+    source = np.broadcast_to(pointer.at, (RUNNING.threads,))
+    RUNNING.groups[-1].append((at, RUNNING.memory.read(source, 16).copy()))
+
+
+def land(groups: list[list[tuple[np.ndarray, np.ndarray]]]) -> None:
+    for at, data in (copy for group in groups for copy in group):
+        RUNNING.shared[at[:, None] + np.arange(16)] = data
+
+
+def wait_for_older_copies(_lane: Value) -> None:
+    """All groups that are closed but for the youngest of them."""
+    done, RUNNING.groups = RUNNING.groups[:-2], RUNNING.groups[-2:]
+    land(done)
+
+
+def wait_for_all_copies(_lane: Value) -> None:
+    done, RUNNING.groups = RUNNING.groups, [[]]
+    land(done)
+
+
+def commit_copies(_lane: Value) -> None:
+    RUNNING.groups.append([])
+
+
+def arrive(counter: Pointer, last: Any) -> Value:
+    found = unpack(RUNNING.memory.read(counter.at, 4), "u32")
+    new = 0 if int(found) >= int(last) else int(found) + 1
+    RUNNING.memory.write(counter.at, pack(np.asarray(new), "u32"))
+    return Value(int(found), "i32")
+
+
+def permute(a: Any, b: Any, selector: Any) -> Value:
+    """PRMT: four bytes of eight, or their top bits spread."""
+    words = np.stack([np.broadcast_to(numbers(x, "u32"), (RUNNING.threads,)) for x in (a, b)], -1)
+    source = np.ascontiguousarray(words).view(np.uint8)
+    chosen = np.broadcast_to(numbers(selector, "u32"), (RUNNING.threads,))
+    out = np.zeros((RUNNING.threads, 4), np.uint8)
+    for i in range(4):
+        nibble = chosen >> (4 * i) & 15
+        byte = np.take_along_axis(source, (nibble & 7)[:, None].astype(np.int64), 1)[:, 0]
+        out[:, i] = np.where(nibble & 8, np.where(byte & 128, 255, 0), byte)
+    return Value(out.view(np.uint32)[:, 0].copy(), "u32")
+
+
+def shuffle(x: Value, lane: Any) -> Value:
+    source = np.broadcast_to(numbers(lane, "i32"), (RUNNING.threads,)).reshape(-1, 32) & 31
+    return Value(np.take_along_axis(threads_of(x).reshape(-1, 32), source.astype(np.int64), 1).reshape(-1), x.kind)
+
+
+def operand(registers: list[Any], kind: str) -> np.ndarray:
+    """Registers of fragments as [warps, 8 (g), 4 (t), registers, elements]."""
+    words = np.stack([np.broadcast_to(numbers(r, "u32"), (RUNNING.threads,)) for r in registers], -1)
+    data = np.ascontiguousarray(words).view(np.uint8).reshape(-1, 8, 4, len(registers), 4)
+    if kind == "i8":
+        return data.view(np.int8).astype(np.float64)
+    halves = data.reshape(*data.shape[:-1], 4 // 2, 2)
+    return unpack(halves, kind).data.astype(np.float64)
+
+
+def product(c: tuple[Any, ...], a: list[Any], b: list[Any], kind: str) -> tuple[Value, ...]:
+    """mma.sync m16n8: C + A B from fragments (PTX ISA, fragments of m16n8k16 and m16n8k32)."""
+    rows, columns = operand(a, kind), operand(b, kind)
+    warps, per = rows.shape[0], rows.shape[-1]
+    k = 4 * per * len(b)
+    left = rows.reshape(warps, 8, 4, len(b), 2, per)  # g, t, half of K, upper or lower rows, element
+    left = left.transpose(0, 4, 1, 3, 2, 5).reshape(warps, 16, k)
+    right = columns.transpose(0, 3, 2, 4, 1).reshape(warps, k, 8)  # half of K, t, element; g
+    out = left @ right
+    number = "i32" if kind == "i8" else "f32"
+    parts = out.reshape(warps, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)  # g, t; half of rows, column
+    return tuple(Value(parts[:, i].astype(HELD[number]) + numbers(c[i], number), number) for i in range(4))
+
+
+def pack_half(low: Value, high: Value, kind: str) -> Value:
+    both = np.concatenate([pack(threads_of(x), kind) for x in (low, high)], -1)
+    return Value(np.ascontiguousarray(both).view(np.uint32)[:, 0].copy(), "u32")
+
+
+def flushed(values: np.ndarray) -> np.ndarray:
+    tiny = np.finfo(np.float32).tiny
+    return np.where(np.abs(values) < tiny, np.float32(0), values).astype(np.float32)
+
+
+def exp2(x: Value) -> Value:
+    with np.errstate(under="ignore", over="ignore"):
+        return Value(flushed(np.exp2(flushed(x.data))), "f32")
+
+
+def log2(x: Value) -> Value:
+    with np.errstate(divide="ignore"):
+        return Value(np.log2(flushed(x.data)), "f32")
+
+
+INSTRUCTIONS: dict[str, Any] = {
+    "barrier": lambda: None,
+    "load_shared": lambda address, offset: shared_words(address, 1, offset)[0],
+    "read_shared": lambda address: shared_words(address, 1)[0],
+    "read_shared_f": lambda address: shared_words(address, 1)[0].to("f32", bitcast=True),
+    "read_shared2": lambda address: shared_words(address, 2),
+    "read_shared4": lambda address: shared_words(address, 4),
+    "read_shared_half": lambda address: unpack(np.pad(shared_read(address, 2), ((0, 0), (0, 2))), "u32"),
+    "write_shared": lambda address, value: write_shared_words(address, [value]),
+    "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
+    "load_global4": lambda pointer: global_words(pointer, 4),
+    "load_global2": lambda pointer: global_words(pointer, 2),
+    "copy16": copy16,
+    "commit_copies": commit_copies,
+    "wait_for_older_copies": wait_for_older_copies,
+    "wait_for_all_copies": wait_for_all_copies,
+    "sync_warp": lambda _lane: None,
+    "arrive": arrive,
+    "permute_bytes": permute,
+    "permute_bytes_by": lambda a, selector: permute(a, 0, selector),
+    "shuffle": shuffle,
+    "shuffle_f": shuffle,
+    "mma_int8_32": lambda c, a0, a1, a2, a3, b0, b1: product(c, [a0, a1, a2, a3], [b0, b1], "i8"),
+    "mma_int8_16": lambda c, a0, a1, b0: product(c, [a0, a1], [b0], "i8"),
+    "mma_half": lambda c, a0, a1, a2, a3, b0, b1, kind: product(c, [a0, a1, a2, a3], [b0, b1], kind),
+    "pack_half": pack_half,
+    "exp2": exp2,
+    "log2": log2,
+}
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = 0, cache_modifier: str = "") -> Value:
+    at = pointer.at
+    if mask is None:
+        return unpack(RUNNING.memory.read(at, SIZES[pointer.kind]), pointer.kind)
+    keep = np.broadcast_to(mask.data, np.broadcast_shapes(at.shape, mask.data.shape))
+    at = np.broadcast_to(at, keep.shape)
+    safe = np.where(keep, at, at[keep][0] if keep.any() else 0)
+    if not keep.any():
+        return Value(np.full(keep.shape, other), pointer.kind)
+    found = unpack(RUNNING.memory.read(safe, SIZES[pointer.kind]), pointer.kind)
+    return Value(np.where(keep, found.data, numbers(other, pointer.kind)), pointer.kind)
+
+
+def store(pointer: Pointer, value: Value, mask: Value) -> None:
+    keep = np.broadcast_to(mask.data, (RUNNING.threads,))
+    at, data = np.broadcast_to(pointer.at, keep.shape), threads_of(value.to(pointer.kind))
+    RUNNING.memory.write(at[keep], pack(data[keep], pointer.kind))
+
+
+def where(condition: Value, a: Any, b: Any) -> Any:
+    if isinstance(a, Pointer):
+        return Pointer(np.where(condition.data, a.at, b.at), a.kind)
+    if not isinstance(a, Value) and not isinstance(b, Value):
+        kind = "f32" if isinstance(a, float) or isinstance(b, float) else "i32"
+    else:
+        kind = kind_of(a, b)
+    return Value(np.where(condition.data, numbers(a, kind), numbers(b, kind)), kind)
+
+
+class Smem:
+    """The kernel's one allocation: the address that it stores to only names it."""
+
+    def index(self, _i: int) -> "Smem":
+        return self
+
+    def store(self, _value: Value) -> None:
+        pass
+
+    def _keep_alive(self) -> None:
+        pass
+
+
+def language() -> types.ModuleType:
+    """What stands for `triton.experimental.gluon.language`."""
+    gl: Any = types.ModuleType("emulated_language")
+    names = {"i1": "int1", "u8": "uint8", "i32": "int32", "u32": "uint32", "i64": "int64", "bf16": "bfloat16"}
+    for kind, name in (names | {"f16": "float16", "f32": "float32"}).items():
+        setattr(gl, name, kind)
+    gl.constexpr = object
+    gl.static_range = range
+    gl.barrier = lambda: None
+    gl.load, gl.store, gl.where = load, store, where
+    gl.maximum, gl.minimum = binary(np.maximum), binary(np.minimum)
+    gl.arange = lambda first, end, layout: Value(np.arange(first, end), "i32")
+    gl.full = lambda shape, value, kind, layout: Value(np.full(shape, value), kind)
+    gl.program_id = lambda axis: Value(RUNNING.ids[axis], "i32")
+    gl.num_programs = lambda axis: Value(RUNNING.grid[axis], "i32")
+    gl.BlockedLayout = gl.SwizzledSharedLayout = lambda *parts: None
+    gl.allocate_shared_memory = lambda kind, shape, layout: Smem()
+
+    def static_assert(condition: bool) -> None:
+        assert condition
+
+    gl.static_assert = static_assert
+    return gl
+
+
+PACKAGE = "octo_run.kernels.attention"
+MODULES = ("lanes", "table_codewords", "table_full", "table_mean", "table_decode")
+
+
+@contextmanager
+def _in_place_of_triton() -> Iterator[None]:
+    """Modules of that name are the emulation's while the kernels' source is read."""
+    gluon: Any = types.ModuleType("triton.experimental.gluon")
+    gluon.jit, gluon.language = (lambda function: function), language()
+    jit: Any = types.ModuleType("triton.runtime.jit")
+    jit.constexpr_function = lambda function: function
+    names = {"triton": types.ModuleType("triton"), "triton.experimental": types.ModuleType("triton.experimental")}
+    names |= {"triton.experimental.gluon": gluon, "triton.experimental.gluon.language": gluon.language}
+    names |= {"triton.runtime": types.ModuleType("triton.runtime"), "triton.runtime.jit": jit}
+    names |= {f"{PACKAGE}.{name}": None for name in MODULES}
+    before = {name: sys.modules.get(name) for name in names}
+    for name, module in names.items():
+        if module is None:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+
+
+def kernel_modules() -> dict[str, types.ModuleType]:
+    """The kernels' modules, read anew over the emulation."""
+    found = {}
+    with _in_place_of_triton():
+        for name in MODULES:
+            path = Path(__file__).parents[2] / "kernels" / "attention" / f"{name}.py"
+            spec = util.spec_from_file_location(f"{PACKAGE}.{name}", path)
+            assert spec is not None and spec.loader is not None
+            module = util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+            if name == "lanes":
+                for instruction, done in INSTRUCTIONS.items():
+                    assert hasattr(module, instruction), instruction
+                    setattr(module, instruction, done)
+            found[name] = module
+    return found
+
+
+class Kernel:
+    """``kernel[grid](*args, **constexprs)`` for the kernel function ``run``, its programs in random order."""
+
+    def __init__(self, run: Callable[..., None], seed: int = 0) -> None:
+        self.run, self._order = run, np.random.default_rng(seed)
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, **fixed: Any) -> None:
+            fixed.pop("maxnreg", None)
+            self.launches.append({"grid": grid, **fixed})
+            memory = Memory()
+            passed = [memory.pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
+            passed = [Value(a, "f32" if isinstance(a, float) else "i32") if isinstance(a, int | float) else a
+                      for a in passed]  # fmt: skip
+            RUNNING.memory, RUNNING.grid, RUNNING.threads = memory, grid, 32 * num_warps
+            programs = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
+            self._order.shuffle(programs)
+            for ids in programs:
+                RUNNING.start(tuple(ids), 4 * fixed["SMEM_WORDS"])
+                self.run(*passed, **fixed)
+            memory.give_back()
+
+        return launch

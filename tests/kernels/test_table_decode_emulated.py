@@ -1,0 +1,167 @@
+"""The table-decode kernel's own source, run on the CPU by `lane_emulator`, against float64 attention over the pages."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octo_run.kernels.attention import splits
+
+table_launch = pytest.importorskip("octo_run.kernels.attention.table_launch", reason="Triton is not installed")
+
+HERE = Path(__file__).parent
+emulator = SimpleNamespace(**runpy.run_path(str(HERE / "lane_emulator.py")))
+cases = SimpleNamespace(**runpy.run_path(str(HERE / "test_attention_kernels.py")))
+MODULES = emulator.kernel_modules()
+DECODE = MODULES["table_decode"]
+PROCESSORS = 4  # what the launcher takes where there is no GPU
+LENGTHS = (1, 64, 128, 192, 193, 255, 256, 257, 320, 1000)  # 64 sinks, 64 to 127 in the window, pages of 64
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    found = emulator.Kernel(DECODE.table_decode_kernel)
+    monkeypatch.setattr(table_launch, "table_decode_kernel", found)
+    monkeypatch.setattr(splits, "processors", lambda: PROCESSORS)
+    return found
+
+
+def worst_error(case: Any, room_for: int | None = None) -> float:
+    """The largest relative error of a sequence; outputs and workspace are full of NaN before."""
+    batch, _, heads, dim = case.q.shape
+    kv_heads = case.kv.pages.shape[1]
+    words = splits.workspace_bytes(room_for or batch, heads, kv_heads, dim) // 4
+    whole = torch.full((words,), float("nan"))
+    whole[: splits.counter_words()] = 0
+    room = splits.Workspace.of(whole, batch, heads, kv_heads, dim, whole.device)
+    worst = 0.0
+    for _ in range(2):  # the second time with what the first one left in the workspace
+        out = torch.full_like(case.q, float("nan"))
+        table_launch.attend_table(case.q, case.kv, case.fmt, out, room, scale=dim**-0.5, max_length=case.max_length)
+        assert not out.isnan().any(), "something was not written"
+        assert not room.counters.any(), "the counters are not at zero for the next call"
+        worst = max(worst, *(cases.relative_error(got, want) for got, want in zip(out, case.want, strict=True)))
+    return worst
+
+
+def decode_case(kv: str, lengths: list[int], group: int, kv_heads: int, dim: int, **more: Any) -> Any:
+    more = {"dtype": torch.float16, **more}
+    return cases.make_case(kv, lengths, 1, group * kv_heads, kv_heads, dim, **more)
+
+
+@pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4"])
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256])
+def test_every_format_and_head_dim(kernel: Any, kv: str, dim: int) -> None:
+    assert worst_error(decode_case(kv, [450], 4, 2, dim)) < 1e-3
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 16])
+@pytest.mark.parametrize(("kv", "dim"), [("oct3", 128), ("oct2", 64), ("oct4", 256)])
+def test_every_group(kernel: Any, group: int, kv: str, dim: int) -> None:
+    assert worst_error(decode_case(kv, [700], group, 1, dim)) < 1e-3
+
+
+@pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths_around_page_edges(kernel: Any, kv: str, length: int) -> None:
+    assert worst_error(decode_case(kv, [length], 4, 1, 64)) < 1e-3
+    assert worst_error(decode_case(kv, [length, 130, 400], 1, 2, 64)) < 1e-3
+
+
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
+def test_other_sinks_and_windows(kernel: Any, sink: int, window: int) -> None:
+    assert worst_error(decode_case("oct3", [900, 350], 4, 1, 64, sink=sink, window=window)) < 1e-3
+
+
+def test_bfloat16_inputs(kernel: Any) -> None:
+    assert worst_error(decode_case("oct3", [600, 300], 4, 1, 128, dtype=torch.bfloat16)) < 2.5e-3
+
+
+@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 3), (128, 4), (128, 7), (256, 4)])
+def test_the_key_mean_comes_back(kernel: Any, dim: int, group: int) -> None:
+    assert worst_error(decode_case("oct3", [450, 800], group, 1, dim, mean=2.0)) < 1.5e-3
+
+
+def test_sequences_of_unequal_lengths_are_cut_finer(kernel: Any) -> None:
+    lengths = [64 * 40 + 192, 300, 1, 64 * 9 + 200]
+    assert worst_error(decode_case("oct2", lengths, 4, 1, 64)) < 1e-3
+    evenly = worst_error(decode_case("oct2", [lengths[0]] * 4, 4, 1, 64))
+    uneven, even = kernel.launches[0]["grid"], kernel.launches[-1]["grid"]
+    assert evenly < 1e-3 and uneven[1] > len(lengths) and uneven == even  # the grid depends on shapes alone
+
+
+def test_more_sequences_than_counters(kernel: Any) -> None:
+    """A long one among many short ones is not cut: the workspace has a counter for eight programs a processor."""
+    lengths = [*([200] * 34), 64 * 40 + 192]
+    assert len(lengths) > splits.counter_words()
+    assert worst_error(decode_case("oct2", lengths, 1, 1, 64)) < 1e-3
+
+
+def test_many_blocks_of_heads_share_the_counters(kernel: Any) -> None:
+    """24 heads are three programs a KV head, each with a counter of its own."""
+    assert 16 * 3 > splits.counter_words() >= 2 * 16
+    assert worst_error(decode_case("oct2", [*([200] * 15), 64 * 40 + 192], 24, 1, 64)) < 1e-3
+
+
+def test_a_workspace_for_more_sequences_serves_fewer(kernel: Any) -> None:
+    assert worst_error(decode_case("oct2", [700, 260], 4, 1, 64), room_for=16) < 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 3000), min_size=2, max_size=70),
+    st.sampled_from([1, 2, 8, 16, 32]),
+    st.sampled_from([4, 132]),
+)
+def test_every_page_has_one_program(packed: list[int], programs: int, processors: int) -> None:
+    """The parts of all sequences follow each other without gaps, fit into the launcher's grid and its workspace."""
+    batch, kv_heads = len(packed), programs
+    longest = max(packed)
+    most = max(1, splits.PROGRAMS_PER_PROCESSOR * processors // (batch * programs))
+    parts = table_launch.count_parts(batch * programs, longest, most, processors)
+    grid = max(parts * batch, 4 * processors // programs + batch)
+    memory = emulator.Memory()
+    running = emulator.RUNNING
+    running.memory, running.threads = memory, 1
+    pointer = memory.pointer(torch.tensor(packed, dtype=torch.int32))
+    found = []
+    for flat in range(grid):
+        arguments = [emulator.Value(n, "i32") for n in (flat, batch, parts, programs, processors)]
+        found.append(tuple(int(n) for n in DECODE._share(pointer, *arguments, table_launch.WARPS)))
+    expected, before = [], 0
+    for seq in range(batch):
+        count = sum(1 for s, _, n, _ in found if n and s == seq)
+        assert count >= 1, "every sequence has a program: it has sinks and a window"
+        expected += [(seq, split, count, before) for split in range(count)]
+        before += count
+    assert found[: len(expected)] == expected
+    assert all(n == 0 for _, _, n, _ in found[len(expected) :])
+    room = max(processors * splits.PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)
+    assert grid * kv_heads <= room, "partial results fit into the workspace"
+    if len(expected) > batch:
+        assert batch * programs <= splits.PROGRAMS_PER_PROCESSOR * processors, "there are counters for them"
+
+
+def test_emulated_products_are_those_of_matrices() -> None:
+    """Fragments of m16n8k32 and m16n8k16 laid out by hand, as the PTX manual's tables say."""
+    random = np.random.default_rng(0)
+    emulator.RUNNING.threads = 64
+    a, b = random.integers(-128, 128, (2, 16, 32), np.int8), random.integers(-128, 128, (2, 32, 8), np.int8)
+    lanes = [(w, lane // 4, lane % 4) for w in range(2) for lane in range(32)]
+
+    def register(parts: list[Any]) -> Any:
+        return emulator.Value(np.stack(parts).view(np.uint32)[:, 0], "u32")
+
+    rows = [register([a[w, g + 8 * (i % 2), 16 * (i // 2) + 4 * t :][:4] for w, g, t in lanes]) for i in range(4)]
+    columns = [register([b[w, 16 * i + 4 * t :, g][:4] for w, g, t in lanes]) for i in range(2)]
+    got = emulator.product((1, 2, 3, 4), rows, columns, "i8")
+    want = a.astype(np.int64) @ b
+    for i in range(4):
+        expected = [want[w, g + 8 * (i // 2), 2 * t + i % 2] + i + 1 for w, g, t in lanes]
+        assert got[i].data.tolist() == expected
