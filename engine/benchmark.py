@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from octo_run.engine.engine import Engine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,18 @@ def measure(
     One round that is not counted warms up. Prompts of several sequences are read one after the other.
     """
     kind, tokens = test
-    source = random.Random(0)
-    ordinary = [i for i in range(engine.config.vocab_size) if i not in engine.tokenizer.special_ids]
+    source, ordinary = random.Random(0), ordinary_ids(engine)
     seconds, energy, meter = [], [], EnergyMeter(engine.device)
-    for _ in range(repetitions + 1):
-        for seq in range(batch):
-            engine.fill(seq, depth, seed=seq)
-        ids = source.choices(ordinary, k=max(tokens, batch))
+
+    def clock(work: Callable[[], None]) -> None:
         before = meter.joules()
-        seconds.append(_prompts(engine, ids[:tokens], batch) if kind == "pp" else _steps(engine, ids[:batch], tokens))
+        seconds.append(_seconds(engine.device, work))
         after = meter.joules()
         energy.append(None if before is None or after is None else after - before)
+
+    for _ in range(repetitions + 1):
+        ids = source.choices(ordinary, k=max(tokens, batch))
+        run_round(engine, test, ids, depth=depth, batch=batch, clock=clock)
     rates = sorted(batch * tokens / taken for taken in seconds[1:])
     median = statistics.median(rates)
     spent = [joules for joules in energy[1:] if joules is not None]
@@ -85,6 +88,49 @@ def measure(
                gb_per_s, share, joules)  # fmt: skip
 
 
+def ordinary_ids(engine: Engine) -> list[int]:
+    """The token ids that a random prompt is drawn from."""
+    return [i for i in range(engine.config.vocab_size) if i not in engine.tokenizer.special_ids]
+
+
+def run_round(
+    engine: Engine,
+    test: tuple[str, int],
+    ids: list[int],
+    *,
+    depth: int,
+    batch: int,
+    clock: Callable[[Callable[[], None]], T],
+) -> T:
+    """One round of a test: fill ``batch`` sequences to ``depth`` tokens, then hand the work to ``clock``, to be called.
+
+    ``ids`` are the prompt, or the first token of each sequence. Every step is launched before the one in front of it is
+    read. Returns what ``clock`` returns.
+    """
+    kind, tokens = test
+    for seq in range(batch):
+        engine.fill(seq, depth, seed=seq)
+
+    def read_prompts() -> None:
+        for seq in range(batch):
+            engine.prefill(ids[:tokens], seq)
+
+    def run_steps() -> None:
+        step.launch()
+        for _ in range(tokens - 1):
+            step.launch()
+            step.read()
+        step.read()
+
+    if kind == "pp":
+        return clock(read_prompts)
+    step = engine.step
+    step.start(ids[:batch], [SamplingParams(temperature=0.0)] * batch)
+    result = clock(run_steps)
+    step.cancel()
+    return result
+
+
 def step_weight_bytes(engine: Engine) -> int:
     """Bytes of weights that a decode step reads: all but an embedding that is not the output layer too."""
     cfg = engine.config
@@ -94,38 +140,14 @@ def step_weight_bytes(engine: Engine) -> int:
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
     """Wall-clock seconds of a call, the device's work included."""
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     work()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _prompts(engine: Engine, ids: list[int], batch: int) -> float:
-    def read() -> None:
-        for seq in range(batch):
-            engine.prefill(ids, seq)
-
-    return _seconds(engine.device, read)
-
-
-def _steps(engine: Engine, first: list[int], count: int) -> float:
-    """Seconds of ``count`` steps, each launched before the one in front of it is read."""
-    step = engine.step
-    step.start(first, [SamplingParams(temperature=0.0)] * len(first))
-
-    def run() -> None:
-        step.launch()
-        for _ in range(count - 1):
-            step.launch()
-            step.read()
-        step.read()
-
-    taken = _seconds(engine.device, run)
-    step.cancel()
-    return taken

@@ -14,7 +14,7 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.engine.arena import Decode, KVArena, Prefill
 from octo_run.engine.forward import Forward
-from octo_run.engine.generation import Generation
+from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.key_means import KeyMeans
 from octo_run.engine.plan import MemoryPlan, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
@@ -218,13 +218,18 @@ class Engine:
             )
         return self._next_logits(ids, seq)
 
-    def generate(self, ids: list[int], params: SamplingParams | None = None) -> "Generation":
+    def generate(
+        self, ids: list[int], params: SamplingParams | None = None, on_prompt: OnPrompt | None = None
+    ) -> "Generation":
         """Continue ``ids``: an iterator of :class:`Token` with the figures of the run as attributes.
 
-        Raises ``UsageError`` for no ids, more than the context holds, or ids outside the vocabulary.
+        ``on_prompt`` is called with the tokens read so far and the tokens to read (those not reused): first with 0,
+        then whenever the device is through with a chunk, last when the first token is drawn; and so again if another
+        generation ran in between. What it raises ends the generation; the cache keeps what was fed. Raises
+        ``UsageError`` for no ids, more than the context holds, or ids outside the vocabulary.
         """
         self._check_prompt(ids)
-        return Generation(self, list(ids), params or SamplingParams())
+        return Generation(self, list(ids), params or SamplingParams(), on_prompt)
 
     def _check_sequence(self, seq: int) -> None:
         if not 0 <= seq < self.plan.shape.sequences:
@@ -260,18 +265,24 @@ class Engine:
         del self._ids[kept:]
         return kept
 
-    def _next_logits(self, ids: list[int], seq: int = 0) -> Tensor:
+    def _next_logits(self, ids: list[int], seq: int = 0, on_prompt: OnPrompt | None = None) -> Tensor:
         """Feed ``ids`` in chunks; returns the last token's float32 logits ``[vocab]``."""
         with torch.inference_mode():
-            return self._logits(self._next_hidden(ids, seq))[0]
+            return self._logits(self._next_hidden(ids, seq, on_prompt))[0]
 
     @torch.inference_mode()
-    def _next_hidden(self, ids: list[int], seq: int = 0) -> Tensor:
-        """Feed ``ids`` in chunks; returns the last token's state ``[1, hidden]``, as :meth:`_forward` gives it."""
+    def _next_hidden(self, ids: list[int], seq: int = 0, on_prompt: OnPrompt | None = None) -> Tensor:
+        """Feed ``ids`` in chunks; returns the last token's state ``[1, hidden]``, as :meth:`_forward` gives it.
+
+        ``on_prompt``: see :class:`PromptWatch`; that the last chunk is read is for the caller to tell.
+        """
         chunk = self.plan.shape.chunk
+        watch = None if on_prompt is None else PromptWatch(on_prompt, len(ids), self.device)
         hidden = None
         for i in range(0, len(ids), chunk):
             hidden = self._forward(ids[i : i + chunk], seq)[-1:]
+            if watch is not None:
+                watch.fed(min(i + chunk, len(ids)))
         assert hidden is not None
         return hidden
 

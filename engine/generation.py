@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 from octo_run.engine.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
+
+#: Called with the tokens of a prompt that are read, and how many are to be read.
+OnPrompt = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,38 @@ class Token:
     finish_reason: str | None
 
 
+class PromptWatch:
+    """Tells ``on_prompt`` how much of a prompt of ``total`` tokens the device has read, at first none.
+
+    On CUDA chunks are launched long before they are read. The host waits for a chunk when the next one is launched, so
+    that the device always has work; nobody waits for the last one here.
+    """
+
+    def __init__(self, on_prompt: OnPrompt, total: int, device: torch.device) -> None:
+        self._on_prompt, self._total, self._device = on_prompt, total, device
+        self._launched: tuple[torch.cuda.Event, int] | None = None
+        on_prompt(0, total)
+
+    def fed(self, count: int) -> None:
+        """The first ``count`` tokens have been fed. The end, ``count`` = total, is not told."""
+        if self._device.type != "cuda":
+            if count < self._total:
+                self._on_prompt(count, self._total)
+            return
+        if self._launched is not None:
+            event, read = self._launched
+            event.synchronize()
+            self._on_prompt(read, self._total)
+        if count < self._total:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            self._launched = event, count
+
+
 class _Source(Protocol):
     """Where tokens come from."""
 
-    def prompt(self, ids: list[int], held: int, drawn: int) -> None:
+    def prompt(self, ids: list[int], held: int, drawn: int, on_prompt: OnPrompt | None) -> None:
         """Go on from ``ids``, of which the cache holds the first ``held``, after ``drawn`` drawn tokens."""
 
     def take(self, most: int) -> tuple[int, float]:
@@ -39,15 +72,17 @@ class _StepByStep:
     def __init__(self, engine: Engine, params: SamplingParams, prompt: list[int]) -> None:
         self._engine = engine
         self._sampler = Sampler(params, prompt, engine.config.vocab_size, engine.device)
-        self._feed: list[int] = []
+        self._logits: torch.Tensor | None = None
+        self._token = 0  # drawn and not fed yet, where there are no logits
 
-    def prompt(self, ids: list[int], held: int, drawn: int) -> None:
-        self._feed = ids[held:]
+    def prompt(self, ids: list[int], held: int, drawn: int, on_prompt: OnPrompt | None) -> None:
+        self._logits = self._engine._next_logits(ids[held:], on_prompt=on_prompt)
 
     def take(self, most: int) -> tuple[int, float]:
-        token, logprob = self._sampler(self._engine._next_logits(self._feed))
-        self._feed = [token]
-        return token, logprob
+        logits = self._engine._next_logits([self._token]) if self._logits is None else self._logits
+        self._logits = None
+        self._token, logprob = self._sampler(logits)
+        return self._token, logprob
 
 
 class _Ahead:
@@ -59,8 +94,8 @@ class _Ahead:
         self._unread, self._fresh = 0, True
         self._unfed: int | None = None  # a token that was read before a step for it was launched
 
-    def prompt(self, ids: list[int], held: int, drawn: int) -> None:
-        hidden = self._engine._next_hidden(ids[held:])
+    def prompt(self, ids: list[int], held: int, drawn: int, on_prompt: OnPrompt | None) -> None:
+        hidden = self._engine._next_hidden(ids[held:], on_prompt=on_prompt)
         self._step.prepare([self._params], [ids], drawn)
         self._step.first(hidden)
         self._unread, self._fresh, self._unfed = 1, True, None
@@ -88,11 +123,14 @@ class Generation:
     Another one may run in between; whichever goes on first brings its own tokens back into the cache.
     """
 
-    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self, engine: Engine, ids: list[int], params: SamplingParams, on_prompt: OnPrompt | None = None
+    ) -> None:
         self.prompt_tokens, self.reused_tokens = len(ids), 0
         self.prefill_seconds, self.decode_seconds = 0.0, 0.0
         self.generated_tokens = 0
         self.finish_reason: str | None = None
+        self._on_prompt = on_prompt
         self._tokens = self._run(engine, ids, params)
 
     def __iter__(self) -> Iterator[Token]:
@@ -105,6 +143,14 @@ class Generation:
         """End the generation; further iteration yields nothing."""
         self._tokens.close()
 
+    def _first(self, source: _Source, ids: list[int], held: int, most: int) -> tuple[int, float]:
+        """The token after ``ids``, of which the cache holds the first ``held``; ``most`` may be wanted."""
+        source.prompt(ids, held, self.generated_tokens, self._on_prompt)
+        drawn = source.take(most)
+        if self._on_prompt is not None:
+            self._on_prompt(len(ids) - held, len(ids) - held)
+        return drawn
+
     def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Generator[Token, None, None]:
         ends = engine.end_ids | set(params.stop_ids)
         begun = time.perf_counter()
@@ -112,8 +158,7 @@ class Generation:
         engine._holder = self
         try:
             self.reused_tokens = engine._reuse(ids)
-            source.prompt(ids, self.reused_tokens, 0)
-            token, logprob = source.take(1)
+            token, logprob = self._first(source, ids, self.reused_tokens, 1)
             self.prefill_seconds = time.perf_counter() - begun
             while True:
                 self.generated_tokens += 1
@@ -128,13 +173,14 @@ class Generation:
                 if self.finish_reason is not None:
                     return
                 begun = time.perf_counter()
-                if engine._holder is not self:
-                    engine._holder = self
-                    source.prompt(ids, engine._reuse(ids), self.generated_tokens)
                 most = engine.max_context + 1 - len(ids)
                 if params.max_tokens is not None:
                     most = min(most, params.max_tokens - self.generated_tokens)
-                token, logprob = source.take(most)
+                if engine._holder is self:
+                    token, logprob = source.take(most)
+                else:
+                    engine._holder = self
+                    token, logprob = self._first(source, ids, engine._reuse(ids), most)
                 self.decode_seconds += time.perf_counter() - begun
         finally:
             if engine._holder is self:

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterator
 
 from octo_run.engine.engine import Engine
-from octo_run.engine.generation import Generation
+from octo_run.engine.generation import Generation, OnPrompt
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import OctoError, UsageError
 
@@ -15,11 +15,18 @@ class Reply:
     """An answer as an iterator of text pieces. Closing it early (or an exception in the loop) keeps what was said.
 
     ``finish_reason``: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full),
-    "interrupted".
+    "interrupted". ``on_prompt``: see ``Engine.generate``.
     """
 
-    def __init__(self, engine: Engine, ids: list[int], params: SamplingParams, dropped_turns: int = 0) -> None:
-        self.generation: Generation = engine.generate(ids, params)
+    def __init__(
+        self,
+        engine: Engine,
+        ids: list[int],
+        params: SamplingParams,
+        dropped_turns: int = 0,
+        on_prompt: OnPrompt | None = None,
+    ) -> None:
+        self.generation: Generation = engine.generate(ids, params, on_prompt)
         self.text, self.ids = "", list[int]()
         self.finish_reason: str | None = None
         self.dropped_turns = dropped_turns
@@ -134,14 +141,17 @@ class Session:
                 return turn["content"]
         return None
 
-    def ask(self, text: str, params: SamplingParams | None = None) -> Reply:
-        """Answer ``text``. Raises ``UsageError`` for an empty text or one that the context does not hold by itself."""
+    def ask(self, text: str, params: SamplingParams | None = None, on_prompt: OnPrompt | None = None) -> Reply:
+        """Answer ``text``. ``on_prompt``: see ``Engine.generate``.
+
+        Raises ``UsageError`` for an empty text or one that the context does not hold by itself.
+        """
         if not text.strip():
             raise UsageError("The message is empty; type a question.")
         self._settle()
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
-        reply = Reply(self.engine, ids, params, dropped)
+        reply = Reply(self.engine, ids, params, dropped, on_prompt)
         self.turns, self._open = turns, reply
         return reply
 

@@ -117,9 +117,7 @@ class Decoder:
         cos, sin = rope.cos_sin(positions, self.inv_freq, x.dtype)
         for index, layer in enumerate(self.layers):
             # Through an argument list, so that query, key and value are freed before the MLP's activations come.
-            mixed = attention(index, *self._qkv(layer, x, cos, sin))
-            x = x + F.linear(mixed.flatten(2), layer.out, layer.out_bias)
-            del mixed
+            x = x + self._out(layer, attention(index, *self._qkv(layer, x, cos, sin)))
             x = x + self._mlp(layer, x)
         return x
 
@@ -132,12 +130,19 @@ class Decoder:
         qkv = F.linear(rms_norm(x, layer.input_norm, cfg.rms_norm_eps), layer.qkv, layer.qkv_bias)
         heads = qkv.view(*x.shape[:2], cfg.num_heads + 2 * cfg.num_kv_heads, cfg.head_dim)
         q, k, v = torch.split(heads, [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=2)
+        return *self._turn(layer, q, k, cos, sin), v
+
+    def _turn(self, layer: Layer, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, cfg.rms_norm_eps), rms_norm(k, layer.k_norm, cfg.rms_norm_eps)
+            eps = self.cfg.rms_norm_eps
+            q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
         q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
         if self.k_rotation is not None:
             q, k = q @ self.k_rotation, k @ self.k_rotation
-        return q, k, v
+        return q, k
+
+    def _out(self, layer: Layer, mixed: Tensor) -> Tensor:
+        return F.linear(mixed.flatten(2), layer.out, layer.out_bias)
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         gate, up = F.linear(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from octo_run.cli import console
+from octo_run.cli.progress import PromptProgress
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,15 +95,16 @@ class Conversation:
         reply: Reply | None = None
         with stop_on_interrupt() as stop:
             try:
-                reply = self._session.ask(text, self._params)
-                if reply.dropped_turns:
-                    verb = "was" if reply.dropped_turns == 1 else "were"
-                    self._tell(f"the context is full: {_count(reply.dropped_turns, 'old turn')} {verb} dropped")
-                for piece in reply:
-                    stop.answering = True
-                    console.stream(piece)
-                    if stop.requested:
-                        break
+                with PromptProgress() as progress:
+                    reply = self._session.ask(text, self._params, progress.report)
+                    if reply.dropped_turns:
+                        verb = "was" if reply.dropped_turns == 1 else "were"
+                        self._tell(f"the context is full: {_count(reply.dropped_turns, 'old turn')} {verb} dropped")
+                    for piece in reply:
+                        stop.answering = True
+                        console.stream(piece)
+                        if stop.requested:
+                            break
             except KeyboardInterrupt:
                 pass
             stop.answering = True  # from here on a Ctrl-C may only be noted

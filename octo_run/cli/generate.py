@@ -7,6 +7,7 @@ import click
 
 from octo_run.cli import EXIT_INTERRUPTED, console, debug_option, runtime
 from octo_run.cli.options import EngineOptions, SamplingOptions, engine_options, sampling_options
+from octo_run.cli.progress import PromptProgress
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def command(
         raise UsageError("--system needs --chat: a raw continuation has no system prompt.")
     text = _prompt_text(prompt)
     engine = runtime.load_engine(load)
-    reply = runtime.open_reply(engine, _prompt_ids(engine, text, as_chat, system), sampling)
-    interrupted = _run(reply, stream=not as_json)
+    progress = PromptProgress()
+    reply = runtime.open_reply(engine, _prompt_ids(engine, text, as_chat, system), sampling, progress.report)
+    interrupted = _run(reply, progress, stream=not as_json)
     if as_json:
         console.print_json(_report(reply))
     return EXIT_INTERRUPTED if interrupted else 0
@@ -71,13 +73,14 @@ def _prompt_ids(engine: "Engine", text: str, as_chat: bool, system: str | None) 
     return tokenizer.chat([*head, {"role": "user", "content": text}])
 
 
-def _run(reply: "Reply", *, stream: bool) -> bool:
+def _run(reply: "Reply", progress: PromptProgress, *, stream: bool) -> bool:
     """Generate to the end, printing the pieces if ``stream``; returns whether Ctrl-C ended it."""
     interrupted = False
     try:
-        for piece in reply:
-            if stream:
-                console.stream(piece)
+        with progress:
+            for piece in reply:
+                if stream:
+                    console.stream(piece)
     except KeyboardInterrupt:
         interrupted = True
         reply.close()

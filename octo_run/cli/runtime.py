@@ -1,6 +1,8 @@
 """The one place where the command line meets the engine; tests replace these functions by a small stand-in."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octo_run.cli.console import human_bytes, notice
@@ -9,6 +11,7 @@ from octo_run.cli.options import EngineOptions, SamplingOptions
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
     from octo_run.engine.benchmark import Row
+    from octo_run.engine.profiling import Profile
 
 PLAN_PARTS = {
     "weights": "weights",
@@ -63,11 +66,16 @@ def open_session(engine: "Engine", system: str | None) -> "Session":
     return Session(engine, system=system)
 
 
-def open_reply(engine: "Engine", ids: list[int], options: SamplingOptions) -> "Reply":
-    """Start to continue ``ids``; nothing is computed before the reply is iterated."""
+def open_reply(
+    engine: "Engine", ids: list[int], options: SamplingOptions, on_prompt: Callable[[int, int], None]
+) -> "Reply":
+    """Start to continue ``ids``; nothing is computed before the reply is iterated.
+
+    ``on_prompt``: see ``Engine.generate``.
+    """
     from octo_run.engine import Reply
 
-    return Reply(engine, ids, sampling_params(engine, options))
+    return Reply(engine, ids, sampling_params(engine, options), on_prompt=on_prompt)
 
 
 def copy_bandwidth(engine: "Engine") -> float:
@@ -82,6 +90,20 @@ def measure(engine: "Engine", test: tuple[str, int], **settings: Any) -> "Row":
     from octo_run.engine import benchmark
 
     return benchmark.measure(engine, test, **settings)
+
+
+def profile(engine: "Engine", test: tuple[str, int], *, depth: int, batch: int) -> "Profile":
+    """Where the time of one measurement of ``octo-run bench`` goes."""
+    from octo_run.engine import profiling
+
+    return profiling.profile(engine, test, depth=depth, batch=batch)
+
+
+def write_trace(path: Path, profiles: "list[Profile]", about: dict[str, str]) -> None:
+    """Write profiles to a trace file; ``about`` is kept in it."""
+    from octo_run.engine import profiling
+
+    profiling.write_trace(path, profiles, about)
 
 
 def device_name(engine: "Engine") -> str:

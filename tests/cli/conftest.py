@@ -10,12 +10,17 @@ import pytest
 
 from octo_run.cli import console, main, runtime
 from octo_run.engine.benchmark import Row
+from octo_run.engine.generation import OnPrompt
+from octo_run.engine.profiling import KernelTime, PartTime, Profile
 from octo_run.errors import UsageError
 
 
 @dataclass
 class FakeReply:
-    """An answer of prepared pieces; ``"^C"`` among them stands for the key pressed at that moment."""
+    """An answer of prepared pieces; ``"^C"`` among them stands for the key pressed at that moment.
+
+    ``reading`` is what happens before the first piece, given the callback for the progress of the prompt.
+    """
 
     pieces: list[str]
     prompt_tokens: int = 12
@@ -27,12 +32,17 @@ class FakeReply:
     finish_reason: str | None = None
     prefill_seconds: float = 0.25
     decode_seconds: float = 0.5
+    reading: Callable[[OnPrompt], None] | None = None
+    on_prompt: OnPrompt | None = None
 
     @property
     def generated_tokens(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[str]:
+        if self.reading is not None:
+            assert self.on_prompt is not None
+            self.reading(self.on_prompt)
         for number, piece in enumerate(self.pieces):
             if piece == "^C":
                 signal.raise_signal(signal.SIGINT)
@@ -68,6 +78,9 @@ class FakeEngine:
         self.replies: list[FakeReply] = []
         self.prompts: list[list[int]] = []
         self.runs: list[tuple[str, str, int, int, int]] = []  # kv, test, tokens, depth, batch
+        self.profiled: list[tuple[str, str, int, int, int]] = []  # likewise
+        self.traces: list[Any] = []  # path, profiles, about
+        self.loads: list[str] = []  # kv
         self.loaded: Any = None
         self.cache: dict[str, Any] = {}
         self.sampling: Any = None
@@ -76,8 +89,10 @@ class FakeEngine:
     def answers(self, *texts: str) -> None:
         self.replies += [FakeReply([text]) for text in texts]
 
-    def next_reply(self) -> FakeReply:
-        return self.replies.pop(0)
+    def next_reply(self, on_prompt: OnPrompt) -> FakeReply:
+        reply = self.replies.pop(0)
+        reply.on_prompt = on_prompt
+        return reply
 
     def memory_plan(self) -> dict[str, int]:
         parts = {"weights": 1000, "arena": 200, "full_precision": 30, "workspace": 4, "graphs": 0, "logits": 5}
@@ -94,11 +109,11 @@ class FakeSession:
         self.cleared = 0
         engine.session = self
 
-    def ask(self, text: str, _params: Any) -> FakeReply:
+    def ask(self, text: str, _params: Any, on_prompt: OnPrompt) -> FakeReply:
         if text == "too long":
             raise UsageError("The prompt has 5,000 tokens and the context holds 4,096; shorten it or raise --ctx.")
         self.asked.append(text)
-        return self.engine.next_reply()
+        return self.engine.next_reply(on_prompt)
 
     def undo(self) -> str | None:
         return self.asked.pop() if self.asked else None
@@ -115,16 +130,17 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
     def load(options: Any, **cache: Any) -> FakeEngine:
         fake.loaded, fake.cache = options, cache
+        fake.loads.append(options.kv)
         return fake
 
     def params(_engine: FakeEngine, options: Any) -> Any:
         fake.sampling = options
         return SimpleNamespace(temperature=options.temp or 0.0, seed=options.seed)
 
-    def reply(_engine: FakeEngine, ids: list[int], options: Any) -> FakeReply:
+    def reply(_engine: FakeEngine, ids: list[int], options: Any, on_prompt: OnPrompt) -> FakeReply:
         fake.prompts.append(ids)
         params(fake, options)
-        return fake.next_reply()
+        return fake.next_reply(on_prompt)
 
     def measure(_engine: FakeEngine, test: tuple[str, int], **settings: Any) -> Row:
         fake.runs.append((fake.loaded.kv, *test, settings["depth"], settings["batch"]))
@@ -132,7 +148,17 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         return Row(fake.loaded.kv, f"{test[0]}{test[1]}", settings["depth"], settings["batch"], 1234.5, 1200.0, 1300.0,
                    0.81, read, None if read is None else 0.8, 0.5)  # fmt: skip
 
+    def profile(_engine: FakeEngine, test: tuple[str, int], *, depth: int, batch: int) -> Profile:
+        fake.profiled.append((fake.loaded.kv, *test, depth, batch))
+        parts = [PartTime("mlp", 0.75, 0.75), PartTime("gaps", 0.25, 0.25)]
+        names = ["void at::native::" + "x" * 80, *(f"kernel {i}" for i in range(1, 20))]
+        lines = [KernelTime(name, "mlp", 2.0, 18.75, 0.0375, 0.0375) for name in names]
+        unit = "step" if test[0] == "tg" else "prompt"
+        return Profile(fake.loaded.kv, f"{test[0]}{test[1]}", depth, batch, unit, 64, 1.0, parts, lines, [])
+
     monkeypatch.setattr(runtime, "measure", measure)
+    monkeypatch.setattr(runtime, "profile", profile)
+    monkeypatch.setattr(runtime, "write_trace", lambda *written: fake.traces.append(written))
     monkeypatch.setattr(runtime, "copy_bandwidth", lambda _engine: 100e9)
     monkeypatch.setattr(runtime, "forget_peak", lambda _engine: None)
     monkeypatch.setattr(runtime, "device_name", lambda _engine: "cpu (1 threads)")

@@ -14,6 +14,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -24,6 +25,8 @@ NEEDLE = (
     "The boats left at dawn. The special magic number for Anna is 4815162. What is the special magic number for Anna?"
 )
 SECONDS = 120
+#: More than two chunks of a prompt on the CPU.
+LONG = "The boats left at dawn, and the gulls followed them out to sea. " * 70
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +177,10 @@ def test_failures_are_one_sentence(
 
 
 class Terminal:
-    """The program on a terminal of its own; ``screen`` is everything it has written so far."""
+    """The program on a terminal of its own; ``screen`` is everything it has written so far. ``stdout``: a file that
+    standard output goes to instead."""
 
-    def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, argv: list[str], environment: dict[str, str], stdout: IO[bytes] | None = None) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         self.before = termios.tcgetattr(slave)
@@ -184,7 +188,7 @@ class Terminal:
         self.process = subprocess.Popen(
             argv,
             stdin=slave,
-            stdout=slave,
+            stdout=stdout or slave,
             stderr=slave,
             env=environment,
             start_new_session=True,
@@ -230,10 +234,13 @@ class Terminal:
 
 @pytest.fixture
 def terminal(program: str, environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
+    """Start the program on a terminal; ``delay`` are the seconds until the progress of a prompt is shown."""
     opened = []
 
-    def start(*argv: str) -> Terminal:
-        opened.append(Terminal([program, *argv], environment))
+    def start(*argv: str, delay: float | None = None, stdout: IO[bytes] | None = None) -> Terminal:
+        code = f"import sys; from octo_run.cli import main, progress; progress.DELAY = {delay}; sys.exit(main())"
+        start = [program] if delay is None else [sys.executable, "-c", code]
+        opened.append(Terminal([*start, *argv], environment, stdout))
         return opened[-1]
 
     yield start
@@ -244,6 +251,8 @@ def terminal(program: str, environment: dict[str, str]) -> Iterator[Callable[...
 PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 WORDS = r".*?\w+\W+\w+\W+\w+"
 CTRL_C, CTRL_D = "\x03", "\x04"
+#: A bar, and what takes it away and shows the cursor again.
+BAR, WIPED = r"prompt [^\r\n]*\d/1,\d\d\d tokens [^\r\n]* tokens/s \d:\d\d left", r"\r\n\x1b\[\?25h\r\x1b\[1A\x1b\[2K"
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_session(terminal: Callable[..., Terminal]) -> None:
@@ -285,4 +294,33 @@ def test_ctrl_c_while_loading_ends_at_once(terminal: Callable[..., Terminal]) ->
     if chat.process.poll() is None:  # loading was quicker than the key, which met the prompt
         chat.type(CTRL_C)
     assert chat.wait_for_end() == 130
+    assert "Traceback" not in chat.screen
+
+
+def test_a_long_prompt_shows_its_progress_on_standard_error_alone(
+    terminal: Callable[..., Terminal], tmp_path: Path
+) -> None:
+    path = tmp_path / "answer.json"
+    with path.open("wb") as file:
+        run = terminal("generate", "--json", "-n", "3", "--threads", "1", "-p", LONG, delay=0.05, stdout=file)
+        at = run.wait_for(f"{BAR}.*{WIPED}")
+        assert run.wait_for_end() == 0
+    assert run.screen[at:] == "", "nothing follows the bar"
+    assert "\x1b[?25l" in run.screen and "512/1," in run.screen
+    answer = json.loads(path.read_bytes())
+    assert answer["generated_tokens"] == 3 and path.read_bytes().count(b"\n") == 1
+
+
+def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable[..., Terminal]) -> None:
+    chat = terminal("chat", "--system", LONG, "-n", "3", "--threads", "1", delay=0.05)
+    at = chat.wait_for("/help.*" + PROMPT)
+    chat.type("Hello.\r")
+    at = chat.wait_for(SENT + ".*" + BAR, at)
+    chat.type(CTRL_C)
+    at = chat.wait_for(WIPED + r"\r\n[^\r\n]*\[stopped, 0 tokens, .*?= 0 reused.*?" + PROMPT, at)
+    chat.type("/regen\r")
+    at = chat.wait_for(SENT + ".* tokens/s .*" + WIPED + r".*\w.*= [1-9][\d,]* reused.*?" + PROMPT, at)
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0
+    assert termios.tcgetattr(chat.slave)[3] == chat.before[3], "the terminal is left as it was"
     assert "Traceback" not in chat.screen

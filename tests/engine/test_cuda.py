@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.engine import Engine, SamplingParams
+from octo_run.engine import Engine, SamplingParams, plan
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +61,18 @@ def test_recorded_steps_equal_unrecorded_ones_bit_for_bit(kv: str) -> None:
         engine.step.launch()
         engine.step.read()
         assert torch.equal(engine.step.logits[0].float(), logits)
+
+
+def test_telling_the_progress_of_a_prompt_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plan.CHUNK, "cuda", 512)  # the demo model's context is one chunk of the usual size
+    engine = load("oct3")
+    ids = (prompt(engine) * 4)[:1200]
+    silent = answer(engine, ids, max_tokens=20)
+    told: list[tuple[int, int]] = []
+    engine._reuse([])
+    generation = engine.generate(ids, SamplingParams(max_tokens=20), lambda *figures: told.append(figures))
+    assert [token.id for token in generation] == silent
+    assert told == [(0, 1200), (512, 1200), (1024, 1200), (1200, 1200)]
 
 
 @pytest.mark.parametrize("kv", ["bf16", "octopus3"])

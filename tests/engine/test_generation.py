@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, Reply, SamplingParams
+from octo_run.engine.generation import PromptWatch
 from octo_run.errors import OctoError, UsageError
 
 Tiny = Callable[..., Engine]
@@ -117,6 +118,101 @@ def test_an_exception_in_a_decode_step_costs_nothing(scripted: Any) -> None:
     again = engine.generate([1] * 200 + [97] * 4 + [2])
     next(again)
     assert again.reused_tokens == 204
+
+
+# Progress of the prompt
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_reading_a_prompt_is_told_chunk_by_chunk(ahead: bool, tiny: Tiny, random_ids: Any) -> None:
+    """Chunks are of 512 tokens; steps are not told, nor what was reused."""
+    engine = tiny(context=1300)
+    engine.ahead, engine.end_ids = ahead, frozenset()
+    told: list[tuple[int, int]] = []
+    ids = random_ids(1100)
+    generation = engine.generate(ids, SamplingParams(max_tokens=5), lambda *figures: told.append(figures))
+    assert told == []
+    first = next(generation)
+    assert told == [(0, 1100), (512, 1100), (1024, 1100), (1100, 1100)]
+    answer = [first.id, *(token.id for token in generation)]
+    assert len(told) == 4
+    assert answer == ids_of(engine, ids, max_tokens=5), "telling changes no token"
+    told.clear()
+    ids += answer[:2] + random_ids(40, seed=1)
+    generation = engine.generate(ids, SamplingParams(max_tokens=5), lambda *figures: told.append(figures))
+    list(generation)
+    fresh = len(ids) - generation.reused_tokens
+    assert fresh < 100 and told == [(0, fresh), (fresh, fresh)]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_prompt_that_is_read_again_is_told_again(ahead: bool, tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny(context=1300)
+    engine.ahead, engine.end_ids = ahead, frozenset()
+    told: list[tuple[int, int]] = []
+    generation = engine.generate(random_ids(600), None, lambda *figures: told.append(figures))
+    next(generation)
+    engine.logits(random_ids(30, seed=1))
+    told.clear()
+    next(generation)
+    assert told == [(0, 601), (512, 601), (601, 601)]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("at", [0, 512, 1024, 1100])
+def test_an_exception_while_a_prompt_is_told_keeps_what_was_fed(
+    at: int, ahead: bool, tiny: Tiny, random_ids: Any
+) -> None:
+    engine = tiny(context=1300)
+    engine.ahead, engine.end_ids = ahead, frozenset()
+    ids = random_ids(1100)
+    expected = next(engine.generate(ids))
+    engine._reuse([])
+
+    def told(read: int, _total: int) -> None:
+        if read == at:
+            raise KeyboardInterrupt
+
+    generation = engine.generate(ids, None, told)
+    with pytest.raises(KeyboardInterrupt):
+        next(generation)
+    assert list(generation) == []
+    assert engine._ids == ids[:at] and engine.arena.length[0] == at
+    assert len(engine.arena._free) + engine.arena.packed(0) == engine.arena.pages.shape[0]
+    again = engine.generate(ids)
+    token = next(again)
+    assert again.reused_tokens == min(at, 1099)
+    assert token.id == expected.id and token.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
+def test_on_cuda_the_host_waits_one_chunk_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With events that only say what is done with them: the device always has a chunk to work on meanwhile."""
+    log: list[tuple[str, int]] = []
+
+    class Event:
+        def record(self, _stream: None) -> None:
+            self.after = [count for what, count in log if what == "launched"][-1]
+
+        def synchronize(self) -> None:
+            log.append(("waited", self.after))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+
+    def watched(*chunks: int) -> list[tuple[str, int]]:
+        log.clear()
+        watch = PromptWatch(lambda read, _total: log.append(("told", read)), chunks[-1], torch.device("cuda"))
+        for fed in chunks:
+            log.append(("launched", fed))
+            watch.fed(fed)
+        return list(log)
+
+    assert watched(300) == [("told", 0), ("launched", 300)], "nobody waits for the last chunk"
+    assert watched(512, 1024, 1100) == [
+        *(("told", 0), ("launched", 512), ("launched", 1024)),
+        *(("waited", 512), ("told", 512), ("launched", 1100)),
+        *(("waited", 1024), ("told", 1024)),
+    ]
 
 
 # Ends

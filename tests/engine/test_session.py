@@ -146,6 +146,30 @@ def test_ctrl_c_in_the_prefill(layer: int, scripted: Any) -> None:
     assert talk.ask("y" * 100, "good").reused_tokens <= 64
 
 
+def test_ctrl_c_while_the_progress_of_the_prompt_is_told(scripted: Any) -> None:
+    """The chunk that was read is reused when the question is asked again, and other questions too are answered."""
+    talk = Talk(scripted, context=1500)
+    talk.ask("hello", "hi")
+    told: list[tuple[int, int]] = []
+
+    def interrupt(read: int, total: int) -> None:
+        told.append((read, total))
+        if read:
+            raise KeyboardInterrupt
+
+    reply = talk.session.ask("x" * 1000, SamplingParams(), interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(reply)
+    held, fresh = reply.reused_tokens, reply.prompt_tokens - reply.reused_tokens
+    assert told == [(0, fresh), (512, fresh)]
+    reply.close()
+    assert talk.contents == ["hello", "hi", "x" * 1000, ""]
+    assert talk.session.undo() == "x" * 1000
+    assert talk.ask("x" * 1000, "good").reused_tokens == held + 512
+    assert talk.contents == ["hello", "hi", "x" * 1000, "good"]
+    talk.ask("more", "yes")
+
+
 def test_ctrl_c_between_tokens(scripted: Any) -> None:
     talk = Talk(scripted)
     reply = talk.open("hello", "abcdef")
