@@ -171,6 +171,20 @@ class SearchTables:
     values: Tensor
 
 
+@dataclass(frozen=True)
+class LaneTables:
+    """Tables of the encoder `encode.lane_search`: tiles of eight keys' planes 0 to 7 as operands of a product.
+
+    int32 [tiles / 4, 32, 4]: lane (g, t) has the planes 2 t and 2 t + 1 of column g; sixteen tiles in a row are the
+    codes ``16 n .. 16 n + 15``. keys: of pairs of states, eight columns or four for two groups of codes; extra, last:
+    eight groups of the codes of triplets that stand alone, of the vector's last triplet.
+    """
+
+    keys: Tensor
+    extra: Tensor
+    last: Tensor
+
+
 SEARCH_COLUMNS = 64
 SEARCH_OFFSET = 16 * 3 * 1020**2 // 8
 """Added to every key: a cost is 2 |o - x / 4|^2 - |x|^2 / 8, so that no key is below zero."""
@@ -186,18 +200,56 @@ def search_tables(form: TableFormat, device: torch.device) -> SearchTables:
     partial sums in any order integers below 2^24. The other planes are 0: a tensor core multiplies sixteen.
     """
     odd = 2 * form.table.to(torch.float64) + 1
-    states, codes = 1 << form.state, form.codes
-    main = odd[: states << form.stream].view(states, codes, states, 3).transpose(0, 1).reshape(codes, form.cells, 3)
-    size, low = 32 * main.square().sum(-1), torch.arange(codes)[:, None] % 16
-    first = (size + low).long() + SEARCH_OFFSET
-    keys = torch.zeros(16, codes, form.cells, dtype=torch.float64)
-    keys[:3] = -16 * main.permute(2, 0, 1)
-    keys[3], keys[4], keys[5] = first & 1023, first >> 10 & 1023, first >> 20 << 10
-    reach = 16 * 1020 * main.abs().sum(-1)
-    largest = float((torch.maximum(size, reach) if form.signed else size + reach).max()) + SEARCH_OFFSET + 16
-    if largest >= 1 << 24 or largest / 16 * codes >= 1 << 30:
-        raise ValueError("the table's numbers are too large for an exact search in float32")
+    keys = torch.zeros(16, form.codes, form.cells, dtype=torch.float64)
+    keys[:8] = _planes(_by_cell(odd, form), form.signed)
     side = max(1, SEARCH_COLUMNS // form.cells)
-    keys = keys.view(16, codes // (16 * side), side, 16, form.cells).transpose(2, 3).flatten(1)
+    keys = keys.view(16, form.codes // (16 * side), side, 16, form.cells).transpose(2, 3).flatten(1)
     values = odd.t().contiguous()
     return SearchTables(keys.to(torch.float16).contiguous().to(device), values.to(torch.float32).to(device))
+
+
+def _by_cell(odd: Tensor, form: TableFormat) -> Tensor:
+    """The entries of chained triplets [codes of a pair of states, pairs, 3]."""
+    states, codes = 1 << form.state, form.codes
+    main = odd[: states << form.stream].view(states, codes, states, 3).transpose(0, 1)
+    return main.reshape(codes, form.cells, 3)
+
+
+def _planes(entries: Tensor, signed: bool, used: int = 3) -> Tensor:
+    """The planes 0 to 7 of the keys of entries [codes, columns, 3], float64 [8, codes, columns], see `search_tables`;
+    of which only the first `used` coordinates count."""
+    codes = len(entries)
+    there = torch.where(torch.arange(3) < used, entries, 0.0)
+    size, low = 32 * there.square().sum(-1), torch.arange(codes)[:, None] % 16
+    first = (size + low).long() + SEARCH_OFFSET
+    planes = torch.zeros(8, *entries.shape[:2], dtype=torch.float64)
+    planes[:3] = -16 * there.permute(2, 0, 1)
+    planes[3], planes[4], planes[5] = first & 1023, first >> 10 & 1023, first >> 20 << 10
+    reach = 16 * 1020 * there.abs().sum(-1)
+    largest = float((torch.maximum(size, reach) if signed else size + reach).max()) + SEARCH_OFFSET + 16
+    if largest >= 1 << 24 or largest / 16 * codes >= 1 << 30:
+        raise ValueError("the table's numbers are too large for an exact search in float32")
+    return planes
+
+
+def _tiles(planes: Tensor) -> Tensor:
+    """Planes [8, 16 n codes, columns] as tiles [int32, see `LaneTables`]: eight columns, side by side those of several
+    groups of sixteen codes if there are fewer, one after the other if there are more."""
+    codes, columns = planes.shape[1:]
+    groups = planes.view(8, codes // 16, 16, columns)
+    if columns < 8:
+        side = 8 // columns
+        groups = groups.view(8, codes // 16 // side, side, 16, columns).transpose(2, 3).flatten(3)
+    blocks = groups.view(8, -1, 16, groups.shape[-1] // 8, 8).permute(1, 3, 2, 0, 4).flatten(0, 2)  # [tiles, 8, 8]
+    pairs = blocks.to(torch.float16).view(-1, 4, 2, 8).permute(0, 3, 1, 2).contiguous().view(torch.int32)
+    return pairs.view(-1, 4, 32).transpose(1, 2).contiguous()
+
+
+@functools.cache
+def lane_tables(form: TableFormat, device: torch.device) -> LaneTables:
+    """Tables of the encoder `encode.lane_search`."""
+    odd = 2 * form.table.to(torch.float64) + 1
+    extra = odd[1 << (form.stream + form.state) :][:, None]
+    used = form.head_dim - 3 * (form.triplets - 1)
+    parts = (_planes(_by_cell(odd, form), form.signed), _planes(extra, form.signed), _planes(extra, form.signed, used))
+    return LaneTables(*(_tiles(part).to(device) for part in parts))

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.lanes import load_shared, permute_bytes
+from octo_run.kernels.lanes import load_shared, permute_bytes
 
 
 @constexpr_function

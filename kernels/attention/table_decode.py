@@ -8,7 +8,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.lanes import (
+from octo_run.kernels.attention.table_codewords import field, key_norm, key_token, select, value_slot
+from octo_run.kernels.attention.table_full import full_precision
+from octo_run.kernels.attention.table_mean import add_mean, coefficient_row
+from octo_run.kernels.lanes import (
     arrive,
     barrier,
     commit_copies,
@@ -33,9 +36,6 @@ from octo_run.kernels.attention.lanes import (
     write_shared,
     write_shared4,
 )
-from octo_run.kernels.attention.table_codewords import field, key_norm, key_token, select, value_slot
-from octo_run.kernels.attention.table_full import full_precision
-from octo_run.kernels.attention.table_mean import add_mean, coefficient_row
 
 
 @constexpr_function

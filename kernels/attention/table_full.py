@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.lanes import (
+from octo_run.kernels.lanes import (
     barrier,
     copy16,
     exp2,

@@ -8,7 +8,7 @@ of the frequencies, of which lane t has those from t D / 8 on.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from octo_run.kernels.attention.lanes import (
+from octo_run.kernels.lanes import (
     load_global2,
     load_global4,
     mma_half,

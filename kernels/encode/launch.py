@@ -12,8 +12,8 @@ from torch import Tensor
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.blocks import Side, table_format
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
+from octo_run.kernels.encode import trellis_launch
 from octo_run.kernels.encode.reference import check
-from octo_run.kernels.encode.trellis_launch import encode_fields, pack_blocks
 from octo_run.kernels.encode.triton_encode import octopus_pages_kernel, plain_pages_kernel
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def _encode(y: Tensor, pages: Tensor, page_ids: Tensor, codec: Codec, side: Side
     """Write the blocks of all K, or all V, from byte `at_byte` of every page on."""
     if isinstance(codec, TrellisCodec):
         form = table_format(codec)
-        pack_blocks(encode_fields(y, form), pages, page_ids, form, side, at_byte)
+        search = trellis_launch.encode_fields_by_lanes if trellis_launch.BY_LANES else trellis_launch.encode_fields
+        trellis_launch.pack_blocks(search(y, form), pages, page_ids, form, side, at_byte)
         return
     layers, count, kv_heads, tokens, dim = y.shape
     grid = (tokens // _ROWS, layers * count, kv_heads)

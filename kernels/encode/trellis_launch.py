@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.blocks import SEARCH_COLUMNS, Side, TableFormat, inverse_bits, search_tables
+from octo_run.kernels.blocks import SEARCH_COLUMNS, Side, TableFormat, inverse_bits, lane_tables, search_tables
+from octo_run.kernels.encode.lane_search import LANE_WARPS, key_words, lane_search_kernel, warp_words
 from octo_run.kernels.encode.triton_trellis import pack_kernel, trellis_kernel
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ _WARPS = 4
 _REGISTERS = {3: 128, 1: None}
 """A thread's at most, by state bits: four programs a multiprocessor for short searches (None: as it comes)."""
 _WORDS = 64
+BY_LANES = False
+"""Whether pages are coded by `encode_fields_by_lanes`: emulated, it finds the same fields, with half the instructions
+and no barrier. Off until it has run on a GPU: `scripts/bench_encode.py` compares and times both."""
 
 
 @functools.cache
@@ -42,6 +46,27 @@ def encode_fields(y: Tensor, form: TableFormat) -> Tensor:
         y, fields, tables.keys, tables.values, _units(form, y.device), count, *y.stride()[:4], D=dim,
         STREAM=form.stream, STATE=form.state, SIGNED=form.signed, NORM=form.norm_bits, COLUMNS=SEARCH_COLUMNS,
         ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[form.state])  # fmt: skip
+    return fields
+
+
+@functools.cache
+def lane_constants(form: TableFormat) -> dict[str, int]:
+    """The constexprs of `lane_search_kernel` for a format."""
+    threads = 32 * LANE_WARPS
+    words = int(key_words(form.stream, form.state)) + LANE_WARPS * int(warp_words(form.state, form.chain))
+    return {"D": form.head_dim, "STREAM": form.stream, "STATE": form.state, "SIGNED": int(form.signed),
+            "NORM": form.norm_bits, "WARPS": LANE_WARPS, "SMEM_WORDS": -(-words // threads) * threads}  # fmt: skip
+
+
+def encode_fields_by_lanes(y: Tensor, form: TableFormat) -> Tensor:
+    """As `encode_fields`, by the kernel for NVIDIA GPUs from sm_80 on."""
+    layers, count, kv_heads = y.shape[:3]
+    fields = torch.empty(*y.shape[:-1], form.triplets + 1, dtype=torch.uint16, device=y.device)
+    tables, values = lane_tables(form, y.device), search_tables(form, y.device).values
+    launch: Callable[..., Any] = lane_search_kernel[(layers * count, kv_heads)]
+    launch(
+        y, fields, tables.keys, tables.extra, tables.last, values, _units(form, y.device), count, *y.stride()[:4],
+        **lane_constants(form), num_warps=LANE_WARPS)  # fmt: skip
     return fields
 
 

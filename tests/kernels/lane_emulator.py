@@ -18,22 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 
-FLOATS = ("bf16", "f16", "f32")  # what is held as float32
-HELD = {"i1": np.bool_, "u8": np.uint8, "i32": np.int32, "u32": np.uint32, "i64": np.int64} | dict.fromkeys(
-    FLOATS, np.float32
-)
-SIZES = {"i1": 1, "u8": 1, "i32": 4, "u32": 4, "i64": 8, "bf16": 2, "f16": 2, "f32": 4}
-KINDS = {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bfloat16: "bf16", torch.float16: "f16"}
-KINDS |= {torch.float32: "f32"}
-RANKS = ("i1", "u8", "i32", "u32", "i64", "bf16", "f16", "f32")
+FLOATS = ("bf16", "f16", "f32", "f64")
+HELD = {"i1": np.bool_, "u8": np.uint8, "u16": np.uint16, "i32": np.int32, "u32": np.uint32, "i64": np.int64}
+HELD |= {"bf16": np.float32, "f16": np.float32, "f32": np.float32, "f64": np.float64}  # 16-bit floats in 32 bits
+SIZES = {"i1": 1, "u8": 1, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+KINDS = {torch.uint8: "u8", torch.uint16: "u16", torch.int32: "i32", torch.int64: "i64", torch.bfloat16: "bf16"}
+KINDS |= {torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
+RANKS = ("i1", "u8", "u16", "i32", "u32", "i64", "bf16", "f16", "f32", "f64")
 GUARD = 4096
 STALE = 0xCD  # bytes of shared memory that nobody wrote
 
 
 def rounded(values: np.ndarray, kind: str) -> np.ndarray:
-    """float32 values rounded to the kind."""
-    if kind == "f32":
-        return values.astype(np.float32)
+    """Floats rounded to the kind."""
+    if kind in ("f32", "f64"):
+        return values.astype(HELD[kind])
     there = torch.bfloat16 if kind == "bf16" else torch.float16
     return torch.from_numpy(np.array(values, np.float32)).to(there).to(torch.float32).numpy()
 
@@ -48,7 +47,7 @@ class Value:
         if bitcast:
             return Value(self.data.view(HELD[kind]), kind)
         if kind in FLOATS:
-            return Value(rounded(self.data.astype(np.float32), kind), kind)
+            return Value(rounded(self.data, kind), kind)
         if self.kind in FLOATS:
             return Value(self.data.astype(np.int64), kind)
         return Value(self.data.astype(np.int64).astype(HELD[kind]), kind)
@@ -79,7 +78,7 @@ def numbers(x: Any, kind: str) -> np.ndarray:
     if isinstance(x, Value):
         return x.to(kind).data
     if kind in FLOATS:
-        return np.asarray(x, np.float32)
+        return np.asarray(x, HELD[kind])
     return np.asarray(x, np.int64).astype(HELD[kind])
 
 
@@ -348,12 +347,16 @@ INSTRUCTIONS: dict[str, Any] = {
     "wait_for_all_copies": wait_for_all_copies,
     "sync_warp": lambda _lane: None,
     "arrive": arrive,
+    "write_shared2": lambda address, a, b: write_shared_words(address, [a, b]),
+    "write_shared4_of": lambda address, *words: write_shared_words(address, list(words)),
+    "append_nibble": lambda word, x: Value(word.data >> np.uint32(4) | x.data << np.uint32(28), "u32"),
     "permute_bytes": permute,
     "permute_bytes_by": lambda a, selector: permute(a, 0, selector),
     "shuffle": shuffle,
     "shuffle_f": shuffle,
     "mma_int8_32": lambda c, a0, a1, a2, a3, b0, b1: product(c, [a0, a1, a2, a3], [b0, b1], "i8"),
     "mma_int8_16": lambda c, a0, a1, b0: product(c, [a0, a1], [b0], "i8"),
+    "mma_half_8": lambda c, a0, a1, b0: product(c, [a0, a1], [b0], "f16"),
     "mma_half": lambda c, a0, a1, a2, a3, b0, b1, kind: product(c, [a0, a1, a2, a3], [b0, b1], kind),
     "pack_half": pack_half,
     "exp2": exp2,
@@ -390,6 +393,11 @@ def where(condition: Value, a: Any, b: Any) -> Any:
     return Value(np.where(condition.data, numbers(a, kind), numbers(b, kind)), kind)
 
 
+def counted(*ends: Any) -> Iterator[Value]:
+    """Numbers of a loop that is one in the machine too."""
+    return (Value(number, "i32") for number in range(*(int(end) for end in ends)))
+
+
 class Smem:
     """The kernel's one allocation: the address that it stores to only names it."""
 
@@ -406,14 +414,16 @@ class Smem:
 def language() -> types.ModuleType:
     """What stands for `triton.experimental.gluon.language`."""
     gl: Any = types.ModuleType("emulated_language")
-    names = {"i1": "int1", "u8": "uint8", "i32": "int32", "u32": "uint32", "i64": "int64", "bf16": "bfloat16"}
-    for kind, name in (names | {"f16": "float16", "f32": "float32"}).items():
+    names = {"i1": "int1", "u8": "uint8", "u16": "uint16", "i32": "int32", "u32": "uint32", "i64": "int64"}
+    names |= {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
+    for kind, name in names.items():
         setattr(gl, name, kind)
     gl.constexpr = object
     gl.static_range = range
     gl.barrier = lambda: None
     gl.load, gl.store, gl.where = load, store, where
     gl.maximum, gl.minimum = binary(np.maximum), binary(np.minimum)
+    gl.sqrt = lambda x: Value(np.sqrt(x.data), x.kind)
     gl.arange = lambda first, end, layout: Value(np.arange(first, end), "i32")
     gl.full = lambda shape, value, kind, layout: Value(np.full(shape, value), kind)
     gl.program_id = lambda axis: Value(RUNNING.ids[axis], "i32")
@@ -428,8 +438,9 @@ def language() -> types.ModuleType:
     return gl
 
 
-PACKAGE = "octo_run.kernels.attention"
-MODULES = ("lanes", "table_codewords", "table_full", "table_mean", "table_decode")
+PACKAGE = "octo_run.kernels"
+MODULES = ("lanes", "attention.table_codewords", "attention.table_full", "attention.table_mean")
+MODULES += ("attention.table_decode", "encode.lane_search")
 
 
 @contextmanager
@@ -464,17 +475,18 @@ def kernel_modules() -> dict[str, types.ModuleType]:
     found = {}
     with _in_place_of_triton():
         for name in MODULES:
-            path = Path(__file__).parents[2] / "kernels" / "attention" / f"{name}.py"
+            path = (Path(__file__).parents[2] / "kernels").joinpath(*name.split(".")).with_suffix(".py")
             spec = util.spec_from_file_location(f"{PACKAGE}.{name}", path)
             assert spec is not None and spec.loader is not None
             module = util.module_from_spec(spec)
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
+            vars(module)["range"] = counted
             if name == "lanes":
                 for instruction, done in INSTRUCTIONS.items():
                     assert hasattr(module, instruction), instruction
                     setattr(module, instruction, done)
-            found[name] = module
+            found[name.split(".")[-1]] = module
     return found
 
 

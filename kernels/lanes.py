@@ -90,6 +90,30 @@ def write_shared4(address, value):
 
 
 @gluon.jit
+def write_shared2(address, a, b):
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 b; mov.u32 b, global_smem; add.u32 b, b, $3; st.shared.v2.u32 [b], {$1, $2}; mov.u32 $0, 0; }",
+        "=r,r,r,r",
+        [a, b, address],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def write_shared4_of(address, a, b, c, d):
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 b; mov.u32 b, global_smem; add.u32 b, b, $5; st.shared.v4.u32 [b], {$1, $2, $3, $4}; mov.u32 $0, 0; }",
+        "=r,r,r,r,r,r",
+        [a, b, c, d, address],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def read_shared2(address):
     return gl.inline_asm_elementwise(
         _shared_asm("ld.shared.v2.u32 {$0, $1}, @;"),
@@ -218,6 +242,14 @@ def permute_bytes_by(a, selector):
 
 
 @gluon.jit
+def append_nibble(word, x):
+    """The word moved down by four bits, the low four bits of x on top."""
+    return gl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, 4;", "=r,r,r", [word, x], dtype=gl.uint32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def shuffle(x, lane):
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [x, lane], dtype=gl.uint32, is_pure=False, pack=1
@@ -273,6 +305,19 @@ def mma_half(c, a0, a1, a2, a3, b0, b1, ELEMENT: gl.constexpr):
         _mma_half_asm(ELEMENT),
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
         [a0, a1, a2, a3, b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def mma_half_8(c, a0, a1, b0):
+    """c (4 float32) + 16 x 8 times 8 x 8 of fp16."""
+    return gl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};",
+        "=f,=f,=f,=f,r,r,r,f,f,f,f",
+        [a0, a1, b0, c[0], c[1], c[2], c[3]],
         dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
         is_pure=True,
         pack=1,
