@@ -1,12 +1,14 @@
 """Compiles the table-decode kernel for sm_90 (no GPU needed) and reports what its main loop costs.
 
-    python scripts/sass_report.py [--json]
+    python scripts/sass_report.py [--variants oct3-4-128,oct3-4-128+mean,...] [--json] [--markdown FILE]
 
-For every format: instructions of the loop over pages (64 tokens of a KV head a turn) by kind, warp instructions a token
-and lane instructions a triplet, registers, spilled bytes, shared memory. Needs Triton with its NVIDIA tools.
+For every variant (format, query heads a KV head, head_dim, with the key mean or not): instructions of the loop over
+pages (64 tokens of a KV head a turn) by pipe, warp instructions a token, lane instructions a triplet, cycles that the
+busiest pipe takes for a token, registers, spilled bytes, barriers, shared memory. Needs Triton with its NVIDIA tools.
 """
 
 import argparse
+import datetime
 import json
 import re
 import subprocess
@@ -24,7 +26,23 @@ from octo_run.kernels.attention.table_decode import table_decode_kernel
 from octo_run.kernels.attention.table_launch import constants, options
 from octo_run.kernels.codec import TrellisCodec, get
 
-FORMATS = ("oct2", "oct3", "oct4")
+VARIANTS = [f"{kv}-{shape}" for shape in ("4-128", "7-128", "4-64", "4-256") for kv in ("oct2", "oct3", "oct4")]
+VARIANTS += ["oct3-1-128", "oct3-8-128", "oct3-4-80", "oct3-4-96", "oct3-4-128+mean", "oct3-7-128+mean"]
+#: Pipes by the beginnings of instructions' names, and the cycles for which a scheduler's pipe has one: integers run at
+#: half the rate of floats (multiplications in a pipe of their own), special functions at an eighth.
+PIPES = {
+    "tensor": (("IMMA", "HMMA"), 4),
+    "imad": (("IMAD", "IDP"), 2),
+    "fma": (("FFMA", "FMUL", "FADD", "HFMA", "HADD", "HMUL"), 1),
+    "special": (("MUFU", "I2F", "F2I", "F2F", "POPC"), 8),
+    "memory": (("LDS", "STS", "LDG", "STG", "LDL", "STL", "LDC", "SHFL", "ATOM", "RED", "LDSM", "STSM"), 4),
+    "control": (
+        ("BAR", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "BRA", "NOP", "EXIT", "BSSY", "BSYNC", "ERRBAR", "MEMBAR"),
+        0,
+    ),
+    "uniform": (("U", "R2UR", "S2UR"), 0),
+    "alu": (("",), 2),
+}
 POINTERS = dict.fromkeys(("q_ptr", "out_ptr", "sink_k_ptr", "sink_v_ptr", "tail_k_ptr", "tail_v_ptr"), "bf16")
 POINTERS |= {"pages_ptr": "u8", "part_ptr": "fp32", "lse_ptr": "fp32", "coef_ptr": "fp32", "base_ptr": "fp32"}
 TOKENS = 64
@@ -42,8 +60,18 @@ class Report:
     per_triplet: float
     registers: int
     spilled_bytes: int
+    barriers: int
     shared_bytes: int
     kinds: dict[str, int]
+    pipes: dict[str, int]
+    mean: bool = False
+
+    @property
+    def busiest(self) -> tuple[str, float]:
+        """The pipe that is busy longest, or issue, and its cycles for a token on one of four schedulers."""
+        cycles: dict[str, float] = {name: self.pipes[name] * cost / TOKENS for name, (_, cost) in PIPES.items()}
+        cycles["issue"] = self.per_token
+        return max(cycles.items(), key=lambda item: item[1])
 
 
 def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> tuple[bytes, int]:
@@ -61,6 +89,16 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
     source = GluonASTSource(table_decode_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(head_dim))
     return kernel.asm["cubin"], int(kernel.metadata.shared)
+
+
+def by_pipe(names: list[str]) -> dict[str, int]:
+    """Instructions of each pipe."""
+    counts = dict.fromkeys(PIPES, 0)
+    for name in names:
+        exact = name in PIPES["control"][0]  # before U.., LDS.. and others that a beginning would take
+        pipe = "control" if exact else next(p for p, (starts, _) in PIPES.items() if name.startswith(starts))
+        counts[pipe] += 1
+    return counts
 
 
 def longest_loop(sass: str) -> list[str]:
@@ -101,24 +139,58 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> 
         per_triplet=len(loop) * 32 / TOKENS / (2 * get(kv, head_dim).num_triplets),
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
         spilled_bytes=int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        barriers=loop.count("BAR"),
         shared_bytes=shared,
         kinds=dict(Counter(loop).most_common()),
+        pipes=by_pipe(loop),
+        mean=mean,
     )
+
+
+def parse(variant: str) -> tuple[str, int, int, bool]:
+    """``oct3-4-128`` or ``oct3-4-128+mean`` as the arguments of `report`."""
+    name, _, mean = variant.partition("+")
+    kv, group, head_dim = name.split("-")
+    return kv, int(group), int(head_dim), mean == "mean"
+
+
+def table(reports: list[Report]) -> str:
+    """A markdown table."""
+    header = ["format", "group", "d", "loop", "a token", "a triplet", *PIPES, "busiest: cycles a token", "registers",
+              "spilled B", "barriers", "shared B"]  # fmt: skip
+    lines = [header, ["---"] * len(header)]
+    for r in reports:
+        pipe, cycles = r.busiest
+        lines.append([r.kv + "+mean" * r.mean, str(r.group), str(r.head_dim), str(r.instructions), f"{r.per_token:.1f}",
+                      f"{r.per_triplet:.2f}", *(str(r.pipes[name]) for name in PIPES), f"{pipe}: {cycles:.1f}",
+                      str(r.registers), str(r.spilled_bytes), str(r.barriers), f"{r.shared_bytes:,}"])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="format-group-head_dim, with +mean")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
-    reports = [report(kv) for kv in FORMATS]
+    reports = [report(*parse(variant)) for variant in args.variants.split(",")]
     if args.json:
         print(json.dumps([asdict(r) for r in reports]))
         return 0
-    print("format  loop  per token  per triplet  registers  spilled B  shared B  most frequent")
-    for r in reports:
-        kinds = " ".join(f"{name} {count}" for name, count in list(r.kinds.items())[:8])
-        numbers = f"{r.instructions:5} {r.per_token:10.1f} {r.per_triplet:12.2f} {r.registers:10} {r.spilled_bytes:10}"
-        print(f"{r.kv:6} {numbers} {r.shared_bytes:9}  {kinds}")
+    text = table(reports)
+    print(text)
+    if args.markdown:
+        arguments = " ".join(["scripts/sass_report.py", *sys.argv[1:]])
+        today = datetime.datetime.now(datetime.timezone.utc).date()
+        args.markdown.write_text(
+            f"# Instructions of the decode kernel's loop\n\n`python {arguments}`, triton {triton.__version__}, compiled"
+            f" for sm_90 without a GPU, {today} (UTC). A turn of the loop is {TOKENS} tokens of a KV head, by one warp."
+            " Pipes: instructions of a turn; the busiest one with the cycles that a scheduler's pipe takes for a token,"
+            f" at {', '.join(f'{name} {cost}' for name, (_, cost) in PIPES.items() if cost)} cycles an instruction"
+            " (memory: without bank conflicts, 32 bits a lane, four schedulers to one pipe).\n\n"
+            f"{text}\n",
+            encoding="utf-8",
+        )
     return 0
 
 

@@ -30,8 +30,17 @@ def test_main_loop_is_within_its_budget_and_spills_nothing(kv: str, group: int, 
     tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
     found = tool["report"](kv, group, head_dim)
     budget, products = BUDGET[kv, group, head_dim]
+    assert sum(found.pipes.values()) == found.instructions and found.barriers == 0
     assert found.kinds["IMMA"] == products, "the loop over pages is the one that was counted"
     assert not {"LDL", "STL"} & found.kinds.keys(), "the loop uses local memory"
     assert found.spilled_bytes <= (0 if head_dim <= 128 else 64)
     assert found.per_token <= budget, found
     assert found.shared_bytes <= 227 * 1024
+
+
+def test_pipes_are_told_by_name() -> None:
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
+    names = ["IMMA", "IMAD", "UIMAD", "LDS", "LDGDEPBAR", "LOP3", "SHF", "I2FP", "MUFU", "BRA", "R2UR", "PRMT", "SHFL"]
+    found = {name: count for name, count in tool["by_pipe"](names).items() if count}
+    assert found == {"tensor": 1, "imad": 1, "special": 2, "memory": 2, "control": 2, "uniform": 2, "alu": 3}
+    assert tool["parse"]("oct3-4-128+mean") == ("oct3", 4, 128, True)
