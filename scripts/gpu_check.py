@@ -277,6 +277,7 @@ def all_tasks(formats: list[str]) -> list[tuple[str, tuple[object, ...]]]:
     tasks += [("check_encode", (kv, dim, torch.float32)) for kv in formats for dim in (*HEAD_DIMS, 112)]
     tasks += [("check_encode", ("octopus3:bf16", 128, torch.bfloat16)), ("check_graph", ("octopus3",))]
     tasks += [("check_attention", (kv, 128, 7, torch.bfloat16)) for kv in (*TRELLIS, "oct3:oct2", "oct3:bf16")]
+    tasks += [("check_attention", (kv, d, 4, torch.float16)) for kv in ("oct4:oct2", "oct2:oct3") for d in (64, 256)]
     tasks += [("check_single_split", ("oct3",)), ("check_encode", ("oct4:oct3", 128, torch.bfloat16))]
     tasks += [("check_graph", (kv,)) for kv in ("oct3", "bf16")]
     return [task for task in tasks if set(str(task[1][0]).split(":")) <= set(formats)]

@@ -24,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from octo_run.kernels.attention.table_decode import table_decode_kernel
 from octo_run.kernels.attention.table_launch import constants, options
-from octo_run.kernels.codec import TrellisCodec, get
+from octo_run.kernels.codec import TrellisCodec, parse_kv
 
 VARIANTS = [f"{kv}-{shape}" for shape in ("4-128", "7-128", "4-64", "4-256") for kv in ("oct2", "oct3", "oct4")]
 VARIANTS += ["oct3-1-128", "oct3-8-128", "oct3-4-80", "oct3-4-96", "oct3-4-128+mean", "oct3-7-128+mean"]
@@ -76,9 +76,9 @@ class Report:
 
 def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> tuple[bytes, int]:
     """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory."""
-    codec = get(kv, head_dim)
-    assert isinstance(codec, TrellisCodec)
-    fixed = constants(codec, 8, group, "bf16", mean, batched=True)
+    fmt = parse_kv(kv, head_dim)
+    assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
+    fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True)
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:
@@ -136,7 +136,7 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> 
         head_dim=head_dim,
         instructions=len(loop),
         per_token=len(loop) / TOKENS,
-        per_triplet=len(loop) * 32 / TOKENS / (2 * get(kv, head_dim).num_triplets),
+        per_triplet=len(loop) * 32 / TOKENS / (2 * -(-head_dim // 3)),
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
         spilled_bytes=int(re.findall(r"STACK:(\d+)", usage)[-1]),
         barriers=loop.count("BAR"),

@@ -84,9 +84,11 @@ def chained(
     B: gl.constexpr,
     STATE: gl.constexpr,
     SH: gl.constexpr,
+    OFFSET: gl.constexpr,
     SIGNED: gl.constexpr,
 ):
-    """The codeword of slot S of the tail-biting chain whose stream begins at BIT and whose signs at BYTE."""
+    """The codeword of slot S of the tail-biting chain whose stream begins at BIT and whose signs at BYTE, from the
+    table at byte OFFSET."""
     MASK: gl.constexpr = ((1 << (B + STATE)) - 1) << SH
     if S < N - 1:
         index = field(words, BIT + S * B, SH, B + STATE)
@@ -95,7 +97,7 @@ def chained(
         top = field(words, BIT + S * B, SH, B)
         wrap = field(words, BIT, SH + B, STATE)
         index = select(wrap, top, ((1 << STATE) - 1) << (SH + B))
-    return _codeword(index, lane_base, words, BYTE + 3 * S, ROW, MASK, 0, SIGNED)
+    return _codeword(index, lane_base, words, BYTE + 3 * S, ROW, MASK, OFFSET, SIGNED)
 
 
 @gluon.jit
@@ -137,9 +139,9 @@ def key_token(
     BYTE: gl.constexpr = SLOTS * B
     out = ()
     for s in gl.static_range(N):
-        out = out + (chained(words, lane_base, BIT, BYTE, R, s, N, B, STATE, SH, SIGNED),)
+        out = out + (chained(words, lane_base, BIT, BYTE, R, s, N, B, STATE, SH, 0, SIGNED),)
     for s in gl.static_range(N):
-        out = out + (chained(words, lane_base, BIT + N * B, BYTE + 3 * N, R, s, N, B, STATE, SH, SIGNED),)
+        out = out + (chained(words, lane_base, BIT + N * B, BYTE + 3 * N, R, s, N, B, STATE, SH, 0, SIGNED),)
     if EXTRAS > 0:
         out = out + (single(words, lane_base_x, BIT + 2 * N * B, BYTE + 6 * N, R, B, SHX, EXTRA_OFFSET, SIGNED),)
     if EXTRAS > 4:
@@ -198,13 +200,15 @@ def value_slot(
     STATE: gl.constexpr,
     SH: gl.constexpr,
     SHX: gl.constexpr,
+    OFFSET: gl.constexpr,
     EXTRA_OFFSET: gl.constexpr,
     SIGNED: gl.constexpr,
 ):
     """The lane's codeword of its token U in the V block: slot S of chain g, or (S = N) the extra triplet, garbage where
     the lane has none."""
     if S < N:
-        return chained(words, lane_base, U * N * B, 2 * N * B + 3 * N * (U // 8), U, S, N, B, STATE, SH, SIGNED)
+        BYTE: gl.constexpr = 2 * N * B + 3 * N * (U // 8)
+        return chained(words, lane_base, U * N * B, BYTE, U, S, N, B, STATE, SH, OFFSET, SIGNED)
     else:
         EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)
         return single(

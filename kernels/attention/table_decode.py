@@ -217,7 +217,7 @@ def _page_weights(scores, gammas, log_gammas, inside, running, total, weight, la
 def _values(
     words, lane_base, lane_base_x, packed, source, selectors, zero, FIRST: gl.constexpr, WIDTH: gl.constexpr,
     N: gl.constexpr, SLOTS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr,
-    EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, NT: gl.constexpr,
+    OFFSET: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
     """Weighted sums of a page's values: of WIDTH pairs of slots from FIRST on, three products (one a component) each,
     for NT blocks of heads. Rows are triplets (slot 2 i in the upper, 2 i + 1 in the lower half), K runs over the
@@ -227,9 +227,11 @@ def _values(
         triples = ()
         for s in gl.static_range(2 * FIRST, 2 * FIRST + 2 * WIDTH):
             if s < SLOTS:
-                near = value_slot(words, lane_base, lane_base_x, 2 * r, s, N, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED)
+                near = value_slot(
+                    words, lane_base, lane_base_x, 2 * r, s, N, B, STATE, SH, SHX, OFFSET, EXTRA_OFFSET, SIGNED
+                )
                 far = value_slot(
-                    words, lane_base, lane_base_x, 2 * r + 1, s, N, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED
+                    words, lane_base, lane_base_x, 2 * r + 1, s, N, B, STATE, SH, SHX, OFFSET, EXTRA_OFFSET, SIGNED
                 )
             else:
                 near = u32(zero)
@@ -387,17 +389,22 @@ def _merge(tid, first_head, out_row, part_row, lse_row, stride_oh, parts, G: gl.
 @gluon.jit
 def table_decode_kernel(
     q_ptr, pages_ptr, page_table_ptr, num_packed_ptr, starts_ptr, origin_ptr, sink_k_ptr, sink_v_ptr, tail_k_ptr,
-    tail_v_ptr, table_ptr, coef_ptr, base_ptr, fragments_ptr, out_ptr, part_ptr, lse_ptr, counters_ptr,
+    tail_v_ptr, table_k_ptr, table_v_ptr, coef_ptr, base_ptr, fragments_ptr, out_ptr, part_ptr, lse_ptr, counters_ptr,
     stride_qb, stride_qh, stride_page, stride_head, stride_table, stride_ob, stride_oh,
     stride_skb, stride_skh, stride_skt, stride_svb, stride_svh, stride_svt,
     stride_tkb, stride_tkh, stride_tkt, stride_tvb, stride_tvh, stride_tvt, stride_cb, stride_ch,
     sink, capacity, step_k, step_v, scale_log2, batch, parts, processors,
-    HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr,
-    NORM: gl.constexpr, BPV: gl.constexpr, COPIES: gl.constexpr, COPIES_X: gl.constexpr, NT: gl.constexpr,
-    PASS: gl.constexpr, ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
-    BATCHED: gl.constexpr,
+    HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B_K: gl.constexpr, STATE_K: gl.constexpr,
+    SIGNED_K: gl.constexpr, NORM_K: gl.constexpr, BPV_K: gl.constexpr, COPIES_K: gl.constexpr,
+    COPIES_XK: gl.constexpr, B_V: gl.constexpr, STATE_V: gl.constexpr, SIGNED_V: gl.constexpr, BPV_V: gl.constexpr,
+    COPIES_V: gl.constexpr, COPIES_XV: gl.constexpr, ONE_TABLE: gl.constexpr, NT: gl.constexpr, PASS: gl.constexpr,
+    ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, BATCHED: gl.constexpr,
 ):  # fmt: skip
-    """Programs: (KV head and block of 4 NT query heads, part of a context)."""
+    """Programs: (KV head and block of 4 NT query heads, part of a context).
+
+    ONE_TABLE: K and V have one format. Shared memory: K's table, its extra triplets' table; V's likewise if it has its
+    own; a stage of a K and a V block for each warp.
+    """
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8
     EXTRAS: gl.constexpr = T % 8
@@ -406,14 +413,20 @@ def table_decode_kernel(
     gl.static_assert(EXTRAS == 0 or EXTRAS == 3 or EXTRAS == 6)
     BLOCKS: gl.constexpr = (G + 4 * NT - 1) // (4 * NT)
     HEADS: gl.constexpr = min(G, 4 * NT)
-    SH: gl.constexpr = _row_shift(COPIES)
-    SHX: gl.constexpr = _row_shift(COPIES_X)
-    MAIN: gl.constexpr = 1 << (B + STATE)
-    EXTRA_OFFSET: gl.constexpr = MAIN * COPIES * 4
-    STAGES_AT: gl.constexpr = EXTRA_OFFSET + (4 << B) * COPIES_X
-    WORDS_K: gl.constexpr = BPV // 2  # of a lane, for its eight tokens
-    FULL_V: gl.constexpr = (16 * N * (B + 3 * SIGNED) + 31) // 32
-    ALL_V: gl.constexpr = (16 * SLOTS * (B + 3 * SIGNED) + 31) // 32
+    SH_K: gl.constexpr = _row_shift(COPIES_K)
+    SHX_K: gl.constexpr = _row_shift(COPIES_XK)
+    SH_V: gl.constexpr = _row_shift(COPIES_V)
+    SHX_V: gl.constexpr = _row_shift(COPIES_XV)
+    MAIN_K: gl.constexpr = 1 << (B_K + STATE_K)
+    MAIN_V: gl.constexpr = 1 << (B_V + STATE_V)
+    EXTRAS_AT_K: gl.constexpr = MAIN_K * COPIES_K * 4
+    TABLE_END_K: gl.constexpr = EXTRAS_AT_K + (4 << B_K) * COPIES_XK
+    TABLE_AT_V: gl.constexpr = 0 if ONE_TABLE else TABLE_END_K
+    EXTRAS_AT_V: gl.constexpr = TABLE_AT_V + MAIN_V * COPIES_V * 4
+    STAGES_AT: gl.constexpr = EXTRAS_AT_V + (4 << B_V) * COPIES_XV
+    WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
+    FULL_V: gl.constexpr = (16 * N * (B_V + 3 * SIGNED_V) + 31) // 32
+    ALL_V: gl.constexpr = (16 * SLOTS * (B_V + 3 * SIGNED_V) + 31) // 32
     NORMS_AT: gl.constexpr = FULL_V * 128 + (ALL_V - FULL_V) * EXTRAS * 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
 
@@ -449,15 +462,15 @@ def table_decode_kernel(
     last = gl.maximum(end - 1, 0)
     ids = page_table_ptr + seq * stride_table
     pages = pages_ptr + head * stride_head
-    k_stage = u32(STAGES_AT + warp * (128 * BPV))
-    v_stage = k_stage + 64 * BPV
+    k_stage = u32(STAGES_AT + warp * (64 * (BPV_K + BPV_V)))
+    v_stage = k_stage + 64 * BPV_K
     page_id = gl.load(ids + gl.minimum(begin + warp, last), mask=begin < end, other=0)
     next_id = gl.load(ids + gl.minimum(begin + warp + WARPS, last), mask=begin < end, other=0)
-    _fetch(k_stage, pages + page_id.to(gl.int64) * stride_page, lane, BPV)
-    _fetch(v_stage, pages + page_id.to(gl.int64) * stride_page + 64 * BPV, lane, BPV)
+    _fetch(k_stage, pages + page_id.to(gl.int64) * stride_page, lane, BPV_K)
+    _fetch(v_stage, pages + page_id.to(gl.int64) * stride_page + 64 * BPV_K, lane, BPV_V)
 
-    table = _entries(table_ptr, tid, MAIN, 32 * WARPS)
-    table_x = _entries(table_ptr + MAIN, tid, 1 << B, 32 * WARPS)
+    table = _entries(table_k_ptr, tid, MAIN_K, 32 * WARPS)
+    table_x = _entries(table_k_ptr + MAIN_K, tid, 1 << B_K, 32 * WARPS)
     q_row = q_ptr + seq * stride_qb + head * G * stride_qh
     length = gl.load(starts_ptr + seq) + 1
     n_sink = gl.minimum(sink, length)
@@ -468,15 +481,25 @@ def table_decode_kernel(
         sink_v_ptr + seq * stride_svb + head * stride_svh, tail_k_ptr + seq * stride_tkb + head * stride_tkh,
         tail_v_ptr + seq * stride_tvb + head * stride_tvh, stride_skt, stride_svt, stride_tkt, stride_tvt, n_sink,
         count, (64 * num - gl.load(origin_ptr + seq)) % capacity, capacity, split, splits, tid, first_head, scale_log2,
-        32512.0 / step_v, EXTRA_OFFSET, G, D, NT, PAIRS, ELEMENT, WARPS,
+        32512.0 / step_v, EXTRAS_AT_V, G, D, NT, PAIRS, ELEMENT, WARPS,
     )  # fmt: skip
     # Copies of the table for the lanes, so that (with 32) no two lanes of a read meet in a bank.
-    _fill(table, tid, 0, MAIN, COPIES, 32 * WARPS)
+    _fill(table, tid, 0, MAIN_K, COPIES_K, 32 * WARPS)
     if EXTRAS > 0:
-        _fill(table_x, tid, EXTRA_OFFSET, 1 << B, COPIES_X, 32 * WARPS)
+        _fill(table_x, tid, EXTRAS_AT_K, 1 << B_K, COPIES_XK, 32 * WARPS)
     # Shuffled to itself: else the assembler takes the remainder's mask into every lookup, an instruction each.
-    lane_base = shuffle(u32((lane % COPIES) * 4), lane)
-    lane_base_x = shuffle(u32((lane % COPIES_X) * 4), lane)
+    lane_k = shuffle(u32((lane % COPIES_K) * 4), lane)
+    lane_xk = shuffle(u32((lane % COPIES_XK) * 4), lane)
+    if ONE_TABLE:
+        lane_v = lane_k
+        lane_xv = lane_xk
+    else:
+        _fill(_entries(table_v_ptr, tid, MAIN_V, 32 * WARPS), tid, TABLE_AT_V, MAIN_V, COPIES_V, 32 * WARPS)
+        if EXTRAS > 0:
+            table_x = _entries(table_v_ptr + MAIN_V, tid, 1 << B_V, 32 * WARPS)
+            _fill(table_x, tid, EXTRAS_AT_V, 1 << B_V, COPIES_XV, 32 * WARPS)
+        lane_v = shuffle(u32((lane % COPIES_V) * 4), lane)
+        lane_xv = shuffle(u32((lane % COPIES_XV) * 4), lane)
     queries = ()
     for b in gl.static_range(NT):
         queries = queries + (
@@ -498,14 +521,14 @@ def table_decode_kernel(
         wait_for_older_copies(lane)
         k_words = _words(k_stage, lane, WORDS_K)
         scores = _scores(
-            k_words, lane, lane_base, lane_base_x, queries, zero_i, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED,
-            NORM, WORDS_K, NT,
+            k_words, lane, lane_k, lane_xk, queries, zero_i, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
+            SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
         if MEAN:
             page = gl.minimum(base + warp, last)
             scores = add_mean(scores, coef, base_ptr, fragments_ptr, page, lane, scale_log2, D, NT)
         sync_warp(lane)
-        _fetch(k_stage, next_block, lane, BPV)
+        _fetch(k_stage, next_block, lane, BPV_K)
         wait_for_older_copies(lane)
         v_words = _words(v_stage, lane, FULL_V)
         for w in gl.static_range(FULL_V, ALL_V):
@@ -545,8 +568,8 @@ def table_decode_kernel(
         grown = repeat((), NT)
         for first in gl.static_range(0, PAIRS, PASS):
             sums = _values(
-                v_words, lane_base, lane_base_x, packed, source, selectors, zero_i, first, min(PASS, PAIRS - first), N,
-                SLOTS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED, NT,
+                v_words, lane_v, lane_xv, packed, source, selectors, zero_i, first, min(PASS, PAIRS - first), N, SLOTS,
+                B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
             )  # fmt: skip
             longer = ()
             for b in gl.static_range(NT):
@@ -562,7 +585,7 @@ def table_decode_kernel(
         for b in gl.static_range(NT):
             acc = acc + grown[b]
         sync_warp(lane)
-        _fetch(v_stage, next_block + 64 * BPV, lane, BPV)
+        _fetch(v_stage, next_block + 64 * BPV_K, lane, BPV_V)
 
     first_row = before * (HKV * G) + (head * G + first_head) * splits
     out_row = out_ptr + seq * stride_ob + (head * G + first_head) * stride_oh

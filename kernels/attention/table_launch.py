@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +29,10 @@ LOG2_E = 1.4426950408889634
 
 
 def takes(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int) -> bool:
-    """Whether the kernel applies: decode of 16-bit queries over packed pages, K and V in one table format."""
+    """Whether the kernel applies: decode of 16-bit queries over packed pages, K and V in table formats."""
     return (
         isinstance(fmt.k, TrellisCodec)
-        and fmt.k is fmt.v
+        and isinstance(fmt.v, TrellisCodec)
         and q.shape[1] == 1
         and q.is_cuda
         and q.dtype in ELEMENTS
@@ -61,41 +62,64 @@ def count_parts(lanes: int, pages: int, most: int, multiprocessors: int) -> int:
     return min(range(1, max(1, min(most, -(-pages // WARPS))) + 1), key=rounds)
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """Copies of a format's table, and of its extra triplets' table, in shared memory."""
+
+    main: int
+    extra: int
+
+    def bytes(self, codec: TrellisCodec) -> int:
+        entries, extras = 1 << (codec.stream + codec.state_bits), 1 << codec.stream
+        return 4 * (entries * self.main + extras * self.extra)
+
+    @property
+    def conflicts(self) -> float:
+        """How many lanes share a copy, in a lookup of which one in fifteen is of an extra triplet."""
+        return 32 / self.main + 32 / self.extra / 14
+
+
+def table_copies(k: TrellisCodec, v: TrellisCodec) -> tuple[_Copies, _Copies, int]:
+    """Copies of K's and V's table (one table if they have one format), and the bytes of shared memory with the stages:
+    the fewest conflicts that there is room for."""
+    stages = WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
+    some = [_Copies(main, extra) for main in (32, 16, 8, 4) for extra in (32, 16, 8, 4)]
+    pairs = [(a, b) for a in some for b in ([a] if k is v else some)]
+
+    def size(pair: tuple[_Copies, _Copies]) -> int:
+        return stages + pair[0].bytes(k) + (0 if k is v else pair[1].bytes(v))
+
+    fitting = [pair for pair in pairs if size(pair) <= SHARED_BYTES]
+    best = min(fitting, key=lambda pair: pair[0].conflicts + pair[1].conflicts)
+    return *best, size(best)
+
+
 @functools.cache
 def constants(
-    codec: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool
+    k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool
 ) -> dict[str, int | str]:
-    """The kernel's constexprs for a format, ``group`` query heads a KV head, an element type, with the key mean or not,
-    for several sequences or one.
-
-    The table is copied for every lane, or, where there is no room for that, for every second or fourth one.
-    """
-    entries, extras = 1 << (codec.stream + codec.state_bits), 1 << codec.stream
-    stages = WARPS * 2 * PAGE_TOKENS * codec.bytes_per_vector
-    for copies, copies_x in ((32, 32), (16, 32), (16, 4), (8, 4)):
-        size = 4 * (entries * copies + extras * copies_x) + stages
-        if size <= SHARED_BYTES:
-            break
+    """The kernel's constexprs for formats of K and V, ``group`` query heads a KV head, an element type, with the key
+    mean or not, for several sequences or one."""
+    copies_k, copies_v, size = table_copies(k, v)
     threads = 32 * WARPS
-    return {
+    fixed: dict[str, int | str] = {
         "HKV": kv_heads,
         "G": group,
-        "D": codec.head_dim,
-        "B": codec.stream,
-        "STATE": codec.state_bits,
-        "SIGNED": int(codec.signed),
-        "NORM": codec.norm_bits,
-        "BPV": codec.bytes_per_vector,
-        "COPIES": copies,
-        "COPIES_X": copies_x,
-        "NT": head_blocks(group, codec.head_dim)[0],
-        "PASS": 3 if codec.head_dim <= 128 else 2,
+        "D": k.head_dim,
+        "NORM_K": k.norm_bits,
+        "ONE_TABLE": int(k is v),
+        "NT": head_blocks(group, k.head_dim)[0],
+        "PASS": 3 if k.head_dim <= 128 else 2,
         "ELEMENT": element,
         "MEAN": int(mean),
         "WARPS": WARPS,
         "SMEM_WORDS": -(-size // (4 * threads)) * threads,
         "BATCHED": int(batched),
     }
+    for side, codec, copies in (("K", k, copies_k), ("V", v, copies_v)):
+        fixed |= {f"B_{side}": codec.stream, f"STATE_{side}": codec.state_bits, f"SIGNED_{side}": int(codec.signed)}
+        fixed |= {f"BPV_{side}": codec.bytes_per_vector, f"COPIES_{side}": copies.main, f"COPIES_X{side}": copies.extra}
+    return fixed
 
 
 def options(head_dim: int) -> dict[str, int]:
@@ -107,8 +131,9 @@ def options(head_dim: int) -> dict[str, int]:
 def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Workspace, *, scale: float,
                  max_length: int) -> None:  # fmt: skip
     """A decode step in one launch: packed pages, full-precision parts and, by the last program to finish, the merge."""
-    codec = fmt.k
-    assert isinstance(codec, TrellisCodec)
+    k, v = fmt.k, fmt.v
+    assert isinstance(k, TrellisCodec) and isinstance(v, TrellisCodec)
+    table_k, table_v = k.table_words(q.device), v.table_words(q.device)
     batch, _, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
@@ -119,7 +144,7 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     # Sequences of unequal lengths are cut in up to this many parts, see the kernel's `_share`.
     grid = parts if batch == 1 else max(parts * batch, 4 * processors() // programs + batch)
     part, lse = workspace.partials(grid, 1, heads, dim)
-    mean: tuple[Tensor, ...] = (part, part, codec.table_words(q.device))  # unused
+    mean: tuple[Tensor, ...] = (part, part, table_k)  # unused
     mean_strides = (0, 0)
     if kv.mean is not None:
         coefficients, tables = kv.mean.coefficients, kv.mean.tables
@@ -130,11 +155,11 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]
     launch(
         q, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin, kv.sink_k, kv.sink_v, kv.tail_k,
-        kv.tail_v, codec.table_words(q.device), *mean, out, part, lse, workspace.counters, q.stride(0), q.stride(2),
+        kv.tail_v, table_k, table_v, *mean, out, part, lse, workspace.counters, q.stride(0), q.stride(2),
         *kv.pages.stride()[:2], kv.page_table.stride(0), out.stride(0), out.stride(2), *kv.sink_k.stride()[:3],
         *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], *mean_strides, kv.sink,
         kv.tail_k.shape[2],
-        codec.step, codec.step, scale * LOG2_E, batch, parts, processors(),
-        **constants(codec, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1),
+        k.step, v.step, scale * LOG2_E, batch, parts, processors(),
+        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1),
         **options(dim),
     )  # fmt: skip

@@ -61,6 +61,12 @@ def test_every_format_and_head_dim(kernel: Any, kv: str, dim: int) -> None:
     assert worst_error(decode_case(kv, [450], 4, 2, dim)) < 1e-3
 
 
+@pytest.mark.parametrize("kv", ["oct3:oct2", "oct2:oct3", "oct4:oct2", "oct2:oct4", "oct4:oct3"])
+@pytest.mark.parametrize(("dim", "group"), [(64, 4), (96, 1), (112, 2), (128, 7), (256, 4)])
+def test_keys_and_values_in_different_formats(kernel: Any, kv: str, dim: int, group: int) -> None:
+    assert worst_error(decode_case(kv, [450, 260], group, 1, dim)) < 1e-3
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 16])
 @pytest.mark.parametrize(("kv", "dim"), [("oct3", 128), ("oct2", 64), ("oct4", 256)])
 def test_every_group(kernel: Any, group: int, kv: str, dim: int) -> None:
@@ -146,6 +152,14 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
     assert grid * kv_heads <= room, "partial results fit into the workspace"
     if len(expected) > batch:
         assert batch * programs <= splits.PROGRAMS_PER_PROCESSOR * processors, "there are counters for them"
+
+
+def test_the_launcher_takes_table_formats_alone() -> None:
+    """Which formats this kernel is asked for; on a GPU, so the device is made up."""
+    for kv, taken in (("oct3", True), ("oct3:oct2", True), ("oct3:bf16", False), ("octopus3:oct3", False)):
+        case = decode_case(kv, [400], 1, 1, 64)
+        q = SimpleNamespace(shape=case.q.shape, is_cuda=True, dtype=torch.float16)
+        assert table_launch.takes(q, case.kv, case.fmt, 400) is taken
 
 
 def test_emulated_products_are_those_of_matrices() -> None:
