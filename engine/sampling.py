@@ -17,9 +17,11 @@ from octo_run.models.config import GenerationDefaults
 class SamplingParams:
     """How the next token is chosen, and when to stop.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``repetition_penalty`` 1 switch the
-    respective rule off. The rules apply in the order repetition penalty (over prompt and answer), temperature, top-k,
-    top-p, min-p. ``seed`` None takes a fresh seed. ``max_tokens`` None means as many as the context holds. Generation
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``repetition_penalty`` 1, ``presence_penalty``
+    and ``frequency_penalty`` 0 switch the respective rule off. The rules apply in the order repetition penalty (divides
+    positive and multiplies negative logits of tokens of prompt and answer), presence and frequency penalty (subtracted
+    from logits of the answer's tokens, once, and for each time they occur), temperature, top-k, top-p, min-p. ``seed``
+    None takes a fresh seed. ``max_tokens`` None means as many as the context holds. Generation
     ends at one of ``stop_ids`` (in addition to the model's own end tokens) or where the text holds one of the strings
     ``stop``. Raises ``UsageError`` for values out of range.
     """
@@ -29,6 +31,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -41,6 +45,8 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p < 1, "at least 0 (off) and below 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            "presence_penalty": (abs(self.presence_penalty) <= 100, "a number from -100 to 100 (0 is off)"),
+            "frequency_penalty": (abs(self.frequency_penalty) <= 100, "a number from -100 to 100 (0 is off)"),
             "seed": (self.seed is None or 0 <= self.seed < 2**64, "a whole number from 0 to 2^64 - 1"),
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
             "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
@@ -48,6 +54,11 @@ class SamplingParams:
         for name, (good, rule) in checks.items():
             if not good:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give {rule}.")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that occurred are treated differently."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @classmethod
     def from_defaults(cls, defaults: GenerationDefaults, **overrides: Any) -> "SamplingParams":
@@ -71,19 +82,20 @@ class Sampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
-        self._seen: Tensor | None = None
-        if params.repetition_penalty != 1.0:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(prompt, device=device)] = True
+        self._counts: Tensor | None = None
+        if params.penalises:
+            self._counts = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)
+            self._counts[0, torch.tensor(prompt, dtype=torch.int64, device=device)] = 1
+            rules = [[params.repetition_penalty], [params.presence_penalty], [params.frequency_penalty]]
+            self._penalties = torch.tensor(rules, device=device)
 
     def __call__(self, logits: Tensor) -> tuple[int, float]:
         """The token chosen by float32 ``logits [vocab]`` and its log-probability under the model's own distribution."""
         if not bool(torch.isfinite(logits).all()):
             raise OctoError("The model's logits are not finite; choose another --dtype, or check the model's files.")
         scores = logits
-        if self._seen is not None:
-            penalty = self.params.repetition_penalty
-            scores = torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if self._counts is not None:
+            scores = ops.penalised(logits[None], self._counts, self._penalties)[0]
         if self.params.temperature == 0:
             choice = scores.argmax()
         else:
@@ -91,8 +103,8 @@ class Sampler:
             scaled = (scores - scores.max()) / max(self.params.temperature, torch.finfo(torch.float32).tiny)
             choice = torch.multinomial(filtered(scaled, self.params), 1, generator=self.generator)[0]
         token = int(choice)
-        if self._seen is not None:
-            self._seen[token] = True
+        if self._counts is not None:
+            ops.count_drawn(self._counts, choice.view(1, 1))
         return token, float(logits[token] - logits.logsumexp(-1))
 
 
@@ -127,11 +139,11 @@ class BatchSampler:
         self._device, self._vocab = device, vocab_size
         self.drawn = torch.zeros(2, sequences, dtype=torch.int32, device=device)
         self.tokens = self.drawn[0]
-        self._rules = torch.zeros(4, sequences, device=device)  # temperature, penalty, top_p, log min_p
+        self._rules = torch.zeros(6, sequences, device=device)  # temperature, the three penalties, top_p, log min_p
         self._whole = torch.zeros(3, sequences, dtype=torch.int64, device=device)  # seed, tokens drawn, top_k
         self._draws = ops.Draws(
             temperature=self._rules[0],
-            penalty=self._rules[1],
+            penalties=self._rules[1:4],
             seeds=self._whole[0],
             counters=self._whole[1],
             counts=torch.zeros(sequences, vocab_size, dtype=torch.int32, device=device),
@@ -147,25 +159,34 @@ class BatchSampler:
         return self._draws.counted, self._draws.noisy, self._filtered
 
     def set(self, params: list[SamplingParams], seen: list[list[int]], drawn: int = 0) -> None:
-        """The rules of the first ``len(params)`` sequences, the tokens their penalties count, and tokens drawn before.
-
-        ``seed`` None takes a fresh one.
+        """The rules of the first ``len(params)`` sequences, and the tokens that penalties count, of which the last
+        ``drawn`` have been drawn already. ``seed`` None takes a fresh one.
         """
         batch, draws = len(params), self._draws
         rules = [
-            (min(p.temperature, 1e30), p.repetition_penalty, p.top_p, math.log(p.min_p) if p.min_p else -math.inf)
+            (
+                min(p.temperature, 1e30),
+                p.repetition_penalty,
+                p.presence_penalty,
+                p.frequency_penalty,
+                p.top_p,
+                math.log(p.min_p) if p.min_p else -math.inf,
+            )
             for p in params
         ]
         whole = [(_signed(p.seed), drawn, p.top_k or self._vocab) for p in params]
         self._rules[:, :batch] = torch.tensor(rules).T.to(self._device)
         self._whole[:, :batch] = torch.tensor(whole).T.to(self._device)
-        draws.counted = any(p.repetition_penalty != 1 for p in params)
+        draws.counted = any(p.penalises for p in params)
         draws.noisy = any(p.temperature > 0 for p in params)
         self._filtered = any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params)
         if draws.counted:
             draws.counts[:batch].zero_()
-            for row, tokens in enumerate(seen):
-                draws.counts[row].index_fill_(0, torch.tensor(tokens, dtype=torch.int64).to(self._device), 1)
+            for row, tokens in zip(draws.counts, seen, strict=False):
+                places = torch.tensor(tokens, dtype=torch.int64).to(self._device)
+                answer = places[max(0, len(tokens) - drawn) :]
+                row.index_add_(0, answer, torch.full_like(answer, 2, dtype=torch.int32))
+                row.index_copy_(0, places, row[places] | 1)
 
     def draw(self, logits: Tensor) -> None:
         """Draw from ``logits [batch, vocab]`` of the first sequences: ``drawn`` then has tokens and log-probabilities.
@@ -177,8 +198,11 @@ class BatchSampler:
     def _floor(self, logits: Tensor) -> Tensor:
         """The lowest score that top-k, top-p and min-p leave in, float32 ``[batch]``."""
         batch = len(logits)
-        temperature, _, top_p, min_p = self._rules[:, :batch, None]
-        ordered = ops.penalised(self._draws, logits).sort(descending=True).values
+        temperature, *_, top_p, min_p = self._rules[:, :batch, None]
+        scores = logits.to(torch.float32)
+        if self._draws.counted:
+            scores = ops.penalised(logits, self._draws.counts[:batch], self._draws.penalties[:, :batch])
+        ordered = scores.sort(descending=True).values
         largest, temperature = ordered[:, :1], temperature.clamp(min=torch.finfo(torch.float32).tiny)
         least = ordered.gather(1, (self._whole[2, :batch, None] - 1).clamp(max=self._vocab - 1))
         share = ((ordered - largest) / temperature).masked_fill(ordered < least, -torch.inf).softmax(-1)

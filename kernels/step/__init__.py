@@ -9,13 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from octo_run.kernels.step import reference
-from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn, penalised
+from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn, count_drawn, penalised
 
 __all__ = [
     "PART_TOKENS",
     "Draws",
     "Turn",
     "add_rms_norm",
+    "count_drawn",
     "embed",
     "linear",
     "penalised",

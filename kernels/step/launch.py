@@ -104,9 +104,9 @@ def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     unused = draws.temperature
     part: Callable[..., Any] = sample_part_kernel[(parts, batch)]
     part(
-        logits, draws.counts, draws.temperature, draws.penalty, unused if floor is None else floor, draws.seeds,
-        draws.counters, draws.parts, vocab, BLOCK=PART_TOKENS, COUNTED=draws.counted, NOISY=draws.noisy,
-        FLOORED=floor is not None, num_warps=4)  # fmt: skip
+        logits, draws.counts, draws.temperature, draws.penalties, unused if floor is None else floor, draws.seeds,
+        draws.counters, draws.parts, vocab, draws.penalties.stride(0), BLOCK=PART_TOKENS, COUNTED=draws.counted,
+        NOISY=draws.noisy, FLOORED=floor is not None, num_warps=4)  # fmt: skip
     merge: Callable[..., Any] = sample_merge_kernel[(batch,)]
     merge(
         logits, draws.counts, draws.counters, draws.parts, draws.tokens, draws.logprobs, vocab, parts,

@@ -30,13 +30,15 @@ PART_TOKENS = 1024
 class Draws:
     """What drawing tokens reads and writes, a row or number for each sequence.
 
-    ``temperature, penalty`` float32 ``[B]``; ``seeds, counters`` int64 ``[B]``; ``counts`` int32 ``[B, vocab]``, not
-    zero for tokens that are penalised; ``parts`` float32 ``[B, 4, parts]``, work space; ``tokens`` int32 and
-    ``logprobs`` float32 ``[B]``, the result. ``counted``: any penalty is not 1; ``noisy``: any temperature is not 0.
+    ``temperature`` float32 ``[B]``; ``penalties`` float32 ``[3, B]``: for repetition (1 is off), presence and frequency
+    (0 is off); ``seeds, counters`` int64 ``[B]``; ``counts`` int32 ``[B, vocab]``: how often a token was drawn, times
+    two, plus 1 if it was drawn or stands in the prompt; ``parts`` float32 ``[B, 4, parts]``, work space; ``tokens``
+    int32 and ``logprobs`` float32 ``[B]``, the result. ``counted``: any penalty is on; ``noisy``: any temperature is
+    not 0.
     """
 
     temperature: Tensor
-    penalty: Tensor
+    penalties: Tensor
     seeds: Tensor
     counters: Tensor
     counts: Tensor
@@ -47,21 +49,31 @@ class Draws:
     noisy: bool = False
 
 
-def penalised(draws: Draws, logits: Tensor) -> Tensor:
-    """Float32 scores ``[B, vocab]``: logits of penalised tokens divided (negative ones multiplied) by the penalty."""
+def penalised(logits: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
+    """Float32 scores ``[B, vocab]``; ``counts [B, vocab]`` and ``penalties [3, B]`` as in `Draws`.
+
+    The logit of a token that occurred is divided (a negative one multiplied) by the penalty for repetition; that of one
+    that was drawn is less the penalty for presence, and less the one for frequency for each time.
+    """
     logits = logits.to(torch.float32)
-    if not draws.counted:
-        return logits
-    batch = len(logits)
-    penalty = draws.penalty[:batch, None]
-    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(draws.counts[:batch] > 0, lowered, logits)
+    repetition, presence, frequency = penalties[..., None]
+    drawn = (counts >> 1).to(torch.float32)
+    lowered: Tensor = torch.where(logits > 0, logits / repetition, logits * repetition)
+    lowered = torch.where(counts > 0, lowered, logits)
+    return lowered.sub(frequency * drawn + torch.where(drawn > 0, presence, 0.0))
+
+
+def count_drawn(counts: Tensor, tokens: Tensor) -> None:
+    """Count tokens int64 ``[B, 1]`` as drawn in ``counts [B, vocab]`` of `Draws`."""
+    counts.scatter_(1, tokens, (counts.gather(1, tokens) + 2) | 1)
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     """See ``kernels.step.sample``."""
     batch = len(logits)
-    scores = penalised(draws, logits)
+    scores = logits.to(torch.float32)
+    if draws.counted:
+        scores = penalised(logits, draws.counts[:batch], draws.penalties[:, :batch])
     if floor is not None:
         scores = scores.masked_fill(scores < floor[:, None], -torch.inf)
     if draws.noisy:
@@ -72,7 +84,7 @@ def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
         draws.counters[:batch].add_(1)
     tokens = scores.argmax(-1, keepdim=True)
     if draws.counted:
-        draws.counts[:batch].scatter_(1, tokens, 1)
+        count_drawn(draws.counts[:batch], tokens)
     draws.tokens[:batch].copy_(tokens[:, 0])
     draws.logprobs[:batch].copy_(logits.to(torch.float32).log_softmax(-1).gather(1, tokens)[:, 0])
 

@@ -17,7 +17,7 @@ def _hash(x):
 
 @triton.jit
 def sample_part_kernel(
-    LOGITS, COUNTS, TEMPERATURE, PENALTY, FLOOR, SEEDS, COUNTERS, PARTS, vocab,
+    LOGITS, COUNTS, TEMPERATURE, PENALTIES, FLOOR, SEEDS, COUNTERS, PARTS, vocab, s_penalty,
     BLOCK: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr, FLOORED: tl.constexpr,
 ):  # fmt: skip
     """The program is (part, sequence). PARTS float32 [B, 4, parts]: best score, its token's bits, and of the logits the
@@ -29,9 +29,13 @@ def sample_part_kernel(
     logit = tl.load(LOGITS + places, mask=inside, other=float("-inf")).to(tl.float32)
     score = logit
     if COUNTED:
-        penalty = tl.load(PENALTY + row)
-        lowered = tl.where(logit > 0, logit / penalty, logit * penalty)
-        score = tl.where(tl.load(COUNTS + places, mask=inside, other=0) > 0, lowered, logit)
+        repetition = tl.load(PENALTIES + row)
+        presence = tl.load(PENALTIES + s_penalty + row)
+        frequency = tl.load(PENALTIES + 2 * s_penalty + row)
+        count = tl.load(COUNTS + places, mask=inside, other=0)
+        drawn = (count >> 1).to(tl.float32)
+        score = tl.where(count > 0, tl.where(logit > 0, logit / repetition, logit * repetition), logit)
+        score -= frequency * drawn + tl.where(drawn > 0, presence, 0.0)
     if FLOORED:
         score = tl.where(score < tl.load(FLOOR + row), float("-inf"), score)
     if NOISY:
@@ -73,6 +77,7 @@ def sample_merge_kernel(
     tl.store(TOKENS + row, token)
     tl.store(LOGPROBS + row, chosen - whole)
     if COUNTED:
-        tl.store(COUNTS + row.to(tl.int64) * vocab + token, 1)
+        place = COUNTS + row.to(tl.int64) * vocab + token
+        tl.store(place, (tl.load(place) + 2) | 1)
     if NOISY:
         tl.store(COUNTERS + row, tl.load(COUNTERS + row) + 1)

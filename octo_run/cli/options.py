@@ -37,6 +37,8 @@ class SamplingOptions:
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     seed: int | None
     max_tokens: int | None
     stop: tuple[str, ...]
@@ -82,7 +84,19 @@ _SAMPLING_OPTIONS = (
     click.option(
         "--min-p", type=click.FloatRange(0.0, 1.0, max_open=True), help="Least probability, relative to the likeliest."
     ),
-    click.option("--repetition-penalty", type=click.FloatRange(min=0.0, min_open=True), help="1 = none."),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(min=0.0, min_open=True),
+        help="Divides logits of tokens of prompt and answer, 1 = off.",
+    ),
+    click.option(
+        "--presence-penalty",
+        type=click.FloatRange(-100, 100),
+        help="Taken from logits of the answer's tokens, 0 = off.",
+    ),
+    click.option(
+        "--frequency-penalty", type=click.FloatRange(-100, 100), help="The same for each time that they occur, 0 = off."
+    ),
     click.option(
         "--seed",
         type=click.IntRange(0, 2**63 - 1),

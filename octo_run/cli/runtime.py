@@ -126,6 +126,8 @@ def sampling_params(engine: "Engine", options: SamplingOptions) -> "SamplingPara
         top_p=options.top_p,
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
         seed=options.seed,
         max_tokens=options.max_tokens,
         stop=options.stop or None,

@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 def draws(params: SamplingParams, logits: torch.Tensor, count: int, prompt: list[int] | None = None) -> torch.Tensor:
     """Relative frequencies of ``count`` draws, each by the rules for a fresh sequence."""
     sampler = Sampler(params, prompt or [], len(logits), CPU)
-    seen = None if sampler._seen is None else sampler._seen.clone()
+    seen = None if sampler._counts is None else sampler._counts.clone()
     counts = torch.zeros(len(logits))
     for _ in range(count):
         if seen is not None:
-            sampler._seen = seen.clone()
+            sampler._counts = seen.clone()
         counts[sampler(logits)[0]] += 1
     return counts / count
 
@@ -81,6 +81,7 @@ def test_filters_are_their_definitions(
         {"temperature": 1.5, "top_p": 0.8},
         {"temperature": 1.0, "min_p": 0.3},
         {"temperature": 1.0, "repetition_penalty": 1.7},
+        {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 3.0, "frequency_penalty": 3.0},
         {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.6},
     ],
 )
@@ -100,6 +101,30 @@ def test_penalty_grows_with_the_answer() -> None:
     assert [sampler(logits)[0] for _ in range(3)] == [1, 0, 0]
     negative = torch.tensor([-0.5, -0.9, -1.6])
     assert Sampler(SamplingParams(repetition_penalty=2.0), [0], 3, CPU)(negative)[0] == 1
+
+
+def answer_of(rules: dict[str, Any], prompt: list[int], batch: bool) -> list[int]:
+    """Six greedy tokens from logits 3.0, 2.0, 1.2, by either sampler."""
+    logits, params, tokens = torch.tensor([3.0, 2.0, 1.2]), SamplingParams(**rules), []
+    if not batch:
+        sampler = Sampler(params, prompt, 3, CPU)
+        return [sampler(logits)[0] for _ in range(6)]
+    several = BatchSampler(2, 3, CPU)
+    for drawn in range(6):  # set anew each time, as for a generation that goes on after another one
+        several.set([SamplingParams(), params], [[], prompt + tokens], drawn)
+        several.draw(logits.expand(2, 3).contiguous())
+        tokens.append(int(several.tokens[1]))
+    return tokens
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_presence_and_frequency_count_the_answer_alone(batch: bool) -> None:
+    assert answer_of({"presence_penalty": 1.5}, [0, 0], batch) == [0, 1, 0, 0, 0, 0]
+    assert answer_of({"frequency_penalty": 0.7}, [0, 0], batch) == [0, 0, 1, 0, 1, 2]
+    assert answer_of({"frequency_penalty": -1.0}, [], batch) == [0] * 6
+    both = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.25}
+    # 3 / 1.25 = 2.4 at first; drawn n times: 2.4 - .5 - .25 n, 1.6 - .5 - .25 n and .96 - .5 - .25 n
+    assert answer_of(both, [0], batch) == [0, 1, 0, 0, 2, 0]
 
 
 def test_greedy_takes_the_best_and_reports_its_probability() -> None:
@@ -160,6 +185,8 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
         ("min_p", 1.0),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.inf),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -101.0),
         ("seed", -1),
         ("seed", 2**64),
         ("max_tokens", 0),
@@ -202,6 +229,7 @@ def sampled(params: list[SamplingParams], logits: torch.Tensor, seen: list[list[
         {"temperature": 1.5, "top_p": 0.8},
         {"temperature": 1.0, "min_p": 0.3},
         {"temperature": 1.0, "repetition_penalty": 1.7},
+        {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 3.0, "frequency_penalty": 3.0},
         {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.6},
     ],
 )

@@ -151,10 +151,12 @@ def draws(batch, vocab, **changes):
     """Rules of a batch: the first sequence greedy, all penalised for some tokens."""
     state = ops.Draws(
         temperature=torch.tensor([0.0, 1e-38, 0.5, 1e30, 1.0][:batch], device=DEVICE),
-        penalty=torch.tensor([1.3, 1.0, 0.7, 1.2, 1.1][:batch], device=DEVICE),
+        penalties=torch.tensor(
+            [[1.3, 1.0, 0.7, 1.2, 1.1], [0.0, 1.5, 0.0, -0.5, 0.25], [0.0, 0.0, 0.75, 0.5, -0.125]], device=DEVICE
+        )[:, :batch].contiguous(),
         seeds=torch.tensor([5, -6, 7, 8, 2**62][:batch], device=DEVICE),
         counters=torch.tensor([0, 1, 2**40, 3, 4][:batch], device=DEVICE),
-        counts=(torch.arange(batch * vocab, device=DEVICE).view(batch, vocab) % 3 == 0).int(),
+        counts=(torch.arange(batch * vocab, device=DEVICE).view(batch, vocab) % 6).int(),
         parts=torch.full((batch, 4, -(-vocab // ops.PART_TOKENS)), torch.nan, device=DEVICE),
         tokens=torch.full((batch,), -1, dtype=torch.int32, device=DEVICE),
         logprobs=torch.full((batch,), torch.nan, device=DEVICE),
