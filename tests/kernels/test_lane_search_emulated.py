@@ -52,11 +52,15 @@ def test_fields_are_the_codec_s(name: str, dim: int) -> None:
     assert torch.equal(found(name, y), fields_of(name, y))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("oct3", torch.bfloat16), ("oct2", torch.float16)])
-def test_pages_layers_and_heads_have_their_places(name: str, dtype: torch.dtype) -> None:
-    y, _ = vectors(2, 2, 2, 64, dtype)
+def test_pages_layers_and_heads_have_their_places() -> None:
+    y, _ = vectors(2, 2, 2, 64, torch.bfloat16)
     assert not y.is_contiguous()
-    assert torch.equal(found(name, y), fields_of(name, y))
+    assert torch.equal(found("oct3", y), fields_of("oct3", y))
+
+
+def test_half_precision() -> None:
+    y, _ = vectors(1, 1, 1, 64, torch.float16)
+    assert torch.equal(found("oct2", y), fields_of("oct2", y))
 
 
 def test_of_equal_costs_the_smallest_code_wins() -> None:
@@ -69,7 +73,7 @@ def test_of_equal_costs_the_smallest_code_wins() -> None:
 
 def test_outliers_reach_the_limit() -> None:
     """One coordinate has the whole norm: beyond the outermost codeword it is cut off."""
-    y = torch.zeros(1, 1, 1, 64, 256)
+    y = torch.zeros(1, 1, 1, 64, 64)
     y[..., torch.arange(64), torch.arange(64)] = torch.where(torch.arange(64) % 2 == 0, 5.0, -5.0)
     for name in NAMES:
         assert torch.equal(found(name, y), fields_of(name, y))
