@@ -141,7 +141,7 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     pages = -(-(max_length - kv.sink) // PAGE_TOKENS)
     lanes = batch * programs
     parts = count_parts(lanes, pages, max(1, counter_words() // lanes), processors())
-    # Sequences of unequal lengths are cut in up to this many parts, see the kernel's `_share`.
+    # Sequences of unequal lengths are cut in up to this many parts, see `table_parts.divide`.
     grid = parts if batch == 1 else max(parts * batch, 4 * processors() // programs + batch)
     part, lse = workspace.partials(grid, 1, heads, dim)
     mean: tuple[Tensor, ...] = (part, part, table_k)  # unused

@@ -139,7 +139,7 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
     found = []
     for flat in range(grid):
         arguments = [emulator.Value(n, "i32") for n in (flat, batch, parts, programs, processors)]
-        found.append(tuple(int(n) for n in DECODE._share(pointer, *arguments, table_launch.WARPS)))
+        found.append(tuple(int(n) for n in MODULES["table_parts"].divide(pointer, *arguments, table_launch.WARPS)))
     expected, before = [], 0
     for seq in range(batch):
         count = sum(1 for s, _, n, _ in found if n and s == seq)
