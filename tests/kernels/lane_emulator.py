@@ -4,7 +4,8 @@ Triton's interpreter knows neither Gluon nor PTX. Here the kernels' own source i
 after the other, all threads of a program in step, with Triton's rules for types and the machine instructions of
 `lanes.py` done by hand: matrix products of fragments, byte permutations, shuffles, asynchronous copies (which arrive
 when they are waited for, not before), atomics. Device memory is one array in which every tensor's storage lies between
-guards: an access outside is an error. What it cannot show: races between threads, and what the compiler makes of it.
+guards: an access outside is an error. A `Watch` finds threads that meet in shared memory without a barrier.
+What all this cannot show: races in device memory, and what the compiler makes of the source.
 """
 
 import sys
@@ -195,14 +196,74 @@ class Program:
     threads: int
     shared: np.ndarray
     groups: list[list[tuple[np.ndarray, np.ndarray]]]
+    watch: "Watch | None" = None
 
-    def start(self, ids: tuple[int, ...], shared_bytes: int) -> None:
+    def start(self, ids: tuple[int, ...], shared_bytes: int, watched: bool) -> None:
         self.ids = ids
         self.shared = np.full(shared_bytes, STALE, np.uint8)
         self.groups = [[]]
+        self.watch = Watch(shared_bytes, self.threads) if watched else None
 
 
 RUNNING = Program()
+
+
+class Watch:
+    """Remembers who read and wrote shared memory since which barrier; an access that may overtake another thread's is
+    an error. Two bytes are a cell. Writing what is there already is no harm, whoever does it."""
+
+    SEVERAL = -2  # readers, or warps of readers
+
+    def __init__(self, shared_bytes: int, threads: int) -> None:
+        cells = shared_bytes // 2
+        self.warp_barriers = self.barriers = 1
+        self.writer, self.reader, self.readers_warp = (np.full(cells, -1) for _ in range(3))
+        self.written, self.read = np.zeros((2, cells), np.int64), np.zeros((2, cells), np.int64)  # at which barriers
+        self._thread = np.arange(threads)[:, None]
+
+    def _unordered(self, cells: np.ndarray, warp: np.ndarray, when: np.ndarray) -> np.ndarray:
+        """Whether no barrier lies between an access at ``when`` by (a thread of) ``warp`` and one now."""
+        since = np.where(warp == self._thread // 32, when[0][cells] == self.warp_barriers, True)
+        return since & (when[1][cells] == self.barriers)
+
+    def on_read(self, at: np.ndarray, size: int) -> None:
+        cells = at[:, None] // 2 + np.arange(size // 2)
+        writer = self.writer[cells]
+        bad = (writer >= 0) & (writer != self._thread) & self._unordered(cells, writer // 32, self.written)
+        assert not bad.any(), f"a thread reads what another one writes, bytes {2 * cells[bad][:4]}"
+        now = np.array([[self.warp_barriers], [self.barriers]])
+        stale = self.read[1][cells] != self.barriers
+        for owner, mine in ((self.reader, self._thread), (self.readers_warp, self._thread // 32)):
+            before = np.where(stale, mine, owner[cells])
+            owner[cells] = np.broadcast_to(mine, cells.shape)
+            several = (owner[cells] != mine) | ((before != mine) & (before != -1))
+            owner[cells[several]] = self.SEVERAL
+        self.read[:, cells] = now[..., None]
+
+    def on_write(self, at: np.ndarray, data: np.ndarray, begins: bool = False) -> None:
+        """Bytes ``data [threads, size]`` go to ``at``; ``begins``: a copy that may land at once, or later."""
+        cells = at[:, None] // 2 + np.arange(data.shape[1] // 2)
+        there = RUNNING.shared[2 * cells[..., None] + np.arange(2)].reshape(data.shape)
+        new = (there != data).reshape(*cells.shape, 2).any(-1)
+        writer, reader = self.writer[cells], self.reader[cells]
+        bad = (writer >= 0) & (writer != self._thread) & self._unordered(cells, writer // 32, self.written)
+        bad |= (reader != -1) & (reader != self._thread) & self._unordered(cells, self.readers_warp[cells], self.read)
+        assert not (bad & new).any(), f"a thread writes what another one uses, bytes {2 * cells[bad & new][:4]}"
+        if begins:
+            return
+        self.writer[cells] = np.broadcast_to(self._thread, cells.shape)
+        self.written[:, cells] = np.array([[[self.warp_barriers]], [[self.barriers]]])
+
+
+def warp_barrier(_lane: Any = None) -> None:
+    if RUNNING.watch is not None:
+        RUNNING.watch.warp_barriers += 1
+
+
+def barrier() -> None:
+    warp_barrier()
+    if RUNNING.watch is not None:
+        RUNNING.watch.barriers += 1
 
 
 def threads_of(x: Value) -> np.ndarray:
@@ -212,6 +273,8 @@ def threads_of(x: Value) -> np.ndarray:
 def shared_read(address: Any, size: int, offset: int = 0) -> np.ndarray:
     at = np.broadcast_to(numbers(address, "u32"), (RUNNING.threads,)).astype(np.int64) + offset
     assert (at % size == 0).all() and (at + size <= len(RUNNING.shared)).all(), "a read outside shared memory"
+    if RUNNING.watch is not None:
+        RUNNING.watch.on_read(at, size)
     return RUNNING.shared[at[:, None] + np.arange(size)]
 
 
@@ -225,7 +288,10 @@ def write_shared_words(address: Value, values: list[Value]) -> None:
     at = threads_of(address).astype(np.int64)
     assert (at % size == 0).all() and (at + size <= len(RUNNING.shared)).all(), "a write outside shared memory"
     words = np.stack([threads_of(v) for v in values], -1).astype(np.uint32)
-    RUNNING.shared[at[:, None] + np.arange(size)] = np.ascontiguousarray(words).view(np.uint8)
+    data = np.ascontiguousarray(words).view(np.uint8)
+    if RUNNING.watch is not None:
+        RUNNING.watch.on_write(at, data)
+    RUNNING.shared[at[:, None] + np.arange(size)] = data
 
 
 def global_words(pointer: Pointer, count: int) -> tuple[Value, ...]:
@@ -236,12 +302,16 @@ def global_words(pointer: Pointer, count: int) -> tuple[Value, ...]:
 def copy16(address: Value, pointer: Pointer) -> None:
     at = threads_of(address).astype(np.int64)
     assert (at % 16 == 0).all() and (at + 16 <= len(RUNNING.shared)).all(), "a copy outside shared memory"
-    source = np.broadcast_to(pointer.at, (RUNNING.threads,))
-    RUNNING.groups[-1].append((at, RUNNING.memory.read(source, 16).copy()))
+    data = RUNNING.memory.read(np.broadcast_to(pointer.at, (RUNNING.threads,)), 16).copy()
+    if RUNNING.watch is not None:
+        RUNNING.watch.on_write(at, data, begins=True)
+    RUNNING.groups[-1].append((at, data))
 
 
 def land(groups: list[list[tuple[np.ndarray, np.ndarray]]]) -> None:
     for at, data in (copy for group in groups for copy in group):
+        if RUNNING.watch is not None:
+            RUNNING.watch.on_write(at, data)
         RUNNING.shared[at[:, None] + np.arange(16)] = data
 
 
@@ -249,6 +319,7 @@ def wait_for_older_copies(_lane: Value) -> None:
     """All groups that are closed but for the youngest of them."""
     done, RUNNING.groups = RUNNING.groups[:-2], RUNNING.groups[-2:]
     land(done)
+    warp_barrier()
 
 
 def wait_for_all_copies(_lane: Value) -> None:
@@ -261,6 +332,7 @@ def commit_copies(_lane: Value) -> None:
 
 
 def arrive(counter: Pointer, last: Any) -> Value:
+    barrier()
     found = unpack(RUNNING.memory.read(counter.at, 4), "u32")
     new = 0 if int(found) >= int(last) else int(found) + 1
     RUNNING.memory.write(counter.at, pack(np.asarray(new), "u32"))
@@ -330,7 +402,7 @@ def log2(x: Value) -> Value:
 
 
 INSTRUCTIONS: dict[str, Any] = {
-    "barrier": lambda: None,
+    "barrier": barrier,
     "load_shared": lambda address, offset: shared_words(address, 1, offset)[0],
     "read_shared": lambda address: shared_words(address, 1)[0],
     "read_shared_f": lambda address: shared_words(address, 1)[0].to("f32", bitcast=True),
@@ -345,7 +417,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "commit_copies": commit_copies,
     "wait_for_older_copies": wait_for_older_copies,
     "wait_for_all_copies": wait_for_all_copies,
-    "sync_warp": lambda _lane: None,
+    "sync_warp": warp_barrier,
     "arrive": arrive,
     "write_shared2": lambda address, a, b: write_shared_words(address, [a, b]),
     "write_shared4_of": lambda address, *words: write_shared_words(address, list(words)),
@@ -491,10 +563,11 @@ def kernel_modules() -> dict[str, types.ModuleType]:
 
 
 class Kernel:
-    """``kernel[grid](*args, **constexprs)`` for the kernel function ``run``, its programs in random order."""
+    """``kernel[grid](*args, **constexprs)`` for the kernel function ``run``, its programs in random order; ``watched``:
+    with a `Watch`, which takes its time."""
 
-    def __init__(self, run: Callable[..., None], seed: int = 0) -> None:
-        self.run, self._order = run, np.random.default_rng(seed)
+    def __init__(self, run: Callable[..., None], seed: int = 0, watched: bool = False) -> None:
+        self.run, self._order, self._watched = run, np.random.default_rng(seed), watched
         self.launches: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -509,7 +582,7 @@ class Kernel:
             programs = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
             self._order.shuffle(programs)
             for ids in programs:
-                RUNNING.start(tuple(ids), 4 * fixed["SMEM_WORDS"])
+                RUNNING.start(tuple(ids), 4 * fixed["SMEM_WORDS"], self._watched)
                 self.run(*passed, **fixed)
             memory.give_back()
 

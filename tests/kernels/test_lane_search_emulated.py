@@ -16,13 +16,13 @@ trellis_launch = pytest.importorskip("octo_run.kernels.encode.trellis_launch", r
 HERE = Path(__file__).parent
 emulator = SimpleNamespace(**runpy.run_path(str(HERE / "lane_emulator.py")))
 vectors = runpy.run_path(str(HERE / "test_trellis_kernels.py"))["vectors"]
-KERNEL = emulator.kernel_modules()["lane_search"].lane_search_kernel
+SEARCH = emulator.kernel_modules()["lane_search"]
 NAMES = ("oct2", "oct3", "oct4")
 
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trellis_launch, "lane_search_kernel", emulator.Kernel(KERNEL))
+    monkeypatch.setattr(trellis_launch, "lane_search_kernel", emulator.Kernel(SEARCH.lane_search_kernel))
     empty = torch.empty
 
     def poisoned(*size: Any, **kind: Any) -> torch.Tensor:
@@ -61,6 +61,19 @@ def test_pages_layers_and_heads_have_their_places() -> None:
 def test_half_precision() -> None:
     y, _ = vectors(1, 1, 1, 64, torch.float16)
     assert torch.equal(found("oct2", y), fields_of("oct2", y))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_meet_only_at_barriers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    watched = emulator.Kernel(SEARCH.lane_search_kernel, watched=True)
+    monkeypatch.setattr(trellis_launch, "lane_search_kernel", watched)
+    y, _ = vectors(1, 1, 1, 80)
+    assert torch.equal(found(name, y), fields_of(name, y))
+    for missing in ("sync_warp", "barrier"):
+        with monkeypatch.context() as without:
+            without.setattr(SEARCH, missing, lambda *_: None)
+            with pytest.raises(AssertionError, match=r"a thread (reads|writes) what another one"):
+                found(name, y)
 
 
 def test_of_equal_costs_the_smallest_code_wins() -> None:

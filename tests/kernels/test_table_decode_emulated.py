@@ -154,6 +154,23 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
         assert batch * programs <= splits.PROGRAMS_PER_PROCESSOR * processors, "there are counters for them"
 
 
+@pytest.mark.parametrize(
+    ("kv", "lengths", "group", "dim"), [("oct3", [1500], 4, 128), ("oct4:oct2", [900, 300], 7, 64)]
+)
+def test_threads_meet_only_at_barriers(
+    monkeypatch: pytest.MonkeyPatch, kv: str, lengths: list[int], group: int, dim: int
+) -> None:
+    watched = emulator.Kernel(DECODE.table_decode_kernel, watched=True)
+    monkeypatch.setattr(table_launch, "table_decode_kernel", watched)
+    case = decode_case(kv, lengths, group, 1, dim)
+    assert worst_error(case) < 1e-3
+    for module, name in (("table_decode", "sync_warp"), ("table_parts", "barrier"), ("table_full", "barrier")):
+        with monkeypatch.context() as without:
+            without.setattr(MODULES[module], name, lambda *_: None)
+            with pytest.raises(AssertionError, match=r"a thread (reads|writes) what another one"):
+                worst_error(case)
+
+
 def test_the_launcher_takes_table_formats_alone() -> None:
     """Which formats this kernel is asked for; on a GPU, so the device is made up."""
     for kv, taken in (("oct3", True), ("oct3:oct2", True), ("oct3:bf16", False), ("octopus3:oct3", False)):
