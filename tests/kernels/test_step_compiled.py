@@ -16,7 +16,7 @@ B, F, I, L = "*bf16", "*fp32", "*i32", "*i64"
 HEAD = {"H": 32, "HKV": 8, "D": 128, "BD": 128, "HEADS": 16}
 STRIDES = dict.fromkeys(("sk_b", "sk_h", "sk_s", "sv_b", "sv_h", "sv_s"), "i32")
 TURN = dict.fromkeys(("QKV", "COS", "SIN", "Q_NORM", "K_NORM", "ROTATION", "K", "V", "Q"), B)
-RULES = {"LOGITS": B, "COUNTS": I, "TEMPERATURE": F, "PENALTY": F, "FLOOR": F, "SEEDS": L, "COUNTERS": L, "PARTS": F}
+RULES = {"LOGITS": B, "COUNTS": I, "TEMPERATURE": F, "PENALTIES": F, "FLOOR": F, "SEEDS": L, "COUNTERS": L, "PARTS": F}
 CASES = [
     (triton_rows.add_rms_norm_kernel, dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT"), B) | {"eps": "fp32"},
      {"N": 4096, "BLOCK": 4096, "ADD": True, "EARLY": True}, 8),
@@ -27,7 +27,7 @@ CASES = [
      HEAD | {"COLUMNS": 128, "NORM": False, "ROTATE": False, "EARLY": True}, 4),
     (triton_rows.vector_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": B, "n": "i32"},
      {"K": 4096, "BN": 2, "BK": 2048, "BIASED": False, "EARLY": True}, 4),
-    (triton_sample.sample_part_kernel, RULES | {"vocab": "i32"},
+    (triton_sample.sample_part_kernel, RULES | {"vocab": "i32", "s_penalty": "i32"},
      {"BLOCK": 1024, "COUNTED": True, "NOISY": True, "FLOORED": True}, 4),
     (triton_sample.sample_merge_kernel,
      {"LOGITS": B, "COUNTS": I, "COUNTERS": L, "PARTS": F, "TOKENS": I, "LOGPROBS": F, "vocab": "i32", "parts": "i32"},
