@@ -27,7 +27,16 @@ from octo_run.kernels.attention.table_launch import constants, options
 from octo_run.kernels.codec import TrellisCodec, parse_kv
 
 VARIANTS = [f"{kv}-{shape}" for shape in ("4-128", "7-128", "4-64", "4-256") for kv in ("oct2", "oct3", "oct4")]
-VARIANTS += ["oct3-1-128", "oct3-8-128", "oct3-4-80", "oct3-4-96", "oct3-4-128+mean", "oct3-7-128+mean"]
+VARIANTS += [
+    "oct3:oct2-4-128",
+    "oct4:oct3-4-128",
+    "oct3-1-128",
+    "oct3-8-128",
+    "oct3-4-80",
+    "oct3-4-96",
+    "oct3-4-128+mean",
+    "oct3-7-128+mean",
+]
 #: Pipes by the beginnings of instructions' names, and the cycles for which a scheduler's pipe has one: integers run at
 #: half the rate of floats (multiplications in a pipe of their own), special functions at an eighth.
 PIPES = {
