@@ -158,8 +158,10 @@ class Generation:
         engine._holder = self
         try:
             self.reused_tokens = engine._reuse(ids)
-            token, logprob = self._first(source, ids, self.reused_tokens, 1)
-            self.prefill_seconds = time.perf_counter() - begun
+            try:
+                token, logprob = self._first(source, ids, self.reused_tokens, 1)
+            finally:
+                self.prefill_seconds = time.perf_counter() - begun
             while True:
                 self.generated_tokens += 1
                 if token in ends:
