@@ -21,9 +21,9 @@ class SamplingParams:
     and ``frequency_penalty`` 0 switch the respective rule off. The rules apply in the order repetition penalty (divides
     positive and multiplies negative logits of tokens of prompt and answer), presence and frequency penalty (subtracted
     from logits of the answer's tokens, once, and for each time they occur), temperature, top-k, top-p, min-p. ``seed``
-    None takes a fresh seed. ``max_tokens`` None means as many as the context holds. Generation
-    ends at one of ``stop_ids`` (in addition to the model's own end tokens) or where the text holds one of the strings
-    ``stop``. Raises ``UsageError`` for values out of range.
+    None takes a fresh seed. ``max_tokens`` None means as many as the context holds. Generation ends at one of
+    ``stop_ids`` (in addition to the model's own end tokens) or where the text holds one of the strings ``stop``. Raises
+    ``UsageError`` for values out of range.
     """
 
     temperature: float = 0.0
@@ -199,10 +199,7 @@ class BatchSampler:
         """The lowest score that top-k, top-p and min-p leave in, float32 ``[batch]``."""
         batch = len(logits)
         temperature, *_, top_p, min_p = self._rules[:, :batch, None]
-        scores = logits.to(torch.float32)
-        if self._draws.counted:
-            scores = ops.penalised(logits, self._draws.counts[:batch], self._draws.penalties[:, :batch])
-        ordered = scores.sort(descending=True).values
+        ordered = self._draws.scores(logits).sort(descending=True).values
         largest, temperature = ordered[:, :1], temperature.clamp(min=torch.finfo(torch.float32).tiny)
         least = ordered.gather(1, (self._whole[2, :batch, None] - 1).clamp(max=self._vocab - 1))
         share = ((ordered - largest) / temperature).masked_fill(ordered < least, -torch.inf).softmax(-1)

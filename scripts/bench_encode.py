@@ -8,16 +8,15 @@ part of them with the codec's on the CPU, bit for bit; a difference ends the run
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
 from bench_prefill import median_ms
-from bench_report import provenance, table
+from bench_report import provenance, save, table
 
 from octo_run.kernels import encode_pages, page_bytes
 from octo_run.kernels.blocks import table_format
@@ -105,10 +104,7 @@ def main() -> int:
     for kv in formats:
         rows += measure(kv, y)
         text = report(rows, y[..., 0].numel(), provenance(sys.argv, y.device, [torch, triton]))
-        if args.markdown:  # written as it grows: an interrupted run keeps what it measured
-            args.markdown.write_text(text, encoding="utf-8")
-        if args.json:
-            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+        save(rows, text, args.json, args.markdown)
     print(text)
     return 0
 

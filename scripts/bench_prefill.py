@@ -9,18 +9,17 @@ first checked against float64. Then, as medians of CUDA events:
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import triton
-from bench_report import provenance, table
+from bench_report import provenance, save, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -228,11 +227,8 @@ def main() -> int:
     rows: list[Row] = []
     for part in parts:
         rows += part()
-        text = report(rows, errors, run)  # written as it grows: an interrupted run keeps what it measured
-        if args.markdown:
-            args.markdown.write_text(text, encoding="utf-8")
-        if args.json:
-            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+        text = report(rows, errors, run)
+        save(rows, text, args.json, args.markdown)
     print(f"\n{text}")
     return 0
 

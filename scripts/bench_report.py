@@ -1,10 +1,13 @@
 """What the reports of the measuring scripts have in common: where, when and by which command, and tables."""
 
 import datetime
+import json
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -29,3 +32,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def save(rows: Sequence[Any], text: str, json_path: Path | None, markdown_path: Path | None) -> None:
+    """Write the rows (dataclasses) and the report to the files that were asked for. Called as the rows grow: an
+    interrupted run keeps what it measured."""
+    if markdown_path is not None:
+        markdown_path.write_text(text, encoding="utf-8")
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")

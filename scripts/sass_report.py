@@ -110,27 +110,18 @@ def by_pipe(names: list[str]) -> dict[str, int]:
     return counts
 
 
-def longest_loop(sass: str) -> list[str]:
-    """Names of the instructions of the longest loop in a disassembly."""
-    labels: dict[str, int] = {}
-    names: list[str] = []
-    best = (0, 0)
-    for line in sass.splitlines():
-        if label := re.match(r"\s*\.(L_x?_?\w+):", line):
-            labels[label.group(1)] = len(names)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*);", line):
-            names.append(found.group(1).split(".")[0])
-            target = re.search(r"\.(L_x?_?\w+)", found.group(2))
-            if names[-1] == "BRA" and target and target.group(1) in labels:
-                start = labels[target.group(1)]
-                if len(names) - start > best[1] - best[0]:
-                    best = (start, len(names))
-    return names[slice(*best)]
+@dataclass(frozen=True)
+class Machine:
+    """A kernel's disassembly: the instructions' names, its loops as slices of them, what a thread needs."""
+
+    names: list[str]
+    loops: list[tuple[int, int]]
+    registers: int
+    spilled_bytes: int
 
 
-def report(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> Report:
-    """Compile one variant and count."""
-    cubin, shared = compile_variant(kv, group, head_dim, mean)
+def disassemble(cubin: bytes) -> Machine:
+    """By the tools in Triton's package."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
@@ -138,7 +129,27 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> 
         usage = subprocess.run(
             [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    loop = longest_loop(sass)
+    labels: dict[str, int] = {}
+    names: list[str] = []
+    loops: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*\.(L_x?_?\w+):", line):
+            labels[label.group(1)] = len(names)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*);", line):
+            names.append(found.group(1).split(".")[0])
+            target = re.search(r"\.(L_x?_?\w+)", found.group(2))
+            if names[-1] == "BRA" and target and target.group(1) in labels:
+                loops.append((labels[target.group(1)], len(names)))
+    registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
+    return Machine(names, loops, registers, stack)
+
+
+def report(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> Report:
+    """Compile one variant and count."""
+    cubin, shared = compile_variant(kv, group, head_dim, mean)
+    machine = disassemble(cubin)
+    start, end = max(machine.loops, key=lambda loop: loop[1] - loop[0])
+    loop = machine.names[start:end]
     return Report(
         kv=kv,
         group=group,
@@ -146,8 +157,8 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> 
         instructions=len(loop),
         per_token=len(loop) / TOKENS,
         per_triplet=len(loop) * 32 / TOKENS / (2 * -(-head_dim // 3)),
-        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
-        spilled_bytes=int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        registers=machine.registers,
+        spilled_bytes=machine.spilled_bytes,
         barriers=loop.count("BAR"),
         shared_bytes=shared,
         kinds=dict(Counter(loop).most_common()),

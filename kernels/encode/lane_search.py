@@ -150,7 +150,7 @@ def _slot_of_eight(factors, keys_at, moves_at, codes_at, lane, zero):
         for r in gl.static_range(2):
             low = (keys[2 * r] & -16) | before
             high = (keys[2 * r + 1] & -16) | before
-            place = (g + 8 * r) * 288 + before * 32 + t * 8
+            place = (g + 8 * r) * (4 * move_words(3)) + before * 32 + t * 8
             write_shared2(moves_at + u32(place), u32(low), u32(high))
             for half in gl.static_range(2):
                 word = words[2 * r + half]
@@ -159,7 +159,7 @@ def _slot_of_eight(factors, keys_at, moves_at, codes_at, lane, zero):
                 new = new + (word,)
         words = new
     for r in gl.static_range(2):
-        write_shared2(codes_at + u32((g + 8 * r) * 32 + t * 8), words[2 * r], words[2 * r + 1])
+        write_shared2(codes_at + u32((g + 8 * r) * (4 * code_words(3)) + t * 8), words[2 * r], words[2 * r + 1])
 
 
 @gluon.jit
@@ -183,7 +183,8 @@ def _slot_of_two(factors, keys_at, moves_at, codes_at, lane, zero, GROUPS: gl.co
             least = gl.minimum(best[2 * r + c], other)
             pair_codes = pair_codes + (u32(least & 511),)
             pair_moves = pair_moves + (u32(((least >> 9) << 4) | (t & 1)),)
-        place = u32((g + 8 * r) * 16 + (t & 1) * 8)  # lanes 2 and 3 write what 0 and 1 write
+        # Costs and codes lie alike, four words a vector; lanes 2 and 3 write what 0 and 1 write.
+        place = u32((g + 8 * r) * (4 * move_words(1)) + (t & 1) * 8)
         write_shared2(moves_at + place, pair_moves[0], pair_moves[1])
         write_shared2(codes_at + place, pair_codes[0], pair_codes[1])
 
@@ -281,10 +282,10 @@ def _write_path(start, fields, first, codes_at, history_at, row, mine, N: gl.con
             before = (word >> u32(nibble)).to(gl.int32, bitcast=True) & (S - 1)
         at = codes_at + (N - 1 - slot) * (64 * code_words(STATE))
         if STATE == 3:
-            word = read_shared(at + u32(row * 32 + (state >> 1) * 8 + (before >> 2) * 4))
+            word = read_shared(at + u32(row * (4 * code_words(3)) + (state >> 1) * 8 + (before >> 2) * 4))
             code = (word >> u32(((before & 3) * 2 + (state & 1)) * 4)).to(gl.int32, bitcast=True) & 15
         else:
-            code = read_shared(at + u32(row * 16 + before * 8 + state * 4)).to(gl.int32, bitcast=True)
+            code = read_shared(at + u32(row * (4 * code_words(1)) + before * 8 + state * 4)).to(gl.int32, bitcast=True)
         entry = (before << STREAM) | (code << STATE) | state
         gl.store(fields + (first + slot), entry.to(gl.uint16), mask=mine)
         state = before

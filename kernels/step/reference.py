@@ -48,6 +48,13 @@ class Draws:
     counted: bool = False
     noisy: bool = False
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Float32 scores ``[B, vocab]`` of the first sequences' logits after their penalties."""
+        batch = len(logits)
+        if not self.counted:
+            return logits.to(torch.float32)
+        return penalised(logits, self.counts[:batch], self.penalties[:, :batch])
+
 
 def penalised(logits: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
     """Float32 scores ``[B, vocab]``; ``counts [B, vocab]`` and ``penalties [3, B]`` as in `Draws`.
@@ -71,9 +78,7 @@ def count_drawn(counts: Tensor, tokens: Tensor) -> None:
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     """See ``kernels.step.sample``."""
     batch = len(logits)
-    scores = logits.to(torch.float32)
-    if draws.counted:
-        scores = penalised(logits, draws.counts[:batch], draws.penalties[:, :batch])
+    scores = draws.scores(logits)
     if floor is not None:
         scores = scores.masked_fill(scores < floor[:, None], -torch.inf)
     if draws.noisy:

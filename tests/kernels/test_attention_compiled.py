@@ -192,31 +192,3 @@ def test_trellis_encoder_compiles_for_hopper(name, dim):
     )
     bound = 320 if triton.__version__.startswith("3.6.") else 1024
     assert stack_bytes(kernel.asm["cubin"]) <= bound
-
-
-@pytest.mark.parametrize("name", ["oct2", "oct3", "oct4"])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_lane_encoder_compiles_for_hopper(name, dim):
-    """Its products are those of one slot of a chain and of one extra triplet; it has no barrier in a loop."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from octo_run.kernels.blocks import table_format
-    from octo_run.kernels.encode.lane_search import LANE_WARPS, lane_search_kernel
-    from octo_run.kernels.encode.trellis_launch import lane_constants
-
-    constants = lane_constants(table_format(get(name, dim)))
-    names = lane_search_kernel.arg_names
-    pointers = {"y_ptr": "*bf16", "fields_ptr": "*u16", "values_ptr": "*fp32", "units_ptr": "*fp64"}
-    pointers |= dict.fromkeys(("keys_ptr", "extra_ptr", "last_ptr"), "*i32")
-    kinds = dict.fromkeys(names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or "stride" in n}
-    source = GluonASTSource(lane_search_kernel, kinds, constants, aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": LANE_WARPS})
-    assert stack_bytes(kernel.asm["cubin"]) <= 64
-    assert kernel.metadata.shared == 4 * constants["SMEM_WORDS"] <= SHARED_MEMORY
-    extras = -(-dim // 3) % 8
-    products = kernel.asm["ptx"].count("mma.sync.aligned.m16n8k8")
-    assert products == (16 * extras + (128 if constants["STATE"] == 3 else 16))
-    assert kernel.asm["ptx"].count("bar.sync") <= 3
