@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -177,6 +178,21 @@ def check_single_split(kv: str) -> list[tuple[str, float, float]]:
     return [(f"{what} {kv}", error_of(case), 2e-3) for what, case in cases.items()]
 
 
+def check_portable(kv: str, dim: int) -> list[tuple[str, float, float]]:
+    """Decode and prefill without the kernels' PTX: what GPUs run that have none."""
+    from octo_run.kernels.attention import launch, prefill
+
+    results = []
+    for what, count in (("decode", 1), ("prefill", 37)):
+        case = make_case(kv, [count, count + 129, count + 1000], count, 7, 2, dim, torch.float16)
+        with (
+            mock.patch.object(launch, "ptx_immediates", return_value=None),
+            mock.patch.object(prefill, "ptx_immediates", return_value=None),
+        ):
+            results.append((f"{what} {kv} d={dim} portable", error_of(case), BOUNDS[torch.float16]))
+    return results
+
+
 def check_encode(kv: str, dim: int, dtype: torch.dtype) -> list[tuple[str, float, float]]:
     """Share of rows whose bytes differ from the codec's (vectors at a boundary between codes; none in the trellis
     formats), and how MSEs compare."""
@@ -273,6 +289,7 @@ def all_tasks(formats: list[str]) -> list[tuple[str, tuple[object, ...]]]:
     tasks += [("check_attention", (kv, 128, 7, torch.float16)) for kv in ("octopus4:octopus2", "octopus3:bf16")]
     tasks += [("check_attention", (kv, 256, 4, torch.float16)) for kv in ("octopus3:bf16", "bf16:octopus3")]
     tasks += [("check_attention", (kv, 112, 16, torch.float16)) for kv in ("octopus3", "bf16")]
+    tasks += [("check_portable", (f"octopus{bits}", dim)) for bits in (2, 3, 4) for dim in (80, 128)]
     tasks += [("check_single_split", (kv,)) for kv in ("octopus3", "bf16")]
     tasks += [("check_encode", (kv, dim, torch.float32)) for kv in formats for dim in (*HEAD_DIMS, 112)]
     tasks += [("check_encode", ("octopus3:bf16", 128, torch.bfloat16)), ("check_graph", ("octopus3",))]

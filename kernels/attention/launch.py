@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octo_run.kernels.attention.constants import ELEMENTS, codec_constants, no_table, page_element, part_widths
+from octo_run.kernels.attention.constants import (
+    ELEMENTS,
+    codec_constants,
+    no_table,
+    page_element,
+    part_widths,
+    ptx_immediates,
+)
 from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.attention.prefill import attend_prefill
 from octo_run.kernels.attention.splits import Workspace, count_splits
@@ -125,5 +132,6 @@ def _launch(
         ELEMENT=page_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
         BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain, SPLIT=splits > 1, FLIP=tiling.flip,
         MEAN=kv.mean is not None, HALF=max(16, triton.next_power_of_2(dim // 2)),
+        PTX_K=ptx_immediates(fmt.k, q.dtype, q.device), PTX_V=ptx_immediates(fmt.v, q.dtype, q.device),
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

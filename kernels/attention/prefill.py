@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octo_run.kernels.attention.constants import codec_constants, no_table, page_element, part_widths
+from octo_run.kernels.attention.constants import codec_constants, no_table, page_element, part_widths, ptx_immediates
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.splits import Workspace
@@ -99,5 +99,6 @@ def _unpack(kv: AttentionInputs, fmt: KVFormat, slab_k: Tensor, slab_v: Tensor, 
         slab_k, slab_v, kv.pages, kv.page_table, kv.num_packed, levels_k, radii_k, levels_v, radii_v, first, pages,
         *kv.pages.stride()[:2], kv.page_table.stride(0), D=dim, KIND_K=kind_k, KIND_V=kind_v,
         BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
-        ELEMENT=page_element(fmt), T0=width, T1=rest, num_warps=4,
+        ELEMENT=page_element(fmt), T0=width, T1=rest, PTX_K=ptx_immediates(fmt.k, slab_k.dtype, slab_k.device),
+        PTX_V=ptx_immediates(fmt.v, slab_k.dtype, slab_k.device), num_warps=4,
     )  # fmt: skip

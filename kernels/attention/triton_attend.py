@@ -91,17 +91,18 @@ def _dot(rows, tile, acc, FLIP: tl.constexpr):
 
 @triton.jit
 def _stored(
-    paged, page, page_row, full, full_row, stride, i, levels, radii, KIND: tl.constexpr, BYTES: tl.constexpr,
-    BITS: tl.constexpr, D: tl.constexpr, first: tl.constexpr, T: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    DOT: tl.constexpr,
+    paged, page, page_row, first_row, full, full_row, stride, i, levels, radii, KIND: tl.constexpr,
+    BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, first: tl.constexpr, T: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Planes of part `first`, `T` of a tile: rows of a page if `paged`, else full-precision ones (zero for row -1)."""
+    """Planes of part `first`, `T` of a tile: rows of a page (`page_row`, from `first_row` on) if `paged`, else
+    full-precision ones (zero for row -1)."""
     if paged:
-        x, y, z = planes(page, page_row, i, D, page_row >= 0, levels, radii, KIND, BYTES, BITS, D, first, T, CONTIGUOUS,
-                         DOT)  # fmt: skip
+        x, y, z = planes(page, page_row, first_row, i, D, page_row >= 0, levels, radii, KIND, BYTES, BITS, D, first, T,
+                         CONTIGUOUS, DOT, PTX)  # fmt: skip
     else:
-        x, y, z = planes(full, full_row, i, stride, full_row >= 0, levels, radii, PLAIN, 0, 0, D, first, T, CONTIGUOUS,
-                         DOT)  # fmt: skip
+        x, y, z = planes(full, full_row, 0, i, stride, full_row >= 0, levels, radii, PLAIN, 0, 0, D, first, T,
+                         CONTIGUOUS, DOT, None)  # fmt: skip
     return x, y, z
 
 
@@ -145,13 +146,13 @@ def _mean_bias(
 
 @triton.jit
 def _tile(
-    q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, page_row, kfull, vfull, full_row, kstride, vstride,
+    q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, first_row, kfull, vfull, full_row, kstride, vstride,
     visible, levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr, T1:
     tl.constexpr, CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MASKED:
-    tl.constexpr, FLIP: tl.constexpr,
+    tl.constexpr, FLIP: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over BN stored vectors: `page_row` of a page if `paged`, else `full_row`.
+    """One step of the online softmax over BN stored vectors: from `first_row` of a page on if `paged`, else `full_row`.
 
     `paged` is a constant: only one of the two is compiled. `bias` is added to the scores. `visible` (broadcast
     over the scores) says what counts, where MASKED.
@@ -161,15 +162,16 @@ def _tile(
         s = tl.zeros([BN, ROWS], tl.float32)
     else:
         s = tl.zeros([ROWS, BN], tl.float32)
+    page_row = first_row + tl.arange(0, BN)
     pr = _along(page_row, FLIP)
     fr = _along(full_row, FLIP)
-    x, y, z = _stored(paged, kpage, pr, kfull, fr, kstride, _across(i0, FLIP), levels_k, radii_k, KIND_K, BYTES_K,
-                      BITS_K, D, 0, T0, CONTIGUOUS, DOT)  # fmt: skip
+    x, y, z = _stored(paged, kpage, pr, first_row, kfull, fr, kstride, _across(i0, FLIP), levels_k, radii_k, KIND_K,
+                      BYTES_K, BITS_K, D, 0, T0, CONTIGUOUS, DOT, PTX_K)  # fmt: skip
     s = _dot(q0[2], z, _dot(q0[1], y, _dot(q0[0], x, s, FLIP), FLIP), FLIP)
     if T1 > 0:
         i1 = tl.arange(0, T1)
-        x, y, z = _stored(paged, kpage, pr, kfull, fr, kstride, _across(i1, FLIP), levels_k, radii_k, KIND_K, BYTES_K,
-                          BITS_K, D, T0, T1, CONTIGUOUS, DOT)  # fmt: skip
+        x, y, z = _stored(paged, kpage, pr, first_row, kfull, fr, kstride, _across(i1, FLIP), levels_k, radii_k, KIND_K,
+                          BYTES_K, BITS_K, D, T0, T1, CONTIGUOUS, DOT, PTX_K)  # fmt: skip
         s = _dot(q1[2], z, _dot(q1[1], y, _dot(q1[0], x, s, FLIP), FLIP), FLIP)
     s = s * _across(gain, FLIP)
     if KIND_K != PLAIN:
@@ -187,12 +189,12 @@ def _tile(
     keep = _across(keep, FLIP)
     pr = _across(page_row, FLIP)
     fr = _across(full_row, FLIP)
-    x, y, z = _stored(paged, vpage, pr, vfull, fr, vstride, _along(i0, FLIP), levels_v, radii_v, KIND_V, BYTES_V,
-                      BITS_V, D, 0, T0, CONTIGUOUS, DOT)  # fmt: skip
+    x, y, z = _stored(paged, vpage, pr, first_row, vfull, fr, vstride, _along(i0, FLIP), levels_v, radii_v, KIND_V,
+                      BYTES_V, BITS_V, D, 0, T0, CONTIGUOUS, DOT, PTX_V)  # fmt: skip
     acc0 = (_dot(p, x, acc0[0] * keep, FLIP), _dot(p, y, acc0[1] * keep, FLIP), _dot(p, z, acc0[2] * keep, FLIP))
     if T1 > 0:
-        x, y, z = _stored(paged, vpage, pr, vfull, fr, vstride, _along(i1, FLIP), levels_v, radii_v, KIND_V, BYTES_V,
-                          BITS_V, D, T0, T1, CONTIGUOUS, DOT)  # fmt: skip
+        x, y, z = _stored(paged, vpage, pr, first_row, vfull, fr, vstride, _along(i1, FLIP), levels_v, radii_v, KIND_V,
+                          BYTES_V, BITS_V, D, T0, T1, CONTIGUOUS, DOT, PTX_V)  # fmt: skip
         acc1 = (_dot(p, x, acc1[0] * keep, FLIP), _dot(p, y, acc1[1] * keep, FLIP), _dot(p, z, acc1[2] * keep, FLIP))
     return top, l, acc0, acc1
 
@@ -230,13 +232,14 @@ def attend_kernel(
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
     CONTIGUOUS: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
+    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
     """Program (split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
 
     With SPLIT it takes one split of the keys, and its normalised output goes to PART [B, H, splits, D], its
     log2-sum-exp2 to LSE [B, H, splits]. ELEMENT is the element type of plain pages. FLIP: all products transposed, keys
     on the side that is a multiple of 16, queries on the other. MEAN: add the key mean's part to the scores of packed
-    keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two).
+    keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`.
     """
     block = tl.program_id(0)
     h = tl.program_id(1)
@@ -287,14 +290,15 @@ def attend_kernel(
     for t in range(first, tl.minimum(last, page_tiles)):
         page = tl.load(TABLE + b * st_b + t // (64 // BN))
         kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
-        row = (t % (64 // BN)) * BN + on
+        first_row = (t % (64 // BN)) * BN
+        row = first_row + on
         bias = 0.0
         if MEAN:
             bias = lift * _mean_bias(coef, wanted, BASE, OFFSET, t // (64 // BN), row, D, HALF, PRECISION, FLIP)
         m, l, acc0, acc1 = _tile(
-            q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, row, SINK_K, SINK_V, row, D, D, True,
+            q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, True,
             levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
-            CONTIGUOUS, DOT, ROWS, BN, False, FLIP)  # fmt: skip
+            CONTIGUOUS, DOT, ROWS, BN, False, FLIP, PTX_K, PTX_V)  # fmt: skip
     for t in range(tl.maximum(first, page_tiles), last):
         is_sink, row = _full_rows(t - page_tiles, sink_tiles, sinks, done, length, sink, origin, capacity, BF)
         kfull = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
@@ -302,9 +306,9 @@ def attend_kernel(
         kstride = tl.where(is_sink, ssk_t, stk_t)
         vstride = tl.where(is_sink, ssv_t, stv_t)
         m, l, acc0, acc1 = _tile(
-            q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, row, kfull, vfull, row, kstride, vstride,
+            q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, 0, kfull, vfull, row, kstride, vstride,
             _along(row >= 0, FLIP), levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1,
-            CONTIGUOUS, DOT, ROWS, BF, True, FLIP)  # fmt: skip
+            CONTIGUOUS, DOT, ROWS, BF, True, FLIP, None, None)  # fmt: skip
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
     if SPLIT:

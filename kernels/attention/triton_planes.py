@@ -14,6 +14,7 @@ and of the radius and the bits of a code, or a table, an address map and the con
 import triton
 import triton.language as tl
 
+from octo_run.kernels.attention.triton_octopus import octopus_planes
 from octo_run.kernels.attention.triton_table import table_norms, table_planes
 
 PLAIN = tl.constexpr(0)
@@ -64,6 +65,7 @@ def _octopus(
 def planes(
     base,
     row,
+    first_row,
     i,
     stride,
     keep,
@@ -77,14 +79,25 @@ def planes(
     T: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     DOT: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Planes x, y, z (dtype DOT) of part `first`, `T` of the rows `row` at `base`; plain elements where `keep`."""
-    if KIND == OCTOPUS:
-        TRIPLETS: tl.constexpr = (D + 2) // 3
+    """Planes x, y, z (dtype DOT) of part `first`, `T` of the rows `row` at `base`; plain elements where `keep`.
+
+    PTX: None, or the immediates by which `triton_octopus` decodes OCTOPUS; its rows are those from `first_row` on.
+    """
+    TRIPLETS: tl.constexpr = (D + 2) // 3
+    if PTX is not None:
+        if row.shape[0] == 1:
+            x, y, z = octopus_planes(base, first_row, row.shape[1], BYTES, BITS, TRIPLETS, first, T, PTX)
+            return tl.trans(x).to(DOT), tl.trans(y).to(DOT), tl.trans(z).to(DOT)
+        else:
+            x, y, z = octopus_planes(base, first_row, row.shape[0], BYTES, BITS, TRIPLETS, first, T, PTX)
+            return x.to(DOT), y.to(DOT), z.to(DOT)
+    elif KIND == OCTOPUS:
         x, y, z = _octopus(base, row, first + i, levels, radii, BYTES, BITS, TRIPLETS, first + T > TRIPLETS)
         return x.to(DOT), y.to(DOT), z.to(DOT)
     elif KIND == TABLE:
-        x, y, z = table_planes(base, row, first + i, levels, radii, BITS, D, first + T > (D + 2) // 3)
+        x, y, z = table_planes(base, row, first + i, levels, radii, BITS, D, first + T > TRIPLETS)
         return x.to(DOT), y.to(DOT), z.to(DOT)
     else:
         at = base + row * stride

@@ -53,11 +53,11 @@ def _page_bias(a_high, a_low, b_high, b_low, BASE, OFFSET, page, token, D: tl.co
 
 @triton.jit
 def _unpack(page, to, levels, radii, KIND: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
-            first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+            first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Write part `first`, `T` of the triplets of the 64 vectors at `page` to rows of D elements at `to`."""
     row = tl.arange(0, 64)[:, None]
     i = tl.arange(0, T)[None, :]
-    x, y, z = planes(page, row, i, D, True, levels, radii, KIND, BYTES, BITS, D, first, T, False, DOT)
+    x, y, z = planes(page, row, 0, i, D, True, levels, radii, KIND, BYTES, BITS, D, first, T, False, DOT, PTX)
     if KIND != PLAIN:
         norm = norms(page, row, radii, KIND, BYTES)
         x *= norm
@@ -75,6 +75,7 @@ def unpack_kernel(
     SLAB_K, SLAB_V, PAGES, TABLE, PACKED, levels_k, radii_k, levels_v, radii_v, first_page, pages, sp_page, sp_head,
     st_b, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr, BYTES_V: tl.constexpr,
     BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
+    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
     """Decode the pages first_page .. first_page + pages - 1 of each sequence, as far as it has them, to SLAB_K and
     SLAB_V [B, Hkv, 64 * pages, D]. Program (page, KV head, sequence)."""
@@ -85,11 +86,11 @@ def unpack_kernel(
         page = tl.load(TABLE + b * st_b + first_page + number)
         kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
         at = ((b * tl.num_programs(1) + h) * pages + number) * (64 * D)
-        _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0, T0, tl.float32)
-        _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, 0, T0, tl.float32)
+        _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0, T0, tl.float32, PTX_K)
+        _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, 0, T0, tl.float32, PTX_V)
         if T1 > 0:
-            _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0, T1, tl.float32)
-            _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0, T1, tl.float32)
+            _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0, T1, tl.float32, PTX_K)
+            _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0, T1, tl.float32, PTX_V)
 
 
 @triton.jit

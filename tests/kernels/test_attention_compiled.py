@@ -61,15 +61,17 @@ def format_constants(kv, dim, group, dtype, mean):
     import triton.language as tl
 
     from octo_run.kernels.attention.constants import codec_constants, part_widths
+    from octo_run.kernels.attention.triton_octopus import decode_immediates
 
     codec = get(kv, dim)
     kind, bits, levels, _ = codec_constants(codec, "k", torch.device("cpu"))
     first, second = part_widths(dim)
+    ptx = decode_immediates(codec) if kind == 1 and dtype != torch.float32 else None
     constants = {
         "G": group, "D": dim, "KIND_K": kind, "KIND_V": kind, "BYTES_K": codec.bytes_per_vector,
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
         "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "CONTIGUOUS": kind == 0,
-        "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)),
+        "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)), "PTX_K": ptx, "PTX_V": ptx,
     }  # fmt: skip
     return constants, "i32" if levels.dtype == torch.int32 else "fp32"
 
@@ -101,6 +103,8 @@ def spill_bound(kv):
         ("octopus3", 128, 7, torch.bfloat16, False),
         ("bf16", 128, 7, torch.bfloat16, False),
         ("octopus2", 64, 4, torch.float32, False),
+        ("octopus2", 256, 4, torch.bfloat16, False),
+        ("octopus3", 96, 16, torch.bfloat16, False),
         ("octopus4", 128, 4, torch.bfloat16, True),
         ("oct3", 128, 7, torch.bfloat16, False),
         ("oct2", 80, 4, torch.bfloat16, False),
