@@ -21,7 +21,7 @@ from bench_report import provenance, save, table
 from octo_run.kernels import encode_pages, page_bytes
 from octo_run.kernels.blocks import table_format
 from octo_run.kernels.codec import TrellisCodec, parse_kv
-from octo_run.kernels.encode.trellis_launch import BY_LANES, encode_fields, encode_fields_by_lanes, pack_blocks
+from octo_run.kernels.encode.trellis_launch import encode_fields, encode_fields_by_lanes, pack_blocks
 
 PAGE, DIM = 64, 128
 COMPARED = 4  # pages that the CPU codes too
@@ -76,9 +76,8 @@ def report(rows: list[Row], vectors: int, run: str) -> str:
     parts = [
         "# Coding of pages",
         f"{run}. {vectors:,} keys of {DIM} coordinates in bf16, medians of CUDA events; the paper's encoder takes"
-        f" {PAPER_MS} ms for as many. `all`: half of what `encode_pages` takes for K and V; it searches"
-        f" {'by lanes' if BY_LANES else 'with the portable kernel'}. Both searches found the same fields, and those of"
-        f" the codec on the CPU.",
+        f" {PAPER_MS} ms for as many. `all`: half of what `encode_pages` takes for K and V; it searches by lanes. Both"
+        " searches found the same fields, and those of the codec on the CPU.",
         table(["format", "step", "ms", "vectors a microsecond"], cells),
     ]
     return "\n\n".join(parts) + "\n"

@@ -48,7 +48,8 @@ def _encode(y: Tensor, pages: Tensor, page_ids: Tensor, codec: Codec, side: Side
     """Write the blocks of all K, or all V, from byte `at_byte` of every page on."""
     if isinstance(codec, TrellisCodec):
         form = table_format(codec)
-        search = trellis_launch.encode_fields_by_lanes if trellis_launch.BY_LANES else trellis_launch.encode_fields
+        by_lanes = trellis_launch.has_lanes(y.device)
+        search = trellis_launch.encode_fields_by_lanes if by_lanes else trellis_launch.encode_fields
         trellis_launch.pack_blocks(search(y, form), pages, page_ids, form, side, at_byte)
         return
     layers, count, kv_heads, tokens, dim = y.shape
