@@ -114,6 +114,38 @@ def write_shared4_of(address, a, b, c, d):
 
 
 @gluon.jit
+def write_shared4_if(address, a, b, c, d, wanted):
+    """Only in the lanes that want it."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 b; .reg .pred p; mov.u32 b, global_smem; add.u32 b, b, $5; setp.ne.u32 p, $6, 0; "
+        "@p st.shared.v4.u32 [b], {$1, $2, $3, $4}; mov.u32 $0, 0; }",
+        "=r,r,r,r,r,r,r",
+        [a, b, c, d, address, u32(wanted)],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@constexpr_function
+def _scalars_asm(at):
+    return f"ld.shared.v4.u32 {{$0, $1, $2, $3}}, [global_smem+{int(at)}];"
+
+
+@gluon.jit
+def read_scalars(x, AT: gl.constexpr):
+    """Four int32 at byte AT as scalars; x is any scalar."""
+    return gl.inline_asm_elementwise(
+        _scalars_asm(AT),
+        "=r,=r,=r,=r,r",
+        [x],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def read_shared2(address):
     return gl.inline_asm_elementwise(
         _shared_asm("ld.shared.v2.u32 {$0, $1}, @;"),
@@ -160,6 +192,19 @@ def load_global2(pointer):
         [pointer],
         dtype=(gl.uint32, gl.uint32),
         is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def load_global2_l2(pointer):
+    """The lane's 8 bytes at ``pointer``, past the first-level cache."""
+    return gl.inline_asm_elementwise(
+        "ld.global.cg.v2.u32 {$0, $1}, [$2];",
+        "=r,=r,l",
+        [pointer],
+        dtype=(gl.uint32, gl.uint32),
+        is_pure=False,
         pack=1,
     )
 
@@ -212,15 +257,49 @@ def sync_warp(lane):
 
 
 @gluon.jit
+def own_warp(x):
+    """The number of the thread's warp as a scalar (from a scalar): a loop that depends on it is each warp's own."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def runs_as(x, WARP: gl.constexpr):
+    """Whether the thread is of a warp, as a scalar (from a scalar): what depends on it is that warp's alone."""
+    return own_warp(x) == WARP
+
+
+@gluon.jit
+def let_next_kernel_start(x):
+    """Where the next kernel was launched early: it may begin once all programs of this one have come here."""
+    return gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_kernel_before(x):
+    """Wait until the kernel in front has ended and its writes are visible (at once if this one was not launched early).
+
+    A scalar in, a scalar zero out: addresses that it is added to are not read from before.
+    """
+    return gl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.u32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def arrive(counter, last):
     """Make the program's writes visible, count it in; the number of programs counted before it, for all its threads.
 
-    ``counter`` (scalar pointer) returns to zero after ``last + 1`` arrivals. Scalars in, a scalar out.
+    ``counter`` (scalar pointer) returns to zero after ``last + 1`` arrivals. Scalars in, a scalar out. The barriers order
+    what the other threads write before, and read after, the one thread's release and acquire (PTX: causality order).
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 t, v, b; mov.u32 t, %tid.x; mov.u32 b, global_smem; setp.eq.u32 p, t, 0; "
-        "fence.acq_rel.gpu; bar.sync 0; @p atom.acq_rel.gpu.global.inc.u32 v, [$1], $2; @p st.shared.u32 [b], v; "
-        "bar.sync 0; ld.shared.u32 $0, [b]; fence.acq_rel.gpu; }",
+        "bar.sync 0; @p atom.acq_rel.gpu.global.inc.u32 v, [$1], $2; @p st.shared.u32 [b], v; "
+        "bar.sync 0; ld.shared.u32 $0, [b]; }",
         "=r,l,r",
         [counter, last],
         dtype=gl.int32,

@@ -87,7 +87,7 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
     """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory."""
     fmt = parse_kv(kv, head_dim)
     assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
-    fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True)
+    fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True, early=True)
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:
@@ -96,7 +96,7 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
         signature[name] = "constexpr" if name in fixed else f"*{pointer}" if pointer else number
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or n.startswith("stride")]
     source = GluonASTSource(table_decode_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(head_dim))
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(head_dim, early=True))
     return kernel.asm["cubin"], int(kernel.metadata.shared)
 
 
@@ -135,10 +135,11 @@ def disassemble(cubin: bytes) -> Machine:
     for line in sass.splitlines():
         if label := re.match(r"\s*\.(L_x?_?\w+):", line):
             labels[label.group(1)] = len(names)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*);", line):
-            names.append(found.group(1).split(".")[0])
-            target = re.search(r"\.(L_x?_?\w+)", found.group(2))
-            if names[-1] == "BRA" and target and target.group(1) in labels:
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*);", line):
+            names.append(found.group(2).split(".")[0])
+            target = re.search(r"\.(L_x?_?\w+)", found.group(3))
+            # The way back from a detour, for threads that went apart, has no condition.
+            if names[-1] == "BRA" and found.group(1) and target and target.group(1) in labels:
                 loops.append((labels[target.group(1)], len(names)))
     registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
     return Machine(names, loops, registers, stack)

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.table_codewords import field, key_norm, key_token, select, value_slot
-from octo_run.kernels.attention.table_full import full_precision
+from octo_run.kernels.attention.table_full import blocks_at_once, full_precision, stage_round
 from octo_run.kernels.attention.table_mean import add_mean, coefficient_row
 from octo_run.kernels.attention.table_parts import combine, divide, merge
 from octo_run.kernels.lanes import (
@@ -18,20 +18,28 @@ from octo_run.kernels.lanes import (
     commit_copies,
     copy16,
     exp2,
+    let_next_kernel_start,
     log2,
     max_over_rows,
     mma_int8_16,
     mma_int8_32,
+    own_warp,
+    permute_bytes,
     permute_bytes_by,
+    read_scalars,
     read_shared,
     read_shared4,
+    read_shared_f,
     repeat,
+    runs_as,
     shuffle,
     shuffle_f,
     sync_warp,
     u32,
+    wait_for_kernel_before,
     wait_for_older_copies,
     write_shared4,
+    write_shared4_of,
 )
 
 
@@ -39,6 +47,19 @@ from octo_run.kernels.lanes import (
 def _row_shift(copies):
     """Logarithm of the bytes of a table entry's copies."""
     return int(copies).bit_length() + 1
+
+
+@constexpr_function
+def query_words(head_dim):
+    """Registers of the B operand of the score products: one a slot."""
+    triplets = (int(head_dim) + 2) // 3
+    return 2 * (triplets // 8) + (triplets % 8 > 0) + 2 * (triplets % 8 > 4)
+
+
+@constexpr_function
+def query_bytes(head_dim):
+    """Shared memory for the queries of a block of heads: the operand, a factor and an offset for each lane."""
+    return -(-(query_words(head_dim) + 2) // 4) * 512
 
 
 @gluon.jit
@@ -86,19 +107,57 @@ def _fill(words, tid, AT: gl.constexpr, ENTRIES: gl.constexpr, COPIES: gl.conste
 
 
 @gluon.jit
+def _fill_tables(
+    table_k, extra_k, table_v_ptr, tid, MAIN_K: gl.constexpr, COPIES_K: gl.constexpr, EXTRAS_AT_K: gl.constexpr,
+    B_K: gl.constexpr, COPIES_XK: gl.constexpr, TABLE_AT_V: gl.constexpr, MAIN_V: gl.constexpr,
+    COPIES_V: gl.constexpr, EXTRAS_AT_V: gl.constexpr, B_V: gl.constexpr, COPIES_XV: gl.constexpr,
+    EXTRAS: gl.constexpr, ONE_TABLE: gl.constexpr, THREADS: gl.constexpr,
+):  # fmt: skip
+    """Copies of the tables for the lanes, so that (with 32) no two lanes of a read meet in a bank."""
+    _fill(table_k, tid, 0, MAIN_K, COPIES_K, THREADS)
+    if EXTRAS > 0:
+        _fill(extra_k, tid, EXTRAS_AT_K, 1 << B_K, COPIES_XK, THREADS)
+    if not ONE_TABLE:
+        _fill(_entries(table_v_ptr, tid, MAIN_V, THREADS), tid, TABLE_AT_V, MAIN_V, COPIES_V, THREADS)
+        if EXTRAS > 0:
+            extra_v = _entries(table_v_ptr + MAIN_V, tid, 1 << B_V, THREADS)
+            _fill(extra_v, tid, EXTRAS_AT_V, 1 << B_V, COPIES_XV, THREADS)
+
+
+@gluon.jit
+def _keep(at, words):
+    """Write the lane's words to shared memory from byte ``at`` on, for `_kept`."""
+    for c in gl.static_range((len(words) + 3) // 4):
+        four = ()
+        for i in gl.static_range(4):
+            four = four + (words[min(4 * c + i, len(words) - 1)],)
+        write_shared4_of(at + c * 512, four[0], four[1], four[2], four[3])
+
+
+@gluon.jit
+def _kept(at, COUNT: gl.constexpr):
+    """What `_keep` wrote: COUNT words, and what fills the last four."""
+    words = ()
+    for c in gl.static_range((COUNT + 3) // 4):
+        a0, a1, a2, a3 = read_shared4(at + c * 512)
+        words = words + (a0, a1, a2, a3)
+    return words
+
+
+@gluon.jit
 def _query(
     q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The B operand of the score products (one register a slot), and the factor and offset that make logits of its
-    int32 sums.
+    """The B operand of the score products (one register a slot), and the bits of the factor and offset that make logits
+    of its int32 sums.
 
     A query is a 16-bit number times a scale, held as two int8 halves: column g is half g & 1 (0: high) of head g >> 1.
     Slots: the two chains of lane t, its extra, its fifth or sixth extra for tiles of even and of odd number.
     """
     N: gl.constexpr = (D + 2) // 3 // 8
     EXTRAS: gl.constexpr = (D + 2) // 3 % 8
-    SLOTS: gl.constexpr = 2 * N + (EXTRAS > 0) + 2 * (EXTRAS > 4)
+    SLOTS: gl.constexpr = query_words(D)
     g = lane >> 2
     t = lane & 3
     head = first_head + (g >> 1)
@@ -139,7 +198,7 @@ def _query(
     # Lane (g, t) of a result speaks for head t; 2^112 undoes the exponent bias of the norms' float32 bits.
     factor = shuffle_f(peak, t * 8) * (1.0 / 32512.0) * scale * 5.192296858534828e33
     offset = 0.5 * shuffle(u32(total), t * 8).to(gl.int32, bitcast=True).to(gl.float32) * factor
-    return out, factor, offset
+    return out + (factor.to(gl.uint32, bitcast=True), offset.to(gl.uint32, bitcast=True))
 
 
 @gluon.jit
@@ -186,8 +245,8 @@ def _scores(
 
 @gluon.jit
 def _page_weights(scores, gammas, log_gammas, inside, running, total, weight, lane):
-    """A page's softmax for one block of heads: its values' weights as pairs of int8 (the low half of a register),
-    scaled by the page's largest; the new running maximum, sum of weights and sum of scaled weights; what becomes of the
+    """A page's softmax for one block of heads: its values' weights as pairs of int8, those of the rows 2 i and 2 i + 1 in
+    one register, scaled by the page's largest; the new running maximum, sum of weights and sum of scaled weights; what becomes of the
     old sums and of the page's own."""
     tops = running * 0.0 - 1e30
     for r in gl.static_range(8):
@@ -200,13 +259,16 @@ def _page_weights(scores, gammas, log_gammas, inside, running, total, weight, la
     p_sum = running * 0.0
     w_sum = running * 0.0
     packed = ()
-    for r in gl.static_range(8):
-        p = exp2(scores[r] - shift)
-        p_sum += p
-        rounded = p * gammas[r] * 32512.0 + 12582912.0
-        w_sum += rounded - 12582912.0
-        bits = rounded.to(gl.uint32, bitcast=True)
-        packed = packed + (select(bits, bits + 128, 0xFF),)
+    for pair in gl.static_range(4):
+        bits = ()
+        for i in gl.static_range(2):
+            p = exp2(scores[2 * pair + i] - shift)
+            p_sum += p
+            rounded = p * gammas[2 * pair + i] * 32512.0 + 12582912.0
+            w_sum += rounded - 12582912.0
+            bits = bits + (rounded.to(gl.uint32, bitcast=True),)
+        both = permute_bytes(bits[0], bits[1], 0x5410)  # neither is negative, so nothing is carried between them
+        packed = packed + (select(both, both + 0x800080, 0xFF00FF),)
     return packed, highest, total * decay + p_sum * share, weight * decay + w_sum * share, decay, share
 
 
@@ -221,6 +283,10 @@ def _values(
     tokens."""
     sums = repeat(repeat(zero, 4), NT * 3 * WIDTH)
     for r in gl.static_range(8):
+        if r % 2 == 0:
+            sent = ()
+            for b in gl.static_range(NT):
+                sent = sent + ((shuffle(packed[b][r // 2], source), shuffle(packed[b][r // 2], source + 16)),)
         triples = ()
         for s in gl.static_range(2 * FIRST, 2 * FIRST + 2 * WIDTH):
             if s < SLOTS:
@@ -236,13 +302,10 @@ def _values(
             triples = triples + ((near, far),)
         new = ()
         for b in gl.static_range(NT):
-            p0 = shuffle(packed[b][r], source)
-            p1 = shuffle(packed[b][r], source + 16)
-            b0 = ()
-            b1 = ()
-            for c in gl.static_range(3):
-                b0 = b0 + (permute_bytes_by(p0, selectors[c]),)
-                b1 = b1 + (permute_bytes_by(p1, selectors[c]),)
+            first = permute_bytes_by(sent[b][0], selectors[r % 2])
+            second = permute_bytes_by(sent[b][1], selectors[r % 2])
+            b0 = (first, first << 8, first << 16)
+            b1 = (second, second << 8, second << 16)
             for i in gl.static_range(WIDTH):
                 for c in gl.static_range(3):
                     upper = triples[2 * i]
@@ -266,11 +329,14 @@ def table_decode_kernel(
     COPIES_XK: gl.constexpr, B_V: gl.constexpr, STATE_V: gl.constexpr, SIGNED_V: gl.constexpr, BPV_V: gl.constexpr,
     COPIES_V: gl.constexpr, COPIES_XV: gl.constexpr, ONE_TABLE: gl.constexpr, NT: gl.constexpr, PASS: gl.constexpr,
     ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, BATCHED: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """Programs: (KV head and block of 4 NT query heads, part of a context).
 
-    ONE_TABLE: K and V have one format. Shared memory: K's table, its extra triplets' table; V's likewise if it has its
-    own; a stage of a K and a V block for each warp.
+    ONE_TABLE: K and V have one format. EARLY: it may be launched before the kernel in front has ended. Shared memory:
+    K's table, its extra triplets' table; V's likewise if it has its own; a stage of a K and a V block for each warp; the
+    queries; four words that say what the program does; in what remains, full-precision tokens if they fit, else these
+    go where the table is to come.
     """
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8
@@ -291,23 +357,18 @@ def table_decode_kernel(
     TABLE_AT_V: gl.constexpr = 0 if ONE_TABLE else TABLE_END_K
     EXTRAS_AT_V: gl.constexpr = TABLE_AT_V + MAIN_V * COPIES_V * 4
     STAGES_AT: gl.constexpr = EXTRAS_AT_V + (4 << B_V) * COPIES_XV
+    QUERIES_AT: gl.constexpr = STAGES_AT + WARPS * 64 * (BPV_K + BPV_V)
+    SLOTS_Q: gl.constexpr = query_words(D)
+    QUERY_BYTES: gl.constexpr = query_bytes(D)
+    PLACE_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES
+    SPARE_AT: gl.constexpr = PLACE_AT + 16
+    SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
     FULL_V: gl.constexpr = (16 * N * (B_V + 3 * SIGNED_V) + 31) // 32
     ALL_V: gl.constexpr = (16 * SLOTS * (B_V + 3 * SIGNED_V) + 31) // 32
     NORMS_AT: gl.constexpr = FULL_V * 128 + (ALL_V - FULL_V) * EXTRAS * 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
 
-    if BATCHED:
-        seq, split, splits, before = divide(
-            num_packed_ptr, gl.program_id(1), batch, parts, gl.num_programs(0), processors, WARPS
-        )
-        if splits == 0:
-            return
-    else:
-        seq = 0
-        split = gl.program_id(1)
-        splits = gl.num_programs(1)
-        before = 0
     smem = gl.allocate_shared_memory(
         gl.int32, [SMEM_WORDS // (32 * WARPS), 32 * WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -316,44 +377,89 @@ def table_decode_kernel(
     warp = tid >> 5
     smem.index(0).store(tid)  # names the allocation in the PTX: the lookups below address it by that name
     barrier()
+    if BATCHED:
+        divide(
+            num_packed_ptr, gl.program_id(1), batch, parts, gl.num_programs(0), processors, lane, warp, PLACE_AT, WARPS
+        )
+        barrier()
+        seq, split, splits, before = read_scalars(batch, PLACE_AT)
+        if splits == 0:
+            return
+    else:
+        seq = 0
+        split = gl.program_id(1)
+        splits = gl.num_programs(1)
+        before = 0
     g = lane >> 2
     t = lane & 3
     head = gl.program_id(0) // BLOCKS
     first_head = gl.program_id(0) % BLOCKS * (4 * NT)
 
-    # A block is fetched as soon as the one before it in its stage has been worked on; ids are read a page earlier.
+    # Before `wait_for_kernel_before` nothing is read that a kernel of the same step writes: the query, its key and
+    # value, the key mean's coefficients.
     num = gl.load(num_packed_ptr + seq)
+    length = gl.load(starts_ptr + seq) + 1
+    origin = gl.load(origin_ptr + seq)
+    table = _entries(table_k_ptr, tid, MAIN_K, 32 * WARPS)
+    table_x = _entries(table_k_ptr + MAIN_K, tid, 1 << B_K, 32 * WARPS)
     per = (num + splits - 1) // splits
     begin = split * per
     end = gl.minimum(begin + per, num)
     last = gl.maximum(end - 1, 0)
     ids = page_table_ptr + seq * stride_table
     pages = pages_ptr + head * stride_head
-    k_stage = u32(STAGES_AT + warp * (64 * (BPV_K + BPV_V)))
-    v_stage = k_stage + 64 * BPV_K
     page_id = gl.load(ids + gl.minimum(begin + warp, last), mask=begin < end, other=0)
     next_id = gl.load(ids + gl.minimum(begin + warp + WARPS, last), mask=begin < end, other=0)
+
+    # A block is fetched as soon as the one before it is in registers; ids are read a page earlier.
+    k_stage = u32(STAGES_AT + warp * (64 * (BPV_K + BPV_V)))
+    v_stage = k_stage + 64 * BPV_K
     _fetch(k_stage, pages + page_id.to(gl.int64) * stride_page, lane, BPV_K)
     _fetch(v_stage, pages + page_id.to(gl.int64) * stride_page + 64 * BPV_K, lane, BPV_V)
 
-    table = _entries(table_k_ptr, tid, MAIN_K, 32 * WARPS)
-    table_x = _entries(table_k_ptr + MAIN_K, tid, 1 << B_K, 32 * WARPS)
-    q_row = q_ptr + seq * stride_qb + head * G * stride_qh
-    length = gl.load(starts_ptr + seq) + 1
+    after = 0
+    if EARLY:
+        let_next_kernel_start(seq)
+        after = wait_for_kernel_before(seq)
+    q_row = q_ptr + (seq * stride_qb + head * G * stride_qh + after)
+    sink_k = sink_k_ptr + seq * stride_skb + head * stride_skh
+    sink_v = sink_v_ptr + seq * stride_svb + head * stride_svh
+    tail_k = tail_k_ptr + seq * stride_tkb + head * stride_tkh
+    tail_v = tail_v_ptr + seq * stride_tvb + head * stride_tvh
+    coef = coef_ptr + (seq * stride_cb + head * G * stride_ch + after)
     n_sink = gl.minimum(sink, length)
     count = n_sink + gl.maximum(length - sink - 64 * num, 0)
+    first_slot = (64 * num - origin) % capacity
+    mine = ((count + 15) // 16 - split + splits - 1) // splits
+    beside = mine <= SPARE
+    room = gl.where(beside, max(SPARE, 1), blocks_at_once(EXTRAS_AT_V, D))
+    full_at = gl.where(beside, SPARE_AT, 0)
+    stage_round(
+        sink_k, sink_v, tail_k, tail_v, stride_skt, stride_svt, stride_tkt, stride_tvt, n_sink, count, first_slot,
+        capacity, split, splits, 0, mine, room, full_at, tid, D, WARPS,
+    )  # fmt: skip
+    if runs_as(seq, WARPS - 1):  # the last warp has the fewest full-precision tokens
+        for b in gl.static_range(NT):
+            _keep(
+                u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
+                _query(q_row, stride_qh, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
+            )
+    if beside:
+        _fill_tables(
+            table, table_x, table_v_ptr, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
+            COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
+        )  # fmt: skip
     zero_i = lane * 0
     running, total, acc = full_precision(
-        q_row, stride_qh, sink_k_ptr + seq * stride_skb + head * stride_skh,
-        sink_v_ptr + seq * stride_svb + head * stride_svh, tail_k_ptr + seq * stride_tkb + head * stride_tkh,
-        tail_v_ptr + seq * stride_tvb + head * stride_tvh, stride_skt, stride_svt, stride_tkt, stride_tvt, n_sink,
-        count, (64 * num - gl.load(origin_ptr + seq)) % capacity, capacity, split, splits, tid, first_head, scale_log2,
-        32512.0 / step_v, EXTRAS_AT_V, G, D, NT, PAIRS, ELEMENT, WARPS,
+        q_row, stride_qh, sink_k, sink_v, tail_k, tail_v, stride_skt, stride_svt, stride_tkt, stride_tvt, n_sink,
+        count, first_slot, capacity, split, splits, mine, room, full_at, tid, first_head, scale_log2,
+        32512.0 / step_v, G, D, NT, PAIRS, ELEMENT, WARPS,
     )  # fmt: skip
-    # Copies of the table for the lanes, so that (with 32) no two lanes of a read meet in a bank.
-    _fill(table, tid, 0, MAIN_K, COPIES_K, 32 * WARPS)
-    if EXTRAS > 0:
-        _fill(table_x, tid, EXTRAS_AT_K, 1 << B_K, COPIES_XK, 32 * WARPS)
+    if beside == 0:
+        _fill_tables(
+            table, table_x, table_v_ptr, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
+            COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
+        )  # fmt: skip
     # Shuffled to itself: else the assembler takes the remainder's mask into every lookup, an instruction each.
     lane_k = shuffle(u32((lane % COPIES_K) * 4), lane)
     lane_xk = shuffle(u32((lane % COPIES_XK) * 4), lane)
@@ -361,41 +467,43 @@ def table_decode_kernel(
         lane_v = lane_k
         lane_xv = lane_xk
     else:
-        _fill(_entries(table_v_ptr, tid, MAIN_V, 32 * WARPS), tid, TABLE_AT_V, MAIN_V, COPIES_V, 32 * WARPS)
-        if EXTRAS > 0:
-            table_x = _entries(table_v_ptr + MAIN_V, tid, 1 << B_V, 32 * WARPS)
-            _fill(table_x, tid, EXTRAS_AT_V, 1 << B_V, COPIES_XV, 32 * WARPS)
         lane_v = shuffle(u32((lane % COPIES_V) * 4), lane)
         lane_xv = shuffle(u32((lane % COPIES_XV) * 4), lane)
-    queries = ()
-    for b in gl.static_range(NT):
-        queries = queries + (
-            _query(q_row, stride_qh, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
-        )
     weight = repeat(zero_i.to(gl.float32), NT)
-    selectors = (
-        u32(gl.where(g & 1 == 0, 0x4441, 0x4440)),
-        u32(gl.where(g & 1 == 0, 0x4414, 0x4404)),
-        u32(gl.where(g & 1 == 0, 0x4144, 0x4044)),
-    )
+    selectors = (u32(gl.where(g & 1 == 0, 0x4441, 0x4440)), u32(gl.where(g & 1 == 0, 0x4443, 0x4442)))
     source = t * 4 + (g >> 1)
-    coef = coefficient_row(coef_ptr + seq * stride_cb + head * G * stride_ch, stride_ch, lane, first_head, G, D)
+    coef = coefficient_row(coef, stride_ch, lane, first_head, G, D)
     barrier()
-    for base in range(begin, end, WARPS):
-        inside = base + warp < end
+    scales = ()
+    for b in gl.static_range(NT):
+        two = ()
+        for i in gl.static_range(SLOTS_Q, SLOTS_Q + 2):
+            word_at = QUERIES_AT + b * QUERY_BYTES + i // 4 * 512 + i % 4 * 4
+            two = two + (read_shared_f(u32(word_at + lane * 16)),)
+        scales = scales + (two,)
+    # Every warp ends its loop by itself; run in step instead (`own` is zero then), a warp without a page is not inside.
+    own = own_warp(seq)
+    for base in range(begin + own, end, WARPS):
+        page = base + (warp - own)
+        inside = page < end
         next_block = pages + next_id.to(gl.int64) * stride_page
-        next_id = gl.load(ids + gl.minimum(base + warp + 2 * WARPS, last))
+        next_id = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
         wait_for_older_copies(lane)
         k_words = _words(k_stage, lane, WORDS_K)
+        sync_warp(lane)
+        _fetch(k_stage, next_block, lane, BPV_K)
+        queries = ()
+        for b in gl.static_range(NT):
+            kept = _kept(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
+            queries = queries + ((kept, scales[b][0], scales[b][1]),)
         scores = _scores(
             k_words, lane, lane_k, lane_xk, queries, zero_i, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
             SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
         if MEAN:
-            page = gl.minimum(base + warp, last)
-            scores = add_mean(scores, coef, base_ptr, fragments_ptr, page, lane, scale_log2, D, NT)
-        sync_warp(lane)
-        _fetch(k_stage, next_block, lane, BPV_K)
+            scores = add_mean(
+                scores, coef, base_ptr, fragments_ptr, gl.minimum(page, last), lane, scale_log2, D, NT
+            )
         wait_for_older_copies(lane)
         v_words = _words(v_stage, lane, FULL_V)
         for w in gl.static_range(FULL_V, ALL_V):
@@ -406,6 +514,8 @@ def table_decode_kernel(
             read_shared(v_stage + u32(NORMS_AT + g * 12 + 4)),
             read_shared(v_stage + u32(NORMS_AT + g * 12 + 8)),
         )
+        sync_warp(lane)
+        _fetch(v_stage, next_block + 64 * BPV_K, lane, BPV_V)
         gammas = ()
         log_gammas = ()
         for r in gl.static_range(8):
@@ -419,10 +529,10 @@ def table_decode_kernel(
         new_total = ()
         new_weight = ()
         for b in gl.static_range(NT):
-            page, highest, mass, heavy, decay, share = _page_weights(
+            pairs, highest, mass, heavy, decay, share = _page_weights(
                 scores[b], gammas, log_gammas, inside, running[b], total[b], weight[b], lane
             )
-            packed = packed + (page,)
+            packed = packed + (pairs,)
             decays = decays + (decay,)
             shares = shares + (share,)
             new_running = new_running + (highest,)
@@ -451,8 +561,6 @@ def table_decode_kernel(
         acc = ()
         for b in gl.static_range(NT):
             acc = acc + grown[b]
-        sync_warp(lane)
-        _fetch(v_stage, next_block + 64 * BPV_K, lane, BPV_V)
 
     first_row = before * (HKV * G) + (head * G + first_head) * splits
     out_row = out_ptr + seq * stride_ob + (head * G + first_head) * stride_oh

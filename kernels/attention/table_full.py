@@ -1,6 +1,6 @@
 """The full-precision part (sinks and tail) of a decode step, for the table-decode kernel, lane by lane.
 
-The program's tokens are copied to shared memory, where the table is to come, and sixteen at a time go to a warp.
+The program's tokens are copied to shared memory, and sixteen at a time go to a warp.
 Columns of the matrix products: 2 t is head t of a block of four query heads; for the weights 2 t + 1 holds what
 rounding to 16 bits leaves of column 2 t. The sums come out as the packed part's do: lane (g, t) holds of head t the
 coordinates of chain g and of extra triplet g.
@@ -138,22 +138,36 @@ def _grow(acc, decays, weights, v_at, lane, zero, to_sums, D: gl.constexpr, N: g
 
 
 @gluon.jit
+def stage_round(
+    sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v, n_sink, count,
+    first_slot, capacity, split, splits, begin, mine, room, at, tid, D: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Start copying the program's blocks from its number ``begin`` on, ``room`` of ``mine`` at most, to byte ``at``."""
+    now = gl.minimum(mine - begin, room)
+    first = split + begin * splits
+    _stage(at, sink_k, tail_k, stride_sink_k, stride_tail_k, first, splits, now, n_sink, count, first_slot, capacity,
+           tid, D, 32 * WARPS)  # fmt: skip
+    _stage(at + room * (16 * row_bytes(D)), sink_v, tail_v, stride_sink_v, stride_tail_v, first, splits, now, n_sink,
+           count, first_slot, capacity, tid, D, 32 * WARPS)  # fmt: skip
+
+
+@gluon.jit
 def full_precision(
     q_ptr, stride_qh, sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v,
-    n_sink, count, first_slot, capacity, split, splits, tid, head, scale_log2, to_sums, ROOM: gl.constexpr,
+    n_sink, count, first_slot, capacity, split, splits, mine, room, at, tid, head, scale_log2, to_sums,
     G: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, PAIRS: gl.constexpr, ELEMENT: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """Softmax sums of the program's share of ``count`` tokens, of which the first ``n_sink`` are sinks.
 
-    Its blocks of sixteen tokens are ``split + n * splits``, warp by warp. All pointers are those of the sequence and KV
-    head; shared memory up to ROOM is used. Returns (running maxima, sums of weights of the lane's rows, sums of values
-    times ``to_sums``): tuples of NT, NT and NT * 6 * PAIRS numbers.
+    Its ``mine`` blocks of sixteen tokens are ``split + n * splits``, warp by warp; `stage_round` has begun to copy
+    those from 0 on to byte ``at`` of shared memory, which has room for ``room``. All pointers are those of the sequence
+    and KV head. Returns (running maxima, sums of weights of the lane's rows, sums of values times ``to_sums``): tuples
+    of NT, NT and NT * 6 * PAIRS numbers.
     """
     N: gl.constexpr = (D + 2) // 3 // 8
     HALF: gl.constexpr = gl.bfloat16 if ELEMENT == "bf16" else gl.float16
-    ONCE: gl.constexpr = blocks_at_once(ROOM, D)
-    V_AT: gl.constexpr = ONCE * 16 * row_bytes(D)
+    v_after = room * (16 * row_bytes(D))
     lane = tid & 31
     warp = tid >> 5
     g = lane >> 2
@@ -162,25 +176,20 @@ def full_precision(
     running = repeat(zero - 1e30, NT)
     total = repeat(zero, NT)
     acc = repeat(zero, NT * 6 * PAIRS)
-    mine = ((count + 15) // 16 - split + splits - 1) // splits
-    for begin in range(0, mine, ONCE):
-        now = gl.minimum(mine - begin, ONCE)
+    query = ()
+    for block_of_heads in gl.static_range(NT):
+        query = query + (_query16(q_ptr, stride_qh, lane, head + 4 * block_of_heads, G, D),)
+    wait_for_all_copies(lane)
+    barrier()
+    for begin in range(0, mine, room):
+        now = gl.minimum(mine - begin, room)
         first = split + begin * splits
-        _stage(0, sink_k, tail_k, stride_sink_k, stride_tail_k, first, splits, now, n_sink, count, first_slot, capacity,
-               tid, D, 32 * WARPS)  # fmt: skip
-        _stage(V_AT, sink_v, tail_v, stride_sink_v, stride_tail_v, first, splits, now, n_sink, count, first_slot,
-               capacity, tid, D, 32 * WARPS)  # fmt: skip
-        query = ()
-        for b in gl.static_range(NT):
-            query = query + (_query16(q_ptr, stride_qh, lane, head + 4 * b, G, D),)
-        wait_for_all_copies(lane)
-        barrier()
         for turn in range(0, now, WARPS):
             block = gl.minimum(turn + warp, now - 1)
             token = (first + block * splits) * 16 + g
             there0 = (turn + warp < now) & (token < count)
             there1 = (turn + warp < now) & (token + 8 < count)
-            k_at = block * (16 * row_bytes(D))
+            k_at = at + block * (16 * row_bytes(D))
             raw = repeat(repeat(zero, 4), NT)
             for s in gl.static_range(D // 16):
                 a0, a2 = read_shared2(u32(k_at + g * row_bytes(D) + 32 * s + 8 * t))
@@ -206,6 +215,13 @@ def full_precision(
                 new_total = new_total + (total[b] * decay + (p0 + p1),)
             running = new_running
             total = new_total
-            acc = _grow(acc, decays, weights, V_AT + k_at, lane, zero, to_sums, D, N, NT, PAIRS, ELEMENT)
+            acc = _grow(acc, decays, weights, k_at + v_after, lane, zero, to_sums, D, N, NT, PAIRS, ELEMENT)
         barrier()
+        if begin + room < mine:
+            stage_round(
+                sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v, n_sink,
+                count, first_slot, capacity, split, splits, begin + room, mine, room, at, tid, D, WARPS,
+            )  # fmt: skip
+            wait_for_all_copies(lane)
+            barrier()
     return running, total, acc

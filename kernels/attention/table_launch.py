@@ -12,8 +12,10 @@ from torch import Tensor
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.splits import counter_words, processors
-from octo_run.kernels.attention.table_decode import table_decode_kernel
+from octo_run.kernels.attention.table_decode import query_bytes, table_decode_kernel
+from octo_run.kernels.attention.table_full import row_bytes
 from octo_run.kernels.codec import TrellisCodec
+from octo_run.kernels.overlap import overlaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 WARPS = 8
 SHARED_BYTES = 227 * 1024 - 64
 """Shared memory that a program of sm_90 can have, less what the compiler may want for itself."""
+SPARE_BLOCKS = 2
+"""Blocks of sixteen full-precision tokens that have room beside the tables, where there is room."""
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 LOG2_E = 1.4426950408889634
 
@@ -50,16 +54,18 @@ def head_blocks(group: int, head_dim: int) -> tuple[int, int]:
 @functools.cache
 def count_parts(lanes: int, pages: int, most: int, multiprocessors: int) -> int:
     """Programs along the context for ``lanes`` programs across it (one fills a multiprocessor): the least time by a
-    model.
+    model, and of equals the most, because sequences may be shorter.
 
-    A program costs about as much as a round of its warps over eight pages and a half, whatever it does (measured).
+    The unit is a round of a program's warps over as many pages (2.7 us on an H200). A program costs about one and a half
+    whatever it does, a merge a quarter and a half for every sixteen parts.
     """
 
     def rounds(parts: int) -> float:
         waves = -(-lanes * parts // multiprocessors)
-        return waves * (1.5 + -(-pages // (parts * WARPS))) + 0.5 * (parts > 1)
+        merge = 0.25 + 0.5 * -(-parts // 16) if parts > 1 else 0
+        return waves * (1.5 + -(-pages // (parts * WARPS))) + merge
 
-    return min(range(1, max(1, min(most, -(-pages // WARPS))) + 1), key=rounds)
+    return min(range(1, max(1, min(most, -(-pages // WARPS))) + 1), key=lambda parts: (rounds(parts), -parts))
 
 
 @dataclass(frozen=True)
@@ -79,15 +85,14 @@ class _Copies:
         return 32 / self.main + 32 / self.extra / 14
 
 
-def table_copies(k: TrellisCodec, v: TrellisCodec) -> tuple[_Copies, _Copies, int]:
-    """Copies of K's and V's table (one table if they have one format), and the bytes of shared memory with the stages:
-    the fewest conflicts that there is room for."""
-    stages = WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
+def table_copies(k: TrellisCodec, v: TrellisCodec, other_bytes: int) -> tuple[_Copies, _Copies, int]:
+    """Copies of K's and V's table (one table if they have one format), and the bytes of shared memory with
+    ``other_bytes``: the fewest conflicts that there is room for."""
     some = [_Copies(main, extra) for main in (32, 16, 8, 4) for extra in (32, 16, 8, 4)]
     pairs = [(a, b) for a in some for b in ([a] if k is v else some)]
 
     def size(pair: tuple[_Copies, _Copies]) -> int:
-        return stages + pair[0].bytes(k) + (0 if k is v else pair[1].bytes(v))
+        return other_bytes + pair[0].bytes(k) + (0 if k is v else pair[1].bytes(v))
 
     fitting = [pair for pair in pairs if size(pair) <= SHARED_BYTES]
     best = min(fitting, key=lambda pair: pair[0].conflicts + pair[1].conflicts)
@@ -96,25 +101,29 @@ def table_copies(k: TrellisCodec, v: TrellisCodec) -> tuple[_Copies, _Copies, in
 
 @functools.cache
 def constants(
-    k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool
+    k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool, early: bool
 ) -> dict[str, int | str]:
     """The kernel's constexprs for formats of K and V, ``group`` query heads a KV head, an element type, with the key
-    mean or not, for several sequences or one."""
-    copies_k, copies_v, size = table_copies(k, v)
+    mean or not, for several sequences or one, launched early or not."""
+    blocks = head_blocks(group, k.head_dim)[0]
     threads = 32 * WARPS
+    stages = WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
+    copies_k, copies_v, size = table_copies(k, v, stages + blocks * int(query_bytes(k.head_dim)) + 16)
+    size = min(SHARED_BYTES, size + SPARE_BLOCKS * 32 * int(row_bytes(k.head_dim)))
     fixed: dict[str, int | str] = {
         "HKV": kv_heads,
         "G": group,
         "D": k.head_dim,
         "NORM_K": k.norm_bits,
         "ONE_TABLE": int(k is v),
-        "NT": head_blocks(group, k.head_dim)[0],
+        "NT": blocks,
         "PASS": 3 if k.head_dim <= 128 else 2,
         "ELEMENT": element,
         "MEAN": int(mean),
         "WARPS": WARPS,
         "SMEM_WORDS": -(-size // (4 * threads)) * threads,
         "BATCHED": int(batched),
+        "EARLY": int(early),
     }
     for side, codec, copies in (("K", k, copies_k), ("V", v, copies_v)):
         fixed |= {f"B_{side}": codec.stream, f"STATE_{side}": codec.state_bits, f"SIGNED_{side}": int(codec.signed)}
@@ -122,10 +131,11 @@ def constants(
     return fixed
 
 
-def options(head_dim: int) -> dict[str, int]:
-    """Launch options. Small heads are told how many registers there are (one program fills a multiprocessor): the
-    assembler would else stop at 128 and spill."""
-    return {"num_warps": WARPS} if head_dim > 64 else {"num_warps": WARPS, "maxnreg": 255}
+def options(head_dim: int, early: bool) -> dict[str, int]:
+    """Launch options; ``early`` as in `constants`. Small heads are told how many registers there are: the assembler
+    would else stop at 128 and spill."""
+    registers = {"maxnreg": 255} if head_dim <= 64 else {}
+    return {"num_warps": WARPS, **registers, **({"launch_pdl": True} if early else {})}
 
 
 def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Workspace, *, scale: float,
@@ -138,7 +148,8 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     programs = kv_heads * head_blocks(group, dim)[1]
-    pages = -(-(max_length - kv.sink) // PAGE_TOKENS)
+    window = kv.tail_k.shape[2] - PAGE_TOKENS  # the newest tokens, which are not coded
+    pages = max(1, (max_length - kv.sink - window) // PAGE_TOKENS)
     lanes = batch * programs
     parts = count_parts(lanes, pages, max(1, counter_words() // lanes), processors())
     # Sequences of unequal lengths are cut in up to this many parts, see `table_parts.divide`.
@@ -152,6 +163,7 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
             (coefficients, tables.base, tables.fragments),
             (coefficients.stride(0), coefficients.stride(2)),
         )
+    early = overlaps(q.device)
     launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]
     launch(
         q, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin, kv.sink_k, kv.sink_v, kv.tail_k,
@@ -160,6 +172,6 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
         *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], *mean_strides, kv.sink,
         kv.tail_k.shape[2],
         k.step, v.step, scale * LOG2_E, batch, parts, processors(),
-        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1),
-        **options(dim),
+        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1, early),
+        **options(dim, early),
     )  # fmt: skip

@@ -7,47 +7,65 @@ from triton.experimental.gluon import language as gl
 from octo_run.kernels.lanes import (
     barrier,
     exp2,
+    load_global2_l2,
     log2,
+    read_shared2,
     read_shared_f,
+    shuffle,
     sum_over_rows,
+    sync_warp,
     u32,
     wait_for_all_copies,
     write_shared,
+    write_shared4_if,
 )
 
 
 @gluon.jit
-def divide(num_packed_ptr, flat, batch, parts, programs, processors, WARPS: gl.constexpr):
-    """What program number ``flat`` of those along all contexts does: the sequence, its part, the parts of that
-    sequence (0: nothing is left to do) and of all sequences before it.
+def _int(x):
+    return x.to(gl.int32, bitcast=True)
+
+
+@gluon.jit
+def divide(
+    num_packed_ptr, flat, batch, parts, programs, processors, lane, warp, AT: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    """What program number ``flat`` of those along all contexts does, in four words at byte AT of shared memory: the
+    sequence, its part, the parts of that sequence (0: nothing is left to do) and of all sequences before it.
 
     Every sequence has ``parts`` parts if they are about equally long; else parts are of one length, small enough for
     the chip to even out their times. More than eight programs a multiprocessor even themselves out, and there is no
-    counter for their merge (`splits.counter_words`).
+    counter for their merge (`splits.counter_words`). A lane takes a sequence.
     """
-    total = 0
-    longest = 0
-    for i in range(batch):
-        num = gl.load(num_packed_ptr + i)
-        total += num
+    total = lane * 0
+    longest = lane * 0
+    for first in range(0, batch, 32):
+        num = gl.load(num_packed_ptr + gl.minimum(first + lane, batch - 1))
+        total += gl.where(first + lane < batch, num, 0)
         longest = gl.maximum(longest, num)
+    for step in gl.static_range(5):
+        total += _int(shuffle(u32(total), lane ^ (1 << step)))
+        longest = gl.maximum(longest, _int(shuffle(u32(longest), lane ^ (1 << step))))
     waves = (batch * programs * parts + processors - 1) // processors
     even = gl.maximum(longest + parts - 1, parts) // parts
     fair = total.to(gl.float32) * programs / processors  # pages of each multiprocessor
     small = ((0.25 * fair).to(gl.int32) // WARPS + 1) * WARPS
     unit = gl.where(((waves * even).to(gl.float32) <= 1.15 * fair) | (waves > 8), even, small)
-    start = 0
-    seq = 0
-    before = 0
-    splits = 0
-    for i in range(batch):
-        count = gl.maximum((gl.load(num_packed_ptr + i) + unit - 1) // unit, 1)
-        mine = (flat >= start) & (flat < start + count)
-        seq = gl.where(mine, i, seq)
-        before = gl.where(mine, start, before)
-        splits = gl.where(mine, count, splits)
-        start += count
-    return seq, flat - before, splits, before
+    at = u32(lane * 0 + AT)
+    write_shared4_if(at, u32(at * 0), u32(at * 0), u32(at * 0), u32(at * 0), warp == 0)
+    sync_warp(lane)
+    start = lane * 0
+    for first in range(0, batch, 32):
+        num = gl.load(num_packed_ptr + gl.minimum(first + lane, batch - 1))
+        count = gl.where(first + lane < batch, gl.maximum((num + unit - 1) // unit, 1), 0)
+        upto = count
+        for step in gl.static_range(5):
+            before = _int(shuffle(u32(upto), lane - (1 << step)))
+            upto += gl.where(lane >= (1 << step), before, 0)
+        begin = start + upto - count
+        mine = (flat >= begin) & (flat < begin + count) & (warp == 0)
+        write_shared4_if(at, u32(first + lane), u32(flat - begin), u32(count), u32(begin), mine)
+        start += _int(shuffle(u32(upto), lane * 0 + 31))
 
 
 @gluon.jit
@@ -81,8 +99,8 @@ def combine(
         write_shared(heads, running[b].to(gl.uint32, bitcast=True))
         write_shared(heads + 16, mass.to(gl.uint32, bitcast=True))
     barrier()
-    for written in range(0, HEADS * D, 32 * WARPS):
-        item = written + tid
+    for written in range(0, HEADS * D, 64 * WARPS):
+        item = written + 2 * tid
         which = gl.minimum(item // D, HEADS - 1)
         column = item % D
         row = u32(((which // 4) * (4 * ROW + 8) + (which % 4) * ROW + column) * 4)
@@ -91,19 +109,26 @@ def combine(
         for w in gl.static_range(WARPS):
             best = gl.maximum(best, read_shared_f(head + w * (WARP_WORDS * 4)))
         mass = best * 0.0
-        value = best * 0.0
+        left = best * 0.0
+        right = best * 0.0
         for w in gl.static_range(WARPS):
             scale = exp2(read_shared_f(head + w * (WARP_WORDS * 4)) - best)
             mass += scale * read_shared_f(head + (w * (WARP_WORDS * 4) + 16))
-            value += scale * read_shared_f(row + w * (WARP_WORDS * 4))
+            two = read_shared2(row + w * (WARP_WORDS * 4))
+            left += scale * two[0].to(gl.float32, bitcast=True)
+            right += scale * two[1].to(gl.float32, bitcast=True)
         keep = (item < HEADS * D) & (first_head + which < G)
         empty = mass == 0.0
-        value = gl.where(empty, 0.0, value * to_value / gl.where(empty, 1.0, mass))
+        over = gl.where(empty, 0.0, to_value / gl.where(empty, 1.0, mass))
         if parts == 1:
-            gl.store(out_row + which * stride_oh + column, value.to(out_row.dtype.element_ty), mask=keep)
+            out = out_row + which * stride_oh + column
+            gl.store(out, (left * over).to(out_row.dtype.element_ty), mask=keep)
+            gl.store(out + 1, (right * over).to(out_row.dtype.element_ty), mask=keep)
         else:
             place = which * parts + split
-            gl.store(part_row + place.to(gl.int64) * D + column, value, mask=keep)
+            part = part_row + place.to(gl.int64) * D + column
+            gl.store(part, left * over, mask=keep)
+            gl.store(part + 1, right * over, mask=keep)
             level = gl.where(empty, -1e30, best + log2(gl.where(empty, 1.0, mass)))
             gl.store(lse_row + place, level, mask=keep & (column == 0))
 
@@ -114,33 +139,36 @@ def merge(tid, first_head, out_row, part_row, lse_row, stride_oh, parts, G: gl.c
     """The result of all programs of these heads, by the last one to finish; past the first-level cache, which is not
     coherent."""
     AT_ONCE: gl.constexpr = 16  # parts whose loads are under way together
-    for written in range(0, HEADS * D, 32 * WARPS):
-        item = written + tid
-        which = gl.minimum(item // D, HEADS - 1)
+    for written in range(0, HEADS * D, 64 * WARPS):
+        item = written + 2 * tid
+        which = gl.minimum(gl.minimum(item // D, HEADS - 1), G - 1 - first_head)
         column = item % D
-        keep = (item < HEADS * D) & (first_head + which < G)
+        keep = (item < HEADS * D) & (first_head + item // D < G)
         best = (item * 0).to(gl.float32) - 1e30
         mass = best * 0.0
-        value = best * 0.0
+        left = best * 0.0
+        right = best * 0.0
         for first in range(0, parts, AT_ONCE):
             levels = ()
             values = ()
             for s in gl.static_range(AT_ONCE):
-                there = keep & (first + s < parts)
-                place = which * parts + first + s
-                level = gl.load(lse_row + place, mask=there, other=-1e30, cache_modifier=".cg")
-                levels = levels + (level,)
-                part = gl.load(part_row + place.to(gl.int64) * D + column, mask=there, other=0.0, cache_modifier=".cg")
-                values = values + (part,)
+                place = which * parts + gl.minimum(first + s, parts - 1)
+                level = gl.load(lse_row + place, cache_modifier=".cg")
+                levels = levels + (gl.where(first + s < parts, level, -1e30),)
+                values = values + (load_global2_l2(part_row + place.to(gl.int64) * D + column),)
             highest = best
             for s in gl.static_range(AT_ONCE):
                 highest = gl.maximum(highest, levels[s])
             decay = exp2(best - highest)
             best = highest
             mass = mass * decay
-            value = value * decay
+            left = left * decay
+            right = right * decay
             for s in gl.static_range(AT_ONCE):
-                scale = exp2(levels[s] - best)
+                scale = gl.where(first + s < parts, exp2(levels[s] - best), 0.0)
                 mass += scale
-                value += scale * values[s]
-        gl.store(out_row + which * stride_oh + column, (value / mass).to(out_row.dtype.element_ty), mask=keep)
+                left += scale * values[s][0].to(gl.float32, bitcast=True)
+                right += scale * values[s][1].to(gl.float32, bitcast=True)
+        out = out_row + which * stride_oh + column
+        gl.store(out, (left / mass).to(out_row.dtype.element_ty), mask=keep)
+        gl.store(out + 1, (right / mass).to(out_row.dtype.element_ty), mask=keep)

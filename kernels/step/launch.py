@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 from torch import Tensor
 
+from octo_run.kernels.overlap import overlaps
 from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn
 from octo_run.kernels.step.triton_rows import (
     add_rms_norm_kernel,
@@ -34,14 +33,8 @@ def _check(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
 
 
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether kernels may begin before the one in front of them has ended: from Hopper on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def _early(x: Tensor) -> dict[str, bool]:
-    early = _overlaps(x.device)
+    early = overlaps(x.device)
     return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
 
 

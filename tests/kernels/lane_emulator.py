@@ -221,15 +221,15 @@ class Watch:
         self.written, self.read = np.zeros((2, cells), np.int64), np.zeros((2, cells), np.int64)  # at which barriers
         self._thread = np.arange(threads)[:, None]
 
-    def _unordered(self, cells: np.ndarray, warp: np.ndarray, when: np.ndarray) -> np.ndarray:
-        """Whether no barrier lies between an access at ``when`` by (a thread of) ``warp`` and one now."""
-        since = np.where(warp == self._thread // 32, when[0][cells] == self.warp_barriers, True)
+    def _unordered(self, cells: np.ndarray, warp: np.ndarray, when: np.ndarray, thread: np.ndarray) -> np.ndarray:
+        """Whether no barrier lies between an access at ``when`` by (a thread of) ``warp`` and one of ``thread`` now."""
+        since = np.where(warp == thread // 32, when[0][cells] == self.warp_barriers, True)
         return since & (when[1][cells] == self.barriers)
 
     def on_read(self, at: np.ndarray, size: int) -> None:
         cells = at[:, None] // 2 + np.arange(size // 2)
         writer = self.writer[cells]
-        bad = (writer >= 0) & (writer != self._thread) & self._unordered(cells, writer // 32, self.written)
+        bad = (writer >= 0) & (writer != self._thread) & self._unordered(cells, writer // 32, self.written, self._thread)
         assert not bad.any(), f"a thread reads what another one writes, bytes {2 * cells[bad][:4]}"
         now = np.array([[self.warp_barriers], [self.barriers]])
         stale = self.read[1][cells] != self.barriers
@@ -240,18 +240,23 @@ class Watch:
             owner[cells[several]] = self.SEVERAL
         self.read[:, cells] = now[..., None]
 
-    def on_write(self, at: np.ndarray, data: np.ndarray, begins: bool = False) -> None:
-        """Bytes ``data [threads, size]`` go to ``at``; ``begins``: a copy that may land at once, or later."""
+    def on_write(
+        self, at: np.ndarray, data: np.ndarray, begins: bool = False, threads: np.ndarray | None = None
+    ) -> None:
+        """Bytes ``data [threads, size]`` go to ``at``; ``begins``: a copy that may land at once, or later. ``threads``:
+        whose they are, if not all threads'."""
         cells = at[:, None] // 2 + np.arange(data.shape[1] // 2)
+        thread = self._thread if threads is None else threads[:, None]
         there = RUNNING.shared[2 * cells[..., None] + np.arange(2)].reshape(data.shape)
         new = (there != data).reshape(*cells.shape, 2).any(-1)
         writer, reader = self.writer[cells], self.reader[cells]
-        bad = (writer >= 0) & (writer != self._thread) & self._unordered(cells, writer // 32, self.written)
-        bad |= (reader != -1) & (reader != self._thread) & self._unordered(cells, self.readers_warp[cells], self.read)
+        bad = (writer >= 0) & (writer != thread) & self._unordered(cells, writer // 32, self.written, thread)
+        by_another = (reader != -1) & (reader != thread)
+        bad |= by_another & self._unordered(cells, self.readers_warp[cells], self.read, thread)
         assert not (bad & new).any(), f"a thread writes what another one uses, bytes {2 * cells[bad & new][:4]}"
         if begins:
             return
-        self.writer[cells] = np.broadcast_to(self._thread, cells.shape)
+        self.writer[cells] = np.broadcast_to(thread, cells.shape)
         self.written[:, cells] = np.array([[[self.warp_barriers]], [[self.barriers]]])
 
 
@@ -283,15 +288,22 @@ def shared_words(address: Any, count: int, offset: int = 0) -> tuple[Value, ...]
     return tuple(Value(words[:, i].copy(), "u32") for i in range(count))
 
 
-def write_shared_words(address: Value, values: list[Value]) -> None:
+def write_shared_words(address: Value, values: list[Value], wanted: Value | None = None) -> None:
     size = 4 * len(values)
     at = threads_of(address).astype(np.int64)
     assert (at % size == 0).all() and (at + size <= len(RUNNING.shared)).all(), "a write outside shared memory"
     words = np.stack([threads_of(v) for v in values], -1).astype(np.uint32)
     data = np.ascontiguousarray(words).view(np.uint8)
+    threads = np.arange(len(at)) if wanted is None else np.flatnonzero(threads_of(wanted))
     if RUNNING.watch is not None:
-        RUNNING.watch.on_write(at, data)
-    RUNNING.shared[at[:, None] + np.arange(size)] = data
+        RUNNING.watch.on_write(at[threads], data[threads], threads=threads)
+    RUNNING.shared[at[threads, None] + np.arange(size)] = data[threads]
+
+
+def read_scalars(_x: Any, at: int) -> tuple[Value, ...]:
+    if RUNNING.watch is not None:
+        RUNNING.watch.on_read(np.full(RUNNING.threads, at), 16)
+    return tuple(Value(int(n), "i32") for n in RUNNING.shared[at : at + 16].view(np.int32))
 
 
 def global_words(pointer: Pointer, count: int) -> tuple[Value, ...]:
@@ -413,6 +425,13 @@ INSTRUCTIONS: dict[str, Any] = {
     "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
     "load_global4": lambda pointer: global_words(pointer, 4),
     "load_global2": lambda pointer: global_words(pointer, 2),
+    "load_global2_l2": lambda pointer: global_words(pointer, 2),
+    "write_shared4_if": lambda address, a, b, c, d, wanted: write_shared_words(address, [a, b, c, d], wanted),
+    "read_scalars": read_scalars,
+    "runs_as": lambda _, warp: True,
+    "own_warp": lambda _: Value(0, "i32"),  # all warps run in step
+    "let_next_kernel_start": lambda _: Value(0, "i32"),
+    "wait_for_kernel_before": lambda _: Value(0, "i32"),
     "copy16": copy16,
     "commit_copies": commit_copies,
     "wait_for_older_copies": wait_for_older_copies,
@@ -572,7 +591,8 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, num_warps: int, **fixed: Any) -> None:
-            fixed.pop("maxnreg", None)
+            for option in ("maxnreg", "launch_pdl"):
+                fixed.pop(option, None)
             self.launches.append({"grid": grid, **fixed})
             memory = Memory()
             passed = [memory.pointer(a) if isinstance(a, torch.Tensor) else a for a in args]

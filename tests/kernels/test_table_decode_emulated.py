@@ -134,12 +134,15 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
     grid = max(parts * batch, 4 * processors // programs + batch)
     memory = emulator.Memory()
     running = emulator.RUNNING
-    running.memory, running.threads = memory, 1
+    running.memory, running.threads = memory, 32
+    lane = emulator.Value(np.arange(32), "i32")
     pointer = memory.pointer(torch.tensor(packed, dtype=torch.int32))
     found = []
     for flat in range(grid):
+        running.start((0, flat), 32, False)
         arguments = [emulator.Value(n, "i32") for n in (flat, batch, parts, programs, processors)]
-        found.append(tuple(int(n) for n in MODULES["table_parts"].divide(pointer, *arguments, table_launch.WARPS)))
+        MODULES["table_parts"].divide(pointer, *arguments, lane, lane * 0, 16, table_launch.WARPS)
+        found.append(tuple(int(n) for n in emulator.read_scalars(None, 16)))
     expected, before = [], 0
     for seq in range(batch):
         count = sum(1 for s, _, n, _ in found if n and s == seq)
