@@ -87,7 +87,7 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
     """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory."""
     fmt = parse_kv(kv, head_dim)
     assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
-    fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True, early=True)
+    fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True) | {"EARLY": True}
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:
@@ -96,7 +96,7 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
         signature[name] = "constexpr" if name in fixed else f"*{pointer}" if pointer else number
     aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or n.startswith("stride")]
     source = GluonASTSource(table_decode_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(head_dim, early=True))
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(head_dim))
     return kernel.asm["cubin"], int(kernel.metadata.shared)
 
 

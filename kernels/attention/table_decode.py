@@ -245,9 +245,9 @@ def _scores(
 
 @gluon.jit
 def _page_weights(scores, gammas, log_gammas, inside, running, total, weight, lane):
-    """A page's softmax for one block of heads: its values' weights as pairs of int8, those of the rows 2 i and 2 i + 1 in
-    one register, scaled by the page's largest; the new running maximum, sum of weights and sum of scaled weights; what becomes of the
-    old sums and of the page's own."""
+    """A page's softmax for one block of heads: its values' weights as pairs of int8, those of the rows 2 i and 2 i + 1
+    in one register, scaled by the page's largest; the new running maximum, sum of weights and sum of scaled weights;
+    what becomes of the old sums and of the page's own."""
     tops = running * 0.0 - 1e30
     for r in gl.static_range(8):
         tops = gl.maximum(tops, scores[r] + log_gammas[r])
@@ -334,9 +334,9 @@ def table_decode_kernel(
     """Programs: (KV head and block of 4 NT query heads, part of a context).
 
     ONE_TABLE: K and V have one format. EARLY: it may be launched before the kernel in front has ended. Shared memory:
-    K's table, its extra triplets' table; V's likewise if it has its own; a stage of a K and a V block for each warp; the
-    queries; four words that say what the program does; in what remains, full-precision tokens if they fit, else these
-    go where the table is to come.
+    K's table, its extra triplets' table; V's likewise if it has its own; a stage of a K and a V block for each warp;
+    the queries; four words that say what the program does; in what remains, full-precision tokens if they fit, else
+    these go where the table is to come.
     """
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8
@@ -501,9 +501,7 @@ def table_decode_kernel(
             SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
         if MEAN:
-            scores = add_mean(
-                scores, coef, base_ptr, fragments_ptr, gl.minimum(page, last), lane, scale_log2, D, NT
-            )
+            scores = add_mean(scores, coef, base_ptr, fragments_ptr, gl.minimum(page, last), lane, scale_log2, D, NT)
         wait_for_older_copies(lane)
         v_words = _words(v_stage, lane, FULL_V)
         for w in gl.static_range(FULL_V, ALL_V):

@@ -15,7 +15,7 @@ from octo_run.kernels.attention.splits import counter_words, processors
 from octo_run.kernels.attention.table_decode import query_bytes, table_decode_kernel
 from octo_run.kernels.attention.table_full import row_bytes
 from octo_run.kernels.codec import TrellisCodec
-from octo_run.kernels.overlap import overlaps
+from octo_run.kernels.overlap import early
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,8 +56,8 @@ def count_parts(lanes: int, pages: int, most: int, multiprocessors: int) -> int:
     """Programs along the context for ``lanes`` programs across it (one fills a multiprocessor): the least time by a
     model, and of equals the most, because sequences may be shorter.
 
-    The unit is a round of a program's warps over as many pages (2.7 us on an H200). A program costs about one and a half
-    whatever it does, a merge a quarter and a half for every sixteen parts.
+    The unit is a round of a program's warps over as many pages (2.7 us on an H200). A program costs about one and a
+    half whatever it does, a merge a quarter and a half for every sixteen parts.
     """
 
     def rounds(parts: int) -> float:
@@ -101,10 +101,10 @@ def table_copies(k: TrellisCodec, v: TrellisCodec, other_bytes: int) -> tuple[_C
 
 @functools.cache
 def constants(
-    k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool, early: bool
+    k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool
 ) -> dict[str, int | str]:
     """The kernel's constexprs for formats of K and V, ``group`` query heads a KV head, an element type, with the key
-    mean or not, for several sequences or one, launched early or not."""
+    mean or not, for several sequences or one."""
     blocks = head_blocks(group, k.head_dim)[0]
     threads = 32 * WARPS
     stages = WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
@@ -123,7 +123,6 @@ def constants(
         "WARPS": WARPS,
         "SMEM_WORDS": -(-size // (4 * threads)) * threads,
         "BATCHED": int(batched),
-        "EARLY": int(early),
     }
     for side, codec, copies in (("K", k, copies_k), ("V", v, copies_v)):
         fixed |= {f"B_{side}": codec.stream, f"STATE_{side}": codec.state_bits, f"SIGNED_{side}": int(codec.signed)}
@@ -131,11 +130,10 @@ def constants(
     return fixed
 
 
-def options(head_dim: int, early: bool) -> dict[str, int]:
-    """Launch options; ``early`` as in `constants`. Small heads are told how many registers there are: the assembler
+def options(head_dim: int) -> dict[str, int]:
+    """Launch options. Small heads are told how many registers there are: the assembler
     would else stop at 128 and spill."""
-    registers = {"maxnreg": 255} if head_dim <= 64 else {}
-    return {"num_warps": WARPS, **registers, **({"launch_pdl": True} if early else {})}
+    return {"num_warps": WARPS} if head_dim > 64 else {"num_warps": WARPS, "maxnreg": 255}
 
 
 def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Workspace, *, scale: float,
@@ -163,7 +161,6 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
             (coefficients, tables.base, tables.fragments),
             (coefficients.stride(0), coefficients.stride(2)),
         )
-    early = overlaps(q.device)
     launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]
     launch(
         q, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin, kv.sink_k, kv.sink_v, kv.tail_k,
@@ -172,6 +169,6 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
         *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], *mean_strides, kv.sink,
         kv.tail_k.shape[2],
         k.step, v.step, scale * LOG2_E, batch, parts, processors(),
-        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1, early),
-        **options(dim, early),
+        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1),
+        **options(dim), **early(q.device),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from octo_run.kernels.lanes import (
     log2,
     read_shared2,
     read_shared_f,
+    repeat,
     shuffle,
     sum_over_rows,
     sync_warp,
@@ -139,36 +140,49 @@ def merge(tid, first_head, out_row, part_row, lse_row, stride_oh, parts, G: gl.c
     """The result of all programs of these heads, by the last one to finish; past the first-level cache, which is not
     coherent."""
     AT_ONCE: gl.constexpr = 16  # parts whose loads are under way together
-    for written in range(0, HEADS * D, 64 * WARPS):
-        item = written + 2 * tid
+    TURNS: gl.constexpr = (HEADS * D + 64 * WARPS - 1) // (64 * WARPS)  # two columns a thread in each, all at a time
+    places = ()
+    for turn in gl.static_range(TURNS):
+        item = turn * (64 * WARPS) + 2 * tid
         which = gl.minimum(gl.minimum(item // D, HEADS - 1), G - 1 - first_head)
-        column = item % D
-        keep = (item < HEADS * D) & (first_head + item // D < G)
-        best = (item * 0).to(gl.float32) - 1e30
-        mass = best * 0.0
-        left = best * 0.0
-        right = best * 0.0
-        for first in range(0, parts, AT_ONCE):
+        places = places + ((which, item % D, (item < HEADS * D) & (first_head + item // D < G)),)
+    zero = (tid * 0).to(gl.float32)
+    best = repeat(zero - 1e30, TURNS)
+    mass = repeat(zero, TURNS)
+    left = repeat(zero, TURNS)
+    right = repeat(zero, TURNS)
+    for first in range(0, parts, AT_ONCE):
+        loaded = ()
+        for n in gl.static_range(TURNS):
             levels = ()
             values = ()
             for s in gl.static_range(AT_ONCE):
-                place = which * parts + gl.minimum(first + s, parts - 1)
+                place = places[n][0] * parts + gl.minimum(first + s, parts - 1)
                 level = gl.load(lse_row + place, cache_modifier=".cg")
                 levels = levels + (gl.where(first + s < parts, level, -1e30),)
-                values = values + (load_global2_l2(part_row + place.to(gl.int64) * D + column),)
-            highest = best
+                values = values + (load_global2_l2(part_row + place.to(gl.int64) * D + places[n][1]),)
+            loaded = loaded + ((levels, values),)
+        grown = ((), (), (), ())
+        for n in gl.static_range(TURNS):
+            levels, values = loaded[n]
+            highest = best[n]
             for s in gl.static_range(AT_ONCE):
                 highest = gl.maximum(highest, levels[s])
-            decay = exp2(best - highest)
-            best = highest
-            mass = mass * decay
-            left = left * decay
-            right = right * decay
+            decay = exp2(best[n] - highest)
+            new_mass = mass[n] * decay
+            new_left = left[n] * decay
+            new_right = right[n] * decay
             for s in gl.static_range(AT_ONCE):
-                scale = gl.where(first + s < parts, exp2(levels[s] - best), 0.0)
-                mass += scale
-                left += scale * values[s][0].to(gl.float32, bitcast=True)
-                right += scale * values[s][1].to(gl.float32, bitcast=True)
+                scale = gl.where(first + s < parts, exp2(levels[s] - highest), 0.0)
+                new_mass += scale
+                new_left += scale * values[s][0].to(gl.float32, bitcast=True)
+                new_right += scale * values[s][1].to(gl.float32, bitcast=True)
+            grown = (
+                grown[0] + (highest,), grown[1] + (new_mass,), grown[2] + (new_left,), grown[3] + (new_right,)
+            )  # fmt: skip
+        best, mass, left, right = grown
+    for n in gl.static_range(TURNS):
+        which, column, keep = places[n]
         out = out_row + which * stride_oh + column
-        gl.store(out, (left / mass).to(out_row.dtype.element_ty), mask=keep)
-        gl.store(out + 1, (right / mass).to(out_row.dtype.element_ty), mask=keep)
+        gl.store(out, (left[n] / mass[n]).to(out_row.dtype.element_ty), mask=keep)
+        gl.store(out + 1, (right[n] / mass[n]).to(out_row.dtype.element_ty), mask=keep)

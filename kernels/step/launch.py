@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 from torch import Tensor
 
-from octo_run.kernels.overlap import overlaps
+from octo_run.kernels.overlap import early
 from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn
 from octo_run.kernels.step.triton_rows import (
     add_rms_norm_kernel,
@@ -33,11 +33,6 @@ def _check(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
 
 
-def _early(x: Tensor) -> dict[str, bool]:
-    early = overlaps(x.device)
-    return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": False}
-
-
 def vector(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`kernels.step.linear` of a single row by the Triton kernel."""
     _check(x=x, weight=weight, out=out)
@@ -45,7 +40,7 @@ def vector(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     launch: Callable[..., Any] = vector_kernel[(triton.cdiv(n, _VECTOR_ROWS),)]
     launch(
         x, weight, x if bias is None else bias, out, n, K=k, BN=_VECTOR_ROWS,
-        BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None, **_early(x),
+        BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None, **early(x.device),
         num_warps=_VECTOR_WARPS)  # fmt: skip
 
 
@@ -57,7 +52,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     launch: Callable[..., Any] = add_rms_norm_kernel[(len(x),)]
     launch(
         x, x if residual is None else residual, weight, out, eps, N=width, BLOCK=block, ADD=residual is not None,
-        **_early(x), num_warps=min(16, max(4, block // 512)))  # fmt: skip
+        **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
@@ -65,7 +60,7 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     _check(gate_up=gate_up, out=out)
     rows, width = out.shape
     launch: Callable[..., Any] = swiglu_kernel[(triton.cdiv(width, _SWIGLU_COLUMNS), rows)]
-    launch(gate_up, out, width, BLOCK=_SWIGLU_COLUMNS, **_early(out), num_warps=4)
+    launch(gate_up, out, width, BLOCK=_SWIGLU_COLUMNS, **early(out.device), num_warps=4)
 
 
 def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full_v: Tensor, q_out: Tensor) -> None:
@@ -85,7 +80,7 @@ def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full
     launch(
         qkv, turn.cos, turn.sin, q_norm, k_norm, qkv if rotation is None else rotation, slots, full_k, full_v, q_out,
         turn.eps, *full_k.stride()[:3], *full_v.stride()[:3], H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=_HEADS,
-        COLUMNS=columns, NORM=turn.q_norm is not None, ROTATE=rotation is not None, **_early(qkv),
+        COLUMNS=columns, NORM=turn.q_norm is not None, ROTATE=rotation is not None, **early(qkv.device),
         num_warps=4)  # fmt: skip
 
 

@@ -229,7 +229,8 @@ class Watch:
     def on_read(self, at: np.ndarray, size: int) -> None:
         cells = at[:, None] // 2 + np.arange(size // 2)
         writer = self.writer[cells]
-        bad = (writer >= 0) & (writer != self._thread) & self._unordered(cells, writer // 32, self.written, self._thread)
+        by_another = (writer >= 0) & (writer != self._thread)
+        bad = by_another & self._unordered(cells, writer // 32, self.written, self._thread)
         assert not bad.any(), f"a thread reads what another one writes, bytes {2 * cells[bad][:4]}"
         now = np.array([[self.warp_barriers], [self.barriers]])
         stale = self.read[1][cells] != self.barriers

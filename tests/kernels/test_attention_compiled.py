@@ -72,6 +72,7 @@ def format_constants(kv, dim, group, dtype, mean):
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
         "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "CONTIGUOUS": kind == 0,
         "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)), "PTX_K": ptx, "PTX_V": ptx,
+        "EARLY": True,
     }  # fmt: skip
     return constants, "i32" if levels.dtype == torch.int32 else "fp32"
 
@@ -94,7 +95,7 @@ def spill_bound(kv):
     if not triton.__version__.startswith("3.6."):
         return 1024
     # The general kernel decodes only those vectors of trellis formats that the table-decode kernel does not take.
-    return 256 if kv in ("oct2", "oct3", "oct4") else 128
+    return 256 if kv in ("oct2", "oct3", "oct4") else 160
 
 
 @pytest.mark.parametrize(
@@ -136,40 +137,56 @@ def test_unpacking_compiles_for_hopper(kv, dim):
 
 
 @pytest.mark.parametrize(
-    ("dim", "dtype", "past", "slab", "mean"),
+    ("dim", "dtype", "past", "slab"),
     [
-        (64, torch.bfloat16, True, False, False),
-        (80, torch.bfloat16, True, True, False),
-        (128, torch.bfloat16, False, False, False),
-        (128, torch.bfloat16, True, False, False),
-        (128, torch.bfloat16, False, True, False),
-        (128, torch.bfloat16, True, True, True),
-        (256, torch.bfloat16, True, True, False),
-        (128, torch.float32, True, True, True),
+        (64, torch.bfloat16, True, False),
+        (80, torch.bfloat16, True, True),
+        (128, torch.bfloat16, False, False),
+        (128, torch.bfloat16, True, False),
+        (128, torch.bfloat16, False, True),
+        (128, torch.bfloat16, True, True),
+        (256, torch.bfloat16, True, True),
+        (128, torch.float32, True, True),
     ],
 )
-def test_prefill_compiles_for_hopper(dim, dtype, past, slab, mean):
+def test_prefill_compiles_for_hopper(dim, dtype, past, slab):
     import triton
     import triton.language as tl
 
     from octo_run.kernels.attention.prefill import flash_tiling
     from octo_run.kernels.attention.triton_prefill import flash_kernel
 
-    tiling, width = flash_tiling(dtype, dim, mean), max(16, triton.next_power_of_2(dim))
+    tiling, width = flash_tiling(dtype, dim), max(16, triton.next_power_of_2(dim))
     constants = {
         "G": 4, "D": dim, "WIDTH": width, "ROWS": tiling.rows, "BN": tiling.keys, "PAST": past, "SLAB": slab,
-        "MEAN": mean, "HALF": width // 2, "DOT": tl.float32 if dtype == torch.float32 else tl.float16,
+        "DOT": tl.float32 if dtype == torch.float32 else tl.float16,
     }  # fmt: skip
     types = {name: "fp16" for name in ("SINK_K", "SINK_V", "TAIL_K", "TAIL_V") if slab and dtype != torch.float32}
     kernel, stack = compile_for_hopper(flash_kernel, constants, tiling, dtype, types=types)
     ptx = kernel.asm["ptx"]
     # Each product is 16 deep; a second loop with products would double them.
-    products = (width + tiling.keys) // 16 + (6 * (width // 2) // 16 if mean else 0)
+    products = (width + tiling.keys) // 16
     assert ptx.count("wgmma.mma_async") == (0 if dtype == torch.float32 else products)
     assert ("cp.async.c" in ptx) == (dtype != torch.float32), "keys and values come by asynchronous copies"
     assert kernel.metadata.shared <= SHARED_MEMORY
     # At 256 coordinates the sum alone takes 128 registers of each thread; 3.6 spills 50 around the slab's loop.
     assert stack <= max(spill_bound("bf16"), dim), f"{stack} bytes of registers spilled"
+
+
+@pytest.mark.parametrize("name", ["take_out_kernel", "put_back_kernel"])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_the_key_mean_compiles_for_hopper(name, dim):
+    import triton
+
+    from octo_run.kernels.attention import triton_mean
+    from octo_run.kernels.attention.prefill import Tiling
+
+    kernel, width = getattr(triton_mean, name), triton.next_power_of_2(dim)
+    constants = {"D": dim, "WIDTH": width, "HALF": max(16, triton.next_power_of_2(dim // 2))}
+    types = {"K": "bf16", "OUT": "bf16", "SLAB": "fp16", "MEANS": "fp32", "ROTATION": "fp32", "FIRST": "i32"}
+    compiled, stack = compile_for_hopper(kernel, constants, Tiling(0, 0, 4, 3), torch.bfloat16, types=types)
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    assert stack <= spill_bound("bf16"), f"{stack} bytes of registers spilled"
 
 
 @pytest.mark.parametrize("name", ["oct2", "oct3", "oct4"])
