@@ -10,7 +10,7 @@ from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.table_codewords import field, key_norm, key_token, select, value_slot
 from octo_run.kernels.attention.table_full import blocks_at_once, full_precision, stage_round
-from octo_run.kernels.attention.table_mean import add_mean, coefficient_row
+from octo_run.kernels.attention.table_mean import add_mean, coefficient_row, stage_offsets
 from octo_run.kernels.attention.table_parts import combine, divide, merge
 from octo_run.kernels.lanes import (
     arrive,
@@ -316,7 +316,8 @@ def _values(
     return sums
 
 
-@gluon.jit
+# What differs from call to call is not worth a compilation of its own.
+@gluon.jit(do_not_specialize=["stride_table", "sink", "capacity", "batch", "parts", "processors"])
 def table_decode_kernel(
     q_ptr, pages_ptr, page_table_ptr, num_packed_ptr, starts_ptr, origin_ptr, sink_k_ptr, sink_v_ptr, tail_k_ptr,
     tail_v_ptr, table_k_ptr, table_v_ptr, coef_ptr, base_ptr, fragments_ptr, out_ptr, part_ptr, lse_ptr, counters_ptr,
@@ -333,10 +334,11 @@ def table_decode_kernel(
 ):  # fmt: skip
     """Programs: (KV head and block of 4 NT query heads, part of a context).
 
-    ONE_TABLE: K and V have one format. EARLY: it may be launched before the kernel in front has ended. Shared memory:
-    K's table, its extra triplets' table; V's likewise if it has its own; a stage of a K and a V block for each warp;
-    the queries; four words that say what the program does; in what remains, full-precision tokens if they fit, else
-    these go where the table is to come.
+    ONE_TABLE: K and V have one format. MEAN: 1 with the key mean, 2 with its offsets' table in shared memory. EARLY: it
+    may be launched before the kernel in front has ended. Shared memory: K's table, its extra triplets' table; V's
+    likewise if it has its own; a stage of a K and a V block for each warp; the queries; four words that say what the
+    program does; the offsets' table; in what remains, full-precision tokens if they fit, else these go where the table
+    is to come.
     """
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8
@@ -361,7 +363,8 @@ def table_decode_kernel(
     SLOTS_Q: gl.constexpr = query_words(D)
     QUERY_BYTES: gl.constexpr = query_bytes(D)
     PLACE_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES
-    SPARE_AT: gl.constexpr = PLACE_AT + 16
+    OFFSETS_AT: gl.constexpr = PLACE_AT + 16
+    SPARE_AT: gl.constexpr = OFFSETS_AT + (128 * D if MEAN == 2 else 0)
     SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
     FULL_V: gl.constexpr = (16 * N * (B_V + 3 * SIGNED_V) + 31) // 32
@@ -417,6 +420,8 @@ def table_decode_kernel(
     _fetch(k_stage, pages + page_id.to(gl.int64) * stride_page, lane, BPV_K)
     _fetch(v_stage, pages + page_id.to(gl.int64) * stride_page + 64 * BPV_K, lane, BPV_V)
 
+    if MEAN == 2:
+        stage_offsets(fragments_ptr, tid, OFFSETS_AT, D, 32 * WARPS)
     after = 0
     if EARLY:
         let_next_kernel_start(seq)
@@ -501,7 +506,10 @@ def table_decode_kernel(
             SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
         if MEAN:
-            scores = add_mean(scores, coef, base_ptr, fragments_ptr, gl.minimum(page, last), lane, scale_log2, D, NT)
+            scores = add_mean(
+                scores, coef, base_ptr, fragments_ptr, gl.minimum(page, last), lane, scale_log2, D, NT, OFFSETS_AT,
+                MEAN == 2,
+            )  # fmt: skip
         wait_for_older_copies(lane)
         v_words = _words(v_stage, lane, FULL_V)
         for w in gl.static_range(FULL_V, ALL_V):

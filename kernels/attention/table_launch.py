@@ -109,6 +109,9 @@ def constants(
     threads = 32 * WARPS
     stages = WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
     copies_k, copies_v, size = table_copies(k, v, stages + blocks * int(query_bytes(k.head_dim)) + 16)
+    offsets = 128 * k.head_dim if mean else 0
+    staged = size + offsets <= SHARED_BYTES
+    size += offsets if staged else 0
     size = min(SHARED_BYTES, size + SPARE_BLOCKS * 32 * int(row_bytes(k.head_dim)))
     fixed: dict[str, int | str] = {
         "HKV": kv_heads,
@@ -119,7 +122,7 @@ def constants(
         "NT": blocks,
         "PASS": 3 if k.head_dim <= 128 else 2,
         "ELEMENT": element,
-        "MEAN": int(mean),
+        "MEAN": (2 if staged else 1) if mean else 0,
         "WARPS": WARPS,
         "SMEM_WORDS": -(-size // (4 * threads)) * threads,
         "BATCHED": int(batched),

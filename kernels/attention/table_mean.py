@@ -9,12 +9,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from octo_run.kernels.lanes import (
+    copy16,
     load_global2,
     load_global4,
     mma_half,
     pack_half,
+    read_shared4,
     repeat,
     shuffle_f,
+    u32,
 )
 
 
@@ -45,8 +48,23 @@ def coefficient_row(coef_ptr, stride_h, lane, first_head, G: gl.constexpr, D: gl
 
 
 @gluon.jit
-def add_mean(scores, coef, base_ptr, fragments_ptr, page, lane, scale_log2, D: gl.constexpr, NT: gl.constexpr):
-    """Scores (NT tuples of 8: token 8 r + g of head 4 b + t) with the mean's part for the sequence's page ``page``."""
+def stage_offsets(fragments_ptr, tid, AT: gl.constexpr, D: gl.constexpr, THREADS: gl.constexpr):
+    """Start copying the offsets' table, 128 D bytes, to byte AT of shared memory."""
+    CHUNKS: gl.constexpr = 8 * D
+    for c in gl.static_range((CHUNKS + THREADS - 1) // THREADS):
+        chunk = gl.minimum(c * THREADS + tid, CHUNKS - 1)
+        copy16(u32(AT + chunk * 16), fragments_ptr + chunk * 4)
+
+
+@gluon.jit
+def add_mean(
+    scores, coef, base_ptr, fragments_ptr, page, lane, scale_log2, D: gl.constexpr, NT: gl.constexpr, AT: gl.constexpr,
+    STAGED: gl.constexpr,
+):  # fmt: skip
+    """Scores (NT tuples of 8: token 8 r + g of head 4 b + t) with the mean's part for the sequence's page ``page``.
+
+    STAGED: the offsets' table is at byte AT of shared memory, not at ``fragments_ptr``.
+    """
     STEPS: gl.constexpr = D // 16
     t = lane & 3
     angles = base_ptr + page * D + t * (D // 8)
@@ -68,7 +86,10 @@ def add_mean(scores, coef, base_ptr, fragments_ptr, page, lane, scale_log2, D: g
     for tile in gl.static_range(4):
         sums = (even, odd, even, odd)
         for step in gl.static_range(STEPS):
-            a0, a1, a2, a3 = load_global4(fragments_ptr + (tile * STEPS + step) * 128 + lane * 4)
+            if STAGED:
+                a0, a1, a2, a3 = read_shared4(u32(AT + (tile * STEPS + step) * 512 + lane * 16))
+            else:
+                a0, a1, a2, a3 = load_global4(fragments_ptr + (tile * STEPS + step) * 128 + lane * 4)
             sums = mma_half(sums, a0, a1, a2, a3, operand[2 * step], operand[2 * step + 1], "f16")
         grown = ()
         for n in gl.static_range(NT):

@@ -539,7 +539,8 @@ MODULES += ("attention.table_parts", "attention.table_decode", "encode.lane_sear
 def _in_place_of_triton() -> Iterator[None]:
     """Modules of that name are the emulation's while the kernels' source is read."""
     gluon: Any = types.ModuleType("triton.experimental.gluon")
-    gluon.jit, gluon.language = (lambda function: function), language()
+    gluon.jit = lambda function=None, **_options: function if function is not None else lambda f: f
+    gluon.language = language()
     jit: Any = types.ModuleType("triton.runtime.jit")
     jit.constexpr_function = lambda function: function
     names = {"triton": types.ModuleType("triton"), "triton.experimental": types.ModuleType("triton.experimental")}
