@@ -42,7 +42,8 @@ def length_bound(length: int, context: int) -> int:
 @dataclass(frozen=True)
 class ArenaShape:
     """What decides the bytes of an arena; ``dtype`` is the full-precision one, ``context`` in tokens a sequence,
-    ``mean_heads`` the number of query heads if key means are kept out of the codes (``key_means``), else 0."""
+    ``mean_heads`` the number of query heads if key means are kept out of the codes (``key_means``), else 0, ``on_gpu``
+    whether they are for a GPU."""
 
     layers: int
     kv_heads: int
@@ -56,6 +57,7 @@ class ArenaShape:
     chunk: int = 512
     sequences: int = 1
     mean_heads: int = 0
+    on_gpu: bool = False
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -101,13 +103,20 @@ class ArenaShape:
         return 4 * self.head_dim if self.mean_heads else 0
 
     @property
+    def mean_queries(self) -> int:
+        """Queries whose coefficients are kept at a time: on a GPU only a step's, for prefill needs none."""
+        return self.sequences if self.on_gpu else max(self.chunk, self.sequences)
+
+    @property
     def mean_bytes(self) -> int:
-        """Bytes of the key means, their angles, the coefficients of a chunk and the pages on their way to the code."""
+        """Bytes of the key means, their angles, the coefficients of queries and the pages on their way to the code."""
         if not self.mean_heads:
             return 0
         d, pages = self.head_dim, max(self.layers, (self.ring + self.chunk) // PAGE)
-        numbers = d * d + PAGE * d + PAGE * d // 2 + self.layers * self.sequences * self.kv_heads * d
-        numbers += max(self.chunk, self.sequences) * self.mean_heads * d
+        numbers = d * d + PAGE * d + self.layers * self.sequences * self.kv_heads * d
+        numbers += self.mean_queries * self.mean_heads * d
+        if self.on_gpu:
+            numbers += PAGE * d // 2  # the offsets once more, as the table-decode kernel reads them
         rows = pages * self.kv_heads * PAGE * d * self.dtype.itemsize
         return 4 * numbers + rows + max(1, self.max_pages) * self.mean_page_bytes
 

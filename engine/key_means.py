@@ -13,18 +13,19 @@ from octo_run.kernels.attention.key_mean import AngleTables, KeyMean
 
 
 class KeyMeans:
-    """Means and what is needed to take them out of pages of keys and to give them back to the logits."""
+    """Means and what is needed to take them out of pages of keys and to give them back in attention."""
 
     def __init__(self, shape: ArenaShape, rotation: Tensor, inv_freq: Tensor) -> None:
         """``rotation [d, d]`` of the codec of K; ``inv_freq [d / 2]`` on the device that all of this is to lie on.
         Takes ``shape.mean_bytes``."""
         device, s = inv_freq.device, shape
+        self._on_gpu = s.on_gpu
         self.rotation = rotation.to(device=device, dtype=torch.float32).contiguous()
         self.tables = AngleTables.build(inv_freq, s.sink, s.max_pages)
-        if device.type == "cuda":
+        if s.on_gpu:
             self.tables.fragments  # noqa: B018 (made now: a recorded step cannot)
         self.means = torch.zeros(s.layers, s.sequences, s.kv_heads, s.head_dim, device=device)
-        self._coefficients = torch.zeros(max(s.chunk, s.sequences), s.mean_heads, s.head_dim, device=device)
+        self._coefficients = torch.zeros(s.mean_queries, s.mean_heads, s.head_dim, device=device)
         pages = max(s.layers, (s.ring + s.chunk) // PAGE)
         self._rows = torch.zeros(pages, s.kv_heads, PAGE, s.head_dim, dtype=s.dtype, device=device)
 
@@ -43,6 +44,9 @@ class KeyMeans:
     def of_queries(self, layer: int, first: int, q: Tensor) -> KeyMean:
         """What attention takes for queries ``q [B, C, heads, d]`` of the sequences from ``first`` on. Good until the
         next call."""
-        out = self._coefficients.view(-1)[: q.numel()].view(q.shape)
         means = self.means[layer, first : first + q.shape[0]]
-        return KeyMean(key_mean.rotated_coefficients(q, means, self.rotation, out), self.tables)
+        found = None
+        if q.shape[1] == 1 or not self._on_gpu:
+            out = self._coefficients.view(-1)[: q.numel()].view(q.shape)
+            found = key_mean.rotated_coefficients(q, means, self.rotation, out)
+        return KeyMean(means, self.rotation, self.tables, found)

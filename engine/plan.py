@@ -210,6 +210,7 @@ def plan_memory(
         chunk=min(_chunk(cfg, dtype, device, free), context),
         sequences=sequences,
         mean_heads=cfg.num_heads if takes_mean(cfg, fmt, key_mean) else 0,
+        on_gpu=device.type == "cuda",
     )
     plan = MemoryPlan(
         kv=fmt.name,

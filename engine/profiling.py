@@ -62,6 +62,7 @@ KERNELS = {
     "octopus_pages_kernel": CODING,
     "pack_kernel": CODING,
     "plain_pages_kernel": CODING,
+    "put_back_kernel": ATTENTION,
     "qkv_rope_append_kernel": APPEND,
     "sample_merge_kernel": SAMPLING,
     "sample_part_kernel": SAMPLING,

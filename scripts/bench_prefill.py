@@ -82,7 +82,8 @@ def inputs(fmt: KVFormat, past: int, chunk: int, heads: tuple[int, int], mean: b
     if mean:
         inv_freq = 500000.0 ** (-torch.arange(0, DIM, 2, device=device) / DIM)
         means = torch.randn(1, kv_heads, DIM, device=device)
-        kv = replace(kv, mean=KeyMean(coefficients(q, means), AngleTables.build(inv_freq, SINK, pages)))
+        rotation = fmt.k.rotation.to(device, torch.float32).contiguous()
+        kv = replace(kv, mean=KeyMean(means, rotation, AngleTables.build(inv_freq, SINK, pages)))
     return q, kv, torch.cat([k, v])[:, which]
 
 
@@ -99,8 +100,10 @@ def check(kv_name: str, chunk: int) -> float:
     encode_pages(k, v, pages, torch.arange(37), fmt)  # on a CPU pages are rows of vectors
     moved["pages"] = pages[:, 0]
     if kv.mean is not None:
+        means, rotation = kv.mean.means.cpu(), kv.mean.rotation.cpu()
         tables = AngleTables(kv.mean.tables.base.cpu(), kv.mean.tables.offset.cpu())
-        moved["mean"] = KeyMean(kv.mean.coefficients.cpu(), tables)
+        of_queries = coefficients(q.float().cpu() @ rotation, means)
+        moved["mean"] = KeyMean(means, rotation, tables, of_queries)
     want = attend_reference(q.double().cpu(), replace(kv, **moved), fmt, scale=DIM**-0.5)
     error = float((out.double().cpu() - want).norm() / want.norm())
     return error if error == error else math.inf

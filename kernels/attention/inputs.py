@@ -37,7 +37,7 @@ class AttentionInputs:
     tail_v: Tensor
     tail_origin: Tensor  # int32 [B]
     sink: int  # positions kept in sink slots
-    mean: KeyMean | None = None  # what was taken out of the packed keys and comes back to their logits
+    mean: KeyMean | None = None  # what was taken out of the packed keys and comes back here
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, for checks."""
@@ -45,7 +45,9 @@ class AttentionInputs:
                  self.tail_v, self.tail_origin)  # fmt: skip
         if self.mean is None:
             return parts
-        return (*parts, self.mean.coefficients, self.mean.tables.base, self.mean.tables.offset)
+        mean = self.mean
+        of_queries = () if mean.of_queries is None else (mean.of_queries,)
+        return (*parts, mean.means, mean.rotation, mean.tables.base, mean.tables.offset, *of_queries)
 
 
 def page_bytes(fmt: KVFormat) -> int:
@@ -81,14 +83,7 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
         if index.dtype != torch.int32 or index.shape[0] != batch or index.ndim != (2 if name == "page_table" else 1):
             raise ValueError(f"{name} must be int32 with {batch} rows, not {index.dtype} {tuple(index.shape)}")
     if kv.mean is not None:
-        mean, tables = kv.mean.coefficients, kv.mean.tables
-        if mean.shape != q.shape or mean.dtype != torch.float32:
-            raise ValueError(
-                f"mean coefficients must be float32 {tuple(q.shape)}, not {mean.dtype} {tuple(mean.shape)}"
-            )
-        for name, table in (("base", tables.base), ("offset", tables.offset)):
-            if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != dim or not table.is_contiguous():
-                raise ValueError(f"the angle table {name} must be contiguous float32 [n, {dim}]")
+        _check_mean(q, kv.mean, kv_heads)
     for part in (*kv.tensors(), *(() if out is None else (out,))):
         if part.device != q.device:
             raise ValueError(f"q is on {q.device}, another input is on {part.device}")
@@ -98,3 +93,22 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
         raise ValueError("the last dimension of q must be contiguous")
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
         raise ValueError(f"out must be {q.dtype} {tuple(q.shape)}, not {out.dtype} {tuple(out.shape)}")
+
+
+def _check_mean(q: Tensor, mean: KeyMean, kv_heads: int) -> None:
+    """The key mean's part of `check`."""
+    batch, _, _, dim = q.shape
+    for name, part, shape in (
+        ("means", mean.means, (batch, kv_heads, dim)),
+        ("rotation", mean.rotation, (dim, dim)),
+        ("coefficients", mean.of_queries, q.shape),
+    ):
+        if part is not None and (part.shape != shape or part.dtype != torch.float32):
+            raise ValueError(f"mean {name} must be float32 {tuple(shape)}, not {part.dtype} {tuple(part.shape)}")
+    for name, table in (
+        ("rotation", mean.rotation),
+        ("angle table base", mean.tables.base),
+        ("angle table offset", mean.tables.offset),
+    ):
+        if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != dim or not table.is_contiguous():
+            raise ValueError(f"the {name} must be contiguous float32 [n, {dim}]")

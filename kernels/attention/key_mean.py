@@ -1,9 +1,10 @@
-"""What all keys of a head have in common, kept out of the code: a mean before RoPE, taken out of packed keys and added
-back to the logits.
+"""What all keys of a head have in common, kept out of the code: a mean before RoPE, taken out of packed keys and given
+back in attention.
 
 A norm-and-direction code spends its bits on a large common part. Softmax ignores a vector taken from all keys, but RoPE
-turns a constant mean mu into R_j mu at position j. So R_j mu is subtracted before coding, and q . R_j mu is added to
-the logit of token j. With the halves q = (q1, q2) and mu = (m1, m2), pair by pair,
+turns a constant mean mu into R_j mu at position j. So R_j mu is subtracted before coding. Prefill on a GPU, which
+decodes a key for many queries, adds it to the decoded key again. Otherwise q . R_j mu is added to the logit of token j.
+With the halves q = (q1, q2) and mu = (m1, m2), pair by pair,
 
     q . R_j mu = A cos(j w) + B sin(j w),   A = q1 m1 + q2 m2,   B = q2 m1 - q1 m2,
 
@@ -66,10 +67,23 @@ class AngleTables:
 
 @dataclass(frozen=True)
 class KeyMean:
-    """What attention adds back: ``coefficients`` float32 [B, C, H, d] (A, then B, of every query), and the tables."""
+    """What attention gives back. To keys: ``means [B, Hkv, d]`` before RoPE and ``rotation [d, d]``, the codec's of K.
+    To logits: ``of_queries [B, C, H, d]``, A, then B, of every query; None will do for several queries on a GPU.
 
-    coefficients: Tensor
+    All float32.
+    """
+
+    means: Tensor
+    rotation: Tensor
     tables: AngleTables
+    of_queries: Tensor | None = None
+
+    @property
+    def coefficients(self) -> Tensor:
+        """``of_queries``; ValueError without them."""
+        if self.of_queries is None:
+            raise ValueError("the key mean needs the coefficients of the queries here")
+        return self.of_queries
 
 
 def coefficients(q: Tensor, mean: Tensor) -> Tensor:
@@ -122,16 +136,33 @@ def take_out(k: Tensor, means: Tensor, first: Tensor, tables: AngleTables, rotat
         angles = tables.of_pages(begin, count).flatten(0, 1)
         rows = mean_rows(means, angles, rotation).view(layers, kv_heads, count, PAGE_TOKENS, dim).transpose(1, 2)
         return torch.sub(k, rows, out=out) if out.dtype == rows.dtype else out.copy_(k - rows)
-    import triton
-
     from octo_run.kernels.attention.triton_mean import take_out_kernel
 
     with torch.cuda.device_of(k):  # type: ignore[no-untyped-call]
         take_out_kernel[(count, kv_heads, layers)](
             k, out, means, first, tables.base, tables.offset, rotation, *k.stride()[:4], *out.stride()[:3],
-            *means.stride()[:2], D=dim, WIDTH=triton.next_power_of_2(dim),
-            HALF=max(16, triton.next_power_of_2(dim // 2)), num_warps=4)  # fmt: skip
+            *means.stride()[:2], **launch_options(dim))  # fmt: skip
     return out
+
+
+def launch_options(dim: int) -> dict[str, int]:
+    """Of the kernels that add rotated means to pages of keys: hardly spilled registers (sm_90)."""
+    return {"D": dim, "WIDTH": 1 << (dim - 1).bit_length(), "num_warps": 4 if dim <= 128 else 8, "num_stages": 2}
+
+
+def put_back(slab: Tensor, packed: Tensor, first: int, mean: KeyMean) -> None:
+    """Add the rotated mean to decoded pages of keys, by Triton.
+
+    ``slab [B, Hkv, 64 * N, d]``, contiguous, holds the pages from number ``first`` on of sequences that have ``packed``
+    (int32 [B]) of them; what lies beyond these stays.
+    """
+    from octo_run.kernels.attention.triton_mean import put_back_kernel
+
+    batch, kv_heads, tokens, dim = slab.shape
+    pages = tokens // PAGE_TOKENS
+    put_back_kernel[(pages, kv_heads, batch)](
+        slab, mean.means, packed, mean.tables.base, mean.tables.offset, mean.rotation, first, pages,
+        *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
 
 
 def rotated_coefficients(q: Tensor, means: Tensor, rotation: Tensor, out: Tensor) -> Tensor:

@@ -1,50 +1,76 @@
-"""Triton kernels of the key mean: taking it out of pages of keys, and the coefficients of queries (`key_mean`)."""
+"""Triton kernels of the key mean (`key_mean`): out of keys, back into decoded ones; the coefficients of queries."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import triton
 import triton.language as tl
 
+FREQUENCIES = tl.constexpr(16)
+"""Of a product that makes rotated means: more of them would take more registers than there are."""
+
+
+@triton.jit
+def _add_mean(
+    source, step, target, mean, page, BASE, OFFSET, ROTATION, SIGN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The 64 rows at `target` = those at `source`, `step` elements apart, + SIGN times the rotated mean at the
+    positions of page number `page`: in float32, rounded once to the target's type. WIDTH: D, made a power of two."""
+    token = tl.arange(0, 64)
+    j = tl.arange(0, WIDTH)
+    rows = tl.zeros([64, WIDTH], tl.float32)
+    for low in range(0, D // 2, FREQUENCIES):
+        i = low + tl.arange(0, FREQUENCIES)
+        there = i < D // 2
+        cos_at = tl.load(BASE + page * D + i, mask=there, other=0.0)[None, :]
+        sin_at = tl.load(BASE + page * D + D // 2 + i, mask=there, other=0.0)[None, :]
+        offsets = OFFSET + token[:, None] * D + i[None, :]
+        o_cos = tl.load(offsets, mask=there[None, :], other=0.0)
+        o_sin = tl.load(offsets + D // 2, mask=there[None, :], other=0.0)
+        cos = cos_at * o_cos - sin_at * o_sin
+        sin = sin_at * o_cos + cos_at * o_sin
+        m1 = tl.load(mean + i, mask=there, other=0.0)[None, :]
+        m2 = tl.load(mean + D // 2 + i, mask=there, other=0.0)[None, :]
+        into = ROTATION + j[None, :] * D + i[:, None]
+        inside = there[:, None] & (j < D)[None, :]
+        first = tl.load(into, mask=inside, other=0.0)
+        second = tl.load(into + D // 2, mask=inside, other=0.0)
+        rows = tl.dot(m1 * cos - m2 * sin, first, rows, input_precision="tf32x3")
+        rows = tl.dot(m2 * cos + m1 * sin, second, rows, input_precision="tf32x3")
+    real = (j < D)[None, :] & (token >= 0)[:, None]
+    key = tl.load(source + token[:, None] * step + j[None, :], mask=real, other=0.0).to(tl.float32)
+    tl.store(target + token[:, None] * D + j[None, :], (key + SIGN * rows).to(target.dtype.element_ty), mask=real)
+
 
 @triton.jit
 def take_out_kernel(
     K, OUT, MEANS, FIRST, BASE, OFFSET, ROTATION, sk_l, sk_n, sk_h, sk_t, so_l, so_n, so_h, sm_l, sm_h,
-    D: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """OUT [L, N, H, 64, D] = K less the rotated mean; program (page, head, layer). FIRST int32: the first page's
-    number.
-
-    WIDTH and HALF: D and D / 2, made powers of two.
-    """
+    number."""
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     layer = tl.program_id(2).to(tl.int64)
-    page = tl.load(FIRST) + n
-    i = tl.arange(0, HALF)
-    there = i < D // 2
-    token = tl.arange(0, 64)
-    cos_at = tl.load(BASE + page * D + i, mask=there, other=0.0)[None, :]
-    sin_at = tl.load(BASE + page * D + D // 2 + i, mask=there, other=0.0)[None, :]
-    offsets = OFFSET + token[:, None] * D + i[None, :]
-    o_cos = tl.load(offsets, mask=there[None, :], other=0.0)
-    o_sin = tl.load(offsets + D // 2, mask=there[None, :], other=0.0)
-    cos = cos_at * o_cos - sin_at * o_sin
-    sin = sin_at * o_cos + cos_at * o_sin
-    mean = MEANS + layer * sm_l + h * sm_h + i
-    m1 = tl.load(mean, mask=there, other=0.0)[None, :]
-    m2 = tl.load(mean + D // 2, mask=there, other=0.0)[None, :]
-    j = tl.arange(0, WIDTH)
-    into = ROTATION + j[None, :] * D + i[:, None]
-    inside = there[:, None] & (j < D)[None, :]
-    first = tl.load(into, mask=inside, other=0.0)
-    second = tl.load(into + D // 2, mask=inside, other=0.0)
-    rows = tl.dot(m1 * cos - m2 * sin, first, input_precision="tf32x3")
-    rows = tl.dot(m2 * cos + m1 * sin, second, rows, input_precision="tf32x3")
-    real = (j < D)[None, :] & (token >= 0)[:, None]
-    source = K + layer * sk_l + n * sk_n + h * sk_h + token[:, None] * sk_t + j[None, :]
-    target = OUT + layer * so_l + n * so_n + h * so_h + token[:, None] * D + j[None, :]
-    key = tl.load(source, mask=real, other=0.0).to(tl.float32)
-    tl.store(target, (key - rows).to(OUT.dtype.element_ty), mask=real)
+    source = K + layer * sk_l + n * sk_n + h * sk_h
+    target = OUT + layer * so_l + n * so_n + h * so_h
+    mean = MEANS + layer * sm_l + h * sm_h
+    _add_mean(source, sk_t, target, mean, tl.load(FIRST) + n, BASE, OFFSET, ROTATION, -1, D, WIDTH)
+
+
+@triton.jit(do_not_specialize=["first_page", "pages"])
+def put_back_kernel(
+    SLAB, MEANS, PACKED, BASE, OFFSET, ROTATION, first_page, pages, sm_b, sm_h, D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """SLAB [B, H, 64 * pages, D] += the rotated mean, in the pages first_page .. first_page + pages - 1 of each
+    sequence, as far as it has them. Program (page, head, sequence)."""
+    n = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    page = first_page + n
+    if page < tl.load(PACKED + b):
+        rows = SLAB + ((b * tl.num_programs(1) + h) * pages + n) * (64 * D)
+        mean = MEANS + b * sm_b + h * sm_h
+        _add_mean(rows, D, rows, mean, page.to(tl.int64), BASE, OFFSET, ROTATION, 1, D, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows", "count"])

@@ -17,41 +17,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _two(x, DOT: tl.constexpr):
-    """`x` as the sum of two numbers of type DOT."""
-    high = x.to(DOT)
-    return high, (x - high.to(tl.float32)).to(DOT)
-
-
-@triton.jit
-def _exact_dot(high, low, x, acc, DOT: tl.constexpr):
-    """(high + low) @ x + acc to about float32's precision, from products in DOT."""
-    if tl.float32 == DOT:
-        return tl.dot(high, x, acc, input_precision="ieee")
-    else:
-        x_high, x_low = _two(x, DOT)
-        acc = tl.dot(low, x_high, acc)
-        acc = tl.dot(high, x_low, acc)
-        return tl.dot(high, x_high, acc)
-
-
-@triton.jit
-def _page_bias(a_high, a_low, b_high, b_low, BASE, OFFSET, page, token, D: tl.constexpr, HALF: tl.constexpr,
-               ROWS: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Scaled coefficients A, B [ROWS, HALF] times the cosines and sines of tokens `token` of page number `page`."""
-    i = tl.arange(0, HALF)
-    inside = i < D // 2
-    cos = tl.load(BASE + page * D + i, mask=inside, other=0.0)[:, None]
-    sin = tl.load(BASE + page * D + D // 2 + i, mask=inside, other=0.0)[:, None]
-    at = OFFSET + token[None, :] * D + i[:, None]
-    o_cos = tl.load(at, mask=inside[:, None], other=0.0)
-    o_sin = tl.load(at + D // 2, mask=inside[:, None], other=0.0)
-    bias = tl.zeros([ROWS, BN], tl.float32)
-    bias = _exact_dot(a_high, a_low, cos * o_cos - sin * o_sin, bias, DOT)
-    return _exact_dot(b_high, b_low, sin * o_cos + cos * o_sin, bias, DOT)
-
-
-@triton.jit
 def _unpack(page, to, levels, radii, KIND: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
             first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Write part `first`, `T` of the triplets of the 64 vectors at `page` to rows of D elements at `to`."""
@@ -112,19 +77,17 @@ def _tile(t, segments, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "sink", "first"])
 def flash_kernel(
-    Q, OUT, LSE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, COEF, BASE, OFFSET, scale, count, sink,
-    capacity, first, sc_b, sc_c, sc_h, sq_b, sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t,
-    stk_b, stk_h, stk_t, stv_b, stv_h, stv_t,
+    Q, OUT, LSE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink, capacity, first, sq_b,
+    sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, PAST: tl.constexpr,
-    SLAB: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr,
+    SLAB: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Causal attention over sinks and tail; PAST makes it a continuation of what an earlier call left in OUT and LSE.
 
     SLAB: instead over the packed tokens from number `first` on that `unpack_kernel` wrote to TAIL_K and TAIL_V
     (`capacity` of them at most, of type DOT), all before the queries; normalised to OUT [B, C, H, D], log2-sum-exp2 to
-    LSE [B, C, H] (without a key 0 and `LOWEST`). MEAN (slabs only): add the key mean's part to the scores (`KeyMean`),
-    by products in DOT. Program (row block, the last first, for they take longest; KV head; sequence). WIDTH and HALF:
-    D and half of it, made powers of two. `scale` is above 0.
+    LSE [B, C, H] (without a key 0 and `LOWEST`). Program (row block, the last first, for they take longest; KV head;
+    sequence). WIDTH: D, made a power of two. `scale` is above 0.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
@@ -147,16 +110,6 @@ def flash_kernel(
         acc = tl.load(to, mask=wanted, other=0.0).to(tl.float32)
     n = tl.arange(0, BN)
     gain = tl.zeros([ROWS], tl.float32) + scale * LOG2E
-    if MEAN:
-        f = tl.arange(0, HALF)[None, :]
-        there_f = (c < count)[:, None] & (f < D // 2)
-        coef = COEF + b * sc_b + (c.to(tl.int64) * sc_c + head * sc_h)[:, None] + f
-        a = tl.load(coef, mask=there_f, other=0.0)
-        e = tl.load(coef + D // 2, mask=there_f, other=0.0)
-        top_f = tl.maximum(tl.max(tl.maximum(tl.abs(a), tl.abs(e)), 1), 1e-30)  # no dtype of DOT can overflow
-        lift = (top_f * (scale * LOG2E))[:, None]
-        a_high, a_low = _two(a * (1.0 / top_f)[:, None], DOT)
-        e_high, e_low = _two(e * (1.0 / top_f)[:, None], DOT)
     if SLAB:
         # Queries are divided by their largest coordinate, so that no dtype of DOT can overflow.
         largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
@@ -199,11 +152,6 @@ def flash_kernel(
             k_at += BN * stk_t
             v_at += BN * stv_t
         s = tl.dot(q, k, input_precision="ieee")
-        if MEAN:
-            number = (first + position) // 64
-            token = position % 64 + n
-            bias = _page_bias(a_high, a_low, e_high, e_low, BASE, OFFSET, number, token, D, HALF, ROWS, BN, DOT)
-            s += bias * (lift / gain[:, None])
         if SLAB:
             if valid < BN:
                 s = tl.where(there[None, :], s, float("-inf"))

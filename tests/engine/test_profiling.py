@@ -86,7 +86,8 @@ def test_a_prompt_in_two_chunks() -> None:
     """Copies bring keys and values into the arena; pages are coded after attention, before the output's product."""
     mixing = [
         (NVJET, "projections"), (TURN, "rope and append"), (COPY, "rope and append"), (GATHER, "rope and append"),
-        ("unpack_kernel", "attention"), ("flash_kernel", "attention"), ("flash_kernel", "attention"),
+        ("unpack_kernel", "attention"), ("put_back_kernel", "attention"), ("flash_kernel", "attention"),
+        ("flash_kernel", "attention"),
         (GEMV, "page coding"), (COPY, "page coding"), ("octopus_pages_kernel", "page coding"),
         ("plain_pages_kernel", "page coding"), (COPY, "rope and append"), (NVJET, "projections"), (NORM, "norms"),
         (NVJET, "mlp"), (SWIGLU, "mlp"), (NVJET, "mlp"), (NORM, "norms"),

@@ -176,15 +176,15 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab):
 @pytest.mark.parametrize("name", ["take_out_kernel", "put_back_kernel"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_the_key_mean_compiles_for_hopper(name, dim):
-    import triton
-
     from octo_run.kernels.attention import triton_mean
+    from octo_run.kernels.attention.key_mean import launch_options
     from octo_run.kernels.attention.prefill import Tiling
 
-    kernel, width = getattr(triton_mean, name), triton.next_power_of_2(dim)
-    constants = {"D": dim, "WIDTH": width, "HALF": max(16, triton.next_power_of_2(dim // 2))}
+    options = launch_options(dim)
+    constants = {"D": options["D"], "WIDTH": options["WIDTH"]}
+    tiling = Tiling(0, 0, options["num_warps"], options["num_stages"])
     types = {"K": "bf16", "OUT": "bf16", "SLAB": "fp16", "MEANS": "fp32", "ROTATION": "fp32", "FIRST": "i32"}
-    compiled, stack = compile_for_hopper(kernel, constants, Tiling(0, 0, 4, 3), torch.bfloat16, types=types)
+    compiled, stack = compile_for_hopper(getattr(triton_mean, name), constants, tiling, torch.bfloat16, types=types)
     assert compiled.metadata.shared <= SHARED_MEMORY
     assert stack <= spill_bound("bf16"), f"{stack} bytes of registers spilled"
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from octo_run.kernels import AttentionInputs, attend, attend_reference, page_bytes
-from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients
+from octo_run.kernels.attention.key_mean import (
+    AngleTables,
+    KeyMean,
+    coefficients,
+    launch_options,
+    mean_rows,
+    put_back,
+)
 from octo_run.kernels.codec import KVFormat, TrellisCodec, parse_kv
 from octo_run.kernels.codec.page_layout import pack_block
 
@@ -20,6 +27,7 @@ triton_only = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="Triton kernels need a GPU or TRITON_INTERPRET=1"
 )
 SINK = 64
+LARGE = 3.4  # means of twenty times the energy of the other part of the keys
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +63,7 @@ def _integers(values):
 def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0):
     """Sequences of `lengths` tokens whose last `count` are the queries. Whatever must not be read is NaN, or page 0.
 
-    `mean`: size of the means that the packed keys' logits get back.
+    `mean`: size of the means that the packed keys get back.
     """
     torch.manual_seed(seed)
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
@@ -95,7 +103,8 @@ def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sin
     )
     if mean:
         plain = q.double() @ fmt.k.rotation
-        kv_inputs = replace(kv_inputs, mean=KeyMean(coefficients(plain.float(), means), tables))
+        of_queries = coefficients(plain.float(), means)
+        kv_inputs = replace(kv_inputs, mean=KeyMean(means, fmt.k.rotation.float().contiguous(), tables, of_queries))
     return Case(q, kv_inputs, fmt, want, max(lengths))
 
 
@@ -141,8 +150,10 @@ def run_triton(case):
     batch, count, heads, dim = case.q.shape
     kv = replace(case.kv, **{k: v.to(DEVICE) for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
     if kv.mean is not None:
-        tables = AngleTables(kv.mean.tables.base.to(DEVICE), kv.mean.tables.offset.to(DEVICE))
-        kv = replace(kv, mean=KeyMean(kv.mean.coefficients.to(DEVICE), tables))
+        mean = kv.mean
+        tables = AngleTables(mean.tables.base.to(DEVICE), mean.tables.offset.to(DEVICE))
+        of_queries = mean.coefficients.to(DEVICE) if count == 1 else None  # prefill does without
+        kv = replace(kv, mean=KeyMean(mean.means.to(DEVICE), mean.rotation.to(DEVICE), tables, of_queries))
     q = case.q.to(DEVICE)
     out = torch.full_like(q, float("nan"))
     size = workspace_bytes(batch, heads, kv.pages.shape[1], dim, batch * count) // 4
@@ -172,10 +183,35 @@ def test_reference_adds_the_mean_back(kv, count):
     ("octopus3", 80, 1, 1, torch.bfloat16),
     ("octopus2", 64, 4, 20, torch.float32),
     ("bf16", 64, 2, 20, torch.float16),
+    ("oct3", 80, 4, 20, torch.float16),
 ])  # fmt: skip
 def test_triton_adds_the_mean_back(kv, dim, group, count, dtype):
     case = make_case(kv, [150, 300], count, 2 * group, 2, dim, dtype=dtype, mean=2.0)
     assert relative_error(run_triton(case), case.want) < {torch.float32: 1e-5, torch.float16: 3e-3}.get(dtype, 6e-3)
+
+
+@triton_only
+@pytest.mark.parametrize("dim", [64, 80])
+def test_triton_takes_the_mean_out_and_puts_it_back(dim):
+    from octo_run.kernels.attention.triton_mean import take_out_kernel
+
+    torch.manual_seed(5)
+    tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), SINK, 9)
+    tables = AngleTables(tables.base.to(DEVICE), tables.offset.to(DEVICE))
+    mean = KeyMean(
+        torch.randn(2, 2, dim, device=DEVICE), parse_kv("octopus3", dim).k.rotation.float().to(DEVICE), tables
+    )
+    k, first = torch.randn(2, 2, 3, 64, dim, device=DEVICE), 4  # [sequence or layer, head, page, token, coordinate]
+    rows = mean_rows(mean.means, tables.of_pages(first, 3).flatten(0, 1), mean.rotation).view(k.shape)
+    pages, out = k.transpose(1, 2), torch.empty_like(k.transpose(1, 2), memory_format=torch.contiguous_format)
+    take_out_kernel[(3, 2, 2)](
+        pages, out, mean.means, _integers([first]).to(DEVICE), tables.base, tables.offset, mean.rotation,
+        *pages.stride()[:4], *out.stride()[:3], *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
+    assert torch.allclose(out, (k - rows).transpose(1, 2), atol=1e-5)
+    slab = k.clone()
+    put_back(slab.view(2, 2, -1, dim), _integers([first + 2, 9]).to(DEVICE), first, mean)
+    rows[0, :, 2] = 0  # a page that the first sequence does not have
+    assert torch.allclose(slab, k + rows, atol=1e-5)
 
 
 @pytest.mark.parametrize("kv", ["octopus2", "octopus3", "octopus4", "bf16", "octopus3:bf16", "octopus4:octopus2"])
@@ -219,6 +255,17 @@ def test_misfits_are_named():
         attend(case.q, replace(case.kv, page_table=case.kv.page_table.long()), case.fmt, **good)
     with pytest.raises(ValueError, match="sink positions"):
         attend(case.q, replace(case.kv, sink=65), case.fmt, **good)
+    case = make_case("octopus3", [200], 1, 4, 2, 64, mean=1.0)
+    mean = case.kv.mean
+    for wrong, message in (
+        ({"means": mean.means[:, :1]}, "mean means must be"),
+        ({"rotation": mean.rotation.double()}, "mean rotation must be"),
+        ({"rotation": mean.rotation.T}, "rotation must be contiguous"),
+        ({"of_queries": mean.of_queries[:, :, :2]}, "mean coefficients must be"),
+        ({"of_queries": None}, "needs the coefficients"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(case.q, replace(case.kv, mean=replace(mean, **wrong)), case.fmt, **good)
     with pytest.raises(ValueError, match="out must be"):
         attend(case.q, case.kv, case.fmt, out=case.q[:, :, :1], **good)
 
@@ -264,15 +311,21 @@ def test_triton_prefill(kv, dim, group, dtype):
 
 
 @triton_only
-@pytest.mark.parametrize("mean", [0.0, 3.0])
-def test_triton_prefill_in_several_slabs(mean, monkeypatch):
+@pytest.mark.parametrize(("dim", "mean", "dtype"), [
+    (64, 0.0, torch.float16),
+    (64, LARGE, torch.float16),
+    (96, LARGE, torch.float16),
+    (128, LARGE, torch.float16),
+    (64, LARGE, torch.float32),
+])  # fmt: skip
+def test_triton_prefill_in_several_slabs(dim, mean, dtype, monkeypatch):
     from octo_run.kernels.attention import splits
 
     monkeypatch.setattr(splits, "SLAB_BYTES", 1)  # room for a page in float32, two in fp16
-    case = make_case("octopus3", [40, 64 * 6 + 37, 64 * 3 + 37], 37, 4, 1, 64, dtype=torch.float16, mean=mean)
+    case = make_case("octopus3", [40, 64 * 6 + 37, 64 * 3 + 37], 37, 4, 2, dim, dtype=dtype, mean=mean)
     got = run_triton(case)
     for b in range(3):
-        assert relative_error(got[b], case.want[b]) < 2e-3
+        assert relative_error(got[b], case.want[b]) < (1e-5 if dtype == torch.float32 else 2e-3)
 
 
 @triton_only
