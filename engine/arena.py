@@ -133,6 +133,8 @@ class KVArena:
     def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device, means: "KeyMeans | None" = None) -> None:
         self.shape, self.fmt, self.means = shape, fmt, means
         s = shape
+        if device.type == "cuda":
+            kernels.prepare(fmt, device)
         self.pages = torch.zeros(
             s.sequences * s.max_pages, s.layers, s.kv_heads, s.page_bytes, dtype=torch.uint8, device=device
         )

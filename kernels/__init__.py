@@ -9,6 +9,7 @@ from octo_run.kernels.attention import (
     page_bytes,
 )
 from octo_run.kernels.encode import encode_pages, encode_pages_reference
+from octo_run.kernels.preparation import prepare
 
 __all__ = [
     "PAGE_TOKENS",
@@ -19,4 +20,5 @@ __all__ = [
     "encode_pages",
     "encode_pages_reference",
     "page_bytes",
+    "prepare",
 ]

@@ -29,6 +29,14 @@ def _units(form: TableFormat, device: torch.device) -> Tensor:
     return torch.tensor([8 * form.head_dim**0.5, form.step, 2 / form.step], dtype=torch.float64, device=device)
 
 
+def prepare(form: TableFormat, side: Side, device: torch.device) -> None:
+    """Make what coding K or V keeps on a device."""
+    search_tables(form, device)
+    lane_tables(form, device)
+    inverse_bits(form, side, device)
+    _units(form, device)
+
+
 def encode_fields(y: Tensor, form: TableFormat) -> Tensor:
     """Fields of ``y [L, N, Hkv, 64, d]`` (rotated basis, any strides but the last): uint16 ``[L, N, Hkv, 64, T + 1]``.
 
