@@ -314,9 +314,9 @@ def permute_bytes(a, b, SELECTOR: gl.constexpr):
 
 
 @gluon.jit
-def permute_bytes_by(a, selector):
+def permute_bytes_by(a, b, selector):
     return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [a, selector], dtype=gl.uint32, is_pure=True, pack=1
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=gl.uint32, is_pure=True, pack=1
     )
 
 

@@ -25,7 +25,6 @@ from octo_run.kernels.attention.splits import Workspace, count_splits
 from octo_run.kernels.attention.table_launch import attend_table, takes
 from octo_run.kernels.attention.triton_attend import attend_kernel, merge_kernel
 from octo_run.kernels.codec import KVFormat
-from octo_run.kernels.overlap import early
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,8 +95,7 @@ def attend_triton(
             merge: Callable[..., Any] = merge_kernel[(triton.cdiv(dim, _MERGE_COLUMNS), heads, batch)]
             merge(
                 part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
-                WIDTH=max(16, 1 << (splits - 1).bit_length()), COLUMNS=_MERGE_COLUMNS, **early(q.device),
-                num_warps=4)  # fmt: skip
+                WIDTH=max(16, 1 << (splits - 1).bit_length()), COLUMNS=_MERGE_COLUMNS, num_warps=4)  # fmt: skip
     return out
 
 
@@ -136,5 +134,5 @@ def _launch(
         BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain, SPLIT=splits > 1, FLIP=tiling.flip,
         MEAN=kv.mean is not None, HALF=max(16, triton.next_power_of_2(dim // 2)),
         PTX_K=ptx_immediates(fmt.k, q.dtype, q.device), PTX_V=ptx_immediates(fmt.v, q.dtype, q.device),
-        **early(q.device), num_warps=tiling.warps, num_stages=tiling.stages,
+        num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip

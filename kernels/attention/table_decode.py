@@ -273,45 +273,54 @@ def _page_weights(scores, gammas, log_gammas, inside, running, total, weight, la
 
 
 @gluon.jit
+def _transposed(w):
+    """The x, y and z bytes of four triples: three registers of four bytes."""
+    first = permute_bytes(w[0], w[1], 0x5140)
+    second = permute_bytes(w[2], w[3], 0x5140)
+    z = permute_bytes(permute_bytes(w[0], w[1], 0x62), permute_bytes(w[2], w[3], 0x62), 0x5410)
+    return permute_bytes(first, second, 0x5410), permute_bytes(first, second, 0x7632), z
+
+
+@gluon.jit
 def _values(
-    words, lane_base, lane_base_x, packed, source, selectors, zero, FIRST: gl.constexpr, WIDTH: gl.constexpr,
+    words, lane_base, lane_base_x, packed, source, selector, zero, FIRST: gl.constexpr, WIDTH: gl.constexpr,
     N: gl.constexpr, SLOTS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr,
     OFFSET: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
-    """Weighted sums of a page's values: of WIDTH pairs of slots from FIRST on, three products (one a component) each,
-    for NT blocks of heads. Rows are triplets (slot 2 i in the upper, 2 i + 1 in the lower half), K runs over the
-    tokens."""
+    """Weighted sums of a page's values: of WIDTH pairs of slots from FIRST on, three products (one a component) for
+    half of the tokens each, for NT blocks of heads. Rows are triplets (slot 2 i in the upper, 2 i + 1 in the lower
+    half), K runs over the tokens, four of a lane in a register."""
     sums = repeat(repeat(zero, 4), NT * 3 * WIDTH)
-    for r in gl.static_range(8):
-        if r % 2 == 0:
-            sent = ()
-            for b in gl.static_range(NT):
-                sent = sent + ((shuffle(packed[b][r // 2], source), shuffle(packed[b][r // 2], source + 16)),)
-        triples = ()
+    for half in gl.static_range(2):
+        planes = ()
         for s in gl.static_range(2 * FIRST, 2 * FIRST + 2 * WIDTH):
-            if s < SLOTS:
-                near = value_slot(
-                    words, lane_base, lane_base_x, 2 * r, s, N, B, STATE, SH, SHX, OFFSET, EXTRA_OFFSET, SIGNED
-                )
-                far = value_slot(
-                    words, lane_base, lane_base_x, 2 * r + 1, s, N, B, STATE, SH, SHX, OFFSET, EXTRA_OFFSET, SIGNED
-                )
-            else:
-                near = u32(zero)
-                far = u32(zero)
-            triples = triples + ((near, far),)
+            for four in gl.static_range(2):
+                if s < SLOTS:
+                    w = ()
+                    for i in gl.static_range(4):
+                        w = w + (
+                            value_slot(
+                                words, lane_base, lane_base_x, 8 * half + 4 * four + i, s, N, B, STATE, SH, SHX, OFFSET,
+                                EXTRA_OFFSET, SIGNED,
+                            ),
+                        )  # fmt: skip
+                    planes = planes + (_transposed(w),)
+                else:
+                    planes = planes + ((u32(zero), u32(zero), u32(zero)),)
         new = ()
         for b in gl.static_range(NT):
-            first = permute_bytes_by(sent[b][0], selectors[r % 2])
-            second = permute_bytes_by(sent[b][1], selectors[r % 2])
-            b0 = (first, first << 8, first << 16)
-            b1 = (second, second << 8, second << 16)
+            weights = ()
+            for four in gl.static_range(2):
+                sent = packed[b][2 * half + four]
+                weights = weights + (permute_bytes_by(shuffle(sent, source), shuffle(sent, source + 16), selector),)
             for i in gl.static_range(WIDTH):
                 for c in gl.static_range(3):
-                    upper = triples[2 * i]
-                    lower = triples[2 * i + 1]
-                    four = sums[(b * WIDTH + i) * 3 + c]
-                    new = new + (mma_int8_32(four, upper[0], lower[0], upper[1], lower[1], b0[c], b1[c]),)
+                    new = new + (
+                        mma_int8_32(
+                            sums[(b * WIDTH + i) * 3 + c], planes[4 * i][c], planes[4 * i + 2][c], planes[4 * i + 1][c],
+                            planes[4 * i + 3][c], weights[0], weights[1],
+                        ),
+                    )  # fmt: skip
         sums = new
     return sums
 
@@ -475,7 +484,7 @@ def table_decode_kernel(
         lane_v = shuffle(u32((lane % COPIES_V) * 4), lane)
         lane_xv = shuffle(u32((lane % COPIES_XV) * 4), lane)
     weight = repeat(zero_i.to(gl.float32), NT)
-    selectors = (u32(gl.where(g & 1 == 0, 0x4441, 0x4440)), u32(gl.where(g & 1 == 0, 0x4443, 0x4442)))
+    selector = u32(gl.where(g & 1 == 0, 0x7351, 0x6240))
     source = t * 4 + (g >> 1)
     coef = coefficient_row(coef, stride_ch, lane, first_head, G, D)
     barrier()
@@ -551,7 +560,7 @@ def table_decode_kernel(
         grown = repeat((), NT)
         for first in gl.static_range(0, PAIRS, PASS):
             sums = _values(
-                v_words, lane_v, lane_xv, packed, source, selectors, zero_i, first, min(PASS, PAIRS - first), N, SLOTS,
+                v_words, lane_v, lane_xv, packed, source, selector, zero_i, first, min(PASS, PAIRS - first), N, SLOTS,
                 B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
             )  # fmt: skip
             longer = ()

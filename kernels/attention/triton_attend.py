@@ -9,7 +9,6 @@ softmax running in base 2. Nothing but registers ever holds a decoded key or val
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octo_run.kernels.attention.triton_planes import PLAIN, coordinate, norms, planes
 
@@ -233,7 +232,7 @@ def attend_kernel(
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
     CONTIGUOUS: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
-    PTX_K: tl.constexpr, PTX_V: tl.constexpr, EARLY: tl.constexpr,
+    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
     """Program (split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
 
@@ -241,7 +240,6 @@ def attend_kernel(
     log2-sum-exp2 to LSE [B, H, splits]. ELEMENT is the element type of plain pages. FLIP: all products transposed, keys
     on the side that is a multiple of 16, queries on the other. MEAN: add the key mean's part to the scores of packed
     keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`.
-    EARLY: launched before the kernel in front, which writes the query and its key and value, has ended.
     """
     block = tl.program_id(0)
     h = tl.program_id(1)
@@ -249,9 +247,6 @@ def attend_kernel(
     start = tl.load(STARTS + b)
     packed = tl.load(PACKED + b)
     origin = tl.load(ORIGIN + b)
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     r = tl.arange(0, ROWS)
     head = h * G + r
     real = r < G
@@ -328,18 +323,12 @@ def attend_kernel(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def merge_kernel(
-    PART, LSE, OUT, splits, so_b, so_h, D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
+def merge_kernel(PART, LSE, OUT, splits, so_b, so_h, D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (columns, head, sequence): weighs the `splits` partial outputs by their share of the softmax's sum."""
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     s = tl.arange(0, WIDTH)
     index = (b * tl.num_programs(1) + h) * splits + s
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     lse = tl.load(LSE + index, mask=s < splits, other=float("-inf"))
     w = tl.exp2(lse - tl.max(lse, 0))
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

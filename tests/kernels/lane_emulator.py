@@ -443,7 +443,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "write_shared4_of": lambda address, *words: write_shared_words(address, list(words)),
     "append_nibble": lambda word, x: Value(word.data >> np.uint32(4) | x.data << np.uint32(28), "u32"),
     "permute_bytes": permute,
-    "permute_bytes_by": lambda a, selector: permute(a, 0, selector),
+    "permute_bytes_by": permute,
     "shuffle": shuffle,
     "shuffle_f": shuffle,
     "mma_int8_32": lambda c, a0, a1, a2, a3, b0, b1: product(c, [a0, a1, a2, a3], [b0, b1], "i8"),

@@ -72,7 +72,6 @@ def format_constants(kv, dim, group, dtype, mean):
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
         "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "CONTIGUOUS": kind == 0,
         "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)), "PTX_K": ptx, "PTX_V": ptx,
-        "EARLY": True,
     }  # fmt: skip
     return constants, "i32" if levels.dtype == torch.int32 else "fp32"
 
@@ -95,7 +94,7 @@ def spill_bound(kv):
     if not triton.__version__.startswith("3.6."):
         return 1024
     # The general kernel decodes only those vectors of trellis formats that the table-decode kernel does not take.
-    return 256 if kv in ("oct2", "oct3", "oct4") else 160
+    return 256 if kv in ("oct2", "oct3", "oct4") else 128
 
 
 @pytest.mark.parametrize(
