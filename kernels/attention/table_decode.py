@@ -8,24 +8,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.table_codewords import field, key_norm, key_token, select, value_slot
+from octo_run.kernels.attention.table_codewords import field
 from octo_run.kernels.attention.table_full import blocks_at_once, full_precision, stage_round
 from octo_run.kernels.attention.table_mean import add_mean, coefficient_row, stage_offsets
 from octo_run.kernels.attention.table_parts import combine, divide, merge
+from octo_run.kernels.attention.table_products import (
+    query_bytes,
+    query_words,
+    score_page,
+    split_query,
+    sum_values,
+    weigh_page,
+)
 from octo_run.kernels.lanes import (
     arrive,
     barrier,
     commit_copies,
     copy16,
-    exp2,
     let_next_kernel_start,
     log2,
-    max_over_rows,
-    mma_int8_16,
-    mma_int8_32,
     own_warp,
-    permute_bytes,
-    permute_bytes_by,
     read_scalars,
     read_shared,
     read_shared4,
@@ -33,7 +35,6 @@ from octo_run.kernels.lanes import (
     repeat,
     runs_as,
     shuffle,
-    shuffle_f,
     sync_warp,
     u32,
     wait_for_kernel_before,
@@ -47,19 +48,6 @@ from octo_run.kernels.lanes import (
 def _row_shift(copies):
     """Logarithm of the bytes of a table entry's copies."""
     return int(copies).bit_length() + 1
-
-
-@constexpr_function
-def query_words(head_dim):
-    """Registers of the B operand of the score products: one a slot."""
-    triplets = (int(head_dim) + 2) // 3
-    return 2 * (triplets // 8) + (triplets % 8 > 0) + 2 * (triplets % 8 > 4)
-
-
-@constexpr_function
-def query_bytes(head_dim):
-    """Shared memory for the queries of a block of heads: the operand, a factor and an offset for each lane."""
-    return -(-(query_words(head_dim) + 2) // 4) * 512
 
 
 @gluon.jit
@@ -142,187 +130,6 @@ def _kept(at, COUNT: gl.constexpr):
         a0, a1, a2, a3 = read_shared4(at + c * 512)
         words = words + (a0, a1, a2, a3)
     return words
-
-
-@gluon.jit
-def _query(
-    q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """The B operand of the score products (one register a slot), and the bits of the factor and offset that make logits
-    of its int32 sums.
-
-    A query is a 16-bit number times a scale, held as two int8 halves: column g is half g & 1 (0: high) of head g >> 1.
-    Slots: the two chains of lane t, its extra, its fifth or sixth extra for tiles of even and of odd number.
-    """
-    N: gl.constexpr = (D + 2) // 3 // 8
-    EXTRAS: gl.constexpr = (D + 2) // 3 % 8
-    SLOTS: gl.constexpr = query_words(D)
-    g = lane >> 2
-    t = lane & 3
-    head = first_head + (g >> 1)
-    part = g & 1
-    row = q_ptr + gl.minimum(head, G - 1) * stride_qh
-    peak = gl.full([32 * WARPS], 1e-30, gl.float32, layout=LAYOUT)
-    values = ()
-    for s in gl.static_range(SLOTS):
-        if s < 2 * N:
-            triplet = (2 * t + s // N) * N + s % N
-            good = head < G
-        elif s == 2 * N:
-            triplet = 8 * N + t
-            good = (head < G) & (t < EXTRAS)
-        else:
-            triplet = 8 * N + 4 + t - 2 * (s - 2 * N - 1)
-            good = (head < G) & (t >= 2 * (s - 2 * N - 1)) & (triplet < 8 * N + EXTRAS)
-        for c in gl.static_range(3):
-            value = gl.load(row + triplet * 3 + c, mask=good & (triplet * 3 + c < D), other=0.0).to(gl.float32)
-            values = values + (value,)
-            peak = gl.maximum(peak, gl.maximum(value, -value))
-    peak = gl.maximum(peak, shuffle_f(peak, lane ^ 1))
-    peak = gl.maximum(peak, shuffle_f(peak, lane ^ 2))
-    out = ()
-    total = gl.full([32 * WARPS], 0, gl.int32, layout=LAYOUT)
-    for s in gl.static_range(SLOTS):
-        packed = gl.full([32 * WARPS], 0, gl.uint32, layout=LAYOUT)
-        for c in gl.static_range(3):
-            whole = (values[3 * s + c] * (32512.0 / peak) + 12582912.0).to(gl.int32, bitcast=True) - 0x4B400000
-            if s != 2 * N + 2:  # the extras of slot 2 N + 1 again
-                total += whole
-            high = (whole + 128) >> 8
-            byte = gl.where(part == 0, high, whole - (high << 8))
-            packed = packed | ((u32(byte) & 0xFF) << (8 * c))
-        out = out + (packed,)
-    total += shuffle(u32(total), lane ^ 1).to(gl.int32, bitcast=True)
-    total += shuffle(u32(total), lane ^ 2).to(gl.int32, bitcast=True)
-    # Lane (g, t) of a result speaks for head t; 2^112 undoes the exponent bias of the norms' float32 bits.
-    factor = shuffle_f(peak, t * 8) * (1.0 / 32512.0) * scale * 5.192296858534828e33
-    offset = 0.5 * shuffle(u32(total), t * 8).to(gl.int32, bitcast=True).to(gl.float32) * factor
-    return out + (factor.to(gl.uint32, bitcast=True), offset.to(gl.uint32, bitcast=True))
-
-
-@gluon.jit
-def _scores(
-    words, lane, lane_base, lane_base_x, queries, zero, N: gl.constexpr, EXTRAS: gl.constexpr, B: gl.constexpr,
-    STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
-    NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
-):  # fmt: skip
-    """Logits of 64 tokens for NT blocks of four heads: number 8 b + r is token 8 r + g of head 4 b + t."""
-    out = repeat((), NT)
-    for tile in gl.static_range(4):
-        top = key_token(words, lane_base, lane_base_x, 2 * tile, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED)
-        low = key_token(words, lane_base, lane_base_x, 2 * tile + 1, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED)
-        gammas = ()
-        for h in gl.static_range(2):
-            norm = key_norm(words, 2 * tile + h, N, EXTRAS, B, NORM, WORDS)
-            if EXTRAS == 3:
-                holder = lane | 3
-            else:
-                holder = (lane & 28) | tile
-            gammas = gammas + (shuffle(norm, holder).to(gl.float32, bitcast=True),)
-        grown = ()
-        for b in gl.static_range(NT):
-            qb = queries[b][0]
-            sums = repeat(zero, 4)
-            for s in gl.static_range(N):
-                sums = mma_int8_32(
-                    sums, top[2 * s], low[2 * s], top[2 * s + 1], low[2 * s + 1], qb[2 * s], qb[2 * s + 1]
-                )
-            if EXTRAS > 4:
-                sums = mma_int8_32(
-                    sums, top[2 * N], low[2 * N], top[2 * N + 1], low[2 * N + 1], qb[2 * N], qb[2 * N + 1 + tile % 2]
-                )
-            elif EXTRAS > 0:
-                sums = mma_int8_16(sums, top[2 * N], low[2 * N], qb[2 * N])
-            two = out[b]
-            for h in gl.static_range(2):
-                raw = (sums[2 * h] * 256 + sums[2 * h + 1]).to(gl.float32)
-                two = two + ((raw * queries[b][1] + queries[b][2]) * gammas[h],)
-            grown = grown + (two,)
-        out = grown
-    return out
-
-
-@gluon.jit
-def _page_weights(scores, gammas, log_gammas, inside, running, total, weight, lane):
-    """A page's softmax for one block of heads: its values' weights as pairs of int8, those of the rows 2 i and 2 i + 1
-    in one register, scaled by the page's largest; the new running maximum, sum of weights and sum of scaled weights;
-    what becomes of the old sums and of the page's own."""
-    tops = running * 0.0 - 1e30
-    for r in gl.static_range(8):
-        tops = gl.maximum(tops, scores[r] + log_gammas[r])
-    tops = max_over_rows(gl.where(inside, tops, -1e30), lane)
-    highest = gl.maximum(running, tops)
-    shift = gl.where(inside, tops, 1e30)  # a page beyond the end: all weights zero
-    decay = exp2(running - highest)
-    share = gl.where(inside, exp2(tops - highest), 0.0)
-    p_sum = running * 0.0
-    w_sum = running * 0.0
-    packed = ()
-    for pair in gl.static_range(4):
-        bits = ()
-        for i in gl.static_range(2):
-            p = exp2(scores[2 * pair + i] - shift)
-            p_sum += p
-            rounded = p * gammas[2 * pair + i] * 32512.0 + 12582912.0
-            w_sum += rounded - 12582912.0
-            bits = bits + (rounded.to(gl.uint32, bitcast=True),)
-        both = permute_bytes(bits[0], bits[1], 0x5410)  # neither is negative, so nothing is carried between them
-        packed = packed + (select(both, both + 0x800080, 0xFF00FF),)
-    return packed, highest, total * decay + p_sum * share, weight * decay + w_sum * share, decay, share
-
-
-@gluon.jit
-def _transposed(w):
-    """The x, y and z bytes of four triples: three registers of four bytes."""
-    first = permute_bytes(w[0], w[1], 0x5140)
-    second = permute_bytes(w[2], w[3], 0x5140)
-    z = permute_bytes(permute_bytes(w[0], w[1], 0x62), permute_bytes(w[2], w[3], 0x62), 0x5410)
-    return permute_bytes(first, second, 0x5410), permute_bytes(first, second, 0x7632), z
-
-
-@gluon.jit
-def _values(
-    words, lane_base, lane_base_x, packed, source, selector, zero, FIRST: gl.constexpr, WIDTH: gl.constexpr,
-    N: gl.constexpr, SLOTS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr,
-    OFFSET: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, NT: gl.constexpr,
-):  # fmt: skip
-    """Weighted sums of a page's values: of WIDTH pairs of slots from FIRST on, three products (one a component) for
-    half of the tokens each, for NT blocks of heads. Rows are triplets (slot 2 i in the upper, 2 i + 1 in the lower
-    half), K runs over the tokens, four of a lane in a register."""
-    sums = repeat(repeat(zero, 4), NT * 3 * WIDTH)
-    for half in gl.static_range(2):
-        planes = ()
-        for s in gl.static_range(2 * FIRST, 2 * FIRST + 2 * WIDTH):
-            for four in gl.static_range(2):
-                if s < SLOTS:
-                    w = ()
-                    for i in gl.static_range(4):
-                        w = w + (
-                            value_slot(
-                                words, lane_base, lane_base_x, 8 * half + 4 * four + i, s, N, B, STATE, SH, SHX, OFFSET,
-                                EXTRA_OFFSET, SIGNED,
-                            ),
-                        )  # fmt: skip
-                    planes = planes + (_transposed(w),)
-                else:
-                    planes = planes + ((u32(zero), u32(zero), u32(zero)),)
-        new = ()
-        for b in gl.static_range(NT):
-            weights = ()
-            for four in gl.static_range(2):
-                sent = packed[b][2 * half + four]
-                weights = weights + (permute_bytes_by(shuffle(sent, source), shuffle(sent, source + 16), selector),)
-            for i in gl.static_range(WIDTH):
-                for c in gl.static_range(3):
-                    new = new + (
-                        mma_int8_32(
-                            sums[(b * WIDTH + i) * 3 + c], planes[4 * i][c], planes[4 * i + 2][c], planes[4 * i + 1][c],
-                            planes[4 * i + 3][c], weights[0], weights[1],
-                        ),
-                    )  # fmt: skip
-        sums = new
-    return sums
 
 
 # What differs from call to call is not worth a compilation of its own.
@@ -456,7 +263,7 @@ def table_decode_kernel(
         for b in gl.static_range(NT):
             _keep(
                 u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
-                _query(q_row, stride_qh, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
+                split_query(q_row, stride_qh, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
             )
     if beside:
         _fill_tables(
@@ -510,7 +317,7 @@ def table_decode_kernel(
         for b in gl.static_range(NT):
             kept = _kept(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
             queries = queries + ((kept, scales[b][0], scales[b][1]),)
-        scores = _scores(
+        scores = score_page(
             k_words, lane, lane_k, lane_xk, queries, zero_i, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
             SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
@@ -544,7 +351,7 @@ def table_decode_kernel(
         new_total = ()
         new_weight = ()
         for b in gl.static_range(NT):
-            pairs, highest, mass, heavy, decay, share = _page_weights(
+            pairs, highest, mass, heavy, decay, share = weigh_page(
                 scores[b], gammas, log_gammas, inside, running[b], total[b], weight[b], lane
             )
             packed = packed + (pairs,)
@@ -559,7 +366,7 @@ def table_decode_kernel(
 
         grown = repeat((), NT)
         for first in gl.static_range(0, PAIRS, PASS):
-            sums = _values(
+            sums = sum_values(
                 v_words, lane_v, lane_xv, packed, source, selector, zero_i, first, min(PASS, PAIRS - first), N, SLOTS,
                 B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
             )  # fmt: skip

@@ -12,8 +12,9 @@ from torch import Tensor
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.splits import counter_words, processors
-from octo_run.kernels.attention.table_decode import query_bytes, table_decode_kernel
+from octo_run.kernels.attention.table_decode import table_decode_kernel
 from octo_run.kernels.attention.table_full import row_bytes
+from octo_run.kernels.attention.table_products import query_bytes
 from octo_run.kernels.codec import TrellisCodec
 from octo_run.kernels.overlap import early
 

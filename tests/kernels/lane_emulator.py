@@ -532,7 +532,7 @@ def language() -> types.ModuleType:
 
 PACKAGE = "octo_run.kernels"
 MODULES = ("lanes", "attention.table_codewords", "attention.table_full", "attention.table_mean")
-MODULES += ("attention.table_parts", "attention.table_decode", "encode.lane_search")
+MODULES += ("attention.table_parts", "attention.table_products", "attention.table_decode", "encode.lane_search")
 
 
 @contextmanager
