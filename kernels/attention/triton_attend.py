@@ -283,9 +283,8 @@ def attend_kernel(
     first = 0
     last = tiles
     if SPLIT:
-        each = tl.cdiv(tiles, tl.num_programs(0))
-        first = block * each
-        last = tl.minimum(first + each, tiles)
+        first = block * tiles // tl.num_programs(0)
+        last = (block + 1) * tiles // tl.num_programs(0)
     on = tl.arange(0, BN)
     for t in range(first, tl.minimum(last, page_tiles)):
         page = tl.load(TABLE + b * st_b + t // (64 // BN))
