@@ -33,13 +33,22 @@ ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 LOG2_E = 1.4426950408889634
 
 
+@functools.cache
+def _has_room(device: torch.device) -> bool:
+    """Whether a device has the shared memory for the tables: sm_90 and sm_100 do (228 KiB), sm_80 to 89 and sm_120 do
+    not (at most 164) and take the general kernel."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > 200 * 1024
+
+
 def takes(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int) -> bool:
-    """Whether the kernel applies: decode of 16-bit queries over packed pages, K and V in table formats."""
+    """Whether the kernel applies: decode of 16-bit queries over packed pages, K and V in table formats, on a GPU with
+    the shared memory for their tables."""
     return (
         isinstance(fmt.k, TrellisCodec)
         and isinstance(fmt.v, TrellisCodec)
         and q.shape[1] == 1
-        and q.is_cuda
+        and _has_room(q.device)
         and q.dtype in ELEMENTS
         and len(kv.pages) > 0
         and max_length > kv.sink + PAGE_TOKENS
