@@ -174,12 +174,23 @@ def test_threads_meet_only_at_barriers(
                 worst_error(case)
 
 
-def test_the_launcher_takes_table_formats_alone() -> None:
-    """Which formats this kernel is asked for; on a GPU, so the device is made up."""
+@pytest.mark.parametrize(
+    ("kibibytes", "version", "fits"), [(228, "13.0", True), (164, "13.0", False), (228, None, False)]
+)
+def test_the_launcher_takes_table_formats_alone(
+    monkeypatch: pytest.MonkeyPatch, kibibytes: int, version: str | None, fits: bool
+) -> None:
+    """Which formats this kernel is asked for, and on which GPUs, which are made up: enough shared memory, NVIDIA's."""
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=1024 * kibibytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    table_launch._has_room.cache_clear()
     for kv, taken in (("oct3", True), ("oct3:oct2", True), ("oct3:bf16", False), ("octopus3:oct3", False)):
         case = decode_case(kv, [400], 1, 1, 64)
-        q = SimpleNamespace(shape=case.q.shape, is_cuda=True, dtype=torch.float16)
-        assert table_launch.takes(q, case.kv, case.fmt, 400) is taken
+        for device, there in (("cuda", fits), ("cpu", False)):
+            q = SimpleNamespace(shape=case.q.shape, device=torch.device(device), dtype=torch.float16)
+            assert table_launch.takes(q, case.kv, case.fmt, 400) is (taken and there)
+    table_launch._has_room.cache_clear()
 
 
 def test_emulated_products_are_those_of_matrices() -> None:
