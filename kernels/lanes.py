@@ -31,6 +31,12 @@ def u32(x):
 
 
 @gluon.jit
+def _effect(ASM: gl.constexpr, x):
+    """An instruction that is worth its effect: int32 in ($1), if it wants one, and out ($0)."""
+    return gl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def load_shared(address, OFFSET: gl.constexpr):
     """A word that no thread writes any more: the compiler may move the read."""
     return gl.inline_asm_elementwise(
@@ -224,44 +230,29 @@ def copy16(address, pointer):
 
 @gluon.jit
 def commit_copies(lane):
-    return gl.inline_asm_elementwise(
-        "cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [lane], dtype=gl.uint32, is_pure=False, pack=1
-    )
+    return _effect("cp.async.commit_group; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit
 def wait_for_older_copies(lane):
     """Wait until at most the youngest group of copies is under way; then the warp's copies are visible to all its lanes."""
-    return gl.inline_asm_elementwise(
-        "cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, 0;",
-        "=r,r",
-        [lane],
-        dtype=gl.uint32,
-        is_pure=False,
-        pack=1,
-    )
+    return _effect("cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit
 def wait_for_all_copies(lane):
-    return gl.inline_asm_elementwise(
-        "cp.async.wait_all; mov.u32 $0, 0;", "=r,r", [lane], dtype=gl.uint32, is_pure=False, pack=1
-    )
+    return _effect("cp.async.wait_all; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit
 def sync_warp(lane):
-    return gl.inline_asm_elementwise(
-        "bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r,r", [lane], dtype=gl.uint32, is_pure=False, pack=1
-    )
+    return _effect("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit
 def own_warp(x):
     """The number of the thread's warp as a scalar (from a scalar): a loop that depends on it is each warp's own."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return _effect("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", x)
 
 
 @gluon.jit
@@ -273,9 +264,7 @@ def runs_as(x, WARP: gl.constexpr):
 @gluon.jit
 def let_next_kernel_start(x):
     """Where the next kernel was launched early: it may begin once all programs of this one have come here."""
-    return gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return _effect("griddepcontrol.launch_dependents; mov.u32 $0, 0;", x)
 
 
 @gluon.jit
@@ -284,9 +273,7 @@ def wait_for_kernel_before(x):
 
     A scalar in, a scalar zero out: addresses that it is added to are not read from before.
     """
-    return gl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.u32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return _effect("griddepcontrol.wait; mov.u32 $0, 0;", x)
 
 
 @gluon.jit

@@ -13,8 +13,6 @@ stored bytes reach, and the ratios to the fastest bf16 kernel (ours included) an
 """
 
 import argparse
-import datetime
-import json
 import math
 import multiprocessing
 import os
@@ -22,12 +20,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
 from attention_peers import PEERS, compile_flashinfer
+from bench_report import provenance, save, table
 
 from octo_run.kernels import AttentionInputs, attend, attention_workspace_bytes, encode_pages, page_bytes
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, page_bias
@@ -260,30 +259,26 @@ def measure(shape: Shape, formats: list[str], bandwidth: float) -> list[Row]:
     ]  # fmt: skip
 
 
-def markdown(rows: list[Row], bandwidth: float, errors: dict[str, float]) -> str:
-    """The report: what ran where and when, then the table."""
-    lines = [
+def report(rows: list[Row], bandwidth: float, errors: dict[str, float], run: str) -> str:
+    """What ran where and when (``run``), then the table."""
+    header = ["batch x tokens", "heads x group", "head_dim", "kernel", "us", "GB/s stored", "of copy speed", "to bf16",
+              "to fp8"]  # fmt: skip
+    cells = [
+        (r.shape, r.heads, str(r.head_dim), r.kernel, f"{r.microseconds:.1f}", f"{r.gb_per_s:,.0f}",
+         f"{r.share_of_copy:.0%}", f"{r.ratio_to_bf16:.2f}", "" if r.ratio_to_fp8 is None else f"{r.ratio_to_fp8:.2f}")
+        for r in rows
+    ]  # fmt: skip
+    parts = [
         "# Decode attention, one step of one layer",
-        "",
-        f"`python scripts/bench_attention.py {' '.join(sys.argv[1:])}` on one {torch.cuda.get_device_name()}, torch "
-        f"{torch.__version__}, triton {triton.__version__}, {datetime.date.today()}; copy bandwidth measured in the "
-        f"same run: {bandwidth * 1e-12:.2f} TB/s. Medians of 50 graph replays over rotating buffers; merge and "
-        f"full-precision parts ({SINK} sinks, {NEW} newest tokens) are included in ours. Ratios are to the fastest "
-        "bf16 kernel and to FlashInfer's fp8 kernel at the same shape. `mixed`: sequences of "
-        f"{', '.join(f'{n:,}' for n in MIXED)} tokens.",
-        "",
+        f"{run}; copy bandwidth measured in the same run: {bandwidth * 1e-12:.2f} TB/s. Medians of 50 graph replays"
+        f" over rotating buffers; merge and full-precision parts ({SINK} sinks, {NEW} newest tokens) are included in"
+        " ours. Ratios are to the fastest bf16 kernel and to FlashInfer's fp8 kernel at the same shape. `mixed`:"
+        f" sequences of {', '.join(f'{n:,}' for n in MIXED)} tokens.",
         "Relative errors against float64 attention over the decoded pages (bf16 outputs; worst of three lengths): "
-        + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        + ".",
-        "",
-        "| batch x tokens | heads x group | head_dim | kernel | us | GB/s stored | of copy speed | to bf16 | to fp8 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"{', '.join(f'{name} {error:.1e}' for name, error in errors.items())}.",
+        table(header, cells),
     ]
-    for r in rows:
-        fp8 = "" if r.ratio_to_fp8 is None else f"{r.ratio_to_fp8:.2f}"
-        numbers = f"{r.microseconds:.1f} | {r.gb_per_s:,.0f} | {r.share_of_copy:.0%} | {r.ratio_to_bf16:.2f} | {fp8}"
-        lines.append(f"| {r.shape} | {r.heads} | {r.head_dim} | {r.kernel} | {numbers} |")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
@@ -336,19 +331,16 @@ def main() -> int:
         for other in others:
             other.result()
     print("all formats are right: " + ", ".join(f"{kv} {error:.1e}" for kv, error in errors.items()), flush=True)
-    bandwidth = copy_bandwidth()
-    rows = []
+    bandwidth, run = copy_bandwidth(), provenance(sys.argv, DEVICE, [torch, triton])
+    rows: list[Row] = []
     for shape in shapes:
         rows += measure(shape, formats, bandwidth)
         torch.cuda.empty_cache()
-        report = markdown(rows, bandwidth, errors)  # written as it grows: an interrupted run keeps what it measured
-        if args.markdown:
-            args.markdown.write_text(report, encoding="utf-8")
-        if args.json:
-            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+        text = report(rows, bandwidth, errors, run)
+        save(rows, text, args.json, args.markdown)
         if args.plot:
             plot(rows, bandwidth, args.plot)
-    print(report)
+    print(text)
     return 0
 
 

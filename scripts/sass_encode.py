@@ -9,12 +9,11 @@ Needs Triton with its NVIDIA tools.
 """
 
 import argparse
-import datetime
 import sys
 from pathlib import Path
 
 import triton
-from sass_report import Machine, by_pipe, disassemble
+from sass_report import Machine, by_pipe, disassemble, markdown, save
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -86,18 +85,14 @@ def main() -> int:
     for kv in FORMATS:
         for search, compiled in (("portable", compile_portable), ("by lanes", compile_lanes)):
             rows.append(line(search, kv, disassemble(compiled(kv, args.head_dim).asm["cubin"])))
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    text = markdown(rows)
     print(text)
     if args.markdown:
-        arguments = " ".join(["scripts/sass_encode.py", *sys.argv[1:]])
-        today = datetime.datetime.now(datetime.timezone.utc).date()
-        args.markdown.write_text(
-            f"# Instructions of the encoder's searches\n\n`python {arguments}`, triton {triton.__version__}, compiled"
-            f" for sm_90 without a GPU, {today} (UTC), {args.head_dim} coordinates. Loops with products, the outer one"
-            " > the one within it; sixteen vectors take four warps of the portable search, one of that by lanes.\n\n"
-            f"{text}\n",
-            encoding="utf-8",
+        about = (
+            f", {args.head_dim} coordinates. Loops with products, the outer one > the one within it; sixteen vectors"
+            " take four warps of the portable search, one of that by lanes."
         )
+        save(args.markdown, "Instructions of the encoder's searches", about, text)
     return 0
 
 

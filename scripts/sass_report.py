@@ -185,7 +185,23 @@ def table(reports: list[Report]) -> str:
         lines.append([r.kv + "+mean" * r.mean, str(r.group), str(r.head_dim), str(r.instructions), f"{r.per_token:.1f}",
                       f"{r.per_triplet:.2f}", *(str(r.pipes[name]) for name in PIPES), f"{pipe}: {cycles:.1f}",
                       str(r.registers), str(r.spilled_bytes), str(r.barriers), f"{r.shared_bytes:,}"])  # fmt: skip
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A markdown table; the second line parts the header from the rows."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def save(path: Path, title: str, about: str, text: str) -> None:
+    """Write a report: the command, the compiler and the date, what the table is, the table."""
+    command = " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    path.write_text(
+        f"# {title}\n\n`{command}`, triton {triton.__version__}, compiled for sm_90 without a GPU, {today}"
+        f" (UTC){about}\n\n{text}\n",
+        encoding="utf-8",
+    )
 
 
 def main() -> int:
@@ -201,17 +217,14 @@ def main() -> int:
     text = table(reports)
     print(text)
     if args.markdown:
-        arguments = " ".join(["scripts/sass_report.py", *sys.argv[1:]])
-        today = datetime.datetime.now(datetime.timezone.utc).date()
-        args.markdown.write_text(
-            f"# Instructions of the decode kernel's loop\n\n`python {arguments}`, triton {triton.__version__}, compiled"
-            f" for sm_90 without a GPU, {today} (UTC). A turn of the loop is {TOKENS} tokens of a KV head, by one warp."
+        costs = ", ".join(f"{name} {cost}" for name, (_, cost) in PIPES.items() if cost)
+        about = (
+            f". A turn of the loop is {TOKENS} tokens of a KV head, by one warp."
             " Pipes: instructions of a turn; the busiest one with the cycles that a scheduler's pipe takes for a token,"
-            f" at {', '.join(f'{name} {cost}' for name, (_, cost) in PIPES.items() if cost)} cycles an instruction"
-            " (memory: without bank conflicts, 32 bits a lane, four schedulers to one pipe).\n\n"
-            f"{text}\n",
-            encoding="utf-8",
+            f" at {costs} cycles an instruction (memory: without bank conflicts, 32 bits a lane, four schedulers to one"
+            " pipe)."
         )
+        save(args.markdown, "Instructions of the decode kernel's loop", about, text)
     return 0
 
 

@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from octo_run.kernels.attention.triton_octopus import decode_immediates
 from octo_run.kernels.attention.triton_table import describe
 from octo_run.kernels.blocks import Side, read_map, table_format
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
+from octo_run.kernels.devices import runs_ptx
 
 ELEMENTS: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
@@ -50,14 +50,6 @@ def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int
     if isinstance(codec, PlainCodec):
         return 0, 0, no_table(device), no_table(device)
     raise ValueError(f"there is no attention kernel for the format {codec.name}")
-
-
-@functools.cache
-def runs_ptx(device: torch.device) -> bool:
-    """Whether kernels with PTX for sm_80 run there: an NVIDIA GPU, not interpreted."""
-    if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

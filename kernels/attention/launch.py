@@ -92,8 +92,7 @@ def attend_triton(
             part, lse = room.partials(splits, batch, heads, dim)
         _launch(q, kv, fmt, out, part, lse, splits, scale)
         if splits > 1:
-            merge: Callable[..., Any] = merge_kernel[(triton.cdiv(dim, _MERGE_COLUMNS), heads, batch)]
-            merge(
+            merge_kernel[(triton.cdiv(dim, _MERGE_COLUMNS), heads, batch)](
                 part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
                 WIDTH=max(16, 1 << (splits - 1).bit_length()), COLUMNS=_MERGE_COLUMNS, num_warps=4)  # fmt: skip
     return out

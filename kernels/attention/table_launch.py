@@ -16,7 +16,7 @@ from octo_run.kernels.attention.table_decode import table_decode_kernel
 from octo_run.kernels.attention.table_full import row_bytes
 from octo_run.kernels.attention.table_products import query_bytes
 from octo_run.kernels.codec import TrellisCodec
-from octo_run.kernels.overlap import early
+from octo_run.kernels.devices import early, is_nvidia
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,11 +34,10 @@ LOG2_E = 1.4426950408889634
 
 
 @functools.cache
-def _has_room(device: torch.device) -> bool:
+def has_room(device: torch.device) -> bool:
     """Whether a device has the shared memory for the tables: sm_90 and sm_100 do (228 KiB), sm_80 to 89 and sm_120 do
     not (at most 164) and take the general kernel."""
-    nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return nvidia and torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > 200 * 1024
+    return is_nvidia(device) and torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > 200 * 1024
 
 
 def takes(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int) -> bool:
@@ -48,7 +47,7 @@ def takes(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int) -> boo
         isinstance(fmt.k, TrellisCodec)
         and isinstance(fmt.v, TrellisCodec)
         and q.shape[1] == 1
-        and _has_room(q.device)
+        and has_room(q.device)
         and q.dtype in ELEMENTS
         and len(kv.pages) > 0
         and max_length > kv.sink + PAGE_TOKENS

@@ -75,13 +75,6 @@ def encode_fields_by_lanes(y: Tensor, form: TableFormat) -> Tensor:
     return fields
 
 
-@functools.cache
-def has_lanes(device: torch.device) -> bool:
-    """Whether a device runs `encode_fields_by_lanes`, which finds the same in less than half the time."""
-    nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return nvidia and torch.cuda.get_device_capability(device)[0] >= 8
-
-
 def pack_blocks(fields: Tensor, pages: Tensor, page_ids: Tensor, form: TableFormat, side: Side, at_byte: int) -> None:
     """Write the blocks of `fields` from byte `at_byte` (a multiple of 4) of ``pages[page_ids[n], l, h]`` on."""
     layers, count, kv_heads, tokens, width = fields.shape

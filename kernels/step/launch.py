@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 from torch import Tensor
 
-from octo_run.kernels.overlap import early
+from octo_run.kernels.devices import early
 from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn
 from octo_run.kernels.step.triton_rows import (
     add_rms_norm_kernel,

@@ -8,6 +8,10 @@ import torch
 
 from octo_run.engine import Engine, SamplingParams, plan
 
+if torch.cuda.is_available():  # they need Triton
+    from octo_run.kernels import devices
+    from octo_run.kernels.attention import table_launch
+
 pytestmark = pytest.mark.gpu
 
 TEXT = "I want to book a table for two in San Jose tonight. " * 24
@@ -147,3 +151,12 @@ def test_plan_matches_the_allocator(kv: str, length: int) -> None:
     for _ in engine.generate(ids, SamplingParams(max_tokens=100)):
         pass
     assert torch.cuda.memory_allocated() <= settled
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not a Hopper GPU"
+)
+def test_hopper_gets_the_fast_kernels() -> None:
+    """Other GPUs take general ones, which nothing but the clock would tell."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert devices.runs_ptx(device) and devices.overlaps(device) and table_launch.has_room(device)

@@ -184,13 +184,13 @@ def test_the_launcher_takes_table_formats_alone(
     properties = SimpleNamespace(shared_memory_per_multiprocessor=1024 * kibibytes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     monkeypatch.setattr(torch.version, "cuda", version)
-    table_launch._has_room.cache_clear()
+    table_launch.has_room.cache_clear()
     for kv, taken in (("oct3", True), ("oct3:oct2", True), ("oct3:bf16", False), ("octopus3:oct3", False)):
         case = decode_case(kv, [400], 1, 1, 64)
         for device, there in (("cuda", fits), ("cpu", False)):
             q = SimpleNamespace(shape=case.q.shape, device=torch.device(device), dtype=torch.float16)
             assert table_launch.takes(q, case.kv, case.fmt, 400) is (taken and there)
-    table_launch._has_room.cache_clear()
+    table_launch.has_room.cache_clear()
 
 
 def test_emulated_products_are_those_of_matrices() -> None:

@@ -1,0 +1,35 @@
+"""What a device can run."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+
+def is_nvidia(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU (AMD's are of the type "cuda", too)."""
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
+@functools.cache
+def runs_ptx(device: torch.device) -> bool:
+    """Whether kernels with PTX for sm_80 run there: an NVIDIA GPU, not interpreted."""
+    return (
+        is_nvidia(device)
+        and not triton.knobs.runtime.interpret
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )  # fmt: skip
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one in front of it has ended (programmatic dependent launch): from Hopper
+    on."""
+    return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Constexpr EARLY and launch options of a kernel that waits, where it is told to, for the kernel in front."""
+    return {"EARLY": True, "launch_pdl": True} if overlaps(device) else {"EARLY": False}
