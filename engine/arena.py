@@ -23,6 +23,7 @@ from torch import Tensor
 
 from octo_run import kernels
 from octo_run.errors import OctoError, UsageError
+from octo_run.kernels.attention.key_mean import lane_table_bytes, page_centres
 from octo_run.kernels.codec import KVFormat
 
 if TYPE_CHECKING:
@@ -100,7 +101,16 @@ class ArenaShape:
     @property
     def mean_page_bytes(self) -> int:
         """Bytes that one more page of context takes for the key means' angles."""
-        return 4 * self.head_dim if self.mean_heads else 0
+        if not self.mean_heads:
+            return 0
+        return 4 * self.head_dim + self._lane_tables[0]
+
+    @property
+    def _lane_tables(self) -> tuple[int, int]:
+        """Bytes of the angles as the table-decode kernel reads them: for each page, and beside."""
+        if not self.on_gpu:
+            return 0, 0
+        return lane_table_bytes(self.head_dim, page_centres(self.mean_heads // self.kv_heads, self.head_dim))
 
     @property
     def mean_queries(self) -> int:
@@ -113,12 +123,10 @@ class ArenaShape:
         if not self.mean_heads:
             return 0
         d, pages = self.head_dim, max(self.layers, (self.ring + self.chunk) // PAGE)
-        numbers = d * d + PAGE * d + self.layers * self.sequences * self.kv_heads * d
+        numbers = d * d + (PAGE + 48) * d + self.layers * self.sequences * self.kv_heads * d
         numbers += self.mean_queries * self.mean_heads * d
-        if self.on_gpu:
-            numbers += PAGE * d // 2  # the offsets once more, as the table-decode kernel reads them
         rows = pages * self.kv_heads * PAGE * d * self.dtype.itemsize
-        return 4 * numbers + rows + max(1, self.max_pages) * self.mean_page_bytes
+        return 4 * numbers + self._lane_tables[1] + rows + max(1, self.max_pages) * self.mean_page_bytes
 
     @property
     def full_precision_bytes(self) -> int:

@@ -61,6 +61,7 @@ KERNELS = {
     "merge_kernel": ATTENTION,
     "octopus_pages_kernel": CODING,
     "pack_kernel": CODING,
+    "plain_decode_kernel": ATTENTION,
     "plain_pages_kernel": CODING,
     "put_back_kernel": ATTENTION,
     "qkv_rope_append_kernel": APPEND,

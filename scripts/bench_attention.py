@@ -185,8 +185,8 @@ def check(kv: str, group: int, dim: int) -> float:
             sides.append(torch.cat([sink[b].cpu().double(), packed, tail[b].cpu().double()[:, slots]], 1))
         scores = torch.einsum("hgd,hnd->hgn", q[b, 0].cpu().double().view(heads, group, dim), sides[0]) * dim**-0.5
         if kv_in.mean is not None:
-            tables = AngleTables(kv_in.mean.tables.base.cpu(), kv_in.mean.tables.offset.cpu())
-            bias = page_bias(kv_in.mean.coefficients[b, 0].cpu().double(), tables, 0, count) * dim**-0.5
+            of_queries, tables = kv_in.mean.coefficients[b, 0].cpu().double(), kv_in.mean.tables.to("cpu")
+            bias = page_bias(of_queries, tables, 0, count) * dim**-0.5
             scores[:, :, SINK : SINK + count * PAGE] += bias.view(heads, group, -1)
         want = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), sides[1]).reshape(-1, dim)
         error = float((out[b, 0].cpu().double() - want).norm() / want.norm())

@@ -101,7 +101,7 @@ def check(kv_name: str, chunk: int) -> float:
     moved["pages"] = pages[:, 0]
     if kv.mean is not None:
         means, rotation = kv.mean.means.cpu(), kv.mean.rotation.cpu()
-        tables = AngleTables(kv.mean.tables.base.cpu(), kv.mean.tables.offset.cpu())
+        tables = kv.mean.tables.to("cpu")
         of_queries = coefficients(q.float().cpu() @ rotation, means)
         moved["mean"] = KeyMean(means, rotation, tables, of_queries)
     want = attend_reference(q.double().cpu(), replace(kv, **moved), fmt, scale=DIM**-0.5)

@@ -53,7 +53,7 @@ PIPES = {
     "alu": (("",), 2),
 }
 POINTERS = dict.fromkeys(("q_ptr", "out_ptr", "sink_k_ptr", "sink_v_ptr", "tail_k_ptr", "tail_v_ptr"), "bf16")
-POINTERS |= {"pages_ptr": "u8", "part_ptr": "fp32", "lse_ptr": "fp32", "coef_ptr": "fp32", "base_ptr": "fp32"}
+POINTERS |= {"pages_ptr": "u8", "part_ptr": "fp32", "lse_ptr": "fp32", "coef_ptr": "fp32", "angles_ptr": "fp32"}
 TOKENS = 64
 
 

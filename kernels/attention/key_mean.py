@@ -23,15 +23,17 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
+from octo_run.kernels.attention.splits import head_blocks
 
 
 @dataclass(frozen=True)
 class AngleTables:
     """Cosines, then sines, float32: ``base [pages, d]`` of the positions that pages begin at, ``offset [64, d]`` of the
-    offsets within a page."""
+    offsets within a page, ``half [48, d]`` of the offsets 0.5, 1.5, ..."""
 
     base: Tensor
     offset: Tensor
+    half: Tensor
 
     @classmethod
     def build(cls, inv_freq: Tensor, sink: int, pages: int) -> AngleTables:
@@ -42,27 +44,79 @@ class AngleTables:
             angles = positions.to(torch.float64)[:, None] * freq
             return torch.cat((angles.cos(), angles.sin()), -1).to(torch.float32)
 
+        steps = torch.arange(PAGE_TOKENS, device=freq.device)
         starts = sink + PAGE_TOKENS * torch.arange(max(1, pages), device=freq.device)
-        return cls(table(starts), table(torch.arange(PAGE_TOKENS, device=freq.device)))
+        return cls(table(starts), table(steps), table(steps[:48] + 0.5))
+
+    def to(self, device: torch.device | str) -> AngleTables:
+        """The same tables on a device."""
+        return AngleTables(self.base.to(device), self.offset.to(device), self.half.to(device))
 
     @cached_property
-    def fragments(self) -> Tensor:
-        """The offsets' table as the table-decode kernel multiplies it: int32 [4, d / 16, 32, 4], made once.
+    def _made(self) -> dict[int, LaneTables]:
+        return {}
 
-        Operand registers of lane 4 g + t for sixteen tokens and sixteen columns: tokens g and g + 8 in turn,
-        frequencies ``t * d / 8 + 2 step`` and the next; a register holds (cos - 1, sin) in fp16. The 1 goes in float32.
-        """
-        cos, sin = self.offset.chunk(2, -1)
-        pairs = torch.stack((cos - 1, sin), -1).to(torch.float16).view(torch.int32)[..., 0]  # [64, d / 2]
-        steps = pairs.shape[1] // 8
-        parts = pairs.view(4, 2, 8, 4, steps, 2)  # tile, half of its tokens, g, t, step, second frequency
-        return parts.permute(0, 4, 2, 3, 5, 1).reshape(4, steps, 32, 4).contiguous()
+    def for_lanes(self, centres: int) -> LaneTables:
+        """The tables of the table-decode kernel for pages with 1 or 2 centres, made once."""
+        if centres not in self._made:
+            self._made[centres] = LaneTables.of(self, centres)
+        return self._made[centres]
 
     def of_pages(self, first: int, count: int) -> Tensor:
         """Cosines, then sines, of all positions of ``count`` pages from page ``first`` on: float32 [count, 64, d]."""
         cos, sin = self.base[first : first + count, None].chunk(2, -1)
         o_cos, o_sin = self.offset.chunk(2, -1)
         return torch.cat((cos * o_cos - sin * o_sin, sin * o_cos + cos * o_sin), -1)
+
+
+@dataclass(frozen=True)
+class LaneTables:
+    """What the table-decode kernel reads for a page whose tokens lie evenly around one centre, 31.5, or two, 15.5 and
+    47.5. Frequencies are in four runs, one for each t of a lane 4 g + t, each filled up with zeros to whole steps of
+    four.
+
+    ``angles`` float32 [pages, 2, steps, centres, 4 (t), 4]: cosines, then sines of the centres' positions. ``offsets``
+    int32 [tiles, 2, steps, 32, 4]: operand registers for the sixteen offsets 16 tile + 0.5, ... and four frequencies a
+    lane; offsets g and g + 8 in turn, the first two frequencies, then the others; a register holds two in fp16, first
+    cos - 1, then sin. (The 1 goes in float32.)
+    """
+
+    angles: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, tables: AngleTables, centres: int) -> LaneTables:
+        """From the tables in float32, by way of float64 on the CPU."""
+        reach = PAGE_TOKENS // 2 // centres  # offsets on either side of a centre
+        base, half = tables.base.cpu().to(torch.float64), tables.half.cpu()
+        rows = [reach - 1 + 2 * reach * centre for centre in range(centres)]
+        (cos, sin), (c_cos, c_sin) = base[:, None].chunk(2, -1), half[rows].to(torch.float64).chunk(2, -1)
+        parts = torch.stack((cos * c_cos - sin * c_sin, sin * c_cos + cos * c_sin), 1)  # [pages, 2, centres, d / 2]
+        angles = _in_runs(parts).permute(0, 1, 4, 2, 3, 5).to(torch.float32)
+        near_cos, near_sin = half[:reach].chunk(2, -1)
+        near = _in_runs(torch.stack((near_cos - 1, near_sin)).to(torch.float16))  # [2, reach, t, steps, 4]
+        near = near.reshape(2, reach // 16, 2, 8, 4, -1, 2, 2)
+        pairs = near.view(torch.int32)[..., 0]  # part, tile, half of 16, g, t, step, second two
+        offsets = pairs.permute(1, 0, 5, 3, 4, 6, 2).reshape(reach // 16, 2, -1, 32, 4)
+        device = tables.base.device
+        return cls(angles.contiguous().to(device), offsets.contiguous().to(device))
+
+
+def page_centres(group: int, head_dim: int) -> int:
+    """Centres of a page for ``group`` query heads a KV head: a program with one block of heads has room for two."""
+    return 2 // head_blocks(group, head_dim)[0]
+
+
+def lane_table_bytes(head_dim: int, centres: int) -> tuple[int, int]:
+    """Bytes of `LaneTables`: for each page, and beside."""
+    steps = -(-head_dim // 32)
+    return 2 * steps * centres * 64, 2 // centres * 2 * steps * 512
+
+
+def _in_runs(x: Tensor) -> Tensor:
+    """Frequencies [..., d / 2] in four runs of whole steps: [..., 4, steps, 4]."""
+    runs = x.reshape(*x.shape[:-1], 4, -1)
+    return torch.nn.functional.pad(runs, (0, -runs.shape[-1] % 4)).reshape(*runs.shape[:-1], -1, 4)
 
 
 @dataclass(frozen=True)

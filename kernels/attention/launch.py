@@ -23,18 +23,19 @@ from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.attention.prefill import attend_prefill
 from octo_run.kernels.attention.splits import Workspace, count_splits
 from octo_run.kernels.attention.table_launch import attend_table, takes
-from octo_run.kernels.attention.triton_attend import attend_kernel, merge_kernel
-from octo_run.kernels.codec import KVFormat
+from octo_run.kernels.attention.triton_attend import attend_kernel
+from octo_run.kernels.attention.triton_parts import merge_kernel
+from octo_run.kernels.attention.triton_plain import plain_decode_kernel
+from octo_run.kernels.codec import KVFormat, PlainCodec, TrellisCodec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MERGE_COLUMNS = 16
-
 
 @dataclass(frozen=True)
-class _Tiling:
-    """Tile sizes and launch options: see the constexprs of `attend_kernel` for ROWS, BN, BF, FLIP."""
+class Tiling:
+    """Tile sizes and launch options: see the constexprs of `attend_kernel` for ROWS, BN, BF, FLIP; BF is BN and FLIP
+    is not asked for plain pages. `at_once`: programs that share a multiprocessor."""
 
     rows: int
     keys: int
@@ -42,17 +43,26 @@ class _Tiling:
     flip: bool
     warps: int
     stages: int
+    at_once: int
 
 
 @functools.cache
-def _tiling(dtype: torch.dtype, plain: bool, table: bool, group: int, head_dim: int) -> _Tiling:
-    """One warp a program: what is decoded is decoded once. Only loads of plain pages are worth a pipeline: coded ones
-    go through registers. Chosen by timing on an H200."""
+def coded_tiling(dtype: torch.dtype, table: bool, group: int, head_dim: int) -> Tiling:
+    """One warp a program: what is decoded is decoded once. Chosen by timing on an H200."""
     heads = 1 << (group - 1).bit_length()
     if dtype == torch.float32:
-        return _Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1)
+        return Tiling(max(16, heads), 16, 16, flip=False, warps=4, stages=1, at_once=8)
     keys = 16 if head_dim > 128 or table else 32
-    return _Tiling(max(8, heads), keys, 16, flip=True, warps=1, stages=3 if plain else 1)
+    return Tiling(max(8, heads), keys, 16, flip=True, warps=1, stages=1, at_once=8)
+
+
+@functools.cache
+def plain_tiling(dtype: torch.dtype, group: int, head_dim: int) -> Tiling:
+    """A warp group a program, whose products read keys and values in shared memory; the stages fill it."""
+    heads = 1 << (group - 1).bit_length()
+    if dtype == torch.float32:
+        return Tiling(max(16, heads), 16, 16, flip=True, warps=4, stages=1, at_once=2)
+    return Tiling(max(16, heads), 64, 64, flip=True, warps=4, stages=3, at_once=3 if head_dim <= 128 else 1)
 
 
 def attend_triton(
@@ -67,7 +77,8 @@ def attend_triton(
 ) -> Tensor:
     """`attend` by the Triton kernels (on a GPU, or interpreted). q in fp16, bf16 or fp32.
 
-    16-bit inputs are multiplied in fp16: coordinates of K and V beyond 65504, the fp16 range, are not supported.
+    Beside coded pages 16-bit inputs are multiplied in fp16: coordinates of K and V beyond 65504, the fp16 range, are
+    not supported there.
     """
     check(q, kv, fmt, out)
     if q.dtype not in ELEMENTS:
@@ -80,58 +91,80 @@ def attend_triton(
         if takes(q, kv, fmt, max_length):
             room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device)
             attend_table(q, kv, fmt, out, room, scale=scale, max_length=max_length)
-            return out
-        if count > 1:
+        elif count > 1:
             room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device, batch * count, max_length)
             attend_prefill(q, kv, fmt, out, room, scale=scale, max_length=max_length)
-            return out
-        splits = count_splits(batch, kv_heads, max_length)
-        part = lse = no_table(q.device)  # unused without splits
-        if splits > 1:
-            room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device)
-            part, lse = room.partials(splits, batch, heads, dim)
-        _launch(q, kv, fmt, out, part, lse, splits, scale)
-        if splits > 1:
-            merge_kernel[(triton.cdiv(dim, _MERGE_COLUMNS), heads, batch)](
-                part, lse, out, splits, out.stride(0), out.stride(2), D=dim,
-                WIDTH=max(16, 1 << (splits - 1).bit_length()), COLUMNS=_MERGE_COLUMNS, num_warps=4)  # fmt: skip
+        else:
+            _decode(q, kv, fmt, out, workspace, scale, max_length)
     return out
 
 
-def _launch(
-    q: Tensor,
-    kv: AttentionInputs,
-    fmt: KVFormat,
-    out: Tensor,
-    part: Tensor,
-    lse: Tensor,
-    splits: int,
-    scale: float,
+def _is_plain(q: Tensor, kv: AttentionInputs, fmt: KVFormat) -> bool:
+    """Whether pages hold plain vectors alone, of the type of the queries."""
+    return kv.mean is None and all(isinstance(c, PlainCodec) and c.dtype == q.dtype for c in (fmt.k, fmt.v))
+
+
+def _decode(
+    q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Tensor | None, scale: float, max_length: int
 ) -> None:
-    """The general decode kernel."""
+    """The parts of the contexts, then the merge."""
     batch, _, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
+    plain = _is_plain(q, kv, fmt)
+    table = any(isinstance(codec, TrellisCodec) for codec in (fmt.k, fmt.v))
+    tiling = plain_tiling(q.dtype, group, dim) if plain else coded_tiling(q.dtype, table, group, dim)
+    splits = count_splits(batch, kv_heads, max_length, tiling.at_once)
+    programs = splits * batch
+    part = lse = no_table(q.device)  # unused without splits
+    if splits > 1:
+        part, lse = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device).partials(programs, heads, dim)
+    division = (kv.num_packed, kv.starts, kv.tail_origin)
+    sizes = (kv.sink, kv.tail_k.shape[2], batch, programs)
+    strides = (
+        *kv.pages.stride()[:2], kv.page_table.stride(0), *kv.sink_k.stride()[:3], *kv.sink_v.stride()[:3],
+        *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3],
+    )  # fmt: skip
+    ends = (*q.stride()[:3:2], *out.stride()[:3:2])
+    full = (kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v)
+    shared: dict[str, Any] = {
+        "G": group, "D": dim, "ROWS": tiling.rows, "BN": tiling.keys, "SPLIT": splits > 1,
+        "BATCH": 1 if batch == 1 else max(16, triton.next_power_of_2(batch)), "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }  # fmt: skip
+    launch: Callable[..., Any]
+    if plain:
+        launch = plain_decode_kernel[(kv_heads, programs)]
+        launch(q, out, part, lse, kv.pages, kv.page_table, *division, *full, scale, *sizes, *ends, *strides,
+               WIDTH=max(16, triton.next_power_of_2(dim)), **shared)  # fmt: skip
+    else:
+        launch = attend_kernel[(kv_heads, programs)]
+        constants, tables = _coded(q, kv, fmt)
+        launch(q, out, part, lse, kv.pages, kv.page_table, *division, *full, *tables, scale, *sizes,
+               *((0, 0) if kv.mean is None else kv.mean.coefficients.stride()[:3:2]), *ends, *strides,
+               BF=tiling.full_keys, FLIP=tiling.flip, **constants, **shared)  # fmt: skip
+    if splits > 1:
+        # One sequence has many parts; several have few.
+        columns, parts = (16, 64) if batch == 1 else (min(128, triton.next_power_of_2(dim)), 8)
+        merge_kernel[(triton.cdiv(dim, columns), heads, batch)](
+            part, lse, out, *division, *sizes, *out.stride()[:3:2], D=dim, BATCH=shared["BATCH"], BN=tiling.keys,
+            BF=tiling.full_keys, AT_ONCE=parts, COLUMNS=columns, num_warps=4)  # fmt: skip
+
+
+def _coded(q: Tensor, kv: AttentionInputs, fmt: KVFormat) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """What `attend_kernel` takes for its formats and the key mean: constexprs, and tables."""
+    dim = q.shape[-1]
     kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, "k", q.device)
     kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, "v", q.device)
-    plain = kind_k == 0 and kind_v == 0
-    tiling = _tiling(q.dtype, plain, 2 in (kind_k, kind_v), group, dim)
     first, second = part_widths(dim)
     coef = base = offset = no_table(q.device)
     if kv.mean is not None:
         coef, base, offset = kv.mean.coefficients, kv.mean.tables.base, kv.mean.tables.offset
-    launch: Callable[..., Any] = attend_kernel[(splits, kv_heads, batch)]
-    launch(
-        q, out, part, lse, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin,
-        kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v, levels_k, radii_k, levels_v, radii_v, coef, base,
-        offset, scale, splits, kv.sink, kv.tail_k.shape[2],
-        *((0, 0) if kv.mean is None else coef.stride()[:3:2]), *q.stride()[:3:2], *out.stride()[:3:2],
-        *kv.pages.stride()[:2], kv.page_table.stride(0), *kv.sink_k.stride()[:3], *kv.sink_v.stride()[:3],
-        *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], G=group, D=dim, KIND_K=kind_k, KIND_V=kind_v,
-        BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
-        ELEMENT=page_element(fmt), DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, ROWS=tiling.rows,
-        BN=tiling.keys, BF=tiling.full_keys, T0=first, T1=second, CONTIGUOUS=plain, SPLIT=splits > 1, FLIP=tiling.flip,
-        MEAN=kv.mean is not None, HALF=max(16, triton.next_power_of_2(dim // 2)),
-        PTX_K=ptx_immediates(fmt.k, q.dtype, q.device), PTX_V=ptx_immediates(fmt.v, q.dtype, q.device),
-        num_warps=tiling.warps, num_stages=tiling.stages,
-    )  # fmt: skip
+    constants = {
+        "KIND_K": kind_k, "KIND_V": kind_v, "BYTES_K": fmt.k.bytes_per_vector, "BYTES_V": fmt.v.bytes_per_vector,
+        "BITS_K": bits_k, "BITS_V": bits_v, "ELEMENT": page_element(fmt),
+        "DOT": tl.float32 if q.dtype == torch.float32 else tl.float16, "T0": first, "T1": second,
+        "MEAN": kv.mean is not None, "HALF": max(16, triton.next_power_of_2(dim // 2)),
+        "PTX_K": ptx_immediates(fmt.k, q.dtype, q.device), "PTX_V": ptx_immediates(fmt.v, q.dtype, q.device),
+    }  # fmt: skip
+    return constants, (levels_k, radii_k, levels_v, radii_v, coef, base, offset)

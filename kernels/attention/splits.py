@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 
-MAX_SPLITS = 512
 PROGRAMS_PER_PROCESSOR = 8
+"""Partial results that the workspace has room for."""
 TOKENS_PER_SPLIT = 64
 """A split shorter than this costs more in the merge than it saves."""
-
+START_TOKENS = 128
+"""Tokens that take as long as the beginning and the end of a program."""
 
 SLAB_BYTES = 64 * 2**20
 """Of the workspace: packed keys and values that prefill has decoded at a time."""
@@ -26,15 +28,37 @@ def processors() -> int:
     return 4
 
 
-def most_splits(batch: int, kv_heads: int) -> int:
-    """Programs along the context for one sequence and KV head that the workspace has room for."""
-    return max(1, processors() * PROGRAMS_PER_PROCESSOR // (batch * kv_heads))
+def _partials(batch: int, kv_heads: int) -> int:
+    """Partial results of a KV head's queries that the workspace has room for."""
+    return max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)
 
 
-def count_splits(batch: int, kv_heads: int, max_length: int) -> int:
-    """Programs along the context for one decode step, a function of shapes alone (so that graphs can be captured)."""
-    useful = -(-max_length // TOKENS_PER_SPLIT)
-    return max(1, min(most_splits(batch, kv_heads), useful, MAX_SPLITS))
+def count_splits(batch: int, kv_heads: int, max_length: int, at_once: int) -> int:
+    """Parts of a context in one decode step, if all are equally long, of programs of which `at_once` share a
+    multiprocessor: a function of shapes alone (so that graphs can be captured)."""
+    lanes = batch * kv_heads
+    most = min(_partials(batch, kv_heads) // lanes, -(-max_length // TOKENS_PER_SPLIT))
+    return _best_splits(lanes, max_length, processors() * at_once, max(1, most), 1.08 if batch > 1 else 1)
+
+
+@functools.cache
+def _best_splits(lanes: int, length: int, slots: int, most: int, tolerance: float) -> int:
+    """The most parts whose time, by a model, is at most `tolerance` times the least: several sequences, which may be
+    unequal, had better have more."""
+
+    def cost(splits: int) -> float:
+        return -(-lanes * splits // slots) * (length / splits + START_TOKENS)
+
+    costs = {splits: cost(splits) for splits in range(1, most + 1)}
+    bound = min(costs.values()) * tolerance
+    return max(splits for splits, time in costs.items() if time <= bound)
+
+
+def head_blocks(group: int, head_dim: int) -> tuple[int, int]:
+    """(blocks of four heads in a program of the table-decode kernel, programs) that serve the query heads of a KV
+    head."""
+    blocks = 1 if group <= 4 or head_dim > 128 else 2  # registers allow no more
+    return blocks, -(-group // (4 * blocks))
 
 
 def counter_words() -> int:
@@ -44,7 +68,7 @@ def counter_words() -> int:
 
 def _words(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int, length: int | None) -> tuple[int, int]:
     """32-bit words of a workspace: its first part, and the slab."""
-    parts = max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)  # splits * batch * kv_heads stays within
+    parts = _partials(batch, kv_heads)
     first = counter_words() + max(parts * (heads // kv_heads) * (head_dim + 1), queries * heads)
     page = 2 * batch * kv_heads * PAGE_TOKENS * head_dim  # of each sequence and head, in float32
     slab = max(SLAB_BYTES // 4, page)
@@ -86,7 +110,7 @@ class Workspace:
         flat, words = whole.view(-1), counter_words()
         return cls(flat[:words].view(torch.int32), flat[words:first], flat[first:size])
 
-    def partials(self, splits: int, batch: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Room for the splits' outputs and log-sum-exps."""
-        rows = batch * heads * splits
+    def partials(self, parts: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Room for the outputs and log-sum-exps of `parts` parts of contexts."""
+        rows = parts * heads
         return self.rest[: rows * head_dim], self.rest[rows * head_dim : rows * (head_dim + 1)]

@@ -10,7 +10,17 @@ from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.table_codewords import field
 from octo_run.kernels.attention.table_full import blocks_at_once, full_precision, stage_round
-from octo_run.kernels.attention.table_mean import add_mean, coefficient_row, stage_offsets
+from octo_run.kernels.attention.table_mean import (
+    add_biases,
+    angle_bytes,
+    fetch_angles,
+    mean_bytes,
+    page_biases,
+    read_angles,
+    run_steps,
+    stage_offsets,
+    write_coefficients,
+)
 from octo_run.kernels.attention.table_parts import combine, divide, merge
 from octo_run.kernels.attention.table_products import (
     query_bytes,
@@ -136,7 +146,7 @@ def _kept(at, COUNT: gl.constexpr):
 @gluon.jit(do_not_specialize=["stride_table", "sink", "capacity", "batch", "parts", "processors"])
 def table_decode_kernel(
     q_ptr, pages_ptr, page_table_ptr, num_packed_ptr, starts_ptr, origin_ptr, sink_k_ptr, sink_v_ptr, tail_k_ptr,
-    tail_v_ptr, table_k_ptr, table_v_ptr, coef_ptr, base_ptr, fragments_ptr, out_ptr, part_ptr, lse_ptr, counters_ptr,
+    tail_v_ptr, table_k_ptr, table_v_ptr, coef_ptr, angles_ptr, offsets_ptr, out_ptr, part_ptr, lse_ptr, counters_ptr,
     stride_qb, stride_qh, stride_page, stride_head, stride_table, stride_ob, stride_oh,
     stride_skb, stride_skh, stride_skt, stride_svb, stride_svh, stride_svt,
     stride_tkb, stride_tkh, stride_tkt, stride_tvb, stride_tvh, stride_tvt, stride_cb, stride_ch,
@@ -150,11 +160,10 @@ def table_decode_kernel(
 ):  # fmt: skip
     """Programs: (KV head and block of 4 NT query heads, part of a context).
 
-    ONE_TABLE: K and V have one format. MEAN: 1 with the key mean, 2 with its offsets' table in shared memory. EARLY: it
-    may be launched before the kernel in front has ended. Shared memory: K's table, its extra triplets' table; V's
-    likewise if it has its own; a stage of a K and a V block for each warp; the queries; four words that say what the
-    program does; the offsets' table; in what remains, full-precision tokens if they fit, else these go where the table
-    is to come.
+    ONE_TABLE: K and V have one format. MEAN: with the key mean. EARLY: it may be launched before the kernel in front
+    has ended. Shared memory: K's table, its extra triplets' table; V's likewise if it has its own; a stage of a K and a
+    V block for each warp; the queries; four words that say what the program does; what the key mean takes; in what
+    remains, full-precision tokens if they fit, else these go where the table is to come.
     """
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8
@@ -180,7 +189,9 @@ def table_decode_kernel(
     QUERY_BYTES: gl.constexpr = query_bytes(D)
     PLACE_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES
     OFFSETS_AT: gl.constexpr = PLACE_AT + 16
-    SPARE_AT: gl.constexpr = OFFSETS_AT + (128 * D if MEAN == 2 else 0)
+    COEF_AT: gl.constexpr = OFFSETS_AT + NT * run_steps(D) * 1024
+    ANGLES_AT: gl.constexpr = COEF_AT + NT * run_steps(D) * 512
+    SPARE_AT: gl.constexpr = OFFSETS_AT + (mean_bytes(D, NT, WARPS) if MEAN else 0)
     SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
     FULL_V: gl.constexpr = (16 * N * (B_V + 3 * SIGNED_V) + 31) // 32
@@ -233,11 +244,15 @@ def table_decode_kernel(
     # A block is fetched as soon as the one before it is in registers; ids are read a page earlier.
     k_stage = u32(STAGES_AT + warp * (64 * (BPV_K + BPV_V)))
     v_stage = k_stage + 64 * BPV_K
+    angles_stage = u32(ANGLES_AT + warp * angle_bytes(D, NT))
+    if MEAN:
+        first_page = gl.minimum(begin + warp, last)
+        fetch_angles(angles_stage, angles_ptr + first_page * (angle_bytes(D, NT) // 4), lane, D, NT)
     _fetch(k_stage, pages + page_id.to(gl.int64) * stride_page, lane, BPV_K)
     _fetch(v_stage, pages + page_id.to(gl.int64) * stride_page + 64 * BPV_K, lane, BPV_V)
 
-    if MEAN == 2:
-        stage_offsets(fragments_ptr, tid, OFFSETS_AT, D, 32 * WARPS)
+    if MEAN:
+        stage_offsets(offsets_ptr, tid, OFFSETS_AT, D, NT, 32 * WARPS)
     after = 0
     if EARLY:
         let_next_kernel_start(seq)
@@ -259,6 +274,8 @@ def table_decode_kernel(
         sink_k, sink_v, tail_k, tail_v, stride_skt, stride_svt, stride_tkt, stride_tvt, n_sink, count, first_slot,
         capacity, split, splits, 0, mine, room, full_at, tid, D, WARPS,
     )  # fmt: skip
+    if MEAN:
+        write_coefficients(coef, stride_ch, tid, first_head, COEF_AT, G, D, NT, 32 * WARPS)
     if runs_as(seq, WARPS - 1):  # the last warp has the fewest full-precision tokens
         for b in gl.static_range(NT):
             _keep(
@@ -293,7 +310,6 @@ def table_decode_kernel(
     weight = repeat(zero_i.to(gl.float32), NT)
     selector = u32(gl.where(g & 1 == 0, 0x7351, 0x6240))
     source = t * 4 + (g >> 1)
-    coef = coefficient_row(coef, stride_ch, lane, first_head, G, D)
     barrier()
     scales = ()
     for b in gl.static_range(NT):
@@ -311,8 +327,15 @@ def table_decode_kernel(
         next_id = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
         wait_for_older_copies(lane)
         k_words = _words(k_stage, lane, WORDS_K)
+        if MEAN:
+            angles = read_angles(angles_stage, lane, D, NT)
         sync_warp(lane)
+        if MEAN:
+            next_page = gl.minimum(page + WARPS, last)
+            fetch_angles(angles_stage, angles_ptr + next_page * (angle_bytes(D, NT) // 4), lane, D, NT)
         _fetch(k_stage, next_block, lane, BPV_K)
+        if MEAN:
+            biases = page_biases(angles, lane, OFFSETS_AT, COEF_AT, D, NT)
         queries = ()
         for b in gl.static_range(NT):
             kept = _kept(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
@@ -322,10 +345,7 @@ def table_decode_kernel(
             SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
         if MEAN:
-            scores = add_mean(
-                scores, coef, base_ptr, fragments_ptr, gl.minimum(page, last), lane, scale_log2, D, NT, OFFSETS_AT,
-                MEAN == 2,
-            )  # fmt: skip
+            scores = add_biases(scores, biases, scale_log2, NT)
         wait_for_older_copies(lane)
         v_words = _words(v_stage, lane, FULL_V)
         for w in gl.static_range(FULL_V, ALL_V):

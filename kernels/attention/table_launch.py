@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels.attention.inputs import AttentionInputs
+from octo_run.kernels.attention.key_mean import page_centres
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
-from octo_run.kernels.attention.splits import counter_words, processors
+from octo_run.kernels.attention.splits import counter_words, head_blocks, processors
 from octo_run.kernels.attention.table_decode import table_decode_kernel
 from octo_run.kernels.attention.table_full import row_bytes
+from octo_run.kernels.attention.table_mean import mean_bytes
 from octo_run.kernels.attention.table_products import query_bytes
 from octo_run.kernels.codec import TrellisCodec
 from octo_run.kernels.devices import early, is_nvidia
@@ -52,12 +54,6 @@ def takes(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int) -> boo
         and len(kv.pages) > 0
         and max_length > kv.sink + PAGE_TOKENS
     )
-
-
-def head_blocks(group: int, head_dim: int) -> tuple[int, int]:
-    """(blocks of four heads in a program, programs) that serve the query heads of a KV head."""
-    blocks = 1 if group <= 4 or head_dim > 128 else 2  # registers allow no more
-    return blocks, -(-group // (4 * blocks))
 
 
 @functools.cache
@@ -117,10 +113,9 @@ def constants(
     blocks = head_blocks(group, k.head_dim)[0]
     threads = 32 * WARPS
     stages = WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
-    copies_k, copies_v, size = table_copies(k, v, stages + blocks * int(query_bytes(k.head_dim)) + 16)
-    offsets = 128 * k.head_dim if mean else 0
-    staged = size + offsets <= SHARED_BYTES
-    size += offsets if staged else 0
+    other = stages + blocks * int(query_bytes(k.head_dim)) + 16
+    other += int(mean_bytes(k.head_dim, blocks, WARPS)) if mean else 0
+    copies_k, copies_v, size = table_copies(k, v, other)
     size = min(SHARED_BYTES, size + SPARE_BLOCKS * 32 * int(row_bytes(k.head_dim)))
     fixed: dict[str, int | str] = {
         "HKV": kv_heads,
@@ -131,7 +126,7 @@ def constants(
         "NT": blocks,
         "PASS": 3 if k.head_dim <= 128 else 2,
         "ELEMENT": element,
-        "MEAN": (2 if staged else 1) if mean else 0,
+        "MEAN": int(mean),
         "WARPS": WARPS,
         "SMEM_WORDS": -(-size // (4 * threads)) * threads,
         "BATCHED": int(batched),
@@ -164,13 +159,14 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     parts = count_parts(lanes, pages, max(1, counter_words() // lanes), processors())
     # Sequences of unequal lengths are cut in up to this many parts, see `table_parts.divide`.
     grid = parts if batch == 1 else max(parts * batch, 4 * processors() // programs + batch)
-    part, lse = workspace.partials(grid, 1, heads, dim)
+    part, lse = workspace.partials(grid, heads, dim)
     mean: tuple[Tensor, ...] = (part, part, table_k)  # unused
     mean_strides = (0, 0)
     if kv.mean is not None:
-        coefficients, tables = kv.mean.coefficients, kv.mean.tables
+        coefficients = kv.mean.coefficients
+        tables = kv.mean.tables.for_lanes(page_centres(group, dim))
         mean, mean_strides = (
-            (coefficients, tables.base, tables.fragments),
+            (coefficients, tables.angles, tables.offsets),
             (coefficients.stride(0), coefficients.stride(2)),
         )
     launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]

@@ -1,4 +1,4 @@
-"""Triton kernels of decode attention over the arena, for every format: one split over the context, and the merge.
+"""Triton kernel of decode attention over the arena, for every format, alone or mixed.
 
 One program serves the query heads of one KV head: its rows are the heads of the group, padded to a power of two.
 It walks over tiles of keys, first those of packed pages, then the full-precision ones (sinks, tail), and keeps a
@@ -10,7 +10,8 @@ softmax running in base 2. Nothing but registers ever holds a decoded key or val
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_planes import PLAIN, coordinate, norms, planes
+from octo_run.kernels.attention.triton_parts import full_segments, full_tile, full_tiles, my_part
+from octo_run.kernels.attention.triton_planes import PLAIN, norms, planes
 
 LOWEST = tl.constexpr(-1e30)
 """Starting maximum: finite, so that a program without a key subtracts no infinities."""
@@ -35,27 +36,22 @@ def _along(v, FLIP: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(at, keep, i, first: tl.constexpr, T: tl.constexpr, D: tl.constexpr, CONTIGUOUS: tl.constexpr):
+def _load_rows(at, keep, i, first: tl.constexpr, D: tl.constexpr):
     """Three float32 planes of the queries at pointers `at`, one a row; `i` counts triplets the other way."""
-    cx = coordinate(i, 0, first, T, CONTIGUOUS)
-    cy = coordinate(i, 1, first, T, CONTIGUOUS)
-    cz = coordinate(i, 2, first, T, CONTIGUOUS)
-    x = tl.load(at + cx, mask=keep & (cx < D), other=0.0).to(tl.float32)
-    y = tl.load(at + cy, mask=keep & (cy < D), other=0.0).to(tl.float32)
-    z = tl.load(at + cz, mask=keep & (cz < D), other=0.0).to(tl.float32)
+    column = 3 * (first + i)
+    x = tl.load(at + column, mask=keep & (column < D), other=0.0).to(tl.float32)
+    y = tl.load(at + column + 1, mask=keep & (column + 1 < D), other=0.0).to(tl.float32)
+    z = tl.load(at + column + 2, mask=keep & (column + 2 < D), other=0.0).to(tl.float32)
     return x, y, z
 
 
 @triton.jit
-def _store_rows(at, keep, i, acc, over, first: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-                CONTIGUOUS: tl.constexpr):  # fmt: skip
+def _store_rows(at, keep, i, acc, over, first: tl.constexpr, D: tl.constexpr):
     """The opposite of `_load_rows`, in the element type of `at`; `over` multiplies the rows."""
-    cx = coordinate(i, 0, first, T, CONTIGUOUS)
-    cy = coordinate(i, 1, first, T, CONTIGUOUS)
-    cz = coordinate(i, 2, first, T, CONTIGUOUS)
-    tl.store(at + cx, (acc[0] * over).to(at.dtype.element_ty), mask=keep & (cx < D))
-    tl.store(at + cy, (acc[1] * over).to(at.dtype.element_ty), mask=keep & (cy < D))
-    tl.store(at + cz, (acc[2] * over).to(at.dtype.element_ty), mask=keep & (cz < D))
+    column = 3 * (first + i)
+    tl.store(at + column, (acc[0] * over).to(at.dtype.element_ty), mask=keep & (column < D))
+    tl.store(at + column + 1, (acc[1] * over).to(at.dtype.element_ty), mask=keep & (column + 1 < D))
+    tl.store(at + column + 2, (acc[2] * over).to(at.dtype.element_ty), mask=keep & (column + 2 < D))
 
 
 @triton.jit
@@ -93,16 +89,16 @@ def _dot(rows, tile, acc, FLIP: tl.constexpr):
 def _stored(
     paged, page, page_row, first_row, full, full_row, stride, i, levels, radii, KIND: tl.constexpr,
     BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, first: tl.constexpr, T: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr,
+    DOT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Planes of part `first`, `T` of a tile: rows of a page (`page_row`, from `first_row` on) if `paged`, else
     full-precision ones (zero for row -1)."""
     if paged:
         x, y, z = planes(page, page_row, first_row, i, D, page_row >= 0, levels, radii, KIND, BYTES, BITS, D, first, T,
-                         CONTIGUOUS, DOT, PTX)  # fmt: skip
+                         DOT, PTX)  # fmt: skip
     else:
         x, y, z = planes(full, full_row, 0, i, stride, full_row >= 0, levels, radii, PLAIN, 0, 0, D, first, T,
-                         CONTIGUOUS, DOT, None)  # fmt: skip
+                         DOT, None)  # fmt: skip
     return x, y, z
 
 
@@ -149,7 +145,7 @@ def _tile(
     q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, first_row, kfull, vfull, full_row, kstride, vstride,
     visible, levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr, T1:
-    tl.constexpr, CONTIGUOUS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MASKED:
+    tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MASKED:
     tl.constexpr, FLIP: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BN stored vectors: from `first_row` of a page on if `paged`, else `full_row`.
@@ -166,12 +162,12 @@ def _tile(
     pr = _along(page_row, FLIP)
     fr = _along(full_row, FLIP)
     x, y, z = _stored(paged, kpage, pr, first_row, kfull, fr, kstride, _across(i0, FLIP), levels_k, radii_k, KIND_K,
-                      BYTES_K, BITS_K, D, 0, T0, CONTIGUOUS, DOT, PTX_K)  # fmt: skip
+                      BYTES_K, BITS_K, D, 0, T0, DOT, PTX_K)  # fmt: skip
     s = _dot(q0[2], z, _dot(q0[1], y, _dot(q0[0], x, s, FLIP), FLIP), FLIP)
     if T1 > 0:
         i1 = tl.arange(0, T1)
         x, y, z = _stored(paged, kpage, pr, first_row, kfull, fr, kstride, _across(i1, FLIP), levels_k, radii_k, KIND_K,
-                          BYTES_K, BITS_K, D, T0, T1, CONTIGUOUS, DOT, PTX_K)  # fmt: skip
+                          BYTES_K, BITS_K, D, T0, T1, DOT, PTX_K)  # fmt: skip
         s = _dot(q1[2], z, _dot(q1[1], y, _dot(q1[0], x, s, FLIP), FLIP), FLIP)
     s = s * _across(gain, FLIP)
     if KIND_K != PLAIN:
@@ -190,11 +186,11 @@ def _tile(
     pr = _across(page_row, FLIP)
     fr = _across(full_row, FLIP)
     x, y, z = _stored(paged, vpage, pr, first_row, vfull, fr, vstride, _along(i0, FLIP), levels_v, radii_v, KIND_V,
-                      BYTES_V, BITS_V, D, 0, T0, CONTIGUOUS, DOT, PTX_V)  # fmt: skip
+                      BYTES_V, BITS_V, D, 0, T0, DOT, PTX_V)  # fmt: skip
     acc0 = (_dot(p, x, acc0[0] * keep, FLIP), _dot(p, y, acc0[1] * keep, FLIP), _dot(p, z, acc0[2] * keep, FLIP))
     if T1 > 0:
         x, y, z = _stored(paged, vpage, pr, first_row, vfull, fr, vstride, _along(i1, FLIP), levels_v, radii_v, KIND_V,
-                          BYTES_V, BITS_V, D, T0, T1, CONTIGUOUS, DOT, PTX_V)  # fmt: skip
+                          BYTES_V, BITS_V, D, T0, T1, DOT, PTX_V)  # fmt: skip
         acc1 = (_dot(p, x, acc1[0] * keep, FLIP), _dot(p, y, acc1[1] * keep, FLIP), _dot(p, z, acc1[2] * keep, FLIP))
     return top, l, acc0, acc1
 
@@ -212,52 +208,49 @@ def _page(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: tl.con
     return kpage, vpage
 
 
-@triton.jit
-def _full_rows(t, sink_tiles, sinks, done, length, sink, origin, capacity, BF: tl.constexpr):
-    """Of full-precision tile `t` (the sinks' first): is it of the sinks, and the rows (-1: none)."""
-    is_sink = t < sink_tiles
-    position = tl.where(is_sink, t * BF, done + (t - sink_tiles) * BF) + tl.arange(0, BF)
-    row = tl.where(is_sink, position, (position - sink - origin) % capacity)
-    row = tl.where((t >= 0) & (position < tl.where(is_sink, sinks, length)), row, -1)
-    return is_sink, row
-
-
-@triton.jit(do_not_specialize=["splits", "sink", "capacity"])
+@triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def attend_kernel(
     Q, OUT, PART, LSE, PAGES, TABLE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
-    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, splits, sink, capacity,
+    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, sink, capacity, batch, programs,
     sc_b, sc_h, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_b,
     ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
+    BATCH: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
     PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, KV head, sequence). Shapes and meaning of the arena's parts: `AttentionInputs`.
+    """Program (KV head, part) of `triton_parts.divide`. Shapes and meaning of the arena's parts: `AttentionInputs`.
 
-    With SPLIT it takes one split of the keys, and its normalised output goes to PART [B, H, splits, D], its
-    log2-sum-exp2 to LSE [B, H, splits]. ELEMENT is the element type of plain pages. FLIP: all products transposed, keys
-    on the side that is a multiple of 16, queries on the other. MEAN: add the key mean's part to the scores of packed
-    keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`.
+    Its normalised output goes to PART [parts, H, D], its log2-sum-exp2 to LSE [parts, H]; without SPLIT it is program
+    (KV head, sequence), and the output goes to OUT. ELEMENT is the element type of plain pages. FLIP: all products
+    transposed, keys on the side that is a multiple of 16, queries on the other. MEAN: add the key mean's part to the
+    scores of packed keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see
+    `planes`.
     """
-    block = tl.program_id(0)
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    start = tl.load(STARTS + b)
+    h = tl.program_id(0)
+    flat = tl.program_id(1)
+    b = flat
+    split = 0
+    parts = 1
+    if SPLIT:
+        b, split, parts = my_part(flat, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+        if parts == 0:
+            return
+    b = b.to(tl.int64)
     packed = tl.load(PACKED + b)
-    origin = tl.load(ORIGIN + b)
+    segments = full_segments(packed, tl.load(STARTS + b) + 1, tl.load(ORIGIN + b), sink, capacity)
     r = tl.arange(0, ROWS)
     head = h * G + r
     real = r < G
-    wanted = _across(real, FLIP)
+    real_q = _across(real, FLIP)
     i0 = _along(tl.arange(0, T0), FLIP)
     at = Q + b * sq_b + _across(head * sq_h, FLIP)
-    r0 = _load_rows(at, wanted, i0, 0, T0, D, CONTIGUOUS)
+    r0 = _load_rows(at, real_q, i0, 0, D)
     largest = tl.maximum(_largest(r0, FLIP), 1e-30)
     if T1 > 0:
         i1 = _along(tl.arange(0, T1), FLIP)
-        r1 = _load_rows(at, wanted, i1, T0, T1, D, CONTIGUOUS)
+        r1 = _load_rows(at, real_q, i1, T0, D)
         largest = tl.maximum(largest, _largest(r1, FLIP))
     # Queries are divided by their largest coordinate, so that no dtype of DOT can overflow.
     gain = largest * (scale * 1.4426950408889634)
@@ -274,17 +267,10 @@ def attend_kernel(
     m = tl.full([ROWS], LOWEST, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
 
-    length = start + 1
-    done = sink + packed * 64
-    sinks = tl.minimum(sink, length)
-    sink_tiles = tl.cdiv(sinks, BF)
     page_tiles = packed * (64 // BN)
-    tiles = page_tiles + sink_tiles + tl.cdiv(tl.maximum(length - done, 0), BF)
-    first = 0
-    last = tiles
-    if SPLIT:
-        first = block * tiles // tl.num_programs(0)
-        last = (block + 1) * tiles // tl.num_programs(0)
+    tiles = page_tiles + full_tiles(segments, BF)
+    first = split * tiles // parts
+    last = (split + 1) * tiles // parts
     on = tl.arange(0, BN)
     for t in range(first, tl.minimum(last, page_tiles)):
         page = tl.load(TABLE + b * st_b + t // (64 // BN))
@@ -293,13 +279,14 @@ def attend_kernel(
         row = first_row + on
         bias = 0.0
         if MEAN:
-            bias = lift * _mean_bias(coef, wanted, BASE, OFFSET, t // (64 // BN), row, D, HALF, PRECISION, FLIP)
+            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, t // (64 // BN), row, D, HALF, PRECISION, FLIP)
         m, l, acc0, acc1 = _tile(
             q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, True,
             levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
-            CONTIGUOUS, DOT, ROWS, BN, False, FLIP, PTX_K, PTX_V)  # fmt: skip
+            DOT, ROWS, BN, False, FLIP, PTX_K, PTX_V)  # fmt: skip
     for t in range(tl.maximum(first, page_tiles), last):
-        is_sink, row = _full_rows(t - page_tiles, sink_tiles, sinks, done, length, sink, origin, capacity, BF)
+        is_sink, row, _, valid = full_tile(t - page_tiles, segments, BF)
+        row = tl.where(tl.arange(0, BF) < valid, row + tl.arange(0, BF), -1)
         kfull = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
         vfull = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
         kstride = tl.where(is_sink, ssk_t, stk_t)
@@ -307,31 +294,15 @@ def attend_kernel(
         m, l, acc0, acc1 = _tile(
             q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, 0, kfull, vfull, row, kstride, vstride,
             _along(row >= 0, FLIP), levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1,
-            CONTIGUOUS, DOT, ROWS, BF, True, FLIP, None, None)  # fmt: skip
+            DOT, ROWS, BF, True, FLIP, None, None)  # fmt: skip
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
     if SPLIT:
-        index = (b * (tl.num_programs(1) * G) + head) * splits + block
+        index = flat.to(tl.int64) * (tl.num_programs(0) * G) + head
         tl.store(LSE + index, m + tl.log2(tl.where(l > 0, l, 1.0)), mask=real)
         at = PART + _across(index * D, FLIP)
     else:
         at = OUT + b * so_b + _across(head * so_h, FLIP)
-    _store_rows(at, wanted, i0, acc0, over, 0, T0, D, CONTIGUOUS)
+    _store_rows(at, real_q, i0, acc0, over, 0, D)
     if T1 > 0:
-        _store_rows(at, wanted, i1, acc1, over, T0, T1, D, CONTIGUOUS)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def merge_kernel(PART, LSE, OUT, splits, so_b, so_h, D: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program (columns, head, sequence): weighs the `splits` partial outputs by their share of the softmax's sum."""
-    h = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    s = tl.arange(0, WIDTH)
-    index = (b * tl.num_programs(1) + h) * splits + s
-    lse = tl.load(LSE + index, mask=s < splits, other=float("-inf"))
-    w = tl.exp2(lse - tl.max(lse, 0))
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    keep = (s < splits)[:, None] & (columns < D)[None, :]
-    part = tl.load(PART + index[:, None] * D + columns[None, :], mask=keep, other=0.0)
-    merged = tl.sum(part * w[:, None], 0) / tl.sum(w, 0)
-    tl.store(OUT + b * so_b + h * so_h + columns, merged.to(OUT.dtype.element_ty), mask=columns < D)
+        _store_rows(at, real_q, i1, acc1, over, T0, D)

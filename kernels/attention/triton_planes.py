@@ -23,15 +23,6 @@ TABLE = tl.constexpr(2)
 
 
 @triton.jit
-def coordinate(i, c: tl.constexpr, first: tl.constexpr, T: tl.constexpr, CONTIGUOUS: tl.constexpr):
-    """Coordinate that plane `c` holds at index `i`: the triplet's, or (nothing octahedral in sight) contiguous ones."""
-    if CONTIGUOUS:
-        return 3 * first + c * T + i
-    else:
-        return 3 * (first + i) + c
-
-
-@triton.jit
 def _octopus(
     base, row, i, levels, radii, BYTES: tl.constexpr, BITS: tl.constexpr, TRIPLETS: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -77,7 +68,6 @@ def planes(
     D: tl.constexpr,
     first: tl.constexpr,
     T: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
     DOT: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -101,12 +91,10 @@ def planes(
         return x.to(DOT), y.to(DOT), z.to(DOT)
     else:
         at = base + row * stride
-        cx = coordinate(i, 0, first, T, CONTIGUOUS)
-        cy = coordinate(i, 1, first, T, CONTIGUOUS)
-        cz = coordinate(i, 2, first, T, CONTIGUOUS)
-        x = tl.load(at + cx, mask=keep & (cx < D), other=0.0)
-        y = tl.load(at + cy, mask=keep & (cy < D), other=0.0)
-        z = tl.load(at + cz, mask=keep & (cz < D), other=0.0)
+        column = 3 * (first + i)
+        x = tl.load(at + column, mask=keep & (column < D), other=0.0)
+        y = tl.load(at + column + 1, mask=keep & (column + 1 < D), other=0.0)
+        z = tl.load(at + column + 2, mask=keep & (column + 2 < D), other=0.0)
         return x.to(DOT), y.to(DOT), z.to(DOT)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from octo_run.kernels.attention.triton_attend import LOWEST, _page
+from octo_run.kernels.attention.triton_parts import full_segments, full_tile, full_tiles
 from octo_run.kernels.attention.triton_planes import PLAIN, norms, planes
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -22,7 +23,7 @@ def _unpack(page, to, levels, radii, KIND: tl.constexpr, BYTES: tl.constexpr, BI
     """Write part `first`, `T` of the triplets of the 64 vectors at `page` to rows of D elements at `to`."""
     row = tl.arange(0, 64)[:, None]
     i = tl.arange(0, T)[None, :]
-    x, y, z = planes(page, row, 0, i, D, True, levels, radii, KIND, BYTES, BITS, D, first, T, False, DOT, PTX)
+    x, y, z = planes(page, row, 0, i, D, True, levels, radii, KIND, BYTES, BITS, D, first, T, DOT, PTX)
     if KIND != PLAIN:
         norm = norms(page, row, radii, KIND, BYTES)
         x *= norm
@@ -56,23 +57,6 @@ def unpack_kernel(
         if T1 > 0:
             _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0, T1, tl.float32, PTX_K)
             _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0, T1, tl.float32, PTX_V)
-
-
-@triton.jit
-def _tile(t, segments, BN: tl.constexpr):
-    """Tile t of sinks and tail: whether it lies in the sinks, its first row there, the position of that row's token,
-    and how many of its rows count. A tile ends where the sinks or the ring end, so that none wraps."""
-    sinks, done, row0, before_wrap, total = segments
-    sink_tiles = tl.cdiv(sinks, BN)
-    first_tiles = tl.cdiv(before_wrap, BN)
-    is_sink = t < sink_tiles
-    wrapped = t >= sink_tiles + first_tiles
-    at = (t - sink_tiles) * BN
-    after = (t - sink_tiles - first_tiles) * BN
-    row = tl.where(is_sink, t * BN, tl.where(wrapped, after, row0 + at))
-    position = tl.where(is_sink, t * BN, done + tl.where(wrapped, before_wrap + after, at))
-    valid = tl.where(is_sink, sinks - t * BN, tl.where(wrapped, total - before_wrap - after, before_wrap - at))
-    return is_sink, row, position, valid
 
 
 @triton.jit(do_not_specialize=["count", "sink", "first"])
@@ -121,20 +105,15 @@ def flash_kernel(
         v_at = TAIL_V + b * stv_b + h * stv_h + n[:, None] * stv_t + column[None, :]
     else:
         length = start + tl.minimum((block * ROWS + ROWS - 1) // G, count - 1) + 1
-        sinks = tl.minimum(sink, length)
-        done = sink + packed * 64
-        total = tl.maximum(length - done, 0)
-        row0 = (packed * 64 - tl.load(ORIGIN + b)) % capacity
-        before_wrap = tl.minimum(total, capacity - row0)
-        segments = (sinks, done, row0, before_wrap, total)
-        tiles = tl.cdiv(sinks, BN) + tl.cdiv(before_wrap, BN) + tl.cdiv(total - before_wrap, BN)
+        segments = full_segments(packed, length, tl.load(ORIGIN + b), sink, capacity)
+        tiles = full_tiles(segments, BN)
         earliest = start + block * ROWS // G  # the position of the first row
     for t in range(0, tiles):  # one loop with products: two in a kernel were miscompiled (ptxas 12.8)
         if SLAB:
             position = t * BN
             valid = total - position
         else:
-            is_sink, row, position, valid = _tile(t, segments, BN)
+            is_sink, row, position, valid = full_tile(t, segments, BN)
             k_step = tl.where(is_sink, ssk_t, stk_t)
             v_step = tl.where(is_sink, ssv_t, stv_t)
             k_at = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)

@@ -70,7 +70,7 @@ def format_constants(kv, dim, group, dtype, mean):
     constants = {
         "G": group, "D": dim, "KIND_K": kind, "KIND_V": kind, "BYTES_K": codec.bytes_per_vector,
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
-        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "CONTIGUOUS": kind == 0,
+        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "BATCH": 16,
         "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)), "PTX_K": ptx, "PTX_V": ptx,
     }  # fmt: skip
     return constants, "i32" if levels.dtype == torch.int32 else "fp32"
@@ -101,7 +101,6 @@ def spill_bound(kv):
     ("kv", "dim", "group", "dtype", "mean"),
     [
         ("octopus3", 128, 7, torch.bfloat16, False),
-        ("bf16", 128, 7, torch.bfloat16, False),
         ("octopus2", 64, 4, torch.float32, False),
         ("octopus2", 256, 4, torch.bfloat16, False),
         ("octopus3", 96, 16, torch.bfloat16, False),
@@ -111,15 +110,38 @@ def spill_bound(kv):
     ],
 )
 def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean):
-    from octo_run.kernels.attention.launch import _tiling
+    from octo_run.kernels.attention.launch import coded_tiling
     from octo_run.kernels.attention.triton_attend import attend_kernel
 
     constants, tables = format_constants(kv, dim, group, dtype, mean)
-    tiling = _tiling(dtype, kv == "bf16", constants["KIND_K"] == 2, group, dim)
+    tiling = coded_tiling(dtype, constants["KIND_K"] == 2, group, dim)
     constants |= {"ROWS": tiling.rows, "BN": tiling.keys, "BF": tiling.full_keys, "SPLIT": True, "FLIP": tiling.flip}
     kernel, stack = compile_for_hopper(attend_kernel, constants, tiling, dtype, tables)
     assert "wgmma" not in kernel.asm["ptx"]
     assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
+
+
+@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 7), (128, 4), (128, 16), (256, 1)])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_plain_decode_compiles_for_hopper(dim, group, batch):
+    import triton
+
+    from octo_run.kernels.attention.launch import plain_tiling
+    from octo_run.kernels.attention.triton_plain import plain_decode_kernel
+
+    tiling, width = plain_tiling(torch.bfloat16, group, dim), triton.next_power_of_2(dim)
+    constants = {
+        "G": group, "D": dim, "WIDTH": width, "ROWS": tiling.rows, "BN": tiling.keys, "BATCH": batch, "SPLIT": True,
+    }  # fmt: skip
+    kernel, stack = compile_for_hopper(plain_decode_kernel, constants, tiling, torch.bfloat16)
+    ptx = kernel.asm["ptx"]
+    # Each product is 16 deep, 64 wide; a second loop with products would double them.
+    products = width // 16 + max(1, width // 64) * (tiling.keys // 16)
+    assert ptx.count("wgmma.mma_async") == products
+    vectors = re.findall(r"cp\.async\.cg\.shared\.global[^;]*0x10", ptx)
+    assert len(vectors) >= 2 * tiling.keys * width * 2 // 16 // 128, "keys and values come by copies of 16 bytes"
+    assert tiling.at_once * (kernel.metadata.shared + 1024) <= 228 * 1024, "as many programs as counted on"
+    assert stack == 0
 
 
 @pytest.mark.parametrize("kv", ["oct2", "oct3", "octopus3", "bf16"])

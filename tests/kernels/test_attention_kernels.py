@@ -30,6 +30,22 @@ SINK = 64
 LARGE = 3.4  # means of twenty times the energy of the other part of the keys
 
 
+if DEVICE == "cuda" or INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from octo_run.kernels.attention.triton_parts import my_part
+
+    @triton.jit
+    def ask(OUT, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr):
+        """What a program learns of its part, to OUT [programs, 3]."""
+        flat = tl.program_id(0)
+        b, split, parts = my_part(flat, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, 64, 64)
+        tl.store(OUT + 3 * flat, b)
+        tl.store(OUT + 3 * flat + 1, split)
+        tl.store(OUT + 3 * flat + 2, parts)
+
+
 @pytest.fixture(autouse=True)
 def _interpreter_with_new_numpy(monkeypatch):
     """Triton 3.6's interpreter turns one-element arrays into loop bounds by int(), which NumPy 2.4 no longer does."""
@@ -151,7 +167,7 @@ def run_triton(case):
     kv = replace(case.kv, **{k: v.to(DEVICE) for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
     if kv.mean is not None:
         mean = kv.mean
-        tables = AngleTables(mean.tables.base.to(DEVICE), mean.tables.offset.to(DEVICE))
+        tables = mean.tables.to(DEVICE)
         of_queries = mean.coefficients.to(DEVICE) if count == 1 else None  # prefill does without
         kv = replace(kv, mean=KeyMean(mean.means.to(DEVICE), mean.rotation.to(DEVICE), tables, of_queries))
     q = case.q.to(DEVICE)
@@ -197,7 +213,7 @@ def test_triton_takes_the_mean_out_and_puts_it_back(dim):
 
     torch.manual_seed(5)
     tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), SINK, 9)
-    tables = AngleTables(tables.base.to(DEVICE), tables.offset.to(DEVICE))
+    tables = tables.to(DEVICE)
     mean = KeyMean(
         torch.randn(2, 2, dim, device=DEVICE), parse_kv("octopus3", dim).k.rotation.float().to(DEVICE), tables
     )
@@ -329,13 +345,58 @@ def test_triton_prefill_in_several_slabs(dim, mean, dtype, monkeypatch):
 
 
 @triton_only
+@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (128, 7), (256, 1)])
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+def test_triton_plain_decode_shapes(dim, group, dtype):
+    """The interpreter multiplies the bits of bfloat16 numbers: that type is for a GPU."""
+    case = make_case("bf16", [1, 450], 1, 2 * group, 2, dim, dtype=dtype)
+    got = run_triton(case)
+    for b in range(2):
+        assert relative_error(got[b], case.want[b]) < (2e-3 if dtype == torch.float16 else 5e-3)
+
+
+@triton_only
+@pytest.mark.parametrize("kv", ["bf16", "octopus3"])
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
-def test_triton_sinks_and_windows(sink, window):
+def test_triton_sinks_and_windows(kv, sink, window):
     for count in (1, 5):
-        case = make_case("octopus3", [300, 128, 5], count, 2, 1, 64, dtype=torch.float16, sink=sink, window=window)
+        case = make_case(kv, [300, 128, 5], count, 2, 1, 64, dtype=torch.float16, sink=sink, window=window)
         got = run_triton(case)
         for b in range(3):
             assert relative_error(got[b], case.want[b]) < 2e-3
+
+
+@triton_only
+@pytest.mark.parametrize("kv", ["bf16", "octopus3"])
+def test_triton_many_sequences_of_unequal_lengths(kv):
+    lengths = [1 + (37 * n * n) % 419 for n in range(20)]
+    case = make_case(kv, lengths, 1, 2, 1, 64, dtype=torch.float16)
+    got = run_triton(case)
+    for b in range(len(lengths)):
+        assert relative_error(got[b], case.want[b]) < 2e-3, lengths[b]
+
+
+@triton_only
+@pytest.mark.parametrize("seed", range(12))
+def test_triton_division(seed):
+    """Every tile belongs to one program, at most `programs` have one, and no part is much longer than the mean."""
+    rng = torch.Generator().manual_seed(seed)
+    batch = 1 if seed % 4 == 0 else int(torch.randint(2, 33, (), generator=rng))
+    packed = (torch.rand(batch, generator=rng) ** 3 * 2000).int()
+    if seed % 4 == 1:
+        packed[:] = packed[0]
+    programs = batch * int(torch.randint(2, 9, (), generator=rng))
+    starts = SINK + 64 * packed + 99
+    out = torch.full((programs, 3), -1, dtype=torch.int32, device=DEVICE)
+    ask[(programs,)](out, packed.to(DEVICE), starts.to(DEVICE), torch.zeros_like(packed).to(DEVICE), SINK, 128, batch,
+                     programs, 1 if batch == 1 else 32)  # fmt: skip
+    found = [(b, split, parts) for b, split, parts in out.tolist() if parts]
+    each = {b: parts for b, _, parts in found}
+    assert sorted(each) == list(range(batch))
+    assert sorted(found) == [(b, split, parts) for b, parts in sorted(each.items()) for split in range(parts)]
+    tiles = [int(n) + 3 for n in packed]  # sinks and 100 newest tokens, in a ring of 128, make at least three
+    longest = max(tiles[b] / parts for b, parts in each.items())
+    assert longest <= -(-sum(tiles) // (programs - (batch if batch > 1 else 0))) + 1
 
 
 @triton_only

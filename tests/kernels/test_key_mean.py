@@ -1,9 +1,18 @@
 """The key mean: its contribution to logits is exact, and biased keys code as well as unbiased ones."""
 
+import itertools
+
 import pytest
 import torch
 
-from octo_run.kernels.attention.key_mean import AngleTables, coefficients, estimate, mean_rows, page_bias
+from octo_run.kernels.attention.key_mean import (
+    AngleTables,
+    coefficients,
+    estimate,
+    lane_table_bytes,
+    mean_rows,
+    page_bias,
+)
 from octo_run.kernels.codec import get
 
 DIM = 128
@@ -66,34 +75,35 @@ def test_biased_keys_code_like_unbiased_ones(kv: str) -> None:
     assert error(rows) > 5 * error(plain)
 
 
+@pytest.mark.parametrize("centres", [1, 2])
 @pytest.mark.parametrize("dim", [64, 80, 128])
-def test_fragments_are_the_operands_of_the_matrix_product(dim: int) -> None:
-    """Emulates m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16") as the table-decode kernel's lanes feed it."""
+def test_lane_tables_are_the_operands_of_the_matrix_products(dim: int, centres: int) -> None:
+    """Emulates m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16") for a head a column."""
     torch.manual_seed(4)
-    angles = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), 64, 7)
+    tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), 64, 7)
     coefficient, page = torch.randn(8, dim), 5  # of the heads of one KV head
-    want = page_bias(coefficient.double(), angles, page, 1)
-    a, b = coefficient.chunk(2, -1)
-    cos, sin = angles.base[page].chunk(2)
-    turned_a, turned_b = a * cos + b * sin, b * cos - a * sin
-    pairs = angles.fragments.view(torch.int16).view(torch.float16).view(4, dim // 16, 32, 4, 2).double()
+    want = page_bias(coefficient.double(), tables, page, 1)
+    lanes, reach, steps = tables.for_lanes(centres), 32 // centres, -(-dim // 32)
+    assert tables.for_lanes(centres) is lanes
+    angles = lanes.angles[page].double()  # [2, steps, centres, t, 4]
+    offsets = lanes.offsets.view(torch.int16).view(torch.float16).view(-1, 2, steps, 32, 4, 2).double()
+    pages, beside = lane_table_bytes(dim, centres)
+    assert angles.numel() * 4 == pages and offsets.numel() * 2 == beside
+    a, b = torch.nn.functional.pad(coefficient.double().view(8, 2, 4, dim // 8), (0, -(dim // 8) % 4)).unbind(1)
     got = torch.empty(8, 64, dtype=torch.float64)
-    for tile in range(4):
-        rows, columns = torch.zeros(16, dim // 16, 16), torch.zeros(dim // 16, 16, 8)
-        rows, columns = rows.double(), columns.double()
-        for lane in range(32):
-            g, t = lane // 4, lane % 4
-            head = g // 2 + 4 * (g % 2)
-            for step in range(dim // 16):
-                for register in range(4):  # a0: row g, a1: row g + 8, a2 and a3: eight columns on
-                    at = 2 * t + 8 * (register // 2)
-                    rows[g + 8 * (register % 2), step, at : at + 2] = pairs[tile, step, lane, register]
-                for second in range(2):
-                    frequency = t * (dim // 8) + 2 * step + second
-                    columns[step, 2 * t + 8 * second, g] = turned_a[head, frequency]
-                    columns[step, 2 * t + 8 * second + 1, g] = turned_b[head, frequency]
-        product = rows.flatten(1) @ columns.flatten(0, 1)
-        for column in range(8):
-            head = column // 2 + 4 * (column % 2)
-            got[head, 16 * tile : 16 * tile + 16] = product[:, column] + turned_a[head].double().sum()
+    for centre in range(centres):
+        cos, sin = angles[:, :, centre].transpose(1, 2).flatten(2)  # [t, steps * 4]
+        turned = torch.stack((a * cos + b * sin, b * cos - a * sin)).unflatten(-1, (steps, 2, 2))
+        for tile in range(len(offsets)):
+            terms = torch.zeros(2, 16, 8, dtype=torch.float64)
+            for part, step, lane, register in itertools.product(range(2), range(steps), range(32), range(4)):
+                # a0: row g, a1: row g + 8, a2 and a3: eight columns on; b0: rows 2 t and 2 t + 1, b1: eight rows on.
+                two = offsets[tile, part, step, lane, register]
+                own = turned[part, :, lane % 4, step, register // 2]
+                terms[part, lane // 4 + 8 * (register % 2)] += own @ two
+            terms[0] += turned[0].flatten(1).sum(1)
+            first = (2 * centre + 1) * reach + 16 * tile
+            before = (2 * centre + 1) * reach - 16 * tile
+            got[:, first : first + 16] = (terms[0] + terms[1]).T
+            got[:, before - 16 : before] = (terms[0] - terms[1]).T.flip(1)
     assert float((got - want).abs().max() / want.abs().max()) < 1e-3

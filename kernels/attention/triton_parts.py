@@ -1,0 +1,121 @@
+"""How the Triton decode kernels divide the contexts of a batch among programs, and the merge of what these found.
+
+The unit is a tile of keys: of packed pages, of the sinks, of the tail before its ring's end and after it (so that none
+wraps). Sequences are cut in parts of about one length, at most as many in all as there are programs, and each in at
+least one. Every program finds its own part, from the lengths on the device. Programs without a part are the last of the
+grid: among the others they would leave multiprocessors with less to do than their neighbours (measured: an eighth of
+such programs cost 70 % more time).
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def full_segments(packed, length, origin, sink, capacity):
+    """Full-precision tokens of a sequence, or of many: how many lie in the sinks; the position of the first one behind
+    the pages, its row of the ring, how many follow before the ring's end, and how many in all."""
+    sinks = tl.minimum(sink, length)
+    done = sink + packed * 64
+    total = tl.maximum(length - done, 0)
+    row0 = (packed * 64 - origin) % capacity
+    return sinks, done, row0, tl.minimum(total, capacity - row0), total
+
+
+@triton.jit
+def full_tiles(segments, BN: tl.constexpr):
+    """Tiles that they make."""
+    sinks, _, _, before_wrap, total = segments
+    return tl.cdiv(sinks, BN) + tl.cdiv(before_wrap, BN) + tl.cdiv(total - before_wrap, BN)
+
+
+@triton.jit
+def full_tile(t, segments, BN: tl.constexpr):
+    """Tile t of sinks and tail: whether it lies in the sinks, its first row there, the position of that row's token,
+    and how many of its rows count."""
+    sinks, done, row0, before_wrap, total = segments
+    sink_tiles = tl.cdiv(sinks, BN)
+    first_tiles = tl.cdiv(before_wrap, BN)
+    is_sink = t < sink_tiles
+    wrapped = t >= sink_tiles + first_tiles
+    at = (t - sink_tiles) * BN
+    after = (t - sink_tiles - first_tiles) * BN
+    row = tl.where(is_sink, t * BN, tl.where(wrapped, after, row0 + at))
+    position = tl.where(is_sink, t * BN, done + tl.where(wrapped, before_wrap + after, at))
+    valid = tl.where(is_sink, sinks - t * BN, tl.where(wrapped, total - before_wrap - after, before_wrap - at))
+    return is_sink, row, position, valid
+
+
+@triton.jit
+def divide(
+    PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr
+):
+    """The numbers of the sequences, padded to BATCH; the parts before each; and its parts, 0 beyond `batch`.
+
+    Tiles of pages have BN rows, the others BF. All parts are at most `programs`, at least twice `batch`.
+    """
+    i = tl.arange(0, BATCH)
+    inside = i < batch
+    packed = tl.load(PACKED + i, mask=inside, other=0)
+    length = tl.load(STARTS + i, mask=inside, other=0) + 1
+    origin = tl.load(ORIGIN + i, mask=inside, other=0)
+    tiles = packed * (64 // BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
+    tiles = tl.where(inside, tiles, 0)
+    total = tl.sum(tiles, 0)
+    # Each sequence's last part may be a short one: room for `batch` of them is enough, but mostly less will do.
+    unit = tl.cdiv(total, programs - (batch if BATCH > 1 else 0))
+    if BATCH > 1:
+        for k in tl.static_range(4):
+            shorter = tl.cdiv(total, programs - batch * (3 - k) // 4)
+            unit = tl.where(tl.sum(tl.cdiv(tiles, shorter), 0) <= programs, shorter, unit)
+    parts = tl.cdiv(tiles, unit)
+    return i, tl.cumsum(parts, 0) - parts, parts
+
+
+@triton.jit
+def my_part(
+    flat, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr,
+    BF: tl.constexpr,
+):  # fmt: skip
+    """Of program `flat`: the sequence, the part, and that sequence's parts (0: there is nothing to do)."""
+    i, begin, parts = divide(PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    mine = (flat >= begin) & (flat < begin + parts)
+    b = tl.sum(tl.where(mine, i, 0), 0)
+    return b, flat - tl.sum(tl.where(mine, begin, 0), 0), tl.sum(tl.where(mine, parts, 0), 0)
+
+
+@triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
+def merge_kernel(
+    PART, LSE, OUT, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
+    BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Program (columns, head, sequence): weighs the parts' outputs PART [parts, H, D] by their share of the softmax's
+    sum, whose log2 is LSE [parts, H]."""
+    h = tl.program_id(1)
+    heads = tl.num_programs(1)
+    b = tl.program_id(2)
+    i, begin, parts = divide(PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    first = tl.sum(tl.where(i == b, begin, 0), 0)
+    end = first + tl.sum(tl.where(i == b, parts, 0), 0)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    best = tl.full([AT_ONCE], -1e30, tl.float32)
+    mass = tl.zeros([AT_ONCE], tl.float32)
+    total = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
+    for start in range(first, end, AT_ONCE):
+        s = start + tl.arange(0, AT_ONCE)
+        lse = tl.load(LSE + s * heads + h, mask=s < end, other=float("-inf"))
+        keep = (s < end)[:, None] & (columns < D)[None, :]
+        at = PART + (s * heads + h).to(tl.int64)[:, None] * D + columns[None, :]
+        part = tl.load(at, mask=keep, other=0.0)
+        top = tl.maximum(best, lse)
+        decay = tl.exp2(best - top)
+        weight = tl.exp2(lse - top)
+        mass = mass * decay + weight
+        total = total * decay[:, None] + part * weight[:, None]
+        best = top
+    share = tl.exp2(best - tl.max(best, 0))
+    merged = tl.sum(total * share[:, None], 0) / tl.sum(mass * share, 0)
+    at = OUT + b.to(tl.int64) * so_b + h * so_h + columns
+    tl.store(at, merged.to(OUT.dtype.element_ty), mask=columns < D)
