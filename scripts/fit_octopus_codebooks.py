@@ -5,10 +5,16 @@ known in closed form (OCTOPUS, arXiv 2605.21226, section on the codec) and are i
 cell by cell, so the result depends on floating-point rounding only. `--check` writes nothing and ends with exit code 1
 if the stored levels differ from the fitted ones by more than 1e-12.
 
+The fitted levels are then rounded to what the fp16 decode on GPUs (kernels/attention/triton_octopus.py) computes, so
+that levels have no error there; the mean squared error of vectors grows by less than 1e-4 of itself.
+
 * `rho`, the 2-norm of a triplet of a uniform unit vector of `d` coordinates: `rho^2 ~ Beta(3/2, (d-3)/2)`;
-  one codebook of `2^(b-1)` levels for each head dimension and nominal bit count `b`.
+  one codebook of `2^(b-1)` levels for each head dimension and nominal bit count `b`, rounded to where rho^-2 is an fp16
+  number.
 * `xi` (and `eta`), a coordinate of the octahedral map of a uniformly distributed direction: one symmetric codebook of
-  `2^(b+1)` levels for each `b`, fitted on the half [0, 1] and mirrored.
+  `2^(b+1)` levels for each `b`, fitted on the half [0, 1] and mirrored. The density is symmetric about 1/2 too: levels
+  above 0 are greater by 1 than those below. For b = 2 and 3 they are multiples of `GRID`, so that 1 - |xi| - |eta| is
+  exact; for b = 4 the results in fp16 of a polynomial, whose coefficients are stored too (`bend`).
 """
 
 import argparse
@@ -23,9 +29,13 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Density = Callable[[Floats], Floats]
+Book = dict[str, list[float] | dict[str, list[float]]]
+Books = dict[str, Book]
 
 NOMINAL_BITS = (2, 3, 4)
 HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+GRID = 2.0**-9  # of those down to 2^-11, which fp16 holds exactly, the one with the least mean error of decoded lengths
+BEND_UNIT = 63 / 1024  # what stands for 1 in the decode of b = 4 (its `UNITS`)
 TARGET = Path(__file__).resolve().parent.parent / "kernels" / "codec" / "octopus_codebooks.json"
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(200)
@@ -76,13 +86,45 @@ def lloyd_max(density: Density, levels: int) -> Floats:
     raise RuntimeError(f"Lloyd's iteration did not settle for {levels} levels")
 
 
-def fit() -> dict[str, dict[str, list[float] | dict[str, list[float]]]]:
-    """All codebooks: {"b": {"xi": [2^(b+1) levels], "rho": {"head_dim": [2^(b-1) levels]}}}."""
-    books: dict[str, dict[str, list[float] | dict[str, list[float]]]] = {}
+def _fp16(numbers: npt.ArrayLike) -> Floats:
+    """Numbers rounded to half precision."""
+    return np.asarray(numbers, np.float16).astype(np.float64)
+
+
+def fit_bend(levels: Floats) -> Floats:
+    """c, fp16 numbers, that bring `bent` nearest to the levels."""
+    v = ((np.arange(len(levels)) + 0.5) / len(levels) - 0.5) * BEND_UNIT
+    powers = np.stack([v, v**3, v**5], 1) / BEND_UNIT
+    found = np.zeros(0)
+    for n in range(3):  # each is rounded before the rest is fitted
+        rest = levels - 0.5 - powers[:, :n] @ found
+        found = np.append(found, _fp16(np.linalg.lstsq(powers[:, n:], rest, rcond=None)[0][0]))
+    return found
+
+
+def bent(c: Floats, count: int) -> Floats:
+    """Levels 1/2 + v (c[0] + c[1] v^2 + c[2] v^4) of `count` equal steps v, in units of `BEND_UNIT`, in fp16."""
+    v = ((np.arange(count) + 0.5) / count - 0.5) * BEND_UNIT
+    square = _fp16(v * v)
+    factor = _fp16(_fp16(square * c[2] + c[1]) * square + c[0])
+    return _fp16(v * factor + BEND_UNIT / 2) / BEND_UNIT
+
+
+def fit() -> Books:
+    """All codebooks: {"b": {"xi": [2^(b+1) levels], "rho": {"head_dim": [2^(b-1) levels]}}}, "4" with "bend" too."""
+    books: Books = {}
     for bits in NOMINAL_BITS:
         half = lloyd_max(xi_density, 2**bits)
-        rho = {str(d): lloyd_max(rho_density(d), 2 ** (bits - 1)).tolist() for d in HEAD_DIMS}
-        books[str(bits)] = {"xi": np.concatenate([-half[::-1], half]).tolist(), "rho": rho}
+        book: Book = {}
+        if bits == 4:
+            coefficients = fit_bend(half)
+            half, book["bend"] = bent(coefficients, len(half)), coefficients.tolist()
+        else:
+            half = np.round((half + 1 - half[::-1]) / 2 / GRID) * GRID
+        book["xi"] = np.concatenate([-half[::-1], half]).tolist()
+        rho = {d: lloyd_max(rho_density(d), 2 ** (bits - 1)) for d in HEAD_DIMS}
+        book["rho"] = {str(d): (_fp16(levels**-2) ** -0.5).tolist() for d, levels in rho.items()}
+        books[str(bits)] = book
     return books
 
 

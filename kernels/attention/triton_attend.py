@@ -62,6 +62,12 @@ def _largest(planes_of_rows, FLIP: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(x):
+    """The greatest power of two that is at most x, normal float32."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _scaled(planes_of_rows, factor, DOT: tl.constexpr):
     x, y, z = planes_of_rows
     return (x * factor).to(DOT), (y * factor).to(DOT), (z * factor).to(DOT)
@@ -89,16 +95,16 @@ def _dot(rows, tile, acc, FLIP: tl.constexpr):
 def _stored(
     paged, page, page_row, first_row, full, full_row, stride, i, levels, radii, KIND: tl.constexpr,
     BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, first: tl.constexpr, T: tl.constexpr,
-    DOT: tl.constexpr, PTX: tl.constexpr,
+    DOT: tl.constexpr, PTX: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """Planes of part `first`, `T` of a tile: rows of a page (`page_row`, from `first_row` on) if `paged`, else
     full-precision ones (zero for row -1)."""
     if paged:
         x, y, z = planes(page, page_row, first_row, i, D, page_row >= 0, levels, radii, KIND, BYTES, BITS, D, first, T,
-                         DOT, PTX)  # fmt: skip
+                         DOT, PTX, FINE)  # fmt: skip
     else:
         x, y, z = planes(full, full_row, 0, i, stride, full_row >= 0, levels, radii, PLAIN, 0, 0, D, first, T,
-                         DOT, None)  # fmt: skip
+                         DOT, None, FINE)  # fmt: skip
     return x, y, z
 
 
@@ -162,12 +168,12 @@ def _tile(
     pr = _along(page_row, FLIP)
     fr = _along(full_row, FLIP)
     x, y, z = _stored(paged, kpage, pr, first_row, kfull, fr, kstride, _across(i0, FLIP), levels_k, radii_k, KIND_K,
-                      BYTES_K, BITS_K, D, 0, T0, DOT, PTX_K)  # fmt: skip
+                      BYTES_K, BITS_K, D, 0, T0, DOT, PTX_K, True)  # fmt: skip
     s = _dot(q0[2], z, _dot(q0[1], y, _dot(q0[0], x, s, FLIP), FLIP), FLIP)
     if T1 > 0:
         i1 = tl.arange(0, T1)
         x, y, z = _stored(paged, kpage, pr, first_row, kfull, fr, kstride, _across(i1, FLIP), levels_k, radii_k, KIND_K,
-                          BYTES_K, BITS_K, D, T0, T1, DOT, PTX_K)  # fmt: skip
+                          BYTES_K, BITS_K, D, T0, T1, DOT, PTX_K, True)  # fmt: skip
         s = _dot(q1[2], z, _dot(q1[1], y, _dot(q1[0], x, s, FLIP), FLIP), FLIP)
     s = s * _across(gain, FLIP)
     if KIND_K != PLAIN:
@@ -186,11 +192,11 @@ def _tile(
     pr = _across(page_row, FLIP)
     fr = _across(full_row, FLIP)
     x, y, z = _stored(paged, vpage, pr, first_row, vfull, fr, vstride, _along(i0, FLIP), levels_v, radii_v, KIND_V,
-                      BYTES_V, BITS_V, D, 0, T0, DOT, PTX_V)  # fmt: skip
+                      BYTES_V, BITS_V, D, 0, T0, DOT, PTX_V, False)  # fmt: skip
     acc0 = (_dot(p, x, acc0[0] * keep, FLIP), _dot(p, y, acc0[1] * keep, FLIP), _dot(p, z, acc0[2] * keep, FLIP))
     if T1 > 0:
         x, y, z = _stored(paged, vpage, pr, first_row, vfull, fr, vstride, _along(i1, FLIP), levels_v, radii_v, KIND_V,
-                          BYTES_V, BITS_V, D, T0, T1, DOT, PTX_V)  # fmt: skip
+                          BYTES_V, BITS_V, D, T0, T1, DOT, PTX_V, False)  # fmt: skip
         acc1 = (_dot(p, x, acc1[0] * keep, FLIP), _dot(p, y, acc1[1] * keep, FLIP), _dot(p, z, acc1[2] * keep, FLIP))
     return top, l, acc0, acc1
 
@@ -252,7 +258,8 @@ def attend_kernel(
         i1 = _along(tl.arange(0, T1), FLIP)
         r1 = _load_rows(at, real_q, i1, T0, D)
         largest = tl.maximum(largest, _largest(r1, FLIP))
-    # Queries are divided by their largest coordinate, so that no dtype of DOT can overflow.
+    # Queries are divided by a power of two, so that no dtype of DOT can overflow and none has to be rounded.
+    largest = power_of_two(largest)
     gain = largest * (scale * 1.4426950408889634)
     q0 = _scaled(r0, _across(1.0 / largest, FLIP), DOT)
     acc0 = _zeros(ROWS, T0, FLIP)

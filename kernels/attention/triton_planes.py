@@ -70,18 +70,20 @@ def planes(
     T: tl.constexpr,
     DOT: tl.constexpr,
     PTX: tl.constexpr,
+    FINE: tl.constexpr,
 ):
     """Planes x, y, z (dtype DOT) of part `first`, `T` of the rows `row` at `base`; plain elements where `keep`.
 
-    PTX: None, or the immediates by which `triton_octopus` decodes OCTOPUS; its rows are those from `first_row` on.
+    PTX: None, or the immediates by which `triton_octopus` decodes OCTOPUS, FINE or not; its rows are those from
+    `first_row` on.
     """
     TRIPLETS: tl.constexpr = (D + 2) // 3
     if PTX is not None:
         if row.shape[0] == 1:
-            x, y, z = octopus_planes(base, first_row, row.shape[1], BYTES, BITS, TRIPLETS, first, T, PTX)
+            x, y, z = octopus_planes(base, first_row, row.shape[1], BYTES, BITS, TRIPLETS, first, T, PTX, FINE)
             return tl.trans(x).to(DOT), tl.trans(y).to(DOT), tl.trans(z).to(DOT)
         else:
-            x, y, z = octopus_planes(base, first_row, row.shape[0], BYTES, BITS, TRIPLETS, first, T, PTX)
+            x, y, z = octopus_planes(base, first_row, row.shape[0], BYTES, BITS, TRIPLETS, first, T, PTX, FINE)
             return x.to(DOT), y.to(DOT), z.to(DOT)
     elif KIND == OCTOPUS:
         x, y, z = _octopus(base, row, first + i, levels, radii, BYTES, BITS, TRIPLETS, first + T > TRIPLETS)

@@ -10,7 +10,7 @@ would be repeated by every block of queries (measured: 4,096 tokens after 8,192 
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_attend import LOWEST, _page
+from octo_run.kernels.attention.triton_attend import LOWEST, _page, power_of_two
 from octo_run.kernels.attention.triton_parts import full_segments, full_tile, full_tiles
 from octo_run.kernels.attention.triton_planes import PLAIN, norms, planes
 
@@ -18,12 +18,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _unpack(page, to, levels, radii, KIND: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
-            first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+def _unpack(
+    page, to, levels, radii, KIND: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
+    first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr, FINE: tl.constexpr,
+):  # fmt: skip
     """Write part `first`, `T` of the triplets of the 64 vectors at `page` to rows of D elements at `to`."""
     row = tl.arange(0, 64)[:, None]
     i = tl.arange(0, T)[None, :]
-    x, y, z = planes(page, row, 0, i, D, True, levels, radii, KIND, BYTES, BITS, D, first, T, DOT, PTX)
+    x, y, z = planes(page, row, 0, i, D, True, levels, radii, KIND, BYTES, BITS, D, first, T, DOT, PTX, FINE)
     if KIND != PLAIN:
         norm = norms(page, row, radii, KIND, BYTES)
         x *= norm
@@ -52,11 +54,11 @@ def unpack_kernel(
         page = tl.load(TABLE + b * st_b + first_page + number)
         kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
         at = ((b * tl.num_programs(1) + h) * pages + number) * (64 * D)
-        _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0, T0, tl.float32, PTX_K)
-        _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, 0, T0, tl.float32, PTX_V)
+        _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0, T0, tl.float32, PTX_K, True)
+        _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, 0, T0, tl.float32, PTX_V, False)
         if T1 > 0:
-            _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0, T1, tl.float32, PTX_K)
-            _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0, T1, tl.float32, PTX_V)
+            _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0, T1, tl.float32, PTX_K, True)
+            _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0, T1, tl.float32, PTX_V, False)
 
 
 @triton.jit(do_not_specialize=["count", "sink", "first"])
@@ -95,8 +97,8 @@ def flash_kernel(
     n = tl.arange(0, BN)
     gain = tl.zeros([ROWS], tl.float32) + scale * LOG2E
     if SLAB:
-        # Queries are divided by their largest coordinate, so that no dtype of DOT can overflow.
-        largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
+        # Queries are divided by a power of two, so that no dtype of DOT can overflow and none has to be rounded.
+        largest = power_of_two(tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30))
         q = (q.to(tl.float32) * (1.0 / largest)[:, None]).to(DOT)
         gain = gain * largest
         total = tl.minimum(tl.maximum(packed * 64 - first, 0), capacity)

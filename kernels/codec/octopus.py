@@ -1,4 +1,4 @@
-"""`octopus2/3/4`: the codec of the OCTOPUS paper (arXiv 2605.21226) to the letter, but for an fp16 norm.
+"""`octopus2/3/4`: the codec of the OCTOPUS paper (arXiv 2605.21226), but for an fp16 norm and rounded levels.
 
 A triplet of the rotated unit vector is stored as its direction on the octahedral square (xi, eta: b + 1 bits each) and
 its 2-norm rho (b - 1 bits), all with Lloyd-Max levels: 3b + 1 bits. The code, from low to high bits: xi, eta, rho.
@@ -34,8 +34,9 @@ class OctopusTables:
 
     xi_levels: torch.Tensor  # [2^(b+1)], for eta too
     xi_boundaries: torch.Tensor  # [2^(b+1) - 1], midpoints
+    bend: torch.Tensor  # of octopus4 alone: the coefficients [3], fp16 numbers, of the polynomial that gives xi_levels
     xi_edges: torch.Tensor  # [2^(b+1) + 1], the boundaries between -inf and inf
-    rho_levels: torch.Tensor  # [2^(b-1)]
+    rho_levels: torch.Tensor  # [2^(b-1)]; rho^-2 is an fp16 number
     rho_boundaries: torch.Tensor  # [2^(b-1) - 1], midpoints
     codewords: torch.Tensor  # [3, 2^(3b+1)]: x, y, z of every code
     neighbour_cells: torch.Tensor  # int32 [9, 2^(2b+2)]: the cell and its 8 neighbours, clamped at the square's edge
@@ -69,6 +70,7 @@ def _make_tables(nominal_bits: int, head_dim: int) -> OctopusTables:
     return OctopusTables(
         xi_levels=xi,
         xi_boundaries=xi_boundaries,
+        bend=torch.tensor(book.get("bend", []), dtype=torch.float64),
         xi_edges=torch.cat((-infinity, xi_boundaries, infinity)),
         rho_levels=rho,
         rho_boundaries=(rho[1:] + rho[:-1]) / 2,
