@@ -141,11 +141,11 @@ class KVArena:
     def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device, means: "KeyMeans | None" = None) -> None:
         self.shape, self.fmt, self.means = shape, fmt, means
         s = shape
-        if device.type == "cuda":
-            kernels.prepare(fmt, device)
         self.pages = torch.zeros(
             s.sequences * s.max_pages, s.layers, s.kv_heads, s.page_bytes, dtype=torch.uint8, device=device
         )
+        if device.type == "cuda":
+            kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
         full = (s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
         self._full_k = torch.zeros(full, dtype=s.dtype, device=device)
         self._full_v = torch.zeros(full, dtype=s.dtype, device=device)
