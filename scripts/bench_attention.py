@@ -27,6 +27,7 @@ import torch
 import triton
 from attention_peers import PEERS, compile_flashinfer
 from bench_report import provenance, save, table
+from gpu_check import unblock
 
 from octo_run.kernels import AttentionInputs, attend, attention_workspace_bytes, encode_pages, page_bytes
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, page_bias
@@ -174,7 +175,8 @@ def check(kv: str, group: int, dim: int) -> float:
         kv_in = replace(kv_in, mean=key_mean(fmt, q, heads, max(counts)))
     out = torch.full_like(q, float("nan"))
     attend(q, kv_in, fmt, scale=dim**-0.5, max_length=SINK + max(lengths) + NEW, out=out)
-    exact = [c.decode_rotated(c.encode_rotated(x[0].cpu()), torch.float64) for c, x in ((fmt.k, k), (fmt.v, v))]
+    stored, split = pages[:, 0].cpu(), PAGE * fmt.k.bytes_per_vector
+    exact = [unblock(fmt.k, "k", stored[..., :split]), unblock(fmt.v, "v", stored[..., split:])]
     worst = 0.0
     for b, count in enumerate(counts):
         ids = kv_in.page_table[b, :count].long().cpu()
