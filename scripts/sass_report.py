@@ -104,8 +104,9 @@ def by_pipe(names: list[str]) -> dict[str, int]:
     """Instructions of each pipe."""
     counts = dict.fromkeys(PIPES, 0)
     for name in names:
-        exact = name in PIPES["control"][0]  # before U.., LDS.. and others that a beginning would take
-        pipe = "control" if exact else next(p for p, (starts, _) in PIPES.items() if name.startswith(starts))
+        # Before U.., LDS.., F2F and others that a beginning would take.
+        exact = "control" if name in PIPES["control"][0] else "alu" if name in ("F2FP", "I2FP") else None
+        pipe = exact or next(p for p, (starts, _) in PIPES.items() if name.startswith(starts))
         counts[pipe] += 1
     return counts
 

@@ -155,7 +155,7 @@ def test_levels_are_exact(name, dim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "budget"), [("octopus2", 87), ("octopus3", 92), ("octopus4", 102)])
+@pytest.mark.parametrize(("name", "budget"), [("octopus2", 86), ("octopus3", 92), ("octopus4", 102)])
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_instructions_of_the_loop(name, budget):
     """Warp instructions a token and KV head, 4 query heads, d = 128; the portable decode takes 132."""
