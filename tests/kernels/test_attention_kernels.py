@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from octo_run.kernels import AttentionInputs, attend, attend_reference, page_bytes
 from octo_run.kernels.attention.key_mean import (
@@ -400,10 +402,23 @@ def test_triton_division(seed):
 
 
 @triton_only
-def test_triton_empty_arena_and_bfloat16():
-    case = make_case("octopus3", [40], 1, 2, 1, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("kv", "dtype"), [("octopus3", torch.bfloat16), ("bf16", torch.float16)])
+def test_triton_empty_arena(kv, dtype):
+    case = make_case(kv, [40], 1, 2, 1, 64, dtype=dtype)
     case.kv = replace(case.kv, pages=case.kv.pages[:0])
     assert relative_error(run_triton(case), case.want) < 5e-3
+
+
+@given(st.integers(1, 3000), st.integers(1, 32), st.integers(1, 2**20), st.integers(1, 8))
+def test_splits_fit_the_workspace(batch, kv_heads, length, at_once):
+    from octo_run.kernels.attention.splits import Workspace, count_splits, workspace_bytes
+
+    splits = count_splits(batch, kv_heads, length, at_once)
+    assert 1 <= splits <= max(1, -(-length // 64))
+    words = workspace_bytes(batch, kv_heads, kv_heads, 16) // 4
+    room = Workspace.of(torch.empty(words, device="meta"), batch, kv_heads, kv_heads, 16, torch.device("meta"))
+    part, lse = room.partials(splits * batch, kv_heads, 16)
+    assert lse.numel() == splits * batch * kv_heads and part.numel() == 16 * lse.numel()
 
 
 @triton_only
