@@ -59,7 +59,9 @@ def test_plan_counts_the_means() -> None:
 
 
 def held_bytes(means: KeyMeans) -> int:
-    tensors = [*vars(means).values(), *vars(means.tables).values()]  # what the tables have made is among the latter
+    tensors = [*vars(means).values(), *vars(means.tables).values()]
+    for made in means.tables._made.values():
+        tensors += vars(made).values()
     return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
 
 
