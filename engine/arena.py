@@ -23,7 +23,7 @@ from torch import Tensor
 
 from octo_run import kernels
 from octo_run.errors import OctoError, UsageError
-from octo_run.kernels.attention.key_mean import lane_table_bytes, page_centres
+from octo_run.kernels.attention.key_mean import HALF_OFFSETS, lane_table_bytes, page_centres
 from octo_run.kernels.codec import KVFormat
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class ArenaShape:
         if not self.mean_heads:
             return 0
         d, pages = self.head_dim, max(self.layers, (self.ring + self.chunk) // PAGE)
-        numbers = d * d + (PAGE + 48) * d + self.layers * self.sequences * self.kv_heads * d
+        numbers = d * d + (PAGE + HALF_OFFSETS) * d + self.layers * self.sequences * self.kv_heads * d
         numbers += self.mean_queries * self.mean_heads * d
         rows = pages * self.kv_heads * PAGE * d * self.dtype.itemsize
         return 4 * numbers + self._lane_tables[1] + rows + max(1, self.max_pages) * self.mean_page_bytes

@@ -25,11 +25,14 @@ from torch import Tensor
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.splits import head_blocks
 
+HALF_OFFSETS = 48
+"""Offsets 0.5, 1.5, ... that `AngleTables` holds: up to a page's last centre, 47.5."""
+
 
 @dataclass(frozen=True)
 class AngleTables:
     """Cosines, then sines, float32: ``base [pages, d]`` of the positions that pages begin at, ``offset [64, d]`` of the
-    offsets within a page, ``half [48, d]`` of the offsets 0.5, 1.5, ..."""
+    offsets within a page, ``half [HALF_OFFSETS, d]`` of the offsets 0.5, 1.5, ..."""
 
     base: Tensor
     offset: Tensor
@@ -46,7 +49,7 @@ class AngleTables:
 
         steps = torch.arange(PAGE_TOKENS, device=freq.device)
         starts = sink + PAGE_TOKENS * torch.arange(max(1, pages), device=freq.device)
-        return cls(table(starts), table(steps), table(steps[:48] + 0.5))
+        return cls(table(starts), table(steps), table(steps[:HALF_OFFSETS] + 0.5))
 
     def to(self, device: torch.device | str) -> AngleTables:
         """The same tables on a device."""

@@ -10,11 +10,8 @@ softmax running in base 2. Nothing but registers ever holds a decoded key or val
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_parts import full_segments, full_tile, full_tiles, my_part
+from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part
 from octo_run.kernels.attention.triton_planes import PLAIN, norms, planes
-
-LOWEST = tl.constexpr(-1e30)
-"""Starting maximum: finite, so that a program without a key subtracts no infinities."""
 
 
 @triton.jit
@@ -260,7 +257,7 @@ def attend_kernel(
         largest = tl.maximum(largest, _largest(r1, FLIP))
     # Queries are divided by a power of two, so that no dtype of DOT can overflow and none has to be rounded.
     largest = power_of_two(largest)
-    gain = largest * (scale * 1.4426950408889634)
+    gain = largest * (scale * LOG2E)
     q0 = _scaled(r0, _across(1.0 / largest, FLIP), DOT)
     acc0 = _zeros(ROWS, T0, FLIP)
     q1 = q0
@@ -269,7 +266,7 @@ def attend_kernel(
         q1 = _scaled(r1, _across(1.0 / largest, FLIP), DOT)
         acc1 = _zeros(ROWS, T1, FLIP)
     coef = COEF + _across(b * sc_b + head * sc_h, FLIP)
-    lift = scale * 1.4426950408889634
+    lift = scale * LOG2E
     PRECISION: tl.constexpr = "ieee" if tl.float32 == DOT else "tf32x3"
     m = tl.full([ROWS], LOWEST, tl.float32)
     l = tl.zeros([ROWS], tl.float32)

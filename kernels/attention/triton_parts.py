@@ -12,6 +12,10 @@ such programs cost 70 % more time).
 import triton
 import triton.language as tl
 
+LOWEST = tl.constexpr(-1e30)
+"""Starting maximum: finite, so that a program without a key subtracts no infinities."""
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def full_segments(packed, length, origin, sink, capacity):
@@ -100,7 +104,7 @@ def merge_kernel(
     first = tl.sum(tl.where(i == b, begin, 0), 0)
     end = first + tl.sum(tl.where(i == b, parts, 0), 0)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    best = tl.full([AT_ONCE], -1e30, tl.float32)
+    best = tl.full([AT_ONCE], LOWEST, tl.float32)
     mass = tl.zeros([AT_ONCE], tl.float32)
     total = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
     for start in range(first, end, AT_ONCE):

@@ -2,7 +2,7 @@
 
 Nothing is decoded, so that keys and values can go from memory to shared memory while earlier tiles are multiplied, and
 from there into the products of a warp group. The general kernel (`triton_attend`), whose vectors pass through registers
-as planes of triplets, takes plain pages only where they share a format with coded ones.
+as planes of triplets, takes plain pages only beside coded ones, with a key mean, or of another type than the queries.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -10,10 +10,7 @@ as planes of triplets, takes plain pages only where they share a format with cod
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_parts import full_segments, full_tile, full_tiles, my_part
-
-LOWEST = tl.constexpr(-1e30)
-LOG2E = tl.constexpr(1.4426950408889634)
+from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part
 
 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])

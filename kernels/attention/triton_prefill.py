@@ -10,11 +10,9 @@ would be repeated by every block of queries (measured: 4,096 tokens after 8,192 
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_attend import LOWEST, _page, power_of_two
-from octo_run.kernels.attention.triton_parts import full_segments, full_tile, full_tiles
+from octo_run.kernels.attention.triton_attend import _page, power_of_two
+from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles
 from octo_run.kernels.attention.triton_planes import PLAIN, norms, planes
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
