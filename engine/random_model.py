@@ -5,7 +5,8 @@ from typing import Any, NoReturn
 
 from octo_run.engine.shapes import SHAPES
 from octo_run.errors import OctoError, UsageError
-from octo_run.models.config import ModelConfig, load_config, parse_config, read_json_object
+from octo_run.models.config import ModelConfig, load_config, parse_config
+from octo_run.models.foreign import read_json_object
 
 
 class NoTokenizer:

@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from octo_run.errors import OctoError, UsageError
-from octo_run.models.config import load_config, read_json_object
+from octo_run.models.config import load_config
 from octo_run.models.files import missing_files
+from octo_run.models.foreign import read_json_object
 
 DEMO_NAME = "octo-demo"
 DEMO_PATH = Path(__file__).parent / "octo_demo"

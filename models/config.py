@@ -4,20 +4,17 @@ Nothing here imports torch. Field meanings follow the Hugging Face configuration
 problem is one :class:`~octo_run.errors.OctoError` that names the file and the field.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octo_run.errors import OctoError
+from octo_run.errors import OctoError, quoted
+from octo_run.models.foreign import read_json_object
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
-MAX_JSON_BYTES = 64 << 20
-"""Larger JSON files are refused unread (the largest real one, a shard index, has a few megabytes)."""
-
 DTYPES = ("bfloat16", "float16", "float32")
 _MAX_INT = 2**31 - 1
 _MAX_LAYERS = 4096
@@ -110,24 +107,6 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] = ()
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. OctoError when it is missing, unreadable, too large, no JSON or no object."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise OctoError(f"{path} has {size:,} bytes, more than any file of its kind: fetch the model again.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OctoError(f"{path.parent} has no {path.name}, so it is no model folder that octo-run can load.") from None
-    except OSError as error:
-        raise OctoError(f"{path} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error:
-        raise OctoError(f"{path} is not valid JSON ({error}): fetch the model again.") from None
-    if not isinstance(value, dict):
-        raise OctoError(f"{path} holds a JSON {type(value).__name__} where an object is needed.")
-    return value
-
-
 class _Fields:
     """Typed access to a JSON object; every complaint names the file and the field."""
 
@@ -147,7 +126,7 @@ class _Fields:
                 raise self.fail(field, "is missing")
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.fail(field, f"is {value!r}, not a whole number from {low} to {high}")
+            raise self.fail(field, f"is {quoted(value)}, not a whole number from {low} to {high}")
         return value
 
     def number(self, field: str, default: float | None = None, *, low: float, high: float = math.inf) -> float:
@@ -160,7 +139,7 @@ class _Fields:
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
         if not good or not low <= value <= high:
             span = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise self.fail(field, f"is {value!r}, not a number {span}")
+            raise self.fail(field, f"is {quoted(value)}, not a number {span}")
         return float(value)
 
     def positive(self, field: str, default: float | None = None) -> float:
@@ -174,13 +153,13 @@ class _Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.fail(field, f"is {value!r}, not true or false")
+            raise self.fail(field, f"is {quoted(value)}, not true or false")
         return value
 
     def text(self, field: str) -> str | None:
         value = self.raw(field)
         if value is not None and not isinstance(value, str):
-            raise self.fail(field, f"is {value!r}, not a text")
+            raise self.fail(field, f"is {quoted(value)}, not a text")
         return value
 
     def sub(self, field: str) -> "_Fields | None":
@@ -188,7 +167,7 @@ class _Fields:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise self.fail(field, f"is {value!r}, not an object")
+            raise self.fail(field, f"is {quoted(value)}, not an object")
         return _Fields(self.path, value, f"{self.prefix}{field}.")
 
     def token_ids(self, field: str, vocab_size: int | None = None) -> tuple[int, ...]:
@@ -198,13 +177,15 @@ class _Fields:
         high = _MAX_INT if vocab_size is None else vocab_size
         for item in ids:
             if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < high:
-                raise self.fail(field, f"holds {item!r}, which is no token id below {high}")
+                raise self.fail(field, f"holds {quoted(item)}, which is no token id below {high}")
         return tuple(dict.fromkeys(ids))
 
 
 def load_config(model_dir: Path) -> ModelConfig:
     """Read and check ``model_dir/config.json``. OctoError, naming file and field, for whatever is not supported."""
     path = Path(model_dir) / CONFIG_NAME
+    if not path.exists():
+        raise OctoError(f"{path.parent} has no {path.name}, so it is no model folder that octo-run can load.")
     return parse_config(read_json_object(path), path)
 
 
@@ -263,13 +244,13 @@ def _architecture(fields: _Fields) -> str:
                 return architecture
         if model_type is None:
             raise fields.fail("architectures", "is missing, and so is model_type")
-        raise fields.fail("model_type", f"is {model_type!r}, which octo-run does not know (it knows {known})")
+        raise fields.fail("model_type", f"is {quoted(model_type)}, which octo-run does not know (it knows {known})")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise fields.fail("architectures", f"is {names!r}, not a list with one name")
+        raise fields.fail("architectures", f"is {quoted(names)}, not a list with one name")
     if names[0] not in FAMILIES:
-        raise fields.fail("architectures", f"names {names[0]!r}, which octo-run does not know (it knows {known})")
+        raise fields.fail("architectures", f"names {quoted(names[0])}, which octo-run does not know (it knows {known})")
     if model_type is not None and model_type != FAMILIES[names[0]].model_type:
-        raise fields.fail("model_type", f"is {model_type!r}, which contradicts architectures {names[0]!r}")
+        raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(names[0])}")
     return str(names[0])
 
 
@@ -279,7 +260,7 @@ def _refuse_variants(fields: _Fields) -> None:
     if act is None:
         raise fields.fail("hidden_act", "is missing")
     if act not in ("silu", "swish"):
-        raise fields.fail("hidden_act", f"is {act!r}, and octo-run computes 'silu' only")
+        raise fields.fail("hidden_act", f"is {quoted(act)}, and octo-run computes 'silu' only")
     quantization = fields.sub("quantization_config")
     if quantization is not None:
         method = quantization.text("quant_method") or "unnamed"
@@ -316,7 +297,7 @@ def _sliding_window(fields: _Fields, family: Family, num_layers: int, context: i
             raise fields.fail("layer_types", f"is no list of num_hidden_layers ({num_layers}) names")
         for kind in kinds:
             if kind not in allowed:
-                raise fields.fail("layer_types", f"holds {kind!r}, which octo-run does not know here")
+                raise fields.fail("layer_types", f"holds {quoted(kind)}, which octo-run does not know here")
     if family.sliding == "none":
         if fields.integer("sliding_window", context) < context:
             raise fields.fail("sliding_window", f"is set, which contradicts model_type {family.model_type!r}")
@@ -364,7 +345,7 @@ def _rope(fields: _Fields, context: int) -> tuple[float, RopeScaling | None]:
         return theta, RopeScaling("linear", rope.number("factor", low=1.0))
     if kind == "llama3":
         return theta, _llama3(rope, context)
-    raise rope.fail("rope_type", f"is {kind!r}, and octo-run computes 'default', 'linear' and 'llama3' only")
+    raise rope.fail("rope_type", f"is {quoted(kind)}, and octo-run computes 'default', 'linear' and 'llama3' only")
 
 
 def _partial_rotary(fields: _Fields, rope: _Fields, theta: float) -> float:
@@ -387,7 +368,7 @@ def _dtype(fields: _Fields) -> str:
     name = fields.text("dtype") or fields.text("torch_dtype") or "bfloat16"
     name = name.removeprefix("torch.")
     if name not in DTYPES:
-        raise fields.fail("dtype", f"is {name!r}, not one of {', '.join(DTYPES)}")
+        raise fields.fail("dtype", f"is {quoted(name)}, not one of {', '.join(DTYPES)}")
     return name
 
 

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from octo_run.errors import OctoError
-from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME, read_json_object
+from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME
+from octo_run.models.foreign import read_json_object
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -1,10 +1,54 @@
-"""The errors a user can cause or meet. Their text is one sentence: what is wrong, where, and what to do."""
+"""The errors a user can cause or meet, and the one place that makes foreign text fit to be shown.
+
+An error's text is one sentence: what is wrong, where, and what to do. Parts of it come from files and from the
+network. So every error passes through :func:`shown`: nothing in it can steer a terminal, and it has at most ``LONGEST``
+characters.
+"""
+
+import re
+
+#: Characters of an error's text at most.
+LONGEST = 480
+#: Characters of a quoted value at most (see :func:`quoted`).
+LONGEST_QUOTE = 80
+
+# Controls (C0, DEL, C1), half surrogates, what turns the direction of text, and separators of lines.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
+def shown(text: str, longest: int | None = None) -> str:
+    """``text`` fit for a terminal: escapes (``\\x1b``) in place of what could steer one, the middle left out if it is
+    longer than ``longest`` characters."""
+    text = _UNSAFE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+    if longest is None or len(text) <= longest:
+        return text
+    head = (longest - 5) * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (longest - 5 - head) :]}"
+
+
+def quoted(value: object, longest: int = LONGEST_QUOTE) -> str:
+    """A value of a foreign file as a message quotes it: its ``repr``, shortened before it is made where it is long."""
+    if isinstance(value, str) and len(value) > 2 * longest:
+        value = value[:longest] + value[-longest:]
+    elif isinstance(value, (list, tuple, dict, set)):
+        return f"a {type(value).__name__} of {len(value):,}" if len(value) > 8 else shown(_repr(value), longest)
+    return shown(_repr(value), longest)
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # a number of very many digits, a very deep list
+        return f"a {type(value).__name__}"
 
 
 class OctoError(Exception):
     """A failure that is explained to the user in one sentence; the command line ends with exit code 1."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message, LONGEST))
 
 
 class UsageError(OctoError):

@@ -34,7 +34,7 @@ from octo_run.engine.engine import choose_device, choose_dtype
 from octo_run.engine.random_model import read_shape
 from octo_run.engine.shapes import SHAPES
 from octo_run.errors import OctoError, UsageError
-from octo_run.models.config import read_json_object
+from octo_run.models.foreign import read_json_object
 from octo_run.models.weights import random_weights
 
 WARM_UP = 2  # rounds: torch.compile may compile a second time once it has seen a second input

@@ -34,9 +34,10 @@ from torch import Tensor
 from octo_run import Engine
 from octo_run.errors import OctoError, UsageError
 from octo_run.models import rope
-from octo_run.models.config import CONFIG_NAME, ModelConfig, parse_config, read_json_object
+from octo_run.models.config import CONFIG_NAME, ModelConfig, parse_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.files import INDEX_NAME, SMALL_NAMES
+from octo_run.models.foreign import read_json_object
 from octo_run.models.hub import resolve
 from octo_run.models.weights import expected_tensors, load_weights
 from octo_run.tokenizer import Tokenizer, load_tokenizer

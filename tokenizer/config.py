@@ -4,14 +4,14 @@ Sources, the first that speaks wins: ``chat_template.jinja`` (template only), ``
 ``special_tokens_map.json`` (named tokens only), ``added_tokens.json`` (added tokens only).
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octo_run.errors import OctoError
+from octo_run.errors import OctoError, shown
+from octo_run.models.foreign import read_json_object, read_text
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -57,9 +57,9 @@ def load_config(directory: Path) -> TokenizerConfig:
     Errors: OctoError for malformed JSON, a field of the wrong type, or a list of templates without "default".
     """
     path = directory / "tokenizer_config.json"
-    main = read_json(path) if path.is_file() else {}
+    main = read_json_object(path) if path.is_file() else {}
     map_path = directory / "special_tokens_map.json"
-    special_map = read_json(map_path) if map_path.is_file() else {}
+    special_map = read_json_object(map_path) if map_path.is_file() else {}
     merged = {**special_map, **main}
     named: dict[str, str | None] = {}
     for key, value in merged.items():
@@ -87,23 +87,8 @@ def load_config(directory: Path) -> TokenizerConfig:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Errors: OctoError when it cannot be read, is not JSON, or is not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OctoError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise OctoError(f"{path} is not UTF-8 text (byte {error.start}); download the file again.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise OctoError(f"{path} is not valid JSON ({error}); download the file again.") from error
-    if not isinstance(value, dict):
-        raise OctoError(f"{path} holds a JSON {type(value).__name__} where an object is expected.")
-    return value
-
-
 def _wrong(path: Path, key: str, expected: str) -> OctoError:
-    return OctoError(f'"{key}" in {path} is not {expected}.')
+    return OctoError(f'"{shown(key, 60)}" in {path} is not {expected}.')
 
 
 def _optional(data: dict[str, Any], key: str, kind: type, path: Path) -> Any:
@@ -124,7 +109,7 @@ def _token_text(value: Any, key: str, path: Path) -> str:
 def _load_added(directory: Path, main: dict[str, Any], path: Path) -> tuple[AddedToken, ...]:
     added: dict[int, AddedToken] = {}
     old_path = directory / "added_tokens.json"
-    for content, token_id in (read_json(old_path) if old_path.is_file() else {}).items():
+    for content, token_id in (read_json_object(old_path) if old_path.is_file() else {}).items():
         if type(token_id) is not int or not 0 <= token_id < 10**9:
             raise _wrong(old_path, content, "a token id (an integer from 0 on)")
         added[token_id] = AddedToken(token_id, content, special=False)
@@ -148,10 +133,7 @@ def _load_template(directory: Path, main: dict[str, Any], path: Path) -> tuple[s
     """The chat template and the file it stands in; ``chat_template.jinja`` wins over tokenizer_config.json."""
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
-        try:
-            return jinja.read_text(encoding="utf-8"), str(jinja)
-        except (OSError, UnicodeDecodeError) as error:
-            raise OctoError(f"{jinja} cannot be read as UTF-8 text: {error}.") from error
+        return read_text(jinja), str(jinja)
     value = main.get("chat_template")
     if isinstance(value, list):
         if not all(isinstance(item, dict) and {"name", "template"} <= item.keys() for item in value):

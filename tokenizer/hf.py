@@ -9,7 +9,8 @@ import tokenizers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from octo_run.errors import OctoError
-from octo_run.tokenizer.config import AddedToken, TokenizerConfig, read_json
+from octo_run.models.foreign import read_json_object, read_text
+from octo_run.tokenizer.config import AddedToken, TokenizerConfig
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Qwen2's pre-tokenizer: Qwen2/Qwen2-1.5B tokenizer.json and transformers' tokenization_qwen2.py (Apache-2.0)
@@ -183,7 +184,7 @@ def _from_vocab_and_merges(directory: Path, config: TokenizerConfig) -> Tokenize
             f"{directory} has vocab.json and merges.txt, whose rules octo-run knows for Qwen2Tokenizer and "
             f"GPT2Tokenizer only, not for {name or 'an unnamed class'}; it needs the model's tokenizer.json."
         )
-    vocabulary = read_json(directory / "vocab.json")
+    vocabulary = read_json_object(directory / "vocab.json")
     if any(type(token_id) is not int or token_id < 0 for token_id in vocabulary.values()):
         raise OctoError(f"{directory / 'vocab.json'} maps tokens to something else than ids from 0 on.")
     merges = _read_merges(directory / "merges.txt")
@@ -199,12 +200,8 @@ def _from_vocab_and_merges(directory: Path, config: TokenizerConfig) -> Tokenize
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OctoError(f"{path} cannot be read as UTF-8 text: {error}.") from error
     merges = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         parts = line.split(" ")

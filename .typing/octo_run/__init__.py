@@ -1,1 +1,0 @@
-../../octo_run/__init__.py
