@@ -59,8 +59,10 @@ def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_FILE_BYTES) -> str:
-    """The UTF-8 text of ``path``, its lines ended by line feeds. OctoError as :func:`read_bytes`, and for bytes that are
-    no UTF-8."""
+    """The UTF-8 text of ``path``, its lines ended by line feeds.
+
+    OctoError as :func:`read_bytes`, and for bytes that are no UTF-8.
+    """
     data = read_bytes(path, limit)
     try:
         return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
