@@ -4,30 +4,37 @@ windows.
 Where a token at position ``j`` of a sequence of ``n`` tokens with ``P`` packed pages lives:
 
 - ``j < sink``: in its own full-precision sink slot (attention sinks ruin quantizers);
-- ``sink <= j < sink + 64 P``: row ``(j - sink) % 64`` of packed page ``page_table[seq, (j - sink) // 64]``;
+- ``sink <= j < sink + 64 P``: row ``(j - sink) % 64`` of packed page ``page_table[row, (j - sink) // 64]``;
 - the rest, the *tail*: slot ``(j - sink) % ring`` of a full-precision ring of ``window + 64`` tokens.
 
-A full ring's oldest 64 tokens are coded into a page before the next token is written, so at least ``window`` of the
-last tokens are in full precision. (After a cut there may be fewer, until new ones have come: what is coded stays
-coded.) Keys and queries are stored in the codec's rotated basis, values too (see ``models.decoder``).
+``row`` is the sequence's (``engine.sequence``). A full ring's oldest 64 tokens are coded into a page before the next
+token is written, so at least ``window`` of the last tokens are in full precision. (After a cut there may be fewer,
+until new ones have come: what is coded stays coded.) Keys and queries are stored in the codec's rotated basis, values
+too (see ``models.decoder``).
 
-An exception, Ctrl-C's included, may strike between any two statements here. Whatever it leaves half done, the next
-``truncate`` puts right, and every prompt begins with one.
+An exception, Ctrl-C's included, may strike between any two statements here: what is being written lies beyond the end
+of its sequence, which moves only when all of it is there.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from octo_run import kernels
+from octo_run.engine.sequence import Sequence, SequenceTable
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.attention.key_mean import HALF_OFFSETS, lane_table_bytes, page_centres
 from octo_run.kernels.codec import KVFormat
 
 if TYPE_CHECKING:
     from octo_run.engine.key_means import KeyMeans
+    from octo_run.engine.step import StepState
+
+#: Does a piece of work, which is the same for one key: at once, or from a recording.
+Run = Callable[[Hashable, Callable[[], None]], None]
 
 PAGE = kernels.PAGE_TOKENS
 
@@ -42,9 +49,13 @@ def length_bound(length: int, context: int) -> int:
 
 @dataclass(frozen=True)
 class ArenaShape:
-    """What decides the bytes of an arena; ``dtype`` is the full-precision one, ``context`` in tokens a sequence,
-    ``mean_heads`` the number of query heads if key means are kept out of the codes (``key_means``), else 0, ``on_gpu``
-    whether they are for a GPU."""
+    """What decides the bytes of an arena.
+
+    ``dtype`` is the full-precision one; ``context``: tokens that one sequence can hold; ``sequences``: rows;
+    ``pool_pages``: pages that all sequences share (None: as many as all of them hold at full context); ``mean_heads``:
+    the number of query heads if key means are kept out of the codes (``key_means``), else 0; ``on_gpu``: whether they
+    are for a GPU.
+    """
 
     layers: int
     kv_heads: int
@@ -59,6 +70,7 @@ class ArenaShape:
     sequences: int = 1
     mean_heads: int = 0
     on_gpu: bool = False
+    pool_pages: int | None = None
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -79,6 +91,11 @@ class ArenaShape:
         return max(0, (self.context - self.sink - self.window) // PAGE)
 
     @property
+    def pages(self) -> int:
+        """Packed pages of all sequences together."""
+        return self.sequences * self.max_pages if self.pool_pages is None else self.pool_pages
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of a page for one layer and KV head: 64 rows of K, then 64 rows of V."""
         return PAGE * (self.k_bytes + self.v_bytes)
@@ -91,12 +108,12 @@ class ArenaShape:
     @property
     def packed_bytes(self) -> int:
         """Bytes of all packed pages."""
-        return self.sequences * self.max_pages * self.layers * self.kv_heads * self.page_bytes
+        return self.pages * self.layers * self.kv_heads * self.page_bytes
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of page table, per-step state and row numbers."""
-        return self.sequences * (4 * max(1, self.max_pages) + 4 * 4 + 8)
+        """Bytes of the page table, and of the numbers of a chunk and of pages on their way to the code."""
+        return self.sequences * 4 * (max(1, self.max_pages) + 2) + 4 * 4
 
     @property
     def mean_page_bytes(self) -> int:
@@ -141,9 +158,7 @@ class KVArena:
     def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device, means: "KeyMeans | None" = None) -> None:
         self.shape, self.fmt, self.means = shape, fmt, means
         s = shape
-        self.pages = torch.zeros(
-            s.sequences * s.max_pages, s.layers, s.kv_heads, s.page_bytes, dtype=torch.uint8, device=device
-        )
+        self.pages = torch.zeros(s.pages, s.layers, s.kv_heads, s.page_bytes, dtype=torch.uint8, device=device)
         if device.type == "cuda":
             kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
         full = (s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
@@ -153,73 +168,33 @@ class KVArena:
         self._staging_k = torch.zeros(staging, dtype=s.dtype, device=device)
         self._staging_v = torch.zeros(staging, dtype=s.dtype, device=device)
         self.page_table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
-        # Rows: first query position, packed pages, tail origin, slot of the new token; one column a sequence.
-        self.state = torch.zeros(4, s.sequences, dtype=torch.int32, device=device)
-        self._state_host = torch.zeros(4, s.sequences, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._state_copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._rows = torch.arange(s.sequences, device=device)
-        self._page_ids: list[list[int]] = [[] for _ in range(s.sequences)]
-        self.length = [0] * s.sequences
-        self._free = self._unused_pages()
+        #: A chunk's first position, packed pages, tail origin, and row among the one row that it is given: 0.
+        self._chunk_state = torch.zeros(4, 1, dtype=torch.int32, device=device)
+        #: For each row the id and the number of the page that is coded between two steps.
+        self._coding = torch.zeros(2, s.sequences, dtype=torch.int32, device=device)
+        self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row)
 
-    def _unused_pages(self) -> list[int]:
-        """Page ids that no sequence holds, the lowest last (it is the next one taken)."""
-        used = set[int]().union(*self._page_ids)
-        return [page for page in range(self.pages.shape[0] - 1, -1, -1) if page not in used]
+    def open(self, ids: list[int] | None = None) -> Sequence:
+        """A sequence that holds as much of the beginning of ``ids`` as the arena has (see ``SequenceTable.open``)."""
+        return self.table.open(ids)
 
-    def packed(self, seq: int) -> int:
-        """Packed pages of a sequence."""
-        return len(self._page_ids[seq])
+    def upload(self, values: list[Any], into: Tensor) -> None:
+        """Copy numbers into a tensor of the device, without waiting for it."""
+        host = torch.tensor(values, dtype=into.dtype)
+        into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
 
-    def packed_end(self, seq: int) -> int:
-        """First position that is neither in a sink slot nor in a packed page."""
-        return self.shape.sink + PAGE * self.packed(seq)
+    def prefill(self, sequence: Sequence, ids: list[int]) -> "Chunk":
+        """Open the way for new tokens, at most ``chunk``, of one sequence. Raises ``PoolExhausted``."""
+        return Chunk(self, sequence, ids)
 
-    def page_ids(self, seq: int) -> list[int]:
-        """The sequence's page ids in order of position."""
-        return list(self._page_ids[seq])
-
-    def truncate(self, seq: int, length: int) -> int:
-        """Forget positions from ``length`` on; returns how many tokens remain.
-
-        A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position.
-        """
-        length, keep = min(length, self.length[seq]), self.packed(seq)
-        if length < self.packed_end(seq):
-            keep = min(keep, max(0, (length - self.shape.sink) // PAGE))
-            length = min(length, self.shape.sink + PAGE * keep)
-        self.length[seq] = length
-        del self._page_ids[seq][keep:]
-        self._free = self._unused_pages()
-        return length
-
-    def prefill(self, seq: int, count: int) -> "Prefill":
-        """Open the way for ``count`` (at most ``chunk``) new tokens of one sequence."""
-        return Prefill(self, seq, count)
-
-    def decode(self, batch: int) -> "Decode":
-        """Open the way for one new token in each of the first ``batch`` sequences."""
-        return Decode(self, batch)
-
-    def take_pages(self, seq: int, count: int) -> list[int]:
-        """``count`` free page ids, entered in the sequence's table. They count as packed from ``add_pages`` on; without
-        it the next ``truncate`` finds them free again."""
-        ids = [self._free.pop() for _ in range(count)]
-        places = self.page_places(seq, count)
-        if count == 1:
+    def enter_pages(self, row: int, first: int, ids: list[int]) -> Tensor:
+        """Write page ids to the page table, from page number ``first`` of a row on; where they stand: int32."""
+        places = self.page_table[row, first : first + len(ids)]
+        if len(ids) == 1:
             places.fill_(ids[0])
         elif ids:
-            host = torch.tensor(ids, dtype=torch.int32)
-            places.copy_(host.pin_memory() if places.is_cuda else host, non_blocking=True)
-        return ids
-
-    def page_places(self, seq: int, count: int) -> Tensor:
-        """The ids of the sequence's next ``count`` pages where they stand on the device: int32 ``[count]``."""
-        return self.page_table[seq, self.packed(seq) : self.packed(seq) + count]
-
-    def add_pages(self, seq: int, ids: list[int]) -> None:
-        """Count pages that have been written as packed."""
-        self._page_ids[seq] += ids
+            self.upload(ids, places)
+        return places
 
     def encode(self, k: Tensor, v: Tensor, pages: Tensor, ids: Tensor) -> None:
         """``kernels.encode_pages`` in the arena's format; ``OctoError`` for keys or values that overflowed."""
@@ -232,44 +207,39 @@ class KVArena:
                 f"The keys or values are not finite in {str(k.dtype).removeprefix('torch.')}: choose another --dtype."
             ) from None
 
-    def ring_is_full(self, seq: int) -> bool:
+    def ring_is_full(self, sequence: Sequence) -> bool:
         """Whether a page must be coded before the next token is written."""
-        return self.length[seq] - self.packed_end(seq) >= self.shape.ring
+        return len(sequence) - sequence.packed_end >= self.shape.ring
 
-    def oldest_slot(self, seq: int) -> int:
-        """First slot of the ring's oldest page."""
-        return self.shape.sink + (PAGE * self.packed(seq)) % self.shape.ring
+    def code_oldest(self, sequence: Sequence, run: "Run | None" = None) -> None:
+        """Code the oldest page of the ring, for all layers in one call. Waits for nothing. Raises ``PoolExhausted``.
 
-    def code_slots(self, seq: int, slot: int, ids: Tensor) -> None:
-        """Code the page that begins in ``slot``, for all layers in one call. Waits for nothing, so it can be captured.
-
-        ``ids`` is int32 [1] on the device; the page's number is the sequence's number of packed pages on the device.
+        ``run(key, work)`` does the work, which is the same for one key.
         """
-        k = self._full_k[:, seq : seq + 1, :, slot : slot + PAGE]
-        v = self._full_v[:, seq : seq + 1, :, slot : slot + PAGE]
+        s, row, number = self.shape, sequence.row, sequence.packed
+        slot = s.sink + (PAGE * number) % s.ring
+        (page,) = sequence.take_pages(1)
+        self.enter_pages(row, number, [page])
+        self._coding[0, row].fill_(page)
+        self._coding[1, row].fill_(number)
+        if self.means is not None and not number:
+            for layer in range(s.layers):
+                self.means.learn(layer, row, self._full_k[layer, row, :, slot : slot + PAGE])
+        if run is None:
+            self._code_slots(row, slot)
+        else:
+            run(("page", row, slot), lambda: self._code_slots(row, slot))
+        sequence.add_page()
+
+    def _code_slots(self, row: int, slot: int) -> None:
+        """Code the page that begins in ``slot``; its id and number are in ``_coding``."""
+        k = self._full_k[:, row : row + 1, :, slot : slot + PAGE]
+        v = self._full_v[:, row : row + 1, :, slot : slot + PAGE]
         if self.means is not None:
-            k = self.means.take_out(k, 0, seq, self.state[1, seq : seq + 1])
-        self.encode(k, v, self.pages, ids)
+            k = self.means.take_out(k, 0, row, self._coding[1, row : row + 1])
+        self.encode(k, v, self.pages, self._coding[0, row : row + 1])
 
-    def learn_means(self, seq: int, slot: int) -> None:
-        """If the page in ``slot`` is the sequence's first, take the means of all layers from its keys."""
-        if self.means is not None and not self.packed(seq):
-            for layer in range(self.shape.layers):
-                self.means.learn(layer, seq, self._full_k[layer, seq, :, slot : slot + PAGE])
-
-    def flush(self, seq: int) -> None:
-        """Code the ring's oldest page if the ring is full."""
-        if not self.ring_is_full(seq):
-            return
-        places = self.page_places(seq, 1)
-        ids = self.take_pages(seq, 1)
-        slot = self.oldest_slot(seq)
-        self.learn_means(seq, slot)
-        self.state[1, seq] = self.packed(seq)
-        self.code_slots(seq, slot, places)
-        self.add_pages(seq, ids)
-
-    def fill(self, seq: int, length: int, seed: int = 0) -> None:
+    def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
         """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
 
         Eight pages are coded; the others are copies of them. Raises ``UsageError`` for more than the context.
@@ -277,84 +247,107 @@ class KVArena:
         s = self.shape
         if not 0 <= length <= s.context:
             raise UsageError(f"The depth is {length:,} tokens; give 0 to {s.context:,}, the context.")
-        self.truncate(seq, 0)
+        sequence.cut(0)
+        row = sequence.row
         generator = torch.Generator(self.pages.device).manual_seed(seed)
         count = max(0, (length - s.sink - s.window) // PAGE)
-        places = self.page_places(seq, count)
-        ids = self.take_pages(seq, count)
-        for i in range(min(count, 8)):
+        ids = sequence.take_pages(count)
+        self.enter_pages(row, 0, ids)
+        for number, page in enumerate(ids[:8]):
             for full in (self._full_k, self._full_v):
-                full[:, seq].normal_(generator=generator)
-            self.state[1, seq] = i
-            self.code_slots(seq, s.sink, places[i : i + 1])
-        for i in range(8, count):
-            self.pages[ids[i]].copy_(self.pages[ids[i % 8]])
+                full[:, row].normal_(generator=generator)
+            self._coding[0, row].fill_(page)
+            self._coding[1, row].fill_(number)
+            self._code_slots(row, s.sink)
+        for number, page in enumerate(ids[8:], start=8):
+            self.pages[page].copy_(self.pages[ids[number % 8]])
         for full in (self._full_k, self._full_v):
-            full[:, seq].normal_(generator=generator)
-        self.add_pages(seq, ids)
-        self.length[seq] = length
+            full[:, row].normal_(generator=generator)
+        sequence.advance(0, [-1] * length, count)  # no prompt has them
 
-    def set_state(self, first: int, columns: list[tuple[int, int, int, int]]) -> None:
-        """Write the device's (start, packed, tail origin, slot) of consecutive sequences in one copy."""
-        last = first + len(columns)
-        if self._state_copied is not None:
-            self._state_copied.synchronize()  # the previous step's copy may still have to read the host's buffer
-        self._state_host[:, first:last] = torch.tensor(columns, dtype=torch.int32).T
-        self.state[:, first:last].copy_(self._state_host[:, first:last], non_blocking=True)
-        if self._state_copied is not None:
-            self._state_copied.record(torch.cuda.current_stream(self.state.device))
+    def place(self, position: int) -> int:
+        """The full-precision slot that a new token at ``position`` is written to."""
+        s = self.shape
+        return position if position < s.sink else s.sink + (position - s.sink) % s.ring
 
-    def decode_state(self, seq: int) -> tuple[int, int, int, int]:
-        """What ``set_state`` takes for one more token of the sequence."""
-        s, n = self.shape, self.length[seq]
-        return n, self.packed(seq), 0, n if n < s.sink else s.sink + (n - s.sink) % s.ring
+    def full(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Full-precision K and V of a layer: ``[rows, kv_heads, sink + ring, d]``."""
+        return self._full_k[layer], self._full_v[layer]
 
-    def full(self, layer: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Full-precision K and V of a layer in the first ``batch`` sequences: ``[batch, kv_heads, sink + ring, d]``."""
-        return self._full_k[layer, :batch], self._full_v[layer, :batch]
-
-    def inputs(
-        self, layer: int, first: int, last: int, tail: tuple[Tensor, Tensor], q: Tensor
-    ) -> kernels.AttentionInputs:
-        """What the attention kernels read for ``layer`` of the sequences ``first .. last - 1`` and their queries
-        ``q``."""
+    def inputs(self, layer: int, state: "StepState", q: Tensor) -> kernels.AttentionInputs:
+        """What the attention kernels read for one token in each sequence of a step, and its queries ``q``."""
         sink = self.shape.sink
+        full_k, full_v = self.full(layer)
         return kernels.AttentionInputs(
             pages=self.pages[:, layer],
-            page_table=self.page_table[first:last],
-            num_packed=self.state[1, first:last],
-            starts=self.state[0, first:last],
-            sink_k=self._full_k[layer, first:last, :, :sink],
-            sink_v=self._full_v[layer, first:last, :, :sink],
-            tail_k=tail[0],
-            tail_v=tail[1],
-            tail_origin=self.state[2, first:last],
+            page_table=self.page_table,
+            rows=state.rows,
+            num_packed=state.packed,
+            starts=state.positions,
+            sink_k=full_k[:, :, :sink],
+            sink_v=full_v[:, :, :sink],
+            tail_k=full_k[:, :, sink:],
+            tail_v=full_v[:, :, sink:],
+            tail_origin=state.origins,
             sink=sink,
-            mean=None if self.means is None else self.means.of_queries(layer, first, q),
+            mean=None if self.means is None else self.means.of_queries(layer, None, state.rows, q),
         )
 
+    def chunk_inputs(self, layer: int, row: int, q: Tensor) -> kernels.AttentionInputs:
+        """What the attention kernels read for a chunk of the sequence in ``row``, whose tail is staged."""
+        sink, state = self.shape.sink, self._chunk_state
+        full_k, full_v = self._full_k[layer, row : row + 1], self._full_v[layer, row : row + 1]
+        return kernels.AttentionInputs(
+            pages=self.pages[:, layer],
+            page_table=self.page_table[row : row + 1],
+            rows=state[3],
+            num_packed=state[1],
+            starts=state[0],
+            sink_k=full_k[:, :, :sink],
+            sink_v=full_v[:, :, :sink],
+            tail_k=self._staging_k,
+            tail_v=self._staging_v,
+            tail_origin=state[2],
+            sink=sink,
+            mean=None if self.means is None else self.means.of_queries(layer, row, state[3], q),
+        )
 
-class Prefill:
-    """One chunk of one sequence on its way through the layers. ``commit`` makes it count; ``abort`` undoes it."""
+    def _copy_row(self, donor: int, row: int) -> None:
+        """Copy sinks and key means: what a sequence that begins like another one needs besides the shared pages."""
+        for full in (self._full_k, self._full_v):
+            full[:, row, :, : self.shape.sink].copy_(full[:, donor, :, : self.shape.sink])
+        if self.means is not None:
+            self.means.copy_row(donor, row)
+        self.page_table[row].copy_(self.page_table[donor])
 
-    def __init__(self, arena: KVArena, seq: int, count: int) -> None:
+
+class Chunk:
+    """New tokens of one sequence on their way through the layers. ``commit`` makes them count; if it is not called, the
+    sequence keeps what they cannot have spoilt."""
+
+    def __init__(self, arena: KVArena, sequence: Sequence, ids: list[int]) -> None:
         s = arena.shape
-        self.arena, self.seq, self.count = arena, seq, count
-        self.start = arena.length[seq]
-        self.end = self.start + count
-        assert 0 < count <= s.chunk and self.end <= s.context
-        self.to_sink = min(count, max(0, s.sink - self.start))
-        origin = PAGE * arena.packed(seq)
+        self.arena, self.sequence, self.ids = arena, sequence, ids
+        self.count, self.row = len(ids), sequence.row
+        assert not sequence.ahead
+        self.start = len(sequence)
+        self.end = self.start + self.count
+        assert 0 < self.count <= s.chunk and self.end <= s.context
+        self.to_sink = min(self.count, max(0, s.sink - self.start))
+        origin = PAGE * sequence.packed
         self.old_tail = max(0, self.start - s.sink - origin)
-        tail = self.old_tail + count - self.to_sink
-        new_pages = max(0, (tail - s.window) // PAGE)
-        self._ids = arena.page_places(seq, new_pages)
-        self.page_ids = arena.take_pages(seq, new_pages)
+        tail = self.old_tail + self.count - self.to_sink
+        self.new_pages = max(0, (tail - s.window) // PAGE)
+        self._first_page = not sequence.packed
+        page_ids = sequence.take_pages(self.new_pages)
+        if self.new_pages:  # slots of the old tail will be written over
+            sequence.hold(sequence.packed_end)
+        self._ids = arena.enter_pages(self.row, sequence.packed, page_ids)
         device = arena.pages.device
         slots = torch.arange(origin, origin + tail, device=device) % s.ring + s.sink
-        self._old_slots, self._left_slots = slots[: self.old_tail], slots[new_pages * PAGE :]
-        self._coded, self._tail = new_pages * PAGE, tail
-        arena.set_state(seq, [(self.start, arena.packed(seq), origin, 0)])
+        self._old_slots, self._left_slots = slots[: self.old_tail], slots[self.new_pages * PAGE :]
+        self._coded, self._tail = self.new_pages * PAGE, tail
+        arena.upload([[self.start], [sequence.packed], [origin]], arena._chunk_state[:3])
 
     def attend(
         self,
@@ -362,7 +355,7 @@ class Prefill:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        scale: float,
+        spec: kernels.AttentionSpec,
         workspace: Tensor | None,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -370,66 +363,26 @@ class Prefill:
         a = self.arena
         parts = ((a._full_k, a._staging_k, k), (a._full_v, a._staging_v, v))
         for full, staging, new in parts:
-            store, rows = full[layer, self.seq], new[0].transpose(0, 1)
+            store, rows = full[layer, self.row], new[0].transpose(0, 1)
             store[:, self.start : self.start + self.to_sink] = rows[:, : self.to_sink]
             staging[0, :, : self.old_tail] = store.index_select(1, self._old_slots)
             staging[0, :, self.old_tail : self._tail] = rows[:, self.to_sink :]
-        inputs = a.inputs(layer, self.seq, self.seq + 1, (a._staging_k, a._staging_v), q)
-        out = kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.end, workspace=workspace, out=out)
+        inputs = a.chunk_inputs(layer, self.row, q)
+        out = kernels.attend(q, inputs, a.fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
         if self._coded:
             k_pages, v_pages = (
                 x[:, :, : self._coded].view(1, x.shape[1], -1, PAGE, x.shape[3]).transpose(1, 2)
                 for x in (a._staging_k, a._staging_v)
             )
             if a.means is not None:
-                if not a.packed(self.seq):
-                    a.means.learn(layer, self.seq, k_pages[0, 0])
-                k_pages = a.means.take_out(k_pages, layer, self.seq, a.state[1, self.seq : self.seq + 1])
+                if self._first_page:
+                    a.means.learn(layer, self.row, k_pages[0, 0])
+                k_pages = a.means.take_out(k_pages, layer, self.row, a._chunk_state[1])
             a.encode(k_pages, v_pages, a.pages[:, layer : layer + 1], self._ids)
         for full, staging, _ in parts:
-            full[layer, self.seq].index_copy_(1, self._left_slots, staging[0, :, self._coded : self._tail])
+            full[layer, self.row].index_copy_(1, self._left_slots, staging[0, :, self._coded : self._tail])
         return out
 
     def commit(self) -> None:
         """All layers are written: the chunk's tokens now belong to the sequence."""
-        self.arena.add_pages(self.seq, self.page_ids)
-        self.arena.length[self.seq] = self.end
-
-    def abort(self) -> None:
-        """The forward pass did not finish: the sequence is what it was, less a tail that the chunk may have spoilt."""
-        intact = self.arena.packed_end(self.seq) if self.page_ids else self.start
-        self.arena.truncate(self.seq, min(self.start, intact))
-
-
-class Decode:
-    """One new token in each of the first ``batch`` sequences, on its way through the layers."""
-
-    def __init__(self, arena: KVArena, batch: int) -> None:
-        self.arena, self.batch = arena, batch
-        self.starts = arena.length[:batch]
-        for seq in range(batch):
-            arena.flush(seq)
-            assert arena.length[seq] < arena.shape.context
-        arena.set_state(0, [arena.decode_state(seq) for seq in range(batch)])
-        self.max_length = length_bound(max(arena.length[:batch]) + 1, arena.shape.context)
-        self._slots = arena.state[3, :batch].to(torch.int64)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, workspace: Tensor | None) -> Tensor:
-        """Store ``k, v [B, 1, kv_heads, d]`` and return the attention of ``q [B, 1, heads, d]``."""
-        a, sink = self.arena, self.arena.shape.sink
-        full_k, full_v = a.full(layer, self.batch)
-        rows = a._rows[: self.batch]
-        full_k[rows, :, self._slots] = k[:, 0]
-        full_v[rows, :, self._slots] = v[:, 0]
-        inputs = a.inputs(layer, 0, self.batch, (full_k[:, :, sink:], full_v[:, :, sink:]), q)
-        return kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.max_length, workspace=workspace)
-
-    def commit(self) -> None:
-        """All layers are written: the new tokens now belong to their sequences."""
-        for seq in range(self.batch):
-            self.arena.length[seq] += 1
-
-    def abort(self) -> None:
-        """The step did not finish: the sequences are what they were (what it wrote lies beyond their ends)."""
-        for seq, start in enumerate(self.starts):
-            self.arena.truncate(seq, start)
+        self.sequence.advance(self.start, self.ids, self.new_pages)

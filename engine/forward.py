@@ -1,20 +1,24 @@
-"""The decoder's arithmetic on preallocated buffers: chunks of a prompt and decode steps, without an allocation.
+"""The one way forward: chunks of a prompt and decode steps through the layers, on preallocated buffers, on every device.
 
-The CPU's prompts go through ``Decoder.hidden`` instead; the rounding points are the same.
+``Decoder.hidden`` computes the same in plain PyTorch, for tests to compare with; the rounding points are the same.
 """
 
 from collections.abc import Callable
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from octo_run import kernels
-from octo_run.engine.arena import KVArena, Prefill
+from octo_run.engine.arena import Chunk, KVArena
 from octo_run.kernels import step as ops
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from octo_run.engine.step import StepState
 
 #: ``mix(layer, qkv [R, (heads + 2 kv_heads) d]) -> [R, heads * d]``: from a layer's projections to its attention
 Mix = Callable[[int, Tensor], Tensor]
@@ -60,7 +64,7 @@ class Forward:
         self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.scale = cfg.head_dim**-0.5
+        self.spec = kernels.AttentionSpec(scale=cfg.head_dim**-0.5)
 
     def upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
@@ -68,7 +72,7 @@ class Forward:
         into = self._ids[: len(ids)]
         return into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
 
-    def chunk(self, ids: Tensor, chunk: Prefill) -> Tensor:
+    def chunk(self, ids: Tensor, chunk: Chunk) -> Tensor:
         """Normed hidden states ``[C, hidden]`` of a chunk of one sequence; ``ids`` int64 ``[C]``."""
         count = len(ids)
         positions = torch.arange(chunk.start, chunk.end, dtype=torch.int32, out=self._positions[:count])
@@ -80,29 +84,26 @@ class Forward:
 
         def mix(index: int, qkv: Tensor) -> Tensor:
             ops.qkv_rope_append(qkv, turns[index], self._no_slots[:count], k, v, q)
-            chunk.attend(index, query, key, value, self.scale, self.workspace, out=mixed.view(query.shape))
+            chunk.attend(index, query, key, value, self.spec, self.workspace, out=mixed.view(query.shape))
             return mixed
 
         return self._layers(ids, mix)
 
-    def step(self, ids: Tensor, max_length: int) -> Tensor:
-        """Normed hidden states ``[B, hidden]`` of one token in each of the first B sequences; ``ids`` int64 ``[B]``.
+    def step(self, ids: Tensor, state: "StepState", max_length: int) -> Tensor:
+        """Normed hidden states ``[B, hidden]`` of one token in each of B sequences; ``ids`` integers ``[B]``.
 
-        Positions, slots and lengths are the arena's on the device: nothing here depends on a value of the host but the
-        bound ``max_length``.
+        Nothing here depends on a value of the host but the bound ``max_length``.
         """
-        arena, batch, sink = self.arena, len(ids), self.arena.shape.sink
-        positions, slots = arena.state[0, :batch], arena.state[3, :batch]
+        arena, batch = self.arena, len(ids)
         q, mixed = self._buffers["q"][:batch], self._buffers["mixed"][:batch]
-
-        turns = self._turns(positions)
+        turns = self._turns(state.positions)
 
         def mix(index: int, qkv: Tensor) -> Tensor:
-            full_k, full_v = arena.full(index, batch)
-            ops.qkv_rope_append(qkv, turns[index], slots, full_k, full_v, q)
-            inputs = arena.inputs(index, 0, batch, (full_k[:, :, sink:], full_v[:, :, sink:]), q)
+            full_k, full_v = arena.full(index)
+            ops.qkv_rope_append(qkv, turns[index], state.places, full_k, full_v, q, state.rows)
+            inputs = arena.inputs(index, state, q)
             return kernels.attend(
-                q, inputs, arena.fmt, scale=self.scale, max_length=max_length, out=mixed, workspace=self.workspace
+                q, inputs, arena.fmt, spec=self.spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
         return self._layers(ids, mix)

@@ -1,4 +1,4 @@
-"""A running continuation of one prompt: why it ends, and where its tokens come from on a CPU and on a GPU."""
+"""A running continuation of one prompt: its tokens, its figures, and why it ends."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from octo_run.engine.sampling import Sampler, SamplingParams
+from octo_run.engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
+    from octo_run.engine.sequence import Sequence
 
 #: Called with the tokens of a prompt that are read, and how many are to be read.
 OnPrompt = Callable[[int, int], None]
@@ -56,71 +57,10 @@ class PromptWatch:
             self._launched = event, count
 
 
-class _Source(Protocol):
-    """Where tokens come from."""
-
-    def prompt(self, ids: list[int], held: int, drawn: int, on_prompt: OnPrompt | None) -> None:
-        """Go on from ``ids``, of which the cache holds the first ``held``, after ``drawn`` drawn tokens."""
-
-    def take(self, most: int) -> tuple[int, float]:
-        """The next token and its log-probability; ``most`` more, this one included, may be wanted."""
-
-
-class _StepByStep:
-    """Each token is drawn on the host before the next step begins."""
-
-    def __init__(self, engine: Engine, params: SamplingParams, prompt: list[int]) -> None:
-        self._engine = engine
-        self._sampler = Sampler(params, prompt, engine.config.vocab_size, engine.device)
-        self._logits: torch.Tensor | None = None
-        self._token = 0  # drawn and not fed yet, where there are no logits
-
-    def prompt(self, ids: list[int], held: int, drawn: int, on_prompt: OnPrompt | None) -> None:
-        self._logits = self._engine._next_logits(ids[held:], on_prompt=on_prompt)
-
-    def take(self, most: int) -> tuple[int, float]:
-        logits = self._engine._next_logits([self._token]) if self._logits is None else self._logits
-        self._logits = None
-        self._token, logprob = self._sampler(logits)
-        return self._token, logprob
-
-
-class _Ahead:
-    """Tokens are drawn on the device, and the step that feeds a token is launched before the host has read it."""
-
-    def __init__(self, engine: Engine, params: SamplingParams) -> None:
-        self._engine, self._step = engine, engine.step
-        self._params = params if params.seed is not None else replace(params, seed=secrets.randbits(64))
-        self._unread, self._fresh = 0, True
-        self._unfed: int | None = None  # a token that was read before a step for it was launched
-
-    def prompt(self, ids: list[int], held: int, drawn: int, on_prompt: OnPrompt | None) -> None:
-        hidden = self._engine._next_hidden(ids[held:], on_prompt=on_prompt)
-        self._step.prepare([self._params], [ids], drawn)
-        self._step.first(hidden)
-        self._unread, self._fresh, self._unfed = 1, True, None
-
-    def take(self, most: int) -> tuple[int, float]:
-        # The first token is read before the first step is launched: nobody waits for that one's recording.
-        while not self._fresh and self._unread < min(2, most):
-            self._step.launch()
-            self._unread += 1
-            if self._unfed is not None:
-                self._engine._ids.append(self._unfed)
-                self._unfed = None
-        drawn = self._step.read()[0]
-        self._unread, self._fresh = self._unread - 1, False
-        if self._unread:
-            self._engine._ids.append(drawn[0])
-        else:
-            self._unfed = drawn[0]
-        return drawn
-
-
 class Generation:
     """A running continuation: an iterator of tokens. Leaving it early loses nothing: the cache holds what was fed.
 
-    Another one may run in between; whichever goes on first brings its own tokens back into the cache.
+    Others may run in between. If one of them took its place in the cache, it reads its tokens anew when it goes on.
     """
 
     def __init__(
@@ -143,26 +83,19 @@ class Generation:
         """End the generation; further iteration yields nothing."""
         self._tokens.close()
 
-    def _first(self, source: _Source, ids: list[int], held: int, most: int) -> tuple[int, float]:
-        """The token after ``ids``, of which the cache holds the first ``held``; ``most`` may be wanted."""
-        source.prompt(ids, held, self.generated_tokens, self._on_prompt)
-        drawn = source.take(most)
-        if self._on_prompt is not None:
-            self._on_prompt(len(ids) - held, len(ids) - held)
-        return drawn
-
     def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Generator[Token, None, None]:
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(64))  # one, however often it begins anew
         ends = engine.end_ids | set(params.stop_ids)
-        begun = time.perf_counter()
-        source: _Source = _Ahead(engine, params) if engine.ahead else _StepByStep(engine, params, ids)
-        engine._holder = self
+        sequence: Sequence | None = None
         try:
-            self.reused_tokens = engine._reuse(ids)
-            try:
-                token, logprob = self._first(source, ids, self.reused_tokens, 1)
-            finally:
-                self.prefill_seconds = time.perf_counter() - begun
             while True:
+                begun = time.perf_counter()
+                if sequence is None or not sequence.alive or not sequence.ready:
+                    sequence = self._begin(engine, ids, params, sequence)
+                sequence.pinned = True
+                token, logprob = self._take(engine, sequence, len(ids), params)
+                self._account(time.perf_counter() - begun)
                 self.generated_tokens += 1
                 if token in ends:
                     self.finish_reason = "stop"
@@ -171,19 +104,52 @@ class Generation:
                 elif len(ids) == engine.max_context:
                     self.finish_reason = "context"
                 ids.append(token)
+                sequence.pinned = False
                 yield Token(token, logprob, self.finish_reason)
                 if self.finish_reason is not None:
                     return
-                begun = time.perf_counter()
-                most = engine.max_context + 1 - len(ids)
-                if params.max_tokens is not None:
-                    most = min(most, params.max_tokens - self.generated_tokens)
-                if engine._holder is self:
-                    token, logprob = source.take(most)
-                else:
-                    engine._holder = self
-                    token, logprob = self._first(source, ids, engine._reuse(ids), most)
-                self.decode_seconds += time.perf_counter() - begun
         finally:
-            if engine._holder is self:
-                engine._settle()
+            if sequence is not None:
+                sequence.close()
+
+    def _account(self, seconds: float) -> None:
+        if self.generated_tokens:
+            self.decode_seconds += seconds
+
+    def _begin(self, engine: Engine, ids: list[int], params: SamplingParams, before: Sequence | None) -> Sequence:
+        """A sequence that holds ``ids`` and whose next token is drawn: the one before, if it has its row, goes on."""
+        first = not self.generated_tokens
+        begun = time.perf_counter()
+        if before is not None:
+            before.close()
+        sequence = engine.arena.open(ids)
+        try:
+            held = len(sequence)
+            if first:
+                self.reused_tokens = held
+            hidden = engine.feed(sequence, ids[held:], self._on_prompt)
+            engine.step.begin(sequence, params, ids, self.generated_tokens)
+            engine.step.first(sequence, hidden)
+            engine.step.wait(sequence)
+            if self._on_prompt is not None:
+                self._on_prompt(len(ids) - held, len(ids) - held)
+        except BaseException:
+            sequence.close()
+            raise
+        finally:
+            if first:
+                self.prefill_seconds = time.perf_counter() - begun
+        return sequence
+
+    def _take(self, engine: Engine, sequence: Sequence, held: int, params: SamplingParams) -> tuple[int, float]:
+        """The next token and its log-probability, after ``held`` tokens of prompt and answer.
+
+        The first token is read before the first step is launched: nobody waits for that one's recording.
+        """
+        most = engine.max_context + 1 - held
+        if params.max_tokens is not None:
+            most = min(most, params.max_tokens - self.generated_tokens)
+        fresh = sequence.unread and not sequence.ahead
+        while not fresh and len(sequence.unread) < min(engine.depth, most):
+            engine.step.launch([sequence])
+        return engine.step.read(sequence)

@@ -1,4 +1,4 @@
-"""The means of the keys before RoPE, one a layer, sequence and KV head, that never enter the code.
+"""The means of the keys before RoPE, one a layer, row of the arena and KV head, that never enter the code.
 
 A mean is taken from the tokens of the sequence's first packed page and stays; a sequence cut back to before that page
 takes a new one with its next first page. That covers a k_proj bias as well: it is a part of every key.
@@ -30,24 +30,28 @@ class KeyMeans:
         pages = max(s.layers, (s.ring + s.chunk) // PAGE)
         self._rows = torch.zeros(pages, s.kv_heads, PAGE, s.head_dim, dtype=s.dtype, device=device)
 
-    def learn(self, layer: int, seq: int, rows: Tensor) -> None:
+    def learn(self, layer: int, row: int, keys: Tensor) -> None:
         """Take the means of a layer from its first page of keys ``[kv_heads, 64, d]`` (rotated basis)."""
         angles = self.tables.of_pages(0, 1)[0]
-        self.means[layer, seq] = key_mean.estimate(rows, angles, self.rotation)
+        self.means[layer, row] = key_mean.estimate(keys, angles, self.rotation)
 
-    def take_out(self, k: Tensor, layer: int, seq: int, first: Tensor) -> Tensor:
+    def copy_row(self, donor: int, row: int) -> None:
+        """Give a row the means of another one."""
+        self.means[:, row].copy_(self.means[:, donor])
+
+    def take_out(self, k: Tensor, layer: int, row: int, first: Tensor) -> Tensor:
         """Pages ``k [L, N, kv_heads, 64, d]`` of the layers from ``layer`` on without their means; ``first`` int32 [1]
         is the number of the first page. The result is good until the next call."""
         out = self._rows[: k.shape[0] * k.shape[1]].view(k.shape)
-        means = self.means[layer : layer + k.shape[0], seq]
+        means = self.means[layer : layer + k.shape[0], row]
         return key_mean.take_out(k, means, first, self.tables, self.rotation, out)
 
-    def of_queries(self, layer: int, first: int, q: Tensor) -> KeyMean:
-        """What attention takes for queries ``q [B, C, heads, d]`` of the sequences from ``first`` on. Good until the
-        next call."""
-        means = self.means[layer, first : first + q.shape[0]]
+    def of_queries(self, layer: int, row: int | None, rows: Tensor, q: Tensor) -> KeyMean:
+        """What attention takes for queries ``q [B, C, heads, d]``: of the sequences in the rows ``rows`` int32 [B]; of
+        those of one row if ``row`` is given, which ``rows`` then counts from. Good until the next call."""
+        means = self.means[layer] if row is None else self.means[layer, row : row + 1]
         found = None
         if q.shape[1] == 1 or not self._on_gpu:
             out = self._coefficients.view(-1)[: q.numel()].view(q.shape)
-            found = key_mean.rotated_coefficients(q, means, self.rotation, out)
+            found = key_mean.rotated_coefficients(q, means, rows, self.rotation, out)
         return KeyMean(means, self.rotation, self.tables, found)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import UsageError
 from octo_run.kernels import step as ops
 from octo_run.models.config import GenerationDefaults
 
@@ -72,97 +72,57 @@ class SamplingParams:
         return cls(**(values | {name: value for name, value in overrides.items() if value is not None}))
 
 
-class Sampler:
-    """Draws tokens for one sequence; the same seed and logits give the same tokens."""
-
-    def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, device: torch.device) -> None:
-        self.params = params
-        self.generator = torch.Generator(device)
-        if params.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(params.seed)
-        self._counts: Tensor | None = None
-        if params.penalises:
-            self._counts = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)
-            self._counts[0, torch.tensor(prompt, dtype=torch.int64, device=device)] = 1
-            rules = [[params.repetition_penalty], [params.presence_penalty], [params.frequency_penalty]]
-            self._penalties = torch.tensor(rules, device=device)
-
-    def __call__(self, logits: Tensor) -> tuple[int, float]:
-        """The token chosen by float32 ``logits [vocab]`` and its log-probability under the model's own distribution."""
-        if not bool(torch.isfinite(logits).all()):
-            raise OctoError("The model's logits are not finite; choose another --dtype, or check the model's files.")
-        scores = logits
-        if self._counts is not None:
-            scores = ops.penalised(logits[None], self._counts, self._penalties)[0]
-        if self.params.temperature == 0:
-            choice = scores.argmax()
-        else:
-            # From the largest score down, so that no temperature is too small for float32.
-            scaled = (scores - scores.max()) / max(self.params.temperature, torch.finfo(torch.float32).tiny)
-            choice = torch.multinomial(filtered(scaled, self.params), 1, generator=self.generator)[0]
-        token = int(choice)
-        if self._counts is not None:
-            ops.count_drawn(self._counts, choice.view(1, 1))
-        return token, float(logits[token] - logits.logsumexp(-1))
-
-
-def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities ``[vocab]`` (summing to 1) of float32 ``scores`` after top-k, top-p and min-p."""
-    if 0 < params.top_k < scores.numel():
-        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
-    if params.top_p < 1:
-        ordered, order = scores.sort(descending=True)
-        share = ordered.softmax(-1)
-        beyond = share.cumsum(-1) - share >= params.top_p  # tokens before this one already make up top_p
-        beyond[0] = False
-        scores = scores.masked_fill(torch.empty_like(beyond).scatter_(0, order, beyond), -torch.inf)
-    if params.min_p > 0:
-        scores = scores.masked_fill(scores < scores.max() + math.log(params.min_p), -torch.inf)
-    return scores.softmax(-1)
-
-
 def sampling_bytes(sequences: int, vocab_size: int, dtype: torch.dtype) -> int:
     """Bytes on the device of a step's logits in ``dtype`` and of what :class:`BatchSampler` keeps."""
     return sequences * vocab_size * (dtype.itemsize + 4) + sequences * 16 * -(-vocab_size // ops.PART_TOKENS)
+
+
+@dataclass(eq=False)
+class Sampling:
+    """How one sequence's tokens are drawn. ``drawn`` counts them: the noise of a draw depends on the seed and on it."""
+
+    params: SamplingParams
+    seed: int
+    drawn: int
 
 
 class BatchSampler:
     """Draws a token for each of several sequences on the device; nothing in a draw waits for or asks the host.
 
     The noise of a draw depends on the sequence's seed and on how many tokens it has drawn, so the same seed and logits
-    give the same tokens, whatever runs beside them or in between. The rules are those of ``SamplingParams``.
+    give the same tokens on every device, whatever runs beside them or in between. Tokens, log-probabilities and counts
+    lie by the sequences' rows in the arena, rules and counters in the order of the sequences that a step is for.
     """
 
-    def __init__(self, sequences: int, vocab_size: int, device: torch.device) -> None:
-        self._device, self._vocab = device, vocab_size
-        self.drawn = torch.zeros(2, sequences, dtype=torch.int32, device=device)
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab = vocab_size
+        self.drawn = torch.zeros(2, rows, dtype=torch.int32, device=device)
         self.tokens = self.drawn[0]
-        self._rules = torch.zeros(6, sequences, device=device)  # temperature, the three penalties, top_p, log min_p
-        self._whole = torch.zeros(3, sequences, dtype=torch.int64, device=device)  # seed, tokens drawn, top_k
-        self._draws = ops.Draws(
-            temperature=self._rules[0],
-            penalties=self._rules[1:4],
-            seeds=self._whole[0],
-            counters=self._whole[1],
-            counts=torch.zeros(sequences, vocab_size, dtype=torch.int32, device=device),
-            parts=torch.zeros(sequences, 4, -(-vocab_size // ops.PART_TOKENS), device=device),
-            tokens=self.tokens,
-            logprobs=self.drawn[1].view(torch.float32),
-        )
-        self._filtered = False
+        self._rules = torch.zeros(6, rows, device=device)  # temperature, the three penalties, top_p, log min_p
+        self._whole = torch.zeros(3, rows, dtype=torch.int64, device=device)  # seed, tokens drawn, top_k
+        self._counts = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
+        self._parts = torch.zeros(rows, 4, -(-vocab_size // ops.PART_TOKENS), device=device)
+        self._counted = self._noisy = self._filtered = False
 
     @property
     def kind(self) -> tuple[bool, bool, bool]:
         """Whether any sequence has a penalty, noise, filters: a recorded draw serves sequences of its own kind."""
-        return self._draws.counted, self._draws.noisy, self._filtered
+        return self._counted, self._noisy, self._filtered
 
-    def set(self, params: list[SamplingParams], seen: list[list[int]], drawn: int = 0) -> None:
-        """The rules of the first ``len(params)`` sequences, and the tokens that penalties count, of which the last
-        ``drawn`` have been drawn already. ``seed`` None takes a fresh one.
-        """
-        batch, draws = len(params), self._draws
+    def enter(self, row: int, params: SamplingParams, seen: list[int], drawn: int = 0) -> Sampling:
+        """The rules of the sequence in a row, and the tokens that penalties count: ``seen``, of which the last
+        ``drawn`` have been drawn already. A seed of None becomes a fresh one."""
+        if params.penalises:
+            counts = self._counts[row].zero_()
+            places = torch.tensor(seen, dtype=torch.int64).to(counts.device)
+            answer = places[max(0, len(seen) - drawn) :]
+            counts.index_add_(0, answer, torch.full_like(answer, 2, dtype=torch.int32))
+            counts.index_copy_(0, places, counts[places] | 1)
+        return Sampling(params, _signed(params.seed), drawn)
+
+    def arrange(self, samplings: list[Sampling]) -> None:
+        """Draw from now on for these sequences, in this order. Waits for nothing."""
+        params = [sampling.params for sampling in samplings]
         rules = [
             (
                 min(p.temperature, 1e30),
@@ -174,34 +134,43 @@ class BatchSampler:
             )
             for p in params
         ]
-        whole = [(_signed(p.seed), drawn, p.top_k or self._vocab) for p in params]
-        self._rules[:, :batch] = torch.tensor(rules).T.to(self._device)
-        self._whole[:, :batch] = torch.tensor(whole).T.to(self._device)
-        draws.counted = any(p.penalises for p in params)
-        draws.noisy = any(p.temperature > 0 for p in params)
+        whole = [(sampling.seed, sampling.drawn, sampling.params.top_k or self._vocab) for sampling in samplings]
+        for values, into in ((rules, self._rules), (whole, self._whole)):
+            host = torch.tensor(values, dtype=into.dtype).T.contiguous()
+            into[:, : len(params)].copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
+        self._counted = any(p.penalises for p in params)
+        self._noisy = any(p.temperature > 0 for p in params)
         self._filtered = any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params)
-        if draws.counted:
-            draws.counts[:batch].zero_()
-            for row, tokens in zip(draws.counts, seen, strict=False):
-                places = torch.tensor(tokens, dtype=torch.int64).to(self._device)
-                answer = places[max(0, len(tokens) - drawn) :]
-                row.index_add_(0, answer, torch.full_like(answer, 2, dtype=torch.int32))
-                row.index_copy_(0, places, row[places] | 1)
 
-    def draw(self, logits: Tensor) -> None:
-        """Draw from ``logits [batch, vocab]`` of the first sequences: ``drawn`` then has tokens and log-probabilities.
+    def draw(self, logits: Tensor, rows: Tensor) -> None:
+        """Draw from ``logits [batch, vocab]`` of the sequences in ``rows`` int32 [batch] (-1: none): ``drawn`` then has
+        their tokens and log-probabilities.
 
         Log-probabilities are under the model's own distribution, not finite if the logits are not.
         """
-        ops.sample(self._draws, logits, self._floor(logits) if self._filtered else None)
+        batch = len(logits)
+        draws = ops.Draws(
+            temperature=self._rules[0, :batch],
+            penalties=self._rules[1:4, :batch],
+            seeds=self._whole[0, :batch],
+            counters=self._whole[1, :batch],
+            counts=self._counts,
+            parts=self._parts,
+            tokens=self.tokens,
+            logprobs=self.drawn[1].view(torch.float32),
+            rows=rows,
+            counted=self._counted,
+            noisy=self._noisy,
+        )
+        ops.sample(draws, logits, self._floor(draws, logits) if self._filtered else None)
 
-    def _floor(self, logits: Tensor) -> Tensor:
+    def _floor(self, draws: ops.Draws, logits: Tensor) -> Tensor:
         """The lowest score that top-k, top-p and min-p leave in, float32 ``[batch]``."""
         batch = len(logits)
         temperature, *_, top_p, min_p = self._rules[:, :batch, None]
-        ordered = self._draws.scores(logits).sort(descending=True).values
+        ordered = draws.scores(logits).sort(descending=True).values
         largest, temperature = ordered[:, :1], temperature.clamp(min=torch.finfo(torch.float32).tiny)
-        least = ordered.gather(1, (self._whole[2, :batch, None] - 1).clamp(max=self._vocab - 1))
+        least = ordered.gather(1, (self._whole[2, :batch, None] - 1).clamp(0, self._vocab - 1))
         share = ((ordered - largest) / temperature).masked_fill(ordered < least, -torch.inf).softmax(-1)
         within = (share.cumsum(-1) - share < top_p).sum(-1, keepdim=True).clamp(min=1)
         nucleus = ordered.gather(1, within - 1)

@@ -1,25 +1,27 @@
-"""The decode step: one token for each sequence, from embedding to sampling, recorded as CUDA graphs and replayed.
+"""The decode step: one token for each sequence of any set, from embedding to sampling, recorded as CUDA graphs.
 
-A recorded step takes nothing from the host: tokens, positions, slots, lengths, seeds and counters lie on the device and
-the step itself moves them on, so that the next step can be launched before the host has read the token of this one.
-There is a graph for every bucket of sequences and bound on lengths (``arena.length_bound``): the first step of its kind
-runs as it is, which compiles its kernels, the second is recorded. Coding full pages happens between steps, on the same
-stream, recorded too. On a CPU every step runs as it is.
+A recorded step takes nothing from the host: tokens lie on the device by the sequences' rows; positions, slots, lengths
+and counters lie there in the order of the set, and the step itself moves them on, so that the next step can be launched
+before the host has read the token of this one. What changes from outside (another set, a coded page, a prompt read in
+between) is copied there in one go that waits for nothing. There is a graph for every bucket of sequences and bound on
+lengths (:func:`length_bound`): the first step of its kind runs as it is, which compiles its kernels, the second is
+recorded. Coding full pages happens between steps, on the same stream, recorded too. On a CPU every step runs as it is.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from octo_run.engine.arena import length_bound
+from octo_run.engine.arena import KVArena
 from octo_run.engine.forward import Forward
-from octo_run.engine.sampling import BatchSampler, SamplingParams
+from octo_run.engine.sampling import BatchSampler, Sampling, SamplingParams
+from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
 
-#: Steps that may be launched and not yet read.
+#: Steps of a sequence that may be launched and not yet read.
 AHEAD = 8
 
 
@@ -28,103 +30,222 @@ def batch_buckets(sequences: int) -> list[int]:
     return sorted({1 << i for i in range(sequences.bit_length())} | {sequences})
 
 
-class DecodeStep:
-    """Steps of the first sequences of an arena: :meth:`start`, then :meth:`launch` and :meth:`read` in turn, at most
-    ``AHEAD`` launches ahead of the reads."""
+def length_bound(length: int, context: int) -> int:
+    """The bound on lengths that decode attention is launched with: a power of two from 1,024 on, at most ``context``.
+
+    The division of the work follows from it alone, so that one recorded step serves all lengths up to it.
+    """
+    return min(context, max(1024, 1 << (length - 1).bit_length()))
+
+
+class StepState:
+    """What a step reads of each sequence of its set, int32 on the device, in the order of the set.
+
+    ``positions`` of the new tokens; ``packed`` pages; ``origins`` of the tails (0); ``places``: the full-precision
+    slots that the new tokens go to; ``rows`` of the arena, -1 for filler up to the bucket's size; ``sources``: the rows
+    that tokens are read from (``rows``, 0 for filler); ``active``: 1, for filler 0.
+    """
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+        (self.positions, self.packed, self.origins, self.places, self.rows, self.sources, self.active) = whole.unbind()
+
+    COLUMNS = 7
+
+    def first(self, count: int) -> "StepState":
+        """The state of the first ``count`` sequences."""
+        return StepState(self.whole[:, :count])
+
+    def upload(self, arena: KVArena, sequences: list[Sequence], bucket: int) -> None:
+        """Write the state before one more token in each sequence."""
+        columns = [
+            (len(seq), seq.packed, 0, arena.place(len(seq)), seq.row, seq.row, 1)
+            for seq in sequences
+        ]  # fmt: skip
+        columns += [(0, 0, 0, 0, -1, 0, 0)] * (bucket - len(sequences))
+        arena.upload([list(row) for row in zip(*columns, strict=True)], self.whole[:, :bucket])
+
+
+class Result:
+    """A place in the host's memory for the tokens and log-probabilities of all rows, and the event that says they have
+    come."""
+
+    def __init__(self, drawn: Tensor) -> None:
+        cuda = drawn.is_cuda
+        self._host = torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=cuda)
+        self._event = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._values: list[tuple[int, float]] | None = None
+
+    def copy(self, drawn: Tensor) -> None:
+        """Fetch ``drawn``, int32 ``[2, rows]``: tokens and the bits of log-probabilities in float32."""
+        self._values = None
+        self._host.copy_(drawn, non_blocking=True)
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(drawn.device))
+
+    def wait(self, row: int) -> tuple[int, float]:
+        """Token and log-probability of a row."""
+        if self._values is None:
+            if self._event is not None:
+                self._event.synchronize()
+            logprobs = self._host[1].view(torch.float32).tolist()
+            self._values = list(zip(self._host[0].tolist(), logprobs, strict=True))
+        return self._values[row]
+
+
+@dataclass
+class _Set:
+    """The sequences that the device's state is for, and what it says of them."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    known: list[tuple[int, int, Sampling, int]] = field(default_factory=list)
+    bucket: int = 0
+
+
+class Stepper:
+    """Steps of sequences: :meth:`begin` and :meth:`first` or :meth:`start`, then :meth:`launch` and :meth:`read` in
+    turn, each sequence at most ``AHEAD`` launches ahead of its reads. Sequences may join and leave between any two
+    launches."""
 
     def __init__(self, forward: Forward, sampler: BatchSampler) -> None:
         self.forward, self.arena, self.sampler = forward, forward.arena, sampler
         arena, device = forward.arena, forward.arena.pages.device
-        sequences, cfg = arena.shape.sequences, forward.decoder.cfg
-        self._cuda = device.type == "cuda"
-        self.logits = torch.zeros(sequences, cfg.vocab_size, dtype=arena.shape.dtype, device=device)
-        self._active = torch.zeros(sequences, dtype=torch.int32, device=device)
-        self._results = [_Result(sampler.drawn, self._cuda) for _ in range(AHEAD)]
-        self._unread: deque[tuple[_Result, int]] = deque()  # with the number of tokens that the launch fed: 0 or 1
-        self._next = 0
-        self._batch = self._bucket = 0
-        self._recorder = _Recorder(device, arena.shape.dtype) if self._cuda else None
+        rows, cfg = arena.shape.sequences, forward.decoder.cfg
+        self.logits = torch.zeros(rows, cfg.vocab_size, dtype=arena.shape.dtype, device=device)
+        self._state = StepState(torch.zeros(StepState.COLUMNS, rows, dtype=torch.int32, device=device))
+        self._buckets = batch_buckets(rows)
+        self._set: _Set | None = None
+        self._spare: list[Result] = []
+        self._recorder = _Recorder(device, arena.shape.dtype) if device.type == "cuda" else None
 
     @torch.inference_mode()
-    def start(self, tokens: list[int], params: list[SamplingParams], seen: list[list[int]] | None = None) -> None:
-        """Begin steps of the first ``len(tokens)`` sequences, whose last tokens (not yet in the cache) are given.
+    def start(self, sequence: Sequence, token: int, params: SamplingParams, seen: list[int] | None = None) -> None:
+        """Let steps of the sequence begin with ``token``, which is the next one to be fed.
 
-        ``seen[i]`` are the tokens that sequence i's repetition penalty counts, the last one included (default: it
-        alone). Raises ``UsageError`` for more sequences than the arena has.
+        ``seen`` are the tokens that penalties count, ``token`` included (default: it alone). Raises ``UsageError`` for
+        a token outside the vocabulary.
         """
-        self.prepare(params, [[token] for token in tokens] if seen is None else seen)
-        self.sampler.tokens[: len(tokens)].copy_(self.forward.upload(tokens))
+        vocab = self.forward.decoder.cfg.vocab_size
+        if not 0 <= token < vocab:
+            raise UsageError(f"The token id {token} is not in the vocabulary of {vocab:,}.")
+        self.begin(sequence, params, [token] if seen is None else seen)
+        self.sampler.tokens[sequence.row].fill_(token)
+        sequence.following, sequence.ready = token, True
 
     @torch.inference_mode()
-    def prepare(self, params: list[SamplingParams], seen: list[list[int]], drawn: int = 0) -> None:
-        """Set the sampling of the first ``len(params)`` sequences, which have ``drawn`` tokens drawn already."""
-        batch, sequences = len(params), self.arena.shape.sequences
-        if not 1 <= batch <= sequences:
-            raise UsageError(f"{batch} sequences were asked for; the engine was loaded for 1 to {sequences}.")
-        self.cancel()
-        self._batch = batch
-        self._bucket = next(size for size in batch_buckets(sequences) if size >= batch)
-        self.sampler.set(params, seen, drawn)
-        self._active.zero_()
-        self._active[:batch].fill_(1)
-        self.arena.set_state(0, [self.arena.decode_state(seq) for seq in range(self._bucket)])
+    def begin(self, sequence: Sequence, params: SamplingParams, seen: list[int], drawn: int = 0) -> None:
+        """Set how the sequence's tokens are drawn: ``seen`` are those so far, the last ``drawn`` of which were drawn."""
+        sequence.cancel()
+        sequence.sampling = self.sampler.enter(sequence.row, params, seen, drawn)
 
     @torch.inference_mode()
-    def first(self, normed: Tensor) -> None:
-        """Draw the first tokens from the states ``[batch, hidden]`` of the prompts' ends; read them like a step's."""
-        self.sampler.draw(self.forward.logits(normed, self.logits[: len(normed)]))
-        self._queue(0)
+    def first(self, sequence: Sequence, normed: Tensor) -> None:
+        """Draw the first token from the state ``[1, hidden]`` of the prompt's end; read it like a step's."""
+        sampling = self._sampling(sequence)
+        self._arrange([sequence])
+        current, self._set = self._set, None
+        self.sampler.draw(self.forward.logits(normed, self.logits[:1]), self._state.rows[:1])
+        sampling.drawn += 1
+        self._queue([sequence])
+        self._moved(current)
+        sequence.ready = True
 
     @torch.inference_mode()
-    def launch(self) -> None:
-        """One step for all sequences of :meth:`start`. Waits for nothing.
+    def launch(self, sequences: list[Sequence]) -> None:
+        """One step for these sequences. Waits for nothing.
 
-        Raises ``UsageError`` before a :meth:`start`, if a sequence is full, or if ``AHEAD`` launches are unread.
+        Raises ``UsageError`` for a sequence that was not started, is full, occurs twice, or has ``AHEAD`` launches
+        unread, and ``PoolExhausted`` if there is no page for one. After an error no sequence has moved.
         """
-        arena = self.arena
-        if not self._batch:
-            raise UsageError("No sequence has been started: start the steps first.")
-        if len(self._unread) == AHEAD:
-            raise UsageError(f"{AHEAD} steps are launched and unread: read one first.")
-        if max(arena.length[: self._batch]) >= arena.shape.context:
-            raise UsageError(f"A sequence has reached the context of {arena.shape.context:,} tokens: no step follows.")
-        for seq in range(self._bucket):
-            if arena.ring_is_full(seq):
-                self._flush(seq)
-        bucket, bound = self._bucket, length_bound(max(arena.length[: self._bucket]) + 1, arena.shape.context)
-        self._run((bucket, bound, self.sampler.kind), lambda: self._step(bucket, bound))
-        for seq in range(self._batch):
-            arena.length[seq] += 1
-        self._queue(1)
+        self._check(sequences)
+        for sequence in sequences:
+            self.arena.table.touch(sequence)
+            if self.arena.ring_is_full(sequence):
+                self.arena.code_oldest(sequence, self._run)
+        bucket = self._arrange(sequences)
+        bound = length_bound(max(map(len, sequences)) + 1, self.arena.shape.context)
+        # Until the device and the host agree again, nothing may rely on either.
+        current, self._set = self._set, None
+        for sequence in sequences:
+            sequence.ready = False
+        self._run(("step", bucket, bound, self.sampler.kind), lambda: self._step(bucket, bound))
+        for sequence in sequences:
+            sequence.launched()
+            self._sampling(sequence).drawn += 1
+        self._queue(sequences)
+        self._moved(current)
+        for sequence in sequences:
+            sequence.ready = True
 
-    def read(self) -> list[tuple[int, float]]:
-        """Token and log-probability of each sequence from the oldest unread launch; waits for it alone.
+    def read(self, sequence: Sequence) -> tuple[int, float]:
+        """Token and log-probability of the sequence from its oldest unread launch; waits for it alone.
 
         Raises ``OctoError`` for logits that are not finite and ``UsageError`` if there is nothing to read.
         """
-        if not self._unread:
+        if not sequence.unread:
             raise UsageError("There is no step to read: launch one first.")
-        result, _ = self._unread[0]
-        drawn = result.wait()[: self._batch]
-        self._unread.popleft()
-        if not all(math.isfinite(logprob) for _, logprob in drawn):
+        result = sequence.unread[0]
+        token, logprob = result.wait(sequence.row)
+        if not math.isfinite(logprob):
             raise OctoError("The model's logits are not finite; choose another --dtype, or check the model's files.")
-        return drawn
+        sequence.unread.popleft()
+        sequence.drawn(token)
+        return token, logprob
 
-    def cancel(self) -> None:
-        """Forget what was launched and not read: the sequences are as if it had not been."""
-        fed = sum(count for _, count in self._unread)
-        self._unread.clear()
-        if fed:
-            for seq in range(self._batch):
-                self.arena.truncate(seq, self.arena.length[seq] - fed)
-        self._batch = 0
+    def _check(self, sequences: list[Sequence]) -> None:
+        arena = self.arena
+        if not 1 <= len(sequences) <= arena.shape.sequences or len({id(seq) for seq in sequences}) < len(sequences):
+            raise UsageError(
+                f"{len(sequences)} sequences were given for a step; give each once, 1 to {arena.shape.sequences} of them."
+            )
+        for sequence in sequences:
+            if not sequence.alive or not sequence.ready:
+                raise UsageError("A sequence of the step has no token to go on with: start it first.")
+            if len(sequence.unread) >= AHEAD:
+                raise UsageError(f"{AHEAD} steps of a sequence are launched and unread: read one first.")
+            if len(sequence) >= arena.shape.context:
+                context = arena.shape.context
+                raise UsageError(f"A sequence has reached the context of {context:,} tokens: no step follows.")
+        arena.table.make_room(sum(map(arena.ring_is_full, sequences)))
 
-    def _queue(self, fed: int) -> None:
-        result = self._results[self._next]
-        self._next = (self._next + 1) % AHEAD
+    def _sampling(self, sequence: Sequence) -> Sampling:
+        if sequence.sampling is None:
+            raise UsageError("It was not said how the sequence's tokens are drawn: begin its steps first.")
+        return sequence.sampling
+
+    def _facts(self, sequence: Sequence) -> tuple[int, int, Sampling, int]:
+        """What the device's state says of a sequence."""
+        sampling = self._sampling(sequence)
+        return len(sequence), sequence.packed, sampling, sampling.drawn
+
+    def _arrange(self, sequences: list[Sequence]) -> int:
+        """See to it that the device's state is that of these sequences; returns the bucket."""
+        now, known = self._set, [self._facts(seq) for seq in sequences]
+        if now is not None and now.sequences == sequences and now.known == known:
+            return now.bucket
+        self._set = None
+        bucket = next(size for size in self._buckets if size >= len(sequences))
+        self._state.upload(self.arena, sequences, bucket)
+        if now is None or [facts[2:] for facts in now.known] != [facts[2:] for facts in known]:
+            self.sampler.arrange([self._sampling(seq) for seq in sequences])
+        self._set = _Set(list(sequences), known, bucket)
+        return bucket
+
+    def _moved(self, current: _Set | None) -> None:
+        """The device's state has moved on by itself, and so have its sequences."""
+        assert current is not None
+        current.known = [self._facts(seq) for seq in current.sequences]
+        self._set = current
+
+    def _queue(self, sequences: list[Sequence]) -> None:
+        in_use = {id(result) for row in self.arena.table.rows if row is not None for result in row.unread}
+        result = next((result for result in self._spare if id(result) not in in_use), None)
+        if result is None:
+            result = Result(self.sampler.drawn)
+            self._spare.append(result)
         result.copy(self.sampler.drawn)
-        self._unread.append((result, fed))
+        for sequence in sequences:
+            sequence.unread.append(result)
 
     def _run(self, key: Hashable, work: Callable[[], None]) -> None:
         if self._recorder is None:
@@ -134,46 +255,12 @@ class DecodeStep:
 
     def _step(self, batch: int, bound: int) -> None:
         """The whole step on the device; then its state is that of the next one."""
-        normed = self.forward.step(self.sampler.tokens[:batch], bound)
-        self.sampler.draw(self.forward.logits(normed, self.logits[:batch]))
-        shape, state = self.arena.shape, self.arena.state[:, :batch]
-        position = state[0].add_(self._active[:batch])
-        torch.where(position < shape.sink, position, (position - shape.sink) % shape.ring + shape.sink, out=state[3])
-
-    def _flush(self, seq: int) -> None:
-        """Code the sequence's oldest page of the ring."""
-        arena = self.arena
-        slot = arena.oldest_slot(seq)
-        pages = arena.take_pages(seq, 1)
-        arena.learn_means(seq, slot)
-
-        def code() -> None:
-            packed = arena.state[1, seq : seq + 1]
-            arena.code_slots(seq, slot, arena.page_table[seq].index_select(0, packed))
-            packed.add_(1)
-
-        self._run(("page", seq, slot), code)
-        arena.add_pages(seq, pages)
-
-
-class _Result:
-    """A place in the host's memory for what a step drew, and the event that says it has come."""
-
-    def __init__(self, drawn: Tensor, cuda: bool) -> None:
-        self._host = torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=cuda)
-        self._event = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-
-    def copy(self, drawn: Tensor) -> None:
-        """Fetch ``drawn``, int32 ``[2, sequences]``: tokens and the bits of log-probabilities in float32."""
-        self._host.copy_(drawn, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-
-    def wait(self) -> list[tuple[int, float]]:
-        """(token, log-probability) of every sequence."""
-        if self._event is not None:
-            self._event.synchronize()
-        return list(zip(self._host[0].tolist(), self._host[1].view(torch.float32).tolist(), strict=True))
+        state, shape = self._state.first(batch), self.arena.shape
+        ids = self.sampler.tokens.index_select(0, state.sources)
+        normed = self.forward.step(ids, state, bound)
+        self.sampler.draw(self.forward.logits(normed, self.logits[:batch]), state.rows)
+        position = state.positions.add_(state.active)
+        torch.where(position < shape.sink, position, (position - shape.sink) % shape.ring + shape.sink, out=state.places)
 
 
 class _Recorder:

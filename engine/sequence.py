@@ -1,0 +1,305 @@
+"""Sequences of tokens in the arena: one object owns the ids, the pages and the row of each, and nobody else changes them.
+
+A *row* of the arena holds a sequence's full-precision part (sinks and ring), its key means and its line of the page
+table. Rows are few, pages are shared: when a sequence ends it stays in its row, *parked*, until another one needs the
+row or the pages, so that a prompt that begins with the same tokens can go on from there.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from octo_run.engine.pool import PagePool, PoolExhausted, PrefixIndex
+from octo_run.errors import OctoError, UsageError
+from octo_run.kernels import PAGE_TOKENS as PAGE
+
+if TYPE_CHECKING:
+    from octo_run.engine.step import Result, Sampling
+
+
+class Sequence:
+    """Tokens whose keys and values the arena holds.
+
+    ``ids`` are these tokens; there are as many of them as there are positions, whatever interrupts what: a change
+    first writes beyond the end and then moves it, in one assignment. Steps may run ahead of what the host has read:
+    ``ahead`` tokens more are then in the arena, whose ids come with :meth:`fed`.
+    """
+
+    def __init__(self, table: "SequenceTable", row: int) -> None:
+        self._table, self._row = table, row
+        self._ids: list[int] = []
+        self._keys: list[int] = []
+        #: Tokens and pages that count; what the lists hold beyond is rubbish.
+        self._end = (0, 0)
+        self._ahead = 0
+        #: Whether nobody may take the row.
+        self.pinned = True
+        #: Results of launched steps that were not read, the oldest first.
+        self.unread: deque[Result] = deque()
+        #: How tokens are drawn; None before ``Stepper.begin``.
+        self.sampling: Sampling | None = None
+        #: A drawn token that was read and not fed yet.
+        self.following: int | None = None
+        #: Whether the device holds a drawn token that was not fed yet.
+        self.ready = False
+
+    def __len__(self) -> int:
+        """Positions in the arena: those of ``ids``, and those of tokens that the host has not read."""
+        return self._end[0] + self._ahead
+
+    @property
+    def ids(self) -> list[int]:
+        """A copy of the token ids in the arena, as far as they are known."""
+        return self._ids[: self._end[0]]
+
+    @property
+    def row(self) -> int:
+        """The row of the arena. Raises ``UsageError`` once it was taken."""
+        if not self.alive:
+            raise UsageError("The sequence has ended, and another one has taken its place: open a new one.")
+        return self._row
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still has its row."""
+        return self._table.rows[self._row] is self
+
+    @property
+    def ahead(self) -> int:
+        """Tokens in the arena whose ids the host has not read."""
+        return self._ahead
+
+    @property
+    def packed(self) -> int:
+        """Packed pages."""
+        return self._end[1]
+
+    @property
+    def packed_end(self) -> int:
+        """First position that is neither in a sink slot nor in a packed page."""
+        return self._table.sink + PAGE * self.packed
+
+    @property
+    def page_ids(self) -> list[int]:
+        """The packed pages in order of position."""
+        return self._table.pool.held[self.row][: self.packed]
+
+    def common(self, ids: list[int]) -> int:
+        """How many of the first tokens are those of ``ids``."""
+        most = min(len(ids), self._end[0])
+        if self._ids[:most] == ids[:most]:
+            return most
+        return next(i for i in range(most) if self._ids[i] != ids[i])
+
+    def cut(self, length: int) -> int:
+        """Forget the positions from ``length`` on, and all tokens that were not read; returns how many remain.
+
+        A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position.
+        """
+        self.following, self.ready = None, False
+        self.unread.clear()
+        keep = self._end[1]
+        length = min(length, self._end[0])
+        if length < self._table.sink + PAGE * keep:
+            keep = min(keep, max(0, (length - self._table.sink) // PAGE))
+            length = min(length, self._table.sink + PAGE * keep)
+        self._end = (length, keep)
+        self._ahead = 0
+        self._trim()
+        return length
+
+    def cancel(self) -> int:
+        """Forget what was launched and not read. Returns how many tokens remain (see :meth:`cut`)."""
+        return self.cut(self._end[0])
+
+    def close(self) -> None:
+        """End the sequence. It stays parked, to be continued by a prompt that begins with its tokens, until its row or
+        its pages are needed."""
+        if self.alive:
+            self.cancel()
+            self.pinned = False
+
+    def discard(self) -> None:
+        """End the sequence and give its row and its pages back at once."""
+        if self.alive:
+            self.cancel()
+            self._table.give_back(self)
+
+    def __enter__(self) -> "Sequence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # For the arena and the steps alone
+
+    def take_pages(self, count: int) -> list[int]:
+        """``count`` pages behind the packed ones; they count as packed from :meth:`advance` on."""
+        self._trim()
+        self._table.make_room(count, self)
+        return self._table.pool.take(self.row, count)
+
+    def hold(self, length: int) -> None:
+        """Until :meth:`advance`, count only the first ``length`` tokens: the others may be spoilt."""
+        self._end = (min(length, self._end[0]), self._end[1])
+
+    def advance(self, start: int, ids: list[int], pages: int) -> None:
+        """From position ``start`` on, ``ids`` are in the arena now, and ``pages`` more pages are packed."""
+        self._ids[start:] = ids
+        self._end = (start + len(ids), self._end[1] + pages)
+        self._note_pages()
+
+    def add_page(self) -> None:
+        """One more page is packed."""
+        self._end = (self._end[0], self._end[1] + 1)
+        self._note_pages()
+
+    def launched(self) -> None:
+        """A step that feeds one more token was launched."""
+        if self.following is None:
+            self._ahead += 1
+        else:
+            token, self.following = self.following, None
+            self._ids[self._end[0] :] = [token]
+            self._end = (self._end[0] + 1, self._end[1])
+            self._note_pages()
+
+    def drawn(self, token: int) -> None:
+        """A drawn token was read: it has been fed already, or will be by the next step."""
+        if not self._ahead:
+            self.following = token
+            return
+        self._ids[self._end[0] :] = [token]
+        self._ahead, self._end = self._ahead - 1, (self._end[0] + 1, self._end[1])
+        self._note_pages()
+
+    def share(self, donor: "Sequence", pages: int) -> None:
+        """Begin like ``donor``: with its sinks and its first ``pages`` pages, which were copied and are shared."""
+        self._table.pool.share(self.row, donor.page_ids[:pages])
+        length = self._table.sink + PAGE * pages
+        self._ids[:] = donor._ids[:length]
+        self._end = (length, pages)
+        self._note_pages()
+
+    def _trim(self) -> None:
+        """Drop what lies beyond the end."""
+        tokens, pages = self._end
+        del self._ids[tokens:]
+        while len(self._keys) > pages:
+            self._table.index.remove(self._keys.pop(), self)
+        self._table.pool.drop(self.row, pages)
+
+    def _note_pages(self) -> None:
+        """Enter the packed pages whose tokens are known into the index."""
+        known = max(0, (self._end[0] - self._table.sink) // PAGE)
+        for key in self._table.index.keys(self._ids, self._keys, min(self._end[1], known)):
+            self._keys.append(key)
+            self._table.index.add(key, self)
+
+
+class SequenceTable:
+    """The rows of an arena and the sequences in them.
+
+    ``copy(donor_row, row)`` copies sinks and key means from a row to another.
+    """
+
+    def __init__(self, rows: int, pages: int, sink: int, copy: Callable[[int, int], None]) -> None:
+        self.sink = sink
+        self.pool = PagePool(pages, rows)
+        self.index: PrefixIndex[Sequence] = PrefixIndex(PAGE, sink)
+        self.rows: list[Sequence | None] = [None] * rows
+        self._copy = copy
+        self._used: list[int] = []  # rows, the longest unused first
+
+    def open(self, ids: list[int] | None = None) -> Sequence:
+        """A pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it.
+
+        It goes on from a parked sequence, or shares the pages of another one. At least one of ``ids`` is left to be
+        fed. Raises ``OctoError`` if all rows are pinned.
+        """
+        wanted = [] if ids is None else ids[:-1]
+        donor, pages = self._donor(wanted)
+        parked = max(self._parked(), key=lambda seq: seq.common(wanted), default=None) if wanted else None
+        reused = 0 if parked is None else parked.common(wanted)
+        shared = 0 if donor is None else self.sink + PAGE * pages
+        # What goes on in its own row keeps its tail; what would lose tokens by that is left alone if there is room.
+        whole = parked is not None and reused == len(parked)
+        if parked is not None and reused and reused >= shared and (whole or None not in self.rows):
+            parked.cut(reused)
+            return self._pin(parked)
+        row = self._free_row(donor)
+        if donor is not None and donor.alive and row == donor.row:
+            donor.cut(shared)
+            return self._pin(donor)
+        sequence = self._place(row)
+        if donor is not None and donor.alive and pages:
+            self._copy(donor.row, row)
+            sequence.share(donor, pages)
+        return sequence
+
+    def make_room(self, pages: int, asking: Sequence | None = None) -> None:
+        """Let parked sequences lose pages, the longest unused first, until ``pages`` are free or none is left."""
+        for row in list(self._used):
+            sequence = self.rows[row]
+            if self.pool.free >= pages:
+                return
+            if sequence is None or sequence.pinned or sequence is asking:
+                continue
+            while sequence.packed and self.pool.free < pages:
+                sequence.cut(self.sink + PAGE * (sequence.packed - 1))
+
+    def room(self) -> int:
+        """Pages that could be had: free ones, and those that parked sequences alone hold."""
+        pinned = {page for seq in self.rows if seq is not None and seq.pinned for page in self.pool.held[seq.row]}
+        return len(self.pool) - len(pinned)
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Free a sequence's row and pages."""
+        sequence.cut(0)
+        self.rows[sequence.row] = None
+
+    def _donor(self, ids: list[int]) -> tuple[Sequence | None, int]:
+        """The sequence that holds the longest run of whole pages that ``ids`` begin with, and their number."""
+        pages = max(0, (len(ids) - self.sink) // PAGE)
+        for sequence in self.index.find(ids):
+            count = min(pages, sequence.packed, max(0, (sequence.common(ids) - self.sink) // PAGE))
+            if count:
+                return sequence, count
+        return None, 0
+
+    def _parked(self) -> list[Sequence]:
+        return [seq for seq in self.rows if seq is not None and not seq.pinned]
+
+    def _free_row(self, donor: Sequence | None) -> int:
+        """A row without a sequence, else that of the longest unused parked one, the donor's last."""
+        if None in self.rows:
+            return self.rows.index(None)
+        parked = [row for row in self._used if (seq := self.rows[row]) is not None and not seq.pinned]
+        parked.sort(key=lambda row: self.rows[row] is donor)
+        if not parked:
+            count = len(self.rows)
+            raise OctoError(
+                f"All {count} sequences that the engine was loaded for are in use: close one, or load it for more."
+            )
+        return parked[0]
+
+    def _place(self, row: int) -> Sequence:
+        before = self.rows[row]
+        if before is not None:
+            self.give_back(before)
+        self.pool.drop(row, 0)
+        sequence = self.rows[row] = Sequence(self, row)
+        return self._pin(sequence)
+
+    def _pin(self, sequence: Sequence) -> Sequence:
+        sequence.pinned = True
+        self.touch(sequence)
+        return sequence
+
+    def touch(self, sequence: Sequence) -> None:
+        """The sequence is being used: of all it is the last to lose its row."""
+        row = sequence.row
+        self._used = [other for other in self._used if other != row] + [row]
+
+
+__all__ = ["PoolExhausted", "Sequence", "SequenceTable"]
