@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from octo_run.engine.sampling import Sampler, SamplingParams
+from octo_run.engine.stopping import AnswerText
 
 if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
@@ -21,11 +22,18 @@ OnPrompt = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token. ``logprob`` is under the model's own distribution; the last one has a ``finish_reason``."""
+    """A generated token. ``logprob`` is under the model's own distribution.
+
+    ``text`` is the part of the answer's text that is certain after this token and no earlier one had: nothing while a
+    character is incomplete or what was said may become a stop string. Joined, the texts are the whole answer. The last
+    token has a ``finish_reason``: "stop" for an end token and for the one that completes a stop string, whose text is
+    what came before that string; "length" or "context" where there is no room for more.
+    """
 
     id: int
     logprob: float
     finish_reason: str | None
+    text: str = ""
 
 
 class PromptWatch:
@@ -121,17 +129,28 @@ class Generation:
     """A running continuation: an iterator of tokens. Leaving it early loses nothing: the cache holds what was fed.
 
     Another one may run in between; whichever goes on first brings its own tokens back into the cache.
+
+    Figures of the run so far:
+
+    - ``prompt_tokens``: of the whole prompt; ``reused_tokens``: those of them that the cache held already;
+    - ``read_tokens``: fed to the model in chunks, as far as the device is known to be through with them: what an
+      interrupted prompt had left counts as not read, what was read again after another generation counts again;
+    - ``prefill_seconds``: for reading these and drawing the tokens that follow them;
+    - ``generated_tokens``: all that were drawn; ``decoded_tokens``: those drawn by decode steps, all but the ones that
+      follow a reading;
+    - ``decode_seconds``: for waiting for these. (On a GPU the next one is computed while the caller has this one.)
     """
 
     def __init__(
         self, engine: Engine, ids: list[int], params: SamplingParams, on_prompt: OnPrompt | None = None
     ) -> None:
-        self.prompt_tokens, self.reused_tokens = len(ids), 0
+        """Raises ``UsageError`` for stop strings without a tokenizer. Nothing is computed before the first token."""
+        self.prompt_tokens, self.reused_tokens, self.read_tokens = len(ids), 0, 0
         self.prefill_seconds, self.decode_seconds = 0.0, 0.0
-        self.generated_tokens = 0
+        self.generated_tokens = self.decoded_tokens = 0
         self.finish_reason: str | None = None
         self._on_prompt = on_prompt
-        self._tokens = self._run(engine, ids, params)
+        self._tokens = self._run(engine, ids, params, AnswerText(engine.tokenizer, params, engine.end_ids))
 
     def __iter__(self) -> Iterator[Token]:
         return self
@@ -143,47 +162,63 @@ class Generation:
         """End the generation; further iteration yields nothing."""
         self._tokens.close()
 
-    def _first(self, source: _Source, ids: list[int], held: int, most: int) -> tuple[int, float]:
-        """The token after ``ids``, of which the cache holds the first ``held``; ``most`` may be wanted."""
-        source.prompt(ids, held, self.generated_tokens, self._on_prompt)
-        drawn = source.take(most)
-        if self._on_prompt is not None:
-            self._on_prompt(len(ids) - held, len(ids) - held)
+    def _first(self, source: _Source, engine: Engine, ids: list[int], most: int) -> tuple[int, float]:
+        """The token after ``ids``, which are read as far as the cache does not hold them; ``most`` may be wanted."""
+        begun, before = time.perf_counter(), self.read_tokens
+
+        def told(read: int, total: int) -> None:
+            self.read_tokens = before + read
+            if self._on_prompt is not None:
+                self._on_prompt(read, total)
+
+        try:
+            engine._holder = self
+            held = engine._reuse(ids)
+            if not self.generated_tokens:
+                self.reused_tokens = held
+            source.prompt(ids, held, self.generated_tokens, told)
+            if engine.device.type == "cpu":
+                self.read_tokens = before + len(ids) - held  # also where no token can be drawn
+            drawn = source.take(most)
+            told(len(ids) - held, len(ids) - held)
+        finally:
+            self.prefill_seconds += time.perf_counter() - begun
         return drawn
 
-    def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Generator[Token, None, None]:
-        ends = engine.end_ids | set(params.stop_ids)
+    def _next(self, source: _Source, _engine: Engine, _ids: list[int], most: int) -> tuple[int, float]:
+        """The token that a decode step draws."""
+        begun = time.perf_counter()
+        drawn = source.take(most)
+        self.decode_seconds += time.perf_counter() - begun
+        self.decoded_tokens += 1
+        return drawn
+
+    def _run(
+        self, engine: Engine, ids: list[int], params: SamplingParams, answer: AnswerText
+    ) -> Generator[Token, None, None]:
         begun = time.perf_counter()
         source: _Source = _Ahead(engine, params) if engine.ahead else _StepByStep(engine, params, ids)
-        engine._holder = self
+        self.prefill_seconds += time.perf_counter() - begun
         try:
-            self.reused_tokens = engine._reuse(ids)
-            try:
-                token, logprob = self._first(source, ids, self.reused_tokens, 1)
-            finally:
-                self.prefill_seconds = time.perf_counter() - begun
+            token, logprob = self._first(source, engine, ids, 1)
             while True:
                 self.generated_tokens += 1
-                if token in ends:
-                    self.finish_reason = "stop"
-                elif params.max_tokens is not None and self.generated_tokens >= params.max_tokens:
+                if params.max_tokens is not None and self.generated_tokens >= params.max_tokens:
                     self.finish_reason = "length"
                 elif len(ids) == engine.max_context:
                     self.finish_reason = "context"
+                text, ended = answer.push(token, last=self.finish_reason is not None)
+                if ended:
+                    self.finish_reason = "stop"
                 ids.append(token)
-                yield Token(token, logprob, self.finish_reason)
+                yield Token(token, logprob, self.finish_reason, text)
                 if self.finish_reason is not None:
                     return
-                begun = time.perf_counter()
                 most = engine.max_context + 1 - len(ids)
                 if params.max_tokens is not None:
                     most = min(most, params.max_tokens - self.generated_tokens)
-                if engine._holder is self:
-                    token, logprob = source.take(most)
-                else:
-                    engine._holder = self
-                    token, logprob = self._first(source, ids, engine._reuse(ids), most)
-                self.decode_seconds += time.perf_counter() - begun
+                step = self._next if engine._holder is self else self._first
+                token, logprob = step(source, engine, ids, most)
         finally:
             if engine._holder is self:
                 engine._settle()
