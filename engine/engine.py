@@ -3,8 +3,8 @@
 import re
 import resource
 import sys
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Sequence_
 from pathlib import Path
 from typing import cast
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from octo_run import kernels
-from octo_run.engine.arena import Decode, KVArena, Prefill
+from octo_run.engine.arena import KVArena
+from octo_run.engine.batching import Completion, complete
 from octo_run.engine.forward import Forward
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.key_means import KeyMeans
 from octo_run.engine.plan import MemoryPlan, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.sampling import BatchSampler, SamplingParams
-from octo_run.engine.step import DecodeStep
+from octo_run.engine.sequence import Sequence
+from octo_run.engine.step import Stepper
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import KVFormat, parse_kv
 from octo_run.models import weights as weight_files
@@ -71,18 +73,17 @@ class Engine:
         self._decoder = decoder
         means = KeyMeans(plan.shape, fmt.k.rotation, decoder.inv_freq) if plan.shape.mean_heads else None
         self.arena = KVArena(plan.shape, fmt, self.device, means)
-        #: Whether prompts and steps run on kept buffers, and tokens ahead of what the host has read: always on CUDA.
-        self.ahead = self.device.type == "cuda"
-        self._workspace: Tensor | None = None
+        shape, workspace = plan.shape, None
         if self.device.type == "cuda":
             count = kernels.attention_workspace_bytes(
-                plan.shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, self.device, plan.shape.chunk,
-                plan.shape.context,
-            )  # fmt: skip
-            self._workspace = torch.zeros(count // 4, dtype=torch.float32, device=self.device)
-            self.step  # noqa: B018 (its memory is taken now)
-        self._ids: list[int] = []  # the tokens whose keys and values sequence 0 holds
-        self._holder: Generation | None = None  # whose tokens these are
+                shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, self.device, shape.chunk, shape.context
+            )
+            workspace = torch.zeros(count // 4, dtype=torch.float32, device=self.device)
+        self.forward = Forward(decoder, self.arena, max(shape.chunk, shape.sequences), workspace)
+        #: Decode steps of the engine's sequences.
+        self.step = Stepper(self.forward, BatchSampler(shape.sequences, cfg.vocab_size, self.device))
+        #: Steps of one sequence in flight: on CUDA the next one is launched before the host has read this one's token.
+        self.depth = 2 if self.device.type == "cuda" else 1
         self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
 
     @classmethod
@@ -141,18 +142,6 @@ class Engine:
                 torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
             return cls(str(model), cfg, decoder, cast("Tokenizer", tokenizer), plan, fmt, defaults, seed)
 
-    @cached_property
-    def forward(self) -> Forward:
-        """The layers on buffers that are kept: for whole chunks if ``ahead``, else for decode steps alone."""
-        sequences = self.plan.shape.sequences
-        rows = max(self.plan.shape.chunk, sequences) if self.ahead else sequences
-        return Forward(self._decoder, self.arena, rows, self._workspace)
-
-    @cached_property
-    def step(self) -> DecodeStep:
-        """Decode steps of the engine's sequences, whose first tokens :meth:`prefill` or :meth:`fill` put there."""
-        return DecodeStep(self.forward, BatchSampler(self.plan.shape.sequences, self.config.vocab_size, self.device))
-
     def memory_plan(self) -> dict[str, int]:
         """Planned bytes by purpose, bytes per packed token, and the context in tokens."""
         return self.plan.as_dict()
@@ -178,68 +167,90 @@ class Engine:
         chunk = self.plan.shape.chunk
         if step is not None and not 1 <= step <= chunk:
             raise UsageError(f"step is {step}; give 1 to {chunk} tokens.")
-        self._holder = None
-        self._reuse([])
         size = step or chunk
         out = torch.empty(len(ids), self.config.vocab_size, device=self.device)
-        for start in range(0, len(ids), size):
-            hidden = self._forward(ids[start : start + size])
-            for first in range(0, len(hidden), LOGIT_ROWS):
-                rows = hidden[first : first + LOGIT_ROWS]
-                out[start + first : start + first + len(rows)] = self._logits(rows)
+        sequence = self.arena.open()
+        try:
+            for start in range(0, len(ids), size):
+                hidden = self._forward(sequence, ids[start : start + size])
+                for first in range(0, len(hidden), LOGIT_ROWS):
+                    rows = hidden[first : first + LOGIT_ROWS]
+                    out[start + first : start + first + len(rows)] = self._logits(rows)
+        finally:
+            sequence.discard()
         return out
 
-    @torch.inference_mode()
-    def fill(self, seq: int, length: int, seed: int = 0) -> None:
-        """Make sequence ``seq`` hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
+    def sequence(self) -> Sequence:
+        """A new sequence to be worked with by hand (:meth:`prefill`, :meth:`fill`, ``step``); it ends with ``close``.
 
-        Raises ``UsageError`` for a sequence that there is not, and for more tokens than the context holds.
+        Raises ``OctoError`` if all sequences that the engine was loaded for are in use.
         """
-        self._check_sequence(seq)
-        self._settle()
-        self.arena.fill(seq, length, seed)
-        if seq == 0:
-            self._holder, self._ids = None, [-1] * length  # no prompt has them
+        return self.arena.open()
 
     @torch.inference_mode()
-    def prefill(self, ids: list[int], seq: int = 0) -> Tensor:
-        """Append ``ids`` to sequence ``seq``; the last token's float32 logits ``[vocab]``.
+    def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
+        """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
 
-        Raises ``UsageError`` for a sequence that there is not, and for ids that are no prompt or do not fit.
+        Raises ``UsageError`` for more tokens than the context holds.
         """
-        self._check_sequence(seq)
+        self.arena.fill(sequence, length, seed)
+
+    @torch.inference_mode()
+    def prefill(self, sequence: Sequence, ids: list[int]) -> Tensor:
+        """Append ``ids`` to the sequence; the last token's float32 logits ``[vocab]``.
+
+        Raises ``UsageError`` for ids that are no prompt or do not fit.
+        """
         self._check_prompt(ids)
-        self._settle()
-        self._holder = None
-        if self.arena.length[seq] + len(ids) > self.max_context:
+        held = sequence.cancel()
+        if held + len(ids) > self.max_context:
             raise UsageError(
-                f"Sequence {seq} holds {self.arena.length[seq]:,} tokens: {len(ids):,} more do not fit into the "
-                f"context of {self.max_context:,}."
+                f"The sequence holds {held:,} tokens: {len(ids):,} more do not fit into the context of "
+                f"{self.max_context:,}."
             )
-        return self._next_logits(ids, seq)
+        return self._logits(self.feed(sequence, ids))[0]
 
     def generate(
-        self, ids: list[int], params: SamplingParams | None = None, on_prompt: OnPrompt | None = None
+        self, prompt: str | Iterable[int], params: SamplingParams | None = None, on_prompt: OnPrompt | None = None
     ) -> "Generation":
-        """Continue ``ids``: an iterator of :class:`Token` with the figures of the run as attributes.
+        """Continue a prompt: an iterator of :class:`Token` with the figures of the run as attributes.
 
-        ``on_prompt`` is called with the tokens read so far and the tokens to read (those not reused): first with 0,
-        then whenever the device is through with a chunk, last when the first token is drawn; and so again if another
-        generation ran in between. What it raises ends the generation; the cache keeps what was fed. Raises
-        ``UsageError`` for no ids, more than the context holds, or ids outside the vocabulary.
+        ``prompt`` is a text or its token ids. ``on_prompt`` is called with the tokens read so far and the tokens to
+        read (those not reused): first with 0, then whenever the device is through with a chunk, last when the first
+        token is drawn; and so again if another generation took its place in between. What it raises ends the
+        generation; the cache keeps what was fed. Raises ``UsageError`` for no ids, more than the context holds, ids
+        outside the vocabulary, and what is neither text nor ids.
         """
+        ids = self.prompt_ids(prompt)
         self._check_prompt(ids)
-        return Generation(self, list(ids), params or SamplingParams(), on_prompt)
+        return Generation(self, ids, params or SamplingParams(), on_prompt)
 
-    def _check_sequence(self, seq: int) -> None:
-        if not 0 <= seq < self.plan.shape.sequences:
-            raise UsageError(f"There is no sequence {seq}: the engine was loaded for {self.plan.shape.sequences}.")
+    def generate_batch(
+        self, prompts: Iterable[str | Iterable[int]], params: SamplingParams | Sequence_[SamplingParams] | None = None
+    ) -> Iterator[Completion]:
+        """Continue many prompts together; an iterator of finished :class:`Completion`, whichever is done first.
 
-    def _settle(self) -> None:
-        """Take back the steps that run ahead of what was read."""
-        if "step" in vars(self):
-            self.step.cancel()
-        del self._ids[self.arena.length[0] :]
+        As many run at a time as the engine has sequences; the next one begins as soon as one has ended. ``params`` are
+        for all, or one for each. Raises ``UsageError`` as :meth:`generate` does, naming the prompt.
+        """
+        return complete(self, prompts, params)
+
+    def prompt_ids(self, prompt: object) -> list[int]:
+        """Token ids of a prompt: of a text as the model wants a text to begin, else the ids as plain integers.
+
+        Raises ``UsageError`` for what is neither.
+        """
+        if isinstance(prompt, str):
+            return self.tokenizer.prompt(prompt)
+        if isinstance(prompt, Tensor):
+            prompt = prompt.tolist() if prompt.ndim == 1 and not prompt.is_floating_point() else None
+        elif hasattr(prompt, "tolist"):  # numpy
+            prompt = prompt.tolist()
+        if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, dict)):
+            ids = list(prompt)
+            if all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+                return ids
+        raise UsageError("A prompt is a text or a list of token ids (whole numbers).")
 
     def _check_prompt(self, ids: list[int]) -> None:
         if not ids:
@@ -253,26 +264,9 @@ class Engine:
         if wrong is not None:
             raise UsageError(f"The token id {wrong} is not in the vocabulary of {self.config.vocab_size:,}.")
 
-    def _reuse(self, ids: list[int]) -> int:
-        """Cut the cache back to the longest prefix of ``ids[:-1]`` that it holds; returns its length."""
-        self._settle()
-        common = 0
-        for have, want in zip(self._ids, ids[:-1], strict=False):
-            if have != want:
-                break
-            common += 1
-        kept = self.arena.truncate(0, common)
-        del self._ids[kept:]
-        return kept
-
-    def _next_logits(self, ids: list[int], seq: int = 0, on_prompt: OnPrompt | None = None) -> Tensor:
-        """Feed ``ids`` in chunks; returns the last token's float32 logits ``[vocab]``."""
-        with torch.inference_mode():
-            return self._logits(self._next_hidden(ids, seq, on_prompt))[0]
-
     @torch.inference_mode()
-    def _next_hidden(self, ids: list[int], seq: int = 0, on_prompt: OnPrompt | None = None) -> Tensor:
-        """Feed ``ids`` in chunks; returns the last token's state ``[1, hidden]``, as :meth:`_forward` gives it.
+    def feed(self, sequence: Sequence, ids: list[int], on_prompt: OnPrompt | None = None) -> Tensor:
+        """Append ``ids`` to the sequence in chunks; returns the last token's normed state ``[1, hidden]``.
 
         ``on_prompt``: see :class:`PromptWatch`; that the last chunk is read is for the caller to tell.
         """
@@ -280,51 +274,23 @@ class Engine:
         watch = None if on_prompt is None else PromptWatch(on_prompt, len(ids), self.device)
         hidden = None
         for i in range(0, len(ids), chunk):
-            hidden = self._forward(ids[i : i + chunk], seq)[-1:]
+            hidden = self._forward(sequence, ids[i : i + chunk])[-1:]
             if watch is not None:
                 watch.fed(min(i + chunk, len(ids)))
         assert hidden is not None
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits ``[n, vocab]`` of what :meth:`_forward` gave."""
-        if self.ahead:
-            return self.forward.logits(hidden).to(torch.float32)
-        return self._decoder.logits(hidden)
+        """Float32 logits ``[n, vocab]`` of normed states ``[n, hidden]``."""
+        return self.forward.logits(hidden).to(torch.float32)
 
     @torch.inference_mode()
-    def _forward(self, ids: list[int], seq: int = 0) -> Tensor:
-        """States ``[n, hidden]`` of the next ``ids`` of a sequence, whose keys and values enter the cache."""
-        start = self.arena.length[seq]
-        step: Prefill | Decode | None = None
-        try:
-            step = self.arena.decode(1) if len(ids) == 1 and seq == 0 else self.arena.prefill(seq, len(ids))
-            hidden = self._hidden(ids, step) if self.ahead else self._hidden_eager(ids, start, step)
-            step.commit()
-            if seq == 0:
-                self._ids += ids
-        except BaseException:
-            if step is None:
-                self.arena.truncate(seq, start)
-            else:
-                step.abort()
-            del self._ids[self.arena.length[0] :]
-            raise
+    def _forward(self, sequence: Sequence, ids: list[int]) -> Tensor:
+        """Normed states ``[n, hidden]`` of the next ``ids`` of a sequence, at most a chunk, which enter the cache."""
+        chunk = self.arena.prefill(sequence, ids)
+        hidden = self.forward.chunk(self.forward.upload(ids), chunk)
+        chunk.commit()
         return hidden
-
-    def _hidden(self, ids: list[int], step: Prefill | Decode) -> Tensor:
-        on_device = self.forward.upload(ids)
-        if isinstance(step, Decode):
-            return self.forward.step(on_device, step.max_length)
-        return self.forward.chunk(on_device, step)
-
-    def _hidden_eager(self, ids: list[int], start: int, step: Prefill | Decode) -> Tensor:
-        attend, scale = step.attend, self.config.head_dim**-0.5
-        return self._decoder.hidden(
-            torch.tensor([ids]),
-            torch.arange(start, start + len(ids))[None],
-            lambda layer, q, k, v: attend(layer, q, k, v, scale, None),
-        )[0]
 
 
 def _rotation(matrix: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.stopping import AnswerText
 
 if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
@@ -22,11 +23,18 @@ OnPrompt = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token. ``logprob`` is under the model's own distribution; the last one has a ``finish_reason``."""
+    """A generated token. ``logprob`` is under the model's own distribution.
+
+    ``text`` is the part of the answer's text that is certain after this token and no earlier one had: nothing while a
+    character is incomplete or what was said may become a stop string. Joined, the texts are the whole answer. The last
+    token has a ``finish_reason``: "stop" for an end token and for the one that completes a stop string, whose text is
+    what came before that string; "length" or "context" where there is no room for more.
+    """
 
     id: int
     logprob: float
     finish_reason: str | None
+    text: str = ""
 
 
 class PromptWatch:
@@ -61,17 +69,28 @@ class Generation:
     """A running continuation: an iterator of tokens. Leaving it early loses nothing: the cache holds what was fed.
 
     Others may run in between. If one of them took its place in the cache, it reads its tokens anew when it goes on.
+
+    Figures of the run so far:
+
+    - ``prompt_tokens``: of the whole prompt; ``reused_tokens``: those of them that the cache held already;
+    - ``read_tokens``: fed to the model in chunks, as far as the device is known to be through with them: what an
+      interrupted prompt had left counts as not read, what was read again after another generation counts again;
+    - ``prefill_seconds``: for reading these and drawing the tokens that follow them;
+    - ``generated_tokens``: all that were drawn; ``decoded_tokens``: those drawn by decode steps, all but the ones that
+      follow a reading;
+    - ``decode_seconds``: for waiting for these. (On a GPU the next one is computed while the caller has this one.)
     """
 
     def __init__(
         self, engine: Engine, ids: list[int], params: SamplingParams, on_prompt: OnPrompt | None = None
     ) -> None:
-        self.prompt_tokens, self.reused_tokens = len(ids), 0
+        """Raises ``UsageError`` for stop strings without a tokenizer. Nothing is computed before the first token."""
+        self.prompt_tokens, self.reused_tokens, self.read_tokens = len(ids), 0, 0
         self.prefill_seconds, self.decode_seconds = 0.0, 0.0
-        self.generated_tokens = 0
+        self.generated_tokens = self.decoded_tokens = 0
         self.finish_reason: str | None = None
         self._on_prompt = on_prompt
-        self._tokens = self._run(engine, ids, params)
+        self._tokens = self._run(engine, ids, params, AnswerText(engine.tokenizer, params, engine.end_ids))
 
     def __iter__(self) -> Iterator[Token]:
         return self
@@ -83,73 +102,80 @@ class Generation:
         """End the generation; further iteration yields nothing."""
         self._tokens.close()
 
-    def _run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Generator[Token, None, None]:
+    def _run(
+        self, engine: Engine, ids: list[int], params: SamplingParams, answer: AnswerText
+    ) -> Generator[Token, None, None]:
         if params.seed is None:
-            params = replace(params, seed=secrets.randbits(64))  # one, however often it begins anew
-        ends = engine.end_ids | set(params.stop_ids)
+            params = replace(params, seed=secrets.randbits(64))  # one, however often reading begins anew
         sequence: Sequence | None = None
         try:
             while True:
-                begun = time.perf_counter()
                 if sequence is None or not sequence.alive or not sequence.ready:
                     sequence = self._begin(engine, ids, params, sequence)
-                sequence.pinned = True
-                token, logprob = self._take(engine, sequence, len(ids), params)
-                self._account(time.perf_counter() - begun)
+                    token, logprob = engine.step.read(sequence)
+                else:
+                    sequence.pinned = True
+                    token, logprob = self._next(engine, sequence, len(ids), params)
                 self.generated_tokens += 1
-                if token in ends:
-                    self.finish_reason = "stop"
-                elif params.max_tokens is not None and self.generated_tokens >= params.max_tokens:
+                if params.max_tokens is not None and self.generated_tokens >= params.max_tokens:
                     self.finish_reason = "length"
                 elif len(ids) == engine.max_context:
                     self.finish_reason = "context"
+                text, ended = answer.push(token, last=self.finish_reason is not None)
+                if ended:
+                    self.finish_reason = "stop"
                 ids.append(token)
                 sequence.pinned = False
-                yield Token(token, logprob, self.finish_reason)
+                yield Token(token, logprob, self.finish_reason, text)
                 if self.finish_reason is not None:
                     return
         finally:
             if sequence is not None:
                 sequence.close()
 
-    def _account(self, seconds: float) -> None:
-        if self.generated_tokens:
-            self.decode_seconds += seconds
-
     def _begin(self, engine: Engine, ids: list[int], params: SamplingParams, before: Sequence | None) -> Sequence:
-        """A sequence that holds ``ids`` and whose next token is drawn: the one before, if it has its row, goes on."""
-        first = not self.generated_tokens
-        begun = time.perf_counter()
-        if before is not None:
-            before.close()
-        sequence = engine.arena.open(ids)
-        try:
-            held = len(sequence)
-            if first:
-                self.reused_tokens = held
-            hidden = engine.feed(sequence, ids[held:], self._on_prompt)
-            engine.step.begin(sequence, params, ids, self.generated_tokens)
-            engine.step.first(sequence, hidden)
-            engine.step.wait(sequence)
+        """A sequence that holds ``ids``, and whose next token is drawn and waited for."""
+        begun, read = time.perf_counter(), self.read_tokens
+
+        def told(fed: int, total: int) -> None:
+            self.read_tokens = read + fed
             if self._on_prompt is not None:
-                self._on_prompt(len(ids) - held, len(ids) - held)
-        except BaseException:
-            sequence.close()
-            raise
+                self._on_prompt(fed, total)
+
+        try:
+            if before is not None:
+                before.close()  # it may go on as the new one
+            sequence = engine.arena.open(ids)
+            try:
+                held = len(sequence)
+                if not self.generated_tokens:
+                    self.reused_tokens = held
+                hidden = engine.feed(sequence, ids[held:], told)
+                if engine.device.type == "cpu":
+                    self.read_tokens = read + len(ids) - held  # also where no token can be drawn
+                engine.step.begin(sequence, params, ids, self.generated_tokens)
+                engine.step.first(sequence, hidden)
+                engine.step.wait(sequence)
+                told(len(ids) - held, len(ids) - held)
+            except BaseException:
+                sequence.close()
+                raise
         finally:
-            if first:
-                self.prefill_seconds = time.perf_counter() - begun
+            self.prefill_seconds += time.perf_counter() - begun
         return sequence
 
-    def _take(self, engine: Engine, sequence: Sequence, held: int, params: SamplingParams) -> tuple[int, float]:
-        """The next token and its log-probability, after ``held`` tokens of prompt and answer.
+    def _next(self, engine: Engine, sequence: Sequence, held: int, params: SamplingParams) -> tuple[int, float]:
+        """The token that a decode step draws, after ``held`` tokens of prompt and answer.
 
-        The first token is read before the first step is launched: nobody waits for that one's recording.
+        Steps run ahead of what is read as far as tokens may be wanted.
         """
+        begun = time.perf_counter()
         most = engine.max_context + 1 - held
         if params.max_tokens is not None:
             most = min(most, params.max_tokens - self.generated_tokens)
-        fresh = sequence.unread and not sequence.ahead
-        while not fresh and len(sequence.unread) < min(engine.depth, most):
+        while len(sequence.unread) < min(engine.depth, most):
             engine.step.launch([sequence])
-        return engine.step.read(sequence)
+        drawn = engine.step.read(sequence)
+        self.decode_seconds += time.perf_counter() - begun
+        self.decoded_tokens += 1
+        return drawn

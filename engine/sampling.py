@@ -1,6 +1,7 @@
 """Choosing the next token from logits."""
 
 import math
+import numbers
 import secrets
 from dataclasses import dataclass, fields
 from typing import Any
@@ -8,9 +9,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octo_run.errors import UsageError
+from octo_run.errors import UsageError, quoted
 from octo_run.kernels import step as ops
 from octo_run.models.config import GenerationDefaults
+
+#: Temperatures and penalties lie below it (penalties above its inverse), so that float32 holds every score.
+_MOST = 1e30
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_WHOLE = ("top_k", "seed", "max_tokens")
+
+
+def _refused(name: str, value: object, rule: str) -> UsageError:
+    return UsageError(f"{name} is {quoted(value)}; give {rule}.")
+
+
+def _real(name: str, value: Any) -> float:
+    """A number (NumPy's scalars are numbers, truth values are not) as a float."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (OverflowError, ValueError):
+            pass
+    raise _refused(name, value, "a number")
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number (NumPy's, too) as an int."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise _refused(name, value, "a whole number")
+    return int(value)
+
+
+def _texts(stop: Any) -> tuple[str, ...]:
+    """Stop strings as a tuple."""
+    rule = "a tuple of strings that are not empty"
+    if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
+        raise _refused("stop", stop, rule)
+    for text in stop:
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise _refused("stop", stop, f"{rule} and hold no half surrogate pair")
+    return tuple(stop)
+
+
+def _ids(stop_ids: Any) -> tuple[int, ...]:
+    """Token ids as a tuple."""
+    if not isinstance(stop_ids, (tuple, list, set, frozenset)):
+        raise _refused("stop_ids", stop_ids, "a tuple of token ids")
+    return tuple(_whole("stop_ids", token) for token in stop_ids)
 
 
 @dataclass(frozen=True)
@@ -22,8 +67,11 @@ class SamplingParams:
     positive and multiplies negative logits of tokens of prompt and answer), presence and frequency penalty (subtracted
     from logits of the answer's tokens, once, and for each time they occur), temperature, top-k, top-p, min-p. ``seed``
     None takes a fresh seed. ``max_tokens`` None means as many as the context holds. Generation ends at one of
-    ``stop_ids`` (in addition to the model's own end tokens) or where the text holds one of the strings ``stop``. Raises
-    ``UsageError`` for values out of range.
+    ``stop_ids`` (in addition to the model's own end tokens) or where the answer's text holds one of the strings
+    ``stop`` (:mod:`octo_run.engine.stopping` says what counts as its text).
+
+    Numbers may be of any type, NumPy's included, and are kept as ``float`` and ``int``; a temperature too small for
+    float32 is greedy. Raises ``UsageError`` for values of another kind or out of range.
     """
 
     temperature: float = 0.0
@@ -39,21 +87,30 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in _REAL:
+            object.__setattr__(self, name, _real(name, getattr(self, name)))
+        for name in _WHOLE:
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else _whole(name, value))
+        object.__setattr__(self, "stop", _texts(self.stop))
+        object.__setattr__(self, "stop_ids", _ids(self.stop_ids))
         checks = {
-            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "temperature": (0 <= self.temperature <= _MOST, f"0 (greedy) or more, at most {_MOST:g}"),
+            "top_k": (0 <= self.top_k < 2**31, "0 (off) or more, below 2^31"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p < 1, "at least 0 (off) and below 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            "repetition_penalty": (
+                1 / _MOST <= self.repetition_penalty <= _MOST,
+                f"a number from {1 / _MOST:g} to {_MOST:g} (1 is off)",
+            ),
             "presence_penalty": (abs(self.presence_penalty) <= 100, "a number from -100 to 100 (0 is off)"),
             "frequency_penalty": (abs(self.frequency_penalty) <= 100, "a number from -100 to 100 (0 is off)"),
             "seed": (self.seed is None or 0 <= self.seed < 2**64, "a whole number from 0 to 2^64 - 1"),
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
-            "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
         }
         for name, (good, rule) in checks.items():
             if not good:
-                raise UsageError(f"{name} is {getattr(self, name)!r}; give {rule}.")
+                raise _refused(name, getattr(self, name), rule)
 
     @property
     def penalises(self) -> bool:
@@ -125,7 +182,7 @@ class BatchSampler:
         params = [sampling.params for sampling in samplings]
         rules = [
             (
-                min(p.temperature, 1e30),
+                p.temperature,
                 p.repetition_penalty,
                 p.presence_penalty,
                 p.frequency_penalty,

@@ -26,11 +26,12 @@ class Reply:
         dropped_turns: int = 0,
         on_prompt: OnPrompt | None = None,
     ) -> None:
+        engine.tokenizer.decode([])  # OctoError where there is no tokenizer: no text comes from such an engine
         self.generation: Generation = engine.generate(ids, params, on_prompt)
         self.text, self.ids = "", list[int]()
         self.finish_reason: str | None = None
         self.dropped_turns = dropped_turns
-        self._pieces = self._run(engine, params)
+        self._pieces = self._run()
 
     @property
     def prompt_tokens(self) -> int:
@@ -43,18 +44,28 @@ class Reply:
         return self.generation.reused_tokens
 
     @property
+    def read_tokens(self) -> int:
+        """Prompt tokens that were really read: fewer than the others if reading was interrupted."""
+        return self.generation.read_tokens
+
+    @property
     def generated_tokens(self) -> int:
         """Tokens generated so far, an end token included."""
         return self.generation.generated_tokens
 
     @property
+    def decoded_tokens(self) -> int:
+        """Those of them that took ``decode_seconds``: see :class:`Generation`."""
+        return self.generation.decoded_tokens
+
+    @property
     def prefill_seconds(self) -> float:
-        """Seconds until the first token."""
+        """Seconds for ``read_tokens``, until the first token."""
         return self.generation.prefill_seconds
 
     @property
     def decode_seconds(self) -> float:
-        """Seconds for the tokens after the first."""
+        """Seconds for ``decoded_tokens``."""
         return self.generation.decode_seconds
 
     def __iter__(self) -> Iterator[str]:
@@ -72,38 +83,12 @@ class Reply:
         if self.finish_reason is None:
             self.finish_reason = "interrupted"
 
-    def _run(self, engine: Engine, params: SamplingParams) -> Generator[str, None, None]:
-        stream = engine.tokenizer.stream()
-        held = ""
+    def _run(self) -> Generator[str, None, None]:
         for token in self.generation:
-            ended = token.id in engine.end_ids or token.id in params.stop_ids
             self.ids.append(token.id)
-            held += "" if ended else stream.push(token.id)
-            if token.finish_reason is not None:
-                held += stream.finish()
-            cut = min((at for at in (held.find(s) for s in params.stop) if at >= 0), default=-1)
-            if cut >= 0:
-                self.finish_reason = "stop"
-                self.generation.close()
-                if cut:
-                    yield held[:cut]
-                return
-            keep = 0 if token.finish_reason is not None else _possible_stop(held, params.stop)
-            piece, held = held[: len(held) - keep], held[len(held) - keep :]
             self.finish_reason = token.finish_reason
-            if piece:
-                yield piece
-
-
-def _possible_stop(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of ``text`` that could be the beginning of a stop string."""
-    longest = 0
-    for stop in stops:
-        for size in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:size]):
-                longest = size
-                break
-    return longest
+            if token.text:
+                yield token.text
 
 
 class Session:

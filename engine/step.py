@@ -192,6 +192,11 @@ class Stepper:
         sequence.drawn(token)
         return token, logprob
 
+    def wait(self, sequence: Sequence) -> None:
+        """Wait until the token of the sequence's oldest unread launch has come."""
+        if sequence.unread:
+            sequence.unread[0].wait(sequence.row)
+
     def _check(self, sequences: list[Sequence]) -> None:
         arena = self.arena
         if not 1 <= len(sequences) <= arena.shape.sequences or len({id(seq) for seq in sequences}) < len(sequences):

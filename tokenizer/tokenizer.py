@@ -103,6 +103,11 @@ class Tokenizer:
                 special[text] = declared.get(text, AddedToken(token_id, text, special=True))
         return special
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written ``text``, None if there is none."""
+        token = self._special.get(text)
+        return None if token is None else token.id
+
     # Encoding
 
     def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:

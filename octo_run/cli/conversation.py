@@ -62,7 +62,7 @@ class Conversation:
         self.interrupted = False
         self._engine, self._session, self._params = engine, session, params
         self._person = console.interactive()
-        self._turns = self._prompt = self._reused = self._generated = 0
+        self._turns = self._prompt = self._reused = self._read = self._generated = self._decoded = 0
         self._prefill_seconds = self._decode_seconds = 0.0
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
@@ -120,7 +120,9 @@ class Conversation:
         self._turns += 1
         self._prompt += reply.prompt_tokens
         self._reused += reply.reused_tokens
+        self._read += reply.read_tokens
         self._generated += reply.generated_tokens
+        self._decoded += reply.decoded_tokens
         self._prefill_seconds += reply.prefill_seconds
         self._decode_seconds += reply.decode_seconds
         if reply.finish_reason == "context":
@@ -130,11 +132,12 @@ class Conversation:
         if not self._person:
             return
         fresh = reply.prompt_tokens - reply.reused_tokens
-        speed = console.rate(reply.generated_tokens - 1, reply.decode_seconds)
+        new = f"{reply.read_tokens} of {fresh}" if reply.read_tokens < fresh else f"{fresh}"
+        speed = console.rate(reply.decoded_tokens, reply.decode_seconds)
         parts = [
             _count(reply.generated_tokens, "token"),
             f"{speed} tokens/s",
-            f"prompt {reply.prompt_tokens} = {reply.reused_tokens} reused + {fresh} new, {reply.prefill_seconds:.2f} s",
+            f"prompt {reply.prompt_tokens} = {reply.reused_tokens} reused + {new} new, {reply.prefill_seconds:.2f} s",
         ]
         if self.interrupted:
             parts.insert(0, "stopped")
@@ -176,10 +179,10 @@ class Conversation:
         plan, now = self._engine.memory_plan(), self._engine.memory_now()
         in_use = ", ".join(f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in now.items())
         lines = [
-            f"{_count(self._turns, 'turn')}: {self._prompt:,} prompt tokens, {self._reused:,} of them reused;"
-            f" {self._generated:,} generated",
-            f"prompt {console.rate(self._prompt - self._reused, self._prefill_seconds)} tokens/s,"
-            f" generation {console.rate(self._generated - self._turns, self._decode_seconds)} tokens/s",
+            f"{_count(self._turns, 'turn')}: {self._prompt:,} prompt tokens, {self._reused:,} of them reused,"
+            f" {self._read:,} read; {self._generated:,} generated",
+            f"prompt {console.rate(self._read, self._prefill_seconds)} tokens/s,"
+            f" generation {console.rate(self._decoded, self._decode_seconds)} tokens/s",
             f"context {plan['context']:,} tokens, planned memory {console.human_bytes(plan['total'])}; {in_use}",
         ]
         click.echo("\n".join(lines), err=not self._person)

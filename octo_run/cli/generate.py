@@ -37,7 +37,8 @@ def command(
     model's end token, a --stop text, --max-tokens, or where the context is full.
 
     The keys of the --json object: text, ids, finish_reason (stop, length, context or interrupted), prompt_tokens,
-    reused_tokens, generated_tokens, seconds.
+    reused_tokens, read_tokens (fewer than the rest of the prompt if its reading was interrupted), generated_tokens,
+    seconds.
     """
     if system is not None and not as_chat:
         raise UsageError("--system needs --chat: a raw continuation has no system prompt.")
@@ -96,6 +97,7 @@ def _report(reply: "Reply") -> dict[str, object]:
         "finish_reason": reply.finish_reason,
         "prompt_tokens": reply.prompt_tokens,
         "reused_tokens": reply.reused_tokens,
+        "read_tokens": reply.read_tokens,
         "generated_tokens": reply.generated_tokens,
         "seconds": round(reply.prefill_seconds + reply.decode_seconds, 6),
     }

@@ -35,9 +35,19 @@ class FakeReply:
     reading: Callable[[OnPrompt], None] | None = None
     on_prompt: OnPrompt | None = None
 
+    read: int | None = None  # None: the whole prompt
+
+    @property
+    def read_tokens(self) -> int:
+        return self.prompt_tokens - self.reused_tokens if self.read is None else self.read
+
     @property
     def generated_tokens(self) -> int:
         return len(self.ids)
+
+    @property
+    def decoded_tokens(self) -> int:
+        return max(0, len(self.ids) - 1)
 
     def __iter__(self) -> Iterator[str]:
         if self.reading is not None:

@@ -9,7 +9,7 @@ import pytest
 
 from octo_run.cli.options import DEFAULT_KV, DEFAULT_MODEL, EngineOptions
 
-KEYS = {"text", "ids", "finish_reason", "prompt_tokens", "reused_tokens", "generated_tokens", "seconds"}
+KEYS = {"text", "ids", "finish_reason", "prompt_tokens", "reused_tokens", "read_tokens", "generated_tokens", "seconds"}
 
 
 def text_of(ids: list[int]) -> str:

@@ -88,7 +88,16 @@ def test_generate_gives_one_json_object(octo: Callable[..., "subprocess.Complete
     answer = json.loads(done.stdout)
     assert done.returncode == 0 and len(answer["ids"]) == answer["generated_tokens"] == 5
     assert set(answer) == {
-        *("text", "ids", "finish_reason", "prompt_tokens", "reused_tokens", "generated_tokens", "seconds")
+        *(
+            "text",
+            "ids",
+            "finish_reason",
+            "prompt_tokens",
+            "reused_tokens",
+            "read_tokens",
+            "generated_tokens",
+            "seconds",
+        )
     }
     assert answer["finish_reason"] == "length" and answer["text"] and answer["seconds"] > 0
 

@@ -33,16 +33,23 @@ class ByteTokenizer:
     """Ids 0-255 are bytes, 256 begins a text, 257 ends a turn, 258 begins one."""
 
     vocab_size, bos_id, eos_ids = 260, 256, (257,)
+    special = {"<s>": 256, "<end>": 257, "<turn>": 258}
+    special_ids = frozenset(special.values())
     has_chat_template = True
+
+    def special_id(self, text: str) -> int | None:
+        return self.special.get(text)
 
     def encode(self, text: str, **_: bool) -> list[int]:
         return list(text.encode())
 
-    def stream(self) -> StreamingDetokenizer:
-        return StreamingDetokenizer(lambda i: bytes([i]) if i < 256 else b"", frozenset(), False)
+    def stream(self, skip_special: bool = True) -> StreamingDetokenizer:
+        written = {token: text.encode() for text, token in self.special.items()}
+        skipped = self.special_ids if skip_special else frozenset()
+        return StreamingDetokenizer(lambda i: bytes([i]) if i < 256 else written.get(i, b""), skipped, False)
 
-    def decode(self, ids: list[int]) -> str:
-        stream = self.stream()
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        stream = self.stream(skip_special)
         return "".join(map(stream.push, ids)) + stream.finish()
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:

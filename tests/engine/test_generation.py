@@ -185,6 +185,67 @@ def test_an_exception_while_a_prompt_is_told_keeps_what_was_fed(
     assert token.id == expected.id and token.logprob == pytest.approx(expected.logprob, abs=1e-4)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("at", "read"), [(0, 0), (512, 512), (1024, 1024), (1100, 1100)])
+def test_an_interrupted_prompt_counts_what_was_read(
+    at: int, read: int, ahead: bool, tiny: Tiny, random_ids: Any
+) -> None:
+    engine = tiny(context=1300)
+    engine.ahead, engine.end_ids = ahead, frozenset()
+
+    def told(count: int, _total: int) -> None:
+        if count == at:
+            raise KeyboardInterrupt
+
+    answer = Reply(engine, random_ids(1100), SamplingParams(), on_prompt=told)
+    with pytest.raises(KeyboardInterrupt):
+        next(answer)
+    answer.close()
+    assert (answer.prompt_tokens, answer.reused_tokens, answer.read_tokens) == (1100, 0, read)
+    assert (answer.generated_tokens, answer.decoded_tokens, answer.decode_seconds) == (0, 0, 0.0)
+    assert answer.prefill_seconds > 0 and answer.finish_reason == "interrupted"
+
+
+def test_an_exception_inside_a_prompt_counts_the_chunks_before_it(scripted: Any) -> None:
+    """In the third chunk, with nothing told to anybody; then the rest of the prompt is read and counted alone."""
+    engine, decoder = scripted(context=1300)
+    decoder.fail_at = (1050, 1)
+    generation = engine.generate([1] * 1100)
+    with pytest.raises(KeyboardInterrupt):
+        next(generation)
+    assert generation.read_tokens == 1024
+    again = engine.generate([1] * 1100)
+    next(again)
+    assert again.read_tokens == 1100 - again.reused_tokens < 1100
+
+
+def test_a_prompt_whose_logits_are_not_finite_was_read(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, decoder = scripted()
+    monkeypatch.setattr(decoder, "logits", lambda hidden: torch.full((1, 260), torch.nan))
+    generation = engine.generate([1] * 100)
+    with pytest.raises(OctoError, match="not finite"):
+        next(generation)
+    assert (generation.read_tokens, generation.generated_tokens) == (100, 0)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_read_again_counts_as_read_and_not_as_decoded(ahead: bool, tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny(context=1300)
+    engine.ahead, engine.end_ids = ahead, frozenset()
+    generation = engine.generate(random_ids(600))
+    for _ in range(3):
+        next(generation)
+    assert (generation.read_tokens, generation.decoded_tokens) == (600, 2)
+    reading, decoding = generation.prefill_seconds, generation.decode_seconds
+    engine.logits(random_ids(30, seed=1))
+    next(generation)
+    assert (generation.read_tokens, generation.generated_tokens, generation.decoded_tokens) == (1203, 4, 2)
+    assert generation.decode_seconds == decoding and generation.prefill_seconds > reading
+    next(generation)
+    assert (generation.read_tokens, generation.decoded_tokens, generation.reused_tokens) == (1203, 3, 0)
+    assert generation.decode_seconds > decoding
+
+
 def test_on_cuda_the_host_waits_one_chunk_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """With events that only say what is done with them: the device always has a chunk to work on meanwhile."""
     log: list[tuple[str, int]] = []

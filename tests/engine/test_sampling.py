@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -192,11 +193,88 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
         ("max_tokens", 0),
         ("stop", ("a", "")),
         ("stop", "end"),
+        ("stop", None),
+        ("stop", 7),
+        ("stop", {"end"}),
+        ("stop", ("a", 7)),
+        ("stop", ("a", b"b")),
+        ("stop", ("a\ud800",)),
+        ("stop_ids", "12"),
+        ("stop_ids", 12),
+        ("stop_ids", (1, "2")),
+        ("stop_ids", (1, 2.0)),
+        ("stop_ids", (True,)),
+        ("temperature", 1e39),
+        pytest.param("temperature", 10**400, id="temperature of 401 digits"),
+        ("temperature", "0.7"),
+        ("temperature", None),
+        ("temperature", True),
+        ("temperature", 1j),
+        ("temperature", torch.tensor(0.7)),
+        ("temperature", np.float32("nan")),
+        ("temperature", np.bool_(True)),
+        ("temperature", np.array([0.7])),
+        ("top_k", 2.0),
+        ("top_k", True),
+        ("top_k", math.nan),
+        ("top_k", 2**63),
+        pytest.param("top_k", 10**5000, id="top_k of 5,001 digits"),
+        ("top_p", False),
+        ("min_p", math.nan),
+        ("min_p", [0.1]),
+        ("repetition_penalty", 1e-46),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 1e39),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", math.nan),
+        ("repetition_penalty", np.float64(1e-46)),
+        ("presence_penalty", True),
+        ("frequency_penalty", "1"),
+        ("seed", 1.0),
+        ("seed", True),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("max_tokens", math.inf),
     ],
 )
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"^{name} is .*; give .*\\.$"):
+    with pytest.raises(UsageError, match=f"^{name} is .*; give .*\\.$") as caught:
         SamplingParams(**{name: value})
+    assert len(str(caught.value)) < 200
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), top_p=1, seed=np.uint64(2**64 - 1))  # type: ignore[arg-type]
+    assert given == SamplingParams(temperature=0.5, top_k=3, top_p=1.0, seed=2**64 - 1)
+    assert [type(value) for value in (given.temperature, given.top_k, given.top_p, given.seed)] == [float, int] * 2
+    assert SamplingParams(stop=["a"], stop_ids={np.int32(5)}) == SamplingParams(stop=("a",), stop_ids=(5,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"repetition_penalty": 1e-30},
+        {"repetition_penalty": 1e30},
+        {"temperature": 1e-50},
+        {"temperature": 1e30, "repetition_penalty": 1e30},
+        {"temperature": 1.0, "min_p": 1e-300},
+        {"temperature": 1.0, "min_p": 1 - 1e-16},
+        {"temperature": 1.0, "top_p": 1e-300},
+        {"temperature": 1.0, "top_k": 2**31 - 1},
+        {"presence_penalty": 1e-300, "frequency_penalty": 100},
+    ],
+)
+def test_the_ends_of_the_ranges_work(rules: dict[str, Any], batch: bool) -> None:
+    """Also with logits as large as float16 has them: a token is drawn, and its probability is finite."""
+    logits, params = torch.tensor([6e4, 2.0, -6e4, 0.0]), SamplingParams(seed=1, **rules)
+    if batch:
+        sampler = sampled([params], logits, [[0, 2]])
+        token, logprob = int(sampler.tokens[0]), float(sampler.drawn[1].view(torch.float32)[0])
+        assert bool(sampler._draws.scores(logits[None]).isfinite().all())
+    else:
+        token, logprob = Sampler(params, [0, 2], 4, CPU)(logits)
+    assert 0 <= token < 4 and math.isfinite(logprob)
 
 
 def test_from_defaults() -> None:

@@ -1,0 +1,204 @@
+"""Many prompts at once: sequences join the steps when there is room for them and leave when they have ended."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from octo_run.engine.pool import PoolExhausted
+from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.stopping import AnswerText
+from octo_run.errors import OctoError, UsageError
+from octo_run.kernels import PAGE_TOKENS as PAGE
+
+if TYPE_CHECKING:
+    from octo_run.engine.engine import Engine
+    from octo_run.engine.sequence import Sequence
+
+#: Prompt tokens that are read between two steps at most, in chunks: long prompts do not keep the others waiting.
+BETWEEN_STEPS = 2048
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt of many. ``index`` is the prompt's number; ``ids`` are the answer's tokens, an end token
+    included; ``finish_reason``: see ``Token``."""
+
+    index: int
+    ids: list[int]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    reused_tokens: int
+
+
+@dataclass
+class _Request:
+    """A prompt, what was said to it, and its sequence while it has one."""
+
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    answer: AnswerText
+    said: list[int] = field(default_factory=list)
+    text: str = ""
+    reused: int | None = None
+    sequence: Sequence | None = None
+    finish_reason: str | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.said
+
+    @property
+    def open(self) -> Sequence:
+        assert self.sequence is not None
+        return self.sequence
+
+
+def complete(
+    engine: Engine,
+    prompts: Iterable[str | Iterable[int]],
+    params: SamplingParams | Sequence_[SamplingParams] | None,
+) -> Iterator[Completion]:
+    """See ``Engine.generate_batch``."""
+    given = list(prompts)
+    rules = [params or SamplingParams()] * len(given) if params is None or isinstance(params, SamplingParams) else params
+    if len(rules) != len(given):
+        raise UsageError(f"{len(given)} prompts were given, and sampling parameters for {len(rules)}; give as many.")
+    requests = []
+    for index, (prompt, rule) in enumerate(zip(given, rules, strict=True)):
+        try:
+            ids = engine.prompt_ids(prompt)
+            engine.check_prompt(ids)
+            answer = AnswerText(engine.tokenizer, rule, engine.end_ids)
+        except UsageError as error:
+            raise UsageError(f"Prompt {index}: {error}") from None
+        seed = secrets.randbits(64) if rule.seed is None else rule.seed
+        requests.append(_Request(index, ids, replace(rule, seed=seed), answer))
+    return _Scheduler(engine, requests).run()
+
+
+class _Scheduler:
+    """Lets requests run together: reads prompts in between steps, and takes back the youngest when pages run out."""
+
+    def __init__(self, engine: Engine, requests: list[_Request]) -> None:
+        self._engine, self._waiting = engine, deque(requests)
+        self._reading: _Request | None = None
+        self._running: list[_Request] = []
+
+    def run(self) -> Iterator[Completion]:
+        """Yields requests as they end."""
+        try:
+            while self._waiting or self._running or self._reading:
+                self._read_prompts()
+                if not self._running:
+                    continue
+                self._launch()
+                yield from self._read_tokens()
+        finally:
+            for request in [*self._running, *([self._reading] if self._reading else [])]:
+                request.open.close()
+
+    def _read_prompts(self) -> None:
+        """Read prompts for about ``BETWEEN_STEPS`` tokens, as long as there is room for another sequence."""
+        budget, engine = BETWEEN_STEPS, self._engine
+        while budget > 0 and (self._reading or self._admit()):
+            request = self._reading
+            assert request is not None
+            ids, sequence = request.ids, request.open
+            held = len(sequence)
+            part = ids[held : held + min(engine.plan.shape.chunk, max(PAGE, budget))]
+            try:
+                hidden = engine.feed(sequence, part)
+            except PoolExhausted:
+                self._put_back(request)
+                return
+            budget -= len(part)
+            if held + len(part) == len(ids):
+                engine.step.begin(sequence, request.params, ids, len(request.said))
+                engine.step.first(sequence, hidden)
+                self._running.append(request)
+                self._reading = None
+
+    def _admit(self) -> bool:
+        """Give the next request a sequence, if there is a row and if its prompt and a page more fit."""
+        engine = self._engine
+        table = engine.arena.table
+        if not self._waiting or not table.has_row():
+            return False
+        request = self._waiting[0]
+        pages = len(request.ids) // PAGE + 1
+        if self._running and table.room() < pages + len(self._running):
+            return False
+        request.sequence = engine.arena.open(request.ids)
+        if request.reused is None:
+            request.reused = len(request.sequence)
+        self._reading = self._waiting.popleft()
+        return True
+
+    def _launch(self) -> None:
+        """One step of all that are not full; as many requests wait again as it takes to have pages for the others."""
+        while True:
+            able = [r for r in self._running if self._wants_more(r)]
+            if not able:
+                return
+            try:
+                self._engine.step.launch([request.open for request in able])
+                return
+            except PoolExhausted:
+                youngest = max(self._running, key=lambda request: request.index)
+                if len(self._running) == 1 and self._reading is None:
+                    raise OctoError(
+                        f"The KV cache has no page for prompt {youngest.index} after {len(youngest.ids):,} tokens, "
+                        "though nothing else runs: give it a shorter prompt, fewer max_tokens, or a larger cache."
+                    ) from None
+                if self._reading is not None:
+                    self._put_back(self._reading)
+                else:
+                    self._running.remove(youngest)
+                    self._put_back(youngest)
+
+    def _wants_more(self, request: _Request) -> bool:
+        """Whether a token beyond those that are launched may be wanted, and can be had now."""
+        unread = len(request.open.unread)
+        most = request.params.max_tokens
+        left = self._engine.max_context + 1 - len(request.prompt) - len(request.said)
+        if most is not None:
+            left = min(left, most - len(request.said))
+        return unread < min(self._engine.depth, left)
+
+    def _put_back(self, request: _Request) -> None:
+        """Let a request wait again; what it said is read with its prompt then."""
+        request.open.close()
+        request.sequence = None
+        if request is self._reading:
+            self._reading = None
+        self._waiting.appendleft(request)
+
+    def _read_tokens(self) -> Iterator[Completion]:
+        """The oldest unread token of each that has enough in flight."""
+        engine = self._engine
+        for request in list(self._running):
+            sequence = request.open
+            if len(sequence.unread) < engine.depth and self._wants_more(request):
+                continue  # it has only just begun: let a step be launched first
+            token, _ = engine.step.read(sequence)
+            request.said.append(token)
+            if len(request.said) == request.params.max_tokens:
+                request.finish_reason = "length"
+            elif len(request.ids) == engine.max_context + 1:
+                request.finish_reason = "context"
+            text, ended = request.answer.push(token, last=request.finish_reason is not None)
+            request.text += text
+            if ended:
+                request.finish_reason = "stop"
+            if request.finish_reason is not None:
+                self._running.remove(request)
+                sequence.close()
+                yield Completion(request.index, request.said, request.text, request.finish_reason,
+                                 len(request.prompt), request.reused or 0)  # fmt: skip
