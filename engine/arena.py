@@ -96,7 +96,7 @@ class ArenaShape:
     @property
     def index_bytes(self) -> int:
         """Bytes of page table, per-step state and row numbers."""
-        return self.sequences * (4 * max(1, self.max_pages) + 4 * 4 + 8)
+        return self.sequences * (4 * max(1, self.max_pages) + 4 * 4 + 4)
 
     @property
     def mean_page_bytes(self) -> int:
@@ -157,7 +157,7 @@ class KVArena:
         self.state = torch.zeros(4, s.sequences, dtype=torch.int32, device=device)
         self._state_host = torch.zeros(4, s.sequences, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._state_copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._rows = torch.arange(s.sequences, device=device)
+        self._rows = torch.arange(s.sequences, dtype=torch.int32, device=device)
         self._page_ids: list[list[int]] = [[] for _ in range(s.sequences)]
         self.length = [0] * s.sequences
         self._free = self._unused_pages()
@@ -318,10 +318,11 @@ class KVArena:
     ) -> kernels.AttentionInputs:
         """What the attention kernels read for ``layer`` of the sequences ``first .. last - 1`` and their queries
         ``q``."""
-        sink = self.shape.sink
+        sink, rows = self.shape.sink, self._rows[: last - first]
         return kernels.AttentionInputs(
             pages=self.pages[:, layer],
             page_table=self.page_table[first:last],
+            rows=rows,
             num_packed=self.state[1, first:last],
             starts=self.state[0, first:last],
             sink_k=self._full_k[layer, first:last, :, :sink],
@@ -330,7 +331,7 @@ class KVArena:
             tail_v=tail[1],
             tail_origin=self.state[2, first:last],
             sink=sink,
-            mean=None if self.means is None else self.means.of_queries(layer, first, q),
+            mean=None if self.means is None else self.means.of_queries(layer, first, q, rows),
         )
 
 
@@ -375,7 +376,8 @@ class Prefill:
             staging[0, :, : self.old_tail] = store.index_select(1, self._old_slots)
             staging[0, :, self.old_tail : self._tail] = rows[:, self.to_sink :]
         inputs = a.inputs(layer, self.seq, self.seq + 1, (a._staging_k, a._staging_v), q)
-        out = kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.end, workspace=workspace, out=out)
+        spec = kernels.AttentionSpec(scale)
+        out = kernels.attend(q, inputs, a.fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
         if self._coded:
             k_pages, v_pages = (
                 x[:, :, : self._coded].view(1, x.shape[1], -1, PAGE, x.shape[3]).transpose(1, 2)
@@ -422,7 +424,8 @@ class Decode:
         full_k[rows, :, self._slots] = k[:, 0]
         full_v[rows, :, self._slots] = v[:, 0]
         inputs = a.inputs(layer, 0, self.batch, (full_k[:, :, sink:], full_v[:, :, sink:]), q)
-        return kernels.attend(q, inputs, a.fmt, scale=scale, max_length=self.max_length, workspace=workspace)
+        spec = kernels.AttentionSpec(scale)
+        return kernels.attend(q, inputs, a.fmt, spec=spec, max_length=self.max_length, workspace=workspace)
 
     def commit(self) -> None:
         """All layers are written: the new tokens now belong to their sequences."""

@@ -61,6 +61,7 @@ class Forward:
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.scale = cfg.head_dim**-0.5
+        self.spec = kernels.AttentionSpec(self.scale)
 
     def upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
@@ -102,7 +103,7 @@ class Forward:
             ops.qkv_rope_append(qkv, turns[index], slots, full_k, full_v, q)
             inputs = arena.inputs(index, 0, batch, (full_k[:, :, sink:], full_v[:, :, sink:]), q)
             return kernels.attend(
-                q, inputs, arena.fmt, scale=self.scale, max_length=max_length, out=mixed, workspace=self.workspace
+                q, inputs, arena.fmt, spec=self.spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
         return self._layers(ids, mix)

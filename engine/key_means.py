@@ -42,12 +42,12 @@ class KeyMeans:
         means = self.means[layer : layer + k.shape[0], seq]
         return key_mean.take_out(k, means, first, self.tables, self.rotation, out)
 
-    def of_queries(self, layer: int, first: int, q: Tensor) -> KeyMean:
-        """What attention takes for queries ``q [B, C, heads, d]`` of the sequences from ``first`` on. Good until the
-        next call."""
+    def of_queries(self, layer: int, first: int, q: Tensor, rows: Tensor) -> KeyMean:
+        """What attention takes for queries ``q [B, C, heads, d]`` of the sequences from ``first`` on, whose numbers
+        from there are ``rows`` int32 ``[B]``. Good until the next call."""
         means = self.means[layer, first : first + q.shape[0]]
         found = None
         if q.shape[1] == 1 or not self._on_gpu:
             out = self._coefficients.view(-1)[: q.numel()].view(q.shape)
-            found = key_mean.rotated_coefficients(q, means, self.rotation, out)
+            found = key_mean.rotated_coefficients(q, means, rows, self.rotation, out)
         return KeyMean(means, self.rotation, self.tables, found)

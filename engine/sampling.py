@@ -142,6 +142,7 @@ class BatchSampler:
         self._rules = torch.zeros(6, sequences, device=device)  # temperature, the three penalties, top_p, log min_p
         self._whole = torch.zeros(3, sequences, dtype=torch.int64, device=device)  # seed, tokens drawn, top_k
         self._draws = ops.Draws(
+            rows=torch.arange(sequences, dtype=torch.int32, device=device),
             temperature=self._rules[0],
             penalties=self._rules[1:4],
             seeds=self._whole[0],
