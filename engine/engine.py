@@ -163,7 +163,7 @@ class Engine:
 
         Raises ``UsageError`` for ids that are no prompt (see ``generate``) and for a step longer than a chunk.
         """
-        self._check_prompt(ids)
+        self.check_prompt(ids)
         chunk = self.plan.shape.chunk
         if step is not None and not 1 <= step <= chunk:
             raise UsageError(f"step is {step}; give 1 to {chunk} tokens.")
@@ -201,7 +201,7 @@ class Engine:
 
         Raises ``UsageError`` for ids that are no prompt or do not fit.
         """
-        self._check_prompt(ids)
+        self.check_prompt(ids)
         held = sequence.cancel()
         if held + len(ids) > self.max_context:
             raise UsageError(
@@ -222,7 +222,7 @@ class Engine:
         outside the vocabulary, and what is neither text nor ids.
         """
         ids = self.prompt_ids(prompt)
-        self._check_prompt(ids)
+        self.check_prompt(ids)
         return Generation(self, ids, params or SamplingParams(), on_prompt)
 
     def generate_batch(
@@ -252,7 +252,7 @@ class Engine:
                 return ids
         raise UsageError("A prompt is a text or a list of token ids (whole numbers).")
 
-    def _check_prompt(self, ids: list[int]) -> None:
+    def check_prompt(self, ids: list[int]) -> None:
         if not ids:
             raise UsageError("The prompt is empty; give at least one token.")
         if len(ids) > self.max_context:

@@ -248,6 +248,10 @@ class SequenceTable:
             while sequence.packed and self.pool.free < pages:
                 sequence.cut(self.sink + PAGE * (sequence.packed - 1))
 
+    def has_row(self) -> bool:
+        """Whether a sequence can be opened."""
+        return any(seq is None or not seq.pinned for seq in self.rows)
+
     def room(self) -> int:
         """Pages that could be had: free ones, and those that parked sequences alone hold."""
         pinned = {page for seq in self.rows if seq is not None and seq.pinned for page in self.pool.held[seq.row]}

@@ -3,6 +3,7 @@
 from octo_run.kernels.attention import (
     PAGE_TOKENS,
     AttentionInputs,
+    AttentionSpec,
     attend,
     attend_reference,
     attention_workspace_bytes,
@@ -14,6 +15,7 @@ from octo_run.kernels.preparation import prepare
 __all__ = [
     "PAGE_TOKENS",
     "AttentionInputs",
+    "AttentionSpec",
     "attend",
     "attend_reference",
     "attention_workspace_bytes",

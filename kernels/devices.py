@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 
 import torch
-import triton
 
 
 def is_nvidia(device: torch.device) -> bool:
@@ -16,6 +16,8 @@ def is_nvidia(device: torch.device) -> bool:
 @functools.cache
 def runs_ptx(device: torch.device) -> bool:
     """Whether kernels with PTX for sm_80 run there: an NVIDIA GPU, not interpreted."""
+    import triton
+
     return (
         is_nvidia(device)
         and not triton.knobs.runtime.interpret
@@ -28,6 +30,12 @@ def overlaps(device: torch.device) -> bool:
     """Whether a kernel may begin before the one in front of it has ended (programmatic dependent launch): from Hopper
     on."""
     return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Kernels launched within go to the tensor's GPU, whichever is the current one. Nothing for other devices."""
+    guard: AbstractContextManager[object] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return guard
 
 
 def early(device: torch.device) -> dict[str, bool]:

@@ -10,12 +10,21 @@ from torch import Tensor
 from octo_run.kernels.attention.inputs import AttentionInputs, page_bytes
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.reference import attend_reference
+from octo_run.kernels.attention.spec import AttentionSpec
 from octo_run.kernels.attention.splits import workspace_bytes
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
 
-__all__ = ["PAGE_TOKENS", "AttentionInputs", "attend", "attend_reference", "attention_workspace_bytes", "page_bytes"]
+__all__ = [
+    "PAGE_TOKENS",
+    "AttentionInputs",
+    "AttentionSpec",
+    "attend",
+    "attend_reference",
+    "attention_workspace_bytes",
+    "page_bytes",
+]
 
 
 def attend(
@@ -23,7 +32,7 @@ def attend(
     kv: AttentionInputs,
     fmt: KVFormat,
     *,
-    scale: float,
+    spec: AttentionSpec,
     max_length: int,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -31,17 +40,19 @@ def attend(
     """Causal attention over one layer of the arena; K, V and q in the rotated basis, so is the result.
 
     ``q [B, C, H, d]``: C query tokens per sequence, at positions ``kv.starts[b] + c``, whose own K and V are already in
-    the sinks or the tail. `max_length` is a bound on every sequence's length ``starts[b] + C`` known on the host (the
-    context's limit where the call is captured in a CUDA graph). Softmax and sums are float32 (float64 for float64
-    inputs, CPU only). `workspace` is float32 with `attention_workspace_bytes` bytes, zero before its first use and for
-    one call at a time; with `out` and `workspace` given nothing is allocated on the GPU. Returns `out`, ``[B, C, H,
-    d]`` in q's dtype. Raises ValueError for inputs that do not fit together.
+    the sinks or the tail. Sequence b of the batch owns row ``kv.rows[b]`` of what is stored; -1 is filler, for which
+    nothing is read and the result is zero. `max_length` is a bound on every sequence's length ``starts[b] + C`` known
+    on the host (the context's limit where the call is captured in a CUDA graph). Softmax and sums are float32 (float64
+    for float64 inputs, CPU only). `workspace` is float32 with `attention_workspace_bytes` bytes, zero before its first
+    use and for one call at a time; with `out` and `workspace` given nothing is allocated on the GPU. Returns `out`,
+    ``[B, C, H, d]`` in q's dtype. Raises ValueError for inputs that do not fit together, and for fields of `spec` that
+    no kernel computes (today all but its scale).
     """
     if q.device.type == "cpu":
-        return attend_reference(q, kv, fmt, scale=scale, out=out)
+        return attend_reference(q, kv, fmt, spec=spec, out=out)
     from octo_run.kernels.attention.launch import attend_triton
 
-    return attend_triton(q, kv, fmt, scale=scale, max_length=max_length, out=out, workspace=workspace)
+    return attend_triton(q, kv, fmt, spec=spec, max_length=max_length, out=out, workspace=workspace)
 
 
 def attention_workspace_bytes(

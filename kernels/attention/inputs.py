@@ -17,23 +17,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """One layer's stored keys and values, all in the rotated basis. Token position `j` of sequence `b` (length n) is
+    """One layer's stored keys and values, all in the rotated basis. A sequence owns a row of what is stored; a call
+    works on a batch of B sequences, of which number `b` owns row ``r = rows[b]``. Its token position `j` (length n) is
 
-    * ``sink_k/v[b, :, j]`` for ``j < sink``,
-    * row ``(j - sink) % 64`` of page ``page_table[b, (j - sink) // 64]`` for ``sink <= j < sink + 64 * num_packed[b]``,
-    * ``tail_k/v[b, :, (j - sink - tail_origin[b]) % capacity]`` for the rest.
+    * ``sink_k/v[r, :, j]`` for ``j < sink``,
+    * row ``(j - sink) % 64`` of page ``page_table[r, (j - sink) // 64]`` for ``sink <= j < sink + 64 * num_packed[b]``,
+    * ``tail_k/v[r, :, (j - sink - tail_origin[b]) % capacity]`` for the rest.
 
+    ``rows[b] = -1`` is filler: it reads no row, and its output is zero; its num_packed, starts and tail_origin are 0.
     Packed pages hold only positions before the first query (``sink + 64 * num_packed <= starts`` or, for a
     sequence shorter than the sink, ``num_packed = 0``). Unused entries of the page table are never read.
     """
 
     pages: Tensor  # uint8 [num_pages, Hkv, 64 * (K bytes + V bytes)], last dimension contiguous
-    page_table: Tensor  # int32 [B, max_pages]
+    page_table: Tensor  # int32 [R, max_pages]
+    rows: Tensor  # int32 [B], no row twice; values are read on the device alone
     num_packed: Tensor  # int32 [B], pages
     starts: Tensor  # int32 [B], position of the first query
-    sink_k: Tensor  # [B, Hkv, sink slots, d]
+    sink_k: Tensor  # [R, Hkv, sink slots, d]
     sink_v: Tensor
-    tail_k: Tensor  # [B, Hkv, capacity, d]
+    tail_k: Tensor  # [R, Hkv, capacity, d]
     tail_v: Tensor
     tail_origin: Tensor  # int32 [B]
     sink: int  # positions kept in sink slots
@@ -41,8 +44,8 @@ class AttentionInputs:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, for checks."""
-        parts = (self.pages, self.page_table, self.num_packed, self.starts, self.sink_k, self.sink_v, self.tail_k,
-                 self.tail_v, self.tail_origin)  # fmt: skip
+        parts = (self.pages, self.page_table, self.rows, self.num_packed, self.starts, self.sink_k, self.sink_v,
+                 self.tail_k, self.tail_v, self.tail_origin)  # fmt: skip
         if self.mean is None:
             return parts
         mean = self.mean
@@ -70,20 +73,25 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} KV heads")
     if fmt.k.head_dim != dim or fmt.v.head_dim != dim:
         raise ValueError(f"head_dim of q is {dim}, {fmt.name} stores {fmt.k.head_dim} and {fmt.v.head_dim}")
+    if kv.page_table.dtype != torch.int32 or kv.page_table.ndim != 2:
+        raise ValueError(
+            f"page_table must be int32 [rows, pages], not {kv.page_table.dtype} {tuple(kv.page_table.shape)}"
+        )
+    owned = kv.page_table.shape[0]
     for name in ("sink_k", "sink_v", "tail_k", "tail_v"):
         part: Tensor = getattr(kv, name)
-        if part.ndim != 4 or part.shape[:2] != (batch, kv_heads) or part.shape[3] != dim:
-            raise ValueError(f"{name} must be [{batch}, {kv_heads}, slots, {dim}], not {tuple(part.shape)}")
+        if part.ndim != 4 or part.shape[:2] != (owned, kv_heads) or part.shape[3] != dim:
+            raise ValueError(f"{name} must be [{owned}, {kv_heads}, slots, {dim}], not {tuple(part.shape)}")
         if part.dtype != q.dtype:
             raise ValueError(f"{name} is {part.dtype}, q is {q.dtype}")
     if kv.sink_k.shape[2] < kv.sink:
         raise ValueError(f"{kv.sink} sink positions do not fit in {kv.sink_k.shape[2]} slots")
-    for name in ("page_table", "num_packed", "starts", "tail_origin"):
+    for name in ("rows", "num_packed", "starts", "tail_origin"):
         index: Tensor = getattr(kv, name)
-        if index.dtype != torch.int32 or index.shape[0] != batch or index.ndim != (2 if name == "page_table" else 1):
-            raise ValueError(f"{name} must be int32 with {batch} rows, not {index.dtype} {tuple(index.shape)}")
+        if index.dtype != torch.int32 or index.shape != (batch,):
+            raise ValueError(f"{name} must be int32 [{batch}], not {index.dtype} {tuple(index.shape)}")
     if kv.mean is not None:
-        _check_mean(q, kv.mean, kv_heads)
+        _check_mean(q, kv.mean, owned, kv_heads)
     for part in (*kv.tensors(), *(() if out is None else (out,))):
         if part.device != q.device:
             raise ValueError(f"q is on {q.device}, another input is on {part.device}")
@@ -95,11 +103,11 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
         raise ValueError(f"out must be {q.dtype} {tuple(q.shape)}, not {out.dtype} {tuple(out.shape)}")
 
 
-def _check_mean(q: Tensor, mean: KeyMean, kv_heads: int) -> None:
+def _check_mean(q: Tensor, mean: KeyMean, owned: int, kv_heads: int) -> None:
     """The key mean's part of `check`."""
-    batch, _, _, dim = q.shape
+    dim = q.shape[-1]
     for name, part, shape in (
-        ("means", mean.means, (batch, kv_heads, dim)),
+        ("means", mean.means, (owned, kv_heads, dim)),
         ("rotation", mean.rotation, (dim, dim)),
         ("coefficients", mean.of_queries, q.shape),
     ):

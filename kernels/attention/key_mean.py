@@ -24,6 +24,7 @@ from torch import Tensor
 
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.splits import head_blocks
+from octo_run.kernels.devices import on_device_of
 
 HALF_OFFSETS = 48
 """Offsets 0.5, 1.5, ... that `AngleTables` holds: up to a page's last centre, 47.5."""
@@ -124,8 +125,9 @@ def _in_runs(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyMean:
-    """What attention gives back. To keys: ``means [B, Hkv, d]`` before RoPE and ``rotation [d, d]``, the codec's of K.
-    To logits: ``of_queries [B, C, H, d]``, A, then B, of every query; None will do for several queries on a GPU.
+    """What attention gives back. To keys: ``means [R, Hkv, d]`` before RoPE, one a row of the arena, and ``rotation
+    [d, d]``, the codec's of K. To logits: ``of_queries [B, C, H, d]``, A, then B, of every query of the batch; None
+    will do for several queries on a GPU.
 
     All float32.
     """
@@ -195,7 +197,7 @@ def take_out(k: Tensor, means: Tensor, first: Tensor, tables: AngleTables, rotat
         return torch.sub(k, rows, out=out) if out.dtype == rows.dtype else out.copy_(k - rows)
     from octo_run.kernels.attention.triton_mean import take_out_kernel
 
-    with torch.cuda.device_of(k):  # type: ignore[no-untyped-call]
+    with on_device_of(k):
         take_out_kernel[(count, kv_heads, layers)](
             k, out, means, first, tables.base, tables.offset, rotation, *k.stride()[:4], *out.stride()[:3],
             *means.stride()[:2], **launch_options(dim))  # fmt: skip
@@ -222,22 +224,24 @@ def put_back(slab: Tensor, packed: Tensor, first: int, mean: KeyMean) -> None:
         *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
 
 
-def rotated_coefficients(q: Tensor, means: Tensor, rotation: Tensor, out: Tensor) -> Tensor:
+def rotated_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tensor, out: Tensor) -> Tensor:
     """`coefficients` of queries ``q [B, C, H, d]`` in the codec's rotated basis, into ``out`` float32, contiguous.
 
-    ``means`` float32 ``[B, Hkv, d]``, ``rotation`` float32 ``[d, d]``.
+    ``means`` float32 ``[R, Hkv, d]``, of which query b takes ``rows[b]``, int32 ``[B]`` (-1, filler: zeros);
+    ``rotation`` float32 ``[d, d]``.
     """
     if q.device.type == "cpu":
-        return out.copy_(coefficients(q.to(torch.float32) @ rotation, means))
+        found = coefficients(q.to(torch.float32) @ rotation, means[rows.clamp(min=0).long()])
+        return out.copy_(found.masked_fill_((rows < 0)[:, None, None, None], 0.0))
     import triton
 
     from octo_run.kernels.attention.triton_mean import coefficients_kernel
 
     batch, count, heads, dim = q.shape
-    rows = batch * count * heads
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        coefficients_kernel[(triton.cdiv(rows, 16),)](
-            q, out, means, rotation, rows, count, *q.stride()[:3], *means.stride()[:2], H=heads,
+    lines = batch * count * heads
+    with on_device_of(q):
+        coefficients_kernel[(triton.cdiv(lines, 16),)](
+            q, out, means, rotation, rows, lines, count, *q.stride()[:3], *means.stride()[:2], H=heads,
             G=heads // means.shape[1], D=dim, WIDTH=triton.next_power_of_2(dim),
             HALF=max(16, triton.next_power_of_2(dim // 2)), ROWS=16, num_warps=4)  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from octo_run.kernels.attention.constants import (
 )
 from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.attention.prefill import attend_prefill
+from octo_run.kernels.attention.spec import AttentionSpec
 from octo_run.kernels.attention.splits import Workspace, count_splits
 from octo_run.kernels.attention.table_launch import attend_table, takes
 from octo_run.kernels.attention.triton_attend import attend_kernel
@@ -74,7 +75,7 @@ def attend_triton(
     kv: AttentionInputs,
     fmt: KVFormat,
     *,
-    scale: float,
+    spec: AttentionSpec,
     max_length: int,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -84,11 +85,12 @@ def attend_triton(
     Beside coded pages 16-bit inputs are multiplied in fp16: coordinates of K and V beyond 65504, the fp16 range, are
     not supported there.
     """
+    spec.require_plain()
     check(q, kv, fmt, out)
     if q.dtype not in ELEMENTS:
         raise ValueError(f"the attention kernels take fp16, bf16 and fp32, not {q.dtype}")
     batch, count, heads, dim = q.shape
-    kv_heads = kv.pages.shape[1]
+    kv_heads, scale = kv.pages.shape[1], spec.scale
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]

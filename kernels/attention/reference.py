@@ -11,6 +11,7 @@ from torch import Tensor
 from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.attention.key_mean import page_bias
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
+from octo_run.kernels.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
@@ -20,21 +21,26 @@ TILE_PAGES = 32
 
 
 def attend_reference(
-    q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, scale: float, out: Tensor | None = None
+    q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, spec: AttentionSpec, out: Tensor | None = None
 ) -> Tensor:
     """Causal attention of ``q [B, C, H, d]`` (positions ``starts[b] + c``) over sinks, packed pages and tail.
 
     float64 inputs are computed in float64, all others in float32. Returns ``[B, C, H, d]`` in q's dtype.
-    Raises ValueError for shapes or dtypes that do not fit together.
+    Raises ValueError for shapes or dtypes that do not fit together, and for fields of ``spec`` beside its scale.
     """
+    spec.require_plain()
+    scale = spec.scale
     check(q, kv, fmt, out)
-    batch, count, heads, dim = q.shape
+    _, count, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if out is None:
         out = torch.empty_like(q)
-    for b in range(batch):
+    for b, row in enumerate(kv.rows.tolist()):
+        if row < 0:
+            out[b] = 0
+            continue
         start = int(kv.starts[b])
         rows = q[b].to(dtype).mul(scale).reshape(count, kv_heads, group, dim).transpose(0, 1)
         rows = rows.reshape(kv_heads, count * group, dim)
@@ -43,27 +49,33 @@ def attend_reference(
         if kv.mean is not None:
             coefficient = kv.mean.coefficients[b].to(dtype).mul(scale).reshape(count, kv_heads, group, dim)
             coefficient = coefficient.transpose(0, 1).reshape(kv_heads, count * group, dim)
-        result = _attend_one(rows, positions, _segments(kv, fmt, b, start + count, dtype, coefficient))
+        result = _attend_one(rows, positions, _segments(kv, fmt, b, row, start + count, dtype, coefficient))
         out[b] = result.reshape(kv_heads, count, group, dim).transpose(0, 1).reshape(count, heads, dim)
     return out
 
 
 def _segments(
-    kv: AttentionInputs, fmt: KVFormat, b: int, length: int, dtype: torch.dtype, coefficient: Tensor | None
+    kv: AttentionInputs,
+    fmt: KVFormat,
+    b: int,
+    row: int,
+    length: int,
+    dtype: torch.dtype,
+    coefficient: Tensor | None,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-    """Yield (first position, K [Hkv, n, d], V [Hkv, n, d], what to add to the logits [Hkv, R, n]) of sequence `b`, in
-    the order of positions. `coefficient`: the key mean's, scaled, [Hkv, R, d]."""
+    """Yield (first position, K [Hkv, n, d], V [Hkv, n, d], what to add to the logits [Hkv, R, n]) of sequence `b`,
+    which owns `row`, in the order of positions. `coefficient`: the key mean's, scaled, [Hkv, R, d]."""
     sinks = min(kv.sink, length)
     if sinks:
-        yield 0, kv.sink_k[b, :, :sinks].to(dtype), kv.sink_v[b, :, :sinks].to(dtype), None
+        yield 0, kv.sink_k[row, :, :sinks].to(dtype), kv.sink_v[row, :, :sinks].to(dtype), None
     packed = int(kv.num_packed[b])
     split = PAGE_TOKENS * fmt.k.bytes_per_vector
     for first in range(0, packed, TILE_PAGES):
-        ids = kv.page_table[b, first : min(first + TILE_PAGES, packed)].long()
-        rows = kv.pages[ids].transpose(0, 1)  # [Hkv, pages, bytes]
-        kv_heads, pages = rows.shape[:2]
-        k = rows[..., :split].reshape(kv_heads, pages * PAGE_TOKENS, fmt.k.bytes_per_vector)
-        v = rows[..., split:].reshape(kv_heads, pages * PAGE_TOKENS, fmt.v.bytes_per_vector)
+        ids = kv.page_table[row, first : min(first + TILE_PAGES, packed)].long()
+        blocks = kv.pages[ids].transpose(0, 1)  # [Hkv, pages, bytes]
+        kv_heads, pages = blocks.shape[:2]
+        k = blocks[..., :split].reshape(kv_heads, pages * PAGE_TOKENS, fmt.k.bytes_per_vector)
+        v = blocks[..., split:].reshape(kv_heads, pages * PAGE_TOKENS, fmt.v.bytes_per_vector)
         bias = None
         if coefficient is not None and kv.mean is not None:
             bias = page_bias(coefficient, kv.mean.tables, first, pages)
@@ -72,7 +84,7 @@ def _segments(
     if length > done:
         offsets = torch.arange(done - kv.sink, length - kv.sink, device=kv.tail_k.device)
         slots = (offsets - int(kv.tail_origin[b])) % kv.tail_k.shape[2]
-        yield done, kv.tail_k[b][:, slots].to(dtype), kv.tail_v[b][:, slots].to(dtype), None
+        yield done, kv.tail_k[row][:, slots].to(dtype), kv.tail_v[row][:, slots].to(dtype), None
 
 
 def _attend_one(

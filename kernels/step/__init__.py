@@ -1,7 +1,10 @@
 """The small operations of a step: PyTorch references (CPU) and Triton kernels (CUDA) behind one call each.
 
-All write into given outputs. On CUDA they allocate nothing, so that steps can be recorded. Rows are sequences of a
-decode step or tokens of a prompt; the rounding points are those of ``models.decoder``.
+All write into given outputs. On CUDA they allocate nothing, so that steps can be recorded. B is the sequences of a
+decode step or the tokens of a prompt; the rounding points are those of ``models.decoder``.
+
+A live sequence owns a row of what lasts from step to step. A step works on a batch, whose map ``rows`` int32 ``[B]``
+lies on the device: number b of the batch owns row ``rows[b]``. -1 is filler, for which nothing is written.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ __all__ = [
     "linear",
     "penalised",
     "qkv_rope_append",
+    "rotate_back",
     "sample",
     "swiglu",
 ]
@@ -59,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
-    """Draw a token for each row of ``logits [B, vocab]`` of the model.
+    """Draw a token for each sequence of a batch from ``logits [B, vocab]`` of the model; see ``Draws``.
 
     Penalties, then ``floor`` (float32 ``[B]`` or None: scores below it are out), then Gumbel noise times the
     temperature; the largest wins. Log-probabilities are those of the logits themselves, not finite if these are not.
@@ -72,18 +76,41 @@ def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
         reference.sample(draws, logits, floor)
 
 
-def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full_v: Tensor, q_out: Tensor) -> None:
+def qkv_rope_append(
+    qkv: Tensor,
+    turn: Turn,
+    slots: Tensor,
+    full_k: Tensor,
+    full_v: Tensor,
+    q_out: Tensor,
+    rows: Tensor | None = None,
+) -> None:
     """From a layer's projections to what attention reads.
 
     ``qkv [B, (H + 2 Hkv) d]``, contiguous. Queries (normed, turned by RoPE, rotated) go to ``q_out [B, 1, H, d]``, keys
-    of the same kind and values to ``full_k, full_v [B, Hkv, slots, d]`` at ``slots`` int32 ``[B]``.
+    of the same kind and values to ``full_k, full_v [R, Hkv, slots, d]``: those of number b to row ``rows[b]`` (``rows``
+    int32 ``[B]``; None: row b), slot ``slots[b]`` (int32 ``[B]``).
     """
     if qkv.is_cuda:
         from octo_run.kernels.step import launch
 
-        launch.qkv_rope_append(qkv, turn, slots, full_k, full_v, q_out)
+        launch.qkv_rope_append(qkv, turn, slots, full_k, full_v, q_out, rows)
     else:
-        reference.qkv_rope_append(qkv, turn, slots, full_k, full_v, q_out)
+        reference.qkv_rope_append(qkv, turn, slots, full_k, full_v, q_out, rows)
+
+
+def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
+    """``out [B, heads * d]``: each head of ``mixed [B, heads * d]`` times the transpose of ``rotation [d, d]``.
+
+    The rotation is orthogonal, so that this undoes ``Turn.v_rotation`` in attention's sums of values: for an output
+    projection that cannot take the rotation in. All contiguous and of one dtype, ``out`` not ``mixed``.
+    """
+    if mixed.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.rotate_back(mixed, rotation, out)
+    else:
+        reference.rotate_back(mixed, rotation, out)
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""Launchers of the Triton kernels of a step: contiguous inputs in, no host read of a device value."""
+"""Launchers of the Triton kernels of a step: contiguous inputs in, no host read of a device value.
+
+Every launch is on the device of the tensors, whichever is the current one.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import triton
 from torch import Tensor
 
-from octo_run.kernels.devices import early
+from octo_run.kernels.devices import early, on_device_of
 from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn
 from octo_run.kernels.step.triton_rows import (
     add_rms_norm_kernel,
     qkv_rope_append_kernel,
+    rotate_back_kernel,
     swiglu_kernel,
     vector_kernel,
 )
@@ -21,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SWIGLU_COLUMNS = 1024
-_HEADS = 16
+#: Heads, and columns of a rotation, that a program takes.
+_HEADS, _COLUMNS = 16, 32
 #: Rows and columns of the weights that a program of a matrix-vector product takes at a time, and its warps. By timing
 #: whole steps of an 8B shape on an H200, of (4, 1024, 4), (2, 1024, 4), (8, 512, 4), (4, 512, 2) and this one.
 _VECTOR_ROWS, _VECTOR_COLUMNS, _VECTOR_WARPS = 2, 2048, 4
@@ -38,10 +43,11 @@ def vector(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     _check(x=x, weight=weight, out=out)
     n, k = weight.shape
     launch: Callable[..., Any] = vector_kernel[(triton.cdiv(n, _VECTOR_ROWS),)]
-    launch(
-        x, weight, x if bias is None else bias, out, n, K=k, BN=_VECTOR_ROWS,
-        BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None, **early(x.device),
-        num_warps=_VECTOR_WARPS)  # fmt: skip
+    with on_device_of(x):
+        launch(
+            x, weight, x if bias is None else bias, out, n, K=k, BN=_VECTOR_ROWS,
+            BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None, **early(x.device),
+            num_warps=_VECTOR_WARPS)  # fmt: skip
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -50,9 +56,10 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     width = x.shape[1]
     block = triton.next_power_of_2(width)
     launch: Callable[..., Any] = add_rms_norm_kernel[(len(x),)]
-    launch(
-        x, x if residual is None else residual, weight, out, eps, N=width, BLOCK=block, ADD=residual is not None,
-        **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
+    with on_device_of(x):
+        launch(
+            x, x if residual is None else residual, weight, out, eps, N=width, BLOCK=block, ADD=residual is not None,
+            **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
@@ -60,42 +67,73 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     _check(gate_up=gate_up, out=out)
     rows, width = out.shape
     launch: Callable[..., Any] = swiglu_kernel[(triton.cdiv(width, _SWIGLU_COLUMNS), rows)]
-    launch(gate_up, out, width, BLOCK=_SWIGLU_COLUMNS, **early(out.device), num_warps=4)
+    with on_device_of(out):
+        launch(gate_up, out, width, BLOCK=_SWIGLU_COLUMNS, **early(out.device), num_warps=4)
 
 
-def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full_v: Tensor, q_out: Tensor) -> None:
+def qkv_rope_append(
+    qkv: Tensor,
+    turn: Turn,
+    slots: Tensor,
+    full_k: Tensor,
+    full_v: Tensor,
+    q_out: Tensor,
+    rows: Tensor | None = None,
+) -> None:
     """`kernels.step.qkv_rope_append` by the Triton kernel."""
     _check(qkv=qkv, q_out=q_out, cos=turn.cos, sin=turn.sin, slots=slots)
     if full_k.stride(-1) != 1 or full_v.stride(-1) != 1:
         raise ValueError("the last dimension of full_k and full_v must be contiguous")
     heads, kv_heads, d = q_out.shape[2], full_k.shape[1], q_out.shape[-1]
-    rotation = turn.rotation
-    if rotation is not None:
-        _check(rotation=rotation)
+    rotation, v_rotation = turn.rotation, turn.v_rotation
+    unused = qkv
+    _check(
+        rotation=unused if rotation is None else rotation,
+        v_rotation=unused if v_rotation is None else v_rotation,
+        rows=slots if rows is None else rows,
+    )
+    if rows is not None and rows.shape != slots.shape:
+        raise ValueError(f"rows must be of the shape of slots, {tuple(slots.shape)}, not {tuple(rows.shape)}")
     padded = triton.next_power_of_2(d)
-    columns = padded if rotation is None else min(padded, 32)
+    columns = padded if rotation is None and v_rotation is None else min(padded, _COLUMNS)
     grid = (triton.cdiv(heads + 2 * kv_heads, _HEADS), triton.cdiv(d, columns), len(qkv))
     launch: Callable[..., Any] = qkv_rope_append_kernel[grid]
-    q_norm, k_norm = (qkv if weight is None else weight for weight in (turn.q_norm, turn.k_norm))
-    launch(
-        qkv, turn.cos, turn.sin, q_norm, k_norm, qkv if rotation is None else rotation, slots, full_k, full_v, q_out,
-        turn.eps, *full_k.stride()[:3], *full_v.stride()[:3], H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=_HEADS,
-        COLUMNS=columns, NORM=turn.q_norm is not None, ROTATE=rotation is not None, **early(qkv.device),
-        num_warps=4)  # fmt: skip
+    weights = (turn.q_norm, turn.k_norm, rotation, v_rotation)
+    with on_device_of(qkv):
+        launch(
+            qkv, turn.cos, turn.sin, *(unused if weight is None else weight for weight in weights),
+            slots if rows is None else rows, slots, full_k, full_v, q_out, turn.eps, *full_k.stride()[:3],
+            *full_v.stride()[:3], H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=_HEADS, COLUMNS=columns,
+            NORM=turn.q_norm is not None, ROTATE=rotation is not None, ROTATE_V=v_rotation is not None,
+            MAPPED=rows is not None, **early(qkv.device), num_warps=4)  # fmt: skip
+
+
+def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
+    """`kernels.step.rotate_back` by the Triton kernel."""
+    _check(mixed=mixed, rotation=rotation, out=out)
+    d = len(rotation)
+    heads, padded = mixed.numel() // d, triton.next_power_of_2(d)
+    columns = min(padded, _COLUMNS)
+    launch: Callable[..., Any] = rotate_back_kernel[(triton.cdiv(heads, _HEADS), triton.cdiv(d, columns))]
+    with on_device_of(mixed):
+        launch(
+            mixed, rotation, out, heads, D=d, BD=padded, HEADS=_HEADS, COLUMNS=columns, **early(mixed.device),
+            num_warps=4)  # fmt: skip
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     """`kernels.step.sample` by the Triton kernels."""
-    _check(logits=logits, counts=draws.counts, floor=logits if floor is None else floor)
+    _check(logits=logits, rows=draws.rows, counts=draws.counts, floor=logits if floor is None else floor)
     batch, vocab = logits.shape
     parts = draws.parts.shape[2]
     unused = draws.temperature
     part: Callable[..., Any] = sample_part_kernel[(parts, batch)]
-    part(
-        logits, draws.counts, draws.temperature, draws.penalties, unused if floor is None else floor, draws.seeds,
-        draws.counters, draws.parts, vocab, draws.penalties.stride(0), BLOCK=PART_TOKENS, COUNTED=draws.counted,
-        NOISY=draws.noisy, FLOORED=floor is not None, num_warps=4)  # fmt: skip
     merge: Callable[..., Any] = sample_merge_kernel[(batch,)]
-    merge(
-        logits, draws.counts, draws.counters, draws.parts, draws.tokens, draws.logprobs, vocab, parts,
-        WIDTH=triton.next_power_of_2(parts), COUNTED=draws.counted, NOISY=draws.noisy, num_warps=1)  # fmt: skip
+    with on_device_of(logits):
+        part(
+            logits, draws.rows, draws.counts, draws.temperature, draws.penalties, unused if floor is None else floor,
+            draws.seeds, draws.counters, draws.parts, vocab, draws.penalties.stride(0), BLOCK=PART_TOKENS,
+            COUNTED=draws.counted, NOISY=draws.noisy, FLOORED=floor is not None, num_warps=4)  # fmt: skip
+        merge(
+            logits, draws.rows, draws.counts, draws.counters, draws.parts, draws.tokens, draws.logprobs, vocab, parts,
+            WIDTH=triton.next_power_of_2(parts), COUNTED=draws.counted, NOISY=draws.noisy, num_warps=1)  # fmt: skip

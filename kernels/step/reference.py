@@ -12,7 +12,11 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Turn:
     """What turns queries and keys: cosines and sines ``[B, d / 2]`` of the rows' angles in the compute dtype, the
-    weights ``[d]`` of norms of the heads before it, the codec's rotation ``[d, d]`` (rows times it) after it."""
+    weights ``[d]`` of norms of the heads before it, the codec's rotation ``[d, d]`` (rows times it) after it.
+
+    ``v_rotation [d, d]``: values are multiplied by it, before they are stored; None: they are stored as they come,
+    because a weight has taken the rotation in.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -20,6 +24,7 @@ class Turn:
     k_norm: Tensor | None
     eps: float
     rotation: Tensor | None
+    v_rotation: Tensor | None = None
 
 
 #: Tokens of the vocabulary that one program of the sampler looks at.
@@ -28,15 +33,17 @@ PART_TOKENS = 1024
 
 @dataclass
 class Draws:
-    """What drawing tokens reads and writes, a row or number for each sequence.
+    """What drawing tokens for a batch of at most B sequences reads and writes. Sequence b of the batch owns row
+    ``rows[b]`` of what lasts; ``rows[b] = -1`` is filler, for which nothing is written or counted.
 
-    ``temperature`` float32 ``[B]``; ``penalties`` float32 ``[3, B]``: for repetition (1 is off), presence and frequency
-    (0 is off); ``seeds, counters`` int64 ``[B]``; ``counts`` int32 ``[B, vocab]``: how often a token was drawn, times
-    two, plus 1 if it was drawn or stands in the prompt; ``parts`` float32 ``[B, 4, parts]``, work space; ``tokens``
-    int32 and ``logprobs`` float32 ``[B]``, the result. ``counted``: any penalty is on; ``noisy``: any temperature is
-    not 0.
+    ``rows`` int32 ``[B]``, no row twice. In the order of the batch: ``temperature`` float32 ``[B]``; ``penalties``
+    float32 ``[3, B]``: for repetition (1 is off), presence and frequency (0 is off); ``seeds, counters`` int64 ``[B]``;
+    ``parts`` float32 ``[B, 4, parts]``, work space. By rows: ``counts`` int32 ``[R, vocab]``: how often a token was
+    drawn, times two, plus 1 if it was drawn or stands in the prompt; ``tokens`` int32 and ``logprobs`` float32 ``[R]``,
+    the result. ``counted``: any penalty is on; ``noisy``: any temperature is not 0.
     """
 
+    rows: Tensor
     temperature: Tensor
     penalties: Tensor
     seeds: Tensor
@@ -49,11 +56,12 @@ class Draws:
     noisy: bool = False
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Float32 scores ``[B, vocab]`` of the first sequences' logits after their penalties."""
+        """Float32 scores ``[B, vocab]`` of a batch's logits after their penalties (filler's are some row's)."""
         batch = len(logits)
         if not self.counted:
             return logits.to(torch.float32)
-        return penalised(logits, self.counts[:batch], self.penalties[:, :batch])
+        counts = self.counts.index_select(0, self.rows[:batch].clamp(min=0))
+        return penalised(logits, counts, self.penalties[:, :batch])
 
 
 def penalised(logits: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
@@ -78,6 +86,8 @@ def count_drawn(counts: Tensor, tokens: Tensor) -> None:
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     """See ``kernels.step.sample``."""
     batch = len(logits)
+    rows = draws.rows[:batch].long()
+    live = rows >= 0
     scores = draws.scores(logits)
     if floor is not None:
         scores = scores.masked_fill(scores < floor[:, None], -torch.inf)
@@ -86,12 +96,14 @@ def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
         index = torch.arange(logits.shape[1], device=logits.device)
         noise = _gumbel(draws.seeds[:batch, None], draws.counters[:batch, None], index)
         scores = torch.where(temperature > 0, scores + temperature * noise, scores)
-        draws.counters[:batch].add_(1)
+        draws.counters[:batch].add_(live)
     tokens = scores.argmax(-1, keepdim=True)
+    logprobs = logits.to(torch.float32).log_softmax(-1).gather(1, tokens)[live, 0]
+    rows, tokens = rows[live], tokens[live, 0]
     if draws.counted:
-        count_drawn(draws.counts[:batch], tokens)
-    draws.tokens[:batch].copy_(tokens[:, 0])
-    draws.logprobs[:batch].copy_(logits.to(torch.float32).log_softmax(-1).gather(1, tokens)[:, 0])
+        draws.counts[rows, tokens] = (draws.counts[rows, tokens] + 2) | 1
+    draws.tokens[rows] = tokens.to(torch.int32)
+    draws.logprobs[rows] = logprobs
 
 
 def _gumbel(seeds: Tensor, counters: Tensor, index: Tensor) -> Tensor:
@@ -134,7 +146,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full_v: Tensor, q_out: Tensor) -> None:
+def qkv_rope_append(
+    qkv: Tensor,
+    turn: Turn,
+    slots: Tensor,
+    full_k: Tensor,
+    full_v: Tensor,
+    q_out: Tensor,
+    rows: Tensor | None = None,
+) -> None:
     """See ``kernels.step.qkv_rope_append``."""
     heads, kv_heads, d = q_out.shape[2], full_k.shape[1], q_out.shape[-1]
     parts = qkv.view(-1, heads + 2 * kv_heads, d).split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
@@ -147,9 +167,20 @@ def qkv_rope_append(qkv: Tensor, turn: Turn, slots: Tensor, full_k: Tensor, full
         x = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         turned.append(x if turn.rotation is None else x @ turn.rotation)
     q_out[:, 0] = turned[0]
-    places = slots[:, None, None, None].long().expand(-1, kv_heads, 1, d)
-    full_k.scatter_(2, places, turned[1][:, :, None])
-    full_v.scatter_(2, places, parts[2][:, :, None])
+    values = parts[2] if turn.v_rotation is None else parts[2] @ turn.v_rotation
+    index, slots = torch.arange(len(qkv), device=qkv.device) if rows is None else rows.long(), slots.long()
+    for full, new in ((full_k, turned[1]), (full_v, values)):
+        if rows is None:
+            full[index, :, slots] = new
+        else:
+            live = index >= 0
+            full[index[live], :, slots[live]] = new[live]
+
+
+def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
+    """See ``kernels.step.rotate_back``."""
+    d = len(rotation)
+    torch.mm(mixed.view(-1, d), rotation.t(), out=out.view(-1, d))
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:

@@ -62,11 +62,13 @@ def _normed(x, other, WEIGHT, column, partner, inside, eps, kind: tl.constexpr, 
 
 @triton.jit
 def qkv_rope_append_kernel(
-    QKV, COS, SIN, Q_NORM, K_NORM, ROTATION, SLOTS, K, V, Q, eps, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
+    QKV, COS, SIN, Q_NORM, K_NORM, ROTATION, V_ROTATION, ROWS, SLOTS, K, V, Q, eps,
+    sk_r, sk_h, sk_s, sv_r, sv_h, sv_s,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, ROTATE_V: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The program is (HEADS heads, of q, k and v alike; COLUMNS columns of the result; row)."""
+    """The program is (HEADS heads, of q, k and v alike; COLUMNS columns of the result; number in the batch). MAPPED: K
+    and V go to row ROWS[number], nowhere if it is negative."""
     kind = QKV.dtype.element_ty
     HALF: tl.constexpr = D // 2
     row = tl.program_id(2).to(tl.int64)
@@ -77,13 +79,20 @@ def qkv_rope_append_kernel(
     source = QKV + (row * (H + 2 * HKV) + head[:, None]) * D
     out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     kept = out < D
+    into = column[:, None] * D + out[None, :]
     if ROTATE:
-        part = tl.load(ROTATION + column[:, None] * D + out[None, :], mask=inside[:, None] & kept[None, :], other=0)
+        part = tl.load(ROTATION + into, mask=inside[:, None] & kept[None, :], other=0)
+    if ROTATE_V:
+        part_v = tl.load(V_ROTATION + into, mask=inside[:, None] & kept[None, :], other=0)
+    target = row
+    if MAPPED:
+        target = tl.load(ROWS + row).to(tl.int64)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     there = (head < H + 2 * HKV)[:, None] & inside[None, :]
-    x = tl.load(source + column[None, :], mask=there, other=0).to(tl.float32)
+    raw = tl.load(source + column[None, :], mask=there, other=0)
+    x = raw.to(tl.float32)
     other = tl.load(source + partner[None, :], mask=there, other=0).to(tl.float32)
     if NORM:
         xq, oq = _normed(x, other, Q_NORM, column, partner, inside, eps, kind, D)
@@ -98,20 +107,47 @@ def qkv_rope_append_kernel(
     turned = tl.where((column < HALF)[None, :], here - there_part, here + there_part).to(kind)
     if ROTATE:
         result = tl.dot(turned, part, input_precision="ieee").to(kind)
+        place = out
+        mine = kept
     else:
-        tl.static_assert(COLUMNS == BD)
         result = turned
+        place = column
+        mine = inside & (tl.program_id(1) == 0)  # all columns are here already
     slot = tl.load(SLOTS + row).to(tl.int64)
-    tl.store(Q + (row * H + head[:, None]) * D + out[None, :], result, mask=(head < H)[:, None] & kept[None, :])
+    tl.store(Q + (row * H + head[:, None]) * D + place[None, :], result, mask=(head < H)[:, None] & mine[None, :])
     k_head = (head - H).to(tl.int64)
-    is_k = (head >= H) & (head < H + HKV)
-    to_k = K + row * sk_b + k_head[:, None] * sk_h + slot * sk_s + out[None, :]
-    tl.store(to_k, result, mask=is_k[:, None] & kept[None, :])
+    is_k = (head >= H) & (head < H + HKV) & (target >= 0)
+    to_k = K + target * sk_r + k_head[:, None] * sk_h + slot * sk_s + place[None, :]
+    tl.store(to_k, result, mask=is_k[:, None] & mine[None, :])
     v_head = k_head - HKV
-    is_v = (head >= H + HKV) & (head < H + 2 * HKV)
-    value = tl.load(source + out[None, :], mask=is_v[:, None] & kept[None, :], other=0)
-    to_v = V + row * sv_b + v_head[:, None] * sv_h + slot * sv_s + out[None, :]
+    is_v = (head >= H + HKV) & (head < H + 2 * HKV) & (target >= 0)
+    if ROTATE_V:
+        value = tl.dot(raw, part_v, input_precision="ieee").to(kind)
+    else:
+        value = tl.load(source + out[None, :], mask=is_v[:, None] & kept[None, :], other=0)
+    to_v = V + target * sv_r + v_head[:, None] * sv_h + slot * sv_s + out[None, :]
     tl.store(to_v, value, mask=is_v[:, None] & kept[None, :])
+
+
+@triton.jit
+def rotate_back_kernel(
+    X, ROTATION, OUT, n, D: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """HEADS of the n heads X [n, D] times the transpose of ROTATION [D, D]; the program is (heads; COLUMNS columns)."""
+    head = tl.program_id(0).to(tl.int64) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, BD)
+    inside = column < D
+    out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    kept = out < D
+    part = tl.load(ROTATION + out[None, :] * D + column[:, None], mask=inside[:, None] & kept[None, :], other=0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    there = (head < n)[:, None]
+    x = tl.load(X + head[:, None] * D + column[None, :], mask=there & inside[None, :], other=0)
+    result = tl.dot(x, part, input_precision="ieee").to(OUT.dtype.element_ty)
+    tl.store(OUT + head[:, None] * D + out[None, :], result, mask=there & kept[None, :])
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""Triton kernels that draw a token for each sequence: parts of the vocabulary, then the best of the parts."""
+"""Triton kernels that draw a token for each sequence: parts of the vocabulary, then the best of the parts.
+
+What lasts is stored by rows; number b of the batch owns row ROWS[b], a negative one is filler and left out.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -17,12 +20,15 @@ def _hash(x):
 
 @triton.jit
 def sample_part_kernel(
-    LOGITS, COUNTS, TEMPERATURE, PENALTIES, FLOOR, SEEDS, COUNTERS, PARTS, vocab, s_penalty,
+    LOGITS, ROWS, COUNTS, TEMPERATURE, PENALTIES, FLOOR, SEEDS, COUNTERS, PARTS, vocab, s_penalty,
     BLOCK: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr, FLOORED: tl.constexpr,
 ):  # fmt: skip
-    """The program is (part, sequence). PARTS float32 [B, 4, parts]: best score, its token's bits, and of the logits the
-    largest and the sum of exponentials relative to it."""
+    """The program is (part, number in the batch). PARTS float32 [B, 4, parts]: best score, its token's bits, and of the
+    logits the largest and the sum of exponentials relative to it."""
     part, row = tl.program_id(0), tl.program_id(1)
+    owned = tl.load(ROWS + row).to(tl.int64)
+    if owned < 0:
+        return
     at = part * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocab
     places = row.to(tl.int64) * vocab + at
@@ -32,7 +38,7 @@ def sample_part_kernel(
         repetition = tl.load(PENALTIES + row)
         presence = tl.load(PENALTIES + s_penalty + row)
         frequency = tl.load(PENALTIES + 2 * s_penalty + row)
-        count = tl.load(COUNTS + places, mask=inside, other=0)
+        count = tl.load(COUNTS + owned * vocab + at, mask=inside, other=0)
         drawn = (count >> 1).to(tl.float32)
         score = tl.where(count > 0, tl.where(logit > 0, logit / repetition, logit * repetition), logit)
         score -= frequency * drawn + tl.where(drawn > 0, presence, 0.0)
@@ -59,11 +65,14 @@ def sample_part_kernel(
 
 @triton.jit
 def sample_merge_kernel(
-    LOGITS, COUNTS, COUNTERS, PARTS, TOKENS, LOGPROBS, vocab, parts,
+    LOGITS, ROWS, COUNTS, COUNTERS, PARTS, TOKENS, LOGPROBS, vocab, parts,
     WIDTH: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence: the token and its log-probability; it is counted, and so is the draw."""
     row = tl.program_id(0)
+    owned = tl.load(ROWS + row).to(tl.int64)
+    if owned < 0:
+        return
     at = tl.arange(0, WIDTH)
     inside = at < parts
     source = PARTS + row * 4 * parts + at
@@ -74,10 +83,10 @@ def sample_merge_kernel(
     largest = tl.max(base, 0)
     whole = largest + tl.log(tl.sum(tl.where(inside, total * tl.exp(base - largest), 0.0), 0))
     chosen = tl.load(LOGITS + row.to(tl.int64) * vocab + token).to(tl.float32)
-    tl.store(TOKENS + row, token)
-    tl.store(LOGPROBS + row, chosen - whole)
+    tl.store(TOKENS + owned, token)
+    tl.store(LOGPROBS + owned, chosen - whole)
     if COUNTED:
-        place = COUNTS + row.to(tl.int64) * vocab + token
+        place = COUNTS + owned * vocab + token
         tl.store(place, (tl.load(place) + 2) | 1)
     if NOISY:
         tl.store(COUNTERS + row, tl.load(COUNTERS + row) + 1)

@@ -72,7 +72,8 @@ def test_only_what_attention_reads_is_kept(on_gpu: bool, sequences: int) -> None
     means = KeyMeans(shape, torch.eye(64), 10000.0 ** (-torch.arange(0, 64, 2) / 64))
     assert held_bytes(means) == shape.mean_bytes
     step, chunk = torch.randn(sequences, 1, 6, 64), torch.randn(1, 96, 6, 64)
-    assert means.of_queries(1, 0, step).coefficients.shape == step.shape
-    of_chunk = means.of_queries(1, sequences - 1, chunk)
+    rows = torch.arange(sequences, dtype=torch.int32)
+    assert means.of_queries(1, 0, step, rows).coefficients.shape == step.shape
+    of_chunk = means.of_queries(1, sequences - 1, chunk, rows[:1])
     assert of_chunk.means.data_ptr() == means.means[1, sequences - 1].data_ptr()
     assert (of_chunk.of_queries is None) == on_gpu

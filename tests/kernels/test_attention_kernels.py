@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octo_run.kernels import AttentionInputs, attend, attend_reference, page_bytes
+from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attend_reference, page_bytes
 from octo_run.kernels.attention.key_mean import (
     AngleTables,
     KeyMean,
-    coefficients,
     launch_options,
     mean_rows,
     put_back,
+    rotated_coefficients,
 )
 from octo_run.kernels.codec import KVFormat, TrellisCodec, parse_kv
 from octo_run.kernels.codec.page_layout import pack_block
@@ -30,6 +30,7 @@ triton_only = pytest.mark.skipif(
 )
 SINK = 64
 LARGE = 3.4  # means of twenty times the energy of the other part of the keys
+SPEC = AttentionSpec(64**-0.5)
 
 
 if DEVICE == "cuda" or INTERPRETED:
@@ -79,49 +80,56 @@ def _integers(values):
 
 
 def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0):
-    """Sequences of `lengths` tokens whose last `count` are the queries. Whatever must not be read is NaN, or page 0.
+    """Sequences of `lengths` tokens whose last `count` are the queries; length 0 is filler. They own rows of the arena
+    in no order, with rows of nobody between them. Whatever must not be read is NaN, or page 0.
 
     `mean`: size of the means that the packed keys get back.
     """
     torch.manual_seed(seed)
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
     batch = len(lengths)
-    starts = [n - count for n in lengths]
+    owned = batch + 2  # rows
+    rows = [row if n else -1 for row, n in zip(torch.randperm(owned).tolist(), lengths, strict=False)]
+    starts = [max(0, n - count) for n in lengths]
     packed = [max(0, s - sink - window) // 64 for s in starts]
     capacity = window + 64 + (count if count > 1 else 0)
     order = iter((torch.randperm(sum(packed)) + 1).tolist())
     pages = torch.full((sum(packed) + 1, 3, kv_heads, page_bytes(fmt)), 255, dtype=torch.uint8)
-    table = torch.full((batch, max(packed) + 1), 2**30, dtype=torch.int32)
-    sinks = torch.full((2, batch, kv_heads, sink, dim), float("nan")).to(dtype)
-    tails = torch.full((2, batch, kv_heads, capacity, dim), float("nan")).to(dtype)
+    table = torch.full((owned, max(packed) + 1), 2**30, dtype=torch.int32)
+    sinks = torch.full((2, owned, kv_heads, sink, dim), float("nan")).to(dtype)
+    tails = torch.full((2, owned, kv_heads, capacity, dim), float("nan")).to(dtype)
     origin = [64 * p if count > 1 else 0 for p in packed]
     q = (3 * torch.randn(batch, count, heads, dim)).to(dtype)
     want = torch.empty(batch, count, heads, dim, dtype=torch.float64)
     tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), sink, max(packed) + 1)
-    means = mean * torch.randn(batch, kv_heads, dim)
-    for b, n in enumerate(lengths):
+    means = torch.full((owned, kv_heads, dim), float("nan"))
+    for b, (n, row) in enumerate(zip(lengths, rows, strict=True)):
+        if row < 0:
+            want[b] = 0
+            continue
+        means[row] = mean * torch.randn(kv_heads, dim)
         vectors = (torch.randn(2, kv_heads, n, dim) * (0.2 + torch.rand(2, kv_heads, n, 1))).to(dtype)
         stored = vectors.double()
         top = min(n, sink)
-        sinks[:, b, :, :top] = vectors[:, :, :top]
+        sinks[:, row, :, :top] = vectors[:, :, :top]
         for p in range(packed[b]):
             at = slice(sink + 64 * p, sink + 64 * p + 64)
-            table[b, p] = next(order)
+            table[row, p] = next(order)
             blocks = []
             for part, (codec, side) in enumerate(((fmt.k, "k"), (fmt.v, "v"))):
                 block, stored[part, :, at] = coded(codec, side, vectors[part, :, at])
                 blocks.append(block)
-            pages[table[b, p], 1] = torch.cat(blocks, 1)
-            stored[0, :, at] += rotated_mean(means[b].double(), tables, p, fmt.k.rotation)
+            pages[table[row, p], 1] = torch.cat(blocks, 1)
+            stored[0, :, at] += rotated_mean(means[row].double(), tables, p, fmt.k.rotation)
         for j in range(sink + 64 * packed[b], n):
-            tails[:, b, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
+            tails[:, row, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
         want[b] = dense(q[b].double(), stored[0], stored[1], starts[b], dim**-0.5)
     kv_inputs = AttentionInputs(
-        pages[:, 1], table, _integers(packed), _integers(starts), *sinks, *tails, _integers(origin), sink
-    )
+        pages[:, 1], table, _integers(rows), _integers(packed), _integers(starts), *sinks, *tails, _integers(origin),
+        sink)  # fmt: skip
     if mean:
-        plain = q.double() @ fmt.k.rotation
-        of_queries = coefficients(plain.float(), means)
+        of_queries = torch.full(q.shape, float("nan"))
+        rotated_coefficients(q.float(), means, kv_inputs.rows, fmt.k.rotation.float(), of_queries)
         kv_inputs = replace(kv_inputs, mean=KeyMean(means, fmt.k.rotation.float().contiguous(), tables, of_queries))
     return Case(q, kv_inputs, fmt, want, max(lengths))
 
@@ -158,7 +166,7 @@ def dense(q, k, v, start, scale):
 
 
 def relative_error(got, want):
-    return float((got.double().cpu() - want).norm() / want.norm())
+    return float((got.double().cpu() - want).norm() / (want.norm() or 1))  # what filler has is 0
 
 
 def run_triton(case):
@@ -177,7 +185,9 @@ def run_triton(case):
     size = workspace_bytes(batch, heads, kv.pages.shape[1], dim, batch * count) // 4
     workspace = torch.full((size,), float("nan"), device=DEVICE)
     workspace[: counter_words()] = 0
-    got = attend_triton(q, kv, case.fmt, scale=dim**-0.5, max_length=case.max_length, out=out, workspace=workspace)
+    got = attend_triton(
+        q, kv, case.fmt, spec=AttentionSpec(dim**-0.5), max_length=case.max_length, out=out, workspace=workspace
+    )
     assert got is out
     return out
 
@@ -189,9 +199,9 @@ LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257, 400]
 @pytest.mark.parametrize("kv", ["octopus3", "bf16"])
 def test_reference_adds_the_mean_back(kv, count):
     case = make_case(kv, [129, 400], count, 6, 2, 64, dtype=torch.float64, mean=3.0)
-    got = attend(case.q, case.kv, case.fmt, scale=64**-0.5, max_length=400)
+    got = attend(case.q, case.kv, case.fmt, spec=SPEC, max_length=400)
     assert relative_error(got, case.want) < 1e-6  # coefficients and angles are float32
-    without = attend(case.q, replace(case.kv, mean=None), case.fmt, scale=64**-0.5, max_length=400)
+    without = attend(case.q, replace(case.kv, mean=None), case.fmt, spec=SPEC, max_length=400)
     assert relative_error(without, case.want) > 0.1
 
 
@@ -235,14 +245,14 @@ def test_triton_takes_the_mean_out_and_puts_it_back(dim):
 @pytest.mark.parametrize("kv", ["octopus2", "octopus3", "octopus4", "bf16", "octopus3:bf16", "octopus4:octopus2"])
 def test_reference_decode_lengths(kv):
     case = make_case(kv, LENGTHS, 1, 6, 2, 64, dtype=torch.float64)
-    assert relative_error(attend(case.q, case.kv, case.fmt, scale=64**-0.5, max_length=400), case.want) < 1e-12
+    assert relative_error(attend(case.q, case.kv, case.fmt, spec=SPEC, max_length=400), case.want) < 1e-12
 
 
 @pytest.mark.parametrize(("count", "sink", "window"), [(2, 64, 64), (70, 64, 64), (130, 0, 0), (65, 4, 128)])
 def test_reference_prefill(count, sink, window):
     lengths = [count, count + 1, count + 63, count + 64, count + 65, count + 200]
     case = make_case("octopus3", lengths, count, 4, 1, 64, dtype=torch.float64, sink=sink, window=window)
-    assert relative_error(attend(case.q, case.kv, case.fmt, scale=0.125, max_length=999), case.want) < 1e-12
+    assert relative_error(attend(case.q, case.kv, case.fmt, spec=SPEC, max_length=999), case.want) < 1e-12
 
 
 @pytest.mark.parametrize("dim", [80, 96, 112, 128, 256])
@@ -250,19 +260,53 @@ def test_reference_head_dims_and_dtypes(dim):
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
         case = make_case("octopus3", [300], 1, 7, 1, dim, dtype=dtype)
         out = torch.full_like(case.q, float("nan"))
-        assert attend_reference(case.q, case.kv, case.fmt, scale=dim**-0.5, out=out) is out
+        assert attend_reference(case.q, case.kv, case.fmt, spec=AttentionSpec(dim**-0.5), out=out) is out
         assert relative_error(out, case.want) < bound
 
 
 def test_reference_crosses_its_tiles(monkeypatch):
     monkeypatch.setattr("octo_run.kernels.attention.reference.TILE_PAGES", 2)
     case = make_case("octopus2", [700], 1, 2, 1, 64, dtype=torch.float64)
-    assert relative_error(attend(case.q, case.kv, case.fmt, scale=0.125, max_length=700), case.want) < 1e-12
+    assert relative_error(attend(case.q, case.kv, case.fmt, spec=SPEC, max_length=700), case.want) < 1e-12
+
+
+@pytest.mark.parametrize(("kv", "mean"), [("octopus3", 0.0), ("bf16", 3.0)])
+@pytest.mark.parametrize("count", [1, 5])
+def test_reference_serves_any_rows_and_filler(kv, mean, count):
+    """Rows in no order, rows of nobody (NaN) between them, filler in front, in the midst and at the end."""
+    case = make_case(kv, [0, 300, 129, 0, 700, 64, 0], count, 4, 2, 64, dtype=torch.float64, mean=mean)
+    rows = case.kv.rows.tolist()
+    assert rows.count(-1) == 3 and [r for r in rows if r >= 0] != sorted(r for r in rows if r >= 0)
+    out = torch.full_like(case.q, float("nan"))
+    attend(case.q, case.kv, case.fmt, spec=SPEC, max_length=700, out=out)
+    for got, want in zip(out, case.want, strict=True):
+        assert relative_error(got, want) < 1e-6
+    moved = torch.roll(torch.arange(7), 3)  # the same sequences at other places of the batch
+    parts = {name: getattr(case.kv, name)[moved] for name in ("rows", "num_packed", "starts", "tail_origin")}
+    if mean:
+        parts["mean"] = replace(case.kv.mean, of_queries=case.kv.mean.of_queries[moved])
+    again = attend(case.q[moved], replace(case.kv, **parts), case.fmt, spec=SPEC, max_length=700)
+    assert torch.equal(again, out[moved])
+
+
+@pytest.mark.parametrize(
+    "field", [{"window": 64}, {"logit_cap": 50.0}, {"sink_logits": torch.zeros(4)}, {"rotary": 32}]
+)
+def test_fields_of_the_spec_that_nothing_computes_are_refused(field):
+    case = make_case("octopus3", [200], 1, 4, 2, 64)
+    spec = replace(AttentionSpec(0.125), **field)
+    with pytest.raises(ValueError, match=next(iter(field))):
+        attend(case.q, case.kv, case.fmt, spec=spec, max_length=200)
+    if DEVICE == "cuda" or INTERPRETED:
+        from octo_run.kernels.attention.launch import attend_triton
+
+        with pytest.raises(ValueError, match=next(iter(field))):
+            attend_triton(case.q, case.kv, case.fmt, spec=spec, max_length=200)
 
 
 def test_misfits_are_named():
     case = make_case("octopus3", [200], 1, 4, 2, 64)
-    good = {"scale": 1.0, "max_length": 200}
+    good = {"spec": AttentionSpec(1.0), "max_length": 200}
     with pytest.raises(ValueError, match="query heads"):
         attend(case.q[:, :, :3], case.kv, case.fmt, **good)
     with pytest.raises(ValueError, match="pages must be uint8"):
@@ -271,12 +315,23 @@ def test_misfits_are_named():
         attend(case.q, replace(case.kv, tail_k=case.kv.tail_k.half()), case.fmt, **good)
     with pytest.raises(ValueError, match="page_table must be int32"):
         attend(case.q, replace(case.kv, page_table=case.kv.page_table.long()), case.fmt, **good)
+    with pytest.raises(ValueError, match=r"rows must be int32 \[1\]"):
+        attend(case.q, replace(case.kv, rows=case.kv.rows.long()), case.fmt, **good)
+    with pytest.raises(ValueError, match=r"rows must be int32 \[1\]"):
+        attend(case.q, replace(case.kv, rows=torch.zeros(3, dtype=torch.int32)), case.fmt, **good)
+    with pytest.raises(ValueError, match="num_packed must be int32"):
+        attend(case.q, replace(case.kv, num_packed=case.kv.num_packed[None]), case.fmt, **good)
+    with pytest.raises(ValueError, match=r"sink_v must be \[3, 2, slots, 64\]"):
+        attend(case.q, replace(case.kv, sink_v=case.kv.sink_v[:2]), case.fmt, **good)
+    with pytest.raises(ValueError, match=r"sink_k must be \[2, 2, slots, 64\]"):
+        attend(case.q, replace(case.kv, page_table=case.kv.page_table[:2]), case.fmt, **good)
     with pytest.raises(ValueError, match="sink positions"):
         attend(case.q, replace(case.kv, sink=65), case.fmt, **good)
     case = make_case("octopus3", [200], 1, 4, 2, 64, mean=1.0)
     mean = case.kv.mean
     for wrong, message in (
         ({"means": mean.means[:, :1]}, "mean means must be"),
+        ({"means": mean.means[:2]}, "mean means must be"),
         ({"rotation": mean.rotation.double()}, "mean rotation must be"),
         ({"rotation": mean.rotation.T}, "rotation must be contiguous"),
         ({"of_queries": mean.of_queries[:, :, :2]}, "mean coefficients must be"),
@@ -427,7 +482,7 @@ def test_triton_refuses_a_small_workspace():
 
     case = make_case("octopus3", [300], 1, 2, 1, 64, dtype=torch.float16)
     with pytest.raises(ValueError, match="workspace must be"):
-        attend_triton(case.q, case.kv, case.fmt, scale=1.0, max_length=300, workspace=torch.empty(4))
+        attend_triton(case.q, case.kv, case.fmt, spec=AttentionSpec(1.0), max_length=300, workspace=torch.empty(4))
     case = make_case("octopus3", [300], 1, 2, 1, 64, dtype=torch.float64)
     with pytest.raises(ValueError, match="fp16, bf16 and fp32"):
-        attend_triton(case.q, case.kv, case.fmt, scale=1.0, max_length=300)
+        attend_triton(case.q, case.kv, case.fmt, spec=AttentionSpec(1.0), max_length=300)

@@ -34,25 +34,33 @@ def close(got, want, dtype):
     assert error < bound, error
 
 
-def turn(rows, d, normed, rotated, dtype):
+def integers(values):
+    return torch.tensor(values, dtype=torch.int32).to(DEVICE)
+
+
+def turn(rows, d, normed, rotated, dtype, v_rotated=False):
     positions = torch.randint(0, 5000, (rows,)).to(DEVICE)
     inv_freq = (1e4 ** -(torch.arange(0, d, 2) / d)).to(DEVICE)
     cos, sin = rope.cos_sin(positions, inv_freq, dtype)
     norms = [1 + random(d, dtype=dtype, scale=0.1) for _ in range(2)] if normed else [None, None]
     rotation = rotation_matrix(d, 0).to(device=DEVICE, dtype=dtype).T.contiguous() if rotated else None
-    return ops.Turn(cos.contiguous(), sin.contiguous(), *norms, 1e-5, rotation)
+    v_rotation = rotation_matrix(d, 1).to(device=DEVICE, dtype=dtype).T.contiguous() if v_rotated else None
+    return ops.Turn(cos.contiguous(), sin.contiguous(), *norms, 1e-5, rotation, v_rotation)
 
 
-def append(run, qkv, how, heads, kv_heads, d):
-    """What ``run`` writes: queries, keys, values; every other element stays 7."""
-    rows = len(qkv)
+def append(run, qkv, how, heads, kv_heads, d, rows=None):
+    """What ``run`` writes: queries, keys, values, those of filler 7; every other element stays 7."""
+    batch = len(qkv)
     torch.manual_seed(3)
-    slots = torch.randint(0, 9, (rows,), dtype=torch.int32).to(DEVICE)
-    full = torch.full((2, 3, rows, kv_heads, 9, d), 7.0, dtype=qkv.dtype, device=DEVICE)[:, 1]
-    q = torch.full((rows, 1, heads, d), torch.nan, dtype=qkv.dtype, device=DEVICE)
-    run(qkv, how, slots, full[0], full[1], q)
-    picked = torch.stack([full[:, row, :, slot] for row, slot in enumerate(slots.tolist())])
-    assert int((full != 7).any(-1).sum()) == 2 * rows * kv_heads
+    slots = torch.randint(0, 9, (batch,), dtype=torch.int32).to(DEVICE)
+    full = torch.full((2, 3, batch + 2, kv_heads, 9, d), 7.0, dtype=qkv.dtype, device=DEVICE)[:, 1]
+    q = torch.full((batch, 1, heads, d), torch.nan, dtype=qkv.dtype, device=DEVICE)
+    run(qkv, how, slots, full[0], full[1], q, *(() if rows is None else (integers(rows),)))
+    places = list(range(batch) if rows is None else rows)
+    live = [row >= 0 for row in places]
+    picked = torch.stack([full[:, row, :, slot] for row, slot in zip(places, slots.tolist(), strict=True)])
+    picked[[not one for one in live]] = 7
+    assert int((full != 7).any(-1).sum()) == 2 * sum(live) * kv_heads
     return q, picked[:, 0], picked[:, 1]
 
 
@@ -71,6 +79,24 @@ def test_reference_of_queries_keys_values(rows, heads, kv_heads, d, normed, rota
         parts[:2] = parts[0] @ how.rotation, parts[1] @ how.rotation
     for got, want in zip((q[:, 0], k, v), parts, strict=True):
         torch.testing.assert_close(got, want[:, 0])
+
+
+def test_reference_appends_to_the_rows_of_a_batch():
+    """Each sequence's key and value go to its row; filler's go nowhere; values are rotated where no weight does it."""
+    torch.manual_seed(0)
+    qkv = random(5, 8 * 64)
+    how = turn(5, 64, True, True, torch.float32, v_rotated=True)
+    q, k, v = append(reference.qkv_rope_append, qkv, how, 4, 2, 64)
+    rows = [6, -1, 0, -1, 3]
+    moved = append(reference.qkv_rope_append, qkv, how, 4, 2, 64, rows)
+    assert torch.equal(moved[0], q)
+    for got, want in zip(moved[1:], (k, v), strict=True):
+        assert torch.equal(got[[0, 2, 4]], want[[0, 2, 4]]) and bool((got[[1, 3]] == 7).all())
+    torch.testing.assert_close(v, qkv.view(5, 8, 64)[:, 6:] @ how.v_rotation)
+    mixed, out = random(3, 4 * 64), torch.full((3, 4 * 64), torch.nan, device=DEVICE)
+    turned = (mixed.view(3, 4, 64) @ how.v_rotation).flatten(1)
+    reference.rotate_back(turned, how.v_rotation, out)
+    torch.testing.assert_close(out, mixed)
 
 
 def test_reference_of_norms_and_products():
@@ -150,6 +176,7 @@ def test_triton_products_of_a_vector(n, k, biased):
 def draws(batch, vocab, **changes):
     """Rules of a batch: the first sequence greedy, all penalised for some tokens."""
     state = ops.Draws(
+        rows=torch.arange(batch, dtype=torch.int32, device=DEVICE),
         temperature=torch.tensor([0.0, 1e-38, 0.5, 1e30, 1.0][:batch], device=DEVICE),
         penalties=torch.tensor(
             [[1.3, 1.0, 0.7, 1.2, 1.1], [0.0, 1.5, 0.0, -0.5, 0.25], [0.0, 0.0, 0.75, 0.5, -0.125]], device=DEVICE
@@ -162,6 +189,45 @@ def draws(batch, vocab, **changes):
         logprobs=torch.full((batch,), torch.nan, device=DEVICE),
     )
     return replace(state, **changes)
+
+
+ROWS = [5, -1, 2, -1, 6]  # of seven
+
+
+def draws_of_rows(vocab, **changes):
+    """A batch with filler in the midst: its rows hold what the sequences of `draws` hold, other rows other things."""
+    plain = draws(5, vocab)
+    counts = torch.full((7, vocab), 99, dtype=torch.int32, device=DEVICE)
+    counts[[5, 2, 6]] = plain.counts[[0, 2, 4]]
+    results = {"tokens": integers([-1] * 7), "logprobs": torch.full((7,), torch.nan, device=DEVICE)}
+    return replace(plain, rows=integers(ROWS), counts=counts, **results, **changes)
+
+
+def check_draws_of_rows(run, vocab, floored):
+    """`run` draws for each row what it draws for the sequence alone, and touches nothing of filler or other rows."""
+    torch.manual_seed(0)
+    logits = random(5, vocab, scale=3)
+    logits[1], logits[3] = torch.nan, -torch.inf
+    floor = logits.sort(descending=True).values[:, 9].contiguous() if floored else None
+    for counted, noisy in ((False, False), (True, False), (True, True)):
+        state, alone = draws_of_rows(vocab, counted=counted, noisy=noisy), draws(5, vocab, counted=counted, noisy=noisy)
+        before = state.counts.clone()
+        for _ in range(3):
+            run(state, logits, floor)
+            run(alone, logits, floor)
+        live = [0, 2, 4]
+        for name in ("tokens", "logprobs", "counts"):
+            assert torch.equal(getattr(state, name)[[5, 2, 6]], getattr(alone, name)[live]), name
+        assert torch.equal(state.counters[live], alone.counters[live])
+        assert state.counters[[1, 3]].tolist() == [1, 3], "filler draws nothing"
+        others = [0, 1, 3, 4]
+        assert state.tokens[others].tolist() == [-1] * 4 and bool(state.logprobs[others].isnan().all())
+        assert torch.equal(state.counts[others], before[others])
+
+
+@pytest.mark.parametrize("floored", [False, True])
+def test_reference_samples_the_rows_of_a_batch(floored):
+    check_draws_of_rows(reference.sample, 2048, floored)
 
 
 @triton_only

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from octo_run.kernels import AttentionInputs, page_bytes
+from octo_run.kernels import AttentionInputs, AttentionSpec, page_bytes
 from octo_run.kernels.blocks import block_bits, inverse_bits, read_map, search_tables, table_format
 from octo_run.kernels.codec import KVFormat, TrellisCodec, get, parse_kv
 
@@ -170,7 +170,8 @@ def make_case(fmt, lengths, count, heads, kv_heads, dtype):
             late = torch.arange(n) > torch.arange(starts[b], n)[:, None]
             want[b, :, h] = scores.masked_fill(late, float("-inf")).softmax(-1) @ stored[1, g]
     index = [torch.tensor(x, dtype=torch.int32) for x in (packed, starts, origin)]
-    inputs = AttentionInputs(pages, table, index[0], index[1], *sinks, *tails, index[2], sink)
+    rows = torch.arange(len(lengths), dtype=torch.int32)
+    inputs = AttentionInputs(pages, table, rows, index[0], index[1], *sinks, *tails, index[2], sink)
     return q, inputs, want
 
 
@@ -201,6 +202,6 @@ def test_triton_attention(kv, dim, count, dtype):
     q, inputs, want = make_case(fmt, lengths, count, 3, 1, dtype)
     inputs = replace(inputs, **{k: v.to(DEVICE) for k, v in vars(inputs).items() if isinstance(v, torch.Tensor)})
     out = torch.full_like(q, float("nan")).to(DEVICE)
-    attend_triton(q.to(DEVICE), inputs, fmt, scale=dim**-0.5, max_length=max(lengths), out=out)
+    attend_triton(q.to(DEVICE), inputs, fmt, spec=AttentionSpec(dim**-0.5), max_length=max(lengths), out=out)
     errors = (out.cpu().double() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
     assert float(errors.max()) < (1e-5 if dtype == torch.float32 else 2e-3)
