@@ -174,6 +174,7 @@ class KVArena:
         self._coding = torch.zeros(2, s.sequences, dtype=torch.int32, device=device)
         self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row)
 
+    @torch.inference_mode()
     def open(self, ids: list[int] | None = None) -> Sequence:
         """A sequence that holds as much of the beginning of ``ids`` as the arena has (see ``SequenceTable.open``)."""
         return self.table.open(ids)
@@ -313,9 +314,9 @@ class KVArena:
         )
 
     def _copy_row(self, donor: int, row: int) -> None:
-        """Copy sinks and key means: what a sequence that begins like another one needs besides the shared pages."""
+        """Copy all that a row holds: what a sequence that begins like another one needs besides the shared pages."""
         for full in (self._full_k, self._full_v):
-            full[:, row, :, : self.shape.sink].copy_(full[:, donor, :, : self.shape.sink])
+            full[:, row].copy_(full[:, donor])
         if self.means is not None:
             self.means.copy_row(donor, row)
         self.page_table[row].copy_(self.page_table[donor])

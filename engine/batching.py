@@ -67,11 +67,12 @@ def complete(
 ) -> Iterator[Completion]:
     """See ``Engine.generate_batch``."""
     given = list(prompts)
-    rules = [params or SamplingParams()] * len(given) if params is None or isinstance(params, SamplingParams) else params
-    if len(rules) != len(given):
-        raise UsageError(f"{len(given)} prompts were given, and sampling parameters for {len(rules)}; give as many.")
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(given)
+    if len(params) != len(given):
+        raise UsageError(f"{len(given)} prompts were given, and sampling parameters for {len(params)}; give as many.")
     requests = []
-    for index, (prompt, rule) in enumerate(zip(given, rules, strict=True)):
+    for index, (prompt, rule) in enumerate(zip(given, params, strict=True)):
         try:
             ids = engine.prompt_ids(prompt)
             engine.check_prompt(ids)

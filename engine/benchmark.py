@@ -108,27 +108,34 @@ def run_round(
     read. Returns what ``clock`` returns.
     """
     kind, tokens = test
-    for seq in range(batch):
-        engine.fill(seq, depth, seed=seq)
+    step, sequences = engine.step, [engine.sequence() for _ in range(batch)]
 
     def read_prompts() -> None:
-        for seq in range(batch):
-            engine.prefill(ids[:tokens], seq)
+        for sequence in sequences:
+            engine.prefill(sequence, ids[:tokens])
+
+    def read() -> None:
+        for sequence in sequences:
+            step.read(sequence)
 
     def run_steps() -> None:
-        step.launch()
+        step.launch(sequences)
         for _ in range(tokens - 1):
-            step.launch()
-            step.read()
-        step.read()
+            step.launch(sequences)
+            read()
+        read()
 
-    if kind == "pp":
-        return clock(read_prompts)
-    step = engine.step
-    step.start(ids[:batch], [SamplingParams(temperature=0.0)] * batch)
-    result = clock(run_steps)
-    step.cancel()
-    return result
+    try:
+        for seed, sequence in enumerate(sequences):
+            engine.fill(sequence, depth, seed=seed)
+        if kind == "pp":
+            return clock(read_prompts)
+        for sequence, token in zip(sequences, ids, strict=False):
+            step.start(sequence, token, SamplingParams(temperature=0.0))
+        return clock(run_steps)
+    finally:
+        for sequence in sequences:
+            sequence.discard()
 
 
 def step_weight_bytes(engine: Engine) -> int:

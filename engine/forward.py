@@ -1,4 +1,4 @@
-"""The one way forward: chunks of a prompt and decode steps through the layers, on preallocated buffers, on every device.
+"""The one way forward, on every device: chunks of a prompt and decode steps through the layers, on kept buffers.
 
 ``Decoder.hidden`` computes the same in plain PyTorch, for tests to compare with; the rounding points are the same.
 """

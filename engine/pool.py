@@ -1,15 +1,9 @@
-"""The pages of the arena: which are free, who holds the others, and which tokens a page stands for.
+"""The pages of the arena: which are free, and who holds the others.
 
 Packed pages never change, so several sequences may hold one. A page is free when nobody holds it.
 """
 
-from collections.abc import Iterator
-from typing import Generic, TypeVar
-
 from octo_run.errors import OctoError
-
-#: Tokens of a page.
-Holder = TypeVar("Holder")
 
 
 class PoolExhausted(OctoError):
@@ -94,45 +88,3 @@ class PagePool:
         self._references = references
         self._free = [page for page in range(self._count - 1, -1, -1) if not references[page]]
         self._torn = False
-
-
-class PrefixIndex(Generic[Holder]):
-    """Which holders have a page that ends a given prefix of token ids.
-
-    A page's key is a hash of its tokens and of the key before it, so that it stands for all tokens up to its end. Hashes
-    may collide: who looks a prefix up compares the ids.
-    """
-
-    def __init__(self, page_tokens: int, sink: int) -> None:
-        """Pages hold ``page_tokens`` tokens each, behind the first ``sink`` tokens, which are in no page."""
-        self._page, self._sink = page_tokens, sink
-        self._holders: dict[int, list[Holder]] = {}
-
-    def keys(self, ids: list[int], known: list[int], count: int) -> Iterator[int]:
-        """The keys of the pages ``len(known) .. count - 1`` of a sequence of ``ids``; ``known`` are those before."""
-        key = known[-1] if known else hash(tuple(ids[: self._sink]))
-        for page in range(len(known), count):
-            first = self._sink + self._page * page
-            key = hash((key, *ids[first : first + self._page]))
-            yield key
-
-    def add(self, key: int, holder: Holder) -> None:
-        """Note that the holder has the page."""
-        self._holders.setdefault(key, []).append(holder)
-
-    def remove(self, key: int, holder: Holder) -> None:
-        """Forget that the holder has the page."""
-        holders = self._holders.get(key, [])
-        if holder in holders:
-            holders.remove(holder)
-        if not holders:
-            self._holders.pop(key, None)
-
-    def find(self, ids: list[int]) -> list[Holder]:
-        """Those who have, by the keys, the longest run of whole pages that ``ids`` begin with."""
-        found: list[Holder] = []
-        for key in self.keys(ids, [], max(0, (len(ids) - self._sink) // self._page)):
-            if key not in self._holders:
-                break
-            found = self._holders[key]
-        return list(found)

@@ -30,12 +30,10 @@ from torch.profiler import ProfilerActivity, record_function
 
 from octo_run import kernels
 from octo_run.engine import benchmark
-from octo_run.engine.arena import PAGE, Decode, Prefill
+from octo_run.engine.arena import PAGE, Chunk
 from octo_run.engine.key_means import KeyMeans
 from octo_run.errors import OctoError
 from octo_run.kernels import step as ops
-from octo_run.models import decoder as decoder_module
-from octo_run.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -412,7 +410,7 @@ def _record(device: torch.device, work: Callable[[], object]) -> list[Event]:
 
 @contextmanager
 def _ranges(engine: Engine) -> Iterator[None]:
-    """Put ranges around what makes up the parts on a CPU, in steps (``Forward``) and in prompts (``Decoder``)."""
+    """Put ranges around what makes up the parts of steps and of prompts on a CPU."""
     decoder = engine.forward.decoder
     products = {id(decoder.head): HEAD}
     for layer in decoder.layers:
@@ -432,12 +430,10 @@ def _ranges(engine: Engine) -> Iterator[None]:
 
 _RANGES: dict[str, Iterable[tuple[Any, str]]] = {
     ATTENTION: [(kernels, "attend"), (KeyMeans, "of_queries")],
-    PROJECTIONS: [(Decoder, "_qkv"), (Decoder, "_out")],
-    MLP: [(ops, "swiglu"), (Decoder, "_mlp")],
-    HEAD: [(Decoder, "logits")],
+    MLP: [(ops, "swiglu")],
     SAMPLING: [(ops, "sample")],
-    NORMS: [(ops, "add_rms_norm"), (decoder_module, "rms_norm")],
-    APPEND: [(ops, "qkv_rope_append"), (Decoder, "_turn"), (Prefill, "attend"), (Decode, "attend")],
+    NORMS: [(ops, "add_rms_norm")],
+    APPEND: [(ops, "qkv_rope_append"), (Chunk, "attend")],
     CODING: [(kernels, "encode_pages"), (KeyMeans, "take_out"), (KeyMeans, "learn")],
 }
 

@@ -1,4 +1,4 @@
-"""Sequences of tokens in the arena: one object owns the ids, the pages and the row of each, and nobody else changes them.
+"""Sequences of tokens in the arena: one object owns the ids, the pages and the row of each; nobody else changes them.
 
 A *row* of the arena holds a sequence's full-precision part (sinks and ring), its key means and its line of the page
 table. Rows are few, pages are shared: when a sequence ends it stays in its row, *parked*, until another one needs the
@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from octo_run.engine.pool import PagePool, PoolExhausted, PrefixIndex
+from octo_run.engine.pool import PagePool, PoolExhausted
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import PAGE_TOKENS as PAGE
 
 if TYPE_CHECKING:
-    from octo_run.engine.step import Result, Sampling
+    from octo_run.engine.sampling import Sampling
+    from octo_run.engine.step import Result
 
 
 class Sequence:
@@ -28,7 +29,6 @@ class Sequence:
     def __init__(self, table: "SequenceTable", row: int) -> None:
         self._table, self._row = table, row
         self._ids: list[int] = []
-        self._keys: list[int] = []
         #: Tokens and pages that count; what the lists hold beyond is rubbish.
         self._end = (0, 0)
         self._ahead = 0
@@ -86,27 +86,34 @@ class Sequence:
 
     def common(self, ids: list[int]) -> int:
         """How many of the first tokens are those of ``ids``."""
-        most = min(len(ids), self._end[0])
-        if self._ids[:most] == ids[:most]:
-            return most
-        return next(i for i in range(most) if self._ids[i] != ids[i])
+        low, high = 0, min(len(ids), self._end[0])
+        step = 64
+        while low < high and self._ids[low : min(low + step, high)] == ids[low : min(low + step, high)]:
+            low, step = min(low + step, high), 2 * step
+        while low < high and self._ids[low] == ids[low]:
+            low += 1
+        return low
 
-    def cut(self, length: int) -> int:
-        """Forget the positions from ``length`` on, and all tokens that were not read; returns how many remain.
+    def after_cut(self, length: int) -> tuple[int, int]:
+        """Tokens and packed pages that a cut to ``length`` leaves.
 
         A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position.
         """
+        sink, keep, length = self._table.sink, self._end[1], min(length, self._end[0])
+        if length < sink + PAGE * keep:
+            keep = max(0, (length - sink) // PAGE)
+            length = min(length, sink + PAGE * keep)
+        return length, keep
+
+    def cut(self, length: int) -> int:
+        """Forget the positions from ``length`` on, and all tokens that were not read; returns how many remain (see
+        :meth:`after_cut`)."""
         self.following, self.ready = None, False
         self.unread.clear()
-        keep = self._end[1]
-        length = min(length, self._end[0])
-        if length < self._table.sink + PAGE * keep:
-            keep = min(keep, max(0, (length - self._table.sink) // PAGE))
-            length = min(length, self._table.sink + PAGE * keep)
-        self._end = (length, keep)
+        self._end = self.after_cut(length)
         self._ahead = 0
         self._trim()
-        return length
+        return self._end[0]
 
     def cancel(self) -> int:
         """Forget what was launched and not read. Returns how many tokens remain (see :meth:`cut`)."""
@@ -147,12 +154,10 @@ class Sequence:
         """From position ``start`` on, ``ids`` are in the arena now, and ``pages`` more pages are packed."""
         self._ids[start:] = ids
         self._end = (start + len(ids), self._end[1] + pages)
-        self._note_pages()
 
     def add_page(self) -> None:
         """One more page is packed."""
         self._end = (self._end[0], self._end[1] + 1)
-        self._note_pages()
 
     def launched(self) -> None:
         """A step that feeds one more token was launched."""
@@ -162,7 +167,6 @@ class Sequence:
             token, self.following = self.following, None
             self._ids[self._end[0] :] = [token]
             self._end = (self._end[0] + 1, self._end[1])
-            self._note_pages()
 
     def drawn(self, token: int) -> None:
         """A drawn token was read: it has been fed already, or will be by the next step."""
@@ -171,71 +175,62 @@ class Sequence:
             return
         self._ids[self._end[0] :] = [token]
         self._ahead, self._end = self._ahead - 1, (self._end[0] + 1, self._end[1])
-        self._note_pages()
 
-    def share(self, donor: "Sequence", pages: int) -> None:
-        """Begin like ``donor``: with its sinks and its first ``pages`` pages, which were copied and are shared."""
+    def become(self, donor: "Sequence", length: int) -> None:
+        """Hold what a cut of ``donor`` to ``length`` would leave: its full-precision part was copied, its pages are
+        shared."""
+        tokens, pages = donor.after_cut(length)
         self._table.pool.share(self.row, donor.page_ids[:pages])
-        length = self._table.sink + PAGE * pages
-        self._ids[:] = donor._ids[:length]
-        self._end = (length, pages)
-        self._note_pages()
+        self._ids[:] = donor._ids[:tokens]
+        self._end = (tokens, pages)
 
     def _trim(self) -> None:
         """Drop what lies beyond the end."""
         tokens, pages = self._end
         del self._ids[tokens:]
-        while len(self._keys) > pages:
-            self._table.index.remove(self._keys.pop(), self)
         self._table.pool.drop(self.row, pages)
-
-    def _note_pages(self) -> None:
-        """Enter the packed pages whose tokens are known into the index."""
-        known = max(0, (self._end[0] - self._table.sink) // PAGE)
-        for key in self._table.index.keys(self._ids, self._keys, min(self._end[1], known)):
-            self._keys.append(key)
-            self._table.index.add(key, self)
 
 
 class SequenceTable:
     """The rows of an arena and the sequences in them.
 
-    ``copy(donor_row, row)`` copies sinks and key means from a row to another.
+    ``copy(donor_row, row)`` copies all that a row holds to another one.
     """
 
     def __init__(self, rows: int, pages: int, sink: int, copy: Callable[[int, int], None]) -> None:
         self.sink = sink
         self.pool = PagePool(pages, rows)
-        self.index: PrefixIndex[Sequence] = PrefixIndex(PAGE, sink)
         self.rows: list[Sequence | None] = [None] * rows
         self._copy = copy
         self._used: list[int] = []  # rows, the longest unused first
 
     def open(self, ids: list[int] | None = None) -> Sequence:
-        """A pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it.
+        """A pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it; at least
+        one of them is left to be fed.
 
-        It goes on from a parked sequence, or shares the pages of another one. At least one of ``ids`` is left to be
-        fed. Raises ``OctoError`` if all rows are pinned.
+        A parked sequence that the prompt continues goes on in its row. Otherwise the new sequence shares the pages of
+        whoever holds the most and gets a copy of its row, in a free row or in that of the longest unused parked one.
+        Raises ``OctoError`` if all rows are pinned.
         """
         wanted = [] if ids is None else ids[:-1]
-        donor, pages = self._donor(wanted)
-        parked = max(self._parked(), key=lambda seq: seq.common(wanted), default=None) if wanted else None
-        reused = 0 if parked is None else parked.common(wanted)
-        shared = 0 if donor is None else self.sink + PAGE * pages
-        # What goes on in its own row keeps its tail; what would lose tokens by that is left alone if there is room.
-        whole = parked is not None and reused == len(parked)
-        if parked is not None and reused and reused >= shared and (whole or None not in self.rows):
-            parked.cut(reused)
-            return self._pin(parked)
-        row = self._free_row(donor)
-        if donor is not None and donor.alive and row == donor.row:
-            donor.cut(shared)
+        held = {seq: seq.after_cut(seq.common(wanted))[0] for seq in self.rows if seq is not None}
+        donor = max(held, key=lambda seq: (held[seq], not seq.pinned), default=None)
+        reused = 0 if donor is None else held[donor]
+        if donor is not None and reused and not donor.pinned and reused == len(donor):
             return self._pin(donor)
-        sequence = self._place(row)
-        if donor is not None and donor.alive and pages:
+        row = self._free_row(donor if reused else None)
+        before = self.rows[row]
+        if before is not None and before is donor and reused:
+            donor.cut(reused)
+            return self._pin(donor)
+        if before is not None:
+            self.give_back(before)
+        self.pool.drop(row, 0)
+        sequence = self.rows[row] = Sequence(self, row)
+        if donor is not None and reused:
             self._copy(donor.row, row)
-            sequence.share(donor, pages)
-        return sequence
+            sequence.become(donor, reused)
+        return self._pin(sequence)
 
     def make_room(self, pages: int, asking: Sequence | None = None) -> None:
         """Let parked sequences lose pages, the longest unused first, until ``pages`` are free or none is left."""
@@ -262,18 +257,6 @@ class SequenceTable:
         sequence.cut(0)
         self.rows[sequence.row] = None
 
-    def _donor(self, ids: list[int]) -> tuple[Sequence | None, int]:
-        """The sequence that holds the longest run of whole pages that ``ids`` begin with, and their number."""
-        pages = max(0, (len(ids) - self.sink) // PAGE)
-        for sequence in self.index.find(ids):
-            count = min(pages, sequence.packed, max(0, (sequence.common(ids) - self.sink) // PAGE))
-            if count:
-                return sequence, count
-        return None, 0
-
-    def _parked(self) -> list[Sequence]:
-        return [seq for seq in self.rows if seq is not None and not seq.pinned]
-
     def _free_row(self, donor: Sequence | None) -> int:
         """A row without a sequence, else that of the longest unused parked one, the donor's last."""
         if None in self.rows:
@@ -286,14 +269,6 @@ class SequenceTable:
                 f"All {count} sequences that the engine was loaded for are in use: close one, or load it for more."
             )
         return parked[0]
-
-    def _place(self, row: int) -> Sequence:
-        before = self.rows[row]
-        if before is not None:
-            self.give_back(before)
-        self.pool.drop(row, 0)
-        sequence = self.rows[row] = Sequence(self, row)
-        return self._pin(sequence)
 
     def _pin(self, sequence: Sequence) -> Sequence:
         sequence.pinned = True

@@ -134,7 +134,7 @@ class Stepper:
 
     @torch.inference_mode()
     def begin(self, sequence: Sequence, params: SamplingParams, seen: list[int], drawn: int = 0) -> None:
-        """Set how the sequence's tokens are drawn: ``seen`` are those so far, the last ``drawn`` of which were drawn."""
+        """Set how the sequence's tokens are drawn: ``seen`` are those so far, the last ``drawn`` of them drawn ones."""
         sequence.cancel()
         sequence.sampling = self.sampler.enter(sequence.row, params, seen, drawn)
 
@@ -201,7 +201,7 @@ class Stepper:
         arena = self.arena
         if not 1 <= len(sequences) <= arena.shape.sequences or len({id(seq) for seq in sequences}) < len(sequences):
             raise UsageError(
-                f"{len(sequences)} sequences were given for a step; give each once, 1 to {arena.shape.sequences} of them."
+                f"{len(sequences)} sequences were given for a step; give 1 to {arena.shape.sequences}, each once."
             )
         for sequence in sequences:
             if not sequence.alive or not sequence.ready:
@@ -265,7 +265,9 @@ class Stepper:
         normed = self.forward.step(ids, state, bound)
         self.sampler.draw(self.forward.logits(normed, self.logits[:batch]), state.rows)
         position = state.positions.add_(state.active)
-        torch.where(position < shape.sink, position, (position - shape.sink) % shape.ring + shape.sink, out=state.places)
+        torch.where(
+            position < shape.sink, position, (position - shape.sink) % shape.ring + shape.sink, out=state.places
+        )
 
 
 class _Recorder:

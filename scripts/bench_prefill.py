@@ -25,7 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from octo_run.engine.arena import ArenaShape, KVArena
-from octo_run.kernels import AttentionInputs, attend, attend_reference, encode_pages, page_bytes
+from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attend_reference, encode_pages, page_bytes
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients
 from octo_run.kernels.codec import KVFormat, parse_kv
 
@@ -172,11 +172,12 @@ def time_layer(formats: list[str], tokens: int, chunk: int) -> list[Row]:
         out = torch.empty_like(q)
 
         def prompt(arena: KVArena = arena, q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
-            arena.truncate(0, 0)
+            sequence = arena.open()
             for _ in range(0, tokens, chunk):
-                step = arena.prefill(0, chunk)
-                step.attend(0, q, k, v, DIM**-0.5, None, out=out)  # noqa: B023
+                step = arena.prefill(sequence, [0] * chunk)
+                step.attend(0, q, k, v, AttentionSpec(DIM**-0.5), None, out=out)  # noqa: B023
                 step.commit()
+            sequence.discard()
 
         ms = parts + median_ms(prompt)
         rows.append(Row(case, f"products, ours {name}, coded in chunks of {chunk:,}", ms, best / ms))

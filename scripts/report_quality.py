@@ -184,9 +184,9 @@ def ask_all(engine: Engine, hay: needle.Haystack) -> list[bool]:
 
     text = hay.ids[: -len(question(hay.key))]
     hidden = re.findall(r"The special magic number for (\w+) is ([0-9]{7})\.", engine.tokenizer.decode(text))
-    engine.logits(text[:1])  # the cache holds this token alone now
-    for first in range(1, len(text), STEP):
-        engine.prefill(text[first : first + STEP])
+    with engine.sequence() as sequence:
+        for first in range(0, len(text), STEP):
+            engine.prefill(sequence, text[first : first + STEP])
     found = []
     for key, value in hidden:
         generation = engine.generate(text + question(key), SamplingParams(max_tokens=needle.ANSWER_TOKENS))

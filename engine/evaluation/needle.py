@@ -203,9 +203,9 @@ def found(answer: str, value: str) -> bool:
 
 def ask(engine: Engine, ids: list[int], step: int, max_tokens: int) -> str:
     """The greedy answer to a prompt, which is fed ``step`` tokens at a time: what is read back is packed by then."""
-    engine.logits(ids[:1])  # the cache holds this token alone now
-    for first in range(1, len(ids) - 1, step):
-        engine.prefill(ids[first : min(first + step, len(ids) - 1)])
+    with engine.sequence() as sequence:
+        for first in range(0, len(ids) - 1, step):
+            engine.prefill(sequence, ids[first : min(first + step, len(ids) - 1)])
     answer = [token.id for token in engine.generate(ids, SamplingParams(max_tokens=max_tokens))]
     return engine.tokenizer.decode(answer)
 
