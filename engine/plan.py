@@ -184,6 +184,7 @@ def plan_memory(
     sequences: int = 1,
     seed: int = 0,
     key_mean: bool | None = None,
+    pool_pages: int | None = None,
 ) -> MemoryPlan:
     """The plan for a model. ``max_context`` None: what the model was trained for, as far as the free memory holds it.
     ``key_mean``: see ``Engine.load``.
@@ -211,6 +212,7 @@ def plan_memory(
         sequences=sequences,
         mean_heads=cfg.num_heads if takes_mean(cfg, fmt, key_mean) else 0,
         on_gpu=device.type == "cuda",
+        pool_pages=pool_pages,
     )
     plan = MemoryPlan(
         kv=fmt.name,
