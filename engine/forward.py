@@ -64,7 +64,6 @@ class Forward:
         self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.spec = kernels.AttentionSpec(scale=cfg.head_dim**-0.5)
 
     def upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
@@ -84,7 +83,8 @@ class Forward:
 
         def mix(index: int, qkv: Tensor) -> Tensor:
             ops.qkv_rope_append(qkv, turns[index], self._no_slots[:count], k, v, q)
-            chunk.attend(index, query, key, value, self.spec, self.workspace, out=mixed.view(query.shape))
+            spec = self.decoder.specs[index].attention
+            chunk.attend(index, query, key, value, spec, self.workspace, out=mixed.view(query.shape))
             return mixed
 
         return self._layers(ids, mix)
@@ -102,8 +102,9 @@ class Forward:
             full_k, full_v = arena.full(index)
             ops.qkv_rope_append(qkv, turns[index], state.places, full_k, full_v, q, state.rows)
             inputs = arena.inputs(index, state, q)
+            spec = self.decoder.specs[index].attention
             return kernels.attend(
-                q, inputs, arena.fmt, spec=self.spec, max_length=max_length, out=mixed, workspace=self.workspace
+                q, inputs, arena.fmt, spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
         return self._layers(ids, mix)
@@ -112,7 +113,7 @@ class Forward:
         """Logits ``[R, vocab]`` of normed hidden states ``[R, hidden]`` in the compute dtype."""
         if out is None:
             out = normed.new_empty(len(normed), self.decoder.cfg.vocab_size)
-        ops.linear(normed, self.decoder.head, None, out)
+        self.decoder.head.apply(normed, out)
         return out
 
     def _turns(self, positions: Tensor) -> list[ops.Turn]:
@@ -123,7 +124,9 @@ class Forward:
             rows = slice(first, first + _ANGLE_ROWS)
             cos[rows], sin[rows] = rope.cos_sin(positions[rows], decoder.inv_freq, cos.dtype)
         eps, rotation = decoder.cfg.rms_norm_eps, decoder.k_rotation
-        return [ops.Turn(cos, sin, layer.q_norm, layer.k_norm, eps, rotation) for layer in decoder.layers]
+        return [
+            ops.Turn(cos, sin, layer.q_norm, layer.k_norm, eps, rotation, layer.v_rotation) for layer in decoder.layers
+        ]
 
     def _layers(self, ids: Tensor, mix: Mix) -> Tensor:
         decoder, eps = self.decoder, self.decoder.cfg.rms_norm_eps
@@ -133,12 +136,16 @@ class Forward:
         ops.add_rms_norm(residual, None, decoder.layers[0].input_norm, eps, normed)
         following = [layer.input_norm for layer in decoder.layers[1:]] + [decoder.final_norm]
         for index, (layer, next_norm) in enumerate(zip(decoder.layers, following, strict=True)):
-            ops.linear(normed, layer.qkv, layer.qkv_bias, part["qkv"])
-            ops.linear(mix(index, part["qkv"]).flatten(1), layer.out, layer.out_bias, delta)
+            layer.qkv.apply(normed, part["qkv"])
+            mixed = mix(index, part["qkv"])
+            if layer.v_rotation is not None:
+                mixed, rotated = part["q"], mixed  # the queries are not needed any more
+                ops.rotate_back(rotated.flatten(1), layer.v_rotation, mixed.view(len(ids), -1))
+            layer.out.apply(mixed.flatten(1), delta)
             ops.add_rms_norm(delta, residual, layer.mlp_norm, eps, normed)
-            ops.linear(normed, layer.gate_up, layer.gate_up_bias, part["gate_up"])
+            layer.gate_up.apply(normed, part["gate_up"])
             ops.swiglu(part["gate_up"], part["inner"])
-            ops.linear(part["inner"], layer.down, layer.down_bias, delta)
+            layer.down.apply(part["inner"], delta)
             ops.add_rms_norm(delta, residual, next_norm, eps, normed)
         return normed
 

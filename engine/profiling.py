@@ -412,10 +412,10 @@ def _record(device: torch.device, work: Callable[[], object]) -> list[Event]:
 def _ranges(engine: Engine) -> Iterator[None]:
     """Put ranges around what makes up the parts of steps and of prompts on a CPU."""
     decoder = engine.forward.decoder
-    products = {id(decoder.head): HEAD}
+    products = {id(decoder.head.weight): HEAD}
     for layer in decoder.layers:
-        products |= dict.fromkeys((id(layer.qkv), id(layer.out)), PROJECTIONS)
-        products |= dict.fromkeys((id(layer.gate_up), id(layer.down)), MLP)
+        products |= dict.fromkeys((id(layer.qkv.weight), id(layer.out.weight)), PROJECTIONS)
+        products |= dict.fromkeys((id(layer.gate_up.weight), id(layer.down.weight)), MLP)
     wrapped: list[tuple[Any, str, Callable[..., str]]] = [
         (owner, name, functools.partial(_named, part)) for part, owners in _RANGES.items() for owner, name in owners
     ]

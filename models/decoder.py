@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octo_run.kernels import AttentionSpec
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig
+from octo_run.models.linear import Linear
 
 #: ``attention(layer, q [B, C, heads, d], k [B, C, kv_heads, d], v [B, C, kv_heads, d]) -> [B, C, heads, d]``
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -24,17 +26,27 @@ class Layer:
     """One layer's weights, fused at load: q, k, v in one matrix, gate and up in another."""
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
+    out: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Linear
+    down: Linear
+    #: What values are rotated by on their way into the arena (rows times it), where the weights do not do it.
+    v_rotation: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What kind of layer it is, beside its weights."""
+
+    attention: AttentionSpec
+
+
+def layer_specs(cfg: ModelConfig) -> tuple[LayerSpec, ...]:
+    """The kinds of all layers of a model."""
+    return (LayerSpec(AttentionSpec(scale=cfg.head_dim**-0.5)),) * cfg.num_layers
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,23 +55,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _rotate_rows(weight: Tensor, rotation: Tensor, heads: int) -> Tensor:
-    """``R W`` for each head's block of rows; ``weight [heads * d, ...]``."""
-    blocks = weight.to(torch.float32).reshape(heads, rotation.shape[0], -1)
-    return (rotation.to(blocks) @ blocks).reshape(weight.shape).to(weight.dtype)
-
-
-def _rotate_columns(weight: Tensor, rotation: Tensor, heads: int) -> Tensor:
-    """``W R^T`` for each head's block of columns; ``weight [n, heads * d]``."""
-    blocks = weight.to(torch.float32).reshape(-1, heads, rotation.shape[0])
-    return (blocks @ rotation.to(blocks).T).reshape(weight.shape).to(weight.dtype)
-
-
 class Decoder:
     """The model on one device. Consumes ``weights`` (Hugging Face names), so that fused copies never double the memory.
 
     ``k_rotation`` and ``v_rotation`` (``[head_dim, head_dim]`` or None) are the codec's: queries and keys are rotated
-    after RoPE; the values' rotation is folded into the value and output projections, which is exact.
+    after RoPE; the values' rotation is folded into the value and output projections, which is exact, where these take
+    it (see ``Linear``).
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class Decoder:
         self.cfg = cfg
         self.embedding = weights.pop("model.embed_tokens.weight")
         self.final_norm = weights.pop("model.norm.weight")
-        self.head = self.embedding if cfg.tie_word_embeddings else weights.pop("lm_head.weight")
+        self.head = Linear(self.embedding if cfg.tie_word_embeddings else weights.pop("lm_head.weight"))
+        self.specs = layer_specs(cfg)
         self.layers = [self._layer(weights, f"model.layers.{i}.", v_rotation) for i in range(cfg.num_layers)]
         self.k_rotation = None if k_rotation is None else k_rotation.to(self.embedding).T.contiguous()
         self.inv_freq = rope.inverse_frequencies(cfg, self.embedding.device)
@@ -79,33 +81,29 @@ class Decoder:
         def take(name: str) -> Tensor:
             return weights.pop(prefix + name)
 
-        def fused(names: list[str], present: bool) -> Tensor | None:
-            return torch.cat([take(n) for n in names]) if present else None
+        def linear(name: str, bias: bool) -> Linear:
+            return Linear(take(f"{name}.weight"), take(f"{name}.bias") if bias else None)
 
-        v, out = take("self_attn.v_proj.weight"), take("self_attn.o_proj.weight")
-        v_bias = take("self_attn.v_proj.bias") if cfg.qkv_bias else None
+        v, out = linear("self_attn.v_proj", cfg.qkv_bias), linear("self_attn.o_proj", cfg.o_bias)
+        unfolded = None
         if v_rotation is not None:
-            v = _rotate_rows(v, v_rotation, cfg.num_kv_heads)
-            out = _rotate_columns(out, v_rotation, cfg.num_heads)
-            v_bias = None if v_bias is None else _rotate_rows(v_bias, v_rotation, cfg.num_kv_heads)
-        qkv_bias = None
-        if v_bias is not None:
-            qkv_bias = torch.cat([take("self_attn.q_proj.bias"), take("self_attn.k_proj.bias"), v_bias])
-        gate_up = fused(["mlp.gate_proj.weight", "mlp.up_proj.weight"], True)
-        assert gate_up is not None
+            rotation = v_rotation.to(torch.float32)
+            turned = v.with_rotated_outputs(rotation, cfg.num_kv_heads)
+            back = out.with_rotated_inputs(rotation, cfg.num_heads)
+            if turned is not None and back is not None:
+                v, out = turned, back
+            else:
+                unfolded = v_rotation.to(self.embedding).T.contiguous()
         return Layer(
             input_norm=take("input_layernorm.weight"),
-            qkv=torch.cat([take("self_attn.q_proj.weight"), take("self_attn.k_proj.weight"), v]),
-            qkv_bias=qkv_bias,
+            qkv=_joined(linear("self_attn.q_proj", cfg.qkv_bias), linear("self_attn.k_proj", cfg.qkv_bias), v),
             q_norm=take("self_attn.q_norm.weight") if cfg.qk_norm else None,
             k_norm=take("self_attn.k_norm.weight") if cfg.qk_norm else None,
             out=out,
-            out_bias=take("self_attn.o_proj.bias") if cfg.o_bias else None,
             mlp_norm=take("post_attention_layernorm.weight"),
-            gate_up=gate_up,
-            gate_up_bias=fused(["mlp.gate_proj.bias", "mlp.up_proj.bias"], cfg.mlp_bias),
-            down=take("mlp.down_proj.weight"),
-            down_bias=take("mlp.down_proj.bias") if cfg.mlp_bias else None,
+            gate_up=_joined(linear("mlp.gate_proj", cfg.mlp_bias), linear("mlp.up_proj", cfg.mlp_bias)),
+            down=linear("mlp.down_proj", cfg.mlp_bias),
+            v_rotation=unfolded,
         )
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
@@ -123,14 +121,14 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``[..., vocab]`` of hidden states ``[..., hidden]``."""
-        return F.linear(rms_norm(hidden, self.final_norm, self.cfg.rms_norm_eps), self.head).to(torch.float32)
+        return self.head(rms_norm(hidden, self.final_norm, self.cfg.rms_norm_eps)).to(torch.float32)
 
     def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         cfg = self.cfg
-        qkv = F.linear(rms_norm(x, layer.input_norm, cfg.rms_norm_eps), layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(rms_norm(x, layer.input_norm, cfg.rms_norm_eps))
         heads = qkv.view(*x.shape[:2], cfg.num_heads + 2 * cfg.num_kv_heads, cfg.head_dim)
         q, k, v = torch.split(heads, [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=2)
-        return *self._turn(layer, q, k, cos, sin), v
+        return *self._turn(layer, q, k, cos, sin), v if layer.v_rotation is None else v @ layer.v_rotation
 
     def _turn(self, layer: Layer, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -142,10 +140,16 @@ class Decoder:
         return q, k
 
     def _out(self, layer: Layer, mixed: Tensor) -> Tensor:
-        return F.linear(mixed.flatten(2), layer.out, layer.out_bias)
+        if layer.v_rotation is not None:
+            mixed = mixed @ layer.v_rotation.T
+        return layer.out(mixed.flatten(2))
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        gate, up = F.linear(
-            rms_norm(x, layer.mlp_norm, self.cfg.rms_norm_eps), layer.gate_up, layer.gate_up_bias
-        ).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+        gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, self.cfg.rms_norm_eps)).chunk(2, dim=-1)
+        return layer.down(F.silu(gate) * up)
+
+
+def _joined(*parts: Linear) -> Linear:
+    """The outputs of several layers of one input, side by side."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, plan_memory
+from octo_run.engine.arena import Chunk
+from octo_run.engine.forward import Forward
+from octo_run.engine.step import StepState
 from octo_run.kernels.codec import parse_kv
 from octo_run.models.config import GenerationDefaults, ModelConfig
 from octo_run.models.decoder import Decoder
@@ -61,36 +64,49 @@ class ByteTokenizer:
         return [*ids, 258, ord("a")]
 
 
-class ScriptedDecoder:
+class ScriptedForward(Forward):
     """A model that says what it is told: the token after position p is ``script[p + 1]`` (257, the end, beyond it).
 
     Its keys and values depend on token, position and layer. ``fail_at`` = (position, layer) raises there, once.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
-        self.cfg, self.script = cfg, dict[int, int]()
+    def __init__(self, forward: Forward) -> None:
+        vars(self).update(vars(forward))
+        self.cfg, self.script = forward.decoder.cfg, dict[int, int]()
         self.fail_at: tuple[int, int] | None = None
         self.failure: type[BaseException] = KeyboardInterrupt
         self.fed: list[list[int]] = []
 
-    def hidden(
-        self, ids: Tensor, positions: Tensor, attention: Callable[[int, Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        self.fed.append(ids[0].tolist())
-        shape = (*ids.shape, self.cfg.num_kv_heads, self.cfg.head_dim)
-        for layer in range(self.cfg.num_layers):
-            if self.fail_at is not None and self.fail_at[0] in positions[0] and self.fail_at[1] == layer:
-                self.fail_at = None
-                raise self.failure
-            k = (ids + positions * 0.1 + layer)[..., None, None].expand(shape).to(torch.float32).contiguous()
-            attention(layer, k.repeat_interleave(self.cfg.num_heads // self.cfg.num_kv_heads, 2), k, -k)
-        return positions[..., None].to(torch.float32)
+    def _vectors(self, ids: Tensor, positions: Tensor, layer: int) -> Tensor:
+        """Keys ``[n, kv_heads, d]``."""
+        if self.fail_at is not None and self.fail_at[0] in positions and self.fail_at[1] == layer:
+            self.fail_at = None
+            raise self.failure
+        keys = (ids + positions * 0.1 + layer)[:, None, None]
+        return keys.expand(len(ids), self.cfg.num_kv_heads, self.cfg.head_dim).to(torch.float32).contiguous()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        following = [self.script.get(int(p) + 1, 257) for p in hidden.flatten()]
+    def chunk(self, ids: Tensor, chunk: Chunk) -> Tensor:
+        self.fed.append(ids.tolist())
+        positions = torch.arange(chunk.start, chunk.end)
+        for layer in range(self.cfg.num_layers):
+            k = self._vectors(ids, positions, layer)[None]
+            q = k.repeat_interleave(self.cfg.num_heads // self.cfg.num_kv_heads, 2)
+            chunk.attend(layer, q, k, -k, self.decoder.specs[layer].attention, None)
+        return positions[:, None].to(torch.float32)
+
+    def step(self, ids: Tensor, state: StepState, max_length: int) -> Tensor:
+        self.fed.append(ids.tolist())
+        for layer in range(self.cfg.num_layers):
+            k = self._vectors(ids, state.positions, layer)
+            for full, new in zip(self.arena.full(layer), (k, -k), strict=True):
+                full[state.rows.long(), :, state.places.long()] = new
+        return state.positions[:, None].to(torch.float32)
+
+    def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
+        following = [self.script.get(int(p) + 1, 257) for p in normed.flatten()]
         logits = torch.zeros(len(following), self.cfg.vocab_size)
         logits[torch.arange(len(following)), following] = 9.0
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits if out is None else out.copy_(logits)
 
     def say(self, start: int, text: str | bytes | list[int]) -> None:
         """From position ``start`` on, say ``text``, then end."""
@@ -98,14 +114,13 @@ class ScriptedDecoder:
         self.script = {start + i: token for i, token in enumerate(ids)}
 
 
-def build_engine(decoder: Any, cfg: ModelConfig, kv: str, context: int | None, **plan_options: Any) -> Engine:
+def build_engine(cfg: ModelConfig, kv: str, context: int | None, **plan_options: Any) -> Engine:
     dtype = plan_options.pop("dtype", torch.float32)
     fmt = parse_kv(kv, cfg.head_dim, plain_dtype=dtype)
     plan = plan_memory(cfg, fmt, device=torch.device("cpu"), dtype=dtype, max_context=context, **plan_options)
     with torch.inference_mode():
-        if decoder is None:
-            rotations = [None if codec.name == "bf16" else codec.rotation for codec in (fmt.k, fmt.v)]
-            decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), *rotations)
+        rotations = [None if codec.name == "bf16" else codec.rotation for codec in (fmt.k, fmt.v)]
+        decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), *rotations)
         return Engine("tiny", cfg, decoder, ByteTokenizer(), plan, fmt, GenerationDefaults(), 0)  # type: ignore[arg-type]
 
 
@@ -114,18 +129,19 @@ def tiny() -> Callable[..., Engine]:
     """``tiny(kv="bf16", context=500, sink=64, window=64, cfg=TINY)``: a random model of two layers, float32."""
 
     def make(kv: str = "bf16", context: int | None = 500, cfg: ModelConfig = TINY, **plan_options: Any) -> Engine:
-        return build_engine(None, cfg, kv, context, **plan_options)
+        return build_engine(cfg, kv, context, **plan_options)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def scripted() -> Callable[..., tuple[Engine, ScriptedDecoder]]:
-    """``scripted(kv="bf16", context=500, ...)``: an engine and the :class:`ScriptedDecoder` that it runs."""
+def scripted() -> Callable[..., tuple[Engine, ScriptedForward]]:
+    """``scripted(kv="bf16", context=500, ...)``: an engine and the :class:`ScriptedForward` that it runs."""
 
-    def make(kv: str = "bf16", context: int = 500, **plan_options: Any) -> tuple[Engine, ScriptedDecoder]:
-        decoder = ScriptedDecoder(TINY)
-        return build_engine(decoder, TINY, kv, context, **plan_options), decoder
+    def make(kv: str = "bf16", context: int = 500, **plan_options: Any) -> tuple[Engine, ScriptedForward]:
+        engine = build_engine(TINY, kv, context, **plan_options)
+        engine.forward = engine.step.forward = script = ScriptedForward(engine.forward)
+        return engine, script
 
     return make
 

@@ -1,6 +1,7 @@
-"""Random programs on sequences and pages: whatever joins, leaves, shares, is cut, fails or runs out of pages, every answer
-is that of a fresh engine with the same history, and no page is lost or freed twice."""
+"""Random programs on sequences and pages: whatever joins, leaves, shares, is cut, fails or runs out of pages, every
+answer is that of a fresh engine with the same history, and no page is lost or freed twice."""
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from octo_run.engine import Engine, SamplingParams
-from octo_run.engine.pool import PagePool, PoolExhausted
+from octo_run.engine.pool import PoolExhausted
 from octo_run.engine.sequence import Sequence
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError
 
 Tiny = Callable[..., Engine]
 GREEDY = SamplingParams()
@@ -69,10 +70,8 @@ class Program:
             (work,) = self.source.choices(
                 [self.open, self.feed, self.step, self.cut, self.end], weights=[4, 5, 6, 1, 2]
             )
-            try:
+            with contextlib.suppress(PoolExhausted, Struck):
                 work()
-            except (PoolExhausted, Struck):
-                pass
             self.fail_in = None
             self.settle()
             check_pages(self.engine)
@@ -97,14 +96,15 @@ class Program:
     def open(self) -> None:
         text = self.source.choice(self.texts)
         ids = text[: self.source.choice([self.source.randrange(1, len(text)), len(text)])]
-        donors = {row: (seq, list(self.history.get(seq, []))) for row, seq in enumerate(self.engine.arena.table.rows) if seq}
+        rows = enumerate(self.engine.arena.table.rows)
+        donors = {row: list(self.history.get(seq, [])) for row, seq in rows if seq is not None}
         self.copied.clear()
         try:
             sequence = self.engine.arena.open(ids)
         except OctoError:
             assert len(self.live()) == 4
             return
-        history = donors[self.copied[0]][1] if self.copied else self.history.get(sequence, [])
+        history = donors[self.copied[0]] if self.copied else self.history.get(sequence, [])
         self.history[sequence] = history
         if len(sequence):
             assert sequence.ids == ids[: len(sequence)] and len(sequence) < len(ids)
