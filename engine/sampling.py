@@ -186,7 +186,7 @@ class BatchSampler:
                 p.repetition_penalty,
                 p.presence_penalty,
                 p.frequency_penalty,
-                p.top_p,
+                p.top_p if p.top_p < 1 else 2.0,  # sums of shares in float32 reach 1 before their end
                 math.log(p.min_p) if p.min_p else -math.inf,
             )
             for p in params
@@ -205,8 +205,12 @@ class BatchSampler:
 
         Log-probabilities are under the model's own distribution, not finite if the logits are not.
         """
-        batch = len(logits)
-        draws = ops.Draws(
+        draws = self._draws(len(logits), rows)
+        ops.sample(draws, logits, self.floor(logits, rows) if self._filtered else None)
+
+    def _draws(self, batch: int, rows: Tensor) -> ops.Draws:
+        return ops.Draws(
+            rows=rows,
             temperature=self._rules[0, :batch],
             penalties=self._rules[1:4, :batch],
             seeds=self._whole[0, :batch],
@@ -215,17 +219,15 @@ class BatchSampler:
             parts=self._parts,
             tokens=self.tokens,
             logprobs=self.drawn[1].view(torch.float32),
-            rows=rows,
             counted=self._counted,
             noisy=self._noisy,
         )
-        ops.sample(draws, logits, self._floor(draws, logits) if self._filtered else None)
 
-    def _floor(self, draws: ops.Draws, logits: Tensor) -> Tensor:
-        """The lowest score that top-k, top-p and min-p leave in, float32 ``[batch]``."""
+    def floor(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The lowest score that top-k, top-p and min-p leave in, float32 ``[batch]``; see :meth:`draw`."""
         batch = len(logits)
         temperature, *_, top_p, min_p = self._rules[:, :batch, None]
-        ordered = draws.scores(logits).sort(descending=True).values
+        ordered = self._draws(batch, rows).scores(logits).sort(descending=True).values
         largest, temperature = ordered[:, :1], temperature.clamp(min=torch.finfo(torch.float32).tiny)
         least = ordered.gather(1, (self._whole[2, :batch, None] - 1).clamp(0, self._vocab - 1))
         share = ((ordered - largest) / temperature).masked_fill(ordered < least, -torch.inf).softmax(-1)

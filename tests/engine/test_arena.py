@@ -1,5 +1,7 @@
 """The KV arena by itself: every cut, every edge, interrupted steps, page accounting, the bytes of pages."""
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
+from octo_run import kernels
 from octo_run.engine.arena import PAGE, ArenaShape, KVArena
+from octo_run.engine.pool import PagePool, PoolExhausted
+from octo_run.engine.step import StepState
 from octo_run.errors import OctoError, UsageError
+from octo_run.kernels import AttentionSpec
 from octo_run.kernels.codec import KVFormat, parse_kv
 
 HEADS, KV_HEADS, DIM, LAYERS = 6, 2, 64, 2
@@ -40,11 +46,16 @@ class Boom(Exception):
     pass
 
 
+SPEC = AttentionSpec(DIM**-0.5)
+
+
 class Sequences:
     """Several sequences with an arena beside a plain list of their keys and values."""
 
     def __init__(self, arena: KVArena, tolerance: float = 1e-5) -> None:
         self.arena, self.tolerance = arena, tolerance
+        self.held = [arena.open() for _ in range(arena.shape.sequences)]
+        self.state = StepState(torch.zeros(StepState.COLUMNS, arena.shape.sequences, dtype=torch.int32))
         empty = torch.zeros(LAYERS, 0, KV_HEADS, DIM)
         self.k = [empty for _ in range(arena.shape.sequences)]
         self.v = list(self.k)
@@ -65,41 +76,45 @@ class Sequences:
 
     def prefill(self, seq: int, count: int, seed: int, fail_after: int | None = None) -> None:
         start = self.length(seq)
-        step = self.arena.prefill(seq, count)
+        chunk = self.arena.prefill(self.held[seq], [seed] * count)
         new = [vectors(layer, seed, start, count) for layer in range(LAYERS)]
         try:
             for layer, (q, k, v) in enumerate(new):
                 if layer == fail_after:
                     raise Boom
-                out = step.attend(layer, q[None], k[None], v[None], DIM**-0.5, None)
+                out = chunk.attend(layer, q[None], k[None], v[None], SPEC, None)
                 self.check(out[0], seq, layer, q, k, v)
             if fail_after == LAYERS:
                 raise Boom
         except Boom:
-            step.abort()
-            self.forget(seq, self.arena.length[seq])
+            self.forget(seq, len(self.held[seq]))
             return
-        step.commit()
+        chunk.commit()
         self.remember(seq, new)
 
     def decode(self, batch: int, seed: int, fail_after: int | None = None) -> None:
-        step = self.arena.decode(batch)
-        new = [[vectors(layer, seed + s, self.length(s), 1) for layer in range(LAYERS)] for s in range(batch)]
-        try:
-            for layer in range(LAYERS):
-                if layer == fail_after:
-                    raise Boom
-                q, k, v = (torch.stack([new[s][layer][part] for s in range(batch)]) for part in range(3))
-                out = step.attend(layer, q, k, v, DIM**-0.5, None)
-                for s in range(batch):
-                    self.check(out[s], s, layer, *new[s][layer])
-        except Boom:
-            step.abort()
-            assert self.arena.length[:batch] == [self.length(s) for s in range(batch)]
-            return
-        step.commit()
-        for s in range(batch):
-            self.remember(s, new[s])
+        """A token for each of ``batch`` sequences, the last one first, and a filler behind them."""
+        members = list(reversed(range(batch)))
+        for seq in members:
+            if self.arena.ring_is_full(self.held[seq]):
+                self.arena.code_oldest(self.held[seq])
+        self.state.upload(self.arena, [self.held[seq] for seq in members], self.arena.shape.sequences)
+        state = self.state.first(batch)
+        new = [[vectors(layer, seed + s, self.length(s), 1) for layer in range(LAYERS)] for s in members]
+        for layer in range(LAYERS):
+            if layer == fail_after:
+                return
+            q, k, v = (torch.stack([parts[layer][part] for parts in new]) for part in range(3))
+            for full, vector in zip(self.arena.full(layer), (k, v), strict=True):
+                full[state.rows.long(), :, state.places.long()] = vector[:, 0]
+            inputs = self.arena.inputs(layer, state, q)
+            out = kernels.attend(q, inputs, self.arena.fmt, spec=SPEC, max_length=self.arena.shape.context)
+            for at, s in enumerate(members):
+                self.check(out[at], s, layer, *new[at][layer])
+        for at, s in enumerate(members):
+            self.held[s].following = seed
+            self.held[s].launched()
+            self.remember(s, new[at])
 
     def remember(self, seq: int, new: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         self.k[seq] = torch.cat((self.k[seq], torch.stack([k for _, k, _ in new])), 1)
@@ -109,10 +124,8 @@ class Sequences:
         self.k[seq], self.v[seq] = self.k[seq][:, :length], self.v[seq][:, :length]
 
     def truncate(self, seq: int, length: int) -> None:
-        before, edge = self.length(seq), self.arena.packed_end(seq)
-        kept = self.arena.truncate(seq, length)
-        want = min(length, before)
-        s = self.arena.shape
+        sequence, before = self.held[seq], self.length(seq)
+        edge, kept, want, s = sequence.packed_end, sequence.cut(length), min(length, before), self.arena.shape
         if want >= edge or want <= s.sink:
             assert kept == want
         else:
@@ -121,15 +134,16 @@ class Sequences:
 
     def account(self) -> None:
         """No page lost, none in two places; no more tail than the ring holds; lengths as remembered."""
-        arena = self.arena
-        held = [page for seq in range(arena.shape.sequences) for page in arena.page_ids(seq)]
-        assert sorted(held + arena._free) == list(range(arena.pages.shape[0]))
-        for seq in range(arena.shape.sequences):
-            length = arena.length[seq]
-            assert length == self.length(seq) <= arena.shape.context
-            assert arena.packed(seq) == 0 or length >= arena.packed_end(seq)
-            assert length - arena.packed_end(seq) <= arena.shape.ring
-            assert arena.page_table[seq, : arena.packed(seq)].tolist() == arena.page_ids(seq)
+        arena, pool = self.arena, self.arena.table.pool
+        assert pool.free == len(pool) - sum(map(len, pool.held))
+        held = [page for pages in pool.held for page in pages]
+        assert len(set(held)) == len(held)
+        for seq, sequence in enumerate(self.held):
+            length = len(sequence)
+            assert length == self.length(seq) == len(sequence.ids) <= arena.shape.context
+            assert sequence.packed == 0 or length >= sequence.packed_end
+            assert length - sequence.packed_end <= arena.shape.ring
+            assert arena.page_table[sequence.row, : sequence.packed].tolist() == sequence.page_ids
 
 
 class ArenaMachine(RuleBasedStateMachine):
@@ -172,8 +186,8 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(seq=st.integers(0, 1))
     def lose_pages(self, seq: int) -> None:
         """Pages were taken and the step that wanted them never came to its end, nor to its clean-up."""
-        self.all.arena.take_pages(seq, min(1, len(self.all.arena._free)))
-        self.all.arena.truncate(1 - seq, self.all.length(1 - seq))
+        self.all.held[seq].take_pages(min(1, self.all.arena.table.pool.free))
+        self.all.held[seq].cut(self.all.length(seq))
 
     @invariant()
     def accounts_are_right(self) -> None:
@@ -197,7 +211,7 @@ def test_lengths_around_every_edge(sink: int, window: int) -> None:
         both.account()
         n = both.length(0)
         # A full ring is flushed before the next token: the last token has not yet seen to it.
-        assert both.arena.packed(0) in {max(0, (n - sink - window) // PAGE), max(0, (n - 1 - sink - window) // PAGE)}
+        assert both.held[0].packed in {max(0, (n - sink - window) // PAGE), max(0, (n - 1 - sink - window) // PAGE)}
 
 
 def test_decode_alone_over_two_pages() -> None:
@@ -205,10 +219,10 @@ def test_decode_alone_over_two_pages() -> None:
     for _ in range(140):
         both.decode(1, 3)
         both.account()
-    assert both.arena.packed(0) == 2
-    assert both.arena._free == []
-    with pytest.raises(AssertionError):
-        both.arena.decode(1)
+    assert both.held[0].packed == 2
+    assert both.arena.table.pool.free == 0
+    with pytest.raises(PoolExhausted):
+        both.held[0].take_pages(1)
 
 
 @pytest.mark.parametrize(("sink", "window"), [(64, 64), (5, 0), (0, 128)])
@@ -235,7 +249,7 @@ def test_failed_prefill_keeps_short_tails_and_whole_pages() -> None:
     both.prefill(0, 200, 2, fail_after=1)
     assert both.length(0) == 64
     both.prefill(0, 230, 3)
-    assert both.arena.packed(0) == 2
+    assert both.held[0].packed == 2
     both.prefill(0, 100, 4, fail_after=LAYERS)
     assert both.length(0) == 64 + 2 * PAGE
     both.account()
@@ -247,66 +261,79 @@ def test_failed_prefill_keeps_short_tails_and_whole_pages() -> None:
 class Interrupted(list[int]):
     """A list that sees Ctrl-C right after it has grown and right before it shrinks."""
 
-    def __iadd__(self, more: Any) -> "Interrupted":  # type: ignore[override, misc]
-        list.__iadd__(self, more)
+    def append(self, item: Any) -> None:
+        list.append(self, item)
         raise KeyboardInterrupt
 
-    def __delitem__(self, which: Any) -> None:
+    def pop(self, *place: Any) -> int:
         raise KeyboardInterrupt
 
 
 @contextmanager
-def interrupted(arena: KVArena) -> Iterator[None]:
-    arena._page_ids[0] = Interrupted(arena._page_ids[0])
+def interrupted(arena: KVArena, name: str) -> Iterator[None]:
+    """Ctrl-C in the midst of a change of the pool's free list or of a sequence's pages."""
+    pool = arena.table.pool
+    place, key = (pool.held, 0) if name == "held" else (vars(pool), name)
+    place[key] = Interrupted(place[key])  # type: ignore[index]
     with pytest.raises(KeyboardInterrupt):
         yield
-    arena._page_ids[0] = list(arena._page_ids[0])
+    place[key] = list(place[key])  # type: ignore[index]
 
 
-def test_interrupt_between_page_list_and_length_while_committing() -> None:
-    """The worst moment: the pages count as packed and the length does not know it yet."""
+@pytest.mark.parametrize("name", ["held", "_free"])
+def test_interrupt_while_pages_are_taken(name: str) -> None:
     both = Sequences(new_arena())
     both.prefill(0, 140, 1)
-    step = both.arena.prefill(0, 200)
-    for layer in range(LAYERS):
-        q, k, v = vectors(layer, 2, 140, 200)
-        step.attend(layer, q[None], k[None], v[None], DIM**-0.5, None)
-    with interrupted(both.arena):
-        step.commit()
-    step.abort()
-    both.forget(0, both.arena.length[0])
+    with interrupted(both.arena, name):
+        both.arena.prefill(both.held[0], [2] * 200)
+    both.held[0].cancel()
     both.account()
     both.prefill(0, 200, 3)
     both.decode(1, 4)
+    both.account()
 
 
+@pytest.mark.parametrize("name", ["held", "_free"])
 @pytest.mark.parametrize("cut", [0, 10, 64, 128, 200])
-def test_interrupt_in_the_middle_of_a_cut(cut: int) -> None:
+def test_interrupt_in_the_middle_of_a_cut(cut: int, name: str) -> None:
     both = Sequences(new_arena())
     both.prefill(0, 330, 1)
-    with interrupted(both.arena):
-        both.arena.truncate(0, cut)
-    both.forget(0, both.arena.truncate(0, 600))
+    with interrupted(both.arena, name):
+        both.held[0].cut(cut)
+    both.forget(0, both.held[0].cut(600))
     assert both.length(0) == (cut if cut <= 64 else 64 + (cut - 64) // PAGE * PAGE)
     both.account()
     both.prefill(0, 200, 3)
     both.account()
 
 
-def pages_of(arena: KVArena, seq: int = 0) -> Tensor:
-    return arena.pages[arena.page_ids(seq)]
+def test_many_cuts_of_a_large_pool_take_no_time() -> None:
+    """Each scanned the whole pool once: 64 of them took 0.3 s."""
+    pool = PagePool(1_000_000, 2)
+    pool.take(0, 100)
+    start = time.perf_counter()
+    for keep in range(99, 0, -1):
+        pool.drop(0, keep)
+        pool.take(1, 1)
+    assert time.perf_counter() - start < 0.05
+    assert pool.free == 1_000_000 - 100
+
+
+def pages_of(arena: KVArena) -> Tensor:
+    (sequence,) = arena.table.rows
+    assert sequence is not None
+    return arena.pages[sequence.page_ids]
 
 
 def fill(kv: str, chunks: list[int]) -> KVArena:
+    """An arena with one sequence, fed by chunks; of one token by steps."""
     arena = new_arena(kv)
-    start = 0
+    both = Sequences(arena, tolerance=math.inf)
     for count in chunks:
-        step = arena.decode(1) if count == 1 else arena.prefill(0, count)
-        for layer in range(LAYERS):
-            q, k, v = vectors(layer, 1, start, count)
-            step.attend(layer, q[None], k[None], v[None], DIM**-0.5, None)
-        step.commit()
-        start += count
+        if count == 1:
+            both.decode(1, 1)
+        else:
+            both.prefill(0, count, 1)
     return arena
 
 
@@ -321,7 +348,7 @@ def test_bytes_of_pages_depend_on_keys_and_values_alone(kv: str) -> None:
 def decoded(arena: KVArena, fmt: KVFormat, position: int, layer: int) -> tuple[Tensor, Tensor]:
     """Key and value [KV_HEADS, d] of a packed position, original basis, by the codec."""
     page, row = divmod(position - arena.shape.sink, PAGE)
-    data = arena.pages[arena.page_ids(0)[page], layer]
+    data = pages_of(arena)[page, layer]
     k_bytes, v_bytes = fmt.k.bytes_per_vector, fmt.v.bytes_per_vector
     at = PAGE * k_bytes + row * v_bytes
     return fmt.k.decode(data[:, row * k_bytes : (row + 1) * k_bytes]), fmt.v.decode(data[:, at : at + v_bytes])
@@ -342,13 +369,13 @@ def test_a_page_holds_its_tokens_in_order(kv: str) -> None:
 
 def test_keys_that_overflowed_are_refused_in_one_sentence() -> None:
     arena = new_arena("octopus3")
-    step = arena.prefill(0, 300)
+    sequence = arena.open()
+    step = arena.prefill(sequence, [0] * 300)
     q, k, v = vectors(0, 1, 0, 300)
     k[100, 0, 3] = torch.inf
     with pytest.raises(OctoError, match="not finite in float32: choose another --dtype"):
-        step.attend(0, q[None], k[None], v[None], DIM**-0.5, None)
-    step.abort()
-    assert arena.length == [0]
+        step.attend(0, q[None], k[None], v[None], SPEC, None)
+    assert sequence.ids == [] and len(sequence) == 0
 
 
 @pytest.mark.parametrize(
@@ -367,6 +394,6 @@ def test_bytes_are_exactly_those_of_the_shape(context: int, sequences: int) -> N
     assert arena.pages.nbytes == arena.shape.packed_bytes
     full = ("_full_k", "_full_v", "_staging_k", "_staging_v")
     assert sum(tensors[name].nbytes for name in full) == arena.shape.full_precision_bytes
-    index = ("page_table", "state", "_rows")
+    index = ("page_table", "_chunk_state", "_coding")
     assert sum(tensors[name].nbytes for name in index) == arena.shape.index_bytes
-    assert set(tensors) == {"pages", "_state_host", *full, *index}
+    assert set(tensors) == {"pages", *full, *index}

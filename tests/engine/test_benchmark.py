@@ -8,6 +8,7 @@ import torch
 
 from octo_run.engine import Engine, benchmark
 from octo_run.engine.random_model import read_shape
+from octo_run.engine.sequence import Sequence
 from octo_run.engine.shapes import SHAPES
 
 
@@ -22,11 +23,13 @@ def test_bandwidth_is_that_of_a_memory() -> None:
 
 def test_rounds_begin_at_the_depth(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[tuple[int, int]] = []
-    fill = engine.fill
-    monkeypatch.setattr(engine, "fill", lambda seq, n, seed: (filled.append((seq, n)), fill(seq, n, seed)))
+    ends: list[int] = []
+    fill, discard = engine.fill, Sequence.discard
+    monkeypatch.setattr(engine, "fill", lambda seq, n, seed: (filled.append((seq.row, n)), fill(seq, n, seed)))
+    monkeypatch.setattr(Sequence, "discard", lambda seq: (ends.append(len(seq)), discard(seq)))
     settings: dict[str, Any] = {"depth": 130, "batch": 2, "repetitions": 2, "bandwidth": 1e9}
     row = benchmark.measure(engine, ("tg", 5), **settings)
-    assert filled == [(0, 130), (1, 130)] * 3 and engine.arena.length[:2] == [135, 135]
+    assert filled == [(0, 130), (1, 130)] * 3 and ends == [135] * 6
     assert (row.kv, row.test, row.depth, row.batch) == ("oct3", "tg5", 130, 2)
     assert 0 < row.least <= row.tokens_per_s <= row.most
     assert row.ms_per_token == pytest.approx(2000 / row.tokens_per_s)
@@ -34,7 +37,7 @@ def test_rounds_begin_at_the_depth(engine: Engine, monkeypatch: pytest.MonkeyPat
     assert row.gb_per_s == pytest.approx(step * row.tokens_per_s / 2 * 1e-9)
     assert row.of_bandwidth == pytest.approx(row.gb_per_s)
     prompt = benchmark.measure(engine, ("pp", 70), **settings)
-    assert prompt.gb_per_s is None and engine.arena.length[:2] == [200, 200]
+    assert prompt.gb_per_s is None and ends[6:] == [200] * 6
 
 
 @pytest.mark.parametrize(("tied", "read"), [(True, 1000), (False, 1000 - 4 * 10 * 8)])

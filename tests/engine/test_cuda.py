@@ -31,8 +31,15 @@ def load(kv: str, **options: Any) -> Engine:
     return engine
 
 
+def forget(engine: Engine) -> None:
+    """Nothing can be reused any more."""
+    for sequence in engine.arena.table.rows:
+        if sequence is not None:
+            sequence.discard()
+
+
 def answer(engine: Engine, ids: list[int], **params: Any) -> list[int]:
-    engine._reuse([])  # a reused prefix takes another path than a fresh one
+    forget(engine)  # a reused prefix takes another path than a fresh one
     return [token.id for token in engine.generate(ids, SamplingParams(**params))]
 
 
@@ -55,16 +62,22 @@ def test_recorded_steps_equal_unrecorded_ones_bit_for_bit(kv: str) -> None:
     engine = load(kv)
     ids = (prompt(engine) * 4)[:950]
     tokens = ids[:150]
-    engine.prefill(ids)
-    wanted = [engine._next_logits([token]) for token in tokens]
-    engine.arena.truncate(0, 0)
-    engine.prefill(ids)
-    engine.step.start([0], [GREEDY])
-    for token, logits in zip(tokens, wanted, strict=True):
-        engine.step.sampler.tokens[0].fill_(token)
-        engine.step.launch()
-        engine.step.read()
-        assert torch.equal(engine.step.logits[0].float(), logits)
+    sequence = engine.sequence()
+    engine.prefill(sequence, ids)
+    run, wanted = engine.step._run, []
+    engine.step._run = lambda _key, work: work()  # type: ignore[method-assign, assign]
+    for recorded in (False, True):
+        sequence.cut(0)
+        engine.prefill(sequence, ids)
+        for place, token in enumerate(tokens):
+            engine.step.start(sequence, token, GREEDY)
+            engine.step.launch([sequence])
+            engine.step.read(sequence)
+            if recorded:
+                assert torch.equal(engine.step.logits[0], wanted[place])
+            else:
+                wanted.append(engine.step.logits[0].clone())
+        engine.step._run = run  # type: ignore[method-assign]
 
 
 def test_telling_the_progress_of_a_prompt_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +86,7 @@ def test_telling_the_progress_of_a_prompt_changes_nothing(monkeypatch: pytest.Mo
     ids = (prompt(engine) * 4)[:1200]
     silent = answer(engine, ids, max_tokens=20)
     told: list[tuple[int, int]] = []
-    engine._reuse([])
+    forget(engine)
     generation = engine.generate(ids, SamplingParams(max_tokens=20), lambda *figures: told.append(figures))
     assert [token.id for token in generation] == silent
     assert told == [(0, 1200), (512, 1200), (1024, 1200), (1200, 1200)]
@@ -86,13 +99,15 @@ def test_sequences_of_different_lengths_answer_as_if_alone(kv: str) -> None:
     ids = (prompt(engine) * 3)[:1200]
     prompts = [ids[:n] for n in (3, 70, 400, 1100, 200)]
     alone = [answer(engine, part, max_tokens=8) for part in prompts]
-    engine._reuse([])
-    answers = [[int(engine.prefill(part, seq).argmax())] for seq, part in enumerate(prompts)]
-    engine.step.start([tokens[0] for tokens in answers], [GREEDY] * 5)
+    forget(engine)
+    sequences, answers = [engine.sequence() for _ in prompts], list[list[int]]()
+    for sequence, part in zip(sequences, prompts, strict=True):
+        answers.append([int(engine.prefill(sequence, part).argmax())])
+        engine.step.start(sequence, answers[-1][0], GREEDY)
     for _ in range(7):
-        engine.step.launch()
-        for tokens, (token, _) in zip(answers, engine.step.read(), strict=True):
-            tokens.append(token)
+        engine.step.launch(sequences[::-1])
+        for sequence, tokens in zip(sequences, answers, strict=True):
+            tokens.append(engine.step.read(sequence)[0])
     assert sum(a[:4] == b[:4] for a, b in zip(answers, alone, strict=True)) >= 4
 
 
@@ -108,7 +123,8 @@ def test_stops_and_seeds(kv: str) -> None:
     stop = next(token for place, token in enumerate(whole) if place > 60 and token not in whole[:place])
     place = whole.index(stop)
     assert answer(engine, ids, stop_ids=(stop,), **rules) == whole[: place + 1]
-    assert engine._ids == ids + whole[:place] and engine.arena.length[0] == len(engine._ids)
+    (sequence,) = engine.arena.table.rows
+    assert sequence is not None and sequence.ids == ids + whole[:place]
     both = [engine.generate(ids, SamplingParams(max_tokens=30, **rules)) for _ in range(2)]
     assert next(both[0]).id == next(both[1]).id == next(engine.generate(ids, SamplingParams(**rules))).id
 
@@ -117,14 +133,17 @@ def test_stops_and_seeds(kv: str) -> None:
 def test_two_thousand_steps_change_nothing_in_the_allocator(kv: str) -> None:
     engine = load(kv, sequences=2)
     ids = prompt(engine)
-    for seq in range(2):
-        engine.prefill(ids[: 200 + 30 * seq], seq)
-    engine.step.start(ids[:2], [GREEDY, SamplingParams(temperature=1.0, top_p=0.9, seed=1)])
+    sequences = [engine.sequence() for _ in range(2)]
+    rules = [GREEDY, SamplingParams(temperature=1.0, top_p=0.9, seed=1)]
+    for number, (sequence, params) in enumerate(zip(sequences, rules, strict=True)):
+        engine.prefill(sequence, ids[: 200 + 30 * number])
+        engine.step.start(sequence, ids[0], params)
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            engine.step.launch()
-            engine.step.read()
+            engine.step.launch(sequences)
+            for sequence in sequences:
+                engine.step.read(sequence)
 
     run(300)  # records the step and the coding of pages
     before = torch.cuda.memory_stats()

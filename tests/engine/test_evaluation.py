@@ -206,7 +206,8 @@ def test_the_demo_model_finds_a_needle_by_way_of_packed_pages() -> None:
     )
     cell, total = needle.evaluate(engine, "octopus4", hay, step=64)
     assert (cell.correct, cell.depth, total.depth, total.correct) == (1, 0.4, None, 1)
-    assert engine.arena.packed(0) >= 1
+    (sequence,) = engine.arena.table.rows
+    assert sequence is not None and sequence.packed >= 1
     assert (cell.low, cell.high) == wilson(1, 1)
 
 

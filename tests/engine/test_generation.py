@@ -10,13 +10,36 @@ from torch import Tensor
 
 from octo_run.engine import Engine, Reply, SamplingParams
 from octo_run.engine.generation import PromptWatch
+from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
+from octo_run.kernels import step as ops
 
 Tiny = Callable[..., Engine]
 
 
 def ids_of(engine: Engine, ids: list[int], **params: Any) -> list[int]:
     return [token.id for token in engine.generate(ids, SamplingParams(**params))]
+
+
+def only(engine: Engine) -> Sequence:
+    """The engine's only sequence."""
+    (sequence,) = engine.arena.table.rows
+    assert sequence is not None
+    return sequence
+
+
+def forget(engine: Engine) -> None:
+    """Nothing can be reused any more."""
+    if engine.arena.table.rows[0] is not None:
+        only(engine).discard()
+
+
+def more(engine: Engine, ids: list[int]) -> Tensor:
+    """Append to the engine's only sequence; the last token's logits."""
+    sequence = engine.arena.table.rows[0] or engine.sequence()
+    logits = engine.prefill(sequence, ids)
+    sequence.close()
+    return logits
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -40,8 +63,8 @@ def test_a_reused_prefix_gives_the_logits_of_a_fresh_prefill(tiny: Tiny, random_
     engine, fresh = tiny(), tiny()
     base, other = random_ids(340), random_ids(60, seed=1)
     for common in (0, 1, 30, 64, 65, 127, 128, 200, 256, 270, 339, 340):
-        engine._reuse([])
-        engine._next_logits(base)
+        forget(engine)
+        more(engine, base)
         ids = base[:common] + [256] + other
         generation = engine.generate(ids, SamplingParams(max_tokens=1))
         token = next(generation)
@@ -49,7 +72,7 @@ def test_a_reused_prefix_gives_the_logits_of_a_fresh_prefill(tiny: Tiny, random_
         assert token.id == int(expected.argmax())
         assert token.logprob == pytest.approx(float(expected.log_softmax(-1)[token.id]), abs=1e-4)
         assert generation.reused_tokens == (common if common <= 64 or common >= 256 else common // 64 * 64)
-        assert relative(engine._next_logits([1]), fresh.logits(ids + [1])[-1]) < 1e-4
+        assert relative(more(engine, [1]), fresh.logits(ids + [1])[-1]) < 1e-4
 
 
 def test_the_whole_prompt_again_computes_one_token(tiny: Tiny, random_ids: Any) -> None:
@@ -84,25 +107,25 @@ def test_an_exception_inside_the_layers_leaves_a_usable_engine(
     engine = tiny()
     ids = random_ids(400)
     expected = engine.logits(ids)[-1]
-    engine._reuse([])
-    engine._next_logits(ids[:150])
-    mlp, calls = engine._decoder._mlp, iter(range(100))
+    forget(engine)
+    more(engine, ids[:150])
+    mlp, calls = ops.swiglu, iter(range(100))
 
-    def failing(*args: Any) -> Tensor:
+    def failing(*args: Any) -> None:
         if next(calls) == layer:
             raise failure
-        return mlp(*args)
+        mlp(*args)
 
-    monkeypatch.setattr(engine._decoder, "_mlp", failing)
+    monkeypatch.setattr(ops, "swiglu", failing)
     with pytest.raises(failure):
         next(engine.generate(ids))
-    monkeypatch.setattr(engine._decoder, "_mlp", mlp)
-    assert engine._ids == ids[: engine.arena.length[0]]
+    monkeypatch.setattr(ops, "swiglu", mlp)
+    assert only(engine).ids == ids[: len(only(engine))]
     generation = engine.generate(ids, SamplingParams(max_tokens=1))
     token = next(generation)
     assert generation.reused_tokens == 64
     assert token.logprob == pytest.approx(float(expected.log_softmax(-1)[token.id]), abs=1e-4)
-    assert len(engine.arena._free) + engine.arena.packed(0) == engine.arena.pages.shape[0]
+    assert engine.arena.table.pool.free + only(engine).packed == engine.arena.pages.shape[0]
 
 
 def test_an_exception_in_a_decode_step_costs_nothing(scripted: Any) -> None:
@@ -127,7 +150,7 @@ def test_an_exception_in_a_decode_step_costs_nothing(scripted: Any) -> None:
 def test_reading_a_prompt_is_told_chunk_by_chunk(ahead: bool, tiny: Tiny, random_ids: Any) -> None:
     """Chunks are of 512 tokens; steps are not told, nor what was reused."""
     engine = tiny(context=1300)
-    engine.ahead, engine.end_ids = ahead, frozenset()
+    engine.depth, engine.end_ids = 1 + ahead, frozenset()
     told: list[tuple[int, int]] = []
     ids = random_ids(1100)
     generation = engine.generate(ids, SamplingParams(max_tokens=5), lambda *figures: told.append(figures))
@@ -148,7 +171,7 @@ def test_reading_a_prompt_is_told_chunk_by_chunk(ahead: bool, tiny: Tiny, random
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_prompt_that_is_read_again_is_told_again(ahead: bool, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny(context=1300)
-    engine.ahead, engine.end_ids = ahead, frozenset()
+    engine.depth, engine.end_ids = 1 + ahead, frozenset()
     told: list[tuple[int, int]] = []
     generation = engine.generate(random_ids(600), None, lambda *figures: told.append(figures))
     next(generation)
@@ -164,10 +187,10 @@ def test_an_exception_while_a_prompt_is_told_keeps_what_was_fed(
     at: int, ahead: bool, tiny: Tiny, random_ids: Any
 ) -> None:
     engine = tiny(context=1300)
-    engine.ahead, engine.end_ids = ahead, frozenset()
+    engine.depth, engine.end_ids = 1 + ahead, frozenset()
     ids = random_ids(1100)
     expected = next(engine.generate(ids))
-    engine._reuse([])
+    forget(engine)
 
     def told(read: int, _total: int) -> None:
         if read == at:
@@ -177,8 +200,8 @@ def test_an_exception_while_a_prompt_is_told_keeps_what_was_fed(
     with pytest.raises(KeyboardInterrupt):
         next(generation)
     assert list(generation) == [] and generation.prefill_seconds > 0
-    assert engine._ids == ids[:at] and engine.arena.length[0] == at
-    assert len(engine.arena._free) + engine.arena.packed(0) == engine.arena.pages.shape[0]
+    assert only(engine).ids == ids[:at] and len(only(engine)) == at
+    assert engine.arena.table.pool.free + only(engine).packed == engine.arena.pages.shape[0]
     again = engine.generate(ids)
     token = next(again)
     assert again.reused_tokens == min(at, 1099)
@@ -191,7 +214,7 @@ def test_an_interrupted_prompt_counts_what_was_read(
     at: int, read: int, ahead: bool, tiny: Tiny, random_ids: Any
 ) -> None:
     engine = tiny(context=1300)
-    engine.ahead, engine.end_ids = ahead, frozenset()
+    engine.depth, engine.end_ids = 1 + ahead, frozenset()
 
     def told(count: int, _total: int) -> None:
         if count == at:
@@ -221,7 +244,7 @@ def test_an_exception_inside_a_prompt_counts_the_chunks_before_it(scripted: Any)
 
 def test_a_prompt_whose_logits_are_not_finite_was_read(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, decoder = scripted()
-    monkeypatch.setattr(decoder, "logits", lambda hidden: torch.full((1, 260), torch.nan))
+    monkeypatch.setattr(decoder, "logits", lambda hidden, out: out.fill_(torch.nan))
     generation = engine.generate([1] * 100)
     with pytest.raises(OctoError, match="not finite"):
         next(generation)
@@ -231,7 +254,7 @@ def test_a_prompt_whose_logits_are_not_finite_was_read(scripted: Any, monkeypatc
 @pytest.mark.parametrize("ahead", [False, True])
 def test_what_is_read_again_counts_as_read_and_not_as_decoded(ahead: bool, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny(context=1300)
-    engine.ahead, engine.end_ids = ahead, frozenset()
+    engine.depth, engine.end_ids = 1 + ahead, frozenset()
     generation = engine.generate(random_ids(600))
     for _ in range(3):
         next(generation)
@@ -301,10 +324,10 @@ def test_as_many_tokens_as_fit_and_one_more(context: int, scripted: Any) -> None
         tokens = list(engine.generate([1] * prompt))
         assert len(tokens) == context - prompt + 1
         assert tokens[-1].finish_reason == "context"
-        assert engine.arena.length[0] == context
+        assert len(only(engine)) == context
 
 
-@pytest.mark.parametrize("kv", ["bf16", "octopus3"])
+@pytest.mark.parametrize("kv", ["bf16", "oct3"])
 def test_full_context_of_a_real_model(kv: str, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny(kv, context=200, sink=5, window=0)
     engine.end_ids = frozenset()
@@ -399,34 +422,37 @@ def test_closing_early(scripted: Any) -> None:
 
 
 def test_corrupting_a_packed_page_changes_the_logits(tiny: Tiny, random_ids: Any) -> None:
-    engine = tiny("octopus3")
+    engine = tiny("oct3")
     ids = random_ids(300)
     k_bytes = engine.kv.k.bytes_per_vector
     for byte in (0, 5 * k_bytes + 3, 64 * k_bytes + 1):  # a key of the first token, of a later one, a value
-        engine.logits(ids)
-        before = engine._next_logits([7])
-        engine.logits(ids)
-        assert torch.equal(engine._next_logits([7]), before)
-        engine.logits(ids)
+        forget(engine)
+        more(engine, ids)
+        before = more(engine, [7])
+        forget(engine)
+        more(engine, ids)
+        assert torch.equal(more(engine, [7]), before)
+        forget(engine)
+        more(engine, ids)
         with torch.inference_mode():
-            engine.arena.pages[engine.arena.page_ids(0)[1], 0, 0, byte] ^= 0x55
-        assert not torch.equal(engine._next_logits([7]), before)
+            engine.arena.pages[only(engine).page_ids[1], 0, 0, byte] ^= 0x55
+        assert not torch.equal(more(engine, [7]), before)
 
 
 def test_the_same_prompt_gives_the_same_bytes(tiny: Tiny, random_ids: Any) -> None:
     ids = random_ids(400)
     stores = []
     for _ in range(2):
-        engine = tiny("octopus3")
+        engine = tiny("oct3")
         for _ in range(2):
             list(engine.generate(ids, SamplingParams(max_tokens=40)))
-            stores.append(engine.arena.pages[engine.arena.page_ids(0)].clone())
-            engine._reuse([])
+            stores.append(engine.arena.pages[only(engine).page_ids].clone())
+            forget(engine)
     assert stores[0].shape[0] == 4
     assert all(torch.equal(store, stores[0]) for store in stores)
 
 
-@pytest.mark.parametrize("kv", ["octopus3", "octopus4:octopus2"])
+@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2"])
 def test_attention_of_a_step_is_that_over_the_decoded_pages(
     kv: str, tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -435,7 +461,7 @@ def test_attention_of_a_step_is_that_over_the_decoded_pages(
     from octo_run import kernels
 
     engine = tiny(kv)
-    engine.logits(random_ids(300))
+    more(engine, random_ids(300))
     calls: list[tuple[Tensor, Any, Tensor]] = []
     attend = kernels.attend
 
@@ -445,7 +471,8 @@ def test_attention_of_a_step_is_that_over_the_decoded_pages(
         return out
 
     monkeypatch.setattr(kernels, "attend", spy)
-    engine._next_logits([9])
+    engine.step.start(only(engine), 9, SamplingParams())
+    engine.step.launch([only(engine)])
     assert len(calls) == engine.config.num_layers
     for q, inputs, out in calls:
         expected = attention_over_decoded(engine, inputs, q[0, 0])
@@ -454,13 +481,13 @@ def test_attention_of_a_step_is_that_over_the_decoded_pages(
 
 def attention_over_decoded(engine: Engine, inputs: Any, q: Tensor) -> Tensor:
     """Float64 attention ``[heads, d]`` of the rotated query ``[heads, d]`` in the original basis (one KV head)."""
-    fmt, arena = engine.kv, engine.arena
+    fmt, arena, sequence = engine.kv, engine.arena, only(engine)
     k_bytes, v_bytes = fmt.k.bytes_per_vector, fmt.v.bytes_per_vector
-    rows = inputs.pages[inputs.page_table[0, : arena.packed(0)].long(), 0]
+    rows = inputs.pages[inputs.page_table[0, : sequence.packed].long(), 0]
     k_rows = rows[:, : 64 * k_bytes].reshape(-1, k_bytes)
     v_rows = rows[:, 64 * k_bytes :].reshape(-1, v_bytes)
-    count = arena.length[0] - arena.packed_end(0)
-    slots = (torch.arange(count) + 64 * arena.packed(0)) % arena.shape.ring
+    count = len(sequence) - sequence.packed_end
+    slots = (torch.arange(count) + 64 * sequence.packed) % arena.shape.ring
     keys, values = (
         torch.cat((codec.unrotate(sink[0, 0].double()), codec.decode(packed, torch.float64), codec.unrotate(tail)))
         for codec, sink, packed, tail in (
@@ -468,7 +495,7 @@ def attention_over_decoded(engine: Engine, inputs: Any, q: Tensor) -> Tensor:
             (fmt.v, inputs.sink_v, v_rows, inputs.tail_v[0, 0, slots].double()),
         )
     )
-    assert len(keys) == arena.length[0]
+    assert len(keys) == len(sequence)
     scores = fmt.k.unrotate(q.double()) @ keys.T * engine.config.head_dim**-0.5
     return scores.softmax(-1) @ values
 
@@ -494,7 +521,7 @@ def test_load_from_a_folder(make_checkpoint: Callable[..., Path], tmp_path: Path
     ("arguments", "error", "text"),
     [
         ({"kv": "octopus5"}, UsageError, "octopus5"),
-        ({"kv": "octopus3:octopus3:bf16"}, UsageError, "too many parts"),
+        ({"kv": "oct3:oct3:bf16"}, UsageError, "too many parts"),
         ({"device": "gpu"}, UsageError, "There is no device 'gpu'"),
         ({"device": "cuda:"}, UsageError, "There is no device 'cuda:'"),
         ({"device": "cpu:1"}, UsageError, "There is no device 'cpu:1'"),
@@ -528,9 +555,9 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 def test_half_precision_that_overflows_is_explained(make_checkpoint: Callable[..., Path]) -> None:
     path = make_checkpoint(rms_norm_eps=1e-5)
-    engine = Engine.load(path, kv="octopus3", device="cpu", dtype="float16", max_context=300)
+    engine = Engine.load(path, kv="oct3", device="cpu", dtype="float16", max_context=300)
     with torch.inference_mode():
-        engine._decoder.layers[0].down.mul_(torch.inf)
+        engine.forward.decoder.layers[0].down.weight.mul_(torch.inf)
     with pytest.raises(OctoError, match="not finite"):
         next(engine.generate([5] * 10))
     with pytest.raises(OctoError, match="not finite"):

@@ -35,7 +35,7 @@ def test_with_coding_the_distribution_is_nearer() -> None:
 
 
 def test_means_are_taken_once_and_again_after_a_cut() -> None:
-    engine = Engine.load(kv="octopus3", device="cpu", max_context=512, key_mean=True)
+    engine = Engine.load(kv="oct3", device="cpu", max_context=512, key_mean=True)
     means = engine.arena.means
     assert means is not None
     ids = engine.tokenizer.encode(TEXT, add_bos=True)
@@ -50,8 +50,8 @@ def test_means_are_taken_once_and_again_after_a_cut() -> None:
 
 
 def test_plan_counts_the_means() -> None:
-    plans = [Engine.load(kv="octopus3", device="cpu", max_context=512, key_mean=on).plan for on in (False, True)]
-    engine = Engine.load(kv="octopus3", device="cpu", max_context=512, key_mean=True)
+    plans = [Engine.load(kv="oct3", device="cpu", max_context=512, key_mean=on).plan for on in (False, True)]
+    engine = Engine.load(kv="oct3", device="cpu", max_context=512, key_mean=True)
     means = engine.arena.means
     assert means is not None
     assert plans[1].arena - plans[0].arena == held_bytes(means)
@@ -73,7 +73,7 @@ def test_only_what_attention_reads_is_kept(on_gpu: bool, sequences: int) -> None
     assert held_bytes(means) == shape.mean_bytes
     step, chunk = torch.randn(sequences, 1, 6, 64), torch.randn(1, 96, 6, 64)
     rows = torch.arange(sequences, dtype=torch.int32)
-    assert means.of_queries(1, 0, step, rows).coefficients.shape == step.shape
-    of_chunk = means.of_queries(1, sequences - 1, chunk, rows[:1])
+    assert means.of_queries(1, None, rows, step).coefficients.shape == step.shape
+    of_chunk = means.of_queries(1, sequences - 1, rows[:1], chunk)
     assert of_chunk.means.data_ptr() == means.means[1, sequences - 1].data_ptr()
     assert (of_chunk.of_queries is None) == on_gpu

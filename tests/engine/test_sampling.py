@@ -11,23 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octo_run.engine import SamplingParams
-from octo_run.engine.sampling import BatchSampler, Sampler, filtered
-from octo_run.errors import OctoError, UsageError
+from octo_run.engine.sampling import BatchSampler
+from octo_run.errors import UsageError
 from octo_run.models.config import GenerationDefaults
 
 CPU = torch.device("cpu")
-
-
-def draws(params: SamplingParams, logits: torch.Tensor, count: int, prompt: list[int] | None = None) -> torch.Tensor:
-    """Relative frequencies of ``count`` draws, each by the rules for a fresh sequence."""
-    sampler = Sampler(params, prompt or [], len(logits), CPU)
-    seen = None if sampler._counts is None else sampler._counts.clone()
-    counts = torch.zeros(len(logits))
-    for _ in range(count):
-        if seen is not None:
-            sampler._counts = seen.clone()
-        counts[sampler(logits)[0]] += 1
-    return counts / count
+ONE = torch.zeros(1, dtype=torch.int32)
+"""The map of a batch of one sequence in the first row."""
 
 
 def definition(logits: list[float], params: SamplingParams, seen: set[int]) -> list[float]:
@@ -69,84 +59,71 @@ def definition(logits: list[float], params: SamplingParams, seen: set[int]) -> l
 def test_filters_are_their_definitions(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
+    """Scores below the floor are exactly those that the rules leave out."""
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    ours = filtered(torch.tensor(logits) / temperature, params).tolist()
-    assert ours == pytest.approx(definition(logits, params, set()), abs=1e-5)
+    wanted = [share > 0 for share in definition(logits, params, set())]
+    sampler = sampled([params], torch.tensor(logits))
+    if not sampler._filtered:
+        assert all(wanted)
+        return
+    floor = float(sampler.floor(torch.tensor([logits]), ONE)[0])
+    assert [score >= floor for score in torch.tensor(logits).tolist()] == wanted
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [
-        {"temperature": 1.0},
-        {"temperature": 0.5, "top_k": 3},
-        {"temperature": 1.5, "top_p": 0.8},
-        {"temperature": 1.0, "min_p": 0.3},
-        {"temperature": 1.0, "repetition_penalty": 1.7},
-        {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 3.0, "frequency_penalty": 3.0},
-        {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.6},
-    ],
-)
-def test_draws_follow_the_definition(rules: dict[str, Any]) -> None:
-    logits = [2.0, 1.5, 0.5, 0.25, -0.5, -1.0, -1.5, 1.0]
-    params = SamplingParams(seed=5, **rules)
-    wanted = torch.tensor(definition(logits, params, {1, 5}))
-    got = draws(params, torch.tensor(logits), 4000, prompt=[1, 5, 5])
-    assert bool((got[wanted == 0] == 0).all())
-    spread = (wanted * (1 - wanted) / 4000).sqrt()
-    assert bool(((got - wanted).abs() <= 4.5 * spread + 1e-4).all())
-
-
-def test_penalty_grows_with_the_answer() -> None:
-    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [0], 3, CPU)
-    logits = torch.tensor([3.0, 2.0, 1.2])
-    assert [sampler(logits)[0] for _ in range(3)] == [1, 0, 0]
-    negative = torch.tensor([-0.5, -0.9, -1.6])
-    assert Sampler(SamplingParams(repetition_penalty=2.0), [0], 3, CPU)(negative)[0] == 1
-
-
-def answer_of(rules: dict[str, Any], prompt: list[int], batch: bool) -> list[int]:
-    """Six greedy tokens from logits 3.0, 2.0, 1.2, by either sampler."""
-    logits, params, tokens = torch.tensor([3.0, 2.0, 1.2]), SamplingParams(**rules), []
-    if not batch:
-        sampler = Sampler(params, prompt, 3, CPU)
-        return [sampler(logits)[0] for _ in range(6)]
+def answer_of(rules: dict[str, Any], prompt: list[int], logits: tuple[float, ...] = (3.0, 2.0, 1.2)) -> list[int]:
+    """Six greedy tokens, the rules set anew each time, as for a generation that goes on after another one."""
+    params, tokens = SamplingParams(**rules), list[int]()
     several = BatchSampler(2, 3, CPU)
-    for drawn in range(6):  # set anew each time, as for a generation that goes on after another one
-        several.set([SamplingParams(), params], [[], prompt + tokens], drawn)
-        several.draw(logits.expand(2, 3).contiguous())
+    for drawn in range(6):
+        several.arrange([several.enter(0, SamplingParams(), []), several.enter(1, params, prompt + tokens, drawn)])
+        several.draw(torch.tensor(logits).expand(2, 3).contiguous(), torch.tensor([0, 1], dtype=torch.int32))
         tokens.append(int(several.tokens[1]))
     return tokens
 
 
-@pytest.mark.parametrize("batch", [False, True])
-def test_presence_and_frequency_count_the_answer_alone(batch: bool) -> None:
-    assert answer_of({"presence_penalty": 1.5}, [0, 0], batch) == [0, 1, 0, 0, 0, 0]
-    assert answer_of({"frequency_penalty": 0.7}, [0, 0], batch) == [0, 0, 1, 0, 1, 2]
-    assert answer_of({"frequency_penalty": -1.0}, [], batch) == [0] * 6
+def test_penalty_grows_with_the_answer() -> None:
+    assert answer_of({"repetition_penalty": 2.0}, [0])[:3] == [1, 0, 0]
+    assert answer_of({"repetition_penalty": 2.0}, [0], (-0.5, -0.9, -1.6))[0] == 1
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    assert answer_of({"presence_penalty": 1.5}, [0, 0]) == [0, 1, 0, 0, 0, 0]
+    assert answer_of({"frequency_penalty": 0.7}, [0, 0]) == [0, 0, 1, 0, 1, 2]
+    assert answer_of({"frequency_penalty": -1.0}, []) == [0] * 6
     both = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.25}
     # 3 / 1.25 = 2.4 at first; drawn n times: 2.4 - .5 - .25 n, 1.6 - .5 - .25 n and .96 - .5 - .25 n
-    assert answer_of(both, [0], batch) == [0, 1, 0, 0, 2, 0]
+    assert answer_of(both, [0]) == [0, 1, 0, 0, 2, 0]
+
+
+def drawn(sampler: BatchSampler, row: int = 0) -> tuple[int, float]:
+    return int(sampler.tokens[row]), float(sampler.drawn[1].view(torch.float32)[row])
 
 
 def test_greedy_takes_the_best_and_reports_its_probability() -> None:
     logits = torch.tensor([0.1, 4.0, 3.9])
-    token, logprob = Sampler(SamplingParams(), [], 3, CPU)(logits)
+    token, logprob = drawn(sampled([SamplingParams()], logits))
     assert token == 1
     assert logprob == pytest.approx(float(logits.log_softmax(-1)[1]))
 
 
 def test_logprob_is_the_models_own_whatever_the_rules() -> None:
     logits = torch.tensor([0.1, 4.0, 3.9])
-    sampler = Sampler(SamplingParams(temperature=0.7, top_k=1, repetition_penalty=1.5, seed=0), [2], 3, CPU)
-    assert sampler(logits)[1] == pytest.approx(float(logits.log_softmax(-1)[1]))
+    rules = SamplingParams(temperature=0.7, top_k=1, repetition_penalty=1.5, seed=0)
+    assert drawn(sampled([rules], logits, [[2]]))[1] == pytest.approx(float(logits.log_softmax(-1)[1]))
+
+
+def tokens_of(params: SamplingParams, logits: torch.Tensor, count: int) -> list[int]:
+    """Draws of one sequence, one after the other."""
+    sampler, found = sampled([params], logits), []
+    for _ in range(count):
+        found.append(int(sampler.tokens[0]))
+        sampler.draw(logits[None], ONE)
+    return found
 
 
 def test_seeds_reproduce_and_differ() -> None:
-    logits = torch.zeros(1000)
-
     def run(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), [], 1000, CPU)
-        return [sampler(logits)[0] for _ in range(20)]
+        return tokens_of(SamplingParams(temperature=1.0, seed=seed), torch.zeros(1000), 20)
 
     assert run(7) == run(7)
     assert len({tuple(run(seed)) for seed in (7, 8, 2**64 - 1, None, None)}) == 5
@@ -154,22 +131,21 @@ def test_seeds_reproduce_and_differ() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6, 1e30])
 def test_extreme_temperatures(temperature: float) -> None:
-    sampler = Sampler(SamplingParams(temperature=temperature, seed=1), [], 3, CPU)
-    tokens = {sampler(torch.tensor([30.0, 10.0, 20.0]))[0] for _ in range(50)}
-    assert tokens == ({0} if temperature < 1 else {0, 1, 2})
+    found = set(tokens_of(SamplingParams(temperature=temperature, seed=1), torch.tensor([30.0, 10.0, 20.0]), 50))
+    assert found == ({0} if temperature < 1 else {0, 1, 2})
 
 
 def test_ties_and_large_vocabularies() -> None:
-    equal = filtered(torch.zeros(50_000), SamplingParams(temperature=1.0, top_p=0.5))
-    assert int((equal > 0).sum()) == pytest.approx(25_000, rel=0.01)
-    assert float(equal.sum()) == pytest.approx(1.0)
-    assert filtered(torch.tensor([5.0, 1.0]), SamplingParams(temperature=1.0, top_p=1e-30)).tolist() == [1.0, 0.0]
+    sampler = sampled([SamplingParams(temperature=1.0, top_p=0.5)], torch.zeros(50_000))
+    assert float(sampler.floor(torch.zeros(1, 50_000), ONE)[0]) == 0, "equal scores are not told apart"
+    strict = sampled([SamplingParams(temperature=1.0, top_p=1e-30)], torch.tensor([5.0, 1.0]))
+    assert float(strict.floor(torch.tensor([[5.0, 1.0]]), ONE)[0]) == 5
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(OctoError, match="not finite"):
-        Sampler(SamplingParams(), [], 3, CPU)(torch.tensor([0.0, bad, 1.0]))
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_show_in_the_probability(bad: float) -> None:
+    """Which is what a step's reader looks at."""
+    assert not math.isfinite(drawn(sampled([SamplingParams()], torch.tensor([0.0, bad, 1.0])))[1])
 
 
 @pytest.mark.parametrize(
@@ -250,7 +226,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert SamplingParams(stop=["a"], stop_ids={np.int32(5)}) == SamplingParams(stop=("a",), stop_ids=(5,))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize(
     "rules",
     [
@@ -265,15 +240,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
         {"presence_penalty": 1e-300, "frequency_penalty": 100},
     ],
 )
-def test_the_ends_of_the_ranges_work(rules: dict[str, Any], batch: bool) -> None:
+def test_the_ends_of_the_ranges_work(rules: dict[str, Any]) -> None:
     """Also with logits as large as float16 has them: a token is drawn, and its probability is finite."""
-    logits, params = torch.tensor([6e4, 2.0, -6e4, 0.0]), SamplingParams(seed=1, **rules)
-    if batch:
-        sampler = sampled([params], logits, [[0, 2]])
-        token, logprob = int(sampler.tokens[0]), float(sampler.drawn[1].view(torch.float32)[0])
-        assert bool(sampler._draws.scores(logits[None]).isfinite().all())
-    else:
-        token, logprob = Sampler(params, [0, 2], 4, CPU)(logits)
+    logits = torch.tensor([6e4, 2.0, -6e4, 0.0])
+    token, logprob = drawn(sampled([SamplingParams(seed=1, **rules)], logits, [[0, 2]]))
     assert 0 <= token < 4 and math.isfinite(logprob)
 
 
@@ -294,8 +264,9 @@ def test_from_defaults() -> None:
 
 def sampled(params: list[SamplingParams], logits: torch.Tensor, seen: list[list[int]] | None = None) -> BatchSampler:
     sampler = BatchSampler(len(params), logits.shape[-1], CPU)
-    sampler.set(params, seen or [[] for _ in params])
-    sampler.draw(logits.expand(len(params), -1))
+    before = seen or [[] for _ in params]
+    sampler.arrange([sampler.enter(row, rule, ids) for row, (rule, ids) in enumerate(zip(params, before, strict=True))])
+    sampler.draw(logits.expand(len(params), -1), torch.arange(len(params), dtype=torch.int32))
     return sampler
 
 
@@ -311,7 +282,7 @@ def sampled(params: list[SamplingParams], logits: torch.Tensor, seen: list[list[
         {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 0.6},
     ],
 )
-def test_batch_draws_follow_the_definition(rules: dict[str, Any]) -> None:
+def test_draws_follow_the_definition(rules: dict[str, Any]) -> None:
     logits, count = [2.0, 1.5, 0.5, 0.25, -0.5, -1.0, -1.5, 1.0], 6000
     params = SamplingParams(**rules)
     sampler = sampled([replace(params, seed=i) for i in range(count)], torch.tensor(logits), [[1, 5, 5]] * count)
@@ -324,11 +295,11 @@ def test_batch_draws_follow_the_definition(rules: dict[str, Any]) -> None:
 def test_draws_of_one_sequence_differ_and_repeat() -> None:
     sampler = BatchSampler(1, 1000, CPU)
     runs = []
-    for drawn in (0, 0, 10):
-        sampler.set([SamplingParams(temperature=1.0, seed=2**64 - 1)], [[]], drawn)
+    for drawn_before in (0, 0, 10):
+        sampler.arrange([sampler.enter(0, SamplingParams(temperature=1.0, seed=2**64 - 1), [], drawn_before)])
         tokens = []
         for _ in range(20):
-            sampler.draw(torch.zeros(1, 1000))
+            sampler.draw(torch.zeros(1, 1000), ONE)
             tokens.append(int(sampler.tokens[0]))
         runs.append(tokens)
     assert runs[0] == runs[1] and len(set(runs[0])) > 15
@@ -343,18 +314,21 @@ def test_greedy_beside_noise_and_the_models_own_probability() -> None:
     assert torch.allclose(sampler.drawn[1].view(torch.float32), own, atol=1e-6)
 
 
-def test_penalties_count_what_was_drawn() -> None:
-    sampler = BatchSampler(1, 3, CPU)
-    sampler.set([SamplingParams(repetition_penalty=2.0)], [[0]])
-    tokens = []
-    for _ in range(3):
-        sampler.draw(torch.tensor([[3.0, 2.0, 1.2]]))
-        tokens.append(int(sampler.tokens[0]))
-    assert tokens == [1, 0, 0]
-
-
-@pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1e30])
-def test_extreme_temperatures_in_a_batch(temperature: float) -> None:
-    params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(50)]
-    tokens = set(sampled(params, torch.tensor([30.0, 10.0, 20.0])).tokens.tolist())
-    assert tokens == ({0} if temperature < 1 else {0, 1, 2})
+def test_sequences_draw_in_their_own_rows_in_any_order() -> None:
+    """The third row rests; what is drawn depends on seed and count, not on place."""
+    logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
+    rules = [SamplingParams(temperature=1.0, seed=seed, repetition_penalty=1.3) for seed in (1, 2, 3)]
+    alone = [tokens_of(rule, logits[0], 6) for rule in rules]
+    sampler = BatchSampler(4, 500, CPU)
+    samplings = {row: sampler.enter(row, rule, []) for row, rule in zip((3, 0, 1), rules, strict=True)}
+    sampler.tokens[2] = 77
+    found: dict[int, list[int]] = {3: [], 0: [], 1: []}
+    for order in ((3, 0, 1), (1, 3), (0, 1, 3), (0,), (1, 0), (3, 0), (0, 3, 1)):
+        sampler.arrange([samplings[row] for row in order])
+        rows = torch.tensor([*order, -1], dtype=torch.int32)
+        sampler.draw(logits.expand(len(rows), -1), rows)
+        for row in order:
+            samplings[row].drawn += 1
+            found[row].append(int(sampler.tokens[row]))
+    assert [tokens[: len(found[row])] for tokens, row in zip(alone, (3, 0, 1), strict=True)] == [*found.values()][:3]
+    assert sampler.tokens[2] == 77

@@ -123,7 +123,7 @@ def test_a_named_special_token_of_a_real_tokenizer(demo: Any) -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 def test_steps_ahead_of_a_stop_string_are_taken_back(ahead: bool, tiny: Any, random_ids: Any) -> None:
     engine = tiny()
-    engine.ahead, engine.end_ids = ahead, frozenset()
+    engine.depth, engine.end_ids = 1 + ahead, frozenset()
     engine.tokenizer.stream = lambda skip_special=True: type(
         "Stream", (), {"push": lambda _self, token: f"[{token}]", "finish": lambda _self: ""}
     )()
@@ -134,7 +134,7 @@ def test_steps_ahead_of_a_stop_string_are_taken_back(ahead: bool, tiny: Any, ran
     tokens = list(engine.generate(ids, SamplingParams(stop=(f"{stop}]",))))
     assert [token.id for token in tokens] == whole[: at + 1]
     assert "".join(token.text for token in tokens) == "".join(f"[{token}]" for token in whole[:at]) + "["
-    assert engine._ids == ids + whole[:at] and engine.arena.length[0] == len(engine._ids)
+    assert engine.arena.table.rows[0].ids == ids + whole[:at]
     again = engine.generate(ids + whole[: at + 1])
     next(again)
     assert again.reused_tokens == len(ids) + at

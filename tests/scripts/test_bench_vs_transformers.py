@@ -107,7 +107,7 @@ def test_both_run_the_same_model(
         model = bench.load_peer(shape, torch.device("cpu"), torch.float32)
         theirs = model(torch.tensor([ids]), logits_to_keep=1).logits[0, 0]
     engine = Engine.load("shape", kv="bf16", device="cpu", dtype="float32", max_context=128, random_weights=shape)
-    torch.testing.assert_close(engine.prefill(ids), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(engine.prefill(engine.sequence(), ids), theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def cached_keys(engine: Engine, ids: list[int]) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     with torch.inference_mode():
-        engine._decoder.hidden(torch.tensor([ids]), torch.arange(len(ids))[None], attention)
+        engine.forward.decoder.hidden(torch.tensor([ids]), torch.arange(len(ids))[None], attention)
     return torch.stack(found)
 
 
