@@ -349,7 +349,7 @@ def _rope_object(fields: _Fields, rope: _Fields, top: float, context: int) -> tu
     if kind == "linear":
         return theta, RopeScaling("linear", rope.number("factor", low=_FACTOR[0], high=_FACTOR[1]))
     if kind == "llama3":
-        return theta, _llama3(fields, rope, context)
+        return theta, _llama3(rope, context)
     raise rope.fail("rope_type", f"is {quoted(kind)}, and octo-run computes 'default', 'linear' and 'llama3' only")
 
 
@@ -359,15 +359,13 @@ def _refuse_partial_rotary(place: _Fields) -> None:
         raise place.fail("partial_rotary_factor", f"is {part:g}, and octo-run rotates whole heads only")
 
 
-def _llama3(fields: _Fields, rope: _Fields, context: int) -> RopeScaling:
+def _llama3(rope: _Fields, context: int) -> RopeScaling:
     low, high = (
         rope.number(name, low=_FREQ_FACTOR[0], high=_FREQ_FACTOR[1]) for name in ("low_freq_factor", "high_freq_factor")
     )
     if high <= low:
         raise rope.fail("high_freq_factor", f"({high:g}) is not greater than low_freq_factor ({low:g})")
-    # The file's own field comes first, and the context the model is for last.
-    name = "original_max_position_embeddings"
-    original = rope.integer(name, context) if fields.raw(name) is None else fields.integer(name)
+    original = rope.integer("original_max_position_embeddings", context)
     return RopeScaling("llama3", rope.number("factor", low=_FACTOR[0], high=_FACTOR[1]), low, high, original)
 
 

@@ -18,7 +18,7 @@ from octo_run.errors import LONGEST, OctoError
 from octo_run.models import foreign
 from octo_run.models.safetensors_file import ITEM_BITS, read_header
 
-MUTANTS = 8000
+MUTANTS = 4000
 
 #: Why octo-run refuses what the library accepts.
 REFUSED_ALONE = {
