@@ -224,10 +224,17 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
 def test_foreign_names_are_shown_short_and_escaped(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     name = "\x1b]52;c;aGk=\x07" + "n" * 5000 + "\u202e"
-    for bad in (3, entry("F33" * 999), entry(shape=[-1] * 5000), entry(offsets=["\x1b" * 999]), entry(offsets=[0, 4])):
+    for bad, words in (
+        (3, "' lacks dtype, shape or data_offsets)"),
+        (entry("F33" * 999), "has the dtype 'F33F33"),
+        (entry(shape=[-1] * 5000), "' is a list of 5,000)"),
+        (entry(offsets=["\x1b" * 999]), "the data_offsets of '"),
+        (entry(offsets=[0, 4]), "has 4 bytes, not those of F32 [2])"),
+        (entry(shape=[2**63] * 9), "has 8 bytes, not those of F32 a list of 9)"),
+    ):
         said = str(ours(path, file_of({name: bad})))
         assert len(said) <= LONGEST and str(path) in said and said.isprintable()
-        assert said.endswith((": fetch the model again.", "which octo-run does not know.")), said
+        assert words in said and said.endswith((": fetch the model again.", "which octo-run does not know.")), said
 
 
 def test_the_limits_are_those_of_one_place() -> None:
