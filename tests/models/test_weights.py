@@ -245,6 +245,13 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(make_checkpoint: Ma
     assert "1 of a dtype other than F64/F32/F16/BF16 (model.layers.1.mlp.down_proj.weight is I8)" in text
 
 
+def test_dtypes_that_are_no_weights_are_refused_by_name(make_checkpoint: Make) -> None:
+    folder = make_checkpoint()
+    for dtype, name in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e8m0fnu, "F8_E8M0"), (torch.complex64, "C64")):
+        change(folder, model__norm__weight=torch.ones(64).to(dtype))
+        assert f"1 of a dtype other than F64/F32/F16/BF16 (model.norm.weight is {name})" in refused(folder)
+
+
 def test_long_lists_are_cut(make_checkpoint: Make) -> None:
     folder = make_checkpoint(num_hidden_layers=1)
     config = json.loads((folder / "config.json").read_text())
