@@ -5,6 +5,7 @@ from octo_run.kernels.attention import (
     AttentionInputs,
     attend,
     attend_reference,
+    attention_host_bytes,
     attention_workspace_bytes,
     page_bytes,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionInputs",
     "attend",
     "attend_reference",
+    "attention_host_bytes",
     "attention_workspace_bytes",
     "encode_pages",
     "encode_pages_reference",

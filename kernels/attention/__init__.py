@@ -9,13 +9,21 @@ from torch import Tensor
 
 from octo_run.kernels.attention.inputs import AttentionInputs, page_bytes
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
-from octo_run.kernels.attention.reference import attend_reference
+from octo_run.kernels.attention.reference import attend_reference, host_bytes
 from octo_run.kernels.attention.splits import workspace_bytes
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
 
-__all__ = ["PAGE_TOKENS", "AttentionInputs", "attend", "attend_reference", "attention_workspace_bytes", "page_bytes"]
+__all__ = [
+    "PAGE_TOKENS",
+    "AttentionInputs",
+    "attend",
+    "attend_reference",
+    "attention_host_bytes",
+    "attention_workspace_bytes",
+    "page_bytes",
+]
 
 
 def attend(
@@ -58,3 +66,11 @@ def attention_workspace_bytes(
     if torch.device(device).type == "cpu":
         return 0
     return workspace_bytes(batch, heads, kv_heads, head_dim, queries, length)
+
+
+def attention_host_bytes(
+    queries: int, heads: int, kv_heads: int, head_dim: int, keys: tuple[int, int], *, mean: bool
+) -> int:
+    """Bytes that `attend` takes on a CPU, where it has no workspace, for `queries` tokens of one sequence, 16-bit or
+    float32. `keys`: packed pages, and tokens in full precision. `mean`: with a key mean."""
+    return host_bytes(queries, heads, kv_heads, head_dim, keys, mean=mean)

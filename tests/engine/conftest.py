@@ -1,7 +1,7 @@
 """Small engines for the engine's tests: random models, scripted models, a byte tokenizer with a chat template."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ class ByteTokenizer:
     """Ids 0-255 are bytes, 256 begins a text, 257 ends a turn, 258 begins one."""
 
     vocab_size, bos_id, eos_ids = 260, 256, (257,)
-    special = {"<s>": 256, "<end>": 257, "<turn>": 258}
+    special: ClassVar = {"<s>": 256, "<end>": 257, "<turn>": 258}
     special_ids = frozenset(special.values())
     has_chat_template = True
 
