@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,13 +153,21 @@ class ArenaShape:
         return vector * (self.layers * self.sequences * (self.sink + self.ring) + self.ring + self.chunk)
 
 
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Bytes, all 0. On a CPU the system gives them when they are written: a long context takes no time and no memory
+    before it is used."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
 class KVArena:
     """Allocates everything of ``shape`` on ``device`` once; afterwards only writes into it."""
 
     def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device, means: "KeyMeans | None" = None) -> None:
         self.shape, self.fmt, self.means = shape, fmt, means
         s = shape
-        self.pages = torch.zeros(s.pages, s.layers, s.kv_heads, s.page_bytes, dtype=torch.uint8, device=device)
+        self.pages = _zeros((s.pages, s.layers, s.kv_heads, s.page_bytes), device)
         if device.type == "cuda":
             kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
         full = (s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)

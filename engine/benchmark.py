@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from octo_run.engine import system_memory
 from octo_run.engine.energy import EnergyMeter
 from octo_run.engine.sampling import SamplingParams
 
@@ -47,10 +48,12 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the allocator's peak begin at what is allocated now: earlier engines and measurements are not this one's."""
+    """Let the peak begin at what is held now: loading, earlier engines and measurements are no part of it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        system_memory.forget_peak()
 
 
 def measure(

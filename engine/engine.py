@@ -1,8 +1,6 @@
 """The engine: a loaded model, its KV arena, and the loop that turns token ids into token ids."""
 
 import re
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Sequence_
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octo_run import kernels
+from octo_run.engine import system_memory
 from octo_run.engine.arena import KVArena
 from octo_run.engine.batching import Completion, complete
 from octo_run.engine.forward import Forward
@@ -124,14 +123,14 @@ class Engine:
         where = choose_device(device)
         kind = choose_dtype(dtype, cfg, where)
         fmt = parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=kind)
+        tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
+        defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
         plan = plan_memory(
             cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window, sequences=sequences,
             key_mean=key_mean,
         )  # fmt: skip
         if on_plan is not None:
             on_plan(plan)
-        tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
-        defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
         with torch.inference_mode():
             if path is None:
                 weights = weight_files.random_weights(cfg, where, kind)
@@ -147,15 +146,17 @@ class Engine:
         return self.plan.as_dict()
 
     def memory_now(self) -> dict[str, int]:
-        """Bytes as the allocator sees them on CUDA (``allocated``, ``peak``, ``reserved``); the process's on a CPU."""
+        """Bytes as the allocator sees them on CUDA (``allocated``, ``peak``, ``reserved``). On a CPU ``process_peak``,
+        the most that the process held since its start or ``benchmark.forget_peak``, ``before_loading``, what it held
+        before (PyTorch's own share), and ``engine_peak``, the difference, which is to be compared with the plan."""
         if self.device.type == "cuda":
             return {
                 "allocated": torch.cuda.memory_allocated(self.device),
                 "peak": torch.cuda.max_memory_allocated(self.device),
                 "reserved": torch.cuda.memory_reserved(self.device),
             }
-        unit = 1 if sys.platform == "darwin" else 1024
-        return {"process_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        peak, before = system_memory.resident_peak(), self.plan.before
+        return {"engine_peak": max(0, peak - before), "before_loading": before, "process_peak": peak}
 
     @torch.inference_mode()
     def logits(self, ids: list[int], step: int | None = None) -> Tensor:

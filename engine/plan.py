@@ -1,12 +1,11 @@
 """The memory plan: what an engine will hold on its device, computed before anything is loaded."""
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from octo_run import kernels
+from octo_run.engine import system_memory
 from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.sampling import sampling_bytes
@@ -33,7 +32,8 @@ class MemoryPlan:
     ``full_precision`` are sinks, windows and the staging buffer; ``workspace`` the attention splits, the matrix-product
     library's workspace and the activations of a chunk or a step; ``graphs`` what recorded steps take of their own;
     ``logits`` the logits of a step and what the sampler keeps for each sequence. ``loading`` is no part of the sum: the
-    bytes held at most while weights are fused, before anything else is there. ``free`` is what is left to an engine.
+    bytes held at most while weights are fused, before anything else is there. ``free`` is what is left to an engine,
+    ``before`` what the process held at that time in memory if the device is a CPU (PyTorch, tokenizer): no part of it.
     """
 
     kv: str
@@ -41,6 +41,7 @@ class MemoryPlan:
     dtype: torch.dtype
     shape: ArenaShape
     free: int
+    before: int
     weights: int
     workspace: int
     graphs: int
@@ -97,18 +98,12 @@ class MemoryPlan:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device now (for a CPU: the memory that the system calls available)."""
+    """Bytes that are free on the device now; for a CPU see :func:`system_memory.available`."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what an engine that is gone has left with the allocator is free, too
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with Path("/proc/meminfo").open(encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    system_memory.give_back()  # likewise
+    return system_memory.available()
 
 
 def _library_workspace(device: torch.device) -> int:
@@ -119,12 +114,16 @@ def _library_workspace(device: torch.device) -> int:
     return (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
 
 
-def _cpu_activations(cfg: ModelConfig, rows: int, dtype: torch.dtype) -> int:
-    """Bytes of the largest set of activations alive at once for ``rows`` tokens, in the MLP or around the attention."""
+def _cpu_activations(cfg: ModelConfig, shape: ArenaShape) -> int:
+    """Bytes of the largest set of activations alive at once for a chunk, in the MLP or in the attention."""
+    rows, size = shape.chunk, shape.dtype.itemsize
     heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-    mlp = 2 * cfg.hidden_size + 4 * cfg.intermediate_size
-    attention = 2 * cfg.hidden_size + 3 * heads
-    return rows * max(mlp, attention) * dtype.itemsize + rows * cfg.hidden_size * 4
+    mlp = rows * (2 * cfg.hidden_size + 4 * cfg.intermediate_size) * size
+    attention = rows * (2 * cfg.hidden_size + 3 * heads) * size + kernels.attention_host_bytes(
+        shape.chunk, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (shape.max_pages, shape.ring + shape.chunk),
+        mean=bool(shape.mean_heads),
+    )  # fmt: skip
+    return max(mlp, attention) + rows * cfg.hidden_size * 4
 
 
 def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int) -> int:
@@ -138,7 +137,7 @@ def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int
 def _workspace(cfg: ModelConfig, shape: ArenaShape, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of splits, activations and the library's workspace."""
     if device.type == "cpu":
-        return _cpu_activations(cfg, shape.chunk, dtype)
+        return _cpu_activations(cfg, shape)
     sequences = shape.sequences
     attention = kernels.attention_workspace_bytes(
         sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk, shape.context
@@ -220,6 +219,7 @@ def plan_memory(
         dtype=dtype,
         shape=shape,
         free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
+        before=0 if device.type == "cuda" else system_memory.resident(),
         weights=weight_bytes(cfg, dtype),
         workspace=_workspace(cfg, shape, dtype, device),
         graphs=_library_workspace(device),
@@ -234,7 +234,8 @@ def plan_memory(
                 f"The model's weights need {plan.weights / 2**30:.2f} GiB; of the {plan.free / 2**30:.2f} GiB free on "
                 f"{plan.device}, {budget / 2**30:.2f} GiB are taken unasked: give --ctx, or choose a smaller model."
             )
-        return replace(plan, shape=replace(shape, context=fits, chunk=min(shape.chunk, fits)))
+        shape = replace(shape, context=fits, chunk=min(shape.chunk, fits))
+        return replace(plan, shape=shape, workspace=_workspace(cfg, shape, dtype, device))
     if fits < context:
         raise OctoError(
             f"A context of {context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "

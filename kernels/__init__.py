@@ -6,6 +6,7 @@ from octo_run.kernels.attention import (
     AttentionSpec,
     attend,
     attend_reference,
+    attention_host_bytes,
     attention_workspace_bytes,
     page_bytes,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionSpec",
     "attend",
     "attend_reference",
+    "attention_host_bytes",
     "attention_workspace_bytes",
     "encode_pages",
     "encode_pages_reference",

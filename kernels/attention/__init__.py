@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octo_run.kernels.attention.inputs import AttentionInputs, page_bytes
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
-from octo_run.kernels.attention.reference import attend_reference
+from octo_run.kernels.attention.reference import attend_reference, host_bytes
 from octo_run.kernels.attention.spec import AttentionSpec
 from octo_run.kernels.attention.splits import workspace_bytes
 
@@ -22,6 +22,7 @@ __all__ = [
     "AttentionSpec",
     "attend",
     "attend_reference",
+    "attention_host_bytes",
     "attention_workspace_bytes",
     "page_bytes",
 ]
@@ -69,3 +70,11 @@ def attention_workspace_bytes(
     if torch.device(device).type == "cpu":
         return 0
     return workspace_bytes(batch, heads, kv_heads, head_dim, queries, length)
+
+
+def attention_host_bytes(
+    queries: int, heads: int, kv_heads: int, head_dim: int, keys: tuple[int, int], *, mean: bool
+) -> int:
+    """Bytes that `attend` takes on a CPU, where it has no workspace, for `queries` tokens of one sequence, 16-bit or
+    float32. `keys`: packed pages, and tokens in full precision. `mean`: with a key mean."""
+    return host_bytes(queries, heads, kv_heads, head_dim, keys, mean=mean)

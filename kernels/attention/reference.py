@@ -54,6 +54,14 @@ def attend_reference(
     return out
 
 
+def host_bytes(queries: int, heads: int, kv_heads: int, head_dim: int, keys: tuple[int, int], *, mean: bool) -> int:
+    """Bytes that `attend_reference` takes beside its inputs and its output: see `attention_host_bytes`."""
+    pages, full = keys
+    rows, longest = queries * heads, max(PAGE_TOKENS * min(TILE_PAGES, pages), full)
+    scores = rows * longest * 4 * (2 if mean else 1) + rows * full  # with a mean's part; what is hidden
+    return scores + 4 * head_dim * (5 * rows + 4 * kv_heads * longest)
+
+
 def _segments(
     kv: AttentionInputs,
     fmt: KVFormat,
@@ -101,12 +109,13 @@ def _attend_one(
         last = first + k.shape[1] - 1
         if last > int(positions[0]):
             keys = torch.arange(first, last + 1, device=rows.device)
-            scores = scores.masked_fill(keys > positions[:, None], float("-inf"))
+            scores.masked_fill_(keys > positions[:, None], float("-inf"))
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         shift = new_top.masked_fill(new_top == float("-inf"), 0.0)
-        weights = (scores - shift).exp_()
+        weights = scores.sub_(shift).exp_()
         keep = (top - shift).exp_()
         total = total * keep + weights.sum(-1, keepdim=True)
-        acc = acc * keep + weights @ v
+        acc.mul_(keep).add_(weights @ v)
         top = new_top
+        del scores, weights, bias  # before the next tile's come
     return acc / total

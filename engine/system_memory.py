@@ -1,0 +1,122 @@
+"""What the system leaves to this process on a CPU: the memory that is available, less what a container (cgroup v1 or
+v2) or ``ulimit`` does not allow; and what the process holds of it."""
+
+import contextlib
+import ctypes
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_ROOT = Path("/")
+#: Where the memory controllers are mounted, by the version of cgroups.
+_MOUNTS = {1: ("sys/fs/cgroup/memory",), 2: ("sys/fs/cgroup", "sys/fs/cgroup/unified")}
+#: Files of a cgroup: its limits and its usage in bytes, and what ``memory.stat`` calls cached files of it and its own.
+_FILES = {
+    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    2: (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
+}
+
+
+def available(root: Path = _ROOT) -> int:
+    """Bytes that the process can still take before the system, a cgroup that it is in, or ``ulimit`` stops it.
+
+    ``root``: where ``proc`` and ``sys`` lie.
+    """
+    return max(0, min([_of_system(root), *_of_cgroups(root), *_of_limits(root)]))
+
+
+def _of_system(root: Path) -> int:
+    """What the system calls available; half of all memory where it does not say."""
+    found = _table(root / "proc/meminfo").get("MemAvailable:")
+    if found is not None:
+        return found * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _of_cgroups(root: Path) -> Iterator[int]:
+    """What every cgroup from the process's own up to the root has left.
+
+    Cached files do not count as used: they go when memory is short. A container may see its own cgroup as the mount's
+    root and still be told its path on the host; folders that are not there are passed over.
+    """
+    for version, path in _cgroups(root):
+        limits, usage, cached = _FILES[version]
+        for mount in _MOUNTS[version]:
+            for folder in {root / mount / part for part in (path, *path.parents)}:
+                limit = min((size for name in limits if (size := _number(folder / name)) is not None), default=None)
+                used = _number(folder / usage)
+                if limit is not None and used is not None:
+                    stat = _table(folder / "memory.stat")
+                    yield limit - max(0, used - sum(stat.get(name, 0) for name in cached))
+
+
+def _cgroups(root: Path) -> Iterator[tuple[int, PurePosixPath]]:
+    """Version and path of the process's cgroups for memory; of none at all, the mounts' roots."""
+    found = False
+    for line in _lines(root / "proc/self/cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        version = 2 if number == "0" and not controllers else 1 if "memory" in controllers.split(",") else 0
+        if version:
+            found = True
+            outside = ".." in path.split("/")  # a cgroup that lies beyond what this namespace shows
+            yield version, PurePosixPath("" if outside else path.strip("/"))
+    if not found:
+        yield from ((1, PurePosixPath()), (2, PurePosixPath()))
+
+
+def _of_limits(root: Path) -> Iterator[int]:
+    """What ``ulimit -v`` (address space) and ``ulimit -d`` (private memory) leave."""
+    pages = next(iter(_lines(root / "proc/self/statm")), "").split()
+    for limit, place in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY and len(pages) > place:
+            yield soft - int(pages[place]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Give the system what the C library keeps of memory that was freed (glibc): an earlier engine's, say."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def resident() -> int:
+    """Bytes that the process holds in memory now; its peak where the system does not say."""
+    held = _table(Path("/proc/self/status")).get("VmRSS:")
+    return resident_peak() if held is None else held * 1024
+
+
+def resident_peak() -> int:
+    """Bytes that the process has held at most, since the last :func:`forget_peak` where the system knows that."""
+    peak = _table(Path("/proc/self/status")).get("VmHWM:")
+    if peak is not None:
+        return peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """Let :func:`resident_peak` begin at what is held now, if the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None for "max" and where there is none."""
+    text = "".join(_lines(path)[:1]).strip()
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Name -> number of the lines of a file that begin with both."""
+    words = (line.split() for line in _lines(path))
+    return {part[0]: int(part[1]) for part in words if len(part) > 1 and part[1].isascii() and part[1].isdigit()}
