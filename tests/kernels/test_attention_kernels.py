@@ -182,9 +182,9 @@ def run_triton(case):
         kv = replace(kv, mean=KeyMean(mean.means.to(DEVICE), mean.rotation.to(DEVICE), tables, of_queries))
     q = case.q.to(DEVICE)
     out = torch.full_like(q, float("nan"))
-    size = workspace_bytes(batch, heads, kv.pages.shape[1], dim, batch * count) // 4
+    size = workspace_bytes(q.device, batch, heads, kv.pages.shape[1], dim, batch * count) // 4
     workspace = torch.full((size,), float("nan"), device=DEVICE)
-    workspace[: counter_words()] = 0
+    workspace[: counter_words(q.device)] = 0
     got = attend_triton(
         q, kv, case.fmt, spec=AttentionSpec(dim**-0.5), max_length=case.max_length, out=out, workspace=workspace
     )
@@ -237,7 +237,8 @@ def test_triton_takes_the_mean_out_and_puts_it_back(dim):
         *pages.stride()[:4], *out.stride()[:3], *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
     assert torch.allclose(out, (k - rows).transpose(1, 2), atol=1e-5)
     slab = k.clone()
-    put_back(slab.view(2, 2, -1, dim), _integers([first + 2, 9]).to(DEVICE), first, mean)
+    put_back(slab.view(2, 2, -1, dim), _integers([1, 0]).to(DEVICE), _integers([first + 2, 9]).to(DEVICE), first, mean)
+    rows = rows.flip(0)  # the sequences own each other's means
     rows[0, :, 2] = 0  # a page that the first sequence does not have
     assert torch.allclose(slab, k + rows, atol=1e-5)
 
@@ -468,10 +469,11 @@ def test_triton_empty_arena(kv, dtype):
 def test_splits_fit_the_workspace(batch, kv_heads, length, at_once):
     from octo_run.kernels.attention.splits import Workspace, count_splits, workspace_bytes
 
-    splits = count_splits(batch, kv_heads, length, at_once)
+    meta = torch.device("meta")
+    splits = count_splits(meta, batch, kv_heads, length, at_once)
     assert 1 <= splits <= max(1, -(-length // 64))
-    words = workspace_bytes(batch, kv_heads, kv_heads, 16) // 4
-    room = Workspace.of(torch.empty(words, device="meta"), batch, kv_heads, kv_heads, 16, torch.device("meta"))
+    words = workspace_bytes(meta, batch, kv_heads, kv_heads, 16) // 4
+    room = Workspace.of(torch.empty(words, device=meta), batch, kv_heads, kv_heads, 16, meta)
     part, lse = room.partials(splits * batch, kv_heads, 16)
     assert lse.numel() == splits * batch * kv_heads and part.numel() == 16 * lse.numel()
 
