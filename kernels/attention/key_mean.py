@@ -234,6 +234,12 @@ def rotated_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tenso
     if q.device.type == "cpu":
         found = coefficients(q.to(torch.float32) @ rotation, means[rows.clamp(min=0).long()])
         return out.copy_(found.masked_fill_((rows < 0)[:, None, None, None], 0.0))
+    launch_coefficients(q, means, rows, rotation, out)
+    return out
+
+
+def launch_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tensor, out: Tensor) -> None:
+    """`rotated_coefficients` by Triton."""
     import triton
 
     from octo_run.kernels.attention.triton_mean import coefficients_kernel
@@ -245,4 +251,3 @@ def rotated_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tenso
             q, out, means, rows, rotation, lines, count, *q.stride()[:3], *means.stride()[:2], H=heads,
             G=heads // means.shape[1], D=dim, WIDTH=triton.next_power_of_2(dim),
             HALF=max(16, triton.next_power_of_2(dim // 2)), LINES=16, num_warps=4)  # fmt: skip
-    return out

@@ -40,8 +40,8 @@ def _unpack(
 def unpack_kernel(
     SLAB_K, SLAB_V, PAGES, TABLE, OWNED, PACKED, levels_k, radii_k, levels_v, radii_v, first_page, pages, sp_page,
     sp_head, st_b, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
-    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
+    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr,
+    T1: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
     """Decode the pages first_page .. first_page + pages - 1 of each sequence, as far as it has them, to SLAB_K and
     SLAB_V [B, Hkv, 64 * pages, D]. Program (page, KV head, sequence)."""
@@ -64,8 +64,8 @@ def unpack_kernel(
 def flash_kernel(
     Q, OUT, LSE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink, capacity, first,
     sq_b, sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h,
-    stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, PAST: tl.constexpr,
-    SLAB: tl.constexpr, DOT: tl.constexpr,
+    stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    PAST: tl.constexpr, SLAB: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Causal attention over sinks and tail; PAST makes it a continuation of what an earlier call left in OUT and LSE.
 

@@ -101,6 +101,26 @@ def test_sequences_of_unequal_lengths_are_cut_finer(kernel: Any) -> None:
     assert evenly < 1e-3 and uneven[1] > len(lengths) and uneven == even  # the grid depends on shapes alone
 
 
+@pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4:oct2"])
+@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 1), (96, 5), (128, 7), (256, 8)])
+def test_filler_is_left_out(kernel: Any, kv: str, dim: int, group: int) -> None:
+    """Anywhere in a batch, which is divided as if it were not there; its output is zero."""
+    case = decode_case(kv, [0, 450, 0, 128, 0], group, 1, dim)
+    assert worst_error(case) < 1e-3
+
+
+def test_filler_with_the_key_mean(kernel: Any) -> None:
+    assert worst_error(decode_case("oct3", [0, 800, 0, 450, 0, 0], 7, 1, 128, mean=2.0)) < 1.5e-3
+
+
+@pytest.mark.parametrize("lengths", [[0], [0, 0, 0]])
+def test_a_batch_of_filler(kernel: Any, lengths: list[int]) -> None:
+    """Alone, with a bound that divides it in parts; the rows are nobody's, full of NaN."""
+    case = decode_case("oct3", lengths, 4, 2, 64)
+    case.max_length = 4096
+    assert worst_error(case) == 0
+
+
 def test_more_sequences_than_counters(kernel: Any) -> None:
     """A long one among many short ones is not cut: the workspace has a counter for eight programs a processor."""
     lengths = [*([200] * 34), 64 * 40 + 192]
