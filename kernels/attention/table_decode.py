@@ -232,14 +232,14 @@ def table_decode_kernel(
     start = gl.load(starts_ptr + seq)
     origin = gl.load(origin_ptr + seq)
     length = gl.where(owned < 0, 0, start + 1)  # filler has no tokens
-    row = gl.maximum(owned, 0)
+    owned = gl.maximum(owned, 0)
     table = _entries(table_k_ptr, tid, MAIN_K, 32 * WARPS)
     table_x = _entries(table_k_ptr + MAIN_K, tid, 1 << B_K, 32 * WARPS)
     per = (num + splits - 1) // splits
     begin = split * per
     end = gl.minimum(begin + per, num)
     last = gl.maximum(end - 1, 0)
-    ids = page_table_ptr + row * stride_table
+    ids = page_table_ptr + owned * stride_table
     pages = pages_ptr + head * stride_head
     page_id = gl.load(ids + gl.minimum(begin + warp, last), mask=begin < end, other=0)
     next_id = gl.load(ids + gl.minimum(begin + warp + WARPS, last), mask=begin < end, other=0)
@@ -261,10 +261,10 @@ def table_decode_kernel(
         let_next_kernel_start(seq)
         after = wait_for_kernel_before(seq)
     q_row = q_ptr + (seq * stride_qb + head * G * stride_qh + after)
-    sink_k = sink_k_ptr + row * stride_skr + head * stride_skh
-    sink_v = sink_v_ptr + row * stride_svr + head * stride_svh
-    tail_k = tail_k_ptr + row * stride_tkr + head * stride_tkh
-    tail_v = tail_v_ptr + row * stride_tvr + head * stride_tvh
+    sink_k = sink_k_ptr + owned * stride_skr + head * stride_skh
+    sink_v = sink_v_ptr + owned * stride_svr + head * stride_svh
+    tail_k = tail_k_ptr + owned * stride_tkr + head * stride_tkh
+    tail_v = tail_v_ptr + owned * stride_tvr + head * stride_tvh
     coef = coef_ptr + (seq * stride_cb + head * G * stride_ch + after)
     n_sink = gl.minimum(sink, length)
     count = n_sink + gl.maximum(length - sink - 64 * num, 0)
