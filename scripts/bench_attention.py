@@ -27,9 +27,16 @@ import torch
 import triton
 from attention_peers import PEERS, compile_flashinfer
 from bench_report import provenance, save, table
-from gpu_check import unblock
+from gpu_cases import unblock
 
-from octo_run.kernels import AttentionInputs, attend, attention_workspace_bytes, encode_pages, page_bytes
+from octo_run.kernels import (
+    AttentionInputs,
+    AttentionSpec,
+    attend,
+    attention_workspace_bytes,
+    encode_pages,
+    page_bytes,
+)
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, page_bias
 from octo_run.kernels.codec import KVFormat, parse_kv
 
@@ -148,6 +155,7 @@ def inputs(fmt: KVFormat, lengths: list[int], kv_heads: int, dim: int, layers: i
             AttentionInputs(
                 pages=pages,
                 page_table=table,
+                rows=torch.arange(len(lengths), dtype=torch.int32, device=DEVICE),
                 num_packed=packed,
                 starts=SINK + packed * PAGE + NEW - 1,
                 sink_k=full[0],
@@ -174,7 +182,7 @@ def check(kv: str, group: int, dim: int) -> float:
     if kv.endswith("+mean"):
         kv_in = replace(kv_in, mean=key_mean(fmt, q, heads, max(counts)))
     out = torch.full_like(q, float("nan"))
-    attend(q, kv_in, fmt, scale=dim**-0.5, max_length=SINK + max(lengths) + NEW, out=out)
+    attend(q, kv_in, fmt, spec=AttentionSpec(dim**-0.5), max_length=SINK + max(lengths) + NEW, out=out)
     stored, split = pages[:, 0].cpu(), PAGE * fmt.k.bytes_per_vector
     exact = [unblock(fmt.k, "k", stored[..., :split]), unblock(fmt.v, "v", stored[..., split:])]
     worst = 0.0
@@ -225,11 +233,11 @@ def prepare_ours(kv: str, shape: Shape, layers: int) -> Callable[[], None]:
     out = torch.empty_like(q)
     size = attention_workspace_bytes(batch, heads, shape.kv_heads, shape.dim, DEVICE)
     workspace = torch.zeros(size // 4, dtype=torch.float32, device=DEVICE)
-    longest = SINK + max(shape.lengths) + NEW
+    longest, spec = SINK + max(shape.lengths) + NEW, AttentionSpec(shape.dim**-0.5)
 
     def step() -> None:
         for arena in arenas:
-            attend(q, arena, fmt, scale=shape.dim**-0.5, max_length=longest, out=out, workspace=workspace)
+            attend(q, arena, fmt, spec=spec, max_length=longest, out=out, workspace=workspace)
 
     return step
 

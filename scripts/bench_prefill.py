@@ -31,6 +31,7 @@ from octo_run.kernels.codec import KVFormat, parse_kv
 
 HEADS, KV_HEADS, DIM, HIDDEN, MLP = 32, 8, 128, 4096, 14336
 SINK, PAGE, WINDOW = 64, 64, 64
+SPEC = AttentionSpec(DIM**-0.5)
 BOUND = 6e-3  # bf16 outputs are themselves rounded to 2e-3, what comes from packed pages twice
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
@@ -76,6 +77,7 @@ def inputs(fmt: KVFormat, past: int, chunk: int, heads: tuple[int, int], mean: b
     kv = AttentionInputs(
         pages=few[which, 0],
         page_table=torch.randperm(max(1, pages), device=device).int()[None],
+        rows=zero,
         num_packed=zero + pages, starts=start, sink_k=full[0], sink_v=full[1], tail_k=full[2], tail_v=full[3],
         tail_origin=zero + pages * PAGE, sink=SINK,
     )  # fmt: skip
@@ -92,7 +94,7 @@ def check(kv_name: str, chunk: int) -> float:
     fmt = parse_kv(kv_name.removesuffix("+mean"), DIM)
     q, kv, sources = inputs(fmt, 37 * PAGE, chunk, (8, 2), kv_name.endswith("+mean"))
     out = torch.full_like(q, float("nan"))
-    attend(q, kv, fmt, scale=DIM**-0.5, max_length=SINK + 37 * PAGE + chunk, out=out)
+    attend(q, kv, fmt, spec=SPEC, max_length=SINK + 37 * PAGE + chunk, out=out)
     moved = {name: x.cpu() for name, x in vars(kv).items() if isinstance(x, torch.Tensor)}
     moved |= {name: moved[name].double() for name in ("sink_k", "sink_v", "tail_k", "tail_v")}
     k, v = sources.cpu()[:, None]
@@ -104,7 +106,7 @@ def check(kv_name: str, chunk: int) -> float:
         tables = kv.mean.tables.to("cpu")
         of_queries = coefficients(q.float().cpu() @ rotation, means)
         moved["mean"] = KeyMean(means, rotation, tables, of_queries)
-    want = attend_reference(q.double().cpu(), replace(kv, **moved), fmt, scale=DIM**-0.5)
+    want = attend_reference(q.double().cpu(), replace(kv, **moved), fmt, spec=SPEC)
     error = float((out.double().cpu() - want).norm() / want.norm())
     return error if error == error else math.inf
 
@@ -139,7 +141,7 @@ def time_chunk(formats: list[str], chunk: int, past: int) -> list[Row]:
         length = SINK + past + chunk if past else chunk
         if not past:  # a prompt's beginning: the first tokens are the sinks
             kv = replace(kv, starts=torch.zeros_like(kv.starts))
-        ms = median_ms(lambda: attend(q, kv, fmt, scale=DIM**-0.5, max_length=length, out=out))  # noqa: B023
+        ms = median_ms(lambda: attend(q, kv, fmt, spec=SPEC, max_length=length, out=out))  # noqa: B023
         rows.append(Row(case, f"ours, {name if past else 'no pages'}", ms, best / ms))
     return rows
 

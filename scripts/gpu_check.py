@@ -3,9 +3,12 @@
     python scripts/gpu_check.py [--processes N] [--skip-shapes]
 
 Checks: attention (decode and prefill, outputs and workspaces filled with NaN) against float64 attention over
-`codec.decode`, for head dims x group sizes x lengths around page edges x formats; page encoding against the codecs; the
-replay of a CUDA graph against the same calls made one by one. The cases are spread over processes, because most of
-their time is compilation. Nothing is timed whose result is wrong. Exit code 1 if anything differs.
+`codec.decode`, for head dims x group sizes x lengths around page edges x formats, with filler in the batch and with key
+means too; page encoding against the codecs; the step's kernels that go by rows against their references; the replay of
+a CUDA graph, for which the map of rows changes, against the same calls made one by one; on a second GPU, if there is
+one, while the first is current. Sequences own rows of the arena in no order, and rows of nobody are full of NaN. The
+cases are spread over processes, because most of their time is compilation. Nothing is timed whose result is wrong.
+Exit code 1 if anything differs.
 """
 
 import argparse
@@ -17,146 +20,39 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
+from gpu_cases import (
+    PAGE,
+    SIDES,
+    SINK,
+    WINDOW,
+    arena_inputs,
+    blocks,
+    dense,
+    error_of,
+    make_case,
+    unblock,
+    workspace_for,
+)
 from torch import Tensor
 
-from octo_run.kernels import AttentionInputs, attend, attention_workspace_bytes, encode_pages, page_bytes
-from octo_run.kernels.attention.splits import counter_words
-from octo_run.kernels.codec import Codec, KVFormat, TrellisCodec, parse_kv
-from octo_run.kernels.codec.page_layout import Indices, Side, pack_block
+from octo_run.kernels import AttentionSpec, attend, encode_pages, page_bytes
+from octo_run.kernels import step as ops
+from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec.rotation import rotation_matrix
+from octo_run.kernels.step import reference
 
-SINK, WINDOW, PAGE = 64, 64, 64
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUPS = (1, 4, 5, 7, 8)
 TRELLIS = ("oct2", "oct3", "oct4")
 FORMATS = (*TRELLIS, "octopus2", "octopus3", "octopus4", "bf16")
 BEYOND_SINK = (0, 1, 63, 64, 65, 127, 128, 129, 1000)
 PUBLISHED_MS = 0.55  # the paper's kernel: 4 KV heads, 28 query heads, 65,536 tokens, d = 128, 10 bits, one H200
-SIDES: tuple[Side, Side] = ("k", "v")
 BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 4e-3, torch.float32: 2e-5}  # bf16 outputs are themselves rounded to 2e-3
-
-
-@dataclass
-class Case:
-    """A batch of sequences in an arena, and the float64 result."""
-
-    q: Tensor
-    kv: AttentionInputs
-    fmt: KVFormat
-    want: Tensor
-    max_length: int
-
-
-def blocks(codec: Codec, side: Side, x: Tensor) -> Tensor:
-    """Vectors [..., 64, d] as K or V blocks of pages [..., 64 * bytes], by the codec's own encoder."""
-    if not isinstance(codec, TrellisCodec):
-        return codec.encode_rotated(x).flatten(-2)
-    return pack_block(codec.page_layout, side, *codec.encode_fields(x)).to(x.device)
-
-
-def unblock(codec: Codec, side: Side, block: Tensor) -> Tensor:
-    """What K or V blocks [..., 64 * bytes] hold, in the rotated basis: float64 [..., 64, d]."""
-    if not isinstance(codec, TrellisCodec):
-        rows = block.reshape(*block.shape[:-1], PAGE, -1)
-        return codec.rotate(codec.decode(rows, torch.float64))
-    layout = codec.page_layout
-    bits = (block[..., None] >> torch.arange(8, dtype=torch.uint8, device=block.device) & 1).flatten(-2)
-
-    def read(addresses: Indices) -> Tensor:
-        at = torch.from_numpy(addresses).to(block.device)
-        weights = 1 << torch.arange(at.shape[-1], device=block.device)
-        return (bits[..., at] * weights).sum(-1).to(torch.int32)
-
-    code, sign, norm = (
-        (layout.k_code, layout.k_sign, layout.k_norm) if side == "k" else (layout.v_code, layout.v_sign, layout.v_norm)
-    )
-    signs = bits[..., torch.from_numpy(sign).to(block.device)] if layout.signed else None
-    return codec.decode_fields(read(code), signs, read(norm), torch.float64)
-
-
-def stored_pages(fmt: KVFormat, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """[2, H, 64 P, d] -> page bytes [P, H, bytes], and what they hold in the rotated basis, float64 [2, H, 64 P, d]."""
-    parts, decoded = [], []
-    for codec, side, x in zip((fmt.k, fmt.v), SIDES, vectors, strict=True):
-        block = blocks(codec, side, x.reshape(len(x), -1, PAGE, x.shape[-1]))
-        parts.append(block.transpose(0, 1))
-        decoded.append(unblock(codec, side, block).flatten(1, 2))
-    return torch.cat(parts, -1), torch.stack(decoded)
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
-    """Causal attention in float64: q [C, H, d] at positions start + c, k and v [Hkv, n, d]."""
-    count, heads, dim = q.shape
-    grouped = q.double().view(count, k.shape[0], -1, dim)
-    scores = torch.einsum("chgd,hnd->hgcn", grouped, k) * scale
-    late = torch.arange(k.shape[1], device=q.device) > torch.arange(start, start + count, device=q.device)[:, None]
-    weights = scores.masked_fill(late, float("-inf")).softmax(-1)
-    return torch.einsum("hgcn,hnd->chgd", weights, v).reshape(count, heads, dim)
-
-
-def arena_inputs(pages: Tensor, table: Tensor, index: list[Tensor], sinks: Tensor, tails: Tensor) -> AttentionInputs:
-    """Inputs from `index` = (packed pages, starts, tail origins) and stacked K and V of sinks and tails."""
-    packed, starts, origin = index
-    return AttentionInputs(pages, table, packed, starts, sinks[0], sinks[1], tails[0], tails[1], origin, SINK)
-
-
-def make_case(kv: str, lengths: list[int], count: int, group: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Case:
-    """Sequences of `lengths` tokens, the last `count` are queries. What must not be read is NaN or an invalid page."""
-    fmt = parse_kv(kv, dim, plain_dtype=dtype)
-    device = torch.device("cuda")
-    starts = [n - count for n in lengths]
-    packed = [max(0, s - SINK - WINDOW) // PAGE for s in starts]
-    capacity = WINDOW + PAGE + (count if count > 1 else 0)
-    order = iter(torch.randperm(sum(packed)).tolist())
-    pages = torch.full((sum(packed) + 1, 2, kv_heads, page_bytes(fmt)), 255, dtype=torch.uint8, device=device)
-    table = torch.full((len(lengths), max(packed) + 1), 2**30, dtype=torch.int32, device=device)
-    full = (2, len(lengths), kv_heads)
-    sinks = torch.full((*full, SINK, dim), float("nan"), device=device).to(dtype)
-    tails = torch.full((*full, capacity, dim), float("nan"), device=device).to(dtype)
-    origin = [PAGE * p if count > 1 else 0 for p in packed]
-    q = (3 * torch.randn(len(lengths), count, group * kv_heads, dim, device=device)).to(dtype)
-    want = torch.empty(q.shape, dtype=torch.float64, device=device)
-    for b, n in enumerate(lengths):
-        gain = 0.2 + torch.rand(2, kv_heads, n, 1, device=device)
-        vectors = (torch.randn(2, kv_heads, n, dim, device=device) * gain).to(dtype)
-        values = vectors.double()
-        top, done = min(n, SINK), SINK + PAGE * packed[b]
-        sinks[:, b, :, :top] = vectors[:, :, :top]
-        if packed[b]:
-            ids = [next(order) for _ in range(packed[b])]
-            table[b, : packed[b]] = torch.tensor(ids, dtype=torch.int32, device=device)
-            pages[ids, 1], values[:, :, SINK:done] = stored_pages(fmt, vectors[:, :, SINK:done])
-        if n > done:
-            slots = (torch.arange(done, n, device=device) - SINK - origin[b]) % capacity
-            tails[:, b, :, slots] = vectors[:, :, done:]
-        want[b] = dense(q[b], values[0], values[1], starts[b], dim**-0.5)
-    index = [torch.tensor(x, dtype=torch.int32, device=device) for x in (packed, starts, origin)]
-    inputs = arena_inputs(pages[:, 1], table, index, sinks, tails)
-    return Case(q, inputs, fmt, want, max(lengths))
-
-
-def workspace_for(q: Tensor, kv: AttentionInputs) -> Tensor:
-    """A workspace full of NaN, but for the counters at its start."""
-    batch, count, heads, dim = q.shape
-    size = attention_workspace_bytes(batch, heads, kv.pages.shape[1], dim, q.device, batch * count) // 4
-    workspace = torch.full((size,), float("nan"), device=q.device)
-    workspace[: counter_words()] = 0
-    return workspace
-
-
-def error_of(case: Case) -> float:
-    """Largest relative error of a sequence (NaN if anything was left unwritten)."""
-    out = torch.full_like(case.q, float("nan"))
-    scale = case.q.shape[-1] ** -0.5
-    workspace = workspace_for(case.q, case.kv)
-    torch.cuda.synchronize()
-    attend(case.q, case.kv, case.fmt, scale=scale, max_length=case.max_length, out=out, workspace=workspace)
-    torch.cuda.synchronize()
-    difference = (out.double() - case.want).flatten(1).norm(dim=1) / case.want.flatten(1).norm(dim=1)
-    return float(difference.max())
 
 
 def check_attention(kv: str, dim: int, group: int, dtype: torch.dtype) -> list[tuple[str, float, float]]:
@@ -167,6 +63,107 @@ def check_attention(kv: str, dim: int, group: int, dtype: torch.dtype) -> list[t
     count = 37
     prefill = make_case(kv, [count + n for n in (0, *BEYOND_SINK, SINK + 1000)], count, group, 2, dim, dtype)
     return [*results, (f"prefill {name}", error_of(prefill), BOUNDS[dtype])]
+
+
+def check_rows(kv: str, dim: int, group: int, mean: float) -> list[tuple[str, float, float]]:
+    """Decode and prefill of batches with filler, alone and beside sequences, with a key mean or without."""
+    dtype, results = torch.float16, []
+    for lengths in ([0, 1100, 0, 0, 193, 64, 0, 700, 0], [0], [0, 0, 0], [0, 900]):
+        for what, count in (("decode", 1), ("prefill", 37)):
+            case = make_case(kv, [n + (count - 1 if n else 0) for n in lengths], count, group, 2, dim, dtype, mean)
+            case.max_length = max(case.max_length, 2000)
+            name = f"{what} {kv} d={dim} group={group} mean={mean:g} lengths {lengths}"
+            results.append((name, error_of(case), 1.5 * BOUNDS[dtype] if mean else BOUNDS[dtype]))
+    return results
+
+
+def appended(run: Callable[..., None], qkv: Tensor, turn: ops.Turn, rows: list[int], kv_heads: int) -> list[Tensor]:
+    """Queries, and all of K and V as `run` leaves them: 7 where it wrote nothing."""
+    d = 2 * turn.cos.shape[1]
+    index = torch.tensor(rows, dtype=torch.int32, device="cuda")
+    full = torch.full((2, len(rows) + 2, kv_heads, 9, d), 7.0, dtype=qkv.dtype, device="cuda")
+    q = torch.full((len(rows), 1, qkv.shape[1] // d - 2 * kv_heads, d), float("nan"), dtype=qkv.dtype, device="cuda")
+    run(qkv, turn, torch.arange(len(rows), device="cuda").int() % 9, full[0], full[1], q, index)
+    return [q[index >= 0], full[0], full[1]]
+
+
+def check_step(dim: int, group: int, dtype: torch.dtype) -> list[tuple[str, float, float]]:
+    """Queries, keys and values of a step by rows, and the way back of rotated values, against the references."""
+    results, rows, kv_heads = [], [7, -1, 0, 3, -1, 5], 2
+    live = [row >= 0 for row in rows]
+    rotation, v_rotation = (rotation_matrix(dim, seed).to("cuda", dtype).T.contiguous() for seed in (0, 1))
+    angles = torch.rand(len(rows), dim // 2, device="cuda") * 6
+    norms = [(1 + 0.1 * torch.randn(dim, device="cuda")).to(dtype) for _ in range(2)]
+    name = f"d={dim} group={group} {str(dtype).removeprefix('torch.')}"
+    bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    for keys, values, normed in itertools.product((rotation, None), (v_rotation, None), (norms, [None, None])):
+        turn = ops.Turn(angles.cos().to(dtype), angles.sin().to(dtype), *normed, 1e-5, keys, values)
+        qkv = torch.randn(len(rows), (group + 2) * kv_heads * dim, device="cuda").to(dtype)
+        qkv[[not one for one in live]] = float("nan")
+        ours, theirs = (
+            appended(run, qkv, turn, rows, kv_heads) for run in (ops.qkv_rope_append, reference.qkv_rope_append)
+        )
+        error = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in
+                    zip(ours, theirs, strict=True))  # fmt: skip
+        touched = float(any(bool(((a != 7) != (b != 7)).any()) for a, b in zip(ours[1:], theirs[1:], strict=True)))
+        which = f"{name} K rotated {keys is not None}, V {values is not None}, normed {normed[0] is not None}"
+        results += [(f"step append {which}", error, bound), (f"step append {which}: other slots touched", touched, 0.0)]
+    mixed = torch.randn(3, 2 * group * dim, device="cuda").to(dtype)
+    out = torch.full_like(mixed, float("nan"))
+    ops.rotate_back(mixed, v_rotation, out)
+    want = (mixed.double().view(-1, dim) @ v_rotation.double().T).view(3, -1)
+    return [*results, (f"step rotate back {name}", float((out.double() - want).norm() / want.norm()), bound)]
+
+
+def check_sampling(vocab: int) -> list[tuple[str, float, float]]:
+    """Drawn tokens, counts and counters of a batch with filler against the reference: how many differ."""
+    batch, results = 6, []
+    logits = 3 * torch.randn(batch, vocab, device="cuda")
+    logits[[1, 4]] = float("nan")
+    floor = logits.nan_to_num().sort(descending=True).values[:, 9].contiguous()
+
+    def fresh(counted: bool, noisy: bool) -> ops.Draws:
+        ones = torch.ones(batch, device="cuda")
+        return ops.Draws(
+            rows=torch.tensor([7, -1, 0, 3, -1, 5], dtype=torch.int32, device="cuda"),
+            temperature=torch.tensor([0.0, 1.0, 0.5, 1.0, 1.0, 2.0], device="cuda"),
+            penalties=torch.stack((1.2 * ones, 0.5 * ones, 0.25 * ones)),
+            seeds=torch.arange(batch, device="cuda") * 2**59, counters=torch.arange(batch, device="cuda"),
+            counts=(torch.arange(8 * vocab, device="cuda").view(8, vocab) % 6).int(),
+            parts=torch.full((batch, 4, -(-vocab // ops.PART_TOKENS)), float("nan"), device="cuda"),
+            tokens=torch.full((8,), -1, dtype=torch.int32, device="cuda"),
+            logprobs=torch.full((8,), 9.0, device="cuda"), counted=counted, noisy=noisy,
+        )  # fmt: skip
+
+    for counted, noisy, floored in itertools.product((False, True), repeat=3):
+        ours, theirs = fresh(counted, noisy), fresh(counted, noisy)
+        for _ in range(3):
+            ops.sample(ours, logits, floor if floored else None)
+            reference.sample(theirs, logits, floor if floored else None)
+        different = sum(int((getattr(ours, name) != getattr(theirs, name)).sum())
+                        for name in ("tokens", "counts", "counters"))  # fmt: skip
+        name = f"step sample vocab={vocab} counted={counted} noisy={noisy} floored={floored}"
+        results.append((f"{name}: differing", float(different), 0.0))
+        results.append((f"{name}: log-probabilities", float((ours.logprobs - theirs.logprobs).abs().max()), 1e-4))
+    return results
+
+
+def check_second_card(kv: str) -> list[tuple[str, float, float]]:
+    """Decode, prefill and append on cuda:1 while cuda:0 is current; nothing where there is one GPU."""
+    if torch.cuda.device_count() < 2:
+        return []
+    results = []
+    for what, count in (("decode", 1), ("prefill", 37)):
+        case = make_case(kv, [1100, 0, 300], count, 4, 2, 128, torch.float16)
+        moved = {name: x.to("cuda:1") for name, x in vars(case.kv).items() if isinstance(x, Tensor)}
+        case = replace(case, q=case.q.to("cuda:1"), kv=replace(case.kv, **moved), want=case.want.to("cuda:1"))
+        results.append((f"{what} {kv} on the second GPU", error_of(case), BOUNDS[torch.float16]))
+    x, weight = torch.randn(3, 256, device="cuda:1"), torch.ones(256, device="cuda:1")
+    out = torch.full_like(x, float("nan"))
+    ops.add_rms_norm(x, None, weight, 1e-5, out)
+    torch.cuda.synchronize(1)
+    error = float((out - x * x.square().mean(-1, keepdim=True).add(1e-5).rsqrt()).abs().max())
+    return [*results, ("step norm on the second GPU", error, 1e-4)]
 
 
 def check_single_split(kv: str) -> list[tuple[str, float, float]]:
@@ -222,7 +219,8 @@ def check_encode(kv: str, dim: int, dtype: torch.dtype) -> list[tuple[str, float
 
 def check_graph(kv: str) -> list[tuple[str, float, float]]:
     """Replays of one captured decode step, while the sequences grow, against eager calls: largest difference."""
-    cases = [make_case(kv, [n, n + 70], 1, 7, 4, 128, torch.float16) for n in (1000, 70, 700, 1)]
+    lengths = ([1000, 1070, 0], [70, 0, 140], [0, 700, 770], [1, 71, 5])
+    cases = [make_case(kv, each, 1, 7, 4, 128, torch.float16) for each in lengths]
     slots = max(case.kv.pages.shape[0] for case in cases)
     first = cases[0]
     pages = torch.zeros(slots, *first.kv.pages.shape[1:], dtype=torch.uint8, device="cuda")
@@ -231,7 +229,7 @@ def check_graph(kv: str) -> list[tuple[str, float, float]]:
     width = kv_static.page_table.shape[1]
 
     def step() -> None:
-        attend(q, kv_static, first.fmt, scale=0.1, max_length=4096, out=out, workspace=workspace)
+        attend(q, kv_static, first.fmt, spec=AttentionSpec(0.1), max_length=4096, out=out, workspace=workspace)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -259,7 +257,7 @@ def check_graph(kv: str) -> list[tuple[str, float, float]]:
     return [(f"graph replay {kv}", worst, 0.0), (f"bytes allocated in the graph {kv}", allocated, 0.0)]
 
 
-MOVING = ("page_table", "num_packed", "starts", "tail_origin", "sink_k", "sink_v", "tail_k", "tail_v")
+MOVING = ("page_table", "rows", "num_packed", "starts", "tail_origin", "sink_k", "sink_v", "tail_k", "tail_v")
 
 
 def run_task(task: tuple[str, tuple[object, ...]]) -> list[tuple[str, float, float]]:
@@ -297,7 +295,13 @@ def all_tasks(formats: list[str]) -> list[tuple[str, tuple[object, ...]]]:
     tasks += [("check_attention", (kv, d, 4, torch.float16)) for kv in ("oct4:oct2", "oct2:oct3") for d in (64, 256)]
     tasks += [("check_single_split", ("oct3",)), ("check_encode", ("oct4:oct3", 128, torch.bfloat16))]
     tasks += [("check_graph", (kv,)) for kv in ("oct3", "bf16")]
-    return [task for task in tasks if set(str(task[1][0]).split(":")) <= set(formats)]
+    tasks += [("check_rows", (kv, 128, 4, mean)) for kv in formats for mean in (0.0, 2.0)]
+    tasks += [("check_rows", (kv, dim, 7, 0.0)) for kv in ("oct3", "octopus3", "bf16") for dim in (64, 256)]
+    tasks += [("check_second_card", (kv,)) for kv in ("oct3", "octopus3", "bf16")]
+    tasks = [task for task in tasks if set(str(task[1][0]).split(":")) <= set(formats)]
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    tasks += [("check_step", (dim, group, dtype)) for dim in HEAD_DIMS for group in (1, 7) for dtype in kinds]
+    return [*tasks, *(("check_sampling", (vocab,)) for vocab in (50, 5001, 128256))]
 
 
 def check_everything(processes: int, formats: list[str]) -> bool:
@@ -308,7 +312,7 @@ def check_everything(processes: int, formats: list[str]) -> bool:
     bad = [r for r in results if not r[1] <= r[2]]
     for name, error, bound in bad:
         print(f"MISMATCH {name}: {error:.3g} (at most {bound:g})")
-    for kind in ("decode", "prefill", "encode"):
+    for kind in ("decode", "prefill", "encode", "step"):
         measured = [r for r in results if r[0].startswith(f"{kind} ") and r[2] > 0]
         for name, error, bound in sorted(measured, key=lambda r: r[1] / r[2])[-1:]:
             print(f"worst {kind}: {error:.3g} of {bound:g} allowed ({name})")
@@ -371,7 +375,7 @@ def time_decode(kv: str, tokens: int = 65536, kv_heads: int = 4, group: int = 7,
     pages, encode_ms = full_arena(fmt, tokens, kv_heads, layers, dtype)
     count = pages.shape[0]
     table = torch.randperm(count, device="cuda").to(torch.int32)[None]
-    ends = [torch.tensor([x], dtype=torch.int32, device="cuda") for x in (count, SINK + tokens + 30, 0)]
+    ends = [torch.tensor([x], dtype=torch.int32, device="cuda") for x in (0, count, SINK + tokens + 30, 0)]
     full = torch.randn(4, 1, kv_heads, SINK + WINDOW, dim, device="cuda").to(dtype)
     q = torch.randn(1, 1, kv_heads * group, dim, device="cuda").to(dtype)
     sinks, tails = full[:2, :, :, :SINK], full[2:]
@@ -380,7 +384,7 @@ def time_decode(kv: str, tokens: int = 65536, kv_heads: int = 4, group: int = 7,
     length = SINK + tokens + 31
 
     def step(layer: int) -> None:
-        attend(q, calls[layer], fmt, scale=dim**-0.5, max_length=length, out=out, workspace=workspace)
+        attend(q, calls[layer], fmt, spec=AttentionSpec(dim**-0.5), max_length=length, out=out, workspace=workspace)
 
     step(0)
     stored = pages[:, 0][table[0].long()].transpose(0, 1)

@@ -67,9 +67,10 @@ def attention_workspace_bytes(
 ) -> int:
     """Bytes of workspace that decode steps of up to `batch` sequences of any length, and prefill of up to `queries`
     tokens in all (B * C) with a `max_length` of up to `length` (None: any), need on `device`; 0 on a CPU."""
-    if torch.device(device).type == "cpu":
+    device = torch.device(device)
+    if device.type == "cpu":
         return 0
-    return workspace_bytes(batch, heads, kv_heads, head_dim, queries, length)
+    return workspace_bytes(device, batch, heads, kv_heads, head_dim, queries, length)
 
 
 def attention_host_bytes(

@@ -209,19 +209,20 @@ def launch_options(dim: int) -> dict[str, int]:
     return {"D": dim, "WIDTH": 1 << (dim - 1).bit_length(), "num_warps": 4 if dim <= 128 else 8, "num_stages": 2}
 
 
-def put_back(slab: Tensor, packed: Tensor, first: int, mean: KeyMean) -> None:
+def put_back(slab: Tensor, rows: Tensor, packed: Tensor, first: int, mean: KeyMean) -> None:
     """Add the rotated mean to decoded pages of keys, by Triton.
 
     ``slab [B, Hkv, 64 * N, d]``, contiguous, holds the pages from number ``first`` on of sequences that have ``packed``
-    (int32 [B]) of them; what lies beyond these stays.
+    (int32 [B]) of them, and the means of ``rows`` (int32 [B]); what lies beyond these pages stays.
     """
     from octo_run.kernels.attention.triton_mean import put_back_kernel
 
     batch, kv_heads, tokens, dim = slab.shape
     pages = tokens // PAGE_TOKENS
-    put_back_kernel[(pages, kv_heads, batch)](
-        slab, mean.means, packed, mean.tables.base, mean.tables.offset, mean.rotation, first, pages,
-        *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
+    with on_device_of(slab):
+        put_back_kernel[(pages, kv_heads, batch)](
+            slab, mean.means, rows, packed, mean.tables.base, mean.tables.offset, mean.rotation, first, pages,
+            *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
 
 
 def rotated_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tensor, out: Tensor) -> Tensor:
@@ -233,6 +234,12 @@ def rotated_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tenso
     if q.device.type == "cpu":
         found = coefficients(q.to(torch.float32) @ rotation, means[rows.clamp(min=0).long()])
         return out.copy_(found.masked_fill_((rows < 0)[:, None, None, None], 0.0))
+    launch_coefficients(q, means, rows, rotation, out)
+    return out
+
+
+def launch_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tensor, out: Tensor) -> None:
+    """`rotated_coefficients` by Triton."""
     import triton
 
     from octo_run.kernels.attention.triton_mean import coefficients_kernel
@@ -241,7 +248,6 @@ def rotated_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tenso
     lines = batch * count * heads
     with on_device_of(q):
         coefficients_kernel[(triton.cdiv(lines, 16),)](
-            q, out, means, rotation, rows, lines, count, *q.stride()[:3], *means.stride()[:2], H=heads,
+            q, out, means, rows, rotation, lines, count, *q.stride()[:3], *means.stride()[:2], H=heads,
             G=heads // means.shape[1], D=dim, WIDTH=triton.next_power_of_2(dim),
-            HALF=max(16, triton.next_power_of_2(dim // 2)), ROWS=16, num_warps=4)  # fmt: skip
-    return out
+            HALF=max(16, triton.next_power_of_2(dim // 2)), LINES=16, num_warps=4)  # fmt: skip

@@ -28,6 +28,7 @@ from octo_run.kernels.attention.triton_attend import attend_kernel
 from octo_run.kernels.attention.triton_parts import merge_kernel
 from octo_run.kernels.attention.triton_plain import plain_decode_kernel
 from octo_run.kernels.codec import KVFormat, PlainCodec, TrellisCodec
+from octo_run.kernels.devices import on_device_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +94,7 @@ def attend_triton(
     kv_heads, scale = kv.pages.shape[1], spec.scale
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+    with on_device_of(q):
         if takes(q, kv, fmt, max_length):
             room = Workspace.of(workspace, batch, heads, kv_heads, dim, q.device)
             attend_table(q, kv, fmt, out, room, scale=scale, max_length=max_length)
@@ -120,7 +121,7 @@ def _decode(
     plain = _is_plain(q, kv, fmt)
     table = any(isinstance(codec, TrellisCodec) for codec in (fmt.k, fmt.v))
     tiling = plain_tiling(q.dtype, group, dim) if plain else coded_tiling(q.dtype, table, group, dim)
-    splits = count_splits(batch, kv_heads, max_length, tiling.at_once)
+    splits = count_splits(q.device, batch, kv_heads, max_length, tiling.at_once)
     programs = splits * batch
     part = lse = no_table(q.device)  # unused without splits
     if splits > 1:
@@ -141,12 +142,12 @@ def _decode(
     launch: Callable[..., Any]
     if plain:
         launch = plain_decode_kernel[(kv_heads, programs)]
-        launch(q, out, part, lse, kv.pages, kv.page_table, *division, *full, scale, *sizes, *ends, *strides,
+        launch(q, out, part, lse, kv.pages, kv.page_table, kv.rows, *division, *full, scale, *sizes, *ends, *strides,
                WIDTH=max(16, triton.next_power_of_2(dim)), **shared)  # fmt: skip
     else:
         launch = attend_kernel[(kv_heads, programs)]
         constants, tables = _coded(q, kv, fmt)
-        launch(q, out, part, lse, kv.pages, kv.page_table, *division, *full, *tables, scale, *sizes,
+        launch(q, out, part, lse, kv.pages, kv.page_table, kv.rows, *division, *full, *tables, scale, *sizes,
                *((0, 0) if kv.mean is None else kv.mean.coefficients.stride()[:3:2]), *ends, *strides,
                BF=tiling.full_keys, FLIP=tiling.flip, **constants, **shared)  # fmt: skip
     if splits > 1:

@@ -63,7 +63,7 @@ def attend_prefill(
         slab_k, slab_v = (part.view(batch, kv_heads, -1, dim) for part in (whole[:size], whole[size : 2 * size]))
         _unpack(kv, fmt, slab_k, slab_v, first, pages)
         if kv.mean is not None:
-            put_back(slab_k, kv.num_packed, first, kv.mean)
+            put_back(slab_k, kv.rows, kv.num_packed, first, kv.mean)
         _flash(q, kv, out, room.rest, scale, past, (slab_k, slab_v), PAGE_TOKENS * first)
         past = True
     _flash(q, kv, out, room.rest, scale, past, None, 0)
@@ -80,7 +80,7 @@ def _flash(q: Tensor, kv: AttentionInputs, out: Tensor, lse: Tensor, scale: floa
     sink_k, sink_v = slab if slab is not None else (kv.sink_k, kv.sink_v)  # not read beside a slab
     launch: Callable[..., Any] = flash_kernel[(triton.cdiv(count * group, tiling.rows), kv_heads, batch)]
     launch(
-        q, out, lse, kv.num_packed, kv.starts, kv.tail_origin, sink_k, sink_v, tail_k, tail_v, scale, count,
+        q, out, lse, kv.rows, kv.num_packed, kv.starts, kv.tail_origin, sink_k, sink_v, tail_k, tail_v, scale, count,
         0 if slab is not None else kv.sink, tail_k.shape[2], first, *q.stride()[:3], *out.stride()[:3],
         *sink_k.stride()[:3], *sink_v.stride()[:3], *tail_k.stride()[:3], *tail_v.stride()[:3], G=group, D=dim,
         WIDTH=max(16, triton.next_power_of_2(dim)), ROWS=tiling.rows, BN=tiling.keys, PAST=past, SLAB=slab is not None,
@@ -96,8 +96,8 @@ def _unpack(kv: AttentionInputs, fmt: KVFormat, slab_k: Tensor, slab_v: Tensor, 
     width, rest = part_widths(dim)
     launch: Callable[..., Any] = unpack_kernel[(pages, kv_heads, batch)]
     launch(
-        slab_k, slab_v, kv.pages, kv.page_table, kv.num_packed, levels_k, radii_k, levels_v, radii_v, first, pages,
-        *kv.pages.stride()[:2], kv.page_table.stride(0), D=dim, KIND_K=kind_k, KIND_V=kind_v,
+        slab_k, slab_v, kv.pages, kv.page_table, kv.rows, kv.num_packed, levels_k, radii_k, levels_v, radii_v, first,
+        pages, *kv.pages.stride()[:2], kv.page_table.stride(0), D=dim, KIND_K=kind_k, KIND_V=kind_v,
         BYTES_K=fmt.k.bytes_per_vector, BYTES_V=fmt.v.bytes_per_vector, BITS_K=bits_k, BITS_V=bits_v,
         ELEMENT=page_element(fmt), T0=width, T1=rest, PTX_K=ptx_immediates(fmt.k, slab_k.dtype, slab_k.device),
         PTX_V=ptx_immediates(fmt.v, slab_k.dtype, slab_k.device), num_warps=4,

@@ -21,24 +21,33 @@ SLAB_BYTES = 64 * 2**20
 """Of the workspace: packed keys and values that prefill has decoded at a time."""
 
 
-def processors() -> int:
-    """Multiprocessors of the current CUDA device (a fixed number where there is none: the interpreter)."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    return 4
+INTERPRETED_PROCESSORS = 4
+"""Multiprocessors where there are none: the interpreter's."""
 
 
-def _partials(batch: int, kv_heads: int) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device (``INTERPRETED_PROCESSORS`` for other devices than a GPU)."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _partials(device: torch.device, batch: int, kv_heads: int) -> int:
     """Partial results of a KV head's queries that the workspace has room for."""
-    return max(processors() * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)
+    return max(processors(device) * PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)
 
 
-def count_splits(batch: int, kv_heads: int, max_length: int, at_once: int) -> int:
+def count_splits(device: torch.device, batch: int, kv_heads: int, max_length: int, at_once: int) -> int:
     """Parts of a context in one decode step, if all are equally long, of programs of which `at_once` share a
-    multiprocessor: a function of shapes alone (so that graphs can be captured)."""
+    multiprocessor: a function of shapes and the device alone (so that graphs can be captured)."""
     lanes = batch * kv_heads
-    most = min(_partials(batch, kv_heads) // lanes, -(-max_length // TOKENS_PER_SPLIT))
-    return _best_splits(lanes, max_length, processors() * at_once, max(1, most), 1.08 if batch > 1 else 1)
+    most = min(_partials(device, batch, kv_heads) // lanes, -(-max_length // TOKENS_PER_SPLIT))
+    return _best_splits(lanes, max_length, processors(device) * at_once, max(1, most), 1.08 if batch > 1 else 1)
 
 
 @functools.cache
@@ -61,15 +70,16 @@ def head_blocks(group: int, head_dim: int) -> tuple[int, int]:
     return blocks, -(-group // (4 * blocks))
 
 
-def counter_words() -> int:
+def counter_words(device: torch.device) -> int:
     """Words at the workspace's start that count finished programs: zero before the first use and after every call."""
-    return processors() * PROGRAMS_PER_PROCESSOR
+    return processors(device) * PROGRAMS_PER_PROCESSOR
 
 
-def _words(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int, length: int | None) -> tuple[int, int]:
+def _words(device: torch.device, batch: int, heads: int, kv_heads: int, head_dim: int, queries: int,
+           length: int | None) -> tuple[int, int]:  # fmt: skip
     """32-bit words of a workspace: its first part, and the slab."""
-    parts = _partials(batch, kv_heads)
-    first = counter_words() + max(parts * (heads // kv_heads) * (head_dim + 1), queries * heads)
+    parts = _partials(device, batch, kv_heads)
+    first = counter_words(device) + max(parts * (heads // kv_heads) * (head_dim + 1), queries * heads)
     page = 2 * batch * kv_heads * PAGE_TOKENS * head_dim  # of each sequence and head, in float32
     slab = max(SLAB_BYTES // 4, page)
     if length is not None:
@@ -78,12 +88,18 @@ def _words(batch: int, heads: int, kv_heads: int, head_dim: int, queries: int, l
 
 
 def workspace_bytes(
-    batch: int, heads: int, kv_heads: int, head_dim: int, queries: int = 1, length: int | None = None
+    device: torch.device,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    queries: int = 1,
+    length: int | None = None,
 ) -> int:
-    """Bytes of workspace: counters, then float32 partial outputs and log-sum-exps of decode steps of up to `batch`
-    sequences, or one log-sum-exp for each of up to `queries` query tokens of prefill and each head; for prefill also
-    the slab, for sequences of up to `length` tokens (None: of any length)."""
-    return 4 * sum(_words(batch, heads, kv_heads, head_dim, queries, length))
+    """Bytes of workspace on a device: counters, then float32 partial outputs and log-sum-exps of decode steps of up to
+    `batch` sequences, or one log-sum-exp for each of up to `queries` query tokens of prefill and each head; for prefill
+    also the slab, for sequences of up to `length` tokens (None: of any length)."""
+    return 4 * sum(_words(device, batch, heads, kv_heads, head_dim, queries, length))
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ class Workspace:
     def of(cls, whole: Tensor | None, batch: int, heads: int, kv_heads: int, head_dim: int, device: torch.device,
            queries: int = 1, length: int | None = None) -> Workspace:  # fmt: skip
         """Cut a workspace (None: a new one). Raises ValueError for one that is too small or of another kind."""
-        first, slab = _words(batch, heads, kv_heads, head_dim, queries, length)
+        first, slab = _words(device, batch, heads, kv_heads, head_dim, queries, length)
         size = first + slab
         if whole is None:
             whole = torch.zeros(size, dtype=torch.float32, device=device)
@@ -107,7 +123,7 @@ class Workspace:
                 f"the workspace must be contiguous float32 with at least {size} elements, "
                 f"not {whole.dtype} with {whole.numel()}"
             )
-        flat, words = whole.view(-1), counter_words()
+        flat, words = whole.view(-1), counter_words(device)
         return cls(flat[:words].view(torch.int32), flat[words:first], flat[first:size])
 
     def partials(self, parts: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:

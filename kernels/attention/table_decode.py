@@ -145,11 +145,11 @@ def _kept(at, COUNT: gl.constexpr):
 # What differs from call to call is not worth a compilation of its own.
 @gluon.jit(do_not_specialize=["stride_table", "sink", "capacity", "batch", "parts", "processors"])
 def table_decode_kernel(
-    q_ptr, pages_ptr, page_table_ptr, num_packed_ptr, starts_ptr, origin_ptr, sink_k_ptr, sink_v_ptr, tail_k_ptr,
-    tail_v_ptr, table_k_ptr, table_v_ptr, coef_ptr, angles_ptr, offsets_ptr, out_ptr, part_ptr, lse_ptr, counters_ptr,
-    stride_qb, stride_qh, stride_page, stride_head, stride_table, stride_ob, stride_oh,
-    stride_skb, stride_skh, stride_skt, stride_svb, stride_svh, stride_svt,
-    stride_tkb, stride_tkh, stride_tkt, stride_tvb, stride_tvh, stride_tvt, stride_cb, stride_ch,
+    q_ptr, pages_ptr, page_table_ptr, rows_ptr, num_packed_ptr, starts_ptr, origin_ptr, sink_k_ptr, sink_v_ptr,
+    tail_k_ptr, tail_v_ptr, table_k_ptr, table_v_ptr, coef_ptr, angles_ptr, offsets_ptr, out_ptr, part_ptr, lse_ptr,
+    counters_ptr, stride_qb, stride_qh, stride_page, stride_head, stride_table, stride_ob, stride_oh,
+    stride_skr, stride_skh, stride_skt, stride_svr, stride_svh, stride_svt,
+    stride_tkr, stride_tkh, stride_tkt, stride_tvr, stride_tvh, stride_tvt, stride_cb, stride_ch,
     sink, capacity, step_k, step_v, scale_log2, batch, parts, processors,
     HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B_K: gl.constexpr, STATE_K: gl.constexpr,
     SIGNED_K: gl.constexpr, NORM_K: gl.constexpr, BPV_K: gl.constexpr, COPIES_K: gl.constexpr,
@@ -227,16 +227,19 @@ def table_decode_kernel(
 
     # Before `wait_for_kernel_before` nothing is read that a kernel of the same step writes: the query, its key and
     # value, the key mean's coefficients.
+    owned = gl.load(rows_ptr + seq)
     num = gl.load(num_packed_ptr + seq)
-    length = gl.load(starts_ptr + seq) + 1
+    start = gl.load(starts_ptr + seq)
     origin = gl.load(origin_ptr + seq)
+    length = gl.where(owned < 0, 0, start + 1)  # filler has no tokens
+    owned = gl.maximum(owned, 0)
     table = _entries(table_k_ptr, tid, MAIN_K, 32 * WARPS)
     table_x = _entries(table_k_ptr + MAIN_K, tid, 1 << B_K, 32 * WARPS)
     per = (num + splits - 1) // splits
     begin = split * per
     end = gl.minimum(begin + per, num)
     last = gl.maximum(end - 1, 0)
-    ids = page_table_ptr + seq * stride_table
+    ids = page_table_ptr + owned * stride_table
     pages = pages_ptr + head * stride_head
     page_id = gl.load(ids + gl.minimum(begin + warp, last), mask=begin < end, other=0)
     next_id = gl.load(ids + gl.minimum(begin + warp + WARPS, last), mask=begin < end, other=0)
@@ -258,10 +261,10 @@ def table_decode_kernel(
         let_next_kernel_start(seq)
         after = wait_for_kernel_before(seq)
     q_row = q_ptr + (seq * stride_qb + head * G * stride_qh + after)
-    sink_k = sink_k_ptr + seq * stride_skb + head * stride_skh
-    sink_v = sink_v_ptr + seq * stride_svb + head * stride_svh
-    tail_k = tail_k_ptr + seq * stride_tkb + head * stride_tkh
-    tail_v = tail_v_ptr + seq * stride_tvb + head * stride_tvh
+    sink_k = sink_k_ptr + owned * stride_skr + head * stride_skh
+    sink_v = sink_v_ptr + owned * stride_svr + head * stride_svh
+    tail_k = tail_k_ptr + owned * stride_tkr + head * stride_tkh
+    tail_v = tail_v_ptr + owned * stride_tvr + head * stride_tvh
     coef = coef_ptr + (seq * stride_cb + head * G * stride_ch + after)
     n_sink = gl.minimum(sink, length)
     count = n_sink + gl.maximum(length - sink - 64 * num, 0)

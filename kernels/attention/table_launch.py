@@ -155,10 +155,10 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
     programs = kv_heads * head_blocks(group, dim)[1]
     window = kv.tail_k.shape[2] - PAGE_TOKENS  # the newest tokens, which are not coded
     pages = max(1, (max_length - kv.sink - window) // PAGE_TOKENS)
-    lanes = batch * programs
-    parts = count_parts(lanes, pages, max(1, counter_words() // lanes), processors())
+    lanes, multiprocessors = batch * programs, processors(q.device)
+    parts = count_parts(lanes, pages, max(1, counter_words(q.device) // lanes), multiprocessors)
     # Sequences of unequal lengths are cut in up to this many parts, see `table_parts.divide`.
-    grid = parts if batch == 1 else max(parts * batch, 4 * processors() // programs + batch)
+    grid = parts if batch == 1 else max(parts * batch, 4 * multiprocessors // programs + batch)
     part, lse = workspace.partials(grid, heads, dim)
     mean: tuple[Tensor, ...] = (part, part, table_k)  # unused
     mean_strides = (0, 0)
@@ -171,12 +171,12 @@ def attend_table(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, wor
         )
     launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]
     launch(
-        q, kv.pages, kv.page_table, kv.num_packed, kv.starts, kv.tail_origin, kv.sink_k, kv.sink_v, kv.tail_k,
+        q, kv.pages, kv.page_table, kv.rows, kv.num_packed, kv.starts, kv.tail_origin, kv.sink_k, kv.sink_v, kv.tail_k,
         kv.tail_v, table_k, table_v, *mean, out, part, lse, workspace.counters, q.stride(0), q.stride(2),
         *kv.pages.stride()[:2], kv.page_table.stride(0), out.stride(0), out.stride(2), *kv.sink_k.stride()[:3],
         *kv.sink_v.stride()[:3], *kv.tail_k.stride()[:3], *kv.tail_v.stride()[:3], *mean_strides, kv.sink,
         kv.tail_k.shape[2],
-        k.step, v.step, scale * LOG2_E, batch, parts, processors(),
+        k.step, v.step, scale * LOG2_E, batch, parts, multiprocessors,
         **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1),
         **options(dim), **early(q.device),
     )  # fmt: skip

@@ -10,7 +10,7 @@ softmax running in base 2. Nothing but registers ever holds a decoded key or val
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part
+from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part, place
 from octo_run.kernels.attention.triton_planes import PLAIN, norms, planes
 
 
@@ -213,10 +213,10 @@ def _page(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: tl.con
 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def attend_kernel(
-    Q, OUT, PART, LSE, PAGES, TABLE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
+    Q, OUT, PART, LSE, PAGES, TABLE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
     levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, sink, capacity, batch, programs,
-    sc_b, sc_h, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_b,
-    ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h, stv_t,
+    sc_b, sc_h, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
+    ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
@@ -242,7 +242,8 @@ def attend_kernel(
             return
     b = b.to(tl.int64)
     packed = tl.load(PACKED + b)
-    segments = full_segments(packed, tl.load(STARTS + b) + 1, tl.load(ORIGIN + b), sink, capacity)
+    owned, length = place(b, OWNED, STARTS)
+    segments = full_segments(packed, length, tl.load(ORIGIN + b), sink, capacity)
     r = tl.arange(0, ROWS)
     head = h * G + r
     real = r < G
@@ -277,7 +278,7 @@ def attend_kernel(
     last = (split + 1) * tiles // parts
     on = tl.arange(0, BN)
     for t in range(first, tl.minimum(last, page_tiles)):
-        page = tl.load(TABLE + b * st_b + t // (64 // BN))
+        page = tl.load(TABLE + owned * st_r + t // (64 // BN))
         kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
         first_row = (t % (64 // BN)) * BN
         row = first_row + on
@@ -291,8 +292,8 @@ def attend_kernel(
     for t in range(tl.maximum(first, page_tiles), last):
         is_sink, row, _, valid = full_tile(t - page_tiles, segments, BF)
         row = tl.where(tl.arange(0, BF) < valid, row + tl.arange(0, BF), -1)
-        kfull = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
-        vfull = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
+        kfull = tl.where(is_sink, SINK_K + owned * ssk_r + h * ssk_h, TAIL_K + owned * stk_r + h * stk_h)
+        vfull = tl.where(is_sink, SINK_V + owned * ssv_r + h * ssv_h, TAIL_V + owned * stv_r + h * stv_h)
         kstride = tl.where(is_sink, ssk_t, stk_t)
         vstride = tl.where(is_sink, ssv_t, stv_t)
         m, l, acc0, acc1 = _tile(

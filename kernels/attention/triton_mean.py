@@ -59,7 +59,8 @@ def take_out_kernel(
 
 @triton.jit(do_not_specialize=["first_page", "pages"])
 def put_back_kernel(
-    SLAB, MEANS, PACKED, BASE, OFFSET, ROTATION, first_page, pages, sm_b, sm_h, D: tl.constexpr, WIDTH: tl.constexpr,
+    SLAB, MEANS, OWNED, PACKED, BASE, OFFSET, ROTATION, first_page, pages, sm_r, sm_h, D: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """SLAB [B, H, 64 * pages, D] += the rotated mean, in the pages first_page .. first_page + pages - 1 of each
     sequence, as far as it has them. Program (page, head, sequence)."""
@@ -69,21 +70,23 @@ def put_back_kernel(
     page = first_page + n
     if page < tl.load(PACKED + b):
         rows = SLAB + ((b * tl.num_programs(1) + h) * pages + n) * (64 * D)
-        mean = MEANS + b * sm_b + h * sm_h
+        mean = MEANS + tl.maximum(tl.load(OWNED + b), 0).to(tl.int64) * sm_r + h * sm_h
         _add_mean(rows, D, rows, mean, page.to(tl.int64), BASE, OFFSET, ROTATION, 1, D, WIDTH)
 
 
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit(do_not_specialize=["lines", "count"])
 def coefficients_kernel(
-    Q, OUT, MEANS, ROTATION, rows, count, sq_b, sq_c, sq_h, sm_b, sm_h, H: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    Q, OUT, MEANS, OWNED, ROTATION, lines, count, sq_b, sq_c, sq_h, sm_r, sm_h, H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """OUT [rows, D], rows being (sequence, one of `count` queries, head): A and B of rotated queries."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
-    b = (row // (H * count)).to(tl.int64)
-    c = (row // H % count).to(tl.int64)
-    h = row % H
+    """OUT [lines, D], lines being (number in the batch, one of `count` queries, head): A and B of rotated queries, with
+    the means of row OWNED[number]; of filler zeros."""
+    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    real = line < lines
+    b = (line // (H * count)).to(tl.int64)
+    c = (line // H % count).to(tl.int64)
+    h = line % H
+    owned = tl.load(OWNED + b, mask=real, other=-1)
     i = tl.arange(0, HALF)
     j = tl.arange(0, WIDTH)
     there = real[:, None] & (i < D // 2)[None, :]
@@ -94,9 +97,10 @@ def coefficients_kernel(
     inside = (j < D)[:, None] & (i < D // 2)[None, :]
     q1 = tl.dot(q, tl.load(into, mask=inside, other=0.0), input_precision="tf32x3")
     q2 = tl.dot(q, tl.load(into + D // 2, mask=inside, other=0.0), input_precision="tf32x3")
-    mean = MEANS + (b * sm_b + h // G * sm_h)[:, None] + i[None, :]
-    m1 = tl.load(mean, mask=there, other=0.0)
-    m2 = tl.load(mean + D // 2, mask=there, other=0.0)
-    out = OUT + row.to(tl.int64)[:, None] * D + i[None, :]
+    mean = MEANS + (owned.to(tl.int64) * sm_r + h // G * sm_h)[:, None] + i[None, :]
+    live = there & (owned >= 0)[:, None]
+    m1 = tl.load(mean, mask=live, other=0.0)
+    m2 = tl.load(mean + D // 2, mask=live, other=0.0)
+    out = OUT + line.to(tl.int64)[:, None] * D + i[None, :]
     tl.store(out, q1 * m1 + q2 * m2, mask=there)
     tl.store(out + D // 2, q2 * m1 - q1 * m2, mask=there)

@@ -1,5 +1,6 @@
 """How the Triton decode kernels divide the contexts of a batch among programs, and the merge of what these found.
 
+All of this goes by the order of the batch. Filler has a part, in which there are no keys.
 The unit is a tile of keys: of packed pages, of the sinks, of the tail before its ring's end and after it (so that none
 wraps). Sequences are cut in parts of about one length, at most as many in all as there are programs, and each in at
 least one. Every program finds its own part, from the lengths on the device. Programs without a part are the last of the
@@ -50,6 +51,14 @@ def full_tile(t, segments, BN: tl.constexpr):
     position = tl.where(is_sink, t * BN, done + tl.where(wrapped, before_wrap + after, at))
     valid = tl.where(is_sink, sinks - t * BN, tl.where(wrapped, total - before_wrap - after, before_wrap - at))
     return is_sink, row, position, valid
+
+
+@triton.jit
+def place(b, OWNED, STARTS):
+    """The row that number b of the batch owns, int64, and its length with the query; 0 and 0 of filler."""
+    row = tl.load(OWNED + b)
+    length = tl.where(row < 0, 0, tl.load(STARTS + b) + 1)
+    return tl.maximum(row, 0).to(tl.int64), length
 
 
 @triton.jit

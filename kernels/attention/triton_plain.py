@@ -10,14 +10,14 @@ as planes of triplets, takes plain pages only beside coded ones, with a key mean
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part
+from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part, place
 
 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def plain_decode_kernel(
-    Q, OUT, PART, LSE, PAGES, TABLE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, sink, capacity,
-    batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_b, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b,
-    stk_h, stk_t, stv_b, stv_h, stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    Q, OUT, PART, LSE, PAGES, TABLE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, sink,
+    capacity, batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r, ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t,
+    stk_r, stk_h, stk_t, stv_r, stv_h, stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     BN: tl.constexpr, BATCH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, part) of `triton_parts.divide`; its normalised output goes to PART [parts, H, D], its
@@ -35,7 +35,8 @@ def plain_decode_kernel(
     b = b.to(tl.int64)
     if parts > 0:
         packed = tl.load(PACKED + b)
-        segments = full_segments(packed, tl.load(STARTS + b) + 1, tl.load(ORIGIN + b), sink, capacity)
+        owned, length = place(b, OWNED, STARTS)
+        segments = full_segments(packed, length, tl.load(ORIGIN + b), sink, capacity)
         page_tiles = packed * (64 // BN)
         tiles = page_tiles + full_tiles(segments, BN)
         r = tl.arange(0, ROWS)
@@ -51,15 +52,15 @@ def plain_decode_kernel(
         # One loop for all tiles: two with products of a warp group in a kernel were miscompiled (ptxas 12.8).
         for t in range(split * tiles // parts, (split + 1) * tiles // parts):
             paged = t < page_tiles
-            page = tl.load(TABLE + b * st_b + t // (64 // BN), mask=paged, other=0)
+            page = tl.load(TABLE + owned * st_r + t // (64 // BN), mask=paged, other=0)
             is_sink, row, _, valid = full_tile(t - page_tiles, segments, BN)
             kpage = (PAGES + page.to(tl.int64) * sp_page + h * sp_head).to(tl.pointer_type(Q.dtype.element_ty))
             row = tl.where(paged, (t % (64 // BN)) * BN, row).to(tl.int64)
             valid = tl.where(paged, BN, valid)
             k_step = tl.where(paged, D, tl.where(is_sink, ssk_t, stk_t))
             v_step = tl.where(paged, D, tl.where(is_sink, ssv_t, stv_t))
-            k_at = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
-            v_at = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
+            k_at = tl.where(is_sink, SINK_K + owned * ssk_r + h * ssk_h, TAIL_K + owned * stk_r + h * stk_h)
+            v_at = tl.where(is_sink, SINK_V + owned * ssv_r + h * ssv_h, TAIL_V + owned * stv_r + h * stv_h)
             k_at = tl.where(paged, kpage, k_at) + row * k_step
             v_at = tl.where(paged, kpage + 64 * D, v_at) + row * v_step
             there = n < valid

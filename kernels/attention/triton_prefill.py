@@ -38,10 +38,10 @@ def _unpack(
 
 @triton.jit(do_not_specialize=["first_page", "pages"])
 def unpack_kernel(
-    SLAB_K, SLAB_V, PAGES, TABLE, PACKED, levels_k, radii_k, levels_v, radii_v, first_page, pages, sp_page, sp_head,
-    st_b, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr, BYTES_V: tl.constexpr,
-    BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
+    SLAB_K, SLAB_V, PAGES, TABLE, OWNED, PACKED, levels_k, radii_k, levels_v, radii_v, first_page, pages, sp_page,
+    sp_head, st_b, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
+    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr,
+    T1: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
     """Decode the pages first_page .. first_page + pages - 1 of each sequence, as far as it has them, to SLAB_K and
     SLAB_V [B, Hkv, 64 * pages, D]. Program (page, KV head, sequence)."""
@@ -49,7 +49,8 @@ def unpack_kernel(
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     if first_page + number < tl.load(PACKED + b):
-        page = tl.load(TABLE + b * st_b + first_page + number)
+        row = tl.maximum(tl.load(OWNED + b), 0).to(tl.int64)
+        page = tl.load(TABLE + row * st_b + first_page + number)
         kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
         at = ((b * tl.num_programs(1) + h) * pages + number) * (64 * D)
         _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0, T0, tl.float32, PTX_K, True)
@@ -61,10 +62,10 @@ def unpack_kernel(
 
 @triton.jit(do_not_specialize=["count", "sink", "first"])
 def flash_kernel(
-    Q, OUT, LSE, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink, capacity, first, sq_b,
-    sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h, stv_t,
-    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, PAST: tl.constexpr,
-    SLAB: tl.constexpr, DOT: tl.constexpr,
+    Q, OUT, LSE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink, capacity, first,
+    sq_b, sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h,
+    stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    PAST: tl.constexpr, SLAB: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Causal attention over sinks and tail; PAST makes it a continuation of what an earlier call left in OUT and LSE.
 
@@ -105,6 +106,9 @@ def flash_kernel(
         v_at = TAIL_V + b * stv_b + h * stv_h + n[:, None] * stv_t + column[None, :]
     else:
         length = start + tl.minimum((block * ROWS + ROWS - 1) // G, count - 1) + 1
+        owned = tl.load(OWNED + b)
+        length = tl.where(owned < 0, 0, length)  # filler has no keys
+        owned = tl.maximum(owned, 0).to(tl.int64)
         segments = full_segments(packed, length, tl.load(ORIGIN + b), sink, capacity)
         tiles = full_tiles(segments, BN)
         earliest = start + block * ROWS // G  # the position of the first row
@@ -116,8 +120,8 @@ def flash_kernel(
             is_sink, row, position, valid = full_tile(t, segments, BN)
             k_step = tl.where(is_sink, ssk_t, stk_t)
             v_step = tl.where(is_sink, ssv_t, stv_t)
-            k_at = tl.where(is_sink, SINK_K + b * ssk_b + h * ssk_h, TAIL_K + b * stk_b + h * stk_h)
-            v_at = tl.where(is_sink, SINK_V + b * ssv_b + h * ssv_h, TAIL_V + b * stv_b + h * stv_h)
+            k_at = tl.where(is_sink, SINK_K + owned * ssk_b + h * ssk_h, TAIL_K + owned * stk_b + h * stk_h)
+            v_at = tl.where(is_sink, SINK_V + owned * ssv_b + h * ssv_h, TAIL_V + owned * stv_b + h * stv_h)
             k_at = k_at + row.to(tl.int64) * k_step + n[None, :] * k_step + column[:, None]
             v_at = v_at + row.to(tl.int64) * v_step + n[:, None] * v_step + column[None, :]
         there = n < valid

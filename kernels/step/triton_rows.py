@@ -112,21 +112,22 @@ def qkv_rope_append_kernel(
     else:
         result = turned
         place = column
-        mine = inside & (tl.program_id(1) == 0)  # all columns are here already
+        mine = column + tl.program_id(1) * BD < D  # the first program has all columns already
     slot = tl.load(SLOTS + row).to(tl.int64)
     tl.store(Q + (row * H + head[:, None]) * D + place[None, :], result, mask=(head < H)[:, None] & mine[None, :])
     k_head = (head - H).to(tl.int64)
-    is_k = (head >= H) & (head < H + HKV) & (target >= 0)
-    to_k = K + target * sk_r + k_head[:, None] * sk_h + slot * sk_s + place[None, :]
-    tl.store(to_k, result, mask=is_k[:, None] & mine[None, :])
+    is_k = (head >= H) & (head < H + HKV)
     v_head = k_head - HKV
-    is_v = (head >= H + HKV) & (head < H + 2 * HKV) & (target >= 0)
+    is_v = (head >= H + HKV) & (head < H + 2 * HKV)
     if ROTATE_V:
         value = tl.dot(raw, part_v, input_precision="ieee").to(kind)
     else:
         value = tl.load(source + out[None, :], mask=is_v[:, None] & kept[None, :], other=0)
-    to_v = V + target * sv_r + v_head[:, None] * sv_h + slot * sv_s + out[None, :]
-    tl.store(to_v, value, mask=is_v[:, None] & kept[None, :])
+    if target >= 0:
+        to_k = K + target * sk_r + k_head[:, None] * sk_h + slot * sk_s + place[None, :]
+        tl.store(to_k, result, mask=is_k[:, None] & mine[None, :])
+        to_v = V + target * sv_r + v_head[:, None] * sv_h + slot * sv_s + out[None, :]
+        tl.store(to_v, value, mask=is_v[:, None] & kept[None, :])
 
 
 @triton.jit

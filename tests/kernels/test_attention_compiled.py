@@ -26,11 +26,11 @@ TABLES = ("levels_k", "radii_k", "levels_v", "radii_v")
 POINTERS = {
     **dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V", "SLAB_K", "SLAB_V"), "bf16"),
     **dict.fromkeys(("PART", "LSE", "COEF", "BASE", "OFFSET", *TABLES), "fp32"),
-    **dict.fromkeys(("TABLE", "PACKED", "STARTS", "ORIGIN"), "i32"),
+    **dict.fromkeys(("TABLE", "OWNED", "PACKED", "STARTS", "ORIGIN"), "i32"),
     "PAGES": "u8",
 }
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have (sm_90)
-UNALIGNED = ("scale", "count", "splits", "sink", "capacity", "st_b", "first", "first_page", "pages")
+UNALIGNED = ("scale", "count", "splits", "sink", "capacity", "st_b", "st_r", "first", "first_page", "pages")
 
 
 def compile_for_hopper(kernel, constants, tiling, dtype, tables="fp32", types=None):

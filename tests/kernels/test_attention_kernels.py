@@ -15,6 +15,8 @@ from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attend_refe
 from octo_run.kernels.attention.key_mean import (
     AngleTables,
     KeyMean,
+    coefficients,
+    launch_coefficients,
     launch_options,
     mean_rows,
     put_back,
@@ -182,9 +184,9 @@ def run_triton(case):
         kv = replace(kv, mean=KeyMean(mean.means.to(DEVICE), mean.rotation.to(DEVICE), tables, of_queries))
     q = case.q.to(DEVICE)
     out = torch.full_like(q, float("nan"))
-    size = workspace_bytes(batch, heads, kv.pages.shape[1], dim, batch * count) // 4
+    size = workspace_bytes(q.device, batch, heads, kv.pages.shape[1], dim, batch * count) // 4
     workspace = torch.full((size,), float("nan"), device=DEVICE)
-    workspace[: counter_words()] = 0
+    workspace[: counter_words(q.device)] = 0
     got = attend_triton(
         q, kv, case.fmt, spec=AttentionSpec(dim**-0.5), max_length=case.max_length, out=out, workspace=workspace
     )
@@ -237,7 +239,8 @@ def test_triton_takes_the_mean_out_and_puts_it_back(dim):
         *pages.stride()[:4], *out.stride()[:3], *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
     assert torch.allclose(out, (k - rows).transpose(1, 2), atol=1e-5)
     slab = k.clone()
-    put_back(slab.view(2, 2, -1, dim), _integers([first + 2, 9]).to(DEVICE), first, mean)
+    put_back(slab.view(2, 2, -1, dim), _integers([1, 0]).to(DEVICE), _integers([first + 2, 9]).to(DEVICE), first, mean)
+    rows = rows.flip(0)  # the sequences own each other's means
     rows[0, :, 2] = 0  # a page that the first sequence does not have
     assert torch.allclose(slab, k + rows, atol=1e-5)
 
@@ -433,6 +436,70 @@ def test_triton_many_sequences_of_unequal_lengths(kv):
         assert relative_error(got[b], case.want[b]) < 2e-3, lengths[b]
 
 
+FILLED = [0, 193, 0, 64, 450, 0, 0]
+
+
+@triton_only
+@pytest.mark.parametrize(
+    ("kv", "dim", "group", "mean"),
+    [
+        ("octopus3", 64, 4, 0.0),
+        ("octopus3", 80, 1, 2.0),
+        ("octopus2", 128, 7, 0.0),
+        ("oct3", 96, 5, 0.0),
+        ("bf16", 128, 8, 0.0),
+        ("bf16", 64, 4, 2.0),
+        ("bf16:octopus3", 256, 4, 0.0),
+    ],
+)
+def test_triton_leaves_filler_out(kv, dim, group, mean):
+    """Filler anywhere in the batch: zeros come out, and the sequences beside it are what they are."""
+    case = make_case(kv, FILLED, 1, group, 1, dim, dtype=torch.float16, mean=mean)
+    got = run_triton(case)
+    for b in range(len(FILLED)):
+        assert relative_error(got[b], case.want[b]) < 3e-3, b
+    assert not got[[not n for n in FILLED]].any()
+
+
+@triton_only
+@pytest.mark.parametrize("kv", ["octopus3", "bf16"])
+def test_triton_takes_a_batch_of_filler(kv):
+    """Alone, with a bound that divides it in parts; the rows are nobody's, full of NaN."""
+    for lengths in ([0], [0, 0, 0]):
+        case = make_case(kv, lengths, 1, 4, 2, 64, dtype=torch.float16)
+        got = run_triton(replace(case, max_length=4096))
+        assert not got.any()
+
+
+@triton_only
+@pytest.mark.parametrize(("kv", "mean"), [("octopus3", 0.0), ("bf16", 2.0)])
+def test_triton_prefill_leaves_filler_out(kv, mean):
+    lengths = [0, 37 + 200, 0, 37]
+    case = make_case(kv, lengths, 37, 4, 2, 64, dtype=torch.float16, mean=mean)
+    got = run_triton(case)
+    for b in range(len(lengths)):
+        assert relative_error(got[b], case.want[b]) < 3e-3
+    assert not got[[not n for n in lengths]].any()
+
+
+@triton_only
+@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 1), (128, 7)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_triton_coefficients_of_the_key_mean_by_row(dim, group, count):
+    torch.manual_seed(7)
+    q, rotation = torch.randn(4, count, 2 * group, dim), parse_kv("octopus3", dim).k.rotation.float().contiguous()
+    means = torch.full((6, 2, dim), float("nan"))
+    means[[5, 0]] = torch.randn(2, 2, dim)
+    rows, outs = _integers([5, -1, 0, -1]), [torch.full(q.shape, float("nan")) for _ in range(2)]
+    rotated_coefficients(q, means, rows, rotation, outs[0])
+    outs[1] = outs[1].to(DEVICE)
+    launch_coefficients(q.to(DEVICE), means.to(DEVICE), rows.to(DEVICE), rotation.to(DEVICE), outs[1])
+    assert relative_error(outs[1], outs[0].double()) < 1e-5
+    assert not outs[0][[1, 3]].any() and not outs[1][[1, 3]].any()
+    plain = coefficients(q[[0, 2]] @ rotation, means[[5, 0]])
+    assert torch.allclose(outs[0][[0, 2]], plain, atol=1e-5)
+
+
 @triton_only
 @pytest.mark.parametrize("seed", range(12))
 def test_triton_division(seed):
@@ -468,10 +535,11 @@ def test_triton_empty_arena(kv, dtype):
 def test_splits_fit_the_workspace(batch, kv_heads, length, at_once):
     from octo_run.kernels.attention.splits import Workspace, count_splits, workspace_bytes
 
-    splits = count_splits(batch, kv_heads, length, at_once)
+    meta = torch.device("meta")
+    splits = count_splits(meta, batch, kv_heads, length, at_once)
     assert 1 <= splits <= max(1, -(-length // 64))
-    words = workspace_bytes(batch, kv_heads, kv_heads, 16) // 4
-    room = Workspace.of(torch.empty(words, device="meta"), batch, kv_heads, kv_heads, 16, torch.device("meta"))
+    words = workspace_bytes(meta, batch, kv_heads, kv_heads, 16) // 4
+    room = Workspace.of(torch.empty(words, device=meta), batch, kv_heads, kv_heads, 16, meta)
     part, lse = room.partials(splits * batch, kv_heads, 16)
     assert lse.numel() == splits * batch * kv_heads and part.numel() == 16 * lse.numel()
 

@@ -14,23 +14,42 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 B, F, I, L = "*bf16", "*fp32", "*i32", "*i64"
 HEAD = {"H": 32, "HKV": 8, "D": 128, "BD": 128, "HEADS": 16}
-STRIDES = dict.fromkeys(("sk_b", "sk_h", "sk_s", "sv_b", "sv_h", "sv_s"), "i32")
-TURN = dict.fromkeys(("QKV", "COS", "SIN", "Q_NORM", "K_NORM", "ROTATION", "K", "V", "Q"), B)
-RULES = {"LOGITS": B, "COUNTS": I, "TEMPERATURE": F, "PENALTIES": F, "FLOOR": F, "SEEDS": L, "COUNTERS": L, "PARTS": F}
+STRIDES = dict.fromkeys(("sk_r", "sk_h", "sk_s", "sv_r", "sv_h", "sv_s"), "i32")
+TURN = {"SLOTS": I, "ROWS": I, "eps": "fp32"} | dict.fromkeys(
+    ("QKV", "COS", "SIN", "Q_NORM", "K_NORM", "ROTATION", "V_ROTATION", "K", "V", "Q"), B
+)
+RULES = {
+    "LOGITS": B,
+    "ROWS": I,
+    "COUNTS": I,
+    "TEMPERATURE": F,
+    "PENALTIES": F,
+    "FLOOR": F,
+    "SEEDS": L,
+    "COUNTERS": L,
+    "PARTS": F,
+}
 CASES = [
     (triton_rows.add_rms_norm_kernel, dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT"), B) | {"eps": "fp32"},
      {"N": 4096, "BLOCK": 4096, "ADD": True, "EARLY": True}, 8),
     (triton_rows.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
-    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES | {"SLOTS": I, "eps": "fp32"},
-     HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": True, "EARLY": True}, 4),
-    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES | {"SLOTS": I, "eps": "fp32"},
-     HEAD | {"COLUMNS": 128, "NORM": False, "ROTATE": False, "EARLY": True}, 4),
+    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES,
+     HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": True, "ROTATE_V": False, "MAPPED": True, "EARLY": True}, 4),
+    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES,
+     HEAD | {"COLUMNS": 128, "NORM": False, "ROTATE": False, "ROTATE_V": False, "MAPPED": False, "EARLY": True}, 4),
+    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES,
+     HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": True, "ROTATE_V": True, "MAPPED": True, "EARLY": True}, 4),
+    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES,
+     HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": False, "ROTATE_V": True, "MAPPED": True, "EARLY": True}, 4),
+    (triton_rows.rotate_back_kernel, {"X": B, "ROTATION": B, "OUT": B, "n": "i32"},
+     {"D": 128, "BD": 128, "HEADS": 16, "COLUMNS": 32, "EARLY": True}, 4),
     (triton_rows.vector_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": B, "n": "i32"},
      {"K": 4096, "BN": 2, "BK": 2048, "BIASED": False, "EARLY": True}, 4),
     (triton_sample.sample_part_kernel, RULES | {"vocab": "i32", "s_penalty": "i32"},
      {"BLOCK": 1024, "COUNTED": True, "NOISY": True, "FLOORED": True}, 4),
     (triton_sample.sample_merge_kernel,
-     {"LOGITS": B, "COUNTS": I, "COUNTERS": L, "PARTS": F, "TOKENS": I, "LOGPROBS": F, "vocab": "i32", "parts": "i32"},
+     {"LOGITS": B, "ROWS": I, "COUNTS": I, "COUNTERS": L, "PARTS": F, "TOKENS": I, "LOGPROBS": F, "vocab": "i32",
+      "parts": "i32"},
      {"WIDTH": 128, "COUNTED": True, "NOISY": True}, 1),
 ]  # fmt: skip
 

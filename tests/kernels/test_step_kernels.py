@@ -131,6 +131,54 @@ def test_triton_queries_keys_values(rows, heads, kv_heads, d, normed, dtype, rot
 
 
 @triton_only
+@pytest.mark.parametrize(("heads", "kv_heads", "d", "normed"), [(6, 2, 128, False), (7, 1, 64, True), (32, 8, 80, True),
+                                                               (4, 4, 256, False)])  # fmt: skip
+@pytest.mark.parametrize(("rotated", "v_rotated"), [(False, False), (True, False), (False, True), (True, True)])
+def test_triton_appends_to_the_rows_of_a_batch(heads, kv_heads, d, normed, rotated, v_rotated):
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    for rows in ([2], [-1], [6, -1, 0, -1, 3], [0, 1, 2], None):
+        batch = 4 if rows is None else len(rows)
+        qkv = random(batch, (heads + 2 * kv_heads) * d, dtype=HALF)
+        if rows is not None:
+            qkv[[row < 0 for row in rows]] = torch.nan  # filler's states are nobody's
+        how = turn(batch, d, normed, rotated, HALF, v_rotated)
+        got = append(launch.qkv_rope_append, qkv, how, heads, kv_heads, d, rows)
+        want = append(reference.qkv_rope_append, qkv, how, heads, kv_heads, d, rows)
+        live = list(range(batch)) if rows is None else [b for b, row in enumerate(rows) if row >= 0]
+        for ours, theirs in zip(got, want, strict=True):
+            if live:
+                close(ours[live], theirs[live], HALF)
+        assert v_rotated or torch.equal(got[2], want[2])
+
+
+@triton_only
+@pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", [1, 7, 40])
+def test_triton_rotates_back(d, heads):
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    for dtype in (torch.float32, HALF):
+        mixed, rotation = random(3, heads * d, dtype=dtype), rotation_matrix(d, 1).to(device=DEVICE, dtype=dtype)
+        out = torch.full_like(mixed, torch.nan)
+        launch.rotate_back(mixed, rotation.contiguous(), out)
+        close(out, (mixed.double().view(3, heads, d) @ rotation.double().T).flatten(1), dtype)
+
+
+@triton_only
+def test_triton_refuses_rows_of_another_batch():
+    from octo_run.kernels.step import launch
+
+    def run(*given):
+        launch.qkv_rope_append(*given[:-1], given[-1][:2])
+
+    with pytest.raises(ValueError, match="rows must be of the shape of slots"):
+        append(run, random(3, 8 * 64), turn(3, 64, False, False, torch.float32), 4, 2, 64, [0, 1, 2])
+
+
+@triton_only
 @pytest.mark.parametrize("width", [48, 384, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF])
 def test_triton_norms_and_swiglu(width, dtype):
@@ -207,13 +255,14 @@ def check_draws_of_rows(run, vocab, floored):
     """`run` draws for each row what it draws for the sequence alone, and touches nothing of filler or other rows."""
     torch.manual_seed(0)
     logits = random(5, vocab, scale=3)
-    logits[1], logits[3] = torch.nan, -torch.inf
     floor = logits.sort(descending=True).values[:, 9].contiguous() if floored else None
+    beside = logits.clone()
+    beside[1], beside[3] = torch.nan, -torch.inf  # filler's logits are nobody's
     for counted, noisy in ((False, False), (True, False), (True, True)):
         state, alone = draws_of_rows(vocab, counted=counted, noisy=noisy), draws(5, vocab, counted=counted, noisy=noisy)
         before = state.counts.clone()
         for _ in range(3):
-            run(state, logits, floor)
+            run(state, beside, floor)
             run(alone, logits, floor)
         live = [0, 2, 4]
         for name in ("tokens", "logprobs", "counts"):
@@ -247,6 +296,15 @@ def test_triton_samples(vocab, counted, noisy, floored):
         assert ours.tokens.tolist() == theirs.tokens.tolist()
         torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=2e-5, rtol=1e-5)
         assert torch.equal(ours.counters, theirs.counters) and torch.equal(ours.counts, theirs.counts)
+
+
+@triton_only
+@pytest.mark.parametrize("vocab", [50, 5001])
+@pytest.mark.parametrize("floored", [False, True])
+def test_triton_samples_the_rows_of_a_batch(vocab, floored):
+    from octo_run.kernels.step import launch
+
+    check_draws_of_rows(launch.sample, vocab, floored)
 
 
 @triton_only

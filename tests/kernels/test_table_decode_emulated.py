@@ -15,12 +15,12 @@ from octo_run.kernels.attention import splits
 
 table_launch = pytest.importorskip("octo_run.kernels.attention.table_launch", reason="Triton is not installed")
 
+CPU = torch.device("cpu")
 HERE = Path(__file__).parent
 emulator = SimpleNamespace(**runpy.run_path(str(HERE / "lane_emulator.py")))
 cases = SimpleNamespace(**runpy.run_path(str(HERE / "test_attention_kernels.py")))
 MODULES = emulator.kernel_modules()
 DECODE = MODULES["table_decode"]
-PROCESSORS = 4  # what the launcher takes where there is no GPU
 LENGTHS = (1, 64, 128, 192, 193, 255, 256, 257, 320, 1000)  # 64 sinks, 64 to 127 in the window, pages of 64
 
 
@@ -28,7 +28,6 @@ LENGTHS = (1, 64, 128, 192, 193, 255, 256, 257, 320, 1000)  # 64 sinks, 64 to 12
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     found = emulator.Kernel(DECODE.table_decode_kernel)
     monkeypatch.setattr(table_launch, "table_decode_kernel", found)
-    monkeypatch.setattr(splits, "processors", lambda: PROCESSORS)
     return found
 
 
@@ -36,9 +35,9 @@ def worst_error(case: Any, room_for: int | None = None) -> float:
     """The largest relative error of a sequence; outputs and workspace are full of NaN before."""
     batch, _, heads, dim = case.q.shape
     kv_heads = case.kv.pages.shape[1]
-    words = splits.workspace_bytes(room_for or batch, heads, kv_heads, dim) // 4
+    words = splits.workspace_bytes(case.q.device, room_for or batch, heads, kv_heads, dim) // 4
     whole = torch.full((words,), float("nan"))
-    whole[: splits.counter_words()] = 0
+    whole[: splits.counter_words(whole.device)] = 0
     room = splits.Workspace.of(whole, batch, heads, kv_heads, dim, whole.device)
     worst = 0.0
     for _ in range(2):  # the second time with what the first one left in the workspace
@@ -102,16 +101,36 @@ def test_sequences_of_unequal_lengths_are_cut_finer(kernel: Any) -> None:
     assert evenly < 1e-3 and uneven[1] > len(lengths) and uneven == even  # the grid depends on shapes alone
 
 
+@pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4:oct2"])
+@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 1), (96, 5), (128, 7), (256, 8)])
+def test_filler_is_left_out(kernel: Any, kv: str, dim: int, group: int) -> None:
+    """Anywhere in a batch, which is divided as if it were not there; its output is zero."""
+    case = decode_case(kv, [0, 450, 0, 128, 0], group, 1, dim)
+    assert worst_error(case) < 1e-3
+
+
+def test_filler_with_the_key_mean(kernel: Any) -> None:
+    assert worst_error(decode_case("oct3", [0, 800, 0, 450, 0, 0], 7, 1, 128, mean=2.0)) < 1.5e-3
+
+
+@pytest.mark.parametrize("lengths", [[0], [0, 0, 0]])
+def test_a_batch_of_filler(kernel: Any, lengths: list[int]) -> None:
+    """Alone, with a bound that divides it in parts; the rows are nobody's, full of NaN."""
+    case = decode_case("oct3", lengths, 4, 2, 64)
+    case.max_length = 4096
+    assert worst_error(case) == 0
+
+
 def test_more_sequences_than_counters(kernel: Any) -> None:
     """A long one among many short ones is not cut: the workspace has a counter for eight programs a processor."""
     lengths = [*([200] * 34), 64 * 40 + 192]
-    assert len(lengths) > splits.counter_words()
+    assert len(lengths) > splits.counter_words(CPU)
     assert worst_error(decode_case("oct2", lengths, 1, 1, 64)) < 1e-3
 
 
 def test_many_blocks_of_heads_share_the_counters(kernel: Any) -> None:
     """24 heads are three programs a KV head, each with a counter of its own."""
-    assert 16 * 3 > splits.counter_words() >= 2 * 16
+    assert 16 * 3 > splits.counter_words(CPU) >= 2 * 16
     assert worst_error(decode_case("oct2", [*([200] * 15), 64 * 24 + 192], 24, 1, 64)) < 1e-3
 
 

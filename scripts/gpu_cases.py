@@ -1,0 +1,159 @@
+"""Batches of sequences in an arena on the GPU, with what attention over them is in float64, for `gpu_check.py`.
+
+Sequences own rows of the arena in no order. What must not be read is NaN or an invalid page.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attention_workspace_bytes, page_bytes
+from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, mean_rows, rotated_coefficients
+from octo_run.kernels.attention.splits import counter_words
+from octo_run.kernels.codec import Codec, KVFormat, TrellisCodec, parse_kv
+from octo_run.kernels.codec.page_layout import Indices, Side, pack_block
+
+SINK, WINDOW, PAGE = 64, 64, 64
+SIDES: tuple[Side, Side] = ("k", "v")
+
+
+@dataclass
+class Case:
+    """A batch of sequences in an arena, and the float64 result."""
+
+    q: Tensor
+    kv: AttentionInputs
+    fmt: KVFormat
+    want: Tensor
+    max_length: int
+
+
+def blocks(codec: Codec, side: Side, x: Tensor) -> Tensor:
+    """Vectors [..., 64, d] as K or V blocks of pages [..., 64 * bytes], by the codec's own encoder."""
+    if not isinstance(codec, TrellisCodec):
+        return codec.encode_rotated(x).flatten(-2)
+    return pack_block(codec.page_layout, side, *codec.encode_fields(x)).to(x.device)
+
+
+def unblock(codec: Codec, side: Side, block: Tensor) -> Tensor:
+    """What K or V blocks [..., 64 * bytes] hold, in the rotated basis: float64 [..., 64, d]."""
+    if not isinstance(codec, TrellisCodec):
+        rows = block.reshape(*block.shape[:-1], PAGE, -1)
+        return codec.rotate(codec.decode(rows, torch.float64))
+    layout = codec.page_layout
+    bits = (block[..., None] >> torch.arange(8, dtype=torch.uint8, device=block.device) & 1).flatten(-2)
+
+    def read(addresses: Indices) -> Tensor:
+        at = torch.from_numpy(addresses).to(block.device)
+        weights = 1 << torch.arange(at.shape[-1], device=block.device)
+        return (bits[..., at] * weights).sum(-1).to(torch.int32)
+
+    code, sign, norm = (
+        (layout.k_code, layout.k_sign, layout.k_norm) if side == "k" else (layout.v_code, layout.v_sign, layout.v_norm)
+    )
+    signs = bits[..., torch.from_numpy(sign).to(block.device)] if layout.signed else None
+    return codec.decode_fields(read(code), signs, read(norm), torch.float64)
+
+
+def stored_pages(fmt: KVFormat, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """[2, H, 64 P, d] -> page bytes [P, H, bytes], and what they hold in the rotated basis, float64 [2, H, 64 P, d]."""
+    parts, decoded = [], []
+    for codec, side, x in zip((fmt.k, fmt.v), SIDES, vectors, strict=True):
+        block = blocks(codec, side, x.reshape(len(x), -1, PAGE, x.shape[-1]))
+        parts.append(block.transpose(0, 1))
+        decoded.append(unblock(codec, side, block).flatten(1, 2))
+    return torch.cat(parts, -1), torch.stack(decoded)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
+    """Causal attention in float64: q [C, H, d] at positions start + c, k and v [Hkv, n, d]."""
+    count, heads, dim = q.shape
+    grouped = q.double().view(count, k.shape[0], -1, dim)
+    scores = torch.einsum("chgd,hnd->hgcn", grouped, k) * scale
+    late = torch.arange(k.shape[1], device=q.device) > torch.arange(start, start + count, device=q.device)[:, None]
+    weights = scores.masked_fill(late, float("-inf")).softmax(-1)
+    return torch.einsum("hgcn,hnd->chgd", weights, v).reshape(count, heads, dim)
+
+
+def arena_inputs(pages: Tensor, table: Tensor, index: list[Tensor], sinks: Tensor, tails: Tensor) -> AttentionInputs:
+    """Inputs from `index` = (rows, packed pages, starts, tail origins) and stacked K and V of sinks and tails."""
+    rows, packed, starts, origin = index
+    return AttentionInputs(
+        pages=pages, page_table=table, rows=rows, num_packed=packed, starts=starts, sink_k=sinks[0], sink_v=sinks[1],
+        tail_k=tails[0], tail_v=tails[1], tail_origin=origin, sink=SINK,
+    )  # fmt: skip
+
+
+def make_case(
+    kv: str, lengths: list[int], count: int, group: int, kv_heads: int, dim: int, dtype: torch.dtype, mean: float = 0.0
+) -> Case:
+    """Sequences of `lengths` tokens, the last `count` are queries; length 0 is filler. They own rows of the arena in no
+    order. What must not be read is NaN or an invalid page. `mean`: size of the means that packed keys get back."""
+    fmt = parse_kv(kv, dim, plain_dtype=dtype)
+    device = torch.device("cuda")
+    owned = len(lengths) + 2
+    rows = [row if n else -1 for row, n in zip(torch.randperm(owned).tolist(), lengths, strict=False)]
+    starts = [max(0, n - count) for n in lengths]
+    packed = [max(0, s - SINK - WINDOW) // PAGE for s in starts]
+    capacity = WINDOW + PAGE + (count if count > 1 else 0)
+    order = iter(torch.randperm(sum(packed)).tolist())
+    pages = torch.full((sum(packed) + 1, 2, kv_heads, page_bytes(fmt)), 255, dtype=torch.uint8, device=device)
+    table = torch.full((owned, max(packed) + 1), 2**30, dtype=torch.int32, device=device)
+    full = (2, owned, kv_heads)
+    sinks = torch.full((*full, SINK, dim), float("nan"), device=device).to(dtype)
+    tails = torch.full((*full, capacity, dim), float("nan"), device=device).to(dtype)
+    origin = [PAGE * p if count > 1 else 0 for p in packed]
+    q = (3 * torch.randn(len(lengths), count, group * kv_heads, dim, device=device)).to(dtype)
+    want = torch.empty(q.shape, dtype=torch.float64, device=device)
+    tables = AngleTables.build(1e4 ** (-torch.arange(0, dim, 2, device=device) / dim), SINK, max(packed) + 1)
+    means = torch.full((owned, kv_heads, dim), float("nan"), device=device)
+    rotation = fmt.k.rotation.to(device, torch.float32).contiguous()
+    for b, (n, row) in enumerate(zip(lengths, rows, strict=True)):
+        if row < 0:
+            want[b] = 0
+            continue
+        means[row] = mean * torch.randn(kv_heads, dim, device=device)
+        gain = 0.2 + torch.rand(2, kv_heads, n, 1, device=device)
+        vectors = (torch.randn(2, kv_heads, n, dim, device=device) * gain).to(dtype)
+        values = vectors.double()
+        top, done = min(n, SINK), SINK + PAGE * packed[b]
+        sinks[:, row, :, :top] = vectors[:, :, :top]
+        if packed[b]:
+            ids = [next(order) for _ in range(packed[b])]
+            table[row, : packed[b]] = torch.tensor(ids, dtype=torch.int32, device=device)
+            pages[ids, 1], values[:, :, SINK:done] = stored_pages(fmt, vectors[:, :, SINK:done])
+            values[0, :, SINK:done] += mean_rows(means[row], tables.of_pages(0, packed[b]).flatten(0, 1), rotation)
+        if n > done:
+            slots = (torch.arange(done, n, device=device) - SINK - origin[b]) % capacity
+            tails[:, row, :, slots] = vectors[:, :, done:]
+        want[b] = dense(q[b], values[0], values[1], starts[b], dim**-0.5)
+    index = [torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, packed, starts, origin)]
+    inputs = arena_inputs(pages[:, 1], table, index, sinks, tails)
+    if mean:
+        found = torch.full(q.shape, float("nan"), device=device)
+        of_queries = rotated_coefficients(q, means, inputs.rows, rotation, found) if count == 1 else None
+        inputs = replace(inputs, mean=KeyMean(means, rotation, tables, of_queries))
+    return Case(q, inputs, fmt, want, max(lengths))
+
+
+def workspace_for(q: Tensor, kv: AttentionInputs) -> Tensor:
+    """A workspace full of NaN, but for the counters at its start."""
+    batch, count, heads, dim = q.shape
+    size = attention_workspace_bytes(batch, heads, kv.pages.shape[1], dim, q.device, batch * count) // 4
+    workspace = torch.full((size,), float("nan"), device=q.device)
+    workspace[: counter_words(q.device)] = 0
+    return workspace
+
+
+def error_of(case: Case) -> float:
+    """Largest relative error of a sequence (NaN if anything was left unwritten); of filler, what is not zero."""
+    out = torch.full_like(case.q, float("nan"))
+    spec = AttentionSpec(case.q.shape[-1] ** -0.5)
+    workspace = workspace_for(case.q, case.kv)
+    torch.cuda.synchronize()
+    attend(case.q, case.kv, case.fmt, spec=spec, max_length=case.max_length, out=out, workspace=workspace)
+    torch.cuda.synchronize()
+    size = case.want.flatten(1).norm(dim=1)
+    difference = (out.double() - case.want).flatten(1).norm(dim=1) / size.where(size > 0, 1.0)
+    return float(difference.max())
