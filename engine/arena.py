@@ -27,7 +27,6 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.engine.sequence import Sequence, SequenceTable
 from octo_run.errors import OctoError, UsageError
-from octo_run.kernels.attention.key_mean import HALF_OFFSETS, lane_table_bytes, page_centres
 from octo_run.kernels.codec import KVFormat
 
 if TYPE_CHECKING:
@@ -107,50 +106,9 @@ class ArenaShape:
         return self.layers * self.kv_heads * (self.k_bytes + self.v_bytes)
 
     @property
-    def packed_bytes(self) -> int:
-        """Bytes of all packed pages."""
-        return self.pages * self.layers * self.kv_heads * self.page_bytes
-
-    @property
-    def index_bytes(self) -> int:
-        """Bytes of the page table, and of the numbers of a chunk and of pages on their way to the code."""
-        return self.sequences * 4 * (max(1, self.max_pages) + 2) + 4 * 4
-
-    @property
-    def mean_page_bytes(self) -> int:
-        """Bytes that one more page of context takes for the key means' angles."""
-        if not self.mean_heads:
-            return 0
-        return 4 * self.head_dim + self._lane_tables[0]
-
-    @property
-    def _lane_tables(self) -> tuple[int, int]:
-        """Bytes of the angles as the table-decode kernel reads them: for each page, and beside."""
-        if not self.on_gpu:
-            return 0, 0
-        return lane_table_bytes(self.head_dim, page_centres(self.mean_heads // self.kv_heads, self.head_dim))
-
-    @property
     def mean_queries(self) -> int:
         """Queries whose coefficients are kept at a time: on a GPU only a step's, for prefill needs none."""
         return self.sequences if self.on_gpu else max(self.chunk, self.sequences)
-
-    @property
-    def mean_bytes(self) -> int:
-        """Bytes of the key means, their angles, the coefficients of queries and the pages on their way to the code."""
-        if not self.mean_heads:
-            return 0
-        d, pages = self.head_dim, max(self.layers, (self.ring + self.chunk) // PAGE)
-        numbers = d * d + (PAGE + HALF_OFFSETS) * d + self.layers * self.sequences * self.kv_heads * d
-        numbers += self.mean_queries * self.mean_heads * d
-        rows = pages * self.kv_heads * PAGE * d * self.dtype.itemsize
-        return 4 * numbers + self._lane_tables[1] + rows + max(1, self.max_pages) * self.mean_page_bytes
-
-    @property
-    def full_precision_bytes(self) -> int:
-        """Bytes of sinks and rings (all layers) and of the prefill staging buffer (one layer), K and V."""
-        vector = 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-        return vector * (self.layers * self.sequences * (self.sink + self.ring) + self.ring + self.chunk)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -182,6 +140,11 @@ class KVArena:
         #: For each row the id and the number of the page that is coded between two steps.
         self._coding = torch.zeros(2, s.sequences, dtype=torch.int32, device=device)
         self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row)
+
+    @property
+    def full_precision(self) -> list[Tensor]:
+        """Sinks, rings and the staging buffer, K and V."""
+        return [self._full_k, self._full_v, self._staging_k, self._staging_v]
 
     @torch.inference_mode()
     def open(self, ids: list[int] | None = None) -> Sequence:

@@ -9,18 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from octo_run import kernels
 from octo_run.engine import system_memory
-from octo_run.engine.arena import KVArena
 from octo_run.engine.batching import Completion, complete
-from octo_run.engine.forward import Forward
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
-from octo_run.engine.key_means import KeyMeans
+from octo_run.engine.parts import Parts
 from octo_run.engine.plan import MemoryPlan, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
-from octo_run.engine.sampling import BatchSampler, SamplingParams
+from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.sequence import Sequence
-from octo_run.engine.step import Stepper
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import KVFormat, parse_kv
 from octo_run.models import weights as weight_files
@@ -70,17 +66,10 @@ class Engine:
         self.device, self.dtype = torch.device(plan.device), plan.dtype
         self.max_context = plan.context
         self._decoder = decoder
-        means = KeyMeans(plan.shape, fmt.k.rotation, decoder.inv_freq) if plan.shape.mean_heads else None
-        self.arena = KVArena(plan.shape, fmt, self.device, means)
-        shape, workspace = plan.shape, None
-        if self.device.type == "cuda":
-            count = kernels.attention_workspace_bytes(
-                shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, self.device, shape.chunk, shape.context
-            )
-            workspace = torch.zeros(count // 4, dtype=torch.float32, device=self.device)
-        self.forward = Forward(decoder, self.arena, max(shape.chunk, shape.sequences), workspace)
+        parts = Parts.build(decoder, plan.shape, fmt, self.device)
+        self.arena, self.forward = parts.arena, parts.forward
         #: Decode steps of the engine's sequences.
-        self.step = Stepper(self.forward, BatchSampler(shape.sequences, cfg.vocab_size, self.device))
+        self.step = parts.step
         #: Steps of one sequence in flight: on CUDA the next one is launched before the host has read this one's token.
         self.depth = 2 if self.device.type == "cuda" else 1
         self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))

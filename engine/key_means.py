@@ -16,8 +16,7 @@ class KeyMeans:
     """Means and what is needed to take them out of pages of keys and to give them back in attention."""
 
     def __init__(self, shape: ArenaShape, rotation: Tensor, inv_freq: Tensor) -> None:
-        """``rotation [d, d]`` of the codec of K; ``inv_freq [d / 2]`` on the device that all of this is to lie on.
-        Takes ``shape.mean_bytes``."""
+        """``rotation [d, d]`` of the codec of K; ``inv_freq [d / 2]`` on the device that all of this is to lie on."""
         device, s = inv_freq.device, shape
         self._on_gpu = s.on_gpu
         self.rotation = rotation.to(device=device, dtype=torch.float32).contiguous()

@@ -1,6 +1,8 @@
 """The memory plan: what an engine will hold on its device, computed before anything is loaded."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -8,11 +10,12 @@ from octo_run import kernels
 from octo_run.engine import system_memory
 from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.forward import buffer_bytes
-from octo_run.engine.sampling import sampling_bytes
+from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import KVFormat, parse_kv
 from octo_run.models.config import ModelConfig
-from octo_run.models.weights import weight_bytes
+from octo_run.models.decoder import Decoder
+from octo_run.models.weights import expected_tensors, weight_bytes
 
 #: Tokens that go through the layers together in prefill; on CUDA fewer where their buffers would take too much memory.
 CHUNK = {"cuda": 4096, "cpu": 512}
@@ -29,11 +32,14 @@ PARTS = ("weights", "arena", "full_precision", "workspace", "graphs", "logits")
 class MemoryPlan:
     """Bytes by purpose on one device, and the context that they hold.
 
-    ``full_precision`` are sinks, windows and the staging buffer; ``workspace`` the attention splits, the matrix-product
-    library's workspace and the activations of a chunk or a step; ``graphs`` what recorded steps take of their own;
-    ``logits`` the logits of a step and what the sampler keeps for each sequence. ``loading`` is no part of the sum: the
-    bytes held at most while weights are fused, before anything else is there. ``free`` is what is left to an engine,
-    ``before`` what the process held at that time in memory if the device is a CPU (PyTorch, tokenizer): no part of it.
+    They are those of the engine's own tensors, made on the ``meta`` device to be counted. ``arena`` are packed
+    pages, their table and key means; ``full_precision`` sinks, windows and the staging buffer; ``workspace`` the
+    attention splits, the matrix-product library's workspace and the activations of a chunk or a step; ``graphs`` what
+    recorded steps take of their own; ``logits`` the logits of a step and what the sampler keeps for each sequence.
+
+    Not in the sum: ``loading``, the bytes held at most while weights are fused, before anything else is there;
+    ``free``, what is left to an engine; ``before``, what the process held at that time in memory if the device is a CPU
+    (PyTorch, tokenizer).
     """
 
     kv: str
@@ -42,26 +48,19 @@ class MemoryPlan:
     shape: ArenaShape
     free: int
     before: int
+    loading: int
     weights: int
+    arena: int
+    full_precision: int
     workspace: int
     graphs: int
     logits: int
-    loading: int
+    measure: Callable[[ArenaShape], dict[str, int]] = field(repr=False, compare=False)
 
     @property
     def context(self) -> int:
         """Tokens that one sequence can hold."""
         return self.shape.context
-
-    @property
-    def arena(self) -> int:
-        """Bytes of the packed pages, of their table and of the key means."""
-        return self.shape.packed_bytes + self.shape.index_bytes + self.shape.mean_bytes
-
-    @property
-    def full_precision(self) -> int:
-        """Bytes of sinks, windows and staging buffer."""
-        return self.shape.full_precision_bytes
 
     @property
     def total(self) -> int:
@@ -78,18 +77,36 @@ class MemoryPlan:
         """Arena and full-precision bytes divided by the context."""
         return (self.arena + self.full_precision) / (self.shape.sequences * self.context)
 
+    def of(self, shape: ArenaShape) -> "MemoryPlan":
+        """The plan for another shape of the arena."""
+        changes: dict[str, Any] = self.measure(shape)
+        return replace(self, shape=shape, **changes)
+
     def tokens_that_fit(self, budget: int | None = None) -> int:
         """The longest context of one sequence whose plan stays within ``budget`` bytes (default: the free memory)."""
         budget = self.free if budget is None else budget
-        smallest = replace(self, shape=replace(self.shape, context=1))
-        spare = budget - smallest.total
-        if spare < 0 or self.loading > budget:
+
+        def total(pages: int) -> int:
+            return self.of(replace(self.shape, context=context(pages))).total
+
+        def context(pages: int) -> int:
+            return self.shape.sink + self.shape.window + PAGE * pages + PAGE - 1
+
+        least, many = total(0), 1024
+        if least > budget or self.loading > budget:
             return 0
-        one_page = self.shape.layers * self.shape.kv_heads * self.shape.page_bytes
-        # A page takes an entry of the table and one of the angles too; the first are in the smallest plan already.
-        once, angles = 4 * self.shape.sequences, self.shape.mean_page_bytes
-        pages = (spare + once + angles) // (self.shape.sequences * (one_page + 4) + angles)
-        return int(self.shape.sink + self.shape.window + PAGE * pages + PAGE - 1)
+        # Bytes grow evenly with pages, but for work space at the beginning: a guess, then the edge beside it.
+        pages = max(0, (budget - least) * many // max(1, total(many) - least))
+        step = 1
+        while total(pages) > budget:
+            pages, step = max(0, pages - step), 2 * step
+        above, step = pages + 1, 1
+        while total(above) <= budget:
+            pages, above, step = above, above + step, 2 * step
+        while above - pages > 1:
+            middle = (pages + above) // 2
+            pages, above = (middle, above) if total(middle) <= budget else (pages, middle)
+        return int(context(pages))
 
     def as_dict(self) -> dict[str, int]:
         """Bytes by purpose, ``bytes_per_token`` and ``context`` in tokens."""
@@ -114,16 +131,16 @@ def _library_workspace(device: torch.device) -> int:
     return (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
 
 
-def _cpu_activations(cfg: ModelConfig, shape: ArenaShape) -> int:
-    """Bytes of the largest set of activations alive at once for a chunk, in the MLP or in the attention."""
+def _cpu_temporaries(cfg: ModelConfig, shape: ArenaShape) -> int:
+    """Bytes of the largest set of tensors alive at once for a chunk beside the kept buffers: in the MLP, a norm, or the
+    attention."""
     rows, size = shape.chunk, shape.dtype.itemsize
-    heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
-    mlp = rows * (2 * cfg.hidden_size + 4 * cfg.intermediate_size) * size
-    attention = rows * (2 * cfg.hidden_size + 3 * heads) * size + kernels.attention_host_bytes(
+    norm = rows * cfg.hidden_size * (3 * 4 + 2 * size)
+    attention = kernels.attention_host_bytes(
         shape.chunk, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (shape.max_pages, shape.ring + shape.chunk),
         mean=bool(shape.mean_heads),
     )  # fmt: skip
-    return max(mlp, attention) + rows * cfg.hidden_size * 4
+    return max(rows * cfg.intermediate_size * size, norm, attention)
 
 
 def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int) -> int:
@@ -134,23 +151,29 @@ def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int
     return rows
 
 
-def _workspace(cfg: ModelConfig, shape: ArenaShape, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of splits, activations and the library's workspace."""
-    if device.type == "cpu":
-        return _cpu_activations(cfg, shape)
-    sequences = shape.sequences
-    attention = kernels.attention_workspace_bytes(
-        sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk, shape.context
-    )
-    return (
-        _block(attention) + _library_workspace(device) + _block(buffer_bytes(cfg, max(shape.chunk, sequences), dtype))
-    )
-
-
 def _block(count: int) -> int:
     """Bytes of the block that PyTorch's allocator gives for a large request: it leaves no rest of 1 MiB or less."""
     whole = -(-count // 2**21) * 2**21
     return whole if count >= 10 * 2**20 and whole - count <= 2**20 else count
+
+
+def _measure(decoder: Decoder, fmt: KVFormat, device: torch.device, shape: ArenaShape) -> dict[str, int]:
+    """Bytes by purpose of what an engine of this shape makes, beside its weights."""
+    parts = Parts.build(decoder, shape, fmt, device, meta=True)
+
+    def held(*holders: object, but: tuple[object, ...] = ()) -> int:
+        sizes = held_bytes(*holders, but=but)
+        return sum(map(_block, sizes)) if device.type == "cuda" else sum(sizes)
+
+    arena, full = parts.arena, parts.arena.full_precision
+    temporaries = _cpu_temporaries(decoder.cfg, shape) if device.type == "cpu" else _library_workspace(device)
+    return {
+        "arena": held(arena, but=(full, decoder)),
+        "full_precision": held(full),
+        "workspace": held(parts.forward, but=(arena, decoder)) + temporaries,
+        "graphs": _library_workspace(device),
+        "logits": held(parts.step, but=(parts.forward,)),
+    }
 
 
 def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
@@ -158,12 +181,6 @@ def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
     gate_up = 2 * cfg.intermediate_size * dtype.itemsize
     out = cfg.num_heads * cfg.head_dim * (2 * 4 + dtype.itemsize)
     return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
-
-
-def _logits(cfg: ModelConfig, sequences: int, dtype: torch.dtype, device: torch.device) -> int:
-    if device.type == "cpu":
-        return 16 * sequences * cfg.vocab_size
-    return sampling_bytes(sequences, cfg.vocab_size, dtype)
 
 
 def takes_mean(cfg: ModelConfig, fmt: KVFormat, key_mean: bool | None) -> bool:
@@ -213,6 +230,15 @@ def plan_memory(
         on_gpu=device.type == "cuda",
         pool_pages=pool_pages,
     )
+    with torch.inference_mode():
+        made = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in expected_tensors(cfg).items()}
+        decoder = Decoder(cfg, made, fmt.k.rotation, fmt.v.rotation)
+        weights = sum(held_bytes(decoder.embedding, decoder.head, decoder.final_norm, decoder.layers))
+
+    def measure(shape: ArenaShape) -> dict[str, int]:
+        with torch.inference_mode():
+            return _measure(decoder, fmt, device, shape)
+
     plan = MemoryPlan(
         kv=fmt.name,
         device=str(device),
@@ -220,11 +246,10 @@ def plan_memory(
         shape=shape,
         free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
         before=0 if device.type == "cuda" else system_memory.resident(),
-        weights=weight_bytes(cfg, dtype),
-        workspace=_workspace(cfg, shape, dtype, device),
-        graphs=_library_workspace(device),
-        logits=_logits(cfg, sequences, dtype, device),
         loading=_loading(cfg, dtype),
+        weights=weights,
+        measure=measure,
+        **measure(shape),
     )
     budget = int(plan.free * AUTO_SHARE[device.type])
     fits = plan.tokens_that_fit(budget if max_context is None else plan.free)
@@ -234,8 +259,7 @@ def plan_memory(
                 f"The model's weights need {plan.weights / 2**30:.2f} GiB; of the {plan.free / 2**30:.2f} GiB free on "
                 f"{plan.device}, {budget / 2**30:.2f} GiB are taken unasked: give --ctx, or choose a smaller model."
             )
-        shape = replace(shape, context=fits, chunk=min(shape.chunk, fits))
-        return replace(plan, shape=shape, workspace=_workspace(cfg, shape, dtype, device))
+        return plan.of(replace(shape, context=fits, chunk=min(shape.chunk, fits)))
     if fits < context:
         raise OctoError(
             f"A context of {context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "

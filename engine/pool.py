@@ -20,8 +20,10 @@ class PagePool:
     def __init__(self, pages: int, rows: int) -> None:
         self.held: list[list[int]] = [[] for _ in range(rows)]
         self._count = pages
-        self._references = [0] * pages
-        self._free = list(range(pages - 1, -1, -1))
+        self._references: dict[int, int] = {}
+        #: Pages that were given back, and the first one that was never taken: a large pool costs nothing to make.
+        self._free: list[int] = []
+        self._fresh = 0
         self._torn = False
 
     def __len__(self) -> int:
@@ -31,25 +33,28 @@ class PagePool:
     def free(self) -> int:
         """Pages that nobody holds."""
         self._mend()
-        return len(self._free)
+        return len(self._free) + self._count - self._fresh
 
     def holders(self, page: int) -> int:
         """Rows that hold a page."""
         self._mend()
-        return self._references[page]
+        return self._references.get(page, 0)
 
     def take(self, row: int, count: int) -> list[int]:
         """``count`` free pages, appended to the row's. Raises :class:`PoolExhausted` if there are fewer."""
         self._mend()
-        if count > len(self._free):
+        if count > self.free:
             raise PoolExhausted(
-                f"The KV cache is full: {count} of its {self._count:,} pages are wanted and {len(self._free)} are "
-                "free; end a sequence, or give a larger cache."
+                f"The KV cache is full: {count} of its {self._count:,} pages are wanted and "
+                f"{self.free} are free; end a sequence, or give a larger cache."
             )
         held = self.held[row]
         self._torn = True
         for _ in range(count):
-            page = self._free.pop()
+            if self._free:
+                page = self._free.pop()
+            else:
+                page, self._fresh = self._fresh, self._fresh + 1
             self._references[page] = 1
             held.append(page)
         self._torn = False
@@ -81,10 +86,10 @@ class PagePool:
     def _mend(self) -> None:
         if not self._torn:
             return
-        references = [0] * self._count
+        references: dict[int, int] = {}
         for held in self.held:
             for page in held:
-                references[page] += 1
-        self._references = references
-        self._free = [page for page in range(self._count - 1, -1, -1) if not references[page]]
+                references[page] = references.get(page, 0) + 1
+        self._references, self._fresh = references, max(references, default=-1) + 1
+        self._free = [page for page in range(self._fresh - 1, -1, -1) if page not in references]
         self._torn = False

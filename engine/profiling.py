@@ -63,6 +63,7 @@ KERNELS = {
     "plain_pages_kernel": CODING,
     "put_back_kernel": ATTENTION,
     "qkv_rope_append_kernel": APPEND,
+    "rotate_back_kernel": PROJECTIONS,
     "sample_merge_kernel": SAMPLING,
     "sample_part_kernel": SAMPLING,
     "swiglu_kernel": MLP,

@@ -129,11 +129,6 @@ class SamplingParams:
         return cls(**(values | {name: value for name, value in overrides.items() if value is not None}))
 
 
-def sampling_bytes(sequences: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Bytes on the device of a step's logits in ``dtype`` and of what :class:`BatchSampler` keeps."""
-    return sequences * vocab_size * (dtype.itemsize + 4) + sequences * 16 * -(-vocab_size // ops.PART_TOKENS)
-
-
 @dataclass(eq=False)
 class Sampling:
     """How one sequence's tokens are drawn. ``drawn`` counts them: the noise of a draw depends on the seed and on it."""

@@ -81,10 +81,9 @@ def windows(tokens: int, context: int, stride: int, *, begin: bool) -> list[Wind
 
 def cache_bytes_per_token(engine: Engine) -> float:
     """Bytes of packed pages, page table, sinks and recent windows, divided by the tokens that they hold."""
-    s = engine.plan.shape
-    vector = 2 * s.kv_heads * s.head_dim * s.dtype.itemsize
-    full = s.layers * s.sequences * (s.sink + s.ring) * vector
-    return (s.packed_bytes + s.index_bytes + full) / (s.sequences * s.context)
+    s, arena = engine.plan.shape, engine.arena
+    full = sum(part.nbytes for part in arena.full(0)) * s.layers
+    return (arena.pages.nbytes + arena.page_table.nbytes + full) / (s.sequences * s.context)
 
 
 class _Runner:

@@ -91,6 +91,11 @@ class LaneTables:
     @classmethod
     def of(cls, tables: AngleTables, centres: int) -> LaneTables:
         """From the tables in float32, by way of float64 on the CPU."""
+        pages, dim = tables.base.shape
+        if tables.base.is_meta:
+            steps, tiles = -(-dim // 32), PAGE_TOKENS // 32 // centres
+            angles = tables.base.new_empty(pages, 2, steps, centres, 4, 4)
+            return cls(angles, angles.new_empty(tiles, 2, steps, 32, 4, dtype=torch.int32))
         reach = PAGE_TOKENS // 2 // centres  # offsets on either side of a centre
         base, half = tables.base.cpu().to(torch.float64), tables.half.cpu()
         rows = [reach - 1 + 2 * reach * centre for centre in range(centres)]
@@ -109,12 +114,6 @@ class LaneTables:
 def page_centres(group: int, head_dim: int) -> int:
     """Centres of a page for ``group`` query heads a KV head: a program with one block of heads has room for two."""
     return 2 // head_blocks(group, head_dim)[0]
-
-
-def lane_table_bytes(head_dim: int, centres: int) -> tuple[int, int]:
-    """Bytes of `LaneTables`: for each page, and beside."""
-    steps = -(-head_dim // 32)
-    return 2 * steps * centres * 64, 2 // centres * 2 * steps * 512
 
 
 def _in_runs(x: Tensor) -> Tensor:

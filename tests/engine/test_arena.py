@@ -384,16 +384,3 @@ def test_keys_that_overflowed_are_refused_in_one_sentence() -> None:
 def test_wrong_shapes_are_refused(changes: dict[str, int], text: str) -> None:
     with pytest.raises(UsageError, match=text):
         new_arena(**changes)
-
-
-@pytest.mark.parametrize("context", [1, 64, 191, 192, 255, 256, 600])
-@pytest.mark.parametrize("sequences", [1, 3])
-def test_bytes_are_exactly_those_of_the_shape(context: int, sequences: int) -> None:
-    arena = new_arena("octopus3", context=context, sequences=sequences)
-    tensors = {name: t for name, t in vars(arena).items() if isinstance(t, Tensor)}
-    assert arena.pages.nbytes == arena.shape.packed_bytes
-    full = ("_full_k", "_full_v", "_staging_k", "_staging_v")
-    assert sum(tensors[name].nbytes for name in full) == arena.shape.full_precision_bytes
-    index = ("page_table", "_chunk_state", "_coding")
-    assert sum(tensors[name].nbytes for name in index) == arena.shape.index_bytes
-    assert set(tensors) == {"pages", *full, *index}

