@@ -18,6 +18,7 @@ of its sequence, which moves only when all of it is there.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,14 +38,6 @@ if TYPE_CHECKING:
 Run = Callable[[Hashable, Callable[[], None]], None]
 
 PAGE = kernels.PAGE_TOKENS
-
-
-def length_bound(length: int, context: int) -> int:
-    """The bound on lengths that decode attention is launched with: a power of two from 1,024 on, at most ``context``.
-
-    The division of the work follows from it alone, so that one recorded step serves all lengths up to it.
-    """
-    return min(context, max(1024, 1 << (length - 1).bit_length()))
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Bytes, all 0. On a CPU the system gives them when they are written: a long context takes no time and no memory
     before it is used."""
     if device.type == "cpu":
-        return torch.from_numpy(np.zeros(shape, np.uint8))
+        return torch.from_numpy(np.zeros(prod(shape), np.uint8)).view(shape)
     return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
