@@ -27,6 +27,7 @@ class Reply:
         on_prompt: OnPrompt | None = None,
     ) -> None:
         self.generation: Generation = engine.generate(ids, params, on_prompt)
+        self._prompt = ids
         self.text, self.ids = "", list[int]()
         self.finish_reason: str | None = None
         self.dropped_turns = dropped_turns
@@ -73,7 +74,7 @@ class Reply:
             self.finish_reason = "interrupted"
 
     def _run(self, engine: Engine, params: SamplingParams) -> Generator[str, None, None]:
-        stream = engine.tokenizer.stream()
+        stream = engine.tokenizer.stream(self._prompt)
         held = ""
         for token in self.generation:
             ended = token.id in engine.end_ids or token.id in params.stop_ids

@@ -1,6 +1,6 @@
 """Small engines for the engine's tests: random models, scripted models, a byte tokenizer with a chat template."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -32,13 +32,16 @@ TINY = ModelConfig(
 class ByteTokenizer:
     """Ids 0-255 are bytes, 256 begins a text, 257 ends a turn, 258 begins one."""
 
-    vocab_size, bos_id, eos_ids = 260, 256, (257,)
+    vocab_size, bos_id, eos_ids, adds_bos, opening = 260, 256, (257,), True, [256]
     has_chat_template = True
 
     def encode(self, text: str, **_: bool) -> list[int]:
         return list(text.encode())
 
-    def stream(self) -> StreamingDetokenizer:
+    def prompt(self, text: str) -> list[int]:
+        return [256, *self.encode(text)]
+
+    def stream(self, after: Sequence[int] = ()) -> StreamingDetokenizer:
         return StreamingDetokenizer(lambda i: bytes([i]) if i < 256 else b"", frozenset(), False)
 
     def decode(self, ids: list[int]) -> str:

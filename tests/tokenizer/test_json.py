@@ -197,18 +197,17 @@ def test_tokenizer_json_wins_over_tokenizer_model(tmp_path: Path, demo_dir: Path
 
 
 def test_a_decoder_that_cannot_stream_is_refused(tmp_path: Path) -> None:
-    for decoder, name in [(decoders.WordPiece(), "WordPiece"), (None, "none")]:
-        library = metaspace_tokenizer("first")
-        library.decoder = decoder
-        library.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(OctoError, match=f"decoder {name}"):
-            load_tokenizer(tmp_path)
+    library = metaspace_tokenizer("first")
+    library.decoder = decoders.WordPiece()
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(OctoError, match="decoder WordPiece"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "Nonsense"}}'])
 def test_a_damaged_tokenizer_json_is_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(OctoError, match=r"tokenizer\.json is not a tokenizer file") as caught:
+    with pytest.raises(OctoError, match=r"tokenizer\.json is not valid|JSON list") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -242,9 +241,9 @@ def test_gpt2_files_of_an_unknown_class(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("vocab.json", "{", "not valid JSON"),
-        ("vocab.json", '{"a": "b"}', "ids from 0 on"),
+        ("vocab.json", '{"a": "b"}', "integer from 0 on"),
         ("merges.txt", "a b c", r"Line 1 of .*merges\.txt"),
-        ("merges.txt", "zz yy", "do not match"),
+        ("merges.txt", "zz yy", r"with merges\.txt is not valid .*`zz` out of vocabulary"),
     ],
 )
 def test_damaged_gpt2_files(tmp_path: Path, name: str, content: str, message: str) -> None:
