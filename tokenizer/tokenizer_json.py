@@ -43,6 +43,7 @@ def read_tokenizer_json(path: Path, config: TokenizerConfig) -> tuple[State, dic
     model = state.get("model")
     if isinstance(model, dict):
         _check_vocabulary(model, path, config.rows, beyond)
+        _check_merges(model, path)
     if state.get("decoder") is None:
         state["decoder"] = _decoder_of_class(config, state)
     _check_growth(state.get("normalizer"), path)
@@ -67,9 +68,9 @@ def _check_vocabulary(model: State, path: Path, rows: int | None, beyond: dict[s
     if isinstance(vocabulary, dict):
         for text in beyond:
             vocabulary.pop(text, None)
-        wrong = next((i for i in vocabulary.values() if type(i) is not int or i < 0), None)
-        if wrong is not None:
-            raise OctoError(f"{path} has the token id {quoted(wrong)}, which is no integer from 0 on: {AGAIN}.")
+        wrong = [i for i in vocabulary.values() if type(i) is not int or i < 0]
+        if wrong:
+            raise OctoError(f"{path} has the token id {quoted(wrong[0])}, which is no integer from 0 on: {AGAIN}.")
     elif not isinstance(vocabulary, list):
         return  # the library says what is wrong
     end = end_of_ids(vocabulary)
@@ -80,6 +81,15 @@ def _check_vocabulary(model: State, path: Path, rows: int | None, beyond: dict[s
             f"{path} has token ids up to {end - 1:,} and the model has rows for {rows:,} (vocab_size in config.json): "
             "the files belong to different models."
         )
+
+
+def _check_merges(model: State, path: Path) -> None:
+    """The library panics where the second part of a merge lacks the prefix that it cuts off."""
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if isinstance(prefix, str) and prefix and isinstance(merges, list):
+        seconds = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+        if any(isinstance(parts, list) and not str(parts[-1:][0]).startswith(prefix) for parts in seconds if parts):
+            raise OctoError(f"A merge in {path} lacks the continuing_subword_prefix {quoted(prefix)}: {AGAIN}.")
 
 
 def end_of_ids(vocabulary: list[Any] | dict[str, int]) -> int:
