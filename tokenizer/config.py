@@ -20,6 +20,8 @@ _EXTRA_LISTS = ("additional_special_tokens", "extra_special_tokens")
 MAX_IDS = 1 << 22
 #: Added tokens at most (real ones: some 30,000, of models that speak).
 MAX_ADDED = 1 << 17
+#: Characters of an added token at most.
+MAX_ADDED_LENGTH = 512
 #: Transformers takes this class for these families, whatever the files say.
 _CLASS_OF_FAMILY = {"qwen2": "Qwen2Tokenizer"}
 #: ... and this one where they say nothing.
@@ -146,9 +148,17 @@ def token_text(value: Any, key: str, path: Path) -> str:
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise _wrong(path, key, 'a token (a string, or an object with "content")')
-    if any("\ud800" <= char <= "\udfff" for char in text):
+    if not _is_unicode(text):
         raise _wrong(path, key, "valid Unicode (it has half a surrogate pair)")
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _load_added(directory: Path, main: dict[str, Any], path: Path) -> list[AddedToken]:
@@ -188,6 +198,11 @@ def check_added(tokens: Iterable[AddedToken], where: Path) -> None:
             )
         if not token.content:
             raise OctoError(f"The added token {token.id} in {where} has an empty text.")
+        if len(token.content) > MAX_ADDED_LENGTH:
+            raise OctoError(
+                f"The added token {token.id} in {where} has {len(token.content):,} characters, more than any real one: "
+                f"{AGAIN}."
+            )
         if count >= MAX_ADDED:
             raise OctoError(f"{where} adds more than {MAX_ADDED:,} tokens, more than any real model: {AGAIN}.")
 

@@ -157,7 +157,7 @@ class TokenizersBackend:
                 ids.append(token_id)
                 continue
             for place in range(begin, end):
-                spelled, _ = self._run(tok if place == 0 else self._bare, text[place])
+                spelled, _ = self._run(self._bare if ids else tok, text[place])
                 ids += [i for one in spelled for i in ([one] if one not in self._never else self._replacement)]
         return ids
 

@@ -5,7 +5,6 @@ field 3 with add_dummy_prefix = field 3). Of a scalar field that occurs twice th
 twice are merged, so both changes made here are appended bytes.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from octo_run.errors import OctoError, quoted
 from octo_run.models.foreign import AGAIN, parsing, read_bytes
 from octo_run.tokenizer.config import MAX_IDS, AddedToken, TokenizerConfig
+from octo_run.tokenizer.finder import Finder
 
 _SPACE = "\u2581"
 _NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
@@ -62,9 +62,8 @@ class SentencePieceBackend:
         self.opening: str | None = None  # such a file does not say
         self._bytes = {i: bytes([int(piece[3:-1], 16)]) for i, piece in enumerate(self._pieces) if self._sp.is_byte(i)}
         self._ids = {token.content: token.id for token in self._own.values()}
-        plain = [token for token in self._own.values() if not token.special]
-        longest_first = sorted((token.content for token in plain), key=len, reverse=True)
-        self._plain_added = re.compile("|".join(map(re.escape, longest_first))) if plain else None
+        plain = [token.content for token in self._own.values() if not token.special]
+        self._plain_added = Finder(plain) if plain else None
 
     def _named(self, token_id: int) -> str | None:
         return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else None
@@ -115,10 +114,10 @@ class SentencePieceBackend:
             return self._encode_pieces(text, start=start)
         ids: list[int] = []
         position = 0
-        for match in self._plain_added.finditer(text):
-            ids += self._encode_pieces(text[position : match.start()], start=start and position == 0)
-            ids.append(self._ids[match.group()])
-            position = match.end()
+        for begin, end in self._plain_added.all(text):
+            ids += self._encode_pieces(text[position:begin], start=start and position == 0)
+            ids.append(self._ids[text[begin:end]])
+            position = end
         return ids + self._encode_pieces(text[position:], start=start and position == 0)
 
     def _encode_pieces(self, text: str, *, start: bool) -> list[int]:

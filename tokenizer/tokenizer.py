@@ -9,6 +9,7 @@ from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.tokenizer.backend import Backend
 from octo_run.tokenizer.chat import ChatTemplate
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
+from octo_run.tokenizer.finder import Finder
 from octo_run.tokenizer.stream import StreamingDetokenizer
 
 
@@ -77,8 +78,7 @@ class Tokenizer:
         self.special_ids = frozenset(token.id for token in self._special.values())
         ends = {self.bos_id, *self.eos_ids}
         backend.seal(self.special_ids, self.special_ids - ({self.unk_id} - ends))
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._special_finder = Finder(self._special)
         adds_bos = backend.opening == self._named.get("bos_token") if config.add_bos is None else config.add_bos
         self.adds_bos = adds_bos and self.bos_id is not None
         self.opening = [self.bos_id] if adds_bos and self.bos_id is not None else []
@@ -90,11 +90,12 @@ class Tokenizer:
             self._template = ChatTemplate(config.chat_template, config.chat_template_file, variables, self._special)
 
     def _check_beyond(self, beyond: Mapping[str, int], config: TokenizerConfig) -> None:
-        needed = {self._named.get("bos_token"), self._named.get("eos_token"), self._backend.unk}
-        for text, token_id in beyond.items():
-            if text in needed or (config.chat_template is not None and text in config.chat_template):
+        template = config.chat_template or ""
+        written = [template[start:stop] for start, stop in Finder(beyond).all(template)]
+        for text in (self._named.get("bos_token"), self._named.get("eos_token"), self._backend.unk, *written):
+            if text is not None and text in beyond:
                 raise OctoError(
-                    f"The tokenizer in {self._directory} needs the token {quoted(text)} with id {token_id} and the "
+                    f"The tokenizer in {self._directory} needs the token {quoted(text)} with id {beyond[text]} and the "
                     f"model has rows for {config.rows} (vocab_size in config.json): the files belong to different "
                     "models."
                 )
@@ -166,9 +167,9 @@ class Tokenizer:
     def _find_special(self, text: str, mark: str | None) -> Iterator[tuple[int, int, int]]:
         """(start, stop, id) of special tokens, with the whitespace that they swallow."""
         position = done = 0
-        while match := self._special_pattern.search(text, position):
-            start, stop = match.span()
-            token = self._special[match.group()]
+        while (place := self._special_finder.search(text, position)) is not None:
+            start, stop = place
+            token = self._special[text[start:stop]]
             position = start + 1
             if mark is not None and start > 0 and text[start - 1] == mark:
                 continue

@@ -291,7 +291,7 @@ def test_tasks_are_answered_and_scored(scripted: Callable[..., Any]) -> None:
     assert (score.tasks, score.correct, score.accuracy) == (2, 1, 0.5)
     assert (score.low, score.high) == wilson(1, 2)
     long = [tasks.Task(7, "a" * 300, "1")]
-    with pytest.raises(UsageError, match="line 7: The prompt has 300 tokens"):
+    with pytest.raises(UsageError, match="line 7: The prompt has 301 tokens"):
         tasks.run(engine, long, ["1"], rule, as_chat=False)
     with pytest.raises(OctoError, match="nothing to score"):
         tasks.score("bf16", [])
