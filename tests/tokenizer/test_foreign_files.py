@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,7 +195,8 @@ def test_too_many_and_too_long_added_tokens_are_refused(tmp_path: Path) -> None:
 def test_thirty_thousand_added_tokens_load_soon(tmp_path: Path) -> None:
     library = Library(models.WordLevel({"a": 0}, unk_token="a"))
     library.decoder = decoders.Fuse()
-    added = [{"id": i, "content": f"{i}<custom>", "special": i % 2 == 0} for i in range(1, 30_001)]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": f"{i}<custom>", "special": i % 2 == 0, **flags} for i in range(1, 30_001)]
     begun = time.process_time()
     tok = load_tokenizer(tokenizer_json(library, tmp_path, added_tokens=added))
     assert tok.encode("30000<custom>29999<custom>", allow_special=True) == [30_000, 29_999]
@@ -231,10 +234,10 @@ def test_a_regular_expression_that_does_not_end_is_given_up(
         "try: tok.encode(('a' * 28 + '!') * 3000)\n"
         "except OctoError as error: print(error)"
     )
-    begun = time.monotonic()
+    begun = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "does not come to an end with this text" in done.stdout and "tokenizer.json" in done.stdout
-    assert time.monotonic() - begun < 20  # seconds of a machine with other work; the limit is 3 of the process's own
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun < 8  # seconds of its own, start included
 
 
 def test_a_regular_expression_that_the_library_gives_up_is_one_sentence(
@@ -243,15 +246,22 @@ def test_a_regular_expression_that_the_library_gives_up_is_one_sentence(
     library = make_library("byte-level")
     split = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
     library.pre_tokenizer = pre_tokenizers.Sequence([split, library.pre_tokenizer])
-    assert "tokenizer.json is not valid" in one_sentence(tokenizer_json(library, tmp_path), "a" * 200 + "b" * 0 + "!cb")
+    assert "tokenizer.json is not valid" in one_sentence(tokenizer_json(library, tmp_path), "a" * 200 + "!cb")
 
 
 def test_watched_work_gives_its_result_or_error_or_is_left_behind() -> None:
     assert run_watched(lambda: 7, 5) == 7
     with pytest.raises(ZeroDivisionError):
         run_watched(lambda: 1 // 0, 5)
+    enough = threading.Event()
+
+    def endless() -> None:
+        while not enough.is_set():
+            pass
+
     with pytest.raises(TimeoutError, match="more than 0 seconds"):
-        run_watched(lambda: sum(range(30_000_000)), 0.2)
+        run_watched(endless, 0.2)
+    enough.set()
 
 
 def test_text_does_not_grow_without_end(tmp_path: Path, make_library: Callable[[str], Library]) -> None:

@@ -132,6 +132,38 @@ def test_a_vocab_and_merges_prompt_begins_as_in_transformers(
     assert ours.bos_id == theirs.bos_token_id and ours.eos_ids == (theirs.eos_token_id,)
 
 
+@pytest.mark.parametrize("field", [True, False, None])
+def test_whatever_feeds_plain_text_begins_it_so(make_checkpoint: Callable[..., Path], field: bool | None) -> None:
+    """`generate --raw`, `eval ppl`, `eval needle`, `eval tasks` and the capture of keys."""
+    from types import SimpleNamespace
+
+    from octo_run.cli import generate
+    from octo_run.engine.evaluation import needle, perplexity, tasks
+    from octo_run.engine.evaluation.capture import capture
+    from octo_run.errors import UsageError
+
+    folder = make_checkpoint()
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("add_bos_token")
+    write(folder, {path.name: config if field is None else {**config, "add_bos_token": field}})
+    tok = load_tokenizer(folder)
+    begin = [1] if field else []
+    text = "The dog sleeps in the garden."
+    ids = tok.encode(text)
+    engine: Any = SimpleNamespace(tokenizer=tok)
+    assert generate._prompt_ids(engine, text, False, None) == begin + ids
+    assert tasks.prompt_ids(tok, text, as_chat=False) == begin + ids
+    asked = needle._prompt(tok, text, "key", "continue")
+    assert asked[: len(begin) + 2] == begin + ids[:2] and (1 in asked) is bool(begin)
+    joined = needle._prompt(tok, text, "key", "text")
+    assert joined[: len(begin) + 2] == begin + ids[:2] and joined.count(1) == len(begin)
+    assert perplexity._Runner(engine, [ids], 1)._begin == begin
+    assert capture(folder, text, len(begin) + len(ids)).k.shape[2] == len(begin) + len(ids)
+    with pytest.raises(UsageError, match=f"has {len(begin) + len(ids)} tokens"):
+        capture(folder, text, len(begin) + len(ids) + 1)
+
+
 # Continuing text
 
 
