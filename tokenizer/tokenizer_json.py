@@ -83,13 +83,19 @@ def _check_vocabulary(model: State, path: Path, rows: int | None, beyond: dict[s
         )
 
 
-def _check_merges(model: State, path: Path) -> None:
-    """The library panics where the second part of a merge lacks the prefix that it cuts off."""
-    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
-    if isinstance(prefix, str) and prefix and isinstance(merges, list):
-        seconds = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-        if any(isinstance(parts, list) and not str(parts[-1:][0]).startswith(prefix) for parts in seconds if parts):
-            raise OctoError(f"A merge in {path} lacks the continuing_subword_prefix {quoted(prefix)}: {AGAIN}.")
+def _check_merges(model: State, where: object) -> None:
+    """The library panics where a merge makes no token, or its second part lacks the prefix that is cut off."""
+    merges, vocabulary = model.get("merges"), model.get("vocab")
+    prefix = model.get("continuing_subword_prefix") or ""
+    if not isinstance(merges, list) or not isinstance(vocabulary, dict) or not isinstance(prefix, str):
+        return  # the library says what is wrong
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+            raise OctoError(f"{where} has a merge that is not of two parts ({quoted(merge)}): {AGAIN}.")
+        first, second = parts
+        if not second.startswith(prefix) or first + second[len(prefix) :] not in vocabulary:
+            raise OctoError(f"The merge of {quoted(first)} and {quoted(second)} in {where} makes no token: {AGAIN}.")
 
 
 def end_of_ids(vocabulary: list[Any] | dict[str, int]) -> int:
@@ -223,6 +229,7 @@ def from_vocab_and_merges(directory: Path, config: TokenizerConfig) -> State:
         "merges": _read_merges(directory / "merges.txt"),
     }  # fmt: skip
     _check_vocabulary(model, path, config.rows, {})
+    _check_merges(model, directory / "merges.txt")
     state: State = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
         "normalizer": {"type": "NFC"} if name in ("Qwen2Tokenizer", "GPTNeoXTokenizer") else None,

@@ -107,10 +107,25 @@ def test_a_wrong_sentencepiece_field_is_one_sentence_or_harmless(tmp_path: Path,
         assert tok.decode(tok.encode("the dog é")) == "the dog é"
 
 
-def test_a_panic_of_the_library_is_one_sentence(tmp_path: Path) -> None:
-    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
-    changed = {"model": {**model, "continuing_subword_prefix": "##"}}
-    assert "continuing_subword_prefix" in one_sentence(tokenizer_json(Library(models.BPE()), tmp_path, **changed))
+@pytest.mark.parametrize(
+    ("merges", "prefix"),
+    [
+        ([["a", "b"]], "##"),
+        ([["ab", "ab"]], ""),
+        (["ab ab"], None),
+        ([["a", "b", "c"]], None),
+        (["ab"], None),
+        ([["a", 1]], None),
+        ([{}], None),
+    ],
+)
+def test_merges_that_make_the_library_panic_are_one_sentence(
+    tmp_path: Path, merges: list[object], prefix: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "c": 3}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "continuing_subword_prefix": prefix}
+    assert "merge" in one_sentence(tokenizer_json(Library(models.BPE()), tmp_path, model=model))
+    assert capfd.readouterr().err == "", "a panic writes to the terminal by itself"
 
 
 def test_a_panic_of_a_parser_counts_as_its_file_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
