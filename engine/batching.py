@@ -76,7 +76,7 @@ def complete(
         try:
             ids = engine.prompt_ids(prompt)
             engine.check_prompt(ids)
-            answer = AnswerText(engine.tokenizer, rule, engine.end_ids)
+            answer = AnswerText(engine.tokenizer, rule, engine.end_ids, ids)
         except UsageError as error:
             raise UsageError(f"Prompt {index}: {error}") from None
         seed = secrets.randbits(64) if rule.seed is None else rule.seed

@@ -231,7 +231,7 @@ class Engine:
         Raises ``UsageError`` for what is neither.
         """
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, add_bos=self.tokenizer.adds_bos)
+            return self.tokenizer.prompt(prompt)
         if isinstance(prompt, Tensor):
             prompt = prompt.tolist() if prompt.ndim == 1 and not prompt.is_floating_point() else None
         elif hasattr(prompt, "tolist"):  # numpy

@@ -90,7 +90,7 @@ class Generation:
         self.generated_tokens = self.decoded_tokens = 0
         self.finish_reason: str | None = None
         self._on_prompt = on_prompt
-        self._tokens = self._run(engine, ids, params, AnswerText(engine.tokenizer, params, engine.end_ids))
+        self._tokens = self._run(engine, ids, params, AnswerText(engine.tokenizer, params, engine.end_ids, ids))
 
     def __iter__(self) -> Iterator[Token]:
         return self

@@ -23,7 +23,7 @@ class NoTokenizer:
         """Raises ``OctoError``."""
         raise OctoError("A model with random weights has no tokenizer: give it token ids, or load a real model.")
 
-    decode = stream = chat = encode
+    decode = stream = chat = prompt = encode
 
 
 def read_shape(shape: ModelConfig | str | Path) -> ModelConfig:

@@ -16,9 +16,10 @@ from octo_run.tokenizer import Tokenizer
 class AnswerText:
     """Turns an answer's tokens into text, held back while it may become a stop string, and says where it ends."""
 
-    def __init__(self, tokenizer: Tokenizer | NoTokenizer, params: SamplingParams, end_ids: frozenset[int]) -> None:
-        """``end_ids``: tokens that end an answer beside ``params.stop_ids``. Raises ``UsageError`` for stop strings
-        without a tokenizer; without one every text is empty."""
+    def __init__(self, tokenizer: Tokenizer | NoTokenizer, params: SamplingParams, end_ids: frozenset[int],
+                 prompt: list[int]) -> None:  # fmt: skip
+        """``end_ids``: tokens that end an answer beside ``params.stop_ids``; ``prompt``: the ids that it continues.
+        Raises ``UsageError`` for stop strings without a tokenizer; without one every text is empty."""
         self._tokenizer = None if isinstance(tokenizer, NoTokenizer) else tokenizer
         self._stops = params.stop
         self.ends = end_ids | set(params.stop_ids)
@@ -28,7 +29,7 @@ class AnswerText:
             return
         named = map(self._tokenizer.special_id, self._stops)
         self.ends |= {token for token in named if token is not None}
-        self._stream = self._tokenizer.stream()
+        self._stream = self._tokenizer.stream(prompt)
         self._held: list[tuple[str, bool]] = []  # text that is not given yet, and whether it belongs to the answer
 
     def push(self, token: int, *, last: bool) -> tuple[str, bool]:

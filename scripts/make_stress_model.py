@@ -155,8 +155,7 @@ def with_biases(source: Path) -> tuple[dict[str, object], ModelConfig, Weights]:
 
 def text_ids(tokenizer: Tokenizer, text: str, limit: int, name: str) -> list[int]:
     """The first ``limit`` ids of a text, after the begin-of-text token. Raises ``UsageError`` for too short a text."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = (begin + tokenizer.encode(text[: 16 * limit]))[:limit]
+    ids = tokenizer.prompt(text[: 16 * limit])[:limit]
     if len(ids) < LEAST_TOKENS:
         raise UsageError(f"{name} has {len(ids)} tokens; give a text of at least {LEAST_TOKENS}.")
     return ids
@@ -185,7 +184,7 @@ def losses(model: Path, windows: list[list[int]], context: int, dtype: str) -> T
 def check(source: Path, target: Path, text: Path, tokens: int, context: int, dtype: str) -> None:
     """Print the perplexities of both models on a text, in windows of ``context`` tokens, and their difference."""
     tokenizer = load_tokenizer(source)
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    begin = tokenizer.opening
     ids = text_ids(tokenizer, read_text(text), tokens, str(text))
     room = context - len(begin)
     windows = [begin + ids[i : i + room] for i in range(len(begin), len(ids) - 1, room)]

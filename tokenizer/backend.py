@@ -1,5 +1,6 @@
 """What a vocabulary must be able to do; the two implementations are `spm` (SentencePiece) and `hf` (tokenizers)."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from octo_run.tokenizer.config import AddedToken
@@ -14,21 +15,29 @@ class Backend(Protocol):
     """Whether decoding drops one space at the start of the text (the encoder put it there)."""
     added: tuple[AddedToken, ...]
     """Special tokens and tokens beyond the vocabulary, as the vocabulary's own files and the config declare them."""
+    beyond: Mapping[str, int]
+    """Added tokens that the model has no rows for, which are left out: text -> id."""
     bos: str | None
     eos: str | None
     unk: str | None
     """Named tokens as the vocabulary's own files declare them, for repositories without tokenizer_config.json."""
-    adds_bos: bool | None
-    """Whether plain text starts with BOS as far as the vocabulary's own files say; None where they do not."""
+    unk_id: int | None
+    """What the vocabulary writes for a character that it cannot spell."""
+    opening: str | None
+    """The token that the vocabulary's own files put before a plain text."""
 
     def token_id(self, content: str) -> int | None:
         """The id of the token with exactly this text, None if there is none."""
 
-    def seal(self, special: frozenset[int]) -> None:
-        """Make these ids unreachable from text; called once, before the first `encode`."""
+    def seal(self, special: frozenset[int], never: frozenset[int]) -> None:
+        """Make special tokens plain text; called once, before the first `encode`, which never gives an id of `never`
+        (all special ones, but for an unknown token that is nothing else)."""
 
     def encode(self, text: str, *, start: bool) -> list[int]:
-        """`text` as ids, no special token matched. `start`: the text begins here (some vocabularies add a space)."""
+        """`text` as ids, no special token matched. `start`: the text begins here (some vocabularies add a space).
+
+        Errors: OctoError when the vocabulary's files do not let this text be encoded.
+        """
 
     def piece(self, token_id: int) -> bytes:
         """The UTF-8 bytes of a token, b"" for an id without a token (models may have more rows than tokens)."""

@@ -1,22 +1,33 @@
 """Vocabularies of the `tokenizers` library: `tokenizer.json`, and GPT-2 style `vocab.json` + `merges.txt`."""
 
 import json
-import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
-from octo_run.errors import OctoError
-from octo_run.models.foreign import read_json_object, read_text
+from octo_run.errors import OctoError, quoted
+from octo_run.models.foreign import parsing
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Qwen2's pre-tokenizer: Qwen2/Qwen2-1.5B tokenizer.json and transformers' tokenization_qwen2.py (Apache-2.0)
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from octo_run.tokenizer.decoding import DecoderRules
+from octo_run.tokenizer.tokenizer_json import (
+    State,
+    class_tokens,
+    end_of_ids,
+    from_vocab_and_merges,
+    has_regex,
+    opening_token,
+    read_tokenizer_json,
+    unknown_token,
+    without_prefix,
 )
+from octo_run.tokenizer.watch import run_watched
+
+#: Seconds that encoding may take where a file brings its own regular expressions, and characters that add a second.
+SECONDS, CHARACTERS_A_SECOND = 3.0, 100_000
 
 
 class TokenizersBackend:
@@ -25,209 +36,154 @@ class TokenizersBackend:
     def __init__(self, directory: Path, config: TokenizerConfig) -> None:
         """Errors: OctoError when the files are malformed, contradictory, or decode in a way not known here."""
         path = directory / "tokenizer.json"
-        if path.is_file():
-            self._path = path
-            self._tok = _read(path)
+        from_json = path.exists()
+        self._path = path if from_json else directory / "vocab.json"
+        if from_json:
+            self._state, beyond = read_tokenizer_json(path, config)
         else:
-            self._path = directory / "vocab.json"
-            self._tok = _from_vocab_and_merges(directory, config)
-        self._tok.no_truncation()  # some files carry the limits of their training
-        self._tok.no_padding()
-        self._add_missing(config)
+            self._state, beyond = from_vocab_and_merges(directory, config), {}
+        self.beyond: Mapping[str, int] = {**config.beyond, **beyond}
+        self._special: list[str] = []
+        self._never: frozenset[int] = frozenset()
+        self._replacement: list[int] = []
+        with self._parsing():
+            self._added = _library_tokens(config)
+            if not from_json:
+                self._added += _class_tokens(config, self._state)
+            self._tok = self._build(self._state)
+            self._check_ids(config)
+            self._read_facts(config, from_json)
+
+    def _parsing(self) -> AbstractContextManager[None]:
+        source = self._path if self._path.name == "tokenizer.json" else f"{self._path} with merges.txt"
+        return parsing(source, "tokenizer data")
+
+    def _build(self, state: State) -> Tokenizer:
+        """The library's tokenizer for this JSON, with the config's tokens and what `seal` marked."""
+        tok = Tokenizer.from_str(json.dumps(state, ensure_ascii=False, separators=(",", ":")))
+        tok.post_processor = None
+        present = {token.content for token in tok.get_added_tokens_decoder().values()}
+        tok.add_tokens([token for token in self._added if token.content not in present])
+        tok.add_special_tokens(self._special)
+        tok.encode_special_tokens = bool(self._special)
+        return tok
+
+    def _check_ids(self, config: TokenizerConfig) -> None:
+        for token in config.added:
+            found = self._tok.token_to_id(token.content)
+            if found != token.id:
+                raise OctoError(
+                    f"The added token {quoted(token.content)} has id {token.id} in {config.directory} but "
+                    f"{self._path.name} gives it {found}; the files do not match."
+                )
+
+    def _read_facts(self, config: TokenizerConfig, from_json: bool) -> None:
         own = self._tok.get_added_tokens_decoder()
+        self.size = max([end_of_ids(self._state["model"]["vocab"]), *(i + 1 for i in own)])
+        if not self.size:
+            raise OctoError(f"{self._path} holds no tokens.")
+        if config.rows is not None and self.size > config.rows:
+            raise OctoError(
+                f"{self._path} makes token ids up to {self.size - 1:,} and the model has rows for {config.rows:,} "
+                "(vocab_size in config.json): the files belong to different models."
+            )
         self.added = tuple(
             AddedToken(i, t.content, t.special, t.lstrip, t.rstrip, t.single_word, t.normalized)
             for i, t in sorted(own.items())
         )
-        self._literal = {token.id: token.content.encode() for token in self.added}
-        vocabulary = self._tok.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise OctoError(f"{self._path} holds no tokens.")
-        self.size = max(vocabulary.values()) + 1
-        rules = _DecoderRules(self._tok.decoder, self._path)
-        self._rules = rules
-        self.strips_space = rules.strips_space
-        opening = self._tok.encode("", add_special_tokens=True).tokens
-        self.bos: str | None = opening[0] if opening else None
-        self.eos: str | None = None
-        self.unk: str | None = getattr(self._tok.model, "unk_token", None)
-        self.adds_bos: bool | None = bool(opening) if path.is_file() else None
-        self._inside: Tokenizer | None = None
-        self._special: frozenset[int] = frozenset()
-
-    def _add_missing(self, config: TokenizerConfig) -> None:
-        """Add the config's tokens that the vocabulary lacks, in the order of their ids."""
-        present = self._tok.get_added_tokens_decoder()
-        for token in config.added:
-            if token.id in present and present[token.id].content == token.content:
-                continue
-            flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
-            added = tokenizers.AddedToken(token.content, special=token.special, normalized=token.normalized, **flags)
-            self._tok.add_tokens([added])
-            if self._tok.token_to_id(token.content) != token.id:
-                raise OctoError(
-                    f"The added token {token.content!r} has id {token.id} in {config.directory} but "
-                    f"{self._path.name} gives it {self._tok.token_to_id(token.content)}; the files do not match."
-                )
+        decoder = self._tok.decoder
+        self._rules = DecoderRules(None if decoder is None else json.loads(decoder.__getstate__()), self._path)
+        self.strips_space = self._rules.strips_space
+        self._literal = {token.id: self._rules.literal(token.content) for token in self.added}
+        named = {key: text for key, text in class_tokens(config).items() if self.token_id(text) is not None}
+        self.opening = opening_token(self._state)
+        known = self.opening is not None and self.token_id(self.opening) is not None
+        self.bos = self.opening if known else named.get("bos_token")
+        self.eos = named.get("eos_token")
+        self.unk = unknown_token(self._state)
+        self.unk_id = None if self.unk is None else self._tok.token_to_id(self.unk)
 
     def token_id(self, content: str) -> int | None:
         """See `Backend.token_id`."""
         return self._tok.token_to_id(content)
 
-    def seal(self, special: frozenset[int]) -> None:
+    def seal(self, special: frozenset[int], never: frozenset[int]) -> None:
         """Mark the special tokens as such and have the library treat them as plain text."""
-        marked = {token.id for token in self.added if token.special}
-        names = [self._tok.id_to_token(i) for i in sorted(special - marked)]
-        self._tok.add_special_tokens([name for name in names if name is not None])
-        self._tok.encode_special_tokens = True
-        if _has_first_prefix(json.loads(_state(self._tok.pre_tokenizer))):
-            self._inside = _without_first_prefix(self._tok)
-            self._inside.encode_special_tokens = True
+        self._never = never
+        self._replacement = [] if self.unk_id is None or self.unk_id in never else [self.unk_id]
+        with self._parsing():
+            names = (self._tok.id_to_token(i) for i in sorted(special))
+            self._special = [name for name in names if name is not None]
+            self._tok.add_special_tokens(self._special)
+            self._tok.encode_special_tokens = True
+            inside = without_prefix(self._state, ("first",))
+            self._inside = self._tok if inside is None else self._build(inside)
+            self._watched = has_regex(self._state)
+
+    @cached_property
+    def _bare(self) -> Tokenizer:
+        """For the inside of words: without any space of its own."""
+        state = without_prefix(self._state, ("first", "always"))
+        return self._tok if state is None else self._build(state)
 
     def encode(self, text: str, *, start: bool) -> list[int]:
         """See `Backend.encode`."""
-        tok = self._tok if start or self._inside is None else self._inside
-        return list(tok.encode(text, add_special_tokens=False).ids)
+        tok = self._tok if start else self._inside
+        with self._parsing():
+            ids, _ = self._run(tok, text)
+            return ids if self._never.isdisjoint(ids) else self._respelled(tok, text)
+
+    def _run(self, tok: Tokenizer, text: str, *, offsets: bool = False) -> tuple[list[int], Sequence[tuple[int, int]]]:
+        """The ids of a text, and if asked for where in it each comes from (in characters)."""
+        if not self._watched:
+            whole = tok.encode(text, add_special_tokens=False)
+        else:
+            encode = tok.encode_batch if offsets else tok.encode_batch_fast
+            seconds = SECONDS + len(text) / CHARACTERS_A_SECOND
+            try:
+                whole = run_watched(lambda: encode([text], add_special_tokens=False)[0], seconds)
+            except TimeoutError as error:
+                raise OctoError(
+                    f"{self._path} has a regular expression that does not come to an end with this text ({error}); "
+                    "shorten the text, or use another model."
+                ) from None
+        return list(whole.ids), whole.offsets if offsets else ()
+
+    def _respelled(self, tok: Tokenizer, text: str) -> list[int]:
+        """The ids of a text whose model writes special tokens as ordinary ones: those are spelled by characters."""
+        ids: list[int] = []
+        for token_id, (begin, end) in zip(*self._run(tok, text, offsets=True), strict=True):
+            if token_id not in self._never:
+                ids.append(token_id)
+                continue
+            for place in range(begin, end):
+                spelled, _ = self._run(self._bare if ids else tok, text[place])
+                ids += [i for one in spelled for i in ([one] if one not in self._never else self._replacement)]
+        return ids
 
     def piece(self, token_id: int) -> bytes:
         """See `Backend.piece`."""
         literal = self._literal.get(token_id)
         if literal is not None:
             return literal
-        token = self._tok.id_to_token(token_id)
+        token = self._tok.id_to_token(token_id) if token_id < self.size else None
         return b"" if token is None else self._rules.to_bytes(token)
 
 
-class _DecoderRules:
-    """The file's decoder as a map from one token's text to its bytes."""
-
-    def __init__(self, decoder: Any, path: Path) -> None:
-        """Errors: OctoError for a decoder that is not bytewise (WordPiece, CTC and the like)."""
-        self.strips_space = False
-        self._byte_level = False
-        self._byte_fallback = False
-        self._replace: list[tuple[str, str]] = []
-        self._path = path
-        state = json.loads(_state(decoder))
-        if state is None:
-            raise self._unknown("none")
-        for step in state["decoders"] if state["type"] == "Sequence" else [state]:
-            self._read(step)
-
-    def _read(self, step: dict[str, Any]) -> None:
-        kind = step["type"]
-        if kind == "ByteLevel":
-            self._byte_level = True
-        elif kind == "ByteFallback":
-            self._byte_fallback = True
-        elif kind == "Replace" and "String" in step["pattern"]:
-            self._replace.append((step["pattern"]["String"], step["content"]))
-        elif kind == "Strip" and step["content"] == " " and step["start"] <= 1 and step["stop"] == 0:
-            self.strips_space = step["start"] == 1
-        elif kind == "Metaspace":
-            self._replace.append((step["replacement"], " "))
-            self.strips_space = step.get("prepend_scheme", "always") != "never"
-        elif kind != "Fuse":
-            raise self._unknown(kind)
-
-    def _unknown(self, kind: str) -> OctoError:
-        return OctoError(f"{self._path} uses the decoder {kind}, which octo-run does not know how to stream.")
-
-    def to_bytes(self, token: str) -> bytes:
-        for old, new in self._replace:
-            token = token.replace(old, new)
-        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(match[1], 16)])
-        if self._byte_level and all(char in _BYTE_OF for char in token):
-            return bytes(_BYTE_OF[char] for char in token)
-        return token.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes (openai/gpt-2 src/encoder.py, bytes_to_unicode)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-
-
-def _state(part: Any) -> bytes:
-    """A component of a Tokenizer as JSON ("null" for none)."""
-    return b"null" if part is None else bytes(part.__getstate__())
-
-
-def _read(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every fault of the file
-        raise OctoError(f"{path} is not a tokenizer file that the tokenizers library reads: {_flat(error)}.") from error
-
-
-def _flat(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _from_vocab_and_merges(directory: Path, config: TokenizerConfig) -> Tokenizer:
-    """A byte-level BPE; how text is split before it depends on the class that tokenizer_config.json names."""
-    name = (config.tokenizer_class or "").removesuffix("Fast")
-    prefix = bool(config.add_prefix_space)
-    if name == "Qwen2Tokenizer":
-        split = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated")
-        levels = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
-        pre: pre_tokenizers.PreTokenizer = pre_tokenizers.Sequence([split, levels])
-    elif name == "GPT2Tokenizer":
-        pre = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=True)
-    else:
-        raise OctoError(
-            f"{directory} has vocab.json and merges.txt, whose rules octo-run knows for Qwen2Tokenizer and "
-            f"GPT2Tokenizer only, not for {name or 'an unnamed class'}; it needs the model's tokenizer.json."
+def _library_tokens(config: TokenizerConfig) -> list[tokenizers.AddedToken]:
+    return [
+        tokenizers.AddedToken(
+            t.content, special=t.special, normalized=t.normalized, lstrip=t.lstrip, rstrip=t.rstrip,
+            single_word=t.single_word,
         )
-    vocabulary = read_json_object(directory / "vocab.json")
-    if any(type(token_id) is not int or token_id < 0 for token_id in vocabulary.values()):
-        raise OctoError(f"{directory / 'vocab.json'} maps tokens to something else than ids from 0 on.")
-    merges = _read_merges(directory / "merges.txt")
-    try:
-        tok = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # bare Exception, as above
-        raise OctoError(f"merges.txt and vocab.json in {directory} do not match: {_flat(error)}.") from error
-    if name == "Qwen2Tokenizer":
-        tok.normalizer = normalizers.NFC()
-    tok.pre_tokenizer = pre
-    tok.decoder = decoders.ByteLevel()
-    return tok
+        for t in config.added
+    ]  # fmt: skip
 
 
-def _read_merges(path: Path) -> list[tuple[str, str]]:
-    merges = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        parts = line.split(" ")
-        if len(parts) != 2:
-            raise OctoError(f"Line {number} of {path} is not a merge (two parts with a space between).")
-        merges.append((parts[0], parts[1]))
-    return merges
-
-
-def _has_first_prefix(state: Any) -> bool:
-    """Whether a Metaspace puts a space at the very start of the text only."""
-    if isinstance(state, dict):
-        return state.get("prepend_scheme") == "first" or any(_has_first_prefix(value) for value in state.values())
-    return isinstance(state, list) and any(_has_first_prefix(value) for value in state)
-
-
-def _without_first_prefix(tok: Tokenizer) -> Tokenizer:
-    """A copy for text that does not begin at the start."""
-    whole = json.loads(tok.to_str())
-
-    def change(state: Any) -> None:
-        for value in state.values() if isinstance(state, dict) else state:
-            if isinstance(value, (dict, list)):
-                change(value)
-        if isinstance(state, dict) and state.get("prepend_scheme") == "first":
-            state["prepend_scheme"] = "never"
-
-    change([whole["pre_tokenizer"]])
-    return Tokenizer.from_str(json.dumps(whole))
+def _class_tokens(config: TokenizerConfig, state: State) -> list[tokenizers.AddedToken]:
+    """The tokens that the config's class has where the files name none; they come after all others."""
+    names = {text for key, text in class_tokens(config).items() if key not in config.named}
+    names -= {token.content for token in config.added}
+    end = max([end_of_ids(state["model"]["vocab"]), *(token.id + 1 for token in config.added)])
+    room = len(names) if config.rows is None else config.rows - end
+    return [tokenizers.AddedToken(name, special=True) for name in sorted(names)[: max(0, room)]]

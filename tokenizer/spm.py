@@ -5,13 +5,15 @@ field 3 with add_dummy_prefix = field 3). Of a scalar field that occurs twice th
 twice are merged, so both changes made here are appended bytes.
 """
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from octo_run.errors import OctoError
-from octo_run.tokenizer.config import AddedToken, TokenizerConfig
+from octo_run.errors import OctoError, quoted
+from octo_run.models.foreign import AGAIN, parsing, read_bytes
+from octo_run.tokenizer.config import MAX_IDS, AddedToken, TokenizerConfig
+from octo_run.tokenizer.finder import Finder
 
 _SPACE = "\u2581"
 _NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
@@ -23,13 +25,27 @@ class SentencePieceBackend:
 
     def __init__(self, path: Path, config: TokenizerConfig) -> None:
         """Errors: OctoError when `path` is not a SentencePiece model or an added token contradicts it."""
-        try:
-            self._proto = path.read_bytes()
-        except OSError as error:
-            raise OctoError(f"{path} cannot be read: {error.strerror or error}.") from error
         self._path = path
-        self._sp = _load(self._proto, path)
-        self._pieces: int = self._sp.get_piece_size()
+        self._proto = read_bytes(path)
+        if not self._proto:
+            raise OctoError(f"{path} is empty: {AGAIN}.")
+        with self._parsing():
+            self._read(config)
+
+    def _parsing(self) -> AbstractContextManager[None]:
+        return parsing(self._path, "SentencePiece data")
+
+    def _read(self, config: TokenizerConfig) -> None:
+        self._sp = _load(self._proto)
+        self._pieces: list[str] = self._sp.id_to_piece(list(range(self._sp.get_piece_size())))
+        count = len(self._pieces)
+        if not 0 < count <= MAX_IDS:
+            raise OctoError(f"{self._path} is a SentencePiece model with {count:,} pieces: {AGAIN}.")
+        if config.rows is not None and count > config.rows:
+            raise OctoError(
+                f"{self._path} has {count:,} tokens and the model has rows for {config.rows:,} (vocab_size in "
+                "config.json): the files belong to different models."
+            )
         dummy_prefix = str(self._sp.normalize("a")).startswith(_SPACE)
         collapses = str(self._sp.normalize("a  b")).count(_SPACE) == 1 + dummy_prefix
         self._prefix = dummy_prefix and config.add_prefix_space is not False
@@ -37,54 +53,59 @@ class SentencePieceBackend:
         self.strips_space = self._prefix or collapses
         self._own = {token.id: token for token in config.added if self._is_own(token, config)}
         self.added = self._declared(config)
-        self.size = max([self._pieces, *(i + 1 for i in self._own)])
+        self.beyond: Mapping[str, int] = config.beyond
+        self.size = max([count, *(i + 1 for i in self._own)])
         self.bos = self._named(self._sp.bos_id())
         self.eos = self._named(self._sp.eos_id())
+        self.unk_id: int | None = self._sp.unk_id()
         self.unk = self._named(self._sp.unk_id())
-        self.adds_bos: bool | None = self.bos is not None
+        self.opening: str | None = None  # such a file does not say
+        self._bytes = {i: bytes([int(piece[3:-1], 16)]) for i, piece in enumerate(self._pieces) if self._sp.is_byte(i)}
         self._ids = {token.content: token.id for token in self._own.values()}
-        plain = [token for token in self._own.values() if not token.special]
-        longest_first = sorted((token.content for token in plain), key=len, reverse=True)
-        self._plain_added = re.compile("|".join(map(re.escape, longest_first))) if plain else None
+        plain = [token.content for token in self._own.values() if not token.special]
+        self._plain_added = Finder(plain) if plain else None
 
     def _named(self, token_id: int) -> str | None:
-        return None if token_id < 0 else str(self._sp.id_to_piece(token_id))
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else None
 
     def _is_own(self, token: AddedToken, config: TokenizerConfig) -> bool:
         """Whether the model lacks this token, so that it is to be matched here."""
-        if token.id < self._pieces and self._sp.id_to_piece(token.id) == token.content:
+        if token.id < len(self._pieces) and self._pieces[token.id] == token.content:
             return False
-        elsewhere: int = self._sp.piece_to_id(token.content)
-        if self._sp.id_to_piece(elsewhere) == token.content:
+        elsewhere = self._piece_id(token.content)
+        if elsewhere is not None:
             raise OctoError(
-                f"Token {token.content!r} has id {token.id} in the config of {config.directory} but {elsewhere} in its "
-                f"{self._path.name}; the files belong to different models."
+                f"Token {quoted(token.content)} has id {token.id} in the config of {config.directory} but "
+                f"{elsewhere} in its {self._path.name}; the files belong to different models."
             )
         return True
 
     def _declared(self, config: TokenizerConfig) -> tuple[AddedToken, ...]:
         declared = {token.id: token for token in config.added}
-        for i in range(self._pieces):
+        for i, piece in enumerate(self._pieces):
             if i not in declared and (self._sp.is_control(i) or self._sp.is_unknown(i)):
-                declared[i] = AddedToken(i, self._sp.id_to_piece(i), special=True)
+                declared[i] = AddedToken(i, piece, special=True)
         return tuple(declared[i] for i in sorted(declared))
 
     def token_id(self, content: str) -> int | None:
         """See `Backend.token_id`."""
         if content in self._ids:
             return self._ids[content]
-        found: int = self._sp.piece_to_id(content)
-        return found if found >= 0 and self._sp.id_to_piece(found) == content else None
+        return self._piece_id(content)
 
-    def seal(self, special: frozenset[int]) -> None:
+    def _piece_id(self, content: str) -> int | None:
+        found: int = self._sp.piece_to_id(content)  # the unknown piece's for what is none
+        return found if 0 <= found < len(self._pieces) and self._pieces[found] == content else None
+
+    def seal(self, special: frozenset[int], never: frozenset[int]) -> None:
         """Make the special pieces control pieces, which SentencePiece never produces from text (nor from what its
         normaliser makes of it); user-defined pieces, as ChatML markers often are, it would."""
-        pieces = {i for i in special.union(self._own) if i < self._pieces}
+        pieces = {i for i in special.union(self._own) if i < len(self._pieces)}
         sealed = {i for i in pieces if not (self._sp.is_unknown(i) or self._sp.is_byte(i))}
-        proto = _with_control_pieces(self._proto, sealed)
-        bare = _load(proto + _NO_DUMMY_PREFIX, self._path)
-        self._sp_inside = bare
-        self._sp_start = _load(proto, self._path) if self._prefix else bare
+        with self._parsing():
+            proto = _with_control_pieces(self._proto, sealed)
+            self._sp_inside = _load(proto + _NO_DUMMY_PREFIX)
+            self._sp_start = _load(proto) if self._prefix else self._sp_inside
         self._proto = b""
 
     def encode(self, text: str, *, start: bool) -> list[int]:
@@ -93,41 +114,33 @@ class SentencePieceBackend:
             return self._encode_pieces(text, start=start)
         ids: list[int] = []
         position = 0
-        for match in self._plain_added.finditer(text):
-            ids += self._encode_pieces(text[position : match.start()], start=start and position == 0)
-            ids.append(self._ids[match.group()])
-            position = match.end()
+        for begin, end in self._plain_added.all(text):
+            ids += self._encode_pieces(text[position:begin], start=start and position == 0)
+            ids.append(self._ids[text[begin:end]])
+            position = end
         return ids + self._encode_pieces(text[position:], start=start and position == 0)
 
     def _encode_pieces(self, text: str, *, start: bool) -> list[int]:
         sp = self._sp_start if start or self._prefix_everywhere else self._sp_inside
-        ids: list[int] = sp.encode(text)
+        with self._parsing():
+            ids: list[int] = sp.encode(text)
         return ids
 
     def piece(self, token_id: int) -> bytes:
         """See `Backend.piece`."""
         if token_id in self._own:
             return self._own[token_id].content.encode()
-        if token_id >= self._pieces:
+        if token_id >= len(self._pieces):
             return b""
-        piece: str = self._sp.id_to_piece(token_id)
-        if self._sp.is_byte(token_id):
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace(_SPACE, " ").encode()
+        if token_id in self._bytes:
+            return self._bytes[token_id]
+        return self._pieces[token_id].replace(_SPACE, " ").encode()
 
 
-def _load(proto: bytes, path: Path) -> Any:
+def _load(proto: bytes) -> Any:
     import sentencepiece
 
-    if not proto:
-        raise OctoError(f"{path} is empty; download the file again.")
-    try:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise OctoError(f"{path} is not a SentencePiece model (or is damaged); download the file again.") from error
-    if sp.get_piece_size() == 0:
-        raise OctoError(f"{path} is a SentencePiece model without pieces; download the file again.")
-    return sp
+    return sentencepiece.SentencePieceProcessor(model_proto=proto)
 
 
 def _with_control_pieces(proto: bytes, ids: set[int]) -> bytes:
@@ -159,7 +172,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
         elif wire == 0:
             _, position = _read_varint(message, position)
         else:
-            position += {1: 8, 5: 4}[wire]
+            position += {1: 8, 5: 4}[wire]  # groups (3 and 4) are no part of these messages
         yield tag, message[start:position], payload
 
 

@@ -1,7 +1,7 @@
 """Token ids to text, one id at a time, without ever emitting half a character."""
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class StreamingDetokenizer:
@@ -32,6 +32,15 @@ class StreamingDetokenizer:
         if held[:1] == b"\xed" and held[1:2] >= b"\xa0":  # a surrogate: no third byte can help, but Python waits for it
             text += self._utf8.decode(b"", final=True)
         return text
+
+    def skip(self, ids: Sequence[int]) -> None:
+        """Take these ids as said: what follows continues them. Errors: ValueError for a negative id."""
+        # The state depends on whether there was any text, and on an incomplete character's bytes: three at most.
+        said = [token_id for token_id in ids[-8:] if token_id not in self._skip and self._piece(token_id)]
+        if len(said) < 4:
+            said = [token_id for token_id in ids if token_id not in self._skip and self._piece(token_id)]
+        for token_id in said[-4:]:
+            self.push(token_id)
 
     def finish(self) -> str:
         """The end of the text: U+FFFD if a character was left incomplete, else "". Call it once, after the last id."""

@@ -1,14 +1,15 @@
 """The tokenizer of a model: one class over both back ends, special tokens kept apart from text."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.tokenizer.backend import Backend
 from octo_run.tokenizer.chat import ChatTemplate
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
+from octo_run.tokenizer.finder import Finder
 from octo_run.tokenizer.stream import StreamingDetokenizer
 
 
@@ -22,13 +23,13 @@ def load_tokenizer(model_dir: Path) -> "Tokenizer":
     if not model_dir.is_dir():
         raise OctoError(f"{model_dir} is not a folder with a model.")
     config = load_config(model_dir)
-    has_vocab = (model_dir / "vocab.json").is_file() and (model_dir / "merges.txt").is_file()
+    has_vocab = (model_dir / "vocab.json").exists() and (model_dir / "merges.txt").exists()
     backend: Backend
-    if (model_dir / "tokenizer.json").is_file():
+    if (model_dir / "tokenizer.json").exists():
         from octo_run.tokenizer.hf import TokenizersBackend
 
         backend = TokenizersBackend(model_dir, config)
-    elif (model_dir / "tokenizer.model").is_file():
+    elif (model_dir / "tokenizer.model").exists():
         from octo_run.tokenizer.spm import SentencePieceBackend
 
         backend = SentencePieceBackend(model_dir / "tokenizer.model", config)
@@ -50,31 +51,37 @@ class Tokenizer:
         vocab_size: the highest id + 1 (a model may have more rows).
         bos_id: the id that begins a text, None for models without one.
         eos_ids: the ids that end an answer as far as tokenizer_config.json says (generation_config.json may name more).
-        unk_id: what an unknown character becomes where the vocabulary cannot spell it in bytes, None if there is none.
+        unk_id: what the vocabulary writes for a character that it cannot spell, None if there is nothing.
         special_ids: ids that only templates and explicit requests produce, never text. Tokens that the model's files
             add but do not call special (Qwen3's ``<think>``) are matched in every text, as everywhere else.
-        adds_bos: whether the model wants plain text (no chat) to begin with `bos_id`.
+        adds_bos: whether the model wants plain text (no chat) to begin with `bos_id`, see `prompt`.
+        opening: the ids that plain text begins with, `[bos_id]` or none.
+
+    Tokens that the model has no rows for (``vocab_size`` in config.json) never come out of `encode` and `chat`: their
+    texts are texts like any other. Only where the model needs one (BOS, EOS, unknown, or a token that its chat template
+    writes) the files contradict each other.
     """
 
     def __init__(self, backend: Backend, config: TokenizerConfig) -> None:
-        """Errors: OctoError when the config names a BOS or EOS that the vocabulary lacks."""
+        """Errors: OctoError when the vocabulary lacks a BOS or EOS that the config names, or the model a needed row."""
         self._backend = backend
         self._directory = config.directory
         own = {"bos_token": backend.bos, "eos_token": backend.eos, "unk_token": backend.unk}
         self._named = {key: text for key, text in {**own, **config.named}.items() if text is not None}
+        self._check_beyond(backend.beyond, config)
         self.vocab_size = backend.size
         self.bos_id = self._required_id("bos_token")
         eos = self._required_id("eos_token")
         self.eos_ids = () if eos is None else (eos,)
-        self.unk_id = backend.token_id(self._named["unk_token"]) if "unk_token" in self._named else None
+        self.unk_id = backend.unk_id
         self._special = self._collect_special(config)
         self.special_ids = frozenset(token.id for token in self._special.values())
-        self._never_text = self.special_ids - ({self.unk_id} - {self.bos_id, *self.eos_ids})
-        backend.seal(self.special_ids)
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        adds_bos = backend.adds_bos if config.add_bos is None else config.add_bos
-        self.adds_bos = bool(adds_bos) and self.bos_id is not None
+        ends = {self.bos_id, *self.eos_ids}
+        backend.seal(self.special_ids, self.special_ids - ({self.unk_id} - ends))
+        self._special_finder = Finder(self._special)
+        adds_bos = backend.opening == self._named.get("bos_token") if config.add_bos is None else config.add_bos
+        self.adds_bos = adds_bos and self.bos_id is not None
+        self.opening = [self.bos_id] if adds_bos and self.bos_id is not None else []
         self._template: ChatTemplate | None = None
         if config.chat_template is not None:
             variables: dict[str, Any] = dict(self._named)
@@ -82,13 +89,24 @@ class Tokenizer:
                 variables["additional_special_tokens"] = list(config.extra_special)
             self._template = ChatTemplate(config.chat_template, config.chat_template_file, variables, self._special)
 
+    def _check_beyond(self, beyond: Mapping[str, int], config: TokenizerConfig) -> None:
+        template = config.chat_template or ""
+        written = [template[start:stop] for start, stop in Finder(beyond).all(template)]
+        for text in (self._named.get("bos_token"), self._named.get("eos_token"), self._backend.unk, *written):
+            if text is not None and text in beyond:
+                raise OctoError(
+                    f"The tokenizer in {self._directory} needs the token {quoted(text)} with id {beyond[text]} and the "
+                    f"model has rows for {config.rows} (vocab_size in config.json): the files belong to different "
+                    "models."
+                )
+
     def _required_id(self, key: str) -> int | None:
         text = self._named.get(key)
         if text is None:
             return None
         token_id = self._backend.token_id(text)
         if token_id is None:
-            raise OctoError(f"The {key} {text!r} of the tokenizer in {self._directory} is not in its vocabulary.")
+            raise OctoError(f"The {key} {quoted(text)} of the tokenizer in {self._directory} is not in its vocabulary.")
         return token_id
 
     def _collect_special(self, config: TokenizerConfig) -> dict[str, AddedToken]:
@@ -103,11 +121,6 @@ class Tokenizer:
                 special[text] = declared.get(text, AddedToken(token_id, text, special=True))
         return special
 
-    def special_id(self, text: str) -> int | None:
-        """The id of the special token that is written ``text``, None if there is none."""
-        token = self._special.get(text)
-        return None if token is None else token.id
-
     # Encoding
 
     def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
@@ -116,7 +129,8 @@ class Tokenizer:
         `add_bos`: begin with `bos_id` (if the model has one, and only once: not again before a BOS that the text itself
         begins with under `allow_special`). `allow_special`: the texts of special tokens become their ids; otherwise
         they are text like any other and no special id comes out (but `unk_id` for characters that cannot be spelled).
-        Errors: UsageError when `text` is not valid Unicode.
+        Errors: UsageError when `text` is not valid Unicode; OctoError when the vocabulary's files do not let it be
+        encoded.
         """
         _check_unicode(text)
         ids = self._encode_marked(text, None) if allow_special else self._encode_text(text, start=True)
@@ -124,14 +138,17 @@ class Tokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
+    def prompt(self, text: str) -> list[int]:
+        """Plain text to be continued, begun as the model wants it: with BOS or without.
+
+        It begins with BOS if ``add_bos_token`` in tokenizer_config.json is true, and does not if it is false. Without
+        this field it does if the post-processor of tokenizer.json puts BOS there, so never with tokenizer.model or
+        vocab.json. Errors: as `encode`.
+        """
+        return [*self.opening, *self.encode(text)]
+
     def _encode_text(self, text: str, *, start: bool) -> list[int]:
-        if not text:
-            return []
-        ids = self._backend.encode(text, start=start)
-        if not self._never_text.isdisjoint(ids):
-            # A vocabulary whose model spells special tokens as ordinary pieces; single characters cannot spell one.
-            ids = [i for n, char in enumerate(text) for i in self._backend.encode(char, start=start and n == 0)]
-        return ids
+        return self._backend.encode(text, start=start) if text else []
 
     def _encode_marked(self, text: str, mark: str | None) -> list[int]:
         """Encode with special tokens, except those right after `mark`; marks themselves vanish."""
@@ -150,9 +167,9 @@ class Tokenizer:
     def _find_special(self, text: str, mark: str | None) -> Iterator[tuple[int, int, int]]:
         """(start, stop, id) of special tokens, with the whitespace that they swallow."""
         position = done = 0
-        while match := self._special_pattern.search(text, position):
-            start, stop = match.span()
-            token = self._special[match.group()]
+        while (place := self._special_finder.search(text, position)) is not None:
+            start, stop = place
+            token = self._special[text[start:stop]]
             position = start + 1
             if mark is not None and start > 0 and text[start - 1] == mark:
                 continue
@@ -165,6 +182,11 @@ class Tokenizer:
             yield start, stop, token.id
             position = done = stop
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token whose text this is exactly; None for any other text."""
+        token = self._special.get(text)
+        return None if token is None else token.id
+
     # Decoding
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -175,10 +197,17 @@ class Tokenizer:
         stream = self.stream(skip_special=skip_special)
         return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
 
-    def stream(self, *, skip_special: bool = True) -> StreamingDetokenizer:
-        """A decoder for ids that come one at a time; see `StreamingDetokenizer`."""
+    def stream(self, after: Sequence[int] = (), *, skip_special: bool = True) -> StreamingDetokenizer:
+        """A decoder for ids that come one at a time; see `StreamingDetokenizer`.
+
+        ``after``: the ids that they continue (a prompt, a conversation). Their text is not repeated; what comes is the
+        text of all ids less theirs. So a space that the continuation begins with stays, which at the start of a text is
+        the encoder's and left out. Errors: as `decode`.
+        """
         skip = self.special_ids if skip_special else frozenset()
-        return StreamingDetokenizer(self._piece, skip, self._backend.strips_space)
+        stream = StreamingDetokenizer(self._piece, skip, self._backend.strips_space)
+        stream.skip(after)
+        return stream
 
     def _piece(self, token_id: int) -> bytes:
         if token_id < 0:

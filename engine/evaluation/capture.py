@@ -34,7 +34,7 @@ def capture(model: str | Path, text: str, tokens: int) -> Captured:
     """
     path = resolve(str(model))
     cfg = load_config(path)
-    ids = load_tokenizer(path).encode(text, add_bos=True)
+    ids = load_tokenizer(path).prompt(text)
     if len(ids) < tokens:
         raise UsageError(f"The text has {len(ids):,} tokens and {tokens:,} are needed; give a longer --text.")
     device = torch.device("cpu")

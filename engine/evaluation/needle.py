@@ -152,13 +152,14 @@ def _assemble(sentences: Sequence[str], hidden: Sequence[str], places: Sequence[
 def _prompt(tokenizer: Tokenizer, text: str, key: str, form: str) -> list[int]:
     """The text and the question about ``key`` as token ids."""
     question = f"What is the special magic number for {key}?"
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     if form == "message":
         return tokenizer.chat([{"role": "user", "content": f"{text}\n\n{question}"}])
     if form == "text":
         asked = tokenizer.chat([{"role": "user", "content": question}])
-        return begin + tokenizer.encode(text) + asked[asked[:1] == begin != [] :]
-    return begin + tokenizer.encode(f"{text} The special magic number for {key} is")
+        if asked[:1] == [tokenizer.bos_id]:
+            return [*asked[:1], *tokenizer.encode(text), *asked[1:]]
+        return tokenizer.prompt(text) + asked
+    return tokenizer.prompt(f"{text} The special magic number for {key} is")
 
 
 def prompts(

@@ -91,7 +91,7 @@ class _Runner:
 
     def __init__(self, engine: Engine, texts: Sequence[list[int]], step: int) -> None:
         self.engine, self._texts, self._step = engine, texts, step
-        self._begin = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
+        self._begin = engine.tokenizer.opening
         self._fed, self._seconds = 0, 0.0
 
     @property
@@ -122,7 +122,7 @@ def evaluate(
     """
     reference = _Runner(load(REFERENCE), texts, step)
     engine = reference.engine
-    begin = engine.tokenizer.bos_id is not None
+    begin = engine.tokenizer.adds_bos
     places = [
         (index, window)
         for index, ids in enumerate(texts)

@@ -154,7 +154,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, *, as_chat: bool, system: str 
     Raises ``UsageError`` where there is no template.
     """
     if not as_chat:
-        return tokenizer.encode(prompt, add_bos=True)
+        return tokenizer.prompt(prompt)
     if not tokenizer.has_chat_template:
         raise UsageError("This model has no chat template: use --raw.")
     head = [{"role": "system", "content": system}] if system else []

@@ -67,7 +67,7 @@ def _prompt_ids(engine: "Engine", text: str, as_chat: bool, system: str | None) 
     """Token ids of the prompt, through the chat template or as plain text after the model's first token."""
     tokenizer = engine.tokenizer
     if not as_chat:
-        return tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
+        return tokenizer.prompt(text)
     if not tokenizer.has_chat_template:
         raise UsageError("this model has no chat template: use --raw.")
     head = [{"role": "system", "content": system}] if system else []

@@ -71,8 +71,8 @@ class FakeTokenizer:
     has_chat_template = True
     special_ids = frozenset({0, 1, 2})
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        return [1] * add_bos + [ord(letter) for letter in text]
+    def prompt(self, text: str) -> list[int]:
+        return [1, *(ord(letter) for letter in text)]
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         return [2, *(ord(letter) for message in messages for letter in message["content"])]

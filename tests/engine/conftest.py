@@ -1,6 +1,6 @@
 """Small engines for the engine's tests: random models, scripted models, a byte tokenizer with a chat template."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -35,7 +35,7 @@ TINY = ModelConfig(
 class ByteTokenizer:
     """Ids 0-255 are bytes, 256 begins a text, 257 ends a turn, 258 begins one."""
 
-    vocab_size, bos_id, eos_ids = 260, 256, (257,)
+    vocab_size, bos_id, eos_ids, adds_bos, opening = 260, 256, (257,), True, [256]
     special: ClassVar = {"<s>": 256, "<end>": 257, "<turn>": 258}
     special_ids = frozenset(special.values())
     has_chat_template = True
@@ -46,13 +46,16 @@ class ByteTokenizer:
     def encode(self, text: str, **_: bool) -> list[int]:
         return list(text.encode())
 
-    def stream(self, skip_special: bool = True) -> StreamingDetokenizer:
+    def prompt(self, text: str) -> list[int]:
+        return [256, *self.encode(text)]
+
+    def stream(self, after: Sequence[int] = (), *, skip_special: bool = True) -> StreamingDetokenizer:
         written = {token: text.encode() for text, token in self.special.items()}
         skipped = self.special_ids if skip_special else frozenset()
         return StreamingDetokenizer(lambda i: bytes([i]) if i < 256 else written.get(i, b""), skipped, False)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        stream = self.stream(skip_special)
+        stream = self.stream(skip_special=skip_special)
         return "".join(map(stream.push, ids)) + stream.finish()
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:

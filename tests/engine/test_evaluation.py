@@ -281,7 +281,7 @@ def test_tasks_are_read_with_the_line_of_what_is_wrong() -> None:
 def test_tasks_are_answered_and_scored(scripted: Callable[..., Any]) -> None:
     engine, decoder = scripted(context=200)
     prompts = [tasks.Task(1, "abc", "4"), tasks.Task(2, "xyz", "5")]
-    decoder.say(3, "so 4\n#")
+    decoder.say(4, "so 4\n#")
     rule = tasks.extractor("last-number")
     outcomes = tasks.run(engine, prompts, ["4", "5"], rule, as_chat=False, max_tokens=20, stop=("#",))
     assert [(o.line, o.response, o.got, o.correct) for o in outcomes] == [
@@ -292,7 +292,7 @@ def test_tasks_are_answered_and_scored(scripted: Callable[..., Any]) -> None:
     assert (score.tasks, score.correct, score.accuracy) == (2, 1, 0.5)
     assert (score.low, score.high) == wilson(1, 2)
     long = [tasks.Task(7, "a" * 300, "1")]
-    with pytest.raises(UsageError, match="line 7: The prompt has 300 tokens"):
+    with pytest.raises(UsageError, match="line 7: The prompt has 301 tokens"):
         tasks.run(engine, long, ["1"], rule, as_chat=False)
     with pytest.raises(OctoError, match="nothing to score"):
         tasks.score("bf16", [])

@@ -61,7 +61,7 @@ def test_the_borders_of_tokens_change_nothing(size: int) -> None:
         def special_id(self, _text: str) -> None:
             return None
 
-        def stream(self) -> Any:
+        def stream(self, _after: object) -> Any:
             return self
 
         def push(self, token: int) -> str:
@@ -71,7 +71,7 @@ def test_the_borders_of_tokens_change_nothing(size: int) -> None:
             return ""
 
     tokenizer: Any = Pieces("abcdefghi")
-    text = AnswerText(tokenizer, SamplingParams(stop=("cdefg", "de", "defg")), frozenset())
+    text = AnswerText(tokenizer, SamplingParams(stop=("cdefg", "de", "defg")), frozenset(), [])
     given, ended = "", False
     for token in range(len(tokenizer.pieces)):
         piece, ended = text.push(token, last=token == len(tokenizer.pieces) - 1)
@@ -116,7 +116,7 @@ def test_a_named_special_token_of_a_real_tokenizer(demo: Any) -> None:
     text = next(text for text in engine.tokenizer._special)
     token = engine.tokenizer.special_id(text)
     assert token in engine.tokenizer.special_ids and engine.tokenizer.special_id("no such token") is None
-    found = AnswerText(engine.tokenizer, SamplingParams(stop=(text,)), frozenset())
+    found = AnswerText(engine.tokenizer, SamplingParams(stop=(text,)), frozenset(), [])
     assert found.push(token, last=False) == ("", True)
 
 

@@ -1,11 +1,14 @@
 """Small tokenizers made on the spot, and the shared data where it lies beside the checkout."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Library
 
 import octo_run.tokenizer as octo_tokenizer
 
@@ -17,6 +20,56 @@ TEXT = [
     "def main():\n    return {'user': 'assistant', 'end': [1, 2, 3]}\n",
     "Äpfel und Birnen, crème brûlée, 你好世界, привет мир, <im> end start |user|",
 ] * 8
+
+
+def byte_level_tokenizer() -> Library:
+    """Like Llama 3: byte-level BPE, BOS by the post-processor."""
+    tok = Library(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tok.add_special_tokens(["<|begin|>", "<|end|>"])
+    tok.add_special_tokens([AddedToken("<|user|>", rstrip=True), AddedToken("<mask>", lstrip=True, single_word=True)])
+    tok.add_tokens([AddedToken("<think>", normalized=False), AddedToken("<|stop|>", normalized=False)])
+    begin = tok.token_to_id("<|begin|>")
+    tok.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    return tok
+
+
+def metaspace_tokenizer(scheme: str) -> Library:
+    """Like Llama 2: BPE over spaces written as U+2581, byte fallback, a space before the text."""
+    tok = Library(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tok.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [word for line in TEXT for word in line.split()]
+    tok.train_from_iterator(words, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False))
+    state = json.loads(tok.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]  # the byte tokens are ordinary ones
+    return Library.from_str(json.dumps(state))
+
+
+def prepend_tokenizer() -> Library:
+    """Like Llama 2's older files: a normaliser writes the space before every stretch of text."""
+    tok = metaspace_tokenizer("always")
+    tok.pre_tokenizer = None
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return tok
+
+
+@pytest.fixture(scope="session")
+def make_library() -> Callable[[str], Library]:
+    """The tokenizers library's tokenizer of each common kind."""
+    makers: dict[str, Callable[[], Library]] = {
+        "byte-level": byte_level_tokenizer,
+        "metaspace-first": lambda: metaspace_tokenizer("first"),
+        "metaspace-always": lambda: metaspace_tokenizer("always"),
+        "prepend": prepend_tokenizer,
+    }
+    return lambda kind: makers[kind]()
 
 
 @pytest.fixture(scope="session")

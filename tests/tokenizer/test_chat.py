@@ -96,7 +96,8 @@ class Letters:
     """A vocabulary of all characters, and the special tokens given."""
 
     strips_space = False
-    bos, eos, unk, adds_bos = None, None, None, None
+    bos, eos, unk, unk_id, opening = None, None, None, None, None
+    beyond: dict[str, int] = {}  # noqa: RUF012
 
     def __init__(self, special: list[str]) -> None:
         self.size = 0x110000 + len(special)
@@ -105,7 +106,7 @@ class Letters:
     def token_id(self, content: str) -> int | None:
         return next((token.id for token in self.added if token.content == content), None)
 
-    def seal(self, special: frozenset[int]) -> None:
+    def seal(self, special: frozenset[int], never: frozenset[int]) -> None:
         """Text never gives a special token here."""
 
     def encode(self, text: str, *, start: bool) -> list[int]:

@@ -8,18 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
 from octo_run.errors import OctoError
 from octo_run.tokenizer import Tokenizer, load_tokenizer
-
-TEXT = [
-    "The quick brown fox jumps over the lazy dog, and the dog sleeps.",
-    "She sells sea shells by the sea shore; 1984 was a year like 2024.",
-    "def main():\n    return {'user': 'assistant', 'end': [1, 2, 3]}\n",
-    "Äpfel und Birnen, crème brûlée, 你好世界, привет мир, <im> end start |user|",
-] * 8
 
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 PARTS = [
@@ -34,62 +27,19 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def byte_level_tokenizer() -> Library:
-    """Like Llama 3: byte-level BPE, BOS by the post-processor."""
-    tok = Library(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    tok.add_special_tokens(["<|begin|>", "<|end|>"])
-    tok.add_special_tokens([AddedToken("<|user|>", rstrip=True), AddedToken("<mask>", lstrip=True, single_word=True)])
-    tok.add_tokens([AddedToken("<think>", normalized=False), AddedToken("<|stop|>", normalized=False)])
-    begin = tok.token_to_id("<|begin|>")
-    tok.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
-    return tok
-
-
-def metaspace_tokenizer(scheme: str) -> Library:
-    """Like Llama 2: BPE over spaces written as U+2581, byte fallback, a space before the text."""
-    tok = Library(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    tok.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = [word for line in TEXT for word in line.split()]
-    tok.train_from_iterator(words, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False))
-    state = json.loads(tok.to_str())
-    state["added_tokens"] = state["added_tokens"][:3]  # the byte tokens are ordinary ones
-    return Library.from_str(json.dumps(state))
-
-
-def prepend_tokenizer() -> Library:
-    """Like Llama 2's older files: a normaliser writes the space before every stretch of text."""
-    tok = metaspace_tokenizer("always")
-    tok.pre_tokenizer = None
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return tok
-
-
 @pytest.fixture(scope="session", params=["byte-level", "metaspace-first", "metaspace-always", "prepend"])
-def json_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def json_tokenizer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_library: Callable[[str], Library]
+) -> Path:
     """A folder with a tokenizer.json of each common kind, and no other file."""
-    kind: str = request.param
-    make: dict[str, Callable[[], Library]] = {
-        "byte-level": byte_level_tokenizer,
-        "metaspace-first": lambda: metaspace_tokenizer("first"),
-        "metaspace-always": lambda: metaspace_tokenizer("always"),
-        "prepend": prepend_tokenizer,
-    }
-    folder = tmp_path_factory.mktemp(kind)
-    make[kind]().save(str(folder / "tokenizer.json"))
+    folder = tmp_path_factory.mktemp(request.param)
+    make_library(request.param).save(str(folder / "tokenizer.json"))
     return folder
 
 
 @pytest.fixture
-def byte_level_dir(tmp_path: Path) -> Path:
-    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+def byte_level_dir(tmp_path: Path, make_library: Callable[[str], Library]) -> Path:
+    make_library("byte-level").save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
 
@@ -190,31 +140,40 @@ def test_a_model_that_spells_special_tokens(tmp_path: Path) -> None:
     assert 1 in tok.encode("a</s>b", allow_special=True)
 
 
-def test_tokenizer_json_wins_over_tokenizer_model(tmp_path: Path, demo_dir: Path) -> None:
-    shutil.copy(demo_dir / "tokenizer.model", tmp_path)
-    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(tmp_path).vocab_size < 1000
+def test_tokenizer_json_wins_over_tokenizer_model(byte_level_dir: Path, demo_dir: Path) -> None:
+    shutil.copy(demo_dir / "tokenizer.model", byte_level_dir)
+    assert load_tokenizer(byte_level_dir).vocab_size < 1000
 
 
-def test_a_decoder_that_cannot_stream_is_refused(tmp_path: Path) -> None:
-    for decoder, name in [(decoders.WordPiece(), "WordPiece"), (None, "none")]:
-        library = metaspace_tokenizer("first")
-        library.decoder = decoder
-        library.save(str(tmp_path / "tokenizer.json"))
-        with pytest.raises(OctoError, match=f"decoder {name}"):
-            load_tokenizer(tmp_path)
+def test_a_decoder_that_cannot_stream_is_refused(tmp_path: Path, make_library: Callable[[str], Library]) -> None:
+    library = make_library("metaspace-first")
+    library.decoder = decoders.WordPiece()
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(OctoError, match="decoder WordPiece"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "Nonsense"}}'])
 def test_a_damaged_tokenizer_json_is_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(OctoError, match=r"tokenizer\.json is not a tokenizer file") as caught:
+    with pytest.raises(OctoError, match=r"tokenizer\.json is not valid|JSON list") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def gpt2_folder(tmp_path: Path, config: dict[str, object]) -> tuple[Path, Library]:
-    library = byte_level_tokenizer()
+@pytest.fixture
+def gpt2_folder(
+    tmp_path: Path, make_library: Callable[[str], Library]
+) -> Callable[[dict[str, object]], tuple[Path, Library]]:
+    """Make a folder with vocab.json, merges.txt and this tokenizer_config.json."""
+
+    def make(config: dict[str, object]) -> tuple[Path, Library]:
+        return write_gpt2_files(tmp_path, make_library("byte-level"), config)
+
+    return make
+
+
+def write_gpt2_files(tmp_path: Path, library: Library, config: dict[str, object]) -> tuple[Path, Library]:
     model = json.loads(library.to_str())["model"]
     write_json(tmp_path / "vocab.json", model["vocab"])
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
@@ -223,17 +182,17 @@ def gpt2_folder(tmp_path: Path, config: dict[str, object]) -> tuple[Path, Librar
     return tmp_path, library
 
 
-def test_gpt2_files(tmp_path: Path) -> None:
-    folder, library = gpt2_folder(tmp_path, {"tokenizer_class": "GPT2TokenizerFast"})
+def test_gpt2_files(gpt2_folder: Callable[[dict[str, object]], tuple[Path, Library]]) -> None:
+    folder, library = gpt2_folder({"tokenizer_class": "GPT2TokenizerFast"})
     tok = load_tokenizer(folder)
     for text in ("the dog, she's 1984  years", " Äpfel\n\n你好", ""):
         assert tok.encode(text) == library.encode(text, add_special_tokens=False).ids
-    folder, _ = gpt2_folder(tmp_path, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True})
+    folder, _ = gpt2_folder({"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True})
     assert load_tokenizer(folder).encode("the") == tok.encode(" the")
 
 
-def test_gpt2_files_of_an_unknown_class(tmp_path: Path) -> None:
-    folder, _ = gpt2_folder(tmp_path, {"tokenizer_class": "MysteryTokenizer"})
+def test_gpt2_files_of_an_unknown_class(gpt2_folder: Callable[[dict[str, object]], tuple[Path, Library]]) -> None:
+    folder, _ = gpt2_folder({"tokenizer_class": "MysteryTokenizer"})
     with pytest.raises(OctoError, match="not for MysteryTokenizer"):
         load_tokenizer(folder)
 
@@ -242,13 +201,15 @@ def test_gpt2_files_of_an_unknown_class(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("vocab.json", "{", "not valid JSON"),
-        ("vocab.json", '{"a": "b"}', "ids from 0 on"),
+        ("vocab.json", '{"a": "b"}', "integer from 0 on"),
         ("merges.txt", "a b c", r"Line 1 of .*merges\.txt"),
-        ("merges.txt", "zz yy", "do not match"),
+        ("merges.txt", "zz yy", r"'zz' and 'yy' in .*merges\.txt makes no token"),
     ],
 )
-def test_damaged_gpt2_files(tmp_path: Path, name: str, content: str, message: str) -> None:
-    folder, _ = gpt2_folder(tmp_path, {"tokenizer_class": "GPT2Tokenizer"})
+def test_damaged_gpt2_files(
+    gpt2_folder: Callable[[dict[str, object]], tuple[Path, Library]], name: str, content: str, message: str
+) -> None:
+    folder, _ = gpt2_folder({"tokenizer_class": "GPT2Tokenizer"})
     (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(OctoError, match=message):
         load_tokenizer(folder)

@@ -91,7 +91,7 @@ def _measure(
     if max_tokens is not None:
         ids = [part[: max(1, max_tokens // len(ids))] for part in ids]
     for part in ids:
-        windows(len(part), context, stride, begin=tokenizer.bos_id is not None)  # an error comes before the loading
+        windows(len(part), context, stride, begin=tokenizer.adds_bos)  # an error comes before the loading
     return list(evaluate(common.loader(load, cache, context), kvs, ids, stride=stride, step=step))
 
 
