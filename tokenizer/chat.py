@@ -1,7 +1,7 @@
 """Chat templates: messages to the text a model was trained on, and where in it special tokens may be.
 
 In a rendered conversation, one string, ``<|im_end|>`` written by the template and ``<|im_end|>`` typed by a user look
-the same. So the template runs in a machine of our own (`template_program`) that knows of each character whether the
+the same. So the template runs in a machine of our own (`template.program`) that knows of each character whether the
 template wrote it. A special token is one only if the template wrote all of its characters; whatever a template cuts,
 joins, encodes or turns round, a character of a message stays a character of a message. Two things count as the
 template's although it has them from outside: well-known words as ``role`` and ``type`` of a message (templates build
@@ -19,11 +19,11 @@ import jinja2
 from jinja2.exceptions import SecurityError
 
 from octo_run.errors import OctoError, UsageError, quoted, shown
-from octo_run.tokenizer.template_format import to_text
-from octo_run.tokenizer.template_methods import GLOBALS
-from octo_run.tokenizer.template_program import Program
-from octo_run.tokenizer.template_text import LostProof, Meter, OverBudget, mask_of, written
-from octo_run.tokenizer.template_values import Callee, given, scalars
+from octo_run.tokenizer.template.format import to_text
+from octo_run.tokenizer.template.methods import GLOBALS
+from octo_run.tokenizer.template.program import Program
+from octo_run.tokenizer.template.text import LostProof, Meter, OverBudget, mask_of, written
+from octo_run.tokenizer.template.values import Callee, given, scalars
 
 #: What stands in a marked text before characters at which no special token begins: half a surrogate pair, which no
 #: valid text has.
@@ -147,7 +147,9 @@ class ChatTemplate:
         except RecursionError:
             raise OctoError(f"The chat template in {self.file} is nested too deeply: {_ADVICE}.") from None
         except Exception as error:
-            raise OctoError(f"The chat template in {self.file} cannot be read: {_flat(error)}.") from error
+            digits = isinstance(error, ValueError) and "digits" in str(error)
+            reason = "it has a number of thousands of digits" if digits else _flat(error)
+            raise OctoError(f"The chat template in {self.file} cannot be read: {reason}.") from error
 
     def _plain(self, value: Any, depth: int, name: object = None) -> Any:
         """A copy in plain JSON types that knows which words are the template's (`name`: the key it stands under)."""

@@ -8,10 +8,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from octo_run.tokenizer import template_text as texts
-from octo_run.tokenizer.template_format import braces
-from octo_run.tokenizer.template_text import Meter, Safe
-from octo_run.tokenizer.template_values import (
+from octo_run.tokenizer.template import text as texts
+from octo_run.tokenizer.template.format import braces
+from octo_run.tokenizer.template.text import Meter, Safe
+from octo_run.tokenizer.template.values import (
     Callee,
     Namespace,
     Undefined,
@@ -124,7 +124,7 @@ def _sliced(meter: Meter, value: Any, key: slice) -> Any:
     if isinstance(value, (list, tuple, range)):
         meter.make(64 + 8 * len(range(*key.indices(len(value)))))
         return value[key]
-    return _missing(value, key)
+    raise TypeError(f"{kind(value)!r} object is not subscriptable")
 
 
 def _missing(value: Any, name: Any) -> Undefined:

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2.exceptions import SecurityError, UndefinedError
 from markupsafe import escape
 
-from octo_run.tokenizer.template_text import (
+from octo_run.tokenizer.template.text import (
     INTEGER_BITS,
     Meter,
     OverBudget,

@@ -6,7 +6,6 @@ A special token typed by a user looks like one that the template writes. So a st
 operation that forgets the mask loses a proof and never makes one.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,8 +16,10 @@ OPERATIONS_PER_VALUE = 4_000
 BYTES = 256 << 20
 BYTES_PER_VALUE = 32 << 10
 BYTES_PER_CHARACTER = 256
-SECONDS = 3.0  # of computing time of the thread, so that a busy machine refuses nothing
+SECONDS = 2.0  # of computing time of the thread, so that a busy machine refuses nothing
 SECONDS_PER_VALUE = 0.002
+RESULT_CHARACTERS = 8 << 20
+RESULT_CHARACTERS_PER_CHARACTER = 32
 INTEGER_BITS = 2048
 
 
@@ -34,13 +35,14 @@ class Meter:
     """What a rendering has left: operations (about one for each node of the template that runs), bytes of the values
     it makes (all of them, also those already dropped), seconds."""
 
-    __slots__ = ("bytes", "deadline", "operations", "unchecked")
+    __slots__ = ("bytes", "deadline", "operations", "result", "unchecked")
 
     def __init__(self, values: int = 0, characters: int = 0) -> None:
         """``values``, ``characters``: how many the conversation has."""
         self.operations = OPERATIONS + OPERATIONS_PER_VALUE * values
         self.bytes = BYTES + BYTES_PER_VALUE * values + BYTES_PER_CHARACTER * characters
         self.deadline = time.thread_time() + SECONDS + SECONDS_PER_VALUE * values
+        self.result = RESULT_CHARACTERS + RESULT_CHARACTERS_PER_CHARACTER * characters
         self.unchecked = 0
 
     def work(self, operations: int) -> None:
@@ -162,9 +164,8 @@ def strip(meter: Meter, text: str, chars: str | None = None, sides: str = "lr") 
 def split(meter: Meter, text: str, sep: str | None = None, maxsplit: int = -1, *, right: bool = False) -> list[str]:
     _expect(sep)
     if sep is None:
-        steps = range(0, len(text), 1 << 16)
         meter.search(text)
-        count = sum(len(str.__getitem__(text, slice(i, i + (1 << 16))).split()) for i in steps)
+        count = sum(len(str.__getitem__(text, slice(i, i + (1 << 16))).split()) for i in _blocks(text))
     else:
         meter.search(text, sep if right else "")
         count = str.count(text, sep) + 1 if sep else 0  # no separator: a ValueError below
@@ -185,7 +186,7 @@ def split(meter: Meter, text: str, sep: str | None = None, maxsplit: int = -1, *
 
 def lines(meter: Meter, text: str, keepends: bool = False) -> list[str]:
     meter.search(text)
-    meter.make(96 * (len(_LINE_END.findall(text)) + 1))
+    meter.make(96 * sum(len(str.__getitem__(text, slice(i, i + (1 << 16))).splitlines()) for i in _blocks(text)))
     meter.text(len(text), (text,))
     pieces = cut(text, str.splitlines(text, keepends=True))
     if keepends:
@@ -193,7 +194,9 @@ def lines(meter: Meter, text: str, keepends: bool = False) -> list[str]:
     return [masked(bare, mask_of(part)[: len(bare)]) for part in pieces for bare in [str.splitlines(part)[0]]]
 
 
-_LINE_END = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+def _blocks(text: str) -> range:
+    """Where parts of a text begin in which pieces can be counted without making all of them."""
+    return range(0, len(text), 1 << 16)
 
 
 def partition(meter: Meter, text: str, sep: str, *, right: bool = False) -> tuple[str, ...]:
@@ -272,6 +275,8 @@ def translated(
     if not isinstance(text, Text):
         return result
     mask = text.mask
+    if 0 not in mask and not edges:
+        return written(result)
     if len(result) != len(text) + 2 * edges:
         lengths = [len(function(char)) - 2 * edges if by_character else 0 for char in text]
         mask = b"".join([mask[i : i + 1] * length for i, length in enumerate(lengths)])

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from octo_run.tokenizer.template_text import Meter, join, pad, piece, repeat, translated, written
-from octo_run.tokenizer.template_values import Undefined, is_given, kind
+from octo_run.tokenizer.template.text import Meter, join, pad, piece, repeat, translated, written
+from octo_run.tokenizer.template.values import Undefined, is_given, kind
 
 
 def to_text(meter: Meter, value: Any) -> str:
@@ -117,14 +117,14 @@ def to_json(
             opening, closing = "{}" if isinstance(item, dict) else "[]"
             parts.append(opening)
             for i, (name, entry) in enumerate(entries):
-                parts.append((between if i else "") + line(depth + 1))
+                parts.extend((between if i else "", line(depth + 1)))
                 if isinstance(item, dict):
                     if name is not None and not isinstance(name, (str, int, float)):
                         raise TypeError(f"keys must be str, int, float, bool or None, not {kind(name)}")
                     parts.append(string(name if isinstance(name, str) else scalar(name)))
                     parts.append(colon)
                 write(entry, depth + 1)
-            parts.append((line(depth) if entries else "") + closing)
+            parts.extend((line(depth) if entries else "", closing))
         else:
             raise TypeError(f"Object of type {kind(item)} is not JSON serializable")
 
@@ -173,7 +173,7 @@ def percent(meter: Meter, text: str, values: Any) -> str:
         if name is None:
             value = take()
         parts.append(_convert(meter, value, flags, width, precision, letter))
-    if taken < len(queue) and not named:
+    if taken < len(queue) and not isinstance(values, (dict, list, range, Undefined)):  # those count as mappings
         raise TypeError("not all arguments converted during string formatting")
     return join(meter, [*parts, piece(meter, text, slice(position, None))])
 
@@ -220,11 +220,16 @@ def braces(
 ) -> str:
     """``text.format(*args, **kwargs)``; ``attribute`` and ``item`` look into values. Errors: as Python's own."""
     counter = 0
+    manual: bool | None = None  # fields have numbers: not known yet
 
     def value_of(name: str) -> Any:
-        nonlocal counter
+        nonlocal counter, manual
         end = next((i for i, char in enumerate(name) if char in ".["), len(name))
         first, rest = name[:end], name[end:]
+        if not first or first.isdigit():
+            if manual is not None and manual != bool(first):
+                raise ValueError("cannot switch between manual field specification and automatic field numbering")
+            manual = bool(first)
         if not first:
             first = str(counter)
             counter += 1

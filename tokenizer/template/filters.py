@@ -2,19 +2,17 @@
 (``urlize``, ``striptags``, ``xmlattr``), ``random``, ``pprint`` and ``filesizeformat``."""
 
 import math
-import re
-import textwrap
-import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 from jinja2.exceptions import FilterArgumentError, TemplateRuntimeError
 
-from octo_run.tokenizer import template_text as texts
-from octo_run.tokenizer.template_format import percent, to_json, to_text
-from octo_run.tokenizer.template_methods import STRING, Group, item, own_attribute
-from octo_run.tokenizer.template_text import Meter, OverBudget, Safe, join, piece, repeat
-from octo_run.tokenizer.template_values import (
+from octo_run.tokenizer.template import text as texts
+from octo_run.tokenizer.template import text_filters
+from octo_run.tokenizer.template.format import percent, to_json, to_text
+from octo_run.tokenizer.template.methods import STRING, Group, item, own_attribute
+from octo_run.tokenizer.template.text import Meter, OverBudget, Safe, join, piece
+from octo_run.tokenizer.template.values import (
     Callee,
     GivenFloat,
     OneTime,
@@ -76,153 +74,6 @@ def _getter(meter: Meter, path: Any, default: Any = None, lower: bool = False) -
     return get
 
 
-# Text
-
-
-def _method(name: str) -> Filter:
-    """The filter that is the string method of this name."""
-
-    def method(meter: Meter, value: Any, *args: Any) -> str:
-        text: str = STRING[name](meter, to_text(meter, value), *args)
-        return text
-
-    return method
-
-
-_WORD_START = re.compile(r"([-\s({\[<]+)")
-
-
-def _title(meter: Meter, value: Any) -> str:
-    text = to_text(meter, value)
-    meter.make(128 * len(text))
-    parts = texts.cut(text, _WORD_START.split(text))
-    result = []
-    for word in filter(None, parts):
-        result.append(STRING["upper"](meter, piece(meter, word, slice(0, 1))))
-        result.append(STRING["lower"](meter, piece(meter, word, slice(1, None))))
-    return join(meter, result)
-
-
-def _replace(meter: Meter, value: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new = to_text(meter, value), to_text(meter, old), to_text(meter, new)
-    return texts.replace(meter, text, old, new, -1 if count is None else count)
-
-
-def _trim(meter: Meter, value: Any, chars: str | None = None) -> str:
-    return texts.strip(meter, to_text(meter, value), chars)
-
-
-def _center(meter: Meter, value: Any, width: int = 80) -> str:
-    return texts.pad(meter, to_text(meter, value), width, left=0.5)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Undefined):
-        raise value.fail()
-    if not isinstance(value, str):
-        raise TypeError(f"a string is needed, not {kind(value)!r} object")
-    return value
-
-
-def _indent(meter: Meter, value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    indention = width if isinstance(width, str) else repeat(meter, " ", width)
-    lines = texts.lines(meter, join(meter, [_text(value), "\n"]))
-    if blank:
-        text = join(meter, lines, join(meter, ["\n", indention]))
-    else:
-        rest = [part for line in lines[1:] for part in ("\n", indention if line else "", line)]
-        text = join(meter, [lines[0], *rest])
-    return join(meter, [indention, text]) if first else text
-
-
-def _truncate(
-    meter: Meter, value: Any, length: int = 255, killwords: bool = False, end: str = "...", leeway: int | None = None
-) -> str:
-    text = _text(value)
-    leeway = 5 if leeway is None else leeway
-    if length < len(end) or leeway < 0:
-        raise ValueError(f"expected length >= {len(end)} and leeway >= 0")
-    if len(text) <= length + leeway:
-        return text
-    head = piece(meter, text, slice(0, length - len(end)))
-    if not killwords:
-        head = texts.split(meter, head, " ", 1, right=True)[0]
-    return join(meter, [head, end])
-
-
-def _wordwrap(
-    meter: Meter,
-    value: Any,
-    width: int = 79,
-    break_long_words: bool = True,
-    wrapstring: str = "\n",
-    break_on_hyphens: bool = True,
-) -> str:
-    wrapped = []
-    for line in texts.lines(meter, _text(value)):
-        meter.make(128 * len(line))
-        meter.work(len(line) * len(line) >> 8)  # textwrap copies the rest of a long word for each part of it
-        parts = textwrap.wrap(
-            str(line),
-            width=width,
-            expand_tabs=False,
-            replace_whitespace=False,
-            break_long_words=break_long_words,
-            break_on_hyphens=break_on_hyphens,
-        )
-        position, pieces = 0, []
-        for part in parts:
-            position = line.index(part, position)
-            pieces.append(piece(meter, line, slice(position, position + len(part))))
-            position += len(part)
-        wrapped.append(join(meter, pieces, wrapstring))
-    return join(meter, wrapped, wrapstring)
-
-
-def _format(meter: Meter, value: Any, /, *args: Any, **kwargs: Any) -> str:
-    if args and kwargs:
-        raise FilterArgumentError("can't handle positional and keyword arguments at the same time")
-    return percent(meter, to_text(meter, value), kwargs or args)
-
-
-def _join(meter: Meter, value: Any, d: Any = "", attribute: Any = None) -> str:
-    items = iterate(meter, value)
-    if attribute is not None:
-        items = list(map(_getter(meter, attribute), items))
-    return join(meter, [to_text(meter, entry) for entry in items], to_text(meter, d))
-
-
-def _escape(meter: Meter, value: Any) -> Safe:
-    return safe(escaped(meter, to_text(meter, value)))
-
-
-def _force_escape(meter: Meter, value: Any) -> Safe:
-    return safe(escaped(meter, join(meter, [to_text(meter, value)])))
-
-
-def _url_quoted(meter: Meter, value: Any, query: bool = False) -> str:
-    def quote(text: str) -> str:
-        quoted = urllib.parse.quote(str(text), safe="" if query else "/")
-        return quoted.replace("%20", "+") if query else quoted
-
-    meter.make(12 * length(value) if isinstance(value, str) else 0)
-    return texts.translated(meter, to_text(meter, value), quote)
-
-
-def _urlencode(meter: Meter, value: Any) -> str:
-    if not isinstance(value, (list, tuple, dict, OneTime)):
-        return _url_quoted(meter, value)
-    pairs = list(value.items()) if isinstance(value, dict) else iterate(meter, value)
-    parts = [join(meter, [_url_quoted(meter, k, True), "=", _url_quoted(meter, v, True)]) for k, v in pairs]
-    return join(meter, parts, "&")
-
-
-def _wordcount(meter: Meter, value: Any) -> int:
-    text = to_text(meter, value)
-    meter.search(text)
-    return sum(1 for _ in re.finditer(r"\w+", text))
-
-
 # Numbers
 
 
@@ -238,6 +89,8 @@ def _number(value: Any, text: Any) -> Any:
 
 
 def _int(meter: Meter, value: Any, default: Any = 0, base: int = 10) -> Any:
+    if isinstance(value, Undefined):
+        raise value.fail()
     try:
         if isinstance(value, str):
             return _bounded(_number(int(_digits(value), base), value))
@@ -256,6 +109,8 @@ def _bounded(number: int) -> int:
 
 
 def _float(meter: Meter, value: Any, default: Any = 0.0) -> Any:
+    if isinstance(value, Undefined):
+        raise value.fail()
     try:
         if isinstance(value, str):
             return _number(float(_digits(value)), value)
@@ -288,6 +143,13 @@ def _abs(meter: Meter, value: Any) -> Any:
 
 
 # Lists
+
+
+def _join(meter: Meter, value: Any, d: Any = "", attribute: Any = None) -> str:
+    items = iterate(meter, value)
+    if attribute is not None:
+        items = list(map(_getter(meter, attribute), items))
+    return join(meter, [to_text(meter, entry) for entry in items], to_text(meter, d))
 
 
 def _list(meter: Meter, value: Any) -> list[Any]:
@@ -467,7 +329,7 @@ def _select(wanted: bool, by_attribute: bool) -> Filter:
 
 
 def _attr(meter: Meter, value: Any, name: str) -> Any:
-    found = own_attribute(meter, value, _text(name))
+    found = own_attribute(meter, value, text_filters.a_text(name))
     return Undefined(f"{kind(value)!r} has no attribute {str(name)[:80]!r}") if found is None else found
 
 
@@ -475,33 +337,33 @@ FILTERS: dict[str, Filter] = {
     "abs": _abs,
     "attr": _attr,
     "batch": _batch,
-    "capitalize": _method("capitalize"),
-    "center": _center,
+    "capitalize": text_filters.string_method("capitalize"),
+    "center": text_filters.center,
     "count": lambda meter, value: length(value),
     "d": _default,
     "default": _default,
     "dictsort": _dictsort,
-    "e": _escape,
-    "escape": _escape,
+    "e": text_filters.escape,
+    "escape": text_filters.escape,
     "first": _first,
     "float": _float,
-    "forceescape": _force_escape,
-    "format": _format,
+    "forceescape": text_filters.force_escape,
+    "format": text_filters.format_values,
     "groupby": _groupby,
-    "indent": _indent,
+    "indent": text_filters.indent,
     "int": _int,
     "items": _items,
     "join": _join,
     "last": _last,
     "length": lambda meter, value: length(value),
     "list": _list,
-    "lower": _method("lower"),
+    "lower": text_filters.string_method("lower"),
     "map": _map,
     "max": _extreme(True),
     "min": _extreme(False),
     "reject": _select(False, False),
     "rejectattr": _select(False, True),
-    "replace": _replace,
+    "replace": text_filters.replace,
     "reverse": _reverse,
     "round": _round,
     "safe": lambda meter, value: safe(to_text(meter, value)),
@@ -511,15 +373,15 @@ FILTERS: dict[str, Filter] = {
     "sort": _sort,
     "string": to_text,
     "sum": _sum,
-    "title": _title,
+    "title": text_filters.title,
     "tojson": to_json,
-    "trim": _trim,
-    "truncate": _truncate,
+    "trim": text_filters.trim,
+    "truncate": text_filters.truncate,
     "unique": _unique,
-    "upper": _method("upper"),
-    "urlencode": _urlencode,
-    "wordcount": _wordcount,
-    "wordwrap": _wordwrap,
+    "upper": text_filters.string_method("upper"),
+    "urlencode": text_filters.urlencode,
+    "wordcount": text_filters.wordcount,
+    "wordwrap": text_filters.wordwrap,
 }
 
 
