@@ -23,6 +23,7 @@ from octo_run.tokenizer.template.values import (
     equal,
     escaped,
     given,
+    invoke,
     is_given,
     iterate,
     key,
@@ -41,7 +42,7 @@ def apply_filter(meter: Meter, name: str, value: Any, args: list[Any], kwargs: d
     function = FILTERS.get(name)
     if function is None:
         raise TemplateRuntimeError(f"No filter named {name!r}.")
-    result = function(meter, value, *args, **kwargs)
+    result = invoke(f"the filter {name}", function, meter, value, *args, **kwargs)
     return safe(result) if isinstance(value, Safe) and name in _OF_SAFE else result
 
 
@@ -50,7 +51,7 @@ def apply_test(meter: Meter, name: str, value: Any, args: list[Any], kwargs: dic
     function = TESTS.get(name)
     if function is None:
         raise TemplateRuntimeError(f"No test named {name!r}.")
-    return bool(function(meter, value, *args, **kwargs))
+    return bool(invoke(f"the test {name}", function, meter, value, *args, **kwargs))
 
 
 _OF_SAFE = frozenset({"trim", "upper", "lower", "title", "capitalize", "center", "indent", "truncate", "reverse"})

@@ -18,6 +18,7 @@ from octo_run.tokenizer.template.values import (
     equal,
     escaped,
     given,
+    invoke,
     is_given,
     iterate,
     key,
@@ -69,11 +70,11 @@ def own_attribute(meter: Meter, value: Any, name: str) -> Any:
 
 def _call_method(method: Method, value: Any, name: str, meter: Meter, /, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(value, Safe) or name not in _OF_SAFE:
-        return method(meter, value, *args, **kwargs)
+        return invoke(f"{name}()", method, meter, value, *args, **kwargs)
     if name in ("join", "format", "replace"):
         args = tuple([_escaped_item(meter, arg) for arg in args])
         kwargs = {name: _escaped_item(meter, arg) for name, arg in kwargs.items()}
-    result = method(meter, value, *args, **kwargs)
+    result = invoke(f"{name}()", method, meter, value, *args, **kwargs)
     return [safe(part) for part in result] if isinstance(result, list) else safe(result)
 
 

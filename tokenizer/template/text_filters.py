@@ -12,7 +12,8 @@ from octo_run.tokenizer.template import text as texts
 from octo_run.tokenizer.template.format import percent, to_text
 from octo_run.tokenizer.template.methods import STRING
 from octo_run.tokenizer.template.text import Meter, Safe, join, piece, repeat
-from octo_run.tokenizer.template.values import OneTime, Undefined, escaped, iterate, kind, length, safe
+from octo_run.tokenizer.template.values import OneTime, Undefined, escaped, iterate, kind, safe
+from octo_run.tokenizer.template.values import length as length_of
 
 Filter = Callable[..., Any]
 
@@ -75,13 +76,13 @@ def indent(meter: Meter, value: Any, width: int | str = 4, first: bool = False, 
 
 def truncate(
     meter: Meter, value: Any, length: int = 255, killwords: bool = False, end: str = "...", leeway: int | None = None
-) -> str:
-    text = a_text(value)
+) -> Any:
     leeway = 5 if leeway is None else leeway
     if length < len(end) or leeway < 0:
         raise ValueError(f"expected length >= {len(end)} and leeway >= 0")
-    if len(text) <= length + leeway:
-        return text
+    if length_of(value) <= length + leeway:
+        return value
+    text = a_text(value)
     head = piece(meter, text, slice(0, length - len(end)))
     if not killwords:
         head = texts.split(meter, head, " ", 1, right=True)[0]
@@ -136,7 +137,7 @@ def _url_quoted(meter: Meter, value: Any, query: bool = False) -> str:
         quoted = urllib.parse.quote(str(text), safe="" if query else "/")
         return quoted.replace("%20", "+") if query else quoted
 
-    meter.make(12 * length(value) if isinstance(value, str) else 0)
+    meter.make(12 * len(value) if isinstance(value, str) else 0)
     return texts.translated(meter, to_text(meter, value), quote)
 
 

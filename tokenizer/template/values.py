@@ -121,10 +121,20 @@ def is_given(value: object) -> bool:
     return isinstance(value, (GivenInt, GivenFloat))
 
 
+def invoke(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call what a template names ``name``. Errors: TypeError, in the template's words, for wrong arguments."""
+    try:
+        return function(*args, **kwargs)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise
+    raise TypeError(f"{name} is given wrong arguments")  # it was not even entered
+
+
 def call(meter: Meter, callee: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     meter.work(4)
     if isinstance(callee, Callee):
-        return callee.call(meter, *args, **kwargs)
+        return invoke(f"a {callee.kind}", callee.call, meter, *args, **kwargs)
     if isinstance(callee, Undefined):
         raise callee.fail()
     raise TypeError(f"{kind(callee)!r} object is not callable")
