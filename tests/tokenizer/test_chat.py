@@ -560,6 +560,50 @@ def test_errors_are_one_sentence() -> None:
     assert "list object has no element 0" in failure("{{ messages[0].content }}", [])
 
 
+def test_an_error_shows_little_of_the_template_and_nothing_raw() -> None:
+    """Escape sequences, long texts, line ends: the sentence stays one, short, with its advice at the end."""
+    foreign = "\x1b]52;c;aGk=\x07 \u202e \x9b31m\r\n\0" + "long " * 2000
+    sources = {
+        "{{ raise_exception(messages[0].content) }}": "refuses this conversation: ",
+        "{{ raise_exception('\x1b]52;c;aGk=\x07' * 5000) }}": "refuses this conversation: ",
+        "{{ messages[messages[0].content].x }}": "misses a value: ",
+        "{{ {}[messages[0].content] + 1 }}": "misses a value: ",
+        "{{ ''|attr(messages[0].content) + 1 }}": "misses a value: ",
+        "{{ 'x'|map(messages[0].content)|list }}": "No filter named",
+        "{% set ns = namespace(**{'_' ~ messages[0].content: 1}) %}": "tries what is forbidden: ",
+        "{{ '%(a)s' % {messages[0].content: 1} }}": "fails here (KeyError): ",
+        "{% " + foreign + " %}": "not valid Jinja at line 1",
+        "{% if x %}{% " + "e" * 5000 + " %}": "not valid Jinja at line 1",
+        "{{ 'x' * 10**9 }}": ": use plain generation, or a model with another template.",
+    }
+    for source, words in sources.items():
+        text = failure(source, talk(foreign))
+        assert words in text and len(text) <= 480 and text.isprintable(), text
+
+
+def test_an_error_of_unicode_names_the_message() -> None:
+    """The position is one in what was typed, not in the rendered text."""
+    tok = letters("{{ '<s>' * 9 }}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}", ["<s>"])
+    for run in (tok.chat, tok.render):
+        with pytest.raises(UsageError, match=r"Message 3 \(user\) is not valid .* at position 4 of 'good\\ud83d'"):
+            run(talk("good", "good", "good\ud83d"))
+        with pytest.raises(UsageError, match=r"Message 1 \(\\udc00\) is not valid Unicode: .* position 0 "):
+            run([{"role": "\udc00", "content": "x"}])
+        with pytest.raises(UsageError, match=r"Message 2 .* position 1 of"):
+            run([*talk("x"), {"role": "assistant", "content": [{"type": "text", "text": "x\udfff"}]}])
+        with pytest.raises(UsageError, match=r'template variable "note" is not valid Unicode: .* position 2 '):
+            run(talk("x"), note={"a": ["ab\ud800"]})
+    assert "writes half a surrogate pair" in failure("{{ '\\ud83d' }}")
+    assert "writes half a surrogate pair" in failure("\ud83d")
+
+
+def test_messages_are_no_bottomless_pit() -> None:
+    messages: Messages = talk("x")
+    messages[0]["content"] = messages
+    with pytest.raises(UsageError, match="nested too deeply"):
+        letters("x", ["<s>"]).chat(messages)
+
+
 def test_a_model_without_a_template(llama2: Tokenizer) -> None:
     assert not llama2.has_chat_template
     with pytest.raises(OctoError, match="has no chat template"):
