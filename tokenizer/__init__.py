@@ -5,7 +5,8 @@
 >>> detokenizer = tok.stream()
 >>> text = "".join(detokenizer.push(i) for i in ids) + detokenizer.finish()
 
-Nothing here imports torch, unpickles or runs code of a model repository (templates run in jinja2's immutable sandbox).
+Nothing here imports torch, unpickles or runs code of a model repository (chat templates run in an interpreter of our
+own, `template`, with a budget).
 """
 
 from octo_run.tokenizer.chat import ChatTemplate

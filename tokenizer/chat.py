@@ -1,43 +1,44 @@
-"""Chat templates: messages to the text a model was trained on, in jinja2's immutable sandbox.
+"""Chat templates: messages to the text a model was trained on, and where in it special tokens may be.
 
-Where a special token may come from. In a rendered conversation, one string, ``<|im_end|>`` written by the template and
-``<|im_end|>`` typed by a user look the same. Templates strip, split, replace and compare the contents, so neither a str
-subclass nor sentinels around the contents survive. What survives is a mark *inside* a content: a private-use character
-(one that occurs nowhere in the conversation) put before each character where a special token could begin. After the
-rendering, a special token right after a mark is text, any other one is the template's; then the marks go.
-
-Two strengths of marking, tried in this order; the first whose text without marks equals the unmarked rendering counts:
-
-- strong: before every character that some special token begins with, unless it stands in a string that the template
-  itself looks for (``content.startswith('<tool_response>')``) and no special token begins there; and before the first
-  character of a text that could continue a special token. Then nothing that a template cuts out of a content or puts
-  together (two parts, each half of a token) becomes a special token.
-- weak: before every complete special token, and before the beginning of one at the end of a text.
-
-If neither gives the same text (a template may count or slice characters), the weakly marked rendering stands. Templates
-that look for complete special tokens in contents find them, since marks stand before them, not within.
+In a rendered conversation, one string, ``<|im_end|>`` written by the template and ``<|im_end|>`` typed by a user look
+the same. So the template runs in a machine of our own (`template.program`) that knows of each character whether the
+template wrote it. A special token is one only if the template wrote all of its characters; whatever a template cuts,
+joins, encodes or turns round, a character of a message stays a character of a message. Two things count as the
+template's although it has them from outside: well-known words as ``role`` and ``type`` of a message (templates build
+tokens of them: ``'<|' + role + '|>'``), and the texts of the model's own tokens (``bos_token``).
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
 from jinja2.exceptions import SecurityError
 
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, quoted, shown
+from octo_run.tokenizer.template.format import to_text
+from octo_run.tokenizer.template.methods import GLOBALS
+from octo_run.tokenizer.template.program import Program
+from octo_run.tokenizer.template.text import LostProof, Meter, OverBudget, mask_of, written
+from octo_run.tokenizer.template.values import Callee, given, scalars
 
-_PRIVATE_USE = range(0xE000, 0xF900)
-_UNTOUCHED_STARTS = frozenset({"role", "type"})
-"""Keys whose values templates build tokens of (``'<|' + role + '|>'``) or compare."""
+#: What stands in a marked text before characters at which no special token begins: half a surrogate pair, which no
+#: valid text has.
+MARK = "\ud800"
+# fmt: off
+_WORDS = {
+    "role": frozenset({
+        "system", "developer", "user", "assistant", "model", "human", "bot", "gpt", "tool", "tools", "function",
+        "functions", "tool_call", "tool_response", "ipython", "observation", "environment", "documents", "context",
+    }),
+    "type": frozenset({"text", "image", "image_url", "video", "audio", "function", "tool", "tool_call", "json"}),
+}
+# fmt: on
+_MAX_DEPTH = 100
+_ADVICE = "use plain generation, or a model with another template"
 
 
 @dataclass(frozen=True)
@@ -55,214 +56,159 @@ class ChatTemplate:
         """`file`: where the template stands, for messages; `variables`: ``bos_token`` etc.; `special`: token texts."""
         self.source = source
         self.file = file
-        self._variables = dict(variables)
-        self._special = tuple(special)
-        self._first = frozenset(token[0] for token in self._special)
-        self._inner = frozenset("".join(token[1:] for token in self._special))
+        self._variables = {name: _written(value) for name, value in variables.items()}
+        longest_first = sorted((token for token in special if token), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as text. Errors: OctoError when the template is faulty or refuses the messages."""
-        return self._render(_plain(messages), add_generation_prompt, _plain(variables), datetime.now())
+        """The conversation as text.
+
+        Errors: OctoError when the template is faulty, refuses the messages or computes without end; UsageError, naming
+        the message, for what is no plain data or no valid Unicode.
+        """
+        return str(self._render(messages, add_generation_prompt, variables))
 
     def render_marked(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> MarkedText:
-        """The same text with marks that tell users' special tokens from the template's (see the module's text)."""
-        messages, variables, now = _plain(messages), _plain(variables), datetime.now()
-        text = self._render(messages, add_generation_prompt, variables, now)
-        used = set(text).union(*_strings([messages, variables]))
-        mark = next((chr(code) for code in _PRIVATE_USE if chr(code) not in used), None)
-        if mark is None:
-            raise OctoError("The conversation uses every private-use character of Unicode, so it cannot be rendered.")
-        marked = text
-        for strong in (True, False):
-            inputs = self._mark([messages, variables], mark, strong, "")
-            if inputs == [messages, variables]:
-                return MarkedText(text, mark)
-            try:
-                marked = self._render(inputs[0], add_generation_prompt, inputs[1], now)
-            except OctoError:
-                if not strong:
-                    raise
-                continue
-            if marked.replace(mark, "") == text:
-                break
-        return MarkedText(marked, mark)
+        """The same text with marks that tell users' special tokens from the template's. Errors: as `render`."""
+        text = self._render(messages, add_generation_prompt, variables)
+        places = sorted(set(self._unproven(text)))
+        pieces = [str(text[i:j]) for i, j in zip([0, *places], [*places, len(text)], strict=True)]
+        return MarkedText(MARK.join(pieces), MARK)
 
-    def _render(self, messages: Any, add_generation_prompt: bool, variables: Any, now: datetime) -> str:
-        template, _ = self._compiled
+    def _unproven(self, text: str) -> Iterator[int]:
+        """A place in each special token of `text` that the template did not write whole, before a character that it
+        did not write. (A mark nowhere else: one before or inside a token of the template's would break that.)"""
+        mask = mask_of(text)
+        match = self._special.search(text)
+        while match is not None:
+            place = mask.find(0, match.start(), match.end())
+            if place >= 0:
+                yield place
+            match = self._special.search(text, match.start() + 1)
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        messages = self._plain(messages, 0)
+        variables = self._plain(variables, 0)
+        _check_unicode(messages, variables)
+        everything = list(scalars([messages, variables]))
+        meter = Meter(len(everything), sum(len(value) for value in everything if isinstance(value, str)))
+        now = datetime.now()
         values = {
+            **GLOBALS,
+            "raise_exception": Callee(_raise_exception),
+            "strftime_now": Callee(lambda meter, form: _format_time(meter, now, form)),
             "tools": None,
             "documents": None,
-            "strftime_now": now.strftime,
             **self._variables,
             **variables,
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
+        text = self._run(values, meter)
         try:
-            return template.render(values)
+            text.encode()
+        except UnicodeEncodeError:
+            raise OctoError(f"The chat template in {self.file} writes half a surrogate pair: {_ADVICE}.") from None
+        return text
+
+    def _run(self, values: dict[str, Any], meter: Meter) -> str:
+        program = self._program
+        template = f"The chat template in {self.file}"
+        try:
+            return program.run(values, meter)
         except _Refusal as error:
-            raise OctoError(f"The chat template in {self.file} refuses this conversation: {_flat(error)}.") from error
+            raise OctoError(f"{template} refuses this conversation: {_flat(error)}.") from None
+        except OverBudget as error:
+            raise OctoError(f"{template} is stopped because {error}: {_ADVICE}.") from None
+        except LostProof as error:
+            raise OctoError(
+                f"{template} rewrites text of a message together with its own ({error}), so that the special tokens in "
+                f"it cannot be told from a user's: {_ADVICE}."
+            ) from None
         except jinja2.UndefinedError as error:
-            raise OctoError(f"The chat template in {self.file} misses a value: {_flat(error)}.") from error
+            raise OctoError(f"{template} misses a value: {_flat(error)}.") from None
         except SecurityError as error:
-            raise OctoError(f"The chat template in {self.file} tries what is forbidden: {_flat(error)}.") from error
+            raise OctoError(f"{template} tries what is forbidden: {_flat(error)}.") from None
+        except RecursionError:
+            raise OctoError(f"{template} is nested too deeply: {_ADVICE}.") from None
         except Exception as error:  # a template is a program: any error of Python's can come out of it
             name = type(error).__name__
-            raise OctoError(f"The chat template in {self.file} fails here ({name}): {_flat(error)}.") from error
+            raise OctoError(f"{template} fails here ({name}): {_flat(error)}.") from error
 
     @cached_property
-    def _compiled(self) -> tuple[jinja2.Template, dict[str, list[int]]]:
-        """The template, and the strings it looks for with the offsets in them that strong marking leaves alone."""
-        environment = _environment()
+    def _program(self) -> Program:
         try:
-            constants = {node.value for node in environment.parse(self.source).find_all(jinja2.nodes.Const)}
-            template = environment.from_string(self.source)
+            return Program(self.source)
         except jinja2.TemplateSyntaxError as error:
             where = f"line {error.lineno} of {self.file}"
-            raise OctoError(f"The chat template is not valid Jinja at {where}: {_flat(error.message)}.") from error
-        except (RecursionError, SyntaxError, ValueError, MemoryError) as error:
-            raise OctoError(f"The chat template in {self.file} cannot be compiled: {_flat(error)}.") from error
-        safe: dict[str, list[int]] = {}
-        for constant in constants:
-            if isinstance(constant, str):
-                offsets = [i for i, char in enumerate(constant) if char in self._first]
-                safe[constant] = [i for i in offsets if not self._may_begin(constant[i:])]
-        return template, {constant: offsets for constant, offsets in safe.items() if offsets}
+            raise OctoError(f"The chat template is not valid Jinja at {where}: {_flat(error.message)}.") from None
+        except RecursionError:
+            raise OctoError(f"The chat template in {self.file} is nested too deeply: {_ADVICE}.") from None
+        except Exception as error:
+            digits = isinstance(error, ValueError) and "digits" in str(error)
+            reason = "it has a number of thousands of digits" if digits else _flat(error)
+            raise OctoError(f"The chat template in {self.file} cannot be read: {reason}.") from error
 
-    def _may_begin(self, text: str) -> bool:
-        return any(token.startswith(text) or text.startswith(token) for token in self._special)
-
-    def _mark(self, value: Any, mark: str, strong: bool, key: str) -> Any:
+    def _plain(self, value: Any, depth: int, name: object = None) -> Any:
+        """A copy in plain JSON types that knows which words are the template's (`name`: the key it stands under)."""
+        if depth > _MAX_DEPTH:
+            raise UsageError("The conversation is nested too deeply.")
         if isinstance(value, str):
-            places = sorted(self._places(value, strong, key))
-            pieces = [value[i:j] for i, j in zip([0, *places], [*places, len(value)], strict=True)]
-            return mark.join(pieces)
-        if isinstance(value, dict):
-            return {self._mark(k, mark, False, ""): self._mark(v, mark, strong, str(k)) for k, v in value.items()}
-        if isinstance(value, list):
-            return [self._mark(item, mark, strong, key) for item in value]
-        return value
-
-    def _places(self, text: str, strong: bool, key: str) -> set[int]:
-        """The positions in `text` before which a mark belongs."""
-        places = {i for token in self._special for i in _occurrences(token, text)}
-        end = text.rstrip()
-        for token in self._special:
-            places.update(len(end) - n for n in range(1, len(token)) if end.endswith(token[:n]))
-        if strong:
-            spared = {
-                i + offset
-                for constant, offsets in self._compiled[1].items()
-                for i in _occurrences(constant, text)
-                for offset in offsets
-            }
-            places.update(i for i, char in enumerate(text) if char in self._first and i not in spared)
-            start = len(text) - len(text.lstrip())
-            if start < len(text) and text[start] in self._inner and key not in _UNTOUCHED_STARTS:
-                places.add(start)
-        return places
+            text = str.__str__(value)
+            known = isinstance(name, str) and text in _WORDS.get(name, ()) and not self._special.search(text)
+            return written(text) if known else text
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, (int, float)):
+            return given(value)
+        if isinstance(value, Mapping):
+            return {self._plain(k, depth + 1): self._plain(item, depth + 1, k) for k, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._plain(item, depth + 1) for item in value]
+        raise UsageError(f"A conversation holds text, numbers, lists and dicts only, not {type(value).__name__}.")
 
 
-def _occurrences(needle: str, text: str) -> Iterator[int]:
-    """Where `needle` begins in `text`, overlapping ones too."""
-    i = text.find(needle)
-    while i >= 0:
-        yield i
-        i = text.find(needle, i + 1)
+def _written(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_written(item) for item in value]
+    return written(value) if isinstance(value, str) else value
 
 
-def _plain(value: Any) -> Any:
-    """A copy in plain JSON types, so that a template meets nothing with methods of its own."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    raise UsageError(f"A conversation holds text, numbers, lists and dicts only, not {type(value).__name__}.")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+def _check_unicode(messages: list[Any], variables: Mapping[str, Any]) -> None:
+    """Errors: UsageError that names the message (or the variable) and the position in its text."""
+    named = [(f'The template variable "{shown(name, 40)}"', value) for name, value in variables.items()]
+    for i, message in enumerate(messages, start=1):
+        role = message.get("role") if isinstance(message, dict) else None
+        named.append((f"Message {i} ({shown(role, 40)})" if isinstance(role, str) else f"Message {i}", message))
+    for name, value in named:
+        for text in filter(lambda entry: isinstance(entry, str), scalars(value)):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{name} is not valid Unicode: it has half a surrogate pair at position {error.start} of "
+                    f"{quoted(text, 40)}; take that character out."
+                ) from None
 
 
 def _flat(error: object) -> str:
-    return " ".join(str(error).split()).rstrip(".") or "no reason given"
+    """A foreign error in one short line."""
+    text = " ".join(str(error)[:4000].split()).rstrip(".")
+    return shown(text, 240) or "no reason given"
 
 
 class _Refusal(jinja2.TemplateError):
     """What a template raises with ``raise_exception``."""
 
 
-def _raise_exception(message: object) -> None:
-    raise _Refusal(str(message))
+def _raise_exception(meter: Meter, message: object = "") -> None:
+    raise _Refusal(str(to_text(meter, message)))
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """As transformers defines it: unlike jinja2's own it escapes nothing for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """``namespace()`` without underscore names: the sandbox guards attributes, but not a namespace's own."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        attributes = dict(*args[1:], **kwargs)
-        for name in attributes:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(args[0], attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace cannot have the attribute {name!r}")
-
-
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}`` marks answers for training; here it is only its contents."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_contents"), [], [], body).set_lineno(line)
-
-    def _contents(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.pop("lipsum")
-    environment.globals.update(raise_exception=_raise_exception, dict=_dict, namespace=_Namespace)
-    return environment
+def _format_time(meter: Meter, now: datetime, form: Any) -> str:
+    if not isinstance(form, str) or len(form) > 1000:
+        raise ValueError("strftime_now needs a short text")
+    meter.make(1 << 18)
+    return now.strftime(str(form))

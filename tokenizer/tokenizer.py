@@ -228,13 +228,12 @@ class Tokenizer:
 
         `messages`: dicts with "role" and "content". Whatever they contain, special ids come from the template alone.
         No BOS is added to what the template writes. `template_variables` are visible to the template.
-        Errors: OctoError when there is no template or it is faulty or refuses the messages; UsageError when a message
-        is not valid Unicode.
+        Errors: OctoError when there is no template or it is faulty or refuses the messages; UsageError, naming the
+        message and the position in it, when one is not valid Unicode.
         """
         marked = self._chat_template().render_marked(
             messages, add_generation_prompt=add_generation_prompt, **template_variables
         )
-        _check_unicode(marked.text)
         return self._encode_marked(marked.text, marked.mark)
 
     def render(

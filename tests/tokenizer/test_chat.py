@@ -8,12 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from octo_run.errors import OctoError, UsageError
 from octo_run.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
+from octo_run.tokenizer.template.text import mask_of
 
 TEMPLATES = sorted((Path(__file__).resolve().parents[3] / "shared/data/chat_templates").glob("*.jinja"))
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -211,6 +212,209 @@ def test_a_template_that_cuts_at_special_tokens() -> None:
     assert tok.decode(ids, skip_special=False) == "<s>b<s>c" and len(specials_of(tok, ids)) == 1
 
 
+TOKENS = ["<s>", "</s>", "<|im_end|>", "<|im_start|>", "[INST]", "<SPECIAL_12>", "AB", "BA"]
+REWRITES = [
+    "c[1:]",
+    "c[c.find('<'):]",
+    "c[:-1]",
+    "c[::-1]",
+    "c[::2]",
+    "c|tojson",
+    "c|tojson|replace('\\x22', '')",
+    "[c, {'k': c}]|tojson(indent=1)",
+    "[c]",
+    "{c: c}",
+    "c|upper",
+    "c|lower",
+    "c|title",
+    "c.capitalize()",
+    "c.swapcase()",
+    "c|replace('x', '')",
+    "c|replace('', 'x')",
+    "c.replace('x', '<|im_')",
+    "c|reverse",
+    "c.split('x')|join",
+    "c.rsplit('x', 1)|join('<|im_')",
+    "c.split()|join('')",
+    "c.splitlines()|join('')",
+    "c.partition('x')|last",
+    "c|list|join",
+    "c|list|sort|join",
+    "c|list|unique|join",
+    "c|map('string')|join",
+    "c|batch(2)|map('join')|join",
+    "c|trim('x<')",
+    "c.strip('x')",
+    "c.lstrip()|truncate(9, true, '')",
+    "c|truncate(12)",
+    "c|wordwrap(3, wrapstring='')",
+    "c|indent(1, true)",
+    "c|center(30)",
+    "c.zfill(20)",
+    "c.ljust(30, '<')",
+    "c.expandtabs()",
+    "c * 2",
+    "c ~ c",
+    "'<' ~ c",
+    "'<|im_' + c",
+    "'[INS' ~ c",
+    "c + '<'",
+    "'%s' % c",
+    "'<%5s%s' % (c, c)",
+    "'<{}{:>9}'.format(c, c)",
+    "'<{0.content}'.format(m)",
+    "'<|im_%s'|format(c)",
+    "c|format",
+    "c.format('end')",
+    "'<|im_'.join([c, c, c])",
+    "c.join(['<', '<'])",
+    "c|e|replace('&lt;', '<')|replace('&gt;', '>')",
+    "c|safe + '<'",
+    "c|urlencode",
+    "'<SPECIAL_' ~ c|length ~ c[-1:]",
+    "'<SPECIAL_' ~ c|int ~ '_'",
+    "'<SPECIAL_' ~ (c|int + 1) ~ c",
+    "c|first ~ c[1:]",
+    "c|default('<')",
+    "(c, '<s')|join",
+    "messages|map(attribute='content')|join",
+    "messages|groupby('content')",
+    "messages|tojson",
+    "messages",
+    "m.items()|list",
+    "m|dictsort|first|join",
+    "m|string",
+    "c.encode",
+    "cycler(c, '<').next()",
+    "namespace(x=c).x",
+    "dict(a=c).a",
+    "caller",
+]
+
+
+def own_tokens(count: int) -> list[str]:
+    return ["<s>", "AB"] * count
+
+
+def around(rewrite: str, content: str = "m.content") -> str:
+    """A template that writes <s> and AB around what it makes of a content."""
+    return (
+        "{% macro show(c) %}{{ c }}{% endmacro %}{% for m in messages %}{% set c = " + content + " %}{{ '<s>' }}\n"
+        "{{ " + rewrite + " }}\n\n{{ 'A' ~ 'B' }}{% endfor %}"
+    )
+
+
+def specials_written(tok: Tokenizer, contents: list[str]) -> list[str]:
+    ids = tok.chat(talk(*contents))
+    text = tok.decode(ids, skip_special=False)
+    assert text == tok.render(talk(*contents))
+    return [tok.decode([i], skip_special=False) for i in ids if i in tok.special_ids]
+
+
+ATTACKS = ["<s>", "x<s>", "<<s>>", "<|im_end|>", "<|im_xend|>", "</x/s>", "END|>", "end|>", ">s<", "12>", "T]x[INST]"]
+ATTACKS += ["BAB", "<|IM_END|>", "<s>\t<s>", " <s> </s>", "a\n<\ns\n>", "%s<s>", "{}<s>{0}", "<ss>", "\\u003cs>", "A"]
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+def test_whatever_a_template_does_to_texts_they_stay_texts(rewrite: str) -> None:
+    for content in ("m.content", "'<|im_' ~ m.content ~ '[INS'", "'<|im_ x' ~ m.content"):
+        check_attacks(letters(around(rewrite, content), TOKENS))
+
+
+def check_attacks(tok: Tokenizer) -> None:
+    for attack in ATTACKS:
+        contents = [attack, attack[1:], attack[::-1]]
+        try:
+            found = specials_written(tok, contents)
+        except OctoError:  # "c.encode", "c|format" of "%s" and so on
+            continue
+        assert found == own_tokens(3), attack
+
+
+# Beginnings of tokens, never their ends: however a template joins them, it writes no token itself.
+STARTS = sorted({token[:n] for token in TOKENS[:6] for n in range(1, len(token))})
+ENDS = sorted({token[n:] for token in TOKENS for n in range(len(token))})
+LITERAL = st.sampled_from([*STARTS, "", " ", "x", "\n"]).map(lambda text: "'" + text.replace("\n", "\\n") + "'")
+NUMBER = st.integers(-4, 9).map(str)
+EXPRESSION = st.recursive(
+    st.one_of(st.just("c"), st.just("c"), LITERAL, st.sampled_from(["m.content", "messages[0].content", "loop.index"])),
+    lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from([" ~ ", " + "]), inner).map(lambda t: "(" + "".join(t) + ")"),
+        st.tuples(inner, NUMBER, NUMBER, st.sampled_from(["", ":-1", ":2"])).map(lambda t: "({})[{}:{}{}]".format(*t)),
+        st.tuples(inner, st.sampled_from([r.removeprefix("c|") for r in REWRITES if r.startswith("c|")])).map(
+            lambda t: f"({t[0]})|{t[1]}"
+        ),
+        st.tuples(inner, LITERAL, LITERAL).map(lambda t: "({}|string).replace({}, {})".format(*t)),
+        st.tuples(inner, LITERAL, LITERAL).map(lambda t: "({}|string).split({} or '<')|join({})".format(*t)),
+        st.tuples(inner, inner).map(lambda t: "'{}%s<'.format({}) % ({})".format("{}", *t)),
+        st.tuples(inner, inner).map(lambda t: "[{}, {}]|join|string|trim".format(*t)),
+        st.tuples(inner, inner, inner).map(lambda t: "({} if {} else {})".format(*t)),
+        inner.map(lambda t: f"show({t})"),
+    ),
+    max_leaves=6,
+)
+PARTS = [*TOKENS, *STARTS, *ENDS, " ", "\n", "x", "é", "ŉ", "%s", "{}"]
+USER_TEXT = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(expression=EXPRESSION, contents=st.lists(USER_TEXT, min_size=1, max_size=3))
+def test_no_special_id_ever_comes_from_a_text(expression: str, contents: list[str]) -> None:
+    """Random programs over texts made of pieces of tokens; tokens that are the template's are all there."""
+    tok = letters(around(expression), TOKENS)
+    try:
+        found = specials_written(tok, contents)
+    except OctoError:
+        reject()  # it fails for a reason of its own
+    assert found == own_tokens(len(contents))
+
+
+GREEK, CYRILLIC = "αβγδ", "жшдф"
+MIXED = st.lists(st.sampled_from(["m.content", "'жш'", "'д фш\\tд'", "'\\nж\\n'", "'x'"]), min_size=2, max_size=5)
+
+
+@pytest.mark.parametrize("rewrite", [r for r in REWRITES if r != "c|urlencode"])
+@settings(max_examples=12, deadline=None)
+@given(parts=MIXED, text=st.text(GREEK + " \nx'", max_size=8))
+def test_each_character_knows_who_wrote_it(rewrite: str, parts: list[str], text: str) -> None:
+    """Texts in Greek, the template's own words in Cyrillic: no operation changes one into the other."""
+    template = ChatTemplate(around(rewrite, " ~ ".join(parts)), "here.jinja", {}, [])
+    try:
+        result = template._render(talk(text, text[1:]), True, {})
+    except OctoError:
+        return
+    for char, mask in zip(result, mask_of(result), strict=True):
+        assert char.lower() not in GREEK or not mask, "a text counts as the template's"
+        assert char.lower() not in CYRILLIC or mask, "the template's own counts as a text"
+
+
+@settings(max_examples=150, deadline=None)
+@given(expression=EXPRESSION, contents=st.lists(st.text("xyzé \n.,", max_size=12), min_size=1, max_size=3))
+def test_harmless_texts_are_never_refused(expression: str, contents: list[str]) -> None:
+    """What the template alone writes becomes tokens as everywhere else."""
+    tok = letters(around(expression), TOKENS)
+    try:
+        text = tok.render(talk(*contents))
+    except OctoError as error:
+        assert "fails here" in str(error) or "misses a value" in str(error) or "too deeply" in str(error)
+        return
+    assert tok.chat(talk(*contents)) == tok.encode(text, allow_special=True)
+
+
+def test_numbers_that_a_text_gives_make_no_token() -> None:
+    tok = letters("{{ '<SPECIAL_' ~ messages[0].content|int ~ '>' }}{{ '<SPECIAL_' ~ 4 * 3 ~ '>' }}", ["<SPECIAL_12>"])
+    assert specials_written(tok, ["12"]) == ["<SPECIAL_12>"]
+    ids = tok.chat([{"role": "user", "content": 12}])
+    assert len(specials_of(tok, ids)) == 1
+
+
+def test_a_longer_token_half_of_which_a_user_wrote() -> None:
+    """The template's own token stands, also where a text would make a longer one of it."""
+    tok = letters("{{ '<s>' }}{{ messages[0].content }}{{ '<s>' }}", ["<s>", "<s>x", "x<s>", "<", "x"])
+    assert specials_written(tok, ["x"]) == ["<s>", "<s>"]
+    assert specials_written(tok, ["x<"]) == ["<s>", "<s>"]
+
+
 def test_template_variables_are_guarded_too() -> None:
     tok = letters("{{ '<s>' }}{{ tools | tojson }}{{ note }}", ["<s>"])
     ids = tok.chat(talk("x"), tools=[{"name": "<s>", "<s>": 1}], note="<s>")
@@ -223,8 +427,8 @@ def test_private_use_characters_of_users_stay() -> None:
     text = "\ue000<s>\ue001\ue000<s>"
     ids = tok.chat(talk(text))
     assert tok.decode(ids) == text and len(specials_of(tok, ids)) == 1
-    with pytest.raises(OctoError, match="private-use"):
-        tok.chat(talk("".join(chr(code) for code in range(0xE000, 0xF900))))
+    text = "".join(chr(code) for code in range(0xE000, 0xF900)) + "<s>"
+    assert tok.decode(tok.chat(talk(text))) == text
 
 
 PIECES = [
@@ -355,6 +559,50 @@ def test_errors_are_one_sentence() -> None:
     assert "misses a value: 'wizard' is undefined." in failure("{{ wizard.hat }}")
     assert "fails here (ZeroDivisionError)" in failure("{{ 1 / 0 }}")
     assert "list object has no element 0" in failure("{{ messages[0].content }}", [])
+
+
+def test_an_error_shows_little_of_the_template_and_nothing_raw() -> None:
+    """Escape sequences, long texts, line ends: the sentence stays one, short, with its advice at the end."""
+    foreign = "\x1b]52;c;aGk=\x07 \u202e \x9b31m\r\n\0" + "long " * 2000
+    sources = {
+        "{{ raise_exception(messages[0].content) }}": "refuses this conversation: ",
+        "{{ raise_exception('\x1b]52;c;aGk=\x07' * 5000) }}": "refuses this conversation: ",
+        "{{ messages[messages[0].content].x }}": "misses a value: ",
+        "{{ {}[messages[0].content] + 1 }}": "misses a value: ",
+        "{{ ''|attr(messages[0].content) + 1 }}": "misses a value: ",
+        "{{ 'x'|map(messages[0].content)|list }}": "No filter named",
+        "{% set ns = namespace(**{'_' ~ messages[0].content: 1}) %}": "tries what is forbidden: ",
+        "{{ '%(a)s' % {messages[0].content: 1} }}": "fails here (KeyError): ",
+        "{% " + foreign + " %}": "not valid Jinja at line 1",
+        "{% if x %}{% " + "e" * 5000 + " %}": "not valid Jinja at line 1",
+        "{{ 'x' * 10**9 }}": ": use plain generation, or a model with another template.",
+    }
+    for source, words in sources.items():
+        text = failure(source, talk(foreign))
+        assert words in text and len(text) <= 480 and text.isprintable(), text
+
+
+def test_an_error_of_unicode_names_the_message() -> None:
+    """The position is one in what was typed, not in the rendered text."""
+    tok = letters("{{ '<s>' * 9 }}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}", ["<s>"])
+    for run in (tok.chat, tok.render):
+        with pytest.raises(UsageError, match=r"Message 3 \(user\) is not valid .* at position 4 of 'good\\ud83d'"):
+            run(talk("good", "good", "good\ud83d"))
+        with pytest.raises(UsageError, match=r"Message 1 \(\\udc00\) is not valid Unicode: .* position 0 "):
+            run([{"role": "\udc00", "content": "x"}])
+        with pytest.raises(UsageError, match=r"Message 2 .* position 1 of"):
+            run([*talk("x"), {"role": "assistant", "content": [{"type": "text", "text": "x\udfff"}]}])
+        with pytest.raises(UsageError, match=r'template variable "note" is not valid Unicode: .* position 2 '):
+            run(talk("x"), note={"a": ["ab\ud800"]})
+    assert "writes half a surrogate pair" in failure("{{ '\\ud83d' }}")
+    assert "writes half a surrogate pair" in failure("\ud83d")
+
+
+def test_messages_are_no_bottomless_pit() -> None:
+    messages: Messages = talk("x")
+    messages[0]["content"] = messages
+    with pytest.raises(UsageError, match="nested too deeply"):
+        letters("x", ["<s>"]).chat(messages)
 
 
 def test_a_model_without_a_template(llama2: Tokenizer) -> None:
