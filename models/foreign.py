@@ -75,14 +75,14 @@ def read_json_object(path: Path, limit: int = MAX_FILE_BYTES) -> dict[str, Any]:
     return json_object(read_bytes(path, limit), path)
 
 
-def json_object(data: bytes, source: object) -> dict[str, Any]:
+def json_object(data: bytes, source: object, advice: str = AGAIN) -> dict[str, Any]:
     """The JSON object in ``data``, UTF-8. OctoError, naming ``source``, for anything else."""
-    with parsing(source, "JSON"):
+    with parsing(source, "JSON", advice):
         if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_ITEMS:
             raise ValueError(f"more than {MAX_JSON_ITEMS:,} items")
         value = json.loads(data.decode("utf-8"))
     if not isinstance(value, dict):
-        raise OctoError(f"{source} holds a JSON {type(value).__name__} where an object is needed.")
+        raise OctoError(f"{source} holds a JSON {type(value).__name__} where an object is needed: {advice}.")
     return value
 
 

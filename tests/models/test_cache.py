@@ -120,7 +120,7 @@ def test_damaged_cache(own_cache: Path) -> None:
         resolve("org/name")
     (folder / "octo-run").mkdir()
     (folder / "octo-run" / f"{COMMIT}.json").write_text('{"files": []}')
-    with pytest.raises(OctoError, match="is damaged: remove it"):
+    with pytest.raises(OctoError, match="is damaged; `octo-run pull org/name` repairs it"):
         resolve("org/name")
 
 
