@@ -247,9 +247,17 @@ def _time(path: Path) -> float:
 
 
 def has_file(folder: Path, path: Path, size: int | None) -> bool:
-    """Whether ``path`` is a file of ``size`` bytes (None: of any size) that belongs to the model in ``folder``."""
-    status = _status(path)
-    if status is None or not stat.S_ISREG(status.st_mode) or size not in (None, status.st_size):
+    """Whether ``path`` is a file of ``size`` bytes (None: of any size) that belongs to the model in ``folder``.
+
+    PermissionError where that cannot be seen.
+    """
+    try:
+        status = path.stat()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return False
+    if not stat.S_ISREG(status.st_mode) or size not in (None, status.st_size):
         return False
     return belongs(folder, path)
 
@@ -280,9 +288,8 @@ def _entries_or_damage(folder: Path) -> list[ModelEntry]:
     try:
         return list(_entries(folder))
     except (OctoError, OSError) as error:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error).rstrip(".")
-        damage = f"{shown(reason)}; mend it, or delete {shown(str(folder))}"
-        return [ModelEntry(_model_name(folder), None, None, folder_bytes(folder), folder, False, damage)]
+        damage = f"{folder} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error).rstrip(".")
+        return [ModelEntry(_model_name(folder), None, None, folder_bytes(folder), folder, False, shown(damage))]
 
 
 def _entries(folder: Path) -> Iterator[ModelEntry]:
@@ -328,8 +335,9 @@ def _entry(folder: Path, commit: str, revision: str) -> ModelEntry:
     except (OctoError, OSError) as error:
         named = HubName(_model_name(folder), None if revision == DEFAULT_REVISION else revision)
         place = manifest_path(folder, commit)
-        reason = f"{place} is damaged" if isinstance(error, OctoError) else f"{path}: {error.strerror or error}"
-        complete, damage = False, shown(f"{reason}; `octo-run pull {named}` repairs it")
+        repair = f"{place} is damaged; `octo-run pull {named}` repairs it"
+        fault = f"{error.filename or path} cannot be read ({error.strerror})" if isinstance(error, OSError) else repair
+        complete, damage = False, shown(fault)
     return ModelEntry(_model_name(folder), revision, commit, size, path, complete, damage)
 
 

@@ -103,7 +103,7 @@ def _is_pulled_commit(name: HubName) -> bool:
     folder = repo_folder(name)
     try:
         return local_commit(folder, name.ref) == name.ref and not snapshot_missing(folder, name.ref)
-    except OctoError:  # damaged: the pull repairs it
+    except (OctoError, OSError):  # damaged: the pull repairs it, or says why not
         return False
 
 

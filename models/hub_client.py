@@ -65,7 +65,7 @@ class HubClient:
         self._origin = origin
         self._headers = {"User-Agent": f"octo-run/{__version__}", "Accept-Encoding": "identity", "Connection": "close"}
         self._token = _token()
-        with self._boundary():
+        try:
             from huggingface_hub import get_session
 
             # A client of our own, of the library that huggingface_hub uses (httpx or its successor): the connections
@@ -74,6 +74,9 @@ class HubClient:
             self._http: Any = sys.modules[client.__module__.partition(".")[0]]
             timeout = self._http.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
             self._client: Any = client(timeout=timeout, follow_redirects=False)
+        except Exception as error:
+            proxies = "the proxy variables (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY)"
+            raise OctoError(f"No connection can be set up ({error}): check SSL_CERT_FILE and {proxies}.") from error
 
     def close(self) -> None:
         with self._boundary():
@@ -245,7 +248,9 @@ class HubClient:
         if size is not None and (type(size) is not int or size < 0):
             raise OctoError(self._no_hub(f"the size of {name} is {quoted(size)}"))
         digest = lfs.get("sha256") if isinstance(lfs, dict) else entry.get("blobId")
-        return HubFile(name, size, digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None)
+        if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            raise OctoError(self._no_hub(f"the content of {name} is named {quoted(digest)}"))
+        return HubFile(name, size, digest)
 
     def _refusal(self, response: Any) -> str:
         """The sentence for a status that is no success."""

@@ -64,7 +64,7 @@ def disk_faults() -> Iterator[None]:
             ) from error
         if error.errno == errno.EFBIG:
             raise OctoError(f"{root} takes no file that large ({error.strerror}): see `ulimit -f`.") from error
-        reason = error.strerror or str(error)
+        reason = ": ".join(str(part) for part in (error.strerror or error, error.filename2 or error.filename) if part)
         raise OctoError(
             f"The model cache {root} cannot be written ({reason}): name another in OCTO_RUN_CACHE."
         ) from error

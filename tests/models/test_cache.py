@@ -77,7 +77,8 @@ def test_hub_names(name: str, repo: str, revision: str | None) -> None:
         "a/b.git",
     ],
 )
-def test_bad_names(name: str) -> None:
+def test_bad_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as error:
         parse_hub_name(name)
     assert repr(name) in str(error.value)
