@@ -191,7 +191,8 @@ class _Pull:
 
     def _download(self, name: str, advance: Callable[[int], None]) -> Path:
         with store.partial_file(self.folder) as (path, file):
-            digest = self.client.download(self.commit, self.files[name], file, advance)
+            most = MAX_FILE_BYTES if name in SMALL_NAMES else shutil.disk_usage(self.folder).free
+            digest = self.client.download(self.commit, self.files[name], file, most, advance)
             file.close()
             blob = self.folder / "blobs" / digest
             path.replace(blob)

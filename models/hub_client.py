@@ -70,7 +70,7 @@ class HubClient:
 
             # A client of our own, of the library that huggingface_hub uses (httpx or its successor): the connections
             # of a shared one would be unknown to the watch.
-            client = type(get_session())
+            client = next(kind for kind in type(get_session()).__mro__ if kind.__name__ == "Client")
             self._http: Any = sys.modules[client.__module__.partition(".")[0]]
             timeout = self._http.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
             self._client: Any = client(timeout=timeout, follow_redirects=False)
@@ -79,7 +79,7 @@ class HubClient:
             raise OctoError(f"No connection can be set up ({error}): check SSL_CERT_FILE and {proxies}.") from error
 
     def close(self) -> None:
-        with self._boundary():
+        with suppress(OctoError), self._boundary():
             self._client.close()
 
     def listing(self) -> tuple[str, dict[str, HubFile]]:
@@ -102,14 +102,14 @@ class HubClient:
             raise OctoError(self._no_hub("there is no list of files"))
         return commit, {file.name: file for file in map(self._file, siblings)}
 
-    def download(self, commit: str, file: HubFile, out: BinaryIO, advance: Callable[[int], None]) -> str:
+    def download(self, commit: str, file: HubFile, out: BinaryIO, most: int, advance: Callable[[int], None]) -> str:
         """Write the content of ``file`` into ``out``, empty at first, and return its digest (see :class:`HubFile`).
 
-        Never more bytes are written than announced. ``advance`` is given the number of each piece's bytes, negative
-        where a server made the transfer begin again. OctoError for a size or content other than announced, for a
-        server that does not keep to the rules, and for a connection that breaks again and again.
+        Never more bytes are written than announced, nor more than ``most``. ``advance`` is given the number of each
+        piece's bytes, negative where a server made the transfer begin again. OctoError for a size or content other
+        than announced, for a server that does not keep to the rules, and for a connection that breaks again and again.
         """
-        transfer = _Transfer(file, out, advance)
+        transfer = _Transfer(file, out, most, advance)
         failures, best = 0, 0
         while not transfer.complete:
             try:
@@ -145,6 +145,9 @@ class HubClient:
                     raise OctoError(self._no_hub(f"it does not say how large {file.name} is"))
                 transfer.begin(length)
                 stop = length
+            if transfer.size is not None and transfer.size > transfer.most:
+                raise OctoError(f"{self.name}: {file.name} has {transfer.size:,} bytes, and at most {transfer.most:,} "
+                                "are possible here.")  # fmt: skip
             assert stop is not None
             if length is not None and length != stop - start:
                 raise OctoError(f"{self.name}: {file.name} has {stop - start:,} bytes by the list of files and "
@@ -309,8 +312,8 @@ class HubClient:
 class _Transfer:
     """How far the download of one file is."""
 
-    def __init__(self, file: HubFile, out: BinaryIO, advance: Callable[[int], None]) -> None:
-        self.file, self.out, self.advance = file, out, advance
+    def __init__(self, file: HubFile, out: BinaryIO, most: int, advance: Callable[[int], None]) -> None:
+        self.file, self.out, self.most, self.advance = file, out, most, advance
         self.have = 0
         self.begin(file.size)
 

@@ -317,6 +317,14 @@ def test_an_endless_body_stops_at_the_size_announced(home: Path, fake_hub: Any, 
     assert most <= len(repo.commits[repo.refs["main"]][WEIGHTS])
 
 
+@pytest.mark.parametrize("file", ["config.json", WEIGHTS])
+def test_a_huge_size_that_only_the_answer_announces(home: Path, fake_hub: Any, file: str) -> None:
+    fake_hub.listing = lambda info: info | {"siblings": [{"rfilename": f["rfilename"]} for f in info["siblings"]]}
+    fake_hub.scripts[file] = raw(OK, b"Content-Length: 900000000000000\r\n\r\n", repeat=b"x" * 65536)
+    attacked(home, "has 900,000,000,000,000 bytes, and at most", in_process=file == WEIGHTS)
+    assert cache_bytes() < 2_000_000
+
+
 def test_other_content_of_the_same_size(home: Path, fake_hub: Any) -> None:
     repo = fake_hub.repos[NAME]
     for file in ("config.json", WEIGHTS):
