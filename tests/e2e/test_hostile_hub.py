@@ -34,7 +34,7 @@ def home(tmp_path: Path, fake_hub: Any, make_checkpoint: Callable[..., Path], mo
     fake_hub.add(NAME, make_checkpoint("published"))
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
-    (home / ".cache").mkdir()
+    (home / ".cache" / "octo-run" / "hub").mkdir(parents=True)
     (home / ".ssh" / "authorized_keys").write_text("mine")
     (home / EVIL).write_text("precious")
     monkeypatch.setenv("HOME", str(home))
@@ -47,7 +47,7 @@ def listing(root: Path) -> dict[str, object]:
     """Everything below ``root`` but the cache: kind, size, content."""
     found: dict[str, object] = {}
     for place, folders, files in os.walk(root):
-        if Path(place) == hub.cache_folder().parent.parent:
+        if Path(place) == hub.cache_folder():
             folders.clear()
             continue
         for path in (Path(place, name) for name in folders + files):
@@ -521,7 +521,7 @@ def test_folders_that_lead_out_of_the_cache(home: Path, fake_hub: Any, part: str
     (home / "elsewhere").mkdir()
     folder = hub.cache_folder() if part.startswith(".locks") else hub.cache_folder() / "models--tiny--llama"
     link = folder / part.replace("COMMIT", fake_hub.repos[NAME].refs["main"])
-    link.parent.mkdir(parents=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(home / "elsewhere")
     before = listing(home.parent)
     result = subprocess.run(
