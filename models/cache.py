@@ -330,14 +330,17 @@ def _model_name(folder: Path) -> str:
 def _entry(folder: Path, commit: str, revision: str) -> ModelEntry:
     path = folder / "snapshots" / commit
     size = folder_bytes(path)
+    complete, damage = False, None
     try:
-        complete, damage = not snapshot_missing(folder, commit), None
-    except (OctoError, OSError) as error:
-        named = HubName(_model_name(folder), None if revision == DEFAULT_REVISION else revision)
-        place = manifest_path(folder, commit)
-        repair = f"{place} is damaged; `octo-run pull {named}` repairs it"
-        fault = f"{error.filename or path} cannot be read ({error.strerror})" if isinstance(error, OSError) else repair
-        complete, damage = False, shown(fault)
+        complete = not snapshot_missing(folder, commit)
+    except OSError as error:
+        damage = f"{error.filename or path} cannot be read ({error.strerror})"
+    except OctoError as error:
+        damage = str(error).rstrip(".")
+        if os.path.lexists(manifest_path(folder, commit)):
+            named = HubName(_model_name(folder), None if revision == DEFAULT_REVISION else revision)
+            damage = f"{manifest_path(folder, commit)} is damaged; `octo-run pull {named}` repairs it"
+    damage = None if damage is None else shown(damage)
     return ModelEntry(_model_name(folder), revision, commit, size, path, complete, damage)
 
 

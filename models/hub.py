@@ -48,8 +48,6 @@ __all__ = [
 ]
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-#: Weight files of one model at most (the largest real models have some 200).
-MAX_WEIGHT_FILES = 4096
 _TRUE = ("1", "on", "yes", "true")
 
 
@@ -150,8 +148,6 @@ class _Pull:
     def _shards(self, snapshot: Path) -> list[str]:
         names = [path.name for path in weight_files(snapshot)]
         broken = f"{self.name} is broken on the Hub: {INDEX_NAME} names"
-        if len(names) > MAX_WEIGHT_FILES:
-            raise OctoError(f"{broken} {len(names):,} files, more than any model has.")
         for name in names:
             if not is_plain_name(name):
                 raise OctoError(f"{broken} {quoted(name)}, which is no plain name of a file.")
