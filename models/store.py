@@ -8,6 +8,7 @@ cache cannot lead a file out of it. One process at a time writes a model: it hol
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -236,6 +237,7 @@ def _delete_snapshots(folder: Path, commits: list[str]) -> None:
     It deletes what links lead to, so those that lead out of the model's folder go first, by themselves.
     """
     from huggingface_hub import scan_cache_dir
+    from huggingface_hub.utils import logging as hub_logging
 
     for part in ("blobs", "snapshots", "refs", cache.MANIFESTS):
         if (folder / part).is_symlink():
@@ -249,7 +251,12 @@ def _delete_snapshots(folder: Path, commits: list[str]) -> None:
         info = scan_cache_dir(folder.parent)
         # only this repository: a fork can have the same commits
         info = replace(info, repos=frozenset(repo for repo in info.repos if repo.repo_path.name == folder.name))
-        info.delete_revisions(*known).execute()
+        level = hub_logging.get_verbosity()
+        hub_logging.set_verbosity(logging.CRITICAL)  # it reports what it cannot delete, with tracebacks
+        try:
+            info.delete_revisions(*known).execute()
+        finally:
+            hub_logging.set_verbosity(level)
     for commit in commits:
         if (folder / "snapshots" / commit).is_dir():  # one the scan could not read
             shutil.rmtree(folder / "snapshots" / commit)

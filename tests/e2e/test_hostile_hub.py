@@ -237,7 +237,7 @@ LISTINGS = {
     "nothing": (b"", "is not valid JSON"),
     "no UTF-8": (b'{"sha": "\xff"}', "is not UTF-8"),
     "deep": (b'{"a":' + b"[" * 200_000, "is not valid JSON"),
-    "many items": (b'{"a":[' + b"0," * 9_000_000 + b"0]}", "more than 8,000,000 items"),
+    "many items": (b'{"a":[' + b"0," * 9_000_000 + b"0]}", r"more than [\d,]+ items"),
     "a long number": (b'{"sha": ' + b"9" * 10_000 + b"}", "is not valid JSON"),
     "no files": (b'{"sha": "%s"}' % (b"a" * 40), "there is no list of files"),
     "files of no kind": (b'{"sha": "%s", "siblings": [1, null]}' % (b"a" * 40), "its list of files is none"),
