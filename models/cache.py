@@ -10,21 +10,24 @@ the Hub. Pulled models live in huggingface-hub's cache layout::
 ``<cache>`` is ``$OCTO_RUN_CACHE/hub``; without that variable the cache other tools share, if the user named one
 (``$HF_HUB_CACHE``, ``$HF_HOME/hub``), so that nothing is downloaded twice; else ``~/.cache/octo-run/hub``
 (``$XDG_CACHE_HOME`` counts). A snapshot is complete, and only then used, when every file of its manifest is there with
-its size; one that another tool fetched, when its configuration, a tokenizer and all its weight files are there.
+its size; one that another tool fetched, when its configuration, a tokenizer and all its weight files are there. A file
+counts only if it lies in the model's folder (or in the store of contents that the models of a cache share,
+``<cache>/blobs``) once its links are followed.
+
+:mod:`octo_run.models.store` writes and deletes here.
 """
 
-import json
 import os
 import re
-import shutil
+import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, quoted, shown
 from octo_run.models.config import load_config
 from octo_run.models.files import missing_files
-from octo_run.models.foreign import read_json_object
+from octo_run.models.foreign import read_json_object, read_text
 
 DEMO_NAME = "octo-demo"
 DEMO_PATH = Path(__file__).parent / "octo_demo"
@@ -33,8 +36,10 @@ DEFAULT_REVISION = "main"
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 _HUB_NAME = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[A-Za-z0-9_][\w.+-]*)*", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_MANIFESTS = "octo-run"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+MANIFESTS = "octo-run"
+_PLAIN = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}", re.ASCII)
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,11 @@ class HubName:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model on this machine. ``bytes`` counts the files that are there; ``commit`` is None for the embedded model."""
+    """A model on this machine.
+
+    ``bytes`` counts the files that are there. ``commit`` is None for the embedded model, and for one whose folder
+    cannot be read. ``damage`` says what is wrong with a model that cannot be used and what to do about it.
+    """
 
     name: str
     revision: str | None
@@ -62,6 +71,7 @@ class ModelEntry:
     bytes: int
     path: Path
     complete: bool
+    damage: str | None = None
 
     @property
     def label(self) -> str:
@@ -90,10 +100,12 @@ def parse_hub_name(name: str) -> HubName:
     match = _HUB_NAME.fullmatch(name)
     repo = match[1] if match else ""
     if match is None or "--" in repo or ".." in repo or repo.endswith((".", "-", ".git")):
-        raise UsageError(f"{name!r} is no model name: give a folder, {DEMO_NAME}, or org/name[@revision] of the Hub.")
+        raise UsageError(
+            f"{quoted(name)} is no model name: give a folder, {DEMO_NAME}, or org/name[@revision] of the Hub."
+        )
     revision = match[2]
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise UsageError(f"{name!r}: {revision!r} is no revision, which is a branch, a tag or a commit.")
+        raise UsageError(f"{quoted(name)}: {quoted(revision)} is no revision, which is a branch, a tag or a commit.")
     return HubName(repo, revision)
 
 
@@ -125,33 +137,36 @@ def resolve(name: str) -> Path:
 def find(name: HubName) -> ModelEntry:
     """The complete snapshot of ``name`` in the cache. OctoError, with the command to run, when there is none."""
     folder = repo_folder(name)
-    commit = _known_commit(folder, name.ref)
+    commit = known_commit(folder, name.ref)
     if commit is None:
         here = sorted({entry.label for entry in _entries(folder) if entry.complete})
         others = f" ({', '.join(here)} is)" if here else ""
         raise OctoError(f"{name} is not in {cache_folder()}{others}: fetch it with `octo-run pull {name}`.")
+    entry = _entry(folder, commit, name.ref)
+    if entry.damage is not None:
+        raise OctoError(f"{name} cannot be used: {entry.damage}.")
     missing = snapshot_missing(folder, commit)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise OctoError(f"{name} is not complete ({missing[0]}{more} missing): run `octo-run pull {name}` again.")
-    return _entry(folder, commit, name.ref)
+    return entry
 
 
 def local_commit(folder: Path, revision: str) -> str | None:
     """The commit that ``revision`` (branch, tag, commit, or at least 7 digits of one) names in the cache."""
-    commits = _commits(folder)
     try:
-        commit = (folder / "refs" / revision).read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        found = [item for item in commits if item.startswith(revision.lower())] if len(revision) >= 7 else []
+        commit = read_text(folder / "refs" / revision, limit=256).strip()
+    except OctoError:  # most often there is none; one that cannot be read names nothing
+        found = [item for item in commits(folder) if item.startswith(revision.lower())] if len(revision) >= 7 else []
         return found[0] if len(found) == 1 else None
-    return commit if _COMMIT.fullmatch(commit) else None
+    return commit if COMMIT.fullmatch(commit) else None
 
 
-def _commits(folder: Path) -> list[str]:
+def commits(folder: Path) -> list[str]:
+    """The commits that the cache has something of."""
     names = {path.name for path in _children(folder / "snapshots")}
-    names |= {path.stem for path in _children(folder / _MANIFESTS) if path.suffix == ".json"}
-    return sorted(name for name in names if _COMMIT.fullmatch(name))
+    names |= {path.stem for path in _children(folder / MANIFESTS) if path.suffix == ".json"}
+    return sorted(name for name in names if COMMIT.fullmatch(name))
 
 
 def _children(folder: Path) -> list[Path]:
@@ -164,89 +179,140 @@ def _children(folder: Path) -> list[Path]:
 
 
 def manifest_path(folder: Path, commit: str) -> Path:
-    return folder / _MANIFESTS / f"{commit}.json"
+    return folder / MANIFESTS / f"{commit}.json"
 
 
-def write_manifest(folder: Path, commit: str, revision: str, files: dict[str, int | None]) -> None:
-    """Record which files (name -> bytes, None: not known) the snapshot needs to count as complete, and the revision
-    that was asked for."""
-    text = json.dumps({"commit": commit, "revision": revision, "files": files}, indent=1)
-    write_atomically(manifest_path(folder, commit), text)
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is a file's name that means the same everywhere: no path, no device, no odd letters."""
+    return bool(_PLAIN.fullmatch(name)) and not name.endswith(".") and not _DEVICE.fullmatch(name)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _read_manifest(folder: Path, commit: str) -> tuple[str | None, dict[str, int | None]]:
+    """The revision that was asked for, and the files (name -> bytes) that the commit needs. OctoError if damaged."""
+    path = manifest_path(folder, commit)
+    manifest = read_json_object(path)
+    files, revision = manifest.get("files"), manifest.get("revision")
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(is_plain_name(name) and (size is None or type(size) is int) for name, size in files.items())
+    ):
+        raise OctoError(f"{path} is damaged.")
+    is_name = isinstance(revision, str) and _REVISION.fullmatch(revision) and ".." not in revision
+    return (revision if is_name else None), files
 
 
 def snapshot_missing(folder: Path, commit: str) -> list[str]:
-    """Names of the files a snapshot still lacks (or has with a wrong size); empty when it is complete."""
+    """Names of the files a snapshot still lacks (or has with a wrong size); empty when it is complete.
+
+    OctoError when its manifest is damaged.
+    """
     snapshot = folder / "snapshots" / commit
-    manifest = manifest_path(folder, commit)
-    if not manifest.is_file():
-        return missing_files(snapshot)
-    files = read_json_object(manifest).get("files")
-    if not isinstance(files, dict) or not files:
-        raise OctoError(f"{manifest} is damaged: remove it and pull the model again.")
-    return [name for name, size in files.items() if not has_file(snapshot / name, size)]
-
-
-def write_ref(folder: Path, revision: str, commit: str) -> None:
-    """Record that ``revision`` is ``commit``; to be called when the snapshot is complete."""
-    if revision != commit:
-        write_atomically(folder / "refs" / revision, commit)
+    if os.path.lexists(manifest_path(folder, commit)):
+        _revision, files = _read_manifest(folder, commit)
+        return [name for name, size in files.items() if not has_file(folder, snapshot / name, size)]
+    strays = [path.name for path in _children(snapshot) if path.is_file() and not has_file(folder, path, None)]
+    return missing_files(snapshot) + strays
 
 
 def _pending(folder: Path) -> dict[str, str]:
     """Revision -> commit of pulls that were begun and not finished, as far as the revision has no commit yet."""
     pending: dict[str, str] = {}
-    manifests = [path for path in _children(folder / _MANIFESTS) if _COMMIT.fullmatch(path.stem)]
-    for path in sorted(manifests, key=lambda item: item.stat().st_mtime):
-        revision = read_json_object(path).get("revision")
-        if isinstance(revision, str) and local_commit(folder, revision) is None:
+    manifests = [path for path in _children(folder / MANIFESTS) if COMMIT.fullmatch(path.stem)]
+    for path in sorted(manifests, key=_time):
+        try:
+            revision, _files = _read_manifest(folder, path.stem)
+        except OctoError:  # its snapshot is listed as damaged, under its commit
+            continue
+        if revision is not None and local_commit(folder, revision) is None:
             pending[revision] = path.stem
     return pending
 
 
-def _known_commit(folder: Path, revision: str) -> str | None:
+def known_commit(folder: Path, revision: str) -> str | None:
+    """The commit of ``revision``, pulled or begun to be pulled."""
     return local_commit(folder, revision) or _pending(folder).get(revision)
 
 
-def has_file(path: Path, size: int | None) -> bool:
-    """Whether ``path`` is a file of ``size`` bytes (None: of any size)."""
-    return path.is_file() and (size is None or path.stat().st_size == size)
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (OSError, ValueError):
+        return None
+
+
+def _time(path: Path) -> float:
+    status = _status(path)
+    return 0.0 if status is None else status.st_mtime
+
+
+def has_file(folder: Path, path: Path, size: int | None) -> bool:
+    """Whether ``path`` is a file of ``size`` bytes (None: of any size) that belongs to the model in ``folder``.
+
+    PermissionError where that cannot be seen.
+    """
+    try:
+        status = path.stat()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return False
+    if not stat.S_ISREG(status.st_mode) or size not in (None, status.st_size):
+        return False
+    return belongs(folder, path)
+
+
+def belongs(folder: Path, path: Path) -> bool:
+    """Whether ``path``, its links followed, lies in a model's folder or in the cache's shared store of contents."""
+    return any(lies_in(path, root) for root in (folder, folder.parent / "blobs"))
+
+
+def lies_in(path: Path, root: Path) -> bool:
+    """Whether ``path`` lies in ``root`` once the links of both are followed; it need not exist."""
+    real, real_root = os.path.realpath(path), os.path.realpath(root)
+    return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
 
 
 def list_models() -> list[ModelEntry]:
-    """The embedded model, then all models in the cache that octo-run pulled (complete or not) or could load."""
-    demo = ModelEntry(DEMO_NAME, None, None, _folder_bytes(DEMO_PATH), DEMO_PATH, True)
-    folders = [path for path in _children(cache_folder()) if path.name.startswith("models--") and path.is_dir()]
-    return [demo, *(entry for folder in folders for entry in _entries(folder))]
+    """The embedded model, then all models in the cache that octo-run pulled (complete or not) or could load.
+
+    One that is damaged is listed as such and keeps no other from being listed. OctoError only if the cache as a whole
+    cannot be read.
+    """
+    demo = ModelEntry(DEMO_NAME, None, None, folder_bytes(DEMO_PATH), DEMO_PATH, True)
+    folders = [path for path in _children(cache_folder()) if path.name.startswith("models--")]
+    return [demo, *(entry for folder in folders for entry in _entries_or_damage(folder))]
+
+
+def _entries_or_damage(folder: Path) -> list[ModelEntry]:
+    try:
+        return list(_entries(folder))
+    except (OctoError, OSError) as error:
+        damage = f"{folder} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error).rstrip(".")
+        return [ModelEntry(_model_name(folder), None, None, folder_bytes(folder), folder, False, shown(damage))]
 
 
 def _entries(folder: Path) -> Iterator[ModelEntry]:
     """One entry per snapshot; several branches or tags of one commit are one entry, named by the first (main first)."""
     refs: dict[str, list[str]] = {}
-    root = folder / "refs"
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            ref = path.relative_to(root).as_posix()
-            commit = local_commit(folder, ref)
-            if commit is not None:
-                refs.setdefault(commit, []).append(ref)
+    for ref in _refs(folder):
+        commit = local_commit(folder, ref)
+        if commit is not None:
+            refs.setdefault(commit, []).append(ref)
     for ref, commit in _pending(folder).items():
         refs.setdefault(commit, []).append(ref)
-    for commit in _commits(folder):
+    for commit in commits(folder):
         names = sorted(refs.get(commit, [commit]), key=lambda ref: (ref != DEFAULT_REVISION, ref))
         entry = _entry(folder, commit, names[0])
-        if manifest_path(folder, commit).is_file() or (entry.complete and _is_known(entry.path)):
+        if os.path.lexists(manifest_path(folder, commit)) or (entry.complete and _is_known(entry.path)):
             yield entry
+
+
+def _refs(folder: Path) -> list[str]:
+    """The branches and tags that the cache knows of a model."""
+    root = folder / "refs"
+    found = [Path(place, name).relative_to(root) for place, _, names in os.walk(root) for name in names]
+    return sorted(ref.as_posix() for ref in found if _REVISION.fullmatch(ref.as_posix()))
 
 
 def _is_known(path: Path) -> bool:
@@ -257,60 +323,32 @@ def _is_known(path: Path) -> bool:
     return True
 
 
+def _model_name(folder: Path) -> str:
+    return folder.name.removeprefix("models--").replace("--", "/")
+
+
 def _entry(folder: Path, commit: str, revision: str) -> ModelEntry:
     path = folder / "snapshots" / commit
-    name = folder.name.removeprefix("models--").replace("--", "/")
-    return ModelEntry(name, revision, commit, _folder_bytes(path), path, not snapshot_missing(folder, commit))
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(
-        path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
-    )
-
-
-def remove(name: str) -> int:
-    """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache; returns the bytes freed.
-
-    Only the cache is touched: UsageError for ``octo-demo`` and for folders, OctoError for what is not there.
-    """
-    if name == DEMO_NAME:
-        raise UsageError(f"{DEMO_NAME} is part of octo-run and cannot be removed.")
-    parsed = parse_hub_name(name)
-    folder = repo_folder(parsed)
-    commits = _commits(folder)
-    if parsed.revision is not None:
-        commit = _known_commit(folder, parsed.revision)
-        commits = [] if commit is None else [commit]
-    if folder.is_symlink() or not folder.is_dir() or (parsed.revision is not None and not commits):
-        raise OctoError(f"{name} is not in {cache_folder()}, so there is nothing to remove.")
-    before = _disk_bytes(cache_folder())
+    size = folder_bytes(path)
+    complete, damage = False, None
     try:
-        _delete_snapshots(folder, commits)
-        if parsed.revision is None or not _commits(folder):
-            if folder.exists():
-                shutil.rmtree(folder)
-            shutil.rmtree(cache_folder() / ".locks" / folder.name, ignore_errors=True)
+        complete = not snapshot_missing(folder, commit)
     except OSError as error:
-        raise OctoError(f"{name} cannot be removed from {cache_folder()}: {error.strerror or error}.") from None
-    return before - _disk_bytes(cache_folder())
+        damage = f"{error.filename or path} cannot be read ({error.strerror})"
+    except OctoError as error:
+        damage = str(error).rstrip(".")
+        if os.path.lexists(manifest_path(folder, commit)):
+            named = HubName(_model_name(folder), None if revision == DEFAULT_REVISION else revision)
+            damage = f"{manifest_path(folder, commit)} is damaged; `octo-run pull {named}` repairs it"
+    damage = None if damage is None else shown(damage)
+    return ModelEntry(_model_name(folder), revision, commit, size, path, complete, damage)
 
 
-def _delete_snapshots(folder: Path, commits: list[str]) -> None:
-    """Delete snapshots with the blobs only they use; huggingface-hub knows which those are, shared ones included."""
-    from huggingface_hub import scan_cache_dir
-
-    known = [commit for commit in commits if (folder / "snapshots" / commit).is_dir()]
-    if known:
-        info = scan_cache_dir(folder.parent)
-        # only this repository: a fork can have the same commits
-        info = replace(info, repos=frozenset(repo for repo in info.repos if repo.repo_path.name == folder.name))
-        info.delete_revisions(*known).execute()
-    for commit in commits:
-        if (folder / "snapshots" / commit).is_dir():  # one the scan could not read
-            shutil.rmtree(folder / "snapshots" / commit)
-        manifest_path(folder, commit).unlink(missing_ok=True)
-
-
-def _disk_bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+def folder_bytes(folder: Path, links: bool = True) -> int:
+    """Bytes of the files below ``folder`` that can be seen, without Python code (with ``links``, of what they link to
+    too)."""
+    paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    states = (
+        _status(path) for path in paths if path.suffix not in (".py", ".pyc") and (links or not path.is_symlink())
+    )
+    return sum(state.st_size for state in states if state is not None and stat.S_ISREG(state.st_mode))

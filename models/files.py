@@ -1,6 +1,7 @@
 """The files of a model folder, by their Hugging Face names. Nothing here imports torch."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from octo_run.errors import OctoError, quoted, shown
@@ -9,16 +10,16 @@ from octo_run.models.foreign import MAX_WEIGHT_FILES, present, read_json_object
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+"""What a tokenizer is read from: all files of one of these."""
+TOKENIZER_NAMES = "tokenizer.json or tokenizer.model or vocab.json with merges.txt"
 SMALL_NAMES = (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
-    *TOKENIZER_NAMES,
+    *(name for files in TOKENIZERS for name in files),
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
     INDEX_NAME,
@@ -56,12 +57,18 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether files of these names hold a tokenizer."""
+    names = set(names)
+    return any(names.issuperset(files) for files in TOKENIZERS)
+
+
 def missing_files(model_dir: Path) -> list[str]:
     """Names of files without which the folder cannot be loaded: its config, a tokenizer, its weight files."""
     model_dir = Path(model_dir)
     missing = [] if present(model_dir / CONFIG_NAME) else [CONFIG_NAME]
-    if not any(present(model_dir / name) for name in TOKENIZER_NAMES):
-        missing.append(" or ".join(TOKENIZER_NAMES))
+    if not has_tokenizer(name for name in SMALL_NAMES if present(model_dir / name)):
+        missing.append(TOKENIZER_NAMES)
     try:
         files = weight_files(model_dir)
     except OctoError:

@@ -106,19 +106,19 @@ def read_json_object(path: Path, limit: int = MAX_FILE_BYTES) -> dict[str, Any]:
     return json_object(read_bytes(path, limit), path)
 
 
-def json_object(data: bytes, source: object, *, strict: bool = False) -> dict[str, Any]:
+def json_object(data: bytes, source: object, advice: str = AGAIN, *, strict: bool = False) -> dict[str, Any]:
     """The JSON object in ``data``, UTF-8. OctoError, naming ``source``, for anything else.
 
     ``strict`` refuses what Python's parser lets through and others do not: NaN and numbers that float64 does not hold,
     halves of surrogate pairs, and an object that has a name twice.
     """
-    with parsing(source, "JSON"):
+    with parsing(source, "JSON", advice):
         if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_ITEMS:
             raise ValueError(f"more than {MAX_JSON_ITEMS:,} items")
         text = data.decode("utf-8")
         value = _strict(text) if strict else json.loads(text)
     if not isinstance(value, dict):
-        raise OctoError(f"{source} holds a JSON {type(value).__name__} where an object is needed: {AGAIN}.")
+        raise OctoError(f"{source} holds a JSON {type(value).__name__} where an object is needed: {advice}.")
     return value
 
 

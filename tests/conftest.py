@@ -3,8 +3,10 @@
 import hashlib
 import json
 import shutil
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -118,6 +120,18 @@ class FakeRepo:
         return commit
 
 
+LFS_ENDINGS = (".safetensors", ".bin")
+
+
+def _sibling(file: str, data: bytes) -> dict[str, Any]:
+    """The entry of a file in the API's answer: the SHA-1 of its git blob, and the SHA-256 of an LFS file."""
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    entry = {"rfilename": file, "size": len(data), "blobId": blob}
+    if file.endswith(LFS_ENDINGS):
+        entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return entry
+
+
 class FakeHub:
     """A Hub: what huggingface-hub asks for when it pulls. Files ending in .safetensors or .bin come from another host,
     as LFS files do.
@@ -125,9 +139,18 @@ class FakeHub:
     ``requests`` lists (method, file) or ("API", repository) in order. ``faults[file]`` lists what the next GETs of the
     file's data do instead of answering: an HTTP status, ``"cut"`` (half of it, then the connection drops) or
     ``"stall"`` (half of it, then nothing until :attr:`release` is set); ``faults[repository]`` those of the API.
+
+    A hostile Hub: ``scripts[file or repository]`` is called with the handler of each request for it and writes the
+    whole answer; ``headers[file]`` replaces headers of its answer. ``tokens`` lists (host, authorization) of all
+    requests. ``listing`` changes the answer of the API before it is sent. With ``tls``, a certificate and its key, it
+    speaks https.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: tuple[Path, Path] | None = None) -> None:
+        self.scripts: dict[str, Callable[[_HubHandler], None]] = {}
+        self.headers: dict[str, dict[str, str]] = {}
+        self.tokens: list[tuple[str, str | None]] = []
+        self.listing: Callable[[dict[str, Any]], Any] = lambda info: info
         self.repos: dict[str, FakeRepo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
@@ -144,6 +167,11 @@ class FakeHub:
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+            self.endpoint = f"https://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def add(self, name: str, folder: Path, *refs: str, **extra: bytes) -> FakeRepo:
@@ -177,6 +205,13 @@ class _HubHandler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+        self.hub.tokens.append((self.headers["Host"], self.headers["Authorization"]))
+        script = self.hub.scripts.get("/".join(parts[2:4]) if parts[:2] == ["api", "models"] else parts[-1])
+        if script is not None:
+            self.close_connection = True
+            with suppress(OSError):  # the client has had enough
+                script(self)
+            return
         if parts[0] == "cdn":
             self.data(parts[2], self.hub.blobs[parts[1]], {})
             return
@@ -201,11 +236,9 @@ class _HubHandler(BaseHTTPRequestHandler):
         if faults:
             self.error(int(faults.pop(0)), None)
             return
-        files = [
-            {"rfilename": file, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
-            for file, data in repo.commits[commit].items()
-        ]
-        body = json.dumps({"id": name, "modelId": name, "sha": commit, "private": False, "siblings": files}).encode()
+        files = [_sibling(file, data) for file, data in repo.commits[commit].items()]
+        info = {"id": name, "modelId": name, "sha": commit, "private": False, "siblings": files}
+        body = json.dumps(self.hub.listing(info)).encode()
         self.reply(200, {"Content-Type": "application/json"}, body)
 
     def file(self, repo: FakeRepo, commit: str, file: str) -> None:
@@ -216,13 +249,14 @@ class _HubHandler(BaseHTTPRequestHandler):
         if data is None:
             self.error(404, "EntryNotFound")
             return
-        etag = hashlib.sha256(data).hexdigest()
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}
-        if file.endswith((".safetensors", ".bin")):
+        etag = _sibling(file, data)["blobId"]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"'} | self.hub.headers.get(file, {})
+        if file.endswith(LFS_ENDINGS):
+            etag = hashlib.sha256(data).hexdigest()
             self.hub.blobs[etag] = data
             location = f"http://localhost:{self.hub.port}/cdn/{etag}/{file}"
             linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "Location": location}
-            self.reply(302, headers | linked, b"")
+            self.reply(302, headers | linked | self.hub.headers.get(file, {}), b"")
         else:
             self.data(file, data, headers)
 
@@ -235,9 +269,10 @@ class _HubHandler(BaseHTTPRequestHandler):
             return
         asked = self.headers.get("Range")
         if asked is not None:
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers = headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-            self.reply(206, headers, data[start:])
+            start, _, last = asked.removeprefix("bytes=").partition("-")
+            part = data[int(start) : int(last or len(data)) + 1]
+            headers = headers | {"Content-Range": f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}"}
+            self.reply(206, headers, part)
         elif fault is None:
             self.reply(200, headers, data)
         else:

@@ -9,6 +9,7 @@ import click
 
 from octo_run.cli import console, debug_option
 from octo_run.cli.options import offline_option
+from octo_run.errors import shown
 
 if TYPE_CHECKING:
     from octo_run.models.hub import PullProgress
@@ -30,7 +31,7 @@ def command(name: str, offline: bool) -> None:
     with _progress_bar() as progress:
         entry = hub.pull(name, offline=offline, progress=progress)
     at = f" at {entry.commit[:12]}" if entry.commit else ""
-    console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {entry.path}")
+    console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {shown(str(entry.path))}")
     console.notice(f"chat with it: octo-run chat -m {entry.label}")
 
 

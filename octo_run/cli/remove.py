@@ -5,7 +5,7 @@ import sys
 import click
 
 from octo_run.cli import console, debug_option
-from octo_run.errors import UsageError
+from octo_run.errors import UsageError, shown
 
 
 @click.command("rm")
@@ -15,12 +15,15 @@ from octo_run.errors import UsageError
 def command(name: str, yes: bool) -> None:
     """Delete a pulled model.
 
-    All its revisions go, or only the one after the @.
+    All its revisions go, or only the one after the @. It asks first; if the answer is no, nothing is removed and the
+    exit code is 0.
     """
     from octo_run.models import hub
 
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and standard input is no terminal: give --yes.")
-        click.confirm(f"Delete {name} from {hub.cache_folder()}?", abort=True, err=True)
+        if not click.confirm(f"Delete {shown(name)} from {shown(str(hub.cache_folder()))}?", err=True):
+            console.notice("nothing is removed")
+            return
     console.notice(f"{name} is removed, {console.human_bytes(hub.remove(name))} freed")

@@ -8,7 +8,7 @@ import click
 
 from octo_run.cli import console, debug_option
 from octo_run.cli.options import DEFAULT_MODEL, DTYPES
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, shown
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _text(facts: dict[str, Any]) -> str:
         for row in facts["kv"]
     ]
     lines = [
-        f"model         {facts['model']} ({facts['path']})",
+        f"model         {shown(facts['model'])} ({shown(facts['path'])})",
         f"architecture  {facts['architecture']}: {shape}",
         f"parameters    {facts['parameters']:,}",
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",

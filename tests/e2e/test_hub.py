@@ -1,22 +1,31 @@
 """Pulling models from a Hub that runs on this machine: whole, interrupted, refused."""
 
+import ctypes
 import errno
+import fcntl
+import io
 import json
 import os
+import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from octo_run.cli import main
 from octo_run.errors import OctoError, UsageError
-from octo_run.models import hub
+from octo_run.models import hub, hub_client
 
 NAME = "tiny/llama"
 SHARDS = tuple(f"model-{shard}-of-00003.safetensors" for shard in ("00001", "00002", "00003"))
@@ -32,7 +41,6 @@ def repo(fake_hub: Any, make_checkpoint: Callable[..., Path]) -> Path:
         "pytorch_model.bin": b"\x80\x04pickle",
         "consolidated.safetensors": b"the same weights again",
         "onnx/model.safetensors": b"another",
-        "../outside.json": b"{}",
     }
     fake_hub.add(NAME, folder, **extra)
     return folder
@@ -50,6 +58,45 @@ def sentence(error: pytest.ExceptionInfo[OctoError]) -> str:
     text = str(error.value)
     assert "\n" not in text and text.endswith(".")
     return text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the command line printed and returned, run in this process."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return (self.out + self.err).replace("\n", "")
+
+
+def octo(*args: str) -> Answer:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(args)
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def bound_by_modes() -> None:
+    """For a process that is started: let the modes of files count for it, also where root starts it."""
+    drop, override, read_search = 24, 1, 2  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    if os.geteuid() == 0:
+        for capability in (override, read_search):
+            ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
+
+
+@contextmanager
+def mode_of(folder: Path, mode: int) -> Iterator[None]:
+    """``folder`` with another mode."""
+    before = folder.stat().st_mode
+    folder.chmod(mode)
+    try:
+        yield
+    finally:
+        folder.chmod(before)
 
 
 def test_pull_fetches_what_a_model_needs_and_nothing_else(fake_hub: Any, repo: Path) -> None:
@@ -129,8 +176,7 @@ def test_killed_while_downloading_then_resumed(fake_hub: Any, repo: Path) -> Non
     with pytest.raises(OctoError, match="octo-run pull"):
         hub.resolve(NAME)
 
-    long_ago = time.time() - 7200
-    os.utime(left, (long_ago, long_ago))
+    assert time.time() - left.stat().st_mtime < 600
     entry = hub.pull(NAME)
     assert snapshot_files(entry.path) == snapshot_files(repo)
     assert [fake_hub.downloads(shard) for shard in SHARDS] == [1, 2, 1]
@@ -243,18 +289,28 @@ def test_no_hub_at_the_endpoint(fake_hub: Any, repo: Path) -> None:
     ("error", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "is full: make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "is full: make room"),
         (OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only file system)"),
-        (OSError("Consistency check failed: file should be of size 9\nThis is usually"), "failed (Consistency check"),
     ],
 )
 def test_failing_disk(fake_hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, words: str) -> None:
-    def fail(*_args: Any, **_kwargs: Any) -> None:
+    def fail(*_args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr(hub_client._Transfer, "write", fail)
     with pytest.raises(OctoError, match=re.escape(words)) as raised:
         hub.pull(NAME)
     sentence(raised)
+    assert not incomplete_files()
+
+
+def test_limit_of_file_sizes(fake_hub: Any, repo: Path) -> None:
+    """A disk that takes no more bytes, with the real program: no partial file stays, and the pull goes on later."""
+    limited = f"ulimit -f 100; exec {sys.executable} -m octo_run pull {NAME}"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "takes no file that large (File too large)" in result.stderr
+    assert result.stderr.count("\n") == 1 and not incomplete_files()
+    assert snapshot_files(hub.pull(NAME).path) == snapshot_files(repo)
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
@@ -297,7 +353,7 @@ def test_models_that_cannot_run_are_refused_before_their_weights(
         "such as pytorch_model.bin": {
             name: data for name, data in files.items() if not name.startswith("model") or name.endswith(".py")
         },
-        "neither tokenizer.json nor": {name: data for name, data in files.items() if name != "tokenizer.model"},
+        "has no tokenizer that": {name: data for name, data in files.items() if name != "tokenizer.model"},
         f"names {SHARDS[1]}, which is not there": {name: data for name, data in files.items() if name != SHARDS[1]},
     }
     for words, content in cases.items():
@@ -372,8 +428,9 @@ def test_pull_wants_a_hub_name(fake_hub: Any, name: str) -> None:
     assert fake_hub.requests == []
 
 
-def octo_run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "octo_run", *args], capture_output=True, text=True, timeout=120)
+def octo_run(*args: str, preexec_fn: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "octo_run", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=preexec_fn)
 
 
 def test_commands(fake_hub: Any, repo: Path) -> None:
@@ -392,3 +449,307 @@ def test_commands(fake_hub: Any, repo: Path) -> None:
     assert gated.returncode == 1 and "is gated" in gated.stderr and len(gated.stderr.strip().splitlines()) <= 3
     assert octo_run("rm", "--yes", NAME).returncode == 0
     assert NAME not in octo_run("list").stdout
+
+
+# Partial files and locks
+
+
+def stalled_pull(fake_hub: Any) -> subprocess.Popen[bytes]:
+    """A pull, as a program, that waits inside the second shard."""
+    fake_hub.faults[SHARDS[1]] = ["stall"]
+    command = [sys.executable, "-m", "octo_run", "pull", NAME]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert fake_hub.stalled.wait(60)
+    deadline = time.monotonic() + 20
+    while not incomplete_files() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process
+
+
+def test_partial_files_of_killed_pulls_go_at_once(fake_hub: Any, repo: Path) -> None:
+    process = stalled_pull(fake_hub)
+    process.kill()
+    process.wait()
+    fake_hub.release.set()
+    folder = hub.cache_folder() / "models--tiny--llama"
+    assert len(incomplete_files()) == 1
+    leftovers = [
+        folder / "refs" / ".main.tmp",
+        folder / "octo-run" / f".{'a' * 40}.json.tmp",
+        folder / "blobs" / f"{'b' * 64}.0123abcd.incomplete",  # of huggingface-hub, whose lock nobody holds
+    ]
+    for path in leftovers:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    assert [entry.label for entry in hub.list_models()[1:]] == [NAME]
+    assert octo_run("pull", NAME).returncode == 0
+    assert not incomplete_files() and not any(path.exists() for path in leftovers)
+    assert snapshot_files(hub.resolve(NAME)) == snapshot_files(repo)
+
+
+def test_a_running_pull_keeps_its_partial_file(fake_hub: Any, repo: Path) -> None:
+    """A second pull and a removal of the same model are told to wait; another model is pulled meanwhile."""
+    process = stalled_pull(fake_hub)
+    try:
+        partial = incomplete_files()
+        os.utime(partial[0], (0, 0))  # its age does not count
+        for command in (("pull", NAME), ("pull", f"{NAME}@main"), ("rm", "--yes", NAME)):
+            result = octo_run(*command)
+            assert result.returncode == 1
+            assert "Another process is pulling or removing tiny/llama" in result.stderr
+        assert incomplete_files() == partial and process.poll() is None
+        fake_hub.add("other/model", repo, **{SHARDS[1]: b"x"})
+        fake_hub.repos["other/model"].commit(snapshot_files(repo), "main")
+        assert hub.pull("other/model").complete
+    finally:
+        fake_hub.release.set()
+        code = process.wait(60)
+    assert code == 0 and not incomplete_files()
+    assert snapshot_files(hub.resolve(NAME)) == snapshot_files(repo)
+
+
+def test_partial_files_of_another_tool_that_is_running_stay(fake_hub: Any, repo: Path) -> None:
+    folder = hub.cache_folder() / "models--tiny--llama"
+    (folder / "blobs").mkdir(parents=True)
+    locks = hub.cache_folder() / ".locks" / folder.name
+    locks.mkdir(parents=True)
+    held, free = (folder / "blobs" / f"{letter * 64}.0123abcd.incomplete" for letter in "ab")
+    for path in (held, free):
+        path.write_text("half")
+        (locks / f"{path.name.partition('.')[0]}.lock").touch()
+    with (locks / f"{'a' * 64}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as huggingface-hub does while it downloads
+        assert hub.pull(NAME).complete
+        assert held.exists() and not free.exists()
+    hub.pull(NAME)
+    assert not held.exists()
+
+
+def test_without_locks_only_old_partial_files_go(fake_hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems have no locks."""
+
+    def no_locks(*_args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    folder = hub.cache_folder() / "models--tiny--llama"
+    (folder / "blobs").mkdir(parents=True)
+    (hub.cache_folder() / ".locks" / folder.name).mkdir(parents=True)
+    old, young = (folder / "blobs" / f"{letter * 64}.incomplete" for letter in "ab")
+    for path in (old, young):
+        path.write_text("half")
+        (hub.cache_folder() / ".locks" / folder.name / f"{path.stem}.lock").touch()
+    long_ago = time.time() - 7200
+    os.utime(old, (long_ago, long_ago))
+    assert hub.pull(NAME).complete
+    assert young.exists() and not old.exists()
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_of_two_files(fake_hub: Any, repo: Path, tmp_path: Path) -> None:
+    """``vocab.json`` with ``merges.txt`` is a tokenizer; one of them alone is none."""
+    import tokenizers
+
+    from octo_run.tokenizer import load_tokenizer
+
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(["Hello, world! The world says hello."] * 9, trainer)
+    (tmp_path / "two").mkdir()
+    trained.model.save(str(tmp_path / "two"))
+    two = snapshot_files(tmp_path / "two") | {"tokenizer_config.json": b'{"tokenizer_class": "Qwen2Tokenizer"}'}
+    assert set(two) == {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    files = {name: data for name, data in snapshot_files(repo).items() if not name.startswith("tokenizer")}
+    fake_hub.repos[NAME].commit(files | two, "main")
+    assert octo_run("pull", NAME).returncode == 0
+    entry = hub.pull(NAME)
+    tokenizer = load_tokenizer(entry.path)
+    assert tokenizer.decode(tokenizer.encode("Hello, world!")) == "Hello, world!"
+    folder = hub.cache_folder() / "models--tiny--llama"
+    shutil.rmtree(folder / "octo-run")  # as another tool leaves it
+    assert hub.resolve(NAME) == entry.path and hub.list_models()[1:] == [entry]
+    (entry.path / "merges.txt").unlink()
+    with pytest.raises(OctoError, match=r"tokenizer.json or tokenizer.model or vocab.json with merges.txt missing"):
+        hub.resolve(NAME)
+    fake_hub.repos[NAME].commit(files | {name: data for name, data in two.items() if name != "merges.txt"}, "main")
+    result = octo_run("pull", NAME)
+    assert result.returncode == 1 and "vocab.json with merges.txt" in result.stderr
+
+
+# Damaged caches
+
+DAMAGED_MANIFESTS = {
+    "empty": b"",
+    "cut": b'{"commit": "01234',
+    "no UTF-8": b'{"files": {"\xff\xfe": 1}}',
+    "zeros": b"\0" * 200,
+    "a list": b"[]",
+    "no files": b"{}",
+    "files of no kind": b'{"files": [1]}',
+    "sizes of no kind": b'{"files": {"config.json": "12"}}',
+    "paths": b'{"files": {"../../../../../etc/passwd": null}}',
+    "deep": b"[" * 100_000,
+    "escapes": b'{"files": {}, "revision": "\\u001b]52;c;AAAA\\u0007"}',
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_MANIFESTS)
+@pytest.mark.parametrize("ref", [True, False])
+def test_a_damaged_manifest_hides_no_other_model(fake_hub: Any, repo: Path, kind: str, ref: bool) -> None:
+    fake_hub.repos["other/model"] = fake_hub.repos[NAME]
+    entry, other = hub.pull(NAME), hub.pull("other/model")
+    folder = hub.cache_folder() / "models--tiny--llama"
+    manifest = folder / "octo-run" / f"{entry.commit}.json"
+    manifest.write_bytes(DAMAGED_MANIFESTS[kind])
+    if not ref:
+        shutil.rmtree(folder / "refs")
+    listed = octo("list")
+    assert listed.code == 0 and listed.text.isprintable() and "other/model" in listed.text
+    label = NAME if ref else f"{NAME}@{entry.commit}"
+    (line,) = [line for line in listed.out.splitlines() if line.startswith(f"{label} ")]
+    assert f"{manifest} is damaged; `octo-run pull {label}` repairs it" in line
+    entries = {item["name"]: item for item in json.loads(octo("list", "--json").out)}
+    assert entries["other/model"]["damage"] is None and entries["other/model"]["complete"]
+    assert "is damaged" in entries[NAME]["damage"] and not entries[NAME]["complete"]
+    assert hub.resolve("other/model") == other.path
+    with pytest.raises(OctoError, match=f"is damaged; `octo-run pull {label}` repairs it") as error:
+        hub.resolve(label)
+    sentence(error)
+    assert octo("pull", "--offline", label).code == 1
+    assert octo("pull", label).code == 0, "the advice can be followed"
+    assert hub.resolve(label) == entry.path and all(item.damage is None for item in hub.list_models())
+    manifest.write_bytes(DAMAGED_MANIFESTS[kind])
+    assert octo("rm", "--yes", label).code == 0
+    assert [item.name for item in hub.list_models()] == ["octo-demo", "other/model"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 40, b"0123", b"../../../etc", b"x" * 1_000_000, None, "pipe", "folder"]
+)
+def test_damaged_refs(fake_hub: Any, repo: Path, content: Any) -> None:
+    fake_hub.repos["other/model"] = fake_hub.repos[NAME]
+    entry = hub.pull(NAME)
+    hub.pull("other/model")
+    ref = hub.cache_folder() / "models--tiny--llama" / "refs" / "main"
+    ref.unlink()
+    if content == "pipe":
+        os.mkfifo(ref)
+    elif content == "folder":
+        ref.mkdir()
+    elif content is None:
+        ref.symlink_to(ref)
+    else:
+        ref.write_bytes(content)
+    assert [item.name for item in hub.list_models()] == ["octo-demo", "other/model", NAME]
+    assert hub.resolve(NAME) == entry.path, "the manifest says which commit main was"
+    if content != "folder":
+        assert hub.pull(NAME) == entry and ref.read_text() == entry.commit
+    else:
+        with pytest.raises(OctoError, match=r"cannot be written \(Is a directory: .*refs/main"):
+            hub.pull(NAME)
+
+
+def test_folders_that_cannot_be_read(fake_hub: Any, repo: Path) -> None:
+    fake_hub.repos["other/model"] = fake_hub.repos[NAME]
+    entry = hub.pull(NAME)
+    hub.pull("other/model")
+    folder = hub.cache_folder() / "models--tiny--llama"
+    for closed in (folder, folder / "octo-run", folder / "snapshots", entry.path, folder / "refs", folder / "blobs"):
+        with mode_of(closed, 0):
+            listed = octo_run("list", preexec_fn=bound_by_modes)
+            assert listed.returncode == 0 and "other/model" in listed.stdout, listed.stderr
+            (line,) = [line for line in listed.stdout.splitlines() if "tiny/llama" in line]
+            assert closed.name == "refs" or ("cannot be read" in line and "Permission denied" in line), (closed, line)
+            fetched = octo_run("pull", NAME, preexec_fn=bound_by_modes)
+            assert fetched.returncode in (0, 1) and len(fetched.stderr.splitlines()) == 2 - fetched.returncode
+            assert fetched.returncode == 0 or "Permission denied" in fetched.stderr, fetched.stderr
+    assert hub.resolve(NAME) == entry.path
+
+
+def test_a_cache_that_cannot_be_written(fake_hub: Any, repo: Path) -> None:
+    entry = hub.pull(NAME)
+    fake_hub.add(NAME, repo, "main", **{"generation_config.json": b"{}"})
+    folder = hub.cache_folder() / "models--tiny--llama"
+    for closed in (hub.cache_folder(), folder / "blobs"):
+        with mode_of(closed, 0o555):
+            refused = octo_run("pull", NAME, preexec_fn=bound_by_modes)
+            assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+            assert "cannot be written (Permission denied" in refused.stderr and "OCTO_RUN_CACHE" in refused.stderr
+            assert hub.resolve(NAME) == entry.path
+            same = octo_run("pull", f"{NAME}@{entry.commit}", preexec_fn=bound_by_modes)
+            assert same.returncode == 0, "nothing is to be written"
+    with mode_of(folder, 0o555):
+        refused = octo_run("rm", "--yes", NAME, preexec_fn=bound_by_modes)
+        assert refused.returncode == 1 and "cannot be removed from" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_names_in_the_cache_steer_no_terminal(fake_hub: Any, repo: Path) -> None:
+    entry = hub.pull(NAME)
+    folder = hub.cache_folder() / "models--tiny--llama"
+    evil = "\x1b]52;c;AAAA\x07\u202e\x9b31m\udcff"
+    shutil.copytree(folder, hub.cache_folder() / f"models--tiny--{evil}", symlinks=True)
+    (folder / "refs" / evil).write_text(entry.commit)
+    manifest = folder / "octo-run" / f"{'a' * 40}.json"
+    manifest.write_text(json.dumps({"files": {"config.json": 1}, "revision": "\x1b]52;c;AAAA\x07"}))
+    listed = octo("list")
+    assert listed.code == 0 and listed.text.isprintable() and "tiny/\\x1b]52" in listed.out
+    named = hub.cache_folder().parent / f"folder{evil}"
+    shutil.copytree(entry.path, named)
+    for command in (
+        ("show", str(named)),
+        ("rm", "--yes", f"tiny/{evil}"),
+        ("pull", f"tiny/{evil}"),
+        ("show", f"{evil}/x"),
+    ):
+        answer = octo(*command)
+        assert answer.text.isprintable(), (command, answer)
+
+
+# Asking before a removal
+
+
+def asked(answer: bytes) -> tuple[int, str]:
+    """``rm tiny/llama`` at a terminal, its question answered so: exit code and what the terminal shows."""
+    near, far = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "octo_run", "rm", NAME],
+        stdin=far,
+        stdout=far,
+        stderr=far,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(far)
+    shown = b""
+    try:
+        while b"[y/N]" not in shown:
+            shown += os.read(near, 1000)
+        time.sleep(0.3)  # Python loses a Ctrl-C between its prompt and its reading, some microseconds later
+        os.write(near, answer)
+        with suppress(OSError):  # the other end is closed
+            while part := os.read(near, 1000):
+                shown += part
+        return process.wait(30), shown.decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(near)
+
+
+def test_rm_takes_no_for_an_answer(fake_hub: Any, repo: Path) -> None:
+    entry = hub.pull(NAME)
+    for answer in (b"n\n", b"\n", b"no\n"):
+        code, shown = asked(answer)
+        assert code == 0 and "nothing is removed" in shown, shown
+        assert hub.resolve(NAME) == entry.path
+    code, shown = asked(b"\x03")
+    assert code == 130 and "removed" not in shown and "Traceback" not in shown
+    assert hub.resolve(NAME) == entry.path
+    code, shown = asked(b"y\n")
+    assert code == 0 and "tiny/llama is removed" in shown
+    assert "nothing is removed and the exit code is 0" in " ".join(octo("rm", "--help").out.split())

@@ -77,7 +77,8 @@ def test_hub_names(name: str, repo: str, revision: str | None) -> None:
         "a/b.git",
     ],
 )
-def test_bad_names(name: str) -> None:
+def test_bad_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as error:
         parse_hub_name(name)
     assert repr(name) in str(error.value)
@@ -120,7 +121,7 @@ def test_damaged_cache(own_cache: Path) -> None:
         resolve("org/name")
     (folder / "octo-run").mkdir()
     (folder / "octo-run" / f"{COMMIT}.json").write_text('{"files": []}')
-    with pytest.raises(OctoError, match="is damaged: remove it"):
+    with pytest.raises(OctoError, match="is damaged; `octo-run pull org/name` repairs it"):
         resolve("org/name")
 
 
