@@ -133,6 +133,24 @@ def _tweak(doc: Document) -> None:
     container[key] = rng.choice(near)
 
 
+def _extreme(doc: Document) -> None:
+    """Another value of the type that is there."""
+    container, key = doc.place()
+    value, rng = container[key], doc.rng
+    if isinstance(value, bool):
+        container[key] = not value
+    elif isinstance(value, int):
+        container[key] = hostile.whole(rng)
+    elif isinstance(value, float):
+        container[key] = rng.choice((rng.choice(hostile.REAL), value * 10.0 ** rng.randrange(-50, 51)))
+    elif isinstance(value, str):
+        container[key] = rng.choice(doc.words) if doc.words and rng.random() < 0.5 else hostile.text(rng)
+    elif isinstance(value, list):
+        container[key] = value[: rng.randrange(len(value) + 1)] * rng.randrange(4)
+    else:
+        _add_name(doc)
+
+
 def _delete(doc: Document) -> None:
     container, key = doc.place()
     if container is not doc._holder:
@@ -210,8 +228,8 @@ def _shuffle(doc: Document) -> None:
 
 
 _CHANGES: tuple[Callable[[Document], None], ...] = (
-    *(_replace,) * 5, *(_tweak,) * 4, *(_delete,) * 2, *(_add_name,) * 3, *(_splice,) * 2, _duplicate_name, _rename,
-    _add_item, _repeat_item, _swap, _wrap, _empty, _shuffle,
+    *(_replace,) * 5, *(_tweak,) * 4, *(_extreme,) * 5, *(_delete,) * 2, *(_add_name,) * 3, *(_splice,) * 2,
+    _duplicate_name, _rename, _add_item, _repeat_item, _swap, _wrap, _empty, _shuffle,
 )  # fmt: skip
 
 

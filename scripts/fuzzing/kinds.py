@@ -195,13 +195,13 @@ def _generation_config(data: Path | None) -> Kind:
     from octo_run.models.config import load_generation_defaults
 
     vocab, cpu = 32, torch.device("cpu")
-    logits = torch.linspace(-8.0, 8.0, vocab)
+    logits, prompt = torch.linspace(-8.0, 8.0, vocab), [1, 16, vocab - 1]  # of either sign, and the largest
 
     def check(folder: Path, _trial: Trial) -> None:
         params = SamplingParams.from_defaults(load_generation_defaults(folder), seed=1)
-        token, logprob = Sampler(params, [1, 2], vocab, cpu)(logits)
+        token, logprob = Sampler(params, prompt, vocab, cpu)(logits)
         batch = BatchSampler(1, vocab, cpu)
-        batch.set([params], [[1, 2]])
+        batch.set([params], [prompt])
         batch.draw(logits[None])
         for drawn, value in ((token, logprob), (int(batch.tokens[0]), float(batch.drawn[1].view(torch.float32)[0]))):
             if not (0 <= drawn < vocab and -1e30 < value <= 0):

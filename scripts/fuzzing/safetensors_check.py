@@ -8,7 +8,7 @@ import torch
 from fuzzing.kinds import Trial, Wrong
 from octo_run.errors import OctoError
 from octo_run.models.config import load_config
-from octo_run.models.safetensors_file import read_header
+from octo_run.models.safetensors_file import FLOAT_DTYPES, MappedFile, read_header
 from octo_run.models.weights import load_weights
 
 #: What octo-run says where it refuses a file that the library takes -> why.
@@ -20,9 +20,14 @@ MILDER: dict[str, str] = {}
 
 
 def check(folder: Path, trial: Trial) -> None:
-    """Read the header, then, where a configuration stands beside the file, the weights."""
+    """Read the header and all tensors of floats, or the weights of a model where a configuration stands beside them."""
     if not (folder / "config.json").exists():
-        read_header(folder / "model.safetensors")
+        path = folder / "model.safetensors"
+        entries = read_header(path)
+        data = MappedFile(path) if entries else None
+        for entry in entries.values():
+            if data is not None and entry.dtype in FLOAT_DTYPES:
+                data.read(entry, torch.device("cpu"), torch.float32)
         return
     load_weights(folder, load_config(folder), "cpu", torch.float32)
 
