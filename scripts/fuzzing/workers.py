@@ -36,8 +36,8 @@ _STEERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a mutant may take: CPU ``seconds`` (on the wall six times as many), ``memory`` in bytes beyond what the
-    worker had before, ``message`` characters of an error's text."""
+    """What a mutant may take: CPU ``seconds`` (twice as many on the wall if it waits, twenty times if it works on a
+    busy machine), ``memory`` in bytes beyond what the worker had before, ``message`` characters of an error's text."""
 
     seconds: float = 5.0
     memory: int = 1 << 30
@@ -55,7 +55,7 @@ class Fault(NamedTuple):
 
 class Outcome(NamedTuple):
     """What became of a mutant: ``status`` is "accepted", "refused" or "failed"; ``memory`` in bytes; ``notes`` are the
-    listed differences from a reference reader; ``message`` is the refusal."""
+    listed differences from a reference reader; ``message`` is the refusal; ``used`` is the worker's CPU time so far."""
 
     number: int
     status: str
@@ -64,6 +64,7 @@ class Outcome(NamedTuple):
     fault: Fault | None = None
     notes: tuple[str, ...] = ()
     message: str = ""
+    used: float = 0.0
 
 
 @dataclass
@@ -179,14 +180,16 @@ def _batch(
     process = context.Process(target=_work, args=(kind, first, count, limits, folder, sender), daemon=True)
     process.start()
     sender.close()
-    number, since, usual, largest, ended = first, time.monotonic(), _resident(process.pid), 0, ""
+    number, since, largest, ended = first, time.monotonic(), 0, ""
+    usual, used = _usage(process.pid)
     try:
         while deadline is None or time.monotonic() < deadline:
             if not receiver.poll(_POLL):
-                largest = max(largest, _resident(process.pid) - usual)
+                (resident, cpu), waited = _usage(process.pid), time.monotonic() - since
+                largest = max(largest, resident - usual)
                 if largest > limits.memory:
                     ended = "memory"
-                elif time.monotonic() - since > 6 * limits.seconds:
+                elif waited > limits.seconds * (2 if cpu - used < waited / 20 else 20):
                     ended = "hang"
                 else:
                     continue
@@ -204,7 +207,7 @@ def _batch(
                 return
             if isinstance(message, str):
                 raise RuntimeError(f"The fuzzer itself fails at {kind.name}:{number}.\n{message}")
-            number, since, largest = message.number + 1, time.monotonic(), 0
+            number, since, largest, used = message.number + 1, time.monotonic(), 0, message.used
             yield message
     finally:
         process.kill()
@@ -248,12 +251,14 @@ def _place(frames: list[tuple[Path, Any, str]]) -> str:
     return f"{frames[0][0].name}:{frames[0][1]} ({frames[0][2]})" if frames else "unknown place"
 
 
-def _resident(pid: int | None) -> int:
-    """Bytes of a process in memory; 0 where the system does not say."""
+def _usage(pid: int | None) -> tuple[int, float]:
+    """Bytes of a process in memory, and the seconds of CPU time that it has had; 0 where the system does not say."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * resource.getpagesize()
-    except (OSError, IndexError):
-        return 0
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0, 0.0
+    ticks = int(fields[11]) + int(fields[12])
+    return int(fields[21]) * resource.getpagesize(), ticks / os.sysconf("SC_CLK_TCK")
 
 
 # In the worker
@@ -295,7 +300,7 @@ def _work(kind: Kind, first: int, count: int, limits: Limits, scratch: Path, res
         memory = peak - usual if peak > before else 0
         if memory > limits.memory and outcome.fault is None:
             outcome = outcome._replace(fault=Fault("memory", "unknown place", f"{memory / 2**20:,.0f} MB at most"))
-        results.send(outcome._replace(memory=memory))
+        results.send(outcome._replace(memory=memory, used=time.process_time()))
         if memory > limits.memory:
             break  # the peak tells nothing any more
     results.send(None)
