@@ -152,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         options.data = SHARED
     if options.data is not None and not options.data.is_dir():
         parser.error(f"--data: there is no folder {options.data}")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.absolute().parent}")
     if options.replay is not None:
         name, _, number = options.replay.partition(":")
         if name not in KINDS or not number.isdecimal():

@@ -106,7 +106,7 @@ class Document:
     def donated(self) -> Any:
         """A part of a donor, a copy."""
         part = self.rng.choice(self.donors)
-        while isinstance(part, (dict, list)) and part and self.rng.random() < 0.8:
+        while isinstance(part, (dict, list)) and part and self.rng.random() < 0.6:
             part = part[self._key(part)]
         return json.loads(json.dumps(part))
 
@@ -189,7 +189,8 @@ def _add_item(doc: Document) -> None:
 def _repeat_item(doc: Document) -> None:
     found = doc.container(list)
     if found:
-        found.extend([doc.rng.choice(found)] * doc.rng.choice((1, 10, 1_000)))
+        item, times = doc.rng.choice(found), doc.rng.choice((1, 10, 1_000))
+        found.extend([item] * min(times, 1 + 500_000 // len(json.dumps(item))))
 
 
 def _swap(doc: Document) -> None:
@@ -205,6 +206,19 @@ def _swap(doc: Document) -> None:
 def _splice(doc: Document) -> None:
     container, key = doc.place()
     container[key] = doc.donated()
+
+
+def _splice_alike(doc: Document) -> None:
+    """A donor in the place of an object with a name in common, or of nothing."""
+    for _ in range(8):
+        container, key = doc.place()
+        value = container[key]
+        if value is None or isinstance(value, dict):
+            some = doc.rng.sample(doc.donors, min(12, len(doc.donors)))
+            alike = [part for part in some if isinstance(part, dict) and (value is None or part.keys() & value.keys())]
+            if alike:
+                container[key] = json.loads(json.dumps(doc.rng.choice(alike)))
+                return
 
 
 def _wrap(doc: Document) -> None:
@@ -229,7 +243,7 @@ def _shuffle(doc: Document) -> None:
 
 _CHANGES: tuple[Callable[[Document], None], ...] = (
     *(_replace,) * 5, *(_tweak,) * 4, *(_extreme,) * 5, *(_delete,) * 2, *(_add_name,) * 3, *(_splice,) * 2,
-    _duplicate_name, _rename, _add_item, _repeat_item, _swap, _wrap, _empty, _shuffle,
+    *(_splice_alike,) * 2, _duplicate_name, _rename, _add_item, _repeat_item, _swap, _wrap, _empty, _shuffle,
 )  # fmt: skip
 
 
