@@ -8,12 +8,14 @@ import torch
 from fuzzing.kinds import Trial, Wrong
 from octo_run.errors import OctoError
 from octo_run.models.config import load_config
-from octo_run.models.safetensors_file import FLOAT_DTYPES, MappedFile, read_header
+from octo_run.models.safetensors_file import FLOAT_DTYPES, TensorFile, read_header
 from octo_run.models.weights import load_weights
 
 #: What octo-run says where it refuses a file that the library takes -> why.
 STRICTER: dict[str, str] = {
     "a name occurs twice": "which of two entries of one name holds depends on the parser; the library takes the last",
+    "dimensions, more than": "a limit: no model has tensors of so many dimensions",
+    "tensors, and octo-run reads": "a limit: no model has so many tensors, and reading them would take long",
 }
 #: What the library says where it refuses a file that octo-run takes -> why.
 MILDER: dict[str, str] = {}
@@ -22,12 +24,10 @@ MILDER: dict[str, str] = {}
 def check(folder: Path, trial: Trial) -> None:
     """Read the header and all tensors of floats, or the weights of a model where a configuration stands beside them."""
     if not (folder / "config.json").exists():
-        path = folder / "model.safetensors"
-        entries = read_header(path)
-        data = MappedFile(path) if entries else None
-        for entry in entries.values():
-            if data is not None and entry.dtype in FLOAT_DTYPES:
-                data.read(entry, torch.device("cpu"), torch.float32)
+        for entry in read_header(folder / "model.safetensors").values():
+            if entry.dtype in FLOAT_DTYPES:
+                with TensorFile(entry.file) as data:
+                    data.read(entry, torch.device("cpu"), torch.float32)
         return
     load_weights(folder, load_config(folder), "cpu", torch.float32)
 

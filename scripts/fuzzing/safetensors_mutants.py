@@ -151,7 +151,7 @@ def _add_empty(doc: Document, size: int) -> None:
 
 def _add_many(doc: Document, size: int) -> None:
     if isinstance(doc.root, dict):
-        count = 50_000 if doc.rng.random() < 0.01 else doc.rng.choice((10, 100))
+        count = 150_000 if doc.rng.random() < 0.01 else doc.rng.choice((10, 100))
         entry = {"dtype": "U8", "shape": [0], "data_offsets": [size, size]}
         doc.root.update({f"t{number}": entry for number in range(count)})
 
