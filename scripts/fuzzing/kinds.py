@@ -4,6 +4,8 @@ import json
 import os
 import random
 import re
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,20 +30,37 @@ class Wrong(Exception):
 
 class Trial:
     """One mutant before its reader: what was refused, refusals that say nothing about the file (whose sentences count
-    all the same), and listed differences from another reader."""
+    all the same), listed differences from another reader, and the CPU seconds of the slowest step.
 
-    def __init__(self) -> None:
+    ``limit``: the CPU seconds after which SIGPROF ends the process, for each step.
+    """
+
+    def __init__(self, limit: float = 0.0) -> None:
         self.refusals: list[OctoError] = []
         self.aside: list[OctoError] = []
         self.notes: list[str] = []
+        self.slowest = 0.0
+        self._limit, self._since = limit, time.process_time()
 
     @contextmanager
     def step(self, *, aside: bool = False) -> Iterator[None]:
-        """A part of the check after whose refusal the next one begins."""
+        """A part of the check, one thing that a user waits for. After its refusal the next one begins."""
+        self._lap(self._limit)
         try:
             yield
         except OctoError as error:
             (self.aside if aside else self.refusals).append(error)
+        finally:
+            self._lap(self._limit)
+
+    def end(self) -> None:
+        """No more steps: the timer stops."""
+        self._lap(0.0)
+
+    def _lap(self, limit: float) -> None:
+        signal.setitimer(signal.ITIMER_PROF, limit)
+        now = time.process_time()
+        self.slowest, self._since = max(self.slowest, now - self._since), now
 
 
 #: What may stand in a file's place: no regular file, or one that is too large to read.
@@ -235,14 +254,17 @@ _INSIDE = re.compile(r"<[^<>]{1,80} at 0x[0-9a-f]{6,}>|<class '[\w.]+'>")
 
 def _chat(tokenizer: Any, trial: Trial) -> None:
     for conversation in (*CONVERSATIONS, []):
+        if trial.slowest > 1.0:
+            return  # a template that reaches its limits: the others would take as long
         with trial.step(aside=not conversation):
             ids = tokenizer.chat(conversation)
+            if not all(isinstance(i, int) and i >= 0 for i in ids):
+                raise Wrong("ids that are none", f"{ids[:20]}")
+        with trial.step(aside=not conversation):
             text = tokenizer.render(conversation)
             found = _INSIDE.search(text)
             if found is not None:
                 raise Wrong("an object's inside in the text", found.group())
-            if not all(isinstance(i, int) and i >= 0 for i in ids):
-                raise Wrong("ids that are none", f"{ids[:20]}")
 
 
 def _read_tokenizer(folder: Path, trial: Trial) -> None:
@@ -250,13 +272,16 @@ def _read_tokenizer(folder: Path, trial: Trial) -> None:
 
     tokenizer = load_tokenizer(folder)
     for text in TEXTS:
-        ids = tokenizer.encode(text, add_bos=True)
-        if not all(0 <= i < tokenizer.vocab_size for i in ids):
-            raise Wrong("an id beyond the vocabulary", f"{ids[:20]} of {tokenizer.vocab_size}")
-        if tokenizer.special_ids.intersection(ids[1:]) - {tokenizer.unk_id}:
-            raise Wrong("a special token from text", f"{ids[:20]} for {text[:20]!r}")
-        tokenizer.decode(ids)
-        tokenizer.encode(text, allow_special=True)
+        with trial.step():
+            ids = tokenizer.encode(text, add_bos=True)
+            if not all(0 <= i < tokenizer.vocab_size for i in ids):
+                raise Wrong("an id beyond the vocabulary", f"{ids[:20]} of {tokenizer.vocab_size}")
+            spelled = tokenizer.special_ids.intersection(ids[1:]) - {tokenizer.unk_id}
+            if spelled:
+                raise Wrong("a special token from text", f"id {min(spelled)} for {text[:20]!r}")
+            tokenizer.decode(ids)
+        with trial.step():
+            tokenizer.encode(text, allow_special=True)
     last = tokenizer.vocab_size
     tokenizer.decode([0, 1, 2, last // 2, last - 1, last, last + 1_000], skip_special=False)
     if tokenizer.has_chat_template:

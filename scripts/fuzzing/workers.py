@@ -36,8 +36,9 @@ _STEERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a mutant may take: CPU ``seconds`` (twice as many on the wall if it waits, twenty times if it works on a
-    busy machine), ``memory`` in bytes beyond what the worker had before, ``message`` characters of an error's text."""
+    """What a mutant may take: CPU ``seconds`` for each step of the check (for the whole twice as many on the wall if it
+    waits, twenty times if it works on a busy machine), ``memory`` in bytes beyond what the worker had before,
+    ``message`` characters of an error's text."""
 
     seconds: float = 5.0
     memory: int = 1 << 30
@@ -55,7 +56,7 @@ class Fault(NamedTuple):
 
 class Outcome(NamedTuple):
     """What became of a mutant: ``status`` is "accepted", "refused" or "failed"; ``memory`` in bytes; ``notes`` are the
-    listed differences from a reference reader; ``message`` is the refusal; ``used`` is the worker's CPU time so far."""
+    listed differences from a reference reader; ``message`` is the refusal; ``usage`` is the worker's, by now."""
 
     number: int
     status: str
@@ -64,7 +65,7 @@ class Outcome(NamedTuple):
     fault: Fault | None = None
     notes: tuple[str, ...] = ()
     message: str = ""
-    used: float = 0.0
+    usage: tuple[int, float] = (0, 0.0)
 
 
 @dataclass
@@ -207,7 +208,8 @@ def _batch(
                 return
             if isinstance(message, str):
                 raise RuntimeError(f"The fuzzer itself fails at {kind.name}:{number}.\n{message}")
-            number, since, largest, used = message.number + 1, time.monotonic(), 0, message.used
+            number, since, largest = message.number + 1, time.monotonic(), 0
+            usual, used = message.usage
             yield message
     finally:
         process.kill()
@@ -290,7 +292,7 @@ def _work(kind: Kind, first: int, count: int, limits: Limits, scratch: Path, res
         except BaseException:
             results.send(traceback.format_exc())
             return
-        before = peak
+        before, usual = peak, _usage(os.getpid())[0] or usual
         outcome = judge(kind, number, folder, limits)
         peak = _peak()
         if outcome.fault is None:
@@ -300,7 +302,7 @@ def _work(kind: Kind, first: int, count: int, limits: Limits, scratch: Path, res
         memory = peak - usual if peak > before else 0
         if memory > limits.memory and outcome.fault is None:
             outcome = outcome._replace(fault=Fault("memory", "unknown place", f"{memory / 2**20:,.0f} MB at most"))
-        results.send(outcome._replace(memory=memory, used=time.process_time()))
+        results.send(outcome._replace(memory=memory, usage=_usage(os.getpid())))
         if memory > limits.memory:
             break  # the peak tells nothing any more
     results.send(None)
@@ -313,10 +315,8 @@ def _peak() -> int:
 
 def judge(kind: Kind, number: int, folder: Path, limits: Limits) -> Outcome:
     """Let the reader have the folder, in this process, and look at what comes out."""
-    trial = Trial()
+    trial = Trial(limits.seconds)
     fault: Fault | None = None
-    signal.setitimer(signal.ITIMER_PROF, limits.seconds)
-    started = time.process_time()
     try:
         with trial.step():
             kind.check(folder, trial)
@@ -326,8 +326,7 @@ def judge(kind: Kind, number: int, folder: Path, limits: Limits) -> Outcome:
         text = " ".join(str(error).split())[:300]
         fault = Fault(type(error).__name__, _place(_frames(error)), text, "".join(traceback.format_exception(error)))
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    seconds = time.process_time() - started
+        trial.end()
     for refusal in (*trial.refusals, *trial.aside) if fault is None else ():
         fault = fault or _check_message(refusal, limits)
     if fault is None:
@@ -338,7 +337,7 @@ def judge(kind: Kind, number: int, folder: Path, limits: Limits) -> Outcome:
                 fault = _wrong(error)
     status = "failed" if fault is not None else "refused" if trial.refusals else "accepted"
     message = str(trial.refusals[0]) if trial.refusals else ""
-    return Outcome(number, status, seconds, 0, fault, tuple(trial.notes), message)
+    return Outcome(number, status, trial.slowest, 0, fault, tuple(trial.notes), message)
 
 
 _DETAILS = re.compile(r"'(?:[^'\\\\]|\\\\.)*'|\"[^\"]*\"|`[^`]*`|/\S+|-?\d[\d,.]*|\[.*\]")
