@@ -340,7 +340,7 @@ def judge(kind: Kind, number: int, folder: Path, limits: Limits) -> Outcome:
     return Outcome(number, status, trial.slowest, 0, fault, tuple(trial.notes), message)
 
 
-_DETAILS = re.compile(r"'(?:[^'\\\\]|\\\\.)*'|\"[^\"]*\"|`[^`]*`|/\S+|-?\d[\d,.]*|\[.*\]")
+_DETAILS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|`[^`]*`|/\S+|0x[0-9a-f]+|-?\d[\d,.]*|\[.*\]")
 
 
 def _wrong(error: Wrong) -> Fault:

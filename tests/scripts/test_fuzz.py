@@ -139,12 +139,12 @@ def test_wrong_results_and_listed_differences(script: Script) -> None:
     def compare(folder: Path, trial: Any) -> None:
         number = int((folder / "file").read_bytes())
         if number == BAD:
-            raise kinds.Wrong("accepted, the library refuses", "no 12 at /x/y")
+            raise kinds.Wrong("accepted, the library refuses", "no 12 at /x/y, 0x7f3a2e10, 'it\\'s' `1`")
         if number > BAD:
             trial.notes.append("listed")
 
     report = workers.campaign(planted(script, lambda _: None, compare), 0, 6)
-    assert list(report.failures) == [("accepted, the library refuses", "no _ at _")]
+    assert list(report.failures) == [("accepted, the library refuses", "no _ at _ _, _ _")]
     assert report.differences == {"listed": 2} and report.accepted == 5
 
 
