@@ -8,7 +8,7 @@ import click
 
 from octo_run.cli import console, debug_option
 from octo_run.cli.options import DEFAULT_MODEL, DTYPES
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, shown
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def command(model: str, device: str | None, dtype: str | None, as_json: bool) ->
     if as_json:
         console.print_json(facts)
     else:
-        click.echo(_text(facts))
+        console.echo(_text(facts))
 
 
 def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def _text(facts: dict[str, Any]) -> str:
         for row in facts["kv"]
     ]
     lines = [
-        f"model         {facts['model']} ({facts['path']})",
-        f"architecture  {facts['architecture']}: {shape}",
+        f"model         {shown(facts['model'])} ({shown(facts['path'])})",
+        f"architecture  {shown(facts['architecture'])}: {shape}",
         f"parameters    {facts['parameters']:,}",
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"context       {facts['max_context']:,} tokens at most",
