@@ -97,7 +97,7 @@ class OutOfMemoryError(RuntimeError):
         (PermissionError(13, "Permission denied", "/cache"), 1, "octo-run: /cache: Permission denied.\n"),
         (OutOfMemoryError("CUDA out of memory\n\nlong"), 1, "the GPU's memory ran out"),
         (
-            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
             1,
             "the memory ran",
         ),
