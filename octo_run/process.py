@@ -6,6 +6,7 @@ leave something half made (while modules are imported, in a destructor) it ends 
 end it, also while the main thread is busy in native code. However it ends, the terminal is left as it was found.
 """
 
+import errno
 import io
 import os
 import select
@@ -187,7 +188,8 @@ class _StandardOutput(io.TextIOWrapper):
 
 def unwritable(error: OSError) -> OctoError:
     """The sentence for a standard output that cannot be written."""
-    return OctoError(f"standard output cannot be written: {error.strerror}; give it a file, a pipe or a terminal.")
+    why = "it is closed" if error.errno == errno.EBADF else error.strerror
+    return OctoError(f"standard output cannot be written: {why}; give it a file, a pipe or a terminal.")
 
 
 def _complete_streams() -> None:

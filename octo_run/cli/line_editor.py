@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from octo_run import process
 from octo_run.cli.console import notice
 from octo_run.errors import OctoError
-from octo_run.models import foreign
 
 if TYPE_CHECKING:
     from prompt_toolkit.application import Application
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.validation import Validator
 
 PROMPT, CONTINUATION = "> ", "  "
-#: Bytes of the history that are read at the start, its newest part.
+#: Bytes of a history at most: all of it is read at the start.
 _LONGEST_HISTORY = 4 << 20
 _EXIT_QUIT = 131
 
@@ -94,11 +94,11 @@ def _history() -> "History":
         path = state_folder() / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        with foreign.open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-        if size > _LONGEST_HISTORY:
-            notice(f"the history is not kept: {path} has {size:,} bytes; shorten or delete it")
-            return InMemoryHistory()
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OctoError(f"{path} is no regular file; move it away.")
+        if found.st_size > _LONGEST_HISTORY:
+            raise OctoError(f"{path} has {found.st_size:,} bytes; shorten or delete it.")
         with path.open("ab"):
             pass
     except OSError as error:
@@ -161,7 +161,8 @@ def _terminal_signals(app: "Application[str]") -> Iterator[None]:
 
     def on_continue(_number: int, _frame: FrameType | None) -> None:
         if app.is_running:
-            app.input.raw_mode().__enter__()
+            app.input.raw_mode().__enter__()  # the shell has put its own modes in place
+            app.renderer.reset()
             app.invalidate()
 
     def on_quit(_number: int, _frame: FrameType | None) -> None:
