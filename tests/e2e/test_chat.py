@@ -231,3 +231,33 @@ def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable
     assert chat.wait_for_end() == 0
     assert termios.tcgetattr(chat.slave)[3] == chat.before[3], "the terminal is left as it was"
     assert "Traceback" not in chat.screen
+
+
+def test_a_pasted_byte_that_is_no_utf8_keeps_the_line(
+    terminal: Callable[..., Any], environment: dict[str, str]
+) -> None:
+    chat = terminal("chat", "-n", "3")
+    at = chat.wait_for("/help.*" + PROMPT)
+    chat.type(b"\x1b[200~caf\xe9 bar\x1b[201~\r")
+    at = chat.wait_for("Character 4 is not UTF-8", at)
+    chat.type(CTRL_D)  # takes the character at the cursor away
+    chat.type("e\r")
+    at = chat.wait_for(r"tokens/s.*?" + PROMPT, at)
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen
+    assert "+cafe bar\n" in (Path(environment["XDG_STATE_HOME"]) / "octo-run" / "history").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("columns", "changes"),
+    [(20, {"LC_ALL": "C"}), (80, {"TERM": "dumb"}), (80, {"NO_COLOR": "1", "XDG_STATE_HOME": "a/\udce9\x1b]0;x\x07"})],
+)
+def test_poor_terminals_and_environments(terminal: Callable[..., Any], columns: int, changes: dict[str, str]) -> None:
+    chat = terminal("chat", "-n", "3", columns=columns, **changes)
+    at = chat.wait_for("/help.*?>")
+    chat.type("Hello.\r")
+    chat.wait_for(r"tokens/s.*?>", at)
+    chat.read(1)  # on a dumb terminal the prompt is there before keys are read one by one
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and "\x1b]0;x" not in chat.screen
+    assert chat.attributes() == chat.before
