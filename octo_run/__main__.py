@@ -1,8 +1,22 @@
-"""``python -m octo_run`` is the same program as ``octo-run``."""
+"""The program ``octo-run``; ``python -m octo_run`` is the same."""
 
 import sys
 
-from octo_run.cli import main
+from octo_run import process
+
+
+def main() -> int:
+    """Run the command line on the process's arguments and return its exit code. Ctrl-C at any moment gives 130."""
+    process.prepare()
+    try:
+        from octo_run.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        return process.EXIT_INTERRUPTED
+    finally:
+        process.finish()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,14 +12,14 @@ LONGEST = 480
 #: Characters of a quoted value at most (see :func:`quoted`).
 LONGEST_QUOTE = 80
 
-# Controls (C0, DEL, C1), half surrogates, what turns the direction of text, and separators of lines.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+#: Controls (C0, DEL, C1), half surrogates, what turns the direction of text, and separators of lines.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
 
 
 def shown(text: str, longest: int | None = None) -> str:
     """``text`` fit for a terminal: escapes (``\\x1b``) in place of what could steer one, the middle left out if it is
     longer than ``longest`` characters."""
-    text = _UNSAFE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+    text = UNSAFE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
     if longest is None or len(text) <= longest:
         return text
     head = (longest - 5) * 2 // 3

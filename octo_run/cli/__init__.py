@@ -2,13 +2,12 @@
 
 Nothing here or in the command modules' top levels imports torch, huggingface_hub or prompt_toolkit, so that ``--help``
 answers at once. Exit codes: 0 done, 1 a failure explained in one sentence on standard error, 2 wrong usage, 130
-interrupted with Ctrl-C.
+interrupted with Ctrl-C, 143 and 129 ended by SIGTERM and SIGHUP.
 """
 
-import atexit
 import difflib
-import os
-import signal
+import errno
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,10 +17,12 @@ from typing import Any
 
 import click
 
-from octo_run import __version__
-from octo_run.errors import OctoError, UsageError
+from octo_run import __version__, process
+from octo_run.cli import console
+from octo_run.errors import OctoError, UsageError, shown
+from octo_run.process import EXIT_INTERRUPTED
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_USAGE = 1, 2
 _COMMANDS = {
     "chat": "chat",
     "generate": "generate",
@@ -40,6 +41,7 @@ class Invocation:
     """What is known about one run of the program before its command runs."""
 
     debug: bool = False
+    command: click.Command | None = None
 
 
 class LazyGroup(click.Group):
@@ -74,8 +76,9 @@ class LazyGroup(click.Group):
 
 
 def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.find_root().ensure_object(Invocation).debug = True
+    invocation = ctx.find_root().ensure_object(Invocation)
+    invocation.debug |= value
+    invocation.command = ctx.command
 
 
 debug_option = click.option(
@@ -108,42 +111,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return result if isinstance(result, int) else 0
     except BrokenPipeError:
-        _silence_stdout()
+        process.drop(sys.stdout)
         return EXIT_FAILURE
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:
         if invocation.debug:
-            traceback.print_exc()
-        return _explain(error)
-    finally:
-        # What runs at exit is not to be interrupted: Ctrl-C would print tracebacks. Registered last, it runs first.
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            for line in traceback.format_exc().splitlines():
+                console.write_error(shown(line))
+        return _explain(error, invocation.command)
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: Exception, command: click.Command | None) -> int:
     """Print one sentence about ``error`` on standard error and return the exit code that belongs to it."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        click.echo(error.format_message(), err=True)
+        console.write_error(error.format_message())
         return EXIT_USAGE
     if isinstance(error, OctoError):
         message, code = str(error), error.exit_code
     elif isinstance(error, click.UsageError):
         where = f"; `{error.ctx.command_path} --help` lists what is accepted" if error.ctx is not None else ""
-        message, code = error.format_message().rstrip(".") + where + ".", EXIT_USAGE
+        message, code = shown(_flat(error.format_message()).rstrip("."), _LONGEST_USAGE) + where + ".", EXIT_USAGE
     elif isinstance(error, click.ClickException):
-        message, code = error.format_message(), error.exit_code
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        message, code = "the memory ran out; choose a smaller --ctx, another --kv or --device cpu.", EXIT_FAILURE
+        message, code = _flat(error.format_message()), error.exit_code
+    elif _out_of_memory(error):
+        message, code = _memory_advice(error, command), EXIT_FAILURE
     elif isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         message, code = f"{where}{error.strerror}.", EXIT_FAILURE
     else:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
+        what = shown(_flat(f"{type(error).__name__}: {error}"), _LONGEST_USAGE)
         message = f"unexpected failure ({what}); this is a fault of octo-run, `--debug` shows where."
         code = EXIT_FAILURE
-    click.echo(f"octo-run: {message}", err=True)
+    console.notice(f"octo-run: {message}")
     return code
+
+
+_LONGEST_USAGE = 360  # characters of a message with a sentence around it
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the machine's or the GPU's memory ran out. PyTorch has no class of its own for the former."""
+    if isinstance(error, RuntimeError):
+        return re.search(r"can't allocate memory|not enough memory|out of memory|bad_alloc", str(error)) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def _memory_advice(error: Exception, command: click.Command | None) -> str:
+    """What ran out and which options of ``command`` take less of it."""
+    on_gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA" in str(error)
+    known = {option for param in command.params for option in param.opts} if command is not None else set()
+    less = [f"a smaller {name}" for name in ("--ctx", "--batch", "--step", "--vectors", "--tokens") if name in known]
+    less += ["another --kv"] if "--ctx" in known else []
+    if on_gpu:
+        return f"the GPU's memory ran out; choose {', '.join([*less, '--device cpu or a smaller model'])}."
+    return f"the memory ran out; close other programs or choose {', '.join([*less, 'a smaller model'])}."
 
 
 def _tolerate_narrow_encodings() -> None:
@@ -152,9 +178,3 @@ def _tolerate_narrow_encodings() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-
-
-def _silence_stdout() -> None:
-    """Send what is still buffered nowhere: the reader of the pipe has gone."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())

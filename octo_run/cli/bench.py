@@ -8,7 +8,6 @@ import importlib.metadata
 import io
 import itertools
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from octo_run.cli import console, debug_option, profile_tables, runtime
-from octo_run.cli.options import EngineOptions, engine_options
-from octo_run.errors import UsageError
+from octo_run.cli.options import COUNT, Count, EngineOptions, engine_options
+from octo_run.cli.output import OutputFile, deliver
+from octo_run.errors import UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine
@@ -34,17 +34,18 @@ TRACE = "octo-run-profile.json.gz"
 def _tests(_ctx: click.Context, _param: click.Parameter, value: str) -> list[Test]:
     found = []
     for name in value.split(","):
-        match = re.fullmatch(r"(pp|tg)([1-9][0-9]*)", name.strip())
-        if match is None:
-            raise click.BadParameter(f"{name.strip()!r} is no test; give a list like pp512,tg128")
-        found.append((match[1], int(match[2])))
+        kind, tokens = name.strip()[:2], COUNT.parse(name.strip()[2:])
+        if kind not in ("pp", "tg") or tokens is None:
+            raise click.BadParameter(f"{quoted(name.strip())} is no test; give a list like pp512,tg128")
+        found.append((kind, tokens))
     return found
 
 
 def _depths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
-    if not re.fullmatch(r"\s*[0-9]+\s*(,\s*[0-9]+\s*)*", value):
-        raise click.BadParameter(f"{value!r} is no list of token counts like 0,4096")
-    return [int(number) for number in value.split(",")]
+    depths = [Count(0).parse(number) for number in value.split(",")]
+    if None in depths:
+        raise click.BadParameter(f"{quoted(value)} is no list of token counts like 0,4096")
+    return [depth for depth in depths if depth is not None]
 
 
 @click.command("bench")
@@ -52,8 +53,8 @@ def _depths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[in
               help="ppN: read a prompt of N tokens; tgN: generate N tokens.")  # fmt: skip
 @click.option("--depth", "depths", callback=_depths, default="0", show_default=True, metavar="LIST",
               help="Tokens in the cache before.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at a time.")
-@click.option("--repetitions", "-r", type=click.IntRange(min=1), default=5, show_default=True, help="Measured rounds.")
+@click.option("--batch", type=COUNT, default=1, show_default=True, help="Sequences at a time.")
+@click.option("--repetitions", "-r", type=COUNT, default=5, show_default=True, help="Measured rounds.")
 @click.option("--random-weights", metavar="SHAPE", help="Measure a shape (llama-3.1-8b, ..., or a config.json).")
 @click.option("--output", "-o", type=click.Choice(["table", "markdown", "csv", "json", "jsonl"]), default="table",
               show_default=True, help="Form of the result.")  # fmt: skip
@@ -102,9 +103,10 @@ def command(tests: list[Test], depths: list[int], batch: int, repetitions: int, 
             engine = cases.load(options)
         profiles = [runtime.profile(engine, test, depth=depth, batch=batch) for depth, test in cases.all()]
         report["profile"] = [*report.get("profile", []), *profiles]
-    click.echo(_FORMS[output](report))
+    files = [OutputFile(trace or Path(TRACE), lambda path: _write_trace(path, report))] if profiled else []
+    deliver(_FORMS[output](report), files, as_json=output in ("json", "jsonl"))
     if profiled:
-        _write_trace(trace or Path(TRACE), report)
+        console.notice(f"{trace or TRACE}: open it at https://ui.perfetto.dev")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,6 @@ def _check_profile(profiled: bool, trace: Path | None, output: str) -> None:
 def _write_trace(path: Path, report: dict[str, Any]) -> None:
     about = {key: str(report[key]) for key in ("model", "device", "dtype", "command", "date")} | report["versions"]
     runtime.write_trace(path, report["profile"], about)
-    console.notice(f"{path}: open it at https://ui.perfetto.dev")
 
 
 def _measure(engine: "Engine", kv: str, report: dict[str, Any], cases: Cases, repetitions: int) -> None:

@@ -2,10 +2,11 @@
 
 import click
 
-from octo_run.cli import EXIT_INTERRUPTED, console, debug_option, runtime
+from octo_run.cli import console, debug_option, runtime
 from octo_run.cli.conversation import Conversation, Leave
-from octo_run.cli.options import DEFAULT_MODEL, EngineOptions, SamplingOptions, engine_options, sampling_options
+from octo_run.cli.options import DEFAULT_MODEL, TEXT, EngineOptions, SamplingOptions, engine_options, sampling_options
 from octo_run.errors import OctoError
+from octo_run.process import EXIT_INTERRUPTED
 
 EXAMPLES = (
     "I want to book a table for two in San Jose tonight.",
@@ -15,7 +16,7 @@ EXAMPLES = (
 
 
 @click.command("chat")
-@click.option("--system", help="System prompt.")
+@click.option("--system", type=TEXT, help="System prompt.")
 @engine_options
 @sampling_options
 @debug_option
@@ -26,9 +27,11 @@ def command(system: str | None, load: EngineOptions, sampling: SamplingOptions) 
     answer, Ctrl-D or /exit leaves, /help lists the commands. Through a pipe: every line of standard input is one
     question, only the answers are written to standard output, and the end of the input ends the chat.
     """
+    console.require_input("chat reads its questions there, so give it a terminal, a file or a pipe")
     engine = runtime.load_engine(load)
     params = runtime.sampling_params(engine, sampling)
     conversation = Conversation(engine, runtime.open_session(engine, system), params)
+    conversation.check_system()
     if console.interactive():
         _greet(load)
         return _at_terminal(conversation)
@@ -38,15 +41,15 @@ def command(system: str | None, load: EngineOptions, sampling: SamplingOptions) 
 def _greet(load: EngineOptions) -> None:
     """Say how to begin; the demo model is small, so name two questions that it is good at."""
     if load.model == DEFAULT_MODEL:
-        click.echo("This is a small demonstration model. Two questions that it is good at:")
+        console.echo("This is a small demonstration model. Two questions that it is good at:")
         for example in EXAMPLES:
-            click.echo(f"  {example}")
-    click.echo(console.dim("Enter sends, Alt-Enter begins a line, Ctrl-C stops an answer, /help lists the commands."))
+            console.echo(f"  {example}")
+    console.echo("Enter sends, Alt-Enter begins a line, Ctrl-C stops an answer, /help lists the commands.", faint=True)
 
 
 def _through_pipe(conversation: Conversation) -> int:
     """One line of standard input is one turn; the first failure ends the chat with its exit code."""
-    for number, line in enumerate(console.stdin_bytes(), start=1):
+    for number, line in enumerate(console.stdin_lines(), start=1):
         text = console.decode_input(line, f"line {number} of standard input").strip()
         if not text:
             continue
@@ -68,20 +71,15 @@ def _at_terminal(conversation: Conversation) -> int:
     while True:
         try:
             text = editor.read().strip()
-        except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            if warned:
-                return EXIT_INTERRUPTED
-            warned = True
-            click.echo(console.dim("Ctrl-C again or Ctrl-D leaves."))
-            continue
-        warned = False
-        if not text:
-            continue
-        try:
-            conversation.take(text)
-        except Leave:
+            warned = False
+            if text:
+                conversation.take(text)
+        except (EOFError, Leave):
             return 0
         except OctoError as error:
             console.notice(f"octo-run: {error}")
+        except KeyboardInterrupt:  # at the prompt, or too late to stop an answer
+            if warned:
+                return EXIT_INTERRUPTED
+            warned = True
+            console.echo("Ctrl-C again or Ctrl-D leaves.", faint=True)

@@ -1,15 +1,21 @@
-"""What the commands print: notices on standard error, tables, sizes and rates."""
+"""What the commands print and read: results on standard output, notices on standard error, tables, sizes and rates.
 
+Everything printed passes through here, where text that may come from a file, an argument or the network is escaped:
+nothing in it can steer a terminal.
+"""
+
+import errno
+import fcntl
+import io
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import click
-
-from octo_run.errors import UsageError
+from octo_run import process
+from octo_run.errors import LONGEST, UNSAFE, OctoError, UsageError, shown
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -17,12 +23,49 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def notice(text: str) -> None:
     """Print one line for the person at the terminal; standard output stays clean."""
-    click.echo(text, err=True)
+    write_error(shown(text, LONGEST))
+
+
+def notice_lines(text: str) -> None:
+    """Print several lines as notices."""
+    for line in text.split("\n"):
+        notice(line)
+
+
+def write_error(text: str) -> None:
+    """Write ``text``, which is fit for a terminal, as a line on standard error. Where nobody can read it, it is lost:
+    the exit code tells what happened."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except OSError:
+        process.drop(sys.stderr)
+
+
+def echo(text: str = "", *, faint: bool = False) -> None:
+    """Print ``text``, of one or more lines, on standard output; ``faint``: in dim letters."""
+    text = "\n".join(map(shown, text.split("\n")))
+    sys.stdout.write((dim(text) if faint else text) + "\n")
+    sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:
     """Print ``value`` as one JSON document in one line on standard output."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    echo_json(as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """``value`` as one JSON document in one line."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def echo_json(document: str) -> None:
+    """Print a JSON document on standard output, as JSON escapes what could steer a terminal or is no Unicode."""
+    echo("\n".join(UNSAFE.sub(_json_escape, line) for line in document.split("\n")))
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    return json.dumps(match.group())[1:-1] if match.group() != "\x7f" else "\\u007f"
 
 
 def human_bytes(count: int) -> str:
@@ -46,8 +89,8 @@ def stream(text: str) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text; columns whose cells start with a digit are set flush right."""
-    cells = [list(header), *[list(row) for row in rows]]
+    """A table in plain text; columns whose cells start with a digit are set flush right. The cells are escaped."""
+    cells = [[shown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     numeric = [all(row[column][:1].isdigit() or row[column] == "-" for row in rows) for column in range(len(header))]
     lines = []
@@ -76,18 +119,50 @@ def dim(text: str) -> str:
     return text if plain else f"\x1b[2m{text}\x1b[0m"
 
 
-def stdin_bytes() -> BinaryIO:
-    """Standard input as bytes."""
-    return sys.stdin.buffer
+def require_output() -> None:
+    """Raise OctoError if standard output was closed: what takes long should not begin."""
+    if _access(sys.stdout) == os.O_RDONLY:
+        raise process.unwritable(OSError(errno.EBADF, os.strerror(errno.EBADF)))
+
+
+def require_input(advice: str) -> None:
+    """Raise UsageError, ending in ``advice``, if standard input was closed."""
+    if _access(sys.stdin) == os.O_WRONLY:
+        raise UsageError(f"standard input is closed: {advice}.")
+
+
+def _access(stream: Any) -> int | None:
+    """How the file behind ``stream`` is open: O_RDONLY, O_WRONLY or O_RDWR; None where there is none."""
+    try:
+        return fcntl.fcntl(stream.fileno(), fcntl.F_GETFL) & os.O_ACCMODE
+    except (OSError, ValueError, io.UnsupportedOperation):
+        return None
+
+
+def stdin_lines() -> Iterator[bytes]:
+    """The lines of standard input as bytes. OctoError where it cannot be read."""
+    try:
+        yield from sys.stdin.buffer
+    except OSError as error:
+        raise _unreadable(error) from None
 
 
 def read_stdin_text() -> str:
     """All of standard input as text.
 
     Raises:
+        OctoError: it cannot be read.
         UsageError: it is not UTF-8; the message names the byte.
     """
-    return decode_input(stdin_bytes().read(), "standard input")
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as error:
+        raise _unreadable(error) from None
+    return decode_input(data, "standard input")
+
+
+def _unreadable(error: OSError) -> OctoError:
+    return OctoError(f"standard input cannot be read: {error.strerror}; give it a file, a pipe or a terminal.")
 
 
 def decode_input(data: bytes, where: str) -> str:

@@ -1,17 +1,15 @@
 """The conversation behind ``octo-run chat``: slash commands, streamed answers, Ctrl-C, statistics."""
 
 import re
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import click
-
+from octo_run import process
 from octo_run.cli import console
 from octo_run.cli.progress import PromptProgress
-from octo_run.errors import UsageError
+from octo_run.errors import OctoError, UsageError, shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, Reply, SamplingParams, Session
@@ -21,9 +19,13 @@ HELP = """\
 /exit          leave (also Ctrl-D)
 /clear         forget the conversation; the system prompt stays
 /regen         answer the last question again
-/system TEXT   set the system prompt; without TEXT, show it
+/system TEXT   set the system prompt; without TEXT, show it; /system none removes it
 /stats         tokens, times and memory of this session
 //text         send a message that begins with a slash"""
+
+
+#: What ``/system`` takes for no system prompt.
+NO_SYSTEM = "none"
 
 
 class Leave(Exception):
@@ -39,20 +41,19 @@ class StopRequest:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[StopRequest]:
-    """Let Ctrl-C end an answer between two pieces; before the first piece, or pressed again, it interrupts at once."""
+    """Let Ctrl-C end an answer between two pieces; before the first piece, or pressed again, it interrupts at once.
+
+    While a module is imported it is only noted: a module that is half imported would fail ever after.
+    """
     stop = StopRequest()
 
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        if stop.requested or not stop.answering:
-            stop.requested = True
+    def handle(frame: FrameType | None) -> None:
+        again, stop.requested = stop.requested, True
+        if (again or not stop.answering) and not process.importing(frame):
             raise KeyboardInterrupt
-        stop.requested = True
 
-    before = signal.signal(signal.SIGINT, handle)
-    try:
+    with process.interrupt_handler(handle):
         yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Conversation:
@@ -94,9 +95,15 @@ class Conversation:
         """Stream the answer to ``text``; Ctrl-C ends it and keeps what was said."""
         reply: Reply | None = None
         with stop_on_interrupt() as stop:
+
+            def report(read: int, total: int) -> None:
+                progress.report(read, total)
+                if stop.requested:
+                    raise KeyboardInterrupt
+
             try:
                 with PromptProgress() as progress:
-                    reply = self._session.ask(text, self._params, progress.report)
+                    reply = self._session.ask(text, self._params, report)
                     if reply.dropped_turns:
                         verb = "was" if reply.dropped_turns == 1 else "were"
                         self._tell(f"the context is full: {_count(reply.dropped_turns, 'old turn')} {verb} dropped")
@@ -111,7 +118,7 @@ class Conversation:
             if reply is not None and stop.requested:
                 reply.close()
         self.interrupted = stop.requested
-        click.echo()
+        console.echo()
         if reply is not None:
             self._account(reply)
 
@@ -141,17 +148,24 @@ class Conversation:
         ]
         if self.interrupted:
             parts.insert(0, "stopped")
-        click.echo(console.dim(f"[{', '.join(parts)}]"))
+        console.echo(f"[{', '.join(parts)}]", faint=True)
 
     def _tell(self, text: str) -> None:
         """One line about the session, never mixed with answers in a pipe."""
         if self._person:
-            click.echo(console.dim(f"[{text}]"))
+            console.echo(f"[{shown(text)}]", faint=True)
         else:
             console.notice(text)
 
+    def _print(self, text: str) -> None:
+        """Lines that were asked for; in a pipe, standard output is for answers alone."""
+        if self._person:
+            console.echo(text)
+        else:
+            console.notice_lines(text)
+
     def _help(self, _argument: str) -> None:
-        click.echo(HELP, err=not self._person)
+        self._print(HELP)
 
     def _exit(self, _argument: str) -> None:
         raise Leave
@@ -172,8 +186,20 @@ class Conversation:
 
     def _system(self, argument: str) -> None:
         if argument:
-            self._session.system = argument
+            before, self._session.system = self._session.system, None if argument == NO_SYSTEM else argument
+            try:
+                self.check_system()
+            except OctoError as error:
+                self._session.system = before
+                self._tell(f"system prompt: {before or '(none)'}, as before")
+                raise error
         self._tell(f"system prompt: {self._session.system or '(none)'}")
+
+    def check_system(self) -> None:
+        """Raise what the model's chat template raises about the system prompt, before a question is asked with it."""
+        if self._session.system:
+            head = {"role": "system", "content": self._session.system}
+            self._engine.tokenizer.chat([head, {"role": "user", "content": "Hello."}])
 
     def _stats(self, _argument: str) -> None:
         plan, now = self._engine.memory_plan(), self._engine.memory_now()
@@ -185,7 +211,7 @@ class Conversation:
             f" generation {console.rate(self._decoded, self._decode_seconds)} tokens/s",
             f"context {plan['context']:,} tokens, planned memory {console.human_bytes(plan['total'])}; {in_use}",
         ]
-        click.echo("\n".join(lines), err=not self._person)
+        self._print("\n".join(lines))
 
 
 def _count(number: int, noun: str) -> str:

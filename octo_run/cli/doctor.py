@@ -42,8 +42,8 @@ def command(as_json: bool) -> int:
     if as_json:
         console.print_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
     else:
-        click.echo(console.table(["", "", ""], [[f.status, f.subject, f.detail] for f in findings]).lstrip("\n"))
-        click.echo("everything needed is here" if healthy else "something is wrong: see above")
+        console.echo(console.table(["", "", ""], [[f.status, f.subject, f.detail] for f in findings]).lstrip("\n"))
+        console.echo("everything needed is here" if healthy else "something is wrong: see above")
     return 0 if healthy else EXIT_FAILURE
 
 

@@ -5,19 +5,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from octo_run.cli import EXIT_INTERRUPTED, console, debug_option, runtime
-from octo_run.cli.options import EngineOptions, SamplingOptions, engine_options, sampling_options
+from octo_run.cli import console, debug_option, runtime
+from octo_run.cli.options import TEXT, EngineOptions, SamplingOptions, engine_options, sampling_options
 from octo_run.cli.progress import PromptProgress
 from octo_run.errors import UsageError
+from octo_run.process import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, Reply
 
 
 @click.command("generate")
-@click.option("--prompt", "-p", help="The text to continue; without it, standard input is read.")
+@click.option("--prompt", "-p", type=TEXT, help="The text to continue; without it, standard input is read.")
 @click.option("--chat/--raw", "as_chat", default=False, help="Answer the prompt, or continue it.")
-@click.option("--system", help="System prompt (with --chat).")
+@click.option("--system", type=TEXT, help="System prompt (with --chat).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @engine_options
 @sampling_options
@@ -55,6 +56,7 @@ def command(
 def _prompt_text(prompt: str | None) -> str:
     """The prompt from ``-p`` or standard input; raises UsageError where there is none."""
     if prompt is None:
+        console.require_input("give -p TEXT or pipe a text into standard input")
         if sys.stdin.isatty():
             raise UsageError("there is no prompt: give -p TEXT or pipe a text into standard input.")
         prompt = console.read_stdin_text().removesuffix("\n").removesuffix("\r")
@@ -86,7 +88,7 @@ def _run(reply: "Reply", progress: PromptProgress, *, stream: bool) -> bool:
         interrupted = True
         reply.close()
     if stream and not reply.text.endswith("\n"):
-        click.echo()
+        console.echo()
     return interrupted
 
 

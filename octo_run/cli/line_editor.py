@@ -1,22 +1,43 @@
 """Line editing at a terminal: history in the state folder, several lines by Alt-Enter or a trailing backslash."""
 
 import os
+import select
+import signal
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+from octo_run import process
 from octo_run.cli.console import notice
+from octo_run.errors import OctoError
 
 if TYPE_CHECKING:
+    from prompt_toolkit.application import Application
+    from prompt_toolkit.document import Document
     from prompt_toolkit.history import History
+    from prompt_toolkit.input import Input
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.validation import Validator
 
 PROMPT, CONTINUATION = "> ", "  "
+#: Bytes of a history at most: all of it is read at the start.
+_LONGEST_HISTORY = 4 << 20
+_EXIT_QUIT = 131
 
 
 def state_folder() -> Path:
-    """The folder for what the program remembers between runs (``$XDG_STATE_HOME/octo-run``)."""
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "octo-run"
+    """The folder for what the program remembers between runs (``$XDG_STATE_HOME/octo-run``).
+
+    A relative path in that variable is ignored, as its specification asks. Raises OctoError where there is no home.
+    """
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    try:
+        return (base if base.is_absolute() else Path.home() / ".local" / "state") / "octo-run"
+    except RuntimeError:
+        raise OctoError("there is no home folder; set HOME or XDG_STATE_HOME.") from None
 
 
 class LineEditor:
@@ -31,31 +52,137 @@ class LineEditor:
             prompt_continuation=CONTINUATION,
             history=_history(),
             key_bindings=_key_bindings(),
+            validator=_validator(),
+            validate_while_typing=False,
         )
+        _notice_hangup(self._session.app.input)
 
     def read(self) -> str:
-        """The next message. Raises EOFError on Ctrl-D and KeyboardInterrupt on Ctrl-C at an empty prompt."""
-        return self._session.prompt()
+        """The next message. Raises EOFError on Ctrl-D or when the terminal is gone, and KeyboardInterrupt on Ctrl-C at
+        an empty prompt."""
+        with process.altered_screen(), _terminal_signals(self._session.app):
+            try:
+                return self._session.prompt()
+            finally:
+                process.watch_signals()
 
 
 def _history() -> "History":
-    """The history file (readable by its owner only), or memory alone where it cannot be written, which is said."""
+    """The history file (readable by its owner only), or memory alone where it cannot be used, which is said."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    path = state_folder() / "history"
+    class OwnHistory(FileHistory):
+        """A history that can fail later, once: the disk is full, the folder is gone."""
+
+        kept = True
+
+        def store_string(self, string: str) -> None:
+            try:
+                if self.kept:
+                    super().store_string(string)
+            except OSError as error:
+                self.kept = False
+                notice(f"the history is not kept: {self.filename!s}: {error.strerror}")
+
+        def load_history_strings(self) -> Any:
+            try:
+                return [*super().load_history_strings()]
+            except OSError:
+                return []
+
     try:
+        path = state_folder() / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OctoError(f"{path} is no regular file; move it away.")
+        if found.st_size > _LONGEST_HISTORY:
+            raise OctoError(f"{path} has {found.st_size:,} bytes; shorten or delete it.")
         with path.open("ab"):
             pass
     except OSError as error:
         notice(f"the history is not kept: {path}: {error.strerror}")
-        return InMemoryHistory()
-    return FileHistory(path)
+    except OctoError as error:
+        notice(f"the history is not kept: {error}")
+    else:
+        return OwnHistory(path)
+    return InMemoryHistory()
+
+
+def _validator() -> "Validator":
+    """Refuses a line with bytes that are no UTF-8, which stays to be corrected, the cursor at the first of them."""
+    from prompt_toolkit.validation import ValidationError, Validator
+
+    class Unicode(Validator):
+        def validate(self, document: "Document") -> None:
+            try:
+                document.text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                message = f"Character {error.start + 1} is not UTF-8: delete it, or let the terminal send UTF-8."
+                raise ValidationError(error.start, message) from None
+
+    return Unicode()
+
+
+def _notice_hangup(source: "Input") -> None:
+    """Let a terminal that is gone be the end of the input; prompt_toolkit would try to read from it for ever."""
+    from prompt_toolkit.input.vt100 import Vt100Input
+
+    if not isinstance(source, Vt100Input):
+        return
+    reader = source.stdin_reader
+    read = reader.read
+
+    def read_or_end(count: int = 1024) -> str:
+        poll = select.poll()
+        poll.register(reader.stdin_fd, select.POLLIN)
+        if any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0)):
+            reader.closed = True
+        return read(count)
+
+    reader.read = read_or_end  # type: ignore[method-assign]
+
+
+@contextmanager
+def _terminal_signals(app: "Application[str]") -> Iterator[None]:
+    """While a line is edited: quit, stop and go on with the terminal as the shell expects it."""
+
+    def stop() -> None:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # here the process stops, and goes on after SIGCONT
+        signal.signal(signal.SIGTSTP, on_stop)
+
+    def on_stop(_number: int, _frame: FrameType | None) -> None:
+        from prompt_toolkit.application import run_in_terminal
+
+        if app.is_running and app.loop is not None:
+            app.loop.call_soon_threadsafe(run_in_terminal, stop, context=app.context)
+
+    def on_continue(_number: int, _frame: FrameType | None) -> None:
+        if app.is_running:
+            app.input.raw_mode().__enter__()  # the shell has put its own modes in place
+            app.renderer.reset()
+            app.invalidate()
+
+    def on_quit(_number: int, _frame: FrameType | None) -> None:
+        process.leave(_EXIT_QUIT)
+
+    handlers = {signal.SIGTSTP: on_stop, signal.SIGCONT: on_continue, signal.SIGQUIT: on_quit}
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def _key_bindings() -> "KeyBindings":
-    """Enter sends, except after a backslash; Alt-Enter begins a line; Ctrl-C first clears what was typed."""
+    """Enter sends, except after a backslash; Alt-Enter begins a line; Ctrl-C first clears what was typed; Ctrl-Z stops
+    the program until the shell goes on with it."""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -79,5 +206,9 @@ def _key_bindings() -> "KeyBindings":
             event.current_buffer.reset()
         else:
             event.app.exit(exception=KeyboardInterrupt)
+
+    @keys.add("c-z")
+    def _stop(_event: "KeyPressEvent") -> None:
+        os.kill(0, signal.SIGTSTP)  # the whole job, as the key does elsewhere
 
     return keys

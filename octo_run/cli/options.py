@@ -2,13 +2,19 @@
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from octo_run.errors import quoted
+
 DEFAULT_MODEL = "octo-demo"
 DEFAULT_KV = "oct3"
+#: CPU threads at most: native code does not survive some hundreds of thousands.
+MAX_THREADS = 512
 DTYPES = ("bfloat16", "float16", "float32")
 
 Command = Callable[..., Any]
@@ -44,13 +50,63 @@ class SamplingOptions:
     stop: tuple[str, ...]
 
 
+class Count(click.ParamType):  # type: ignore[type-arg]
+    """A whole number from ``least`` to ``most``; by default what native code takes for a size."""
+
+    name = "integer"
+
+    def __init__(self, least: int = 1, most: int = 2**31 - 1) -> None:
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = self.parse(str(value))
+        if number is None:
+            self.fail(f"{quoted(value)} is no whole number from {self.least:,} to {self.most:,}", param, ctx)
+        return number
+
+    def parse(self, text: str) -> int | None:
+        """The number that ``text`` says, None where it says none that is allowed."""
+        if not re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", text):
+            return None
+        number = int(text)
+        return number if self.least <= number <= self.most else None
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: ``nan`` is in every range of click's."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number
+
+
+class Text(click.ParamType):  # type: ignore[type-arg]
+    """Text for a model: an argument whose bytes are no UTF-8 is none."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            self.fail(f"{quoted(text)} is not UTF-8 text: character {error.start + 1} cannot be decoded", param, ctx)
+        return text
+
+
+COUNT, SEED, TEXT = Count(), Count(0, 2**63 - 1), Text()
+
+
 def _context_length(_ctx: click.Context, _param: click.Parameter, value: str) -> int | None:
     """A number of tokens; ``auto`` becomes ``None``."""
     if value == "auto":
         return None
-    if not value.isdecimal() or int(value) == 0:
-        raise click.BadParameter(f"{value!r} is neither a number of tokens nor 'auto'")
-    return int(value)
+    number = COUNT.parse(value)
+    if number is None:
+        raise click.BadParameter(f"{quoted(value)} is neither a number of tokens nor 'auto'")
+    return number
 
 
 offline_option = click.option("--offline", is_flag=True, help="Never touch the network.")
@@ -75,36 +131,33 @@ _ENGINE_OPTIONS = (
     click.option("--device", metavar="cpu|cuda", help="Where to run.  [default: cuda if there is one]"),
     click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: the model's, float32 on a CPU]"),
     offline_option,
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: PyTorch's choice]"),
+    click.option("--threads", type=Count(1, MAX_THREADS), help="CPU threads.  [default: PyTorch's choice]"),
 )
 _SAMPLING_OPTIONS = (
-    click.option("--temp", type=click.FloatRange(min=0.0), help="Temperature, 0 = greedy.  [default: the model's]"),
-    click.option("--top-k", type=click.IntRange(min=0), help="Only the K likeliest tokens, 0 = all."),
-    click.option("--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), help="Nucleus of this probability."),
-    click.option(
-        "--min-p", type=click.FloatRange(0.0, 1.0, max_open=True), help="Least probability, relative to the likeliest."
-    ),
+    click.option("--temp", type=Number(min=0.0), help="Temperature, 0 = greedy.  [default: the model's]"),
+    click.option("--top-k", type=Count(0), help="Only the K likeliest tokens, 0 = all."),
+    click.option("--top-p", type=Number(0.0, 1.0, min_open=True), help="Nucleus of this probability."),
+    click.option("--min-p", type=Number(0.0, 1.0, max_open=True), help="Least probability, relative to the likeliest."),
     click.option(
         "--repetition-penalty",
-        type=click.FloatRange(min=0.0, min_open=True),
+        type=Number(min=0.0, min_open=True),
         help="Divides logits of tokens of prompt and answer, 1 = off.",
     ),
     click.option(
         "--presence-penalty",
-        type=click.FloatRange(-100, 100),
+        type=Number(-100, 100),
         help="Taken from logits of the answer's tokens, 0 = off.",
     ),
     click.option(
-        "--frequency-penalty", type=click.FloatRange(-100, 100), help="The same for each time that they occur, 0 = off."
+        "--frequency-penalty", type=Number(-100, 100), help="The same for each time that they occur, 0 = off."
     ),
     click.option(
         "--seed",
-        type=click.IntRange(0, 2**63 - 1),
-        metavar="INTEGER",
+        type=SEED,
         help="Seed of the sampling.  [default: a new one each time]",
     ),
-    click.option("--max-tokens", "-n", type=click.IntRange(min=1), help="Longest answer.  [default: no limit]"),
-    click.option("--stop", multiple=True, help="Stop before this text; may be given several times."),
+    click.option("--max-tokens", "-n", type=COUNT, help="Longest answer.  [default: no limit]"),
+    click.option("--stop", type=TEXT, multiple=True, help="Stop before this text; may be given several times."),
 )
 
 

@@ -1,11 +1,11 @@
 """What ``bench --profile`` prints and refuses."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octo_run.cli import console
+from octo_run.cli.output import check_writable
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,12 +24,7 @@ def check_trace(path: Path) -> None:
     """Raise ``UsageError`` if no trace can be written to ``path``; nothing is left there."""
     if path.suffix != ".json" and path.suffixes[-2:] != [".json", ".gz"]:
         raise UsageError(f"--trace {path} must end in .json or .json.gz.")
-    if path.is_dir():
-        raise UsageError(f"--trace {path} is a folder; name a file.")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"--trace {path}: its folder cannot be written ({error.strerror or error}).") from None
+    check_writable(path)
 
 
 def tables(profile: "Profile") -> tuple[Table, Table]:

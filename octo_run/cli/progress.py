@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+from octo_run import process
 from octo_run.cli import console
 
 #: Seconds that a prompt may take before the bar appears.
@@ -74,7 +75,7 @@ class PromptProgress:
         with self._screen:
             if self._over.is_set():
                 return
-            with bar:
+            with process.altered_screen(), bar:
                 while not self._over.wait(_REFRESH):
                     read, total = self._state[:2]
                     whole = total if read else None  # the bar pulses as long as there is no pace

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octo_run.cli.console import human_bytes, notice
+from octo_run.cli.console import human_bytes, notice, notice_lines, require_output
 from octo_run.cli.options import EngineOptions, SamplingOptions
+from octo_run.errors import shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
@@ -33,6 +34,7 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
 
     ``cache`` are further arguments of ``Engine.load``.
     """
+    require_output()
     if options.offline:
         go_offline()
     from octo_run.engine import Engine
@@ -45,7 +47,7 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     def announce(plan: "MemoryPlan") -> None:
         if options.device is None and plan.device == "cpu":
             notice("no CUDA device found: running on the CPU")
-        notice(describe_plan(cache.get("random_weights") or options.model, plan))
+        notice_lines(describe_plan(cache.get("random_weights") or options.model, plan))
 
     return Engine.load(
         options.model,
@@ -139,7 +141,7 @@ def describe_plan(model: str, plan: "MemoryPlan") -> str:
     parts = plan.as_dict()
     sizes = [f"{label} {human_bytes(parts[key])}" for key, label in PLAN_PARTS.items() if parts[key]]
     return (
-        f"{model} on {plan.device}, KV cache {plan.kv}: context {plan.context:,} tokens,"
+        f"{shown(model)} on {plan.device}, KV cache {plan.kv}: context {plan.context:,} tokens,"
         f" {plan.bytes_per_token:,} bytes per packed token\n"
         f"memory: {' + '.join(sizes)} = {human_bytes(plan.total)}"
     )

@@ -40,7 +40,7 @@ def command(model: str, device: str | None, dtype: str | None, as_json: bool) ->
     if as_json:
         console.print_json(facts)
     else:
-        click.echo(_text(facts))
+        console.echo(_text(facts))
 
 
 def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _text(facts: dict[str, Any]) -> str:
     ]
     lines = [
         f"model         {shown(facts['model'])} ({shown(facts['path'])})",
-        f"architecture  {facts['architecture']}: {shape}",
+        f"architecture  {shown(facts['architecture'])}: {shape}",
         f"parameters    {facts['parameters']:,}",
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"context       {facts['max_context']:,} tokens at most",

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,7 +90,7 @@ class FakeEngine:
         self.prompts: list[list[int]] = []
         self.runs: list[tuple[str, str, int, int, int]] = []  # kv, test, tokens, depth, batch
         self.profiled: list[tuple[str, str, int, int, int]] = []  # likewise
-        self.traces: list[Any] = []  # path, profiles, about
+        self.traces: list[Any] = []  # name, profiles, about
         self.loads: list[str] = []  # kv
         self.loaded: Any = None
         self.cache: dict[str, Any] = {}
@@ -168,7 +169,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
     monkeypatch.setattr(runtime, "measure", measure)
     monkeypatch.setattr(runtime, "profile", profile)
-    monkeypatch.setattr(runtime, "write_trace", lambda *written: fake.traces.append(written))
+
+    def write_trace(path: Path, *written: Any) -> None:
+        path.write_text("a trace")
+        fake.traces.append((path.name, *written))
+
+    monkeypatch.setattr(runtime, "write_trace", write_trace)
     monkeypatch.setattr(runtime, "copy_bandwidth", lambda _engine: 100e9)
     monkeypatch.setattr(runtime, "forget_peak", lambda _engine: None)
     monkeypatch.setattr(runtime, "device_name", lambda _engine: "cpu (1 threads)")

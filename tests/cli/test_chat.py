@@ -1,6 +1,8 @@
 """``chat``: piped and at a terminal, slash commands, Ctrl-C, notices."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +187,29 @@ def test_dim_only_where_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
     assert console.dim("x") == "x"
+
+
+def test_a_system_prompt_can_be_taken_back(octo: Callable[..., Any], engine: Any) -> None:
+    shown = octo("chat", "--system", "Old", data=b"/system\n/system none\n/system\n/system None of it\n")
+    assert shown.code == 0
+    says = ["Old", "(none)", "(none)", "None of it"]
+    assert shown.err.splitlines() == [f"system prompt: {text}" for text in says]
+
+
+def test_a_system_prompt_that_the_template_refuses_does_not_stick(
+    octo: Callable[..., Any], terminal: Any, make_checkpoint: Callable[..., Path], shared_dir: Path
+) -> None:
+    """With Gemma's real template, which takes none."""
+    folder = make_checkpoint()
+    path = folder / "tokenizer_config.json"
+    template = (shared_dir / "data" / "chat_templates" / "google-gemma-2-2b-it.jinja").read_text("utf-8")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    argv = ("chat", "-m", str(folder), "--device", "cpu", "-n", "2")
+    terminal(["/system Be kind.", "/system", "Hello.", "/system none", "Hello."])
+    shown = octo(*argv)
+    assert shown.code == 0 and shown.err.count("System role not supported") == 1, shown.err
+    assert shown.out.count("[system prompt: (none)") == 3 and "(none), as before]" in shown.out
+    assert shown.out.count("stopped after --max-tokens") + shown.out.count(" tokens/s") >= 2, "both are answered"
+    terminal([])
+    shown = octo(*argv, "--system", "Be kind.")
+    assert shown.code == 1 and "System role not supported" in shown.err and "/help" not in shown.out

@@ -1,16 +1,20 @@
 """Line editing: several lines, history, Ctrl-C and Ctrl-D, driven through prompt_toolkit's own pipe."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from prompt_toolkit.application import create_app_session
+from prompt_toolkit.document import Document
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from prompt_toolkit.validation import ValidationError
 
-from octo_run.cli.line_editor import LineEditor, state_folder
+from octo_run.cli.line_editor import LineEditor, _validator, state_folder
 
-ENTER, ALT_ENTER, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
+ENTER, ALT_ENTER, UP, DELETE, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x1b[3~", "\x03", "\x04"
 
 
 @pytest.fixture
@@ -61,3 +65,67 @@ def test_a_history_that_cannot_be_written_is_said(keys: PipeInput, capsys: pytes
     assert "the history is not kept" in capsys.readouterr().err
     keys.send_text(f"works{ENTER}")
     assert editor.read() == "works"
+
+
+def test_bytes_that_are_no_utf8_keep_the_line_for_correction(keys: PipeInput) -> None:
+    keys.send_bytes(b"caf\xe9" + f"{ENTER}{DELETE}e{ENTER}".encode())
+    editor = LineEditor()
+    assert editor.read() == "cafe"
+    keys.send_text(f"{UP}{ENTER}")
+    assert editor.read() == "cafe", "the history has it"
+
+
+def test_the_message_about_bytes_names_the_character_typed() -> None:
+    with pytest.raises(ValidationError, match="Character 4 is not UTF-8") as caught:
+        _validator().validate(Document("caf\udce9 \udce9"))
+    assert caught.value.cursor_position == 3
+    _validator().validate(Document("café ☃ 😀"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "dangling", "long"])
+def test_a_history_that_is_no_file_is_said(keys: PipeInput, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    path = state_folder() / "history"
+    path.parent.mkdir(parents=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "long":
+        path.write_bytes(b"\n+" + bytes(5 << 20))
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "none/there")
+    editor = LineEditor()
+    assert "the history is not kept" in capsys.readouterr().err
+    keys.send_text(f"works{ENTER}")
+    assert editor.read() == "works"
+
+
+def test_a_history_of_any_bytes_is_read(keys: PipeInput) -> None:
+    path = state_folder() / "history"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(range(256)) * 100 + b"\n+\xff\x1b]52;\n+\0last\n")
+    keys.send_text(f"works{ENTER}")
+    assert LineEditor().read() == "works"
+
+
+def test_a_history_that_fails_later_is_said_once(keys: PipeInput, capsys: pytest.CaptureFixture[str]) -> None:
+    editor = LineEditor()
+    shutil.rmtree(state_folder())
+    for text in ("one", "two"):
+        keys.send_text(text + ENTER)
+        assert editor.read() == text
+    assert capsys.readouterr().err.count("the history is not kept") == 1
+
+
+def test_without_a_home_there_is_no_history(keys: PipeInput, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for relative in ("relative", "", "./x"):
+        monkeypatch.setenv("XDG_STATE_HOME", relative)
+        assert state_folder() == tmp_path / ".local" / "state" / "octo-run"
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    keys.send_text(f"works{ENTER}")
+    assert LineEditor().read() == "works"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import octo_run
-from octo_run.cli import _COMMANDS, list_models, main
+from octo_run.cli import _COMMANDS, list_models
 from octo_run.errors import OctoError, UsageError
 
 HEAVY = ("torch", "triton", "huggingface_hub", "transformers", "tokenizers", "sentencepiece", "prompt_toolkit", "rich")
@@ -95,7 +95,14 @@ class OutOfMemoryError(RuntimeError):
         (UsageError("There is no model 'x'."), 2, "octo-run: There is no model 'x'.\n"),
         (KeyboardInterrupt(), 130, ""),
         (PermissionError(13, "Permission denied", "/cache"), 1, "octo-run: /cache: Permission denied.\n"),
-        (OutOfMemoryError("CUDA out of memory\n\nlong"), 1, "the memory ran out"),
+        (OutOfMemoryError("CUDA out of memory\n\nlong"), 1, "the GPU's memory ran out"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            1,
+            "the memory ran",
+        ),
+        (RuntimeError("std::bad_alloc"), 1, "the memory ran out"),
+        (OSError(12, "Cannot allocate memory"), 1, "the memory ran out"),
         (MemoryError(), 1, "the memory ran out"),
         (ZeroDivisionError("division\nby zero"), 1, "unexpected failure (ZeroDivisionError: division by zero)"),
     ],
@@ -134,10 +141,3 @@ def test_text_that_the_terminal_cannot_encode_is_replaced() -> None:
         [sys.executable, "-c", program], capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""}
     )
     assert shown.returncode == 0 and b"caf? ?" in shown.stdout
-
-
-def test_the_console_script_is_main() -> None:
-    from importlib.metadata import entry_points
-
-    (script,) = (entry for entry in entry_points(group="console_scripts") if entry.name == "octo-run")
-    assert script.load() is main

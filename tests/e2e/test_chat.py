@@ -1,20 +1,15 @@
 """The real program with the embedded model, started as a user starts it."""
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import shutil
-import struct
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import pytest
 
@@ -34,20 +29,6 @@ def program() -> str:
     path = shutil.which("octo-run", path=str(Path(sys.executable).parent))
     assert path is not None, "the console script octo-run is not installed beside this Python"
     return path
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment with empty caches, no network, the CPU, and a terminal that cannot tell its cursor's place."""
-    changes = {
-        "OCTO_RUN_CACHE": str(tmp_path / "cache"),
-        "XDG_STATE_HOME": str(tmp_path / "state"),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TERM": "xterm",
-        "PROMPT_TOOLKIT_NO_CPR": "1",
-    }
-    return {**os.environ, **changes}
 
 
 @pytest.fixture
@@ -185,78 +166,6 @@ def test_failures_are_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-class Terminal:
-    """The program on a terminal of its own; ``screen`` is everything it has written so far. ``stdout``: a file that
-    standard output goes to instead."""
-
-    def __init__(self, argv: list[str], environment: dict[str, str], stdout: IO[bytes] | None = None) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-        self.before = termios.tcgetattr(slave)
-        self.slave = slave
-        self.process = subprocess.Popen(
-            argv,
-            stdin=slave,
-            stdout=stdout or slave,
-            stderr=slave,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        self.screen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def read(self, seconds: float = 0.1) -> None:
-        """Take what the program has written, waiting at most ``seconds`` for the first of it."""
-        while select.select([self.master], [], [], seconds)[0]:
-            self.screen += os.read(self.master, 65536).decode("utf-8", "replace")
-            seconds = 0
-
-    def wait_for(self, pattern: str, after: int = 0) -> int:
-        """Wait until ``pattern`` is on the screen past ``after``; returns where it ends."""
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline:
-            self.read()
-            found = re.search(pattern, self.screen[after:], re.DOTALL)
-            if found is not None:
-                return after + found.end()
-            assert self.process.poll() is None, f"the program ended: {self.screen[after:]}"
-        raise AssertionError(f"{pattern!r} did not come: {self.screen[after:]}")
-
-    def wait_for_end(self) -> int:
-        deadline = time.monotonic() + SECONDS
-        while self.process.poll() is None and time.monotonic() < deadline:
-            self.read()
-        self.read()
-        assert self.process.poll() is not None, f"the program does not end: {self.screen[-500:]}"
-        return self.process.returncode
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
-
-
-@pytest.fixture
-def terminal(program: str, environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
-    """Start the program on a terminal; ``delay`` are the seconds until the progress of a prompt is shown."""
-    opened = []
-
-    def start(*argv: str, delay: float | None = None, stdout: IO[bytes] | None = None) -> Terminal:
-        code = f"import sys; from octo_run.cli import main, progress; progress.DELAY = {delay}; sys.exit(main())"
-        start = [program] if delay is None else [sys.executable, "-c", code]
-        opened.append(Terminal([*start, *argv], environment, stdout))
-        return opened[-1]
-
-    yield start
-    for each in opened:
-        each.close()
-
-
 PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 WORDS = r".*?\w+\W+\w+\W+\w+"
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -264,7 +173,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 BAR, WIPED = r"prompt [^\r\n]*\d/1,\d\d\d tokens [^\r\n]* tokens/s \d:\d\d left", r"\r\n\x1b\[\?25h\r\x1b\[1A\x1b\[2K"
 
 
-def test_ctrl_c_stops_an_answer_and_keeps_the_session(terminal: Callable[..., Terminal]) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_the_session(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "--temp", "3", "--seed", "1")  # so hot that no answer ends by itself
     at = chat.wait_for("San Jose.*4815162.*/help.*" + PROMPT)
     chat.type("Tell me a long story.\r")
@@ -283,7 +192,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(terminal: Callable[..., Te
     assert "Traceback" not in chat.screen
 
 
-def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Callable[..., Terminal]) -> None:
+def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat")
     at = chat.wait_for("/help.*" + PROMPT)
     chat.type(BOOKING + "\r")
@@ -295,7 +204,7 @@ def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Callable[..., Terminal]) ->
     assert "Traceback" not in chat.screen
 
 
-def test_ctrl_c_while_loading_ends_at_once(terminal: Callable[..., Terminal]) -> None:
+def test_ctrl_c_while_loading_ends_at_once(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat")
     chat.wait_for("memory: weights")
     chat.type(CTRL_C)
@@ -306,9 +215,7 @@ def test_ctrl_c_while_loading_ends_at_once(terminal: Callable[..., Terminal]) ->
     assert "Traceback" not in chat.screen
 
 
-def test_a_long_prompt_shows_its_progress_on_standard_error_alone(
-    terminal: Callable[..., Terminal], tmp_path: Path
-) -> None:
+def test_a_long_prompt_shows_its_progress_on_standard_error_alone(terminal: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "answer.json"
     with path.open("wb") as file:
         run = terminal("generate", "--json", "-n", "3", "--threads", "1", "-p", LONG, delay=0.05, stdout=file)
@@ -320,7 +227,7 @@ def test_a_long_prompt_shows_its_progress_on_standard_error_alone(
     assert answer["generated_tokens"] == 3 and path.read_bytes().count(b"\n") == 1
 
 
-def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable[..., Terminal]) -> None:
+def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "--system", LONG, "-n", "3", "--threads", "1", delay=0.05)
     at = chat.wait_for("/help.*" + PROMPT)
     chat.type("Hello.\r")
@@ -333,3 +240,33 @@ def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable
     assert chat.wait_for_end() == 0
     assert termios.tcgetattr(chat.slave)[3] == chat.before[3], "the terminal is left as it was"
     assert "Traceback" not in chat.screen
+
+
+def test_a_pasted_byte_that_is_no_utf8_keeps_the_line(
+    terminal: Callable[..., Any], environment: dict[str, str]
+) -> None:
+    chat = terminal("chat", "-n", "3")
+    at = chat.wait_for("/help.*" + PROMPT)
+    chat.type(b"\x1b[200~caf\xe9 bar\x1b[201~\r")
+    at = chat.wait_for("Character 4 is not UTF-8", at)
+    chat.type(CTRL_D)  # takes the character at the cursor away
+    chat.type("e\r")
+    at = chat.wait_for(r"tokens/s.*?" + PROMPT, at)
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen
+    assert "+cafe bar\n" in (Path(environment["XDG_STATE_HOME"]) / "octo-run" / "history").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("columns", "changes"),
+    [(20, {"LC_ALL": "C"}), (80, {"TERM": "dumb"}), (80, {"NO_COLOR": "1", "XDG_STATE_HOME": "a/\udce9\x1b]0;x\x07"})],
+)
+def test_poor_terminals_and_environments(terminal: Callable[..., Any], columns: int, changes: dict[str, str]) -> None:
+    chat = terminal("chat", "-n", "3", columns=columns, **changes)
+    at = chat.wait_for("/help.*?>")
+    chat.type("Hello.\r")
+    chat.wait_for(r"tokens/s.*?>", at)
+    chat.read(1)  # on a dumb terminal the prompt is there before keys are read one by one
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and "\x1b]0;x" not in chat.screen
+    assert chat.attributes() == chat.before

@@ -62,7 +62,7 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
         text = archive.read(metadata).decode()
         scripts = archive.read(info + "entry_points.txt").decode()
         assert info + "licenses/LICENSE" in archive.namelist()
-    assert "octo-run = octo_run.cli:main" in scripts
+    assert "octo-run = octo_run.__main__:main" in scripts
     assert "License-Expression: Apache-2.0" in text and "Requires-Python: >=3.10" in text
     torch = next(line for line in text.splitlines() if re.match(r"Requires-Dist: torch\b", line))
     assert ">=2.9" in torch and "<=2.13.0" in torch

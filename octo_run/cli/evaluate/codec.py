@@ -10,7 +10,8 @@ import click
 
 from octo_run.cli import console, debug_option
 from octo_run.cli.evaluate import common
-from octo_run.cli.options import DEFAULT_MODEL, offline_option
+from octo_run.cli.options import DEFAULT_MODEL, SEED, Count, offline_option
+from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
 @click.command("codec")
 @click.option("--kv", help="Codecs, comma-separated.  [default: all formats and all codecs of other papers]")
-@click.option("--vectors", type=click.IntRange(min=256), default=4096, show_default=True, help="Gaussian vectors.")
-@click.option("--head-dim", type=int, default=128, show_default=True, help="Coordinates of a Gaussian vector.")
+@click.option("--vectors", type=Count(256), default=4096, show_default=True, help="Gaussian vectors.")
+@click.option("--head-dim", type=Count(), default=128, show_default=True, help="Coordinates of a Gaussian vector.")
 @click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="Whose keys and values to code.")
 @click.option("--no-model", is_flag=True, help="Gaussian vectors only.")
 @click.option("--text", type=Path, help="What the model reads.  [default: a bundled sample]")
-@click.option("--tokens", type=click.IntRange(min=192), default=512, show_default=True, help="Tokens of the text.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the data and the rotation.")
+@click.option("--tokens", type=Count(192), default=512, show_default=True, help="Tokens of the text.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the data and the rotation.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
 @click.option("--markdown", "report", type=common.figure_type, help="Write the report to this file.")
 @click.option("--plot", "plots", type=common.figure_type, multiple=True, help="Plot distortion against bytes.")
@@ -51,25 +52,26 @@ def command(
     error mse_stderr (relative to the energy), cosine, ip_error (mean error of inner products), kl (of attention
     weights, in nats), bound (the least distortion of a Gaussian source at these bits).
     """
+    from octo_run.engine.evaluation.codec_report import as_dicts, markdown
+
+    console.require_output()
     common.check_outputs(report)
     for plot in plots:
         common.check_outputs(plot=plot)
     rows = _measure(kv, vectors, head_dim, None if no_model else model, text, tokens, seed, offline)
+    files = []
     if report is not None:
-        from octo_run.engine.evaluation.codec_report import markdown
-
-        report.write_text(markdown(rows, _facts(vectors, head_dim, tokens, None if no_model else model)), "utf-8")
+        document = markdown(rows, _facts(vectors, head_dim, tokens, None if no_model else model))
+        files.append(OutputFile(report, lambda path: _write_text(path, document)))
     if plots:
         from octo_run.engine.evaluation.plots import plot_distortion
 
-        for plot in plots:
-            plot_distortion(rows, plot)
-    if as_json:
-        from octo_run.engine.evaluation.codec_report import as_dicts
+        files += [OutputFile(plot, lambda path: plot_distortion(rows, path)) for plot in plots]
+    deliver(console.as_json(as_dicts(rows)) if as_json else _table(rows), files, as_json=as_json)
 
-        console.print_json(as_dicts(rows))
-    else:
-        click.echo(_table(rows))
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")
 
 
 def _measure(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from octo_run.cli import console, runtime
-from octo_run.cli.options import Command, EngineOptions
+from octo_run.cli.options import SEED, Command, Count, EngineOptions
+from octo_run.cli.output import OutputFile, check_writable
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,12 +30,10 @@ class CacheOptions:
 
 
 _CACHE_OPTIONS = (
-    click.option(
-        "--sink", type=click.IntRange(min=0), default=64, show_default=True, help="First tokens in full precision."
-    ),
+    click.option("--sink", type=Count(0), default=64, show_default=True, help="First tokens in full precision."),
     click.option(
         "--window",
-        type=click.IntRange(min=0),
+        type=Count(0),
         default=64,
         show_default=True,
         help="Last tokens in full precision, besides the page being filled; a multiple of 64.",
@@ -42,7 +41,7 @@ _CACHE_OPTIONS = (
     click.option(
         "--codec-seed",
         "seed",
-        type=click.IntRange(min=0),
+        type=SEED,
         default=0,
         show_default=True,
         help="Seed of the codec's rotation.",
@@ -124,21 +123,25 @@ def sample_text() -> str:
 
 def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
     """Raise UsageError for files that cannot be written, before anything is measured."""
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path}: there is no folder {path.parent}.")
     if plot is not None:
         from octo_run.engine.evaluation.plots import check_figure_path
 
         check_figure_path(plot)
+    for path in (*paths, plot):
+        if path is not None:
+            check_writable(path)
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of the same keys as a table with a header; what is not known is an empty cell."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def csv_output(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[OutputFile]:
+    """Rows of the same keys as a table with a header; what is not known is an empty cell. None: no file."""
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    return [] if path is None else [OutputFile(path, write)]
 
 
 def percent(value: float | None, digits: int = 2, *, sign: bool = False) -> str:

@@ -9,8 +9,9 @@ import click
 from octo_run.cli import console, debug_option
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options
-from octo_run.cli.options import EngineOptions, engine_options
-from octo_run.errors import UsageError
+from octo_run.cli.options import COUNT, SEED, Count, EngineOptions, engine_options
+from octo_run.cli.output import OutputFile, deliver
+from octo_run.errors import UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.engine.evaluation.needle import Cell, Haystack
@@ -31,10 +32,10 @@ class _Plan:
 
 
 def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} is no list of lengths like {_LENGTHS}")
-    return sorted({int(part) for part in parts})
+    lengths = {COUNT.parse(part) for part in value.split(",")}
+    if None in lengths:
+        raise click.BadParameter(f"{quoted(value)} is no list of lengths like {_LENGTHS}")
+    return sorted(length for length in lengths if length is not None)
 
 
 @click.command("needle")
@@ -42,9 +43,9 @@ def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
     "--text", "texts", type=Path, multiple=True, help="A text to hide numbers in; may be given several times."
 )
 @click.option("--lengths", default=_LENGTHS, show_default=True, callback=_lengths, help="Tokens, the answer included.")
-@click.option("--depths", type=click.IntRange(1, 101), default=5, show_default=True, help="Depths from first to last.")
-@click.option("--trials", type=click.IntRange(min=1), default=2, show_default=True, help="Prompts for each cell.")
-@click.option("--distractors", type=click.IntRange(min=0), default=4, show_default=True, help="Other hidden numbers.")
+@click.option("--depths", type=Count(1, 101), default=5, show_default=True, help="Depths from first to last.")
+@click.option("--trials", type=COUNT, default=2, show_default=True, help="Prompts for each cell.")
+@click.option("--distractors", type=Count(0), default=4, show_default=True, help="Other hidden numbers.")
 @click.option(
     "--form",
     type=click.Choice(["message", "text", "raw"]),
@@ -52,10 +53,8 @@ def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
     show_default=True,
     help="Text and question in one message; text, then the question as a message; a sentence to complete.",
 )
-@click.option("--step", type=click.IntRange(min=1), default=64, show_default=True, help="Prompt tokens fed at a time.")
-@click.option(
-    "--seed", "prompt_seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the prompts."
-)
+@click.option("--step", type=COUNT, default=64, show_default=True, help="Prompt tokens fed at a time.")
+@click.option("--seed", "prompt_seed", type=SEED, default=0, show_default=True, help="Seed of the prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of cells.")
 @click.option("--csv", "csv_file", type=common.figure_type, help="Write the cells to this CSV file.")
 @click.option("--plot", type=common.figure_type, help="Draw heat maps (.png, .svg, .pdf).")
@@ -96,16 +95,12 @@ def command(
     places = [index / (depths - 1) for index in range(depths)] if depths > 1 else [0.5]
     cells = _measure(content, kvs, _Plan(lengths, places, trials, distractors, form, prompt_seed), step, load, cache)
     values = [dataclasses.asdict(cell) for cell in cells]
-    if csv_file is not None:
-        common.write_csv(csv_file, values)
+    files = common.csv_output(csv_file, values)
     if plot is not None:
         from octo_run.engine.evaluation.plots import plot_recall
 
-        plot_recall(cells, plot)
-    if as_json:
-        console.print_json(values)
-    else:
-        click.echo(report(cells))
+        files.append(OutputFile(plot, lambda path: plot_recall(cells, path)))
+    deliver(console.as_json(values) if as_json else report(cells), files, as_json=as_json)
 
 
 def _measure(

@@ -9,7 +9,8 @@ import click
 from octo_run.cli import console, debug_option
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options, percent
-from octo_run.cli.options import EngineOptions, engine_options
+from octo_run.cli.options import COUNT, EngineOptions, engine_options
+from octo_run.cli.output import OutputFile, deliver
 
 if TYPE_CHECKING:
     from octo_run.engine.evaluation.perplexity import Row
@@ -19,9 +20,9 @@ _CONTEXT = 1024  # where --ctx is auto and the model has as much
 
 @click.command("ppl")
 @click.option("--text", "texts", type=Path, multiple=True, help="A text; may be given several times.")
-@click.option("--step", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens fed at a time.")
-@click.option("--stride", type=click.IntRange(min=1), help="Tokens between two windows.  [default: half of --ctx]")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of text at most, shared among the texts.")
+@click.option("--step", type=COUNT, default=64, show_default=True, help="Tokens fed at a time.")
+@click.option("--stride", type=COUNT, help="Tokens between two windows.  [default: half of --ctx]")
+@click.option("--max-tokens", type=COUNT, help="Tokens of text at most, shared among the texts.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
 @click.option("--csv", "csv_file", type=common.figure_type, help="Write the rows to this CSV file.")
 @click.option("--plot", "plot", type=common.figure_type, help="Plot the change against bytes (.png, .svg, .pdf).")
@@ -59,16 +60,12 @@ def command(
     if not texts:
         console.notice(f"the bundled sample is small ({rows[0].tokens:,} tokens scored): give --text for a firm figure")
     values = [dataclasses.asdict(row) for row in rows]
-    if csv_file is not None:
-        common.write_csv(csv_file, values)
+    files = common.csv_output(csv_file, values)
     if plot is not None:
         from octo_run.engine.evaluation.plots import plot_perplexity
 
-        plot_perplexity(rows, plot)
-    if as_json:
-        console.print_json(values)
-    else:
-        click.echo(table(rows))
+        files.append(OutputFile(plot, lambda path: plot_perplexity(rows, path)))
+    deliver(console.as_json(values) if as_json else table(rows), files, as_json=as_json)
 
 
 def _measure(

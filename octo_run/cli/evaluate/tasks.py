@@ -10,7 +10,8 @@ import click
 from octo_run.cli import console, debug_option
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options
-from octo_run.cli.options import EngineOptions, engine_options
+from octo_run.cli.options import COUNT, EngineOptions, engine_options
+from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 @click.option("--ignore-case", is_flag=True, help="Upper and lower case are the same.")
 @click.option("--chat/--raw", "as_chat", default=True, help="Through the chat template (the default), or as it is.")
 @click.option("--system", help="System prompt (with --chat).")
-@click.option("--max-tokens", "-n", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--max-tokens", "-n", type=COUNT, default=256, show_default=True, help="Longest answer.")
 @click.option("--stop", multiple=True, help="End an answer before this text; may be given several times.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first tasks of the file.")
+@click.option("--limit", type=COUNT, help="Only the first tasks of the file.")
 @click.option("--output", type=common.figure_type, help="Write every answer to this JSONL file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
 @engine_options
@@ -81,12 +82,9 @@ def command(
         )
         scores.append(evaluation.score(kv, outcomes))
         answers += [{"kv": kv, **dataclasses.asdict(outcome)} for outcome in outcomes]
-    if output is not None:
-        _write_jsonl(output, answers)
-    if as_json:
-        console.print_json([dataclasses.asdict(row) for row in scores])
-    else:
-        click.echo(_table(scores))
+    files = [] if output is None else [OutputFile(output, lambda path: _write_jsonl(path, answers))]
+    values = [dataclasses.asdict(row) for row in scores]
+    deliver(console.as_json(values) if as_json else _table(scores), files, as_json=as_json)
 
 
 def _write_jsonl(path: Path, values: list[dict[str, Any]]) -> None:

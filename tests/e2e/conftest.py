@@ -1,0 +1,128 @@
+"""The real program on a terminal of its own."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+SECONDS = 120
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment with empty caches, no network, the CPU, and a terminal that cannot tell its cursor's place."""
+    changes = {
+        "OCTO_RUN_CACHE": str(tmp_path / "cache"),
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+    }
+    return {**os.environ, **changes}
+
+
+class Terminal:
+    """The program on a terminal of its own; ``screen`` is everything it has written so far. ``stdout``: a file that
+    standard output goes to instead."""
+
+    def __init__(
+        self, argv: list[str], environment: dict[str, str], stdout: IO[bytes] | None = None, columns: int = 80
+    ) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        self.before = termios.tcgetattr(slave)
+        self.slave = slave
+        self.process = subprocess.Popen(
+            argv,
+            stdin=slave,
+            stdout=stdout or slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        self.screen = ""
+
+    def type(self, text: str | bytes) -> None:
+        os.write(self.master, text if isinstance(text, bytes) else text.encode())
+
+    def read(self, seconds: float = 0.1) -> None:
+        """Take what the program has written, waiting at most ``seconds`` for the first of it."""
+        while select.select([self.master], [], [], seconds)[0]:
+            self.screen += os.read(self.master, 65536).decode("utf-8", "replace")
+            seconds = 0
+
+    def wait_for(self, pattern: str, after: int = 0) -> int:
+        """Wait until ``pattern`` is on the screen past ``after``; returns where it ends."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            self.read()
+            found = re.search(pattern, self.screen[after:], re.DOTALL)
+            if found is not None:
+                return after + found.end()
+            assert self.process.poll() is None, f"the program ended: {self.screen[after:]}"
+        raise AssertionError(f"{pattern!r} did not come: {self.screen[after:]}")
+
+    def wait_for_end(self, seconds: float = SECONDS) -> int:
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.read()
+        self.read()
+        assert self.process.poll() is not None, f"the program does not end: {self.screen[-500:]}"
+        return self.process.returncode
+
+    def wait_until_prepared(self) -> None:
+        """Wait until the program has taken SIGTERM into its own hands: from then on it answers for what happens."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status.read_text(), re.M)
+            assert caught is not None
+            if int(caught[1], 16) >> 14 & 1:
+                return
+            time.sleep(0.001)
+        raise AssertionError("the program takes no SIGTERM")
+
+    def attributes(self) -> list[Any]:
+        return termios.tcgetattr(self.slave)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
+    """Start the program on a terminal; ``delay`` are the seconds until the progress of a prompt is shown."""
+    opened = []
+
+    def start(
+        *argv: str,
+        delay: float | None = None,
+        stdout: IO[bytes] | None = None,
+        columns: int = 80,
+        **changes: str,
+    ) -> Terminal:
+        code = f"import sys; from octo_run.cli import main, progress; progress.DELAY = {delay}; sys.exit(main())"
+        start = ["-m", "octo_run"] if delay is None else ["-c", code]
+        opened.append(Terminal([sys.executable, *start, *argv], {**environment, **changes}, stdout, columns))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.close()
