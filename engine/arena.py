@@ -15,6 +15,7 @@ An exception, Ctrl-C's included, may strike between any two statements here. Wha
 ``truncate`` puts right, and every prompt begins with one.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,7 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Bytes, all 0. On a CPU the system gives them when they are written: a long context takes no time and no memory
     before it is used."""
     if device.type == "cpu":
-        return torch.from_numpy(np.zeros(shape, np.uint8))
+        return torch.from_numpy(np.zeros(math.prod(shape), np.uint8)).view(shape)
     return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 

@@ -1,7 +1,7 @@
 """The engine: a loaded model, its KV arena, and the loop that turns token ids into token ids."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -15,7 +15,7 @@ from octo_run.engine.arena import Decode, KVArena, Prefill
 from octo_run.engine.forward import Forward
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.key_means import KeyMeans
-from octo_run.engine.plan import MemoryPlan, plan_memory
+from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.sampling import BatchSampler, SamplingParams
 from octo_run.engine.step import DecodeStep
@@ -81,7 +81,7 @@ class Engine:
             self._workspace = torch.zeros(count // 4, dtype=torch.float32, device=self.device)
             self.step  # noqa: B018 (its memory is taken now)
         self._ids: list[int] = []  # the tokens whose keys and values sequence 0 holds
-        self._holder: Generation | None = None  # whose tokens these are
+        self._holder: object = None  # whose tokens these are: a generation's, or those of logits in blocks
         self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
 
     @classmethod
@@ -173,22 +173,47 @@ class Engine:
     def logits(self, ids: list[int], step: int | None = None) -> Tensor:
         """Teacher-forced float32 logits ``[n, vocab]`` by the real cache path, ``step`` tokens a time (None: a chunk).
 
-        Raises ``UsageError`` for ids that are no prompt (see ``generate``) and for a step longer than a chunk.
+        They take 4 n vocab bytes beside the memory plan; :meth:`logit_rows` gives them in blocks. Raises ``UsageError``
+        for ids that are no prompt (see ``generate``) and for a step longer than a chunk, and ``OctoError`` for more
+        than the device has free.
+        """
+        blocks = self.logit_rows(ids, step)
+        row = 4 * self.config.vocab_size
+        needed, free = (len(ids) + min(LOGIT_ROWS, len(ids))) * row, free_memory(self.device)
+        if needed > free:
+            raise OctoError(
+                f"The logits of {len(ids):,} tokens take {needed / 2**30:.2f} GiB and {self.device} has "
+                f"{free / 2**30:.2f} GiB free: give fewer tokens, or take blocks of them from Engine.logit_rows."
+            )
+        out = torch.empty(len(ids), self.config.vocab_size, device=self.device)
+        done = 0
+        for rows in blocks:
+            out[done : done + len(rows)] = rows
+            done += len(rows)
+        return out
+
+    def logit_rows(self, ids: list[int], step: int | None = None) -> Iterator[Tensor]:
+        """The rows of :meth:`logits` in order, in blocks ``[r, vocab]`` of 1 to ``LOGIT_ROWS`` rows.
+
+        Only the block at hand is held. Raises ``UsageError`` as :meth:`logits` does, and where the engine does
+        something else before the last block is taken.
         """
         self._check_prompt(ids)
         chunk = self.plan.shape.chunk
         if step is not None and not 1 <= step <= chunk:
             raise UsageError(f"step is {step}; give 1 to {chunk} tokens.")
-        self._holder = None
+        return self._logit_rows(list(ids), step or chunk)
+
+    @torch.inference_mode()
+    def _logit_rows(self, ids: list[int], size: int) -> Iterator[Tensor]:
+        self._holder = mark = object()
         self._reuse([])
-        size = step or chunk
-        out = torch.empty(len(ids), self.config.vocab_size, device=self.device)
         for start in range(0, len(ids), size):
             hidden = self._forward(ids[start : start + size])
-            for first in range(0, len(hidden), LOGIT_ROWS):
-                rows = hidden[first : first + LOGIT_ROWS]
-                out[start + first : start + first + len(rows)] = self._logits(rows)
-        return out
+            for rows in torch.split(hidden, LOGIT_ROWS):
+                yield self._logits(rows)
+                if self._holder is not mark:
+                    raise UsageError("The engine did something else between two blocks of logits: take them all first.")
 
     @torch.inference_mode()
     def fill(self, seq: int, length: int, seed: int = 0) -> None:
