@@ -157,14 +157,21 @@ class Engine:
         return self.plan.as_dict()
 
     def memory_now(self) -> dict[str, int]:
-        """Bytes as the allocator sees them on CUDA (``allocated``, ``peak``, ``reserved``). On a CPU ``process_peak``,
-        the most that the process held since its start or ``benchmark.forget_peak``, ``before_loading``, what it held
-        before (PyTorch's own share), and ``engine_peak``, the difference, which is to be compared with the plan."""
+        """Bytes as the allocator sees them on CUDA: ``allocated``, ``peak``, ``reserved``, and the ``rounding`` in what
+        is allocated (blocks that are larger than what was asked of them), which the plan leaves to the driver's share.
+
+        On a CPU ``process_peak``, the most that the process held since its start or ``benchmark.forget_peak``,
+        ``before_loading``, what it held before (PyTorch's own share), and ``engine_peak``, the difference, which is to
+        be compared with the plan.
+        """
         if self.device.type == "cuda":
+            stats = torch.cuda.memory_stats(self.device)
+            allocated = stats["allocated_bytes.all.current"]
             return {
-                "allocated": torch.cuda.memory_allocated(self.device),
-                "peak": torch.cuda.max_memory_allocated(self.device),
-                "reserved": torch.cuda.memory_reserved(self.device),
+                "allocated": allocated,
+                "peak": stats["allocated_bytes.all.peak"],
+                "reserved": stats["reserved_bytes.all.current"],
+                "rounding": allocated - stats["requested_bytes.all.current"],
             }
         peak, before = system_memory.resident_peak(), self.plan.before
         return {"engine_peak": max(0, peak - before), "before_loading": before, "process_peak": peak}
