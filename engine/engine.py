@@ -116,7 +116,7 @@ class Engine:
         path: Path | None = None
         if random_weights is None:
             path = resolve(str(model))
-            cfg = load_config(path)
+            cfg = weight_files.stored_config(path, load_config(path))
         else:
             cfg = read_shape(random_weights)
         where = choose_device(device)

@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 
 from octo_run.engine.shapes import SHAPES
 from octo_run.errors import OctoError, UsageError
-from octo_run.models.config import ModelConfig, load_config, parse_config
-from octo_run.models.foreign import read_json_object
+from octo_run.models.config import CONFIG_NAME, ModelConfig, load_config, parse_config
+from octo_run.models.foreign import present, read_json_object
 
 
 class NoTokenizer:
@@ -36,9 +36,9 @@ def read_shape(shape: ModelConfig | str | Path) -> ModelConfig:
     path = Path(shape)
     if str(shape) in SHAPES:
         return parse_config(SHAPES[str(shape)], path)
-    if path.is_dir():
+    if present(path / CONFIG_NAME) or (present(path) and path.is_dir()):
         return load_config(path)
-    if not path.is_file():
+    if not present(path):
         raise UsageError(
             f"There is no file {path}; random weights need a config.json, the folder that holds one, or one of the"
             f" shapes {', '.join(SHAPES)}."

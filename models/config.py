@@ -2,22 +2,37 @@
 
 Nothing here imports torch. Field meanings follow the Hugging Face configuration files of the families below; every
 problem is one :class:`~octo_run.errors.OctoError` that names the file and the field.
+
+A field that is left out means what it means to the transformers library, whose defaults differ between families; but
+the sizes without which a file describes no model are required. A field that the library knows not of is passed over:
+were there tensors to it, they would be unexpected.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from octo_run.errors import OctoError, quoted
-from octo_run.models.foreign import read_json_object
+from octo_run.errors import OctoError, quoted, shown
+from octo_run.models.foreign import present, read_json_object
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 DTYPES = ("bfloat16", "float16", "float32")
 _MAX_INT = 2**31 - 1
 _MAX_LAYERS = 4096
+_MAX_HEAD_DIM = 4096
+# Numbers with which float32 arithmetic works: outside, something is 0, infinite or not a number, or all logits agree.
+_EPS = (2.0**-126, 1.0)  # from the smallest normal number on: GPUs take smaller ones for 0
+_THETA = (1.0, 1e30)
+_FACTOR = (1.0, 1e6)
+_FREQ_FACTOR = (1e-6, 1e6)
+_TEMPERATURE = (1e-10, 1e10)  # or 0
+_PENALTY = (1e-3, 1e3)
+_DEFAULT_EPS = 1e-6
+_DEFAULT_THETA = 10_000.0
+_DEFAULT_WINDOW = 4096
+_DEFAULT_WINDOW_LAYERS = 28
 
 
 @dataclass(frozen=True)
@@ -25,23 +40,26 @@ class Family:
     """What an architecture name settles that its ``config.json`` does not say."""
 
     model_type: str
-    bias_field: bool
+    attention_bias_field: bool = False
     """``attention_bias`` is a field of this family (for q, k, v and o alike)."""
     qkv_bias: bool = False
     mlp_bias_field: bool = False
     qk_norm: bool = False
     sliding: str = "none"
     """``none``: never; ``always``: wherever ``sliding_window`` is set; ``switch``: only with ``use_sliding_window``."""
-    kv_heads_default: bool = False
-    """``num_key_value_heads`` may be left out and then equals ``num_attention_heads``."""
-    head_dim_required: bool = False
+    kv_heads: int | None = None
+    """``num_key_value_heads`` where the field is left out; None, and the field's null: ``num_attention_heads``."""
+    head_dim: int | None = None
+    """``head_dim`` where the field is left out; None: ``hidden_size / num_attention_heads``."""
 
 
 FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": Family("llama", bias_field=True, mlp_bias_field=True, kv_heads_default=True),
-    "MistralForCausalLM": Family("mistral", bias_field=False, sliding="always"),
-    "Qwen2ForCausalLM": Family("qwen2", bias_field=False, qkv_bias=True, sliding="switch"),
-    "Qwen3ForCausalLM": Family("qwen3", bias_field=True, qk_norm=True, sliding="switch", head_dim_required=True),
+    "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
+    "MistralForCausalLM": Family("mistral", sliding="always", kv_heads=8),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, sliding="switch", kv_heads=32),
+    "Qwen3ForCausalLM": Family(
+        "qwen3", attention_bias_field=True, qk_norm=True, sliding="switch", kv_heads=32, head_dim=128
+    ),
 }
 
 
@@ -129,24 +147,18 @@ class _Fields:
             raise self.fail(field, f"is {quoted(value)}, not a whole number from {low} to {high}")
         return value
 
-    def number(self, field: str, default: float | None = None, *, low: float, high: float = math.inf) -> float:
-        """A finite number with ``low <= value <= high``."""
+    def number(self, field: str, default: float | None = None, *, low: float, high: float, zero: bool = False) -> float:
+        """A number with ``low <= value <= high``, or 0 if ``zero``."""
         value = self.raw(field)
         if value is None:
             if default is None:
                 raise self.fail(field, "is missing")
             return default
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        if not good or not low <= value <= high:
-            span = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise self.fail(field, f"is {quoted(value)}, not a number {span}")
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not good or not (low <= value <= high or (zero and value == 0)):
+            span = f"0 or a number from {low:g} to {high:g}" if zero else f"a number from {low:g} to {high:g}"
+            raise self.fail(field, f"is {quoted(value)}, not {span}")
         return float(value)
-
-    def positive(self, field: str, default: float | None = None) -> float:
-        value = self.number(field, default, low=0.0)
-        if value == 0.0:
-            raise self.fail(field, "is 0 where a positive number is needed")
-        return value
 
     def boolean(self, field: str, default: bool = False) -> bool:
         value = self.raw(field)
@@ -171,10 +183,11 @@ class _Fields:
         return _Fields(self.path, value, f"{self.prefix}{field}.")
 
     def token_ids(self, field: str, vocab_size: int | None = None) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing, without repetitions."""
+        """A token id, a list of them, or nothing, without repetitions. -1 means none."""
         value = self.raw(field)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         high = _MAX_INT if vocab_size is None else vocab_size
+        ids = [item for item in ids if item != -1]
         for item in ids:
             if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < high:
                 raise self.fail(field, f"holds {quoted(item)}, which is no token id below {high}")
@@ -184,7 +197,7 @@ class _Fields:
 def load_config(model_dir: Path) -> ModelConfig:
     """Read and check ``model_dir/config.json``. OctoError, naming file and field, for whatever is not supported."""
     path = Path(model_dir) / CONFIG_NAME
-    if not path.exists():
+    if not present(path):
         raise OctoError(f"{path.parent} has no {path.name}, so it is no model folder that octo-run can load.")
     return parse_config(read_json_object(path), path)
 
@@ -199,14 +212,10 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     hidden_size = fields.integer("hidden_size")
     num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
     num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", num_heads if family.kv_heads_default else None)
-    if num_heads % num_kv_heads:
-        raise fields.fail(
-            "num_attention_heads", f"({num_heads}) is no multiple of num_key_value_heads ({num_kv_heads})"
-        )
+    num_kv_heads = _kv_heads(fields, family, num_heads)
     context = fields.integer("max_position_embeddings")
     theta, scaling = _rope(fields, context)
-    bias = _bias(fields, "attention_bias", family.bias_field, architecture)
+    bias = family.attention_bias_field and fields.boolean("attention_bias")
     bos = fields.raw("bos_token_id")
     return ModelConfig(
         architecture=architecture,
@@ -218,16 +227,16 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim(fields, family, hidden_size, num_heads),
         max_position_embeddings=context,
-        rms_norm_eps=fields.positive("rms_norm_eps"),
+        rms_norm_eps=fields.number("rms_norm_eps", _DEFAULT_EPS, low=_EPS[0], high=_EPS[1]),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=fields.boolean("tie_word_embeddings"),
         qkv_bias=bias or family.qkv_bias,
         o_bias=bias,
-        mlp_bias=_bias(fields, "mlp_bias", family.mlp_bias_field, architecture),
+        mlp_bias=family.mlp_bias_field and fields.boolean("mlp_bias"),
         qk_norm=family.qk_norm,
         sliding_window=_sliding_window(fields, family, num_layers, context),
-        bos_token_id=None if bos is None else fields.integer("bos_token_id", low=0, high=vocab_size - 1),
+        bos_token_id=None if bos is None or bos == -1 else fields.integer("bos_token_id", low=0, high=vocab_size - 1),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
         dtype=_dtype(fields),
     )
@@ -238,7 +247,7 @@ def _architecture(fields: _Fields) -> str:
     names = fields.raw("architectures")
     model_type = fields.text("model_type")
     known = ", ".join(FAMILIES)
-    if names is None:
+    if names is None or names == []:
         for architecture, family in FAMILIES.items():
             if family.model_type == model_type:
                 return architecture
@@ -257,32 +266,30 @@ def _architecture(fields: _Fields) -> str:
 def _refuse_variants(fields: _Fields) -> None:
     """Refuse what changes the computation in a way this decoder does not follow."""
     act = fields.text("hidden_act")
-    if act is None:
-        raise fields.fail("hidden_act", "is missing")
-    if act not in ("silu", "swish"):
+    if act not in (None, "silu", "swish"):
         raise fields.fail("hidden_act", f"is {quoted(act)}, and octo-run computes 'silu' only")
     quantization = fields.sub("quantization_config")
     if quantization is not None:
-        method = quantization.text("quant_method") or "unnamed"
+        method = shown(quantization.text("quant_method") or "unnamed", 40)
         problem = f"says that the weights are quantized ({method}), and octo-run reads bf16, fp16 and fp32 weights only"
         raise fields.fail("quantization_config", problem)
 
 
-def _bias(fields: _Fields, field: str, known: bool, architecture: str) -> bool:
-    value = fields.boolean(field)
-    if value and not known:
-        raise fields.fail(field, f"is true, which contradicts the architecture {architecture}")
-    return value
+def _kv_heads(fields: _Fields, family: Family, num_heads: int) -> int:
+    left_out = "num_key_value_heads" not in fields.values
+    num_kv_heads = fields.integer("num_key_value_heads", (family.kv_heads if left_out else None) or num_heads)
+    if num_heads % num_kv_heads:
+        meant = ", which is left out" if left_out else ""
+        problem = f"({num_heads}) is no multiple of num_key_value_heads ({num_kv_heads}{meant})"
+        raise fields.fail("num_attention_heads", problem)
+    return num_kv_heads
 
 
 def _head_dim(fields: _Fields, family: Family, hidden_size: int, num_heads: int) -> int:
-    if fields.raw("head_dim") is None:
-        if family.head_dim_required:
-            raise fields.fail("head_dim", "is missing")
-        if hidden_size % num_heads:
-            problem = f"({hidden_size}) is no multiple of num_attention_heads ({num_heads}), and head_dim is missing"
-            raise fields.fail("hidden_size", problem)
-    head_dim = fields.integer("head_dim", hidden_size // num_heads)
+    if fields.raw("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
+        problem = f"({hidden_size}) is no multiple of num_attention_heads ({num_heads}), and head_dim is missing"
+        raise fields.fail("hidden_size", problem)
+    head_dim = fields.integer("head_dim", family.head_dim or hidden_size // num_heads, high=_MAX_HEAD_DIM)
     if head_dim % 2:
         raise fields.fail("head_dim", f"is {head_dim}, which is odd: rotary embeddings turn pairs of coordinates")
     return head_dim
@@ -292,76 +299,74 @@ def _sliding_window(fields: _Fields, family: Family, num_layers: int, context: i
     """The window in tokens if any layer's attention is shorter than the context, else None."""
     kinds = fields.raw("layer_types")
     if kinds is not None:
-        allowed = {"full_attention"} if family.sliding == "none" else {"full_attention", "sliding_attention"}
+        allowed = ["full_attention"] if family.sliding == "none" else ["full_attention", "sliding_attention"]
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise fields.fail("layer_types", f"is no list of num_hidden_layers ({num_layers}) names")
         for kind in kinds:
             if kind not in allowed:
                 raise fields.fail("layer_types", f"holds {quoted(kind)}, which octo-run does not know here")
-    if family.sliding == "none":
-        if fields.integer("sliding_window", context) < context:
-            raise fields.fail("sliding_window", f"is set, which contradicts model_type {family.model_type!r}")
+    if family.sliding == "none" or (family.sliding == "switch" and not fields.boolean("use_sliding_window")):
         return None
-    # A Mistral file without the field means 4096 (transformers' MistralConfig); null means none.
-    if family.sliding == "always" and "sliding_window" not in fields.values:
-        window: int | None = 4096
-    else:
-        window = None if fields.raw("sliding_window") is None else fields.integer("sliding_window")
+    # Left out, the field means 4096; null means that there is no window.
+    given = fields.values.get("sliding_window", _DEFAULT_WINDOW)
+    window = None if given is None else fields.integer("sliding_window", _DEFAULT_WINDOW)
     if family.sliding == "switch":
-        if not fields.boolean("use_sliding_window"):
+        if kinds is None and fields.integer("max_window_layers", _DEFAULT_WINDOW_LAYERS, low=0) >= num_layers:
             return None
-        if window is None:
-            raise fields.fail("sliding_window", "is missing, and use_sliding_window is true")
-        if kinds is None and fields.integer("max_window_layers", low=0) >= num_layers:
+        if kinds is not None and "sliding_attention" not in kinds:
             return None
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
     return window if window is not None and window < context else None
 
 
 def _rope(fields: _Fields, context: int) -> tuple[float, RopeScaling | None]:
     """Base frequency and scaling, from ``rope_theta`` + ``rope_scaling`` or from ``rope_parameters`` (newer files)."""
-    top = fields.positive("rope_theta", 10_000.0)
-    parameters = fields.sub("rope_parameters")
-    older = fields.sub("rope_scaling")
-    if parameters is not None and older is not None and parameters.values != older.values:
+    theta = fields.number("rope_theta", _DEFAULT_THETA, low=_THETA[0], high=_THETA[1])
+    _refuse_partial_rotary(fields)
+    older, newer = fields.sub("rope_scaling"), fields.sub("rope_parameters")
+    readings = [
+        _rope_object(fields, rope, theta, context) for rope in (older, newer) if rope is not None and rope.values
+    ]
+    if len(readings) == 2 and readings[0] != readings[1]:
         raise fields.fail("rope_scaling", "and rope_parameters are both given and differ")
-    rope = parameters or older
-    if rope is None:
-        return _partial_rotary(fields, fields, top), None
-    theta = rope.positive("rope_theta", top)
+    return readings[0] if readings else (theta, None)
+
+
+def _rope_object(fields: _Fields, rope: _Fields, top: float, context: int) -> tuple[float, RopeScaling | None]:
+    """What ``rope_scaling`` or ``rope_parameters`` says beside the base frequency ``top`` of the file itself."""
+    theta = rope.number("rope_theta", top, low=_THETA[0], high=_THETA[1])
     if fields.raw("rope_theta") is not None and theta != top:
         raise rope.fail("rope_theta", f"({theta:g}) contradicts rope_theta ({top:g})")
     kind = rope.text("rope_type") or rope.text("type")
-    if kind is None and parameters is None:
+    if kind is None and rope.prefix == "rope_scaling.":
         raise rope.fail("rope_type", "is missing")
-    theta = _partial_rotary(fields, rope, theta)
+    _refuse_partial_rotary(rope)
     if kind is None or kind == "default":
         nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
         if nested:
-            raise rope.fail(nested[0], "is an object: rotary parameters per layer kind are not supported")
+            problem = "is an object: rotary parameters per layer kind are not supported"
+            raise rope.fail(shown(nested[0], 60), problem)
         return theta, None
     if kind == "linear":
-        return theta, RopeScaling("linear", rope.number("factor", low=1.0))
+        return theta, RopeScaling("linear", rope.number("factor", low=_FACTOR[0], high=_FACTOR[1]))
     if kind == "llama3":
         return theta, _llama3(rope, context)
     raise rope.fail("rope_type", f"is {quoted(kind)}, and octo-run computes 'default', 'linear' and 'llama3' only")
 
 
-def _partial_rotary(fields: _Fields, rope: _Fields, theta: float) -> float:
-    for place in (fields, rope):
-        part = place.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
-        if part != 1.0:
-            raise place.fail("partial_rotary_factor", f"is {part:g}, and octo-run rotates whole heads only")
-    return theta
+def _refuse_partial_rotary(place: _Fields) -> None:
+    part = place.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
+    if part != 1.0:
+        raise place.fail("partial_rotary_factor", f"is {part:g}, and octo-run rotates whole heads only")
 
 
 def _llama3(rope: _Fields, context: int) -> RopeScaling:
-    low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
+    low, high = (
+        rope.number(name, low=_FREQ_FACTOR[0], high=_FREQ_FACTOR[1]) for name in ("low_freq_factor", "high_freq_factor")
+    )
     if high <= low:
         raise rope.fail("high_freq_factor", f"({high:g}) is not greater than low_freq_factor ({low:g})")
-    original = rope.integer("original_max_position_embeddings")
-    return RopeScaling("llama3", rope.number("factor", low=1.0), low, high, original)
+    original = rope.integer("original_max_position_embeddings", context)
+    return RopeScaling("llama3", rope.number("factor", low=_FACTOR[0], high=_FACTOR[1]), low, high, original)
 
 
 def _dtype(fields: _Fields) -> str:
@@ -373,17 +378,25 @@ def _dtype(fields: _Fields) -> str:
 
 
 def load_generation_defaults(model_dir: Path) -> GenerationDefaults:
-    """Read ``model_dir/generation_config.json``; without the file: greedy. OctoError for values out of range."""
+    """Read ``model_dir/generation_config.json``; without the file: greedy. OctoError for values out of range.
+
+    ``top_k`` -1 is off, as 0 is. ``top_p`` 0 and ``min_p`` 1 leave the most probable token: ``top_k`` 1.
+    """
     path = Path(model_dir) / GENERATION_CONFIG_NAME
-    if not path.exists():
+    if not present(path):
         return GenerationDefaults()
     fields = _Fields(path, read_json_object(path))
+    top_k = max(0, fields.integer("top_k", 0, low=-1))
+    top_p = fields.number("top_p", 1.0, low=0.0, high=1.0)
+    min_p = fields.number("min_p", 0.0, low=0.0, high=1.0)
+    if top_p == 0.0 or min_p == 1.0:
+        top_k, top_p, min_p = 1, 1.0, 0.0
     return GenerationDefaults(
         do_sample=fields.boolean("do_sample"),
-        temperature=fields.number("temperature", 1.0, low=0.0),
-        top_k=fields.integer("top_k", 0, low=0),
-        top_p=fields.number("top_p", 1.0, low=0.0, high=1.0),
-        min_p=fields.number("min_p", 0.0, low=0.0, high=1.0),
-        repetition_penalty=fields.positive("repetition_penalty", 1.0),
+        temperature=fields.number("temperature", 1.0, low=_TEMPERATURE[0], high=_TEMPERATURE[1], zero=True),
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=fields.number("repetition_penalty", 1.0, low=_PENALTY[0], high=_PENALTY[1]),
         eos_token_ids=fields.token_ids("eos_token_id"),
     )

@@ -68,7 +68,7 @@ class Decoder:
         self.cfg = cfg
         self.embedding = weights.pop("model.embed_tokens.weight")
         self.final_norm = weights.pop("model.norm.weight")
-        self.head = self.embedding if cfg.tie_word_embeddings else weights.pop("lm_head.weight")
+        self.head = weights.pop("lm_head.weight", self.embedding)
         self.layers = [self._layer(weights, f"model.layers.{i}.", v_rotation) for i in range(cfg.num_layers)]
         self.k_rotation = None if k_rotation is None else k_rotation.to(self.embedding).T.contiguous()
         self.inv_freq = rope.inverse_frequencies(cfg, self.embedding.device)

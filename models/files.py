@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from octo_run.errors import OctoError
+from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME
-from octo_run.models.foreign import read_json_object
+from octo_run.models.foreign import MAX_WEIGHT_FILES, present, read_json_object
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,12 +32,12 @@ def weight_files(model_dir: Path) -> tuple[Path, ...]:
     OctoError when there is neither, or when the index is not one.
     """
     model_dir = Path(model_dir)
-    if (model_dir / SINGLE_NAME).exists():
+    if present(model_dir / SINGLE_NAME):
         return (model_dir / SINGLE_NAME,)
-    if (model_dir / INDEX_NAME).exists():
+    if present(model_dir / INDEX_NAME):
         return tuple(model_dir / name for name in sorted(set(read_index(model_dir / INDEX_NAME).values())))
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model_dir.glob(pattern))
-    other = f" (pickled weights such as {pickles[0]} are never opened)" if pickles else ""
+    other = f" (pickled weights such as {shown(pickles[0], 60)} are never opened)" if pickles else ""
     raise OctoError(f"{model_dir} has neither {SINGLE_NAME} nor {INDEX_NAME}{other}, so there are no weights to load.")
 
 
@@ -48,18 +48,22 @@ def read_index(path: Path) -> dict[str, str]:
         raise OctoError(f"{path}: weight_map is missing or no object with entries.")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
-            raise OctoError(f"{path}: weight_map gives {name!r} the file {file!r}, not a plain .safetensors name.")
+            raise OctoError(
+                f"{path}: weight_map gives {quoted(name)} the file {quoted(file)}, not a plain .safetensors name."
+            )
+    if len(set(weight_map.values())) > MAX_WEIGHT_FILES:
+        raise OctoError(f"{path}: weight_map names more than {MAX_WEIGHT_FILES:,} files.")
     return weight_map
 
 
 def missing_files(model_dir: Path) -> list[str]:
     """Names of files without which the folder cannot be loaded: its config, a tokenizer, its weight files."""
     model_dir = Path(model_dir)
-    missing = [] if (model_dir / CONFIG_NAME).is_file() else [CONFIG_NAME]
-    if not any((model_dir / name).is_file() for name in TOKENIZER_NAMES):
+    missing = [] if present(model_dir / CONFIG_NAME) else [CONFIG_NAME]
+    if not any(present(model_dir / name) for name in TOKENIZER_NAMES):
         missing.append(" or ".join(TOKENIZER_NAMES))
     try:
         files = weight_files(model_dir)
     except OctoError:
         return [*missing, f"{SINGLE_NAME} or {INDEX_NAME}"]
-    return missing + [path.name for path in files if not path.is_file()]
+    return missing + [path.name for path in files if not present(path)]

@@ -1,27 +1,58 @@
 """Reading what somebody else made: one boundary for faults, one set of limits.
 
-Every file of a model folder, of the cache and of the Hub is foreign. It is read through :func:`read_bytes`,
-:func:`read_text` or :func:`read_json_object`, which take regular files of a known largest size only, and parsed inside
-:func:`parsing`, which turns whatever a parser throws into one :class:`~octo_run.errors.OctoError` that names the file.
-Nothing here imports torch.
+Every file of a model folder, of the cache and of the Hub is foreign. It is opened by :func:`open_regular`, read through
+:func:`read_bytes`, :func:`read_text` or :func:`read_json_object`, and parsed inside :func:`parsing`, which turns
+whatever a parser throws into one :class:`~octo_run.errors.OctoError` that names the file. Nothing here imports torch.
+
+The limits, for every reader:
+
+- regular files only (no pipe, device or folder), opened without waiting;
+- at most ``MAX_FILE_BYTES`` of a file that is read whole, and ``MAX_JSON_ITEMS`` items of a JSON document: within them,
+  parsing takes less than 1 GB and a few seconds, whatever the content;
+- weight files, which are not read whole: ``MAX_HEADER_BYTES`` of a header, ``MAX_TENSORS`` tensors with
+  ``MAX_DIMENSIONS`` dimensions each, and ``MAX_WEIGHT_FILES`` files of one model.
 """
 
 import json
+import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from octo_run.errors import OctoError, quoted
 
-#: Bytes at most of a JSON file, a vocabulary or a template (the largest real one, a tokenizer.json, has some 40 MB).
-MAX_FILE_BYTES = 256 << 20
-#: Items at most of one JSON document: names, values, list entries.
-MAX_JSON_ITEMS = 8_000_000
+#: Bytes at most of a JSON file, a vocabulary or a template (the largest real one, a tokenizer.json, has some 33 MB).
+MAX_FILE_BYTES = 64 << 20
+#: Items at most of one JSON document: names, values, list entries (that tokenizer.json has some 1.9 million).
+MAX_JSON_ITEMS = 2_500_000
+#: Bytes at most of a safetensors header (the limit of the safetensors library).
+MAX_HEADER_BYTES = 100_000_000
+#: Tensors at most in one safetensors file (real ones have some thousands).
+MAX_TENSORS = 100_000
+#: Dimensions at most of a tensor.
+MAX_DIMENSIONS = 64
+#: Weight files at most of one model (real ones have up to some hundreds).
+MAX_WEIGHT_FILES = 10_000
 
 AGAIN = "fetch the model again"
+
+
+def present(path: Path) -> bool:
+    """Whether there is something at ``path``; also if it cannot be looked at, which :func:`open_regular` then explains.
+
+    ``Path.exists`` raises for a folder that may not be read and for a name that is too long.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -75,14 +106,46 @@ def read_json_object(path: Path, limit: int = MAX_FILE_BYTES) -> dict[str, Any]:
     return json_object(read_bytes(path, limit), path)
 
 
-def json_object(data: bytes, source: object) -> dict[str, Any]:
-    """The JSON object in ``data``, UTF-8. OctoError, naming ``source``, for anything else."""
+def json_object(data: bytes, source: object, *, strict: bool = False) -> dict[str, Any]:
+    """The JSON object in ``data``, UTF-8. OctoError, naming ``source``, for anything else.
+
+    ``strict`` refuses what Python's parser lets through and others do not: NaN and numbers that float64 does not hold,
+    halves of surrogate pairs, and an object that has a name twice.
+    """
     with parsing(source, "JSON"):
         if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_ITEMS:
             raise ValueError(f"more than {MAX_JSON_ITEMS:,} items")
-        value = json.loads(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        value = _strict(text) if strict else json.loads(text)
     if not isinstance(value, dict):
-        raise OctoError(f"{source} holds a JSON {type(value).__name__} where an object is needed.")
+        raise OctoError(f"{source} holds a JSON {type(value).__name__} where an object is needed: {AGAIN}.")
+    return value
+
+
+def _strict(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return result
+
+    def real(digits: str) -> float:
+        if math.isinf(value := float(digits)):
+            raise ValueError("a number is out of range")
+        return value
+
+    def integer(digits: str) -> int | float:
+        return real(digits) if digits == "-0" or len(digits) > 300 else int(digits)
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number")
+
+    value = json.loads(text, object_pairs_hook=unique, parse_float=real, parse_int=integer, parse_constant=constant)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair") from None
     return value
 
 
@@ -101,6 +164,8 @@ def parsing(source: object, kind: str, advice: str = AGAIN) -> Iterator[None]:
     except MemoryError as error:
         raise OctoError(f"{source} asks for more memory than there is: {advice}.") from error
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OctoError(f"{source} cannot be read: {_reason(error)}.") from error
         raise OctoError(f"{source} is not valid {kind} ({_reason(error)}): {advice}.") from error
 
 

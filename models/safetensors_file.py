@@ -1,136 +1,219 @@
 """Reading safetensors files: the header checked against the file before a single byte of data is used.
 
 The format (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length, that many bytes
-of JSON (name -> dtype, shape, data_offsets), then the data. The file is memory-mapped; a tensor's pages are handed
-back as soon as it has been copied, so that loading never holds the model twice.
+of JSON (name -> dtype, shape, data_offsets), then the data. What the safetensors library accepts is accepted, and no
+more; but for a name that occurs twice and for what the limits in :mod:`octo_run.models.foreign` exclude.
+
+Data is read, not mapped: a mapped file that shrinks would end the process. It is read piece by piece straight into the
+tensor, so that loading never holds the model twice, and only as long as the file is the one whose header was read.
 """
 
-import json
 import math
-import mmap
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from octo_run.errors import OctoError
+from octo_run.errors import OctoError, quoted
+from octo_run.models.foreign import (
+    AGAIN,
+    MAX_DIMENSIONS,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    json_object,
+    open_regular,
+    parsing,
+)
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library."""
+ITEM_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "BF16": 16, "F16": 16, "F32": 32, "F64": 64, "C64": 64}
+ITEM_BITS |= dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+ITEM_BITS |= {f"{sign}{bits}": bits for bits in (8, 16, 32, 64) for sign in "IU"}
+"""Bits of an item of every dtype of the format; those of ``FLOAT_DTYPES`` can be read as weights."""
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1} | {
-    f"{sign}{8 * size}": size for size in (1, 2, 4, 8) for sign in "IU"
-}
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE_ITEMS = 2 << 20
+"""Items that are read at once when they have to be converted or copied to another device."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as it was when its header was read: another inode, size or time of change (ns) makes it another file."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    changed: int
 
 
 @dataclass(frozen=True)
 class TensorEntry:
     """Where a tensor lies: ``start`` and ``end`` are byte positions in the file, inside its bounds."""
 
-    path: Path
+    file: StoredFile
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
 
+    @property
+    def path(self) -> Path:
+        """The file's path."""
+        return self.file.path
+
 
 def _broken(path: Path, problem: str) -> OctoError:
-    return OctoError(f"{path} is no complete safetensors file ({problem}): fetch the model again.")
+    return OctoError(f"{path} is no complete safetensors file ({problem}): {AGAIN}.")
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a safetensors file by name. OctoError, naming the file, unless every entry lies inside the file,
     has as many bytes as its shape and dtype need, and the entries cover the data without gap or overlap."""
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8:
-                raise _broken(path, f"it has {size} bytes")
-            if length > MAX_HEADER_BYTES or 8 + length > size:
-                raise _broken(path, f"its header claims {length:,} bytes and the file has {size:,}")
-            text = file.read(length)
-    except FileNotFoundError:
-        raise OctoError(f"{path} is missing: fetch the model again.") from None
-    except OSError as error:
-        raise OctoError(f"{path} cannot be read: {error.strerror or error}.") from None
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_names)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its header is not valid JSON, {error}") from None
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is no JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, 8 + length, size) for name, value in header.items()}
-    _check_cover(path, entries, 8 + length, size)
+    with open_regular(path) as data, parsing(path, "safetensors"):
+        file = _stored(path, data)
+        length = int.from_bytes(data.read(8), "little")
+        if file.size < 8:
+            raise _broken(path, f"it has {file.size} bytes")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, file.size - 8):
+            raise _broken(path, f"its header claims {length:,} bytes and the file has {file.size:,}")
+        text = bytearray(length)
+        _fill(data, memoryview(text), 8, file)
+    header = json_object(bytes(text), f"The header of {path}", strict=True)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise _broken(path, "its __metadata__ is no object of texts")
+    if len(header) > MAX_TENSORS:
+        raise OctoError(f"{path} has {len(header):,} tensors, and octo-run reads {MAX_TENSORS:,} at most.")
+    entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
+    _check_cover(file, entries, 8 + length)
     return entries
 
 
-def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
+def _stored(path: Path, data: BinaryIO) -> StoredFile:
+    now = os.fstat(data.fileno())
+    return StoredFile(path, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+
+
+def _fill(data: BinaryIO, target: memoryview, start: int, file: StoredFile) -> None:
+    """Read bytes from position ``start`` on until ``target`` is full."""
+    data.seek(start)
+    done = 0
+    while done < len(target):
+        count = data.readinto(target[done:])  # type: ignore[attr-defined]  # unbuffered: a FileIO
+        if not count:
+            raise _changed(file)
+        done += count
+
+
+def _changed(file: StoredFile) -> OctoError:
+    return OctoError(f"{file.path} was changed or replaced while it was read: load it again when it is at rest.")
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
 
 
-def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> TensorEntry:
+def _entry(file: StoredFile, name: str, value: Any, data_start: int) -> TensorEntry:
+    path = file.path
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        raise _broken(path, f"the entry of {name!r} lacks dtype, shape or data_offsets")
+        raise _broken(path, f"the entry of {quoted(name)} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise OctoError(f"{path}: the tensor {name!r} has the dtype {dtype!r}, which octo-run does not know.")
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
+        raise OctoError(
+            f"{path}: the tensor {quoted(name)} has the dtype {quoted(dtype)}, which octo-run does not know."
+        )
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise _broken(path, f"the shape of {name!r} is {shape!r}")
+        raise _broken(path, f"the shape of {quoted(name)} is {quoted(shape)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise OctoError(f"{path}: the tensor {quoted(name)} has {len(shape):,} dimensions, more than {MAX_DIMENSIONS}.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise _broken(path, f"the data_offsets of {name!r} are {offsets!r}")
+        raise _broken(path, f"the data_offsets of {quoted(name)} are {quoted(offsets)}")
     start, end = data_start + offsets[0], data_start + offsets[1]
-    if not start <= end <= size:
-        raise _broken(path, f"{name!r} ends at byte {end:,} and the file at {size:,}")
-    if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _broken(path, f"{name!r} has {end - start:,} bytes, not those of {dtype} {shape}")
-    return TensorEntry(path, dtype, tuple(shape), start, end)
+    if not start <= end <= file.size:
+        raise _broken(path, f"{quoted(name)} ends at byte {end:,} and the file at {file.size:,}")
+    items = 1
+    for size in shape:  # as the library multiplies: a 0 behind an overflow does not mend it
+        items *= size
+        if items >= 2**64:
+            break
+    if (end - start) * 8 != items * ITEM_BITS[dtype]:
+        raise _broken(path, f"{quoted(name)} has {end - start:,} bytes, not those of {dtype} {quoted(shape)}")
+    return TensorEntry(file, dtype, tuple(shape), start, end)
 
 
-def _check_cover(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> None:
+def _check_cover(file: StoredFile, entries: dict[str, TensorEntry], data_start: int) -> None:
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:
-            raise _broken(path, f"{name!r} starts at byte {entry.start:,} where {position:,} is due")
+            raise _broken(file.path, f"{quoted(name)} starts at byte {entry.start:,} where {position:,} is due")
         position = entry.end
-    if position != size:
-        raise _broken(path, f"its tensors end at byte {position:,} and the file at {size:,}")
+    if position != file.size:
+        raise _broken(file.path, f"its tensors end at byte {position:,} and the file at {file.size:,}")
 
 
-class MappedFile:
-    """A memory-mapped safetensors file whose tensors are copied out one by one."""
+class TensorFile:
+    """An open safetensors file whose tensors are read one by one; a context manager.
 
-    def __init__(self, path: Path) -> None:
+    OctoError if the file is not the one whose header was read, or stops being it.
+    """
+
+    def __init__(self, file: StoredFile) -> None:
+        self.file = file
+        self._data = open_regular(file.path)
         try:
-            with path.open("rb") as file:
-                # A private writable mapping: torch warns about read-only buffers, and nothing is ever written.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise OctoError(f"{path} cannot be mapped into memory: {error}.") from None
+            self._check()
+        except OctoError:
+            self._data.close()
+            raise
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._data.close()
+
+    def _check(self) -> None:
+        if _stored(self.file.path, self._data) != self.file:
+            raise _changed(self.file)
 
     def read(self, entry: TensorEntry, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """A copy of the tensor on ``device`` in ``dtype``; the pages it came from are given back."""
-        if entry.end > len(self._map):
-            raise _broken(entry.path, f"it shrank to {len(self._map):,} bytes while it was read")
-        if entry.start == entry.end:
-            return torch.empty(entry.shape, device=device, dtype=dtype)
-        source = FLOAT_DTYPES[entry.dtype]
-        count = math.prod(entry.shape)
-        view = torch.frombuffer(self._map, dtype=source, count=count, offset=entry.start).view(entry.shape)
-        result = view.to(device=device, dtype=dtype, copy=True)
-        del view
-        first = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, entry.end - first)
+        """A tensor of its own on ``device`` in ``dtype``, of an entry whose dtype is one of ``FLOAT_DTYPES``."""
+        if math.prod(max(1, size) for size in entry.shape) >= 2**60:  # next to a 0
+            raise OctoError(f"{entry.path}: no tensor can have the shape {quoted(entry.shape)}.")
+        result = torch.empty(entry.shape, device=device, dtype=dtype)
+        flat = result.view(-1)
+        if device.type == "cpu" and dtype == FLOAT_DTYPES[entry.dtype]:
+            self._read_into(flat, entry.start)
+        else:
+            position = 0
+            for piece in self.pieces(entry, pinned=device.type == "cuda"):
+                flat[position : position + len(piece)].copy_(piece)
+                position += len(piece)
+        self._check()
         return result
+
+    def pieces(self, entry: TensorEntry, pinned: bool = False) -> Iterator[Tensor]:
+        """The tensor's items in order, as stored, ``PIECE_ITEMS`` at most at once; a piece is gone with the next.
+
+        ``pinned``: in page-locked memory, for copies to a GPU.
+        """
+        source = FLOAT_DTYPES[entry.dtype]
+        count = (entry.end - entry.start) // source.itemsize
+        buffer = torch.empty(min(count, PIECE_ITEMS), dtype=source, pin_memory=pinned)
+        for first in range(0, count, PIECE_ITEMS):
+            piece = buffer[: min(PIECE_ITEMS, count - first)]
+            self._read_into(piece, entry.start + first * source.itemsize)
+            self._check()
+            yield piece
+
+    def _read_into(self, flat: Tensor, start: int) -> None:
+        if len(flat):
+            with parsing(self.file.path, "safetensors"):
+                _fill(self._data, flat.view(torch.uint8).numpy().data, start, self.file)

@@ -3,19 +3,28 @@
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from octo_run.errors import OctoError
+from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import ModelConfig
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, read_index, weight_files
-from octo_run.models.safetensors_file import FLOAT_DTYPES, MappedFile, TensorEntry, read_header
+from octo_run.models.foreign import present
+from octo_run.models.safetensors_file import FLOAT_DTYPES, StoredFile, TensorEntry, TensorFile, read_header
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED = 4
-# Buffers that older checkpoints carry along; they are computed from the configuration instead.
-_HARMLESS = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+# Tensors that checkpoints carry along and the decoder needs not: buffers that are computed from the configuration,
+# scales of a quantised KV cache (octo-run has formats of its own), and heads that predict further tokens.
+_HARMLESS = re.compile(
+    r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"
+    r"|model\.layers\.\d+\.self_attn\.(attn\.)?([qkv]_proj\.|kv_proj\.|qkv_proj\.)?([qkv]|kv|prob)_(scale|zero_point)"
+    r"|(model\.)?mtp\..+",
+    re.DOTALL,
+)
 
 
 def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -25,7 +34,7 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     hidden, inner = cfg.hidden_size, cfg.intermediate_size
     q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (cfg.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (cfg.vocab_size, hidden)}
     linear = {
         "self_attn.q_proj": (q_size, hidden, cfg.qkv_bias),
         "self_attn.k_proj": (kv_size, hidden, cfg.qkv_bias),
@@ -48,7 +57,7 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if not cfg.tie_word_embeddings:
-        shapes["lm_head.weight"] = (cfg.vocab_size, hidden)
+        shapes[HEAD] = (cfg.vocab_size, hidden)
     return shapes
 
 
@@ -66,7 +75,7 @@ def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:
     """Name -> place of every tensor in the model folder's weight files, all headers checked, no data read."""
     model_dir = Path(model_dir)
     files = weight_files(model_dir)
-    missing = [path.name for path in files if not path.exists()]
+    missing = [path.name for path in files if not present(path)]
     if missing:
         count = f"{len(missing)} of {len(files)} weight files missing"
         raise OctoError(f"{model_dir} is not complete: {count} ({_listing(missing)}), so fetch the model again.")
@@ -74,22 +83,60 @@ def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:
     for path in files:
         for name, entry in read_header(path).items():
             if name in found:
-                raise OctoError(f"{model_dir}: the tensor {name!r} is in {found[name].path.name} and in {path.name}.")
+                first, second = shown(found[name].path.name, 60), shown(path.name, 60)
+                raise OctoError(f"{model_dir}: the tensor {quoted(name)} is in {first} and in {second}.")
             found[name] = entry
     if files[0].name != SINGLE_NAME:
         for name, file in read_index(model_dir / INDEX_NAME).items():
-            if name not in found or found[name].path.name != file:
-                raise OctoError(f"{model_dir}: {INDEX_NAME} places {name!r} in {file}, which does not hold it.")
+            # An entry that no file holds is of no account, unless the tensor is needed and then missing.
+            if name in found and found[name].path.name != file:
+                raise OctoError(
+                    f"{model_dir}: {INDEX_NAME} places {quoted(name)} in {shown(file, 60)}, which does not hold it."
+                )
     return found
+
+
+def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
+    """``cfg`` with ``tie_word_embeddings`` as the stored tensors have it.
+
+    Where ``cfg`` ties the output head to the embedding and the files hold a head of other values, the stored head
+    counts and the result is not tied. A head with the embedding's values (of whatever dtype) stays tied, and so is one
+    without an embedding beside it. Reads headers, and both tensors as far as they agree. OctoError as
+    :func:`load_weights`.
+    """
+    return _stored_config(cfg, locate_tensors(model_dir)) if cfg.tie_word_embeddings else cfg
+
+
+def _stored_config(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConfig:
+    if not cfg.tie_word_embeddings or HEAD not in found or EMBEDDING not in found:
+        return cfg
+    return cfg if _same_values(found[EMBEDDING], found[HEAD]) else replace(cfg, tie_word_embeddings=False)
+
+
+def _same_values(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two stored tensors have one shape and the same values; compared piece by piece."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= FLOAT_DTYPES.keys():
+        return False
+    with TensorFile(one.file) as first, TensorFile(other.file) as second:
+        for left, right in zip(first.pieces(one), second.pieces(other), strict=True):
+            if left.dtype == right.dtype:
+                same = torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+            else:
+                same = torch.equal(left.to(torch.float64), right.to(torch.float64))
+            if not same:
+                return False
+    return True
 
 
 def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The entries of ``found`` that the decoder needs. OctoError listing missing, unexpected and misshapen tensors."""
     expected = expected_tensors(cfg)
+    if cfg.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
+        found = found | {EMBEDDING: found[HEAD]}
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected and not _harmless(name, cfg)]
     shapes = [
-        f"{name} is {list(found[name].shape)} instead of {list(shape)}"
+        f"{name} is {quoted(list(found[name].shape))} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
     ]
@@ -112,13 +159,13 @@ def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntr
 
 
 def _harmless(name: str, cfg: ModelConfig) -> bool:
-    return _HARMLESS.fullmatch(name) is not None or (cfg.tie_word_embeddings and name == "lm_head.weight")
+    return _HARMLESS.fullmatch(name) is not None or (cfg.tie_word_embeddings and name == HEAD)
 
 
 def _listing(names: Iterable[str]) -> str:
     items = list(names)
     more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more
+    return ", ".join(shown(item, 80) for item in items[:_LISTED]) + more
 
 
 def load_weights(
@@ -127,21 +174,25 @@ def load_weights(
     """Read the tensors of :func:`expected_tensors` from ``model_dir`` to ``device`` in ``dtype``.
 
     Headers, names, shapes and dtypes of all files are checked before any data is read; then one tensor at a time is
-    copied from the memory-mapped file, so at most one tensor exists twice. OctoError for every defect, also when a
-    value does not fit into float16.
+    read, straight into the memory it is to have. A stored output head counts as :func:`stored_config` says, so the
+    result has ``lm_head.weight`` exactly if that is not tied. OctoError for every defect, also when a value does not
+    fit into float16 and when a file is changed or replaced meanwhile.
     """
     device = torch.device(device)
-    entries = check_tensors(model_dir, cfg, locate_tensors(model_dir))
-    by_file: dict[Path, list[str]] = {}
+    found = locate_tensors(model_dir)
+    entries = check_tensors(model_dir, _stored_config(cfg, found), found)
+    by_file: dict[StoredFile, list[str]] = {}
     for name, entry in entries.items():
-        by_file.setdefault(entry.path, []).append(name)
+        by_file.setdefault(entry.file, []).append(name)
     weights: dict[str, Tensor] = {}
-    for path, names in by_file.items():
-        mapped = MappedFile(path)
-        for name in sorted(names, key=lambda item: entries[item].start):
-            weights[name] = mapped.read(entries[name], device, dtype)
-            if dtype == torch.float16 and entries[name].dtype != "F16" and not bool(weights[name].isfinite().all()):
-                raise OctoError(f"{path}: {name} has values that float16 cannot hold: choose bfloat16 or float32.")
+    for file, names in by_file.items():
+        with TensorFile(file) as data:
+            for name in sorted(names, key=lambda item: entries[item].start):
+                weights[name] = data.read(entries[name], device, dtype)
+                if dtype == torch.float16 and entries[name].dtype != "F16" and not weights[name].isfinite().all():
+                    raise OctoError(
+                        f"{file.path}: {name} has values that float16 cannot hold: choose bfloat16 or float32."
+                    )
     return {name: weights[name] for name in entries}
 
 

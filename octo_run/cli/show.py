@@ -49,10 +49,12 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     from octo_run.engine.plan import free_memory
     from octo_run.models.config import load_config
     from octo_run.models.hub import resolve
-    from octo_run.models.weights import expected_tensors, weight_bytes
+    from octo_run.models.weights import expected_tensors, stored_config, weight_bytes
 
     path = resolve(model)
     cfg = load_config(path)
+    if any(path.glob("*.safetensors")):  # a folder with a configuration alone can be described, too
+        cfg = stored_config(path, cfg)
     where = choose_device(device)
     kind = choose_dtype(dtype, cfg, where)
     return {

@@ -1,7 +1,9 @@
 """Configuration files: what is understood, and one sentence naming file and field for everything else."""
 
+import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def test_rope_scaling_old_and_new_form() -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type is 'longrope'"),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.rope_type is missing"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
-        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5, not a number of at least 1"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor is 0.5, not a number from 1 to"),
         ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}}, "low_freq_factor is missing"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor (1) is not greater than"),
         ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings is 0"),
@@ -156,8 +158,6 @@ def test_rope_refusals(changes: dict[str, Any], words: str) -> None:
         "num_hidden_layers",
         "num_attention_heads",
         "max_position_embeddings",
-        "rms_norm_eps",
-        "hidden_act",
     ],
 )
 def test_missing_fields(field: str) -> None:
@@ -173,8 +173,7 @@ def test_missing_fields(field: str) -> None:
         ("llama", {"architectures": "LlamaForCausalLM"}, "not a list with one name"),
         ("llama", {"model_type": "mistral"}, "model_type is 'mistral', which contradicts architectures"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads (4) is no multiple of num_key_value_heads (3)"),
-        ("qwen2", {"num_key_value_heads": ...}, "num_key_value_heads is missing"),
-        ("qwen3", {"head_dim": ...}, "head_dim is missing"),
+        ("qwen2", {"num_key_value_heads": ...}, "no multiple of num_key_value_heads (32, which is left out)"),
         ("llama", {"head_dim": 15}, "head_dim is 15, which is odd"),
         ("llama", {"hidden_size": 63}, "hidden_size (63) is no multiple of num_attention_heads (4)"),
         ("llama", {"hidden_size": "64"}, "hidden_size is '64', not a whole number"),
@@ -189,15 +188,12 @@ def test_missing_fields(field: str) -> None:
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and octo-run computes 'silu' only"),
         ("llama", {"hidden_act": 3}, "hidden_act is 3, not a text"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
-        ("mistral", {"attention_bias": True}, "attention_bias is true, which contradicts the architecture"),
-        ("qwen2", {"mlp_bias": True}, "mlp_bias is true, which contradicts the architecture"),
-        ("llama", {"sliding_window": 100}, "sliding_window is set, which contradicts model_type 'llama'"),
         ("llama", {"layer_types": ["sliding_attention"] * 2}, "layer_types holds 'sliding_attention'"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types is no list of num_hidden_layers (2) names"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": None}, "sliding_window is missing"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
         ("llama", {"eos_token_id": 1000}, "eos_token_id holds 1000, which is no token id below 1000"),
         ("llama", {"eos_token_id": [1, "2"]}, "eos_token_id holds '2'"),
-        ("llama", {"bos_token_id": -1}, "bos_token_id is -1"),
+        ("llama", {"bos_token_id": -2}, "bos_token_id is -2"),
         ("llama", {"torch_dtype": "float8"}, "dtype is 'float8', not one of bfloat16, float16, float32"),
     ],
 )
@@ -211,6 +207,9 @@ def test_sliding_window() -> None:
     assert parse("mistral").sliding_window is None
     assert parse("mistral", sliding_window=..., max_position_embeddings=8192).sliding_window == 4096
     assert parse("qwen2", sliding_window=512, use_sliding_window=False).sliding_window is None
+    assert parse(sliding_window=512).sliding_window is None  # Llama has no such field
+    # Mistral's window is there whatever layer_types says; Qwen's layers are of the kinds it lists.
+    assert parse("mistral", sliding_window=512, layer_types=["full_attention"] * 2).sliding_window == 512
     switched = {"sliding_window": 512, "use_sliding_window": True}
     assert parse("qwen2", **switched, max_window_layers=1).sliding_window == 512
     assert parse("qwen2", **switched, max_window_layers=2).sliding_window is None
@@ -223,6 +222,145 @@ def test_token_ids_and_dtype() -> None:
     assert (cfg.eos_token_ids, cfg.bos_token_id, cfg.dtype) == ((5, 6), 1, "float32")
     assert parse(torch_dtype="torch.float16").dtype == "float16"
     assert parse().dtype == "bfloat16"
+
+
+def test_minus_one_is_no_token() -> None:
+    cfg = parse(eos_token_id=-1, bos_token_id=-1, pad_token_id=-1)
+    assert (cfg.eos_token_ids, cfg.bos_token_id) == ((), None)
+    assert parse(eos_token_id=[7, -1]).eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        # float32 breaks: infinite, 0, or all logits equal
+        ("rms_norm_eps", [1e39, 1e10, 5e-324, 1e-39, 0, -1e-5, float("inf"), 10**400]),
+        ("rope_theta", [5e-324, 1e-30, 0.5, 1e31, 1e308, 10**400]),
+        ("rope_scaling", [{"type": "linear", "factor": 1e39}, {"type": "linear", "factor": 10**400}]),
+        ("rope_scaling", [LLAMA3 | {"factor": 1e39}, LLAMA3 | {"low_freq_factor": 1e-320}]),
+        ("rope_scaling", [LLAMA3 | {"high_freq_factor": 1e39}, LLAMA3 | {"original_max_position_embeddings": 2**40}]),
+        ("rope_parameters", [{"rope_type": "default", "rope_theta": 5e-324}]),
+        ("partial_rotary_factor", [5e-324, 1e300]),
+        # no machine holds or computes these
+        ("head_dim", [2**30, 4098]),
+        ("num_hidden_layers", [10**6]),
+        ("max_position_embeddings", [2**31, 10**400]),
+    ],
+)
+def test_numbers_with_which_arithmetic_breaks(field: str, bad: list[Any]) -> None:
+    for value in bad:
+        assert field in refused(**{field: value})
+
+
+def test_arithmetic_works_at_the_limits() -> None:
+    """Norms and rotary frequencies stay finite and positive at the ends of what is accepted."""
+    import torch
+
+    from octo_run.models import rope
+    from octo_run.models.decoder import rms_norm
+
+    for eps in (2.0**-126, 1.0):
+        cfg = parse(rms_norm_eps=eps)
+        for x in (torch.zeros(1, 64), torch.full((1, 64), 1e4)):
+            assert rms_norm(x, torch.ones(64), cfg.rms_norm_eps).isfinite().all()
+    linear = [{"type": "linear", "factor": factor} for factor in (1.0, 1e6)]
+    ends = [(1e-6, 2e-6), (1e-6, 1e6), (9e5, 1e6)]
+    llama3 = [LLAMA3 | {"factor": 1e6, "low_freq_factor": low, "high_freq_factor": high} for low, high in ends]
+    for theta in (1.0, 1e30):
+        for scaling in (None, *linear, *llama3):
+            freq = rope.inverse_frequencies(parse(rope_theta=theta, rope_scaling=scaling), torch.device("cpu"))
+            assert freq.isfinite().all() and (freq > 0).all() and freq.max() <= 1.0
+
+
+JUNK = [[], {}, [[]], {"a": 1}, "x", "\x1b[31m" * 1000, True, -3, 1.5, float("nan"), 10**400, ["x" * 5000], [{}] * 99]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_field_with_every_kind_of_value(family: str) -> None:
+    """Lists, objects, texts and huge numbers anywhere: a configuration or one short sentence."""
+    rope_fields = [*LLAMA3, "type", "rope_theta", "partial_rotary_factor"]
+    names = [*FAMILIES[family], "architectures", "attention_bias", "mlp_bias", "head_dim", "rope_theta", "rope_scaling",
+             "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "dtype",
+             "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config",
+             "original_max_position_embeddings"]  # fmt: skip
+    changes = [{name: value} for name in names for value in JUNK]
+    changes += [{"rope_scaling": LLAMA3 | {name: value}} for name in rope_fields for value in JUNK]
+    changes += [{"rope_parameters": {"rope_type": "default", "\x1b]52;" * 99: value}} for value in JUNK]
+    changes += [{"quantization_config": {"quant_method": value}} for value in JUNK]
+    changes += [{"layer_types": [value] * 2, "use_sliding_window": True} for value in JUNK]
+    for change in changes:
+        try:
+            parse(family, **change)
+        except OctoError as error:
+            text = str(error)
+            assert text.startswith("somewhere/config.json: ") and text.endswith(".")
+            assert len(text) <= 300 and text.isprintable(), text
+
+
+def test_long_numbers_in_the_file(tmp_path: Path) -> None:
+    for digits, words in ((400, "vocab_size is 9"), (5000, "is not valid JSON")):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA).replace("1000", "9" * digits))
+        with pytest.raises(OctoError, match=words):
+            load_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_left_out_and_null_fields_mean_what_they_mean_to_transformers(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = FAMILIES[family] | {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 32, "hidden_size": 64}
+    variants: list[dict[str, Any]] = [{name: ...} for name in ("num_key_value_heads", "head_dim", "rms_norm_eps")]
+    variants += [{"hidden_act": ...}, {"sliding_window": ...}, {"sliding_window": 100}]
+    variants += [{"sliding_window": None}, {"use_sliding_window": True, "sliding_window": 64}]
+    variants += [
+        {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": value} for value in (64, None, ...)
+    ]
+    variants += [{"attention_bias": True, "mlp_bias": True}, {"rope_scaling": {}, "rope_parameters": None}]
+    variants += [{"rope_scaling": LLAMA3, "rope_theta": 5e5, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}}]
+    variants += [{"rope_scaling": {key: value for key, value in LLAMA3.items() if not key.startswith("original")}}]
+    variants += [
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 256},
+        {"rope_scaling": {"type": "linear", "factor": 2}},
+        {"architectures": []},
+    ]
+    if family != "mistral":  # whose configuration the library refuses
+        variants.append({"num_key_value_heads": None})
+    for change in variants:
+        values = {key: value for key, value in (base | change).items() if value is not ...}
+        ours = parse_config(values, Path("somewhere/config.json"))
+        theirs = getattr(transformers, FAMILIES[family]["architectures"][0].replace("ForCausalLM", "Config"))(
+            **copy.deepcopy(values)
+        )
+        assert ours.hidden_act == theirs.hidden_act and ours.rms_norm_eps == theirs.rms_norm_eps, change
+        assert (ours.num_kv_heads, ours.head_dim) == (
+            theirs.num_key_value_heads,
+            getattr(theirs, "head_dim", 64 // 32),
+        ), change
+        assert (
+            ours.o_bias == getattr(theirs, "attention_bias", False) if family in ("llama", "qwen3") else not ours.o_bias
+        )
+        rope, scaling = theirs.rope_parameters, ours.rope_scaling
+        assert ours.rope_theta == rope["rope_theta"], change
+        assert (scaling.kind if scaling else "default") == rope["rope_type"], change
+        if scaling is not None and scaling.kind == "llama3":
+            assert scaling.original_max_position_embeddings == rope["original_max_position_embeddings"], change
+        window = None if family == "llama" else theirs.sliding_window
+        if family in ("qwen2", "qwen3") and "sliding_attention" not in theirs.layer_types:
+            window = None
+        assert ours.sliding_window == (window if window is not None and window < 2048 else None), change
+
+
+def test_rope_scaling_beside_rope_parameters() -> None:
+    """Two spellings of one meaning are no contradiction; two meanings are."""
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 512)
+    old_type = {("type" if key == "rope_type" else key): value for key, value in LLAMA3.items()}
+    new = LLAMA3 | {"rope_theta": 5e5}
+    for old in (LLAMA3, old_type, old_type | {"rope_type": "llama3"}, new, LLAMA3 | {"factor": 8}, None, {}):
+        cfg = parse(rope_theta=5e5, rope_scaling=old, rope_parameters=new)
+        assert (cfg.rope_theta, cfg.rope_scaling) == (5e5, scaling)
+    assert parse(rope_scaling=None, rope_parameters={"rope_type": "default"}).rope_scaling is None
+    differ = "are both given and differ"
+    assert differ in refused(rope_scaling=LLAMA3 | {"factor": 4.0}, rope_parameters=LLAMA3)
+    assert differ in refused(rope_scaling=LLAMA3, rope_parameters=new)  # one says 10,000, the other 500,000
 
 
 @pytest.mark.parametrize(
@@ -281,6 +419,15 @@ def test_generation_defaults(tmp_path: Path, shared_dir: Path) -> None:
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"top_p": 1.5}, "top_p is 1.5, not a number from 0 to 1"),
+        ({"top_k": -2}, "top_k is -2"),
+        ({"top_k": 10**400}, "top_k is 1"),
+        ({"temperature": 1e39}, "temperature is 1e+39, not 0 or a number from"),
+        ({"temperature": 1e-46}, "temperature is 1e-46, not 0 or a number from"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty is 1e-46, not a number from"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty is 1e+39, not a number from"),
+        ({"min_p": float("nan")}, "min_p is nan"),
+        ({"eos_token_id": [[]]}, "eos_token_id holds []"),
+        ({"eos_token_id": {"\x1b": "x" * 5000}}, "eos_token_id holds {"),
         ({"min_p": True}, "min_p is True"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"do_sample": "yes"}, "do_sample is 'yes'"),
@@ -292,6 +439,39 @@ def test_generation_refusals(tmp_path: Path, values: dict[str, Any], words: str)
     with pytest.raises(OctoError) as error:
         load_generation_defaults(tmp_path)
     assert words in str(error.value) and "generation_config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"top_k": -1}, GenerationDefaults()),
+        ({"top_p": 0.0}, GenerationDefaults(top_k=1)),
+        ({"top_p": 0, "top_k": 50, "min_p": 0.1}, GenerationDefaults(top_k=1)),
+        ({"min_p": 1.0}, GenerationDefaults(top_k=1)),
+        ({"temperature": 0}, GenerationDefaults(temperature=0.0)),
+        ({"eos_token_id": -1, "pad_token_id": -1, "bos_token_id": -1}, GenerationDefaults()),
+        ({"eos_token_id": [-1, 3]}, GenerationDefaults(eos_token_ids=(3,))),
+    ],
+)
+def test_generation_values_for_off_and_for_one(
+    tmp_path: Path, values: dict[str, Any], expected: GenerationDefaults
+) -> None:
+    from octo_run.engine.sampling import SamplingParams
+
+    (tmp_path / "generation_config.json").write_text(json.dumps(values | {"do_sample": True}))
+    found = load_generation_defaults(tmp_path)
+    assert found == replace(expected, do_sample=True)
+    SamplingParams.from_defaults(found)  # what the file may say, the sampler takes
+
+
+def test_top_p_0_is_the_most_probable_token_as_in_transformers() -> None:
+    pytest.importorskip("transformers")
+    import torch
+    from transformers.generation.logits_process import MinPLogitsWarper, TopPLogitsWarper
+
+    scores = torch.tensor([[0.1, 2.0, 1.9, -1.0]])
+    for warper in (TopPLogitsWarper(0.0), MinPLogitsWarper(1.0)):
+        assert warper(None, scores).isfinite().tolist() == [[False, True, False, False]]
 
 
 def test_null_means_left_out(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
