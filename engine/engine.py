@@ -259,7 +259,8 @@ class Engine:
         ``on_prompt`` is called with the tokens read so far and the tokens to read (those not reused): first with 0,
         then whenever the device is through with a chunk, last when the first token is drawn; and so again if another
         generation ran in between. What it raises ends the generation; the cache keeps what was fed. Raises
-        ``UsageError`` for no ids, more than the context holds, or ids outside the vocabulary.
+        ``UsageError`` for no ids, more than the context holds, ids outside the vocabulary, or stop strings where there
+        is no tokenizer.
         """
         self._check_prompt(ids)
         return Generation(self, list(ids), params or SamplingParams(), on_prompt)

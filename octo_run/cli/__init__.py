@@ -133,7 +133,7 @@ def _explain(error: Exception) -> int:
         message, code = error.format_message().rstrip(".") + where + ".", EXIT_USAGE
     elif isinstance(error, click.ClickException):
         message, code = error.format_message(), error.exit_code
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    elif _ran_out_of_memory(error):
         message, code = "the memory ran out; choose a smaller --ctx, another --kv or --device cpu.", EXIT_FAILURE
     elif isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
@@ -144,6 +144,13 @@ def _explain(error: Exception) -> int:
         code = EXIT_FAILURE
     click.echo(f"octo-run: {message}", err=True)
     return code
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch (on a CPU with a plain RuntimeError), NumPy or Python found no memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _tolerate_narrow_encodings() -> None:

@@ -97,6 +97,10 @@ class OutOfMemoryError(RuntimeError):
         (PermissionError(13, "Permission denied", "/cache"), 1, "octo-run: /cache: Permission denied.\n"),
         (OutOfMemoryError("CUDA out of memory\n\nlong"), 1, "the memory ran out"),
         (MemoryError(), 1, "the memory ran out"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+            *(1, "the memory ran out"),
+        ),
         (ZeroDivisionError("division\nby zero"), 1, "unexpected failure (ZeroDivisionError: division by zero)"),
     ],
 )
