@@ -13,7 +13,7 @@ from octo_run.engine import system_memory
 from octo_run.engine.batching import Completion, complete
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
-from octo_run.engine.plan import MemoryPlan, plan_memory
+from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.sequence import Sequence
@@ -135,14 +135,21 @@ class Engine:
         return self.plan.as_dict()
 
     def memory_now(self) -> dict[str, int]:
-        """Bytes as the allocator sees them on CUDA (``allocated``, ``peak``, ``reserved``). On a CPU ``process_peak``,
-        the most that the process held since its start or ``benchmark.forget_peak``, ``before_loading``, what it held
-        before (PyTorch's own share), and ``engine_peak``, the difference, which is to be compared with the plan."""
+        """Bytes as the allocator sees them on CUDA: ``allocated``, ``peak``, ``reserved``, and the ``rounding`` in what
+        is allocated (blocks that are larger than what was asked of them), which the plan leaves to the driver's share.
+
+        On a CPU ``process_peak``, the most that the process held since its start or ``benchmark.forget_peak``,
+        ``before_loading``, what it held before (PyTorch's own share), and ``engine_peak``, the difference, which is to
+        be compared with the plan.
+        """
         if self.device.type == "cuda":
+            stats = torch.cuda.memory_stats(self.device)
+            allocated = stats["allocated_bytes.all.current"]
             return {
-                "allocated": torch.cuda.memory_allocated(self.device),
-                "peak": torch.cuda.max_memory_allocated(self.device),
-                "reserved": torch.cuda.memory_reserved(self.device),
+                "allocated": allocated,
+                "peak": stats["allocated_bytes.all.peak"],
+                "reserved": stats["reserved_bytes.all.current"],
+                "rounding": allocated - stats["requested_bytes.all.current"],
             }
         peak, before = system_memory.resident_peak(), self.plan.before
         return {"engine_peak": max(0, peak - before), "before_loading": before, "process_peak": peak}
@@ -151,24 +158,47 @@ class Engine:
     def logits(self, ids: list[int], step: int | None = None) -> Tensor:
         """Teacher-forced float32 logits ``[n, vocab]`` by the real cache path, ``step`` tokens a time (None: a chunk).
 
-        Raises ``UsageError`` for ids that are no prompt (see ``generate``) and for a step longer than a chunk.
+        They take 4 n vocab bytes beside the memory plan; :meth:`logit_rows` gives them in blocks. Raises ``UsageError``
+        for ids that are no prompt (see ``generate``) and for a step longer than a chunk, and ``OctoError`` for more
+        than the device has free.
+        """
+        blocks = self.logit_rows(ids, step)
+        row = 4 * self.config.vocab_size
+        needed, free = (len(ids) + min(LOGIT_ROWS, len(ids))) * row, free_memory(self.device)
+        if needed > free:
+            raise OctoError(
+                f"The logits of {len(ids):,} tokens take {needed / 2**30:.2f} GiB and {self.device} has "
+                f"{free / 2**30:.2f} GiB free: give fewer tokens, or take blocks of them from Engine.logit_rows."
+            )
+        out = torch.empty(len(ids), self.config.vocab_size, device=self.device)
+        done = 0
+        for rows in blocks:
+            out[done : done + len(rows)] = rows
+            done += len(rows)
+        return out
+
+    def logit_rows(self, ids: list[int], step: int | None = None) -> Iterator[Tensor]:
+        """The rows of :meth:`logits` in order, in blocks ``[r, vocab]`` of 1 to ``LOGIT_ROWS`` rows.
+
+        Only the block at hand is held. They take a sequence of the engine until the last block is taken. Raises
+        ``UsageError`` as :meth:`logits` does.
         """
         self.check_prompt(ids)
         chunk = self.plan.shape.chunk
         if step is not None and not 1 <= step <= chunk:
             raise UsageError(f"step is {step}; give 1 to {chunk} tokens.")
-        size = step or chunk
-        out = torch.empty(len(ids), self.config.vocab_size, device=self.device)
+        return self._logit_rows(list(ids), step or chunk)
+
+    @torch.inference_mode()
+    def _logit_rows(self, ids: list[int], size: int) -> Iterator[Tensor]:
         sequence = self.arena.open()
         try:
             for start in range(0, len(ids), size):
                 hidden = self._forward(sequence, ids[start : start + size])
-                for first in range(0, len(hidden), LOGIT_ROWS):
-                    rows = hidden[first : first + LOGIT_ROWS]
-                    out[start + first : start + first + len(rows)] = self._logits(rows)
+                for rows in torch.split(hidden, LOGIT_ROWS):
+                    yield self._logits(rows)
         finally:
             sequence.discard()
-        return out
 
     def sequence(self) -> Sequence:
         """A new sequence to be worked with by hand (:meth:`prefill`, :meth:`fill`, ``step``); it ends with ``close``.
@@ -209,7 +239,7 @@ class Engine:
         read (those not reused): first with 0, then whenever the device is through with a chunk, last when the first
         token is drawn; and so again if another generation took its place in between. What it raises ends the
         generation; the cache keeps what was fed. Raises ``UsageError`` for no ids, more than the context holds, ids
-        outside the vocabulary, and what is neither text nor ids.
+        outside the vocabulary, stop strings where there is no tokenizer, and what is neither text nor ids.
         """
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)

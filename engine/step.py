@@ -8,6 +8,7 @@ lengths (:func:`length_bound`): the first step of its kind runs as it is, which 
 recorded. Coding full pages happens between steps, on the same stream, recorded too. On a CPU every step runs as it is.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -270,6 +271,13 @@ class Stepper:
         )
 
 
+@functools.cache
+def _recording_stream(index: int) -> torch.cuda.Stream:
+    """The stream that steps are recorded on, one for each device: the matrix-product library never gives back the
+    workspace that it takes for a stream, so that every engine with one of its own would leave 32 MiB behind."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
 class _Recorder:
     """Runs pieces of work by key: the first time as they are, then from a CUDA graph; all graphs share one pool."""
 
@@ -277,7 +285,7 @@ class _Recorder:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _recording_stream(torch.cuda.current_device() if device.index is None else device.index)
         one = torch.zeros(16, 16, dtype=dtype, device=device)
         for stream in (torch.cuda.current_stream(device), self._stream):
             with torch.cuda.stream(stream):

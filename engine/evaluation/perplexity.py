@@ -3,7 +3,8 @@
 A text is cut into windows of ``context`` tokens that begin ``stride`` tokens apart; every token is scored once, in the
 first window that holds it, so that all but the first window's have at least ``context - stride`` tokens before them. A
 window is fed ``step`` tokens at a time: what a token attends to beyond the sinks, the recent window and its own step
-is read from packed pages.
+is read from packed pages. Logits are compared block by block (``Engine.logit_rows``), so that memory does not grow with
+the context.
 """
 
 import math
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from octo_run.engine.engine import Engine
 from octo_run.engine.evaluation.statistics import standard_error
+from octo_run.engine.plan import free_memory
 from octo_run.errors import OctoError, UsageError
 
 #: The format that the others are compared with.
 REFERENCE = "bf16"
-#: The reference's logits are kept between formats up to this size, and computed anew beyond it.
+#: The reference's logits are kept between formats up to this size and a quarter of what is free on the device, and
+#: computed anew beyond it.
 KEPT_BYTES = 2**30
-_ROWS = 256  # rows of logits that are turned into probabilities at once
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,22 @@ class _Runner:
     def tokens_per_s(self) -> float:
         return self._fed / self._seconds
 
-    def scored(self, text: int, window: Window) -> tuple[Tensor, Tensor]:
-        """Logits float32 ``[n, vocab]`` before each scored token, and these tokens ``[n]``."""
+    def scored(self, text: int, window: Window) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of logits float32 ``[r, vocab]`` before the scored tokens, and these tokens ``[r]``."""
         ids = self._begin + self._texts[text][window.start : window.end]
         targets = torch.tensor(self._texts[text][window.first : window.end], device=self.engine.device)
-        begun = time.perf_counter()
-        logits = self.engine.logits(ids[:-1], self._step)[-len(targets) :]
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
-        self._seconds += time.perf_counter() - begun
+        blocks = self.engine.logit_rows(ids[:-1], self._step)
+        done = len(targets) - len(ids) + 1  # rows before the first scored one, made negative
+        while done < len(targets):
+            begun = time.perf_counter()
+            logits = next(blocks)
+            if logits.is_cuda:
+                torch.cuda.synchronize(logits.device)
+            self._seconds += time.perf_counter() - begun
+            logits, done = logits[max(0, -done) :], done + len(logits)
+            if len(logits):
+                yield logits, targets[done - len(logits) : done]
         self._fed += len(ids) - 1
-        return logits, targets
 
 
 def evaluate(
@@ -117,7 +124,8 @@ def evaluate(
     """A row for ``bf16``, then one for each other format of ``kvs``; a row comes when its format is done.
 
     ``load`` gives the engine of a format, whose context is the windows'; ``texts`` are token ids without special ones.
-    At most two engines are held at a time. Raises ``UsageError`` as :func:`windows` and
+    At most two engines are held at a time, and beside them a few blocks of logits (of ``step``, at most
+    ``LOGIT_ROWS``, rows) and the reference's up to ``KEPT_BYTES``. Raises ``UsageError`` as :func:`windows` and
     ``Engine.logits`` do, and ``OctoError`` for logits that are not finite.
     """
     reference = _Runner(load(REFERENCE), texts, step)
@@ -129,13 +137,17 @@ def evaluate(
         for window in windows(len(ids), engine.max_context, stride, begin=begin)
     ]
     count = sum(window.end - window.first for _, window in places)
-    kept: list[tuple[Tensor, Tensor]] = []
+    room = min(KEPT_BYTES, free_memory(engine.device) // 4)
+    keeps = 4 * count * engine.config.vocab_size <= room and any(kv != REFERENCE for kv in kvs)
+    kept: list[list[tuple[Tensor, Tensor]]] = []
     losses = []
     for place in places:
-        logits, targets = reference.scored(*place)
-        losses.append(_losses(logits, targets))
-        if 4 * count * engine.config.vocab_size <= KEPT_BYTES:
-            kept.append((logits.clone(), targets))
+        blocks = []
+        for logits, targets in reference.scored(*place):
+            losses.append(_losses(logits, targets))
+            if keeps:
+                blocks.append((logits, targets))
+        kept.append(blocks)
     base = torch.cat(losses)
     yield _row(reference, REFERENCE, base, base, torch.zeros_like(base), torch.ones_like(base))
     for kv in kvs:
@@ -144,30 +156,24 @@ def evaluate(
         runner = _Runner(load(kv), texts, step)
         parts = []
         for index, place in enumerate(places):
-            theirs, targets = kept[index] if kept else reference.scored(*place)
-            parts.append(_compare(theirs, runner.scored(*place)[0], targets))
+            theirs = kept[index] if keeps else reference.scored(*place)
+            for (wanted, targets), (got, _) in zip(theirs, runner.scored(*place), strict=True):
+                parts.append(_compare(wanted, got, targets))
         loss, kl, agree = (torch.cat(values) for values in zip(*parts, strict=True))
         yield _row(runner, kv, base, loss, kl, agree)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-probabilities, float64 ``[n]`` on the CPU, of ``targets [n]`` under ``logits [n, vocab]``."""
-    parts = [
-        part.logsumexp(-1) - part.gather(1, wanted[:, None])[:, 0]
-        for part, wanted in zip(torch.split(logits, _ROWS), torch.split(targets, _ROWS), strict=True)
-    ]
-    return torch.cat(parts).to("cpu", torch.float64)
+    """Negative log-probabilities, float64 ``[r]`` on the CPU, of ``targets [r]`` under ``logits [r, vocab]``."""
+    return (logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]).to("cpu", torch.float64)
 
 
 def _compare(reference: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of ``logits [n, vocab]``, divergences from ``reference``, agreement of the likeliest: float64 ``[n]``."""
-    divergences = []
-    for ours, theirs in zip(torch.split(logits, _ROWS), torch.split(reference, _ROWS), strict=True):
-        wanted, got = theirs.log_softmax(-1), ours.log_softmax(-1)
-        divergences.append((wanted.exp() * (wanted - got)).sum(-1))
+    """Losses of ``logits [r, vocab]``, divergences from ``reference``, agreement of the likeliest: float64 ``[r]``."""
+    wanted, got = reference.log_softmax(-1), logits.log_softmax(-1)
+    divergences = (wanted.exp() * (wanted - got)).sum(-1)
     agree = reference.argmax(-1) == logits.argmax(-1)
-    kl = torch.cat(divergences).to("cpu", torch.float64)
-    return _losses(logits, targets), kl, agree.to("cpu", torch.float64)
+    return _losses(logits, targets), divergences.to("cpu", torch.float64), agree.to("cpu", torch.float64)
 
 
 def _row(runner: _Runner, kv: str, base: Tensor, losses: Tensor, kl: Tensor, agree: Tensor) -> Row:

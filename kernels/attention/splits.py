@@ -79,7 +79,8 @@ def _words(device: torch.device, batch: int, heads: int, kv_heads: int, head_dim
            length: int | None) -> tuple[int, int]:  # fmt: skip
     """32-bit words of a workspace: its first part, and the slab."""
     parts = _partials(device, batch, kv_heads)
-    first = counter_words(device) + max(parts * (heads // kv_heads) * (head_dim + 1), queries * heads)
+    rows = max(parts * (heads // kv_heads), queries * heads if queries > 1 else 0)
+    first = counter_words(device) + rows * (head_dim + 1)
     page = 2 * batch * kv_heads * PAGE_TOKENS * head_dim  # of each sequence and head, in float32
     slab = max(SLAB_BYTES // 4, page)
     if length is not None:
@@ -97,8 +98,8 @@ def workspace_bytes(
     length: int | None = None,
 ) -> int:
     """Bytes of workspace on a device: counters, then float32 partial outputs and log-sum-exps of decode steps of up to
-    `batch` sequences, or one log-sum-exp for each of up to `queries` query tokens of prefill and each head; for prefill
-    also the slab, for sequences of up to `length` tokens (None: of any length)."""
+    `batch` sequences, or an output and a log-sum-exp for each of up to `queries` query tokens of prefill and each head;
+    for prefill also the slab, for sequences of up to `length` tokens (None: of any length)."""
     return 4 * sum(_words(device, batch, heads, kv_heads, head_dim, queries, length))
 
 
@@ -127,6 +128,6 @@ class Workspace:
         return cls(flat[:words].view(torch.int32), flat[words:first], flat[first:size])
 
     def partials(self, parts: int, heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Room for the outputs and log-sum-exps of `parts` parts of contexts."""
+        """Room for the outputs and log-sum-exps of `parts` parts of contexts, or of as many query tokens."""
         rows = parts * heads
         return self.rest[: rows * head_dim], self.rest[rows * head_dim : rows * (head_dim + 1)]

@@ -62,17 +62,18 @@ def unpack_kernel(
 
 @triton.jit(do_not_specialize=["count", "sink", "first"])
 def flash_kernel(
-    Q, OUT, LSE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink, capacity, first,
-    sq_b, sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b, stv_h,
-    stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    Q, OUT, ACC, LSE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink, capacity,
+    first, sq_b, sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b,
+    stv_h, stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
     PAST: tl.constexpr, SLAB: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Causal attention over sinks and tail; PAST makes it a continuation of what an earlier call left in OUT and LSE.
+    """Causal attention over sinks and tail, normalised to OUT [B, C, H, D]; PAST makes it a continuation of what an
+    earlier call left in ACC and LSE.
 
     SLAB: instead over the packed tokens from number `first` on that `unpack_kernel` wrote to TAIL_K and TAIL_V
-    (`capacity` of them at most, of type DOT), all before the queries; normalised to OUT [B, C, H, D], log2-sum-exp2 to
-    LSE [B, C, H] (without a key 0 and `LOWEST`). Program (row block, the last first, for they take longest; KV head;
-    sequence). WIDTH: D, made a power of two. `scale` is above 0.
+    (`capacity` of them at most, of type DOT), all before the queries; normalised to ACC float32 [B, C, H, D], so that
+    slabs add no rounding, log2-sum-exp2 to LSE [B, C, H] (without a key 0 and `LOWEST`). Program (row block, the last
+    first, for they take longest; KV head; sequence). WIDTH: D, made a power of two. `scale` is above 0.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
@@ -85,14 +86,14 @@ def flash_kernel(
     column = tl.arange(0, WIDTH)
     wanted = (c < count)[:, None] & (column < D)[None, :]
     q = tl.load(Q + b * sq_b + (c.to(tl.int64) * sq_c + head * sq_h)[:, None] + column[None, :], mask=wanted, other=0.0)
-    to = OUT + b * so_b + (c.to(tl.int64) * so_c + head * so_h)[:, None] + column[None, :]
+    index = (b * count + c) * (tl.num_programs(1) * G) + head
     m = tl.full([ROWS], LOWEST, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     if PAST:
-        m = tl.load(LSE + (b * count + c) * (tl.num_programs(1) * G) + head, mask=c < count, other=LOWEST)
+        m = tl.load(LSE + index, mask=c < count, other=LOWEST)
         l = tl.where(m > LOWEST, 1.0, 0.0)
-        acc = tl.load(to, mask=wanted, other=0.0).to(tl.float32)
+        acc = tl.load(ACC + (index * D)[:, None] + column[None, :], mask=wanted, other=0.0)
     n = tl.arange(0, BN)
     gain = tl.zeros([ROWS], tl.float32) + scale * LOG2E
     if SLAB:
@@ -148,7 +149,10 @@ def flash_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
         m = top
     some = tl.where(l > 0, l, 1.0)
-    if SLAB:
-        tl.store(LSE + (b * count + c) * (tl.num_programs(1) * G) + head, m + tl.log2(some), mask=c < count)
     acc *= (1.0 / some)[:, None]
-    tl.store(to, acc.to(OUT.dtype.element_ty), mask=wanted)
+    if SLAB:
+        tl.store(LSE + index, m + tl.log2(some), mask=c < count)
+        tl.store(ACC + (index * D)[:, None] + column[None, :], acc, mask=wanted)
+    else:
+        to = OUT + b * so_b + (c.to(tl.int64) * so_c + head * so_h)[:, None] + column[None, :]
+        tl.store(to, acc.to(OUT.dtype.element_ty), mask=wanted)

@@ -104,6 +104,10 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("std::bad_alloc"), 1, "the memory ran out"),
         (OSError(12, "Cannot allocate memory"), 1, "the memory ran out"),
         (MemoryError(), 1, "the memory ran out"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+            *(1, "the memory ran out"),
+        ),
         (ZeroDivisionError("division\nby zero"), 1, "unexpected failure (ZeroDivisionError: division by zero)"),
     ],
 )

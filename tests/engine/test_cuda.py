@@ -172,6 +172,27 @@ def test_plan_matches_the_allocator(kv: str, length: int) -> None:
     assert torch.cuda.memory_allocated() <= settled
 
 
+def test_an_engine_after_another_one_holds_what_was_planned() -> None:
+    """The first one leaves nothing behind but its format's tables: no workspace of a stream that recorded its steps."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._C._cuda_clearCublasWorkspaces()
+    before, asked = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["requested_bytes.all.current"]
+    for kv in ("oct3", "bf16", "bf16"):
+        engine = load(kv)
+        ids = prompt(engine)
+        torch.cuda.reset_peak_memory_stats()
+        answer(engine, ids, max_tokens=200)  # records the step and the coding of a page
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - asked
+        planned, now = engine.memory_plan()["total"], engine.memory_now()
+        assert abs(peak - planned) <= 0.02 * planned, (kv, peak, engine.memory_plan())
+        assert 0 <= now["rounding"] < 0.05 * planned and now["peak"] - before - now["rounding"] <= 1.02 * planned
+        del engine
+        gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    assert torch.cuda.memory_allocated() - before < 1_000_000
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="not a Hopper GPU"
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from octo_run.engine import Engine
 from octo_run.engine.evaluation import needle, perplexity, tasks
@@ -123,6 +124,46 @@ def test_a_reference_that_is_too_large_to_keep_is_computed_again(
     kept = rows()
     monkeypatch.setattr(perplexity, "KEPT_BYTES", 0)
     assert rows() == kept
+
+
+@pytest.mark.parametrize(("kept", "blocks"), [(0, 6), (2**30, 25)])
+def test_logits_are_never_held_whole(
+    kept: int,
+    blocks: int,
+    tiny: Callable[..., Engine],
+    random_ids: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """599 tokens in steps of 32 make 19 blocks. Of each engine the last two or three are held, unless all are kept."""
+    held: list[StorageWeakRef] = []
+    most: list[int] = []
+    made = Engine._logits
+
+    def logits(self: Engine, hidden: torch.Tensor) -> torch.Tensor:
+        rows = made(self, hidden)
+        held.append(StorageWeakRef(rows.untyped_storage()))
+        assert len(rows) <= 32
+        most.append(sum(not ref.expired() for ref in held))
+        return rows
+
+    monkeypatch.setattr(Engine, "_logits", logits)
+    monkeypatch.setattr(perplexity, "KEPT_BYTES", kept)
+    list(perplexity.evaluate(lambda kv: tiny(kv, context=600), ["oct4"], [random_ids(599)], stride=300, step=32))
+    assert blocks - 6 < max(most) <= blocks
+
+
+def test_nothing_is_kept_that_does_not_fit(
+    tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    rows = Engine.logit_rows
+    monkeypatch.setattr(Engine, "logit_rows", lambda self, *given: read.append(self.kv.name) or rows(self, *given))
+    ids = random_ids(127)
+    for free, times in ((4 * 127 * 260 * 4, 1), (4 * 127 * 260 * 4 - 4, 2)):
+        monkeypatch.setattr(perplexity, "free_memory", lambda _device, free=free: free)
+        read.clear()
+        list(perplexity.evaluate(lambda kv: tiny(kv, context=128), ["oct4"], [ids], stride=64, step=32))
+        assert read.count("bf16") == times and read.count("oct4") == 1
 
 
 def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, Reply, SamplingParams
+from octo_run.engine import engine as engine_module
 from octo_run.engine.generation import PromptWatch
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
@@ -341,9 +342,53 @@ def test_full_context_of_a_real_model(kv: str, tiny: Tiny, random_ids: Any) -> N
 )
 def test_prompts_that_cannot_be_answered(ids: list[int], text: str, tiny: Tiny) -> None:
     engine = tiny(context=200)
-    for call in (engine.generate, engine.logits):
+    for call in (engine.generate, engine.logits, engine.logit_rows):
         with pytest.raises(UsageError, match=text):
             call(ids)
+
+
+@pytest.mark.parametrize("step", [None, 300, 64, 1])
+def test_logits_in_blocks_are_the_logits(step: int | None, tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny("octopus3", context=700)
+    ids = random_ids(620)
+    blocks = list(engine.logit_rows(ids, step))
+    assert all(1 <= len(block) <= min(256, step or 512) for block in blocks)
+    assert torch.equal(torch.cat(blocks), engine.logits(ids, step))
+    with torch.inference_mode():
+        engine._reuse([])
+        whole = torch.cat(
+            [engine._logits(engine._forward(ids[i : i + (step or 512)])) for i in range(0, 620, step or 512)]
+        )
+    assert relative(torch.cat(blocks), whole) < 1e-5
+
+
+def test_blocks_of_logits_do_not_mix_with_other_work(tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny()
+    for other in (lambda: next(engine.generate([1, 2])), lambda: engine.logits([1, 2]), lambda: engine.prefill([1, 2])):
+        blocks = engine.logit_rows(random_ids(200), 64)
+        next(blocks)
+        other()
+        with pytest.raises(UsageError, match=r"^The engine did something else between two blocks of logits: take "):
+            next(blocks)
+    generation = engine.generate(random_ids(50))
+    first = next(generation)
+    list(engine.logit_rows(random_ids(20), 8))
+    assert first.id and next(generation).id >= 0
+
+
+def test_logits_that_do_not_fit_are_refused(tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny()
+    ids = random_ids(300)
+    needed = 4 * 260 * (300 + 256)
+    monkeypatch.setattr(engine_module, "free_memory", lambda _device: needed)
+    assert engine.logits(ids).shape == (300, 260)
+    held = engine._ids
+    monkeypatch.setattr(engine_module, "free_memory", lambda _device: needed - 1)
+    with pytest.raises(
+        OctoError, match=r"^The logits of 300 tokens take 0\.00 GiB and cpu has 0\.00 GiB free: give .*\.$"
+    ):
+        engine.logits(ids)
+    assert engine._ids == held and sum(len(block) for block in engine.logit_rows(ids)) == 300
 
 
 @pytest.mark.parametrize("step", [0, -1, 201])

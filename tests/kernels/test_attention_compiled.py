@@ -183,6 +183,7 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab):
         "DOT": tl.float32 if dtype == torch.float32 else tl.float16,
     }  # fmt: skip
     types = {name: "fp16" for name in ("SINK_K", "SINK_V", "TAIL_K", "TAIL_V") if slab and dtype != torch.float32}
+    types |= {"ACC": "fp32"}
     kernel, stack = compile_for_hopper(flash_kernel, constants, tiling, dtype, types=types)
     ptx = kernel.asm["ptx"]
     # Each product is 16 deep; a second loop with products would double them.
