@@ -106,7 +106,7 @@ class Engine:
         path: Path | None = None
         if random_weights is None:
             path = resolve(str(model))
-            cfg = weight_files.stored_config(path, load_config(path))
+            cfg = load_config(path)
         else:
             cfg = read_shape(random_weights)
         where = choose_device(device)
@@ -114,10 +114,16 @@ class Engine:
         fmt = parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=kind)
         tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
         defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
-        plan = plan_memory(
-            cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window, sequences=sequences,
-            key_mean=key_mean,
-        )  # fmt: skip
+
+        def planned(cfg: ModelConfig) -> MemoryPlan:
+            return plan_memory(
+                cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window,
+                sequences=sequences, key_mean=key_mean,
+            )  # fmt: skip
+
+        plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
+        if path is not None and (stored := weight_files.stored_config(path, cfg)) != cfg:
+            cfg, plan = stored, planned(stored)
         if on_plan is not None:
             on_plan(plan)
         with torch.inference_mode():

@@ -283,7 +283,8 @@ def interrupted(arena: KVArena, name: str) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["held", "_free"])
 def test_interrupt_while_pages_are_taken(name: str) -> None:
     both = Sequences(new_arena())
-    both.prefill(0, 140, 1)
+    both.prefill(0, 330, 1)
+    both.forget(0, both.held[0].cut(64))  # there are pages that were given back
     with interrupted(both.arena, name):
         both.arena.prefill(both.held[0], [2] * 200)
     both.held[0].cancel()

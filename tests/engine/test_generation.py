@@ -354,26 +354,30 @@ def test_logits_in_blocks_are_the_logits(step: int | None, tiny: Tiny, random_id
     blocks = list(engine.logit_rows(ids, step))
     assert all(1 <= len(block) <= min(256, step or 512) for block in blocks)
     assert torch.equal(torch.cat(blocks), engine.logits(ids, step))
+    sequence = engine.sequence()
     with torch.inference_mode():
-        engine._reuse([])
         whole = torch.cat(
-            [engine._logits(engine._forward(ids[i : i + (step or 512)])) for i in range(0, 620, step or 512)]
+            [engine._logits(engine._forward(sequence, ids[i : i + (step or 512)])) for i in range(0, 620, step or 512)]
         )
     assert relative(torch.cat(blocks), whole) < 1e-5
 
 
-def test_blocks_of_logits_do_not_mix_with_other_work(tiny: Tiny, random_ids: Any) -> None:
-    engine = tiny()
-    for other in (lambda: next(engine.generate([1, 2])), lambda: engine.logits([1, 2]), lambda: engine.prefill([1, 2])):
-        blocks = engine.logit_rows(random_ids(200), 64)
-        next(blocks)
+def test_blocks_of_logits_have_a_sequence_of_their_own(tiny: Tiny, random_ids: Any) -> None:
+    engine = tiny(sequences=2)
+    ids = random_ids(200)
+    whole = engine.logits(ids, 64)
+    for other in (lambda: next(engine.generate([1, 2])), lambda: engine.logits([1, 2])):
+        blocks = engine.logit_rows(ids, 64)
+        read = [next(blocks)]
         other()
-        with pytest.raises(UsageError, match=r"^The engine did something else between two blocks of logits: take "):
-            next(blocks)
-    generation = engine.generate(random_ids(50))
-    first = next(generation)
-    list(engine.logit_rows(random_ids(20), 8))
-    assert first.id and next(generation).id >= 0
+        assert torch.equal(torch.cat([*read, *blocks]), whole)
+    alone = tiny()
+    blocks = alone.logit_rows(ids, 64)
+    next(blocks)
+    with pytest.raises(OctoError, match="sequence"):
+        alone.logits([1, 2])
+    blocks.close()
+    assert len(alone.logits([1, 2])) == 2
 
 
 def test_logits_that_do_not_fit_are_refused(tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,13 +386,12 @@ def test_logits_that_do_not_fit_are_refused(tiny: Tiny, random_ids: Any, monkeyp
     needed = 4 * 260 * (300 + 256)
     monkeypatch.setattr(engine_module, "free_memory", lambda _device: needed)
     assert engine.logits(ids).shape == (300, 260)
-    held = engine._ids
     monkeypatch.setattr(engine_module, "free_memory", lambda _device: needed - 1)
     with pytest.raises(
         OctoError, match=r"^The logits of 300 tokens take 0\.00 GiB and cpu has 0\.00 GiB free: give .*\.$"
     ):
         engine.logits(ids)
-    assert engine._ids == held and sum(len(block) for block in engine.logit_rows(ids)) == 300
+    assert sum(len(block) for block in engine.logit_rows(ids)) == 300
 
 
 @pytest.mark.parametrize("step", [0, -1, 201])
