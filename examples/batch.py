@@ -1,4 +1,4 @@
-"""Continue six prompts, three at a time. An answer is printed when it is finished, and the next prompt takes its place."""
+"""Continue six prompts, three at a time. A finished answer is printed, and the next prompt takes its place."""
 
 from octo_run import Engine, SamplingParams
 

@@ -11,6 +11,5 @@ for _ in range(12):
     engine.step.launch(sequences)
     drawn = [engine.step.read(sequence) for sequence in sequences]
 for sequence, (_, logprob) in zip(sequences, drawn, strict=True):
-    print(
-        f"{engine.tokenizer.decode(sequence.ids)!r} [{len(sequence)} tokens held, log-probability of the next one {logprob:.2f}]"
-    )
+    text, count = engine.tokenizer.decode(sequence.ids), len(sequence)
+    print(f"{text!r} [{count} tokens held, the next one has log-probability {logprob:.2f}]")
