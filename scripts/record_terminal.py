@@ -201,7 +201,7 @@ def main() -> None:
     day = datetime.now(timezone.utc).date()
     about = (
         f"python scripts/record_terminal.py; {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
-        f"{day} (UTC); figures on the screen are of a machine that did other things beside"
+        f"{day} (UTC); a picture, not a measurement"
     )
     args.out.write_text(draw(screen, about), encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
