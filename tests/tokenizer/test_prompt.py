@@ -216,17 +216,14 @@ def test_a_continuation_equals_transformers(llama2: Tokenizer, shared: Callable[
             assert spelled(llama2, answer, prompt) == whole[len(head) :]
 
 
-def test_a_reply_continues_its_prompt(tmp_path: Path, shared: Callable[[str], Path]) -> None:
+def test_an_answer_continues_its_prompt(shared: Callable[[str], Path]) -> None:
     """What `generate --raw` prints: the first piece keeps its space."""
-    from types import SimpleNamespace
-
-    from octo_run.engine import Reply, SamplingParams
+    from octo_run.engine import SamplingParams
+    from octo_run.engine.stopping import AnswerText
 
     tok = load_tokenizer(shared("tokenizers/llama2"))
-    tokens = [SimpleNamespace(id=i, finish_reason=None if i != 471 else "length") for i in (727, 471)]
-    generation = type("Generation", (list,), {"close": lambda self: None})(tokens)
-    engine: Any = SimpleNamespace(tokenizer=tok, end_ids=frozenset({2}), generate=lambda *_: generation)
-    assert "".join(Reply(engine.generate(tok.encode("Once"), SamplingParams()))) == " there was"
+    answer = AnswerText(tok, SamplingParams(), frozenset({2}), tok.encode("Once"))
+    assert "".join(answer.push(token, last=token == 471)[0] for token in (727, 471)) == " there was"
 
 
 def documented_loop() -> str:
