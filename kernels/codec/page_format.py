@@ -170,27 +170,32 @@ class PageFormat:
 
     def _moved(self, blocks: torch.Tensor, codec: TrellisCodec, side: Side, to: Layout) -> torch.Tensor:
         """Blocks whose bits are moved to where ``to`` has them."""
-        sources = _sources(codec, side, to, blocks.device)
-        byte = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-        flat, made = blocks.reshape(-1, blocks.shape[-1]), []
-        for part in torch.split(flat, _CHUNK):
-            bits = (part[:, :, None] >> byte & 1).flatten(1)
-            moved = torch.cat((bits, torch.zeros_like(bits[:, :1])), 1).index_select(1, sources)
-            if bool((bits.sum(1) != moved.sum(1)).any()):
+        sources, lost = _sources(codec, side, to, blocks.device)
+        byte = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+        flat = blocks.reshape(-1, codec.block_bytes)
+        out = torch.empty_like(flat)
+        for start in range(0, len(flat), _CHUNK):
+            part = flat[start : start + _CHUNK].t().contiguous()  # a bit of all blocks moves at a time
+            bits = (part[:, None] >> byte & 1).flatten(0, 1)
+            if bool(bits.index_select(0, lost).any()):
                 raise ValueError(f"a {side.upper()} block of '{self}' has bits where the layout has none")
-            made.append((moved.view(len(part), -1, 8) << byte).sum(-1, dtype=torch.uint8))
-        return torch.cat(made).view(blocks.shape) if made else blocks.clone()
+            moved = torch.cat((bits, torch.zeros_like(bits[:1]))).index_select(0, sources).view(-1, 8, part.shape[1])
+            made = moved[:, 0]
+            for n in range(1, 8):
+                made |= moved[:, n] << n
+            out[start : start + _CHUNK] = made.t()
+        return out.view(blocks.shape)
 
 
 @functools.cache
-def _sources(codec: TrellisCodec, side: Side, to: Layout, device: torch.device) -> torch.Tensor:
-    """For each bit of a block in the layout ``to`` its place in the other one; int64 [bits], one behind the last for a
-    bit that is always 0."""
+def _sources(codec: TrellisCodec, side: Side, to: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each bit of a block in the layout ``to`` its place in the other one, one behind the last for a bit that is
+    always 0; the places there of which nothing is taken; int64."""
     count, rows, lanes = 8 * codec.block_bytes, row_bits(codec), lane_bits(codec, side)
     here, there = (rows, lanes) if to == "lanes" else (lanes, rows)
-    sources = here.sources(there, count)
-    sources[sources < 0] = count
-    return torch.from_numpy(sources).to(device)
+    sources = torch.from_numpy(here.sources(there, count)).to(device)
+    taken = torch.zeros(count, dtype=torch.bool, device=device).index_fill_(0, sources[sources >= 0], True)
+    return sources.where(sources >= 0, count), (~taken).nonzero().flatten()
 
 
 def _stored_name(codec: Codec) -> str:
