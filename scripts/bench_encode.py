@@ -18,11 +18,11 @@ import triton
 from bench_prefill import median_ms
 from bench_report import provenance, save, table
 
-from octo_run.kernels import encode_pages, page_bytes
+from octo_run.kernels import PAGE_TOKENS, encode_pages, page_bytes
 from octo_run.kernels.codec import TrellisCodec, parse_kv
 from octo_run.kernels.encode.trellis_launch import encode_fields, encode_fields_by_lanes, pack_blocks
 
-PAGE, DIM = 64, 128
+PAGE, DIM = PAGE_TOKENS, 128
 COMPARED = 4  # pages that the CPU codes too
 PAPER_MS = 4.6
 
