@@ -221,7 +221,7 @@ def test_an_interrupted_prompt_counts_what_was_read(
         if count == at:
             raise KeyboardInterrupt
 
-    answer = Reply(engine, random_ids(1100), SamplingParams(), on_prompt=told)
+    answer = Reply(engine.generate(random_ids(1100), on_prompt=told))
     with pytest.raises(KeyboardInterrupt):
         next(answer)
     answer.close()
@@ -406,7 +406,7 @@ def test_steps_out_of_range(step: int, tiny: Tiny) -> None:
 def reply(scripted: Any, said: str | bytes, **params: Any) -> tuple[Reply, list[str]]:
     engine, decoder = scripted()
     decoder.say(4, said)
-    answer = Reply(engine, [1, 2, 3, 4], SamplingParams(**params))
+    answer = Reply(engine.generate([1, 2, 3, 4], SamplingParams(**params)))
     return answer, list(answer)
 
 
@@ -456,11 +456,11 @@ def test_a_stop_string_at_the_last_token_allowed(scripted: Any) -> None:
 def test_closing_early(scripted: Any) -> None:
     engine, decoder = scripted()
     decoder.say(4, "hello world")
-    answer = Reply(engine, [1, 2, 3, 4], SamplingParams())
+    answer = Reply(engine.generate([1, 2, 3, 4]))
     assert [next(answer) for _ in range(3)] == ["h", "e", "l"]
     answer.close()
     assert (answer.text, answer.finish_reason, list(answer)) == ("hel", "interrupted", [])
-    whole = Reply(engine, [1, 2, 3, 4], SamplingParams())
+    whole = Reply(engine.generate([1, 2, 3, 4]))
     list(whole)
     whole.close()
     assert whole.finish_reason == "stop"
