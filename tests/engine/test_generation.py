@@ -349,7 +349,7 @@ def test_prompts_that_cannot_be_answered(ids: list[int], text: str, tiny: Tiny) 
 
 @pytest.mark.parametrize("step", [None, 300, 64, 1])
 def test_logits_in_blocks_are_the_logits(step: int | None, tiny: Tiny, random_ids: Any) -> None:
-    engine = tiny("octopus3", context=700)
+    engine = tiny("oct3", context=700)
     ids = random_ids(620)
     blocks = list(engine.logit_rows(ids, step))
     assert all(1 <= len(block) <= min(256, step or 512) for block in blocks)
@@ -552,13 +552,13 @@ def attention_over_decoded(engine: Engine, inputs: Any, q: Tensor) -> Tensor:
 def test_load_from_a_folder(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     path = make_checkpoint()
     plans = []
-    engine = Engine.load(path, kv="octopus4", max_context=300, dtype="bfloat16", on_plan=plans.append, device="cpu")
+    engine = Engine.load(path, kv="oct3", max_context=300, dtype="bfloat16", on_plan=plans.append, device="cpu")
     assert plans == [engine.plan]
     assert (engine.dtype, engine.max_context, engine.device.type) == (torch.bfloat16, 300, "cpu")
     assert engine.name == str(path)
     assert len(ids_of(engine, [5, 6, 7], max_tokens=4)) <= 4
     by_seed = [
-        Engine.load(path, kv="octopus2", device="cpu", seed=seed).logits([*range(250)], 50) for seed in (0, 0, 1)
+        Engine.load(path, kv="oct3", device="cpu", seed=seed).logits([*range(250)], 50) for seed in (0, 0, 1)
     ]
     assert torch.equal(by_seed[0], by_seed[1]) and not torch.equal(by_seed[0], by_seed[2])
 
