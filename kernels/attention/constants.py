@@ -11,8 +11,9 @@ from torch import Tensor
 
 from octo_run.kernels.attention.triton_octopus import decode_immediates
 from octo_run.kernels.attention.triton_table import describe
-from octo_run.kernels.blocks import Side, read_map, table_format
+from octo_run.kernels.blocks import read_map
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
+from octo_run.kernels.codec.page_layout import Side
 from octo_run.kernels.devices import runs_ptx
 
 ELEMENTS: dict[torch.dtype, Any] = {
@@ -41,9 +42,8 @@ def no_table(device: torch.device) -> Tensor:
 def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
     """(kind, bits, levels, radii) of K or V as `triton_planes` takes them."""
     if isinstance(codec, TrellisCodec):
-        form = table_format(codec)
-        bits = describe(form.stream, form.state, form.signed)
-        return 2, bits, codec.table_words(device), read_map(form, side, device)
+        bits = describe(codec.stream, codec.state_bits, codec.signed)
+        return 2, bits, codec.table_words(device), read_map(codec, side, device)
     if isinstance(codec, OctopusCodec):
         tables = codec.tables(torch.float32, device)
         return 1, codec.bits, tables.xi_levels, tables.rho_levels

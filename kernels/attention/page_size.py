@@ -1,4 +1,3 @@
 """The size of a page of the arena."""
 
-PAGE_TOKENS = 64
-"""Tokens of one page, for K and for V."""
+from octo_run.kernels.page_size import PAGE_TOKENS as PAGE_TOKENS

@@ -142,7 +142,9 @@ def test_terminal_failures_keep_the_session(octo: Callable[..., Any], engine: An
     assert "The prompt has 5,000 tokens" in shown.err and "there is no command /bogus" in shown.err
 
 
-def test_regen_asks_again_and_says_when_that_will_hardly_differ(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+def test_regen_asks_again_and_says_when_little_will_differ(
+    octo: Callable[..., Any], engine: Any, terminal: Any
+) -> None:
     engine.answers("a", "b")
     terminal(["/regen", "one", "/regen"])
     shown = octo("chat")
