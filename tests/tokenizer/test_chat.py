@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from octo_run.errors import OctoError, UsageError
 from octo_run.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
-from octo_run.tokenizer.template.text import mask_of
 
 TEMPLATES = sorted((Path(__file__).resolve().parents[3] / "shared/data/chat_templates").glob("*.jinja"))
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -383,7 +382,7 @@ def test_each_character_knows_who_wrote_it(rewrite: str, parts: list[str], text:
         result = template._render(talk(text, text[1:]), True, {})
     except OctoError:
         return
-    for char, mask in zip(result, mask_of(result), strict=True):
+    for char, mask in zip(result, result.mask, strict=True):
         assert char.lower() not in GREEK or not mask, "a text counts as the template's"
         assert char.lower() not in CYRILLIC or mask, "the template's own counts as a text"
 
