@@ -36,9 +36,12 @@ _WORDS = {
 }
 # fmt: on
 _MAX_DEPTH = 100
-#: What Python says of its own inside: names of functions at wrong arguments, of modules, addresses.
-_INSIDE = re.compile(r"^\S+\(\) (?=takes|got|missing|argument)|\b(?:jinja2|octo_run)\.[\w.]*\.|<[^<>]* at 0x[^<>]*>|<(?:class|built-in|function|bound) [^<>]*>")
 _ADVICE = "use plain generation, or a model with another template"
+#: What Python says of its own inside: names of functions at wrong arguments, of modules, addresses.
+_INSIDE = re.compile(
+    r"^\S+\(\) (?=takes|got|missing|argument)|\b(?:jinja2|octo_run)\.[\w.]*\.|<[^<>]* at 0x[^<>]*>|"
+    r"<(?:class|built-in|function|bound) [^<>]*>"
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ class ChatTemplate:
                 yield place
             match = self._special.search(text, match.start() + 1)
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]) -> Text:
+    def _render(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> Text:
         messages = self._plain(messages, 0)
         variables = self._plain(variables, 0)
         _check_unicode(messages, variables)

@@ -171,7 +171,21 @@ def test_expressions_equal_jinja2() -> None:
 def things() -> list[str]:
     """Everything that a template can get hold of."""
     return [
-        *("range", "dict", "namespace", "cycler", "joiner", "raise_exception", "strftime_now", "nosuch", "ns", "f", "messages", "loop", "caller"),
+        *(
+            "range",
+            "dict",
+            "namespace",
+            "cycler",
+            "joiner",
+            "raise_exception",
+            "strftime_now",
+            "nosuch",
+            "ns",
+            "f",
+            "messages",
+            "loop",
+            "caller",
+        ),
         *(f"'x'.{name}" for name in sorted(READABLE)),
         *(f"messages[0].{name}" for name in ("get", "items", "keys", "values", "copy", "pop", "update")),
         *(f"messages.{name}" for name in ("index", "append", "sort", "copy")),

@@ -71,4 +71,5 @@ class Meter:
 
 
 #: The meter of the rendering that runs in this thread; outside of one nothing is limited.
-METER: ContextVar[Meter] = ContextVar("meter", default=Meter(float("inf"), float("inf")))
+_UNLIMITED = Meter(float("inf"), float("inf"))
+METER: ContextVar[Meter] = ContextVar("meter", default=_UNLIMITED)

@@ -16,20 +16,7 @@ from jinja2 import Environment, pass_environment
 from jinja2.sandbox import SandboxedEnvironment
 
 from octo_run.tokenizer.template.budget import INTEGER_BITS, METER, OverBudget
-from octo_run.tokenizer.template.text import (
-    GivenFloat,
-    GivenInt,
-    Once,
-    Safe,
-    Text,
-    Weight,
-    escaped,
-    given,
-    is_own,
-    lifted,
-    text_of,
-    written,
-)
+from octo_run.tokenizer.template.text import Once, Safe, Text, Weight, escaped, given, is_own, lifted, text_of, written
 
 # Operators
 
@@ -39,15 +26,6 @@ def each(value: Any, price: int = 0) -> Any:
     items = value if isinstance(value, (list, tuple)) else list(lifted(value))
     METER.get().work(1 + (len(items) >> 4) + price * len(items))
     return items
-
-
-def ticked(items: Iterator[Any]) -> list[Any]:
-    """All ``items``, each counted."""
-    result = []
-    for item in items:
-        METER.get().make(64)
-        result.append(item)
-    return result
 
 
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -65,9 +43,10 @@ def compare(left: Any, *more: Any) -> bool:
     for name, right in zip(more[::2], more[1::2], strict=True):
         meter.search(left)
         meter.search(right)
-        if isinstance(right, (list, tuple, dict)):
-            long = len(left) >> 10 if isinstance(left, str) else 0
-            Weight((left, right)) if isinstance(left, (list, tuple, dict)) else meter.work(len(right) * (1 + long) >> 4)
+        if isinstance(left, (list, tuple, dict)) or isinstance(right, Once):
+            Weight((left, right))
+        elif isinstance(right, (list, tuple)):
+            meter.work(len(right) * (16 + (len(left) if isinstance(left, str) else 0)) >> 8)
         if not OPERATORS[name](left, right):
             return False
         left = right
@@ -147,7 +126,7 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> Text:
     """``json.dumps`` as transformers calls it: unlike jinja2's own it escapes nothing for HTML."""
-    weight = Weight(value)
+    weight = Weight((value, indent, separators))
     gaps = sum(map(len, separators or ())) + (len(indent) if isinstance(indent, str) else indent or 0) * weight.depth
     METER.get().room(5 * (6 * weight.characters + weight.count * (32 + gaps)))
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -202,6 +181,11 @@ def _check_cost(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
             raise OverBudget("it computes with too large a number")
 
 
+def _counted(item: Any) -> Any:
+    METER.get().make(64)
+    return item
+
+
 def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     first = int(hasattr(function, "jinja_pass_arg"))  # it takes jinja2's environment or so before the value
 
@@ -212,7 +196,7 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         _check_cost(name, *values[first:], **kwargs)
         result = function(*values, **kwargs)
         if isinstance(result, Iterator):
-            return Once(ticked(result))
+            return Once(list(map(_counted, result)))
         if isinstance(result, list):
             METER.get().items(len(result))
         return _as_given(result, *values[first:]) if name in ("abs", "float", "int", "round") else result
@@ -220,7 +204,7 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _test(name: str, function: Any) -> Callable[..., Any]:
     operation = getattr(function, "__name__", "")
     return _TESTS.get(name) or (partial(_compared, operation) if function in OPERATORS.values() else function)
 
@@ -239,6 +223,6 @@ _TESTS: dict[str, Callable[..., Any]] = {
     "filter": lambda value: key(value) in FILTERS,
     "test": lambda value: key(value) in TESTS,
 }
-FILTERS = {name: _filter(name, function) for name, function in _OWN.items()}
+FILTERS: dict[str, Callable[..., Any]] = {name: _filter(name, function) for name, function in _OWN.items()}
 FILTERS |= {name: _filter(name, jinja2.filters.FILTERS[name]) for name in _JINJA.split()}
-TESTS = {name: _test(name, function) for name, function in jinja2.tests.TESTS.items()}
+TESTS: dict[str, Callable[..., Any]] = {name: _test(name, jinja2.tests.TESTS[name]) for name in jinja2.tests.TESTS}

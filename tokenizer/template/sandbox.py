@@ -11,7 +11,7 @@ import jinja2.runtime
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError, TemplateSyntaxError
-from jinja2.runtime import Context, LoopContext, Macro
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Cycler, Joiner
 from jinja2.utils import Namespace as JinjaNamespace
@@ -47,7 +47,7 @@ class _Metered(NodeTransformer):
     """Puts counted functions in the place of what jinja2 turns into bare Python: loops, comparisons, slices, dicts."""
 
     def __init__(self) -> None:
-        self.count = self.branches = 0
+        self.count = self.branches = self.bytes = 0
         self.names: set[str] = set()
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
@@ -55,11 +55,14 @@ class _Metered(NodeTransformer):
         if self.count > MAX_NODES:
             raise TemplateSyntaxError(f"it has more than {MAX_NODES:,} parts", node.lineno)
         self.branches += isinstance(node, _BRANCHES)
+        if isinstance(node, (nodes.List, nodes.Tuple, nodes.Dict)):
+            self.bytes += 64 + 128 * len(node.items)
         if isinstance(node, nodes.Name):
             self.names.add(node.name)
         if self.branches * len(self.names) > MAX_BRANCHES:
             raise TemplateSyntaxError("it has too many branches and names", node.lineno)
-        return super().visit(node)
+        changed: nodes.Node = super().visit(node)
+        return changed
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
         if isinstance(node.value, int) and node.value.bit_length() > INTEGER_BITS:
@@ -74,7 +77,9 @@ class _Metered(NodeTransformer):
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
             return node
-        return _through(" cut", node.node, [p or nodes.Const(None) for p in (node.arg.start, node.arg.stop, node.arg.step)])
+        return _through(
+            " cut", node.node, [p or nodes.Const(None) for p in (node.arg.start, node.arg.stop, node.arg.step)]
+        )
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
         self.generic_visit(node)
@@ -82,24 +87,29 @@ class _Metered(NodeTransformer):
             node.key = _through(" key", node.key, [])
         return node
 
+    def visit_ScopedEvalContextModifier(self, node: nodes.Node) -> nodes.Node:
+        raise TemplateSyntaxError("the statement autoescape cannot be used here", node.lineno)
+
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        before = self.count
+        price = 0 if node.test is None else 2 + sum(1 for _ in node.test.find_all(nodes.Node))
         self._count_body(node)
-        node.iter = _through(" each", node.iter, [nodes.Const(self.count - before if node.test else 0)])
+        node.iter = _through(" each", node.iter, [nodes.Const(price)])
         return node
 
     def _count_body(self, node: Any) -> nodes.Node:
-        before = self.count
+        before, bytes_before = self.count, self.bytes
         self.generic_visit(node)
-        step = _through(" step", nodes.Const(self.count - before), [])
+        step = _through(" step", nodes.Const(self.count - before), [nodes.Const(512 + self.bytes - bytes_before)])
         node.body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
-        return node
+        return node  # type: ignore[no-any-return]
 
     visit_Macro = visit_CallBlock = _count_body
 
 
-def _through(name: str, value: Any, arguments: list[Any]) -> nodes.Expr:
-    return nodes.Filter(value, name, arguments, [], None, None).set_lineno(value.lineno)
+def _through(name: str, value: Any, arguments: list[Any]) -> nodes.Filter:
+    node = nodes.Filter(value, name, arguments, [], None, None)
+    node.set_lineno(value.lineno)
+    return node
 
 
 class _Generator(CodeGenerator):
@@ -165,35 +175,36 @@ def _range(*bounds: Any) -> Any:
     return numbers if all(map(is_own, bounds)) else [given(number) for number in numbers]
 
 
-def _step(operations: int) -> None:
-    METER.get().make(64 * operations)
+def _step(operations: int, size: int) -> None:
+    METER.get().make(size)
     METER.get().work(operations)
 
 
 # fmt: off
 #: What may stand behind a dot, beside the items of a dict.
-READABLE = frozenset("""
+_NAMES = """
 strip lstrip rstrip split rsplit splitlines partition rpartition removeprefix removesuffix replace join ljust rjust
 center zfill expandtabs upper lower swapcase casefold title capitalize format format_map find rfind index rindex count
 startswith endswith isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle
 isupper items keys values get copy is_integer grouper list next reset current name arguments catch_kwargs
 catch_varargs caller cycle changed depth depth0 first last length index0 revindex revindex0 previtem nextitem
-""".split())
+"""
+READABLE = frozenset(_NAMES.split())
 # fmt: on
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
-    concat = staticmethod(joined)  # type: ignore[assignment]
+    concat = staticmethod(joined)
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
     intercepted_unops = frozenset(ImmutableSandboxedEnvironment.default_unop_table)
 
     def __init__(self) -> None:
         extensions = [_GenerationTag, jinja2.ext.loopcontrols]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False, cache_size=0)
-        parts = {" compare": compare, " cut": cut, " key": key, " each": each, " step": _step}
-        self.filters = {**FILTERS, **parts}
-        self.tests = TESTS
+        parts: dict[str, Any] = {" compare": compare, " cut": cut, " key": key, " each": each, " step": _step}
+        self.filters: dict[str, Any] = {**FILTERS, **parts}
+        self.tests: dict[str, Any] = TESTS
         self.globals = {
             "range": _range,
             "dict": _dict,

@@ -1,9 +1,8 @@
 """Strings that know which of their characters the template wrote.
 
-A special token typed by a user looks like one that the template writes. So each string of a template is a `Text`:
-beside its characters it has a mask with a 1 for each that the template wrote. A plain ``str`` is nobody's proof. The
-methods of `Text` are those of ``str``, count what they make and keep masks; what forgets the mask loses a proof and
-never makes one.
+A special token typed by a user looks like one that the template writes. So the strings of a template are `Text`: beside
+its characters it has a mask with a 1 for each that the template wrote. A plain ``str`` is nobody's proof. The methods
+of `Text` are those of ``str``, count what they make and keep masks.
 """
 
 import re
@@ -64,9 +63,9 @@ class Text(str):
             raise TypeError(f"a string is needed, not {type(other).__name__}")
         return other if isinstance(other, Text) else Text(other)
 
-    def _whole(self, text: str) -> "Text":
-        """``text``, made of this one by what follows no characters: the template's if all of this is."""
-        return self._new(text, (b"\0" if 0 in self.mask else b"\1") * len(text))
+    def _all_or_none(self, text: str, own: bool = True) -> "Text":
+        """``text``, made of this one by what follows no characters: the template's if all of this is, and ``own``."""
+        return self._new(text, (b"\1" if own and is_own(self) else b"\0") * len(text))
 
     def __str__(self) -> "Text":
         return self
@@ -80,8 +79,10 @@ class Text(str):
             yield self._new(char, self.mask[i : i + 1])
 
     def __add__(self, other: Any) -> "Text":
+        if isinstance(other, Undefined):
+            return NotImplemented  # it raises its own error
         if not isinstance(other, str):
-            return NotImplemented
+            return str.__add__(self, other)  # type: ignore[return-value]  # raises a TypeError
         return (other if isinstance(other, Safe) else self)[:0].join((self, other))
 
     def __radd__(self, other: Any) -> "Text":
@@ -119,11 +120,11 @@ class Text(str):
         METER.get().room(48 * len(self))
 
     def lstrip(self, chars: Any = None) -> "Text":
-        self._look(chars)
+        METER.get().search(self, chars)
         return self[len(self) - len(str.lstrip(self, chars)) :]
 
     def rstrip(self, chars: Any = None) -> "Text":
-        self._look(chars)
+        METER.get().search(self, chars)
         return self[: len(str.rstrip(self, chars))]
 
     def strip(self, chars: Any = None) -> "Text":
@@ -152,15 +153,13 @@ class Text(str):
         lines = self._cut(str.splitlines(self, keepends=True))
         return lines if keepends else [line[: len(str.splitlines(line)[0])] for line in lines]
 
-    def partition(self, sep: Any) -> tuple[Any, Any, Any]:
+    def partition(self, sep: Any) -> Any:
         self._look()
-        before, middle, after = self._cut(str.partition(self, sep))
-        return before, middle, after
+        return tuple(self._cut(str.partition(self, sep)))
 
-    def rpartition(self, sep: Any) -> tuple[Any, Any, Any]:
+    def rpartition(self, sep: Any) -> Any:
         self._look(sep)
-        before, middle, after = self._cut(str.rpartition(self, sep))
-        return before, middle, after
+        return tuple(self._cut(str.rpartition(self, sep)))
 
     def removeprefix(self, prefix: Any) -> "Text":
         return self[len(prefix) :] if self.startswith(prefix) else self
@@ -170,15 +169,16 @@ class Text(str):
 
     def replace(self, old: Any, new: Any, count: Any = -1) -> "Text":
         old, new = Text._take(self, old), self._take(new)
-        if old:
-            self._look()
-            pieces = str.split(self, old, count)
-            METER.get().room(5 * (len(self) + len(pieces) * len(new)))
-            return new._new(str.join(new, pieces), new.mask.join(self._masks(pieces, len(old))))
         if count == 0:
             return self
-        start = len(self) + 1 if count < 0 else min(count, len(self) + 1)
-        return new.join([self[:0], *self[: start - 1], self[start - 1 :]])
+        if not old:
+            start = len(self) + 1 if count < 0 else min(count, len(self) + 1)
+            return new.join([self[:0], *self[: start - 1], self[start - 1 :]])
+        self._look()
+        pieces = str.split(self, old, count)
+        METER.get().room(5 * (len(self) + len(pieces) * len(new)))
+        mask: bytes = new.mask.join(self._masks(pieces, len(old)))
+        return self._new(str.join(new, pieces), mask)
 
     # Change
 
@@ -189,7 +189,7 @@ class Text(str):
         result = function(self)
         mask = self.mask
         if 0 not in mask or 1 not in mask:
-            return self._whole(result)
+            return self._all_or_none(result)
         if len(result) != len(self) and by_character:
             mask = b"".join([mask[i : i + 1] * len(function(char)) for i, char in enumerate(str.__iter__(self))])
         if len(mask) != len(result):
@@ -214,12 +214,11 @@ class Text(str):
         pieces = self.split("%s")
         fill = values if isinstance(values, tuple) else (values,)
         if str.count(self, "%") == len(fill) == len(pieces) - 1:
-            return self[:0].join([part for pair in zip(pieces, map(text_of, fill), strict=False) for part in pair] + pieces[-1:])
-        weight = Weight(values)
-        _check_data(weight)
+            parts = [part for pair in zip(pieces, map(text_of, fill), strict=False) for part in pair]
+            return self[:0].join([*parts, pieces[-1]])
+        weight = _data(values)
         _check_sizes(self, 10 * weight.characters + 64 * weight.count, *fill)
-        result = str.__mod__(str.__str__(self), values)
-        return self._whole(result) if weight.own else Text(result)
+        return self._all_or_none(str.__mod__(str.__str__(self), values), weight.own and "c" not in self)
 
     def filled(self, formatter: Formatter, args: Any, kwargs: Any, numbers: "count[int] | None" = None) -> "Text":
         """``self.format(*args, **kwargs)``; ``formatter`` looks into values; ``numbers``: of the fields without one."""
@@ -227,21 +226,33 @@ class Text(str):
         parts = []
         for literal, name, spec, conversion in formatter.parse(self):
             METER.get().work(1)
-            parts.append(self._whole(literal))
+            parts.append(self._all_or_none(literal))
             if name is None:
                 continue
-            value, _ = formatter.get_field(f"{next(numbers)}{name}" if name[:1] in ("", ".", "[") else name, args, kwargs)
+            number = f"{next(numbers)}" if name[:1] in ("", ".", "[") else ""
+            value, _ = formatter.get_field(number + name, args, kwargs)
             if conversion:
                 value = _shown(value, {"r": repr, "a": ascii}.get(conversion, str))
             if spec:
                 spec = str.__str__(Text(spec).filled(formatter, args, kwargs, numbers))
                 _check_sizes(spec)
-                value = _whole_of(value, format(value, spec))
+                text = format(value, spec)
+                value = written(text) if is_own(value) and "c" not in spec else text  # c: a number makes a character
             parts.append(text_of(value))
         return self[:0].join(parts)
 
 
-Text.__name__ = "str"  # as errors call it
+def _padding(function: Callable[..., str]) -> Any:
+    def pad(self: Text, *args: Any) -> Text:
+        width = args[0] if args and isinstance(args[0], int) else 8
+        METER.get().room(5 * (len(self) + max(width, 0) * (1 + str.count(self, "\t"))))
+        return self._all_or_none(function(self, *args), all(map(is_own, args)))
+
+    return pad
+
+
+for _name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
+    setattr(Text, _name, _padding(getattr(str, _name)))
 
 
 class Safe(Text):
@@ -256,14 +267,59 @@ class Safe(Text):
         return self
 
 
-Safe.__name__ = "str"
-
-
 def escaped(text: Text) -> Safe:
     if isinstance(text, Safe):
         return text
     changed = text.mapped(lambda part: str.__str__(markupsafe.escape(str.__str__(part))))
     return Safe(changed, changed.mask)
+
+
+class Once(Iterator[Any]):
+    """What ``map``, ``select`` etc. give: items to go through once."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.left = items[::-1]
+
+    def __next__(self) -> Any:
+        if not self.left:
+            raise StopIteration
+        return self.left.pop()
+
+
+Text.__name__ = Safe.__name__ = "str"  # as errors call them
+Once.__name__ = "generator"
+_DATA = (str, int, float, type(None), range, Undefined, list, tuple, dict)
+
+
+class Weight:
+    """How much is in a value when one walks through it, as all do that compare, print or sort it: a list may stand in
+    another several times. Errors: OverBudget, RecursionError."""
+
+    __slots__ = ("characters", "count", "data", "depth", "own")
+
+    def __init__(self, value: Any) -> None:
+        self.count = self.characters = self.depth = 0
+        self.own = self.data = True  # the template made all of it; it has a text
+        meter = METER.get()
+        todo = [(value, 0)]
+        while todo:
+            item, level = todo.pop()
+            if level > MAX_DEPTH:
+                raise RecursionError
+            self.count += 1
+            self.depth = max(self.depth, level)
+            self.data = self.data and isinstance(item, _DATA)
+            inner: Any = item.left if isinstance(item, Once) else item
+            if isinstance(inner, (dict, list, tuple)):
+                meter.items(len(inner))
+                parts = [part for pair in inner.items() for part in pair] if isinstance(inner, dict) else inner
+                todo += [(part, level + 1) for part in parts]
+                continue
+            meter.work(1)
+            self.own = self.own and is_own(item)
+            if isinstance(item, str):
+                meter.search(item)
+                self.characters += len(item)
 
 
 def written(text: str) -> Text:
@@ -279,9 +335,7 @@ def lifted(value: Any) -> Any:
 def text_of(value: Any) -> Text:
     """``str(value)``; what is no data gives the name of its kind. Digits of a number are the template's, unless a
     message gave it. Errors: OverBudget, RecursionError, TypeError."""
-    if isinstance(value, str):
-        return value if isinstance(value, Text) else Text(value)
-    return _shown(value, str)
+    return lifted(value) if isinstance(value, str) else _shown(value, str)
 
 
 def joined(parts: Iterable[Any]) -> Text:
@@ -290,23 +344,18 @@ def joined(parts: Iterable[Any]) -> Text:
 
 
 def _shown(value: Any, function: Callable[[Any], str]) -> Text:
-    if not isinstance(value, (*_DATA, list, tuple, dict)):
+    if not isinstance(value, _DATA):
         return Text("<function>" if callable(value) else f"<{type(value).__name__}>")
-    weight = Weight(value)
-    _check_data(weight)
+    weight = _data(value)
     METER.get().room(10 * weight.characters + 64 * weight.count)
-    text = function(value)
-    return written(text) if weight.own else Text(text)
+    return written(function(value)) if weight.own else Text(function(value))
 
 
-def _whole_of(value: Any, text: str) -> Text:
-    return written(text) if is_own(value) else Text(text)
-
-
-def _check_data(weight: "Weight") -> None:
-    """Errors: TypeError, so that nothing prints what is inside of Python."""
+def _data(value: Any) -> Weight:
+    weight = Weight(value)
     if not weight.data:
         raise TypeError("a function or a generator has no text here")
+    return weight
 
 
 def _check_sizes(form: str, size: int = 0, *values: Any) -> None:
@@ -314,63 +363,3 @@ def _check_sizes(form: str, size: int = 0, *values: Any) -> None:
     numbers = [int(digits) for digits in re.findall(r"\d+", form)]
     numbers += [abs(value) for value in values if isinstance(value, int) and "*" in form]
     METER.get().room(5 * (1024 + size + sum(numbers)))
-
-
-_DATA = (str, int, float, type(None), range, Undefined)
-
-
-class Once(Iterator[Any]):
-    """What ``map``, ``select`` etc. give: items to go through once."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.left = items[::-1]
-
-    def __next__(self) -> Any:
-        if not self.left:
-            raise StopIteration
-        return self.left.pop()
-
-
-class Weight:
-    """How much is in a value when one walks through it, as all do that compare, print or sort it: a list may stand in
-    another several times. Errors: OverBudget, RecursionError."""
-
-    __slots__ = ("characters", "count", "data", "depth", "own")
-
-    def __init__(self, value: Any) -> None:
-        self.count = self.characters = self.depth = 0
-        self.own = self.data = True
-        meter = METER.get()
-        todo = [(value, 0)]
-        while todo:
-            item, level = todo.pop()
-            if level > MAX_DEPTH:
-                raise RecursionError
-            self.count += 1
-            self.depth = max(self.depth, level)
-            inner: Any = item.left if isinstance(item, Once) else item
-            self.data = self.data and isinstance(item, (*_DATA, list, tuple, dict))
-            if isinstance(inner, (dict, list, tuple)):
-                meter.items(len(inner))
-                inner = [part for pair in inner.items() for part in pair] if isinstance(inner, dict) else inner
-                todo += [(part, level + 1) for part in inner]
-                continue
-            meter.work(1)
-            self.own = self.own and is_own(item)
-            if isinstance(item, str):
-                meter.search(item)
-                self.characters += len(item)
-
-
-def _padding(function: Callable[..., str]) -> Any:
-    def pad(self: Text, *args: Any) -> Text:
-        width = args[0] if args and isinstance(args[0], int) else 8
-        METER.get().room(5 * (len(self) + max(width, 0) * (1 + str.count(self, "\t"))))
-        result = function(self, *args)
-        return self._whole(result) if all(map(is_own, args)) else Text(result)
-
-    return pad
-
-
-for _name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
-    setattr(Text, _name, _padding(getattr(str, _name)))
