@@ -413,6 +413,35 @@ def test_numbers_that_a_text_gives_make_no_token() -> None:
     assert len(specials_of(tok, ids)) == 1
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ [1, 2]|tojson(separators=(c, ':')) }}",
+        "{{ [1]|tojson(indent=c) }}",
+        "{{ '{:{}}'.format('s>', c ~ '>3') }}",
+        "{{ '%c' % (c|length + 59) ~ 's>' }}",
+        "{{ '{:c}'.format(c|length + 59) ~ 's>' }}",
+        "{{ 's>'.rjust(3, c) }}",
+        "{{ 's>'|indent(c, true) }}",
+        "{{ ['', 's>']|join(c) }}",
+        "{{ '-s>'|replace('-', c) }}",
+        "{{ 's->'|truncate(2, true, c, 0) ~ 's>' }}",
+        "{{ joiner(c)() ~ c ~ 's>' }}",
+        "{{ cycler(c).next() + 's>' }}",
+        "{{ 's>'.join([c, '']) }}",
+        "{{ dict(a=c).a ~ 's>' }}",
+        "{{ '%s' % c ~ 's>' }}",
+        "{{ ('x' ~ c).split('x')|last ~ 's>' }}",
+    ],
+)
+def test_what_a_text_gives_to_an_operation_is_not_the_templates(source: str) -> None:
+    """Separators, fill characters, indents: all of the rest is the template's own."""
+    tok = letters("{% set c = messages[0].content %}" + source, ["<s>"])
+    ids = tok.chat(talk("<"))
+    assert specials_of(tok, ids) == []
+    assert "<" in tok.decode(ids)
+
+
 def test_a_longer_token_half_of_which_a_user_wrote() -> None:
     """The template's own token stands, also where a text would make a longer one of it."""
     tok = letters("{{ '<s>' }}{{ messages[0].content }}{{ '<s>' }}", ["<s>", "<s>x", "x<s>", "<", "x"])

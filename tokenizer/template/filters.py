@@ -90,7 +90,7 @@ def cut(value: Any, start: Any, stop: Any, step: Any) -> Any:
 
 
 def key(value: Any) -> Any:
-    """A value as the key of a dict. Errors: OverBudget, RecursionError."""
+    """A value that something walks through, as one does who looks up the key of a dict. Errors: as of `Weight`."""
     Weight(value)
     return value
 
@@ -175,6 +175,8 @@ def _check_cost(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         METER.get().room(128 * characters)
         METER.get().work(characters**2 >> 8 if name == "wordwrap" else characters >> 4)  # each part copies the rest
     for size in (*args, *kwargs.values()):
+        if isinstance(size, tuple):
+            key(size)
         if name == "batch" and isinstance(size, int):
             METER.get().items(size)
         if name == "round" and isinstance(size, int) and abs(size) > 400:
@@ -199,7 +201,7 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return Once(list(map(_counted, result)))
         if isinstance(result, list):
             METER.get().items(len(result))
-        return _as_given(result, *values[first:]) if name in ("abs", "float", "int", "round") else result
+        return _as_given(result, *values[first:]) if name in ("abs", "float", "int", "round") else lifted(result)
 
     return run
 
@@ -218,8 +220,8 @@ _TESTS: dict[str, Callable[..., Any]] = {
     "divisibleby": lambda value, num: arithmetic("%", value, num) == 0,
     "even": lambda value: arithmetic("%", value, 2) == 0,
     "odd": lambda value: arithmetic("%", value, 2) == 1,
-    "lower": lambda value: text_of(value).islower(),
-    "upper": lambda value: text_of(value).isupper(),
+    "lower": lambda value: text_of(key(value)).islower(),
+    "upper": lambda value: text_of(key(value)).isupper(),
     "filter": lambda value: key(value) in FILTERS,
     "test": lambda value: key(value) in TESTS,
 }

@@ -103,7 +103,7 @@ class _Metered(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
         return node  # type: ignore[no-any-return]
 
-    visit_Macro = visit_CallBlock = _count_body
+    visit_Macro = visit_CallBlock = visit_Block = _count_body
 
 
 def _through(name: str, value: Any, arguments: list[Any]) -> nodes.Filter:
@@ -172,7 +172,10 @@ def _range(*bounds: Any) -> Any:
     numbers = range(*bounds)
     if len(numbers) > MAX_RANGE:
         raise OverflowError(f"a range of more than {MAX_RANGE:,} numbers")
-    return numbers if all(map(is_own, bounds)) else [given(number) for number in numbers]
+    if all(map(is_own, bounds)):
+        return numbers
+    METER.get().items(len(numbers))
+    return [given(number) for number in numbers]
 
 
 def _step(operations: int, size: int) -> None:
@@ -249,7 +252,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             Weight((owner, args, kwargs))
             if isinstance(owner, str) and args:
                 meter.search(owner, args[0] if __obj.__name__ in ("rfind", "rindex") else "")
-        return super().call(__context, __obj, *args, **kwargs)
+        return lifted(super().call(__context, __obj, *args, **kwargs))
+
+    def _filter_test_common(self, name: Any, *args: Any) -> Any:
+        return super()._filter_test_common(key(name), *args)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         return arithmetic(operator, left, right)

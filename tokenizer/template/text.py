@@ -168,17 +168,16 @@ class Text(str):
         return self[: len(self) - len(suffix)] if self.endswith(suffix) else self
 
     def replace(self, old: Any, new: Any, count: Any = -1) -> "Text":
-        old, new = Text._take(self, old), self._take(new)
+        old, between = Text._take(self, old), self._take(new)
         if count == 0:
             return self
         if not old:
             start = len(self) + 1 if count < 0 else min(count, len(self) + 1)
-            return new.join([self[:0], *self[: start - 1], self[start - 1 :]])
+            return between.join([self[:0], *self[: start - 1], self[start - 1 :]])
         self._look()
         pieces = str.split(self, old, count)
-        METER.get().room(5 * (len(self) + len(pieces) * len(new)))
-        mask: bytes = new.mask.join(self._masks(pieces, len(old)))
-        return self._new(str.join(new, pieces), mask)
+        METER.get().room(5 * (len(self) + len(pieces) * len(between)))
+        return self._new(str.join(between, pieces), between.mask.join(self._masks(pieces, len(old))))
 
     # Change
 
@@ -234,10 +233,10 @@ class Text(str):
             if conversion:
                 value = _shown(value, {"r": repr, "a": ascii}.get(conversion, str))
             if spec:
-                spec = str.__str__(Text(spec).filled(formatter, args, kwargs, numbers))
-                _check_sizes(spec)
-                text = format(value, spec)
-                value = written(text) if is_own(value) and "c" not in spec else text  # c: a number makes a character
+                form = self._all_or_none(spec).filled(formatter, args, kwargs, numbers)
+                _check_sizes(form)
+                text, own = format(value, str.__str__(form)), is_own(value) and is_own(form)
+                value = written(text) if own and "c" not in form else text  # c: a number chooses the character
             parts.append(text_of(value))
         return self[:0].join(parts)
 
