@@ -19,11 +19,9 @@ import jinja2
 from jinja2.exceptions import SecurityError
 
 from octo_run.errors import OctoError, UsageError, quoted, shown
-from octo_run.tokenizer.template.format import to_text
-from octo_run.tokenizer.template.methods import GLOBALS
-from octo_run.tokenizer.template.program import Program
-from octo_run.tokenizer.template.text import LostProof, Meter, OverBudget, mask_of, written
-from octo_run.tokenizer.template.values import Callee, given, scalars
+from octo_run.tokenizer.template.budget import METER, Meter, OverBudget
+from octo_run.tokenizer.template.sandbox import Program
+from octo_run.tokenizer.template.text import LostProof, Text, given, text_of, written
 
 #: What stands in a marked text before characters at which no special token begins: half a surrogate pair, which no
 #: valid text has.
@@ -39,6 +37,11 @@ _WORDS = {
 # fmt: on
 _MAX_DEPTH = 100
 _ADVICE = "use plain generation, or a model with another template"
+#: What Python says of its own inside: names of functions at wrong arguments, of modules, addresses.
+_INSIDE = re.compile(
+    r"^\S+\(\) (?=takes|got|missing|argument)|\b(?:jinja2|octo_run)\.[\w.]*\.|<[^<>]* at 0x[^<>]*>|"
+    r"<(?:class|built-in|function|bound) [^<>]*>"
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class ChatTemplate:
         Errors: OctoError when the template is faulty, refuses the messages or computes without end; UsageError, naming
         the message, for what is no plain data or no valid Unicode.
         """
-        return str(self._render(messages, add_generation_prompt, variables))
+        return str.__str__(self._render(messages, add_generation_prompt, variables))
 
     def render_marked(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -74,31 +77,32 @@ class ChatTemplate:
         """The same text with marks that tell users' special tokens from the template's. Errors: as `render`."""
         text = self._render(messages, add_generation_prompt, variables)
         places = sorted(set(self._unproven(text)))
-        pieces = [str(text[i:j]) for i, j in zip([0, *places], [*places, len(text)], strict=True)]
+        pieces = [text[i:j] for i, j in zip([0, *places], [*places, len(text)], strict=True)]
         return MarkedText(MARK.join(pieces), MARK)
 
-    def _unproven(self, text: str) -> Iterator[int]:
+    def _unproven(self, text: Text) -> Iterator[int]:
         """A place in each special token of `text` that the template did not write whole, before a character that it
         did not write. (A mark nowhere else: one before or inside a token of the template's would break that.)"""
-        mask = mask_of(text)
         match = self._special.search(text)
         while match is not None:
-            place = mask.find(0, match.start(), match.end())
+            place = text.mask.find(0, match.start(), match.end())
             if place >= 0:
                 yield place
             match = self._special.search(text, match.start() + 1)
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+    def _render(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> Text:
         messages = self._plain(messages, 0)
         variables = self._plain(variables, 0)
         _check_unicode(messages, variables)
-        everything = list(scalars([messages, variables]))
+        everything = list(_scalars([messages, variables]))
+        program = self._program  # made before the clock runs
         meter = Meter(len(everything), sum(len(value) for value in everything if isinstance(value, str)))
         now = datetime.now()
         values = {
-            **GLOBALS,
-            "raise_exception": Callee(_raise_exception),
-            "strftime_now": Callee(lambda meter, form: _format_time(meter, now, form)),
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda form: _format_time(now, form),
             "tools": None,
             "documents": None,
             **self._variables,
@@ -106,15 +110,14 @@ class ChatTemplate:
             "messages": messages,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._run(values, meter)
+        text = self._run(program, values, meter)
         try:
             text.encode()
         except UnicodeEncodeError:
             raise OctoError(f"The chat template in {self.file} writes half a surrogate pair: {_ADVICE}.") from None
         return text
 
-    def _run(self, values: dict[str, Any], meter: Meter) -> str:
-        program = self._program
+    def _run(self, program: Program, values: dict[str, Any], meter: Meter) -> Text:
         template = f"The chat template in {self.file}"
         try:
             return program.run(values, meter)
@@ -158,7 +161,7 @@ class ChatTemplate:
         if isinstance(value, str):
             text = str.__str__(value)
             known = isinstance(name, str) and text in _WORDS.get(name, ()) and not self._special.search(text)
-            return written(text) if known else text
+            return written(text) if known else Text(text)
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, (int, float)):
@@ -183,7 +186,7 @@ def _check_unicode(messages: list[Any], variables: Mapping[str, Any]) -> None:
         role = message.get("role") if isinstance(message, dict) else None
         named.append((f"Message {i} ({shown(role, 40)})" if isinstance(role, str) else f"Message {i}", message))
     for name, value in named:
-        for text in filter(lambda entry: isinstance(entry, str), scalars(value)):
+        for text in filter(lambda entry: isinstance(entry, str), _scalars(value)):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -195,7 +198,7 @@ def _check_unicode(messages: list[Any], variables: Mapping[str, Any]) -> None:
 
 def _flat(error: object) -> str:
     """A foreign error in one short line."""
-    text = " ".join(str(error)[:4000].split()).rstrip(".")
+    text = " ".join(_INSIDE.sub("", str(error)[:4000]).split()).rstrip(".")
     return shown(text, 240) or "no reason given"
 
 
@@ -203,12 +206,25 @@ class _Refusal(jinja2.TemplateError):
     """What a template raises with ``raise_exception``."""
 
 
-def _raise_exception(meter: Meter, message: object = "") -> None:
-    raise _Refusal(str(to_text(meter, message)))
+def _raise_exception(message: object = "") -> None:
+    raise _Refusal(str.__str__(text_of(message)))
 
 
-def _format_time(meter: Meter, now: datetime, form: Any) -> str:
+def _format_time(now: datetime, form: Any) -> str:
     if not isinstance(form, str) or len(form) > 1000:
         raise ValueError("strftime_now needs a short text")
-    meter.make(1 << 18)
-    return now.strftime(str(form))
+    METER.get().make(1 << 18)
+    return now.strftime(str.__str__(form))
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """All values in messages or variables, keys too."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from _scalars(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _scalars(item)
+    else:
+        yield value

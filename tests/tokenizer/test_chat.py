@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from octo_run.errors import OctoError, UsageError
 from octo_run.tokenizer import ChatTemplate, Tokenizer, load_tokenizer
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
-from octo_run.tokenizer.template.text import mask_of
 
 TEMPLATES = sorted((Path(__file__).resolve().parents[3] / "shared/data/chat_templates").glob("*.jinja"))
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -373,6 +372,12 @@ GREEK, CYRILLIC = "αβγδ", "жшдф"
 MIXED = st.lists(st.sampled_from(["m.content", "'жш'", "'д фш\\tд'", "'\\nж\\n'", "'x'"]), min_size=2, max_size=5)
 
 
+#: What keeps the proof of a text that is the template's as a whole only.
+FORGETFUL = ["c|tojson", "c|tojson|replace('\\x22', '')", "[c, {'k': c}]|tojson(indent=1)", "[c]", "{c: c}"]
+FORGETFUL += ["c.swapcase()", "c|wordwrap(3, wrapstring='')", "c|center(30)", "c.zfill(20)", "c.ljust(30, '<')"]
+FORGETFUL += ["c.expandtabs()", "'<%5s%s' % (c, c)", "'<{}{:>9}'.format(c, c)", "c.format('end')"]
+
+
 @pytest.mark.parametrize("rewrite", [r for r in REWRITES if r != "c|urlencode"])
 @settings(max_examples=12, deadline=None)
 @given(parts=MIXED, text=st.text(GREEK + " \nx'", max_size=8))
@@ -383,9 +388,9 @@ def test_each_character_knows_who_wrote_it(rewrite: str, parts: list[str], text:
         result = template._render(talk(text, text[1:]), True, {})
     except OctoError:
         return
-    for char, mask in zip(result, mask_of(result), strict=True):
+    for char, mask in zip(result, result.mask, strict=True):
         assert char.lower() not in GREEK or not mask, "a text counts as the template's"
-        assert char.lower() not in CYRILLIC or mask, "the template's own counts as a text"
+        assert char.lower() not in CYRILLIC or mask or rewrite in FORGETFUL, "the template's own counts as a text"
 
 
 @settings(max_examples=150, deadline=None)
@@ -406,6 +411,35 @@ def test_numbers_that_a_text_gives_make_no_token() -> None:
     assert specials_written(tok, ["12"]) == ["<SPECIAL_12>"]
     ids = tok.chat([{"role": "user", "content": 12}])
     assert len(specials_of(tok, ids)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ [1, 2]|tojson(separators=(c, ':')) }}",
+        "{{ [1]|tojson(indent=c) }}",
+        "{{ '{:{}}'.format('s>', c ~ '>3') }}",
+        "{{ '%c' % (c|length + 59) ~ 's>' }}",
+        "{{ '{:c}'.format(c|length + 59) ~ 's>' }}",
+        "{{ 's>'.rjust(3, c) }}",
+        "{{ 's>'|indent(c, true) }}",
+        "{{ ['', 's>']|join(c) }}",
+        "{{ '-s>'|replace('-', c) }}",
+        "{{ 's->'|truncate(2, true, c, 0) ~ 's>' }}",
+        "{{ joiner(c)() ~ c ~ 's>' }}",
+        "{{ cycler(c).next() + 's>' }}",
+        "{{ 's>'.join([c, '']) }}",
+        "{{ dict(a=c).a ~ 's>' }}",
+        "{{ '%s' % c ~ 's>' }}",
+        "{{ ('x' ~ c).split('x')|last ~ 's>' }}",
+    ],
+)
+def test_what_a_text_gives_to_an_operation_is_not_the_templates(source: str) -> None:
+    """Separators, fill characters, indents: all of the rest is the template's own."""
+    tok = letters("{% set c = messages[0].content %}" + source, ["<s>"])
+    ids = tok.chat(talk("<"))
+    assert specials_of(tok, ids) == []
+    assert "<" in tok.decode(ids)
 
 
 def test_a_longer_token_half_of_which_a_user_wrote() -> None:

@@ -15,7 +15,7 @@ import pytest
 from octo_run.errors import OctoError
 from octo_run.tokenizer import ChatTemplate
 from octo_run.tokenizer.template.filters import FILTERS, TESTS
-from octo_run.tokenizer.template.methods import GLOBALS, STRING
+from octo_run.tokenizer.template.sandbox import READABLE
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": " Hello <s>World \n x", "n": 3, "tags": ["b", "A", "c"], "meta": {"z": 1, "a": [1]}},
@@ -171,8 +171,22 @@ def test_expressions_equal_jinja2() -> None:
 def things() -> list[str]:
     """Everything that a template can get hold of."""
     return [
-        *(*GLOBALS, "raise_exception", "strftime_now", "nosuch", "ns", "f", "messages", "loop", "caller"),
-        *(f"'x'.{name}" for name in STRING),
+        *(
+            "range",
+            "dict",
+            "namespace",
+            "cycler",
+            "joiner",
+            "raise_exception",
+            "strftime_now",
+            "nosuch",
+            "ns",
+            "f",
+            "messages",
+            "loop",
+            "caller",
+        ),
+        *(f"'x'.{name}" for name in sorted(READABLE)),
         *(f"messages[0].{name}" for name in ("get", "items", "keys", "values", "copy", "pop", "update")),
         *(f"messages.{name}" for name in ("index", "append", "sort", "copy")),
         *("loop.cycle", "loop.changed", "ns.x", "f.name", "f.caller", "cycler(1)", "cycler(1).next", "joiner()"),

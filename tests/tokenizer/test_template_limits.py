@@ -23,6 +23,8 @@ PAIRS = GROW.replace("@", "[1]") + "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [
 DICTS = GROW.replace("@", "{}") + "{% set ns.a = {1: ns.a, 2: ns.a} %}{% set ns.b = {1: ns.b, 2: ns.b} %}{% endfor %}"
 MANY = "{% set ns = namespace(a=[]) %}{% for i in range(99999) %}{% set ns.a = ns.a + [@] %}{% endfor %}"
 BIG = "('a' * 1000000)"
+TUPLES = PAIRS.replace("[", "(").replace("]", ",)").replace(",,", ",")
+DEEP = "{% set ns = namespace(a=()) %}{% for i in range(99999) %}{% set ns.a = (ns.a,) %}{% endfor %}"
 # fmt: off
 STOPPED = {
     "loops": [
@@ -66,12 +68,28 @@ STOPPED = {
     "lists": [
         PAIRS + "{{ ns.a }}", PAIRS + "{{ ns.a|tojson }}", PAIRS + "{{ [ns.b].index(ns.a) }}",
         PAIRS + "{{ [ns.a, ns.b]|sort }}", DICTS + "{{ ns.a is eq ns.b }}",
-        PAIRS.replace("[", "(").replace("]", ",)").replace(",,", ",") + "{{ {ns.a: 1} }}",
+        TUPLES + "{{ {ns.a: 1} }}",
         MANY.replace("@", "i"), MANY.replace("@", "namespace()"), MANY.replace("@", "'x'.join"),
         "{% set a = [1]*1000000 %}" + MANY.replace("@", "a[1:]"), "{{ ([[1]*10000]*10000)|sum(start=[]) }}",
         "{% for i in range(9999) %}{% set x = range(99999)|unique|list %}{% endfor %}",
         "{% set ns = namespace(a=[]) %}{% for i in range(99999) %}{% set ns.a = [ns.a] %}{% endfor %}{{ ns.a }}",
         "{{ range(10**18) }}", "{{ range(10**18)|list }}",
+    ],
+    "keys": [
+        start + use for start in (TUPLES, DEEP) for use in (
+            "{{ {}[ns.a] }}", "{{ ns.a in {} }}", "{{ {}.get(ns.a) }}", "{{ [1]|map(ns.a)|list }}",
+            "{{ 1|round(1, ns.a) }}", "{{ ns.a is filter }}", "{{ [ns.a]|unique|list }}", "{{ dict([[ns.a, 1]]) }}",
+            "{{ messages[ns.a].x }}", "{{ ns.a in ([ns.a]|map('list')) }}",
+        )
+    ],
+    "kept": [
+        "{% set b = " + BIG + " %}" + MANY.replace("@", what)
+        for what in ("b.swapcase()", "b|urlencode", "b|e", "b[1:]", "b|list", "'%5s' % b", "b.zfill(1000009)")
+    ] + [
+        "{% set ns = namespace(a=[], n=0) %}{% block a %}{% set ns.a = [ns.a, [" + "1," * 2000 + "]] %}"
+        "{% set ns.n = ns.n + 1 %}{% if ns.n < 99999 %}{{ self.a() }}{{ self.a() }}{% endif %}{% endblock %}",
+        "{% set ns = namespace(a=[]) %}{% macro f() %}{% set ns.a = [ns.a, [" + "1," * 2000 + "]] %}{% endmacro %}"
+        "{% for i in range(99999) %}{{ f() }}{% endfor %}",
     ],
     "numbers": [
         "{{ 2**(10**9) }}", "{{ (10**300)**(10**300) }}", "{{ 5|round(-10**9) }}", "{{ 5|round(10**9, 'ceil') }}",
@@ -86,6 +104,11 @@ SOURCES = [
     "{{ a" + ".b" * 90_000 + " }}", "{{ a" + "()" * 90_000 + " }}", "{{ " + "a if b else " * 20_000 + "a }}",
     "{% if 1 %}" * 9000 + "{% endif %}" * 9000, "{% for i in [] %}" * 4000 + "{% endfor %}" * 4000,
     "{% macro a() %}" * 4000 + "{% endmacro %}" * 4000, "{{" * 90_000, "{#" * 90_000, "{% raw %}" * 20_000,
+    *("".join(many.replace("@", str(i)) for i in range(7000)) for many in (
+        "{%if a%}{%set b@=1%}{%endif%}", "{%set b@=1%}{%include a%}", "{%set b@=1%}{%block c@ scoped%}{%endblock%}",
+    )),
+    "{%if a%}" + "".join(f"{{%elif b{i}%}}x" for i in range(9000)) + "{%endif%}", "{%if a%}" + "{%elif a%}" * 20_000,
+    "{% autoescape true %}{% endautoescape %}",
     "{{ '" + "a" * LARGE, "{{a}}" * 50_000, "{{ {" + "1:1," * 60_000 + "} }}", "{%-" * 60_000,
 ]
 # fmt: on

@@ -1,93 +1,257 @@
-"""The two things that every operation of a template keeps: a budget, and which characters the template itself wrote.
+"""Strings that know which of their characters the template wrote.
 
-A special token typed by a user looks like one that the template writes. So a string that comes from the template is a
-:class:`Text`: beside its characters it has a mask with a 1 for each character that the template wrote. Everything else
-(messages, tools, results of operations that keep no mask) is a plain ``str``, whose characters are nobody's proof. An
-operation that forgets the mask loses a proof and never makes one.
+A special token typed by a user looks like one that the template writes. So the strings of a template are `Text`: beside
+its characters it has a mask with a 1 for each that the template wrote. A plain ``str`` is nobody's proof. The methods
+of `Text` are those of ``str``, count what they make and keep masks.
 """
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from string import Formatter
+from typing import Any
 
-# The budget of one rendering. A conversation adds to it for each of its values and characters (see `Meter`), so that a
-# long one has as much room as many short ones. The real templates need less than a tenth of this.
-OPERATIONS = 8_000_000
-OPERATIONS_PER_VALUE = 4_000
-BYTES = 256 << 20
-BYTES_PER_VALUE = 32 << 10
-BYTES_PER_CHARACTER = 256
-SECONDS = 2.0  # of computing time of the thread, so that a busy machine refuses nothing
-SECONDS_PER_VALUE = 0.002
-RESULT_CHARACTERS = 8 << 20
-RESULT_CHARACTERS_PER_CHARACTER = 32
-INTEGER_BITS = 2048
+import markupsafe
+from jinja2 import Undefined
 
-
-class OverBudget(Exception):
-    """A template computes more than a conversation can need."""
+from octo_run.tokenizer.template.budget import MAX_DEPTH, METER
 
 
 class LostProof(Exception):
     """An operation after which nobody can tell what the template wrote and what a user did."""
 
 
-class Meter:
-    """What a rendering has left: operations (about one for each node of the template that runs), bytes of the values
-    it makes (all of them, also those already dropped), seconds."""
+class GivenInt(int):
+    """A number from a message, or computed with one: its digits are the message's."""
 
-    __slots__ = ("bytes", "deadline", "operations", "result", "unchecked")
 
-    def __init__(self, values: int = 0, characters: int = 0) -> None:
-        """``values``, ``characters``: how many the conversation has."""
-        self.operations = OPERATIONS + OPERATIONS_PER_VALUE * values
-        self.bytes = BYTES + BYTES_PER_VALUE * values + BYTES_PER_CHARACTER * characters
-        self.deadline = time.thread_time() + SECONDS + SECONDS_PER_VALUE * values
-        self.result = RESULT_CHARACTERS + RESULT_CHARACTERS_PER_CHARACTER * characters
-        self.unchecked = 0
+class GivenFloat(float):
+    """As `GivenInt`."""
 
-    def work(self, operations: int) -> None:
-        """Count operations before they are done. Errors: OverBudget."""
-        self.operations -= operations
-        if self.operations < 0:
-            raise OverBudget("it takes too many steps")
-        self.unchecked += operations
-        if self.unchecked >= 1000:
-            self.unchecked = 0
-            if time.thread_time() > self.deadline:
-                raise OverBudget("it takes too long")
 
-    def make(self, size: int) -> None:
-        """Count bytes before they are taken. Errors: OverBudget."""
-        self.bytes -= size
-        if self.bytes < 0:
-            raise OverBudget("it makes too much text")
-        self.work(1 + (size >> 10))
+def given(value: Any) -> Any:
+    """A number as one that a message gave; other values as they are."""
+    if isinstance(value, bool):
+        return value
+    return GivenInt(value) if isinstance(value, int) else GivenFloat(value) if isinstance(value, float) else value
 
-    def text(self, length: int, parts: Iterable[str]) -> None:
-        """Count a string of ``length`` characters made of those in ``parts``, and its mask."""
-        if length > self.bytes:
-            raise OverBudget("it makes too much text")
-        self.make(64 + length * (2 if all(part.isascii() for part in parts) else 5))
 
-    def items(self, count: int) -> None:
-        """Count a list of ``count`` items, each of them a small value."""
-        self.make(64 + 48 * count)
-
-    def search(self, text: str, needle: str = "") -> None:
-        """Count a look through ``text``; with a ``needle``, one whose time grows with both (``rfind``, ``strip``)."""
-        self.work(1 + (len(text) >> 10) + (len(text) * len(needle) >> 8))
+def is_own(value: object) -> bool:
+    """Whether the template alone made a string or a number."""
+    return 0 not in value.mask if isinstance(value, Text) else type(value) in (int, float, bool, type(None))
 
 
 class Text(str):
-    """A string with characters that the template wrote: ``mask`` has one byte for each character, 1 for those."""
+    """A string with ``mask``: one byte for each character, 1 for those that the template wrote, else 0."""
 
     __slots__ = ("mask",)
     mask: bytes
 
-    def __new__(cls, text: str, mask: bytes) -> "Text":
+    def __new__(cls, text: str, mask: bytes | None = None) -> "Text":
+        """Errors: OverBudget."""
+        METER.get().make(160 + len(text) * (2 if text.isascii() else 5))
         self = str.__new__(cls, text)
-        self.mask = mask
+        self.mask = bytes(len(text)) if mask is None else mask
         return self
+
+    def _new(self, text: str, mask: bytes) -> "Text":
+        return type(self)(text, mask)
+
+    def _take(self, other: Any) -> "Text":
+        """Another string that becomes part of this one."""
+        if not isinstance(other, str):
+            raise TypeError(f"a string is needed, not {type(other).__name__}")
+        return other if isinstance(other, Text) else Text(other)
+
+    def _all_or_none(self, text: str, own: bool = True) -> "Text":
+        """``text``, made of this one by what follows no characters: the template's if all of this is, and ``own``."""
+        return self._new(text, (b"\1" if own and is_own(self) else b"\0") * len(text))
+
+    def __str__(self) -> "Text":
+        return self
+
+    def __getitem__(self, key: Any) -> "Text":
+        part = str.__getitem__(self, key)
+        return self._new(part, self.mask[key if isinstance(key, slice) else slice(key, key + 1 or None)])
+
+    def __iter__(self) -> Iterator["Text"]:
+        for i, char in enumerate(str.__iter__(self)):
+            yield self._new(char, self.mask[i : i + 1])
+
+    def __add__(self, other: Any) -> "Text":
+        if isinstance(other, Undefined):
+            return NotImplemented  # it raises its own error
+        if not isinstance(other, str):
+            return str.__add__(self, other)  # type: ignore[return-value]  # raises a TypeError
+        return (other if isinstance(other, Safe) else self)[:0].join((self, other))
+
+    def __radd__(self, other: Any) -> "Text":
+        return self[:0].join((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __mul__(self, times: Any) -> "Text":
+        if not isinstance(times, int):
+            return NotImplemented
+        METER.get().room(5 * len(self) * times)
+        return self._new(str.__mul__(self, times), self.mask * times)
+
+    __rmul__ = __mul__
+
+    def join(self, items: Iterable[Any]) -> "Text":
+        parts = [self._take(item) for item in items]
+        length = sum(map(len, parts)) + len(self) * max(len(parts) - 1, 0)
+        METER.get().room(length * (2 if self.isascii() and all(part.isascii() for part in parts) else 5))
+        return self._new(str.join(self, parts), self.mask.join([part.mask for part in parts]))
+
+    # Cut
+
+    def _masks(self, pieces: Iterable[str], gap: int = 0) -> Iterator[bytes]:
+        """The masks of ``pieces``, which stand here one after the other with ``gap`` characters between them."""
+        at = 0
+        for piece in pieces:
+            yield self.mask[at : at + len(piece)]
+            at += len(piece) + gap
+
+    def _cut(self, pieces: Sequence[str], gap: int = 0) -> list[Any]:
+        return [self._new(*pair) for pair in zip(pieces, self._masks(pieces, gap), strict=True)]
+
+    def _look(self, needle: Any = "") -> None:
+        """Before cutting: Python's pieces take less than 48 bytes for each character."""
+        METER.get().search(self, needle)
+        METER.get().room(48 * len(self))
+
+    def lstrip(self, chars: Any = None) -> "Text":
+        METER.get().search(self, chars)
+        return self[len(self) - len(str.lstrip(self, chars)) :]
+
+    def rstrip(self, chars: Any = None) -> "Text":
+        METER.get().search(self, chars)
+        return self[: len(str.rstrip(self, chars))]
+
+    def strip(self, chars: Any = None) -> "Text":
+        return self.lstrip(chars).rstrip(chars)
+
+    def split(self, sep: Any = None, maxsplit: Any = -1) -> list[Any]:
+        self._look()
+        return self._pieces(str.split(self, sep, maxsplit), sep)
+
+    def rsplit(self, sep: Any = None, maxsplit: Any = -1) -> list[Any]:
+        self._look(sep)
+        return self._pieces(str.rsplit(self, sep, maxsplit), sep)
+
+    def _pieces(self, pieces: list[str], sep: Any) -> list[Any]:
+        if sep is not None:
+            return self._cut(pieces, len(sep))
+        result, at = [], 0
+        for piece in pieces:
+            at = str.index(self, piece, at)
+            result.append(self[at : at + len(piece)])
+            at += len(piece)
+        return result
+
+    def splitlines(self, keepends: Any = False) -> list[Any]:
+        self._look()
+        lines = self._cut(str.splitlines(self, keepends=True))
+        return lines if keepends else [line[: len(str.splitlines(line)[0])] for line in lines]
+
+    def partition(self, sep: Any) -> Any:
+        self._look()
+        return tuple(self._cut(str.partition(self, sep)))
+
+    def rpartition(self, sep: Any) -> Any:
+        self._look(sep)
+        return tuple(self._cut(str.rpartition(self, sep)))
+
+    def removeprefix(self, prefix: Any) -> "Text":
+        return self[len(prefix) :] if self.startswith(prefix) else self
+
+    def removesuffix(self, suffix: Any) -> "Text":
+        return self[: len(self) - len(suffix)] if self.endswith(suffix) else self
+
+    def replace(self, old: Any, new: Any, count: Any = -1) -> "Text":
+        old, between = Text._take(self, old), self._take(new)
+        if count == 0:
+            return self
+        if not old:
+            start = len(self) + 1 if count < 0 else min(count, len(self) + 1)
+            return between.join([self[:0], *self[: start - 1], self[start - 1 :]])
+        self._look()
+        pieces = str.split(self, old, count)
+        METER.get().room(5 * (len(self) + len(pieces) * len(between)))
+        return self._new(str.join(between, pieces), between.mask.join(self._masks(pieces, len(old))))
+
+    # Change
+
+    def mapped(self, function: Callable[[str], str], by_character: bool = True) -> "Text":
+        """``function(self)``, which gives each character one or more of its own (as ``str.upper``). ``by_character``:
+        it gives a character in a text as many as alone. Errors: LostProof."""
+        METER.get().make(64 + 12 * len(self))
+        result = function(self)
+        mask = self.mask
+        if 0 not in mask or 1 not in mask:
+            return self._all_or_none(result)
+        if len(result) != len(self) and by_character:
+            mask = b"".join([mask[i : i + 1] * len(function(char)) for i, char in enumerate(str.__iter__(self))])
+        if len(mask) != len(result):
+            raise LostProof(f"{function.__name__}() changes how many characters there are")
+        return self._new(result, mask)
+
+    def upper(self) -> "Text":
+        return self.mapped(str.upper)
+
+    def lower(self) -> "Text":
+        return self.mapped(str.lower)
+
+    def title(self) -> "Text":
+        return self.mapped(str.title, by_character=False)
+
+    def capitalize(self) -> "Text":
+        return self.mapped(str.capitalize, by_character=False)
+
+    # Fill in
+
+    def __mod__(self, values: Any) -> "Text":
+        pieces = self.split("%s")
+        fill = values if isinstance(values, tuple) else (values,)
+        if str.count(self, "%") == len(fill) == len(pieces) - 1:
+            parts = [part for pair in zip(pieces, map(text_of, fill), strict=False) for part in pair]
+            return self[:0].join([*parts, pieces[-1]])
+        weight = _data(values)
+        _check_sizes(self, 10 * weight.characters + 64 * weight.count, *fill)
+        return self._all_or_none(str.__mod__(str.__str__(self), values), weight.own and "c" not in self)
+
+    def filled(self, formatter: Formatter, args: Any, kwargs: Any, numbers: "count[int] | None" = None) -> "Text":
+        """``self.format(*args, **kwargs)``; ``formatter`` looks into values; ``numbers``: of the fields without one."""
+        numbers = count() if numbers is None else numbers
+        parts = []
+        for literal, name, spec, conversion in formatter.parse(self):
+            METER.get().work(1)
+            parts.append(self._all_or_none(literal))
+            if name is None:
+                continue
+            number = f"{next(numbers)}" if name[:1] in ("", ".", "[") else ""
+            value, _ = formatter.get_field(number + name, args, kwargs)
+            if conversion:
+                value = _shown(value, {"r": repr, "a": ascii}.get(conversion, str))
+            if spec:
+                form = self._all_or_none(spec).filled(formatter, args, kwargs, numbers)
+                _check_sizes(form)
+                text, own = format(value, str.__str__(form)), is_own(value) and is_own(form)
+                value = written(text) if own and "c" not in form else text  # c: a number chooses the character
+            parts.append(text_of(value))
+        return self[:0].join(parts)
+
+
+def _padding(function: Callable[..., str]) -> Any:
+    def pad(self: Text, *args: Any) -> Text:
+        width = args[0] if args and isinstance(args[0], int) else 8
+        METER.get().room(5 * (len(self) + max(width, 0) * (1 + str.count(self, "\t"))))
+        return self._all_or_none(function(self, *args), all(map(is_own, args)))
+
+    return pad
+
+
+for _name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
+    setattr(Text, _name, _padding(getattr(str, _name)))
 
 
 class Safe(Text):
@@ -95,196 +259,106 @@ class Safe(Text):
 
     __slots__ = ()
 
+    def _take(self, other: Any) -> Text:
+        return escaped(super()._take(other))
+
+    def __html__(self) -> "Safe":
+        return self
+
+
+def escaped(text: Text) -> Safe:
+    if isinstance(text, Safe):
+        return text
+    changed = text.mapped(lambda part: str.__str__(markupsafe.escape(str.__str__(part))))
+    return Safe(changed, changed.mask)
+
+
+class Once(Iterator[Any]):
+    """What ``map``, ``select`` etc. give: items to go through once."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.left = items[::-1]
+
+    def __next__(self) -> Any:
+        if not self.left:
+            raise StopIteration
+        return self.left.pop()
+
+
+Text.__name__ = Safe.__name__ = "str"  # as errors call them
+Once.__name__ = "generator"
+_DATA = (str, int, float, type(None), range, Undefined, list, tuple, dict)
+
+
+class Weight:
+    """How much is in a value when one walks through it, as all do that compare, print or sort it: a list may stand in
+    another several times. Errors: OverBudget, RecursionError."""
+
+    __slots__ = ("characters", "count", "data", "depth", "own")
+
+    def __init__(self, value: Any) -> None:
+        self.count = self.characters = self.depth = 0
+        self.own = self.data = True  # the template made all of it; it has a text
+        meter = METER.get()
+        todo = [(value, 0)]
+        while todo:
+            item, level = todo.pop()
+            if level > MAX_DEPTH:
+                raise RecursionError
+            self.count += 1
+            self.depth = max(self.depth, level)
+            self.data = self.data and isinstance(item, _DATA)
+            inner: Any = item.left if isinstance(item, Once) else item
+            if isinstance(inner, (dict, list, tuple)):
+                meter.items(len(inner))
+                parts = [part for pair in inner.items() for part in pair] if isinstance(inner, dict) else inner
+                todo += [(part, level + 1) for part in parts]
+                continue
+            meter.work(1)
+            self.own = self.own and is_own(item)
+            if isinstance(item, str):
+                meter.search(item)
+                self.characters += len(item)
+
 
 def written(text: str) -> Text:
     """``text`` as the template's own."""
     return Text(text, b"\1" * len(text))
 
 
-def mask_of(text: str) -> bytes:
-    return text.mask if isinstance(text, Text) else bytes(len(text))
+def lifted(value: Any) -> Any:
+    """Strings as `Text`, other values as they are."""
+    return Text(value) if isinstance(value, str) and not isinstance(value, Text) else value
 
 
-def masked(text: str, mask: bytes) -> str:
-    return Text(text, mask) if 1 in mask else text
+def text_of(value: Any) -> Text:
+    """``str(value)``; what is no data gives the name of its kind. Digits of a number are the template's, unless a
+    message gave it. Errors: OverBudget, RecursionError, TypeError."""
+    return lifted(value) if isinstance(value, str) else _shown(value, str)
 
 
-# Operations on strings. All of them count what they make, and keep masks.
+def joined(parts: Iterable[Any]) -> Text:
+    """What ``~`` and the blocks of a template do."""
+    return Text("").join([text_of(part) for part in parts])
 
 
-def join(meter: Meter, parts: Sequence[str], separator: str = "") -> str:
-    length = sum(map(len, parts)) + len(separator) * max(len(parts) - 1, 0)
-    meter.text(length, (separator, *parts) if separator else parts)
-    text = separator.join(parts)
-    if not isinstance(separator, Text) and not any(isinstance(part, Text) for part in parts):
-        return text
-    return masked(text, mask_of(separator).join(map(mask_of, parts)))
+def _shown(value: Any, function: Callable[[Any], str]) -> Text:
+    if not isinstance(value, _DATA):
+        return Text("<function>" if callable(value) else f"<{type(value).__name__}>")
+    weight = _data(value)
+    METER.get().room(10 * weight.characters + 64 * weight.count)
+    return written(function(value)) if weight.own else Text(function(value))
 
 
-def piece(meter: Meter, text: str, key: "slice[int | None, int | None, int | None] | int") -> str:
-    if isinstance(key, int):
-        meter.work(1)
-        key = slice(key, key + 1 or None) if text[key] else slice(0)  # an IndexError beyond the text
-    meter.text(len(range(*key.indices(len(text)))), (text,))
-    part = str.__getitem__(text, key)
-    return masked(part, text.mask[key]) if isinstance(text, Text) else part
+def _data(value: Any) -> Weight:
+    weight = Weight(value)
+    if not weight.data:
+        raise TypeError("a function or a generator has no text here")
+    return weight
 
 
-def characters(meter: Meter, text: str) -> list[str]:
-    meter.make(128 * len(text))
-    return cut(text, list(text))
-
-
-def repeat(meter: Meter, text: str, times: int) -> str:
-    times = max(times, 0)
-    meter.text(len(text) * times, (text,))
-    repeated = str.__mul__(text, times)
-    return masked(repeated, text.mask * times) if isinstance(text, Text) else repeated
-
-
-def cut(text: str, pieces: list[str], gap: int = 0) -> list[str]:
-    """``pieces``, which stand in ``text`` one after the other with ``gap`` characters between them, with its mask."""
-    if not isinstance(text, Text):
-        return pieces
-    result, position = [], 0
-    for part in pieces:
-        result.append(masked(part, text.mask[position : position + len(part)]))
-        position += len(part) + gap
-    return result
-
-
-def strip(meter: Meter, text: str, chars: str | None = None, sides: str = "lr") -> str:
-    _expect(chars)
-    meter.search(text, "" if chars is None else chars)
-    start = len(text) - len(str.lstrip(text, chars)) if "l" in sides else 0
-    stop = len(str.rstrip(text, chars)) if "r" in sides else len(text)
-    return piece(meter, text, slice(start, max(start, stop)))
-
-
-def split(meter: Meter, text: str, sep: str | None = None, maxsplit: int = -1, *, right: bool = False) -> list[str]:
-    _expect(sep)
-    if sep is None:
-        meter.search(text)
-        count = sum(len(str.__getitem__(text, slice(i, i + (1 << 16))).split()) for i in _blocks(text))
-    else:
-        meter.search(text, sep if right else "")
-        count = str.count(text, sep) + 1 if sep else 0  # no separator: a ValueError below
-    meter.make(96 * (count if maxsplit < 0 else min(count, maxsplit + 1)))
-    meter.text(len(text), (text,))
-    pieces = str.rsplit(text, sep, maxsplit) if right else str.split(text, sep, maxsplit)
-    if sep is not None:
-        return cut(text, pieces, len(sep))
-    if not isinstance(text, Text):
-        return pieces
-    result, position = [], 0
-    for part in pieces:
-        position = str.index(text, part, position)
-        result.append(masked(part, text.mask[position : position + len(part)]))
-        position += len(part)
-    return result
-
-
-def lines(meter: Meter, text: str, keepends: bool = False) -> list[str]:
-    meter.search(text)
-    meter.make(96 * sum(len(str.__getitem__(text, slice(i, i + (1 << 16))).splitlines()) for i in _blocks(text)))
-    meter.text(len(text), (text,))
-    pieces = cut(text, str.splitlines(text, keepends=True))
-    if keepends:
-        return pieces
-    return [masked(bare, mask_of(part)[: len(bare)]) for part in pieces for bare in [str.splitlines(part)[0]]]
-
-
-def _blocks(text: str) -> range:
-    """Where parts of a text begin in which pieces can be counted without making all of them."""
-    return range(0, len(text), 1 << 16)
-
-
-def partition(meter: Meter, text: str, sep: str, *, right: bool = False) -> tuple[str, ...]:
-    meter.search(text, sep if right else "")
-    meter.text(len(text), (text,))
-    return tuple(cut(text, list(str.rpartition(text, sep) if right else str.partition(text, sep))))
-
-
-def replace(meter: Meter, text: str, old: str, new: str, count: int = -1) -> str:
-    _expect(old)
-    _expect(new)
-    meter.search(text)
-    found = str.count(text, old)
-    found = found if count < 0 else min(found, count)
-    if found == 0:
-        return text
-    if not isinstance(text, Text) and not isinstance(new, Text):
-        meter.text(len(text) + found * max(len(new) - len(old), 0), (text, new))
-        return str.replace(text, old, new, count)
-    meter.make(96 * found)
-    if old:
-        return join(meter, cut(text, str.split(text, old, found), len(old)), new)
-    chars = characters(meter, text)
-    end = ["".join(chars[found:])] if not isinstance(text, Text) else [piece(meter, text, slice(found, None))]
-    parts = [part for char in chars[:found] for part in (new, char)]
-    return join(meter, parts + ([new] if found > len(chars) else end))
-
-
-def without_prefix(meter: Meter, text: str, prefix: str) -> str:
-    return piece(meter, text, slice(len(prefix), None)) if str.startswith(text, prefix) and prefix else text
-
-
-def without_suffix(meter: Meter, text: str, suffix: str) -> str:
-    return piece(meter, text, slice(0, len(text) - len(suffix))) if str.endswith(text, suffix) and suffix else text
-
-
-def pad(meter: Meter, text: str, width: int, fill: str = " ", *, left: float = 0.0) -> str:
-    """``text`` with at least ``width`` characters; ``left``: which part of the padding goes to its left."""
-    if not isinstance(fill, str) or len(fill) != 1:
-        raise TypeError("the fill character must be exactly one character long")
-    missing = width - len(text)
-    if missing <= 0:
-        return text
-    before = int(missing * left) if left != 0.5 else missing // 2 + (missing & width & 1)
-    return join(meter, [repeat(meter, fill, before), text, repeat(meter, fill, missing - before)])
-
-
-def zero_fill(meter: Meter, text: str, width: int) -> str:
-    sign = 1 if text[:1] in ("+", "-") and text else 0
-    head, tail = piece(meter, text, slice(0, sign)), piece(meter, text, slice(sign, None))
-    return join(meter, [head, pad(meter, tail, width - sign, "0", left=1.0)])
-
-
-def expand_tabs(meter: Meter, text: str, tabsize: int = 8) -> str:
-    parts: list[str] = []
-    column = 0
-    meter.make(128 * str.count(text, "\t"))
-    for i, part in enumerate(cut(text, str.split(text, "\t"), 1)):
-        if i:
-            spaces = tabsize - column % tabsize if tabsize > 0 else 0
-            parts.append(repeat(meter, " ", spaces))
-            column += spaces
-        parts.append(part)
-        end = max(str.rfind(part, "\n"), str.rfind(part, "\r"))
-        column = column + len(part) if end < 0 else len(part) - end - 1
-    return join(meter, parts)
-
-
-def translated(
-    meter: Meter, text: str, function: Callable[[str], str], *, edges: int = 0, by_character: bool = True
-) -> str:
-    """``function(text)``, which gives each character one or more of its own (as ``str.upper``), and ``edges`` more at
-    each end. ``by_character``: it gives a character in a text as many as alone. Errors: LostProof."""
-    meter.text(6 * len(text) + 2 * edges, (text,))
-    result = function(text)
-    if not isinstance(text, Text):
-        return result
-    mask = text.mask
-    if 0 not in mask and not edges:
-        return written(result)
-    if len(result) != len(text) + 2 * edges:
-        lengths = [len(function(char)) - 2 * edges if by_character else 0 for char in text]
-        mask = b"".join([mask[i : i + 1] * length for i, length in enumerate(lengths)])
-    if len(mask) != len(result) - 2 * edges:
-        raise LostProof(f"{function.__name__}() changes how many characters there are")
-    return masked(result, bytes(edges) + mask + bytes(edges))
-
-
-def _expect(text: object) -> None:
-    if text is not None and not isinstance(text, str):
-        raise TypeError(f"a string is needed, not {type(text).__name__}")
+def _check_sizes(form: str, size: int = 0, *values: Any) -> None:
+    """There is room for what the widths in a format make; a ``*`` takes one of ``values``."""
+    numbers = [int(digits) for digits in re.findall(r"\d+", form)]
+    numbers += [abs(value) for value in values if isinstance(value, int) and "*" in form]
+    METER.get().room(5 * (1024 + size + sum(numbers)))
