@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from octo_run.kernels.blocks import Side
     from octo_run.kernels.codec import Codec, KVFormat
+    from octo_run.kernels.trellis_tables import Side
 
 
 def prepare(fmt: KVFormat, device: torch.device) -> None:
     """Make the tables that the CUDA kernels of a format would make when they first need them (less than a megabyte,
     kept for the process), so that nothing is allocated after an engine was loaded."""
     from octo_run.kernels.attention.constants import codec_constants, no_table
-    from octo_run.kernels.blocks import table_format
     from octo_run.kernels.codec import TrellisCodec
     from octo_run.kernels.encode import trellis_launch
+    from octo_run.kernels.trellis_tables import table_format
 
     sides: tuple[tuple[Side, Codec], ...] = (("k", fmt.k), ("v", fmt.v))
     no_table(device)

@@ -19,9 +19,9 @@ from bench_prefill import median_ms
 from bench_report import provenance, save, table
 
 from octo_run.kernels import encode_pages, page_bytes
-from octo_run.kernels.blocks import table_format
 from octo_run.kernels.codec import TrellisCodec, parse_kv
 from octo_run.kernels.encode.trellis_launch import encode_fields, encode_fields_by_lanes, pack_blocks
+from octo_run.kernels.trellis_tables import table_format
 
 PAGE, DIM = 64, 128
 COMPARED = 4  # pages that the CPU codes too

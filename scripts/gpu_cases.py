@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attention_workspace_bytes, page_bytes
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, mean_rows, rotated_coefficients
-from octo_run.kernels.attention.splits import counter_words
+from octo_run.kernels.attention.workspace import counter_words
 from octo_run.kernels.codec import Codec, KVFormat, TrellisCodec, parse_kv
 from octo_run.kernels.codec.page_layout import Indices, Side, pack_block
 

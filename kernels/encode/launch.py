@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
-from octo_run.kernels.blocks import Side, table_format
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 from octo_run.kernels.devices import runs_ptx
 from octo_run.kernels.encode import trellis_launch
 from octo_run.kernels.encode.reference import check
 from octo_run.kernels.encode.triton_encode import octopus_pages_kernel, plain_pages_kernel
+from octo_run.kernels.trellis_tables import Side, table_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.kernels.blocks import lane_tables, search_tables, table_format
 from octo_run.kernels.codec import get
+from octo_run.kernels.trellis_tables import lane_tables, search_tables, table_format
 
 trellis_launch = pytest.importorskip("octo_run.kernels.encode.trellis_launch", reason="Triton is not installed")
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from octo_run.kernels import blocks, prepare
+from octo_run.kernels import prepare, trellis_tables
 from octo_run.kernels.attention import constants
 from octo_run.kernels.codec import OctopusCodec, TrellisCodec, parse_kv
 from octo_run.kernels.encode import trellis_launch
@@ -17,7 +17,10 @@ from octo_run.kernels.encode import trellis_launch
 def kept() -> list[Any]:
     """The functions that keep tensors by format and device."""
     found = [
-        f for module in (blocks, constants, trellis_launch) for f in vars(module).values() if hasattr(f, "cache_info")
+        f
+        for module in (trellis_tables, constants, trellis_launch)
+        for f in vars(module).values()
+        if hasattr(f, "cache_info")
     ]
     return [f for f in dict.fromkeys(found) if {"form", "device"} <= inspect.signature(f).parameters.keys()]
 
@@ -34,7 +37,7 @@ def test_every_table_of_a_trellis_format_is_made(kv: str) -> None:
     for side, codec in (("k", fmt.k), ("v", fmt.v)):
         assert isinstance(codec, TrellisCodec) and device in codec._table_words
         for function in functions:
-            places = {"form": blocks.table_format(codec), "side": side, "device": device}
+            places = {"form": trellis_tables.table_format(codec), "side": side, "device": device}
             function(*(places[name] for name in inspect.signature(function).parameters))
     assert [function.cache_info().misses for function in functions] == made
 

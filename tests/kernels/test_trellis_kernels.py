@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from octo_run.kernels import AttentionInputs, AttentionSpec, page_bytes
-from octo_run.kernels.blocks import block_bits, inverse_bits, read_map, search_tables, table_format
 from octo_run.kernels.codec import KVFormat, TrellisCodec, get, parse_kv
+from octo_run.kernels.trellis_tables import block_bits, inverse_bits, read_map, search_tables, table_format
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

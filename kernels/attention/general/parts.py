@@ -1,4 +1,6 @@
-"""How the Triton decode kernels divide the contexts of a batch among programs, and the merge of what these found.
+"""How the Triton decode kernels divide the sequences of a batch into parts, and the merge of what these found.
+
+A part is the share of a sequence's pages and full-precision tokens that one program does: see `attention.parts`.
 
 All of this goes by the order of the batch. Filler has a part, in which there are no keys.
 The unit is a tile of keys: of packed pages, of the sinks, of the tail before its ring's end and after it (so that none
@@ -54,16 +56,25 @@ def full_tile(t, segments, BN: tl.constexpr):
 
 
 @triton.jit
-def place(b, OWNED, STARTS):
+def place(b, ROWS, STARTS):
     """The row that number b of the batch owns, int64, and its length with the query; 0 and 0 of filler."""
-    row = tl.load(OWNED + b)
+    row = tl.load(ROWS + b)
     length = tl.where(row < 0, 0, tl.load(STARTS + b) + 1)
     return tl.maximum(row, 0).to(tl.int64), length
 
 
 @triton.jit
 def divide(
-    PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr
+    NUM_PACKED,
+    STARTS,
+    TAIL_ORIGIN,
+    sink,
+    capacity,
+    batch,
+    programs,
+    BATCH: tl.constexpr,
+    BN: tl.constexpr,
+    BF: tl.constexpr,
 ):
     """The numbers of the sequences, padded to BATCH; the parts before each; and its parts, 0 beyond `batch`.
 
@@ -71,9 +82,9 @@ def divide(
     """
     i = tl.arange(0, BATCH)
     inside = i < batch
-    packed = tl.load(PACKED + i, mask=inside, other=0)
+    packed = tl.load(NUM_PACKED + i, mask=inside, other=0)
     length = tl.load(STARTS + i, mask=inside, other=0) + 1
-    origin = tl.load(ORIGIN + i, mask=inside, other=0)
+    origin = tl.load(TAIL_ORIGIN + i, mask=inside, other=0)
     tiles = packed * (64 // BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
     tiles = tl.where(inside, tiles, 0)
     total = tl.sum(tiles, 0)
@@ -89,11 +100,11 @@ def divide(
 
 @triton.jit
 def my_part(
-    flat, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr,
+    flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr,
     BF: tl.constexpr,
 ):  # fmt: skip
     """Of program `flat`: the sequence, the part, and that sequence's parts (0: there is nothing to do)."""
-    i, begin, parts = divide(PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
     mine = (flat >= begin) & (flat < begin + parts)
     b = tl.sum(tl.where(mine, i, 0), 0)
     return b, flat - tl.sum(tl.where(mine, begin, 0), 0), tl.sum(tl.where(mine, parts, 0), 0)
@@ -101,15 +112,15 @@ def my_part(
 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def merge_kernel(
-    PART, LSE, OUT, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
+    PARTIAL, LSE, OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
     BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (columns, head, sequence): weighs the parts' outputs PART [parts, H, D] by their share of the softmax's
-    sum, whose log2 is LSE [parts, H]."""
+    """Program (columns, head, sequence): weighs the outputs PARTIAL [parts, H, D] of parts by their share of the
+    softmax's sum, whose log2 is LSE [parts, H]."""
     h = tl.program_id(1)
     heads = tl.num_programs(1)
     b = tl.program_id(2)
-    i, begin, parts = divide(PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
     first = tl.sum(tl.where(i == b, begin, 0), 0)
     end = first + tl.sum(tl.where(i == b, parts, 0), 0)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -120,13 +131,13 @@ def merge_kernel(
         s = start + tl.arange(0, AT_ONCE)
         lse = tl.load(LSE + s * heads + h, mask=s < end, other=float("-inf"))
         keep = (s < end)[:, None] & (columns < D)[None, :]
-        at = PART + (s * heads + h).to(tl.int64)[:, None] * D + columns[None, :]
-        part = tl.load(at, mask=keep, other=0.0)
+        at = PARTIAL + (s * heads + h).to(tl.int64)[:, None] * D + columns[None, :]
+        partial = tl.load(at, mask=keep, other=0.0)
         top = tl.maximum(best, lse)
         decay = tl.exp2(best - top)
         weight = tl.exp2(lse - top)
         mass = mass * decay + weight
-        total = total * decay[:, None] + part * weight[:, None]
+        total = total * decay[:, None] + partial * weight[:, None]
         best = top
     share = tl.exp2(best - tl.max(best, 0))
     merged = tl.sum(total * share[:, None], 0) / tl.sum(mass * share, 0)

@@ -1,4 +1,4 @@
-"""Device functions that read vectors of the signed-table trellis formats out of a block, by the maps of `blocks`."""
+"""Device functions that read vectors of the trellis formats out of a block, by the maps of `trellis_tables`."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.blocks import NORM_SEGMENTS, VALUE_SCALE
+from octo_run.kernels.trellis_tables import NORM_SEGMENTS, VALUE_SCALE
 
 SEGMENTS = tl.constexpr(NORM_SEGMENTS)
 SCALE = tl.constexpr(1 / VALUE_SCALE)
@@ -14,7 +14,7 @@ PLANES_AT = tl.constexpr(64 * NORM_SEGMENTS + 4)
 
 
 def describe(stream: int, state: int, signed: bool) -> int:
-    """The constants of a format in one number, as `table_planes` takes it."""
+    """The constants of a format in one number, as `trellis_planes` takes it."""
     return stream | state << 8 | int(signed) << 16
 
 
@@ -42,10 +42,10 @@ def _signed(value, word, bit, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def table_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+def trellis_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """Triplets `i` of the tokens `row` of the block at `base`: odd half steps / VALUE_SCALE, float32.
 
-    BITS: of `describe`; table: int32 words, x in the low byte; map: `blocks.read_map`; MASKED: some i are
+    BITS: of `describe`; table: int32 words, x in the low byte; map: `trellis_tables.read_map`; MASKED: some i are
     beyond the last.
     """
     STREAM: tl.constexpr = _part(BITS, 0)
@@ -82,8 +82,8 @@ def table_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def table_norms(base, row, map):
-    """float32 factors that turn the numbers of `table_planes` into coordinates, one a token `row`."""
+def trellis_norms(base, row, map):
+    """float32 factors that turn the numbers of `trellis_planes` into coordinates, one a token `row`."""
     words = base.to(tl.pointer_type(tl.int32))
     pattern = tl.zeros(row.shape, tl.int32)
     for n in tl.static_range(SEGMENTS):
