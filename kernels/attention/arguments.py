@@ -30,16 +30,19 @@ def of_lengths(kv: AttentionInputs) -> Arguments:
 
 def of_pages(kv: AttentionInputs) -> Arguments:
     """The pool of pages, and the table of who owns which."""
+    page, head, _ = kv.pages.stride()
     return {"PAGES": kv.pages, "PAGE_TABLE": kv.page_table, "ROWS": kv.rows, "st_r": kv.page_table.stride(0),
-            **strides("sp", kv.pages, page=0, head=1)}  # fmt: skip
+            "sp_page": page, "sp_head": head}  # fmt: skip
 
 
 def of_full(sink_k: Tensor, sink_v: Tensor, tail_k: Tensor, tail_v: Tensor) -> Arguments:
     """What lies in full precision, ``[R, Hkv, slots, d]`` each."""
+    ssk, ssv, stk, stv = sink_k.stride(), sink_v.stride(), tail_k.stride(), tail_v.stride()
     return {
-        "SINK_K": sink_k, "SINK_V": sink_v, "TAIL_K": tail_k, "TAIL_V": tail_v,
-        **strides("ssk", sink_k, r=0, h=1, t=2), **strides("ssv", sink_v, r=0, h=1, t=2),
-        **strides("stk", tail_k, r=0, h=1, t=2), **strides("stv", tail_v, r=0, h=1, t=2),
+        "SINK_K": sink_k, "ssk_r": ssk[0], "ssk_h": ssk[1], "ssk_t": ssk[2],
+        "SINK_V": sink_v, "ssv_r": ssv[0], "ssv_h": ssv[1], "ssv_t": ssv[2],
+        "TAIL_K": tail_k, "stk_r": stk[0], "stk_h": stk[1], "stk_t": stk[2],
+        "TAIL_V": tail_v, "stv_r": stv[0], "stv_h": stv[1], "stv_t": stv[2],
     }  # fmt: skip
 
 

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
 
 
-class Kernel(Enum):
+class _Fact(Enum):
+    """Members are hashed by identity: every launch looks them up in caches."""
+
+    __hash__ = object.__hash__
+
+
+class Kernel(_Fact):
     """What runs for a call, with the file of the kernel."""
 
     REFERENCE = "reference.py: PyTorch"
@@ -35,7 +41,7 @@ class Kernel(Enum):
     PREFILL = "general/prefill.py: unpack_kernel and flash_kernel slab by slab, then flash_kernel over the rest"
 
 
-class Device(Enum):
+class Device(_Fact):
     """What a device can run."""
 
     CPU = "a CPU"
@@ -43,7 +49,7 @@ class Device(Enum):
     HOPPER = "an NVIDIA GPU with more than 200 KiB of shared memory a multiprocessor (sm_90, sm_100)"
 
 
-class Stored(Enum):
+class Stored(_Fact):
     """What the packed pages hold, K and V together."""
 
     PLAIN = "vectors of the queries' type, no key mean"
@@ -52,7 +58,7 @@ class Stored(Enum):
     OTHER = "octopus codes; vectors beside such codes, with a key mean or of another type than the queries"
 
 
-class Element(Enum):
+class Element(_Fact):
     """The type of queries, sinks and tail."""
 
     HALF = "float16, bfloat16"
@@ -60,14 +66,14 @@ class Element(Enum):
     OTHER = "float64"
 
 
-class Queries(Enum):
+class Queries(_Fact):
     """Query tokens of a sequence."""
 
     ONE = "a decode step"
     SEVERAL = "a chunk of a prompt"
 
 
-class Pages(Enum):
+class Pages(_Fact):
     """Whether any sequence of the batch can have a packed page."""
 
     NONE = "the pool is empty, or the bound on lengths leaves none"
@@ -159,6 +165,7 @@ def describe(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int, dev
     )
 
 
+@functools.cache
 def stored(fmt: KVFormat, dtype: torch.dtype, *, mean: bool) -> Stored:
     """What pages of a format hold, for queries of a type, with a key mean or not."""
     trellis = [isinstance(codec, TrellisCodec) for codec in (fmt.k, fmt.v)]

@@ -10,7 +10,16 @@ softmax running in base 2. Nothing but registers ever holds a decoded key or val
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.general.parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part, place
+from octo_run.kernels.attention.general.parts import (
+    LOG2E,
+    LOWEST,
+    PAGE,
+    full_segments,
+    full_tile,
+    full_tiles,
+    my_part,
+    place,
+)
 from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
 
 
@@ -203,7 +212,7 @@ def page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: 
           ELEMENT: tl.constexpr):  # fmt: skip
     """Pointers to the K rows and the V rows of a page, to elements of type ELEMENT where they are plain."""
     kpage = PAGES + page.to(tl.int64) * sp_page + h * sp_head
-    vpage = kpage + 64 * BYTES_K
+    vpage = kpage + PAGE * BYTES_K
     if KIND_K == PLAIN:
         kpage = kpage.to(tl.pointer_type(ELEMENT))
     if KIND_V == PLAIN:
@@ -272,19 +281,19 @@ def general_decode_kernel(
     m = tl.full([BM], LOWEST, tl.float32)
     l = tl.zeros([BM], tl.float32)
 
-    page_tiles = packed * (64 // BN)
+    page_tiles = packed * (PAGE // BN)
     tiles = page_tiles + full_tiles(segments, BF)
     first = part * tiles // parts
     last = (part + 1) * tiles // parts
     on = tl.arange(0, BN)
     for t in range(first, tl.minimum(last, page_tiles)):
-        page = tl.load(PAGE_TABLE + owned * st_r + t // (64 // BN))
+        page = tl.load(PAGE_TABLE + owned * st_r + t // (PAGE // BN))
         kpage, vpage = page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
-        first_row = (t % (64 // BN)) * BN
+        first_row = (t % (PAGE // BN)) * BN
         row = first_row + on
         bias = 0.0
         if MEAN:
-            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, t // (64 // BN), row, D, HALF, PRECISION, FLIP)
+            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, t // (PAGE // BN), row, D, HALF, PRECISION, FLIP)
         m, l, acc0, acc1 = _tile(
             q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, True,
             levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,

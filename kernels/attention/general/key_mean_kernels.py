@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from octo_run.kernels.attention.general.parts import PAGE
+
 FREQUENCIES = tl.constexpr(16)
 """Of a product that makes rotated means: more of them would take more registers than there are."""
 
@@ -15,9 +17,9 @@ def _add_mean(
 ):  # fmt: skip
     """The 64 rows at `target` = those at `source`, `step` elements apart, + SIGN times the rotated mean at the
     positions of page number `page`: in float32, rounded once to the target's type. WIDTH: D, made a power of two."""
-    token = tl.arange(0, 64)
+    token = tl.arange(0, PAGE)
     j = tl.arange(0, WIDTH)
-    rows = tl.zeros([64, WIDTH], tl.float32)
+    rows = tl.zeros([PAGE, WIDTH], tl.float32)
     for low in range(0, D // 2, FREQUENCIES):
         i = low + tl.arange(0, FREQUENCIES)
         there = i < D // 2
@@ -69,7 +71,7 @@ def put_back_kernel(
     b = tl.program_id(2).to(tl.int64)
     page = first_page + n
     if page < tl.load(NUM_PACKED + b):
-        rows = SLAB + ((b * tl.num_programs(1) + h) * pages + n) * (64 * D)
+        rows = SLAB + ((b * tl.num_programs(1) + h) * pages + n) * (PAGE * D)
         mean = MEANS + tl.maximum(tl.load(ROWS + b), 0).to(tl.int64) * sm_r + h * sm_h
         _add_mean(rows, D, rows, mean, page.to(tl.int64), BASE, OFFSET, ROTATION, 1, D, WIDTH)
 

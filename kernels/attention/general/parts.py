@@ -15,6 +15,10 @@ such programs cost 70 % more time).
 import triton
 import triton.language as tl
 
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
+
+PAGE = tl.constexpr(PAGE_TOKENS)
+"""Tokens of a page."""
 LOWEST = tl.constexpr(-1e30)
 """Starting maximum: finite, so that a program without a key subtracts no infinities."""
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -25,9 +29,9 @@ def full_segments(packed, length, origin, sink, capacity):
     """Full-precision tokens of a sequence, or of many: how many lie in the sinks; the position of the first one behind
     the pages, its row of the ring, how many follow before the ring's end, and how many in all."""
     sinks = tl.minimum(sink, length)
-    done = sink + packed * 64
+    done = sink + packed * PAGE
     total = tl.maximum(length - done, 0)
-    row0 = (packed * 64 - origin) % capacity
+    row0 = (packed * PAGE - origin) % capacity
     return sinks, done, row0, tl.minimum(total, capacity - row0), total
 
 
@@ -85,7 +89,7 @@ def divide(
     packed = tl.load(NUM_PACKED + i, mask=inside, other=0)
     length = tl.load(STARTS + i, mask=inside, other=0) + 1
     origin = tl.load(TAIL_ORIGIN + i, mask=inside, other=0)
-    tiles = packed * (64 // BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
+    tiles = packed * (PAGE // BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
     tiles = tl.where(inside, tiles, 0)
     total = tl.sum(tiles, 0)
     # Each sequence's last part may be a short one: room for `batch` of them is enough, but mostly less will do.

@@ -10,7 +10,16 @@ as planes of triplets, takes plain pages only beside coded ones, with a key mean
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.general.parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part, place
+from octo_run.kernels.attention.general.parts import (
+    LOG2E,
+    LOWEST,
+    PAGE,
+    full_segments,
+    full_tile,
+    full_tiles,
+    my_part,
+    place,
+)
 
 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
@@ -38,7 +47,7 @@ def plain_decode_kernel(
         packed = tl.load(NUM_PACKED + b)
         owned, length = place(b, ROWS, STARTS)
         segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
-        page_tiles = packed * (64 // BN)
+        page_tiles = packed * (PAGE // BN)
         tiles = page_tiles + full_tiles(segments, BN)
         r = tl.arange(0, BM)
         head = h * G + r
@@ -53,17 +62,17 @@ def plain_decode_kernel(
         # One loop for all tiles: two with products of a warp group in a kernel were miscompiled (ptxas 12.8).
         for t in range(part * tiles // parts, (part + 1) * tiles // parts):
             paged = t < page_tiles
-            page = tl.load(PAGE_TABLE + owned * st_r + t // (64 // BN), mask=paged, other=0)
+            page = tl.load(PAGE_TABLE + owned * st_r + t // (PAGE // BN), mask=paged, other=0)
             is_sink, row, _, valid = full_tile(t - page_tiles, segments, BN)
             kpage = (PAGES + page.to(tl.int64) * sp_page + h * sp_head).to(tl.pointer_type(Q.dtype.element_ty))
-            row = tl.where(paged, (t % (64 // BN)) * BN, row).to(tl.int64)
+            row = tl.where(paged, (t % (PAGE // BN)) * BN, row).to(tl.int64)
             valid = tl.where(paged, BN, valid)
             k_step = tl.where(paged, D, tl.where(is_sink, ssk_t, stk_t))
             v_step = tl.where(paged, D, tl.where(is_sink, ssv_t, stv_t))
             k_at = tl.where(is_sink, SINK_K + owned * ssk_r + h * ssk_h, TAIL_K + owned * stk_r + h * stk_h)
             v_at = tl.where(is_sink, SINK_V + owned * ssv_r + h * ssv_h, TAIL_V + owned * stv_r + h * stv_h)
             k_at = tl.where(paged, kpage, k_at) + row * k_step
-            v_at = tl.where(paged, kpage + 64 * D, v_at) + row * v_step
+            v_at = tl.where(paged, kpage + PAGE * D, v_at) + row * v_step
             there = n < valid
             if D == WIDTH:
                 k = tl.load(k_at + (n * k_step)[:, None] + column[None, :], mask=there[:, None], other=0.0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from octo_run.kernels.attention.general.decode import page_blocks, power_of_two
-from octo_run.kernels.attention.general.parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles
+from octo_run.kernels.attention.general.parts import LOG2E, LOWEST, PAGE, full_segments, full_tile, full_tiles
 from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
 
 
@@ -21,7 +21,7 @@ def _unpack(
     first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """Write the run `first`, `T` of the triplets of the 64 vectors at `page` to rows of D elements at `to`."""
-    row = tl.arange(0, 64)[:, None]
+    row = tl.arange(0, PAGE)[:, None]
     i = tl.arange(0, T)[None, :]
     x, y, z = planes(page, row, 0, i, D, True, levels, radii, KIND, BYTES, BITS, D, first, T, DOT, PTX, FINE)
     if KIND != PLAIN:
@@ -53,7 +53,7 @@ def unpack_kernel(
         row = tl.maximum(tl.load(ROWS + b), 0).to(tl.int64)
         page = tl.load(PAGE_TABLE + row * st_r + first_page + number)
         kpage, vpage = page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
-        at = ((b * tl.num_programs(1) + h) * pages + number) * (64 * D)
+        at = ((b * tl.num_programs(1) + h) * pages + number) * (PAGE * D)
         _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0, T0, tl.float32, PTX_K, True)
         _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, 0, T0, tl.float32, PTX_V, False)
         if T1 > 0:
@@ -103,7 +103,7 @@ def flash_kernel(
         largest = power_of_two(tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30))
         q = (q.to(tl.float32) * (1.0 / largest)[:, None]).to(DOT)
         gain = gain * largest
-        total = tl.minimum(tl.maximum(packed * 64 - first, 0), capacity)
+        total = tl.minimum(tl.maximum(packed * PAGE - first, 0), capacity)
         tiles = tl.cdiv(total, BN)
         k_at = TAIL_K + b * stk_r + h * stk_h + n[None, :] * stk_t + column[:, None]
         v_at = TAIL_V + b * stv_r + h * stv_h + n[:, None] * stv_t + column[None, :]

@@ -6,11 +6,13 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import constexpr_function
 
+from octo_run.kernels.attention.general.parts import PAGE
+from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.trellis_tables import NORM_SEGMENTS, VALUE_SCALE
 
 SEGMENTS = tl.constexpr(NORM_SEGMENTS)
 SCALE = tl.constexpr(1 / VALUE_SCALE)
-PLANES_AT = tl.constexpr(64 * NORM_SEGMENTS + 4)
+PLANES_AT = tl.constexpr(PAGE_TOKENS * NORM_SEGMENTS + 4)
 
 
 def describe(stream: int, state: int, signed: bool) -> int:
@@ -71,8 +73,8 @@ def trellis_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr
     xy = tl.zeros(stream.shape, tl.int32)
     z = xy
     if SIGNED:
-        xy = tl.load(at + 64 * TRIPLETS)
-        z = tl.load(at + 128 * TRIPLETS)
+        xy = tl.load(at + PAGE * TRIPLETS)
+        z = tl.load(at + 2 * PAGE * TRIPLETS)
         word_x = tl.load(words + (xy & 0xFFF))
         word_y = tl.load(words + ((xy >> 12) & 0xFFF))
         word_z = tl.load(words + (z & 0xFFF))
@@ -90,5 +92,5 @@ def trellis_norms(base, row, map):
         piece = tl.load(map + row * SEGMENTS + n)
         bits = tl.load(words + (piece & 0xFFF)) >> ((piece >> 12) & 31)
         pattern |= (bits & ((1 << ((piece >> 17) & 31)) - 1)) << (piece >> 22)
-    factor = tl.load(map + 64 * SEGMENTS).to(tl.float32, bitcast=True)
+    factor = tl.load(map + PAGE * SEGMENTS).to(tl.float32, bitcast=True)
     return pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * factor
