@@ -17,7 +17,7 @@ of its sequence, which moves only when all of it is there.
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,11 @@ class ArenaShape:
     def pages(self) -> int:
         """Packed pages of all sequences together."""
         return self.sequences * self.max_pages if self.pool_pages is None else self.pool_pages
+
+    def with_pages(self, pages: int, limit: int) -> "ArenaShape":
+        """The shape with so many pages for all sequences, and a context that takes all of them, at most ``limit``."""
+        context = min(limit, self.sink + self.window + PAGE * pages + PAGE - 1)
+        return replace(self, pool_pages=pages, context=context, chunk=min(self.chunk, context))
 
     @property
     def page_bytes(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from octo_run.engine.pool import PoolExhausted
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.stopping import AnswerText
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, expect
 from octo_run.kernels import PAGE_TOKENS as PAGE
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def complete(
 ) -> Iterator[Completion]:
     """See ``Engine.generate_batch``."""
     given = list(prompts)
+    expect("params", params, SamplingParams, list, tuple, none=True)
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(given)
     if len(params) != len(given):
@@ -74,6 +75,7 @@ def complete(
     requests = []
     for index, (prompt, rule) in enumerate(zip(given, params, strict=True)):
         try:
+            expect("params", rule, SamplingParams)
             ids = engine.prompt_ids(prompt)
             engine.check_prompt(ids)
             answer = AnswerText(engine.tokenizer, rule, engine.end_ids, ids)

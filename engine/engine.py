@@ -1,10 +1,11 @@
 """The engine: a loaded model, its KV arena, and the loop that turns token ids into token ids."""
 
+import gc
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequence_
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
 from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
+from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.sequence import Sequence
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, expect, quoted
 from octo_run.kernels.codec import KVFormat, parse_kv
 from octo_run.models import weights as weight_files
 from octo_run.models.config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
@@ -33,10 +35,11 @@ LOGIT_ROWS = 256
 DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_device(device: str | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
     """The device by name (``cpu``, ``cuda``, ``cuda:1``), or CUDA where there is one. Raises ``UsageError``."""
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device)
     match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", device)
     if match is None:
         raise UsageError(f"There is no device {device!r}; give --device cpu, cuda or cuda:N.")
@@ -56,8 +59,12 @@ def choose_dtype(dtype: str | torch.dtype | None, cfg: ModelConfig, device: torc
     return DTYPES[dtype]
 
 
+#: What an engine holds on its device.
+_HELD = ("_decoder", "arena", "forward", "step")
+
+
 class Engine:
-    """A model ready to generate. Build it with :meth:`load`."""
+    """A model ready to generate. Build it with :meth:`load`; ``close`` it, or use it in a ``with`` block."""
 
     def __init__(self, name: str, cfg: ModelConfig, decoder: Decoder, tokenizer: Tokenizer, plan: MemoryPlan,
                  fmt: KVFormat, defaults: GenerationDefaults, seed: int) -> None:  # fmt: skip
@@ -74,13 +81,35 @@ class Engine:
         self.depth = 2 if self.device.type == "cuda" else 1
         self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
 
+    def close(self) -> None:
+        """Give back the memory of weights and cache. Whatever is done with the engine afterwards raises ``UsageError``;
+        closing it again does nothing."""
+        for name in _HELD:
+            vars(self).pop(name, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _HELD:
+                raise UsageError("The engine was closed: load it again.")
+            raise AttributeError(f"an Engine has no attribute {name!r}")
+
     @classmethod
     def load(
         cls,
         model: str | Path = "octo-demo",
         *,
         kv: str = "oct3",
-        device: str | None = None,
+        device: str | torch.device | None = None,
         max_context: int | None = None,
         dtype: str | torch.dtype | None = None,
         seed: int = 0,
@@ -88,6 +117,7 @@ class Engine:
         window: int = 64,
         key_mean: bool | None = None,
         sequences: int = 1,
+        cache_bytes: int | None = None,
         random_weights: ModelConfig | str | Path | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> "Engine":
@@ -96,11 +126,21 @@ class Engine:
         ``max_context`` is in tokens (None: what the model supports, as far as it fits); ``seed`` chooses the codec's
         rotation. ``key_mean``: keep the mean of a head's keys out of their code, which makes decode attention up to one
         and a half times as long (None: where the model's keys have a bias). ``sequences`` is the largest number of them
-        that ``step`` decodes together, each with ``max_context`` tokens. ``random_weights`` (a configuration, the path
-        of one, or a name in `shapes.SHAPES`) makes up the weights of a shape, to measure it; ``model`` is then a name
-        for it. ``on_plan`` is called with the memory plan before any weight is read. Raises ``UsageError`` for wrong
-        arguments and ``OctoError`` for a model that cannot be loaded or does not fit.
+        that decode together. They share packed pages of ``cache_bytes`` (None: as many as all of them need at
+        ``max_context``; where that is None too, as many as fit), and one may hold ``max_context`` tokens.
+        ``random_weights`` (a configuration, the path of one, or a name in `shapes.SHAPES`) makes up the weights of a
+        shape, to measure it; ``model`` is then a name for it. ``on_plan`` is called with the memory plan before any
+        weight is read. Raises ``UsageError`` for wrong arguments and ``OctoError`` for a model that cannot be loaded or
+        does not fit.
         """
+        expect("model", model, str, Path)
+        expect("kv", kv, str)
+        expect("device", device, str, torch.device, none=True)
+        for name, number in (("seed", seed), ("sink", sink), ("window", window), ("sequences", sequences)):
+            expect(name, number, int)
+        for name, limit in (("max_context", max_context), ("cache_bytes", cache_bytes)):
+            expect(name, limit, int, none=True)
+        expect("key_mean", key_mean, bool, none=True)
         if not 1 <= sequences <= MAX_SEQUENCES:
             raise UsageError(f"The number of sequences is {sequences}; give 1 to {MAX_SEQUENCES}.")
         path: Path | None = None
@@ -118,7 +158,7 @@ class Engine:
         def planned(cfg: ModelConfig) -> MemoryPlan:
             return plan_memory(
                 cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window,
-                sequences=sequences, key_mean=key_mean,
+                sequences=sequences, cache_bytes=cache_bytes, key_mean=key_mean,
             )  # fmt: skip
 
         plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
@@ -249,7 +289,28 @@ class Engine:
         """
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
+        expect("params", params, SamplingParams, none=True)
         return Generation(self, ids, params or SamplingParams(), on_prompt)
+
+    def chat(
+        self,
+        messages: Sequence_[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        on_prompt: OnPrompt | None = None,
+    ) -> Reply:
+        """Answer a conversation: an iterator of pieces of text.
+
+        ``messages`` are dicts with ``role`` and ``content``, as the model's chat template wants them; ``params`` None:
+        the model's own defaults. The cache is used for what it holds of the conversation. (:class:`Session` keeps the
+        turns itself, and drops the oldest ones when the context is full.) Raises ``UsageError`` for what is no
+        conversation or too long, and ``OctoError`` if the template refuses it or there is none.
+        """
+        self.check_chat()
+        expect("messages", messages, list, tuple)
+        for number, message in enumerate(messages):
+            expect(f"messages[{number}]", message, dict)
+        ids = self.tokenizer.chat([dict(message) for message in messages])
+        return Reply(self.generate(ids, params or SamplingParams.from_defaults(self.defaults), on_prompt))
 
     def generate_batch(
         self, prompts: Iterable[str | Iterable[int]], params: SamplingParams | Sequence_[SamplingParams] | None = None
@@ -259,6 +320,8 @@ class Engine:
         As many run at a time as the engine has sequences; the next one begins as soon as one has ended. ``params`` are
         for all, or one for each. Raises ``UsageError`` as :meth:`generate` does, naming the prompt.
         """
+        if isinstance(prompts, (str, bytes, dict)) or not isinstance(prompts, Iterable):
+            raise UsageError(f"prompts is {quoted(prompts)}; give a list of prompts, each a text or token ids.")
         return complete(self, prompts, params)
 
     def prompt_ids(self, prompt: object) -> list[int]:
@@ -278,7 +341,13 @@ class Engine:
                 return ids
         raise UsageError("A prompt is a text or a list of token ids (whole numbers).")
 
+    def check_chat(self) -> None:
+        """Raise ``OctoError`` for a model without a chat template."""
+        if not self.tokenizer.has_chat_template:
+            raise OctoError(f"The model {self.name} has no chat template; continue text with `octo-run generate`.")
+
     def check_prompt(self, ids: list[int]) -> None:
+        """Raise ``UsageError`` for ids that are no prompt."""
         if not ids:
             raise UsageError("The prompt is empty; give at least one token.")
         if len(ids) > self.max_context:

@@ -8,7 +8,7 @@ import torch
 
 from octo_run import kernels
 from octo_run.engine import system_memory
-from octo_run.engine.arena import PAGE, ArenaShape
+from octo_run.engine.arena import ArenaShape
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError
@@ -23,6 +23,8 @@ CHUNK = {"cuda": 4096, "cpu": 512}
 DRIVER_BYTES = 640 * 2**20
 #: Share of the free memory that ``--ctx auto`` may take (the rest is for other programs).
 AUTO_SHARE = {"cuda": 0.92, "cpu": 0.5}
+
+_NO_LIMIT = 2**62  # tokens
 
 #: The parts of a plan, which add up to its total.
 PARTS = ("weights", "arena", "full_precision", "workspace", "graphs", "logits")
@@ -84,17 +86,20 @@ class MemoryPlan:
 
     def tokens_that_fit(self, budget: int | None = None) -> int:
         """The longest context of one sequence whose plan stays within ``budget`` bytes (default: the free memory)."""
-        budget = self.free if budget is None else budget
+        alone = replace(self, shape=replace(self.shape, sequences=1))
+        pages = alone.pages_that_fit(self.free if budget is None else budget, _NO_LIMIT)
+        return 0 if pages is None else self.shape.with_pages(pages, _NO_LIMIT).context
+
+    def pages_that_fit(self, budget: int, limit: int) -> int | None:
+        """The largest number of pages whose plan stays within ``budget`` bytes, where one sequence may have all of them
+        up to a context of ``limit`` tokens; None if there is no room even without pages."""
 
         def total(pages: int) -> int:
-            return self.of(replace(self.shape, context=context(pages))).total
-
-        def context(pages: int) -> int:
-            return self.shape.sink + self.shape.window + PAGE * pages + PAGE - 1
+            return self.of(self.shape.with_pages(pages, limit)).total
 
         least, many = total(0), 1024
         if least > budget or self.loading > budget:
-            return 0
+            return None
         # Bytes grow evenly with pages, but for work space at the beginning: a guess, then the edge beside it.
         pages = max(0, (budget - least) * many // max(1, total(many) - least))
         step = 1
@@ -106,7 +111,7 @@ class MemoryPlan:
         while above - pages > 1:
             middle = (pages + above) // 2
             pages, above = (middle, above) if total(middle) <= budget else (pages, middle)
-        return int(context(pages))
+        return pages
 
     def as_dict(self) -> dict[str, int]:
         """Bytes by purpose, ``bytes_per_token`` and ``context`` in tokens."""
@@ -200,12 +205,13 @@ def plan_memory(
     sequences: int = 1,
     seed: int = 0,
     key_mean: bool | None = None,
-    pool_pages: int | None = None,
+    cache_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan for a model. ``max_context`` None: what the model was trained for, as far as the free memory holds it.
-    ``key_mean``: see ``Engine.load``.
+    ``sequences``, ``cache_bytes`` and ``key_mean``: see ``Engine.load``.
 
-    Raises ``UsageError`` for a context that the model does not support and ``OctoError`` for one that does not fit.
+    Raises ``UsageError`` for a context that the model does not support or ``cache_bytes`` cannot hold, and
+    ``OctoError`` for one that does not fit.
     """
     fmt = kv if isinstance(kv, KVFormat) else parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=dtype)
     limit = cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window
@@ -228,8 +234,9 @@ def plan_memory(
         sequences=sequences,
         mean_heads=cfg.num_heads if takes_mean(cfg, fmt, key_mean) else 0,
         on_gpu=device.type == "cuda",
-        pool_pages=pool_pages,
     )
+    if cache_bytes is not None:
+        shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
         made = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in expected_tensors(cfg).items()}
         decoder = Decoder(cfg, made, fmt.k.rotation, fmt.v.rotation)
@@ -251,19 +258,39 @@ def plan_memory(
         measure=measure,
         **measure(shape),
     )
-    budget = int(plan.free * AUTO_SHARE[device.type])
-    fits = plan.tokens_that_fit(budget if max_context is None else plan.free)
-    if max_context is None and fits < context:
-        if fits < 256:
-            raise OctoError(
-                f"The model's weights need {plan.weights / 2**30:.2f} GiB; of the {plan.free / 2**30:.2f} GiB free on "
-                f"{plan.device}, {budget / 2**30:.2f} GiB are taken unasked: give --ctx, or choose a smaller model."
-            )
-        return plan.of(replace(shape, context=fits, chunk=min(shape.chunk, fits)))
-    if fits < context:
+    unasked = max_context is None and cache_bytes is None
+    budget = int(plan.free * AUTO_SHARE[device.type]) if unasked else plan.free
+    if max(plan.total, plan.loading) <= budget:
+        return plan
+    pages = plan.pages_that_fit(budget, limit)
+    if not unasked:
+        fits = 0 if pages is None else shape.with_pages(pages // sequences, limit).context
         raise OctoError(
-            f"A context of {context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "
+            f"A context of {shape.context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "
             f"{plan.device} has {plan.free / 2**30:.2f} GiB free: "
             + (f"give --ctx {fits} or less." if fits else "choose a smaller model or another --device.")
         )
-    return plan
+    fitting = shape if pages is None else shape.with_pages(pages, limit)
+    if pages is None or fitting.context < min(256, limit):
+        raise OctoError(
+            f"The model's weights need {plan.weights / 2**30:.2f} GiB; of the {plan.free / 2**30:.2f} GiB free on "
+            f"{plan.device}, {budget / 2**30:.2f} GiB are taken unasked: give --ctx, or choose a smaller model."
+        )
+    return plan.of(fitting)
+
+
+def _shape_of_bytes(shape: ArenaShape, count: int, limit: int | None) -> ArenaShape:
+    """The shape with ``count`` bytes of pages, and with ``limit`` a context of as many tokens as they hold, at most
+    that. Raises ``UsageError`` if there is not one page, or if they hold no sequence of the shape's context."""
+    page = shape.layers * shape.kv_heads * shape.page_bytes
+    pages = count // page
+    if pages < 1:
+        raise UsageError(f"cache_bytes is {count:,} and one page takes {page:,}: give more.")
+    if limit is not None:
+        return shape.with_pages(pages, limit)
+    if pages < shape.max_pages:
+        raise UsageError(
+            f"cache_bytes hold {pages:,} pages and a context of {shape.context:,} tokens has {shape.max_pages:,}: give "
+            f"{shape.max_pages * page:,} bytes, or a smaller max_context."
+        )
+    return replace(shape, pool_pages=pages)

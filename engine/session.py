@@ -1,94 +1,13 @@
-"""Text on top of the engine: a streamed reply, and a chat session that remembers its turns."""
-
-from collections.abc import Generator, Iterator
+"""A chat session, which remembers its turns."""
 
 from octo_run.engine.engine import Engine
-from octo_run.engine.generation import Generation, OnPrompt
+from octo_run.engine.generation import OnPrompt
+from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import UsageError, expect
 
 #: Tokens kept free for an answer when old turns must make room and no ``max_tokens`` is given.
 ANSWER_ROOM = 256
-
-
-class Reply:
-    """An answer as an iterator of text pieces. Closing it early (or an exception in the loop) keeps what was said.
-
-    ``finish_reason``: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full),
-    "interrupted". ``on_prompt``: see ``Engine.generate``.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        ids: list[int],
-        params: SamplingParams,
-        dropped_turns: int = 0,
-        on_prompt: OnPrompt | None = None,
-    ) -> None:
-        engine.tokenizer.decode([])  # OctoError where there is no tokenizer: no text comes from such an engine
-        self.generation: Generation = engine.generate(ids, params, on_prompt)
-        self.text, self.ids = "", list[int]()
-        self.finish_reason: str | None = None
-        self.dropped_turns = dropped_turns
-        self._pieces = self._run()
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the whole prompt."""
-        return self.generation.prompt_tokens
-
-    @property
-    def reused_tokens(self) -> int:
-        """Prompt tokens whose keys and values were already in the cache."""
-        return self.generation.reused_tokens
-
-    @property
-    def read_tokens(self) -> int:
-        """Prompt tokens that were really read: fewer than the others if reading was interrupted."""
-        return self.generation.read_tokens
-
-    @property
-    def generated_tokens(self) -> int:
-        """Tokens generated so far, an end token included."""
-        return self.generation.generated_tokens
-
-    @property
-    def decoded_tokens(self) -> int:
-        """Those of them that took ``decode_seconds``: see :class:`Generation`."""
-        return self.generation.decoded_tokens
-
-    @property
-    def prefill_seconds(self) -> float:
-        """Seconds for ``read_tokens``, until the first token."""
-        return self.generation.prefill_seconds
-
-    @property
-    def decode_seconds(self) -> float:
-        """Seconds for ``decoded_tokens``."""
-        return self.generation.decode_seconds
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
-
-    def close(self) -> None:
-        """End the answer here."""
-        self._pieces.close()
-        self.generation.close()
-        if self.finish_reason is None:
-            self.finish_reason = "interrupted"
-
-    def _run(self) -> Generator[str, None, None]:
-        for token in self.generation:
-            self.ids.append(token.id)
-            self.finish_reason = token.finish_reason
-            if token.text:
-                yield token.text
 
 
 class Session:
@@ -98,10 +17,10 @@ class Session:
     """
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
-        if not engine.tokenizer.has_chat_template:
-            raise OctoError(
-                f"The model {engine.name} has no chat template; use `octo-run generate` for plain completion."
-            )
+        """Raises ``UsageError`` for arguments of other types and ``OctoError`` for a model without a chat template."""
+        expect("engine", engine, Engine)
+        expect("system", system, str, none=True)
+        engine.check_chat()
         self.engine, self.system = engine, system
         self.turns: list[dict[str, str]] = []
         self._open: Reply | None = None
@@ -131,12 +50,14 @@ class Session:
 
         Raises ``UsageError`` for an empty text or one that the context does not hold by itself.
         """
+        expect("text", text, str)
+        expect("params", params, SamplingParams, none=True)
         if not text.strip():
             raise UsageError("The message is empty; type a question.")
         self._settle()
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
-        reply = Reply(self.engine, ids, params, dropped, on_prompt)
+        reply = Reply(self.engine.generate(ids, params, on_prompt), dropped)
         self.turns, self._open = turns, reply
         return reply
 

@@ -9,16 +9,38 @@ from typing import TYPE_CHECKING, Any
 from octo_run.errors import OctoError, UsageError
 
 if TYPE_CHECKING:
-    from octo_run.engine import Engine as Engine
-    from octo_run.engine import SamplingParams as SamplingParams
-    from octo_run.engine import Session as Session
+    from octo_run.engine import (
+        Completion,
+        Engine,
+        Generation,
+        MemoryPlan,
+        Reply,
+        SamplingParams,
+        Session,
+        Token,
+    )
 
 __version__ = "0.1.0"
-_LAZY = {"Engine": "octo_run.engine", "SamplingParams": "octo_run.engine", "Session": "octo_run.engine"}
-__all__ = ["Engine", "OctoError", "SamplingParams", "Session", "UsageError", "__version__"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Generation",
+    "MemoryPlan",
+    "OctoError",
+    "Reply",
+    "SamplingParams",
+    "Session",
+    "Token",
+    "UsageError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in __all__:
+        return getattr(import_module("octo_run.engine"), name)
     raise AttributeError(f"module 'octo_run' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,6 +6,7 @@ characters.
 """
 
 import re
+from pathlib import Path
 
 #: Characters of an error's text at most.
 LONGEST = 480
@@ -55,3 +56,19 @@ class UsageError(OctoError):
     """Wrong input (an argument, a name, an option); the command line ends with exit code 2."""
 
     exit_code = 2
+
+
+def expect(what: str, value: object, *kinds: type, none: bool = False) -> None:
+    """Raise ``UsageError`` unless a caller's argument is of one of ``kinds`` (``bool`` is no ``int``), or None where
+    ``none`` allows it."""
+    fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+    if not fits and not (none and value is None):
+        names = [_KINDS.get(kind, kind.__name__) for kind in kinds] + ["None"] * none
+        wanted = " or ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
+        raise UsageError(f"{what} is {quoted(value)} ({type(value).__name__}); give {wanted}.")
+
+
+_KINDS: dict[type, str] = {
+    bool: "True or False", int: "a whole number", float: "a number", str: "a text", list: "a list", Path: "a path",
+    dict: "a dict", tuple: "a tuple",
+}  # fmt: skip

@@ -1,20 +1,24 @@
 """Figures as files (PNG, SVG or PDF, by the name's ending) and heat maps for the terminal."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from octo_run.engine.evaluation.codec_report import Row as Distortion
 from octo_run.engine.evaluation.needle import Cell
 from octo_run.engine.evaluation.perplexity import REFERENCE, Row
-from octo_run.errors import UsageError
+from octo_run.errors import OctoError, UsageError
 
 ENDINGS = (".png", ".svg", ".pdf")
 _SHADES = " ░▒▓█"
 
 
 def check_figure_path(path: Path) -> None:
-    """Raise ``UsageError`` for a name that no figure can be written to, before anything is measured."""
+    """Before anything is measured, raise ``UsageError`` for a name that no figure can be written to, and ``OctoError``
+    where there is no matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise OctoError("Figures need matplotlib: install it with `pip install matplotlib`, or leave the figure out.")
     if path.suffix.lower() not in ENDINGS:
         raise UsageError(f"{path}: a figure's name ends in {', '.join(ENDINGS)}.")
     if not path.parent.is_dir():

@@ -13,8 +13,8 @@ from typing import Any
 
 from octo_run.engine.engine import Engine
 from octo_run.engine.evaluation.statistics import wilson
+from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
-from octo_run.engine.session import Reply
 from octo_run.errors import OctoError, UsageError
 from octo_run.tokenizer import Tokenizer
 
@@ -199,7 +199,7 @@ def _respond(engine: Engine, task: Task, as_chat: bool, system: str | None, para
     """The answer to one task."""
     try:
         ids = prompt_ids(engine.tokenizer, task.prompt, as_chat=as_chat, system=system)
-        return "".join(Reply(engine, ids, params))
+        return "".join(Reply(engine.generate(ids, params)))
     except UsageError as error:
         raise UsageError(f"line {task.line}: {error}") from None
 

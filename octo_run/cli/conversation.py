@@ -179,9 +179,9 @@ class Conversation:
         if question is None:
             raise UsageError("there is no question to answer again.")
         if self._params.temperature == 0:
-            self._tell("greedy choice gives the same answer again; start with --temp 0.7 for another one")
+            self._tell("without chance the answer will hardly differ; start with --temp 0.7 for another one")
         elif self._params.seed is not None:
-            self._tell("the same --seed gives the same answer again; leave it out for another one")
+            self._tell("with --seed the answer will hardly differ; leave it out for another one")
         self._answer(question)
 
     def _system(self, argument: str) -> None:

@@ -77,7 +77,7 @@ def open_reply(
     """
     from octo_run.engine import Reply
 
-    return Reply(engine, ids, sampling_params(engine, options), on_prompt=on_prompt)
+    return Reply(engine.generate(ids, sampling_params(engine, options), on_prompt))
 
 
 def copy_bandwidth(engine: "Engine") -> float:

@@ -117,9 +117,15 @@ class ScriptedForward(Forward):
         self.script = {start + i: token for i, token in enumerate(ids)}
 
 
-def build_engine(cfg: ModelConfig, kv: str, context: int | None, **plan_options: Any) -> Engine:
+def build_engine(
+    cfg: ModelConfig, kv: str, context: int | None, pages: int | None = None, **plan_options: Any
+) -> Engine:
+    """``pages``: those that all sequences share (None: as many as they hold at full context)."""
     dtype = plan_options.pop("dtype", torch.float32)
     fmt = parse_kv(kv, cfg.head_dim, plain_dtype=dtype)
+    if pages is not None:
+        bytes_per_token = cfg.num_layers * cfg.num_kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
+        plan_options["cache_bytes"] = pages * 64 * bytes_per_token
     plan = plan_memory(cfg, fmt, device=torch.device("cpu"), dtype=dtype, max_context=context, **plan_options)
     with torch.inference_mode():
         rotations = [None if codec.name == "bf16" else codec.rotation for codec in (fmt.k, fmt.v)]

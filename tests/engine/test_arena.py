@@ -338,7 +338,7 @@ def fill(kv: str, chunks: list[int]) -> KVArena:
     return arena
 
 
-@pytest.mark.parametrize("kv", ["bf16", "octopus3", "octopus2:octopus4"])
+@pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus3", "oct2:octopus4"])
 def test_bytes_of_pages_depend_on_keys_and_values_alone(kv: str) -> None:
     whole = pages_of(fill(kv, [321]))
     assert len(whole) == 3
@@ -355,7 +355,7 @@ def decoded(arena: KVArena, fmt: KVFormat, position: int, layer: int) -> tuple[T
     return fmt.k.decode(data[:, row * k_bytes : (row + 1) * k_bytes]), fmt.v.decode(data[:, at : at + v_bytes])
 
 
-@pytest.mark.parametrize("kv", ["octopus4", "octopus4:octopus2"])
+@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "octopus4:octopus2"])
 def test_a_page_holds_its_tokens_in_order(kv: str) -> None:
     """Row by row the codec's decoding of a page is near the token's key and value (rotated, as they were given)."""
     arena = fill(kv, [200, 60, 61])
@@ -364,12 +364,12 @@ def test_a_page_holds_its_tokens_in_order(kv: str) -> None:
             _, k, v = vectors(layer, 1, position, 1)
             got = decoded(arena, arena.fmt, position, layer)
             for stored, original, codec in zip(got, (k[0], v[0]), (arena.fmt.k, arena.fmt.v), strict=True):
-                limit = {"octopus4": 0.12, "octopus2": 0.4}[codec.name]
+                limit = {"oct2": 0.33, "oct3": 0.18, "oct4": 0.1, "octopus4": 0.12, "octopus2": 0.4}[codec.name]
                 assert float((codec.rotate(stored) - original).norm() / original.norm()) < limit
 
 
 def test_keys_that_overflowed_are_refused_in_one_sentence() -> None:
-    arena = new_arena("octopus3")
+    arena = new_arena("oct3")
     sequence = arena.open()
     step = arena.prefill(sequence, [0] * 300)
     q, k, v = vectors(0, 1, 0, 300)

@@ -124,7 +124,8 @@ def test_stops_and_seeds(kv: str) -> None:
     place = whole.index(stop)
     assert answer(engine, ids, stop_ids=(stop,), **rules) == whole[: place + 1]
     (sequence,) = engine.arena.table.rows
-    assert sequence is not None and sequence.ids == ids + whole[:place]
+    assert sequence is not None and not sequence.ahead
+    assert sequence.ids == ids + whole[: place + 1]  # the step ahead has fed the stop token, whose id is known
     both = [engine.generate(ids, SamplingParams(max_tokens=30, **rules)) for _ in range(2)]
     assert next(both[0]).id == next(both[1]).id == next(engine.generate(ids, SamplingParams(**rules))).id
 

@@ -221,7 +221,7 @@ def test_an_interrupted_prompt_counts_what_was_read(
         if count == at:
             raise KeyboardInterrupt
 
-    answer = Reply(engine, random_ids(1100), SamplingParams(), on_prompt=told)
+    answer = Reply(engine.generate(random_ids(1100), on_prompt=told))
     with pytest.raises(KeyboardInterrupt):
         next(answer)
     answer.close()
@@ -349,7 +349,7 @@ def test_prompts_that_cannot_be_answered(ids: list[int], text: str, tiny: Tiny) 
 
 @pytest.mark.parametrize("step", [None, 300, 64, 1])
 def test_logits_in_blocks_are_the_logits(step: int | None, tiny: Tiny, random_ids: Any) -> None:
-    engine = tiny("octopus3", context=700)
+    engine = tiny("oct3", context=700)
     ids = random_ids(620)
     blocks = list(engine.logit_rows(ids, step))
     assert all(1 <= len(block) <= min(256, step or 512) for block in blocks)
@@ -406,7 +406,7 @@ def test_steps_out_of_range(step: int, tiny: Tiny) -> None:
 def reply(scripted: Any, said: str | bytes, **params: Any) -> tuple[Reply, list[str]]:
     engine, decoder = scripted()
     decoder.say(4, said)
-    answer = Reply(engine, [1, 2, 3, 4], SamplingParams(**params))
+    answer = Reply(engine.generate([1, 2, 3, 4], SamplingParams(**params)))
     return answer, list(answer)
 
 
@@ -456,11 +456,11 @@ def test_a_stop_string_at_the_last_token_allowed(scripted: Any) -> None:
 def test_closing_early(scripted: Any) -> None:
     engine, decoder = scripted()
     decoder.say(4, "hello world")
-    answer = Reply(engine, [1, 2, 3, 4], SamplingParams())
+    answer = Reply(engine.generate([1, 2, 3, 4]))
     assert [next(answer) for _ in range(3)] == ["h", "e", "l"]
     answer.close()
     assert (answer.text, answer.finish_reason, list(answer)) == ("hel", "interrupted", [])
-    whole = Reply(engine, [1, 2, 3, 4], SamplingParams())
+    whole = Reply(engine.generate([1, 2, 3, 4]))
     list(whole)
     whole.close()
     assert whole.finish_reason == "stop"
@@ -554,13 +554,13 @@ def attention_over_decoded(engine: Engine, inputs: Any, q: Tensor) -> Tensor:
 def test_load_from_a_folder(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     path = make_checkpoint()
     plans = []
-    engine = Engine.load(path, kv="octopus4", max_context=300, dtype="bfloat16", on_plan=plans.append, device="cpu")
+    engine = Engine.load(path, kv="oct3", max_context=300, dtype="bfloat16", on_plan=plans.append, device="cpu")
     assert plans == [engine.plan]
     assert (engine.dtype, engine.max_context, engine.device.type) == (torch.bfloat16, 300, "cpu")
     assert engine.name == str(path)
     assert len(ids_of(engine, [5, 6, 7], max_tokens=4)) <= 4
     by_seed = [
-        Engine.load(path, kv="octopus2", device="cpu", seed=seed).logits([*range(250)], 50) for seed in (0, 0, 1)
+        Engine.load(path, kv="oct3", device="cpu", seed=seed).logits([*range(250)], 50) for seed in (0, 0, 1)
     ]
     assert torch.equal(by_seed[0], by_seed[1]) and not torch.equal(by_seed[0], by_seed[2])
 

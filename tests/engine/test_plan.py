@@ -18,6 +18,7 @@ from torch import Tensor
 
 from octo_run.engine import Engine, MemoryPlan, plan_memory, system_memory
 from octo_run.engine import plan as plan_module
+from octo_run.engine.arena import PAGE
 from octo_run.engine.parts import held_bytes
 from octo_run.engine.plan import PARTS
 from octo_run.errors import OctoError, UsageError
@@ -81,7 +82,7 @@ def test_the_arena_takes_what_the_plan_says(
 def test_weights_take_what_the_plan_says(
     changes: dict[str, Any], dtype: str, make_checkpoint: Callable[..., Path]
 ) -> None:
-    engine = Engine.load(make_checkpoint(**changes), kv="octopus2", device="cpu", dtype=dtype)
+    engine = Engine.load(make_checkpoint(**changes), kv="oct3", device="cpu", dtype=dtype)
     decoder = engine.forward.decoder
     assert sum(held_bytes(decoder.embedding, decoder.final_norm, decoder.head, decoder.layers)) == engine.plan.weights
     assert engine.plan.weights == num_parameters(engine.config) * engine.dtype.itemsize
@@ -101,21 +102,49 @@ def test_the_rest_takes_what_the_plan_says(make_checkpoint: Callable[..., Path])
     sink=st.integers(0, 100),
     window=st.sampled_from([0, 64, 256]),
     sequences=st.integers(1, 5),
+    limit=st.sampled_from([700, 2**40]),
 )
 @settings(max_examples=40, deadline=None)
-def test_what_fits_is_the_longest_context_within_the_budget(
-    budget: int, kv: str, sink: int, window: int, sequences: int
+def test_what_fits_are_the_most_pages_within_the_budget(
+    budget: int, kv: str, sink: int, window: int, sequences: int, limit: int
 ) -> None:
     base = plan(kv, max_context=1024, sink=sink, window=window, sequences=sequences)
-    fits = base.tokens_that_fit(budget)
+    pages = base.pages_that_fit(budget, limit)
 
-    def total(context: int) -> int:
-        return base.of(replace(base.shape, context=context)).total
+    def total(pages: int) -> int:
+        return base.of(base.shape.with_pages(pages, limit)).total
 
-    if fits == 0:
-        assert total(1) > budget
+    if pages is None:
+        assert total(0) > budget
     else:
-        assert total(fits) <= budget < total(fits + 1)
+        assert total(pages) <= budget < total(pages + 1)
+        assert base.shape.with_pages(pages, limit).context <= limit
+    alone = replace(base.shape, sequences=1)
+    fits = base.tokens_that_fit(budget)
+    if fits:
+        assert base.of(replace(alone, context=fits)).total <= budget < base.of(replace(alone, context=fits + 1)).total
+
+
+def test_sequences_share_what_fits(free: Callable[[int], None]) -> None:
+    """Each may have the whole context; the pages are as many as fit, or as many as all of them can hold."""
+    free(200_000_000)
+    short = plan(sequences=3)
+    assert 256 < short.context < CFG.max_position_embeddings and short.shape.max_pages == short.shape.pages
+    assert short.context < plan(sequences=1).context
+    free(400_000_000)
+    shared = plan(sequences=3, max_context=None)
+    assert shared.context > 1.5 * short.context and shared.total <= 200_000_000
+    free(100_000_000_000)
+    assert plan(sequences=3).shape.pages == 3 * plan(sequences=3).shape.max_pages
+    page = plan().shape.layers * plan().shape.kv_heads * plan().shape.page_bytes
+    told = plan(sequences=3, cache_bytes=10 * page + 1)
+    assert told.shape.pages == told.shape.max_pages == 10 and told.context == 64 + 64 + 10 * PAGE + PAGE - 1
+    told = plan(sequences=3, cache_bytes=10 * page, max_context=500)
+    assert (told.shape.pages, told.context) == (10, 500)
+    with pytest.raises(UsageError, match=f"cache_bytes is 5 and one page takes {page:,}: give more"):
+        plan(cache_bytes=5)
+    with pytest.raises(UsageError, match=r"cache_bytes hold 2 pages and a context of 1,000 tokens has 13: give "):
+        plan(cache_bytes=2 * page, max_context=1000)
 
 
 def test_a_context_beyond_the_models_is_refused() -> None:
@@ -131,7 +160,8 @@ def test_auto_context_takes_what_fits_into_its_share(free: Callable[[int], None]
     free(200_000_000)
     short = plan()
     assert 256 < short.context < CFG.max_position_embeddings
-    assert short.total <= 100_000_000 < short.of(replace(short.shape, context=short.context + 1)).total
+    more = short.shape.with_pages(short.shape.pages + 1, CFG.max_position_embeddings)
+    assert short.total <= 100_000_000 < short.of(more).total
     assert plan("octopus2").context > short.context > plan("octopus4").context > plan("bf16").context
     free(100_000_000_000)
     assert plan().context == CFG.max_position_embeddings
@@ -175,9 +205,9 @@ def test_a_huge_maximum_costs_nothing_before_it_is_used(key_mean: bool, free: Ca
     """The plan takes milliseconds; the arena, half of what is free, takes memory page by page as it is written."""
     free(8_000_000_000)
     cfg = replace(CFG, max_position_embeddings=2**31 - 1)
-    begun = time.perf_counter()
+    begun = time.thread_time()
     told = plan_memory(cfg, "oct3", device=CPU, dtype=torch.bfloat16, key_mean=key_mean)
-    assert time.perf_counter() - begun < 0.1
+    assert time.thread_time() - begun < 1
     assert 1_000_000 < told.context < 2**31 - 1 and told.arena > 3_900_000_000
     begun, before = time.perf_counter(), system_memory.resident()
     engine = Engine.load("huge", kv="oct3", random_weights=cfg, device="cpu", dtype="bfloat16", key_mean=key_mean)

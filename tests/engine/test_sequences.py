@@ -17,7 +17,7 @@ from octo_run.errors import OctoError
 
 Tiny = Callable[..., Engine]
 GREEDY = SamplingParams()
-SETTINGS: dict[str, Any] = {"context": 460, "sequences": 4, "sink": 16, "window": 64, "pool_pages": 7}
+SETTINGS: dict[str, Any] = {"context": 460, "sequences": 4, "sink": 16, "window": 64, "pages": 7}
 
 
 class Struck(BaseException):

@@ -143,7 +143,7 @@ def test_steps_ahead_of_a_stop_string_are_taken_back(ahead: bool, tiny: Any, ran
 def test_an_answer_is_the_generations_text(scripted: Any) -> None:
     engine, decoder = scripted()
     decoder.say(len(PROMPT), "one END two")
-    said = Reply(engine, PROMPT, SamplingParams(stop=("END",)))
+    said = Reply(engine.generate(PROMPT, SamplingParams(stop=("END",))))
     assert list(said) == ["o", "n", "e", " "] and said.finish_reason == "stop"
     assert said.ids == [*b"one END"] and said.generation.finish_reason == "stop"
 
@@ -156,8 +156,8 @@ def test_an_engine_without_a_tokenizer_refuses_stop_strings(tiny: Any) -> None:
     first = next(engine.generate(PROMPT))
     assert first.text == ""
     assert list(engine.generate(PROMPT, SamplingParams(stop_ids=(first.id,))))[-1].finish_reason == "stop"
-    with pytest.raises(OctoError, match="no tokenizer"):
-        Reply(engine, PROMPT, SamplingParams())
+    with pytest.raises(OctoError, match="no chat template"):
+        engine.chat([{"role": "user", "content": "a"}])
 
 
 def test_random_weights_refuse_stop_strings() -> None:

@@ -226,7 +226,7 @@ def test_a_reply_continues_its_prompt(tmp_path: Path, shared: Callable[[str], Pa
     tokens = [SimpleNamespace(id=i, finish_reason=None if i != 471 else "length") for i in (727, 471)]
     generation = type("Generation", (list,), {"close": lambda self: None})(tokens)
     engine: Any = SimpleNamespace(tokenizer=tok, end_ids=frozenset({2}), generate=lambda *_: generation)
-    assert "".join(Reply(engine, tok.encode("Once"), SamplingParams())) == " there was"
+    assert "".join(Reply(engine.generate(tok.encode("Once"), SamplingParams()))) == " there was"
 
 
 def test_the_readmes_python_prints_the_text_of_all_tokens() -> None:
