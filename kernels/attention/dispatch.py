@@ -192,9 +192,9 @@ def kind_of_gpu(device: torch.device) -> Device:
 class Tiles(NamedTuple):
     """Tile sizes and launch options of the Triton kernels; see the constexprs of `general_decode_kernel`.
 
-    ``rows``: of queries, at least (BM); ``keys``: of a page (BN); ``full_keys``: in full precision (BF); ``flip``: keys
-    on the side of a product that is a multiple of 16 (FLIP); ``warps, stages``: launch options; ``at_once``: programs
-    that share a multiprocessor.
+    ``rows``: of queries (BM), in decode kernels at least the group made a power of two; ``keys``: of a page (BN);
+    ``full_keys``: in full precision (BF); ``flip``: keys on the side of a product that is a multiple of 16 (FLIP);
+    ``warps, stages``: launch options; ``at_once``: programs that share a multiprocessor.
     """
 
     rows: int
@@ -222,17 +222,17 @@ _CODES, _REST = [Stored.TRELLIS, Stored.HALF_TRELLIS], [Stored.PLAIN, Stored.OTH
 _G, _P, _F = Kernel.GENERAL_DECODE, Kernel.PLAIN_DECODE, Kernel.PREFILL
 
 TILES: tuple[TilesEntry, ...] = (
-    #          kernel stored element        head_dim          rows keys full flip  warps stages at once
+    #          kernel, stored, element,    head_dim,   Tiles(rows, keys, full, flip, warps, stages, at once), why
     TilesEntry(_G, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  False, 4,    1,     8),
-               "products of float32 are 16 each way"),
+               "the smallest products of float32 are 16 each way"),
     TilesEntry(_G, _CODES, Element.HALF,   ANY,        Tiles(8,   16,  16,  True,  1,    1,     8),
-               "one warp, so that what is decoded is decoded once; the address map takes registers (timed, H200)"),
+               "one warp a program: what is decoded is decoded once (timed, H200)"),
     TilesEntry(_G, _REST,  Element.HALF,   _UP_TO_128, Tiles(8,   32,  16,  True,  1,    1,     8),
-               "one warp; as many keys as there are registers for (timed, H200)"),
+               "the same, and twice the keys while they are small or quickly decoded (timed, H200)"),
     TilesEntry(_G, _REST,  Element.HALF,   _ABOVE_128, Tiles(8,   16,  16,  True,  1,    1,     8),
-               "one warp; as many keys as there are registers for (timed, H200)"),
+               "one warp a program: what is decoded is decoded once (timed, H200)"),
     TilesEntry(_P, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  True,  4,    1,     2),
-               "products of float32 are 16 each way"),
+               "the smallest products of float32 are 16 each way"),
     TilesEntry(_P, ANY,    Element.HALF,   _UP_TO_64,  Tiles(16,  64,  64,  True,  4,    5,     4),
                "a warp group; programs by the registers, stages that fill the shared memory"),
     TilesEntry(_P, ANY,    Element.HALF,   _65_TO_128, Tiles(16,  64,  64,  True,  4,    3,     3),
@@ -240,7 +240,7 @@ TILES: tuple[TilesEntry, ...] = (
     TilesEntry(_P, ANY,    Element.HALF,   _ABOVE_128, Tiles(16,  64,  64,  True,  4,    3,     1),
                "a warp group; keys and values of three stages leave room for one program"),
     TilesEntry(_F, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  False, 8,    1,     1),
-               "products of float32 are 16 each way"),
+               "the smallest products of float32 are 16 each way"),
     TilesEntry(_F, ANY,    Element.HALF,   _UP_TO_128, Tiles(128, 64,  64,  False, 8,    3,     1),
                "the registers of a whole multiprocessor (sm_90); its shared memory has room for three stages"),
     TilesEntry(_F, ANY,    Element.HALF,   _ABOVE_128, Tiles(128, 64,  64,  False, 8,    2,     1),

@@ -559,9 +559,7 @@ def test_load_from_a_folder(make_checkpoint: Callable[..., Path], tmp_path: Path
     assert (engine.dtype, engine.max_context, engine.device.type) == (torch.bfloat16, 300, "cpu")
     assert engine.name == str(path)
     assert len(ids_of(engine, [5, 6, 7], max_tokens=4)) <= 4
-    by_seed = [
-        Engine.load(path, kv="oct3", device="cpu", seed=seed).logits([*range(250)], 50) for seed in (0, 0, 1)
-    ]
+    by_seed = [Engine.load(path, kv="oct3", device="cpu", seed=seed).logits([*range(250)], 50) for seed in (0, 0, 1)]
     assert torch.equal(by_seed[0], by_seed[1]) and not torch.equal(by_seed[0], by_seed[2])
 
 

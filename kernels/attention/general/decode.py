@@ -19,6 +19,7 @@ from octo_run.kernels.attention.general.parts import (
     full_tiles,
     my_part,
     place,
+    tiles_of_page,
 )
 from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
 
@@ -281,19 +282,19 @@ def general_decode_kernel(
     m = tl.full([BM], LOWEST, tl.float32)
     l = tl.zeros([BM], tl.float32)
 
-    page_tiles = packed * (PAGE // BN)
+    page_tiles = packed * tiles_of_page(BN)
     tiles = page_tiles + full_tiles(segments, BF)
     first = part * tiles // parts
     last = (part + 1) * tiles // parts
     on = tl.arange(0, BN)
     for t in range(first, tl.minimum(last, page_tiles)):
-        page = tl.load(PAGE_TABLE + owned * st_r + t // (PAGE // BN))
+        page = tl.load(PAGE_TABLE + owned * st_r + t // tiles_of_page(BN))
         kpage, vpage = page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
-        first_row = (t % (PAGE // BN)) * BN
+        first_row = (t % tiles_of_page(BN)) * BN
         row = first_row + on
         bias = 0.0
         if MEAN:
-            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, t // (PAGE // BN), row, D, HALF, PRECISION, FLIP)
+            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, t // tiles_of_page(BN), row, D, HALF, PRECISION, FLIP)
         m, l, acc0, acc1 = _tile(
             q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, True,
             levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,

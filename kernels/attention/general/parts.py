@@ -14,6 +14,7 @@ such programs cost 70 % more time).
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.page_size import PAGE_TOKENS
 
@@ -22,6 +23,12 @@ PAGE = tl.constexpr(PAGE_TOKENS)
 LOWEST = tl.constexpr(-1e30)
 """Starting maximum: finite, so that a program without a key subtracts no infinities."""
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@constexpr_function
+def tiles_of_page(keys):
+    """Tiles of so many keys that make a page."""
+    return PAGE_TOKENS // int(keys)
 
 
 @triton.jit
@@ -89,7 +96,7 @@ def divide(
     packed = tl.load(NUM_PACKED + i, mask=inside, other=0)
     length = tl.load(STARTS + i, mask=inside, other=0) + 1
     origin = tl.load(TAIL_ORIGIN + i, mask=inside, other=0)
-    tiles = packed * (PAGE // BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
+    tiles = packed * tiles_of_page(BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
     tiles = tl.where(inside, tiles, 0)
     total = tl.sum(tiles, 0)
     # Each sequence's last part may be a short one: room for `batch` of them is enough, but mostly less will do.

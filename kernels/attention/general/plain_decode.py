@@ -19,6 +19,7 @@ from octo_run.kernels.attention.general.parts import (
     full_tiles,
     my_part,
     place,
+    tiles_of_page,
 )
 
 
@@ -47,7 +48,7 @@ def plain_decode_kernel(
         packed = tl.load(NUM_PACKED + b)
         owned, length = place(b, ROWS, STARTS)
         segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
-        page_tiles = packed * (PAGE // BN)
+        page_tiles = packed * tiles_of_page(BN)
         tiles = page_tiles + full_tiles(segments, BN)
         r = tl.arange(0, BM)
         head = h * G + r
@@ -62,10 +63,10 @@ def plain_decode_kernel(
         # One loop for all tiles: two with products of a warp group in a kernel were miscompiled (ptxas 12.8).
         for t in range(part * tiles // parts, (part + 1) * tiles // parts):
             paged = t < page_tiles
-            page = tl.load(PAGE_TABLE + owned * st_r + t // (PAGE // BN), mask=paged, other=0)
+            page = tl.load(PAGE_TABLE + owned * st_r + t // tiles_of_page(BN), mask=paged, other=0)
             is_sink, row, _, valid = full_tile(t - page_tiles, segments, BN)
             kpage = (PAGES + page.to(tl.int64) * sp_page + h * sp_head).to(tl.pointer_type(Q.dtype.element_ty))
-            row = tl.where(paged, (t % (PAGE // BN)) * BN, row).to(tl.int64)
+            row = tl.where(paged, (t % tiles_of_page(BN)) * BN, row).to(tl.int64)
             valid = tl.where(paged, BN, valid)
             k_step = tl.where(paged, D, tl.where(is_sink, ssk_t, stk_t))
             v_step = tl.where(paged, D, tl.where(is_sink, ssv_t, stv_t))
