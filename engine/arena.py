@@ -28,7 +28,7 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.engine.sequence import Sequence, SequenceTable
 from octo_run.errors import OctoError, UsageError
-from octo_run.kernels.codec import KVFormat
+from octo_run.kernels.codec import KVFormat, PageFormat
 
 if TYPE_CHECKING:
     from octo_run.engine.key_means import KeyMeans
@@ -94,11 +94,6 @@ class ArenaShape:
         return replace(self, pool_pages=pages, context=context, chunk=min(self.chunk, context))
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of a page for one layer and KV head: 64 rows of K, then 64 rows of V."""
-        return PAGE * (self.k_bytes + self.v_bytes)
-
-    @property
     def packed_token_bytes(self) -> int:
         """Bytes that one packed token takes over all layers and KV heads."""
         return self.layers * self.kv_heads * (self.k_bytes + self.v_bytes)
@@ -122,8 +117,10 @@ class KVArena:
 
     def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device, means: "KeyMeans | None" = None) -> None:
         self.shape, self.fmt, self.means = shape, fmt, means
+        #: What pages hold and how; its tag says which bytes they are.
+        self.page_format = PageFormat.on(fmt, device)
         s = shape
-        self.pages = _zeros((s.pages, s.layers, s.kv_heads, s.page_bytes), device)
+        self.pages = _zeros((s.pages, s.layers, s.kv_heads, self.page_format.page_bytes), device)
         if device.type == "cuda":
             kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
         full = (s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)

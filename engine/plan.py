@@ -8,7 +8,7 @@ import torch
 
 from octo_run import kernels
 from octo_run.engine import system_memory
-from octo_run.engine.arena import ArenaShape
+from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError
@@ -282,7 +282,7 @@ def plan_memory(
 def _shape_of_bytes(shape: ArenaShape, count: int, limit: int | None) -> ArenaShape:
     """The shape with ``count`` bytes of pages, and with ``limit`` a context of as many tokens as they hold, at most
     that. Raises ``UsageError`` if there is not one page, or if they hold no sequence of the shape's context."""
-    page = shape.layers * shape.kv_heads * shape.page_bytes
+    page = PAGE * shape.packed_token_bytes
     pages = count // page
     if pages < 1:
         raise UsageError(f"cache_bytes is {count:,} and one page takes {page:,}: give more.")

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
     from octo_run.kernels.codec import Codec, KVFormat
-    from octo_run.kernels.trellis_tables import Side
+    from octo_run.kernels.codec.page_layout import Side
 
 
 def prepare(fmt: KVFormat, device: torch.device) -> None:
@@ -17,11 +17,10 @@ def prepare(fmt: KVFormat, device: torch.device) -> None:
     from octo_run.kernels.attention.constants import codec_constants, no_table
     from octo_run.kernels.codec import TrellisCodec
     from octo_run.kernels.encode import trellis_launch
-    from octo_run.kernels.trellis_tables import table_format
 
     sides: tuple[tuple[Side, Codec], ...] = (("k", fmt.k), ("v", fmt.v))
     no_table(device)
     for side, codec in sides:
         codec_constants(codec, side, device)
         if isinstance(codec, TrellisCodec):
-            trellis_launch.prepare(table_format(codec), side, device)
+            trellis_launch.prepare(codec, side, device)

@@ -27,9 +27,9 @@ import torch
 import triton
 from attention_peers import PEERS, compile_flashinfer
 from bench_report import provenance, save, table
-from gpu_cases import unblock
 
 from octo_run.kernels import (
+    PAGE_TOKENS,
     AttentionInputs,
     AttentionSpec,
     attend,
@@ -38,9 +38,9 @@ from octo_run.kernels import (
     page_bytes,
 )
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, page_bias
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 
-SINK, RING, PAGE, NEW = 64, 128, 64, 100
+SINK, RING, PAGE, NEW = 64, 128, PAGE_TOKENS, 100
 ROTATE_BYTES = 200_000_000  # four times the L2 cache
 DISTINCT = 5  # pages of a check: their codes come from the CPU too, which takes its time
 BOUND = 4e-3  # bf16 outputs are themselves rounded to 2e-3
@@ -183,8 +183,7 @@ def check(kv: str, group: int, dim: int) -> float:
         kv_in = replace(kv_in, mean=key_mean(fmt, q, heads, max(counts)))
     out = torch.full_like(q, float("nan"))
     attend(q, kv_in, fmt, spec=AttentionSpec(dim**-0.5), max_length=SINK + max(lengths) + NEW, out=out)
-    stored, split = pages[:, 0].cpu(), PAGE * fmt.k.bytes_per_vector
-    exact = [unblock(fmt.k, "k", stored[..., :split]), unblock(fmt.v, "v", stored[..., split:])]
+    exact = [part.cpu() for part in PageFormat.on(fmt, pages.device).decode_rotated(pages[:, 0], torch.float64)]
     worst = 0.0
     for b, count in enumerate(counts):
         ids = kv_in.page_table[b, :count].long().cpu()

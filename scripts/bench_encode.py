@@ -18,12 +18,11 @@ import triton
 from bench_prefill import median_ms
 from bench_report import provenance, save, table
 
-from octo_run.kernels import encode_pages, page_bytes
+from octo_run.kernels import PAGE_TOKENS, encode_pages, page_bytes
 from octo_run.kernels.codec import TrellisCodec, parse_kv
 from octo_run.kernels.encode.trellis_launch import encode_fields, encode_fields_by_lanes, pack_blocks
-from octo_run.kernels.trellis_tables import table_format
 
-PAGE, DIM = 64, 128
+PAGE, DIM = PAGE_TOKENS, 128
 COMPARED = 4  # pages that the CPU codes too
 PAPER_MS = 4.6
 
@@ -42,12 +41,8 @@ def differing(kv: str, y: torch.Tensor) -> int:
     """Fields of vectors [1, N, H, 64, d] on which the two searches, or a search and the codec, disagree."""
     codec = parse_kv(kv, DIM).k
     assert isinstance(codec, TrellisCodec)
-    form = table_format(codec)
-    portable, lanes = encode_fields(y, form).int(), encode_fields_by_lanes(y, form).int()
-    codes, signs, norms = codec.encode_fields(y[:, :COMPARED].cpu())
-    if signs is not None:
-        codes = codes | (signs.int() << torch.tensor([10, 11, 12])).sum(-1)
-    want = torch.cat([codes.int(), (norms.int() << (15 - codec.norm_bits))[..., None]], -1)
+    portable, lanes = encode_fields(y, codec).int(), encode_fields_by_lanes(y, codec).int()
+    want = codec.encode_fields(y[:, :COMPARED].cpu())
     return int((portable != lanes).sum()) + int((lanes[:, :COMPARED].cpu() != want).sum())
 
 
@@ -58,11 +53,11 @@ def measure(kv: str, y: torch.Tensor) -> list[Row]:
     ids = torch.arange(count, dtype=torch.int32, device=y.device)
     pages = torch.zeros(count, 1, heads, page_bytes(fmt), dtype=torch.uint8, device=y.device)
     steps: dict[str, Callable[[], object]] = {}
-    if isinstance(fmt.k, TrellisCodec):
-        form = table_format(fmt.k)
-        fields = encode_fields(y, form)
-        steps |= {"search": lambda: encode_fields(y, form), "search by lanes": lambda: encode_fields_by_lanes(y, form)}
-        steps |= {"packing": lambda: pack_blocks(fields, pages, ids, form, "k", 0)}
+    if isinstance(codec := fmt.k, TrellisCodec):
+        fields = encode_fields(y, codec)
+        steps |= {"search": lambda: encode_fields(y, codec)}
+        steps |= {"search by lanes": lambda: encode_fields_by_lanes(y, codec)}
+        steps |= {"packing": lambda: pack_blocks(fields, pages, ids, codec, "k", 0)}
     rows = [Row(kv, what, median_ms(step), 0.0) for what, step in steps.items()]
     rows.append(Row(kv, "all, as the engine does it", median_ms(lambda: encode_pages(y, y, pages, ids, fmt)) / 2, 0.0))
     for row in rows:

@@ -25,12 +25,20 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from octo_run.engine.arena import ArenaShape, KVArena
-from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attend_reference, encode_pages, page_bytes
+from octo_run.kernels import (
+    PAGE_TOKENS,
+    AttentionInputs,
+    AttentionSpec,
+    attend,
+    attend_reference,
+    encode_pages,
+    page_bytes,
+)
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients
 from octo_run.kernels.codec import KVFormat, parse_kv
 
 HEADS, KV_HEADS, DIM, HIDDEN, MLP = 32, 8, 128, 4096, 14336
-SINK, PAGE, WINDOW = 64, 64, 64
+SINK, PAGE, WINDOW = 64, PAGE_TOKENS, 64
 SPEC = AttentionSpec(DIM**-0.5)
 BOUND = 6e-3  # bf16 outputs are themselves rounded to 2e-3, what comes from packed pages twice
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}

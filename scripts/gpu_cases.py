@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attention_workspace_bytes, page_bytes
+from octo_run.kernels import PAGE_TOKENS, AttentionInputs, AttentionSpec, attend, attention_workspace_bytes, page_bytes
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, mean_rows, rotated_coefficients
 from octo_run.kernels.attention.workspace import counter_words
-from octo_run.kernels.codec import Codec, KVFormat, TrellisCodec, parse_kv
-from octo_run.kernels.codec.page_layout import Indices, Side, pack_block
+from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 
-SINK, WINDOW, PAGE = 64, 64, 64
-SIDES: tuple[Side, Side] = ("k", "v")
+SINK, WINDOW, PAGE = 64, 64, PAGE_TOKENS
 
 
 @dataclass
@@ -27,43 +25,6 @@ class Case:
     fmt: KVFormat
     want: Tensor
     max_length: int
-
-
-def blocks(codec: Codec, side: Side, x: Tensor) -> Tensor:
-    """Vectors [..., 64, d] as K or V blocks of pages [..., 64 * bytes], by the codec's own encoder."""
-    if not isinstance(codec, TrellisCodec):
-        return codec.encode_rotated(x).flatten(-2)
-    return pack_block(codec.page_layout, side, *codec.encode_fields(x)).to(x.device)
-
-
-def unblock(codec: Codec, side: Side, block: Tensor) -> Tensor:
-    """What K or V blocks [..., 64 * bytes] hold, in the rotated basis: float64 [..., 64, d]."""
-    if not isinstance(codec, TrellisCodec):
-        rows = block.reshape(*block.shape[:-1], PAGE, -1)
-        return codec.rotate(codec.decode(rows, torch.float64))
-    layout = codec.page_layout
-    bits = (block[..., None] >> torch.arange(8, dtype=torch.uint8, device=block.device) & 1).flatten(-2)
-
-    def read(addresses: Indices) -> Tensor:
-        at = torch.from_numpy(addresses).to(block.device)
-        weights = 1 << torch.arange(at.shape[-1], device=block.device)
-        return (bits[..., at] * weights).sum(-1).to(torch.int32)
-
-    code, sign, norm = (
-        (layout.k_code, layout.k_sign, layout.k_norm) if side == "k" else (layout.v_code, layout.v_sign, layout.v_norm)
-    )
-    signs = bits[..., torch.from_numpy(sign).to(block.device)] if layout.signed else None
-    return codec.decode_fields(read(code), signs, read(norm), torch.float64)
-
-
-def stored_pages(fmt: KVFormat, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """[2, H, 64 P, d] -> page bytes [P, H, bytes], and what they hold in the rotated basis, float64 [2, H, 64 P, d]."""
-    parts, decoded = [], []
-    for codec, side, x in zip((fmt.k, fmt.v), SIDES, vectors, strict=True):
-        block = blocks(codec, side, x.reshape(len(x), -1, PAGE, x.shape[-1]))
-        parts.append(block.transpose(0, 1))
-        decoded.append(unblock(codec, side, block).flatten(1, 2))
-    return torch.cat(parts, -1), torch.stack(decoded)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
@@ -92,6 +53,7 @@ def make_case(
     order. What must not be read is NaN or an invalid page. `mean`: size of the means that packed keys get back."""
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
     device = torch.device("cuda")
+    page_format = PageFormat.on(fmt, device)
     owned = len(lengths) + 2
     rows = [row if n else -1 for row, n in zip(torch.randperm(owned).tolist(), lengths, strict=False)]
     starts = [max(0, n - count) for n in lengths]
@@ -122,7 +84,9 @@ def make_case(
         if packed[b]:
             ids = [next(order) for _ in range(packed[b])]
             table[row, : packed[b]] = torch.tensor(ids, dtype=torch.int32, device=device)
-            pages[ids, 1], values[:, :, SINK:done] = stored_pages(fmt, vectors[:, :, SINK:done])
+            made = page_format.encode_rotated(*vectors[:, :, SINK:done].reshape(2, kv_heads, -1, PAGE, dim))
+            pages[ids, 1] = made.transpose(0, 1)
+            values[:, :, SINK:done] = torch.stack(page_format.decode_rotated(made, torch.float64)).flatten(2, 3)
             values[0, :, SINK:done] += mean_rows(means[row], tables.of_pages(0, packed[b]).flatten(0, 1), rotation)
         if n > done:
             slots = (torch.arange(done, n, device=device) - SINK - origin[b]) % capacity

@@ -27,22 +27,19 @@ from unittest import mock
 import torch
 from gpu_cases import (
     PAGE,
-    SIDES,
     SINK,
     WINDOW,
     arena_inputs,
-    blocks,
     dense,
     error_of,
     make_case,
-    unblock,
     workspace_for,
 )
 from torch import Tensor
 
 from octo_run.kernels import AttentionSpec, attend, encode_pages, page_bytes
 from octo_run.kernels import step as ops
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 from octo_run.kernels.codec.rotation import rotation_matrix
 from octo_run.kernels.step import reference
 
@@ -198,14 +195,13 @@ def check_encode(kv: str, dim: int, dtype: torch.dtype) -> list[tuple[str, float
     pages = torch.full((7, 4, 2, page_bytes(fmt)), 0xEE, dtype=torch.uint8, device="cuda")[:, 1:]
     ids = torch.tensor([6, 0, 3, 1, 5], device="cuda")
     encode_pages(source[0], source[1], pages, ids, fmt)
-    differing, errors, split = 0.0, [], PAGE * fmt.k.bytes_per_vector
-    written = pages[ids].transpose(0, 1)
-    for part, (codec, side) in enumerate(zip((fmt.k, fmt.v), SIDES, strict=True)):
-        got = (written[..., :split], written[..., split:])[part]
-        want = blocks(codec, side, source[part])
-        differing = max(differing, float((got != want).reshape(*got.shape[:-1], PAGE, -1).any(-1).double().mean()))
-        x = source[part].double()
-        mse = [float((unblock(codec, side, r) - x).square().mean()) for r in (got, want)]
+    page_format = PageFormat.on(fmt, pages.device)
+    written, wanted = pages[ids].transpose(0, 1), page_format.encode_rotated(*source)
+    rows = zip(page_format.rows(written), page_format.rows(wanted), strict=True)
+    differing, errors = max(float((got != want).any(-1).double().mean()) for got, want in rows), []
+    decoded = (page_format.decode_rotated(one, torch.float64) for one in (written, wanted))
+    for x, *of_part in zip(source.double(), *decoded, strict=True):
+        mse = [float((y - x).square().mean()) for y in of_part]
         errors.append(abs(mse[0] - mse[1]) / max(mse[1], 1e-30))
     untouched = float((pages[[2, 4]] != 0xEE).any())
     name = f"encode {kv} d={dim} {str(dtype).removeprefix('torch.')}"
@@ -387,11 +383,8 @@ def time_decode(kv: str, tokens: int = 65536, kv_heads: int = 4, group: int = 7,
 
     step(0)
     stored = pages[:, 0][table[0].long()].transpose(0, 1)
-    split = PAGE * fmt.k.bytes_per_vector
-    decoded = []
-    for codec, side, rows in ((fmt.k, SIDES[0], stored[..., :split]), (fmt.v, SIDES[1], stored[..., split:])):
-        decoded.append(unblock(codec, side, rows).flatten(1, 2))
-    new = [torch.cat((s[0].double(), d, t[0, :, :31].double()), 1)
+    decoded = PageFormat.on(fmt, stored.device).decode_rotated(stored, torch.float64)
+    new = [torch.cat((s[0].double(), d.flatten(1, 2), t[0, :, :31].double()), 1)
            for s, d, t in zip(sinks, decoded, tails, strict=True)]  # fmt: skip
     want = dense(q[0], new[0], new[1], length - 1, dim**-0.5)
     error = float((out[0].double() - want).norm() / want.norm())

@@ -22,7 +22,7 @@ from octo_run.kernels.codec import TrellisCodec, get
 from octo_run.kernels.encode.lane_search import LANE_WARPS, lane_search_kernel
 from octo_run.kernels.encode.trellis_launch import _REGISTERS, _ROWS, _WARPS, lane_constants
 from octo_run.kernels.encode.triton_trellis import trellis_kernel
-from octo_run.kernels.trellis_tables import SEARCH_COLUMNS, table_format
+from octo_run.kernels.trellis_tables import SEARCH_COLUMNS
 
 FORMATS = ("oct2", "oct3", "oct4")
 SMALLEST = 60  # instructions of a loop that is shown
@@ -33,7 +33,7 @@ def compile_lanes(kv: str, head_dim: int) -> triton.compiler.CompiledKernel:
     """The search by lanes as its launcher asks for it."""
     codec = get(kv, head_dim)
     assert isinstance(codec, TrellisCodec)
-    fixed = lane_constants(table_format(codec))
+    fixed = lane_constants(codec)
     names = lane_search_kernel.arg_names
     pointers = {"y_ptr": "*bf16", "fields_ptr": "*u16", "values_ptr": "*fp32", "units_ptr": "*fp64"}
     pointers |= dict.fromkeys(("keys_ptr", "extra_ptr", "last_ptr"), "*i32")

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from octo_run.engine.evaluation.capture import Captured
+from octo_run.kernels import PAGE_TOKENS as PAGE
 from octo_run.kernels.attention.key_mean import AngleTables, estimate, mean_rows
 from octo_run.kernels.codec import Codec, baselines, get
 from octo_run.kernels.codec import names as format_names
 
 SPREAD = 3.0  # standard deviation of the logits of Gaussian queries and keys
 KEYS = 256  # of a softmax over Gaussian keys
-PAGE = 64
 #: By stored bytes, MSE on Gaussian vectors at d = 128: of the paper's OCTOPUS with 3x3 rounding, and what is aimed at.
 AIMS = {40: (0.0832, 0.0570), 56: (0.0243, 0.0162), 72: (0.0067, 0.0043)}
 

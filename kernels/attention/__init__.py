@@ -14,10 +14,10 @@ from torch import Tensor
 
 from octo_run.kernels.attention import dispatch
 from octo_run.kernels.attention.inputs import AttentionInputs, page_bytes
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.reference import attend_reference, host_bytes
 from octo_run.kernels.attention.spec import AttentionSpec
 from octo_run.kernels.attention.workspace import workspace_bytes
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat

@@ -13,8 +13,9 @@ from octo_run.kernels.attention.general.octopus_ptx import decode_immediates
 from octo_run.kernels.attention.general.planes import OCTOPUS, PLAIN, TRELLIS
 from octo_run.kernels.attention.general.trellis_vectors import describe
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
+from octo_run.kernels.codec.page_layout import Side
 from octo_run.kernels.devices import runs_ptx
-from octo_run.kernels.trellis_tables import Side, read_map, table_format
+from octo_run.kernels.trellis_tables import read_map
 
 ELEMENTS: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
@@ -42,9 +43,8 @@ def no_table(device: torch.device) -> Tensor:
 def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
     """(kind, bits, levels, radii) of K or V as `planes` takes them. ValueError for a codec that no kernel has."""
     if isinstance(codec, TrellisCodec):
-        form = table_format(codec)
-        bits = describe(form.stream, form.state, form.signed)
-        return TRELLIS.value, bits, codec.table_words(device), read_map(form, side, device)
+        bits = describe(codec.stream, codec.state_bits, codec.signed)
+        return TRELLIS.value, bits, codec.table_words(device), read_map(codec, side, device)
     if isinstance(codec, OctopusCodec):
         tables = codec.tables(torch.float32, device)
         return OCTOPUS.value, codec.bits, tables.xi_levels, tables.rho_levels

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.codec import PlainCodec, TrellisCodec
 from octo_run.kernels.devices import is_nvidia
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor

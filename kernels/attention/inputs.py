@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels.attention.key_mean import KeyMean
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
+from octo_run.kernels.codec.page_format import page_bytes as page_bytes
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
@@ -51,11 +51,6 @@ class AttentionInputs:
         mean = self.mean
         of_queries = () if mean.of_queries is None else (mean.of_queries,)
         return (*parts, mean.means, mean.rotation, mean.tables.base, mean.tables.offset, *of_queries)
-
-
-def page_bytes(fmt: KVFormat) -> int:
-    """Bytes of one page of one (layer, KV head): 64 K rows, then 64 V rows."""
-    return PAGE_TOKENS * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
 
 
 def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from octo_run.kernels.attention.arguments import strides
 from octo_run.kernels.attention.dispatch import head_blocks
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.devices import on_device_of
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 HALF_OFFSETS = 48
 """Offsets 0.5, 1.5, ... that `AngleTables` holds: up to a page's last centre, 47.5."""

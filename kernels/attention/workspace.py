@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.parts import PARTS_PER_PROCESSOR, room_for_parts
 from octo_run.kernels.devices import processors
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 SLAB_BYTES = 64 * 2**20
 """Of the workspace: packed keys and values that prefill has decoded at a time."""

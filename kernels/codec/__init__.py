@@ -7,7 +7,7 @@ pair that a KV cache uses. The classes are for building more formats: `RowCodec`
 from octo_run.kernels.codec.base import Codec, RowCodec, TripletCodec
 from octo_run.kernels.codec.formats import KVFormat, get, names, parse_kv
 from octo_run.kernels.codec.octopus import OctopusCodec, OctopusTables
-from octo_run.kernels.codec.page_layout import PageLayout
+from octo_run.kernels.codec.page_format import PageFormat
 from octo_run.kernels.codec.plain import PlainCodec
 from octo_run.kernels.codec.trellis import TrellisCodec
 
@@ -16,7 +16,7 @@ __all__ = [
     "KVFormat",
     "OctopusCodec",
     "OctopusTables",
-    "PageLayout",
+    "PageFormat",
     "PlainCodec",
     "RowCodec",
     "TrellisCodec",

@@ -6,6 +6,7 @@ import torch
 
 from octo_run.kernels.codec.packing import pack_codes, packed_bytes, unpack_codes
 from octo_run.kernels.codec.rotation import rotation_matrix
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 CHUNK = 2048  # vectors worked on at a time: the temporaries of a chunk fit the second-level cache of a CPU core
 NORM_BYTES = 2
@@ -52,6 +53,11 @@ class Codec(ABC):
 
     def __repr__(self) -> str:
         return f"<{self.name}: head_dim {self.head_dim}, {self.bytes_per_vector} bytes a vector, seed {self.seed}>"
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block: what a page holds of K, or of V."""
+        return PAGE_TOKENS * self.bytes_per_vector
 
     @property
     @abstractmethod

@@ -1,9 +1,10 @@
-"""Where each bit of a packed page lies: the layout that the table-decode kernel's registers need.
+"""Where each bit of a block of trellis codes lies: in rows, and in the lanes of the table-decode kernel.
 
-A page holds 64 vectors of one layer and KV head: a K block and a V block. The kernel gives each lane of a warp, in
-16-byte loads, the codes of exactly those triplets that the matrix instruction wants from that lane. The bits therefore
-lie in *lane buffers*, interleaved over the 32 lanes. With ``lane = 4 g + t`` (``g`` 0..7, ``t`` 0..3), eight chains of
-``chain`` triplets (chain ``c``, slot ``s`` is triplet ``chain * c + s``) and ``extras`` single triplets behind them:
+A page holds `PAGE_TOKENS` vectors of one layer and KV head: a K block and a V block. In *rows* a block is one row of
+the codec after the other. In *lanes* the kernel gives each lane of a warp, in 16-byte loads, the codes of exactly those
+triplets that the matrix instruction wants from that lane. The bits there lie in *lane buffers*, interleaved over the 32
+lanes. With ``lane = 4 g + t`` (``g`` 0..7, ``t`` 0..3), eight chains of ``chain`` triplets (chain ``c``, slot ``s`` is
+triplet ``chain * c + s``) and ``extras`` single triplets behind them:
 
 - **K block.** Lane (g, t) holds the tokens ``8 r + g`` (r = 0..7): chains ``2 t`` and ``2 t + 1`` and, for
   ``t < extras``, extra t. Of extras 4 and 5 the lanes 0 and 1 hold those of the tokens with even ``r // 2``, the lanes
@@ -19,15 +20,22 @@ triplet, and behind everything; else those of rows r = 2 t and 2 t + 1 at the en
 in 12-bit fields behind everything.
 """
 
+from __future__ import annotations
+
+import functools
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-PAGE = 64
+from octo_run.kernels.codec.base import NORM_BYTES
+from octo_run.kernels.page_size import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from octo_run.kernels.codec.trellis import TrellisCodec
+
+CHAINS = 8
 V_NORM_FIELD = 12
 
 Indices = npt.NDArray[np.int64]
@@ -35,211 +43,113 @@ Side = Literal["k", "v"]
 
 
 @dataclass(frozen=True)
-class PageLayout:
-    """Bit addresses in the blocks of a page.
+class BlockBits:
+    """Where the numbers of a block's vectors lie: bit addresses, those of a number from its low bit to its high one.
 
-    head_dim; stream: bits of a triplet in the trellis stream; signed: whether three sign bits come with each triplet;
-    bytes_per_vector: the format's size, norms included; norm_bits: bits of a norm, the top ones of a positive
-    fp16 number.
+    code [PAGE_TOKENS, triplets, stream]; sign [PAGE_TOKENS, triplets, 3], -1 where none is stored (of an unsigned
+    format, of a coordinate that pads the last triplet); norm [PAGE_TOKENS, norm_bits].
     """
 
-    head_dim: int
-    stream: int
-    signed: bool
-    bytes_per_vector: int
-    norm_bits: int
+    code: Indices
+    sign: Indices
+    norm: Indices
 
-    @property
-    def triplets(self) -> int:
-        """Triplets of a vector."""
-        return -(-self.head_dim // 3)
+    @classmethod
+    def of(cls, codec: TrellisCodec, code: Indices, sign: Indices, norm: Indices) -> BlockBits:
+        """Bits whose signs count only where the codec stores them."""
+        real = np.arange(3 * codec.num_triplets).reshape(-1, 3) < codec.head_dim
+        return cls(code, np.where(real & codec.signed, sign, -1), norm)
 
-    @property
-    def chain(self) -> int:
-        """Triplets of each of the eight chains."""
-        return self.triplets // 8
+    def sources(self, target: BlockBits, count: int) -> Indices:
+        """For each of the ``count`` bits of a block that lies as ``target`` says: the address here of the bit that goes
+        there, -1 for a bit that is always 0."""
+        found = np.full(count, -1)
+        for here, there in ((self.code, target.code), (self.sign, target.sign), (self.norm, target.norm)):
+            stored = there >= 0
+            found[there[stored]] = here[stored]
+        return found
 
-    @property
-    def extras(self) -> int:
-        """Single triplets behind the chains."""
-        return self.triplets % 8
 
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of a block (64 K or 64 V vectors)."""
-        return PAGE * self.bytes_per_vector
+def _numbers(*sizes: int) -> tuple[Indices, ...]:
+    """All combinations of numbers from 0 on, as arrays that broadcast."""
+    return np.ix_(*(np.arange(size) for size in sizes))
 
-    @property
-    def v_full_words(self) -> int:
-        """Words of a V lane buffer that all 32 lanes have."""
-        return -(-16 * self.chain * (self.stream + 3 * self.signed) // 32)
 
-    @property
-    def v_words(self) -> int:
-        """Words of a V lane buffer in the lanes that hold an extra triplet."""
-        if not self.extras:
-            return self.v_full_words
-        return -(-16 * (self.chain + 1) * (self.stream + 3 * self.signed) // 32)
+@functools.cache
+def row_bits(codec: TrellisCodec) -> BlockBits:
+    """A block, K or V, of rows; see ``TrellisCodec``."""
+    stream, triplets = codec.stream, codec.num_triplets
+    token, triplet, bit = _numbers(PAGE_TOKENS, triplets, stream)
+    row = 8 * codec.bytes_per_vector * token
+    norm = row[:, 0] + 8 * (codec.bytes_per_vector - NORM_BYTES) + codec.format.norm_shift + np.arange(codec.norm_bits)
+    sign = row + stream * triplets + 3 * triplet + np.arange(3)
+    return BlockBits.of(codec, row + stream * triplet + bit, sign, norm)
 
-    @property
-    def v_norm_word(self) -> int:
-        """Word of the V block at which the norms begin."""
-        return 32 * self.v_full_words + 4 * self.extras * (self.v_words - self.v_full_words)
 
-    @property
-    def k_singles(self) -> int:
-        """Extra triplets (0 or 1) that every K lane buffer has room for, for each of its tokens."""
-        return 1 if self.extras else 0
+@functools.cache
+def lane_bits(codec: TrellisCodec, side: Side) -> BlockBits:
+    """The K or the V block as the table-decode kernel reads it."""
+    return _k_lanes(codec) if side == "k" else _v_lanes(codec)
 
-    @property
-    def k_token(self) -> int:
-        """Triplets of a token in a K lane buffer, a fifth or sixth extra apart."""
-        return 2 * self.chain + self.k_singles
 
-    @property
-    def k_sign_byte(self) -> int:
-        """Byte of a K lane buffer at which the signs begin."""
-        return self.k_token * self.stream
+def _chunked(lane: Indices, word: Indices, full: int) -> Indices:
+    """Words of lane buffers of ``full`` words: four of a lane side by side as far as there are four."""
+    return np.where(word < full // 4 * 4, (word // 4) * 128 + lane * 4 + word % 4, word * 32 + lane)
 
-    @property
-    def k_seconds_bit(self) -> int:
-        """Bit of a K lane buffer at which the codes of the extras 4 and 5 begin (four tokens')."""
-        return 8 * self.k_sign_byte + 24 * (self.k_token + (self.extras > 4)) * self.signed
 
-    @property
-    def norms_in_gap(self) -> bool:
-        """Whether K norms lie where lanes (g, 3) have no extra triplet, and not at the end of all lane buffers."""
-        return self.extras == 3
+def _k_lanes(codec: TrellisCodec) -> BlockBits:
+    stream, chain, extras, norm_bits = codec.stream, codec.chain, codec.extras, codec.norm_bits
+    words = codec.block_bytes // 128  # of a lane buffer
+    held = 2 * chain + (extras > 0)  # triplets of a token in a lane buffer, a fifth or sixth extra apart
+    signs = held * stream  # the byte at which they begin
+    seconds = 8 * signs + 24 * (held + (extras > 4)) * codec.signed  # the bit at which the extras 4 and 5 begin
 
-    @staticmethod
-    def _chunked(lane: Indices, word: Indices, full: int) -> Indices:
-        """Words of lane buffers of ``full`` words: four of a lane side by side as far as there are four."""
-        return np.where(word < full // 4 * 4, (word // 4) * 128 + lane * 4 + word % 4, word * 32 + lane)
+    def address(lane: Indices, bit: Indices) -> Indices:
+        return _chunked(lane, bit // 32, words) * 32 + bit % 32
 
-    def _k_address(self, lane: Indices, bit: Indices) -> Indices:
-        return self._chunked(lane, bit // 32, self.block_bytes // 128) * 32 + bit % 32
+    token, triplet, bit = _numbers(PAGE_TOKENS, codec.num_triplets, stream)
+    row, extra = token // 8, triplet - CHAINS * chain
+    t = np.where(extra < 0, triplet // (2 * chain), extra)
+    t = np.where(extra >= 4, extra - 4 + token // 16 % 2 * 2, t)
+    lane, slot = token % 8 * 4 + t, np.where(extra < 0, triplet % (2 * chain), 2 * chain + extra // 4)
+    second = seconds + (row // 4 * 2 + row % 2) * stream
+    code = address(lane, np.where(slot < held, (row * held + slot) * stream, second) + bit)
+    sign = address(lane, 8 * (signs + 3 * slot + np.arange(3)) + 7 - row)
 
-    def _v_address(self, lane: Indices, bit: Indices) -> Indices:
-        word, full = bit // 32, self.v_full_words
-        place = self._chunked(lane, word, full)
-        place = np.where(word < full, place, full * 32 + (word - full) * (4 * self.extras) + lane)
+    token, bit = _numbers(PAGE_TOKENS, norm_bits)
+    row = token // 8
+    if extras == 3:  # where the lanes (g, 3) have no extra triplet; what is too long behind everything
+        low = min(stream, norm_bits)
+        gap, high = (row * held + 2 * chain) * stream, norm_bits - low
+        norm = address(token % 8 * 4 + 3, np.where(bit < low, gap, 32 * words - 8 * high + high * row - low) + bit)
+    else:
+        norm = address(token % 8 * 4 + row // 2, 32 * words - 2 * norm_bits + row % 2 * norm_bits + bit)
+    return BlockBits.of(codec, code, sign, norm)
+
+
+def _v_lanes(codec: TrellisCodec) -> BlockBits:
+    stream, chain, extras = codec.stream, codec.chain, codec.extras
+    of_triplet = 16 * (stream + 3 * codec.signed)  # bits of a triplet's codes and signs in a lane, of all its tokens
+    full = -(-chain * of_triplet // 32)  # words of a lane buffer that all lanes have
+    words = -(-(chain + 1) * of_triplet // 32) if extras else full  # in the lanes that hold an extra triplet
+
+    def address(lane: Indices, bit: Indices) -> Indices:
+        word, place = bit // 32, _chunked(lane, bit // 32, full)
+        place = np.where(word < full, place, full * 32 + (word - full) * (4 * extras) + lane)
         return place * 32 + bit % 32
 
-    @cached_property
-    def k_code(self) -> Indices:
-        """Bit addresses ``[64, triplets, stream]`` of the stream codes in the K block."""
-        token, triplet, bit = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(self.stream))
-        lane, slot = self._k_slot(token, triplet)
-        row = token // 8
-        second = self.k_seconds_bit + (row // 4 * 2 + row % 2) * self.stream
-        return self._k_address(
-            lane, np.where(slot < self.k_token, (row * self.k_token + slot) * self.stream, second) + bit
-        )
+    token, triplet, bit = _numbers(PAGE_TOKENS, codec.num_triplets, stream)
+    chained = triplet < CHAINS * chain
+    lane = np.where(chained, triplet // chain, triplet - CHAINS * chain) * 4 + token % 4
+    number, slot = token // 8 * 2 + token % 8 // 4, triplet % chain  # number: of the lane's 16 tokens
+    start = np.where(chained, (number * chain + slot) * stream, chain * of_triplet + number * stream)
+    code = address(lane, start + bit)
+    inner = 2 * chain * stream + 3 * chain * (number // 8) + 3 * slot
+    behind = chain * of_triplet // 8 + 2 * stream + 3 * (number // 8)
+    sign = address(lane, 8 * (np.where(chained, inner, behind) + np.arange(3)) + 7 - number % 8)
 
-    @cached_property
-    def k_sign(self) -> Indices:
-        """Bit addresses ``[64, triplets, 3]`` of the signs in the K block."""
-        token, triplet, axis = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(3))
-        lane, slot = self._k_slot(token, triplet)
-        return self._k_address(lane, 8 * (self.k_sign_byte + 3 * slot + axis) + 7 - token // 8)
-
-    @cached_property
-    def k_norm(self) -> Indices:
-        """Bit addresses ``[64, norm_bits]`` of the norms in the K block, low bit first."""
-        token, bit = np.ix_(np.arange(PAGE), np.arange(self.norm_bits))
-        row, end = token // 8, self.block_bytes // 128 * 32
-        if not self.norms_in_gap:
-            return self._k_address(token % 8 * 4 + row // 2, end - 2 * self.norm_bits + row % 2 * self.norm_bits + bit)
-        low = min(self.stream, self.norm_bits)
-        high = self.norm_bits - low
-        gap = (row * self.k_token + 2 * self.chain) * self.stream + bit
-        tail = end - 8 * high + high * row + bit - low
-        return self._k_address(token % 8 * 4 + 3, np.where(bit < low, gap, tail))
-
-    def _k_slot(self, token: Indices, triplet: Indices) -> tuple[Indices, Indices]:
-        """Lane and slot (0 .. 2 chain + 1) of a token's triplet in the K block."""
-        extra = triplet - 8 * self.chain
-        t = np.where(extra < 0, triplet // (2 * self.chain), extra)
-        t = np.where(extra >= 4, extra - 4 + token // 16 % 2 * 2, t)
-        slot = np.where(extra < 0, triplet % (2 * self.chain), 2 * self.chain + extra // 4)
-        return token % 8 * 4 + t, slot
-
-    def _v_slot(self, token: Indices, triplet: Indices) -> tuple[Indices, Indices, Indices]:
-        """Lane, the lane's token number (0..15) and slot (0 .. chain) of a token's triplet in the V block."""
-        chained = triplet < 8 * self.chain
-        g = np.where(chained, triplet // self.chain, triplet - 8 * self.chain)
-        return g * 4 + token % 4, token // 8 * 2 + token % 8 // 4, np.where(chained, triplet % self.chain, self.chain)
-
-    @cached_property
-    def v_code(self) -> Indices:
-        """Bit addresses ``[64, triplets, stream]`` of the stream codes in the V block."""
-        token, triplet, bit = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(self.stream))
-        lane, number, slot = self._v_slot(token, triplet)
-        extra = 16 * self.chain * (self.stream + 3 * self.signed) + number * self.stream
-        start = np.where(slot < self.chain, (number * self.chain + slot) * self.stream, extra)
-        return self._v_address(lane, start + bit)
-
-    @cached_property
-    def v_sign(self) -> Indices:
-        """Bit addresses ``[64, triplets, 3]`` of the signs in the V block."""
-        token, triplet, axis = np.ix_(np.arange(PAGE), np.arange(self.triplets), np.arange(3))
-        lane, number, slot = self._v_slot(token, triplet)
-        inner = 2 * self.chain * self.stream + 3 * self.chain * (number // 8) + 3 * slot
-        extra = 2 * self.chain * (self.stream + 3) + 2 * self.stream + 3 * (number // 8)
-        byte = np.where(slot < self.chain, inner, extra) + axis
-        return self._v_address(lane, 8 * byte + 7 - number % 8)
-
-    @cached_property
-    def v_norm(self) -> Indices:
-        """Bit addresses ``[64, norm_bits]`` of the norms in the V block, low bit first."""
-        token, bit = np.ix_(np.arange(PAGE), np.arange(self.norm_bits))
-        spare = V_NORM_FIELD - self.norm_bits
-        return (self.v_norm_word + token % 8 * 3) * 32 + token // 8 * V_NORM_FIELD + spare + bit
-
-
-def _fields(layout: PageLayout, side: Side) -> tuple[Indices, Indices, Indices]:
-    """Bit addresses of codes, signs and norms in the K or the V block."""
-    if side == "k":
-        return layout.k_code, layout.k_sign, layout.k_norm
-    return layout.v_code, layout.v_sign, layout.v_norm
-
-
-def _place(bits: npt.NDArray[np.uint8], addresses: Indices, numbers: torch.Tensor) -> None:
-    """Write the low bits of numbers [..., addresses.shape[:-1]] to their addresses in bits [..., all bits]."""
-    values = numbers.cpu().numpy()[..., None] >> np.arange(addresses.shape[-1]) & 1
-    flat = values.reshape(*bits.shape[:-1], addresses.size)
-    bits[..., addresses.ravel()] = flat
-
-
-def pack_block(
-    layout: PageLayout, side: Side, codes: torch.Tensor, signs: torch.Tensor | None, norms: torch.Tensor
-) -> torch.Tensor:
-    """The K or V block of 64 vectors: uint8 [..., block_bytes], on the CPU. Bits without an address are 0.
-
-    codes: integers [..., 64, triplets]; signs: 0 or 1, [..., 64, triplets, 3] (None for an unsigned format); norms:
-    norm numbers [..., 64]. ValueError if signs are given for an unsigned format or missing for a signed one.
-    """
-    if (signs is not None) != layout.signed:
-        raise ValueError("a signed layout needs signs" if layout.signed else "an unsigned layout has no signs")
-    code_bits, sign_bits, norm_bits = _fields(layout, side)
-    bits = np.zeros((*norms.shape[:-1], 8 * layout.block_bytes), np.uint8)
-    _place(bits, code_bits, codes)
-    if signs is not None:
-        _place(bits, sign_bits[..., None], signs)
-    _place(bits, norm_bits, norms)
-    return torch.from_numpy(np.packbits(bits, axis=-1, bitorder="little"))
-
-
-def unpack_block(
-    layout: PageLayout, side: Side, block: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """The inverse of `pack_block`, of uint8 [..., block_bytes]: codes int32, signs uint8 or None, norms int32."""
-    bits = np.unpackbits(block.cpu().numpy(), axis=-1, bitorder="little")
-
-    def read(addresses: Indices) -> torch.Tensor:
-        weights = 1 << np.arange(addresses.shape[-1])
-        return torch.from_numpy((bits[..., addresses] * weights).sum(-1).astype(np.int32))
-
-    code_bits, sign_bits, norm_bits = _fields(layout, side)
-    signs = torch.from_numpy(bits[..., sign_bits]) if layout.signed else None
-    return read(code_bits), signs, read(norm_bits)
+    token, bit = _numbers(PAGE_TOKENS, codec.norm_bits)
+    norms = 32 * full + 4 * extras * (words - full)  # the word at which they begin
+    spare = V_NORM_FIELD - codec.norm_bits
+    norm = (norms + token % 8 * 3) * 32 + token // 8 * V_NORM_FIELD + spare + bit
+    return BlockBits.of(codec, code, sign, norm)

@@ -25,15 +25,15 @@ from importlib import resources
 import numpy as np
 import torch
 
-from octo_run.kernels.codec.base import CHUNK, NORM_BYTES, RowCodec, working_dtype
+from octo_run.kernels.codec.base import NORM_BYTES, RowCodec
 from octo_run.kernels.codec.packing import pack_streams, packed_bytes, unpack_streams
-from octo_run.kernels.codec.page_layout import PageLayout
+from octo_run.kernels.codec.page_layout import CHAINS
 from octo_run.kernels.codec.trellis_search import nearest_entries, trellis_codes
 
-CHAINS = 8
 FIXED_POINT = 8  # x' counts eighths of a step
 LIMIT = 4 * 255  # of x': the outermost codeword coordinate, 127.5 steps, in eighths
 SMALLEST = 2.0**-60  # shorter vectors are coded as zero vectors
+SIGN_SHIFT = 10  # of a field: a triplet's signs stand from this bit on above its stream code
 SEARCHED = 64  # vectors searched at a time: the cost matrix of a slot stays in the second-level cache
 
 
@@ -45,6 +45,26 @@ class TrellisFormat:
     state_bits: int
     signed: bool
     norm_bits: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a triplet: its stream code and, in signed formats, its signs."""
+        return self.stream + 3 * self.signed
+
+    @property
+    def norm_shift(self) -> int:
+        """Low bits of a positive fp16 number that a norm does without."""
+        return 15 - self.norm_bits
+
+    @property
+    def cells(self) -> int:
+        """Pairs of a state and the next one."""
+        return 1 << (2 * self.state_bits)
+
+    @property
+    def codes(self) -> int:
+        """Codes of a pair of states."""
+        return 1 << (self.stream - self.state_bits)
 
     @property
     def chained_entries(self) -> int:
@@ -79,31 +99,30 @@ def stored_table(name: str) -> tuple[torch.Tensor, float]:
         return torch.from_numpy(stored[name].astype(np.int8)), float(stored[f"{name}_step"])
 
 
-def norm_numbers(gamma: torch.Tensor, norm_bits: int) -> torch.Tensor:
+def norm_numbers(gamma: torch.Tensor, shift: int) -> torch.Tensor:
     """Norm numbers int32 nearest to gains gamma >= 0 (rounded to float32 first), halves up; saturating.
 
-    The number is the fp16 bit pattern without its 15 - norm_bits low bits (and without its sign bit).
+    The number is the fp16 bit pattern without its `shift` low bits (and without its sign bit).
     """
     single = gamma.to(torch.float32).clamp(0, 65504)
-    dropped = 15 - norm_bits
-    place = 13 + dropped  # of the number's lowest bit in a float32 pattern
+    place = 13 + shift  # of the number's lowest bit in a float32 pattern
     normal = (single.view(torch.int32) - (112 << 23) + (1 << (place - 1))) >> place
-    subnormal = (single * 2.0 ** (24 - dropped) + 0.5).to(torch.int32)
+    subnormal = (single * 2.0 ** (24 - shift) + 0.5).to(torch.int32)
     number = torch.where(single < 2.0**-14, subnormal, normal)
-    return number.clamp(max=(0x7C00 >> dropped) - 1)
+    return number.clamp(max=(0x7C00 >> shift) - 1)
 
 
-def norm_values(numbers: torch.Tensor, norm_bits: int) -> torch.Tensor:
-    """The fp16 values of norm numbers (any integer dtype)."""
-    return (numbers.to(torch.int32) << (15 - norm_bits)).to(torch.int16).view(torch.float16)
+def norm_values(numbers: torch.Tensor, shift: int) -> torch.Tensor:
+    """The fp16 values of norm numbers (any integer dtype) without `shift` low bits."""
+    return (numbers.to(torch.int32) << shift).to(torch.int16).view(torch.float16)
 
 
 class TrellisCodec(RowCodec):
     """A trellis format for one head dimension. Bytes depend only on the input's values, the name and the seed.
 
     Row: the stream codes, then three sign bits a triplet (x lowest; signed formats), then gamma; see `RowCodec`.
-    stream, state_bits, signed, norm_bits: as in `TrellisFormat`; step: the table's unit for coordinates of variance 1;
-    table: int8 [entries, 3], not to be written into; page_layout: of pages in kernel order.
+    stream, state_bits, signed, norm_bits: of its `TrellisFormat`, `format`; step: the table's unit for coordinates of
+    variance 1; table: int8 [entries, 3], not to be written into; chain, extras: triplets of each chain, behind them.
     """
 
     def __init__(
@@ -113,17 +132,21 @@ class TrellisCodec(RowCodec):
         self.format = (FORMATS | STUDIED)[name]
         self.stream, self.state_bits = self.format.stream, self.format.state_bits
         self.signed, self.norm_bits = self.format.signed, self.format.norm_bits
-        super().__init__(name, head_dim, seed, bits=self.stream + 3 * self.signed)
+        super().__init__(name, head_dim, seed, bits=self.format.bits)
         if table is None or step is None:
             table, step = stored_table(name)
         entries, lowest = self.format.entries, 0 if self.signed else -128
         if table.dtype != torch.int8 or table.shape != (entries, 3) or int(table.min()) < lowest:
             raise ValueError(f"{name} needs a table int8 [{entries}, 3] of numbers from {lowest}")
         self.table, self.step = table, step
-        self.chain = self.num_triplets // CHAINS
-        self.page_layout = PageLayout(head_dim, self.stream, self.signed, self.bytes_per_vector, self.norm_bits)
+        self._streams = ((self.num_triplets, self.stream), (self.num_triplets, 3))[: 1 + self.signed]
+        self.chain, self.extras = divmod(self.num_triplets, CHAINS)
         self._codewords: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._table_words: dict[torch.device, torch.Tensor] = {}
+
+    def half_steps(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The table in half steps, the odd numbers 2 v + 1: [entries, 3] on the CPU."""
+        return self.table.to(dtype) * 2 + 1
 
     def table_words(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The table as int32 [entries] = vx | vy << 8 | vz << 16, each v as a byte in two's complement.
@@ -143,60 +166,36 @@ class TrellisCodec(RowCodec):
         """
         key = (dtype, torch.device(device))
         if key not in self._codewords:
-            made = (self.table.t().double() + 0.5) * self.step
+            made = self.half_steps().t() * (self.step / 2)
             if self.signed:
                 combination = torch.arange(8) >> torch.arange(3)[:, None] & 1  # [axis, combination]
                 made = ((1 - 2 * combination)[:, :, None] * made[:, None]).flatten(1)
             self._codewords[key] = made.to(device=key[1], dtype=dtype)
         return self._codewords[key]
 
-    def encode_fields(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Encode rotated y [..., head_dim] to the numbers that rows and pages store.
+    def encode_fields(self, y: torch.Tensor) -> torch.Tensor:
+        """Encode rotated y [..., head_dim] to what the encode kernels find: int32 [..., T + 1].
 
-        Returns stream codes int32 [..., T], signs uint8 [..., T, 3] (None for an unsigned format) and norm numbers
-        int32 [...]. Errors as `encode`.
+        Triplet i's field is its stream code and, from bit `SIGN_SHIFT` on, its signs (x lowest); the last field is the
+        norm as fp16 bits. Errors as `encode`.
         """
-        self._check_vectors(y)
-        shape, rows = y.shape[:-1], y.reshape(-1, self.head_dim)
-        parts = []
-        for start in range(0, len(rows), CHUNK):
-            part = rows[start : start + CHUNK].to(working_dtype(y.dtype))
-            self._check_norms(part, start, shape)
-            parts.append(self._fields(part))
-        if not parts:
-            parts.append(self._fields(rows.to(working_dtype(y.dtype))))
-        codes = torch.cat([part[0] for part in parts], 1).t().reshape(*shape, self.num_triplets)
-        numbers = torch.cat([part[2] for part in parts]).view(shape)
-        if not self.signed:
-            return codes, None, numbers
-        packed = torch.cat([part[1] for part in parts], 1).t().reshape(*shape, self.num_triplets, 1)
-        signs = packed >> torch.arange(3, device=y.device) & 1
-        return codes, signs.to(torch.uint8), numbers
+        rows = self.encode_rotated(y).view(-1, self.bytes_per_vector)
+        codes, *signs = unpack_streams(rows, *self._streams)
+        if signs:
+            codes |= signs[0] << SIGN_SHIFT
+        return torch.cat((codes.t(), rows.view(torch.int16)[:, -1:]), 1).view(*y.shape[:-1], self.num_triplets + 1)
 
-    def decode_fields(
-        self, codes: torch.Tensor, signs: torch.Tensor | None, norms: torch.Tensor, dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
-        """The inverse of `encode_fields`: vectors [..., head_dim] in the rotated basis, as `decode_rotated` gives."""
-        work = working_dtype(dtype)
-        flat = codes.reshape(-1, self.num_triplets).t().to(torch.int32).contiguous()
-        packed = flat.new_zeros(flat.shape)
-        if signs is not None:
-            weights = torch.tensor([1, 2, 4], device=signs.device)
-            packed = (signs.reshape(-1, self.num_triplets, 3) * weights).sum(2).t().to(torch.int32)
-        gamma = norm_values(norms.reshape(-1), self.norm_bits).to(work)
-        out = torch.empty(self.num_triplets, 3, len(gamma), dtype=work, device=codes.device)
-        self._write_codewords(flat, packed, gamma, out)
-        return out.view(-1, len(gamma))[: self.head_dim].t().reshape(*codes.shape[:-1], self.head_dim).to(dtype)
+    def _with_bits(self, *parts: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+        """Codes and signs as streams to pack; no signs in an unsigned format."""
+        return [(part, bits) for part, (_, bits) in zip(parts, self._streams, strict=False)]
 
     def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
         codes, signs, numbers = self._fields(part)
-        streams = ((codes, self.stream), (signs, 3)) if self.signed else ((codes, self.stream),)
-        packed[:, :-NORM_BYTES] = pack_streams(*streams)
-        packed[:, -NORM_BYTES:] = norm_values(numbers, self.norm_bits)[:, None].view(torch.uint8)
+        packed[:, :-NORM_BYTES] = pack_streams(*self._with_bits(codes, signs))
+        packed[:, -NORM_BYTES:] = norm_values(numbers, self.format.norm_shift)[:, None].view(torch.uint8)
 
     def _decode_chunk(self, part: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
-        streams = ((self.num_triplets, self.stream), (self.num_triplets, 3))[: 1 + self.signed]
-        codes, *signs = unpack_streams(part, *streams)
+        codes, *signs = unpack_streams(part, *self._streams)
         self._write_codewords(codes, signs[0] if signs else codes, gamma, out)
 
     def _write_codewords(
@@ -242,13 +241,16 @@ class TrellisCodec(RowCodec):
             axes = negative.view(self.num_triplets, 3, -1)
             signs = axes[:, 0] | axes[:, 1] << 1 | axes[:, 2] << 2
             scaled.abs_()
-        points = self.table.to(device=y.device, dtype=torch.float32) * 2 + 1
+        points = self.half_steps(torch.float32).to(y.device)
         parts = [
             self._search(points, piece.view(self.num_triplets, 3, -1))
             for piece in torch.split(scaled / (FIXED_POINT // 2), SEARCHED, 1)  # half steps
         ]
         codes = torch.cat(parts, 1).to(torch.int32)
-        return codes, signs, norm_numbers(self._gains(y.double(), self._unit_codewords(codes, signs)), self.norm_bits)
+        codewords = torch.empty(self.num_triplets, 3, len(y), dtype=torch.float64, device=y.device)
+        self._write_codewords(codes, signs, torch.ones_like(norm), codewords)
+        gains = self._gains(y.double(), codewords.view(-1, len(y))[: self.head_dim].t())
+        return codes, signs, norm_numbers(gains, self.format.norm_shift)
 
     def _search(self, points: torch.Tensor, triplets: torch.Tensor) -> torch.Tensor:
         """Codes int64 [T, vectors] of triplets [T, 3, vectors] in half steps; points [entries, 3] likewise."""
@@ -262,14 +264,6 @@ class TrellisCodec(RowCodec):
             used = min(3, self.head_dim - 3 * triplet)
             codes[triplet] = nearest_entries(extra, triplets[triplet], used)
         return codes
-
-    def _unit_codewords(self, codes: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-        """Codewords float64 [vectors, head_dim] of gain 1."""
-        odd = (2 * self.table.to(torch.float64) + 1).to(codes.device)[self._table_index(codes).long()]
-        odd = odd.transpose(1, 2)  # [T, 3, vectors]
-        axis = torch.arange(3, device=codes.device)[:, None]
-        odd = torch.where((signs[:, None] >> axis & 1) == 1, -odd, odd)
-        return odd.reshape(3 * self.num_triplets, -1)[: self.head_dim].t() * (self.step / 2)
 
     def _gains(self, y: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
         """Unbiased gains float64 [vectors] for y float64 [vectors, head_dim]; 0 for vectors coded as if zero.
@@ -296,11 +290,9 @@ class StudiedCodec(TrellisCodec):
 
     def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
         codes, signs, numbers = self._fields(part)
-        streams = [(codes, self.stream), *([(signs, 3)] if self.signed else []), (numbers[None], self.norm_bits)]
-        packed[:] = pack_streams(*streams)
+        packed[:] = pack_streams(*self._with_bits(codes, signs), (numbers[None], self.norm_bits))
 
     def _decode_chunk(self, part: torch.Tensor, gamma: torch.Tensor, out: torch.Tensor) -> None:
-        triplets = [(self.num_triplets, self.stream), *([(self.num_triplets, 3)] if self.signed else [])]
-        codes, *signs, numbers = unpack_streams(part, *triplets, (1, self.norm_bits))
-        gamma = norm_values(numbers[0], self.norm_bits).to(out.dtype)
+        codes, *signs, numbers = unpack_streams(part, *self._streams, (1, self.norm_bits))
+        gamma = norm_values(numbers[0], self.format.norm_shift).to(out.dtype)
         self._write_codewords(codes, signs[0] if signs else codes, gamma, out)

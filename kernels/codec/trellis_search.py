@@ -24,7 +24,7 @@ def nearest_entries(points: torch.Tensor, triplets: torch.Tensor, used: int = 3)
     return costs.argmin(dim=0)
 
 
-def _by_cell(points: torch.Tensor, stream: int, state: int) -> torch.Tensor:
+def by_cell(points: torch.Tensor, stream: int, state: int) -> torch.Tensor:
     """The points of a trellis table as [high bits of the code, cell, 3]; cell = state before << sigma | state after."""
     states = 1 << state
     return points[: 1 << (stream + state)].view(states, -1, states, 3).transpose(0, 1).reshape(-1, states * states, 3)
@@ -35,7 +35,7 @@ def trellis_codes(points: torch.Tensor, triplets: torch.Tensor, stream: int, sta
 
     points: float32 [at least 2^(stream + state), 3], the trellis table; triplets: float32 [n, 3, chains], by slot.
     """
-    cells = _by_cell(points, stream, state)
+    cells = by_cell(points, stream, state)
     high, num_cells, _ = cells.shape
     outer = 1 << (high.bit_length() // 2)  # the minimum over `high` in two steps: the first one's results are kept
     flat = cells.reshape(-1, 3)

@@ -33,9 +33,10 @@ from octo_run.kernels.lanes import (
     write_shared2,
     write_shared4_of,
 )
+from octo_run.kernels.page_size import PAGE_TOKENS
 
-LANE_WARPS = 4
-"""Warps of a program, which has the 64 tokens of a page."""
+LANE_WARPS = PAGE_TOKENS // 16
+"""Warps of a program, which has the tokens of a page."""
 
 
 @constexpr_function
@@ -444,7 +445,7 @@ def lane_search_kernel(
     block = gl.program_id(0).to(gl.int64)
     h = gl.program_id(1).to(gl.int64)
     source = y_ptr + (block // pages) * stride_l + (block % pages) * stride_n + h * stride_h
-    target = fields_ptr + (block * gl.num_programs(1) + h) * (64 * (T + 1))
+    target = fields_ptr + (block * gl.num_programs(1) + h) * (16 * WARPS * (T + 1))
     token = warp * 16 + g
     rows = (source + token.to(gl.int64) * stride_t, source + (token + 8).to(gl.int64) * stride_t)
     fields = target + (token + 8 * (t & 1)) * (T + 1)  # of the vector whose codes the lane writes

@@ -9,13 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
+from octo_run.kernels.codec.page_layout import Side
 from octo_run.kernels.devices import runs_ptx
 from octo_run.kernels.encode import trellis_launch
 from octo_run.kernels.encode.reference import check
 from octo_run.kernels.encode.triton_encode import octopus_pages_kernel, plain_pages_kernel
-from octo_run.kernels.trellis_tables import Side, table_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,16 +41,15 @@ def encode_pages_triton(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, f
         return
     with torch.cuda.device_of(k):  # type: ignore[no-untyped-call]
         _encode(k, pages, page_ids, fmt.k, "k", 0)
-        _encode(v, pages, page_ids, fmt.v, "v", PAGE_TOKENS * fmt.k.bytes_per_vector)
+        _encode(v, pages, page_ids, fmt.v, "v", fmt.k.block_bytes)
 
 
 def _encode(y: Tensor, pages: Tensor, page_ids: Tensor, codec: Codec, side: Side, at_byte: int) -> None:
     """Write the blocks of all K, or all V, from byte `at_byte` of every page on."""
     if isinstance(codec, TrellisCodec):
-        form = table_format(codec)
         by_lanes = runs_ptx(y.device)  # less than half the time
         search = trellis_launch.encode_fields_by_lanes if by_lanes else trellis_launch.encode_fields
-        trellis_launch.pack_blocks(search(y, form), pages, page_ids, form, side, at_byte)
+        trellis_launch.pack_blocks(search(y, codec), pages, page_ids, codec, side, at_byte)
         return
     layers, count, kv_heads, tokens, dim = y.shape
     grid = (tokens // _ROWS, layers * count, kv_heads)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.kernels.attention.inputs import page_bytes
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
+from octo_run.kernels.codec.page_format import PageFormat, page_bytes
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
@@ -39,7 +39,6 @@ def check(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, fmt: KVFormat) 
 
 
 def encode_pages_reference(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, fmt: KVFormat) -> None:
-    """The same as `encode_pages`, through ``encode_rotated`` of the format's codecs; float32 for 16-bit inputs."""
+    """The same as `encode_pages`, in rows, by the codecs' own encoders; float32 for 16-bit inputs."""
     check(k, v, pages, page_ids, fmt)
-    rows = [fmt.k.encode_rotated(k).flatten(-2), fmt.v.encode_rotated(v).flatten(-2)]
-    pages[page_ids.long()] = torch.cat(rows, -1).transpose(0, 1)
+    pages[page_ids.long()] = PageFormat(fmt, "rows").encode_rotated(k, v).transpose(0, 1)

@@ -9,12 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
+from octo_run.kernels.codec.trellis import FIXED_POINT
 from octo_run.kernels.encode.lane_search import LANE_WARPS, key_words, lane_search_kernel, warp_words
 from octo_run.kernels.encode.triton_trellis import pack_kernel, trellis_kernel
-from octo_run.kernels.trellis_tables import SEARCH_COLUMNS, Side, TableFormat, inverse_bits, lane_tables, search_tables
+from octo_run.kernels.trellis_tables import SEARCH_COLUMNS, inverse_bits, lane_tables, search_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from octo_run.kernels.codec import TrellisCodec
+    from octo_run.kernels.codec.page_layout import Side
 
 _ROWS = 16
 """Vectors of a program: the rows of a tensor-core product. More give a thread more than one of them."""
@@ -25,60 +29,62 @@ _WORDS = 64
 
 
 @functools.cache
-def _units(form: TableFormat, device: torch.device) -> Tensor:
-    return torch.tensor([8 * form.head_dim**0.5, form.step, 2 / form.step], dtype=torch.float64, device=device)
+def _units(codec: TrellisCodec, device: torch.device) -> Tensor:
+    return torch.tensor(
+        [FIXED_POINT * codec.head_dim**0.5, codec.step, 2 / codec.step], dtype=torch.float64, device=device
+    )
 
 
-def prepare(form: TableFormat, side: Side, device: torch.device) -> None:
+def prepare(codec: TrellisCodec, side: Side, device: torch.device) -> None:
     """Make what coding K or V keeps on a device."""
-    search_tables(form, device)
-    lane_tables(form, device)
-    inverse_bits(form, side, device)
-    _units(form, device)
+    search_tables(codec, device)
+    lane_tables(codec, device)
+    inverse_bits(codec, side, device)
+    _units(codec, device)
 
 
-def encode_fields(y: Tensor, form: TableFormat) -> Tensor:
+def encode_fields(y: Tensor, codec: TrellisCodec) -> Tensor:
     """Fields of ``y [L, N, Hkv, 64, d]`` (rotated basis, any strides but the last): uint16 ``[L, N, Hkv, 64, T + 1]``.
 
     Triplet i's field is ``code | signs << 10`` (x's sign lowest), the last one the norm as fp16 bits. They are taken
     from PyTorch's allocator, 2 (T + 1) bytes a vector: calls of one size use the same memory again.
     """
     layers, count, kv_heads, tokens, dim = y.shape
-    fields = torch.empty(*y.shape[:-1], form.triplets + 1, dtype=torch.uint16, device=y.device)
-    tables = search_tables(form, y.device)
+    fields = torch.empty(*y.shape[:-1], codec.num_triplets + 1, dtype=torch.uint16, device=y.device)
+    tables = search_tables(codec, y.device)
     launch: Callable[..., Any] = trellis_kernel[(tokens // _ROWS, layers * count, kv_heads)]
     launch(
-        y, fields, tables.keys, tables.values, _units(form, y.device), count, *y.stride()[:4], D=dim,
-        STREAM=form.stream, STATE=form.state, SIGNED=form.signed, NORM=form.norm_bits, COLUMNS=SEARCH_COLUMNS,
-        ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[form.state])  # fmt: skip
+        y, fields, tables.keys, tables.values, _units(codec, y.device), count, *y.stride()[:4], D=dim,
+        STREAM=codec.stream, STATE=codec.state_bits, SIGNED=codec.signed, NORM=codec.norm_bits, COLUMNS=SEARCH_COLUMNS,
+        ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[codec.state_bits])  # fmt: skip
     return fields
 
 
 @functools.cache
-def lane_constants(form: TableFormat) -> dict[str, int]:
+def lane_constants(codec: TrellisCodec) -> dict[str, int]:
     """The constexprs of `lane_search_kernel` for a format."""
     threads = 32 * LANE_WARPS
-    words = int(key_words(form.stream, form.state)) + LANE_WARPS * int(warp_words(form.state, form.chain))
-    return {"D": form.head_dim, "STREAM": form.stream, "STATE": form.state, "SIGNED": int(form.signed),
-            "NORM": form.norm_bits, "WARPS": LANE_WARPS, "SMEM_WORDS": -(-words // threads) * threads}  # fmt: skip
+    words = int(key_words(codec.stream, codec.state_bits)) + LANE_WARPS * int(warp_words(codec.state_bits, codec.chain))
+    return {"D": codec.head_dim, "STREAM": codec.stream, "STATE": codec.state_bits, "SIGNED": int(codec.signed),
+            "NORM": codec.norm_bits, "WARPS": LANE_WARPS, "SMEM_WORDS": -(-words // threads) * threads}  # fmt: skip
 
 
-def encode_fields_by_lanes(y: Tensor, form: TableFormat) -> Tensor:
+def encode_fields_by_lanes(y: Tensor, codec: TrellisCodec) -> Tensor:
     """As `encode_fields`, by the kernel for NVIDIA GPUs from sm_80 on."""
     layers, count, kv_heads = y.shape[:3]
-    fields = torch.empty(*y.shape[:-1], form.triplets + 1, dtype=torch.uint16, device=y.device)
-    tables, values = lane_tables(form, y.device), search_tables(form, y.device).values
+    fields = torch.empty(*y.shape[:-1], codec.num_triplets + 1, dtype=torch.uint16, device=y.device)
+    tables, values = lane_tables(codec, y.device), search_tables(codec, y.device).values
     launch: Callable[..., Any] = lane_search_kernel[(layers * count, kv_heads)]
     launch(
-        y, fields, tables.keys, tables.extra, tables.last, values, _units(form, y.device), count, *y.stride()[:4],
-        **lane_constants(form), num_warps=LANE_WARPS)  # fmt: skip
+        y, fields, tables.keys, tables.extra, tables.last, values, _units(codec, y.device), count, *y.stride()[:4],
+        **lane_constants(codec), num_warps=LANE_WARPS)  # fmt: skip
     return fields
 
 
-def pack_blocks(fields: Tensor, pages: Tensor, page_ids: Tensor, form: TableFormat, side: Side, at_byte: int) -> None:
+def pack_blocks(fields: Tensor, pages: Tensor, page_ids: Tensor, codec: TrellisCodec, side: Side, at_byte: int) -> None:
     """Write the blocks of `fields` from byte `at_byte` (a multiple of 4) of ``pages[page_ids[n], l, h]`` on."""
     layers, count, kv_heads, tokens, width = fields.shape
-    inverse = inverse_bits(form, side, fields.device)
+    inverse = inverse_bits(codec, side, fields.device)
     words = inverse.shape[0]
     launch: Callable[..., Any] = pack_kernel[(triton.cdiv(words, _WORDS), layers * count, kv_heads)]
     launch(

@@ -220,7 +220,8 @@ def trellis_kernel(
     block = tl.program_id(1).to(tl.int64)
     h = tl.program_id(2).to(tl.int64)
     source = Y + (block // pages) * sy_l + (block % pages) * sy_n + h * sy_h + token.to(tl.int64) * sy_t
-    fields = FIELDS + ((block * tl.num_programs(2) + h) * 64 + token) * (TRIPLETS + 1)
+    tokens = tl.num_programs(0) * ROWS
+    fields = FIELDS + ((block * tl.num_programs(2) + h) * tokens + token) * (TRIPLETS + 1)
     axis = tl.arange(0, WIDTH)[None, :]
     numbers = tl.load(source[:, None] + axis, mask=axis < D, other=0.0).to(tl.float64)
     squares = tl.sum(numbers * numbers, 1)

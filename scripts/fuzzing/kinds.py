@@ -210,7 +210,7 @@ def _config(data: Path | None) -> Kind:
 def _generation_config(data: Path | None) -> Kind:
     import torch
 
-    from octo_run.engine.sampling import BatchSampler, Sampler, SamplingParams
+    from octo_run.engine.sampling import BatchSampler, SamplingParams
     from octo_run.models.config import load_generation_defaults
 
     vocab, cpu = 32, torch.device("cpu")
@@ -218,13 +218,12 @@ def _generation_config(data: Path | None) -> Kind:
 
     def check(folder: Path, _trial: Trial) -> None:
         params = SamplingParams.from_defaults(load_generation_defaults(folder), seed=1)
-        token, logprob = Sampler(params, prompt, vocab, cpu)(logits)
-        batch = BatchSampler(1, vocab, cpu)
-        batch.set([params], [prompt])
-        batch.draw(logits[None])
-        for drawn, value in ((token, logprob), (int(batch.tokens[0]), float(batch.drawn[1].view(torch.float32)[0]))):
-            if not (0 <= drawn < vocab and -1e30 < value <= 0):
-                raise Wrong("a draw out of range", f"token {drawn}, log-probability {value}, {params}")
+        sampler = BatchSampler(1, vocab, cpu)
+        sampler.arrange([sampler.enter(0, params, prompt)])
+        sampler.draw(logits[None], torch.zeros(1, dtype=torch.int32))
+        drawn, value = int(sampler.tokens[0]), float(sampler.drawn[1].view(torch.float32)[0])
+        if not (0 <= drawn < vocab and -1e30 < value <= 0):
+            raise Wrong("a draw out of range", f"token {drawn}, log-probability {value}, {params}")
 
     return Kind("generation_config", corpora.generation_configs(data), _json_mutator, check)
 

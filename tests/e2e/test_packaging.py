@@ -85,4 +85,4 @@ def test_the_unpacked_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None
 
 def test_the_readme_begins_with_the_two_commands() -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert blocks[:2] == ["pip install . && octo-run chat\n", 'pip install -e ".[test]" && pytest\n']
+    assert blocks[:2] == ["pip install . && octo-run chat\n", 'pip install -e ".[test]" && pytest -n 2\n']

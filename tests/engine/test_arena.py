@@ -19,7 +19,7 @@ from octo_run.engine.pool import PagePool, PoolExhausted
 from octo_run.engine.step import StepState
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import AttentionSpec
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec import PageFormat, parse_kv
 
 HEADS, KV_HEADS, DIM, LAYERS = 6, 2, 64, 2
 CPU = torch.device("cpu")
@@ -346,26 +346,30 @@ def test_bytes_of_pages_depend_on_keys_and_values_alone(kv: str) -> None:
         assert torch.equal(pages_of(fill(kv, chunks)), whole)
 
 
-def decoded(arena: KVArena, fmt: KVFormat, position: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Key and value [KV_HEADS, d] of a packed position, original basis, by the codec."""
-    page, row = divmod(position - arena.shape.sink, PAGE)
-    data = pages_of(arena)[page, layer]
-    k_bytes, v_bytes = fmt.k.bytes_per_vector, fmt.v.bytes_per_vector
-    at = PAGE * k_bytes + row * v_bytes
-    return fmt.k.decode(data[:, row * k_bytes : (row + 1) * k_bytes]), fmt.v.decode(data[:, at : at + v_bytes])
+@pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus2:octopus4"])
+def test_pages_carry_a_tag(kv: str) -> None:
+    """The tag alone is enough to read the pages."""
+    arena = fill(kv, [321])
+    names = {"bf16": "fp32:fp32", "oct3": "oct3:oct3"}.get(kv, kv)
+    assert arena.page_format.tag == f"octo-page/1 {names} rows d{DIM} seed0"
+    found = PageFormat.parse(arena.page_format.tag)
+    assert found.page_bytes == arena.pages.shape[-1]
+    for mine, theirs in zip(arena.page_format.decode(pages_of(arena)), found.decode(pages_of(arena)), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "octopus4:octopus2"])
 def test_a_page_holds_its_tokens_in_order(kv: str) -> None:
-    """Row by row the codec's decoding of a page is near the token's key and value (rotated, as they were given)."""
+    """Token by token what a page decodes to is near the key and the value (rotated, as they were given)."""
     arena = fill(kv, [200, 60, 61])
+    decoded = arena.page_format.decode_rotated(pages_of(arena))  # K and V [pages, layers, kv_heads, PAGE, d]
     for position in (64, 65, 127, 128, 255):
+        page, token = divmod(position - arena.shape.sink, PAGE)
         for layer in range(LAYERS):
             _, k, v = vectors(layer, 1, position, 1)
-            got = decoded(arena, arena.fmt, position, layer)
-            for stored, original, codec in zip(got, (k[0], v[0]), (arena.fmt.k, arena.fmt.v), strict=True):
+            for stored, original, codec in zip(decoded, (k[0], v[0]), (arena.fmt.k, arena.fmt.v), strict=True):
                 limit = {"oct2": 0.33, "oct3": 0.18, "oct4": 0.1, "octopus4": 0.12, "octopus2": 0.4}[codec.name]
-                assert float((codec.rotate(stored) - original).norm() / original.norm()) < limit
+                assert float((stored[page, layer, :, token] - original).norm() / original.norm()) < limit
 
 
 def test_keys_that_overflowed_are_refused_in_one_sentence() -> None:

@@ -472,8 +472,8 @@ def test_closing_early(scripted: Any) -> None:
 def test_corrupting_a_packed_page_changes_the_logits(tiny: Tiny, random_ids: Any) -> None:
     engine = tiny("oct3")
     ids = random_ids(300)
-    k_bytes = engine.kv.k.bytes_per_vector
-    for byte in (0, 5 * k_bytes + 3, 64 * k_bytes + 1):  # a key of the first token, of a later one, a value
+    k = engine.kv.k
+    for byte in (0, 5 * k.bytes_per_vector + 3, k.block_bytes + 1):  # a key of the first token, of a later one, a value
         forget(engine)
         more(engine, ids)
         before = more(engine, [7])
@@ -530,17 +530,15 @@ def test_attention_of_a_step_is_that_over_the_decoded_pages(
 def attention_over_decoded(engine: Engine, inputs: Any, q: Tensor) -> Tensor:
     """Float64 attention ``[heads, d]`` of the rotated query ``[heads, d]`` in the original basis (one KV head)."""
     fmt, arena, sequence = engine.kv, engine.arena, only(engine)
-    k_bytes, v_bytes = fmt.k.bytes_per_vector, fmt.v.bytes_per_vector
-    rows = inputs.pages[inputs.page_table[0, : sequence.packed].long(), 0]
-    k_rows = rows[:, : 64 * k_bytes].reshape(-1, k_bytes)
-    v_rows = rows[:, 64 * k_bytes :].reshape(-1, v_bytes)
+    pages = inputs.pages[inputs.page_table[0, : sequence.packed].long(), 0]
+    packed_k, packed_v = (part.flatten(0, 1) for part in arena.page_format.decode(pages, torch.float64))
     count = len(sequence) - sequence.packed_end
     slots = (torch.arange(count) + 64 * sequence.packed) % arena.shape.ring
     keys, values = (
-        torch.cat((codec.unrotate(sink[0, 0].double()), codec.decode(packed, torch.float64), codec.unrotate(tail)))
+        torch.cat((codec.unrotate(sink[0, 0].double()), packed, codec.unrotate(tail)))
         for codec, sink, packed, tail in (
-            (fmt.k, inputs.sink_k, k_rows, inputs.tail_k[0, 0, slots].double()),
-            (fmt.v, inputs.sink_v, v_rows, inputs.tail_v[0, 0, slots].double()),
+            (fmt.k, inputs.sink_k, packed_k, inputs.tail_k[0, 0, slots].double()),
+            (fmt.v, inputs.sink_v, packed_v, inputs.tail_v[0, 0, slots].double()),
         )
     )
     assert len(keys) == len(sequence)

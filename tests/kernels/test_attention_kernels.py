@@ -23,8 +23,7 @@ from octo_run.kernels.attention.key_mean import (
     put_back,
     rotated_coefficients,
 )
-from octo_run.kernels.codec import KVFormat, TrellisCodec, parse_kv
-from octo_run.kernels.codec.page_layout import pack_block
+from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -52,21 +51,6 @@ if DEVICE == "cuda" or INTERPRETED:
         tl.store(OUT + 3 * flat + 2, parts)
 
 
-@pytest.fixture(autouse=True)
-def _interpreter_with_new_numpy(monkeypatch):
-    """Triton 3.6's interpreter turns one-element arrays into loop bounds by int(), which NumPy 2.4 no longer does."""
-    if INTERPRETED:
-        from triton.runtime import interpreter
-
-        original = interpreter._patch_lang_tensor
-
-        def patch(tensor, scope):
-            original(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-
-
 @dataclass
 class Case:
     """A batch of sequences in an arena, with the same vectors in float64."""
@@ -82,14 +66,18 @@ def _integers(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0):
+def make_case(
+    kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0,
+    layout="lanes",
+):  # fmt: skip
     """Sequences of `lengths` tokens whose last `count` are the queries; length 0 is filler. They own rows of the arena
     in no order, with rows of nobody between them. Whatever must not be read is NaN, or page 0.
 
-    `mean`: size of the means that the packed keys get back.
+    `mean`: size of the means that the packed keys get back; `layout`: of the pages.
     """
     torch.manual_seed(seed)
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
+    page_format = PageFormat(fmt, layout)
     batch = len(lengths)
     owned = batch + 2  # rows
     rows = [row if n else -1 for row, n in zip(torch.randperm(owned).tolist(), lengths, strict=False)]
@@ -115,14 +103,13 @@ def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sin
         stored = vectors.double()
         top = min(n, sink)
         sinks[:, row, :, :top] = vectors[:, :, :top]
+        if packed[b]:
+            ids, coded = [next(order) for _ in range(packed[b])], slice(sink, sink + 64 * packed[b])
+            made = page_format.encode_rotated(*vectors[:, :, coded].reshape(2, kv_heads, packed[b], 64, dim))
+            table[row, : packed[b]], pages[ids, 1] = _integers(ids), made.transpose(0, 1)
+            stored[:, :, coded] = torch.stack(page_format.decode_rotated(made, torch.float64)).flatten(2, 3)
         for p in range(packed[b]):
             at = slice(sink + 64 * p, sink + 64 * p + 64)
-            table[row, p] = next(order)
-            blocks = []
-            for part, (codec, side) in enumerate(((fmt.k, "k"), (fmt.v, "v"))):
-                block, stored[part, :, at] = coded(codec, side, vectors[part, :, at])
-                blocks.append(block)
-            pages[table[row, p], 1] = torch.cat(blocks, 1)
             stored[0, :, at] += rotated_mean(means[row].double(), tables, p, fmt.k.rotation)
         for j in range(sink + 64 * packed[b], n):
             tails[:, row, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
@@ -135,15 +122,6 @@ def make_case(kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sin
         rotated_coefficients(q.float(), means, kv_inputs.rows, fmt.k.rotation.float(), of_queries)
         kv_inputs = replace(kv_inputs, mean=KeyMean(means, fmt.k.rotation.float().contiguous(), tables, of_queries))
     return Case(q, kv_inputs, fmt, want, max(lengths))
-
-
-def coded(codec, side, x):
-    """Vectors [Hkv, 64, d] as a block of a page [Hkv, bytes], and what it holds in the rotated basis in float64."""
-    if isinstance(codec, TrellisCodec):
-        fields = codec.encode_fields(x)
-        return pack_block(codec.page_layout, side, *fields), codec.decode_fields(*fields, torch.float64)
-    rows = codec.encode_rotated(x)
-    return rows.flatten(1), codec.decode(rows, torch.float64) @ codec.rotation.T
 
 
 def rotated_mean(means, tables, page, rotation):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from octo_run.kernels import encode_pages, encode_pages_reference, page_bytes
-from octo_run.kernels.codec import parse_kv
+from octo_run.kernels.codec import PageFormat, parse_kv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -35,13 +35,12 @@ def arena(fmt, layers, kv_heads, count=5):
 
 def check_rows(pages, ids, k, v, fmt, same):
     """Rows of the written pages by `same(got, codec, vectors)`; all other pages untouched."""
-    split = 64 * fmt.k.bytes_per_vector
+    k_rows, v_rows = PageFormat(fmt, "rows").rows(pages)
     for n, page in enumerate(ids.tolist()):
         for layer in range(k.shape[0]):
             for h in range(k.shape[2]):
-                row = pages[page, layer, h]
-                same(row[:split].view(64, -1), fmt.k, k[layer, n, h])
-                same(row[split:].view(64, -1), fmt.v, v[layer, n, h])
+                same(k_rows[page, layer, h], fmt.k, k[layer, n, h])
+                same(v_rows[page, layer, h], fmt.v, v[layer, n, h])
     untouched = [p for p in range(len(pages)) if p not in ids.tolist()]
     assert (pages[untouched] == 0xEE).all()
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.kernels.codec import get
-from octo_run.kernels.trellis_tables import lane_tables, search_tables, table_format
+from octo_run.kernels.codec import PageFormat, TrellisCodec, get, parse_kv
+from octo_run.kernels.codec.page_format import SIDES
+from octo_run.kernels.trellis_tables import inverse_bits, lane_tables, search_tables
 
 trellis_launch = pytest.importorskip("octo_run.kernels.encode.trellis_launch", reason="Triton is not installed")
 
@@ -33,16 +34,18 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fields_of(name: str, y: torch.Tensor) -> torch.Tensor:
-    """What the codec makes of vectors, as fields int32 [..., triplets + 1]."""
-    codec = get(name, y.shape[-1])
-    codes, signs, norms = codec.encode_fields(y)
-    if signs is not None:
-        codes = codes | (signs.int() << torch.tensor([10, 11, 12])).sum(-1)
-    return torch.cat([codes.int(), (norms.int() << (15 - codec.norm_bits))[..., None]], -1)
+    """What the codec makes of vectors."""
+    return codec_of(name, y.shape[-1]).encode_fields(y)
 
 
 def found(name: str, y: torch.Tensor) -> torch.Tensor:
-    return trellis_launch.encode_fields_by_lanes(y, table_format(get(name, y.shape[-1]))).to(torch.int32)
+    return trellis_launch.encode_fields_by_lanes(y, codec_of(name, y.shape[-1])).to(torch.int32)
+
+
+def codec_of(name: str, dim: int) -> TrellisCodec:
+    codec = get(name, dim)
+    assert isinstance(codec, TrellisCodec)
+    return codec
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,9 +98,26 @@ def test_outliers_reach_the_limit() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_keys_are_those_of_the_other_kernel(name: str) -> None:
     """The tiles hold every key of the chained triplets once."""
-    form = table_format(get(name, 128))
-    tiles, keys = lane_tables(form, torch.device("cpu")).keys, search_tables(form, torch.device("cpu")).keys
+    codec = codec_of(name, 128)
+    tiles, keys = lane_tables(codec, torch.device("cpu")).keys, search_tables(codec, torch.device("cpu")).keys
     mine = tiles.transpose(1, 2).reshape(-1, 8, 4).contiguous().view(torch.float16)  # [tile, column, plane]
     columns = {tuple(column) for column in mine.reshape(-1, 8).tolist()}
     assert columns == {tuple(column) for column in keys[:8].reshape(8, -1).t().tolist()}
-    assert mine[..., 0].numel() == form.codes * form.cells
+    assert mine[..., 0].numel() == codec.format.codes * codec.format.cells
+
+
+@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2"])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_its_pages_are_read_as_rows(kv: str, dim: int) -> None:
+    """Fields of the emulated kernel, each bit put where `pack_kernel` puts it: converted, they are a CPU's rows."""
+    fmt = parse_kv(kv, dim)
+    k, v = vectors(1, 1, 1, dim)
+    blocks = []
+    for codec, name, side, y in zip((fmt.k, fmt.v), (kv.split(":")[0], kv.split(":")[-1]), SIDES, (k, v), strict=True):
+        assert isinstance(codec, TrellisCodec)
+        inverse = inverse_bits(codec, side, y.device)
+        field = found(name, y).flatten()[(inverse >> 4).clamp_min(0)]
+        bits = torch.where(inverse < 0, 0, field >> (inverse & 15) & 1).view(-1, 8)
+        blocks.append((bits << torch.arange(8)).sum(1).to(torch.uint8))
+    rows = PageFormat(fmt, "lanes").convert(torch.cat(blocks), "rows")
+    assert torch.equal(rows, PageFormat(fmt, "rows").encode_rotated(k, v).flatten())

@@ -198,13 +198,6 @@ def attention(monkeypatch):
         return SimpleNamespace(get_result=lambda n: interpreter.TensorHandle(planes[n], tl.float16))
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
-    original = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope):  # as in test_attention_kernels.py
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     return helpers
 
 

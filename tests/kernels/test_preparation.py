@@ -15,14 +15,15 @@ from octo_run.kernels.encode import trellis_launch
 
 
 def kept() -> list[Any]:
-    """The functions that keep tensors by format and device."""
+    """The functions that keep tensors of a format for a device."""
     found = [
         f
         for module in (trellis_tables, constants, trellis_launch)
         for f in vars(module).values()
         if hasattr(f, "cache_info")
     ]
-    return [f for f in dict.fromkeys(found) if {"form", "device"} <= inspect.signature(f).parameters.keys()]
+    places = {"codec", "side", "device"}
+    return [f for f in dict.fromkeys(found) if {"codec", "device"} <= inspect.signature(f).parameters.keys() <= places]
 
 
 @pytest.mark.parametrize("kv", ["oct3", "oct4:oct2"])
@@ -37,7 +38,7 @@ def test_every_table_of_a_trellis_format_is_made(kv: str) -> None:
     for side, codec in (("k", fmt.k), ("v", fmt.v)):
         assert isinstance(codec, TrellisCodec) and device in codec._table_words
         for function in functions:
-            places = {"form": trellis_tables.table_format(codec), "side": side, "device": device}
+            places = {"codec": codec, "side": side, "device": device}
             function(*(places[name] for name in inspect.signature(function).parameters))
     assert [function.cache_info().misses for function in functions] == made
 

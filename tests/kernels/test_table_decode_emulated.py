@@ -1,6 +1,7 @@
 """The table-decode kernel's own source, run on the CPU by `lane_emulator`, against float64 attention over the pages."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octo_run.kernels import PAGE_TOKENS, AttentionSpec, attend_reference, encode_pages
 from octo_run.kernels.attention.parts import PARTS_PER_PROCESSOR, TABLE_WARPS, table_parts
 from octo_run.kernels.attention.workspace import Workspace, counter_words, workspace_bytes
+from octo_run.kernels.codec import PageFormat
 
 table_launch = pytest.importorskip("octo_run.kernels.attention.hopper.launch", reason="Triton is not installed")
 
@@ -85,6 +88,24 @@ def test_lengths_around_page_edges(kernel: Any, kv: str, length: int) -> None:
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
 def test_other_sinks_and_windows(kernel: Any, sink: int, window: int) -> None:
     assert worst_error(decode_case("oct3", [900, 350], 4, 1, 64, sink=sink, window=window)) < 1e-3
+
+
+@pytest.mark.parametrize(("kv", "dim"), [("oct3", 128), ("oct3", 64), ("oct4:oct2", 80), ("oct2:oct3", 96)])
+def test_pages_that_a_cpu_wrote(kernel: Any, kv: str, dim: int) -> None:
+    """Rows of the CPU's writer, converted; against the CPU's attention over the rows."""
+    case = decode_case(kv, [450, 260], 4, 2, dim)
+    rows, lanes = PageFormat(case.fmt, "rows"), PageFormat(case.fmt, "lanes")
+    written = torch.zeros(len(case.kv.pages), 1, *case.kv.pages.shape[1:], dtype=torch.uint8)
+    k, v = torch.randn(2, 1, *case.kv.pages.shape[:2], PAGE_TOKENS, dim)
+    encode_pages(k, v, written, torch.arange(len(written)), case.fmt)
+    q, of_rows = case.q.double(), {"pages": written[:, 0]}
+    of_rows |= {name: getattr(case.kv, name).double() for name in ("sink_k", "sink_v", "tail_k", "tail_v")}
+    case.want = attend_reference(q, replace(case.kv, **of_rows), case.fmt, spec=AttentionSpec(dim**-0.5))
+    case.kv = replace(case.kv, pages=written[:, 0])
+    with pytest.raises(AssertionError):  # rows are not lanes
+        assert worst_error(case) < 0.1
+    case.kv = replace(case.kv, pages=rows.convert(written[:, 0], lanes))
+    assert worst_error(case) < 1e-3
 
 
 def test_bfloat16_inputs(kernel: Any) -> None:

@@ -22,7 +22,7 @@ def test_lane_encoder_compiles_for_hopper(name: str, dim: int, script: Callable[
     """Its products are those of one slot of a chain and of one extra triplet."""
     tool = script("sass_encode")
     kernel = tool.compile_lanes(name, dim)
-    constants = tool.lane_constants(tool.table_format(get(name, dim)))
+    constants = tool.lane_constants(get(name, dim))
     machine = tool.disassemble(kernel.asm["cubin"])
     assert machine.spilled_bytes <= 64
     assert kernel.metadata.shared == 4 * constants["SMEM_WORDS"] <= SHARED_MEMORY

@@ -216,37 +216,39 @@ def test_a_continuation_equals_transformers(llama2: Tokenizer, shared: Callable[
             assert spelled(llama2, answer, prompt) == whole[len(head) :]
 
 
-def test_a_reply_continues_its_prompt(tmp_path: Path, shared: Callable[[str], Path]) -> None:
+def test_an_answer_continues_its_prompt(shared: Callable[[str], Path]) -> None:
     """What `generate --raw` prints: the first piece keeps its space."""
-    from types import SimpleNamespace
-
-    from octo_run.engine import Reply, SamplingParams
+    from octo_run.engine import SamplingParams
+    from octo_run.engine.stopping import AnswerText
 
     tok = load_tokenizer(shared("tokenizers/llama2"))
-    tokens = [SimpleNamespace(id=i, finish_reason=None if i != 471 else "length") for i in (727, 471)]
-    generation = type("Generation", (list,), {"close": lambda self: None})(tokens)
-    engine: Any = SimpleNamespace(tokenizer=tok, end_ids=frozenset({2}), generate=lambda *_: generation)
-    assert "".join(Reply(engine.generate(tok.encode("Once"), SamplingParams()))) == " there was"
+    answer = AnswerText(tok, SamplingParams(), frozenset({2}), tok.encode("Once"))
+    assert "".join(answer.push(token, last=token == 471)[0] for token in (727, 471)) == " there was"
 
 
-def test_the_readmes_python_prints_the_text_of_all_tokens() -> None:
-    code = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert code is not None
+def documented_loop() -> str:
+    """The code of docs/python.md that turns ids into text one by one."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    (code,) = (block for block in blocks if "stream(after=prompt)" in block)
+    return code
+
+
+def test_the_documented_loop_prints_the_text_of_all_tokens() -> None:
     names: dict[str, Any] = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(code[1], names)
+        exec(documented_loop(), names)
     engine, prompt = names["engine"], names["prompt"]
     ids = [token.id for token in engine.generate(prompt, names["SamplingParams"](max_tokens=40))]
     whole = engine.tokenizer.decode(ids)
     assert len(whole.split()) > 2 and printed.getvalue() == whole + "\n"
 
 
-def test_the_readmes_loop_keeps_spaces_and_letters_of_any_tokenizer(any_tokenizer: Tokenizer) -> None:
+def test_the_documented_loop_keeps_spaces_and_letters_of_any_tokenizer(any_tokenizer: Tokenizer) -> None:
     """Its body with another tokenizer: the ids of a text, one by one."""
-    code = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert code is not None
-    body = code[1].split("prompt = ", 1)[1].split("\n", 1)[1]
+    body = documented_loop().split("prompt = ", 1)[1].split("\n", 1)[1]
     before, after = any_tokenizer.encode("the dog"), any_tokenizer.encode("the dog 42 crème brûlée 🦙")
     after = after[len(before) :]
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 PAGE = tl.constexpr(PAGE_TOKENS)
 """Tokens of a page."""

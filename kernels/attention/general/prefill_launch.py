@@ -24,8 +24,8 @@ from octo_run.kernels.attention.dispatch import Call, Kernel
 from octo_run.kernels.attention.general.prefill import flash_kernel, unpack_kernel
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.key_mean import put_back
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.workspace import Workspace
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.general.parts import PAGE
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
+from octo_run.kernels.page_size import PAGE_TOKENS
 from octo_run.kernels.trellis_tables import NORM_SEGMENTS, VALUE_SCALE
 
 SEGMENTS = tl.constexpr(NORM_SEGMENTS)

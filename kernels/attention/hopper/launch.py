@@ -17,11 +17,11 @@ from octo_run.kernels.attention.hopper.mean_bias import mean_bytes
 from octo_run.kernels.attention.hopper.products import query_bytes
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.key_mean import page_centres
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.parts import TABLE_WARPS, table_parts
 from octo_run.kernels.attention.workspace import counter_words
 from octo_run.kernels.codec import TrellisCodec
 from octo_run.kernels.devices import early, processors
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,4 +1,0 @@
-"""The size of a page of the arena."""
-
-PAGE_TOKENS = 64
-"""Tokens of one page, for K and for V."""

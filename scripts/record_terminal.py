@@ -1,0 +1,211 @@
+"""Records a chat with the embedded model on a pseudo-terminal and draws it as an SVG picture.
+
+    python scripts/record_terminal.py [OUT.svg] [--columns N] [--say TEXT ...]
+
+The program is the real one, on the CPU, with an empty history. What it writes goes through a small model of a terminal;
+the last screen is the picture. A comment in the file says by which command, where and when it was made. Needs pexpect,
+which the `test` extra has.
+"""
+
+import argparse
+import io
+import itertools
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pexpect
+import torch
+from rich.console import Console
+from rich.text import Text
+
+OUT = Path(__file__).parents[1] / "docs" / "results" / "terminal.svg"
+SAY = (
+    "I want to book a table for two in San Jose tonight.",
+    "Italian food, please, at 7 pm.",
+    "/clear",
+    "The boats left at dawn. The special magic number for Anna is 4815162. What is the special magic number for Anna?",
+    "/stats",
+)
+ROWS, SECONDS = 60, 60
+PROMPT = "> "
+
+_TOKEN = re.compile(r"\x1b\[(?P<numbers>[?0-9;]*)(?P<end>[A-Za-z])|\x1b.|(?P<character>[^\x1b])", re.DOTALL)
+_HALF = re.compile(r"\x1b(?:\[[?0-9;]*)?\Z")  # an escape sequence whose end has not come
+
+# Rich's own picture, less the fonts that it would fetch from the network.
+_PICTURE = """\
+<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<!-- ABOUT -->
+<style>
+.{unique_id}-matrix {{ font-family: Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: {char_height}px;
+  line-height: {line_height}px; font-variant-east-asian: full-width; }}
+.{unique_id}-title {{ font-size: 18px; font-weight: bold; font-family: arial; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}" />
+</clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""
+
+
+class Screen:
+    """A terminal that knows what the program uses: movements, erasing, dim letters, lines that wrap."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.cells: list[list[tuple[str, bool]]] = [[]]
+        self.row = self.column = 0
+        self._dim, self._rest = False, ""
+
+    def feed(self, text: str) -> None:
+        """Take what the program has written, in pieces of any length."""
+        text = self._rest + text
+        half = _HALF.search(text)
+        text, self._rest = (text[: half.start()], text[half.start() :]) if half else (text, "")
+        for token in _TOKEN.finditer(text):
+            if token["end"] is not None:
+                self._control(token["numbers"], token["end"])
+            elif token["character"] is not None:
+                self._write(token["character"])
+
+    def line(self, row: int) -> str:
+        """The text of a row."""
+        return "".join(character for character, _ in self.cells[row])
+
+    def waits(self) -> bool:
+        """Whether the program waits for a line: the cursor stands behind an empty prompt, and nothing is below it."""
+        below = any(self.line(row).strip() for row in range(self.row + 1, len(self.cells)))
+        return self.line(self.row).rstrip() == PROMPT.rstrip() and self.column == len(PROMPT) and not below
+
+    def as_text(self) -> Text:
+        """The screen with its dim letters, without the empty lines below."""
+        text = Text()
+        for row in self.cells:
+            for dim, run in itertools.groupby(row, key=lambda cell: cell[1]):
+                text.append("".join(character for character, _ in run), "dim" if dim else None)
+            text.append("\n")
+        text.rstrip()
+        return text
+
+    def _write(self, character: str) -> None:
+        if character == "\r":
+            self.column = 0
+        elif character == "\n":
+            self.row += 1
+        elif character == "\b":
+            self.column = max(0, self.column - 1)
+        elif character >= " ":
+            if self.column == self.columns:
+                self.row, self.column = self.row + 1, 0
+            row = self._here()
+            row += [(" ", False)] * (self.column + 1 - len(row))
+            row[self.column] = (character, self._dim)
+            self.column += 1
+        self._here()
+
+    def _control(self, numbers: str, end: str) -> None:
+        first = int(numbers) if numbers.isdigit() else 0
+        if end == "m":
+            self._dim = "2" in numbers.split(";")
+        elif end == "A":
+            self.row = max(0, self.row - max(1, first))
+        elif end == "B":
+            self.row += max(1, first)
+        elif end == "C":
+            self.column = min(self.columns - 1, self.column + max(1, first))
+        elif end == "D":
+            self.column = max(0, self.column - max(1, first))
+        elif end in "JK" and not first:
+            del self._here()[self.column :]
+            if end == "J":
+                del self.cells[self.row + 1 :]
+        elif end in "JKGHf":
+            raise ValueError(f"the program used CSI {numbers}{end}, which this terminal does not know")
+
+    def _here(self) -> list[tuple[str, bool]]:
+        while len(self.cells) <= self.row:
+            self.cells.append([])
+        return self.cells[self.row]
+
+
+def record(columns: int, messages: list[str]) -> Screen:
+    """The screen after a chat in which ``messages`` were typed."""
+    screen = Screen(columns)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        environment |= {"XDG_STATE_HOME": folder, "CUDA_VISIBLE_DEVICES": ""}
+        argv = ["-m", "octo_run", "chat"]
+        child = pexpect.spawn(
+            sys.executable, argv, env=environment, dimensions=(ROWS, columns), encoding="utf-8", timeout=SECONDS
+        )
+        screen.feed("$ octo-run chat\r\n")
+        try:
+            for message in messages:
+                _read(child, screen)
+                child.send(message + "\r")
+            _read(child, screen)
+            child.sendeof()
+            child.expect(pexpect.EOF)
+        finally:
+            child.close(force=True)
+    return screen
+
+
+def _read(child: pexpect.spawn, screen: Screen) -> None:
+    """Feed the screen until the program waits for a line and is silent."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        try:
+            screen.feed(child.read_nonblocking(65536, SECONDS))
+            while True:
+                screen.feed(child.read_nonblocking(65536, 0.3))
+        except pexpect.TIMEOUT:
+            if screen.waits():
+                return
+    raise TimeoutError(f"the program did not ask for a line within {SECONDS} s")
+
+
+def draw(screen: Screen, about: str) -> str:
+    """The screen as SVG."""
+    console = Console(record=True, width=screen.columns, file=io.StringIO(), legacy_windows=False)
+    console.print(screen.as_text(), soft_wrap=True)
+    svg = console.export_svg(title="octo-run chat", code_format=_PICTURE, unique_id="octo")
+    svg = svg.replace("ABOUT", about)
+    return "\n".join(line.strip() for line in svg.splitlines() if line.strip()) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=OUT)
+    parser.add_argument("--columns", type=int, default=100)
+    parser.add_argument("--say", nargs="+", default=list(SAY), metavar="TEXT")
+    args = parser.parse_args()
+    screen = record(args.columns, args.say)
+    day = datetime.now(timezone.utc).date()
+    about = (
+        f"python scripts/record_terminal.py; {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
+        f"{day} (UTC); a picture, not a measurement"
+    )
+    args.out.write_text(draw(screen, about), encoding="utf-8")
+    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

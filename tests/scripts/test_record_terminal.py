@@ -1,0 +1,47 @@
+"""The picture of a terminal: what its model does with a program's output, and a run of the real program."""
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def terminal(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("record_terminal")
+
+
+def lines(screen: Any) -> list[str]:
+    return [screen.line(row).rstrip() for row in range(len(screen.cells))]
+
+
+def test_movements_erasing_and_wrapping(terminal: ModuleType) -> None:
+    screen = terminal.Screen(10)
+    screen.feed("0123456789ab\r\nxyz\x1b[2DY\x1b[K\r\ngone\r\n")
+    assert lines(screen) == ["0123456789", "ab", "xY", "gone", ""]
+    screen.feed("\x1b[2A\x1b[3C!\r\n\x1b[J")
+    assert lines(screen) == ["0123456789", "ab", "xY !", ""]
+    screen.feed("\x1b[?25lsh")
+    screen.feed("ort\x1b")
+    screen.feed("[2mdim\x1b[0m")
+    assert lines(screen)[-1] == "shortdim"
+    assert [dim for _, dim in screen.cells[-1]] == [False] * 5 + [True] * 3
+
+
+def test_what_the_terminal_does_not_know_is_an_error(terminal: ModuleType) -> None:
+    with pytest.raises(ValueError, match="CSI 2J"):
+        terminal.Screen(10).feed("\x1b[2J")
+
+
+def test_a_real_chat_is_drawn_without_the_network(terminal: ModuleType) -> None:
+    screen = terminal.record(90, ["/help"])
+    text = "\n".join(lines(screen))
+    assert text.startswith("$ octo-run chat\n") and "\n> /help\n" in text and "/regen" in text and screen.waits()
+    picture = terminal.draw(screen, "a command; a <machine> & a day")
+    assert "a <machine> & a day" in picture, "comments take any text but two hyphens"
+    root = ElementTree.fromstring(picture)
+    written = "".join(root.itertext()).replace("\xa0", " ")
+    assert "/system none removes it" in written
+    assert picture.count("http") == 1, "the name of the format alone, no font from elsewhere"

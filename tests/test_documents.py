@@ -1,0 +1,82 @@
+"""What the documents say that can be checked: links, files, code, the README's length."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+WRITTEN = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*WRITTEN, *sorted((ROOT / "docs" / "results").glob("*.md"))]
+#: Names of files and folders of the project, in text, code and pictures.
+PLACE = re.compile(
+    r"(?<![\w./-])(?:octo_run|engine|kernels|models|tokenizer|scripts|tests|docs|examples|\.ci)/[\w./*-]+"
+)
+
+
+def text_of(path: Path, *, code: bool = True) -> str:
+    text = path.read_text(encoding="utf-8")
+    return text if code else re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that a page's headings have as link targets."""
+    headings = re.findall(r"^#+ (.+)$", text_of(path, code=False), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = text_of(path, code=False)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.M)
+    for target in targets:
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        place = (path.parent / name).resolve() if name else path
+        assert place.exists(), f"{relative(path)} links to {target}"
+        assert place.is_relative_to(ROOT)
+        assert not anchor or anchor in anchors(place), f"{relative(path)} links to {target}"
+    used = set(re.findall(r"\[[^\]]+\]\[([^\]]+)\]", text))
+    assert used == set(re.findall(r"^\[([^\]]+)\]: ", text, re.M))
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=relative)
+def test_named_files_exist(path: Path) -> None:
+    for name in PLACE.findall(text_of(path)):
+        assert list(ROOT.glob(name.rstrip("/."))), f"{relative(path)} names {name}"
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=relative)
+def test_lines_are_short(path: Path) -> None:
+    long = [number for number, line in enumerate(text_of(path).splitlines(), 1) if len(line) > 120]
+    assert not long, f"lines of {relative(path)} longer than 120 characters"
+
+
+def test_the_readme_is_short_and_has_eight_figures() -> None:
+    text = text_of(README)
+    assert len(text.splitlines()) <= 150
+    section = text.split("## Eight figures\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| \[.+?\]\[(\w+)\] \|", section, re.M)
+    assert len(rows) == 8
+    for name in rows:
+        assert f"[{name}]: docs/results/" in section
+    assert (ROOT / "docs" / "results" / "terminal.svg").stat().st_size <= 40_000
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "python.md"], ids=relative)
+def test_python_in_documents_runs(path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", text_of(path), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(block, {})
+        assert len(printed.getvalue().split()) > 2, block
