@@ -136,6 +136,8 @@ class Screen:
             del self._here()[self.column :]
             if end == "J":
                 del self.cells[self.row + 1 :]
+        elif end == "K" and first == 2:
+            self._here().clear()
         elif end in "JKGHf":
             raise ValueError(f"the program used CSI {numbers}{end}, which this terminal does not know")
 

@@ -72,6 +72,11 @@ class SentencePieceBackend:
         """Whether the model lacks this token, so that it is to be matched here."""
         if token.id < len(self._pieces) and self._pieces[token.id] == token.content:
             return False
+        if token.id < len(self._pieces) and self._sp.is_byte(token.id):  # a text may need it, the control bytes too
+            raise OctoError(
+                f"Token {quoted(token.content)} has id {token.id} in the config of {config.directory}, which stands for "
+                f"the byte {self._pieces[token.id]} in its {self._path.name}; the files belong to different models."
+            )
         elsewhere = self._piece_id(token.content)
         if elsewhere is not None:
             raise OctoError(

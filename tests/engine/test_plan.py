@@ -119,10 +119,9 @@ def test_what_fits_are_the_most_pages_within_the_budget(
     else:
         assert total(pages) <= budget < total(pages + 1)
         assert base.shape.with_pages(pages, limit).context <= limit
-    alone = replace(base.shape, sequences=1)
-    fits = base.tokens_that_fit(budget)
-    if fits:
-        assert base.of(replace(alone, context=fits)).total <= budget < base.of(replace(alone, context=fits + 1)).total
+    alone = base.of(replace(base.shape, sequences=1))
+    pages = alone.pages_that_fit(budget, 2**40)
+    assert base.tokens_that_fit(budget) == (0 if pages is None else alone.shape.with_pages(pages, 2**40).context)
 
 
 def test_sequences_share_what_fits(free: Callable[[int], None]) -> None:

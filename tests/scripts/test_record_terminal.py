@@ -23,6 +23,8 @@ def test_movements_erasing_and_wrapping(terminal: ModuleType) -> None:
     assert lines(screen) == ["0123456789", "ab", "xY", "gone", ""]
     screen.feed("\x1b[2A\x1b[3C!\r\n\x1b[J")
     assert lines(screen) == ["0123456789", "ab", "xY !", ""]
+    screen.feed("a bar\r\x1b[2K")
+    assert lines(screen)[-1] == ""
     screen.feed("\x1b[?25lsh")
     screen.feed("ort\x1b")
     screen.feed("[2mdim\x1b[0m")

@@ -207,6 +207,15 @@ def test_a_truncated_model_is_refused(tmp_path: Path, demo_dir: Path) -> None:
         load_tokenizer(folder_with(tmp_path, model[: len(model) // 2]))
 
 
+def test_a_token_in_the_place_of_a_byte_is_refused(tmp_path: Path, spm_model: Callable[..., bytes]) -> None:
+    """Texts with that byte would get the special token's id."""
+    config = {"added_tokens_decoder": {"3": {"content": "<|im_start|>", "special": True}}}
+    with pytest.raises(
+        OctoError, match=r"has id 3 .* stands for the byte <0x00> in its tokenizer\.model; .* different"
+    ):
+        load_tokenizer(folder_with(tmp_path, spm_model(), config))
+
+
 def test_config_of_another_model_is_refused(tmp_path: Path, demo_dir: Path) -> None:
     config = {"added_tokens_decoder": {"7": {"content": "<|im_end|>", "special": True}}}
     with pytest.raises(OctoError, match="different models"):
