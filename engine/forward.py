@@ -79,10 +79,10 @@ class Forward:
 
         query, key, value = (x.view(1, count, -1, x.shape[-1]) for x in (q, k, v))
 
-        turns = self._turns(positions)
+        transforms = self._transforms(positions)
 
         def mix(index: int, qkv: Tensor) -> Tensor:
-            ops.qkv_rope_append(qkv, turns[index], self._no_slots[:count], k, v, q)
+            ops.qkv_rope_append(qkv, transforms[index], self._no_slots[:count], k, v, q)
             spec = self.decoder.specs[index].attention
             chunk.attend(index, query, key, value, spec, self.workspace, out=mixed.view(query.shape))
             return mixed
@@ -96,11 +96,11 @@ class Forward:
         """
         arena, batch = self.arena, len(ids)
         q, mixed = self._buffers["q"][:batch], self._buffers["mixed"][:batch]
-        turns = self._turns(state.positions)
+        transforms = self._transforms(state.positions)
 
         def mix(index: int, qkv: Tensor) -> Tensor:
             full_k, full_v = arena.full(index)
-            ops.qkv_rope_append(qkv, turns[index], state.places, full_k, full_v, q, state.rows)
+            ops.qkv_rope_append(qkv, transforms[index], state.places, full_k, full_v, q, state.rows)
             inputs = arena.inputs(index, state, q)
             spec = self.decoder.specs[index].attention
             return kernels.attend(
@@ -116,8 +116,8 @@ class Forward:
         self.decoder.head.apply(normed, out)
         return out
 
-    def _turns(self, positions: Tensor) -> list[ops.Turn]:
-        """For every layer what turns its queries and keys at ``positions`` int32 ``[R]``."""
+    def _transforms(self, positions: Tensor) -> list[ops.HeadTransform]:
+        """For every layer what is done to its heads before attention at ``positions`` int32 ``[R]``."""
         decoder, count = self.decoder, len(positions)
         cos, sin = self._buffers["cos"][:count], self._buffers["sin"][:count]
         for first in range(0, count, _ANGLE_ROWS):
@@ -125,7 +125,8 @@ class Forward:
             cos[rows], sin[rows] = rope.cos_sin(positions[rows], decoder.inv_freq, cos.dtype)
         eps, rotation = decoder.cfg.rms_norm_eps, decoder.k_rotation
         return [
-            ops.Turn(cos, sin, layer.q_norm, layer.k_norm, eps, rotation, layer.v_rotation) for layer in decoder.layers
+            ops.HeadTransform(cos, sin, layer.q_norm, layer.k_norm, eps, rotation, layer.v_rotation)
+            for layer in decoder.layers
         ]
 
     def _layers(self, ids: Tensor, mix: Mix) -> Tensor:

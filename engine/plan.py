@@ -35,9 +35,9 @@ class MemoryPlan:
     """Bytes by purpose on one device, and the context that they hold.
 
     They are those of the engine's own tensors, made on the ``meta`` device to be counted. ``arena`` are packed
-    pages, their table and key means; ``full_precision`` sinks, windows and the staging buffer; ``workspace`` the
-    attention splits, the matrix-product library's workspace and the activations of a chunk or a step; ``graphs`` what
-    recorded steps take of their own; ``logits`` the logits of a step and what the sampler keeps for each sequence.
+    pages, their table and key means; ``full_precision`` sinks, windows and the staging buffer; ``workspace`` partial
+    results of attention, the matrix-product library's workspace and the activations of a chunk or a step; ``graphs``
+    what recorded steps take of their own; ``logits`` the logits of a step and what the sampler keeps for each sequence.
 
     Not in the sum: ``loading``, the bytes held at most while weights are fused, before anything else is there;
     ``free``, what is left to an engine; ``before``, what the process held at that time in memory if the device is a CPU

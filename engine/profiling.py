@@ -52,9 +52,9 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
-    "attend_kernel": ATTENTION,
     "coefficients_kernel": ATTENTION,
     "flash_kernel": ATTENTION,
+    "general_decode_kernel": ATTENTION,
     "lane_search_kernel": CODING,
     "merge_kernel": ATTENTION,
     "octopus_pages_kernel": CODING,
@@ -65,7 +65,7 @@ KERNELS = {
     "qkv_rope_append_kernel": APPEND,
     "rotate_back_kernel": PROJECTIONS,
     "sample_merge_kernel": SAMPLING,
-    "sample_part_kernel": SAMPLING,
+    "sample_slice_kernel": SAMPLING,
     "swiglu_kernel": MLP,
     "table_decode_kernel": ATTENTION,
     "take_out_kernel": CODING,

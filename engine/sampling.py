@@ -153,7 +153,7 @@ class BatchSampler:
         self._rules = torch.zeros(6, rows, device=device)  # temperature, the three penalties, top_p, log min_p
         self._whole = torch.zeros(3, rows, dtype=torch.int64, device=device)  # seed, tokens drawn, top_k
         self._counts = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
-        self._parts = torch.zeros(rows, 4, -(-vocab_size // ops.PART_TOKENS), device=device)
+        self._slices = torch.zeros(rows, 4, -(-vocab_size // ops.SLICE_TOKENS), device=device)
         self._counted = self._noisy = self._filtered = False
 
     @property
@@ -211,7 +211,7 @@ class BatchSampler:
             seeds=self._whole[0, :batch],
             counters=self._whole[1, :batch],
             counts=self._counts,
-            parts=self._parts,
+            slices=self._slices,
             tokens=self.tokens,
             logprobs=self.drawn[1].view(torch.float32),
             counted=self._counted,

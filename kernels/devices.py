@@ -1,4 +1,4 @@
-"""What a device can run."""
+"""What a device can run, and how much of it at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import functools
 from contextlib import AbstractContextManager
 
 import torch
+
+INTERPRETED_PROCESSORS = 4
+"""Multiprocessors where there are none: the interpreter's."""
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device given, not of the current one (``INTERPRETED_PROCESSORS`` if it is no GPU)."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def is_nvidia(device: torch.device) -> bool:

@@ -5,8 +5,8 @@ known in closed form (OCTOPUS, arXiv 2605.21226, section on the codec) and are i
 cell by cell, so the result depends on floating-point rounding only. `--check` writes nothing and ends with exit code 1
 if the stored levels differ from the fitted ones by more than 1e-12.
 
-The fitted levels are then rounded to what the fp16 decode on GPUs (kernels/attention/triton_octopus.py) computes, so
-that levels have no error there; the mean squared error of vectors grows by less than 1e-4 of itself.
+The fitted levels are then rounded to what the fp16 decode on GPUs (kernels/attention/general/octopus_ptx.py) computes,
+so that levels have no error there; the mean squared error of vectors grows by less than 1e-4 of itself.
 
 * `rho`, the 2-norm of a triplet of a uniform unit vector of `d` coordinates: `rho^2 ~ Beta(3/2, (d-3)/2)`;
   one codebook of `2^(b-1)` levels for each head dimension and nominal bit count `b`, rounded to where rho^-2 is an fp16

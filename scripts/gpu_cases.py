@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octo_run.kernels import PAGE_TOKENS, AttentionInputs, AttentionSpec, attend, attention_workspace_bytes, page_bytes
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, mean_rows, rotated_coefficients
-from octo_run.kernels.attention.splits import counter_words
+from octo_run.kernels.attention.workspace import counter_words
 from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 
 SINK, WINDOW, PAGE = 64, 64, PAGE_TOKENS

@@ -74,13 +74,15 @@ def check_rows(kv: str, dim: int, group: int, mean: float) -> list[tuple[str, fl
     return results
 
 
-def appended(run: Callable[..., None], qkv: Tensor, turn: ops.Turn, rows: list[int], kv_heads: int) -> list[Tensor]:
+def appended(
+    run: Callable[..., None], qkv: Tensor, transform: ops.HeadTransform, rows: list[int], kv_heads: int
+) -> list[Tensor]:
     """Queries, and all of K and V as `run` leaves them: 7 where it wrote nothing."""
-    d = 2 * turn.cos.shape[1]
+    d = 2 * transform.cos.shape[1]
     index = torch.tensor(rows, dtype=torch.int32, device="cuda")
     full = torch.full((2, len(rows) + 2, kv_heads, 9, d), 7.0, dtype=qkv.dtype, device="cuda")
     q = torch.full((len(rows), 1, qkv.shape[1] // d - 2 * kv_heads, d), float("nan"), dtype=qkv.dtype, device="cuda")
-    run(qkv, turn, torch.arange(len(rows), device="cuda").int() % 9, full[0], full[1], q, index)
+    run(qkv, transform, torch.arange(len(rows), device="cuda").int() % 9, full[0], full[1], q, index)
     return [q[index >= 0], full[0], full[1]]
 
 
@@ -94,11 +96,11 @@ def check_step(dim: int, group: int, dtype: torch.dtype) -> list[tuple[str, floa
     name = f"d={dim} group={group} {str(dtype).removeprefix('torch.')}"
     bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
     for keys, values, normed in itertools.product((rotation, None), (v_rotation, None), (norms, [None, None])):
-        turn = ops.Turn(angles.cos().to(dtype), angles.sin().to(dtype), *normed, 1e-5, keys, values)
+        transform = ops.HeadTransform(angles.cos().to(dtype), angles.sin().to(dtype), *normed, 1e-5, keys, values)
         qkv = torch.randn(len(rows), (group + 2) * kv_heads * dim, device="cuda").to(dtype)
         qkv[[not one for one in live]] = float("nan")
         ours, theirs = (
-            appended(run, qkv, turn, rows, kv_heads) for run in (ops.qkv_rope_append, reference.qkv_rope_append)
+            appended(run, qkv, transform, rows, kv_heads) for run in (ops.qkv_rope_append, reference.qkv_rope_append)
         )
         error = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in
                     zip(ours, theirs, strict=True))  # fmt: skip
@@ -127,7 +129,7 @@ def check_sampling(vocab: int) -> list[tuple[str, float, float]]:
             penalties=torch.stack((1.2 * ones, 0.5 * ones, 0.25 * ones)),
             seeds=torch.arange(batch, device="cuda") * 2**59, counters=torch.arange(batch, device="cuda"),
             counts=(torch.arange(8 * vocab, device="cuda").view(8, vocab) % 6).int(),
-            parts=torch.full((batch, 4, -(-vocab // ops.PART_TOKENS)), float("nan"), device="cuda"),
+            slices=torch.full((batch, 4, -(-vocab // ops.SLICE_TOKENS)), float("nan"), device="cuda"),
             tokens=torch.full((8,), -1, dtype=torch.int32, device="cuda"),
             logprobs=torch.full((8,), 9.0, device="cuda"), counted=counted, noisy=noisy,
         )  # fmt: skip
@@ -163,26 +165,23 @@ def check_second_card(kv: str) -> list[tuple[str, float, float]]:
     return [*results, ("step norm on the second GPU", error, 1e-4)]
 
 
-def check_single_split(kv: str) -> list[tuple[str, float, float]]:
-    """Decode in one split (no merge), and a batch so large that there is one split, and a prefill of many rows."""
+def check_one_part(kv: str) -> list[tuple[str, float, float]]:
+    """Decode in one part (no merge), and a batch so large that there is one part, and a prefill of many rows."""
     short = make_case(kv, [SINK], 1, 7, 1, 128, torch.float16)
     large = make_case(kv, [300] * 600, 1, 2, 2, 64, torch.float16)
     wide = make_case(kv, [1100, 517], 512, 4, 2, 128, torch.float16)
-    cases = {"one split": short, "600 sequences": large, "prefill of 512": wide}
+    cases = {"one part": short, "600 sequences": large, "prefill of 512": wide}
     return [(f"{what} {kv}", error_of(case), 2e-3) for what, case in cases.items()]
 
 
 def check_portable(kv: str, dim: int) -> list[tuple[str, float, float]]:
     """Decode and prefill without the kernels' PTX: what GPUs run that have none."""
-    from octo_run.kernels.attention import launch, prefill
+    from octo_run.kernels.attention import constants
 
     results = []
     for what, count in (("decode", 1), ("prefill", 37)):
         case = make_case(kv, [count, count + 129, count + 1000], count, 7, 2, dim, torch.float16)
-        with (
-            mock.patch.object(launch, "ptx_immediates", return_value=None),
-            mock.patch.object(prefill, "ptx_immediates", return_value=None),
-        ):
+        with mock.patch.object(constants, "ptx_immediates", return_value=None):
             results.append((f"{what} {kv} d={dim} portable", error_of(case), BOUNDS[torch.float16]))
     return results
 
@@ -284,12 +283,12 @@ def all_tasks(formats: list[str]) -> list[tuple[str, tuple[object, ...]]]:
     tasks += [("check_attention", (kv, 256, 4, torch.float16)) for kv in ("octopus3:bf16", "bf16:octopus3")]
     tasks += [("check_attention", (kv, 112, 16, torch.float16)) for kv in ("octopus3", "bf16")]
     tasks += [("check_portable", (f"octopus{bits}", dim)) for bits in (2, 3, 4) for dim in (80, 128)]
-    tasks += [("check_single_split", (kv,)) for kv in ("octopus3", "bf16")]
+    tasks += [("check_one_part", (kv,)) for kv in ("octopus3", "bf16")]
     tasks += [("check_encode", (kv, dim, torch.float32)) for kv in formats for dim in (*HEAD_DIMS, 112)]
     tasks += [("check_encode", ("octopus3:bf16", 128, torch.bfloat16)), ("check_graph", ("octopus3",))]
     tasks += [("check_attention", (kv, 128, 7, torch.bfloat16)) for kv in (*TRELLIS, "oct3:oct2", "oct3:bf16")]
     tasks += [("check_attention", (kv, d, 4, torch.float16)) for kv in ("oct4:oct2", "oct2:oct3") for d in (64, 256)]
-    tasks += [("check_single_split", ("oct3",)), ("check_encode", ("oct4:oct3", 128, torch.bfloat16))]
+    tasks += [("check_one_part", ("oct3",)), ("check_encode", ("oct4:oct3", 128, torch.bfloat16))]
     tasks += [("check_graph", (kv,)) for kv in ("oct3", "bf16")]
     tasks += [("check_rows", (kv, 128, 4, mean)) for kv in formats for mean in (0.0, 2.0)]
     tasks += [("check_rows", (kv, dim, 7, 0.0)) for kv in ("oct3", "octopus3", "bf16") for dim in (64, 256)]

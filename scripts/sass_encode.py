@@ -18,11 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from octo_run.kernels.blocks import SEARCH_COLUMNS
 from octo_run.kernels.codec import TrellisCodec, get
 from octo_run.kernels.encode.lane_search import LANE_WARPS, lane_search_kernel
 from octo_run.kernels.encode.trellis_launch import _REGISTERS, _ROWS, _WARPS, lane_constants
 from octo_run.kernels.encode.triton_trellis import trellis_kernel
+from octo_run.kernels.trellis_tables import SEARCH_COLUMNS
 
 FORMATS = ("oct2", "oct3", "oct4")
 SMALLEST = 60  # instructions of a loop that is shown

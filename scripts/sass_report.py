@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from octo_run.kernels.attention.table_decode import table_decode_kernel
-from octo_run.kernels.attention.table_launch import constants, options
+from octo_run.kernels.attention.hopper.decode import table_decode_kernel
+from octo_run.kernels.attention.hopper.launch import constants, options
 from octo_run.kernels.codec import TrellisCodec, parse_kv
 
 VARIANTS = [f"{kv}-{shape}" for shape in ("4-128", "7-128", "4-64", "4-256") for kv in ("oct2", "oct3", "oct4")]
@@ -52,8 +52,10 @@ PIPES = {
     "uniform": (("U", "R2UR", "S2UR"), 0),
     "alu": (("",), 2),
 }
-POINTERS = dict.fromkeys(("q_ptr", "out_ptr", "sink_k_ptr", "sink_v_ptr", "tail_k_ptr", "tail_v_ptr"), "bf16")
-POINTERS |= {"pages_ptr": "u8", "part_ptr": "fp32", "lse_ptr": "fp32", "coef_ptr": "fp32", "angles_ptr": "fp32"}
+#: What pointers point to, if not int32; in the kernel's signature they have names in capitals, strides s.._...
+POINTERS = dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V"), "bf16")
+POINTERS |= {"PAGES": "u8", "PARTIAL": "fp32", "LSE": "fp32", "COEF": "fp32", "ANGLES": "fp32"}
+STRIDE = re.compile(r"s[a-z]{1,2}_[a-z]+")
 TOKENS = 64
 
 
@@ -91,10 +93,10 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:
-        pointer = POINTERS.get(name, "i32") if name.endswith("_ptr") else ""
+        pointer = POINTERS.get(name, "i32") if name.isupper() else ""
         number = "fp32" if name in ("step_k", "step_v", "scale_log2") else "i32"
         signature[name] = "constexpr" if name in fixed else f"*{pointer}" if pointer else number
-    aligned = [i for i, n in enumerate(names) if n.endswith("_ptr") or n.startswith("stride")]
+    aligned = [i for i, n in enumerate(names) if n not in fixed and (n.isupper() or STRIDE.fullmatch(n))]
     source = GluonASTSource(table_decode_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(head_dim))
     return kernel.asm["cubin"], int(kernel.metadata.shared)

@@ -1,4 +1,9 @@
-"""Attention over the octahedral KV arena: PyTorch reference (CPU) and Triton kernels (CUDA) behind one call."""
+"""Attention over the octahedral KV arena: PyTorch reference (CPU) and kernels (CUDA) behind one call.
+
+Which kernel runs when: `dispatch`. `general` holds the Triton kernels, for every GPU and format; `hopper` the Gluon
+kernel of decode steps over trellis codes. Beside them what both share: what a call reads (`inputs`), what it computes
+(`spec`, `reference`), the key mean, the parts that a sequence is divided into (`parts`), the workspace.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from octo_run.kernels.attention import dispatch
 from octo_run.kernels.attention.inputs import AttentionInputs, page_bytes
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.reference import attend_reference, host_bytes
 from octo_run.kernels.attention.spec import AttentionSpec
-from octo_run.kernels.attention.splits import workspace_bytes
+from octo_run.kernels.attention.workspace import workspace_bytes
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat
@@ -49,11 +55,13 @@ def attend(
     ``[B, C, H, d]`` in q's dtype. Raises ValueError for inputs that do not fit together, and for fields of `spec` that
     no kernel computes (today all but its scale).
     """
-    if q.device.type == "cpu":
+    call = dispatch.describe(q, kv, fmt, max_length, dispatch.kind(q.device))
+    kernel = dispatch.choose(call)
+    if kernel is dispatch.Kernel.REFERENCE:
         return attend_reference(q, kv, fmt, spec=spec, out=out)
-    from octo_run.kernels.attention.launch import attend_triton
+    from octo_run.kernels.attention.launch import launch
 
-    return attend_triton(q, kv, fmt, spec=spec, max_length=max_length, out=out, workspace=workspace)
+    return launch(kernel, call, q, kv, fmt, spec=spec, max_length=max_length, out=out, workspace=workspace)
 
 
 def attention_workspace_bytes(

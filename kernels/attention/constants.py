@@ -1,4 +1,4 @@
-"""Constants that the attention kernels take for a format: storage kinds, tables, widths of planes, element types."""
+"""What the Triton kernels take for a format: storage kinds, tables, widths of runs of triplets, element types."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from octo_run.kernels.attention.triton_octopus import decode_immediates
-from octo_run.kernels.attention.triton_table import describe
-from octo_run.kernels.blocks import read_map
+from octo_run.kernels.attention.general.octopus_ptx import decode_immediates
+from octo_run.kernels.attention.general.planes import OCTOPUS, PLAIN, TRELLIS
+from octo_run.kernels.attention.general.trellis_vectors import describe
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 from octo_run.kernels.codec.page_layout import Side
 from octo_run.kernels.devices import runs_ptx
+from octo_run.kernels.trellis_tables import read_map
 
 ELEMENTS: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
@@ -25,8 +26,8 @@ ELEMENTS: dict[torch.dtype, Any] = {
 
 
 @functools.cache
-def part_widths(head_dim: int) -> tuple[int, int]:
-    """Widths (powers of two from 16 on, the second may be 0) of the two parts of planes that hold all triplets."""
+def run_widths(head_dim: int) -> tuple[int, int]:
+    """Widths (powers of two from 16 on, the second may be 0) of the two runs of triplets that hold a vector."""
     triplets = -(-head_dim // 3)
     first = max(16, 1 << (triplets.bit_length() - 1))
     rest = triplets - first
@@ -40,21 +41,21 @@ def no_table(device: torch.device) -> Tensor:
 
 
 def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
-    """(kind, bits, levels, radii) of K or V as `triton_planes` takes them."""
+    """(kind, bits, levels, radii) of K or V as `planes` takes them. ValueError for a codec that no kernel has."""
     if isinstance(codec, TrellisCodec):
         bits = describe(codec.stream, codec.state_bits, codec.signed)
-        return 2, bits, codec.table_words(device), read_map(codec, side, device)
+        return TRELLIS.value, bits, codec.table_words(device), read_map(codec, side, device)
     if isinstance(codec, OctopusCodec):
         tables = codec.tables(torch.float32, device)
-        return 1, codec.bits, tables.xi_levels, tables.rho_levels
+        return OCTOPUS.value, codec.bits, tables.xi_levels, tables.rho_levels
     if isinstance(codec, PlainCodec):
-        return 0, 0, no_table(device), no_table(device)
+        return PLAIN.value, 0, no_table(device), no_table(device)
     raise ValueError(f"there is no attention kernel for the format {codec.name}")
 
 
 @functools.cache
 def ptx_immediates(codec: Codec, into: torch.dtype, device: torch.device) -> tuple[int, ...] | None:
-    """PTX of `triton_planes.planes`, for planes that are made into numbers of type `into`."""
+    """PTX of `planes.planes`, for planes that are made into numbers of type `into`."""
     if isinstance(codec, OctopusCodec) and into != torch.float32 and runs_ptx(device):
         return decode_immediates(codec)
     return None
@@ -66,3 +67,17 @@ def page_element(fmt: KVFormat) -> Any:
     if len(kinds) > 1 or not kinds <= ELEMENTS.keys():
         raise ValueError(f"there is no attention kernel for plain pages of {sorted(map(str, kinds))}")
     return ELEMENTS[kinds.pop()] if kinds else tl.bfloat16
+
+
+def format_arguments(fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The arguments by which `general_decode_kernel` and `unpack_kernel` know a format. ``dtype``: of the numbers that
+    decoded vectors are made into; all but float32 are multiplied in fp16."""
+    kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, "k", device)
+    kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, "v", device)
+    first, second = run_widths(fmt.k.head_dim)
+    return {
+        "levels_k": levels_k, "radii_k": radii_k, "levels_v": levels_v, "radii_v": radii_v, "KIND_K": kind_k,
+        "KIND_V": kind_v, "BYTES_K": fmt.k.bytes_per_vector, "BYTES_V": fmt.v.bytes_per_vector, "BITS_K": bits_k,
+        "BITS_V": bits_v, "ELEMENT": page_element(fmt), "T0": first, "T1": second,
+        "PTX_K": ptx_immediates(fmt.k, dtype, device), "PTX_V": ptx_immediates(fmt.v, dtype, device),
+    }  # fmt: skip

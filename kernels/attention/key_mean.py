@@ -22,9 +22,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
-from octo_run.kernels.attention.splits import head_blocks
+from octo_run.kernels.attention.arguments import strides
+from octo_run.kernels.attention.dispatch import head_blocks
 from octo_run.kernels.devices import on_device_of
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 HALF_OFFSETS = 48
 """Offsets 0.5, 1.5, ... that `AngleTables` holds: up to a page's last centre, 47.5."""
@@ -194,12 +195,13 @@ def take_out(k: Tensor, means: Tensor, first: Tensor, tables: AngleTables, rotat
         angles = tables.of_pages(begin, count).flatten(0, 1)
         rows = mean_rows(means, angles, rotation).view(layers, kv_heads, count, PAGE_TOKENS, dim).transpose(1, 2)
         return torch.sub(k, rows, out=out) if out.dtype == rows.dtype else out.copy_(k - rows)
-    from octo_run.kernels.attention.triton_mean import take_out_kernel
+    from octo_run.kernels.attention.general.key_mean_kernels import take_out_kernel
 
     with on_device_of(k):
         take_out_kernel[(count, kv_heads, layers)](
-            k, out, means, first, tables.base, tables.offset, rotation, *k.stride()[:4], *out.stride()[:3],
-            *means.stride()[:2], **launch_options(dim))  # fmt: skip
+            K=k, OUT=out, MEANS=means, FIRST=first, BASE=tables.base, OFFSET=tables.offset, ROTATION=rotation,
+            **strides("sk", k, l=0, n=1, h=2, t=3), **strides("so", out, l=0, n=1, h=2),
+            **strides("sm", means, l=0, h=1), **launch_options(dim))  # fmt: skip
     return out
 
 
@@ -214,14 +216,15 @@ def put_back(slab: Tensor, rows: Tensor, packed: Tensor, first: int, mean: KeyMe
     ``slab [B, Hkv, 64 * N, d]``, contiguous, holds the pages from number ``first`` on of sequences that have ``packed``
     (int32 [B]) of them, and the means of ``rows`` (int32 [B]); what lies beyond these pages stays.
     """
-    from octo_run.kernels.attention.triton_mean import put_back_kernel
+    from octo_run.kernels.attention.general.key_mean_kernels import put_back_kernel
 
     batch, kv_heads, tokens, dim = slab.shape
     pages = tokens // PAGE_TOKENS
     with on_device_of(slab):
         put_back_kernel[(pages, kv_heads, batch)](
-            slab, mean.means, rows, packed, mean.tables.base, mean.tables.offset, mean.rotation, first, pages,
-            *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
+            SLAB=slab, MEANS=mean.means, ROWS=rows, NUM_PACKED=packed, BASE=mean.tables.base, OFFSET=mean.tables.offset,
+            ROTATION=mean.rotation, first_page=first, pages=pages, **strides("sm", mean.means, r=0, h=1),
+            **launch_options(dim))  # fmt: skip
 
 
 def rotated_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tensor, out: Tensor) -> Tensor:
@@ -241,12 +244,13 @@ def launch_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tensor
     """`rotated_coefficients` by Triton."""
     import triton
 
-    from octo_run.kernels.attention.triton_mean import coefficients_kernel
+    from octo_run.kernels.attention.general.key_mean_kernels import coefficients_kernel
 
     batch, count, heads, dim = q.shape
     lines = batch * count * heads
     with on_device_of(q):
         coefficients_kernel[(triton.cdiv(lines, 16),)](
-            q, out, means, rows, rotation, lines, count, *q.stride()[:3], *means.stride()[:2], H=heads,
-            G=heads // means.shape[1], D=dim, WIDTH=triton.next_power_of_2(dim),
-            HALF=max(16, triton.next_power_of_2(dim // 2)), LINES=16, num_warps=4)  # fmt: skip
+            Q=q, OUT=out, MEANS=means, ROWS=rows, ROTATION=rotation, lines=lines, count=count,
+            **strides("sq", q, b=0, c=1, h=2), **strides("sm", means, r=0, h=1), H=heads, G=heads // means.shape[1],
+            D=dim, WIDTH=triton.next_power_of_2(dim), HALF=max(16, triton.next_power_of_2(dim // 2)), LINES=16,
+            num_warps=4)  # fmt: skip

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.attention.key_mean import page_bias
-from octo_run.kernels.attention.page_size import PAGE_TOKENS
 from octo_run.kernels.attention.spec import AttentionSpec
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from octo_run.kernels.codec import KVFormat

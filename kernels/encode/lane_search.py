@@ -2,8 +2,9 @@
 
 A warp codes sixteen vectors, lane (g, t) = (lane / 4, lane % 4) has a part of the vectors g and g + 8 ("rows" 0 and 1):
 
-* Keys of table entries are products of fp16 matrices, exact in float32 (`blocks.search_tables`). Sixteen products in a
-  row differ in four bits of the code only, so that a lane takes the minimum over these codes of what it has.
+* Keys of table entries are products of fp16 matrices, exact in float32 (`trellis_tables.search_tables`). Sixteen
+  products in a row differ in four bits of the code only, so that a lane takes the minimum over these codes of what it
+  has.
 * The least costs of all pairs of states go through shared memory to the lanes that extend paths: with eight states a
   lane follows the start states 2 t and 2 t + 1, with two states every lane follows both.
 * A path's cost is a multiple of sixteen, the low four bits of a sum tell the state before. Those, and the codes of
@@ -421,7 +422,8 @@ def lane_search_kernel(
     """y [L, N, H, 64, D] -> fields uint16 [L, N, H, 64, triplets + 1]: code | signs << 10, then the norm's fp16 bits.
 
     The program is (page of a layer, head) with ``pages`` pages a layer; a warp codes sixteen tokens. keys, extra,
-    last: `blocks.LaneTables`; values: `blocks.SearchTables`; units float64: 8 sqrt(D), the step, 2 / step.
+    last: `trellis_tables.LaneTables`; values: `trellis_tables.SearchTables`; units float64: 8 sqrt(D), the step,
+    2 / step.
     """
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8

@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.blocks import SEARCH_COLUMNS, inverse_bits, lane_tables, search_tables
 from octo_run.kernels.codec.trellis import FIXED_POINT
 from octo_run.kernels.encode.lane_search import LANE_WARPS, key_words, lane_search_kernel, warp_words
 from octo_run.kernels.encode.triton_trellis import pack_kernel, trellis_kernel
+from octo_run.kernels.trellis_tables import SEARCH_COLUMNS, inverse_bits, lane_tables, search_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -58,8 +58,8 @@ def _cheapest(source, i, scale, keys, SIGNED: tl.constexpr, CELLS: tl.constexpr,
     """For triplet i and every pair of states the cheapest code, int32 [vectors, CELLS]: cost in half units * CODES +
     code.
 
-    The keys of all entries are a product of fp16 matrices, exact in float32; see `blocks.search_tables`. The tensor
-    core leaves a vector's keys of a column with one thread, which takes their minimum.
+    The keys of all entries are a product of fp16 matrices, exact in float32; see `trellis_tables.search_tables`. The
+    tensor core leaves a vector's keys of a column with one thread, which takes their minimum.
     """
     DEPTH: tl.constexpr = 16
     PART: tl.constexpr = 4 * COLUMNS  # keys of a product: few enough for registers
@@ -211,7 +211,7 @@ def trellis_kernel(
     """Y [L, N, H, 64, D] -> FIELDS uint16 [L, N, H, 64, triplets + 1]: code | signs << 10, then the norm's fp16 bits.
 
     The program is (ROWS vectors, page of a layer, head) with `pages` pages a layer. KEYS, VALUES:
-    `blocks.SearchTables`; UNITS float64: 8 sqrt(D), the step, 2 / step; COLUMNS: of the KEYS.
+    `trellis_tables.SearchTables`; UNITS float64: 8 sqrt(D), the step, 2 / step; COLUMNS: of the KEYS.
     """
     TRIPLETS: tl.constexpr = (D + 2) // 3
     N: tl.constexpr = TRIPLETS // 8

@@ -12,12 +12,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from octo_run.kernels.step import reference
-from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn, count_drawn, penalised
+from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, penalised
 
 __all__ = [
-    "PART_TOKENS",
+    "SLICE_TOKENS",
     "Draws",
-    "Turn",
+    "HeadTransform",
     "add_rms_norm",
     "count_drawn",
     "embed",
@@ -78,7 +78,7 @@ def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
 
 def qkv_rope_append(
     qkv: Tensor,
-    turn: Turn,
+    transform: HeadTransform,
     slots: Tensor,
     full_k: Tensor,
     full_v: Tensor,
@@ -94,16 +94,16 @@ def qkv_rope_append(
     if qkv.is_cuda:
         from octo_run.kernels.step import launch
 
-        launch.qkv_rope_append(qkv, turn, slots, full_k, full_v, q_out, rows)
+        launch.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows)
     else:
-        reference.qkv_rope_append(qkv, turn, slots, full_k, full_v, q_out, rows)
+        reference.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows)
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
     """``out [B, heads * d]``: each head of ``mixed [B, heads * d]`` times the transpose of ``rotation [d, d]``.
 
-    The rotation is orthogonal, so that this undoes ``Turn.v_rotation`` in attention's sums of values: for an output
-    projection that cannot take the rotation in. All contiguous and of one dtype, ``out`` not ``mixed``.
+    The rotation is orthogonal, so that this undoes ``HeadTransform.v_rotation`` in attention's sums of values: for an
+    output projection that cannot take the rotation in. All contiguous and of one dtype, ``out`` not ``mixed``.
     """
     if mixed.is_cuda:
         from octo_run.kernels.step import launch

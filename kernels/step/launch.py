@@ -11,15 +11,15 @@ import triton
 from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of
-from octo_run.kernels.step.reference import PART_TOKENS, Draws, Turn
-from octo_run.kernels.step.triton_rows import (
+from octo_run.kernels.step.layer_kernels import (
     add_rms_norm_kernel,
     qkv_rope_append_kernel,
     rotate_back_kernel,
     swiglu_kernel,
     vector_kernel,
 )
-from octo_run.kernels.step.triton_sample import sample_merge_kernel, sample_part_kernel
+from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform
+from octo_run.kernels.step.sample_kernels import sample_merge_kernel, sample_slice_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,7 @@ def vector(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     launch: Callable[..., Any] = vector_kernel[(triton.cdiv(n, _VECTOR_ROWS),)]
     with on_device_of(x):
         launch(
-            x, weight, x if bias is None else bias, out, n, K=k, BN=_VECTOR_ROWS,
+            X=x, WEIGHT=weight, BIAS=x if bias is None else bias, OUT=out, n=n, K=k, BN=_VECTOR_ROWS,
             BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None, **early(x.device),
             num_warps=_VECTOR_WARPS)  # fmt: skip
 
@@ -58,8 +58,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     launch: Callable[..., Any] = add_rms_norm_kernel[(len(x),)]
     with on_device_of(x):
         launch(
-            x, x if residual is None else residual, weight, out, eps, N=width, BLOCK=block, ADD=residual is not None,
-            **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
+            X=x, RESIDUAL=x if residual is None else residual, WEIGHT=weight, OUT=out, eps=eps, N=width, BLOCK=block,
+            ADD=residual is not None, **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
@@ -68,12 +68,12 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     rows, width = out.shape
     launch: Callable[..., Any] = swiglu_kernel[(triton.cdiv(width, _SWIGLU_COLUMNS), rows)]
     with on_device_of(out):
-        launch(gate_up, out, width, BLOCK=_SWIGLU_COLUMNS, **early(out.device), num_warps=4)
+        launch(GATE_UP=gate_up, OUT=out, n=width, BLOCK=_SWIGLU_COLUMNS, **early(out.device), num_warps=4)
 
 
 def qkv_rope_append(
     qkv: Tensor,
-    turn: Turn,
+    transform: HeadTransform,
     slots: Tensor,
     full_k: Tensor,
     full_v: Tensor,
@@ -81,11 +81,11 @@ def qkv_rope_append(
     rows: Tensor | None = None,
 ) -> None:
     """`kernels.step.qkv_rope_append` by the Triton kernel."""
-    _check(qkv=qkv, q_out=q_out, cos=turn.cos, sin=turn.sin, slots=slots)
+    _check(qkv=qkv, q_out=q_out, cos=transform.cos, sin=transform.sin, slots=slots)
     if full_k.stride(-1) != 1 or full_v.stride(-1) != 1:
         raise ValueError("the last dimension of full_k and full_v must be contiguous")
     heads, kv_heads, d = q_out.shape[2], full_k.shape[1], q_out.shape[-1]
-    rotation, v_rotation = turn.rotation, turn.v_rotation
+    rotation, v_rotation = transform.rotation, transform.v_rotation
     unused = qkv
     _check(
         rotation=unused if rotation is None else rotation,
@@ -98,14 +98,16 @@ def qkv_rope_append(
     columns = padded if rotation is None and v_rotation is None else min(padded, _COLUMNS)
     grid = (triton.cdiv(heads + 2 * kv_heads, _HEADS), triton.cdiv(d, columns), len(qkv))
     launch: Callable[..., Any] = qkv_rope_append_kernel[grid]
-    weights = (turn.q_norm, turn.k_norm, rotation, v_rotation)
+    given = {"Q_NORM": transform.q_norm, "K_NORM": transform.k_norm, "ROTATION": rotation, "V_ROTATION": v_rotation}
     with on_device_of(qkv):
         launch(
-            qkv, turn.cos, turn.sin, *(unused if weight is None else weight for weight in weights),
-            slots if rows is None else rows, slots, full_k, full_v, q_out, turn.eps, *full_k.stride()[:3],
-            *full_v.stride()[:3], H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=_HEADS, COLUMNS=columns,
-            NORM=turn.q_norm is not None, ROTATE=rotation is not None, ROTATE_V=v_rotation is not None,
-            MAPPED=rows is not None, **early(qkv.device), num_warps=4)  # fmt: skip
+            QKV=qkv, COS=transform.cos, SIN=transform.sin,
+            **{name: unused if weight is None else weight for name, weight in given.items()},
+            ROWS=slots if rows is None else rows, SLOTS=slots, K=full_k, V=full_v, Q=q_out, eps=transform.eps,
+            sk_r=full_k.stride(0), sk_h=full_k.stride(1), sk_t=full_k.stride(2), sv_r=full_v.stride(0),
+            sv_h=full_v.stride(1), sv_t=full_v.stride(2), H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=_HEADS,
+            COLUMNS=columns, NORM=transform.q_norm is not None, ROTATE=rotation is not None,
+            ROTATE_V=v_rotation is not None, MAPPED=rows is not None, **early(qkv.device), num_warps=4)  # fmt: skip
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
@@ -117,23 +119,26 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
     launch: Callable[..., Any] = rotate_back_kernel[(triton.cdiv(heads, _HEADS), triton.cdiv(d, columns))]
     with on_device_of(mixed):
         launch(
-            mixed, rotation, out, heads, D=d, BD=padded, HEADS=_HEADS, COLUMNS=columns, **early(mixed.device),
-            num_warps=4)  # fmt: skip
+            X=mixed, ROTATION=rotation, OUT=out, n=heads, D=d, BD=padded, HEADS=_HEADS, COLUMNS=columns,
+            **early(mixed.device), num_warps=4)  # fmt: skip
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     """`kernels.step.sample` by the Triton kernels."""
     _check(logits=logits, rows=draws.rows, counts=draws.counts, floor=logits if floor is None else floor)
     batch, vocab = logits.shape
-    parts = draws.parts.shape[2]
+    slices = draws.slices.shape[2]
     unused = draws.temperature
-    part: Callable[..., Any] = sample_part_kernel[(parts, batch)]
+    draw: Callable[..., Any] = sample_slice_kernel[(slices, batch)]
     merge: Callable[..., Any] = sample_merge_kernel[(batch,)]
     with on_device_of(logits):
-        part(
-            logits, draws.rows, draws.counts, draws.temperature, draws.penalties, unused if floor is None else floor,
-            draws.seeds, draws.counters, draws.parts, vocab, draws.penalties.stride(0), BLOCK=PART_TOKENS,
-            COUNTED=draws.counted, NOISY=draws.noisy, FLOORED=floor is not None, num_warps=4)  # fmt: skip
+        draw(
+            LOGITS=logits, ROWS=draws.rows, COUNTS=draws.counts, TEMPERATURE=draws.temperature,
+            PENALTIES=draws.penalties, FLOOR=unused if floor is None else floor, SEEDS=draws.seeds,
+            COUNTERS=draws.counters, SLICES=draws.slices, vocab=vocab, s_penalty=draws.penalties.stride(0),
+            BLOCK=SLICE_TOKENS, COUNTED=draws.counted, NOISY=draws.noisy, FLOORED=floor is not None,
+            num_warps=4)  # fmt: skip
         merge(
-            logits, draws.rows, draws.counts, draws.counters, draws.parts, draws.tokens, draws.logprobs, vocab, parts,
-            WIDTH=triton.next_power_of_2(parts), COUNTED=draws.counted, NOISY=draws.noisy, num_warps=1)  # fmt: skip
+            LOGITS=logits, ROWS=draws.rows, COUNTS=draws.counts, COUNTERS=draws.counters, SLICES=draws.slices,
+            TOKENS=draws.tokens, LOGPROBS=draws.logprobs, vocab=vocab, slices=slices,
+            WIDTH=triton.next_power_of_2(slices), COUNTED=draws.counted, NOISY=draws.noisy, num_warps=1)  # fmt: skip

@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What turns queries and keys: cosines and sines ``[B, d / 2]`` of the rows' angles in the compute dtype, the
-    weights ``[d]`` of norms of the heads before it, the codec's rotation ``[d, d]`` (rows times it) after it.
+class HeadTransform:
+    """What is done to the heads of a projection before attention. Queries and keys: norms, of weights ``[d]``; RoPE, by
+    cosines and sines ``[B, d / 2]`` of the rows' angles in the compute dtype; the codec's rotation ``[d, d]`` (rows
+    times it).
 
     ``v_rotation [d, d]``: values are multiplied by it, before they are stored; None: they are stored as they come,
     because a weight has taken the rotation in.
@@ -28,7 +29,7 @@ class Turn:
 
 
 #: Tokens of the vocabulary that one program of the sampler looks at.
-PART_TOKENS = 1024
+SLICE_TOKENS = 1024
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Draws:
 
     ``rows`` int32 ``[B]``, no row twice. In the order of the batch: ``temperature`` float32 ``[B]``; ``penalties``
     float32 ``[3, B]``: for repetition (1 is off), presence and frequency (0 is off); ``seeds, counters`` int64 ``[B]``;
-    ``parts`` float32 ``[B, 4, parts]``, work space. By rows: ``counts`` int32 ``[R, vocab]``: how often a token was
+    ``slices`` float32 ``[B, 4, slices]``, work space. By rows: ``counts`` int32 ``[R, vocab]``: how often a token was
     drawn, times two, plus 1 if it was drawn or stands in the prompt; ``tokens`` int32 and ``logprobs`` float32 ``[R]``,
     the result. ``counted``: any penalty is on; ``noisy``: any temperature is not 0.
     """
@@ -49,7 +50,7 @@ class Draws:
     seeds: Tensor
     counters: Tensor
     counts: Tensor
-    parts: Tensor
+    slices: Tensor
     tokens: Tensor
     logprobs: Tensor
     counted: bool = False
@@ -148,7 +149,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 def qkv_rope_append(
     qkv: Tensor,
-    turn: Turn,
+    transform: HeadTransform,
     slots: Tensor,
     full_k: Tensor,
     full_v: Tensor,
@@ -159,15 +160,15 @@ def qkv_rope_append(
     heads, kv_heads, d = q_out.shape[2], full_k.shape[1], q_out.shape[-1]
     parts = qkv.view(-1, heads + 2 * kv_heads, d).split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
     turned = []
-    for x, weight in zip(parts, (turn.q_norm, turn.k_norm), strict=False):
+    for x, weight in zip(parts, (transform.q_norm, transform.k_norm), strict=False):
         if weight is not None:
-            x = _rms_norm(x, weight, turn.eps)
+            x = _rms_norm(x, weight, transform.eps)
         first, second = x.chunk(2, dim=-1)
-        cos, sin = turn.cos[:, None], turn.sin[:, None]
+        cos, sin = transform.cos[:, None], transform.sin[:, None]
         x = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        turned.append(x if turn.rotation is None else x @ turn.rotation)
+        turned.append(x if transform.rotation is None else x @ transform.rotation)
     q_out[:, 0] = turned[0]
-    values = parts[2] if turn.v_rotation is None else parts[2] @ turn.v_rotation
+    values = parts[2] if transform.v_rotation is None else parts[2] @ transform.v_rotation
     index, slots = torch.arange(len(qkv), device=qkv.device) if rows is None else rows.long(), slots.long()
     for full, new in ((full_k, turned[1]), (full_v, values)):
         if rows is None:

@@ -28,7 +28,7 @@ GATHER = "void at::native::(anonymous namespace)::indexSelectSmallIndex<c10::BFl
 TO_HOST, SORT = "Memcpy DtoH (Device -> Pinned)", "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<long>()"
 
 NORM, PRODUCT, TURN, SWIGLU = "add_rms_norm_kernel", "vector_kernel", "qkv_rope_append_kernel", "swiglu_kernel"
-DRAW = [("sample_part_kernel", "sampling"), ("sample_merge_kernel", "sampling")]
+DRAW = [("sample_slice_kernel", "sampling"), ("sample_merge_kernel", "sampling")]
 BEGIN = [(COPY, "other"), (GATHER, "other"), (NORM, "norms")]
 END = [(COPY, "other"), (TO_HOST, "other")]
 
@@ -57,7 +57,7 @@ def test_every_kernel_of_ours_has_a_part() -> None:
 
 
 @pytest.mark.parametrize(
-    "attention", [["table_decode_kernel"], ["coefficients_kernel", "attend_kernel", "merge_kernel"]]
+    "attention", [["table_decode_kernel"], ["coefficients_kernel", "general_decode_kernel", "merge_kernel"]]
 )
 @pytest.mark.parametrize("product", [PRODUCT, NVJET, GEMV])
 def test_products_of_two_steps_by_their_place(product: str, attention: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Runs Gluon kernels written lane by lane (`lanes.py`, `table_decode.py`) on a CPU, without Triton.
+"""Runs Gluon kernels written lane by lane (`lanes.py`, `hopper/decode.py`) on a CPU, without Triton.
 
 Triton's interpreter knows neither Gluon nor PTX. Here the kernels' own source is run as Python over NumPy, one program
 after the other, all threads of a program in step, with Triton's rules for types and the machine instructions of
@@ -8,6 +8,7 @@ guards: an access outside is an error. A `Watch` finds threads that meet in shar
 What all this cannot show: races in device memory, and what the compiler makes of the source.
 """
 
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -531,8 +532,8 @@ def language() -> types.ModuleType:
 
 
 PACKAGE = "octo_run.kernels"
-MODULES = ("lanes", "attention.table_codewords", "attention.table_full", "attention.table_mean")
-MODULES += ("attention.table_parts", "attention.table_products", "attention.table_decode", "encode.lane_search")
+HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "decode")
+MODULES = ("lanes", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
 
 
 @contextmanager
@@ -584,28 +585,35 @@ def kernel_modules() -> dict[str, types.ModuleType]:
 
 
 class Kernel:
-    """``kernel[grid](*args, **constexprs)`` for the kernel function ``run``, its programs in random order; ``watched``:
+    """``kernel[grid](*arguments, **named)`` for the kernel function ``run``, its programs in random order; ``watched``:
     with a `Watch`, which takes its time."""
 
     def __init__(self, run: Callable[..., None], seed: int = 0, watched: bool = False) -> None:
         self.run, self._order, self._watched = run, np.random.default_rng(seed), watched
         self.launches: list[dict[str, Any]] = []
 
+    def _passed(self, memory: Memory, name: str, value: Any) -> Any:
+        """An argument as the kernel sees it: a pointer, a number of the machine, or a constexpr as it is."""
+        if isinstance(value, torch.Tensor):
+            return memory.pointer(value)
+        if inspect.signature(self.run).parameters[name].annotation is not inspect.Parameter.empty:
+            return value
+        return Value(value, "f32" if isinstance(value, float) else "i32")
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, **fixed: Any) -> None:
+        def launch(*args: Any, num_warps: int, **named: Any) -> None:
             for option in ("maxnreg", "launch_pdl"):
-                fixed.pop(option, None)
-            self.launches.append({"grid": grid, **fixed})
+                named.pop(option, None)
+            self.launches.append({"grid": grid, **named})
             memory = Memory()
-            passed = [memory.pointer(a) if isinstance(a, torch.Tensor) else a for a in args]
-            passed = [Value(a, "f32" if isinstance(a, float) else "i32") if isinstance(a, int | float) else a
-                      for a in passed]  # fmt: skip
+            bound = inspect.signature(self.run).bind(*args, **named).arguments
+            passed = {name: self._passed(memory, name, value) for name, value in bound.items()}
             RUNNING.memory, RUNNING.grid, RUNNING.threads = memory, grid, 32 * num_warps
             programs = [(i, j) for i in range(grid[0]) for j in range(grid[1])]
             self._order.shuffle(programs)
             for ids in programs:
-                RUNNING.start(tuple(ids), 4 * fixed["SMEM_WORDS"], self._watched)
-                self.run(*passed, **fixed)
+                RUNNING.start(tuple(ids), 4 * named["SMEM_WORDS"], self._watched)
+                self.run(**passed)
             memory.give_back()
 
         return launch

@@ -9,12 +9,13 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
-from octo_run.kernels.codec import get
+from octo_run.kernels.codec import get, parse_kv
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,16 +26,18 @@ pytestmark = [
 TABLES = ("levels_k", "radii_k", "levels_v", "radii_v")
 POINTERS = {
     **dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V", "SLAB_K", "SLAB_V"), "bf16"),
-    **dict.fromkeys(("PART", "LSE", "COEF", "BASE", "OFFSET", *TABLES), "fp32"),
-    **dict.fromkeys(("TABLE", "OWNED", "PACKED", "STARTS", "ORIGIN"), "i32"),
+    **dict.fromkeys(("PARTIAL", "LSE", "COEF", "BASE", "OFFSET", *TABLES), "fp32"),
+    **dict.fromkeys(("PAGE_TABLE", "ROWS", "NUM_PACKED", "STARTS", "TAIL_ORIGIN"), "i32"),
     "PAGES": "u8",
 }
+Options = namedtuple("Options", ("warps", "stages"))
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have (sm_90)
-UNALIGNED = ("scale", "count", "splits", "sink", "capacity", "st_b", "st_r", "first", "first_page", "pages")
+UNALIGNED = ("scale", "count", "sink", "capacity", "batch", "programs", "st_r", "first", "first_page", "pages")
 
 
-def compile_for_hopper(kernel, constants, tiling, dtype, tables="fp32", types=None):
-    """A kernel compiled as its launcher would launch it; returns the Triton object and bytes of stack a thread."""
+def compile_for_hopper(kernel, constants, options, dtype, tables="fp32", types=None):
+    """A kernel compiled as its launcher would launch it, with the `warps` and `stages` of its options; returns the
+    Triton object and bytes of stack a thread."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -50,8 +53,8 @@ def compile_for_hopper(kernel, constants, tiling, dtype, tables="fp32", types=No
     places = enumerate(kernel.arg_names)
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in places if n not in constants and n not in UNALIGNED}
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    launch = {"num_warps": options.warps, "num_stages": options.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
     return compiled, stack_bytes(compiled.asm["cubin"])
 
 
@@ -60,13 +63,14 @@ def format_constants(kv, dim, group, dtype, mean):
     import triton
     import triton.language as tl
 
-    from octo_run.kernels.attention.constants import codec_constants, part_widths
-    from octo_run.kernels.attention.triton_octopus import decode_immediates
+    from octo_run.kernels.attention.constants import codec_constants, run_widths
+    from octo_run.kernels.attention.general.octopus_ptx import decode_immediates
+    from octo_run.kernels.attention.general.planes import OCTOPUS
 
     codec = get(kv, dim)
     kind, bits, levels, _ = codec_constants(codec, "k", torch.device("cpu"))
-    first, second = part_widths(dim)
-    ptx = decode_immediates(codec) if kind == 1 and dtype != torch.float32 else None
+    first, second = run_widths(dim)
+    ptx = decode_immediates(codec) if kind == OCTOPUS.value and dtype != torch.float32 else None
     constants = {
         "G": group, "D": dim, "KIND_K": kind, "KIND_V": kind, "BYTES_K": codec.bytes_per_vector,
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
@@ -110,13 +114,15 @@ def spill_bound(kv):
     ],
 )
 def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean):
-    from octo_run.kernels.attention.launch import coded_tiling
-    from octo_run.kernels.attention.triton_attend import attend_kernel
+    from octo_run.kernels.attention import dispatch
+    from octo_run.kernels.attention.general.decode import general_decode_kernel
 
     constants, tables = format_constants(kv, dim, group, dtype, mean)
-    tiling = coded_tiling(dtype, constants["KIND_K"] == 2, group, dim)
-    constants |= {"ROWS": tiling.rows, "BN": tiling.keys, "BF": tiling.full_keys, "SPLIT": True, "FLIP": tiling.flip}
-    kernel, stack = compile_for_hopper(attend_kernel, constants, tiling, dtype, tables)
+    stored = dispatch.stored(parse_kv(kv, dim), dtype, mean=mean)
+    tiles = dispatch.tiles(dispatch.Kernel.GENERAL_DECODE, stored, dispatch.ELEMENTS[dtype], dim)
+    constants |= {"BM": max(tiles.rows, group), "BN": tiles.keys, "BF": tiles.full_keys, "DIVIDED": True}
+    constants |= {"FLIP": tiles.flip}
+    kernel, stack = compile_for_hopper(general_decode_kernel, constants, tiles, dtype, tables)
     assert "wgmma" not in kernel.asm["ptx"]
     assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
 
@@ -126,12 +132,12 @@ def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean):
 def test_plain_decode_compiles_for_hopper(dim, group, batch):
     import triton
 
-    from octo_run.kernels.attention.launch import plain_tiling
-    from octo_run.kernels.attention.triton_plain import plain_decode_kernel
+    from octo_run.kernels.attention.dispatch import Element, Kernel, Stored, tiles
+    from octo_run.kernels.attention.general.plain_decode import plain_decode_kernel
 
-    tiling, width = plain_tiling(torch.bfloat16, group, dim), triton.next_power_of_2(dim)
+    tiling, width = tiles(Kernel.PLAIN_DECODE, Stored.PLAIN, Element.HALF, dim), triton.next_power_of_2(dim)
     constants = {
-        "G": group, "D": dim, "WIDTH": width, "ROWS": tiling.rows, "BN": tiling.keys, "BATCH": batch, "SPLIT": True,
+        "G": group, "D": dim, "WIDTH": width, "BM": tiling.rows, "BN": tiling.keys, "BATCH": batch, "DIVIDED": True,
     }  # fmt: skip
     kernel, stack = compile_for_hopper(plain_decode_kernel, constants, tiling, torch.bfloat16)
     ptx = kernel.asm["ptx"]
@@ -147,12 +153,11 @@ def test_plain_decode_compiles_for_hopper(dim, group, batch):
 @pytest.mark.parametrize("kv", ["oct2", "oct3", "octopus3", "bf16"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_unpacking_compiles_for_hopper(kv, dim):
-    from octo_run.kernels.attention.prefill import Tiling
-    from octo_run.kernels.attention.triton_prefill import unpack_kernel
+    from octo_run.kernels.attention.general.prefill import unpack_kernel
 
     shared, tables = format_constants(kv, dim, 4, torch.bfloat16, False)
     constants = {name: value for name, value in shared.items() if name in unpack_kernel.arg_names}
-    kernel, stack = compile_for_hopper(unpack_kernel, constants, Tiling(0, 0, 4, 3), torch.bfloat16, tables)
+    kernel, stack = compile_for_hopper(unpack_kernel, constants, Options(4, 3), torch.bfloat16, tables)
     assert kernel.metadata.shared <= SHARED_MEMORY
     assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
 
@@ -174,12 +179,13 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab):
     import triton
     import triton.language as tl
 
-    from octo_run.kernels.attention.prefill import flash_tiling
-    from octo_run.kernels.attention.triton_prefill import flash_kernel
+    from octo_run.kernels.attention.dispatch import ELEMENTS, Kernel, Stored, tiles
+    from octo_run.kernels.attention.general.prefill import flash_kernel
 
-    tiling, width = flash_tiling(dtype, dim), max(16, triton.next_power_of_2(dim))
+    tiling = tiles(Kernel.PREFILL, Stored.OTHER, ELEMENTS[dtype], dim)
+    width = max(16, triton.next_power_of_2(dim))
     constants = {
-        "G": 4, "D": dim, "WIDTH": width, "ROWS": tiling.rows, "BN": tiling.keys, "PAST": past, "SLAB": slab,
+        "G": 4, "D": dim, "WIDTH": width, "BM": tiling.rows, "BN": tiling.keys, "PAST": past, "SLAB": slab,
         "DOT": tl.float32 if dtype == torch.float32 else tl.float16,
     }  # fmt: skip
     types = {name: "fp16" for name in ("SINK_K", "SINK_V", "TAIL_K", "TAIL_V") if slab and dtype != torch.float32}
@@ -198,15 +204,15 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab):
 @pytest.mark.parametrize("name", ["take_out_kernel", "put_back_kernel"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_the_key_mean_compiles_for_hopper(name, dim):
-    from octo_run.kernels.attention import triton_mean
+    from octo_run.kernels.attention.general import key_mean_kernels
     from octo_run.kernels.attention.key_mean import launch_options
-    from octo_run.kernels.attention.prefill import Tiling
 
     options = launch_options(dim)
     constants = {"D": options["D"], "WIDTH": options["WIDTH"]}
-    tiling = Tiling(0, 0, options["num_warps"], options["num_stages"])
+    launch = Options(options["num_warps"], options["num_stages"])
     types = {"K": "bf16", "OUT": "bf16", "SLAB": "fp16", "MEANS": "fp32", "ROTATION": "fp32", "FIRST": "i32"}
-    compiled, stack = compile_for_hopper(getattr(triton_mean, name), constants, tiling, torch.bfloat16, types=types)
+    kernel = getattr(key_mean_kernels, name)
+    compiled, stack = compile_for_hopper(kernel, constants, launch, torch.bfloat16, types=types)
     assert compiled.metadata.shared <= SHARED_MEMORY
     assert stack <= spill_bound("bf16"), f"{stack} bytes of registers spilled"
 
@@ -218,9 +224,9 @@ def test_trellis_encoder_compiles_for_hopper(name, dim):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from octo_run.kernels.blocks import SEARCH_COLUMNS
     from octo_run.kernels.encode.trellis_launch import _REGISTERS, _ROWS, _WARPS
     from octo_run.kernels.encode.triton_trellis import trellis_kernel
+    from octo_run.kernels.trellis_tables import SEARCH_COLUMNS
 
     codec = get(name, dim)
     constants = {

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attend_reference, page_bytes
+from octo_run.kernels.attention.arguments import strides
 from octo_run.kernels.attention.key_mean import (
     AngleTables,
     KeyMean,
@@ -38,15 +39,15 @@ if DEVICE == "cuda" or INTERPRETED:
     import triton
     import triton.language as tl
 
-    from octo_run.kernels.attention.triton_parts import my_part
+    from octo_run.kernels.attention.general.parts import my_part
 
     @triton.jit
-    def ask(OUT, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr):
+    def ask(OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr):
         """What a program learns of its part, to OUT [programs, 3]."""
         flat = tl.program_id(0)
-        b, split, parts = my_part(flat, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, 64, 64)
+        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, 64, 64)
         tl.store(OUT + 3 * flat, b)
-        tl.store(OUT + 3 * flat + 1, split)
+        tl.store(OUT + 3 * flat + 1, part)
         tl.store(OUT + 3 * flat + 2, parts)
 
 
@@ -151,7 +152,7 @@ def relative_error(got, want):
 
 def run_triton(case):
     from octo_run.kernels.attention.launch import attend_triton
-    from octo_run.kernels.attention.splits import counter_words, workspace_bytes
+    from octo_run.kernels.attention.workspace import counter_words, workspace_bytes
 
     batch, count, heads, dim = case.q.shape
     kv = replace(case.kv, **{k: v.to(DEVICE) for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
@@ -201,7 +202,7 @@ def test_triton_adds_the_mean_back(kv, dim, group, count, dtype):
 @triton_only
 @pytest.mark.parametrize("dim", [64, 80])
 def test_triton_takes_the_mean_out_and_puts_it_back(dim):
-    from octo_run.kernels.attention.triton_mean import take_out_kernel
+    from octo_run.kernels.attention.general.key_mean_kernels import take_out_kernel
 
     torch.manual_seed(5)
     tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), SINK, 9)
@@ -213,8 +214,9 @@ def test_triton_takes_the_mean_out_and_puts_it_back(dim):
     rows = mean_rows(mean.means, tables.of_pages(first, 3).flatten(0, 1), mean.rotation).view(k.shape)
     pages, out = k.transpose(1, 2), torch.empty_like(k.transpose(1, 2), memory_format=torch.contiguous_format)
     take_out_kernel[(3, 2, 2)](
-        pages, out, mean.means, _integers([first]).to(DEVICE), tables.base, tables.offset, mean.rotation,
-        *pages.stride()[:4], *out.stride()[:3], *mean.means.stride()[:2], **launch_options(dim))  # fmt: skip
+        K=pages, OUT=out, MEANS=mean.means, FIRST=_integers([first]).to(DEVICE), BASE=tables.base, OFFSET=tables.offset,
+        ROTATION=mean.rotation, **strides("sk", pages, l=0, n=1, h=2, t=3), **strides("so", out, l=0, n=1, h=2),
+        **strides("sm", mean.means, l=0, h=1), **launch_options(dim))  # fmt: skip
     assert torch.allclose(out, (k - rows).transpose(1, 2), atol=1e-5)
     slab = k.clone()
     put_back(slab.view(2, 2, -1, dim), _integers([1, 0]).to(DEVICE), _integers([first + 2, 9]).to(DEVICE), first, mean)
@@ -373,9 +375,9 @@ def test_triton_prefill(kv, dim, group, dtype):
     (64, LARGE, torch.float32),
 ])  # fmt: skip
 def test_triton_prefill_in_several_slabs(dim, mean, dtype, monkeypatch):
-    from octo_run.kernels.attention import splits
+    from octo_run.kernels.attention import workspace
 
-    monkeypatch.setattr(splits, "SLAB_BYTES", 1)  # room for a page in float32, two in fp16
+    monkeypatch.setattr(workspace, "SLAB_BYTES", 1)  # room for a page in float32, two in fp16
     case = make_case("octopus3", [40, 64 * 6 + 37, 64 * 3 + 37], 37, 4, 2, dim, dtype=dtype, mean=mean)
     got = run_triton(case)
     for b in range(3):
@@ -387,19 +389,21 @@ def test_triton_prefill_in_several_slabs(dim, mean, dtype, monkeypatch):
 def test_triton_prefill_rounds_once_however_many_slabs(slabs, monkeypatch):
     """Slabs of two pages. The interpreter multiplies no bfloat16, so the inputs are float16 and only the output is
     bfloat16, whose own rounding is 1.7e-3, and 3.3e-3 in the interpreter, which cuts instead."""
-    from octo_run.kernels.attention import prefill, splits
+    from octo_run.kernels.attention import dispatch, workspace
+    from octo_run.kernels.attention.general import prefill_launch
 
-    monkeypatch.setattr(splits, "SLAB_BYTES", 1)
+    monkeypatch.setattr(workspace, "SLAB_BYTES", 1)
     launched = []
-    flash = prefill._flash
-    monkeypatch.setattr(prefill, "_flash", lambda *given: launched.append(given[6] is not None) or flash(*given))
+    flash = prefill_launch._flash
+    monkeypatch.setattr(prefill_launch, "_flash", lambda *given: launched.append(given[7] is not None) or flash(*given))
     case = make_case("octopus3", [SINK + 64 + 128 * slabs + 5], 5, 2, 1, 64, dtype=torch.float16)
     assert int(case.kv.num_packed[0]) == 2 * slabs
     kv = replace(case.kv, **{k: v.to(DEVICE) for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
     q = case.q.to(DEVICE)
     out = torch.empty_like(q, dtype=torch.bfloat16)
-    room = splits.Workspace.of(None, 1, 2, 1, 64, q.device, 5, case.max_length)
-    prefill.attend_prefill(q, kv, case.fmt, out, room, scale=64**-0.5, max_length=case.max_length)
+    room = workspace.Workspace.of(None, 1, 2, 1, 64, q.device, 5, case.max_length)
+    call = dispatch.describe(q, kv, case.fmt, case.max_length, dispatch.Device.GPU)
+    prefill_launch.launch_prefill(call, q, kv, case.fmt, out, room, scale=64**-0.5, max_length=case.max_length)
     assert launched == [True] * (slabs + 1) + [False], "the bound on lengths knows no window: one slab is empty"
     assert relative_error(out, case.want) < (3.7e-3 if INTERPRETED else 2e-3)
 
@@ -410,9 +414,9 @@ def test_triton_prefill_rounds_once_however_many_slabs(slabs, monkeypatch):
 @pytest.mark.parametrize("slabs", [1, 8, 64])
 def test_bfloat16_prefill_is_as_exact_in_many_slabs(slabs, mean, monkeypatch):
     """Against float64: the output's rounding and that of the weights of the tail, whatever the slabs."""
-    from octo_run.kernels.attention import splits
+    from octo_run.kernels.attention import workspace
 
-    monkeypatch.setattr(splits, "SLAB_BYTES", 1)
+    monkeypatch.setattr(workspace, "SLAB_BYTES", 1)
     case = make_case("octopus3", [SINK + 64 + 128 * slabs + 40], 40, 4, 2, 128, dtype=torch.bfloat16, mean=mean)
     assert relative_error(run_triton(case), case.want) < 2e-3
 
@@ -527,10 +531,10 @@ def test_triton_division(seed):
     out = torch.full((programs, 3), -1, dtype=torch.int32, device=DEVICE)
     ask[(programs,)](out, packed.to(DEVICE), starts.to(DEVICE), torch.zeros_like(packed).to(DEVICE), SINK, 128, batch,
                      programs, 1 if batch == 1 else 32)  # fmt: skip
-    found = [(b, split, parts) for b, split, parts in out.tolist() if parts]
+    found = [(b, part, parts) for b, part, parts in out.tolist() if parts]
     each = {b: parts for b, _, parts in found}
     assert sorted(each) == list(range(batch))
-    assert sorted(found) == [(b, split, parts) for b, parts in sorted(each.items()) for split in range(parts)]
+    assert sorted(found) == [(b, part, parts) for b, parts in sorted(each.items()) for part in range(parts)]
     tiles = [int(n) + 3 for n in packed]  # sinks and 100 newest tokens, in a ring of 128, make at least three
     longest = max(tiles[b] / parts for b, parts in each.items())
     assert longest <= -(-sum(tiles) // (programs - (batch if batch > 1 else 0))) + 1
@@ -545,16 +549,17 @@ def test_triton_empty_arena(kv, dtype):
 
 
 @given(st.integers(1, 3000), st.integers(1, 32), st.integers(1, 2**20), st.integers(1, 8))
-def test_splits_fit_the_workspace(batch, kv_heads, length, at_once):
-    from octo_run.kernels.attention.splits import Workspace, count_splits, workspace_bytes
+def test_parts_fit_the_workspace(batch, kv_heads, length, at_once):
+    from octo_run.kernels.attention.parts import general_parts
+    from octo_run.kernels.attention.workspace import Workspace, workspace_bytes
 
     meta = torch.device("meta")
-    splits = count_splits(meta, batch, kv_heads, length, at_once)
-    assert 1 <= splits <= max(1, -(-length // 64))
+    parts = general_parts(meta, batch, kv_heads, length, at_once)
+    assert 1 <= parts <= max(1, -(-length // 64))
     words = workspace_bytes(meta, batch, kv_heads, kv_heads, 16) // 4
     room = Workspace.of(torch.empty(words, device=meta), batch, kv_heads, kv_heads, 16, meta)
-    part, lse = room.partials(splits * batch, kv_heads, 16)
-    assert lse.numel() == splits * batch * kv_heads and part.numel() == 16 * lse.numel()
+    partial, lse = room.partials(parts * batch, kv_heads, 16)
+    assert lse.numel() == parts * batch * kv_heads and partial.numel() == 16 * lse.numel()
 
 
 @triton_only

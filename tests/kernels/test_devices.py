@@ -14,9 +14,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime.jit import JITFunction
 
-from octo_run.kernels import AttentionInputs, AttentionSpec, attention_workspace_bytes, page_bytes
+from octo_run.kernels import AttentionInputs, AttentionSpec, attention_workspace_bytes, devices, page_bytes
 from octo_run.kernels import step as ops
-from octo_run.kernels.attention import key_mean, splits, table_launch
+from octo_run.kernels.attention import key_mean, parts, workspace
+from octo_run.kernels.attention.hopper import launch as table_launch
 from octo_run.kernels.attention.launch import attend_triton
 from octo_run.kernels.codec import parse_kv
 from octo_run.kernels.encode.launch import encode_pages_triton
@@ -37,7 +38,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.device | 
         yield
         guards.pop()
 
-    def run(self: Any, *_: Any, **__: Any) -> None:
+    def run(self: Any, *unnamed: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        if ".encode." not in self.fn.__module__:
+            assert not unnamed and named.keys() >= set(self.arg_names), "an argument does not go by its name"
         found.append((self.fn.__name__, guards[-1]))
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
@@ -76,9 +79,9 @@ def attend(kv: str, count: int, mean: bool = False, batch: int = 2) -> Callable[
 
 def attend_by_table() -> None:
     q, inputs, fmt = arena("oct3", 2, 1, False)
-    room = splits.Workspace.of(None, 2, 4, 2, 64, META)
+    room = workspace.Workspace.of(None, 2, 4, 2, 64, META)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # its caller's, `attend_triton`
-        table_launch.attend_table(q, inputs, fmt, torch.empty_like(q), room, scale=0.1, max_length=1000)
+        table_launch.launch_table_decode(q, inputs, fmt, torch.empty_like(q), room, scale=0.1, max_length=1000)
 
 
 def encode(kv: str) -> Callable[[], Any]:
@@ -91,16 +94,16 @@ def encode(kv: str) -> Callable[[], Any]:
 
 
 def append() -> None:
-    turn = ops.Turn(meta(3, 32), meta(3, 32), None, None, 1e-5, meta(64, 64), meta(64, 64))
-    launch.qkv_rope_append(meta(3, 8 * 64), turn, numbers(3), meta(5, 2, 9, 64), meta(5, 2, 9, 64), meta(3, 1, 4, 64),
-                           numbers(3))  # fmt: skip
+    transform = ops.HeadTransform(meta(3, 32), meta(3, 32), None, None, 1e-5, meta(64, 64), meta(64, 64))
+    full_k, full_v = meta(5, 2, 9, 64), meta(5, 2, 9, 64)
+    launch.qkv_rope_append(meta(3, 8 * 64), transform, numbers(3), full_k, full_v, meta(3, 1, 4, 64), numbers(3))
 
 
 def sample() -> None:
     wide, one = meta(2, dtype=torch.int64), meta(2, dtype=torch.float32)
     draws = ops.Draws(
         rows=numbers(2), temperature=one, penalties=meta(3, 2, dtype=torch.float32), seeds=wide, counters=wide,
-        counts=numbers(5, 3000), parts=meta(2, 4, 3, dtype=torch.float32), tokens=numbers(5),
+        counts=numbers(5, 3000), slices=meta(2, 4, 3, dtype=torch.float32), tokens=numbers(5),
         logprobs=meta(5, dtype=torch.float32),
     )  # fmt: skip
     launch.sample(draws, meta(2, 3000), None)
@@ -131,8 +134,8 @@ LAUNCHERS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "swiglu": (lambda: launch.swiglu(meta(3, 64), meta(3, 32)), {"swiglu_kernel"}),
     "append": (append, {"qkv_rope_append_kernel"}),
     "rotate back": (lambda: launch.rotate_back(meta(3, 128), meta(64, 64), meta(3, 128)), {"rotate_back_kernel"}),
-    "sample": (sample, {"sample_part_kernel", "sample_merge_kernel"}),
-    "decode": (attend("octopus3", 1), {"attend_kernel", "merge_kernel"}),
+    "sample": (sample, {"sample_slice_kernel", "sample_merge_kernel"}),
+    "decode": (attend("octopus3", 1), {"general_decode_kernel", "merge_kernel"}),
     "plain decode": (attend("bf16", 1), {"plain_decode_kernel", "merge_kernel"}),
     "table decode": (attend_by_table, {"table_decode_kernel"}),
     "prefill": (attend("octopus3", 5, mean=True), {"unpack_kernel", "put_back_kernel", "flash_kernel"}),
@@ -166,18 +169,18 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    splits._processors.cache_clear()
+    devices._processors.cache_clear()
     yield
-    splits._processors.cache_clear()
+    devices._processors.cache_clear()
 
 
 def test_work_is_divided_by_the_processors_of_the_device_given(two_cards: None) -> None:
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
-    assert (splits.processors(first), splits.processors(second)) == (100, 30)
-    assert splits.processors(torch.device("cuda")) == 100, "without a number it is the current one"
-    assert splits.processors(torch.device("cpu")) == splits.INTERPRETED_PROCESSORS
-    assert splits.counter_words(second) == 30 * splits.PROGRAMS_PER_PROCESSOR
-    many, few = (splits.count_splits(device, 1, 2, 100_000, 1) for device in (first, second))
+    assert (devices.processors(first), devices.processors(second)) == (100, 30)
+    assert devices.processors(torch.device("cuda")) == 100, "without a number it is the current one"
+    assert devices.processors(torch.device("cpu")) == devices.INTERPRETED_PROCESSORS
+    assert workspace.counter_words(second) == 30 * parts.PARTS_PER_PROCESSOR
+    many, few = (parts.general_parts(device, 1, 2, 100_000, 1) for device in (first, second))
     assert many > 2 * few
     sizes = [attention_workspace_bytes(1, 8, 2, 128, device) for device in ("cuda:0", "cuda:1", "cuda")]
     assert sizes[0] > 3 * sizes[1] and sizes[2] == sizes[0]
@@ -193,7 +196,7 @@ def test_launchers_ask_for_the_processors_of_their_tensors(
         asked.append(device)
         return 30
 
-    monkeypatch.setattr(splits, "processors", processors)
-    monkeypatch.setattr(table_launch, "processors", processors)
+    for module in (parts, workspace, table_launch):
+        monkeypatch.setattr(module, "processors", processors)
     (attend_by_table if kv == "oct3" else attend(kv, 1))()
     assert asked and set(asked) == {META}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.kernels.blocks import inverse_bits, lane_tables, search_tables
 from octo_run.kernels.codec import PageFormat, TrellisCodec, get, parse_kv
 from octo_run.kernels.codec.page_format import SIDES
+from octo_run.kernels.trellis_tables import inverse_bits, lane_tables, search_tables
 
 trellis_launch = pytest.importorskip("octo_run.kernels.encode.trellis_launch", reason="Triton is not installed")
 

@@ -113,7 +113,7 @@ def run(text, words):
 @pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256])
 @pytest.mark.parametrize(("fine", "most", "mean"), [(False, 1.2e-3, 4e-4), (True, 8e-4, 3e-4)])
 def test_every_code(name, dim, fine, most, mean):
-    from octo_run.kernels.attention.triton_octopus import decode_asm, decode_immediates
+    from octo_run.kernels.attention.general.octopus_ptx import decode_asm, decode_immediates
 
     codec = get(name, dim)
     text = decode_asm(codec.bits, decode_immediates(codec), fine)
@@ -139,7 +139,7 @@ def test_every_code(name, dim, fine, most, mean):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256])
 def test_levels_are_exact(name, dim):
-    from octo_run.kernels.attention.triton_octopus import UNITS, decode_asm, decode_immediates
+    from octo_run.kernels.attention.general.octopus_ptx import UNITS, decode_asm, decode_immediates
 
     codec = get(name, dim)
     tables = codec.tables(torch.float64)
@@ -161,15 +161,15 @@ def test_instructions_of_the_loop(name, budget):
     """Warp instructions a token and KV head, 4 query heads, d = 128; the portable decode takes 132."""
     import triton
 
-    from octo_run.kernels.attention.launch import coded_tiling
-    from octo_run.kernels.attention.triton_attend import attend_kernel
+    from octo_run.kernels.attention.dispatch import Element, Kernel, Stored, tiles
+    from octo_run.kernels.attention.general.decode import general_decode_kernel
 
     compiling = SimpleNamespace(**runpy.run_path(str(HERE / "test_attention_compiled.py")))
     disassemble = runpy.run_path(str(HERE.parents[1] / "scripts" / "sass_report.py"))["disassemble"]
     constants, tables = compiling.format_constants(name, 128, 4, torch.bfloat16, False)
-    tiling = coded_tiling(torch.bfloat16, False, 4, 128)
-    constants |= {"ROWS": tiling.rows, "BN": tiling.keys, "BF": tiling.full_keys, "SPLIT": True, "FLIP": tiling.flip}
-    kernel, stack = compiling.compile_for_hopper(attend_kernel, constants, tiling, torch.bfloat16, tables)
+    tiling = tiles(Kernel.GENERAL_DECODE, Stored.OTHER, Element.HALF, 128)
+    constants |= {"BM": tiling.rows, "BN": tiling.keys, "BF": tiling.full_keys, "DIVIDED": True, "FLIP": tiling.flip}
+    kernel, stack = compiling.compile_for_hopper(general_decode_kernel, constants, tiling, torch.bfloat16, tables)
     machine = disassemble(kernel.asm["cubin"])
     start, end = max(machine.loops, key=lambda loop: loop[1] - loop[0])
     counts = Counter(machine.names[start:end])
@@ -212,7 +212,7 @@ def attention(monkeypatch):
     ("octopus4:octopus2", 80, 5),
 ])  # fmt: skip
 def test_triton_ptx_beside_portable(kv, dim, count, attention, monkeypatch):
-    from octo_run.kernels.attention.triton_octopus import decode_immediates
+    from octo_run.kernels.attention.general.octopus_ptx import decode_immediates
 
     case = attention.make_case(kv, [300, 193], count, 6, 2, dim, dtype=torch.float16)
     got = []
@@ -221,8 +221,7 @@ def test_triton_ptx_beside_portable(kv, dim, count, attention, monkeypatch):
         def immediates(codec, into, device, ptx=ptx):
             return decode_immediates(codec) if ptx and isinstance(codec, OctopusCodec) else None
 
-        for module in ("launch", "prefill"):
-            monkeypatch.setattr(f"octo_run.kernels.attention.{module}.ptx_immediates", immediates)
+        monkeypatch.setattr("octo_run.kernels.attention.constants.ptx_immediates", immediates)
         got.append(attention.run_triton(case))
         assert attention.relative_error(got[-1], case.want) < 2e-3
     assert not torch.equal(*got), "one of the two was not run"

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from octo_run.kernels import blocks, prepare
+from octo_run.kernels import prepare, trellis_tables
 from octo_run.kernels.attention import constants
 from octo_run.kernels.codec import OctopusCodec, TrellisCodec, parse_kv
 from octo_run.kernels.encode import trellis_launch
@@ -17,7 +17,10 @@ from octo_run.kernels.encode import trellis_launch
 def kept() -> list[Any]:
     """The functions that keep tensors of a format for a device."""
     found = [
-        f for module in (blocks, constants, trellis_launch) for f in vars(module).values() if hasattr(f, "cache_info")
+        f
+        for module in (trellis_tables, constants, trellis_launch)
+        for f in vars(module).values()
+        if hasattr(f, "cache_info")
     ]
     places = {"codec", "side", "device"}
     return [f for f in dict.fromkeys(found) if {"codec", "device"} <= inspect.signature(f).parameters.keys() <= places]

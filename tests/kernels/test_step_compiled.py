@@ -8,14 +8,14 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from octo_run.kernels.step import triton_rows, triton_sample  # noqa: E402
+from octo_run.kernels.step import layer_kernels, sample_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 B, F, I, L = "*bf16", "*fp32", "*i32", "*i64"
 HEAD = {"H": 32, "HKV": 8, "D": 128, "BD": 128, "HEADS": 16}
-STRIDES = dict.fromkeys(("sk_r", "sk_h", "sk_s", "sv_r", "sv_h", "sv_s"), "i32")
-TURN = {"SLOTS": I, "ROWS": I, "eps": "fp32"} | dict.fromkeys(
+STRIDES = dict.fromkeys(("sk_r", "sk_h", "sk_t", "sv_r", "sv_h", "sv_t"), "i32")
+TRANSFORM = {"SLOTS": I, "ROWS": I, "eps": "fp32"} | dict.fromkeys(
     ("QKV", "COS", "SIN", "Q_NORM", "K_NORM", "ROTATION", "V_ROTATION", "K", "V", "Q"), B
 )
 RULES = {
@@ -27,29 +27,29 @@ RULES = {
     "FLOOR": F,
     "SEEDS": L,
     "COUNTERS": L,
-    "PARTS": F,
+    "SLICES": F,
 }
 CASES = [
-    (triton_rows.add_rms_norm_kernel, dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT"), B) | {"eps": "fp32"},
+    (layer_kernels.add_rms_norm_kernel, dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT"), B) | {"eps": "fp32"},
      {"N": 4096, "BLOCK": 4096, "ADD": True, "EARLY": True}, 8),
-    (triton_rows.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
-    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES,
+    (layer_kernels.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
+    (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": True, "ROTATE_V": False, "MAPPED": True, "EARLY": True}, 4),
-    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES,
+    (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"COLUMNS": 128, "NORM": False, "ROTATE": False, "ROTATE_V": False, "MAPPED": False, "EARLY": True}, 4),
-    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES,
+    (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": True, "ROTATE_V": True, "MAPPED": True, "EARLY": True}, 4),
-    (triton_rows.qkv_rope_append_kernel, TURN | STRIDES,
+    (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": False, "ROTATE_V": True, "MAPPED": True, "EARLY": True}, 4),
-    (triton_rows.rotate_back_kernel, {"X": B, "ROTATION": B, "OUT": B, "n": "i32"},
+    (layer_kernels.rotate_back_kernel, {"X": B, "ROTATION": B, "OUT": B, "n": "i32"},
      {"D": 128, "BD": 128, "HEADS": 16, "COLUMNS": 32, "EARLY": True}, 4),
-    (triton_rows.vector_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": B, "n": "i32"},
+    (layer_kernels.vector_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": B, "n": "i32"},
      {"K": 4096, "BN": 2, "BK": 2048, "BIASED": False, "EARLY": True}, 4),
-    (triton_sample.sample_part_kernel, RULES | {"vocab": "i32", "s_penalty": "i32"},
+    (sample_kernels.sample_slice_kernel, RULES | {"vocab": "i32", "s_penalty": "i32"},
      {"BLOCK": 1024, "COUNTED": True, "NOISY": True, "FLOORED": True}, 4),
-    (triton_sample.sample_merge_kernel,
-     {"LOGITS": B, "ROWS": I, "COUNTS": I, "COUNTERS": L, "PARTS": F, "TOKENS": I, "LOGPROBS": F, "vocab": "i32",
-      "parts": "i32"},
+    (sample_kernels.sample_merge_kernel,
+     {"LOGITS": B, "ROWS": I, "COUNTS": I, "COUNTERS": L, "SLICES": F, "TOKENS": I, "LOGPROBS": F, "vocab": "i32",
+      "slices": "i32"},
      {"WIDTH": 128, "COUNTED": True, "NOISY": True}, 1),
 ]  # fmt: skip
 

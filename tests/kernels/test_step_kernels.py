@@ -45,7 +45,7 @@ def turn(rows, d, normed, rotated, dtype, v_rotated=False):
     norms = [1 + random(d, dtype=dtype, scale=0.1) for _ in range(2)] if normed else [None, None]
     rotation = rotation_matrix(d, 0).to(device=DEVICE, dtype=dtype).T.contiguous() if rotated else None
     v_rotation = rotation_matrix(d, 1).to(device=DEVICE, dtype=dtype).T.contiguous() if v_rotated else None
-    return ops.Turn(cos.contiguous(), sin.contiguous(), *norms, 1e-5, rotation, v_rotation)
+    return ops.HeadTransform(cos.contiguous(), sin.contiguous(), *norms, 1e-5, rotation, v_rotation)
 
 
 def append(run, qkv, how, heads, kv_heads, d, rows=None):
@@ -232,7 +232,7 @@ def draws(batch, vocab, **changes):
         seeds=torch.tensor([5, -6, 7, 8, 2**62][:batch], device=DEVICE),
         counters=torch.tensor([0, 1, 2**40, 3, 4][:batch], device=DEVICE),
         counts=(torch.arange(batch * vocab, device=DEVICE).view(batch, vocab) % 6).int(),
-        parts=torch.full((batch, 4, -(-vocab // ops.PART_TOKENS)), torch.nan, device=DEVICE),
+        slices=torch.full((batch, 4, -(-vocab // ops.SLICE_TOKENS)), torch.nan, device=DEVICE),
         tokens=torch.full((batch,), -1, dtype=torch.int32, device=DEVICE),
         logprobs=torch.full((batch,), torch.nan, device=DEVICE),
     )

@@ -13,17 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octo_run.kernels import PAGE_TOKENS, AttentionSpec, attend_reference, encode_pages
-from octo_run.kernels.attention import splits
+from octo_run.kernels.attention.parts import PARTS_PER_PROCESSOR, TABLE_WARPS, table_parts
+from octo_run.kernels.attention.workspace import Workspace, counter_words, workspace_bytes
 from octo_run.kernels.codec import PageFormat
 
-table_launch = pytest.importorskip("octo_run.kernels.attention.table_launch", reason="Triton is not installed")
+table_launch = pytest.importorskip("octo_run.kernels.attention.hopper.launch", reason="Triton is not installed")
 
 CPU = torch.device("cpu")
 HERE = Path(__file__).parent
 emulator = SimpleNamespace(**runpy.run_path(str(HERE / "lane_emulator.py")))
 cases = SimpleNamespace(**runpy.run_path(str(HERE / "test_attention_kernels.py")))
 MODULES = emulator.kernel_modules()
-DECODE = MODULES["table_decode"]
+DECODE = MODULES["decode"]
 LENGTHS = (1, 64, 128, 192, 193, 255, 256, 257, 320, 1000)  # 64 sinks, 64 to 127 in the window, pages of 64
 
 
@@ -38,14 +39,16 @@ def worst_error(case: Any, room_for: int | None = None) -> float:
     """The largest relative error of a sequence; outputs and workspace are full of NaN before."""
     batch, _, heads, dim = case.q.shape
     kv_heads = case.kv.pages.shape[1]
-    words = splits.workspace_bytes(case.q.device, room_for or batch, heads, kv_heads, dim) // 4
+    words = workspace_bytes(case.q.device, room_for or batch, heads, kv_heads, dim) // 4
     whole = torch.full((words,), float("nan"))
-    whole[: splits.counter_words(whole.device)] = 0
-    room = splits.Workspace.of(whole, batch, heads, kv_heads, dim, whole.device)
+    whole[: counter_words(whole.device)] = 0
+    room = Workspace.of(whole, batch, heads, kv_heads, dim, whole.device)
     worst = 0.0
     for _ in range(2):  # the second time with what the first one left in the workspace
         out = torch.full_like(case.q, float("nan"))
-        table_launch.attend_table(case.q, case.kv, case.fmt, out, room, scale=dim**-0.5, max_length=case.max_length)
+        table_launch.launch_table_decode(
+            case.q, case.kv, case.fmt, out, room, scale=dim**-0.5, max_length=case.max_length
+        )
         assert not out.isnan().any(), "something was not written"
         assert not room.counters.any(), "the counters are not at zero for the next call"
         worst = max(worst, *(cases.relative_error(got, want) for got, want in zip(out, case.want, strict=True)))
@@ -145,13 +148,13 @@ def test_a_batch_of_filler(kernel: Any, lengths: list[int]) -> None:
 def test_more_sequences_than_counters(kernel: Any) -> None:
     """A long one among many short ones is not cut: the workspace has a counter for eight programs a processor."""
     lengths = [*([200] * 34), 64 * 40 + 192]
-    assert len(lengths) > splits.counter_words(CPU)
+    assert len(lengths) > counter_words(CPU)
     assert worst_error(decode_case("oct2", lengths, 1, 1, 64)) < 1e-3
 
 
 def test_many_blocks_of_heads_share_the_counters(kernel: Any) -> None:
     """24 heads are three programs a KV head, each with a counter of its own."""
-    assert 16 * 3 > splits.counter_words(CPU) >= 2 * 16
+    assert 16 * 3 > counter_words(CPU) >= 2 * 16
     assert worst_error(decode_case("oct2", [*([200] * 15), 64 * 24 + 192], 24, 1, 64)) < 1e-3
 
 
@@ -169,8 +172,8 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
     """The parts of all sequences follow each other without gaps, fit into the launcher's grid and its workspace."""
     batch, kv_heads = len(packed), programs
     longest = max(packed)
-    most = max(1, splits.PROGRAMS_PER_PROCESSOR * processors // (batch * programs))
-    parts = table_launch.count_parts(batch * programs, longest, most, processors)
+    most = max(1, PARTS_PER_PROCESSOR * processors // (batch * programs))
+    parts = table_parts(batch * programs, longest, most, processors)
     grid = max(parts * batch, 4 * processors // programs + batch)
     memory = emulator.Memory()
     running = emulator.RUNNING
@@ -181,20 +184,20 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
     for flat in range(grid):
         running.start((0, flat), 32, False)
         arguments = [emulator.Value(n, "i32") for n in (flat, batch, parts, programs, processors)]
-        MODULES["table_parts"].divide(pointer, *arguments, lane, lane * 0, 16, table_launch.WARPS)
+        MODULES["parts"].divide(pointer, *arguments, lane, lane * 0, 16, TABLE_WARPS)
         found.append(tuple(int(n) for n in emulator.read_scalars(None, 16)))
     expected, before = [], 0
     for seq in range(batch):
         count = sum(1 for s, _, n, _ in found if n and s == seq)
         assert count >= 1, "every sequence has a program: it has sinks and a window"
-        expected += [(seq, split, count, before) for split in range(count)]
+        expected += [(seq, part, count, before) for part in range(count)]
         before += count
     assert found[: len(expected)] == expected
     assert all(n == 0 for _, _, n, _ in found[len(expected) :])
-    room = max(processors * splits.PROGRAMS_PER_PROCESSOR, 2 * batch * kv_heads)
+    room = max(processors * PARTS_PER_PROCESSOR, 2 * batch * kv_heads)
     assert grid * kv_heads <= room, "partial results fit into the workspace"
     if len(expected) > batch:
-        assert batch * programs <= splits.PROGRAMS_PER_PROCESSOR * processors, "there are counters for them"
+        assert batch * programs <= PARTS_PER_PROCESSOR * processors, "there are counters for them"
 
 
 @pytest.mark.parametrize(
@@ -207,30 +210,11 @@ def test_threads_meet_only_at_barriers(
     monkeypatch.setattr(table_launch, "table_decode_kernel", watched)
     case = decode_case(kv, lengths, group, 1, dim)
     assert worst_error(case) < 1e-3
-    for module, name in (("table_decode", "sync_warp"), ("table_parts", "barrier"), ("table_full", "barrier")):
+    for module, name in (("decode", "sync_warp"), ("parts", "barrier"), ("full_precision", "barrier")):
         with monkeypatch.context() as without:
             without.setattr(MODULES[module], name, lambda *_: None)
             with pytest.raises(AssertionError, match=r"a thread (reads|writes) what another one"):
                 worst_error(case)
-
-
-@pytest.mark.parametrize(
-    ("kibibytes", "version", "fits"), [(228, "13.0", True), (164, "13.0", False), (228, None, False)]
-)
-def test_the_launcher_takes_table_formats_alone(
-    monkeypatch: pytest.MonkeyPatch, kibibytes: int, version: str | None, fits: bool
-) -> None:
-    """Which formats this kernel is asked for, and on which GPUs, which are made up: enough shared memory, NVIDIA's."""
-    properties = SimpleNamespace(shared_memory_per_multiprocessor=1024 * kibibytes)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
-    monkeypatch.setattr(torch.version, "cuda", version)
-    table_launch.has_room.cache_clear()
-    for kv, taken in (("oct3", True), ("oct3:oct2", True), ("oct3:bf16", False), ("octopus3:oct3", False)):
-        case = decode_case(kv, [400], 1, 1, 64)
-        for device, there in (("cuda", fits), ("cpu", False)):
-            q = SimpleNamespace(shape=case.q.shape, device=torch.device(device), dtype=torch.float16)
-            assert table_launch.takes(q, case.kv, case.fmt, 400) is (taken and there)
-    table_launch.has_room.cache_clear()
 
 
 def test_emulated_products_are_those_of_matrices() -> None:

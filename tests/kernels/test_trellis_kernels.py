@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from octo_run.kernels import page_bytes
-from octo_run.kernels.blocks import inverse_bits, read_map, search_tables
 from octo_run.kernels.codec import PageFormat, get, parse_kv
+from octo_run.kernels.trellis_tables import inverse_bits, read_map, search_tables
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.table_codewords import key_norm, key_token, select, value_slot
+from octo_run.kernels.attention.hopper.codewords import key_norm, key_token, select, value_slot
 from octo_run.kernels.lanes import (
     exp2,
     max_over_rows,
@@ -50,7 +50,7 @@ def split_query(
     g = lane >> 2
     t = lane & 3
     head = first_head + (g >> 1)
-    part = g & 1
+    half = g & 1
     row = q_ptr + gl.minimum(head, G - 1) * stride_qh
     peak = gl.full([32 * WARPS], 1e-30, gl.float32, layout=LAYOUT)
     values = ()
@@ -79,7 +79,7 @@ def split_query(
             if s != 2 * N + 2:  # the extras of slot 2 N + 1 again
                 total += whole
             high = (whole + 128) >> 8
-            byte = gl.where(part == 0, high, whole - (high << 8))
+            byte = gl.where(half == 0, high, whole - (high << 8))
             packed = packed | ((u32(byte) & 0xFF) << (8 * c))
         out = out + (packed,)
     total += shuffle(u32(total), lane ^ 1).to(gl.int32, bitcast=True)

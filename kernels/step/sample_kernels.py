@@ -1,4 +1,4 @@
-"""Triton kernels that draw a token for each sequence: parts of the vocabulary, then the best of the parts.
+"""Triton kernels that draw a token for each sequence: slices of the vocabulary, then the best of the slices.
 
 What lasts is stored by rows; number b of the batch owns row ROWS[b], a negative one is filler and left out.
 """
@@ -7,6 +7,12 @@ What lasts is stored by rows; number b of the batch owns row ROWS[b], a negative
 
 import triton
 import triton.language as tl
+
+SCORE, TOKEN, BASE, TOTAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+"""What is known of a slice: the best score; the bits of its token; of the logits the largest and the sum of
+exponentials relative to it."""
+REPETITION, PRESENCE, FREQUENCY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""The penalties of `Draws`."""
 
 
 @triton.jit
@@ -19,25 +25,24 @@ def _hash(x):
 
 
 @triton.jit
-def sample_part_kernel(
-    LOGITS, ROWS, COUNTS, TEMPERATURE, PENALTIES, FLOOR, SEEDS, COUNTERS, PARTS, vocab, s_penalty,
+def sample_slice_kernel(
+    LOGITS, ROWS, COUNTS, TEMPERATURE, PENALTIES, FLOOR, SEEDS, COUNTERS, SLICES, vocab, s_penalty,
     BLOCK: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr, FLOORED: tl.constexpr,
 ):  # fmt: skip
-    """The program is (part, number in the batch). PARTS float32 [B, 4, parts]: best score, its token's bits, and of the
-    logits the largest and the sum of exponentials relative to it."""
-    part, row = tl.program_id(0), tl.program_id(1)
+    """The program is (slice, number in the batch). SLICES float32 [B, 4, slices]: `SCORE`, `TOKEN`, `BASE`, `TOTAL`."""
+    index, row = tl.program_id(0), tl.program_id(1)
     owned = tl.load(ROWS + row).to(tl.int64)
     if owned < 0:
         return
-    at = part * BLOCK + tl.arange(0, BLOCK)
+    at = index * BLOCK + tl.arange(0, BLOCK)
     inside = at < vocab
     places = row.to(tl.int64) * vocab + at
     logit = tl.load(LOGITS + places, mask=inside, other=float("-inf")).to(tl.float32)
     score = logit
     if COUNTED:
-        repetition = tl.load(PENALTIES + row)
-        presence = tl.load(PENALTIES + s_penalty + row)
-        frequency = tl.load(PENALTIES + 2 * s_penalty + row)
+        repetition = tl.load(PENALTIES + REPETITION * s_penalty + row)
+        presence = tl.load(PENALTIES + PRESENCE * s_penalty + row)
+        frequency = tl.load(PENALTIES + FREQUENCY * s_penalty + row)
         count = tl.load(COUNTS + owned * vocab + at, mask=inside, other=0)
         drawn = (count >> 1).to(tl.float32)
         score = tl.where(count > 0, tl.where(logit > 0, logit / repetition, logit * repetition), logit)
@@ -55,17 +60,17 @@ def sample_part_kernel(
         score = tl.where(temperature > 0, score - temperature * tl.log(wait), score)
     largest = tl.max(logit, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    to = PARTS + row * 4 * tl.num_programs(0) + part
-    tl.store(to, tl.max(score, 0))
-    token = part * BLOCK + tl.argmax(score, 0)
-    tl.store(to + tl.num_programs(0), token.to(tl.float32, bitcast=True))
-    tl.store(to + 2 * tl.num_programs(0), base)
-    tl.store(to + 3 * tl.num_programs(0), tl.sum(tl.exp(logit - base), 0))
+    to = SLICES + row * 4 * tl.num_programs(0) + index
+    tl.store(to + SCORE * tl.num_programs(0), tl.max(score, 0))
+    token = index * BLOCK + tl.argmax(score, 0)
+    tl.store(to + TOKEN * tl.num_programs(0), token.to(tl.float32, bitcast=True))
+    tl.store(to + BASE * tl.num_programs(0), base)
+    tl.store(to + TOTAL * tl.num_programs(0), tl.sum(tl.exp(logit - base), 0))
 
 
 @triton.jit
 def sample_merge_kernel(
-    LOGITS, ROWS, COUNTS, COUNTERS, PARTS, TOKENS, LOGPROBS, vocab, parts,
+    LOGITS, ROWS, COUNTS, COUNTERS, SLICES, TOKENS, LOGPROBS, vocab, slices,
     WIDTH: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence: the token and its log-probability; it is counted, and so is the draw."""
@@ -74,12 +79,12 @@ def sample_merge_kernel(
     if owned < 0:
         return
     at = tl.arange(0, WIDTH)
-    inside = at < parts
-    source = PARTS + row * 4 * parts + at
-    best = tl.argmax(tl.load(source, mask=inside, other=float("-inf")), 0)
-    token = tl.load(PARTS + row * 4 * parts + parts + best).to(tl.int32, bitcast=True)
-    base = tl.load(source + 2 * parts, mask=inside, other=float("-inf"))
-    total = tl.load(source + 3 * parts, mask=inside, other=0.0)
+    inside = at < slices
+    source = SLICES + row * 4 * slices + at
+    best = tl.argmax(tl.load(source + SCORE * slices, mask=inside, other=float("-inf")), 0)
+    token = tl.load(SLICES + row * 4 * slices + TOKEN * slices + best).to(tl.int32, bitcast=True)
+    base = tl.load(source + BASE * slices, mask=inside, other=float("-inf"))
+    total = tl.load(source + TOTAL * slices, mask=inside, other=0.0)
     largest = tl.max(base, 0)
     whole = largest + tl.log(tl.sum(tl.where(inside, total * tl.exp(base - largest), 0.0), 0))
     chosen = tl.load(LOGITS + row.to(tl.int64) * vocab + token).to(tl.float32)

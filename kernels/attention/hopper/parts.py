@@ -1,4 +1,7 @@
-"""How the table-decode kernel divides contexts among its programs, and puts their results together, lane by lane."""
+"""How the table-decode kernel divides sequences into parts, and merges what these found, lane by lane.
+
+A part is the share of a sequence's pages (and full-precision tokens) that one program does: see `attention.parts`.
+"""
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
 
 from triton.experimental import gluon
@@ -29,26 +32,26 @@ def _int(x):
 
 @gluon.jit
 def divide(
-    num_packed_ptr, flat, batch, parts, programs, processors, lane, warp, AT: gl.constexpr, WARPS: gl.constexpr
+    num_packed, flat, batch, even_parts, programs, processors, lane, warp, AT: gl.constexpr, WARPS: gl.constexpr
 ):  # fmt: skip
-    """What program number ``flat`` of those along all contexts does, in four words at byte AT of shared memory: the
+    """What program number ``flat`` of those along all sequences does, in four words at byte AT of shared memory: the
     sequence, its part, the parts of that sequence (0: nothing is left to do) and of all sequences before it.
 
-    Every sequence has ``parts`` parts if they are about equally long; else parts are of one length, small enough for
-    the chip to even out their times. More than eight programs a multiprocessor even themselves out, and there is no
-    counter for their merge (`splits.counter_words`). A lane takes a sequence.
+    Every sequence has ``even_parts`` parts if they are about equally long; else parts are of one length, small enough
+    for the chip to even out their times. More than eight programs a multiprocessor even themselves out, and there is no
+    counter for their merge (`workspace.counter_words`). A lane takes a sequence.
     """
     total = lane * 0
     longest = lane * 0
     for first in range(0, batch, 32):
-        num = gl.load(num_packed_ptr + gl.minimum(first + lane, batch - 1))
+        num = gl.load(num_packed + gl.minimum(first + lane, batch - 1))
         total += gl.where(first + lane < batch, num, 0)
         longest = gl.maximum(longest, num)
     for step in gl.static_range(5):
         total += _int(shuffle(u32(total), lane ^ (1 << step)))
         longest = gl.maximum(longest, _int(shuffle(u32(longest), lane ^ (1 << step))))
-    waves = (batch * programs * parts + processors - 1) // processors
-    even = gl.maximum(longest + parts - 1, parts) // parts
+    waves = (batch * programs * even_parts + processors - 1) // processors
+    even = gl.maximum(longest + even_parts - 1, even_parts) // even_parts
     fair = total.to(gl.float32) * programs / processors  # pages of each multiprocessor
     small = ((0.25 * fair).to(gl.int32) // WARPS + 1) * WARPS
     unit = gl.where(((waves * even).to(gl.float32) <= 1.15 * fair) | (waves > 8), even, small)
@@ -57,7 +60,7 @@ def divide(
     sync_warp(lane)
     start = lane * 0
     for first in range(0, batch, 32):
-        num = gl.load(num_packed_ptr + gl.minimum(first + lane, batch - 1))
+        num = gl.load(num_packed + gl.minimum(first + lane, batch - 1))
         count = gl.where(first + lane < batch, gl.maximum((num + unit - 1) // unit, 1), 0)
         upto = count
         for step in gl.static_range(5):
@@ -71,12 +74,12 @@ def divide(
 
 @gluon.jit
 def combine(
-    acc, running, total, weight, lane, warp, tid, first_head, out_row, part_row, lse_row, stride_oh, parts, split,
+    acc, running, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, part,
     to_value, N: gl.constexpr, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, NT: gl.constexpr,
     PAIRS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Add up the warps' sums through shared memory (the table is not needed any more); write the result of this
-    program, to ``out_row`` if it is the only one of its heads, else to ``part_row`` and ``lse_row``."""
+    program, to ``out_row`` if it is the only one of its heads, else to ``partial_row`` and ``lse_row``."""
     ROW: gl.constexpr = 24 * (N + 1)
     WARP_WORDS: gl.constexpr = NT * (4 * ROW + 8)
     g = lane >> 2
@@ -126,16 +129,16 @@ def combine(
             gl.store(out, (left * over).to(out_row.dtype.element_ty), mask=keep)
             gl.store(out + 1, (right * over).to(out_row.dtype.element_ty), mask=keep)
         else:
-            place = which * parts + split
-            part = part_row + place.to(gl.int64) * D + column
-            gl.store(part, left * over, mask=keep)
-            gl.store(part + 1, right * over, mask=keep)
+            place = which * parts + part
+            to = partial_row + place.to(gl.int64) * D + column
+            gl.store(to, left * over, mask=keep)
+            gl.store(to + 1, right * over, mask=keep)
             level = gl.where(empty, -1e30, best + log2(gl.where(empty, 1.0, mass)))
             gl.store(lse_row + place, level, mask=keep & (column == 0))
 
 
 @gluon.jit
-def merge(tid, first_head, out_row, part_row, lse_row, stride_oh, parts, G: gl.constexpr, D: gl.constexpr,
+def merge(tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, G: gl.constexpr, D: gl.constexpr,
            HEADS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
     """The result of all programs of these heads, by the last one to finish; past the first-level cache, which is not
     coherent."""
@@ -160,7 +163,7 @@ def merge(tid, first_head, out_row, part_row, lse_row, stride_oh, parts, G: gl.c
                 place = places[n][0] * parts + gl.minimum(first + s, parts - 1)
                 level = gl.load(lse_row + place, cache_modifier=".cg")
                 levels = levels + (gl.where(first + s < parts, level, -1e30),)
-                values = values + (load_global2_l2(part_row + place.to(gl.int64) * D + places[n][1]),)
+                values = values + (load_global2_l2(partial_row + place.to(gl.int64) * D + places[n][1]),)
             loaded = loaded + ((levels, values),)
         grown = ((), (), (), ())
         for n in gl.static_range(TURNS):

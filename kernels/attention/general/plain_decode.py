@@ -1,7 +1,7 @@
 """Triton kernel of decode attention over plain pages: K and V as they are, whole rows.
 
 Nothing is decoded, so that keys and values can go from memory to shared memory while earlier tiles are multiplied, and
-from there into the products of a warp group. The general kernel (`triton_attend`), whose vectors pass through registers
+from there into the products of a warp group. The general kernel (`decode`), whose vectors pass through registers
 as planes of triplets, takes plain pages only beside coded ones, with a key mean, or of another type than the queries.
 """
 
@@ -10,59 +10,70 @@ as planes of triplets, takes plain pages only beside coded ones, with a key mean
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part, place
+from octo_run.kernels.attention.general.parts import (
+    LOG2E,
+    LOWEST,
+    PAGE,
+    full_segments,
+    full_tile,
+    full_tiles,
+    my_part,
+    place,
+    tiles_of_page,
+)
 
 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def plain_decode_kernel(
-    Q, OUT, PART, LSE, PAGES, TABLE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, sink,
-    capacity, batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r, ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t,
-    stk_r, stk_h, stk_t, stv_r, stv_h, stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    BN: tl.constexpr, BATCH: tl.constexpr, SPLIT: tl.constexpr,
+    Q, OUT, PARTIAL, LSE, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
+    scale, sink, capacity, batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
+    ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
+    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BATCH: tl.constexpr,
+    DIVIDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (KV head, part) of `triton_parts.divide`; its normalised output goes to PART [parts, H, D], its
-    log2-sum-exp2 to LSE [parts, H]; without SPLIT program (KV head, sequence), and to OUT. Shapes and meaning of the
-    arena's parts: `AttentionInputs`; all of them have one element type. WIDTH: D, made a power of two; ROWS: G padded.
+    """Program (KV head, part) of `parts.divide`; its normalised output goes to PARTIAL [parts, H, D], its
+    log2-sum-exp2 to LSE [parts, H]; without DIVIDED program (KV head, sequence), and to OUT. What the arena holds:
+    `AttentionInputs`; all of it has one element type. WIDTH: D, made a power of two; BM: G padded.
     """
     h = tl.program_id(0)
     flat = tl.program_id(1)
     heads = tl.num_programs(0) * G
     b = flat
-    split = 0
+    part = 0
     parts = 1
-    if SPLIT:
-        b, split, parts = my_part(flat, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BN)
+    if DIVIDED:
+        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BN)
     b = b.to(tl.int64)
     if parts > 0:
-        packed = tl.load(PACKED + b)
-        owned, length = place(b, OWNED, STARTS)
-        segments = full_segments(packed, length, tl.load(ORIGIN + b), sink, capacity)
-        page_tiles = packed * (64 // BN)
+        packed = tl.load(NUM_PACKED + b)
+        owned, length = place(b, ROWS, STARTS)
+        segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
+        page_tiles = packed * tiles_of_page(BN)
         tiles = page_tiles + full_tiles(segments, BN)
-        r = tl.arange(0, ROWS)
+        r = tl.arange(0, BM)
         head = h * G + r
         n = tl.arange(0, BN)
         column = tl.arange(0, WIDTH)
         real_q = (r < G)[None, :] & (column < D)[:, None]
         q = tl.load(Q + b * sq_b + (head * sq_h)[None, :] + column[:, None], mask=real_q, other=0.0)
         gain = scale * LOG2E
-        m = tl.full([ROWS], LOWEST, tl.float32)
-        l = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([WIDTH, ROWS], tl.float32)
+        m = tl.full([BM], LOWEST, tl.float32)
+        l = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([WIDTH, BM], tl.float32)
         # One loop for all tiles: two with products of a warp group in a kernel were miscompiled (ptxas 12.8).
-        for t in range(split * tiles // parts, (split + 1) * tiles // parts):
+        for t in range(part * tiles // parts, (part + 1) * tiles // parts):
             paged = t < page_tiles
-            page = tl.load(TABLE + owned * st_r + t // (64 // BN), mask=paged, other=0)
+            page = tl.load(PAGE_TABLE + owned * st_r + t // tiles_of_page(BN), mask=paged, other=0)
             is_sink, row, _, valid = full_tile(t - page_tiles, segments, BN)
             kpage = (PAGES + page.to(tl.int64) * sp_page + h * sp_head).to(tl.pointer_type(Q.dtype.element_ty))
-            row = tl.where(paged, (t % (64 // BN)) * BN, row).to(tl.int64)
+            row = tl.where(paged, (t % tiles_of_page(BN)) * BN, row).to(tl.int64)
             valid = tl.where(paged, BN, valid)
             k_step = tl.where(paged, D, tl.where(is_sink, ssk_t, stk_t))
             v_step = tl.where(paged, D, tl.where(is_sink, ssv_t, stv_t))
             k_at = tl.where(is_sink, SINK_K + owned * ssk_r + h * ssk_h, TAIL_K + owned * stk_r + h * stk_h)
             v_at = tl.where(is_sink, SINK_V + owned * ssv_r + h * ssv_h, TAIL_V + owned * stv_r + h * stv_h)
             k_at = tl.where(paged, kpage, k_at) + row * k_step
-            v_at = tl.where(paged, kpage + 64 * D, v_at) + row * v_step
+            v_at = tl.where(paged, kpage + PAGE * D, v_at) + row * v_step
             there = n < valid
             if D == WIDTH:
                 k = tl.load(k_at + (n * k_step)[:, None] + column[None, :], mask=there[:, None], other=0.0)
@@ -83,10 +94,10 @@ def plain_decode_kernel(
             m = top
         some = tl.where(l > 0, l, 1.0)
         acc *= (1.0 / some)[None, :]
-        if SPLIT:
+        if DIVIDED:
             index = flat.to(tl.int64) * heads + head
             tl.store(LSE + index, m + tl.log2(some), mask=r < G)
-            tl.store(PART + (index * D)[None, :] + column[:, None], acc, mask=real_q)
+            tl.store(PARTIAL + (index * D)[None, :] + column[:, None], acc, mask=real_q)
         else:
             to = OUT + b * so_b + (head * so_h)[None, :] + column[:, None]
             tl.store(to, acc.to(OUT.dtype.element_ty), mask=real_q)

@@ -63,7 +63,7 @@ def _normed(x, other, WEIGHT, column, partner, inside, eps, kind: tl.constexpr, 
 @triton.jit
 def qkv_rope_append_kernel(
     QKV, COS, SIN, Q_NORM, K_NORM, ROTATION, V_ROTATION, ROWS, SLOTS, K, V, Q, eps,
-    sk_r, sk_h, sk_s, sv_r, sv_h, sv_s,
+    sk_r, sk_h, sk_t, sv_r, sv_h, sv_t,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     NORM: tl.constexpr, ROTATE: tl.constexpr, ROTATE_V: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -124,9 +124,9 @@ def qkv_rope_append_kernel(
     else:
         value = tl.load(source + out[None, :], mask=is_v[:, None] & kept[None, :], other=0)
     if target >= 0:
-        to_k = K + target * sk_r + k_head[:, None] * sk_h + slot * sk_s + place[None, :]
+        to_k = K + target * sk_r + k_head[:, None] * sk_h + slot * sk_t + place[None, :]
         tl.store(to_k, result, mask=is_k[:, None] & mine[None, :])
-        to_v = V + target * sv_r + v_head[:, None] * sv_h + slot * sv_s + out[None, :]
+        to_v = V + target * sv_r + v_head[:, None] * sv_h + slot * sv_t + out[None, :]
         tl.store(to_v, value, mask=is_v[:, None] & kept[None, :])
 
 

@@ -1,8 +1,8 @@
-"""The full-precision part (sinks and tail) of a decode step, for the table-decode kernel, lane by lane.
+"""The full-precision tokens (sinks and tail) of a decode step, for the table-decode kernel, lane by lane.
 
 The program's tokens are copied to shared memory, and sixteen at a time go to a warp.
 Columns of the matrix products: 2 t is head t of a block of four query heads; for the weights 2 t + 1 holds what
-rounding to 16 bits leaves of column 2 t. The sums come out as the packed part's do: lane (g, t) holds of head t the
+rounding to 16 bits leaves of column 2 t. The sums come out as those of the pages do: lane (g, t) holds of head t the
 coordinates of chain g and of extra triplet g.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
@@ -132,35 +132,35 @@ def _grow(acc, decays, weights, v_at, lane, zero, to_sums, D: gl.constexpr, N: g
     for b in gl.static_range(NT):
         for i in gl.static_range(3 * PAIRS):
             for h in gl.static_range(2):
-                part = grown[i][b][2 * h] + grown[i][b][2 * h + 1]
-                out = out + (acc[(b * 3 * PAIRS + i) * 2 + h] * decays[b] + part * to_sums,)
+                more = grown[i][b][2 * h] + grown[i][b][2 * h + 1]
+                out = out + (acc[(b * 3 * PAIRS + i) * 2 + h] * decays[b] + more * to_sums,)
     return out
 
 
 @gluon.jit
 def stage_round(
     sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v, n_sink, count,
-    first_slot, capacity, split, splits, begin, mine, room, at, tid, D: gl.constexpr, WARPS: gl.constexpr,
+    first_slot, capacity, part, parts, begin, mine, room, at, tid, D: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Start copying the program's blocks from its number ``begin`` on, ``room`` of ``mine`` at most, to byte ``at``."""
     now = gl.minimum(mine - begin, room)
-    first = split + begin * splits
-    _stage(at, sink_k, tail_k, stride_sink_k, stride_tail_k, first, splits, now, n_sink, count, first_slot, capacity,
+    first = part + begin * parts
+    _stage(at, sink_k, tail_k, stride_sink_k, stride_tail_k, first, parts, now, n_sink, count, first_slot, capacity,
            tid, D, 32 * WARPS)  # fmt: skip
-    _stage(at + room * (16 * row_bytes(D)), sink_v, tail_v, stride_sink_v, stride_tail_v, first, splits, now, n_sink,
+    _stage(at + room * (16 * row_bytes(D)), sink_v, tail_v, stride_sink_v, stride_tail_v, first, parts, now, n_sink,
            count, first_slot, capacity, tid, D, 32 * WARPS)  # fmt: skip
 
 
 @gluon.jit
 def full_precision(
     q_ptr, stride_qh, sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v,
-    n_sink, count, first_slot, capacity, split, splits, mine, room, at, tid, head, scale_log2, to_sums,
+    n_sink, count, first_slot, capacity, part, parts, mine, room, at, tid, head, scale_log2, to_sums,
     G: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, PAIRS: gl.constexpr, ELEMENT: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Softmax sums of the program's share of ``count`` tokens, of which the first ``n_sink`` are sinks.
+    """Softmax sums of the program's part of ``count`` tokens, of which the first ``n_sink`` are sinks.
 
-    Its ``mine`` blocks of sixteen tokens are ``split + n * splits``, warp by warp; `stage_round` has begun to copy
+    Its ``mine`` blocks of sixteen tokens are ``part + n * parts``, warp by warp; `stage_round` has begun to copy
     those from 0 on to byte ``at`` of shared memory, which has room for ``room``. All pointers are those of the sequence
     and KV head. Returns (running maxima, sums of weights of the lane's rows, sums of values times ``to_sums``): tuples
     of NT, NT and NT * 6 * PAIRS numbers.
@@ -183,10 +183,10 @@ def full_precision(
     barrier()
     for begin in range(0, mine, room):
         now = gl.minimum(mine - begin, room)
-        first = split + begin * splits
+        first = part + begin * parts
         for turn in range(0, now, WARPS):
             block = gl.minimum(turn + warp, now - 1)
-            token = (first + block * splits) * 16 + g
+            token = (first + block * parts) * 16 + g
             there0 = (turn + warp < now) & (token < count)
             there1 = (turn + warp < now) & (token + 8 < count)
             k_at = at + block * (16 * row_bytes(D))
@@ -220,7 +220,7 @@ def full_precision(
         if begin + room < mine:
             stage_round(
                 sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v, n_sink,
-                count, first_slot, capacity, split, splits, begin + room, mine, room, at, tid, D, WARPS,
+                count, first_slot, capacity, part, parts, begin + room, mine, room, at, tid, D, WARPS,
             )  # fmt: skip
             wait_for_all_copies(lane)
             barrier()

@@ -1,4 +1,4 @@
-"""Fused decode attention over packed pages by table lookup and int8 matrix products (NVIDIA, Gluon).
+"""Fused decode attention over pages of trellis codes by table lookup and int8 matrix products (NVIDIA, Gluon).
 
 Written lane by lane: every tensor has one element a thread, so that each line is one machine instruction of each lane.
 """
@@ -8,9 +8,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.table_codewords import field
-from octo_run.kernels.attention.table_full import blocks_at_once, full_precision, stage_round
-from octo_run.kernels.attention.table_mean import (
+from octo_run.kernels.attention.hopper.codewords import field
+from octo_run.kernels.attention.hopper.full_precision import blocks_at_once, full_precision, stage_round
+from octo_run.kernels.attention.hopper.mean_bias import (
     add_biases,
     angle_bytes,
     fetch_angles,
@@ -21,8 +21,8 @@ from octo_run.kernels.attention.table_mean import (
     stage_offsets,
     write_coefficients,
 )
-from octo_run.kernels.attention.table_parts import combine, divide, merge
-from octo_run.kernels.attention.table_products import (
+from octo_run.kernels.attention.hopper.parts import combine, divide, merge
+from octo_run.kernels.attention.hopper.products import (
     query_bytes,
     query_words,
     score_page,
@@ -143,14 +143,12 @@ def _kept(at, COUNT: gl.constexpr):
 
 
 # What differs from call to call is not worth a compilation of its own.
-@gluon.jit(do_not_specialize=["stride_table", "sink", "capacity", "batch", "parts", "processors"])
+@gluon.jit(do_not_specialize=["st_r", "sink", "capacity", "batch", "even_parts", "processors"])
 def table_decode_kernel(
-    q_ptr, pages_ptr, page_table_ptr, rows_ptr, num_packed_ptr, starts_ptr, origin_ptr, sink_k_ptr, sink_v_ptr,
-    tail_k_ptr, tail_v_ptr, table_k_ptr, table_v_ptr, coef_ptr, angles_ptr, offsets_ptr, out_ptr, part_ptr, lse_ptr,
-    counters_ptr, stride_qb, stride_qh, stride_page, stride_head, stride_table, stride_ob, stride_oh,
-    stride_skr, stride_skh, stride_skt, stride_svr, stride_svh, stride_svt,
-    stride_tkr, stride_tkh, stride_tkt, stride_tvr, stride_tvh, stride_tvt, stride_cb, stride_ch,
-    sink, capacity, step_k, step_v, scale_log2, batch, parts, processors,
+    Q, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, TABLE_K, TABLE_V,
+    COEF, ANGLES, OFFSETS, OUT, PARTIAL, LSE, COUNTERS, sq_b, sq_h, sp_page, sp_head, st_r, so_b, so_h,
+    ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t, sc_b, sc_h, sink, capacity,
+    step_k, step_v, scale_log2, batch, even_parts, processors,
     HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B_K: gl.constexpr, STATE_K: gl.constexpr,
     SIGNED_K: gl.constexpr, NORM_K: gl.constexpr, BPV_K: gl.constexpr, COPIES_K: gl.constexpr,
     COPIES_XK: gl.constexpr, B_V: gl.constexpr, STATE_V: gl.constexpr, SIGNED_V: gl.constexpr, BPV_V: gl.constexpr,
@@ -158,7 +156,7 @@ def table_decode_kernel(
     ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, BATCHED: gl.constexpr,
     EARLY: gl.constexpr,
 ):  # fmt: skip
-    """Programs: (KV head and block of 4 NT query heads, part of a context).
+    """Programs: (KV head and block of 4 NT query heads, part of a sequence). ``even_parts``: see `parts.divide`.
 
     ONE_TABLE: K and V have one format. MEAN: with the key mean. EARLY: it may be launched before the kernel in front
     has ended. Shared memory: K's table, its extra triplets' table; V's likewise if it has its own; a stage of a K and a
@@ -209,16 +207,16 @@ def table_decode_kernel(
     barrier()
     if BATCHED:
         divide(
-            num_packed_ptr, gl.program_id(1), batch, parts, gl.num_programs(0), processors, lane, warp, PLACE_AT, WARPS
+            NUM_PACKED, gl.program_id(1), batch, even_parts, gl.num_programs(0), processors, lane, warp, PLACE_AT, WARPS
         )
         barrier()
-        seq, split, splits, before = read_scalars(batch, PLACE_AT)
-        if splits == 0:
+        seq, part, parts, before = read_scalars(batch, PLACE_AT)
+        if parts == 0:
             return
     else:
         seq = 0
-        split = gl.program_id(1)
-        splits = gl.num_programs(1)
+        part = gl.program_id(1)
+        parts = gl.num_programs(1)
         before = 0
     g = lane >> 2
     t = lane & 3
@@ -227,20 +225,20 @@ def table_decode_kernel(
 
     # Before `wait_for_kernel_before` nothing is read that a kernel of the same step writes: the query, its key and
     # value, the key mean's coefficients.
-    owned = gl.load(rows_ptr + seq)
-    num = gl.load(num_packed_ptr + seq)
-    start = gl.load(starts_ptr + seq)
-    origin = gl.load(origin_ptr + seq)
+    owned = gl.load(ROWS + seq)
+    num = gl.load(NUM_PACKED + seq)
+    start = gl.load(STARTS + seq)
+    origin = gl.load(TAIL_ORIGIN + seq)
     length = gl.where(owned < 0, 0, start + 1)  # filler has no tokens
     owned = gl.maximum(owned, 0)
-    table = _entries(table_k_ptr, tid, MAIN_K, 32 * WARPS)
-    table_x = _entries(table_k_ptr + MAIN_K, tid, 1 << B_K, 32 * WARPS)
-    per = (num + splits - 1) // splits
-    begin = split * per
+    table = _entries(TABLE_K, tid, MAIN_K, 32 * WARPS)
+    table_x = _entries(TABLE_K + MAIN_K, tid, 1 << B_K, 32 * WARPS)
+    per = (num + parts - 1) // parts
+    begin = part * per
     end = gl.minimum(begin + per, num)
     last = gl.maximum(end - 1, 0)
-    ids = page_table_ptr + owned * stride_table
-    pages = pages_ptr + head * stride_head
+    ids = PAGE_TABLE + owned * st_r
+    pages = PAGES + head * sp_head
     page_id = gl.load(ids + gl.minimum(begin + warp, last), mask=begin < end, other=0)
     next_id = gl.load(ids + gl.minimum(begin + warp + WARPS, last), mask=begin < end, other=0)
 
@@ -250,55 +248,55 @@ def table_decode_kernel(
     angles_stage = u32(ANGLES_AT + warp * angle_bytes(D, NT))
     if MEAN:
         first_page = gl.minimum(begin + warp, last)
-        fetch_angles(angles_stage, angles_ptr + first_page * (angle_bytes(D, NT) // 4), lane, D, NT)
-    _fetch(k_stage, pages + page_id.to(gl.int64) * stride_page, lane, BPV_K)
-    _fetch(v_stage, pages + page_id.to(gl.int64) * stride_page + 64 * BPV_K, lane, BPV_V)
+        fetch_angles(angles_stage, ANGLES + first_page * (angle_bytes(D, NT) // 4), lane, D, NT)
+    _fetch(k_stage, pages + page_id.to(gl.int64) * sp_page, lane, BPV_K)
+    _fetch(v_stage, pages + page_id.to(gl.int64) * sp_page + 64 * BPV_K, lane, BPV_V)
 
     if MEAN:
-        stage_offsets(offsets_ptr, tid, OFFSETS_AT, D, NT, 32 * WARPS)
+        stage_offsets(OFFSETS, tid, OFFSETS_AT, D, NT, 32 * WARPS)
     after = 0
     if EARLY:
         let_next_kernel_start(seq)
         after = wait_for_kernel_before(seq)
-    q_row = q_ptr + (seq * stride_qb + head * G * stride_qh + after)
-    sink_k = sink_k_ptr + owned * stride_skr + head * stride_skh
-    sink_v = sink_v_ptr + owned * stride_svr + head * stride_svh
-    tail_k = tail_k_ptr + owned * stride_tkr + head * stride_tkh
-    tail_v = tail_v_ptr + owned * stride_tvr + head * stride_tvh
-    coef = coef_ptr + (seq * stride_cb + head * G * stride_ch + after)
+    q_row = Q + (seq * sq_b + head * G * sq_h + after)
+    sink_k = SINK_K + owned * ssk_r + head * ssk_h
+    sink_v = SINK_V + owned * ssv_r + head * ssv_h
+    tail_k = TAIL_K + owned * stk_r + head * stk_h
+    tail_v = TAIL_V + owned * stv_r + head * stv_h
+    coef = COEF + (seq * sc_b + head * G * sc_h + after)
     n_sink = gl.minimum(sink, length)
     count = n_sink + gl.maximum(length - sink - 64 * num, 0)
     first_slot = (64 * num - origin) % capacity
-    mine = ((count + 15) // 16 - split + splits - 1) // splits
+    mine = ((count + 15) // 16 - part + parts - 1) // parts
     beside = mine <= SPARE
     room = gl.where(beside, max(SPARE, 1), blocks_at_once(EXTRAS_AT_V, D))
     full_at = gl.where(beside, SPARE_AT, 0)
     stage_round(
-        sink_k, sink_v, tail_k, tail_v, stride_skt, stride_svt, stride_tkt, stride_tvt, n_sink, count, first_slot,
-        capacity, split, splits, 0, mine, room, full_at, tid, D, WARPS,
+        sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink, count, first_slot,
+        capacity, part, parts, 0, mine, room, full_at, tid, D, WARPS,
     )  # fmt: skip
     if MEAN:
-        write_coefficients(coef, stride_ch, tid, first_head, COEF_AT, G, D, NT, 32 * WARPS)
+        write_coefficients(coef, sc_h, tid, first_head, COEF_AT, G, D, NT, 32 * WARPS)
     if runs_as(seq, WARPS - 1):  # the last warp has the fewest full-precision tokens
         for b in gl.static_range(NT):
             _keep(
                 u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
-                split_query(q_row, stride_qh, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
+                split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
             )
     if beside:
         _fill_tables(
-            table, table_x, table_v_ptr, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
+            table, table_x, TABLE_V, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
             COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
         )  # fmt: skip
     zero_i = lane * 0
     running, total, acc = full_precision(
-        q_row, stride_qh, sink_k, sink_v, tail_k, tail_v, stride_skt, stride_svt, stride_tkt, stride_tvt, n_sink,
-        count, first_slot, capacity, split, splits, mine, room, full_at, tid, first_head, scale_log2,
+        q_row, sq_h, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink,
+        count, first_slot, capacity, part, parts, mine, room, full_at, tid, first_head, scale_log2,
         32512.0 / step_v, G, D, NT, PAIRS, ELEMENT, WARPS,
     )  # fmt: skip
     if beside == 0:
         _fill_tables(
-            table, table_x, table_v_ptr, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
+            table, table_x, TABLE_V, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
             COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
         )  # fmt: skip
     # Shuffled to itself: else the assembler takes the remainder's mask into every lookup, an instruction each.
@@ -326,7 +324,7 @@ def table_decode_kernel(
     for base in range(begin + own, end, WARPS):
         page = base + (warp - own)
         inside = page < end
-        next_block = pages + next_id.to(gl.int64) * stride_page
+        next_block = pages + next_id.to(gl.int64) * sp_page
         next_id = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
         wait_for_older_copies(lane)
         k_words = _words(k_stage, lane, WORDS_K)
@@ -335,7 +333,7 @@ def table_decode_kernel(
         sync_warp(lane)
         if MEAN:
             next_page = gl.minimum(page + WARPS, last)
-            fetch_angles(angles_stage, angles_ptr + next_page * (angle_bytes(D, NT) // 4), lane, D, NT)
+            fetch_angles(angles_stage, ANGLES + next_page * (angle_bytes(D, NT) // 4), lane, D, NT)
         _fetch(k_stage, next_block, lane, BPV_K)
         if MEAN:
             biases = page_biases(angles, lane, OFFSETS_AT, COEF_AT, D, NT)
@@ -399,24 +397,24 @@ def table_decode_kernel(
                 for i in gl.static_range(3 * min(PASS, PAIRS - first)):
                     for h in gl.static_range(2):
                         four = sums[b * 3 * min(PASS, PAIRS - first) + i]
-                        part = (four[2 * h] * 256 + four[2 * h + 1]).to(gl.float32)
-                        row = row + (acc[b * 6 * PAIRS + 6 * first + 2 * i + h] * decays[b] + part * shares[b],)
+                        page_sum = (four[2 * h] * 256 + four[2 * h + 1]).to(gl.float32)
+                        row = row + (acc[b * 6 * PAIRS + 6 * first + 2 * i + h] * decays[b] + page_sum * shares[b],)
                 longer = longer + (row,)
             grown = longer
         acc = ()
         for b in gl.static_range(NT):
             acc = acc + grown[b]
 
-    first_row = before * (HKV * G) + (head * G + first_head) * splits
-    out_row = out_ptr + seq * stride_ob + (head * G + first_head) * stride_oh
-    part_row = part_ptr + first_row.to(gl.int64) * D
-    lse_row = lse_ptr + first_row
+    first_row = before * (HKV * G) + (head * G + first_head) * parts
+    out_row = OUT + seq * so_b + (head * G + first_head) * so_h
+    partial_row = PARTIAL + first_row.to(gl.int64) * D
+    lse_row = LSE + first_row
     combine(
-        acc, running, total, weight, lane, warp, tid, first_head, out_row, part_row, lse_row, stride_oh, splits, split,
+        acc, running, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, so_h, parts, part,
         step_v / 32512.0, N, G, D, HEADS, NT, PAIRS, WARPS,
     )  # fmt: skip
-    if splits > 1:
-        counter = counters_ptr + (seq * HKV + head) * BLOCKS + gl.program_id(0) % BLOCKS
-        if arrive(counter, splits - 1) == splits - 1:
-            merge(tid, first_head, out_row, part_row, lse_row, stride_oh, splits, G, D, HEADS, WARPS)
+    if parts > 1:
+        counter = COUNTERS + (seq * HKV + head) * BLOCKS + gl.program_id(0) % BLOCKS
+        if arrive(counter, parts - 1) == parts - 1:
+            merge(tid, first_head, out_row, partial_row, lse_row, so_h, parts, G, D, HEADS, WARPS)
     smem._keep_alive()

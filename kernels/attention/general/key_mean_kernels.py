@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from octo_run.kernels.attention.general.parts import PAGE
+
 FREQUENCIES = tl.constexpr(16)
 """Of a product that makes rotated means: more of them would take more registers than there are."""
 
@@ -15,9 +17,9 @@ def _add_mean(
 ):  # fmt: skip
     """The 64 rows at `target` = those at `source`, `step` elements apart, + SIGN times the rotated mean at the
     positions of page number `page`: in float32, rounded once to the target's type. WIDTH: D, made a power of two."""
-    token = tl.arange(0, 64)
+    token = tl.arange(0, PAGE)
     j = tl.arange(0, WIDTH)
-    rows = tl.zeros([64, WIDTH], tl.float32)
+    rows = tl.zeros([PAGE, WIDTH], tl.float32)
     for low in range(0, D // 2, FREQUENCIES):
         i = low + tl.arange(0, FREQUENCIES)
         there = i < D // 2
@@ -59,7 +61,7 @@ def take_out_kernel(
 
 @triton.jit(do_not_specialize=["first_page", "pages"])
 def put_back_kernel(
-    SLAB, MEANS, OWNED, PACKED, BASE, OFFSET, ROTATION, first_page, pages, sm_r, sm_h, D: tl.constexpr,
+    SLAB, MEANS, ROWS, NUM_PACKED, BASE, OFFSET, ROTATION, first_page, pages, sm_r, sm_h, D: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
     """SLAB [B, H, 64 * pages, D] += the rotated mean, in the pages first_page .. first_page + pages - 1 of each
@@ -68,25 +70,25 @@ def put_back_kernel(
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     page = first_page + n
-    if page < tl.load(PACKED + b):
-        rows = SLAB + ((b * tl.num_programs(1) + h) * pages + n) * (64 * D)
-        mean = MEANS + tl.maximum(tl.load(OWNED + b), 0).to(tl.int64) * sm_r + h * sm_h
+    if page < tl.load(NUM_PACKED + b):
+        rows = SLAB + ((b * tl.num_programs(1) + h) * pages + n) * (PAGE * D)
+        mean = MEANS + tl.maximum(tl.load(ROWS + b), 0).to(tl.int64) * sm_r + h * sm_h
         _add_mean(rows, D, rows, mean, page.to(tl.int64), BASE, OFFSET, ROTATION, 1, D, WIDTH)
 
 
 @triton.jit(do_not_specialize=["lines", "count"])
 def coefficients_kernel(
-    Q, OUT, MEANS, OWNED, ROTATION, lines, count, sq_b, sq_c, sq_h, sm_r, sm_h, H: tl.constexpr, G: tl.constexpr,
+    Q, OUT, MEANS, ROWS, ROTATION, lines, count, sq_b, sq_c, sq_h, sm_r, sm_h, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """OUT [lines, D], lines being (number in the batch, one of `count` queries, head): A and B of rotated queries, with
-    the means of row OWNED[number]; of filler zeros."""
+    the means of row ROWS[number]; of filler zeros."""
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     real = line < lines
     b = (line // (H * count)).to(tl.int64)
     c = (line // H % count).to(tl.int64)
     h = line % H
-    owned = tl.load(OWNED + b, mask=real, other=-1)
+    owned = tl.load(ROWS + b, mask=real, other=-1)
     i = tl.arange(0, HALF)
     j = tl.arange(0, WIDTH)
     there = real[:, None] & (i < D // 2)[None, :]

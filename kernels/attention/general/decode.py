@@ -10,8 +10,18 @@ softmax running in base 2. Nothing but registers ever holds a decoded key or val
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles, my_part, place
-from octo_run.kernels.attention.triton_planes import PLAIN, norms, planes
+from octo_run.kernels.attention.general.parts import (
+    LOG2E,
+    LOWEST,
+    PAGE,
+    full_segments,
+    full_tile,
+    full_tiles,
+    my_part,
+    place,
+    tiles_of_page,
+)
+from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
 
 
 @triton.jit
@@ -71,17 +81,17 @@ def _scaled(planes_of_rows, factor, DOT: tl.constexpr):
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, T: tl.constexpr, FLIP: tl.constexpr):
+def _zeros(BM: tl.constexpr, T: tl.constexpr, FLIP: tl.constexpr):
     if FLIP:
-        zero = tl.zeros([T, ROWS], tl.float32)
+        zero = tl.zeros([T, BM], tl.float32)
     else:
-        zero = tl.zeros([ROWS, T], tl.float32)
+        zero = tl.zeros([BM, T], tl.float32)
     return zero, zero, zero
 
 
 @triton.jit
 def _dot(rows, tile, acc, FLIP: tl.constexpr):
-    """rows [ROWS, n] @ tile [n, m] + acc, or all of it transposed."""
+    """rows [BM, n] @ tile [n, m] + acc, or all of it transposed."""
     if FLIP:
         return tl.dot(tile, rows, acc, input_precision="ieee")
     else:
@@ -94,7 +104,7 @@ def _stored(
     BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, first: tl.constexpr, T: tl.constexpr,
     DOT: tl.constexpr, PTX: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """Planes of part `first`, `T` of a tile: rows of a page (`page_row`, from `first_row` on) if `paged`, else
+    """Planes of the run `first`, `T` of a tile: rows of a page (`page_row`, from `first_row` on) if `paged`, else
     full-precision ones (zero for row -1)."""
     if paged:
         x, y, z = planes(page, page_row, first_row, i, D, page_row >= 0, levels, radii, KIND, BYTES, BITS, D, first, T,
@@ -148,7 +158,7 @@ def _tile(
     q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, first_row, kfull, vfull, full_row, kstride, vstride,
     visible, levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr, T1:
-    tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, MASKED:
+    tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED:
     tl.constexpr, FLIP: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BN stored vectors: from `first_row` of a page on if `paged`, else `full_row`.
@@ -158,9 +168,9 @@ def _tile(
     """
     i0 = tl.arange(0, T0)
     if FLIP:
-        s = tl.zeros([BN, ROWS], tl.float32)
+        s = tl.zeros([BN, BM], tl.float32)
     else:
-        s = tl.zeros([ROWS, BN], tl.float32)
+        s = tl.zeros([BM, BN], tl.float32)
     page_row = first_row + tl.arange(0, BN)
     pr = _along(page_row, FLIP)
     fr = _along(full_row, FLIP)
@@ -199,11 +209,11 @@ def _tile(
 
 
 @triton.jit
-def _page(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
+def page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
           ELEMENT: tl.constexpr):  # fmt: skip
     """Pointers to the K rows and the V rows of a page, to elements of type ELEMENT where they are plain."""
     kpage = PAGES + page.to(tl.int64) * sp_page + h * sp_head
-    vpage = kpage + 64 * BYTES_K
+    vpage = kpage + PAGE * BYTES_K
     if KIND_K == PLAIN:
         kpage = kpage.to(tl.pointer_type(ELEMENT))
     if KIND_V == PLAIN:
@@ -212,39 +222,39 @@ def _page(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: tl.con
 
 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
-def attend_kernel(
-    Q, OUT, PART, LSE, PAGES, TABLE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
+def general_decode_kernel(
+    Q, OUT, PARTIAL, LSE, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
     levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, sink, capacity, batch, programs,
     sc_b, sc_h, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    BATCH: tl.constexpr, SPLIT: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
+    BATCH: tl.constexpr, DIVIDED: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
     PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
-    """Program (KV head, part) of `triton_parts.divide`. Shapes and meaning of the arena's parts: `AttentionInputs`.
+    """Program (KV head, part) of `parts.divide`. What the arena holds: `AttentionInputs`.
 
-    Its normalised output goes to PART [parts, H, D], its log2-sum-exp2 to LSE [parts, H]; without SPLIT it is program
-    (KV head, sequence), and the output goes to OUT. ELEMENT is the element type of plain pages. FLIP: all products
-    transposed, keys on the side that is a multiple of 16, queries on the other. MEAN: add the key mean's part to the
-    scores of packed keys (COEF, BASE, OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see
-    `planes`.
+    Its normalised output goes to PARTIAL [parts, H, D], its log2-sum-exp2 to LSE [parts, H]; without DIVIDED it is
+    program (KV head, sequence), and the output goes to OUT. BM, BN, BF: queries, keys of a page, keys in full precision
+    of a tile. ELEMENT is the element type of plain pages. FLIP: all products transposed, keys on the side that is a
+    multiple of 16, queries on the other. MEAN: add what the key mean brings to the scores of packed keys (COEF, BASE,
+    OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`.
     """
     h = tl.program_id(0)
     flat = tl.program_id(1)
     b = flat
-    split = 0
+    part = 0
     parts = 1
-    if SPLIT:
-        b, split, parts = my_part(flat, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    if DIVIDED:
+        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
         if parts == 0:
             return
     b = b.to(tl.int64)
-    packed = tl.load(PACKED + b)
-    owned, length = place(b, OWNED, STARTS)
-    segments = full_segments(packed, length, tl.load(ORIGIN + b), sink, capacity)
-    r = tl.arange(0, ROWS)
+    packed = tl.load(NUM_PACKED + b)
+    owned, length = place(b, ROWS, STARTS)
+    segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
+    r = tl.arange(0, BM)
     head = h * G + r
     real = r < G
     real_q = _across(real, FLIP)
@@ -260,35 +270,35 @@ def attend_kernel(
     largest = power_of_two(largest)
     gain = largest * (scale * LOG2E)
     q0 = _scaled(r0, _across(1.0 / largest, FLIP), DOT)
-    acc0 = _zeros(ROWS, T0, FLIP)
+    acc0 = _zeros(BM, T0, FLIP)
     q1 = q0
     acc1 = acc0
     if T1 > 0:
         q1 = _scaled(r1, _across(1.0 / largest, FLIP), DOT)
-        acc1 = _zeros(ROWS, T1, FLIP)
+        acc1 = _zeros(BM, T1, FLIP)
     coef = COEF + _across(b * sc_b + head * sc_h, FLIP)
     lift = scale * LOG2E
     PRECISION: tl.constexpr = "ieee" if tl.float32 == DOT else "tf32x3"
-    m = tl.full([ROWS], LOWEST, tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
+    m = tl.full([BM], LOWEST, tl.float32)
+    l = tl.zeros([BM], tl.float32)
 
-    page_tiles = packed * (64 // BN)
+    page_tiles = packed * tiles_of_page(BN)
     tiles = page_tiles + full_tiles(segments, BF)
-    first = split * tiles // parts
-    last = (split + 1) * tiles // parts
+    first = part * tiles // parts
+    last = (part + 1) * tiles // parts
     on = tl.arange(0, BN)
     for t in range(first, tl.minimum(last, page_tiles)):
-        page = tl.load(TABLE + owned * st_r + t // (64 // BN))
-        kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
-        first_row = (t % (64 // BN)) * BN
+        page = tl.load(PAGE_TABLE + owned * st_r + t // tiles_of_page(BN))
+        kpage, vpage = page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
+        first_row = (t % tiles_of_page(BN)) * BN
         row = first_row + on
         bias = 0.0
         if MEAN:
-            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, t // (64 // BN), row, D, HALF, PRECISION, FLIP)
+            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, t // tiles_of_page(BN), row, D, HALF, PRECISION, FLIP)
         m, l, acc0, acc1 = _tile(
             q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, True,
             levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
-            DOT, ROWS, BN, False, FLIP, PTX_K, PTX_V)  # fmt: skip
+            DOT, BM, BN, False, FLIP, PTX_K, PTX_V)  # fmt: skip
     for t in range(tl.maximum(first, page_tiles), last):
         is_sink, row, _, valid = full_tile(t - page_tiles, segments, BF)
         row = tl.where(tl.arange(0, BF) < valid, row + tl.arange(0, BF), -1)
@@ -299,13 +309,13 @@ def attend_kernel(
         m, l, acc0, acc1 = _tile(
             q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, 0, kfull, vfull, row, kstride, vstride,
             _along(row >= 0, FLIP), levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1,
-            DOT, ROWS, BF, True, FLIP, None, None)  # fmt: skip
+            DOT, BM, BF, True, FLIP, None, None)  # fmt: skip
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
-    if SPLIT:
+    if DIVIDED:
         index = flat.to(tl.int64) * (tl.num_programs(0) * G) + head
         tl.store(LSE + index, m + tl.log2(tl.where(l > 0, l, 1.0)), mask=real)
-        at = PART + _across(index * D, FLIP)
+        at = PARTIAL + _across(index * D, FLIP)
     else:
         at = OUT + b * so_b + _across(head * so_h, FLIP)
     _store_rows(at, real_q, i0, acc0, over, 0, D)

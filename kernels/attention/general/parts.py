@@ -1,4 +1,6 @@
-"""How the Triton decode kernels divide the contexts of a batch among programs, and the merge of what these found.
+"""How the Triton decode kernels divide the sequences of a batch into parts, and the merge of what these found.
+
+A part is the share of a sequence's pages and full-precision tokens that one program does: see `attention.parts`.
 
 All of this goes by the order of the batch. Filler has a part, in which there are no keys.
 The unit is a tile of keys: of packed pages, of the sinks, of the tail before its ring's end and after it (so that none
@@ -12,10 +14,21 @@ such programs cost 70 % more time).
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import constexpr_function
 
+from octo_run.kernels.page_size import PAGE_TOKENS
+
+PAGE = tl.constexpr(PAGE_TOKENS)
+"""Tokens of a page."""
 LOWEST = tl.constexpr(-1e30)
 """Starting maximum: finite, so that a program without a key subtracts no infinities."""
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@constexpr_function
+def tiles_of_page(keys):
+    """Tiles of so many keys that make a page."""
+    return PAGE_TOKENS // int(keys)
 
 
 @triton.jit
@@ -23,9 +36,9 @@ def full_segments(packed, length, origin, sink, capacity):
     """Full-precision tokens of a sequence, or of many: how many lie in the sinks; the position of the first one behind
     the pages, its row of the ring, how many follow before the ring's end, and how many in all."""
     sinks = tl.minimum(sink, length)
-    done = sink + packed * 64
+    done = sink + packed * PAGE
     total = tl.maximum(length - done, 0)
-    row0 = (packed * 64 - origin) % capacity
+    row0 = (packed * PAGE - origin) % capacity
     return sinks, done, row0, tl.minimum(total, capacity - row0), total
 
 
@@ -54,16 +67,25 @@ def full_tile(t, segments, BN: tl.constexpr):
 
 
 @triton.jit
-def place(b, OWNED, STARTS):
+def place(b, ROWS, STARTS):
     """The row that number b of the batch owns, int64, and its length with the query; 0 and 0 of filler."""
-    row = tl.load(OWNED + b)
+    row = tl.load(ROWS + b)
     length = tl.where(row < 0, 0, tl.load(STARTS + b) + 1)
     return tl.maximum(row, 0).to(tl.int64), length
 
 
 @triton.jit
 def divide(
-    PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr
+    NUM_PACKED,
+    STARTS,
+    TAIL_ORIGIN,
+    sink,
+    capacity,
+    batch,
+    programs,
+    BATCH: tl.constexpr,
+    BN: tl.constexpr,
+    BF: tl.constexpr,
 ):
     """The numbers of the sequences, padded to BATCH; the parts before each; and its parts, 0 beyond `batch`.
 
@@ -71,10 +93,10 @@ def divide(
     """
     i = tl.arange(0, BATCH)
     inside = i < batch
-    packed = tl.load(PACKED + i, mask=inside, other=0)
+    packed = tl.load(NUM_PACKED + i, mask=inside, other=0)
     length = tl.load(STARTS + i, mask=inside, other=0) + 1
-    origin = tl.load(ORIGIN + i, mask=inside, other=0)
-    tiles = packed * (64 // BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
+    origin = tl.load(TAIL_ORIGIN + i, mask=inside, other=0)
+    tiles = packed * tiles_of_page(BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
     tiles = tl.where(inside, tiles, 0)
     total = tl.sum(tiles, 0)
     # Each sequence's last part may be a short one: room for `batch` of them is enough, but mostly less will do.
@@ -89,11 +111,11 @@ def divide(
 
 @triton.jit
 def my_part(
-    flat, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr,
+    flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr,
     BF: tl.constexpr,
 ):  # fmt: skip
     """Of program `flat`: the sequence, the part, and that sequence's parts (0: there is nothing to do)."""
-    i, begin, parts = divide(PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
     mine = (flat >= begin) & (flat < begin + parts)
     b = tl.sum(tl.where(mine, i, 0), 0)
     return b, flat - tl.sum(tl.where(mine, begin, 0), 0), tl.sum(tl.where(mine, parts, 0), 0)
@@ -101,15 +123,15 @@ def my_part(
 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def merge_kernel(
-    PART, LSE, OUT, PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
+    PARTIAL, LSE, OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
     BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (columns, head, sequence): weighs the parts' outputs PART [parts, H, D] by their share of the softmax's
-    sum, whose log2 is LSE [parts, H]."""
+    """Program (columns, head, sequence): weighs the outputs PARTIAL [parts, H, D] of parts by their share of the
+    softmax's sum, whose log2 is LSE [parts, H]."""
     h = tl.program_id(1)
     heads = tl.num_programs(1)
     b = tl.program_id(2)
-    i, begin, parts = divide(PACKED, STARTS, ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
     first = tl.sum(tl.where(i == b, begin, 0), 0)
     end = first + tl.sum(tl.where(i == b, parts, 0), 0)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -120,13 +142,13 @@ def merge_kernel(
         s = start + tl.arange(0, AT_ONCE)
         lse = tl.load(LSE + s * heads + h, mask=s < end, other=float("-inf"))
         keep = (s < end)[:, None] & (columns < D)[None, :]
-        at = PART + (s * heads + h).to(tl.int64)[:, None] * D + columns[None, :]
-        part = tl.load(at, mask=keep, other=0.0)
+        at = PARTIAL + (s * heads + h).to(tl.int64)[:, None] * D + columns[None, :]
+        partial = tl.load(at, mask=keep, other=0.0)
         top = tl.maximum(best, lse)
         decay = tl.exp2(best - top)
         weight = tl.exp2(lse - top)
         mass = mass * decay + weight
-        total = total * decay[:, None] + part * weight[:, None]
+        total = total * decay[:, None] + partial * weight[:, None]
         best = top
     share = tl.exp2(best - tl.max(best, 0))
     merged = tl.sum(total * share[:, None], 0) / tl.sum(mass * share, 0)

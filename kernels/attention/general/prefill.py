@@ -10,9 +10,9 @@ would be repeated by every block of queries (measured: 4,096 tokens after 8,192 
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_attend import _page, power_of_two
-from octo_run.kernels.attention.triton_parts import LOG2E, LOWEST, full_segments, full_tile, full_tiles
-from octo_run.kernels.attention.triton_planes import PLAIN, norms, planes
+from octo_run.kernels.attention.general.decode import page_blocks, power_of_two
+from octo_run.kernels.attention.general.parts import LOG2E, LOWEST, PAGE, full_segments, full_tile, full_tiles
+from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
 
 
 @triton.jit
@@ -20,8 +20,8 @@ def _unpack(
     page, to, levels, radii, KIND: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
     first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """Write part `first`, `T` of the triplets of the 64 vectors at `page` to rows of D elements at `to`."""
-    row = tl.arange(0, 64)[:, None]
+    """Write the run `first`, `T` of the triplets of the 64 vectors at `page` to rows of D elements at `to`."""
+    row = tl.arange(0, PAGE)[:, None]
     i = tl.arange(0, T)[None, :]
     x, y, z = planes(page, row, 0, i, D, True, levels, radii, KIND, BYTES, BITS, D, first, T, DOT, PTX, FINE)
     if KIND != PLAIN:
@@ -38,21 +38,22 @@ def _unpack(
 
 @triton.jit(do_not_specialize=["first_page", "pages"])
 def unpack_kernel(
-    SLAB_K, SLAB_V, PAGES, TABLE, OWNED, PACKED, levels_k, radii_k, levels_v, radii_v, first_page, pages, sp_page,
-    sp_head, st_b, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
-    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr,
-    T1: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr,
+    SLAB_K, SLAB_V, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, levels_k, radii_k, levels_v, radii_v, first_page, pages,
+    sp_page, sp_head, st_r,
+    D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr, BYTES_V: tl.constexpr,
+    BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
+    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
 ):  # fmt: skip
     """Decode the pages first_page .. first_page + pages - 1 of each sequence, as far as it has them, to SLAB_K and
     SLAB_V [B, Hkv, 64 * pages, D]. Program (page, KV head, sequence)."""
     number = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    if first_page + number < tl.load(PACKED + b):
-        row = tl.maximum(tl.load(OWNED + b), 0).to(tl.int64)
-        page = tl.load(TABLE + row * st_b + first_page + number)
-        kpage, vpage = _page(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
-        at = ((b * tl.num_programs(1) + h) * pages + number) * (64 * D)
+    if first_page + number < tl.load(NUM_PACKED + b):
+        row = tl.maximum(tl.load(ROWS + b), 0).to(tl.int64)
+        page = tl.load(PAGE_TABLE + row * st_r + first_page + number)
+        kpage, vpage = page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
+        at = ((b * tl.num_programs(1) + h) * pages + number) * (PAGE * D)
         _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, 0, T0, tl.float32, PTX_K, True)
         _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, 0, T0, tl.float32, PTX_V, False)
         if T1 > 0:
@@ -62,10 +63,11 @@ def unpack_kernel(
 
 @triton.jit(do_not_specialize=["count", "sink", "first"])
 def flash_kernel(
-    Q, OUT, ACC, LSE, OWNED, PACKED, STARTS, ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink, capacity,
-    first, sq_b, sq_c, sq_h, so_b, so_c, so_h, ssk_b, ssk_h, ssk_t, ssv_b, ssv_h, ssv_t, stk_b, stk_h, stk_t, stv_b,
-    stv_h, stv_t, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    PAST: tl.constexpr, SLAB: tl.constexpr, DOT: tl.constexpr,
+    Q, OUT, ACC, LSE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink,
+    capacity, first, sq_b, sq_c, sq_h, so_b, so_c, so_h,
+    ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
+    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAST: tl.constexpr,
+    SLAB: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Causal attention over sinks and tail, normalised to OUT [B, C, H, D]; PAST makes it a continuation of what an
     earlier call left in ACC and LSE.
@@ -79,40 +81,40 @@ def flash_kernel(
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     start = tl.load(STARTS + b)
-    packed = tl.load(PACKED + b)
-    r = block * ROWS + tl.arange(0, ROWS)
+    packed = tl.load(NUM_PACKED + b)
+    r = block * BM + tl.arange(0, BM)
     c = r // G
     head = h * G + r % G
     column = tl.arange(0, WIDTH)
     wanted = (c < count)[:, None] & (column < D)[None, :]
     q = tl.load(Q + b * sq_b + (c.to(tl.int64) * sq_c + head * sq_h)[:, None] + column[None, :], mask=wanted, other=0.0)
     index = (b * count + c) * (tl.num_programs(1) * G) + head
-    m = tl.full([ROWS], LOWEST, tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    m = tl.full([BM], LOWEST, tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, WIDTH], tl.float32)
     if PAST:
         m = tl.load(LSE + index, mask=c < count, other=LOWEST)
         l = tl.where(m > LOWEST, 1.0, 0.0)
         acc = tl.load(ACC + (index * D)[:, None] + column[None, :], mask=wanted, other=0.0)
     n = tl.arange(0, BN)
-    gain = tl.zeros([ROWS], tl.float32) + scale * LOG2E
+    gain = tl.zeros([BM], tl.float32) + scale * LOG2E
     if SLAB:
         # Queries are divided by a power of two, so that no dtype of DOT can overflow and none has to be rounded.
         largest = power_of_two(tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30))
         q = (q.to(tl.float32) * (1.0 / largest)[:, None]).to(DOT)
         gain = gain * largest
-        total = tl.minimum(tl.maximum(packed * 64 - first, 0), capacity)
+        total = tl.minimum(tl.maximum(packed * PAGE - first, 0), capacity)
         tiles = tl.cdiv(total, BN)
-        k_at = TAIL_K + b * stk_b + h * stk_h + n[None, :] * stk_t + column[:, None]
-        v_at = TAIL_V + b * stv_b + h * stv_h + n[:, None] * stv_t + column[None, :]
+        k_at = TAIL_K + b * stk_r + h * stk_h + n[None, :] * stk_t + column[:, None]
+        v_at = TAIL_V + b * stv_r + h * stv_h + n[:, None] * stv_t + column[None, :]
     else:
-        length = start + tl.minimum((block * ROWS + ROWS - 1) // G, count - 1) + 1
-        owned = tl.load(OWNED + b)
+        length = start + tl.minimum((block * BM + BM - 1) // G, count - 1) + 1
+        owned = tl.load(ROWS + b)
         length = tl.where(owned < 0, 0, length)  # filler has no keys
         owned = tl.maximum(owned, 0).to(tl.int64)
-        segments = full_segments(packed, length, tl.load(ORIGIN + b), sink, capacity)
+        segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
         tiles = full_tiles(segments, BN)
-        earliest = start + block * ROWS // G  # the position of the first row
+        earliest = start + block * BM // G  # the position of the first row
     for t in range(0, tiles):  # one loop with products: two in a kernel were miscompiled (ptxas 12.8)
         if SLAB:
             position = t * BN
@@ -121,8 +123,8 @@ def flash_kernel(
             is_sink, row, position, valid = full_tile(t, segments, BN)
             k_step = tl.where(is_sink, ssk_t, stk_t)
             v_step = tl.where(is_sink, ssv_t, stv_t)
-            k_at = tl.where(is_sink, SINK_K + owned * ssk_b + h * ssk_h, TAIL_K + owned * stk_b + h * stk_h)
-            v_at = tl.where(is_sink, SINK_V + owned * ssv_b + h * ssv_h, TAIL_V + owned * stv_b + h * stv_h)
+            k_at = tl.where(is_sink, SINK_K + owned * ssk_r + h * ssk_h, TAIL_K + owned * stk_r + h * stk_h)
+            v_at = tl.where(is_sink, SINK_V + owned * ssv_r + h * ssv_h, TAIL_V + owned * stv_r + h * stv_h)
             k_at = k_at + row.to(tl.int64) * k_step + n[None, :] * k_step + column[:, None]
             v_at = v_at + row.to(tl.int64) * v_step + n[:, None] * v_step + column[None, :]
         there = n < valid

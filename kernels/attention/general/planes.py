@@ -1,6 +1,6 @@
 """Device functions that read stored vectors as triplet planes.
 
-A tile of vectors is read as up to two parts of three planes each: a part covers the triplets ``first .. first + T - 1``
+A tile of vectors is read as up to two runs of three planes each: a run covers the triplets ``first .. first + T - 1``
 and its plane `c` holds one coordinate of each of them. Which dimension of the tile counts tokens and which triplets is
 the caller's choice: it gives the indices as a row and a column, the way ``tl.dot`` wants the tile.
 
@@ -14,12 +14,12 @@ and of the radius and the bits of a code, or a table, an address map and the con
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.triton_octopus import octopus_planes
-from octo_run.kernels.attention.triton_table import table_norms, table_planes
+from octo_run.kernels.attention.general.octopus_ptx import octopus_planes
+from octo_run.kernels.attention.general.trellis_vectors import trellis_norms, trellis_planes
 
 PLAIN = tl.constexpr(0)
 OCTOPUS = tl.constexpr(1)
-TABLE = tl.constexpr(2)
+TRELLIS = tl.constexpr(2)
 
 
 @triton.jit
@@ -72,9 +72,9 @@ def planes(
     PTX: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    """Planes x, y, z (dtype DOT) of part `first`, `T` of the rows `row` at `base`; plain elements where `keep`.
+    """Planes x, y, z (dtype DOT) of the run `first`, `T` of the rows `row` at `base`; plain elements where `keep`.
 
-    PTX: None, or the immediates by which `triton_octopus` decodes OCTOPUS, FINE or not; its rows are those from
+    PTX: None, or the immediates by which `octopus_ptx` decodes OCTOPUS, FINE or not; its rows are those from
     `first_row` on.
     """
     TRIPLETS: tl.constexpr = (D + 2) // 3
@@ -88,8 +88,8 @@ def planes(
     elif KIND == OCTOPUS:
         x, y, z = _octopus(base, row, first + i, levels, radii, BYTES, BITS, TRIPLETS, first + T > TRIPLETS)
         return x.to(DOT), y.to(DOT), z.to(DOT)
-    elif KIND == TABLE:
-        x, y, z = table_planes(base, row, first + i, levels, radii, BITS, D, first + T > TRIPLETS)
+    elif KIND == TRELLIS:
+        x, y, z = trellis_planes(base, row, first + i, levels, radii, BITS, D, first + T > TRIPLETS)
         return x.to(DOT), y.to(DOT), z.to(DOT)
     else:
         at = base + row * stride
@@ -103,7 +103,7 @@ def planes(
 @triton.jit
 def norms(base, row, radii, KIND: tl.constexpr, BYTES: tl.constexpr):
     """float32 norms of the rows: the last fp16 of a coded row, or where the map of a table format says."""
-    if KIND == TABLE:
-        return table_norms(base, row, radii)
+    if KIND == TRELLIS:
+        return trellis_norms(base, row, radii)
     else:
         return tl.load(base.to(tl.pointer_type(tl.float16)) + (row * (BYTES // 2) + (BYTES // 2 - 1))).to(tl.float32)

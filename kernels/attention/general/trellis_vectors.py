@@ -1,4 +1,4 @@
-"""Device functions that read vectors of the signed-table trellis formats out of a block, by the maps of `blocks`."""
+"""Device functions that read vectors of the trellis formats out of a block, by the maps of `trellis_tables`."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -6,15 +6,17 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.blocks import NORM_SEGMENTS, VALUE_SCALE
+from octo_run.kernels.attention.general.parts import PAGE
+from octo_run.kernels.page_size import PAGE_TOKENS
+from octo_run.kernels.trellis_tables import NORM_SEGMENTS, VALUE_SCALE
 
 SEGMENTS = tl.constexpr(NORM_SEGMENTS)
 SCALE = tl.constexpr(1 / VALUE_SCALE)
-PLANES_AT = tl.constexpr(64 * NORM_SEGMENTS + 4)
+PLANES_AT = tl.constexpr(PAGE_TOKENS * NORM_SEGMENTS + 4)
 
 
 def describe(stream: int, state: int, signed: bool) -> int:
-    """The constants of a format in one number, as `table_planes` takes it."""
+    """The constants of a format in one number, as `trellis_planes` takes it."""
     return stream | state << 8 | int(signed) << 16
 
 
@@ -42,10 +44,10 @@ def _signed(value, word, bit, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def table_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+def trellis_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """Triplets `i` of the tokens `row` of the block at `base`: odd half steps / VALUE_SCALE, float32.
 
-    BITS: of `describe`; table: int32 words, x in the low byte; map: `blocks.read_map`; MASKED: some i are
+    BITS: of `describe`; table: int32 words, x in the low byte; map: `trellis_tables.read_map`; MASKED: some i are
     beyond the last.
     """
     STREAM: tl.constexpr = _part(BITS, 0)
@@ -71,8 +73,8 @@ def table_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, 
     xy = tl.zeros(stream.shape, tl.int32)
     z = xy
     if SIGNED:
-        xy = tl.load(at + 64 * TRIPLETS)
-        z = tl.load(at + 128 * TRIPLETS)
+        xy = tl.load(at + PAGE * TRIPLETS)
+        z = tl.load(at + 2 * PAGE * TRIPLETS)
         word_x = tl.load(words + (xy & 0xFFF))
         word_y = tl.load(words + ((xy >> 12) & 0xFFF))
         word_z = tl.load(words + (z & 0xFFF))
@@ -82,13 +84,13 @@ def table_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def table_norms(base, row, map):
-    """float32 factors that turn the numbers of `table_planes` into coordinates, one a token `row`."""
+def trellis_norms(base, row, map):
+    """float32 factors that turn the numbers of `trellis_planes` into coordinates, one a token `row`."""
     words = base.to(tl.pointer_type(tl.int32))
     pattern = tl.zeros(row.shape, tl.int32)
     for n in tl.static_range(SEGMENTS):
         piece = tl.load(map + row * SEGMENTS + n)
         bits = tl.load(words + (piece & 0xFFF)) >> ((piece >> 12) & 31)
         pattern |= (bits & ((1 << ((piece >> 17) & 31)) - 1)) << (piece >> 22)
-    factor = tl.load(map + 64 * SEGMENTS).to(tl.float32, bitcast=True)
+    factor = tl.load(map + PAGE * SEGMENTS).to(tl.float32, bitcast=True)
     return pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * factor

@@ -1,0 +1,266 @@
+"""Which attention kernel runs when. `KERNELS` decides, and nothing else does: a call has exactly one entry.
+
+A call is described by what the host knows without looking at a tensor's values (`Call`). Neither the query heads of a
+KV head (group) nor head_dim choose a kernel: every kernel serves all of them. They choose its tiles (`TILES`) and the
+heads of a program of the table-decode kernel (`head_blocks`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Container
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from octo_run.kernels.codec import PlainCodec, TrellisCodec
+from octo_run.kernels.devices import is_nvidia
+from octo_run.kernels.page_size import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from octo_run.kernels.attention.inputs import AttentionInputs
+    from octo_run.kernels.codec import KVFormat
+
+
+class _Fact(Enum):
+    """Members are hashed by identity: every launch looks them up in caches."""
+
+    __hash__ = object.__hash__
+
+
+class Kernel(_Fact):
+    """What runs for a call, with the file of the kernel."""
+
+    REFERENCE = "reference.py: PyTorch"
+    TABLE_DECODE = "hopper/decode.py: table_decode_kernel, which also merges its parts"
+    PLAIN_DECODE = "general/plain_decode.py: plain_decode_kernel, then merge_kernel if there are several parts"
+    GENERAL_DECODE = "general/decode.py: general_decode_kernel, then merge_kernel if there are several parts"
+    PREFILL = "general/prefill.py: unpack_kernel and flash_kernel slab by slab, then flash_kernel over the rest"
+
+
+class Device(_Fact):
+    """What a device can run."""
+
+    CPU = "a CPU"
+    GPU = "a GPU; the interpreter"
+    HOPPER = "an NVIDIA GPU with more than 200 KiB of shared memory a multiprocessor (sm_90, sm_100)"
+
+
+class Stored(_Fact):
+    """What the packed pages hold, K and V together."""
+
+    PLAIN = "vectors of the queries' type, no key mean"
+    TRELLIS = "trellis codes, K and V"
+    HALF_TRELLIS = "trellis codes, K or V"
+    OTHER = "octopus codes; vectors beside such codes, with a key mean or of another type than the queries"
+
+
+class Element(_Fact):
+    """The type of queries, sinks and tail."""
+
+    HALF = "float16, bfloat16"
+    SINGLE = "float32"
+    OTHER = "float64"
+
+
+class Queries(_Fact):
+    """Query tokens of a sequence."""
+
+    ONE = "a decode step"
+    SEVERAL = "a chunk of a prompt"
+
+
+class Pages(_Fact):
+    """Whether any sequence of the batch can have a packed page."""
+
+    NONE = "the pool is empty, or the bound on lengths leaves none"
+    SOME = "there may be some"
+
+
+class Call(NamedTuple):
+    """What is known of a call on the host."""
+
+    device: Device
+    stored: Stored
+    element: Element
+    queries: Queries
+    pages: Pages
+
+
+class Entry(NamedTuple):
+    """A row of `KERNELS`: for calls whose facts are each one of these, this kernel, for this reason."""
+
+    kernel: Kernel
+    device: Container[Device]
+    stored: Container[Stored]
+    element: Container[Element]
+    queries: Container[Queries]
+    pages: Container[Pages]
+    why: str
+
+    def applies(self, call: Call) -> bool:
+        """Whether the row is the call's."""
+        columns: tuple[Container[object], ...] = self[1:-1]
+        return all(fact in column for fact, column in zip(call, columns, strict=True))
+
+
+class _Any:
+    """Contains everything."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
+ANY = _Any()
+_CPU, _GPUS, _HOPPER, _LESSER = [Device.CPU], [Device.GPU, Device.HOPPER], [Device.HOPPER], [Device.GPU]
+_PLAIN, _TRELLIS, _MIXED = [Stored.PLAIN], [Stored.TRELLIS], [Stored.HALF_TRELLIS, Stored.OTHER]
+_HALF, _SINGLE, _BOTH = [Element.HALF], [Element.SINGLE], [Element.HALF, Element.SINGLE]
+_ONE, _SEVERAL = [Queries.ONE], [Queries.SEVERAL]
+_NONE, _SOME = [Pages.NONE], [Pages.SOME]
+
+KERNELS: tuple[Entry, ...] = (
+    #     kernel                 device    stored    element  queries   pages   why
+    Entry(Kernel.REFERENCE,      _CPU,     ANY,      ANY,     ANY,      ANY,
+          "PyTorch has the CPU's kernels, in every type and format"),
+    Entry(Kernel.PREFILL,        _GPUS,    ANY,      _BOTH,   _SEVERAL, ANY,
+          "many queries read a page: it is decoded once, to memory, and then multiplied by warp groups"),
+    Entry(Kernel.PLAIN_DECODE,   _GPUS,    _PLAIN,   _BOTH,   _ONE,     ANY,
+          "nothing is decoded: pages go by way of shared memory into the products of warp groups"),
+    Entry(Kernel.TABLE_DECODE,   _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME,
+          "a word of a table in shared memory is an int8 operand: a third of the general kernel's instructions"),
+    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _HALF,   _ONE,     _NONE,
+          "the tables would be filled for nothing"),
+    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _SINGLE, _ONE,     ANY,
+          "the table kernel holds a query in 16 bits: too few for float32"),
+    Entry(Kernel.GENERAL_DECODE, _LESSER,  _TRELLIS, _BOTH,   _ONE,     ANY,
+          "the tables' copies have no room in 164 KiB of shared memory, and other makers' GPUs run no PTX"),
+    Entry(Kernel.GENERAL_DECODE, _GPUS,    _MIXED,   _BOTH,   _ONE,     ANY,
+          "it decodes K and V each in a format of its own, by arithmetic, and adds the key mean to the scores"),
+)  # fmt: skip
+
+
+@functools.cache
+def choose(call: Call) -> Kernel:
+    """The kernel for a call. Raises ValueError for a type that a GPU's kernels do not take."""
+    for entry in KERNELS:
+        if entry.applies(call):
+            return entry.kernel
+    raise ValueError(f"the attention kernels take fp16, bf16 and fp32, not {call.element.value}")
+
+
+ELEMENTS = {torch.float16: Element.HALF, torch.bfloat16: Element.HALF, torch.float32: Element.SINGLE}
+
+
+def describe(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int, device: Device) -> Call:
+    """The facts of a call, arguments as those of `attend`, on a device of that kind. Needs no checked inputs."""
+    return Call(
+        device,
+        stored(fmt, q.dtype, mean=kv.mean is not None),
+        ELEMENTS.get(q.dtype, Element.OTHER),
+        Queries.ONE if q.shape[1:2] == (1,) else Queries.SEVERAL,
+        Pages.SOME if kv.pages.numel() > 0 and max_length > kv.sink + PAGE_TOKENS else Pages.NONE,
+    )
+
+
+@functools.cache
+def stored(fmt: KVFormat, dtype: torch.dtype, *, mean: bool) -> Stored:
+    """What pages of a format hold, for queries of a type, with a key mean or not."""
+    trellis = [isinstance(codec, TrellisCodec) for codec in (fmt.k, fmt.v)]
+    if any(trellis):
+        return Stored.TRELLIS if all(trellis) else Stored.HALF_TRELLIS
+    plain = all(isinstance(codec, PlainCodec) and codec.dtype == dtype for codec in (fmt.k, fmt.v))
+    return Stored.PLAIN if plain and not mean else Stored.OTHER
+
+
+def kind(device: torch.device) -> Device:
+    """What a device can run."""
+    return Device.CPU if device.type == "cpu" else kind_of_gpu(device)
+
+
+@functools.cache
+def kind_of_gpu(device: torch.device) -> Device:
+    """`HOPPER` for a GPU with the shared memory for the table-decode kernel: sm_90 and sm_100 (228 KiB), not sm_80 to
+    89 and sm_120 (at most 164). `GPU` for every other device, on which the Triton kernels run or are interpreted."""
+    if is_nvidia(device) and torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > 200 * 1024:
+        return Device.HOPPER
+    return Device.GPU
+
+
+class Tiles(NamedTuple):
+    """Tile sizes and launch options of the Triton kernels; see the constexprs of `general_decode_kernel`.
+
+    ``rows``: of queries (BM), in decode kernels at least the group made a power of two; ``keys``: of a page (BN);
+    ``full_keys``: in full precision (BF); ``flip``: keys on the side of a product that is a multiple of 16 (FLIP);
+    ``warps, stages``: launch options; ``at_once``: programs that share a multiprocessor.
+    """
+
+    rows: int
+    keys: int
+    full_keys: int
+    flip: bool
+    warps: int
+    stages: int
+    at_once: int
+
+
+class TilesEntry(NamedTuple):
+    """A row of `TILES`."""
+
+    kernel: Kernel
+    stored: Container[Stored]
+    element: Element
+    head_dim: Container[int]
+    tiles: Tiles
+    why: str
+
+
+_UP_TO_64, _UP_TO_128, _65_TO_128, _ABOVE_128 = range(1, 65), range(1, 129), range(65, 129), range(129, 1 << 30)
+_CODES, _REST = [Stored.TRELLIS, Stored.HALF_TRELLIS], [Stored.PLAIN, Stored.OTHER]
+_G, _P, _F = Kernel.GENERAL_DECODE, Kernel.PLAIN_DECODE, Kernel.PREFILL
+
+TILES: tuple[TilesEntry, ...] = (
+    #          kernel, stored, element,    head_dim,   Tiles(rows, keys, full, flip, warps, stages, at once), why
+    TilesEntry(_G, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  False, 4,    1,     8),
+               "the smallest products of float32 are 16 each way"),
+    TilesEntry(_G, _CODES, Element.HALF,   ANY,        Tiles(8,   16,  16,  True,  1,    1,     8),
+               "one warp a program: what is decoded is decoded once (timed, H200)"),
+    TilesEntry(_G, _REST,  Element.HALF,   _UP_TO_128, Tiles(8,   32,  16,  True,  1,    1,     8),
+               "the same, and twice the keys while they are small or quickly decoded (timed, H200)"),
+    TilesEntry(_G, _REST,  Element.HALF,   _ABOVE_128, Tiles(8,   16,  16,  True,  1,    1,     8),
+               "one warp a program: what is decoded is decoded once (timed, H200)"),
+    TilesEntry(_P, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  True,  4,    1,     2),
+               "the smallest products of float32 are 16 each way"),
+    TilesEntry(_P, ANY,    Element.HALF,   _UP_TO_64,  Tiles(16,  64,  64,  True,  4,    5,     4),
+               "a warp group; programs by the registers, stages that fill the shared memory"),
+    TilesEntry(_P, ANY,    Element.HALF,   _65_TO_128, Tiles(16,  64,  64,  True,  4,    3,     3),
+               "a warp group; programs by the registers, stages that fill the shared memory (timed at 128, H100)"),
+    TilesEntry(_P, ANY,    Element.HALF,   _ABOVE_128, Tiles(16,  64,  64,  True,  4,    3,     1),
+               "a warp group; keys and values of three stages leave room for one program"),
+    TilesEntry(_F, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  False, 8,    1,     1),
+               "the smallest products of float32 are 16 each way"),
+    TilesEntry(_F, ANY,    Element.HALF,   _UP_TO_128, Tiles(128, 64,  64,  False, 8,    3,     1),
+               "the registers of a whole multiprocessor (sm_90); its shared memory has room for three stages"),
+    TilesEntry(_F, ANY,    Element.HALF,   _ABOVE_128, Tiles(128, 64,  64,  False, 8,    2,     1),
+               "the registers of a whole multiprocessor (sm_90); its shared memory has room for two stages"),
+)  # fmt: skip
+
+
+@functools.cache
+def tiles(kernel: Kernel, stored: Stored, element: Element, head_dim: int) -> Tiles:
+    """The tiles of a Triton kernel, the only row of `TILES` that applies."""
+    (entry,) = [
+        entry
+        for entry in TILES
+        if (entry.kernel, entry.element) == (kernel, element) and stored in entry.stored and head_dim in entry.head_dim
+    ]
+    return entry.tiles
+
+
+def head_blocks(group: int, head_dim: int) -> tuple[int, int]:
+    """(blocks of four heads in a program of the table-decode kernel, programs) that serve the query heads of a KV
+    head."""
+    blocks = 1 if group <= 4 or head_dim > 128 else 2  # registers allow no more
+    return blocks, -(-group // (4 * blocks))
