@@ -12,7 +12,7 @@ from octo_run.models.foreign import AGAIN, read_json_object, read_text
 from octo_run.tokenizer.config import MAX_IDS, TokenizerConfig, added_token, check_added, split_added
 
 State = dict[str, Any]
-#: How much longer a normaliser may make a text.
+#: How much longer normaliser and pre-tokenizer may make a text.
 MAX_GROWTH = 64
 # Qwen2's pre-tokenizer: Qwen2/Qwen2-1.5B tokenizer.json and transformers' tokenization_qwen2.py (Apache-2.0)
 _QWEN2_SPLIT = (
@@ -46,7 +46,7 @@ def read_tokenizer_json(path: Path, config: TokenizerConfig) -> tuple[State, dic
         _check_merges(model, path)
     if state.get("decoder") is None:
         state["decoder"] = _decoder_of_class(config, state)
-    _check_growth(state.get("normalizer"), path)
+    _check_growth([state.get("normalizer"), state.get("pre_tokenizer")], path)
     return state, beyond
 
 
@@ -103,16 +103,18 @@ def end_of_ids(vocabulary: list[Any] | dict[str, int]) -> int:
     return len(vocabulary) if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1) + 1
 
 
-def _check_growth(normalizer: Any, path: Path) -> None:
+def _check_growth(steps: list[Any], path: Path) -> None:
     growth = 1
-    for part in _parts(normalizer):
+    for part in _parts(steps):
+        if part.get("type") == "ByteLevel":
+            growth *= 2  # a byte becomes a character of up to two
         text = part.get("content", part.get("prepend"))
         if isinstance(text, str):
             pattern = part.get("pattern")
             old = pattern.get("String") if isinstance(pattern, dict) else None
             growth *= max(1, len(text) // max(1, len(old) if isinstance(old, str) else 1))
     if growth > MAX_GROWTH:
-        raise OctoError(f"The normalizer in {path} makes a text up to {growth:,} times as long: {AGAIN}.")
+        raise OctoError(f"Normalizer and pre_tokenizer in {path} make a text over {MAX_GROWTH} times as long: {AGAIN}.")
 
 
 def _parts(state: Any) -> Iterator[State]:
