@@ -123,15 +123,14 @@ class KVArena:
         self.pages = _zeros((s.pages, s.layers, s.kv_heads, self.page_format.page_bytes), device)
         if device.type == "cuda":
             kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
-        full = (s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
-        self._full_k = torch.zeros(full, dtype=s.dtype, device=device)
-        self._full_v = torch.zeros(full, dtype=s.dtype, device=device)
-        staging = (1, s.kv_heads, s.ring + s.chunk, s.head_dim)
-        self._staging_k = torch.zeros(staging, dtype=s.dtype, device=device)
-        self._staging_v = torch.zeros(staging, dtype=s.dtype, device=device)
+        #: Sinks and rings: K and V, layers, rows, KV heads, slots, d; and the tail of the chunk at hand.
+        full = (2, s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
+        self._full = torch.zeros(full, dtype=s.dtype, device=device)
+        self._staging = torch.zeros(2, 1, s.kv_heads, s.ring + s.chunk, s.head_dim, dtype=s.dtype, device=device)
         self.page_table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
-        #: A chunk's first position, packed pages, tail origin, and row among the one row that it is given: 0.
-        self._chunk_state = torch.zeros(4, 1, dtype=torch.int32, device=device)
+        #: For each row the first position of its chunk, packed pages, the tail's origin, and 0: its row among the one
+        #: row that attention is given.
+        self._chunk_state = torch.zeros(s.sequences, 4, dtype=torch.int32, device=device)
         #: For each row the id and the number of the page that is coded between two steps.
         self._coding = torch.zeros(2, s.sequences, dtype=torch.int32, device=device)
         self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row)
@@ -139,7 +138,7 @@ class KVArena:
     @property
     def full_precision(self) -> list[Tensor]:
         """Sinks, rings and the staging buffer, K and V."""
-        return [self._full_k, self._full_v, self._staging_k, self._staging_v]
+        return [self._full, self._staging]
 
     @torch.inference_mode()
     def open(self, ids: list[int] | None = None) -> Sequence:
@@ -151,6 +150,7 @@ class KVArena:
         host = torch.tensor(values, dtype=into.dtype)
         into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
 
+    @torch.inference_mode()
     def prefill(self, sequence: Sequence, ids: list[int]) -> "Chunk":
         """Open the way for new tokens, at most ``chunk``, of one sequence. Raises ``PoolExhausted``."""
         return Chunk(self, sequence, ids)
@@ -192,7 +192,7 @@ class KVArena:
         self._coding[1, row].fill_(number)
         if self.means is not None and not number:
             for layer in range(s.layers):
-                self.means.learn(layer, row, self._full_k[layer, row, :, slot : slot + PAGE])
+                self.means.learn(layer, row, self._full[0, layer, row, :, slot : slot + PAGE])
         if run is None:
             self._code_slots(row, slot)
         else:
@@ -201,8 +201,7 @@ class KVArena:
 
     def _code_slots(self, row: int, slot: int) -> None:
         """Code the page that begins in ``slot``; its id and number are in ``_coding``."""
-        k = self._full_k[:, row : row + 1, :, slot : slot + PAGE]
-        v = self._full_v[:, row : row + 1, :, slot : slot + PAGE]
+        k, v = self._full[:, :, row : row + 1, :, slot : slot + PAGE]
         if self.means is not None:
             k = self.means.take_out(k, 0, row, self._coding[1, row : row + 1])
         self.encode(k, v, self.pages, self._coding[0, row : row + 1])
@@ -222,15 +221,13 @@ class KVArena:
         ids = sequence.take_pages(count)
         self.enter_pages(row, 0, ids)
         for number, page in enumerate(ids[:8]):
-            for full in (self._full_k, self._full_v):
-                full[:, row].normal_(generator=generator)
+            self._full[:, :, row].normal_(generator=generator)
             self._coding[0, row].fill_(page)
             self._coding[1, row].fill_(number)
             self._code_slots(row, s.sink)
         for number, page in enumerate(ids[8:], start=8):
             self.pages[page].copy_(self.pages[ids[number % 8]])
-        for full in (self._full_k, self._full_v):
-            full[:, row].normal_(generator=generator)
+        self._full[:, :, row].normal_(generator=generator)
         sequence.advance(0, [-1] * length, count)  # no prompt has them
 
     def place(self, position: int) -> int:
@@ -240,7 +237,7 @@ class KVArena:
 
     def full(self, layer: int) -> tuple[Tensor, Tensor]:
         """Full-precision K and V of a layer: ``[rows, kv_heads, sink + ring, d]``."""
-        return self._full_k[layer], self._full_v[layer]
+        return self._full[0, layer], self._full[1, layer]
 
     def inputs(self, layer: int, state: "StepState", q: Tensor) -> kernels.AttentionInputs:
         """What the attention kernels read for one token in each sequence of a step, and its queries ``q``."""
@@ -263,27 +260,26 @@ class KVArena:
 
     def chunk_inputs(self, layer: int, row: int, q: Tensor) -> kernels.AttentionInputs:
         """What the attention kernels read for a chunk of the sequence in ``row``, whose tail is staged."""
-        sink, state = self.shape.sink, self._chunk_state
-        full_k, full_v = self._full_k[layer, row : row + 1], self._full_v[layer, row : row + 1]
+        sink, state = self.shape.sink, self._chunk_state[row]
+        full_k, full_v = self._full[:, layer, row : row + 1]
         return kernels.AttentionInputs(
             pages=self.pages[:, layer],
             page_table=self.page_table[row : row + 1],
-            rows=state[3],
-            num_packed=state[1],
-            starts=state[0],
+            rows=state[3:],
+            num_packed=state[1:2],
+            starts=state[:1],
             sink_k=full_k[:, :, :sink],
             sink_v=full_v[:, :, :sink],
-            tail_k=self._staging_k,
-            tail_v=self._staging_v,
-            tail_origin=state[2],
+            tail_k=self._staging[0],
+            tail_v=self._staging[1],
+            tail_origin=state[2:3],
             sink=sink,
-            mean=None if self.means is None else self.means.of_queries(layer, row, state[3], q),
+            mean=None if self.means is None else self.means.of_queries(layer, row, state[3:], q),
         )
 
     def _copy_row(self, donor: int, row: int) -> None:
         """Copy all that a row holds: what a sequence that begins like another one needs besides the shared pages."""
-        for full in (self._full_k, self._full_v):
-            full[:, row].copy_(full[:, donor])
+        self._full[:, :, row].copy_(self._full[:, :, donor])
         if self.means is not None:
             self.means.copy_row(donor, row)
         self.page_table[row].copy_(self.page_table[donor])
@@ -315,40 +311,39 @@ class Chunk:
         slots = torch.arange(origin, origin + tail, device=device) % s.ring + s.sink
         self._old_slots, self._left_slots = slots[: self.old_tail], slots[self.new_pages * PAGE :]
         self._coded, self._tail = self.new_pages * PAGE, tail
-        arena.upload([[self.start], [sequence.packed], [origin]], arena._chunk_state[:3])
+        self._state = arena._chunk_state[self.row]
+        arena.upload([self.start, sequence.packed, origin], self._state[:3])
 
     def attend(
         self,
         layer: int,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        kv: Tensor,
         spec: kernels.AttentionSpec,
         workspace: Tensor | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Store the chunk's ``k, v [1, C, kv_heads, d]`` and return the attention of ``q [1, C, heads, d]``."""
+        """Store the chunk's keys and values ``kv [2, C, kv_heads, d]``; the attention of ``q [1, C, heads, d]``."""
         a = self.arena
-        parts = ((a._full_k, a._staging_k, k), (a._full_v, a._staging_v, v))
-        for full, staging, new in parts:
-            store, rows = full[layer, self.row], new[0].transpose(0, 1)
-            store[:, self.start : self.start + self.to_sink] = rows[:, : self.to_sink]
-            staging[0, :, : self.old_tail] = store.index_select(1, self._old_slots)
-            staging[0, :, self.old_tail : self._tail] = rows[:, self.to_sink :]
+        new, store, staging = kv.transpose(1, 2), a._full[:, layer, self.row], a._staging[:, 0]
+        if self.to_sink:
+            store[:, :, self.start : self.start + self.to_sink] = new[:, :, : self.to_sink]
+        if self.old_tail:
+            staging[:, :, : self.old_tail] = store.index_select(2, self._old_slots)
+        if self._tail > self.old_tail:
+            staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
         inputs = a.chunk_inputs(layer, self.row, q)
         out = kernels.attend(q, inputs, a.fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
         if self._coded:
-            k_pages, v_pages = (
-                x[:, :, : self._coded].view(1, x.shape[1], -1, PAGE, x.shape[3]).transpose(1, 2)
-                for x in (a._staging_k, a._staging_v)
-            )
+            coded = a._staging[:, :, :, : self._coded]
+            k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
             if a.means is not None:
                 if self._first_page:
                     a.means.learn(layer, self.row, k_pages[0, 0])
-                k_pages = a.means.take_out(k_pages, layer, self.row, a._chunk_state[1])
+                k_pages = a.means.take_out(k_pages, layer, self.row, self._state[1:2])
             a.encode(k_pages, v_pages, a.pages[:, layer : layer + 1], self._ids)
-        for full, staging, _ in parts:
-            full[layer, self.row].index_copy_(1, self._left_slots, staging[0, :, self._coded : self._tail])
+        if self._tail > self._coded:
+            store.index_copy_(2, self._left_slots, staging[:, :, self._coded : self._tail])
         return out
 
     def commit(self) -> None:

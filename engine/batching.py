@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,16 +12,18 @@ from typing import TYPE_CHECKING
 
 from octo_run.engine.pool import PoolExhausted
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.sequence import common_length
 from octo_run.engine.stopping import AnswerText
 from octo_run.errors import OctoError, UsageError, expect
 from octo_run.kernels import PAGE_TOKENS as PAGE
 
 if TYPE_CHECKING:
+    from octo_run.engine.arena import Chunk
     from octo_run.engine.engine import Engine
     from octo_run.engine.sequence import Sequence
 
-#: Prompt tokens that are read between two steps at most, in chunks: long prompts do not keep the others waiting.
-BETWEEN_STEPS = 2048
+#: Prompt tokens that are read between two steps at most: long prompts do not keep the others waiting.
+BETWEEN_STEPS = 4096
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class _Request:
     @property
     def ids(self) -> list[int]:
         return self.prompt + self.said
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the cache holds the prompt and what was said."""
+        return len(self.open) == len(self.ids)
 
     @property
     def open(self) -> Sequence:
@@ -90,7 +98,7 @@ class _Scheduler:
     """Lets requests run together: reads prompts in between steps, and takes back the youngest when pages run out."""
 
     def __init__(self, engine: Engine, requests: list[_Request]) -> None:
-        self._engine, self._waiting = engine, deque(requests)
+        self._engine, self._requests, self._waiting = engine, requests, deque(requests)
         self._reading: _Request | None = None
         self._running: list[_Request] = []
 
@@ -104,45 +112,66 @@ class _Scheduler:
                 self._launch()
                 yield from self._read_tokens()
         finally:
-            for request in [*self._running, *([self._reading] if self._reading else [])]:
-                request.open.close()
+            for request in self._requests:
+                if request.sequence is not None:
+                    request.sequence.close()
 
     def _read_prompts(self) -> None:
-        """Read prompts for about ``BETWEEN_STEPS`` tokens, as long as there is room for another sequence."""
-        budget, engine = BETWEEN_STEPS, self._engine
-        while budget > 0 and (self._reading or self._admit()):
-            request = self._reading
-            assert request is not None
-            ids, sequence = request.ids, request.open
-            held = len(sequence)
-            part = ids[held : held + min(engine.plan.shape.chunk, max(PAGE, budget))]
+        """Read prompts for ``BETWEEN_STEPS`` tokens, all in one pass through the layers."""
+        read, engine = self._next_chunks(), self._engine
+        if not read:
+            return
+        hidden = engine.read_chunks([chunk for _, chunk in read])
+        ends = itertools.accumulate(chunk.count for _, chunk in read)
+        done = [(request, end - 1) for (request, chunk), end in zip(read, ends, strict=True) if request.is_read]
+        for request, _ in done:
+            engine.step.begin(request.open, request.params, request.ids, len(request.said))
+            self._running.append(request)
+        if done:
+            states = hidden[[place for _, place in done]]
+            engine.step.first([request.open for request, _ in done], states)
+        self._reading = next((request for request, _ in read if not request.is_read), None)
+
+    def _next_chunks(self) -> list[tuple[_Request, Chunk]]:
+        """What is to be read next: the rest of the prompt that is half read, and prompts that there is room for."""
+        engine, chunks = self._engine, list[tuple[_Request, Chunk]]()
+        budget = min(BETWEEN_STEPS, engine.plan.shape.chunk)
+        while budget > 0:
+            request = self._reading if not chunks and self._reading else self._admit([request for request, _ in chunks])
+            if request is None:
+                break
+            held = len(request.open)
             try:
-                hidden = engine.feed(sequence, part)
+                chunk = engine.arena.prefill(request.open, request.ids[held : held + budget])
             except PoolExhausted:
                 self._put_back(request)
-                return
-            budget -= len(part)
-            if held + len(part) == len(ids):
-                engine.step.begin(sequence, request.params, ids, len(request.said))
-                engine.step.first(sequence, hidden)
-                self._running.append(request)
-                self._reading = None
+                if not chunks and not self._running:
+                    raise
+                break
+            chunks.append((request, chunk))
+            budget -= chunk.count
+        return chunks
 
-    def _admit(self) -> bool:
-        """Give the next request a sequence, if there is a row and if its prompt and a page more fit."""
+    def _admit(self, reading: list[_Request]) -> _Request | None:
+        """The next request, with a sequence of its own, if there is a row and if its prompt and a page more fit.
+
+        One that begins like one of ``reading`` waits until it can have that from there.
+        """
         engine = self._engine
         table = engine.arena.table
         if not self._waiting or not table.has_row():
-            return False
+            return None
         request = self._waiting[0]
+        alike = max((common_length(request.ids, other.ids) for other in reading), default=0)
+        if alike >= PAGE and alike - table.reusable(request.ids) >= PAGE:
+            return None
         pages = len(request.ids) // PAGE + 1
-        if self._running and table.room() < pages + len(self._running):
-            return False
+        if (self._running or reading) and table.room() < pages + len(self._running) + len(reading):
+            return None
         request.sequence = engine.arena.open(request.ids)
         if request.reused is None:
             request.reused = len(request.sequence)
-        self._reading = self._waiting.popleft()
-        return True
+        return self._waiting.popleft()
 
     def _launch(self) -> None:
         """One step of all that are not full; as many requests wait again as it takes to have pages for the others."""
@@ -203,5 +232,6 @@ class _Scheduler:
             if request.finish_reason is not None:
                 self._running.remove(request)
                 sequence.close()
+                request.sequence = None
                 yield Completion(request.index, request.said, request.text, request.finish_reason,
                                  len(request.prompt), request.reused or 0)  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import system_memory
+from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
@@ -379,12 +380,17 @@ class Engine:
         """Float32 logits ``[n, vocab]`` of normed states ``[n, hidden]``."""
         return self.forward.logits(hidden).to(torch.float32)
 
-    @torch.inference_mode()
     def _forward(self, sequence: Sequence, ids: list[int]) -> Tensor:
         """Normed states ``[n, hidden]`` of the next ``ids`` of a sequence, at most a chunk, which enter the cache."""
-        chunk = self.arena.prefill(sequence, ids)
-        hidden = self.forward.chunk(self.forward.upload(ids), chunk)
-        chunk.commit()
+        return self.read_chunks([self.arena.prefill(sequence, ids)])
+
+    @torch.inference_mode()
+    def read_chunks(self, chunks: list[Chunk]) -> Tensor:
+        """Normed states ``[n, hidden]`` of chunks of several sequences, in all no more tokens than one chunk may have;
+        they enter the cache."""
+        hidden = self.forward.chunks(chunks)
+        for chunk in chunks:
+            chunk.commit()
         return hidden
 
 

@@ -36,7 +36,7 @@ def _shapes(cfg: ModelConfig, rows: int) -> tuple[Shapes, Shapes, Shapes]:
     lasting: Shapes = dict.fromkeys(("residual", "normed", "delta"), (rows, cfg.hidden_size))
     lasting |= dict.fromkeys(("cos", "sin"), (rows, cfg.head_dim // 2))
     attention: Shapes = {"qkv": (rows, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim), "q": (rows, 1, *q)}
-    attention |= {"mixed": (rows, 1, *q), "k": (rows, *kv), "v": (rows, *kv)}
+    attention |= {"mixed": (rows, 1, *q), "kv": (2, rows, *kv)}
     mlp: Shapes = {"gate_up": (rows, 2 * cfg.intermediate_size), "inner": (rows, cfg.intermediate_size)}
     return lasting, attention, mlp
 
@@ -65,26 +65,34 @@ class Forward:
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def upload(self, ids: list[int]) -> Tensor:
+    def _upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
         host = torch.tensor(ids)
         into = self._ids[: len(ids)]
         return into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
 
-    def chunk(self, ids: Tensor, chunk: Chunk) -> Tensor:
-        """Normed hidden states ``[C, hidden]`` of a chunk of one sequence; ``ids`` int64 ``[C]``."""
+    def chunks(self, chunks: list[Chunk]) -> Tensor:
+        """Normed hidden states ``[C, hidden]`` of chunks of several sequences, one after the other.
+
+        Products and norms take all of them at once, attention each by itself.
+        """
+        ids = self._upload([token for chunk in chunks for token in chunk.ids])
         count = len(ids)
-        positions = torch.arange(chunk.start, chunk.end, dtype=torch.int32, out=self._positions[:count])
-        q, k, v, mixed = (self._buffers[name][:count] for name in ("q", "k", "v", "mixed"))
-
-        query, key, value = (x.view(1, count, -1, x.shape[-1]) for x in (q, k, v))
-
-        transforms = self._transforms(positions)
+        q, mixed, kv = self._buffers["q"][:count], self._buffers["mixed"][:count], self._buffers["kv"][:, :count]
+        parts, first = list[tuple[Chunk, Tensor, Tensor, Tensor]](), 0
+        for chunk in chunks:
+            last = first + chunk.count
+            torch.arange(chunk.start, chunk.end, dtype=torch.int32, out=self._positions[first:last])
+            queries, out = (x[first:last].transpose(0, 1) for x in (q, mixed))
+            parts.append((chunk, queries, out, kv[:, first:last, :, 0]))
+            first = last
+        transforms = self._transforms(self._positions[:count])
 
         def mix(index: int, qkv: Tensor) -> Tensor:
-            ops.qkv_rope_append(qkv, transforms[index], self._no_slots[:count], k, v, q)
+            ops.qkv_rope_append(qkv, transforms[index], self._no_slots[:count], kv[0], kv[1], q)
             spec = self.decoder.specs[index].attention
-            chunk.attend(index, query, key, value, spec, self.workspace, out=mixed.view(query.shape))
+            for chunk, queries, out, new in parts:
+                chunk.attend(index, queries, new, spec, self.workspace, out=out)
             return mixed
 
         return self._layers(ids, mix)

@@ -154,7 +154,7 @@ class Generation:
                 if engine.device.type == "cpu":
                     self.read_tokens = read + len(ids) - held  # also where no token can be drawn
                 engine.step.begin(sequence, params, ids, self.generated_tokens)
-                engine.step.first(sequence, hidden)
+                engine.step.first([sequence], hidden)
                 engine.step.wait(sequence)
                 told(len(ids) - held, len(ids) - held)
             except BaseException:

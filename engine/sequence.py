@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from octo_run.engine.step import Result
 
 
+def common_length(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    step = 64
+    while low < high and one[low : min(low + step, high)] == other[low : min(low + step, high)]:
+        low, step = min(low + step, high), 2 * step
+    while low < high and one[low] == other[low]:
+        low += 1
+    return low
+
+
 class Sequence:
     """Tokens whose keys and values the arena holds.
 
@@ -86,13 +97,7 @@ class Sequence:
 
     def common(self, ids: list[int]) -> int:
         """How many of the first tokens are those of ``ids``."""
-        low, high = 0, min(len(ids), self._end[0])
-        step = 64
-        while low < high and self._ids[low : min(low + step, high)] == ids[low : min(low + step, high)]:
-            low, step = min(low + step, high), 2 * step
-        while low < high and self._ids[low] == ids[low]:
-            low += 1
-        return low
+        return min(self._end[0], common_length(self._ids, ids))
 
     def after_cut(self, length: int) -> tuple[int, int]:
         """Tokens and packed pages that a cut to ``length`` leaves.
@@ -212,8 +217,7 @@ class SequenceTable:
         whoever holds the most and gets a copy of its row, in a free row or in that of the longest unused parked one.
         Raises ``OctoError`` if all rows are pinned.
         """
-        wanted = [] if ids is None else ids[:-1]
-        held = {seq: seq.after_cut(seq.common(wanted))[0] for seq in self.rows if seq is not None}
+        held = self._held([] if ids is None else ids[:-1])
         donor = max(held, key=lambda seq: (held[seq], not seq.pinned), default=None)
         reused = 0 if donor is None else held[donor]
         if donor is not None and reused and not donor.pinned and reused == len(donor):
@@ -231,6 +235,14 @@ class SequenceTable:
             self._copy(donor.row, row)
             sequence.become(donor, reused)
         return self._pin(sequence)
+
+    def _held(self, ids: list[int]) -> dict[Sequence, int]:
+        """How much of the beginning of ``ids`` each sequence could give."""
+        return {seq: seq.after_cut(seq.common(ids))[0] for seq in self.rows if seq is not None}
+
+    def reusable(self, ids: list[int]) -> int:
+        """How much of the beginning of ``ids`` a new sequence would hold at once."""
+        return max(self._held(ids[:-1]).values(), default=0)
 
     def make_room(self, pages: int, asking: Sequence | None = None) -> None:
         """Let parked sequences lose pages, the longest unused first, until ``pages`` are free or none is left."""

@@ -140,16 +140,18 @@ class Stepper:
         sequence.sampling = self.sampler.enter(sequence.row, params, seen, drawn)
 
     @torch.inference_mode()
-    def first(self, sequence: Sequence, normed: Tensor) -> None:
-        """Draw the first token from the state ``[1, hidden]`` of the prompt's end; read it like a step's."""
-        sampling = self._sampling(sequence)
-        self._arrange([sequence])
+    def first(self, sequences: list[Sequence], normed: Tensor) -> None:
+        """Draw the first tokens from the states ``[n, hidden]`` of the prompts' ends; read them like a step's."""
+        count, samplings = len(sequences), list(map(self._sampling, sequences))
+        self._arrange(sequences)
         current, self._set = self._set, None
-        self.sampler.draw(self.forward.logits(normed, self.logits[:1]), self._state.rows[:1])
-        sampling.drawn += 1
-        self._queue([sequence])
+        self.sampler.draw(self.forward.logits(normed, self.logits[:count]), self._state.rows[:count])
+        for sampling in samplings:
+            sampling.drawn += 1
+        self._queue(sequences)
         self._moved(current)
-        sequence.ready = True
+        for sequence in sequences:
+            sequence.ready = True
 
     @torch.inference_mode()
     def launch(self, sequences: list[Sequence]) -> None:

@@ -88,13 +88,17 @@ class ScriptedForward(Forward):
         keys = (ids + positions * 0.1 + layer)[:, None, None]
         return keys.expand(len(ids), self.cfg.num_kv_heads, self.cfg.head_dim).to(torch.float32).contiguous()
 
-    def chunk(self, ids: Tensor, chunk: Chunk) -> Tensor:
-        self.fed.append(ids.tolist())
+    def chunks(self, chunks: list[Chunk]) -> Tensor:
+        return torch.cat([self._chunk(chunk) for chunk in chunks])
+
+    def _chunk(self, chunk: Chunk) -> Tensor:
+        ids = torch.tensor(chunk.ids)
+        self.fed.append(chunk.ids)
         positions = torch.arange(chunk.start, chunk.end)
         for layer in range(self.cfg.num_layers):
-            k = self._vectors(ids, positions, layer)[None]
-            q = k.repeat_interleave(self.cfg.num_heads // self.cfg.num_kv_heads, 2)
-            chunk.attend(layer, q, k, -k, self.decoder.specs[layer].attention, None)
+            k = self._vectors(ids, positions, layer)
+            q = k[None].repeat_interleave(self.cfg.num_heads // self.cfg.num_kv_heads, 2)
+            chunk.attend(layer, q, torch.stack((k, -k)), self.decoder.specs[layer].attention, None)
         return positions[:, None].to(torch.float32)
 
     def step(self, ids: Tensor, state: StepState, max_length: int) -> Tensor:

@@ -82,7 +82,7 @@ class Sequences:
             for layer, (q, k, v) in enumerate(new):
                 if layer == fail_after:
                     raise Boom
-                out = chunk.attend(layer, q[None], k[None], v[None], SPEC, None)
+                out = chunk.attend(layer, q[None], torch.stack((k, v)), SPEC, None)
                 self.check(out[0], seq, layer, q, k, v)
             if fail_after == LAYERS:
                 raise Boom
@@ -379,7 +379,7 @@ def test_keys_that_overflowed_are_refused_in_one_sentence() -> None:
     q, k, v = vectors(0, 1, 0, 300)
     k[100, 0, 3] = torch.inf
     with pytest.raises(OctoError, match="not finite in float32: choose another --dtype"):
-        step.attend(0, q[None], k[None], v[None], SPEC, None)
+        step.attend(0, q[None], torch.stack((k, v)), SPEC, None)
     assert sequence.ids == [] and len(sequence) == 0
 
 
