@@ -134,7 +134,8 @@ class _Scheduler:
 
     def _next_chunks(self) -> list[tuple[_Request, Chunk]]:
         """What is to be read next: the rest of the prompt that is half read, and prompts that there is room for."""
-        engine, chunks = self._engine, list[tuple[_Request, Chunk]]()
+        engine = self._engine
+        chunks: list[tuple[_Request, Chunk]] = []
         budget = min(BETWEEN_STEPS, engine.plan.shape.chunk)
         while budget > 0:
             request = self._reading if not chunks and self._reading else self._admit([request for request, _ in chunks])

@@ -2,6 +2,7 @@
 answer is that of a fresh engine with the same history, and no page is lost or freed twice."""
 
 import contextlib
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -112,13 +113,22 @@ class Program:
         self._feed(sequence, ids[len(sequence) :])
 
     def feed(self) -> None:
+        """More tokens for a sequence, or for several in one pass through the layers."""
         if live := self.live():
-            sequence = self.source.choice(live)
-            sequence.cancel()
-            self.settle()
-            room = 460 - len(sequence)
-            if room:
-                self._feed(sequence, self.source.choices(range(256), k=self.source.randrange(1, min(room, 90) + 1)))
+            parts = []
+            for sequence in self.source.sample(live, self.source.randrange(1, min(3, len(live)) + 1)):
+                sequence.cancel()
+                self.settle()
+                if room := 460 - len(sequence):
+                    count = self.source.randrange(1, min(room, 90) + 1)
+                    parts.append((sequence, self.source.choices(range(256), k=count)))
+            if len(parts) == 1:
+                self._feed(*parts[0])
+            elif parts:
+                hidden = self.engine.read_chunks([self.engine.arena.prefill(*part) for part in parts])
+                ends = itertools.accumulate(len(ids) for _, ids in parts)
+                for (sequence, ids), end in zip(parts, ends, strict=True):
+                    self.note(sequence, "feed", ids, self.engine._logits(hidden[end - 1 : end])[0])
 
     def _feed(self, sequence: Sequence, ids: list[int]) -> None:
         logits = self.engine.prefill(sequence, ids)
@@ -245,6 +255,7 @@ def test_random_programs_answer_as_fresh_engines_do(tiny: Tiny, struck_kernels: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kv", ["bf16", "oct3"])
 def test_a_thousand_random_programs(tiny: Tiny, struck_kernels: list[Program], kv: str) -> None:
     assert run_programs(tiny, struck_kernels, kv, range(1000, 1500)) > 50
