@@ -5,6 +5,7 @@ No Triton needed. What a part is: `parts`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ def counter_words(device: torch.device) -> int:
     return processors(device) * PARTS_PER_PROCESSOR
 
 
+@functools.cache
 def _words(device: torch.device, batch: int, heads: int, kv_heads: int, head_dim: int, queries: int,
            length: int | None) -> tuple[int, int]:  # fmt: skip
     """32-bit words of a workspace: its counters and partial results, and the slab."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 from octo_run.kernels.codec.page_layout import Side
-from octo_run.kernels.devices import runs_ptx
+from octo_run.kernels.devices import on_device_of, runs_ptx
 from octo_run.kernels.encode import trellis_launch
 from octo_run.kernels.encode.reference import check
 from octo_run.kernels.encode.triton_encode import octopus_pages_kernel, plain_pages_kernel
@@ -31,7 +31,7 @@ def encode_pages_triton(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, f
     """`encode_pages` by the Triton kernels (on a GPU, or interpreted). k and v in fp16, bf16 or fp32.
 
     Values are not looked at: NaN and infinities give meaningless rows, norms beyond fp16's range are stored as the
-    largest number that the format has for them. Trellis formats take memory for the codes of k, then of v, from
+    largest number that the format has for them. Trellis formats take memory for the codes of k and v from
     PyTorch's allocator and give it back; calls of one size reuse it, so that flushing a page does not grow memory.
     """
     check(k, v, pages, page_ids, fmt)
@@ -39,17 +39,43 @@ def encode_pages_triton(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, f
         raise ValueError(f"the encode kernels take fp16, bf16 and fp32, not {k.dtype}")
     if k.shape[0] * k.shape[1] == 0:
         return
-    with torch.cuda.device_of(k):  # type: ignore[no-untyped-call]
+    with on_device_of(k):
+        codec = fmt.k
+        if codec is fmt.v and isinstance(codec, TrellisCodec) and (both := _together(k, v)) is not None:
+            fields = _search(both, codec).view(2, *k.shape[:-1], -1)
+            trellis_launch.pack_blocks(fields[0], pages, page_ids, codec, "k", 0)
+            trellis_launch.pack_blocks(fields[1], pages, page_ids, codec, "v", codec.block_bytes)
+            return
         _encode(k, pages, page_ids, fmt.k, "k", 0)
         _encode(v, pages, page_ids, fmt.v, "v", fmt.k.block_bytes)
+
+
+def _together(k: Tensor, v: Tensor) -> Tensor | None:
+    """K and V as one tensor ``[2, L * N, Hkv, 64, d]`` where memory has them so: one search for both, half the
+    launches."""
+    layers, count = k.shape[:2]
+    apart = v.storage_offset() - k.storage_offset()
+    if (
+        min(layers, count) > 1
+        or apart <= 0
+        or k.stride() != v.stride()
+        or k.untyped_storage().data_ptr() != v.untyped_storage().data_ptr()
+    ):
+        return None
+    one = k.stride(1 if layers == 1 else 0)
+    return k.as_strided((2, layers * count, *k.shape[2:]), (apart, one, *k.stride()[2:]))
+
+
+def _search(y: Tensor, codec: TrellisCodec) -> Tensor:
+    """The fields of ``y``, by the kernel for its device."""
+    by_lanes = runs_ptx(y.device)  # less than half the time
+    return (trellis_launch.encode_fields_by_lanes if by_lanes else trellis_launch.encode_fields)(y, codec)
 
 
 def _encode(y: Tensor, pages: Tensor, page_ids: Tensor, codec: Codec, side: Side, at_byte: int) -> None:
     """Write the blocks of all K, or all V, from byte `at_byte` of every page on."""
     if isinstance(codec, TrellisCodec):
-        by_lanes = runs_ptx(y.device)  # less than half the time
-        search = trellis_launch.encode_fields_by_lanes if by_lanes else trellis_launch.encode_fields
-        trellis_launch.pack_blocks(search(y, codec), pages, page_ids, codec, side, at_byte)
+        trellis_launch.pack_blocks(_search(y, codec), pages, page_ids, codec, side, at_byte)
         return
     layers, count, kv_heads, tokens, dim = y.shape
     grid = (tokens // _ROWS, layers * count, kv_heads)

@@ -84,6 +84,30 @@ def test_triton_blocks(name, dim, dtype, monkeypatch):
 
 
 @triton_only
+@pytest.mark.parametrize(("layers", "count"), [(1, 2), (2, 1), (2, 2)])
+def test_triton_searches_keys_and_values_of_one_tensor_together(layers, count, monkeypatch):
+    """As the arena has them, with strides of their own; but where layers and pages cannot be counted as one."""
+    from octo_run.kernels.encode import launch
+
+    searched, search = [], launch._search
+    monkeypatch.setattr(launch, "_search", lambda y, codec: (searched.append(y.shape), search(y, codec))[1])
+    if INTERPRETED:
+        monkeypatch.setattr("octo_run.kernels.encode.trellis_launch._ROWS", 64)
+    store = torch.randn(2, layers, count, 1, 64 + 8, 64, generator=torch.Generator().manual_seed(layers)).to(DEVICE)
+    k, v = store[..., 8:, :]
+    fmt = parse_kv("oct2", 64)
+    ids = torch.arange(count, device=DEVICE)
+    pages = torch.full((count, layers, 1, page_bytes(fmt)), 0xEE, dtype=torch.uint8, device=DEVICE)
+    launch.encode_pages_triton(k, v, pages, ids, fmt)
+    wanted = PageFormat(fmt, "lanes").encode_rotated(k.cpu(), v.cpu()).transpose(0, 1)
+    assert torch.equal(pages.cpu(), wanted)
+    together = layers * count <= 2
+    assert len(searched) == (1 if together else 2) and searched[0][0] == 2
+    for other in ((v, k), (k, v.clone()), (k.clone(), v)):
+        assert launch._together(*other) is None
+
+
+@triton_only
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_fields(name):
     from octo_run.kernels.encode.trellis_launch import encode_fields
