@@ -44,10 +44,13 @@ PAGE = kernels.PAGE_TOKENS
 class ArenaShape:
     """What decides the bytes of an arena.
 
-    ``dtype`` is the full-precision one; ``context``: tokens that one sequence can hold; ``sequences``: rows;
-    ``pool_pages``: pages that all sequences share (None: as many as all of them hold at full context); ``mean_heads``:
-    the number of query heads if key means are kept out of the codes (``key_means``), else 0; ``on_gpu``: whether they
-    are for a GPU.
+    Attributes:
+        dtype: The full-precision one.
+        context: Tokens that one sequence can hold.
+        sequences: Rows.
+        mean_heads: The number of query heads if key means are kept out of the codes (``key_means``), else 0.
+        on_gpu: Whether they are for a GPU.
+        pool_pages: Pages that all sequences share (None: as many as all of them hold at full context).
     """
 
     layers: int
@@ -152,11 +155,22 @@ class KVArena:
 
     @torch.inference_mode()
     def prefill(self, sequence: Sequence, ids: list[int]) -> "Chunk":
-        """Open the way for new tokens, at most ``chunk``, of one sequence. Raises ``PoolExhausted``."""
+        """Open the way for new tokens of one sequence.
+
+        Args:
+            ids: At most ``chunk`` new tokens.
+
+        Raises:
+            PoolExhausted: There are too few pages for them.
+        """
         return Chunk(self, sequence, ids)
 
     def enter_pages(self, row: int, first: int, ids: list[int]) -> Tensor:
-        """Write page ids to the page table, from page number ``first`` of a row on; where they stand: int32."""
+        """Write page ids to the page table, from page number ``first`` of a row on.
+
+        Returns:
+            Where they stand in the table: int32.
+        """
         places = self.page_table[row, first : first + len(ids)]
         if len(ids) == 1:
             places.fill_(ids[0])
@@ -165,7 +179,11 @@ class KVArena:
         return places
 
     def encode(self, k: Tensor, v: Tensor, pages: Tensor, ids: Tensor) -> None:
-        """``kernels.encode_pages`` in the arena's format; ``OctoError`` for keys or values that overflowed."""
+        """Code keys and values with ``kernels.encode_pages`` in the arena's format.
+
+        Raises:
+            OctoError: Keys or values that overflowed.
+        """
         try:
             kernels.encode_pages(k, v, pages, ids, self.fmt)
         except ValueError:
@@ -180,9 +198,13 @@ class KVArena:
         return len(sequence) - sequence.packed_end >= self.shape.ring
 
     def code_oldest(self, sequence: Sequence, run: "Run | None" = None) -> None:
-        """Code the oldest page of the ring, for all layers in one call. Waits for nothing. Raises ``PoolExhausted``.
+        """Code the oldest page of the ring, for all layers in one call. Waits for nothing.
 
-        ``run(key, work)`` does the work, which is the same for one key.
+        Args:
+            run: ``run(key, work)`` does the work, which is the same for one key.
+
+        Raises:
+            PoolExhausted: There is no page for it.
         """
         s, row, number = self.shape, sequence.row, sequence.packed
         slot = s.sink + (PAGE * number) % s.ring
@@ -209,7 +231,10 @@ class KVArena:
     def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
         """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
 
-        Eight pages are coded; the others are copies of them. Raises ``UsageError`` for more than the context.
+        Eight pages are coded; the others are copies of them.
+
+        Raises:
+            UsageError: A length beyond the context.
         """
         s = self.shape
         if not 0 <= length <= s.context:
@@ -286,8 +311,10 @@ class KVArena:
 
 
 class Chunk:
-    """New tokens of one sequence on their way through the layers. ``commit`` makes them count; if it is not called, the
-    sequence keeps what they cannot have spoilt."""
+    """New tokens of one sequence on their way through the layers.
+
+    ``commit`` makes them count; if it is not called, the sequence keeps what they cannot have spoilt.
+    """
 
     def __init__(self, arena: KVArena, sequence: Sequence, ids: list[int]) -> None:
         s = arena.shape
@@ -323,7 +350,15 @@ class Chunk:
         workspace: Tensor | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Store the chunk's keys and values ``kv [2, C, kv_heads, d]``; the attention of ``q [1, C, heads, d]``."""
+        """Store the chunk's keys and values of a layer, and attend to them and to what came before.
+
+        Args:
+            q: Queries ``[1, C, heads, d]``.
+            kv: Keys and values ``[2, C, kv_heads, d]``.
+
+        Returns:
+            The attention of ``q``.
+        """
         a = self.arena
         new, store, staging = kv.transpose(1, 2), a._full[:, layer, self.row], a._staging[:, 0]
         if self.to_sink:

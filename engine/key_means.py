@@ -16,7 +16,12 @@ class KeyMeans:
     """Means and what is needed to take them out of pages of keys and to give them back in attention."""
 
     def __init__(self, shape: ArenaShape, rotation: Tensor, inv_freq: Tensor) -> None:
-        """``rotation [d, d]`` of the codec of K; ``inv_freq [d / 2]`` on the device that all of this is to lie on."""
+        """Make room for the means, and the tables for taking them out.
+
+        Args:
+            rotation: ``[d, d]`` of the codec of K.
+            inv_freq: ``[d / 2]`` on the device that all of this is to lie on.
+        """
         device, s = inv_freq.device, shape
         self._on_gpu = s.on_gpu
         self.rotation = rotation.to(device=device, dtype=torch.float32).contiguous()
@@ -30,7 +35,11 @@ class KeyMeans:
         self._rows = torch.zeros(pages, s.kv_heads, PAGE, s.head_dim, dtype=s.dtype, device=device)
 
     def learn(self, layer: int, row: int, keys: Tensor) -> None:
-        """Take the means of a layer from its first page of keys ``[kv_heads, 64, d]`` (rotated basis)."""
+        """Take the means of a layer from its first page of keys.
+
+        Args:
+            keys: ``[kv_heads, 64, d]`` in the rotated basis.
+        """
         angles = self.tables.of_pages(0, 1)[0]
         self.means[layer, row] = key_mean.estimate(keys, angles, self.rotation)
 
@@ -39,15 +48,27 @@ class KeyMeans:
         self.means[:, row].copy_(self.means[:, donor])
 
     def take_out(self, k: Tensor, layer: int, row: int, first: Tensor) -> Tensor:
-        """Pages ``k [L, N, kv_heads, 64, d]`` of the layers from ``layer`` on without their means; ``first`` int32 [1]
-        is the number of the first page. The result is good until the next call."""
+        """Pages of keys without their means.
+
+        Args:
+            k: ``[L, N, kv_heads, 64, d]`` of the layers from ``layer`` on.
+            first: The number of the first page, int32 ``[1]``.
+
+        Returns:
+            Pages like ``k``, good until the next call.
+        """
         out = self._rows[: k.shape[0] * k.shape[1]].view(k.shape)
         means = self.means[layer : layer + k.shape[0], row]
         return key_mean.take_out(k, means, first, self.tables, self.rotation, out)
 
     def of_queries(self, layer: int, row: int | None, rows: Tensor, q: Tensor) -> KeyMean:
-        """What attention takes for queries ``q [B, C, heads, d]``: of the sequences in the rows ``rows`` int32 [B]; of
-        those of one row if ``row`` is given, which ``rows`` then counts from. Good until the next call."""
+        """What attention takes for queries; good until the next call.
+
+        Args:
+            row: The one row whose means are used, from which ``rows`` then counts (None: all rows).
+            rows: The rows of the sequences, int32 ``[B]``.
+            q: Queries ``[B, C, heads, d]``.
+        """
         means = self.means[layer] if row is None else self.means[layer, row : row + 1]
         found = None
         if q.shape[1] == 1 or not self._on_gpu:
