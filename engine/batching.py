@@ -28,8 +28,13 @@ BETWEEN_STEPS = 4096
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt of many. ``index`` is the prompt's number; ``ids`` are the answer's tokens, an end token
-    included; ``finish_reason``: see ``Token``."""
+    """The answer to one prompt of many.
+
+    Attributes:
+        index: The prompt's number.
+        ids: The answer's tokens, an end token included.
+        finish_reason: See ``Token``.
+    """
 
     index: int
     ids: list[int]

@@ -59,9 +59,13 @@ def forget_peak(device: torch.device) -> None:
 def measure(
     engine: Engine, test: tuple[str, int], *, depth: int, batch: int, repetitions: int, bandwidth: float
 ) -> Row:
-    """Time ``("pp" or "tg", tokens)`` for ``batch`` sequences that hold ``depth`` random tokens each.
+    """Time a test of ``batch`` sequences that hold ``depth`` random tokens each.
 
     One round that is not counted warms up. Prompts of several sequences are read one after the other.
+
+    Args:
+        test: ``("pp" or "tg", tokens)``.
+        bandwidth: Bytes per second, as :func:`copy_bandwidth` gives them.
     """
     kind, tokens = test
     source, ordinary = random.Random(0), ordinary_ids(engine)
@@ -107,8 +111,13 @@ def run_round(
 ) -> T:
     """One round of a test: fill ``batch`` sequences to ``depth`` tokens, then hand the work to ``clock``, to be called.
 
-    ``ids`` are the prompt, or the first token of each sequence. Every step is launched before the one in front of it is
-    read. Returns what ``clock`` returns.
+    Every step is launched before the one in front of it is read.
+
+    Args:
+        ids: The prompt, or the first token of each sequence.
+
+    Returns:
+        What ``clock`` returns.
     """
     kind, tokens = test
     step, sequences = engine.step, [engine.sequence() for _ in range(batch)]
