@@ -37,7 +37,15 @@ DTYPES |= {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device by name (``cpu``, ``cuda``, ``cuda:1``), or CUDA where there is one. Raises ``UsageError``."""
+    """The device by name, or CUDA where there is one.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:1``, say; None or ``auto`` to have it chosen.
+
+    Raises:
+        UsageError: A name that is none of these.
+        OctoError: A CUDA device that PyTorch does not see.
+    """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = str(device)
@@ -50,7 +58,11 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, cfg: ModelConfig, device: torch.device) -> torch.dtype:
-    """The compute dtype: as asked, else the checkpoint's on CUDA and float32 on a CPU. Raises ``UsageError``."""
+    """The compute dtype: as asked, else the checkpoint's on CUDA and float32 on a CPU.
+
+    Raises:
+        UsageError: A dtype that is not supported.
+    """
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype is None or dtype == "auto":
@@ -83,8 +95,10 @@ class Engine:
         self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
 
     def close(self) -> None:
-        """Give back the memory of weights and cache. Whatever is done with the engine afterwards raises ``UsageError``;
-        closing it again does nothing."""
+        """Give back the memory of weights and cache; closing it again does nothing.
+
+        Whatever is done with the engine afterwards raises ``UsageError``.
+        """
         for name in _HELD:
             vars(self).pop(name, None)
         gc.collect()
@@ -122,17 +136,25 @@ class Engine:
         random_weights: ModelConfig | str | Path | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> "Engine":
-        """Load ``model`` (a path, a name in the cache, or ``octo-demo``) with its KV cache in the format ``kv``.
+        """Load a model with its KV cache.
 
-        ``max_context`` is in tokens (None: what the model supports, as far as it fits); ``seed`` chooses the codec's
-        rotation. ``key_mean``: keep the mean of a head's keys out of their code, which makes decode attention up to one
-        and a half times as long (None: where the model's keys have a bias). ``sequences`` is the largest number of them
-        that decode together. They share packed pages of ``cache_bytes`` (None: as many as all of them need at
-        ``max_context``; where that is None too, as many as fit), and one may hold ``max_context`` tokens.
-        ``random_weights`` (a configuration, the path of one, or a name in `shapes.SHAPES`) makes up the weights of a
-        shape, to measure it; ``model`` is then a name for it. ``on_plan`` is called with the memory plan before any
-        weight is read. Raises ``UsageError`` for wrong arguments and ``OctoError`` for a model that cannot be loaded or
-        does not fit.
+        Args:
+            model: A path, a name in the cache, or ``octo-demo``; with ``random_weights`` a name for the shape.
+            kv: The format of the cache.
+            max_context: In tokens (None: what the model supports, as far as it fits).
+            seed: Chooses the codec's rotation.
+            key_mean: Keep the mean of a head's keys out of their code, which makes decode attention up to one and
+                a half times as long (None: where the model's keys have a bias).
+            sequences: The largest number of them that decode together; one may hold ``max_context`` tokens.
+            cache_bytes: Bytes of the packed pages that the sequences share (None: as many as all of them need at
+                ``max_context``; where that is None too, as many as fit).
+            random_weights: A configuration, the path of one, or a name in `shapes.SHAPES`: the weights of this shape
+                are made up, to measure it.
+            on_plan: Called with the memory plan before any weight is read.
+
+        Raises:
+            UsageError: Wrong arguments.
+            OctoError: A model that cannot be loaded or does not fit.
         """
         expect("model", model, str, Path)
         expect("kv", kv, str)
@@ -182,12 +204,14 @@ class Engine:
         return self.plan.as_dict()
 
     def memory_now(self) -> dict[str, int]:
-        """Bytes as the allocator sees them on CUDA: ``allocated``, ``peak``, ``reserved``, and the ``rounding`` in what
-        is allocated (blocks that are larger than what was asked of them), which the plan leaves to the driver's share.
+        """Bytes that are held now, by kind.
 
-        On a CPU ``process_peak``, the most that the process held since its start or ``benchmark.forget_peak``,
-        ``before_loading``, what it held before (PyTorch's own share), and ``engine_peak``, the difference, which is to
-        be compared with the plan.
+        Returns:
+            On CUDA, as the allocator sees them: ``allocated``, ``peak``, ``reserved``, and the ``rounding`` in what is
+            allocated (blocks that are larger than what was asked of them), which the plan leaves to the driver's share.
+            On a CPU ``process_peak``, the most that the process held since its start or ``benchmark.forget_peak``,
+            ``before_loading``, what it held before (PyTorch's own share), and ``engine_peak``, the difference, which is
+            to be compared with the plan.
         """
         if self.device.type == "cuda":
             stats = torch.cuda.memory_stats(self.device)
@@ -203,11 +227,19 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, ids: list[int], step: int | None = None) -> Tensor:
-        """Teacher-forced float32 logits ``[n, vocab]`` by the real cache path, ``step`` tokens a time (None: a chunk).
+        """Teacher-forced logits by the real cache path.
 
-        They take 4 n vocab bytes beside the memory plan; :meth:`logit_rows` gives them in blocks. Raises ``UsageError``
-        for ids that are no prompt (see ``generate``) and for a step longer than a chunk, and ``OctoError`` for more
-        than the device has free.
+        They take 4 n vocab bytes beside the memory plan; :meth:`logit_rows` gives them in blocks.
+
+        Args:
+            step: Tokens that are fed at a time (None: a chunk).
+
+        Returns:
+            Float32 ``[n, vocab]``.
+
+        Raises:
+            UsageError: Ids that are no prompt (see ``generate``), or a step longer than a chunk.
+            OctoError: More bytes than the device has free.
         """
         blocks = self.logit_rows(ids, step)
         row = 4 * self.config.vocab_size
@@ -225,10 +257,15 @@ class Engine:
         return out
 
     def logit_rows(self, ids: list[int], step: int | None = None) -> Iterator[Tensor]:
-        """The rows of :meth:`logits` in order, in blocks ``[r, vocab]`` of 1 to ``LOGIT_ROWS`` rows.
+        """The rows of :meth:`logits` in order, in blocks.
 
-        Only the block at hand is held. They take a sequence of the engine until the last block is taken. Raises
-        ``UsageError`` as :meth:`logits` does.
+        Only the block at hand is held. They take a sequence of the engine until the last block is taken.
+
+        Returns:
+            An iterator of blocks ``[r, vocab]`` of 1 to ``LOGIT_ROWS`` rows.
+
+        Raises:
+            UsageError: As :meth:`logits` does.
         """
         self.check_prompt(ids)
         chunk = self.plan.shape.chunk
@@ -250,7 +287,8 @@ class Engine:
     def sequence(self) -> Sequence:
         """A new sequence to be worked with by hand (:meth:`prefill`, :meth:`fill`, ``step``); it ends with ``close``.
 
-        Raises ``OctoError`` if all sequences that the engine was loaded for are in use.
+        Raises:
+            OctoError: All sequences that the engine was loaded for are in use.
         """
         return self.arena.open()
 
@@ -258,15 +296,20 @@ class Engine:
     def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
         """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
 
-        Raises ``UsageError`` for more tokens than the context holds.
+        Raises:
+            UsageError: More tokens than the context holds.
         """
         self.arena.fill(sequence, length, seed)
 
     @torch.inference_mode()
     def prefill(self, sequence: Sequence, ids: list[int]) -> Tensor:
-        """Append ``ids`` to the sequence; the last token's float32 logits ``[vocab]``.
+        """Append ``ids`` to the sequence.
 
-        Raises ``UsageError`` for ids that are no prompt or do not fit.
+        Returns:
+            The last token's float32 logits ``[vocab]``.
+
+        Raises:
+            UsageError: Ids that are no prompt or do not fit.
         """
         self.check_prompt(ids)
         held = sequence.cancel()
@@ -280,13 +323,20 @@ class Engine:
     def generate(
         self, prompt: str | Iterable[int], params: SamplingParams | None = None, on_prompt: OnPrompt | None = None
     ) -> "Generation":
-        """Continue a prompt: an iterator of :class:`Token` with the figures of the run as attributes.
+        """Continue a prompt.
 
-        ``prompt`` is a text or its token ids. ``on_prompt`` is called with the tokens read so far and the tokens to
-        read (those not reused): first with 0, then whenever the device is through with a chunk, last when the first
-        token is drawn; and so again if another generation took its place in between. What it raises ends the
-        generation; the cache keeps what was fed. Raises ``UsageError`` for no ids, more than the context holds, ids
-        outside the vocabulary, stop strings where there is no tokenizer, and what is neither text nor ids.
+        Args:
+            prompt: A text or its token ids.
+            on_prompt: Called with the tokens read so far and the tokens to read (those not reused): first with 0, then
+                whenever the device is through with a chunk, last when the first token is drawn; and so again if another
+                generation took its place in between. What it raises ends the generation; the cache keeps what was fed.
+
+        Returns:
+            An iterator of :class:`Token` with the figures of the run as attributes.
+
+        Raises:
+            UsageError: No ids, more than the context holds, ids outside the vocabulary, stop strings where there is no
+                tokenizer, or what is neither text nor ids.
         """
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
@@ -299,12 +349,21 @@ class Engine:
         params: SamplingParams | None = None,
         on_prompt: OnPrompt | None = None,
     ) -> Reply:
-        """Answer a conversation: an iterator of pieces of text.
+        """Answer a conversation.
 
-        ``messages`` are dicts with ``role`` and ``content``, as the model's chat template wants them; ``params`` None:
-        the model's own defaults. The cache is used for what it holds of the conversation. (:class:`Session` keeps the
-        turns itself, and drops the oldest ones when the context is full.) Raises ``UsageError`` for what is no
-        conversation or too long, and ``OctoError`` if the template refuses it or there is none.
+        The cache is used for what it holds of the conversation. (:class:`Session` keeps the turns itself, and drops the
+        oldest ones when the context is full.)
+
+        Args:
+            messages: Dicts with ``role`` and ``content``, as the model's chat template wants them.
+            params: None for the model's own defaults.
+
+        Returns:
+            An iterator of pieces of text.
+
+        Raises:
+            UsageError: What is no conversation or too long.
+            OctoError: The template refuses it, or there is none.
         """
         self.check_chat()
         expect("messages", messages, list, tuple)
@@ -316,10 +375,18 @@ class Engine:
     def generate_batch(
         self, prompts: Iterable[str | Iterable[int]], params: SamplingParams | Sequence_[SamplingParams] | None = None
     ) -> Iterator[Completion]:
-        """Continue many prompts together; an iterator of finished :class:`Completion`, whichever is done first.
+        """Continue many prompts together.
 
-        As many run at a time as the engine has sequences; the next one begins as soon as one has ended. ``params`` are
-        for all, or one for each. Raises ``UsageError`` as :meth:`generate` does, naming the prompt.
+        As many run at a time as the engine has sequences; the next one begins as soon as one has ended.
+
+        Args:
+            params: For all, or one for each.
+
+        Returns:
+            An iterator of finished :class:`Completion`, whichever is done first.
+
+        Raises:
+            UsageError: As :meth:`generate` does, naming the prompt.
         """
         if isinstance(prompts, (str, bytes, dict)) or not isinstance(prompts, Iterable):
             raise UsageError(f"prompts is {quoted(prompts)}; give a list of prompts, each a text or token ids.")
@@ -328,7 +395,8 @@ class Engine:
     def prompt_ids(self, prompt: object) -> list[int]:
         """Token ids of a prompt: of a text as the model wants a text to begin, else the ids as plain integers.
 
-        Raises ``UsageError`` for what is neither.
+        Raises:
+            UsageError: What is neither.
         """
         if isinstance(prompt, str):
             return self.tokenizer.prompt(prompt)
@@ -343,12 +411,20 @@ class Engine:
         raise UsageError("A prompt is a text or a list of token ids (whole numbers).")
 
     def check_chat(self) -> None:
-        """Raise ``OctoError`` for a model without a chat template."""
+        """Check that the model can chat.
+
+        Raises:
+            OctoError: A model without a chat template.
+        """
         if not self.tokenizer.has_chat_template:
             raise OctoError(f"The model {self.name} has no chat template; continue text with `octo-run generate`.")
 
     def check_prompt(self, ids: list[int]) -> None:
-        """Raise ``UsageError`` for ids that are no prompt."""
+        """Check that ids are a prompt.
+
+        Raises:
+            UsageError: Ids that are none.
+        """
         if not ids:
             raise UsageError("The prompt is empty; give at least one token.")
         if len(ids) > self.max_context:
@@ -362,9 +438,13 @@ class Engine:
 
     @torch.inference_mode()
     def feed(self, sequence: Sequence, ids: list[int], on_prompt: OnPrompt | None = None) -> Tensor:
-        """Append ``ids`` to the sequence in chunks; returns the last token's normed state ``[1, hidden]``.
+        """Append ``ids`` to the sequence in chunks.
 
-        ``on_prompt``: see :class:`PromptWatch`; that the last chunk is read is for the caller to tell.
+        Args:
+            on_prompt: See :class:`PromptWatch`; that the last chunk is read is for the caller to tell.
+
+        Returns:
+            The last token's normed state ``[1, hidden]``.
         """
         chunk = self.plan.shape.chunk
         watch = None if on_prompt is None else PromptWatch(on_prompt, len(ids), self.device)
@@ -386,8 +466,14 @@ class Engine:
 
     @torch.inference_mode()
     def read_chunks(self, chunks: list[Chunk]) -> Tensor:
-        """Normed states ``[n, hidden]`` of chunks of several sequences, in all no more tokens than one chunk may have;
-        they enter the cache."""
+        """Read chunks of several sequences, which enter the cache.
+
+        Args:
+            chunks: In all no more tokens than one chunk may have.
+
+        Returns:
+            Their normed states ``[n, hidden]``.
+        """
         hidden = self.forward.chunks(chunks)
         for chunk in chunks:
             chunk.commit()
