@@ -72,9 +72,12 @@ class Forward:
         return into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
 
     def chunks(self, chunks: list[Chunk]) -> Tensor:
-        """Normed hidden states ``[C, hidden]`` of chunks of several sequences, one after the other.
+        """Run chunks of several sequences through the layers.
 
         Products and norms take all of them at once, attention each by itself.
+
+        Returns:
+            Normed hidden states ``[C, hidden]`` of the chunks, one after the other.
         """
         ids = self._upload([token for chunk in chunks for token in chunk.ids])
         count = len(ids)
@@ -98,9 +101,15 @@ class Forward:
         return self._layers(ids, mix)
 
     def step(self, ids: Tensor, state: "StepState", max_length: int) -> Tensor:
-        """Normed hidden states ``[B, hidden]`` of one token in each of B sequences; ``ids`` integers ``[B]``.
+        """Run one token in each of B sequences through the layers.
 
         Nothing here depends on a value of the host but the bound ``max_length``.
+
+        Args:
+            ids: Integers ``[B]``.
+
+        Returns:
+            Normed hidden states ``[B, hidden]``.
         """
         arena, batch = self.arena, len(ids)
         q, mixed = self._buffers["q"][:batch], self._buffers["mixed"][:batch]

@@ -28,7 +28,11 @@ class Parts:
     def build(
         cls, decoder: Decoder, shape: ArenaShape, fmt: KVFormat, device: torch.device, *, meta: bool = False
     ) -> "Parts":
-        """The parts for ``device``. With ``meta`` they are only shapes, as ``decoder`` then is."""
+        """Make the parts for ``device``.
+
+        Args:
+            meta: Make them only as shapes, as ``decoder`` then is.
+        """
         place, cfg = torch.device("meta") if meta else device, decoder.cfg
         means = KeyMeans(shape, fmt.k.rotation, decoder.inv_freq) if shape.mean_heads else None
         arena, workspace = KVArena(shape, fmt, place, means), None
