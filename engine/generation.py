@@ -23,12 +23,14 @@ OnPrompt = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token. ``logprob`` is under the model's own distribution.
+    """A generated token.
 
-    ``text`` is the part of the answer's text that is certain after this token and no earlier one had: nothing while a
-    character is incomplete or what was said may become a stop string. Joined, the texts are the whole answer. The last
-    token has a ``finish_reason``: "stop" for an end token and for the one that completes a stop string, whose text is
-    what came before that string; "length" or "context" where there is no room for more.
+    Attributes:
+        logprob: Under the model's own distribution.
+        finish_reason: Of the last token: "stop" for an end token and for the one that completes a stop string, whose
+            text is what came before that string; "length" or "context" where there is no room for more.
+        text: The part of the answer's text that is certain after this token and no earlier one had: nothing while a
+            character is incomplete or what was said may become a stop string. Joined, the texts are the whole answer.
     """
 
     id: int
@@ -50,7 +52,7 @@ class PromptWatch:
         on_prompt(0, total)
 
     def fed(self, count: int) -> None:
-        """The first ``count`` tokens have been fed. The end, ``count`` = total, is not told."""
+        """Say that the first ``count`` tokens have been fed. The end, ``count`` = total, is not told."""
         if self._device.type != "cuda":
             if count < self._total:
                 self._on_prompt(count, self._total)
@@ -70,21 +72,26 @@ class Generation:
 
     Others may run in between. If one of them took its place in the cache, it reads its tokens anew when it goes on.
 
-    Figures of the run so far:
-
-    - ``prompt_tokens``: of the whole prompt; ``reused_tokens``: those of them that the cache held already;
-    - ``read_tokens``: fed to the model in chunks, as far as the device is known to be through with them: what an
-      interrupted prompt had left counts as not read, what was read again after another generation counts again;
-    - ``prefill_seconds``: for reading these and drawing the tokens that follow them;
-    - ``generated_tokens``: all that were drawn; ``decoded_tokens``: those drawn by decode steps, all but the ones that
-      follow a reading;
-    - ``decode_seconds``: for waiting for these. (On a GPU the next one is computed while the caller has this one.)
+    Attributes:
+        prompt_tokens: Tokens of the whole prompt.
+        reused_tokens: Those of them that the cache held already.
+        read_tokens: Tokens fed to the model in chunks so far, as far as the device is known to be through with them:
+            what an interrupted prompt had left counts as not read, what was read again after another generation
+            counts again.
+        prefill_seconds: For reading these and drawing the tokens that follow them.
+        generated_tokens: All that were drawn so far.
+        decoded_tokens: Those drawn by decode steps, all but the ones that follow a reading.
+        decode_seconds: For waiting for these. (On a GPU the next one is computed while the caller has this one.)
     """
 
     def __init__(
         self, engine: Engine, ids: list[int], params: SamplingParams, on_prompt: OnPrompt | None = None
     ) -> None:
-        """Raises ``UsageError`` for stop strings without a tokenizer. Nothing is computed before the first token."""
+        """Nothing is computed before the first token.
+
+        Raises:
+            UsageError: Stop strings without a tokenizer.
+        """
         self.prompt_tokens, self.reused_tokens, self.read_tokens = len(ids), 0, 0
         self.prefill_seconds, self.decode_seconds = 0.0, 0.0
         self.generated_tokens = self.decoded_tokens = 0

@@ -8,12 +8,17 @@ from octo_run.engine.generation import Generation
 class Reply:
     """An answer as an iterator of text pieces. Closing it early (or an exception in the loop) keeps what was said.
 
-    ``finish_reason``: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full),
-    "interrupted".
+    Attributes:
+        finish_reason: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full), or
+            "interrupted".
     """
 
     def __init__(self, generation: Generation, dropped_turns: int = 0) -> None:
-        """``dropped_turns``: old turns of the conversation that the context had no room for."""
+        """Wrap a generation.
+
+        Args:
+            dropped_turns: Old turns of the conversation that the context had no room for.
+        """
         self.generation, self.dropped_turns = generation, dropped_turns
         self.text, self.ids = "", list[int]()
         self.finish_reason: str | None = None
