@@ -34,14 +34,19 @@ PARTS = ("weights", "arena", "full_precision", "workspace", "graphs", "logits")
 class MemoryPlan:
     """Bytes by purpose on one device, and the context that they hold.
 
-    They are those of the engine's own tensors, made on the ``meta`` device to be counted. ``arena`` are packed
-    pages, their table and key means; ``full_precision`` sinks, windows and the staging buffer; ``workspace`` partial
-    results of attention, the matrix-product library's workspace and the activations of a chunk or a step; ``graphs``
-    what recorded steps take of their own; ``logits`` the logits of a step and what the sampler keeps for each sequence.
+    They are those of the engine's own tensors, made on the ``meta`` device to be counted. ``free``, ``before`` and
+    ``loading`` are not in the sum.
 
-    Not in the sum: ``loading``, the bytes held at most while weights are fused, before anything else is there;
-    ``free``, what is left to an engine; ``before``, what the process held at that time in memory if the device is a CPU
-    (PyTorch, tokenizer).
+    Attributes:
+        free: What is left to an engine.
+        before: What the process held in memory when the plan was made if the device is a CPU (PyTorch, tokenizer).
+        loading: The bytes held at most while weights are fused, before anything else is there.
+        arena: Packed pages, their table and key means.
+        full_precision: Sinks, windows and the staging buffer.
+        workspace: Partial results of attention, the matrix-product library's workspace and the activations of a chunk
+            or a step.
+        graphs: What recorded steps take of their own.
+        logits: The logits of a step and what the sampler keeps for each sequence.
     """
 
     kv: str
@@ -91,8 +96,14 @@ class MemoryPlan:
         return 0 if pages is None else self.shape.with_pages(pages, _NO_LIMIT).context
 
     def pages_that_fit(self, budget: int, limit: int) -> int | None:
-        """The largest number of pages whose plan stays within ``budget`` bytes, where one sequence may have all of them
-        up to a context of ``limit`` tokens; None if there is no room even without pages."""
+        """The largest number of pages whose plan stays within ``budget`` bytes.
+
+        Args:
+            limit: Tokens of the context up to which one sequence may have all of the pages.
+
+        Returns:
+            The number, None if there is no room even without pages.
+        """
 
         def total(pages: int) -> int:
             return self.of(self.shape.with_pages(pages, limit)).total
@@ -207,11 +218,17 @@ def plan_memory(
     key_mean: bool | None = None,
     cache_bytes: int | None = None,
 ) -> MemoryPlan:
-    """The plan for a model. ``max_context`` None: what the model was trained for, as far as the free memory holds it.
-    ``sequences``, ``cache_bytes`` and ``key_mean``: see ``Engine.load``.
+    """The plan for a model.
 
-    Raises ``UsageError`` for a context that the model does not support or ``cache_bytes`` cannot hold, and
-    ``OctoError`` for one that does not fit.
+    Args:
+        max_context: In tokens (None: what the model was trained for, as far as the free memory holds it).
+        sequences: See ``Engine.load``.
+        key_mean: See ``Engine.load``.
+        cache_bytes: See ``Engine.load``.
+
+    Raises:
+        UsageError: A context that the model does not support or ``cache_bytes`` cannot hold.
+        OctoError: A context that does not fit.
     """
     fmt = kv if isinstance(kv, KVFormat) else parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=dtype)
     limit = cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window

@@ -22,7 +22,8 @@ _FILES = {
 def available(root: Path = _ROOT) -> int:
     """Bytes that the process can still take before the system, a cgroup that it is in, or ``ulimit`` stops it.
 
-    ``root``: where ``proc`` and ``sys`` lie.
+    Args:
+        root: Where ``proc`` and ``sys`` lie.
     """
     return max(0, min([_of_system(root), *_of_cgroups(root), *_of_limits(root)]))
 
