@@ -11,10 +11,13 @@ class PoolExhausted(OctoError):
 
 
 class PagePool:
-    """Page ids with reference counts. ``held[row]`` are the pages of a row in order; only the pool changes it.
+    """Page ids with reference counts.
 
     Taking, sharing and dropping a page take constant time. An exception may strike within any of them (Ctrl-C); the
     counts are then taken anew from ``held``, which alone says who holds what.
+
+    Attributes:
+        held: The pages of each row in order; only the pool changes it.
     """
 
     def __init__(self, pages: int, rows: int) -> None:
@@ -41,7 +44,14 @@ class PagePool:
         return self._references.get(page, 0)
 
     def take(self, row: int, count: int) -> list[int]:
-        """``count`` free pages, appended to the row's. Raises :class:`PoolExhausted` if there are fewer."""
+        """Take free pages for a row; they are appended to the row's.
+
+        Returns:
+            The ``count`` pages.
+
+        Raises:
+            PoolExhausted: Fewer are free.
+        """
         self._mend()
         if count > self.free:
             raise PoolExhausted(

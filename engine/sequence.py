@@ -32,9 +32,12 @@ def common_length(one: list[int], other: list[int]) -> int:
 class Sequence:
     """Tokens whose keys and values the arena holds.
 
-    ``ids`` are these tokens; there are as many of them as there are positions, whatever interrupts what: a change
-    first writes beyond the end and then moves it, in one assignment. Steps may run ahead of what the host has read:
-    ``ahead`` tokens more are then in the arena, whose ids come with :meth:`fed`.
+    Steps may run ahead of what the host has read: ``ahead`` tokens more are then in the arena, whose ids come with
+    :meth:`drawn`.
+
+    Attributes:
+        ids: These tokens; there are as many of them as there are positions, whatever interrupts what: a change first
+            writes beyond the end and then moves it, in one assignment.
     """
 
     def __init__(self, table: "SequenceTable", row: int) -> None:
@@ -65,7 +68,11 @@ class Sequence:
 
     @property
     def row(self) -> int:
-        """The row of the arena. Raises ``UsageError`` once it was taken."""
+        """The row of the arena.
+
+        Raises:
+            UsageError: Another sequence has taken it.
+        """
         if not self.alive:
             raise UsageError("The sequence has ended, and another one has taken its place: open a new one.")
         return self._row
@@ -100,9 +107,12 @@ class Sequence:
         return min(self._end[0], common_length(self._ids, ids))
 
     def after_cut(self, length: int) -> tuple[int, int]:
-        """Tokens and packed pages that a cut to ``length`` leaves.
+        """What a cut to ``length`` leaves.
 
         A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position.
+
+        Returns:
+            Tokens and packed pages.
         """
         sink, keep, length = self._table.sink, self._end[1], min(length, self._end[0])
         if length < sink + PAGE * keep:
@@ -111,8 +121,11 @@ class Sequence:
         return length, keep
 
     def cut(self, length: int) -> int:
-        """Forget the positions from ``length`` on, and all tokens that were not read; returns how many remain (see
-        :meth:`after_cut`)."""
+        """Forget the positions from ``length`` on, and all tokens that were not read.
+
+        Returns:
+            How many tokens remain (see :meth:`after_cut`).
+        """
         self.following, self.ready = None, False
         self.unread.clear()
         self._end = self.after_cut(length)
@@ -121,12 +134,18 @@ class Sequence:
         return self._end[0]
 
     def cancel(self) -> int:
-        """Forget what was launched and not read. Returns how many tokens remain (see :meth:`cut`)."""
+        """Forget what was launched and not read.
+
+        Returns:
+            How many tokens remain (see :meth:`cut`).
+        """
         return self.cut(self._end[0])
 
     def close(self) -> None:
-        """End the sequence. It stays parked, to be continued by a prompt that begins with its tokens, until its row or
-        its pages are needed."""
+        """End the sequence.
+
+        It stays parked, to be continued by a prompt that begins with its tokens, until its row or its pages are needed.
+        """
         if self.alive:
             self.cancel()
             self.pinned = False
@@ -182,8 +201,10 @@ class Sequence:
         self._ahead, self._end = self._ahead - 1, (self._end[0] + 1, self._end[1])
 
     def become(self, donor: "Sequence", length: int) -> None:
-        """Hold what a cut of ``donor`` to ``length`` would leave: its full-precision part was copied, its pages are
-        shared."""
+        """Hold what a cut of ``donor`` to ``length`` would leave.
+
+        Its full-precision part was copied, its pages are shared.
+        """
         tokens, pages = donor.after_cut(length)
         self._table.pool.share(self.row, donor.page_ids[:pages])
         self._ids[:] = donor._ids[:tokens]
@@ -199,7 +220,8 @@ class Sequence:
 class SequenceTable:
     """The rows of an arena and the sequences in them.
 
-    ``copy(donor_row, row)`` copies all that a row holds to another one.
+    Args:
+        copy: ``copy(donor_row, row)`` copies all that a row holds to another one.
     """
 
     def __init__(self, rows: int, pages: int, sink: int, copy: Callable[[int, int], None]) -> None:
@@ -210,12 +232,14 @@ class SequenceTable:
         self._used: list[int] = []  # rows, the longest unused first
 
     def open(self, ids: list[int] | None = None) -> Sequence:
-        """A pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it; at least
-        one of them is left to be fed.
+        """Open a pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it.
 
-        A parked sequence that the prompt continues goes on in its row. Otherwise the new sequence shares the pages of
-        whoever holds the most and gets a copy of its row, in a free row or in that of the longest unused parked one.
-        Raises ``OctoError`` if all rows are pinned.
+        At least one of them is left to be fed. A parked sequence that the prompt continues goes on in its row.
+        Otherwise the new sequence shares the pages of whoever holds the most and gets a copy of its row, in a free row
+        or in that of the longest unused parked one.
+
+        Raises:
+            OctoError: All rows are pinned.
         """
         held = self._held([] if ids is None else ids[:-1])
         donor = max(held, key=lambda seq: (held[seq], not seq.pinned), default=None)
