@@ -114,8 +114,14 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """What ``count`` steps or prompts (``unit``) spent their time on, as the mean of one: ``ms`` is wall-clock time
-    under the profiler, which is longer than without it. ``kernels`` come with the costliest first."""
+    """What steps or prompts spent their time on, as the mean of one.
+
+    Attributes:
+        unit: Step or prompt.
+        count: How many of them there were.
+        ms: Wall-clock time under the profiler, which is longer than without it.
+        kernels: With the costliest first.
+    """
 
     kv: str
     test: str
@@ -142,10 +148,16 @@ class Profile:
 
 
 def profile(engine: Engine, test: tuple[str, int], *, depth: int, batch: int) -> Profile:
-    """Profile one round of ``("pp" or "tg", tokens)`` like those of ``benchmark.measure``, of at most 64 steps.
+    """Profile one round of a test like those of ``benchmark.measure``, of at most 64 steps.
 
     64 steps, because one of them codes a page. Rounds that are not profiled come first: on a GPU kernels are compiled
-    in the first one, and steps recorded in the second. Raises ``OctoError`` if the profiler sees no kernel on the GPU.
+    in the first one, and steps recorded in the second.
+
+    Args:
+        test: ``("pp" or "tg", tokens)``.
+
+    Raises:
+        OctoError: The profiler sees no kernel on the GPU.
     """
     kind, tokens = test
     played = min(tokens, PAGE) if kind == "tg" else tokens
@@ -180,11 +192,14 @@ def profile(engine: Engine, test: tuple[str, int], *, depth: int, batch: int) ->
 
 
 def assign_parts(names: list[str]) -> list[str]:
-    """The part that each of a stream's kernels, in order of their start, belongs to.
+    """The part that each kernel of a stream belongs to.
 
     Norms divide them into pieces of three kinds. With RoPE: a layer's projections, what brings keys and values into the
     arena, attention, coding of pages, the output's projection. With SwiGLU: its MLP. With neither: the end of a step or
     prompt (the head, sampling) and the beginning of the next.
+
+    Args:
+        names: The kernels in order of their start.
     """
     parts: list[str] = []
     piece: list[str] = []
@@ -271,9 +286,12 @@ def exclusive(spans: list[Span]) -> list[Span]:
 
 
 def on_cpu(events: list[Event], thread: int) -> tuple[list[Span], Counter[tuple[str, str]]]:
-    """What of a thread's time belongs to which operator, in pieces that do not overlap, and calls by (name, part).
+    """What of a thread's time belongs to which operator.
 
     Time belongs to the innermost operator; an operator's part is that of the innermost range around it.
+
+    Returns:
+        Pieces that do not overlap, and calls by (name, part).
     """
     found = [e for e in events if e["ph"] == "X" and e["tid"] == thread]
     found = [e for e in found if e["cat"] == "cpu_op" or (e["cat"] == "user_annotation" and e["name"] in PARTS)]
@@ -309,10 +327,16 @@ def on_cpu(events: list[Event], thread: int) -> tuple[list[Span], Counter[tuple[
 def summarise(
     pieces: list[Span], calls: Counter[tuple[str, str]], wall: float, count: int
 ) -> tuple[list[PartTime], list[KernelTime]]:
-    """Times of parts, in the order of ``PARTS``, and of kernels, the costliest first, as the mean of ``count``.
+    """Times of parts and of kernels, as the mean of ``count``.
 
-    ``pieces`` do not overlap; ``wall`` in microseconds. A kernel's time and that of a call leave out what overlaps an
-    earlier one.
+    A kernel's time and that of a call leave out what overlaps an earlier one.
+
+    Args:
+        pieces: They do not overlap.
+        wall: In microseconds.
+
+    Returns:
+        The parts in the order of ``PARTS``, and the kernels, the costliest first.
     """
     times = dict.fromkeys(calls, 0.0)
     by_part = dict.fromkeys(PARTS, 0.0)
