@@ -62,16 +62,26 @@ def _ids(stop_ids: Any) -> tuple[int, ...]:
 class SamplingParams:
     """How the next token is chosen, and when to stop.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``repetition_penalty`` 1, ``presence_penalty``
-    and ``frequency_penalty`` 0 switch the respective rule off. The rules apply in the order repetition penalty (divides
-    positive and multiplies negative logits of tokens of prompt and answer), presence and frequency penalty (subtracted
-    from logits of the answer's tokens, once, and for each time they occur), temperature, top-k, top-p, min-p. ``seed``
-    None takes a fresh seed. ``max_tokens`` None means as many as the context holds. Generation ends at one of
-    ``stop_ids`` (in addition to the model's own end tokens) or where the answer's text holds one of the strings
-    ``stop`` (:mod:`octo_run.engine.stopping` says what counts as its text).
+    The rules apply in the order repetition penalty, presence and frequency penalty, temperature, top-k, top-p, min-p.
+    Numbers may be of any type, NumPy's included, and are kept as ``float`` and ``int``.
 
-    Numbers may be of any type, NumPy's included, and are kept as ``float`` and ``int``; a temperature too small for
-    float32 is greedy. Raises ``UsageError`` for values of another kind or out of range.
+    Attributes:
+        temperature: 0 is greedy, and so is a temperature too small for float32.
+        top_k: 0 switches it off.
+        top_p: 1 switches it off.
+        min_p: 0 switches it off.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens of prompt and answer; 1 switches
+            it off.
+        presence_penalty: Subtracted once from logits of the answer's tokens; 0 switches it off.
+        frequency_penalty: Subtracted from logits of the answer's tokens for each time they occur; 0 switches it off.
+        seed: None takes a fresh one.
+        max_tokens: None means as many as the context holds.
+        stop: Strings that end generation where the answer's text holds one of them (:mod:`octo_run.engine.stopping`
+            says what counts as its text).
+        stop_ids: Tokens that end generation, in addition to the model's own end tokens.
+
+    Raises:
+        UsageError: Values of another kind or out of range.
     """
 
     temperature: float = 0.0
@@ -131,7 +141,11 @@ class SamplingParams:
 
 @dataclass(eq=False)
 class Sampling:
-    """How one sequence's tokens are drawn. ``drawn`` counts them: the noise of a draw depends on the seed and on it."""
+    """How one sequence's tokens are drawn.
+
+    Attributes:
+        drawn: Tokens drawn so far: the noise of a draw depends on the seed and on their number.
+    """
 
     params: SamplingParams
     seed: int
@@ -162,8 +176,13 @@ class BatchSampler:
         return self._counted, self._noisy, self._filtered
 
     def enter(self, row: int, params: SamplingParams, seen: list[int], drawn: int = 0) -> Sampling:
-        """The rules of the sequence in a row, and the tokens that penalties count: ``seen``, of which the last
-        ``drawn`` have been drawn already. A seed of None becomes a fresh one."""
+        """Set the rules of the sequence in a row, and the tokens that penalties count.
+
+        Args:
+            params: The rules; a seed of None becomes a fresh one.
+            seen: The tokens that penalties count.
+            drawn: How many of the last of them have been drawn already.
+        """
         if params.penalises:
             counts = self._counts[row].zero_()
             places = torch.tensor(seen, dtype=torch.int64).to(counts.device)
@@ -195,10 +214,13 @@ class BatchSampler:
         self._filtered = any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params)
 
     def draw(self, logits: Tensor, rows: Tensor) -> None:
-        """Draw from ``logits [batch, vocab]`` of the sequences in ``rows`` int32 [batch] (-1: none): ``drawn`` then has
-        their tokens and log-probabilities.
+        """Draw a token for each sequence: ``drawn`` then has their tokens and log-probabilities.
 
         Log-probabilities are under the model's own distribution, not finite if the logits are not.
+
+        Args:
+            logits: ``[batch, vocab]``.
+            rows: The rows of the sequences, int32 ``[batch]`` (-1: none).
         """
         draws = self._draws(len(logits), rows)
         ops.sample(draws, logits, self.floor(logits, rows) if self._filtered else None)

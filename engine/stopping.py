@@ -18,8 +18,15 @@ class AnswerText:
 
     def __init__(self, tokenizer: Tokenizer | NoTokenizer, params: SamplingParams, end_ids: frozenset[int],
                  prompt: list[int]) -> None:  # fmt: skip
-        """``end_ids``: tokens that end an answer beside ``params.stop_ids``; ``prompt``: the ids that it continues.
-        Raises ``UsageError`` for stop strings without a tokenizer; without one every text is empty."""
+        """Without a tokenizer every text is empty.
+
+        Args:
+            end_ids: Tokens that end an answer beside ``params.stop_ids``.
+            prompt: The ids that it continues.
+
+        Raises:
+            UsageError: Stop strings without a tokenizer.
+        """
         self._tokenizer = None if isinstance(tokenizer, NoTokenizer) else tokenizer
         self._stops = params.stop
         self.ends = end_ids | set(params.stop_ids)
@@ -33,8 +40,15 @@ class AnswerText:
         self._held: list[tuple[str, bool]] = []  # text that is not given yet, and whether it belongs to the answer
 
     def push(self, token: int, *, last: bool) -> tuple[str, bool]:
-        """Take the next token; the text that is certain after it, and whether it ends the answer: as an end token, or
-        because a stop string is complete. ``last``: nothing follows in any case."""
+        """Take the next token.
+
+        Args:
+            last: Nothing follows in any case.
+
+        Returns:
+            The text that is certain after the token, and whether the token ends the answer: as an end token, or because
+            a stop string is complete.
+        """
         ended = token in self.ends
         if self._tokenizer is None:
             return "", ended
