@@ -20,16 +20,26 @@ class NoTokenizer:
         self.vocab_size = vocab_size
 
     def encode(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises ``OctoError``."""
+        """Refuse what a tokenizer would do.
+
+        Raises:
+            OctoError: Always.
+        """
         raise OctoError("A model with random weights has no tokenizer: give it token ids, or load a real model.")
 
     decode = stream = chat = prompt = encode
 
 
 def read_shape(shape: ModelConfig | str | Path) -> ModelConfig:
-    """The configuration itself, that of a name in `SHAPES`, or that of a ``config.json`` or of the folder it lies in.
+    """Find the configuration that ``shape`` means.
 
-    Raises ``UsageError`` for a path that is not there and ``OctoError`` for a file that is no configuration.
+    Args:
+        shape: The configuration itself, a name in `SHAPES`, or the path of a ``config.json`` or of the folder it lies
+            in.
+
+    Raises:
+        UsageError: A path that is not there.
+        OctoError: A file that is no configuration.
     """
     if isinstance(shape, ModelConfig):
         return shape

@@ -17,7 +17,12 @@ class Session:
     """
 
     def __init__(self, engine: Engine, system: str | None = None) -> None:
-        """Raises ``UsageError`` for arguments of other types and ``OctoError`` for a model without a chat template."""
+        """Begin a chat.
+
+        Raises:
+            UsageError: Arguments of other types.
+            OctoError: A model without a chat template.
+        """
         expect("engine", engine, Engine)
         expect("system", system, str, none=True)
         engine.check_chat()
@@ -37,7 +42,11 @@ class Session:
         self.turns = []
 
     def undo(self) -> str | None:
-        """Take back the last question and its answer; returns the question, None if there is none."""
+        """Take back the last question and its answer.
+
+        Returns:
+            The question, None if there is none.
+        """
         self._settle()
         while self.turns:
             turn = self.turns.pop()
@@ -46,9 +55,13 @@ class Session:
         return None
 
     def ask(self, text: str, params: SamplingParams | None = None, on_prompt: OnPrompt | None = None) -> Reply:
-        """Answer ``text``. ``on_prompt``: see ``Engine.generate``.
+        """Answer ``text``.
 
-        Raises ``UsageError`` for an empty text or one that the context does not hold by itself.
+        Args:
+            on_prompt: See ``Engine.generate``.
+
+        Raises:
+            UsageError: An empty text, or one that the context does not hold by itself.
         """
         expect("text", text, str)
         expect("params", params, SamplingParams, none=True)
