@@ -42,9 +42,14 @@ def length_bound(length: int, context: int) -> int:
 class StepState:
     """What a step reads of each sequence of its set, int32 on the device, in the order of the set.
 
-    ``positions`` of the new tokens; ``packed`` pages; ``origins`` of the tails (0); ``places``: the full-precision
-    slots that the new tokens go to; ``rows`` of the arena, -1 for filler up to the bucket's size; ``sources``: the rows
-    that tokens are read from (``rows``, 0 for filler); ``active``: 1, for filler 0.
+    Attributes:
+        positions: Those of the new tokens.
+        packed: Packed pages.
+        origins: Those of the tails (0).
+        places: The full-precision slots that the new tokens go to.
+        rows: Rows of the arena, -1 for filler up to the bucket's size.
+        sources: The rows that tokens are read from (``rows``, 0 for filler).
+        active: 1, for filler 0.
     """
 
     def __init__(self, whole: Tensor) -> None:
@@ -68,8 +73,10 @@ class StepState:
 
 
 class Result:
-    """A place in the host's memory for the tokens and log-probabilities of all rows, and the event that says they have
-    come."""
+    """A place in the host's memory for the tokens and log-probabilities of all rows.
+
+    It has the event that says they have come.
+    """
 
     def __init__(self, drawn: Tensor) -> None:
         cuda = drawn.is_cuda
@@ -78,7 +85,11 @@ class Result:
         self._values: list[tuple[int, float]] | None = None
 
     def copy(self, drawn: Tensor) -> None:
-        """Fetch ``drawn``, int32 ``[2, rows]``: tokens and the bits of log-probabilities in float32."""
+        """Fetch what was drawn.
+
+        Args:
+            drawn: int32 ``[2, rows]``: tokens and the bits of log-probabilities in float32.
+        """
         self._values = None
         self._host.copy_(drawn, non_blocking=True)
         if self._event is not None:
@@ -104,9 +115,11 @@ class _Set:
 
 
 class Stepper:
-    """Steps of sequences: :meth:`begin` and :meth:`first` or :meth:`start`, then :meth:`launch` and :meth:`read` in
-    turn, each sequence at most ``AHEAD`` launches ahead of its reads. Sequences may join and leave between any two
-    launches."""
+    """Steps of sequences.
+
+    :meth:`begin` and :meth:`first` or :meth:`start` come first, then :meth:`launch` and :meth:`read` in turn, each
+    sequence at most ``AHEAD`` launches ahead of its reads. Sequences may join and leave between any two launches.
+    """
 
     def __init__(self, forward: Forward, sampler: BatchSampler) -> None:
         self.forward, self.arena, self.sampler = forward, forward.arena, sampler
@@ -123,8 +136,11 @@ class Stepper:
     def start(self, sequence: Sequence, token: int, params: SamplingParams, seen: list[int] | None = None) -> None:
         """Let steps of the sequence begin with ``token``, which is the next one to be fed.
 
-        ``seen`` are the tokens that penalties count, ``token`` included (default: it alone). Raises ``UsageError`` for
-        a token outside the vocabulary.
+        Args:
+            seen: The tokens that penalties count, ``token`` included (default: it alone).
+
+        Raises:
+            UsageError: A token outside the vocabulary.
         """
         vocab = self.forward.decoder.cfg.vocab_size
         if not 0 <= token < vocab:
@@ -135,13 +151,22 @@ class Stepper:
 
     @torch.inference_mode()
     def begin(self, sequence: Sequence, params: SamplingParams, seen: list[int], drawn: int = 0) -> None:
-        """Set how the sequence's tokens are drawn: ``seen`` are those so far, the last ``drawn`` of them drawn ones."""
+        """Set how the sequence's tokens are drawn.
+
+        Args:
+            seen: The tokens so far.
+            drawn: How many of the last of them are drawn ones.
+        """
         sequence.cancel()
         sequence.sampling = self.sampler.enter(sequence.row, params, seen, drawn)
 
     @torch.inference_mode()
     def first(self, sequences: list[Sequence], normed: Tensor) -> None:
-        """Draw the first tokens from the states ``[n, hidden]`` of the prompts' ends; read them like a step's."""
+        """Draw the first tokens from the states of the prompts' ends; read them like a step's.
+
+        Args:
+            normed: ``[n, hidden]``.
+        """
         count, samplings = len(sequences), list(map(self._sampling, sequences))
         self._arrange(sequences)
         current, self._set = self._set, None
@@ -157,8 +182,11 @@ class Stepper:
     def launch(self, sequences: list[Sequence]) -> None:
         """One step for these sequences. Waits for nothing.
 
-        Raises ``UsageError`` for a sequence that was not started, is full, occurs twice, or has ``AHEAD`` launches
-        unread, and ``PoolExhausted`` if there is no page for one. After an error no sequence has moved.
+        After an error no sequence has moved.
+
+        Raises:
+            UsageError: A sequence that was not started, is full, occurs twice, or has ``AHEAD`` launches unread.
+            PoolExhausted: There is no page for one.
         """
         self._check(sequences)
         for sequence in sequences:
@@ -181,9 +209,14 @@ class Stepper:
             sequence.ready = True
 
     def read(self, sequence: Sequence) -> tuple[int, float]:
-        """Token and log-probability of the sequence from its oldest unread launch; waits for it alone.
+        """Read the sequence's oldest unread launch; waits for it alone.
 
-        Raises ``OctoError`` for logits that are not finite and ``UsageError`` if there is nothing to read.
+        Returns:
+            Token and log-probability.
+
+        Raises:
+            OctoError: Logits that are not finite.
+            UsageError: There is nothing to read.
         """
         if not sequence.unread:
             raise UsageError("There is no step to read: launch one first.")
