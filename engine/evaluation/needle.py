@@ -45,9 +45,13 @@ class Haystack:
 
 @dataclass(frozen=True)
 class Cell:
-    """How often a format found the number at one length (tokens, the answer included) and depth (None: all of them).
+    """How often a format found the number at one length and depth.
 
-    ``low`` and ``high`` are the 95 % Wilson interval of ``recall``.
+    Attributes:
+        length: In tokens, the answer included.
+        depth: None for all depths together.
+        low: Lower end of the 95 % Wilson interval of ``recall``.
+        high: Its upper end.
     """
 
     kv: str
@@ -63,7 +67,8 @@ class Cell:
 class Filler:
     """A text cut into sentences, with their sizes in tokens; ``take`` goes round where it ends.
 
-    Raises ``UsageError`` for a text without a sentence.
+    Raises:
+        UsageError: A text without a sentence.
     """
 
     def __init__(self, text: str, tokenizer: Tokenizer) -> None:
@@ -74,7 +79,14 @@ class Filler:
             raise UsageError("The text to hide numbers in is empty; give another --text.")
 
     def take(self, tokens: int, source: random.Random) -> tuple[list[str], list[int]]:
-        """Consecutive sentences from a random one on with at most ``tokens`` tokens together, and their sizes."""
+        """Consecutive sentences from a random one on.
+
+        Args:
+            tokens: What they have at most together.
+
+        Returns:
+            The sentences, and their sizes in tokens.
+        """
         place, left = source.randrange(len(self._sentences)), tokens
         taken: list[tuple[str, int]] = []
         while (sentence := self._sentences[(place + len(taken)) % len(self._sentences)])[1] <= left:
@@ -104,10 +116,16 @@ def build(
     form: str,
     source: random.Random,
 ) -> Haystack:
-    """A prompt that leaves ``ANSWER_TOKENS`` of ``length``, the asked sentence at ``depth`` (0: first, 1: last).
+    """A prompt that leaves ``ANSWER_TOKENS`` of ``length``.
 
-    Values are random numbers of seven digits, keys random names, ``distractors`` more of both at random places. Raises
-    ``UsageError`` where the sentences alone do not fit.
+    Values are random numbers of seven digits, keys random names.
+
+    Args:
+        depth: Where the asked sentence stands (0: first, 1: last).
+        distractors: So many more names and numbers stand at random places.
+
+    Raises:
+        UsageError: The sentences alone do not fit.
     """
     keys = source.sample(_NAMES, distractors + 1)
     values = [str(value) for value in source.sample(range(1_000_000, 10_000_000), distractors + 1)]
@@ -173,8 +191,11 @@ def prompts(
     form: str,
     seed: int,
 ) -> dict[tuple[int, float], list[Haystack]]:
-    """``trials`` prompts for every length and depth; the same for the same arguments. Raises ``UsageError`` as
-    :func:`build` does, and for more distractors than there are names."""
+    """``trials`` prompts for every length and depth; the same for the same arguments.
+
+    Raises:
+        UsageError: As :func:`build` does, and for more distractors than there are names.
+    """
     if distractors >= KEYS:
         raise UsageError(f"--distractors is {distractors}; give 0 to {KEYS - 1}.")
     filler = Filler(text, tokenizer)

@@ -38,12 +38,19 @@ class Window:
 
 @dataclass(frozen=True)
 class Row:
-    """What one format does. ``stderr`` is of the perplexity, ``delta_stderr`` of ``delta_percent`` (paired by token).
+    """What one format does.
 
-    ``delta_percent``: perplexity against bf16's; ``kl_mean`` and ``kl_p99``: Kullback-Leibler divergence, in nats, of
-    the next-token distribution from bf16's, mean and 99 % quantile over the scored tokens; ``top1_agreement``: share of
-    tokens whose likeliest successor is bf16's; ``bytes_per_token``: packed pages, page table, sinks and recent window
-    divided by the context; ``tokens_per_s``: tokens fed per second; ``tokens``: scored tokens.
+    Attributes:
+        stderr: Of the perplexity.
+        delta_percent: Perplexity against bf16's.
+        delta_stderr: Of ``delta_percent`` (paired by token).
+        kl_mean: Kullback-Leibler divergence, in nats, of the next-token distribution from bf16's, mean over the scored
+            tokens.
+        kl_p99: The same, 99 % quantile.
+        top1_agreement: Share of tokens whose likeliest successor is bf16's.
+        bytes_per_token: Packed pages, page table, sinks and recent window divided by the context.
+        tokens_per_s: Tokens fed per second.
+        tokens: Scored tokens.
     """
 
     kv: str
@@ -62,9 +69,12 @@ class Row:
 def windows(tokens: int, context: int, stride: int, *, begin: bool) -> list[Window]:
     """The windows of a text of ``tokens`` tokens.
 
-    ``begin``: each window is preceded by a begin-of-text token, which takes one place of the context; without it the
-    text's first token is not scored. Raises ``UsageError`` for a text shorter than a window and for a stride that
-    leaves tokens without any before them.
+    Args:
+        begin: Each window is preceded by a begin-of-text token, which takes one place of the context; without it the
+            text's first token is not scored.
+
+    Raises:
+        UsageError: A text shorter than a window, or a stride that leaves tokens without any before them.
     """
     room = context - begin
     if not 1 <= stride < context:
@@ -121,12 +131,21 @@ class _Runner:
 def evaluate(
     load: Callable[[str], Engine], kvs: Sequence[str], texts: Sequence[list[int]], *, stride: int, step: int
 ) -> Iterator[Row]:
-    """A row for ``bf16``, then one for each other format of ``kvs``; a row comes when its format is done.
+    """Measure ``bf16``, then each other format of ``kvs``.
 
-    ``load`` gives the engine of a format, whose context is the windows'; ``texts`` are token ids without special ones.
     At most two engines are held at a time, and beside them a few blocks of logits (of ``step``, at most
-    ``LOGIT_ROWS``, rows) and the reference's up to ``KEPT_BYTES``. Raises ``UsageError`` as :func:`windows` and
-    ``Engine.logits`` do, and ``OctoError`` for logits that are not finite.
+    ``LOGIT_ROWS``, rows) and the reference's up to ``KEPT_BYTES``.
+
+    Args:
+        load: Gives the engine of a format, whose context is the windows'.
+        texts: Token ids without special ones.
+
+    Yields:
+        A row for each format, when it is done.
+
+    Raises:
+        UsageError: As :func:`windows` and ``Engine.logits`` do.
+        OctoError: Logits that are not finite.
     """
     reference = _Runner(load(REFERENCE), texts, step)
     engine = reference.engine
