@@ -14,10 +14,16 @@ FEWEST_BLOCKS = 16
 
 
 def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval (E. B. Wilson, 1927) of a share: its lower and upper end, within 0..1.
+    """The Wilson score interval (E. B. Wilson, 1927) of a share.
 
-    ``z`` is the standard normal quantile (default: 95 %). Without trials nothing is known: (0, 1). Raises ValueError
-    for counts that cannot be.
+    Args:
+        z: The standard normal quantile (default: 95 %).
+
+    Returns:
+        Its lower and upper end, within 0..1. Without trials nothing is known: (0, 1).
+
+    Raises:
+        ValueError: Counts that cannot be.
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} of {trials} is no share")
@@ -30,10 +36,16 @@ def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
 
 
 def standard_error(values: Tensor) -> float | None:
-    """Standard error of the mean of ``values [n]``, which are in the order of the text; None for fewer than two.
+    """Standard error of the mean of values that are in the order of the text.
 
     Neighbouring tokens are not independent, so the spread is taken between the means of blocks of ``BLOCK`` consecutive
     values (of fewer where there would be less than ``FEWEST_BLOCKS`` blocks).
+
+    Args:
+        values: ``[n]``.
+
+    Returns:
+        The error, None for fewer than two values.
     """
     blocks = min(len(values), max(FEWEST_BLOCKS, len(values) // BLOCK))
     if blocks < 2:

@@ -35,7 +35,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one task; ``got`` and ``wanted`` are what the rule took out (None: nothing)."""
+    """What became of one task.
+
+    Attributes:
+        got: What the rule took out of the response (None: nothing).
+        wanted: What it took out of the file's answer.
+    """
 
     line: int
     response: str
@@ -59,8 +64,13 @@ class Score:
 def read_tasks(text: str, where: str, prompt_key: str | None = None, answer_key: str | None = None) -> list[Task]:
     """The tasks of a JSONL text; empty lines are passed over.
 
-    Without keys, the first of ``prompt``, ``question``, ``input`` and of ``answer``, ``target``, ``output`` that a line
-    has. Raises ``UsageError`` that names ``where`` and the line, for a line that is no such object and for no tasks.
+    Args:
+        where: What errors call the text.
+        prompt_key: None for the first of ``prompt``, ``question``, ``input`` that a line has.
+        answer_key: None for the first of ``answer``, ``target``, ``output`` that a line has.
+
+    Raises:
+        UsageError: A line that is no such object, or no tasks; it names ``where`` and the line.
     """
     tasks = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -100,9 +110,13 @@ def _field(entry: dict[str, Any], place: str, key: str | None, usual: Sequence[s
 def extractor(rule: str, pattern: str | None = None, *, ignore_case: bool = False) -> Callable[[str], str | None]:
     """The function that takes the answer out of a text (None: there is none), in the form that is compared.
 
-    Numbers lose thousands separators and trailing zeros, texts surrounding and repeated white space. ``pattern`` is for
-    the rule ``regex``: its last match counts, its first group if it has one. Raises ``UsageError`` for a rule that
-    there is not and a pattern that is missing, out of place or wrong.
+    Numbers lose thousands separators and trailing zeros, texts surrounding and repeated white space.
+
+    Args:
+        pattern: For the rule ``regex``: its last match counts, its first group if it has one.
+
+    Raises:
+        UsageError: A rule that there is not, or a pattern that is missing, out of place or wrong.
     """
     if rule not in RULES:
         raise UsageError(f"There is no rule {rule!r}; give one of {', '.join(RULES)}.")
@@ -151,7 +165,8 @@ def _plain_number(text: str) -> str:
 def prompt_ids(tokenizer: Tokenizer, prompt: str, *, as_chat: bool, system: str | None = None) -> list[int]:
     """A prompt through the chat template, or as plain text after the model's first token.
 
-    Raises ``UsageError`` where there is no template.
+    Raises:
+        UsageError: There is no template.
     """
     if not as_chat:
         return tokenizer.prompt(prompt)
@@ -162,7 +177,11 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, *, as_chat: bool, system: str 
 
 
 def wanted_answers(tasks: Sequence[Task], extract: Callable[[str], str | None]) -> list[str]:
-    """What the rule takes out of the file's answers. Raises ``UsageError`` where that is nothing, naming the line."""
+    """What the rule takes out of the file's answers.
+
+    Raises:
+        UsageError: That is nothing; it names the line.
+    """
     wanted = []
     for task in tasks:
         answer = extract(task.answer)
@@ -185,7 +204,8 @@ def run(
 ) -> list[Outcome]:
     """Answer every task greedily and compare with what is wanted (see :func:`wanted_answers`).
 
-    Raises ``UsageError`` for a prompt that cannot be used, naming its line.
+    Raises:
+        UsageError: A prompt that cannot be used; it names the line.
     """
     outcomes, params = [], SamplingParams(max_tokens=max_tokens, stop=stop)
     for task, want in zip(tasks, wanted, strict=True):
@@ -205,7 +225,11 @@ def _respond(engine: Engine, task: Task, as_chat: bool, system: str | None, para
 
 
 def score(kv: str, outcomes: Sequence[Outcome]) -> Score:
-    """The share of matches. Raises ``OctoError`` for none at all."""
+    """The share of matches.
+
+    Raises:
+        OctoError: There are no outcomes.
+    """
     if not outcomes:
         raise OctoError("There is nothing to score.")
     correct = sum(outcome.correct for outcome in outcomes)
