@@ -17,7 +17,13 @@ from octo_run.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Captured:
-    """Of every layer, after RoPE, float32 on the CPU: ``q [L, heads, n, d]``, ``k`` and ``v [L, kv_heads, n, d]``."""
+    """What attention sees of every layer, after RoPE, float32 on the CPU.
+
+    Attributes:
+        q: ``[L, heads, n, d]``.
+        k: ``[L, kv_heads, n, d]``.
+        v: ``[L, kv_heads, n, d]``.
+    """
 
     model: str
     q: Tensor
@@ -30,7 +36,8 @@ class Captured:
 def capture(model: str | Path, text: str, tokens: int) -> Captured:
     """Let ``model`` read the first ``tokens`` tokens of ``text``, in float32 on the CPU.
 
-    Raises ``UsageError`` for a text that is too short.
+    Raises:
+        UsageError: A text that is too short.
     """
     path = resolve(str(model))
     cfg = load_config(path)

@@ -26,9 +26,14 @@ AIMS = {40: (0.0832, 0.0570), 56: (0.0243, 0.0162), 72: (0.0067, 0.0043)}
 
 @dataclass(frozen=True)
 class Row:
-    """One codec on one kind of data. ``mse`` is relative to the vectors' energy; ``ip_error`` the mean magnitude of the
-    error of inner products with queries; ``kl`` the mean divergence of attention weights in nats; ``bound`` the least
-    distortion of a Gaussian source at these bits."""
+    """One codec on one kind of data.
+
+    Attributes:
+        mse: Relative to the vectors' energy.
+        ip_error: The mean magnitude of the error of inner products with queries.
+        kl: The mean divergence of attention weights in nats.
+        bound: The least distortion of a Gaussian source at these bits.
+    """
 
     data: str
     codec: str
