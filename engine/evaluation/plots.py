@@ -15,8 +15,12 @@ _SHADES = " ░▒▓█"
 
 
 def check_figure_path(path: Path) -> None:
-    """Before anything is measured, raise ``UsageError`` for a name that no figure can be written to, and ``OctoError``
-    where there is no matplotlib."""
+    """Check, before anything is measured, that a figure can be written.
+
+    Raises:
+        UsageError: A name that no figure can be written to.
+        OctoError: There is no matplotlib.
+    """
     if find_spec("matplotlib") is None:
         raise OctoError("Figures need matplotlib: install it with `pip install matplotlib`, or leave the figure out.")
     if path.suffix.lower() not in ENDINGS:
