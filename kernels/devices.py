@@ -43,8 +43,10 @@ def runs_ptx(device: torch.device) -> bool:
 
 @functools.cache
 def overlaps(device: torch.device) -> bool:
-    """Whether a kernel may begin before the one in front of it has ended (programmatic dependent launch): from Hopper
-    on."""
+    """Whether a kernel may begin before the one in front of it has ended (programmatic dependent launch).
+
+    That is from Hopper on.
+    """
     return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

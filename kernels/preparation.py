@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 
 def prepare(fmt: KVFormat, device: torch.device) -> None:
-    """Make the tables that the CUDA kernels of a format would make when they first need them (less than a megabyte,
-    kept for the process), so that nothing is allocated after an engine was loaded."""
+    """Make the tables that the CUDA kernels of a format would make when they first need them.
+
+    They take less than a megabyte and are kept for the process, so that nothing is allocated after an engine was
+    loaded.
+    """
     from octo_run.kernels.attention.constants import codec_constants, no_table
     from octo_run.kernels.codec import TrellisCodec
     from octo_run.kernels.encode import trellis_launch

@@ -40,8 +40,11 @@ def _field_bits(codec: TrellisCodec) -> BlockBits:
 
 @functools.cache
 def inverse_bits(codec: TrellisCodec, side: Side, device: torch.device) -> Tensor:
-    """int32 [words of a block, 32]: for each bit ``field * 16 + its bit`` of the block's fields, or -1 for a zero
-    bit."""
+    """Where the bits of a block come from.
+
+    Returns:
+        int32 [words of a block, 32]: for each bit ``field * 16 + its bit`` of the block's fields, or -1 for a zero bit.
+    """
     inverse = _field_bits(codec).sources(lane_bits(codec, side), 8 * codec.block_bytes)
     return torch.from_numpy(inverse.reshape(-1, 32)).to(dtype=torch.int32, device=device)
 
@@ -59,13 +62,14 @@ def _segments(bits: Indices, first: int) -> Indices:
 
 @functools.cache
 def read_map(codec: TrellisCodec, side: Side, device: torch.device) -> Tensor:
-    """int32: how a kernel finds the numbers of (token, triplet) and the norms.
+    """How a kernel finds the numbers of (token, triplet) and the norms.
 
-    First the norms, [PAGE_TOKENS, NORM_SEGMENTS] (`_segments`); four numbers, of which the first is the float32 bits of
-    the factor of norms, half a step times VALUE_SCALE; then three planes [PAGE_TOKENS, triplets]: ``w0 | w1 << 12 |
-    shift << 24``, the words that hold the stream from the code's first bit on (in a chain, but for its last slot, the
-    next code stands above), and its place in them; ``wx | wy << 12 | bit x << 24`` and ``wz | bit y << 12 | bit z <<
-    17``, words and places of the signs.
+    Returns:
+        int32. First the norms, [PAGE_TOKENS, NORM_SEGMENTS] (`_segments`); four numbers, of which the first is the
+        float32 bits of the factor of norms, half a step times VALUE_SCALE; then three planes [PAGE_TOKENS, triplets]:
+        ``w0 | w1 << 12 | shift << 24``, the words that hold the stream from the code's first bit on (in a chain, but
+        for its last slot, the next code stands above), and its place in them; ``wx | wy << 12 | bit x << 24`` and
+        ``wz | bit y << 12 | bit z << 17``, words and places of the signs.
     """
     bits, stream, state = lane_bits(codec, side), codec.stream, codec.state_bits
     start = bits.code[:, :, 0]
@@ -90,8 +94,10 @@ def read_map(codec: TrellisCodec, side: Side, device: torch.device) -> Tensor:
 class SearchTables:
     """Tables of the encoder.
 
-    keys: float16 [16, codes * cells], planes of [codes / (16 * side), 16, side * cells], `side` groups of 16 codes side
-    by side, see `search_tables`; values: float32 [3, entries], the table in odd half steps.
+    Attributes:
+        keys: float16 [16, codes * cells], planes of [codes / (16 * side), 16, side * cells], `side` groups of 16 codes
+            side by side, see `search_tables`.
+        values: float32 [3, entries], the table in odd half steps.
     """
 
     keys: Tensor
@@ -102,9 +108,13 @@ class SearchTables:
 class LaneTables:
     """Tables of the encoder `encode.lane_search`: tiles of eight keys' planes 0 to 7 as operands of a product.
 
-    int32 [tiles / 4, 32, 4]: lane (g, t) has the planes 2 t and 2 t + 1 of column g; sixteen tiles in a row are the
-    codes ``16 n .. 16 n + 15``. keys: of pairs of states, eight columns or four for two groups of codes; extra, last:
-    eight groups of the codes of triplets that stand alone, of the vector's last triplet.
+    All are int32 [tiles / 4, 32, 4]: lane (g, t) has the planes 2 t and 2 t + 1 of column g; sixteen tiles in a row are
+    the codes ``16 n .. 16 n + 15``.
+
+    Attributes:
+        keys: Of pairs of states, eight columns or four for two groups of codes.
+        extra: Eight groups of the codes of triplets that stand alone.
+        last: Eight groups of the codes of the vector's last triplet.
     """
 
     keys: Tensor
@@ -119,12 +129,15 @@ SEARCH_OFFSET = 16 * 3 * LIMIT**2 // 8
 
 @functools.cache
 def search_tables(codec: TrellisCodec, device: torch.device) -> SearchTables:
-    """Tables of the encoder. ValueError for a table whose costs do not fit the exact range of float32.
+    """Tables of the encoder.
 
     A triplet x (in eighths of a step) in the planes 0 to 2 of `keys`, 1 in plane 3 and 1024 in the planes 4 and 5
     give the key of an entry o (odd half steps), ``16 * (2 |o|^2 - o . x) + code % 16``: the least key of 16 codes
     names the cheapest of them, the smallest code of equals. All factors and planes are integers that float16 has, all
     partial sums in any order integers below 2^24. The other planes are 0: a tensor core multiplies sixteen.
+
+    Raises:
+        ValueError: A table whose costs do not fit the exact range of float32.
     """
     codes, cells = codec.format.codes, codec.format.cells
     keys = torch.zeros(16, codes, cells, dtype=torch.float64)

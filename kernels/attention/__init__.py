@@ -44,16 +44,26 @@ def attend(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over one layer of the arena; K, V and q in the rotated basis, so is the result.
+    """Compute causal attention over one layer of the arena; K, V and q are in the rotated basis, and so is the result.
 
-    ``q [B, C, H, d]``: C query tokens per sequence, at positions ``kv.starts[b] + c``, whose own K and V are already in
-    the sinks or the tail. Sequence b of the batch owns row ``kv.rows[b]`` of what is stored; -1 is filler, for which
-    nothing is read and the result is zero. `max_length` is a bound on every sequence's length ``starts[b] + C`` known
-    on the host (the context's limit where the call is captured in a CUDA graph). Softmax and sums are float32 (float64
-    for float64 inputs, CPU only). `workspace` is float32 with `attention_workspace_bytes` bytes, zero before its first
-    use and for one call at a time; with `out` and `workspace` given nothing is allocated on the GPU. Returns `out`,
-    ``[B, C, H, d]`` in q's dtype. Raises ValueError for inputs that do not fit together, and for fields of `spec` that
-    no kernel computes (today all but its scale).
+    Softmax and sums are float32 (float64 for float64 inputs, CPU only). With `out` and `workspace` given nothing is
+    allocated on the GPU.
+
+    Args:
+        q: ``[B, C, H, d]``: C query tokens per sequence, at positions ``kv.starts[b] + c``, whose own K and V are
+            already in the sinks or the tail.
+        kv: What is stored. Sequence b of the batch owns row ``kv.rows[b]`` of it; -1 is filler, for which nothing is
+            read and the result is zero.
+        max_length: A bound on every sequence's length ``starts[b] + C`` known on the host (the context's limit where
+            the call is captured in a CUDA graph).
+        workspace: float32 with `attention_workspace_bytes` bytes, zero before its first use and for one call at a time.
+
+    Returns:
+        `out`, ``[B, C, H, d]`` in q's dtype.
+
+    Raises:
+        ValueError: Inputs that do not fit together, or fields of `spec` that no kernel computes (today all but its
+            scale).
     """
     call = dispatch.describe(q, kv, fmt, max_length, dispatch.kind(q.device))
     kernel = dispatch.choose(call)
@@ -73,8 +83,13 @@ def attention_workspace_bytes(
     queries: int = 1,
     length: int | None = None,
 ) -> int:
-    """Bytes of workspace that decode steps of up to `batch` sequences of any length, and prefill of up to `queries`
-    tokens in all (B * C) with a `max_length` of up to `length` (None: any), need on `device`; 0 on a CPU."""
+    """Bytes of workspace that decode steps and prefill need on `device`; 0 on a CPU.
+
+    Args:
+        batch: Sequences that a decode step has at most, of any length.
+        queries: Tokens that a prefill has at most in all (B * C).
+        length: The largest `max_length` of a prefill (None: any).
+    """
     device = torch.device(device)
     if device.type == "cpu":
         return 0
@@ -84,6 +99,11 @@ def attention_workspace_bytes(
 def attention_host_bytes(
     queries: int, heads: int, kv_heads: int, head_dim: int, keys: tuple[int, int], *, mean: bool
 ) -> int:
-    """Bytes that `attend` takes on a CPU, where it has no workspace, for `queries` tokens of one sequence, 16-bit or
-    float32. `keys`: packed pages, and tokens in full precision. `mean`: with a key mean."""
+    """Bytes that `attend` takes on a CPU, where it has no workspace.
+
+    Args:
+        queries: Tokens of one sequence, 16-bit or float32.
+        keys: Packed pages, and tokens in full precision.
+        mean: With a key mean.
+    """
     return host_bytes(queries, heads, kv_heads, head_dim, keys, mean=mean)

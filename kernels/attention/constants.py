@@ -41,7 +41,11 @@ def no_table(device: torch.device) -> Tensor:
 
 
 def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int, int, Tensor, Tensor]:
-    """(kind, bits, levels, radii) of K or V as `planes` takes them. ValueError for a codec that no kernel has."""
+    """(kind, bits, levels, radii) of K or V as `planes` takes them.
+
+    Raises:
+        ValueError: A codec that no kernel has.
+    """
     if isinstance(codec, TrellisCodec):
         bits = describe(codec.stream, codec.state_bits, codec.signed)
         return TRELLIS.value, bits, codec.table_words(device), read_map(codec, side, device)
@@ -70,8 +74,11 @@ def page_element(fmt: KVFormat) -> Any:
 
 
 def format_arguments(fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The arguments by which `general_decode_kernel` and `unpack_kernel` know a format. ``dtype``: of the numbers that
-    decoded vectors are made into; all but float32 are multiplied in fp16."""
+    """The arguments by which `general_decode_kernel` and `unpack_kernel` know a format.
+
+    Args:
+        dtype: Of the numbers that decoded vectors are made into; all but float32 are multiplied in fp16.
+    """
     kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, "k", device)
     kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, "v", device)
     first, second = run_widths(fmt.k.head_dim)

@@ -144,7 +144,11 @@ KERNELS: tuple[Entry, ...] = (
 
 @functools.cache
 def choose(call: Call) -> Kernel:
-    """The kernel for a call. Raises ValueError for a type that a GPU's kernels do not take."""
+    """The kernel for a call.
+
+    Raises:
+        ValueError: A type that a GPU's kernels do not take.
+    """
     for entry in KERNELS:
         if entry.applies(call):
             return entry.kernel
@@ -182,8 +186,12 @@ def kind(device: torch.device) -> Device:
 
 @functools.cache
 def kind_of_gpu(device: torch.device) -> Device:
-    """`HOPPER` for a GPU with the shared memory for the table-decode kernel: sm_90 and sm_100 (228 KiB), not sm_80 to
-    89 and sm_120 (at most 164). `GPU` for every other device, on which the Triton kernels run or are interpreted."""
+    """What a device can run if it is taken for a GPU.
+
+    Returns:
+        `HOPPER` for a GPU with the shared memory for the table-decode kernel: sm_90 and sm_100 (228 KiB), not sm_80 to
+        89 and sm_120 (at most 164). `GPU` for every other device, on which the Triton kernels run or are interpreted.
+    """
     if is_nvidia(device) and torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > 200 * 1024:
         return Device.HOPPER
     return Device.GPU
@@ -192,9 +200,13 @@ def kind_of_gpu(device: torch.device) -> Device:
 class Tiles(NamedTuple):
     """Tile sizes and launch options of the Triton kernels; see the constexprs of `general_decode_kernel`.
 
-    ``rows``: of queries (BM), in decode kernels at least the group made a power of two; ``keys``: of a page (BN);
-    ``full_keys``: in full precision (BF); ``flip``: keys on the side of a product that is a multiple of 16 (FLIP);
-    ``warps, stages``: launch options; ``at_once``: programs that share a multiprocessor.
+    Attributes:
+        rows: Of queries (BM), in decode kernels at least the group made a power of two.
+        keys: Of a page (BN).
+        full_keys: In full precision (BF).
+        flip: Keys on the side of a product that is a multiple of 16 (FLIP).
+        warps, stages: Launch options.
+        at_once: Programs that share a multiprocessor.
     """
 
     rows: int
@@ -260,7 +272,10 @@ def tiles(kernel: Kernel, stored: Stored, element: Element, head_dim: int) -> Ti
 
 
 def head_blocks(group: int, head_dim: int) -> tuple[int, int]:
-    """(blocks of four heads in a program of the table-decode kernel, programs) that serve the query heads of a KV
-    head."""
+    """How the table-decode kernel divides the query heads of a KV head.
+
+    Returns:
+        Blocks of four heads in a program, and programs.
+    """
     blocks = 1 if group <= 4 or head_dim > 128 else 2  # registers allow no more
     return blocks, -(-group // (4 * blocks))

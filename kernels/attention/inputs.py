@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """One layer's stored keys and values, all in the rotated basis. A sequence owns a row of what is stored; a call
-    works on a batch of B sequences, of which number `b` owns row ``r = rows[b]``. Its token position `j` (length n) is
+    """One layer's stored keys and values, all in the rotated basis.
+
+    A sequence owns a row of what is stored; a call works on a batch of B sequences, of which number `b` owns row
+    ``r = rows[b]``. Its token position `j` (length n) is
 
     * ``sink_k/v[r, :, j]`` for ``j < sink``,
     * row ``(j - sink) % 64`` of page ``page_table[r, (j - sink) // 64]`` for ``sink <= j < sink + 64 * num_packed[b]``,
     * ``tail_k/v[r, :, (j - sink - tail_origin[b]) % capacity]`` for the rest.
 
-    ``rows[b] = -1`` is filler: it reads no row, and its output is zero; its num_packed, starts and tail_origin are 0.
-    Packed pages hold only positions before the first query (``sink + 64 * num_packed <= starts`` or, for a
-    sequence shorter than the sink, ``num_packed = 0``). Unused entries of the page table are never read.
+    Packed pages hold only positions before the first query (``sink + 64 * num_packed <= starts`` or, for a sequence
+    shorter than the sink, ``num_packed = 0``).
+
+    Attributes:
+        page_table: Unused entries are never read.
+        rows: -1 is filler: it reads no row, and its output is zero; its num_packed, starts and tail_origin are 0.
     """
 
     pages: Tensor  # uint8 [num_pages, Hkv, 64 * (K bytes + V bytes)], last dimension contiguous
@@ -54,7 +59,11 @@ class AttentionInputs:
 
 
 def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> None:
-    """Raise ValueError, naming the tensor, for shapes, dtypes, devices that do not fit together. Reads no values."""
+    """Refuse shapes, dtypes and devices that do not fit together; no values are read.
+
+    Raises:
+        ValueError: Such an input; the message names the tensor.
+    """
     if q.ndim != 4:
         raise ValueError(f"q must be [batch, queries, heads, head_dim], not {tuple(q.shape)}")
     batch, _, heads, dim = q.shape

@@ -33,8 +33,13 @@ HALF_OFFSETS = 48
 
 @dataclass(frozen=True)
 class AngleTables:
-    """Cosines, then sines, float32: ``base [pages, d]`` of the positions that pages begin at, ``offset [64, d]`` of the
-    offsets within a page, ``half [HALF_OFFSETS, d]`` of the offsets 0.5, 1.5, ..."""
+    """Cosines, then sines, float32.
+
+    Attributes:
+        base: ``[pages, d]``, of the positions that pages begin at.
+        offset: ``[64, d]``, of the offsets within a page.
+        half: ``[HALF_OFFSETS, d]``, of the offsets 0.5, 1.5, ...
+    """
 
     base: Tensor
     offset: Tensor
@@ -76,14 +81,16 @@ class AngleTables:
 
 @dataclass(frozen=True)
 class LaneTables:
-    """What the table-decode kernel reads for a page whose tokens lie evenly around one centre, 31.5, or two, 15.5 and
-    47.5. Frequencies are in four runs, one for each t of a lane 4 g + t, each filled up with zeros to whole steps of
-    four.
+    """What the table-decode kernel reads for a page whose tokens lie evenly around one centre or two.
 
-    ``angles`` float32 [pages, 2, steps, centres, 4 (t), 4]: cosines, then sines of the centres' positions. ``offsets``
-    int32 [tiles, 2, steps, 32, 4]: operand registers for the sixteen offsets 16 tile + 0.5, ... and four frequencies a
-    lane; offsets g and g + 8 in turn, the first two frequencies, then the others; a register holds two in fp16, first
-    cos - 1, then sin. (The 1 goes in float32.)
+    One centre is 31.5; two are 15.5 and 47.5. Frequencies are in four runs, one for each t of a lane 4 g + t, each
+    filled up with zeros to whole steps of four.
+
+    Attributes:
+        angles: float32 [pages, 2, steps, centres, 4 (t), 4]: cosines, then sines of the centres' positions.
+        offsets: int32 [tiles, 2, steps, 32, 4]: operand registers for the sixteen offsets 16 tile + 0.5, ... and four
+            frequencies a lane; offsets g and g + 8 in turn, the first two frequencies, then the others; a register
+            holds two in fp16, first cos - 1, then sin. (The 1 goes in float32.)
     """
 
     angles: Tensor
@@ -125,11 +132,13 @@ def _in_runs(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyMean:
-    """What attention gives back. To keys: ``means [R, Hkv, d]`` before RoPE, one a row of the arena, and ``rotation
-    [d, d]``, the codec's of K. To logits: ``of_queries [B, C, H, d]``, A, then B, of every query of the batch; None
-    will do for several queries on a GPU.
+    """What attention gives back to keys and to logits, all float32.
 
-    All float32.
+    Attributes:
+        means: ``[R, Hkv, d]``, to keys: before RoPE, one a row of the arena.
+        rotation: ``[d, d]``, to keys: the codec's of K.
+        of_queries: ``[B, C, H, d]``, to logits: A, then B, of every query of the batch; None will do for several
+            queries on a GPU.
     """
 
     means: Tensor
@@ -139,15 +148,26 @@ class KeyMean:
 
     @property
     def coefficients(self) -> Tensor:
-        """``of_queries``; ValueError without them."""
+        """``of_queries``.
+
+        Raises:
+            ValueError: There are none.
+        """
         if self.of_queries is None:
             raise ValueError("the key mean needs the coefficients of the queries here")
         return self.of_queries
 
 
 def coefficients(q: Tensor, mean: Tensor) -> Tensor:
-    """A and B, float32 ``[B, C, H, d]``, of queries ``q [B, C, H, d]`` (after RoPE, not in the codec's rotated basis)
-    and means ``[B, Hkv, d]``."""
+    """A and B of queries and means.
+
+    Args:
+        q: ``[B, C, H, d]``, after RoPE, not in the codec's rotated basis.
+        mean: ``[B, Hkv, d]``.
+
+    Returns:
+        float32 ``[B, C, H, d]``.
+    """
     batch, count, heads, dim = q.shape
     kv_heads = mean.shape[1]
     q1, q2 = q.to(torch.float32).view(batch, count, kv_heads, heads // kv_heads, dim).chunk(2, -1)
@@ -164,8 +184,10 @@ def page_bias(coefficient: Tensor, tables: AngleTables, first: int, count: int) 
 def mean_rows(mean: Tensor, angles: Tensor, rotation: Tensor) -> Tensor:
     """``R_j mu`` in the codec's rotated basis: float32 ``[..., n, d]`` of means ``[..., d]`` and angles ``[n, d]``.
 
-    ``rotation [d, d]`` float32: the codec's, R x of row vectors x being ``x @ R.T``. Through a d x d matrix, so that
-    the positions cost one product.
+    It goes through a d x d matrix, so that the positions cost one product.
+
+    Args:
+        rotation: ``[d, d]`` float32: the codec's, R x of row vectors x being ``x @ R.T``.
     """
     m1, m2 = mean.chunk(2, -1)
     r1, r2 = rotation.T.chunk(2, 0)
@@ -175,19 +197,29 @@ def mean_rows(mean: Tensor, angles: Tensor, rotation: Tensor) -> Tensor:
 
 
 def estimate(rows: Tensor, angles: Tensor, rotation: Tensor) -> Tensor:
-    """The mean before RoPE, float32 ``[..., d]``, of keys ``rows [..., n, d]`` in the rotated basis at ``angles [n,
-    d]``."""
+    """The mean before RoPE of keys.
+
+    Args:
+        rows: Keys ``[..., n, d]`` in the rotated basis.
+        angles: ``[n, d]``.
+
+    Returns:
+        float32 ``[..., d]``.
+    """
     k1, k2 = (rows.to(torch.float32) @ rotation).chunk(2, -1)
     cos, sin = angles.chunk(2, -1)
     return torch.cat((k1 * cos + k2 * sin, k2 * cos - k1 * sin), -1).mean(-2)
 
 
 def take_out(k: Tensor, means: Tensor, first: Tensor, tables: AngleTables, rotation: Tensor, out: Tensor) -> Tensor:
-    """Pages of keys less their rotated mean, written to ``out``.
+    """Write pages of keys less their rotated mean to ``out``.
 
-    ``k [L, N, Hkv, 64, d]`` in the codec's rotated basis, any strides but the last; ``means`` float32 ``[L, Hkv, d]``;
-    ``first`` int32 [1] on the same device: the number of the first page in its sequence; ``rotation`` float32
-    ``[d, d]``; ``out`` like k, contiguous.
+    Args:
+        k: ``[L, N, Hkv, 64, d]`` in the codec's rotated basis, any strides but the last.
+        means: float32 ``[L, Hkv, d]``.
+        first: int32 [1] on the same device: the number of the first page in its sequence.
+        rotation: float32 ``[d, d]``.
+        out: Like k, contiguous.
     """
     layers, count, kv_heads, _, dim = k.shape
     if k.device.type == "cpu":
@@ -213,8 +245,11 @@ def launch_options(dim: int) -> dict[str, int]:
 def put_back(slab: Tensor, rows: Tensor, packed: Tensor, first: int, mean: KeyMean) -> None:
     """Add the rotated mean to decoded pages of keys, by Triton.
 
-    ``slab [B, Hkv, 64 * N, d]``, contiguous, holds the pages from number ``first`` on of sequences that have ``packed``
-    (int32 [B]) of them, and the means of ``rows`` (int32 [B]); what lies beyond these pages stays.
+    Args:
+        slab: ``[B, Hkv, 64 * N, d]``, contiguous: the pages from number ``first`` on. What lies beyond the packed pages
+            stays.
+        rows: int32 [B], whose means are added, one for each sequence.
+        packed: int32 [B], pages that the sequences have.
     """
     from octo_run.kernels.attention.general.key_mean_kernels import put_back_kernel
 
@@ -228,10 +263,13 @@ def put_back(slab: Tensor, rows: Tensor, packed: Tensor, first: int, mean: KeyMe
 
 
 def rotated_coefficients(q: Tensor, means: Tensor, rows: Tensor, rotation: Tensor, out: Tensor) -> Tensor:
-    """`coefficients` of queries ``q [B, C, H, d]`` in the codec's rotated basis, into ``out`` float32, contiguous.
+    """`coefficients` of queries ``q [B, C, H, d]`` in the codec's rotated basis.
 
-    ``means`` float32 ``[R, Hkv, d]``, of which query b takes ``rows[b]``, int32 ``[B]`` (-1, filler: zeros);
-    ``rotation`` float32 ``[d, d]``.
+    Args:
+        means: float32 ``[R, Hkv, d]``, of which query b takes ``rows[b]``.
+        rows: int32 ``[B]`` (-1, filler: zeros).
+        rotation: float32 ``[d, d]``.
+        out: float32, contiguous: the result.
     """
     if q.device.type == "cpu":
         found = coefficients(q.to(torch.float32) @ rotation, means[rows.clamp(min=0).long()])

@@ -45,10 +45,13 @@ def launch(
     out: Tensor | None,
     workspace: Tensor | None,
 ) -> Tensor:
-    """`attend` by the kernel that was chosen for a call. q in fp16, bf16 or fp32.
+    """`attend` by the kernel that was chosen for a call.
 
     Beside coded pages 16-bit inputs are multiplied in fp16: coordinates of K and V beyond 65504, the fp16 range, are
     not supported there.
+
+    Args:
+        q: In fp16, bf16 or fp32.
     """
     spec.require_plain()
     check(q, kv, fmt, out)

@@ -30,8 +30,11 @@ def room_for_parts(device: torch.device, batch: int, kv_heads: int) -> int:
 
 
 def general_parts(device: torch.device, batch: int, kv_heads: int, max_length: int, at_once: int) -> int:
-    """Parts of a sequence, if all are equally long, in the general kernels, of whose programs `at_once` share a
-    multiprocessor."""
+    """Parts of a sequence, if all are equally long, in the general kernels.
+
+    Args:
+        at_once: Programs of these kernels that share a multiprocessor.
+    """
     lanes = batch * kv_heads
     most = min(room_for_parts(device, batch, kv_heads) // lanes, -(-max_length // FEWEST_TOKENS))
     return _best_general(lanes, max_length, processors(device) * at_once, max(1, most), 1.08 if batch > 1 else 1)
@@ -52,12 +55,16 @@ def _best_general(lanes: int, length: int, slots: int, most: int, tolerance: flo
 
 @functools.cache
 def table_parts(lanes: int, pages: int, most: int, multiprocessors: int) -> int:
-    """Parts of a sequence of ``pages`` pages, at most ``most``, in the table-decode kernel, for ``lanes`` programs
-    across it (one fills a multiprocessor): the least time by a model, and of equals the most, because sequences may be
-    shorter.
+    """Parts of a sequence in the table-decode kernel: the least time by a model.
 
-    The unit is a round of a program's warps over as many pages (2.7 us on an H200). A program costs about one and a
-    half whatever it does, a merge a quarter and a half for every sixteen parts.
+    Of equals it is the most, because sequences may be shorter. The model's unit is a round of a program's warps over as
+    many pages (2.7 us on an H200). A program costs about one and a half whatever it does, a merge a quarter and a half
+    for every sixteen parts.
+
+    Args:
+        lanes: Programs across the sequence (one fills a multiprocessor).
+        pages: Of the sequence.
+        most: Parts at most.
     """
 
     def rounds(parts: int) -> float:

@@ -23,10 +23,15 @@ TILE_PAGES = 32
 def attend_reference(
     q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, spec: AttentionSpec, out: Tensor | None = None
 ) -> Tensor:
-    """Causal attention of ``q [B, C, H, d]`` (positions ``starts[b] + c``) over sinks, packed pages and tail.
+    """Compute causal attention of ``q [B, C, H, d]`` (positions ``starts[b] + c``) over sinks, packed pages and tail.
 
-    float64 inputs are computed in float64, all others in float32. Returns ``[B, C, H, d]`` in q's dtype.
-    Raises ValueError for shapes or dtypes that do not fit together, and for fields of ``spec`` beside its scale.
+    float64 inputs are computed in float64, all others in float32.
+
+    Returns:
+        ``[B, C, H, d]`` in q's dtype.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit together, or fields of ``spec`` beside its scale.
     """
     spec.require_plain()
     scale = spec.scale

@@ -47,9 +47,16 @@ def workspace_bytes(
     queries: int = 1,
     length: int | None = None,
 ) -> int:
-    """Bytes of workspace on a device: counters, then float32 partial outputs and log-sum-exps of decode steps of up to
-    `batch` sequences, or an output and a log-sum-exp for each of up to `queries` query tokens of prefill and each head;
-    for prefill also the slab, for sequences of up to `length` tokens (None: of any length)."""
+    """Bytes of workspace on a device.
+
+    They are counters, then float32 partial outputs and log-sum-exps of decode steps, or an output and a log-sum-exp for
+    each query token of prefill and each head; for prefill also the slab.
+
+    Args:
+        batch: Sequences that a decode step has at most.
+        queries: Query tokens that a prefill has at most.
+        length: Tokens that a prefill's sequences have at most (None: of any length).
+    """
     return 4 * sum(_words(device, batch, heads, kv_heads, head_dim, queries, length))
 
 
@@ -64,7 +71,11 @@ class Workspace:
     @classmethod
     def of(cls, whole: Tensor | None, batch: int, heads: int, kv_heads: int, head_dim: int, device: torch.device,
            queries: int = 1, length: int | None = None) -> Workspace:  # fmt: skip
-        """Cut a workspace (None: a new one). Raises ValueError for one that is too small or of another kind."""
+        """Cut a workspace (None: a new one).
+
+        Raises:
+            ValueError: It is too small or of another kind.
+        """
         first, slab = _words(device, batch, heads, kv_heads, head_dim, queries, length)
         size = first + slab
         if whole is None:

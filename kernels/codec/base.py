@@ -32,9 +32,12 @@ def describe_index(flat: int, shape: torch.Size | tuple[int, ...]) -> str:
 class Codec(ABC):
     """One storage format of key or value vectors of one head dimension. Instances are immutable and may be shared.
 
-    name: the format's name as in `--kv`; head_dim: coordinates of a vector; seed: of the rotation;
-    bytes_per_vector: stored bytes of a vector, everything included, always even;
-    bits, num_triplets: bits of a triplet's code and triplets of a vector (0 and 0 for a format without triplets).
+    Attributes:
+        name: The format's name as in `--kv`.
+        head_dim: Coordinates of a vector.
+        seed: Of the rotation.
+        bytes_per_vector: Stored bytes of a vector, everything included, always even.
+        bits, num_triplets: Bits of a triplet's code and triplets of a vector (0 and 0 for a format without triplets).
     """
 
     name: str
@@ -85,7 +88,9 @@ class Codec(ABC):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Encode floating x [..., head_dim], original basis, to uint8 [..., bytes_per_vector].
 
-        ValueError names the position of the first NaN, infinity or vector too long to be stored.
+        Raises:
+            ValueError: A NaN, an infinity or a vector too long to be stored; the message names the
+                first one's position.
         """
 
     @abstractmethod
@@ -96,8 +101,10 @@ class Codec(ABC):
     def decode_rotated(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Decode uint8 [..., bytes_per_vector] to [..., head_dim] in the rotated basis.
 
-        The order of the result in memory is not promised. ValueError for another dtype or size of `packed`, or a
-        `dtype` that is not a floating one.
+        The order of the result in memory is not promised.
+
+        Raises:
+            ValueError: Another dtype or size of `packed`, or a `dtype` that is not a floating one.
         """
 
     def decode(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -191,8 +198,11 @@ class RowCodec(Codec):
         )
 
     def decode_rotated(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """See `Codec.decode_rotated`. The result is stored coordinate-major, [head_dim, vectors] transposed, which
-        matrix products take as it is; 2,048 vectors or more at a time are the fastest on a CPU."""
+        """See `Codec.decode_rotated`; 2,048 vectors or more at a time are the fastest on a CPU.
+
+        Returns:
+            Stored coordinate-major, [head_dim, vectors] transposed, which matrix products take as it is.
+        """
         self._check_packed(packed)
         work = working_dtype(dtype)
         rows = packed.reshape(-1, self.bytes_per_vector).contiguous()

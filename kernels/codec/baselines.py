@@ -34,8 +34,11 @@ MIXED = {2: (5, 7), 3: (10, 10), 4: (20, 13)}  # levels of a coordinate, bits of
 
 
 def lloyd_max(density: Callable[[Floats], Floats], low: float, high: float, levels: int) -> torch.Tensor:
-    """Lloyd-Max levels, float64 [levels], of a density on [low, high] (need not be normed), on a grid of 40,001
-    points."""
+    """Lloyd-Max levels, float64 [levels], of a density on [low, high], on a grid of 40,001 points.
+
+    Args:
+        density: Need not be normed.
+    """
     x = np.linspace(low, high, _GRID)
     mass = np.concatenate(([0.0], np.cumsum(density(x))))
     moment = np.concatenate(([0.0], np.cumsum(density(x) * x)))
@@ -255,7 +258,11 @@ def names(head_dim: int = 128) -> tuple[str, ...]:
 
 @functools.cache
 def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:
-    """The baseline of that name (see the module's table). ValueError for an unknown one, naming the choices."""
+    """The baseline of that name (see the module's table).
+
+    Raises:
+        ValueError: An unknown name; the message names the choices.
+    """
     if name not in names(head_dim):
         raise ValueError(f"there is no baseline {name!r} for head_dim {head_dim}: {', '.join(names(head_dim))}")
     if name in STUDIED:

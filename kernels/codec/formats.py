@@ -41,8 +41,11 @@ def _build(name: str, head_dim: int, seed: int) -> Codec:
 def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:
     """The codec of that name; the same object for the same arguments.
 
-    UsageError for an unknown name or a head dimension the format has no rotation and codebook for, naming the choices.
     `bf16` takes any head dimension.
+
+    Raises:
+        UsageError: An unknown name or a head dimension the format has no rotation and codebook for; the message names
+            the choices.
     """
     if name not in names():
         raise UsageError(f"unknown KV format '{name}': choose one of {', '.join(names())}")
@@ -55,9 +58,14 @@ def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:
 
 
 def parse_kv(text: str, head_dim: int, seed: int = 0, plain_dtype: torch.dtype = torch.bfloat16) -> KVFormat:
-    """The formats named by `--kv`: "NAME" for keys and values alike, or "KNAME:VNAME".
+    """The formats named by `--kv`.
 
-    `plain_dtype` is the dtype that `bf16` stores (the model's). UsageError for anything else, naming the choices.
+    Args:
+        text: "NAME" for keys and values alike, or "KNAME:VNAME".
+        plain_dtype: The dtype that `bf16` stores (the model's).
+
+    Raises:
+        UsageError: Any other text; the message names the choices.
     """
     parts = text.split(":")
     if len(parts) > 2:

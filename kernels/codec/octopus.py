@@ -125,9 +125,12 @@ class OctopusCodec(TripletCodec):
 
 
 def nearest_xi(xi: torch.Tensor, tables: OctopusTables) -> torch.Tensor:
-    """Index of the level nearest to xi (or eta) in [-1, 1]: the number of boundaries <= xi; int32 of xi's shape.
+    """Index of the level nearest to xi (or eta) in [-1, 1].
 
     The levels are nearly uniform, so the cell of a uniform grid is at most one off; many times faster than a search.
+
+    Returns:
+        The number of boundaries <= xi; int32 of xi's shape.
     """
     side = len(tables.xi_levels)
     guess = ((xi + 1) * (side / 2)).to(torch.int32).clamp_(0, side - 1)

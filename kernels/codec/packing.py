@@ -34,9 +34,14 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_streams(*streams: tuple[torch.Tensor, int]) -> torch.Tensor:
-    """Pack streams (codes as for `pack_codes`, their bits) one directly behind the other, to uint8 [vectors, bytes].
+    """Pack streams one directly behind the other.
 
-    The rows are padded with zero bits once, at the end: to `packed_bytes` of all bits together.
+    Args:
+        *streams: Codes as for `pack_codes`, and their bits.
+
+    Returns:
+        uint8 [vectors, bytes]. The rows are padded with zero bits once, at the end: to `packed_bytes` of all bits
+        together.
     """
     vectors = streams[0][0].shape[1]
     total = sum(len(codes) * bits for codes, bits in streams)
@@ -55,8 +60,9 @@ def pack_streams(*streams: tuple[torch.Tensor, int]) -> torch.Tensor:
 def unpack_codes(rows: torch.Tensor, num_codes: int, bits: int) -> torch.Tensor:
     """Read `num_codes` codes from each row: uint8 [vectors, row_bytes] -> int32 [num_codes, vectors].
 
-    A row may be longer than its codes (what follows them is ignored); its length must be even. The rows' last
-    dimension is contiguous, and the storage starts at an even offset.
+    Args:
+        rows: May be longer than their codes (what follows them is ignored); their length must be even. The last
+            dimension is contiguous, and the storage starts at an even offset.
     """
     return unpack_streams(rows, (num_codes, bits))[0]
 

@@ -68,7 +68,11 @@ class PageFormat:
 
     @classmethod
     def parse(cls, tag: str) -> PageFormat:
-        """The format that has this tag. OctoError for anything else, and for a tag of another version."""
+        """The format that has this tag.
+
+        Raises:
+            OctoError: Anything else, or a tag of another version.
+        """
         whole = _TAG.fullmatch(tag) if isinstance(tag, str) else None
         if whole is not None and int(whole[1]) != VERSION:
             raise OctoError(
@@ -88,8 +92,10 @@ class PageFormat:
 
     @functools.cached_property
     def tag(self) -> str:
-        """Version, formats of K and V, layout, head_dim and the rotation's seed, as in "octo-page/1 oct3:oct3 lanes
-        d128 seed0"."""
+        """Version, formats of K and V, layout, head_dim and the rotation's seed.
+
+        An example is "octo-page/1 oct3:oct3 lanes d128 seed0".
+        """
         k, v = self.kv.k, self.kv.v
         return f"octo-page/{VERSION} {_stored_name(k)}:{_stored_name(v)} {self.layout} d{k.head_dim} seed{k.seed}"
 
@@ -108,27 +114,47 @@ class PageFormat:
         return page_bytes(self.kv)
 
     def encode(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Pages of keys and values in the original basis. Errors as ``Codec.encode``."""
+        """Pages of keys and values in the original basis.
+
+        Raises:
+            ValueError: As for ``Codec.encode``.
+        """
         return self._joined(self.kv.k.encode(k), self.kv.v.encode(v))
 
     def encode_rotated(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Pages of keys and values in the rotated basis, in which the arena is. Errors as ``Codec.encode``."""
+        """Pages of keys and values in the rotated basis, in which the arena is.
+
+        Raises:
+            ValueError: As for ``Codec.encode``.
+        """
         return self._joined(self.kv.k.encode_rotated(k), self.kv.v.encode_rotated(v))
 
     def decode(self, pages: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of pages in the original basis. Errors as ``rows``."""
+        """Keys and values of pages in the original basis.
+
+        Raises:
+            ValueError: As for ``rows``.
+        """
         k, v = self.rows(pages)
         return self.kv.k.decode(k, dtype), self.kv.v.decode(v, dtype)
 
     def decode_rotated(
         self, pages: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of pages in the rotated basis. Errors as ``rows``."""
+        """Keys and values of pages in the rotated basis.
+
+        Raises:
+            ValueError: As for ``rows``.
+        """
         k, v = self.rows(pages)
         return self.kv.k.decode_rotated(k, dtype), self.kv.v.decode_rotated(v, dtype)
 
     def rows(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codecs' rows of keys and of values, uint8 [..., PAGE_TOKENS, bytes_per_vector]. Errors as ``convert``."""
+        """The codecs' rows of keys and of values, uint8 [..., PAGE_TOKENS, bytes_per_vector].
+
+        Raises:
+            ValueError: As for ``convert``.
+        """
         k, v = self._blocks(self.convert(pages, "rows"))
         return (
             k.reshape(*k.shape[:-1], PAGE_TOKENS, self.kv.k.bytes_per_vector),
@@ -136,11 +162,14 @@ class PageFormat:
         )
 
     def convert(self, pages: torch.Tensor, to: PageFormat | Layout) -> torch.Tensor:
-        """The same pages as ``to``, a format or a layout, has them: uint8 of the same shape; ``pages`` themselves where
-        nothing is to be moved.
+        """The same pages as ``to``, a format or a layout, has them.
 
-        ValueError for a format that differs in more than the layout, for pages of another shape or dtype, and for
-        pages that no writer made: they have bits where the layout has none, which would be lost.
+        Returns:
+            uint8 of the same shape; ``pages`` themselves where nothing is to be moved.
+
+        Raises:
+            ValueError: A format that differs in more than the layout, pages of another shape or dtype, or pages that no
+                writer made: they have bits where the layout has none, which would be lost.
         """
         if not isinstance(to, PageFormat):
             to = PageFormat(self.kv, to)

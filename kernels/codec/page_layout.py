@@ -46,8 +46,11 @@ Side = Literal["k", "v"]
 class BlockBits:
     """Where the numbers of a block's vectors lie: bit addresses, those of a number from its low bit to its high one.
 
-    code [PAGE_TOKENS, triplets, stream]; sign [PAGE_TOKENS, triplets, 3], -1 where none is stored (of an unsigned
-    format, of a coordinate that pads the last triplet); norm [PAGE_TOKENS, norm_bits].
+    Attributes:
+        code: [PAGE_TOKENS, triplets, stream].
+        sign: [PAGE_TOKENS, triplets, 3], -1 where none is stored (of an unsigned format, of a coordinate that pads the
+            last triplet).
+        norm: [PAGE_TOKENS, norm_bits].
     """
 
     code: Indices
@@ -61,8 +64,11 @@ class BlockBits:
         return cls(code, np.where(real & codec.signed, sign, -1), norm)
 
     def sources(self, target: BlockBits, count: int) -> Indices:
-        """For each of the ``count`` bits of a block that lies as ``target`` says: the address here of the bit that goes
-        there, -1 for a bit that is always 0."""
+        """Where the bits of a block that lies as ``target`` says come from.
+
+        Returns:
+            The address here of the bit that goes there, for each of the ``count`` bits; -1 for a bit that is always 0.
+        """
         found = np.full(count, -1)
         for here, there in ((self.code, target.code), (self.sign, target.sign), (self.norm, target.norm)):
             stored = there >= 0

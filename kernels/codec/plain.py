@@ -28,7 +28,11 @@ class PlainCodec(Codec):
         return y
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Codec.encode`; a value that overflows the stored dtype is refused like an infinity."""
+        """See `Codec.encode`.
+
+        Raises:
+            ValueError: As there; a value that overflows the stored dtype is refused like an infinity.
+        """
         self._check_vectors(x)
         stored = x.to(self.dtype).contiguous()
         if not bool(stored.isfinite().all()):

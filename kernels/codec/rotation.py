@@ -17,7 +17,10 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 256)
 def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:
     """Fast Walsh-Hadamard transform of the last dimension, orthonormal, in natural (Hadamard) order.
 
-    x [..., n] with n a power of two -> [..., n] in x's dtype; n log2(n) additions a row. ValueError for another n.
+    x [..., n] with n a power of two -> [..., n] in x's dtype; n log2(n) additions a row.
+
+    Raises:
+        ValueError: An n that is no power of two.
     """
     size = x.shape[-1]
     if size < 1 or size & (size - 1):
@@ -49,8 +52,10 @@ def random_signs(head_dim: int, seed: int) -> torch.Tensor:
 def rotation_matrix(head_dim: int, seed: int) -> torch.Tensor:
     """The rotation R, float64 [head_dim, head_dim] on the CPU; a vector k rotates to `R k`, rows to `x @ R.T`.
 
-    One matrix serves all heads, keys and values. Callers must not write into it. ValueError for a head dimension
-    outside `HEAD_DIMS`.
+    One matrix serves all heads, keys and values. Callers must not write into it.
+
+    Raises:
+        ValueError: A head dimension outside `HEAD_DIMS`.
     """
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"no rotation for head_dim {head_dim}, only for {', '.join(map(str, HEAD_DIMS))}")

@@ -100,9 +100,13 @@ def stored_table(name: str) -> tuple[torch.Tensor, float]:
 
 
 def norm_numbers(gamma: torch.Tensor, shift: int) -> torch.Tensor:
-    """Norm numbers int32 nearest to gains gamma >= 0 (rounded to float32 first), halves up; saturating.
+    """Norm numbers nearest to gains, halves up; saturating.
 
-    The number is the fp16 bit pattern without its `shift` low bits (and without its sign bit).
+    Args:
+        gamma: Gains >= 0 (rounded to float32 first).
+
+    Returns:
+        int32: the fp16 bit patterns without their `shift` low bits (and without their sign bit).
     """
     single = gamma.to(torch.float32).clamp(0, 65504)
     place = 13 + shift  # of the number's lowest bit in a float32 pattern
@@ -121,8 +125,12 @@ class TrellisCodec(RowCodec):
     """A trellis format for one head dimension. Bytes depend only on the input's values, the name and the seed.
 
     Row: the stream codes, then three sign bits a triplet (x lowest; signed formats), then gamma; see `RowCodec`.
-    stream, state_bits, signed, norm_bits: of its `TrellisFormat`, `format`; step: the table's unit for coordinates of
-    variance 1; table: int8 [entries, 3], not to be written into; chain, extras: triplets of each chain, behind them.
+
+    Attributes:
+        stream, state_bits, signed, norm_bits: Of its `TrellisFormat`, `format`.
+        step: The table's unit for coordinates of variance 1.
+        table: int8 [entries, 3], not to be written into.
+        chain, extras: Triplets of each chain, and behind them.
     """
 
     def __init__(
@@ -149,9 +157,10 @@ class TrellisCodec(RowCodec):
         return self.table.to(dtype) * 2 + 1
 
     def table_words(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The table as int32 [entries] = vx | vy << 8 | vz << 16, each v as a byte in two's complement.
+        """The table as words, made once for a device (a copy could not be captured in a CUDA graph).
 
-        Made once for a device (a copy could not be captured in a CUDA graph); not to be written into.
+        Returns:
+            int32 [entries] = vx | vy << 8 | vz << 16, each v as a byte in two's complement; not to be written into.
         """
         where = torch.device(device)
         if where not in self._table_words:
@@ -160,9 +169,10 @@ class TrellisCodec(RowCodec):
         return self._table_words[where]
 
     def codewords(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Coordinates (v + 1/2) step [3, entries], computed in float64 and rounded; signed: [3, 8 entries].
+        """Coordinates (v + 1/2) step, computed in float64 and rounded; made once for a dtype and device.
 
-        Signed: block i of the entries has the sign bits i (x lowest) applied. Made once for a dtype and device.
+        Returns:
+            [3, entries]; in signed formats [3, 8 entries], of which block i has the sign bits i (x lowest) applied.
         """
         key = (dtype, torch.device(device))
         if key not in self._codewords:
@@ -174,10 +184,14 @@ class TrellisCodec(RowCodec):
         return self._codewords[key]
 
     def encode_fields(self, y: torch.Tensor) -> torch.Tensor:
-        """Encode rotated y [..., head_dim] to what the encode kernels find: int32 [..., T + 1].
+        """Encode rotated y [..., head_dim] to what the encode kernels find.
 
-        Triplet i's field is its stream code and, from bit `SIGN_SHIFT` on, its signs (x lowest); the last field is the
-        norm as fp16 bits. Errors as `encode`.
+        Returns:
+            int32 [..., T + 1]. Triplet i's field is its stream code and, from bit `SIGN_SHIFT` on, its signs (x
+            lowest); the last field is the norm as fp16 bits.
+
+        Raises:
+            ValueError: As for `encode`.
         """
         rows = self.encode_rotated(y).view(-1, self.bytes_per_vector)
         codes, *signs = unpack_streams(rows, *self._streams)

@@ -15,9 +15,13 @@ import torch
 
 
 def nearest_entries(points: torch.Tensor, triplets: torch.Tensor, used: int = 3) -> torch.Tensor:
-    """Index int64 [vectors] of the cheapest of `points` [entries, 3] for each of `triplets` [3, vectors].
+    """Find the cheapest of `points` [entries, 3] for each of `triplets` [3, vectors].
 
-    Only the first `used` coordinates count. Of equals the smallest index.
+    Args:
+        used: Only so many of the first coordinates count.
+
+    Returns:
+        Index int64 [vectors]; of equals the smallest.
     """
     used_points = points[:, :used]
     costs = torch.addmm(used_points.square().sum(1, keepdim=True), used_points, triplets[:used], alpha=-2)
@@ -33,7 +37,9 @@ def by_cell(points: torch.Tensor, stream: int, state: int) -> torch.Tensor:
 def trellis_codes(points: torch.Tensor, triplets: torch.Tensor, stream: int, state: int) -> torch.Tensor:
     """Codes int64 [n, chains] of the cheapest closed path for each chain.
 
-    points: float32 [at least 2^(stream + state), 3], the trellis table; triplets: float32 [n, 3, chains], by slot.
+    Args:
+        points: float32 [at least 2^(stream + state), 3], the trellis table.
+        triplets: float32 [n, 3, chains], by slot.
     """
     cells = by_cell(points, stream, state)
     high, num_cells, _ = cells.shape

@@ -28,11 +28,14 @@ _ROWS = 16
 
 
 def encode_pages_triton(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, fmt: KVFormat) -> None:
-    """`encode_pages` by the Triton kernels (on a GPU, or interpreted). k and v in fp16, bf16 or fp32.
+    """`encode_pages` by the Triton kernels (on a GPU, or interpreted).
 
     Values are not looked at: NaN and infinities give meaningless rows, norms beyond fp16's range are stored as the
     largest number that the format has for them. Trellis formats take memory for the codes of k and v from
     PyTorch's allocator and give it back; calls of one size reuse it, so that flushing a page does not grow memory.
+
+    Args:
+        k, v: In fp16, bf16 or fp32.
     """
     check(k, v, pages, page_ids, fmt)
     if k.dtype not in _ELEMENTS:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def check(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, fmt: KVFormat) -> None:
-    """Raise ValueError, naming the tensor, for inputs of `encode_pages` that do not fit together. Reads no values."""
+    """Refuse inputs of `encode_pages` that do not fit together; no values are read.
+
+    Raises:
+        ValueError: Such an input; the message names the tensor.
+    """
     if k.ndim != 5 or k.shape != v.shape or k.shape[3] != PAGE_TOKENS or k.dtype != v.dtype:
         raise ValueError(
             f"k and v must be alike, [layers, pages, kv_heads, {PAGE_TOKENS}, head_dim], "

@@ -44,10 +44,16 @@ def prepare(codec: TrellisCodec, side: Side, device: torch.device) -> None:
 
 
 def encode_fields(y: Tensor, codec: TrellisCodec) -> Tensor:
-    """Fields of ``y [L, N, Hkv, 64, d]`` (rotated basis, any strides but the last): uint16 ``[L, N, Hkv, 64, T + 1]``.
+    """Find the fields of vectors, in memory from PyTorch's allocator.
 
-    Triplet i's field is ``code | signs << 10`` (x's sign lowest), the last one the norm as fp16 bits. They are taken
-    from PyTorch's allocator, 2 (T + 1) bytes a vector: calls of one size use the same memory again.
+    They take 2 (T + 1) bytes a vector: calls of one size use the same memory again.
+
+    Args:
+        y: ``[L, N, Hkv, 64, d]`` (rotated basis, any strides but the last).
+
+    Returns:
+        uint16 ``[L, N, Hkv, 64, T + 1]``. Triplet i's field is ``code | signs << 10`` (x's sign lowest), the last one
+        the norm as fp16 bits.
     """
     layers, count, kv_heads, tokens, dim = y.shape
     fields = torch.empty(*y.shape[:-1], codec.num_triplets + 1, dtype=torch.uint16, device=y.device)

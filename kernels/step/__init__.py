@@ -38,7 +38,11 @@ def embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
     """``residual += x`` in place, then ``out = rms_norm(residual) * weight``; without a residual that of ``x``.
 
-    ``x, residual, out [B, hidden]``, contiguous, ``weight [hidden]``, all of one dtype.
+    All are of one dtype.
+
+    Args:
+        x, residual, out: ``[B, hidden]``, contiguous.
+        weight: ``[hidden]``.
     """
     if x.is_cuda:
         from octo_run.kernels.step import launch
@@ -63,10 +67,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
-    """Draw a token for each sequence of a batch from ``logits [B, vocab]`` of the model; see ``Draws``.
+    """Draw a token for each sequence of a batch; see ``Draws``.
 
-    Penalties, then ``floor`` (float32 ``[B]`` or None: scores below it are out), then Gumbel noise times the
-    temperature; the largest wins. Log-probabilities are those of the logits themselves, not finite if these are not.
+    Penalties, then ``floor``, then Gumbel noise times the temperature; the largest wins. Log-probabilities are those of
+    the logits themselves, not finite if these are not.
+
+    Args:
+        logits: ``[B, vocab]`` of the model.
+        floor: float32 ``[B]`` or None: scores below it are out.
     """
     if logits.is_cuda:
         from octo_run.kernels.step import launch
@@ -85,11 +93,14 @@ def qkv_rope_append(
     q_out: Tensor,
     rows: Tensor | None = None,
 ) -> None:
-    """From a layer's projections to what attention reads.
+    """Make what attention reads from a layer's projections.
 
-    ``qkv [B, (H + 2 Hkv) d]``, contiguous. Queries (normed, turned by RoPE, rotated) go to ``q_out [B, 1, H, d]``, keys
-    of the same kind and values to ``full_k, full_v [R, Hkv, slots, d]``: those of number b to row ``rows[b]`` (``rows``
-    int32 ``[B]``; None: row b), slot ``slots[b]`` (int32 ``[B]``).
+    Args:
+        qkv: ``[B, (H + 2 Hkv) d]``, contiguous.
+        slots: int32 ``[B]``: keys and values of number b go to slot ``slots[b]``.
+        full_k, full_v: ``[R, Hkv, slots, d]``: take keys, of the same kind as queries, and values.
+        q_out: ``[B, 1, H, d]``: takes queries (normed, turned by RoPE, rotated).
+        rows: int32 ``[B]``: keys and values of number b go to row ``rows[b]``; None: row b.
     """
     if qkv.is_cuda:
         from octo_run.kernels.step import launch
@@ -103,7 +114,10 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
     """``out [B, heads * d]``: each head of ``mixed [B, heads * d]`` times the transpose of ``rotation [d, d]``.
 
     The rotation is orthogonal, so that this undoes ``HeadTransform.v_rotation`` in attention's sums of values: for an
-    output projection that cannot take the rotation in. All contiguous and of one dtype, ``out`` not ``mixed``.
+    output projection that cannot take the rotation in. All are contiguous and of one dtype.
+
+    Args:
+        out: Not ``mixed``.
     """
     if mixed.is_cuda:
         from octo_run.kernels.step import launch

@@ -11,12 +11,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What is done to the heads of a projection before attention. Queries and keys: norms, of weights ``[d]``; RoPE, by
-    cosines and sines ``[B, d / 2]`` of the rows' angles in the compute dtype; the codec's rotation ``[d, d]`` (rows
-    times it).
+    """What is done to the heads of a projection before attention.
 
-    ``v_rotation [d, d]``: values are multiplied by it, before they are stored; None: they are stored as they come,
-    because a weight has taken the rotation in.
+    Queries and keys get norms, then RoPE, then the codec's rotation.
+
+    Attributes:
+        cos, sin: RoPE's cosines and sines ``[B, d / 2]`` of the rows' angles in the compute dtype.
+        q_norm, k_norm: Weights ``[d]`` of the norms.
+        rotation: The codec's, ``[d, d]`` (rows times it).
+        v_rotation: ``[d, d]``: values are multiplied by it, before they are stored; None: they are stored as they come,
+            because a weight has taken the rotation in.
     """
 
     cos: Tensor
@@ -34,14 +38,22 @@ SLICE_TOKENS = 1024
 
 @dataclass
 class Draws:
-    """What drawing tokens for a batch of at most B sequences reads and writes. Sequence b of the batch owns row
-    ``rows[b]`` of what lasts; ``rows[b] = -1`` is filler, for which nothing is written or counted.
+    """What drawing tokens for a batch of at most B sequences reads and writes.
 
-    ``rows`` int32 ``[B]``, no row twice. In the order of the batch: ``temperature`` float32 ``[B]``; ``penalties``
-    float32 ``[3, B]``: for repetition (1 is off), presence and frequency (0 is off); ``seeds, counters`` int64 ``[B]``;
-    ``slices`` float32 ``[B, 4, slices]``, work space. By rows: ``counts`` int32 ``[R, vocab]``: how often a token was
-    drawn, times two, plus 1 if it was drawn or stands in the prompt; ``tokens`` int32 and ``logprobs`` float32 ``[R]``,
-    the result. ``counted``: any penalty is on; ``noisy``: any temperature is not 0.
+    Sequence b of the batch owns row ``rows[b]`` of what lasts: ``counts``, ``tokens`` and ``logprobs``. The other
+    tensors are in the order of the batch.
+
+    Attributes:
+        rows: int32 ``[B]``, no row twice; -1 is filler, for which nothing is written or counted.
+        temperature: float32 ``[B]``.
+        penalties: float32 ``[3, B]``: for repetition (1 is off), presence and frequency (0 is off).
+        seeds, counters: int64 ``[B]``.
+        counts: int32 ``[R, vocab]``: how often a token was drawn, times two, plus 1 if it was drawn or stands in the
+            prompt.
+        slices: float32 ``[B, 4, slices]``, work space.
+        tokens, logprobs: int32 and float32 ``[R]``, the result.
+        counted: Any penalty is on.
+        noisy: Any temperature is not 0.
     """
 
     rows: Tensor
@@ -66,10 +78,14 @@ class Draws:
 
 
 def penalised(logits: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
-    """Float32 scores ``[B, vocab]``; ``counts [B, vocab]`` and ``penalties [3, B]`` as in `Draws`.
+    """Float32 scores ``[B, vocab]`` of logits after their penalties.
 
     The logit of a token that occurred is divided (a negative one multiplied) by the penalty for repetition; that of one
     that was drawn is less the penalty for presence, and less the one for frequency for each time.
+
+    Args:
+        counts: ``[B, vocab]``, as in `Draws`.
+        penalties: ``[3, B]``, as in `Draws`.
     """
     logits = logits.to(torch.float32)
     repetition, presence, frequency = penalties[..., None]

@@ -26,8 +26,13 @@ def launch_decode(
     kernel: Kernel, call: Call, q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor,
     room: Callable[[], Workspace], *, scale: float, max_length: int
 ) -> None:  # fmt: skip
-    """A decode step by the kernel for plain pages or the general one, checked inputs (`attend`), into ``out``: the
-    parts of the sequences, then their merge. ``room`` gives the workspace, if there is more than one part."""
+    """Launch a decode step by the kernel for plain pages or the general one, checked inputs (`attend`), into ``out``.
+
+    The parts of the sequences come first, then their merge.
+
+    Args:
+        room: Gives the workspace, if there is more than one part.
+    """
     batch, _, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads

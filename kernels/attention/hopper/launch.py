@@ -55,8 +55,12 @@ class _Copies:
 
 
 def table_copies(k: TrellisCodec, v: TrellisCodec, other_bytes: int) -> tuple[_Copies, _Copies, int]:
-    """Copies of K's and V's table (one table if they have one format), and the bytes of shared memory with
-    ``other_bytes``: the fewest conflicts that there is room for."""
+    """Choose how often the tables are copied: the fewest conflicts that there is room for.
+
+    Returns:
+        Copies of K's and V's table (one table if they have one format), and the bytes of shared memory with
+        ``other_bytes``.
+    """
     some = [_Copies(main, extra) for main in (32, 16, 8, 4) for extra in (32, 16, 8, 4)]
     pairs = [(a, b) for a in some for b in ([a] if k is v else some)]
 
@@ -72,8 +76,13 @@ def table_copies(k: TrellisCodec, v: TrellisCodec, other_bytes: int) -> tuple[_C
 def constants(
     k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool
 ) -> dict[str, int | str]:
-    """The kernel's constexprs for formats of K and V, ``group`` query heads a KV head, an element type, with the key
-    mean or not, for several sequences or one."""
+    """The kernel's constexprs for formats of K and V.
+
+    Args:
+        group: Query heads a KV head.
+        mean: With the key mean.
+        batched: For several sequences, not for one.
+    """
     blocks = head_blocks(group, k.head_dim)[0]
     threads = 32 * TABLE_WARPS
     stages = TABLE_WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
@@ -102,15 +111,19 @@ def constants(
 
 
 def options(head_dim: int) -> dict[str, int]:
-    """Launch options. Small heads are told how many registers there are: the assembler
-    would else stop at 128 and spill."""
+    """Launch options.
+
+    Small heads are told how many registers there are: the assembler would else stop at 128 and spill.
+    """
     return {"num_warps": TABLE_WARPS} if head_dim > 64 else {"num_warps": TABLE_WARPS, "maxnreg": 255}
 
 
 def launch_table_decode(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Workspace, *,
                         scale: float, max_length: int) -> None:  # fmt: skip
-    """A decode step in one launch, checked inputs (`attend`), into ``out``: packed pages, full-precision tokens and, by
-    the last program to finish, the merge."""
+    """Do a decode step in one launch, for checked inputs (`attend`), into ``out``.
+
+    The launch does packed pages, full-precision tokens and, by the last program to finish, the merge.
+    """
     k, v = fmt.k, fmt.v
     assert isinstance(k, TrellisCodec) and isinstance(v, TrellisCodec)
     batch, _, heads, dim = q.shape
