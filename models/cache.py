@@ -44,7 +44,12 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.ASCII | r
 
 @dataclass(frozen=True)
 class HubName:
-    """``org/name`` and the revision asked for (a branch, a tag or a commit; None: the default branch)."""
+    """The name of a model on the Hub.
+
+    Attributes:
+        repo: ``org/name``.
+        revision: The one asked for: a branch, a tag or a commit; None: the default branch.
+    """
 
     repo: str
     revision: str | None = None
@@ -61,8 +66,10 @@ class HubName:
 class ModelEntry:
     """A model on this machine.
 
-    ``bytes`` counts the files that are there. ``commit`` is None for the embedded model, and for one whose folder
-    cannot be read. ``damage`` says what is wrong with a model that cannot be used and what to do about it.
+    Attributes:
+        commit: None for the embedded model, and for one whose folder cannot be read.
+        bytes: Of the files that are there.
+        damage: What is wrong with a model that cannot be used and what to do about it.
     """
 
     name: str
@@ -96,7 +103,11 @@ def cache_folder() -> Path:
 
 
 def parse_hub_name(name: str) -> HubName:
-    """``org/name[@revision]`` taken apart. UsageError for anything else."""
+    """``org/name[@revision]`` taken apart.
+
+    Raises:
+        UsageError: ``name`` is anything else.
+    """
     match = _HUB_NAME.fullmatch(name)
     repo = match[1] if match else ""
     if match is None or "--" in repo or ".." in repo or repo.endswith((".", "-", ".git")):
@@ -117,8 +128,11 @@ def repo_folder(name: HubName) -> Path:
 def resolve(name: str) -> Path:
     """The folder of a model that can be loaded now; nothing is downloaded.
 
-    ``octo-demo`` and existing folders come first, then the cache. UsageError for what is no name, OctoError for a model
-    that is not there or not complete.
+    ``octo-demo`` and existing folders come first, then the cache.
+
+    Raises:
+        UsageError: ``name`` is no name of a model.
+        OctoError: The model is not there or not complete.
     """
     if name == DEMO_NAME:
         return DEMO_PATH
@@ -135,7 +149,11 @@ def resolve(name: str) -> Path:
 
 
 def find(name: HubName) -> ModelEntry:
-    """The complete snapshot of ``name`` in the cache. OctoError, with the command to run, when there is none."""
+    """The complete snapshot of ``name`` in the cache.
+
+    Raises:
+        OctoError: There is none; it gives the command to run.
+    """
     folder = repo_folder(name)
     commit = known_commit(folder, name.ref)
     if commit is None:
@@ -205,7 +223,8 @@ def _read_manifest(folder: Path, commit: str) -> tuple[str | None, dict[str, int
 def snapshot_missing(folder: Path, commit: str) -> list[str]:
     """Names of the files a snapshot still lacks (or has with a wrong size); empty when it is complete.
 
-    OctoError when its manifest is damaged.
+    Raises:
+        OctoError: Its manifest is damaged.
     """
     snapshot = folder / "snapshots" / commit
     if os.path.lexists(manifest_path(folder, commit)):
@@ -249,7 +268,8 @@ def _time(path: Path) -> float:
 def has_file(folder: Path, path: Path, size: int | None) -> bool:
     """Whether ``path`` is a file of ``size`` bytes (None: of any size) that belongs to the model in ``folder``.
 
-    PermissionError where that cannot be seen.
+    Raises:
+        PermissionError: That cannot be seen.
     """
     try:
         status = path.stat()
@@ -276,8 +296,10 @@ def lies_in(path: Path, root: Path) -> bool:
 def list_models() -> list[ModelEntry]:
     """The embedded model, then all models in the cache that octo-run pulled (complete or not) or could load.
 
-    One that is damaged is listed as such and keeps no other from being listed. OctoError only if the cache as a whole
-    cannot be read.
+    One that is damaged is listed as such and keeps no other from being listed.
+
+    Raises:
+        OctoError: Only if the cache as a whole cannot be read.
     """
     demo = ModelEntry(DEMO_NAME, None, None, folder_bytes(DEMO_PATH), DEMO_PATH, True)
     folders = [path for path in _children(cache_folder()) if path.name.startswith("models--")]
@@ -345,8 +367,11 @@ def _entry(folder: Path, commit: str, revision: str) -> ModelEntry:
 
 
 def folder_bytes(folder: Path, links: bool = True) -> int:
-    """Bytes of the files below ``folder`` that can be seen, without Python code (with ``links``, of what they link to
-    too)."""
+    """Bytes of the files below ``folder`` that can be seen, without Python code.
+
+    Args:
+        links: Count what they link to, too.
+    """
     paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
     states = (
         _status(path) for path in paths if path.suffix not in (".py", ".pyc") and (links or not path.is_symlink())

@@ -67,9 +67,11 @@ FAMILIES: Mapping[str, Family] = {
 class RopeScaling:
     """How the rotary frequencies are changed for long contexts.
 
-    ``linear`` divides every frequency by ``factor``. ``llama3`` (Llama 3.1, section "RoPE scaling" of Meta's reference
-    code) divides those whose wavelength exceeds ``original_max_position_embeddings / low_freq_factor`` tokens, leaves
-    those below ``original_max_position_embeddings / high_freq_factor`` as they are, and interpolates between.
+    Attributes:
+        kind: ``linear`` divides every frequency by ``factor``. ``llama3`` (Llama 3.1, section "RoPE scaling" of Meta's
+            reference code) divides those whose wavelength exceeds
+            ``original_max_position_embeddings / low_freq_factor`` tokens, leaves those below
+            ``original_max_position_embeddings / high_freq_factor`` as they are, and interpolates between.
     """
 
     kind: str
@@ -81,11 +83,14 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama shape. Sizes are in elements; ``head_dim`` is even; ``num_heads % num_kv_heads == 0``.
+    """A decoder of the Llama shape.
 
-    ``sliding_window`` is None when attention reaches back over the whole of ``max_position_embeddings``; otherwise the
-    number of tokens (at least some of) the layers see, beyond which this engine must not go. ``dtype`` is the dtype the
-    weights were published in (``bfloat16`` where the file does not say).
+    Sizes are in elements; ``head_dim`` is even; ``num_heads % num_kv_heads == 0``.
+
+    Attributes:
+        sliding_window: None when attention reaches back over the whole of ``max_position_embeddings``; otherwise the
+            number of tokens (at least some of) the layers see, beyond which this engine must not go.
+        dtype: The dtype the weights were published in (``bfloat16`` where the file does not say).
     """
 
     architecture: str
@@ -195,7 +200,11 @@ class _Fields:
 
 
 def load_config(model_dir: Path) -> ModelConfig:
-    """Read and check ``model_dir/config.json``. OctoError, naming file and field, for whatever is not supported."""
+    """Read and check ``model_dir/config.json``.
+
+    Raises:
+        OctoError: Something is not supported; it names file and field.
+    """
     path = Path(model_dir) / CONFIG_NAME
     if not present(path):
         raise OctoError(f"{path.parent} has no {path.name}, so it is no model folder that octo-run can load.")
@@ -203,7 +212,11 @@ def load_config(model_dir: Path) -> ModelConfig:
 
 
 def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The description in ``values``, the content of the configuration file ``path`` (named in complaints)."""
+    """The description in ``values``, the content of a configuration file.
+
+    Args:
+        path: The file, named in complaints.
+    """
     fields = _Fields(path, values)
     architecture = _architecture(fields)
     family = FAMILIES[architecture]
@@ -378,9 +391,12 @@ def _dtype(fields: _Fields) -> str:
 
 
 def load_generation_defaults(model_dir: Path) -> GenerationDefaults:
-    """Read ``model_dir/generation_config.json``; without the file: greedy. OctoError for values out of range.
+    """Read ``model_dir/generation_config.json``; without the file: greedy.
 
     ``top_k`` -1 is off, as 0 is. ``top_p`` 0 and ``min_p`` 1 leave the most probable token: ``top_k`` 1.
+
+    Raises:
+        OctoError: A value is out of range.
     """
     path = Path(model_dir) / GENERATION_CONFIG_NAME
     if not present(path):

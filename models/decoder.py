@@ -56,11 +56,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Decoder:
-    """The model on one device. Consumes ``weights`` (Hugging Face names), so that fused copies never double the memory.
+    """The model on one device.
 
-    ``k_rotation`` and ``v_rotation`` (``[head_dim, head_dim]`` or None) are the codec's: queries and keys are rotated
-    after RoPE; the values' rotation is folded into the value and output projections, which is exact, where these take
-    it (see ``Linear``).
+    Queries and keys are rotated after RoPE; the values' rotation is folded into the value and output projections, which
+    is exact, where these take it (see ``Linear``).
+
+    Args:
+        weights: By Hugging Face names. They are consumed, so that fused copies never double the memory.
+        k_rotation: The codec's for queries and keys, ``[head_dim, head_dim]`` or None.
+        v_rotation: The codec's for values, ``[head_dim, head_dim]`` or None.
     """
 
     def __init__(
@@ -107,9 +111,14 @@ class Decoder:
         )
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states ``[B, C, hidden]`` after the last layer, before the final norm.
+        """Run the tokens through all layers.
 
-        ``ids`` and ``positions`` are int64 ``[B, C]``.
+        Args:
+            ids: int64 ``[B, C]``.
+            positions: int64 ``[B, C]``.
+
+        Returns:
+            Hidden states ``[B, C, hidden]`` after the last layer, before the final norm.
         """
         x = F.embedding(ids, self.embedding)
         cos, sin = rope.cos_sin(positions, self.inv_freq, x.dtype)

@@ -28,9 +28,13 @@ SMALL_NAMES = (
 
 
 def weight_files(model_dir: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model folder: the single file, or the shards its index names (which may be missing).
+    """The safetensors files of a model folder.
 
-    OctoError when there is neither, or when the index is not one.
+    Returns:
+        The single file, or the shards its index names (which may be missing).
+
+    Raises:
+        OctoError: There is neither, or the index is not one.
     """
     model_dir = Path(model_dir)
     if present(model_dir / SINGLE_NAME):
@@ -43,7 +47,12 @@ def weight_files(model_dir: Path) -> tuple[Path, ...]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name from ``model.safetensors.index.json``. File names must be plain (no folders)."""
+    """Tensor name -> file name from ``model.safetensors.index.json``.
+
+    Raises:
+        OctoError: There is no such map, it names more than ``MAX_WEIGHT_FILES`` files, or one whose name is not plain
+            (no folders).
+    """
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise OctoError(f"{path}: weight_map is missing or no object with entries.")

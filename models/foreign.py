@@ -56,9 +56,12 @@ def present(path: Path) -> bool:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """``path`` opened for reading, unbuffered. OctoError for what is missing, unreadable, or no regular file.
+    """``path`` opened for reading, unbuffered.
 
     A pipe or a device named like a model's file would block or never end; it is refused without waiting for it.
+
+    Raises:
+        OctoError: It is missing, unreadable, or no regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -73,7 +76,11 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
-    """All bytes of ``path``. OctoError for what :func:`open_regular` refuses and for more than ``limit`` bytes."""
+    """All bytes of ``path``.
+
+    Raises:
+        OctoError: :func:`open_regular` refuses it, it cannot be read, or it has more than ``limit`` bytes.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -92,7 +99,8 @@ def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
 def read_text(path: Path, limit: int = MAX_FILE_BYTES) -> str:
     """The UTF-8 text of ``path``, its lines ended by line feeds.
 
-    OctoError as :func:`read_bytes`, and for bytes that are no UTF-8.
+    Raises:
+        OctoError: As :func:`read_bytes`, and for bytes that are no UTF-8.
     """
     data = read_bytes(path, limit)
     try:
@@ -102,15 +110,23 @@ def read_text(path: Path, limit: int = MAX_FILE_BYTES) -> str:
 
 
 def read_json_object(path: Path, limit: int = MAX_FILE_BYTES) -> dict[str, Any]:
-    """The JSON object in ``path``. OctoError as :func:`read_text`, and for what is no JSON object."""
+    """The JSON object in ``path``.
+
+    Raises:
+        OctoError: As :func:`read_text`, and for what is no JSON object.
+    """
     return json_object(read_bytes(path, limit), path)
 
 
 def json_object(data: bytes, source: object, advice: str = AGAIN, *, strict: bool = False) -> dict[str, Any]:
-    """The JSON object in ``data``, UTF-8. OctoError, naming ``source``, for anything else.
+    """The JSON object in ``data``, UTF-8.
 
-    ``strict`` refuses what Python's parser lets through and others do not: NaN and numbers that float64 does not hold,
-    halves of surrogate pairs, and an object that has a name twice.
+    Args:
+        strict: Refuse what Python's parser lets through and others do not: NaN and numbers that float64 does not hold,
+            halves of surrogate pairs, and an object that has a name twice.
+
+    Raises:
+        OctoError: ``data`` is anything else; it names ``source``.
     """
     with parsing(source, "JSON", advice):
         if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_ITEMS:
@@ -151,9 +167,15 @@ def _strict(text: str) -> Any:
 
 @contextmanager
 def parsing(source: object, kind: str, advice: str = AGAIN) -> Iterator[None]:
-    """Turn whatever comes out of a parser of ``source`` (a path or a name) into one sentence: "is not valid ``kind``".
+    """Turn whatever comes out of a parser of ``source`` into one sentence: "is not valid ``kind``".
 
     OctoErrors and what ends the program pass. Libraries written in Rust raise panics that are no ``Exception``.
+
+    Args:
+        source: A path or a name.
+
+    Raises:
+        OctoError: That sentence.
     """
     try:
         yield

@@ -53,8 +53,14 @@ _TRUE = ("1", "on", "yes", "true")
 
 @dataclass(frozen=True)
 class PullProgress:
-    """State of a pull: the file being fetched (number ``index`` of ``count``) and bytes of all files, present ones
-    included. ``total_bytes`` grows once, when the weight files are known."""
+    """State of a pull.
+
+    Attributes:
+        file: The file being fetched.
+        index: Its number, of ``count``.
+        done_bytes: Bytes of all files so far, present ones included.
+        total_bytes: Bytes of all files, present ones included. It grows once, when the weight files are known.
+    """
 
     file: str
     index: int
@@ -72,12 +78,16 @@ def pull(name: str, *, offline: bool = False, progress: ProgressCallback | None 
     The revision is resolved to a commit first and everything comes from that commit. Only configuration, tokenizer,
     chat template and safetensors files are fetched; the configuration is checked before the weights. Each file must
     have the size and the content (SHA-256, or SHA-1 of the git blob) that the Hub announced for it. Until all files
-    are there the model does not count as complete (and an earlier pull of the same name stays in use). With
-    ``offline`` (or ``HF_HUB_OFFLINE=1``) the network is not touched: the model must be complete already.
+    are there the model does not count as complete (and an earlier pull of the same name stays in use).
 
-    UsageError for a wrong name; OctoError, one sentence each, for a gated, private or missing repository, a missing
-    revision, no network, a server that does not answer as a Hub does, a full disk, an unwritable cache, a model that
-    another process is pulling, a model that octo-run cannot run.
+    Args:
+        offline: Do not touch the network: the model must be complete already. ``HF_HUB_OFFLINE=1`` does the same.
+
+    Raises:
+        UsageError: The name is wrong.
+        OctoError: One sentence each, for a gated, private or missing repository, a missing revision, no network, a
+            server that does not answer as a Hub does, a full disk, an unwritable cache, a model that another process is
+            pulling, a model that octo-run cannot run.
     """
     if name == DEMO_NAME:
         raise UsageError(f"{DEMO_NAME} is part of octo-run: there is nothing to pull.")

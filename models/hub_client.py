@@ -39,8 +39,13 @@ _BAD_LETTER = re.compile(r"[\x00-\x1f\x7f\\:]")
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a commit: its size in bytes, and the SHA-256 of its content (64 digits) or the SHA-1 of its git blob
-    (40 digits), which is the cache's name for the content. None: the Hub does not say."""
+    """A file of a commit.
+
+    Attributes:
+        size: In bytes; None: the Hub does not say.
+        digest: The SHA-256 of its content (64 digits) or the SHA-1 of its git blob (40 digits), which is the cache's
+            name for the content; None: the Hub does not say.
+    """
 
     name: str
     size: int | None
@@ -55,7 +60,11 @@ class HubClient:
     """Requests to the Hub at ``endpoint``, for one model."""
 
     def __init__(self, endpoint: str, name: HubName) -> None:
-        """OctoError for an endpoint that is no http(s) address, and for a token that no header can hold."""
+        """Prepare the requests; none is sent yet.
+
+        Raises:
+            OctoError: The endpoint is no http(s) address, or no header can hold the token.
+        """
         self.endpoint, self.name = endpoint, name
         self.again = f"run `octo-run pull {name}` again, complete files are kept"
         with self._boundary():
@@ -85,7 +94,8 @@ class HubClient:
     def listing(self) -> tuple[str, dict[str, HubFile]]:
         """The commit of the revision asked for, and its files by name.
 
-        OctoError for a repository or revision that is missing, gated or private, and for an answer that is no Hub's.
+        Raises:
+            OctoError: The repository or revision is missing, gated or private, or the answer is no Hub's.
         """
         revision = "" if self.name.revision is None else f"/revision/{quote(self.name.revision, safe='')}"
         data = bytearray()
@@ -103,11 +113,21 @@ class HubClient:
         return commit, {file.name: file for file in map(self._file, siblings)}
 
     def download(self, commit: str, file: HubFile, out: BinaryIO, most: int, advance: Callable[[int], None]) -> str:
-        """Write the content of ``file`` into ``out``, empty at first, and return its digest (see :class:`HubFile`).
+        """Write the content of ``file`` into ``out``.
 
-        Never more bytes are written than announced, nor more than ``most``. ``advance`` is given the number of each
-        piece's bytes, negative where a server made the transfer begin again. OctoError for a size or content other
-        than announced, for a server that does not keep to the rules, and for a connection that breaks again and again.
+        Never more bytes are written than announced.
+
+        Args:
+            out: Empty at first.
+            most: Bytes that are written at most.
+            advance: Given the number of each piece's bytes, negative where a server made the transfer begin again.
+
+        Returns:
+            The digest (see :class:`HubFile`).
+
+        Raises:
+            OctoError: Size or content are other than announced, the server does not keep to the rules, or the
+                connection breaks again and again.
         """
         transfer = _Transfer(file, out, most, advance)
         failures, best = 0, 0

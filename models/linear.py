@@ -10,10 +10,14 @@ from octo_run.kernels import step as ops
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = x W^T + b`` with ``weight [out, in]`` and ``bias [out]`` or None, both in the compute dtype.
+    """``y = x W^T + b``, ``W`` and ``b`` in the compute dtype.
 
     A layer of packed weights is another class with the same methods. It may decline a rotation by returning None; the
     values are then rotated on their way into the arena, and back before the output projection.
+
+    Attributes:
+        weight: ``W``, ``[out, in]``.
+        bias: ``b``, ``[out]`` or None.
     """
 
     weight: Tensor

@@ -53,7 +53,12 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: ``start`` and ``end`` are byte positions in the file, inside its bounds."""
+    """Where a tensor lies.
+
+    Attributes:
+        start: Position of its first byte in the file.
+        end: Position behind its last byte, inside the file's bounds as ``start`` is.
+    """
 
     file: StoredFile
     dtype: str
@@ -72,8 +77,12 @@ def _broken(path: Path, problem: str) -> OctoError:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file by name. OctoError, naming the file, unless every entry lies inside the file,
-    has as many bytes as its shape and dtype need, and the entries cover the data without gap or overlap."""
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        OctoError: An entry does not lie inside the file or has not as many bytes as its shape and dtype need, or the
+            entries do not cover the data without gap or overlap; it names the file.
+    """
     with open_regular(path) as data, parsing(path, "safetensors"):
         file = _stored(path, data)
         length = int.from_bytes(data.read(8), "little")
@@ -159,7 +168,8 @@ def _check_cover(file: StoredFile, entries: dict[str, TensorEntry], data_start: 
 class TensorFile:
     """An open safetensors file whose tensors are read one by one; a context manager.
 
-    OctoError if the file is not the one whose header was read, or stops being it.
+    Raises:
+        OctoError: The file is not the one whose header was read, or stops being it.
     """
 
     def __init__(self, file: StoredFile) -> None:
@@ -200,9 +210,13 @@ class TensorFile:
         return result
 
     def pieces(self, entry: TensorEntry, pinned: bool = False) -> Iterator[Tensor]:
-        """The tensor's items in order, as stored, ``PIECE_ITEMS`` at most at once; a piece is gone with the next.
+        """The tensor's items in order, as stored.
 
-        ``pinned``: in page-locked memory, for copies to a GPU.
+        Args:
+            pinned: Put them in page-locked memory, for copies to a GPU.
+
+        Yields:
+            ``PIECE_ITEMS`` items at most; a piece is gone with the next.
         """
         source = FLOAT_DTYPES[entry.dtype]
         count = (entry.end - entry.start) // source.itemsize

@@ -34,8 +34,9 @@ _TAG = (
 def pulling(name: HubName) -> Iterator[Path]:
     """The folder of ``name``, to be written by this process alone; what a killed pull left in it is gone.
 
-    OctoError for a cache that cannot be written or is full, for a folder that leads out of the cache, and for a model
-    that another process is pulling; also for such faults of the disk inside the ``with``.
+    Raises:
+        OctoError: The cache cannot be written or is full (also inside the ``with``), the folder leads out of the cache,
+            or another process is pulling the model.
     """
     root, folder = cache_folder(), cache.repo_folder(name)
     with disk_faults():
@@ -73,7 +74,11 @@ def disk_faults() -> Iterator[None]:
 
 @contextmanager
 def locked(name: HubName) -> Iterator[None]:
-    """Hold the lock of ``name``. OctoError when another process holds it."""
+    """Hold the lock of ``name``.
+
+    Raises:
+        OctoError: Another process holds it.
+    """
     folder = cache_folder() / ".locks" / cache.repo_folder(name).name
     check_inside(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +107,11 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def check_inside(path: Path) -> None:
-    """OctoError if ``path``, its links followed, lies outside the cache."""
+    """Check that ``path``, its links followed, lies in the cache.
+
+    Raises:
+        OctoError: It lies outside.
+    """
     if not lies_in(path, cache_folder()):
         raise OctoError(
             f"{path} leads out of the model cache (to {os.path.realpath(path)}): delete the link in it and pull again."
@@ -143,8 +152,11 @@ def _in_use(partial: Path) -> bool:
 
 @contextmanager
 def partial_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file in a model's ``blobs``, open for writing, for content that is not whole; gone after the ``with``
-    unless it was moved."""
+    """A new file in a model's ``blobs`` for content that is not whole.
+
+    Yields:
+        Its path, and the file open for writing. It is gone after the ``with`` unless it was moved.
+    """
     blobs = folder / "blobs"
     check_inside(blobs)
     blobs.mkdir(parents=True, exist_ok=True)
@@ -158,8 +170,10 @@ def partial_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def add_to_snapshot(folder: Path, commit: str, name: str, blob: Path) -> None:
-    """Give the content ``blob`` the name ``name`` in a snapshot; what had the name before is replaced, never written
-    through."""
+    """Give the content ``blob`` the name ``name`` in a snapshot.
+
+    What had the name before is replaced, never written through.
+    """
     snapshot = folder / "snapshots" / commit
     check_inside(snapshot)
     snapshot.mkdir(parents=True, exist_ok=True)
@@ -190,8 +204,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_manifest(folder: Path, commit: str, revision: str, files: dict[str, int | None]) -> None:
-    """Record which files (name -> bytes, None: not known) the snapshot needs to count as complete, and the revision
-    that was asked for."""
+    """Record which files the snapshot needs to count as complete, and the revision that was asked for.
+
+    Args:
+        files: Name -> bytes (None: not known).
+    """
     text = json.dumps({"commit": commit, "revision": revision, "files": files}, indent=1)
     write_atomically(manifest_path(folder, commit), text)
 
@@ -203,10 +220,14 @@ def write_ref(folder: Path, revision: str, commit: str) -> None:
 
 
 def remove(name: str) -> int:
-    """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache; returns the bytes freed.
+    """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache, which alone is touched.
 
-    Only the cache is touched: UsageError for ``octo-demo`` and for folders, OctoError for what is not there, and for
-    a model that is being pulled.
+    Returns:
+        The bytes freed.
+
+    Raises:
+        UsageError: The name is ``octo-demo`` or a folder.
+        OctoError: The model is not there, or is being pulled.
     """
     if name == cache.DEMO_NAME:
         raise UsageError(f"{cache.DEMO_NAME} is part of octo-run and cannot be removed.")

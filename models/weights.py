@@ -28,9 +28,11 @@ _HARMLESS = re.compile(
 
 
 def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor the decoder needs, named as in Hugging Face checkpoints.
+    """Every tensor the decoder needs.
 
-    Matrices are ``[out, in]``. With tied embeddings there is no ``lm_head.weight``.
+    Returns:
+        Name -> shape, named as in Hugging Face checkpoints. Matrices are ``[out, in]``. With tied embeddings there is
+        no ``lm_head.weight``.
     """
     hidden, inner = cfg.hidden_size, cfg.intermediate_size
     q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
@@ -101,8 +103,10 @@ def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
 
     Where ``cfg`` ties the output head to the embedding and the files hold a head of other values, the stored head
     counts and the result is not tied. A head with the embedding's values (of whatever dtype) stays tied, and so is one
-    without an embedding beside it. Reads headers, and both tensors as far as they agree. OctoError as
-    :func:`load_weights`.
+    without an embedding beside it. Reads headers, and both tensors as far as they agree.
+
+    Raises:
+        OctoError: As :func:`load_weights`.
     """
     return _stored_config(cfg, locate_tensors(model_dir)) if cfg.tie_word_embeddings else cfg
 
@@ -129,7 +133,11 @@ def _same_values(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The entries of ``found`` that the decoder needs. OctoError listing missing, unexpected and misshapen tensors."""
+    """The entries of ``found`` that the decoder needs.
+
+    Raises:
+        OctoError: Tensors are missing, unexpected, misshapen or of a dtype not in ``FLOAT_DTYPES``; it lists them.
+    """
     expected = expected_tensors(cfg)
     if cfg.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
         found = found | {EMBEDDING: found[HEAD]}
@@ -174,9 +182,15 @@ def load_weights(
     """Read the tensors of :func:`expected_tensors` from ``model_dir`` to ``device`` in ``dtype``.
 
     Headers, names, shapes and dtypes of all files are checked before any data is read; then one tensor at a time is
-    read, straight into the memory it is to have. A stored output head counts as :func:`stored_config` says, so the
-    result has ``lm_head.weight`` exactly if that is not tied. OctoError for every defect, also when a value does not
-    fit into float16 and when a file is changed or replaced meanwhile.
+    read, straight into the memory it is to have.
+
+    Returns:
+        Name -> tensor. A stored output head counts as :func:`stored_config` says, so there is ``lm_head.weight``
+        exactly if that is not tied.
+
+    Raises:
+        OctoError: Any defect, also a value that does not fit into float16 and a file that is changed or replaced
+            meanwhile.
     """
     device = torch.device(device)
     found = locate_tensors(model_dir)
@@ -199,9 +213,10 @@ def load_weights(
 def random_weights(
     cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Tensor]:
-    """A dict like :func:`load_weights` makes, with random values: matrices and embeddings N(0, 1 / columns), norms
-    near 1, biases near 0, so that activations and logits have a scale of about 1. The same seed gives the same values
-    on the same type of device.
+    """A dict like :func:`load_weights` makes, with random values.
+
+    Matrices and embeddings are N(0, 1 / columns), norms near 1, biases near 0, so that activations and logits have a
+    scale of about 1. The same seed gives the same values on the same type of device.
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)

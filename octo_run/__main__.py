@@ -6,7 +6,11 @@ from octo_run import process
 
 
 def main() -> int:
-    """Run the command line on the process's arguments and return its exit code. Ctrl-C at any moment gives 130."""
+    """Run the command line on the process's arguments.
+
+    Returns:
+        The exit code; Ctrl-C at any moment gives 130.
+    """
     process.prepare()
     try:
         from octo_run.cli import main as run

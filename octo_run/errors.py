@@ -18,8 +18,11 @@ UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-
 
 
 def shown(text: str, longest: int | None = None) -> str:
-    """``text`` fit for a terminal: escapes (``\\x1b``) in place of what could steer one, the middle left out if it is
-    longer than ``longest`` characters."""
+    """``text`` fit for a terminal: escapes (``\\x1b``) in place of what could steer one.
+
+    Args:
+        longest: Characters at most: the middle of a longer text is left out.
+    """
     text = UNSAFE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
     if longest is None or len(text) <= longest:
         return text
@@ -59,8 +62,15 @@ class UsageError(OctoError):
 
 
 def expect(what: str, value: object, *kinds: type, none: bool = False) -> None:
-    """Raise ``UsageError`` unless a caller's argument is of one of ``kinds`` (``bool`` is no ``int``), or None where
-    ``none`` allows it."""
+    """Check the type of a caller's argument.
+
+    Args:
+        kinds: The types that it may have; ``bool`` is no ``int``.
+        none: Whether it may be None.
+
+    Raises:
+        UsageError: It is of no such type.
+    """
     fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
     if not fits and not (none and value is None):
         names = [_KINDS.get(kind, kind.__name__) for kind in kinds] + ["None"] * none

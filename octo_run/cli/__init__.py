@@ -47,8 +47,9 @@ class Invocation:
 class LazyGroup(click.Group):
     """A group whose commands live in modules that are imported only when they are needed.
 
-    ``modules`` says for each command's name, in the order of the help text, which module of ``package`` has it as
-    ``command``.
+    Args:
+        modules: For each command's name, in the order of the help text, which module of ``package`` has it as
+            ``command``.
     """
 
     def __init__(self, *args: Any, package: str, modules: dict[str, str], **kwargs: Any) -> None:
@@ -99,9 +100,15 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line on ``argv`` (default: the process's arguments) and return its exit code.
+    """Run the command line.
 
     Every failure a user can cause becomes one sentence on standard error; ``--debug`` adds the traceback.
+
+    Args:
+        argv: By default the process's arguments.
+
+    Returns:
+        The exit code.
     """
     _tolerate_narrow_encodings()
     invocation = Invocation()

@@ -33,8 +33,10 @@ def notice_lines(text: str) -> None:
 
 
 def write_error(text: str) -> None:
-    """Write ``text``, which is fit for a terminal, as a line on standard error. Where nobody can read it, it is lost:
-    the exit code tells what happened."""
+    """Write ``text``, which is fit for a terminal, as a line on standard error.
+
+    Where nobody can read it, it is lost: the exit code tells what happened.
+    """
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -43,7 +45,11 @@ def write_error(text: str) -> None:
 
 
 def echo(text: str = "", *, faint: bool = False) -> None:
-    """Print ``text``, of one or more lines, on standard output; ``faint``: in dim letters."""
+    """Print ``text``, of one or more lines, on standard output.
+
+    Args:
+        faint: Print it in dim letters.
+    """
     text = "\n".join(map(shown, text.split("\n")))
     sys.stdout.write((dim(text) if faint else text) + "\n")
     sys.stdout.flush()
@@ -120,13 +126,21 @@ def dim(text: str) -> str:
 
 
 def require_output() -> None:
-    """Raise OctoError if standard output was closed: what takes long should not begin."""
+    """Check that standard output is open: what takes long should not begin without it.
+
+    Raises:
+        OctoError: It was closed.
+    """
     if _access(sys.stdout) == os.O_RDONLY:
         raise process.unwritable(OSError(errno.EBADF, os.strerror(errno.EBADF)))
 
 
 def require_input(advice: str) -> None:
-    """Raise UsageError, ending in ``advice``, if standard input was closed."""
+    """Check that standard input is open.
+
+    Raises:
+        UsageError: It was closed; the message ends in ``advice``.
+    """
     if _access(sys.stdin) == os.O_WRONLY:
         raise UsageError(f"standard input is closed: {advice}.")
 
@@ -140,7 +154,11 @@ def _access(stream: Any) -> int | None:
 
 
 def stdin_lines() -> Iterator[bytes]:
-    """The lines of standard input as bytes. OctoError where it cannot be read."""
+    """The lines of standard input as bytes.
+
+    Raises:
+        OctoError: It cannot be read.
+    """
     try:
         yield from sys.stdin.buffer
     except OSError as error:
@@ -151,8 +169,8 @@ def read_stdin_text() -> str:
     """All of standard input as text.
 
     Raises:
-        OctoError: it cannot be read.
-        UsageError: it is not UTF-8; the message names the byte.
+        OctoError: It cannot be read.
+        UsageError: It is not UTF-8; the message names the byte.
     """
     try:
         data = sys.stdin.buffer.read()
@@ -166,7 +184,11 @@ def _unreadable(error: OSError) -> OctoError:
 
 
 def decode_input(data: bytes, where: str) -> str:
-    """``data`` decoded from UTF-8; raises UsageError that names ``where`` and the first byte which is not."""
+    """``data`` decoded from UTF-8.
+
+    Raises:
+        UsageError: It is not UTF-8; the message names ``where`` and the first byte which is not.
+    """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -78,8 +78,8 @@ class Conversation:
         """Carry out one line: a slash command, or a message to the model.
 
         Raises:
-            Leave: the line was ``/exit``.
-            UsageError: an unknown command, or a message that cannot be answered (see ``Session.ask``).
+            Leave: The line was ``/exit``.
+            UsageError: The command is unknown, or the message cannot be answered (see ``Session.ask``).
         """
         self.interrupted = False
         match = re.match(r"(/\w+)(?:\s+(.*))?$", text, re.DOTALL)

@@ -21,7 +21,11 @@ LEAST_PYTHON = (3, 10)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. ``status``: ``ok``, ``note`` (works, with a limit) or ``wrong`` (a chat would fail)."""
+    """One thing looked at.
+
+    Attributes:
+        status: ``ok``, ``note`` (works, with a limit) or ``wrong`` (a chat would fail).
+    """
 
     subject: str
     status: str

@@ -31,7 +31,10 @@ _EXIT_QUIT = 131
 def state_folder() -> Path:
     """The folder for what the program remembers between runs (``$XDG_STATE_HOME/octo-run``).
 
-    A relative path in that variable is ignored, as its specification asks. Raises OctoError where there is no home.
+    A relative path in that variable is ignored, as its specification asks.
+
+    Raises:
+        OctoError: There is no home.
     """
     base = Path(os.environ.get("XDG_STATE_HOME", ""))
     try:
@@ -58,8 +61,12 @@ class LineEditor:
         _notice_hangup(self._session.app.input)
 
     def read(self) -> str:
-        """The next message. Raises EOFError on Ctrl-D or when the terminal is gone, and KeyboardInterrupt on Ctrl-C at
-        an empty prompt."""
+        """The next message.
+
+        Raises:
+            EOFError: Ctrl-D, or the terminal is gone.
+            KeyboardInterrupt: Ctrl-C at an empty prompt.
+        """
         with process.altered_screen(), _terminal_signals(self._session.app):
             try:
                 return self._session.prompt()

@@ -16,16 +16,23 @@ _TRIAL = bytes(1 << 16)  # as much as a small result takes
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write: ``write`` makes it at the path that it is given."""
+    """A file to write.
+
+    Attributes:
+        write: Makes it at the path that it is given.
+    """
 
     path: Path
     write: Callable[[Path], None]
 
 
 def check_writable(path: Path) -> None:
-    """Raise UsageError if no file can be written to ``path``; this is tried with one beside it, of which nothing stays.
+    """Check that a file can be written to ``path``; this is tried with one beside it, of which nothing stays.
 
     A device or a pipe of that name is only looked at.
+
+    Raises:
+        UsageError: No file can be written there.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file.")
@@ -46,7 +53,11 @@ def check_writable(path: Path) -> None:
 def deliver(result: str, files: Sequence[OutputFile], *, as_json: bool = False) -> None:
     """Print a measured result, then write the files, each as far as it can be done.
 
-    Where standard output cannot be written the result goes to standard error. Raises OctoError for the first failure.
+    Where standard output cannot be written the result goes to standard error.
+
+    Raises:
+        OctoError: The first failure.
+        BrokenPipeError: The first failure, where nobody reads standard output any more.
     """
     failures: list[Exception] = []
     try:

@@ -21,14 +21,22 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def check_trace(path: Path) -> None:
-    """Raise ``UsageError`` if no trace can be written to ``path``; nothing is left there."""
+    """Check that a trace can be written to ``path``; nothing is left there.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
     if path.suffix != ".json" and path.suffixes[-2:] != [".json", ".gz"]:
         raise UsageError(f"--trace {path} must end in .json or .json.gz.")
     check_writable(path)
 
 
 def tables(profile: "Profile") -> tuple[Table, Table]:
-    """The profile by part and by kernel: header and rows; in both, the numbers add up to the last row."""
+    """The profile by part and by kernel.
+
+    Returns:
+        Header and rows of each; in both, the numbers add up to the last row.
+    """
     per, whole = f"ms/{profile.unit}", [f"{profile.ms:,.3f}", "100.0"]
     parts = [[part.part, f"{part.ms:,.3f}", f"{100 * part.share:.1f}"] for part in profile.parts]
     shown, others = profile.kernels[:LINES], profile.kernels[LINES:]

@@ -32,7 +32,8 @@ def go_offline() -> None:
 def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     """Load the model that ``options`` names, printing the device and the memory plan on standard error first.
 
-    ``cache`` are further arguments of ``Engine.load``.
+    Args:
+        cache: Further arguments of ``Engine.load``.
     """
     require_output()
     if options.offline:
@@ -73,7 +74,8 @@ def open_reply(
 ) -> "Reply":
     """Start to continue ``ids``; nothing is computed before the reply is iterated.
 
-    ``on_prompt``: see ``Engine.generate``.
+    Args:
+        on_prompt: See ``Engine.generate``.
     """
     from octo_run.engine import Reply
 

@@ -15,8 +15,10 @@ from octo_run.errors import OctoError, UsageError, shown
 class FormatRow:
     """One ``--kv`` choice for one model: bytes that a token takes, and the longest context that fits.
 
-    ``bytes_per_token`` are codes and norms of all layers and KV heads; ``all_in_bytes_per_token`` adds the sinks,
-    windows and staging buffer, spread over the context (None where the model does not fit at all).
+    Attributes:
+        bytes_per_token: Codes and norms of all layers and KV heads.
+        all_in_bytes_per_token: These with the sinks, windows and staging buffer, spread over the context (None where
+            the model does not fit at all).
     """
 
     kv: str
@@ -44,7 +46,11 @@ def command(model: str, device: str | None, dtype: str | None, as_json: bool) ->
 
 
 def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any]:
-    """Facts about ``model`` as a JSON-ready dictionary. Raises OctoError for a model that cannot be read."""
+    """Facts about ``model`` as a JSON-ready dictionary.
+
+    Raises:
+        OctoError: The model cannot be read.
+    """
     from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.engine.plan import free_memory
     from octo_run.models.config import load_config

@@ -65,7 +65,11 @@ def cache_options(command: Command) -> Command:
 
 
 def formats(load: EngineOptions) -> list[str]:
-    """The formats of ``--kv A,B,C``, each once; raises UsageError for one that the model cannot use."""
+    """The formats of ``--kv A,B,C``, each once.
+
+    Raises:
+        UsageError: The model cannot use one of them.
+    """
     kvs = [*dict.fromkeys(name.strip() for name in load.kv.split(","))]
     if load.offline:
         runtime.go_offline()
@@ -91,7 +95,11 @@ def context(load: EngineOptions, usual: int) -> int:
 
 
 def loader(load: EngineOptions, cache: CacheOptions, tokens: int | None) -> Callable[[str], "Engine"]:
-    """The function that loads the engine of a format with a context of ``tokens`` (None: what the model has)."""
+    """The function that loads the engine of a format.
+
+    Args:
+        tokens: Its context; None: what the model has.
+    """
 
     def of(kv: str) -> "Engine":
         options = dataclasses.replace(load, kv=kv, ctx=tokens)
@@ -101,7 +109,11 @@ def loader(load: EngineOptions, cache: CacheOptions, tokens: int | None) -> Call
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; raises UsageError where there is none, naming the file."""
+    """The text of a file.
+
+    Raises:
+        UsageError: There is no text at ``path``; it names the file.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -122,7 +134,11 @@ def sample_text() -> str:
 
 
 def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
-    """Raise UsageError for files that cannot be written, before anything is measured."""
+    """Check before anything is measured that the files can be written.
+
+    Raises:
+        UsageError: One cannot.
+    """
     if plot is not None:
         from octo_run.engine.evaluation.plots import check_figure_path
 
@@ -133,7 +149,11 @@ def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
 
 
 def csv_output(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[OutputFile]:
-    """Rows of the same keys as a table with a header; what is not known is an empty cell. None: no file."""
+    """Rows of the same keys as a table with a header; what is not known is an empty cell.
+
+    Args:
+        path: Where the table goes; None: no file.
+    """
 
     def write(path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
