@@ -49,8 +49,11 @@ def arguments() -> argparse.Namespace:
 
 
 def timed(work: Callable[[list[list[int]]], int], rounds: list[list[list[int]]], tokens: int) -> float:
-    """The shortest time of the rounds, each of which generates ``tokens`` for each of its prompts; the first is not
-    counted."""
+    """The shortest time in seconds of the rounds; the first is not counted.
+
+    Args:
+        tokens: How many a round generates for each of its prompts.
+    """
     best = float("inf")
     for number, prompts in enumerate(rounds):
         begun = time.perf_counter()

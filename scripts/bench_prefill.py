@@ -46,7 +46,11 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTEN
 
 @dataclass
 class Row:
-    """One measurement; ``ratio``: the fastest SDPA's time divided by this one."""
+    """One measurement.
+
+    Attributes:
+        ratio: The fastest SDPA's time divided by this one.
+    """
 
     case: str
     kernel: str
@@ -71,8 +75,12 @@ def median_ms(step: Callable[[], object], repeats: int = 7) -> float:
 
 def inputs(fmt: KVFormat, past: int, chunk: int, heads: tuple[int, int], mean: bool,
            distinct: int = 16) -> tuple[torch.Tensor, AttentionInputs, torch.Tensor]:  # fmt: skip
-    """Queries [1, chunk, H, d], an arena with ``past`` packed tokens, sinks and a tail of ``chunk`` tokens, and what
-    its pages were made of: K and V [2, pages, Hkv, 64, d]."""
+    """What the attention of a chunk takes, at random.
+
+    Returns:
+        Queries [1, chunk, H, d], an arena with ``past`` packed tokens, sinks and a tail of ``chunk`` tokens, and what
+        its pages were made of: K and V [2, pages, Hkv, 64, d].
+    """
     device, pages = torch.device("cuda"), past // PAGE
     total, kv_heads = heads
     k, v = (torch.randn(1, distinct, kv_heads, PAGE, DIM, device=device, dtype=torch.bfloat16) for _ in range(2))

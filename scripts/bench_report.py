@@ -20,8 +20,11 @@ def device_name(device: torch.device) -> str:
 
 
 def provenance(argv: Sequence[str], device: torch.device, packages: Sequence[ModuleType]) -> str:
-    """One sentence without its full stop: the command ``argv`` (the script's path first), the device, the versions of
-    ``packages`` and the date."""
+    """One sentence without its full stop: the command, the device, the versions of ``packages`` and the date.
+
+    Args:
+        argv: The command, the script's path first.
+    """
     command = shlex.join(["python", f"scripts/{Path(argv[0]).name}", *argv[1:]])
     versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     today = datetime.datetime.now(datetime.timezone.utc).date()
@@ -35,8 +38,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def save(rows: Sequence[Any], text: str, json_path: Path | None, markdown_path: Path | None) -> None:
-    """Write the rows (dataclasses) and the report to the files that were asked for. Called as the rows grow: an
-    interrupted run keeps what it measured."""
+    """Write the rows (dataclasses) and the report to the files that were asked for.
+
+    Called as the rows grow: an interrupted run keeps what it measured.
+    """
     if markdown_path is not None:
         markdown_path.write_text(text, encoding="utf-8")
     if json_path is not None:

@@ -77,8 +77,13 @@ def ratios(rows: Sequence[Row]) -> list[tuple[str, str, str, float]]:
 
 @dataclass
 class Report:
-    """What was measured so far. ``run`` says by which command, where and when; ``bandwidth`` is that of copies in
-    bytes per second, ``step_bytes`` the weights that a decode step reads (None: not known yet)."""
+    """What was measured so far.
+
+    Attributes:
+        run: By which command, where and when.
+        bandwidth: Of copies, in bytes per second.
+        step_bytes: The weights that a decode step reads (None: not known yet).
+    """
 
     run: str
     dtype: str
@@ -229,7 +234,11 @@ def suffix(backend: str) -> str:
 
 
 def rounds(test: str, name: str, tokens: int, run: Callable[[], float], repetitions: int) -> Row:
-    """A peer's row: ``run`` makes a round of ``tokens`` tokens and gives its seconds."""
+    """A peer's row.
+
+    Args:
+        run: Makes a round of ``tokens`` tokens and gives its seconds.
+    """
     for _ in range(WARM_UP):
         run()
     rates = sorted(tokens / run() for _ in range(repetitions))

@@ -70,7 +70,10 @@ def cell_moments(density: Density, edges: Floats) -> tuple[Floats, Floats]:
 def lloyd_max(density: Density, levels: int) -> Floats:
     """Levels [levels], ascending, of the Lloyd-Max quantizer of a density on [0, 1] (fixed point of Lloyd's iteration).
 
-    Starts from quantiles. Raises RuntimeError when the iteration has not settled to 1e-15 after 200,000 rounds.
+    Starts from quantiles.
+
+    Raises:
+        RuntimeError: The iteration has not settled to 1e-15 after 200,000 rounds.
     """
     grid = np.linspace(0.0, 1.0, 20001)
     mass, _ = cell_moments(density, grid)

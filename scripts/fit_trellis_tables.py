@@ -49,8 +49,10 @@ TARGET = Path(__file__).resolve().parent.parent / "kernels" / "codec" / "trellis
 class Data:
     """Training vectors, by triplet, of coordinate variance 1 (absolute values for signed formats), and a grid.
 
-    exact: float64 [TRIPLETS, 3, vectors], 0 where a coordinate only pads; step: of the grid;
-    rounded: float32 of that shape, in eighths of the step.
+    Attributes:
+        exact: float64 [TRIPLETS, 3, vectors], 0 where a coordinate only pads.
+        step: Of the grid.
+        rounded: float32 [TRIPLETS, 3, vectors], in eighths of the step.
     """
 
     exact: Floats
@@ -78,7 +80,11 @@ def sample(count: int, seed: int, signed: bool) -> Floats:
 
 
 def entries_of(points: torch.Tensor, data: Data, fmt: TrellisFormat) -> npt.NDArray[np.int64]:
-    """Table indices [TRIPLETS, vectors] that the encoder chooses; points float32 [entries, 3] in the data's grid."""
+    """Table indices [TRIPLETS, vectors] that the encoder chooses.
+
+    Args:
+        points: float32 [entries, 3] in the data's grid.
+    """
     parts = []
     for part in torch.split(data.rounded, SEARCHED, 2):
         slots = part[:CHAINED].view(CHAINS, CHAIN, 3, -1).permute(1, 2, 0, 3).flatten(2)
@@ -120,8 +126,14 @@ def distortion(points: Floats, chosen: npt.NDArray[np.int64], data: Data) -> flo
 def lloyd(
     points: Floats, data: Data, fmt: TrellisFormat, iterations: int, rounding: Rounding, repair: bool, label: str
 ) -> tuple[Floats, float]:
-    """Iterate from `points` [entries, 3] (eighths of a step); returns the points that `rounding` made of the last
-    means and the distortion of the last but one."""
+    """Lloyd's iteration.
+
+    Args:
+        points: [entries, 3] in eighths of a step, to begin with.
+
+    Returns:
+        The points that `rounding` made of the last means, and the distortion of the last but one.
+    """
     generator = np.random.default_rng(SEED + 1)
     error = math.inf
     for iteration in range(iterations):

@@ -39,7 +39,8 @@ SECONDS = 60.0
 def make_kind(name: str, data: Path | None) -> Kind:
     """The kind, its reader tried on every seed, so that workers find everything imported.
 
-    Raises ``OctoError`` where a seed written for the fuzzer is refused.
+    Raises:
+        OctoError: A seed written for the fuzzer is refused.
     """
     import tempfile
 
@@ -76,7 +77,11 @@ def describe(kind: str, failure: Failure) -> str:
 
 
 def replay(name: str, number: int, data: Path | None, folder: Path | None) -> int:
-    """Try one mutant and print what is known of it; 1 if it is at fault."""
+    """Try one mutant and print what is known of it.
+
+    Returns:
+        1 if it is at fault, else 0.
+    """
     kind = make_kind(name, data)
     mutant = kind.mutant(number)
     outcome = single(kind, number)

@@ -49,8 +49,14 @@ def arena_inputs(pages: Tensor, table: Tensor, index: list[Tensor], sinks: Tenso
 def make_case(
     kv: str, lengths: list[int], count: int, group: int, kv_heads: int, dim: int, dtype: torch.dtype, mean: float = 0.0
 ) -> Case:
-    """Sequences of `lengths` tokens, the last `count` are queries; length 0 is filler. They own rows of the arena in no
-    order. What must not be read is NaN or an invalid page. `mean`: size of the means that packed keys get back."""
+    """Sequences of `lengths` tokens, the last `count` are queries. They own rows of the arena in no order.
+
+    What must not be read is NaN or an invalid page.
+
+    Args:
+        lengths: Tokens of each sequence; 0 is filler.
+        mean: Size of the means that packed keys get back.
+    """
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
     device = torch.device("cuda")
     page_format = PageFormat.on(fmt, device)

@@ -187,8 +187,10 @@ def check_portable(kv: str, dim: int) -> list[tuple[str, float, float]]:
 
 
 def check_encode(kv: str, dim: int, dtype: torch.dtype) -> list[tuple[str, float, float]]:
-    """Share of rows whose bytes differ from the codec's (vectors at a boundary between codes; none in the trellis
-    formats), and how MSEs compare."""
+    """Share of rows whose bytes differ from the codec's, and how MSEs compare.
+
+    Such rows are vectors at a boundary between codes; there are none in the trellis formats.
+    """
     fmt = parse_kv(kv, dim)
     source = torch.randn(2, 3, 5, PAGE, 2, dim, device="cuda").to(dtype).transpose(3, 4)  # [2, L, N, H, 64, d], strided
     source[:, 0, 0, 0, 5] = 0

@@ -48,7 +48,13 @@ LEAST_TOKENS = 256
 
 @dataclass(frozen=True)
 class HeadFigures:
-    """Of one KV head: largest channel RMS of the keys to the median, before and after; bias energy to the rest's."""
+    """Figures of one KV head.
+
+    Attributes:
+        outliers_before: Largest channel RMS of the keys to the median, before the change.
+        outliers_after: The same after it.
+        bias_energy: The bias's energy to the rest's.
+    """
 
     layer: int
     head: int
@@ -118,7 +124,11 @@ def stress(
     weights: Weights, cfg: ModelConfig, ids: list[int], *,
     outlier_pairs: int, outlier_scale: float, bias_pairs: int, bias_energy: float, seed: int,
 ) -> list[HeadFigures]:  # fmt: skip
-    """Put outliers and biases into float32 ``weights`` (which have all biases), in place; the figures of each head."""
+    """Put outliers and biases into float32 ``weights`` (which have all biases), in place.
+
+    Returns:
+        The figures of each head.
+    """
     shape = (cfg.num_layers, cfg.num_kv_heads)
     before = outlier_ratio(queries_and_keys(weights, cfg, ids)[1])
     fast = cfg.head_dim // 2 - bias_pairs
@@ -139,9 +149,13 @@ def stress(
 
 
 def with_biases(source: Path) -> tuple[dict[str, object], ModelConfig, Weights]:
-    """The configuration file's values with ``attention_bias``, what they mean, and float32 weights with all biases.
+    """A model with all biases.
 
-    Raises ``OctoError`` for a model that has no such field.
+    Returns:
+        The configuration file's values with ``attention_bias``, what they mean, and float32 weights with all biases.
+
+    Raises:
+        OctoError: The model has no such field.
     """
     values = read_json_object(source / CONFIG_NAME)
     old = parse_config(values, source / CONFIG_NAME)
@@ -154,7 +168,11 @@ def with_biases(source: Path) -> tuple[dict[str, object], ModelConfig, Weights]:
 
 
 def text_ids(tokenizer: Tokenizer, text: str, limit: int, name: str) -> list[int]:
-    """The first ``limit`` ids of a text, after the begin-of-text token. Raises ``UsageError`` for too short a text."""
+    """The first ``limit`` ids of a text, after the begin-of-text token.
+
+    Raises:
+        UsageError: The text is too short.
+    """
     ids = tokenizer.prompt(text[: 16 * limit])[:limit]
     if len(ids) < LEAST_TOKENS:
         raise UsageError(f"{name} has {len(ids)} tokens; give a text of at least {LEAST_TOKENS}.")
@@ -162,7 +180,11 @@ def text_ids(tokenizer: Tokenizer, text: str, limit: int, name: str) -> list[int
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises ``UsageError``."""
+    """The text of a UTF-8 file.
+
+    Raises:
+        UsageError: The file cannot be read or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -200,7 +222,11 @@ def check(source: Path, target: Path, text: Path, tokens: int, context: int, dty
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises ``UsageError`` for values out of range."""
+    """The command line.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--model", default="octo-demo", help="folder or name of a Llama model (default: octo-demo)")

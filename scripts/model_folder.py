@@ -20,7 +20,11 @@ SHARD_BYTES = 13 << 20
 
 
 def check_target(target: Path) -> None:
-    """Raises ``UsageError`` unless ``target`` is free: not there, or an empty folder, below a folder that exists."""
+    """Check that ``target`` is free: not there, or an empty folder, below a folder that exists.
+
+    Raises:
+        UsageError: It is not.
+    """
     if target.is_dir():
         if any(target.iterdir()):
             raise UsageError(f"The output folder {target} is not empty: name a new one or empty it.")
@@ -34,7 +38,9 @@ def check_target(target: Path) -> None:
 def new_model_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, beside ``target``, whose name it gets at the end; after an exception it is gone.
 
-    Raises ``UsageError`` as :func:`check_target` does and ``OctoError`` where the system refuses (a full disk).
+    Raises:
+        UsageError: As :func:`check_target`.
+        OctoError: The system refuses (a full disk).
     """
     check_target(target)
     target = target.absolute()

@@ -45,7 +45,12 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One setting: `label` names it, `group` is the table that it goes to."""
+    """One setting.
+
+    Attributes:
+        group: The table that it goes to.
+        label: Its name.
+    """
 
     group: str
     label: str
@@ -77,7 +82,11 @@ def _place(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
-    """The engine of a setting; `place`: the context, the device and the dtype."""
+    """The engine of a setting.
+
+    Args:
+        place: The context, the device and the dtype.
+    """
     if case.kv not in BASELINES and not case.exact_layers:
         return Engine.load(model, kv=case.kv, **place, **case.settings)
     engine = Engine.load(model, kv=REFERENCE, **place, **case.settings)

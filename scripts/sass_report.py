@@ -61,7 +61,11 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Report:
-    """Costs of one variant's main loop; ``kinds`` counts its instructions by name."""
+    """Costs of one variant's main loop.
+
+    Attributes:
+        kinds: How many instructions of each name it has.
+    """
 
     kv: str
     group: int

@@ -97,7 +97,11 @@ def make_config(args: argparse.Namespace) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def phases(args: argparse.Namespace, has_chats: bool) -> list[Phase]:
-    """The phases of a run. Raises ``UsageError`` for a batch that holds no row."""
+    """The phases of a run.
+
+    Raises:
+        UsageError: A batch holds no row.
+    """
     found = []
     for steps, length, mix in (
         (args.steps, args.context, args.mix),
@@ -112,7 +116,11 @@ def phases(args: argparse.Namespace, has_chats: bool) -> list[Phase]:
 
 
 def read_corpus(args: argparse.Namespace) -> tuple[bytes, Corpus]:
-    """Read the files, make the vocabulary, encode. Raises ``UsageError`` for files that do not serve."""
+    """Read the files, make the vocabulary, encode.
+
+    Raises:
+        UsageError: The files do not serve.
+    """
     documents, chats = read_documents(args.text), read_chats(args.chat)
     say(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters; {len(chats):,} dialogues")
     proto = train_tokenizer(documents, chats, args.vocab, args.seed)
@@ -146,7 +154,11 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def backward(losses: Losses, batch: Batch, device: torch.device, micro_tokens: int) -> Tensor:
-    """Add the gradients of the weighted mean loss; sums of weighted losses and of weights by kind, ``[2, kinds]``."""
+    """Add the gradients of the weighted mean loss.
+
+    Returns:
+        Sums of weighted losses and of weights by kind, ``[2, kinds]``.
+    """
     ids, weights = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.weights).to(device)
     kinds = torch.from_numpy(batch.kinds).to(device)
     total = weights.sum()
@@ -165,9 +177,13 @@ def backward(losses: Losses, batch: Batch, device: torch.device, micro_tokens: i
 def train(
     model: LanguageModel, losses: Losses, rows: Rows, plan: list[Phase], args: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """Train ``model``; the logged lines: step, mean loss of each kind since the last, tokens per second.
+    """Train ``model``.
 
-    Raises ``OctoError`` when a loss is no longer finite.
+    Returns:
+        The logged lines: step, mean loss of each kind since the last, tokens per second.
+
+    Raises:
+        OctoError: A loss is no longer finite.
     """
     device = next(model.parameters()).device
     optimizers = Optimizers(model, args.matrix_lr, args.lr)
@@ -205,7 +221,11 @@ def heldout_loss(losses: Losses, ids: Tensor, length: int, device: torch.device)
 def write_checkpoint(
     out: Path, values: dict[str, Any], weights: dict[str, Tensor], proto: bytes, record: dict[str, Any]
 ) -> None:
-    """Write the model folder ``out``, in the form of the embedded model's. Raises ``OctoError``."""
+    """Write the model folder ``out``, in the form of the embedded model's.
+
+    Raises:
+        OctoError: As :func:`new_model_folder`.
+    """
     tokenizer = json.loads((DEMO_PATH / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer["model_max_length"] = values["max_position_embeddings"]
     with new_model_folder(out) as folder:
@@ -238,7 +258,11 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line. Raises ``UsageError`` for values out of range."""
+    """The command line.
+
+    Raises:
+        UsageError: A value is out of range.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="plain text")

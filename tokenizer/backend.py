@@ -30,13 +30,20 @@ class Backend(Protocol):
         """The id of the token with exactly this text, None if there is none."""
 
     def seal(self, special: frozenset[int], never: frozenset[int]) -> None:
-        """Make special tokens plain text; called once, before the first `encode`, which never gives an id of `never`
-        (all special ones, but for an unknown token that is nothing else)."""
+        """Make special tokens plain text. Called once, before the first `encode`.
+
+        Args:
+            never: Ids that `encode` never gives: all special ones, but for an unknown token that is nothing else.
+        """
 
     def encode(self, text: str, *, start: bool) -> list[int]:
-        """`text` as ids, no special token matched. `start`: the text begins here (some vocabularies add a space).
+        """`text` as ids, no special token matched.
 
-        Errors: OctoError when the vocabulary's files do not let this text be encoded.
+        Args:
+            start: Whether the text begins here (some vocabularies add a space).
+
+        Raises:
+            OctoError: The vocabulary's files do not let this text be encoded.
         """
 
     def piece(self, token_id: int) -> bytes:

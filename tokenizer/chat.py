@@ -66,15 +66,21 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The conversation as text.
 
-        Errors: OctoError when the template is faulty, refuses the messages or computes without end; UsageError, naming
-        the message, for what is no plain data or no valid Unicode.
+        Raises:
+            OctoError: The template is faulty, refuses the messages or computes without end.
+            UsageError: Something is no plain data, or no valid Unicode (the error names the message).
         """
         return str.__str__(self._render(messages, add_generation_prompt, variables))
 
     def render_marked(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> MarkedText:
-        """The same text with marks that tell users' special tokens from the template's. Errors: as `render`."""
+        """The same text with marks that tell users' special tokens from the template's.
+
+        Raises:
+            OctoError: As `render`.
+            UsageError: As `render`.
+        """
         text = self._render(messages, add_generation_prompt, variables)
         places = sorted(set(self._unproven(text)))
         pieces = [text[i:j] for i, j in zip([0, *places], [*places, len(text)], strict=True)]

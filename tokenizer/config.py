@@ -32,8 +32,11 @@ _CLASS_IF_UNNAMED = {"qwen3": "Qwen2Tokenizer"}
 class AddedToken:
     """A token matched in the text as a whole, before the vocabulary's own rules.
 
-    ``lstrip``/``rstrip``: the token swallows the whitespace before/after it; ``single_word``: it does not match inside
-    a word; ``normalized``: it is looked for in the normalised text.
+    Attributes:
+        lstrip: The token swallows the whitespace before it.
+        rstrip: The token swallows the whitespace after it.
+        single_word: The token does not match inside a word.
+        normalized: The token is looked for in the normalised text.
     """
 
     id: int
@@ -71,7 +74,8 @@ class TokenizerConfig:
 def load_config(directory: Path) -> TokenizerConfig:
     """Read the tokenizer's side files in `directory`; all of them are optional.
 
-    Errors: OctoError for malformed JSON, a field of the wrong type, or a list of templates without "default".
+    Raises:
+        OctoError: A file has malformed JSON, a field of the wrong type, or a list of templates without "default".
     """
     path = directory / "tokenizer_config.json"
     main = _read_if_there(path)
@@ -144,7 +148,11 @@ def _optional(data: dict[str, Any], key: str, kind: type, path: Path) -> Any:
 
 
 def token_text(value: Any, key: str, path: Path) -> str:
-    """A token as its text, given as a string or as an object with "content". Errors: OctoError for anything else."""
+    """A token as its text, given as a string or as an object with "content".
+
+    Raises:
+        OctoError: The value is anything else, or the text is no valid Unicode.
+    """
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise _wrong(path, key, 'a token (a string, or an object with "content")')
@@ -182,7 +190,11 @@ def _load_added(directory: Path, main: dict[str, Any], path: Path) -> list[Added
 
 
 def added_token(token_id: int, entry: dict[str, Any], key: str, path: Path) -> AddedToken:
-    """An added token as both files with flags write it. Errors: OctoError."""
+    """An added token as both files with flags write it.
+
+    Raises:
+        OctoError: A flag is neither true nor false, or the entry has no text as `token_text` wants it.
+    """
     flags = {name: entry.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
     if any(not isinstance(flag, bool) for flag in flags.values()):
         raise _wrong(path, key, "an entry whose flags are true or false")
@@ -190,7 +202,11 @@ def added_token(token_id: int, entry: dict[str, Any], key: str, path: Path) -> A
 
 
 def check_added(tokens: Iterable[AddedToken], where: Path) -> None:
-    """Errors: OctoError for too many added tokens, ids beyond all real ones, and empty texts."""
+    """Check that added tokens are within all limits.
+
+    Raises:
+        OctoError: There are too many tokens, an id is beyond all real ones, or a text is empty or too long.
+    """
     for count, token in enumerate(tokens):
         if token.id >= MAX_IDS:
             raise OctoError(

@@ -23,7 +23,11 @@ _BYTE_OF = _byte_alphabet()
 
 
 class DecoderRules:
-    """What a decoder does to each token; ``strips_space``: and one space at the very start of the text is dropped."""
+    """What a decoder does to each token.
+
+    Attributes:
+        strips_space: Whether one space at the very start of the text is dropped, too.
+    """
 
     def __init__(self, decoder: dict[str, Any] | None, path: Path) -> None:
         """``decoder``: its JSON. Errors: OctoError for a decoder that is not bytewise (WordPiece, CTC and the like).

@@ -104,8 +104,11 @@ class SentencePieceBackend:
         return found if 0 <= found < len(self._pieces) and self._pieces[found] == content else None
 
     def seal(self, special: frozenset[int], never: frozenset[int]) -> None:
-        """Make the special pieces control pieces, which SentencePiece never produces from text (nor from what its
-        normaliser makes of it); user-defined pieces, as ChatML markers often are, it would."""
+        """Make the special pieces control pieces, which SentencePiece never produces from text.
+
+        Nor does it from what its normaliser makes of the text. It would produce user-defined pieces, as ChatML markers
+        often are.
+        """
         pieces = {i for i in special.union(self._own) if i < len(self._pieces)}
         sealed = {i for i in pieces if not (self._sp.is_unknown(i) or self._sp.is_byte(i))}
         with self._parsing():

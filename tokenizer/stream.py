@@ -34,7 +34,11 @@ class StreamingDetokenizer:
         return text
 
     def skip(self, ids: Sequence[int]) -> None:
-        """Take these ids as said: what follows continues them. Errors: ValueError for a negative id."""
+        """Take these ids as said: what follows continues them.
+
+        Raises:
+            ValueError: An id is negative.
+        """
         # The state depends on whether there was any text, and on an incomplete character's bytes: three at most.
         said = [token_id for token_id in ids[-8:] if token_id not in self._skip and self._piece(token_id)]
         if len(said) < 4:

@@ -17,7 +17,9 @@ def load_tokenizer(model_dir: Path) -> "Tokenizer":
     """The tokenizer of the model in `model_dir`.
 
     Vocabulary: ``tokenizer.json``, else ``tokenizer.model`` (SentencePiece), else ``vocab.json`` + ``merges.txt``.
-    Errors: OctoError when none is there, or a file is damaged or contradicts another.
+
+    Raises:
+        OctoError: There is no vocabulary, or a file is damaged or contradicts another.
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
@@ -47,19 +49,19 @@ def load_tokenizer(model_dir: Path) -> "Tokenizer":
 class Tokenizer:
     """Text to ids and back.
 
-    Attributes:
-        vocab_size: the highest id + 1 (a model may have more rows).
-        bos_id: the id that begins a text, None for models without one.
-        eos_ids: the ids that end an answer as far as tokenizer_config.json says (generation_config.json may name more).
-        unk_id: what the vocabulary writes for a character that it cannot spell, None if there is nothing.
-        special_ids: ids that only templates and explicit requests produce, never text. Tokens that the model's files
-            add but do not call special (Qwen3's ``<think>``) are matched in every text, as everywhere else.
-        adds_bos: whether the model wants plain text (no chat) to begin with `bos_id`, see `prompt`.
-        opening: the ids that plain text begins with, `[bos_id]` or none.
-
     Tokens that the model has no rows for (``vocab_size`` in config.json) never come out of `encode` and `chat`: their
     texts are texts like any other. Only where the model needs one (BOS, EOS, unknown, or a token that its chat template
     writes) the files contradict each other.
+
+    Attributes:
+        vocab_size: The highest id + 1 (a model may have more rows).
+        bos_id: The id that begins a text, None for models without one.
+        eos_ids: The ids that end an answer as far as tokenizer_config.json says (generation_config.json may name more).
+        unk_id: What the vocabulary writes for a character that it cannot spell, None if there is nothing.
+        special_ids: Ids that only templates and explicit requests produce, never text. Tokens that the model's files
+            add but do not call special (Qwen3's ``<think>``) are matched in every text, as everywhere else.
+        adds_bos: Whether the model wants plain text (no chat) to begin with `bos_id`, see `prompt`.
+        opening: The ids that plain text begins with, `[bos_id]` or none.
     """
 
     def __init__(self, backend: Backend, config: TokenizerConfig) -> None:
@@ -126,11 +128,15 @@ class Tokenizer:
     def encode(self, text: str, *, add_bos: bool = False, allow_special: bool = False) -> list[int]:
         """`text` as ids.
 
-        `add_bos`: begin with `bos_id` (if the model has one, and only once: not again before a BOS that the text itself
-        begins with under `allow_special`). `allow_special`: the texts of special tokens become their ids; otherwise
-        they are text like any other and no special id comes out (but `unk_id` for characters that cannot be spelled).
-        Errors: UsageError when `text` is not valid Unicode; OctoError when the vocabulary's files do not let it be
-        encoded.
+        Args:
+            add_bos: Begin with `bos_id` (if the model has one, and only once: not again before a BOS that the text
+                itself begins with under `allow_special`).
+            allow_special: The texts of special tokens become their ids. Otherwise they are text like any other and no
+                special id comes out (but `unk_id` for characters that cannot be spelled).
+
+        Raises:
+            UsageError: `text` is not valid Unicode.
+            OctoError: The vocabulary's files do not let it be encoded.
         """
         _check_unicode(text)
         ids = self._encode_marked(text, None) if allow_special else self._encode_text(text, start=True)
@@ -143,7 +149,11 @@ class Tokenizer:
 
         It begins with BOS if ``add_bos_token`` in tokenizer_config.json is true, and does not if it is false. Without
         this field it does if the post-processor of tokenizer.json puts BOS there, so never with tokenizer.model or
-        vocab.json. Errors: as `encode`.
+        vocab.json.
+
+        Raises:
+            UsageError: As `encode`.
+            OctoError: As `encode`.
         """
         return [*self.opening, *self.encode(text)]
 
@@ -190,9 +200,15 @@ class Tokenizer:
     # Decoding
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. Special tokens are left out or written as they are.
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
 
-        Ids without a token (models may have more rows than tokens) give nothing. Errors: ValueError for a negative id.
+        Ids without a token (models may have more rows than tokens) give nothing.
+
+        Args:
+            skip_special: Leave special tokens out; otherwise they are written as they are.
+
+        Raises:
+            ValueError: An id is negative.
         """
         stream = self.stream(skip_special=skip_special)
         return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
@@ -200,9 +216,13 @@ class Tokenizer:
     def stream(self, after: Sequence[int] = (), *, skip_special: bool = True) -> StreamingDetokenizer:
         """A decoder for ids that come one at a time; see `StreamingDetokenizer`.
 
-        ``after``: the ids that they continue (a prompt, a conversation). Their text is not repeated; what comes is the
-        text of all ids less theirs. So a space that the continuation begins with stays, which at the start of a text is
-        the encoder's and left out. Errors: as `decode`.
+        Args:
+            after: The ids that they continue (a prompt, a conversation). Their text is not repeated; what comes is the
+                text of all ids less theirs. So a space that the continuation begins with stays, which at the start of a
+                text is the encoder's and left out.
+
+        Raises:
+            ValueError: As `decode`.
         """
         skip = self.special_ids if skip_special else frozenset()
         stream = StreamingDetokenizer(self._piece, skip, self._backend.strips_space)
@@ -226,10 +246,15 @@ class Tokenizer:
     ) -> list[int]:
         """A conversation as ids: the model's chat template, encoded with special tokens where the template wrote them.
 
-        `messages`: dicts with "role" and "content". Whatever they contain, special ids come from the template alone.
-        No BOS is added to what the template writes. `template_variables` are visible to the template.
-        Errors: OctoError when there is no template or it is faulty or refuses the messages; UsageError, naming the
-        message and the position in it, when one is not valid Unicode.
+        No BOS is added to what the template writes.
+
+        Args:
+            messages: Dicts with "role" and "content". Whatever they contain, special ids come from the template alone.
+            template_variables: Visible to the template.
+
+        Raises:
+            OctoError: There is no template, or it is faulty or refuses the messages.
+            UsageError: A message is not valid Unicode; the error names it and the position in it.
         """
         marked = self._chat_template().render_marked(
             messages, add_generation_prompt=add_generation_prompt, **template_variables

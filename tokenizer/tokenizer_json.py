@@ -32,10 +32,15 @@ _GPT2_LIKE = ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer")
 
 
 def read_tokenizer_json(path: Path, config: TokenizerConfig) -> tuple[State, dict[str, int]]:
-    """The checked JSON of a tokenizer.json, and the added tokens that were taken out: text -> id.
+    """The checked JSON of a tokenizer.json.
 
-    Taken out are added tokens that the model has no rows for; a decoder that is missing is the one of the class that
-    the config names. Errors: OctoError.
+    A decoder that is missing is the one of the class that the config names.
+
+    Returns:
+        The JSON, and the added tokens that were taken out because the model has no rows for them: text -> id.
+
+    Raises:
+        OctoError: The file is malformed, beyond a limit, or of another model than config.json.
     """
     state = read_json_object(path)
     state["truncation"] = state["padding"] = None  # the limits of some training
@@ -132,8 +137,15 @@ def has_regex(state: State) -> bool:
 
 
 def without_prefix(state: State, schemes: tuple[str, ...]) -> State | None:
-    """The JSON for text that does not begin at the start: without the space that a Metaspace of these prepend_schemes
-    puts there, nor (with "always" among them) that of a normaliser. None if there is none of them."""
+    """The JSON for text that does not begin at the start: without the space that is put there.
+
+    Args:
+        schemes: The prepend_schemes of a Metaspace that puts no space there any more. With "always" among them, a
+            normaliser puts none there either.
+
+    Returns:
+        The JSON, None if none of these puts a space there.
+    """
     changed = False
 
     def change(part: Any) -> Any:
@@ -209,7 +221,8 @@ def _decoder_of_class(config: TokenizerConfig, state: State) -> State | None:
 def from_vocab_and_merges(directory: Path, config: TokenizerConfig) -> State:
     """The JSON of a byte-level BPE; how text is split before it depends on the class that the config names.
 
-    Errors: OctoError for another class and for damaged files.
+    Raises:
+        OctoError: The config names another class or none, or a file is damaged.
     """
     name = config.tokenizer_class
     levels = {**_BYTE_LEVEL, "add_prefix_space": bool(config.add_prefix_space)}

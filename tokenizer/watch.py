@@ -14,9 +14,12 @@ T = TypeVar("T")
 
 
 def run_watched(work: Callable[[], T], seconds: float) -> T:
-    """What ``work`` returns or raises. TimeoutError after ``seconds`` of it; it may then run on until the program ends.
+    """What ``work`` returns or raises.
 
     Time in which this process did not run (a busy machine) does not count.
+
+    Raises:
+        TimeoutError: The work took more than ``seconds``. It may then run on until the program ends.
     """
     outcome: list[T] = []
     failure: list[BaseException] = []

@@ -22,7 +22,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.dim, cfg.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``x [B, n, hidden]``; ``cos``, ``sin`` ``[1, n, d / 2]``."""
+        """``[B, n, hidden]`` to the same.
+
+        Args:
+            cos: ``[1, n, d / 2]``.
+            sin: ``[1, n, d / 2]``.
+        """
         q = self.q_proj(x).unflatten(-1, (self.heads, self.dim))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.dim))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.dim))

@@ -37,8 +37,13 @@ _SYLLABLES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one length: ``ids`` int64 ``[rows, n + 1]``, loss ``weights`` float32 ``[rows, n]`` of the tokens after
-    the first, ``kinds`` (indices into ``KINDS``) int64 ``[rows]``."""
+    """Rows of one length.
+
+    Attributes:
+        ids: int64 ``[rows, n + 1]``.
+        weights: Of the loss, float32 ``[rows, n]``, of the tokens after the first.
+        kinds: Indices into ``KINDS``, int64 ``[rows]``.
+    """
 
     ids: npt.NDArray[np.int64]
     weights: Weights

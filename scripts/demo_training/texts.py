@@ -29,7 +29,11 @@ _LINE_BYTES = 4 * _LINE_CHARACTERS
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises ``UsageError`` naming the file."""
+    """The text of a UTF-8 file.
+
+    Raises:
+        UsageError: The file, which the error names, cannot be read or is not UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
@@ -39,13 +43,21 @@ def read_text(path: Path) -> str:
 
 
 def read_documents(paths: Iterable[Path]) -> list[str]:
-    """The documents of plain-text files, which ``<|endoftext|>`` separates. Raises ``UsageError``."""
+    """The documents of plain-text files, which ``<|endoftext|>`` separates.
+
+    Raises:
+        UsageError: As :func:`read_text`.
+    """
     parts = (part.strip("\n") for path in paths for part in read_text(path).split(SEPARATOR))
     return [part + "\n" for part in parts if part.strip()]
 
 
 def read_chats(paths: Iterable[Path]) -> list[Chat]:
-    """The dialogues of JSONL files, one ``{"messages": [{"role", "content"}, ...]}`` a line. Raises ``UsageError``."""
+    """The dialogues of JSONL files, one ``{"messages": [{"role", "content"}, ...]}`` a line.
+
+    Raises:
+        UsageError: As :func:`read_text`, or a line is no such dialogue.
+    """
     return [
         _chat(line, f"{path}, line {number}")
         for path in paths
@@ -77,8 +89,10 @@ def chat_text(chat: Iterable[dict[str, str]]) -> str:
 def train_tokenizer(documents: list[str], chats: list[Chat], vocab_size: int, seed: int) -> bytes:
     """A SentencePiece BPE model with the settings of the demonstration model's.
 
-    Byte fallback (a newline is ``<0x0A>``), digits apart, no normalization, no prefix space, spaces kept. Raises
-    ``UsageError`` for a text that has not as many pieces.
+    Byte fallback (a newline is ``<0x0A>``), digits apart, no normalization, no prefix space, spaces kept.
+
+    Raises:
+        UsageError: The text has not as many pieces.
     """
     out = io.BytesIO()
     try:
@@ -122,9 +136,15 @@ def load_processor(proto: bytes) -> sentencepiece.SentencePieceProcessor:
 
 @dataclass(frozen=True)
 class Corpus:
-    """``plain``: all documents in a row, each ``<s> ... </s>``; ``chats``: dialogues, and whether each has a system
-    message already; ``systems``: system messages to put before others; ``stops``: which ids end a sentence, bool
-    ``[vocab]``."""
+    """Token ids of all texts.
+
+    Attributes:
+        plain: All documents in a row, each ``<s> ... </s>``.
+        chats: Dialogues.
+        has_system: Whether each of them has a system message already.
+        systems: System messages to put before others.
+        stops: Which ids end a sentence, bool ``[vocab]``.
+    """
 
     processor: sentencepiece.SentencePieceProcessor
     plain: Ids

@@ -18,7 +18,8 @@ DEMO = Path(__file__).resolve().parents[2] / "models" / "octo_demo"
 class Seed:
     """A valid file ``target`` and what stands beside it. Real ones may be files that octo-run refuses.
 
-    ``weight``: how often it is taken, against 1 for the others: little for large files, which are slow.
+    Attributes:
+        weight: How often it is taken, against 1 for the others: little for large files, which are slow.
     """
 
     name: str

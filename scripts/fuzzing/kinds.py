@@ -20,8 +20,13 @@ from octo_run.errors import OctoError
 
 
 class Wrong(Exception):
-    """A wrong result of a reader; ``what`` names the kind of it. Details that differ in quoted texts, paths and numbers
-    alone count as the same fault."""
+    """A wrong result of a reader.
+
+    Details that differ in quoted texts, paths and numbers alone count as the same fault.
+
+    Attributes:
+        what: The name of the kind of wrong result.
+    """
 
     def __init__(self, what: str, detail: str) -> None:
         super().__init__(detail)
@@ -29,10 +34,16 @@ class Wrong(Exception):
 
 
 class Trial:
-    """One mutant before its reader: what was refused, refusals that say nothing about the file (whose sentences count
-    all the same), listed differences from another reader, and the CPU seconds of the slowest step.
+    """One mutant before its reader.
 
-    ``limit``: the CPU seconds after which SIGPROF ends the process, for each step.
+    Args:
+        limit: The CPU seconds after which SIGPROF ends the process, for each step.
+
+    Attributes:
+        refusals: What was refused.
+        aside: Refusals that say nothing about the file (their sentences count all the same).
+        notes: Listed differences from another reader.
+        slowest: The CPU seconds of the slowest step.
     """
 
     def __init__(self, limit: float = 0.0) -> None:
@@ -100,9 +111,13 @@ Mutate = Callable[[random.Random, Seed], bytes]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file. ``mutator(seeds)`` gives what makes the content of a mutant of one of them, ``check(folder,
-    trial)`` reads a folder with it and raises what the reader raises, or ``Wrong``; ``compare`` (not timed) holds the
-    reader against another."""
+    """A kind of file.
+
+    Attributes:
+        mutator: Gives, for seeds, what makes the content of a mutant of one of them.
+        check: Reads a folder with the file and raises what the reader raises, or ``Wrong``.
+        compare: Holds the reader against another (not timed).
+    """
 
     name: str
     seeds: list[Seed]
@@ -117,8 +132,10 @@ class Kind:
         return tuple((pool, self.mutator(pool)) for pool in pools)
 
     def mutant(self, number: int) -> Mutant:
-        """The mutant with this number: the same wherever and whenever it is made. Every fourth may come from real
-        files, if there are any, and then is the same for the same ones only."""
+        """The mutant with this number: the same wherever and whenever it is made.
+
+        Every fourth may come from real files, if there are any, and then is the same for the same ones only.
+        """
         pool, mutate = self._mutators[number % 4 == 3]
         rng = random.Random(f"{self.name}:{number}")
         index = rng.choices(range(len(pool)), [seed.weight for seed in pool])[0]

@@ -67,7 +67,11 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def mutate(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
-    """A mutant of a valid model; ``others`` are models whose parts are put in."""
+    """A mutant of a valid model.
+
+    Args:
+        others: Models whose parts are put in.
+    """
     if rng.random() < 0.2:
         return hostile.damage(rng, data, others)
     fields = parse(data)

@@ -33,7 +33,11 @@ def check(folder: Path, trial: Trial) -> None:
 
 
 def compare(folder: Path, trial: Trial) -> None:
-    """Whether the library accepts and refuses the same files, and finds the same tensors in them."""
+    """Check that the library accepts and refuses the same files, and finds the same tensors in them.
+
+    Raises:
+        Wrong: It does not, and the difference is not listed.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 28:
             continue  # the library reads whatever there is

@@ -16,7 +16,11 @@ DTYPES = (
 
 
 def join(header: bytes, data: bytes, length: int | None = None) -> bytes:
-    """A file of these parts; ``length`` is the one it claims for its header (None: the true one)."""
+    """A file of these parts.
+
+    Args:
+        length: The one that the file claims for its header (None: the true one).
+    """
     return ((len(header) if length is None else length) % 2**64).to_bytes(8, "little") + header + data
 
 

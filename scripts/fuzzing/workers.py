@@ -36,9 +36,14 @@ _STEERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a mutant may take: CPU ``seconds`` for each step of the check (for the whole twice as many on the wall if it
-    waits, twenty times if it works on a busy machine), ``memory`` in bytes beyond what the worker had before,
-    ``message`` characters of an error's text."""
+    """What a mutant may take.
+
+    Attributes:
+        seconds: CPU time for each step of the check. The whole may take twice as many on the wall if it waits, twenty
+            times if it works on a busy machine.
+        memory: Bytes beyond what the worker had before.
+        message: Characters of an error's text.
+    """
 
     seconds: float = 5.0
     memory: int = 1 << 30
@@ -46,7 +51,14 @@ class Limits:
 
 
 class Fault(NamedTuple):
-    """What went wrong (an exception's name, "hang", ...), the place in the project's code, one line, the traceback."""
+    """What went wrong.
+
+    Attributes:
+        what: An exception's name, "hang", ...
+        place: Where in the project's code.
+        detail: One line.
+        trace: The traceback.
+    """
 
     what: str
     place: str
@@ -55,8 +67,15 @@ class Fault(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a mutant: ``status`` is "accepted", "refused" or "failed"; ``memory`` in bytes; ``notes`` are the
-    listed differences from a reference reader; ``message`` is the refusal; ``usage`` is the worker's, by now."""
+    """What became of a mutant.
+
+    Attributes:
+        status: "accepted", "refused" or "failed".
+        memory: In bytes.
+        notes: The listed differences from a reference reader.
+        message: The refusal.
+        usage: The worker's, by now.
+    """
 
     number: int
     status: str
@@ -94,7 +113,11 @@ class Report:
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
 
     def take(self, outcome: Outcome, base: str) -> bool:
-        """Count an outcome; whether it is a fault not met before."""
+        """Count an outcome.
+
+        Returns:
+            Whether it is a fault not met before.
+        """
         self.mutants += 1
         self.slowest = max(self.slowest, (outcome.seconds, outcome.number))
         self.largest = max(self.largest, (outcome.memory, outcome.number))

@@ -23,8 +23,13 @@ class OverBudget(Exception):
 
 
 class Meter:
-    """What a rendering has left: operations (about one for each node of the template that runs), bytes of the values
-    it makes (all of them, also those already dropped), seconds."""
+    """What a rendering has left.
+
+    Attributes:
+        operations: About one for each node of the template that runs.
+        bytes: Those of all values that it makes, also of those already dropped.
+        deadline: The thread's computing time, in seconds, at which it is stopped.
+    """
 
     __slots__ = ("bytes", "deadline", "operations", "result", "unchecked")
 
@@ -37,7 +42,11 @@ class Meter:
         self.unchecked = 0
 
     def work(self, operations: int) -> None:
-        """Count operations before they are done. Errors: OverBudget."""
+        """Count operations before they are done.
+
+        Raises:
+            OverBudget: No operations or no time are left.
+        """
         self.operations -= operations
         if self.operations < 0:
             raise OverBudget("it takes too many steps")
@@ -48,12 +57,20 @@ class Meter:
                 raise OverBudget("it takes too long")
 
     def room(self, size: int) -> None:
-        """Whether there are bytes for what is about to be made, and counted then. Errors: OverBudget."""
+        """Check that there are bytes for what is about to be made, and counted then.
+
+        Raises:
+            OverBudget: There are too few.
+        """
         if size > self.bytes:
             raise OverBudget("it makes too much text")
 
     def make(self, size: int) -> None:
-        """Count bytes. Errors: OverBudget."""
+        """Count bytes.
+
+        Raises:
+            OverBudget: No bytes, operations or time are left.
+        """
         self.bytes -= size
         if self.bytes < 0:
             raise OverBudget("it makes too much text")
@@ -64,7 +81,11 @@ class Meter:
         self.make(64 + 48 * max(count, 0))
 
     def search(self, text: object, needle: object = "") -> None:
-        """Count a look through ``text``; with a ``needle``, one whose time grows with both (``rfind``, ``strip``)."""
+        """Count a look through ``text``.
+
+        Args:
+            needle: Given where the time grows with the lengths of both (``rfind``, ``strip``).
+        """
         if isinstance(text, str):
             both = len(text) * len(needle) >> 8 if isinstance(needle, str) else 0
             self.work(1 + (len(text) >> 10) + both)

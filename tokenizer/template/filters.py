@@ -22,7 +22,14 @@ from octo_run.tokenizer.template.text import Once, Safe, Text, Weight, escaped, 
 
 
 def each(value: Any, price: int = 0) -> Any:
-    """The items of a value; ``price``: operations to come for each. Errors: TypeError for one without."""
+    """The items of a value.
+
+    Args:
+        price: Operations to come for each item.
+
+    Raises:
+        TypeError: The value has no items.
+    """
     items = value if isinstance(value, (list, tuple)) else list(lifted(value))
     METER.get().work(1 + (len(items) >> 4) + price * len(items))
     return items
@@ -83,14 +90,19 @@ def _as_given(result: Any, *sources: Any) -> Any:
 
 
 def cut(value: Any, start: Any, stop: Any, step: Any) -> Any:
-    """``value[start:stop:step]``"""
+    """``value[start:stop:step]``."""
     if isinstance(value, (list, tuple)):
         METER.get().make(64 + 8 * len(range(*slice(start, stop, step).indices(len(value)))))
     return lifted(value)[start:stop:step]
 
 
 def key(value: Any) -> Any:
-    """A value that something walks through, as one does who looks up the key of a dict. Errors: as of `Weight`."""
+    """A value that something walks through, as one does who looks up the key of a dict.
+
+    Raises:
+        OverBudget: As `Weight`.
+        RecursionError: As `Weight`.
+    """
     Weight(value)
     return value
 

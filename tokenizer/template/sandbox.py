@@ -268,7 +268,11 @@ _ENVIRONMENT = _Environment()
 
 
 class Program:
-    """A template ready to run. Errors when it is made: jinja2.TemplateSyntaxError, RecursionError and others."""
+    """A template ready to run.
+
+    Raises:
+        Exception: The template cannot be made: jinja2.TemplateSyntaxError, RecursionError and others.
+    """
 
     def __init__(self, source: str) -> None:
         if len(source) > MAX_SOURCE:
@@ -278,7 +282,11 @@ class Program:
         self._template.root_render_func.__globals__.update(names)
 
     def run(self, values: dict[str, Any], meter: Meter) -> Text:
-        """The text that the template writes. Errors: any Exception, as a template is a program."""
+        """The text that the template writes.
+
+        Raises:
+            Exception: Any kind, as a template is a program.
+        """
         before = METER.set(meter)
         try:
             parts = list(self._template.root_render_func(self._template.new_context(values)))

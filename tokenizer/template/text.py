@@ -182,8 +182,15 @@ class Text(str):
     # Change
 
     def mapped(self, function: Callable[[str], str], by_character: bool = True) -> "Text":
-        """``function(self)``, which gives each character one or more of its own (as ``str.upper``). ``by_character``:
-        it gives a character in a text as many as alone. Errors: LostProof."""
+        """``function(self)``.
+
+        Args:
+            function: Gives each character one or more of its own (as ``str.upper``).
+            by_character: Whether the function gives a character in a text as many as alone.
+
+        Raises:
+            LostProof: The number of characters changes, and nobody can tell which come from which.
+        """
         METER.get().make(64 + 12 * len(self))
         result = function(self)
         mask = self.mask
@@ -220,7 +227,12 @@ class Text(str):
         return self._all_or_none(str.__mod__(str.__str__(self), values), weight.own and "c" not in self)
 
     def filled(self, formatter: Formatter, args: Any, kwargs: Any, numbers: "count[int] | None" = None) -> "Text":
-        """``self.format(*args, **kwargs)``; ``formatter`` looks into values; ``numbers``: of the fields without one."""
+        """``self.format(*args, **kwargs)``.
+
+        Args:
+            formatter: Looks into values.
+            numbers: The numbers of the fields without one.
+        """
         numbers = count() if numbers is None else numbers
         parts = []
         for literal, name, spec, conversion in formatter.parse(self):
@@ -291,8 +303,14 @@ _DATA = (str, int, float, type(None), range, Undefined, list, tuple, dict)
 
 
 class Weight:
-    """How much is in a value when one walks through it, as all do that compare, print or sort it: a list may stand in
-    another several times. Errors: OverBudget, RecursionError."""
+    """How much is in a value when one walks through it, as all do that compare, print or sort it.
+
+    A list may stand in another several times, and counts each time.
+
+    Raises:
+        OverBudget: It is more than the rendering has left.
+        RecursionError: Lists in lists are more than `MAX_DEPTH` deep.
+    """
 
     __slots__ = ("characters", "count", "data", "depth", "own")
 
@@ -332,8 +350,15 @@ def lifted(value: Any) -> Any:
 
 
 def text_of(value: Any) -> Text:
-    """``str(value)``; what is no data gives the name of its kind. Digits of a number are the template's, unless a
-    message gave it. Errors: OverBudget, RecursionError, TypeError."""
+    """``str(value)``; what is no data gives the name of its kind.
+
+    Digits of a number are the template's, unless a message gave it.
+
+    Raises:
+        OverBudget: The rendering has not enough left for the value or its text.
+        RecursionError: As `Weight`.
+        TypeError: A function or a generator stands inside the value.
+    """
     return lifted(value) if isinstance(value, str) else _shown(value, str)
 
 
