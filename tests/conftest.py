@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import ssl
 import threading
@@ -16,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 SHARED = Path(__file__).parents[2] / "shared"
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
