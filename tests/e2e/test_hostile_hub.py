@@ -21,6 +21,8 @@ import pytest
 from octo_run.errors import LONGEST, OctoError
 from octo_run.models import hub, hub_client
 
+pytestmark = pytest.mark.slow  # as a whole half a minute or more
+
 NAME = "tiny/llama"
 WEIGHTS = "model.safetensors"
 EVIL = "pwned"

@@ -14,6 +14,8 @@ from typing import Any
 import pexpect
 import pytest
 
+pytestmark = pytest.mark.slow  # as a whole half a minute or more
+
 PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 CTRL_C, CTRL_D = "\x03", "\x04"
 READY = "/help.*?" + PROMPT

@@ -15,6 +15,8 @@ import pytest
 from octo_run.errors import OctoError
 from octo_run.tokenizer import ChatTemplate
 
+pytestmark = pytest.mark.slow  # as a whole half a minute or more
+
 TEMPLATES = sorted((Path(__file__).resolve().parents[3] / "shared/data/chat_templates").glob("*.jinja"))
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
