@@ -88,6 +88,7 @@ def test_generate_chat_from_stdin_ends_by_itself(octo: Callable[..., "subprocess
     assert done.returncode == 0 and "4815162" in done.stdout
 
 
+@pytest.mark.slow
 def test_bench_and_doctor(octo: Callable[..., "subprocess.CompletedProcess[str]"]) -> None:
     done = octo("bench", "--tests", "pp70,tg4", "--depth", "200", "--kv", "oct3,bf16", "-r", "1", "--output", "jsonl")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -257,6 +258,7 @@ def test_a_pasted_byte_that_is_no_utf8_keeps_the_line(
     assert "+cafe bar\n" in (Path(environment["XDG_STATE_HOME"]) / "octo-run" / "history").read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("columns", "changes"),
     [(20, {"LC_ALL": "C"}), (80, {"TERM": "dumb"}), (80, {"NO_COLOR": "1", "XDG_STATE_HOME": "a/\udce9\x1b]0;x\x07"})],

@@ -105,6 +105,7 @@ def test_demo_logits_in_float32(step: int | None, demo: Any, demo_oracle: Any, p
     assert relative(demo("bf16").logits(prompt, step), demo_oracle(torch.tensor([prompt])).logits[0]) < 1e-4
 
 
+@pytest.mark.slow
 def test_demo_greedy_in_float32(demo: Any, demo_oracle: Any, prompt: list[int]) -> None:
     for ids in (prompt[:20], prompt[:150]):
         assert greedy(demo("bf16"), ids, 64) == greedy_by_transformers(demo_oracle, ids, 64)[0]
@@ -134,6 +135,7 @@ def test_demo_bfloat16_rounds_where_transformers_does(demo: Any, prompt: list[in
     assert torch.equal(ours, oracle(DEMO_PATH, torch.bfloat16)(ids).logits.float())
 
 
+@pytest.mark.slow
 def test_demo_greedy_in_bfloat16(demo: Any) -> None:
     """At each of 64 greedy tokens the choice is the same, but where transformers' best two logits are at most two steps
     of bfloat16 apart: there its own attention functions disagree too (ours keeps scores and weights in float32)."""

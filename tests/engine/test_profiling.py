@@ -226,6 +226,7 @@ def test_the_parts_of_a_real_step_sum_to_its_time(step_profile: tuple[Profile, f
     assert (products["projections"], products["mlp"], products["head"]) == (2 * layers, 2 * layers, 1)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_real_prompt(engine: Engine) -> None:
     profile = profiling.profile(engine, ("pp", 150), depth=130, batch=2)
     assert (profile.unit, profile.count) == ("prompt", 2)
