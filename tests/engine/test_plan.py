@@ -274,7 +274,7 @@ def test_an_engine_keeps_within_ulimit(kind: str) -> None:
     base = in_a_process(ULIMIT)
     spare = 600_000_000
     free, total, context = in_a_process(ULIMIT, "run", limit=f"ulimit -{kind} {(base + spare) // 1024}")
-    assert free < (spare if kind == "v" else base + spare) and total <= 0.51 * free and context > 256
+    assert free < 1.01 * (spare if kind == "v" else base + spare) and total <= 0.51 * free and context > 256
 
 
 def test_memory_now_tells_pytorchs_own_share_on_a_cpu(tiny: Callable[..., Engine]) -> None:
