@@ -174,24 +174,25 @@ def qkv_rope_append(
 ) -> None:
     """See ``kernels.step.qkv_rope_append``."""
     heads, kv_heads, d = q_out.shape[2], full_k.shape[1], q_out.shape[-1]
-    parts = qkv.view(-1, heads + 2 * kv_heads, d).split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
-    turned = []
-    for x, weight in zip(parts, (transform.q_norm, transform.k_norm), strict=False):
-        if weight is not None:
-            x = _rms_norm(x, weight, transform.eps)
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = transform.cos[:, None], transform.sin[:, None]
-        x = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        turned.append(x if transform.rotation is None else x @ transform.rotation)
-    q_out[:, 0] = turned[0]
-    values = parts[2] if transform.v_rotation is None else parts[2] @ transform.v_rotation
-    index, slots = torch.arange(len(qkv), device=qkv.device) if rows is None else rows.long(), slots.long()
-    for full, new in ((full_k, turned[1]), (full_v, values)):
-        if rows is None:
-            full[index, :, slots] = new
-        else:
-            live = index >= 0
-            full[index[live], :, slots[live]] = new[live]
+    both, values = qkv.view(-1, heads + 2 * kv_heads, d).split([heads + kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
+    if transform.q_norm is not None or transform.k_norm is not None:
+        norms = (both[:, :heads], transform.q_norm), (both[:, heads:], transform.k_norm)
+        both = torch.cat([x if w is None else _rms_norm(x, w, transform.eps) for x, w in norms], dim=1)
+    first, second = both.chunk(2, dim=-1)
+    cos, sin = transform.cos[:, None], transform.sin[:, None]
+    both = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if transform.rotation is not None:
+        both = both @ transform.rotation
+    q_out[:, 0] = both[:, :heads]
+    keys = both[:, heads:]
+    if transform.v_rotation is not None:
+        values = values @ transform.v_rotation
+    slots = slots.long()
+    index = torch.arange(len(qkv), device=qkv.device) if rows is None else rows.long()
+    live = index >= 0
+    if not bool(live.all()):
+        index, slots, keys, values = index[live], slots[live], keys[live], values[live]
+    full_k[index, :, slots], full_v[index, :, slots] = keys, values
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
