@@ -56,16 +56,20 @@ class _Request:
     text: str = ""
     reused: int | None = None
     sequence: Sequence | None = None
-    finish_reason: str | None = None
 
     @property
     def ids(self) -> list[int]:
         return self.prompt + self.said
 
     @property
+    def length(self) -> int:
+        """Tokens of ``ids``, without making the list."""
+        return len(self.prompt) + len(self.said)
+
+    @property
     def is_read(self) -> bool:
         """Whether the cache holds the prompt and what was said."""
-        return len(self.open) == len(self.ids)
+        return len(self.open) == self.length
 
     @property
     def open(self) -> Sequence:
@@ -171,7 +175,7 @@ class _Scheduler:
         alike = max((common_length(request.ids, other.ids) for other in reading), default=0)
         if alike >= PAGE and alike - table.reusable(request.ids) >= PAGE:
             return None
-        pages = len(request.ids) // PAGE + 1
+        pages = request.length // PAGE + 1
         if (self._running or reading) and table.room() < pages + len(self._running) + len(reading):
             return None
         request.sequence = engine.arena.open(request.ids)
@@ -192,7 +196,7 @@ class _Scheduler:
                 youngest = max(self._running, key=lambda request: request.index)
                 if len(self._running) == 1 and self._reading is None:
                     raise OctoError(
-                        f"The KV cache has no page for prompt {youngest.index} after {len(youngest.ids):,} tokens, "
+                        f"The KV cache has no page for prompt {youngest.index} after {youngest.length:,} tokens, "
                         "though nothing else runs: give it a shorter prompt, fewer max_tokens, or a larger cache."
                     ) from None
                 if self._reading is not None:
@@ -205,7 +209,7 @@ class _Scheduler:
         """Whether a token beyond those that are launched may be wanted, and can be had now."""
         unread = len(request.open.unread)
         most = request.params.max_tokens
-        left = self._engine.max_context + 1 - len(request.prompt) - len(request.said)
+        left = self._engine.max_context + 1 - request.length
         if most is not None:
             left = min(left, most - len(request.said))
         return unread < min(self._engine.depth, left)
@@ -227,17 +231,12 @@ class _Scheduler:
                 continue  # it has only just begun: let a step be launched first
             token, _ = engine.step.read(sequence)
             request.said.append(token)
-            if len(request.said) == request.params.max_tokens:
-                request.finish_reason = "length"
-            elif len(request.ids) == engine.max_context + 1:
-                request.finish_reason = "context"
-            text, ended = request.answer.push(token, last=request.finish_reason is not None)
+            full = request.length == engine.max_context + 1
+            text, reason = request.answer.take(token, len(request.said), full=full)
             request.text += text
-            if ended:
-                request.finish_reason = "stop"
-            if request.finish_reason is not None:
+            if reason is not None:
                 self._running.remove(request)
                 sequence.close()
                 request.sequence = None
-                yield Completion(request.index, request.said, request.text, request.finish_reason,
+                yield Completion(request.index, request.said, request.text, reason,
                                  len(request.prompt), request.reused or 0)  # fmt: skip

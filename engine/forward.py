@@ -67,9 +67,9 @@ class Forward:
 
     def _upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
-        host = torch.tensor(ids)
         into = self._ids[: len(ids)]
-        return into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
+        self.arena.upload(ids, into)
+        return into
 
     def chunks(self, chunks: list[Chunk]) -> Tensor:
         """Run chunks of several sequences through the layers.

@@ -124,13 +124,8 @@ class Generation:
                     sequence.pinned = True
                     token, logprob = self._next(engine, sequence, len(ids), params)
                 self.generated_tokens += 1
-                if params.max_tokens is not None and self.generated_tokens >= params.max_tokens:
-                    self.finish_reason = "length"
-                elif len(ids) == engine.max_context:
-                    self.finish_reason = "context"
-                text, ended = answer.push(token, last=self.finish_reason is not None)
-                if ended:
-                    self.finish_reason = "stop"
+                full = len(ids) == engine.max_context
+                text, self.finish_reason = answer.take(token, self.generated_tokens, full=full)
                 ids.append(token)
                 sequence.pinned = False
                 yield Token(token, logprob, self.finish_reason, text)

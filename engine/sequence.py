@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from octo_run.engine.pool import PagePool, PoolExhausted
+from octo_run.engine.pool import PagePool
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import PAGE_TOKENS as PAGE
 
@@ -153,7 +153,6 @@ class Sequence:
     def discard(self) -> None:
         """End the sequence and give its row and its pages back at once."""
         if self.alive:
-            self.cancel()
             self._table.give_back(self)
 
     def __enter__(self) -> "Sequence":
@@ -315,6 +314,3 @@ class SequenceTable:
         """The sequence is being used: of all it is the last to lose its row."""
         row = sequence.row
         self._used = [other for other in self._used if other != row] + [row]
-
-
-__all__ = ["PoolExhausted", "Sequence", "SequenceTable"]

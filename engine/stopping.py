@@ -28,7 +28,7 @@ class AnswerText:
             UsageError: Stop strings without a tokenizer.
         """
         self._tokenizer = None if isinstance(tokenizer, NoTokenizer) else tokenizer
-        self._stops = params.stop
+        self._stops, self._most = params.stop, params.max_tokens
         self.ends = end_ids | set(params.stop_ids)
         if self._tokenizer is None:
             if self._stops:
@@ -63,6 +63,19 @@ class AnswerText:
         held = "".join(text for text, _ in self._held)
         keep = 0 if ended or last else _possible_stop(held, self._stops)
         return self._give(len(held) - keep), ended
+
+    def take(self, token: int, count: int, *, full: bool) -> tuple[str, str | None]:
+        """Take the next token, of which ``count`` have come now.
+
+        Args:
+            full: The context has no room for another one.
+
+        Returns:
+            The text that is certain after the token, and the finish reason (see ``Token``) if the answer ends with it.
+        """
+        reason = "length" if self._most is not None and count >= self._most else "context" if full else None
+        text, ended = self.push(token, last=reason is not None)
+        return text, "stop" if ended else reason
 
     def _cut(self) -> bool:
         """Cut the held text before the stop string that is complete first; whether there is one."""
