@@ -27,8 +27,7 @@ class KeyMeans:
         self.rotation = rotation.to(device=device, dtype=torch.float32).contiguous()
         self.tables = AngleTables.build(inv_freq, s.sink, s.max_pages)
         if s.on_gpu:
-            # Made now: a recorded step cannot.
-            self.tables.for_lanes(key_mean.page_centres(s.mean_heads // s.kv_heads, s.head_dim))
+            _ = self.tables.lanes  # made now: a recorded step cannot
         self.means = torch.zeros(s.layers, s.sequences, s.kv_heads, s.head_dim, device=device)
         self._coefficients = torch.zeros(s.mean_queries, s.mean_heads, s.head_dim, device=device)
         pages = max(s.layers, (s.ring + s.chunk) // PAGE)

@@ -117,10 +117,10 @@ def _check_mean(q: Tensor, mean: KeyMean, owned: int, kv_heads: int) -> None:
     ):
         if part is not None and (part.shape != shape or part.dtype != torch.float32):
             raise ValueError(f"mean {name} must be float32 {tuple(shape)}, not {part.dtype} {tuple(part.shape)}")
-    for name, table in (
-        ("rotation", mean.rotation),
-        ("angle table base", mean.tables.base),
-        ("angle table offset", mean.tables.offset),
+    for name, table, ndim in (
+        ("rotation", mean.rotation, 2),
+        ("angle table base", mean.tables.base, 3),
+        ("angle table offset", mean.tables.offset, 2),
     ):
-        if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != dim or not table.is_contiguous():
-            raise ValueError(f"the {name} must be contiguous float32 [n, {dim}]")
+        if table.dtype != torch.float32 or table.ndim != ndim or table.shape[-1] != dim or not table.is_contiguous():
+            raise ValueError(f"the {name} must be contiguous float32 [{'n, ' * (ndim - 1)}{dim}]")

@@ -127,10 +127,8 @@ def make_case(
 def rotated_mean(means, tables, page, rotation):
     """RoPE of `means` [Hkv, d] at the positions of a page by complex numbers, then the rotation: [Hkv, 64, d]."""
     half = means.shape[-1] // 2
-    at = torch.complex(*tables.base[page].double().split(half))[None] * torch.complex(
-        *tables.offset.double().split(half, -1)
-    )
-    turned = torch.complex(*means.split(half, -1))[:, None] * at
+    middles, offsets = (torch.complex(*x.double().split(half, -1)) for x in (tables.base[page], tables.offset))
+    turned = torch.complex(*means.split(half, -1))[:, None] * (middles[:, None] * offsets).flatten(0, 1)
     return torch.cat((turned.real, turned.imag), -1) @ rotation.T
 
 
@@ -415,8 +413,8 @@ def test_triton_prefill_rounds_once_however_many_slabs(slabs, monkeypatch):
 def test_bfloat16_prefill_is_as_exact_in_many_slabs(slabs, mean, monkeypatch):
     """Against float64: the output's rounding and that of the weights of the tail, whatever the slabs.
 
-    Keys that a large mean is given back to are rounded a second time. Sums kept in the output's dtype would show here: an
-    error of 3.5e-3 for 8 slabs, 9.6e-3 for 64.
+    Keys that a large mean is given back to are rounded a second time. Sums kept in the output's dtype would show here:
+    an error of 3.5e-3 for 8 slabs, 9.6e-3 for 64.
     """
     from octo_run.kernels.attention import workspace
 

@@ -44,4 +44,5 @@ def test_pipes_are_told_by_name() -> None:
     names = ["IMMA", "IMAD", "UIMAD", "LDS", "LDGDEPBAR", "LOP3", "SHF", "I2FP", "MUFU", "BRA", "R2UR", "PRMT", "SHFL"]
     found = {name: count for name, count in tool["by_pipe"](names).items() if count}
     assert found == {"tensor": 1, "imad": 1, "special": 1, "memory": 2, "control": 2, "uniform": 2, "alu": 4}
-    assert tool["parse"]("oct3-4-128+mean") == ("oct3", 4, 128, True)
+    assert tool["parse"]("oct3-4-128+mean2") == ("oct3", 4, 128, 2)
+    assert tool["parse"]("oct3-4-128") == ("oct3", 4, 128, 0)
