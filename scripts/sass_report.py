@@ -2,9 +2,10 @@
 
     python scripts/sass_report.py [--variants oct3-4-128,oct3-4-128+mean2,...] [--json] [--markdown FILE]
 
-For every variant (format, query heads a KV head, head_dim, fast steps of the key mean if there is one): instructions of the loop over
-pages (64 tokens of a KV head a turn) by pipe, warp instructions a token, lane instructions a triplet, cycles that the
-busiest pipe takes for a token, registers, spilled bytes, barriers, shared memory. Needs Triton with its NVIDIA tools.
+For every variant (format, query heads a KV head, head_dim, fast steps of the key mean if there is one): instructions
+of the loop over pages (64 tokens of a KV head a turn) by pipe, warp instructions a token, lane instructions a triplet,
+cycles that the busiest pipe takes for a token, registers, spilled bytes, barriers, shared memory. Needs Triton with its
+NVIDIA tools.
 """
 
 import argparse
@@ -250,7 +251,9 @@ def save(path: Path, title: str, about: str, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="format-group-head_dim, with +mean and its fast steps")
+    parser.add_argument(
+        "--variants", default=",".join(VARIANTS), help="format-group-head_dim, with +mean and its fast steps"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()

@@ -58,8 +58,9 @@ class AngleTables:
         device, pages = inv_freq.device, max(1, pages)
         if inv_freq.is_meta:  # sizes alone are wanted
             half = len(inv_freq)
-            sizes = (pages, 2, 2 * half), (HALF_TOKENS, 2 * half), (HALF_TOKENS, FUNCTIONS), (FUNCTIONS, half)
-            return cls(*(torch.empty(size, dtype=torch.float32, device=device) for size in sizes), half // STEP)
+            base, offset = inv_freq.new_empty(pages, 2, 2 * half), inv_freq.new_empty(HALF_TOKENS, 2 * half)
+            functions, weights = inv_freq.new_empty(HALF_TOKENS, FUNCTIONS), inv_freq.new_empty(FUNCTIONS, half)
+            return cls(base.float(), offset.float(), functions.float(), weights.float(), half // STEP)
         freq = inv_freq.to("cpu", torch.float64)
         middles = sink + HALF_TOKENS * torch.arange(2 * pages, dtype=torch.float64) + (HALF_TOKENS - 1) / 2
         angles = (middles[:, None] * freq).view(pages, 2, -1)

@@ -68,12 +68,12 @@ def _integers(values):
 
 def make_case(
     kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0,
-    layout="lanes",
+    layout="lanes", theta=1e4,
 ):  # fmt: skip
     """Sequences of `lengths` tokens whose last `count` are the queries; length 0 is filler. They own rows of the arena
     in no order, with rows of nobody between them. Whatever must not be read is NaN, or page 0.
 
-    `mean`: size of the means that the packed keys get back; `layout`: of the pages.
+    `mean`: size of the means that the packed keys get back, `theta`: of their frequencies; `layout`: of the pages.
     """
     torch.manual_seed(seed)
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
@@ -92,7 +92,7 @@ def make_case(
     origin = [64 * p if count > 1 else 0 for p in packed]
     q = (3 * torch.randn(batch, count, heads, dim)).to(dtype)
     want = torch.empty(batch, count, heads, dim, dtype=torch.float64)
-    tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), sink, max(packed) + 1)
+    tables = AngleTables.build(theta ** (-torch.arange(0, dim, 2) / dim), sink, max(packed) + 1)
     means = torch.full((owned, kv_heads, dim), float("nan"))
     for b, (n, row) in enumerate(zip(lengths, rows, strict=True)):
         if row < 0:

@@ -27,7 +27,6 @@ from octo_run.kernels.lanes import (
     read_shared2,
     read_shared4,
     repeat,
-    sync_warp,
     u32,
     write_shared4_of,
 )
@@ -138,7 +137,8 @@ def _sum(sums, angles, at, FIRST: gl.constexpr, END: gl.constexpr, BY: gl.conste
 
 @gluon.jit
 def make_components(angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr):
-    """The components of four pages, to the warp's stage in shared memory: the operands of the second product."""
+    """The components of four pages, to the warp's stage in shared memory: the operands of the second product. What
+    comes next is to synchronise the warp."""
     STEPS: gl.constexpr = _steps(D)
     FASTEST: gl.constexpr = _fastest(FAST)
     TILES: gl.constexpr = _tiles(D, FAST)
@@ -171,7 +171,6 @@ def make_components(angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: 
             write_shared4_of(
                 to + (b * (PAGES_AT_ONCE * PAGE_BYTES) + half * 32), words[0], words[1], words[2], words[3]
             )
-    sync_warp(lane)
 
 
 @gluon.jit
