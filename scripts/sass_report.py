@@ -269,7 +269,8 @@ def main() -> int:
             f". A turn of the loop is {TOKENS} tokens of a KV head, by one warp."
             " Pipes: instructions of a turn; the busiest one with the cycles that a scheduler's pipe takes for a token,"
             f" at {costs} cycles an instruction (memory: without bank conflicts, 32 bits a lane, four schedulers to one"
-            " pipe)."
+            " pipe). `+mean2`: with the key mean, two steps of eight frequencies being fast; of the instructions that"
+            " make the components of four pages at a time a quarter counts."
         )
         save(args.markdown, "Instructions of the decode kernel's loop", about, text)
     return 0
