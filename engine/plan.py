@@ -11,9 +11,10 @@ from octo_run.engine import system_memory
 from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import KVFormat, parse_kv
-from octo_run.models.config import ModelConfig
+from octo_run.models.conditioning import Conditioning
+from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder
 from octo_run.models.weights import expected_tensors, weight_bytes
 
@@ -41,7 +42,7 @@ class MemoryPlan:
         free: What is left to an engine.
         before: What the process held in memory when the plan was made if the device is a CPU (PyTorch, tokenizer).
         loading: The bytes held at most while weights are fused, before anything else is there.
-        arena: Packed pages, their table and key means.
+        arena: Packed pages, their table and what key means take.
         full_precision: Sinks, windows and the staging buffer.
         workspace: Partial results of attention, the matrix-product library's workspace and the activations of a chunk
             or a step.
@@ -50,6 +51,7 @@ class MemoryPlan:
     """
 
     kv: str
+    conditioning: str
     device: str
     dtype: torch.dtype
     shape: ArenaShape
@@ -199,9 +201,16 @@ def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
     return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
 
 
-def takes_mean(cfg: ModelConfig, fmt: KVFormat, key_mean: bool | None) -> bool:
-    """Whether key means are kept out of the codes: as asked, else for models whose keys have a bias; never of bf16."""
-    return fmt.k.bits > 0 and (cfg.qkv_bias if key_mean is None else key_mean)
+def conditioning_kind(fmt: KVFormat, asked: str | None) -> str:
+    """What is done to keys (`models.config.CONDITIONINGS`): as asked, else all of it; nothing to keys without a code.
+
+    Raises:
+        UsageError: Another word.
+    """
+    if asked is not None and asked not in CONDITIONINGS:
+        raise UsageError(f"There is no conditioning {quoted(asked)}; give --conditioning {', '.join(CONDITIONINGS[:-1])} or "
+                         f"{CONDITIONINGS[-1]}.")  # fmt: skip
+    return (asked or "full") if fmt.k.bits else "off"
 
 
 def plan_memory(
@@ -215,7 +224,7 @@ def plan_memory(
     window: int = 64,
     sequences: int = 1,
     seed: int = 0,
-    key_mean: bool | None = None,
+    conditioning: str | None = None,
     cache_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan for a model.
@@ -223,7 +232,7 @@ def plan_memory(
     Args:
         max_context: In tokens (None: what the model was trained for, as far as the free memory holds it).
         sequences: See ``Engine.load``.
-        key_mean: See ``Engine.load``.
+        conditioning: See ``Engine.load``.
         cache_bytes: See ``Engine.load``.
 
     Raises:
@@ -236,6 +245,7 @@ def plan_memory(
         raise UsageError(
             f"The context of {max_context:,} tokens is beyond the model's {limit:,}; give --ctx {limit} or less."
         )
+    kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
     shape = ArenaShape(
         layers=cfg.num_layers,
@@ -249,14 +259,15 @@ def plan_memory(
         window=window,
         chunk=min(_chunk(cfg, dtype, device, free), context),
         sequences=sequences,
-        mean_heads=cfg.num_heads if takes_mean(cfg, fmt, key_mean) else 0,
+        mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
         made = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in expected_tensors(cfg).items()}
-        decoder = Decoder(cfg, made, fmt.k.rotation, fmt.v.rotation)
+        decoder = Decoder(cfg, made, None, fmt.v.rotation)
+        decoder.store_keys(fmt.k.rotation, Conditioning.empty(cfg, kind, "meta"))
         weights = sum(held_bytes(decoder.embedding, decoder.head, decoder.final_norm, decoder.layers))
 
     def measure(shape: ArenaShape) -> dict[str, int]:
@@ -265,6 +276,7 @@ def plan_memory(
 
     plan = MemoryPlan(
         kv=fmt.name,
+        conditioning=kind,
         device=str(device),
         dtype=dtype,
         shape=shape,

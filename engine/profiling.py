@@ -454,12 +454,12 @@ def _ranges(engine: Engine) -> Iterator[None]:
 
 
 _RANGES: dict[str, Iterable[tuple[Any, str]]] = {
-    ATTENTION: [(kernels, "attend"), (KeyMeans, "of_queries")],
+    ATTENTION: [(kernels, "attend")],
     MLP: [(ops, "swiglu")],
     SAMPLING: [(ops, "sample")],
     NORMS: [(ops, "add_rms_norm")],
     APPEND: [(ops, "qkv_rope_append"), (Chunk, "attend")],
-    CODING: [(kernels, "encode_pages"), (KeyMeans, "take_out"), (KeyMeans, "learn")],
+    CODING: [(kernels, "encode_pages"), (KeyMeans, "take_out")],
 }
 
 

@@ -102,6 +102,17 @@ def cache_folder() -> Path:
         raise OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.") from None
 
 
+def statistics_folder() -> Path:
+    """The folder of what was measured on models once; it need not exist."""
+    value, base = os.environ.get("OCTO_RUN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if value:
+            return Path(value).expanduser() / "statistics"
+        return (Path(base) if base else Path.home() / ".cache") / "octo-run" / "statistics"
+    except RuntimeError as error:
+        raise OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.") from None
+
+
 def parse_hub_name(name: str) -> HubName:
     """``org/name[@revision]`` taken apart.
 
