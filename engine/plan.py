@@ -208,8 +208,7 @@ def conditioning_kind(fmt: KVFormat, asked: str | None) -> str:
         UsageError: Another word.
     """
     if asked is not None and asked not in CONDITIONINGS:
-        raise UsageError(f"There is no conditioning {quoted(asked)}; give --conditioning {', '.join(CONDITIONINGS[:-1])} or "
-                         f"{CONDITIONINGS[-1]}.")  # fmt: skip
+        raise UsageError(f"There is no conditioning {quoted(asked)}; give --conditioning off, mean or full.")
     return (asked or "full") if fmt.k.bits else "off"
 
 

@@ -96,7 +96,7 @@ def measure(decoder: Decoder, ids: list[int]) -> Conditioning:
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = q[0].to(torch.float32).unflatten(1, (cfg.num_kv_heads, -1))  # [T, Hkv, G, d]
+        heads = q[0].to(torch.float32).view(len(ids), cfg.num_kv_heads, -1, cfg.head_dim)  # [T, Hkv, G, d]
         scale, mixed, found = decoder.specs[layer].attention.scale, [], []
         for h in range(cfg.num_kv_heads):
             out, moments = _observe(heads[:, h], k[0, :, h].to(torch.float32), v[0, :, h], cos, sin, scale)
@@ -165,7 +165,8 @@ def choose(of_keys: Tensor, of_queries: Tensor) -> Tensor:
     identity = torch.eye(of_keys.shape[-1], dtype=of_keys.dtype)
 
     def energy(moment: Tensor) -> Tensor:
-        return moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        total: Tensor = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        return total
 
     def usable(moment: Tensor) -> Tensor:
         total = energy(moment)
@@ -180,5 +181,6 @@ def choose(of_keys: Tensor, of_queries: Tensor) -> Tensor:
     back = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
     shapes = values.clamp_min(0).pow(0.25)[..., None] * (vectors.mT @ back)
     inverse = torch.linalg.inv(shapes)
-    after = energy(shapes @ pair[0] @ shapes.mT), energy(inverse.mT @ pair[1] @ inverse)
-    return (shapes / after[0].sqrt()).where(known & (after[0] * after[1] < 1), identity)
+    after: tuple[Tensor, Tensor] = energy(shapes @ pair[0] @ shapes.mT), energy(inverse.mT @ pair[1] @ inverse)
+    better = known & (after[0] * after[1] < 1)
+    return torch.where(better, shapes / after[0].sqrt(), identity)

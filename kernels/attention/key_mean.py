@@ -167,7 +167,7 @@ def coefficients(q: Tensor, mean: Tensor) -> Tensor:
     Returns:
         float32 ``[..., H, d]``.
     """
-    q1, q2 = q.to(torch.float32).unflatten(-2, (len(mean), -1)).chunk(2, -1)
+    q1, q2 = q.to(torch.float32).reshape(*q.shape[:-2], len(mean), -1, q.shape[-1]).chunk(2, -1)
     m1, m2 = mean.to(torch.float32)[:, None].chunk(2, -1)
     return torch.cat((q1 * m1 + q2 * m2, q2 * m1 - q1 * m2), -1).flatten(-3, -2)
 

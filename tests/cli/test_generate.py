@@ -91,7 +91,8 @@ def test_options_reach_the_engine(octo: Callable[..., Any], engine: Any) -> None
     assert engine.loaded == EngineOptions(DEFAULT_MODEL, DEFAULT_KV, None, None, None, None, False, None)
     assert all(value in (None, ()) for value in vars(engine.sampling).values())
     engine.answers("x")
-    load = "-m org/name --kv oct3:oct2 --conditioning mean --ctx 2048 --device cuda:1 --dtype float16 --offline --threads 3"
+    load = "-m org/name --kv oct3:oct2 --conditioning mean --ctx 2048 --device cuda:1 --dtype float16"
+    load += " --offline --threads 3"
     sample = "--temp 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --seed 7 -n 9 --stop A --stop B"
     sample += " --presence-penalty 0.4 --frequency-penalty -0.2"
     assert octo("generate", "-p", "x", *shlex.split(f"{load} {sample}")).code == 0

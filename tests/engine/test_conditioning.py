@@ -1,4 +1,4 @@
-"""Conditioned keys in the engine: the same function without coding, nearer to it with coding, kept for the next load."""
+"""Conditioned keys in the engine: one function without coding, nearer to it with coding, kept for the next load."""
 
 from pathlib import Path
 

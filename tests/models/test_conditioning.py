@@ -1,5 +1,7 @@
 """The choice of means and matrices: the least expected error, the model's function unchanged, safe whatever is seen."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from octo_run.models import conditioning, rope
 from octo_run.models.conditioning import Conditioning, calibration_text, choose, measure
-from octo_run.models.config import ModelConfig
+from octo_run.models.config import ModelConfig, parse_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.weights import random_weights
 
@@ -82,11 +84,17 @@ def test_moments_over_positions_are_those_of_turned_vectors() -> None:
 
 
 def tiny(**changes: object) -> ModelConfig:
-    base = dict(
-        model_type="llama", vocab_size=300, hidden_size=96, intermediate_size=128, num_layers=2, num_heads=6,
-        num_kv_heads=2, head_dim=32, max_position_embeddings=512,
-    )  # fmt: skip
-    return ModelConfig(**{**base, **changes})  # type: ignore[arg-type]
+    size = {
+        "vocab_size": 300,
+        "hidden_size": 192,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 512,
+    }
+    return parse_config({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **size, **changes}, Path("x"))
 
 
 def hostile(kind: str) -> dict[str, Tensor]:
@@ -115,7 +123,7 @@ def test_the_function_stays_and_statistics_may_be_hostile(kind: str) -> None:
         found = measure(decoder, ids[:100].tolist()) if conditioned else None
         if found is not None:
             assert found.shapes is not None and bool(found.shapes.isfinite().all() & found.means.isfinite().all())
-            decoder.store_keys(torch.eye(32, dtype=torch.float64), found)
+            decoder.store_keys(torch.eye(64, dtype=torch.float64), found)
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = (x.repeat_interleave(3, 2).transpose(1, 2) for x in (k, v))
@@ -127,7 +135,8 @@ def test_the_function_stays_and_statistics_may_be_hostile(kind: str) -> None:
         with torch.inference_mode():
             results.append(decoder.logits(decoder.hidden(ids[None], torch.arange(200)[None], attention)).double())
     error = float((results[1] - results[0]).norm() / results[0].norm())
-    assert error < (1e-5 if kind != "huge keys" else 1e-2), error  # softmax of logits of 1e12 has only ties
+    # Large keys make large logits, of which float32 keeps so much; those of 1e12 have only ties.
+    assert error < {"one huge channel": 1e-4, "huge keys": 1e-2}.get(kind, 1e-5), error
 
 
 def test_kinds_have_their_parts() -> None:
