@@ -496,7 +496,7 @@ def test_a_running_pull_keeps_its_partial_file(fake_hub: Any, repo: Path) -> Non
         for command in (("pull", NAME), ("pull", f"{NAME}@main"), ("rm", "--yes", NAME)):
             result = octo_run(*command)
             assert result.returncode == 1
-            assert "Another process is pulling or removing tiny/llama" in result.stderr
+            assert "Another process is writing or removing tiny/llama" in result.stderr
         assert incomplete_files() == partial and process.poll() is None
         fake_hub.add("other/model", repo, **{SHARDS[1]: b"x"})
         fake_hub.repos["other/model"].commit(snapshot_files(repo), "main")
