@@ -213,7 +213,7 @@ def _import_archive(path: Path, name: str | None, progress: ProgressCallback | N
         with store.writing(parsed, "import it again") as folder:
             store.check_space(parsed, member.file_size)
             with store.partial_file(folder) as (place, out):
-                with parsing(path, "a zip archive"), archive.open(member) as source:
+                with parsing(path, "zip"), archive.open(member) as source:
                     done = 0
                     while chunk := source.read(_CHUNK):
                         out.write(chunk)
@@ -228,7 +228,7 @@ def _import_archive(path: Path, name: str | None, progress: ProgressCallback | N
 @contextmanager
 def _open_archive(path: Path) -> Iterator[tuple[zipfile.ZipFile, zipfile.ZipInfo]]:
     with open_regular(path) as data:
-        with parsing(path, "a zip archive"):
+        with parsing(path, "zip"):
             archive = zipfile.ZipFile(_SmallReads(data))
             found = [item for item in archive.infolist() if item.filename.lower().endswith(".gguf")]
         if len(found) != 1:
