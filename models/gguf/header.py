@@ -215,7 +215,7 @@ class _Reader:
 
 def _read_metadata(reader: _Reader, entries: int) -> Metadata:
     metadata: Metadata = {}
-    for _ in range(reader.count(entries, 8 + 4 + 1, "the metadata")):
+    for _ in range(reader.count(entries, 8 + 4 + 1, "the list of metadata")):
         key = reader.text("a name in the metadata")
         if key in metadata:
             raise broken(reader.file.path, f"its metadata have {quoted(key)} twice")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from octo_run.models import cache, hub
 from octo_run.models.config import load_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.gguf import importer, tensors
+from octo_run.models.gguf.header import read_model
 from octo_run.models.gguf.importer import import_model
 from octo_run.models.weights import load_weights
 from octo_run.tokenizer import load_tokenizer
@@ -345,6 +347,36 @@ def test_what_is_not_supported_is_refused_by_name(name: str, small_gguf: Callabl
     text = refused(path)
     assert re.search(sentence, text), text
     assert str(path) in text and "octo-run-import" not in text
+
+
+VALUES: tuple[Any, ...] = (
+    0, -1, 1, 3, 2**31, 2**63, True, 1e-40, 1e30, float("nan"), "", "x", "\x1b[2J\u202e", [], ["x"], [1, 2], [""] * 300,
+    [2**40] * 300, [float("inf")] * 300, list(range(300)), [f"t {i}" for i in range(300)],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_any_value_of_any_entry_is_taken_or_refused(kind: str, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    small = small_gguf("llama", vocab_size=300, num_hidden_layers=1)
+    small.metadata |= {"tokenizer.ggml.model": kind, "tokenizer.ggml.unknown_token_id": 0}
+    small.metadata["tokenizer.ggml.scores"] = [-float(i) for i in range(300)]
+    model = read_model(small.write(tmp_path / "model.gguf"))
+    name = cache.HubName("imported/x")
+    importer._Import(model, name, None)
+    keys = [*model.metadata, "llama.rope.scaling.type", "llama.rope.scaling.factor", "general.sampling.top_k"]
+    keys += ["tokenizer.ggml.add_space_prefix", "tokenizer.ggml.precompiled_charsmap", "general.type", "llama.odd"]
+    refusals = 0
+    for key in keys:
+        for value in VALUES:
+            other = replace(model, metadata=model.metadata | {key: value})
+            try:
+                importer._Import(other, name, None)
+            except OctoError as error:
+                refusals += 1
+                text = str(error)
+                assert text.isprintable() and len(text) <= 480 and text.endswith(".") and "octo-run-import" not in text
+                assert str(model.path) in text, (key, value, text)
+    assert refusals > len(keys) * len(VALUES) / 3
 
 
 # Splits and archives
