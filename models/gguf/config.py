@@ -123,8 +123,8 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
         "num_key_value_heads": fields.get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
         "max_position_embeddings": fields.need("context_length", int),
-        "rms_norm_eps": _short(fields.need("attention.layer_norm_rms_epsilon", float)),
-        "rope_theta": _short(fields.get("rope.freq_base", float, 10000.0)),
+        "rms_norm_eps": short(fields.need("attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": short(fields.get("rope.freq_base", float, 10000.0)),
         "vocab_size": _shape(model, EMBEDDING)[0],
         "tie_word_embeddings": HEAD not in model.tensors,
         "dtype": "bfloat16",
@@ -145,7 +145,7 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
     return values, parse_config(values, model.path)
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """A number that a GGUF file holds in float32 as the shortest decimal that means it: 1e-05."""
     return float(str(np.float32(value)))
 
@@ -172,7 +172,7 @@ def _linear(fields: Fields) -> dict[str, Any] | None:
     kind = fields.get("rope.scaling.type", str, "linear" if factor not in (0.0, 1.0) else "none")
     if kind not in ("linear", "none"):
         raise fields.fail("rope.scaling.type", f"is {quoted(kind)}, and octo-run knows linear (and llama3's factors)")
-    return {"rope_type": "linear", "factor": _short(factor)} if kind == "linear" and factor not in (0.0, 1.0) else None
+    return {"rope_type": "linear", "factor": short(factor)} if kind == "linear" and factor not in (0.0, 1.0) else None
 
 
 def _llama3(model: GgufModel, values: dict[str, Any], cfg: ModelConfig) -> dict[str, Any] | None:
@@ -201,7 +201,7 @@ def _candidates(divisors: np.ndarray, turns: np.ndarray) -> list[dict[str, Any]]
     Between the two wavelengths ``1 / divisor`` is linear in the frequency. That settles ``factor`` and the two
     wavelengths; ``low_freq_factor`` is 1, as a common factor of the three other numbers changes nothing.
     """
-    factor = _short(float(divisors.max()))
+    factor = short(float(divisors.max()))
     if not 1.0 < factor < math.inf or not divisors.min() > 0:
         return []
     published = (4.0, 8192)

@@ -23,7 +23,7 @@ from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME, load_con
 from octo_run.models.files import INDEX_NAME
 from octo_run.models.foreign import open_regular, parsing, present
 from octo_run.models.gguf import tensors
-from octo_run.models.gguf.config import REORDERED, Fields, architecture, model_config, tensor_names
+from octo_run.models.gguf.config import REORDERED, Fields, architecture, model_config, short, tensor_names
 from octo_run.models.gguf.header import GgufModel, read_model
 from octo_run.models.gguf.tokens import check_rows, tokenizer_files
 from octo_run.models.hub import PullProgress
@@ -76,9 +76,8 @@ def _name(name: str | None, path: Path) -> HubName:
     """``imported/name``, or one made of the GGUF file's. OctoError where a model has it already."""
     if name is None:
         stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
-        plain = (
-            re.sub(r"-{2,}|\.{2,}", "-", re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII)).strip("-.")[:90].strip("-.")
-        )
+        plain = re.sub(r"[^\w.-]+|\.{2,}", "-", stem, flags=re.ASCII)
+        plain = re.sub("-{2,}", "-", plain).strip("-.")[:90].strip("-.")
         name = plain or "model"
     try:
         parsed = parse_hub_name(f"{IMPORTED}/{name.removeprefix(f'{IMPORTED}/')}")
@@ -98,8 +97,8 @@ def _name(name: str | None, path: Path) -> HubName:
 class _Import:
     """One import: everything that can be refused is refused when it is made."""
 
-    def __init__(self, model: GgufModel, name: HubName, progress: ProgressCallback | None, done: int = 0) -> None:
-        self.name, self.progress, self.done = name, progress, done
+    def __init__(self, model: GgufModel, name: HubName, progress: ProgressCallback | None) -> None:
+        self.name, self.progress, self.done = name, progress, 0
         architecture(model)
         tokenizer = tokenizer_files(model)
         values, cfg = model_config(model, tokenizer.ends)
@@ -119,7 +118,7 @@ class _Import:
         }
         if len(self.shards) > 1:
             self.files[INDEX_NAME] = tensors.index_of(self.shards).encode()
-        self.total = done + sum(shard.size for shard in self.shards)
+        self.total = sum(shard.size for shard in self.shards)
         self._try(model.path)
 
     def _try(self, path: Path) -> None:
@@ -134,7 +133,7 @@ class _Import:
 
     def write(self, folder: Path) -> ModelEntry:
         """Write the model into its folder in the cache, which this process alone writes."""
-        store.check_space(self.name, sum(shard.size for shard in self.shards) + sum(map(len, self.files.values())))
+        store.check_space(self.name, self.total + sum(map(len, self.files.values())))
         written: dict[str, tuple[Path, str, int]] = {}
         with ExitStack() as partial:
             for name, content in self.files.items():
@@ -171,7 +170,9 @@ def _generation(model: GgufModel, ends: dict[str, Any]) -> dict[str, Any]:
     """The content of generation_config.json: the sampling that the metadata recommend; without that, greedy."""
     fields = Fields(model.path, model.metadata, "general.sampling.")
     values = {name: fields.get(key, int if name == "top_k" else float) for name, key in _SAMPLING.items()}
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {
+        name: short(value) if isinstance(value, float) else value for name, value in values.items() if value is not None
+    }
     return {**ends, "do_sample": given.get("temperature", 0) > 0, **given}
 
 

