@@ -413,12 +413,16 @@ def test_triton_prefill_rounds_once_however_many_slabs(slabs, monkeypatch):
 @pytest.mark.parametrize("mean", [0.0, LARGE])
 @pytest.mark.parametrize("slabs", [1, 8, 64])
 def test_bfloat16_prefill_is_as_exact_in_many_slabs(slabs, mean, monkeypatch):
-    """Against float64: the output's rounding and that of the weights of the tail, whatever the slabs."""
+    """Against float64: the output's rounding and that of the weights of the tail, whatever the slabs.
+
+    Keys that a large mean is given back to are rounded a second time. Sums kept in the output's dtype would show here: an
+    error of 3.5e-3 for 8 slabs, 9.6e-3 for 64.
+    """
     from octo_run.kernels.attention import workspace
 
     monkeypatch.setattr(workspace, "SLAB_BYTES", 1)
     case = make_case("octopus3", [SINK + 64 + 128 * slabs + 40], 40, 4, 2, 128, dtype=torch.bfloat16, mean=mean)
-    assert relative_error(run_triton(case), case.want) < 2e-3
+    assert relative_error(run_triton(case), case.want) < (2.5e-3 if mean else 2e-3)
 
 
 @triton_only
