@@ -113,7 +113,11 @@ def _context_length(_ctx: click.Context, _param: click.Parameter, value: str) ->
 offline_option = click.option("--offline", is_flag=True, help="Never touch the network.")
 _ENGINE_OPTIONS = (
     click.option(
-        "--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A folder, ORG/NAME[@REV] or octo-demo."
+        "--model",
+        "-m",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="A folder, ORG/NAME[@REV], imported/NAME or octo-demo.",
     ),
     click.option("--kv", default=DEFAULT_KV, show_default=True, help="KV cache format, as K or K:V (see `show`)."),
     click.option(
