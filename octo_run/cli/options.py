@@ -122,6 +122,8 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--ctx",
+        "--context",
+        "ctx",
         metavar="N|auto",
         default="auto",
         show_default=True,

@@ -20,7 +20,7 @@ KEYS = [
     "tokens_per_s",
 ]
 TEXT = "The boats left at dawn. Gulls followed them out to sea! Was it cold? It was, and nobody spoke of it. "
-PPL = ("eval", "ppl", "--device", "cpu", "--ctx", "224", "--max-tokens", "230")
+PPL = ("eval", "ppl", "--device", "cpu", "--ctx", "224", "--tokens", "230")
 
 
 @pytest.fixture

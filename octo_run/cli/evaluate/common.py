@@ -12,7 +12,7 @@ import click
 from octo_run.cli import console, runtime
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
-from octo_run.errors import UsageError
+from octo_run.errors import OctoError, UsageError
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine
@@ -94,18 +94,48 @@ def context(load: EngineOptions, usual: int) -> int:
     return min(usual, cfg.max_position_embeddings, cfg.sliding_window or usual)
 
 
-def loader(load: EngineOptions, cache: CacheOptions, tokens: int | None) -> Callable[[str], "Engine"]:
+def loader(
+    load: EngineOptions, cache: CacheOptions, tokens: int | None, sequences: int = 1
+) -> Callable[[str], "Engine"]:
     """The function that loads the engine of a format.
 
     Args:
         tokens: Its context; None: what the model has.
+        sequences: How many it holds.
     """
 
     def of(kv: str) -> "Engine":
         options = dataclasses.replace(load, kv=kv, ctx=tokens)
-        return runtime.load_engine(options, **dataclasses.asdict(cache))
+        return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
 
     return of
+
+
+def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wanted: int) -> int:
+    """How many sequences of so many tokens an engine of bf16 has room for, at most ``wanted``: halved until it fits.
+
+    Raises:
+        UsageError: A device, a type or a context that cannot be.
+    """
+    from octo_run.engine import plan_memory
+    from octo_run.engine.engine import choose_device, choose_dtype
+    from octo_run.engine.evaluation.reading import REFERENCE
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    cfg, device = load_config(resolve(load.model)), choose_device(load.device)
+    while wanted > 1:
+        try:
+            plan_memory(
+                cfg, REFERENCE, device=device, dtype=choose_dtype(load.dtype, cfg, device), max_context=tokens,
+                sequences=wanted, key_mean=load.key_mean, **dataclasses.asdict(cache),
+            )  # fmt: skip
+            break
+        except UsageError:
+            raise
+        except OctoError:  # more than is free
+            wanted //= 2
+    return wanted
 
 
 def read_text(path: Path) -> str:

@@ -108,7 +108,7 @@ def _measure(
 ) -> list["Cell"]:
     """The cells of bf16, then those of every other format."""
     from octo_run.engine.evaluation import needle
-    from octo_run.engine.evaluation.perplexity import REFERENCE
+    from octo_run.engine.evaluation.reading import REFERENCE
     from octo_run.models.hub import resolve
     from octo_run.tokenizer import load_tokenizer
 
