@@ -148,18 +148,16 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
     def load(label: str) -> Engine:
         return reference if label == REFERENCE else load_case(model, by_label[label], _place(args))
 
-    perplexity.KEPT_BYTES = 4 * 2**30
     part: dict[str, Any] = {"kind": "ppl", "model": name, "where": where_measured(reference), "text": args.text.name}
     part |= {"tokens": args.tokens, "skip": args.skip, "stride": args.stride, "rows": []}
-    rows = perplexity.evaluate(load, [*by_label], [ids], stride=args.stride, step=STEP)
-    for row in rows:
+    for row in perplexity.evaluate(load, [*by_label], [ids], stride=args.stride):
         group = "formats" if row.kv == REFERENCE else by_label[row.kv].group
         part["rows"].append({"group": group, **dataclasses.asdict(row)})
         print(
             f"{name:8} {row.kv:28} {row.perplexity:8.4f} {row.delta_percent:+.3f} % ({row.delta_stderr:.3f})",
             flush=True,
         )
-        args.out.write_text(json.dumps(part, indent=1))
+    args.out.write_text(json.dumps(part, indent=1))
     return part
 
 
@@ -168,9 +166,11 @@ def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
     name, model = args.model.split("=", 1)
     engine = Engine.load(model, kv=REFERENCE, **_place(args))
     text = args.text.read_text("utf-8")[args.skip : args.skip + 400_000]
-    haystacks = needle.prompts(
-        engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], trials=args.trials, distractors=4, form="text", seed=0
-    )[CONTEXT, 0.5]
+    questions = needle.prompts(
+        engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], questions=args.trials, distractors=4, form="text",
+        seed=0,
+    )  # fmt: skip
+    haystacks = [question.hay for question in questions]
     part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine)}
     part |= {"texts": len(haystacks), "length": CONTEXT, "rows": []}
     for kv in args.only.split(";") if args.only else [REFERENCE, *OURS, *PAPER]:
@@ -221,7 +221,7 @@ def write(doc: Path, files: list[Path]) -> None:
             plot = doc.with_name(f"{doc.stem}-{model}.png")
             fields = {field.name for field in dataclasses.fields(Row)}
             shown = [row for row in rows if row["group"] in ("formats", "mean")]
-            plot_perplexity([Row(**{key: row[key] for key in fields}) for row in shown], plot)
+            plot_perplexity([Row(**{key: row[key] for key in fields if key in row}) for row in shown], plot)
             lines += [f"![perplexity against bytes, {model} model]({plot.name})", ""]
     doc.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
 
@@ -236,8 +236,8 @@ def _head(parts: list[dict[str, Any]]) -> Iterator[str]:
         if part["kind"] == "ppl":
             yield (
                 f"- perplexity, {part['model']} model: {part['text']} from character {part['skip']:,}, "
-                f"{part['rows'][0]['tokens']:,} tokens scored, windows of {CONTEXT:,} tokens {part['stride']:,} apart, "
-                f"{STEP} tokens a step; {part['where']}"
+                f"{part['rows'][0]['tokens']:,} tokens scored, windows of {CONTEXT:,} tokens {part['stride']:,} apart; "
+                f"{part['where']}"
             )
         else:
             asked = (

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from octo_run.engine.engine import Engine
-from octo_run.engine.evaluation.reading import REFERENCE, Piece, Reader, groups, pack, rows_at_once
+from octo_run.engine.evaluation.reading import (
+    REFERENCE,
+    Piece,
+    Progress,
+    Reader,
+    groups,
+    pack,
+    rows_at_once,
+    slice_rows,
+)
 from octo_run.engine.evaluation.statistics import standard_error
-from octo_run.engine.plan import free_memory
 from octo_run.errors import OctoError, UsageError
-
-#: Bytes that slices of logits take at most, all together (less where a quarter of what is free is less).
-SLICE_BYTES = {"cuda": 2**29, "cpu": 2**26}
-#: Bytes that comparing two formats takes for each token and word: three times float32, and the logits.
-_WORD_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,6 @@ def cache_bytes_per_token(engine: Engine) -> float:
     s, arena = engine.plan.shape, engine.arena
     full = sum(part.nbytes for part in arena.full(0)) * s.layers
     return (arena.pages.nbytes + arena.page_table.nbytes + full) / (s.sequences * s.context)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a comparison is: tokens fed, all formats together, and those to feed."""
-
-    fed: int
-    to_feed: int
 
 
 class Comparison:
@@ -197,7 +192,7 @@ class _Round:
             for index, ids in enumerate(texts)
             for window in windows(len(ids), first.max_context, stride, begin=first.tokenizer.adds_bos)
         ]
-        self._rows = min(rows_at_once(engine) for engine in engines)
+        self._rows = min(rows_at_once(engine.plan, engine.config) for engine in engines)
         most = min(self._rows, min(engine.plan.shape.chunk for engine in engines))
         if step is not None and not 1 <= step <= most:
             raise UsageError(f"--step is {step}; give 1 to {most} tokens.")
@@ -205,8 +200,7 @@ class _Round:
         self._at_once = min(engine.plan.shape.sequences for engine in engines)
         self._bytes = [cache_bytes_per_token(engine) for engine in engines]
         self._readers = [Reader(engine, self._rows) for engine in engines]
-        room = min(SLICE_BYTES[self._device.type], free_memory(self._device) // 4)
-        self._slice = max(1, room // (_WORD_BYTES * first.config.vocab_size))
+        self._slice = min(slice_rows(engine.plan, engine.config) for engine in engines)
         #: Tokens that are scored, that one format is fed, and that all are still to be fed.
         self.scored = sum(window.end - window.first for _, window in self._places)
         self.whole = sum(len(self._ids(*place)) - 1 for place in self._places)

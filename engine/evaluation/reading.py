@@ -19,10 +19,17 @@ from octo_run.engine import sequence as sequences
 from octo_run.engine.arena import PAGE, Chunk, KVArena
 from octo_run.engine.engine import MAX_SEQUENCES, Engine
 from octo_run.engine.forward import Forward, buffer_bytes
-from octo_run.engine.plan import CHUNK, free_memory
+from octo_run.engine.plan import CHUNK, MemoryPlan, free_memory
+from octo_run.models.config import ModelConfig
 
 #: The format that the others are compared with.
 REFERENCE = "bf16"
+#: Bytes that a slice of logits takes at most, by device (less where an eighth of what is free is less).
+SLICE_BYTES = {"cuda": 2**29, "cpu": 2**26}
+#: Bytes that comparing logits takes for each token and word: three numbers of float32, and the logits.
+WORD_BYTES = 16
+#: Of an engine's needs, what must be free beyond them before another one is loaded.
+_SPARE = 2**28
 
 
 class DecodedChunk(Chunk):
@@ -172,13 +179,46 @@ def pack(lengths: Sequence[int], rows: int, step: int) -> list[list[Piece]]:
     return passes
 
 
-def rows_at_once(engine: Engine) -> int:
-    """Tokens that a reader of the engine takes through the layers at once."""
-    shape = engine.plan.shape
-    wanted = min(CHUNK[engine.device.type], shape.sequences * shape.context)
-    while wanted > shape.chunk and buffer_bytes(engine.config, wanted, engine.dtype) > free_memory(engine.device) // 16:
-        wanted //= 2
-    return max(wanted, shape.chunk)
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a measurement is: tokens read, all formats together, and those to read in all."""
+
+    done: int
+    to_do: int
+
+
+def rows_at_once(plan: MemoryPlan, cfg: ModelConfig) -> int:
+    """Tokens that a reader of an engine takes through the layers at once: a chunk, or several sequences' tokens."""
+    shape = plan.shape
+    rows = min(CHUNK[torch.device(plan.device).type], shape.sequences * shape.context)
+    while rows > shape.chunk and buffer_bytes(cfg, rows, plan.dtype) > plan.free // 16:
+        rows //= 2
+    return max(rows, shape.chunk)
+
+
+def _workspace_bytes(plan: MemoryPlan, cfg: ModelConfig) -> int:
+    """Of attention, with every block of a chunk for a sequence."""
+    blocks, length = -(-plan.shape.chunk // PAGE) + 1, plan.shape.context
+    return kernels.attention_workspace_bytes(
+        blocks, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, plan.device, plan.shape.chunk, length
+    )
+
+
+def reader_bytes(plan: MemoryPlan, cfg: ModelConfig) -> int:
+    """Bytes that a reader holds beside the plan of its engine."""
+    rows = rows_at_once(plan, cfg)
+    return _workspace_bytes(plan, cfg) + (buffer_bytes(cfg, rows, plan.dtype) if rows > plan.shape.chunk else 0)
+
+
+def slice_rows(plan: MemoryPlan, cfg: ModelConfig) -> int:
+    """Tokens whose logits are computed and compared at a time."""
+    return max(1, min(SLICE_BYTES[torch.device(plan.device).type], plan.free // 8) // (WORD_BYTES * cfg.vocab_size))
+
+
+def fits(plan: MemoryPlan, cfg: ModelConfig, free: int) -> bool:
+    """Whether so many free bytes hold an engine of this plan, its reader and a slice of logits."""
+    held = plan.total + reader_bytes(plan, cfg) + slice_rows(plan, cfg) * WORD_BYTES * cfg.vocab_size
+    return max(held, plan.loading) <= free
 
 
 class Reader:
@@ -190,13 +230,9 @@ class Reader:
 
     def __init__(self, engine: Engine, rows: int) -> None:
         self.engine = engine
-        shape, cfg = engine.plan.shape, engine.config
-        count = kernels.attention_workspace_bytes(
-            -(-shape.chunk // PAGE), cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, engine.device, shape.chunk,
-            shape.context,
-        )  # fmt: skip
+        count = _workspace_bytes(engine.plan, engine.config)
         workspace = torch.zeros(count // 4, dtype=torch.float32, device=engine.device) if count else None
-        if rows > shape.chunk:
+        if rows > engine.plan.shape.chunk:
             self._forward = Forward(engine.forward.decoder, engine.arena, rows, workspace)
         else:
             self._forward = copy.copy(engine.forward)
@@ -283,8 +319,8 @@ def groups(load: Callable[[str], Engine], kvs: Sequence[str]) -> Iterator[list[t
     while True:
         group = [(REFERENCE, reference)]
         while waiting and (len(group) == 1 or _has_room(reference)):
-            kv = waiting.pop(0)
-            group.append((kv, load(kv)))
+            group.append((waiting[0], load(waiting[0])))
+            del waiting[0]
         yield group
         for _, engine in group[1:]:
             engine.close()
@@ -293,5 +329,5 @@ def groups(load: Callable[[str], Engine], kvs: Sequence[str]) -> Iterator[list[t
 
 
 def _has_room(engine: Engine) -> bool:
-    """Whether one more engine like this one fits, with what a reader holds and a tenth to spare."""
-    return free_memory(engine.device) > 1.1 * max(engine.plan.total, engine.plan.loading) + 2**28
+    """Whether one more engine like this one fits."""
+    return fits(engine.plan, engine.config, free_memory(engine.device) - _SPARE)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 #: Seconds that a prompt may take before the bar appears.
 DELAY = 1.0
-#: Seconds between two lines of running figures where standard error is no terminal.
-LINE_SECONDS = 15.0
+#: Seconds between running figures where standard error is no terminal.
+LINE_SECONDS = 30.0
+_FIGURES_SECONDS = 0.5  # and where it is one
 _REFRESH = 0.1  # seconds
 
 
@@ -141,8 +142,8 @@ class PromptProgress(_Drawing):
 
 
 class Running(_Drawing):
-    """The running figures of a measurement on standard error: above a bar where that is a terminal, else a line now and
-    then.
+    """The running figures of a measurement on standard error: above a bar where that is a terminal, else as lines from
+    time to time.
 
     Args:
         what: What the bar is called.
@@ -157,23 +158,24 @@ class Running(_Drawing):
         self._told = 0.0
         self._bar: Progress | None = None
 
-    def report(self, done: int, total: int, table: Callable[[], str], line: Callable[[], str]) -> None:
+    def report(self, done: int, total: int, table: Callable[[], str]) -> None:
         """Tell how far the measurement is; the first call begins its time.
 
         Args:
-            table: Gives the figures so far for a terminal, "" before there are any.
-            line: Gives them in short; it is called now and then.
+            table: Gives the figures so far, "" before there are any; it is called now and then.
         """
         now = time.monotonic()
         if self._begun is None:
             self._begun = self._told = now
             self.begin()
         self._state = (done, total, now)
-        if self._thread is not None:
-            self._figures = table()
-        elif now - self._told >= LINE_SECONDS and (figures := line()):
-            self._told = now
-            console.notice(f"{self._what}, {100 * done / total:.0f} %, {self._left()} left: {figures}")
+        if now - self._told < (_FIGURES_SECONDS if self._thread is not None else LINE_SECONDS):
+            return
+        self._told, self._figures = now, table()
+        if self._thread is None:
+            console.notice(f"{self._what}: {100 * done / total:.0f} %, {self._left()} left")
+            if self._figures:
+                console.notice_lines(self._figures)
 
     def _left(self) -> str:
         done, total, when = self._state

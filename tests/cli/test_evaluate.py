@@ -87,7 +87,7 @@ def test_needles_as_table_and_files(octo: Callable[..., Any], text: str, tmp_pat
         "2",
     )
     table, plot = tmp_path / "cells.csv", tmp_path / "map.png"
-    shown = octo(*argv, "--trials", "1", "--distractors", "1", "--csv", str(table), "--plot", str(plot), "--json")
+    shown = octo(*argv, "--questions", "2", "--distractors", "1", "--csv", str(table), "--plot", str(plot), "--json")
     assert shown.code == 0, shown.err
     cells = json.loads(shown.out)
     assert [(cell["kv"], cell["depth"], cell["trials"]) for cell in cells] == [

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,13 @@ import click
 from octo_run.cli import console, runtime
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
+from octo_run.cli.progress import Running
 from octo_run.errors import OctoError, UsageError
+from octo_run.process import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine
+    from octo_run.engine.evaluation.reading import Progress
 
 figure_type = click.Path(dir_okay=False, path_type=Path)
 
@@ -119,22 +122,24 @@ def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wa
     """
     from octo_run.engine import plan_memory
     from octo_run.engine.engine import choose_device, choose_dtype
-    from octo_run.engine.evaluation.reading import REFERENCE
+    from octo_run.engine.evaluation import reading
     from octo_run.models.config import load_config
     from octo_run.models.hub import resolve
 
     cfg, device = load_config(resolve(load.model)), choose_device(load.device)
     while wanted > 1:
         try:
-            plan_memory(
-                cfg, REFERENCE, device=device, dtype=choose_dtype(load.dtype, cfg, device), max_context=tokens,
+            plan = plan_memory(
+                cfg, reading.REFERENCE, device=device, dtype=choose_dtype(load.dtype, cfg, device), max_context=tokens,
                 sequences=wanted, key_mean=load.key_mean, **dataclasses.asdict(cache),
             )  # fmt: skip
-            break
+            if reading.fits(plan, cfg, plan.free):
+                break
         except UsageError:
             raise
         except OctoError:  # more than is free
-            wanted //= 2
+            pass
+        wanted //= 2
     return wanted
 
 
@@ -192,6 +197,31 @@ def csv_output(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[Output
             writer.writerows(rows)
 
     return [] if path is None else [OutputFile(path, write)]
+
+
+def follow(what: str, states: "Iterable[Progress]", table: Callable[[], str], deliver: Callable[[], None]) -> int:
+    """Go through a measurement with running figures on standard error, then deliver what it has, however it ended.
+
+    Args:
+        table: Gives the figures so far; "" as long as there are none.
+
+    Returns:
+        The exit code.
+    """
+    code = 0
+    try:
+        with Running(what) as running:
+            for state in states:
+                running.report(state.done, state.to_do, table)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except Exception:
+        if table():
+            deliver()
+        raise
+    if table():
+        deliver()
+    return code
 
 
 def percent(value: float | None, digits: int = 2, *, sign: bool = False) -> str:

@@ -12,8 +12,6 @@ from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options, percent
 from octo_run.cli.options import COUNT, EngineOptions, engine_options
 from octo_run.cli.output import OutputFile, deliver
-from octo_run.cli.progress import Running
-from octo_run.process import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from octo_run.engine.evaluation.perplexity import Comparison, Row
@@ -63,20 +61,23 @@ def command(
     kvs = common.formats(load)
     context = common.context(load, _CONTEXT)
     comparison = _comparison(contents, kvs, context, step, stride or context // 2, tokens, load, cache)
-    try:
-        interrupted = _run(comparison)
-    except Exception:
+
+    def deliver_rows() -> None:
         rows = comparison.rows()
-        if rows:
-            _deliver(comparison, rows, as_json, csv_file, plot)
-        raise
-    rows = comparison.rows()
-    if interrupted and not rows:
-        return EXIT_INTERRUPTED
-    if not texts:
-        console.notice(f"the bundled sample is small ({rows[0].tokens:,} tokens scored): give --text for a firm figure")
-    _deliver(comparison, rows, as_json, csv_file, plot)
-    return EXIT_INTERRUPTED if interrupted else 0
+        if not texts:
+            count = f"{rows[0].tokens:,} tokens scored"
+            console.notice(f"the bundled sample is small ({count}): give --text for a firm figure")
+        values = [dataclasses.asdict(row) for row in rows]
+        files = common.csv_output(csv_file, values)
+        if plot is not None:
+            from octo_run.engine.evaluation.plots import plot_perplexity
+
+            files.append(OutputFile(plot, lambda path: plot_perplexity(rows, path)))
+        deliver(console.as_json(values) if as_json else table(rows, comparison.tokens), files, as_json=as_json)
+
+    return common.follow(
+        "eval ppl", comparison.run(), lambda: table(comparison.rows(), comparison.tokens), deliver_rows
+    )
 
 
 def _comparison(
@@ -106,41 +107,14 @@ def _comparison(
     return Comparison(common.loader(load, cache, context, sequences), kvs, ids, stride=stride, step=step)
 
 
-def _run(comparison: "Comparison") -> bool:
-    """Measure, with running figures on standard error; returns whether Ctrl-C ended it."""
-
-    def shown() -> str:
-        rows = comparison.rows()
-        return table(rows, comparison.tokens) if rows else ""
-
-    try:
-        with Running("eval ppl") as running:
-            for state in comparison.run():
-                running.report(state.fed, state.to_feed, shown, lambda: _in_short(comparison.rows()))
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-def _deliver(
-    comparison: "Comparison", rows: list["Row"], as_json: bool, csv_file: Path | None, plot: Path | None
-) -> None:
-    """Print the rows and write the files."""
-    values = [dataclasses.asdict(row) for row in rows]
-    files = common.csv_output(csv_file, values)
-    if plot is not None:
-        from octo_run.engine.evaluation.plots import plot_perplexity
-
-        files.append(OutputFile(plot, lambda path: plot_perplexity(rows, path)))
-    deliver(console.as_json(values) if as_json else table(rows, comparison.tokens), files, as_json=as_json)
-
-
 def table(rows: Sequence["Row"], tokens: int) -> str:
-    """The rows as a table in plain text.
+    """The rows as a table in plain text; "" without rows.
 
     Args:
         tokens: Those of a whole measurement.
     """
+    if not rows:
+        return ""
     header = ["kv", "perplexity", "±", "change %", "±", "KL mean", "KL 99 %", "top-1 %", "bytes/token", "tokens/s"]
     cells = [_cells(row) for row in rows]
     return f"{console.table(header, cells)}\n{_scored(rows, tokens)} tokens scored; ± is one standard error"
@@ -154,13 +128,6 @@ def _scored(rows: Sequence["Row"], tokens: int) -> str:
     if len(counts) == 1:
         return f"partial: {rows[0].tokens:,} of {tokens:,}"
     return f"partial: {', '.join(f'{row.kv} {row.tokens:,}' for row in rows)} of {tokens:,}"
-
-
-def _in_short(rows: Sequence["Row"]) -> str:
-    """The changes as one line, "" without rows."""
-    changes = [f"{row.kv} {percent(row.delta_percent, sign=True)} ± {percent(row.delta_stderr)} %" for row in rows[1:]]
-    first = [f"{rows[0].kv} {rows[0].perplexity:.3f}"] if rows else []
-    return ", ".join(first + changes)
 
 
 def _cells(row: "Row") -> list[str]:
