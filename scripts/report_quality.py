@@ -24,8 +24,9 @@ import torch
 
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.evaluation import needle, perplexity
-from octo_run.engine.evaluation.perplexity import REFERENCE, Row
+from octo_run.engine.evaluation.perplexity import Row
 from octo_run.engine.evaluation.plots import plot_perplexity
+from octo_run.engine.evaluation.reading import REFERENCE
 from octo_run.engine.evaluation.statistics import wilson
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import Codec
@@ -150,14 +151,17 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
 
     part: dict[str, Any] = {"kind": "ppl", "model": name, "where": where_measured(reference), "text": args.text.name}
     part |= {"tokens": args.tokens, "skip": args.skip, "stride": args.stride, "rows": []}
-    for row in perplexity.evaluate(load, [*by_label], [ids], stride=args.stride):
-        group = "formats" if row.kv == REFERENCE else by_label[row.kv].group
-        part["rows"].append({"group": group, **dataclasses.asdict(row)})
-        print(
-            f"{name:8} {row.kv:28} {row.perplexity:8.4f} {row.delta_percent:+.3f} % ({row.delta_stderr:.3f})",
-            flush=True,
-        )
-    args.out.write_text(json.dumps(part, indent=1))
+    comparison = perplexity.Comparison(load, [*by_label], [ids], stride=args.stride)
+    try:
+        for _ in comparison.run():
+            pass
+    finally:  # what is done is kept, whatever comes in between
+        for row in comparison.rows():
+            group = "formats" if row.kv == REFERENCE else by_label[row.kv].group
+            part["rows"].append({"group": group, **dataclasses.asdict(row)})
+            change = f"{row.delta_percent:+.3f} % ({row.delta_stderr:.3f}){' partial' * row.partial}"
+            print(f"{name:8} {row.kv:28} {row.perplexity:8.4f} {change}", flush=True)
+        args.out.write_text(json.dumps(part, indent=1))
     return part
 
 

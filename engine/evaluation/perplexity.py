@@ -26,6 +26,7 @@ from octo_run.engine.evaluation.reading import (
 )
 from octo_run.engine.evaluation.statistics import standard_error
 from octo_run.errors import OctoError, UsageError
+from octo_run.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ def windows(tokens: int, context: int, stride: int, *, begin: bool) -> list[Wind
         end = min(done + stride, tokens)
         found.append(Window(end - room, end, done))
     return found
+
+
+def window_ids(tokenizer: Tokenizer, text: list[int], window: Window) -> list[int]:
+    """The tokens of a window, with what the model wants a text to begin with before them."""
+    return tokenizer.opening + text[window.start : window.end]
 
 
 def cache_bytes_per_token(engine: Engine) -> float:
@@ -185,7 +191,7 @@ class _Round:
     ) -> None:
         self.kvs, engines = [kv for kv, _ in group], [engine for _, engine in group]
         first = engines[0]
-        self._begin, self._device = first.tokenizer.opening, first.device
+        self._tokenizer, self._device = first.tokenizer, first.device
         self._texts = texts
         self._places = [
             (index, window)
@@ -210,7 +216,7 @@ class _Round:
         self._rates: list[float] = []
 
     def _ids(self, index: int, window: Window) -> list[int]:
-        return self._begin + self._texts[index][window.start : window.end]
+        return window_ids(self._tokenizer, self._texts[index], window)
 
     def run(self) -> Iterator[int]:
         """Read all windows; yields numbers of tokens that a format was fed."""
