@@ -7,6 +7,7 @@ Windows are read several at a time, by all formats in lockstep, and every token 
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -220,14 +221,15 @@ class _Round:
 
     def run(self) -> Iterator[int]:
         """Read all windows; yields numbers of tokens that a format was fed."""
-        waiting: _Copied | None = None
+        under_way: deque[_Copied] = deque()
+        ahead = 1 if self._device.type == "cuda" else 0  # a GPU works on a batch while the host has the one before
         for first in range(0, len(self._places), self._at_once):
             batch = yield from self._batch(self._places[first : first + self._at_once])
-            waiting, ready = batch, waiting  # the device works on this one while the host has the one before
-            if ready is not None:
-                self._take(ready)
-        if waiting is not None:
-            self._take(waiting)
+            under_way.append(batch)
+            while len(under_way) > ahead:
+                self._take(under_way.popleft())
+        while under_way:
+            self._take(under_way.popleft())
 
     def _batch(self, places: Sequence[tuple[int, Window]]) -> Generator[int, None, "_Copied"]:
         """Windows read at the same time."""
