@@ -87,7 +87,7 @@ def windows(tokens: int, context: int, stride: int, *, begin: bool) -> list[Wind
     if tokens < room:
         raise UsageError(
             f"A text has {tokens:,} tokens and a window of --ctx {context:,} takes {room:,}: "
-            "give a longer text or a smaller --ctx."
+            "give a longer text, more --tokens, or a smaller --ctx."
         )
     found = [Window(0, room, 0 if begin else 1)]
     while (done := found[-1].end) < tokens:

@@ -21,6 +21,7 @@ DELAY = 1.0
 #: Seconds between running figures where standard error is no terminal.
 LINE_SECONDS = 30.0
 _FIGURES_SECONDS = 0.5  # and where it is one
+_MOST_OF_THE_TIME = 20  # so many times what computing figures takes must pass before it is done again
 _REFRESH = 0.1  # seconds
 
 
@@ -155,7 +156,7 @@ class Running(_Drawing):
         self._begun: float | None = None
         self._state = (0, 1, 0.0)  # done, to do, when that was told
         self._figures = ""
-        self._told = 0.0
+        self._told = self._cost = 0.0
         self._bar: Progress | None = None
 
     def report(self, done: int, total: int, table: Callable[[], str]) -> None:
@@ -169,9 +170,12 @@ class Running(_Drawing):
             self._begun = self._told = now
             self.begin()
         self._state = (done, total, now)
-        if now - self._told < (_FIGURES_SECONDS if self._thread is not None else LINE_SECONDS):
+        pause = _FIGURES_SECONDS if self._thread is not None else LINE_SECONDS
+        if now - self._told < max(pause, _MOST_OF_THE_TIME * self._cost):
             return
-        self._told, self._figures = now, table()
+        self._figures = table()
+        self._told = time.monotonic()
+        self._cost = self._told - now
         if self._thread is None:
             console.notice(f"{self._what}: {100 * done / total:.0f} %, {self._left()} left")
             if self._figures:

@@ -214,6 +214,25 @@ def test_figures_do_not_depend_on_what_is_read_at_once(
         assert row.delta_stderr == pytest.approx(100 * (1 + row.delta_percent / 100) * change, rel=1e-2, abs=1e-9)
 
 
+def test_windows_longer_than_a_chunk(tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]) -> None:
+    """Several of them, each in three passes through the layers, against a page at a time."""
+    ids = random_ids(1900)
+    engines = {kv: tiny(kv, context=1100) for kv in ("bf16", "octopus2")}
+    places = windows(1900, 1100, 500, begin=True)
+    assert len(places) == 3 and engines["bf16"].plan.shape.chunk == 512
+    losses: dict[str, list[Tensor]] = {kv: [] for kv in engines}
+    for place in places:
+        fed = [256, *ids[place.start : place.end]]
+        targets = torch.tensor(ids[place.first : place.end])
+        for kv, engine in engines.items():
+            logits = engine.logits(fed[:-1], 64)[place.first - place.end :].double().log_softmax(-1)
+            losses[kv].append(-logits.gather(1, targets[:, None])[:, 0])
+    for row in perplexity.evaluate(engines.__getitem__, ["octopus2"], [ids], stride=500):
+        assert row.perplexity == pytest.approx(float(torch.cat(losses[row.kv]).mean().exp()), rel=1e-5)
+        assert (row.tokens, row.partial) == (1900, False)
+    assert row.delta_percent != 0
+
+
 def test_formats_that_do_not_fit_together_follow_each_other(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
