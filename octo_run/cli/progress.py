@@ -21,7 +21,7 @@ DELAY = 1.0
 #: Seconds between running figures where standard error is no terminal.
 LINE_SECONDS = 30.0
 _FIGURES_SECONDS = 0.5  # and where it is one
-_MOST_OF_THE_TIME = 20  # so many times what computing figures takes must pass before it is done again
+_SELDOM = 20  # so many times what computing figures takes passes at least before it is done again
 _REFRESH = 0.1  # seconds
 
 
@@ -171,11 +171,12 @@ class Running(_Drawing):
             self.begin()
         self._state = (done, total, now)
         pause = _FIGURES_SECONDS if self._thread is not None else LINE_SECONDS
-        if now - self._told < max(pause, _MOST_OF_THE_TIME * self._cost):
+        if now - self._told < max(pause, _SELDOM * self._cost):
             return
+        begun = time.monotonic()
         self._figures = table()
         self._told = time.monotonic()
-        self._cost = self._told - now
+        self._cost = self._told - begun
         if self._thread is None:
             console.notice(f"{self._what}: {100 * done / total:.0f} %, {self._left()} left")
             if self._figures:

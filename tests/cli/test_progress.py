@@ -270,11 +270,32 @@ def test_running_figures_stand_above_a_bar(watch: Callable[[], Screen], monkeypa
     with Running("eval ppl") as running:
         running.report(0, 4000, lambda: "")
         screen.wait_for("0 %")
+        running._cost = 0.0  # the first figures may have waited for the thread
         running.report(1000, 4000, lambda: "kv  perplexity\noct3    12.345")
         screen.wait_for("12.345")
         screen.wait_for("25 %")
     assert re.search(r"kv  perplexity *\r?\noct3    12\.345 *\r?\n", screen.getvalue())
     assert re.search(r"\x1b\[\?25h\r(\x1b\[1A\x1b\[2K){3}$", screen.getvalue()), "three lines are taken away"
+
+
+def test_figures_that_take_long_are_computed_seldom(
+    watch: Callable[[], Screen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch()
+    now, made = 1000.0, []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def table() -> str:
+        nonlocal now
+        made.append(now)
+        now += 2
+        return "slow"
+
+    with Running("eval ppl") as running:
+        for done in range(100):
+            running.report(done, 100, table)
+            now += 1
+    assert len(made) == 3
 
 
 def test_running_figures_are_not_computed_for_every_report(watch: Callable[[], Screen]) -> None:
