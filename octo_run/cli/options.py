@@ -128,6 +128,8 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--ctx",
+        "--context",
+        "ctx",
         metavar="N|auto",
         default="auto",
         show_default=True,
