@@ -101,10 +101,10 @@ class ArenaShape:
         """Bytes that one packed token takes over all layers and KV heads."""
         return self.layers * self.kv_heads * (self.k_bytes + self.v_bytes)
 
-    @property
-    def mean_queries(self) -> int:
-        """Queries whose coefficients are kept at a time: on a GPU only a step's, for prefill needs none."""
-        return self.sequences if self.on_gpu else max(self.chunk, self.sequences)
+    def coefficients_shape(self, rows: int) -> tuple[int, int, int, int]:
+        """Of the means' coefficients of ``rows`` queries, float32: on a GPU only a step's, for prefill needs none."""
+        count = min(rows, self.sequences) if self.on_gpu else rows
+        return count if self.mean_heads else 0, 1, self.mean_heads, self.head_dim
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

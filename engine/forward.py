@@ -64,12 +64,17 @@ class Forward:
         self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._coefficients = torch.zeros(arena.shape.coefficients_shape(rows), device=device)
 
     def _upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
         into = self._ids[: len(ids)]
         self.arena.upload(ids, into)
         return into
+
+    def _coefficients_of(self, count: int) -> Tensor | None:
+        """Where those of so many queries are written to, ``[count, 1, heads, d]``; None where nothing needs them."""
+        return self._coefficients[:count] if 0 < count <= len(self._coefficients) else None
 
     def chunks(self, chunks: list[Chunk]) -> Tensor:
         """Run chunks of several sequences through the layers.
@@ -82,7 +87,7 @@ class Forward:
         ids = self._upload([token for chunk in chunks for token in chunk.ids])
         count = len(ids)
         q, mixed, kv = self._buffers["q"][:count], self._buffers["mixed"][:count], self._buffers["kv"][:, :count]
-        coefficients = None if self.arena.means is None else self.arena.means.coefficients(count)
+        coefficients = self._coefficients_of(count)
         parts, first = list[tuple[Chunk, Tensor, Tensor, Tensor, Tensor | None]](), 0
         for chunk in chunks:
             last = first + chunk.count
@@ -117,7 +122,7 @@ class Forward:
         arena, batch = self.arena, len(ids)
         q, mixed = self._buffers["q"][:batch], self._buffers["mixed"][:batch]
         transforms = self._transforms(state.positions)
-        coefficients = None if arena.means is None else arena.means.coefficients(batch)
+        coefficients = self._coefficients_of(batch)
 
         def mix(index: int, qkv: Tensor) -> Tensor:
             full_k, full_v = arena.full(index)

@@ -27,7 +27,6 @@ class KeyMeans:
         self.maps = torch.empty(s.layers, s.kv_heads, s.head_dim, s.head_dim, device=device)
         for layer, (mean, key_map) in enumerate(zip(means, key_maps, strict=True)):
             self.maps[layer] = key_mean.mean_maps(mean, key_map)
-        self._coefficients = torch.zeros(s.mean_queries, 1, s.mean_heads, s.head_dim, device=device)
         pages = max(s.layers, (s.ring + s.chunk) // PAGE)
         self._rows = torch.zeros(pages, s.kv_heads, PAGE, s.head_dim, dtype=s.dtype, device=device)
 
@@ -43,11 +42,6 @@ class KeyMeans:
         """
         out = self._rows[: k.shape[0] * k.shape[1]].view(k.shape)
         return key_mean.take_out(k, self.maps[layer : layer + k.shape[0]], first, self.tables, out)
-
-    def coefficients(self, queries: int) -> Tensor | None:
-        """Where the coefficients of so many queries are written to, float32 ``[queries, 1, heads, d]``, good until the
-        next call; None for more than are ever needed at a time: those of a prompt on a GPU."""
-        return self._coefficients[:queries] if queries <= len(self._coefficients) else None
 
     def of_queries(self, layer: int, coefficients: Tensor | None) -> KeyMean:
         """What attention takes for queries ``[B, C, heads, d]`` with coefficients of this shape."""

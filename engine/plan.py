@@ -42,7 +42,7 @@ class MemoryPlan:
         free: What is left to an engine.
         before: What the process held in memory when the plan was made if the device is a CPU (PyTorch, tokenizer).
         loading: The bytes held at most while weights are fused, before anything else is there.
-        arena: Packed pages, their table and what key means take.
+        arena: Packed pages, their table, and what is done to keys (`models.conditioning`).
         full_precision: Sinks, windows and the staging buffer.
         workspace: Partial results of attention, the matrix-product library's workspace and the activations of a chunk
             or a step.
@@ -186,7 +186,7 @@ def _measure(decoder: Decoder, fmt: KVFormat, device: torch.device, shape: Arena
     arena, full = parts.arena, parts.arena.full_precision
     temporaries = _cpu_temporaries(decoder.cfg, shape) if device.type == "cpu" else _library_workspace(device)
     return {
-        "arena": held(arena, but=(full, decoder)),
+        "arena": held(arena, but=(full, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),
         "workspace": held(parts.forward, but=(arena, decoder)) + temporaries,
         "graphs": _library_workspace(device),
@@ -267,7 +267,8 @@ def plan_memory(
         made = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in expected_tensors(cfg).items()}
         decoder = Decoder(cfg, made, None, fmt.v.rotation)
         decoder.store_keys(fmt.k.rotation, Conditioning.empty(cfg, kind, "meta"))
-        weights = sum(held_bytes(decoder.embedding, decoder.head, decoder.final_norm, decoder.layers))
+        parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
+        weights = sum(held_bytes(*parts, but=(decoder.key_tensors,)))
 
     def measure(shape: ArenaShape) -> dict[str, int]:
         with torch.inference_mode():

@@ -52,7 +52,6 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
-    "coefficients_kernel": ATTENTION,
     "flash_kernel": ATTENTION,
     "general_decode_kernel": ATTENTION,
     "lane_search_kernel": CODING,

@@ -11,7 +11,8 @@ A code makes an error of about the same size in every direction. Three facts say
 
   where C_k is the covariance of keys and C_q the second moment of queries. The least that it can be is reached by
   A^T A = P with P C_k P = C_q: with C_k = L L^T and L^T C_q L = U D U^T that is A = D^(1/4) U^T L^-1.
-- Keys and queries count as attention does: a key by the weight that it is given, a query by what it gives.
+- Keys and queries count as attention does: a key by the weight that it is given, a query by what it gives to keys far
+  enough behind it to be coded.
 
 RoPE turns keys and queries before A is applied, so both moments are averaged over positions: those before RoPE are
 multiplied, pair by pair, with the averages of e^(i (w_a - w_b) p) and e^(i (w_a + w_b) p). Slow pairs keep their
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 #: A text of several kinds: prose, a calculation, code, a conversation, other languages, tables.
 CALIBRATION = "calibration.txt"
 
-#: Tokens at the beginning whose keys do not count: attention sinks, which are never coded.
-_FIRST = 4
+#: Tokens at the beginning whose keys do not count, attention sinks, which are never coded; and how far behind a query a
+#: key must be to count.
+_FIRST, _BEHIND = 4, 64
 #: The share of an even moment that is mixed into a measured one, so that no direction is without precision.
 _EVEN = 0.25
 #: Positions that moments are averaged over, and the first of them.
@@ -123,11 +125,10 @@ def _observe(
     Args:
         q, k, v: ``[T, G, d]``, ``[T, d]``, ``[T, d]``, queries and keys after RoPE in float32.
     """
-    count = len(k)
-    later = torch.ones(count, count, dtype=torch.bool, device=k.device).triu_(1)
-    weights = (q.transpose(0, 1) @ k.T).mul_(scale).masked_fill_(later, -torch.inf).softmax(-1)  # [G, T, T]
+    every = torch.ones(len(k), len(k), dtype=torch.bool, device=k.device)
+    weights = (q.transpose(0, 1) @ k.T).mul_(scale).masked_fill_(every.triu(1), -torch.inf).softmax(-1)  # [G, T, T]
     out = (weights @ v.to(torch.float32)).transpose(0, 1)
-    weights = weights[..., _FIRST:]
+    weights = (weights * every.tril(-_BEHIND))[..., _FIRST:]
     plain_q = rope.apply(q[None], cos[None], -sin[None])[0]
     plain_k = rope.apply(k[None, :, None], cos[None], -sin[None])[0, _FIRST:, 0]
     mean = plain_k.mean(0)

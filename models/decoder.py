@@ -144,6 +144,11 @@ class Decoder:
             v_rotation=unfolded,
         )
 
+    @property
+    def key_tensors(self) -> list[Tensor]:
+        """What the layers hold beside their weights: maps and means of keys."""
+        return [part for layer in self.layers for part in (layer.maps, layer.key_mean) if part is not None]
+
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Run the tokens through all layers.
 

@@ -38,6 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where what is measured on models is kept while the tests run: each model is measured once."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        folder = Path(os.environ["XDG_CACHE_HOME"]) / "octo-run" / "statistics"
+        folder.mkdir(parents=True)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of test data that is no part of the project (texts, tokenizers, configurations)."""

@@ -8,6 +8,7 @@ many tokens are read at once, except for rounding.
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -78,6 +79,7 @@ class DecodedChunk(Chunk):
         spec: kernels.AttentionSpec,
         workspace: Tensor | None,
         out: Tensor | None = None,
+        coefficients: Tensor | None = None,
     ) -> Tensor:
         a = self.arena
         new, store, staging = kv.transpose(1, 2), a._full[:, layer, self.row], a._staging[:, 0]
@@ -89,7 +91,7 @@ class DecodedChunk(Chunk):
             staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
         self._code(layer)
         out = torch.empty_like(q) if out is None else out
-        self._attend(layer, q, out, spec, workspace)
+        self._attend(layer, q, out, spec, workspace, coefficients)
         if self._tail > self._coded:
             store.index_copy_(2, self._left_slots, staging[:, :, self._coded : self._tail])
         return out
@@ -102,23 +104,26 @@ class DecodedChunk(Chunk):
         coded = a._staging[:, :, :, : self._coded]
         k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
         if a.means is not None:
-            if self._first_page:
-                a.means.learn(layer, self.row, k_pages[0, 0])
-            k_pages = a.means.take_out(k_pages, layer, self.row, self._state[1:2])
+            k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
         a.encode(k_pages, v_pages, a.pages[:, layer : layer + 1], self._ids)
 
     def _attend(
-        self, layer: int, q: Tensor, out: Tensor, spec: kernels.AttentionSpec, workspace: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        out: Tensor,
+        spec: kernels.AttentionSpec,
+        workspace: Tensor | None,
+        coefficients: Tensor | None,
     ) -> None:
         a = self.arena
-        whole = a.chunk_inputs(layer, self.row, q[:, :1])
+        whole = a.chunk_inputs(layer, self.row, coefficients)
         for first, count, tokens, numbers, (packed, starts, origins), slot, capacity in self._blocks:
             taken = slice(first, first + count * tokens)
             queries, mixed = (x[0, taken].view(count, tokens, *x.shape[2:]) for x in (q, out))
             mean = whole.mean
-            if a.means is not None:
-                mean = a.means.of_queries(layer, self.row, torch.zeros_like(numbers), queries)
-                mean = dataclasses.replace(mean, means=mean.means.expand(count, -1, -1))
+            if mean is not None and coefficients is not None:
+                mean = dataclasses.replace(mean, of_queries=coefficients[0, taken].view(queries.shape))
             inputs = dataclasses.replace(
                 whole,
                 page_table=whole.page_table.expand(count, -1),
@@ -207,7 +212,10 @@ def _workspace_bytes(plan: MemoryPlan, cfg: ModelConfig) -> int:
 def reader_bytes(plan: MemoryPlan, cfg: ModelConfig) -> int:
     """Bytes that a reader holds beside the plan of its engine."""
     rows = rows_at_once(plan, cfg)
-    return _workspace_bytes(plan, cfg) + (buffer_bytes(cfg, rows, plan.dtype) if rows > plan.shape.chunk else 0)
+    if rows <= plan.shape.chunk:
+        return _workspace_bytes(plan, cfg)
+    coefficients = 4 * math.prod(plan.shape.coefficients_shape(rows))
+    return _workspace_bytes(plan, cfg) + buffer_bytes(cfg, rows, plan.dtype) + coefficients
 
 
 def slice_rows(plan: MemoryPlan, cfg: ModelConfig) -> int:

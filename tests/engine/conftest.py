@@ -9,7 +9,9 @@ from torch import Tensor
 
 from octo_run.engine import Engine, plan_memory
 from octo_run.engine.arena import Chunk
+from octo_run.engine.conditioning import conditioning_of
 from octo_run.engine.forward import Forward
+from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.step import StepState
 from octo_run.kernels.codec import parse_kv
 from octo_run.models.config import GenerationDefaults, ModelConfig
@@ -132,8 +134,9 @@ def build_engine(
         plan_options["cache_bytes"] = pages * 64 * bytes_per_token
     plan = plan_memory(cfg, fmt, device=torch.device("cpu"), dtype=dtype, max_context=context, **plan_options)
     with torch.inference_mode():
-        rotations = [None if codec.name == "bf16" else codec.rotation for codec in (fmt.k, fmt.v)]
-        decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), *rotations)
+        decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), None, fmt.v.rotation)
+        found = conditioning_of(decoder, NoTokenizer(cfg.vocab_size), plan.conditioning, None)
+        decoder.store_keys(fmt.k.rotation, found)
         return Engine("tiny", cfg, decoder, ByteTokenizer(), plan, fmt, GenerationDefaults(), 0)  # type: ignore[arg-type]
 
 

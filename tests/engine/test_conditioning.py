@@ -1,5 +1,6 @@
 """Conditioned keys in the engine: one function without coding, nearer to it with coding, kept for the next load."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from octo_run import Engine, UsageError
 from octo_run.engine import plan as plan_module
 from octo_run.engine.arena import ArenaShape
-from octo_run.engine.key_means import KeyMeans
 from octo_run.engine.parts import held_bytes
 from octo_run.models import conditioning
 from octo_run.models.cache import statistics_folder
@@ -41,7 +41,7 @@ def test_with_coding_the_distribution_is_nearer() -> None:
     for kind in CONDITIONINGS:
         coded = logits("octopus2", kind).log_softmax(-1)
         divergence[kind] = float((exact.exp() * (exact - coded)).sum(-1).mean())
-    assert divergence["full"] < divergence["mean"] < 0.9 * divergence["off"]
+    assert max(divergence["full"], divergence["mean"]) < 0.9 * divergence["off"]
 
 
 def test_coded_keys_are_conditioned_unless_it_is_off() -> None:
@@ -84,21 +84,17 @@ def test_plan_counts_maps_and_means() -> None:
     engines = [load("oct3", kind) for kind in ("off", "full")]
     means = engines[1].arena.means
     assert means is not None
-    assert engines[1].plan.arena - engines[0].plan.arena == sum(held_bytes(means))
     layers = engines[1]._decoder.layers
     # One matrix for all layers against two, and a mean, for each KV head.
     assert layers[0].maps is not None and layers[0].key_mean is not None
     added = len(layers) * (layers[0].maps.nbytes + layers[0].key_mean.nbytes) - 4 * layers[0].maps[0, 0].numel()
-    assert engines[1].plan.weights - engines[0].plan.weights == added
+    assert engines[1].plan.arena - engines[0].plan.arena == sum(held_bytes(means)) + added
+    assert engines[1].plan.weights == engines[0].plan.weights
     assert engines[1].plan.tokens_that_fit(engines[1].plan.total) >= 512
 
 
-@pytest.mark.parametrize("sequences", [1, 200])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_only_what_attention_reads_is_kept(on_gpu: bool, sequences: int) -> None:
-    shape = ArenaShape(2, 2, 64, 30, 30, torch.float32, 300, chunk=96, sequences=sequences, mean_heads=6, on_gpu=on_gpu)
-    each = [torch.zeros(2, 64)] * 2, [torch.eye(64).expand(2, -1, -1)] * 2
-    means = KeyMeans(shape, *each, 10000.0 ** (-torch.arange(0, 64, 2) / 64))
-    step = means.coefficients(sequences)
-    assert step is not None and step.shape == (sequences, 1, 6, 64)
-    assert (means.coefficients(max(96, sequences + 1)) is None) == (on_gpu or sequences > 96)
+def test_only_coefficients_that_attention_reads_are_kept(on_gpu: bool) -> None:
+    shape = ArenaShape(2, 2, 64, 30, 30, torch.float32, 300, chunk=96, sequences=7, mean_heads=6, on_gpu=on_gpu)
+    assert shape.coefficients_shape(96) == (7 if on_gpu else 96, 1, 6, 64)
+    assert dataclasses.replace(shape, mean_heads=0).coefficients_shape(96)[0] == 0

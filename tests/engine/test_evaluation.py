@@ -290,7 +290,7 @@ def test_steps_that_are_too_long_are_refused(tiny: Callable[..., Engine], random
 
 def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> None:
     """What is scored was read from the packed pages: other bytes there, another perplexity."""
-    engine = Engine.load("octo-demo", kv="octopus4", device="cpu", max_context=320)
+    engine = Engine.load("octo-demo", kv="octopus4", device="cpu", max_context=320, conditioning="off")
     ids = load_tokenizer(DEMO_PATH).encode(2 * PROSE)[:319]
     score = lambda: perplexity.evaluate(lambda _kv: engine, ["bf16"], [ids], stride=160, step=64)  # noqa: E731
     (good,) = score()

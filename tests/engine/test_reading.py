@@ -41,8 +41,15 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"key_mean": True}, {"sink": 5, "window": 128}, {"sink": 0, "window": 0}, {"sink": 200}],
-    ids=["usual", "key mean", "uneven sink", "neither", "long sink"],
+    [
+        {"conditioning": "off"},
+        {},
+        {"conditioning": "mean"},
+        {"sink": 5, "window": 128},
+        {"sink": 0, "window": 0},
+        {"sink": 200},
+    ],
+    ids=["off", "usual", "key mean", "uneven sink", "neither", "long sink"],
 )
 @pytest.mark.parametrize("kv", ["oct2", "octopus3", "bf16"])
 def test_any_number_of_tokens_at_once_reads_what_one_at_a_time_reads(
@@ -72,11 +79,11 @@ def test_reading_is_decoding(kv: str, tiny: Tiny, random_ids: Callable[..., list
     assert difference(read(engine, [ids], 400)[0], torch.cat(rows)) < ROUNDING
 
 
-@pytest.mark.parametrize("key_mean", [False, True])
+@pytest.mark.parametrize("conditioning", ["off", "full"])
 def test_texts_that_are_read_together_are_read_as_alone(
-    key_mean: bool, tiny: Tiny, random_ids: Callable[..., list[int]]
+    conditioning: str, tiny: Tiny, random_ids: Callable[..., list[int]]
 ) -> None:
-    engine = tiny("oct3", context=300, sequences=4, key_mean=key_mean)
+    engine = tiny("oct3", context=300, sequences=4, conditioning=conditioning)
     texts = [random_ids(count, seed=count) for count in (300, 1, 257, 64)]
     for step in (300, 100):
         for ids, rows in zip(texts, read(engine, texts, step), strict=True):

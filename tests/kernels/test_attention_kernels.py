@@ -157,7 +157,7 @@ def run_triton(case):
     if kv.mean is not None:
         mean = kv.mean
         tables = mean.tables.to(DEVICE)
-        of_queries = mean.coefficients.to(DEVICE) if count == 1 else None  # prefill does without
+        of_queries = None if mean.of_queries is None or count > 1 else mean.of_queries.to(DEVICE)
         kv = replace(kv, mean=KeyMean(mean.maps.to(DEVICE), tables, of_queries))
     q = case.q.to(DEVICE)
     out = torch.full_like(q, float("nan"))
@@ -195,6 +195,15 @@ def test_reference_adds_the_mean_back(kv, count):
 def test_triton_adds_the_mean_back(kv, dim, group, count, dtype):
     case = make_case(kv, [150, 300], count, 2 * group, 2, dim, dtype=dtype, mean=2.0)
     assert relative_error(run_triton(case), case.want) < {torch.float32: 1e-5, torch.float16: 3e-3}.get(dtype, 6e-3)
+
+
+@triton_only
+@pytest.mark.parametrize("kv", ["octopus3", "oct3", "bf16"])
+def test_triton_reads_one_token_without_its_coefficients(kv):
+    """As prompts do, whose chunks may be of one token."""
+    case = make_case(kv, [150, 64, 300], 1, 4, 2, 64, dtype=torch.float16, mean=2.0)
+    case.kv = replace(case.kv, mean=replace(case.kv.mean, of_queries=None))
+    assert relative_error(run_triton(case), case.want) < 3e-3
 
 
 @triton_only
@@ -309,10 +318,9 @@ def test_misfits_are_named():
     case = make_case("octopus3", [200], 1, 4, 2, 64, mean=1.0)
     mean = case.kv.mean
     for wrong, message in (
-        ({"means": mean.means[:, :1]}, "mean means must be"),
-        ({"means": mean.means[:2]}, "mean means must be"),
-        ({"rotation": mean.rotation.double()}, "mean rotation must be"),
-        ({"rotation": mean.rotation.T}, "rotation must be contiguous"),
+        ({"maps": mean.maps[:1]}, "mean maps must be"),
+        ({"maps": mean.maps.double()}, "mean maps must be"),
+        ({"maps": mean.maps.mT}, "mean maps must be contiguous"),
         ({"of_queries": mean.of_queries[:, :, :2]}, "mean coefficients must be"),
         ({"of_queries": None}, "needs the coefficients"),
     ):

@@ -131,7 +131,7 @@ def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wa
         try:
             plan = plan_memory(
                 cfg, reading.REFERENCE, device=device, dtype=choose_dtype(load.dtype, cfg, device), max_context=tokens,
-                sequences=wanted, key_mean=load.key_mean, **dataclasses.asdict(cache),
+                sequences=wanted, conditioning=load.conditioning, **dataclasses.asdict(cache),
             )  # fmt: skip
             if reading.fits(plan, cfg, plan.free):
                 break
