@@ -121,7 +121,7 @@ class Forward:
             inputs = arena.inputs(index, state, q)
             spec = self.decoder.specs[index].attention
             return kernels.attend(
-                q, inputs, arena.fmt, spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
+                q, inputs, arena.formats[index], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
         return self._layers(ids, mix)

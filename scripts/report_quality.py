@@ -109,24 +109,21 @@ def _codec(name: str, head_dim: int) -> Codec:
 def _code_in_passing(engine: Engine, codec: Codec, exact: set[int]) -> None:
     """Send what enters the pages of a bf16 arena through `codec`, but for the layers `exact`; count its bytes."""
     arena, encode = engine.arena, engine.arena.encode
-    page_stride = arena.pages.stride(1)
 
     def through(x: torch.Tensor) -> torch.Tensor:
         return codec.decode(codec.encode(x.float()), torch.float32).to(x.dtype)
 
-    def encode_coded(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, ids: torch.Tensor) -> None:
-        first = (pages.storage_offset() - arena.pages.storage_offset()) // page_stride
+    def encode_coded(first: int, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> None:
         coded = [layer not in exact for layer in range(first, first + len(k))]
         for layer in (i for i, wanted in enumerate(coded) if wanted):
             k, v = k.clone(), v.clone()
             k[layer], v[layer] = through(k[layer]), through(v[layer])
-        encode(k, v, pages, ids)
+        encode(first, k, v, ids)
 
     arena.encode = encode_coded  # type: ignore[method-assign]
     shape, layers = engine.plan.shape, engine.config.num_layers
-    plain = shape.k_bytes
-    mixed = (len(exact) * plain + (layers - len(exact)) * codec.bytes_per_vector) / layers
-    engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, k_bytes=mixed, v_bytes=mixed))
+    mixed = len(exact) * shape.vector_bytes // layers + 2 * (layers - len(exact)) * codec.bytes_per_vector
+    engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, vector_bytes=mixed))
 
 
 def where_measured(engine: Engine) -> str:

@@ -62,7 +62,7 @@ def test_plan_counts_the_means() -> None:
 @pytest.mark.parametrize("sequences", [1, 200])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_only_what_attention_reads_is_kept(on_gpu: bool, sequences: int) -> None:
-    shape = ArenaShape(2, 2, 64, 30, 30, torch.float32, 300, chunk=96, sequences=sequences, mean_heads=6, on_gpu=on_gpu)
+    shape = ArenaShape(2, 2, 64, 120, torch.float32, 300, chunk=96, sequences=sequences, mean_heads=6, on_gpu=on_gpu)
     means = KeyMeans(shape, torch.eye(64), 10000.0 ** (-torch.arange(0, 64, 2) / 64))
     step, chunk = torch.randn(sequences, 1, 6, 64), torch.randn(1, 96, 6, 64)
     rows = torch.arange(sequences, dtype=torch.int32)
