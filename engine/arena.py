@@ -12,11 +12,14 @@ token is written, so at least ``window`` of the last tokens are in full precisio
 until new ones have come: what is coded stays coded.) Keys and queries are stored in the codec's rotated basis, values
 too (see ``models.decoder``).
 
+A page of the pool holds the pages of all layers and KV heads one after the other; layers may differ in format, hence in
+bytes. Every one begins at a multiple of 128 bytes, as vectors have an even number of them.
+
 An exception, Ctrl-C's included, may strike between any two statements here: what is being written lies beyond the end
 of its sequence, which moves only when all of it is there.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -28,7 +31,8 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.engine.sequence import Sequence, SequenceTable
 from octo_run.errors import OctoError, UsageError
-from octo_run.kernels.codec import KVFormat, PageFormat
+from octo_run.kernels.codec import LayerFormats, PageFormat
+from octo_run.kernels.codec.layer_formats import LayerRun
 
 if TYPE_CHECKING:
     from octo_run.engine.key_means import KeyMeans
@@ -45,6 +49,7 @@ class ArenaShape:
     """What decides the bytes of an arena.
 
     Attributes:
+        vector_bytes: Of a packed token of one KV head: its keys and values of all layers.
         dtype: The full-precision one.
         context: Tokens that one sequence can hold.
         sequences: Rows.
@@ -56,8 +61,7 @@ class ArenaShape:
     layers: int
     kv_heads: int
     head_dim: int
-    k_bytes: int
-    v_bytes: int
+    vector_bytes: int
     dtype: torch.dtype
     context: int
     sink: int = 64
@@ -99,7 +103,7 @@ class ArenaShape:
     @property
     def packed_token_bytes(self) -> int:
         """Bytes that one packed token takes over all layers and KV heads."""
-        return self.layers * self.kv_heads * (self.k_bytes + self.v_bytes)
+        return self.kv_heads * self.vector_bytes
 
     def coefficients_shape(self, rows: int) -> tuple[int, int, int, int]:
         """Of the means' coefficients of ``rows`` queries, float32: on a GPU only a step's, for prefill needs none."""
@@ -118,14 +122,20 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
 class KVArena:
     """Allocates everything of ``shape`` on ``device`` once; afterwards only writes into it."""
 
-    def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device, means: "KeyMeans | None" = None) -> None:
-        self.shape, self.fmt, self.means = shape, fmt, means
-        #: What pages hold and how; its tag says which bytes they are.
-        self.page_format = PageFormat.on(fmt, device)
+    def __init__(
+        self, shape: ArenaShape, formats: LayerFormats, device: torch.device, means: "KeyMeans | None" = None
+    ) -> None:
+        self.shape, self.formats, self.means = shape, formats, means
+        #: What the pages of each layer hold and how; its tag says which bytes they are.
+        self.page_formats = [PageFormat.on(fmt, device) for fmt in formats]
         s = shape
-        self.pages = _zeros((s.pages, s.layers, s.kv_heads, self.page_format.page_bytes), device)
+        self.pages = _zeros((s.pages, PAGE * s.packed_token_bytes), device)
+        #: The same as ``[pages, layers, kv_heads, page_bytes]`` of layers of one format, and of each layer.
+        self._run_pages = [*self._views()]
+        self.layer_pages = [pages for _, run in self._run_pages for pages in run.unbind(1)]
         if device.type == "cuda":
-            kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
+            for fmt in dict.fromkeys(formats):
+                kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
         #: Sinks and rings: K and V, layers, rows, KV heads, slots, d; and the tail of the chunk at hand.
         full = (2, s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
         self._full = torch.zeros(full, dtype=s.dtype, device=device)
@@ -178,14 +188,31 @@ class KVArena:
             self.upload(ids, places)
         return places
 
-    def encode(self, k: Tensor, v: Tensor, pages: Tensor, ids: Tensor) -> None:
-        """Code keys and values with ``kernels.encode_pages`` in the arena's format.
+    def _views(self) -> Iterator[tuple[LayerRun, Tensor]]:
+        """Runs of layers of one format, and their pages."""
+        at, (count, size), heads = 0, self.pages.shape, self.shape.kv_heads
+        for run in self.formats.runs:
+            page, layers = self.page_formats[run.first].page_bytes, run.end - run.first
+            yield run, self.pages.as_strided((count, layers, heads, page), (size, heads * page, page, 1), at)
+            at += layers * heads * page
+        assert at == size
+
+    def encode(self, layer: int, k: Tensor, v: Tensor, ids: Tensor) -> None:
+        """Code keys and values of the layers from ``layer`` on, by one call for all neighbours of one format.
+
+        Args:
+            k, v: ``[L, N, kv_heads, 64, d]``.
+            ids: Of N pages.
 
         Raises:
             OctoError: Keys or values that overflowed.
         """
         try:
-            kernels.encode_pages(k, v, pages, ids, self.fmt)
+            for run, pages in self._run_pages:
+                first, end = max(layer, run.first), min(layer + len(k), run.end)
+                if first < end:
+                    mine, theirs = slice(first - layer, end - layer), slice(first - run.first, end - run.first)
+                    kernels.encode_pages(k[mine], v[mine], pages[:, theirs], ids, run.fmt)
         except ValueError:
             if bool(k.isfinite().all()) and bool(v.isfinite().all()):
                 raise
@@ -223,7 +250,7 @@ class KVArena:
         k, v = self._full[:, :, row : row + 1, :, slot : slot + PAGE]
         if self.means is not None:
             k = self.means.take_out(k, 0, self._coding[1, row : row + 1])
-        self.encode(k, v, self.pages, self._coding[0, row : row + 1])
+        self.encode(0, k, v, self._coding[0, row : row + 1])
 
     def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
         """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
@@ -267,7 +294,7 @@ class KVArena:
         sink = self.shape.sink
         full_k, full_v = self.full(layer)
         return kernels.AttentionInputs(
-            pages=self.pages[:, layer],
+            pages=self.layer_pages[layer],
             page_table=self.page_table,
             rows=state.rows,
             num_packed=state.packed,
@@ -287,7 +314,7 @@ class KVArena:
         sink, state = self.shape.sink, self._chunk_state[row]
         full_k, full_v = self._full[:, layer, row : row + 1]
         return kernels.AttentionInputs(
-            pages=self.pages[:, layer],
+            pages=self.layer_pages[layer],
             page_table=self.page_table[row : row + 1],
             rows=state[3:],
             num_packed=state[1:2],
@@ -366,13 +393,13 @@ class Chunk:
         if self._tail > self.old_tail:
             staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
         inputs = a.chunk_inputs(layer, self.row, coefficients)
-        out = kernels.attend(q, inputs, a.fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
+        out = kernels.attend(q, inputs, a.formats[layer], spec=spec, max_length=self.end, workspace=workspace, out=out)
         if self._coded:
             coded = a._staging[:, :, :, : self._coded]
             k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
             if a.means is not None:
                 k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
-            a.encode(k_pages, v_pages, a.pages[:, layer : layer + 1], self._ids)
+            a.encode(layer, k_pages, v_pages, self._ids)
         if self._tail > self._coded:
             store.index_copy_(2, self._left_slots, staging[:, :, self._coded : self._tail])
         return out

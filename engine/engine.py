@@ -16,13 +16,13 @@ from octo_run.engine.batching import Completion, complete
 from octo_run.engine.conditioning import conditioning_of
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
-from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
+from octo_run.engine.plan import MemoryPlan, free_memory, parse_formats, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError, expect, quoted
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec import LayerFormats
 from octo_run.models import weights as weight_files
 from octo_run.models.config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from octo_run.models.decoder import Decoder
@@ -81,7 +81,7 @@ class Engine:
     """A model ready to generate. Build it with :meth:`load`; ``close`` it, or use it in a ``with`` block."""
 
     def __init__(self, name: str, cfg: ModelConfig, decoder: Decoder, tokenizer: Tokenizer, plan: MemoryPlan,
-                 fmt: KVFormat, defaults: GenerationDefaults, seed: int) -> None:  # fmt: skip
+                 fmt: LayerFormats, defaults: GenerationDefaults, seed: int) -> None:  # fmt: skip
         self.name, self.config, self.tokenizer, self.kv, self.defaults = name, cfg, tokenizer, fmt, defaults
         self.seed, self.plan = seed, plan
         self.device, self.dtype = torch.device(plan.device), plan.dtype
@@ -175,7 +175,7 @@ class Engine:
             cfg = read_shape(random_weights)
         where = choose_device(device)
         kind = choose_dtype(dtype, cfg, where)
-        fmt = parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=kind)
+        fmt = parse_formats(kv, cfg, seed, kind)
         tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
         defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
 
@@ -195,8 +195,8 @@ class Engine:
                 weights = weight_files.random_weights(cfg, where, kind)
             else:
                 weights = weight_files.load_weights(path, cfg, where, kind)
-            decoder = Decoder(cfg, weights, None, fmt.v.rotation)
-            decoder.store_keys(fmt.k.rotation, conditioning_of(decoder, tokenizer, plan.conditioning, path))
+            decoder = Decoder(cfg, weights, None, fmt[0].v.rotation)
+            decoder.store_keys(fmt[0].k.rotation, conditioning_of(decoder, tokenizer, plan.conditioning, path))
             if where.type == "cuda":
                 torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
             return cls(str(model), cfg, decoder, cast("Tokenizer", tokenizer), plan, fmt, defaults, seed)

@@ -130,7 +130,7 @@ class Forward:
             inputs = arena.inputs(index, state, coefficients)
             spec = self.decoder.specs[index].attention
             return kernels.attend(
-                q, inputs, arena.fmt, spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
+                q, inputs, arena.formats[index], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
         return self._layers(ids, mix)

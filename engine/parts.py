@@ -12,7 +12,7 @@ from octo_run.engine.forward import Forward
 from octo_run.engine.key_means import KeyMeans
 from octo_run.engine.sampling import BatchSampler
 from octo_run.engine.step import Stepper
-from octo_run.kernels.codec import KVFormat
+from octo_run.kernels.codec import Codec, LayerFormats
 from octo_run.models.decoder import Decoder
 
 
@@ -26,7 +26,7 @@ class Parts:
 
     @classmethod
     def build(
-        cls, decoder: Decoder, shape: ArenaShape, fmt: KVFormat, device: torch.device, *, meta: bool = False
+        cls, decoder: Decoder, shape: ArenaShape, fmt: LayerFormats, device: torch.device, *, meta: bool = False
     ) -> "Parts":
         """Make the parts for ``device``.
 
@@ -56,7 +56,10 @@ def _key_means(decoder: Decoder, shape: ArenaShape) -> KeyMeans:
 
 
 def tensors(*holders: object) -> Iterator[Tensor]:
-    """All tensors that objects hold in attributes, lists and dictionaries, and in such of ours among them."""
+    """All tensors that objects hold in attributes, lists and dictionaries, and in such of ours among them.
+
+    Tables of codecs are not theirs: the process keeps them.
+    """
     seen: set[int] = set()
     waiting = list(holders)
     while waiting:
@@ -70,6 +73,8 @@ def tensors(*holders: object) -> Iterator[Tensor]:
             waiting += thing.values()
         elif isinstance(thing, (list, tuple)):
             waiting += thing
+        elif isinstance(thing, Codec):
+            continue
         elif type(thing).__module__.startswith("octo_run.") and hasattr(thing, "__dict__"):
             waiting += vars(thing).values()
 

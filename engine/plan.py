@@ -12,7 +12,7 @@ from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError, quoted
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec import LayerFormats, parse_kv
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder
@@ -175,7 +175,7 @@ def _block(count: int) -> int:
     return whole if count >= 10 * 2**20 and whole - count <= 2**20 else count
 
 
-def _measure(decoder: Decoder, fmt: KVFormat, device: torch.device, shape: ArenaShape) -> dict[str, int]:
+def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: ArenaShape) -> dict[str, int]:
     """Bytes by purpose of what an engine of this shape makes, beside its weights."""
     parts = Parts.build(decoder, shape, fmt, device, meta=True)
 
@@ -201,7 +201,7 @@ def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
     return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
 
 
-def conditioning_kind(fmt: KVFormat, asked: str | None) -> str:
+def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
     """What is done to keys (`models.config.CONDITIONINGS`): as asked, else all of it; nothing to keys without a code.
 
     Raises:
@@ -209,12 +209,21 @@ def conditioning_kind(fmt: KVFormat, asked: str | None) -> str:
     """
     if asked is not None and asked not in CONDITIONINGS:
         raise UsageError(f"There is no conditioning {quoted(asked)}; give --conditioning off, mean or full.")
-    return (asked or "full") if fmt.k.bits else "off"
+    return (asked or "full") if fmt.coded else "off"
+
+
+def parse_formats(text: str, cfg: ModelConfig, seed: int, dtype: torch.dtype) -> LayerFormats:
+    """The formats of a model's layers that ``--kv`` names.
+
+    Raises:
+        UsageError: See ``parse_kv``.
+    """
+    return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, dtype), cfg.num_layers)
 
 
 def plan_memory(
     cfg: ModelConfig,
-    kv: str | KVFormat,
+    kv: str | LayerFormats,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -238,7 +247,7 @@ def plan_memory(
         UsageError: A context that the model does not support or ``cache_bytes`` cannot hold.
         OctoError: A context that does not fit.
     """
-    fmt = kv if isinstance(kv, KVFormat) else parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=dtype)
+    fmt = kv if isinstance(kv, LayerFormats) else parse_formats(kv, cfg, seed, dtype)
     limit = cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window
     if max_context is not None and max_context > limit:
         raise UsageError(
@@ -250,8 +259,7 @@ def plan_memory(
         layers=cfg.num_layers,
         kv_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
-        k_bytes=fmt.k.bytes_per_vector,
-        v_bytes=fmt.v.bytes_per_vector,
+        vector_bytes=fmt.vector_bytes,
         dtype=dtype,
         context=context,
         sink=sink,
@@ -265,8 +273,8 @@ def plan_memory(
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
         made = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in expected_tensors(cfg).items()}
-        decoder = Decoder(cfg, made, None, fmt.v.rotation)
-        decoder.store_keys(fmt.k.rotation, Conditioning.empty(cfg, kind, "meta"))
+        decoder = Decoder(cfg, made, None, fmt[0].v.rotation)
+        decoder.store_keys(fmt[0].k.rotation, Conditioning.empty(cfg, kind, "meta"))
         parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
         weights = sum(held_bytes(*parts, but=(decoder.key_tensors,)))
 

@@ -35,7 +35,7 @@ from octo_run.kernels import (
     page_bytes,
 )
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, mean_maps
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec import KVFormat, LayerFormats, parse_kv
 
 HEADS, KV_HEADS, DIM, HIDDEN, MLP = 32, 8, 128, 4096, 14336
 SINK, PAGE, WINDOW = 64, PAGE_TOKENS, 64
@@ -184,9 +184,9 @@ def time_layer(formats: list[str], tokens: int, chunk: int) -> list[Row]:
         if name.endswith("+mean"):
             continue
         fmt = parse_kv(name, DIM)
-        shape = ArenaShape(1, KV_HEADS, DIM, fmt.k.bytes_per_vector, fmt.v.bytes_per_vector, torch.bfloat16, tokens,
-                           SINK, WINDOW, chunk)  # fmt: skip
-        arena = KVArena(shape, fmt, torch.device("cuda"))
+        formats = LayerFormats.uniform(fmt, 1)
+        shape = ArenaShape(1, KV_HEADS, DIM, formats.vector_bytes, torch.bfloat16, tokens, SINK, WINDOW, chunk)
+        arena = KVArena(shape, formats, torch.device("cuda"))
         q = torch.randn(1, chunk, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(1, chunk, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         out = torch.empty_like(q)
@@ -204,7 +204,7 @@ def time_layer(formats: list[str], tokens: int, chunk: int) -> list[Row]:
         pages = (tokens - SINK - WINDOW) // PAGE
         rows_k = torch.randn(1, pages, KV_HEADS, PAGE, DIM, device="cuda", dtype=torch.bfloat16)
         ids = torch.arange(pages, device="cuda", dtype=torch.int32)
-        ms = median_ms(lambda: encode_pages(rows_k, rows_k, arena.pages, ids, fmt))  # noqa: B023
+        ms = median_ms(lambda: encode_pages(rows_k, rows_k, arena.layer_pages[0][:, None], ids, fmt))  # noqa: B023
         rows.append(Row(case, f"of this coding, {name}", ms, best / ms))
     return rows
 

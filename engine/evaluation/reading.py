@@ -105,7 +105,7 @@ class DecodedChunk(Chunk):
         k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
         if a.means is not None:
             k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
-        a.encode(k_pages, v_pages, a.pages[:, layer : layer + 1], self._ids)
+        a.encode(layer, k_pages, v_pages, self._ids)
 
     def _attend(
         self,
@@ -138,7 +138,9 @@ class DecodedChunk(Chunk):
                 mean=mean,
             )
             bound = self.start + first + count * tokens
-            kernels.attend(queries, inputs, a.fmt, spec=spec, max_length=bound, workspace=workspace, out=mixed)
+            kernels.attend(
+                queries, inputs, a.formats[layer], spec=spec, max_length=bound, workspace=workspace, out=mixed
+            )
 
 
 def _overlapping(staged: Tensor, slot: int, count: int, capacity: int) -> Tensor:

@@ -296,15 +296,16 @@ def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> No
     (good,) = score()
     encode = engine.arena.encode
 
-    def encode_and_corrupt(*args: Any) -> None:
-        encode(*args)
-        rows = args[2].unflatten(-1, (128, -1))  # 64 tokens' keys, then their values
-        args[2].copy_(rows.flip(-2).flatten(-2))
+    def encode_and_corrupt(layer: int, k: Tensor, v: Tensor, ids: Tensor) -> None:
+        encode(layer, k, v, ids)
+        pages, ids = engine.arena.layer_pages[layer], ids.long()
+        rows = pages[ids].unflatten(-1, (128, -1))  # 64 tokens' keys, then their values
+        pages[ids] = rows.flip(-2).flatten(-2)
 
     engine.arena.encode = encode_and_corrupt  # type: ignore[method-assign]
     (bad,) = score()
     assert bad.perplexity > 1.05 * good.perplexity
-    engine.arena.encode = lambda *args: (encode(*args), args[2].fill_(0xFF))  # type: ignore[method-assign, assign]
+    engine.arena.encode = lambda *args: (encode(*args), engine.arena.pages.fill_(0xFF))  # type: ignore[method-assign, assign]
     with pytest.raises(OctoError, match="The logits with --kv bf16 are not finite"):
         score()
 

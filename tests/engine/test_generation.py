@@ -15,7 +15,6 @@ from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import step as ops
 from octo_run.models import rope
-from octo_run.models.decoder import Layer
 
 Tiny = Callable[..., Engine]
 
@@ -474,7 +473,7 @@ def test_closing_early(scripted: Any) -> None:
 def test_corrupting_a_packed_page_changes_the_logits(tiny: Tiny, random_ids: Any) -> None:
     engine = tiny("oct3")
     ids = random_ids(300)
-    k = engine.kv.k
+    k = engine.kv[0].k
     for byte in (0, 5 * k.bytes_per_vector + 3, k.block_bytes + 1):  # a key of the first token, of a later one, a value
         forget(engine)
         more(engine, ids)
@@ -485,7 +484,7 @@ def test_corrupting_a_packed_page_changes_the_logits(tiny: Tiny, random_ids: Any
         forget(engine)
         more(engine, ids)
         with torch.inference_mode():
-            engine.arena.pages[only(engine).page_ids[1], 0, 0, byte] ^= 0x55
+            engine.arena.layer_pages[0][only(engine).page_ids[1], 0, byte] ^= 0x55
         assert not torch.equal(more(engine, [7]), before)
 
 
@@ -503,7 +502,7 @@ def test_the_same_prompt_gives_the_same_bytes(tiny: Tiny, random_ids: Any) -> No
 
 
 @pytest.mark.parametrize("conditioning", ["off", "mean", "full"])
-@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2"])
+@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "oct2/oct3:oct4", "oct4:oct2/oct2:octopus4"])
 def test_attention_of_a_step_is_that_over_the_decoded_pages(
     kv: str, conditioning: str, tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,17 +524,19 @@ def test_attention_of_a_step_is_that_over_the_decoded_pages(
     engine.step.start(only(engine), 9, SamplingParams())
     engine.step.launch([only(engine)])
     assert len(calls) == engine.config.num_layers
-    for layer, (q, inputs, out) in zip(engine.forward.decoder.layers, calls, strict=True):
-        expected = attention_over_decoded(engine, layer, inputs, q[0, 0])
-        assert relative(engine.kv.v.unrotate(out[0, 0].double()), expected) < 1e-4
+    for number, (q, inputs, out) in enumerate(calls):
+        expected = attention_over_decoded(engine, number, inputs, q[0, 0])
+        assert relative(engine.kv[number].v.unrotate(out[0, 0].double()), expected) < 1e-4
 
 
-def attention_over_decoded(engine: Engine, layer: Layer, inputs: Any, q: Tensor) -> Tensor:
+def attention_over_decoded(engine: Engine, number: int, inputs: Any, q: Tensor) -> Tensor:
     """Float64 attention ``[heads, d]`` of the stored query ``[heads, d]`` in the original basis (one KV head)."""
-    fmt, arena, sequence = engine.kv, engine.arena, only(engine)
+    fmt, arena, sequence = engine.kv[number], engine.arena, only(engine)
     pages = inputs.pages[inputs.page_table[0, : sequence.packed].long(), 0]
-    packed_k, _ = (part.flatten(0, 1) for part in arena.page_format.decode_rotated(pages, torch.float64))
-    _, packed_v = (part.flatten(0, 1) for part in arena.page_format.decode(pages, torch.float64))
+    packed_k, _ = (part.flatten(0, 1) for part in arena.page_formats[number].decode_rotated(pages, torch.float64))
+    _, packed_v = (part.flatten(0, 1) for part in arena.page_formats[number].decode(pages, torch.float64))
+    layer = engine.forward.decoder.layers[number]
+    assert layer.maps is not None
     of_q, of_k = (torch.linalg.inv(one[0].double()) for one in layer.maps)
     packed_k = packed_k @ of_k
     if layer.key_mean is not None:

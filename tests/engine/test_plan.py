@@ -63,7 +63,7 @@ def test_the_arena_takes_what_the_plan_says(
     assert told["arena"] + told["full_precision"] == sum(held_bytes(engine.arena)) + sum(held_bytes(keys))
     assert told["context"] == engine.max_context
     assert told["total"] == sum(told[part] for part in PARTS)
-    vectors = 3 * 2 * (engine.kv.k.bytes_per_vector + engine.kv.v.bytes_per_vector)
+    vectors = 3 * 2 * (engine.kv[0].k.bytes_per_vector + engine.kv[0].v.bytes_per_vector)
     assert told["bytes_per_token"] == vectors
     if engine.arena.pages.numel():
         assert engine.arena.pages.nbytes == engine.arena.pages.shape[0] * 64 * vectors
