@@ -111,7 +111,7 @@ class OctoLayer(CacheLayerMixin):  # type: ignore[misc]
         self.dtype, self.device = dtype, device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values ``[B, kv_heads, T, d]``.
 
         Returns:
