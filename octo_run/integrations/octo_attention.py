@@ -43,7 +43,8 @@ def octo_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     q_offset, kv_length, local = kwargs.get("q_offset", 0), kwargs["kv_length"], kwargs.get("local_size")
     padding = kwargs.get("attention_mask")
     whole = isinstance(q_offset, int) and q_offset + kwargs["q_length"] == kv_length and not kwargs.get("kv_offset", 0)
-    if whole and (local is None or kv_length < local) and (padding is None or bool(padding.all())):
+    unpadded = padding is None or (padding.shape[-1] >= kv_length and bool(padding.all()))
+    if whole and unpadded and (local is None or kv_length < local):
         setattr(mask, _CAUSAL, True)
     return mask
 

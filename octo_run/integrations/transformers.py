@@ -9,6 +9,7 @@ Importing this module makes the attention "octo" known to transformers (see ``oc
 any attention: without "octo", keys and values are decoded for every call.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class OctoLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_sliding = sliding_window is not None
         self.is_initialized = False
         self._store: BatchPages | None = None
-        self._latest: View | None = None
+        #: The view that the latest ``keys`` are of, for the ``values``: held by them, not by the layer.
+        self._latest: weakref.ref[View] | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -78,9 +80,11 @@ class OctoLayer(CacheLayerMixin):  # type: ignore[misc]
         if store is None:
             return None
         seen = store.length if self.sliding_window is None else min(store.length, self.sliding_window - 1)
-        if self._latest is None or self._latest.version != store.version:
-            self._latest = store.view()
-        return StoredStates(self._latest, side, store.length - seen)
+        view = None if self._latest is None else self._latest()
+        if view is None or view.store is not store or view.version != store.version:
+            view = store.view()
+            self._latest = weakref.ref(view)
+        return StoredStates(view, side, store.length - seen)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room for batches of such keys and values.
