@@ -81,7 +81,8 @@ def octo_attention(
         if reason is None:
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
             return view.attend(query, scale, causal or attention_mask is not None or queries == 1), None
-        _warn(reason)
+        if view.packed:
+            _warn(reason)
     if view is not None:
         key, value = key.dense(), value.dense()  # type: ignore[attr-defined]
         hidden = key.shape[2] - queries
