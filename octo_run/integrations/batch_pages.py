@@ -69,7 +69,7 @@ class GrowingArena(KVArena):
             self.page_table = torch.cat((self.page_table, self.page_table.new_zeros(rows, more)), 1)
         ids = self.page_table[:, first : first + count]
         self.upload([pool.take(row, count) for row in range(rows)], ids)
-        return ids.reshape(-1)
+        return ids.reshape(-1).contiguous()  # a column of the table has gaps, which kernels do not look for
 
     def keep_pages(self, count: int) -> None:
         """Let every row keep its first ``count`` pages only."""
@@ -291,7 +291,7 @@ class BatchPages:
     def decoded(self, first: int, last: int) -> Tensor:
         """Pages ``first .. last - 1``, in the rotated basis: ``[2, B, kv_heads, 64 (last - first), d]``."""
         arena, s = self.arena, self.arena.shape
-        if arena.pages.is_cuda and s.head_dim in HEAD_DIMS:
+        if arena.page_format.layout == "lanes" and s.head_dim in HEAD_DIMS:
             from octo_run.kernels.attention.general.prefill_launch import unpack_pages
             from octo_run.kernels.devices import on_device_of
 

@@ -292,6 +292,11 @@ def musicgen() -> Any:
     return transformers.MusicgenForConditionalGeneration(config).eval()
 
 
+def reference(config: Any, kv: str) -> Any:
+    """What ``both(config, kv)`` is to hold."""
+    return transformers.EncoderDecoderCache(CodecCache(config, kv, 16, 0), CodecCache(config, kv, 0, 0))
+
+
 def both(config: Any, kv: str, cross: str | None = None) -> Any:
     """Self-attention, and cross-attention in the same format or as ``cross`` says."""
     second = OctoCache(config, kv=kv, sinks=0, window=0) if cross is None else transformers.DynamicCache()
@@ -303,7 +308,7 @@ def both(config: Any, kv: str, cross: str | None = None) -> Any:
 def test_whisper(device: str, attention: str, beams: int) -> None:
     model = whisper().to(device)
     features, start = torch.randn(2, 8, 300, device=device), torch.randint(4, 200, (2, 5), device=device)
-    options = {"decoder_input_ids": start, "do_sample": False, "max_new_tokens": 160, "num_beams": beams}
+    options = {"decoder_input_ids": start, "do_sample": False, "max_new_tokens": 100, "num_beams": beams}
     want = model.generate(features, **options)
     assert len(set(want.flatten().tolist())) > 20, "the model says something"
     model.set_attn_implementation(attention)
@@ -312,11 +317,10 @@ def test_whisper(device: str, attention: str, beams: int) -> None:
         assert torch.equal(got, want)
     cache = both(model.config, "oct4")
     model.generate(features, cache=cache, **options)
-    assert cache.self_attention_cache.get_seq_length() >= 160
+    assert cache.self_attention_cache.get_seq_length() >= 100
     assert cache.cross_attention_cache.get_seq_length() == 150
-    assert (
-        cache.self_attention_cache.layers[1]._store.packed == cache.cross_attention_cache.layers[1]._store.packed == 2
-    )
+    packed = [held.layers[1]._store.packed for held in (cache.self_attention_cache, cache.cross_attention_cache)]
+    assert packed == [1, 2]
 
 
 @torch.no_grad()
@@ -327,19 +331,22 @@ def test_whisper_s_logits(device: str) -> None:
     tokens = torch.randint(4, 200, (2, 300), device=device)
     results: dict[str, Tensor] = {}
     warnings.filterwarnings("ignore", message=".*several queries that see later keys")  # the part of 240
-    for name, attention in (("exact", "sdpa"), ("bf16", "octo"), ("oct4", "octo"), ("oct4", "sdpa")):
+    for name, attention in (("exact", "sdpa"), ("oct4 reference", "sdpa"), ("bf16", "octo"), ("oct4", "octo"),
+                            ("oct4", "sdpa")):  # fmt: skip
         model.set_attn_implementation(attention)
         cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
         if name != "exact":
-            cache = both(model.config, name)
+            cache = reference(model.config, "oct4") if "reference" in name else both(model.config, name)
         options = {"encoder_hidden_states": heard, "cache": cache, "use_cache": True}
         parts = tokens.split([4, 1, 3, 240, *[1] * 52], 1)
         steps = [model.model.decoder(part, **options).last_hidden_state for part in parts]
         results[f"{name} {attention}"] = torch.cat(steps, 1).double().cpu()
     exact = results["exact sdpa"]
     assert difference(results["bf16 octo"], exact) < 1e-5
-    assert 1e-4 < difference(results["oct4 octo"], exact) < 0.5
-    assert difference(results["oct4 octo"], results["oct4 sdpa"]) < 1e-4
+    assert difference(results["oct4 octo"], exact) > 1e-2
+    bound = 2e-3 if device == "cpu" else 1e-2  # a code may differ at a tie
+    for attention in ("octo", "sdpa"):
+        assert difference(results[f"oct4 {attention}"], results["oct4 reference sdpa"]) < bound
 
 
 @torch.no_grad()
@@ -357,12 +364,13 @@ def test_musicgen(device: str, attention: str) -> None:
     codes = torch.randint(0, 60, (4, 300), device=device)  # two texts of two codebooks
     results = []
     for cache in (transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache()),
-                  both(model.config, "bf16"), both(model.config, "oct4")):  # fmt: skip
+                  both(model.config, "bf16"), both(model.config, "oct4"), reference(model.config, "oct4")):  # fmt: skip
         text = {"encoder_hidden_states": torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(1)).to(device)}
         steps = codes.split([200, *[1] * 100], 1)
         results.append(torch.cat([model.decoder(part, cache=cache, **text).logits for part in steps], 1).double().cpu())
     assert difference(results[1], results[0]) < 1e-5
-    assert 1e-4 < difference(results[2], results[0]) < 0.2
+    assert difference(results[2], results[0]) > 1e-2
+    assert difference(results[2], results[3]) < (2e-3 if device == "cpu" else 1e-2)
 
 
 def test_bytes(decoder: Decoder, device: str) -> None:
@@ -462,7 +470,7 @@ def test_states_are_tensors_to_others(decoder: Decoder) -> None:
     logits(model, cache, [ids(2, 300)])
     keys, values = cache.layers[0].keys, cache.layers[0].values
     assert isinstance(keys, StoredStates) and keys.shape == (2, 2, 300, 64) and keys.view_of is values.view_of
-    assert "StoredStates(K, (2, 2, 300, 64), torch.float32, cpu)" == repr(keys)
+    assert repr(keys) == "StoredStates(K, (2, 2, 300, 64), torch.float32, cpu)"
     scores = keys @ values.transpose(2, 3)
     assert type(scores) is Tensor and torch.equal(scores, keys.dense() @ values.dense().transpose(2, 3))
     assert torch.cat((keys, keys), 2).shape == (2, 2, 600, 64) and keys.repeat_interleave(2, 1).shape == (2, 4, 300, 64)
