@@ -56,6 +56,11 @@ def difference(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
+def near(device: str) -> float:
+    """A bound on differences of float32 logits that are the same but for the order of sums."""
+    return 1e-5 if device == "cpu" else 1e-4
+
+
 def parts_of(prompt: Tensor) -> list[Tensor]:
     """A prompt in parts that end at, before and behind edges of pages, and single tokens across one."""
     sizes = [63 + 64 + 64, 1, 1, 64, 63, 2]
@@ -116,11 +121,11 @@ def test_logits_are_those_of_what_the_codec_gives_back(decoder: Decoder, device:
     model.set_attn_implementation(attention)
     cache = OctoCache(model.config, kv=kv)
     got = logits(model, cache, parts)
-    bound = 1e-5 if kv == "bf16" else 2e-3 if device == "cpu" else 1e-2  # a code may differ at a tie
+    bound = near(device) if kv == "bf16" else 2e-3 if device == "cpu" else 1e-2  # a code may differ at a tie
     assert difference(got, want) < bound
     first = slice(0, parts[0].shape[1])
-    assert difference(got[:, first], exact[:, first]) < 1e-5, "a prompt sees itself in full precision"
-    assert (difference(got, exact) < 1e-5) == (kv == "bf16"), "older tokens are coded"
+    assert difference(got[:, first], exact[:, first]) < near(device), "a prompt sees itself in full precision"
+    assert (difference(got, exact) < near(device)) == (kv == "bf16"), "older tokens are coded"
     assert cache.layers[0]._store.packed == 3 and cache.get_seq_length() == 370
 
 
@@ -134,7 +139,8 @@ def test_our_attention_equals_that_over_decoded_pages(
     want = logits(model, OctoCache(model.config, kv="oct3"), parts)
     model.set_attn_implementation("octo")
     got = logits(model, OctoCache(model.config, kv="oct3"), parts)
-    assert difference(got, want) < (1e-3 if dtype == torch.float32 else 3e-2)
+    exact = dtype == torch.float32 and device == "cpu"
+    assert difference(got, want) < (1e-3 if exact else 3e-2)
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (5, 64), (64, 128)])
@@ -239,7 +245,7 @@ def test_assisted_decoding_takes_tokens_back(decoder: Decoder, device: str, atte
 def test_crop_goes_back_into_a_page(decoder: Decoder, device: str) -> None:
     model, prompt = decoder("Llama", device), ids(2, 330, device=device)
     model.set_attn_implementation("octo")
-    for kv, bound in (("bf16", 1e-5), ("oct4", 0.2)):
+    for kv, bound in (("bf16", near(device)), ("oct4", 0.2)):
         cut, straight = OctoCache(model.config, kv=kv), OctoCache(model.config, kv=kv)
         logits(model, cut, [prompt, ids(2, 9, seed=3, device=device)])
         cut.crop(-9 - 330 + 170)
@@ -250,7 +256,8 @@ def test_crop_goes_back_into_a_page(decoder: Decoder, device: str) -> None:
         with pytest.raises(ValueError, match="give a negative number"):
             cut.crop(5)
         cut.crop(-1000)
-        assert cut.get_seq_length() == 0 and difference(logits(model, cut, after), logits(model, None, after)) < 1e-5
+        assert cut.get_seq_length() == 0
+        assert difference(logits(model, cut, after), logits(model, None, after)) < near(device)
 
 
 def test_a_sliding_layer_says_when_it_cannot_go_back(decoder: Decoder) -> None:
@@ -342,7 +349,7 @@ def test_whisper_s_logits(device: str) -> None:
         steps = [model.model.decoder(part, **options).last_hidden_state for part in parts]
         results[f"{name} {attention}"] = torch.cat(steps, 1).double().cpu()
     exact = results["exact sdpa"]
-    assert difference(results["bf16 octo"], exact) < 1e-5
+    assert difference(results["bf16 octo"], exact) < near(device)
     assert difference(results["oct4 octo"], exact) > 1e-2
     bound = 2e-3 if device == "cpu" else 1e-2  # a code may differ at a tie
     for attention in ("octo", "sdpa"):
@@ -368,7 +375,7 @@ def test_musicgen(device: str, attention: str) -> None:
         text = {"encoder_hidden_states": torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(1)).to(device)}
         steps = codes.split([200, *[1] * 100], 1)
         results.append(torch.cat([model.decoder(part, cache=cache, **text).logits for part in steps], 1).double().cpu())
-    assert difference(results[1], results[0]) < 1e-5
+    assert difference(results[1], results[0]) < near(device)
     assert difference(results[2], results[0]) > 1e-2
     assert difference(results[2], results[3]) < (2e-3 if device == "cpu" else 1e-2)
 
@@ -393,6 +400,9 @@ def test_bytes(decoder: Decoder, device: str) -> None:
     assert caches["oct3"].layers[0].nbytes >= sum(x.numel() * x.element_size() for x in tensors)
     caches["oct3"].reset()
     assert caches["oct3"].get_seq_length() == 0 and caches["oct3"].nbytes == workspace
+    again = logits(model, caches["oct3"], [prompt[:, :300], prompt[:, :1]])
+    fresh = logits(model, OctoCache(model.config), [prompt[:, :300], prompt[:, :1]])
+    assert difference(again, fresh) < near(device)
 
 
 def test_a_copy_goes_its_own_way(decoder: Decoder, device: str) -> None:
@@ -402,7 +412,7 @@ def test_a_copy_goes_its_own_way(decoder: Decoder, device: str) -> None:
     cache = OctoCache(model.config)
     logits(model, cache, [prompt])
     answers = [logits(model, copy.deepcopy(cache), [ids(1, 70, seed, device)]) for seed in (7, 8, 7)]
-    assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
+    assert difference(answers[0], answers[2]) < near(device) and difference(answers[0], answers[1]) > 0.1
     assert cache.get_seq_length() == 290
     assert copy.deepcopy(cache).layers[0]._store.fmt is cache.layers[0]._store.fmt
 
@@ -416,10 +426,10 @@ def test_texts_are_repeated_and_selected(decoder: Decoder, device: str) -> None:
     more = ids(4, 1, seed=5, device=device)
     got = logits(model, cache, [more])
     single = OctoCache(model.config)
-    assert difference(got, logits(model, single, [prompt[rows], more])[:, 290:]) < 1e-5
+    assert difference(got, logits(model, single, [prompt[rows], more])[:, 290:]) < near(device)
     cache.batch_select_indices(torch.tensor([3, 0]))
     kept = logits(model, cache, [more[[3, 0]]])
-    assert difference(kept, logits(model, single, [more])[[3, 0]]) < 1e-5
+    assert difference(kept, logits(model, single, [more])[[3, 0]]) < near(device)
 
 
 def test_weights_of_attention_can_be_had(decoder: Decoder) -> None:
