@@ -36,7 +36,7 @@ class FormatRow:
 def command(model: str, device: str | None, dtype: str | None, as_json: bool) -> None:
     """Describe a model and what fits with it.
 
-    MODEL is a folder, ORG/NAME[@REV] or octo-demo (the default). Its weights are not loaded.
+    MODEL is a folder, ORG/NAME[@REV], imported/NAME or octo-demo (the default). Its weights are not loaded.
     """
     facts = describe(model, device, dtype)
     if as_json:
@@ -85,16 +85,16 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
 
 def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
     """One row for every format that can store vectors of this head dimension, ``bf16`` first."""
-    from octo_run.engine.plan import plan_memory
+    from octo_run.engine.plan import parse_formats, plan_memory
     from octo_run.kernels import codec
 
     rows = []
     for name in dict.fromkeys(("bf16", *codec.names())):
         try:
-            fmt = codec.parse_kv(name, cfg.head_dim, plain_dtype=dtype)
+            fmt = parse_formats(name, cfg, 0, dtype)
         except UsageError:  # no such code for this head dimension
             continue
-        per_token = cfg.num_layers * cfg.num_kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
+        per_token = cfg.num_kv_heads * fmt.vector_bytes
         try:
             plan = plan_memory(cfg, fmt, device=device, dtype=dtype)
         except OctoError:  # the weights alone do not fit

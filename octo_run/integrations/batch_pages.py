@@ -17,7 +17,7 @@ from octo_run.engine.arena import PAGE, ArenaShape, KVArena
 from octo_run.engine.step import StepState, length_bound
 from octo_run.errors import OctoError
 from octo_run.kernels import AttentionInputs, AttentionSpec
-from octo_run.kernels.codec import Codec, KVFormat, PlainCodec
+from octo_run.kernels.codec import Codec, KVFormat, LayerFormats, PlainCodec
 from octo_run.kernels.codec.rotation import HEAD_DIMS
 
 #: Vectors coded at a time: bounds what coding a long prompt takes.
@@ -38,12 +38,12 @@ class GrowingArena(KVArena):
         cls, fmt: KVFormat, rows: int, kv_heads: int, dtype: torch.dtype, device: torch.device, sinks: int, window: int
     ) -> "GrowingArena":
         """An arena without pages."""
-        k, v = fmt.k, fmt.v
+        formats = LayerFormats.uniform(fmt, 1)
         shape = ArenaShape(
-            1, kv_heads, k.head_dim, k.bytes_per_vector, v.bytes_per_vector, dtype, context=sinks + window + PAGE,
+            1, kv_heads, fmt.k.head_dim, formats.vector_bytes, dtype, context=sinks + window + PAGE,
             sink=sinks, window=window, chunk=0, sequences=rows, on_gpu=device.type == "cuda", pool_pages=0,
         )  # fmt: skip
-        return cls(shape, fmt, device)
+        return cls(shape, formats, device)
 
     @property
     def stored(self) -> Tensor:
@@ -60,9 +60,8 @@ class GrowingArena(KVArena):
         missing = rows * count - pool.free
         if missing > 0:
             more = max(missing, len(pool) // _SPARE)
-            self.pages = torch.cat((self.pages, self.pages.new_zeros(more, *self.pages.shape[1:])))
             pool.grow(more)
-            self.shape = replace(self.shape, pool_pages=len(pool))
+            self._hold(torch.cat((self.pages, self.pages.new_zeros(more, self.pages.shape[1]))))
         width = self.page_table.shape[1]
         if first + count > width:
             more = max(first + count, 2 * width) - width
@@ -70,6 +69,12 @@ class GrowingArena(KVArena):
         ids = self.page_table[:, first : first + count]
         self.upload([pool.take(row, count) for row in range(rows)], ids)
         return ids.reshape(-1).contiguous()  # a column of the table has gaps, which kernels do not look for
+
+    def _hold(self, pages: Tensor) -> None:
+        """Have these pages."""
+        self.pages, self.shape = pages, replace(self.shape, pool_pages=len(pages))
+        self._run_pages = [*self._views()]
+        self.layer_pages = [pages for _, run in self._run_pages for pages in run.unbind(1)]
 
     def keep_pages(self, count: int) -> None:
         """Let every row keep its first ``count`` pages only."""
@@ -84,9 +89,9 @@ class GrowingArena(KVArena):
     def selected(self, rows: list[int]) -> "GrowingArena":
         """An arena whose row r holds what row ``rows[r]`` holds here. Pages are shared; this one is used no more."""
         s, index = self.shape, torch.tensor(rows, dtype=torch.int64, device=self.pages.device)
-        arena = GrowingArena.make(self.fmt, len(rows), s.kv_heads, s.dtype, self.pages.device, s.sink, s.window)
-        arena.shape = replace(arena.shape, pool_pages=s.pool_pages)
-        arena.pages, arena.page_table = self.pages, self.page_table.index_select(0, index)
+        arena = GrowingArena.make(self.formats[0], len(rows), s.kv_heads, s.dtype, self.pages.device, s.sink, s.window)
+        arena._hold(self.pages)
+        arena.page_table = self.page_table.index_select(0, index)
         arena.table.pool = self.table.pool.rearranged(rows)
         torch.index_select(self._full, 2, index, out=arena._full)
         return arena
@@ -188,7 +193,7 @@ class BatchPages:
     def __deepcopy__(self, memo: dict[int, object]) -> "BatchPages":
         """A copy that shares nothing but what never changes."""
         copied = memo[id(self)] = object.__new__(BatchPages)
-        for lasting in (self.arena.fmt, self.arena.page_format):
+        for lasting in (self.arena.formats, self.arena.page_formats):
             memo[id(lasting)] = lasting
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
@@ -196,7 +201,7 @@ class BatchPages:
     @property
     def fmt(self) -> KVFormat:
         """The formats of keys and values."""
-        return self.arena.fmt
+        return self.arena.formats[0]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -275,7 +280,13 @@ class BatchPages:
             part = part.reshape(2, batch, kv_heads, count, PAGE, dim).transpose(2, 3)
             part = part.reshape(2, 1, batch * count, kv_heads, PAGE, dim)
             ids = self.arena.take(self.packed, count)
-            self.arena.encode(part[0], part[1], self.arena.pages, ids)
+            try:
+                self.arena.encode(0, part[0], part[1], ids)
+            except OctoError:
+                name = str(part.dtype).removeprefix("torch.")
+                raise OctoError(
+                    f"The keys or values are not finite in {name}: load the model in another dtype."
+                ) from None
             self.packed += count
 
     def view(self, new: tuple[Tensor, Tensor] | None = None) -> "View":
@@ -291,7 +302,7 @@ class BatchPages:
     def decoded(self, first: int, last: int) -> Tensor:
         """Pages ``first .. last - 1``, in the rotated basis: ``[2, B, kv_heads, 64 (last - first), d]``."""
         arena, s = self.arena, self.arena.shape
-        if arena.page_format.layout == "lanes" and s.head_dim in HEAD_DIMS:
+        if arena.page_formats[0].layout == "lanes" and s.head_dim in HEAD_DIMS:
             from octo_run.kernels.attention.general.prefill_launch import unpack_pages
             from octo_run.kernels.devices import on_device_of
 
@@ -299,10 +310,10 @@ class BatchPages:
             slab = torch.empty(shape, dtype=torch.float32, device=arena.pages.device)
             state = self.scratch.state(arena, self.length, last, 0)
             with on_device_of(slab):
-                unpack_pages(arena.inputs(0, state, slab), arena.fmt, slab[0], slab[1], first, last - first)
+                unpack_pages(arena.inputs(0, state, None), self.fmt, slab[0], slab[1], first, last - first)
             return slab.to(s.dtype)
-        pages = arena.pages[arena.page_table[:, first:last].long(), 0]
-        both = torch.stack(arena.page_format.decode_rotated(pages, s.dtype))  # [2, B, pages, kv_heads, 64, d]
+        pages = arena.layer_pages[0][arena.page_table[:, first:last].long()]
+        both = torch.stack(arena.page_formats[0].decode_rotated(pages, s.dtype))  # [2, B, pages, kv_heads, 64, d]
         return both.transpose(2, 3).flatten(3, 4)
 
     @torch.inference_mode(False)
@@ -448,7 +459,7 @@ class View:
         q = q.reshape(batch, 1, heads * queries, dim) if folded else q.transpose(1, 2)
         q = _rotate(store.fmt.k, q).contiguous()
         count = q.shape[1]
-        inputs = self._inputs(self.length - count, q)
+        inputs = self._inputs(self.length - count)
         out = kernels.attend(
             q, inputs, store.fmt, spec=AttentionSpec(scale),
             max_length=length_bound(self.length, _NO_CONTEXT) if count == 1 else self.length,
@@ -457,11 +468,11 @@ class View:
         out = _unrotate(store.fmt.v, out)
         return out.view(batch, heads, queries, dim).transpose(1, 2) if folded else out
 
-    def _inputs(self, start: int, q: Tensor) -> AttentionInputs:
+    def _inputs(self, start: int) -> AttentionInputs:
         """What the kernels read for queries from position ``start`` on."""
         store = self.store
         state = store.scratch.state(store.arena, start, self.packed, self.origin)
-        inputs = store.arena.inputs(0, state, q)
+        inputs = store.arena.inputs(0, state, None)
         if not self.tail.shape[3]:  # all are sinks: the ring is not read
             return inputs
         return replace(inputs, tail_k=self.tail[0], tail_v=self.tail[1])

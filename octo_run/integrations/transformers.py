@@ -248,9 +248,8 @@ class OctoCache(DynamicCache):  # type: ignore[misc]
         expect("The KV format", kv, str)
         expect("The number of sink tokens", sinks, int)
         expect("The window", window, int)
-        fmt = parse_kv(kv, 128)
-        codecs = (fmt.k.bytes_per_vector, fmt.v.bytes_per_vector)
-        ArenaShape(1, 1, 128, *codecs, torch.float32, 1, sinks, window)  # refuses what no arena takes
+        parse_kv(kv, 128)
+        ArenaShape(1, 1, 128, 1, torch.float32, 1, sinks, window)  # refuses what no arena takes
         self.kv, self.sinks, self.window, self.scratch = kv, sinks, window, Scratch()
         decoder = config.get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(decoder)

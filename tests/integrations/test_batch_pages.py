@@ -209,7 +209,7 @@ def test_pages_are_what_is_read() -> None:
 def test_pages_follow_the_layout_of_the_device() -> None:
     store, remembered = make("oct3", 64)
     append(store, remembered, 300)
-    assert store.arena.page_format == PageFormat(store.fmt, "rows")
+    assert store.arena.page_formats[0] == PageFormat(store.fmt, "rows")
 
 
 def test_a_long_prompt_is_coded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
