@@ -56,7 +56,8 @@ def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> 
          "stride": 2047, "rows": [row("bf16", "formats", 0), row("oct3", "formats", 0.44), row("oct2", "formats", 1.7),
                   row("oct2, as they are", "off", 1.0)]},
         {"kind": "needle", "model": "demo", "where": "CPU", "texts": 4, "length": 2048, "rows": [
-            {"kv": kv, "asked": 20, "found": found, "recall": found / 20, "low": 0.7, "high": 1.0, "conditioning": "full"}
+            {"kv": kv, "asked": 20, "found": found, "recall": found / 20, "low": 0.7, "high": 1.0,
+             "conditioning": "full"}
             for kv, found in (("bf16", 20), ("oct3", 19))]},
     ]  # fmt: skip
     files = [tmp_path / f"{number}.json" for number in range(2)]
