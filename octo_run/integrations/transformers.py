@@ -40,6 +40,10 @@ octo_attention.register()
 _CODED = ("full_attention", "sliding_attention", "chunked_attention")
 #: Kinds of layers that have none; transformers' own objects keep what they have.
 _WITHOUT = ("conv", "linear_attention", "dummy")
+_TWO_CACHES = (
+    "A model with an encoder has two caches: give it EncoderDecoderCache(OctoCache(model.config), "
+    "OctoCache(model.config))."
+)
 
 
 class OctoLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -251,11 +255,45 @@ class OctoCache(DynamicCache):  # type: ignore[misc]
         parse_kv(kv, 128)
         ArenaShape(1, 1, 128, 1, torch.float32, 1, sinks, window)  # refuses what no arena takes
         self.kv, self.sinks, self.window, self.scratch = kv, sinks, window, Scratch()
+        self._has_encoder, self._given = bool(getattr(config, "is_encoder_decoder", False)), False
+        self._updated: int | None = None
         decoder = config.get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(decoder)
         Cache.__init__(self, layers=[self._layer(kind, given) for kind, given in zip(kinds, options, strict=True)])
         if not any(isinstance(layer, OctoLayer) for layer in self.layers):
             raise OctoError("The model has no layer whose keys and values OctoCache could store: use DynamicCache.")
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Store new keys and values of a layer: see ``OctoLayer.update``.
+
+        Raises:
+            UsageError: A layer's self-attention and its cross-attention both come here.
+        """
+        if self._has_encoder and layer_idx == self._updated and len(self) > 1:
+            raise UsageError(_TWO_CACHES)
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._updated = layer_idx
+        return states
+
+    def reset(self) -> None:
+        """Forget everything, and give the memory back."""
+        self._updated = None
+        super().reset()
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """Whether it was given to ``generate``, which says so here.
+
+        Raises:
+            UsageError: It is set for a model that needs two caches. Some would use others then, in full precision.
+        """
+        return self._given
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, given: bool) -> None:
+        if given and self._has_encoder:
+            raise UsageError(_TWO_CACHES)
+        self._given = given
 
     def _layer(self, kind: str, options: dict[str, Any]) -> Any:
         if kind in _CODED:

@@ -380,6 +380,15 @@ def test_musicgen(device: str, attention: str) -> None:
     assert difference(results[2], results[3]) < (2e-3 if device == "cpu" else 1e-2)
 
 
+@pytest.mark.parametrize("build", [whisper, musicgen])
+def test_half_a_cache_is_refused(build: Callable[[], Any]) -> None:
+    """Whisper would put two caches in full precision in its place, MusicGen would mix two: neither says a word."""
+    model = build()
+    given = torch.randn(1, 8, 300) if build is whisper else torch.randint(2, 50, (1, 7))
+    with pytest.raises(UsageError, match=r"two caches: give it EncoderDecoderCache\(OctoCache"):
+        model.generate(given, cache=OctoCache(model.config), max_new_tokens=3)
+
+
 def test_bytes(decoder: Decoder, device: str) -> None:
     model, prompt = decoder("Llama", device), ids(2, 1500, device=device)
     caches = {kv: OctoCache(model.config, kv=kv) for kv in ("oct2", "oct3", "oct4", "bf16")}
