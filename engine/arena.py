@@ -105,10 +105,10 @@ class ArenaShape:
         """Bytes that one packed token takes over all layers and KV heads."""
         return self.kv_heads * self.vector_bytes
 
-    @property
-    def mean_queries(self) -> int:
-        """Queries whose coefficients are kept at a time: on a GPU only a step's, for prefill needs none."""
-        return self.sequences if self.on_gpu else max(self.chunk, self.sequences)
+    def coefficients_shape(self, rows: int) -> tuple[int, int, int, int]:
+        """Of the means' coefficients of ``rows`` queries, float32: on a GPU only a step's, for prefill needs none."""
+        count = min(rows, self.sequences) if self.on_gpu else rows
+        return count if self.mean_heads else 0, 1, self.mean_heads, self.head_dim
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -239,9 +239,6 @@ class KVArena:
         self.enter_pages(row, number, [page])
         self._coding[0, row].fill_(page)
         self._coding[1, row].fill_(number)
-        if self.means is not None and not number:
-            for layer in range(s.layers):
-                self.means.learn(layer, row, self._full[0, layer, row, :, slot : slot + PAGE])
         if run is None:
             self._code_slots(row, slot)
         else:
@@ -252,7 +249,7 @@ class KVArena:
         """Code the page that begins in ``slot``; its id and number are in ``_coding``."""
         k, v = self._full[:, :, row : row + 1, :, slot : slot + PAGE]
         if self.means is not None:
-            k = self.means.take_out(k, 0, row, self._coding[1, row : row + 1])
+            k = self.means.take_out(k, 0, self._coding[1, row : row + 1])
         self.encode(0, k, v, self._coding[0, row : row + 1])
 
     def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
@@ -291,8 +288,9 @@ class KVArena:
         """Full-precision K and V of a layer: ``[rows, kv_heads, sink + ring, d]``."""
         return self._full[0, layer], self._full[1, layer]
 
-    def inputs(self, layer: int, state: "StepState", q: Tensor) -> kernels.AttentionInputs:
-        """What the attention kernels read for one token in each sequence of a step, and its queries ``q``."""
+    def inputs(self, layer: int, state: "StepState", coefficients: Tensor | None) -> kernels.AttentionInputs:
+        """What the attention kernels read for one token in each sequence of a step; for means its queries'
+        coefficients."""
         sink = self.shape.sink
         full_k, full_v = self.full(layer)
         return kernels.AttentionInputs(
@@ -307,11 +305,12 @@ class KVArena:
             tail_v=full_v[:, :, sink:],
             tail_origin=state.origins,
             sink=sink,
-            mean=None if self.means is None else self.means.of_queries(layer, None, state.rows, q),
+            mean=None if self.means is None else self.means.of_queries(layer, coefficients),
         )
 
-    def chunk_inputs(self, layer: int, row: int, q: Tensor) -> kernels.AttentionInputs:
-        """What the attention kernels read for a chunk of the sequence in ``row``, whose tail is staged."""
+    def chunk_inputs(self, layer: int, row: int, coefficients: Tensor | None) -> kernels.AttentionInputs:
+        """What the attention kernels read for a chunk of the sequence in ``row``, whose tail is staged; for means its
+        queries' coefficients."""
         sink, state = self.shape.sink, self._chunk_state[row]
         full_k, full_v = self._full[:, layer, row : row + 1]
         return kernels.AttentionInputs(
@@ -326,14 +325,12 @@ class KVArena:
             tail_v=self._staging[1],
             tail_origin=state[2:3],
             sink=sink,
-            mean=None if self.means is None else self.means.of_queries(layer, row, state[3:], q),
+            mean=None if self.means is None else self.means.of_queries(layer, coefficients),
         )
 
     def _copy_row(self, donor: int, row: int) -> None:
         """Copy all that a row holds: what a sequence that begins like another one needs besides the shared pages."""
         self._full[:, :, row].copy_(self._full[:, :, donor])
-        if self.means is not None:
-            self.means.copy_row(donor, row)
         self.page_table[row].copy_(self.page_table[donor])
 
 
@@ -356,7 +353,6 @@ class Chunk:
         self.old_tail = max(0, self.start - s.sink - origin)
         tail = self.old_tail + self.count - self.to_sink
         self.new_pages = max(0, (tail - s.window) // PAGE)
-        self._first_page = not sequence.packed
         page_ids = sequence.take_pages(self.new_pages)
         if self.new_pages:  # slots of the old tail will be written over
             sequence.hold(sequence.packed_end)
@@ -376,12 +372,14 @@ class Chunk:
         spec: kernels.AttentionSpec,
         workspace: Tensor | None,
         out: Tensor | None = None,
+        coefficients: Tensor | None = None,
     ) -> Tensor:
         """Store the chunk's keys and values of a layer, and attend to them and to what came before.
 
         Args:
             q: Queries ``[1, C, heads, d]``.
             kv: Keys and values ``[2, C, kv_heads, d]``.
+            coefficients: Of the queries, for means: float32 like ``q``.
 
         Returns:
             The attention of ``q``.
@@ -394,15 +392,13 @@ class Chunk:
             staging[:, :, : self.old_tail] = store.index_select(2, self._old_slots)
         if self._tail > self.old_tail:
             staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
-        inputs = a.chunk_inputs(layer, self.row, q)
+        inputs = a.chunk_inputs(layer, self.row, coefficients)
         out = kernels.attend(q, inputs, a.formats[layer], spec=spec, max_length=self.end, workspace=workspace, out=out)
         if self._coded:
             coded = a._staging[:, :, :, : self._coded]
             k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
             if a.means is not None:
-                if self._first_page:
-                    a.means.learn(layer, self.row, k_pages[0, 0])
-                k_pages = a.means.take_out(k_pages, layer, self.row, self._state[1:2])
+                k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
             a.encode(layer, k_pages, v_pages, self._ids)
         if self._tail > self._coded:
             store.index_copy_(2, self._left_slots, staging[:, :, self._coded : self._tail])

@@ -13,6 +13,7 @@ from torch import Tensor
 from octo_run.engine import system_memory
 from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
+from octo_run.engine.conditioning import conditioning_of
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
 from octo_run.engine.plan import MemoryPlan, free_memory, parse_formats, plan_memory
@@ -130,7 +131,7 @@ class Engine:
         seed: int = 0,
         sink: int = 64,
         window: int = 64,
-        key_mean: bool | None = None,
+        conditioning: str | None = None,
         sequences: int = 1,
         cache_bytes: int | None = None,
         random_weights: ModelConfig | str | Path | None = None,
@@ -143,8 +144,8 @@ class Engine:
             kv: The format of the cache.
             max_context: In tokens (None: what the model supports, as far as it fits).
             seed: Chooses the codec's rotation.
-            key_mean: Keep the mean of a head's keys out of their code, which makes decode attention up to one and
-                a half times as long (None: where the model's keys have a bias).
+            conditioning: What is done to keys so that their code errs less (`models.conditioning`): ``off``, ``mean``
+                or ``full`` (None: ``full``); nothing is done to keys without a code.
             sequences: The largest number of them that decode together; one may hold ``max_context`` tokens.
             cache_bytes: Bytes of the packed pages that the sequences share (None: as many as all of them need at
                 ``max_context``; where that is None too, as many as fit).
@@ -163,7 +164,7 @@ class Engine:
             expect(name, number, int)
         for name, limit in (("max_context", max_context), ("cache_bytes", cache_bytes)):
             expect(name, limit, int, none=True)
-        expect("key_mean", key_mean, bool, none=True)
+        expect("conditioning", conditioning, str, none=True)
         if not 1 <= sequences <= MAX_SEQUENCES:
             raise UsageError(f"The number of sequences is {sequences}; give 1 to {MAX_SEQUENCES}.")
         path: Path | None = None
@@ -181,7 +182,7 @@ class Engine:
         def planned(cfg: ModelConfig) -> MemoryPlan:
             return plan_memory(
                 cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window,
-                sequences=sequences, cache_bytes=cache_bytes, key_mean=key_mean,
+                sequences=sequences, cache_bytes=cache_bytes, conditioning=conditioning,
             )  # fmt: skip
 
         plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
@@ -194,7 +195,8 @@ class Engine:
                 weights = weight_files.random_weights(cfg, where, kind)
             else:
                 weights = weight_files.load_weights(path, cfg, where, kind)
-            decoder = Decoder(cfg, weights, _rotation(fmt[0].k.rotation), _rotation(fmt[0].v.rotation))
+            decoder = Decoder(cfg, weights, None, fmt[0].v.rotation)
+            decoder.store_keys(fmt[0].k.rotation, conditioning_of(decoder, tokenizer, plan.conditioning, path))
             if where.type == "cuda":
                 torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
             return cls(str(model), cfg, decoder, cast("Tokenizer", tokenizer), plan, fmt, defaults, seed)
@@ -478,8 +480,3 @@ class Engine:
         for chunk in chunks:
             chunk.commit()
         return hidden
-
-
-def _rotation(matrix: Tensor) -> Tensor | None:
-    """None for the identity, so that plain formats pay nothing."""
-    return None if torch.equal(matrix, torch.eye(matrix.shape[0], dtype=matrix.dtype)) else matrix

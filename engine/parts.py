@@ -34,7 +34,7 @@ class Parts:
             meta: Make them only as shapes, as ``decoder`` then is.
         """
         place, cfg = torch.device("meta") if meta else device, decoder.cfg
-        means = KeyMeans(shape, fmt[0].k.rotation, decoder.inv_freq) if shape.mean_heads else None
+        means = _key_means(decoder, shape) if shape.mean_heads else None
         arena, workspace = KVArena(shape, fmt, place, means), None
         count = kernels.attention_workspace_bytes(
             shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk, shape.context
@@ -43,6 +43,16 @@ class Parts:
             workspace = torch.zeros(count // 4, dtype=torch.float32, device=place)
         forward = Forward(decoder, arena, max(shape.chunk, shape.sequences), workspace)
         return cls(arena, forward, Stepper(forward, BatchSampler(shape.sequences, cfg.vocab_size, place)))
+
+
+def _key_means(decoder: Decoder, shape: ArenaShape) -> KeyMeans:
+    """Those of a decoder that was given means (``Decoder.store_keys``)."""
+    means, maps = list[Tensor](), list[Tensor]()
+    for layer in decoder.layers:
+        assert layer.key_mean is not None and layer.maps is not None
+        means.append(layer.key_mean)
+        maps.append(layer.maps[1])
+    return KeyMeans(shape, means, maps, decoder.inv_freq)
 
 
 def tensors(*holders: object) -> Iterator[Tensor]:

@@ -11,9 +11,10 @@ from octo_run.engine import system_memory
 from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats, parse_kv
-from octo_run.models.config import ModelConfig
+from octo_run.models.conditioning import Conditioning
+from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder
 from octo_run.models.weights import expected_tensors, weight_bytes
 
@@ -41,7 +42,7 @@ class MemoryPlan:
         free: What is left to an engine.
         before: What the process held in memory when the plan was made if the device is a CPU (PyTorch, tokenizer).
         loading: The bytes held at most while weights are fused, before anything else is there.
-        arena: Packed pages, their table and key means.
+        arena: Packed pages, their table, and what is done to keys (`models.conditioning`).
         full_precision: Sinks, windows and the staging buffer.
         workspace: Partial results of attention, the matrix-product library's workspace and the activations of a chunk
             or a step.
@@ -50,6 +51,7 @@ class MemoryPlan:
     """
 
     kv: str
+    conditioning: str
     device: str
     dtype: torch.dtype
     shape: ArenaShape
@@ -184,7 +186,7 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
     arena, full = parts.arena, parts.arena.full_precision
     temporaries = _cpu_temporaries(decoder.cfg, shape) if device.type == "cpu" else _library_workspace(device)
     return {
-        "arena": held(arena, but=(full, decoder)),
+        "arena": held(arena, but=(full, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),
         "workspace": held(parts.forward, but=(arena, decoder)) + temporaries,
         "graphs": _library_workspace(device),
@@ -199,11 +201,6 @@ def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
     return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
 
 
-def takes_mean(cfg: ModelConfig, fmt: LayerFormats, key_mean: bool | None) -> bool:
-    """Whether key means are kept out of the codes: as asked, else for models whose keys have a bias; never of bf16."""
-    return fmt.coded and (cfg.qkv_bias if key_mean is None else key_mean)
-
-
 def parse_formats(text: str, cfg: ModelConfig, seed: int, dtype: torch.dtype) -> LayerFormats:
     """The formats of a model's layers that ``--kv`` names.
 
@@ -211,6 +208,17 @@ def parse_formats(text: str, cfg: ModelConfig, seed: int, dtype: torch.dtype) ->
         UsageError: See ``parse_kv``.
     """
     return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, dtype), cfg.num_layers)
+
+
+def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
+    """What is done to keys (`models.config.CONDITIONINGS`): as asked, else all of it; nothing to keys without a code.
+
+    Raises:
+        UsageError: Another word.
+    """
+    if asked is not None and asked not in CONDITIONINGS:
+        raise UsageError(f"There is no conditioning {quoted(asked)}; give --conditioning off, mean or full.")
+    return (asked or "full") if fmt.coded else "off"
 
 
 def plan_memory(
@@ -224,7 +232,7 @@ def plan_memory(
     window: int = 64,
     sequences: int = 1,
     seed: int = 0,
-    key_mean: bool | None = None,
+    conditioning: str | None = None,
     cache_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan for a model.
@@ -232,7 +240,7 @@ def plan_memory(
     Args:
         max_context: In tokens (None: what the model was trained for, as far as the free memory holds it).
         sequences: See ``Engine.load``.
-        key_mean: See ``Engine.load``.
+        conditioning: See ``Engine.load``.
         cache_bytes: See ``Engine.load``.
 
     Raises:
@@ -245,6 +253,7 @@ def plan_memory(
         raise UsageError(
             f"The context of {max_context:,} tokens is beyond the model's {limit:,}; give --ctx {limit} or less."
         )
+    kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
     shape = ArenaShape(
         layers=cfg.num_layers,
@@ -257,15 +266,17 @@ def plan_memory(
         window=window,
         chunk=min(_chunk(cfg, dtype, device, free), context),
         sequences=sequences,
-        mean_heads=cfg.num_heads if takes_mean(cfg, fmt, key_mean) else 0,
+        mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
         made = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in expected_tensors(cfg).items()}
-        decoder = Decoder(cfg, made, fmt[0].k.rotation, fmt[0].v.rotation)
-        weights = sum(held_bytes(decoder.embedding, decoder.head, decoder.final_norm, decoder.layers))
+        decoder = Decoder(cfg, made, None, fmt[0].v.rotation)
+        decoder.store_keys(fmt[0].k.rotation, Conditioning.empty(cfg, kind, "meta"))
+        parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
+        weights = sum(held_bytes(*parts, but=(decoder.key_tensors,)))
 
     def measure(shape: ArenaShape) -> dict[str, int]:
         with torch.inference_mode():
@@ -273,6 +284,7 @@ def plan_memory(
 
     plan = MemoryPlan(
         kv=fmt.name,
+        conditioning=kind,
         device=str(device),
         dtype=dtype,
         shape=shape,

@@ -24,8 +24,9 @@ import torch
 
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.evaluation import needle, perplexity
-from octo_run.engine.evaluation.perplexity import REFERENCE, Row
+from octo_run.engine.evaluation.perplexity import Row
 from octo_run.engine.evaluation.plots import plot_perplexity
+from octo_run.engine.evaluation.reading import REFERENCE
 from octo_run.engine.evaluation.statistics import wilson
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import Codec
@@ -145,17 +146,18 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
     def load(label: str) -> Engine:
         return reference if label == REFERENCE else load_case(model, by_label[label], _place(args))
 
-    perplexity.KEPT_BYTES = 4 * 2**30
     part: dict[str, Any] = {"kind": "ppl", "model": name, "where": where_measured(reference), "text": args.text.name}
     part |= {"tokens": args.tokens, "skip": args.skip, "stride": args.stride, "rows": []}
-    rows = perplexity.evaluate(load, [*by_label], [ids], stride=args.stride, step=STEP)
-    for row in rows:
-        group = "formats" if row.kv == REFERENCE else by_label[row.kv].group
-        part["rows"].append({"group": group, **dataclasses.asdict(row)})
-        print(
-            f"{name:8} {row.kv:28} {row.perplexity:8.4f} {row.delta_percent:+.3f} % ({row.delta_stderr:.3f})",
-            flush=True,
-        )
+    comparison = perplexity.Comparison(load, [*by_label], [ids], stride=args.stride)
+    try:
+        for _ in comparison.run():
+            pass
+    finally:  # what is done is kept, whatever comes in between
+        for row in comparison.rows():
+            group = "formats" if row.kv == REFERENCE else by_label[row.kv].group
+            part["rows"].append({"group": group, **dataclasses.asdict(row)})
+            change = f"{row.delta_percent:+.3f} % ({row.delta_stderr:.3f}){' partial' * row.partial}"
+            print(f"{name:8} {row.kv:28} {row.perplexity:8.4f} {change}", flush=True)
         args.out.write_text(json.dumps(part, indent=1))
     return part
 
@@ -165,9 +167,11 @@ def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
     name, model = args.model.split("=", 1)
     engine = Engine.load(model, kv=REFERENCE, **_place(args))
     text = args.text.read_text("utf-8")[args.skip : args.skip + 400_000]
-    haystacks = needle.prompts(
-        engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], trials=args.trials, distractors=4, form="text", seed=0
-    )[CONTEXT, 0.5]
+    questions = needle.prompts(
+        engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], questions=args.trials, distractors=4, form="text",
+        seed=0,
+    )  # fmt: skip
+    haystacks = [question.hay for question in questions]
     part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine)}
     part |= {"texts": len(haystacks), "length": CONTEXT, "rows": []}
     for kv in args.only.split(";") if args.only else [REFERENCE, *OURS, *PAPER]:
@@ -218,7 +222,7 @@ def write(doc: Path, files: list[Path]) -> None:
             plot = doc.with_name(f"{doc.stem}-{model}.png")
             fields = {field.name for field in dataclasses.fields(Row)}
             shown = [row for row in rows if row["group"] in ("formats", "mean")]
-            plot_perplexity([Row(**{key: row[key] for key in fields}) for row in shown], plot)
+            plot_perplexity([Row(**{key: row[key] for key in fields if key in row}) for row in shown], plot)
             lines += [f"![perplexity against bytes, {model} model]({plot.name})", ""]
     doc.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
 
@@ -233,8 +237,8 @@ def _head(parts: list[dict[str, Any]]) -> Iterator[str]:
         if part["kind"] == "ppl":
             yield (
                 f"- perplexity, {part['model']} model: {part['text']} from character {part['skip']:,}, "
-                f"{part['rows'][0]['tokens']:,} tokens scored, windows of {CONTEXT:,} tokens {part['stride']:,} apart, "
-                f"{STEP} tokens a step; {part['where']}"
+                f"{part['rows'][0]['tokens']:,} tokens scored, windows of {CONTEXT:,} tokens {part['stride']:,} apart; "
+                f"{part['where']}"
             )
         else:
             asked = (

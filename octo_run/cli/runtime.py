@@ -57,7 +57,7 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         max_context=options.ctx,
         dtype=options.dtype,
         on_plan=announce,
-        key_mean=options.key_mean,
+        conditioning=options.conditioning,
         **cache,
     )
 

@@ -36,7 +36,7 @@ class FormatRow:
 def command(model: str, device: str | None, dtype: str | None, as_json: bool) -> None:
     """Describe a model and what fits with it.
 
-    MODEL is a folder, ORG/NAME[@REV] or octo-demo (the default). Its weights are not loaded.
+    MODEL is a folder, ORG/NAME[@REV], imported/NAME or octo-demo (the default). Its weights are not loaded.
     """
     facts = describe(model, device, dtype)
     if as_json:

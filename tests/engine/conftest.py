@@ -9,8 +9,10 @@ from torch import Tensor
 
 from octo_run.engine import Engine, plan_memory
 from octo_run.engine.arena import Chunk
+from octo_run.engine.conditioning import conditioning_of
 from octo_run.engine.forward import Forward
 from octo_run.engine.plan import parse_formats
+from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.step import StepState
 from octo_run.kernels.codec import LayerFormats, parse_kv
 from octo_run.models.config import GenerationDefaults, ModelConfig
@@ -139,8 +141,9 @@ def build_engine(
         plan_options["cache_bytes"] = pages * 64 * cfg.num_kv_heads * fmt.vector_bytes
     plan = plan_memory(cfg, fmt, device=torch.device("cpu"), dtype=dtype, max_context=context, **plan_options)
     with torch.inference_mode():
-        rotations = [None if codec.name == "bf16" else codec.rotation for codec in (fmt[0].k, fmt[0].v)]
-        decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), *rotations)
+        decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), None, fmt[0].v.rotation)
+        found = conditioning_of(decoder, NoTokenizer(cfg.vocab_size), plan.conditioning, None)
+        decoder.store_keys(fmt[0].k.rotation, found)
         return Engine("tiny", cfg, decoder, ByteTokenizer(), plan, fmt, GenerationDefaults(), 0)  # type: ignore[arg-type]
 
 

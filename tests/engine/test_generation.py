@@ -14,6 +14,7 @@ from octo_run.engine.generation import PromptWatch
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import step as ops
+from octo_run.models import rope
 
 Tiny = Callable[..., Engine]
 
@@ -500,15 +501,16 @@ def test_the_same_prompt_gives_the_same_bytes(tiny: Tiny, random_ids: Any) -> No
     assert all(torch.equal(store, stores[0]) for store in stores)
 
 
+@pytest.mark.parametrize("conditioning", ["off", "mean", "full"])
 @pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "oct2/oct3:oct4", "oct4:oct2/oct2:octopus4"])
 def test_attention_of_a_step_is_that_over_the_decoded_pages(
-    kv: str, tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+    kv: str, conditioning: str, tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the model gets from the cache, against float64 attention over ``codec.decode`` of the pages' rows and the
     full-precision rest, everything in the original basis."""
     from octo_run import kernels
 
-    engine = tiny(kv)
+    engine = tiny(kv, conditioning=conditioning)
     more(engine, random_ids(300))
     calls: list[tuple[Tensor, Any, Tensor]] = []
     attend = kernels.attend
@@ -522,27 +524,36 @@ def test_attention_of_a_step_is_that_over_the_decoded_pages(
     engine.step.start(only(engine), 9, SamplingParams())
     engine.step.launch([only(engine)])
     assert len(calls) == engine.config.num_layers
-    for layer, (q, inputs, out) in enumerate(calls):
-        expected = attention_over_decoded(engine, layer, inputs, q[0, 0])
-        assert relative(engine.kv[layer].v.unrotate(out[0, 0].double()), expected) < 1e-4
+    for index, (q, inputs, out) in enumerate(calls):
+        expected = attention_over_decoded(engine, index, inputs, q[0, 0])
+        assert relative(engine.kv[index].v.unrotate(out[0, 0].double()), expected) < 1e-4
 
 
-def attention_over_decoded(engine: Engine, layer: int, inputs: Any, q: Tensor) -> Tensor:
-    """Float64 attention ``[heads, d]`` of the rotated query ``[heads, d]`` in the original basis (one KV head)."""
-    fmt, arena, sequence = engine.kv[layer], engine.arena, only(engine)
+def attention_over_decoded(engine: Engine, index: int, inputs: Any, q: Tensor) -> Tensor:
+    """Float64 attention ``[heads, d]`` of the stored query ``[heads, d]`` in the original basis (one KV head)."""
+    fmt, arena, sequence = engine.kv[index], engine.arena, only(engine)
+    layer, page_format = engine.forward.decoder.layers[index], arena.page_formats[index]
     pages = inputs.pages[inputs.page_table[0, : sequence.packed].long(), 0]
-    packed_k, packed_v = (part.flatten(0, 1) for part in arena.page_formats[layer].decode(pages, torch.float64))
+    packed_k, _ = (part.flatten(0, 1) for part in page_format.decode_rotated(pages, torch.float64))
+    _, packed_v = (part.flatten(0, 1) for part in page_format.decode(pages, torch.float64))
+    of_q, of_k = (torch.linalg.inv(one[0].double()) for one in layer.maps)
+    packed_k = packed_k @ of_k
+    if layer.key_mean is not None:
+        positions = arena.shape.sink + torch.arange(len(packed_k))
+        cos, sin = rope.cos_sin(positions, engine.forward.decoder.inv_freq.double(), torch.float64)
+        mean = layer.key_mean.double().expand(len(packed_k), 1, -1)
+        packed_k = packed_k + rope.apply(mean[None], cos[None], sin[None])[0, :, 0]
     count = len(sequence) - sequence.packed_end
     slots = (torch.arange(count) + 64 * sequence.packed) % arena.shape.ring
     keys, values = (
-        torch.cat((codec.unrotate(sink[0, 0].double()), packed, codec.unrotate(tail)))
-        for codec, sink, packed, tail in (
-            (fmt.k, inputs.sink_k, packed_k, inputs.tail_k[0, 0, slots].double()),
-            (fmt.v, inputs.sink_v, packed_v, inputs.tail_v[0, 0, slots].double()),
+        torch.cat((back(sink[0, 0].double()), packed, back(tail)))
+        for back, sink, packed, tail in (
+            (lambda x: x @ of_k, inputs.sink_k, packed_k, inputs.tail_k[0, 0, slots].double()),
+            (fmt.v.unrotate, inputs.sink_v, packed_v, inputs.tail_v[0, 0, slots].double()),
         )
     )
     assert len(keys) == len(sequence)
-    scores = fmt.k.unrotate(q.double()) @ keys.T * engine.config.head_dim**-0.5
+    scores = q.double() @ of_q @ keys.T * engine.config.head_dim**-0.5
     return scores.softmax(-1) @ values
 
 

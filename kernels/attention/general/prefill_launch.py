@@ -51,7 +51,7 @@ def launch_prefill(
         slab_k, slab_v = (half.view(batch, kv_heads, -1, dim) for half in (whole[:size], whole[size : 2 * size]))
         _unpack(kv, fmt, slab_k, slab_v, first, pages)
         if kv.mean is not None:
-            put_back(slab_k, kv.rows, kv.num_packed, first, kv.mean)
+            put_back(slab_k, kv.num_packed, first, kv.mean)
         _flash(q, kv, out, running, tiles, scale, past, (slab_k, slab_v), PAGE_TOKENS * first)
         past = True
     _flash(q, kv, out, running, tiles, scale, past, None, 0)
