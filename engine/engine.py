@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import system_memory
+from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
 from octo_run.engine.conditioning import conditioning_of
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
-from octo_run.engine.plan import MemoryPlan, free_memory, parse_formats, plan_memory
+from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams

@@ -8,11 +8,12 @@ import torch
 
 from octo_run import kernels
 from octo_run.engine import system_memory
+from octo_run.engine.allocation import parse_formats
 from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError, quoted
-from octo_run.kernels.codec import LayerFormats, parse_kv
+from octo_run.kernels.codec import LayerFormats
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder
@@ -199,15 +200,6 @@ def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
     gate_up = 2 * cfg.intermediate_size * dtype.itemsize
     out = cfg.num_heads * cfg.head_dim * (2 * 4 + dtype.itemsize)
     return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
-
-
-def parse_formats(text: str, cfg: ModelConfig, seed: int, dtype: torch.dtype) -> LayerFormats:
-    """The formats of a model's layers that ``--kv`` names.
-
-    Raises:
-        UsageError: See ``parse_kv``.
-    """
-    return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, dtype), cfg.num_layers)
 
 
 def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:

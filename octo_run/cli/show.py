@@ -85,7 +85,8 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
 
 def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
     """One row for every format that can store vectors of this head dimension, ``bf16`` first."""
-    from octo_run.engine.plan import parse_formats, plan_memory
+    from octo_run.engine.allocation import parse_formats
+    from octo_run.engine.plan import plan_memory
     from octo_run.kernels import codec
 
     rows = []
