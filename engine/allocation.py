@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
+from octo_run.engine import sensitivity
 from octo_run.errors import UsageError, quoted
 from octo_run.kernels.codec import KVFormat, LayerFormats, get, parse_kv
 from octo_run.models.config import ModelConfig
+from octo_run.models.decoder import Decoder
 
 #: The formats that are chosen from, and their relative errors: energy of the error by energy of the vector, Gaussian
 #: vectors of 128 numbers (docs/formats.md). Only their proportions matter, which other head dimensions have within 8 %.
@@ -41,12 +44,23 @@ class AutoFormats(LayerFormats):
         layers = allocate(sensitivities, Fraction(budget * head_dim, NUMBERS), head_dim, seed)
         return cls(f"auto:{budget}", layers, budget)
 
-    def chosen(self, sensitivities: torch.Tensor) -> AutoFormats:
-        """The formats for measured sensitivities ``[layers, 2]``. They take as many bytes whatever these are."""
-        codec = self.layers[0].k
-        found = type(self).within(self.budget, sensitivities.tolist(), codec.head_dim, codec.seed)
-        assert found.vector_bytes == self.vector_bytes
-        return found
+    def chosen(
+        self, decoder: Decoder, ids: list[int], on_progress: Callable[[int, int], None] | None = None
+    ) -> AutoFormats:
+        """The formats for a model, of as many bytes.
+
+        Args:
+            ids: Of a text that it is measured on. If none of them would be coded, the formats stay what they are.
+            on_progress: See ``sensitivity.measure``.
+
+        Raises:
+            OctoError: A model whose logits are not finite.
+        """
+        if len(ids) <= sensitivity.FIRST:
+            return self
+        head_dim, seed = self.layers[0].k.head_dim, self.layers[0].k.seed
+        found = sensitivity.measure(decoder, parse_kv(next(iter(ERRORS)), head_dim, seed), ids, on_progress)
+        return type(self).within(self.budget, found.tolist(), head_dim, seed)
 
     @property
     def average(self) -> float:
@@ -82,9 +96,11 @@ def allocate(sensitivities: Sequence[Pair], budget: Fraction, head_dim: int, see
     steps = (budget - least) * len(flat) // step
     if steps < 0:
         raise ValueError(f"{budget} bytes are fewer than {least}, those of {names[0]}")
-    gains = [ERRORS[worse] - ERRORS[better] for worse, better in zip(names, names[1:], strict=False)]
+    gains = [ERRORS[worse] - ERRORS[better] for worse, better in itertools.pairwise(names)]
     # By gain; among equals lower steps first, then earlier layers, then keys.
-    order = sorted((-value * gain, level, place) for level, gain in enumerate(gains) for place, value in enumerate(flat))
+    order = sorted(
+        (-value * gain, level, place) for level, gain in enumerate(gains) for place, value in enumerate(flat)
+    )
     levels = [0] * len(flat)
     for _, _, place in order[:steps]:
         levels[place] += 1

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from octo_run import kernels
-from octo_run.engine import system_memory
-from octo_run.engine.allocation import parse_formats
+from octo_run.engine import sensitivity, system_memory
+from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import PAGE, ArenaShape
+from octo_run.engine.conditioning import TOKENS
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError, quoted
@@ -195,11 +196,13 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
     }
 
 
-def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights and of the largest copy made while they are fused or rotated (in float32)."""
+def _loading(cfg: ModelConfig, dtype: torch.dtype, fmt: LayerFormats, device: torch.device) -> int:
+    """Bytes of the weights and of the largest copy made while they are fused or rotated (in float32), or of what
+    choosing formats takes."""
     gate_up = 2 * cfg.intermediate_size * dtype.itemsize
     out = cfg.num_heads * cfg.head_dim * (2 * 4 + dtype.itemsize)
-    return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
+    choosing = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
+    return weight_bytes(cfg, dtype) + max(cfg.hidden_size * max(gate_up, out), choosing)
 
 
 def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
@@ -282,7 +285,7 @@ def plan_memory(
         shape=shape,
         free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
         before=0 if device.type == "cuda" else system_memory.resident(),
-        loading=_loading(cfg, dtype),
+        loading=_loading(cfg, dtype, fmt, device),
         weights=weights,
         measure=measure,
         **measure(shape),

@@ -29,7 +29,7 @@ SINK, WINDOW = 64, 64
 FIRST = SINK + WINDOW + PAGE
 #: Tokens that go through a layer together, and those of which logits are made.
 ROWS = {"cuda": 8192, "cpu": 2048}
-LOGIT_ROWS = 512
+LOGIT_ROWS = 256
 
 _Part = TypeVar("_Part", Tensor, Linear, Layer)
 
@@ -101,7 +101,7 @@ def working_bytes(cfg: ModelConfig, count: int, device: torch.device) -> int:
     later = count - FIRST
     rows = max(count, max(1, ROWS[device.type] // later) * later)
     heads = cfg.num_heads * cfg.head_dim
-    layer = 2 * cfg.hidden_size * (cfg.num_kv_heads * cfg.head_dim + heads) + 3 * cfg.hidden_size * cfg.intermediate_size
+    layer = cfg.hidden_size * (2 * cfg.num_kv_heads * cfg.head_dim + 2 * heads + 3 * cfg.intermediate_size)
     activations = max(4 * cfg.intermediate_size, 8 * heads + 2 * cfg.hidden_size) * rows
     scores = 5 * cfg.num_heads * later * count
     logits = cfg.vocab_size * (cfg.hidden_size + 5 * LOGIT_ROWS)

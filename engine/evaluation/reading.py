@@ -138,8 +138,9 @@ class DecodedChunk(Chunk):
                 mean=mean,
             )
             bound = self.start + first + count * tokens
-            fmt = a.formats[layer]
-            kernels.attend(queries, inputs, fmt, spec=spec, max_length=bound, workspace=workspace, out=mixed)
+            kernels.attend(
+                queries, inputs, a.formats[layer], spec=spec, max_length=bound, workspace=workspace, out=mixed
+            )
 
 
 def _overlapping(staged: Tensor, slot: int, count: int, capacity: int) -> Tensor:

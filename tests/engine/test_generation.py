@@ -524,18 +524,19 @@ def test_attention_of_a_step_is_that_over_the_decoded_pages(
     engine.step.start(only(engine), 9, SamplingParams())
     engine.step.launch([only(engine)])
     assert len(calls) == engine.config.num_layers
-    for index, (q, inputs, out) in enumerate(calls):
-        expected = attention_over_decoded(engine, index, inputs, q[0, 0])
-        assert relative(engine.kv[index].v.unrotate(out[0, 0].double()), expected) < 1e-4
+    for number, (q, inputs, out) in enumerate(calls):
+        expected = attention_over_decoded(engine, number, inputs, q[0, 0])
+        assert relative(engine.kv[number].v.unrotate(out[0, 0].double()), expected) < 1e-4
 
 
-def attention_over_decoded(engine: Engine, index: int, inputs: Any, q: Tensor) -> Tensor:
+def attention_over_decoded(engine: Engine, number: int, inputs: Any, q: Tensor) -> Tensor:
     """Float64 attention ``[heads, d]`` of the stored query ``[heads, d]`` in the original basis (one KV head)."""
-    fmt, arena, sequence = engine.kv[index], engine.arena, only(engine)
-    layer, page_format = engine.forward.decoder.layers[index], arena.page_formats[index]
+    fmt, arena, sequence = engine.kv[number], engine.arena, only(engine)
     pages = inputs.pages[inputs.page_table[0, : sequence.packed].long(), 0]
-    packed_k, _ = (part.flatten(0, 1) for part in page_format.decode_rotated(pages, torch.float64))
-    _, packed_v = (part.flatten(0, 1) for part in page_format.decode(pages, torch.float64))
+    packed_k, _ = (part.flatten(0, 1) for part in arena.page_formats[number].decode_rotated(pages, torch.float64))
+    _, packed_v = (part.flatten(0, 1) for part in arena.page_formats[number].decode(pages, torch.float64))
+    layer = engine.forward.decoder.layers[number]
+    assert layer.maps is not None
     of_q, of_k = (torch.linalg.inv(one[0].double()) for one in layer.maps)
     packed_k = packed_k @ of_k
     if layer.key_mean is not None:
