@@ -8,7 +8,7 @@ products take the first 11 bits of their inputs, which is enough).
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from octo_run.kernels.codec import KVFormat, PageFormat
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Decoder, Layer, rms_norm
-from octo_run.models.linear import Linear
 
 PAGE = kernels.PAGE_TOKENS
 #: Tokens in full precision, as in an engine by default: the first ones, and the last ones beside the page being filled.
@@ -30,8 +29,6 @@ FIRST = SINK + WINDOW + PAGE
 #: Tokens that go through a layer together, and those of which logits are made.
 ROWS = {"cuda": 8192, "cpu": 2048}
 LOGIT_ROWS = 256
-
-_Part = TypeVar("_Part", Tensor, Linear, Layer)
 
 
 @torch.inference_mode()
@@ -119,8 +116,8 @@ def _eleven_bits() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _wide(part: _Part) -> _Part:
-    """The same with all numbers in float32."""
+def _wide(part: Any) -> Any:
+    """A tensor, or a layer of such, in float32."""
     if isinstance(part, Tensor):
         return part.to(torch.float32)
     mine = {field.name: getattr(part, field.name) for field in fields(part)}
@@ -173,7 +170,7 @@ def _attention_to_coded(
     seen = key <= query[:, None]
     old = (key >= SINK) & ((key - SINK) // PAGE < (query[:, None] - SINK - WINDOW) // PAGE)
     q = q[:, FIRST:] * scale
-    stored = q.unflatten(2, (kv_heads, -1))
+    stored = q.view(1, total - FIRST, kv_heads, -1, q.shape[3])
     if maps is not None:
         stored = torch.einsum("bnhgd,hde->bnhge", stored, maps[0].to(q.dtype))
     queries, stored = (x.transpose(1, 2)[0] for x in (q, stored.flatten(2, 3)))

@@ -132,7 +132,7 @@ def _text(facts: dict[str, Any]) -> str:
         "bytes/token: codes and norms of all layers and KV heads, K and V; all-in: with sinks, windows and the staging",
         "buffer, spread over the longest context that the model supports and the memory holds. Tokens past the model's",
         "own context are of no use, however many would fit. bf16 is the uncompressed cache; it takes the dtype of the",
-        f"arithmetic, {facts['dtype']} here. auto:N chooses among oct2, oct3 and oct4 for the keys and the values of each",
-        "layer, N bytes of 128 numbers on average; which need the better ones is measured when the model is loaded.",
+        f"arithmetic, {facts['dtype']} here. auto:N chooses one of oct2, oct3 and oct4 for the keys and the values of",
+        "each layer, N bytes of 128 numbers on average; which need the better ones is measured at load.",
     ]
     return "\n".join(lines)
