@@ -5,7 +5,7 @@ it). The effect of one layer is far smaller than what bfloat16 rounds away, so a
 products take the first 11 bits of their inputs, which is enough).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -29,6 +29,9 @@ FIRST = SINK + WINDOW + PAGE
 #: Tokens that go through a layer together, and those of which logits are made.
 ROWS = {"cuda": 8192, "cpu": 2048}
 LOGIT_ROWS = 256
+
+#: Cosines and sines of positions.
+Angles = tuple[Tensor, Tensor]
 
 
 @torch.inference_mode()
@@ -59,30 +62,17 @@ def measure(
     device = decoder.embedding.device
     exact = F.embedding(torch.tensor([ids], device=device), decoder.embedding).to(torch.float32)
     angles = rope.cos_sin(torch.arange(count, device=device)[None], decoder.inv_freq, torch.float32)
-    later = angles[0][:, FIRST:], angles[1][:, FIRST:]  # earlier tokens are the same in all variants
     variants = exact.new_empty(2 * layers, count - FIRST, exact.shape[-1])
     at_once = max(1, ROWS[device.type] // (count - FIRST))
     with _eleven_bits():
         for index in range(layers):
             if on_progress is not None:
                 on_progress(index, layers)
-            layer = _wide(replace(decoder.layers[index], maps=None))  # products of queries and keys are the same
-            scale = decoder.specs[index].attention.scale
             known, both = variants[: 2 * index], variants[: 2 * index + 2]
-            q, k, v = decoder._qkv(layer, exact, *angles)
-            for part in torch.split(known, at_once) if index else ():
-                new_q, new_k, new_v = decoder._qkv(layer, part, *later)
-                keys, values = (
-                    torch.cat((old[:, :FIRST].expand(len(part), -1, -1, -1), new), 1)
-                    for old, new in ((k, new_k), (v, new_v))
-                )
-                part += decoder._out(layer, _attention(new_q, keys, values, scale))
-            errors = _code_errors(decoder.layers[index], fmt, k, v, angles)
-            for variant, mixed in zip(
-                both[-2:], _attention_to_coded(q, k, v, *errors, decoder.layers[index].maps, scale), strict=True
-            ):
-                variant[:] = (exact[:, FIRST:] + decoder._out(layer, mixed))[0]
-            exact += decoder._out(layer, _attention(q, k, v, scale))
+            layer = _wide(replace(decoder.layers[index], maps=None))  # products of queries and keys are the same
+            _add_attention(
+                decoder, index, layer, exact, torch.split(known, at_once) if index else (), both[-2:], angles, fmt
+            )
             for part in (exact, *torch.split(both, at_once)):
                 part += decoder._mlp(layer, part)
         if on_progress is not None:
@@ -93,16 +83,45 @@ def measure(
     return found.view(layers, 2)
 
 
+def _add_attention(
+    decoder: Decoder, index: int, layer: Layer, exact: Tensor, known: Sequence[Tensor], new: Tensor, angles: Angles,
+    fmt: KVFormat,
+) -> None:  # fmt: skip
+    """A layer's attention, added to hidden states.
+
+    Args:
+        exact: Of the text, ``[1, n, hidden]``.
+        known: Variants of the tokens from ``FIRST`` on, ``[B, m, hidden]``: earlier tokens are the same in all.
+        new: Room for the variants that begin here, ``[2, m, hidden]``.
+    """
+    stored, scale = decoder.layers[index], decoder.specs[index].attention.scale
+    q, k, v = decoder._qkv(layer, exact, *angles)
+    later = angles[0][:, FIRST:], angles[1][:, FIRST:]
+    for part in known:
+        new_q, new_k, new_v = decoder._qkv(layer, part, *later)
+        keys, values = (
+            torch.cat((old[:, :FIRST].expand(len(part), -1, -1, -1), x), 1) for old, x in ((k, new_k), (v, new_v))
+        )
+        part += decoder._out(layer, _attention(new_q, keys, values, scale))
+    errors = _code_errors(stored, fmt, k, v, angles)
+    for variant, mixed in zip(new, _attention_to_coded(q, k, v, *errors, stored.maps, scale), strict=True):
+        variant[:] = (exact[:, FIRST:] + decoder._out(layer, mixed))[0]
+    exact += decoder._out(layer, _attention(q, k, v, scale))
+
+
 def working_bytes(cfg: ModelConfig, count: int, device: torch.device) -> int:
     """Bytes that ``measure`` takes at most for ``count`` tokens, about, beside the decoder."""
     later = count - FIRST
-    rows = max(count, max(1, ROWS[device.type] // later) * later)
-    heads = cfg.num_heads * cfg.head_dim
-    layer = cfg.hidden_size * (2 * cfg.num_kv_heads * cfg.head_dim + 2 * heads + 3 * cfg.intermediate_size)
-    activations = max(4 * cfg.intermediate_size, 8 * heads + 2 * cfg.hidden_size) * rows
-    scores = 5 * cfg.num_heads * later * count
+    parts = max(1, ROWS[device.type] // later)
+    rows, keys = max(count, parts * later), max(1, parts) * count
+    heads, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    layer = cfg.hidden_size * (2 * kv + 2 * heads + 3 * cfg.intermediate_size)
+    mlp = rows * (4 * cfg.intermediate_size + cfg.hidden_size)
+    attention = rows * (3 * heads + 4 * kv) + keys * (2 * kv + 2 * heads)
+    scores = 5 * cfg.num_heads * later * count + 8 * count * heads
     logits = cfg.vocab_size * (cfg.hidden_size + 5 * LOGIT_ROWS)
-    return 4 * (2 * cfg.num_layers * later * cfg.hidden_size + max(layer + max(activations, scores), logits))
+    lasting = (2 * cfg.num_layers * later + 4 * count) * cfg.hidden_size
+    return 4 * (lasting + max(layer + max(mlp, attention, scores), logits))
 
 
 @contextmanager
@@ -137,9 +156,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, scale=scale).transpose(1, 2)
 
 
-def _code_errors(
-    layer: Layer, fmt: KVFormat, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def _code_errors(layer: Layer, fmt: KVFormat, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
     """What the code adds to keys (as they are stored) and values ``[1, n, kv_heads, d]``: 0 outside of whole pages."""
     if layer.key_mean is not None:
         k = k - rope.apply(layer.key_mean.expand_as(k), *angles)

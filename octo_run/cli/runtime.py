@@ -75,7 +75,7 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         **cache,
     )
     if str(engine.kv) != engine.kv.name:
-        notice(f"formats chosen: {engine.kv}")
+        notice(f"formats: {engine.kv}")
     return engine
 
 
