@@ -52,6 +52,7 @@ class ArenaShape:
         vector_bytes: Of a packed token of one KV head: its keys and values of all layers.
         dtype: The full-precision one.
         context: Tokens that one sequence can hold.
+        chunk: Tokens that ``KVArena.prefill`` takes at most (0: it is not used, and nothing is staged).
         sequences: Rows.
         mean_heads: The number of query heads if key means are kept out of the codes (``key_means``), else 0.
         on_gpu: Whether they are for a GPU.
@@ -139,7 +140,8 @@ class KVArena:
         #: Sinks and rings: K and V, layers, rows, KV heads, slots, d; and the tail of the chunk at hand.
         full = (2, s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
         self._full = torch.zeros(full, dtype=s.dtype, device=device)
-        self._staging = torch.zeros(2, 1, s.kv_heads, s.ring + s.chunk, s.head_dim, dtype=s.dtype, device=device)
+        staged = s.ring + s.chunk if s.chunk else 0
+        self._staging = torch.zeros(2, 1, s.kv_heads, staged, s.head_dim, dtype=s.dtype, device=device)
         self.page_table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
         #: For each row the first position of its chunk, packed pages, the tail's origin, and 0: its row among the one
         #: row that attention is given.

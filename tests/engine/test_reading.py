@@ -13,6 +13,7 @@ from torch import Tensor
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.evaluation import reading
 from octo_run.engine.evaluation.reading import Piece, Reader, pack, rows_at_once
+from octo_run.engine.parts import held_bytes
 
 Tiny = Callable[..., Engine]
 #: What rounding may change, relative to the largest logit.
@@ -154,9 +155,7 @@ def test_a_plan_counts_what_a_reader_holds(tiny: Tiny) -> None:
     plan, cfg = engine.plan, engine.config
     assert (plan.shape.chunk, rows_at_once(plan, cfg)) == (128, 512)
     reader = Reader(engine, 512)
-    made = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in
-            [*reader._forward._buffers.values(), reader._forward._positions, reader._forward._no_slots,
-             reader._forward._ids]}  # fmt: skip
-    assert reading.reader_bytes(plan, cfg) == sum(made.values())
+    forward = reader._forward
+    assert reading.reader_bytes(plan, cfg) == sum(held_bytes(forward, but=(forward.decoder, forward.arena)))
     held = plan.total + reading.reader_bytes(plan, cfg) + reading.slice_rows(plan, cfg) * 16 * cfg.vocab_size
     assert reading.fits(plan, cfg, held) and not reading.fits(plan, cfg, held - 1)
