@@ -36,18 +36,24 @@ def conditioning_of(
     """
     if kind == "off":
         return None
-    if path is None or isinstance(tokenizer, NoTokenizer):
-        generator = torch.Generator().manual_seed(0)
-        count = min(TOKENS, decoder.cfg.max_position_embeddings)
-        ids = torch.randint(decoder.cfg.vocab_size, (count,), generator=generator).tolist()
+    ids = calibration_ids(decoder.cfg, tokenizer)
+    if path is None:
         return conditioning.measure(decoder, ids).of_kind(kind)
-    ids = tokenizer.prompt(conditioning.calibration_text())[: min(TOKENS, decoder.cfg.max_position_embeddings)]
     kept = statistics_folder() / f"{_fingerprint(path, decoder, ids)}.npz"
     found = _read(kept, decoder.cfg)
     if found is None:
         found = conditioning.measure(decoder, ids)
         _keep(kept, found)
     return found.of_kind(kind)
+
+
+def calibration_ids(cfg: ModelConfig, tokenizer: Tokenizer | NoTokenizer) -> list[int]:
+    """The tokens that statistics of a model are measured on; random ones where there is no tokenizer."""
+    count = min(TOKENS, cfg.max_position_embeddings)
+    if isinstance(tokenizer, NoTokenizer):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(cfg.vocab_size, (count,), generator=generator).tolist()
+    return tokenizer.prompt(conditioning.calibration_text())[:count]
 
 
 def _fingerprint(path: Path, decoder: Decoder, ids: list[int]) -> str:

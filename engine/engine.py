@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import system_memory
+from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
-from octo_run.engine.conditioning import conditioning_of
+from octo_run.engine.conditioning import calibration_ids, conditioning_of
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
-from octo_run.engine.plan import MemoryPlan, free_memory, parse_formats, plan_memory
+from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
@@ -136,12 +137,14 @@ class Engine:
         cache_bytes: int | None = None,
         random_weights: ModelConfig | str | Path | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
+        on_measure: Callable[[int, int], None] | None = None,
     ) -> "Engine":
         """Load a model with its KV cache.
 
         Args:
             model: A path, a name in the cache, or ``octo-demo``; with ``random_weights`` a name for the shape.
-            kv: The format of the cache.
+            kv: The format of the cache: NAME, K:V, or auto:N, which chooses among ``oct2``, ``oct3`` and ``oct4`` for
+                the keys and the values of each layer, N bytes of 128 numbers on average.
             max_context: In tokens (None: what the model supports, as far as it fits).
             seed: Chooses the codec's rotation.
             conditioning: What is done to keys so that their code errs less (`models.conditioning`): ``off``, ``mean``
@@ -152,6 +155,7 @@ class Engine:
             random_weights: A configuration, the path of one, or a name in `shapes.SHAPES`: the weights of this shape
                 are made up, to measure it.
             on_plan: Called with the memory plan before any weight is read.
+            on_measure: Called with layers and their number while ``auto:N`` measures how precise each must be.
 
         Raises:
             UsageError: Wrong arguments.
@@ -197,6 +201,8 @@ class Engine:
                 weights = weight_files.load_weights(path, cfg, where, kind)
             decoder = Decoder(cfg, weights, None, fmt[0].v.rotation)
             decoder.store_keys(fmt[0].k.rotation, conditioning_of(decoder, tokenizer, plan.conditioning, path))
+            if isinstance(fmt, AutoFormats):
+                fmt = fmt.chosen(decoder, calibration_ids(cfg, tokenizer), on_measure)
             if where.type == "cuda":
                 torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
             return cls(str(model), cfg, decoder, cast("Tokenizer", tokenizer), plan, fmt, defaults, seed)

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from octo_run import kernels
-from octo_run.engine import system_memory
+from octo_run.engine import sensitivity, system_memory
+from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import PAGE, ArenaShape
+from octo_run.engine.conditioning import TOKENS
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError, quoted
-from octo_run.kernels.codec import LayerFormats, parse_kv
+from octo_run.kernels.codec import LayerFormats
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder
@@ -194,11 +196,13 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
     }
 
 
-def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights and of the largest copy made while they are fused or rotated (in float32)."""
+def _loading(cfg: ModelConfig, dtype: torch.dtype, fmt: LayerFormats, device: torch.device) -> int:
+    """Bytes of the weights and of the largest copy made while they are fused or rotated (in float32), or of what
+    choosing formats takes."""
     gate_up = 2 * cfg.intermediate_size * dtype.itemsize
     out = cfg.num_heads * cfg.head_dim * (2 * 4 + dtype.itemsize)
-    return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
+    choosing = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
+    return weight_bytes(cfg, dtype) + max(cfg.hidden_size * max(gate_up, out), choosing)
 
 
 def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
@@ -210,15 +214,6 @@ def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
     if asked is not None and asked not in CONDITIONINGS:
         raise UsageError(f"There is no conditioning {quoted(asked)}; give --conditioning off, mean or full.")
     return (asked or "full") if fmt.coded else "off"
-
-
-def parse_formats(text: str, cfg: ModelConfig, seed: int, dtype: torch.dtype) -> LayerFormats:
-    """The formats of a model's layers that ``--kv`` names.
-
-    Raises:
-        UsageError: See ``parse_kv``.
-    """
-    return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, dtype), cfg.num_layers)
 
 
 def plan_memory(
@@ -290,7 +285,7 @@ def plan_memory(
         shape=shape,
         free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
         before=0 if device.type == "cuda" else system_memory.resident(),
-        loading=_loading(cfg, dtype),
+        loading=_loading(cfg, dtype, fmt, device),
         weights=weights,
         measure=measure,
         **measure(shape),

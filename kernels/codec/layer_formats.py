@@ -78,10 +78,13 @@ class LayerFormats:
 
     def __str__(self) -> str:
         """The name, and how many layers have which format where they are not alike."""
-        if len(self.runs) == 1:
-            return self.name
+        return self.name if len(self.runs) == 1 else f"{self.name} ({self.counts})"
+
+    @property
+    def counts(self) -> str:
+        """How many layers have which format, as text: ``K 2 x oct2, 1 x oct3; V 3 x oct3``."""
         sides = []
         for side in ("k", "v"):
             counts = Counter(getattr(fmt, side).name for fmt in self.layers)
             sides.append(f"{side.upper()} " + ", ".join(f"{counts[name]} x {name}" for name in sorted(counts)))
-        return f"{self.name} ({'; '.join(sides)})"
+        return "; ".join(sides)

@@ -119,7 +119,9 @@ _ENGINE_OPTIONS = (
         show_default=True,
         help="A folder, ORG/NAME[@REV], imported/NAME or octo-demo.",
     ),
-    click.option("--kv", default=DEFAULT_KV, show_default=True, help="KV cache format, as K or K:V (see `show`)."),
+    click.option(
+        "--kv", default=DEFAULT_KV, show_default=True, help="KV cache format: NAME, K:V or auto:N (see `show`)."
+    ),
     click.option(
         "--conditioning",
         type=click.Choice(CONDITIONINGS),

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, plan_memory
+from octo_run.engine.allocation import parse_formats
 from octo_run.engine.arena import Chunk
 from octo_run.engine.conditioning import conditioning_of
 from octo_run.engine.forward import Forward
-from octo_run.engine.plan import parse_formats
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.step import StepState
 from octo_run.kernels.codec import LayerFormats, parse_kv

@@ -95,6 +95,6 @@ def test_plan_counts_maps_and_means() -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_only_coefficients_that_attention_reads_are_kept(on_gpu: bool) -> None:
-    shape = ArenaShape(2, 2, 64, 30, 30, torch.float32, 300, chunk=96, sequences=7, mean_heads=6, on_gpu=on_gpu)
+    shape = ArenaShape(2, 2, 64, 120, torch.float32, 300, chunk=96, sequences=7, mean_heads=6, on_gpu=on_gpu)
     assert shape.coefficients_shape(96) == (7 if on_gpu else 96, 1, 6, 64)
     assert dataclasses.replace(shape, mean_heads=0).coefficients_shape(96)[0] == 0

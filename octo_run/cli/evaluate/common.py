@@ -76,13 +76,13 @@ def formats(load: EngineOptions) -> list[str]:
     kvs = [*dict.fromkeys(name.strip() for name in load.kv.split(","))]
     if load.offline:
         runtime.go_offline()
-    from octo_run.kernels.codec import parse_kv
+    from octo_run.engine.allocation import parse_formats
     from octo_run.models.config import load_config
     from octo_run.models.hub import resolve
 
-    head_dim = load_config(resolve(load.model)).head_dim
+    cfg = load_config(resolve(load.model))
     for kv in kvs:
-        parse_kv(kv, head_dim)
+        parse_formats(kv, cfg)
     return kvs
 
 
