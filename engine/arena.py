@@ -12,11 +12,14 @@ token is written, so at least ``window`` of the last tokens are in full precisio
 until new ones have come: what is coded stays coded.) Keys and queries are stored in the codec's rotated basis, values
 too (see ``models.decoder``).
 
+A page of the pool holds the pages of all layers and KV heads one after the other; layers may differ in format, hence in
+bytes. Every one begins at a multiple of 128 bytes, as vectors have an even number of them.
+
 An exception, Ctrl-C's included, may strike between any two statements here: what is being written lies beyond the end
 of its sequence, which moves only when all of it is there.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -28,7 +31,8 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.engine.sequence import Sequence, SequenceTable
 from octo_run.errors import OctoError, UsageError
-from octo_run.kernels.codec import KVFormat, PageFormat
+from octo_run.kernels.codec import LayerFormats, PageFormat
+from octo_run.kernels.codec.layer_formats import LayerRun
 
 if TYPE_CHECKING:
     from octo_run.engine.key_means import KeyMeans
@@ -45,8 +49,10 @@ class ArenaShape:
     """What decides the bytes of an arena.
 
     Attributes:
+        vector_bytes: Of a packed token of one KV head: its keys and values of all layers.
         dtype: The full-precision one.
         context: Tokens that one sequence can hold.
+        chunk: Tokens that ``KVArena.prefill`` takes at most (0: it is not used, and nothing is staged).
         sequences: Rows.
         mean_heads: The number of query heads if key means are kept out of the codes (``key_means``), else 0.
         on_gpu: Whether they are for a GPU.
@@ -56,8 +62,7 @@ class ArenaShape:
     layers: int
     kv_heads: int
     head_dim: int
-    k_bytes: int
-    v_bytes: int
+    vector_bytes: int
     dtype: torch.dtype
     context: int
     sink: int = 64
@@ -99,12 +104,12 @@ class ArenaShape:
     @property
     def packed_token_bytes(self) -> int:
         """Bytes that one packed token takes over all layers and KV heads."""
-        return self.layers * self.kv_heads * (self.k_bytes + self.v_bytes)
+        return self.kv_heads * self.vector_bytes
 
-    @property
-    def mean_queries(self) -> int:
-        """Queries whose coefficients are kept at a time: on a GPU only a step's, for prefill needs none."""
-        return self.sequences if self.on_gpu else max(self.chunk, self.sequences)
+    def coefficients_shape(self, rows: int) -> tuple[int, int, int, int]:
+        """Of the means' coefficients of ``rows`` queries, float32: on a GPU only a step's, for prefill needs none."""
+        count = min(rows, self.sequences) if self.on_gpu else rows
+        return count if self.mean_heads else 0, 1, self.mean_heads, self.head_dim
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -118,18 +123,25 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
 class KVArena:
     """Allocates everything of ``shape`` on ``device`` once; afterwards only writes into it."""
 
-    def __init__(self, shape: ArenaShape, fmt: KVFormat, device: torch.device, means: "KeyMeans | None" = None) -> None:
-        self.shape, self.fmt, self.means = shape, fmt, means
-        #: What pages hold and how; its tag says which bytes they are.
-        self.page_format = PageFormat.on(fmt, device)
+    def __init__(
+        self, shape: ArenaShape, formats: LayerFormats, device: torch.device, means: "KeyMeans | None" = None
+    ) -> None:
+        self.shape, self.formats, self.means = shape, formats, means
+        #: What the pages of each layer hold and how; its tag says which bytes they are.
+        self.page_formats = [PageFormat.on(fmt, device) for fmt in formats]
         s = shape
-        self.pages = _zeros((s.pages, s.layers, s.kv_heads, self.page_format.page_bytes), device)
+        self.pages = _zeros((s.pages, PAGE * s.packed_token_bytes), device)
+        #: The same as ``[pages, layers, kv_heads, page_bytes]`` of layers of one format, and of each layer.
+        self._run_pages = [*self._views()]
+        self.layer_pages = [pages for _, run in self._run_pages for pages in run.unbind(1)]
         if device.type == "cuda":
-            kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
+            for fmt in dict.fromkeys(formats):
+                kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
         #: Sinks and rings: K and V, layers, rows, KV heads, slots, d; and the tail of the chunk at hand.
         full = (2, s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
         self._full = torch.zeros(full, dtype=s.dtype, device=device)
-        self._staging = torch.zeros(2, 1, s.kv_heads, s.ring + s.chunk, s.head_dim, dtype=s.dtype, device=device)
+        staged = s.ring + s.chunk if s.chunk else 0
+        self._staging = torch.zeros(2, 1, s.kv_heads, staged, s.head_dim, dtype=s.dtype, device=device)
         self.page_table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
         #: For each row the first position of its chunk, packed pages, the tail's origin, and 0: its row among the one
         #: row that attention is given.
@@ -178,14 +190,31 @@ class KVArena:
             self.upload(ids, places)
         return places
 
-    def encode(self, k: Tensor, v: Tensor, pages: Tensor, ids: Tensor) -> None:
-        """Code keys and values with ``kernels.encode_pages`` in the arena's format.
+    def _views(self) -> Iterator[tuple[LayerRun, Tensor]]:
+        """Runs of layers of one format, and their pages."""
+        at, (count, size), heads = 0, self.pages.shape, self.shape.kv_heads
+        for run in self.formats.runs:
+            page, layers = self.page_formats[run.first].page_bytes, run.end - run.first
+            yield run, self.pages.as_strided((count, layers, heads, page), (size, heads * page, page, 1), at)
+            at += layers * heads * page
+        assert at == size
+
+    def encode(self, layer: int, k: Tensor, v: Tensor, ids: Tensor) -> None:
+        """Code keys and values of the layers from ``layer`` on, by one call for all neighbours of one format.
+
+        Args:
+            k, v: ``[L, N, kv_heads, 64, d]``.
+            ids: Of N pages.
 
         Raises:
             OctoError: Keys or values that overflowed.
         """
         try:
-            kernels.encode_pages(k, v, pages, ids, self.fmt)
+            for run, pages in self._run_pages:
+                first, end = max(layer, run.first), min(layer + len(k), run.end)
+                if first < end:
+                    mine, theirs = slice(first - layer, end - layer), slice(first - run.first, end - run.first)
+                    kernels.encode_pages(k[mine], v[mine], pages[:, theirs], ids, run.fmt)
         except ValueError:
             if bool(k.isfinite().all()) and bool(v.isfinite().all()):
                 raise
@@ -212,9 +241,6 @@ class KVArena:
         self.enter_pages(row, number, [page])
         self._coding[0, row].fill_(page)
         self._coding[1, row].fill_(number)
-        if self.means is not None and not number:
-            for layer in range(s.layers):
-                self.means.learn(layer, row, self._full[0, layer, row, :, slot : slot + PAGE])
         if run is None:
             self._code_slots(row, slot)
         else:
@@ -225,8 +251,8 @@ class KVArena:
         """Code the page that begins in ``slot``; its id and number are in ``_coding``."""
         k, v = self._full[:, :, row : row + 1, :, slot : slot + PAGE]
         if self.means is not None:
-            k = self.means.take_out(k, 0, row, self._coding[1, row : row + 1])
-        self.encode(k, v, self.pages, self._coding[0, row : row + 1])
+            k = self.means.take_out(k, 0, self._coding[1, row : row + 1])
+        self.encode(0, k, v, self._coding[0, row : row + 1])
 
     def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
         """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
@@ -264,12 +290,13 @@ class KVArena:
         """Full-precision K and V of a layer: ``[rows, kv_heads, sink + ring, d]``."""
         return self._full[0, layer], self._full[1, layer]
 
-    def inputs(self, layer: int, state: "StepState", q: Tensor) -> kernels.AttentionInputs:
-        """What the attention kernels read for one token in each sequence of a step, and its queries ``q``."""
+    def inputs(self, layer: int, state: "StepState", coefficients: Tensor | None) -> kernels.AttentionInputs:
+        """What the attention kernels read for one token in each sequence of a step; for means its queries'
+        coefficients."""
         sink = self.shape.sink
         full_k, full_v = self.full(layer)
         return kernels.AttentionInputs(
-            pages=self.pages[:, layer],
+            pages=self.layer_pages[layer],
             page_table=self.page_table,
             rows=state.rows,
             num_packed=state.packed,
@@ -280,15 +307,16 @@ class KVArena:
             tail_v=full_v[:, :, sink:],
             tail_origin=state.origins,
             sink=sink,
-            mean=None if self.means is None else self.means.of_queries(layer, None, state.rows, q),
+            mean=None if self.means is None else self.means.of_queries(layer, coefficients),
         )
 
-    def chunk_inputs(self, layer: int, row: int, q: Tensor) -> kernels.AttentionInputs:
-        """What the attention kernels read for a chunk of the sequence in ``row``, whose tail is staged."""
+    def chunk_inputs(self, layer: int, row: int, coefficients: Tensor | None) -> kernels.AttentionInputs:
+        """What the attention kernels read for a chunk of the sequence in ``row``, whose tail is staged; for means its
+        queries' coefficients."""
         sink, state = self.shape.sink, self._chunk_state[row]
         full_k, full_v = self._full[:, layer, row : row + 1]
         return kernels.AttentionInputs(
-            pages=self.pages[:, layer],
+            pages=self.layer_pages[layer],
             page_table=self.page_table[row : row + 1],
             rows=state[3:],
             num_packed=state[1:2],
@@ -299,14 +327,12 @@ class KVArena:
             tail_v=self._staging[1],
             tail_origin=state[2:3],
             sink=sink,
-            mean=None if self.means is None else self.means.of_queries(layer, row, state[3:], q),
+            mean=None if self.means is None else self.means.of_queries(layer, coefficients),
         )
 
     def _copy_row(self, donor: int, row: int) -> None:
         """Copy all that a row holds: what a sequence that begins like another one needs besides the shared pages."""
         self._full[:, :, row].copy_(self._full[:, :, donor])
-        if self.means is not None:
-            self.means.copy_row(donor, row)
         self.page_table[row].copy_(self.page_table[donor])
 
 
@@ -329,7 +355,6 @@ class Chunk:
         self.old_tail = max(0, self.start - s.sink - origin)
         tail = self.old_tail + self.count - self.to_sink
         self.new_pages = max(0, (tail - s.window) // PAGE)
-        self._first_page = not sequence.packed
         page_ids = sequence.take_pages(self.new_pages)
         if self.new_pages:  # slots of the old tail will be written over
             sequence.hold(sequence.packed_end)
@@ -349,12 +374,14 @@ class Chunk:
         spec: kernels.AttentionSpec,
         workspace: Tensor | None,
         out: Tensor | None = None,
+        coefficients: Tensor | None = None,
     ) -> Tensor:
         """Store the chunk's keys and values of a layer, and attend to them and to what came before.
 
         Args:
             q: Queries ``[1, C, heads, d]``.
             kv: Keys and values ``[2, C, kv_heads, d]``.
+            coefficients: Of the queries, for means: float32 like ``q``.
 
         Returns:
             The attention of ``q``.
@@ -367,16 +394,14 @@ class Chunk:
             staging[:, :, : self.old_tail] = store.index_select(2, self._old_slots)
         if self._tail > self.old_tail:
             staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
-        inputs = a.chunk_inputs(layer, self.row, q)
-        out = kernels.attend(q, inputs, a.fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
+        inputs = a.chunk_inputs(layer, self.row, coefficients)
+        out = kernels.attend(q, inputs, a.formats[layer], spec=spec, max_length=self.end, workspace=workspace, out=out)
         if self._coded:
             coded = a._staging[:, :, :, : self._coded]
             k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
             if a.means is not None:
-                if self._first_page:
-                    a.means.learn(layer, self.row, k_pages[0, 0])
-                k_pages = a.means.take_out(k_pages, layer, self.row, self._state[1:2])
-            a.encode(k_pages, v_pages, a.pages[:, layer : layer + 1], self._ids)
+                k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
+            a.encode(layer, k_pages, v_pages, self._ids)
         if self._tail > self._coded:
             store.index_copy_(2, self._left_slots, staging[:, :, self._coded : self._tail])
         return out

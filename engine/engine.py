@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import system_memory
+from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
+from octo_run.engine.conditioning import calibration_ids, conditioning_of
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
 from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
@@ -21,7 +23,7 @@ from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError, expect, quoted
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.codec import LayerFormats
 from octo_run.models import weights as weight_files
 from octo_run.models.config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from octo_run.models.decoder import Decoder
@@ -80,7 +82,7 @@ class Engine:
     """A model ready to generate. Build it with :meth:`load`; ``close`` it, or use it in a ``with`` block."""
 
     def __init__(self, name: str, cfg: ModelConfig, decoder: Decoder, tokenizer: Tokenizer, plan: MemoryPlan,
-                 fmt: KVFormat, defaults: GenerationDefaults, seed: int) -> None:  # fmt: skip
+                 fmt: LayerFormats, defaults: GenerationDefaults, seed: int) -> None:  # fmt: skip
         self.name, self.config, self.tokenizer, self.kv, self.defaults = name, cfg, tokenizer, fmt, defaults
         self.seed, self.plan = seed, plan
         self.device, self.dtype = torch.device(plan.device), plan.dtype
@@ -130,27 +132,30 @@ class Engine:
         seed: int = 0,
         sink: int = 64,
         window: int = 64,
-        key_mean: bool | None = None,
+        conditioning: str | None = None,
         sequences: int = 1,
         cache_bytes: int | None = None,
         random_weights: ModelConfig | str | Path | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
+        on_measure: Callable[[int, int], None] | None = None,
     ) -> "Engine":
         """Load a model with its KV cache.
 
         Args:
             model: A path, a name in the cache, or ``octo-demo``; with ``random_weights`` a name for the shape.
-            kv: The format of the cache.
+            kv: The format of the cache: NAME, K:V, or auto:N, which chooses among ``oct2``, ``oct3`` and ``oct4`` for
+                the keys and the values of each layer, N bytes of 128 numbers on average.
             max_context: In tokens (None: what the model supports, as far as it fits).
             seed: Chooses the codec's rotation.
-            key_mean: Keep the mean of a head's keys out of their code, which makes decode attention up to one and
-                a half times as long (None: where the model's keys have a bias).
+            conditioning: What is done to keys so that their code errs less (`models.conditioning`): ``off``, ``mean``
+                or ``full`` (None: ``full``); nothing is done to keys without a code.
             sequences: The largest number of them that decode together; one may hold ``max_context`` tokens.
             cache_bytes: Bytes of the packed pages that the sequences share (None: as many as all of them need at
                 ``max_context``; where that is None too, as many as fit).
             random_weights: A configuration, the path of one, or a name in `shapes.SHAPES`: the weights of this shape
                 are made up, to measure it.
             on_plan: Called with the memory plan before any weight is read.
+            on_measure: Called with layers and their number while ``auto:N`` measures how precise each must be.
 
         Raises:
             UsageError: Wrong arguments.
@@ -163,7 +168,7 @@ class Engine:
             expect(name, number, int)
         for name, limit in (("max_context", max_context), ("cache_bytes", cache_bytes)):
             expect(name, limit, int, none=True)
-        expect("key_mean", key_mean, bool, none=True)
+        expect("conditioning", conditioning, str, none=True)
         if not 1 <= sequences <= MAX_SEQUENCES:
             raise UsageError(f"The number of sequences is {sequences}; give 1 to {MAX_SEQUENCES}.")
         path: Path | None = None
@@ -174,14 +179,14 @@ class Engine:
             cfg = read_shape(random_weights)
         where = choose_device(device)
         kind = choose_dtype(dtype, cfg, where)
-        fmt = parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=kind)
+        fmt = parse_formats(kv, cfg, seed, kind)
         tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
         defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
 
         def planned(cfg: ModelConfig) -> MemoryPlan:
             return plan_memory(
                 cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window,
-                sequences=sequences, cache_bytes=cache_bytes, key_mean=key_mean,
+                sequences=sequences, cache_bytes=cache_bytes, conditioning=conditioning,
             )  # fmt: skip
 
         plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
@@ -194,7 +199,10 @@ class Engine:
                 weights = weight_files.random_weights(cfg, where, kind)
             else:
                 weights = weight_files.load_weights(path, cfg, where, kind)
-            decoder = Decoder(cfg, weights, _rotation(fmt.k.rotation), _rotation(fmt.v.rotation))
+            decoder = Decoder(cfg, weights, None, fmt[0].v.rotation)
+            decoder.store_keys(fmt[0].k.rotation, conditioning_of(decoder, tokenizer, plan.conditioning, path))
+            if isinstance(fmt, AutoFormats):
+                fmt = fmt.chosen(decoder, calibration_ids(cfg, tokenizer), on_measure)
             if where.type == "cuda":
                 torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
             return cls(str(model), cfg, decoder, cast("Tokenizer", tokenizer), plan, fmt, defaults, seed)
@@ -478,8 +486,3 @@ class Engine:
         for chunk in chunks:
             chunk.commit()
         return hidden
-
-
-def _rotation(matrix: Tensor) -> Tensor | None:
-    """None for the identity, so that plain formats pay nothing."""
-    return None if torch.equal(matrix, torch.eye(matrix.shape[0], dtype=matrix.dtype)) else matrix

@@ -64,12 +64,17 @@ class Forward:
         self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._coefficients = torch.zeros(arena.shape.coefficients_shape(rows), device=device)
 
     def _upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
         into = self._ids[: len(ids)]
         self.arena.upload(ids, into)
         return into
+
+    def _coefficients_of(self, count: int) -> Tensor | None:
+        """Where those of so many queries are written to, ``[count, 1, heads, d]``; None where nothing needs them."""
+        return self._coefficients[:count] if 0 < count <= len(self._coefficients) else None
 
     def chunks(self, chunks: list[Chunk]) -> Tensor:
         """Run chunks of several sequences through the layers.
@@ -82,20 +87,23 @@ class Forward:
         ids = self._upload([token for chunk in chunks for token in chunk.ids])
         count = len(ids)
         q, mixed, kv = self._buffers["q"][:count], self._buffers["mixed"][:count], self._buffers["kv"][:, :count]
-        parts, first = list[tuple[Chunk, Tensor, Tensor, Tensor]](), 0
+        coefficients = self._coefficients_of(count)
+        parts, first = list[tuple[Chunk, Tensor, Tensor, Tensor, Tensor | None]](), 0
         for chunk in chunks:
             last = first + chunk.count
             torch.arange(chunk.start, chunk.end, dtype=torch.int32, out=self._positions[first:last])
             queries, out = (x[first:last].transpose(0, 1) for x in (q, mixed))
-            parts.append((chunk, queries, out, kv[:, first:last, :, 0]))
+            found = None if coefficients is None else coefficients[first:last].transpose(0, 1)
+            parts.append((chunk, queries, out, kv[:, first:last, :, 0], found))
             first = last
         transforms = self._transforms(self._positions[:count])
 
         def mix(index: int, qkv: Tensor) -> Tensor:
-            ops.qkv_rope_append(qkv, transforms[index], self._no_slots[:count], kv[0], kv[1], q)
+            slots = self._no_slots[:count]
+            ops.qkv_rope_append(qkv, transforms[index], slots, kv[0], kv[1], q, coefficients=coefficients)
             spec = self.decoder.specs[index].attention
-            for chunk, queries, out, new in parts:
-                chunk.attend(index, queries, new, spec, self.workspace, out=out)
+            for chunk, queries, out, new, found in parts:
+                chunk.attend(index, queries, new, spec, self.workspace, out=out, coefficients=found)
             return mixed
 
         return self._layers(ids, mix)
@@ -114,14 +122,15 @@ class Forward:
         arena, batch = self.arena, len(ids)
         q, mixed = self._buffers["q"][:batch], self._buffers["mixed"][:batch]
         transforms = self._transforms(state.positions)
+        coefficients = self._coefficients_of(batch)
 
         def mix(index: int, qkv: Tensor) -> Tensor:
             full_k, full_v = arena.full(index)
-            ops.qkv_rope_append(qkv, transforms[index], state.places, full_k, full_v, q, state.rows)
-            inputs = arena.inputs(index, state, q)
+            ops.qkv_rope_append(qkv, transforms[index], state.places, full_k, full_v, q, state.rows, coefficients)
+            inputs = arena.inputs(index, state, coefficients)
             spec = self.decoder.specs[index].attention
             return kernels.attend(
-                q, inputs, arena.fmt, spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
+                q, inputs, arena.formats[index], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
         return self._layers(ids, mix)
@@ -140,9 +149,9 @@ class Forward:
         for first in range(0, count, _ANGLE_ROWS):
             rows = slice(first, first + _ANGLE_ROWS)
             cos[rows], sin[rows] = rope.cos_sin(positions[rows], decoder.inv_freq, cos.dtype)
-        eps, rotation = decoder.cfg.rms_norm_eps, decoder.k_rotation
+        eps = decoder.cfg.rms_norm_eps
         return [
-            ops.HeadTransform(cos, sin, layer.q_norm, layer.k_norm, eps, rotation, layer.v_rotation)
+            ops.HeadTransform(cos, sin, layer.q_norm, layer.k_norm, eps, layer.maps, layer.v_rotation, layer.key_mean)
             for layer in decoder.layers
         ]
 

@@ -12,7 +12,7 @@ from octo_run.engine.forward import Forward
 from octo_run.engine.key_means import KeyMeans
 from octo_run.engine.sampling import BatchSampler
 from octo_run.engine.step import Stepper
-from octo_run.kernels.codec import KVFormat
+from octo_run.kernels.codec import Codec, LayerFormats
 from octo_run.models.decoder import Decoder
 
 
@@ -26,7 +26,7 @@ class Parts:
 
     @classmethod
     def build(
-        cls, decoder: Decoder, shape: ArenaShape, fmt: KVFormat, device: torch.device, *, meta: bool = False
+        cls, decoder: Decoder, shape: ArenaShape, fmt: LayerFormats, device: torch.device, *, meta: bool = False
     ) -> "Parts":
         """Make the parts for ``device``.
 
@@ -34,7 +34,7 @@ class Parts:
             meta: Make them only as shapes, as ``decoder`` then is.
         """
         place, cfg = torch.device("meta") if meta else device, decoder.cfg
-        means = KeyMeans(shape, fmt.k.rotation, decoder.inv_freq) if shape.mean_heads else None
+        means = _key_means(decoder, shape) if shape.mean_heads else None
         arena, workspace = KVArena(shape, fmt, place, means), None
         count = kernels.attention_workspace_bytes(
             shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk, shape.context
@@ -45,8 +45,21 @@ class Parts:
         return cls(arena, forward, Stepper(forward, BatchSampler(shape.sequences, cfg.vocab_size, place)))
 
 
+def _key_means(decoder: Decoder, shape: ArenaShape) -> KeyMeans:
+    """Those of a decoder that was given means (``Decoder.store_keys``)."""
+    means, maps = list[Tensor](), list[Tensor]()
+    for layer in decoder.layers:
+        assert layer.key_mean is not None and layer.maps is not None
+        means.append(layer.key_mean)
+        maps.append(layer.maps[1])
+    return KeyMeans(shape, means, maps, decoder.inv_freq)
+
+
 def tensors(*holders: object) -> Iterator[Tensor]:
-    """All tensors that objects hold in attributes, lists and dictionaries, and in such of ours among them."""
+    """All tensors that objects hold in attributes, lists and dictionaries, and in such of ours among them.
+
+    Tables of codecs are not theirs: the process keeps them.
+    """
     seen: set[int] = set()
     waiting = list(holders)
     while waiting:
@@ -60,6 +73,8 @@ def tensors(*holders: object) -> Iterator[Tensor]:
             waiting += thing.values()
         elif isinstance(thing, (list, tuple)):
             waiting += thing
+        elif isinstance(thing, Codec):
+            continue
         elif type(thing).__module__.startswith("octo_run.") and hasattr(thing, "__dict__"):
             waiting += vars(thing).values()
 

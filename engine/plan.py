@@ -7,13 +7,16 @@ from typing import Any
 import torch
 
 from octo_run import kernels
-from octo_run.engine import system_memory
+from octo_run.engine import sensitivity, system_memory
+from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import PAGE, ArenaShape
+from octo_run.engine.conditioning import TOKENS
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
-from octo_run.errors import OctoError, UsageError
-from octo_run.kernels.codec import KVFormat, parse_kv
-from octo_run.models.config import ModelConfig
+from octo_run.errors import OctoError, UsageError, quoted
+from octo_run.kernels.codec import LayerFormats
+from octo_run.models.conditioning import Conditioning
+from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder
 from octo_run.models.weights import expected_tensors, weight_bytes
 
@@ -41,7 +44,7 @@ class MemoryPlan:
         free: What is left to an engine.
         before: What the process held in memory when the plan was made if the device is a CPU (PyTorch, tokenizer).
         loading: The bytes held at most while weights are fused, before anything else is there.
-        arena: Packed pages, their table and key means.
+        arena: Packed pages, their table, and what is done to keys (`models.conditioning`).
         full_precision: Sinks, windows and the staging buffer.
         workspace: Partial results of attention, the matrix-product library's workspace and the activations of a chunk
             or a step.
@@ -50,6 +53,7 @@ class MemoryPlan:
     """
 
     kv: str
+    conditioning: str
     device: str
     dtype: torch.dtype
     shape: ArenaShape
@@ -173,7 +177,7 @@ def _block(count: int) -> int:
     return whole if count >= 10 * 2**20 and whole - count <= 2**20 else count
 
 
-def _measure(decoder: Decoder, fmt: KVFormat, device: torch.device, shape: ArenaShape) -> dict[str, int]:
+def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: ArenaShape) -> dict[str, int]:
     """Bytes by purpose of what an engine of this shape makes, beside its weights."""
     parts = Parts.build(decoder, shape, fmt, device, meta=True)
 
@@ -184,7 +188,7 @@ def _measure(decoder: Decoder, fmt: KVFormat, device: torch.device, shape: Arena
     arena, full = parts.arena, parts.arena.full_precision
     temporaries = _cpu_temporaries(decoder.cfg, shape) if device.type == "cpu" else _library_workspace(device)
     return {
-        "arena": held(arena, but=(full, decoder)),
+        "arena": held(arena, but=(full, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),
         "workspace": held(parts.forward, but=(arena, decoder)) + temporaries,
         "graphs": _library_workspace(device),
@@ -192,21 +196,29 @@ def _measure(decoder: Decoder, fmt: KVFormat, device: torch.device, shape: Arena
     }
 
 
-def _loading(cfg: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the weights and of the largest copy made while they are fused or rotated (in float32)."""
+def _loading(cfg: ModelConfig, dtype: torch.dtype, fmt: LayerFormats, device: torch.device) -> int:
+    """Bytes of the weights and of the largest copy made while they are fused or rotated (in float32), or of what
+    choosing formats takes."""
     gate_up = 2 * cfg.intermediate_size * dtype.itemsize
     out = cfg.num_heads * cfg.head_dim * (2 * 4 + dtype.itemsize)
-    return weight_bytes(cfg, dtype) + cfg.hidden_size * max(gate_up, out)
+    choosing = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
+    return weight_bytes(cfg, dtype) + max(cfg.hidden_size * max(gate_up, out), choosing)
 
 
-def takes_mean(cfg: ModelConfig, fmt: KVFormat, key_mean: bool | None) -> bool:
-    """Whether key means are kept out of the codes: as asked, else for models whose keys have a bias; never of bf16."""
-    return fmt.k.bits > 0 and (cfg.qkv_bias if key_mean is None else key_mean)
+def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
+    """What is done to keys (`models.config.CONDITIONINGS`): as asked, else all of it; nothing to keys without a code.
+
+    Raises:
+        UsageError: Another word.
+    """
+    if asked is not None and asked not in CONDITIONINGS:
+        raise UsageError(f"There is no conditioning {quoted(asked)}; give --conditioning off, mean or full.")
+    return (asked or "full") if fmt.coded else "off"
 
 
 def plan_memory(
     cfg: ModelConfig,
-    kv: str | KVFormat,
+    kv: str | LayerFormats,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -215,7 +227,7 @@ def plan_memory(
     window: int = 64,
     sequences: int = 1,
     seed: int = 0,
-    key_mean: bool | None = None,
+    conditioning: str | None = None,
     cache_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan for a model.
@@ -223,41 +235,43 @@ def plan_memory(
     Args:
         max_context: In tokens (None: what the model was trained for, as far as the free memory holds it).
         sequences: See ``Engine.load``.
-        key_mean: See ``Engine.load``.
+        conditioning: See ``Engine.load``.
         cache_bytes: See ``Engine.load``.
 
     Raises:
         UsageError: A context that the model does not support or ``cache_bytes`` cannot hold.
         OctoError: A context that does not fit.
     """
-    fmt = kv if isinstance(kv, KVFormat) else parse_kv(kv, cfg.head_dim, seed=seed, plain_dtype=dtype)
+    fmt = kv if isinstance(kv, LayerFormats) else parse_formats(kv, cfg, seed, dtype)
     limit = cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window
     if max_context is not None and max_context > limit:
         raise UsageError(
             f"The context of {max_context:,} tokens is beyond the model's {limit:,}; give --ctx {limit} or less."
         )
+    kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
     shape = ArenaShape(
         layers=cfg.num_layers,
         kv_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
-        k_bytes=fmt.k.bytes_per_vector,
-        v_bytes=fmt.v.bytes_per_vector,
+        vector_bytes=fmt.vector_bytes,
         dtype=dtype,
         context=context,
         sink=sink,
         window=window,
         chunk=min(_chunk(cfg, dtype, device, free), context),
         sequences=sequences,
-        mean_heads=cfg.num_heads if takes_mean(cfg, fmt, key_mean) else 0,
+        mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
         made = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in expected_tensors(cfg).items()}
-        decoder = Decoder(cfg, made, fmt.k.rotation, fmt.v.rotation)
-        weights = sum(held_bytes(decoder.embedding, decoder.head, decoder.final_norm, decoder.layers))
+        decoder = Decoder(cfg, made, None, fmt[0].v.rotation)
+        decoder.store_keys(fmt[0].k.rotation, Conditioning.empty(cfg, kind, "meta"))
+        parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
+        weights = sum(held_bytes(*parts, but=(decoder.key_tensors,)))
 
     def measure(shape: ArenaShape) -> dict[str, int]:
         with torch.inference_mode():
@@ -265,12 +279,13 @@ def plan_memory(
 
     plan = MemoryPlan(
         kv=fmt.name,
+        conditioning=kind,
         device=str(device),
         dtype=dtype,
         shape=shape,
         free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
         before=0 if device.type == "cuda" else system_memory.resident(),
-        loading=_loading(cfg, dtype),
+        loading=_loading(cfg, dtype, fmt, device),
         weights=weights,
         measure=measure,
         **measure(shape),

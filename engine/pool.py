@@ -93,6 +93,22 @@ class PagePool:
                 self._free.append(page)
         self._torn = False
 
+    def grow(self, pages: int) -> None:
+        """Have so many pages more."""
+        self._count += pages
+
+    def rearranged(self, rows: list[int]) -> "PagePool":
+        """A pool of the same pages, in which row r holds what row ``rows[r]`` holds here."""
+        pool = PagePool(self._count, 0)
+        pool.held, pool._torn = [list(self.held[row]) for row in rows], True
+        return pool
+
+    def drop_first(self, count: int) -> None:
+        """Let every row lose its first ``count`` pages."""
+        self._torn = True
+        for held in self.held:
+            del held[:count]
+
     def _mend(self) -> None:
         if not self._torn:
             return

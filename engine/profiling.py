@@ -52,7 +52,6 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
-    "coefficients_kernel": ATTENTION,
     "flash_kernel": ATTENTION,
     "general_decode_kernel": ATTENTION,
     "lane_search_kernel": CODING,
@@ -454,12 +453,12 @@ def _ranges(engine: Engine) -> Iterator[None]:
 
 
 _RANGES: dict[str, Iterable[tuple[Any, str]]] = {
-    ATTENTION: [(kernels, "attend"), (KeyMeans, "of_queries")],
+    ATTENTION: [(kernels, "attend")],
     MLP: [(ops, "swiglu")],
     SAMPLING: [(ops, "sample")],
     NORMS: [(ops, "add_rms_norm")],
     APPEND: [(ops, "qkv_rope_append"), (Chunk, "attend")],
-    CODING: [(kernels, "encode_pages"), (KeyMeans, "take_out"), (KeyMeans, "learn")],
+    CODING: [(kernels, "encode_pages"), (KeyMeans, "take_out")],
 }
 
 

@@ -1,8 +1,8 @@
 """Sequences of tokens in the arena: one object owns the ids, the pages and the row of each; nobody else changes them.
 
-A *row* of the arena holds a sequence's full-precision part (sinks and ring), its key means and its line of the page
-table. Rows are few, pages are shared: when a sequence ends it stays in its row, *parked*, until another one needs the
-row or the pages, so that a prompt that begins with the same tokens can go on from there.
+A *row* of the arena holds a sequence's full-precision part (sinks and ring) and its line of the page table. Rows are
+few, pages are shared: when a sequence ends it stays in its row, *parked*, until another one needs the row or the pages,
+so that a prompt that begins with the same tokens can go on from there.
 """
 
 from collections import deque

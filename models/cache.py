@@ -1,7 +1,7 @@
 """Model names and the models on this machine: finding, listing and removing them. Imports neither torch nor the Hub.
 
 A name is a folder (``./my-model``), ``octo-demo`` (the embedded model), or ``org/name[@revision]``: a model pulled from
-the Hub. Pulled models live in huggingface-hub's cache layout::
+the Hub, or ``imported/name``, made of a file. Both live in huggingface-hub's cache layout::
 
     <cache>/models--org--name/refs/<revision>          the commit a branch or tag had when it was pulled
     <cache>/models--org--name/snapshots/<commit>/...   the files, links into ../../blobs
@@ -32,6 +32,8 @@ from octo_run.models.foreign import read_json_object, read_text
 DEMO_NAME = "octo-demo"
 DEMO_PATH = Path(__file__).parent / "octo_demo"
 DEFAULT_REVISION = "main"
+#: The first part of the names of models that `octo-run import` made.
+IMPORTED = "imported"
 
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 _HUB_NAME = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
@@ -57,6 +59,12 @@ class HubName:
     @property
     def ref(self) -> str:
         return self.revision or DEFAULT_REVISION
+
+    @property
+    def command(self) -> str:
+        """The command that brings the model into the cache."""
+        owner, _, name = self.repo.partition("/")
+        return f"octo-run import FILE {name}" if owner == IMPORTED else f"octo-run pull {self}"
 
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
@@ -85,6 +93,11 @@ class ModelEntry:
         """What to give to ``--model``."""
         return self.name if self.revision in (None, DEFAULT_REVISION) else f"{self.name}@{self.revision}"
 
+    @property
+    def command(self) -> str:
+        """The command that makes the model whole."""
+        return HubName(self.name, None if self.revision == DEFAULT_REVISION else self.revision).command
+
 
 def cache_folder() -> Path:
     """The folder of the pulled models (see the module's text); it need not exist."""
@@ -98,6 +111,17 @@ def cache_folder() -> Path:
             return Path(os.path.expandvars(value)).expanduser() / "hub"
         base = os.environ.get("XDG_CACHE_HOME")
         return (Path(base) if base else Path.home() / ".cache") / "octo-run" / "hub"
+    except RuntimeError as error:
+        raise OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.") from None
+
+
+def statistics_folder() -> Path:
+    """The folder of what was measured on models once; it need not exist."""
+    value, base = os.environ.get("OCTO_RUN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if value:
+            return Path(value).expanduser() / "statistics"
+        return (Path(base) if base else Path.home() / ".cache") / "octo-run" / "statistics"
     except RuntimeError as error:
         raise OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.") from None
 
@@ -159,14 +183,14 @@ def find(name: HubName) -> ModelEntry:
     if commit is None:
         here = sorted({entry.label for entry in _entries(folder) if entry.complete})
         others = f" ({', '.join(here)} is)" if here else ""
-        raise OctoError(f"{name} is not in {cache_folder()}{others}: fetch it with `octo-run pull {name}`.")
+        raise OctoError(f"{name} is not in {cache_folder()}{others}: fetch it with `{name.command}`.")
     entry = _entry(folder, commit, name.ref)
     if entry.damage is not None:
         raise OctoError(f"{name} cannot be used: {entry.damage}.")
     missing = snapshot_missing(folder, commit)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise OctoError(f"{name} is not complete ({missing[0]}{more} missing): run `octo-run pull {name}` again.")
+        raise OctoError(f"{name} is not complete ({missing[0]}{more} missing): run `{name.command}` again.")
     return entry
 
 
@@ -361,7 +385,7 @@ def _entry(folder: Path, commit: str, revision: str) -> ModelEntry:
         damage = str(error).rstrip(".")
         if os.path.lexists(manifest_path(folder, commit)):
             named = HubName(_model_name(folder), None if revision == DEFAULT_REVISION else revision)
-            damage = f"{manifest_path(folder, commit)} is damaged; `octo-run pull {named}` repairs it"
+            damage = f"{manifest_path(folder, commit)} is damaged; `{named.command}` repairs it"
     damage = None if damage is None else shown(damage)
     return ModelEntry(_model_name(folder), revision, commit, size, path, complete, damage)
 

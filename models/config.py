@@ -17,6 +17,8 @@ from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.foreign import present, read_json_object
 
 CONFIG_NAME = "config.json"
+#: What `--conditioning` takes: nothing, means alone, means and matrices (`models.conditioning`).
+CONDITIONINGS = ("off", "mean", "full")
 GENERATION_CONFIG_NAME = "generation_config.json"
 DTYPES = ("bfloat16", "float16", "float32")
 _MAX_INT = 2**31 - 1

@@ -6,14 +6,16 @@ The decoder owns weights and arithmetic and knows nothing of caches: for each la
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octo_run.kernels import AttentionSpec
+from octo_run.kernels import step as ops
 from octo_run.models import rope
+from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import ModelConfig
 from octo_run.models.linear import Linear
 
@@ -35,6 +37,10 @@ class Layer:
     down: Linear
     #: What values are rotated by on their way into the arena (rows times it), where the weights do not do it.
     v_rotation: Tensor | None
+    #: What queries and keys are multiplied by after RoPE, ``[2, kv_heads, d, d]`` (see ``Decoder.store_keys``).
+    maps: Tensor | None = None
+    #: The mean of keys before RoPE that stays out of their code, float32 ``[kv_heads, d]``.
+    key_mean: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class Decoder:
     """The model on one device.
 
-    Queries and keys are rotated after RoPE; the values' rotation is folded into the value and output projections, which
-    is exact, where these take it (see ``Linear``).
+    Queries and keys are mapped after RoPE (``store_keys``); the values' rotation is folded into the value and output
+    projections, which is exact, where these take it (see ``Linear``).
 
     Args:
         weights: By Hugging Face names. They are consumed, so that fused copies never double the memory.
         k_rotation: The codec's for queries and keys, ``[head_dim, head_dim]`` or None.
         v_rotation: The codec's for values, ``[head_dim, head_dim]`` or None.
+
+    The identity counts as None, so that plain formats pay nothing.
     """
 
     def __init__(
@@ -75,9 +83,35 @@ class Decoder:
         self.final_norm = weights.pop("model.norm.weight")
         self.head = Linear(weights.pop("lm_head.weight", self.embedding))
         self.specs = layer_specs(cfg)
+        v_rotation = None if v_rotation is None or _is_identity(v_rotation) else v_rotation
         self.layers = [self._layer(weights, f"model.layers.{i}.", v_rotation) for i in range(cfg.num_layers)]
-        self.k_rotation = None if k_rotation is None else k_rotation.to(self.embedding).T.contiguous()
         self.inv_freq = rope.inverse_frequencies(cfg, self.embedding.device)
+        if k_rotation is not None:
+            self.store_keys(k_rotation)
+
+    def store_keys(self, rotation: Tensor, conditioning: Conditioning | None = None) -> None:
+        """Choose the basis that keys are stored in.
+
+        Keys are stored times ``A^T R^T`` and queries times ``A^-1 R^T``: their products stay what they are.
+
+        Args:
+            rotation: R of the codec, ``[d, d]``.
+            conditioning: Has A of each layer and KV head (the identity if it has none), and means.
+        """
+        cfg, device = self.cfg, self.embedding.device
+        if conditioning is None and _is_identity(rotation):
+            return
+        turned = rotation.to(device, torch.float32).T
+        shared = turned.to(self.embedding.dtype).contiguous().expand(2, cfg.num_kv_heads, -1, -1)
+        shapes = None if conditioning is None else conditioning.shapes
+        for index, layer in enumerate(self.layers):
+            maps = shared
+            if shapes is not None:
+                a = shapes[index].to(device, torch.float64)
+                both = torch.stack((torch.linalg.inv(a), a.mT)) @ turned.to(torch.float64)
+                maps = both.to(self.embedding.dtype)
+            mean = None if conditioning is None else conditioning.means[index].to(device, torch.float32).contiguous()
+            self.layers[index] = replace(layer, maps=maps, key_mean=mean)
 
     def _layer(self, weights: dict[str, Tensor], prefix: str, v_rotation: Tensor | None) -> Layer:
         cfg = self.cfg
@@ -109,6 +143,11 @@ class Decoder:
             down=linear("mlp.down_proj", cfg.mlp_bias),
             v_rotation=unfolded,
         )
+
+    @property
+    def key_tensors(self) -> list[Tensor]:
+        """What the layers hold beside their weights: maps and means of keys."""
+        return [part for layer in self.layers for part in (layer.maps, layer.key_mean) if part is not None]
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Run the tokens through all layers.
@@ -144,8 +183,9 @@ class Decoder:
             eps = self.cfg.rms_norm_eps
             q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
         q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
-        if self.k_rotation is not None:
-            q, k = q @ self.k_rotation, k @ self.k_rotation
+        if layer.maps is not None:
+            both = ops.mapped(torch.cat((q, k), 2), layer.maps)
+            q, k = torch.split(both, [q.shape[2], k.shape[2]], dim=2)
         return q, k
 
     def _out(self, layer: Layer, mixed: Tensor) -> Tensor:
@@ -156,6 +196,10 @@ class Decoder:
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, self.cfg.rms_norm_eps)).chunk(2, dim=-1)
         return layer.down(F.silu(gate) * up)
+
+
+def _is_identity(matrix: Tensor) -> bool:
+    return torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype))
 
 
 def _joined(*parts: Linear) -> Linear:

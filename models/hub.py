@@ -5,6 +5,8 @@ imported by :func:`pull` and :func:`remove` only.
 """
 
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from octo_run.models import store
 from octo_run.models.cache import (
     DEMO_NAME,
     DEMO_PATH,
+    IMPORTED,
     HubName,
     ModelEntry,
     cache_folder,
@@ -48,6 +51,8 @@ __all__ = [
 ]
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
+#: Types of GGUF files as they are named, the most exact first.
+_EXACT = ("BF16", "F16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K", "Q4_K_M", "Q4_K", "Q4_1", "Q4_0")
 _TRUE = ("1", "on", "yes", "true")
 
 
@@ -92,11 +97,13 @@ def pull(name: str, *, offline: bool = False, progress: ProgressCallback | None 
     if name == DEMO_NAME:
         raise UsageError(f"{DEMO_NAME} is part of octo-run: there is nothing to pull.")
     parsed = parse_hub_name(name)
+    if parsed.repo.startswith(f"{IMPORTED}/"):
+        raise UsageError(f"{name} names a model made of a file, not one of the Hub: use `{parsed.command}`.")
     if offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE:
         return find(parsed)
     if _is_pulled_commit(parsed):
         return find(parsed)  # a commit never changes
-    with store.pulling(parsed) as folder:
+    with store.writing(parsed, "pull again, complete files are kept") as folder:
         endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
         client = HubClient(endpoint, parsed)
         try:
@@ -135,11 +142,12 @@ class _Pull:
         weights = [SINGLE_NAME] if SINGLE_NAME in self.files else self._shards(snapshot)
         needed = {name: self.files[name].size for name in [*self.plan, *weights]}
         store.write_manifest(self.folder, self.commit, self.name.ref, needed)
-        self._check_space([name for name in weights if not self._is_there(name)])
+        store.check_space(self.name, sum(self.files[name].size or 0 for name in weights if not self._is_there(name)))
         self._fetch(weights)
         return self.commit
 
     def _check_listing(self) -> None:
+        self._refuse_gguf()
         if CONFIG_NAME not in self.files:
             raise OctoError(f"{self.name} has no {CONFIG_NAME}, so it is no model that octo-run can run.")
         if SINGLE_NAME not in self.files and INDEX_NAME not in self.files:
@@ -155,6 +163,24 @@ class _Pull:
                     f"{self.name} is broken on the Hub: {name} has {size} bytes, more than any of its kind."
                 )
 
+    def _refuse_gguf(self) -> None:
+        """Say how a repository that has its weights in GGUF files alone is used."""
+        if SINGLE_NAME in self.files or INDEX_NAME in self.files:
+            return
+        found = [name for name in self.files if name.endswith(".gguf") and "mmproj" not in name]
+        firsts = [name for name in found if re.search(r"-0*1-of-\d+\.gguf$|^((?!-of-\d+\.gguf$).)*$", name)]
+        if not firsts:
+            return
+        # the import makes bfloat16 of all, so the most exact file is the best
+        best = min(firsts, key=lambda name: next((i for i, kind in enumerate(_EXACT) if kind in name.upper()), 99))
+        pattern = re.sub(r"-\d+(-of-\d+\.gguf)$", r"-*\1", best)
+        revision = "" if self.name.revision is None else f" --revision {self.name.revision}"
+        fetch = f"hf download {self.name.repo} --include {shlex.quote(pattern)}{revision} --local-dir ."
+        raise OctoError(
+            f"{self.name} has its weights in GGUF files only: fetch one with `{fetch}`, then run "
+            f"`octo-run import {shlex.quote(best)}`."
+        )
+
     def _shards(self, snapshot: Path) -> list[str]:
         names = [path.name for path in weight_files(snapshot)]
         broken = f"{self.name} is broken on the Hub: {INDEX_NAME} names"
@@ -164,13 +190,6 @@ class _Pull:
             if name not in self.files:
                 raise OctoError(f"{broken} {name}, which is not there.")
         return names
-
-    def _check_space(self, names: list[str]) -> None:
-        need = sum(self.files[name].size or 0 for name in names)
-        free = shutil.disk_usage(self.folder).free
-        if need > free:
-            gigabytes = f"{need / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free"
-            raise OctoError(f"The disk of {cache_folder()} is too full for {self.name}: {gigabytes}.")
 
     def _is_there(self, name: str) -> bool:
         return has_file(self.folder, self.folder / "snapshots" / self.commit / name, self.files[name].size)

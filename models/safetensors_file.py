@@ -84,7 +84,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             entries do not cover the data without gap or overlap; it names the file.
     """
     with open_regular(path) as data, parsing(path, "safetensors"):
-        file = _stored(path, data)
+        file = stored_file(path, data)
         length = int.from_bytes(data.read(8), "little")
         if file.size < 8:
             raise _broken(path, f"it has {file.size} bytes")
@@ -103,7 +103,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _stored(path: Path, data: BinaryIO) -> StoredFile:
+def stored_file(path: Path, data: BinaryIO) -> StoredFile:
+    """The open file as it is now."""
     now = os.fstat(data.fileno())
     return StoredFile(path, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
 
@@ -166,7 +167,7 @@ def _check_cover(file: StoredFile, entries: dict[str, TensorEntry], data_start: 
 
 
 class TensorFile:
-    """An open safetensors file whose tensors are read one by one; a context manager.
+    """An open file of weights whose tensors are read one by one; a context manager.
 
     Raises:
         OctoError: The file is not the one whose header was read, or stops being it.
@@ -190,7 +191,7 @@ class TensorFile:
         self._data.close()
 
     def _check(self) -> None:
-        if _stored(self.file.path, self._data) != self.file:
+        if stored_file(self.file.path, self._data) != self.file:
             raise _changed(self.file)
 
     def read(self, entry: TensorEntry, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -226,6 +227,14 @@ class TensorFile:
             self._read_into(piece, entry.start + first * source.itemsize)
             self._check()
             yield piece
+
+    def read_bytes(self, start: int, count: int) -> bytearray:
+        """``count`` bytes from position ``start`` on."""
+        data = bytearray(count)
+        with parsing(self.file.path, "weight data"):
+            _fill(self._data, memoryview(data), start, self.file)
+        self._check()
+        return data
 
     def _read_into(self, flat: Tensor, start: int) -> None:
         if len(flat):

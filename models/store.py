@@ -31,15 +31,18 @@ _TAG = (
 
 
 @contextmanager
-def pulling(name: HubName) -> Iterator[Path]:
-    """The folder of ``name``, to be written by this process alone; what a killed pull left in it is gone.
+def writing(name: HubName, again: str) -> Iterator[Path]:
+    """The folder of ``name``, to be written by this process alone; what a killed process left in it is gone.
+
+    Args:
+        again: What to do when there is room on a disk that was full: "pull again".
 
     Raises:
         OctoError: The cache cannot be written or is full (also inside the ``with``), the folder leads out of the cache,
-            or another process is pulling the model.
+            or another process is writing the model.
     """
     root, folder = cache_folder(), cache.repo_folder(name)
-    with disk_faults():
+    with disk_faults(again):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
             pass
@@ -50,20 +53,35 @@ def pulling(name: HubName) -> Iterator[Path]:
             for part in ("blobs", "snapshots", "refs", cache.MANIFESTS):
                 check_inside(folder / part)
             _remove_partial(folder)
-            yield folder
+            try:
+                yield folder
+            finally:
+                for place in (folder / "blobs", folder):  # which nothing came into
+                    with suppress(OSError):
+                        place.rmdir()
+
+
+def check_space(name: HubName, need: int) -> None:
+    """Check that the cache, which is there, has room for ``need`` bytes.
+
+    Raises:
+        OctoError: It has not.
+    """
+    free = shutil.disk_usage(cache_folder()).free
+    if need > free:
+        gigabytes = f"{need / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free"
+        raise OctoError(f"The disk of {cache_folder()} is too full for {name}: {gigabytes}.")
 
 
 @contextmanager
-def disk_faults() -> Iterator[None]:
+def disk_faults(again: str) -> Iterator[None]:
     """Turn an OSError of the cache into one sentence."""
     try:
         yield
     except OSError as error:
         root = cache_folder()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OctoError(
-                f"The disk of {root} is full: make room and pull again, complete files are kept."
-            ) from error
+            raise OctoError(f"The disk of {root} is full: make room and {again}.") from error
         if error.errno == errno.EFBIG:
             raise OctoError(f"{root} takes no file that large ({error.strerror}): see `ulimit -f`.") from error
         reason = ": ".join(str(part) for part in (error.strerror or error, error.filename2 or error.filename) if part)
@@ -87,7 +105,7 @@ def locked(name: HubName) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             if _lock(descriptor) is False:
-                raise OctoError(f"Another process is pulling or removing {name} now: wait until it is done.")
+                raise OctoError(f"Another process is writing or removing {name} now: wait until it is done.")
             if os.fstat(descriptor).st_nlink:  # else it was removed while it was opened
                 yield
                 return

@@ -37,7 +37,7 @@ from octo_run.kernels import (
     encode_pages,
     page_bytes,
 )
-from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, page_bias
+from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, mean_maps, page_bias
 from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 
 SINK, RING, PAGE, NEW = 64, 128, PAGE_TOKENS, 100
@@ -127,10 +127,9 @@ def key_mean(fmt: KVFormat, q: torch.Tensor, kv_heads: int, pages: int, theta: f
     """The mean's part for queries, of random means."""
     dim = q.shape[-1]
     inv_freq = theta ** (-torch.arange(0, dim, 2, device=DEVICE) / dim)
-    means = torch.randn(q.shape[0], kv_heads, dim, device=DEVICE)
-    rotation = fmt.k.rotation.to(DEVICE, torch.float32).contiguous()
+    means, rotation = torch.randn(kv_heads, dim, device=DEVICE), fmt.k.rotation.to(DEVICE, torch.float32)
     of_queries = coefficients(q.float() @ rotation, means)
-    return KeyMean(means, rotation, AngleTables.build(inv_freq, SINK, pages), of_queries)
+    return KeyMean(mean_maps(means, rotation.T), AngleTables.build(inv_freq, SINK, pages), of_queries)
 
 
 def inputs(fmt: KVFormat, lengths: list[int], kv_heads: int, dim: int, layers: int) -> list[AttentionInputs]:

@@ -34,8 +34,8 @@ from octo_run.kernels import (
     encode_pages,
     page_bytes,
 )
-from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients
-from octo_run.kernels.codec import KVFormat, parse_kv
+from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, mean_maps
+from octo_run.kernels.codec import KVFormat, LayerFormats, parse_kv
 
 HEADS, KV_HEADS, DIM, HIDDEN, MLP = 32, 8, 128, 4096, 14336
 SINK, PAGE, WINDOW = 64, PAGE_TOKENS, 64
@@ -99,10 +99,14 @@ def inputs(fmt: KVFormat, past: int, chunk: int, heads: tuple[int, int], mean: b
     )  # fmt: skip
     if mean:
         inv_freq = 500000.0 ** (-torch.arange(0, DIM, 2, device=device) / DIM)
-        means = torch.randn(1, kv_heads, DIM, device=device)
-        rotation = fmt.k.rotation.to(device, torch.float32).contiguous()
-        kv = replace(kv, mean=KeyMean(means, rotation, AngleTables.build(inv_freq, SINK, pages)))
+        maps = mean_maps(means(kv_heads).to(device), fmt.k.rotation.to(device).T)
+        kv = replace(kv, mean=KeyMean(maps, AngleTables.build(inv_freq, SINK, pages)))
     return q, kv, torch.cat([k, v])[:, which]
+
+
+def means(kv_heads: int) -> torch.Tensor:
+    """Means of keys ``[kv_heads, DIM]``, the same at every call."""
+    return torch.randn(kv_heads, DIM, generator=torch.Generator().manual_seed(11))
 
 
 def check(kv_name: str, chunk: int) -> float:
@@ -118,10 +122,8 @@ def check(kv_name: str, chunk: int) -> float:
     encode_pages(k, v, pages, torch.arange(37), fmt)  # on a CPU pages are rows of vectors
     moved["pages"] = pages[:, 0]
     if kv.mean is not None:
-        means, rotation = kv.mean.means.cpu(), kv.mean.rotation.cpu()
-        tables = kv.mean.tables.to("cpu")
-        of_queries = coefficients(q.float().cpu() @ rotation, means)
-        moved["mean"] = KeyMean(means, rotation, tables, of_queries)
+        of_queries = coefficients(q.float().cpu() @ fmt.k.rotation.float(), means(2))
+        moved["mean"] = KeyMean(kv.mean.maps.cpu(), kv.mean.tables.to("cpu"), of_queries)
     want = attend_reference(q.double().cpu(), replace(kv, **moved), fmt, spec=SPEC)
     error = float((out.double().cpu() - want).norm() / want.norm())
     return error if error == error else math.inf
@@ -182,9 +184,9 @@ def time_layer(formats: list[str], tokens: int, chunk: int) -> list[Row]:
         if name.endswith("+mean"):
             continue
         fmt = parse_kv(name, DIM)
-        shape = ArenaShape(1, KV_HEADS, DIM, fmt.k.bytes_per_vector, fmt.v.bytes_per_vector, torch.bfloat16, tokens,
-                           SINK, WINDOW, chunk)  # fmt: skip
-        arena = KVArena(shape, fmt, torch.device("cuda"))
+        formats = LayerFormats.uniform(fmt, 1)
+        shape = ArenaShape(1, KV_HEADS, DIM, formats.vector_bytes, torch.bfloat16, tokens, SINK, WINDOW, chunk)
+        arena = KVArena(shape, formats, torch.device("cuda"))
         q = torch.randn(1, chunk, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(1, chunk, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         out = torch.empty_like(q)
@@ -202,7 +204,7 @@ def time_layer(formats: list[str], tokens: int, chunk: int) -> list[Row]:
         pages = (tokens - SINK - WINDOW) // PAGE
         rows_k = torch.randn(1, pages, KV_HEADS, PAGE, DIM, device="cuda", dtype=torch.bfloat16)
         ids = torch.arange(pages, device="cuda", dtype=torch.int32)
-        ms = median_ms(lambda: encode_pages(rows_k, rows_k, arena.pages, ids, fmt))  # noqa: B023
+        ms = median_ms(lambda: encode_pages(rows_k, rows_k, arena.layer_pages[0][:, None], ids, fmt))  # noqa: B023
         rows.append(Row(case, f"of this coding, {name}", ms, best / ms))
     return rows
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels import PAGE_TOKENS, AttentionInputs, AttentionSpec, attend, attention_workspace_bytes, page_bytes
-from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, mean_rows, rotated_coefficients
+from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, mean_maps
 from octo_run.kernels.attention.workspace import counter_words
 from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 
@@ -75,13 +75,13 @@ def make_case(
     q = (3 * torch.randn(len(lengths), count, group * kv_heads, dim, device=device)).to(dtype)
     want = torch.empty(q.shape, dtype=torch.float64, device=device)
     tables = AngleTables.build(1e4 ** (-torch.arange(0, dim, 2, device=device) / dim), SINK, max(packed) + 1)
-    means = torch.full((owned, kv_heads, dim), float("nan"), device=device)
-    rotation = fmt.k.rotation.to(device, torch.float32).contiguous()
+    means = mean * torch.randn(kv_heads, dim, device=device)
+    rotation = fmt.k.rotation.to(device, torch.float32)
+    maps = mean_maps(means, rotation.T)
     for b, (n, row) in enumerate(zip(lengths, rows, strict=True)):
         if row < 0:
             want[b] = 0
             continue
-        means[row] = mean * torch.randn(kv_heads, dim, device=device)
         gain = 0.2 + torch.rand(2, kv_heads, n, 1, device=device)
         vectors = (torch.randn(2, kv_heads, n, dim, device=device) * gain).to(dtype)
         values = vectors.double()
@@ -93,7 +93,7 @@ def make_case(
             made = page_format.encode_rotated(*vectors[:, :, SINK:done].reshape(2, kv_heads, -1, PAGE, dim))
             pages[ids, 1] = made.transpose(0, 1)
             values[:, :, SINK:done] = torch.stack(page_format.decode_rotated(made, torch.float64)).flatten(2, 3)
-            values[0, :, SINK:done] += mean_rows(means[row], tables.of_pages(0, packed[b]).flatten(0, 1), rotation)
+            values[0, :, SINK:done] += tables.of_pages(0, packed[b]).flatten(0, 1) @ maps
         if n > done:
             slots = (torch.arange(done, n, device=device) - SINK - origin[b]) % capacity
             tails[:, row, :, slots] = vectors[:, :, done:]
@@ -101,9 +101,8 @@ def make_case(
     index = [torch.tensor(x, dtype=torch.int32, device=device) for x in (rows, packed, starts, origin)]
     inputs = arena_inputs(pages[:, 1], table, index, sinks, tails)
     if mean:
-        found = torch.full(q.shape, float("nan"), device=device)
-        of_queries = rotated_coefficients(q, means, inputs.rows, rotation, found) if count == 1 else None
-        inputs = replace(inputs, mean=KeyMean(means, rotation, tables, of_queries))
+        of_queries = coefficients(q.float() @ rotation, means) if count == 1 else None
+        inputs = replace(inputs, mean=KeyMean(maps, tables, of_queries))
     return Case(q, inputs, fmt, want, max(lengths))
 
 

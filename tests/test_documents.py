@@ -71,8 +71,12 @@ def test_the_readme_is_short_and_has_eight_figures() -> None:
     assert (ROOT / "docs" / "results" / "terminal.svg").stat().st_size <= 40_000
 
 
-@pytest.mark.parametrize("path", [README, ROOT / "docs" / "python.md"], ids=relative)
+@pytest.mark.parametrize(
+    "path", [README, *(ROOT / "docs" / name for name in ("python.md", "transformers.md"))], ids=relative
+)
 def test_python_in_documents_runs(path: Path) -> None:
+    if path.name == "transformers.md":
+        pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
     blocks = re.findall(r"^```python\n(.*?)^```$", text_of(path), re.M | re.S)
     assert blocks
     for block in blocks:

@@ -56,12 +56,21 @@ def sequences(lines: list[str]) -> None:
         assert int(match[3]) >= len(prompt.split()) + 12
 
 
+def transformers_cache(lines: list[str]) -> None:
+    pattern = r"OctoCache\((\w+), 8 layers, ([\d,]+) tokens, ([\d,]+) bytes\) (['\"])(.+)\4"
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert [match[1] for match in found if match] == ["bf16", "oct4", "oct3"], lines
+    plain, oct4, oct3 = (numbers(match[3])[0] for match in found if match)
+    assert oct3 < oct4 < plain / 2 and len({match[2] for match in found if match}) == 1
+
+
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "batch.py": batch,
     "chat.py": chat,
     "formats.py": formats,
     "generate.py": generate,
     "sequences.py": sequences,
+    "transformers_cache.py": transformers_cache,
 }
 
 
@@ -75,8 +84,11 @@ def test_every_example_is_checked() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path: Path, tmp_path: Path) -> None:
+    if path.name == "transformers_cache.py":
+        pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment |= {"OCTO_RUN_CACHE": str(tmp_path / "cache"), "PYTHONUTF8": "1"}
+    environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of transformers, which go to standard error
     done = subprocess.run(
         [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS
     )

@@ -160,7 +160,7 @@ def _with_control_pieces(proto: bytes, ids: set[int]) -> bytes:
         if tag == (1 << 3 | 2):
             if index in ids:
                 payload += _TYPE_CONTROL
-                field = _varint(tag) + _varint(len(payload)) + payload
+                field = varint(tag) + varint(len(payload)) + payload
             index += 1
         out += field
     return bytes(out)
@@ -196,7 +196,8 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A whole number from 0 on as protocol buffers write it."""
     out = bytearray()
     while value >= 0x80:
         out.append(value & 0x7F | 0x80)

@@ -1,7 +1,7 @@
 """How well codecs keep vectors: distortion, angles, inner products and attention weights, at exact stored bytes.
 
 On Gaussian vectors, and on keys and values that a model made of a text: keys as they are and with their head's mean
-before RoPE taken out (of the first page's 64 tokens, as the engine does with ``key_mean``).
+before RoPE taken out (of the first page's 64 tokens).
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octo_run.engine.evaluation.capture import Captured
 from octo_run.kernels import PAGE_TOKENS as PAGE
-from octo_run.kernels.attention.key_mean import AngleTables, estimate, mean_rows
+from octo_run.kernels.attention.key_mean import AngleTables, mean_maps
 from octo_run.kernels.codec import Codec, baselines, get
 from octo_run.kernels.codec import names as format_names
 
@@ -112,8 +112,7 @@ def real(names: Sequence[str], data: Captured, seed: int) -> Iterator[Row]:
     tokens, dim = data.k.shape[2:]
     tables = AngleTables.build(data.inv_freq, 0, -(-tokens // PAGE))
     angles = tables.of_pages(0, len(tables.base)).flatten(0, 1)[:tokens]
-    plain = torch.eye(dim)
-    mean = mean_rows(estimate(data.k[:, :, PAGE : 2 * PAGE], angles[PAGE : 2 * PAGE], plain), angles, plain)
+    mean = angles @ mean_maps(_mean(data.k[:, :, PAGE : 2 * PAGE], angles[PAGE : 2 * PAGE]), torch.eye(dim))
     for name in names:
         codec = build(name, dim, seed)
         if _corrects(codec):
@@ -126,6 +125,12 @@ def real(names: Sequence[str], data: Captured, seed: int) -> Iterator[Row]:
             yield _row(label, codec, data.k.flatten(0, 2), y.flatten(0, 2), error, kl)
         y = codec.decode(codec.encode(data.v))
         yield _row("values", codec, data.v.flatten(0, 2), y.flatten(0, 2), None, None)
+
+
+def _mean(keys: Tensor, angles: Tensor) -> Tensor:
+    """The mean before RoPE ``[..., d]`` of keys ``[..., n, d]`` at angles ``[n, d]``."""
+    (k1, k2), (cos, sin) = keys.to(torch.float32).chunk(2, -1), angles.chunk(2, -1)
+    return torch.cat((k1 * cos + k2 * sin, k2 * cos - k1 * sin), -1).mean(-2)
 
 
 def _attention(data: Captured, k: Tensor) -> tuple[float, float]:

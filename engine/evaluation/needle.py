@@ -2,15 +2,19 @@
 
 The sentences and the question are those that the embedded model was trained on ("The special magic number for NAME is
 DIGITS."); with several keys as in RULER (Hsieh et al., 2024), where a model that only looks for a number fails. All
-formats get the same prompts, made from one seed.
+formats get the same prompts, made from one seed, several at a time; prompts are read as decode steps would
+(:mod:`.reading`), answers are decoded.
 """
 
+import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from octo_run.engine.engine import Engine
+from octo_run.engine.evaluation.reading import REFERENCE, Progress, Reader, groups, pack, rows_at_once
 from octo_run.engine.evaluation.statistics import wilson
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import UsageError
@@ -44,14 +48,27 @@ class Haystack:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A prompt and the cell that it counts for: its length in tokens, the answer included, and the depth aimed at."""
+
+    length: int
+    depth: float
+    hay: Haystack
+
+
+@dataclass(frozen=True)
 class Cell:
     """How often a format found the number at one length and depth.
 
     Attributes:
         length: In tokens, the answer included.
         depth: None for all depths together.
+        stderr: Of ``recall``.
         low: Lower end of the 95 % Wilson interval of ``recall``.
         high: Its upper end.
+        delta: ``recall`` less bf16's.
+        delta_stderr: Of ``delta`` (paired by question; None for fewer than two).
+        partial: Not all questions were asked.
     """
 
     kv: str
@@ -60,8 +77,12 @@ class Cell:
     trials: int
     correct: int
     recall: float
+    stderr: float
     low: float
     high: float
+    delta: float
+    delta_stderr: float | None
+    partial: bool = False
 
 
 class Filler:
@@ -186,12 +207,14 @@ def prompts(
     *,
     lengths: Sequence[int],
     depths: Sequence[float],
-    trials: int,
+    questions: int,
     distractors: int,
     form: str,
     seed: int,
-) -> dict[tuple[int, float], list[Haystack]]:
-    """``trials`` prompts for every length and depth; the same for the same arguments.
+) -> list[Question]:
+    """``questions`` prompts for every length, the depths taking turns; the same for the same arguments.
+
+    They are in the order in which they are asked: what is done at any time has all lengths and depths.
 
     Raises:
         UsageError: As :func:`build` does, and for more distractors than there are names.
@@ -199,22 +222,15 @@ def prompts(
     if distractors >= KEYS:
         raise UsageError(f"--distractors is {distractors}; give 0 to {KEYS - 1}.")
     filler = Filler(text, tokenizer)
-    return {
-        (length, depth): [
-            build(
-                tokenizer,
-                filler,
-                length=length,
-                depth=depth,
-                distractors=distractors,
-                form=form,
-                source=random.Random(f"{seed} {length} {depth} {trial}"),
-            )
-            for trial in range(trials)
-        ]
-        for length in lengths
-        for depth in depths
-    }
+    found = []
+    for number in range(questions):
+        trial, place = divmod(number, len(depths))
+        for length in lengths:
+            source = random.Random(f"{seed} {length} {depths[place]} {trial}")
+            hay = build(tokenizer, filler, length=length, depth=depths[place], distractors=distractors, form=form,
+                        source=source)  # fmt: skip
+            found.append(Question(length, depths[place], hay))
+    return found
 
 
 def found(answer: str, value: str) -> bool:
@@ -223,33 +239,113 @@ def found(answer: str, value: str) -> bool:
     return number is not None and number[0] == value
 
 
-def ask(engine: Engine, ids: list[int], step: int, max_tokens: int) -> str:
-    """The greedy answer to a prompt, which is fed ``step`` tokens at a time: what is read back is packed by then."""
-    with engine.sequence() as sequence:
-        for first in range(0, len(ids) - 1, step):
-            engine.prefill(sequence, ids[first : min(first + step, len(ids) - 1)])
-    answer = [token.id for token in engine.generate(ids, SamplingParams(max_tokens=max_tokens))]
-    return engine.tokenizer.decode(answer)
+class Search:
+    """``bf16`` and other formats asked the same questions, as :class:`.perplexity.Comparison` compares them."""
+
+    def __init__(
+        self, load: Callable[[str], Engine], kvs: Sequence[str], questions: Sequence[Question], step: int | None = None
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            load: Gives the engine of a format, with room for the longest question and as many sequences as questions
+                are to be asked at a time. The search closes the engines of the formats other than ``bf16``.
+            step: Tokens of a prompt read at once (None: as many as a chunk has). It makes no difference.
+        """
+        self._load, self._questions, self._step = load, questions, step
+        self._others = [kv for kv in dict.fromkeys(kvs) if kv != REFERENCE]
+        #: Whether each format found the number, for the questions that it was asked so far.
+        self._found: dict[str, list[bool]] = {}
+
+    def run(self) -> Iterator[Progress]:
+        """Ask; tells how far it is whenever a format has read some tokens.
+
+        Raises:
+            UsageError: A step that is too long.
+            OctoError: Logits that are not finite.
+        """
+        whole = sum(len(question.hay.ids) - 1 for question in self._questions)
+        done, to_do = 0, whole * (1 + len(self._others))
+        for number, group in enumerate(groups(self._load, self._others)):
+            asked = group[1:] if number else group  # bf16 has answered already
+            most = min(engine.plan.shape.chunk for _, engine in asked)
+            if self._step is not None and not 1 <= self._step <= most:
+                raise UsageError(f"--step is {self._step}; give 1 to {most} tokens.")
+            rows = min(rows_at_once(engine.plan, engine.config) for _, engine in asked)
+            readers = {kv: Reader(engine, rows) for kv, engine in asked}
+            at_once = min(engine.plan.shape.sequences for _, engine in asked)
+            yield Progress(done, to_do)
+            for first in range(0, len(self._questions), at_once):
+                batch = [question.hay for question in self._questions[first : first + at_once]]
+                answers: dict[str, list[str]] = {}
+                for kv, reader in readers.items():
+                    for count in _read(reader, [hay.ids for hay in batch], rows, self._step or most):
+                        done += count
+                        yield Progress(done, to_do)
+                    answers[kv] = _answer(reader.engine, [hay.ids for hay in batch])
+                right = {kv: self._found.get(kv, []) + [found(text, hay.value)
+                              for text, hay in zip(texts, batch, strict=True)]
+                         for kv, texts in answers.items()}  # fmt: skip
+                self._found = {**self._found, **right}
+                yield Progress(done, to_do)
+            readers.clear()
+
+    def cells(self) -> list[Cell]:
+        """For each format a cell for every length and depth, then one for every length over all depths."""
+        reference = self._found.get(REFERENCE, [])
+        return [cell for kv, found in self._found.items() for cell in cells(kv, self._questions, found, reference)]
 
 
-def evaluate(engine: Engine, kv: str, haystacks: dict[tuple[int, float], list[Haystack]], step: int) -> list[Cell]:
-    """A cell for every length and depth, then one for every length over all depths."""
-    cells = []
-    for (length, depth), trials in haystacks.items():
-        correct = sum(found(ask(engine, trial.ids, step, ANSWER_TOKENS), trial.value) for trial in trials)
-        cells.append(_cell(kv, length, depth, len(trials), correct))
-    return cells + totals(cells)
+def _read(reader: Reader, prompts: Sequence[list[int]], rows: int, step: int) -> Iterator[int]:
+    """Read prompts, but for their last tokens, so that the cache has them; yields numbers of tokens."""
+    opened = [reader.engine.sequence() for _ in prompts]
+    try:
+        for pieces in pack([len(ids) - 1 for ids in prompts], rows, step):
+            yield len(reader.read(opened, prompts, pieces))
+    finally:
+        for sequence in opened:
+            sequence.close()
 
 
-def totals(cells: Iterable[Cell]) -> list[Cell]:
-    """One cell for each format and length, over all depths."""
-    sums: dict[tuple[str, int], tuple[int, int]] = {}
-    for cell in cells:
-        trials, correct = sums.get((cell.kv, cell.length), (0, 0))
-        sums[cell.kv, cell.length] = trials + cell.trials, correct + cell.correct
-    return [_cell(kv, length, None, trials, correct) for (kv, length), (trials, correct) in sums.items()]
+def _answer(engine: Engine, prompts: Sequence[list[int]]) -> list[str]:
+    """Greedy answers to prompts that the cache has. Afterwards it has nothing."""
+    answers = [""] * len(prompts)
+    for answer in engine.generate_batch(list(prompts), SamplingParams(max_tokens=ANSWER_TOKENS)):
+        assert answer.reused_tokens == answer.prompt_tokens - 1
+        answers[answer.index] = engine.tokenizer.decode(answer.ids)
+    for sequence in engine.arena.table.rows:
+        if sequence is not None:
+            sequence.discard()
+    return answers
 
 
-def _cell(kv: str, length: int, depth: float | None, trials: int, correct: int) -> Cell:
-    low, high = wilson(correct, trials)
-    return Cell(kv, length, depth, trials, correct, correct / trials, low, high)
+def cells(kv: str, questions: Sequence[Question], found: Sequence[bool], reference: Sequence[bool]) -> list[Cell]:
+    """The cells of a format that was asked the first of the questions, those over all depths last.
+
+    Args:
+        found: Whether it found each number.
+        reference: Whether bf16 did, at least as many.
+    """
+    asked = list(zip(questions, found, reference, strict=False))
+    partial = len(found) < len(questions)
+    places = sorted({(question.length, question.depth) for question in questions})
+    lengths = sorted({question.length for question in questions})
+    cut: list[tuple[int, float | None]] = [*places, *((length, None) for length in lengths)]
+    made = []
+    for length, depth in cut:
+        own = [(right, exact) for question, right, exact in asked
+               if question.length == length and depth in (None, question.depth)]  # fmt: skip
+        if own:
+            made.append(_cell(kv, length, depth, own, partial))
+    return made
+
+
+def _cell(kv: str, length: int, depth: float | None, own: Sequence[tuple[bool, bool]], partial: bool) -> Cell:
+    """A cell of what a format and bf16 found."""
+    count, correct = len(own), sum(right for right, _ in own)
+    recall, (low, high) = correct / count, wilson(correct, count)
+    changes = [right - exact for right, exact in own]
+    delta_stderr = statistics.stdev(changes) / math.sqrt(count) if count > 1 else None
+    stderr = math.sqrt(recall * (1 - recall) / count)
+    return Cell(kv, length, depth, count, correct, recall, stderr, low, high, statistics.fmean(changes), delta_stderr,
+                partial)  # fmt: skip

@@ -1,30 +1,33 @@
 """Perplexity through the real cache path, and how far a KV format moves the next-token distribution from ``bf16``'s.
 
 A text is cut into windows of ``context`` tokens that begin ``stride`` tokens apart; every token is scored once, in the
-first window that holds it, so that all but the first window's have at least ``context - stride`` tokens before them. A
-window is fed ``step`` tokens at a time: what a token attends to beyond the sinks, the recent window and its own step
-is read from packed pages. Logits are compared block by block (``Engine.logit_rows``), so that memory does not grow with
-the context.
+first window that holds it, so that all but the first window's have at least ``context - stride`` tokens before them.
+Windows are read several at a time, by all formats in lockstep, and every token attends to what its decode step would
+(:mod:`.reading`). The vocabulary is reduced on the device, a slice of tokens at a time: of a token three numbers stay.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from octo_run.engine.engine import Engine
+from octo_run.engine.evaluation.reading import (
+    REFERENCE,
+    Piece,
+    Progress,
+    Reader,
+    groups,
+    pack,
+    rows_at_once,
+    slice_rows,
+)
 from octo_run.engine.evaluation.statistics import standard_error
-from octo_run.engine.plan import free_memory
 from octo_run.errors import OctoError, UsageError
-
-#: The format that the others are compared with.
-REFERENCE = "bf16"
-#: The reference's logits are kept between formats up to this size and a quarter of what is free on the device, and
-#: computed anew beyond it.
-KEPT_BYTES = 2**30
+from octo_run.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Row:
     Attributes:
         stderr: Of the perplexity.
         delta_percent: Perplexity against bf16's.
-        delta_stderr: Of ``delta_percent`` (paired by token).
+        delta_stderr: Of ``delta_percent`` (of the losses' differences, paired by token).
         kl_mean: Kullback-Leibler divergence, in nats, of the next-token distribution from bf16's, mean over the scored
             tokens.
         kl_p99: The same, 99 % quantile.
@@ -51,6 +54,7 @@ class Row:
         bytes_per_token: Packed pages, page table, sinks and recent window divided by the context.
         tokens_per_s: Tokens fed per second.
         tokens: Scored tokens.
+        partial: Not all of the text was scored.
     """
 
     kv: str
@@ -64,6 +68,7 @@ class Row:
     bytes_per_token: float
     tokens_per_s: float
     tokens: int
+    partial: bool = False
 
 
 def windows(tokens: int, context: int, stride: int, *, begin: bool) -> list[Window]:
@@ -82,13 +87,18 @@ def windows(tokens: int, context: int, stride: int, *, begin: bool) -> list[Wind
     if tokens < room:
         raise UsageError(
             f"A text has {tokens:,} tokens and a window of --ctx {context:,} takes {room:,}: "
-            "give a longer text or a smaller --ctx."
+            "give a longer text, more --tokens, or a smaller --ctx."
         )
     found = [Window(0, room, 0 if begin else 1)]
     while (done := found[-1].end) < tokens:
         end = min(done + stride, tokens)
         found.append(Window(end - room, end, done))
     return found
+
+
+def window_ids(tokenizer: Tokenizer, text: list[int], window: Window) -> list[int]:
+    """The tokens of a window, with what the model wants a text to begin with before them."""
+    return tokenizer.opening + text[window.start : window.end]
 
 
 def cache_bytes_per_token(engine: Engine) -> float:
@@ -98,108 +108,266 @@ def cache_bytes_per_token(engine: Engine) -> float:
     return (arena.pages.nbytes + arena.page_table.nbytes + full) / (s.sequences * s.context)
 
 
-class _Runner:
-    """One engine over all windows; counts tokens and time."""
+class Comparison:
+    """``bf16`` and other formats on the same windows.
 
-    def __init__(self, engine: Engine, texts: Sequence[list[int]], step: int) -> None:
-        self.engine, self._texts, self._step = engine, texts, step
-        self._begin = engine.tokenizer.opening
-        self._fed, self._seconds = 0, 0.0
+    All formats read the same windows at the same time, as far as their engines fit into memory together; those that do
+    not follow in further rounds, with ``bf16`` read again beside them. Whatever interrupts :meth:`run`, :meth:`rows`
+    has the figures of the windows that all formats of a round are through with.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[str], Engine],
+        kvs: Sequence[str],
+        texts: Sequence[list[int]],
+        *,
+        stride: int,
+        step: int | None = None,
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            load: Gives the engine of a format, whose context is the windows' and whose number of sequences that of the
+                windows read at a time. The comparison closes the engines of the formats other than ``bf16``.
+            texts: Token ids without special ones.
+            step: Tokens of a window read at a time (None: as many as a chunk has). It makes no difference.
+        """
+        self._load, self._texts, self._stride, self._step = load, texts, stride, step
+        self._others = [kv for kv in dict.fromkeys(kvs) if kv != REFERENCE]
+        self._rounds: list[_Round] = []
 
     @property
-    def tokens_per_s(self) -> float:
-        return self._fed / self._seconds
+    def tokens(self) -> int:
+        """Tokens that are scored in all; 0 before anything is loaded."""
+        return self._rounds[0].scored if self._rounds else 0
 
-    def scored(self, text: int, window: Window) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of logits float32 ``[r, vocab]`` before the scored tokens, and these tokens ``[r]``."""
-        ids = self._begin + self._texts[text][window.start : window.end]
-        targets = torch.tensor(self._texts[text][window.first : window.end], device=self.engine.device)
-        blocks = self.engine.logit_rows(ids[:-1], self._step)
-        done = len(targets) - len(ids) + 1  # rows before the first scored one, made negative
-        while done < len(targets):
-            begun = time.perf_counter()
-            logits = next(blocks)
-            if logits.is_cuda:
-                torch.cuda.synchronize(logits.device)
-            self._seconds += time.perf_counter() - begun
-            logits, done = logits[max(0, -done) :], done + len(logits)
-            if len(logits):
-                yield logits, targets[done - len(logits) : done]
-        self._fed += len(ids) - 1
+    def run(self) -> Iterator[Progress]:
+        """Measure; tells how far it is whenever a format has read some tokens.
+
+        Raises:
+            UsageError: As :func:`windows` does, or a step that is too long.
+            OctoError: Logits that are not finite.
+        """
+        fed = 0
+        for group in groups(self._load, self._others):
+            turn = _Round(group, self._texts, self._stride, self._step)
+            self._rounds.append(turn)
+            left = len(self._others) - sum(len(done.kvs) - 1 for done in self._rounds)
+            yield Progress(fed, fed + turn.to_feed + left * turn.whole)
+            for count in turn.run():
+                fed += count
+                yield Progress(fed, fed + turn.to_feed + left * turn.whole)
+            turn.close()
+
+    def rows(self) -> list[Row]:
+        """A row for ``bf16``, then one for every other format that has something to show."""
+        found: dict[str, Row] = {}
+        for turn in self._rounds:
+            for row in turn.rows():
+                found.setdefault(row.kv, row)
+        return list(found.values())
 
 
 def evaluate(
-    load: Callable[[str], Engine], kvs: Sequence[str], texts: Sequence[list[int]], *, stride: int, step: int
-) -> Iterator[Row]:
-    """Measure ``bf16``, then each other format of ``kvs``.
+    load: Callable[[str], Engine],
+    kvs: Sequence[str],
+    texts: Sequence[list[int]],
+    *,
+    stride: int,
+    step: int | None = None,
+) -> list[Row]:
+    """The rows of a whole :class:`Comparison`: ``bf16``'s, then one for each other format of ``kvs``."""
+    comparison = Comparison(load, kvs, texts, stride=stride, step=step)
+    for _ in comparison.run():
+        pass
+    return comparison.rows()
 
-    At most two engines are held at a time, and beside them a few blocks of logits (of ``step``, at most
-    ``LOGIT_ROWS``, rows) and the reference's up to ``KEPT_BYTES``.
+
+class _Round:
+    """Engines, the reference's first, in lockstep over all windows."""
+
+    def __init__(
+        self, group: list[tuple[str, Engine]], texts: Sequence[list[int]], stride: int, step: int | None
+    ) -> None:
+        self.kvs, engines = [kv for kv, _ in group], [engine for _, engine in group]
+        first = engines[0]
+        self._tokenizer, self._device = first.tokenizer, first.device
+        self._texts = texts
+        self._places = [
+            (index, window)
+            for index, ids in enumerate(texts)
+            for window in windows(len(ids), first.max_context, stride, begin=first.tokenizer.adds_bos)
+        ]
+        self._rows = min(rows_at_once(engine.plan, engine.config) for engine in engines)
+        most = min(self._rows, min(engine.plan.shape.chunk for engine in engines))
+        if step is not None and not 1 <= step <= most:
+            raise UsageError(f"--step is {step}; give 1 to {most} tokens.")
+        self._step = step or most
+        self._at_once = min(engine.plan.shape.sequences for engine in engines)
+        self._bytes = [cache_bytes_per_token(engine) for engine in engines]
+        self._readers = [Reader(engine, self._rows) for engine in engines]
+        self._slice = min(slice_rows(engine.plan, engine.config) for engine in engines)
+        #: Tokens that are scored, that one format is fed, and that all are still to be fed.
+        self.scored = sum(window.end - window.first for _, window in self._places)
+        self.whole = sum(len(self._ids(*place)) - 1 for place in self._places)
+        self.to_feed = self.whole * len(group)
+        #: float32 ``[formats, 3, n]`` on the CPU: losses, divergences, agreement.
+        self._done: list[Tensor] = []
+        self._rates: list[float] = []
+
+    def _ids(self, index: int, window: Window) -> list[int]:
+        return window_ids(self._tokenizer, self._texts[index], window)
+
+    def run(self) -> Iterator[int]:
+        """Read all windows; yields numbers of tokens that a format was fed."""
+        under_way: deque[_Copied] = deque()
+        ahead = 1 if self._device.type == "cuda" else 0  # a GPU works on a batch while the host has the one before
+        for first in range(0, len(self._places), self._at_once):
+            batch = yield from self._batch(self._places[first : first + self._at_once])
+            under_way.append(batch)
+            while len(under_way) > ahead:
+                self._take(under_way.popleft())
+        while under_way:
+            self._take(under_way.popleft())
+
+    def _batch(self, places: Sequence[tuple[int, Window]]) -> Generator[int, None, "_Copied"]:
+        """Windows read at the same time."""
+        ids = [self._ids(*place) for place in places]
+        scored = [window.end - window.first for _, window in places]
+        begins = [sum(scored[:number]) for number in range(len(scored))]
+        out = torch.zeros(len(self._readers), 3, sum(scored), device=self._device)
+        opened = [[reader.engine.sequence() for _ in places] for reader in self._readers]
+        try:
+            for pieces in pack([len(part) - 1 for part in ids], self._rows, self._step):
+                states = []
+                for reader, own in zip(self._readers, opened, strict=True):
+                    states.append(reader.read(own, ids, pieces))
+                    count = sum(piece.end - piece.first for piece in pieces)
+                    self.to_feed -= count
+                    yield count
+                self._compare(states, _scored_rows(pieces, ids, scored, begins), out)
+        finally:
+            for own in opened:
+                for sequence in own:
+                    sequence.discard()
+        return _Copied(out)
+
+    @torch.inference_mode()
+    def _compare(self, states: list[Tensor], scored: tuple[list[int], list[int], list[int]], out: Tensor) -> None:
+        """Write what scored tokens lose and how they differ to ``out [formats, 3, n]``, from the states of one pass.
+
+        Args:
+            states: ``[n, hidden]``, by formats, the reference first.
+            scored: See :func:`_scored_rows`.
+        """
+        rows, targets, places = (_on(self._device, numbers) for numbers in scored)
+        for part in range(0, len(rows), self._slice):
+            chosen, wanted = rows[part : part + self._slice], targets[part : part + self._slice, None]
+            values = torch.zeros(len(states), 3, len(chosen), device=self._device)
+            logits = self._readers[0].logits(states[0][chosen])
+            best, exact = logits.argmax(-1), logits.log_softmax(-1, dtype=torch.float32)
+            shares = exact.exp()
+            values[0, 0], values[0, 2] = -exact.gather(1, wanted)[:, 0], 1.0
+            for number in range(1, len(states)):
+                logits = self._readers[number].logits(states[number][chosen])
+                values[number, 2] = logits.argmax(-1) == best
+                coded = logits.log_softmax(-1, dtype=torch.float32)
+                values[number, 0] = -coded.gather(1, wanted)[:, 0]
+                values[number, 1] = coded.sub_(exact).mul_(shares).sum(-1).neg_()
+            out.index_copy_(2, places[part : part + self._slice], values)
+
+    def _take(self, copied: "_Copied") -> None:
+        """Count a batch of windows as done.
+
+        Raises:
+            OctoError: Losses that are not finite.
+        """
+        values = copied.wait()
+        for kv, losses in zip(self.kvs, values[:, 0], strict=True):
+            if not bool(losses.isfinite().all()):
+                raise OctoError(
+                    f"The logits with --kv {kv} are not finite; choose another --dtype, or check the model's files."
+                )
+        self._done.append(values)
+
+    def close(self) -> None:
+        """Let the engines go; what was measured stays."""
+        self._rates, self._readers = self.rates, []
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of the formats."""
+        return [reader.tokens_per_s for reader in self._readers] or self._rates
+
+    def rows(self) -> list[Row]:
+        """A row for each format over the windows that are done; none before the first."""
+        if not self._done:
+            return []
+        values = torch.cat(self._done, 2).to(torch.float64)
+        partial, base = values.shape[2] < self.scored, values[0, 0]
+        return [
+            _row(kv, base, own, held, rate, partial)
+            for kv, own, held, rate in zip(self.kvs, values, self._bytes, self.rates, strict=True)
+        ]
+
+
+class _Copied:
+    """A tensor of a device on its way to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(values.device))
+        else:
+            self._host = values
+
+    def wait(self) -> Tensor:
+        """The tensor, once it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+def _on(device: torch.device, numbers: list[int]) -> Tensor:
+    """Numbers on a device, int64, without waiting for it."""
+    host = torch.tensor(numbers, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _scored_rows(
+    pieces: Sequence[Piece], ids: Sequence[list[int]], scored: Sequence[int], begins: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Which rows of a pass come before a scored token, these tokens, and their places among all that are scored.
 
     Args:
-        load: Gives the engine of a format, whose context is the windows'.
-        texts: Token ids without special ones.
-
-    Yields:
-        A row for each format, when it is done.
-
-    Raises:
-        UsageError: As :func:`windows` and ``Engine.logits`` do.
-        OctoError: Logits that are not finite.
+        pieces: Of the pass.
+        ids: Of every text, a token more than is fed.
+        scored: How many of the last tokens of every text are scored.
+        begins: The place of each text's first scored token.
     """
-    reference = _Runner(load(REFERENCE), texts, step)
-    engine = reference.engine
-    begin = engine.tokenizer.adds_bos
-    places = [
-        (index, window)
-        for index, ids in enumerate(texts)
-        for window in windows(len(ids), engine.max_context, stride, begin=begin)
-    ]
-    count = sum(window.end - window.first for _, window in places)
-    room = min(KEPT_BYTES, free_memory(engine.device) // 4)
-    keeps = 4 * count * engine.config.vocab_size <= room and any(kv != REFERENCE for kv in kvs)
-    kept: list[list[tuple[Tensor, Tensor]]] = []
-    losses = []
-    for place in places:
-        blocks = []
-        for logits, targets in reference.scored(*place):
-            losses.append(_losses(logits, targets))
-            if keeps:
-                blocks.append((logits, targets))
-        kept.append(blocks)
-    base = torch.cat(losses)
-    yield _row(reference, REFERENCE, base, base, torch.zeros_like(base), torch.ones_like(base))
-    for kv in kvs:
-        if kv == REFERENCE:
-            continue
-        runner = _Runner(load(kv), texts, step)
-        parts = []
-        for index, place in enumerate(places):
-            theirs = kept[index] if keeps else reference.scored(*place)
-            for (wanted, targets), (got, _) in zip(theirs, runner.scored(*place), strict=True):
-                parts.append(_compare(wanted, got, targets))
-        loss, kl, agree = (torch.cat(values) for values in zip(*parts, strict=True))
-        yield _row(runner, kv, base, loss, kl, agree)
+    rows: list[int] = []
+    targets: list[int] = []
+    places: list[int] = []
+    base = 0
+    for piece in pieces:
+        text = ids[piece.text]
+        unscored = len(text) - 1 - scored[piece.text]
+        first = max(piece.first, unscored)
+        if first < piece.end:
+            rows += range(base + first - piece.first, base + piece.end - piece.first)
+            targets += text[first + 1 : piece.end + 1]
+            places += range(begins[piece.text] + first - unscored, begins[piece.text] + piece.end - unscored)
+        base += piece.end - piece.first
+    return rows, targets, places
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-probabilities, float64 ``[r]`` on the CPU, of ``targets [r]`` under ``logits [r, vocab]``."""
-    return (logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]).to("cpu", torch.float64)
-
-
-def _compare(reference: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of ``logits [r, vocab]``, divergences from ``reference``, agreement of the likeliest: float64 ``[r]``."""
-    wanted, got = reference.log_softmax(-1), logits.log_softmax(-1)
-    divergences = (wanted.exp() * (wanted - got)).sum(-1)
-    agree = reference.argmax(-1) == logits.argmax(-1)
-    return _losses(logits, targets), divergences.to("cpu", torch.float64), agree.to("cpu", torch.float64)
-
-
-def _row(runner: _Runner, kv: str, base: Tensor, losses: Tensor, kl: Tensor, agree: Tensor) -> Row:
-    if not bool(losses.isfinite().all()):
-        raise OctoError(
-            f"The logits with --kv {kv} are not finite; choose another --dtype, or check the model's files."
-        )
+def _row(kv: str, base: Tensor, values: Tensor, held: float, rate: float, partial: bool) -> Row:
+    """The figures of losses, divergences and agreement ``values [3, n]``, the reference's losses being ``base [n]``."""
+    losses, kl, agree = values
     perplexity, error = math.exp(float(losses.mean())), standard_error(losses)
     change = losses - base
     ratio, change_error = math.exp(float(change.mean())), standard_error(change)
@@ -212,7 +380,8 @@ def _row(runner: _Runner, kv: str, base: Tensor, losses: Tensor, kl: Tensor, agr
         kl_mean=float(kl.mean()),
         kl_p99=float(kl.quantile(0.99)),
         top1_agreement=float(agree.mean()),
-        bytes_per_token=cache_bytes_per_token(runner.engine),
-        tokens_per_s=runner.tokens_per_s,
+        bytes_per_token=held,
+        tokens_per_s=rate,
         tokens=len(losses),
+        partial=partial,
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 from octo_run.engine.evaluation.codec_report import Row as Distortion
 from octo_run.engine.evaluation.needle import Cell
-from octo_run.engine.evaluation.perplexity import REFERENCE, Row
+from octo_run.engine.evaluation.perplexity import Row
+from octo_run.engine.evaluation.reading import REFERENCE
 from octo_run.errors import OctoError, UsageError
 
 ENDINGS = (".png", ".svg", ".pdf")

@@ -70,7 +70,7 @@ class Queries(_Fact):
     """Query tokens of a sequence."""
 
     ONE = "a decode step"
-    SEVERAL = "a chunk of a prompt"
+    SEVERAL = "a chunk of a prompt, also of one token where a key mean's coefficients are not given"
 
 
 class Pages(_Fact):
@@ -160,11 +160,12 @@ ELEMENTS = {torch.float16: Element.HALF, torch.bfloat16: Element.HALF, torch.flo
 
 def describe(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int, device: Device) -> Call:
     """The facts of a call, arguments as those of `attend`, on a device of that kind. Needs no checked inputs."""
+    coefficients_known = kv.mean is None or kv.mean.of_queries is not None
     return Call(
         device,
         stored(fmt, q.dtype, mean=kv.mean is not None),
         ELEMENTS.get(q.dtype, Element.OTHER),
-        Queries.ONE if q.shape[1:2] == (1,) else Queries.SEVERAL,
+        Queries.ONE if q.shape[1:2] == (1,) and coefficients_known else Queries.SEVERAL,
         Pages.SOME if kv.pages.numel() > 0 and max_length > kv.sink + PAGE_TOKENS else Pages.NONE,
     )
 

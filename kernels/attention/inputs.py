@@ -55,7 +55,7 @@ class AttentionInputs:
             return parts
         mean = self.mean
         of_queries = () if mean.of_queries is None else (mean.of_queries,)
-        return (*parts, mean.means, mean.rotation, mean.tables.base, mean.tables.offset, *of_queries)
+        return (*parts, mean.maps, mean.tables.base, mean.tables.offset, *of_queries)
 
 
 def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> None:
@@ -95,7 +95,7 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
         if index.dtype != torch.int32 or index.shape != (batch,):
             raise ValueError(f"{name} must be int32 [{batch}], not {index.dtype} {tuple(index.shape)}")
     if kv.mean is not None:
-        _check_mean(q, kv.mean, owned, kv_heads)
+        _check_mean(q, kv.mean, kv_heads)
     for part in (*kv.tensors(), *(() if out is None else (out,))):
         if part.device != q.device:
             raise ValueError(f"q is on {q.device}, another input is on {part.device}")
@@ -107,18 +107,18 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
         raise ValueError(f"out must be {q.dtype} {tuple(q.shape)}, not {out.dtype} {tuple(out.shape)}")
 
 
-def _check_mean(q: Tensor, mean: KeyMean, owned: int, kv_heads: int) -> None:
+def _check_mean(q: Tensor, mean: KeyMean, kv_heads: int) -> None:
     """The key mean's part of `check`."""
     dim = q.shape[-1]
     for name, part, shape in (
-        ("means", mean.means, (owned, kv_heads, dim)),
-        ("rotation", mean.rotation, (dim, dim)),
+        ("maps", mean.maps, (kv_heads, dim, dim)),
         ("coefficients", mean.of_queries, q.shape),
     ):
-        if part is not None and (part.shape != shape or part.dtype != torch.float32):
-            raise ValueError(f"mean {name} must be float32 {tuple(shape)}, not {part.dtype} {tuple(part.shape)}")
+        if part is not None and (part.shape != shape or part.dtype != torch.float32 or not part.is_contiguous()):
+            raise ValueError(
+                f"mean {name} must be contiguous float32 {tuple(shape)}, not {part.dtype} {tuple(part.shape)}"
+            )
     for name, table, ndim in (
-        ("rotation", mean.rotation, 2),
         ("angle table base", mean.tables.base, 3),
         ("angle table offset", mean.tables.offset, 2),
     ):

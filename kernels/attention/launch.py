@@ -66,7 +66,8 @@ def launch(
         if kernel is Kernel.TABLE_DECODE:
             launch_table_decode(q, kv, fmt, out, room(), scale=spec.scale, max_length=max_length)
         elif kernel is Kernel.PREFILL:
-            launch_prefill(call, q, kv, fmt, out, room(batch * count, max_length), scale=spec.scale,
+            # Two at least: a single query, whose key mean has no coefficients, takes a slab as well.
+            launch_prefill(call, q, kv, fmt, out, room(max(2, batch * count), max_length), scale=spec.scale,
                            max_length=max_length)  # fmt: skip
         else:
             launch_decode(kernel, call, q, kv, fmt, out, room, scale=spec.scale, max_length=max_length)

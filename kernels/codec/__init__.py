@@ -6,6 +6,7 @@ pair that a KV cache uses. The classes are for building more formats: `RowCodec`
 
 from octo_run.kernels.codec.base import Codec, RowCodec, TripletCodec
 from octo_run.kernels.codec.formats import KVFormat, get, names, parse_kv
+from octo_run.kernels.codec.layer_formats import LayerFormats
 from octo_run.kernels.codec.octopus import OctopusCodec, OctopusTables
 from octo_run.kernels.codec.page_format import PageFormat
 from octo_run.kernels.codec.plain import PlainCodec
@@ -14,6 +15,7 @@ from octo_run.kernels.codec.trellis import TrellisCodec
 __all__ = [
     "Codec",
     "KVFormat",
+    "LayerFormats",
     "OctopusCodec",
     "OctopusTables",
     "PageFormat",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from octo_run.kernels.step import reference
-from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, penalised
+from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised
 
 __all__ = [
     "SLICE_TOKENS",
@@ -22,6 +22,7 @@ __all__ = [
     "count_drawn",
     "embed",
     "linear",
+    "mapped",
     "penalised",
     "qkv_rope_append",
     "rotate_back",
@@ -92,6 +93,7 @@ def qkv_rope_append(
     full_v: Tensor,
     q_out: Tensor,
     rows: Tensor | None = None,
+    coefficients: Tensor | None = None,
 ) -> None:
     """Make what attention reads from a layer's projections.
 
@@ -99,15 +101,17 @@ def qkv_rope_append(
         qkv: ``[B, (H + 2 Hkv) d]``, contiguous.
         slots: int32 ``[B]``: keys and values of number b go to slot ``slots[b]``.
         full_k, full_v: ``[R, Hkv, slots, d]``: take keys, of the same kind as queries, and values.
-        q_out: ``[B, 1, H, d]``: takes queries (normed, turned by RoPE, rotated).
+        q_out: ``[B, 1, H, d]``: takes queries (normed, turned by RoPE, mapped).
         rows: int32 ``[B]``: keys and values of number b go to row ``rows[b]``; None: row b.
+        coefficients: Float32 ``[B, 1, H, d]``, contiguous: takes what attention needs of the queries for
+            ``transform.mean`` (``attention.key_mean``).
     """
     if qkv.is_cuda:
         from octo_run.kernels.step import launch
 
-        launch.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows)
+        launch.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows, coefficients)
     else:
-        reference.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows)
+        reference.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows, coefficients)
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _SWIGLU_COLUMNS = 1024
 #: Heads, and columns of a rotation, that a program takes.
 _HEADS, _COLUMNS = 16, 32
+#: Heads times tokens that a program takes of a few tokens, and of many.
+_LINES, _MANY_LINES = 16, 64
 #: Rows and columns of the weights that a program of a matrix-vector product takes at a time, and its warps. By timing
 #: whole steps of an 8B shape on an H200, of (4, 1024, 4), (2, 1024, 4), (8, 512, 4), (4, 512, 2) and this one.
 _VECTOR_ROWS, _VECTOR_COLUMNS, _VECTOR_WARPS = 2, 2048, 4
@@ -79,35 +81,39 @@ def qkv_rope_append(
     full_v: Tensor,
     q_out: Tensor,
     rows: Tensor | None = None,
+    coefficients: Tensor | None = None,
 ) -> None:
     """`kernels.step.qkv_rope_append` by the Triton kernel."""
-    _check(qkv=qkv, q_out=q_out, cos=transform.cos, sin=transform.sin, slots=slots)
+    unused = qkv
+    given = {"Q_NORM": transform.q_norm, "K_NORM": transform.k_norm, "V_ROTATION": transform.v_rotation,
+             "MEAN": transform.mean, "COEF": coefficients, "ROWS": rows}  # fmt: skip
+    pointers = {name: unused if tensor is None else tensor for name, tensor in given.items()}
+    _check(qkv=qkv, q_out=q_out, cos=transform.cos, sin=transform.sin, slots=slots, **pointers)
     if full_k.stride(-1) != 1 or full_v.stride(-1) != 1:
         raise ValueError("the last dimension of full_k and full_v must be contiguous")
-    heads, kv_heads, d = q_out.shape[2], full_k.shape[1], q_out.shape[-1]
-    rotation, v_rotation = transform.rotation, transform.v_rotation
-    unused = qkv
-    _check(
-        rotation=unused if rotation is None else rotation,
-        v_rotation=unused if v_rotation is None else v_rotation,
-        rows=slots if rows is None else rows,
-    )
     if rows is not None and rows.shape != slots.shape:
         raise ValueError(f"rows must be of the shape of slots, {tuple(slots.shape)}, not {tuple(rows.shape)}")
+    heads, kv_heads, d = q_out.shape[2], full_k.shape[1], q_out.shape[-1]
+    maps = transform.maps
+    if maps is not None and maps.stride()[2:] != (d, 1):
+        raise ValueError(f"the last two dimensions of maps must be contiguous, not of strides {maps.stride()[2:]}")
     padded = triton.next_power_of_2(d)
-    columns = padded if rotation is None and v_rotation is None else min(padded, _COLUMNS)
-    grid = (triton.cdiv(heads + 2 * kv_heads, _HEADS), triton.cdiv(d, columns), len(qkv))
-    launch: Callable[..., Any] = qkv_rope_append_kernel[grid]
-    given = {"Q_NORM": transform.q_norm, "K_NORM": transform.k_norm, "ROTATION": rotation, "V_ROTATION": v_rotation}
+    columns = padded if maps is None and transform.v_rotation is None else min(padded, _COLUMNS)
+    group = heads // kv_heads
+    at_once = min(triton.next_power_of_2(group), _LINES)
+    tokens = (_LINES if len(qkv) * at_once <= _LINES else _MANY_LINES) // at_once
+    units = kv_heads * (triton.cdiv(group, at_once) + 2)
+    launch: Callable[..., Any] = qkv_rope_append_kernel[(units, triton.cdiv(d, columns), triton.cdiv(len(qkv), tokens))]
     with on_device_of(qkv):
         launch(
-            QKV=qkv, COS=transform.cos, SIN=transform.sin,
-            **{name: unused if weight is None else weight for name, weight in given.items()},
-            ROWS=slots if rows is None else rows, SLOTS=slots, K=full_k, V=full_v, Q=q_out, eps=transform.eps,
+            QKV=qkv, COS=transform.cos, SIN=transform.sin, MAPS=unused if maps is None else maps, **pointers,
+            SLOTS=slots, K=full_k, V=full_v, Q=q_out, eps=transform.eps, n=len(qkv),
+            sm_part=0 if maps is None else maps.stride(0), sm_h=0 if maps is None else maps.stride(1),
             sk_r=full_k.stride(0), sk_h=full_k.stride(1), sk_t=full_k.stride(2), sv_r=full_v.stride(0),
-            sv_h=full_v.stride(1), sv_t=full_v.stride(2), H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=_HEADS,
-            COLUMNS=columns, NORM=transform.q_norm is not None, ROTATE=rotation is not None,
-            ROTATE_V=v_rotation is not None, MAPPED=rows is not None, **early(qkv.device), num_warps=4)  # fmt: skip
+            sv_h=full_v.stride(1), sv_t=full_v.stride(2), H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=at_once,
+            TOKENS=tokens, COLUMNS=columns, NORM=transform.q_norm is not None, MAP=maps is not None,
+            MAP_V=transform.v_rotation is not None, TAKES_MEAN=coefficients is not None, MAPPED=rows is not None,
+            **early(qkv.device), num_warps=4)  # fmt: skip
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:

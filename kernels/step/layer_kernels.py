@@ -50,11 +50,9 @@ def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
 
 
 @triton.jit
-def _normed(x, other, WEIGHT, column, partner, inside, eps, kind: tl.constexpr, D: tl.constexpr):
+def _normed(x, other, weight, weight_other, eps, kind: tl.constexpr, D: tl.constexpr):
     """Columns and their partners of heads [rows, D], normed."""
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    weight = tl.load(WEIGHT + column, mask=inside, other=0).to(tl.float32)[None, :]
-    weight_other = tl.load(WEIGHT + partner, mask=inside, other=0).to(tl.float32)[None, :]
     x = (weight * (x * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
     other = (weight_other * (other * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
     return x, other
@@ -62,72 +60,102 @@ def _normed(x, other, WEIGHT, column, partner, inside, eps, kind: tl.constexpr, 
 
 @triton.jit
 def qkv_rope_append_kernel(
-    QKV, COS, SIN, Q_NORM, K_NORM, ROTATION, V_ROTATION, ROWS, SLOTS, K, V, Q, eps,
-    sk_r, sk_h, sk_t, sv_r, sv_h, sv_t,
-    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
-    NORM: tl.constexpr, ROTATE: tl.constexpr, ROTATE_V: tl.constexpr, MAPPED: tl.constexpr, EARLY: tl.constexpr,
+    QKV, COS, SIN, Q_NORM, K_NORM, MAPS, V_ROTATION, MEAN, COEF, ROWS, SLOTS, K, V, Q, eps, n,
+    sm_part, sm_h, sk_r, sk_h, sk_t, sv_r, sv_h, sv_t,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr, NORM: tl.constexpr, MAP: tl.constexpr, MAP_V: tl.constexpr, TAKES_MEAN: tl.constexpr,
+    MAPPED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The program is (HEADS heads, of q, k and v alike; COLUMNS columns of the result; number in the batch). MAPPED: K
-    and V go to row ROWS[number], nowhere if it is negative."""
+    """The program is (a KV head's unit; COLUMNS columns of the result; TOKENS numbers of the batch). Units of a KV
+    head: HEADS of its query heads at a time, then its keys, then its values. MAPPED: K and V go to row ROWS[number],
+    nowhere if it is negative."""
     kind = QKV.dtype.element_ty
     HALF: tl.constexpr = D // 2
-    row = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    GROUP: tl.constexpr = H // HKV
+    OF_Q: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    h = (tl.program_id(0) // (OF_Q + 2)).to(tl.int64)
+    unit = tl.program_id(0) % (OF_Q + 2)
+    is_q = unit < OF_Q
+    is_k = unit == OF_Q
+    line = tl.arange(0, HEADS * TOKENS)
+    row = (tl.program_id(2) * TOKENS + line // HEADS).to(tl.int64)
+    place = tl.where(is_q, unit * HEADS, 0) + line % HEADS
+    real = (row < n) & (place < tl.where(is_q, GROUP, 1))
+    # For each line, because the interpreter cannot tell a scalar truth from an integer.
+    q_line = unit + 0 * line < OF_Q
+    k_line = unit + 0 * line == OF_Q
+    head = tl.where(is_q, h * GROUP + place, tl.where(is_k, H + h, H + HKV + h))
     column = tl.arange(0, BD)
     inside = column < D
     partner = tl.where(column < HALF, column + HALF, column - HALF)
-    source = QKV + (row * (H + 2 * HKV) + head[:, None]) * D
+    source = QKV + (row * (H + 2 * HKV) + head)[:, None] * D
     out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     kept = out < D
     into = column[:, None] * D + out[None, :]
-    if ROTATE:
-        part = tl.load(ROTATION + into, mask=inside[:, None] & kept[None, :], other=0)
-    if ROTATE_V:
-        part_v = tl.load(V_ROTATION + into, mask=inside[:, None] & kept[None, :], other=0)
+    square = inside[:, None] & kept[None, :]
+    part = tl.zeros([BD, COLUMNS], kind)
+    if MAP:
+        keys_too = column[:, None] < tl.where(is_q | is_k, D, 0)
+        part = tl.load(MAPS + tl.where(is_q, 0, sm_part) + h * sm_h + into, mask=square & keys_too, other=0)
+    if MAP_V:
+        values = column[:, None] < tl.where(unit > OF_Q, D, 0)
+        part += tl.load(V_ROTATION + into, mask=square & values, other=0)
     target = row
     if MAPPED:
-        target = tl.load(ROWS + row).to(tl.int64)
+        target = tl.load(ROWS + row, mask=row < n, other=-1).to(tl.int64)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    there = (head < H + 2 * HKV)[:, None] & inside[None, :]
-    raw = tl.load(source + column[None, :], mask=there, other=0)
-    x = raw.to(tl.float32)
-    other = tl.load(source + partner[None, :], mask=there, other=0).to(tl.float32)
-    if NORM:
-        xq, oq = _normed(x, other, Q_NORM, column, partner, inside, eps, kind, D)
-        xk, ok = _normed(x, other, K_NORM, column, partner, inside, eps, kind, D)
-        x = tl.where((head < H)[:, None], xq, xk)
-        other = tl.where((head < H)[:, None], oq, ok)
-    angle = tl.where(column < HALF, column, column - HALF)
-    cos = tl.load(COS + row * HALF + angle, mask=inside, other=0).to(tl.float32)[None, :]
-    sin = tl.load(SIN + row * HALF + angle, mask=inside, other=0).to(tl.float32)[None, :]
-    here = (x * cos).to(kind).to(tl.float32)
-    there_part = (other * sin).to(kind).to(tl.float32)
-    turned = tl.where((column < HALF)[None, :], here - there_part, here + there_part).to(kind)
-    if ROTATE:
-        result = tl.dot(turned, part, input_precision="ieee").to(kind)
-        place = out
-        mine = kept
+    slot = tl.load(SLOTS + row, mask=row < n, other=0).to(tl.int64)
+    stored = (real & (target >= 0))[:, None] & kept[None, :]
+    raw = tl.load(source + column[None, :], mask=real[:, None] & inside[None, :], other=0)
+    if is_q | is_k:
+        x = raw.to(tl.float32)
+        other = tl.load(source + partner[None, :], mask=real[:, None] & inside[None, :], other=0).to(tl.float32)
+        if NORM:
+            here_q = column < tl.where(is_q, D, 0)
+            here_k = column < tl.where(is_k, D, 0)
+            weight = tl.load(Q_NORM + column, mask=here_q, other=0) + tl.load(K_NORM + column, mask=here_k, other=0)
+            across = tl.load(Q_NORM + partner, mask=here_q, other=0) + tl.load(K_NORM + partner, mask=here_k, other=0)
+            x, other = _normed(x, other, weight.to(tl.float32)[None, :], across.to(tl.float32)[None, :], eps, kind, D)
+        angle = row[:, None] * HALF + tl.where(column < HALF, column, column - HALF)[None, :]
+        there = real[:, None] & inside[None, :]
+        cos = tl.load(COS + angle, mask=there, other=0).to(tl.float32)
+        sin = tl.load(SIN + angle, mask=there, other=0).to(tl.float32)
+        low = (column < HALF)[None, :]
+        by_cos = (x * cos).to(kind).to(tl.float32)
+        by_sin = (other * sin).to(kind).to(tl.float32)
+        turned = tl.where(low, by_cos - by_sin, by_cos + by_sin).to(kind)
+        if TAKES_MEAN:
+            # The partner of each column, turned, makes A of the first half and B of the second (`key_mean`).
+            by_cos = (other * cos).to(kind).to(tl.float32)
+            by_sin = (x * sin).to(kind).to(tl.float32)
+            across = tl.where(low, by_cos + by_sin, by_cos - by_sin).to(kind).to(tl.float32)
+            mean = tl.load(MEAN + h * D + column, mask=inside, other=0)[None, :]
+            mean_across = tl.load(MEAN + h * D + partner, mask=inside, other=0)[None, :]
+            straight = turned.to(tl.float32)
+            found = tl.where(low, straight * mean + across * mean_across, straight * mean_across - across * mean)
+            mine = (real & q_line)[:, None] & (inside & (column // COLUMNS == tl.program_id(1)))[None, :]
+            tl.store(COEF + (row * H + head)[:, None] * D + column[None, :], found, mask=mine)
+        if MAP:
+            result = tl.dot(turned, part, input_precision="ieee").to(kind)
+            at = out
+            mine_too = kept
+        else:
+            result = turned
+            at = column
+            mine_too = column + tl.program_id(1) * BD < D  # the first program has all columns already
+        tl.store(
+            Q + (row * H + head)[:, None] * D + at[None, :], result, mask=(real & q_line)[:, None] & mine_too[None, :]
+        )
+        to_k = K + (target * sk_r + h * sk_h + slot * sk_t)[:, None] + at[None, :]
+        tl.store(to_k, result, mask=(real & k_line & (target >= 0))[:, None] & mine_too[None, :])
     else:
-        result = turned
-        place = column
-        mine = column + tl.program_id(1) * BD < D  # the first program has all columns already
-    slot = tl.load(SLOTS + row).to(tl.int64)
-    tl.store(Q + (row * H + head[:, None]) * D + place[None, :], result, mask=(head < H)[:, None] & mine[None, :])
-    k_head = (head - H).to(tl.int64)
-    is_k = (head >= H) & (head < H + HKV)
-    v_head = k_head - HKV
-    is_v = (head >= H + HKV) & (head < H + 2 * HKV)
-    if ROTATE_V:
-        value = tl.dot(raw, part_v, input_precision="ieee").to(kind)
-    else:
-        value = tl.load(source + out[None, :], mask=is_v[:, None] & kept[None, :], other=0)
-    if target >= 0:
-        to_k = K + target * sk_r + k_head[:, None] * sk_h + slot * sk_t + place[None, :]
-        tl.store(to_k, result, mask=is_k[:, None] & mine[None, :])
-        to_v = V + target * sv_r + v_head[:, None] * sv_h + slot * sv_t + out[None, :]
-        tl.store(to_v, value, mask=is_v[:, None] & kept[None, :])
+        if MAP_V:
+            value = tl.dot(raw, part, input_precision="ieee").to(kind)
+        else:
+            value = tl.load(source + out[None, :], mask=stored, other=0)
+        tl.store(V + (target * sv_r + h * sv_h + slot * sv_t)[:, None] + out[None, :], value, mask=stored)
 
 
 @triton.jit

@@ -8,19 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octo_run.kernels.attention import key_mean
+
 
 @dataclass(frozen=True)
 class HeadTransform:
     """What is done to the heads of a projection before attention.
 
-    Queries and keys get norms, then RoPE, then the codec's rotation.
+    Queries and keys get norms, then RoPE, then maps into the basis that keys are stored in.
 
     Attributes:
         cos, sin: RoPE's cosines and sines ``[B, d / 2]`` of the rows' angles in the compute dtype.
         q_norm, k_norm: Weights ``[d]`` of the norms.
-        rotation: The codec's, ``[d, d]`` (rows times it).
+        maps: Of queries and of keys, ``[2, Hkv, d, d]``, for each KV head (rows times it); the last two dimensions are
+            contiguous.
         v_rotation: ``[d, d]``: values are multiplied by it, before they are stored; None: they are stored as they come,
             because a weight has taken the rotation in.
+        mean: What is taken out of keys before they are coded, float32 ``[Hkv, d]``, before RoPE.
     """
 
     cos: Tensor
@@ -28,8 +32,9 @@ class HeadTransform:
     q_norm: Tensor | None
     k_norm: Tensor | None
     eps: float
-    rotation: Tensor | None
+    maps: Tensor | None
     v_rotation: Tensor | None = None
+    mean: Tensor | None = None
 
 
 #: Tokens of the vocabulary that one program of the sampler looks at.
@@ -171,6 +176,7 @@ def qkv_rope_append(
     full_v: Tensor,
     q_out: Tensor,
     rows: Tensor | None = None,
+    coefficients: Tensor | None = None,
 ) -> None:
     """See ``kernels.step.qkv_rope_append``."""
     heads, kv_heads, d = q_out.shape[2], full_k.shape[1], q_out.shape[-1]
@@ -181,8 +187,10 @@ def qkv_rope_append(
     first, second = both.chunk(2, dim=-1)
     cos, sin = transform.cos[:, None], transform.sin[:, None]
     both = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    if transform.rotation is not None:
-        both = both @ transform.rotation
+    if coefficients is not None and transform.mean is not None:
+        coefficients.copy_(key_mean.coefficients(both[:, None, :heads], transform.mean))
+    if transform.maps is not None:
+        both = mapped(both, transform.maps)
     q_out[:, 0] = both[:, :heads]
     keys = both[:, heads:]
     if transform.v_rotation is not None:
@@ -193,6 +201,16 @@ def qkv_rope_append(
     if not bool(live.all()):
         index, slots, keys, values = index[live], slots[live], keys[live], values[live]
     full_k[index, :, slots], full_v[index, :, slots] = keys, values
+
+
+def mapped(heads: Tensor, maps: Tensor) -> Tensor:
+    """Queries, then keys, ``[..., H + Hkv, d]`` times their KV heads' maps ``[2, Hkv, d, d]``."""
+    if maps.stride()[:2] == (0, 0):  # one map for all
+        return heads @ maps[0, 0]
+    kv_heads = maps.shape[1]
+    q, k = heads.split([heads.shape[-2] - kv_heads, kv_heads], dim=-2)  # type: ignore[no-untyped-call]
+    q = (q.unflatten(-2, (kv_heads, -1)) @ maps[0]).flatten(-3, -2)
+    return torch.cat((q, (k[..., None, :] @ maps[1])[..., 0, :]), -2)
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:

@@ -27,6 +27,7 @@ _COMMANDS = {
     "chat": "chat",
     "generate": "generate",
     "pull": "pull",
+    "import": "import_file",
     "list": "list_models",
     "show": "show",
     "rm": "remove",

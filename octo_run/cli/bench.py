@@ -156,7 +156,7 @@ def _measure(engine: "Engine", kv: str, report: dict[str, Any], cases: Cases, re
                               bandwidth=report["copy_gb_per_s"] * 1e9)  # fmt: skip
         report["rows"].append(row)
         console.notice(f"{row.kv} {row.test} at depth {row.depth:,}: {row.tokens_per_s:,.1f} tokens/s")
-    report["memory"][kv] = {"plan": engine.memory_plan(), "now": engine.memory_now()}
+    report["memory"][kv] = {"plan": engine.memory_plan(), "now": engine.memory_now(), "formats": str(engine.kv)}
 
 
 HEADER = ["kv", "test", "depth", "batch", "tokens/s", "least", "most", "ms/token", "GB/s", "% of copy", "J/token"]
@@ -186,13 +186,13 @@ def _head(report: dict[str, Any]) -> str:
 
 def _memory(report: dict[str, Any]) -> list[str]:
     lines = []
-    for kv, memory in report["memory"].items():
+    for memory in report["memory"].values():
         plan = memory["plan"]
         parts = [f"{label} {console.human_bytes(plan[key])}" for key, label in runtime.PLAN_PARTS.items()]
         now = [f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in memory["now"].items()]
         lines.append(
-            f"{kv}: {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)}, total"
-            f" {console.human_bytes(plan['total'])}; in use: {', '.join(now)}"
+            f"{memory['formats']}: {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)},"
+            f" total {console.human_bytes(plan['total'])}; in use: {', '.join(now)}"
         )
     return lines
 

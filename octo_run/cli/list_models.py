@@ -54,4 +54,4 @@ def command(as_json: bool) -> None:
 def _remark(entry: "ModelEntry") -> str:
     if entry.damage is not None:
         return f"damaged: {shown(entry.damage)}"
-    return "" if entry.complete else f"incomplete: `octo-run pull {shown(entry.label)}` goes on"
+    return "" if entry.complete else f"incomplete: `{shown(entry.command)}` goes on"

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from octo_run.errors import quoted
+from octo_run.models.config import CONDITIONINGS
 
 DEFAULT_MODEL = "octo-demo"
 DEFAULT_KV = "oct3"
@@ -26,7 +27,7 @@ class EngineOptions:
 
     model: str
     kv: str
-    key_mean: bool | None
+    conditioning: str | None
     ctx: int | None
     device: str | None
     dtype: str | None
@@ -112,16 +113,25 @@ def _context_length(_ctx: click.Context, _param: click.Parameter, value: str) ->
 offline_option = click.option("--offline", is_flag=True, help="Never touch the network.")
 _ENGINE_OPTIONS = (
     click.option(
-        "--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A folder, ORG/NAME[@REV] or octo-demo."
+        "--model",
+        "-m",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="A folder, ORG/NAME[@REV], imported/NAME or octo-demo.",
     ),
-    click.option("--kv", default=DEFAULT_KV, show_default=True, help="KV cache format, as K or K:V (see `show`)."),
     click.option(
-        "--key-mean/--no-key-mean",
+        "--kv", default=DEFAULT_KV, show_default=True, help="KV cache format: NAME, K:V or auto:N (see `show`)."
+    ),
+    click.option(
+        "--conditioning",
+        type=click.Choice(CONDITIONINGS),
         default=None,
-        help="Keep the mean of each head's keys out of their code.  [default: where the keys have a bias]",
+        help="Change keys so that their code errs less: not at all, by their mean, or in full.  [default: full]",
     ),
     click.option(
         "--ctx",
+        "--context",
+        "ctx",
         metavar="N|auto",
         default="auto",
         show_default=True,

@@ -28,7 +28,7 @@ def command(name: str, offline: bool) -> None:
     """
     from octo_run.models import hub
 
-    with _progress_bar() as progress:
+    with progress_bar("asking the Hub") as progress:
         entry = hub.pull(name, offline=offline, progress=progress)
     at = f" at {entry.commit[:12]}" if entry.commit else ""
     console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {shown(str(entry.path))}")
@@ -36,8 +36,12 @@ def command(name: str, offline: bool) -> None:
 
 
 @contextmanager
-def _progress_bar() -> Iterator["Callable[[PullProgress], None] | None"]:
-    """A bar on standard error where that is a terminal; nothing in a pipe."""
+def progress_bar(first: str) -> Iterator["Callable[[PullProgress], None] | None"]:
+    """A bar on standard error where that is a terminal; nothing in a pipe.
+
+    Args:
+        first: What happens before the first report.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -52,7 +56,7 @@ def _progress_bar() -> Iterator["Callable[[PullProgress], None] | None"]:
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("asking the Hub", total=None)
+        task = bar.add_task(first, total=None)
 
         def show(state: "PullProgress") -> None:
             label = f"{state.file} ({state.index} of {state.count})"

@@ -1,4 +1,4 @@
-"""``octo-run rm``: delete a pulled model."""
+"""``octo-run rm``: delete a pulled or imported model."""
 
 import sys
 
@@ -13,7 +13,7 @@ from octo_run.errors import UsageError, shown
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @debug_option
 def command(name: str, yes: bool) -> None:
-    """Delete a pulled model.
+    """Delete a pulled or imported model.
 
     All its revisions go, or only the one after the @. It asks first; if the answer is no, nothing is removed and the
     exit code is 0.

@@ -1,6 +1,7 @@
 """The one place where the command line meets the engine; tests replace these functions by a small stand-in."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,16 +51,32 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
             notice("no CUDA device found: running on the CPU")
         notice_lines(describe_plan(cache.get("random_weights") or options.model, plan))
 
-    return Engine.load(
+    said = time.monotonic()
+
+    def tell(done: int, layers: int) -> None:
+        nonlocal said
+        if not done:
+            notice(f"{options.kv}: measuring how precise the keys and values of {layers} layers must be")
+        elif time.monotonic() > said + 15:
+            notice(f"{options.kv}: {done} of {layers} layers measured")
+        else:
+            return
+        said = time.monotonic()
+
+    engine = Engine.load(
         options.model,
         kv=options.kv,
         device=options.device,
         max_context=options.ctx,
         dtype=options.dtype,
         on_plan=announce,
-        key_mean=options.key_mean,
+        on_measure=tell,
+        conditioning=options.conditioning,
         **cache,
     )
+    if str(engine.kv) != engine.kv.name:
+        notice(f"formats: {engine.kv}")
+    return engine
 
 
 def open_session(engine: "Engine", system: str | None) -> "Session":

@@ -36,7 +36,7 @@ class FormatRow:
 def command(model: str, device: str | None, dtype: str | None, as_json: bool) -> None:
     """Describe a model and what fits with it.
 
-    MODEL is a folder, ORG/NAME[@REV] or octo-demo (the default). Its weights are not loaded.
+    MODEL is a folder, ORG/NAME[@REV], imported/NAME or octo-demo (the default). Its weights are not loaded.
     """
     facts = describe(model, device, dtype)
     if as_json:
@@ -85,16 +85,17 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
 
 def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
     """One row for every format that can store vectors of this head dimension, ``bf16`` first."""
+    from octo_run.engine.allocation import parse_formats
     from octo_run.engine.plan import plan_memory
     from octo_run.kernels import codec
 
     rows = []
-    for name in dict.fromkeys(("bf16", *codec.names())):
+    for name in dict.fromkeys(("bf16", *codec.names(), "auto:56")):
         try:
-            fmt = codec.parse_kv(name, cfg.head_dim, plain_dtype=dtype)
+            fmt = parse_formats(name, cfg, 0, dtype)
         except UsageError:  # no such code for this head dimension
             continue
-        per_token = cfg.num_layers * cfg.num_kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
+        per_token = cfg.num_kv_heads * fmt.vector_bytes
         try:
             plan = plan_memory(cfg, fmt, device=device, dtype=dtype)
         except OctoError:  # the weights alone do not fit
@@ -131,6 +132,7 @@ def _text(facts: dict[str, Any]) -> str:
         "bytes/token: codes and norms of all layers and KV heads, K and V; all-in: with sinks, windows and the staging",
         "buffer, spread over the longest context that the model supports and the memory holds. Tokens past the model's",
         "own context are of no use, however many would fit. bf16 is the uncompressed cache; it takes the dtype of the",
-        f"arithmetic, {facts['dtype']} here.",
+        f"arithmetic, {facts['dtype']} here. auto:N chooses one of oct2, oct3 and oct4 for the keys and the values of",
+        "each layer, N bytes of 128 numbers on average; which need the better ones is measured at load.",
     ]
     return "\n".join(lines)

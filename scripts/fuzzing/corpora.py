@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fuzzing.gguf_mutants import File as GgufFile
+from fuzzing.gguf_mutants import Tensor as GgufTensor
+from fuzzing.gguf_mutants import write as write_gguf
 from fuzzing.protobuf_mutants import NORMALIZER, PIECE, TRAINER, Field, write
 from fuzzing.safetensors_mutants import tensors
 
@@ -146,6 +149,50 @@ def weights(_data: Path | None) -> list[Seed]:
         Seed("no tensors", name, tensors([]), {}, weight=0.3),
         Seed("index", index, encoded({"metadata": {"total_size": 1}, "weight_map": places}), shards, weight=0.7),
     ]
+
+
+# GGUF
+
+_GGUF_NAMES = {
+    "embed_tokens": "token_embd", "q_proj": "blk.0.attn_q", "k_proj": "blk.0.attn_k", "v_proj": "blk.0.attn_v",
+    "o_proj": "blk.0.attn_output", "gate_proj": "blk.0.ffn_gate", "up_proj": "blk.0.ffn_up",
+    "down_proj": "blk.0.ffn_down", "input_layernorm": "blk.0.attn_norm", "post_attention_layernorm": "blk.0.ffn_norm",
+    "norm": "output_norm", "lm_head": "output",
+}  # fmt: skip
+
+
+def ggufs(_data: Path | None) -> list[Seed]:
+    """The tiny Llama in float32 and in bfloat16, with a BPE and with SentencePiece, and with rotary factors."""
+    numbers = {
+        "block_count": 1, "context_length": 64, "embedding_length": 16, "feed_forward_length": 24,
+        "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 64, "vocab_size": 24,
+        "attention.value_length": 64, "rope.dimension_count": 64,
+    }  # fmt: skip
+    model = [("general.architecture", 8, "llama"), ("general.name", 8, "tiny"), ("general.alignment", 4, 32)]
+    model += [(f"llama.{key}", 4, value) for key, value in numbers.items()]
+    model += [("llama.attention.layer_norm_rms_epsilon", 6, 1e-5), ("llama.rope.freq_base", 6, 10000.0)]
+    tokens = ["<unk>", "<s>", "</s>", *(chr(97 + i) for i in range(18)), "ab", "abc", "<|im_end|>"]
+    kinds = [2, 3, 3, *[1] * 20, 4]
+    shared = [("tokens", 9, (8, tokens)), ("token_type", 9, (5, kinds)), ("bos_token_id", 4, 1), ("eos_token_id", 4, 2)]
+    bpe = [("model", 8, "gpt2"), ("pre", 8, "llama-bpe"), ("merges", 9, (8, ["a b", "ab c"])), *shared]
+    spm = [("model", 8, "llama"), ("scores", 9, (6, [-float(i) for i in range(24)])), *shared]
+    spm += [("add_space_prefix", 7, True), ("add_bos_token", 7, True), ("unknown_token_id", 4, 0)]
+    template = ("tokenizer.chat_template", 8, CHATML)
+    seeds = []
+    for title, words, kind in (("bpe", bpe, 0), ("sentencepiece", spm, 0), ("bpe, bf16", bpe, 30)):
+        file = GgufFile([*model, *((f"tokenizer.ggml.{key}", type_, value) for key, type_, value in words), template])
+        if kind == 30:
+            file.entries.append(("general.sampling.temp", 6, 0.5))
+            file.tensors.append(GgufTensor("rope_freqs.weight", [32], 0, 0))
+            file.data += struct.pack("<32f", *[1.0] * 32)
+        for name, _, shape, size in _tiny_model():
+            stem = _GGUF_NAMES[name.split(".")[-2]] + ".weight"
+            narrow = kind if len(shape) > 1 else 0
+            file.tensors.append(GgufTensor(stem, shape[::-1], narrow, len(file.data)))
+            file.data += bytes(size // (2 if narrow else 1))
+            file.data += bytes(-len(file.data) % 32)
+        seeds.append(Seed(title, "model.gguf", write_gguf(file)))
+    return seeds
 
 
 # SentencePiece

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from fuzzing import corpora, hostile, protobuf_mutants, safetensors_mutants, template_mutants
+from fuzzing import corpora, gguf_mutants, hostile, protobuf_mutants, safetensors_mutants, template_mutants
 from fuzzing.corpora import Seed
 from fuzzing.json_mutants import Document, words_of
 from octo_run.errors import OctoError
@@ -323,6 +324,28 @@ def _tokenizer_model(data: Path | None) -> Kind:
     return Kind("tokenizer_model", corpora.sentencepieces(data), _protobuf_mutator, _read_tokenizer)
 
 
+def _gguf(data: Path | None) -> Kind:
+    import torch
+
+    from octo_run.models.config import load_config
+    from octo_run.models.gguf.importer import import_model
+    from octo_run.models.weights import load_weights
+
+    def check(folder: Path, _trial: Trial) -> None:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        os.environ["OCTO_RUN_CACHE"] = str(folder / "cache")
+        entry = import_model(folder / "model.gguf")
+        weights = load_weights(entry.path, load_config(entry.path), "cpu", torch.float32)
+        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+            raise Wrong("weights that are not finite", entry.label)
+
+    def mutator(seeds: list[Seed]) -> Mutate:
+        others = [seed.data for seed in seeds]
+        return lambda rng, seed: gguf_mutants.mutate(rng, seed.data, others)
+
+    return Kind("gguf", corpora.ggufs(data), mutator, check)
+
+
 def _template(data: Path | None) -> Kind:
     return Kind("template", corpora.templates(data), _template_mutator, _read_template)
 
@@ -330,6 +353,7 @@ def _template(data: Path | None) -> Kind:
 #: Name -> what makes the kind, given the folder of real files or None. They import what their readers need.
 KINDS: dict[str, Callable[[Path | None], Kind]] = {
     "safetensors": _safetensors,
+    "gguf": _gguf,
     "config": _config,
     "generation_config": _generation_config,
     "tokenizer_config": _tokenizer_config,

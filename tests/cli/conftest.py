@@ -105,6 +105,10 @@ class FakeEngine:
         reply.on_prompt = on_prompt
         return reply
 
+    @property
+    def kv(self) -> str:
+        return str(self.loaded.kv)
+
     def memory_plan(self) -> dict[str, int]:
         parts = {"weights": 1000, "arena": 200, "full_precision": 30, "workspace": 4, "graphs": 0, "logits": 5}
         return {**parts, "total": 1239, "bytes_per_token": 7, "context": self.max_context}

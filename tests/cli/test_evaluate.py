@@ -1,6 +1,7 @@
 """``octo-run eval``: small runs from end to end, what is printed and written, one sentence for what is wrong."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,10 @@ KEYS = [
     "top1_agreement",
     "bytes_per_token",
     "tokens_per_s",
+    "partial",
 ]
 TEXT = "The boats left at dawn. Gulls followed them out to sea! Was it cold? It was, and nobody spoke of it. "
-PPL = ("eval", "ppl", "--device", "cpu", "--ctx", "224", "--max-tokens", "230")
+PPL = ("eval", "ppl", "--device", "cpu", "--ctx", "224", "--tokens", "230")
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_perplexity_as_json_csv_and_plot(octo: Callable[..., Any], text: str, tm
     rows = json.loads(shown.out)
     assert [row["kv"] for row in rows] == ["bf16", "octopus2", "octopus4"]
     for row in rows:
-        assert set(KEYS) <= set(row) and row["tokens"] == 230
+        assert set(KEYS) <= set(row) and row["tokens"] == 230 and row["partial"] is False
         assert row["tokens_per_s"] > 0 and row["stderr"] > 0
     exact, coarse, fine = rows
     assert (exact["delta_percent"], exact["kl_mean"], exact["top1_agreement"]) == (0, 0, 1)
@@ -87,7 +89,7 @@ def test_needles_as_table_and_files(octo: Callable[..., Any], text: str, tmp_pat
         "2",
     )
     table, plot = tmp_path / "cells.csv", tmp_path / "map.png"
-    shown = octo(*argv, "--trials", "1", "--distractors", "1", "--csv", str(table), "--plot", str(plot), "--json")
+    shown = octo(*argv, "--questions", "2", "--distractors", "1", "--csv", str(table), "--plot", str(plot), "--json")
     assert shown.code == 0, shown.err
     cells = json.loads(shown.out)
     assert [(cell["kv"], cell["depth"], cell["trials"]) for cell in cells] == [
@@ -100,12 +102,97 @@ def test_needles_as_table_and_files(octo: Callable[..., Any], text: str, tmp_pat
 
 def test_the_needle_report_has_a_map_and_totals() -> None:
     from octo_run.cli.evaluate.needle import report
-    from octo_run.engine.evaluation.needle import Cell, totals
+    from octo_run.engine.evaluation.needle import Haystack, Question, cells
 
-    cells = [Cell("oct3", 512, depth, 2, 1, 0.5, 0.1, 0.9) for depth in (0.0, 1.0)]
-    shown = report(cells + totals(cells))
+    questions = [Question(512, depth, Haystack([1, 2], "Adam", "1", depth)) for depth in (0.0, 1.0) * 2]
+    exact, coded = [True, True, True, False], [True, False, False, True]
+    shown = report(cells("bf16", questions, exact, exact) + cells("oct3", questions, coded, exact))
     assert "oct3\n  depth         512\n    0 %" in shown
-    assert shown.splitlines()[-1].split() == ["oct3", "512", "2/4", "50.0", "15.0", "-", "85.0"]
+    first, second, note = shown.splitlines()[-3:]
+    assert first.split() == ["bf16", "512", "3/4", "75.0", "21.7", "30.1", "-", "95.4", "-", "-"]
+    assert second.split() == ["oct3", "512", "2/4", "50.0", "25.0", "15.0", "-", "85.0", "-25.0", "47.9"]
+    assert note == "points: recall against bf16; ± is one standard error"
+    part = report(cells("bf16", questions, exact[:2], exact[:2]))
+    assert part.endswith("; partial: not all questions were asked")
+
+
+def test_a_failure_in_the_middle_leaves_what_is_done(
+    octo: Callable[..., Any], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octo_run.engine.evaluation.reading import Reader
+    from octo_run.errors import OctoError
+
+    read = Reader.read
+    calls: list[None] = []
+
+    def fails(self: Any, *args: Any) -> Any:
+        calls.append(None)
+        if len(calls) > 6:
+            raise OctoError("The disk is full.")
+        return read(self, *args)
+
+    monkeypatch.setattr(Reader, "read", fails)
+    argv = (*PPL[:4], "--kv", "octopus4", "--ctx", "64", "--stride", "8", "--text", text, "--json")
+    shown = octo(*argv)
+    assert shown.code == 1 and shown.err.endswith("octo-run: The disk is full.\n")
+    rows = json.loads(shown.out)
+    assert [(row["kv"], row["partial"]) for row in rows] == [("bf16", True), ("octopus4", True)]
+    calls[:] = [None] * 5
+    shown = octo(*argv)
+    assert (shown.code, shown.out) == (1, "")
+
+
+def test_a_step_makes_no_difference(octo: Callable[..., Any], text: str) -> None:
+    """And `--context` is `--ctx`."""
+    argv = (*PPL[:4], "--context", "224", "--tokens", "230", "--text", text, "--kv", "octopus2", "--json")
+    whole, cut = (json.loads(octo(*argv, *more).out) for more in ((), ("--step", "50")))
+    for one, other in zip(whole, cut, strict=True):
+        assert one["tokens"] == other["tokens"] == 230
+        assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+        assert other["kl_mean"] == pytest.approx(one["kl_mean"], rel=1e-3, abs=1e-8)
+    assert whole[1]["delta_percent"] != 0
+    assert "--step is 300; give 1 to 224 tokens" in octo(*argv, "--step", "300").err
+
+
+def test_tables_of_rounds_that_were_not_finished() -> None:
+    from octo_run.cli.evaluate.ppl import table
+    from octo_run.engine.evaluation.perplexity import Row
+
+    def row(kv: str, tokens: int) -> Row:
+        return Row(kv, 10.0, 0.1, 0.3, 0.1, 0.01, 0.1, 0.9, 2000.0, 100.0, tokens, tokens < 900)
+
+    assert table([], 900) == ""
+    assert table([row("bf16", 900)], 900).endswith("\n900 tokens scored; ± is one standard error")
+    assert "\npartial: 300 of 900 tokens scored" in table([row("bf16", 300), row("oct3", 300)], 900)
+    assert "\npartial: bf16 900, oct3 900, oct2 50 of 900 tokens scored" in table(
+        [row("bf16", 900), row("oct3", 900), row("oct2", 50)], 900
+    )
+
+
+def test_as_many_sequences_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from octo_run.cli.evaluate.common import CacheOptions, sequences_that_fit
+    from octo_run.cli.options import EngineOptions
+    from octo_run.engine import plan
+    from octo_run.engine.evaluation import reading
+
+    load, cache = EngineOptions("octo-demo", "oct3", None, None, "cpu", None, False, None), CacheOptions(64, 64, 0)
+    assert sequences_that_fit(load, cache, 256, 16) == 16
+    needed: dict[int, int] = {}
+    for count in (8, 4):
+        made = plan.plan_memory(plan_config(), "bf16", device=reading.torch.device("cpu"), dtype=reading.torch.float32,
+                                max_context=256, sequences=count)  # fmt: skip
+        needed[count] = next(free for free in range(made.total, 2 * made.total, 2**20)
+                             if reading.fits(dataclasses.replace(made, free=free), plan_config(), free))  # fmt: skip
+    for free, count in ((needed[8], 8), (needed[8] - 2**21, 4), (needed[4], 4), (10, 1)):
+        monkeypatch.setattr(plan, "free_memory", lambda _device, free=free: free)
+        assert sequences_that_fit(load, cache, 256, 16) == count
+
+
+def plan_config() -> Any:
+    from octo_run.models.cache import DEMO_PATH
+    from octo_run.models.config import load_config
+
+    return load_config(DEMO_PATH)
 
 
 def test_tasks_with_their_answers_in_a_file(octo: Callable[..., Any], tasks: str, tmp_path: Path) -> None:
@@ -132,6 +219,9 @@ def test_tasks_with_their_answers_in_a_file(octo: Callable[..., Any], tasks: str
         (["ppl", "--ctx", "4000"], "A text has 1,551 tokens and a window of --ctx 4,000 takes 3,999"),
         (["ppl", "--stride", "5000"], "--stride is 5000 and the context 1024: give 1 to 1023"),
         (["ppl", "--kv", "octopus3,oct9"], "unknown KV format 'oct9'"),
+        (["ppl", "--kv", "oct3,auto:10"], "--kv 'auto:10': auto chooses formats of keys and values by itself"),
+        (["needle", "--kv", "auto"], "give auto:N with N = 40 to 72, the bytes of 128 numbers on average"),
+        (["tasks", "TASKS", "--kv", "bf16:auto"], "give auto:N with N = 40 to 72"),
         (["ppl", "--plot", "a.gif"], "a figure's name ends in .png, .svg, .pdf"),
         (["ppl", "--csv", "no/a.csv"], "no/a.csv: there is no folder no"),
         (["ppl", "--model", "no/such"], "no/such"),

@@ -91,9 +91,10 @@ def test_options_reach_the_engine(octo: Callable[..., Any], engine: Any) -> None
     assert engine.loaded == EngineOptions(DEFAULT_MODEL, DEFAULT_KV, None, None, None, None, False, None)
     assert all(value in (None, ()) for value in vars(engine.sampling).values())
     engine.answers("x")
-    load = "-m org/name --kv oct3:oct2 --key-mean --ctx 2048 --device cuda:1 --dtype float16 --offline --threads 3"
+    load = "-m org/name --kv oct3:oct2 --conditioning mean --ctx 2048 --device cuda:1 --dtype float16"
+    load += " --offline --threads 3"
     sample = "--temp 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --seed 7 -n 9 --stop A --stop B"
     sample += " --presence-penalty 0.4 --frequency-penalty -0.2"
     assert octo("generate", "-p", "x", *shlex.split(f"{load} {sample}")).code == 0
-    assert engine.loaded == EngineOptions("org/name", "oct3:oct2", True, 2048, "cuda:1", "float16", True, 3)
+    assert engine.loaded == EngineOptions("org/name", "oct3:oct2", "mean", 2048, "cuda:1", "float16", True, 3)
     assert list(vars(engine.sampling).values()) == [0.5, 4, 0.9, 0.1, 1.1, 0.4, -0.2, 7, 9, ("A", "B")]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from octo_run.cli import console, progress
-from octo_run.cli.progress import PromptProgress
+from octo_run.cli.progress import PromptProgress, Running
 from octo_run.errors import OctoError
 
 #: What takes a bar of one line away and shows the cursor again.
@@ -259,3 +259,68 @@ def test_no_colour_where_none_is_wanted(watch: Callable[[], Screen], monkeypatch
     with PromptProgress() as bar:
         reads(screen)(bar.report)
     assert not re.search(r"\x1b\[[\d;]*3\dm", screen.getvalue()) and screen.after_the_bar() == ""
+
+
+# Measurements
+
+
+def test_running_figures_stand_above_a_bar(watch: Callable[[], Screen], monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = watch()
+    monkeypatch.setattr(progress, "_FIGURES_SECONDS", 0.0)
+    with Running("eval ppl") as running:
+        running.report(0, 4000, lambda: "")
+        screen.wait_for("0 %")
+        running._cost = 0.0  # the first figures may have waited for the thread
+        running.report(1000, 4000, lambda: "kv  perplexity\noct3    12.345")
+        screen.wait_for("12.345")
+        screen.wait_for("25 %")
+    assert re.search(r"kv  perplexity *\r?\noct3    12\.345 *\r?\n", screen.getvalue())
+    assert re.search(r"\x1b\[\?25h\r(\x1b\[1A\x1b\[2K){3}$", screen.getvalue()), "three lines are taken away"
+
+
+def test_figures_that_take_long_are_computed_seldom(
+    watch: Callable[[], Screen], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch()
+    now, made = 1000.0, []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def table() -> str:
+        nonlocal now
+        made.append(now)
+        now += 2
+        return "slow"
+
+    with Running("eval ppl") as running:
+        for done in range(100):
+            running.report(done, 100, table)
+            now += 1
+    assert len(made) == 3
+
+
+def test_running_figures_are_not_computed_for_every_report(watch: Callable[[], Screen]) -> None:
+    watch()
+    made: list[int] = []
+    with Running("eval ppl") as running:
+        for done in range(1000):
+            running.report(done, 1000, lambda: made.append(1) or "")  # type: ignore[func-returns-value]
+    assert len(made) <= 2
+
+
+def test_running_figures_are_lines_where_no_terminal_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    with Running("eval needle") as running:
+        running.report(0, 4000, lambda: "")
+        now += 29
+        running.report(500, 4000, lambda: "never")
+        now += 1
+        running.report(1000, 4000, lambda: "")
+        now += 30
+        running.report(3000, 4000, lambda: "kv  found\noct3  3/4")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == ("eval needle: 25 %, 1:30 left\neval needle: 75 %, 0:20 left\nkv  found\noct3  3/4\n")
+    assert progress.LINE_SECONDS == 30

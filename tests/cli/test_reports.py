@@ -85,6 +85,7 @@ def test_show_json(octo: Callable[..., Any]) -> None:
     rows = {row["kv"]: row for row in facts["kv"]}
     assert rows["octopus3"]["bytes_per_token"] == 8 * 2 * (56 + 56)
     assert rows["bf16"]["bytes_per_token"] == 8 * 2 * 2 * 128 * 4
+    assert rows["auto:56"] == {**rows["oct3"], "kv": "auto:56"}
     assert rows["octopus3"]["tokens_that_fit"] > rows["bf16"]["tokens_that_fit"] > 0
     assert all(row["all_in_bytes_per_token"] > row["bytes_per_token"] for row in facts["kv"])
 
@@ -94,7 +95,7 @@ def test_show_text_has_a_row_for_every_format(octo: Callable[..., Any]) -> None:
 
     out = octo("show").out
     assert "18,880,896" in out
-    assert {line.split()[0] for line in out.splitlines() if line.split()} >= set(codec.names())
+    assert {line.split()[0] for line in out.splitlines() if line.split()} >= {*codec.names(), "auto:56"}
 
 
 def test_show_of_a_model_that_does_not_fit(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,10 @@ SECONDS = 120
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path, statistics: Path) -> dict[str, str]:
     """An environment with empty caches, no network, the CPU, and a terminal that cannot tell its cursor's place."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "statistics").symlink_to(statistics)  # measured once for all tests
     changes = {
         "OCTO_RUN_CACHE": str(tmp_path / "cache"),
         "XDG_STATE_HOME": str(tmp_path / "state"),

@@ -115,6 +115,39 @@ def test_pull_fetches_what_a_model_needs_and_nothing_else(fake_hub: Any, repo: P
     assert (steps[-1].index, steps[-1].count, steps[-1].file) == (len(fetched), len(fetched), SHARDS[2])
 
 
+@pytest.mark.parametrize(
+    ("files", "name", "commands"),
+    [
+        (
+            ["a.Q4_0.gguf", "a.Q8_0.gguf"],
+            NAME,
+            [f"hf download {NAME} --include a.Q8_0.gguf --local-dir .", "a.Q8_0.gguf"],
+        ),
+        (["x.gguf", "mmproj-x-f16.gguf", "config.json"], NAME, ["--include x.gguf ", "import x.gguf"]),
+        (
+            ["q8_0/m-q8_0-00002-of-00002.gguf", "q8_0/m-q8_0-00001-of-00002.gguf", "m-q4_k_m.gguf"],
+            f"{NAME}@main",
+            ["--include 'q8_0/m-q8_0-*-of-00002.gguf' --revision main ", "import q8_0/m-q8_0-00001-of-00002.gguf"],
+        ),
+    ],
+)
+def test_a_repository_of_gguf_files_says_how(
+    files: list[str], name: str, commands: list[str], fake_hub: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    fake_hub.add(NAME, tmp_path / "empty", **dict.fromkeys([*files, "README.md"], b"GGUF"))
+    with pytest.raises(OctoError, match="has its weights in GGUF files only: fetch one with `hf download") as error:
+        hub.pull(name)
+    assert all(command in sentence(error) for command in commands)
+    assert [request for request in fake_hub.requests if request[0] == "GET"] == []
+    assert [entry.label for entry in hub.list_models()] == ["octo-demo"]
+
+
+def test_a_repository_with_gguf_files_beside_is_pulled(fake_hub: Any, repo: Path) -> None:
+    fake_hub.add(NAME, repo, **{"model-q8_0.gguf": b"GGUF"})
+    assert hub.pull(NAME).complete and not fake_hub.downloads("model-q8_0.gguf")
+
+
 def test_pulled_weights_load(repo: Path, fake_hub: Any) -> None:
     import torch
 
@@ -496,7 +529,7 @@ def test_a_running_pull_keeps_its_partial_file(fake_hub: Any, repo: Path) -> Non
         for command in (("pull", NAME), ("pull", f"{NAME}@main"), ("rm", "--yes", NAME)):
             result = octo_run(*command)
             assert result.returncode == 1
-            assert "Another process is pulling or removing tiny/llama" in result.stderr
+            assert "Another process is writing or removing tiny/llama" in result.stderr
         assert incomplete_files() == partial and process.poll() is None
         fake_hub.add("other/model", repo, **{SHARDS[1]: b"x"})
         fake_hub.repos["other/model"].commit(snapshot_files(repo), "main")

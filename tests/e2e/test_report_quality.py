@@ -34,26 +34,30 @@ def row(kv: str, group: str, change: float) -> dict[str, Any]:
 CPU = {"max_context": 256, "device": "cpu"}
 
 
+KIND = {"conditioning": "full"}
+
+
 def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     """Pages of bf16 into which everything goes by way of a code give what coded pages give; exact layers differ."""
-    real = script.load_case("octo-demo", script.Case("formats", "a", "octopus2"), CPU).logits(IDS, 64)
-    engine = script.load_case("octo-demo", script.Case("formats", "b", "bf16"), CPU)
+    real = script.load_case("octo-demo", script.Case("formats", "a", "octopus2", KIND), CPU).logits(IDS, 64)
+    engine = script.load_case("octo-demo", script.Case("formats", "b", "oct2", KIND, tuple(range(8))), CPU)
     exact = engine.logits(IDS, 64)
     script._code_in_passing(engine, get("octopus2"), set())
     passing = engine.logits(IDS, 64)
     assert torch.allclose(passing, real, atol=0.05) and not torch.allclose(exact, real, atol=0.05)
-    edges = script.load_case("octo-demo", script.Case("boundary", "c", "octopus2", {}, (0, -1)), CPU)
+    edges = script.load_case("octo-demo", script.Case("boundary", "c", "octopus2", KIND, (0, -1)), CPU)
     assert not torch.allclose(edges.logits(IDS, 64), passing, atol=0.05)
-    assert edges.plan.shape.k_bytes == (2 * 512 + 6 * 40) / 8
+    assert edges.plan.shape.vector_bytes == 2 * (2 * 512 + 6 * 40)
 
 
 def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> None:
     parts = [
         {"kind": "ppl", "model": "demo", "where": "CPU", "text": "books.txt", "tokens": 20000, "skip": 0,
          "stride": 2047, "rows": [row("bf16", "formats", 0), row("oct3", "formats", 0.44), row("oct2", "formats", 1.7),
-                  row("oct2, mean out", "mean", 1.0)]},
+                  row("oct2, as they are", "off", 1.0)]},
         {"kind": "needle", "model": "demo", "where": "CPU", "texts": 4, "length": 2048, "rows": [
-            {"kv": kv, "asked": 20, "found": found, "recall": found / 20, "low": 0.7, "high": 1.0, "key_mean": False}
+            {"kv": kv, "asked": 20, "found": found, "recall": found / 20, "low": 0.7, "high": 1.0,
+             "conditioning": "full"}
             for kv, found in (("bf16", 20), ("oct3", 19))]},
     ]  # fmt: skip
     files = [tmp_path / f"{number}.json" for number in range(2)]
@@ -63,6 +67,6 @@ def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> 
     report = (tmp_path / "quality.md").read_text().splitlines()
     assert "| oct3 | at most +0.4 % | +0.44 % ± 0.05, reached | - | -2 points | -5.0 points |" in report
     assert "| oct2 | at most +1.5 % | +1.70 % ± 0.05, not reached | +1.00 % ± 0.05, reached | -5 points | - |" in report
-    assert any(line.startswith("| oct2, mean out | 40 | 28.500 ") for line in report)
-    assert any(line.startswith("| oct3 | coded | 19/20 | 95.0 ") for line in report)
+    assert any(line.startswith("| oct2, as they are | 40 | 28.500 ") for line in report)
+    assert any(line.startswith("| oct3 | full | 19/20 | 95.0 ") for line in report)
     assert (tmp_path / "quality-demo.png").exists()

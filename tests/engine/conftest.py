@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, plan_memory
+from octo_run.engine.allocation import parse_formats
 from octo_run.engine.arena import Chunk
+from octo_run.engine.conditioning import conditioning_of
 from octo_run.engine.forward import Forward
+from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.step import StepState
-from octo_run.kernels.codec import parse_kv
+from octo_run.kernels.codec import LayerFormats, parse_kv
 from octo_run.models.config import GenerationDefaults, ModelConfig
 from octo_run.models.decoder import Decoder
 from octo_run.models.weights import random_weights
@@ -121,19 +124,26 @@ class ScriptedForward(Forward):
         self.script = {start + i: token for i, token in enumerate(ids)}
 
 
+def layer_formats(kv: str, cfg: ModelConfig, dtype: torch.dtype) -> LayerFormats:
+    """The formats of ``--kv``; with slashes between them those of each layer."""
+    if "/" not in kv:
+        return parse_formats(kv, cfg, 0, dtype)
+    return LayerFormats(kv, tuple(parse_kv(part, cfg.head_dim, plain_dtype=dtype) for part in kv.split("/")))
+
+
 def build_engine(
     cfg: ModelConfig, kv: str, context: int | None, pages: int | None = None, **plan_options: Any
 ) -> Engine:
     """``pages``: those that all sequences share (None: as many as they hold at full context)."""
     dtype = plan_options.pop("dtype", torch.float32)
-    fmt = parse_kv(kv, cfg.head_dim, plain_dtype=dtype)
+    fmt = layer_formats(kv, cfg, dtype)
     if pages is not None:
-        bytes_per_token = cfg.num_layers * cfg.num_kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
-        plan_options["cache_bytes"] = pages * 64 * bytes_per_token
+        plan_options["cache_bytes"] = pages * 64 * cfg.num_kv_heads * fmt.vector_bytes
     plan = plan_memory(cfg, fmt, device=torch.device("cpu"), dtype=dtype, max_context=context, **plan_options)
     with torch.inference_mode():
-        rotations = [None if codec.name == "bf16" else codec.rotation for codec in (fmt.k, fmt.v)]
-        decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), *rotations)
+        decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), None, fmt[0].v.rotation)
+        found = conditioning_of(decoder, NoTokenizer(cfg.vocab_size), plan.conditioning, None)
+        decoder.store_keys(fmt[0].k.rotation, found)
         return Engine("tiny", cfg, decoder, ByteTokenizer(), plan, fmt, GenerationDefaults(), 0)  # type: ignore[arg-type]
 
 

@@ -91,7 +91,7 @@ def test_wrong_kinds_of_arguments(call: Callable[[Engine], Any], text: str, tiny
         ({"seed": "x"}, "seed is 'x' (str); give a whole number"),
         ({"sink": 1.5}, "sink is 1.5 (float)"),
         ({"sequences": True}, "sequences is True (bool); give a whole number"),
-        ({"key_mean": 1}, "key_mean is 1 (int); give True or False or None"),
+        ({"conditioning": 1}, "conditioning is 1 (int)"),
         ({"cache_bytes": "1G"}, "cache_bytes is '1G' (str); give a whole number or None"),
     ],
 )

@@ -19,17 +19,23 @@ from octo_run.engine.pool import PagePool, PoolExhausted
 from octo_run.engine.step import StepState
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import AttentionSpec
-from octo_run.kernels.codec import PageFormat, parse_kv
+from octo_run.kernels.codec import LayerFormats, PageFormat, parse_kv
 
 HEADS, KV_HEADS, DIM, LAYERS = 6, 2, 64, 2
 CPU = torch.device("cpu")
 
 
+def parsed(kv: str) -> LayerFormats:
+    """The formats of the layers: one, or one for each layer with slashes between."""
+    layers = [parse_kv(part, DIM, plain_dtype=torch.float32) for part in kv.split("/")]
+    return LayerFormats(kv, tuple(layers) if len(layers) > 1 else tuple(layers) * LAYERS)
+
+
 def new_arena(kv: str = "bf16", **changes: Any) -> KVArena:
-    fmt = parse_kv(kv, DIM, plain_dtype=torch.float32)
+    formats = parsed(kv)
     values: dict[str, Any] = {"context": 600, "chunk": 512} | changes
-    shape = ArenaShape(LAYERS, KV_HEADS, DIM, fmt.k.bytes_per_vector, fmt.v.bytes_per_vector, torch.float32, **values)
-    return KVArena(shape, fmt, CPU)
+    shape = ArenaShape(LAYERS, KV_HEADS, DIM, formats.vector_bytes, torch.float32, **values)
+    return KVArena(shape, formats, CPU)
 
 
 def vectors(layer: int, seed: int, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +114,7 @@ class Sequences:
             for full, vector in zip(self.arena.full(layer), (k, v), strict=True):
                 full[state.rows.long(), :, state.places.long()] = vector[:, 0]
             inputs = self.arena.inputs(layer, state, q)
-            out = kernels.attend(q, inputs, self.arena.fmt, spec=SPEC, max_length=self.arena.shape.context)
+            out = kernels.attend(q, inputs, self.arena.formats[layer], spec=SPEC, max_length=self.arena.shape.context)
             for at, s in enumerate(members):
                 self.check(out[at], s, layer, *new[at][layer])
         for at, s in enumerate(members):
@@ -320,10 +326,11 @@ def test_many_cuts_of_a_large_pool_take_no_time() -> None:
     assert pool.free == 1_000_000 - 100
 
 
-def pages_of(arena: KVArena) -> Tensor:
+def pages_of(arena: KVArena, layer: int | None = None) -> Tensor:
+    """The pages of the one sequence: of a layer, ``[pages, kv_heads, page_bytes]``, or of all, ``[pages, bytes]``."""
     (sequence,) = arena.table.rows
     assert sequence is not None
-    return arena.pages[sequence.page_ids]
+    return (arena.pages if layer is None else arena.layer_pages[layer])[sequence.page_ids]
 
 
 def fill(kv: str, chunks: list[int]) -> KVArena:
@@ -338,7 +345,7 @@ def fill(kv: str, chunks: list[int]) -> KVArena:
     return arena
 
 
-@pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus3", "oct2:octopus4"])
+@pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus3", "oct2:octopus4", "oct3/oct4:oct2"])
 def test_bytes_of_pages_depend_on_keys_and_values_alone(kv: str) -> None:
     whole = pages_of(fill(kv, [321]))
     assert len(whole) == 3
@@ -346,30 +353,34 @@ def test_bytes_of_pages_depend_on_keys_and_values_alone(kv: str) -> None:
         assert torch.equal(pages_of(fill(kv, chunks)), whole)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus2:octopus4"])
-def test_pages_carry_a_tag(kv: str) -> None:
-    """The tag alone is enough to read the pages."""
+@pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus2:octopus4", "oct2:oct4/oct3:octopus3"])
+def test_pages_carry_tags(kv: str) -> None:
+    """A layer's tag alone is enough to read its pages."""
     arena = fill(kv, [321])
-    names = {"bf16": "fp32:fp32", "oct3": "oct3:oct3"}.get(kv, kv)
-    assert arena.page_format.tag == f"octo-page/1 {names} rows d{DIM} seed0"
-    found = PageFormat.parse(arena.page_format.tag)
-    assert found.page_bytes == arena.pages.shape[-1]
-    for mine, theirs in zip(arena.page_format.decode(pages_of(arena)), found.decode(pages_of(arena)), strict=True):
-        assert torch.equal(mine, theirs)
+    for layer, page_format in enumerate(arena.page_formats):
+        name = kv.split("/")[layer % (1 + kv.count("/"))]
+        names = {"bf16": "fp32:fp32", "oct3": "oct3:oct3"}.get(name, name)
+        assert page_format.tag == f"octo-page/1 {names} rows d{DIM} seed0"
+        found, pages = PageFormat.parse(page_format.tag), pages_of(arena, layer)
+        assert found.page_bytes == pages.shape[-1]
+        for mine, theirs in zip(page_format.decode(pages), found.decode(pages), strict=True):
+            assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "octopus4:octopus2"])
+@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "octopus4:octopus2", "oct2/oct4", "oct4:oct2/octopus2:oct4"])
 def test_a_page_holds_its_tokens_in_order(kv: str) -> None:
     """Token by token what a page decodes to is near the key and the value (rotated, as they were given)."""
     arena = fill(kv, [200, 60, 61])
-    decoded = arena.page_format.decode_rotated(pages_of(arena))  # K and V [pages, layers, kv_heads, PAGE, d]
+    # K and V [pages, kv_heads, PAGE, d] of each layer
+    decoded = [fmt.decode_rotated(pages_of(arena, layer)) for layer, fmt in enumerate(arena.page_formats)]
     for position in (64, 65, 127, 128, 255):
         page, token = divmod(position - arena.shape.sink, PAGE)
         for layer in range(LAYERS):
             _, k, v = vectors(layer, 1, position, 1)
-            for stored, original, codec in zip(decoded, (k[0], v[0]), (arena.fmt.k, arena.fmt.v), strict=True):
+            fmt = arena.formats[layer]
+            for stored, original, codec in zip(decoded[layer], (k[0], v[0]), (fmt.k, fmt.v), strict=True):
                 limit = {"oct2": 0.33, "oct3": 0.18, "oct4": 0.1, "octopus4": 0.12, "octopus2": 0.4}[codec.name]
-                assert float((stored[page, layer, :, token] - original).norm() / original.norm()) < limit
+                assert float((stored[page, :, token] - original).norm() / original.norm()) < limit
 
 
 def test_keys_that_overflowed_are_refused_in_one_sentence() -> None:

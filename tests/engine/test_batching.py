@@ -28,7 +28,7 @@ def nothing_is_left(engine: Engine) -> bool:
     return all(sequence is None or not sequence.pinned for sequence in engine.arena.table.rows)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "oct3"])
+@pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_answers_are_those_of_prompts_alone(kv: str, ahead: int, tiny: Tiny, random_ids: Any) -> None:
     prompts = [random_ids(count, seed) for seed, count in enumerate((3, 200, 70, 400, 1, 129, 30))]
@@ -57,7 +57,7 @@ def test_prompts_are_read_together(scripted: Any) -> None:
     assert passes == [[100, 200, 120, 80], [220]]
 
 
-@pytest.mark.parametrize("kv", ["bf16", "oct3"])
+@pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 def test_requests_wait_when_pages_run_out(kv: str, tiny: Tiny, random_ids: Any) -> None:
     """Four sequences of six pages each in a pool of eight: some wait again, and say the same in the end."""
     prompts = [random_ids(count, seed) for seed, count in enumerate((150, 180, 160, 140, 170))]
@@ -84,8 +84,9 @@ def test_requests_wait_when_pages_run_out(kv: str, tiny: Tiny, random_ids: Any) 
     assert nothing_is_left(engine) and engine.arena.table.room() == 8
 
 
-def test_a_common_beginning_is_read_once(tiny: Tiny, random_ids: Any) -> None:
-    engine = endless(tiny("oct3", sequences=4))
+@pytest.mark.parametrize("kv", ["oct3", "oct2:oct4/oct3"])
+def test_a_common_beginning_is_read_once(kv: str, tiny: Tiny, random_ids: Any) -> None:
+    engine = endless(tiny(kv, sequences=4))
     common = random_ids(320)
     prompts = [common + random_ids(20, seed) for seed in (1, 2, 3)] + [random_ids(100, 4)]
     done = {one.index: one for one in engine.generate_batch(prompts, SamplingParams(max_tokens=30))}

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from octo_run.engine import Engine, SamplingParams, plan
+from octo_run.engine.evaluation import perplexity
+from octo_run.engine.evaluation.reading import Reader, pack, rows_at_once
 
 if torch.cuda.is_available():  # they need Triton
     from octo_run.kernels import devices
@@ -53,6 +55,47 @@ def test_logits_agree_with_the_cpu(kv: str) -> None:
         want, got = cpu.logits(part, step), gpu.logits(part, step).cpu()
         error = float((got - want).norm() / want.norm())
         assert error < (1e-4 if kv == "bf16" else 5e-3), f"{kv}, step {step}: {error}"
+
+
+@pytest.mark.parametrize("options", [{}, {"key_mean": True}], ids=["usual", "key mean"])
+@pytest.mark.parametrize("kv", FORMATS)
+@torch.inference_mode()
+def test_reading_is_decoding(kv: str, options: dict[str, bool]) -> None:
+    """Two texts of unequal lengths read at once, against one token at a time. Codes may differ at ties."""
+    engine = load(kv, dtype="float32", max_context=1024, sequences=3, **options)
+    ids = (prompt(engine) * 4)[:900]
+    texts = [ids, ids[300:701]]
+    rows = rows_at_once(engine.plan, engine.config)
+    assert rows == 3 * 1024
+    reader, opened = Reader(engine, rows), [engine.sequence() for _ in texts]
+    (pieces,) = pack([len(text) for text in texts], rows, 1024)
+    got = reader.logits(reader.read(opened, texts, pieces)).split([len(text) for text in texts])
+    for sequence in opened:
+        sequence.discard()
+    for text, logits in zip(texts, got, strict=True):
+        want = engine.logits(text, 1)
+        assert float((logits - want).norm() / want.norm()) < (1e-4 if kv == "bf16" else 5e-3)
+
+
+def test_comparing_formats_waits_for_the_device_only_to_take_what_is_done() -> None:
+    """No copy and no look at a value waits while windows are read and compared."""
+    ids = (prompt(load("bf16", max_context=256)) * 8)[:2000]
+
+    def run(mode: str) -> list[perplexity.Row]:
+        comparison = perplexity.Comparison(
+            lambda kv: load(kv, max_context=256, sequences=2), ["oct3", "oct2"], [ids], stride=200
+        )
+        try:
+            for state in comparison.run():
+                torch.cuda.set_sync_debug_mode(mode if state.done < state.to_do else "default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return comparison.rows()
+
+    run("default")  # compiles kernels
+    rows = run("error")
+    assert [row.tokens for row in rows] == [2000] * 3 and not rows[0].partial
+    assert rows[2].kl_mean > rows[1].kl_mean > 0 and all(row.tokens_per_s > 0 for row in rows)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "octopus3", "oct3"])

@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from octo_run.engine import Engine
-from octo_run.engine.evaluation import needle, perplexity, tasks
+from octo_run.engine import Engine, SamplingParams
+from octo_run.engine.evaluation import needle, perplexity, reading, tasks
 from octo_run.engine.evaluation.perplexity import windows
 from octo_run.engine.evaluation.plots import check_figure_path, plot_perplexity, plot_recall, recall_map
+from octo_run.engine.evaluation.reading import Reader
 from octo_run.engine.evaluation.statistics import standard_error, wilson
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.cache import DEMO_PATH
@@ -97,7 +101,7 @@ def test_the_perplexity_is_that_of_transformers(demo: Callable[..., Engine]) -> 
 
 def test_rows_against_a_direct_computation(tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]) -> None:
     ids = random_ids(255)
-    first, row = perplexity.evaluate(lambda kv: tiny(kv, context=256), ["octopus2", "bf16"], [ids], stride=100, step=64)
+    first, row = perplexity.evaluate(lambda kv: tiny(kv, context=256), ["octopus2", "bf16"], [ids], stride=100)
     fed, targets = [256, *ids[:-1]], torch.tensor(ids)
     exact, coded = (tiny(kv, context=256).logits(fed, 64).double().log_softmax(-1) for kv in ("bf16", "octopus2"))
     losses = [-x.gather(1, targets[:, None])[:, 0] for x in (exact, coded)]
@@ -113,78 +117,197 @@ def test_rows_against_a_direct_computation(tiny: Callable[..., Engine], random_i
     assert row.bytes_per_token < first.bytes_per_token
 
 
-def test_a_reference_that_is_too_large_to_keep_is_computed_again(
+@pytest.fixture
+def vocabulary_bytes() -> Any:
+    """A dispatch mode whose ``most`` is the largest sum of bytes of tensors ``[..., vocab]`` that lived together."""
+
+    class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+            self.most = 0
+
+        def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for x in made if isinstance(made, (tuple, list)) else [made]:
+                if isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == (260,):
+                    storage = x.untyped_storage()
+                    self._held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+            self.most = max(self.most, sum(count for _, count in self._held.values()))
+            return made
+
+    return Watch()
+
+
+def test_logits_are_held_of_a_few_tokens_only(
+    tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], vocabulary_bytes: Any
+) -> None:
+    """4,000 tokens in windows of 128: what is held of the vocabulary's size is of a few windows, however long the text.
+
+    The engines' own weights and buffers of that size are not counted: they are made outside.
+    """
+    engines = {kv: tiny(kv, context=128) for kv in ("bf16", "oct4")}
+    ids = random_ids(4000)
+    with vocabulary_bytes as watch:
+        rows = list(perplexity.evaluate(engines.__getitem__, ["oct4"], [ids], stride=120, step=64))
+    assert [row.tokens for row in rows] == [4000, 4000]
+    window = 4 * 128 * 260
+    assert window / 4 < watch.most <= 6 * window
+
+
+def test_slices_of_logits_are_as_large_as_they_may_be(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rows() -> list[Any]:
-        texts = [random_ids(200), random_ids(150, seed=1)]
-        found = list(perplexity.evaluate(lambda kv: tiny(kv, context=128), ["oct4"], texts, stride=64, step=32))
-        return [(row.perplexity, row.delta_percent, row.kl_mean) for row in found]
+    sizes: list[int] = []
+    made = Reader.logits
+    monkeypatch.setattr(Reader, "logits", lambda self, hidden: sizes.append(len(hidden)) or made(self, hidden))
+    ids = random_ids(400)
 
-    kept = rows()
-    monkeypatch.setattr(perplexity, "KEPT_BYTES", 0)
-    assert rows() == kept
+    def rows() -> list[perplexity.Row]:
+        sizes.clear()
+        return perplexity.evaluate(lambda kv: tiny(kv, context=128, sequences=3), ["oct4"], [ids], stride=100)
+
+    whole = rows()
+    assert max(sizes) == 127 + 2 * 100  # of three windows, what is scored
+    monkeypatch.setitem(reading.SLICE_BYTES, "cpu", 50 * 16 * 260)
+    for cut, row in zip(rows(), whole, strict=True):
+        assert (cut.perplexity, cut.kl_mean, cut.kl_p99) == pytest.approx(
+            (row.perplexity, row.kl_mean, row.kl_p99), rel=1e-4, abs=1e-7
+        )
+    assert max(sizes) == 50
 
 
-@pytest.mark.parametrize(("kept", "blocks"), [(0, 6), (2**30, 25)])
-def test_logits_are_never_held_whole(
-    kept: int,
-    blocks: int,
-    tiny: Callable[..., Engine],
-    random_ids: Callable[..., list[int]],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture(scope="module")
+def token_by_token(tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]) -> tuple[Any, Tensor, Tensor]:
+    """Two texts; losses and divergences ``[formats, n]`` of windows of 256 tokens, 200 apart, read one by one."""
+    texts = [random_ids(420), random_ids(300, seed=1)]
+    found = []
+    for text in texts:
+        for place in windows(len(text), 256, 200, begin=True):
+            ids = [256, *text[place.start : place.end]]
+            targets = torch.tensor(ids[1:])[place.first - place.end :]
+            exact, *coded = (
+                tiny(kv, context=256).logits(ids[:-1], 1)[place.first - place.end :].double().log_softmax(-1)
+                for kv in ("bf16", "oct2", "oct3")
+            )
+            losses = [-x.gather(1, targets[:, None])[:, 0] for x in (exact, *coded)]
+            kl = [(exact.exp() * (exact - x)).sum(-1) for x in (exact, *coded)]
+            found.append(torch.stack((torch.stack(losses), torch.stack(kl))))
+    return texts, *torch.cat(found, 2)
+
+
+@pytest.mark.parametrize(("step", "sequences"), [(1, 4), (30, 1), (64, 3), (None, 1), (None, 3)])
+def test_figures_do_not_depend_on_what_is_read_at_once(
+    step: int | None, sequences: int, tiny: Callable[..., Engine], token_by_token: tuple[Any, Tensor, Tensor]
 ) -> None:
-    """599 tokens in steps of 32 make 19 blocks. Of each engine the last two or three are held, unless all are kept."""
-    held: list[StorageWeakRef] = []
-    most: list[int] = []
-    made = Engine._logits
-
-    def logits(self: Engine, hidden: torch.Tensor) -> torch.Tensor:
-        rows = made(self, hidden)
-        held.append(StorageWeakRef(rows.untyped_storage()))
-        assert len(rows) <= 32
-        most.append(sum(not ref.expired() for ref in held))
-        return rows
-
-    monkeypatch.setattr(Engine, "_logits", logits)
-    monkeypatch.setattr(perplexity, "KEPT_BYTES", kept)
-    list(perplexity.evaluate(lambda kv: tiny(kv, context=600), ["oct4"], [random_ids(599)], stride=300, step=32))
-    assert blocks - 6 < max(most) <= blocks
+    """One window at a time or several, by one token, by many, or whole."""
+    texts, losses, kl = token_by_token
+    load = lambda kv: tiny(kv, context=256, sequences=sequences)  # noqa: E731
+    rows = perplexity.evaluate(load, ["oct2", "oct3"], texts, stride=200, step=step)
+    for row, loss, divergence in zip(rows, losses, kl, strict=True):
+        assert row.tokens == 720 and not row.partial
+        assert row.perplexity == pytest.approx(float(loss.mean().exp()), rel=1e-5)
+        assert row.stderr == pytest.approx(row.perplexity * (standard_error(loss) or 0), rel=1e-3)
+        assert row.kl_mean == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-9)
+        change = standard_error(loss - losses[0]) or 0
+        assert row.delta_stderr == pytest.approx(100 * (1 + row.delta_percent / 100) * change, rel=1e-2, abs=1e-9)
 
 
-def test_nothing_is_kept_that_does_not_fit(
+def test_windows_longer_than_a_chunk(tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]) -> None:
+    """Several of them, each in three passes through the layers, against a page at a time."""
+    ids = random_ids(1900)
+    engines = {kv: tiny(kv, context=1100) for kv in ("bf16", "octopus2")}
+    places = windows(1900, 1100, 500, begin=True)
+    assert len(places) == 3 and engines["bf16"].plan.shape.chunk == 512
+    losses: dict[str, list[Tensor]] = {kv: [] for kv in engines}
+    for place in places:
+        fed = [256, *ids[place.start : place.end]]
+        targets = torch.tensor(ids[place.first : place.end])
+        for kv, engine in engines.items():
+            logits = engine.logits(fed[:-1], 64)[place.first - place.end :].double().log_softmax(-1)
+            losses[kv].append(-logits.gather(1, targets[:, None])[:, 0])
+    for row in perplexity.evaluate(engines.__getitem__, ["octopus2"], [ids], stride=500):
+        assert row.perplexity == pytest.approx(float(torch.cat(losses[row.kv]).mean().exp()), rel=1e-5)
+        assert (row.tokens, row.partial) == (1900, False)
+    assert row.delta_percent != 0
+
+
+def test_formats_that_do_not_fit_together_follow_each_other(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[str] = []
-    rows = Engine.logit_rows
-    monkeypatch.setattr(Engine, "logit_rows", lambda self, *given: read.append(self.kv.name) or rows(self, *given))
-    ids = random_ids(127)
-    for free, times in ((4 * 127 * 260 * 4, 1), (4 * 127 * 260 * 4 - 4, 2)):
-        monkeypatch.setattr(perplexity, "free_memory", lambda _device, free=free: free)
-        read.clear()
-        list(perplexity.evaluate(lambda kv: tiny(kv, context=128), ["oct4"], [ids], stride=64, step=32))
-        assert read.count("bf16") == times and read.count("oct4") == 1
+    def figures() -> list[tuple[Any, ...]]:
+        rows = perplexity.evaluate(lambda kv: tiny(kv, context=128), ["oct4", "oct2"], [random_ids(300)], stride=64)
+        return [(row.kv, row.perplexity, row.delta_percent, row.kl_mean, row.partial) for row in rows]
+
+    together = figures()
+    monkeypatch.setattr(reading, "free_memory", lambda _device: 0)
+    assert figures() == together and [row[0] for row in together] == ["bf16", "oct4", "oct2"]
+
+
+def test_what_is_done_is_kept_whatever_comes_in_between(
+    tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]
+) -> None:
+    """And it is what all formats have read: never a window of one that another lacks."""
+    ids = random_ids(700)
+    comparison = perplexity.Comparison(
+        lambda kv: tiny(kv, context=128, sequences=2), ["oct4", "oct2"], [ids], stride=100
+    )
+    assert comparison.rows() == [] and comparison.tokens == 0
+    seen = set()
+    for state in comparison.run():
+        rows = comparison.rows()
+        assert 0 <= state.done <= state.to_do and len({row.tokens for row in rows}) <= 1
+        seen |= {row.tokens for row in rows}
+        assert all(row.partial == (row.tokens < 700) for row in rows)
+        if seen == {127 + 100, 127 + 3 * 100}:
+            break
+    assert comparison.tokens == 700
+    short = perplexity.evaluate(lambda kv: tiny(kv, context=128), ["oct4", "oct2"], [ids[:427]], stride=100)
+    for row, wanted in zip(comparison.rows(), short, strict=True):
+        assert row.partial and not wanted.partial and row.tokens == wanted.tokens == 427
+        assert row.perplexity == pytest.approx(wanted.perplexity, rel=1e-5)
+        assert row.kl_mean == pytest.approx(wanted.kl_mean, rel=1e-3, abs=1e-9)
+
+
+def test_progress_ends_at_the_end(
+    tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free in (2**40, 0):
+        monkeypatch.setattr(reading, "free_memory", lambda _device, free=free: free)
+        comparison = perplexity.Comparison(lambda kv: tiny(kv, context=128), ["oct4"], [random_ids(300)], stride=64)
+        states = [(state.done, state.to_do) for state in comparison.run()]
+        assert states[0][0] == 0 and states[-1][0] == states[-1][1]
+        assert [done for done, _ in states] == sorted(done for done, _ in states)
+
+
+def test_steps_that_are_too_long_are_refused(tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]) -> None:
+    load = lambda kv: tiny(kv, context=128)  # noqa: E731
+    for step in (0, 129):
+        with pytest.raises(UsageError, match=f"--step is {step}; give 1 to 128 tokens"):
+            perplexity.evaluate(load, ["oct4"], [random_ids(300)], stride=64, step=step)
 
 
 def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> None:
     """What is scored was read from the packed pages: other bytes there, another perplexity."""
-    engine = Engine.load("octo-demo", kv="octopus4", device="cpu", max_context=320)
+    engine = Engine.load("octo-demo", kv="octopus4", device="cpu", max_context=320, conditioning="off")
     ids = load_tokenizer(DEMO_PATH).encode(2 * PROSE)[:319]
     score = lambda: perplexity.evaluate(lambda _kv: engine, ["bf16"], [ids], stride=160, step=64)  # noqa: E731
     (good,) = score()
     encode = engine.arena.encode
 
-    def encode_and_corrupt(*args: Any) -> None:
-        encode(*args)
-        rows = args[2].unflatten(-1, (128, -1))  # 64 tokens' keys, then their values
-        args[2].copy_(rows.flip(-2).flatten(-2))
+    def encode_and_corrupt(layer: int, k: Tensor, v: Tensor, ids: Tensor) -> None:
+        encode(layer, k, v, ids)
+        pages, ids = engine.arena.layer_pages[layer], ids.long()
+        rows = pages[ids].unflatten(-1, (128, -1))  # 64 tokens' keys, then their values
+        pages[ids] = rows.flip(-2).flatten(-2)
 
     engine.arena.encode = encode_and_corrupt  # type: ignore[method-assign]
     (bad,) = score()
     assert bad.perplexity > 1.05 * good.perplexity
-    engine.arena.encode = lambda *args: (encode(*args), args[2].fill_(0xFF))  # type: ignore[method-assign, assign]
+    engine.arena.encode = lambda *args: (encode(*args), engine.arena.pages.fill_(0xFF))  # type: ignore[method-assign, assign]
     with pytest.raises(OctoError, match="The logits with --kv bf16 are not finite"):
-        list(score())
+        score()
 
 
 # Needles
@@ -214,10 +337,11 @@ def test_prompts_are_the_same_for_the_same_seed_and_refuse_what_does_not_fit() -
     make: Callable[..., Any] = lambda **changes: needle.prompts(  # noqa: E731
         tokenizer,
         PROSE,
-        **{"lengths": [256], "depths": [0.5], "trials": 3, "distractors": 1, "form": "message", "seed": 0} | changes,
+        **{"lengths": [256], "depths": [0.5], "questions": 3, "distractors": 1, "form": "message", "seed": 0} | changes,
     )
     assert make() == make() and make() != make(seed=1)
-    assert len({trial.value for trial in make()[256, 0.5]}) == 3
+    assert len({question.hay.value for question in make()}) == 3
+    assert make(depths=[0.5, 1.0], questions=5)[0] == make()[0]
     with pytest.raises(UsageError, match="do not fit into 64 tokens"):
         make(lengths=[64])
     with pytest.raises(UsageError, match="--distractors is 42; give 0 to 41"):
@@ -240,24 +364,100 @@ def test_the_first_number_of_an_answer_counts(answer: str, right: bool) -> None:
     assert needle.found(answer, "4815162") is right
 
 
-def test_the_demo_model_finds_a_needle_by_way_of_packed_pages() -> None:
-    engine = Engine.load("octo-demo", kv="octopus4", device="cpu", max_context=300)
-    hay = needle.prompts(
-        engine.tokenizer, PROSE, lengths=[300], depths=[0.4], trials=1, distractors=2, form="text", seed=0
+def search(kvs: Sequence[str], questions: list[needle.Question], **options: Any) -> needle.Search:
+    return needle.Search(
+        lambda kv: Engine.load("octo-demo", kv=kv, device="cpu", max_context=300, **options), kvs, questions
     )
-    cell, total = needle.evaluate(engine, "octopus4", hay, step=64)
-    assert (cell.correct, cell.depth, total.depth, total.correct) == (1, 0.4, None, 1)
-    (sequence,) = engine.arena.table.rows
-    assert sequence is not None and sequence.packed >= 1
-    assert (cell.low, cell.high) == wilson(1, 1)
 
 
-def test_totals_and_the_map() -> None:
+def ask_questions(count: int, lengths: Sequence[int] = (300,)) -> list[needle.Question]:
+    return needle.prompts(
+        load_tokenizer(DEMO_PATH), PROSE, lengths=lengths, depths=[0.4, 0.9], questions=count, distractors=2,
+        form="text", seed=0,
+    )  # fmt: skip
+
+
+def test_the_demo_model_finds_needles_by_way_of_packed_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of unequal prompts; every format is asked the same, and no page is what it was for another."""
+    questions = ask_questions(3, lengths=(220, 300))
+    packed: list[tuple[str, list[int]]] = []
+    answer = needle._answer
+
+    def watched(engine: Engine, prompts: Sequence[list[int]]) -> list[str]:
+        packed.append((engine.kv.name, [row.packed for row in engine.arena.table.rows if row is not None]))
+        return answer(engine, prompts)
+
+    monkeypatch.setattr(needle, "_answer", watched)
+    asked = search(["octopus4"], questions, sequences=4)
+    states = [(state.done, state.to_do) for state in asked.run()]
+    assert states[-1][0] == states[-1][1] == 2 * sum(len(question.hay.ids) - 1 for question in questions)
+    assert [kv for kv, _ in packed] == ["bf16", "octopus4"] * 2
+    assert [len(pages) for _, pages in packed] == [4, 4, 2, 2] and all(max(pages) >= 2 for _, pages in packed)
+    found = asked.cells()
+    assert [(cell.kv, cell.length, cell.depth, cell.trials) for cell in found] == [
+        (kv, length, depth, trials)
+        for kv in ("bf16", "octopus4")
+        for length, depth, trials in ((220, 0.4, 2), (220, 0.9, 1), (300, 0.4, 2), (300, 0.9, 1),
+                                      (220, None, 3), (300, None, 3))
+    ]  # fmt: skip
+    total = found[-1]
+    assert total.recall >= 2 / 3 and (total.low, total.high) == wilson(total.correct, 3)
+
+
+def test_answers_are_those_to_questions_asked_alone() -> None:
+    """The text of every answer, not only whether it is right: batches change nothing."""
+    questions = ask_questions(4)
+    prompts = [question.hay.ids for question in questions]
+    with Engine.load("octo-demo", kv="oct2", device="cpu", max_context=300, sequences=4) as engine:
+        list(needle._read(Reader(engine, 300), prompts, 300, 300))
+        together = needle._answer(engine, prompts)
+    alone = []
+    with Engine.load("octo-demo", kv="oct2", device="cpu", max_context=300) as engine:
+        for ids in prompts:
+            with engine.sequence() as sequence:
+                for first in range(0, len(ids) - 1, 64):
+                    engine.prefill(sequence, ids[first : min(first + 64, len(ids) - 1)])
+            alone.append(engine.tokenizer.decode([t.id for t in engine.generate(ids, SamplingParams(max_tokens=32))]))
+    assert together == alone and any(re.search("[0-9]{7}", text) for text in together)
+
+
+def test_questions_that_were_asked_so_far_make_cells() -> None:
+    asked = search(["octopus4"], ask_questions(3))
+    assert asked.cells() == []
+    for _ in asked.run():
+        if asked.cells():
+            break
+    assert [(cell.kv, cell.depth, cell.trials, cell.partial) for cell in asked.cells()] == [
+        (kv, depth, 1, True) for kv in ("bf16", "octopus4") for depth in (0.4, None)
+    ]
+
+
+def test_cells_count_what_is_found_beside_the_reference() -> None:
+    hay = needle.Haystack([1, 2], "Adam", "1234567", 0.5)
+    questions = [needle.Question(512, depth, hay) for depth in (0.0, 1.0) * 4]
+    reference = [True] * 7 + [False]
+    coded = [True, False, True, True, True, False, True, True]
+    low, high, total = needle.cells("oct2", questions, coded, reference)
+    assert (low.trials, low.correct, low.delta, low.delta_stderr) == (4, 4, 0.0, 0.0)
+    assert (high.trials, high.correct, high.depth, high.delta) == (4, 2, 1.0, -0.25)
+    assert (total.depth, total.trials, total.correct, total.partial) == (None, 8, 6, False)
+    assert (total.low, total.high) == wilson(6, 8) and total.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 8))
+    changes = torch.tensor([0.0, -1, 0, 0, 0, -1, 0, 1])
+    assert total.delta == float(changes.mean())
+    assert total.delta_stderr == pytest.approx(float(changes.std()) / math.sqrt(8))
+    (one, alone) = needle.cells("oct2", questions, coded[:1], reference[:1])
+    assert one.partial and alone.trials == 1 and alone.delta_stderr is None
+
+
+def cell(kv: str, length: int, depth: float | None, trials: int, correct: int) -> needle.Cell:
+    return needle.Cell(kv, length, depth, trials, correct, correct / trials, 0.1, 0.0, 1.0, 0.0, 0.1)
+
+
+def test_the_map() -> None:
     cells = [
-        needle.Cell("oct3", length, depth, 4, correct, correct / 4, 0.0, 1.0)
+        cell("oct3", length, depth, 4, correct)
         for length, depth, correct in ((512, 0.0, 4), (512, 1.0, 2), (1024, 0.0, 0), (1024, 1.0, 3))
     ]
-    assert [(t.length, t.correct, t.trials) for t in needle.totals(cells)] == [(512, 6, 8), (1024, 3, 8)]
     shown = recall_map(cells, "oct3").splitlines()
     assert shown[0].split() == ["depth", "512", "1,024"]
     assert shown[1].split() == ["0", "%", "███", "100", "%", "0", "%"] and shown[2].split()[3:5] == ["50", "%"]
@@ -349,7 +549,7 @@ def test_figures_are_written(tmp_path: Any) -> None:
     row = perplexity.Row("oct3", 10.0, 0.1, 0.3, 0.1, 0.01, 0.1, 0.9, 2000.0, 100.0, 500)
     plot_perplexity([row], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    cells = [needle.Cell(kv, 512, depth, 1, 1, 1.0, 0.2, 1.0) for kv in ("bf16", "oct3") for depth in (0.0, 1.0)]
+    cells = [cell(kv, 512, depth, 1, 1) for kv in ("bf16", "oct3") for depth in (0.0, 1.0)]
     plot_recall(cells, tmp_path / "b.svg")
     assert "<svg" in (tmp_path / "b.svg").read_text()
     for name, says in (("a.gif", "ends in .png"), ("no/a.png", "there is no folder")):

@@ -14,6 +14,7 @@ from octo_run.engine.generation import PromptWatch
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import step as ops
+from octo_run.models import rope
 
 Tiny = Callable[..., Engine]
 
@@ -472,7 +473,7 @@ def test_closing_early(scripted: Any) -> None:
 def test_corrupting_a_packed_page_changes_the_logits(tiny: Tiny, random_ids: Any) -> None:
     engine = tiny("oct3")
     ids = random_ids(300)
-    k = engine.kv.k
+    k = engine.kv[0].k
     for byte in (0, 5 * k.bytes_per_vector + 3, k.block_bytes + 1):  # a key of the first token, of a later one, a value
         forget(engine)
         more(engine, ids)
@@ -483,7 +484,7 @@ def test_corrupting_a_packed_page_changes_the_logits(tiny: Tiny, random_ids: Any
         forget(engine)
         more(engine, ids)
         with torch.inference_mode():
-            engine.arena.pages[only(engine).page_ids[1], 0, 0, byte] ^= 0x55
+            engine.arena.layer_pages[0][only(engine).page_ids[1], 0, byte] ^= 0x55
         assert not torch.equal(more(engine, [7]), before)
 
 
@@ -500,15 +501,16 @@ def test_the_same_prompt_gives_the_same_bytes(tiny: Tiny, random_ids: Any) -> No
     assert all(torch.equal(store, stores[0]) for store in stores)
 
 
-@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2"])
+@pytest.mark.parametrize("conditioning", ["off", "mean", "full"])
+@pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "oct2/oct3:oct4", "oct4:oct2/oct2:octopus4"])
 def test_attention_of_a_step_is_that_over_the_decoded_pages(
-    kv: str, tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch
+    kv: str, conditioning: str, tiny: Tiny, random_ids: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the model gets from the cache, against float64 attention over ``codec.decode`` of the pages' rows and the
     full-precision rest, everything in the original basis."""
     from octo_run import kernels
 
-    engine = tiny(kv)
+    engine = tiny(kv, conditioning=conditioning)
     more(engine, random_ids(300))
     calls: list[tuple[Tensor, Any, Tensor]] = []
     attend = kernels.attend
@@ -522,27 +524,37 @@ def test_attention_of_a_step_is_that_over_the_decoded_pages(
     engine.step.start(only(engine), 9, SamplingParams())
     engine.step.launch([only(engine)])
     assert len(calls) == engine.config.num_layers
-    for q, inputs, out in calls:
-        expected = attention_over_decoded(engine, inputs, q[0, 0])
-        assert relative(engine.kv.v.unrotate(out[0, 0].double()), expected) < 1e-4
+    for number, (q, inputs, out) in enumerate(calls):
+        expected = attention_over_decoded(engine, number, inputs, q[0, 0])
+        assert relative(engine.kv[number].v.unrotate(out[0, 0].double()), expected) < 1e-4
 
 
-def attention_over_decoded(engine: Engine, inputs: Any, q: Tensor) -> Tensor:
-    """Float64 attention ``[heads, d]`` of the rotated query ``[heads, d]`` in the original basis (one KV head)."""
-    fmt, arena, sequence = engine.kv, engine.arena, only(engine)
+def attention_over_decoded(engine: Engine, number: int, inputs: Any, q: Tensor) -> Tensor:
+    """Float64 attention ``[heads, d]`` of the stored query ``[heads, d]`` in the original basis (one KV head)."""
+    fmt, arena, sequence = engine.kv[number], engine.arena, only(engine)
     pages = inputs.pages[inputs.page_table[0, : sequence.packed].long(), 0]
-    packed_k, packed_v = (part.flatten(0, 1) for part in arena.page_format.decode(pages, torch.float64))
+    packed_k, _ = (part.flatten(0, 1) for part in arena.page_formats[number].decode_rotated(pages, torch.float64))
+    _, packed_v = (part.flatten(0, 1) for part in arena.page_formats[number].decode(pages, torch.float64))
+    layer = engine.forward.decoder.layers[number]
+    assert layer.maps is not None
+    of_q, of_k = (torch.linalg.inv(one[0].double()) for one in layer.maps)
+    packed_k = packed_k @ of_k
+    if layer.key_mean is not None:
+        positions = arena.shape.sink + torch.arange(len(packed_k))
+        cos, sin = rope.cos_sin(positions, engine.forward.decoder.inv_freq.double(), torch.float64)
+        mean = layer.key_mean.double().expand(len(packed_k), 1, -1)
+        packed_k = packed_k + rope.apply(mean[None], cos[None], sin[None])[0, :, 0]
     count = len(sequence) - sequence.packed_end
     slots = (torch.arange(count) + 64 * sequence.packed) % arena.shape.ring
     keys, values = (
-        torch.cat((codec.unrotate(sink[0, 0].double()), packed, codec.unrotate(tail)))
-        for codec, sink, packed, tail in (
-            (fmt.k, inputs.sink_k, packed_k, inputs.tail_k[0, 0, slots].double()),
-            (fmt.v, inputs.sink_v, packed_v, inputs.tail_v[0, 0, slots].double()),
+        torch.cat((back(sink[0, 0].double()), packed, back(tail)))
+        for back, sink, packed, tail in (
+            (lambda x: x @ of_k, inputs.sink_k, packed_k, inputs.tail_k[0, 0, slots].double()),
+            (fmt.v.unrotate, inputs.sink_v, packed_v, inputs.tail_v[0, 0, slots].double()),
         )
     )
     assert len(keys) == len(sequence)
-    scores = fmt.k.unrotate(q.double()) @ keys.T * engine.config.head_dim**-0.5
+    scores = q.double() @ of_q @ keys.T * engine.config.head_dim**-0.5
     return scores.softmax(-1) @ values
 
 

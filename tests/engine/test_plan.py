@@ -59,10 +59,11 @@ def test_the_arena_takes_what_the_plan_says(
     path = make_checkpoint(num_hidden_layers=3)
     engine = Engine.load(path, kv=kv, device="cpu", **({"max_context": 1000} | options))
     told = engine.memory_plan()
-    assert told["arena"] + told["full_precision"] == sum(held_bytes(engine.arena))
+    keys = engine.forward.decoder.key_tensors
+    assert told["arena"] + told["full_precision"] == sum(held_bytes(engine.arena)) + sum(held_bytes(keys))
     assert told["context"] == engine.max_context
     assert told["total"] == sum(told[part] for part in PARTS)
-    vectors = 3 * 2 * (engine.kv.k.bytes_per_vector + engine.kv.v.bytes_per_vector)
+    vectors = 3 * 2 * (engine.kv[0].k.bytes_per_vector + engine.kv[0].v.bytes_per_vector)
     assert told["bytes_per_token"] == vectors
     if engine.arena.pages.numel():
         assert engine.arena.pages.nbytes == engine.arena.pages.shape[0] * 64 * vectors
@@ -84,7 +85,8 @@ def test_weights_take_what_the_plan_says(
 ) -> None:
     engine = Engine.load(make_checkpoint(**changes), kv="oct3", device="cpu", dtype=dtype)
     decoder = engine.forward.decoder
-    assert sum(held_bytes(decoder.embedding, decoder.final_norm, decoder.head, decoder.layers)) == engine.plan.weights
+    parts = decoder.embedding, decoder.final_norm, decoder.head, decoder.layers
+    assert sum(held_bytes(*parts, but=(decoder.key_tensors,))) == engine.plan.weights
     assert engine.plan.weights == num_parameters(engine.config) * engine.dtype.itemsize
 
 
@@ -199,17 +201,19 @@ def test_nothing_grows_while_it_runs(tiny: Callable[..., Engine], random_ids: Ca
     assert places() == before
 
 
-@pytest.mark.parametrize("key_mean", [False, True])
-def test_a_huge_maximum_costs_nothing_before_it_is_used(key_mean: bool, free: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("conditioning", ["off", "full"])
+def test_a_huge_maximum_costs_nothing_before_it_is_used(conditioning: str, free: Callable[[int], None]) -> None:
     """The plan takes milliseconds; the arena, half of what is free, takes memory page by page as it is written."""
     free(8_000_000_000)
     cfg = replace(CFG, max_position_embeddings=2**31 - 1)
     begun = time.thread_time()
-    told = plan_memory(cfg, "oct3", device=CPU, dtype=torch.bfloat16, key_mean=key_mean)
+    told = plan_memory(cfg, "oct3", device=CPU, dtype=torch.bfloat16, conditioning=conditioning)
     assert time.thread_time() - begun < 1
     assert 1_000_000 < told.context < 2**31 - 1 and told.arena > 3_900_000_000
     begun, before = time.perf_counter(), system_memory.resident()
-    engine = Engine.load("huge", kv="oct3", random_weights=cfg, device="cpu", dtype="bfloat16", key_mean=key_mean)
+    engine = Engine.load(
+        "huge", kv="oct3", random_weights=cfg, device="cpu", dtype="bfloat16", conditioning=conditioning
+    )
     next(engine.generate([1, 2, 3] * 100))
     assert time.perf_counter() - begun < 10
     assert system_memory.resident() - before < 400_000_000

@@ -56,9 +56,7 @@ def test_every_kernel_of_ours_has_a_part() -> None:
     assert set(profiling.KERNELS.values()) <= {*profiling.PARTS, "product"}
 
 
-@pytest.mark.parametrize(
-    "attention", [["table_decode_kernel"], ["coefficients_kernel", "general_decode_kernel", "merge_kernel"]]
-)
+@pytest.mark.parametrize("attention", [["table_decode_kernel"], ["general_decode_kernel", "merge_kernel"]])
 @pytest.mark.parametrize("product", [PRODUCT, NVJET, GEMV])
 def test_products_of_two_steps_by_their_place(product: str, attention: list[str]) -> None:
     step = [*BEGIN, *layer(product, *attention) * 2, (product, "head"), *DRAW, *END]

@@ -210,7 +210,7 @@ def test_the_key_mean_compiles_for_hopper(name, dim):
     options = launch_options(dim)
     constants = {"D": options["D"], "WIDTH": options["WIDTH"]}
     launch = Options(options["num_warps"], options["num_stages"])
-    types = {"K": "bf16", "OUT": "bf16", "SLAB": "fp16", "MEANS": "fp32", "ROTATION": "fp32", "FIRST": "i32"}
+    types = {"K": "bf16", "OUT": "bf16", "SLAB": "fp16", "MAPS": "fp32", "FIRST": "i32"}
     kernel = getattr(key_mean_kernels, name)
     compiled, stack = compile_for_hopper(kernel, constants, launch, torch.bfloat16, types=types)
     assert compiled.metadata.shared <= SHARED_MEMORY

@@ -17,11 +17,9 @@ from octo_run.kernels.attention.key_mean import (
     AngleTables,
     KeyMean,
     coefficients,
-    launch_coefficients,
     launch_options,
-    mean_rows,
+    mean_maps,
     put_back,
-    rotated_coefficients,
 )
 from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 
@@ -93,12 +91,11 @@ def make_case(
     q = (3 * torch.randn(batch, count, heads, dim)).to(dtype)
     want = torch.empty(batch, count, heads, dim, dtype=torch.float64)
     tables = AngleTables.build(theta ** (-torch.arange(0, dim, 2) / dim), sink, max(packed) + 1)
-    means = torch.full((owned, kv_heads, dim), float("nan"))
+    means = mean * torch.randn(kv_heads, dim)
     for b, (n, row) in enumerate(zip(lengths, rows, strict=True)):
         if row < 0:
             want[b] = 0
             continue
-        means[row] = mean * torch.randn(kv_heads, dim)
         vectors = (torch.randn(2, kv_heads, n, dim) * (0.2 + torch.rand(2, kv_heads, n, 1))).to(dtype)
         stored = vectors.double()
         top = min(n, sink)
@@ -110,7 +107,7 @@ def make_case(
             stored[:, :, coded] = torch.stack(page_format.decode_rotated(made, torch.float64)).flatten(2, 3)
         for p in range(packed[b]):
             at = slice(sink + 64 * p, sink + 64 * p + 64)
-            stored[0, :, at] += rotated_mean(means[row].double(), tables, p, fmt.k.rotation)
+            stored[0, :, at] += rotated_mean(means.double(), tables, p, fmt.k.rotation)
         for j in range(sink + 64 * packed[b], n):
             tails[:, row, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
         want[b] = dense(q[b].double(), stored[0], stored[1], starts[b], dim**-0.5)
@@ -118,9 +115,10 @@ def make_case(
         pages[:, 1], table, _integers(rows), _integers(packed), _integers(starts), *sinks, *tails, _integers(origin),
         sink)  # fmt: skip
     if mean:
-        of_queries = torch.full(q.shape, float("nan"))
-        rotated_coefficients(q.float(), means, kv_inputs.rows, fmt.k.rotation.float(), of_queries)
-        kv_inputs = replace(kv_inputs, mean=KeyMean(means, fmt.k.rotation.float().contiguous(), tables, of_queries))
+        rotation = fmt.k.rotation.float()
+        of_queries = coefficients(q.float() @ rotation, means)
+        of_queries[[n == 0 for n in lengths]] = float("nan")  # filler's are nobody's
+        kv_inputs = replace(kv_inputs, mean=KeyMean(mean_maps(means, rotation.T), tables, of_queries))
     return Case(q, kv_inputs, fmt, want, max(lengths))
 
 
@@ -157,11 +155,11 @@ def run_triton(case):
     if kv.mean is not None:
         mean = kv.mean
         tables = mean.tables.to(DEVICE)
-        of_queries = mean.coefficients.to(DEVICE) if count == 1 else None  # prefill does without
-        kv = replace(kv, mean=KeyMean(mean.means.to(DEVICE), mean.rotation.to(DEVICE), tables, of_queries))
+        of_queries = None if mean.of_queries is None or count > 1 else mean.of_queries.to(DEVICE)
+        kv = replace(kv, mean=KeyMean(mean.maps.to(DEVICE), tables, of_queries))
     q = case.q.to(DEVICE)
     out = torch.full_like(q, float("nan"))
-    size = workspace_bytes(q.device, batch, heads, kv.pages.shape[1], dim, batch * count) // 4
+    size = workspace_bytes(q.device, batch, heads, kv.pages.shape[1], dim, max(2, batch * count)) // 4
     workspace = torch.full((size,), float("nan"), device=DEVICE)
     workspace[: counter_words(q.device)] = 0
     got = attend_triton(
@@ -198,6 +196,16 @@ def test_triton_adds_the_mean_back(kv, dim, group, count, dtype):
 
 
 @triton_only
+@pytest.mark.parametrize("kv", ["octopus3", "oct3", "bf16"])
+def test_triton_reads_one_token_without_its_coefficients(kv):
+    """As prompts do, whose chunks may be of one token."""
+    for lengths in ([150, 64, 300], [300]):
+        case = make_case(kv, lengths, 1, 4, 2, 64, dtype=torch.float16, mean=2.0)
+        case.kv = replace(case.kv, mean=replace(case.kv.mean, of_queries=None))
+        assert relative_error(run_triton(case), case.want) < 3e-3
+
+
+@triton_only
 @pytest.mark.parametrize("dim", [64, 80])
 def test_triton_takes_the_mean_out_and_puts_it_back(dim):
     from octo_run.kernels.attention.general.key_mean_kernels import take_out_kernel
@@ -205,20 +213,18 @@ def test_triton_takes_the_mean_out_and_puts_it_back(dim):
     torch.manual_seed(5)
     tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), SINK, 9)
     tables = tables.to(DEVICE)
-    mean = KeyMean(
-        torch.randn(2, 2, dim, device=DEVICE), parse_kv("octopus3", dim).k.rotation.float().to(DEVICE), tables
-    )
+    maps = mean_maps(torch.randn(2, 2, dim), torch.randn(2, 2, dim, dim) / dim**0.5).to(DEVICE)
     k, first = torch.randn(2, 2, 3, 64, dim, device=DEVICE), 4  # [sequence or layer, head, page, token, coordinate]
-    rows = mean_rows(mean.means, tables.of_pages(first, 3).flatten(0, 1), mean.rotation).view(k.shape)
+    rows = (tables.of_pages(first, 3).flatten(0, 1) @ maps).view(k.shape)
     pages, out = k.transpose(1, 2), torch.empty_like(k.transpose(1, 2), memory_format=torch.contiguous_format)
     take_out_kernel[(3, 2, 2)](
-        K=pages, OUT=out, MEANS=mean.means, FIRST=_integers([first]).to(DEVICE), BASE=tables.base, OFFSET=tables.offset,
-        ROTATION=mean.rotation, **strides("sk", pages, l=0, n=1, h=2, t=3), **strides("so", out, l=0, n=1, h=2),
-        **strides("sm", mean.means, l=0, h=1), **launch_options(dim))  # fmt: skip
+        K=pages, OUT=out, MAPS=maps, FIRST=_integers([first]).to(DEVICE), BASE=tables.base, OFFSET=tables.offset,
+        **strides("sk", pages, l=0, n=1, h=2, t=3), **strides("so", out, l=0, n=1, h=2),
+        **launch_options(dim))  # fmt: skip
     assert torch.allclose(out, (k - rows).transpose(1, 2), atol=1e-5)
     slab = k.clone()
-    put_back(slab.view(2, 2, -1, dim), _integers([1, 0]).to(DEVICE), _integers([first + 2, 9]).to(DEVICE), first, mean)
-    rows = rows.flip(0)  # the sequences own each other's means
+    put_back(slab.view(2, 2, -1, dim), _integers([first + 2, 9]).to(DEVICE), first, KeyMean(maps[1], tables))
+    rows = rows[1].expand(2, -1, -1, -1, -1).clone()  # both sequences have the means of the layer
     rows[0, :, 2] = 0  # a page that the first sequence does not have
     assert torch.allclose(slab, k + rows, atol=1e-5)
 
@@ -311,10 +317,9 @@ def test_misfits_are_named():
     case = make_case("octopus3", [200], 1, 4, 2, 64, mean=1.0)
     mean = case.kv.mean
     for wrong, message in (
-        ({"means": mean.means[:, :1]}, "mean means must be"),
-        ({"means": mean.means[:2]}, "mean means must be"),
-        ({"rotation": mean.rotation.double()}, "mean rotation must be"),
-        ({"rotation": mean.rotation.T}, "rotation must be contiguous"),
+        ({"maps": mean.maps[:1]}, "mean maps must be"),
+        ({"maps": mean.maps.double()}, "mean maps must be"),
+        ({"maps": mean.maps.mT}, "mean maps must be contiguous"),
         ({"of_queries": mean.of_queries[:, :, :2]}, "mean coefficients must be"),
         ({"of_queries": None}, "needs the coefficients"),
     ):
@@ -499,24 +504,6 @@ def test_triton_prefill_leaves_filler_out(kv, mean):
     for b in range(len(lengths)):
         assert relative_error(got[b], case.want[b]) < 3e-3
     assert not got[[not n for n in lengths]].any()
-
-
-@triton_only
-@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 1), (128, 7)])
-@pytest.mark.parametrize("count", [1, 3])
-def test_triton_coefficients_of_the_key_mean_by_row(dim, group, count):
-    torch.manual_seed(7)
-    q, rotation = torch.randn(4, count, 2 * group, dim), parse_kv("octopus3", dim).k.rotation.float().contiguous()
-    means = torch.full((6, 2, dim), float("nan"))
-    means[[5, 0]] = torch.randn(2, 2, dim)
-    rows, outs = _integers([5, -1, 0, -1]), [torch.full(q.shape, float("nan")) for _ in range(2)]
-    rotated_coefficients(q, means, rows, rotation, outs[0])
-    outs[1] = outs[1].to(DEVICE)
-    launch_coefficients(q.to(DEVICE), means.to(DEVICE), rows.to(DEVICE), rotation.to(DEVICE), outs[1])
-    assert relative_error(outs[1], outs[0].double()) < 1e-5
-    assert not outs[0][[1, 3]].any() and not outs[1][[1, 3]].any()
-    plain = coefficients(q[[0, 2]] @ rotation, means[[5, 0]])
-    assert torch.allclose(outs[0][[0, 2]], plain, atol=1e-5)
 
 
 @triton_only

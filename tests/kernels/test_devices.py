@@ -61,7 +61,7 @@ def arena(kv: str, batch: int, count: int, mean: bool) -> tuple[torch.Tensor, At
     means = None
     if mean:
         tables = key_mean.AngleTables.build(torch.ones(32), 64, 3).to(META)
-        means = key_mean.KeyMean(meta(5, 2, 64, dtype=torch.float32), meta(64, 64, dtype=torch.float32), tables,
+        means = key_mean.KeyMean(meta(2, 64, 64, dtype=torch.float32), tables,
                                  meta(*q.shape, dtype=torch.float32))  # fmt: skip
     pages = meta(3, 2, page_bytes(fmt), dtype=torch.uint8)
     full = [meta(5, 2, size, 64) for size in (64, 64, 128, 128)]
@@ -94,9 +94,11 @@ def encode(kv: str) -> Callable[[], Any]:
 
 
 def append() -> None:
-    transform = ops.HeadTransform(meta(3, 32), meta(3, 32), None, None, 1e-5, meta(64, 64), meta(64, 64))
+    transform = ops.HeadTransform(meta(3, 32), meta(3, 32), None, None, 1e-5, meta(2, 2, 64, 64), meta(64, 64),
+                                  meta(2, 64, dtype=torch.float32))  # fmt: skip
     full_k, full_v = meta(5, 2, 9, 64), meta(5, 2, 9, 64)
-    launch.qkv_rope_append(meta(3, 8 * 64), transform, numbers(3), full_k, full_v, meta(3, 1, 4, 64), numbers(3))
+    q, found = meta(3, 1, 4, 64), meta(3, 1, 4, 64, dtype=torch.float32)
+    launch.qkv_rope_append(meta(3, 8 * 64), transform, numbers(3), full_k, full_v, q, numbers(3), found)
 
 
 def sample() -> None:
@@ -112,19 +114,13 @@ def sample() -> None:
 def put_back() -> None:
     _, inputs, _ = arena("oct3", 2, 1, True)
     assert inputs.mean is not None
-    key_mean.put_back(meta(2, 2, 128, 64), inputs.rows, inputs.num_packed, 0, inputs.mean)
+    key_mean.put_back(meta(2, 2, 128, 64), inputs.num_packed, 0, inputs.mean)
 
 
 def take_out() -> None:
     tables, k = key_mean.AngleTables.build(torch.ones(32), 64, 3).to(META), meta(3, 2, 2, 64, 64)
-    means, rotation = meta(3, 2, 64, dtype=torch.float32), meta(64, 64, dtype=torch.float32)
-    key_mean.take_out(k, means, numbers(1), tables, rotation, torch.empty_like(k))
-
-
-def coefficients() -> None:
-    q, means = meta(2, 1, 4, 64), meta(5, 2, 64, dtype=torch.float32)
-    rotation, out = meta(64, 64, dtype=torch.float32), meta(2, 1, 4, 64, dtype=torch.float32)
-    key_mean.rotated_coefficients(q, means, numbers(2), rotation, out)
+    maps = meta(3, 2, 64, 64, dtype=torch.float32)
+    key_mean.take_out(k, maps, numbers(1), tables, torch.empty_like(k))
 
 
 LAUNCHERS: dict[str, tuple[Callable[[], Any], set[str]]] = {
@@ -141,7 +137,6 @@ LAUNCHERS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "prefill": (attend("octopus3", 5, mean=True), {"unpack_kernel", "put_back_kernel", "flash_kernel"}),
     "put back": (put_back, {"put_back_kernel"}),
     "take out": (take_out, {"take_out_kernel"}),
-    "coefficients": (coefficients, {"coefficients_kernel"}),
     "encode octopus": (encode("octopus3"), {"octopus_pages_kernel"}),
     "encode plain": (encode("bf16"), {"plain_pages_kernel"}),
     "encode trellis": (encode("oct3"), {"trellis_kernel", "pack_kernel"}),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from octo_run.kernels import encode_pages, encode_pages_reference, page_bytes
-from octo_run.kernels.codec import PageFormat, parse_kv
+from octo_run.kernels.codec import LayerFormats, PageFormat, parse_kv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -57,6 +57,40 @@ def nearly_identical(got, codec, source):
     for row in other.nonzero().flatten().tolist():
         errors = [(codec.decode_rotated(r[row], torch.float64) - source[row]).square().sum() for r in (got, want)]
         assert abs(errors[0] - errors[1]) <= 1e-4 * errors[1]
+
+
+def runs_of_layers(names, kv_heads, count=5):
+    """Pages of layers of several formats, one after the other: ``(format, first layer, end, pages)``."""
+    formats = LayerFormats("mixed", tuple(parse_kv(name, 64) for name in names))
+    pool = torch.full((count, 64 * kv_heads * formats.vector_bytes), 0xEE, dtype=torch.uint8, device=DEVICE)
+    at, views = 0, []
+    for first, end, fmt in formats.runs:
+        shape = (count, end - first, kv_heads, page_bytes(fmt))
+        views.append((fmt, first, end, pool.as_strided(shape, (pool.shape[1], kv_heads * shape[3], shape[3], 1), at)))
+        at += (end - first) * kv_heads * shape[3]
+    assert at == pool.shape[1]
+    return views
+
+
+@triton_only
+@pytest.mark.parametrize("names", [("oct2", "oct2:oct3", "oct2:oct3"), ("oct3", "oct3", "octopus2")])
+@pytest.mark.parametrize("count", [1, 2])
+def test_triton_pages_of_layers_of_several_formats(names, count):
+    """Neighbours of one format by one call, as the arena does it: the bytes are those of each layer alone."""
+    from octo_run.kernels.encode.launch import encode_pages_triton
+
+    k, v = (x.to(DEVICE) for x in vectors(3, count, 2, 64))
+    ids, views = torch.tensor([4, 1][:count], device=DEVICE), runs_of_layers(names, 2)
+    assert len(views) == 2
+    for fmt, first, end, pages in views:
+        assert pages.storage_offset() % 128 == 0 and all(stride % 128 == 0 for stride in pages.stride()[:3])
+        encode_pages_triton(k[first:end], v[first:end], pages, ids, fmt)
+    for fmt, first, end, pages in views:
+        written = PageFormat(fmt, "lanes").convert(pages[ids].cpu(), "rows")
+        want = PageFormat(fmt, "rows").encode_rotated(k[first:end].cpu(), v[first:end].cpu()).transpose(0, 1)
+        assert (written != want).sum() <= 8  # vectors at a boundary between codes
+        untouched = [page for page in range(5) if page not in ids.tolist()]
+        assert (pages[untouched] == 0xEE).all()
 
 
 @pytest.mark.parametrize("kv", ["octopus3", "bf16", "octopus2:octopus4", "octopus3:bf16"])

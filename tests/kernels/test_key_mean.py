@@ -8,8 +8,7 @@ import torch
 from octo_run.kernels.attention.angle_tables import RESIDUAL, AngleTables, fastest_steps
 from octo_run.kernels.attention.key_mean import (
     coefficients,
-    estimate,
-    mean_rows,
+    mean_maps,
     page_bias,
 )
 from octo_run.kernels.codec import get
@@ -32,11 +31,13 @@ def rope(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 def test_logits_are_those_of_the_keys_that_were_taken_out() -> None:
     torch.manual_seed(1)
-    q, means = torch.randn(2, 3, 8, DIM), torch.randn(2, 2, DIM)
+    q, means = torch.randn(2, 3, 8, DIM), torch.randn(2, DIM)
     pages = 30
     bias = page_bias(coefficients(q, means), tables(pages), 0, pages)
-    keys = mean_rows(means, tables(pages).of_pages(0, pages).flatten(0, 1), torch.eye(DIM)).double()
-    want = torch.einsum("bchgd,bhnd->bchgn", q.double().view(2, 3, 2, 4, DIM), keys).reshape(2, 3, 8, -1)
+    keys = (
+        tables(pages).of_pages(0, pages).flatten(0, 1) @ mean_maps(means, torch.eye(DIM).expand(2, -1, -1))
+    ).double()
+    want = torch.einsum("bchgd,hnd->bchgn", q.double().view(2, 3, 2, 4, DIM), keys).reshape(2, 3, 8, -1)
     assert float((bias.double() - want).abs().max() / want.abs().max()) < 1e-5
 
 
@@ -79,15 +80,12 @@ def test_frequencies_of_no_model_add_no_energy() -> None:
         assert RESIDUAL < float(missed(freq).max()) < 1.001
 
 
-def test_rows_and_estimate_are_inverse() -> None:
+def test_a_map_makes_stored_means_of_angles() -> None:
     torch.manual_seed(2)
-    rotation = get("oct3", DIM).rotation.float()
-    means = torch.randn(3, 2, DIM)
-    angles = tables(5).of_pages(4, 1)[0]
-    rows = mean_rows(means, angles, rotation)
-    want = rope(means[:, :, None].expand(-1, -1, 64, -1), 64 + 4 * 64 + torch.arange(64)) @ rotation.double().T
+    means, key_maps = torch.randn(3, 2, DIM), torch.randn(3, 2, DIM, DIM) / DIM**0.5
+    rows = tables(5).of_pages(4, 1)[0] @ mean_maps(means, key_maps)
+    want = rope(means[:, :, None].expand(-1, -1, 64, -1), 64 + 4 * 64 + torch.arange(64)) @ key_maps.double()
     assert float((rows.double() - want).norm() / want.norm()) < 3e-3
-    assert float((estimate(rows, angles, rotation) - means).norm() / means.norm()) < 3e-3
 
 
 @pytest.mark.parametrize("kv", ["octopus2", "octopus3"])
@@ -101,8 +99,7 @@ def test_biased_keys_code_like_unbiased_ones(kv: str) -> None:
     mean = torch.randn(4, 1, DIM)
     mean *= (20 * DIM) ** 0.5 / mean.norm(dim=-1, keepdim=True)
     rows = rope(noise + mean, positions).float() @ rotation.T
-    found = estimate(rows[:, :64], angles.of_pages(0, 1)[0], rotation)
-    residual = rows - mean_rows(found, angles.of_pages(0, pages).flatten(0, 1), rotation)
+    residual = rows - angles.of_pages(0, pages).flatten(0, 1) @ mean_maps(mean[:, 0], rotation.T)
     plain = rope(noise, positions).float() @ rotation.T
 
     def error(x: torch.Tensor) -> float:

@@ -88,6 +88,25 @@ def test_triton_writes_and_reads_pages_of_a_cpu(kv: str, dim: int, count: int, m
     check(kv, dim, count, encode_pages_triton, attend_triton)
 
 
+@triton_only
+@pytest.mark.parametrize(("kv", "dim"), [("oct3", 64), ("oct4:oct2", 80), ("octopus3:oct3", 64), ("oct3:bf16", 64)])
+def test_triton_unpacks_pages(kv: str, dim: int) -> None:
+    """All but the first page of each sequence, as the codec decodes them; nothing behind the last."""
+    from octo_run.kernels.attention.general.prefill_launch import unpack_pages
+
+    case, _, _ = arena(kv, dim, 5)
+    batch, kv_heads, most = len(case.kv.rows), case.kv.pages.shape[1], case.kv.page_table.shape[1]
+    slabs = torch.full((2, batch, kv_heads, 64 * (most - 1), dim), torch.nan, device=DEVICE)
+    unpack_pages(case.kv, case.fmt, slabs[0], slabs[1], 1, most - 1)
+    fmt = PageFormat(case.fmt, "lanes")
+    for b, (row, packed) in enumerate(zip(case.kv.rows.tolist(), case.kv.num_packed.tolist(), strict=True)):
+        pages = case.kv.pages[case.kv.page_table[row, 1:packed].long()].cpu()
+        for got, want in zip(slabs[:, b].cpu(), fmt.decode_rotated(pages), strict=True):
+            part = got[:, : 64 * (packed - 1)]
+            assert cases.relative_error(part, want.transpose(0, 1).flatten(1, 2)) < 1e-3
+            assert bool(got[:, 64 * (packed - 1) :].isnan().all())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no GPU")
 @pytest.mark.parametrize("count", [1, 37])

@@ -13,10 +13,10 @@ from octo_run.kernels.step import layer_kernels, sample_kernels  # noqa: E402
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 B, F, I, L = "*bf16", "*fp32", "*i32", "*i64"
-HEAD = {"H": 32, "HKV": 8, "D": 128, "BD": 128, "HEADS": 16}
-STRIDES = dict.fromkeys(("sk_r", "sk_h", "sk_t", "sv_r", "sv_h", "sv_t"), "i32")
-TRANSFORM = {"SLOTS": I, "ROWS": I, "eps": "fp32"} | dict.fromkeys(
-    ("QKV", "COS", "SIN", "Q_NORM", "K_NORM", "ROTATION", "V_ROTATION", "K", "V", "Q"), B
+HEAD = {"H": 32, "HKV": 8, "D": 128, "BD": 128, "HEADS": 4, "EARLY": True}
+STRIDES = dict.fromkeys(("n", "sm_part", "sm_h", "sk_r", "sk_h", "sk_t", "sv_r", "sv_h", "sv_t"), "i32")
+TRANSFORM = {"SLOTS": I, "ROWS": I, "MEAN": F, "COEF": F, "eps": "fp32"} | dict.fromkeys(
+    ("QKV", "COS", "SIN", "Q_NORM", "K_NORM", "MAPS", "V_ROTATION", "K", "V", "Q"), B
 )
 RULES = {
     "LOGITS": B,
@@ -34,13 +34,20 @@ CASES = [
      {"N": 4096, "BLOCK": 4096, "ADD": True, "EARLY": True}, 8),
     (layer_kernels.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
-     HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": True, "ROTATE_V": False, "MAPPED": True, "EARLY": True}, 4),
+     HEAD | {"TOKENS": 4, "COLUMNS": 32, "NORM": True, "MAP": True, "MAP_V": False, "TAKES_MEAN": True,
+             "MAPPED": True}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
-     HEAD | {"COLUMNS": 128, "NORM": False, "ROTATE": False, "ROTATE_V": False, "MAPPED": False, "EARLY": True}, 4),
+     HEAD | {"TOKENS": 4, "COLUMNS": 128, "NORM": False, "MAP": False, "MAP_V": False, "TAKES_MEAN": False,
+             "MAPPED": False}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
-     HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": True, "ROTATE_V": True, "MAPPED": True, "EARLY": True}, 4),
+     HEAD | {"TOKENS": 16, "COLUMNS": 32, "NORM": True, "MAP": True, "MAP_V": True, "TAKES_MEAN": False,
+             "MAPPED": True}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
-     HEAD | {"COLUMNS": 32, "NORM": True, "ROTATE": False, "ROTATE_V": True, "MAPPED": True, "EARLY": True}, 4),
+     HEAD | {"TOKENS": 16, "COLUMNS": 32, "NORM": True, "MAP": False, "MAP_V": True, "TAKES_MEAN": True,
+             "MAPPED": True}, 4),
+    (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
+     HEAD | {"TOKENS": 16, "COLUMNS": 32, "NORM": False, "MAP": True, "MAP_V": False, "TAKES_MEAN": True,
+             "MAPPED": False}, 4),
     (layer_kernels.rotate_back_kernel, {"X": B, "ROTATION": B, "OUT": B, "n": "i32"},
      {"D": 128, "BD": 128, "HEADS": 16, "COLUMNS": 32, "EARLY": True}, 4),
     (layer_kernels.vector_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": B, "n": "i32"},

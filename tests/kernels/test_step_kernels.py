@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from octo_run.kernels import step as ops
+from octo_run.kernels.attention import key_mean
 from octo_run.kernels.codec.rotation import rotation_matrix
 from octo_run.kernels.step import reference
 from octo_run.models import rope
@@ -38,14 +39,20 @@ def integers(values):
     return torch.tensor(values, dtype=torch.int32).to(DEVICE)
 
 
-def turn(rows, d, normed, rotated, dtype, v_rotated=False):
+def turn(rows, d, normed, rotated, dtype, v_rotated=False, kv_heads=None):
+    """`kv_heads`: each has maps and a mean of its own."""
     positions = torch.randint(0, 5000, (rows,)).to(DEVICE)
     inv_freq = (1e4 ** -(torch.arange(0, d, 2) / d)).to(DEVICE)
     cos, sin = rope.cos_sin(positions, inv_freq, dtype)
     norms = [1 + random(d, dtype=dtype, scale=0.1) for _ in range(2)] if normed else [None, None]
-    rotation = rotation_matrix(d, 0).to(device=DEVICE, dtype=dtype).T.contiguous() if rotated else None
+    maps, mean = None, None
+    if kv_heads is not None:
+        maps = random(2, kv_heads, d, d, dtype=dtype, scale=d**-0.5) if rotated else None
+        mean = random(kv_heads, d)
+    elif rotated:
+        maps = rotation_matrix(d, 0).to(device=DEVICE, dtype=dtype).T.contiguous().expand(2, 64, -1, -1)
     v_rotation = rotation_matrix(d, 1).to(device=DEVICE, dtype=dtype).T.contiguous() if v_rotated else None
-    return ops.HeadTransform(cos.contiguous(), sin.contiguous(), *norms, 1e-5, rotation, v_rotation)
+    return ops.HeadTransform(cos.contiguous(), sin.contiguous(), *norms, 1e-5, maps, v_rotation, mean)
 
 
 def append(run, qkv, how, heads, kv_heads, d, rows=None):
@@ -76,7 +83,7 @@ def test_reference_of_queries_keys_values(rows, heads, kv_heads, d, normed, rota
         parts[:2] = rms_norm(parts[0], how.q_norm, 1e-5), rms_norm(parts[1], how.k_norm, 1e-5)
     parts[:2] = (rope.apply(x, how.cos[:, None], how.sin[:, None]) for x in parts[:2])
     if rotated:
-        parts[:2] = parts[0] @ how.rotation, parts[1] @ how.rotation
+        parts[:2] = parts[0] @ how.maps[0, 0], parts[1] @ how.maps[0, 0]
     for got, want in zip((q[:, 0], k, v), parts, strict=True):
         torch.testing.assert_close(got, want[:, 0])
 
@@ -151,6 +158,39 @@ def test_triton_appends_to_the_rows_of_a_batch(heads, kv_heads, d, normed, rotat
             if live:
                 close(ours[live], theirs[live], HALF)
         assert v_rotated or torch.equal(got[2], want[2])
+
+
+@triton_only
+@pytest.mark.parametrize(("heads", "kv_heads", "d", "normed"), [(6, 2, 128, False), (7, 1, 64, True), (40, 2, 80, True),
+                                                               (4, 4, 96, False)])  # fmt: skip
+@pytest.mark.parametrize("mapped", [False, True])
+def test_triton_maps_heads_and_finds_coefficients(heads, kv_heads, d, normed, mapped):
+    """Each KV head has its own maps; the coefficients are those of queries before their map."""
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    for rows in (1, 5, 37):
+        qkv = random(rows, (heads + 2 * kv_heads) * d, dtype=HALF)
+        how = turn(rows, d, normed, mapped, HALF, kv_heads=kv_heads)
+        slots, found = integers(range(rows)), []
+        for run in (launch.qkv_rope_append, reference.qkv_rope_append):
+            full = torch.full((2, 1, kv_heads, rows, d), torch.nan, dtype=HALF, device=DEVICE)
+            q = torch.full((rows, 1, heads, d), torch.nan, dtype=HALF, device=DEVICE)
+            coefficients = torch.full(q.shape, torch.nan, device=DEVICE)
+            run(qkv, how, slots, *full, q, 0 * slots, coefficients)
+            found.append((q, full[0], full[1], coefficients))
+        for ours, theirs in zip(*found, strict=True):
+            close(ours, theirs, HALF)
+        plain = turn(rows, d, normed, False, HALF)
+        plain = replace(plain, cos=how.cos, sin=how.sin, q_norm=how.q_norm, k_norm=how.k_norm)
+        reference.qkv_rope_append(qkv, plain, slots, *full, q, 0 * slots)
+        close(found[0][3], key_mean.coefficients(q, how.mean), HALF)
+        if mapped:
+            group = heads // kv_heads
+            want = torch.stack([q[:, 0, h].double() @ how.maps[0, h // group].double() for h in range(heads)], 1)
+            close(found[0][0][:, 0], want, HALF)
+            want = torch.stack([full[0][0, h].double() @ how.maps[1, h].double() for h in range(kv_heads)])
+            close(found[0][1][0], want, HALF)
 
 
 @triton_only

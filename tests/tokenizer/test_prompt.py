@@ -158,7 +158,7 @@ def test_whatever_feeds_plain_text_begins_it_so(make_checkpoint: Callable[..., P
     assert asked[: len(begin) + 2] == begin + ids[:2] and (1 in asked) is bool(begin)
     joined = needle._prompt(tok, text, "key", "text")
     assert joined[: len(begin) + 2] == begin + ids[:2] and joined.count(1) == len(begin)
-    assert perplexity._Runner(engine, [ids], 1)._begin == begin
+    assert perplexity.window_ids(tok, ids, perplexity.Window(0, len(ids), 0)) == begin + ids
     assert capture(folder, text, len(begin) + len(ids)).k.shape[2] == len(begin) + len(ids)
     with pytest.raises(UsageError, match=f"has {len(begin) + len(ids)} tokens"):
         capture(folder, text, len(begin) + len(ids) + 1)

@@ -49,9 +49,9 @@ def launch_prefill(
     for first in range(0, most, max(1, pages)):
         size = batch * kv_heads * pages * PAGE_TOKENS * dim
         slab_k, slab_v = (half.view(batch, kv_heads, -1, dim) for half in (whole[:size], whole[size : 2 * size]))
-        _unpack(kv, fmt, slab_k, slab_v, first, pages)
+        unpack_pages(kv, fmt, slab_k, slab_v, first, pages)
         if kv.mean is not None:
-            put_back(slab_k, kv.rows, kv.num_packed, first, kv.mean)
+            put_back(slab_k, kv.num_packed, first, kv.mean)
         _flash(q, kv, out, running, tiles, scale, past, (slab_k, slab_v), PAGE_TOKENS * first)
         past = True
     _flash(q, kv, out, running, tiles, scale, past, None, 0)
@@ -76,8 +76,8 @@ def _flash(q: Tensor, kv: AttentionInputs, out: Tensor, running: tuple[Tensor, T
     )  # fmt: skip
 
 
-def _unpack(kv: AttentionInputs, fmt: KVFormat, slab_k: Tensor, slab_v: Tensor, first: int, pages: int) -> None:
-    """Decode the pages from number `first` on to the slab."""
+def unpack_pages(kv: AttentionInputs, fmt: KVFormat, slab_k: Tensor, slab_v: Tensor, first: int, pages: int) -> None:
+    """Decode the pages from number `first` on to a slab ``[B, Hkv, 64 * pages, d]`` each, fp16 or float32."""
     batch, kv_heads, _, dim = slab_k.shape
     launch: Callable[..., Any] = unpack_kernel[(pages, kv_heads, batch)]
     launch(

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,13 @@ import click
 from octo_run.cli import console, runtime
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
-from octo_run.errors import UsageError
+from octo_run.cli.progress import Running
+from octo_run.errors import OctoError, UsageError
+from octo_run.process import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine
+    from octo_run.engine.evaluation.reading import Progress
 
 figure_type = click.Path(dir_okay=False, path_type=Path)
 
@@ -73,13 +76,13 @@ def formats(load: EngineOptions) -> list[str]:
     kvs = [*dict.fromkeys(name.strip() for name in load.kv.split(","))]
     if load.offline:
         runtime.go_offline()
-    from octo_run.kernels.codec import parse_kv
+    from octo_run.engine.allocation import parse_formats
     from octo_run.models.config import load_config
     from octo_run.models.hub import resolve
 
-    head_dim = load_config(resolve(load.model)).head_dim
+    cfg = load_config(resolve(load.model))
     for kv in kvs:
-        parse_kv(kv, head_dim)
+        parse_formats(kv, cfg)
     return kvs
 
 
@@ -94,18 +97,50 @@ def context(load: EngineOptions, usual: int) -> int:
     return min(usual, cfg.max_position_embeddings, cfg.sliding_window or usual)
 
 
-def loader(load: EngineOptions, cache: CacheOptions, tokens: int | None) -> Callable[[str], "Engine"]:
+def loader(
+    load: EngineOptions, cache: CacheOptions, tokens: int | None, sequences: int = 1
+) -> Callable[[str], "Engine"]:
     """The function that loads the engine of a format.
 
     Args:
         tokens: Its context; None: what the model has.
+        sequences: How many it holds.
     """
 
     def of(kv: str) -> "Engine":
         options = dataclasses.replace(load, kv=kv, ctx=tokens)
-        return runtime.load_engine(options, **dataclasses.asdict(cache))
+        return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
 
     return of
+
+
+def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wanted: int) -> int:
+    """How many sequences of so many tokens an engine of bf16 has room for, at most ``wanted``: halved until it fits.
+
+    Raises:
+        UsageError: A device, a type or a context that cannot be.
+    """
+    from octo_run.engine import plan_memory
+    from octo_run.engine.engine import choose_device, choose_dtype
+    from octo_run.engine.evaluation import reading
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    cfg, device = load_config(resolve(load.model)), choose_device(load.device)
+    while wanted > 1:
+        try:
+            plan = plan_memory(
+                cfg, reading.REFERENCE, device=device, dtype=choose_dtype(load.dtype, cfg, device), max_context=tokens,
+                sequences=wanted, conditioning=load.conditioning, **dataclasses.asdict(cache),
+            )  # fmt: skip
+            if reading.fits(plan, cfg, plan.free):
+                break
+        except UsageError:
+            raise
+        except OctoError:  # more than is free
+            pass
+        wanted //= 2
+    return wanted
 
 
 def read_text(path: Path) -> str:
@@ -162,6 +197,31 @@ def csv_output(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[Output
             writer.writerows(rows)
 
     return [] if path is None else [OutputFile(path, write)]
+
+
+def follow(what: str, states: "Iterable[Progress]", table: Callable[[], str], deliver: Callable[[], None]) -> int:
+    """Go through a measurement with running figures on standard error, then deliver what it has, however it ended.
+
+    Args:
+        table: Gives the figures so far; "" as long as there are none.
+
+    Returns:
+        The exit code.
+    """
+    code = 0
+    try:
+        with Running(what) as running:
+            for state in states:
+                running.report(state.done, state.to_do, table)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except Exception:
+        if table():
+            deliver()
+        raise
+    if table():
+        deliver()
+    return code
 
 
 def percent(value: float | None, digits: int = 2, *, sign: bool = False) -> str:

@@ -8,15 +8,16 @@ import click
 
 from octo_run.cli import console, debug_option
 from octo_run.cli.evaluate import common
-from octo_run.cli.evaluate.common import CacheOptions, cache_options
+from octo_run.cli.evaluate.common import CacheOptions, cache_options, percent
 from octo_run.cli.options import COUNT, SEED, Count, EngineOptions, engine_options
 from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError, quoted
 
 if TYPE_CHECKING:
-    from octo_run.engine.evaluation.needle import Cell, Haystack
+    from octo_run.engine.evaluation.needle import Cell, Search
 
 _LENGTHS = "512,1024"
+_AT_ONCE = {"cuda": 32, "cpu": 8}  # questions, by device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class _Plan:
 
     lengths: list[int]
     depths: list[float]
-    trials: int
+    questions: int
     distractors: int
     form: str
     seed: int
@@ -44,7 +45,7 @@ def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
 )
 @click.option("--lengths", default=_LENGTHS, show_default=True, callback=_lengths, help="Tokens, the answer included.")
 @click.option("--depths", type=Count(1, 101), default=5, show_default=True, help="Depths from first to last.")
-@click.option("--trials", type=COUNT, default=2, show_default=True, help="Prompts for each cell.")
+@click.option("--questions", type=COUNT, default=20, show_default=True, help="Prompts for each length, at all depths.")
 @click.option("--distractors", type=Count(0), default=4, show_default=True, help="Other hidden numbers.")
 @click.option(
     "--form",
@@ -53,7 +54,7 @@ def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
     show_default=True,
     help="Text and question in one message; text, then the question as a message; a sentence to complete.",
 )
-@click.option("--step", type=COUNT, default=64, show_default=True, help="Prompt tokens fed at a time.")
+@click.option("--step", type=COUNT, help="Tokens of a prompt read at once.  [default: as many as a chunk has]")
 @click.option("--seed", "prompt_seed", type=SEED, default=0, show_default=True, help="Seed of the prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of cells.")
 @click.option("--csv", "csv_file", type=common.figure_type, help="Write the cells to this CSV file.")
@@ -65,27 +66,31 @@ def command(
     texts: tuple[Path, ...],
     lengths: list[int],
     depths: int,
-    trials: int,
+    questions: int,
     distractors: int,
     form: str,
-    step: int,
+    step: int | None,
     prompt_seed: int,
     as_json: bool,
     csv_file: Path | None,
     plot: Path | None,
     load: EngineOptions,
     cache: CacheOptions,
-) -> None:
+) -> int:
     """Look for a number hidden in a long text, with bf16 and each format of --kv A,B,C.
 
-    "The special magic number for NAME is DIGITS." stands at --depths places of texts of --lengths tokens, with
+    "The special magic number for NAME is DIGITS." stands at --depths places of texts of --lengths tokens, in turn, with
     --distractors more such sentences (random names and numbers of seven digits) elsewhere, and the number of one name
-    is asked for; an answer is right if its first number is that one. The prompts are the same for every format. The
-    sentences around come from the --text files, one after the other and round again, else from a bundled sample. The
-    context is the greatest length, and --ctx is not used.
+    is asked for; an answer is right if its first number is that one. All formats are asked the same questions at the
+    same time. The sentences around come from the --text files, one after the other and round again, else from a bundled
+    sample. The context is the greatest length, and --ctx is not used. Prompts are read as decode steps would, whatever
+    --step is (see `octo-run eval ppl --help`).
+
+    Ctrl-C ends the measurement with the questions that all formats have answered.
 
     The keys of a --json cell: kv, length, depth (0 first, 1 last; null: all depths of this length), trials, correct,
-    recall, and its 95 % Wilson interval low and high.
+    recall, its standard error stderr and its 95 % Wilson interval low and high, delta (recall less bf16's) and its
+    standard error delta_stderr (paired by question), partial (whether that is not all questions).
     """
     common.check_outputs(csv_file, plot=plot)
     if load.ctx is not None:
@@ -93,34 +98,39 @@ def command(
     content = "\n".join([common.read_text(path) for path in texts] or [common.sample_text()])
     kvs = common.formats(load)
     places = [index / (depths - 1) for index in range(depths)] if depths > 1 else [0.5]
-    cells = _measure(content, kvs, _Plan(lengths, places, trials, distractors, form, prompt_seed), step, load, cache)
-    values = [dataclasses.asdict(cell) for cell in cells]
-    files = common.csv_output(csv_file, values)
-    if plot is not None:
-        from octo_run.engine.evaluation.plots import plot_recall
+    plan = _Plan(lengths, places, questions, distractors, form, prompt_seed)
+    search = _search(content, kvs, plan, step, load, cache)
 
-        files.append(OutputFile(plot, lambda path: plot_recall(cells, path)))
-    deliver(console.as_json(values) if as_json else report(cells), files, as_json=as_json)
+    def deliver_cells() -> None:
+        cells = search.cells()
+        values = [dataclasses.asdict(cell) for cell in cells]
+        files = common.csv_output(csv_file, values)
+        if plot is not None:
+            from octo_run.engine.evaluation.plots import plot_recall
+
+            files.append(OutputFile(plot, lambda path: plot_recall(cells, path)))
+        deliver(console.as_json(values) if as_json else report(cells), files, as_json=as_json)
+
+    return common.follow("eval needle", search.run(), lambda: totals(search.cells()), deliver_cells)
 
 
-def _measure(
-    content: str, kvs: list[str], plan: _Plan, step: int, load: EngineOptions, cache: CacheOptions
-) -> list["Cell"]:
-    """The cells of bf16, then those of every other format."""
+def _search(
+    content: str, kvs: list[str], plan: _Plan, step: int | None, load: EngineOptions, cache: CacheOptions
+) -> "Search":
+    """What is to be asked; errors come before anything is loaded."""
+    from octo_run.engine.engine import choose_device
     from octo_run.engine.evaluation import needle
-    from octo_run.engine.evaluation.perplexity import REFERENCE
     from octo_run.models.hub import resolve
     from octo_run.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve(load.model))
     if plan.form != "raw" and not tokenizer.has_chat_template:
         raise UsageError(f"{load.model} has no chat template: use --form raw.")
-    haystacks: dict[tuple[int, float], list[Haystack]] = needle.prompts(tokenizer, content, **dataclasses.asdict(plan))
-    engine_of = common.loader(load, cache, max(plan.lengths))
-    cells: list[Cell] = []
-    for kv in dict.fromkeys([REFERENCE, *kvs]):
-        cells += needle.evaluate(engine_of(kv), kv, haystacks, step)
-    return cells
+    questions = needle.prompts(tokenizer, content, **dataclasses.asdict(plan))
+    wanted = min(len(questions), _AT_ONCE[choose_device(load.device).type])
+    context = max(plan.lengths)
+    sequences = common.sequences_that_fit(load, cache, context, wanted)
+    return needle.Search(common.loader(load, cache, context, sequences), kvs, questions, step)
 
 
 def report(cells: list["Cell"]) -> str:
@@ -128,16 +138,27 @@ def report(cells: list["Cell"]) -> str:
     from octo_run.engine.evaluation.plots import recall_map
 
     maps = [f"{kv}\n{recall_map(cells, kv)}" for kv in dict.fromkeys(cell.kv for cell in cells)]
+    return "\n\n".join([*maps, totals(cells)])
+
+
+def totals(cells: list["Cell"]) -> str:
+    """The recall of each format and length as a table; "" without cells."""
+    if not cells:
+        return ""
     rows = [
         [
             cell.kv,
             f"{cell.length:,}",
             f"{cell.correct}/{cell.trials}",
-            f"{100 * cell.recall:.1f}",
+            percent(100 * cell.recall, 1),
+            percent(100 * cell.stderr, 1),
             f"{100 * cell.low:.1f} - {100 * cell.high:.1f}",
+            "-" if cell.kv == cells[0].kv else percent(100 * cell.delta, 1, sign=True),
+            "-" if cell.kv == cells[0].kv or cell.delta_stderr is None else percent(100 * cell.delta_stderr, 1),
         ]
         for cell in cells
         if cell.depth is None
     ]
-    totals = console.table(["kv", "tokens", "found", "recall %", "95 % interval"], rows)
-    return "\n\n".join([*maps, totals])
+    table = console.table(["kv", "tokens", "found", "recall %", "±", "95 % interval", "points", "±"], rows)
+    what = "; partial: not all questions were asked" if any(cell.partial for cell in cells) else ""
+    return f"{table}\npoints: recall against bf16; ± is one standard error{what}"

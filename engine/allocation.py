@@ -1,0 +1,138 @@
+"""`--kv` for all layers of a model, and `auto:N`: formats for each layer and side by what their errors cost."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from octo_run.engine import sensitivity
+from octo_run.errors import UsageError, quoted
+from octo_run.kernels.codec import KVFormat, LayerFormats, get, parse_kv
+from octo_run.models.config import ModelConfig
+from octo_run.models.decoder import Decoder
+
+#: The formats that are chosen from, and their relative errors: energy of the error by energy of the vector, Gaussian
+#: vectors of 128 numbers (docs/formats.md). Their proportions matter; other head dimensions have these within 15 %.
+ERRORS = {"oct2": 0.0554, "oct3": 0.0142, "oct4": 0.0041}
+#: What budgets count: bytes of so many numbers, norm and padding included.
+NUMBERS = 128
+
+#: A sensitivity for keys and one for values.
+Pair = Sequence[float]
+_AUTO = re.compile(r"auto:([0-9]{1,4})")
+
+
+@dataclass(frozen=True)
+class AutoFormats(LayerFormats):
+    """Formats that were chosen within a budget of bytes.
+
+    Attributes:
+        budget: Bytes of 128 numbers, on average.
+    """
+
+    budget: int
+
+    @classmethod
+    def within(cls, budget: int, sensitivities: Sequence[Pair], head_dim: int, seed: int = 0) -> AutoFormats:
+        """See ``allocate``."""
+        layers = allocate(sensitivities, Fraction(budget * head_dim, NUMBERS), head_dim, seed)
+        return cls(f"auto:{budget}", layers, budget)
+
+    def chosen(
+        self, decoder: Decoder, ids: list[int], on_progress: Callable[[int, int], None] | None = None
+    ) -> AutoFormats:
+        """The formats for a model, of as many bytes.
+
+        Args:
+            ids: Of a text that it is measured on. If none of them would be coded, the formats stay what they are.
+            on_progress: See ``sensitivity.measure``.
+
+        Raises:
+            OctoError: A model whose logits are not finite.
+        """
+        if len(ids) <= sensitivity.FIRST:
+            return self
+        head_dim, seed = self.layers[0].k.head_dim, self.layers[0].k.seed
+        found = sensitivity.measure(decoder, parse_kv(next(iter(ERRORS)), head_dim, seed), ids, on_progress)
+        return type(self).within(self.budget, found.tolist(), head_dim, seed)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.counts}; {self.average:.2f} bytes on average)"
+
+    @property
+    def average(self) -> float:
+        """Bytes of 128 numbers that are used, on average."""
+        return self.vector_bytes / (2 * len(self)) * NUMBERS / self.layers[0].k.head_dim
+
+
+def allocate(sensitivities: Sequence[Pair], budget: Fraction, head_dim: int, seed: int = 0) -> tuple[KVFormat, ...]:
+    """Formats of keys and values of each layer that let the expected loss be least.
+
+    The loss of a layer and side is its sensitivity times the format's error; they add up. From a format to the next
+    better one it is as many bytes everywhere, and the first such step gains more than the second one: taking the steps
+    by their gain, the largest first, gives the least loss that the bytes allow.
+
+    Args:
+        sensitivities: Of each layer, for keys and for values: how much is lost by an error of a given size.
+        budget: Bytes of a vector, on average over layers and sides.
+
+    Returns:
+        As many steps as the budget has bytes for are taken, also where they gain nothing: which formats are chosen
+        depends on the sensitivities, how many bytes they take does not.
+
+    Raises:
+        ValueError: Sensitivities that are negative or not finite, or a budget that the least format is above.
+        UsageError: A head dimension without codes.
+    """
+    names = tuple(ERRORS)
+    codecs = [get(name, head_dim, seed) for name in names]
+    flat = [float(value) for pair in sensitivities for value in pair]
+    if not all(math.isfinite(value) and value >= 0 for value in flat):
+        raise ValueError(f"sensitivities must be finite and not negative: {flat}")
+    least, step = codecs[0].bytes_per_vector, codecs[1].bytes_per_vector - codecs[0].bytes_per_vector
+    steps = (budget - least) * len(flat) // step
+    if steps < 0:
+        raise ValueError(f"{budget} bytes are fewer than {least}, those of {names[0]}")
+    gains = [ERRORS[worse] - ERRORS[better] for worse, better in itertools.pairwise(names)]
+    # By gain; among equals lower steps first, then earlier layers, then keys.
+    order = sorted(
+        (-value * gain, level, place) for level, gain in enumerate(gains) for place, value in enumerate(flat)
+    )
+    levels = [0] * len(flat)
+    for _, _, place in order[:steps]:
+        levels[place] += 1
+    pairs = [(names[k], names[v]) for k, v in zip(levels[::2], levels[1::2], strict=True)]
+    made = {(k, v): parse_kv(k if k == v else f"{k}:{v}", head_dim, seed) for k, v in pairs}
+    return tuple(made[pair] for pair in pairs)
+
+
+def parse_formats(
+    text: str, cfg: ModelConfig, seed: int = 0, plain_dtype: torch.dtype = torch.bfloat16
+) -> LayerFormats:
+    """The formats of a model's layers that ``--kv`` names.
+
+    Args:
+        text: "NAME", "KNAME:VNAME", or "auto:N": the formats are then those for layers and sides that are alike, until
+            ``AutoFormats.chosen`` knows better.
+        plain_dtype: The dtype that ``bf16`` stores.
+
+    Raises:
+        UsageError: Any other text; the message names the choices.
+    """
+    if "auto" not in text.split(":"):
+        return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, plain_dtype), cfg.num_layers)
+    sizes = [get(name, cfg.head_dim, seed).bytes_per_vector * NUMBERS for name in ERRORS]
+    least, most = -(-sizes[0] // cfg.head_dim), sizes[-1] // cfg.head_dim
+    match = _AUTO.fullmatch(text)
+    if match is None or not least <= int(match[1]) <= most:
+        raise UsageError(
+            f"--kv {quoted(text)}: auto chooses formats of keys and values by itself; give auto:N with N = {least} to "
+            f"{most}, the bytes of 128 numbers on average."
+        )
+    return AutoFormats.within(int(match[1]), [(1.0, 1.0)] * cfg.num_layers, cfg.head_dim, seed)

@@ -1,0 +1,90 @@
+"""The formats of all layers of a KV cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
+
+from octo_run.kernels.codec.formats import KVFormat
+from octo_run.kernels.codec.plain import PlainCodec
+
+
+class LayerRun(NamedTuple):
+    """Consecutive layers of one format: those from ``first`` on, before ``end``."""
+
+    first: int
+    end: int
+    fmt: KVFormat
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """A format for each layer. All share head_dim and seed, and on each side either all are coded or none is: the
+    rotation of keys, and that of values, is one for the model.
+
+    Attributes:
+        name: What ``--kv`` was given.
+        layers: In order, at least one.
+    """
+
+    name: str
+    layers: tuple[KVFormat, ...]
+
+    def __post_init__(self) -> None:
+        for side in ("k", "v"):
+            kinds = {
+                (c.head_dim, c.seed, isinstance(c, PlainCodec)) for c in (getattr(fmt, side) for fmt in self.layers)
+            }
+            if len(kinds) != 1:
+                raise ValueError(f"the layers' formats of {side.upper()} must have one rotation, not those of {kinds}")
+
+    @classmethod
+    def uniform(cls, fmt: KVFormat, layers: int) -> LayerFormats:
+        """One format for so many layers."""
+        return cls(fmt.name, (fmt,) * layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: int) -> KVFormat:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[KVFormat]:
+        return iter(self.layers)
+
+    @property
+    def coded(self) -> bool:
+        """Whether keys are coded."""
+        return self.layers[0].k.bits > 0
+
+    @cached_property
+    def vector_bytes(self) -> int:
+        """Bytes that a token of one KV head takes in pages: its keys and values of all layers."""
+        return sum(fmt.k.bytes_per_vector + fmt.v.bytes_per_vector for fmt in self.layers)
+
+    @cached_property
+    def runs(self) -> tuple[LayerRun, ...]:
+        """The layers cut where the format changes."""
+        found, first = list[LayerRun](), 0
+        for (_, _), group in groupby(self.layers, key=lambda fmt: (fmt.k, fmt.v)):
+            same = list(group)
+            found.append(LayerRun(first, first + len(same), same[0]))
+            first += len(same)
+        return tuple(found)
+
+    def __str__(self) -> str:
+        """The name, and how many layers have which format where they are not alike."""
+        return self.name if len(self.runs) == 1 else f"{self.name} ({self.counts})"
+
+    @property
+    def counts(self) -> str:
+        """How many layers have which format, as text: ``K 2 x oct2, 1 x oct3; V 3 x oct3``."""
+        sides = []
+        for side in ("k", "v"):
+            counts = Counter(getattr(fmt, side).name for fmt in self.layers)
+            sides.append(f"{side.upper()} " + ", ".join(f"{counts[name]} x {name}" for name in sorted(counts)))
+        return "; ".join(sides)

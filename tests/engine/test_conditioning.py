@@ -1,0 +1,100 @@
+"""Conditioned keys in the engine: one function without coding, nearer to it with coding, kept for the next load."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from octo_run import Engine, UsageError
+from octo_run.engine import plan as plan_module
+from octo_run.engine.arena import ArenaShape
+from octo_run.engine.parts import held_bytes
+from octo_run.models import conditioning
+from octo_run.models.cache import statistics_folder
+from octo_run.models.config import CONDITIONINGS
+
+TEXT = "The lighthouse keeper counted the ships that passed in the night and wrote their names in a long list. " * 24
+
+
+def load(kv: str, kind: str | None = None) -> Engine:
+    return Engine.load(kv=kv, device="cpu", max_context=512, conditioning=kind)
+
+
+def logits(kv: str, kind: str | None, step: int | None = 64) -> torch.Tensor:
+    with load(kv, kind) as engine:
+        return engine.logits(engine.tokenizer.encode(TEXT, add_bos=True)[:460], step).double()
+
+
+@pytest.mark.parametrize("kind", ["mean", "full"])
+def test_without_coding_the_logits_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = logits("bf16", None)
+    monkeypatch.setattr(plan_module, "conditioning_kind", lambda *_: kind)
+    conditioned = logits("bf16", None)
+    assert not torch.equal(conditioned, exact), "means were taken out"
+    assert float((conditioned - exact).abs().max() / exact.abs().max()) < 1e-5
+
+
+def test_with_coding_the_distribution_is_nearer() -> None:
+    exact = logits("bf16", None).log_softmax(-1)
+    divergence = {}
+    for kind in CONDITIONINGS:
+        coded = logits("octopus2", kind).log_softmax(-1)
+        divergence[kind] = float((exact.exp() * (exact - coded)).sum(-1).mean())
+    assert max(divergence["full"], divergence["mean"]) < 0.9 * divergence["off"]
+
+
+def test_coded_keys_are_conditioned_unless_it_is_off() -> None:
+    for kv, kind, used in (("oct3", None, "full"), ("oct3:bf16", "mean", "mean"), ("bf16:oct3", "full", "off")):
+        with load(kv, kind) as engine:
+            assert engine.plan.conditioning == used
+            assert (engine.arena.means is not None) == (used != "off")
+    with pytest.raises(UsageError, match=r"no conditioning 'some'; give --conditioning off, mean or full"):
+        load("oct3", "some")
+
+
+def test_what_was_measured_is_kept_for_the_next_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
+    first = logits("oct3", None)
+    (kept,) = statistics_folder().iterdir()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(conditioning, "measure", refuse)
+        assert torch.equal(logits("oct3", None), first)
+        with pytest.raises(AssertionError, match="measured again"):
+            Engine.load(kv="oct3", device="cpu", max_context=512, dtype="bfloat16")
+    for damage in (b"", kept.read_bytes()[:-9], b"PK\x03\x04nothing"):
+        kept.write_bytes(damage)
+        assert torch.equal(logits("oct3", None), first), "what is damaged is measured again"
+    assert [file.name for file in statistics_folder().iterdir()] == [kept.name]
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path / "file"))
+    assert bool(logits("oct3", None).isfinite().all())
+
+
+def test_plan_counts_maps_and_means() -> None:
+    engines = [load("oct3", kind) for kind in ("off", "full")]
+    means = engines[1].arena.means
+    assert means is not None
+    layers = engines[1]._decoder.layers
+    # One matrix for all layers against two, and a mean, for each KV head.
+    assert layers[0].maps is not None and layers[0].key_mean is not None
+    added = len(layers) * (layers[0].maps.nbytes + layers[0].key_mean.nbytes) - 4 * layers[0].maps[0, 0].numel()
+    assert engines[1].plan.arena - engines[0].plan.arena == sum(held_bytes(means)) + added
+    assert engines[1].plan.weights == engines[0].plan.weights
+    assert engines[1].plan.tokens_that_fit(engines[1].plan.total) >= 512
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_only_coefficients_that_attention_reads_are_kept(on_gpu: bool) -> None:
+    shape = ArenaShape(2, 2, 64, 120, torch.float32, 300, chunk=96, sequences=7, mean_heads=6, on_gpu=on_gpu)
+    assert shape.coefficients_shape(96) == (7 if on_gpu else 96, 1, 6, 64)
+    assert dataclasses.replace(shape, mean_heads=0).coefficients_shape(96)[0] == 0
