@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine
+from octo_run.kernels.attention.angle_tables import AngleTables
 from octo_run.kernels.codec import LayerFormats, parse_kv
 from octo_run.models import rope
 
@@ -20,6 +21,11 @@ def reference_logits(engine: Engine, ids: list[int]) -> Tensor:
     decoder, cfg, count = engine.forward.decoder, engine.config, len(ids)
     positions = torch.arange(count)
     cos, sin = rope.cos_sin(positions, decoder.inv_freq, torch.float32)
+    # Means are turned as the tables have it, which is not quite RoPE.
+    coded = slice(SINK, SINK + (count - SINK) // PAGE * PAGE)
+    angles = AngleTables.build(decoder.inv_freq, SINK, count // PAGE).of_pages(0, (count - SINK) // PAGE)
+    turn_cos, turn_sin = cos.clone(), sin.clone()
+    turn_cos[coded], turn_sin[coded] = angles.flatten(0, 1).chunk(2, -1)
     query, key = positions[:, None], positions[None]
     old = (key >= SINK) & ((key - SINK) // PAGE < (query - SINK - WINDOW) // PAGE)
 
@@ -27,7 +33,7 @@ def reference_logits(engine: Engine, ids: list[int]) -> Tensor:
         layer, fmt = decoder.layers[index], engine.kv[index]
         mean = torch.zeros_like(k)
         if layer.key_mean is not None and layer.maps is not None:
-            turned = rope.apply(layer.key_mean.expand_as(k), cos[None], sin[None])
+            turned = rope.apply(layer.key_mean.expand_as(k), turn_cos[None], turn_sin[None])
             mean = torch.einsum("bnhd,hde->bnhe", turned, layer.maps[1])
         coded_k = fmt.k.decode_rotated(fmt.k.encode_rotated(k - mean)) + mean
         coded_v = fmt.v.decode_rotated(fmt.v.encode_rotated(v))
