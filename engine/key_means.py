@@ -22,8 +22,7 @@ class KeyMeans:
         device, s = inv_freq.device, shape
         self.tables = AngleTables.build(inv_freq, s.sink, s.max_pages)
         if s.on_gpu:
-            # Made now: a recorded step cannot.
-            self.tables.for_lanes(key_mean.page_centres(s.mean_heads // s.kv_heads, s.head_dim))
+            _ = self.tables.lanes  # made now: a recorded step cannot
         self.maps = torch.empty(s.layers, s.kv_heads, s.head_dim, s.head_dim, device=device)
         for layer, (mean, key_map) in enumerate(zip(means, key_maps, strict=True)):
             self.maps[layer] = key_mean.mean_maps(mean, key_map)

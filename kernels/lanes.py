@@ -402,6 +402,40 @@ def pack_half(low, high, ELEMENT: gl.constexpr):
 
 
 @gluon.jit
+def pack_half_finite(low, high):
+    """Two float32 rounded to fp16 in one register, the largest number in place of infinity."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.uint32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def low_half(word):
+    """The fp16 number in a register's lower half as float32."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }",
+        "=f,r",
+        [word],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def high_half(word):
+    """The fp16 number in a register's upper half as float32."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }",
+        "=f,r",
+        [word],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def exp2(x):
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 

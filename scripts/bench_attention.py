@@ -123,10 +123,10 @@ def form(kv: str, dim: int) -> KVFormat:
     return parse_kv(kv.removesuffix("+mean"), dim)
 
 
-def key_mean(fmt: KVFormat, q: torch.Tensor, kv_heads: int, pages: int) -> KeyMean:
+def key_mean(fmt: KVFormat, q: torch.Tensor, kv_heads: int, pages: int, theta: float = 5e5) -> KeyMean:
     """The mean's part for queries, of random means."""
     dim = q.shape[-1]
-    inv_freq = 500000.0 ** (-torch.arange(0, dim, 2, device=DEVICE) / dim)
+    inv_freq = theta ** (-torch.arange(0, dim, 2, device=DEVICE) / dim)
     means, rotation = torch.randn(kv_heads, dim, device=DEVICE), fmt.k.rotation.to(DEVICE, torch.float32)
     of_queries = coefficients(q.float() @ rotation, means)
     return KeyMean(mean_maps(means, rotation.T), AngleTables.build(inv_freq, SINK, pages), of_queries)
@@ -168,9 +168,14 @@ def inputs(fmt: KVFormat, lengths: list[int], kv_heads: int, dim: int, layers: i
     return result
 
 
-def check(kv: str, group: int, dim: int) -> float:
-    """Relative error of a decode step against float64 attention over the decoded pages (2 KV heads, 3 sequences)."""
-    fmt, heads, lengths = form(kv, dim), 2, [37 * PAGE, 5 * PAGE, 300 * PAGE]
+def check(kv: str, group: int, dim: int, heads: int = 2, theta: float = 5e5) -> float:
+    """Relative error of a decode step against float64 attention over the decoded pages (3 sequences).
+
+    Args:
+        heads: KV heads.
+        theta: Of the key mean's frequencies.
+    """
+    fmt, lengths = form(kv, dim), [37 * PAGE, 5 * PAGE, 300 * PAGE]
     counts = [n // PAGE for n in lengths]
     k, v = (torch.randn(1, DISTINCT, heads, PAGE, dim, device=DEVICE) for _ in range(2))
     pages = torch.zeros(DISTINCT, 1, heads, page_bytes(fmt), dtype=torch.uint8, device=DEVICE)
@@ -179,7 +184,7 @@ def check(kv: str, group: int, dim: int) -> float:
     kv_in = AttentionInputs(**(vars(kv_in) | {"pages": pages[:, 0], "page_table": kv_in.page_table % DISTINCT}))
     q = torch.randn(3, 1, heads * group, dim, device=DEVICE, dtype=torch.bfloat16)
     if kv.endswith("+mean"):
-        kv_in = replace(kv_in, mean=key_mean(fmt, q, heads, max(counts)))
+        kv_in = replace(kv_in, mean=key_mean(fmt, q, heads, max(counts), theta))
     out = torch.full_like(q, float("nan"))
     attend(q, kv_in, fmt, spec=AttentionSpec(dim**-0.5), max_length=SINK + max(lengths) + NEW, out=out)
     exact = [part.cpu() for part in PageFormat.on(fmt, pages.device).decode_rotated(pages[:, 0], torch.float64)]

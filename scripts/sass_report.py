@@ -1,10 +1,11 @@
 """Compiles the table-decode kernel for sm_90 (no GPU needed) and reports what its main loop costs.
 
-    python scripts/sass_report.py [--variants oct3-4-128,oct3-4-128+mean,...] [--json] [--markdown FILE]
+    python scripts/sass_report.py [--variants oct3-4-128,oct3-4-128+mean2,...] [--json] [--markdown FILE]
 
-For every variant (format, query heads a KV head, head_dim, with the key mean or not): instructions of the loop over
-pages (64 tokens of a KV head a turn) by pipe, warp instructions a token, lane instructions a triplet, cycles that the
-busiest pipe takes for a token, registers, spilled bytes, barriers, shared memory. Needs Triton with its NVIDIA tools.
+For every variant (format, query heads a KV head, head_dim, fast steps of the key mean if there is one): instructions
+of the loop over pages (64 tokens of a KV head a turn) by pipe, warp instructions a token, lane instructions a triplet,
+cycles that the busiest pipe takes for a token, registers, spilled bytes, barriers, shared memory. Needs Triton with its
+NVIDIA tools.
 """
 
 import argparse
@@ -34,9 +35,13 @@ VARIANTS += [
     "oct3-8-128",
     "oct3-4-80",
     "oct3-4-96",
-    "oct3-4-128+mean",
-    "oct3-7-128+mean",
+    "oct2-8-64",
+    "oct3-8-64",
+    "oct4-8-64",
 ]
+# The usual fast steps: of theta 1e4 (2 at head_dim 64, 3 at 128), of 1e5 and more (1 and 2; 3 or 4 at 256).
+MEANS = ("4-128+mean2", "4-128+mean3", "7-128+mean2", "4-64+mean1", "4-64+mean2", "8-64+mean1", "4-256+mean4")
+VARIANTS += [f"{kv}-{shape}" for shape in MEANS for kv in ("oct2", "oct3", "oct4")]
 #: Pipes by the beginnings of instructions' names, and the cycles for which a scheduler's pipe has one: integers run at
 #: half the rate of floats (multiplications in a pipe of their own), special functions at an eighth.
 PIPES = {
@@ -54,7 +59,7 @@ PIPES = {
 }
 #: What pointers point to, if not int32; in the kernel's signature they have names in capitals, strides s.._...
 POINTERS = dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V"), "bf16")
-POINTERS |= {"PAGES": "u8", "PARTIAL": "fp32", "LSE": "fp32", "COEF": "fp32", "ANGLES": "fp32"}
+POINTERS |= {"PAGES": "u8", "PARTIAL": "fp32", "LSE": "fp32", "COEF": "fp32", "WEIGHTS": "fp32"}
 STRIDE = re.compile(r"s[a-z]{1,2}_[a-z]+")
 TOKENS = 64
 
@@ -64,22 +69,24 @@ class Report:
     """Costs of one variant's main loop.
 
     Attributes:
+        instructions: Of a turn, on average: of those for the key mean's components of four pages, a quarter counts.
         kinds: How many instructions of each name it has.
+        mean: Fast steps of the key mean's tables, 0 without a mean.
     """
 
     kv: str
     group: int
     head_dim: int
-    instructions: int
+    instructions: float
     per_token: float
     per_triplet: float
     registers: int
     spilled_bytes: int
     barriers: int
     shared_bytes: int
-    kinds: dict[str, int]
-    pipes: dict[str, int]
-    mean: bool = False
+    kinds: dict[str, float]
+    pipes: dict[str, float]
+    mean: int = 0
 
     @property
     def busiest(self) -> tuple[str, float]:
@@ -89,7 +96,7 @@ class Report:
         return max(cycles.items(), key=lambda item: item[1])
 
 
-def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> tuple[bytes, int]:
+def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0) -> tuple[bytes, int]:
     """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory."""
     fmt = parse_kv(kv, head_dim)
     assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
@@ -106,23 +113,32 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: bool = F
     return kernel.asm["cubin"], int(kernel.metadata.shared)
 
 
-def by_pipe(names: list[str]) -> dict[str, int]:
-    """Instructions of each pipe."""
-    counts = dict.fromkeys(PIPES, 0)
-    for name in names:
+def by_pipe(names: list[str], weights: list[float] | None = None) -> dict[str, float]:
+    """Instructions of each pipe, each with its weight."""
+    counts: dict[str, float] = dict.fromkeys(PIPES, 0)
+    for name, weight in zip(names, weights or [1] * len(names), strict=True):
         # Before U.., LDS.., F2F and others that a beginning would take.
         exact = "control" if name in PIPES["control"][0] else "alu" if name in ("F2FP", "I2FP") else None
         pipe = exact or next(p for p, (starts, _) in PIPES.items() if name.startswith(starts))
-        counts[pipe] += 1
+        counts[pipe] += weight
     return counts
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A kernel's disassembly: the instructions' names, its loops as slices of them, what a thread needs."""
+    """A kernel's disassembly.
+
+    Attributes:
+        names: The instructions'.
+        loops: Slices of them, each up to a conditional jump back.
+        returns: The same up to an unconditional jump back, which may be the way back from a detour too.
+        skips: Slices that a conditional jump leaves out.
+    """
 
     names: list[str]
     loops: list[tuple[int, int]]
+    returns: list[tuple[int, int]]
+    skips: list[tuple[int, int]]
     registers: int
     spilled_bytes: int
 
@@ -138,48 +154,69 @@ def disassemble(cubin: bytes) -> Machine:
         ).stdout
     labels: dict[str, int] = {}
     names: list[str] = []
-    loops: list[tuple[int, int]] = []
+    back: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    ahead: list[tuple[int, str]] = []
     for line in sass.splitlines():
         if label := re.match(r"\s*\.(L_x?_?\w+):", line):
             labels[label.group(1)] = len(names)
         elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*);", line):
             names.append(found.group(2).split(".")[0])
             target = re.search(r"\.(L_x?_?\w+)", found.group(3))
-            # The way back from a detour, for threads that went apart, has no condition.
-            if names[-1] == "BRA" and found.group(1) and target and target.group(1) in labels:
-                loops.append((labels[target.group(1)], len(names)))
+            if names[-1] == "BRA" and target and target.group(1) in labels:
+                back[bool(found.group(1))].append((labels[target.group(1)], len(names)))
+            elif names[-1] == "BRA" and target and found.group(1):
+                ahead.append((len(names), target.group(1)))
     registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
-    return Machine(names, loops, registers, stack)
+    skips = [(start, labels[label]) for start, label in ahead]
+    return Machine(names, back[True], back[False], skips, registers, stack)
 
 
-def report(kv: str, group: int = 4, head_dim: int = 128, mean: bool = False) -> Report:
+def loop_over_pages(machine: Machine) -> tuple[list[str], list[float]]:
+    """The instructions of the shortest loop that has all int8 products, and how often each runs in a turn."""
+    products = machine.names.count("IMMA")
+    whole = [loop for loop in machine.loops + machine.returns if machine.names[slice(*loop)].count("IMMA") == products]
+    start, end = min(whole, key=lambda loop: loop[1] - loop[0])
+    weights = [1.0] * (end - start)
+    for first, last in machine.skips:
+        # Products of floats that may be left out: the components of the next four pages.
+        if start <= first < last <= end and "HMMA" in machine.names[first:last]:
+            weights[first - start : last - start] = [0.25] * (last - first)
+    return machine.names[start:end], weights
+
+
+def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0) -> Report:
     """Compile one variant and count."""
     cubin, shared = compile_variant(kv, group, head_dim, mean)
     machine = disassemble(cubin)
-    start, end = max(machine.loops, key=lambda loop: loop[1] - loop[0])
-    loop = machine.names[start:end]
+    loop, weights = loop_over_pages(machine)
+    if mean and min(weights) == 1:
+        raise RuntimeError("the key mean's products for four pages were not found in the loop over pages")
+    kinds: dict[str, float] = Counter()
+    for name, weight in zip(loop, weights, strict=True):
+        kinds[name] += weight
+    instructions = sum(weights)
     return Report(
         kv=kv,
         group=group,
         head_dim=head_dim,
-        instructions=len(loop),
-        per_token=len(loop) / TOKENS,
-        per_triplet=len(loop) * 32 / TOKENS / (2 * -(-head_dim // 3)),
+        instructions=instructions,
+        per_token=instructions / TOKENS,
+        per_triplet=instructions * 32 / TOKENS / (2 * -(-head_dim // 3)),
         registers=machine.registers,
         spilled_bytes=machine.spilled_bytes,
         barriers=loop.count("BAR"),
         shared_bytes=shared,
-        kinds=dict(Counter(loop).most_common()),
-        pipes=by_pipe(loop),
+        kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        pipes=by_pipe(loop, weights),
         mean=mean,
     )
 
 
-def parse(variant: str) -> tuple[str, int, int, bool]:
-    """``oct3-4-128`` or ``oct3-4-128+mean`` as the arguments of `report`."""
-    name, _, mean = variant.partition("+")
+def parse(variant: str) -> tuple[str, int, int, int]:
+    """``oct3-4-128``, or ``oct3-4-128+mean2`` with two fast steps, as the arguments of `report`."""
+    name, _, mean = variant.partition("+mean")
     kv, group, head_dim = name.split("-")
-    return kv, int(group), int(head_dim), mean == "mean"
+    return kv, int(group), int(head_dim), int(mean or 0)
 
 
 def table(reports: list[Report]) -> str:
@@ -189,8 +226,9 @@ def table(reports: list[Report]) -> str:
     lines = [header, ["---"] * len(header)]
     for r in reports:
         pipe, cycles = r.busiest
-        lines.append([r.kv + "+mean" * r.mean, str(r.group), str(r.head_dim), str(r.instructions), f"{r.per_token:.1f}",
-                      f"{r.per_triplet:.2f}", *(str(r.pipes[name]) for name in PIPES), f"{pipe}: {cycles:.1f}",
+        name = f"{r.kv}+mean{r.mean}" if r.mean else r.kv
+        lines.append([name, str(r.group), str(r.head_dim), f"{r.instructions:.0f}", f"{r.per_token:.1f}",
+                      f"{r.per_triplet:.2f}", *(f"{r.pipes[name]:.0f}" for name in PIPES), f"{pipe}: {cycles:.1f}",
                       str(r.registers), str(r.spilled_bytes), str(r.barriers), f"{r.shared_bytes:,}"])  # fmt: skip
     return markdown(lines)
 
@@ -213,7 +251,9 @@ def save(path: Path, title: str, about: str, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="format-group-head_dim, with +mean")
+    parser.add_argument(
+        "--variants", default=",".join(VARIANTS), help="format-group-head_dim, with +mean and its fast steps"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
@@ -229,7 +269,8 @@ def main() -> int:
             f". A turn of the loop is {TOKENS} tokens of a KV head, by one warp."
             " Pipes: instructions of a turn; the busiest one with the cycles that a scheduler's pipe takes for a token,"
             f" at {costs} cycles an instruction (memory: without bank conflicts, 32 bits a lane, four schedulers to one"
-            " pipe)."
+            " pipe). `+mean2`: with the key mean, two steps of eight frequencies being fast; of the instructions that"
+            " make the components of four pages at a time a quarter counts."
         )
         save(args.markdown, "Instructions of the decode kernel's loop", about, text)
     return 0

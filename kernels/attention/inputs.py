@@ -118,9 +118,9 @@ def _check_mean(q: Tensor, mean: KeyMean, kv_heads: int) -> None:
             raise ValueError(
                 f"mean {name} must be contiguous float32 {tuple(shape)}, not {part.dtype} {tuple(part.shape)}"
             )
-    for name, table in (
-        ("angle table base", mean.tables.base),
-        ("angle table offset", mean.tables.offset),
+    for name, table, ndim in (
+        ("angle table base", mean.tables.base, 3),
+        ("angle table offset", mean.tables.offset, 2),
     ):
-        if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != dim or not table.is_contiguous():
-            raise ValueError(f"the {name} must be contiguous float32 [n, {dim}]")
+        if table.dtype != torch.float32 or table.ndim != ndim or table.shape[-1] != dim or not table.is_contiguous():
+            raise ValueError(f"the {name} must be contiguous float32 [{'n, ' * (ndim - 1)}{dim}]")

@@ -400,6 +400,15 @@ def pack_half(low: Value, high: Value, kind: str) -> Value:
     return Value(np.ascontiguousarray(both).view(np.uint32)[:, 0].copy(), "u32")
 
 
+def pack_half_finite(low: Value, high: Value) -> Value:
+    top = float(np.finfo(np.float16).max)
+    return pack_half(*(Value(np.clip(threads_of(x), -top, top), "f32") for x in (low, high)), "f16")
+
+
+def half_of(word: Value, which: int) -> Value:
+    return Value(np.ascontiguousarray(threads_of(word)).view(np.float16)[which::2].astype(np.float32), "f32")
+
+
 def flushed(values: np.ndarray) -> np.ndarray:
     tiny = np.finfo(np.float32).tiny
     return np.where(np.abs(values) < tiny, np.float32(0), values).astype(np.float32)
@@ -452,6 +461,9 @@ INSTRUCTIONS: dict[str, Any] = {
     "mma_half_8": lambda c, a0, a1, b0: product(c, [a0, a1], [b0], "f16"),
     "mma_half": lambda c, a0, a1, a2, a3, b0, b1, kind: product(c, [a0, a1, a2, a3], [b0, b1], kind),
     "pack_half": pack_half,
+    "pack_half_finite": pack_half_finite,
+    "low_half": lambda word: half_of(word, 0),
+    "high_half": lambda word: half_of(word, 1),
     "exp2": exp2,
     "log2": log2,
 }
@@ -504,6 +516,10 @@ class Smem:
         pass
 
 
+class Constexpr(int):
+    """A constant of a module; also what annotates a constexpr argument."""
+
+
 def language() -> types.ModuleType:
     """What stands for `triton.experimental.gluon.language`."""
     gl: Any = types.ModuleType("emulated_language")
@@ -511,7 +527,7 @@ def language() -> types.ModuleType:
     names |= {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
     for kind, name in names.items():
         setattr(gl, name, kind)
-    gl.constexpr = object
+    gl.constexpr = Constexpr
     gl.static_range = range
     gl.barrier = lambda: None
     gl.load, gl.store, gl.where = load, store, where

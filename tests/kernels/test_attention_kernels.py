@@ -66,12 +66,12 @@ def _integers(values):
 
 def make_case(
     kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0,
-    layout="lanes",
+    layout="lanes", theta=1e4,
 ):  # fmt: skip
     """Sequences of `lengths` tokens whose last `count` are the queries; length 0 is filler. They own rows of the arena
     in no order, with rows of nobody between them. Whatever must not be read is NaN, or page 0.
 
-    `mean`: size of the means that the packed keys get back; `layout`: of the pages.
+    `mean`: size of the means that the packed keys get back, `theta`: of their frequencies; `layout`: of the pages.
     """
     torch.manual_seed(seed)
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
@@ -90,7 +90,7 @@ def make_case(
     origin = [64 * p if count > 1 else 0 for p in packed]
     q = (3 * torch.randn(batch, count, heads, dim)).to(dtype)
     want = torch.empty(batch, count, heads, dim, dtype=torch.float64)
-    tables = AngleTables.build(10000.0 ** (-torch.arange(0, dim, 2) / dim), sink, max(packed) + 1)
+    tables = AngleTables.build(theta ** (-torch.arange(0, dim, 2) / dim), sink, max(packed) + 1)
     means = mean * torch.randn(kv_heads, dim)
     for b, (n, row) in enumerate(zip(lengths, rows, strict=True)):
         if row < 0:
@@ -125,10 +125,8 @@ def make_case(
 def rotated_mean(means, tables, page, rotation):
     """RoPE of `means` [Hkv, d] at the positions of a page by complex numbers, then the rotation: [Hkv, 64, d]."""
     half = means.shape[-1] // 2
-    at = torch.complex(*tables.base[page].double().split(half))[None] * torch.complex(
-        *tables.offset.double().split(half, -1)
-    )
-    turned = torch.complex(*means.split(half, -1))[:, None] * at
+    middles, offsets = (torch.complex(*x.double().split(half, -1)) for x in (tables.base[page], tables.offset))
+    turned = torch.complex(*means.split(half, -1))[:, None] * (middles[:, None] * offsets).flatten(0, 1)
     return torch.cat((turned.real, turned.imag), -1) @ rotation.T
 
 

@@ -39,9 +39,25 @@ def test_main_loop_is_within_its_budget_and_spills_nothing(kv: str, group: int, 
     assert found.shared_bytes <= 227 * 1024
 
 
+@pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4"])
+@pytest.mark.parametrize(("group", "head_dim", "fast"), [(4, 128, 2), (4, 128, 3), (7, 128, 2), (4, 64, 1), (4, 64, 2),
+                                                         (8, 64, 1), (4, 256, 4)])  # fmt: skip
+def test_the_key_mean_costs_a_twentieth(kv: str, group: int, head_dim: int, fast: int) -> None:
+    """Of the loop's instructions; and nothing of it is in local memory."""
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
+    without, found = tool["report"](kv, group, head_dim), tool["report"](kv, group, head_dim, fast)
+    blocks = 1 if group <= 4 else 2
+    tiles = head_dim // 16 + fast + 2 * -(-fast // 2)
+    assert found.kinds["HMMA"] == blocks * (2 + tiles / 4), "the loop over pages is the one that was counted"
+    assert found.kinds["IMMA"] == without.kinds["IMMA"] and "HMMA" not in without.kinds
+    assert not {"LDL", "STL"} & found.kinds.keys() and found.spilled_bytes <= (0 if head_dim <= 128 else 64)
+    assert found.instructions <= 1.05 * without.instructions, (found.instructions, without.instructions)
+
+
 def test_pipes_are_told_by_name() -> None:
     tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
     names = ["IMMA", "IMAD", "UIMAD", "LDS", "LDGDEPBAR", "LOP3", "SHF", "I2FP", "MUFU", "BRA", "R2UR", "PRMT", "SHFL"]
     found = {name: count for name, count in tool["by_pipe"](names).items() if count}
     assert found == {"tensor": 1, "imad": 1, "special": 1, "memory": 2, "control": 2, "uniform": 2, "alu": 4}
-    assert tool["parse"]("oct3-4-128+mean") == ("oct3", 4, 128, True)
+    assert tool["parse"]("oct3-4-128+mean2") == ("oct3", 4, 128, 2)
+    assert tool["parse"]("oct3-4-128") == ("oct3", 4, 128, 0)

@@ -127,15 +127,15 @@ def _stored_norms(paged, page, row, radii, KIND: tl.constexpr, BYTES: tl.constex
 
 @triton.jit
 def _mean_bias(
-    coef, wanted, BASE, OFFSET, page, row, D: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    coef, wanted, BASE, OFFSET, half, row, D: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
     FLIP: tl.constexpr,
 ):  # fmt: skip
-    """What the key mean adds to the scores of rows `row` of the sequence's page number `page`
+    """What the key mean adds to the scores of rows `row` of half page number `half` of the sequence
     (`key_mean.page_bias`)."""
     i = tl.arange(0, HALF)
     inside = i < D // 2
-    cos = _along(tl.load(BASE + page * D + i, mask=inside, other=0.0), FLIP)
-    sin = _along(tl.load(BASE + page * D + D // 2 + i, mask=inside, other=0.0), FLIP)
+    cos = _along(tl.load(BASE + half * D + i, mask=inside, other=0.0), FLIP)
+    sin = _along(tl.load(BASE + half * D + D // 2 + i, mask=inside, other=0.0), FLIP)
     at = coef + _along(i, FLIP)
     there = wanted & _along(inside, FLIP)
     a = tl.load(at, mask=there, other=0.0)
@@ -294,7 +294,10 @@ def general_decode_kernel(
         row = first_row + on
         bias = 0.0
         if MEAN:
-            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, t // tiles_of_page(BN), row, D, HALF, PRECISION, FLIP)
+            tl.static_assert(PAGE // 2 % BN == 0, "a tile lies in one half of a page")
+            half = t // tiles_of_page(BN) * 2 + first_row // (PAGE // 2)
+            there = row % (PAGE // 2)
+            bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, half, there, D, HALF, PRECISION, FLIP)
         m, l, acc0, acc1 = _tile(
             q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, True,
             levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,

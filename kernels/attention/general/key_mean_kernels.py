@@ -24,9 +24,10 @@ def _add_mean(
     for low in range(0, D // 2, FREQUENCIES):
         i = low + tl.arange(0, FREQUENCIES)
         there = i < D // 2
-        cos_at = tl.load(BASE + page * D + i, mask=there, other=0.0)[None, :]
-        sin_at = tl.load(BASE + page * D + D // 2 + i, mask=there, other=0.0)[None, :]
-        offsets = OFFSET + token[:, None] * D + i[None, :]
+        middles = BASE + (2 * page + token // (PAGE // 2))[:, None] * D + i[None, :]
+        cos_at = tl.load(middles, mask=there[None, :], other=0.0)
+        sin_at = tl.load(middles + D // 2, mask=there[None, :], other=0.0)
+        offsets = OFFSET + (token % (PAGE // 2))[:, None] * D + i[None, :]
         o_cos = tl.load(offsets, mask=there[None, :], other=0.0)
         o_sin = tl.load(offsets + D // 2, mask=there[None, :], other=0.0)
         into = mapped + i[:, None] * D + j[None, :]

@@ -11,15 +11,17 @@ from triton.runtime.jit import constexpr_function
 from octo_run.kernels.attention.hopper.codewords import field
 from octo_run.kernels.attention.hopper.full_precision import blocks_at_once, full_precision, stage_round
 from octo_run.kernels.attention.hopper.mean_bias import (
+    PAGE_BYTES,
+    PAGES_AT_ONCE,
     add_biases,
-    angle_bytes,
-    fetch_angles,
+    component_bytes,
+    load_angles,
+    load_functions,
+    make_components,
     mean_bytes,
+    operand_bytes,
     page_biases,
-    read_angles,
-    run_steps,
-    stage_offsets,
-    write_coefficients,
+    write_operands,
 )
 from octo_run.kernels.attention.hopper.parts import combine, divide, merge
 from octo_run.kernels.attention.hopper.products import (
@@ -146,7 +148,7 @@ def _kept(at, COUNT: gl.constexpr):
 @gluon.jit(do_not_specialize=["st_r", "sink", "capacity", "batch", "even_parts", "processors"])
 def table_decode_kernel(
     Q, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, TABLE_K, TABLE_V,
-    COEF, ANGLES, OFFSETS, OUT, PARTIAL, LSE, COUNTERS, sq_b, sq_h, sp_page, sp_head, st_r, so_b, so_h,
+    COEF, ANGLES, WEIGHTS, FUNCTIONS, OUT, PARTIAL, LSE, COUNTERS, sq_b, sq_h, sp_page, sp_head, st_r, so_b, so_h,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t, sc_b, sc_h, sink, capacity,
     step_k, step_v, scale_log2, batch, even_parts, processors,
     HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B_K: gl.constexpr, STATE_K: gl.constexpr,
@@ -158,10 +160,11 @@ def table_decode_kernel(
 ):  # fmt: skip
     """Programs: (KV head and block of 4 NT query heads, part of a sequence). ``even_parts``: see `parts.divide`.
 
-    ONE_TABLE: K and V have one format. MEAN: with the key mean. EARLY: it may be launched before the kernel in front
-    has ended. Shared memory: K's table, its extra triplets' table; V's likewise if it has its own; a stage of a K and a
-    V block for each warp; the queries; four words that say what the program does; what the key mean takes; in what
-    remains, full-precision tokens if they fit, else these go where the table is to come.
+    ONE_TABLE: K and V have one format. MEAN: fast steps of the key mean's tables, 0 without a mean. EARLY: it may be
+    launched before the kernel in front has ended. Shared memory: K's table, its extra triplets' table; V's likewise if
+    it has its own; a stage of a K and a V block for each warp; the queries; four words that say what the program does;
+    what the key mean takes; in what remains, full-precision tokens if they fit, else these go where the table is to
+    come.
     """
     T: gl.constexpr = (D + 2) // 3
     N: gl.constexpr = T // 8
@@ -186,10 +189,10 @@ def table_decode_kernel(
     SLOTS_Q: gl.constexpr = query_words(D)
     QUERY_BYTES: gl.constexpr = query_bytes(D)
     PLACE_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES
-    OFFSETS_AT: gl.constexpr = PLACE_AT + 16
-    COEF_AT: gl.constexpr = OFFSETS_AT + NT * run_steps(D) * 1024
-    ANGLES_AT: gl.constexpr = COEF_AT + NT * run_steps(D) * 512
-    SPARE_AT: gl.constexpr = OFFSETS_AT + (mean_bytes(D, NT, WARPS) if MEAN else 0)
+    MEAN_AT: gl.constexpr = PLACE_AT + 16
+    COMPONENTS_AT: gl.constexpr = MEAN_AT + operand_bytes(D, NT, MEAN)
+    SPARE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, WARPS, MEAN) if MEAN > 0 else 0)
+    ANGLES_AHEAD: gl.constexpr = NT == 1 and D <= 128  # there are registers for the next ones
     SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
     FULL_V: gl.constexpr = (16 * N * (B_V + 3 * SIGNED_V) + 31) // 32
@@ -245,15 +248,13 @@ def table_decode_kernel(
     # A block is fetched as soon as the one before it is in registers; ids are read a page earlier.
     k_stage = u32(STAGES_AT + warp * (64 * (BPV_K + BPV_V)))
     v_stage = k_stage + 64 * BPV_K
-    angles_stage = u32(ANGLES_AT + warp * angle_bytes(D, NT))
-    if MEAN:
-        first_page = gl.minimum(begin + warp, last)
-        fetch_angles(angles_stage, ANGLES + first_page * (angle_bytes(D, NT) // 4), lane, D, NT)
     _fetch(k_stage, pages + page_id.to(gl.int64) * sp_page, lane, BPV_K)
     _fetch(v_stage, pages + page_id.to(gl.int64) * sp_page + 64 * BPV_K, lane, BPV_V)
 
-    if MEAN:
-        stage_offsets(OFFSETS, tid, OFFSETS_AT, D, NT, 32 * WARPS)
+    if MEAN > 0:
+        components = u32(COMPONENTS_AT + warp * component_bytes(NT))
+        functions = load_functions(FUNCTIONS, lane)
+        angles = load_angles(ANGLES, begin + warp, last, lane, D, WARPS)
     after = 0
     if EARLY:
         let_next_kernel_start(seq)
@@ -275,8 +276,8 @@ def table_decode_kernel(
         sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink, count, first_slot,
         capacity, part, parts, 0, mine, room, full_at, tid, D, WARPS,
     )  # fmt: skip
-    if MEAN:
-        write_coefficients(coef, sc_h, tid, first_head, COEF_AT, G, D, NT, 32 * WARPS)
+    if MEAN > 0:
+        write_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, scale_log2, MEAN_AT, G, D, NT, MEAN, WARPS)
     if runs_as(seq, WARPS - 1):  # the last warp has the fewest full-precision tokens
         for b in gl.static_range(NT):
             _keep(
@@ -326,17 +327,20 @@ def table_decode_kernel(
         inside = page < end
         next_block = pages + next_id.to(gl.int64) * sp_page
         next_id = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
+        if MEAN > 0:
+            turn = (base - begin) & (WARPS * (PAGES_AT_ONCE - 1))  # times WARPS
+            if turn == 0:
+                if not ANGLES_AHEAD:
+                    angles = load_angles(ANGLES, page, last, lane, D, WARPS)
+                make_components(angles, components, lane, MEAN_AT, D, NT, MEAN)
+                if ANGLES_AHEAD:
+                    angles = load_angles(ANGLES, page + PAGES_AT_ONCE * WARPS, last, lane, D, WARPS)
         wait_for_older_copies(lane)
         k_words = _words(k_stage, lane, WORDS_K)
-        if MEAN:
-            angles = read_angles(angles_stage, lane, D, NT)
+        if MEAN > 0:
+            biases = page_biases(components + u32(turn * (PAGE_BYTES // WARPS)), functions, lane, NT)
         sync_warp(lane)
-        if MEAN:
-            next_page = gl.minimum(page + WARPS, last)
-            fetch_angles(angles_stage, ANGLES + next_page * (angle_bytes(D, NT) // 4), lane, D, NT)
         _fetch(k_stage, next_block, lane, BPV_K)
-        if MEAN:
-            biases = page_biases(angles, lane, OFFSETS_AT, COEF_AT, D, NT)
         queries = ()
         for b in gl.static_range(NT):
             kept = _kept(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
@@ -345,8 +349,8 @@ def table_decode_kernel(
             k_words, lane, lane_k, lane_xk, queries, zero_i, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
             SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
-        if MEAN:
-            scores = add_biases(scores, biases, scale_log2, NT)
+        if MEAN > 0:
+            scores = add_biases(scores, biases, NT)
         wait_for_older_copies(lane)
         v_words = _words(v_stage, lane, FULL_V)
         for w in gl.static_range(FULL_V, ALL_V):

@@ -16,7 +16,6 @@ from octo_run.kernels.attention.hopper.full_precision import row_bytes
 from octo_run.kernels.attention.hopper.mean_bias import mean_bytes
 from octo_run.kernels.attention.hopper.products import query_bytes
 from octo_run.kernels.attention.inputs import AttentionInputs
-from octo_run.kernels.attention.key_mean import page_centres
 from octo_run.kernels.attention.parts import TABLE_WARPS, table_parts
 from octo_run.kernels.attention.workspace import counter_words
 from octo_run.kernels.codec import TrellisCodec
@@ -74,20 +73,20 @@ def table_copies(k: TrellisCodec, v: TrellisCodec, other_bytes: int) -> tuple[_C
 
 @functools.cache
 def constants(
-    k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: bool, batched: bool
+    k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: int, batched: bool
 ) -> dict[str, int | str]:
     """The kernel's constexprs for formats of K and V.
 
     Args:
         group: Query heads a KV head.
-        mean: With the key mean.
+        mean: Fast steps of the key mean's tables (`angle_tables`), 0 without a mean.
         batched: For several sequences, not for one.
     """
     blocks = head_blocks(group, k.head_dim)[0]
     threads = 32 * TABLE_WARPS
     stages = TABLE_WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
     other = stages + blocks * int(query_bytes(k.head_dim)) + 16
-    other += int(mean_bytes(k.head_dim, blocks, TABLE_WARPS)) if mean else 0
+    other += int(mean_bytes(k.head_dim, blocks, TABLE_WARPS, mean)) if mean else 0
     copies_k, copies_v, size = table_copies(k, v, other)
     size = min(SHARED_BYTES, size + SPARE_BLOCKS * 32 * int(row_bytes(k.head_dim)))
     fixed: dict[str, int | str] = {
@@ -138,17 +137,19 @@ def launch_table_decode(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tens
     grid = parts if batch == 1 else max(parts * batch, 4 * multiprocessors // programs + batch)
     partial, lse = workspace.partials(grid, heads, dim)
     table_k, table_v = k.table_words(q.device), v.table_words(q.device)
-    mean = {"COEF": partial, "ANGLES": partial, "OFFSETS": table_k, "sc_b": 0, "sc_h": 0}  # unused
+    fast = 0
+    mean = {"COEF": partial, "ANGLES": table_k, "WEIGHTS": partial, "FUNCTIONS": table_k, "sc_b": 0, "sc_h": 0}
     if kv.mean is not None:
-        tables, coefficients = kv.mean.tables.for_lanes(page_centres(group, dim)), kv.mean.coefficients
-        mean = {"COEF": coefficients, "ANGLES": tables.angles, "OFFSETS": tables.offsets,
-                **arguments.strides("sc", coefficients, b=0, h=2)}  # fmt: skip
+        tables, coefficients = kv.mean.tables.lanes, kv.mean.coefficients
+        mean = {"COEF": coefficients, "ANGLES": tables.angles, "WEIGHTS": tables.weights,
+                "FUNCTIONS": tables.functions, **arguments.strides("sc", coefficients, b=0, h=2)}  # fmt: skip
+        fast = tables.fast
     launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]
     launch(
         Q=q, OUT=out, PARTIAL=partial, LSE=lse, COUNTERS=workspace.counters, TABLE_K=table_k, TABLE_V=table_v,
         step_k=k.step, step_v=v.step, scale_log2=scale * LOG2_E, batch=batch, even_parts=parts,
         processors=multiprocessors, **mean, **arguments.of_arena(kv), **arguments.strides("sq", q, b=0, h=2),
         **arguments.strides("so", out, b=0, h=2),
-        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], kv.mean is not None, batch > 1),
+        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], fast, batch > 1),
         **options(dim), **early(q.device),
     )  # fmt: skip

@@ -1,9 +1,15 @@
 """What the key mean adds to the logits of a page, for the table-decode kernel, lane by lane (`key_mean`).
 
-A token of a page lies an offset before or behind a centre. With A and B turned to the centre, tokens have A cos + B sin
-and A cos - B sin of the offset: two small matrix products give both terms. Rows are the offsets, K runs over the
-frequencies, of which lane t has a run (`LaneTables`). A program with one block of four heads has two centres, column
-2 t + c is head t at the centre c; one with two blocks has one centre, and column 2 t + b is head t of block b.
+Two matrix products. The first one makes the components of the next four pages of a warp: of each half page and head, by
+how much the logits follow each function of the offset (`angle_tables`). Its rows are functions and heads, and hold the
+query's coefficients times the functions' weights, the same for all pages; K runs over cosines and sines of the
+frequencies; the columns are eight half pages. The second one, page by page, multiplies components with the values of
+the functions at the 32 offsets: 16 slots, which are the functions, and what rounding to fp16 leaves of the first one's
+component, the constant. Its rows are the offsets, column 2 t + h is head t in half h, so that the sums are where the
+logits are.
+
+Operands of the first product are tiles of four slots and four heads, for steps of eight frequencies: tile 0 for all
+steps, tile 1 for the fast ones, tiles 2 and 3 for the fastest.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
 
@@ -11,171 +17,193 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
+from octo_run.kernels.attention.angle_tables import fastest_steps
 from octo_run.kernels.lanes import (
-    copy16,
+    high_half,
+    load_global4,
+    low_half,
     mma_half,
-    pack_half,
+    pack_half_finite,
+    read_shared2,
     read_shared4,
     repeat,
-    shuffle_f,
     u32,
-    write_shared,
+    write_shared4_of,
 )
 
-
-@constexpr_function
-def centres(blocks):
-    """Centres of a page for a program with as many blocks of four heads."""
-    return 2 // int(blocks)
-
-
-@constexpr_function
-def run_steps(head_dim):
-    """Steps of four frequencies in a lane's run."""
-    return (int(head_dim) // 8 + 3) // 4
+PAGES_AT_ONCE = gl.constexpr(4)
+"""Of a warp, whose components are made together."""
+PAGE_BYTES = gl.constexpr(256)
+"""Of a page's components for four heads."""
+_fastest = constexpr_function(fastest_steps)
 
 
 @constexpr_function
-def angle_bytes(head_dim, blocks):
-    """Of a page: `LaneTables.angles`."""
-    return 2 * run_steps(head_dim) * centres(blocks) * 64
+def _steps(head_dim):
+    """Steps of eight frequencies."""
+    return int(head_dim) // 16
 
 
 @constexpr_function
-def mean_bytes(head_dim, blocks, warps):
-    """Shared memory for the key mean: offsets, coefficients, a page's angles for each warp."""
-    steps = run_steps(head_dim)
-    return int(blocks) * 2 * steps * (512 + 4 * 64) + int(warps) * angle_bytes(head_dim, blocks)
+def _tiles(head_dim, fast):
+    """Operands of the first product for four heads."""
+    return int(_steps(head_dim)) + int(fast) + 2 * int(_fastest(fast))
+
+
+@constexpr_function
+def operand_bytes(head_dim, blocks, fast):
+    """Shared memory for the operands of the first product."""
+    return int(blocks) * int(_tiles(head_dim, fast)) * 512
+
+
+@constexpr_function
+def component_bytes(blocks):
+    """Shared memory of a warp for the components of its next pages."""
+    return int(blocks) * 1024
+
+
+@constexpr_function
+def mean_bytes(head_dim, blocks, warps, fast):
+    """Shared memory for the key mean."""
+    return int(operand_bytes(head_dim, blocks, fast)) + int(warps) * int(component_bytes(blocks))
 
 
 @gluon.jit
-def stage_offsets(offsets_ptr, tid, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, THREADS: gl.constexpr):
-    """Start copying the offsets' table to byte AT of shared memory."""
-    CHUNKS: gl.constexpr = NT * 2 * run_steps(D) * 32
-    for c in gl.static_range((CHUNKS + THREADS - 1) // THREADS):
-        chunk = gl.minimum(c * THREADS + tid, CHUNKS - 1)
-        copy16(u32(AT + chunk * 16), offsets_ptr + chunk * 4)
-
-
-@gluon.jit
-def write_coefficients(
-    coef_row, stride_h, tid, first_head, AT: gl.constexpr, G: gl.constexpr, D: gl.constexpr, NT: gl.constexpr,
-    THREADS: gl.constexpr,
-):  # fmt: skip
-    """A, then B, of the program's heads to byte AT of shared memory: [2, steps, 4 NT heads, 4 (t), 4]."""
-    HEADS: gl.constexpr = 4 * NT
-    COUNT: gl.constexpr = D // 8
-    ITEMS: gl.constexpr = 2 * run_steps(D) * HEADS * 16
-    for c in gl.static_range((ITEMS + THREADS - 1) // THREADS):
-        item = gl.minimum(c * THREADS + tid, ITEMS - 1)
-        place = item // (16 * HEADS) % run_steps(D) * 4 + item % 4  # in the run
-        head = gl.minimum(first_head + item // 16 % HEADS, G - 1)
-        column = item // (16 * HEADS * run_steps(D)) * (D // 2) + item // 4 % 4 * COUNT + gl.minimum(place, COUNT - 1)
-        value = gl.load(coef_row + head * stride_h + column)
-        value = gl.where(place < COUNT, value, 0.0)
-        write_shared(u32(AT + item * 4), value.to(gl.uint32, bitcast=True))
-
-
-@gluon.jit
-def fetch_angles(stage, row, lane, D: gl.constexpr, NT: gl.constexpr):
-    """Start copying a page's angles to the warp's stage."""
-    CHUNKS: gl.constexpr = angle_bytes(D, NT) // 16
-    for c in gl.static_range((CHUNKS + 31) // 32):
-        chunk = gl.minimum(c * 32 + lane, CHUNKS - 1)
-        copy16(stage + u32(chunk * 16), row + chunk * 4)
-
-
-@gluon.jit
-def _four(address):
-    """Four float32 numbers."""
-    words = read_shared4(address)
+def _floats(words):
+    """Registers as float32 numbers."""
     out = ()
-    for i in gl.static_range(4):
+    for i in gl.static_range(len(words)):
         out = out + (words[i].to(gl.float32, bitcast=True),)
     return out
 
 
 @gluon.jit
-def read_angles(stage, lane, D: gl.constexpr, NT: gl.constexpr):
-    """The lane's cosines, then its sines, of its column's centre."""
-    C: gl.constexpr = centres(NT)
-    place = (lane >> 2 & 1) * (C - 1) * 4 + (lane & 3)
+def write_operands(
+    coef_row, stride_h, weights_ptr, lane, warp, first_head, scale_log2, AT: gl.constexpr, G: gl.constexpr,
+    D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The operands of the first product, in the unit of the logits, to byte AT of shared memory, tile by tile."""
+    STEPS: gl.constexpr = _steps(D)
+    FASTEST: gl.constexpr = _fastest(FAST)
+    TILES: gl.constexpr = _tiles(D, FAST)
+    g = lane >> 2
+    t = lane & 3
+    for c in gl.static_range((TILES + WARPS - 1) // WARPS):
+        n = gl.minimum(c * WARPS + warp, TILES - 1)
+        beyond = n - STEPS - FAST
+        tile = gl.where(n < STEPS, 0, gl.where(beyond < 0, 1, 2 + beyond // FASTEST))
+        step = gl.where(n < STEPS, n, gl.where(beyond < 0, n - STEPS, beyond % FASTEST))
+        weights = _floats(load_global4(weights_ptr + (((step * 4 + tile) * 2 + (g >> 2)) * 4 + t) * 4))
+        constant = (tile == 0) & (g < 4)  # its second slot: what rounding leaves of the first one
+        for b in gl.static_range(NT):
+            row = coef_row + gl.minimum(first_head + 4 * b + (g & 3), G - 1) * stride_h + step * 8 + t
+            words = ()
+            for i in gl.static_range(2):
+                cos_part = gl.load(row + 4 * i) * scale_log2
+                sin_part = gl.load(row + (4 * i + D // 2)) * scale_log2
+                even = weights[2 * i + 1]
+                odd = weights[2 * i]
+                left = cos_part * even
+                right = sin_part * even
+                first = pack_half_finite(gl.where(constant, left, sin_part * odd),
+                                         gl.where(constant, right, -cos_part * odd))  # fmt: skip
+                left_rest = left - low_half(first)
+                right_rest = right - high_half(first)
+                second = pack_half_finite(gl.where(constant, left_rest, left), gl.where(constant, right_rest, right))
+                words = words + (first, second)
+            write_shared4_of(u32(AT + (b * TILES + n) * 512 + lane * 16), words[0], words[1], words[2], words[3])
+
+
+@gluon.jit
+def load_angles(angles_ptr, page, last, lane, D: gl.constexpr, WARPS: gl.constexpr):
+    """The other operand of the first product: cosines and sines of four pages of a warp from ``page`` on."""
+    CHUNKS: gl.constexpr = (_steps(D) + 1) // 2
+    there = gl.minimum(page + (lane >> 3) * WARPS, last) * 2 + (lane >> 2 & 1)
+    row = angles_ptr + there * (CHUNKS * 16) + (lane & 3) * 4
+    words = ()
+    for c in gl.static_range(CHUNKS):
+        words = words + load_global4(row + c * 16)
+    return words
+
+
+@gluon.jit
+def _sum(sums, angles, at, FIRST: gl.constexpr, END: gl.constexpr, BY: gl.constexpr):
+    """The sums and every BY-th product from step FIRST, whose operand is at ``at``, on."""
+    for step in gl.static_range(FIRST, END, BY):
+        r0, r1, r2, r3 = read_shared4(at + (step - FIRST) * 512)
+        sums = mma_half(sums, r0, r1, r2, r3, angles[2 * step], angles[2 * step + 1], "f16")
+    return sums
+
+
+@gluon.jit
+def make_components(angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr):
+    """The components of four pages, to the warp's stage in shared memory: the operands of the second product. What
+    comes next is to synchronise the warp."""
+    STEPS: gl.constexpr = _steps(D)
+    FASTEST: gl.constexpr = _fastest(FAST)
+    TILES: gl.constexpr = _tiles(D, FAST)
+    g = lane >> 2
+    constant = g < 4
+    to = stage + u32((lane & 3) * PAGE_BYTES + (g & 3) * 64 + (g >> 2) * 16)
+    for b in gl.static_range(NT):
+        at = u32(AT + b * TILES * 512 + lane * 16)
+        zero = repeat((lane * 0).to(gl.float32), 4)
+        sums = ()
+        for tile in gl.static_range(4):
+            if tile == 0:
+                # Two sums of half the steps: a product waits for the one before it.
+                two = (_sum(zero, angles, at, 0, STEPS, 2), _sum(zero, angles, at + 512, 1, STEPS, 2))
+                four = ()
+                for i in gl.static_range(4):
+                    four = four + (two[0][i] + two[1][i],)
+                sums = sums + (four,)
+            elif tile == 1:
+                sums = sums + (_sum(zero, angles, at + STEPS * 512, 0, FAST, 1),)
+            else:
+                sums = sums + (_sum(zero, angles, at + (STEPS + FAST + (tile - 2) * FASTEST) * 512, 0, FASTEST, 1),)
+        for half in gl.static_range(2):
+            # Slot 1: what rounding leaves of slot 0, whose coefficients have a rest of their own.
+            rest = sums[0][half] - low_half(pack_half_finite(sums[0][half], sums[0][half]))
+            second = sums[0][2 + half] + gl.where(constant, rest, 0.0)
+            words = (pack_half_finite(sums[0][half], second),)
+            for tile in gl.static_range(1, 4):
+                words = words + (pack_half_finite(sums[tile][half], sums[tile][2 + half]),)
+            write_shared4_of(
+                to + (b * (PAGES_AT_ONCE * PAGE_BYTES) + half * 32), words[0], words[1], words[2], words[3]
+            )
+
+
+@gluon.jit
+def load_functions(functions_ptr, lane):
+    """The functions' values at the offsets: the operand of the second product that is the same for all pages."""
+    return load_global4(functions_ptr + lane * 4), load_global4(functions_ptr + (128 + lane * 4))
+
+
+@gluon.jit
+def page_biases(at, functions, lane, NT: gl.constexpr):
+    """What the mean adds to the logits of the page whose components are at ``at``: NT tuples of 8, token 8 r + g of
+    head 4 b + t."""
     out = ()
-    for i in gl.static_range(2 * run_steps(D)):
-        out = out + _four(stage + u32(i * (C * 64) + place * 16))
+    zero = (lane * 0).to(gl.float32)
+    for b in gl.static_range(NT):
+        b0, b1 = read_shared2(at + u32(b * (PAGES_AT_ONCE * PAGE_BYTES) + lane * 8))
+        low = repeat(zero, 4)
+        high = repeat(zero, 4)
+        f = functions[0]
+        low = mma_half(low, f[0], f[1], f[2], f[3], b0, b1, "f16")
+        f = functions[1]
+        high = mma_half(high, f[0], f[1], f[2], f[3], b0, b1, "f16")
+        out = out + ((low[0], low[2], high[0], high[2], low[1], low[3], high[1], high[3]),)
     return out
 
 
 @gluon.jit
-def page_biases(angles, lane, OFFSETS_AT: gl.constexpr, COEF_AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr):
-    """What the mean adds to q . k: NT tuples of 8, token 8 r + g of head 4 b + t."""
-    STEPS: gl.constexpr = run_steps(D)
-    g = lane >> 2
-    t = lane & 3
-    place = (g >> 1) * 4 + t
-    if NT == 2:
-        place += (g & 1) * 16
-    mass = angles[0] * 0.0
-    even_part = ()
-    odd_part = ()
-    for i in gl.static_range(STEPS):
-        a = _four(u32(COEF_AT + i * (NT * 256) + place * 16))
-        b = _four(u32(COEF_AT + (STEPS + i) * (NT * 256) + place * 16))
-        turned_a = ()
-        turned_b = ()
-        for n in gl.static_range(4):
-            cos = angles[4 * i + n]
-            sin = angles[4 * (STEPS + i) + n]
-            turned_a = turned_a + (a[n] * cos + b[n] * sin,)
-            turned_b = turned_b + (b[n] * cos - a[n] * sin,)
-            mass += turned_a[n]
-        for n in gl.static_range(2):
-            even_part = even_part + (pack_half(turned_a[2 * n], turned_a[2 * n + 1], "f16"),)
-            odd_part = odd_part + (pack_half(turned_b[2 * n], turned_b[2 * n + 1], "f16"),)
-    mass += shuffle_f(mass, lane ^ 1)
-    mass += shuffle_f(mass, lane ^ 2)
-    first = shuffle_f(mass, t * 8)
-    second = shuffle_f(mass, t * 8 + 4)
-    ahead = ()  # of each tile's accumulators: tokens behind the centre, and before it
-    before = ()
-    for tile in gl.static_range(NT):
-        even = (first, second, first, second)
-        odd = repeat(mass * 0.0, 4)
-        for step in gl.static_range(STEPS):
-            at = u32(OFFSETS_AT + (tile * 2 * STEPS + step) * 512 + lane * 16)
-            r0, r1, r2, r3 = read_shared4(at)
-            even = mma_half(even, r0, r1, r2, r3, even_part[2 * step], even_part[2 * step + 1], "f16")
-            r0, r1, r2, r3 = read_shared4(at + STEPS * 512)
-            odd = mma_half(odd, r0, r1, r2, r3, odd_part[2 * step], odd_part[2 * step + 1], "f16")
-        # Offset g of lane g, behind a centre at a multiple of 16, is of the lane's tokens; before it, of lane 7 - g's.
-        plus = ()
-        minus = ()
-        for i in gl.static_range(4):
-            plus = plus + (even[i] + odd[i],)
-            minus = minus + (shuffle_f(even[i] - odd[i], lane ^ 28),)
-        ahead = ahead + (plus,)
-        before = before + (minus,)
-    if NT == 1:
-        minus = before[0]
-        plus = ahead[0]
-        return ((minus[2], minus[0], plus[0], plus[2], minus[3], minus[1], plus[1], plus[3]),)
-    else:
-        out = ()
-        for n in gl.static_range(2):
-            out = out + ((
-                before[1][2 + n], before[1][n], before[0][2 + n], before[0][n],
-                ahead[0][n], ahead[0][2 + n], ahead[1][n], ahead[1][2 + n],
-            ),)  # fmt: skip
-        return out
-
-
-@gluon.jit
-def add_biases(scores, biases, scale_log2, NT: gl.constexpr):
-    """Scores with the biases, in the unit of the scores."""
+def add_biases(scores, biases, NT: gl.constexpr):
+    """Scores with the biases."""
     out = ()
     for n in gl.static_range(NT):
         eight = ()
         for r in gl.static_range(8):
-            eight = eight + (scores[n][r] + biases[n][r] * scale_log2,)
+            eight = eight + (scores[n][r] + biases[n][r],)
         out = out + (eight,)
     return out
