@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
-from octo_run.engine import sensitivity
 from octo_run.errors import UsageError, quoted
 from octo_run.kernels.codec import KVFormat, LayerFormats, get, parse_kv
 from octo_run.models.config import ModelConfig
-from octo_run.models.decoder import Decoder
 
 #: The formats that are chosen from, and their relative errors: energy of the error by energy of the vector, Gaussian
 #: vectors of 128 numbers (docs/formats.md). Their proportions matter; other head dimensions have these within 15 %.
@@ -44,23 +43,22 @@ class AutoFormats(LayerFormats):
         layers = allocate(sensitivities, Fraction(budget * head_dim, NUMBERS), head_dim, seed)
         return cls(f"auto:{budget}", layers, budget)
 
-    def chosen(
-        self, decoder: Decoder, ids: list[int], on_progress: Callable[[int, int], None] | None = None
-    ) -> AutoFormats:
+    @property
+    def measured_with(self) -> KVFormat:
+        """The format that sensitivities are measured with."""
+        codec = self.layers[0].k
+        return parse_kv(next(iter(ERRORS)), codec.head_dim, codec.seed)
+
+    def chosen(self, sensitivities: Tensor | None) -> AutoFormats:
         """The formats for a model, of as many bytes.
 
         Args:
-            ids: Of a text that it is measured on. If none of them would be coded, the formats stay what they are.
-            on_progress: See ``sensitivity.measure``.
-
-        Raises:
-            OctoError: A model whose logits are not finite.
+            sensitivities: ``[layers, 2]`` (see ``sensitivity.measure``); None: they stay what they are.
         """
-        if len(ids) <= sensitivity.FIRST:
+        if sensitivities is None:
             return self
-        head_dim, seed = self.layers[0].k.head_dim, self.layers[0].k.seed
-        found = sensitivity.measure(decoder, parse_kv(next(iter(ERRORS)), head_dim, seed), ids, on_progress)
-        return type(self).within(self.budget, found.tolist(), head_dim, seed)
+        codec = self.layers[0].k
+        return type(self).within(self.budget, sensitivities.tolist(), codec.head_dim, codec.seed)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.counts}; {self.average:.2f} bytes on average)"

@@ -14,7 +14,7 @@ from octo_run.engine import system_memory
 from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
-from octo_run.engine.conditioning import calibration_ids, conditioning_of
+from octo_run.engine.calibration import Calibration
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
 from octo_run.engine.parts import Parts
 from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
@@ -200,9 +200,10 @@ class Engine:
             else:
                 weights = weight_files.load_weights(path, cfg, where, kind)
             decoder = Decoder(cfg, weights, None, fmt[0].v.rotation)
-            decoder.store_keys(fmt[0].k.rotation, conditioning_of(decoder, tokenizer, plan.conditioning, path))
+            calibration = Calibration(decoder, tokenizer, path)
+            decoder.store_keys(fmt[0].k.rotation, calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):
-                fmt = fmt.chosen(decoder, calibration_ids(cfg, tokenizer), on_measure)
+                fmt = fmt.chosen(calibration.sensitivities(plan.conditioning, fmt.measured_with, on_measure))
             if where.type == "cuda":
                 torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
             return cls(str(model), cfg, decoder, cast("Tokenizer", tokenizer), plan, fmt, defaults, seed)

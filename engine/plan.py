@@ -10,11 +10,12 @@ from octo_run import kernels
 from octo_run.engine import sensitivity, system_memory
 from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import PAGE, ArenaShape
-from octo_run.engine.conditioning import TOKENS
+from octo_run.engine.calibration import TOKENS
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
+from octo_run.kernels.codec.formats import PLAIN
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder
@@ -67,6 +68,11 @@ class MemoryPlan:
     graphs: int
     logits: int
     measure: Callable[[ArenaShape], dict[str, int]] = field(repr=False, compare=False)
+
+    @property
+    def coded(self) -> bool:
+        """Whether keys have a code."""
+        return self.kv.split(":")[0] != PLAIN
 
     @property
     def context(self) -> int:

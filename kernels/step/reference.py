@@ -209,8 +209,10 @@ def mapped(heads: Tensor, maps: Tensor) -> Tensor:
         return heads @ maps[0, 0]
     kv_heads = maps.shape[1]
     q, k = heads.split([heads.shape[-2] - kv_heads, kv_heads], dim=-2)  # type: ignore[no-untyped-call]
-    q = (q.unflatten(-2, (kv_heads, -1)) @ maps[0]).flatten(-3, -2)
-    return torch.cat((q, (k[..., None, :] @ maps[1])[..., 0, :]), -2)
+    # KV heads in front: a product for each, not one for each token.
+    parts = [x.reshape(-1, kv_heads, x.shape[-2] // kv_heads, x.shape[-1]).transpose(0, 1) for x in (q, k)]
+    made = [(x.flatten(1, 2) @ one).view(x.shape).transpose(0, 1) for x, one in zip(parts, maps, strict=True)]
+    return torch.cat([x.flatten(1, 2) for x in made], 1).view(heads.shape)
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:

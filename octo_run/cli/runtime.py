@@ -159,8 +159,10 @@ def describe_plan(model: str, plan: "MemoryPlan") -> str:
     """Two lines that say what will be loaded where, and how much memory each part takes."""
     parts = plan.as_dict()
     sizes = [f"{label} {human_bytes(parts[key])}" for key, label in PLAN_PARTS.items() if parts[key]]
+    # What is usual goes without saying.
+    kept = "" if plan.conditioning == "full" or not plan.coded else f" (conditioning {plan.conditioning})"
     return (
-        f"{shown(model)} on {plan.device}, KV cache {plan.kv}: context {plan.context:,} tokens,"
+        f"{shown(model)} on {plan.device}, KV cache {plan.kv}{kept}: context {plan.context:,} tokens,"
         f" {plan.bytes_per_token:,} bytes per packed token\n"
         f"memory: {' + '.join(sizes)} = {human_bytes(plan.total)}"
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from octo_run.engine import Engine, plan_memory
 from octo_run.engine.allocation import parse_formats
 from octo_run.engine.arena import Chunk
-from octo_run.engine.conditioning import conditioning_of
+from octo_run.engine.calibration import Calibration
 from octo_run.engine.forward import Forward
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.step import StepState
@@ -142,7 +142,7 @@ def build_engine(
     plan = plan_memory(cfg, fmt, device=torch.device("cpu"), dtype=dtype, max_context=context, **plan_options)
     with torch.inference_mode():
         decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), None, fmt[0].v.rotation)
-        found = conditioning_of(decoder, NoTokenizer(cfg.vocab_size), plan.conditioning, None)
+        found = Calibration(decoder, NoTokenizer(cfg.vocab_size), None).conditioning(plan.conditioning)
         decoder.store_keys(fmt[0].k.rotation, found)
         return Engine("tiny", cfg, decoder, ByteTokenizer(), plan, fmt, GenerationDefaults(), 0)  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ import torch
 
 from octo_run import Engine, UsageError
 from octo_run.engine import plan as plan_module
+from octo_run.engine import sensitivity
 from octo_run.engine.arena import ArenaShape
 from octo_run.engine.parts import held_bytes
 from octo_run.models import conditioning
@@ -70,6 +71,23 @@ def test_what_was_measured_is_kept_for_the_next_load(monkeypatch: pytest.MonkeyP
         kept.write_bytes(damage)
         assert torch.equal(logits("oct3", None), first), "what is damaged is measured again"
     assert [file.name for file in statistics_folder().iterdir()] == [kept.name]
+
+
+def test_sensitivities_are_kept_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
+    with load("auto:48") as engine:
+        formats = engine.kv
+    assert len(list(statistics_folder().iterdir())) == 2
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(sensitivity, "measure", refuse)
+    for kv in ("auto:48", "auto:64"):
+        with load(kv) as engine:
+            assert (engine.kv == formats) == (kv == "auto:48")
+    with pytest.raises(AssertionError, match="measured again"):
+        load("auto:48", "off")
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(

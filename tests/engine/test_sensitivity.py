@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from octo_run.engine import sensitivity
-from octo_run.engine.conditioning import conditioning_of
+from octo_run.engine.calibration import Calibration
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import KVFormat, parse_kv
@@ -33,7 +33,7 @@ def decoder(cfg: ModelConfig = CFG, kind: str = "full", dtype: torch.dtype = tor
         if name.endswith("proj.weight"):
             weight.mul_(gain)
     made = Decoder(cfg, weights, None, FORMAT.v.rotation)
-    made.store_keys(FORMAT.k.rotation, conditioning_of(made, NoTokenizer(cfg.vocab_size), kind, None))
+    made.store_keys(FORMAT.k.rotation, Calibration(made, NoTokenizer(cfg.vocab_size), None).conditioning(kind))
     return made
 
 

@@ -1,0 +1,144 @@
+"""What is measured on a model once, on a short text, and kept beside the cache of models.
+
+Two things are: how its keys are conditioned, and how much each layer and side suffers from a code.
+"""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octo_run.engine import sensitivity
+from octo_run.engine.random_model import NoTokenizer
+from octo_run.kernels.codec import KVFormat
+from octo_run.models import conditioning
+from octo_run.models.cache import statistics_folder
+from octo_run.models.conditioning import Conditioning
+from octo_run.models.config import ModelConfig
+from octo_run.models.decoder import Decoder
+from octo_run.models.files import weight_files
+from octo_run.tokenizer import Tokenizer
+
+#: Tokens of the text that are used at most.
+TOKENS = 768
+#: Counts changes of the text or of what is made of it.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measurements on one model.
+
+    Attributes:
+        tokenizer: The model's; one of random weights sees random tokens.
+        path: The model's folder; None for random weights: nothing is kept of them.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer | NoTokenizer
+    path: Path | None
+
+    def conditioning(self, kind: str) -> Conditioning | None:
+        """What is to be done to the keys, whose decoder must store them as they are.
+
+        Args:
+            kind: One of ``config.CONDITIONINGS``.
+        """
+        if kind == "off":
+            return None
+        cfg = self.decoder.cfg
+        size = (cfg.num_layers, cfg.num_kv_heads, cfg.head_dim)
+
+        def measured() -> dict[str, Tensor]:
+            found = conditioning.measure(self.decoder, self.ids)
+            assert found.shapes is not None
+            return {"means": found.means, "shapes": found.shapes}
+
+        found = self._known(("conditioning",), {"means": size, "shapes": (*size, cfg.head_dim)}, measured)
+        return Conditioning(found["means"], found["shapes"]).of_kind(kind)
+
+    def sensitivities(
+        self, kind: str, fmt: KVFormat, on_progress: Callable[[int, int], None] | None = None
+    ) -> Tensor | None:
+        """``sensitivity.measure`` of a decoder whose keys are conditioned; None if no token of the text would be coded.
+
+        Args:
+            kind: The conditioning.
+            fmt: The code.
+        """
+        ids = self.ids
+        if len(ids) <= sensitivity.FIRST:
+            return None
+        what = ("sensitivities", kind, fmt.name, fmt.k.seed)
+        shape = {"divergences": (self.decoder.cfg.num_layers, 2)}
+        return self._known(
+            what, shape, lambda: {"divergences": sensitivity.measure(self.decoder, fmt, ids, on_progress)}
+        )["divergences"]
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of the text."""
+        return calibration_ids(self.decoder.cfg, self.tokenizer)
+
+    def _known(
+        self, what: tuple[object, ...], shapes: Mapping[str, tuple[int, ...]], measure: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Read from where it was kept, else measured and kept."""
+        if self.path is None:
+            return measure()
+        file = statistics_folder() / f"{self._fingerprint(self.path, what)}.npz"
+        found = _read(file, shapes)
+        if found is None:
+            found = measure()
+            _keep(file, found)
+        return found
+
+    def _fingerprint(self, path: Path, what: tuple[object, ...]) -> str:
+        """Of all that decides the numbers: the weights (by name, size and time of their files), the configuration, the
+        dtype, the kind of device, and the tokens."""
+        files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
+        weights = self.decoder.embedding
+        known = (_VERSION, what, files, self.decoder.cfg, str(weights.dtype), weights.device.type, self.ids)
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+
+def calibration_ids(cfg: ModelConfig, tokenizer: Tokenizer | NoTokenizer) -> list[int]:
+    """The tokens that statistics of a model are measured on; random ones where there is no tokenizer."""
+    count = min(TOKENS, cfg.max_position_embeddings)
+    if isinstance(tokenizer, NoTokenizer):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(cfg.vocab_size, (count,), generator=generator).tolist()
+    return tokenizer.prompt(conditioning.calibration_text())[:count]
+
+
+def _read(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+    """What ``_keep`` wrote, None if there is none or it is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            found = {name: torch.from_numpy(stored[name].astype(np.float32)) for name in shapes}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    good = all(found[name].shape == shape and bool(found[name].isfinite().all()) for name, shape in shapes.items())
+    return found if good else None
+
+
+def _keep(file: Path, found: dict[str, Tensor]) -> None:
+    """Write it. Where that cannot be, the next load measures anew."""
+    arrays: dict[str, Any] = {name: part.numpy() for name, part in found.items()}
+    partial = file.with_name(f".{os.urandom(8).hex()}.tmp")
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("xb") as out:
+                np.savez(out, **arrays)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
