@@ -57,7 +57,7 @@ def test_logits_agree_with_the_cpu(kv: str) -> None:
         assert error < (1e-4 if kv == "bf16" else 5e-3), f"{kv}, step {step}: {error}"
 
 
-@pytest.mark.parametrize("options", [{}, {"key_mean": True}], ids=["usual", "key mean"])
+@pytest.mark.parametrize("options", [{}, {"conditioning": "mean"}], ids=["usual", "key mean"])
 @pytest.mark.parametrize("kv", FORMATS)
 @torch.inference_mode()
 def test_reading_is_decoding(kv: str, options: dict[str, bool]) -> None:
