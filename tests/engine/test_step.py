@@ -220,7 +220,8 @@ def runs_ahead(tiny: Tiny, *args: Any, **options: Any) -> Engine:
 
 
 def test_an_answer_ahead_is_the_answer(tiny: Tiny, random_ids: Any) -> None:
-    """Ends by count, by context, by a stop token; the cache then holds what it would without running ahead."""
+    """Ends by count, by context, by a stop token; the cache then holds what it would without running ahead, and may hold
+    a stop token, which the step ahead has fed already."""
     engine, plain = runs_ahead(tiny, "oct3", context=400), tiny("oct3", context=400)
     engine.end_ids = plain.end_ids = frozenset()
     ids = random_ids(250)
@@ -231,7 +232,10 @@ def test_an_answer_ahead_is_the_answer(tiny: Tiny, random_ids: Any) -> None:
     for params in ({"max_tokens": 1}, {"max_tokens": 77}, {"stop_ids": (stop,)}):
         wanted, got = answer(plain, ids, **params), answer(engine, ids, **params)
         assert got == wanted
-        assert only(engine).ids == only(plain).ids
+        held = list(only(engine).ids)
+        if held and held[-1] == stop and len(held) > len(only(plain).ids):
+            held.pop()
+        assert held == only(plain).ids
         assert only(engine).packed - only(plain).packed in (0, 1)
 
 
