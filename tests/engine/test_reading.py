@@ -1,7 +1,7 @@
 """Reading texts as decoding would: the same keys are coded for every token, however many are read at once."""
 
-import itertools
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -220,7 +220,7 @@ def runs_ahead(tiny: Tiny, *args: Any, **options: Any) -> Engine:
 
 
 def test_an_answer_ahead_is_the_answer(tiny: Tiny, random_ids: Any) -> None:
-    """Ends by count, by context, by a stop token; the cache then holds what it would without running ahead, and may hold
+    """Ends by count, by context, by a stop token; the cache then holds what it would without running ahead, and maybe
     a stop token, which the step ahead has fed already."""
     engine, plain = runs_ahead(tiny, "oct3", context=400), tiny("oct3", context=400)
     engine.end_ids = plain.end_ids = frozenset()
