@@ -134,14 +134,17 @@ def layer_formats(kv: str, cfg: ModelConfig, dtype: torch.dtype) -> LayerFormats
 def build_engine(
     cfg: ModelConfig, kv: str, context: int | None, pages: int | None = None, **plan_options: Any
 ) -> Engine:
-    """``pages``: those that all sequences share (None: as many as they hold at full context)."""
+    """``pages``: those that all sequences share (None: as many as they hold at full context); ``change``: is given the
+    weights."""
     dtype = plan_options.pop("dtype", torch.float32)
+    weights = random_weights(cfg, "cpu", dtype, seed=1)
+    plan_options.pop("change", lambda _: None)(weights)
     fmt = layer_formats(kv, cfg, dtype)
     if pages is not None:
         plan_options["cache_bytes"] = pages * 64 * cfg.num_kv_heads * fmt.vector_bytes
     plan = plan_memory(cfg, fmt, device=torch.device("cpu"), dtype=dtype, max_context=context, **plan_options)
     with torch.inference_mode():
-        decoder = Decoder(cfg, random_weights(cfg, "cpu", dtype, seed=1), None, fmt[0].v.rotation)
+        decoder = Decoder(cfg, weights, None, fmt[0].v.rotation)
         found = Calibration(decoder, NoTokenizer(cfg.vocab_size), None).conditioning(plan.conditioning)
         decoder.store_keys(fmt[0].k.rotation, found)
         return Engine("tiny", cfg, decoder, ByteTokenizer(), plan, fmt, GenerationDefaults(), 0)  # type: ignore[arg-type]

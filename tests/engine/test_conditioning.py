@@ -1,6 +1,7 @@
 """Conditioned keys in the engine: one function without coding, nearer to it with coding, kept for the next load."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,38 @@ def test_with_coding_the_distribution_is_nearer() -> None:
         coded = logits("octopus2", kind).log_softmax(-1)
         divergence[kind] = float((exact.exp() * (exact - coded)).sum(-1).mean())
     assert max(divergence["full"], divergence["mean"]) < 0.9 * divergence["off"]
+
+
+HOSTILE: dict[str, Callable[[str, torch.Tensor], object]] = {
+    "random": lambda name, weight: None,
+    "zero keys": lambda name, weight: weight.zero_() if "k_proj" in name else None,
+    "one huge channel": lambda name, weight: weight[3].mul_(100) if "k_proj" in name else None,
+    "huge keys": lambda name, weight: weight.mul_(3000) if "k_proj" in name else None,
+    "tiny keys": lambda name, weight: weight.mul_(1e-6) if "k_proj" in name else None,
+    "constant values": lambda name, weight: (
+        weight.copy_(weight[:1].clone().expand_as(weight)) if "v_proj" in name else None
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_model_is_never_worse_for_it(
+    kind: str, tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]
+) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            HOSTILE[kind](name, weight)
+
+    texts = [random_ids(500, seed=seed) for seed in (5, 6)]
+
+    def logs(kv: str, conditioning: str | None = None) -> torch.Tensor:
+        engine = tiny(kv, conditioning=conditioning, change=change)
+        return torch.cat([engine.logits(ids, 64) for ids in texts]).double().log_softmax(-1)
+
+    exact = logs("bf16")
+    for kv in ("oct2", "octopus3"):
+        off, full = (float((exact.exp() * (exact - logs(kv, one))).sum(-1).mean()) for one in ("off", "full"))
+        assert full <= 1.1 * off + 1e-9, kv
 
 
 def test_coded_keys_are_conditioned_unless_it_is_off() -> None:
