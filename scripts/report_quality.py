@@ -37,6 +37,8 @@ OURS, PAPER = ("oct4", "oct3", "oct2"), ("octopus4", "octopus3", "octopus2")
 BASELINES = ("mixed4", "mixed3", "mixed2", "turbo4", "turbo3", "turbo2")
 #: Perplexity change in % and recall in points that are aimed at, by the beginning of the model's name.
 AIMS = {
+    "SmolLM2-code": {"oct4": (0.12, 6.0), "oct3": (0.32, 6.0), "oct2": (2.4, 16.0)},
+    "SmolLM2-languages": {"oct4": (0.12, 6.0), "oct3": (0.32, 6.0), "oct2": (2.4, 16.0)},
     "SmolLM2": {"oct4": (0.06, 3.0), "oct3": (0.16, 3.0), "oct2": (1.2, 8.0)},
     "demo": {"oct4": (0.2, 2.0), "oct3": (0.4, 2.0), "oct2": (1.5, 5.0)},
     "stress": {"oct4": (0.4, 4.0), "oct3": (0.8, 4.0), "oct2": (3.0, 10.0)},
@@ -163,6 +165,7 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
         return reference if label == REFERENCE else load_case(model, by_label[label], _place(args))
 
     part: dict[str, Any] = {"kind": "ppl", "model": name, "where": where_measured(reference), "text": args.text.name}
+    part["head_dim"] = reference.config.head_dim
     part |= {"tokens": args.tokens, "skip": args.skip, "stride": args.stride, "rows": []}
     comparison = perplexity.Comparison(load, [*by_label], [ids], stride=args.stride)
     try:
@@ -232,7 +235,7 @@ def write(doc: Path, files: list[Path]) -> None:
         rows = [row for i, row in enumerate(rows) if row["kv"] not in {other["kv"] for other in rows[:i]}]
         lines += [f"## {model} model", "", *_targets(model, own, rows)]
         for group, title in TITLES.items():
-            lines += _table(title, [row for row in rows if row["group"] == group])
+            lines += _table(title, [row for row in rows if row["group"] == group], own[0].get("head_dim", 128))
         lines += _needles([part for part in own if part["kind"] == "needle"])
         if rows:
             plot = doc.with_name(f"{doc.stem}-{model}.png")
@@ -286,12 +289,12 @@ def _against(row: dict[str, Any] | None, aim: float) -> str:
     return f"{row['delta_percent']:+.2f} % ± {row['delta_stderr']:.2f}, {'reached' if reached else 'not reached'}"
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+def _table(title: str, rows: list[dict[str, Any]], head_dim: int) -> Iterator[str]:
     if not rows:
         return
     yield f"### {title}"
     yield ""
-    columns = ["bytes a vector", "perplexity", "±", "change %", "±", "KL mean", "KL 99 %", "top-1 %", "tokens"]
+    columns = ["bytes of 128 numbers", "perplexity", "±", "change %", "±", "KL mean", "KL 99 %", "top-1 %", "tokens"]
     columns += ["bytes per token"]
     yield f"| format | {' | '.join(columns)} |"
     yield "|---" * (len(columns) + 1) + "|"
@@ -299,7 +302,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         own = row["kv"] != REFERENCE
         change = (f"{row['delta_percent']:+.2f}", f"{row['delta_stderr']:.2f}") if own else ("", "")
         yield (
-            f"| {row['kv']} | {_vector_bytes(row['kv'])} | {row['perplexity']:.3f} | {row['stderr']:.3f} "
+            f"| {row['kv']} | {_vector_bytes(row['kv'], head_dim)} | {row['perplexity']:.3f} | {row['stderr']:.3f} "
             f"| {change[0]} | {change[1]} "
             f"| {row['kl_mean']:.5f} | {row['kl_p99']:.4f} | {100 * row['top1_agreement']:.2f} "
             f"| {row['tokens']:,} | {row['bytes_per_token']:,.0f} |"
@@ -307,11 +310,11 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
 
 
-def _vector_bytes(label: str) -> int:
-    """Bytes of a key or a value of 128 coordinates in the format that a label begins with, on average."""
+def _vector_bytes(label: str, head_dim: int) -> int:
+    """Bytes of 128 numbers in the format that a label begins with, on average."""
     if label.startswith("auto:"):
         return int(label.split(",")[0].removeprefix("auto:"))
-    return _codec(label.split(",")[0], 128).bytes_per_vector
+    return _codec(label.split(",")[0], head_dim).bytes_per_vector * 128 // head_dim
 
 
 def _needles(parts: list[dict[str, Any]]) -> Iterator[str]:
