@@ -386,6 +386,16 @@ class Chunk:
         Returns:
             The attention of ``q``.
         """
+        self._stage(layer, kv)
+        a, fmt = self.arena, self.arena.formats[layer]
+        inputs = a.chunk_inputs(layer, self.row, coefficients)
+        out = kernels.attend(q, inputs, fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
+        self._code(layer)
+        self._keep(layer)
+        return out
+
+    def _stage(self, layer: int, kv: Tensor) -> None:
+        """Store new sinks; lay the old tail and the new tokens out one after the other."""
         a = self.arena
         new, store, staging = kv.transpose(1, 2), a._full[:, layer, self.row], a._staging[:, 0]
         if self.to_sink:
@@ -394,17 +404,23 @@ class Chunk:
             staging[:, :, : self.old_tail] = store.index_select(2, self._old_slots)
         if self._tail > self.old_tail:
             staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
-        inputs = a.chunk_inputs(layer, self.row, coefficients)
-        out = kernels.attend(q, inputs, a.formats[layer], spec=spec, max_length=self.end, workspace=workspace, out=out)
-        if self._coded:
-            coded = a._staging[:, :, :, : self._coded]
-            k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
-            if a.means is not None:
-                k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
-            a.encode(layer, k_pages, v_pages, self._ids)
+
+    def _code(self, layer: int) -> None:
+        """Code the pages that the chunk fills."""
+        a = self.arena
+        if not self._coded:
+            return
+        coded = a._staging[:, :, :, : self._coded]
+        k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
+        if a.means is not None:
+            k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
+        a.encode(layer, k_pages, v_pages, self._ids)
+
+    def _keep(self, layer: int) -> None:
+        """Store what is left of the tail."""
         if self._tail > self._coded:
-            store.index_copy_(2, self._left_slots, staging[:, :, self._coded : self._tail])
-        return out
+            staged = self.arena._staging[:, 0, :, self._coded : self._tail]
+            self.arena._full[:, layer, self.row].index_copy_(2, self._left_slots, staged)
 
     def commit(self) -> None:
         """All layers are written: the chunk's tokens now belong to the sequence."""

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Calibration:
             what, shape, lambda: {"divergences": sensitivity.measure(self.decoder, fmt, ids, on_progress)}
         )["divergences"]
 
-    @property
+    @cached_property
     def ids(self) -> list[int]:
         """The tokens of the text."""
         return calibration_ids(self.decoder.cfg, self.tokenizer)

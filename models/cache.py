@@ -101,29 +101,35 @@ class ModelEntry:
 
 def cache_folder() -> Path:
     """The folder of the pulled models (see the module's text); it need not exist."""
-    value = os.environ.get("OCTO_RUN_CACHE")
-    try:
-        if value:
-            return Path(value).expanduser() / "hub"
-        if value := os.environ.get("HF_HUB_CACHE"):
-            return Path(os.path.expandvars(value)).expanduser()
-        if value := os.environ.get("HF_HOME"):
-            return Path(os.path.expandvars(value)).expanduser() / "hub"
-        base = os.environ.get("XDG_CACHE_HOME")
-        return (Path(base) if base else Path.home() / ".cache") / "octo-run" / "hub"
-    except RuntimeError as error:
-        raise OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.") from None
+    if not os.environ.get("OCTO_RUN_CACHE"):
+        try:
+            if value := os.environ.get("HF_HUB_CACHE"):
+                return Path(os.path.expandvars(value)).expanduser()
+            if value := os.environ.get("HF_HOME"):
+                return Path(os.path.expandvars(value)).expanduser() / "hub"
+        except RuntimeError as error:
+            raise _no_folder(error) from None
+    return _own_folder() / "hub"
 
 
 def statistics_folder() -> Path:
     """The folder of what was measured on models once; it need not exist."""
-    value, base = os.environ.get("OCTO_RUN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return _own_folder() / "statistics"
+
+
+def _own_folder() -> Path:
+    """The folder of all that the program keeps, which no other tool shares."""
     try:
-        if value:
-            return Path(value).expanduser() / "statistics"
-        return (Path(base) if base else Path.home() / ".cache") / "octo-run" / "statistics"
+        if value := os.environ.get("OCTO_RUN_CACHE"):
+            return Path(value).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "octo-run"
     except RuntimeError as error:
-        raise OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.") from None
+        raise _no_folder(error) from None
+
+
+def _no_folder(error: RuntimeError) -> OctoError:
+    return OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.")
 
 
 def parse_hub_name(name: str) -> HubName:

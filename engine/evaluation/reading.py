@@ -81,31 +81,12 @@ class DecodedChunk(Chunk):
         out: Tensor | None = None,
         coefficients: Tensor | None = None,
     ) -> Tensor:
-        a = self.arena
-        new, store, staging = kv.transpose(1, 2), a._full[:, layer, self.row], a._staging[:, 0]
-        if self.to_sink:
-            store[:, :, self.start : self.start + self.to_sink] = new[:, :, : self.to_sink]
-        if self.old_tail:
-            staging[:, :, : self.old_tail] = store.index_select(2, self._old_slots)
-        if self._tail > self.old_tail:
-            staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
+        self._stage(layer, kv)
         self._code(layer)
         out = torch.empty_like(q) if out is None else out
         self._attend(layer, q, out, spec, workspace, coefficients)
-        if self._tail > self._coded:
-            store.index_copy_(2, self._left_slots, staging[:, :, self._coded : self._tail])
+        self._keep(layer)
         return out
-
-    def _code(self, layer: int) -> None:
-        """Code the pages that the chunk fills."""
-        a = self.arena
-        if not self._coded:
-            return
-        coded = a._staging[:, :, :, : self._coded]
-        k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
-        if a.means is not None:
-            k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
-        a.encode(layer, k_pages, v_pages, self._ids)
 
     def _attend(
         self,
