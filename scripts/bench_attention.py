@@ -228,11 +228,18 @@ def prepare_ours(kv: str, shape: Shape, layers: int) -> Callable[[], None]:
     """What one step of ``layers`` layers does."""
     fmt = form(kv, shape.dim)
     arenas = inputs(fmt, shape.lengths, shape.kv_heads, shape.dim, layers)
+    return calls(kv.endswith("+mean"), fmt, shape, arenas)
+
+
+def calls(
+    mean: bool, fmt: KVFormat, shape: Shape, arenas: list[AttentionInputs], theta: float = 5e5
+) -> Callable[[], None]:
+    """One call for each layer."""
     batch, heads = len(shape.lengths), shape.kv_heads * shape.group
     q = torch.randn(batch, 1, heads, shape.dim, device=DEVICE, dtype=torch.bfloat16)
-    if kv.endswith("+mean"):
-        mean = key_mean(fmt, q, shape.kv_heads, max(shape.lengths) // PAGE)
-        arenas = [replace(arena, mean=mean) for arena in arenas]
+    if mean:
+        common = key_mean(fmt, q, shape.kv_heads, max(shape.lengths) // PAGE, theta)
+        arenas = [replace(arena, mean=common) for arena in arenas]
     out = torch.empty_like(q)
     size = attention_workspace_bytes(batch, heads, shape.kv_heads, shape.dim, DEVICE)
     workspace = torch.zeros(size // 4, dtype=torch.float32, device=DEVICE)

@@ -16,16 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
-from bench_attention import BOUND, DEVICE, NEW, PAGE, ROTATE_BYTES, SINK, Shape, check, form, inputs, key_mean
+from bench_attention import BOUND, DEVICE, ROTATE_BYTES, Shape, calls, check, form, inputs
 from bench_report import provenance, save, table
-
-from octo_run.kernels import AttentionInputs, AttentionSpec, attend, attention_workspace_bytes
-from octo_run.kernels.codec import KVFormat
 
 KV_HEADS, REPEATS = 8, 41
 
@@ -54,25 +51,6 @@ def compared(kv: str, group: int, dim: int, theta: float, contexts: list[str]) -
         calls(kv.endswith("+mean"), form(kv, dim), shape, arenas, theta)()
         torch.cuda.synchronize()
     return found
-
-
-def calls(mean: bool, fmt: KVFormat, shape: Shape, arenas: list[AttentionInputs], theta: float) -> Callable[[], None]:
-    """One call for each layer."""
-    batch, heads = len(shape.lengths), shape.kv_heads * shape.group
-    q = torch.randn(batch, 1, heads, shape.dim, device=DEVICE, dtype=torch.bfloat16)
-    if mean:
-        common = key_mean(fmt, q, shape.kv_heads, max(shape.lengths) // PAGE, theta)
-        arenas = [replace(arena, mean=common) for arena in arenas]
-    out = torch.empty_like(q)
-    size = attention_workspace_bytes(batch, heads, shape.kv_heads, shape.dim, DEVICE)
-    workspace = torch.zeros(size // 4, dtype=torch.float32, device=DEVICE)
-    longest, spec = SINK + max(shape.lengths) + NEW, AttentionSpec(shape.dim**-0.5)
-
-    def step() -> None:
-        for arena in arenas:
-            attend(q, arena, fmt, spec=spec, max_length=longest, out=out, workspace=workspace)
-
-    return step
 
 
 def in_turn(steps: list[Callable[[], None]]) -> list[float]:
