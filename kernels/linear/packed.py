@@ -120,8 +120,14 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same on a device."""
-        moved = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
-        return replace(self, **moved)
+
+        def moved(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.to(device)
+
+        return replace(
+            self, codes=self.codes.to(device), rows=self.rows.to(device), scales=moved(self.scales),
+            offsets=moved(self.offsets), order=moved(self.order),
+        )  # fmt: skip
 
     def unpacked(self) -> Tensor:
         """Its codes in order, uint8 ``[out, padded]``."""
