@@ -214,7 +214,7 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
 def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.device, quantised: bool) -> int:
     """Bytes of the weights and of the largest copies made while a layer is read, fused, rotated (in float32) and packed
     (in float32), or of what choosing formats takes."""
-    cfg, size = decoder.cfg, decoder.embedding.element_size()
+    cfg, size = decoder.cfg, decoder.dtype.itemsize
     copies = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
     heads = cfg.num_heads * cfg.head_dim
     for layer in decoder.layers:
