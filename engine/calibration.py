@@ -107,7 +107,7 @@ class Calibration:
         dtype, the kind of device, and the tokens."""
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
         decoder = self.decoder
-        known = (_VERSION, what, files, decoder.cfg, decoder.stored, decoder.device.type, self.ids)
+        known = (_VERSION, what, files, decoder.cfg, decoder.weight_format, decoder.device.type, self.ids)
         return hashlib.sha256(repr(known).encode()).hexdigest()
 
 

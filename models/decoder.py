@@ -22,6 +22,7 @@ from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import ModelConfig
 from octo_run.models.linear import AnyLinear, Linear, PackedLinear, SingleLinear, SplitLinear, joined
 from octo_run.models.quantisation.importance import Importance, Text
+from octo_run.models.quantisation.schemes import format_name
 from octo_run.models.weights import EMBEDDING, HeldWeights, Weights
 
 #: ``attention(layer, q [B, C, heads, d], k [B, C, kv_heads, d], v [B, C, kv_heads, d]) -> [B, C, heads, d]``
@@ -153,21 +154,18 @@ class Decoder:
         return self.final_norm.dtype
 
     @property
-    def stored(self) -> str:
-        """What its weights are stored as."""
-        dense = str(self.dtype).removeprefix("torch.")
-        packed = {"embedding": self.embedding, "head": self.head.weight} | {
-            f"{index} {name} {place}": part.weight
-            for index, layer in enumerate(self.layers)
-            for name in ("qkv", "out", "gate_up", "down")
-            for place, part in enumerate(getattr(layer, name).parts)
-        }
-        kinds = {
-            name: f"{weight.kind} by {weight.group}"
-            for name, weight in packed.items()
-            if isinstance(weight, PackedWeight)
-        }
-        return f"{dense} {kinds}" if kinds else dense
+    def weight_format(self) -> str:
+        """What its weights are stored as: ``bf16``, ``int4``, ``int8+bf16``, ``int4, head int8``, say."""
+        layers = [getattr(layer, name) for layer in self.layers for name in ("qkv", "out", "gate_up", "down")]
+        names = dict.fromkeys(self._stored(part.weight) for layer in layers for part in layer.parts)
+        heads = dict.fromkeys((self._stored(self.embedding), self._stored(self.head.weight)))
+        head = "" if [*heads] == [self._stored(self.final_norm)] else f", head {'+'.join(heads)}"
+        return "+".join(names) + head
+
+    def _stored(self, weight: Tensor | PackedWeight) -> str:
+        if isinstance(weight, PackedWeight):
+            return format_name(weight)
+        return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[weight.dtype]
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The vectors ``[..., hidden]`` of token ids ``[...]``."""

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.errors import UsageError, quoted
+from octo_run.errors import OctoError, UsageError, quoted, shown
 from octo_run.kernels.linear import PackedWeight, empty, pack
+from octo_run.models.config import CONFIG_NAME
+from octo_run.models.foreign import read_json_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 #: Shares of a group's range that are tried.
 CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -33,7 +36,9 @@ TURNS = 3
 _LEAST = 2.0**-14
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 #: Elements of a matrix that are worked on at once: what a CPU's cache holds; what fills a GPU.
-_PIECE = {"cpu": 1 << 16, "cuda": 1 << 22}
+PIECE = {"cpu": 1 << 16, "cuda": 1 << 22}
+#: Bytes that an element of a piece takes meanwhile.
+WORKING_BYTES = 40
 
 
 @dataclass(frozen=True)
@@ -67,30 +72,61 @@ SCHEMES = {
         Scheme("int4-128", "int4", 128, weighted=True, fitted=True),
     )
 }
-#: What ``--weights`` takes: ``bf16`` leaves the weights in the dtype of the arithmetic.
+#: What ``--weights`` takes: with ``bf16`` they are not quantised and have the dtype of the arithmetic.
 WEIGHTS = ("bf16", *SCHEMES)
 HEADS = ("bf16", "int8")
 
 
+def format_name(weight: PackedWeight) -> str:
+    """The name of a packed weight's format: that of a scheme, else its codes and the columns of a group."""
+    group = None if weight.scales is None else weight.group
+    names = [scheme.name for scheme in SCHEMES.values() if (scheme.kind, scheme.group) == (weight.kind, group)]
+    return names[0] if names else weight.kind if group is None else f"{weight.kind}-{group}"
+
+
 def scheme_of(weights: str | Scheme | None) -> Scheme | None:
-    """The scheme of that name; None for weights that stay as they are.
+    """The scheme of that name; None for weights that stay as they are (None, ``auto``, ``bf16``).
 
     Raises:
         UsageError: There is no such name.
     """
-    if isinstance(weights, Scheme) or weights is None or weights == "bf16":
-        return weights if isinstance(weights, Scheme) else None
-    if weights not in SCHEMES:
-        raise UsageError(
-            f"There are no weights {quoted(weights)}; give --weights {', '.join(WEIGHTS[:-1])} or int4-128."
-        )
+    if isinstance(weights, Scheme):
+        return weights
+    if weights in (None, "auto", "bf16"):
+        return None
+    if not isinstance(weights, str) or weights not in SCHEMES:
+        known = f"{', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}"
+        raise UsageError(f"There is no format of weights {quoted(weights)}; give --weights {known}.")
     return SCHEMES[weights]
 
 
-def check_head(head: str) -> None:
-    """Raise ``UsageError`` for what no embedding and head can be stored as."""
+def head_scheme(head: str) -> Scheme | None:
+    """The scheme of the embedding and the output head; None: they stay as they are.
+
+    Raises:
+        UsageError: They cannot be stored so.
+    """
     if head not in HEADS:
-        raise UsageError(f"There is no head {quoted(head)}; give --head bf16 or int8.")
+        raise UsageError(f"There is no format of the head {quoted(head)}; give --head bf16 or int8.")
+    return SCHEMES["int8"] if head == "int8" else None
+
+
+def refuse_packed(path: Path, weights: str | Scheme | None) -> None:
+    """Refuse a format for weights that their files hold quantised.
+
+    Raises:
+        OctoError: It names the method.
+    """
+    if weights in (None, "auto"):
+        return
+    stored = read_json_object(path / CONFIG_NAME).get("quantization_config")
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else None
+        name = weights.name if isinstance(weights, Scheme) else weights
+        raise OctoError(
+            f"The weights in {path} are quantised already ({shown(str(method or 'unnamed'), 40)}) and cannot become "
+            f"{name}: leave --weights out, or take the model's unquantised files."
+        )
 
 
 def quantised(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> PackedWeight:
@@ -116,7 +152,7 @@ def quantised(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
 
 
 def _pieces(weight: Tensor) -> Iterator[Tensor]:
-    rows = max(1, _PIECE[weight.device.type] // weight.shape[1])
+    rows = max(1, PIECE[weight.device.type] // weight.shape[1])
     return (piece.to(torch.float32) for piece in torch.split(weight, rows))
 
 

@@ -393,7 +393,7 @@ def test_reference_of_a_packed_embedding(width):
 def test_triton_packed_embedding(width, dtype):
     from octo_run.kernels.step import launch
 
-    table, codes = packed_table(50, width)
+    table, _codes = packed_table(50, width)
     ids = torch.tensor([2, 49, 0, 2], device=DEVICE, dtype=torch.int32)
     out, want = (torch.full((4, width), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2))
     launch.embed_packed(ids, table, out)
