@@ -92,8 +92,10 @@ def measure(
         held = batch * engine.plan.bytes_per_token * (depth + tokens / 2)
         read = (step_weight_bytes(engine) + held) * median / batch
         gb_per_s, share = read * 1e-9, read / bandwidth
-    return Row(engine.plan.weight_format, engine.plan.kv, f"{kind}{tokens}", depth, batch, median, rates[0], rates[-1], 1e3 * batch / median,
-               gb_per_s, share, joules)  # fmt: skip
+    return Row(
+        engine.plan.weight_format, engine.plan.kv, f"{kind}{tokens}", depth, batch, median, rates[0], rates[-1],
+        1e3 * batch / median, gb_per_s, share, joules,
+    )  # fmt: skip
 
 
 def ordinary_ids(engine: Engine) -> list[int]:

@@ -239,6 +239,12 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     return weights + copies
 
 
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of a decoder's weights; it may be on ``meta``."""
+    parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
+    return sum(held_bytes(*parts, but=(decoder.key_tensors,)))
+
+
 def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
     """What is done to keys (`models.config.CONDITIONINGS`): as asked, else all of it; nothing to keys without a code.
 
@@ -308,8 +314,7 @@ def plan_memory(
             cfg, RandomWeights(cfg, "meta", dtype), None, fmt[0].v.rotation, quantise, None, pack_embedding
         )
         decoder.store_keys(fmt[0].k.rotation, Conditioning.empty(cfg, kind, "meta"))
-        parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
-        weights = sum(held_bytes(*parts, but=(decoder.key_tensors,)))
+        weights = weight_bytes(decoder)
 
     def measure(shape: ArenaShape) -> dict[str, int]:
         with torch.inference_mode():

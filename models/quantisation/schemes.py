@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from octo_run.errors import OctoError, UsageError, quoted, shown
-from octo_run.kernels.linear import PackedWeight, empty, pack
+from octo_run.kernels.linear import BLOCK, PackedWeight, empty, pack
 from octo_run.models.config import CONFIG_NAME
 from octo_run.models.foreign import read_json_object
 
@@ -143,7 +143,7 @@ def quantised(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
     if scheme.group is None:
         parts = [_of_rows(piece, scheme.kind) for piece in _pieces(weight)]
         codes, rows = (torch.cat(part) for part in zip(*parts, strict=True))
-        return pack(scheme.kind, codes, columns, rows)
+        return pack(scheme.kind, codes, -(-columns // BLOCK) * BLOCK, rows)
     counts = _counts(importance if scheme.weighted else None, columns, scheme.group, weight.device)
     fitted = [_of_groups(piece, scheme.group, counts, scheme.fitted) for piece in _pieces(weight)]
     codes, scales, zeros = (torch.cat(part) for part in zip(*fitted, strict=True))

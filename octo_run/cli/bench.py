@@ -189,8 +189,10 @@ HEADER = [
 def _cells(row: "Row") -> list[str]:
     read = ["", ""] if row.gb_per_s is None else [f"{row.gb_per_s:,.1f}", f"{100 * (row.of_bandwidth or 0):.0f}"]
     joules = "" if row.joules_per_token is None else f"{row.joules_per_token:.3g}"
-    return [row.weights, row.kv, row.test, f"{row.depth:,}", str(row.batch), f"{row.tokens_per_s:,.1f}", f"{row.least:,.1f}",
-            f"{row.most:,.1f}", f"{row.ms_per_token:.3f}", *read, joules]  # fmt: skip
+    return [
+        row.weights, row.kv, row.test, f"{row.depth:,}", str(row.batch), f"{row.tokens_per_s:,.1f}",
+        f"{row.least:,.1f}", f"{row.most:,.1f}", f"{row.ms_per_token:.3f}", *read, joules,
+    ]  # fmt: skip
 
 
 def _versions() -> dict[str, str]:
@@ -215,7 +217,8 @@ def _memory(report: dict[str, Any]) -> list[str]:
         parts = [f"{label} {console.human_bytes(plan[key])}" for key, label in runtime.PLAN_PARTS.items()]
         now = [f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in memory["now"].items()]
         lines.append(
-            f"weights {memory['weights']}, {memory['formats']}: {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)},"
+            f"weights {memory['weights']}, {memory['formats']}:"
+            f" {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)},"
             f" total {console.human_bytes(plan['total'])}; in use: {', '.join(now)}"
         )
     return lines

@@ -144,7 +144,7 @@ _ENGINE_OPTIONS = (
     click.option(
         "--weights",
         metavar="FORMAT",
-        help="Store the layers' matrices as bf16 (not quantised), fp8, int8, int4 or int4-128.  [default: as they come]",
+        help="Store layers' matrices so: bf16 (not quantised), fp8, int8, int4 or int4-128.  [default: as they are]",
     ),
     click.option(
         "--head",

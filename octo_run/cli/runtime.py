@@ -172,8 +172,8 @@ def describe_plan(model: str, plan: "MemoryPlan") -> str:
     # What is usual goes without saying.
     kept = "" if plan.conditioning == "full" or not plan.coded else f" (conditioning {plan.conditioning})"
     return (
-        f"{shown(model)} on {plan.device}, weights {plan.weight_format}, KV cache {plan.kv}{kept}: context {plan.context:,} tokens,"
-        f" {plan.bytes_per_token:,} bytes per packed token\n"
+        f"{shown(model)} on {plan.device}, weights {plan.weight_format}, KV cache {plan.kv}{kept}:"
+        f" context {plan.context:,} tokens, {plan.bytes_per_token:,} bytes per packed token\n"
         f"memory: {' + '.join(sizes)} = {human_bytes(plan.total)}"
     )
 
