@@ -2,16 +2,14 @@
 
     python scripts/report_weights.py -o docs/results/weights-quality.md octo-demo=TEXT SmolLM2=FOLDER=TEXT
 
-Every model reads its text with all formats in lockstep. Products are those of the dequantised matrices, which are the
-same numbers and read faster on a CPU.
+The tables go behind those that the file has. Every model reads its text with all formats in lockstep. Products are
+those of the dequantised matrices on a CPU: the same numbers, read faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +37,7 @@ MEANINGS = {
     "fp8": "E4M3, a factor for each row",
 }
 CONTEXT, STRIDE = 1024, 960
+LABELS = [*(f"{name}/bf16" for name in SHOWN), "oct3", "int8/oct3", "int4/oct3"]
 
 
 def dense(linear: AnyLinear) -> AnyLinear:
@@ -63,11 +62,10 @@ def load(model: str, label: str) -> Engine:
     return engine
 
 
-def measure(model: str, text: str, tokens: int) -> list[Row]:
+def measure(model: str, text: str, tokens: int, labels: list[str]) -> list[Row]:
     """All rows of a model."""
     with Engine.load(model, kv="bf16", max_context=CONTEXT) as engine:
         ids = engine.tokenizer.encode(text)[:tokens]
-    labels = [*(f"{name}/bf16" for name in SHOWN), "oct3", "int8/oct3", "int4/oct3"]
     return evaluate(lambda label: load(model, label), labels, [ids], stride=STRIDE)
 
 
@@ -94,10 +92,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What formats of weights do to perplexity.")
     parser.add_argument("models", nargs="+", metavar="NAME[=MODEL]=TEXT")
     parser.add_argument("--tokens", type=int, default=20_600, help="of each text")
+    parser.add_argument(
+        "--formats", default=",".join(LABELS), metavar="KV|WEIGHTS/KV,...", help="[default: %(default)s]"
+    )
     parser.add_argument("--output", "-o", type=Path, required=True)
     args = parser.parse_args()
     meanings = "\n".join(f"- {name}: {what}" for name, what in MEANINGS.items())
-    parts = [
+    head = [
         "# Quality of quantised weights",
         "Perplexity with each format of weights, against weights and cache in full precision; ± is one standard error, "
         "paired by token. KL: mean divergence of the next-token distribution, in nats.",
@@ -105,12 +106,16 @@ def main() -> None:
     ]
     for item in args.models:
         name, *model, text = item.split("=")
-        rows = measure(model[0] if model else name, Path(text).read_text("utf-8"), args.tokens)
-        parts.append(table(name, Path(text).name, rows))
-        origin = f"`python {shlex.join(sys.argv)}`, torch {torch.__version__}"
-        made = f"Made by {origin}, {datetime.date.today()}."
-        args.output.write_text("\n\n".join([*parts, made]) + "\n", "utf-8")
-        print(parts[-1], flush=True)
+        folder = model[0] if model else name
+        rows = measure(folder, Path(text).read_text("utf-8"), args.tokens, args.formats.split(","))
+        options = f" --formats {args.formats}" if args.formats != ",".join(LABELS) else ""
+        command = (
+            f"python scripts/report_weights.py --tokens {args.tokens}{options} {name}{'=MODEL' if model else ''}=TEXT"
+        )
+        place = "a CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+        made = f"`{command}`, torch {torch.__version__} on {place}, {datetime.date.today()}."
+        before = args.output.read_text("utf-8").rstrip() if args.output.exists() else "\n\n".join(head)
+        args.output.write_text("\n\n".join([before, table(name, Path(text).name, rows), made]) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

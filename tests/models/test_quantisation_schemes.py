@@ -22,7 +22,8 @@ from octo_run.models.weights import random_weights
 
 CFG = ModelConfig(
     architecture="LlamaForCausalLM", dtype="bfloat16", vocab_size=200, hidden_size=128, intermediate_size=192,
-    num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=1e4,
+    num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, max_position_embeddings=256, rms_norm_eps=1e-5,
+    rope_theta=1e4,
 )  # fmt: skip
 NEAREST = Scheme("nearest", "int4", 128)
 
