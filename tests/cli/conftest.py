@@ -166,8 +166,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     def measure(_engine: FakeEngine, test: tuple[str, int], **settings: Any) -> Row:
         fake.runs.append((fake.loaded.kv, *test, settings["depth"], settings["batch"]))
         read = None if test[0] == "pp" else 80.0
-        return Row(fake.plan.weight_format, fake.loaded.kv, f"{test[0]}{test[1]}", settings["depth"], settings["batch"], 1234.5, 1200.0, 1300.0,
-                   0.81, read, None if read is None else 0.8, 0.5)  # fmt: skip
+        return Row(
+            fake.plan.weight_format, fake.loaded.kv, f"{test[0]}{test[1]}", settings["depth"], settings["batch"],
+            1234.5, 1200.0, 1300.0, 0.81, read, None if read is None else 0.8, 0.5,
+        )  # fmt: skip
 
     def profile(_engine: FakeEngine, test: tuple[str, int], *, depth: int, batch: int) -> Profile:
         fake.profiled.append((fake.loaded.kv, *test, depth, batch))

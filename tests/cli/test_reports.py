@@ -201,3 +201,27 @@ def test_doctor_without_torch_or_a_new_python(monkeypatch: pytest.MonkeyPatch) -
     assert [finding.status for finding in (*doctor._torch(), *doctor._cuda())] == ["wrong"]
     monkeypatch.setattr(doctor.sys, "version_info", (3, 9, 0))
     assert next(doctor._python()).status == "wrong"
+
+
+def test_quantize_writes_a_model(octo: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = octo("quantize", "octo-demo", str(out), "--weights", "int8", "--device", "cpu")
+    assert done.code == 0 and "weights int8" in done.err and (out / "model.safetensors").is_file()
+    again = octo("quantize", "octo-demo", str(out))
+    assert again.code == 2 and "is there already: name a folder that is not" in again.err
+    refused = octo("quantize", "octo-demo", str(tmp_path / "other"), "--weights", "int5")
+    assert refused.code == 2 and "There is no format of weights 'int5'" in refused.err
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_doctor_tries_the_formats_of_weights(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def weights() -> dict[str, str]:
+        findings = json.loads(octo("doctor", "--json").out)["findings"]
+        return next(finding for finding in findings if finding["subject"] == "weights")
+
+    assert weights() == {"subject": "weights", "status": "ok", "detail": "fp8, int8, int4, int4-128 work on cpu"}
+    from octo_run.kernels import linear
+
+    monkeypatch.setattr(linear, "packed_linear", lambda _x, _weight, _bias, out: out.zero_())
+    broken = weights()
+    assert broken["status"] == "wrong" and "fp8 (wrong by 100 %)" in broken["detail"]
