@@ -172,7 +172,8 @@ class _Import:
                 out = partial.enter_context(_partial(folder))
                 out.write(content)
                 written[name] = out.finished()
-            for index, shard in enumerate(packed or self.shards, 1):
+            shards: list[Shard | tensors.Shard] = [*packed] or [*self.shards]
+            for index, shard in enumerate(shards, 1):
                 out = partial.enter_context(_partial(folder, self._advance(shard.name, index)))
                 if isinstance(shard, tensors.Shard):
                     tensors.write_shard(shard, self.heads, out.write)

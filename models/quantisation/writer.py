@@ -1,4 +1,4 @@
-"""Writing a quantised model as a folder that octo-run, transformers and vLLM load: compressed-tensors in safetensors.
+"""Writing a quantised model as a folder that other programs load, too: compressed-tensors in safetensors files.
 
 The layers' matrices are quantised as they are on load, with the rotation of values left out: it belongs to a format of
 the cache, which a file does not know. The embedding, the output head, norms and biases stay dense.

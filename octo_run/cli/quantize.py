@@ -21,7 +21,7 @@ def command(model: str, out: Path, weights: str, device: str | None, dtype: str 
     """Write MODEL with quantised weights to the new folder OUT.
 
     MODEL is a folder, ORG/NAME[@REV], imported/NAME or octo-demo. OUT is loaded like any model; it is in the format of
-    compressed-tensors, so transformers and vLLM load it, too. The embedding and the output head are not quantised
+    compressed-tensors, which other programs read, too. The embedding and the output head are not quantised
     (--head int8 packs them when OUT is loaded). Loading MODEL with --weights saves this file, and is a little better
     with a coded KV cache: the rotation of values is then in the matrices before they are quantised.
     """

@@ -47,6 +47,14 @@ def decompressed(folder: Path, prefix: str, found: dict[str, Tensor]) -> Tensor:
     compressor: Any = BaseCompressor.get_value_from_registry(config.format)
     parts = {name.removeprefix(f"{prefix}."): part for name, part in found.items() if name.startswith(f"{prefix}.w")}
     result: Tensor = compressor.decompress(parts, scheme)["weight"]
+    # What the package itself writes of these values is the same, tensor by tensor.
+    wide = {"weight": result.float(), "weight_scale": parts["weight_scale"].float()}
+    if "weight_zero_point" in parts:
+        codes = parts["weight_zero_point"].T[..., None] >> torch.arange(0, 32, 4) & 15
+        wide["weight_zero_point"] = (codes.flatten(1).T - 8).to(torch.int8)
+    again = compressor.compress(wide, scheme)
+    assert again.keys() == parts.keys()
+    assert all(torch.equal(again[name].float(), parts[name].float()) for name in parts)
     return result
 
 
