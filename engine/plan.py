@@ -24,7 +24,7 @@ from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder, Layer, Quantise
 from octo_run.models.linear import AnyLinear, Linear, PackedLinear
 from octo_run.models.quantisation.importance import TOKENS as MEASURED
-from octo_run.models.quantisation.schemes import PIECE, WORKING_BYTES
+from octo_run.models.quantisation.schemes import CODE_BYTES, PIECE, WORKING_BYTES
 from octo_run.models.weights import RandomWeights, expected_tensors
 
 #: Tokens that go through the layers together in prefill; on CUDA fewer where their buffers would take too much memory.
@@ -233,10 +233,10 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
         largest = cfg.hidden_size * max(2 * cfg.intermediate_size, heads)
         pieces = WORKING_BYTES * min(PIECE[device.type], largest)
         inputs = MEASURED * max(3 * cfg.intermediate_size, 6 * heads) * (4 + size)
-        copies = sum(map(math.prod, shapes.values())) * size + max(copies, 3 * largest + pieces, inputs)
-    if not isinstance(decoder.embedding, Tensor):
-        copies = max(copies, table * (size + 2))
-    return weights + copies
+        copies = sum(map(math.prod, shapes.values())) * size + max(copies, CODE_BYTES * largest + pieces, inputs)
+    # The embedding is packed first, then a head of its own beside it.
+    first = 0 if isinstance(decoder.embedding, Tensor) else table * (size + CODE_BYTES) + decoder.embedding.nbytes
+    return max(weights + copies, first)
 
 
 def weight_bytes(decoder: Decoder) -> int:

@@ -39,6 +39,8 @@ _LARGEST = {"int8": 127.0, "fp8": 448.0}
 PIECE = {"cpu": 1 << 16, "cuda": 1 << 22}
 #: Bytes that an element of a piece takes meanwhile.
 WORKING_BYTES = 40
+#: Bytes of a matrix's codes while they are put in lane order, for each element: by column, padded, ordered.
+CODE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -140,20 +142,22 @@ def quantised(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
     out, columns = weight.shape
     if weight.is_meta:
         return empty(scheme.kind, (out, columns), scheme.group, scheme.group is not None, weight.device)
+    codes = torch.empty(out, columns, dtype=torch.uint8, device=weight.device)
     if scheme.group is None:
-        parts = [_of_rows(piece, scheme.kind) for piece in _pieces(weight)]
-        codes, rows = (torch.cat(part) for part in zip(*parts, strict=True))
+        rows = torch.cat([_of_rows(piece, scheme.kind, into) for piece, into in _pieces(weight, codes)])
         return pack(scheme.kind, codes, -(-columns // BLOCK) * BLOCK, rows)
     counts = _counts(importance if scheme.weighted else None, columns, scheme.group, weight.device)
-    fitted = [_of_groups(piece, scheme.group, counts, scheme.fitted) for piece in _pieces(weight)]
-    codes, scales, zeros = (torch.cat(part) for part in zip(*fitted, strict=True))
+    fitted = [_of_groups(piece, scheme.group, counts, scheme.fitted, into) for piece, into in _pieces(weight, codes)]
+    scales, zeros = (torch.cat(part) for part in zip(*fitted, strict=True))
     rows = torch.exp2(torch.log2(scales.amax(1)).floor())
     return pack("int4", codes, scheme.group, rows, scales / rows[:, None], zeros - 8)
 
 
-def _pieces(weight: Tensor) -> Iterator[Tensor]:
+def _pieces(weight: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time in float32, and where their codes go."""
     rows = max(1, PIECE[weight.device.type] // weight.shape[1])
-    return (piece.to(torch.float32) for piece in torch.split(weight, rows))
+    for piece, into in zip(torch.split(weight, rows), torch.split(codes, rows), strict=True):
+        yield piece.to(torch.float32), into
 
 
 def _bfloat16(values: Tensor) -> Tensor:
@@ -161,15 +165,17 @@ def _bfloat16(values: Tensor) -> Tensor:
     return values.to(torch.bfloat16).to(torch.float32)
 
 
-def _of_rows(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Codes uint8 ``[out, in]`` and factors ``[out]``."""
+def _of_rows(weight: Tensor, kind: str, codes: Tensor) -> Tensor:
+    """Factors ``[out]``; the codes go to ``codes`` uint8 ``[out, in]``."""
     largest = weight.abs().amax(1)
     factors = _bfloat16(largest / _LARGEST[kind])
     factors = torch.where(factors > 0, factors, 1.0)
     scaled = (weight / factors[:, None]).clamp(-_LARGEST[kind], _LARGEST[kind])
     if kind == "fp8":
-        return scaled.to(torch.float8_e4m3fn).view(torch.uint8), factors
-    return scaled.round().to(torch.int8).view(torch.uint8), factors
+        codes.copy_(scaled.to(torch.float8_e4m3fn).view(torch.uint8))
+    else:
+        codes.copy_(scaled.round().to(torch.int8).view(torch.uint8))
+    return factors
 
 
 def _counts(importance: Tensor | None, columns: int, group: int, device: torch.device) -> Tensor:
@@ -182,8 +188,8 @@ def _counts(importance: Tensor | None, columns: int, group: int, device: torch.d
     return torch.nn.functional.pad(counts, (0, -columns % group)).view(-1, group)
 
 
-def _of_groups(weight: Tensor, group: int, counts: Tensor, fitted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 ``[out, in]``, scales and zeros ``[out, groups]`` in float32."""
+def _of_groups(weight: Tensor, group: int, counts: Tensor, fitted: bool, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zeros ``[out, groups]`` in float32; the codes go to ``codes`` uint8 ``[out, in]``."""
     out, columns = weight.shape
     x = torch.nn.functional.pad(weight, (0, -columns % group)).view(out, -1, group)
     low, high = x.amin(-1, keepdim=True).clamp_max(0.0), x.amax(-1, keepdim=True).clamp_min(0.0)
@@ -200,7 +206,8 @@ def _of_groups(weight: Tensor, group: int, counts: Tensor, fitted: bool) -> tupl
     scale = allowed(whole)
     zero = (-low / scale).round().clamp(0, 15)
     if not fitted:
-        return _codes(levels(scale, zero) + zero, columns), scale[..., 0], zero[..., 0]
+        codes.copy_((levels(scale, zero) + zero).flatten(1)[:, :columns])
+        return scale[..., 0], zero[..., 0]
     lost = torch.full_like(whole, torch.inf)
 
     def tried(new: Tensor, origin: Tensor, best: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,11 +226,8 @@ def _of_groups(weight: Tensor, group: int, counts: Tensor, fitted: bool) -> tupl
         fit = (counted * x).sum(-1, keepdim=True) / (counted * found).sum(-1, keepdim=True)
         best = tried(allowed(torch.where(fit > 0, fit, scale)), zero, best)
     scale, zero, _lost = best
-    return _codes(levels(scale, zero) + zero, columns), scale[..., 0], zero[..., 0]
-
-
-def _codes(levels: Tensor, columns: int) -> Tensor:
-    return levels.flatten(1)[:, :columns].to(torch.uint8)
+    codes.copy_((levels(scale, zero) + zero).flatten(1)[:, :columns])
+    return scale[..., 0], zero[..., 0]
 
 
 def reference(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Tensor:
