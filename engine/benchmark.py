@@ -26,6 +26,7 @@ T = TypeVar("T")
 class Row:
     """One measurement: tokens per second of all sequences together as median, least and most over the repetitions."""
 
+    weights: str  # what they are stored as
     kv: str
     test: str  # pp: tokens of a prompt, tg: tokens generated
     depth: int  # tokens in the cache before
@@ -91,8 +92,10 @@ def measure(
         held = batch * engine.plan.bytes_per_token * (depth + tokens / 2)
         read = (step_weight_bytes(engine) + held) * median / batch
         gb_per_s, share = read * 1e-9, read / bandwidth
-    return Row(engine.plan.kv, f"{kind}{tokens}", depth, batch, median, rates[0], rates[-1], 1e3 * batch / median,
-               gb_per_s, share, joules)  # fmt: skip
+    return Row(
+        engine.plan.weight_format, engine.plan.kv, f"{kind}{tokens}", depth, batch, median, rates[0], rates[-1],
+        1e3 * batch / median, gb_per_s, share, joules,
+    )  # fmt: skip
 
 
 def ordinary_ids(engine: Engine) -> list[int]:
@@ -152,8 +155,8 @@ def run_round(
 
 def step_weight_bytes(engine: Engine) -> int:
     """Bytes of weights that a decode step reads: all but an embedding that is not the output layer too."""
-    cfg = engine.config
-    apart = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size * engine.dtype.itemsize
+    decoder = engine.forward.decoder
+    apart = 0 if decoder.head.weight is decoder.embedding else decoder.embedding.nbytes
     return engine.plan.weights - apart
 
 

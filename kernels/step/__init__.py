@@ -9,10 +9,15 @@ lies on the device: number b of the batch owns row ``rows[b]``. -1 is filler, fo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from octo_run.kernels.step import reference
 from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised
+
+if TYPE_CHECKING:
+    from octo_run.kernels.linear import PackedWeight
 
 __all__ = [
     "SLICE_TOKENS",
@@ -31,9 +36,18 @@ __all__ = [
 ]
 
 
-def embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
-    """``out [B, hidden] = table[ids]``; ``ids`` int32 or int64 ``[B]``."""
-    reference.embed(ids, table, out)
+def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor) -> None:
+    """``out [B, hidden] = table[ids]``; ``ids`` int32 or int64 ``[B]``.
+
+    Args:
+        table: ``[vocab, hidden]`` of the dtype of ``out``, or packed: int8 with a factor for each row.
+    """
+    if out.is_cuda and not isinstance(table, Tensor):
+        from octo_run.kernels.step import launch
+
+        launch.embed_packed(ids, table, out)
+    else:
+        reference.embed(ids, table, out)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:

@@ -65,7 +65,7 @@ def _depths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[in
 @debug_option
 def command(tests: list[Test], depths: list[int], batch: int, repetitions: int, random_weights: str | None,
             output: str, profiled: bool, trace: Path | None, load: EngineOptions) -> None:  # fmt: skip
-    """Measure prompt and generation speed, for every format of --kv A,B,C, every test and every depth.
+    """Measure prompt and generation speed, for every format of --weights A,B and --kv A,B,C, every test and depth.
 
     One round that is not counted warms up; then every round puts --depth random keys and values in the cache and times
     the test. Shown are the median and the range over the rounds, and for generation the bytes that a step must
@@ -89,13 +89,20 @@ def command(tests: list[Test], depths: list[int], batch: int, repetitions: int, 
     report |= {"date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "versions": _versions()}
     report |= {"memory": {}, "rows": []}
     formats = dict.fromkeys(name.strip() for name in load.kv.split(","))
-    loads = [dataclasses.replace(load, kv=kv, ctx=load.ctx or needed) for kv in formats]
+    stored = [None] if load.weights is None else dict.fromkeys(name.strip() for name in load.weights.split(","))
+    if load.weights is not None:
+        runtime.check_weights(stored)
+    loads = [
+        dataclasses.replace(load, kv=kv, weights=weights, ctx=load.ctx or needed)
+        for weights in stored
+        for kv in formats
+    ]
     cases = Cases(tests, depths, batch, random_weights)
     engine = None
     for options in loads:
         engine = None  # the arena goes before the next one is planned
         engine = cases.load(options)
-        _measure(engine, options.kv, report, cases, repetitions)
+        _measure(engine, report, cases, repetitions)
     # Only now: a profiler that has been attached to a GPU may slow down what follows.
     for options in loads if profiled else []:
         if engine is None or len(loads) > 1:
@@ -144,7 +151,7 @@ def _write_trace(path: Path, report: dict[str, Any]) -> None:
     runtime.write_trace(path, report["profile"], about)
 
 
-def _measure(engine: "Engine", kv: str, report: dict[str, Any], cases: Cases, repetitions: int) -> None:
+def _measure(engine: "Engine", report: dict[str, Any], cases: Cases, repetitions: int) -> None:
     """Add the rows and the memory of a loaded format to the report."""
     if "device" not in report:
         bandwidth = runtime.copy_bandwidth(engine)
@@ -155,18 +162,37 @@ def _measure(engine: "Engine", kv: str, report: dict[str, Any], cases: Cases, re
         row = runtime.measure(engine, test, depth=depth, batch=cases.batch, repetitions=repetitions,
                               bandwidth=report["copy_gb_per_s"] * 1e9)  # fmt: skip
         report["rows"].append(row)
-        console.notice(f"{row.kv} {row.test} at depth {row.depth:,}: {row.tokens_per_s:,.1f} tokens/s")
-    report["memory"][kv] = {"plan": engine.memory_plan(), "now": engine.memory_now(), "formats": str(engine.kv)}
+        console.notice(f"{row.weights} {row.kv} {row.test} at depth {row.depth:,}: {row.tokens_per_s:,.1f} tokens/s")
+    plan = engine.plan
+    report["memory"][f"{plan.weight_format} {plan.kv}"] = {
+        "plan": engine.memory_plan(), "now": engine.memory_now(), "formats": str(engine.kv),
+        "weights": plan.weight_format,
+    }  # fmt: skip
 
 
-HEADER = ["kv", "test", "depth", "batch", "tokens/s", "least", "most", "ms/token", "GB/s", "% of copy", "J/token"]
+HEADER = [
+    "weights",
+    "kv",
+    "test",
+    "depth",
+    "batch",
+    "tokens/s",
+    "least",
+    "most",
+    "ms/token",
+    "GB/s",
+    "% of copy",
+    "J/token",
+]
 
 
 def _cells(row: "Row") -> list[str]:
     read = ["", ""] if row.gb_per_s is None else [f"{row.gb_per_s:,.1f}", f"{100 * (row.of_bandwidth or 0):.0f}"]
     joules = "" if row.joules_per_token is None else f"{row.joules_per_token:.3g}"
-    return [row.kv, row.test, f"{row.depth:,}", str(row.batch), f"{row.tokens_per_s:,.1f}", f"{row.least:,.1f}",
-            f"{row.most:,.1f}", f"{row.ms_per_token:.3f}", *read, joules]  # fmt: skip
+    return [
+        row.weights, row.kv, row.test, f"{row.depth:,}", str(row.batch), f"{row.tokens_per_s:,.1f}",
+        f"{row.least:,.1f}", f"{row.most:,.1f}", f"{row.ms_per_token:.3f}", *read, joules,
+    ]  # fmt: skip
 
 
 def _versions() -> dict[str, str]:
@@ -191,7 +217,8 @@ def _memory(report: dict[str, Any]) -> list[str]:
         parts = [f"{label} {console.human_bytes(plan[key])}" for key, label in runtime.PLAN_PARTS.items()]
         now = [f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in memory["now"].items()]
         lines.append(
-            f"{memory['formats']}: {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)},"
+            f"weights {memory['weights']}, {memory['formats']}:"
+            f" {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)},"
             f" total {console.human_bytes(plan['total'])}; in use: {', '.join(now)}"
         )
     return lines

@@ -17,6 +17,7 @@ DEFAULT_KV = "oct3"
 #: CPU threads at most: native code does not survive some hundreds of thousands.
 MAX_THREADS = 512
 DTYPES = ("bfloat16", "float16", "float32")
+HEADS = ("bf16", "int8")
 
 Command = Callable[..., Any]
 
@@ -33,6 +34,8 @@ class EngineOptions:
     dtype: str | None
     offline: bool
     threads: int | None
+    weights: str | None = None
+    head: str = "bf16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,18 @@ _ENGINE_OPTIONS = (
         show_default=True,
         callback=_context_length,
         help="Context in tokens.",
+    ),
+    click.option(
+        "--weights",
+        metavar="FORMAT",
+        help="Store layers' matrices so: bf16 (not quantised), fp8, int8, int4 or int4-128.  [default: as they are]",
+    ),
+    click.option(
+        "--head",
+        type=click.Choice(HEADS),
+        default="bf16",
+        show_default=True,
+        help="Store the embedding and the output head so; bf16: not quantised.",
     ),
     click.option("--device", metavar="cpu|cuda", help="Where to run.  [default: cuda if there is one]"),
     click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: the model's, float32 on a CPU]"),

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +72,21 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         on_plan=announce,
         on_measure=tell,
         conditioning=options.conditioning,
+        weights=options.weights,
+        head=options.head,
         **cache,
     )
     if str(engine.kv) != engine.kv.name:
         notice(f"formats: {engine.kv}")
     return engine
+
+
+def check_weights(names: Iterable[str | None]) -> None:
+    """Raise ``UsageError`` for a name that is no format of weights."""
+    from octo_run.models.quantisation.schemes import scheme_of
+
+    for name in names:
+        scheme_of(name)
 
 
 def open_session(engine: "Engine", system: str | None) -> "Session":
@@ -162,8 +172,8 @@ def describe_plan(model: str, plan: "MemoryPlan") -> str:
     # What is usual goes without saying.
     kept = "" if plan.conditioning == "full" or not plan.coded else f" (conditioning {plan.conditioning})"
     return (
-        f"{shown(model)} on {plan.device}, KV cache {plan.kv}{kept}: context {plan.context:,} tokens,"
-        f" {plan.bytes_per_token:,} bytes per packed token\n"
+        f"{shown(model)} on {plan.device}, weights {plan.weight_format}, KV cache {plan.kv}{kept}:"
+        f" context {plan.context:,} tokens, {plan.bytes_per_token:,} bytes per packed token\n"
         f"memory: {' + '.join(sizes)} = {human_bytes(plan.total)}"
     )
 

@@ -92,6 +92,7 @@ class FakeEngine:
         self.profiled: list[tuple[str, str, int, int, int]] = []  # likewise
         self.traces: list[Any] = []  # name, profiles, about
         self.loads: list[str] = []  # kv
+        self.weights: list[str | None] = []  # likewise
         self.loaded: Any = None
         self.cache: dict[str, Any] = {}
         self.sampling: Any = None
@@ -108,6 +109,10 @@ class FakeEngine:
     @property
     def kv(self) -> str:
         return str(self.loaded.kv)
+
+    @property
+    def plan(self) -> SimpleNamespace:
+        return SimpleNamespace(kv=self.kv, weight_format=self.loaded.weights or "fp32")
 
     def memory_plan(self) -> dict[str, int]:
         parts = {"weights": 1000, "arena": 200, "full_precision": 30, "workspace": 4, "graphs": 0, "logits": 5}
@@ -146,6 +151,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     def load(options: Any, **cache: Any) -> FakeEngine:
         fake.loaded, fake.cache = options, cache
         fake.loads.append(options.kv)
+        fake.weights.append(options.weights)
         return fake
 
     def params(_engine: FakeEngine, options: Any) -> Any:
@@ -160,8 +166,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     def measure(_engine: FakeEngine, test: tuple[str, int], **settings: Any) -> Row:
         fake.runs.append((fake.loaded.kv, *test, settings["depth"], settings["batch"]))
         read = None if test[0] == "pp" else 80.0
-        return Row(fake.loaded.kv, f"{test[0]}{test[1]}", settings["depth"], settings["batch"], 1234.5, 1200.0, 1300.0,
-                   0.81, read, None if read is None else 0.8, 0.5)  # fmt: skip
+        return Row(
+            fake.plan.weight_format, fake.loaded.kv, f"{test[0]}{test[1]}", settings["depth"], settings["batch"],
+            1234.5, 1200.0, 1300.0, 0.81, read, None if read is None else 0.8, 0.5,
+        )  # fmt: skip
 
     def profile(_engine: FakeEngine, test: tuple[str, int], *, depth: int, batch: int) -> Profile:
         fake.profiled.append((fake.loaded.kv, *test, depth, batch))
