@@ -16,4 +16,9 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
         bias: ``[n]`` of that dtype.
         out: Of that dtype; its rows may lie further apart than ``n``.
     """
+    if x.is_cpu:
+        from octo_run.kernels.cpu import linear as compiled
+
+        if compiled.packed_linear(x, weight, bias, out):
+            return
     reference.packed_linear(x, weight, bias, out)

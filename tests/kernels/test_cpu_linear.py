@@ -1,37 +1,27 @@
 """The CPU's products against float64, for every kind of codes, on every instruction set that this machine has."""
 
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
 from octo_run.kernels.cpu import linear
 from octo_run.kernels.cpu import native as compiled
 from octo_run.kernels.cpu import linear
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.linear.packed import BITS, pack
 
-#: Values of -march, and the flag of the machine that each needs.
-TARGETS = {
-    "native": "",
-    "x86-64-v2": "sse4_2",
-    "x86-64-v3": "avx2",
-    "alderlake": "avx_vnni",
-    "skylake-avx512": "avx512bw",
-    "icelake-server": "avx512_vnni",
-}
+_targets = runpy.run_path(str(Path(__file__).parent / "cpu_targets.py"))
+TARGETS, kernels_of = _targets["TARGETS"], _targets["kernels_of"]
 
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Kernels compiled for a target."""
-    if compiled.compiler() is None:
-        pytest.skip("there is no C++ compiler")
     name: str = request.param
-    cpuinfo = Path("/proc/cpuinfo")
-    if TARGETS[name] and (not cpuinfo.is_file() or TARGETS[name] not in cpuinfo.read_text().split()):
-        pytest.skip(f"this machine has no {TARGETS[name]}")
-    found = compiled.load(compiled.build(name))
+    found = kernels_of(name)
     monkeypatch.setattr(linear, "library", lambda: found)
     return name
 
