@@ -41,7 +41,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> bool:
-    """``out [R, n] = x [R, k] weight^T + bias``, ``weight`` float32 or bfloat16; False if the kernels do not take it."""
+    """``out [R, n] = x [R, k] weight^T + bias``, ``weight`` float32 or bfloat16; False if the kernels decline."""
     found = library()
     if found is None or x.dtype not in ELEMENTS or x.dtype != out.dtype or not weight.is_contiguous():
         return False

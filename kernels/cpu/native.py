@@ -30,7 +30,9 @@ class KernelError(Exception):
 def compiler() -> str | None:
     """The C++ compiler that there is."""
     named = os.environ.get("CXX")
-    return next((found for name in ([named] if named else ["c++", "g++", "clang++"]) if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ([named] if named else ["c++", "g++", "clang++"]) if (found := shutil.which(name))), None
+    )
 
 
 def folder() -> Path:
@@ -83,7 +85,7 @@ def build(target: str = NATIVE) -> Path:
                 raise KernelError(f"{shown(found, 100)} fails: {shown(done.stderr.strip(), 200)}")
             partial.replace(made)
     except (OSError, subprocess.SubprocessError) as error:
-        raise KernelError(f"the CPU kernels cannot be compiled: {shown(error, 200)}") from error
+        raise KernelError(f"the CPU kernels cannot be compiled: {shown(str(error), 200)}") from error
     return made
 
 
@@ -97,7 +99,7 @@ def load(path: Path) -> ctypes.CDLL:
         found = ctypes.CDLL(str(path))
         found.octo_path.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
-        raise KernelError(f"the compiled CPU kernels cannot be loaded: {shown(error, 200)}") from error
+        raise KernelError(f"the compiled CPU kernels cannot be loaded: {shown(str(error), 200)}") from error
     return found
 
 

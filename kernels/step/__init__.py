@@ -1,4 +1,4 @@
-"""The small operations of a step: Triton kernels (CUDA), compiled ones (CPU) and PyTorch references behind one call each.
+"""The small operations of a step: kernels (Triton, and compiled for the CPU) and PyTorch references behind one call.
 
 All write into given outputs. On CUDA they allocate nothing, so that steps can be recorded. B is the sequences of a
 decode step or the tokens of a prompt; the rounding points are those of ``models.decoder``.
@@ -66,7 +66,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         from octo_run.kernels.step import launch
 
         launch.vector(x, weight, bias, out)
-    elif not (weight.dtype == torch.bfloat16 and x.is_cpu and len(x) <= 4 and compiled_linear.dense_linear(x, weight, bias, out)):
+    elif not (
+        weight.dtype == torch.bfloat16
+        and x.is_cpu
+        and len(x) <= 4
+        and compiled_linear.dense_linear(x, weight, bias, out)
+    ):
         reference.linear(x, weight, bias, out)
 
 

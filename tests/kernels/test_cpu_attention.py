@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from octo_run.kernels import AttentionSpec
 from octo_run.kernels.cpu import attention
 
@@ -14,7 +15,18 @@ _targets = runpy.run_path(str(HERE / "cpu_targets.py"))
 _cases = runpy.run_path(str(HERE / "test_attention_kernels.py"))
 TARGETS, kernels_of = _targets["TARGETS"], _targets["kernels_of"]
 make_case, relative_error = _cases["make_case"], _cases["relative_error"]
-FORMATS = ("oct2", "oct3", "oct4", "octopus2", "octopus3", "octopus4", "bf16", "oct3:bf16", "bf16:oct4", "oct4:octopus3")
+FORMATS = (
+    "oct2",
+    "oct3",
+    "oct4",
+    "octopus2",
+    "octopus3",
+    "octopus4",
+    "bf16",
+    "oct3:bf16",
+    "bf16:oct4",
+    "oct4:octopus3",
+)
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 
 

@@ -9,7 +9,6 @@ import torch
 
 from octo_run.kernels.cpu import linear
 from octo_run.kernels.cpu import native as compiled
-from octo_run.kernels.cpu import linear
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.linear.packed import BITS, pack
 
@@ -64,7 +63,7 @@ def test_packed_linear_is_the_product(target: str, kind: str, group: int | None,
         assert linear.packed_linear(x, weight, bias, out)
         dense = weight.dequantised(torch.float64)
         exact = x.double() @ dense.T + bias.double()
-        # The rounding of activations: 1.6e-5 of the largest one of a block, so that much of the sum of magnitudes at most.
+        # Activations are rounded: 1.6e-5 of the largest one of a block, so that much of the sum of magnitudes.
         scale = x.abs().amax(1, keepdim=True).double() * dense.abs().sum(1) + bias.abs().double()
         assert bool(((out - exact).abs() <= 3e-5 * scale).all())
         assert float((out - exact).norm() / exact.norm()) < 5e-5
@@ -111,7 +110,9 @@ def test_without_a_compiler_pytorch_is_what_runs(monkeypatch: pytest.MonkeyPatch
     try:
         assert compiled.library() is None
         assert "no C++ compiler" in compiled.path_name()
-        assert not linear.packed_linear(torch.randn(1, 128), made("int8", 4, 128, None, False, False), None, torch.empty(1, 4))
+        assert not linear.packed_linear(
+            torch.randn(1, 128), made("int8", 4, 128, None, False, False), None, torch.empty(1, 4)
+        )
     finally:
         compiled._found.cache_clear()
 

@@ -10,6 +10,7 @@
 namespace {
 constexpr int BLOCK = 128;
 constexpr float STEPS = 32380;
+constexpr int AHEAD = 2;  // groups of rows that are fetched in advance
 enum Kind { INT4 = 0, INT8 = 1, FP4 = 2, FP8 = 3 };
 
 struct Weight {
@@ -202,6 +203,8 @@ static void rows_by_tokens(const Weight &w, int64_t row, const Prepared *xs, con
     for (int64_t b = 0; b < w.blocks(); b++) {
         for (int r = 0; r < ROWS; r++) {
             const uint8_t *codes = w.codes + (row + r) * width + b * (w.nibbles() ? 64 : 128);
+            __builtin_prefetch(codes + AHEAD * ROWS * width);  // rows are too short for the hardware's streams
+            if (!w.nibbles()) __builtin_prefetch(codes + AHEAD * ROWS * width + 64);
             alignas(64) uint8_t numbers[128];
             if (w.nibbles()) {
                 split(codes, w.kind == FP4, numbers, numbers + 64);
@@ -425,6 +428,7 @@ static void dense_rows(const void *weight, int64_t columns, int64_t row, const f
     const int64_t whole = columns / 16 * 16;
     for (int64_t i = 0; i < whole; i += 16)
         for (int r = 0; r < ROWS; r++) {
+            if (!WIDE) __builtin_prefetch((const uint16_t *)weight + (row + r + AHEAD * ROWS) * columns + i);
             F16 part = WIDE ? load<F16>((const float *)weight + (row + r) * columns + i)
                             : of_bf16s((const uint16_t *)weight + (row + r) * columns + i);
             for (int t = 0; t < TOKENS; t++) sums[r][t] += part * load<F16>(x + t * columns + i);
