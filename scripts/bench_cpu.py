@@ -33,7 +33,9 @@ def seconds(work: Callable[[], None]) -> float:
 
 def ours(model: str, kv: str, weights: str | None, context: int) -> Callable[[str, int, int], float]:
     """A round of octo-run: tokens per CPU-second."""
-    chosen = {} if weights is None else {"weights": weights, "head": weights if weights.startswith("int8") else None}
+    chosen = {} if weights is None else {"weights": weights}
+    if weights == "int8":
+        chosen["head"] = "int8"
     engine = Engine.load(model, kv=kv, max_context=context, device="cpu", dtype="float32", **chosen)  # type: ignore[arg-type]
     ids = benchmark.ordinary_ids(engine)
 
@@ -45,8 +47,17 @@ def ours(model: str, kv: str, weights: str | None, context: int) -> Callable[[st
 
 def peers(file: Path, cache: str, threads: int, context: int) -> Callable[[str, int, int], float]:
     """A round of llama.cpp: tokens per CPU-second."""
-    from llama_cpp import GGML_TYPE_Q8_0, Llama
+    from llama_cpp import GGML_TYPE_Q8_0, Llama, llama_cpp
 
+    defaults = llama_cpp.llama_model_default_params
+
+    def without_extra_buffers() -> object:
+        """Its AMX buffers end in a segmentation fault on some virtual machines."""
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = without_extra_buffers
     eight = {"type_k": GGML_TYPE_Q8_0, "type_v": GGML_TYPE_Q8_0, "flash_attn": True} if cache == "q8_0" else {}
     model = Llama(
         str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False, **eight
