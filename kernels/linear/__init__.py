@@ -20,5 +20,10 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
         from octo_run.kernels.linear import launch
 
         launch.packed_linear(x, weight, bias, out)
-    else:
-        reference.packed_linear(x, weight, bias, out)
+        return
+    if x.is_cpu:
+        from octo_run.kernels.cpu import linear as compiled
+
+        if compiled.packed_linear(x, weight, bias, out):
+            return
+    reference.packed_linear(x, weight, bias, out)
