@@ -19,6 +19,7 @@ from octo_run.process import EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from octo_run.engine import Engine
     from octo_run.engine.evaluation.reading import Progress
+    from octo_run.models.config import ModelConfig
 
 figure_type = click.Path(dir_okay=False, path_type=Path)
 
@@ -67,34 +68,35 @@ def cache_options(command: Command) -> Command:
     return decorated
 
 
+def model_config(load: EngineOptions) -> "ModelConfig":
+    """The configuration of the model, or of the shape, that is to be loaded."""
+    if load.offline:
+        runtime.go_offline()
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    return load_config(resolve(load.model))
+
+
 def formats(load: EngineOptions) -> list[str]:
     """The formats of ``--kv A,B,C``, each once.
 
     Raises:
         UsageError: The model cannot use one of them.
     """
-    kvs = [*dict.fromkeys(name.strip() for name in load.kv.split(","))]
-    if load.offline:
-        runtime.go_offline()
-    from octo_run.engine.allocation import parse_formats
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
-
-    cfg = load_config(resolve(load.model))
-    for kv in kvs:
-        parse_formats(kv, cfg)
-    return kvs
+    return runtime.checked_formats(load.kv, model_config(load))
 
 
 def context(load: EngineOptions, usual: int) -> int:
-    """The context that ``--ctx`` says; for auto ``usual``, or what the model has where that is less."""
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
+    """The context that ``--ctx`` says; for auto ``usual``, or what the model has where that is less.
 
-    if load.ctx is not None:
-        return load.ctx
-    cfg = load_config(resolve(load.model))
-    return min(usual, cfg.max_position_embeddings, cfg.sliding_window or usual)
+    Raises:
+        UsageError: The model has no such context.
+    """
+    most = model_config(load).context_limit
+    if load.ctx is not None and load.ctx > most:
+        raise UsageError(f"--ctx {load.ctx} is beyond the model's context: choose {most} tokens or less.")
+    return load.ctx or min(usual, most)
 
 
 def loader(
@@ -123,10 +125,8 @@ def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wa
     from octo_run.engine import plan_memory
     from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.engine.evaluation import reading
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
 
-    cfg, device = load_config(resolve(load.model)), choose_device(load.device)
+    cfg, device = model_config(load), choose_device(load.device)
     while wanted > 1:
         try:
             plan = plan_memory(
