@@ -173,7 +173,9 @@ def _memory_advice(error: Exception, command: click.Command | None) -> str:
     """What ran out and which options of ``command`` take less of it."""
     on_gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA" in str(error)
     known = {option for param in command.params for option in param.opts} if command is not None else set()
-    sizes = ("--lengths",) if "--lengths" in known else ("--ctx",)  # the former say the context, which --ctx may not
+    sizes: tuple[str, ...] = (
+        ("--lengths",) if "--lengths" in known else ("--ctx",)
+    )  # the former say the context, which --ctx may not
     sizes += ("--batch", "--step", "--vectors", "--tokens")
     less = [f"a smaller {name}".replace("a smaller --lengths", "smaller --lengths") for name in sizes if name in known]
     less += ["another --kv"] if "--ctx" in known else []

@@ -139,7 +139,9 @@ def _measure_all(loads: list[EngineOptions], cases: "Cases", report: dict[str, A
         if engine is None or len(loads) > 1:
             engine = None
             engine = cases.load(options)
-        profiles = [runtime.profile(engine, test, depth=depth, batch=cases.batch) for depth, test in cases.all()]
+        profiles = [
+            runtime.profile(engine, (test[0], test[1]), depth=depth, batch=cases.batch) for depth, test in cases.all()
+        ]
         report["profile"] = [*report.get("profile", []), *profiles]
 
 

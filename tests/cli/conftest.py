@@ -237,7 +237,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
         from octo_run.cli import line_editor
 
         class Editor:
-            def read(self) -> str:
+            def __init__(self, *_: Any) -> None:
+                pass
+
+            def read(self, _draft: str = "") -> str:
                 line = lines.pop(0) if lines else EOFError
                 if isinstance(line, str):
                     return line

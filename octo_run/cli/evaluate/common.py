@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octo_run.cli import console, runtime
+from octo_run.cli import runtime
+from octo_run.cli.console import read_text as read_text
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
 from octo_run.cli.progress import Running
@@ -141,24 +142,6 @@ def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wa
             pass
         wanted //= 2
     return wanted
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        UsageError: There is no text at ``path``; it names the file.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file; give the path of a text.") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder; give the path of a text.") from None
-    text = console.decode_input(data, str(path))
-    if not text.strip():
-        raise UsageError(f"{path} is empty; give a file with text.")
-    return text
 
 
 def sample_text() -> str:
