@@ -10,7 +10,9 @@ import io
 import json
 import os
 import re
+import stat
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,17 +172,35 @@ def stdin_lines() -> Iterator[bytes]:
         raise _unreadable(error) from None
 
 
-def read_stdin_text() -> str:
+def input_is_given() -> bool:
+    """Whether somebody gave the program an input of its own: a pipe or a file, not a terminal and not /dev/null."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, io.UnsupportedOperation):
+        return _access(sys.stdin) is None and not sys.stdin.isatty()
+    return (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) and _access(sys.stdin) != os.O_WRONLY
+
+
+def read_stdin_text(patience: float | None = None) -> str:
     """All of standard input as text.
+
+    Args:
+        patience: Seconds after which it is said that nothing has come yet: a pipe that nobody closes never ends.
 
     Raises:
         OctoError: It cannot be read.
         UsageError: It is not UTF-8; the message names the byte.
     """
+    waiting = threading.Timer(patience or 0, notice, ["waiting for the end of standard input; </dev/null gives none"])
+    waiting.daemon = True
     try:
+        if patience is not None:
+            waiting.start()
         data = sys.stdin.buffer.read()
     except OSError as error:
         raise _unreadable(error) from None
+    finally:
+        waiting.cancel()
     return decode_input(data, "standard input")
 
 

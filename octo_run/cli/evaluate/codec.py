@@ -68,7 +68,8 @@ def command(
     if plots:
         from octo_run.engine.evaluation.plots import plot_distortion
 
-        files += [OutputFile(plot, lambda path: plot_distortion(rows, path)) for plot in plots]
+        about = common.about("no model" if no_model else model, () if text is None else (text,))
+        files += [OutputFile(plot, lambda path: plot_distortion(rows, path, about)) for plot in plots]
     deliver(console.as_json(as_dicts(rows)) if as_json else _table(rows), files, as_json=as_json)
 
 

@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import functools
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +166,12 @@ def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
     for path in (*paths, plot):
         if path is not None:
             check_writable(path)
+
+
+def about(model: str, texts: Sequence[Path]) -> str:
+    """What a figure's title says of its origin: the model, the text, the command."""
+    read = ", ".join(path.name for path in texts) or "the bundled sample"
+    return f"{model}, {read}\n{shlex.join(['octo-run', *sys.argv[1:]])}"
 
 
 def csv_output(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[OutputFile]:

@@ -109,9 +109,10 @@ def command(
         values = [dataclasses.asdict(cell) for cell in cells]
         files = common.csv_output(csv_file, values)
         if plot is not None:
+            about = common.about(load.model, texts)
             from octo_run.engine.evaluation.plots import plot_recall
 
-            files.append(OutputFile(plot, lambda path: plot_recall(cells, path)))
+            files.append(OutputFile(plot, lambda path: plot_recall(cells, path, about)))
         deliver(console.as_json(values) if as_json else report(cells), files, as_json=as_json)
 
     return common.follow("eval needle", search.run(), lambda: totals(search.cells()), deliver_cells)

@@ -70,9 +70,10 @@ def command(
         values = [dataclasses.asdict(row) for row in rows]
         files = common.csv_output(csv_file, values)
         if plot is not None:
+            about = common.about(load.model, texts)
             from octo_run.engine.evaluation.plots import plot_perplexity
 
-            files.append(OutputFile(plot, lambda path: plot_perplexity(rows, path)))
+            files.append(OutputFile(plot, lambda path: plot_perplexity(rows, path, about)))
         deliver(console.as_json(values) if as_json else table(rows, comparison.tokens), files, as_json=as_json)
 
     return common.follow(
