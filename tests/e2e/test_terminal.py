@@ -87,7 +87,7 @@ def test_ctrl_c_long_after_an_answer_was_stopped_only_warns(terminal: Callable[.
 
 def test_tab_completes_commands_settings_and_files(terminal: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "a-long-name.txt").write_text("The gulls followed the boats.")
-    chat = terminal("chat", "-n", "3")
+    chat = terminal("chat", "-n", "3", columns=200)
     at = chat.wait_for(READY)
     chat.type("/tok" + TAB)
     at = chat.wait_for("ens", at)
