@@ -204,10 +204,11 @@ class Engine:
         if on_plan is not None:
             on_plan(plan)
         with torch.inference_mode():
+            weights: weight_files.Weights
             if path is None:
-                weights = weight_files.random_weights(cfg, where, kind)
+                weights = weight_files.RandomWeights(cfg, where, kind)
             else:
-                weights = weight_files.load_weights(path, cfg, where, kind)
+                weights = weight_files.StoredWeights(path, cfg, where, kind)
             decoder = Decoder(cfg, weights, None, fmt[0].v.rotation)
             calibration = Calibration(decoder, tokenizer, path)
             decoder.store_keys(fmt[0].k.rotation, calibration.conditioning(plan.conditioning))

@@ -16,10 +16,12 @@ from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
+from octo_run.kernels.linear.reference import SLAB_BYTES
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
-from octo_run.models.decoder import Decoder
-from octo_run.models.weights import expected_tensors, weight_bytes
+from octo_run.models.decoder import Decoder, Layer, Quantise
+from octo_run.models.linear import AnyLinear, Linear, PackedLinear
+from octo_run.models.weights import RandomWeights
 
 #: Tokens that go through the layers together in prefill; on CUDA fewer where their buffers would take too much memory.
 CHUNK = {"cuda": 4096, "cpu": 512}
@@ -157,16 +159,23 @@ def _library_workspace(device: torch.device) -> int:
     return (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
 
 
-def _cpu_temporaries(cfg: ModelConfig, shape: ArenaShape) -> int:
-    """Bytes of the largest set of tensors alive at once for a chunk beside the kept buffers: in the MLP, a norm, or the
-    attention."""
+def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
+    """Bytes of the largest set of tensors alive at once for a chunk beside the kept buffers: in the MLP, a norm, the
+    attention, or a product with a packed weight."""
+    cfg = decoder.cfg
     rows, size = shape.chunk, shape.dtype.itemsize
     norm = rows * cfg.hidden_size * (3 * 4 + 2 * size)
     attention = kernels.attention_host_bytes(
         shape.chunk, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (shape.max_pages, shape.ring + shape.chunk),
         mean=bool(shape.mean_heads),
     )  # fmt: skip
-    return max(rows * cfg.intermediate_size * size, norm, attention)
+    layers = [part for layer in decoder.layers for one in _products(layer) for part in one.parts]
+    packed = SLAB_BYTES if any(isinstance(part, PackedLinear) for part in (*layers, decoder.head)) else 0
+    return max(rows * cfg.intermediate_size * size, norm, attention, packed)
+
+
+def _products(layer: Layer) -> tuple[AnyLinear, ...]:
+    return layer.qkv, layer.out, layer.gate_up, layer.down
 
 
 def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int) -> int:
@@ -192,7 +201,7 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
         return sum(map(_block, sizes)) if device.type == "cuda" else sum(sizes)
 
     arena, full = parts.arena, parts.arena.full_precision
-    temporaries = _cpu_temporaries(decoder.cfg, shape) if device.type == "cpu" else _library_workspace(device)
+    temporaries = _cpu_temporaries(decoder, shape) if device.type == "cpu" else _library_workspace(device)
     return {
         "arena": held(arena, but=(full, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),
@@ -202,13 +211,18 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
     }
 
 
-def _loading(cfg: ModelConfig, dtype: torch.dtype, fmt: LayerFormats, device: torch.device) -> int:
-    """Bytes of the weights and of the largest copy made while they are fused or rotated (in float32), or of what
-    choosing formats takes."""
-    gate_up = 2 * cfg.intermediate_size * dtype.itemsize
-    out = cfg.num_heads * cfg.head_dim * (2 * 4 + dtype.itemsize)
-    choosing = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
-    return weight_bytes(cfg, dtype) + max(cfg.hidden_size * max(gate_up, out), choosing)
+def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.device, quantised: bool) -> int:
+    """Bytes of the weights and of the largest copies made while a layer is read, fused, rotated (in float32) and packed
+    (in float32), or of what choosing formats takes."""
+    cfg, size = decoder.cfg, decoder.embedding.element_size()
+    copies = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
+    heads = cfg.num_heads * cfg.head_dim
+    for layer in decoder.layers:
+        dense = quantised or isinstance(layer.out, Linear)
+        copies = max(copies, layer.qkv.nbytes, layer.gate_up.nbytes, cfg.hidden_size * heads * (8 + size) * dense)
+    if quantised:
+        copies = max(copies, cfg.hidden_size * max(cfg.intermediate_size, heads) * (8 + size))
+    return weights + copies
 
 
 def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
@@ -235,6 +249,7 @@ def plan_memory(
     seed: int = 0,
     conditioning: str | None = None,
     cache_bytes: int | None = None,
+    quantise: Quantise | None = None,
 ) -> MemoryPlan:
     """The plan for a model.
 
@@ -243,6 +258,7 @@ def plan_memory(
         sequences: See ``Engine.load``.
         conditioning: See ``Engine.load``.
         cache_bytes: See ``Engine.load``.
+        quantise: See ``Decoder``.
 
     Raises:
         UsageError: A context that the model does not support or ``cache_bytes`` cannot hold.
@@ -273,8 +289,7 @@ def plan_memory(
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
-        made = {name: torch.empty(size, dtype=dtype, device="meta") for name, size in expected_tensors(cfg).items()}
-        decoder = Decoder(cfg, made, None, fmt[0].v.rotation)
+        decoder = Decoder(cfg, RandomWeights(cfg, "meta", dtype), None, fmt[0].v.rotation, quantise)
         decoder.store_keys(fmt[0].k.rotation, Conditioning.empty(cfg, kind, "meta"))
         parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
         weights = sum(held_bytes(*parts, but=(decoder.key_tensors,)))
@@ -291,7 +306,7 @@ def plan_memory(
         shape=shape,
         free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
         before=0 if device.type == "cuda" else system_memory.resident(),
-        loading=_loading(cfg, dtype, fmt, device),
+        loading=_loading(decoder, weights, fmt, device, quantise is not None),
         weights=weights,
         measure=measure,
         **measure(shape),

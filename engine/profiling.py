@@ -33,6 +33,7 @@ from octo_run.engine import benchmark
 from octo_run.engine.arena import PAGE, Chunk
 from octo_run.engine.key_means import KeyMeans
 from octo_run.errors import OctoError
+from octo_run.kernels import linear as packed_ops
 from octo_run.kernels import step as ops
 
 if TYPE_CHECKING:
@@ -438,12 +439,13 @@ def _ranges(engine: Engine) -> Iterator[None]:
     decoder = engine.forward.decoder
     products = {id(decoder.head.weight): HEAD}
     for layer in decoder.layers:
-        products |= dict.fromkeys((id(layer.qkv.weight), id(layer.out.weight)), PROJECTIONS)
-        products |= dict.fromkeys((id(layer.gate_up.weight), id(layer.down.weight)), MLP)
+        for part, owners in ((PROJECTIONS, (layer.qkv, layer.out)), (MLP, (layer.gate_up, layer.down))):
+            products |= {id(linear.weight): part for owner in owners for linear in owner.parts}
     wrapped: list[tuple[Any, str, Callable[..., str]]] = [
         (owner, name, functools.partial(_named, part)) for part, owners in _RANGES.items() for owner, name in owners
     ]
-    wrapped.append((ops, "linear", lambda _x, weight, *_: products[id(weight)]))
+    for owner, name in ((ops, "linear"), (packed_ops, "packed_linear")):
+        wrapped.append((owner, name, lambda _x, weight, *_: products[id(weight)]))
     with ExitStack() as stack:
         for owner, name, part_of in wrapped:
             function = getattr(owner, name)

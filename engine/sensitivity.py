@@ -17,6 +17,7 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import KVFormat, PageFormat
+from octo_run.kernels.linear import PackedWeight
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Decoder, Layer, rms_norm
@@ -136,9 +137,13 @@ def _eleven_bits() -> Iterator[None]:
 
 
 def _wide(part: Any) -> Any:
-    """A tensor, or a layer of such, in float32."""
+    """A tensor, or a layer of such, in float32; packed weights, whose values take the inputs' dtype, as they are."""
+    if isinstance(part, PackedWeight):
+        return part
     if isinstance(part, Tensor):
         return part.to(torch.float32)
+    if isinstance(part, tuple):
+        return tuple(map(_wide, part))
     mine = {field.name: getattr(part, field.name) for field in fields(part)}
     return replace(part, **{name: _wide(value) for name, value in mine.items() if value is not None})
 

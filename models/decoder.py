@@ -14,27 +14,31 @@ from torch import Tensor
 
 from octo_run.kernels import AttentionSpec
 from octo_run.kernels import step as ops
+from octo_run.kernels.linear import PackedWeight
 from octo_run.models import rope
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import ModelConfig
-from octo_run.models.linear import Linear
+from octo_run.models.linear import AnyLinear, Linear, PackedLinear, SingleLinear, joined
+from octo_run.models.weights import EMBEDDING, HeldWeights, Weights
 
 #: ``attention(layer, q [B, C, heads, d], k [B, C, kv_heads, d], v [B, C, kv_heads, d]) -> [B, C, heads, d]``
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+#: Packs a matrix ``[out, in]``; on ``meta`` it makes the tensors that it would fill.
+Quantise = Callable[[Tensor], PackedWeight]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's weights, fused at load: q, k, v in one matrix, gate and up in another."""
+    """One layer's weights, fused at load: q, k, v in one matrix, gate and up in another, where they can be."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: AnyLinear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Linear
+    out: SingleLinear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: AnyLinear
+    down: SingleLinear
     #: What values are rotated by on their way into the arena (rows times it), where the weights do not do it.
     v_rotation: Tensor | None
     #: What queries and keys are multiplied by after RoPE, ``[2, kv_heads, d, d]`` (see ``Decoder.store_keys``).
@@ -68,23 +72,31 @@ class Decoder:
     projections, which is exact, where these take it (see ``Linear``).
 
     Args:
-        weights: By Hugging Face names. They are consumed, so that fused copies never double the memory.
+        weights: Taken layer by layer, so that fused copies never double the memory; a dict by Hugging Face names is
+            emptied.
         k_rotation: The codec's for queries and keys, ``[head_dim, head_dim]`` or None.
         v_rotation: The codec's for values, ``[head_dim, head_dim]`` or None.
+        quantise: Packs the layers' dense matrices, once the rotation of values is in them; None: they stay dense.
 
     The identity counts as None, so that plain formats pay nothing.
     """
 
     def __init__(
-        self, cfg: ModelConfig, weights: dict[str, Tensor], k_rotation: Tensor | None, v_rotation: Tensor | None
+        self,
+        cfg: ModelConfig,
+        weights: Weights | dict[str, Tensor],
+        k_rotation: Tensor | None,
+        v_rotation: Tensor | None,
+        quantise: Quantise | None = None,
     ) -> None:
         self.cfg = cfg
-        self.embedding = weights.pop("model.embed_tokens.weight")
-        self.final_norm = weights.pop("model.norm.weight")
-        self.head = Linear(weights.pop("lm_head.weight", self.embedding))
+        weights = HeldWeights(weights) if isinstance(weights, dict) else weights
+        self.embedding = weights.take(EMBEDDING)
+        self.final_norm = weights.take("model.norm.weight")
+        self.head: SingleLinear = weights.linear("lm_head") if weights.has_head else Linear(self.embedding)
         self.specs = layer_specs(cfg)
         v_rotation = None if v_rotation is None or _is_identity(v_rotation) else v_rotation
-        self.layers = [self._layer(weights, f"model.layers.{i}.", v_rotation) for i in range(cfg.num_layers)]
+        self.layers = [self._layer(weights, f"model.layers.{i}.", v_rotation, quantise) for i in range(cfg.num_layers)]
         self.inv_freq = rope.inverse_frequencies(cfg, self.embedding.device)
         if k_rotation is not None:
             self.store_keys(k_rotation)
@@ -113,16 +125,22 @@ class Decoder:
             mean = None if conditioning is None else conditioning.means[index].to(device, torch.float32).contiguous()
             self.layers[index] = replace(layer, maps=maps, key_mean=mean)
 
-    def _layer(self, weights: dict[str, Tensor], prefix: str, v_rotation: Tensor | None) -> Layer:
+    def _layer(self, weights: Weights, prefix: str, v_rotation: Tensor | None, quantise: Quantise | None) -> Layer:
         cfg = self.cfg
 
         def take(name: str) -> Tensor:
-            return weights.pop(prefix + name)
+            return weights.take(prefix + name)
 
-        def linear(name: str, bias: bool) -> Linear:
-            return Linear(take(f"{name}.weight"), take(f"{name}.bias") if bias else None)
+        def packed(layer: SingleLinear) -> SingleLinear:
+            if quantise is None or isinstance(layer, PackedLinear):
+                return layer
+            return PackedLinear(quantise(layer.weight), layer.bias)
 
-        v, out = linear("self_attn.v_proj", cfg.qkv_bias), linear("self_attn.o_proj", cfg.o_bias)
+        def linear(name: str, bias: bool) -> SingleLinear:
+            return packed(weights.linear(prefix + name, bias))
+
+        v = weights.linear(f"{prefix}self_attn.v_proj", cfg.qkv_bias)
+        out = weights.linear(f"{prefix}self_attn.o_proj", cfg.o_bias)
         unfolded = None
         if v_rotation is not None:
             rotation = v_rotation.to(torch.float32)
@@ -132,14 +150,16 @@ class Decoder:
                 v, out = turned, back
             else:
                 unfolded = v_rotation.to(self.embedding).T.contiguous()
+        v, out = packed(v), packed(out)
+        q, k = linear("self_attn.q_proj", cfg.qkv_bias), linear("self_attn.k_proj", cfg.qkv_bias)
         return Layer(
             input_norm=take("input_layernorm.weight"),
-            qkv=_joined(linear("self_attn.q_proj", cfg.qkv_bias), linear("self_attn.k_proj", cfg.qkv_bias), v),
+            qkv=joined(q, k, v),
             q_norm=take("self_attn.q_norm.weight") if cfg.qk_norm else None,
             k_norm=take("self_attn.k_norm.weight") if cfg.qk_norm else None,
             out=out,
             mlp_norm=take("post_attention_layernorm.weight"),
-            gate_up=_joined(linear("mlp.gate_proj", cfg.mlp_bias), linear("mlp.up_proj", cfg.mlp_bias)),
+            gate_up=joined(linear("mlp.gate_proj", cfg.mlp_bias), linear("mlp.up_proj", cfg.mlp_bias)),
             down=linear("mlp.down_proj", cfg.mlp_bias),
             v_rotation=unfolded,
         )
@@ -200,9 +220,3 @@ class Decoder:
 
 def _is_identity(matrix: Tensor) -> bool:
     return torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype))
-
-
-def _joined(*parts: Linear) -> Linear:
-    """The outputs of several layers of one input, side by side."""
-    biases = [part.bias for part in parts if part.bias is not None]
-    return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)

@@ -1,19 +1,20 @@
 """A linear layer as the decoder holds it: what its weights are stored as is its own business."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octo_run.kernels import linear as packed_ops
 from octo_run.kernels import step as ops
+from octo_run.kernels.linear import PackedWeight, reference
 
 
 @dataclass(frozen=True)
 class Linear:
     """``y = x W^T + b``, ``W`` and ``b`` in the compute dtype.
-
-    A layer of packed weights is another class with the same methods. It may decline a rotation by returning None; the
-    values are then rotated on their way into the arena, and back before the output projection.
 
     Attributes:
         weight: ``W``, ``[out, in]``.
@@ -27,6 +28,11 @@ class Linear:
     def nbytes(self) -> int:
         """Bytes of its weights."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @property
+    def parts(self) -> "tuple[Linear | PackedLinear, ...]":
+        """The layers with a matrix of their own that it is made of."""
+        return (self,)
 
     def apply(self, x: Tensor, out: Tensor) -> None:
         """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``; on CUDA without an allocation."""
@@ -50,3 +56,88 @@ class Linear:
         weight = self.weight
         blocks = weight.to(rotation.dtype).reshape(-1, heads, rotation.shape[0])
         return Linear((blocks @ rotation.to(blocks).T).reshape(weight.shape).to(weight.dtype), self.bias)
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A layer like :class:`Linear` whose weight is packed.
+
+    It declines rotations: the values are then rotated on their way into the arena, and back before the output
+    projection.
+
+    Attributes:
+        weight: ``W``, ``[out, in]``.
+        bias: ``b``, ``[out]`` in the compute dtype, or None.
+    """
+
+    weight: PackedWeight
+    bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @property
+    def parts(self) -> tuple["Linear | PackedLinear", ...]:
+        """The layers with a matrix of their own that it is made of."""
+        return (self,)
+
+    def apply(self, x: Tensor, out: Tensor) -> None:
+        """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``."""
+        packed_ops.packed_linear(x, self.weight, self.bias, out)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
+        out = x.new_empty(*x.shape[:-1], self.weight.shape[0])
+        reference.packed_linear(x.flatten(0, -2), self.weight, self.bias, out.view(-1, out.shape[-1]))
+        return out
+
+    def with_rotated_outputs(self, rotation: Tensor, heads: int) -> Linear | None:
+        """None."""
+        return None
+
+    def with_rotated_inputs(self, rotation: Tensor, heads: int) -> Linear | None:
+        """None."""
+        return None
+
+
+@dataclass(frozen=True)
+class SplitLinear:
+    """Several layers of one input, their outputs side by side, whose weights cannot be one matrix."""
+
+    parts: tuple[Linear | PackedLinear, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(part.nbytes for part in self.parts)
+
+    def apply(self, x: Tensor, out: Tensor) -> None:
+        """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``: each layer its columns."""
+        first = 0
+        for part in self.parts:
+            last = first + part.weight.shape[0]
+            part.apply(x, out[:, first:last])
+            first = last
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+SingleLinear: TypeAlias = Linear | PackedLinear
+AnyLinear: TypeAlias = Linear | PackedLinear | SplitLinear
+
+
+def joined(*parts: SingleLinear) -> AnyLinear:
+    """The outputs of several layers of one input, side by side: as one matrix where they can be one."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    if biases and len(biases) < len(parts):
+        return SplitLinear(parts)
+    bias = torch.cat(biases) if biases else None
+    if all(isinstance(part, Linear) for part in parts):
+        return Linear(torch.cat([part.weight for part in parts if isinstance(part, Linear)]), bias)
+    packed = [part.weight for part in parts if isinstance(part, PackedLinear)]
+    weight = packed_ops.joined(packed) if len(packed) == len(parts) else None
+    return SplitLinear(parts) if weight is None else PackedLinear(weight, bias)

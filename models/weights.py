@@ -1,7 +1,8 @@
-"""Model weights: which tensors a configuration needs, and reading exactly those from safetensors files."""
+"""Model weights: which tensors a configuration needs, and taking exactly those from safetensors files, one by one."""
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import ModelConfig
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, read_index, weight_files
 from octo_run.models.foreign import present
-from octo_run.models.safetensors_file import FLOAT_DTYPES, StoredFile, TensorEntry, TensorFile, read_header
+from octo_run.models.linear import Linear, SingleLinear
+from octo_run.models.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorFile, read_header
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED = 4
@@ -176,59 +178,109 @@ def _listing(names: Iterable[str]) -> str:
     return ", ".join(shown(item, 80) for item in items[:_LISTED]) + more
 
 
-def load_weights(
-    model_dir: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Read the tensors of :func:`expected_tensors` from ``model_dir`` to ``device`` in ``dtype``.
+class Weights(ABC):
+    """Where a decoder takes its weights from, each once, on one device and in the compute dtype.
 
-    Headers, names, shapes and dtypes of all files are checked before any data is read; then one tensor at a time is
-    read, straight into the memory it is to have.
+    Attributes:
+        has_head: Whether there is an output head beside the embedding.
+    """
 
-    Returns:
-        Name -> tensor. A stored output head counts as :func:`stored_config` says, so there is ``lm_head.weight``
-        exactly if that is not tied.
+    has_head: bool
+
+    @abstractmethod
+    def take(self, name: str) -> Tensor:
+        """The tensor of that name, named as in :func:`expected_tensors`."""
+
+    def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
+        """The layer whose tensors' names begin with ``prefix``: dense, or packed as it is stored."""
+        return Linear(self.take(f"{prefix}.weight"), self.take(f"{prefix}.bias") if bias else None)
+
+
+class HeldWeights(Weights):
+    """Those of a dict, which are taken out of it."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors, self.has_head = tensors, HEAD in tensors
+
+    def take(self, name: str) -> Tensor:
+        """See :class:`Weights`."""
+        return self._tensors.pop(name)
+
+
+class StoredWeights(Weights):
+    """Those of a model folder, read when they are taken, straight into the memory that they are to have.
+
+    Headers, names, shapes and dtypes of all files are checked when it is made, before any data is read.
+
+    Attributes:
+        cfg: The configuration, as :func:`stored_config` has it.
 
     Raises:
         OctoError: Any defect, also a value that does not fit into float16 and a file that is changed or replaced
             meanwhile.
     """
-    device = torch.device(device)
-    found = locate_tensors(model_dir)
-    entries = check_tensors(model_dir, _stored_config(cfg, found), found)
-    by_file: dict[StoredFile, list[str]] = {}
-    for name, entry in entries.items():
-        by_file.setdefault(entry.file, []).append(name)
-    weights: dict[str, Tensor] = {}
-    for file, names in by_file.items():
-        with TensorFile(file) as data:
-            for name in sorted(names, key=lambda item: entries[item].start):
-                weights[name] = data.read(entries[name], device, dtype)
-                if dtype == torch.float16 and entries[name].dtype != "F16" and not weights[name].isfinite().all():
-                    raise OctoError(
-                        f"{file.path}: {name} has values that float16 cannot hold: choose bfloat16 or float32."
-                    )
-    return {name: weights[name] for name in entries}
+
+    def __init__(self, model_dir: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+        found = locate_tensors(model_dir)
+        self.cfg = _stored_config(cfg, found)
+        self.has_head = not self.cfg.tie_word_embeddings
+        self._entries = check_tensors(model_dir, self.cfg, found)
+        self._device, self._dtype = torch.device(device), dtype
+
+    def take(self, name: str) -> Tensor:
+        """See :class:`Weights`."""
+        entry = self._entries[name]
+        with TensorFile(entry.file) as data:
+            tensor = data.read(entry, self._device, self._dtype)
+        if self._dtype == torch.float16 and entry.dtype != "F16" and not tensor.isfinite().all():
+            raise OctoError(f"{entry.path}: {name} has values that float16 cannot hold: choose bfloat16 or float32.")
+        return tensor
+
+
+class RandomWeights(Weights):
+    """Random ones of a shape.
+
+    Matrices and embeddings are N(0, 1 / columns), norms near 1, biases near 0, so that activations and logits have a
+    scale of about 1. The same seed gives the same values on the same type of device; on ``meta`` there are none.
+    """
+
+    def __init__(self, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> None:
+        self._shapes, self.has_head = expected_tensors(cfg), not cfg.tie_word_embeddings
+        self._numbers = {name: number for number, name in enumerate(self._shapes)}
+        self._device, self._dtype, self._seed = torch.device(device), dtype, seed
+
+    def take(self, name: str) -> Tensor:
+        """See :class:`Weights`."""
+        shape = self._shapes[name]
+        # drawn in the target dtype when it is a 16-bit one: a float32 copy of a large matrix would double the peak
+        values = torch.empty(shape, device=self._device, dtype=self._dtype)
+        if values.is_meta:
+            return values
+        seed = (self._seed * 1_000_003 + self._numbers[name]) % 2**63
+        values.normal_(generator=torch.Generator(self._device).manual_seed(seed))
+        if name.endswith("norm.weight"):
+            return values.mul_(0.1).add_(1.0)
+        return values.mul_(0.1 if name.endswith(".bias") else shape[1] ** -0.5)
+
+
+def load_weights(
+    model_dir: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All tensors of :class:`StoredWeights` by name.
+
+    A stored output head counts as :func:`stored_config` says, so there is ``lm_head.weight`` exactly if that is not
+    tied.
+
+    Raises:
+        OctoError: As :class:`StoredWeights` does.
+    """
+    weights = StoredWeights(model_dir, cfg, device, dtype)
+    return {name: weights.take(name) for name in expected_tensors(weights.cfg)}
 
 
 def random_weights(
     cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> dict[str, Tensor]:
-    """A dict like :func:`load_weights` makes, with random values.
-
-    Matrices and embeddings are N(0, 1 / columns), norms near 1, biases near 0, so that activations and logits have a
-    scale of about 1. The same seed gives the same values on the same type of device.
-    """
-    device = torch.device(device)
-    generator = torch.Generator(device).manual_seed(seed)
-    weights: dict[str, Tensor] = {}
-    for name, shape in expected_tensors(cfg).items():
-        # drawn in the target dtype when it is a 16-bit one: a float32 copy of a large matrix would double the peak
-        values = torch.empty(shape, device=device, dtype=dtype).normal_(generator=generator)
-        if name.endswith("norm.weight"):
-            values.mul_(0.1).add_(1.0)
-        elif name.endswith(".bias"):
-            values.mul_(0.1)
-        else:
-            values.mul_(shape[1] ** -0.5)
-        weights[name] = values
-    return weights
+    """All tensors of :class:`RandomWeights` by name."""
+    weights = RandomWeights(cfg, device, dtype, seed)
+    return {name: weights.take(name) for name in expected_tensors(cfg)}

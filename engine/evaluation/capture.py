@@ -11,7 +11,7 @@ from octo_run.errors import UsageError
 from octo_run.models.config import load_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.hub import resolve
-from octo_run.models.weights import load_weights
+from octo_run.models.weights import StoredWeights
 from octo_run.tokenizer import load_tokenizer
 
 
@@ -45,7 +45,7 @@ def capture(model: str | Path, text: str, tokens: int) -> Captured:
     if len(ids) < tokens:
         raise UsageError(f"The text has {len(ids):,} tokens and {tokens:,} are needed; give a longer --text.")
     device = torch.device("cpu")
-    decoder = Decoder(cfg, load_weights(path, cfg, device, torch.float32), None, None)
+    decoder = Decoder(cfg, StoredWeights(path, cfg, device, torch.float32), None, None)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

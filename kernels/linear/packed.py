@@ -129,6 +129,17 @@ class PackedWeight:
             offsets=moved(self.offsets), order=moved(self.order),
         )  # fmt: skip
 
+    def part(self, first: int, last: int) -> PackedWeight:
+        """Its rows from ``first`` to before ``last``, which share its memory."""
+
+        def cut(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[first:last]
+
+        return replace(
+            self, codes=self.codes[first:last], rows=self.rows[first:last], scales=cut(self.scales),
+            offsets=cut(self.offsets),
+        )  # fmt: skip
+
     def unpacked(self) -> Tensor:
         """Its codes in order, uint8 ``[out, padded]``."""
         bits, codes = BITS[self.kind], self.codes
@@ -212,15 +223,18 @@ def empty(
     return PackedWeight(kind, columns, kept, codes, rows, groups(group is not None), groups(offsets))
 
 
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two orders are equal; on ``meta``, where values are not known, they are if they are one tensor."""
+    return one is not None and other is not None and not one.is_meta and torch.equal(one, other)
+
+
 def joined(parts: Sequence[PackedWeight]) -> PackedWeight | None:
     """The rows of several weights of one input one after the other; None if their kinds, groups or orders differ."""
     first = parts[0]
     for part in parts[1:]:
         if (part.kind, part.columns, part.group) != (first.kind, first.columns, first.group):
             return None
-        if (part.order is None) != (first.order is None):
-            return None
-        if part.order is not None and first.order is not None and not torch.equal(part.order, first.order):
+        if part.order is not first.order and not _same(part.order, first.order):
             return None
 
     def both(name: str, missing: float) -> Tensor | None:

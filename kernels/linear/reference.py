@@ -1,0 +1,28 @@
+"""Products with packed weights in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from octo_run.kernels.linear.packed import PackedWeight
+
+#: Bytes at most of a slab of dequantised rows with all that is made on the way (but for a single row that has more).
+SLAB_BYTES = 16 << 20
+_WORKING = 32  # bytes of an element while it is dequantised
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
+    """See ``kernels.linear.packed_linear``: some rows of the weight at a time are dequantised to the dtype of ``x``."""
+    rows = max(1, SLAB_BYTES // (weight.padded * _WORKING))
+    for first in range(0, len(weight.codes), rows):
+        last = min(first + rows, len(weight.codes))
+        dense, into = weight.part(first, last).dequantised(x.dtype), out[:, first:last]
+        if bias is None:
+            torch.mm(x, dense.t(), out=into)
+        else:
+            torch.addmm(bias[first:last], x, dense.t(), out=into)
