@@ -27,7 +27,7 @@ from octo_run.kernels.linear import PackedWeight, launch, pack, packed_linear
 
 DEVICE = torch.device("cuda")
 REPEATS, ROTATE_BYTES, GROUP = 31, 400 << 20, 128
-TILINGS = [launch.Tiling(tiles, warps) for tiles in (1, 2, 4) for warps in (4, 8, 16)]
+TILINGS = [launch.Tiling(tiles, warps, ahead) for tiles in (1, 2) for warps in (8, 16) for ahead in (1, 2, 3)]
 
 
 @dataclass
@@ -155,11 +155,8 @@ def candidates(kinds: list[str], peers: list[str], out: int, columns: int, rows:
         weights = [first] + [made(kind, out, columns, seed) for seed in range(1, _copies(first.nbytes))]
         ways: list[tuple[str, Callable[[PackedWeight], None]]]
         ways = [(kind, lambda w: packed_linear(x, w, None, y))]
-        if tilings:
-            ways += [
-                (f"{kind} {how.tiles}x{how.warps}", lambda w, how=how: launch.fused(x, w, None, y, how))
-                for how in TILINGS
-            ]  # type: ignore[misc]
+        for how in TILINGS if tilings else []:
+            ways.append((f"{kind} {how.tiles}x{how.warps} {how.ahead} ahead", _by(how, x, y)))
         for name, way in ways:
             y.fill_(float("nan"))
             way(first)
@@ -185,6 +182,10 @@ def candidates(kinds: list[str], peers: list[str], out: int, columns: int, rows:
             continue
         found.append((name, size, 0.0, run))
     return found
+
+
+def _by(how: launch.Tiling, x: Tensor, y: Tensor) -> Callable[[PackedWeight], None]:
+    return lambda weight: launch.fused(x, weight, None, y, how)
 
 
 def _copies(size: int) -> int:

@@ -159,7 +159,7 @@ def packed_product_kernel(
     X, CODES, ROWS, SCALES, OFFSETS, BIAS, OUT, n, rows, columns, blocks, stride_x, stride_out,
     KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, MT: gl.constexpr,
     NT: gl.constexpr, HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr,
-    WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
+    AHEAD: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """OUT [rows, n] = X [rows, columns] W^T + BIAS for at most 8 NT rows. Programs: 16 MT outputs each.
 
@@ -181,7 +181,11 @@ def packed_product_kernel(
     zero = (lane * 0).to(gl.float32)
     acc = repeat(repeat(zero, 4), MT * NT)
     whole = repeat(repeat(zero, 4), NT)
-    words = _load_block(CODES, row_bytes, first_row, n, gl.minimum(warp, last), lane, BITS, MT)
+    # Codes are loaded AHEAD turns before their products, the first ones while the kernel in front still runs.
+    queue = ()
+    for turn in gl.static_range(AHEAD):
+        block = gl.minimum(warp + turn * WARPS, last)
+        queue = queue + (_load_block(CODES, row_bytes, first_row, n, block, lane, BITS, MT),)
     after = 0
     if EARLY:
         let_next_kernel_start(n)
@@ -191,14 +195,18 @@ def packed_product_kernel(
         block = base + warp
         here = gl.minimum(block, last)
         inputs = _load_inputs(x, stride_x, rows, here, columns, lane, NT, PADDED)
-        ahead = _load_block(CODES, row_bytes, first_row, n, gl.minimum(block + WARPS, last), lane, BITS, MT)
+        ahead = gl.minimum(block + AHEAD * WARPS, last)
+        newest = _load_block(CODES, row_bytes, first_row, n, ahead, lane, BITS, MT)
         if UNEVEN:  # a warp beyond the end multiplies by zeros
             inputs = _if_inside(inputs, block <= last, NT)
         acc, whole = _add_block(
-            acc, whole, words, inputs, SCALES, OFFSETS, first_row, n, groups, here, lane, KIND, BITS, ELEMENT, GROUP,
+            acc, whole, queue[0], inputs, SCALES, OFFSETS, first_row, n, groups, here, lane, KIND, BITS, ELEMENT, GROUP,
             MT, NT, HAS_OFFSETS,
         )  # fmt: skip
-        words = ahead
+        moved = ()
+        for turn in gl.static_range(1, AHEAD):
+            moved = moved + (queue[turn],)
+        queue = moved + (newest,)
     if GROUP == 0 and (HAS_OFFSETS or excess(KIND, ELEMENT) > 0):
         acc = _whole_rows(acc, whole, OFFSETS, first_row, n, lane, excess(KIND, ELEMENT), MT, NT, HAS_OFFSETS)
     barrier()

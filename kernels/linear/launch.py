@@ -26,10 +26,11 @@ SLAB_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of sixteen outputs a program, and its warps."""
+    """Tiles of sixteen outputs a program, its warps, and turns that codes are loaded ahead."""
 
     tiles: int
     warps: int
+    ahead: int = 1
 
 
 def tiling(out: int, blocks: int, rows: int, multiprocessors: int) -> Tiling:
@@ -70,7 +71,7 @@ def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, cho
         KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
         GROUP=0 if weight.scales is None else weight.group, MT=how.tiles, NT=wide,
         HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, PADDED=weight.padded != weight.columns,
-        UNEVEN=blocks % how.warps != 0, WARPS=how.warps,
+        UNEVEN=blocks % how.warps != 0, AHEAD=how.ahead, WARPS=how.warps,
         SMEM_WORDS=int(reduction_bytes(how.tiles, wide, how.warps)) // 4, **early(x.device), num_warps=how.warps,
     )  # fmt: skip
 

@@ -133,7 +133,7 @@ def test_bench_rows_are_told_as_they_come_with_the_time_left(octo: Callable[...,
     err = octo("bench", "--kv", "oct3,bf16", "--depth", "0,8", "-r", "2").err.splitlines()
     assert re.fullmatch(r"oct3 pp512 at depth 0: round 1 of 3, case 1 of 8, about \d+:\d\d left", err[0])
     assert len(err) == 9 and len(seen) == 24
-    told = r"oct3 pp512 at depth 0: 1,234.5 tokens/s \(mean 1,240.0 ± 33.0\); case 2 of 8, about \d+:\d\d left"
+    told = r"fp32 oct3 pp512 at depth 0: 1,234.5 tokens/s \(mean 1,240.0 ± 33.0\); case 2 of 8, about \d+:\d\d left"
     assert re.fullmatch(told, err[1]) and err[-1].endswith("± 33.0)")
 
 
