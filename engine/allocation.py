@@ -123,6 +123,7 @@ def parse_formats(
     Raises:
         UsageError: Any other text; the message names the choices.
     """
+    text = text.strip().lower()
     if "auto" not in text.split(":"):
         return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, plain_dtype), cfg.num_layers)
     sizes = [get(name, cfg.head_dim, seed).bytes_per_vector * NUMBERS for name in ERRORS]

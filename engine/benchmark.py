@@ -20,20 +20,25 @@ if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
 
 T = TypeVar("T")
+#: ``("pp", N)``: read a prompt of N tokens; ``("tg", N)``: generate N; ``("pg", P, G)``: read P, then generate G.
+Test = tuple[str, int] | tuple[str, int, int]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: tokens per second of all sequences together as median, least and most over the repetitions."""
+    """One measurement: tokens per second of all sequences together over the repetitions."""
 
     weights: str  # what they are stored as
     kv: str
-    test: str  # pp: tokens of a prompt, tg: tokens generated
+    test: str  # pp: tokens of a prompt, tg: tokens generated, pg: both, one after the other
     depth: int  # tokens in the cache before
     batch: int
-    tokens_per_s: float
+    tokens_per_s: float  # median
+    mean: float
+    stdev: float | None  # of the repetitions; None for one
     least: float
     most: float
+    first_token_ms: float | None  # median time from the beginning to the first sequence's first token; None for tg
     ms_per_token: float  # of one sequence; of a prompt: milliseconds divided by its tokens
     gb_per_s: float | None  # tg: weights and packed pages that a step must read
     of_bandwidth: float | None  # the same, as a share of the copy bandwidth
@@ -57,30 +62,51 @@ def forget_peak(device: torch.device) -> None:
         system_memory.forget_peak()
 
 
+def name_of(test: Test) -> str:
+    """A test as it is written: ``pp512``, ``tg128``, ``pg512+128``."""
+    return test[0] + "+".join(map(str, test[1:]))
+
+
 def measure(
-    engine: Engine, test: tuple[str, int], *, depth: int, batch: int, repetitions: int, bandwidth: float
+    engine: Engine,
+    test: Test,
+    *,
+    depth: int,
+    batch: int,
+    repetitions: int,
+    bandwidth: float,
+    on_round: Callable[[], None] | None = None,
 ) -> Row:
     """Time a test of ``batch`` sequences that hold ``depth`` random tokens each.
 
     One round that is not counted warms up. Prompts of several sequences are read one after the other.
 
     Args:
-        test: ``("pp" or "tg", tokens)``.
         bandwidth: Bytes per second, as :func:`copy_bandwidth` gives them.
+        on_round: Called after each round, the one that warms up too.
     """
-    kind, tokens = test
+    kind, tokens = test[0], sum(test[1:])
     source, ordinary = random.Random(0), ordinary_ids(engine)
     seconds, energy, meter = [], [], EnergyMeter(engine.device)
+    first: list[float] = []  # seconds until the first token of each round
+    begun = 0.0
 
     def clock(work: Callable[[], None]) -> None:
+        nonlocal begun
         before = meter.joules()
+        begun = time.perf_counter()
         seconds.append(_seconds(engine.device, work))
         after = meter.joules()
         energy.append(None if before is None or after is None else after - before)
 
+    def have_first() -> None:
+        first.append(time.perf_counter() - begun)
+
     for _ in range(repetitions + 1):
         ids = source.choices(ordinary, k=max(tokens, batch))
-        run_round(engine, test, ids, depth=depth, batch=batch, clock=clock)
+        run_round(engine, test, ids, depth=depth, batch=batch, clock=clock, on_first=have_first)
+        if on_round is not None:
+            on_round()
     rates = sorted(batch * tokens / taken for taken in seconds[1:])
     median = statistics.median(rates)
     spent = [joules for joules in energy[1:] if joules is not None]
@@ -93,9 +119,22 @@ def measure(
         read = (step_weight_bytes(engine) + held) * median / batch
         gb_per_s, share = read * 1e-9, read / bandwidth
     return Row(
-        engine.plan.weight_format, engine.plan.kv, f"{kind}{tokens}", depth, batch, median, rates[0], rates[-1],
-        1e3 * batch / median, gb_per_s, share, joules,
-    )  # fmt: skip
+        weights=engine.plan.weight_format,
+        kv=engine.plan.kv,
+        test=name_of(test),
+        depth=depth,
+        batch=batch,
+        tokens_per_s=median,
+        mean=statistics.mean(rates),
+        stdev=statistics.stdev(rates) if len(rates) > 1 else None,
+        least=rates[0],
+        most=rates[-1],
+        first_token_ms=1e3 * statistics.median(first[1:]) if first else None,
+        ms_per_token=1e3 * batch / median,
+        gb_per_s=gb_per_s,
+        of_bandwidth=share,
+        joules_per_token=joules,
+    )
 
 
 def ordinary_ids(engine: Engine) -> list[int]:
@@ -105,12 +144,13 @@ def ordinary_ids(engine: Engine) -> list[int]:
 
 def run_round(
     engine: Engine,
-    test: tuple[str, int],
+    test: Test,
     ids: list[int],
     *,
     depth: int,
     batch: int,
     clock: Callable[[Callable[[], None]], T],
+    on_first: Callable[[], None] | None = None,
 ) -> T:
     """One round of a test: fill ``batch`` sequences to ``depth`` tokens, then hand the work to ``clock``, to be called.
 
@@ -118,24 +158,38 @@ def run_round(
 
     Args:
         ids: The prompt, or the first token of each sequence.
+        on_first: Called when the first sequence has read its prompt and its first token is there (not for ``tg``).
 
     Returns:
         What ``clock`` returns.
     """
-    kind, tokens = test
+    kind = test[0]
+    steps = test[-1] - (kind == "pg")  # the prompt gives the first of a pg test's tokens
     step, sequences = engine.step, [engine.sequence() for _ in range(batch)]
 
     def read_prompts() -> None:
         for sequence in sequences:
-            engine.prefill(sequence, ids[:tokens])
+            logits = engine.prefill(sequence, ids[: test[1]])
+            if kind == "pg" or (on_first is not None and sequence is sequences[0]):
+                token = int(logits.argmax())
+                if on_first is not None and sequence is sequences[0]:
+                    on_first()
+                if kind == "pg":
+                    step.start(sequence, token, SamplingParams(temperature=0.0))
+
+    def read_and_run() -> None:
+        read_prompts()
+        run_steps()
 
     def read() -> None:
         for sequence in sequences:
             step.read(sequence)
 
     def run_steps() -> None:
+        if not steps:
+            return
         step.launch(sequences)
-        for _ in range(tokens - 1):
+        for _ in range(steps - 1):
             step.launch(sequences)
             read()
         read()
@@ -145,6 +199,8 @@ def run_round(
             engine.fill(sequence, depth, seed=seed)
         if kind == "pp":
             return clock(read_prompts)
+        if kind == "pg":
+            return clock(read_and_run)
         for sequence, token in zip(sequences, ids, strict=False):
             step.start(sequence, token, SamplingParams(temperature=0.0))
         return clock(run_steps)

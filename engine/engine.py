@@ -1,6 +1,7 @@
 """The engine: a loaded model, its KV arena, and the loop that turns token ids into token ids."""
 
 import gc
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequence_
@@ -22,7 +23,7 @@ from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.sequence import Sequence
-from octo_run.errors import OctoError, UsageError, expect, quoted
+from octo_run.errors import OctoError, UsageError, expect, quoted, shown
 from octo_run.kernels.codec import LayerFormats
 from octo_run.models import weights as weight_files
 from octo_run.models.config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
@@ -52,7 +53,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = str(device)
+    device = str(device).strip().lower()
     match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", device)
     if match is None:
         raise UsageError(f"There is no device {device!r}; give --device cpu, cuda or cuda:N.")
@@ -69,11 +70,12 @@ def choose_dtype(dtype: str | torch.dtype | None, cfg: ModelConfig, device: torc
     """
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
-    if dtype is None or dtype == "auto":
+    name = dtype.strip().lower() if isinstance(dtype, str) else dtype
+    if name is None or name == "auto":
         return torch.float32 if device.type == "cpu" else DTYPES.get(cfg.dtype, torch.bfloat16)
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UsageError(f"There is no dtype {dtype!r}; give --dtype bfloat16, float16 or float32.")
-    return DTYPES[dtype]
+    if not isinstance(name, str) or name not in DTYPES:
+        raise UsageError(f"There is no dtype {quoted(dtype)}; the dtypes are {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 #: What an engine holds on its device.
@@ -108,6 +110,13 @@ class Engine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def __repr__(self) -> str:
+        state = "" if "_decoder" in vars(self) else ", closed"
+        return (
+            f"<Engine {shown(self.name)}: {self.kv.name} cache, {str(self.dtype).removeprefix('torch.')} on "
+            f"{self.device}, context {self.max_context:,}{state}>"
+        )
 
     def __enter__(self) -> "Engine":
         return self
@@ -250,12 +259,13 @@ class Engine:
         return {"engine_peak": max(0, peak - before), "before_loading": before, "process_peak": peak}
 
     @torch.inference_mode()
-    def logits(self, ids: list[int], step: int | None = None) -> Tensor:
+    def logits(self, prompt: str | Iterable[int], step: int | None = None) -> Tensor:
         """Teacher-forced logits by the real cache path.
 
         They take 4 n vocab bytes beside the memory plan; :meth:`logit_rows` gives them in blocks.
 
         Args:
+            prompt: A text or its token ids.
             step: Tokens that are fed at a time (None: a chunk).
 
         Returns:
@@ -265,6 +275,7 @@ class Engine:
             UsageError: Ids that are no prompt (see ``generate``), or a step longer than a chunk.
             OctoError: More bytes than the device has free.
         """
+        ids = self.prompt_ids(prompt)
         blocks = self.logit_rows(ids, step)
         row = 4 * self.config.vocab_size
         needed, free = (len(ids) + min(LOGIT_ROWS, len(ids))) * row, free_memory(self.device)
@@ -280,7 +291,7 @@ class Engine:
             done += len(rows)
         return out
 
-    def logit_rows(self, ids: list[int], step: int | None = None) -> Iterator[Tensor]:
+    def logit_rows(self, prompt: str | Iterable[int], step: int | None = None) -> Iterator[Tensor]:
         """The rows of :meth:`logits` in order, in blocks.
 
         Only the block at hand is held. They take a sequence of the engine until the last block is taken.
@@ -291,11 +302,12 @@ class Engine:
         Raises:
             UsageError: As :meth:`logits` does.
         """
+        ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
         chunk = self.plan.shape.chunk
         if step is not None and not 1 <= step <= chunk:
             raise UsageError(f"step is {step}; give 1 to {chunk} tokens.")
-        return self._logit_rows(list(ids), step or chunk)
+        return self._logit_rows(ids, step or chunk)
 
     @torch.inference_mode()
     def _logit_rows(self, ids: list[int], size: int) -> Iterator[Tensor]:
@@ -326,8 +338,8 @@ class Engine:
         self.arena.fill(sequence, length, seed)
 
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence, ids: list[int]) -> Tensor:
-        """Append ``ids`` to the sequence.
+    def prefill(self, sequence: Sequence, prompt: str | Iterable[int]) -> Tensor:
+        """Append a text or token ids to the sequence.
 
         Returns:
             The last token's float32 logits ``[vocab]``.
@@ -335,6 +347,7 @@ class Engine:
         Raises:
             UsageError: Ids that are no prompt or do not fit.
         """
+        ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
         held = sequence.cancel()
         if held + len(ids) > self.max_context:
@@ -424,15 +437,18 @@ class Engine:
         """
         if isinstance(prompt, str):
             return self.tokenizer.prompt(prompt)
-        if isinstance(prompt, Tensor):
-            prompt = prompt.tolist() if prompt.ndim == 1 and not prompt.is_floating_point() else None
-        elif hasattr(prompt, "tolist"):  # numpy
+        given = prompt
+        if isinstance(prompt, Tensor) or hasattr(prompt, "tolist"):  # NumPy's arrays have it, too
             prompt = prompt.tolist()
-        if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, dict)):
+        if isinstance(prompt, Iterable) and not isinstance(prompt, (str, bytes, dict)):
             ids = list(prompt)
-            if all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-                return ids
-        raise UsageError("A prompt is a text or a list of token ids (whole numbers).")
+            try:
+                if not any(isinstance(i, bool) for i in ids):
+                    return [operator.index(i) for i in ids]
+            except TypeError:  # no whole number is among them
+                pass
+        kind = type(given).__name__ + (f" and shape {[*given.shape]}" if hasattr(given, "shape") else "")
+        raise UsageError(f"A prompt is a text or one list of token ids (whole numbers); this is of type {kind}.")
 
     def check_chat(self) -> None:
         """Check that the model can chat.
@@ -442,6 +458,14 @@ class Engine:
         """
         if not self.tokenizer.has_chat_template:
             raise OctoError(f"The model {self.name} has no chat template; continue text with `octo-run generate`.")
+
+    @property
+    def shorten(self) -> str:
+        """What to do about a text that the context does not hold."""
+        most = self.config.context_limit
+        if self.max_context >= most:
+            return "shorten it, the model has no longer context"
+        return f"shorten it, or load the model with a longer context (max_context or --ctx, {most} at most)"
 
     def check_prompt(self, ids: list[int]) -> None:
         """Check that ids are a prompt.
@@ -453,8 +477,7 @@ class Engine:
             raise UsageError("The prompt is empty; give at least one token.")
         if len(ids) > self.max_context:
             raise UsageError(
-                f"The prompt has {len(ids):,} tokens and the context holds {self.max_context:,}: "
-                "shorten it or raise --ctx."
+                f"The prompt has {len(ids):,} tokens and the context holds {self.max_context:,}: {self.shorten}."
             )
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
         if wrong is not None:

@@ -99,6 +99,10 @@ class Generation:
         self._on_prompt = on_prompt
         self._tokens = self._run(engine, ids, params, AnswerText(engine.tokenizer, params, engine.end_ids, ids))
 
+    def __repr__(self) -> str:
+        state = self.finish_reason or "not finished"
+        return f"<Generation: prompt of {self.prompt_tokens:,} tokens, {self.generated_tokens:,} generated, {state}>"
+
     def __iter__(self) -> Iterator[Token]:
         return self
 

@@ -286,10 +286,10 @@ def plan_memory(
         OctoError: A context that does not fit.
     """
     fmt = kv if isinstance(kv, LayerFormats) else parse_formats(kv, cfg, seed, dtype)
-    limit = cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window
+    limit = cfg.context_limit
     if max_context is not None and max_context > limit:
         raise UsageError(
-            f"The context of {max_context:,} tokens is beyond the model's {limit:,}; give --ctx {limit} or less."
+            f"A context of {max_context:,} tokens is beyond the model's: choose one of {limit} tokens or less."
         )
     kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
@@ -344,13 +344,14 @@ def plan_memory(
         raise OctoError(
             f"A context of {shape.context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "
             f"{plan.device} has {plan.free / 2**30:.2f} GiB free: "
-            + (f"give --ctx {fits} or less." if fits else "choose a smaller model or another --device.")
+            + (f"choose a context of {fits} tokens or less." if fits else "choose a smaller model or another --device.")
         )
     fitting = shape if pages is None else shape.with_pages(pages, limit)
     if pages is None or fitting.context < min(256, limit):
         raise OctoError(
             f"The model's weights need {plan.weights / 2**30:.2f} GiB; of the {plan.free / 2**30:.2f} GiB free on "
-            f"{plan.device}, {budget / 2**30:.2f} GiB are taken unasked: give --ctx, or choose a smaller model."
+            f"{plan.device}, {budget / 2**30:.2f} GiB are taken unasked: choose a context (max_context or --ctx), or a "
+            "smaller model."
         )
     return plan.of(fitting)
 

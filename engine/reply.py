@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator
 
 from octo_run.engine.generation import Generation
+from octo_run.errors import quoted
 
 
 class Reply:
@@ -58,6 +59,10 @@ class Reply:
     def decode_seconds(self) -> float:
         """Seconds for ``decoded_tokens``."""
         return self.generation.decode_seconds
+
+    def __repr__(self) -> str:
+        state = self.finish_reason or "not finished"
+        return f"<Reply of {self.generated_tokens:,} tokens, {state}: {quoted(self.text)}>"
 
     def __iter__(self) -> Iterator[str]:
         return self

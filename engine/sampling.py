@@ -52,7 +52,8 @@ def _texts(stop: Any) -> tuple[str, ...]:
 
 
 def _ids(stop_ids: Any) -> tuple[int, ...]:
-    """Token ids as a tuple."""
+    """Token ids as a tuple; they may lie in an array."""
+    stop_ids = stop_ids.tolist() if hasattr(stop_ids, "tolist") else stop_ids
     if not isinstance(stop_ids, (tuple, list, set, frozenset)):
         raise _refused("stop_ids", stop_ids, "a tuple of token ids")
     return tuple(_whole("stop_ids", token) for token in stop_ids)

@@ -57,6 +57,9 @@ class Sequence:
         #: Whether the device holds a drawn token that was not fed yet.
         self.ready = False
 
+    def __repr__(self) -> str:
+        return f"<Sequence of {len(self):,} tokens{'' if self.alive else ', closed'}>"
+
     def __len__(self) -> int:
         """Positions in the arena: those of ``ids``, and those of tokens that the host has not read."""
         return self._end[0] + self._ahead

@@ -30,6 +30,9 @@ class Session:
         self.turns: list[dict[str, str]] = []
         self._open: Reply | None = None
 
+    def __repr__(self) -> str:
+        return f"<Session with {self.engine!r}: {len(self.turns)} messages>"
+
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation as chat messages, the system prompt first."""
@@ -94,8 +97,8 @@ class Session:
             ids = self.engine.tokenizer.chat(self._head() + turns)
         if len(ids) > limit:
             raise UsageError(
-                f"The message makes a prompt of {len(ids):,} tokens by itself and the context holds {limit:,}; "
-                "shorten it or raise --ctx."
+                f"The message makes a prompt of {len(ids):,} tokens by itself and the context holds {limit:,}: "
+                f"{self.engine.shorten}."
             )
         return turns, ids, dropped
 

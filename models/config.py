@@ -118,6 +118,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
 
+    @property
+    def context_limit(self) -> int:
+        """The longest context, in tokens."""
+        return self.max_position_embeddings if self.sliding_window is None else self.sliding_window
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:

@@ -15,7 +15,7 @@ import sys
 import termios
 from _thread import start_new_thread
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -92,6 +92,45 @@ def altered_screen() -> Iterator[None]:
         yield
     finally:
         _altered -= 1
+
+
+@contextmanager
+def locked_keyboard() -> Iterator[None]:
+    """Inside the block what is typed does not show; it is kept, key by key, for whoever reads standard input next.
+
+    Ctrl-C and Ctrl-Z still are signals. Who edits a line there puts the terminal into modes of its own and gives it
+    back as it was found here. While the program is stopped by Ctrl-Z the terminal is as it was before. Nothing happens
+    where standard input is no terminal.
+    """
+    if not os.isatty(0):
+        yield
+        return
+    before = termios.tcgetattr(0)
+
+    def lock() -> None:
+        modes = termios.tcgetattr(0)
+        modes[0] &= ~termios.ICRNL  # Enter stays what an editor takes for Enter
+        modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
+        modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(0, termios.TCSANOW, modes)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        termios.tcsetattr(0, termios.TCSANOW, before)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # here the process stops, and goes on after SIGCONT
+        signal.signal(signal.SIGTSTP, stop)
+        lock()
+
+    former = signal.getsignal(signal.SIGTSTP)
+    if former is not signal.SIG_IGN:
+        signal.signal(signal.SIGTSTP, stop)
+    lock()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, former)
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(0, termios.TCSANOW, before)
 
 
 def watch_signals() -> None:

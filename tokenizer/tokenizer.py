@@ -91,6 +91,10 @@ class Tokenizer:
                 variables["additional_special_tokens"] = list(config.extra_special)
             self._template = ChatTemplate(config.chat_template, config.chat_template_file, variables, self._special)
 
+    def __repr__(self) -> str:
+        chat = "with" if self.has_chat_template else "without"
+        return f"<Tokenizer of {self.vocab_size:,} tokens, {chat} a chat template, from {quoted(str(self._directory))}>"
+
     def _check_beyond(self, beyond: Mapping[str, int], config: TokenizerConfig) -> None:
         template = config.chat_template or ""
         written = [template[start:stop] for start, stop in Finder(beyond).all(template)]

@@ -174,7 +174,11 @@ def _memory_advice(error: Exception, command: click.Command | None) -> str:
     """What ran out and which options of ``command`` take less of it."""
     on_gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA" in str(error)
     known = {option for param in command.params for option in param.opts} if command is not None else set()
-    less = [f"a smaller {name}" for name in ("--ctx", "--batch", "--step", "--vectors", "--tokens") if name in known]
+    sizes: tuple[str, ...] = (
+        ("--lengths",) if "--lengths" in known else ("--ctx",)
+    )  # the former say the context, which --ctx may not
+    sizes += ("--batch", "--step", "--vectors", "--tokens")
+    less = [f"a smaller {name}".replace("a smaller --lengths", "smaller --lengths") for name in sizes if name in known]
     less += ["another --kv"] if "--ctx" in known else []
     if on_gpu:
         return f"the GPU's memory ran out; choose {', '.join([*less, '--device cpu or a smaller model'])}."

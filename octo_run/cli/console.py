@@ -10,8 +10,11 @@ import io
 import json
 import os
 import re
+import stat
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from octo_run import process
@@ -119,10 +122,14 @@ def interactive() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
+def colours() -> bool:
+    """Whether the terminal knows colours and dim letters, and ``NO_COLOR`` is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def dim(text: str) -> str:
-    """``text`` in dim letters where the terminal knows them and ``NO_COLOR`` is not set."""
-    plain = not sys.stdout.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
-    return text if plain else f"\x1b[2m{text}\x1b[0m"
+    """``text`` in dim letters where there are :func:`colours`."""
+    return f"\x1b[2m{text}\x1b[0m" if colours() else text
 
 
 def require_output() -> None:
@@ -165,17 +172,35 @@ def stdin_lines() -> Iterator[bytes]:
         raise _unreadable(error) from None
 
 
-def read_stdin_text() -> str:
+def input_is_given() -> bool:
+    """Whether somebody gave the program an input of its own: a pipe or a file, not a terminal and not /dev/null."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, io.UnsupportedOperation):
+        return _access(sys.stdin) is None and not sys.stdin.isatty()
+    return (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) and _access(sys.stdin) != os.O_WRONLY
+
+
+def read_stdin_text(patience: float | None = None) -> str:
     """All of standard input as text.
+
+    Args:
+        patience: Seconds after which it is said that nothing has come yet: a pipe that nobody closes never ends.
 
     Raises:
         OctoError: It cannot be read.
         UsageError: It is not UTF-8; the message names the byte.
     """
+    waiting = threading.Timer(patience or 0, notice, ["waiting for the end of standard input; </dev/null gives none"])
+    waiting.daemon = True
     try:
+        if patience is not None:
+            waiting.start()
         data = sys.stdin.buffer.read()
     except OSError as error:
         raise _unreadable(error) from None
+    finally:
+        waiting.cancel()
     return decode_input(data, "standard input")
 
 
@@ -193,3 +218,24 @@ def decode_input(data: bytes, where: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{where} is not UTF-8 text: byte {error.start} cannot be decoded.") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UsageError: There is no text at ``path``; it names the file.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file; give the path of a text.") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder; give the path of a text.") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{path} cannot be read: {why}; give the path of a text.") from None
+    text = decode_input(data, str(path))
+    if not text.strip():
+        raise UsageError(f"{path} is empty; give a file with text.")
+    return text

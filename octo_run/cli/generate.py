@@ -1,6 +1,7 @@
 """``octo-run generate``: one prompt in, one continuation out, for scripts."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -15,8 +16,14 @@ if TYPE_CHECKING:
     from octo_run.engine import Engine, Reply
 
 
+#: Seconds until it is said that standard input is waited for.
+PATIENCE = 2.0
+
+
 @click.command("generate")
 @click.option("--prompt", "-p", type=TEXT, help="The text to continue; without it, standard input is read.")
+@click.option("--file", "-f", "files", type=click.Path(path_type=Path), multiple=True,
+              help="A text to put before the prompt; may be given several times.")  # fmt: skip
 @click.option("--chat/--raw", "as_chat", default=False, help="Answer the prompt, or continue it.")
 @click.option("--system", type=TEXT, help="System prompt (with --chat).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 @debug_option
 def command(
     prompt: str | None,
+    files: tuple[Path, ...],
     as_chat: bool,
     system: str | None,
     as_json: bool,
@@ -33,7 +41,9 @@ def command(
 ) -> int:
     """Continue one text or answer one question.
 
-    The text comes from -p, or from standard input (of which one final line feed is taken off). It is continued as
+    The text comes from -p, or from standard input (of which one final line feed is taken off). Where both are given,
+    and with --file, the files and standard input are documents: they come first, then the text of -p, with an empty
+    line between. It is continued as
     it is (--raw, the default) or answered through the model's chat template (--chat). The answer ends at the
     model's end token, a --stop text, --max-tokens, or where the context is full.
 
@@ -43,7 +53,7 @@ def command(
     """
     if system is not None and not as_chat:
         raise UsageError("--system needs --chat: a raw continuation has no system prompt.")
-    text = _prompt_text(prompt)
+    text = _prompt_text(prompt, files)
     engine = runtime.load_engine(load)
     progress = PromptProgress()
     reply = runtime.open_reply(engine, _prompt_ids(engine, text, as_chat, system), sampling, progress.report)
@@ -53,16 +63,19 @@ def command(
     return EXIT_INTERRUPTED if interrupted else 0
 
 
-def _prompt_text(prompt: str | None) -> str:
-    """The prompt from ``-p`` or standard input; raises UsageError where there is none."""
-    if prompt is None:
+def _prompt_text(prompt: str | None, files: tuple[Path, ...]) -> str:
+    """Files, standard input and ``-p`` in this order; raises UsageError where there is none of them."""
+    parts = [console.read_text(path).removesuffix("\n") for path in files]
+    if prompt is None and not files:
         console.require_input("give -p TEXT or pipe a text into standard input")
         if sys.stdin.isatty():
             raise UsageError("there is no prompt: give -p TEXT or pipe a text into standard input.")
-        prompt = console.read_stdin_text().removesuffix("\n").removesuffix("\r")
-    if not prompt.strip():
+    if (prompt is None and not files) or console.input_is_given():
+        parts.append(console.read_stdin_text(patience=PATIENCE).removesuffix("\n").removesuffix("\r"))
+    text = "\n\n".join(part for part in [*parts, prompt or ""] if part.strip())
+    if not text:
         raise UsageError("the prompt is empty: give -p TEXT or pipe a text into standard input.")
-    return prompt
+    return text
 
 
 def _prompt_ids(engine: "Engine", text: str, as_chat: bool, system: str | None) -> list[int]:

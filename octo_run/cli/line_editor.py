@@ -4,18 +4,21 @@ import os
 import select
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from octo_run import process
+from octo_run.cli import console
 from octo_run.cli.console import notice
+from octo_run.cli.conversation import opens_block
 from octo_run.errors import OctoError
 
 if TYPE_CHECKING:
     from prompt_toolkit.application import Application
+    from prompt_toolkit.completion import Completer
     from prompt_toolkit.document import Document
     from prompt_toolkit.history import History
     from prompt_toolkit.input import Input
@@ -46,11 +49,26 @@ def state_folder() -> Path:
 class LineEditor:
     """Reads one message at a time from the terminal."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, complete: Callable[[str], list[str] | None] | None = None, gauge: Callable[[], str] | None = None
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            complete: Gives the words that may stand in place of the whole text, None where a file's path may.
+            gauge: Gives the line at the bottom of the screen.
+        """
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import ColorDepth
+        from prompt_toolkit.styles import Style
 
         self._session: PromptSession[str] = PromptSession(
-            PROMPT,
+            [("class:prompt", PROMPT)],
+            style=Style([("prompt", "ansigreen bold"), ("bottom-toolbar", "noreverse"), ("", "bold")]),
+            color_depth=None if console.colours() else ColorDepth.DEPTH_1_BIT,
+            completer=None if complete is None else _completer(complete),
+            complete_while_typing=False,
+            bottom_toolbar=gauge,
             multiline=True,
             prompt_continuation=CONTINUATION,
             history=_history(),
@@ -60,8 +78,11 @@ class LineEditor:
         )
         _notice_hangup(self._session.app.input)
 
-    def read(self) -> str:
+    def read(self, draft: str = "") -> str:
         """The next message.
+
+        Args:
+            draft: What the line begins with.
 
         Raises:
             EOFError: Ctrl-D, or the terminal is gone.
@@ -69,9 +90,28 @@ class LineEditor:
         """
         with process.altered_screen(), _terminal_signals(self._session.app):
             try:
-                return self._session.prompt()
+                return self._session.prompt(default=draft)
             finally:
                 process.watch_signals()
+
+
+def _completer(complete: Callable[[str], list[str] | None]) -> "Completer":
+    """Words for the Tab key, or the paths of files."""
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    class Words(Completer):
+        def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+            text = document.text_before_cursor
+            words = complete(text)
+            if words is None:
+                rest = Document(text.split(maxsplit=1)[1] if len(text.split()) > 1 else "")
+                yield from PathCompleter(expanduser=True).get_completions(rest, complete_event)
+                return
+            for word in words:
+                yield Completion(word, start_position=-len(text))
+
+    return Words()
 
 
 def _history() -> "History":
@@ -199,6 +239,8 @@ def _key_bindings() -> "KeyBindings":
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
             buffer.delete_before_cursor(1)
+            buffer.insert_text("\n")
+        elif opens_block(buffer.text.strip()):
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()

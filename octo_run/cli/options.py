@@ -16,7 +16,9 @@ DEFAULT_MODEL = "octo-demo"
 DEFAULT_KV = "oct3"
 #: CPU threads at most: native code does not survive some hundreds of thousands.
 MAX_THREADS = 512
-DTYPES = ("bfloat16", "float16", "float32")
+#: Arithmetic by its name, and by the short one.
+DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32",
+          "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # fmt: skip
 HEADS = ("bf16", "int8")
 
 Command = Callable[..., Any]
@@ -76,14 +78,63 @@ class Count(click.ParamType):  # type: ignore[type-arg]
         return number if self.least <= number <= self.most else None
 
 
-class Number(click.FloatRange):
-    """A finite number in a range: ``nan`` is in every range of click's."""
+class Tokens(Count):
+    """A number of tokens; ``8k`` is 8,192 of them and ``1m`` 1,048,576."""
+
+    name = "tokens"
+
+    def parse(self, text: str) -> int | None:
+        match = re.fullmatch(r"\s*([0-9]{1,20})([kKmM])\s*", text)
+        if match is None:
+            return super().parse(text)
+        number = int(match[1]) << (10 if match[2] in "kK" else 20)
+        return number if self.least <= number <= self.most else None
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A finite number in a range.
+
+    Args:
+        above: Whether ``least`` itself is outside.
+        below: Whether ``most`` itself is outside.
+    """
+
+    name = "number"
+
+    def __init__(
+        self, least: float | None = None, most: float | None = None, *, above: bool = False, below: bool = False
+    ) -> None:
+        self._least, self._most, self._above, self._below = least, most, above, below
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is no finite number", param, ctx)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        low = self._least is None or (number > self._least if self._above else number >= self._least)
+        high = self._most is None or (number < self._most if self._below else number <= self._most)
+        if not (math.isfinite(number) and low and high):
+            self.fail(f"{quoted(value)} is no number{self._range()}", param, ctx)
         return number
+
+    def _range(self) -> str:
+        """The range in words, with a space before it."""
+        low = "" if self._least is None else f"{'above' if self._above else 'from'} {self._least:g}"
+        high = "" if self._most is None else f"{'below' if self._below else 'up to'} {self._most:g}"
+        joined = " and " if self._above and high else " "
+        return f" {joined.join(filter(None, [low, high or ('on' if low and not self._above else '')]))}".rstrip()
+
+
+class Dtype(click.ParamType):  # type: ignore[type-arg]
+    """A dtype, by its long or its short name."""
+
+    name = "dtype"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        found = DTYPES.get(str(value).strip().lower())
+        if found is None:
+            self.fail(f"{quoted(value)} is no dtype; the dtypes are {', '.join(DTYPES)}", param, ctx)
+        return found
 
 
 class Text(click.ParamType):  # type: ignore[type-arg]
@@ -100,17 +151,44 @@ class Text(click.ParamType):  # type: ignore[type-arg]
         return text
 
 
-COUNT, SEED, TEXT = Count(), Count(0, 2**63 - 1), Text()
+class StopText(Text):
+    """A text that ends an answer: the empty one would end every answer before it begins."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = super().convert(value, param, ctx)
+        if not text:
+            self.fail("the text is empty: give at least one character, or leave --stop out", param, ctx)
+        return text
+
+
+COUNT, SEED, TEXT, TOKENS = Count(), Count(0, 2**63 - 1), Text(), Tokens()
+dtype_option = click.option(
+    "--dtype", type=Dtype(), metavar="NAME",
+    help="Arithmetic: bf16, fp16 or fp32.  [default: the model's, float32 on a CPU]",
+)  # fmt: skip
+stop_option = click.option(
+    "--stop", type=StopText(), multiple=True, help="Stop before this text; may be given several times."
+)
 
 
 def _context_length(_ctx: click.Context, _param: click.Parameter, value: str) -> int | None:
     """A number of tokens; ``auto`` becomes ``None``."""
-    if value == "auto":
+    if value.strip().lower() == "auto":
         return None
-    number = COUNT.parse(value)
+    number = TOKENS.parse(value)
     if number is None:
-        raise click.BadParameter(f"{quoted(value)} is neither a number of tokens nor 'auto'")
+        raise click.BadParameter(f"{quoted(value)} is no number of tokens (like 8192 or 8k) and not 'auto'")
     return number
+
+
+def lower(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Names that are the same in capital letters."""
+    return None if value is None else value.strip().lower()
+
+
+device_option = click.option(
+    "--device", metavar="cpu|cuda", callback=lower, help="Where to run.  [default: cuda if there is one]"
+)
 
 
 offline_option = click.option("--offline", is_flag=True, help="Never touch the network.")
@@ -123,7 +201,11 @@ _ENGINE_OPTIONS = (
         help="A folder, ORG/NAME[@REV], imported/NAME or octo-demo.",
     ),
     click.option(
-        "--kv", default=DEFAULT_KV, show_default=True, help="KV cache format: NAME, K:V or auto:N (see `show`)."
+        "--kv",
+        default=DEFAULT_KV,
+        show_default=True,
+        callback=lower,
+        help="KV cache format: NAME, K:V or auto:N (see `show`).",
     ),
     click.option(
         "--conditioning",
@@ -132,14 +214,14 @@ _ENGINE_OPTIONS = (
         help="Change keys so that their code errs less: not at all, by their mean, or in full.  [default: full]",
     ),
     click.option(
+        "--max-context",
         "--ctx",
-        "--context",
         "ctx",
         metavar="N|auto",
         default="auto",
         show_default=True,
         callback=_context_length,
-        help="Context in tokens.",
+        help="Context in tokens; 8k is 8,192.",
     ),
     click.option(
         "--weights",
@@ -153,19 +235,19 @@ _ENGINE_OPTIONS = (
         show_default=True,
         help="Store the embedding and the output head so; bf16: not quantised.",
     ),
-    click.option("--device", metavar="cpu|cuda", help="Where to run.  [default: cuda if there is one]"),
-    click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: the model's, float32 on a CPU]"),
+    device_option,
+    dtype_option,
     offline_option,
     click.option("--threads", type=Count(1, MAX_THREADS), help="CPU threads.  [default: PyTorch's choice]"),
 )
 _SAMPLING_OPTIONS = (
-    click.option("--temp", type=Number(min=0.0), help="Temperature, 0 = greedy.  [default: the model's]"),
+    click.option("--temperature", "--temp", "temp", type=Number(0), help="0 = greedy.  [default: the model's]"),
     click.option("--top-k", type=Count(0), help="Only the K likeliest tokens, 0 = all."),
-    click.option("--top-p", type=Number(0.0, 1.0, min_open=True), help="Nucleus of this probability."),
-    click.option("--min-p", type=Number(0.0, 1.0, max_open=True), help="Least probability, relative to the likeliest."),
+    click.option("--top-p", type=Number(0, 1, above=True), help="Nucleus of this probability."),
+    click.option("--min-p", type=Number(0, 1, below=True), help="Least probability, relative to the likeliest."),
     click.option(
         "--repetition-penalty",
-        type=Number(min=0.0, min_open=True),
+        type=Number(0, above=True),
         help="Divides logits of tokens of prompt and answer, 1 = off.",
     ),
     click.option(
@@ -181,8 +263,8 @@ _SAMPLING_OPTIONS = (
         type=SEED,
         help="Seed of the sampling.  [default: a new one each time]",
     ),
-    click.option("--max-tokens", "-n", type=COUNT, help="Longest answer.  [default: no limit]"),
-    click.option("--stop", type=TEXT, multiple=True, help="Stop before this text; may be given several times."),
+    click.option("--max-tokens", "-n", type=TOKENS, help="Longest answer.  [default: no limit]"),
+    stop_option,
 )
 
 

@@ -70,7 +70,7 @@ def deliver(result: str, files: Sequence[OutputFile], *, as_json: bool = False) 
         console.notice_lines(result)
     for file in files:
         try:
-            _write(file)
+            write_file(file)
         except OSError as error:
             why = error.strerror or str(error)
             failures.append(OctoError(f"{file.path} cannot be written: {why}; the result is above."))
@@ -78,7 +78,7 @@ def deliver(result: str, files: Sequence[OutputFile], *, as_json: bool = False) 
         raise failures[0]
 
 
-def _write(file: OutputFile) -> None:
+def write_file(file: OutputFile) -> None:
     """Write a file under another name beside it, then give it its own: it is never there in part."""
     if _is_special(file.path):
         file.write(file.path)

@@ -79,7 +79,7 @@ class _Drawing(ABC):
         """What is to be seen now; called in the drawing thread."""
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     """Time that is left, as minutes and seconds."""
     minutes, seconds = divmod(max(0, math.ceil(seconds)), 60)
     return f"{minutes}:{seconds:02}"
@@ -134,7 +134,7 @@ class PromptProgress(_Drawing):
         read, total, when = self._state
         left = "-:--"
         if read:
-            left = _minutes((when - self._begun) / read * (total - read) - (time.monotonic() - when))
+            left = minutes((when - self._begun) / read * (total - read) - (time.monotonic() - when))
         return {
             "tokens": f"{read:,}/{total:,} tokens",
             "rate": f"{console.rate(read, when - self._begun)} tokens/s",
@@ -186,7 +186,7 @@ class Running(_Drawing):
         done, total, when = self._state
         if not done or self._begun is None:
             return "-:--"
-        return _minutes((when - self._begun) / done * (total - done) - (time.monotonic() - when))
+        return minutes((when - self._begun) / done * (total - done) - (time.monotonic() - when))
 
     def _view(self) -> "RenderableType":
         from rich.console import Group

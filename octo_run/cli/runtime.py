@@ -12,8 +12,9 @@ from octo_run.errors import shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
-    from octo_run.engine.benchmark import Row
+    from octo_run.engine.benchmark import Row, Test
     from octo_run.engine.profiling import Profile
+    from octo_run.models.config import ModelConfig
 
 PLAN_PARTS = {
     "weights": "weights",
@@ -28,6 +29,18 @@ PLAN_PARTS = {
 def go_offline() -> None:
     """Forbid the Hub's client every request of this process; call it before that client is imported."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+#: Models and devices whose plan this run has told in full, and what else it has told.
+_planned: set[tuple[str, str]] = set()
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    """A notice that a run gives once, however many engines it loads."""
+    if text not in _said:
+        notice(text)
+    _said.add(text)
 
 
 def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
@@ -48,8 +61,14 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
 
     def announce(plan: "MemoryPlan") -> None:
         if options.device is None and plan.device == "cpu":
-            notice("no CUDA device found: running on the CPU")
-        notice_lines(describe_plan(cache.get("random_weights") or options.model, plan))
+            _say_once("no CUDA device found: running on the CPU")
+        model = cache.get("random_weights") or options.model
+        if (model, plan.device) in _planned:  # what differs from the plan above
+            _say_once(f"{cache_and_context(plan)}: {human_bytes(plan.total)} in all")
+        else:
+            notice_lines(describe_plan(model, plan))
+            _said.add(f"{cache_and_context(plan)}: {human_bytes(plan.total)} in all")
+        _planned.add((model, plan.device))
 
     said = time.monotonic()
 
@@ -89,6 +108,20 @@ def check_weights(names: Iterable[str | None]) -> None:
         scheme_of(name)
 
 
+def checked_formats(text: str, cfg: "ModelConfig") -> list[str]:
+    """The formats of ``A,B,C``, each once, checked before any of them is measured.
+
+    Raises:
+        UsageError: A model of this shape cannot use one of them.
+    """
+    from octo_run.engine.allocation import parse_formats
+
+    kvs = [*dict.fromkeys(name.strip() for name in text.split(","))]
+    for kv in kvs:
+        parse_formats(kv, cfg)
+    return kvs
+
+
 def open_session(engine: "Engine", system: str | None) -> "Session":
     """A new conversation with ``engine``."""
     from octo_run.engine import Session
@@ -116,7 +149,7 @@ def copy_bandwidth(engine: "Engine") -> float:
     return benchmark.copy_bandwidth(engine.device)
 
 
-def measure(engine: "Engine", test: tuple[str, int], **settings: Any) -> "Row":
+def measure(engine: "Engine", test: "Test", **settings: Any) -> "Row":
     """One measurement of ``octo-run bench``; ``settings`` are those of ``benchmark.measure``."""
     from octo_run.engine import benchmark
 
@@ -146,6 +179,24 @@ def device_name(engine: "Engine") -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
+def threads() -> int:
+    """CPU threads that PyTorch computes with."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "ModelConfig":
+    """The configuration that ``bench`` measures, read before any weight is."""
+    if offline:
+        go_offline()
+    from octo_run.engine.random_model import read_shape
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    return load_config(resolve(model)) if random_weights is None else read_shape(random_weights)
+
+
 def sampling_params(engine: "Engine", options: SamplingOptions) -> "SamplingParams":
     """The model's sampling defaults, overridden by what the command line says."""
     from octo_run.engine import SamplingParams
@@ -169,13 +220,17 @@ def describe_plan(model: str, plan: "MemoryPlan") -> str:
     """Two lines that say what will be loaded where, and how much memory each part takes."""
     parts = plan.as_dict()
     sizes = [f"{label} {human_bytes(parts[key])}" for key, label in PLAN_PARTS.items() if parts[key]]
-    # What is usual goes without saying.
-    kept = "" if plan.conditioning == "full" or not plan.coded else f" (conditioning {plan.conditioning})"
     return (
-        f"{shown(model)} on {plan.device}, weights {plan.weight_format}, KV cache {plan.kv}{kept}:"
-        f" context {plan.context:,} tokens, {plan.bytes_per_token:,} bytes per packed token\n"
+        f"{shown(model)} on {plan.device}, weights {plan.weight_format}, {cache_and_context(plan)}\n"
         f"memory: {' + '.join(sizes)} = {human_bytes(plan.total)}"
     )
+
+
+def cache_and_context(plan: "MemoryPlan") -> str:
+    """The part of a plan that differs between formats."""
+    # What is usual goes without saying.
+    kept = "" if plan.conditioning == "full" or not plan.coded else f" (conditioning {plan.conditioning})"
+    return f"KV cache {plan.kv}{kept}: context {plan.context:,} tokens, {plan.bytes_per_token:,} bytes per packed token"
 
 
 def forget_peak(engine: "Engine") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from octo_run.cli import console, debug_option
-from octo_run.cli.options import DEFAULT_MODEL, DTYPES
+from octo_run.cli.options import DEFAULT_MODEL, device_option, dtype_option
 from octo_run.errors import OctoError, UsageError, shown
 
 
@@ -29,8 +29,8 @@ class FormatRow:
 
 @click.command("show")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--device", metavar="cpu|cuda", help="Device whose free memory counts.  [default: cuda if there is one]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: the model's, float32 on a CPU]")
+@device_option
+@dtype_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug_option
 def command(model: str, device: str | None, dtype: str | None, as_json: bool) -> None:
@@ -78,7 +78,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "kv_heads": cfg.num_kv_heads,
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
-        "max_context": cfg.max_position_embeddings if cfg.sliding_window is None else cfg.sliding_window,
+        "max_context": cfg.context_limit,
         "device": str(where),
         "free_bytes": free_memory(where),
         "weights": _weight_rows(cfg, kind, packed),

@@ -88,7 +88,7 @@ class FakeEngine:
         self.dtype = "torch.float32"
         self.replies: list[FakeReply] = []
         self.prompts: list[list[int]] = []
-        self.runs: list[tuple[str, str, int, int, int]] = []  # kv, test, tokens, depth, batch
+        self.runs: list[tuple[Any, ...]] = []  # kv, test, tokens, depth, batch
         self.profiled: list[tuple[str, str, int, int, int]] = []  # likewise
         self.traces: list[Any] = []  # name, profiles, about
         self.loads: list[str] = []  # kv
@@ -97,6 +97,7 @@ class FakeEngine:
         self.cache: dict[str, Any] = {}
         self.sampling: Any = None
         self.session: FakeSession | None = None
+        self.on_round: Callable[[], None] = lambda: None  # called in every round of a measurement
 
     def answers(self, *texts: str) -> None:
         self.replies += [FakeReply([text]) for text in texts]
@@ -163,12 +164,17 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         params(fake, options)
         return fake.next_reply(on_prompt)
 
-    def measure(_engine: FakeEngine, test: tuple[str, int], **settings: Any) -> Row:
+    def measure(_engine: FakeEngine, test: tuple[Any, ...], **settings: Any) -> Row:
         fake.runs.append((fake.loaded.kv, *test, settings["depth"], settings["batch"]))
         read = None if test[0] == "pp" else 80.0
+        for _ in range(settings["repetitions"] + 1):
+            fake.on_round()
+            settings["on_round"]()
         return Row(
-            fake.plan.weight_format, fake.loaded.kv, f"{test[0]}{test[1]}", settings["depth"], settings["batch"],
-            1234.5, 1200.0, 1300.0, 0.81, read, None if read is None else 0.8, 0.5,
+            weights=fake.plan.weight_format, kv=fake.loaded.kv, test=f"{test[0]}{'+'.join(map(str, test[1:]))}",
+            depth=settings["depth"], batch=settings["batch"], tokens_per_s=1234.5, mean=1240.0, stdev=33.0,
+            least=1200.0, most=1300.0, first_token_ms=None if test[0] == "tg" else 414.7, ms_per_token=0.81,
+            gb_per_s=read, of_bandwidth=None if read is None else 0.8, joules_per_token=0.5,
         )  # fmt: skip
 
     def profile(_engine: FakeEngine, test: tuple[str, int], *, depth: int, batch: int) -> Profile:
@@ -237,7 +243,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
         from octo_run.cli import line_editor
 
         class Editor:
-            def read(self) -> str:
+            def __init__(self, *_: Any) -> None:
+                pass
+
+            def read(self, _draft: str = "") -> str:
                 line = lines.pop(0) if lines else EOFError
                 if isinstance(line, str):
                     return line

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-BENCH = ("bench", "--tests", "pp512,tg128", "--depth", "0,4096", "--kv", "oct3,bf16", "--batch", "2", "--profile")
+BENCH = ("bench", "--tests", "pp512,tg128", "--depth", "0,3584", "--kv", "oct3,bf16", "--batch", "2", "--profile")
 
 
 def test_every_case_is_profiled_after_all_are_timed(octo: Callable[..., Any], engine: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from octo_run.cli import chat
 from octo_run.cli.chat import EXAMPLES
 from octo_run.cli.conversation import HELP
 
@@ -92,8 +93,8 @@ def test_terminal_greets_answers_and_reports(octo: Callable[..., Any], engine: A
     shown = octo("chat")
     assert shown.code == 0
     assert all(example in shown.out for example in EXAMPLES)
-    assert "hello\n[1 token, 0.0 tokens/s, prompt 12 = 0 reused + 12 new, 0.25 s]\n" in shown.out
-    assert "prompt 12 = 8 reused + 4 new" in shown.out
+    assert "\nhello\n[1 token, first after 0.25 s]\n\n" in shown.out, "the answer is set off from question and prompt"
+    assert " = " not in shown.out and "reused" not in shown.out
 
 
 def test_terminal_greeting_for_other_models_is_short(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
@@ -115,15 +116,94 @@ def test_terminal_ctrl_c_stops_the_answer_and_keeps_the_session(
     assert engine.session.asked == ["one", "two"]
 
 
-@pytest.mark.parametrize("pieces", [["^C", "never"], ["half", "^C", "^C", "never"]])
-def test_ctrl_c_before_the_answer_or_twice_interrupts_at_once(
-    octo: Callable[..., Any], engine: Any, terminal: Any, pieces: list[str]
-) -> None:
+def test_ctrl_c_before_the_answer_interrupts_at_once(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
     engine.answers("", "after")
-    engine.replies[0].pieces = pieces
+    engine.replies[0].pieces = ["^C", "never"]
     terminal(["one", "two"])
     shown = octo("chat")
     assert shown.code == 0 and "stopped" in shown.out and "never" not in shown.out and "after" in shown.out
+    assert "12 of 12 prompt tokens read" in shown.out
+
+
+def test_a_second_ctrl_c_leaves(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    """During the answer, or at the prompt within two seconds of the first one."""
+    engine.answers("")
+    engine.replies[0].pieces = ["half", "^C", "^C", "never"]
+    terminal(["one", "two"])
+    shown = octo("chat")
+    assert shown.code == 130 and "[stopped, " in shown.out and "never" not in shown.out
+    assert engine.session.asked == ["one"]
+    engine.answers("", "after")
+    engine.replies[0].pieces = ["half", "^C", " more", "never"]
+    terminal(["one", KeyboardInterrupt, "two"])
+    shown = octo("chat")
+    assert shown.code == 130 and "Ctrl-C again leaves]" in shown.out and engine.session.asked == ["one"]
+
+
+def test_later_than_two_seconds_ctrl_c_is_the_first_one_again(
+    octo: Callable[..., Any], engine: Any, terminal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "TWICE", 0.0)
+    engine.answers("", "after")
+    engine.replies[0].pieces = ["half", "^C", " more", "never"]
+    terminal(["one", KeyboardInterrupt, "two"])
+    shown = octo("chat")
+    assert shown.code == 0 and engine.session.asked == ["one", "two"]
+    assert shown.out.count("Ctrl-C again or Ctrl-D leaves.") == 1
+
+
+@pytest.mark.parametrize("line", ["/", "/?", "/ help", "/HELP", "/help me"])
+def test_questions_about_commands_are_no_messages(octo: Callable[..., Any], engine: Any, line: str) -> None:
+    shown = octo("chat", data=line.encode())
+    assert shown.code == 0 and HELP in shown.err and engine.session.asked == []
+
+
+@pytest.mark.parametrize(
+    ("line", "near"), [("/hlep", "/help"), ("/ststs", "/stats"), ("/reed x", "/read"), ("/sytem none", "/system")]
+)
+def test_the_nearest_command_is_named(octo: Callable[..., Any], engine: Any, line: str, near: str) -> None:
+    shown = octo("chat", data=line.encode())
+    assert shown.code == 2 and f"did you mean {near}?" in shown.err and engine.session.asked == []
+
+
+def test_a_block_of_lines_is_one_message(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("a", "b")
+    shown = octo("chat", data=b'"""one\n\n/two\nthree"""\n"""four"""\n')
+    assert shown.code == 0 and engine.session.asked == ["one\n\n/two\nthree", "four"]
+    shown = octo("chat", data=b'"""one\ntwo\n')
+    assert shown.code == 2 and "line 1 of standard input begins a block that no line" in shown.err
+
+
+def test_the_first_message_may_be_an_option(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    engine.answers("a", "b")
+    assert octo("chat", "-p", "one", data=b"two\n").out == "a\nb\n"
+    engine.answers("a", "b")
+    terminal(["two"])
+    assert octo("chat", "-p", "one").code == 0 and engine.session.asked == ["one", "two"]
+
+
+def test_a_full_context_is_warned_of(octo: Callable[..., Any], engine: Any) -> None:
+    engine.answers("a", "b")
+    engine.replies[0].prompt_tokens, engine.replies[1].prompt_tokens = 3684, 3686
+    shown = octo("chat", data=b"one\n")
+    assert "% full" not in shown.err
+    assert "the context is 90 % full: the oldest turns will be dropped" in octo("chat", data=b"one\n").err
+
+
+def test_a_file_goes_with_the_next_message(octo: Callable[..., Any], engine: Any, tmp_path: Path) -> None:
+    engine.answers("a", "b")
+    (tmp_path / "note.txt").write_text("the text\n")
+    lines = f"/read {tmp_path}/note.txt\nWhat does it say?\nAnd now?\n"
+    shown = octo("chat", data=lines.encode())
+    assert shown.code == 0 and "note.txt: 8 characters go with the next message" in shown.err
+    assert engine.session.asked == ["the text\n\nWhat does it say?", "And now?"]
+    for wrong, says in (
+        ("/read", "give a file"),
+        ("/read /none", "no such file"),
+        (f"/read {tmp_path}", "is a folder"),
+    ):
+        shown = octo("chat", data=wrong.encode())
+        assert shown.code == 2 and says in shown.err
 
 
 def test_terminal_second_ctrl_c_at_the_prompt_leaves(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:

@@ -143,8 +143,8 @@ def test_a_failure_in_the_middle_leaves_what_is_done(
 
 
 def test_a_step_makes_no_difference(octo: Callable[..., Any], text: str) -> None:
-    """And `--context` is `--ctx`."""
-    argv = (*PPL[:4], "--context", "224", "--tokens", "230", "--text", text, "--kv", "octopus2", "--json")
+    """And `--max-context` is `--ctx`."""
+    argv = (*PPL[:4], "--max-context", "224", "--tokens", "230", "--text", text, "--kv", "octopus2", "--json")
     whole, cut = (json.loads(octo(*argv, *more).out) for more in ((), ("--step", "50")))
     for one, other in zip(whole, cut, strict=True):
         assert one["tokens"] == other["tokens"] == 230

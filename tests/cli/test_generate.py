@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,22 @@ def test_prompt_from_stdin_loses_one_final_line_feed(
     engine.answers("x\n")
     assert octo("generate", data=data).out == "x\n"
     assert text_of(engine.prompts[0]) == prompt
+
+
+@pytest.mark.parametrize("how", ["--chat", "--raw"])
+def test_stdin_and_files_beside_p_are_documents(
+    octo: Callable[..., Any], engine: Any, tmp_path: Path, how: str
+) -> None:
+    """Neither is dropped: files, then standard input, then the question."""
+    engine.answers("y", "y", "y")
+    path = tmp_path / "a.txt"
+    path.write_text("from a file\n")
+    assert octo("generate", how, "-p", "Q", data=b"X\n").code == 0
+    assert octo("generate", how, "-f", str(path), "-p", "Q", data=b"X\n").code == 0
+    assert octo("generate", how, "-f", str(path)).code == 0
+    assert [text_of(ids) for ids in engine.prompts] == ["X\n\nQ", "from a file\n\nX\n\nQ", "from a file"]
+    shown = octo("generate", "-f", str(tmp_path / "none"), "-p", "Q")
+    assert shown.code == 2 and "there is no such file" in shown.err
 
 
 def test_chat_uses_the_template_and_the_system_prompt(octo: Callable[..., Any], engine: Any) -> None:

@@ -1,6 +1,7 @@
 """``bench``, ``show``, ``list``, ``pull``, ``rm`` and ``doctor``."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from octo_run.cli import console, doctor
+from octo_run import OctoError, __version__
+from octo_run.cli import bench, console, doctor
 from octo_run.models import hub
 
 
@@ -30,14 +32,14 @@ def test_table_sets_numbers_flush_right() -> None:
     assert console.table(["name", "n"], [["a", "5"], ["long", "1,000"]]) == "name      n\na         5\nlong  1,000"
 
 
-BENCH = ("bench", "--tests", "pp512,tg128", "--depth", "0,4096", "--kv", "oct3,bf16", "--batch", "2")
+BENCH = ("bench", "--tests", "pp512,tg128", "--depth", "0,3584", "--kv", "oct3,bf16", "--batch", "2")
 
 
 def test_bench_measures_every_format_depth_and_test(octo: Callable[..., Any], engine: Any) -> None:
     report = json.loads(octo(*BENCH, "-r", "3", "--output", "json").out)
     tests = [("pp", 512), ("tg", 128)]
-    assert engine.runs == [(kv, *test, n, 2) for kv in ("oct3", "bf16") for n in (0, 4096) for test in tests]
-    assert engine.loaded.ctx == 4096 + 512, "no more context than the tests need"
+    assert engine.runs == [(kv, *test, n, 2) for kv in ("oct3", "bf16") for n in (0, 3584) for test in tests]
+    assert engine.loaded.ctx == 3584 + 512, "no more context than the tests need"
     assert engine.cache == {"sequences": 2, "random_weights": None}
     assert report["repetitions"] == 3 and report["copy_gb_per_s"] == 100.0
     assert [row["test"] for row in report["rows"][:2]] == ["pp512", "tg128"]
@@ -67,21 +69,102 @@ def test_bench_prints_tables_and_lines(octo: Callable[..., Any], engine: Any) ->
         and "process peak 4 MB" in table
     )
     assert (
-        "| fp32 | oct3 | tg128 | 4,096 | 2 | 1,234.5 | 1,200.0 | 1,300.0 | 0.810 | 80.0 | 80 |"
+        "| fp32 | oct3 | tg128 | 3,584 | 2 | 1,234.5 | 1,240.0 | 33.0 | 1,200.0 | 1,300.0 | - | 0.810 | 80.0 | 80 |"
         in octo(*BENCH, "-o", "markdown").out
     )
     lines = octo(*BENCH, "-o", "csv").out.splitlines()
-    assert lines[0].startswith("weights,kv,test,depth,batch,tokens_per_s") and len(lines) == 9
+    assert "date,weights,kv,test,depth,batch,tokens_per_s,mean,stdev,least,most,first_token_ms" in lines[0]
+    assert len(lines) == 9
     rows = [json.loads(line) for line in octo(*BENCH, "-o", "jsonl").out.splitlines()]
     assert len(rows) == 8 and rows[7]["kv"] == "bf16"
+    facts = {"model": "octo-demo", "device": "cpu (1 threads)", "dtype": "float32", "octo_run_version": __version__}
+    assert all({**row, **facts} == row and row["threads"] >= 1 for row in rows)
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\d", row["date"]) and row["torch_version"] for row in rows)
+
+
+def test_bench_checks_every_format_before_anything_runs(octo: Callable[..., Any], engine: Any) -> None:
+    shown = octo("bench", "--kv", "oct3,nope")
+    assert shown.code == 2 and "'nope'" in shown.err and not engine.loads and not engine.runs
+    assert octo("bench", "--kv", "OCT3, oct3").code == 0 and engine.loads == ["oct3"]
+
+
+def test_bench_reads_then_writes(octo: Callable[..., Any], engine: Any) -> None:
+    shown = octo("bench", "--tests", "pg512+1k", "--depth", "100", "-o", "jsonl")
+    assert engine.runs == [("oct3", "pg", 512, 1024, 100, 1)] and engine.loaded.ctx == 100 + 1536
+    assert json.loads(shown.out)["test"] == "pg512+1024" and json.loads(shown.out)["first_token_ms"] == 414.7
+    assert "give its pp and its tg test" in octo("bench", "--tests", "pg8+8", "--profile").err
+    for wrong in ("pg8", "pp8+8", "pg8+", "pg0+8"):
+        assert f"'{wrong}' is no test" in octo("bench", "--tests", wrong).err
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "csv", "json", "jsonl"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OctoError("no room")])
+def test_an_interrupted_bench_prints_what_it_has(
+    octo: Callable[..., Any], engine: Any, form: str, failure: BaseException
+) -> None:
+    """Ctrl-C, or a failure, in the third of four cases: two rows come out, in any form."""
+
+    def strike() -> None:
+        if len(engine.runs) == 3:
+            raise failure
+
+    engine.on_round = strike
+    shown = octo("bench", "--kv", "oct3,bf16", "-o", form)
+    assert shown.code == (130 if failure is KeyboardInterrupt else 1), shown.err
+    rows = {"json": 2, "jsonl": 2, "csv": 2, "table": 2, "markdown": 2}[form]
+    assert shown.out.count("pp512") + shown.out.count("tg128") == rows, shown.out
+    assert ("partial: 2 of 4 cases" in shown.out) == (form in ("table", "markdown"))
+    if form == "json":
+        report = json.loads(shown.out)
+        assert report["cases"] == 4 and len(report["rows"]) == 2
+
+
+def test_bench_interrupted_before_the_first_row_prints_nothing(octo: Callable[..., Any], engine: Any) -> None:
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    engine.on_round = strike
+    assert (octo("bench").code, octo("bench").out) == (130, "")
+
+
+def test_bench_rows_are_told_as_they_come_with_the_time_left(octo: Callable[..., Any], engine: Any) -> None:
+    seen: list[str] = []
+    engine.on_round = lambda: seen.append("round")
+    err = octo("bench", "--kv", "oct3,bf16", "--depth", "0,8", "-r", "2").err.splitlines()
+    assert re.fullmatch(r"oct3 pp512 at depth 0: round 1 of 3, case 1 of 8, about \d+:\d\d left", err[0])
+    assert len(err) == 9 and len(seen) == 24
+    told = r"oct3 pp512 at depth 0: 1,234.5 tokens/s \(mean 1,240.0 ± 33.0\); case 2 of 8, about \d+:\d\d left"
+    assert re.fullmatch(told, err[1]) and err[-1].endswith("± 33.0)")
+
+
+def test_time_left_follows_the_most_similar_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "monotonic", lambda: clock[0])
+    cases: Any = [(kv, 0, test) for kv in ("a", "b") for test in (("pp", 100), ("tg", 10))]
+    pace = bench.Pace(cases, 2)
+
+    def run(first: float, second: float) -> None:
+        pace.begin()
+        for seconds in (first, second):
+            clock[0] += seconds
+            pace.round_done()
+        pace.case_done()
+        clock[0] += 50  # what lies between cases counts for none
+
+    run(30, 10)
+    assert pace.left() == "case 2 of 4, about 0:24 left"  # 2 rounds of 10 tokens, 1 s each, and 2 of 100, and 2 of 10
+    run(9, 8)
+    assert pace.left() == "case 3 of 4, about 0:36 left"  # 2 * 10 + 2 * 8
+    run(11, 11)
+    assert pace.left() == "case 4 of 4, about 0:16 left"
 
 
 @pytest.mark.parametrize(
     ("argv", "error"),
     [
-        (["--tests", "pp512,xx"], "'xx' is no test; give a list like pp512,tg128"),
+        (["--tests", "pp512,xx"], "'xx' is no test; give a list like pp512,tg128,pg512+128"),
         (["--tests", "tg0"], "'tg0' is no test"),
-        (["--depth", "1k"], "'1k' is no list of token counts"),
+        (["--depth", "1q"], "'1q' is no list of token counts"),
         (["--depth", "4000", "--ctx", "4096"], "are 4,512 tokens and --ctx says 4,096"),
     ],
 )

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import pytest
 
-SECONDS = 120
+SECONDS = 25
 
 
 @pytest.fixture

@@ -180,13 +180,13 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(terminal: Callable[..., An
     chat.type("Tell me a long story.\r")
     at = chat.wait_for(SENT + WORDS, at)
     chat.type(CTRL_C)
-    at = chat.wait_for(r"\[stopped, \d+ tokens?, [\d,.-]+ tokens/s, prompt \d+ = 0 reused.*?" + PROMPT, at)
+    at = chat.wait_for(r"\[stopped, \d+ tokens?, [\d,.-]+ tokens/s, first after \d.*?" + PROMPT, at)
     chat.type("And now another one.\r")
     at = chat.wait_for(SENT + WORDS, at)
     chat.type(CTRL_C)
-    at = chat.wait_for(r"\[stopped, \d+ tokens?, [\d,.-]+ tokens/s, prompt \d+ = [1-9]\d* reused.*?" + PROMPT, at)
+    at = chat.wait_for(r"\[stopped, \d+ tokens?, [\d,.-]+ tokens/s, first after \d.*?" + PROMPT, at)
     chat.type("/stats\r")
-    at = chat.wait_for(r"2 turns: .*?" + PROMPT, at)
+    at = chat.wait_for(r"2 turns: \d+ prompt tokens, [1-9]\d* of them reused.*?" + PROMPT, at)
     chat.type(CTRL_D)
     assert chat.wait_for_end() == 0
     assert termios.tcgetattr(chat.slave)[3] == chat.before[3], "the terminal is left as it was"
@@ -234,9 +234,11 @@ def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable
     chat.type("Hello.\r")
     at = chat.wait_for(SENT + ".*" + BAR, at)
     chat.type(CTRL_C)
-    at = chat.wait_for(WIPED + r"\r\n[^\r\n]*\[stopped, 0 tokens, .*?= 0 reused.*?" + PROMPT, at)
+    at = chat.wait_for(WIPED + r"\r\n[^\r\n]*\[stopped, 0 tokens, [\d,]+ of [\d,]+ prompt tokens read.*?" + PROMPT, at)
     chat.type("/regen\r")
-    at = chat.wait_for(SENT + ".* tokens/s .*" + WIPED + r".*\w.*= [1-9][\d,]* reused.*?" + PROMPT, at)
+    at = chat.wait_for(SENT + ".* tokens/s .*" + WIPED + r".*\w.*first after.*?" + PROMPT, at)
+    chat.type("/stats\r")
+    at = chat.wait_for(r"2 turns: [\d,]+ prompt tokens, [1-9][\d,]* of them reused.*?" + PROMPT, at)
     chat.type(CTRL_D)
     assert chat.wait_for_end() == 0
     assert termios.tcgetattr(chat.slave)[3] == chat.before[3], "the terminal is left as it was"

@@ -150,7 +150,7 @@ def test_sequences_share_what_fits(free: Callable[[int], None]) -> None:
 
 
 def test_a_context_beyond_the_models_is_refused() -> None:
-    with pytest.raises(UsageError, match="131,073 tokens is beyond the model's 131,072; give --ctx 131072 or less"):
+    with pytest.raises(UsageError, match="131,073 tokens is beyond the model's: choose one of 131072 tokens or less"):
         plan(max_context=131073)
     windowed = replace(CFG, sliding_window=4096)
     with pytest.raises(UsageError, match="beyond the model's 4,096"):
@@ -179,7 +179,7 @@ def test_an_explicit_context_may_take_all_but_not_more(free: Callable[[int], Non
     free(160_000_000)
     most = plan().tokens_that_fit()
     assert plan(max_context=most).total <= 160_000_000
-    with pytest.raises(OctoError, match=f"give --ctx {most} or less") as caught:
+    with pytest.raises(OctoError, match=f"choose a context of {most} tokens or less") as caught:
         plan(max_context=most + 1)
     assert caught.value.exit_code == 1
     free(1_000_000)

@@ -10,7 +10,7 @@ import click
 
 from octo_run.cli import console, debug_option
 from octo_run.cli.evaluate import common
-from octo_run.cli.options import DEFAULT_MODEL, SEED, Count, offline_option
+from octo_run.cli.options import DEFAULT_MODEL, SEED, Count, Tokens, lower, offline_option
 from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 
 @click.command("codec")
-@click.option("--kv", help="Codecs, comma-separated.  [default: all formats and all codecs of other papers]")
+@click.option(
+    "--kv", callback=lower, help="Codecs, comma-separated.  [default: all formats and all codecs of other papers]"
+)
 @click.option("--vectors", type=Count(256), default=4096, show_default=True, help="Gaussian vectors.")
 @click.option("--head-dim", type=Count(), default=128, show_default=True, help="Coordinates of a Gaussian vector.")
 @click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="Whose keys and values to code.")
 @click.option("--no-model", is_flag=True, help="Gaussian vectors only.")
 @click.option("--text", type=Path, help="What the model reads.  [default: a bundled sample]")
-@click.option("--tokens", type=Count(192), default=512, show_default=True, help="Tokens of the text.")
+@click.option("--tokens", type=Tokens(192), default=512, show_default=True, help="Tokens of the text.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the data and the rotation.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
 @click.option("--markdown", "report", type=common.figure_type, help="Write the report to this file.")
@@ -66,7 +68,8 @@ def command(
     if plots:
         from octo_run.engine.evaluation.plots import plot_distortion
 
-        files += [OutputFile(plot, lambda path: plot_distortion(rows, path)) for plot in plots]
+        about = common.about("no model" if no_model else model, () if text is None else (text,))
+        files += [OutputFile(plot, lambda path: plot_distortion(rows, path, about)) for plot in plots]
     deliver(console.as_json(as_dicts(rows)) if as_json else _table(rows), files, as_json=as_json)
 
 

@@ -3,13 +3,16 @@
 import csv
 import dataclasses
 import functools
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from octo_run.cli import console, runtime
+from octo_run.cli import runtime
+from octo_run.cli.console import read_text as read_text
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
 from octo_run.cli.progress import Running
@@ -19,6 +22,7 @@ from octo_run.process import EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from octo_run.engine import Engine
     from octo_run.engine.evaluation.reading import Progress
+    from octo_run.models.config import ModelConfig
 
 figure_type = click.Path(dir_okay=False, path_type=Path)
 
@@ -67,34 +71,35 @@ def cache_options(command: Command) -> Command:
     return decorated
 
 
+def model_config(load: EngineOptions) -> "ModelConfig":
+    """The configuration of the model, or of the shape, that is to be loaded."""
+    if load.offline:
+        runtime.go_offline()
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    return load_config(resolve(load.model))
+
+
 def formats(load: EngineOptions) -> list[str]:
     """The formats of ``--kv A,B,C``, each once.
 
     Raises:
         UsageError: The model cannot use one of them.
     """
-    kvs = [*dict.fromkeys(name.strip() for name in load.kv.split(","))]
-    if load.offline:
-        runtime.go_offline()
-    from octo_run.engine.allocation import parse_formats
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
-
-    cfg = load_config(resolve(load.model))
-    for kv in kvs:
-        parse_formats(kv, cfg)
-    return kvs
+    return runtime.checked_formats(load.kv, model_config(load))
 
 
 def context(load: EngineOptions, usual: int) -> int:
-    """The context that ``--ctx`` says; for auto ``usual``, or what the model has where that is less."""
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
+    """The context that ``--ctx`` says; for auto ``usual``, or what the model has where that is less.
 
-    if load.ctx is not None:
-        return load.ctx
-    cfg = load_config(resolve(load.model))
-    return min(usual, cfg.max_position_embeddings, cfg.sliding_window or usual)
+    Raises:
+        UsageError: The model has no such context.
+    """
+    most = model_config(load).context_limit
+    if load.ctx is not None and load.ctx > most:
+        raise UsageError(f"--ctx {load.ctx} is beyond the model's context: choose {most} tokens or less.")
+    return load.ctx or min(usual, most)
 
 
 def loader(
@@ -126,10 +131,8 @@ def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wa
     from octo_run.engine import plan_memory
     from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.engine.evaluation import reading
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
 
-    cfg, device = load_config(resolve(load.model)), choose_device(load.device)
+    cfg, device = model_config(load), choose_device(load.device)
     while wanted > 1:
         try:
             plan = plan_memory(
@@ -144,24 +147,6 @@ def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wa
             pass
         wanted //= 2
     return wanted
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        UsageError: There is no text at ``path``; it names the file.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"{path}: there is no such file; give the path of a text.") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder; give the path of a text.") from None
-    text = console.decode_input(data, str(path))
-    if not text.strip():
-        raise UsageError(f"{path} is empty; give a file with text.")
-    return text
 
 
 def sample_text() -> str:
@@ -184,6 +169,12 @@ def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
     for path in (*paths, plot):
         if path is not None:
             check_writable(path)
+
+
+def about(model: str, texts: Sequence[Path]) -> str:
+    """What a figure's title says of its origin: the model, the text, the command."""
+    read = ", ".join(path.name for path in texts) or "the bundled sample"
+    return f"{model}, {read}\n{shlex.join(['octo-run', *sys.argv[1:]])}"
 
 
 def csv_output(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[OutputFile]:

@@ -9,7 +9,7 @@ import click
 from octo_run.cli import console, debug_option
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options, percent
-from octo_run.cli.options import COUNT, SEED, Count, EngineOptions, engine_options
+from octo_run.cli.options import COUNT, SEED, TOKENS, Count, EngineOptions, engine_options
 from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError, quoted
 
@@ -33,7 +33,7 @@ class _Plan:
 
 
 def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
-    lengths = {COUNT.parse(part) for part in value.split(",")}
+    lengths = {TOKENS.parse(part) for part in value.split(",")}
     if None in lengths:
         raise click.BadParameter(f"{quoted(value)} is no list of lengths like {_LENGTHS}")
     return sorted(length for length in lengths if length is not None)
@@ -54,7 +54,7 @@ def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
     show_default=True,
     help="Text and question in one message; text, then the question as a message; a sentence to complete.",
 )
-@click.option("--step", type=COUNT, help="Tokens of a prompt read at once.  [default: as many as a chunk has]")
+@click.option("--step", type=TOKENS, help="Tokens of a prompt read at once.  [default: as many as a chunk has]")
 @click.option("--seed", "prompt_seed", type=SEED, default=0, show_default=True, help="Seed of the prompts.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of cells.")
 @click.option("--csv", "csv_file", type=common.figure_type, help="Write the cells to this CSV file.")
@@ -97,6 +97,9 @@ def command(
         raise UsageError("eval needle takes the context from --lengths: leave --ctx out.")
     content = "\n".join([common.read_text(path) for path in texts] or [common.sample_text()])
     kvs = common.formats(load)
+    most = common.model_config(load).context_limit
+    if max(lengths) > most:
+        raise UsageError(f"--lengths {max(lengths)} is beyond the model's context: choose {most} tokens or less.")
     places = [index / (depths - 1) for index in range(depths)] if depths > 1 else [0.5]
     plan = _Plan(lengths, places, questions, distractors, form, prompt_seed)
     search = _search(content, kvs, plan, step, load, cache)
@@ -106,9 +109,10 @@ def command(
         values = [dataclasses.asdict(cell) for cell in cells]
         files = common.csv_output(csv_file, values)
         if plot is not None:
+            about = common.about(load.model, texts)
             from octo_run.engine.evaluation.plots import plot_recall
 
-            files.append(OutputFile(plot, lambda path: plot_recall(cells, path)))
+            files.append(OutputFile(plot, lambda path: plot_recall(cells, path, about)))
         deliver(console.as_json(values) if as_json else report(cells), files, as_json=as_json)
 
     return common.follow("eval needle", search.run(), lambda: totals(search.cells()), deliver_cells)

@@ -10,7 +10,7 @@ import click
 from octo_run.cli import console, debug_option, runtime
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options, percent
-from octo_run.cli.options import COUNT, EngineOptions, engine_options
+from octo_run.cli.options import TOKENS, EngineOptions, engine_options
 from octo_run.cli.output import OutputFile, deliver
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ _CONTEXT = 1024  # where --ctx is auto and the model has as much
 
 @click.command("ppl")
 @click.option("--text", "texts", type=Path, multiple=True, help="A text; may be given several times.")
-@click.option("--tokens", type=COUNT, help="Tokens of text at most, shared among the texts.")
-@click.option("--stride", type=COUNT, help="Tokens between two windows.  [default: half of --ctx]")
-@click.option("--step", type=COUNT, help="Tokens of a window read at once.  [default: as many as a chunk has]")
+@click.option("--tokens", type=TOKENS, help="Tokens of text at most, shared among the texts.")
+@click.option("--stride", type=TOKENS, help="Tokens between two windows.  [default: half of --ctx]")
+@click.option("--step", type=TOKENS, help="Tokens of a window read at once.  [default: as many as a chunk has]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
 @click.option("--csv", "csv_file", type=common.figure_type, help="Write the rows to this CSV file.")
 @click.option("--plot", "plot", type=common.figure_type, help="Plot the change against bytes (.png, .svg, .pdf).")
@@ -78,9 +78,10 @@ def command(
         values = [dataclasses.asdict(row) for row in rows]
         files = common.csv_output(csv_file, values)
         if plot is not None:
+            about = common.about(load.model, texts)
             from octo_run.engine.evaluation.plots import plot_perplexity
 
-            files.append(OutputFile(plot, lambda path: plot_perplexity(rows, path)))
+            files.append(OutputFile(plot, lambda path: plot_perplexity(rows, path, about)))
         deliver(console.as_json(values) if as_json else table(rows, comparison.tokens), files, as_json=as_json)
 
     return common.follow(

@@ -10,7 +10,7 @@ import click
 from octo_run.cli import console, debug_option
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options
-from octo_run.cli.options import COUNT, EngineOptions, engine_options
+from octo_run.cli.options import COUNT, TEXT, TOKENS, EngineOptions, engine_options, stop_option
 from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 @click.option("--pattern", help="The expression for --extract regex: its last match, or that one's first group.")
 @click.option("--ignore-case", is_flag=True, help="Upper and lower case are the same.")
 @click.option("--chat/--raw", "as_chat", default=True, help="Through the chat template (the default), or as it is.")
-@click.option("--system", help="System prompt (with --chat).")
-@click.option("--max-tokens", "-n", type=COUNT, default=256, show_default=True, help="Longest answer.")
-@click.option("--stop", multiple=True, help="End an answer before this text; may be given several times.")
+@click.option("--system", type=TEXT, help="System prompt (with --chat).")
+@click.option("--max-tokens", "-n", type=TOKENS, default=256, show_default=True, help="Longest answer.")
+@stop_option
 @click.option("--limit", type=COUNT, help="Only the first tasks of the file.")
 @click.option("--output", type=common.figure_type, help="Write every answer to this JSONL file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
@@ -74,9 +74,10 @@ def command(
     rule = evaluation.extractor(extract, pattern, ignore_case=ignore_case)
     found = evaluation.read_tasks(common.read_text(file), str(file), prompt_key, answer_key)[:limit]
     wanted = evaluation.wanted_answers(found, rule)
+    kvs = common.formats(load)
     scores, answers = [], []
     engine_of = common.loader(load, cache, load.ctx)
-    for kv in common.formats(load):
+    for kv in kvs:
         outcomes = evaluation.run(
             engine_of(kv), found, wanted, rule, as_chat=as_chat, system=system, max_tokens=max_tokens, stop=stop
         )
