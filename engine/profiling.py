@@ -35,6 +35,7 @@ from octo_run.engine.key_means import KeyMeans
 from octo_run.errors import OctoError
 from octo_run.kernels import linear as packed_ops
 from octo_run.kernels import step as ops
+from octo_run.kernels.cpu.native import COMPILED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,7 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
+    "dequantise_kernel": _PRODUCT,
     "embed_packed_kernel": OTHER,
     "flash_kernel": ATTENTION,
     "general_decode_kernel": ATTENTION,
@@ -60,6 +62,7 @@ KERNELS = {
     "merge_kernel": ATTENTION,
     "octopus_pages_kernel": CODING,
     "pack_kernel": CODING,
+    "packed_product_kernel": _PRODUCT,
     "plain_decode_kernel": ATTENTION,
     "plain_pages_kernel": CODING,
     "put_back_kernel": ATTENTION,
@@ -295,7 +298,7 @@ def on_cpu(events: list[Event], thread: int) -> tuple[list[Span], Counter[tuple[
         Pieces that do not overlap, and calls by (name, part).
     """
     found = [e for e in events if e["ph"] == "X" and e["tid"] == thread]
-    found = [e for e in found if e["cat"] == "cpu_op" or (e["cat"] == "user_annotation" and e["name"] in PARTS)]
+    found = [e for e in found if _is_operator(e) or (e["cat"] == "user_annotation" and e["name"] in PARTS)]
     pieces: list[Span] = []
     calls: Counter[tuple[str, str]] = Counter()
     open_spans: list[tuple[Span, bool]] = []  # with whether it is an operator; the innermost last
@@ -316,13 +319,18 @@ def on_cpu(events: list[Event], thread: int) -> tuple[list[Span], Counter[tuple[
 
     for event in sorted(found, key=lambda e: (e["ts"], -e["dur"])):
         advance(event["ts"])
-        operator = event["cat"] == "cpu_op"
+        operator = _is_operator(event)
         part = (open_spans[-1][0].part if open_spans else OTHER) if operator else event["name"]
         open_spans.append((Span(event["name"], part, event["ts"], event["ts"] + event["dur"]), operator))
         if operator:
             calls[event["name"], part] += 1
     advance(float("inf"))
     return pieces, calls
+
+
+def _is_operator(event: Event) -> bool:
+    """Whether it is an operator of PyTorch's or a compiled kernel of ours."""
+    return event["cat"] == "cpu_op" or str(event["name"]).startswith(COMPILED)
 
 
 def summarise(

@@ -10,7 +10,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler import record_function
 
 from octo_run.errors import shown
 
@@ -18,6 +23,8 @@ SWITCH = "OCTO_RUN_CPU_KERNELS"
 """``0`` turns the compiled kernels off."""
 NATIVE = "native"
 """The target that stands for the machine's own instruction set."""
+COMPILED = "octo_run::"
+"""What the profiler's names of compiled kernels begin with."""
 _SOURCE = Path(__file__).parent / "source"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread")
 _TIME_LIMIT = 300  # seconds that the compiler may take
@@ -104,17 +111,36 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 @functools.cache
-def _found(switch: str | None) -> tuple[ctypes.CDLL | None, str]:
+def _found(switch: str | None) -> tuple[Kernels | None, str]:
     if switch == "0":
         return None, f"PyTorch ({SWITCH}=0)"
     try:
         found = load(build())
     except KernelError as error:
         return None, f"PyTorch: {error}"
-    return found, found.octo_path().decode()
+    return Kernels(found), found.octo_path().decode()
 
 
-def library() -> ctypes.CDLL | None:
+class Kernels:
+    """The library's functions; PyTorch's profiler sees their calls while it runs."""
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._functions, name)
+
+        def call(*arguments: Any) -> Any:
+            if not torch._C._autograd._profiler_enabled():
+                return function(*arguments)
+            with record_function(COMPILED + name):
+                return function(*arguments)
+
+        vars(self)[name] = call
+        return call
+
+
+def library() -> Kernels | None:
     """The machine's kernels, compiled on first use; None where PyTorch has to do."""
     return _found(os.environ.get(SWITCH))[0]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.kernels.cpu.native import library
+from octo_run.kernels.cpu.native import Kernels, library
 
 if TYPE_CHECKING:
     from octo_run.kernels.step.reference import HeadTransform
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _Long, _Pointer, _Double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 
 
-def _taken(*tensors: Tensor | None) -> ctypes.CDLL | None:
+def _taken(*tensors: Tensor | None) -> Kernels | None:
     """The kernels, if all tensors are contiguous float32."""
     if any(x is not None and (x.dtype != torch.float32 or not x.is_contiguous()) for x in tensors):
         return None

@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
+from octo_run.kernels.linear.dequantise_kernel import dequantise_kernel
 from octo_run.kernels.linear.gluon_product import packed_product_kernel, reduction_bytes
 from octo_run.kernels.linear.packed import BITS, PackedWeight
-from octo_run.kernels.linear.unpack_kernel import unpack_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, cho
 
 def unpack(weight: PackedWeight, first: int, last: int, out: Tensor) -> None:
     """Values of the rows ``first`` to ``last`` in the order of the codes, to ``out [last - first, in]``."""
-    launch: Callable[..., Any] = unpack_kernel[(last - first, triton.cdiv(weight.padded, 512))]
+    launch: Callable[..., Any] = dequantise_kernel[(last - first, triton.cdiv(weight.padded, 512))]
     scales, offsets, unused = weight.scales, weight.offsets, weight.codes
     launch(
         CODES=weight.codes, ROWS=weight.rows, SCALES=unused if scales is None else scales,

@@ -135,7 +135,8 @@ def command(tests: "list[Test]", depths: list[int], batch: int, repetitions: int
 def _measure_all(loads: list[EngineOptions], cases: "Cases", report: dict[str, Any], repetitions: int, *,
                  profiled: bool, form: str) -> None:  # fmt: skip
     """Fill the report, one loaded format after the other."""
-    pace = Pace([(" ".join(filter(None, (one.weights, one.kv))), depth, test) for one in loads for depth, test in cases.all()], repetitions + 1)
+    names = [" ".join(filter(None, (one.weights, one.kv))) for one in loads]
+    pace = Pace([(name, depth, test) for name in names for depth, test in cases.all()], repetitions + 1)
     engine = None
     for options in loads:
         engine = None  # the arena goes before the next one is planned

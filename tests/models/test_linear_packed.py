@@ -62,7 +62,8 @@ def test_outputs_are_those_of_the_values(kind: str, columns: int, group: int, or
     layer, out = PackedLinear(weight, bias), torch.full((5, 60), 7.0)
     layer.apply(x, out[:, 10:47])
     for found in (layer(x), layer(x[:, None])[:, 0], out[:, 10:47]):
-        assert (found.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        # Compiled CPU kernels round inputs to 16 bits (`kernels.cpu`).
+        assert (found.double() - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert bool((out[:, :10] == 7).all()) and bool((out[:, 47:] == 7).all())
     assert layer.nbytes == sum(part.nbytes for part in weight.tensors()) + bias.nbytes
 
@@ -108,7 +109,8 @@ def test_layers_of_one_input_are_one_matrix_where_they_can_be(second: dict[str, 
     layer.apply(x, out)
     wanted = x.double() @ torch.cat((dense, other_dense)).T
     for found in (out, layer(x)):
-        assert (found.double() - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        # Compiled CPU kernels round inputs to 16 bits (`kernels.cpu`).
+        assert (found.double() - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert sum(part.nbytes for part in layer.parts) == layer.nbytes
 
 

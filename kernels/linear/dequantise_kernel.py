@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 @triton.jit
-def unpack_kernel(
+def dequantise_kernel(
     CODES, ROWS, SCALES, OFFSETS, OUT, first, columns, padded, GROUP: tl.constexpr, KIND: tl.constexpr,
     BITS: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
