@@ -153,7 +153,7 @@ def test_a_context_beyond_the_models_is_refused() -> None:
     with pytest.raises(UsageError, match="131,073 tokens is beyond the model's: choose one of 131072 tokens or less"):
         plan(max_context=131073)
     windowed = replace(CFG, sliding_window=4096)
-    with pytest.raises(UsageError, match="beyond the model's 4,096"):
+    with pytest.raises(UsageError, match="beyond the model's: choose one of 4096"):
         plan_memory(windowed, "bf16", device=CPU, dtype=torch.float32, max_context=4097)
     assert plan_memory(windowed, "bf16", device=CPU, dtype=torch.float32).context == 4096
 
