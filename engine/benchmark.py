@@ -28,6 +28,7 @@ Test = tuple[str, int] | tuple[str, int, int]
 class Row:
     """One measurement: tokens per second of all sequences together over the repetitions."""
 
+    weights: str  # what they are stored as
     kv: str
     test: str  # pp: tokens of a prompt, tg: tokens generated, pg: both, one after the other
     depth: int  # tokens in the cache before
@@ -118,6 +119,7 @@ def measure(
         read = (step_weight_bytes(engine) + held) * median / batch
         gb_per_s, share = read * 1e-9, read / bandwidth
     return Row(
+        weights=engine.plan.weight_format,
         kv=engine.plan.kv,
         test=name_of(test),
         depth=depth,
@@ -209,8 +211,8 @@ def run_round(
 
 def step_weight_bytes(engine: Engine) -> int:
     """Bytes of weights that a decode step reads: all but an embedding that is not the output layer too."""
-    cfg = engine.config
-    apart = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size * engine.dtype.itemsize
+    decoder = engine.forward.decoder
+    apart = 0 if decoder.head.weight is decoder.embedding else decoder.embedding.nbytes
     return engine.plan.weights - apart
 
 

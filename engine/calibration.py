@@ -106,8 +106,8 @@ class Calibration:
         """Of all that decides the numbers: the weights (by name, size and time of their files), the configuration, the
         dtype, the kind of device, and the tokens."""
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
-        weights = self.decoder.embedding
-        known = (_VERSION, what, files, self.decoder.cfg, str(weights.dtype), weights.device.type, self.ids)
+        decoder = self.decoder
+        known = (_VERSION, what, files, decoder.cfg, decoder.weight_format, decoder.device.type, self.ids)
         return hashlib.sha256(repr(known).encode()).hexdigest()
 
 

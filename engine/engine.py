@@ -29,6 +29,8 @@ from octo_run.models import weights as weight_files
 from octo_run.models.config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from octo_run.models.decoder import Decoder
 from octo_run.models.hub import resolve
+from octo_run.models.quantisation.importance import random_ids
+from octo_run.models.quantisation.schemes import Scheme, head_scheme, refuse_packed, scheme_of
 from octo_run.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -142,6 +144,8 @@ class Engine:
         sink: int = 64,
         window: int = 64,
         conditioning: str | None = None,
+        weights: str | Scheme | None = None,
+        head: str = "bf16",
         sequences: int = 1,
         cache_bytes: int | None = None,
         random_weights: ModelConfig | str | Path | None = None,
@@ -158,6 +162,10 @@ class Engine:
             seed: Chooses the codec's rotation.
             conditioning: What is done to keys so that their code errs less (`models.conditioning`): ``off``, ``mean``
                 or ``full`` (None: ``full``); nothing is done to keys without a code.
+            weights: What the layers' matrices are stored as, whatever the arithmetic is in: ``auto`` (also None: as the
+                files have them), ``bf16`` (not quantised: in the dtype of the arithmetic), or ``fp8``, ``int8``,
+                ``int4``, ``int4-128`` (`models.quantisation.schemes`), made layer by layer.
+            head: What the embedding and the output head are stored as: ``bf16`` (not quantised) or ``int8``.
             sequences: The largest number of them that decode together; one may hold ``max_context`` tokens.
             cache_bytes: Bytes of the packed pages that the sequences share (None: as many as all of them need at
                 ``max_context``; where that is None too, as many as fit).
@@ -178,11 +186,15 @@ class Engine:
         for name, limit in (("max_context", max_context), ("cache_bytes", cache_bytes)):
             expect(name, limit, int, none=True)
         expect("conditioning", conditioning, str, none=True)
+        expect("weights", weights, str, Scheme, none=True)
+        expect("head", head, str)
+        scheme, of_head = scheme_of(weights), head_scheme(head)
         if not 1 <= sequences <= MAX_SEQUENCES:
             raise UsageError(f"The number of sequences is {sequences}; give 1 to {MAX_SEQUENCES}.")
         path: Path | None = None
         if random_weights is None:
             path = resolve(str(model))
+            refuse_packed(path, weights)
             cfg = load_config(path)
         else:
             cfg = read_shape(random_weights)
@@ -196,6 +208,7 @@ class Engine:
             return plan_memory(
                 cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window,
                 sequences=sequences, cache_bytes=cache_bytes, conditioning=conditioning,
+                quantise=scheme, pack_embedding=of_head,
             )  # fmt: skip
 
         plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
@@ -204,12 +217,13 @@ class Engine:
         if on_plan is not None:
             on_plan(plan)
         with torch.inference_mode():
-            weights: weight_files.Weights
+            source: weight_files.Weights
             if path is None:
-                weights = weight_files.RandomWeights(cfg, where, kind)
+                source = weight_files.RandomWeights(cfg, where, kind)
             else:
-                weights = weight_files.StoredWeights(path, cfg, where, kind)
-            decoder = Decoder(cfg, weights, None, fmt[0].v.rotation)
+                source = weight_files.StoredWeights(path, cfg, where, kind)
+            ids = random_ids(cfg) if scheme is not None and scheme.weighted else None
+            decoder = Decoder(cfg, source, None, fmt[0].v.rotation, scheme, ids, of_head)
             calibration = Calibration(decoder, tokenizer, path)
             decoder.store_keys(fmt[0].k.rotation, calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):

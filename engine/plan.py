@@ -1,10 +1,12 @@
 """The memory plan: what an engine will hold on its device, computed before anything is loaded."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from octo_run import kernels
 from octo_run.engine import sensitivity, system_memory
@@ -21,7 +23,9 @@ from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder, Layer, Quantise
 from octo_run.models.linear import AnyLinear, Linear, PackedLinear
-from octo_run.models.weights import RandomWeights
+from octo_run.models.quantisation.importance import TOKENS as MEASURED
+from octo_run.models.quantisation.schemes import CODE_BYTES, PIECE, WORKING_BYTES
+from octo_run.models.weights import RandomWeights, expected_tensors
 
 #: Tokens that go through the layers together in prefill; on CUDA fewer where their buffers would take too much memory.
 CHUNK = {"cuda": 4096, "cpu": 512}
@@ -44,6 +48,7 @@ class MemoryPlan:
     ``loading`` are not in the sum.
 
     Attributes:
+        weight_format: What the weights are stored as (``Decoder.weight_format``).
         free: What is left to an engine.
         before: What the process held in memory when the plan was made if the device is a CPU (PyTorch, tokenizer).
         loading: The bytes held at most while weights are fused, before anything else is there.
@@ -57,6 +62,7 @@ class MemoryPlan:
 
     kv: str
     conditioning: str
+    weight_format: str
     device: str
     dtype: torch.dtype
     shape: ArenaShape
@@ -214,15 +220,29 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
 def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.device, quantised: bool) -> int:
     """Bytes of the weights and of the largest copies made while a layer is read, fused, rotated (in float32) and packed
     (in float32), or of what choosing formats takes."""
-    cfg, size = decoder.cfg, decoder.embedding.element_size()
+    cfg, size = decoder.cfg, decoder.dtype.itemsize
     copies = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
     heads = cfg.num_heads * cfg.head_dim
     for layer in decoder.layers:
         dense = quantised or isinstance(layer.out, Linear)
         copies = max(copies, layer.qkv.nbytes, layer.gate_up.nbytes, cfg.hidden_size * heads * (8 + size) * dense)
+    table = cfg.vocab_size * cfg.hidden_size
     if quantised:
-        copies = max(copies, cfg.hidden_size * max(cfg.intermediate_size, heads) * (8 + size))
-    return weights + copies
+        # The whole layer is there when its largest matrix is packed: codes in order, in lane order, and pieces.
+        shapes = {name: shape for name, shape in expected_tensors(cfg).items() if name.startswith("model.layers.0.")}
+        largest = cfg.hidden_size * max(2 * cfg.intermediate_size, heads)
+        pieces = WORKING_BYTES * min(PIECE[device.type], largest)
+        inputs = MEASURED * max(3 * cfg.intermediate_size, 6 * heads) * (4 + size)
+        copies = sum(map(math.prod, shapes.values())) * size + max(copies, CODE_BYTES * largest + pieces, inputs)
+    # The embedding is packed first, then a head of its own beside it.
+    first = 0 if isinstance(decoder.embedding, Tensor) else table * (size + CODE_BYTES) + decoder.embedding.nbytes
+    return max(weights + copies, first)
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Bytes of a decoder's weights; it may be on ``meta``."""
+    parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
+    return sum(held_bytes(*parts, but=(decoder.key_tensors,)))
 
 
 def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
@@ -250,6 +270,7 @@ def plan_memory(
     conditioning: str | None = None,
     cache_bytes: int | None = None,
     quantise: Quantise | None = None,
+    pack_embedding: Quantise | None = None,
 ) -> MemoryPlan:
     """The plan for a model.
 
@@ -258,7 +279,7 @@ def plan_memory(
         sequences: See ``Engine.load``.
         conditioning: See ``Engine.load``.
         cache_bytes: See ``Engine.load``.
-        quantise: See ``Decoder``.
+        quantise, pack_embedding: See ``Decoder``.
 
     Raises:
         UsageError: A context that the model does not support or ``cache_bytes`` cannot hold.
@@ -289,10 +310,11 @@ def plan_memory(
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
-        decoder = Decoder(cfg, RandomWeights(cfg, "meta", dtype), None, fmt[0].v.rotation, quantise)
+        decoder = Decoder(
+            cfg, RandomWeights(cfg, "meta", dtype), None, fmt[0].v.rotation, quantise, None, pack_embedding
+        )
         decoder.store_keys(fmt[0].k.rotation, Conditioning.empty(cfg, kind, "meta"))
-        parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
-        weights = sum(held_bytes(*parts, but=(decoder.key_tensors,)))
+        weights = weight_bytes(decoder)
 
     def measure(shape: ArenaShape) -> dict[str, int]:
         with torch.inference_mode():
@@ -301,6 +323,7 @@ def plan_memory(
     plan = MemoryPlan(
         kv=fmt.name,
         conditioning=kind,
+        weight_format=decoder.weight_format,
         device=str(device),
         dtype=dtype,
         shape=shape,

@@ -53,6 +53,7 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
+    "embed_packed_kernel": OTHER,
     "flash_kernel": ATTENTION,
     "general_decode_kernel": ATTENTION,
     "lane_search_kernel": CODING,

@@ -60,8 +60,8 @@ def measure(
     count, layers = len(ids), len(decoder.layers)
     if count <= FIRST:
         raise ValueError(f"{count} tokens see nothing that is coded: give more than {FIRST}")
-    device = decoder.embedding.device
-    exact = F.embedding(torch.tensor([ids], device=device), decoder.embedding).to(torch.float32)
+    device = decoder.device
+    exact = decoder.embedded(torch.tensor([ids], device=device)).to(torch.float32)
     angles = rope.cos_sin(torch.arange(count, device=device)[None], decoder.inv_freq, torch.float32)
     variants = exact.new_empty(2 * layers, count - FIRST, exact.shape[-1])
     at_once = max(1, ROWS[device.type] // (count - FIRST))

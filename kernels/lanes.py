@@ -190,6 +190,19 @@ def load_global4(pointer):
 
 
 @gluon.jit
+def load_stream4(pointer):
+    """The lane's 16 bytes at ``pointer``, which no other program reads and no kernel of the step writes."""
+    return gl.inline_asm_elementwise(
+        "ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,l",
+        [pointer],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def load_global2(pointer):
     """The lane's 8 bytes at ``pointer``."""
     return gl.inline_asm_elementwise(
@@ -388,6 +401,17 @@ def mma_half_8(c, a0, a1, b0):
         is_pure=True,
         pack=1,
     )
+
+
+@constexpr_function
+def _fma_asm(element):
+    return f"fma.rn.{element}x2 $0, $1, $2, $3;"
+
+
+@gluon.jit
+def fma_half2(a, b, c, ELEMENT: gl.constexpr):
+    """``a * b + c`` of registers of two 16-bit floats."""
+    return gl.inline_asm_elementwise(_fma_asm(ELEMENT), "=r,r,r,r", [a, b, c], dtype=gl.uint32, is_pure=True, pack=1)
 
 
 @constexpr_function

@@ -92,7 +92,7 @@ def measure(decoder: Decoder, ids: list[int]) -> Conditioning:
     Returns:
         On the CPU.
     """
-    cfg, device = decoder.cfg, decoder.embedding.device
+    cfg, device = decoder.cfg, decoder.device
     positions = torch.arange(len(ids), device=device)
     cos, sin = rope.cos_sin(positions, decoder.inv_freq, torch.float32)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""Attention over the octahedral KV arena: PyTorch reference (CPU) and kernels (CUDA) behind one call.
+"""Attention over the octahedral KV arena: kernels (CUDA, CPU) and the PyTorch reference behind one call.
 
 Which kernel runs when: `dispatch`. `general` holds the Triton kernels, for every GPU and format; `hopper` the Gluon
 kernel of decode steps over trellis codes. Beside them what both share: what a call reads (`inputs`), what it computes
@@ -68,7 +68,10 @@ def attend(
     call = dispatch.describe(q, kv, fmt, max_length, dispatch.kind(q.device))
     kernel = dispatch.choose(call)
     if kernel is dispatch.Kernel.REFERENCE:
-        return attend_reference(q, kv, fmt, spec=spec, out=out)
+        from octo_run.kernels.cpu.attention import attend as attend_compiled
+
+        found = attend_compiled(q, kv, fmt, spec=spec, out=out) if q.is_cpu else None
+        return attend_reference(q, kv, fmt, spec=spec, out=out) if found is None else found
     from octo_run.kernels.attention.launch import launch
 
     return launch(kernel, call, q, kv, fmt, spec=spec, max_length=max_length, out=out, workspace=workspace)

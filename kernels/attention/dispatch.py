@@ -124,7 +124,7 @@ _NONE, _SOME = [Pages.NONE], [Pages.SOME]
 KERNELS: tuple[Entry, ...] = (
     #     kernel                 device    stored    element  queries   pages   why
     Entry(Kernel.REFERENCE,      _CPU,     ANY,      ANY,     ANY,      ANY,
-          "PyTorch has the CPU's kernels, in every type and format"),
+          "PyTorch, in every type and format; `attend` asks the compiled kernels (`kernels.cpu`) first"),
     Entry(Kernel.PREFILL,        _GPUS,    ANY,      _BOTH,   _SEVERAL, ANY,
           "many queries read a page: it is decoded once, to memory, and then multiplied by warp groups"),
     Entry(Kernel.PLAIN_DECODE,   _GPUS,    _PLAIN,   _BOTH,   _ONE,     ANY,

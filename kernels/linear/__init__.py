@@ -16,4 +16,14 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
         bias: ``[n]`` of that dtype.
         out: Of that dtype; its rows may lie further apart than ``n``.
     """
+    if x.is_cuda:
+        from octo_run.kernels.linear import launch
+
+        launch.packed_linear(x, weight, bias, out)
+        return
+    if x.is_cpu:
+        from octo_run.kernels.cpu import linear as compiled
+
+        if compiled.packed_linear(x, weight, bias, out):
+            return
     reference.packed_linear(x, weight, bias, out)

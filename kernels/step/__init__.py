@@ -1,4 +1,4 @@
-"""The small operations of a step: PyTorch references (CPU) and Triton kernels (CUDA) behind one call each.
+"""The small operations of a step: kernels (Triton, and compiled for the CPU) and PyTorch references behind one call.
 
 All write into given outputs. On CUDA they allocate nothing, so that steps can be recorded. B is the sequences of a
 decode step or the tokens of a prompt; the rounding points are those of ``models.decoder``.
@@ -9,10 +9,18 @@ lies on the device: number b of the batch owns row ``rows[b]``. -1 is filler, fo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
 
+from octo_run.kernels.cpu import linear as compiled_linear
+from octo_run.kernels.cpu import step as compiled
 from octo_run.kernels.step import reference
 from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised
+
+if TYPE_CHECKING:
+    from octo_run.kernels.linear import PackedWeight
 
 __all__ = [
     "SLICE_TOKENS",
@@ -31,9 +39,18 @@ __all__ = [
 ]
 
 
-def embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
-    """``out [B, hidden] = table[ids]``; ``ids`` int32 or int64 ``[B]``."""
-    reference.embed(ids, table, out)
+def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor) -> None:
+    """``out [B, hidden] = table[ids]``; ``ids`` int32 or int64 ``[B]``.
+
+    Args:
+        table: ``[vocab, hidden]`` of the dtype of ``out``, or packed: int8 with a factor for each row.
+    """
+    if out.is_cuda and not isinstance(table, Tensor):
+        from octo_run.kernels.step import launch
+
+        launch.embed_packed(ids, table, out)
+    else:
+        reference.embed(ids, table, out)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -49,7 +66,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
         from octo_run.kernels.step import launch
 
         launch.add_rms_norm(x, residual, weight, eps, out)
-    else:
+    elif not compiled.add_rms_norm(x, residual, weight, eps, out):
         reference.add_rms_norm(x, residual, weight, eps, out)
 
 
@@ -63,7 +80,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         from octo_run.kernels.step import launch
 
         launch.vector(x, weight, bias, out)
-    else:
+    elif not (
+        weight.dtype == torch.bfloat16
+        and x.is_cpu
+        and len(x) <= 4
+        and compiled_linear.dense_linear(x, weight, bias, out)
+    ):
         reference.linear(x, weight, bias, out)
 
 
@@ -110,7 +132,7 @@ def qkv_rope_append(
         from octo_run.kernels.step import launch
 
         launch.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows, coefficients)
-    else:
+    elif not compiled.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows, coefficients):
         reference.qkv_rope_append(qkv, transform, slots, full_k, full_v, q_out, rows, coefficients)
 
 
@@ -137,5 +159,5 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
         from octo_run.kernels.step import launch
 
         launch.swiglu(gate_up, out)
-    else:
+    elif not compiled.swiglu(gate_up, out):
         reference.swiglu(gate_up, out)

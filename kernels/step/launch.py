@@ -13,6 +13,7 @@ from torch import Tensor
 from octo_run.kernels.devices import early, on_device_of
 from octo_run.kernels.step.layer_kernels import (
     add_rms_norm_kernel,
+    embed_packed_kernel,
     qkv_rope_append_kernel,
     rotate_back_kernel,
     swiglu_kernel,
@@ -24,7 +25,11 @@ from octo_run.kernels.step.sample_kernels import sample_merge_kernel, sample_sli
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from octo_run.kernels.linear import PackedWeight
+
 _SWIGLU_COLUMNS = 1024
+#: Codes of an embedding that a program takes.
+_EMBED_CODES = 1024
 #: Heads, and columns of a rotation, that a program takes.
 _HEADS, _COLUMNS = 16, 32
 #: Heads times tokens that a program takes of a few tokens, and of many.
@@ -50,6 +55,18 @@ def vector(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
             X=x, WEIGHT=weight, BIAS=x if bias is None else bias, OUT=out, n=n, K=k, BN=_VECTOR_ROWS,
             BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None, **early(x.device),
             num_warps=_VECTOR_WARPS)  # fmt: skip
+
+
+def embed_packed(ids: Tensor, table: PackedWeight, out: Tensor) -> None:
+    """`kernels.step.embed` of a packed table by the Triton kernel."""
+    _check(ids=ids, codes=table.codes, rows=table.rows, out=out)
+    if table.kind != "int8" or table.scales is not None or table.offsets is not None or table.order is not None:
+        raise ValueError(f"an embedding is packed as int8 with a factor for each row, not as {table.kind} in groups")
+    launch: Callable[..., Any] = embed_packed_kernel[(len(ids), triton.cdiv(table.padded, _EMBED_CODES))]
+    with on_device_of(out):
+        launch(
+            IDS=ids, CODES=table.codes, ROWS=table.rows, OUT=out, N=table.columns, PADDED=table.padded,
+            BLOCK=_EMBED_CODES, **early(out.device), num_warps=4)  # fmt: skip
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:

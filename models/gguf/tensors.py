@@ -109,11 +109,22 @@ def write_shard(shard: Shard, heads: dict[str, int], write: Callable[[bytes | me
     """
     write(shard.header)
     for name, entry in shard.tensors.items():
-        for piece in _pieces(entry, heads.get(name)):
-            values = piece.to(torch.bfloat16)
-            if not values.isfinite().all():
-                raise OctoError(f"{entry.path}: {name} holds values that are no finite numbers: {AGAIN}.")
+        for values in _bfloat16(name, entry, heads.get(name)):
             write(values.view(torch.uint8).numpy().data)
+
+
+def read_tensor(name: str, entry: TensorEntry, heads: int | None) -> Tensor:
+    """A whole tensor in bfloat16; arguments and errors as of :func:`write_shard`."""
+    return torch.cat([*_bfloat16(name, entry, heads)]).view(entry.shape)
+
+
+def _bfloat16(name: str, entry: TensorEntry, heads: int | None) -> Iterator[Tensor]:
+    """The tensor's values, some rows at a time."""
+    for piece in _pieces(entry, heads):
+        values = piece.to(torch.bfloat16)
+        if not values.isfinite().all():
+            raise OctoError(f"{entry.path}: {name} holds values that are no finite numbers: {AGAIN}.")
+        yield values
 
 
 def _pieces(entry: TensorEntry, heads: int | None) -> Iterator[Tensor]:

@@ -31,6 +31,7 @@ _COMMANDS = {
     "list": "list_models",
     "show": "show",
     "rm": "remove",
+    "quantize": "quantize",
     "bench": "bench",
     "eval": "evaluate",
     "doctor": "doctor",

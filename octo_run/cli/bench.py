@@ -73,7 +73,7 @@ def _depths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[in
 @debug_option
 def command(tests: "list[Test]", depths: list[int], batch: int, repetitions: int, random_weights: str | None,
             output: str, profiled: bool, trace: Path | None, load: EngineOptions) -> int:  # fmt: skip
-    """Measure prompt and generation speed, for every format of --kv A,B,C, every test and every depth.
+    """Measure prompt and generation speed, for every format of --weights A,B and --kv A,B,C, every test and depth.
 
     One round that is not counted warms up; then every round puts --depth random keys and values in the cache and times
     the test. Shown are tokens per second (the median, the mean with its standard deviation ±, and the range over the
@@ -101,7 +101,14 @@ def command(tests: "list[Test]", depths: list[int], batch: int, repetitions: int
             f"A depth of {max(depths):,} and a test of {needed - max(depths):,} are {needed:,} tokens and the model's"
             f" context has {cfg.context_limit:,}; choose less."
         )
-    loads = [dataclasses.replace(load, kv=kv, ctx=load.ctx or needed) for kv in formats]
+    stored = [None] if load.weights is None else dict.fromkeys(name.strip() for name in load.weights.split(","))
+    if load.weights is not None:
+        runtime.check_weights(stored)
+    loads = [
+        dataclasses.replace(load, kv=kv, weights=weights, ctx=load.ctx or needed)
+        for weights in stored
+        for kv in formats
+    ]
     cases = Cases(tests, depths, batch, random_weights)
     report: dict[str, Any] = {"model": random_weights or load.model, "command": f"octo-run {shlex.join(sys.argv[1:])}"}
     report |= {"date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "versions": _versions()}
@@ -128,12 +135,12 @@ def command(tests: "list[Test]", depths: list[int], batch: int, repetitions: int
 def _measure_all(loads: list[EngineOptions], cases: "Cases", report: dict[str, Any], repetitions: int, *,
                  profiled: bool, form: str) -> None:  # fmt: skip
     """Fill the report, one loaded format after the other."""
-    pace = Pace([(kv.kv, depth, test) for kv in loads for depth, test in cases.all()], repetitions + 1)
+    pace = Pace([(" ".join(filter(None, (one.weights, one.kv))), depth, test) for one in loads for depth, test in cases.all()], repetitions + 1)
     engine = None
     for options in loads:
         engine = None  # the arena goes before the next one is planned
         engine = cases.load(options)
-        _measure(engine, options.kv, report, cases, repetitions, pace, form)
+        _measure(engine, report, cases, repetitions, pace, form)
     # Only now: a profiler that has been attached to a GPU may slow down what follows.
     for options in loads if profiled else []:
         if engine is None or len(loads) > 1:
@@ -247,8 +254,7 @@ def _write_trace(path: Path, report: dict[str, Any]) -> None:
     runtime.write_trace(path, report["profile"], about)
 
 
-def _measure(engine: "Engine", kv: str, report: dict[str, Any], cases: Cases, repetitions: int, pace: Pace,
-             form: str) -> None:  # fmt: skip
+def _measure(engine: "Engine", report: dict[str, Any], cases: Cases, repetitions: int, pace: Pace, form: str) -> None:
     """Add the rows and the memory of a loaded format to the report, each row when it is there."""
     if "device" not in report:
         bandwidth = runtime.copy_bandwidth(engine)
@@ -261,15 +267,20 @@ def _measure(engine: "Engine", kv: str, report: dict[str, Any], cases: Cases, re
                               bandwidth=report["copy_gb_per_s"] * 1e9, on_round=pace.round_done)  # fmt: skip
         pace.case_done()
         report["rows"].append(row)
-        report["memory"][kv] = {"plan": engine.memory_plan(), "now": engine.memory_now(), "formats": str(engine.kv)}
         _print_row(form, report)
         spread = "" if row.stdev is None else f" (mean {row.mean:,.1f} ± {row.stdev:,.1f})"
         left = f"; {pace.left()}" if len(report["rows"]) < report["cases"] else ""
-        console.notice(f"{row.kv} {row.test} at depth {row.depth:,}: {row.tokens_per_s:,.1f} tokens/s{spread}{left}")
+        what = f"{row.weights} {row.kv} {row.test} at depth {row.depth:,}"
+        console.notice(f"{what}: {row.tokens_per_s:,.1f} tokens/s{spread}{left}")
+    plan = engine.plan
+    report["memory"][f"{plan.weight_format} {plan.kv}"] = {
+        "plan": engine.memory_plan(), "now": engine.memory_now(), "formats": str(engine.kv),
+        "weights": plan.weight_format,
+    }  # fmt: skip
 
 
-HEADER = ["kv", "test", "depth", "batch", "tokens/s", "mean", "±", "least", "most", "first token ms", "ms/token",
-          "GB/s", "% of copy", "J/token"]  # fmt: skip
+HEADER = ["weights", "kv", "test", "depth", "batch", "tokens/s", "mean", "±", "least", "most", "first token ms",
+          "ms/token", "GB/s", "% of copy", "J/token"]  # fmt: skip
 
 
 def _cells(row: "Row") -> list[str]:
@@ -277,8 +288,9 @@ def _cells(row: "Row") -> list[str]:
     joules = "" if row.joules_per_token is None else f"{row.joules_per_token:.3g}"
     spread = "-" if row.stdev is None else f"{row.stdev:,.1f}"
     first = "-" if row.first_token_ms is None else f"{row.first_token_ms:,.1f}"
-    return [row.kv, row.test, f"{row.depth:,}", str(row.batch), f"{row.tokens_per_s:,.1f}", f"{row.mean:,.1f}", spread,
-            f"{row.least:,.1f}", f"{row.most:,.1f}", first, f"{row.ms_per_token:.3f}", *read, joules]  # fmt: skip
+    return [row.weights, row.kv, row.test, f"{row.depth:,}", str(row.batch), f"{row.tokens_per_s:,.1f}",
+            f"{row.mean:,.1f}", spread, f"{row.least:,.1f}", f"{row.most:,.1f}", first, f"{row.ms_per_token:.3f}",
+            *read, joules]  # fmt: skip
 
 
 def _versions() -> dict[str, str]:
@@ -306,7 +318,8 @@ def _memory(report: dict[str, Any]) -> list[str]:
         parts = [f"{label} {console.human_bytes(plan[key])}" for key, label in runtime.PLAN_PARTS.items()]
         now = [f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in memory["now"].items()]
         lines.append(
-            f"{memory['formats']}: {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)},"
+            f"weights {memory['weights']}, {memory['formats']}:"
+            f" {plan['bytes_per_token']:,} bytes per packed token; planned: {', '.join(parts)},"
             f" total {console.human_bytes(plan['total'])}; in use: {', '.join(now)}"
         )
     return lines

@@ -17,6 +17,8 @@ from octo_run.cli import EXIT_FAILURE, console, debug_option
 from octo_run.errors import OctoError
 
 LEAST_PYTHON = (3, 10)
+#: Of a product with a quantised matrix; 4 bits err by about a tenth.
+_LARGEST_ERROR = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def command(as_json: bool) -> int:
 
 def examine() -> list[Finding]:
     """All findings, in the order in which one would look."""
-    looks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _triton, _cuda, _cache, _demo)
+    looks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _triton, _cuda, _weights, _cache, _demo)
     return [finding for look in looks for finding in look()]
 
 
@@ -104,6 +106,37 @@ def _cuda() -> Iterator[Finding]:
         yield Finding("CUDA device", "ok", f"cuda:{index} {name}, {memory}")
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang")):
         yield Finding("C compiler", "wrong", "none found, and Triton needs one to build its launchers: install gcc")
+
+
+def _weights() -> Iterator[Finding]:
+    """Quantise a small matrix in every format, on every device, and look at what a product with it gives."""
+    try:
+        import torch
+
+        from octo_run.kernels.linear import packed_linear
+        from octo_run.models.quantisation.schemes import SCHEMES
+    except (ImportError, OSError):
+        return
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        x, failed = weight[:1].contiguous(), []
+        exact = x @ weight.T
+        for name, scheme in SCHEMES.items():
+            out = x.new_empty(1, 256)
+            try:
+                packed_linear(x, scheme(weight), None, out)
+                error = float((out - exact).to(torch.float32).norm() / exact.to(torch.float32).norm())
+            except Exception as fault:
+                failed.append(f"{name} ({type(fault).__name__}: {str(fault)[:80]})")
+                continue
+            if not error < _LARGEST_ERROR:
+                failed.append(f"{name} (wrong by {100 * error:.0f} %)")
+        if failed:
+            detail = f"quantised ones fail on {device}: {', '.join(failed)}; use --weights bf16"
+            yield Finding("weights", "wrong", detail)
+        else:
+            yield Finding("weights", "ok", f"{', '.join(SCHEMES)} work on {device}")
 
 
 def _cache() -> Iterator[Finding]:

@@ -19,6 +19,7 @@ MAX_THREADS = 512
 #: Arithmetic by its name, and by the short one.
 DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32",
           "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # fmt: skip
+HEADS = ("bf16", "int8")
 
 Command = Callable[..., Any]
 
@@ -35,6 +36,8 @@ class EngineOptions:
     dtype: str | None
     offline: bool
     threads: int | None
+    weights: str | None = None
+    head: str = "bf16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +222,18 @@ _ENGINE_OPTIONS = (
         show_default=True,
         callback=_context_length,
         help="Context in tokens; 8k is 8,192.",
+    ),
+    click.option(
+        "--weights",
+        metavar="FORMAT",
+        help="Store layers' matrices so: bf16 (not quantised), fp8, int8, int4 or int4-128.  [default: as they are]",
+    ),
+    click.option(
+        "--head",
+        type=click.Choice(HEADS),
+        default="bf16",
+        show_default=True,
+        help="Store the embedding and the output head so; bf16: not quantised.",
     ),
     device_option,
     dtype_option,

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +91,21 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         on_plan=announce,
         on_measure=tell,
         conditioning=options.conditioning,
+        weights=options.weights,
+        head=options.head,
         **cache,
     )
     if str(engine.kv) != engine.kv.name:
         notice(f"formats: {engine.kv}")
     return engine
+
+
+def check_weights(names: Iterable[str | None]) -> None:
+    """Raise ``UsageError`` for a name that is no format of weights."""
+    from octo_run.models.quantisation.schemes import scheme_of
+
+    for name in names:
+        scheme_of(name)
 
 
 def checked_formats(text: str, cfg: "ModelConfig") -> list[str]:
@@ -211,7 +221,7 @@ def describe_plan(model: str, plan: "MemoryPlan") -> str:
     parts = plan.as_dict()
     sizes = [f"{label} {human_bytes(parts[key])}" for key, label in PLAN_PARTS.items() if parts[key]]
     return (
-        f"{shown(model)} on {plan.device}, {cache_and_context(plan)}\n"
+        f"{shown(model)} on {plan.device}, weights {plan.weight_format}, {cache_and_context(plan)}\n"
         f"memory: {' + '.join(sizes)} = {human_bytes(plan.total)}"
     )
 

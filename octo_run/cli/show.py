@@ -53,7 +53,8 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     """
     from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.engine.plan import free_memory
-    from octo_run.models.config import load_config
+    from octo_run.models.config import CONFIG_NAME, load_config
+    from octo_run.models.foreign import read_json_object
     from octo_run.models.hub import resolve
     from octo_run.models.weights import expected_tensors, stored_config, weight_bytes
 
@@ -63,6 +64,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         cfg = stored_config(path, cfg)
     where = choose_device(device)
     kind = choose_dtype(dtype, cfg, where)
+    packed = read_json_object(path / CONFIG_NAME).get("quantization_config") is not None
     return {
         "model": model,
         "path": str(path),
@@ -79,8 +81,27 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "max_context": cfg.context_limit,
         "device": str(where),
         "free_bytes": free_memory(where),
+        "weights": _weight_rows(cfg, kind, packed),
         "kv": [asdict(row) for row in _format_rows(cfg, where, kind)],
     }
+
+
+def _weight_rows(cfg: Any, dtype: Any, packed: bool) -> list[dict[str, Any]]:
+    """Bytes in memory with every choice of ``--weights`` and ``--head``; none for files that are quantised already."""
+    from octo_run.engine.plan import weight_bytes
+    from octo_run.models.decoder import Decoder
+    from octo_run.models.quantisation.schemes import HEADS, WEIGHTS, head_scheme, scheme_of
+    from octo_run.models.weights import RandomWeights
+
+    rows = []
+    for name in () if packed else WEIGHTS:
+        row: dict[str, Any] = {"weights": name}
+        for head in HEADS:
+            source = RandomWeights(cfg, "meta", dtype)
+            decoder = Decoder(cfg, source, None, None, scheme_of(name), None, head_scheme(head))
+            row[f"bytes_head_{head}"] = weight_bytes(decoder)
+        rows.append(row)
+    return rows
 
 
 def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
@@ -105,6 +126,15 @@ def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
     return rows
 
 
+def _weight_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The lines that say what ``--weights`` and ``--head`` take; none for files that are quantised already."""
+    if not rows:
+        return []
+    header = ["--weights", "bytes in memory", "with --head int8"]
+    cells = [[row["weights"], f"{row['bytes_head_bf16']:,}", f"{row['bytes_head_int8']:,}"] for row in rows]
+    return ["", console.table(header, cells)]
+
+
 def _text(facts: dict[str, Any]) -> str:
     shape = (
         f"{facts['layers']} layers, {facts['heads']} heads over {facts['kv_heads']} KV heads of {facts['head_dim']},"
@@ -126,6 +156,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"context       {facts['max_context']:,} tokens at most",
         f"device        {facts['device']}, {console.human_bytes(facts['free_bytes'])} free",
+        *_weight_table(facts["weights"]),
         "",
         console.table(["--kv", "bytes/token", "all-in", "tokens that fit in the free memory"], rows),
         "",

@@ -92,6 +92,7 @@ class FakeEngine:
         self.profiled: list[tuple[str, str, int, int, int]] = []  # likewise
         self.traces: list[Any] = []  # name, profiles, about
         self.loads: list[str] = []  # kv
+        self.weights: list[str | None] = []  # likewise
         self.loaded: Any = None
         self.cache: dict[str, Any] = {}
         self.sampling: Any = None
@@ -109,6 +110,10 @@ class FakeEngine:
     @property
     def kv(self) -> str:
         return str(self.loaded.kv)
+
+    @property
+    def plan(self) -> SimpleNamespace:
+        return SimpleNamespace(kv=self.kv, weight_format=self.loaded.weights or "fp32")
 
     def memory_plan(self) -> dict[str, int]:
         parts = {"weights": 1000, "arena": 200, "full_precision": 30, "workspace": 4, "graphs": 0, "logits": 5}
@@ -147,6 +152,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     def load(options: Any, **cache: Any) -> FakeEngine:
         fake.loaded, fake.cache = options, cache
         fake.loads.append(options.kv)
+        fake.weights.append(options.weights)
         return fake
 
     def params(_engine: FakeEngine, options: Any) -> Any:
@@ -165,10 +171,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
             fake.on_round()
             settings["on_round"]()
         return Row(
-            kv=fake.loaded.kv, test=f"{test[0]}{'+'.join(map(str, test[1:]))}", depth=settings["depth"],
-            batch=settings["batch"], tokens_per_s=1234.5, mean=1240.0, stdev=33.0, least=1200.0, most=1300.0,
-            first_token_ms=None if test[0] == "tg" else 414.7, ms_per_token=0.81, gb_per_s=read,
-            of_bandwidth=None if read is None else 0.8, joules_per_token=0.5,
+            weights=fake.plan.weight_format, kv=fake.loaded.kv, test=f"{test[0]}{'+'.join(map(str, test[1:]))}",
+            depth=settings["depth"], batch=settings["batch"], tokens_per_s=1234.5, mean=1240.0, stdev=33.0,
+            least=1200.0, most=1300.0, first_token_ms=None if test[0] == "tg" else 414.7, ms_per_token=0.81,
+            gb_per_s=read, of_bandwidth=None if read is None else 0.8, joules_per_token=0.5,
         )  # fmt: skip
 
     def profile(_engine: FakeEngine, test: tuple[str, int], *, depth: int, batch: int) -> Profile:

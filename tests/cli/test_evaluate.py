@@ -252,3 +252,14 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     assert shown.code == (1 if "no/such" in argv else 2)
     assert shown.out == "" and says in shown.err
     assert shown.err.startswith("octo-run: ") and shown.err.count("\n") == 1
+
+
+def test_weights_are_compared_with_the_dense_model(octo: Callable[..., Any]) -> None:
+    load = ("--weights", "bf16,int8", "--kv", "bf16,oct3", "--tokens", "300", "--ctx", "256", "--device", "cpu")
+    rows = json.loads(octo("eval", "ppl", *load, "--json").out)
+    assert [row["kv"] for row in rows] == ["bf16", "bf16/oct3", "int8/bf16", "int8/oct3"]
+    by_name = {row["kv"]: row for row in rows}
+    assert by_name["bf16"]["kl_mean"] == 0 < by_name["int8/bf16"]["kl_mean"] < 0.01
+    assert by_name["int8/oct3"]["bytes_per_token"] < by_name["int8/bf16"]["bytes_per_token"]
+    refused = octo("eval", "ppl", "--weights", "int8,int5", "--kv", "bf16")
+    assert refused.code == 2 and "There is no format of weights 'int5'" in refused.err

@@ -44,23 +44,37 @@ def test_bench_measures_every_format_depth_and_test(octo: Callable[..., Any], en
     assert report["repetitions"] == 3 and report["copy_gb_per_s"] == 100.0
     assert [row["test"] for row in report["rows"][:2]] == ["pp512", "tg128"]
     assert report["rows"][0]["gb_per_s"] is None and report["rows"][1]["of_bandwidth"] == 0.8
-    assert report["memory"]["oct3"]["plan"]["total"] == 1239
-    assert report["memory"]["bf16"]["now"] == {"process_peak": 4_000_000}
+    assert report["memory"]["fp32 oct3"]["plan"]["total"] == 1239
+    assert report["memory"]["fp32 bf16"]["now"] == {"process_peak": 4_000_000}
+
+
+def test_bench_compares_formats_of_weights(octo: Callable[..., Any], engine: Any) -> None:
+    report = json.loads(octo(*BENCH, "--weights", "bf16, int4", "-o", "json").out)
+    assert [*zip(engine.weights, engine.loads, strict=True)] == [
+        ("bf16", "oct3"), ("bf16", "bf16"), ("int4", "oct3"), ("int4", "bf16"),
+    ]  # fmt: skip
+    assert [*report["memory"]] == ["bf16 oct3", "bf16 bf16", "int4 oct3", "int4 bf16"]
+    assert [row["weights"] for row in report["rows"]] == ["bf16"] * 8 + ["int4"] * 8
+    engine.weights.clear()
+    refused = octo(*BENCH, "--weights", "bf16,int5")
+    assert refused.code == 2 and "There is no format of weights 'int5'; give --weights bf16" in refused.err
+    assert not engine.weights
 
 
 def test_bench_prints_tables_and_lines(octo: Callable[..., Any], engine: Any) -> None:
     table = octo(*BENCH).out
     assert "tokens/s" in table and "1,234.5" in table and "% of copy" in table
     assert (
-        "oct3: 7 bytes per packed token; planned: weights 1 kB, KV arena 200 B" in table
+        "weights fp32, oct3: 7 bytes per packed token; planned: weights 1 kB, KV arena 200 B" in table
         and "process peak 4 MB" in table
     )
     assert (
-        "| oct3 | tg128 | 3,584 | 2 | 1,234.5 | 1,240.0 | 33.0 | 1,200.0 | 1,300.0 | - | 0.810 | 80.0 | 80 |"
+        "| fp32 | oct3 | tg128 | 3,584 | 2 | 1,234.5 | 1,240.0 | 33.0 | 1,200.0 | 1,300.0 | - | 0.810 | 80.0 | 80 |"
         in octo(*BENCH, "-o", "markdown").out
     )
     lines = octo(*BENCH, "-o", "csv").out.splitlines()
-    assert "date,kv,test,depth,batch,tokens_per_s,mean,stdev,least,most,first_token_ms" in lines[0] and len(lines) == 9
+    assert "date,weights,kv,test,depth,batch,tokens_per_s,mean,stdev,least,most,first_token_ms" in lines[0]
+    assert len(lines) == 9
     rows = [json.loads(line) for line in octo(*BENCH, "-o", "jsonl").out.splitlines()]
     assert len(rows) == 8 and rows[7]["kv"] == "bf16"
     facts = {"model": "octo-demo", "device": "cpu (1 threads)", "dtype": "float32", "octo_run_version": __version__}
@@ -119,7 +133,7 @@ def test_bench_rows_are_told_as_they_come_with_the_time_left(octo: Callable[...,
     err = octo("bench", "--kv", "oct3,bf16", "--depth", "0,8", "-r", "2").err.splitlines()
     assert re.fullmatch(r"oct3 pp512 at depth 0: round 1 of 3, case 1 of 8, about \d+:\d\d left", err[0])
     assert len(err) == 9 and len(seen) == 24
-    told = r"oct3 pp512 at depth 0: 1,234.5 tokens/s \(mean 1,240.0 ± 33.0\); case 2 of 8, about \d+:\d\d left"
+    told = r"fp32 oct3 pp512 at depth 0: 1,234.5 tokens/s \(mean 1,240.0 ± 33.0\); case 2 of 8, about \d+:\d\d left"
     assert re.fullmatch(told, err[1]) and err[-1].endswith("± 33.0)")
 
 
@@ -164,6 +178,12 @@ def test_show_json(octo: Callable[..., Any]) -> None:
     assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["parameters"] == 18_880_896
     assert facts["weight_bytes"] == 4 * 18_880_896 and facts["dtype"] == "float32"
+    weights = {row["weights"]: row for row in facts["weights"]}
+    assert [*weights] == ["bf16", "fp8", "int8", "int4", "int4-128"]
+    assert weights["bf16"]["bytes_head_bf16"] == facts["weight_bytes"]
+    assert weights["int4"]["bytes_head_bf16"] < 0.4 * facts["weight_bytes"]
+    table = 8192 * 384
+    assert all(row["bytes_head_bf16"] - row["bytes_head_int8"] == 3 * table - 4 * 8192 for row in weights.values())
     rows = {row["kv"]: row for row in facts["kv"]}
     assert rows["octopus3"]["bytes_per_token"] == 8 * 2 * (56 + 56)
     assert rows["bf16"]["bytes_per_token"] == 8 * 2 * 2 * 128 * 4
@@ -264,3 +284,27 @@ def test_doctor_without_torch_or_a_new_python(monkeypatch: pytest.MonkeyPatch) -
     assert [finding.status for finding in (*doctor._torch(), *doctor._cuda())] == ["wrong"]
     monkeypatch.setattr(doctor.sys, "version_info", (3, 9, 0))
     assert next(doctor._python()).status == "wrong"
+
+
+def test_quantize_writes_a_model(octo: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = octo("quantize", "octo-demo", str(out), "--weights", "int8", "--device", "cpu")
+    assert done.code == 0 and "weights int8" in done.err and (out / "model.safetensors").is_file()
+    again = octo("quantize", "octo-demo", str(out))
+    assert again.code == 2 and "is there already: name a folder that is not" in again.err
+    refused = octo("quantize", "octo-demo", str(tmp_path / "other"), "--weights", "int5")
+    assert refused.code == 2 and "There is no format of weights 'int5'" in refused.err
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_doctor_tries_the_formats_of_weights(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def weights() -> dict[str, str]:
+        findings = json.loads(octo("doctor", "--json").out)["findings"]
+        return next(finding for finding in findings if finding["subject"] == "weights")
+
+    assert weights() == {"subject": "weights", "status": "ok", "detail": "fp8, int8, int4, int4-128 work on cpu"}
+    from octo_run.kernels import linear
+
+    monkeypatch.setattr(linear, "packed_linear", lambda _x, _weight, _bias, out: out.zero_())
+    broken = weights()
+    assert broken["status"] == "wrong" and "fp8 (wrong by 100 %)" in broken["detail"]

@@ -42,8 +42,10 @@ def test_rounds_begin_at_the_depth(engine: Engine, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("tied", "read"), [(True, 1000), (False, 1000 - 4 * 10 * 8)])
 def test_an_embedding_of_its_own_is_not_read_by_a_step(tied: bool, read: int) -> None:
-    cfg = SimpleNamespace(tie_word_embeddings=tied, vocab_size=10, hidden_size=8)
-    fake: Any = SimpleNamespace(config=cfg, dtype=torch.float32, plan=SimpleNamespace(weights=1000))
+    table = torch.zeros(10, 8)
+    head = SimpleNamespace(weight=table if tied else torch.zeros(10, 8))
+    forward = SimpleNamespace(decoder=SimpleNamespace(embedding=table, head=head))
+    fake: Any = SimpleNamespace(forward=forward, plan=SimpleNamespace(weights=1000))
     assert benchmark.step_weight_bytes(fake) == read
 
 

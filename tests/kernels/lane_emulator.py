@@ -400,6 +400,13 @@ def pack_half(low: Value, high: Value, kind: str) -> Value:
     return Value(np.ascontiguousarray(both).view(np.uint32)[:, 0].copy(), "u32")
 
 
+def fma_half2(a: Value, b: Value, c: Value, kind: str) -> Value:
+    """Exact, then rounded once."""
+    x, y, z = (operand([v], kind)[..., 0, :].reshape(RUNNING.threads, 2) for v in (a, b, c))
+    both = x * y + z
+    return pack_half(Value(both[:, 0], "f64"), Value(both[:, 1], "f64"), kind)
+
+
 def pack_half_finite(low: Value, high: Value) -> Value:
     top = float(np.finfo(np.float16).max)
     return pack_half(*(Value(np.clip(threads_of(x), -top, top), "f32") for x in (low, high)), "f16")
@@ -435,6 +442,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "write_shared": lambda address, value: write_shared_words(address, [value]),
     "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
     "load_global4": lambda pointer: global_words(pointer, 4),
+    "load_stream4": lambda pointer: global_words(pointer, 4),
     "load_global2": lambda pointer: global_words(pointer, 2),
     "load_global2_l2": lambda pointer: global_words(pointer, 2),
     "write_shared4_if": lambda address, a, b, c, d, wanted: write_shared_words(address, [a, b, c, d], wanted),
@@ -460,6 +468,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "mma_int8_16": lambda c, a0, a1, b0: product(c, [a0, a1], [b0], "i8"),
     "mma_half_8": lambda c, a0, a1, b0: product(c, [a0, a1], [b0], "f16"),
     "mma_half": lambda c, a0, a1, a2, a3, b0, b1, kind: product(c, [a0, a1, a2, a3], [b0, b1], kind),
+    "fma_half2": fma_half2,
     "pack_half": pack_half,
     "pack_half_finite": pack_half_finite,
     "low_half": lambda word: half_of(word, 0),
@@ -550,6 +559,7 @@ def language() -> types.ModuleType:
 PACKAGE = "octo_run.kernels"
 HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "decode")
 MODULES = ("lanes", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
+MODULES += ("linear.unpack", "linear.gluon_product")
 
 
 @contextmanager

@@ -50,6 +50,8 @@ CASES = [
              "MAPPED": False}, 4),
     (layer_kernels.rotate_back_kernel, {"X": B, "ROTATION": B, "OUT": B, "n": "i32"},
      {"D": 128, "BD": 128, "HEADS": 16, "COLUMNS": 32, "EARLY": True}, 4),
+    (layer_kernels.embed_packed_kernel, {"IDS": I, "CODES": "*u8", "ROWS": F, "OUT": B},
+     {"N": 4096, "PADDED": 4096, "BLOCK": 1024, "EARLY": True}, 4),
     (layer_kernels.vector_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": B, "n": "i32"},
      {"K": 4096, "BN": 2, "BK": 2048, "BIASED": False, "EARLY": True}, 4),
     (sample_kernels.sample_slice_kernel, RULES | {"vocab": "i32", "s_penalty": "i32"},

@@ -366,3 +366,39 @@ def test_launchers_refuse_strided_inputs():
     x = random(4, 64)
     with pytest.raises(ValueError, match="x must be contiguous"):
         launch.add_rms_norm(x[:, ::2], None, x[0, :32], 1e-5, x[:, :32].contiguous())
+
+
+def packed_table(vocab: int, width: int):
+    from octo_run.kernels.linear import pack
+
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, (vocab, width), dtype=torch.uint8, device=DEVICE)
+    return pack("int8", codes, width, torch.rand(vocab, device=DEVICE) / 100), codes.view(torch.int8)
+
+
+@pytest.mark.parametrize("width", [48, 384, 1100])
+def test_reference_of_a_packed_embedding(width):
+    table, codes = packed_table(50, width)
+    ids, out = (
+        torch.tensor([2, 49, 2], device=DEVICE, dtype=torch.int32),
+        torch.full((3, width), torch.nan, device=DEVICE),
+    )
+    reference.embed(ids, table, out)
+    assert torch.equal(out, codes[ids].float() * table.rows[ids, None])
+
+
+@triton_only
+@pytest.mark.parametrize("width", [48, 384, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF])
+def test_triton_packed_embedding(width, dtype):
+    from octo_run.kernels.step import launch
+
+    table, _codes = packed_table(50, width)
+    ids = torch.tensor([2, 49, 0, 2], device=DEVICE, dtype=torch.int32)
+    out, want = (torch.full((4, width), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2))
+    launch.embed_packed(ids, table, out)
+    reference.embed(ids, table, want)
+    assert torch.equal(out, want) and bool(out.isfinite().all())
+    wrong = replace(table, kind="fp8")
+    with pytest.raises(ValueError, match="an embedding is packed as int8"):
+        launch.embed_packed(ids, wrong, out)

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from octo_run.engine.quantise import quantise
 from octo_run.errors import OctoError, UsageError
 from octo_run.models import cache, hub
 from octo_run.models.config import load_config
@@ -601,3 +603,29 @@ def test_sampling_and_ends(small_gguf: Callable[..., Any], tmp_path: Path) -> No
     folder = import_model(small.write(tmp_path / "sampled.gguf")).path
     values = json.loads((folder / "generation_config.json").read_text())
     assert values["do_sample"] and values["temperature"] == 0.6 and values["top_k"] == 20
+
+
+@pytest.mark.parametrize(("arch", "quant", "weights"), [("llama", "Q8_0", "int4"), ("qwen2", "F32", "int8")])
+def test_quantised_imports_are_what_quantising_an_import_gives(
+    arch: str, quant: str, weights: str, small_gguf: Callable[..., Any], tmp_path: Path
+) -> None:
+    small = small_gguf(arch, quant=quant, intermediate_size=192, tie_word_embeddings=arch == "qwen2")
+    path = small.write(tmp_path / "model.gguf")
+    plain, out = import_model(path, "plain"), tmp_path / "out"
+    quantise(plain.path, out, weights, device="cpu")
+    packed = import_model(path, "packed", weights=weights)
+    assert packed.complete and packed.bytes < 0.9 * plain.bytes
+    want, got = (load_file(folder / "model.safetensors") for folder in (out, packed.path))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (out, packed.path)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_a_quantised_import_that_cannot_be_is_refused_first(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    path = small_gguf("llama").write(tmp_path / "model.gguf")  # 96 columns
+    with pytest.raises(OctoError, match=r"96 columns, no multiple of 64"):
+        import_model(path, weights="int4")
+    with pytest.raises(UsageError, match="There is no format of weights 'int5'"):
+        import_model(path, weights="int5")
+    assert not [*cache.cache_folder().glob("models--*/snapshots/*")]

@@ -132,7 +132,7 @@ CONFIG: dict[str, Any] = {
 CFG = parse_config(CONFIG, Path("config.json"))
 
 
-def eight_bits(weight: Tensor) -> PackedWeight:
+def eight_bits(weight: Tensor, _squares: Tensor | None = None) -> PackedWeight:
     """Plain rounding, a scale for each row."""
     scale = weight.float().abs().amax(1) / 127
     codes = (weight.float() / scale[:, None]).round().to(torch.int8)
@@ -158,17 +158,17 @@ def test_a_decoder_quantises_what_it_has_rotated() -> None:
     exact = logits(Decoder(CFG, dict(weights), None, None))
     seen: list[Tensor] = []
 
-    def quantise(weight: Tensor) -> PackedWeight:
+    def quantise(weight: Tensor, _squares: Tensor | None) -> PackedWeight:
         seen.append(weight.clone())
         return eight_bits(weight)
 
     decoder = Decoder(CFG, dict(weights), None, rotation, quantise)
-    assert len(seen) == 7 * CFG.num_layers
+    assert len(seen) == 4 * CFG.num_layers
     layer = decoder.layers[0]
     assert layer.v_rotation is None and isinstance(decoder.head, Linear)
     assert all(isinstance(part, PackedLinear) for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
     v = weights["model.layers.0.self_attn.v_proj.weight"].view(2, 64, -1)
-    assert any(x.shape == (128, 128) and torch.allclose(x, (rotation @ v).view(128, -1), atol=1e-6) for x in seen)
+    assert torch.allclose(seen[0][-128:], (rotation @ v).view(128, -1), atol=1e-6)
     assert (logits(decoder) - exact).abs().max() < 0.05 * exact.abs().max()
 
 

@@ -17,6 +17,7 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     component_bytes,
     load_angles,
     load_functions,
+    load_operands,
     make_components,
     mean_bytes,
     operand_bytes,
@@ -51,6 +52,7 @@ from octo_run.kernels.lanes import (
     u32,
     wait_for_kernel_before,
     wait_for_older_copies,
+    write_shared2,
     write_shared4,
     write_shared4_of,
 )
@@ -101,6 +103,8 @@ def _fill(words, tid, AT: gl.constexpr, ENTRIES: gl.constexpr, COPIES: gl.conste
     QUADS: gl.constexpr = COPIES // 4
     for r in gl.static_range((ENTRIES + THREADS - 1) // THREADS):
         entry = gl.minimum(r * THREADS + tid, ENTRIES - 1)
+        if COPIES == 2:
+            write_shared2(u32(AT + entry * 8), words[r], words[r])
         for i in gl.static_range(QUADS):
             quad = ((tid % 32) // (32 // COPIES) + i) % QUADS
             write_shared4(u32(AT + entry * (4 * COPIES) + quad * 16), words[r])
@@ -277,7 +281,7 @@ def table_decode_kernel(
         capacity, part, parts, 0, mine, room, full_at, tid, D, WARPS,
     )  # fmt: skip
     if MEAN > 0:
-        write_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, scale_log2, MEAN_AT, G, D, NT, MEAN, WARPS)
+        loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
     if runs_as(seq, WARPS - 1):  # the last warp has the fewest full-precision tokens
         for b in gl.static_range(NT):
             _keep(
@@ -289,6 +293,8 @@ def table_decode_kernel(
             table, table_x, TABLE_V, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
             COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
         )  # fmt: skip
+    if MEAN > 0:  # what it needs has come meanwhile
+        write_operands(loaded, lane, warp, scale_log2, MEAN_AT, D, NT, MEAN, WARPS)
     zero_i = lane * 0
     running, total, acc = full_precision(
         q_row, sq_h, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink,

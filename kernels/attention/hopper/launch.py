@@ -60,7 +60,7 @@ def table_copies(k: TrellisCodec, v: TrellisCodec, other_bytes: int) -> tuple[_C
         Copies of K's and V's table (one table if they have one format), and the bytes of shared memory with
         ``other_bytes``.
     """
-    some = [_Copies(main, extra) for main in (32, 16, 8, 4) for extra in (32, 16, 8, 4)]
+    some = [_Copies(main, extra) for main in (32, 16, 8, 4) for extra in (32, 16, 8, 4, 2)]
     pairs = [(a, b) for a in some for b in ([a] if k is v else some)]
 
     def size(pair: tuple[_Copies, _Copies]) -> int:

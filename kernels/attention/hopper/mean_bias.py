@@ -78,29 +78,55 @@ def _floats(words):
 
 
 @gluon.jit
-def write_operands(
-    coef_row, stride_h, weights_ptr, lane, warp, first_head, scale_log2, AT: gl.constexpr, G: gl.constexpr,
-    D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """The operands of the first product, in the unit of the logits, to byte AT of shared memory, tile by tile."""
+def _place(n, D: gl.constexpr, FAST: gl.constexpr):
+    """Tile and step of operand n."""
     STEPS: gl.constexpr = _steps(D)
     FASTEST: gl.constexpr = _fastest(FAST)
+    beyond = n - STEPS - FAST
+    tile = gl.where(n < STEPS, 0, gl.where(beyond < 0, 1, 2 + beyond // FASTEST))
+    return tile, gl.where(n < STEPS, n, gl.where(beyond < 0, n - STEPS, beyond % FASTEST))
+
+
+@gluon.jit
+def load_operands(
+    coef_row, stride_h, weights_ptr, lane, warp, first_head, D: gl.constexpr, G: gl.constexpr, NT: gl.constexpr,
+    FAST: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """What the warp's operands of the first product are made of: weights and, for each block of heads, coefficients."""
     TILES: gl.constexpr = _tiles(D, FAST)
     g = lane >> 2
     t = lane & 3
+    out = ()
     for c in gl.static_range((TILES + WARPS - 1) // WARPS):
-        n = gl.minimum(c * WARPS + warp, TILES - 1)
-        beyond = n - STEPS - FAST
-        tile = gl.where(n < STEPS, 0, gl.where(beyond < 0, 1, 2 + beyond // FASTEST))
-        step = gl.where(n < STEPS, n, gl.where(beyond < 0, n - STEPS, beyond % FASTEST))
-        weights = _floats(load_global4(weights_ptr + (((step * 4 + tile) * 2 + (g >> 2)) * 4 + t) * 4))
-        constant = (tile == 0) & (g < 4)  # its second slot: what rounding leaves of the first one
+        tile, step = _place(gl.minimum(c * WARPS + warp, TILES - 1), D, FAST)
+        parts = ()
         for b in gl.static_range(NT):
             row = coef_row + gl.minimum(first_head + 4 * b + (g & 3), G - 1) * stride_h + step * 8 + t
+            four = (gl.load(row), gl.load(row + D // 2), gl.load(row + 4), gl.load(row + (4 + D // 2)))
+            parts = parts + (four,)
+        words = load_global4(weights_ptr + (((step * 4 + tile) * 2 + (g >> 2)) * 4 + t) * 4)
+        out = out + ((words, parts),)
+    return out
+
+
+@gluon.jit
+def write_operands(
+    loaded, lane, warp, scale_log2, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """The operands of the first product, in the unit of the logits, to byte AT of shared memory, tile by tile."""
+    TILES: gl.constexpr = _tiles(D, FAST)
+    g = lane >> 2
+    for c in gl.static_range((TILES + WARPS - 1) // WARPS):
+        n = gl.minimum(c * WARPS + warp, TILES - 1)
+        tile, _step = _place(n, D, FAST)
+        weights = _floats(loaded[c][0])
+        constant = (tile == 0) & (g < 4)  # its second slot: what rounding leaves of the first one
+        for b in gl.static_range(NT):
             words = ()
             for i in gl.static_range(2):
-                cos_part = gl.load(row + 4 * i) * scale_log2
-                sin_part = gl.load(row + (4 * i + D // 2)) * scale_log2
+                cos_part = loaded[c][1][b][2 * i] * scale_log2
+                sin_part = loaded[c][1][b][2 * i + 1] * scale_log2
                 even = weights[2 * i + 1]
                 odd = weights[2 * i]
                 left = cos_part * even
@@ -151,11 +177,15 @@ def make_components(angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: 
         sums = ()
         for tile in gl.static_range(4):
             if tile == 0:
-                # Two sums of half the steps: a product waits for the one before it.
-                two = (_sum(zero, angles, at, 0, STEPS, 2), _sum(zero, angles, at + 512, 1, STEPS, 2))
-                four = ()
-                for i in gl.static_range(4):
-                    four = four + (two[0][i] + two[1][i],)
+                # Sums of two steps each where there are more: a product waits for the one before it.
+                CHAINS: gl.constexpr = max(2, STEPS // 2)
+                four = _sum(zero, angles, at, 0, STEPS, CHAINS)
+                for chain in gl.static_range(1, CHAINS):
+                    more = _sum(zero, angles, at + chain * 512, chain, STEPS, CHAINS)
+                    both = ()
+                    for i in gl.static_range(4):
+                        both = both + (four[i] + more[i],)
+                    four = both
                 sums = sums + (four,)
             elif tile == 1:
                 sums = sums + (_sum(zero, angles, at + STEPS * 512, 0, FAST, 1),)

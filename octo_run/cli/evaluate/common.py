@@ -109,11 +109,14 @@ def loader(
 
     Args:
         tokens: Its context; None: what the model has.
+
+    A format may be ``WEIGHTS/KV``.
         sequences: How many it holds.
     """
 
     def of(kv: str) -> "Engine":
-        options = dataclasses.replace(load, kv=kv, ctx=tokens)
+        weights, _, kv = kv.rpartition("/")
+        options = dataclasses.replace(load, kv=kv, weights=weights or load.weights, ctx=tokens)
         return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
 
     return of

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octo_run.cli import console, debug_option
+from octo_run.cli import console, debug_option, runtime
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options, percent
 from octo_run.cli.options import TOKENS, EngineOptions, engine_options
@@ -43,6 +43,9 @@ def command(
 ) -> int:
     """Perplexity of text with each format of --kv A,B,C, against bf16.
 
+    With --weights A,B every format of weights is measured with every one of --kv, against bf16 weights with bf16 keys
+    and values; a row's kv is then WEIGHTS/KV.
+
     The text is cut into windows of --ctx tokens (auto: 1,024, or what the model has), --stride apart; every token is
     scored once, in the first window that holds it. All formats read the same windows at the same time. Every token
     attends to what a decode step would find: the sinks, the recent window, and packed pages for the rest, whatever
@@ -59,6 +62,11 @@ def command(
     common.check_outputs(csv_file, plot=plot)
     contents = [common.read_text(path) for path in texts] or [common.sample_text()]
     kvs = common.formats(load)
+    if load.weights is not None:
+        stored = [*dict.fromkeys(name.strip() for name in load.weights.split(","))]
+        runtime.check_weights(stored)
+        kvs = [kv if kv == weights == "bf16" else f"{weights}/{kv}" for weights in stored for kv in kvs]
+        load = dataclasses.replace(load, weights="bf16")
     context = common.context(load, _CONTEXT)
     comparison = _comparison(contents, kvs, context, step, stride or context // 2, tokens, load, cache)
 

@@ -1,0 +1,98 @@
+"""Attention over the arena by the compiled kernels. Arguments as in ``kernels.attention.attend``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from octo_run.kernels.attention.inputs import AttentionInputs, check
+from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
+from octo_run.kernels.cpu.linear import ELEMENTS
+from octo_run.kernels.cpu.native import library
+
+if TYPE_CHECKING:
+    from octo_run.kernels.attention.spec import AttentionSpec
+
+_Long, _Pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Codec(ctypes.Structure):
+    _fields_ = (
+        *((name, _Long) for name in (
+            "kind", "element", "bytes", "stream", "state_bits", "is_signed", "triplets", "entries")),
+        ("table", _Pointer), ("unit", ctypes.c_double),
+    )  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, _Long) for name in (
+            "batch", "count", "heads", "kv_heads", "dim", "element", "sink", "capacity", "threads")),
+        ("scale", ctypes.c_double),
+        ("q", _Pointer), ("q_b", _Long), ("q_c", _Long), ("q_h", _Long),
+        ("out", _Pointer), ("o_b", _Long), ("o_c", _Long), ("o_h", _Long),
+        ("pages", _Pointer), ("page_page", _Long), ("page_head", _Long),
+        ("page_table", _Pointer), ("table_row", _Long),
+        *((name, _Pointer) for name in ("rows", "num_packed", "starts", "tail_origin")),
+        *((name, _Pointer) for name in ("sink_k", "sink_v", "tail_k", "tail_v")),
+        *((f"{part}_{by}", _Long) for part in ("sk", "sv", "tk", "tv") for by in "rht"),
+        *((name, _Pointer) for name in ("coefficients", "base", "offset")),
+        ("k", _Codec), ("v", _Codec),
+    )  # fmt: skip
+
+
+@functools.cache
+def _described(codec: Codec) -> tuple[_Codec, Tensor | None] | None:
+    """A codec for the kernels, with the table that its description points to; None for one that they do not know."""
+    if isinstance(codec, PlainCodec):
+        if codec.dtype not in ELEMENTS:
+            return None
+        return _Codec(0, ELEMENTS[codec.dtype], codec.bytes_per_vector, 0, 0, 0, 0, 0, None, 1.0), None
+    if type(codec) is TrellisCodec:
+        halves = codec.half_steps(torch.float32).to(torch.int32) & 1023
+        table = (halves[:, 0] | halves[:, 1] << 10 | halves[:, 2] << 20).contiguous()
+        made = _Codec(
+            1, 0, codec.bytes_per_vector, codec.stream, codec.state_bits, codec.signed, codec.num_triplets, len(table),
+            table.data_ptr(), codec.step / 2,
+        )  # fmt: skip
+        return made, table
+    if isinstance(codec, OctopusCodec):
+        words = codec.tables(torch.float32).codewords.contiguous()
+        made = _Codec(
+            2, 0, codec.bytes_per_vector, codec.bits, 0, 0, codec.num_triplets, words.shape[1], words.data_ptr(), 1.0
+        )
+        return made, words
+    return None
+
+
+def attend(q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, spec: AttentionSpec, out: Tensor | None) -> Tensor | None:
+    """Causal attention; None if the kernels do not take the call."""
+    found = library()
+    described = _described(fmt.k), _described(fmt.v)
+    if found is None or None in described or q.dtype not in ELEMENTS or q.shape[-1] % 16:
+        return None
+    spec.require_plain()
+    check(q, kv, fmt, out)
+    (k, _), (v, _) = (one for one in described if one is not None)
+    if out is None:
+        out = torch.empty_like(q)
+    batch, count, heads, dim = q.shape
+    of_queries = None if kv.mean is None else kv.mean.coefficients
+    full = kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v
+    call = _Call(
+        batch, count, heads, kv.pages.shape[1], dim, ELEMENTS[q.dtype], kv.sink, max(1, kv.tail_k.shape[2]),
+        torch.get_num_threads(), spec.scale, q.data_ptr(), *q.stride()[:3], out.data_ptr(), *out.stride()[:3],
+        kv.pages.data_ptr(), *kv.pages.stride()[:2], kv.page_table.data_ptr(), kv.page_table.stride(0),
+        kv.rows.data_ptr(), kv.num_packed.data_ptr(), kv.starts.data_ptr(), kv.tail_origin.data_ptr(),
+        *(part.data_ptr() for part in full), *(step for part in full for step in part.stride()[:3]),
+        None if of_queries is None else of_queries.data_ptr(),
+        None if kv.mean is None else kv.mean.tables.base.data_ptr(),
+        None if kv.mean is None else kv.mean.tables.offset.data_ptr(),
+        k, v,
+    )  # fmt: skip
+    found.octo_attend(ctypes.byref(call))
+    return out

@@ -1,0 +1,124 @@
+"""Compiling, keeping and loading the CPU kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from octo_run.errors import shown
+
+SWITCH = "OCTO_RUN_CPU_KERNELS"
+"""``0`` turns the compiled kernels off."""
+NATIVE = "native"
+"""The target that stands for the machine's own instruction set."""
+_SOURCE = Path(__file__).parent / "source"
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread")
+_TIME_LIMIT = 300  # seconds that the compiler may take
+
+
+class KernelError(Exception):
+    """The kernels cannot be compiled or loaded; the message says why in one sentence."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler that there is."""
+    named = os.environ.get("CXX")
+    return next(
+        (found for name in ([named] if named else ["c++", "g++", "clang++"]) if (found := shutil.which(name))), None
+    )
+
+
+def folder() -> Path:
+    """Where compiled kernels are kept."""
+    cache = os.environ.get("OCTO_RUN_CACHE")
+    if cache:
+        return Path(cache) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octo-run" / "kernels"
+
+
+def _machine() -> str:
+    """What the compiler's "native" depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        facts = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    except OSError:
+        facts = [platform.processor()]
+    return "\n".join((platform.system(), platform.machine(), *facts))
+
+
+def build(target: str = NATIVE) -> Path:
+    """The compiled library for a target, a value of the compiler's ``-march`` (on ARM ``-mcpu``).
+
+    It is compiled if it is not in the cache folder yet, for which several processes may try at once.
+
+    Raises:
+        KernelError: There is no compiler, it fails, or the folder cannot be written.
+    """
+    found = compiler()
+    if found is None:
+        raise KernelError("there is no C++ compiler (install g++ or clang++, or name one in CXX)")
+    sources = sorted(_SOURCE.glob("*.cpp"))
+    name = "-mcpu=" if platform.machine() in ("arm64", "aarch64") else "-march="
+    command = [found, *_FLAGS, name + target, *map(str, sources)]
+    known = hashlib.sha256(repr((command[1:], _machine())).encode())
+    for file in (*sources, *sorted(_SOURCE.glob("*.h"))):
+        known.update(file.read_bytes())
+    made = folder() / f"cpu-{known.hexdigest()[:20]}.so"
+    if made.is_file():
+        return made
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=made.parent) as place:
+            partial = Path(place) / made.name
+            done = subprocess.run(
+                [*command, "-o", str(partial)], capture_output=True, text=True, timeout=_TIME_LIMIT, check=False,
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            if done.returncode or not partial.is_file():
+                raise KernelError(f"{shown(found, 100)} fails: {shown(done.stderr.strip(), 200)}")
+            partial.replace(made)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelError(f"the CPU kernels cannot be compiled: {shown(str(error), 200)}") from error
+    return made
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A compiled library with its functions declared.
+
+    Raises:
+        KernelError: It cannot be loaded.
+    """
+    try:
+        found = ctypes.CDLL(str(path))
+        found.octo_path.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"the compiled CPU kernels cannot be loaded: {shown(str(error), 200)}") from error
+    return found
+
+
+@functools.cache
+def _found(switch: str | None) -> tuple[ctypes.CDLL | None, str]:
+    if switch == "0":
+        return None, f"PyTorch ({SWITCH}=0)"
+    try:
+        found = load(build())
+    except KernelError as error:
+        return None, f"PyTorch: {error}"
+    return found, found.octo_path().decode()
+
+
+def library() -> ctypes.CDLL | None:
+    """The machine's kernels, compiled on first use; None where PyTorch has to do."""
+    return _found(os.environ.get(SWITCH))[0]
+
+
+def path_name() -> str:
+    """Which instructions the CPU's kernels use, or that PyTorch runs and why."""
+    return _found(os.environ.get(SWITCH))[1]

@@ -1,0 +1,472 @@
+// Attention over sinks, packed pages and tail (see kernels/attention/inputs.py): the sequence is cut into blocks of up
+// to 64 tokens. A block's keys are decoded to a tile with tokens side by side, multiplied with all queries of the KV
+// head, then its values likewise. A run of SPLIT blocks is a piece of work; its sums are merged in order, so the number
+// of threads changes nothing.
+#include "common.h"
+#include <algorithm>
+#include <vector>
+
+namespace {
+constexpr int PAGE = 64, SPLIT = 16, ROWS = 128;
+enum { PLAIN = 0, TRELLIS = 1, OCTOPUS = 2 };
+}  // namespace
+
+extern "C" {
+struct Codec {  // of K or of V
+    int64_t kind, element, bytes, stream, state_bits, is_signed, triplets, entries;
+    const void *table;  // trellis: int32 [entries], half steps in three fields of 10 bits; octopus: float32 [3, entries]
+    double unit;        // what a number of the table times the stored norm is multiplied by
+};
+struct Call {
+    int64_t batch, count, heads, kv_heads, dim, element, sink, capacity, threads;
+    double scale;
+    const void *q;
+    int64_t q_b, q_c, q_h;
+    void *out;
+    int64_t o_b, o_c, o_h;
+    const uint8_t *pages;
+    int64_t page_page, page_head;
+    const int32_t *page_table;
+    int64_t table_row;
+    const int32_t *rows, *num_packed, *starts, *tail_origin;
+    const void *sink_k, *sink_v, *tail_k, *tail_v;
+    int64_t sk_r, sk_h, sk_t, sv_r, sv_h, sv_t, tk_r, tk_h, tk_t, tv_r, tv_h, tv_t;
+    const float *coefficients, *base, *offset;  // of the key mean, or null; coefficients [B, C, H, d]
+    Codec k, v;
+};
+}
+
+namespace {
+static inline F16 exponential(F16 x) {  // of x <= 0
+    F16 y = x < -87.0f ? splat(-87.0f) : x;
+    F16 n = y * 1.44269504f + 12582912.0f;
+    n -= 12582912.0f;
+    F16 r = y - n * 0.693359375f - n * -2.12194440e-4f;
+    F16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    I16 exponent = __builtin_convertvector(n, I16) << 23;
+    F16 found = (F16)((I16)p + exponent);
+    return x < -87.0f ? F16{} : found;
+}
+
+// rows[i][j] becomes rows[j][i], words of 32 bits.
+static inline void transpose(U16 *rows) {
+#define STAGE(half, low, high)                                                       \
+    for (int i = 0; i < 16; i++)                                                     \
+        if (!(i & half)) {                                                           \
+            U16 a = rows[i], b = rows[i + half];                                     \
+            rows[i] = __builtin_shuffle(a, b, low), rows[i + half] = __builtin_shuffle(a, b, high); \
+        }
+    const U16 l8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const U16 l4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+    const U16 l2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    const U16 l1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+    STAGE(8, l8, l8 + 8)
+    STAGE(4, l4, l4 + 4)
+    STAGE(2, l2, l2 + 2)
+    STAGE(1, l1, l1 + 1)
+#undef STAGE
+}
+
+static inline U16 some_bytes(const uint8_t *from, int64_t bytes) {
+    if (bytes >= 64) return load<U16>(from);
+#if defined(__AVX512BW__)
+    return (U16)_mm512_maskz_loadu_epi8((1ull << bytes) - 1, from);
+#else
+    U16 found = {};
+    memcpy(&found, from, bytes);
+    return found;
+#endif
+}
+
+// tile [dim][64] of rows of numbers.
+static void tile_of_rows(const void *const *rows, int count, int64_t dim, int element, float *tile) {
+    for (int first = 0; first < PAGE; first += 16) {
+        int64_t step = element == FLOAT32 ? 16 : 32;
+        for (int64_t i = 0; i < dim; i += step) {
+            U16 words[16];
+            int64_t bytes = std::min<int64_t>(64, (dim - i) * (element == FLOAT32 ? 4 : 2));
+            for (int t = 0; t < 16; t++)
+                words[t] = first + t < count
+                               ? some_bytes((const uint8_t *)rows[first + t] + i * (element == FLOAT32 ? 4 : 2), bytes)
+                               : U16{};
+            transpose(words);
+            float *to = tile + i * PAGE + first;
+            if (element == FLOAT32)
+                for (int j = 0; j < 16 && i + j < dim; j++) store(to + j * PAGE, words[j]);
+            else
+                for (int j = 0; j < 16 && i + 2 * j < dim; j++) {
+                    if (element == BFLOAT16) {
+                        store(to + 2 * j * PAGE, words[j] << 16);
+                        store(to + (2 * j + 1) * PAGE, words[j] & 0xffff0000u);
+                    } else
+                        for (int t = 0; t < 16; t++) {
+                            to[2 * j * PAGE + t] = of_half(words[j][t]);
+                            to[(2 * j + 1) * PAGE + t] = of_half(words[j][t] >> 16);
+                        }
+                }
+        }
+    }
+}
+
+static inline I16 lookup(const int32_t *table, I16 index) {
+#if defined(__AVX512F__)
+    return (I16)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#else
+    int32_t found[16], at[16];
+    store(at, index);
+    for (int i = 0; i < 16; i++) found[i] = table[at[i]];
+    return load<I16>(found);
+#endif
+}
+
+// tile [dim][64] of a block of codes; what is decoded times factors[t] is the vector.
+static void tile_of_codes(const Codec &c, const uint8_t *rows, int64_t dim, float *tile, float *factors) {
+    const int64_t words = (c.bytes + 3) / 4;
+    U16 *streams = (U16 *)scratch(6, (words + 17) * 4 * sizeof(U16));  // [words][4]
+    for (int block = 0; block < 4; block++) {
+        const uint8_t *first = rows + block * 16 * c.bytes;
+        for (int64_t w = 0; w < words; w += 16) {
+            U16 part[16];
+            int64_t bytes = std::min<int64_t>(64, c.bytes - 4 * w);
+            for (int t = 0; t < 16; t++) part[t] = some_bytes(first + t * c.bytes + 4 * w, bytes);
+            transpose(part);
+            for (int j = 0; j < 16 && w + j < words; j++) streams[(w + j) * 4 + block] = part[j];
+        }
+        for (int t = 0; t < 16; t++)
+            factors[block * 16 + t] = of_half(load<uint16_t>(first + (t + 1) * c.bytes - 2)) * (float)c.unit;
+    }
+    const int bits = (int)c.stream;
+    auto field = [&](int64_t bit, int count, int block) {
+        int64_t w = bit / 32;
+        int shift = bit % 32;
+        U16 found = streams[w * 4 + block] >> shift;
+        if (shift + count > 32) found |= streams[(w + 1) * 4 + block] << (32 - shift);
+        return found & ((1u << count) - 1);
+    };
+    if (c.kind == OCTOPUS) {
+        const int32_t *table = (const int32_t *)c.table;
+        for (int64_t i = 0; i < c.triplets; i++)
+            for (int block = 0; block < 4; block++) {
+                I16 code = (I16)field(i * bits, bits, block);
+                for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++)
+                    store(tile + (3 * i + axis) * PAGE + block * 16, lookup(table + axis * c.entries, code));
+            }
+        return;
+    }
+    const int64_t chain = c.triplets / 8, state = c.state_bits;
+    const int32_t *table = (const int32_t *)c.table;
+    const U16 top = U16{} + 0x80000000u;
+    for (int64_t i = 0; i < c.triplets; i++) {
+        const bool chained = i < 8 * chain;
+        const int64_t before = i % std::max<int64_t>(chain, 1) == chain - 1 ? i - chain + 1 : i + 1;
+        float *to = tile + 3 * i * PAGE;
+        const bool has_y = 3 * i + 1 < dim, has_z = 3 * i + 2 < dim;
+        for (int block = 0; block < 4; block++) {
+            U16 index = field(i * bits, bits, block);
+            if (chained)
+                index |= field(before * bits, (int)state, block) << bits;
+            else
+                index += 1u << (bits + state);
+            I16 word = lookup(table, (I16)index);
+            F16 x = floats((word << 22) >> 22), y = floats((word << 12) >> 22), z = floats((word << 2) >> 22);
+            if (c.is_signed) {
+                U16 signs = field(c.triplets * bits + 3 * i, 3, block);
+                x = (F16)((U16)x ^ (signs << 31)), y = (F16)((U16)y ^ ((signs << 30) & top));
+                z = (F16)((U16)z ^ ((signs << 29) & top));
+            }
+            store(to + block * 16, x);
+            if (has_y) store(to + PAGE + block * 16, y);
+            if (has_z) store(to + 2 * PAGE + block * 16, z);
+        }
+    }
+}
+
+// scores [R][64] = queries [R][dim] times the first 16 WIDTH columns of tile [dim][stride].
+template <int R, int WIDTH>
+static void products(const float *queries, int64_t dim, const float *tile, int64_t stride, float *scores) {
+    F16 sums[R][WIDTH] = {};
+    for (int64_t i = 0; i < dim; i++)
+        for (int v = 0; v < WIDTH; v++) {
+            F16 part = load<F16>(tile + i * stride + 16 * v);
+            for (int r = 0; r < R; r++) sums[r][v] += part * queries[r * dim + i];
+        }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < WIDTH; v++) store(scores + r * PAGE + 16 * v, sums[r][v]);
+}
+template <int WIDTH>
+static void all_products(const float *queries, int64_t rows, int64_t dim, const float *tile, int64_t stride,
+                         float *scores) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) products<4, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
+    if (rows - r == 3) products<3, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
+    if (rows - r == 2) products<2, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
+    if (rows - r == 1) products<1, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
+}
+
+// sums [R][dim] += weights [R][64] times values [count][dim].
+template <int R>
+static void add_values(const float *weights, int count, const float *values, int64_t dim, float *sums) {
+    for (int64_t i = 0; i < dim; i += 16) {
+        F16 found[R];
+        for (int r = 0; r < R; r++) found[r] = load<F16>(sums + r * dim + i);
+        for (int t = 0; t < count; t++) {
+            F16 v = load<F16>(values + t * dim + i);
+            for (int r = 0; r < R; r++) found[r] += v * weights[r * PAGE + t];
+        }
+        for (int r = 0; r < R; r++) store(sums + r * dim + i, found[r]);
+    }
+}
+static void add_all_values(const float *weights, int64_t rows, int count, const float *values, int64_t dim,
+                           float *sums) {
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8) add_values<8>(weights + r * PAGE, count, values, dim, sums + r * dim);
+    for (; r + 4 <= rows; r += 4) add_values<4>(weights + r * PAGE, count, values, dim, sums + r * dim);
+    if (rows - r == 3) add_values<3>(weights + r * PAGE, count, values, dim, sums + r * dim);
+    if (rows - r == 2) add_values<2>(weights + r * PAGE, count, values, dim, sums + r * dim);
+    if (rows - r == 1) add_values<1>(weights + r * PAGE, count, values, dim, sums + r * dim);
+}
+// The same for a tile [dim][64], into sums [R][dim][16] over tokens a multiple of 16 apart.
+template <int R> static void add_tile(const float *weights, const float *tile, int64_t dim, float *sums) {
+    F16 w[R][4];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < 4; v++) w[r][v] = load<F16>(weights + r * PAGE + 16 * v);
+    for (int64_t i = 0; i < dim; i++) {
+        F16 part[4];
+        for (int v = 0; v < 4; v++) part[v] = load<F16>(tile + i * PAGE + 16 * v);
+        for (int r = 0; r < R; r++) {
+            float *to = sums + (r * dim + i) * 16;
+            store(to, load<F16>(to) + (part[0] * w[r][0] + part[1] * w[r][1] + part[2] * w[r][2] + part[3] * w[r][3]));
+        }
+    }
+}
+
+struct Piece {  // sums of a run of blocks
+    std::vector<float> top, total, sums;
+};
+
+struct Work {
+    const Call &c;
+    int64_t b, head, first_row, count_rows, first_block, last_block;
+    int64_t row, start, length, packed, sink_blocks, blocks;
+    Piece *piece;
+
+    void run() const;
+};
+
+static int64_t tail_start(const Call &c, int64_t packed) { return c.sink + packed * PAGE; }
+
+void Work::run() const {
+    const int64_t dim = c.dim, group = c.heads / c.kv_heads, R = count_rows;
+    const int64_t size = c.element == FLOAT32 ? 4 : 2;
+    const bool few = R <= 8, mean = c.coefficients != nullptr;
+    const int64_t floats_needed = R * dim * 3 + R * PAGE * 2 + dim * PAGE * 2 + (few ? R * dim * 16 : 0) + PAGE * 4 +
+                                  (mean ? dim * 32 + R * dim : 0);
+    float *at = (float *)scratch(7, floats_needed * 4 + 1024);
+    auto take = [&](int64_t n) { float *found = at; at += (n + 15) / 16 * 16; return found; };
+    float *queries = take(R * dim), *sums = take(R * dim), *scores = take(R * PAGE), *biases = take(R * PAGE);
+    float *tile = take(dim * PAGE), *values = take(dim * PAGE), *factors = take(PAGE);
+    float *wide = few ? take(R * dim * 16) : nullptr;
+    float *coefficients = mean ? take(R * dim) : nullptr, *turned = mean ? take(R * dim) : nullptr;
+    float *offsets = mean ? take(dim * 32) : nullptr;
+    piece->top.assign(R, -INFINITY), piece->total.assign(R, 0);
+    memset(sums, 0, R * dim * 4);
+    if (few) memset(wide, 0, R * dim * 64);
+    for (int64_t r = 0; r < R; r++) {
+        int64_t token = (first_row + r) / group, h = head * group + (first_row + r) % group;
+        for (int64_t i = 0; i < dim; i++)
+            queries[r * dim + i] = element(c.q, c.element, b * c.q_b + token * c.q_c + h * c.q_h + i) * (float)c.scale;
+        if (mean)
+            for (int64_t i = 0; i < dim; i++)
+                coefficients[r * dim + i] =
+                    c.coefficients[((b * c.count + token) * c.heads + h) * dim + i] * (float)c.scale;
+    }
+    if (mean)
+        for (int64_t i = 0; i < dim; i++)
+            for (int t = 0; t < 32; t++) offsets[i * 32 + t] = c.offset[t * dim + i];
+
+    for (int64_t block = first_block; block < last_block; block++) {
+        const void *k_rows[PAGE], *v_rows[PAGE];
+        const uint8_t *page = nullptr;
+        int64_t position, n = PAGE;
+        if (block < sink_blocks) {
+            position = block * PAGE;
+            n = std::min<int64_t>(PAGE, std::min(c.sink, length) - position);
+            for (int64_t t = 0; t < n; t++) {
+                k_rows[t] = (const char *)c.sink_k + (row * c.sk_r + head * c.sk_h + (position + t) * c.sk_t) * size;
+                v_rows[t] = (const char *)c.sink_v + (row * c.sv_r + head * c.sv_h + (position + t) * c.sv_t) * size;
+            }
+        } else if (block < sink_blocks + packed) {
+            position = c.sink + (block - sink_blocks) * PAGE;
+            int64_t number = c.page_table[row * c.table_row + block - sink_blocks];
+            page = c.pages + number * c.page_page + head * c.page_head;
+        } else {
+            int64_t at_tail = (block - sink_blocks - packed) * PAGE;
+            position = tail_start(c, packed) + at_tail;
+            n = std::min<int64_t>(PAGE, length - position);
+            for (int64_t t = 0; t < n; t++) {
+                int64_t slot = (position + t - c.sink - c.tail_origin[b]) % c.capacity;
+                if (slot < 0) slot += c.capacity;
+                k_rows[t] = (const char *)c.tail_k + (row * c.tk_r + head * c.tk_h + slot * c.tk_t) * size;
+                v_rows[t] = (const char *)c.tail_v + (row * c.tv_r + head * c.tv_h + slot * c.tv_t) * size;
+            }
+        }
+        if (position > start + (first_row + R - 1) / group) continue;  // nobody here sees it
+        const bool codes = page && c.k.kind != PLAIN;
+        if (codes)
+            tile_of_codes(c.k, page, dim, tile, factors);
+        else {
+            if (page)
+                for (int t = 0; t < PAGE; t++) k_rows[t] = page + t * c.k.bytes;
+            tile_of_rows(k_rows, (int)n, dim, page ? (int)c.k.element : (int)c.element, tile);
+        }
+        all_products<4>(queries, R, dim, tile, PAGE, scores);
+        if (page && mean)
+            for (int half = 0; half < 2; half++) {
+                const float *angle = c.base + ((block - sink_blocks) * 2 + half) * dim;
+                const int64_t d2 = dim / 2;
+                for (int64_t r = 0; r < R; r++)
+                    for (int64_t i = 0; i < d2; i++) {
+                        float a = coefficients[r * dim + i], second = coefficients[r * dim + d2 + i];
+                        turned[r * dim + i] = a * angle[i] + second * angle[d2 + i];
+                        turned[r * dim + d2 + i] = second * angle[i] - a * angle[d2 + i];
+                    }
+                all_products<2>(turned, R, dim, offsets, 32, biases + half * 32);
+            }
+        const uint8_t *v_block = page ? page + PAGE * c.k.bytes : nullptr;
+        const bool v_codes = page && c.v.kind != PLAIN;
+        float v_factors[PAGE];
+        for (int64_t r = 0; r < R; r++) {
+            const int64_t seen = std::min<int64_t>(n, start + (first_row + r) / group - position + 1);
+            float *s = scores + r * PAGE;
+            F16 best = splat(-INFINITY);
+            for (int v = 0; v < 4; v++) {
+                F16 x = load<F16>(s + 16 * v);
+                if (codes) x *= load<F16>(factors + 16 * v);
+                if (page && mean) x += load<F16>(biases + r * PAGE + 16 * v);
+                if (16 * v + 16 > seen) {
+                    I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                    x = lane + 16 * v < (int32_t)std::max<int64_t>(seen, 0) ? x : splat(-INFINITY);
+                }
+                store(s + 16 * v, x);
+                best = x > best ? x : best;
+            }
+            float part[16], top = piece->top[r];
+            store(part, best);
+            for (int i = 0; i < 16; i++) top = std::max(top, part[i]);
+            const float shift = top == -INFINITY ? 0 : top;
+            float keep[16];
+            store(keep, exponential(splat(piece->top[r] - shift)));
+            F16 sum = {};
+            for (int v = 0; v < 4; v++) {
+                F16 p = exponential(load<F16>(s + 16 * v) - shift);
+                sum += p;
+                store(s + 16 * v, p);
+            }
+            piece->total[r] = piece->total[r] * keep[0] + total(sum);
+            if (top != piece->top[r]) {
+                for (int64_t i = 0; i < dim; i += 16)
+                    store(sums + r * dim + i, load<F16>(sums + r * dim + i) * keep[0]);
+                if (few)
+                    for (int64_t i = 0; i < dim * 16; i += 16)
+                        store(wide + r * dim * 16 + i, load<F16>(wide + r * dim * 16 + i) * keep[0]);
+                piece->top[r] = top;
+            }
+        }
+        if (!v_codes) {
+            for (int64_t t = 0; t < n; t++) {
+                const void *from = page ? v_block + t * c.v.bytes : v_rows[t];
+                const int kind = page ? (int)c.v.element : (int)c.element;
+                float *to = values + t * dim;
+                if (kind == FLOAT32)
+                    memcpy(to, from, dim * 4);
+                else if (kind == BFLOAT16)
+                    for (int64_t i = 0; i < dim; i += 16) store(to + i, of_bf16s((const uint16_t *)from + i));
+                else
+                    for (int64_t i = 0; i < dim; i++) to[i] = element(from, kind, i);
+            }
+            add_all_values(scores, R, (int)n, values, dim, sums);
+            continue;
+        }
+        tile_of_codes(c.v, v_block, dim, tile, v_factors);
+        for (int64_t r = 0; r < R; r++)
+            for (int v = 0; v < 4; v++)
+                store(scores + r * PAGE + 16 * v, load<F16>(scores + r * PAGE + 16 * v) * load<F16>(v_factors + 16 * v));
+        if (few) {
+            int64_t r = 0;
+            for (; r + 4 <= R; r += 4) add_tile<4>(scores + r * PAGE, tile, dim, wide + r * dim * 16);
+            if (R - r == 3) add_tile<3>(scores + r * PAGE, tile, dim, wide + r * dim * 16);
+            if (R - r == 2) add_tile<2>(scores + r * PAGE, tile, dim, wide + r * dim * 16);
+            if (R - r == 1) add_tile<1>(scores + r * PAGE, tile, dim, wide + r * dim * 16);
+        } else {
+            for (int first = 0; first < PAGE; first += 16)
+                for (int64_t i = 0; i < dim; i += 16) {
+                    U16 part[16];
+                    for (int j = 0; j < 16; j++) part[j] = load<U16>(tile + (i + j) * PAGE + first);
+                    transpose(part);
+                    for (int t = 0; t < 16; t++) store(values + (first + t) * dim + i, part[t]);
+                }
+            add_all_values(scores, R, PAGE, values, dim, sums);
+        }
+    }
+    if (few)
+        for (int64_t i = 0; i < R * dim; i++) sums[i] += total(load<F16>(wide + i * 16));
+    piece->sums.assign(sums, sums + R * dim);
+}
+}  // namespace
+
+// See kernels.attention.attend; head_dim a multiple of 16.
+extern "C" void octo_attend(const Call *call) {
+    const Call &c = *call;
+    const int64_t group = c.heads / c.kv_heads, rows = c.count * group;
+    std::vector<Work> work;
+    std::vector<int64_t> begins;  // of the pieces of a lane: sequence, KV head, chunk of rows
+    for (int64_t b = 0; b < c.batch; b++) {
+        const int64_t row = c.rows[b];
+        if (row < 0) {
+            for (int64_t token = 0; token < c.count; token++)
+                for (int64_t h = 0; h < c.heads; h++)
+                    for (int64_t i = 0; i < c.dim; i++)
+                        put(c.out, (int)c.element, b * c.o_b + token * c.o_c + h * c.o_h + i, 0);
+            continue;
+        }
+        const int64_t start = c.starts[b], length = start + c.count, packed = c.num_packed[b];
+        const int64_t sinks = (std::min(c.sink, length) + PAGE - 1) / PAGE;
+        const int64_t tail = std::max<int64_t>(0, length - tail_start(c, packed));
+        const int64_t blocks = sinks + packed + (tail + PAGE - 1) / PAGE;
+        for (int64_t head = 0; head < c.kv_heads; head++)
+            for (int64_t first = 0; first < rows; first += ROWS) {
+                begins.push_back((int64_t)work.size());
+                for (int64_t block = 0; block < blocks; block += SPLIT)
+                    work.push_back({c, b, head, first, std::min<int64_t>(ROWS, rows - first), block,
+                                    std::min(blocks, block + SPLIT), row, start, length, packed, sinks, blocks, nullptr});
+            }
+    }
+    begins.push_back((int64_t)work.size());
+    std::vector<Piece> pieces(work.size());
+    for (size_t i = 0; i < work.size(); i++) work[i].piece = &pieces[i];
+    parallel((int64_t)work.size(), (int)c.threads, [&](int64_t n) { work[n].run(); });
+    for (size_t lane = 0; lane + 1 < begins.size(); lane++) {
+        const Work &w = work[begins[lane]];
+        for (int64_t r = 0; r < w.count_rows; r++) {
+            float top = -INFINITY, whole = 0;
+            for (int64_t i = begins[lane]; i < begins[lane + 1]; i++) top = std::max(top, pieces[i].top[r]);
+            std::vector<float> shares;
+            for (int64_t i = begins[lane]; i < begins[lane + 1]; i++) {
+                shares.push_back(pieces[i].top[r] > -INFINITY ? std::exp(pieces[i].top[r] - top) : 0);
+                whole += pieces[i].total[r] * shares.back();
+            }
+            const int64_t token = (w.first_row + r) / group, h = w.head * group + (w.first_row + r) % group;
+            for (int64_t d = 0; d < c.dim; d++) {
+                float sum = 0;
+                for (int64_t i = begins[lane]; i < begins[lane + 1]; i++)
+                    sum += pieces[i].sums[r * c.dim + d] * shares[i - begins[lane]];
+                put(c.out, (int)c.element, w.b * c.o_b + token * c.o_c + h * c.o_h + d, sum / whole);
+            }
+        }
+    }
+}

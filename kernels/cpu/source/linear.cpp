@@ -1,0 +1,472 @@
+// Products of activations with packed weights (see kernels/linear/packed.py) and with bfloat16 weights.
+//
+// Integer kinds. A block of 128 activations is rounded to 16 bits, x = step (254 hi + lo) with hi and lo in -127..127
+// and step = largest / 32385, and its bytes lie in the order of the weight's codes. Sums of bytes are exact integers,
+// so neither threads nor instruction sets change them. The error of an activation is at most 1.6e-5 of its block's
+// largest one.
+#include "common.h"
+#include <algorithm>
+
+namespace {
+constexpr int BLOCK = 128;
+constexpr float STEPS = 32380;
+constexpr int AHEAD = 2;  // groups of rows that are fetched in advance
+enum Kind { INT4 = 0, INT8 = 1, FP4 = 2, FP8 = 3 };
+
+struct Weight {
+    int kind;
+    int64_t out, columns, padded, group;
+    const uint8_t *codes;
+    const float *rows;
+    const uint16_t *scales, *offsets;  // float16 or null
+    const int32_t *order;              // or null
+
+    bool nibbles() const { return kind == INT4 || kind == FP4; }
+    int64_t blocks() const { return padded / BLOCK; }
+    int64_t row_bytes() const { return nibbles() ? padded / 2 : padded; }
+    int64_t groups() const { return padded / group; }
+    // Parts of a block that must not be summed in one lane: steps of 16 columns of a word of nibbles.
+    int parts() const { return nibbles() && group == 16 ? 2 : 1; }
+};
+
+// Column of the code at each byte: int8 [128], nibbles [2][64] (low halves, then high ones).
+struct Orders {
+    int bytes[128], halves[128];
+    Orders() {
+        const int word4[8] = {0, 2, 4, 6, 1, 3, 5, 7}, word8[4] = {0, 2, 1, 3};
+        int column[128];
+        for (int t = 0, n = 0; t < 4; t++)
+            for (int s = 0; s < 8; s++)
+                for (int j = 0; j < 4; j++) column[n++] = 16 * s + 4 * t + j;
+        for (int i = 0; i < 128; i++) {
+            bytes[i] = column[i / 4 * 4 + word8[i % 4]];
+            halves[i % 2 * 64 + i / 2] = column[i / 8 * 8 + word4[i % 8]];
+        }
+    }
+};
+const Orders orders;
+
+// What is added to an unsigned or signed code's number so that it is the byte that is multiplied.
+#if defined(WIDE_VNNI) || (defined(__AVXVNNI__) && defined(__AVX2__))
+#define UNSIGNED_BYTES 1
+constexpr int INT8_ZERO = 128;
+#else
+constexpr int INT8_ZERO = 0;
+#endif
+
+// acc[lane] += the four products of a lane's bytes. |x| <= 127.
+static inline void dots(I16 &acc, const uint8_t *w, const int8_t *x, bool is_signed) {
+#if defined(WIDE_VNNI)
+    __m512i bytes = _mm512_loadu_si512(w);
+    if (is_signed) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
+    acc = (I16)_mm512_dpbusd_epi32((__m512i)acc, bytes, _mm512_loadu_si512(x));
+#elif defined(__AVX2__)
+    __m256i half[2];
+    memcpy(half, &acc, 64);
+    for (int i = 0; i < 2; i++) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)w + i), by = _mm256_loadu_si256((const __m256i *)x + i);
+#if defined(__AVXVNNI__)
+        if (is_signed) bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+        half[i] = _mm256_dpbusd_avx_epi32(half[i], bytes, by);
+#else
+        if (is_signed) {  // pairs stay below 2 * 128 * 127: no saturation
+            by = _mm256_sign_epi8(by, bytes);
+            bytes = _mm256_abs_epi8(bytes);
+        }
+        half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, by), _mm256_set1_epi16(1)));
+#endif
+    }
+    memcpy(&acc, half, 64);
+#else
+    int32_t lane[16];
+    store(lane, acc);
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 4; j++)
+            lane[i] += (is_signed ? (int)(int8_t)w[4 * i + j] : (int)w[4 * i + j]) * (int)x[4 * i + j];
+    acc = load<I16>(lane);
+#endif
+}
+
+static const uint8_t FP4_HALVES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // 2 value + 12
+
+// The numbers of 64 bytes of nibbles: int4 codes (their zero is 8), fp4 in halves (12).
+static inline void split(const uint8_t *codes, bool fp4, uint8_t *low, uint8_t *high) {
+#if defined(__AVX512BW__)
+    __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
+    __m512i a = _mm512_and_si512(both, mask), b = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+    if (fp4) {
+        __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)FP4_HALVES));
+        a = _mm512_shuffle_epi8(table, a), b = _mm512_shuffle_epi8(table, b);
+    }
+    _mm512_storeu_si512(low, a), _mm512_storeu_si512(high, b);
+#else
+    for (int i = 0; i < 64; i++) low[i] = codes[i] & 15, high[i] = codes[i] >> 4;
+    if (fp4)
+        for (int i = 0; i < 64; i++) low[i] = FP4_HALVES[low[i]], high[i] = FP4_HALVES[high[i]];
+#endif
+}
+
+// One row of activations in the order of a weight's codes.
+struct Prepared {
+    int8_t *bytes;    // [blocks][parts][hi, lo][128]
+    I16 *starts;      // [blocks][parts][hi, lo]: less the zero times the sums of the lanes
+    F16 *sums;        // [blocks][parts]: 254 hi + lo summed over lanes
+    float *steps;     // [blocks]
+};
+
+static size_t prepared_bytes(const Weight &w) {
+    size_t blocks = w.blocks(), parts = w.parts();
+    return blocks * parts * (256 + 2 * sizeof(I16) + sizeof(F16)) + (blocks * 4 + 63) / 64 * 64;
+}
+static Prepared place(const Weight &w, char *at) {
+    size_t blocks = w.blocks(), parts = w.parts();
+    Prepared p;
+    p.starts = (I16 *)at, at += blocks * parts * 2 * sizeof(I16);
+    p.sums = (F16 *)at, at += blocks * parts * sizeof(F16);
+    p.bytes = (int8_t *)at, at += blocks * parts * 256;
+    p.steps = (float *)at;
+    return p;
+}
+
+static int zero_of(int kind) { return kind == INT4 ? 8 : kind == FP4 ? 12 : INT8_ZERO; }
+
+// x in natural order, float32 [columns], of a block: its columns, padded by zeros.
+static void gather(const Weight &w, const void *x, int element_kind, int64_t block, float *into) {
+    int64_t first = block * BLOCK, count = std::min<int64_t>(BLOCK, w.columns - first);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t at = w.order ? w.order[first + i] : first + i;
+        into[i] = element(x, element_kind, at);
+    }
+    for (int64_t i = count; i < BLOCK; i++) into[i] = 0;
+}
+
+static void prepare(const Weight &w, const void *x, int element_kind, Prepared p) {
+    const int *order = w.nibbles() ? orders.halves : orders.bytes, parts = w.parts(), zero = zero_of(w.kind);
+    for (int64_t b = 0; b < w.blocks(); b++) {
+        float values[BLOCK], largest = 0;
+        gather(w, x, element_kind, b, values);
+        for (int i = 0; i < BLOCK; i++) largest = std::max(largest, std::fabs(values[i]));
+        float inverse = largest > 0 ? STEPS / largest : 0;
+        if (!std::isfinite(inverse)) inverse = 0;
+        p.steps[b] = inverse > 0 ? largest / STEPS : 0;
+        for (int i = 0; i < BLOCK; i++)
+            if (!std::isfinite(values[i])) p.steps[b] = NAN, inverse = 0;
+        int8_t hi[BLOCK], lo[BLOCK];
+        for (int i = 0; i < BLOCK; i++) {
+            int n = (int)std::nearbyint(values[i] * inverse), h = (int)std::nearbyint(n * (1.0f / 254));
+            hi[i] = h, lo[i] = n - 254 * h;
+        }
+        for (int part = 0; part < parts; part++) {
+            int8_t *into = p.bytes + (b * parts + part) * 256;
+            int32_t sums[2][16] = {};
+            for (int i = 0; i < BLOCK; i++) {
+                bool here = parts == 1 || order[i] / 16 % 2 == part;
+                into[i] = here ? hi[order[i]] : 0, into[BLOCK + i] = here ? lo[order[i]] : 0;
+                sums[0][i % 64 / 4] += into[i], sums[1][i % 64 / 4] += into[BLOCK + i];
+            }
+            I16 high = load<I16>(sums[0]), low = load<I16>(sums[1]);
+            store(p.starts + (b * parts + part) * 2, -zero * high);
+            store(p.starts + (b * parts + part) * 2 + 1, -zero * low);
+            store(p.sums + b * parts + part, floats(high * 254 + low));
+        }
+    }
+}
+
+// Scales (or offsets) of a block's lanes for a part.
+static inline F16 of_lanes(const Weight &w, const uint16_t *found, int64_t row, int64_t block, int part) {
+    if (w.group >= BLOCK) return splat(of_half(found[row * w.groups() + block * BLOCK / w.group]));
+    const uint16_t *first = found + row * w.groups() + block * (BLOCK / w.group);
+    const int parts_of = BLOCK / w.group;  // 2, 4 or 8 numbers; lane i has columns 16 (i % 8) or 32 (i % 4) and on
+    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I16 column = w.nibbles() ? (lane & 3) * 32 + 16 * part : (lane & 7) * 16;
+    const int shift = parts_of == 2 ? 6 : parts_of == 4 ? 5 : 4;
+#if defined(__AVX512BW__)
+    __mmask16 there = (1u << parts_of) - 1;
+    __m512 wide = _mm512_cvtph_ps(_mm256_castsi128_si256(_mm_maskz_loadu_epi16(there, first)));
+    return (F16)_mm512_permutexvar_ps((__m512i)(column >> shift), wide);
+#else
+    float few[8], found_lane[16];
+    for (int i = 0; i < parts_of; i++) few[i] = of_half(first[i]);
+    for (int i = 0; i < 16; i++) found_lane[i] = few[(column >> shift)[i]];
+    return load<F16>(found_lane);
+#endif
+}
+
+template <int ROWS, int TOKENS>
+static void rows_by_tokens(const Weight &w, int64_t row, const Prepared *xs, const float *bias, void *out, int kind,
+                           int64_t out_stride, int64_t token) {
+    F16 sums[ROWS][TOKENS] = {};
+    const int parts = w.parts();
+    const bool is_signed = w.kind == INT8;
+    const float unit = w.kind == FP4 ? 0.5f : 1.0f;
+    const int64_t width = w.row_bytes();
+    for (int64_t b = 0; b < w.blocks(); b++) {
+        for (int r = 0; r < ROWS; r++) {
+            const uint8_t *codes = w.codes + (row + r) * width + b * (w.nibbles() ? 64 : 128);
+            __builtin_prefetch(codes + AHEAD * ROWS * width);  // rows are too short for the hardware's streams
+            if (!w.nibbles()) __builtin_prefetch(codes + AHEAD * ROWS * width + 64);
+            alignas(64) uint8_t numbers[128];
+            if (w.nibbles()) {
+                split(codes, w.kind == FP4, numbers, numbers + 64);
+                codes = numbers;
+            }
+            for (int part = 0; part < parts; part++) {
+                F16 scale = splat(unit), shift = {};
+                if (w.scales) scale *= of_lanes(w, w.scales, row + r, b, part);
+                if (w.offsets) shift = of_lanes(w, w.offsets, row + r, b, part);
+                for (int t = 0; t < TOKENS; t++) {
+                    int64_t at = b * parts + part;
+                    const int8_t *x = xs[t].bytes + at * 256;
+                    I16 hi = xs[t].starts[2 * at], lo = xs[t].starts[2 * at + 1];
+                    dots(hi, codes, x, is_signed), dots(hi, codes + 64, x + 64, is_signed);
+                    dots(lo, codes, x + 128, is_signed), dots(lo, codes + 64, x + 192, is_signed);
+                    F16 found = floats(hi) * 254.0f + floats(lo);
+                    if (w.offsets) found -= shift * xs[t].sums[at];
+                    sums[r][t] += found * (scale * xs[t].steps[b]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++) {
+            float y = total(sums[r][t]) * w.rows[row + r];
+            put(out, kind, (token + t) * out_stride + row + r, bias ? y + bias[row + r] : y);
+        }
+}
+
+template <int ROWS>
+static void some_rows(const Weight &w, int64_t row, const Prepared *xs, int64_t tokens, const float *bias, void *out,
+                      int kind, int64_t stride) {
+    int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) rows_by_tokens<ROWS, 4>(w, row, xs + t, bias, out, kind, stride, t);
+    for (; t < tokens; t++) rows_by_tokens<ROWS, 1>(w, row, xs + t, bias, out, kind, stride, t);
+}
+
+// fp8: float32 products of values in the codes' order.
+static void fp8_rows(const Weight &w, int64_t row, int64_t count, const float *x, int64_t tokens, const float *bias,
+                     void *out, int kind, int64_t stride) {
+    float *values = (float *)scratch(2, w.padded * 4);
+    static float table[256];
+    static const bool filled = [] {
+        for (int c = 0; c < 256; c++) {
+            uint16_t half = (c & 127) << 7;
+            table[c] = (c & 127) == 127 ? NAN : of_half(half) * 256 * (c & 128 ? -1 : 1);
+        }
+        return true;
+    }();
+    (void)filled;
+    for (int64_t r = row; r < row + count; r++) {
+        for (int64_t i = 0; i < w.padded; i++) values[i] = table[w.codes[r * w.padded + i]];
+        if (w.scales)
+            for (int64_t i = 0; i < w.padded; i++) {
+                int64_t column = i / BLOCK * BLOCK + orders.bytes[i % BLOCK];
+                values[i] *= of_half(w.scales[r * w.groups() + column / w.group]);
+            }
+        for (int64_t t = 0; t < tokens; t++) {
+            F16 sum = {};
+            for (int64_t i = 0; i < w.padded; i += 16)
+                sum += load<F16>(values + i) * load<F16>(x + t * w.padded + i);
+            float y = total(sum) * w.rows[r];
+            put(out, kind, t * stride + r, bias ? y + bias[r] : y);
+        }
+    }
+}
+
+#ifdef AMX
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static void tiles() {
+    static const TileConfig config;
+    _tile_loadconfig(&config);
+}
+
+// 16 tokens in tiles: [blocks][hi, lo][2][16 words][16 tokens]; steps and sums [blocks][16].
+struct Tiled {
+    int8_t *bytes;
+    F16 *steps, *sums;
+};
+static size_t tiled_bytes(const Weight &w) { return w.blocks() * (4096 + 128); }
+static Tiled place_tiled(const Weight &w, char *at) {
+    return {(int8_t *)at, (F16 *)(at + w.blocks() * 4096), (F16 *)(at + w.blocks() * (4096 + 64))};
+}
+static void prepare_tiled(const Weight &w, const void *x, int kind, int64_t tokens, int64_t x_bytes, Tiled to) {
+    Prepared p = place(w, scratch(3, prepared_bytes(w)));
+    memset(to.bytes, 0, w.blocks() * 4224);
+    for (int64_t t = 0; t < tokens; t++) {
+        prepare(w, (const char *)x + t * x_bytes, kind, p);
+        for (int64_t b = 0; b < w.blocks(); b++) {
+            for (int word = 0; word < 64; word++)  // of hi, then lo
+                memcpy(to.bytes + b * 4096 + word * 64 + t * 4, p.bytes + b * 256 + word * 4, 4);
+            ((float *)to.steps)[b * 16 + t] = p.steps[b];
+            ((float *)to.sums)[b * 16 + t] = total(p.sums[b]);
+        }
+    }
+}
+static void amx_rows(const Weight &w, int64_t row, const Tiled *xs, int64_t tokens, const float *bias, void *out,
+                     int kind, int64_t stride) {
+    tiles();
+    const int64_t blocks = w.blocks(), width = w.row_bytes();
+    const uint8_t *first = w.codes + row * width;
+    const float unit = w.kind == FP4 ? 0.5f : 1.0f;
+    if (w.nibbles()) {  // bytes in two's complement, [16][padded]
+        uint8_t *wide = (uint8_t *)scratch(4, 16 * w.padded);
+        __m512i zero = _mm512_set1_epi8(w.kind == FP4 ? 12 : 8);
+        for (int r = 0; r < 16; r++)
+            for (int64_t b = 0; b < blocks; b++) {
+                uint8_t *to = wide + r * w.padded + b * BLOCK;
+                split(first + r * width + b * 64, w.kind == FP4, to, to + 64);
+                _mm512_store_si512(to, _mm512_sub_epi8(_mm512_load_si512(to), zero));
+                _mm512_store_si512(to + 64, _mm512_sub_epi8(_mm512_load_si512(to + 64), zero));
+            }
+        first = wide;
+    }
+    float *scales = (float *)scratch(5, blocks * 32 * 4), *shifts = scales + blocks * 16;
+    for (int64_t b = 0; b < blocks; b++)
+        for (int r = 0; r < 16; r++) {
+            int64_t at = (row + r) * w.groups() + b * BLOCK / w.group;
+            scales[b * 16 + r] = w.scales ? unit * of_half(w.scales[at]) : unit;
+            shifts[b * 16 + r] = w.offsets ? of_half(w.offsets[at]) : 0;
+        }
+    alignas(64) int32_t high[256], low[256];
+    for (int64_t t = 0; t < tokens; t += 16) {
+        const Tiled &x = xs[t / 16];
+        F16 sums[16] = {};
+        for (int64_t b = 0; b < blocks; b++) {
+            _tile_zero(0);
+            _tile_zero(1);
+            const int8_t *bytes = x.bytes + b * 4096;
+            for (int half = 0; half < 2; half++) {
+                _tile_loadd(2, first + b * BLOCK + half * 64, w.padded);
+                _tile_loadd(3, bytes + half * 1024, 64);
+                _tile_loadd(4, bytes + 2048 + half * 1024, 64);
+                _tile_dpbssd(0, 2, 3);
+                _tile_dpbssd(1, 2, 4);
+            }
+            _tile_stored(0, high, 64);
+            _tile_stored(1, low, 64);
+            for (int r = 0; r < 16; r++) {
+                F16 found = floats(load<I16>(high + 16 * r)) * 254.0f + floats(load<I16>(low + 16 * r));
+                if (w.offsets) found -= shifts[b * 16 + r] * x.sums[b];
+                sums[r] += found * (x.steps[b] * scales[b * 16 + r]);
+            }
+        }
+        for (int r = 0; r < 16; r++) {
+            float y[16];
+            store(y, sums[r] * w.rows[row + r]);
+            for (int64_t i = 0; i < std::min<int64_t>(16, tokens - t); i++)
+                put(out, kind, (t + i) * stride + row + r, bias ? y[i] + bias[row + r] : y[i]);
+        }
+    }
+    _tile_release();
+}
+#endif
+
+static void fp8_linear(const Weight &w, const char *x, int kind, int64_t tokens, int64_t x_bytes, const float *bias,
+                       void *out, int64_t stride, int threads) {
+    float *ordered = (float *)scratch(0, tokens * w.padded * 4);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t b = 0; b < w.blocks(); b++) {
+            float values[BLOCK], *to = ordered + t * w.padded + b * BLOCK;
+            gather(w, x + t * x_bytes, kind, b, values);
+            for (int i = 0; i < BLOCK; i++) to[i] = values[orders.bytes[i]];
+        }
+    parallel((w.out + 31) / 32, threads, [&](int64_t n) {
+        fp8_rows(w, n * 32, std::min<int64_t>(32, w.out - n * 32), ordered, tokens, bias, out, kind, stride);
+    });
+}
+}  // namespace
+
+// out [tokens, out] = x [tokens, columns] W^T + bias. x and out are of one element kind; strides in elements.
+extern "C" void octo_packed_linear(int code_kind, int64_t out_rows, int64_t columns, int64_t padded, int64_t group,
+                                   const uint8_t *codes, const float *rows, const uint16_t *scales,
+                                   const uint16_t *offsets, const int32_t *order, const void *x, int kind,
+                                   int64_t tokens, int64_t x_stride, const float *bias, void *out, int64_t stride,
+                                   int threads) {
+    Weight w{code_kind, out_rows, columns, padded, group, codes, rows, scales, offsets, order};
+    const int64_t x_bytes = x_stride * (kind == FLOAT32 ? 4 : 2);
+    if (w.kind == FP8) return fp8_linear(w, (const char *)x, kind, tokens, x_bytes, bias, out, stride, threads);
+    int64_t done = 0;
+#ifdef AMX
+    if (tokens >= 8 && group >= BLOCK && out_rows >= 16 && amx_allowed()) {
+        const int64_t each = tiled_bytes(w), count = (tokens + 15) / 16;
+        char *at = scratch(0, each * count + count * sizeof(Tiled));
+        Tiled *xs = (Tiled *)(at + each * count);
+        parallel(count, threads, [&](int64_t n) {
+            xs[n] = place_tiled(w, at + each * n);
+            int64_t here = std::min<int64_t>(16, tokens - n * 16);
+            prepare_tiled(w, (const char *)x + n * 16 * x_bytes, kind, here, x_bytes, xs[n]);
+        });
+        done = out_rows / 16 * 16;
+        parallel(done / 16, threads, [&](int64_t n) { amx_rows(w, n * 16, xs, tokens, bias, out, kind, stride); });
+        if (done == out_rows) return;
+    }
+#endif
+    const int64_t each = (prepared_bytes(w) + 63) / 64 * 64;
+    char *at = scratch(1, each * tokens + tokens * sizeof(Prepared));
+    Prepared *xs = (Prepared *)(at + each * tokens);
+    parallel(tokens, tokens < 8 ? 1 : threads, [&](int64_t t) {
+        xs[t] = place(w, at + each * t);
+        prepare(w, (const char *)x + t * x_bytes, kind, xs[t]);
+    });
+    const int64_t chunk = 32;
+    parallel((out_rows - done + chunk - 1) / chunk, threads, [&](int64_t n) {
+        int64_t row = done + n * chunk, last = std::min(out_rows, row + chunk);
+        for (; row + 4 <= last && tokens < 4; row += 4) some_rows<4>(w, row, xs, tokens, bias, out, kind, stride);
+        for (; row + 2 <= last; row += 2) some_rows<2>(w, row, xs, tokens, bias, out, kind, stride);
+        for (; row < last; row++) some_rows<1>(w, row, xs, tokens, bias, out, kind, stride);
+    });
+}
+
+// The same for weights bfloat16 [out, columns] (contiguous) or float32 ones, in float32.
+template <int ROWS, int TOKENS, bool WIDE>
+static void dense_rows(const void *weight, int64_t columns, int64_t row, const float *x, const float *bias, void *out,
+                       int kind, int64_t stride, int64_t token) {
+    F16 sums[ROWS][TOKENS] = {};
+    const int64_t whole = columns / 16 * 16;
+    for (int64_t i = 0; i < whole; i += 16)
+        for (int r = 0; r < ROWS; r++) {
+            if (!WIDE) __builtin_prefetch((const uint16_t *)weight + (row + r + AHEAD * ROWS) * columns + i);
+            F16 part = WIDE ? load<F16>((const float *)weight + (row + r) * columns + i)
+                            : of_bf16s((const uint16_t *)weight + (row + r) * columns + i);
+            for (int t = 0; t < TOKENS; t++) sums[r][t] += part * load<F16>(x + t * columns + i);
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++) {
+            float y = total(sums[r][t]);
+            for (int64_t i = whole; i < columns; i++)
+                y += element(weight, WIDE ? FLOAT32 : BFLOAT16, (row + r) * columns + i) * x[t * columns + i];
+            put(out, kind, (token + t) * stride + row + r, bias ? y + bias[row + r] : y);
+        }
+}
+template <bool WIDE>
+static void dense(const void *weight, int64_t out_rows, int64_t columns, const void *x, int kind, int64_t tokens,
+                  int64_t x_stride, const float *bias, void *out, int64_t stride, int threads) {
+    float *wide = (float *)scratch(0, tokens * columns * 4);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < columns; i++) wide[t * columns + i] = element(x, kind, t * x_stride + i);
+    parallel((out_rows + 31) / 32, threads, [&](int64_t n) {
+        int64_t last = std::min(out_rows, n * 32 + 32), t = 0;
+        for (; t < tokens; t += t + 4 <= tokens ? 4 : 1) {
+            int64_t row = n * 32;
+            const float *from = wide + t * columns;
+            if (t + 4 <= tokens)
+                for (; row + 4 <= last; row += 4)
+                    dense_rows<4, 4, WIDE>(weight, columns, row, from, bias, out, kind, stride, t);
+            else
+                for (; row + 4 <= last; row += 4)
+                    dense_rows<4, 1, WIDE>(weight, columns, row, from, bias, out, kind, stride, t);
+            for (; row < last; row++)
+                for (int64_t i = t; i < (t + 4 <= tokens ? t + 4 : t + 1); i++)
+                    dense_rows<1, 1, WIDE>(weight, columns, row, wide + i * columns, bias, out, kind, stride, i);
+        }
+    });
+}
+extern "C" void octo_dense_linear(const void *weight, int weight_kind, int64_t out_rows, int64_t columns, const void *x,
+                                  int kind, int64_t tokens, int64_t x_stride, const float *bias, void *out,
+                                  int64_t stride, int threads) {
+    (weight_kind == FLOAT32 ? dense<true> : dense<false>)(weight, out_rows, columns, x, kind, tokens, x_stride, bias, out,
+                                                          stride, threads);
+}

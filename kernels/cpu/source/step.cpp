@@ -1,0 +1,133 @@
+// The small operations of a step in float32 (see kernels/step).
+#include "common.h"
+#include <algorithm>
+
+namespace {
+static inline F16 exponential(F16 x) {  // of x <= 0; see attention.cpp
+    F16 y = x < -87.0f ? splat(-87.0f) : x;
+    F16 n = y * 1.44269504f + 12582912.0f;
+    n -= 12582912.0f;
+    F16 r = y - n * 0.693359375f - n * -2.12194440e-4f;
+    F16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return (F16)((I16)p + (__builtin_convertvector(n, I16) << 23));
+}
+static void norm(const float *x, const float *weight, int64_t n, float eps, float *out) {
+    F16 sum = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) sum += load<F16>(x + i) * load<F16>(x + i);
+    float squares = total(sum);
+    for (; i < n; i++) squares += x[i] * x[i];
+    const float factor = 1 / std::sqrt(squares / n + eps);
+    for (i = 0; i < n; i++) out[i] = weight[i] * (x[i] * factor);
+}
+static void times(const float *x, const float *matrix, int64_t d, float *out) {  // x [d] times [d, d]
+    for (int64_t i = 0; i < d; i += 64) {
+        const int64_t width = std::min<int64_t>(64, d - i);
+        if (width == 64) {
+            F16 sums[4] = {};
+            for (int64_t j = 0; j < d; j++)
+                for (int v = 0; v < 4; v++) sums[v] += x[j] * load<F16>(matrix + j * d + i + 16 * v);
+            for (int v = 0; v < 4; v++) store(out + i + 16 * v, sums[v]);
+            continue;
+        }
+        for (int64_t k = i; k < i + width; k++) {
+            float sum = 0;
+            for (int64_t j = 0; j < d; j++) sum += x[j] * matrix[j * d + k];
+            out[k] = sum;
+        }
+    }
+}
+}  // namespace
+
+extern "C" void octo_add_rms_norm(const float *x, float *residual, const float *weight, double eps, float *out,
+                                  int64_t rows, int64_t n, int threads) {
+    parallel((rows + 15) / 16, rows < 32 ? 1 : threads, [&](int64_t some) {
+        for (int64_t r = some * 16; r < std::min(rows, some * 16 + 16); r++) {
+            const float *from = x + r * n;
+            if (residual) {
+                float *sum = residual + r * n;
+                for (int64_t i = 0; i < n; i++) sum[i] += from[i];
+                from = sum;
+            }
+            norm(from, weight, n, (float)eps, out + r * n);
+        }
+    });
+}
+
+extern "C" void octo_swiglu(const float *gate_up, float *out, int64_t rows, int64_t n, int threads) {
+    parallel((rows + 15) / 16, rows < 32 ? 1 : threads, [&](int64_t some) {
+        for (int64_t r = some * 16; r < std::min(rows, some * 16 + 16); r++) {
+            const float *gate = gate_up + r * 2 * n, *up = gate + n;
+            float *to = out + r * n;
+            int64_t i = 0;
+            for (; i + 16 <= n; i += 16) {
+                F16 x = load<F16>(gate + i), e = exponential(x > 0.0f ? -x : x);
+                F16 share = (x > 0.0f ? splat(1) : e) / (1.0f + e);
+                store(to + i, x * share * load<F16>(up + i));
+            }
+            for (; i < n; i++) to[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+        }
+    });
+}
+
+extern "C" {
+struct Heads {
+    int64_t rows, heads, kv_heads, dim, one_map, threads;
+    double eps;
+    const float *qkv, *cos, *sin, *q_norm, *k_norm, *maps, *v_rotation, *mean;
+    const int32_t *slots, *owners;
+    float *k, *v, *q, *coefficients;
+    int64_t k_r, k_h, k_t, v_r, v_h, v_t, q_b, q_h;
+};
+}
+
+extern "C" void octo_qkv_rope_append(const Heads *given) {
+    const Heads &c = *given;
+    const int64_t d = c.dim, half = d / 2, group = c.heads / c.kv_heads;
+    parallel((c.rows + 7) / 8, c.rows < 16 ? 1 : (int)c.threads, [&](int64_t some) {
+        float *normed = (float *)scratch(5, 2 * d * 4), *turned = normed + d;
+        for (int64_t b = some * 8; b < std::min(c.rows, some * 8 + 8); b++) {
+            const float *row = c.qkv + b * (c.heads + 2 * c.kv_heads) * d, *cos = c.cos + b * half,
+                        *sin = c.sin + b * half;
+            const int64_t owner = c.owners ? c.owners[b] : b, slot = c.slots[b];
+            for (int64_t h = 0; h < c.heads + c.kv_heads; h++) {
+                const float *x = row + h * d, *weight = h < c.heads ? c.q_norm : c.k_norm;
+                if (weight) norm(x, weight, d, (float)c.eps, normed), x = normed;
+                for (int64_t i = 0; i < half; i++) {
+                    turned[i] = x[i] * cos[i] - x[half + i] * sin[i];
+                    turned[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
+                }
+                const bool query = h < c.heads;
+                const int64_t kv_head = query ? h / group : h - c.heads;
+                if (query && c.coefficients && c.mean) {
+                    const float *m = c.mean + kv_head * d;
+                    float *to = c.coefficients + (b * c.heads + h) * d;
+                    for (int64_t i = 0; i < half; i++) {
+                        to[i] = turned[i] * m[i] + turned[half + i] * m[half + i];
+                        to[half + i] = turned[half + i] * m[i] - turned[i] * m[half + i];
+                    }
+                }
+                if (!query && owner < 0) continue;
+                float *to = query ? c.q + b * c.q_b + h * c.q_h : c.k + owner * c.k_r + kv_head * c.k_h + slot * c.k_t;
+                if (c.maps)
+                    times(turned, c.maps + (c.one_map ? 0 : ((query ? 0 : c.kv_heads) + kv_head) * d * d), d, to);
+                else
+                    memcpy(to, turned, d * 4);
+            }
+            if (owner < 0) continue;
+            for (int64_t h = 0; h < c.kv_heads; h++) {
+                const float *x = row + (c.heads + c.kv_heads + h) * d;
+                float *to = c.v + owner * c.v_r + h * c.v_h + slot * c.v_t;
+                if (c.v_rotation)
+                    times(x, c.v_rotation, d, to);
+                else
+                    memcpy(to, x, d * 4);
+            }
+        }
+    });
+}

@@ -1,0 +1,96 @@
+"""The small operations of a step by the compiled kernels, in float32. Arguments as in ``kernels.step``."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from octo_run.kernels.cpu.native import library
+
+if TYPE_CHECKING:
+    from octo_run.kernels.step.reference import HeadTransform
+
+_Long, _Pointer, _Double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+
+
+def _taken(*tensors: Tensor | None) -> ctypes.CDLL | None:
+    """The kernels, if all tensors are contiguous float32."""
+    if any(x is not None and (x.dtype != torch.float32 or not x.is_contiguous()) for x in tensors):
+        return None
+    return library()
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> bool:
+    """False if the kernels do not take it."""
+    found = _taken(x, residual, weight, out)
+    if found is None:
+        return False
+    found.octo_add_rms_norm(
+        _Pointer(x.data_ptr()), _Pointer(None if residual is None else residual.data_ptr()),
+        _Pointer(weight.data_ptr()), _Double(eps), _Pointer(out.data_ptr()), _Long(x.shape[0]), _Long(x.shape[1]),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return True
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> bool:
+    """False if the kernels do not take it."""
+    found = _taken(gate_up, out)
+    if found is None:
+        return False
+    found.octo_swiglu(
+        _Pointer(gate_up.data_ptr()), _Pointer(out.data_ptr()), _Long(out.shape[0]), _Long(out.shape[1]),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return True
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (
+        *((name, _Long) for name in ("rows", "heads", "kv_heads", "dim", "one_map", "threads")),
+        ("eps", _Double),
+        *((name, _Pointer) for name in (
+            "qkv", "cos", "sin", "q_norm", "k_norm", "maps", "v_rotation", "mean", "slots", "owners",
+            "k", "v", "q", "coefficients")),
+        *((name, _Long) for name in ("k_r", "k_h", "k_t", "v_r", "v_h", "v_t", "q_b", "q_h")),
+    )  # fmt: skip
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def qkv_rope_append(
+    qkv: Tensor,
+    transform: HeadTransform,
+    slots: Tensor,
+    full_k: Tensor,
+    full_v: Tensor,
+    q_out: Tensor,
+    rows: Tensor | None,
+    coefficients: Tensor | None,
+) -> bool:
+    """False if the kernels do not take it."""
+    t, one_map = transform, False
+    maps = t.maps
+    if maps is not None:
+        one_map = maps.stride()[:2] == (0, 0)
+        maps = maps[0, 0] if one_map else maps
+    found = _taken(qkv, t.cos, t.sin, t.q_norm, t.k_norm, maps, t.v_rotation, t.mean, coefficients)
+    written = full_k, full_v, q_out
+    if found is None or any(x.dtype != torch.float32 or x.stride(-1) != 1 for x in written):
+        return False
+    indices = slots, rows
+    if any(x is not None and (x.dtype != torch.int32 or not x.is_contiguous()) for x in indices):
+        return False
+    call = _Heads(
+        len(qkv), q_out.shape[2], full_k.shape[1], q_out.shape[3], one_map, torch.get_num_threads(), t.eps,
+        _at(qkv), _at(t.cos), _at(t.sin), _at(t.q_norm), _at(t.k_norm), _at(maps), _at(t.v_rotation), _at(t.mean),
+        _at(slots), _at(rows), _at(full_k), _at(full_v), _at(q_out), _at(coefficients),
+        *full_k.stride()[:3], *full_v.stride()[:3], q_out.stride(0), q_out.stride(2),
+    )  # fmt: skip
+    found.octo_qkv_rope_append(ctypes.byref(call))
+    return True

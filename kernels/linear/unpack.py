@@ -1,0 +1,75 @@
+"""Codes to tensor-core operands, lane by lane: two neighbouring codes of a row to a register of two 16-bit floats.
+
+Codes become small whole numbers or, for floating-point codes, numbers of the right mantissa and an exponent that a
+factor mends: exact in either case. The tricks on bits are those of "Marlin" (Frantar et al. 2024, section 3.4): a mask
+puts the code into the mantissa of a power of two.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import constexpr_function
+
+from octo_run.kernels.lanes import fma_half2, u32
+
+
+@constexpr_function
+def steps_of_word(bits):
+    """Steps of a tensor-core product that a register of codes has a lane's columns for."""
+    return 8 // int(bits)
+
+
+@constexpr_function
+def excess(kind, element):
+    """What the numbers of a kind exceed the codes' values by."""
+    return {"bf16": 136.0, "f16": 1032.0}[str(element)] if str(kind) == "int4" else 0.0
+
+
+@constexpr_function
+def _magic(element):
+    """Two powers of two whose last mantissa bit is worth 1."""
+    return {"bf16": 0x43004300, "f16": 0x64006400}[str(element)]
+
+
+@constexpr_function
+def _scale_up(kind, element):
+    """Two powers of two that mend the exponents of floating-point codes."""
+    return {("fp8", "bf16"): 0x7B807B80, ("fp8", "f16"): 0x5C005C00, ("fp4", "bf16"): 0x7E807E80,
+            ("fp4", "f16"): 0x74007400}[str(kind), str(element)]  # fmt: skip
+
+
+@constexpr_function
+def _mantissa_shift(kind, element):
+    """How far the bits of exponent and mantissa of a code move up."""
+    bits = {"bf16": 7, "f16": 10}[str(element)] - {"fp8": 3, "fp4": 1}[str(kind)]
+    return bits
+
+
+@gluon.jit
+def pair(word, I: gl.constexpr, KIND: gl.constexpr, ELEMENT: gl.constexpr):
+    """Pair I of a register of codes, as two 16-bit floats (see ``excess``): of 4-bit codes 4 pairs, of 8-bit ones 2."""
+    if KIND == "int4":
+        return ((word >> (4 * I)) & 0x000F000F) | _magic(ELEMENT)
+    elif KIND == "fp4":
+        v = (word << (12 - 4 * I)) & 0x80008000
+        shift: gl.constexpr = _mantissa_shift(KIND, ELEMENT) - 4 * I
+        if shift >= 0:
+            bits = word << shift
+        else:
+            bits = word >> (0 - shift)
+        v = v | (bits & ((7 << _mantissa_shift(KIND, ELEMENT)) * 0x10001))
+        return fma_half2(v, u32(word * 0 + _scale_up(KIND, ELEMENT)), word * 0 + 0x80008000, ELEMENT)
+    elif KIND == "fp8":
+        v = word >> (8 * I)
+        v = ((v << 8) & 0x80008000) | ((v & 0x007F007F) << _mantissa_shift(KIND, ELEMENT))
+        return fma_half2(v, u32(word * 0 + _scale_up(KIND, ELEMENT)), word * 0 + 0x80008000, ELEMENT)
+    else:
+        gl.static_assert(KIND == "int8")
+        v = word >> (8 * I)
+        if ELEMENT == "bf16":  # 128 + the lower bits, less 128 or, for a negative one, 256
+            low = (v & 0x007F007F) | 0x43004300
+            high = (v & 0x00800080) | 0x43004300
+            return fma_half2(high, word * 0 + 0xBF80BF80, low, ELEMENT)
+        else:  # 1024 + 128 + code, less that
+            up = ((v & 0x00FF00FF) ^ 0x00800080) | 0x64006400
+            return fma_half2(word * 0 + 0x64806480, word * 0 + 0xBC00BC00, up, ELEMENT)

@@ -1,0 +1,320 @@
+"""Writing a quantised model as a folder that other programs load, too: compressed-tensors in safetensors files.
+
+The layers' matrices are quantised as they are on load, with the rotation of values left out: it belongs to a format of
+the cache, which a file does not know. The embedding, the output head, norms and biases stay dense.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from octo_run.errors import OctoError, UsageError
+from octo_run.kernels.linear import PackedWeight
+from octo_run.models.config import CONFIG_NAME
+from octo_run.models.decoder import Decoder
+from octo_run.models.files import INDEX_NAME, SINGLE_NAME, SMALL_NAMES
+from octo_run.models.foreign import present, read_bytes, read_json_object
+from octo_run.models.linear import PackedLinear
+from octo_run.models.quantisation.importance import random_ids
+from octo_run.models.weights import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from octo_run.models.config import ModelConfig
+    from octo_run.models.quantisation.schemes import Scheme
+    from octo_run.models.weights import Weights
+
+#: Bytes at most of one safetensors file, unless a single tensor is larger.
+SHARD_BYTES = 5_000_000_000
+_TYPES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor to be written: its place in the file and how it is made, on the CPU, when its turn comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file to be written."""
+
+    name: str
+    items: dict[str, Item]
+
+    @property
+    def header(self) -> bytes:
+        """Everything before the data."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, item in self.items.items():
+            end = position + item.nbytes
+            entries[name] = {"dtype": _TYPES[item.dtype], "shape": list(item.shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(item.nbytes for item in self.items.values())
+
+    def write(self, write: Callable[[bytes | memoryview], object]) -> None:
+        """Give the file's content, piece by piece, to ``write``."""
+        write(self.header)
+        for name, item in self.items.items():
+            tensor = item.make().contiguous()
+            if tensor.dtype != item.dtype or tuple(tensor.shape) != item.shape:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {item.dtype} {item.shape}")
+            if tensor.numel():
+                write(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def plan_shards(items: dict[str, Item]) -> list[Shard]:
+    """The files that the tensors make: one, or several with numbers in their names."""
+    groups: list[dict[str, Item]] = [{}]
+    filled = 0
+    for name, item in items.items():
+        if groups[-1] and filled + item.nbytes > SHARD_BYTES:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = item
+        filled += item.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE_NAME, groups[0])]
+    return [Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def index_of(shards: Sequence[Shard]) -> bytes:
+    """The content of ``model.safetensors.index.json``."""
+    weight_map = {name: shard.name for shard in shards for name in shard.items}
+    total = sum(item.nbytes for shard in shards for item in shard.items.values())
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode()
+
+
+def quantization_config(scheme: Scheme) -> dict[str, Any]:
+    """What ``config.json`` says about the weights, as compressed-tensors writes it."""
+    weights: dict[str, Any] = {
+        "num_bits": 8 if scheme.kind in ("int8", "fp8") else 4,
+        "type": "float" if scheme.kind == "fp8" else "int",
+        "symmetric": scheme.group is None,
+        "strategy": "channel" if scheme.group is None else "group",
+        "group_size": scheme.group,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if scheme.kind == "fp8" else "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+
+
+def check_shapes(cfg: ModelConfig, scheme: Scheme) -> None:
+    """Refuse a model whose matrices have no whole number of groups, which the format does not allow.
+
+    Raises:
+        OctoError: It says which.
+    """
+    unit = scheme.group or 8
+    inputs = {cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.intermediate_size}
+    if broken := sorted(columns for columns in inputs if columns % unit):
+        raise OctoError(
+            f"A matrix of this model has {broken[0]:,} columns, no multiple of {unit}, and files of {scheme.name} have "
+            "whole groups only: choose other --weights."
+        )
+
+
+def quantised_items(cfg: ModelConfig, weights: Weights, scheme: Scheme, dtype: torch.dtype) -> dict[str, Item]:
+    """All tensors of a model in the format that :func:`quantization_config` describes.
+
+    The packed weights are made now, layer by layer, and held; what is written is made of them piece by piece.
+
+    Args:
+        weights: Where they come from, in the dtype that they are measured in.
+        dtype: Of the tensors that stay dense.
+    """
+    check_shapes(cfg, scheme)
+    with torch.inference_mode():
+        decoder = Decoder(cfg, weights, None, None, scheme, random_ids(cfg) if scheme.weighted else None)
+    items: dict[str, Item] = {}
+
+    def dense(name: str, tensor: Tensor | PackedWeight | None) -> None:
+        if isinstance(tensor, Tensor):
+            items[name] = Item(dtype, tuple(tensor.shape), lambda: tensor.to(dtype).cpu())
+
+    def packed(prefix: str, weight: Tensor | PackedWeight, bias: Tensor | None) -> None:
+        assert isinstance(weight, PackedWeight)
+        items.update({f"{prefix}.{name}": item for name, item in _packed_items(weight).items()})
+        dense(f"{prefix}.bias", bias)
+
+    dense(EMBEDDING, decoder.embedding)
+    q, kv, inner = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
+    parts = {
+        "qkv": (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)),
+        "out": (("self_attn.o_proj", cfg.hidden_size),),
+        "gate_up": (("mlp.gate_proj", inner), ("mlp.up_proj", inner)),
+        "down": (("mlp.down_proj", cfg.hidden_size),),
+    }
+    for index, layer in enumerate(decoder.layers):
+        prefix = f"model.layers.{index}."
+        for place, names in parts.items():
+            linear, first = getattr(layer, place), 0
+            assert isinstance(linear, PackedLinear)
+            for name, rows in names:
+                bias = None if linear.bias is None else linear.bias[first : first + rows]
+                packed(prefix + name, linear.weight.part(first, first + rows), bias)
+                first += rows
+        dense(f"{prefix}self_attn.q_norm.weight", layer.q_norm)
+        dense(f"{prefix}self_attn.k_norm.weight", layer.k_norm)
+        dense(f"{prefix}input_layernorm.weight", layer.input_norm)
+        dense(f"{prefix}post_attention_layernorm.weight", layer.mlp_norm)
+    dense("model.norm.weight", decoder.final_norm)
+    if not cfg.tie_word_embeddings:
+        dense(HEAD, decoder.head.weight)
+    return items
+
+
+def _packed_items(weight: PackedWeight) -> dict[str, Item]:
+    """The tensors of one packed matrix."""
+    out, columns = weight.shape
+    groups = 1 if weight.scales is None else columns // weight.group
+
+    def codes() -> Tensor:
+        return weight.unpacked()[:, :columns].cpu()
+
+    def scales() -> Tensor:
+        factors = weight.rows[:, None].cpu()
+        whole = factors if weight.scales is None else factors * weight.scales[:, :groups].to(torch.float32).cpu()
+        return whole.to(torch.bfloat16)
+
+    scale = Item(torch.bfloat16, (out, groups), scales)
+    if weight.kind == "fp8":
+        values = Item(torch.float8_e4m3fn, (out, columns), lambda: codes().view(torch.float8_e4m3fn))
+        return {"weight": values, "weight_scale": scale}
+    bits = 4 if weight.kind == "int4" else 8
+
+    def integers() -> Tensor:  # int8 of two's complement becomes what it is plus 128
+        found = codes()
+        return _in_words(found if bits == 4 else found ^ 128, bits)
+
+    items = {
+        "weight_packed": Item(torch.int32, (out, -(-columns * bits // 32)), integers),
+        "weight_scale": scale,
+        "weight_shape": Item(torch.int64, (2,), lambda: torch.tensor([out, columns])),
+    }
+    if (offsets := weight.offsets) is not None:
+        items["weight_zero_point"] = Item(
+            torch.int32,
+            (-(-out * bits // 32), groups),
+            lambda: _in_words((offsets[:, :groups].cpu() + 8).to(torch.uint8).T, bits).T,
+        )
+    return items
+
+
+def _in_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 ``[rows, n]``, the first in the lowest bits of int32 words ``[rows, n * bits / 32]``."""
+    each = 32 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each)).view(len(codes), -1, each)
+    shifts = torch.arange(0, 32, bits)
+    words = (codes.to(torch.int64) << shifts).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def write_folder(
+    source: Path, target: Path, cfg: ModelConfig, items: dict[str, Item], scheme: Scheme,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:  # fmt: skip
+    """Write a model folder, which has its name only once it is whole.
+
+    Args:
+        source: The model's folder, of which configuration and tokenizer are taken.
+        progress: Told the bytes written and to be written.
+
+    Returns:
+        The bytes of the folder.
+
+    Raises:
+        OctoError: The folder cannot be written.
+    """
+    shards = plan_shards(items)
+    values = read_json_object(source / CONFIG_NAME)
+    values |= {"tie_word_embeddings": cfg.tie_word_embeddings, "quantization_config": quantization_config(scheme)}
+    files = {name: read_bytes(source / name) for name in SMALL_NAMES if present(source / name)}
+    files.pop(INDEX_NAME, None)
+    files[CONFIG_NAME] = json.dumps(values, indent=1).encode()
+    if len(shards) > 1:
+        files[INDEX_NAME] = index_of(shards)
+    total, done = sum(map(len, files.values())) + sum(shard.size for shard in shards), 0
+    with _new_folder(target, total) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+            done += len(content)
+        for shard in shards:
+            with (folder / shard.name).open("xb") as out:
+
+                def write(data: bytes | memoryview) -> None:
+                    nonlocal done
+                    out.write(data)
+                    done += len(data)
+                    if progress is not None:
+                        progress(done, total)
+
+                shard.write(write)
+    return total
+
+
+def check_target(target: Path) -> None:
+    """Raise ``UsageError`` for a folder that is there already or whose parent is not."""
+    if os.path.lexists(target):
+        raise UsageError(f"{target} is there already: name a folder that is not.")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder {target.absolute().parent} to write {target.name} into.")
+
+
+@contextmanager
+def _new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its name at the end, or is gone."""
+    check_target(target)
+    parent = target.absolute().parent
+    partial = parent / f".{target.name[:100]}.{os.urandom(4).hex()}.partial"
+    try:
+        free = shutil.disk_usage(parent).free
+        if size > free:
+            raise OctoError(f"{target} needs {size / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB free.")
+        partial.mkdir()
+        yield partial
+        partial.rename(target)
+    except OSError as error:
+        raise OctoError(f"{target} cannot be written ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

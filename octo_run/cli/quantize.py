@@ -1,0 +1,39 @@
+"""``octo-run quantize``: write a model with quantised weights."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from octo_run.cli import console, debug_option, runtime
+from octo_run.cli.options import DTYPES
+from octo_run.errors import shown
+
+
+@click.command("quantize")
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--weights", default="int4", show_default=True, metavar="FORMAT", help="fp8, int8, int4 or int4-128.")
+@click.option("--device", metavar="cpu|cuda", help="Where to compute.  [default: cuda if there is one]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: the model's, float32 on a CPU]")
+@debug_option
+def command(model: str, out: Path, weights: str, device: str | None, dtype: str | None) -> None:
+    """Write MODEL with quantised weights to the new folder OUT.
+
+    MODEL is a folder, ORG/NAME[@REV], imported/NAME or octo-demo. OUT is loaded like any model; it is in the format of
+    compressed-tensors, which other programs read, too. The embedding and the output head are not quantised
+    (--head int8 packs them when OUT is loaded). Loading MODEL with --weights saves this file, and is a little better
+    with a coded KV cache: the rotation of values is then in the matrices before they are quantised.
+    """
+    from octo_run.engine.quantise import quantise
+
+    runtime.check_weights([weights])
+    tell = None
+    if sys.stderr.isatty():
+
+        def tell(done: int, total: int) -> None:
+            click.echo(f"\rwriting: {100 * done / total:.0f} %", err=True, nl=done == total)
+
+    size = quantise(model, out, weights, device=device, dtype=dtype, progress=tell)
+    console.notice(f"{shown(str(out))}: {console.human_bytes(size)}, weights {weights}")
+    console.notice(f"chat with it: octo-run chat -m {shown(str(out))}")

@@ -1,0 +1,134 @@
+"""The CPU's products against float64, for every kind of codes, on every instruction set that this machine has."""
+
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from octo_run.kernels.cpu import linear
+from octo_run.kernels.cpu import native as compiled
+from octo_run.kernels.linear import PackedWeight
+from octo_run.kernels.linear.packed import BITS, pack
+
+_targets = runpy.run_path(str(Path(__file__).parent / "cpu_targets.py"))
+TARGETS, kernels_of = _targets["TARGETS"], _targets["kernels_of"]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Kernels compiled for a target."""
+    name: str = request.param
+    found = kernels_of(name)
+    monkeypatch.setattr(linear, "library", lambda: found)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def made(kind: str, out: int, columns: int, group: int | None, offsets: bool, order: bool) -> PackedWeight:
+    bits = BITS[kind]
+    codes = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8)
+    if kind == "fp8":
+        codes[codes & 127 == 127] = 0  # no NaN
+    groups = 1 if group is None else -(-columns // group)
+    scales = None if group is None else torch.rand(out, groups) + 0.1
+    shifts = torch.randn(out, groups) if offsets else None
+    return pack(
+        kind, codes, columns if group is None else group, torch.rand(out) + 0.1, scales, shifts,
+        torch.randperm(columns) if order else None,
+    )  # fmt: skip
+
+
+CASES = [
+    (kind, group, offsets)
+    for kind in BITS
+    for group in (None, 16, 32, 64, 128)
+    for offsets in ((False, True) if kind.startswith("int") and group is not None else (False,))
+]
+
+
+@pytest.mark.parametrize("kind, group, offsets", CASES)
+def test_packed_linear_is_the_product(target: str, kind: str, group: int | None, offsets: bool) -> None:
+    for out_rows, columns, rows, order in ((37, 576, 1, False), (64, 200, 5, True), (83, 384, 21, False)):
+        weight = made(kind, out_rows, columns, group, offsets, order)
+        x, bias = torch.randn(rows, columns) * torch.logspace(-2, 2, rows)[:, None], torch.randn(out_rows)
+        out = torch.full((rows, out_rows), torch.nan)
+        assert linear.packed_linear(x, weight, bias, out)
+        dense = weight.dequantised(torch.float64)
+        exact = x.double() @ dense.T + bias.double()
+        # Activations are rounded: 1.6e-5 of the largest one of a block, so that much of the sum of magnitudes.
+        scale = x.abs().amax(1, keepdim=True).double() * dense.abs().sum(1) + bias.abs().double()
+        assert bool(((out - exact).abs() <= 3e-5 * scale).all())
+        assert float((out - exact).norm() / exact.norm()) < 5e-5
+
+
+@pytest.mark.parametrize("kind", BITS)
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_threads_change_nothing(target: str, kind: str, rows: int) -> None:
+    weight, x = made(kind, 200, 640, 128, False, False), torch.randn(rows, 640)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out = torch.full((rows, 200), torch.nan)
+        assert linear.packed_linear(x, weight, None, out)
+        found.append(out)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_linear_is_the_product(target: str, dtype: torch.dtype) -> None:
+    for out_rows, columns, rows in ((37, 576, 1), (64, 203, 5), (33, 384, 18)):
+        weight, x, bias = torch.randn(out_rows, columns).to(dtype), torch.randn(rows, columns), torch.randn(out_rows)
+        out = torch.full((rows, out_rows), torch.nan)
+        assert linear.dense_linear(x, weight, bias, out)
+        exact = x.double() @ weight.double().T + bias.double()
+        assert float((out - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_a_number_that_is_not_finite_shows(target: str) -> None:
+    weight = made("int8", 40, 256, None, False, False)
+    for value in (torch.nan, torch.inf):
+        for rows in (1, 9):
+            x = torch.randn(rows, 256)
+            x[0, 3] = value
+            out = torch.zeros(rows, 40)
+            assert linear.packed_linear(x, weight, None, out)
+            assert bool(out[0].isnan().all()) and bool(out[1:].isfinite().all())
+
+
+def test_without_a_compiler_pytorch_is_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
+    compiled._found.cache_clear()
+    try:
+        assert compiled.library() is None
+        assert "no C++ compiler" in compiled.path_name()
+        assert not linear.packed_linear(
+            torch.randn(1, 128), made("int8", 4, 128, None, False, False), None, torch.empty(1, 4)
+        )
+    finally:
+        compiled._found.cache_clear()
+
+
+def test_a_compiler_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "cxx"
+    broken.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
+    with pytest.raises(compiled.KernelError, match="no such option"):
+        compiled.build()
+    assert [file.name for file in (tmp_path / "kernels").iterdir()] == []
+
+
+def test_the_switch_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.SWITCH, "0")
+    assert compiled.library() is None
+    assert compiled.SWITCH in compiled.path_name()

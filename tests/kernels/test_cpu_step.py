@@ -1,0 +1,71 @@
+"""The CPU's small operations of a step against the PyTorch references in float64, outputs poisoned."""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from octo_run.kernels.cpu import step
+from octo_run.kernels.step import reference
+from octo_run.kernels.step.reference import HeadTransform
+
+_targets = runpy.run_path(str(Path(__file__).parent / "cpu_targets.py"))
+
+
+@pytest.fixture(autouse=True, params=["native", "x86-64-v2", "x86-64-v3"])
+def _target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = _targets["kernels_of"](request.param)
+    monkeypatch.setattr(step, "library", lambda: found)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("width", [64, 576, 203])
+def test_norm_and_swiglu(rows: int, width: int) -> None:
+    x, residual, weight = torch.randn(rows, width), torch.randn(rows, width), torch.randn(width)
+    out, exact = torch.full_like(x, torch.nan), torch.empty_like(x, dtype=torch.float64)
+    summed = residual.double()
+    reference.add_rms_norm(x.double(), summed, weight.double(), 1e-5, exact)
+    assert step.add_rms_norm(x, residual, weight, 1e-5, out)
+    torch.testing.assert_close(residual, summed.float())
+    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
+    gate_up = torch.randn(rows, 2 * width) * 20
+    reference.swiglu(gate_up.double(), exact)
+    assert step.swiglu(gate_up, out.fill_(torch.nan))
+    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("maps", ["none", "one", "each"])
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_qkv_rope_append(maps: str, extra: bool, rows: int) -> None:
+    heads, kv_heads, d, owned = 6, 2, 80, rows + 3
+    angles = torch.rand(rows, d // 2) * 6
+    made = {"none": None, "one": torch.randn(d, d).expand(2, kv_heads, -1, -1), "each": torch.randn(2, kv_heads, d, d)}
+    transform = HeadTransform(
+        angles.cos(), angles.sin(), torch.randn(d) if extra else None, torch.randn(d) if extra else None, 1e-5,
+        made[maps], torch.randn(d, d) if extra else None, torch.randn(kv_heads, d) if extra else None,
+    )  # fmt: skip
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * d)
+    slots = torch.randint(0, 9, (rows,), dtype=torch.int32)
+    owners = torch.randperm(owned)[:rows].to(torch.int32)
+    owners[rows // 2] = -1
+    wide = replace(
+        transform, **{k: v.double() for k, v in vars(transform).items() if isinstance(v, torch.Tensor) and k != "maps"},
+        maps=None if made[maps] is None else made[maps].double(),
+    )  # fmt: skip
+    found = [torch.full((owned, kv_heads, 9, d), 7.0, dtype=dtype) for dtype in (torch.float32, torch.float64) * 2]
+    q = [torch.full((rows, 1, heads, d), torch.nan, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    coefficients = [torch.zeros(rows, 1, heads, d) for _ in range(2)] if extra else [None, None]
+    assert step.qkv_rope_append(qkv, transform, slots, found[0], found[2], q[0], owners, coefficients[0])
+    reference.qkv_rope_append(qkv.double(), wide, slots, found[1], found[3], q[1], owners, coefficients[1])
+    for got, exact in ((found[0], found[1]), (found[2], found[3]), (q[0], q[1]), tuple(coefficients)):
+        if got is not None:
+            torch.testing.assert_close(got, exact.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_other_types_are_pytorch_s() -> None:
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    assert not step.swiglu(x, torch.empty(2, 32, dtype=torch.bfloat16))
+    assert not step.add_rms_norm(x, None, torch.ones(64, dtype=torch.bfloat16), 1e-5, x.clone())

@@ -1,0 +1,140 @@
+"""Folders of quantised weights, read by the compressed-tensors package, against what is made on load."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from octo_run.engine.quantise import quantise
+from octo_run.errors import OctoError, UsageError
+from octo_run.kernels.linear import PackedWeight
+from octo_run.models.config import load_config
+from octo_run.models.decoder import Decoder
+from octo_run.models.quantisation import writer
+from octo_run.models.quantisation.importance import random_ids
+from octo_run.models.quantisation.schemes import SCHEMES
+from octo_run.models.weights import StoredWeights
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as data:
+            found |= {name: data.get_tensor(name) for name in data.keys()}  # noqa: SIM118
+    return found
+
+
+def on_load(path: Path, weights: str) -> Decoder:
+    cfg, scheme = load_config(path), SCHEMES[weights]
+    source = StoredWeights(path, cfg, "cpu", torch.float32)
+    with torch.inference_mode():
+        return Decoder(source.cfg, source, None, None, scheme, random_ids(cfg) if scheme.weighted else None)
+
+
+def decompressed(folder: Path, prefix: str, found: dict[str, Tensor]) -> Tensor:
+    """A matrix as the compressed-tensors package reads it, by what config.json says."""
+    pytest.importorskip("compressed_tensors", reason="the package that reads the files beside ours")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
+    (scheme,) = config.config_groups.values()
+    compressor: Any = BaseCompressor.get_value_from_registry(config.format)
+    parts = {name.removeprefix(f"{prefix}."): part for name, part in found.items() if name.startswith(f"{prefix}.w")}
+    result: Tensor = compressor.decompress(parts, scheme)["weight"]
+    # What the package itself writes of these values is the same, tensor by tensor.
+    wide = {"weight": result.float(), "weight_scale": parts["weight_scale"].float()}
+    if "weight_zero_point" in parts:
+        codes = parts["weight_zero_point"].T[..., None] >> torch.arange(0, 32, 4) & 15
+        wide["weight_zero_point"] = (codes.flatten(1).T - 8).to(torch.int8)
+    again = compressor.compress(wide, scheme)
+    assert again.keys() == parts.keys()
+    assert all(torch.equal(again[name].float(), parts[name].float()) for name in parts)
+    return result
+
+
+@pytest.mark.parametrize("weights", SCHEMES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_another_reader_finds_what_loading_makes(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, weights: str, tied: bool
+) -> None:
+    path = make_checkpoint(hidden_size=256, intermediate_size=384, tie_word_embeddings=tied, attention_bias=True)
+    out = tmp_path / "out"
+    size = quantise(path, out, weights, device="cpu")
+    assert size == sum(file.stat().st_size for file in out.iterdir())
+    found, decoder = tensors(out), on_load(path, weights)
+    cfg, original = decoder.cfg, tensors(path)
+    assert ("lm_head.weight" in found) == (not tied)
+    for name, tensor in original.items():  # all that is not quantised is as it was
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(found[name], tensor), name
+    rows = cfg.num_heads * cfg.head_dim
+    for index, layer in enumerate(decoder.layers):
+        qkv = layer.qkv.parts[0].weight
+        assert isinstance(qkv, PackedWeight)
+        k = qkv.part(rows, rows + cfg.num_kv_heads * cfg.head_dim)
+        down = layer.down.weight
+        assert isinstance(down, PackedWeight)
+        for name, packed in (("self_attn.k_proj", k), ("mlp.down_proj", down)):
+            got = decompressed(out, f"model.layers.{index}.{name}", found).float()
+            # The package computes in bfloat16, the dtype of the scales.
+            torch.testing.assert_close(got, packed.dequantised(), rtol=2**-7, atol=1e-6)
+
+
+def test_codes_are_those_of_loading(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path, out = make_checkpoint(hidden_size=256, intermediate_size=384), tmp_path / "out"
+    quantise(path, out, "int4", device="cpu")
+    words = tensors(out)["model.layers.1.mlp.down_proj.weight_packed"]
+    codes = (words[..., None] >> torch.arange(0, 32, 4)) & 15
+    down = on_load(path, "int4").layers[1].down.weight
+    assert isinstance(down, PackedWeight)
+    assert torch.equal(codes.flatten(1).to(torch.uint8), down.unpacked())
+
+
+def test_large_models_have_several_files_and_an_index(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole, out = make_checkpoint(hidden_size=256, intermediate_size=384), tmp_path / "whole", tmp_path / "out"
+    quantise(path, whole, "int8", device="cpu")
+    monkeypatch.setattr(writer, "SHARD_BYTES", 500_000)
+    quantise(path, out, "int8", device="cpu")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len({*index["weight_map"].values()}) == len([*out.glob("*.safetensors")]) > 2
+    one, other = tensors(whole), tensors(out)
+    assert one.keys() == other.keys() == index["weight_map"].keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_nothing_partial_takes_the_name(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, place = make_checkpoint(hidden_size=256, intermediate_size=384), tmp_path / "place"
+    place.mkdir()
+
+    def full(_shard: writer.Shard, write: Callable[[bytes], object]) -> None:
+        write(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.Shard, "write", full)
+    with pytest.raises(OctoError, match=r"out cannot be written \(No space left on device\)"):
+        quantise(path, place / "out", "int8", device="cpu")
+    assert not [*place.iterdir()]
+
+
+def test_what_cannot_be_written_is_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path, there = make_checkpoint(hidden_size=192, intermediate_size=384), tmp_path / "there"
+    there.mkdir()
+    with pytest.raises(UsageError, match="there is there already"):
+        quantise(path, there, "int4", device="cpu")
+    with pytest.raises(UsageError, match=r"There is no folder .*nowhere to write out into"):
+        quantise(path, tmp_path / "nowhere" / "out", "int4", device="cpu")
+    with pytest.raises(UsageError, match="nothing to quantise"):
+        quantise(path, tmp_path / "out", "bf16", device="cpu")
+    with pytest.raises(OctoError, match=r"192 columns, no multiple of 128.* choose other --weights"):
+        quantise(path, tmp_path / "out", "int4-128", device="cpu")
+    assert not (tmp_path / "out").exists()
