@@ -136,7 +136,9 @@ class Decoder:
         shapes = None if conditioning is None else conditioning.shapes
         for index, layer in enumerate(self.layers):
             maps = shared
-            if shapes is not None:
+            if shapes is not None and device.type == "meta":  # shapes alone: see linear._stacked
+                maps = torch.empty(2, *shapes[index].shape, dtype=self.dtype, device=device)
+            elif shapes is not None:
                 a = shapes[index].to(device, torch.float64)
                 both = torch.stack((torch.linalg.inv(a), a.mT)) @ turned.to(torch.float64)
                 maps = both.to(self.dtype)

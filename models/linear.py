@@ -46,6 +46,8 @@ class Linear:
         """The layer whose outputs, ``heads`` vectors, are these times ``rotation [d, d]``: ``R W`` for each head."""
 
         def rotated(x: Tensor) -> Tensor:
+            if x.is_meta:
+                return torch.empty(x.shape, dtype=x.dtype, device=x.device)
             blocks = x.to(rotation.dtype).reshape(heads, rotation.shape[0], -1)
             return (rotation.to(blocks) @ blocks).reshape(x.shape).to(x.dtype)
 
@@ -54,6 +56,8 @@ class Linear:
     def with_rotated_inputs(self, rotation: Tensor, heads: int) -> "Linear | None":
         """The layer for inputs, ``heads`` vectors, that are rotated by ``rotation [d, d]``: ``W R^T`` for each head."""
         weight = self.weight
+        if weight.is_meta:
+            return Linear(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), self.bias)
         blocks = weight.to(rotation.dtype).reshape(-1, heads, rotation.shape[0])
         return Linear((blocks @ rotation.to(blocks).T).reshape(weight.shape).to(weight.dtype), self.bias)
 
@@ -130,14 +134,23 @@ SingleLinear: TypeAlias = Linear | PackedLinear
 AnyLinear: TypeAlias = Linear | PackedLinear | SplitLinear
 
 
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts. PyTorch computes on ``meta`` what it knows in Python alone, and for that it imports a
+    compiler, which takes a second: shapes alone are made here."""
+    if parts[0].is_meta:
+        rows, first = sum(part.shape[0] for part in parts), parts[0]
+        return torch.empty(rows, *first.shape[1:], dtype=first.dtype, device=first.device)
+    return torch.cat(parts)
+
+
 def joined(*parts: SingleLinear) -> AnyLinear:
     """The outputs of several layers of one input, side by side: as one matrix where they can be one."""
     biases = [part.bias for part in parts if part.bias is not None]
     if biases and len(biases) < len(parts):
         return SplitLinear(parts)
-    bias = torch.cat(biases) if biases else None
+    bias = _stacked(biases) if biases else None
     if all(isinstance(part, Linear) for part in parts):
-        return Linear(torch.cat([part.weight for part in parts if isinstance(part, Linear)]), bias)
+        return Linear(_stacked([part.weight for part in parts if isinstance(part, Linear)]), bias)
     packed = [part.weight for part in parts if isinstance(part, PackedLinear)]
     weight = packed_ops.joined(packed) if len(packed) == len(parts) else None
     return SplitLinear(parts) if weight is None else PackedLinear(weight, bias)

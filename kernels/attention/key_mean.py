@@ -86,6 +86,8 @@ def mean_maps(means: Tensor, key_maps: Tensor) -> Tensor:
         float32 ``[..., d, d]``, contiguous: ``R_j mu`` as stored are the angles ``[n, d]`` of positions
         (``AngleTables.of_pages``) times it.
     """
+    if means.is_meta:  # the shape alone: PyTorch would import a compiler to find it
+        return torch.empty(key_maps.shape, dtype=torch.float32, device=means.device)
     m1, m2 = means.to(torch.float32)[..., None].chunk(2, -2)
     first, second = key_maps.to(torch.float32).chunk(2, -2)
     return torch.cat((m1 * first + m2 * second, m1 * second - m2 * first), -2)

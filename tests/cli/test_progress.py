@@ -140,7 +140,7 @@ def test_ctrl_c_while_reading_keeps_the_chat(
     terminal(["one", "/stats", "/regen", "two", "/stats"])
     shown = octo("chat")
     assert shown.code == 0 and "never" not in shown.out
-    assert "prompt 12 = 0 reused + 5 of 12 new" in shown.out
+    assert "5 of 12 prompt tokens read" in shown.out
     assert "1 turn: 12 prompt tokens, 0 of them reused, 5 read; 0 generated\nprompt 20.0 tokens/s, gen" in shown.out
     assert "3 turns: 36 prompt tokens, 0 of them reused, 29 read; 2 generated\nprompt 38.7 tokens/s, gen" in shown.out
     assert "generation -" not in shown.out, "an answer that never began takes nothing off the others"

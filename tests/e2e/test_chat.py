@@ -140,7 +140,7 @@ FAILURES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
     "unknown command": (lambda _: ["gnerate"], 2, "did you mean 'generate'?"),
     "unknown model": (lambda _: ["chat", "-m", "org/none"], 1, "octo-run pull org/none"),
     "unknown folder": (lambda _: ["chat", "-m", "./none"], 2, "./none"),
-    "context beyond the model": (lambda _: ["chat", "--ctx", "5000"], 2, "--ctx"),
+    "context beyond the model": (lambda _: ["chat", "--ctx", "5000"], 2, "4096 tokens or less"),
     "prompt beyond the context": (
         lambda _: ["generate", "-p", "one two " * 50, "--ctx", "64"],
         2,

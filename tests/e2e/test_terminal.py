@@ -157,10 +157,15 @@ def test_every_command(terminal: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_the_gauge_shows_how_full_the_context_is(terminal: Callable[..., Any]) -> None:
-    chat = terminal("chat", "-n", "3", "--ctx", "256", columns=100)
-    at = chat.wait_for(r"context 0 of 256 tokens \(0 %\)")
+    """On a terminal that tells its cursor's place: where none does, there is no line at the bottom."""
+    chat = terminal("chat", "-n", "3", "--ctx", "256", columns=100, PROMPT_TOOLKIT_NO_CPR="")
+    at = chat.wait_for(r"\x1b\[6n")
+    chat.type("\x1b[5;1R")
+    at = chat.wait_for(r"context 0 of 256 tokens \(0 %\)", at)
     chat.type("Hello there.\r")
-    chat.wait_for(r"first after.*context [1-9]\d* of 256 tokens \([1-9]\d* %\) · 1 of \d pages · [\d.]+ tokens/s", at)
+    at = chat.wait_for(r"first after.*\x1b\[6n", at)
+    chat.type("\x1b[12;1R")
+    chat.wait_for(r"context [1-9]\d* of 256 tokens \([1-9]\d* %\) · 1 of \d pages · [\d.,]+ tokens/s", at)
     leave(chat)
 
 

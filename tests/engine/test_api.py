@@ -58,9 +58,9 @@ def test_text_and_ids_are_one_prompt(scripted: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda e: e.generate(5), "A prompt is a text or a list of token ids"),
-        (lambda e: e.generate([1.5]), "A prompt is a text or a list of token ids"),
-        (lambda e: e.generate(b"abc"), "A prompt is a text or a list of token ids"),
+        (lambda e: e.generate(5), "A prompt is a text or one list of token ids"),
+        (lambda e: e.generate([1.5]), "A prompt is a text or one list of token ids"),
+        (lambda e: e.generate(b"abc"), "A prompt is a text or one list of token ids"),
         (lambda e: e.generate("abc", {"seed": 1}), "params is {'seed': 1} (dict); give SamplingParams or None"),
         (lambda e: e.chat("abc"), "messages is 'abc' (str); give a list or"),
         (lambda e: e.chat(["abc"]), "messages[0] is 'abc' (str); give a dict"),
