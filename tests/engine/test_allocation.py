@@ -123,7 +123,7 @@ def test_what_is_no_budget_is_refused_in_one_sentence(text: str) -> None:
     assert str(error.value).startswith(f"--kv '{text}': auto chooses")
 
 
-@pytest.mark.parametrize("text", ["Auto:56", "autos", "oct3,auto:56", "oct9", ""])
+@pytest.mark.parametrize("text", ["autos", "oct3,auto:56", "oct9", ""])
 def test_other_words_are_unknown_formats(text: str) -> None:
     with pytest.raises(UsageError, match="unknown KV format"):
         parse_formats(text, SHAPE)

@@ -584,7 +584,7 @@ def test_load_from_a_folder(make_checkpoint: Callable[..., Path], tmp_path: Path
         ({"device": "cuda:99"}, OctoError, "sees [0-9]+ CUDA devices"),
         ({"dtype": "int8"}, UsageError, "There is no dtype 'int8'"),
         ({"dtype": torch.float64}, UsageError, "There is no dtype torch.float64"),
-        ({"max_context": 2049}, UsageError, "2,049 tokens is beyond the model's 2,048"),
+        ({"max_context": 2049}, UsageError, "2,049 tokens is beyond the model's: choose one of 2048"),
         ({"max_context": 0}, UsageError, "context is 0"),
         ({"sink": -1}, UsageError, "sink"),
         ({"window": 32}, UsageError, "window"),
