@@ -194,8 +194,8 @@ class Engine:
         path: Path | None = None
         if random_weights is None:
             path = resolve(str(model))
-            refuse_packed(path, weights)
             cfg = load_config(path)
+            refuse_packed(path, cfg, weights)
         else:
             cfg = read_shape(random_weights)
         where = choose_device(device)

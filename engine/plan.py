@@ -22,9 +22,10 @@ from octo_run.kernels.linear.reference import SLAB_BYTES
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder, Layer, Quantise
-from octo_run.models.linear import AnyLinear, Linear, PackedLinear
+from octo_run.models.linear import AnyLinear, Linear, PackedLinear, SingleLinear
 from octo_run.models.quantisation.importance import TOKENS as MEASURED
 from octo_run.models.quantisation.schemes import CODE_BYTES, PIECE, WORKING_BYTES
+from octo_run.models.quantisation.stored import SLAB_BYTES as STORED_SLAB
 from octo_run.models.weights import RandomWeights, expected_tensors
 
 #: Tokens that go through the layers together in prefill; on CUDA fewer where their buffers would take too much memory.
@@ -225,7 +226,10 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     heads = cfg.num_heads * cfg.head_dim
     for layer in decoder.layers:
         dense = quantised or isinstance(layer.out, Linear)
-        copies = max(copies, layer.qkv.nbytes, layer.gate_up.nbytes, cfg.hidden_size * heads * (8 + size) * dense)
+        fused = max(layer.qkv.nbytes, layer.gate_up.nbytes)
+        if cfg.quantisation is not None:
+            fused += _stored(decoder.head, *(part for linear in _products(layer) for part in linear.parts))
+        copies = max(copies, fused, cfg.hidden_size * heads * (8 + size) * dense)
     table = cfg.vocab_size * cfg.hidden_size
     if quantised:
         # The whole layer is there when its largest matrix is packed: codes in order, in lane order, and pieces.
@@ -237,6 +241,14 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     # The embedding is packed first, then a head of its own beside it.
     first = 0 if isinstance(decoder.embedding, Tensor) else table * (size + CODE_BYTES) + decoder.embedding.nbytes
     return max(weights + copies, first)
+
+
+def _stored(*parts: SingleLinear) -> int:
+    """Bytes at most that reading the largest of some layers takes beside its packed weight if its file holds it packed:
+    its tensors as they are stored, their scales and zeros in float32, and codes that are put in order."""
+    packed = [part for part in parts if isinstance(part, PackedLinear)]
+    groups = (part.weight.nbytes + 12 * part.weight.codes.numel() // part.weight.group for part in packed)
+    return max(groups, default=-STORED_SLAB) + STORED_SLAB
 
 
 def weight_bytes(decoder: Decoder) -> int:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from octo_run.errors import OctoError, quoted, shown
+from octo_run.models.fields import Fields
 from octo_run.models.foreign import present, read_json_object
+from octo_run.models.quantisation.config import MODELOPT_NAME, Quantisation, parse_quantisation
 
 CONFIG_NAME = "config.json"
 #: What `--conditioning` takes: nothing, means alone, means and matrices (`models.conditioning`).
 CONDITIONINGS = ("off", "mean", "full")
 GENERATION_CONFIG_NAME = "generation_config.json"
 DTYPES = ("bfloat16", "float16", "float32")
-_MAX_INT = 2**31 - 1
 _MAX_LAYERS = 4096
 _MAX_HEAD_DIM = 4096
 # Numbers with which float32 arithmetic works: outside, something is 0, infinite or not a number, or all logits agree.
@@ -93,6 +94,7 @@ class ModelConfig:
         sliding_window: None when attention reaches back over the whole of ``max_position_embeddings``; otherwise the
             number of tokens (at least some of) the layers see, beyond which this engine must not go.
         dtype: The dtype the weights were published in (``bfloat16`` where the file does not say).
+        quantisation: How the files hold the layers' matrices; None: as plain ones.
     """
 
     architecture: str
@@ -117,6 +119,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    quantisation: Quantisation | None = None
 
     @property
     def context_limit(self) -> int:
@@ -137,75 +140,6 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] = ()
 
 
-class _Fields:
-    """Typed access to a JSON object; every complaint names the file and the field."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
-        self.path, self.values, self.prefix = path, values, prefix
-
-    def fail(self, field: str, problem: str) -> OctoError:
-        return OctoError(f"{self.path}: {self.prefix}{field} {problem}.")
-
-    def raw(self, field: str) -> Any:
-        return self.values.get(field)
-
-    def integer(self, field: str, default: int | None = None, *, low: int = 1, high: int = _MAX_INT) -> int:
-        value = self.raw(field)
-        if value is None:
-            if default is None:
-                raise self.fail(field, "is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.fail(field, f"is {quoted(value)}, not a whole number from {low} to {high}")
-        return value
-
-    def number(self, field: str, default: float | None = None, *, low: float, high: float, zero: bool = False) -> float:
-        """A number with ``low <= value <= high``, or 0 if ``zero``."""
-        value = self.raw(field)
-        if value is None:
-            if default is None:
-                raise self.fail(field, "is missing")
-            return default
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not (low <= value <= high or (zero and value == 0)):
-            span = f"0 or a number from {low:g} to {high:g}" if zero else f"a number from {low:g} to {high:g}"
-            raise self.fail(field, f"is {quoted(value)}, not {span}")
-        return float(value)
-
-    def boolean(self, field: str, default: bool = False) -> bool:
-        value = self.raw(field)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.fail(field, f"is {quoted(value)}, not true or false")
-        return value
-
-    def text(self, field: str) -> str | None:
-        value = self.raw(field)
-        if value is not None and not isinstance(value, str):
-            raise self.fail(field, f"is {quoted(value)}, not a text")
-        return value
-
-    def sub(self, field: str) -> "_Fields | None":
-        value = self.raw(field)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.fail(field, f"is {quoted(value)}, not an object")
-        return _Fields(self.path, value, f"{self.prefix}{field}.")
-
-    def token_ids(self, field: str, vocab_size: int | None = None) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing, without repetitions. -1 means none."""
-        value = self.raw(field)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        high = _MAX_INT if vocab_size is None else vocab_size
-        ids = [item for item in ids if item != -1]
-        for item in ids:
-            if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < high:
-                raise self.fail(field, f"holds {quoted(item)}, which is no token id below {high}")
-        return tuple(dict.fromkeys(ids))
-
-
 def load_config(model_dir: Path) -> ModelConfig:
     """Read and check ``model_dir/config.json``.
 
@@ -215,7 +149,11 @@ def load_config(model_dir: Path) -> ModelConfig:
     path = Path(model_dir) / CONFIG_NAME
     if not present(path):
         raise OctoError(f"{path.parent} has no {path.name}, so it is no model folder that octo-run can load.")
-    return parse_config(read_json_object(path), path)
+    values = read_json_object(path)
+    older = path.parent / MODELOPT_NAME
+    if values.get("quantization_config") is None and present(older):
+        values["quantization_config"] = {"quant_method": "modelopt"} | read_json_object(older)
+    return parse_config(values, path)
 
 
 def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -224,7 +162,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     Args:
         path: The file, named in complaints.
     """
-    fields = _Fields(path, values)
+    fields = Fields(path, values)
     architecture = _architecture(fields)
     family = FAMILIES[architecture]
     _refuse_variants(fields)
@@ -237,6 +175,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     theta, scaling = _rope(fields, context)
     bias = family.attention_bias_field and fields.boolean("attention_bias")
     bos = fields.raw("bos_token_id")
+    quantization = fields.sub("quantization_config")
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
@@ -259,10 +198,11 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         bos_token_id=None if bos is None or bos == -1 else fields.integer("bos_token_id", low=0, high=vocab_size - 1),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
         dtype=_dtype(fields),
+        quantisation=None if quantization is None else parse_quantisation(quantization),
     )
 
 
-def _architecture(fields: _Fields) -> str:
+def _architecture(fields: Fields) -> str:
     """The architecture's name, from ``architectures`` or else ``model_type``; the two must agree."""
     names = fields.raw("architectures")
     model_type = fields.text("model_type")
@@ -283,19 +223,14 @@ def _architecture(fields: _Fields) -> str:
     return str(names[0])
 
 
-def _refuse_variants(fields: _Fields) -> None:
+def _refuse_variants(fields: Fields) -> None:
     """Refuse what changes the computation in a way this decoder does not follow."""
     act = fields.text("hidden_act")
     if act not in (None, "silu", "swish"):
         raise fields.fail("hidden_act", f"is {quoted(act)}, and octo-run computes 'silu' only")
-    quantization = fields.sub("quantization_config")
-    if quantization is not None:
-        method = shown(quantization.text("quant_method") or "unnamed", 40)
-        problem = f"says that the weights are quantized ({method}), and octo-run reads bf16, fp16 and fp32 weights only"
-        raise fields.fail("quantization_config", problem)
 
 
-def _kv_heads(fields: _Fields, family: Family, num_heads: int) -> int:
+def _kv_heads(fields: Fields, family: Family, num_heads: int) -> int:
     left_out = "num_key_value_heads" not in fields.values
     num_kv_heads = fields.integer("num_key_value_heads", (family.kv_heads if left_out else None) or num_heads)
     if num_heads % num_kv_heads:
@@ -305,7 +240,7 @@ def _kv_heads(fields: _Fields, family: Family, num_heads: int) -> int:
     return num_kv_heads
 
 
-def _head_dim(fields: _Fields, family: Family, hidden_size: int, num_heads: int) -> int:
+def _head_dim(fields: Fields, family: Family, hidden_size: int, num_heads: int) -> int:
     if fields.raw("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
         problem = f"({hidden_size}) is no multiple of num_attention_heads ({num_heads}), and head_dim is missing"
         raise fields.fail("hidden_size", problem)
@@ -315,7 +250,7 @@ def _head_dim(fields: _Fields, family: Family, hidden_size: int, num_heads: int)
     return head_dim
 
 
-def _sliding_window(fields: _Fields, family: Family, num_layers: int, context: int) -> int | None:
+def _sliding_window(fields: Fields, family: Family, num_layers: int, context: int) -> int | None:
     """The window in tokens if any layer's attention is shorter than the context, else None."""
     kinds = fields.raw("layer_types")
     if kinds is not None:
@@ -338,7 +273,7 @@ def _sliding_window(fields: _Fields, family: Family, num_layers: int, context: i
     return window if window is not None and window < context else None
 
 
-def _rope(fields: _Fields, context: int) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
     """Base frequency and scaling, from ``rope_theta`` + ``rope_scaling`` or from ``rope_parameters`` (newer files)."""
     theta = fields.number("rope_theta", _DEFAULT_THETA, low=_THETA[0], high=_THETA[1])
     _refuse_partial_rotary(fields)
@@ -351,7 +286,7 @@ def _rope(fields: _Fields, context: int) -> tuple[float, RopeScaling | None]:
     return readings[0] if readings else (theta, None)
 
 
-def _rope_object(fields: _Fields, rope: _Fields, top: float, context: int) -> tuple[float, RopeScaling | None]:
+def _rope_object(fields: Fields, rope: Fields, top: float, context: int) -> tuple[float, RopeScaling | None]:
     """What ``rope_scaling`` or ``rope_parameters`` says beside the base frequency ``top`` of the file itself."""
     theta = rope.number("rope_theta", top, low=_THETA[0], high=_THETA[1])
     if fields.raw("rope_theta") is not None and theta != top:
@@ -373,13 +308,13 @@ def _rope_object(fields: _Fields, rope: _Fields, top: float, context: int) -> tu
     raise rope.fail("rope_type", f"is {quoted(kind)}, and octo-run computes 'default', 'linear' and 'llama3' only")
 
 
-def _refuse_partial_rotary(place: _Fields) -> None:
+def _refuse_partial_rotary(place: Fields) -> None:
     part = place.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
     if part != 1.0:
         raise place.fail("partial_rotary_factor", f"is {part:g}, and octo-run rotates whole heads only")
 
 
-def _llama3(rope: _Fields, context: int) -> RopeScaling:
+def _llama3(rope: Fields, context: int) -> RopeScaling:
     low, high = (
         rope.number(name, low=_FREQ_FACTOR[0], high=_FREQ_FACTOR[1]) for name in ("low_freq_factor", "high_freq_factor")
     )
@@ -389,7 +324,7 @@ def _llama3(rope: _Fields, context: int) -> RopeScaling:
     return RopeScaling("llama3", rope.number("factor", low=_FACTOR[0], high=_FACTOR[1]), low, high, original)
 
 
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: Fields) -> str:
     name = fields.text("dtype") or fields.text("torch_dtype") or "bfloat16"
     name = name.removeprefix("torch.")
     if name not in DTYPES:
@@ -408,7 +343,7 @@ def load_generation_defaults(model_dir: Path) -> GenerationDefaults:
     path = Path(model_dir) / GENERATION_CONFIG_NAME
     if not present(path):
         return GenerationDefaults()
-    fields = _Fields(path, read_json_object(path))
+    fields = Fields(path, read_json_object(path))
     top_k = max(0, fields.integer("top_k", 0, low=-1))
     top_p = fields.number("top_p", 1.0, low=0.0, high=1.0)
     min_p = fields.number("min_p", 0.0, low=0.0, high=1.0)

@@ -36,6 +36,11 @@ ITEM_BITS |= {f"{sign}{bits}": bits for bits in (8, 16, 32, 64) for sign in "IU"
 """Bits of an item of every dtype of the format; those of ``FLOAT_DTYPES`` can be read as weights."""
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = FLOAT_DTYPES | {
+    "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,
+}  # fmt: skip
+"""What can be read as it is stored, too; exponents of E8M0 as uint8."""
 PIECE_ITEMS = 2 << 20
 """Items that are read at once when they have to be converted or copied to another device."""
 
@@ -195,12 +200,12 @@ class TensorFile:
             raise _changed(self.file)
 
     def read(self, entry: TensorEntry, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """A tensor of its own on ``device`` in ``dtype``, of an entry whose dtype is one of ``FLOAT_DTYPES``."""
+        """A tensor of its own on ``device`` in ``dtype``, of an entry whose dtype is one of ``STORED_DTYPES``."""
         if math.prod(max(1, size) for size in entry.shape) >= 2**60:  # next to a 0
             raise OctoError(f"{entry.path}: no tensor can have the shape {quoted(entry.shape)}.")
         result = torch.empty(entry.shape, device=device, dtype=dtype)
         flat = result.view(-1)
-        if device.type == "cpu" and dtype == FLOAT_DTYPES[entry.dtype]:
+        if device.type == "cpu" and dtype == STORED_DTYPES[entry.dtype]:
             self._read_into(flat, entry.start)
         else:
             position = 0
@@ -219,7 +224,7 @@ class TensorFile:
         Yields:
             ``PIECE_ITEMS`` items at most; a piece is gone with the next.
         """
-        source = FLOAT_DTYPES[entry.dtype]
+        source = STORED_DTYPES[entry.dtype]
         count = (entry.end - entry.start) // source.itemsize
         buffer = torch.empty(min(count, PIECE_ITEMS), dtype=source, pin_memory=pinned)
         for first in range(0, count, PIECE_ITEMS):

@@ -3,19 +3,25 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from octo_run.errors import OctoError, quoted, shown
+from octo_run.kernels.linear import PackedWeight
+from octo_run.kernels.linear.packed import values
 from octo_run.models.config import ModelConfig
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, read_index, weight_files
-from octo_run.models.foreign import present
-from octo_run.models.linear import Linear, SingleLinear
-from octo_run.models.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorFile, read_header
+from octo_run.models.foreign import AGAIN, present
+from octo_run.models.linear import Linear, PackedLinear, SingleLinear
+from octo_run.models.quantisation.config import StoredScheme
+from octo_run.models.quantisation.layouts import LAYOUTS
+from octo_run.models.quantisation.stored import Needed, digest_of, empty_weight, order_of, packed
+from octo_run.models.safetensors_file import FLOAT_DTYPES, STORED_DTYPES, TensorEntry, TensorFile, read_header
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LISTED = 4
@@ -26,6 +32,11 @@ _HARMLESS = re.compile(
     r"|model\.layers\.\d+\.self_attn\.(attn\.)?([qkv]_proj\.|kv_proj\.|qkv_proj\.)?([qkv]|kv|prob)_(scale|zero_point)"
     r"|(model\.)?mtp\..+",
     re.DOTALL,
+)
+# Scales by which the inputs and outputs of quantised layers were meant to be quantised, too.
+_INPUT_SCALES = re.compile(
+    r"(lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+)"
+    r"\.(activation_scale|(input|output)_(scale(_ub)?|global_scale|zero_point))"
 )
 
 
@@ -70,11 +81,6 @@ def num_parameters(cfg: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in expected_tensors(cfg).values())
 
 
-def weight_bytes(cfg: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights in ``dtype`` (without an allocator's rounding)."""
-    return num_parameters(cfg) * dtype.itemsize
-
-
 def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:
     """Name -> place of every tensor in the model folder's weight files, all headers checked, no data read."""
     model_dir = Path(model_dir)
@@ -101,22 +107,85 @@ def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:
 
 
 def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
-    """``cfg`` with ``tie_word_embeddings`` as the stored tensors have it.
+    """``cfg`` as the stored tensors have it: whether the head is tied, and which layers are quantised.
 
     Where ``cfg`` ties the output head to the embedding and the files hold a head of other values, the stored head
     counts and the result is not tied. A head with the embedding's values (of whatever dtype) stays tied, and so is one
-    without an embedding beside it. Reads headers, and both tensors as far as they agree.
+    without an embedding beside it. A layer whose file holds a plain matrix is not quantised. Reads headers, both
+    tensors of a tied head as far as they agree, and the groups of columns.
 
     Raises:
         OctoError: As :func:`load_weights`.
     """
-    return _stored_config(cfg, locate_tensors(model_dir)) if cfg.tie_word_embeddings else cfg
+    if not cfg.tie_word_embeddings and cfg.quantisation is None:
+        return cfg
+    return _stored_config(cfg, locate_tensors(model_dir))
 
 
 def _stored_config(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConfig:
-    if not cfg.tie_word_embeddings or HEAD not in found or EMBEDDING not in found:
+    cfg = _with_stored_head(cfg, found)
+    if cfg.quantisation is None:
         return cfg
-    return cfg if _same_values(found[EMBEDDING], found[HEAD]) else replace(cfg, tie_word_embeddings=False)
+    dense, orders = set[str](), dict[str, str]()
+    for prefix, (scheme, shape) in quantised_layers(cfg).items():
+        layout = LAYOUTS[scheme.layout]
+        if not _is_packed(prefix, scheme, found) and f"{prefix}.weight" in found:
+            dense.add(prefix)
+        elif layout.order is not None and (name := f"{prefix}.{layout.order}") in found:
+            orders[prefix] = digest_of(_order(name, found[name], scheme, shape[1]))
+    orders = {prefix: digest for prefix, digest in orders.items() if digest}
+    quantisation = replace(cfg.quantisation, dense=cfg.quantisation.dense | dense, orders=orders)
+    return replace(cfg, quantisation=quantisation)
+
+
+def _with_stored_head(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConfig:
+    if not cfg.tie_word_embeddings:
+        return cfg
+    apart = replace(cfg, tie_word_embeddings=False)
+    scheme = None if cfg.quantisation is None else cfg.quantisation.scheme("lm_head")
+    if scheme is not None and _is_packed("lm_head", scheme, found):
+        return apart
+    if HEAD not in found or EMBEDDING not in found or _same_values(found[EMBEDDING], found[HEAD]):
+        return cfg
+    return apart
+
+
+def quantised_layers(cfg: ModelConfig) -> dict[str, tuple[StoredScheme, tuple[int, int]]]:
+    """Scheme and shape of every layer that files hold quantised, by name without ``.weight``."""
+    if cfg.quantisation is None:
+        return {}
+    found = {}
+    for name, shape in expected_tensors(cfg).items():
+        prefix = name.removesuffix(".weight")
+        if len(shape) == 2 and name != EMBEDDING and (scheme := cfg.quantisation.scheme(prefix)) is not None:
+            found[prefix] = scheme, (shape[0], shape[1])
+    return found
+
+
+def _is_packed(prefix: str, scheme: StoredScheme, found: dict[str, TensorEntry]) -> bool:
+    marker = found.get(f"{prefix}.{LAYOUTS[scheme.layout].marker}")
+    return marker is not None and marker.dtype not in FLOAT_DTYPES
+
+
+def _order(name: str, entry: TensorEntry, scheme: StoredScheme, columns: int) -> Tensor | None:
+    """The order of a layer's columns that a tensor of their groups says (``stored.order_of``).
+
+    Raises:
+        OctoError: It says none.
+    """
+    if entry.dtype not in ("I32", "I64") or entry.shape != (columns,):
+        return None  # which check_tensors refuses
+    with TensorFile(entry.file) as data:
+        groups = data.read(entry, torch.device("cpu"), STORED_DTYPES[entry.dtype])
+    try:
+        return order_of(groups, scheme.group, columns)
+    except ValueError as error:
+        raise damaged(entry, name, str(error)) from None
+
+
+def damaged(entry: TensorEntry, name: str, problem: str) -> OctoError:
+    """The error of a stored tensor that has wrong values."""
+    return OctoError(f"{entry.path}: {shown(name, 80)} {problem}: {AGAIN}, or take another copy of it.")
 
 
 def _same_values(one: TensorEntry, other: TensorEntry) -> bool:
@@ -134,24 +203,51 @@ def _same_values(one: TensorEntry, other: TensorEntry) -> bool:
     return True
 
 
+def needed_tensors(cfg: ModelConfig, found: Container[str]) -> dict[str, Needed]:
+    """What :func:`expected_tensors` are stored as, given the names of what is stored."""
+    layers = quantised_layers(cfg)
+    needed: dict[str, Needed] = {}
+    for name, shape in expected_tensors(cfg).items():
+        prefix = name.removesuffix(".weight")
+        if prefix not in layers:
+            needed[name] = Needed(tuple(FLOAT_DTYPES), (shape,))
+            continue
+        scheme, (out, columns) = layers[prefix]
+        tensors = LAYOUTS[scheme.layout].tensors(scheme, out, columns, partial(_has, found, prefix))
+        needed |= {f"{prefix}.{part}": what for part, what in tensors.items()}
+        if scheme.layout == "gptq":  # older files have biases of zeros where the model has none
+            needed.setdefault(f"{prefix}.bias", Needed(tuple(FLOAT_DTYPES), ((out,),), optional=True))
+    return needed
+
+
+def _has(found: Container[str], prefix: str, part: str) -> bool:
+    return f"{prefix}.{part}" in found
+
+
 def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The entries of ``found`` that the decoder needs.
 
     Raises:
-        OctoError: Tensors are missing, unexpected, misshapen or of a dtype not in ``FLOAT_DTYPES``; it lists them.
+        OctoError: Tensors are missing, unexpected, misshapen or of a wrong dtype; it lists them.
     """
-    expected = expected_tensors(cfg)
     if cfg.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
         found = found | {EMBEDDING: found[HEAD]}
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected and not _harmless(name, cfg)]
+    needed = needed_tensors(cfg, found)
+    there = {name: what for name, what in needed.items() if name in found}
+    missing = [name for name, what in needed.items() if name not in found and not what.optional]
+    unexpected = [name for name in found if name not in needed and not _harmless(name, cfg)]
     shapes = [
-        f"{name} is {quoted(list(found[name].shape))} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        f"{name} is {quoted(list(found[name].shape))} instead of {list(what.shapes[0])}"
+        for name, what in there.items()
+        if found[name].shape not in what.shapes
     ]
-    dtypes = [
-        f"{name} is {found[name].dtype}" for name in expected if name in found and found[name].dtype not in FLOAT_DTYPES
+    wrong = {name: what for name, what in there.items() if found[name].dtype not in what.dtypes}
+    plain = tuple(FLOAT_DTYPES)
+    dtypes = [f"{name} is {found[name].dtype}" for name, what in wrong.items() if what.dtypes == plain]
+    codes = [
+        f"{name} is {found[name].dtype} instead of {'/'.join(what.dtypes)}"
+        for name, what in wrong.items()
+        if what.dtypes != plain
     ]
     problems = [
         f"{len(items)} {kind} ({_listing(items)})"
@@ -159,16 +255,22 @@ def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntr
             ("missing", missing),
             ("unexpected", unexpected),
             ("misshapen", shapes),
-            ("of a dtype other than " + "/".join(FLOAT_DTYPES), dtypes),
+            ("of a dtype other than " + "/".join(plain), dtypes),
+            ("of another dtype", codes),
         )
         if items
     ]
     if problems:
-        raise OctoError(f"The weights in {model_dir} do not fit its config.json: tensors {'; '.join(problems)}.")
-    return {name: found[name] for name in expected}
+        advice = "" if cfg.quantisation is None else f": {AGAIN}, or mend its quantization_config"
+        raise OctoError(
+            f"The weights in {model_dir} do not fit its config.json: tensors {'; '.join(problems)}{advice}."
+        )
+    return {name: found[name] for name in there}
 
 
 def _harmless(name: str, cfg: ModelConfig) -> bool:
+    if cfg.quantisation is not None and _INPUT_SCALES.fullmatch(name):
+        return True
     return _HARMLESS.fullmatch(name) is not None or (cfg.tie_word_embeddings and name == HEAD)
 
 
@@ -225,20 +327,75 @@ class StoredWeights(Weights):
         self.cfg = _stored_config(cfg, found)
         self.has_head = not self.cfg.tie_word_embeddings
         self._entries = check_tensors(model_dir, self.cfg, found)
+        self._layers, self._orders = quantised_layers(self.cfg), dict[str, Tensor]()
         self._device, self._dtype = torch.device(device), dtype
 
     def take(self, name: str) -> Tensor:
-        """See :class:`Weights`."""
+        """See :class:`Weights`; a quantised matrix becomes a plain one."""
+        prefix = name.removesuffix(".weight")
+        if prefix in self._layers:
+            source = _LayerSource(self._entries, prefix, self._device)
+            entry = source.entry(LAYOUTS[self._layers[prefix][0].layout].marker)
+            return self._checked(name, entry, self._packed(prefix, source).dequantised(self._dtype))
         entry = self._entries[name]
         with TensorFile(entry.file) as data:
             tensor = data.read(entry, self._device, self._dtype)
+        return self._checked(name, entry, tensor)
+
+    def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
+        """See :class:`Weights`."""
+        if prefix not in self._layers:
+            return super().linear(prefix, bias)
+        source = _LayerSource(self._entries, prefix, self._device)
+        if not bias and source.has("bias") and bool((source("bias") != 0).any()):
+            raise source.damaged("bias", "is not 0, though the model has no bias there")
+        return PackedLinear(self._packed(prefix, source), self.take(f"{prefix}.bias") if bias else None)
+
+    def _packed(self, prefix: str, source: "_LayerSource") -> PackedWeight:
+        scheme, (out, columns) = self._layers[prefix]
+        layout = LAYOUTS[scheme.layout]
+        digest, order = self.cfg.quantisation.orders.get(prefix, "") if self.cfg.quantisation else "", None
+        if digest and layout.order is not None:
+            order = self._orders.get(digest)
+            if order is None:
+                name = f"{prefix}.{layout.order}"
+                order = _order(name, self._entries[name], scheme, columns)
+                if order is None or digest_of(order) != digest:
+                    raise source.damaged(layout.order, "was changed while it was read")
+                order = self._orders[digest] = order.to(self._device)
+        return packed(layout, scheme, out, columns, source, self._device, order)
+
+    def _checked(self, name: str, entry: TensorEntry, tensor: Tensor) -> Tensor:
         if self._dtype == torch.float16 and entry.dtype != "F16" and not tensor.isfinite().all():
             raise OctoError(f"{entry.path}: {name} has values that float16 cannot hold: choose bfloat16 or float32.")
         return tensor
 
 
+@dataclass(frozen=True)
+class _LayerSource:
+    """The tensors of a quantised layer (``stored.Source``)."""
+
+    entries: Mapping[str, TensorEntry]
+    prefix: str
+    device: torch.device
+
+    def __call__(self, name: str) -> Tensor:
+        entry = self.entry(name)
+        with TensorFile(entry.file) as data:
+            return data.read(entry, self.device, STORED_DTYPES[entry.dtype])
+
+    def entry(self, name: str) -> TensorEntry:
+        return self.entries[f"{self.prefix}.{name}"]
+
+    def has(self, name: str) -> bool:
+        return f"{self.prefix}.{name}" in self.entries
+
+    def damaged(self, name: str, problem: str) -> OctoError:
+        return damaged(self.entry(name), f"{self.prefix}.{name}", problem)
+
+
 class RandomWeights(Weights):
-    """Random ones of a shape.
+    """Random ones of a shape, quantised as the configuration says.
 
     Matrices and embeddings are N(0, 1 / columns), norms near 1, biases near 0, so that activations and logits have a
     scale of about 1. The same seed gives the same values on the same type of device; on ``meta`` there are none.
@@ -247,20 +404,50 @@ class RandomWeights(Weights):
     def __init__(self, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> None:
         self._shapes, self.has_head = expected_tensors(cfg), not cfg.tie_word_embeddings
         self._numbers = {name: number for number, name in enumerate(self._shapes)}
+        self._layers, self._orders = quantised_layers(cfg), dict[str, Tensor]()
+        self._digests: Mapping[str, str] = {} if cfg.quantisation is None else cfg.quantisation.orders
         self._device, self._dtype, self._seed = torch.device(device), dtype, seed
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`."""
         shape = self._shapes[name]
         # drawn in the target dtype when it is a 16-bit one: a float32 copy of a large matrix would double the peak
-        values = torch.empty(shape, device=self._device, dtype=self._dtype)
-        if values.is_meta:
-            return values
-        seed = (self._seed * 1_000_003 + self._numbers[name]) % 2**63
-        values.normal_(generator=torch.Generator(self._device).manual_seed(seed))
+        drawn = torch.empty(shape, device=self._device, dtype=self._dtype)
+        if drawn.is_meta:
+            return drawn
+        drawn.normal_(generator=self._generator(name))
         if name.endswith("norm.weight"):
-            return values.mul_(0.1).add_(1.0)
-        return values.mul_(0.1 if name.endswith(".bias") else shape[1] ** -0.5)
+            return drawn.mul_(0.1).add_(1.0)
+        return drawn.mul_(0.1 if name.endswith(".bias") else shape[1] ** -0.5)
+
+    def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
+        """See :class:`Weights`."""
+        if prefix not in self._layers:
+            return super().linear(prefix, bias)
+        scheme, (out, columns) = self._layers[prefix]
+        order = None
+        if digest := self._digests.get(prefix):
+            order = self._orders.setdefault(digest, torch.arange(columns, dtype=torch.int32, device=self._device))
+        weight = empty_weight(scheme, out, columns, self._device, order)
+        if not weight.codes.is_meta:
+            self._fill(f"{prefix}.weight", weight)
+        return PackedLinear(weight, self.take(f"{prefix}.bias") if bias else None)
+
+    def _generator(self, name: str) -> torch.Generator:
+        seed = (self._seed * 1_000_003 + self._numbers[name]) % 2**63
+        return torch.Generator(self._device).manual_seed(seed)
+
+    def _fill(self, name: str, weight: PackedWeight) -> None:
+        weight.codes.random_(0, 256, generator=self._generator(name))
+        numbers = values(weight.kind)
+        if weight.kind == "fp8":  # small ones, and no NaN
+            weight.codes.bitwise_and_(0xBF)
+            numbers = numbers[torch.arange(256) & 0xBF]
+        weight.rows.fill_(weight.columns**-0.5 / float(numbers.std()))
+        if weight.scales is not None:
+            weight.scales.fill_(1)
+        if weight.offsets is not None:
+            weight.offsets.zero_()
 
 
 def load_weights(

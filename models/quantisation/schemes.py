@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.errors import OctoError, UsageError, quoted, shown
+from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.linear import BLOCK, PackedWeight, empty, pack
-from octo_run.models.config import CONFIG_NAME
-from octo_run.models.foreign import read_json_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from octo_run.models.config import ModelConfig
 
 #: Shares of a group's range that are tried.
 CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -113,21 +113,17 @@ def head_scheme(head: str) -> Scheme | None:
     return SCHEMES["int8"] if head == "int8" else None
 
 
-def refuse_packed(path: Path, weights: str | Scheme | None) -> None:
+def refuse_packed(path: Path, cfg: ModelConfig, weights: str | Scheme | None) -> None:
     """Refuse a format for weights that their files hold quantised.
 
     Raises:
         OctoError: It names the method.
     """
-    if weights in (None, "auto"):
-        return
-    stored = read_json_object(path / CONFIG_NAME).get("quantization_config")
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if weights not in (None, "auto") and cfg.quantisation is not None:
         name = weights.name if isinstance(weights, Scheme) else weights
         raise OctoError(
-            f"The weights in {path} are quantised already ({shown(str(method or 'unnamed'), 40)}) and cannot become "
-            f"{name}: leave --weights out, or take the model's unquantised files."
+            f"The weights in {path} are quantised already ({cfg.quantisation.method}) and cannot become {name}: leave "
+            "--weights out, or take the model's unquantised files."
         )
 
 

@@ -1,6 +1,5 @@
 """``octo-run show``: what a model is, what it weighs, and how many tokens fit for every KV cache format."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,11 +51,11 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         OctoError: The model cannot be read.
     """
     from octo_run.engine.engine import choose_device, choose_dtype
-    from octo_run.engine.plan import free_memory
-    from octo_run.models.config import CONFIG_NAME, load_config
-    from octo_run.models.foreign import read_json_object
+    from octo_run.engine.plan import free_memory, weight_bytes
+    from octo_run.models.config import load_config
+    from octo_run.models.decoder import Decoder
     from octo_run.models.hub import resolve
-    from octo_run.models.weights import expected_tensors, stored_config, weight_bytes
+    from octo_run.models.weights import RandomWeights, num_parameters, stored_config
 
     path = resolve(model)
     cfg = load_config(path)
@@ -64,14 +63,14 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         cfg = stored_config(path, cfg)
     where = choose_device(device)
     kind = choose_dtype(dtype, cfg, where)
-    packed = read_json_object(path / CONFIG_NAME).get("quantization_config") is not None
     return {
         "model": model,
         "path": str(path),
         "architecture": cfg.architecture,
-        "parameters": sum(math.prod(shape) for shape in expected_tensors(cfg).values()),
+        "parameters": num_parameters(cfg),
         "file_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
-        "weight_bytes": weight_bytes(cfg, kind),
+        "weight_bytes": weight_bytes(Decoder(cfg, RandomWeights(cfg, "meta", kind), None, None)),
+        "weight_format": "not quantised" if cfg.quantisation is None else str(cfg.quantisation),
         "dtype": str(kind).removeprefix("torch."),
         "layers": cfg.num_layers,
         "heads": cfg.num_heads,
@@ -81,12 +80,12 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "max_context": cfg.context_limit,
         "device": str(where),
         "free_bytes": free_memory(where),
-        "weights": _weight_rows(cfg, kind, packed),
+        "weights": _weight_rows(cfg, kind),
         "kv": [asdict(row) for row in _format_rows(cfg, where, kind)],
     }
 
 
-def _weight_rows(cfg: Any, dtype: Any, packed: bool) -> list[dict[str, Any]]:
+def _weight_rows(cfg: Any, dtype: Any) -> list[dict[str, Any]]:
     """Bytes in memory with every choice of ``--weights`` and ``--head``; none for files that are quantised already."""
     from octo_run.engine.plan import weight_bytes
     from octo_run.models.decoder import Decoder
@@ -94,7 +93,7 @@ def _weight_rows(cfg: Any, dtype: Any, packed: bool) -> list[dict[str, Any]]:
     from octo_run.models.weights import RandomWeights
 
     rows = []
-    for name in () if packed else WEIGHTS:
+    for name in WEIGHTS if cfg.quantisation is None else ():
         row: dict[str, Any] = {"weights": name}
         for head in HEADS:
             source = RandomWeights(cfg, "meta", dtype)
@@ -154,6 +153,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"architecture  {shown(facts['architecture'])}: {shape}",
         f"parameters    {facts['parameters']:,}",
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
+        f"weights       {facts['weight_format']}",
         f"context       {facts['max_context']:,} tokens at most",
         f"device        {facts['device']}, {console.human_bytes(facts['free_bytes'])} free",
         *_weight_table(facts["weights"]),

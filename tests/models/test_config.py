@@ -187,7 +187,7 @@ def test_missing_fields(field: str) -> None:
         ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, not true or false"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', and octo-run computes 'silu' only"),
         ("llama", {"hidden_act": 3}, "hidden_act is 3, not a text"),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
+        ("llama", {"quantization_config": {"quant_method": "hqq"}}, "quantized (hqq), which cannot be loaded: take"),
         ("llama", {"layer_types": ["sliding_attention"] * 2}, "layer_types holds 'sliding_attention'"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layer_types is no list of num_hidden_layers (2) names"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),

@@ -30,7 +30,6 @@ from octo_run.models.weights import (
     num_parameters,
     random_weights,
     stored_config,
-    weight_bytes,
 )
 
 Make = Callable[..., Path]
@@ -62,7 +61,7 @@ def test_embedded_model() -> None:
     for path in DEMO_PATH.glob("*.safetensors"):
         for name, value in load_file(path).items():
             assert torch.equal(weights[name], value)
-    assert sum(value.nbytes for value in weights.values()) == weight_bytes(cfg, torch.bfloat16) == 37_761_792
+    assert sum(value.nbytes for value in weights.values()) == 2 * num_parameters(cfg) == 37_761_792
     assert num_parameters(cfg) == 37_761_792 // 2
 
 
@@ -511,12 +510,12 @@ def test_loading_does_not_hold_the_model_twice(make_checkpoint: Make) -> None:
 import re, torch
 from pathlib import Path
 from octo_run.models.config import load_config
-from octo_run.models.weights import load_weights, weight_bytes
+from octo_run.models.weights import load_weights, num_parameters
 folder = Path({str(folder)!r}); cfg = load_config(folder)
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()
 weights = load_weights(folder, cfg, "cpu", torch.bfloat16)
-print((peak() - before) / weight_bytes(cfg, torch.bfloat16))
+print((peak() - before) / (2 * num_parameters(cfg)))
 """
     ratio = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert 0.95 < ratio < 1.35, ratio

@@ -1,0 +1,340 @@
+"""``quantization_config``: how the weights of a checkpoint are stored. Nothing here imports torch.
+
+What each method's own library writes is read; what octo-run cannot load is refused by name. The files that belong to
+each ``layout`` are described in :mod:`octo_run.models.quantisation.stored`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from octo_run.errors import OctoError, quoted, shown
+from octo_run.models.fields import Fields
+from octo_run.models.quantisation import names
+
+#: Where older files of ModelOpt say what ``quantization_config`` says.
+MODELOPT_NAME = "hf_quant_config.json"
+_LOADABLE = (
+    "octo-run loads compressed-tensors, GPTQ, AWQ, fp8, MXFP4 and ModelOpt files, and quantises unquantised ones itself"
+)
+#: Columns of a group: a multiple of the smallest that a packed weight has (`kernels.linear.packed.GROUPS`).
+_GROUP_UNIT = 16
+#: The classes that a linear layer is meant by.
+_LINEAR = ("Linear", "torch.nn.Linear", "ColumnParallelLinear", "RowParallelLinear")
+
+
+@dataclass(frozen=True)
+class StoredScheme:
+    """How a matrix ``[out, in]`` lies in a file.
+
+    Attributes:
+        layout: Which tensors there are and how codes lie in them (a key of ``layouts.LAYOUTS``).
+        kind: Of the codes (`kernels.linear.packed.BITS`).
+        group: Columns that share a scale; None: all.
+        rows: Rows that share a scale; None: all.
+        symmetric: Codes have no zeros of their own.
+        zero_shift: What a stored zero is less than the code it means.
+    """
+
+    layout: str
+    kind: str
+    group: int | None = None
+    rows: int | None = 1
+    symmetric: bool = True
+    zero_shift: int = 0
+
+    def __str__(self) -> str:
+        if self.group is None:
+            shared = "a tensor" if self.rows is None else "a row"
+        elif self.rows == 1:
+            shared = f"{self.group} columns"
+        else:
+            shared = f"{self.rows} x {self.group}"
+        return f"{self.kind}, a scale{'' if self.symmetric else ' and a zero'} for {shared}"
+
+
+#: Whether a pattern means the module of a name.
+_Match = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A scheme (None: not quantised) for the modules that any of its targets means."""
+
+    targets: tuple[str, ...]
+    scheme: StoredScheme | None
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a checkpoint's layers are stored.
+
+    Attributes:
+        method: As a user knows it.
+        rules: The most particular match counts, of equal ones the first.
+        ignored: Modules that are not quantised.
+        style: How names are compared: ``exact``, ``contains`` or ``glob``.
+        activations: Whether inputs were meant to be quantised, too, which octo-run does not do.
+        dense: Layers whose files hold a plain matrix after all (``weights.stored_config``).
+        orders: Digest of the order of columns, for layers that have one (likewise).
+    """
+
+    method: str
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+    style: str = "contains"
+    activations: bool = False
+    dense: frozenset[str] = frozenset()
+    orders: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def scheme(self, name: str) -> StoredScheme | None:
+        """How the linear layer ``name`` (without ``.weight``) is stored; None: as a plain matrix."""
+        if name in self.dense or any(self._means(entry, name) for entry in self.ignored):
+            return None
+        means: tuple[_Match, ...] = (
+            lambda target, name: target == name,
+            lambda target, name: target not in _LINEAR and self._means(target, name),
+            lambda target, _name: target in _LINEAR,
+        )
+        for match in means:
+            for rule in self.rules:
+                if any(match(target, name) for target in rule.targets):
+                    return rule.scheme
+        return None
+
+    def _means(self, entry: str, name: str) -> bool:
+        if entry in _LINEAR:
+            return True
+        if self.style == "exact":
+            return names.matches(entry[3:], name) if entry.startswith("re:") else entry == name
+        return (names.fits_glob if self.style == "glob" else names.contains)(entry, name)
+
+    def __str__(self) -> str:
+        kinds = dict.fromkeys(str(rule.scheme) for rule in self.rules if rule.scheme is not None)
+        note = " (inputs are not quantised here)" if self.activations else ""
+        return f"{self.method}: {'; '.join(kinds)}{note}"
+
+
+def parse_quantisation(fields: Fields) -> Quantisation:
+    """What ``quantization_config`` says.
+
+    Raises:
+        OctoError: octo-run cannot load such weights; it says what would work.
+    """
+    method = (fields.text("quant_method") or "").lower()
+    parse = _METHODS.get(method)
+    if parse is None:
+        name = shown(method or "unnamed", 40)
+        hint = _HINTS.get(method, "take another copy of the model")
+        raise OctoError(
+            f"{fields.path}: the weights are quantized ({name}), which cannot be loaded: {hint}; {_LOADABLE}."
+        )
+    found = parse(fields)
+    for rule in found.rules:
+        for target in (*rule.targets, *found.ignored):
+            if target.startswith("re:"):
+                names.matches(target[3:], "")
+    return found
+
+
+def _refused(fields: Fields, field: str, problem: str, advice: str) -> OctoError:
+    return OctoError(f"{fields.path}: {fields.prefix}{field} {problem}, which cannot be loaded: {advice}.")
+
+
+def _names(fields: Fields, *keys: str) -> tuple[str, ...]:
+    """The texts of those lists that are there."""
+    found: list[str] = []
+    for key in keys:
+        values = fields.raw(key)
+        if values is None:
+            continue
+        if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+            raise fields.fail(key, f"is {quoted(values)}, not a list of names")
+        found += values
+    return tuple(found)
+
+
+def _group(fields: Fields, field: str = "group_size", default: int | None = None) -> int | None:
+    """Columns of a group; None: all."""
+    value = fields.integer(field, default, low=-1)
+    if value == -1:
+        return None
+    if value < _GROUP_UNIT or value % _GROUP_UNIT:
+        raise fields.fail(field, f"is {value}; groups of a multiple of {_GROUP_UNIT} columns, or -1, can be loaded")
+    return value
+
+
+def _bits(fields: Fields, field: str, known: tuple[int, ...]) -> int:
+    bits = fields.integer(field, high=64)
+    if bits not in known:
+        wanted = " and ".join(map(str, known))
+        advice = f"take a copy of {wanted} bits, or quantise the model with --weights"
+        raise _refused(fields, field, f"is {bits}", advice)
+    return bits
+
+
+def _gptq(fields: Fields) -> Quantisation:
+    bits = _bits(fields, "bits", (4, 8))
+    form = (fields.text("checkpoint_format") or fields.text("format") or "gptq").lower()
+    if form not in ("gptq", "gptq_v2") or fields.boolean("is_marlin_format"):
+        name = "marlin" if fields.boolean("is_marlin_format") else form
+        raise _refused(fields, "checkpoint_format", f"is {quoted(name)}", "take a copy in the format gptq or gptq_v2")
+    scheme = StoredScheme(
+        "gptq", f"int{bits}", _group(fields, default=128), symmetric=fields.boolean("sym", True),
+        zero_shift=1 if form == "gptq" else 0,
+    )  # fmt: skip
+    if fields.raw("dynamic"):
+        raise _refused(
+            fields, "dynamic", "gives layers settings of their own", "take a copy with the same settings for all layers"
+        )
+    ignored = () if fields.boolean("lm_head") else ("lm_head",)
+    order = ", columns reordered" if fields.boolean("desc_act") else ""
+    rules = (Rule(("Linear",), scheme),)
+    return Quantisation(f"GPTQ{order}", rules, (*ignored, *_names(fields, "modules_to_not_convert")))
+
+
+def _awq(fields: Fields) -> Quantisation:
+    _bits(fields, "bits" if fields.raw("w_bit") is None else "w_bit", (4,))
+    version = (fields.text("version") or fields.text("format") or "gemm").lower()
+    if version != "gemm":
+        raise _refused(fields, "version", f"is {quoted(version)}", "take a copy of the version gemm")
+    size = "group_size" if fields.raw("q_group_size") is None else "q_group_size"
+    scheme = StoredScheme("awq", "int4", _group(fields, size, 128), symmetric=False)
+    return Quantisation("AWQ", (Rule(("Linear",), scheme),), ("lm_head", *_names(fields, "modules_to_not_convert")))
+
+
+def _fp8(fields: Fields) -> Quantisation:
+    form = (fields.text("fmt") or "e4m3").lower()
+    if form != "e4m3":
+        raise _refused(fields, "fmt", f"is {quoted(form)}", "take a copy in e4m3")
+    block = fields.raw("weight_block_size")
+    rows, group = (None, None) if block is None else _block(fields, "weight_block_size", block)
+    ignored = _names(fields, "modules_to_not_convert", "ignored_layers")
+    scheme = StoredScheme("fp8", "fp8", group, rows)
+    return Quantisation("fp8", (Rule(("Linear",), scheme),), ("lm_head", *ignored), activations=True)
+
+
+def _fbgemm(fields: Fields) -> Quantisation:
+    ignored = ("lm_head", *_names(fields, "modules_to_not_convert"))
+    scheme = StoredScheme("fp8", "fp8")
+    return Quantisation("fbgemm_fp8", (Rule(("Linear",), scheme),), ignored, activations=True)
+
+
+def _mxfp4(fields: Fields) -> Quantisation:
+    ignored = ("lm_head", *_names(fields, "modules_to_not_convert"))
+    return Quantisation("MXFP4", (Rule(("Linear",), StoredScheme("blocks", "fp4", 32)),), ignored)
+
+
+def _modelopt(fields: Fields) -> Quantisation:
+    inner = fields.sub("quantization") or fields
+    algorithm = (inner.text("quant_algo") or "").upper()
+    schemes = {"FP8": StoredScheme("fp8", "fp8", rows=None), "NVFP4": StoredScheme("modelopt-fp4", "fp4", 16)}
+    if algorithm not in schemes:
+        problem = f"is {quoted(algorithm)}" if algorithm else "is missing"
+        raise _refused(inner, "quant_algo", problem, "take a copy in FP8 or NVFP4")
+    if (size := inner.integer("group_size", 16, low=0)) not in (0, 16) and algorithm == "NVFP4":
+        raise inner.fail("group_size", f"is {size}, and NVFP4 has groups of 16")
+    ignored = _names(inner, "ignore", "exclude_modules")
+    return Quantisation(f"ModelOpt {algorithm}", (Rule(("Linear",), schemes[algorithm]),), ignored, "glob", True)
+
+
+def _block(fields: Fields, field: str, value: Any) -> tuple[int, int]:
+    """Rows and columns of a block, given as a list or as a text like ``128x128``."""
+    texts = value.split("x") if isinstance(value, str) else value if isinstance(value, list) else []
+    sizes = [int(str(text)) for text in texts[:3] if re.fullmatch("[0-9]{1,7}", str(text))]
+    if len(texts) == len(sizes) == 2 and min(sizes) > 0:
+        if sizes[1] % _GROUP_UNIT:
+            problem = f"is {quoted(value)}; blocks of a multiple of {_GROUP_UNIT} columns can be loaded"
+            raise fields.fail(field, problem)
+        return sizes[0], sizes[1]
+    raise fields.fail(field, f"is {quoted(value)}, not the rows and columns of a block")
+
+
+#: Format of compressed-tensors -> layout, and kinds of codes by type and bits.
+_FORMATS: dict[str, tuple[str, dict[tuple[str, int], str]]] = {
+    "pack-quantized": ("ct-packed", {("int", 4): "int4", ("int", 8): "int8"}),
+    "int-quantized": ("ct-plain", {("int", 4): "int4", ("int", 8): "int8"}),
+    "float-quantized": ("ct-plain", {("float", 8): "fp8"}),
+    "naive-quantized": ("ct-plain", {("int", 4): "int4", ("int", 8): "int8", ("float", 8): "fp8"}),
+    "nvfp4-pack-quantized": ("ct-fp4", {("float", 4): "fp4"}),
+    "mxfp4-pack-quantized": ("ct-mxfp4", {("float", 4): "fp4"}),
+    "mxfp8-quantized": ("ct-mxfp8", {("float", 8): "fp8"}),
+}
+
+
+def _compressed_tensors(fields: Fields) -> Quantisation:
+    for name, part in (("sparsity_config", "format"), ("transform_config", "config_groups")):
+        inner = fields.sub(name)
+        if inner is not None and inner.raw(part) not in (None, "dense", {}, []):
+            raise _refused(fields, name, "changes the weights or what they are multiplied by", "take a copy without")
+    form = fields.text("format") or ""
+    groups = fields.sub("config_groups")
+    if groups is None or not groups.values:
+        raise fields.fail("config_groups", "is missing or empty")
+    rules, activations = [], False
+    for key in groups.values:
+        group = groups.sub(key)
+        if group is None:
+            raise groups.fail(shown(key, 60), "is null, not an object")
+        weights = group.sub("weights")
+        rules.append(Rule(_names(group, "targets"), _compressed(group, weights, group.text("format") or form)))
+        activations |= bool(group.raw("input_activations"))
+    return Quantisation("compressed-tensors", tuple(rules), _names(fields, "ignore"), "exact", activations)
+
+
+def _compressed(group: Fields, weights: Fields | None, form: str) -> StoredScheme | None:
+    """The scheme of a group of layers; None: only their inputs are meant to be quantised."""
+    if weights is None:
+        return None
+    if form not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise _refused(group, "format", f"is {quoted(form)}", f"take a copy in one of {known}")
+    layout, kinds = _FORMATS[form]
+    bits, kind = weights.integer("num_bits", 8, high=64), weights.text("type") or "int"
+    if (kind, bits) not in kinds:
+        advice = "take a copy of 4 or 8 bits, or quantise the model with --weights"
+        raise _refused(weights, "num_bits", f"is {bits} of type {quoted(kind)} in {form}", advice)
+    columns, rows = _shared(weights, layout)
+    symmetric = weights.boolean("symmetric", True)
+    if not symmetric and kind == "float":
+        raise _refused(weights, "symmetric", "is false for floating-point codes", "take a symmetric copy")
+    return StoredScheme(layout, kinds[kind, bits], columns, rows, symmetric)
+
+
+def _shared(weights: Fields, layout: str) -> tuple[int | None, int | None]:
+    """Columns and rows that share a scale."""
+    fixed = {"ct-fp4": 16, "ct-mxfp4": 32, "ct-mxfp8": 32}.get(layout)
+    size = weights.raw("group_size")
+    strategy = weights.text("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    if fixed is not None:
+        if size not in (None, fixed):
+            raise weights.fail("group_size", f"is {quoted(size)}, and this format has groups of {fixed}")
+        return fixed, 1
+    if strategy == "block":
+        rows, columns = _block(weights, "block_structure", weights.raw("block_structure"))
+        return columns, rows
+    if strategy == "group":
+        return _group(weights), 1
+    if strategy not in ("tensor", "channel"):
+        raise _refused(weights, "strategy", f"is {quoted(strategy)}", "take a copy with scales for groups or channels")
+    return None, None if strategy == "tensor" else 1
+
+
+_METHODS: Mapping[str, Callable[[Fields], Quantisation]] = {
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
+    "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm,
+    "mxfp4": _mxfp4,
+    "modelopt": _modelopt,
+    "modelopt_fp4": _modelopt,
+}
+_HINTS = {
+    "bitsandbytes": "take the unquantised files and give --weights",
+    "auto-round": "take the copy that AutoRound exports as auto_gptq or auto_awq",
+    "gguf": "import the GGUF file",
+}
