@@ -6,41 +6,60 @@ import triton.language as tl
 
 
 @triton.jit
-def dequantise_kernel(
-    CODES, ROWS, SCALES, OFFSETS, OUT, first, columns, padded, GROUP: tl.constexpr, KIND: tl.constexpr,
-    BITS: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Values of row ``first + program`` for BLOCK columns: to OUT [.., columns]. GROUP 0: no scales or offsets."""
-    row = tl.program_id(0).to(tl.int64) + first
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = k < columns
-    # Where a column's code is, see `packed`: lane t has 4 columns of each step s of its block.
-    within = k % 128
-    step = within // 16
-    lane = within // 4 % 4
-    c = within % 4
-    if BITS == 4:
-        nibble = c // 2 + (c % 2) * 4 + (step % 2) * 2
-        at = lane * 16 + step // 2 * 4 + nibble // 2
-    else:
-        at = lane * 32 + step * 4 + c // 2 + (c % 2) * 2
-        nibble = 0 * c
-    code = tl.load(CODES + (row * padded + k // 128 * 128) * BITS // 8 + at, mask=there, other=0).to(tl.int32)
-    if BITS == 4:
-        code = (code >> (nibble % 2 * 4)) & 15
+def _value(code, KIND: tl.constexpr):
+    """What a code, an int32, stands for in float32."""
     if KIND == "int4":
-        value = (code - 8).to(tl.float32)
+        return (code - 8).to(tl.float32)
     elif KIND == "int8":
-        value = (code - (code >> 7) * 256).to(tl.float32)
+        return (code - (code >> 7) * 256).to(tl.float32)
     elif KIND == "fp4":
         # Exponent and mantissa into those of a float32, whose exponent a factor mends (subnormal codes too).
-        value = (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37
+        return (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37
     else:
-        # In two steps: 2^120 times a subnormal number is out of no range, but code 0x7f is a NaN.
-        value = (((code & 127) << 20) | ((code & 128) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    if HAS_OFFSETS:
-        value -= tl.load(OFFSETS + row * (padded // GROUP) + k // GROUP, mask=there, other=0).to(tl.float32)
-    if SCALED:
-        value *= tl.load(SCALES + row * (padded // GROUP) + k // GROUP, mask=there, other=0).to(tl.float32)
-    value *= tl.load(ROWS + row)
-    tl.store(OUT + (row - first) * columns + k, value.to(OUT.dtype.element_ty), mask=there)
+        return (((code & 127) << 20) | ((code & 128) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def dequantise_kernel(
+    CODES, ROWS, SCALES, OFFSETS, OUT, first, last, columns, padded, GROUP: tl.constexpr, KIND: tl.constexpr,
+    BITS: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Values of rows ``first`` to ``last``, R rows and BLOCKS blocks of 128 columns a program: to OUT [.., columns].
+
+    CODES: int32 words. GROUP: columns of a group, 0 for all of a row.
+    """
+    WORDS: tl.constexpr = 4 * BITS  # of a block
+    row = tl.program_id(0).to(tl.int64) * R + first + tl.arange(0, R)
+    word = tl.program_id(1) * (BLOCKS * WORDS) + tl.arange(0, BLOCKS * WORDS)
+    there = (row < last)[:, None] & (word < padded // 128 * WORDS)[None, :]
+    words = tl.load(CODES + row[:, None] * (padded // 128 * WORDS) + word[None, :], mask=there, other=0)
+    # The codes of a word, in the order of columns (see `packed`); then lanes, steps and codes change places.
+    if BITS == 4:
+        even = tl.join(tl.join(words & 15, (words >> 16) & 15), tl.join((words >> 4) & 15, (words >> 20) & 15))
+        odd = tl.join(tl.join((words >> 8) & 15, (words >> 24) & 15), tl.join((words >> 12) & 15, (words >> 28) & 15))
+        codes = tl.reshape(tl.join(even, odd), (R, BLOCKS, 4, 4, 2, 2, 2))
+        codes = tl.permute(codes, (0, 1, 3, 6, 2, 5, 4))
+    else:
+        codes = tl.join(tl.join(words & 255, (words >> 16) & 255), tl.join((words >> 8) & 255, (words >> 24) & 255))
+        codes = tl.permute(tl.reshape(codes, (R, BLOCKS, 4, 8, 2, 2)), (0, 1, 3, 2, 5, 4))
+    value = _value(codes, KIND)
+    if GROUP > 0:
+        GROUPS: tl.constexpr = BLOCKS * 128 // GROUP
+        value = tl.reshape(value, (R, GROUPS, GROUP))
+        group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+        at = row[:, None] * (padded // GROUP) + group[None, :]
+        inside = (row < last)[:, None] & (group < padded // GROUP)[None, :]
+        if HAS_OFFSETS:
+            value -= tl.load(OFFSETS + at, mask=inside, other=0).to(tl.float32)[:, :, None]
+        if SCALED:
+            value *= tl.load(SCALES + at, mask=inside, other=0).to(tl.float32)[:, :, None]
+    value = tl.reshape(value, (R, BLOCKS * 128))
+    if GROUP == 0:
+        if HAS_OFFSETS:
+            value -= tl.load(OFFSETS + row, mask=row < last, other=0).to(tl.float32)[:, None]
+        if SCALED:
+            value *= tl.load(SCALES + row, mask=row < last, other=0).to(tl.float32)[:, None]
+    value *= tl.load(ROWS + row, mask=row < last, other=0)[:, None]
+    k = tl.program_id(1) * (BLOCKS * 128) + tl.arange(0, BLOCKS * 128)
+    target = OUT + (row - first)[:, None] * columns + k[None, :]
+    tl.store(target, value.to(OUT.dtype.element_ty), mask=(row < last)[:, None] & (k < columns)[None, :])

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
+from octo_run.kernels.devices import early, on_device_of, runs_ptx
 from octo_run.kernels.linear.dequantise_kernel import dequantise_kernel
 from octo_run.kernels.linear.gluon_product import packed_product_kernel, reduction_bytes
 from octo_run.kernels.linear.packed import BITS, PackedWeight
@@ -22,6 +22,8 @@ ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ROWS_AT_ONCE, FUSED_ROWS = 16, 64
 #: Bytes at most of a slab of a weight that is decoded for a product of more rows.
 SLAB_BYTES = 16 << 20
+#: Rows, and blocks of columns, that a program decodes.
+_ROWS, _BLOCKS = 4, 4
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class Tiling:
     ahead: int = 1
 
 
-def tiling(out: int, blocks: int, rows: int, multiprocessors: int) -> Tiling:
-    """How a product is divided: so many outputs a program that there are programs for all multiprocessors."""
-    tiles = 2 if rows > 8 or -(-out // 32) >= 4 * multiprocessors else 1
-    return Tiling(tiles, 16 if blocks >= 64 else 8 if blocks >= 8 else 4)
+def tiling(out: int, blocks: int, rows: int) -> Tiling:
+    """How a product is divided, by timing int4 on an H200 (`scripts/bench_packed_products.py --tilings`)."""
+    warps = 16 if blocks >= 64 else 8 if blocks >= 8 else 4
+    if rows > 8:
+        return Tiling(2, warps)
+    return Tiling(1, warps, 2 if warps == 8 and out <= 8192 else 1)
 
 
 def fits(x: Tensor, weight: PackedWeight) -> bool:
@@ -60,7 +64,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
 def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, chosen: Tiling | None = None) -> None:
     """The fused product of at most ``ROWS_AT_ONCE`` rows."""
     n, blocks, rows = weight.shape[0], weight.padded // 128, len(x)
-    how = tiling(n, blocks, rows, processors(x.device)) if chosen is None else chosen
+    how = tiling(n, blocks, rows) if chosen is None else chosen
     wide = 2 if rows > 8 else 1
     unused = weight.codes
     launch: Callable[..., Any] = packed_product_kernel[(triton.cdiv(n, 16 * how.tiles), 1)]
@@ -78,13 +82,16 @@ def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, cho
 
 def unpack(weight: PackedWeight, first: int, last: int, out: Tensor) -> None:
     """Values of the rows ``first`` to ``last`` in the order of the codes, to ``out [last - first, in]``."""
-    launch: Callable[..., Any] = dequantise_kernel[(last - first, triton.cdiv(weight.padded, 512))]
     scales, offsets, unused = weight.scales, weight.offsets, weight.codes
+    launch: Callable[..., Any] = dequantise_kernel[
+        (triton.cdiv(last - first, _ROWS), triton.cdiv(weight.padded, 128 * _BLOCKS))
+    ]
     launch(
-        CODES=weight.codes, ROWS=weight.rows, SCALES=unused if scales is None else scales,
-        OFFSETS=unused if offsets is None else offsets, OUT=out, first=first, columns=weight.columns,
-        padded=weight.padded, GROUP=weight.group if scales is not None or offsets is not None else 0, KIND=weight.kind,
-        BITS=BITS[weight.kind], SCALED=scales is not None, HAS_OFFSETS=offsets is not None, BLOCK=512, num_warps=4,
+        CODES=weight.codes.view(torch.int32), ROWS=weight.rows, SCALES=unused if scales is None else scales,
+        OFFSETS=unused if offsets is None else offsets, OUT=out, first=first, last=last, columns=weight.columns,
+        padded=weight.padded, GROUP=0 if weight.group == weight.padded and weight.padded > 128 else weight.group,
+        KIND=weight.kind, BITS=BITS[weight.kind], SCALED=scales is not None, HAS_OFFSETS=offsets is not None, R=_ROWS,
+        BLOCKS=_BLOCKS, num_warps=4,
     )  # fmt: skip
 
 
