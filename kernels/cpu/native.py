@@ -20,7 +20,7 @@ from torch.autograd.profiler import record_function
 from octo_run.errors import shown
 
 SWITCH = "OCTO_RUN_CPU_KERNELS"
-"""``0`` turns the compiled kernels off."""
+"""``0`` turns the compiled kernels off; another value is the folder where they are kept."""
 NATIVE = "native"
 """The target that stands for the machine's own instruction set."""
 COMPILED = "octo_run::"
@@ -44,6 +44,8 @@ def compiler() -> str | None:
 
 def folder() -> Path:
     """Where compiled kernels are kept."""
+    if named := os.environ.get(SWITCH):
+        return Path(named)
     cache = os.environ.get("OCTO_RUN_CACHE")
     if cache:
         return Path(cache) / "kernels"

@@ -24,6 +24,7 @@ ROWS_AT_ONCE, FUSED_ROWS = 16, 64
 SLAB_BYTES = 16 << 20
 #: Rows, and blocks of columns, that a program decodes.
 _ROWS, _BLOCKS = 4, 4
+_ALIGNED = 128  # outputs of a slab are a multiple
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def unpack(weight: PackedWeight, first: int, last: int, out: Tensor) -> None:
 def _by_slabs(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
     """Decode a slab of the weight's rows, multiply, and so on."""
     n = weight.shape[0]
-    per = max(1, min(n, SLAB_BYTES // (weight.columns * x.element_size())))
+    # The library is slow where outputs do not begin at a multiple of 16 bytes.
+    per = min(n, max(1, SLAB_BYTES // (weight.columns * x.element_size() * _ALIGNED)) * _ALIGNED)
     slab = x.new_empty(per, weight.columns)
     for first in range(0, n, per):
         last = min(n, first + per)

@@ -123,6 +123,7 @@ def test_a_compiler_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_p
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
     with pytest.raises(compiled.KernelError, match="no such option"):
         compiled.build()
     assert [file.name for file in (tmp_path / "kernels").iterdir()] == []

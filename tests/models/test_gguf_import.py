@@ -1,5 +1,6 @@
 """Models made of GGUF files: the weights that went in, the logits of transformers' own reader, or one sentence."""
 
+import io
 import json
 import os
 import re
@@ -364,7 +365,7 @@ def test_any_value_of_any_entry_is_taken_or_refused(kind: str, small_gguf: Calla
     small.metadata["tokenizer.ggml.scores"] = [-float(i) for i in range(300)]
     model = read_model(small.write(tmp_path / "model.gguf"))
     name = cache.HubName("imported/x")
-    importer._Import(model, name, None)
+    importer._Import(model, name, None, None)
     keys = [*model.metadata, "llama.rope.scaling.type", "llama.rope.scaling.factor", "general.sampling.top_k"]
     keys += ["tokenizer.ggml.add_space_prefix", "tokenizer.ggml.precompiled_charsmap", "general.type", "llama.odd"]
     refusals = 0
@@ -372,7 +373,7 @@ def test_any_value_of_any_entry_is_taken_or_refused(kind: str, small_gguf: Calla
         for value in VALUES:
             other = replace(model, metadata=model.metadata | {key: value})
             try:
-                importer._Import(other, name, None)
+                importer._Import(other, name, None, None)
             except OctoError as error:
                 refusals += 1
                 text = str(error)
@@ -513,7 +514,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "is no regular file" in refused(tmp_path / "pipe.gguf")
 
 
-def test_the_command(small_gguf: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    small_gguf: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from octo_run.cli import main
 
     path = small_gguf("llama").write(tmp_path / "model.gguf")
@@ -522,6 +525,7 @@ def test_the_command(small_gguf: Callable[..., Any], tmp_path: Path, capsys: pyt
     assert out == "" and "imported/mine: " in err and "chat with it: octo-run chat -m imported/mine" in err
     assert main(["list"]) == 0 and "imported/mine" in capsys.readouterr().out
     assert main(["show", "imported/mine"]) == 0 and "LlamaForCausalLM" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     prompt = [
         "generate",
         "-m",
