@@ -525,7 +525,7 @@ def test_the_command(
     assert out == "" and "imported/mine: " in err and "chat with it: octo-run chat -m imported/mine" in err
     assert main(["list"]) == 0 and "imported/mine" in capsys.readouterr().out
     assert main(["show", "imported/mine"]) == 0 and "LlamaForCausalLM" in capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     prompt = [
         "generate",
         "-m",
