@@ -584,12 +584,9 @@ def test_loading_holds_what_the_plan_says(name: str, make_checkpoint: Make) -> N
             stored[f"{prefix}.weight_packed"] = torch.randint(2**31, (out, columns // 8), dtype=torch.int32)
             stored[f"{prefix}.weight_scale"] = torch.ones(out, groups, dtype=torch.bfloat16)
             continue
-        word = -2004318072 if name == "gptq" else 0x77777777  # zeros of 8
         size = (columns, out // 8) if name == "awq" else (columns // 8, out)
         stored[f"{prefix}.qweight"] = torch.randint(2**31, size, dtype=torch.int32)
-        stored[f"{prefix}.qzeros"] = torch.full(
-            (groups, out // 8), word - (name == "gptq") * 0x11111111, dtype=torch.int32
-        )
+        stored[f"{prefix}.qzeros"] = torch.full((groups, out // 8), 0x77777777, dtype=torch.int32)
         stored[f"{prefix}.scales"] = torch.ones(groups, out, dtype=torch.float16)
     save_file(stored, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(values))

@@ -45,6 +45,12 @@ def _steps(head_dim):
 
 
 @constexpr_function
+def _chains(head_dim):
+    """Sums that the first operand's products are divided into."""
+    return max(2, int(_steps(head_dim)) // 2)
+
+
+@constexpr_function
 def _tiles(head_dim, fast):
     """Operands of the first product for four heads."""
     return int(_steps(head_dim)) + int(fast) + 2 * int(_fastest(fast))
@@ -178,10 +184,9 @@ def make_components(angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: 
         for tile in gl.static_range(4):
             if tile == 0:
                 # Sums of two steps each where there are more: a product waits for the one before it.
-                CHAINS: gl.constexpr = max(2, STEPS // 2)
-                four = _sum(zero, angles, at, 0, STEPS, CHAINS)
-                for chain in gl.static_range(1, CHAINS):
-                    more = _sum(zero, angles, at + chain * 512, chain, STEPS, CHAINS)
+                four = _sum(zero, angles, at, 0, STEPS, _chains(D))
+                for chain in gl.static_range(1, _chains(D)):
+                    more = _sum(zero, angles, at + chain * 512, chain, STEPS, _chains(D))
                     both = ()
                     for i in gl.static_range(4):
                         both = both + (four[i] + more[i],)
