@@ -31,15 +31,9 @@ from octo_run.models.gguf.header import GgufModel, read_model
 from octo_run.models.gguf.tokens import check_rows, tokenizer_files
 from octo_run.models.hub import PullProgress
 from octo_run.models.quantisation.schemes import Scheme, scheme_of
-from octo_run.models.quantisation.writer import (
-    Shard,
-    check_shapes,
-    index_of,
-    plan_shards,
-    quantised_items,
-    quantization_config,
-)
+from octo_run.models.quantisation.writer import check_shapes, quantised_items, quantization_config
 from octo_run.models.safetensors_file import TensorEntry
+from octo_run.models.safetensors_writer import Item, index_of, plan_shards
 from octo_run.models.weights import Weights, expected_tensors
 from octo_run.tokenizer import load_tokenizer
 
@@ -126,7 +120,6 @@ class _Import:
         check_rows(model, cfg.vocab_size)
         found = tensor_names(model, expected_tensors(cfg))
         tensors.check_types(model)
-        self.shards = tensors.plan_shards(found)
         reorder = values["model_type"] in REORDERED
         self.heads = {
             name: cfg.num_heads if ".q_proj." in name else cfg.num_kv_heads
@@ -137,16 +130,12 @@ class _Import:
             GENERATION_CONFIG_NAME: json.dumps(_generation(model, tokenizer.ends), indent=1).encode(),
             **tokenizer.files,
         }
-        if len(self.shards) > 1:
-            self.files[INDEX_NAME] = tensors.index_of(self.shards).encode()
-        self.total = sum(shard.size for shard in self.shards)
         self._try(model.path)
         self.cfg, self.found = cfg, found
         if scheme is not None:
             check_shapes(cfg, scheme)
             values["quantization_config"] = quantization_config(scheme)
             self.files[CONFIG_NAME] = json.dumps(values, indent=1).encode()
-            self.files.pop(INDEX_NAME, None)
 
     def _try(self, path: Path) -> None:
         """Read the small files as the engine will."""
@@ -160,11 +149,10 @@ class _Import:
 
     def write(self, folder: Path) -> ModelEntry:
         """Write the model into its folder in the cache, which this process alone writes."""
-        packed = self._packed()
-        if packed:
-            self.total = sum(shard.size for shard in packed)
-            if len(packed) > 1:
-                self.files[INDEX_NAME] = index_of(packed)
+        shards = plan_shards(self._items())
+        if len(shards) > 1:
+            self.files[INDEX_NAME] = index_of(shards)
+        self.total = sum(shard.size for shard in shards)
         store.check_space(self.name, self.total + sum(map(len, self.files.values())))
         written: dict[str, tuple[Path, str, int]] = {}
         with ExitStack() as partial:
@@ -172,22 +160,18 @@ class _Import:
                 out = partial.enter_context(_partial(folder))
                 out.write(content)
                 written[name] = out.finished()
-            shards: list[Shard | tensors.Shard] = [*packed] or [*self.shards]
             for index, shard in enumerate(shards, 1):
-                out = partial.enter_context(_partial(folder, self._advance(shard.name, index)))
-                if isinstance(shard, tensors.Shard):
-                    tensors.write_shard(shard, self.heads, out.write)
-                else:
-                    shard.write(out.write)
+                out = partial.enter_context(_partial(folder, self._advance(shard.name, index, len(shards))))
+                shard.write(out.write)
                 written[shard.name] = out.finished()
             return self._publish(folder, written)
 
-    def _packed(self) -> list[Shard]:
-        """The files of quantised weights, which are made now; none where they stay bfloat16."""
+    def _items(self) -> dict[str, Item]:
+        """The tensors to be written; quantised ones are made now."""
         if self.scheme is None:
-            return []
+            return tensors.bfloat16_items(self.found, self.heads)
         source = GgufWeights(self.found, self.heads, not self.cfg.tie_word_embeddings)
-        return plan_shards(quantised_items(self.cfg, source, self.scheme, torch.bfloat16))
+        return quantised_items(self.cfg, source, self.scheme, torch.bfloat16)
 
     def _publish(self, folder: Path, written: dict[str, tuple[Path, str, int]]) -> ModelEntry:
         content = "".join(f"{name} {digest}\n" for name, (_, digest, _) in sorted(written.items()))
@@ -200,11 +184,11 @@ class _Import:
         store.write_ref(folder, self.name.ref, commit)
         return find(self.name)
 
-    def _advance(self, name: str, index: int) -> Callable[[int], None]:
-        def advance(count: int) -> None:
-            self.done += count
+    def _advance(self, name: str, index: int, count: int) -> Callable[[int], None]:
+        def advance(size: int) -> None:
+            self.done += size
             if self.progress is not None:
-                self.progress(PullProgress(name, index, len(self.shards), self.done, self.total))
+                self.progress(PullProgress(name, index, count, self.done, self.total))
 
         return advance
 

@@ -1,50 +1,21 @@
-"""The tensors of a GGUF file as safetensors files in bfloat16, written piece by piece."""
+"""The tensors of a GGUF file in bfloat16, decoded piece by piece."""
 
-import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from octo_run.errors import OctoError
-from octo_run.models.files import SINGLE_NAME
 from octo_run.models.foreign import AGAIN, parsing
 from octo_run.models.gguf.header import GgufModel
 from octo_run.models.safetensors_file import TensorEntry, TensorFile
+from octo_run.models.safetensors_writer import Item
 
-#: Bytes at most of one safetensors file, unless a single tensor is larger.
-SHARD_BYTES = 5_000_000_000
 #: Items that are decoded at once.
 PIECE_ITEMS = 4 << 20
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file to be written: its name, its tensors (the decoder's name -> where it comes from)."""
-
-    name: str
-    tensors: dict[str, TensorEntry]
-
-    @property
-    def header(self) -> bytes:
-        """Everything before the data."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, entry in self.tensors.items():
-            end = position + item_count(entry) * 2
-            entries[name] = {"dtype": "BF16", "shape": list(entry.shape), "data_offsets": [position, end]}
-            position = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + 2 * sum(map(item_count, self.tensors.values()))
 
 
 def item_count(entry: TensorEntry) -> int:
@@ -73,48 +44,24 @@ def check_types(model: GgufModel) -> None:
             ) from None
 
 
-def plan_shards(tensors: dict[str, TensorEntry]) -> list[Shard]:
-    """The files that the tensors make: one, or several with numbers in their names."""
-    groups: list[dict[str, TensorEntry]] = [{}]
-    filled = 0
-    for name, entry in tensors.items():
-        size = 2 * item_count(entry)
-        if groups[-1] and filled + size > SHARD_BYTES:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = entry
-        filled += size
-    if len(groups) == 1:
-        return [Shard(SINGLE_NAME, groups[0])]
-    count = len(groups)
-    return [Shard(f"model-{i:05}-of-{count:05}.safetensors", group) for i, group in enumerate(groups, 1)]
+def bfloat16_items(found: dict[str, TensorEntry], heads: dict[str, int]) -> dict[str, Item]:
+    """The tensors as they are to be written.
 
-
-def index_of(shards: list[Shard]) -> str:
-    """The text of ``model.safetensors.index.json``."""
-    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
-    total = 2 * sum(item_count(entry) for shard in shards for entry in shard.tensors.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-
-
-def write_shard(shard: Shard, heads: dict[str, int], write: Callable[[bytes | memoryview], None]) -> None:
-    """Write one safetensors file.
+    Their pieces raise ``OctoError`` for a tensor that cannot be decoded or holds values that bfloat16 cannot, and for a
+    file that changed.
 
     Args:
+        found: The decoder's name -> where it comes from.
         heads: Tensors whose rows llama.cpp reordered -> how many heads they have.
-        write: Given the file's content, piece by piece.
-
-    Raises:
-        OctoError: A tensor cannot be decoded or holds values that bfloat16 cannot, or its file changed.
     """
-    write(shard.header)
-    for name, entry in shard.tensors.items():
-        for values in _bfloat16(name, entry, heads.get(name)):
-            write(values.view(torch.uint8).numpy().data)
+    return {
+        name: Item(torch.bfloat16, entry.shape, partial(_bfloat16, name, entry, heads.get(name)))
+        for name, entry in found.items()
+    }
 
 
 def read_tensor(name: str, entry: TensorEntry, heads: int | None) -> Tensor:
-    """A whole tensor in bfloat16; arguments and errors as of :func:`write_shard`."""
+    """A whole tensor in bfloat16; errors as of :func:`bfloat16_items`."""
     return torch.cat([*_bfloat16(name, entry, heads)]).view(entry.shape)
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,96 +20,19 @@ from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.linear import PackedWeight
 from octo_run.models.config import CONFIG_NAME
 from octo_run.models.decoder import Decoder
-from octo_run.models.files import INDEX_NAME, SINGLE_NAME, SMALL_NAMES
+from octo_run.models.files import INDEX_NAME, SMALL_NAMES
 from octo_run.models.foreign import present, read_bytes, read_json_object
 from octo_run.models.linear import PackedLinear
 from octo_run.models.quantisation.importance import random_ids
+from octo_run.models.safetensors_writer import Item, index_of, plan_shards
 from octo_run.models.weights import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from octo_run.models.config import ModelConfig
     from octo_run.models.quantisation.schemes import Scheme
     from octo_run.models.weights import Weights
-
-#: Bytes at most of one safetensors file, unless a single tensor is larger.
-SHARD_BYTES = 5_000_000_000
-_TYPES = {
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Item:
-    """A tensor to be written: its place in the file and how it is made, on the CPU, when its turn comes."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file to be written."""
-
-    name: str
-    items: dict[str, Item]
-
-    @property
-    def header(self) -> bytes:
-        """Everything before the data."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, item in self.items.items():
-            end = position + item.nbytes
-            entries[name] = {"dtype": _TYPES[item.dtype], "shape": list(item.shape), "data_offsets": [position, end]}
-            position = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + sum(item.nbytes for item in self.items.values())
-
-    def write(self, write: Callable[[bytes | memoryview], object]) -> None:
-        """Give the file's content, piece by piece, to ``write``."""
-        write(self.header)
-        for name, item in self.items.items():
-            tensor = item.make().contiguous()
-            if tensor.dtype != item.dtype or tuple(tensor.shape) != item.shape:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {item.dtype} {item.shape}")
-            if tensor.numel():
-                write(tensor.view(-1).view(torch.uint8).numpy().data)
-
-
-def plan_shards(items: dict[str, Item]) -> list[Shard]:
-    """The files that the tensors make: one, or several with numbers in their names."""
-    groups: list[dict[str, Item]] = [{}]
-    filled = 0
-    for name, item in items.items():
-        if groups[-1] and filled + item.nbytes > SHARD_BYTES:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = item
-        filled += item.nbytes
-    if len(groups) == 1:
-        return [Shard(SINGLE_NAME, groups[0])]
-    return [Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, 1)]
-
-
-def index_of(shards: Sequence[Shard]) -> bytes:
-    """The content of ``model.safetensors.index.json``."""
-    weight_map = {name: shard.name for shard in shards for name in shard.items}
-    total = sum(item.nbytes for shard in shards for item in shard.items.values())
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode()
 
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:
@@ -170,7 +92,7 @@ def quantised_items(cfg: ModelConfig, weights: Weights, scheme: Scheme, dtype: t
 
     def dense(name: str, tensor: Tensor | PackedWeight | None) -> None:
         if isinstance(tensor, Tensor):
-            items[name] = Item(dtype, tuple(tensor.shape), lambda: tensor.to(dtype).cpu())
+            items[name] = _item(dtype, tuple(tensor.shape), lambda: tensor.to(dtype).cpu())
 
     def packed(prefix: str, weight: Tensor | PackedWeight, bias: Tensor | None) -> None:
         assert isinstance(weight, PackedWeight)
@@ -204,6 +126,11 @@ def quantised_items(cfg: ModelConfig, weights: Weights, scheme: Scheme, dtype: t
     return items
 
 
+def _item(dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Item:
+    """A tensor that is made whole."""
+    return Item(dtype, shape, lambda: [make().contiguous()])
+
+
 def _packed_items(weight: PackedWeight) -> dict[str, Item]:
     """The tensors of one packed matrix."""
     out, columns = weight.shape
@@ -217,9 +144,9 @@ def _packed_items(weight: PackedWeight) -> dict[str, Item]:
         whole = factors if weight.scales is None else factors * weight.scales[:, :groups].to(torch.float32).cpu()
         return whole.to(torch.bfloat16)
 
-    scale = Item(torch.bfloat16, (out, groups), scales)
+    scale = _item(torch.bfloat16, (out, groups), scales)
     if weight.kind == "fp8":
-        values = Item(torch.float8_e4m3fn, (out, columns), lambda: codes().view(torch.float8_e4m3fn))
+        values = _item(torch.float8_e4m3fn, (out, columns), lambda: codes().view(torch.float8_e4m3fn))
         return {"weight": values, "weight_scale": scale}
     bits = 4 if weight.kind == "int4" else 8
 
@@ -228,12 +155,12 @@ def _packed_items(weight: PackedWeight) -> dict[str, Item]:
         return _in_words(found if bits == 4 else found ^ 128, bits)
 
     items = {
-        "weight_packed": Item(torch.int32, (out, -(-columns * bits // 32)), integers),
+        "weight_packed": _item(torch.int32, (out, -(-columns * bits // 32)), integers),
         "weight_scale": scale,
-        "weight_shape": Item(torch.int64, (2,), lambda: torch.tensor([out, columns])),
+        "weight_shape": _item(torch.int64, (2,), lambda: torch.tensor([out, columns])),
     }
     if (offsets := weight.offsets) is not None:
-        items["weight_zero_point"] = Item(
+        items["weight_zero_point"] = _item(
             torch.int32,
             (-(-out * bits // 32), groups),
             lambda: _in_words((offsets[:, :groups].cpu() + 8).to(torch.uint8).T, bits).T,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from octo_run.engine.quantise import quantise
 from octo_run.errors import OctoError, UsageError
-from octo_run.models import cache, hub
+from octo_run.models import cache, hub, safetensors_writer
 from octo_run.models.config import load_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.gguf import importer, tensors
@@ -197,7 +197,7 @@ def test_large_tensors_are_decoded_in_pieces_and_shards(
 ) -> None:
     small = small_gguf("llama", quant="BF16")
     monkeypatch.setattr(tensors, "PIECE_ITEMS", 1000)
-    monkeypatch.setattr(tensors, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(safetensors_writer, "SHARD_BYTES", 50_000)
     pieces: list[int] = []
     decode = tensors._decode
     monkeypatch.setattr(tensors, "_decode", lambda rows, kind: pieces.append(rows.size) or decode(rows, kind))
@@ -582,9 +582,9 @@ def test_a_file_that_changes_while_it_is_read(
 def test_an_import_that_is_stopped_leaves_no_model(sign: int, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     path = small_gguf("llama").write(tmp_path / "model.gguf")
     code = (
-        "import sys, time; from octo_run.models.gguf import importer, tensors\n"
+        "import sys, time; from octo_run.models.gguf import importer; from octo_run.models import safetensors_writer\n"
         "def slow(*_): print('writing', flush=True); time.sleep(60)\n"
-        "tensors.write_shard = slow\nimporter.import_model(sys.argv[1])"
+        "safetensors_writer.Shard.write = slow\nimporter.import_model(sys.argv[1])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"writing\n"

@@ -13,9 +13,9 @@ from torch import Tensor
 from octo_run.engine.quantise import quantise
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.linear import PackedWeight
+from octo_run.models import safetensors_writer
 from octo_run.models.config import load_config
 from octo_run.models.decoder import Decoder
-from octo_run.models.quantisation import writer
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.quantisation.schemes import SCHEMES
 from octo_run.models.weights import StoredWeights
@@ -101,7 +101,7 @@ def test_large_models_have_several_files_and_an_index(
 ) -> None:
     path, whole, out = make_checkpoint(hidden_size=256, intermediate_size=384), tmp_path / "whole", tmp_path / "out"
     quantise(path, whole, "int8", device="cpu")
-    monkeypatch.setattr(writer, "SHARD_BYTES", 500_000)
+    monkeypatch.setattr(safetensors_writer, "SHARD_BYTES", 500_000)
     quantise(path, out, "int8", device="cpu")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len({*index["weight_map"].values()}) == len([*out.glob("*.safetensors")]) > 2
@@ -116,11 +116,11 @@ def test_nothing_partial_takes_the_name(
     path, place = make_checkpoint(hidden_size=256, intermediate_size=384), tmp_path / "place"
     place.mkdir()
 
-    def full(_shard: writer.Shard, write: Callable[[bytes], object]) -> None:
+    def full(_shard: safetensors_writer.Shard, write: Callable[[bytes], object]) -> None:
         write(b"some")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.Shard, "write", full)
+    monkeypatch.setattr(safetensors_writer.Shard, "write", full)
     with pytest.raises(OctoError, match=r"out cannot be written \(No space left on device\)"):
         quantise(path, place / "out", "int8", device="cpu")
     assert not [*place.iterdir()]
