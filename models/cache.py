@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octo_run.errors import OctoError, UsageError, quoted, shown
+from octo_run.folders import no_folder, own_folder
 from octo_run.models.config import load_config
 from octo_run.models.files import missing_files
 from octo_run.models.foreign import read_json_object, read_text
@@ -108,28 +109,13 @@ def cache_folder() -> Path:
             if value := os.environ.get("HF_HOME"):
                 return Path(os.path.expandvars(value)).expanduser() / "hub"
         except RuntimeError as error:
-            raise _no_folder(error) from None
-    return _own_folder() / "hub"
+            raise no_folder(error) from None
+    return own_folder() / "hub"
 
 
 def statistics_folder() -> Path:
     """The folder of what was measured on models once; it need not exist."""
-    return _own_folder() / "statistics"
-
-
-def _own_folder() -> Path:
-    """The folder of all that the program keeps, which no other tool shares."""
-    try:
-        if value := os.environ.get("OCTO_RUN_CACHE"):
-            return Path(value).expanduser()
-        base = os.environ.get("XDG_CACHE_HOME")
-        return (Path(base) if base else Path.home() / ".cache") / "octo-run"
-    except RuntimeError as error:
-        raise _no_folder(error) from None
-
-
-def _no_folder(error: RuntimeError) -> OctoError:
-    return OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.")
+    return own_folder() / "statistics"
 
 
 def parse_hub_name(name: str) -> HubName:

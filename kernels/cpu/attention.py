@@ -12,35 +12,33 @@ from torch import Tensor
 from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 from octo_run.kernels.cpu.linear import ELEMENTS
-from octo_run.kernels.cpu.native import library
+from octo_run.kernels.cpu.native import Long, Pointer, address, library
 
 if TYPE_CHECKING:
     from octo_run.kernels.attention.spec import AttentionSpec
 
-_Long, _Pointer = ctypes.c_int64, ctypes.c_void_p
-
 
 class _Codec(ctypes.Structure):
     _fields_ = (
-        *((name, _Long) for name in (
+        *((name, Long) for name in (
             "kind", "element", "bytes", "stream", "state_bits", "is_signed", "triplets", "entries")),
-        ("table", _Pointer), ("unit", ctypes.c_double),
+        ("table", Pointer), ("unit", ctypes.c_double),
     )  # fmt: skip
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, _Long) for name in (
+        *((name, Long) for name in (
             "batch", "count", "heads", "kv_heads", "dim", "element", "sink", "capacity", "threads")),
         ("scale", ctypes.c_double),
-        ("q", _Pointer), ("q_b", _Long), ("q_c", _Long), ("q_h", _Long),
-        ("out", _Pointer), ("o_b", _Long), ("o_c", _Long), ("o_h", _Long),
-        ("pages", _Pointer), ("page_page", _Long), ("page_head", _Long),
-        ("page_table", _Pointer), ("table_row", _Long),
-        *((name, _Pointer) for name in ("rows", "num_packed", "starts", "tail_origin")),
-        *((name, _Pointer) for name in ("sink_k", "sink_v", "tail_k", "tail_v")),
-        *((f"{part}_{by}", _Long) for part in ("sk", "sv", "tk", "tv") for by in "rht"),
-        *((name, _Pointer) for name in ("coefficients", "base", "offset")),
+        ("q", Pointer), ("q_b", Long), ("q_c", Long), ("q_h", Long),
+        ("out", Pointer), ("o_b", Long), ("o_c", Long), ("o_h", Long),
+        ("pages", Pointer), ("page_page", Long), ("page_head", Long),
+        ("page_table", Pointer), ("table_row", Long),
+        *((name, Pointer) for name in ("rows", "num_packed", "starts", "tail_origin")),
+        *((name, Pointer) for name in ("sink_k", "sink_v", "tail_k", "tail_v")),
+        *((f"{part}_{by}", Long) for part in ("sk", "sv", "tk", "tv") for by in "rht"),
+        *((name, Pointer) for name in ("coefficients", "base", "offset")),
         ("k", _Codec), ("v", _Codec),
     )  # fmt: skip
 
@@ -89,7 +87,7 @@ def attend(q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, spec: AttentionSpec
         kv.pages.data_ptr(), *kv.pages.stride()[:2], kv.page_table.data_ptr(), kv.page_table.stride(0),
         kv.rows.data_ptr(), kv.num_packed.data_ptr(), kv.starts.data_ptr(), kv.tail_origin.data_ptr(),
         *(part.data_ptr() for part in full), *(step for part in full for step in part.stride()[:3]),
-        None if of_queries is None else of_queries.data_ptr(),
+        address(of_queries),
         None if kv.mean is None else kv.mean.tables.base.data_ptr(),
         None if kv.mean is None else kv.mean.tables.offset.data_ptr(),
         k, v,

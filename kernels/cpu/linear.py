@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from octo_run.kernels.cpu.native import library
+from octo_run.kernels.cpu.native import Long, library, pointer
 from octo_run.kernels.linear.packed import PackedWeight
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element kinds of the kernels."""
 _KINDS = {"int4": 0, "int8": 1, "fp4": 2, "fp8": 3}
-Long, Pointer = ctypes.c_int64, ctypes.c_void_p
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Where a tensor's elements begin."""
-    return Pointer(None if tensor is None else tensor.data_ptr())
 
 
 def _bias(bias: Tensor | None) -> Tensor | None:

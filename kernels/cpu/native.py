@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from octo_run.errors import shown
+from octo_run.errors import OctoError, shown
+from octo_run.folders import own_folder
 
 SWITCH = "OCTO_RUN_CPU_KERNELS"
 """``0`` turns the compiled kernels off; another value is the folder where they are kept."""
@@ -28,6 +30,18 @@ COMPILED = "octo_run::"
 _SOURCE = Path(__file__).parent / "source"
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread")
 _TIME_LIMIT = 300  # seconds that the compiler may take
+Long, Pointer, Double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+"""What numbers and addresses are in the kernels."""
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements begin, for a structure."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """The same, for an argument."""
+    return Pointer(address(tensor))
 
 
 class KernelError(Exception):
@@ -46,10 +60,7 @@ def folder() -> Path:
     """Where compiled kernels are kept."""
     if named := os.environ.get(SWITCH):
         return Path(named)
-    cache = os.environ.get("OCTO_RUN_CACHE")
-    if cache:
-        return Path(cache) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octo-run" / "kernels"
+    return own_folder() / "kernels"
 
 
 def _machine() -> str:
@@ -79,10 +90,10 @@ def build(target: str = NATIVE) -> Path:
     known = hashlib.sha256(repr((command[1:], _machine())).encode())
     for file in (*sources, *sorted(_SOURCE.glob("*.h"))):
         known.update(file.read_bytes())
-    made = folder() / f"cpu-{known.hexdigest()[:20]}.so"
-    if made.is_file():
-        return made
     try:
+        made = folder() / f"cpu-{known.hexdigest()[:20]}.so"
+        if made.is_file():
+            return made
         made.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=made.parent) as place:
             partial = Path(place) / made.name
@@ -93,7 +104,7 @@ def build(target: str = NATIVE) -> Path:
             if done.returncode or not partial.is_file():
                 raise KernelError(f"{shown(found, 100)} fails: {shown(done.stderr.strip(), 200)}")
             partial.replace(made)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OctoError, OSError, subprocess.SubprocessError) as error:
         raise KernelError(f"the CPU kernels cannot be compiled: {shown(str(error), 200)}") from error
     return made
 

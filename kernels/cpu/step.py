@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.kernels.cpu.native import Kernels, library
+from octo_run.kernels.cpu.native import Double, Kernels, Long, Pointer, address, library, pointer
 
 if TYPE_CHECKING:
     from octo_run.kernels.step.reference import HeadTransform
-
-_Long, _Pointer, _Double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 
 
 def _taken(*tensors: Tensor | None) -> Kernels | None:
@@ -29,8 +27,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     if found is None:
         return False
     found.octo_add_rms_norm(
-        _Pointer(x.data_ptr()), _Pointer(None if residual is None else residual.data_ptr()),
-        _Pointer(weight.data_ptr()), _Double(eps), _Pointer(out.data_ptr()), _Long(x.shape[0]), _Long(x.shape[1]),
+        pointer(x), pointer(residual),
+        pointer(weight), Double(eps), pointer(out), Long(x.shape[0]), Long(x.shape[1]),
         torch.get_num_threads(),
     )  # fmt: skip
     return True
@@ -42,7 +40,7 @@ def swiglu(gate_up: Tensor, out: Tensor) -> bool:
     if found is None:
         return False
     found.octo_swiglu(
-        _Pointer(gate_up.data_ptr()), _Pointer(out.data_ptr()), _Long(out.shape[0]), _Long(out.shape[1]),
+        pointer(gate_up), pointer(out), Long(out.shape[0]), Long(out.shape[1]),
         torch.get_num_threads(),
     )  # fmt: skip
     return True
@@ -50,17 +48,13 @@ def swiglu(gate_up: Tensor, out: Tensor) -> bool:
 
 class _Heads(ctypes.Structure):
     _fields_ = (
-        *((name, _Long) for name in ("rows", "heads", "kv_heads", "dim", "one_map", "threads")),
-        ("eps", _Double),
-        *((name, _Pointer) for name in (
+        *((name, Long) for name in ("rows", "heads", "kv_heads", "dim", "one_map", "threads")),
+        ("eps", Double),
+        *((name, Pointer) for name in (
             "qkv", "cos", "sin", "q_norm", "k_norm", "maps", "v_rotation", "mean", "slots", "owners",
             "k", "v", "q", "coefficients")),
-        *((name, _Long) for name in ("k_r", "k_h", "k_t", "v_r", "v_h", "v_t", "q_b", "q_h")),
+        *((name, Long) for name in ("k_r", "k_h", "k_t", "v_r", "v_h", "v_t", "q_b", "q_h")),
     )  # fmt: skip
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def qkv_rope_append(
@@ -88,8 +82,8 @@ def qkv_rope_append(
         return False
     call = _Heads(
         len(qkv), q_out.shape[2], full_k.shape[1], q_out.shape[3], one_map, torch.get_num_threads(), t.eps,
-        _at(qkv), _at(t.cos), _at(t.sin), _at(t.q_norm), _at(t.k_norm), _at(maps), _at(t.v_rotation), _at(t.mean),
-        _at(slots), _at(rows), _at(full_k), _at(full_v), _at(q_out), _at(coefficients),
+        *map(address, (qkv, t.cos, t.sin, t.q_norm, t.k_norm, maps, t.v_rotation, t.mean)),
+        *map(address, (slots, rows, full_k, full_v, q_out, coefficients)),
         *full_k.stride()[:3], *full_v.stride()[:3], q_out.stride(0), q_out.stride(2),
     )  # fmt: skip
     found.octo_qkv_rope_append(ctypes.byref(call))

@@ -37,20 +37,8 @@ struct Call {
 }
 
 namespace {
-static inline F16 exponential(F16 x) {  // of x <= 0
-    F16 y = x < -87.0f ? splat(-87.0f) : x;
-    F16 n = y * 1.44269504f + 12582912.0f;
-    n -= 12582912.0f;
-    F16 r = y - n * 0.693359375f - n * -2.12194440e-4f;
-    F16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    I16 exponent = __builtin_convertvector(n, I16) << 23;
-    F16 found = (F16)((I16)p + exponent);
-    return x < -87.0f ? F16{} : found;
+static inline F16 weight_of(F16 x) {  // exp(x) of x <= 0, which is 0 far below
+    return x < -87.0f ? F16{} : exponential(x);
 }
 
 // rows[i][j] becomes rows[j][i], words of 32 bits.
@@ -360,10 +348,10 @@ void Work::run() const {
             for (int i = 0; i < 16; i++) top = std::max(top, part[i]);
             const float shift = top == -INFINITY ? 0 : top;
             float keep[16];
-            store(keep, exponential(splat(piece->top[r] - shift)));
+            store(keep, weight_of(splat(piece->top[r] - shift)));
             F16 sum = {};
             for (int v = 0; v < 4; v++) {
-                F16 p = exponential(load<F16>(s + 16 * v) - shift);
+                F16 p = weight_of(load<F16>(s + 16 * v) - shift);
                 sum += p;
                 store(s + 16 * v, p);
             }

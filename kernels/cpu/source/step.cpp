@@ -3,19 +3,6 @@
 #include <algorithm>
 
 namespace {
-static inline F16 exponential(F16 x) {  // of x <= 0; see attention.cpp
-    F16 y = x < -87.0f ? splat(-87.0f) : x;
-    F16 n = y * 1.44269504f + 12582912.0f;
-    n -= 12582912.0f;
-    F16 r = y - n * 0.693359375f - n * -2.12194440e-4f;
-    F16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return (F16)((I16)p + (__builtin_convertvector(n, I16) << 23));
-}
 static void norm(const float *x, const float *weight, int64_t n, float eps, float *out) {
     F16 sum = {};
     int64_t i = 0;
