@@ -21,6 +21,8 @@ from octo_run.models.quantisation.config import MODELOPT_NAME, Quantisation, par
 CONFIG_NAME = "config.json"
 #: What `--conditioning` takes: nothing, means alone, means and matrices (`models.conditioning`).
 CONDITIONINGS = ("off", "mean", "full")
+#: What `--head` takes: the embedding and the output head as they are, or packed (`models.quantisation.schemes`).
+HEADS = ("bf16", "int8")
 GENERATION_CONFIG_NAME = "generation_config.json"
 DTYPES = ("bfloat16", "float16", "float32")
 _MAX_LAYERS = 4096

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.linear import BLOCK, PackedWeight, empty, pack
+from octo_run.models.config import HEADS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +77,6 @@ SCHEMES = {
 }
 #: What ``--weights`` takes: with ``bf16`` they are not quantised and have the dtype of the arithmetic.
 WEIGHTS = ("bf16", *SCHEMES)
-HEADS = ("bf16", "int8")
 
 
 def format_name(weight: PackedWeight) -> str:

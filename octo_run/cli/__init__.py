@@ -174,11 +174,9 @@ def _memory_advice(error: Exception, command: click.Command | None) -> str:
     """What ran out and which options of ``command`` take less of it."""
     on_gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA" in str(error)
     known = {option for param in command.params for option in param.opts} if command is not None else set()
-    sizes: tuple[str, ...] = (
-        ("--lengths",) if "--lengths" in known else ("--ctx",)
-    )  # the former say the context, which --ctx may not
-    sizes += ("--batch", "--step", "--vectors", "--tokens")
-    less = [f"a smaller {name}".replace("a smaller --lengths", "smaller --lengths") for name in sizes if name in known]
+    context = "smaller --lengths" if "--lengths" in known else "a smaller --ctx"  # the former say what --ctx may not
+    sizes = (context, "a smaller --batch", "a smaller --step", "a smaller --vectors", "a smaller --tokens")
+    less = [size for size in sizes if size.split()[-1] in known]
     less += ["another --kv"] if "--ctx" in known else []
     if on_gpu:
         return f"the GPU's memory ran out; choose {', '.join([*less, '--device cpu or a smaller model'])}."

@@ -206,9 +206,10 @@ class Pace:
         done = len(self._seconds[self._now])
         if done < self._rounds and (now - self._told > PATIENCE or (self._now == 0 and done == 1)):
             kv, depth, test = self._cases[self._now]
-            name = test[0] + "+".join(map(str, test[1:]))
             self._told = now
-            console.notice(f"{kv} {name} at depth {depth:,}: round {done} of {self._rounds}, {self.left()}")
+            console.notice(
+                f"{kv} {runtime.name_of(test)} at depth {depth:,}: round {done} of {self._rounds}, {self.left()}"
+            )
 
     def case_done(self) -> None:
         """Go on to the next case."""

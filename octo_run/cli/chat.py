@@ -46,9 +46,7 @@ def command(system: str | None, prompt: str | None, load: EngineOptions, samplin
     with process.locked_keyboard():
         _greet(load)
         conversation = _conversation(system, load, sampling)
-        console.echo(
-            "Enter sends, Alt-Enter begins a line, Ctrl-C stops an answer, /help lists the commands.", faint=True
-        )
+        console.echo(KEYS, faint=True)
         return _at_terminal(conversation, prompt)
 
 
@@ -70,8 +68,8 @@ def _greet(load: EngineOptions) -> None:
             console.echo(f"  {example}")
 
 
-def _messages() -> Iterator[tuple[int, str]]:
-    """The messages of standard input, each with the number of its first line: a line each, or the lines of a block."""
+def _messages() -> Iterator[str]:
+    """The messages of standard input: a line each, or the lines of a block."""
     block: list[str] | None = None
     begun = 0
     for number, line in enumerate(console.stdin_lines(), start=1):
@@ -79,19 +77,19 @@ def _messages() -> Iterator[tuple[int, str]]:
         if block is not None:
             block.append(text)
             if text.rstrip().endswith(BLOCK):
-                yield begun, "".join(block).strip()
+                yield "".join(block).strip()
                 block = None
         elif opens_block(text.strip()):
             block, begun = [text], number
         else:
-            yield number, text.strip()
+            yield text.strip()
     if block is not None:
         raise UsageError(f"line {begun} of standard input begins a block that no line with {BLOCK} ends.")
 
 
 def _through_pipe(conversation: Conversation, first: str | None) -> int:
     """One line or block of standard input is one turn; the first failure ends the chat with its exit code."""
-    for text in itertools.chain([first or ""], (text for _, text in _messages())):
+    for text in itertools.chain([first or ""], _messages()):
         if not text:
             continue
         try:

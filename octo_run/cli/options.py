@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from octo_run.errors import quoted
-from octo_run.models.config import CONDITIONINGS
+from octo_run.models.config import CONDITIONINGS, HEADS
 
 DEFAULT_MODEL = "octo-demo"
 DEFAULT_KV = "oct3"
@@ -19,7 +19,6 @@ MAX_THREADS = 512
 #: Arithmetic by its name, and by the short one.
 DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32",
           "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # fmt: skip
-HEADS = ("bf16", "int8")
 
 Command = Callable[..., Any]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from octo_run.cli import console, debug_option, runtime
-from octo_run.cli.options import DTYPES
+from octo_run.cli.options import device_option, dtype_option
 from octo_run.errors import shown
 
 
@@ -14,8 +14,8 @@ from octo_run.errors import shown
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--weights", default="int4", show_default=True, metavar="FORMAT", help="fp8, int8, int4 or int4-128.")
-@click.option("--device", metavar="cpu|cuda", help="Where to compute.  [default: cuda if there is one]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Arithmetic.  [default: the model's, float32 on a CPU]")
+@device_option
+@dtype_option
 @debug_option
 def command(model: str, out: Path, weights: str, device: str | None, dtype: str | None) -> None:
     """Write MODEL with quantised weights to the new folder OUT.

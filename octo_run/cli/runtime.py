@@ -149,6 +149,13 @@ def copy_bandwidth(engine: "Engine") -> float:
     return benchmark.copy_bandwidth(engine.device)
 
 
+def name_of(test: "Test") -> str:
+    """A test as it is written."""
+    from octo_run.engine import benchmark
+
+    return benchmark.name_of(test)
+
+
 def measure(engine: "Engine", test: "Test", **settings: Any) -> "Row":
     """One measurement of ``octo-run bench``; ``settings`` are those of ``benchmark.measure``."""
     from octo_run.engine import benchmark

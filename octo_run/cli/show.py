@@ -8,6 +8,7 @@ import click
 from octo_run.cli import console, debug_option
 from octo_run.cli.options import DEFAULT_MODEL, device_option, dtype_option
 from octo_run.errors import OctoError, UsageError, shown
+from octo_run.models.config import HEADS
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _weight_rows(cfg: Any, dtype: Any) -> list[dict[str, Any]]:
     """Bytes in memory with every choice of ``--weights`` and ``--head``; none for files that are quantised already."""
     from octo_run.engine.plan import weight_bytes
     from octo_run.models.decoder import Decoder
-    from octo_run.models.quantisation.schemes import HEADS, WEIGHTS, head_scheme, scheme_of
+    from octo_run.models.quantisation.schemes import WEIGHTS, head_scheme, scheme_of
     from octo_run.models.weights import RandomWeights
 
     rows = []

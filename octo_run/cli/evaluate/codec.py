@@ -107,7 +107,7 @@ def _measure(
         return names
 
     chosen(head_dim)
-    content = common.sample_text() if text is None else common.read_text(text)
+    content = common.sample_text() if text is None else console.read_text(text)
     data = None if model is None else capture(model, content, tokens)
     names = [] if data is None else chosen(data.k.shape[-1])
     rows = list(gaussian(chosen(head_dim), head_dim, vectors, seed))

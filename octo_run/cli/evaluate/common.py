@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from octo_run.cli import runtime
-from octo_run.cli.console import read_text as read_text
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
 from octo_run.cli.progress import Running
@@ -105,12 +104,10 @@ def context(load: EngineOptions, usual: int) -> int:
 def loader(
     load: EngineOptions, cache: CacheOptions, tokens: int | None, sequences: int = 1
 ) -> Callable[[str], "Engine"]:
-    """The function that loads the engine of a format.
+    """The function that loads the engine of a format, ``KV`` or ``WEIGHTS/KV``.
 
     Args:
         tokens: Its context; None: what the model has.
-
-    A format may be ``WEIGHTS/KV``.
         sequences: How many it holds.
     """
 

@@ -95,7 +95,7 @@ def command(
     common.check_outputs(csv_file, plot=plot)
     if load.ctx is not None:
         raise UsageError("eval needle takes the context from --lengths: leave --ctx out.")
-    content = "\n".join([common.read_text(path) for path in texts] or [common.sample_text()])
+    content = "\n".join([console.read_text(path) for path in texts] or [common.sample_text()])
     kvs = common.formats(load)
     most = common.model_config(load).context_limit
     if max(lengths) > most:

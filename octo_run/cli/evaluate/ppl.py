@@ -60,7 +60,7 @@ def command(
     window at this context); tokens_per_s (tokens fed); tokens (scored); partial (whether that is not all of the text).
     """
     common.check_outputs(csv_file, plot=plot)
-    contents = [common.read_text(path) for path in texts] or [common.sample_text()]
+    contents = [console.read_text(path) for path in texts] or [common.sample_text()]
     kvs = common.formats(load)
     if load.weights is not None:
         stored = [*dict.fromkeys(name.strip() for name in load.weights.split(","))]

@@ -72,7 +72,7 @@ def command(
     if system is not None and not as_chat:
         raise UsageError("--system needs --chat: a raw prompt has no system prompt.")
     rule = evaluation.extractor(extract, pattern, ignore_case=ignore_case)
-    found = evaluation.read_tasks(common.read_text(file), str(file), prompt_key, answer_key)[:limit]
+    found = evaluation.read_tasks(console.read_text(file), str(file), prompt_key, answer_key)[:limit]
     wanted = evaluation.wanted_answers(found, rule)
     kvs = common.formats(load)
     scores, answers = [], []
