@@ -13,6 +13,7 @@ from octo_run.kernels.devices import early, on_device_of, runs_ptx
 from octo_run.kernels.linear.dequantise_kernel import dequantise_kernel
 from octo_run.kernels.linear.gluon_product import packed_product_kernel, reduction_bytes
 from octo_run.kernels.linear.packed import BITS, PackedWeight
+from octo_run.kernels.linear.reference import SLAB_BYTES, in_slabs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 #: Rows of x that a launch of the fused product takes, and up to which it is faster than decoding first.
 ROWS_AT_ONCE, FUSED_ROWS = 16, 64
-#: Bytes at most of a slab of a weight that is decoded for a product of more rows.
-SLAB_BYTES = 16 << 20
 #: Rows, and blocks of columns, that a program decodes.
 _ROWS, _BLOCKS = 4, 4
 _ALIGNED = 128  # outputs of a slab are a multiple
@@ -98,15 +97,13 @@ def unpack(weight: PackedWeight, first: int, last: int, out: Tensor) -> None:
 
 def _by_slabs(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
     """Decode a slab of the weight's rows, multiply, and so on."""
-    n = weight.shape[0]
     # The library is slow where outputs do not begin at a multiple of 16 bytes.
-    per = min(n, max(1, SLAB_BYTES // (weight.columns * x.element_size() * _ALIGNED)) * _ALIGNED)
+    unit = SLAB_BYTES // (weight.columns * x.element_size() * _ALIGNED)
+    per = min(weight.shape[0], max(1, unit) * _ALIGNED)
     slab = x.new_empty(per, weight.columns)
-    for first in range(0, n, per):
-        last = min(n, first + per)
-        dense, into = slab[: last - first], out[:, first:last]
-        unpack(weight, first, last, dense)
-        if bias is None:
-            torch.mm(x, dense.t(), out=into)
-        else:
-            torch.addmm(bias[first:last], x, dense.t(), out=into)
+
+    def decode(first: int, last: int) -> Tensor:
+        unpack(weight, first, last, slab[: last - first])
+        return slab[: last - first]
+
+    in_slabs(x, bias, out, per, decode)
