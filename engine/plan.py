@@ -168,7 +168,7 @@ def _library_workspace(device: torch.device) -> int:
 
 def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
     """Bytes of the largest set of tensors alive at once for a chunk beside the kept buffers: in the MLP, a norm, the
-    attention, or a product with a packed weight."""
+    attention, or a product with a packed weight (``_slab``)."""
     cfg = decoder.cfg
     rows, size = shape.chunk, shape.dtype.itemsize
     norm = rows * cfg.hidden_size * (3 * 4 + 2 * size)
@@ -176,9 +176,13 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
         shape.chunk, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (shape.max_pages, shape.ring + shape.chunk),
         mean=bool(shape.mean_heads),
     )  # fmt: skip
+    return max(rows * cfg.intermediate_size * size, norm, attention, _slab(decoder))
+
+
+def _slab(decoder: Decoder) -> int:
+    """Bytes of the rows that products of many tokens with packed weights decode at a time, if there are such."""
     layers = [part for layer in decoder.layers for one in _products(layer) for part in one.parts]
-    packed = SLAB_BYTES if any(isinstance(part, PackedLinear) for part in (*layers, decoder.head)) else 0
-    return max(rows * cfg.intermediate_size * size, norm, attention, packed)
+    return SLAB_BYTES if any(isinstance(part, PackedLinear) for part in (*layers, decoder.head)) else 0
 
 
 def _products(layer: Layer) -> tuple[AnyLinear, ...]:
@@ -208,7 +212,8 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
         return sum(map(_block, sizes)) if device.type == "cuda" else sum(sizes)
 
     arena, full = parts.arena, parts.arena.full_precision
-    temporaries = _cpu_temporaries(decoder, shape) if device.type == "cpu" else _library_workspace(device)
+    on_gpu = device.type == "cuda"
+    temporaries = _library_workspace(device) + _slab(decoder) if on_gpu else _cpu_temporaries(decoder, shape)
     return {
         "arena": held(arena, but=(full, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),

@@ -55,7 +55,9 @@ def command(as_json: bool) -> int:
 
 def examine() -> list[Finding]:
     """All findings, in the order in which one would look."""
-    looks: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _torch, _triton, _cuda, _weights, _cache, _demo)
+    looks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python, _torch, _cpu_kernels, _triton, _cuda, _weights, _cache, _demo
+    )  # fmt: skip
     return [finding for look in looks for finding in look()]
 
 
@@ -106,6 +108,15 @@ def _cuda() -> Iterator[Finding]:
         yield Finding("CUDA device", "ok", f"cuda:{index} {name}, {memory}")
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "cc"), "gcc", "clang")):
         yield Finding("C compiler", "wrong", "none found, and Triton needs one to build its launchers: install gcc")
+
+
+def _cpu_kernels() -> Iterator[Finding]:
+    """Which instructions the CPU's kernels use, or why PyTorch does their work, slower."""
+    try:
+        from octo_run.kernels.cpu import library, path_name
+    except (ImportError, OSError):
+        return
+    yield Finding("CPU kernels", "note" if library() is None else "ok", path_name())
 
 
 def _weights() -> Iterator[Finding]:

@@ -268,6 +268,16 @@ def test_doctor_finds_all_here(octo: Callable[..., Any], cache: Path) -> None:
     assert "everything needed is here" in octo("doctor").out
 
 
+@pytest.mark.parametrize(("switch", "status"), [(None, "ok"), ("0", "note")])
+def test_doctor_says_whether_the_cpu_has_kernels(
+    monkeypatch: pytest.MonkeyPatch, switch: str | None, status: str
+) -> None:
+    if switch is not None:
+        monkeypatch.setenv("OCTO_RUN_CPU_KERNELS", switch)
+    (found,) = doctor._cpu_kernels()
+    assert found.status == status and ("PyTorch" in found.detail) == (status == "note")
+
+
 def test_doctor_says_plainly_what_is_wrong(
     octo: Callable[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
