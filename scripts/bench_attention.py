@@ -16,7 +16,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 import triton
 from attention_peers import PEERS, compile_flashinfer
+from bench_graphs import in_turn, recorded
 from bench_report import provenance, save, table
 
 from octo_run.kernels import (
@@ -93,22 +93,8 @@ class Row:
 
 def median_us(step: Callable[[], object], calls: int, repeats: int = 50) -> float:
     """Median microseconds of one of the ``calls`` calls that ``step`` makes, replayed as a CUDA graph."""
-    for _ in range(2):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in times) * 1e3 / calls
+    step()
+    return in_turn([recorded(step)], repeats)[0] / calls
 
 
 def copy_bandwidth() -> float:

@@ -11,10 +11,8 @@ larger than the L2 cache; CUDA graphs of both are replayed in turn, and of each 
 import argparse
 import multiprocessing
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from pathlib import Path
 import torch
 import triton
 from bench_attention import BOUND, DEVICE, ROTATE_BYTES, Shape, calls, check, form, inputs
+from bench_graphs import in_turn, recorded
 from bench_report import provenance, save, table
 
 KV_HEADS, REPEATS = 8, 41
@@ -51,29 +50,6 @@ def compared(kv: str, group: int, dim: int, theta: float, contexts: list[str]) -
         calls(kv.endswith("+mean"), form(kv, dim), shape, arenas, theta)()
         torch.cuda.synchronize()
     return found
-
-
-def in_turn(steps: list[Callable[[], None]]) -> list[float]:
-    """Median microseconds of each step, recorded as CUDA graphs that are replayed one after the other."""
-    graphs = []
-    for step in steps:
-        step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        graph.replay()
-        graphs.append(graph)
-    times: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in steps]
-    for turn in range(REPEATS):
-        for i in range(len(graphs)) if turn % 2 else reversed(range(len(graphs))):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graphs[i].replay()
-            end.record()
-            times[i].append((start, end))
-    torch.cuda.synchronize()
-    return [statistics.median(a.elapsed_time(b) for a, b in one) * 1e3 for one in times]
 
 
 def report(rows: list[Row], run: str, theta: float) -> str:
@@ -130,7 +106,7 @@ def main() -> int:
                 for group in groups:
                     shape = Shape(KV_HEADS, group, dim, context)
                     steps = [calls(mean, fmt, shape, arenas, args.theta) for mean in (False, True)]
-                    without, with_mean = (us / layers for us in in_turn(steps))
+                    without, with_mean = (us / layers for us in in_turn([recorded(step) for step in steps], REPEATS))
                     rows.append(
                         Row(kv, dim, group, context, without, with_mean, with_mean / without - 1,
                             errors[kv, group, dim], errors[f"{kv}+mean", group, dim])

@@ -11,7 +11,6 @@ are OUTxIN. Other libraries are timed where they are installed: gemlite, humming
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import triton
+from bench_graphs import in_turn, recorded
 from bench_report import provenance, save, table
 from torch import Tensor
 
@@ -62,31 +62,6 @@ def relative_error(out: Tensor, x: Tensor, weight: PackedWeight) -> float:
     dense = weight.dequantised(torch.float64)
     exact, size = x.double() @ dense.T, x.double().norm(dim=1)[:, None] * dense.norm(dim=1)
     return float(((out.double() - exact) / size).abs().max())
-
-
-def recorded(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The step, run once, then recorded."""
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    return graph
-
-
-def in_turn(graphs: list[torch.cuda.CUDAGraph]) -> list[float]:
-    """Median microseconds of each graph, replayed one after the other."""
-    times: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in graphs]
-    for turn in range(REPEATS):
-        for i in range(len(graphs)) if turn % 2 else reversed(range(len(graphs))):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graphs[i].replay()
-            end.record()
-            times[i].append((start, end))
-    torch.cuda.synchronize()
-    return [statistics.median(a.elapsed_time(b) for a, b in one) * 1e3 for one in times]
 
 
 def humming(out: int, columns: int, copies: int) -> list[Callable[[Tensor], Tensor]]:
@@ -228,7 +203,7 @@ def main() -> int:
                 if error >= 4e-3 or error != error:
                     print(f"{shape}, {rows} rows, {name}: relative error {error:.1e}, not timed", file=sys.stderr)
             graphs = [recorded(step) for *_, step in right]
-            for (name, size, error, _), total in zip(right, in_turn(graphs), strict=True):
+            for (name, size, error, _), total in zip(right, in_turn(graphs, REPEATS), strict=True):
                 each = total / _copies(size)
                 rate = size / each * 1e-3
                 found.append(Row(shape, rows, name, each, rate, rate * 1e9 / bandwidth, error))
