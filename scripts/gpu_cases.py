@@ -47,8 +47,9 @@ def arena_inputs(pages: Tensor, table: Tensor, index: list[Tensor], sinks: Tenso
 
 
 def make_case(
-    kv: str, lengths: list[int], count: int, group: int, kv_heads: int, dim: int, dtype: torch.dtype, mean: float = 0.0
-) -> Case:
+    kv: str, lengths: list[int], count: int, group: int, kv_heads: int, dim: int, dtype: torch.dtype, mean: float = 0.0,
+    device: str = "cuda",
+) -> Case:  # fmt: skip
     """Sequences of `lengths` tokens, the last `count` are queries. They own rows of the arena in no order.
 
     What must not be read is NaN or an invalid page.
@@ -58,8 +59,7 @@ def make_case(
         mean: Size of the means that packed keys get back.
     """
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
-    device = torch.device("cuda")
-    page_format = PageFormat.on(fmt, device)
+    page_format = PageFormat.on(fmt, torch.device(device))
     owned = len(lengths) + 2
     rows = [row if n else -1 for row, n in zip(torch.randperm(owned).tolist(), lengths, strict=False)]
     starts = [max(0, n - count) for n in lengths]
