@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.devices import early, on_device_of
+from octo_run.kernels.devices import early, on_device_of, runs_ptx
+from octo_run.kernels.experts.packed_product import packed_experts_kernel
 from octo_run.kernels.experts.product_kernels import down_vector_kernel, gate_up_vector_kernel, grouped_kernel
 from octo_run.kernels.experts.routing_kernels import (
     choose_kernel,
@@ -19,6 +20,8 @@ from octo_run.kernels.experts.routing_kernels import (
     router_rows_kernel,
 )
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
+from octo_run.kernels.linear.gluon_product import reduction_bytes
+from octo_run.kernels.linear.launch import ELEMENTS, Tiling
 from octo_run.kernels.linear.packed import BITS, PackedWeight
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Tokens up to which each pair of token and expert has programs of its own that read the expert's matrices.
 VECTOR_TOKENS = 4
+#: Tokens up to which packed experts are decoded within a fused product.
+FUSED_TOKENS = 64
 #: Tokens up to which tiles have few rows, because most of a larger one would stay empty.
 SMALL_TOKENS = 256
 #: Tokens from which on the router multiplies tiles.
@@ -87,11 +92,53 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
         if isinstance(experts.gate_up, Tensor) and isinstance(experts.down, Tensor) and len(x) <= VECTOR_TOKENS:
             _vectors(x, experts, experts.gate_up, experts.down, scratch, out, shared)
             return
-        rows = SOME if len(x) <= SMALL_TOKENS else MANY
+        fused = _fused_fits(x, experts)
+        rows = FEW if fused else SOME if len(x) <= SMALL_TOKENS else MANY
         tiles = _sorted(scratch, rows)
-        _grouped(x, experts, "gate_up", scratch, scratch.inner, rows, tiles)
-        _grouped(scratch.inner, experts, "down", scratch, scratch.parts, rows, tiles)
+        if fused:
+            fused_product(x, experts, "gate_up", scratch, scratch.inner, tiles)
+            fused_product(scratch.inner, experts, "down", scratch, scratch.parts, tiles)
+        else:
+            _grouped(x, experts, "gate_up", scratch, scratch.inner, rows, tiles)
+            _grouped(scratch.inner, experts, "down", scratch, scratch.parts, rows, tiles)
         _combine(experts, scratch, out, shared)
+
+
+def _fused_fits(x: Tensor, experts: ExpertWeights) -> bool:
+    """Whether the fused kernel takes these products: packed, a 16-bit dtype, 8-byte aligned rows, an NVIDIA GPU."""
+    packed = all(
+        isinstance(weight, PackedWeight) and weight.columns % 4 == 0 for weight in (experts.gate_up, experts.down)
+    )
+    return packed and x.dtype in ELEMENTS and runs_ptx(x.device) and len(x) <= FUSED_TOKENS
+
+
+def tiling(out: int, blocks: int) -> Tiling:
+    """How the products with packed experts are divided."""
+    return Tiling(1, 8 if blocks >= 16 else 4, 1)
+
+
+def fused_product(
+    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int,
+    chosen: Tiling | None = None,
+) -> None:  # fmt: skip
+    """The product ``gate_up`` with its activation, or ``down``, of tiles of at most ``FEW`` rows, decoding fused."""
+    weight = getattr(experts, name)
+    assert isinstance(weight, PackedWeight)
+    bias, activation, unused = getattr(experts, f"{name}_bias"), experts.activation, weight.codes
+    n, blocks = weight.shape[0] // experts.experts, weight.padded // 128
+    how = tiling(n, blocks) if chosen is None else chosen
+    launch: Callable[..., Any] = packed_experts_kernel[(triton.cdiv(n, 16 * how.tiles), tiles)]
+    launch(
+        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
+        OFFSETS=unused if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias,
+        ORDER=scratch.order, TILES=scratch.tiles, OUT=out, alpha=activation.alpha, limit=activation.limit, n=n,
+        columns=weight.columns, blocks=blocks, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
+        GROUP=0 if weight.scales is None else weight.group, MT=how.tiles, HAS_OFFSETS=weight.offsets is not None,
+        BIASED=bias is not None, PADDED=weight.padded != weight.columns, UNEVEN=blocks % how.warps != 0,
+        CHOSEN=scratch.indices.shape[1], FIRST=name == "gate_up", ACTIVATION=activation.kind, AHEAD=how.ahead,
+        WARPS=how.warps, SMEM_WORDS=int(reduction_bytes(how.tiles, 1, how.warps)) // 4, **early(x.device),
+        num_warps=how.warps,
+    )  # fmt: skip
 
 
 def _vectors(

@@ -7,8 +7,10 @@ import pytest
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from octo_run.kernels.experts import product_kernels, routing_kernels  # noqa: E402
+from octo_run.kernels.experts.packed_product import packed_experts_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -66,3 +68,31 @@ def test_compiles_for_hopper(kernel, types, constants, warps):
     assert ".local" not in text
     assert "griddepcontrol.wait" in text
     assert compiled.metadata.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "group", "warps"), [("int4", 4, 64, 8), ("int8", 8, 0, 8), ("fp8", 8, 0, 4), ("fp4", 4, 32, 8)]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_fused_products_compile_for_hopper(kind, bits, group, warps, first):
+    types = {
+        "X": B, "CODES": "*u8", "ROWS": F, "SCALES": H, "OFFSETS": H, "BIAS": B, "ORDER": I, "TILES": I, "OUT": B,
+        "alpha": "fp32", "limit": "fp32", "n": "i32", "columns": "i32", "blocks": "i32",
+    }  # fmt: skip
+    fixed = {
+        "KIND": kind, "BITS": bits, "ELEMENT": "bf16", "GROUP": group, "MT": 1, "HAS_OFFSETS": kind == "int4",
+        "BIASED": kind == "fp4", "PADDED": kind == "fp4", "UNEVEN": kind == "fp4", "CHOSEN": 8, "FIRST": first,
+        "ACTIVATION": "clamped_silu" if kind == "fp4" else "silu", "AHEAD": 1, "WARPS": warps,
+        "SMEM_WORDS": 128 * warps, "EARLY": True,
+    }  # fmt: skip
+    names = packed_experts_kernel.arg_names
+    assert set(types) | set(fixed) == set(names)
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    source = GluonASTSource(
+        packed_experts_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    text = compiled.asm["ptx"]
+    assert ".local" not in text
+    assert "griddepcontrol.wait" in text
