@@ -33,8 +33,9 @@ VECTOR_TOKENS = 4
 FUSED_TOKENS = 64
 #: Tokens up to which tiles have few rows, because most of a larger one would stay empty.
 SMALL_TOKENS = 256
-#: Tokens from which on the router multiplies tiles.
-_ROUTER_ROWS = 16
+#: Tokens up to which the router takes each by itself; as many as are decoded fused, so that their results do not depend
+#: on how many there are.
+_ROUTER_TOKENS = FUSED_TOKENS
 #: Pairs that a program that sorts looks at together.
 _PAIRS = 1024
 #: Columns that a program adds up.
@@ -68,7 +69,7 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
     constants = {"K": hidden, "BIASED": bias is not None, **early(x.device)}
     with on_device_of(x):
         launch: Callable[..., Any]
-        if rows < _ROUTER_ROWS:
+        if rows <= _ROUTER_TOKENS:
             launch = router_kernel[(triton.cdiv(outputs, 2), rows)]
             launch(**given, outputs=outputs, BN=2, BK=min(2048, triton.next_power_of_2(hidden)), **constants, num_warps=4)  # fmt: skip
         else:

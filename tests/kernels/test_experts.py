@@ -204,6 +204,7 @@ def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from octo_run.kernels.experts import launch
 
     monkeypatch.setattr(launch, "SMALL_TOKENS", 10)
+    monkeypatch.setattr(launch, "_ROUTER_TOKENS", 10)
     for seed, extra in enumerate(({}, {"packed": ("int4", 64)}, {"favourite": 1, "chosen": 1})):
         layer = Layer(150, seed=seed, experts=4, **extra).to(DEVICE)
         run(layer)
@@ -218,3 +219,56 @@ def test_logits_that_are_no_numbers_choose_experts_that_are_there() -> None:
     assert bool(((layer.scratch.indices >= 0) & (layer.scratch.indices < 6)).all())
     assert layer.out[1].isnan().all()
     assert layer.out[[0, 2]].isfinite().all()
+
+
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+BOUNDS = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+@pytest.mark.parametrize("packed", [None, *PACKED], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 64, 65, 300])
+def test_experts_on_a_gpu(packed: Any, rows: int, dtype: torch.dtype) -> None:
+    layer = Layer(
+        rows, packed=packed, hidden=320, inner=264, experts=16, chosen=4, biased=True, shared=rows % 2 == 0,
+        dtype=dtype, seed=rows, activation="clamped_silu" if rows % 3 else "silu",
+    ).to(DEVICE)  # fmt: skip
+    run(layer)
+    layer.check(BOUNDS[dtype])
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("packed", [None, ("int4", 64), ("fp4", 32)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_recorded_experts_on_a_gpu(packed: Any, rows: int) -> None:
+    """A graph follows new inputs, experts too, and gives what the launches give, bit by bit."""
+    layer = Layer(rows, packed=packed, hidden=256, inner=256, experts=16, chosen=4, dtype=torch.bfloat16).to(DEVICE)
+    run(layer)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(layer)
+    for seed in range(3):
+        layer.x.copy_(torch.randn(layer.x.shape, generator=torch.Generator().manual_seed(seed)))
+        layer.out.fill_(float("nan"))
+        graph.replay()
+        recorded = layer.out.clone()
+        layer.check(BOUNDS[torch.bfloat16])
+        run(layer)
+        assert torch.equal(recorded, layer.out)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_packed_rows_on_a_gpu_do_not_depend_on_the_others() -> None:
+    """Up to as many as are decoded fused."""
+    layer = Layer(64, packed=("int4", 64), hidden=256, inner=256, experts=8, dtype=torch.bfloat16).to(DEVICE)
+    run(layer)
+    for row in (0, 7, 63):
+        alone = Layer(1, packed=("int4", 64), hidden=256, inner=256, experts=8, dtype=torch.bfloat16).to(DEVICE)
+        alone.x, alone.router, alone.weights = layer.x[row : row + 1].clone(), layer.router, layer.weights
+        run(alone)
+        assert torch.equal(alone.scratch.indices[0], layer.scratch.indices[row])
+        assert torch.equal(alone.out[0], layer.out[row])
