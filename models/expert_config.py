@@ -27,6 +27,7 @@ class ExpertConfig:
         dense: The layers that have a plain MLP.
         bias: Router and experts have biases.
         fused: An expert's gate and up are one matrix in the files, its rows taking turns.
+        older: Files call an expert's matrices w1, w3 and w2.
         clamped: The activation is ``clamped_silu`` with these ``alpha`` and ``limit``; None: that of the model.
     """
 
@@ -38,6 +39,7 @@ class ExpertConfig:
     dense: frozenset[int] = frozenset()
     bias: bool = False
     fused: bool = False
+    older: bool = False
     clamped: tuple[float, float] | None = None
 
 
@@ -48,14 +50,17 @@ def _chosen(fields: Fields, default: int, count: int) -> int:
     return chosen
 
 
-def local_experts(fields: Fields) -> dict[str, Any]:
+def local_experts(fields: Fields, older: bool = False) -> dict[str, Any]:
     """Of Mixtral and Granite: every layer has experts of the model's ``intermediate_size``."""
     count = fields.integer("num_local_experts", 8, high=_MOST)
-    return {"experts": ExpertConfig(count, _chosen(fields, 2, count), fields.integer("intermediate_size"), True)}
+    inner = fields.integer("intermediate_size")
+    return {"experts": ExpertConfig(count, _chosen(fields, 2, count), inner, True, older=older)}
 
 
 def qwen_experts(fields: Fields, count: int, chosen: int, inner: int, shared: int) -> dict[str, Any]:
     """Of Qwen, some of whose layers can be dense. Given what fields mean that are left out; ``shared`` 0: none."""
+    if fields.boolean("use_sliding_window"):
+        raise fields.fail("use_sliding_window", "is true, and octo-run computes this family without a window")
     count = fields.integer("num_experts", fields.integer("num_local_experts", count, high=_MOST), low=0, high=_MOST)
     if not count:
         return {}

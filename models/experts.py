@@ -48,20 +48,15 @@ class Experts:
     shared: DenseMLP | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of its weights."""
-        return self._always + self.weights.nbytes
+    def joined_bytes(self) -> int:
+        """See `specs.FeedForward`: experts are joined one by one."""
+        one = self.weights.gate_up.nbytes // self.weights.experts
+        return one if self.shared is None else max(one, self.shared.joined_bytes)
 
-    @property
-    def _always(self) -> int:
-        bias = 0 if self.router_bias is None else self.router_bias.nbytes
-        return self.router.nbytes + bias + (0 if self.shared is None else self.shared.nbytes)
-
-    def read_bytes(self, tokens: int) -> float:
-        """Bytes that a step of so many tokens reads, if the router prefers no expert."""
+    def unread_bytes(self, tokens: int) -> float:
+        """Bytes of the experts that a step of so many tokens does not read, if the router prefers none."""
         experts = self.spec.config
-        share = 1 - (1 - experts.chosen / experts.count) ** tokens
-        return self._always + share * self.weights.nbytes
+        return (1 - experts.chosen / experts.count) ** tokens * self.weights.nbytes
 
     @property
     def parts(self) -> tuple[SingleLinear, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from octo_run.models.expert_config import local_experts, olmoe_experts, qwen_experts
 from octo_run.models.fields import Fields
 from octo_run.models.rope_config import RopeFields
 
@@ -81,11 +82,39 @@ ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "swish": "silu", "gelu_pytorch
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
     "MistralForCausalLM": Family("mistral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="always"),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        {"num_key_value_heads": 8},
+        sliding="always",
+        eps=("rms_norm_eps", 1e-5),
+        rope=RopeFields(theta=1e6),
+        more=lambda fields, _kinds: local_experts(fields, older=True),
+    ),
+    "OlmoeForCausalLM": Family(
+        "olmoe",
+        attention_bias_field=True,
+        qk_norm="all",
+        eps=("rms_norm_eps", 1e-5),
+        more=lambda fields, _kinds: olmoe_experts(fields),
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2_moe",
+        {"num_key_value_heads": 16},
+        qkv_bias=True,
+        more=lambda fields, _kinds: qwen_experts(fields, 60, 4, 1408, 5632),
+    ),
     "Qwen2ForCausalLM": Family(
         "qwen2",
         {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
         qkv_bias=True,
         sliding="switch",
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        {"num_key_value_heads": 4},
+        attention_bias_field=True,
+        qk_norm="head",
+        more=lambda fields, _kinds: qwen_experts(fields, 128, 8, 768, 0),
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
