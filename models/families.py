@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from octo_run.models.expert_config import local_experts, olmoe_experts, qwen_experts
+from octo_run.models.expert_config import gpt_oss_experts, local_experts, olmoe_experts, qwen_experts
 from octo_run.models.fields import Fields
 from octo_run.models.rope_config import RopeFields
 
@@ -52,6 +52,7 @@ class Family:
         fused_qkv, fused_gate_up: q, k and v are one matrix in the files, gate and up are.
         interleaved: RoPE turns neighbouring coordinates together.
         parallel: Attention and MLP see the same normed hidden state, and both are added to it.
+        sinks: Each head of attention has a learned logit without a value (``self_attn.sinks``).
         eps: The field of the norms' epsilon.
         more: Further fields of `ModelConfig`, read from the configuration; given the kinds of all layers.
     """
@@ -71,6 +72,7 @@ class Family:
     fused_gate_up: bool = False
     interleaved: bool = False
     parallel: bool = False
+    sinks: bool = False
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     rope: RopeFields = _ROPE
     more: Callable[[Fields, tuple[str, ...]], dict[str, Any]] | None = None
@@ -80,6 +82,18 @@ class Family:
 ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 FAMILIES: Mapping[str, Family] = {
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        {"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128,
+         "sliding_window_pattern": 2},
+        attention_bias_field=True,
+        norm="wide",
+        sliding="kinds",
+        sinks=True,
+        eps=("rms_norm_eps", 1e-5),
+        rope=RopeFields(theta=150_000.0),
+        more=lambda fields, _kinds: gpt_oss_experts(fields),
+    ),  # fmt: skip
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
     "MistralForCausalLM": Family("mistral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="always"),
     "MixtralForCausalLM": Family(

@@ -73,6 +73,8 @@ def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int
         shapes[f"self_attn.{name}.weight"] = (rows, columns)
         if bias:
             shapes[f"self_attn.{name}.bias"] = (rows,)
+    if cfg.family.sinks:
+        shapes["self_attn.sinks"] = (spec.heads,)
     if spec.qk_norm:
         whole = spec.qk_norm == "all"
         shapes["self_attn.q_norm.weight"] = (q if whole else spec.head_dim,)
@@ -435,7 +437,7 @@ class RandomWeights(Weights):
         drawn.normal_(generator=self._generator(name))
         if name.endswith("norm.weight"):
             return drawn.mul_(0.1).add_(1.0)
-        return drawn.mul_(0.1 if name.endswith(".bias") else shape[1] ** -0.5)
+        return drawn.mul_(0.1 if len(shape) == 1 else shape[1] ** -0.5)
 
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
         """See :class:`Weights`."""
