@@ -37,6 +37,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe", {**QWEN, "decoder_sparse_step": 2, "attention_bias": True, "head_dim": 80},
     ),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
+    "granite-moe": (
+        "granitemoe",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+         "residual_multiplier": 0.5, "logits_scaling": 4.0},
+    ),
     "gpt-oss": (
         "gpt_oss", {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 64, "sliding_window": 128},
     ),
