@@ -1,6 +1,7 @@
 """The memory plan: what an engine will hold on its device, computed before anything is loaded."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -176,7 +177,19 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
         shape.chunk, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (shape.max_pages, shape.ring + shape.chunk),
         mean=bool(shape.mean_heads),
     )  # fmt: skip
-    return max(rows * cfg.intermediate_size * size, norm, attention, _slab(decoder))
+    return max(rows * cfg.intermediate_size * size, norm, attention, _slab(decoder) + _cpu_experts(cfg, rows, size))
+
+
+def _cpu_experts(cfg: ModelConfig, rows: int, size: int) -> int:
+    """Bytes of the largest set of tensors alive at once for a chunk in a layer of experts, if there are such: where all
+    tokens have chosen the same expert, what it is given and makes, or else the router's, or the sum of parts."""
+    experts, hidden = cfg.experts, cfg.hidden_size
+    if experts is None:
+        return 0
+    wide = 0 if size == 4 else 4  # a copy in float32
+    expert = rows * ((2 * hidden + 3 * experts.inner) * size + experts.inner * (2 * wide + 8))
+    router = (rows + experts.count) * hidden * wide + 20 * rows * experts.count
+    return max(expert, router, 8 * rows * hidden)
 
 
 def _slab(decoder: Decoder) -> int:
@@ -238,11 +251,17 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     table = cfg.vocab_size * cfg.hidden_size
     if quantised:
         # The whole layer is there when its largest matrix is packed: codes in order, in lane order, and pieces.
-        shapes = {name: shape for name, shape in expected_tensors(cfg).items() if name.startswith("model.layers.0.")}
-        largest = cfg.hidden_size * max(2 * cfg.intermediate_size, heads)
+        layers = Counter[str]()
+        for name, shape in expected_tensors(cfg).items():
+            if name.startswith("model.layers."):
+                layers[name.split(".")[2]] += math.prod(shape)
+        inner = max(cfg.intermediate_size, 0 if cfg.experts is None else cfg.experts.inner)
+        largest = cfg.hidden_size * max(2 * inner, heads)
         pieces = WORKING_BYTES * min(PIECE[device.type], largest)
-        inputs = MEASURED * max(3 * cfg.intermediate_size, 6 * heads) * (4 + size)
-        copies = sum(map(math.prod, shapes.values())) * size + max(copies, CODE_BYTES * largest + pieces, inputs)
+        inputs = MEASURED * max(3 * inner, 6 * heads) * (4 + size)
+        if cfg.experts is not None:  # pairs of token and expert
+            inputs += MEASURED * cfg.experts.chosen * (cfg.experts.inner + 3 * cfg.hidden_size) * size
+        copies = max(layers.values()) * size + max(copies, CODE_BYTES * largest + pieces, inputs)
     # The embedding is packed first, then a head of its own beside it.
     first = 0 if isinstance(decoder.embedding, Tensor) else table * (size + CODE_BYTES) + decoder.embedding.nbytes
     return max(weights + copies, first)

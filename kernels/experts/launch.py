@@ -71,7 +71,8 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
         launch: Callable[..., Any]
         if rows <= _ROUTER_TOKENS:
             launch = router_kernel[(triton.cdiv(outputs, 2), rows)]
-            launch(**given, outputs=outputs, BN=2, BK=min(2048, triton.next_power_of_2(hidden)), **constants, num_warps=4)  # fmt: skip
+            columns = min(2048, triton.next_power_of_2(hidden))
+            launch(**given, outputs=outputs, BN=2, BK=columns, **constants, num_warps=4)
         else:
             launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
             launch(**given, rows=rows, outputs=outputs, BM=32, BN=32, BK=64, **constants, num_warps=4)

@@ -1,4 +1,4 @@
-"""Routed experts in plain PyTorch, one chosen expert after the other: the path of a CPU, and what kernels are held to."""
+"""Routed experts in plain PyTorch, one chosen expert after the other: a CPU's path, and what kernels are held to."""
 
 from __future__ import annotations
 

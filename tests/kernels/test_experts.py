@@ -1,4 +1,4 @@
-"""Routed experts: the reference against float64, and the Triton kernels, in the interpreter or on a GPU, against both."""
+"""Routed experts: the reference against float64; the Triton kernels, in the interpreter or on a GPU, likewise."""
 
 import os
 import runpy
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels import experts as routed
-from octo_run.kernels.experts import ACTIVATIONS, Activation, ExpertWeights, Scratch
-from octo_run.kernels.experts import reference
+from octo_run.kernels.experts import ACTIVATIONS, Activation, ExpertWeights, Scratch, reference
 from octo_run.kernels.linear import PackedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

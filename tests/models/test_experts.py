@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from octo_run.engine import Engine
+from octo_run.cli import show
+from octo_run.cli.show import describe
+from octo_run.engine import Engine, benchmark, profiling
 from octo_run.engine.parts import held_bytes
-from octo_run.errors import OctoError
+from octo_run.engine.quantise import quantise
+from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import load_config, parse_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.experts import LEAST_TOKENS, Experts
@@ -225,9 +228,7 @@ def test_weighting_by_the_inputs_of_each_expert_helps() -> None:
     columns = torch.exp(2 * torch.randn(cfg.hidden_size, generator=torch.Generator().manual_seed(2)))
     x = torch.randn(512, cfg.hidden_size, generator=torch.Generator().manual_seed(3)) * columns / columns.max()
     wanted = mlp(x)
-    errors = [
-        float((mlp.packed(SCHEMES["int4"], 0, seen)(x) - wanted).norm() / wanted.norm()) for seen in (None, x)
-    ]
+    errors = [float((mlp.packed(SCHEMES["int4"], 0, seen)(x) - wanted).norm() / wanted.norm()) for seen in (None, x)]
     assert errors[1] < 0.8 * errors[0], errors
 
 
@@ -243,8 +244,7 @@ DAMAGES: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
      "layers.1.mlp.experts.down_proj is .* instead of .6, 80, 192."),
     ("gpt-oss", without("layers.2.mlp.experts.gate_up_proj_bias"), "6 missing"),
     ("qwen2-moe", without("shared_expert_gate"), "2 missing .*shared_expert_gate"),
-    ("mixtral", lambda t: t | {"model.layers.0.mlp.gate.weight": t["model.layers.0.block_sparse_moe.gate.weight"].clone()},
-     "by another name"),
+    ("mixtral", lambda t: t | {"model.layers.0.mlp.gate.weight": t["model.norm.weight"].clone()}, "by another name"),
 ]  # fmt: skip
 
 
@@ -295,3 +295,43 @@ def test_no_experts_are_a_dense_model(tmp_path: Path) -> None:
     cfg = load_config(tmp_path)
     assert cfg.experts is None
     assert not any("experts" in name for name in expected_tensors(cfg))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe-dense-between"])
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_quantised_folders_are_what_loading_makes(family: str, weights: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 192, "head_dim": 64, "shared_expert_intermediate_size": 64}
+    models.save(family, tmp_path / "model", **WIDE | sizes)
+    quantise(tmp_path / "model", tmp_path / "packed", weights, device="cpu")
+    assert torch.equal(logits(tmp_path / "packed"), logits(tmp_path / "model", weights=weights))
+    names = load_file(tmp_path / "packed" / "model.safetensors").keys()
+    listed = "block_sparse_moe.experts.1.w3" if family == "mixtral" else "mlp.experts.1.up_proj"
+    assert any(name.endswith(f".{listed}.weight_packed") for name in names)
+
+
+def test_stacked_experts_are_not_written(tmp_path: Path) -> None:
+    models.save("gpt-oss", tmp_path / "model", **WIDE)
+    with pytest.raises(UsageError, match="GptOssForCausalLM models are not written"):
+        quantise(tmp_path / "model", tmp_path / "packed", "int4", device="cpu")
+
+
+def test_what_a_token_meets(tmp_path: Path) -> None:
+    models.save("qwen3-moe", tmp_path)
+    facts = describe(str(tmp_path), "cpu", None)
+    expert = 3 * 40 * 192
+    assert (facts["experts"], facts["experts_per_token"]) == (7, 3)
+    assert facts["parameters"] - facts["active_parameters"] == 3 * 4 * expert
+    assert f"7 of a layer, 3 for a token, which meets {facts['active_parameters']:,} parameters" in show._text(facts)
+    engine = Engine.load(tmp_path, kv="bf16", device="cpu", max_context=128)
+    apart = engine.forward.decoder.embedding.nbytes
+    assert benchmark.step_weight_bytes(engine) == engine.plan.weights - apart - 4 * 3 * 4 * expert
+    batch = round(engine.plan.weights - apart - 4 * 3 * 7 * expert * (4 / 7) ** 5)
+    assert abs(benchmark.step_weight_bytes(engine, 5) - batch) <= 1
+
+
+def test_formats_are_chosen_and_times_are_taken_with_experts(tmp_path: Path) -> None:
+    """What looks into layers looks into these, too."""
+    models.save("qwen2-moe", tmp_path)
+    engine = Engine.load(tmp_path, kv="auto:56", device="cpu", max_context=512)
+    found = profiling.profile(engine, ("tg", 3), depth=70, batch=1)
+    assert {part.part: part.share for part in found.parts}[profiling.MLP] > 0
