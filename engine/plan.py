@@ -19,6 +19,7 @@ from octo_run.engine.parts import Parts, held_bytes
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
+from octo_run.kernels.experts.reference import SLAB_PAIRS
 from octo_run.kernels.linear.reference import SLAB_BYTES
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
@@ -181,13 +182,14 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
 
 
 def _cpu_experts(cfg: ModelConfig, rows: int, size: int) -> int:
-    """Bytes of the largest set of tensors alive at once for a chunk in a layer of experts, if there are such: where all
-    tokens have chosen the same expert, what it is given and makes, or else the router's, or the sum of parts."""
+    """Bytes of the largest set of tensors alive at once for a chunk in a layer of experts, if there are such: in the
+    router, for some pairs of token and expert, or in the sum of what the experts make."""
     experts, hidden = cfg.experts, cfg.hidden_size
     if experts is None:
         return 0
     wide = 0 if size == 4 else 4  # a copy in float32
-    expert = rows * ((2 * hidden + 3 * experts.inner) * size + experts.inner * (2 * wide + 8))
+    pairs = min(rows * experts.chosen, SLAB_PAIRS)
+    expert = pairs * (hidden * size + experts.inner * (3 * size + 2 * wide + 8)) + 24 * rows * experts.chosen
     router = (rows + experts.count) * hidden * wide + 20 * rows * experts.count
     return max(expert, router, 8 * rows * hidden)
 
