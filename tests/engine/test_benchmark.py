@@ -52,4 +52,7 @@ def test_an_embedding_of_its_own_is_not_read_by_a_step(tied: bool, read: int) ->
 def test_named_shapes_are_those_of_the_models() -> None:
     shapes = {name: read_shape(name) for name in SHAPES}
     assert (shapes["llama-3.1-8b"].num_layers, shapes["llama-3.1-8b"].hidden_size) == (32, 4096)
+    sparse = {name: shapes[name].experts for name in ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")}
+    found = [(one.count, one.chosen, one.inner) for one in sparse.values() if one is not None]
+    assert found == [(8, 2, 14336), (128, 8, 768), (32, 4, 2880)]
     assert shapes["qwen2.5-7b"].qkv_bias and shapes["qwen3-0.6b"].qk_norm

@@ -38,7 +38,7 @@ CASES = [
     (routing_kernels.router_rows_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "rows": "i32", "outputs": "i32"},
      {"K": 2048, "BM": 32, "BN": 32, "BK": 64, "BIASED": False, "EARLY": True}, 4),
     (routing_kernels.choose_kernel, CHOSEN | {"LOGITS": F, "TILES": I, "ORDER": I, "experts": "i32", "outputs": "i32"},
-     {"CHOSEN": 8, "BC": 8, "BE": 128, "NORMALISED": True, "SINGLE": True, "EARLY": True}, 1),
+     {"CHOSEN": 8, "BC": 8, "BE": 128, "PART": 32, "NORMALISED": True, "SINGLE": True, "EARLY": True}, 4),
     (routing_kernels.count_kernel, {"INDICES": I, "COUNTS": I, "pairs": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (routing_kernels.place_kernel,
      {"INDICES": I, "COUNTS": I, "ORDER": I, "TILES": I, "experts": "i32", "pairs": "i32", "tiles": "i32"},
