@@ -331,15 +331,19 @@ def _sum_of_slices(PARTS, BIAS, line, output, n, mine, NT: gl.constexpr, SLICES:
 
 
 @gluon.jit
-def _join_slices(PARTS, BIAS, OUT, tile, step, half, n, rows, stride_out, tid, ELEMENT: gl.constexpr, NT: gl.constexpr,
-                 WARPS: gl.constexpr, BIASED: gl.constexpr, SWIGLU: gl.constexpr, SLICES: gl.constexpr):  # fmt: skip
-    """Write the outputs of a tile that all slices have made their parts of."""
+def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid,
+                 ELEMENT: gl.constexpr, NT: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr,
+                 SWIGLU: gl.constexpr, SLICES: gl.constexpr):  # fmt: skip
+    """Write the outputs of the program's tiles, of which all slices have made their parts: those of all tiles at once,
+    for each of them waits for memory."""
     OUTPUTS: gl.constexpr = 8 if SWIGLU else 16
-    for first in gl.static_range(0, NT * 8 * OUTPUTS, 32 * WARPS):
-        place = first + tid
-        line = place // OUTPUTS
+    count = (tiles - first + programs - 1) // programs * (OUTPUTS * rows)
+    for begin in range(0, count, 32 * WARPS):
+        place = begin + tid
+        line = place // OUTPUTS % rows
+        tile = first + place // (OUTPUTS * rows) * programs
         output = tile * step + ((place >> 3) % (OUTPUTS // 8)) * half + (place & 7)
-        mine = (place < NT * 8 * OUTPUTS) & (line < rows) & (output < n)
+        mine = (place < count) & (output < n)
         total = _sum_of_slices(PARTS, BIAS, line, output, n, mine, NT, SLICES, BIASED)
         if SWIGLU:
             up = _sum_of_slices(PARTS, BIAS, line, output + half, n, mine, NT, SLICES, BIASED)
@@ -473,7 +477,6 @@ def streamed_product_kernel(
     if SLICES > 1:
         count = arrive(COUNTERS + first, SLICES - 1)
         if count == SLICES - 1:
-            for tile in range(first, tiles, programs):
-                _join_slices(PARTS, BIAS, OUT, tile, step, half, n, rows, stride_out, tid, ELEMENT, NT, WARPS, BIASED,
-                             SWIGLU, SLICES)  # fmt: skip
+            _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid, ELEMENT, NT,
+                         WARPS, BIASED, SWIGLU, SLICES)  # fmt: skip
     smem._keep_alive()
