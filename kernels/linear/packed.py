@@ -149,7 +149,7 @@ class PackedWeight:
 
     def _of_rows(self, chosen: Callable[[Tensor], Tensor]) -> PackedWeight:
         def some(part: Tensor | None) -> Tensor | None:
-            return None if part is None else chosen(part)
+            return None if part is None else by_group(chosen(part))
 
         return replace(
             self, codes=chosen(self.codes), rows=chosen(self.rows), scales=some(self.scales),
