@@ -34,12 +34,12 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
 
 
 def activated(gate_up: Tensor, how: Activation) -> Tensor:
-    """What an expert's gate and up, columns 2 i and 2 i + 1 of ``gate_up [..., 2 inner]``, become: ``[..., inner]``.
+    """What an expert's gate and up, the halves of ``gate_up [..., 2 inner]``, become: ``[..., inner]``.
 
     Computed in float32 (float64 for that) and rounded once.
     """
     wide = gate_up if gate_up.dtype == torch.float64 else gate_up.to(torch.float32)
-    gate, up = wide[..., 0::2], wide[..., 1::2]
+    gate, up = wide.chunk(2, dim=-1)
     if how.kind == "clamped_silu":
         gate, up = gate.clamp(max=how.limit), up.clamp(-how.limit, how.limit)
         return (gate * torch.sigmoid(how.alpha * gate) * (up + 1)).to(gate_up.dtype)

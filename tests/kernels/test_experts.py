@@ -112,7 +112,7 @@ class Layer:
 
 def made_of(both: Tensor, how: Activation) -> Tensor:
     """An expert's activation, in float64, column by column."""
-    gate, up = both[0::2], both[1::2]
+    gate, up = both.chunk(2)
     if how.kind == "clamped_silu":
         gate, up = gate.clamp(max=how.limit), up.clamp(-how.limit, how.limit)
         return gate / (1 + (-how.alpha * gate).exp()) * (up + 1)

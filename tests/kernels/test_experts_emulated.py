@@ -1,6 +1,7 @@
 """The fused products with packed experts, run on the CPU by `lane_emulator`, against the values' own products."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from octo_run.kernels.experts import launch, reference
 from octo_run.kernels.experts.weights import FEW, tile_count
+from octo_run.kernels.linear import PackedWeight
 
 HERE = Path(__file__).parent
 emulator = SimpleNamespace(**runpy.run_path(str(HERE / "lane_emulator.py")))
@@ -19,6 +21,12 @@ shared = SimpleNamespace(**runpy.run_path(str(HERE / "test_experts.py")))
 @pytest.fixture(scope="module")
 def emulated() -> Any:
     return emulator.Kernel(emulator.kernel_modules()["packed_product"].packed_experts_kernel)
+
+
+def on_a_gpu(weight: PackedWeight) -> PackedWeight:
+    """The weight with scales and offsets as they lie on a GPU."""
+    parts = {name: getattr(weight, name) for name in ("scales", "offsets")}
+    return replace(weight, **{k: None if v is None else v.t().contiguous().t() for k, v in parts.items()})
 
 
 def sort_by_hand(scratch: Any, experts: int) -> int:
@@ -43,13 +51,15 @@ def test_the_fused_products_are_those_of_the_values(
 ) -> None:
     monkeypatch.setattr(launch, "packed_experts_kernel", emulated)
     layer = shared.Layer(
-        rows, packed=packed, hidden=136, inner=200 if rows > 1 else 128, biased=rows > 1, activation=activation,
+        rows, packed=packed, hidden=136, inner=200 if rows > 1 else 640, biased=rows > 1, activation=activation,
         dtype=dtype, seed=rows, experts=4,
     )  # fmt: skip
+    parts = {name: on_a_gpu(getattr(layer.weights, name)) for name in ("gate_up", "down")}
+    layer.weights = replace(layer.weights, **parts)
     reference.route(layer.x, layer.router, layer.bias, layer.normalised, layer.scratch)
     tiles = sort_by_hand(layer.scratch, 4)
-    how = launch.Tiling(2, 4, 2) if rows == 1 else launch.Tiling(1, 4)
-    launch.fused_product(layer.x, layer.weights, "gate_up", layer.scratch, layer.scratch.inner, tiles, how)
-    launch.fused_product(layer.scratch.inner, layer.weights, "down", layer.scratch, layer.scratch.parts, tiles, how)
+    hows = [launch.Tiling(4, 1, 2, 1), launch.Tiling(4, 2, 2, 1)] if rows == 1 else [launch.Tiling(8, 1, 2, 1)] * 2
+    launch.fused_product(layer.x, layer.weights, "gate_up", layer.scratch, layer.scratch.inner, tiles, hows[0])
+    launch.fused_product(layer.scratch.inner, layer.weights, "down", layer.scratch, layer.scratch.parts, tiles, hows[1])
     layer.out.copy_(reference.combined(layer.scratch, rows, None))
     layer.check(2e-2 if dtype == torch.bfloat16 else 4e-3)
