@@ -158,8 +158,13 @@ def many_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, me
         ``[T, Hv, dv]`` and the memory after the last token.
     """
     count, short = len(q), -len(q) % BLOCK
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, short)).unflatten(0, (-1, BLOCK)).transpose(1, 2) for x in (q, k, v))
-    beta, decay = (F.pad(x, (0, 0, 0, short)).unflatten(0, (-1, BLOCK)).transpose(1, 2) for x in (beta, decay))
+
+    def blocks(x: Tensor) -> Tensor:
+        """``[blocks, Hv, BLOCK, ...]``; tokens that are not there write nothing and forget nothing."""
+        padded = torch.cat((x, x.new_zeros(short, *x.shape[1:]))) if short else x
+        return padded.view(-1, BLOCK, *x.shape[1:]).transpose(1, 2)
+
+    q, k, v, beta, decay = map(blocks, (q, k, v, beta, decay))
     summed = decay.cumsum(-1)  # [blocks, Hv, BLOCK]
     upper = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
     between = (summed[..., :, None] - summed[..., None, :]).masked_fill(upper, -torch.inf).exp()
@@ -167,7 +172,7 @@ def many_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, me
     system = beta[..., None] * (k @ keys) * between  # its diagonal counts as ones
     wanted = torch.cat((beta[..., None] * v, (beta * summed.exp())[..., None] * k), -1)
     solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-    u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)  # type: ignore[no-untyped-call]
+    u, w = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     scores, read = (q @ keys) * between, q * summed.exp()[..., None]
     written = (k * (summed[..., -1:] - summed).exp()[..., None]).transpose(-1, -2)
     faded = summed[..., -1].exp()[..., None, None]
