@@ -49,10 +49,11 @@ def _key_means(decoder: Decoder, shape: ArenaShape) -> KeyMeans:
     """Those of a decoder that was given means (``Decoder.store_keys``)."""
     means, maps = list[Tensor](), list[Tensor]()
     for layer in decoder.layers:
-        assert layer.key_mean is not None and layer.maps is not None
-        means.append(layer.key_mean)
-        maps.append(layer.maps[1])
-    return KeyMeans(shape, means, maps, decoder.inv_freq)
+        part = layer.attention
+        assert part.key_mean is not None and part.maps is not None
+        means.append(part.key_mean)
+        maps.append(part.maps[1])
+    return KeyMeans(shape, means, maps, [decoder.inv_freq(index) for index in range(len(decoder.layers))])
 
 
 def tensors(*holders: object) -> Iterator[Tensor]:

@@ -21,8 +21,8 @@ from octo_run.kernels.codec.formats import PLAIN
 from octo_run.kernels.linear.reference import SLAB_BYTES
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
-from octo_run.models.decoder import Decoder, Layer, Quantise
-from octo_run.models.linear import AnyLinear, Linear, PackedLinear, SingleLinear
+from octo_run.models.decoder import Decoder, Layer
+from octo_run.models.linear import Linear, PackedLinear, Quantise, SingleLinear
 from octo_run.models.quantisation.importance import TOKENS as MEASURED
 from octo_run.models.quantisation.schemes import CODE_BYTES, PIECE, WORKING_BYTES
 from octo_run.models.quantisation.stored import SLAB_BYTES as STORED_SLAB
@@ -181,12 +181,12 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
 
 def _slab(decoder: Decoder) -> int:
     """Bytes of the rows that products of many tokens with packed weights decode at a time, if there are such."""
-    layers = [part for layer in decoder.layers for one in _products(layer) for part in one.parts]
+    layers = [part for layer in decoder.layers for part in _products(layer)]
     return SLAB_BYTES if any(isinstance(part, PackedLinear) for part in (*layers, decoder.head)) else 0
 
 
-def _products(layer: Layer) -> tuple[AnyLinear, ...]:
-    return layer.qkv, layer.out, layer.gate_up, layer.down
+def _products(layer: Layer) -> tuple[SingleLinear, ...]:
+    return (*layer.mixer.parts, *layer.mlp.parts)
 
 
 def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int) -> int:
@@ -230,10 +230,10 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     copies = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
     heads = cfg.num_heads * cfg.head_dim
     for layer in decoder.layers:
-        dense = quantised or isinstance(layer.out, Linear)
-        fused = max(layer.qkv.nbytes, layer.gate_up.nbytes)
+        dense = quantised or any(isinstance(part, Linear) for part in layer.mixer.parts)
+        fused = max(layer.mixer.joined_bytes, layer.mlp.joined_bytes)
         if cfg.quantisation is not None:
-            fused += _stored(decoder.head, *(part for linear in _products(layer) for part in linear.parts))
+            fused += _stored(decoder.head, *_products(layer))
         copies = max(copies, fused, cfg.hidden_size * heads * (8 + size) * dense)
     table = cfg.vocab_size * cfg.hidden_size
     if quantised:

@@ -22,8 +22,9 @@ from octo_run.models.quantisation.config import StoredScheme
 from octo_run.models.quantisation.layouts import LAYOUTS
 from octo_run.models.quantisation.stored import Needed, digest_of, empty_weight, order_of, packed
 from octo_run.models.safetensors_file import FLOAT_DTYPES, STORED_DTYPES, TensorEntry, TensorFile, read_header
+from octo_run.models.specs import LayerSpec, layer_specs
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _LISTED = 4
 # Tensors that checkpoints carry along and the decoder needs not: buffers that are computed from the configuration,
 # scales of a quantised KV cache (octo-run has formats of its own), and heads that predict further tokens.
@@ -47,32 +48,34 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         Name -> shape, named as in Hugging Face checkpoints. Matrices are ``[out, in]``. With tied embeddings there is
         no ``lm_head.weight``.
     """
-    hidden, inner = cfg.hidden_size, cfg.intermediate_size
-    q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (cfg.vocab_size, hidden)}
-    linear = {
-        "self_attn.q_proj": (q_size, hidden, cfg.qkv_bias),
-        "self_attn.k_proj": (kv_size, hidden, cfg.qkv_bias),
-        "self_attn.v_proj": (kv_size, hidden, cfg.qkv_bias),
-        "self_attn.o_proj": (hidden, q_size, cfg.o_bias),
-        "mlp.gate_proj": (inner, hidden, cfg.mlp_bias),
-        "mlp.up_proj": (inner, hidden, cfg.mlp_bias),
-        "mlp.down_proj": (hidden, inner, cfg.mlp_bias),
-    }
-    for layer in range(cfg.num_layers):
-        prefix = f"model.layers.{layer}."
-        for name, (rows, columns, bias) in linear.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-        if cfg.qk_norm:
-            shapes[f"{prefix}self_attn.q_norm.weight"] = (cfg.head_dim,)
-            shapes[f"{prefix}self_attn.k_norm.weight"] = (cfg.head_dim,)
-        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (cfg.vocab_size, cfg.hidden_size)}
+    for index, spec in enumerate(layer_specs(cfg)):
+        prefix = f"model.layers.{index}."
+        mixer = _attention_tensors(cfg, spec) if spec.mixer is None else spec.mixer.tensors()
+        shapes |= {prefix + name: shape for name, shape in (*mixer.items(), *spec.mlp.tensors().items())}
+        for norm in vars(spec.norms).values():
+            if norm is not None:
+                shapes[f"{prefix}{norm}.weight"] = (cfg.hidden_size,)
+    shapes[FINAL_NORM] = (cfg.hidden_size,)
     if not cfg.tie_word_embeddings:
-        shapes[HEAD] = (cfg.vocab_size, hidden)
+        shapes[HEAD] = (cfg.vocab_size, cfg.hidden_size)
+    return shapes
+
+
+def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+    hidden, q, kv = cfg.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in zip("qkv", (q, kv, kv), strict=True)}
+    if cfg.family.fused_qkv:
+        linear = {"qkv_proj": (q + 2 * kv, hidden, cfg.qkv_bias)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns, bias) in {**linear, "o_proj": (hidden, q, cfg.o_bias)}.items():
+        shapes[f"self_attn.{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"self_attn.{name}.bias"] = (rows,)
+    if spec.qk_norm:
+        whole = spec.qk_norm == "all"
+        shapes["self_attn.q_norm.weight"] = (q if whole else spec.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (kv if whole else spec.head_dim,)
     return shapes
 
 

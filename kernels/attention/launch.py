@@ -53,8 +53,9 @@ def launch(
     Args:
         q: In fp16, bf16 or fp32.
     """
-    spec.require_plain()
-    check(q, kv, fmt, out)
+    if not spec.plain:
+        raise ValueError("the kernels of a GPU know no field of AttentionSpec but scale")
+    check(q, kv, fmt, spec, out)
     batch, count, heads, dim = q.shape
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

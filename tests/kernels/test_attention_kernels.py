@@ -58,6 +58,7 @@ class Case:
     fmt: KVFormat
     want: torch.Tensor
     max_length: int
+    spec: AttentionSpec
 
 
 def _integers(values):
@@ -66,14 +67,17 @@ def _integers(values):
 
 def make_case(
     kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0,
-    layout="lanes", theta=1e4,
+    layout="lanes", theta=1e4, sees=None, cap=None, sinking=False,
 ):  # fmt: skip
     """Sequences of `lengths` tokens whose last `count` are the queries; length 0 is filler. They own rows of the arena
     in no order, with rows of nobody between them. Whatever must not be read is NaN, or page 0.
 
     `mean`: size of the means that the packed keys get back, `theta`: of their frequencies; `layout`: of the pages.
+    `sees`, `cap`, `sinking`: window, cap and sink logits; pages and sinks before the window must not be read either.
     """
     torch.manual_seed(seed)
+    sink_logits = 4 * torch.randn(heads, generator=torch.Generator().manual_seed(seed)) if sinking else None
+    spec = AttentionSpec(dim**-0.5, sees, cap, sink_logits)
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
     page_format = PageFormat(fmt, layout)
     batch = len(lengths)
@@ -110,7 +114,11 @@ def make_case(
             stored[0, :, at] += rotated_mean(means.double(), tables, p, fmt.k.rotation)
         for j in range(sink + 64 * packed[b], n):
             tails[:, row, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
-        want[b] = dense(q[b].double(), stored[0], stored[1], starts[b], dim**-0.5)
+        want[b] = dense(q[b].double(), stored[0], stored[1], starts[b], spec)
+        earliest = spec.earliest(starts[b])
+        if earliest >= sink:
+            sinks[:, row] = float("nan")
+        table[row, : min(packed[b], max(0, earliest - sink) // 64)] = 2**30
     kv_inputs = AttentionInputs(
         pages[:, 1], table, _integers(rows), _integers(packed), _integers(starts), *sinks, *tails, _integers(origin),
         sink)  # fmt: skip
@@ -119,7 +127,7 @@ def make_case(
         of_queries = coefficients(q.float() @ rotation, means)
         of_queries[[n == 0 for n in lengths]] = float("nan")  # filler's are nobody's
         kv_inputs = replace(kv_inputs, mean=KeyMean(mean_maps(means, rotation.T), tables, of_queries))
-    return Case(q, kv_inputs, fmt, want, max(lengths))
+    return Case(q, kv_inputs, fmt, want, max(lengths), spec)
 
 
 def rotated_mean(means, tables, page, rotation):
@@ -130,15 +138,20 @@ def rotated_mean(means, tables, page, rotation):
     return torch.cat((turned.real, turned.imag), -1) @ rotation.T
 
 
-def dense(q, k, v, start, scale):
+def dense(q, k, v, start, spec):
     """Plain causal attention in float64: q [C, H, d], k and v [Hkv, n, d]."""
     count, heads, _ = q.shape
     out = torch.empty_like(q)
     for h in range(heads):
         g = h // (heads // k.shape[0])
         for c in range(count):
-            weights = (k[g, : start + c + 1] @ q[c, h] * scale).softmax(0)
-            out[c, h] = weights @ v[g, : start + c + 1]
+            first = 0 if spec.window is None else max(0, start + c + 1 - spec.window)
+            logits = k[g, first : start + c + 1] @ q[c, h] * spec.scale
+            if spec.logit_cap is not None:
+                logits = spec.logit_cap * torch.tanh(logits / spec.logit_cap)
+            if spec.sink_logits is not None:
+                logits = torch.cat((logits, spec.sink_logits[h : h + 1].double()))
+            out[c, h] = logits.softmax(0)[: start + c + 1 - first] @ v[g, first : start + c + 1]
     return out
 
 
@@ -276,19 +289,48 @@ def test_reference_serves_any_rows_and_filler(kv, mean, count):
     assert torch.equal(again, out[moved])
 
 
-@pytest.mark.parametrize(
-    "field", [{"window": 64}, {"logit_cap": 50.0}, {"sink_logits": torch.zeros(4)}, {"rotary": 32}]
-)
-def test_fields_of_the_spec_that_nothing_computes_are_refused(field):
-    case = make_case("octopus3", [200], 1, 4, 2, 64)
-    spec = replace(AttentionSpec(0.125), **field)
-    with pytest.raises(ValueError, match=next(iter(field))):
-        attend(case.q, case.kv, case.fmt, spec=spec, max_length=200)
-    if DEVICE == "cuda" or INTERPRETED:
-        from octo_run.kernels.attention.launch import attend_triton
+SPECS = [
+    {"sees": 1}, {"sees": 40}, {"sees": 64}, {"sees": 65}, {"sees": 128}, {"sees": 200}, {"sees": 999}, {"cap": 3.0},
+    {"sinking": True}, {"sees": 130, "cap": 2.0, "sinking": True},
+]  # fmt: skip
 
-        with pytest.raises(ValueError, match=next(iter(field))):
-            attend_triton(case.q, case.kv, case.fmt, spec=spec, max_length=200)
+
+@pytest.mark.parametrize("kinds", SPECS, ids=str)
+@pytest.mark.parametrize(("kv", "mean"), [("octopus3", 0.0), ("bf16", 0.0), ("oct3", 3.0)])
+@pytest.mark.parametrize("count", [1, 70])
+def test_reference_windows_caps_and_sink_logits(monkeypatch, kinds, kv, mean, count):
+    monkeypatch.setattr("octo_run.kernels.attention.reference.TILE_PAGES", 2)
+    lengths = [*LENGTHS, 0, 700] if count == 1 else [70, 133, 134, 198, 0, 500]
+    case = make_case(kv, lengths, count, 6, 2, 64, dtype=torch.float64, mean=mean, layout="rows", **kinds)
+    out = torch.full_like(case.q, float("nan"))
+    attend(case.q, case.kv, case.fmt, spec=case.spec, max_length=700, out=out)
+    for got, want in zip(out, case.want, strict=True):
+        assert relative_error(got, want) < (1e-6 if mean else 1e-12)
+
+
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
+@pytest.mark.parametrize("sees", [3, 5, 96, 101, 165, 300])
+def test_reference_windows_beside_other_sinks(sink, window, sees):
+    for count in (1, 66):
+        case = make_case("octopus3", [count, 190, 700], count, 4, 1, 64, torch.float64, sink, window, sees=sees)
+        got = attend(case.q, case.kv, case.fmt, spec=case.spec, max_length=700)
+        assert relative_error(got, case.want) < 1e-12
+
+
+def test_specs_that_mean_nothing_are_refused():
+    case = make_case("octopus3", [200], 1, 4, 2, 64)
+    with pytest.raises(ValueError, match="an attention window has 1 token at least, not 0"):
+        AttentionSpec(0.125, window=0)
+    for cap in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="a cap of logits is above 0"):
+            AttentionSpec(0.125, logit_cap=cap)
+    for wrong in (torch.zeros(3), torch.zeros(4).double(), torch.zeros(8)[::2]):
+        spec = AttentionSpec(0.125, sink_logits=wrong)
+        with pytest.raises(ValueError, match=r"sink_logits must be contiguous float32 \[4\]"):
+            attend(case.q, case.kv, case.fmt, spec=spec, max_length=200)
+    with pytest.raises(ValueError, match="another input is on meta"):
+        attend(case.q, case.kv, case.fmt, max_length=200,
+               spec=AttentionSpec(0.125, sink_logits=torch.zeros(4, device="meta")))  # fmt: skip
 
 
 def test_misfits_are_named():

@@ -13,8 +13,8 @@ from octo_run.kernels import step as ops
 from octo_run.kernels.attention import key_mean
 from octo_run.kernels.codec.rotation import rotation_matrix
 from octo_run.kernels.step import reference
+from octo_run.kernels.step.reference import normed as rms_norm
 from octo_run.models import rope
-from octo_run.models.decoder import rms_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
