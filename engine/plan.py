@@ -15,6 +15,7 @@ from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.calibration import TOKENS
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
+from octo_run.engine.recurrent_state import RecurrentShape
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
@@ -22,10 +23,12 @@ from octo_run.kernels.linear.reference import SLAB_BYTES
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder, Layer
+from octo_run.models.delta_net import DeltaNetSpec
 from octo_run.models.linear import Linear, PackedLinear, Quantise, SingleLinear
 from octo_run.models.quantisation.importance import TOKENS as MEASURED
 from octo_run.models.quantisation.schemes import CODE_BYTES, PIECE, WORKING_BYTES
 from octo_run.models.quantisation.stored import SLAB_BYTES as STORED_SLAB
+from octo_run.models.specs import layer_specs
 from octo_run.models.weights import RandomWeights, expected_tensors
 
 #: Tokens that go through the layers together in prefill; on CUDA fewer where their buffers would take too much memory.
@@ -34,6 +37,9 @@ CHUNK = {"cuda": 4096, "cpu": 512}
 DRIVER_BYTES = 640 * 2**20
 #: Share of the free memory that ``--ctx auto`` may take (the rest is for other programs).
 AUTO_SHARE = {"cuda": 0.92, "cpu": 0.5}
+
+#: Snapshots of recurrent states take at most the so-manieth part of the free memory, beside two for each sequence.
+SNAPSHOT_SHARE = 32
 
 _NO_LIMIT = 2**62  # tokens
 
@@ -197,6 +203,16 @@ def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int
     return rows
 
 
+def _recurrent_shape(cfg: ModelConfig, dtype: torch.dtype, sequences: int, free: int) -> RecurrentShape | None:
+    """The states of recurrent layers, and how many snapshots of them are kept; None: there are no such layers."""
+    mixers = [spec.mixer for spec in layer_specs(cfg) if isinstance(spec.mixer, DeltaNetSpec)]
+    if not mixers:
+        return None
+    shape = RecurrentShape(mixers[0].shape, len(mixers), 0)
+    affordable = free // SNAPSHOT_SHARE // shape.state_bytes(dtype.itemsize)
+    return replace(shape, snapshots=max(2 * sequences, min(8 + 8 * sequences, affordable)))
+
+
 def _block(count: int) -> int:
     """Bytes of the block that PyTorch's allocator gives for a large request: it leaves no rest of 1 MiB or less."""
     whole = -(-count // 2**21) * 2**21
@@ -311,7 +327,7 @@ def plan_memory(
     kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
     shape = ArenaShape(
-        layers=cfg.num_layers,
+        layers=len(cfg.attention_layers),
         kv_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
         vector_bytes=fmt.vector_bytes,
@@ -323,6 +339,7 @@ def plan_memory(
         sequences=sequences,
         mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
+        recurrent=_recurrent_shape(cfg, dtype, sequences, free),
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)

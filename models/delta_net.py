@@ -9,7 +9,7 @@ import torch
 
 from octo_run.kernels import recurrent
 from octo_run.kernels.recurrent import DeltaShape, DeltaWeights, LayerState, Saving
-from octo_run.models.linear import joined, pack_any, pack_one
+from octo_run.models.linear import joined, pack_any, pack_one, parts_first
 from octo_run.models.mlp import mean_squares
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ class DeltaNet:
     out: SingleLinear
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of its matrices."""
-        return self.projected.nbytes + self.gates.nbytes + self.out.nbytes
+    def joined_bytes(self) -> int:
+        """See `specs.FeedForward`."""
+        return self.projected.nbytes
 
     @property
     def parts(self) -> tuple[SingleLinear, ...]:
@@ -168,8 +168,8 @@ class DeltaNetSpec:
             group = shape.value_heads // shape.key_heads
             values = group * shape.value_dim
             sizes = (shape.key_dim, shape.key_dim, values, values)
-            projected = linear("in_proj_qkvz").reordered(_parts_first(shape.key_heads, sizes))
-            gates = linear("in_proj_ba").reordered(_parts_first(shape.key_heads, (group, group)))
+            projected = linear("in_proj_qkvz").reordered(parts_first(shape.key_heads, sizes))
+            gates = linear("in_proj_ba").reordered(parts_first(shape.key_heads, (group, group)))
         else:
             projected = joined(linear("in_proj_qkv"), linear("in_proj_z"))
             gates = joined(linear("in_proj_b"), linear("in_proj_a"))
@@ -185,13 +185,3 @@ class DeltaNetSpec:
         norm = weights.take(f"{prefix}norm.weight")
         out = weights.linear(f"{prefix}out_proj")
         return DeltaNet(self.number, projected, gates, DeltaWeights(shape, conv, decay, bias, norm, self.eps), out)
-
-
-def _parts_first(groups: int, sizes: tuple[int, ...]) -> Tensor:
-    """The order of rows that puts the first part of all groups first, then the second part of all, and so on.
-
-    Args:
-        sizes: Rows of each part of a group.
-    """
-    rows = torch.arange(groups * sum(sizes)).view(groups, -1)
-    return torch.cat([part.flatten() for part in rows.split(list(sizes), dim=1)])  # type: ignore[no-untyped-call]

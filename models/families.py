@@ -32,6 +32,17 @@ NORMS, _ROPE = Norms(), RopeFields()
 
 
 @dataclass(frozen=True)
+class DeltaFields:
+    """Heads and sizes of Gated DeltaNet layers (`kernels.recurrent.DeltaShape`)."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+
+@dataclass(frozen=True)
 class Family:
     """What an architecture's name settles.
 
@@ -47,7 +58,10 @@ class Family:
         activation: The field that names the activation, and what it is where the field is left out.
         sliding: Which layers have a window: ``none``: no layer; ``always``: all, wherever ``sliding_window`` is set;
             ``switch``: by ``layer_types`` or from ``max_window_layers`` on, and only with ``use_sliding_window``;
-            ``kinds``: by ``layer_types``, or all but every ``sliding_window_pattern``-th.
+            ``kinds``: by ``layer_types``, or all but every ``sliding_window_pattern``-th; ``linear``: none, but there
+            are recurrent layers: by ``layer_types``, or all but every ``full_attention_interval``-th.
+        gated: Attention's heads are multiplied by the sigmoid of gates, which are rows of q.
+        grouped_delta: See `delta_net.DeltaNetSpec`.
         fused_qkv, fused_gate_up: q, k and v are one matrix in the files, gate and up are.
         interleaved: RoPE turns neighbouring coordinates together.
         parallel: Attention and MLP see the same normed hidden state, and both are added to it.
@@ -66,6 +80,8 @@ class Family:
     norm: str = "rms"
     activation: tuple[str, str] = ("hidden_act", "silu")
     sliding: str = "none"
+    gated: bool = False
+    grouped_delta: bool = False
     fused_qkv: bool = False
     fused_gate_up: bool = False
     interleaved: bool = False
@@ -74,6 +90,31 @@ class Family:
     rope: RopeFields = _ROPE
     more: Callable[[Fields, tuple[str, ...]], dict[str, Any]] | None = None
 
+
+def _delta(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
+    sizes = [
+        fields.integer(f"linear_{name}", default, high=high)
+        for name, default, high in (
+            ("num_key_heads", 16, 2**16), ("num_value_heads", 32, 2**16), ("key_head_dim", 128, 256),
+            ("value_head_dim", 128, 256), ("conv_kernel_dim", 4, 16),
+        )
+    ]  # fmt: skip
+    if sizes[1] % sizes[0]:
+        problem = f"({sizes[1]}) is no multiple of linear_num_key_heads ({sizes[0]})"
+        raise fields.fail("linear_num_value_heads", problem)
+    return {"delta": DeltaFields(*sizes)}
+
+
+#: Of Qwen3-Next and Qwen3.5.
+_GATED_DELTA: dict[str, Any] = {
+    "attention_bias_field": True,
+    "qk_norm": "head",
+    "norm": "one_plus",
+    "sliding": "linear",
+    "gated": True,
+    "rope": RopeFields(partial=True, share=0.25),
+    "more": _delta,
+}
 
 #: What activations are called in configurations, and what they are called in a `LayerSpec`.
 ACTIVATIONS: Mapping[str, str] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -94,4 +135,5 @@ FAMILIES: Mapping[str, Family] = {
         qk_norm="head",
         sliding="switch",
     ),
+    "Qwen3_5ForCausalLM": Family("qwen3_5_text", {"num_key_value_heads": 4, "head_dim": 256}, **_GATED_DELTA),
 }

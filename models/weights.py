@@ -64,7 +64,8 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
     hidden, q, kv = cfg.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in zip("qkv", (q, kv, kv), strict=True)}
+    rows_of = zip("qkv", (2 * q if spec.gated else q, kv, kv), strict=True)
+    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in rows_of}
     if cfg.family.fused_qkv:
         linear = {"qkv_proj": (q + 2 * kv, hidden, cfg.qkv_bias)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -421,7 +422,7 @@ class RandomWeights(Weights):
         drawn.normal_(generator=self._generator(name))
         if name.endswith("norm.weight"):
             return drawn.mul_(0.1).add_(1.0)
-        return drawn.mul_(0.1 if name.endswith(".bias") else shape[1] ** -0.5)
+        return drawn.mul_(0.1 if len(shape) == 1 else shape[1] ** -0.5)
 
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
         """See :class:`Weights`."""
