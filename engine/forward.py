@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octo_run import kernels
 from octo_run.engine.arena import Chunk, KVArena
+from octo_run.engine.sequence import Sequence
 from octo_run.kernels import step as ops
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Angles, AttentionWeights, Decoder, Layer, Mixer
@@ -130,6 +131,13 @@ class Forward:
             return mixed
 
         return self._layers(ids, mix, lambda mixer, *buffers: mixer.chunks(*buffers, chunks))
+
+    def read_again(self, sequence: Sequence, ids: list[int]) -> None:
+        """Append to a sequence what it lacks of ``ids``, which begin with its own: what a cut had to take along."""
+        while (held := len(sequence)) < len(ids):
+            chunk = self.arena.prefill(sequence, ids[held : held + self.arena.shape.chunk])
+            self.chunks([chunk])
+            chunk.commit()
 
     def step(self, ids: Tensor, state: "StepState", max_length: int) -> Tensor:
         """Run one token in each of B sequences through the layers.

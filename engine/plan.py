@@ -44,7 +44,7 @@ SNAPSHOT_SHARE = 32
 _NO_LIMIT = 2**62  # tokens
 
 #: The parts of a plan, which add up to its total.
-PARTS = ("weights", "arena", "full_precision", "workspace", "graphs", "logits")
+PARTS = ("weights", "arena", "full_precision", "recurrent", "workspace", "graphs", "logits")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class MemoryPlan:
         loading: The bytes held at most while weights are fused, before anything else is there.
         arena: Packed pages, their table, and what is done to keys (`models.conditioning`).
         full_precision: Sinks, windows and the staging buffer.
+        recurrent: States of recurrent layers and their snapshots.
         workspace: Partial results of attention, the matrix-product library's workspace and the activations of a chunk
             or a step.
         graphs: What recorded steps take of their own.
@@ -79,6 +80,7 @@ class MemoryPlan:
     weights: int
     arena: int
     full_precision: int
+    recurrent: int
     workspace: int
     graphs: int
     logits: int
@@ -203,12 +205,16 @@ def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int
     return rows
 
 
-def _recurrent_shape(cfg: ModelConfig, dtype: torch.dtype, sequences: int, free: int) -> RecurrentShape | None:
-    """The states of recurrent layers, and how many snapshots of them are kept; None: there are no such layers."""
+def recurrent_shape(cfg: ModelConfig) -> RecurrentShape | None:
+    """The states of recurrent layers, without snapshots; None: there are no such layers."""
     mixers = [spec.mixer for spec in layer_specs(cfg) if isinstance(spec.mixer, DeltaNetSpec)]
-    if not mixers:
+    return RecurrentShape(mixers[0].shape, len(mixers), 0) if mixers else None
+
+
+def _with_snapshots(cfg: ModelConfig, dtype: torch.dtype, sequences: int, free: int) -> RecurrentShape | None:
+    shape = recurrent_shape(cfg)
+    if shape is None:
         return None
-    shape = RecurrentShape(mixers[0].shape, len(mixers), 0)
     affordable = free // SNAPSHOT_SHARE // shape.state_bytes(dtype.itemsize)
     return replace(shape, snapshots=max(2 * sequences, min(8 + 8 * sequences, affordable)))
 
@@ -231,8 +237,9 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
     on_gpu = device.type == "cuda"
     temporaries = _library_workspace(device) + _slab(decoder) if on_gpu else _cpu_temporaries(decoder, shape)
     return {
-        "arena": held(arena, but=(full, decoder)) + held(decoder.key_tensors),
+        "arena": held(arena, but=(full, arena.states, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),
+        "recurrent": held(arena.states),
         "workspace": held(parts.forward, but=(arena, decoder)) + temporaries,
         "graphs": _library_workspace(device),
         "logits": held(parts.step, but=(parts.forward,)),
@@ -339,7 +346,7 @@ def plan_memory(
         sequences=sequences,
         mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
-        recurrent=_recurrent_shape(cfg, dtype, sequences, free),
+        recurrent=_with_snapshots(cfg, dtype, sequences, free),
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)

@@ -12,7 +12,7 @@ import torch
 from octo_run.kernels import PAGE_TOKENS as PAGE
 from octo_run.kernels.recurrent import DeltaShape, LayerState
 
-#: While tokens are drawn, a snapshot is taken at every so many page boundaries.
+#: Of the snapshots that are taken while tokens are drawn, one at each page boundary, the so-manieth ones stay.
 EVERY = 4
 
 
@@ -54,6 +54,8 @@ class RecurrentStates:
         self._held: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
         #: Of each row the place of a snapshot that is being written.
         self._taken: dict[int, int] = {}
+        #: Of each row the position of a snapshot that the next page boundary makes needless.
+        self._passing: dict[int, int] = {}
 
     def layer(self, index: int) -> LayerState:
         """The states of recurrent layer number ``index``: those of the rows, then snapshots."""
@@ -101,6 +103,7 @@ class RecurrentStates:
             self._copy(place, row)
         self._at[row] = length
 
+    @torch.inference_mode()
     def _copy(self, source: int, target: int) -> None:
         if source != target:
             self._conv[:, target].copy_(self._conv[:, source])
@@ -120,6 +123,7 @@ class RecurrentStates:
             :meth:`keep` on.
         """
         position = self.boundary(end)
+        self._passing.pop(row, None)  # what was drawn ends here: the boundary before it counts from now on
         if position == start:
             self.take(row, position)
         if position <= start:
@@ -134,9 +138,15 @@ class RecurrentStates:
             self._taken.pop(row, None)
 
     def passing(self, row: int, position: int) -> None:
-        """Before a step feeds the token at ``position``: take a snapshot if it is time for one."""
-        if position > self._sink and (position - self._sink) % (EVERY * PAGE) == 0:
-            self.take(row, position)
+        """Before a step feeds the token at ``position``: take a snapshot at a page boundary, in place of the last one
+        that was taken so, or beside it."""
+        if position <= self._sink or (position - self._sink) % PAGE:
+            return
+        last = self._passing.pop(row, None)
+        if last is not None and (last - self._sink) % (EVERY * PAGE):
+            self._held[row] = [one for one in self._held[row] if one[0] != last]
+        self.take(row, position)
+        self._passing[row] = position
 
     def take(self, row: int, position: int) -> None:
         """Take a snapshot of a row's state, which stands at ``position``, unless there is one or nothing to keep."""

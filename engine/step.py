@@ -157,7 +157,9 @@ class Stepper:
             seen: The tokens so far.
             drawn: How many of the last of them are drawn ones.
         """
+        known = sequence.ids
         sequence.cancel()
+        self.forward.read_again(sequence, known)
         sequence.sampling = self.sampler.enter(sequence.row, params, seen, drawn)
 
     @torch.inference_mode()
