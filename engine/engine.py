@@ -223,7 +223,7 @@ class Engine:
             else:
                 source = weight_files.StoredWeights(path, cfg, where, kind)
             ids = random_ids(cfg) if scheme is not None and scheme.weighted else None
-            decoder = Decoder(cfg, source, None, fmt[0].v.rotation, scheme, ids, of_head)
+            decoder = Decoder(cfg, source, None, fmt[0].v.rotation, scheme, ids, of_head, plan.context)
             calibration = Calibration(decoder, tokenizer, path)
             decoder.store_keys(fmt[0].k.rotation, calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):

@@ -9,13 +9,13 @@ were there tensors to it, they would be unexpected.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from octo_run.errors import OctoError, quoted
-from octo_run.models.families import ACTIVATIONS, FAMILIES, DeltaFields, Family
-from octo_run.models.fields import Fields
+from octo_run.models.families import ACTIVATIONS, FAMILIES, WRAPPERS, DeltaFields, Family, refusal
+from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
 from octo_run.models.quantisation.config import MODELOPT_NAME, Quantisation, parse_quantisation
 from octo_run.models.rope_config import FULL, LINEAR, SLIDING, Rope, RopeScaling, read_ropes
@@ -33,6 +33,9 @@ _MAX_HEAD_DIM = 4096
 _EPS = (2.0**-126, 1.0)  # from the smallest normal number on: GPUs take smaller ones for 0
 _TEMPERATURE = (1e-10, 1e10)  # or 0
 _PENALTY = (1e-3, 1e3)
+_OF_THE_WHOLE = (
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class ModelConfig:
         logit_cap: That of the model's logits, which come after ``logit_multiplier``.
         embedding_scale, residual_multiplier, logit_multiplier: What embeddings, the outputs of attention and MLP, and
             logits are multiplied by.
+        wrapper: The architecture of a checkpoint of which this is the text part; "": it is the whole.
     """
 
     architecture: str
@@ -96,6 +100,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    wrapper: str = ""
 
     @property
     def context_limit(self) -> int:
@@ -155,23 +160,29 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         path: The file, named in complaints.
     """
     fields = Fields(path, values)
-    architecture = _architecture(fields)
+    wrapper, architecture, fields = _architecture(fields)
     family = FAMILIES[architecture]
-    vocab_size = fields.integer("vocab_size")
-    hidden_size = fields.integer("hidden_size")
-    num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
-    num_heads = fields.integer("num_attention_heads")
+
+    def size(name: str, high: int = MAX_INT) -> int:
+        return fields.integer(name, family.defaults.get(name), high=high)
+
+    def flag(name: str) -> bool:
+        return fields.boolean(name, bool(family.defaults.get(name)))
+
+    vocab_size = size("vocab_size")
+    hidden_size = size("hidden_size")
+    num_layers = size("num_hidden_layers", _MAX_LAYERS)
+    num_heads = size("num_attention_heads")
     num_kv_heads = _kv_heads(fields, family, num_heads)
     head_dim = _head_dim(fields, family, hidden_size, num_heads)
-    context = fields.integer("max_position_embeddings")
+    context = size("max_position_embeddings")
     rope, sliding_rope = read_ropes(fields, family.rope, context, head_dim)
-    bias = family.attention_bias_field and fields.boolean(
-        "attention_bias", family.defaults.get("attention_bias", False)
-    )
     window, kinds = _layer_types(fields, family, num_layers, context)
+    bias = family.attention_bias_field and flag("attention_bias")
+    out_bias = family.out_bias_field
     bos = fields.raw("bos_token_id")
     quantization = fields.sub("quantization_config")
-    return ModelConfig(
+    config = ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -184,9 +195,9 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         rms_norm_eps=fields.number(family.eps[0], family.eps[1], low=_EPS[0], high=_EPS[1]),
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", family.defaults.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag("tie_word_embeddings"),
         qkv_bias=bias or family.qkv_bias,
-        o_bias=bias if family.out_bias_field is None else fields.boolean(family.out_bias_field),
+        o_bias=bias if out_bias == "attention_bias" else out_bias is not None and flag(out_bias),
         mlp_bias=family.mlp_bias_field and fields.boolean("mlp_bias"),
         qk_norm=bool(family.qk_norm),
         hidden_act=_activation(fields, family),
@@ -199,29 +210,52 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         rope_share=rope.share,
         query_scaling=rope.query_scaling,
         sliding_rope=sliding_rope,
-        **({} if family.more is None else family.more(fields, kinds)),
+        embedding_scale=hidden_size**0.5 if family.embedding_scaled else 1.0,
+        wrapper=wrapper,
     )
+    return config if family.more is None else replace(config, **family.more(fields, kinds))
 
 
-def _architecture(fields: Fields) -> str:
-    """The architecture's name, from ``architectures`` or else ``model_type``; the two must agree."""
+def _architecture(fields: Fields) -> tuple[str, str, Fields]:
+    """The architecture's name, from ``architectures`` or else ``model_type``, which must agree, and its fields.
+
+    Returns:
+        The name of a checkpoint of which the decoder is a part, if there is one; the decoder's; the fields.
+    """
     names = fields.raw("architectures")
     model_type = fields.text("model_type")
-    known = ", ".join(FAMILIES)
     if names is None or names == []:
         for architecture, family in FAMILIES.items():
             if family.model_type == model_type:
-                return architecture
+                return "", architecture, fields
         if model_type is None:
             raise fields.fail("architectures", "is missing, and so is model_type")
-        raise fields.fail("model_type", f"is {quoted(model_type)}, which octo-run does not know (it knows {known})")
+        raise fields.fail("model_type", f"is {quoted(model_type)}{refusal(model_type)}")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise fields.fail("architectures", f"is {quoted(names)}, not a list with one name")
-    if names[0] not in FAMILIES:
-        raise fields.fail("architectures", f"names {quoted(names[0])}, which octo-run does not know (it knows {known})")
-    if model_type is not None and model_type != FAMILIES[names[0]].model_type:
-        raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(names[0])}")
-    return str(names[0])
+    name = str(names[0])
+    if name in WRAPPERS:
+        return _text_part(fields, name)
+    if name not in FAMILIES:
+        raise fields.fail("architectures", f"names {quoted(name)}{refusal(name)}")
+    if model_type is not None and model_type != FAMILIES[name].model_type:
+        raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(name)}")
+    return "", name, fields
+
+
+def _text_part(fields: Fields, wrapper: str) -> tuple[str, str, Fields]:
+    text = fields.sub("text_config")
+    if text is None:
+        raise fields.fail("text_config", f"is missing, though architectures names {quoted(wrapper)}")
+    model_type = text.text("model_type")
+    known = {FAMILIES[name].model_type: name for name in WRAPPERS[wrapper]}
+    if model_type not in known:
+        kinds = ", ".join(known)
+        raise text.fail("model_type", f"is {quoted(model_type)}, and octo-run knows {kinds} in {quoted(wrapper)}")
+    # What a file says of the whole model holds for its text, too.
+    outer = {name: fields.values[name] for name in _OF_THE_WHOLE if fields.raw(name) is not None}
+    inner = {name: value for name, value in text.values.items() if value is not None or name not in outer}
+    return wrapper, known[model_type], Fields(fields.path, outer | inner, text.prefix)
 
 
 def _activation(fields: Fields, family: Family) -> str:
@@ -284,11 +318,19 @@ def _layer_types(fields: Fields, family: Family, num_layers: int, context: int) 
         first = fields.integer("max_window_layers", family.defaults.get("max_window_layers"), low=0)
         kinds = [SLIDING if index >= first else FULL for index in range(num_layers)]
     elif kinds is None:
-        every = fields.integer("sliding_window_pattern", family.defaults["sliding_window_pattern"])
-        kinds = [FULL if (index + 1) % every == 0 else SLIDING for index in range(num_layers)]
+        kinds = _pattern(fields, family, num_layers, window)
     if SLIDING not in kinds:
         window = None
     return window if window is not None and window < context else None, tuple(kinds)
+
+
+def _pattern(fields: Fields, family: Family, num_layers: int, window: int | None) -> list[str]:
+    """Kinds of layers of which every so many-th sees all."""
+    default = family.defaults.get("sliding_window_pattern")
+    if fields.raw("sliding_window_pattern") is None and (default is None or window is None):
+        return [SLIDING if window is not None else FULL] * num_layers
+    every = fields.integer("sliding_window_pattern", default)
+    return [FULL if (index + 1) % every == 0 else SLIDING for index in range(num_layers)]
 
 
 def _dtype(fields: Fields) -> str:

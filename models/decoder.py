@@ -30,10 +30,10 @@ from octo_run.models.linear import (
     Quantise,
     SingleLinear,
     head_order,
-    parts_first,
     joined,
     pack_any,
     pack_one,
+    parts_first,
 )
 from octo_run.models.mlp import mean_squares
 from octo_run.models.quantisation.importance import Text
@@ -175,6 +175,9 @@ class Decoder:
             multiplied by; None: it is not known.
         pack_embedding: Packs the embedding and the output head, which share one copy where they are tied; None: they
             stay dense.
+        context: Tokens of the longest sequence (None: the model's limit). It alone decides which of two lists of RoPE
+            factors counts where a model has one for short and one for long contexts: one choice for all tokens, so that
+            what is cached stays right.
 
     The identity counts as None, so that plain formats pay nothing.
     """
@@ -188,8 +191,10 @@ class Decoder:
         quantise: Quantise | None = None,
         text: list[int] | None = None,
         pack_embedding: Quantise | None = None,
+        context: int | None = None,
     ) -> None:
         self.cfg = cfg
+        self.context = cfg.context_limit if context is None else context
         weights = HeldWeights(weights) if isinstance(weights, dict) else weights
         final_norm = weights.take(FINAL_NORM)
         #: The compute dtype, and where the weights are.
@@ -201,7 +206,7 @@ class Decoder:
         #: The different rotary embeddings, and which of them each layer has.
         self.ropes = list(dict.fromkeys(kinds))
         self.rope_of = [self.ropes.index(kind) for kind in kinds]
-        self._frequencies = [rope.frequencies(*kind, self.device, cfg.context_limit) for kind in self.ropes]
+        self._frequencies = [rope.frequencies(*kind, self.device, self.context) for kind in self.ropes]
         v_rotation = None if v_rotation is None or _is_identity(v_rotation) else v_rotation
         seen = None if quantise is None or text is None or self.device.type == "meta" else Text(self, text)
         self.layers: list[Layer] = []
@@ -238,6 +243,12 @@ class Decoder:
                 maps = both.to(self.dtype)
             mean = None if conditioning is None else conditioning.means[index].to(device, torch.float32).contiguous()
             self.layers[number] = replace(layer, mixer=replace(layer.attention, maps=maps, key_mean=mean))
+
+    @property
+    def long_factors(self) -> bool:
+        """Whether the context made it take RoPE's factors for long contexts."""
+        scalings = [kind.scaling for kind, _ in self.ropes if kind is not None and kind.scaling is not None]
+        return any(one.kind == "longrope" and self.context > one.original_max_position_embeddings for one in scalings)
 
     def inv_freq(self, index: int) -> Tensor:
         """The frequencies of a layer's RoPE, radians a position, float32 ``[d / 2]``; 0 where nothing turns."""

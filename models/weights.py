@@ -34,6 +34,13 @@ _HARMLESS = re.compile(
     r"|(model\.)?mtp\..+",
     re.DOTALL,
 )
+# The decoder's tensors in checkpoints that see and hear, too: as older and as newer files name them.
+_TEXT_PART = re.compile(r"(?:language_model\.|model\.language_model\.|language_model\.model\.)(?=.)", re.DOTALL)
+# What such checkpoints have beside it.
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\..+",
+    re.DOTALL,
+)
 # Scales by which the inputs and outputs of quantised layers were meant to be quantised, too.
 _INPUT_SCALES = re.compile(
     r"(lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+)"
@@ -96,18 +103,29 @@ def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:
     found: dict[str, TensorEntry] = {}
     for path in files:
         for name, entry in read_header(path).items():
+            name = _plain_name(name)
             if name in found:
                 first, second = shown(found[name].path.name, 60), shown(path.name, 60)
                 raise OctoError(f"{model_dir}: the tensor {quoted(name)} is in {first} and in {second}.")
             found[name] = entry
     if files[0].name != SINGLE_NAME:
         for name, file in read_index(model_dir / INDEX_NAME).items():
+            name = _plain_name(name)
             # An entry that no file holds is of no account, unless the tensor is needed and then missing.
             if name in found and found[name].path.name != file:
                 raise OctoError(
                     f"{model_dir}: {INDEX_NAME} places {quoted(name)} in {shown(file, 60)}, which does not hold it."
                 )
     return found
+
+
+def _plain_name(name: str) -> str:
+    """The name of a decoder's tensor, in whatever checkpoint it is a part of."""
+    match = _TEXT_PART.match(name)
+    if match is None:
+        return name
+    rest = name[match.end() :].removeprefix("model.")
+    return rest if rest.startswith("lm_head.") else f"model.{rest}"
 
 
 def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
@@ -275,6 +293,8 @@ def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntr
 def _harmless(name: str, cfg: ModelConfig) -> bool:
     if cfg.quantisation is not None and _INPUT_SCALES.fullmatch(name):
         return True
+    if cfg.wrapper and _OTHER_PARTS.fullmatch(name):
+        return True
     return _HARMLESS.fullmatch(name) is not None or (cfg.tie_word_embeddings and name == HEAD)
 
 
@@ -401,7 +421,8 @@ class _LayerSource:
 class RandomWeights(Weights):
     """Random ones of a shape, quantised as the configuration says.
 
-    Matrices and embeddings are N(0, 1 / columns), norms near 1, biases near 0, so that activations and logits have a
+    Matrices and embeddings are N(0, 1 / columns), weights of norms near 1 (near 0 where 1 is added to them), biases
+    near 0, so that activations and logits have a
     scale of about 1. The same seed gives the same values on the same type of device; on ``meta`` there are none.
     """
 
@@ -411,6 +432,7 @@ class RandomWeights(Weights):
         self._layers, self._orders = quantised_layers(cfg), dict[str, Tensor]()
         self._digests: Mapping[str, str] = {} if cfg.quantisation is None else cfg.quantisation.orders
         self._device, self._dtype, self._seed = torch.device(device), dtype, seed
+        self._norm = 0.0 if cfg.family.norm == "one_plus" else 1.0
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`."""
@@ -420,8 +442,8 @@ class RandomWeights(Weights):
         if drawn.is_meta:
             return drawn
         drawn.normal_(generator=self._generator(name))
-        if name.endswith("norm.weight"):
-            return drawn.mul_(0.1).add_(1.0)
+        if len(shape) == 1 and name.endswith(".weight"):  # of a norm
+            return drawn.mul_(0.1).add_(self._norm)
         return drawn.mul_(0.1 if len(shape) == 1 else shape[1] ** -0.5)
 
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
