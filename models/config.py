@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from octo_run.errors import OctoError, quoted
+from octo_run.models.expert_config import ExpertConfig
 from octo_run.models.families import ACTIVATIONS, FAMILIES, WRAPPERS, DeltaFields, Family, refusal
 from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
@@ -60,6 +61,7 @@ class ModelConfig:
         attention_scale: Products of queries and keys times it; None: ``head_dim ** -0.5``.
         attention_cap: The soft cap of attention's logits, ``cap * tanh(logit / cap)``.
         logit_cap: That of the model's logits, which come after ``logit_multiplier``.
+        experts: Those of layers that have experts; None: no layer has.
         embedding_scale, residual_multiplier, logit_multiplier: What embeddings, the outputs of attention and MLP, and
             logits are multiplied by.
         wrapper: The architecture of a checkpoint of which this is the text part; "": it is the whole.
@@ -97,6 +99,7 @@ class ModelConfig:
     attention_scale: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
+    experts: ExpertConfig | None = None
     embedding_scale: float = 1.0
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0

@@ -201,7 +201,8 @@ class Decoder:
         self.dtype, self.device = final_norm.dtype, final_norm.device
         self.final_norm = self._norm_weight(final_norm)
         self.embedding, self.head = _embedding_and_head(weights, pack_embedding)
-        self.specs = layer_specs(cfg)
+        #: The kinds of the layers, with their logits of sinks once these are there.
+        self.specs = list(layer_specs(cfg))
         kinds = [(spec.rope, spec.head_dim) for spec in self.specs]
         #: The different rotary embeddings, and which of them each layer has.
         self.ropes = list(dict.fromkeys(kinds))
@@ -212,6 +213,7 @@ class Decoder:
         self.layers: list[Layer] = []
         for index, spec in enumerate(self.specs):
             layer = self._layer(weights, spec, f"model.layers.{index}.", v_rotation)
+            self.specs[index] = layer.spec
             if quantise is not None:
                 layer = self._packed(layer, index, quantise, seen)
             self.layers.append(layer)
@@ -298,7 +300,7 @@ class Decoder:
         kind = self.cfg.family.norm
         if kind == "rms":
             return weight
-        wide = torch.empty_like(weight, dtype=torch.float32) if weight.is_meta else weight.to(torch.float32)
+        wide = _wide(weight)
         return wide + 1 if kind == "one_plus" and not wide.is_meta else wide
 
     def _layer(self, weights: Weights, spec: LayerSpec, prefix: str, v_rotation: Tensor | None) -> Layer:
@@ -306,6 +308,9 @@ class Decoder:
             return None if name is None else self._norm_weight(weights.take(f"{prefix}{name}.weight"))
 
         names = spec.norms
+        if self.cfg.family.sinks:
+            sinks = _wide(weights.take(f"{prefix}self_attn.sinks"))
+            spec = replace(spec, attention=replace(spec.attention, sink_logits=sinks))
         return Layer(
             spec=spec,
             norms=LayerNorms(
@@ -513,6 +518,11 @@ def _embedding_and_head(weights: Weights, pack: Quantise | None) -> tuple[Tensor
     if head is None:
         head = Linear(table) if isinstance(table, Tensor) else PackedLinear(table)
     return table, head
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32; on ``meta`` shapes alone: see linear._stacked."""
+    return torch.empty_like(x, dtype=torch.float32) if x.is_meta else x.to(torch.float32)
 
 
 def _is_identity(matrix: Tensor) -> bool:

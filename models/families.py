@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from octo_run.models.expert_config import gpt_oss_experts, local_experts, olmoe_experts, qwen_experts
 from octo_run.models.fields import Fields
 from octo_run.models.rope_config import SLIDING, RopeFields
 
@@ -65,6 +66,7 @@ class Family:
         fused_qkv, fused_gate_up: q, k and v are one matrix in the files, gate and up are.
         interleaved: RoPE turns neighbouring coordinates together.
         parallel: Attention and MLP see the same normed hidden state, and both are added to it.
+        sinks: Each head of attention has a learned logit without a value (``self_attn.sinks``).
         eps: The field of the norms' epsilon.
         embedding_scaled: Embeddings are multiplied by the square root of their size.
         more: Further fields of `ModelConfig`, read from the configuration; given the kinds of all layers.
@@ -87,6 +89,7 @@ class Family:
     fused_gate_up: bool = False
     interleaved: bool = False
     parallel: bool = False
+    sinks: bool = False
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     rope: RopeFields = _ROPE
     embedding_scaled: bool = False
@@ -205,8 +208,42 @@ _GEMMA3 = {
 }  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        {"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128,
+         "sliding_window_pattern": 2},
+        attention_bias_field=True,
+        norm="wide",
+        sliding="kinds",
+        sinks=True,
+        eps=("rms_norm_eps", 1e-5),
+        rope=RopeFields(theta=150_000.0),
+        more=lambda fields, _kinds: gpt_oss_experts(fields),
+    ),  # fmt: skip
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
     "MistralForCausalLM": Family("mistral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="always"),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        {"num_key_value_heads": 8},
+        sliding="always",
+        eps=("rms_norm_eps", 1e-5),
+        rope=RopeFields(theta=1e6),
+        more=lambda fields, _kinds: local_experts(fields, older=True),
+    ),
+    "OlmoeForCausalLM": Family(
+        "olmoe",
+        attention_bias_field=True,
+        qk_norm="all",
+        eps=("rms_norm_eps", 1e-5),
+        more=lambda fields, _kinds: olmoe_experts(fields),
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2_moe",
+        {"num_key_value_heads": 16},
+        qkv_bias=True,
+        out_bias_field=None,
+        more=lambda fields, _kinds: qwen_experts(fields, 60, 4, 1408, 5632),
+    ),
     "MinistralForCausalLM": Family("ministral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="kinds"),
     "Ministral3ForCausalLM": Family(
         "ministral3", {"num_key_value_heads": 8, "head_dim": 128}, sliding="always", eps=("rms_norm_eps", 1e-5)
@@ -217,6 +254,13 @@ FAMILIES: Mapping[str, Family] = {
         qkv_bias=True,
         out_bias_field=None,
         sliding="switch",
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        {"num_key_value_heads": 4},
+        attention_bias_field=True,
+        qk_norm="head",
+        more=lambda fields, _kinds: qwen_experts(fields, 128, 8, 768, 0),
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
@@ -289,6 +333,11 @@ FAMILIES: Mapping[str, Family] = {
         more=_smollm3,
     ),
     "GraniteForCausalLM": Family("granite", attention_bias_field=True, mlp_bias_field=True, more=_granite),
+    "GraniteMoeForCausalLM": Family(
+        "granitemoe",
+        attention_bias_field=True,
+        more=lambda fields, kinds: _granite(fields, kinds) | local_experts(fields),
+    ),
     "GlmForCausalLM": Family(
         "glm",
         {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
@@ -368,6 +417,7 @@ UNBUILT: tuple[tuple[str, str, str], ...] = (
     ("Glm4Moe", "experts with a routing of their own", "Glm4ForCausalLM"),
     ("NemotronH", "Mamba layers", "LlamaForCausalLM"),
     ("GraniteMoeHybrid", "Mamba layers", "GraniteForCausalLM"),
+    ("GraniteMoeShared", "a shared expert without a gate", "GraniteMoeForCausalLM"),
     ("Mamba", "Mamba layers", "LlamaForCausalLM"),
     ("Jamba", "Mamba layers", "LlamaForCausalLM"),
     ("Bamba", "Mamba layers", "GraniteForCausalLM"),

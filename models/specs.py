@@ -16,6 +16,7 @@ from octo_run.kernels import AttentionSpec
 from octo_run.kernels.recurrent import DeltaShape
 from octo_run.models.config import ModelConfig
 from octo_run.models.delta_net import DeltaNetSpec
+from octo_run.models.experts import ExpertsSpec
 from octo_run.models.families import ACTIVATIONS, NORMS, Norms
 from octo_run.models.mlp import DenseSpec
 from octo_run.models.rope_config import FULL, SLIDING, Rope
@@ -166,6 +167,8 @@ def _spec(cfg: ModelConfig, index: int) -> LayerSpec:
 def _feed_forward(cfg: ModelConfig, index: int) -> FeedForwardSpec:
     """The MLP of a layer. Kinds of layers with experts are told apart here."""
     activation = ACTIVATIONS[cfg.hidden_act]
+    if cfg.experts is not None and index not in cfg.experts.dense:
+        return ExpertsSpec(cfg.hidden_size, cfg.experts, activation)
     return DenseSpec(cfg.hidden_size, cfg.intermediate_size, activation, cfg.mlp_bias, cfg.family.fused_gate_up)
 
 
