@@ -127,7 +127,9 @@ class Forward:
             for chunk, rows in parts:
                 queries, out = (x[rows].transpose(0, 1) for x in (q, mixed))
                 found = None if coefficients is None else coefficients[rows].transpose(0, 1)
-                chunk.attend(self._number[index], queries, kv[:, rows, :, 0], spec, self.workspace, out=out, coefficients=found)
+                chunk.attend(
+                    self._number[index], queries, kv[:, rows, :, 0], spec, self.workspace, out=out, coefficients=found
+                )
             return mixed
 
         return self._layers(ids, mix, lambda mixer, *buffers: mixer.chunks(*buffers, chunks))

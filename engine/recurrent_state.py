@@ -181,4 +181,3 @@ class RecurrentStates:
                 mine = number == len(held) - 1, positions[number + 2] - positions[number]
                 worth[place] = max(mine, worth.get(place, mine))
         return worth
-

@@ -96,7 +96,7 @@ class Family:
     more: Callable[[Fields, tuple[str, ...]], dict[str, Any]] | None = None
 
 
-def _delta(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
+def _delta(fields: Fields) -> dict[str, Any]:
     sizes = [
         fields.integer(f"linear_{name}", default, high=high)
         for name, default, high in (
@@ -118,7 +118,6 @@ _GATED_DELTA: dict[str, Any] = {
     "sliding": "linear",
     "gated": True,
     "rope": RopeFields(partial=True, share=0.25),
-    "more": _delta,
 }
 
 
@@ -269,7 +268,25 @@ FAMILIES: Mapping[str, Family] = {
         qk_norm="head",
         sliding="switch",
     ),
-    "Qwen3_5ForCausalLM": Family("qwen3_5_text", {"num_key_value_heads": 4, "head_dim": 256}, **_GATED_DELTA),
+    "Qwen3NextForCausalLM": Family(
+        "qwen3_next",
+        {"num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 5632},
+        **_GATED_DELTA,
+        grouped_delta=True,
+        more=lambda fields, _kinds: _delta(fields) | qwen_experts(fields, 512, 10, 512, 512, normalised=True),
+    ),
+    "Qwen3_5ForCausalLM": Family(
+        "qwen3_5_text",
+        {"num_key_value_heads": 4, "head_dim": 256},
+        **_GATED_DELTA,
+        more=lambda fields, _kinds: _delta(fields),
+    ),
+    "Qwen3_5MoeForCausalLM": Family(
+        "qwen3_5_moe_text",
+        {"num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 512},
+        **_GATED_DELTA,
+        more=lambda fields, _kinds: _delta(fields) | qwen_experts(fields, 256, 8, 512, 512, normalised=True),
+    ),
     "GemmaForCausalLM": Family(
         "gemma",
         {**_GEMMA, "num_key_value_heads": 16},
@@ -405,6 +422,7 @@ FAMILIES: Mapping[str, Family] = {
 WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM",),
     "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM",),
+    "Qwen3_5MoeForConditionalGeneration": ("Qwen3_5MoeForCausalLM",),
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM"),
 }
 

@@ -25,6 +25,9 @@ COMMON: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5", {}),
     "qwen3_5-tied-d256-g5": (
@@ -32,6 +35,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 256, "num_attention_heads": 5, "num_key_value_heads": 1, "tie_word_embeddings": True,
          "linear_num_key_heads": 3, "linear_num_value_heads": 3, "num_hidden_layers": 4, "attention_bias": True},
     ),
+    "qwen3_next": ("Qwen3Next", {**EXPERTS, "mlp_only_layers": [2], "norm_topk_prob": True}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**EXPERTS, "num_hidden_layers": 4}),
 }  # fmt: skip
 
 
@@ -51,10 +56,15 @@ def make(folder: Path, family: str) -> Any:
                 weight.add_(0.1 * torch.randn_like(weight))
             else:
                 weight.mul_(2)
+    save(model, folder)
+    return model
+
+
+def save(model: Any, folder: Path) -> None:
+    """In several files, with the embedded model's tokenizer."""
     model.save_pretrained(folder, max_shard_size="2MB")
     for file in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(DEMO_PATH / file, folder / file)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +165,27 @@ def test_logits_of_decode_steps(family: str, models: Callable[[str], tuple[Path,
             engine.step.launch([sequence])
             rows.append(engine.step.logits[0].clone())
             ids.append(engine.step.read(sequence)[0])
-        assert engine.arena.states is not None and engine.arena.states.snapshots(sequence.row) == []
+        assert engine.arena.states is not None and engine.arena.states.snapshots(sequence.row) == [256]
     theirs = model(torch.tensor([ids[:-1]])).logits[0, 1:]
     assert relative(torch.stack(rows), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["Qwen3_5", "Qwen3_5Moe"])
+@torch.inference_mode()
+def test_the_text_part_of_a_checkpoint_with_images(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 64}
+    text = COMMON | {"num_hidden_layers": 4} | (EXPERTS if family == "Qwen3_5Moe" else {})
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    torch.manual_seed(2)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).to(torch.float32).eval()
+    for weight in model.parameters():
+        weight.mul_(2)
+    save(model, tmp_path)
+    ids = numbers(150)
+    with load(tmp_path, max_context=512) as engine:
+        assert relative(engine.logits(ids), model(torch.tensor([ids])).logits[0]) < 1e-4
 
 
 @torch.inference_mode()
@@ -227,9 +255,7 @@ def test_undo_goes_back_to_an_earlier_turn(
 
 
 @pytest.mark.parametrize("launched", [1, 2, 5, 8])
-def test_cancelled_steps(
-    launched: int, path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]
-) -> None:
+def test_cancelled_steps(launched: int, path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
     """Launched steps that nobody reads leave nothing behind, whether the sequence goes on by hand or as a prompt."""
     ids = numbers(330)
     want = fresh(ids, 40)
