@@ -20,6 +20,7 @@ from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
 from octo_run.kernels.linear.reference import SLAB_BYTES
+from octo_run.kernels.recurrent import host_bytes
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder, Layer
@@ -184,7 +185,10 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
         shape.chunk, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (shape.max_pages, shape.ring + shape.chunk),
         mean=bool(shape.mean_heads),
     )  # fmt: skip
-    return max(rows * cfg.intermediate_size * size, norm, attention, _slab(decoder))
+    recurrent = 0
+    if shape.recurrent is not None:
+        recurrent = host_bytes(shape.recurrent.delta, shape.chunk)
+    return max(rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder))
 
 
 def _slab(decoder: Decoder) -> int:

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from octo_run.kernels.cpu import recurrent as compiled
 from octo_run.kernels.recurrent import reference
 from octo_run.kernels.recurrent.reference import BLOCK, DeltaShape, DeltaWeights, LayerState, Saving
 
-__all__ = ["BLOCK", "DeltaShape", "DeltaWeights", "LayerState", "Saving", "chunk", "scratch_bytes", "step"]
+__all__ = ["BLOCK", "DeltaShape", "DeltaWeights", "LayerState", "Saving", "chunk", "host_bytes", "scratch_bytes", "step"]
 
 
 def step(
@@ -50,7 +51,7 @@ def step(
         from octo_run.kernels.recurrent import launch
 
         launch.step(projected, gates, weights, state, positions, rows, out)
-    else:
+    elif not compiled.step(projected, gates, weights, state, positions, rows, out):
         reference.step(projected, gates, weights, state, positions, rows, out)
 
 
@@ -81,6 +82,12 @@ def chunk(
         launch.chunk(projected, gates, weights, state, row, start, out, scratch, saving)
     else:
         reference.chunk(projected, gates, weights, state, row, start, out, saving)
+
+
+def host_bytes(shape: DeltaShape, tokens: int) -> int:
+    """Bytes at most of the tensors that :func:`chunk` makes on a CPU for so many tokens."""
+    head = 10 * shape.key_dim + 6 * shape.value_dim + 5 * BLOCK
+    return 4 * (tokens + BLOCK) * (5 * shape.channels + shape.value_heads * head)
 
 
 def scratch_bytes(shape: DeltaShape, tokens: int, itemsize: int) -> int:
