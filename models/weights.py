@@ -44,7 +44,7 @@ _OTHER_PARTS = re.compile(
 )
 # Scales by which the inputs and outputs of quantised layers were meant to be quantised, too.
 _INPUT_SCALES = re.compile(
-    r"(lm_head|model\.layers\.\d+\.(self_attn|mlp)(\.\w+)+)"
+    r"(lm_head|model\.layers\.\d+\.(self_attn|linear_attn|mlp)(\.\w+)+)"
     r"\.(activation_scale|(input|output)_(scale(_ub)?|global_scale|zero_point))"
 )
 
