@@ -47,7 +47,7 @@ def longrope(pairs: int, original: int = 512) -> dict[str, Any]:
 #: Configuration class without "Config", and its fields beside SMALL.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-g3-d80": ("Llama", {**heads(6, 2, 80), "hidden_size": 96}),
-    "llama3-biases": ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama3-biases": ("Llama", {**heads(4, 2, 64), "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
     "mistral-window": ("Mistral", {**heads(4, 1, 64), "sliding_window": 70}),
     "ministral3": (
         "Ministral3",
@@ -63,7 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_sliding_window": True, "max_window_layers": 2,
         },
     ),
-    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen2-yarn": ("Qwen2", {"hidden_size": 256, "rope_parameters": YARN}),
     "qwen3-yarn": ("Qwen3", {**heads(4, 2, 128), "rope_parameters": YARN | {"beta_fast": 16.0}}),
     "gemma": ("Gemma", {**heads(8, 1, 64)}),
     "gemma2": ("Gemma2", {**heads(4, 2, 64), "sliding_window": 70, "query_pre_attn_scalar": 100}),
@@ -84,7 +84,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**heads(3, 1, 128), "hidden_size": 384, "tie_word_embeddings": True, "partial_rotary_factor": 0.75,
          **longrope(48, original=64)},
     ),
-    "phi3-window": ("Phi3", {"sliding_window": 90, "partial_rotary_factor": 1.0}),
+    "phi3-window": ("Phi3", {"hidden_size": 256, "sliding_window": 90, "partial_rotary_factor": 1.0}),
     "olmo2": ("Olmo2", {**heads(5, 5, 64), "hidden_size": 320}),
     "olmo3": ("Olmo3", {"hidden_size": 256, "sliding_window": 70, "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}, "full_attention": YARN | {"rope_theta": 5e5},
@@ -113,8 +113,13 @@ def randomised(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            scale = 1.0 if "embed" in name and "scale" in type(model.get_input_embeddings()).__name__.lower() else 1.3
-            weight.normal_(0, scale * weight.shape[-1] ** -0.5, generator=generator)
+            # A layer adds little to what is there, as in a trained model.
+            scale = (
+                (2 * SMALL["num_hidden_layers"]) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            )
+            weight.normal_(0, 0.7 * scale * weight.shape[-1] ** -0.5, generator=generator)
+            if len(weight) == SMALL["vocab_size"]:  # some tokens are likelier than others, as in a trained model
+                weight.mul_(torch.randn(len(weight), 1, generator=generator).exp())
         elif name.endswith("bias"):
             weight.normal_(0, 0.2, generator=generator)
         else:
@@ -214,7 +219,7 @@ def test_transforms_change_nothing(name: str, made: Callable[[str], tuple[Path, 
         hidden = decoder.hidden(ids, positions, lambda i, q, k, v: attend_plain(q, k, v, decoder.specs[i].attention))
         return decoder.logits(hidden)[0]
 
-    assert relative(logits(), theirs) < 1e-5
+    assert relative(logits(), theirs) < 5e-5
     decoder.store_keys(of_keys, conditioning.measure(decoder, ids[0].tolist()))
     assert relative(logits(), theirs) < 1e-4
 
@@ -231,5 +236,5 @@ def test_packed_weights(name: str, made: Callable[[str], tuple[Path, Any, Tensor
         lambda i, q, k, v: attend_plain(q, k, v, decoder.specs[i].attention),
     )  # fmt: skip
     exact = decoder.logits(hidden)[0]
-    assert relative(engine.logits(ids, 128), exact) < 1e-4
+    assert relative(engine.logits(ids, 128), exact) < 5e-3  # activations are rounded, too
     assert 1e-5 < float((exact - theirs).norm() / theirs.norm()) < 0.1
