@@ -32,6 +32,7 @@ RULES = {
 CASES = [
     (layer_kernels.add_rms_norm_kernel, dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT"), B) | {"eps": "fp32"},
      {"N": 4096, "BLOCK": 4096, "ADD": True, "EARLY": True}, 8),
+    (layer_kernels.gate_kernel, {"X": B, "GATES": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (layer_kernels.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"TOKENS": 4, "COLUMNS": 32, "NORM": True, "MAP": True, "MAP_V": False, "TAKES_MEAN": True,

@@ -13,8 +13,8 @@ from octo_run.kernels import step as ops
 from octo_run.kernels.attention import key_mean
 from octo_run.kernels.codec.rotation import rotation_matrix
 from octo_run.kernels.step import reference
+from octo_run.kernels.step.reference import normed as rms_norm
 from octo_run.models import rope
-from octo_run.models.decoder import rms_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -191,6 +191,20 @@ def test_triton_maps_heads_and_finds_coefficients(heads, kv_heads, d, normed, ma
             close(found[0][0][:, 0], want, HALF)
             want = torch.stack([full[0][0, h].double() @ how.maps[1, h].double() for h in range(kv_heads)])
             close(found[0][1][0], want, HALF)
+
+
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("shape", [(1, 96), (3, 1500), (2, 1024)])
+def test_triton_gates(shape, dtype):
+    from octo_run.kernels.step import launch
+
+    x, gates = random(*shape, dtype=dtype), random(*shape, dtype=dtype, scale=4)
+    want = x.clone()
+    reference.gate(want, gates)
+    close(want, x.double() * gates.double().sigmoid(), dtype)
+    launch.gate(x, gates)
+    close(x, want, dtype)
 
 
 @triton_only
