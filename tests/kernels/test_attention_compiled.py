@@ -77,7 +77,8 @@ def format_constants(kv, dim, group, dtype, mean):
     constants = {
         "G": group, "D": dim, "KIND_K": kind, "KIND_V": kind, "BYTES_K": codec.bytes_per_vector,
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
-        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "T2": third, "BATCH": 16,
+        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "T2": third,
+        "BATCH": 16,
         "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)), "PTX_K": ptx, "PTX_V": ptx,
     }  # fmt: skip
     return constants, "i32" if levels.dtype == torch.int32 else "fp32"

@@ -52,8 +52,8 @@ def unpack_kernel(
     SLAB_K, SLAB_V, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, levels_k, radii_k, levels_v, radii_v, first_page,
     pages, sink, sp_page, sp_head, st_r,
     D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr, BYTES_V: tl.constexpr,
-    BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
-    PTX_K: tl.constexpr, PTX_V: tl.constexpr, WINDOW: tl.constexpr,
+    BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
+    T2: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Decode the pages first_page .. first_page + pages - 1 of each sequence, counted from `first_wanted` on and as far
     as it has them, to SLAB_K and SLAB_V [B, Hkv, 64 * pages, D]. Program (page, KV head, sequence)."""
