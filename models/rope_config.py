@@ -14,7 +14,7 @@ _BETA = (1e-3, 1e6)
 _MSCALE = (0.0, 1e3)
 _ATTENTION_FACTOR = (1e-3, 1e3)
 #: Kinds of layers as ``layer_types`` and nested rotary parameters name them.
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 @dataclass(frozen=True)

@@ -559,7 +559,7 @@ def language() -> types.ModuleType:
 PACKAGE = "octo_run.kernels"
 HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "decode")
 MODULES = ("lanes", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
-MODULES += ("linear.unpack", "linear.gluon_product")
+MODULES += ("linear.unpack", "linear.gluon_product", "experts.packed_product")
 
 
 @contextmanager

@@ -45,6 +45,7 @@ CASES = [
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES | {"Q_NORM": F, "K_NORM": F},
      HEAD | {"TOKENS": 16, "COLUMNS": 32, "NORM": True, "MAP": True, "MAP_V": True, "TAKES_MEAN": True,
              "MAPPED": True, "SCALED": True, "NORM_V": True}, 4),
+    (layer_kernels.gate_kernel, {"X": B, "GATES": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"TOKENS": 4, "COLUMNS": 32, "NORM": True, "MAP": True, "MAP_V": False, "TAKES_MEAN": True,
              "MAPPED": True, **PLAIN}, 4),

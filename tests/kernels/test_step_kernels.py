@@ -194,6 +194,20 @@ def test_triton_maps_heads_and_finds_coefficients(heads, kv_heads, d, normed, ma
 
 
 @triton_only
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("shape", [(1, 96), (3, 1500), (2, 1024)])
+def test_triton_gates(shape, dtype):
+    from octo_run.kernels.step import launch
+
+    x, gates = random(*shape, dtype=dtype), random(*shape, dtype=dtype, scale=4)
+    want = x.clone()
+    reference.gate(want, gates)
+    close(want, x.double() * gates.double().sigmoid(), dtype)
+    launch.gate(x, gates)
+    close(x, want, dtype)
+
+
+@triton_only
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [1, 7, 40])
 def test_triton_rotates_back(d, heads):
