@@ -15,10 +15,11 @@ from octo_run.errors import OctoError, quoted, shown
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.linear.packed import values
 from octo_run.models.config import ModelConfig
+from octo_run.models.expert_tensors import by_expert, published_name
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, read_index, weight_files
 from octo_run.models.foreign import AGAIN, present
 from octo_run.models.linear import Linear, PackedLinear, SingleLinear
-from octo_run.models.quantisation.config import StoredScheme
+from octo_run.models.quantisation.config import Quantisation, StoredScheme
 from octo_run.models.quantisation.layouts import LAYOUTS
 from octo_run.models.quantisation.stored import Needed, digest_of, empty_weight, order_of, packed
 from octo_run.models.safetensors_file import FLOAT_DTYPES, STORED_DTYPES, TensorEntry, TensorFile, read_header
@@ -43,7 +44,7 @@ _OTHER_PARTS = re.compile(
 )
 # Scales by which the inputs and outputs of quantised layers were meant to be quantised, too.
 _INPUT_SCALES = re.compile(
-    r"(lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+)"
+    r"(lm_head|model\.layers\.\d+\.(self_attn|linear_attn|mlp)(\.\w+)+)"
     r"\.(activation_scale|(input|output)_(scale(_ub)?|global_scale|zero_point))"
 )
 
@@ -71,7 +72,8 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
     hidden, q, kv = cfg.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in zip("qkv", (q, kv, kv), strict=True)}
+    rows_of = zip("qkv", (2 * q if spec.gated else q, kv, kv), strict=True)
+    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in rows_of}
     if cfg.family.fused_qkv:
         linear = {"qkv_proj": (q + 2 * kv, hidden, cfg.qkv_bias)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -79,6 +81,8 @@ def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int
         shapes[f"self_attn.{name}.weight"] = (rows, columns)
         if bias:
             shapes[f"self_attn.{name}.bias"] = (rows,)
+    if cfg.family.sinks:
+        shapes["self_attn.sinks"] = (spec.heads,)
     if spec.qk_norm:
         whole = spec.qk_norm == "all"
         shapes["self_attn.q_norm.weight"] = (q if whole else spec.head_dim,)
@@ -140,7 +144,12 @@ def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
     """
     if not cfg.tie_word_embeddings and cfg.quantisation is None:
         return cfg
-    return _stored_config(cfg, locate_tensors(model_dir))
+    return _stored_config(cfg, _named(cfg, locate_tensors(model_dir)))
+
+
+def _named(cfg: ModelConfig, found: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The tensors of files by the names of :func:`expected_tensors`."""
+    return found if cfg.experts is None else by_expert(found, cfg.experts, cfg.hidden_size)
 
 
 def _stored_config(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConfig:
@@ -178,9 +187,17 @@ def quantised_layers(cfg: ModelConfig) -> dict[str, tuple[StoredScheme, tuple[in
     found = {}
     for name, shape in expected_tensors(cfg).items():
         prefix = name.removesuffix(".weight")
-        if len(shape) == 2 and name != EMBEDDING and (scheme := cfg.quantisation.scheme(prefix)) is not None:
+        if len(shape) == 2 and name != EMBEDDING and (scheme := _scheme(cfg, cfg.quantisation, prefix)) is not None:
             found[prefix] = scheme, (shape[0], shape[1])
     return found
+
+
+def _scheme(cfg: ModelConfig, quantisation: Quantisation, prefix: str) -> StoredScheme | None:
+    """How files hold a layer; they know it by the name that they have for it."""
+    if prefix in quantisation.dense:
+        return None
+    older = cfg.experts is not None and cfg.experts.older
+    return quantisation.scheme(published_name(prefix) if older else prefix)
 
 
 def _is_packed(prefix: str, scheme: StoredScheme, found: dict[str, TensorEntry]) -> bool:
@@ -346,7 +363,7 @@ class StoredWeights(Weights):
     """
 
     def __init__(self, model_dir: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> None:
-        found = locate_tensors(model_dir)
+        found = _named(cfg, locate_tensors(model_dir))
         self.cfg = _stored_config(cfg, found)
         self.has_head = not self.cfg.tie_word_embeddings
         self._entries = check_tensors(model_dir, self.cfg, found)
@@ -443,7 +460,7 @@ class RandomWeights(Weights):
         drawn.normal_(generator=self._generator(name))
         if len(shape) == 1 and name.endswith(".weight"):  # of a norm
             return drawn.mul_(0.1).add_(self._norm)
-        return drawn.mul_(0.1 if name.endswith(".bias") else shape[1] ** -0.5)
+        return drawn.mul_(0.1 if len(shape) == 1 else shape[1] ** -0.5)
 
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
         """See :class:`Weights`."""
