@@ -56,7 +56,7 @@ class Calibration:
         if kind == "off":
             return None
         cfg = self.decoder.cfg
-        size = (cfg.num_layers, cfg.num_kv_heads, cfg.head_dim)
+        size = (len(cfg.attention_layers), cfg.num_kv_heads, cfg.head_dim)
 
         def measured() -> dict[str, Tensor]:
             found = conditioning.measure(self.decoder, self.ids)
@@ -80,9 +80,10 @@ class Calibration:
             return None
         what = ("sensitivities", kind, fmt.name, fmt.k.seed)
         shape = {"divergences": (self.decoder.cfg.num_layers, 2)}
-        return self._known(
+        found = self._known(
             what, shape, lambda: {"divergences": sensitivity.measure(self.decoder, fmt, ids, on_progress)}
         )["divergences"]
+        return found[[*self.decoder.cfg.attention_layers]]
 
     @cached_property
     def ids(self) -> list[int]:

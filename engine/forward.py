@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octo_run import kernels
 from octo_run.engine.arena import Chunk, KVArena
+from octo_run.engine.sequence import Sequence
 from octo_run.kernels import step as ops
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Angles, AttentionWeights, Decoder, Layer, Mixer
@@ -46,6 +47,8 @@ def _mixer_shapes(spec: LayerSpec, rows: int) -> Shapes:
         return spec.mixer.shapes(rows)
     q, kv = (spec.heads, spec.head_dim), (spec.kv_heads, 1, spec.head_dim)
     shapes: Shapes = {"qkv": (rows, (spec.heads + 2 * spec.kv_heads) * spec.head_dim), "q": (rows, 1, *q)}
+    if spec.gated:
+        shapes["gate"] = (rows, spec.heads * spec.head_dim)
     return shapes | {"mixed": (rows, 1, *q), "kv": (2, rows, *kv)}
 
 
@@ -74,6 +77,8 @@ class Forward:
         #: The buffers of each layer's mixer and MLP; layers of one kind have the same.
         self._of_mlp = [made[repr(spec.mlp.shapes(rows))] for spec in decoder.specs]
         self._of_mixer = [made[repr(_mixer_shapes(spec, rows))] for spec in decoder.specs]
+        #: The arena's number of each layer that has attention.
+        self._number = {layer: number for number, layer in enumerate(cfg.attention_layers)}
         self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -122,10 +127,19 @@ class Forward:
             for chunk, rows in parts:
                 queries, out = (x[rows].transpose(0, 1) for x in (q, mixed))
                 found = None if coefficients is None else coefficients[rows].transpose(0, 1)
-                chunk.attend(index, queries, kv[:, rows, :, 0], spec, self.workspace, out=out, coefficients=found)
+                chunk.attend(
+                    self._number[index], queries, kv[:, rows, :, 0], spec, self.workspace, out=out, coefficients=found
+                )
             return mixed
 
         return self._layers(ids, mix, lambda mixer, *buffers: mixer.chunks(*buffers, chunks))
+
+    def read_again(self, sequence: Sequence, ids: list[int]) -> None:
+        """Append to a sequence what it lacks of ``ids``, which begin with its own: what a cut had to take along."""
+        while (held := len(sequence)) < len(ids):
+            chunk = self.arena.prefill(sequence, ids[held : held + self.arena.shape.chunk])
+            self.chunks([chunk])
+            chunk.commit()
 
     def step(self, ids: Tensor, state: "StepState", max_length: int) -> Tensor:
         """Run one token in each of B sequences through the layers.
@@ -144,15 +158,20 @@ class Forward:
 
         def mix(index: int, qkv: Tensor) -> Tensor:
             q, mixed = (self._of_mixer[index][name][:batch] for name in ("q", "mixed"))
-            full_k, full_v = arena.full(index)
+            number = self._number[index]
+            full_k, full_v = arena.full(number)
             ops.qkv_rope_append(qkv, transforms[index], state.places, full_k, full_v, q, state.rows, coefficients)
-            inputs = arena.inputs(index, state, coefficients)
+            inputs = arena.inputs(number, state, coefficients)
             spec = self.decoder.specs[index].attention
             return kernels.attend(
-                q, inputs, arena.formats[index], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
+                q, inputs, arena.formats[number], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
-        return self._layers(ids, mix, lambda mixer, *buffers: mixer.step(*buffers, state))
+        def other(mixer: Mixer, normed: Tensor, out: Tensor, buffers: dict[str, Tensor]) -> None:
+            assert arena.states is not None
+            mixer.step(normed, out, buffers, state, arena.states)
+
+        return self._layers(ids, mix, other)
 
     def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits ``[R, vocab]`` of normed hidden states ``[R, hidden]`` in the compute dtype."""
@@ -228,6 +247,9 @@ class Forward:
         if part.v_rotation is not None:
             mixed, rotated = buffers["q"][:rows], mixed  # the queries are not needed any more
             ops.rotate_back(rotated.flatten(1), part.v_rotation, mixed.view(rows, -1))
+        if part.gate is not None:
+            part.gate.apply(given, buffers["gate"][:rows])
+            ops.gate(mixed.view(rows, -1), buffers["gate"][:rows])
         part.out.apply(mixed.flatten(1), out)
 
 

@@ -105,7 +105,7 @@ def _through_attention(
         return decoder.normed(x, layer.norms.before_attention)
 
     def rest(x: Tensor, attended: Tensor) -> Tensor:
-        return decoder.rest(layer, x, normed(x), layer.attention.out(decoder.mixed(layer, attended)))
+        return decoder.rest(layer, x, normed(x), layer.attention.out(decoder.mixed(layer, normed(x), attended)))
 
     q, k, v = decoder.qkv(layer, normed(exact), angles)
     later = angles.part(slice(FIRST, None))

@@ -69,7 +69,7 @@ class Conditioning:
         """That of one of ``config.CONDITIONINGS`` whose numbers are not known: to count its bytes on ``meta``."""
         if kind == "off":
             return None
-        size = (cfg.num_layers, cfg.num_kv_heads, cfg.head_dim)
+        size = (len(cfg.attention_layers), cfg.num_kv_heads, cfg.head_dim)
         shapes = torch.empty(*size, cfg.head_dim, device=device) if kind == "full" else None
         return cls(torch.empty(size, device=device), shapes)
 
@@ -114,7 +114,7 @@ def measure(decoder: Decoder, ids: list[int]) -> Conditioning:
     decoder.hidden(torch.tensor([ids], device=device), positions[None], attention)
     means, of_keys, of_queries = (torch.stack(part).cpu() for part in zip(*seen, strict=True))
     longest = cfg.max_position_embeddings
-    frequencies = [decoder.inv_freq(layer).cpu().to(torch.float64) for layer in range(cfg.num_layers)]
+    frequencies = [decoder.inv_freq(layer).cpu().to(torch.float64) for layer in cfg.attention_layers]
 
     def turned(moments: Tensor) -> Tensor:
         wide = zip(moments.to(torch.float64), frequencies, strict=True)

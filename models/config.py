@@ -15,11 +15,11 @@ from typing import Any
 
 from octo_run.errors import OctoError, quoted
 from octo_run.models.expert_config import ExpertConfig
-from octo_run.models.families import ACTIVATIONS, FAMILIES, WRAPPERS, Family, refusal
+from octo_run.models.families import ACTIVATIONS, FAMILIES, WRAPPERS, DeltaFields, Family, refusal
 from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
 from octo_run.models.quantisation.config import MODELOPT_NAME, Quantisation, parse_quantisation
-from octo_run.models.rope_config import FULL, SLIDING, Rope, RopeScaling, read_ropes
+from octo_run.models.rope_config import FULL, LINEAR, SLIDING, Rope, RopeScaling, read_ropes
 
 CONFIG_NAME = "config.json"
 #: What `--conditioning` takes: nothing, means alone, means and matrices (`models.conditioning`).
@@ -34,8 +34,9 @@ _MAX_HEAD_DIM = 4096
 _EPS = (2.0**-126, 1.0)  # from the smallest normal number on: GPUs take smaller ones for 0
 _TEMPERATURE = (1e-10, 1e10)  # or 0
 _PENALTY = (1e-3, 1e3)
+_TIED = "tie_word_embeddings"
 _OF_THE_WHOLE = (
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config"
+    "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config"
 )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ class ModelConfig:
         dtype: The dtype the weights were published in (``bfloat16`` where the file does not say).
         quantisation: How the files hold the layers' matrices; None: as plain ones.
         layer_types: The kind of each layer; empty: ``full_attention`` for all.
+        delta: Of layers of the kind ``linear_attention``.
         rope_share: The part of a head's coordinates that RoPE turns.
         query_scaling: See `Rope`.
         no_rope: The layers without RoPE.
@@ -90,6 +92,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     quantisation: Quantisation | None = None
     layer_types: tuple[str, ...] = ()
+    delta: DeltaFields | None = None
     rope_share: float = 1.0
     query_scaling: tuple[float, int] | None = None
     sliding_rope: Rope | None = None
@@ -107,6 +110,12 @@ class ModelConfig:
     def context_limit(self) -> int:
         """The longest context, in tokens."""
         return self.max_position_embeddings
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that have keys and values."""
+        kinds = self.layer_types or (FULL,) * self.num_layers
+        return tuple(index for index, kind in enumerate(kinds) if kind != LINEAR)
 
     @property
     def family(self) -> Family:
@@ -201,7 +210,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
         dtype=_dtype(fields),
         quantisation=None if quantization is None else parse_quantisation(quantization),
-        layer_types=kinds if SLIDING in kinds and (window or sliding_rope) else (),
+        layer_types=kinds if LINEAR in kinds or (SLIDING in kinds and (window or sliding_rope)) else (),
         rope_share=rope.share,
         query_scaling=rope.query_scaling,
         sliding_rope=sliding_rope,
@@ -247,10 +256,12 @@ def _text_part(fields: Fields, wrapper: str) -> tuple[str, str, Fields]:
     if model_type not in known:
         kinds = ", ".join(known)
         raise text.fail("model_type", f"is {quoted(model_type)}, and octo-run knows {kinds} in {quoted(wrapper)}")
-    # What a file says of the whole model holds for its text, too.
+    # What a file says of the whole model holds for its text, too, and of the head before what the text part says: the
+    # head is the whole model's. Nothing said, it is tied, unless the files hold a head of other values.
     outer = {name: fields.values[name] for name in _OF_THE_WHOLE if fields.raw(name) is not None}
     inner = {name: value for name, value in text.values.items() if value is not None or name not in outer}
-    return wrapper, known[model_type], Fields(fields.path, outer | inner, text.prefix)
+    tied = next((at.raw(_TIED) for at in (fields, text) if at.raw(_TIED) is not None), True)
+    return wrapper, known[model_type], Fields(fields.path, outer | inner | {_TIED: tied}, text.prefix)
 
 
 def _activation(fields: Fields, family: Family) -> str:
@@ -287,13 +298,20 @@ def _layer_types(fields: Fields, family: Family, num_layers: int, context: int) 
     """The window in tokens where it is shorter than the context, and the kind of each layer."""
     kinds = fields.raw("layer_types")
     if kinds is not None:
-        allowed = [FULL] if family.sliding == "none" else [FULL, SLIDING]
+        allowed = {"none": [FULL], "linear": [FULL, LINEAR]}.get(family.sliding, [FULL, SLIDING])
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise fields.fail("layer_types", f"is no list of num_hidden_layers ({num_layers}) names")
         for kind in kinds:
             if kind not in allowed:
                 raise fields.fail("layer_types", f"holds {quoted(kind)}, which octo-run does not know here")
     everywhere = (FULL,) * num_layers
+    if family.sliding == "linear":
+        every = fields.integer("full_attention_interval", 4)
+        pattern = [LINEAR if (index + 1) % every else FULL for index in range(num_layers)]
+        kinds = pattern if kinds is None else kinds
+        if FULL not in kinds:
+            raise fields.fail("layer_types", f"holds no {quoted(FULL)}, and octo-run needs a layer of attention")
+        return None, tuple(kinds)
     if family.sliding == "none" or (family.sliding == "switch" and not fields.boolean("use_sliding_window")):
         return None, everywhere
     default = family.defaults.get("sliding_window")

@@ -33,6 +33,7 @@ from octo_run.models.linear import (
     joined,
     pack_any,
     pack_one,
+    parts_first,
 )
 from octo_run.models.mlp import mean_squares
 from octo_run.models.quantisation.importance import Text
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from octo_run.engine.arena import Chunk
+    from octo_run.engine.recurrent_state import RecurrentStates
     from octo_run.engine.step import StepState
 
 #: ``attention(layer, q [B, C, heads, d], k [B, C, kv_heads, d], v [B, C, kv_heads, d]) -> [B, C, heads, d]``
@@ -86,7 +88,9 @@ class Mixer(Protocol):
             buffers: Those of `specs.MixerSpec.shapes`.
         """
 
-    def step(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor], state: StepState) -> None:
+    def step(
+        self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor], state: StepState, states: RecurrentStates
+    ) -> None:
         """Write what it gives for one token in each of B sequences to ``out [B, hidden]``; recorded on CUDA."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -110,6 +114,8 @@ class AttentionWeights:
     maps: Tensor | None = None
     #: The mean of keys before RoPE that stays out of their code, float32 ``[kv_heads, d]``.
     key_mean: Tensor | None = None
+    #: What the heads are multiplied by, after a sigmoid.
+    gate: AnyLinear | None = None
 
     @property
     def joined_bytes(self) -> int:
@@ -119,7 +125,7 @@ class AttentionWeights:
     @property
     def parts(self) -> tuple[SingleLinear, ...]:
         """The layers with a matrix of their own that it is made of."""
-        return (*self.qkv.parts, *self.out.parts)
+        return (*self.qkv.parts, *(() if self.gate is None else self.gate.parts), *self.out.parts)
 
 
 @dataclass(frozen=True)
@@ -229,10 +235,8 @@ class Decoder:
         turned = rotation.to(device, torch.float32).T
         shared = turned.to(self.dtype).contiguous().expand(2, cfg.num_kv_heads, -1, -1)
         shapes = None if conditioning is None else conditioning.shapes
-        for index, layer in enumerate(self.layers):
-            if not layer.has_attention:
-                continue
-            maps = shared
+        for index, number in enumerate(cfg.attention_layers):
+            layer, maps = self.layers[number], shared
             if shapes is not None and device.type == "meta":  # shapes alone: see linear._stacked
                 maps = torch.empty(2, *shapes[index].shape, dtype=self.dtype, device=device)
             elif shapes is not None:
@@ -240,7 +244,7 @@ class Decoder:
                 both = torch.stack((torch.linalg.inv(a), a.mT)) @ turned.to(torch.float64)
                 maps = both.to(self.dtype)
             mean = None if conditioning is None else conditioning.means[index].to(device, torch.float32).contiguous()
-            self.layers[index] = replace(layer, mixer=replace(layer.attention, maps=maps, key_mean=mean))
+            self.layers[number] = replace(layer, mixer=replace(layer.attention, maps=maps, key_mean=mean))
 
     @property
     def long_factors(self) -> bool:
@@ -321,13 +325,18 @@ class Decoder:
     def _attention(self, weights: Weights, spec: LayerSpec, prefix: str, v_rotation: Tensor | None) -> AttentionWeights:
         cfg = self.cfg
         q, k, v = self._projections(weights, spec, f"{prefix}self_attn.")
+        gate: AnyLinear | None = None
+        if spec.gated:  # in the files each head's queries come first, then its gates
+            size = spec.heads * spec.head_dim
+            q = q.reordered(parts_first(spec.heads, (spec.head_dim, spec.head_dim)))
+            q, gate = q.part(0, size), joined(q.part(size, 2 * size))
         out = weights.linear(f"{prefix}self_attn.o_proj", cfg.o_bias)
         unfolded = None
         if v_rotation is not None:
             rotation = v_rotation.to(torch.float32)
             turned = v.with_rotated_outputs(rotation, spec.kv_heads)
             back = out.with_rotated_inputs(rotation, spec.heads)
-            if turned is not None and back is not None:
+            if turned is not None and back is not None and not spec.gated:
                 v, out = turned, back
             else:
                 unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
@@ -341,7 +350,7 @@ class Decoder:
                 norms[place] = weight
         if order is not None:
             q, k = q.reordered(head_order(order, spec.heads)), k.reordered(head_order(order, spec.kv_heads))
-        return AttentionWeights(joined(q, k, v), norms[0], norms[1], out, unfolded)
+        return AttentionWeights(joined(q, k, v), norms[0], norms[1], out, unfolded, gate=gate)
 
     def _projections(
         self, weights: Weights, spec: LayerSpec, prefix: str
@@ -389,7 +398,7 @@ class Decoder:
         seen("mixer", normed)
         if isinstance(layer.mixer, AttentionWeights):
             # Through an argument list, so that query, key and value are freed before the MLP's activations come.
-            mixed = self.mixed(layer, attention(index, *self.qkv(layer, normed, angles)))
+            mixed = self.mixed(layer, normed, attention(index, *self.qkv(layer, normed, angles)))
             seen("out", mixed)
             mixed = layer.mixer.out(mixed)
         else:
@@ -453,10 +462,15 @@ class Decoder:
             q, k = torch.split(both, [q.shape[2], k.shape[2]], dim=2)
         return q, k, v if weights.v_rotation is None else v @ weights.v_rotation
 
-    def mixed(self, layer: Layer, mixed: Tensor) -> Tensor:
-        """What the output projection takes, ``[B, C, heads d]``, of what attention gives, ``[B, C, heads, d]``."""
-        rotation = layer.attention.v_rotation
-        return (mixed if rotation is None else mixed @ rotation.T).flatten(2)
+    def mixed(self, layer: Layer, normed: Tensor, mixed: Tensor) -> Tensor:
+        """What the output projection takes, ``[B, C, heads d]``, of what attention gives, ``[B, C, heads, d]``.
+
+        Args:
+            normed: What attention was given, ``[B, C, hidden]``.
+        """
+        rotation, gate = layer.attention.v_rotation, layer.attention.gate
+        mixed = (mixed if rotation is None else mixed @ rotation.T).flatten(2)
+        return mixed if gate is None else mixed * gate(normed).sigmoid()
 
     def _packed(self, layer: Layer, index: int, quantise: Quantise, seen: Text | None) -> Layer:
         """The layer with its dense matrices packed.
@@ -472,8 +486,9 @@ class Decoder:
         mixer = layer.mixer
         if isinstance(mixer, AttentionWeights):
             qkv = pack_any("q, k, v", index, mixer.qkv, quantise, squares("mixer"))
+            gate = None if mixer.gate is None else pack_any("gate", index, mixer.gate, quantise, squares("mixer"))
             packed: AttentionWeights | Mixer = replace(
-                mixer, qkv=qkv, out=pack_one("o_proj", index, mixer.out, quantise, squares("out"))
+                mixer, qkv=qkv, gate=gate, out=pack_one("o_proj", index, mixer.out, quantise, squares("out"))
             )
         else:
             packed = mixer.packed(quantise, index, inputs.get("mixer"))

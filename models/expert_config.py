@@ -58,7 +58,9 @@ def local_experts(fields: Fields, naming: str) -> dict[str, Any]:
     return {"experts": ExpertConfig(count, _chosen(fields, 2, count), inner, True, naming=naming)}
 
 
-def qwen_experts(fields: Fields, count: int, chosen: int, inner: int, shared: int) -> dict[str, Any]:
+def qwen_experts(
+    fields: Fields, count: int, chosen: int, inner: int, shared: int, normalised: bool = False
+) -> dict[str, Any]:
     """Of Qwen, some of whose layers can be dense. Given what fields mean that are left out; ``shared`` 0: none."""
     if fields.boolean("use_sliding_window"):
         raise fields.fail("use_sliding_window", "is true, and octo-run computes this family without a window")
@@ -76,7 +78,7 @@ def qwen_experts(fields: Fields, count: int, chosen: int, inner: int, shared: in
         count,
         _chosen(fields, chosen, count),
         fields.integer("moe_intermediate_size", inner),
-        fields.boolean("norm_topk_prob"),
+        fields.boolean("norm_topk_prob", normalised),
         fields.integer("shared_expert_intermediate_size", shared) if shared else 0,
         dense,
     )

@@ -33,6 +33,17 @@ NORMS, _ROPE = Norms(), RopeFields()
 
 
 @dataclass(frozen=True)
+class DeltaFields:
+    """Heads and sizes of Gated DeltaNet layers (`kernels.recurrent.DeltaShape`)."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+
+@dataclass(frozen=True)
 class Family:
     """What an architecture's name settles.
 
@@ -48,7 +59,10 @@ class Family:
         activation: The field that names the activation, and what it is where the field is left out.
         sliding: Which layers have a window: ``none``: no layer; ``always``: all, wherever ``sliding_window`` is set;
             ``switch``: by ``layer_types`` or from ``max_window_layers`` on, and only with ``use_sliding_window``;
-            ``kinds``: by ``layer_types``, or all but every ``sliding_window_pattern``-th.
+            ``kinds``: by ``layer_types``, or all but every ``sliding_window_pattern``-th; ``linear``: none, but there
+            are recurrent layers: by ``layer_types``, or all but every ``full_attention_interval``-th.
+        gated: Attention's heads are multiplied by the sigmoid of gates, which are rows of q.
+        grouped_delta: See `delta_net.DeltaNetSpec`.
         fused_qkv, fused_gate_up: q, k and v are one matrix in the files, gate and up are.
         interleaved: RoPE turns neighbouring coordinates together.
         parallel: Attention and MLP see the same normed hidden state, and both are added to it.
@@ -69,6 +83,8 @@ class Family:
     norm: str = "rms"
     activation: tuple[str, str] = ("hidden_act", "silu")
     sliding: str = "none"
+    gated: bool = False
+    grouped_delta: bool = False
     fused_qkv: bool = False
     fused_gate_up: bool = False
     interleaved: bool = False
@@ -78,6 +94,31 @@ class Family:
     rope: RopeFields = _ROPE
     embedding_scaled: bool = False
     more: Callable[[Fields, tuple[str, ...]], dict[str, Any]] | None = None
+
+
+def _delta(fields: Fields) -> dict[str, Any]:
+    sizes = [
+        fields.integer(f"linear_{name}", default, high=high)
+        for name, default, high in (
+            ("num_key_heads", 16, 2**16), ("num_value_heads", 32, 2**16), ("key_head_dim", 128, 256),
+            ("value_head_dim", 128, 256), ("conv_kernel_dim", 4, 16),
+        )
+    ]  # fmt: skip
+    if sizes[1] % sizes[0]:
+        problem = f"({sizes[1]}) is no multiple of linear_num_key_heads ({sizes[0]})"
+        raise fields.fail("linear_num_value_heads", problem)
+    return {"delta": DeltaFields(*sizes)}
+
+
+#: Of Qwen3-Next and Qwen3.5.
+_GATED_DELTA: dict[str, Any] = {
+    "attention_bias_field": True,
+    "qk_norm": "head",
+    "norm": "one_plus",
+    "sliding": "linear",
+    "gated": True,
+    "rope": RopeFields(partial=True, share=0.25),
+}
 
 
 def _multiplier(fields: Fields, name: str, default: float = 1.0) -> float:
@@ -165,6 +206,11 @@ _GEMMA3 = {
     "max_position_embeddings": 131_072, "sliding_window": 4096, "sliding_window_pattern": 6,
 }  # fmt: skip
 
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+
 FAMILIES: Mapping[str, Family] = {
     "GptOssForCausalLM": Family(
         "gpt_oss",
@@ -209,7 +255,11 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "MinistralForCausalLM": Family("ministral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="kinds"),
     "Ministral3ForCausalLM": Family(
-        "ministral3", {"num_key_value_heads": 8, "head_dim": 128}, sliding="always", eps=("rms_norm_eps", 1e-5)
+        "ministral3",
+        {"num_key_value_heads": 8, "head_dim": 128},
+        sliding="always",
+        eps=("rms_norm_eps", 1e-5),
+        rope=RopeFields(left_out=_MINISTRAL3_ROPE),
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2",
@@ -231,6 +281,25 @@ FAMILIES: Mapping[str, Family] = {
         attention_bias_field=True,
         qk_norm="head",
         sliding="switch",
+    ),
+    "Qwen3NextForCausalLM": Family(
+        "qwen3_next",
+        {"num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 5632},
+        **_GATED_DELTA,
+        grouped_delta=True,
+        more=lambda fields, _kinds: _delta(fields) | qwen_experts(fields, 512, 10, 512, 512, normalised=True),
+    ),
+    "Qwen3_5ForCausalLM": Family(
+        "qwen3_5_text",
+        {"num_key_value_heads": 4, "head_dim": 256},
+        **_GATED_DELTA,
+        more=lambda fields, _kinds: _delta(fields),
+    ),
+    "Qwen3_5MoeForCausalLM": Family(
+        "qwen3_5_moe_text",
+        {"num_key_value_heads": 2, "head_dim": 256, "intermediate_size": 512},
+        **_GATED_DELTA,
+        more=lambda fields, _kinds: _delta(fields) | qwen_experts(fields, 256, 8, 512, 512, normalised=True),
     ),
     "GemmaForCausalLM": Family(
         "gemma",
@@ -366,6 +435,8 @@ FAMILIES: Mapping[str, Family] = {
 #: Checkpoints whose text part is a decoder of one of these families: what ``text_config`` may be.
 WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM",),
+    "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM",),
+    "Qwen3_5MoeForConditionalGeneration": ("Qwen3_5MoeForCausalLM",),
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM"),
 }
 

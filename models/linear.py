@@ -179,6 +179,16 @@ def head_order(order: Tensor, heads: int) -> Tensor:
     return (torch.arange(heads)[:, None] * len(order) + order).flatten()
 
 
+def parts_first(groups: int, sizes: tuple[int, ...]) -> Tensor:
+    """The order of rows that puts the first part of all groups first, then the second part of all, and so on.
+
+    Args:
+        sizes: Rows of each part of a group.
+    """
+    rows = torch.arange(groups * sum(sizes)).view(groups, -1)
+    return torch.cat([part.flatten() for part in torch.split(rows, list(sizes), dim=1)])
+
+
 def _stacked(parts: list[Tensor]) -> Tensor:
     """The rows of all parts. PyTorch computes on ``meta`` what it knows in Python alone, and for that it imports a
     compiler, which takes a second: shapes alone are made here."""

@@ -13,7 +13,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from octo_run.kernels import AttentionSpec
+from octo_run.kernels.recurrent import DeltaShape
 from octo_run.models.config import ModelConfig
+from octo_run.models.delta_net import DeltaNetSpec
 from octo_run.models.experts import ExpertsSpec
 from octo_run.models.families import ACTIVATIONS, NORMS, Norms
 from octo_run.models.mlp import DenseSpec
@@ -99,6 +101,7 @@ class LayerSpec:
         rope: None: positions are not marked (NoPE).
         qk_norm: Of queries and keys before RoPE: "": none; ``head``: of each head; ``all``: over all heads.
         v_norm: Values have a norm without weights.
+        gated: What attention gives is multiplied by the sigmoid of a gate for each number.
         norms: Which norms it has around attention and MLP, by the names of their tensors.
         layer_norm: They are LayerNorms without bias, not RMSNorms.
         parallel: Attention and MLP see the same normed hidden state; both are added to it.
@@ -115,6 +118,7 @@ class LayerSpec:
     mlp: FeedForwardSpec
     qk_norm: str = ""
     v_norm: bool = False
+    gated: bool = False
     norms: Norms = NORMS
     layer_norm: bool = False
     parallel: bool = False
@@ -151,6 +155,7 @@ def _spec(cfg: ModelConfig, index: int) -> LayerSpec:
         rope=None if index in cfg.no_rope else rope,
         mlp=_feed_forward(cfg, index),
         qk_norm=family.qk_norm if cfg.qk_norm else "",
+        gated=family.gated,
         norms=family.norms,
         layer_norm=family.norm == "layer",
         parallel=family.parallel,
@@ -169,4 +174,9 @@ def _feed_forward(cfg: ModelConfig, index: int) -> FeedForwardSpec:
 
 def _mixer(cfg: ModelConfig, index: int) -> MixerSpec | None:
     """What a layer has in place of attention. Kinds of such layers are told apart here."""
-    return None
+    if index in cfg.attention_layers:
+        return None
+    number, sizes = index - sum(other < index for other in cfg.attention_layers), cfg.delta
+    assert sizes is not None
+    shape = DeltaShape(sizes.key_heads, sizes.value_heads, sizes.key_dim, sizes.value_dim, sizes.taps)
+    return DeltaNetSpec(number, cfg.hidden_size, shape, cfg.rms_norm_eps, cfg.family.grouped_delta)

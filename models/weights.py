@@ -44,7 +44,7 @@ _OTHER_PARTS = re.compile(
 )
 # Scales by which the inputs and outputs of quantised layers were meant to be quantised, too.
 _INPUT_SCALES = re.compile(
-    r"(lm_head|model\.layers\.\d+\.(self_attn|mlp)(\.\w+)+)"
+    r"(lm_head|model\.layers\.\d+\.(self_attn|linear_attn|mlp)(\.\w+)+)"
     r"\.(activation_scale|(input|output)_(scale(_ub)?|global_scale|zero_point))"
 )
 
@@ -72,7 +72,8 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
     hidden, q, kv = cfg.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in zip("qkv", (q, kv, kv), strict=True)}
+    rows_of = zip("qkv", (2 * q if spec.gated else q, kv, kv), strict=True)
+    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in rows_of}
     if cfg.family.fused_qkv:
         linear = {"qkv_proj": (q + 2 * kv, hidden, cfg.qkv_bias)}
     shapes: dict[str, tuple[int, ...]] = {}

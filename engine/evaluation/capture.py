@@ -58,5 +58,7 @@ def capture(model: str | Path, text: str, tokens: int) -> Captured:
 
     decoder.hidden(torch.tensor([ids[:tokens]]), torch.arange(tokens)[None], attention)
     q, k, v = (torch.stack(parts) for parts in zip(*found, strict=True))
-    frequencies = [decoder.inv_freq(index) for index in range(cfg.num_layers)]
-    return Captured(str(model), q, k, v, frequencies, [spec.attention for spec in decoder.specs])
+    frequencies = [decoder.inv_freq(index) for index in cfg.attention_layers]
+    return Captured(
+        str(model), q, k, v, frequencies, [decoder.specs[index].attention for index in cfg.attention_layers]
+    )

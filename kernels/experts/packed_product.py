@@ -15,13 +15,13 @@ from octo_run.kernels.lanes import (
     exp2,
     let_next_kernel_start,
     load_global2,
-    read_shared,
+    read_shared2,
     read_shared_f,
     repeat,
     shuffle_f,
     u32,
     wait_for_kernel_before,
-    write_shared,
+    write_shared2,
 )
 from octo_run.kernels.linear.streamed_product import (
     _add_block,
@@ -36,7 +36,7 @@ from octo_run.kernels.linear.streamed_product import (
     _threads_of_sum,
     stage_bytes,
 )
-from octo_run.kernels.linear.unpack import NIBBLES, excess
+from octo_run.kernels.linear.unpack import excess, masks
 
 
 @gluon.jit
@@ -148,7 +148,7 @@ def packed_experts_kernel(
     smem.index(0).store(tid)  # names the allocation in the PTX
     barrier()
     expect_warps(lane, ARRIVALS, WARPS)
-    write_shared(u32(lane * 0 + (ARRIVALS + 8)), u32(lane * 0) + NIBBLES)
+    write_shared2(u32(lane * 0 + (ARRIVALS + 8)), u32(lane * 0) + masks(KIND)[0], u32(lane * 0) + masks(KIND)[1])
     barrier()
     after = 0
     if EARLY:
@@ -209,8 +209,8 @@ def packed_experts_kernel(
             sums = sums + (_sums_of(inputs[turn], lane, STEPS, ELEMENT, 1),)
         else:
             sums = sums + ((),)
-    # A constant from memory stays in a register: the compiler would make one anew for each use.
-    nibbles = read_shared(u32(lane * 0 + (ARRIVALS + 8)))
+    # Constants from memory stay in registers: the compiler would make them anew for each use.
+    constants = read_shared2(u32(lane * 0 + (ARRIVALS + 8)))
     ring = warp * RING
     buffer = WARPS * RING
     other = WARPS * RING + BUFFER
@@ -227,7 +227,7 @@ def packed_experts_kernel(
         for turn in gl.static_range(TURNS):
             slot = ring + turn * STAGE
             wait_for_copies(lane, STAGES - 1)
-            acc = _add_block(acc, slot, inputs[turn], sums[turn], nibbles, lane, KIND, BITS, ELEMENT, GROUP, 1,
+            acc = _add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, 1,
                              HAS_OFFSETS)  # fmt: skip
             _copy_block(slot, codes_low, codes_high, scales, _block_of(turn, TURNS, WARPS) * (16 * BITS),
                         _block_of(turn, TURNS, WARPS) * group_step, block + _block_of(turn, TURNS, WARPS) < blocks,

@@ -29,6 +29,7 @@ __all__ = [
     "add_rms_norm",
     "count_drawn",
     "embed",
+    "gate",
     "linear",
     "mapped",
     "norm_heads",
@@ -181,6 +182,16 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
         launch.rotate_back(mixed, rotation, out)
     else:
         reference.rotate_back(mixed, rotation, out)
+
+
+def gate(x: Tensor, gates: Tensor) -> None:
+    """``x [B, n] *= sigmoid(gates [B, n])`` in place, both contiguous."""
+    if x.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.gate(x, gates)
+    else:
+        reference.gate(x, gates)
 
 
 def swiglu(gate_up: Tensor, out: Tensor, activation: str = "silu") -> None:

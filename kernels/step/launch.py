@@ -14,6 +14,7 @@ from octo_run.kernels.devices import early, on_device_of
 from octo_run.kernels.step.layer_kernels import (
     add_rms_norm_kernel,
     embed_packed_kernel,
+    gate_kernel,
     norm_heads_kernel,
     qkv_rope_append_kernel,
     rotate_back_kernel,
@@ -106,6 +107,15 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
         launch(
             X=x, WEIGHT=weight, eps=eps, s_row=x.stride(0), N=width, BLOCK=block, **early(x.device),
             num_warps=min(16, max(4, block // 512)))  # fmt: skip
+
+
+def gate(x: Tensor, gates: Tensor) -> None:
+    """`kernels.step.gate` by the Triton kernel."""
+    _check(x=x, gates=gates)
+    count = x.numel()
+    launch: Callable[..., Any] = gate_kernel[(triton.cdiv(count, _SWIGLU_COLUMNS),)]
+    with on_device_of(x):
+        launch(X=x, GATES=gates, n=count, BLOCK=_SWIGLU_COLUMNS, **early(x.device), num_warps=4)
 
 
 def swiglu(gate_up: Tensor, out: Tensor, activation: str = "silu") -> None:

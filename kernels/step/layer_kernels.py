@@ -92,6 +92,20 @@ def embed_packed_kernel(
 
 
 @triton.jit
+def gate_kernel(X, GATES, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """BLOCK of n numbers a program."""
+    kind = X.dtype.element_ty
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    gate = tl.load(GATES + at, mask=at < n, other=0).to(tl.float32)
+    x = tl.load(X + at, mask=at < n, other=0).to(tl.float32)
+    share = (1.0 / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    tl.store(X + at, (x * share).to(kind), mask=at < n)
+
+
+@triton.jit
 def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr):
     """The program is (part of a row, row)."""
     kind = OUT.dtype.element_ty

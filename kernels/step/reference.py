@@ -269,6 +269,11 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
     torch.mm(mixed.view(-1, d), rotation.t(), out=out.view(-1, d))
 
 
+def gate(x: Tensor, gates: Tensor) -> None:
+    """See ``kernels.step.gate``."""
+    x.mul_(gates.sigmoid())
+
+
 def swiglu(gate_up: Tensor, out: Tensor, activation: str = "silu") -> None:
     """See ``kernels.step.swiglu``."""
     gate, up = gate_up.chunk(2, dim=-1)
