@@ -190,7 +190,9 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
     recurrent = 0
     if shape.recurrent is not None:
         recurrent = host_bytes(shape.recurrent.delta, shape.chunk)
-    return max(rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder) + _cpu_experts(cfg, rows, size))
+    return max(
+        rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder) + _cpu_experts(cfg, rows, size)
+    )
 
 
 def _cpu_experts(cfg: ModelConfig, rows: int, size: int) -> int:
