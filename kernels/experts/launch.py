@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ FUSED_TOKENS = 64
 SMALL_TOKENS = 256
 #: Tokens up to which the router takes each by itself; as many as are decoded fused, so that their results do not depend
 #: on how many there are.
-_ROUTER_TOKENS = FUSED_TOKENS
+ROUTER_TOKENS = FUSED_TOKENS
 #: Pairs that a program that sorts looks at together.
 _PAIRS = 1024
 #: Columns that a program adds up.
@@ -65,24 +66,35 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
     _check_scratch(scratch, rows)
     if outputs < experts or chosen > experts:
         raise ValueError(f"{outputs} outputs of a router cannot choose {chosen} of {experts} experts")
-    given = {"X": x, "WEIGHT": router, "BIAS": router if bias is None else bias, "OUT": scratch.logits}
-    constants = {"K": hidden, "BIASED": bias is not None, **early(x.device)}
+    product = {"X": x, "WEIGHT": router, "BIAS": router if bias is None else bias, "OUT": scratch.logits}
+    wide = triton.next_power_of_2(experts)
+    choice = {
+        "INDICES": scratch.indices, "WEIGHTS": scratch.weights, "TILES": scratch.tiles, "ORDER": scratch.order,
+        "experts": experts, "outputs": outputs, "CHOSEN": chosen, "BC": triton.next_power_of_2(chosen), "BE": wide,
+        "PART": min(wide, 32), "NORMALISED": normalised, "SINGLE": rows == 1, **early(x.device),
+        "num_warps": 8 if wide > 128 else 4,
+    }  # fmt: skip
+    launch: Callable[..., Any]
     with on_device_of(x):
-        launch: Callable[..., Any]
-        if rows <= _ROUTER_TOKENS:
-            launch = router_kernel[(triton.cdiv(outputs, 2), rows)]
+        if rows <= ROUTER_TOKENS:
             columns = min(2048, triton.next_power_of_2(hidden))
-            launch(**given, outputs=outputs, BN=2, BK=columns, **constants, num_warps=4)
-        else:
-            launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
-            launch(**given, rows=rows, outputs=outputs, BM=32, BN=32, BK=64, **constants, num_warps=4)
-        wide = triton.next_power_of_2(experts)
-        launch = choose_kernel[(rows,)]
+            launch = router_kernel[(triton.cdiv(outputs, 2), rows)]
+            launch(
+                **product, COUNTERS=_counters(x.device), **choice, K=hidden, BN=2, BK=columns, BIASED=bias is not None
+            )
+            return
+        launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
         launch(
-            LOGITS=scratch.logits, INDICES=scratch.indices, WEIGHTS=scratch.weights, TILES=scratch.tiles,
-            ORDER=scratch.order, experts=experts, outputs=outputs, CHOSEN=chosen, BC=triton.next_power_of_2(chosen),
-            BE=wide, PART=min(wide, 32), NORMALISED=normalised, SINGLE=rows == 1, **early(x.device),
-            num_warps=8 if wide > 128 else 4)  # fmt: skip
+            **product, rows=rows, outputs=outputs, K=hidden, BM=32, BN=32, BK=64, BIASED=bias is not None,
+            **early(x.device), num_warps=4)  # fmt: skip
+        launch = choose_kernel[(rows,)]
+        launch(LOGITS=scratch.logits, **choice)
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """What counts the router's programs of each token on a device: zeros whenever no router runs."""
+    return torch.zeros(FUSED_TOKENS, dtype=torch.int32, device=device)
 
 
 def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None) -> None:

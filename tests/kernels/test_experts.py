@@ -199,11 +199,22 @@ def test_the_kernels_know_every_activation(activation: str, rows: int) -> None:
 
 
 @needs_triton
+def test_programs_of_a_router_count_to_zero_again() -> None:
+    from octo_run.kernels.experts import launch
+
+    for rows in (3, 1, 3):
+        layer = Layer(rows, experts=9, shared=True, seed=rows).to(DEVICE)
+        run(layer)
+        layer.check(1e-5)
+        assert not bool(launch._counters(layer.x.device).any())
+
+
+@needs_triton
 def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from octo_run.kernels.experts import launch
 
     monkeypatch.setattr(launch, "SMALL_TOKENS", 10)
-    monkeypatch.setattr(launch, "_ROUTER_TOKENS", 10)
+    monkeypatch.setattr(launch, "ROUTER_TOKENS", 10)
     for seed, extra in enumerate(({}, {"packed": ("int4", 64)}, {"favourite": 1, "chosen": 1})):
         layer = Layer(150, seed=seed, experts=4, **extra).to(DEVICE)
         run(layer)

@@ -37,8 +37,11 @@ def grouped(kind: str, bits: int, group: int, rows: int, wide: int, first: bool)
 
 
 CASES = [
-    (routing_kernels.router_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "outputs": "i32"},
-     {"K": 2880, "BN": 2, "BK": 2048, "BIASED": True, "EARLY": True}, 4),
+    (routing_kernels.router_kernel,
+     CHOSEN | {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "COUNTERS": I, "TILES": I, "ORDER": I, "experts": "i32",
+               "outputs": "i32"},
+     {"K": 2880, "BN": 2, "BK": 2048, "BIASED": True, "CHOSEN": 10, "BC": 16, "BE": 512, "PART": 32,
+      "NORMALISED": True, "SINGLE": True, "EARLY": True}, 8),
     (routing_kernels.router_rows_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "rows": "i32", "outputs": "i32"},
      {"K": 2048, "BM": 32, "BN": 32, "BK": 64, "BIASED": False, "EARLY": True}, 4),
     (routing_kernels.choose_kernel, CHOSEN | {"LOGITS": F, "TILES": I, "ORDER": I, "experts": "i32", "outputs": "i32"},
