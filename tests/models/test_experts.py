@@ -24,6 +24,7 @@ from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import load_config, parse_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.experts import LEAST_TOKENS, Experts
+from octo_run.models.families import FAMILIES
 from octo_run.models.quantisation.schemes import SCHEMES
 from octo_run.models.weights import RandomWeights, expected_tensors, num_parameters, random_weights
 
@@ -335,3 +336,28 @@ def test_formats_are_chosen_and_times_are_taken_with_experts(tmp_path: Path) -> 
     engine = Engine.load(tmp_path, kv="auto:56", device="cpu", max_context=512)
     found = profiling.profile(engine, ("tg", 3), depth=70, batch=1)
     assert {part.part: part.share for part in found.parts}[profiling.MLP] > 0
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "gpt_oss"])
+def test_left_out_fields_mean_what_they_mean_to_transformers(family: str) -> None:
+    theirs = pytest.importorskip("transformers").CONFIG_MAPPING[family]()
+    architecture = next(name for name, value in FAMILIES.items() if value.model_type == family)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    values: dict[str, Any] = {name: getattr(theirs, name) for name in (*sizes, "max_position_embeddings")}
+    values |= {"architectures": [architecture], "rope_scaling": theirs.rope_parameters if family == "gpt_oss" else None}
+    ours = parse_config(values, Path("config.json"))
+    experts = ours.experts
+    assert experts is not None and not experts.dense
+    count = getattr(theirs, "num_local_experts", None) or theirs.num_experts
+    inner = getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    assert (experts.count, experts.chosen, experts.inner) == (count, theirs.num_experts_per_tok, inner)
+    assert experts.shared == getattr(theirs, "shared_expert_intermediate_size", 0)
+    assert experts.normalised == getattr(theirs, "norm_topk_prob", True)
+    assert (ours.num_kv_heads, ours.rms_norm_eps) == (theirs.num_key_value_heads, theirs.rms_norm_eps)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.o_bias == getattr(theirs, "attention_bias", False)
+    assert ours.qkv_bias == (ours.o_bias or getattr(theirs, "qkv_bias", False))
+    if family == "gpt_oss":
+        assert experts.clamped == (theirs.swiglu_alpha, theirs.swiglu_limit)
+        assert list(ours.layer_types) == theirs.layer_types and ours.sliding_window == theirs.sliding_window
