@@ -19,6 +19,7 @@ from octo_run.kernels.lanes import (
     read_shared_f,
     repeat,
     shuffle_f,
+    sync_warp,
     u32,
     wait_for_kernel_before,
     write_shared2,
@@ -229,6 +230,7 @@ def packed_experts_kernel(
             wait_for_copies(lane, STAGES - 1)
             acc = _add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, 1,
                              HAS_OFFSETS)  # fmt: skip
+            sync_warp(lane)  # all lanes have read what is overwritten now
             _copy_block(slot, codes_low, codes_high, scales, _block_of(turn, TURNS, WARPS) * (16 * BITS),
                         _block_of(turn, TURNS, WARPS) * group_step, block + _block_of(turn, TURNS, WARPS) < blocks,
                         (left > 0) & (row < n), (left > 0) & (row + half < n),
