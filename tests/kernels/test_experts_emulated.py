@@ -45,23 +45,34 @@ def sort_by_hand(scratch: Any, experts: int) -> int:
 
 @pytest.mark.parametrize("packed", [*shared.PACKED, ("int4", None), ("int8", 32)], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "dtype", "activation"), [(1, torch.bfloat16, "silu"), (11, torch.float16, "clamped_silu")]
+    ("rows", "dtype", "activation", "sizes"),
+    [
+        (1, torch.bfloat16, "silu", (136, 640)),
+        (11, torch.float16, "clamped_silu", (136, 200)),
+        (2, torch.bfloat16, "gelu_tanh", (512, 1024)),  # the warps have all as many blocks
+        (3, torch.bfloat16, "clamped_silu", (1352, 72)),  # an odd number each
+    ],
 )
 def test_the_fused_products_are_those_of_the_values(
-    emulated: Any, monkeypatch: pytest.MonkeyPatch, packed: Any, rows: int, dtype: torch.dtype, activation: str
-) -> None:
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, packed: Any, rows: int, dtype: torch.dtype, activation: str,
+    sizes: tuple[int, int],
+) -> None:  # fmt: skip
     watched = packed in (("int4", 64), ("fp8", None))  # for threads that meet in shared memory; it takes its time
     monkeypatch.setattr(launch, "packed_experts_kernel", emulated[watched])
     layer = shared.Layer(
-        rows, packed=packed, hidden=136, inner=200 if rows > 1 else 640, biased=rows > 1, activation=activation,
-        dtype=dtype, seed=rows, experts=4,
+        rows, packed=packed, hidden=sizes[0], inner=sizes[1], biased=rows > 1, activation=activation, dtype=dtype,
+        seed=rows, experts=4,
     )  # fmt: skip
     parts = {name: on_a_gpu(getattr(layer.weights, name)) for name in ("gate_up", "down")}
     layer.weights = replace(layer.weights, **parts)
     reference.route(layer.x, layer.router, layer.bias, layer.normalised, layer.scratch)
     tiles = sort_by_hand(layer.scratch, 4)
-    hows = [launch.Tiling(4, 1, 2, 1), launch.Tiling(4, 2, 2, 1)] if rows == 1 else [launch.Tiling(8, 1, 2, 1)] * 2
-    launch.fused_product(layer.x, layer.weights, "gate_up", layer.scratch, layer.scratch.inner, tiles, hows[0])
-    launch.fused_product(layer.scratch.inner, layer.weights, "down", layer.scratch, layer.scratch.parts, tiles, hows[1])
+    for name, taken, made in (
+        ("gate_up", layer.x, layer.scratch.inner), ("down", layer.scratch.inner, layer.scratch.parts),
+    ):  # fmt: skip
+        warps = 8 if rows == 11 else 4
+        turns = -(-taken.shape[1] // (128 * warps))
+        how = launch.Tiling(warps, turns, 2 if turns < 3 else 1, 1)
+        launch.fused_product(taken, layer.weights, name, layer.scratch, made, tiles, how)
     layer.out.copy_(reference.combined(layer.scratch, rows, None))
     layer.check(2e-2 if dtype == torch.bfloat16 else 4e-3)
