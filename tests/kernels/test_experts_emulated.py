@@ -50,7 +50,7 @@ def sort_by_hand(scratch: Any, experts: int) -> int:
         (1, torch.bfloat16, "silu", (136, 640)),
         (11, torch.float16, "clamped_silu", (136, 200)),
         (2, torch.bfloat16, "gelu_tanh", (512, 1024)),  # the warps have all as many blocks
-        (3, torch.bfloat16, "clamped_silu", (1352, 72)),  # an odd number each
+        (3, torch.bfloat16, "clamped_silu", (1352, 264)),  # an odd number each
     ],
 )
 def test_the_fused_products_are_those_of_the_values(
