@@ -450,6 +450,7 @@ UNBUILT: tuple[tuple[str, str, str], ...] = (
     ("Bamba", "Mamba layers", "GraniteForCausalLM"),
     ("Zamba", "Mamba layers", "LlamaForCausalLM"),
     ("FalconH1", "Mamba layers", "LlamaForCausalLM"),
+    ("Gemma4", "layers whose heads differ in number and size", "Gemma3ForCausalLM"),
     ("Gemma3n", "per-layer embeddings and layers that share keys and values", "Gemma3ForCausalLM"),
     ("Llama4", "chunked attention and experts of their own", "LlamaForCausalLM"),
     ("T5", "an encoder", "Gemma3ForCausalLM"),
