@@ -214,8 +214,13 @@ _MINISTRAL3_ROPE = {
 FAMILIES: Mapping[str, Family] = {
     "GptOssForCausalLM": Family(
         "gpt_oss",
-        {"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128,
-         "sliding_window_pattern": 2},
+        {
+            "attention_bias": True,
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+        },
         attention_bias_field=True,
         norm="wide",
         sliding="kinds",
