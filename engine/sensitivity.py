@@ -111,7 +111,7 @@ def _through_attention(
     q, k, v = decoder.qkv(layer, normed(exact), angles)
     later = angles.part(slice(FIRST, None))
 
-    def attended(part: Tensor) -> Tensor:
+    def attended(part: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new_q, new_k, new_v = decoder.qkv(layer, normed(part), later)
         keys, values = (
             torch.cat((old[:, :FIRST].expand(len(part), -1, -1, -1), x), 1) for old, x in ((k, new_k), (v, new_v))
@@ -119,7 +119,7 @@ def _through_attention(
         return attend_plain(new_q, keys, values, spec)
 
     for part in known:
-        part[:] = rest(part, attended(part))
+        part[:] = rest(part, attended(part, k, v))
     coded = _attention_to_coded(q, k, v, *_code_errors(stored, fmt, k, v, turns), stored.maps, spec)
     own = attend_plain(q, k, v, spec)
     del q, k, v  # before the MLP's activations come

@@ -228,7 +228,7 @@ FAMILIES: Mapping[str, Family] = {
         eps=("rms_norm_eps", 1e-5),
         rope=RopeFields(theta=150_000.0),
         more=lambda fields, _kinds: gpt_oss_experts(fields),
-    ),  # fmt: skip
+    ),
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
     "MistralForCausalLM": Family("mistral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="always"),
     "MixtralForCausalLM": Family(
