@@ -38,7 +38,8 @@ def longrope(pairs: int, original: int = 512) -> dict[str, Any]:
     return {
         "rope_parameters": {
             "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original,
-            "short_factor": [1.0 + 0.02 * i for i in range(pairs)], "long_factor": [1.0 + 0.3 * i for i in range(pairs)],
+            "short_factor": [1.0 + 0.02 * i for i in range(pairs)],
+            "long_factor": [1.0 + 0.3 * i for i in range(pairs)],
         },
         "original_max_position_embeddings": original,
     }  # fmt: skip
@@ -47,7 +48,9 @@ def longrope(pairs: int, original: int = 512) -> dict[str, Any]:
 #: Configuration class without "Config", and its fields beside SMALL.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-g3-d80": ("Llama", {**heads(6, 2, 80), "hidden_size": 96}),
-    "llama3-biases": ("Llama", {**heads(4, 2, 64), "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama3-biases": (
+        "Llama", {**heads(4, 2, 64), "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}
+    ),
     "mistral-window": ("Mistral", {**heads(4, 1, 64), "sliding_window": 70}),
     "ministral3": (
         "Ministral3",
