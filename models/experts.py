@@ -251,9 +251,7 @@ class ExpertsSpec:
     def scratch_shapes(self, rows: int, dtype: torch.dtype) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """What its kernels work in for so many tokens."""
         experts = self.config
-        return Scratch.shapes(
-            rows, experts.count, experts.chosen, self._outputs, self.hidden, experts.inner, dtype
-        )
+        return Scratch.shapes(rows, experts.count, experts.chosen, self._outputs, self.hidden, experts.inner, dtype)
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """See `specs.FeedForwardSpec`. The first dimension of each buffer is the tokens, so that some of them have the

@@ -193,7 +193,7 @@ def _text(facts: dict[str, Any]) -> str:
         "holds. Tokens past the model's own context are of no use, however many would fit. bf16 is the uncompressed",
         f"cache; it takes the dtype of the arithmetic, {facts['dtype']} here. auto:N chooses one of oct2, oct3 and oct4",
         "for the keys and the values of each layer, N bytes of 128 numbers on average; which need the better ones is",
-        "measured at load. Keys of coded formats are conditioned at load, unless --conditioning says otherwise (see",
-        "octo-run chat --help).",
+        "measured at load. Keys of coded formats are conditioned at load, unless --conditioning says otherwise",
+        "(see octo-run chat --help).",
     ]
     return "\n".join(lines)

@@ -89,9 +89,7 @@ def test_fused_products_compile_for_hopper(kind, bits, group, warps, first):
     assert set(types) | set(fixed) == set(names)
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
-    source = GluonASTSource(
-        packed_experts_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned}
-    )
+    source = GluonASTSource(packed_experts_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     text = compiled.asm["ptx"]
     assert ".local" not in text
