@@ -152,11 +152,11 @@ def _recurrent_lines(facts: dict[str, Any]) -> list[str]:
 
 def _window_lines(facts: dict[str, Any]) -> list[str]:
     """A line on each group of layers with a window, by the first format whose pages are given back behind it."""
-    row = next((row for row in facts["kv"] if row["windows"]), None)
+    row: dict[str, Any] = next((row for row in facts["kv"] if row["windows"]), {"windows": []})
     return [
         f"windows       {one['layers']} layers see {one['window']:,} tokens: with {row['kv']}"
         f" {one['bytes_per_token']:,} bytes a token, {console.human_bytes(one['bytes'])} however many there are"
-        for one in (row["windows"] if row else ())
+        for one in row["windows"]
     ]
 
 
@@ -191,9 +191,9 @@ def _text(facts: dict[str, Any]) -> str:
         "bytes/token: codes and norms, K and V, of all KV heads and all layers that see every token; all-in: with",
         "sinks, windows and the staging buffer, spread over the longest context that the model supports and the memory",
         "holds. Tokens past the model's own context are of no use, however many would fit. bf16 is the uncompressed",
-        f"cache; it takes the dtype of the arithmetic, {facts['dtype']} here. auto:N chooses one of oct2, oct3 and oct4",
-        "for the keys and the values of each layer, N bytes of 128 numbers on average; which need the better ones is",
-        "measured at load. Keys of coded formats are conditioned at load, unless --conditioning says otherwise",
+        f"cache; it takes the dtype of the arithmetic, {facts['dtype']} here. auto:N chooses one of oct2, oct3 and",
+        "oct4 for the keys and the values of each layer, N bytes of 128 numbers on average; which need the better ones",
+        "is measured at load. Keys of coded formats are conditioned at load, unless --conditioning says otherwise",
         "(see octo-run chat --help).",
     ]
     return "\n".join(lines)
