@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +94,29 @@ def test_nothing_changes(
     for step in (512, 90):
         assert torch.equal(ours.logits(IDS[:1900], step), theirs.logits(IDS[:1900], step))
     assert greedy(ours, IDS[:700], 300) == greedy(theirs, IDS[:700], 300)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv", ["bf16", "oct3"])
+def test_nothing_changes_on_a_gpu(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kv: str
+) -> None:
+    """Recorded steps, whose pages are coded in between."""
+    kinds = {"use_sliding_window": True, "sliding_window": 200, "max_window_layers": 1, "num_hidden_layers": 3}
+    path = make_checkpoint(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", max_position_embeddings=8192, **kinds
+    )
+    options: dict[str, Any] = {"kv": kv, "device": "cuda", "max_context": 6000}
+    found = []
+    for shared in (False, True):
+        with monkeypatch.context() as patch:
+            if shared:
+                patch.setattr(plan_module, "window_shapes", lambda *_: ())
+            engine = Engine.load(path, **options)
+        with engine:
+            assert bool(engine.arena.windows) != shared
+            found.append((greedy(engine, IDS[:2500], 400), greedy(engine, IDS[:2600], 50)))
+    assert found[0] == found[1]
 
 
 def test_two_windows_are_two_groups(tiny: Callable[..., Engine]) -> None:
