@@ -695,6 +695,7 @@ def test_triton_division(seed, window):
 @triton_only
 @pytest.mark.parametrize(("kv", "dtype"), [("octopus3", torch.bfloat16), ("bf16", torch.float16)])
 def test_triton_empty_arena(kv, dtype):
+    dtype = torch.float16 if INTERPRETED else dtype  # the interpreter multiplies the bits of bfloat16 numbers
     case = make_case(kv, [40], 1, 2, 1, 64, dtype=dtype)
     case.kv = replace(case.kv, pages=case.kv.pages[:0])
     assert relative_error(run_triton(case), case.want) < 5e-3
