@@ -34,6 +34,7 @@ from octo_run.engine.arena import PAGE, Chunk
 from octo_run.engine.key_means import KeyMeans
 from octo_run.errors import OctoError
 from octo_run.kernels import linear as packed_ops
+from octo_run.kernels import recurrent
 from octo_run.kernels import step as ops
 from octo_run.kernels.cpu.native import COMPILED
 
@@ -45,9 +46,11 @@ if TYPE_CHECKING:
 ATTENTION, PROJECTIONS, MLP, HEAD, SAMPLING = "attention", "projections", "mlp", "head", "sampling"
 #: Norms with their residual sums; RoPE, rotation and keys and values on their way into the arena; coding of full pages.
 NORMS, APPEND, CODING = "norms", "rope and append", "page coding"
+#: Convolution, delta rule and states of recurrent layers.
+RECURRENT = "recurrent"
 #: Embedding, angles, copies, state of the next step; time in which no kernel ran.
 OTHER, GAPS = "other", "gaps"
-PARTS = (ATTENTION, PROJECTIONS, MLP, HEAD, SAMPLING, NORMS, APPEND, CODING, OTHER, GAPS)
+PARTS = (ATTENTION, RECURRENT, PROJECTIONS, MLP, HEAD, SAMPLING, NORMS, APPEND, CODING, OTHER, GAPS)
 
 _PRODUCT = "product"  # whose part follows from its place
 
@@ -55,9 +58,11 @@ _PRODUCT = "product"  # whose part follows from its place
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
     "norm_heads_kernel": NORMS,
+    **{f"delta_{name}_kernel": RECURRENT for name in ("step", "heads", "block", "scan", "finish")},
     "dequantise_kernel": _PRODUCT,
     "embed_packed_kernel": OTHER,
     "flash_kernel": ATTENTION,
+    "gate_kernel": ATTENTION,
     "general_decode_kernel": ATTENTION,
     "lane_search_kernel": CODING,
     "merge_kernel": ATTENTION,
@@ -200,7 +205,8 @@ def assign_parts(names: list[str]) -> list[str]:
     """The part that each kernel of a stream belongs to.
 
     Norms divide them into pieces of three kinds. With RoPE: a layer's projections, what brings keys and values into the
-    arena, attention, coding of pages, the output's projection. With SwiGLU: its MLP. With neither: the end of a step or
+    arena, attention, coding of pages, the output's projection. With the delta rule: the same of a recurrent layer. With
+    SwiGLU: its MLP. With neither: the end of a step or
     prompt (the head, sampling) and the beginning of the next.
 
     Args:
@@ -229,6 +235,8 @@ def _role(name: str) -> str:
 def _piece(roles: list[str], first: bool) -> list[str]:
     if MLP in roles:
         return [MLP] * len(roles)
+    if RECURRENT in roles:
+        return [PROJECTIONS if role == _PRODUCT else RECURRENT for role in roles]
     return _mixing(roles) if APPEND in roles else _between(roles, first)
 
 
@@ -465,7 +473,8 @@ def _ranges(engine: Engine) -> Iterator[None]:
 
 
 _RANGES: dict[str, Iterable[tuple[Any, str]]] = {
-    ATTENTION: [(kernels, "attend")],
+    ATTENTION: [(kernels, "attend"), (ops, "gate")],
+    RECURRENT: [(recurrent, "step"), (recurrent, "chunk")],
     MLP: [(ops, "swiglu")],
     SAMPLING: [(ops, "sample")],
     NORMS: [(ops, "add_rms_norm"), (ops, "norm_heads")],

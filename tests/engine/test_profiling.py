@@ -56,6 +56,12 @@ def test_every_kernel_of_ours_has_a_part() -> None:
     assert set(profiling.KERNELS.values()) <= {*profiling.PARTS, "product"}
 
 
+def test_a_recurrent_layer_lies_between_two_norms() -> None:
+    names = [NORM, PRODUCT, PRODUCT, "delta_step_kernel", PRODUCT, NORM, PRODUCT, "swiglu_kernel", PRODUCT, NORM]
+    parts = ["norms", *["projections"] * 2, "recurrent", "projections", "norms", *["mlp"] * 3, "norms"]
+    assert profiling.assign_parts(names) == parts
+
+
 @pytest.mark.parametrize("attention", [["table_decode_kernel"], ["general_decode_kernel", "merge_kernel"]])
 @pytest.mark.parametrize("product", [PRODUCT, NVJET, GEMV])
 def test_products_of_two_steps_by_their_place(product: str, attention: list[str]) -> None:
