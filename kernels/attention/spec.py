@@ -50,6 +50,10 @@ class AttentionSpec:
                 f"sink_logits must be contiguous float32 [{heads}], not {sinks.dtype} {tuple(sinks.shape)}"
             )
 
+    def reach(self, length: int) -> int:
+        """Of so many tokens at most those that a query sees."""
+        return length if self.window is None else min(length, self.window)
+
     def earliest(self, position: int) -> int:
         """The first position that a query at ``position`` sees."""
         return 0 if self.window is None else max(0, position - self.window + 1)
