@@ -223,7 +223,7 @@ def test_the_parts_of_a_real_step_sum_to_its_time(step_profile: tuple[Profile, f
     assert profile.ms * 8 == pytest.approx(1e3 * seconds, rel=0.05)
     times = {p.part: p.ms for p in profile.parts}
     assert sum(times.values()) == pytest.approx(profile.ms)
-    assert set(times) == set(profiling.PARTS) and all(ms > 0 for ms in times.values())
+    assert set(times) == set(profiling.PARTS) - {"recurrent"} and all(ms > 0 for ms in times.values())
     assert sum(k.ms for k in profile.kernels) + times["gaps"] == pytest.approx(profile.ms)
     products = {k.part: k.calls for k in profile.kernels if k.name == "aten::mm"}
     layers = 8
