@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 256, "num_attention_heads": 5, "num_key_value_heads": 1, "tie_word_embeddings": True,
          "linear_num_key_heads": 3, "linear_num_value_heads": 3, "num_hidden_layers": 4, "attention_bias": True},
     ),
+    "qwen3_next-dense": ("Qwen3Next", {"num_experts": 0, "num_hidden_layers": 4}),
     "qwen3_next": ("Qwen3Next", {**EXPERTS, "mlp_only_layers": [2], "norm_topk_prob": True}),
     "qwen3_5_moe": ("Qwen3_5Moe", {**EXPERTS, "num_hidden_layers": 4}),
 }  # fmt: skip
@@ -81,7 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 
 
 def load(path: Path, kv: str = "bf16", **options: Any) -> Engine:
-    return Engine.load(path, kv=kv, device=DEVICE, dtype="float32", **{"max_context": 1024} | options)
+    return Engine.load(path, kv=kv, device=DEVICE, **{"max_context": 1024, "dtype": "float32"} | options)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +187,25 @@ def test_the_text_part_of_a_checkpoint_with_images(family: str, tmp_path: Path) 
     ids = numbers(150)
     with load(tmp_path, max_context=512) as engine:
         assert relative(engine.logits(ids), model(torch.tensor([ids])).logits[0]) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next-dense"])
+@torch.inference_mode()
+def test_bfloat16_rounds_where_transformers_does(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:
+    """With the same attention function the logits are the same to the bit: all other roundings agree."""
+    from transformers import AutoModelForCausalLM
+
+    path, _ = models(family)
+
+    def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
+
+    with load(path, dtype="bfloat16") as engine:
+        ids, decoder = torch.tensor([numbers(150)]), engine._decoder
+        ours = decoder.logits(decoder.hidden(ids, torch.arange(150)[None], attention))
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()(ids).logits.float()
+    assert torch.equal(ours, theirs)
 
 
 @torch.inference_mode()
@@ -333,6 +353,22 @@ def test_many_prompts_at_once(path: Path, fresh: Callable[[list[int], int], list
         for _ in range(2):
             found = sorted(engine.generate_batch(prompts, SamplingParams(max_tokens=25)), key=lambda one: one.index)
             assert [one.ids for one in found] == [[token for token, _ in one] for one in want]
+
+
+def test_prompts_of_a_batch_share_what_they_begin_with(
+    path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is read; the others wait for the last page boundary of what they have in common."""
+    head = numbers(200, seed=3)
+    prompts = [[*head, *numbers(100, seed=seed)] for seed in range(4)]
+    want = [fresh(ids, 10) for ids in prompts]
+    with load(path, sequences=4) as engine:
+        engine.end_ids = frozenset()
+        counter = Counter(engine, monkeypatch)
+        found = sorted(engine.generate_batch(prompts, SamplingParams(max_tokens=10)), key=lambda one: one.index)
+    assert [one.ids for one in found] == [[token for token, _ in one] for one in want]
+    assert [one.reused_tokens for one in found] == [0, 192, 192, 192]
+    assert counter.taken() == 300 + 3 * 108
 
 
 def test_generations_take_turns(path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
