@@ -24,7 +24,17 @@ from octo_run.kernels.cpu import recurrent as compiled
 from octo_run.kernels.recurrent import reference
 from octo_run.kernels.recurrent.reference import BLOCK, DeltaShape, DeltaWeights, LayerState, Saving
 
-__all__ = ["BLOCK", "DeltaShape", "DeltaWeights", "LayerState", "Saving", "chunk", "host_bytes", "scratch_bytes", "step"]
+__all__ = [
+    "BLOCK",
+    "DeltaShape",
+    "DeltaWeights",
+    "LayerState",
+    "Saving",
+    "chunk",
+    "host_bytes",
+    "scratch_bytes",
+    "step",
+]
 
 
 def step(
