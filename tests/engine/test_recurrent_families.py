@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, SamplingParams
+from octo_run.engine.evaluation.reading import Reader, pack, rows_at_once
 from octo_run.engine.parts import held_bytes
 from octo_run.engine.sequence import Sequence
 from octo_run.models.cache import DEMO_PATH
@@ -391,6 +392,38 @@ def test_the_plan_is_what_is_held(path: Path) -> None:
         assert shape is not None and shape.layers == 6
         assert told["recurrent"] == (2 + shape.snapshots) * shape.state_bytes(4)
         assert engine.plan.shape.layers == 2
+
+
+@torch.inference_mode()
+def test_reading_is_decoding(path: Path) -> None:
+    """Two texts of unequal lengths read at once, as measurements of quality do, against one token at a time."""
+    texts = [numbers(400), numbers(230, seed=5)]
+    with load(path, "oct3", sequences=2) as engine:
+        rows = rows_at_once(engine.plan, engine.config)
+        reader, opened = Reader(engine, rows), [engine.sequence() for _ in texts]
+        found: list[list[Tensor]] = [[], []]
+        for pieces in pack([len(text) for text in texts], rows, 150):
+            sizes = [piece.end - piece.first for piece in pieces]
+            for piece, part in zip(pieces, reader.logits(reader.read(opened, texts, pieces)).split(sizes), strict=True):
+                found[piece.text].append(part.clone())
+        for sequence in opened:
+            sequence.discard()
+        for text, parts in zip(texts, found, strict=True):
+            assert relative(torch.cat(parts), engine.logits(text, 1).cpu()) < 5e-3  # codes differ at ties
+
+
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (100, 64), (64, 256)])
+def test_other_sinks_and_windows(sink: int, window: int, path: Path) -> None:
+    ids = numbers(330)
+    edited = [*ids[:300], *numbers(20, seed=4)]
+    with load(path, sink=sink, window=window) as engine:
+        want = [greedy(engine, ids, 20), greedy(engine, edited, 20)]
+        for _ in range(2):
+            same(greedy(engine, ids, 20), want[0])
+            same(greedy(engine, edited, 20), want[1])
+    with load(path) as engine:
+        same(greedy(engine, ids, 20), want[0])
+        same(greedy(engine, edited, 20), want[1])
 
 
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"kv": "auto:56"}, {"kv": "oct3", "conditioning": "full"}])
