@@ -27,6 +27,7 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128, "rope_theta": 5e5,
 }  # fmt: skip
+BIASES = ("attention_bias", "mlp_bias")
 TWO = ["sliding_attention", "full_attention"] * 2
 
 
@@ -38,7 +39,8 @@ def longrope(pairs: int, original: int = 512) -> dict[str, Any]:
     return {
         "rope_parameters": {
             "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original,
-            "short_factor": [1.0 + 0.02 * i for i in range(pairs)], "long_factor": [1.0 + 0.3 * i for i in range(pairs)],
+            "short_factor": [1.0 + 0.02 * i for i in range(pairs)],
+            "long_factor": [1.0 + 0.3 * i for i in range(pairs)],
         },
         "original_max_position_embeddings": original,
     }  # fmt: skip
@@ -47,7 +49,7 @@ def longrope(pairs: int, original: int = 512) -> dict[str, Any]:
 #: Configuration class without "Config", and its fields beside SMALL.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-g3-d80": ("Llama", {**heads(6, 2, 80), "hidden_size": 96}),
-    "llama3-biases": ("Llama", {**heads(4, 2, 64), "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama3-biases": ("Llama", {**heads(4, 2, 64), "rope_parameters": LLAMA3, **dict.fromkeys(BIASES, True)}),
     "mistral-window": ("Mistral", {**heads(4, 1, 64), "sliding_window": 70}),
     "ministral3": (
         "Ministral3",
