@@ -1,6 +1,7 @@
 """The memory plan: what an engine will hold on its device, computed before anything is loaded."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from octo_run.engine.recurrent_state import RecurrentShape
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
+from octo_run.kernels.experts.reference import SLAB_PAIRS
 from octo_run.kernels.linear.reference import SLAB_BYTES
 from octo_run.kernels.recurrent import host_bytes
 from octo_run.models.conditioning import Conditioning
@@ -188,7 +190,21 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
     recurrent = 0
     if shape.recurrent is not None:
         recurrent = host_bytes(shape.recurrent.delta, shape.chunk)
-    return max(rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder))
+    experts = _cpu_experts(cfg, rows, size)
+    return max(rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder) + experts)
+
+
+def _cpu_experts(cfg: ModelConfig, rows: int, size: int) -> int:
+    """Bytes of the largest set of tensors alive at once for a chunk in a layer of experts, if there are such: in the
+    router, for some pairs of token and expert, or in the sum of what the experts make."""
+    experts, hidden = cfg.experts, cfg.hidden_size
+    if experts is None:
+        return 0
+    wide = 0 if size == 4 else 4  # a copy in float32
+    pairs = min(rows * experts.chosen, SLAB_PAIRS)
+    expert = pairs * (hidden * size + experts.inner * (3 * size + 2 * wide + 8)) + 24 * rows * experts.chosen
+    router = (rows + experts.count) * hidden * wide + 20 * rows * experts.count
+    return max(expert, router, 8 * rows * hidden)
 
 
 def _slab(decoder: Decoder) -> int:
@@ -265,11 +281,17 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     table = cfg.vocab_size * cfg.hidden_size
     if quantised:
         # The whole layer is there when its largest matrix is packed: codes in order, in lane order, and pieces.
-        shapes = {name: shape for name, shape in expected_tensors(cfg).items() if name.startswith("model.layers.0.")}
-        largest = cfg.hidden_size * max(2 * cfg.intermediate_size, heads)
+        layers = Counter[str]()
+        for name, shape in expected_tensors(cfg).items():
+            if name.startswith("model.layers."):
+                layers[name.split(".")[2]] += math.prod(shape)
+        inner = max(cfg.intermediate_size, 0 if cfg.experts is None else cfg.experts.inner)
+        largest = cfg.hidden_size * max(2 * inner, heads)
         pieces = WORKING_BYTES * min(PIECE[device.type], largest)
-        inputs = MEASURED * max(3 * cfg.intermediate_size, 6 * heads) * (4 + size)
-        copies = sum(map(math.prod, shapes.values())) * size + max(copies, CODE_BYTES * largest + pieces, inputs)
+        inputs = MEASURED * max(3 * inner, 6 * heads) * (4 + size)
+        if cfg.experts is not None:  # pairs of token and expert
+            inputs += MEASURED * cfg.experts.chosen * (cfg.experts.inner + 3 * cfg.hidden_size) * size
+        copies = max(layers.values()) * size + max(copies, CODE_BYTES * largest + pieces, inputs)
     # The embedding is packed first, then a head of its own beside it.
     first = 0 if isinstance(decoder.embedding, Tensor) else table * (size + CODE_BYTES) + decoder.embedding.nbytes
     return max(weights + copies, first)

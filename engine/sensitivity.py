@@ -141,8 +141,12 @@ def working_bytes(cfg: ModelConfig, count: int, device: torch.device) -> int:
     parts = max(1, ROWS[device.type] // later)
     rows, keys = max(count, parts * later), max(1, parts) * count
     heads, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    layer = cfg.hidden_size * (2 * kv + 2 * heads + 3 * cfg.intermediate_size)
+    experts = cfg.experts
+    inner = cfg.intermediate_size if experts is None else max(cfg.intermediate_size, experts.count * experts.inner)
+    layer = cfg.hidden_size * (2 * kv + 2 * heads + 3 * inner)
     mlp = rows * (4 * cfg.intermediate_size + cfg.hidden_size)
+    if experts is not None:  # pairs of token and expert
+        mlp = max(mlp, rows * experts.chosen * (4 * experts.inner + 2 * cfg.hidden_size))
     attention = rows * (3 * heads + 4 * kv) + keys * (2 * kv + 2 * heads)
     scores = 5 * cfg.num_heads * later * count + 8 * count * heads
     logits = cfg.vocab_size * (cfg.hidden_size + 5 * LOGIT_ROWS)

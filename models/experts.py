@@ -19,7 +19,7 @@ from octo_run.models.linear import Linear, PackedLinear, _stacked, joined, pack_
 from octo_run.models.mlp import DenseMLP, DenseSpec, mean_squares
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from octo_run.models.expert_config import ExpertConfig
     from octo_run.models.linear import Quantise, SingleLinear
@@ -60,10 +60,19 @@ class Experts:
 
     @property
     def parts(self) -> tuple[SingleLinear, ...]:
-        """The matrices that it is made of, those of all experts as one."""
-        weights = self.weights
-        found = (_linear(weights.gate_up, weights.gate_up_bias), _linear(weights.down, weights.down_bias))
+        """The matrices of one expert, which stand for those of all, and of the shared one."""
+        found = [_linear(*self.weights.part(name, 0)) for name in ("gate_up", "down")]
         return (*found, *(() if self.shared is None else self.shared.parts))
+
+    def matrices(self) -> Iterator[tuple[str, PackedLinear]]:
+        """The packed matrices of each expert by their names behind ``experts.``; they share the memory of all."""
+        for expert in range(self.weights.experts):
+            both, down = (_linear(*self.weights.part(name, expert)) for name in ("gate_up", "down"))
+            assert isinstance(both, PackedLinear) and isinstance(down, PackedLinear)
+            assert both.bias is None and down.bias is None
+            for place, name in enumerate(("gate_proj", "up_proj")):
+                yield f"{expert}.{name}", PackedLinear(both.weight.part(place, both.weight.shape[0], 2))
+            yield f"{expert}.down_proj", down
 
     def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """See `specs.FeedForward`."""
@@ -150,7 +159,10 @@ class _Stack:
         """
         new = linear.weight
         if self._weight is None:
-            self._like, self._weight = new, _many(new, self._count * of)
+            self._like, count = new, self._count * of
+            self._weight = (
+                new.mapped(lambda part: _many(part, count)) if isinstance(new, PackedWeight) else (_many(new, count))
+            )
             self._bias = None if linear.bias is None else _many(linear.bias, self._count * of)
         assert self._like is not None
         if _kind(new) != _kind(self._like):
@@ -198,11 +210,8 @@ def _kind(weight: Tensor | PackedWeight) -> tuple[object, ...]:
     return weight.kind, weight.shape, weight.group, *there, None if weight.order is None else object()
 
 
-def _many(like: Tensor | PackedWeight, count: int) -> Tensor | PackedWeight:
+def _many(like: Tensor, count: int) -> Tensor:
     """Unfilled room for so many."""
-    if isinstance(like, PackedWeight):
-        parts = {name: getattr(like, name) for name in ("codes", "rows", "scales", "offsets")}
-        return replace(like, **{name: None if part is None else _many(part, count) for name, part in parts.items()})
     return torch.empty(count * like.shape[0], *like.shape[1:], dtype=like.dtype, device=like.device)
 
 
@@ -251,9 +260,7 @@ class ExpertsSpec:
     def scratch_shapes(self, rows: int, dtype: torch.dtype) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """What its kernels work in for so many tokens."""
         experts = self.config
-        return Scratch.shapes(
-            rows, experts.count, experts.chosen, self._outputs, self.hidden, experts.inner, dtype
-        )
+        return Scratch.shapes(rows, experts.count, experts.chosen, self._outputs, self.hidden, experts.inner, dtype)
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """See `specs.FeedForwardSpec`. The first dimension of each buffer is the tokens, so that some of them have the

@@ -209,8 +209,13 @@ _GEMMA3 = {
 FAMILIES: Mapping[str, Family] = {
     "GptOssForCausalLM": Family(
         "gpt_oss",
-        {"attention_bias": True, "head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128,
-         "sliding_window_pattern": 2},
+        {
+            "attention_bias": True,
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+        },
         attention_bias_field=True,
         norm="wide",
         sliding="kinds",
@@ -218,7 +223,7 @@ FAMILIES: Mapping[str, Family] = {
         eps=("rms_norm_eps", 1e-5),
         rope=RopeFields(theta=150_000.0),
         more=lambda fields, _kinds: gpt_oss_experts(fields),
-    ),  # fmt: skip
+    ),
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
     "MistralForCausalLM": Family("mistral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="always"),
     "MixtralForCausalLM": Family(
@@ -227,7 +232,7 @@ FAMILIES: Mapping[str, Family] = {
         sliding="always",
         eps=("rms_norm_eps", 1e-5),
         rope=RopeFields(theta=1e6),
-        more=lambda fields, _kinds: local_experts(fields, older=True),
+        more=lambda fields, _kinds: local_experts(fields, "w123"),
     ),
     "OlmoeForCausalLM": Family(
         "olmoe",
@@ -353,7 +358,7 @@ FAMILIES: Mapping[str, Family] = {
     "GraniteMoeForCausalLM": Family(
         "granitemoe",
         attention_bias_field=True,
-        more=lambda fields, kinds: _granite(fields, kinds) | local_experts(fields),
+        more=lambda fields, kinds: _granite(fields, kinds) | local_experts(fields, "stacked"),
     ),
     "GlmForCausalLM": Family(
         "glm",

@@ -71,16 +71,18 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
         launch: Callable[..., Any]
         if rows <= _ROUTER_TOKENS:
             launch = router_kernel[(triton.cdiv(outputs, 2), rows)]
-            launch(**given, outputs=outputs, BN=2, BK=min(2048, triton.next_power_of_2(hidden)), **constants, num_warps=4)  # fmt: skip
+            columns = min(2048, triton.next_power_of_2(hidden))
+            launch(**given, outputs=outputs, BN=2, BK=columns, **constants, num_warps=4)
         else:
             launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
             launch(**given, rows=rows, outputs=outputs, BM=32, BN=32, BK=64, **constants, num_warps=4)
+        wide = triton.next_power_of_2(experts)
         launch = choose_kernel[(rows,)]
         launch(
             LOGITS=scratch.logits, INDICES=scratch.indices, WEIGHTS=scratch.weights, TILES=scratch.tiles,
             ORDER=scratch.order, experts=experts, outputs=outputs, CHOSEN=chosen, BC=triton.next_power_of_2(chosen),
-            BE=triton.next_power_of_2(experts), NORMALISED=normalised, SINGLE=rows == 1, **early(x.device),
-            num_warps=1)  # fmt: skip
+            BE=wide, PART=min(wide, 32), NORMALISED=normalised, SINGLE=rows == 1, **early(x.device),
+            num_warps=8 if wide > 128 else 4)  # fmt: skip
 
 
 def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None) -> None:

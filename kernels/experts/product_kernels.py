@@ -167,7 +167,8 @@ def grouped_kernel(
             if KIND == "dense":
                 k = first + place
                 inside = k < columns
-                wide = tl.load(WEIGHT + row[:, None] * columns + k[None, :], mask=there[:, None] & inside[None, :], other=0)
+                both = there[:, None] & inside[None, :]
+                wide = tl.load(WEIGHT + row[:, None] * columns + k[None, :], mask=both, other=0)
             else:
                 k = first + place % 32 // 4 * 16 + place // 32 * 4 + place % 4
                 inside = k < columns

@@ -128,9 +128,7 @@ class Scratch:
         }
 
     @classmethod
-    def make(
-        cls, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str
-    ) -> Scratch:
+    def make(cls, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str) -> Scratch:
         """One of its own memory."""
         return cls(**{name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()})
 

@@ -129,17 +129,19 @@ class PackedWeight:
             offsets=moved(self.offsets), order=moved(self.order),
         )  # fmt: skip
 
-    def part(self, first: int, last: int) -> PackedWeight:
-        """Its rows from ``first`` to before ``last``, which share its memory."""
-        return self._of_rows(lambda part: part[first:last])
+    def part(self, first: int, last: int, step: int = 1) -> PackedWeight:
+        """Its rows from ``first`` to before ``last``, every ``step``-th, which share its memory."""
+        return self.mapped(lambda part: part[first:last:step])
 
     def reordered(self, order: Tensor) -> PackedWeight:
         """Its rows in the order ``order``, int64 ``[out]``, of the same matrix."""
         if self.codes.is_meta:  # PyTorch would import a compiler to find the shapes, which are the same
             return self
-        return self._of_rows(lambda part: part[order.to(part.device)])
+        return self.mapped(lambda part: part[order.to(part.device)])
 
-    def _of_rows(self, chosen: Callable[[Tensor], Tensor]) -> PackedWeight:
+    def mapped(self, chosen: Callable[[Tensor], Tensor]) -> PackedWeight:
+        """The same of other rows: what ``chosen`` makes of each tensor that has one entry for each row."""
+
         def some(part: Tensor | None) -> Tensor | None:
             return None if part is None else chosen(part)
 

@@ -56,7 +56,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     from octo_run.models.config import load_config
     from octo_run.models.decoder import Decoder
     from octo_run.models.hub import resolve
-    from octo_run.models.weights import RandomWeights, num_parameters, stored_config
+    from octo_run.models.weights import RandomWeights, active_parameters, num_parameters, stored_config
 
     path = resolve(model)
     cfg = load_config(path)
@@ -69,6 +69,9 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "path": str(path),
         "architecture": cfg.architecture,
         "parameters": num_parameters(cfg),
+        "active_parameters": active_parameters(cfg),
+        "experts": 0 if cfg.experts is None else cfg.experts.count,
+        "experts_per_token": 0 if cfg.experts is None else cfg.experts.chosen,
         "file_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
         "weight_bytes": weight_bytes(Decoder(cfg, RandomWeights(cfg, "meta", kind), None, None)),
         "weight_format": "not quantised" if cfg.quantisation is None else str(cfg.quantisation),
@@ -145,6 +148,14 @@ def _recurrent_lines(facts: dict[str, Any]) -> list[str]:
     return [f"states        {facts['recurrent_layers']} recurrent layers: {size} a sequence, whatever its length"]
 
 
+def _experts(facts: dict[str, Any]) -> list[str]:
+    """The line about routed experts, where there are any."""
+    if not facts["experts"]:
+        return []
+    given = f"{facts['experts']} of a layer, {facts['experts_per_token']} for a token"
+    return [f"experts       {given}, which meets {facts['active_parameters']:,} parameters"]
+
+
 def _text(facts: dict[str, Any]) -> str:
     shape = (
         f"{facts['layers']} layers, {facts['heads']} heads over {facts['kv_heads']} KV heads of {facts['head_dim']},"
@@ -163,6 +174,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"model         {shown(facts['model'])} ({shown(facts['path'])})",
         f"architecture  {shown(facts['architecture'])}: {shape}",
         f"parameters    {facts['parameters']:,}",
+        *_experts(facts),
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"weights       {facts['weight_format']}",
         f"context       {facts['max_context']:,} tokens at most",

@@ -1,4 +1,4 @@
-"""Routed experts: the reference against float64, and the Triton kernels, in the interpreter or on a GPU, against both."""
+"""Routed experts: the reference against float64; the Triton kernels, in the interpreter or on a GPU, likewise."""
 
 import os
 import runpy
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels import experts as routed
-from octo_run.kernels.experts import ACTIVATIONS, Activation, ExpertWeights, Scratch
-from octo_run.kernels.experts import reference
+from octo_run.kernels.experts import ACTIVATIONS, Activation, ExpertWeights, Scratch, reference
 from octo_run.kernels.linear import PackedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -272,3 +271,13 @@ def test_packed_rows_on_a_gpu_do_not_depend_on_the_others() -> None:
         run(alone)
         assert torch.equal(alone.scratch.indices[0], layer.scratch.indices[row])
         assert torch.equal(alone.out[0], layer.out[row])
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 30])
+def test_pairs_are_computed_some_at_a_time(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    """An expert's may be cut in two."""
+    monkeypatch.setattr(reference, "SLAB_PAIRS", pairs)
+    layer = Layer(17, experts=4, chosen=3, biased=True, seed=6)
+    reference.route(layer.x, layer.router, layer.bias, layer.normalised, layer.scratch)
+    reference.mix(layer.x, layer.weights, layer.scratch, layer.out, layer.shared)
+    layer.check(2e-6)

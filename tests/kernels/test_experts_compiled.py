@@ -38,7 +38,7 @@ CASES = [
     (routing_kernels.router_rows_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "rows": "i32", "outputs": "i32"},
      {"K": 2048, "BM": 32, "BN": 32, "BK": 64, "BIASED": False, "EARLY": True}, 4),
     (routing_kernels.choose_kernel, CHOSEN | {"LOGITS": F, "TILES": I, "ORDER": I, "experts": "i32", "outputs": "i32"},
-     {"CHOSEN": 8, "BC": 8, "BE": 128, "NORMALISED": True, "SINGLE": True, "EARLY": True}, 1),
+     {"CHOSEN": 8, "BC": 8, "BE": 128, "PART": 32, "NORMALISED": True, "SINGLE": True, "EARLY": True}, 4),
     (routing_kernels.count_kernel, {"INDICES": I, "COUNTS": I, "pairs": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (routing_kernels.place_kernel,
      {"INDICES": I, "COUNTS": I, "ORDER": I, "TILES": I, "experts": "i32", "pairs": "i32", "tiles": "i32"},
@@ -89,9 +89,7 @@ def test_fused_products_compile_for_hopper(kind, bits, group, warps, first):
     assert set(types) | set(fixed) == set(names)
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
-    source = GluonASTSource(
-        packed_experts_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned}
-    )
+    source = GluonASTSource(packed_experts_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     text = compiled.asm["ptx"]
     assert ".local" not in text
