@@ -34,8 +34,9 @@ _MAX_HEAD_DIM = 4096
 _EPS = (2.0**-126, 1.0)  # from the smallest normal number on: GPUs take smaller ones for 0
 _TEMPERATURE = (1e-10, 1e10)  # or 0
 _PENALTY = (1e-3, 1e3)
+_TIED = "tie_word_embeddings"
 _OF_THE_WHOLE = (
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config"
+    "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config"
 )  # fmt: skip
 
 
@@ -255,10 +256,12 @@ def _text_part(fields: Fields, wrapper: str) -> tuple[str, str, Fields]:
     if model_type not in known:
         kinds = ", ".join(known)
         raise text.fail("model_type", f"is {quoted(model_type)}, and octo-run knows {kinds} in {quoted(wrapper)}")
-    # What a file says of the whole model holds for its text, too.
+    # What a file says of the whole model holds for its text, too, and of the head before what the text part says: the
+    # head is the whole model's. Nothing said, it is tied, unless the files hold a head of other values.
     outer = {name: fields.values[name] for name in _OF_THE_WHOLE if fields.raw(name) is not None}
     inner = {name: value for name, value in text.values.items() if value is not None or name not in outer}
-    return wrapper, known[model_type], Fields(fields.path, outer | inner, text.prefix)
+    tied = next((at.raw(_TIED) for at in (fields, text) if at.raw(_TIED) is not None), True)
+    return wrapper, known[model_type], Fields(fields.path, outer | inner | {_TIED: tied}, text.prefix)
 
 
 def _activation(fields: Fields, family: Family) -> str:

@@ -206,6 +206,11 @@ _GEMMA3 = {
     "max_position_embeddings": 131_072, "sliding_window": 4096, "sliding_window_pattern": 6,
 }  # fmt: skip
 
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+
 FAMILIES: Mapping[str, Family] = {
     "GptOssForCausalLM": Family(
         "gpt_oss",
@@ -250,7 +255,11 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "MinistralForCausalLM": Family("ministral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="kinds"),
     "Ministral3ForCausalLM": Family(
-        "ministral3", {"num_key_value_heads": 8, "head_dim": 128}, sliding="always", eps=("rms_norm_eps", 1e-5)
+        "ministral3",
+        {"num_key_value_heads": 8, "head_dim": 128},
+        sliding="always",
+        eps=("rms_norm_eps", 1e-5),
+        rope=RopeFields(left_out=_MINISTRAL3_ROPE),
     ),
     "Qwen2ForCausalLM": Family(
         "qwen2",

@@ -44,6 +44,10 @@ class Linear:
         """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``; on CUDA without an allocation."""
         ops.linear(x, self.weight, self.bias, out)
 
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
+        """See :class:`PackedLinear`: never."""
+        return False
+
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
         return F.linear(x, self.weight, self.bias)
@@ -105,6 +109,11 @@ class PackedLinear:
         """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``."""
         packed_ops.packed_linear(x, self.weight, self.bias, out)
 
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
+        """Write ``silu`` of the first half of the outputs times the second to ``out [R, out / 2]``, if it can be done
+        at once; returns whether it was."""
+        return packed_ops.packed_swiglu(x, self.weight, self.bias, out)
+
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
         out = x.new_empty(*x.shape[:-1], self.weight.shape[0])
@@ -147,6 +156,10 @@ class SplitLinear:
             last = first + part.weight.shape[0]
             part.apply(x, out[:, first:last])
             first = last
+
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
+        """See :class:`PackedLinear`: never."""
+        return False
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""

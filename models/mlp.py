@@ -44,9 +44,11 @@ class DenseMLP:
 
     def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """See `specs.FeedForward`."""
-        self.gate_up.apply(normed, buffers["gate_up"])
-        ops.swiglu(buffers["gate_up"], buffers["inner"], self.activation)
-        self.down.apply(buffers["inner"], out)
+        inner = buffers["inner"]
+        if not (self.activation == "silu" and self.gate_up.apply_swiglu(normed, inner)):
+            self.gate_up.apply(normed, buffers["gate_up"])
+            ops.swiglu(buffers["gate_up"], inner, self.activation)
+        self.down.apply(inner, out)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `specs.FeedForward`."""

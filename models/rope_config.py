@@ -1,8 +1,9 @@
 """What a configuration says about rotary position embedding. Nothing here imports torch."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.fields import Fields
@@ -81,6 +82,7 @@ class RopeFields:
         longrope_names: Further names of the kind ``longrope``.
         outer_original: ``original_max_position_embeddings`` where the field of the configuration itself, which comes
             first in this family, is left out; None: there is no such field.
+        left_out: What ``rope_parameters`` are where nothing is said of RoPE.
     """
 
     theta: float = 10_000.0
@@ -91,6 +93,7 @@ class RopeFields:
     local_theta: float | None = None
     longrope_names: tuple[str, ...] = ()
     outer_original: int | None = None
+    left_out: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> tuple[Rope, Rope | None]:
@@ -106,6 +109,8 @@ def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> 
     readings = [reader.one(rope) for rope in (older, newer) if rope is not None and rope.values]
     if len(readings) == 2 and readings[0] != readings[1]:
         raise fields.fail("rope_scaling", "and rope_parameters are both given and differ")
+    if not readings and how.left_out and fields.raw("rope_theta") is None:
+        readings = [reader.one(Fields(fields.path, how.left_out, "rope_parameters."))]
     rope = readings[0] if readings else reader.plain()
     if not how.by_kind:
         return rope, None

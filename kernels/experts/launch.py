@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import triton
 from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of, runs_ptx
+from octo_run.kernels.experts.packed_blocks import reduction_bytes
 from octo_run.kernels.experts.packed_product import packed_experts_kernel
 from octo_run.kernels.experts.product_kernels import down_vector_kernel, gate_up_vector_kernel, grouped_kernel
 from octo_run.kernels.experts.routing_kernels import (
@@ -20,8 +22,7 @@ from octo_run.kernels.experts.routing_kernels import (
     router_rows_kernel,
 )
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
-from octo_run.kernels.linear.gluon_product import reduction_bytes
-from octo_run.kernels.linear.launch import ELEMENTS, Tiling
+from octo_run.kernels.linear.launch import ELEMENTS
 from octo_run.kernels.linear.packed import BITS, PackedWeight
 
 if TYPE_CHECKING:
@@ -115,6 +116,15 @@ def _fused_fits(x: Tensor, experts: ExpertWeights) -> bool:
     return packed and x.dtype in ELEMENTS and runs_ptx(x.device) and len(x) <= FUSED_TOKENS
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of sixteen outputs a program, its warps, and turns that codes are loaded ahead."""
+
+    tiles: int
+    warps: int
+    ahead: int = 1
+
+
 def tiling(out: int, blocks: int) -> Tiling:
     """How the products with packed experts are divided."""
     return Tiling(1, 8 if blocks >= 16 else 4, 1)
@@ -135,13 +145,20 @@ def fused_product(
         X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
         OFFSETS=unused if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias,
         ORDER=scratch.order, TILES=scratch.tiles, OUT=out, alpha=activation.alpha, limit=activation.limit, n=n,
-        columns=weight.columns, blocks=blocks, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
+        columns=weight.columns, blocks=blocks, **_strides(weight), KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
         GROUP=0 if weight.scales is None else weight.group, MT=how.tiles, HAS_OFFSETS=weight.offsets is not None,
         BIASED=bias is not None, PADDED=weight.padded != weight.columns, UNEVEN=blocks % how.warps != 0,
         CHOSEN=scratch.indices.shape[1], FIRST=name == "gate_up", ACTIVATION=activation.kind, AHEAD=how.ahead,
         WARPS=how.warps, SMEM_WORDS=int(reduction_bytes(how.tiles, 1, how.warps)) // 4, **early(x.device),
         num_warps=how.warps,
     )  # fmt: skip
+
+
+def _strides(weight: PackedWeight) -> dict[str, int]:
+    """Of scales and offsets, which lie alike."""
+    part = weight.offsets if weight.scales is None else weight.scales
+    rows, groups = (0, 0) if part is None else part.stride()
+    return {"stride_row": rows, "stride_group": groups}
 
 
 def _vectors(
@@ -198,13 +215,14 @@ def _grouped(
         given = {
             "WEIGHT": weight.codes.view(torch.int32), "ROWS": weight.rows,
             "SCALES": unused if scales is None else scales, "OFFSETS": unused if offsets is None else offsets,
-            "padded": weight.padded, "KIND": weight.kind, "BITS": BITS[weight.kind],
+            "padded": weight.padded, **_strides(weight), "KIND": weight.kind, "BITS": BITS[weight.kind],
             "GROUP": 0 if group == weight.padded and group > 128 else group, "SCALED": scales is not None,
             "HAS_OFFSETS": offsets is not None,
         }  # fmt: skip
     else:
         given = {
-            "WEIGHT": weight, "ROWS": unused, "SCALES": unused, "OFFSETS": unused, "padded": 0, "KIND": "dense",
+            "WEIGHT": weight, "ROWS": unused, "SCALES": unused, "OFFSETS": unused, "padded": 0, "stride_row": 0, "stride_group": 0,
+            "KIND": "dense",
             "BITS": 16, "GROUP": 0, "SCALED": False, "HAS_OFFSETS": False,
         }  # fmt: skip
     wide = 64 if rows < MANY else 128

@@ -1,6 +1,6 @@
 """Products of a few rows with packed experts, fused with their decoding (NVIDIA from sm_80 on, Gluon, lane by lane).
 
-As `kernels.linear.gluon_product`, whose parts it is made of, for tiles of up to 8 rows that have chosen one expert.
+For tiles of up to 8 rows that have chosen one expert.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
 
@@ -18,7 +18,7 @@ from octo_run.kernels.lanes import (
     wait_for_kernel_before,
     write_shared4_of,
 )
-from octo_run.kernels.linear.gluon_product import _add_block, _if_inside, _load_block, _whole_rows
+from octo_run.kernels.experts.packed_blocks import add_block, if_inside, load_block, whole_rows
 from octo_run.kernels.linear.unpack import excess
 
 
@@ -69,7 +69,8 @@ def _sum_of_warps(at, zero, WARPS: gl.constexpr):
 
 @gluon.jit
 def _make_tile(
-    x, codes, rows, scales, offsets, bias, order, out, alpha, limit, n, columns, blocks, begin, end, first_row, tid,
+    x, codes, rows, scales, offsets, bias, order, out, alpha, limit, n, columns, blocks, stride_row, stride_group, begin,
+    end, first_row, tid,
     KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, MT: gl.constexpr,
     HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, CHOSEN: gl.constexpr,
     FIRST: gl.constexpr, ACTIVATION: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
@@ -78,7 +79,6 @@ def _make_tile(
     lane = tid & 31
     warp = tid >> 5
     row_bytes = blocks * (16 * BITS)
-    groups = blocks * (128 // GROUP) if GROUP > 0 else 1
     last = blocks - 1
     zero = (lane * 0).to(gl.float32)
     acc = repeat(repeat(zero, 4), MT)
@@ -86,7 +86,7 @@ def _make_tile(
     queue = ()
     for turn in gl.static_range(AHEAD):
         block = gl.minimum(warp + turn * WARPS, last)
-        queue = queue + (_load_block(codes, row_bytes, first_row, n, block, lane, BITS, MT),)
+        queue = queue + (load_block(codes, row_bytes, first_row, n, block, lane, BITS, MT),)
     place = gl.minimum(begin + (lane >> 2), end - 1)
     if FIRST:
         source = x + (gl.load(order + place) // CHOSEN).to(gl.int64) * columns
@@ -97,11 +97,11 @@ def _make_tile(
         here = gl.minimum(block, last)
         inputs = _load_row(source, here, columns, lane, PADDED)
         ahead = gl.minimum(block + AHEAD * WARPS, last)
-        newest = _load_block(codes, row_bytes, first_row, n, ahead, lane, BITS, MT)
+        newest = load_block(codes, row_bytes, first_row, n, ahead, lane, BITS, MT)
         if UNEVEN:  # a warp beyond the end multiplies by zeros
-            inputs = _if_inside(inputs, block <= last, 1)
-        acc, whole = _add_block(
-            acc, whole, queue[0], inputs, scales, offsets, first_row, n, groups, here, lane, KIND, BITS, ELEMENT, GROUP,
+            inputs = if_inside(inputs, block <= last, 1)
+        acc, whole = add_block(
+            acc, whole, queue[0], inputs, scales, offsets, first_row, n, stride_row, stride_group, here, lane, KIND, BITS, ELEMENT, GROUP,
             MT, 1, HAS_OFFSETS,
         )  # fmt: skip
         moved = ()
@@ -109,7 +109,7 @@ def _make_tile(
             moved = moved + (queue[turn],)
         queue = moved + (newest,)
     if GROUP == 0 and (HAS_OFFSETS or excess(KIND, ELEMENT) > 0):
-        acc = _whole_rows(acc, whole, offsets, first_row, n, lane, excess(KIND, ELEMENT), MT, 1, HAS_OFFSETS)
+        acc = whole_rows(acc, whole, offsets, first_row, n, stride_row, lane, excess(KIND, ELEMENT), MT, 1, HAS_OFFSETS)
     barrier()
     for i in gl.static_range(MT):
         bits = ()
@@ -149,7 +149,7 @@ def _make_tile(
 @gluon.jit(do_not_specialize=["n"])
 def packed_experts_kernel(
     X, CODES, ROWS, SCALES, OFFSETS, BIAS, ORDER, TILES, OUT, alpha, limit, n, columns, blocks,
-    KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, MT: gl.constexpr,
+    stride_row, stride_group, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, MT: gl.constexpr,
     HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, CHOSEN: gl.constexpr,
     FIRST: gl.constexpr, ACTIVATION: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
     EARLY: gl.constexpr,
@@ -173,11 +173,10 @@ def packed_experts_kernel(
         begin = gl.load(tile + 1)
         end = gl.load(tile + 2)
         before = expert.to(gl.int64) * n
-        groups = blocks * (128 // GROUP) if GROUP > 0 else 1
         _make_tile(
-            X + after, CODES + before * (blocks * (16 * BITS)), ROWS + before, SCALES + before * groups,
-            OFFSETS + before * groups, BIAS + before, ORDER + after, OUT, alpha, limit, n, columns, blocks, begin, end,
-            gl.program_id(0) * (16 * MT), tid, KIND, BITS, ELEMENT, GROUP, MT, HAS_OFFSETS, BIASED, PADDED, UNEVEN,
+            X + after, CODES + before * (blocks * (16 * BITS)), ROWS + before, SCALES + before * stride_row,
+            OFFSETS + before * stride_row, BIAS + before, ORDER + after, OUT, alpha, limit, n, columns, blocks,
+            stride_row, stride_group, begin, end, gl.program_id(0) * (16 * MT), tid, KIND, BITS, ELEMENT, GROUP, MT, HAS_OFFSETS, BIASED, PADDED, UNEVEN,
             CHOSEN, FIRST, ACTIVATION, AHEAD, WARPS,
         )  # fmt: skip
     smem._keep_alive()

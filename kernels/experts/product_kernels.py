@@ -97,8 +97,8 @@ def down_vector_kernel(
 
 @triton.jit
 def _packed_block(
-    WORDS, SCALES, OFFSETS, row, there, block, padded, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr, BN: tl.constexpr,
+    WORDS, SCALES, OFFSETS, row, there, block, padded, stride_row, stride_group, KIND: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Values [BN, 128] of a block of rows, less the rows' factors, in float32. Columns are in the order of the lanes:
     place 32 t + 4 s + j is column 16 s + 4 t + j."""
@@ -118,9 +118,8 @@ def _packed_block(
     # A group has whole steps of every lane.
     group = tl.arange(0, GROUPS)
     if GROUP > 0:
-        of_group = row[:, None] * (padded // GROUP) + block * GROUPS + group[None, :]
-    else:
-        of_group = row[:, None] + group[None, :]
+        group += block * GROUPS
+    of_group = row[:, None] * stride_row + group[None, :] * stride_group
     if HAS_OFFSETS:
         value -= tl.load(OFFSETS + of_group, mask=there[:, None], other=0).to(tl.float32)[:, None, :, None]
     if SCALED:
@@ -131,7 +130,7 @@ def _packed_block(
 @triton.jit
 def grouped_kernel(
     X, WEIGHT, ROWS, SCALES, OFFSETS, BIAS, ORDER, TILES, OUT, alpha, limit, n, columns, padded,
-    KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    stride_row, stride_group, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     BIASED: tl.constexpr, CHOSEN: tl.constexpr, FIRST: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -167,14 +166,29 @@ def grouped_kernel(
             if KIND == "dense":
                 k = first + place
                 inside = k < columns
-                both = there[:, None] & inside[None, :]
-                wide = tl.load(WEIGHT + row[:, None] * columns + k[None, :], mask=both, other=0)
+                wide = tl.load(
+                    WEIGHT + row[:, None] * columns + k[None, :], mask=there[:, None] & inside[None, :], other=0
+                )
             else:
                 k = first + place % 32 // 4 * 16 + place // 32 * 4 + place % 4
                 inside = k < columns
                 block = first // 128
                 wide = _packed_block(
-                    WEIGHT, SCALES, OFFSETS, row, there, block, padded, KIND, BITS, GROUP, SCALED, HAS_OFFSETS, BN
+                    WEIGHT,
+                    SCALES,
+                    OFFSETS,
+                    row,
+                    there,
+                    block,
+                    padded,
+                    stride_row,
+                    stride_group,
+                    KIND,
+                    BITS,
+                    GROUP,
+                    SCALED,
+                    HAS_OFFSETS,
+                    BN,
                 ).to(kind)
             x = tl.load(source + k[None, :], mask=real[:, None] & inside[None, :], other=0)
             total = tl.dot(x, tl.trans(wide), total, input_precision="ieee")

@@ -31,8 +31,8 @@ POINTERS = {
     "PAGES": "u8",
 }
 Options = namedtuple("Options", ("warps", "stages"))
-PLAIN = {"WINDOW": 0, "CAP": 0.0, "SINKS": False}
-EVERYTHING = {"WINDOW": 4096, "CAP": 50.0, "SINKS": True}
+PLAIN = {"EARLY": True, "WINDOW": 0, "CAP": 0.0, "SINKS": False}
+EVERYTHING = {"EARLY": True, "WINDOW": 4096, "CAP": 50.0, "SINKS": True}
 WIDE_SPILLS = 1024  # bytes a thread at 512 coordinates, whose tiles are not tuned yet
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have (sm_90)
 UNALIGNED = ("scale", "count", "sink", "capacity", "batch", "programs", "st_r", "first", "first_page", "pages")

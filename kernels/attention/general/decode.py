@@ -9,6 +9,7 @@ softmax running in base 2. Nothing but registers ever holds a decoded key or val
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octo_run.kernels.attention.general.parts import (
     LOG2E,
@@ -279,6 +280,7 @@ def general_decode_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
     BATCH: tl.constexpr, DIVIDED: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
     PTX_K: tl.constexpr, PTX_V: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, part) of `parts.divide`. What the arena holds: `AttentionInputs`.
 
@@ -289,6 +291,9 @@ def general_decode_kernel(
     OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`. WINDOW,
     CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a sequence's first part has.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     h = tl.program_id(0)
     flat = tl.program_id(1)
     b = flat
