@@ -455,6 +455,7 @@ UNBUILT: tuple[tuple[str, str, str], ...] = (
     ("Bamba", "Mamba layers", "GraniteForCausalLM"),
     ("Zamba", "Mamba layers", "LlamaForCausalLM"),
     ("FalconH1", "Mamba layers", "LlamaForCausalLM"),
+    ("Gemma4", "layers whose heads differ in number and size", "Gemma3ForCausalLM"),
     ("Gemma3n", "per-layer embeddings and layers that share keys and values", "Gemma3ForCausalLM"),
     ("Llama4", "chunked attention and experts of their own", "LlamaForCausalLM"),
     ("T5", "an encoder", "Gemma3ForCausalLM"),
@@ -468,4 +469,4 @@ def refusal(name: str) -> str:
     for word, what, nearest in UNBUILT:
         if word.lower() in name.lower():
             return f", which has {what}, and octo-run does not compute that: the nearest that it runs is {nearest}"
-    return f", which octo-run does not know (it knows {', '.join((*FAMILIES, *WRAPPERS))})"
+    return ", which octo-run does not know: docs/families.md lists the families that it runs"

@@ -66,11 +66,17 @@ def quantization_config(scheme: Scheme, experts: bool = False) -> dict[str, Any]
 
 
 def check_shapes(cfg: ModelConfig, scheme: Scheme) -> None:
-    """Refuse a model whose matrices have no whole number of groups, which the format does not allow.
+    """Refuse a model whose matrices have no whole number of groups, which the format does not allow, and a text part.
 
     Raises:
         OctoError: It says which.
+        UsageError: A checkpoint that is more than its text.
     """
+    if cfg.wrapper:
+        raise UsageError(
+            f"A checkpoint of {cfg.wrapper} holds more than its text, which alone octo-run knows, so that no quantised "
+            "folder of it can be written: give --weights to the command that loads it."
+        )
     unit = scheme.group or 8
     inputs = {cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.intermediate_size}
     if cfg.experts is not None:

@@ -56,6 +56,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     from octo_run.models.config import load_config
     from octo_run.models.decoder import Decoder
     from octo_run.models.hub import resolve
+    from octo_run.models.specs import layer_kinds
     from octo_run.models.weights import RandomWeights, active_parameters, num_parameters, stored_config
 
     path = resolve(model)
@@ -76,7 +77,9 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "weight_bytes": weight_bytes(Decoder(cfg, RandomWeights(cfg, "meta", kind), None, None)),
         "weight_format": "not quantised" if cfg.quantisation is None else str(cfg.quantisation),
         "dtype": str(kind).removeprefix("torch."),
+        "part_of": cfg.wrapper or None,
         "layers": cfg.num_layers,
+        "layer_kinds": layer_kinds(cfg),
         "recurrent_layers": cfg.num_layers - len(cfg.attention_layers),
         "state_bytes": 0 if states is None else states.state_bytes(kind.itemsize),
         "heads": cfg.num_heads,
@@ -156,6 +159,16 @@ def _experts(facts: dict[str, Any]) -> list[str]:
     return [f"experts       {given}, which meets {facts['active_parameters']:,} parameters"]
 
 
+def _kinds(facts: dict[str, Any]) -> list[str]:
+    """The lines about layers of several kinds, and about a checkpoint of which this is a part."""
+    lines, kinds = [], facts["layer_kinds"]
+    if len(kinds) > 1:
+        lines.append(f"layers        {'; '.join(f'{count} {name}' for name, count in kinds.items())}")
+    if facts["part_of"] is not None:
+        lines.append(f"part of       {shown(facts['part_of'])}: its text; what belongs to images or sound is not read")
+    return lines
+
+
 def _text(facts: dict[str, Any]) -> str:
     shape = (
         f"{facts['layers']} layers, {facts['heads']} heads over {facts['kv_heads']} KV heads of {facts['head_dim']},"
@@ -173,6 +186,7 @@ def _text(facts: dict[str, Any]) -> str:
     lines = [
         f"model         {shown(facts['model'])} ({shown(facts['path'])})",
         f"architecture  {shown(facts['architecture'])}: {shape}",
+        *_kinds(facts),
         f"parameters    {facts['parameters']:,}",
         *_experts(facts),
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",

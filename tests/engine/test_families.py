@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, SamplingParams
-from octo_run.errors import OctoError
+from octo_run.engine.quantise import quantise
+from octo_run.errors import OctoError, UsageError
 from octo_run.models import conditioning
 from octo_run.models.cache import DEMO_PATH
 from octo_run.models.config import load_config
@@ -283,6 +284,18 @@ def test_text_parts_of_checkpoints_that_see(name: str, tied: bool, tmp_path: Pat
         save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
         engine = Engine.load(tmp_path, kv="bf16", device="cpu", max_context=512)
         assert relative(engine.logits(ids, 100), theirs) < 1e-4
+    with pytest.raises(UsageError, match=r"holds more than its text, which alone octo-run knows"):
+        quantise(tmp_path, tmp_path / "out", device="cpu")
     save_file(renamed | {"other.weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OctoError, match=r"1 unexpected \(other\.weight\)"):
         Engine.load(tmp_path, kv="bf16", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi4-mini", "olmo2", "glm4", "cohere2"])
+@torch.inference_mode()
+def test_quantised_folders(name: str, made: Callable[[str], tuple[Path, Any, Tensor]], tmp_path: Path) -> None:
+    """What is written holds rows, fused matrices and norms as the family's files do."""
+    path, _, theirs = made(name)
+    quantise(path, tmp_path / "out", "int8", device="cpu")
+    ours = Engine.load(tmp_path / "out", kv="bf16", device="cpu", max_context=512).logits(tokens())
+    assert 1e-5 < float((ours - theirs).norm() / theirs.norm()) < 0.05
