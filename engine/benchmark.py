@@ -116,7 +116,7 @@ def measure(
         joules = sum(spent) / (batch * tokens * repetitions)
     gb_per_s = share = None
     if kind == "tg":
-        held = batch * (engine.plan.bytes_per_token * (depth + tokens / 2) + _state_bytes(engine))
+        held = batch * (engine.plan.bytes_read(depth + tokens / 2) + _state_bytes(engine))
         read = (step_weight_bytes(engine, batch) + held) * median / batch
         gb_per_s, share = read * 1e-9, read / bandwidth
     return Row(

@@ -17,6 +17,7 @@ from octo_run.engine.calibration import TOKENS
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.engine.recurrent_state import RecurrentShape
+from octo_run.engine.window_pages import WindowShape
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
@@ -106,8 +107,29 @@ class MemoryPlan:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one more packed token takes: codes and norms of all layers and KV heads, K and V."""
+        """Bytes that one more packed token takes: codes and norms of K and V, of all KV heads and all layers that have
+        no window."""
         return self.shape.packed_token_bytes
+
+    @property
+    def windows(self) -> list[dict[str, int]]:
+        """Of each group of layers with a window: ``layers``, ``window`` in tokens, ``bytes_per_token``, and the
+        ``bytes`` of the pages that all sequences together hold of it, however long they are."""
+        s = self.shape
+        return [
+            {
+                "layers": len(one.layers),
+                "window": one.window,
+                "bytes_per_token": s.kv_heads * one.vector_bytes,
+                "bytes": PAGE * s.kv_heads * one.vector_bytes * one.pages(s.sequences, s.max_pages, s.chunk),
+            }
+            for one in s.windows
+        ]
+
+    def bytes_read(self, tokens: float) -> float:
+        """Bytes of pages that a step of one sequence of so many tokens reads, if all of them were packed."""
+        seen = (min(tokens, one["window"]) * one["bytes_per_token"] for one in self.windows)
+        return tokens * self.bytes_per_token + sum(seen)
 
     @property
     def all_in_bytes_per_token(self) -> float:
@@ -229,6 +251,19 @@ def recurrent_shape(cfg: ModelConfig) -> RecurrentShape | None:
     """The states of recurrent layers, without snapshots; None: there are no such layers."""
     mixers = [spec.mixer for spec in layer_specs(cfg) if isinstance(spec.mixer, DeltaNetSpec)]
     return RecurrentShape(mixers[0].shape, len(mixers), 0) if mixers else None
+
+
+def window_shapes(cfg: ModelConfig, fmt: LayerFormats) -> tuple[WindowShape, ...]:
+    """The groups of layers that have a window. There are none with formats that are chosen later: what a group takes is
+    known only then, and its layers share the pages of the others."""
+    if isinstance(fmt, AutoFormats):
+        return ()
+    groups = dict[int, list[int]]()
+    for number, index in enumerate(cfg.attention_layers):
+        window = layer_specs(cfg)[index].attention.window
+        if window is not None:
+            groups.setdefault(window, []).append(number)
+    return tuple(WindowShape(tuple(layers), window, fmt.bytes_of(layers)) for window, layers in groups.items())
 
 
 def _with_snapshots(cfg: ModelConfig, dtype: torch.dtype, sequences: int, free: int) -> RecurrentShape | None:
@@ -359,11 +394,12 @@ def plan_memory(
         )
     kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
+    windows = window_shapes(cfg, fmt)
     shape = ArenaShape(
         layers=len(cfg.attention_layers),
         kv_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
-        vector_bytes=fmt.vector_bytes,
+        vector_bytes=fmt.vector_bytes - sum(one.vector_bytes for one in windows),
         dtype=dtype,
         context=context,
         sink=sink,
@@ -373,6 +409,7 @@ def plan_memory(
         mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
         recurrent=_with_snapshots(cfg, dtype, sequences, free),
+        windows=windows,
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
@@ -426,7 +463,7 @@ def plan_memory(
 def _shape_of_bytes(shape: ArenaShape, count: int, limit: int | None) -> ArenaShape:
     """The shape with ``count`` bytes of pages, and with ``limit`` a context of as many tokens as they hold, at most
     that. Raises ``UsageError`` if there is not one page, or if they hold no sequence of the shape's context."""
-    page = PAGE * shape.packed_token_bytes
+    page = max(1, PAGE * shape.packed_token_bytes)  # where all layers have windows, pages take nothing
     pages = count // page
     if pages < 1:
         raise UsageError(f"cache_bytes is {count:,} and one page takes {page:,}: give more.")
