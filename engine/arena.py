@@ -491,6 +491,18 @@ class Chunk:
             staged = self.arena._staging[:, 0, :, self._coded : self._tail]
             self.arena._full[:, layer, self.row].index_copy_(2, self._left_slots, staged)
 
+    def share(self, length: int) -> bool:
+        """See to it, before the layers are run, that a sequence which begins with the same ``length`` tokens can have
+        them, or all but a page of them, when this chunk is committed.
+
+        Returns:
+            Whether it can.
+        """
+        if self.arena.states is None:
+            return True
+        self.snapshot = self.arena.states.plan_for(self.row, self.start, min(length, self.end), self.snapshot)
+        return self.snapshot is not None and length - self.snapshot[0] < PAGE
+
     def commit(self) -> None:
         """All layers are written: the chunk's tokens now belong to the sequence."""
         self.sequence.advance(self.start, self.ids, self.new_pages)

@@ -147,7 +147,7 @@ class _Scheduler:
         chunks: list[tuple[_Request, Chunk]] = []
         budget = min(BETWEEN_STEPS, engine.plan.shape.chunk)
         while budget > 0:
-            request = self._reading if not chunks and self._reading else self._admit([request for request, _ in chunks])
+            request = self._reading if not chunks and self._reading else self._admit(chunks)
             if request is None:
                 break
             held = len(request.open)
@@ -162,7 +162,7 @@ class _Scheduler:
             budget -= chunk.count
         return chunks
 
-    def _admit(self, reading: list[_Request]) -> _Request | None:
+    def _admit(self, reading: list[tuple[_Request, Chunk]]) -> _Request | None:
         """The next request, with a sequence of its own, if there is a row and if its prompt and a page more fit.
 
         One that begins like one of ``reading`` waits until it can have that from there.
@@ -172,8 +172,10 @@ class _Scheduler:
         if not self._waiting or not table.has_row():
             return None
         request = self._waiting[0]
-        alike = max((common_length(request.ids, other.ids) for other in reading), default=0)
-        if alike >= PAGE and alike - table.reusable(request.ids) >= PAGE:
+        alike, place = max(
+            ((common_length(request.ids, one.ids), i) for i, (one, _) in enumerate(reading)), default=(0, 0)
+        )
+        if alike >= PAGE and alike - table.reusable(request.ids) >= PAGE and reading[place][1].share(alike):
             return None
         pages = request.length // PAGE + 1
         if (self._running or reading) and table.room() < pages + len(self._running) + len(reading):

@@ -41,7 +41,7 @@ class Row:
     most: float
     first_token_ms: float | None  # median time from the beginning to the first sequence's first token; None for tg
     ms_per_token: float  # of one sequence; of a prompt: milliseconds divided by its tokens
-    gb_per_s: float | None  # tg: weights and packed pages that a step must read
+    gb_per_s: float | None  # tg: weights, states and packed pages that a step must read
     of_bandwidth: float | None  # the same, as a share of the copy bandwidth
     joules_per_token: float | None  # of the GPU, over all rounds; None without NVML or for less than a second
 
@@ -116,7 +116,7 @@ def measure(
         joules = sum(spent) / (batch * tokens * repetitions)
     gb_per_s = share = None
     if kind == "tg":
-        held = batch * engine.plan.bytes_read(depth + tokens / 2)
+        held = batch * (engine.plan.bytes_read(depth + tokens / 2) + _state_bytes(engine))
         read = (step_weight_bytes(engine, batch) + held) * median / batch
         gb_per_s, share = read * 1e-9, read / bandwidth
     return Row(
@@ -217,6 +217,12 @@ def step_weight_bytes(engine: Engine, batch: int = 1) -> int:
     apart = 0 if decoder.head.weight is decoder.embedding else decoder.embedding.nbytes
     unread = sum(layer.mlp.unread_bytes(batch) for layer in decoder.layers if isinstance(layer.mlp, Experts))
     return engine.plan.weights - apart - round(unread)
+
+
+def _state_bytes(engine: Engine) -> int:
+    """Bytes of a sequence's recurrent states."""
+    states = engine.plan.shape.recurrent
+    return 0 if states is None else states.state_bytes(engine.dtype.itemsize)
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:

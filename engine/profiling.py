@@ -35,6 +35,7 @@ from octo_run.engine.key_means import KeyMeans
 from octo_run.errors import OctoError
 from octo_run.kernels import experts as routed
 from octo_run.kernels import linear as packed_ops
+from octo_run.kernels import recurrent
 from octo_run.kernels import step as ops
 from octo_run.kernels.cpu.native import COMPILED
 
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
 ATTENTION, PROJECTIONS, MLP, HEAD, SAMPLING = "attention", "projections", "mlp", "head", "sampling"
 #: Norms with their residual sums; RoPE, rotation and keys and values on their way into the arena; coding of full pages.
 NORMS, APPEND, CODING = "norms", "rope and append", "page coding"
+#: Convolution, delta rule and states of recurrent layers.
+RECURRENT = "recurrent"
 #: Embedding, angles, copies, state of the next step; time in which no kernel ran.
 OTHER, GAPS = "other", "gaps"
-PARTS = (ATTENTION, PROJECTIONS, MLP, HEAD, SAMPLING, NORMS, APPEND, CODING, OTHER, GAPS)
+PARTS = (ATTENTION, RECURRENT, PROJECTIONS, MLP, HEAD, SAMPLING, NORMS, APPEND, CODING, OTHER, GAPS)
 
 _PRODUCT = "product"  # whose part follows from its place
 
@@ -59,10 +62,12 @@ KERNELS = {
     "combine_kernel": MLP,
     "count_kernel": MLP,
     "norm_heads_kernel": NORMS,
+    **{f"delta_{name}_kernel": RECURRENT for name in ("step", "heads", "block", "scan", "finish")},
     "dequantise_kernel": _PRODUCT,
     "down_vector_kernel": MLP,
     "embed_packed_kernel": OTHER,
     "flash_kernel": ATTENTION,
+    "gate_kernel": ATTENTION,
     "gate_up_vector_kernel": MLP,
     "general_decode_kernel": ATTENTION,
     "grouped_kernel": MLP,
@@ -72,6 +77,7 @@ KERNELS = {
     "pack_kernel": CODING,
     "packed_experts_kernel": MLP,
     "place_kernel": MLP,
+    "streamed_product_kernel": _PRODUCT,
     "plain_decode_kernel": ATTENTION,
     "plain_pages_kernel": CODING,
     "put_back_kernel": ATTENTION,
@@ -211,7 +217,8 @@ def assign_parts(names: list[str]) -> list[str]:
     """The part that each kernel of a stream belongs to.
 
     Norms divide them into pieces of three kinds. With RoPE: a layer's projections, what brings keys and values into the
-    arena, attention, coding of pages, the output's projection. With SwiGLU: its MLP. With neither: the end of a step or
+    arena, attention, coding of pages, the output's projection. With the delta rule: the same of a recurrent layer. With
+    SwiGLU: its MLP. With neither: the end of a step or
     prompt (the head, sampling) and the beginning of the next.
 
     Args:
@@ -240,6 +247,8 @@ def _role(name: str) -> str:
 def _piece(roles: list[str], first: bool) -> list[str]:
     if MLP in roles:
         return [MLP] * len(roles)
+    if RECURRENT in roles:
+        return [PROJECTIONS if role == _PRODUCT else RECURRENT for role in roles]
     return _mixing(roles) if APPEND in roles else _between(roles, first)
 
 
@@ -477,7 +486,8 @@ def _ranges(engine: Engine) -> Iterator[None]:
 
 
 _RANGES: dict[str, Iterable[tuple[Any, str]]] = {
-    ATTENTION: [(kernels, "attend")],
+    ATTENTION: [(kernels, "attend"), (ops, "gate")],
+    RECURRENT: [(recurrent, "step"), (recurrent, "chunk")],
     MLP: [(ops, "swiglu"), (routed, "route"), (routed, "mix")],
     SAMPLING: [(ops, "sample")],
     NORMS: [(ops, "add_rms_norm"), (ops, "norm_heads")],

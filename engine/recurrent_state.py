@@ -131,6 +131,18 @@ class RecurrentStates:
         place = self._place(row)
         return None if place is None else (position, place)
 
+    def plan_for(self, row: int, start: int, length: int, planned: tuple[int, int] | None) -> tuple[int, int] | None:
+        """As :meth:`plan`, but for a snapshot that has seen at most ``length`` tokens, the last boundary there.
+
+        Args:
+            planned: What :meth:`plan` gave, which stays if there is no such boundary in the chunk.
+        """
+        position = self.boundary(length + 1)
+        if position <= start or (planned is not None and planned[0] == position):
+            return planned
+        place = self._place(row) if planned is None else planned[1]
+        return planned if place is None else (position, place)
+
     def keep(self, row: int, snapshot: tuple[int, int] | None) -> None:
         """A planned snapshot was written."""
         if snapshot is not None:

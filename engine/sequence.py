@@ -300,6 +300,7 @@ class SequenceTable:
         donor = max(held, key=lambda seq: (held[seq], not seq.pinned), default=None)
         reused = 0 if donor is None else held[donor]
         if donor is not None and reused and not donor.pinned and reused == len(donor):
+            donor.cut(reused)  # nothing is lost; a recurrent state may have to come back
             return self._pin(donor)
         row = self._free_row(donor if reused else None)
         before = self.rows[row]

@@ -56,9 +56,8 @@ def copied(engine: Engine, dtype: str) -> Engine:
     plan = plan_memory(cfg, fmt, device=device, dtype=kind, max_context=1024)
     weights = {name: x.to(device) for name, x in random_weights(cfg, "cpu", kind).items()}
     with torch.inference_mode():
-        return Engine(
-            "copy", cfg, Decoder(cfg, weights, None, None), engine.tokenizer, plan, fmt, GenerationDefaults(), 0
-        )
+        decoder = Decoder(cfg, weights, None, None)
+        return Engine("copy", cfg, decoder, engine.tokenizer, plan, fmt, GenerationDefaults(), 0)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "oct3"])

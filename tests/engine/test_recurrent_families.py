@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, SamplingParams
+from octo_run.engine.evaluation.reading import Reader, pack, rows_at_once
 from octo_run.engine.parts import held_bytes
 from octo_run.engine.sequence import Sequence
 from octo_run.models.cache import DEMO_PATH
@@ -35,6 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 256, "num_attention_heads": 5, "num_key_value_heads": 1, "tie_word_embeddings": True,
          "linear_num_key_heads": 3, "linear_num_value_heads": 3, "num_hidden_layers": 4, "attention_bias": True},
     ),
+    "qwen3_next-dense": ("Qwen3Next", {"num_experts": 0, "num_hidden_layers": 4}),
     "qwen3_next": ("Qwen3Next", {**EXPERTS, "mlp_only_layers": [2], "norm_topk_prob": True}),
     "qwen3_5_moe": ("Qwen3_5Moe", {**EXPERTS, "num_hidden_layers": 4}),
 }  # fmt: skip
@@ -81,7 +83,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 
 
 def load(path: Path, kv: str = "bf16", **options: Any) -> Engine:
-    return Engine.load(path, kv=kv, device=DEVICE, dtype="float32", **{"max_context": 1024} | options)
+    return Engine.load(path, kv=kv, device=DEVICE, **{"max_context": 1024, "dtype": "float32"} | options)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,25 @@ def test_the_text_part_of_a_checkpoint_with_images(family: str, tmp_path: Path) 
     ids = numbers(150)
     with load(tmp_path, max_context=512) as engine:
         assert relative(engine.logits(ids), model(torch.tensor([ids])).logits[0]) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next-dense"])
+@torch.inference_mode()
+def test_bfloat16_rounds_where_transformers_does(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:
+    """With the same attention function the logits are the same to the bit: all other roundings agree."""
+    from transformers import AutoModelForCausalLM
+
+    path, _ = models(family)
+
+    def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
+
+    with load(path, dtype="bfloat16") as engine:
+        ids, decoder = torch.tensor([numbers(150)]), engine._decoder
+        ours = decoder.logits(decoder.hidden(ids, torch.arange(150)[None], attention))
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()(ids).logits.float()
+    assert torch.equal(ours, theirs)
 
 
 @torch.inference_mode()
@@ -335,6 +356,22 @@ def test_many_prompts_at_once(path: Path, fresh: Callable[[list[int], int], list
             assert [one.ids for one in found] == [[token for token, _ in one] for one in want]
 
 
+def test_prompts_of_a_batch_share_what_they_begin_with(
+    path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is read; the others wait for the last page boundary of what they have in common."""
+    head = numbers(200, seed=3)
+    prompts = [[*head, *numbers(100, seed=seed)] for seed in range(4)]
+    want = [fresh(ids, 10) for ids in prompts]
+    with load(path, sequences=4) as engine:
+        engine.end_ids = frozenset()
+        counter = Counter(engine, monkeypatch)
+        found = sorted(engine.generate_batch(prompts, SamplingParams(max_tokens=10)), key=lambda one: one.index)
+    assert [one.ids for one in found] == [[token for token, _ in one] for one in want]
+    assert [one.reused_tokens for one in found] == [0, 192, 192, 192]
+    assert counter.taken() == 300 + 3 * 108
+
+
 def test_generations_take_turns(path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
     """Two at a time in one row: each loses its place to the other and reads again."""
     one, two = numbers(200, seed=1), numbers(210, seed=2)
@@ -355,6 +392,38 @@ def test_the_plan_is_what_is_held(path: Path) -> None:
         assert shape is not None and shape.layers == 6
         assert told["recurrent"] == (2 + shape.snapshots) * shape.state_bytes(4)
         assert engine.plan.shape.layers == 2
+
+
+@torch.inference_mode()
+def test_reading_is_decoding(path: Path) -> None:
+    """Two texts of unequal lengths read at once, as measurements of quality do, against one token at a time."""
+    texts = [numbers(400), numbers(230, seed=5)]
+    with load(path, "oct3", sequences=2) as engine:
+        rows = rows_at_once(engine.plan, engine.config)
+        reader, opened = Reader(engine, rows), [engine.sequence() for _ in texts]
+        found: list[list[Tensor]] = [[], []]
+        for pieces in pack([len(text) for text in texts], rows, 150):
+            sizes = [piece.end - piece.first for piece in pieces]
+            for piece, part in zip(pieces, reader.logits(reader.read(opened, texts, pieces)).split(sizes), strict=True):
+                found[piece.text].append(part.clone())
+        for sequence in opened:
+            sequence.discard()
+        for text, parts in zip(texts, found, strict=True):
+            assert relative(torch.cat(parts), engine.logits(text, 1).cpu()) < 5e-3  # codes differ at ties
+
+
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (100, 64), (64, 256)])
+def test_other_sinks_and_windows(sink: int, window: int, path: Path) -> None:
+    ids = numbers(330)
+    edited = [*ids[:300], *numbers(20, seed=4)]
+    with load(path, sink=sink, window=window) as engine:
+        want = [greedy(engine, ids, 20), greedy(engine, edited, 20)]
+        for _ in range(2):
+            same(greedy(engine, ids, 20), want[0])
+            same(greedy(engine, edited, 20), want[1])
+    with load(path) as engine:
+        same(greedy(engine, ids, 20), want[0])
+        same(greedy(engine, edited, 20), want[1])
 
 
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"kv": "auto:56"}, {"kv": "oct3", "conditioning": "full"}])

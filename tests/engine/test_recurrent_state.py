@@ -1,5 +1,10 @@
 """States of recurrent layers: rows, snapshots, and what a cut goes back to."""
 
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
 import pytest
 import torch
 
@@ -156,11 +161,11 @@ def test_steps_keep_every_fourth_page_and_the_last() -> None:
     assert value(one, 0) == 64 + 7 * 256
 
 
-def arena(rows: int = 2) -> KVArena:
+def arena(rows: int = 2, snapshots: int = 6) -> KVArena:
     fmt = LayerFormats("bf16", (parse_kv("bf16", 8, plain_dtype=torch.float32),))
     shape = ArenaShape(
         layers=1, kv_heads=1, head_dim=8, vector_bytes=fmt.vector_bytes, dtype=torch.float32, context=1000,
-        chunk=512, sequences=rows, recurrent=RecurrentShape(DELTA, 2, 6),
+        chunk=512, sequences=rows, recurrent=RecurrentShape(DELTA, 2, snapshots),
     )  # fmt: skip
     return KVArena(shape, fmt, CPU)
 
@@ -224,3 +229,80 @@ def test_an_interrupted_chunk_goes_back(end: int, left: int) -> None:
     assert chunk.start == 400 and of.table.reusable(ids) == left
     assert one.cancel() == left
     check(of, one, left)
+
+
+def interrupted_at(line: int, work: Callable[[], object]) -> bool:
+    """Run ``work`` until so many lines of the engine's files on sequences and states have run; whether it ended."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(("recurrent_state.py", "sequence.py", "pool.py")):
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return False
+    finally:
+        sys.settrace(None)
+    return True
+
+
+def consistent(of: KVArena) -> None:
+    """What rows and snapshots are said to hold is there."""
+    states_of = of.states
+    assert states_of is not None
+    for row, (at, held) in enumerate(zip(states_of._at, states_of._held, strict=True)):
+        for position, place in held:
+            assert value(states_of, place) == position
+        if at > 0:
+            assert value(states_of, row) == at
+        assert [position for position, _ in held] == sorted({position for position, _ in held})
+
+
+@pytest.mark.parametrize("kind", ["cut", "chunk", "share", "go on"])
+@torch.inference_mode()
+def test_an_interrupt_at_any_line_leaves_what_can_be_gone_on_from(kind: str) -> None:
+    """Then everything is as it would have been, after what is lacking was read again."""
+    ids = list(range(500))
+
+    def prepared() -> tuple[KVArena, Sequence]:
+        of = arena(snapshots=2)
+        one = of.open()
+        for first, end in ((0, 200), (200, 300), (300, 400)):
+            feed(of, one, ids[first:end])
+        if kind in ("share", "go on"):
+            one.close()
+        return of, one
+
+    def work(of: KVArena, one: Sequence) -> None:
+        if kind == "cut":
+            one.cut(399)
+        elif kind == "chunk":
+            feed(of, one, ids[400:450])
+        else:
+            of.open([*ids[:390], 7, 7] if kind == "share" else ids)
+
+    for line in range(0, 4000, 5 if kind == "share" else 1):  # sharing compares tokens for long
+        of, one = prepared()
+        ended = interrupted_at(line, lambda of=of, one=one: work(of, one))  # type: ignore[misc]
+        consistent(of)
+        for sequence in of.table.rows:
+            if sequence is not None:
+                sequence.close()
+        consistent(of)
+        again = of.open(ids)
+        check(of, again, len(again))
+        feed(of, again, ids[len(again) :])
+        check(of, again, 500)
+        if ended:
+            assert line > 20
+            return
+    raise AssertionError("it never ended")

@@ -34,16 +34,20 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32", "ones"])
 @pytest.mark.parametrize(("kernel", "computed", "types", "constants", "warps"), CASES)
 def test_compiles_for_hopper(kernel, computed, types, constants, warps, kind):
-    types = types | dict.fromkeys(computed, kind)
+    """`ones`: with integers that are 1, which Triton takes for constants."""
+    if kind == "ones":
+        constants = constants | {name: 1 for name, one in types.items() if one == "i32"}
+        types = {name: one for name, one in types.items() if one != "i32"}
+    types = types | dict.fromkeys(computed, "*bf16" if kind == "ones" else kind)
     assert set(types) | set(constants) == set(kernel.arg_names)
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
     options = {"num_warps": warps}
     if kernel is kernels.delta_scan_kernel:
-        options["num_stages"] = launch.stages(torch.bfloat16 if kind == "*bf16" else torch.float32)
+        options["num_stages"] = launch.stages(torch.float32 if kind == "*fp32" else torch.bfloat16)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     text = compiled.asm["ptx"]
     assert ".local" not in text
