@@ -290,6 +290,10 @@ class KVArena:
         """Full-precision K and V of a layer: ``[rows, kv_heads, sink + ring, d]``."""
         return self._full[0, layer], self._full[1, layer]
 
+    def row_state(self, row: int) -> Tensor:
+        """Sinks and ring of a row: ``[2, layers, kv_heads, sink + ring, d]``."""
+        return self._full[:, :, row]
+
     def inputs(self, layer: int, state: "StepState", coefficients: Tensor | None) -> kernels.AttentionInputs:
         """What the attention kernels read for one token in each sequence of a step; for means its queries'
         coefficients."""
