@@ -92,6 +92,8 @@ class Generation:
         Raises:
             UsageError: Stop strings without a tokenizer.
         """
+        #: A copy of the prompt's ids.
+        self.prompt_ids = tuple(ids)
         self.prompt_tokens, self.reused_tokens, self.read_tokens = len(ids), 0, 0
         self.prefill_seconds, self.decode_seconds = 0.0, 0.0
         self.generated_tokens = self.decoded_tokens = 0

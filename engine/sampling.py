@@ -134,10 +134,16 @@ class SamplingParams:
         unknown = set(overrides) - {f.name for f in fields(cls)}
         if unknown:
             raise TypeError(f"unknown sampling parameters: {', '.join(sorted(unknown))}")
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return cls(**(cls.own(defaults) | given))
+
+    @staticmethod
+    def own(defaults: GenerationDefaults) -> dict[str, Any]:
+        """The model's own settings by their names; what it does not say is not among them."""
         values: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty}
         if defaults.do_sample:
             values |= {name: getattr(defaults, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        return cls(**(values | {name: value for name, value in overrides.items() if value is not None}))
+        return values
 
 
 @dataclass(eq=False)

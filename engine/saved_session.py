@@ -146,7 +146,8 @@ def _short(names: list[tuple[str, str, int, int]]) -> str:
     kinds = dict.fromkeys(k if k == v else f"{k}:{v}" for k, v, _, _ in names)
     seeds = dict.fromkeys(seed for *_, seed in names)
     seed = "" if [*seeds] == [0] else f" of the seed {quoted(next(iter(seeds)))}"
-    return f"{' and '.join([*kinds][:3])} in {len(names):,} layers{seed}"
+    where = "" if len(kinds) == 1 else f" in {len(names):,} layers"
+    return f"{' and '.join([*kinds][:3])}{where}{seed}"
 
 
 @dataclass(frozen=True)
@@ -165,20 +166,27 @@ class Snapshot:
     full: Tensor | None
 
     @classmethod
-    def take(cls, session: Session, settings: SamplingParams) -> Snapshot:
+    def take(
+        cls, session: Session, settings: SamplingParams, options: dict[str, str | int | None] | None = None
+    ) -> Snapshot:
         """The conversation of a session, and what the cache holds of it.
+
+        Args:
+            options: What the engine was loaded with, to be kept with it.
 
         Raises:
             OctoError: A model with random weights.
         """
         engine, messages = session.engine, session.messages
-        sequence, length, pages = _held(engine, messages)
+        sequence, length, pages = _held(engine, session.rendered(messages) if messages else [])
         header = {
             "version": VERSION,
             "model": engine.name,
             "saved": time.time(),
             "identity": dataclasses.asdict(_identity(engine)),
             "settings": dataclasses.asdict(settings),
+            "options": options or {},
+            "variables": session.variables,
             "system": session.system,
             "turns": session.turns,
         }
@@ -265,9 +273,8 @@ def _item(tensor: Tensor) -> Item:
     return Item(tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
-def _held(engine: Engine, messages: list[dict[str, str]]) -> tuple[Sequence | None, int, int]:
+def _held(engine: Engine, ids: list[int]) -> tuple[Sequence | None, int, int]:
     """The sequence that holds most of a conversation, and how many of its tokens and pages that are."""
-    ids = engine.tokenizer.chat(messages) if messages else []
     rows = [sequence for sequence in engine.arena.table.rows if sequence is not None]
     best = max(rows, key=lambda sequence: sequence.common(ids), default=None)
     if best is None or not best.common(ids):
@@ -296,6 +303,8 @@ class SavedSession:
     Attributes:
         saved: When, in seconds since 1970.
         settings: How answers were drawn.
+        options: What the engine was loaded with: texts, numbers, None.
+        variables: What the chat template saw beside the messages.
         tokens, pages: What the cache held.
     """
 
@@ -305,6 +314,8 @@ class SavedSession:
     saved: float
     identity: Identity | None
     settings: SamplingParams
+    options: dict[str, str | int | None]
+    variables: dict[str, Any]
     system: str | None
     turns: tuple[dict[str, str], ...]
     entries: dict[str, TensorEntry]
@@ -347,6 +358,8 @@ class SavedSession:
             saved=fields.number("saved", 0.0, low=0.0, high=1e11),
             identity=_read_identity(fields) if version == VERSION else None,
             settings=params,
+            options=_read_options(fields),
+            variables=_object(fields, "variables"),
             system=fields.text("system"),
             turns=_read_turns(fields),
             entries=entries,
@@ -355,7 +368,7 @@ class SavedSession:
     def session(self, engine: Engine) -> Session:
         """The conversation, to be continued with an engine; what the cache does not hold is read with the next
         question."""
-        session = Session(engine, self.system)
+        session = Session(engine, self.system, variables=self.variables)
         session.turns = [dict(turn) for turn in self.turns]
         return session
 
@@ -383,9 +396,9 @@ class SavedSession:
             if entry is None or STORED_DTYPES.get(entry.dtype) not in dtypes or entry.shape != shape:
                 found = "is missing" if entry is None else f"is {entry.dtype} {quoted(list(entry.shape))}"
                 return f"its file is damaged ({name} {found}, not {quoted(list(shape))})"
-        shape = engine.plan.shape
-        tail = self.tokens - shape.sink - PAGE * self.pages
-        if (self.pages and tail < 0) or tail > shape.ring or self.pages > shape.max_pages:
+        kept = engine.plan.shape
+        tail = self.tokens - kept.sink - PAGE * self.pages
+        if (self.pages and tail < 0) or tail > kept.ring or self.pages > kept.max_pages:
             return f"its file is damaged ({self.pages:,} pages do not fit {self.tokens:,} tokens)"
         return None
 
@@ -548,6 +561,25 @@ def _read_identity(fields: Fields) -> Identity:
         sink=values.integer("sink", low=0),
         window=values.integer("window", low=0),
     )
+
+
+def _object(fields: Fields, name: str) -> dict[str, Any]:
+    """The object of this name, an empty one where there is none."""
+    found = fields.sub(name)
+    return {} if found is None else dict(found.values)
+
+
+def _read_options(fields: Fields) -> dict[str, str | int | None]:
+    """What the engine was loaded with.
+
+    Raises:
+        OctoError: Values of other kinds.
+    """
+    options = _object(fields, "options")
+    for name, value in options.items():
+        if isinstance(value, bool) or not (value is None or isinstance(value, (str, int))):
+            raise fields.fail(f"options.{shown(name, 40)}", f"is {quoted(value)}, no text or whole number")
+    return options
 
 
 def _read_turns(fields: Fields) -> tuple[dict[str, str], ...]:

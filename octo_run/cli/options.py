@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from octo_run.errors import quoted
+from octo_run.errors import UsageError, quoted
 from octo_run.models.config import CONDITIONINGS, HEADS
 
 DEFAULT_MODEL = "octo-demo"
@@ -265,6 +267,36 @@ _SAMPLING_OPTIONS = (
     click.option("--max-tokens", "-n", type=TOKENS, help="Longest answer.  [default: no limit]"),
     stop_option,
 )
+
+
+def template_options(command: Command) -> Command:
+    """Add the options of the chat template; the command receives them as ``template_kwargs`` and ``chat_template``."""
+    command = click.option(
+        "--chat-template", type=click.Path(path_type=Path), help="A file with another chat template (Jinja)."
+    )(command)
+    return click.option(
+        "--template-kwargs", metavar="JSON", type=TEXT,
+        help="What the chat template sees beside the messages, for example '{\"enable_thinking\": false}'.",
+    )(command)  # fmt: skip
+
+
+def template_variables(text: str | None) -> dict[str, Any]:
+    """The object of ``--template-kwargs``.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"--template-kwargs is {quoted(text)}; give a JSON object like '{{\"enable_thinking\": false}}'."
+        )
+    return value
 
 
 def engine_options(command: Command) -> Command:

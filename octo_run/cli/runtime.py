@@ -122,11 +122,45 @@ def checked_formats(text: str, cfg: "ModelConfig") -> list[str]:
     return kvs
 
 
-def open_session(engine: "Engine", system: str | None) -> "Session":
-    """A new conversation with ``engine``."""
+def open_session(engine: "Engine", system: str | None, **options: Any) -> "Session":
+    """A new conversation with ``engine``; ``options`` are those of ``Session``."""
     from octo_run.engine import Session
 
-    return Session(engine, system=system)
+    return Session(engine, system=system, **options)
+
+
+def check_loadable(options: EngineOptions) -> None:
+    """Check, before another engine is closed for it, that there is such a model with such a format.
+
+    Raises:
+        OctoError: There is not.
+    """
+    from octo_run.engine.allocation import parse_formats
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    parse_formats(options.kv, load_config(resolve(options.model)))
+
+
+def model_defaults(engine: "Engine") -> dict[str, Any]:
+    """What the model's own files say about how its answers are drawn: names and values of ``SamplingParams``."""
+    from octo_run.engine import SamplingParams
+
+    return SamplingParams.own(engine.defaults)
+
+
+def model_names() -> list[str]:
+    """The models on this machine."""
+    from octo_run.models import hub
+
+    return [entry.label for entry in hub.list_models() if entry.complete and entry.damage is None]
+
+
+def format_names() -> list[str]:
+    """The formats that ``--kv`` takes."""
+    from octo_run.kernels import codec
+
+    return [*codec.names(), "auto:56"]
 
 
 def open_reply(

@@ -124,13 +124,16 @@ class FakeEngine:
 
 
 class FakeSession:
-    def __init__(self, engine: FakeEngine, system: str | None) -> None:
-        self.engine, self.system = engine, system
+    def __init__(self, engine: FakeEngine, system: str | None, **options: Any) -> None:
+        self.engine, self.system, self.options = engine, system, options
         self.asked: list[str] = []
         self.cleared = 0
         engine.session = self
 
-    def ask(self, text: str, _params: Any, on_prompt: OnPrompt) -> FakeReply:
+    def rendered(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.engine.tokenizer.chat(messages)
+
+    def ask(self, text: str, _params: Any, on_prompt: OnPrompt, _budget: int | None = None) -> FakeReply:
         if text == "too long":
             raise UsageError("The prompt has 5,000 tokens and the context holds 4,096; shorten it or raise --ctx.")
         self.asked.append(text)

@@ -163,7 +163,7 @@ def test_an_engine_takes_the_file_s_conditioning(tiny: Callable[..., Engine], tm
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"kv": "oct2"}, "was saved with the KV cache oct3 in 2 layers and this is oct2 in 2 layers"),
+        ({"kv": "oct2"}, "was saved with the KV cache oct3 and this is oct2"),
         ({"kv": "oct3:oct4"}, "and this is oct3:oct4"),
         ({"kv": "oct3", "conditioning": "mean"}, "saved with --conditioning full and this is mean"),
         ({"kv": "oct3", "window": 128}, "window of 64 tokens"),
@@ -244,6 +244,9 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "settings": _set("settings", "temperature", -1),
     "settings a list": _set("settings", [1]),
     "settings nested": _set("settings", "stop", [[[]]]),
+    "options a list": _set("options", [1]),
+    "options nested": _set("options", {"kv": ["oct3"]}),
+    "variables a text": _set("variables", "x"),
     "system a number": _set("system", 3),
     "ids of another shape": lambda header, _: header["ids"].update(shape=[1, *header["ids"]["shape"]]),
     "pages of another shape": lambda header, _: header["pages"].update(shape=header["pages"]["shape"][::-1]),
