@@ -7,7 +7,6 @@ no colours, the marks stay and only lines are broken. The text must be free of c
 
 import re
 
-_RESET = "\x1b[0m"
 _NARROWEST = 20  # columns: in fewer, lines are left to the terminal
 #: What a line may begin with while it is not known what kind it is.
 _UNDECIDED = re.compile(r"[ \t]*(?:#{1,6} ?|[-+*] ?|[0-9]{1,3}(?:[.)] ?)?|> ?|`{1,2}|~{1,2}|(?:```|~~~).*)?")
@@ -33,6 +32,7 @@ class MarkdownStream:
         self._width = width - 1 if width >= _NARROWEST else 1 << 30
         self._colours = colours
         self._dim = self._heading = self._bold = self._italic = self._code = False
+        self._shown = "0"
         self._fence: str | None = None  # what ends the block of code
         self._start: str | None = ""  # the line so far, while its kind is not known
         self._marks = ""  # marks of which it is not known yet what they do
@@ -52,7 +52,7 @@ class MarkdownStream:
             held, self._start = self._start, None
             out += held if self._fence is not None else "".join(map(self._inline, held))
         out += self._resolve(" ") + self._flush()
-        return out + (_RESET if self._colours else "")
+        return out + self._show("0")
 
     def set_dim(self, dim: bool) -> str:
         """Write dim letters from now on, or plain ones, on a line of their own."""
@@ -176,7 +176,7 @@ class MarkdownStream:
         self._heading = self._bold = self._italic = self._code = False
         self._column = self._indent = 0
         self._start = ""
-        return f"{_RESET}\n{self._style()}" if self._colours else "\n"
+        return f"{self._style()}\n"
 
     def _style(self) -> str:
         """The escape sequence for letters as they are to be now."""
@@ -187,4 +187,11 @@ class MarkdownStream:
         codes += ["1"] if self._bold or self._heading else []
         codes += ["3"] if self._italic else []
         codes += ["36"] if self._code or self._fence is not None else []
-        return f"\x1b[{';'.join(codes)}m"
+        return self._show(";".join(codes))
+
+    def _show(self, codes: str) -> str:
+        """The escape sequence for letters of these codes, "" where they are such already."""
+        if not self._colours or codes == self._shown:
+            return ""
+        self._shown = codes
+        return f"\x1b[{codes}m"
