@@ -17,11 +17,13 @@ from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
 from octo_run.engine.calibration import Calibration
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
+from octo_run.engine.grammar import Guide
 from octo_run.engine.parts import Parts
 from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.sampling_rules import breaking_tokens
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError, expect, quoted, shown
 from octo_run.kernels.codec import LayerFormats
@@ -98,7 +100,10 @@ class Engine:
         self.step = parts.step
         #: Steps of one sequence in flight: on CUDA the next one is launched before the host has read this one's token.
         self.depth = 2 if self.device.type == "cuda" else 1
-        self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
+        self.end_ids = ends = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
+        if isinstance(tokenizer, Tokenizer):
+            self.step.guide = lambda grammar: Guide(grammar, tokenizer, ends)
+            self.step.breaking = lambda: breaking_tokens(tokenizer)
 
     def close(self) -> None:
         """Give back the memory of weights and cache; closing it again does nothing.

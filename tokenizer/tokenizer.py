@@ -233,6 +233,14 @@ class Tokenizer:
         stream.skip(after)
         return stream
 
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of a token in the middle of a text; none for an id without a token.
+
+        Raises:
+            ValueError: The id is negative.
+        """
+        return self._piece(token_id)
+
     def _piece(self, token_id: int) -> bytes:
         if token_id < 0:
             raise ValueError(f"a token id is 0 or more, not {token_id}")

@@ -1,4 +1,4 @@
-"""Options and commands of ``chat`` by the real program: files, templates, thoughts, other models, Ctrl-C at any time."""
+"""Options and commands of ``chat`` by the real program: files, templates, thoughts, other models, Ctrl-C."""
 
 import random
 import re
@@ -207,4 +207,3 @@ def test_ctrl_c_at_50_random_moments(terminal: Callable[..., Any]) -> None:
         assert "Traceback" not in chat.screen, (number, chat.screen[-2000:])
         assert chat.process.returncode in (0, 130), (number, chat.process.returncode)
         assert chat.attributes() == chat.before, number
-        chat.close()
