@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from octo_run.engine.generation import Generation
+from octo_run.engine.generation import Generation, Token
 from octo_run.errors import UsageError, quoted
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class Reply:
         #: The ids that it answers.
         self.prompt_ids = generation.prompt_ids
         self.text, self.ids = "", list[int]()
+        #: The tokens so far, with their log-probabilities.
+        self.tokens = list[Token]()
         self.finish_reason: str | None = None
         self._pieces = self._run()
 
@@ -136,6 +138,7 @@ class Reply:
     def _run(self) -> Generator[str, None, None]:
         for token in self.generation:
             self.ids.append(token.id)
+            self.tokens.append(token)
             self.finish_reason = token.finish_reason
             if token.text:
                 yield token.text

@@ -85,7 +85,8 @@ class SamplingParams:
     """How the next token is chosen, and when to stop.
 
     The rules apply in the order repetition penalty, presence and frequency penalty, DRY, bias, grammar, temperature,
-    top-n-sigma, top-k, typical-p, top-p, min-p, XTC. Numbers may be of any type, NumPy's included, and are kept as ``float`` and ``int``.
+    top-n-sigma, top-k, typical-p, top-p, min-p, XTC. Numbers may be of any type, NumPy's included, and are kept as
+    ``float`` and ``int``.
 
     Attributes:
         temperature: 0 is greedy, and so is a temperature too small for float32.

@@ -19,12 +19,11 @@ from octo_run.cli.options import (
     TEXT,
     Count,
     EngineOptions,
-    SamplingOptions,
     engine_options,
-    sampling_options,
     template_options,
     template_variables,
 )
+from octo_run.cli.sampling_options import SamplingOptions, sampling_options
 from octo_run.errors import OctoError, UsageError
 from octo_run.process import EXIT_INTERRUPTED
 

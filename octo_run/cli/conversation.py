@@ -14,8 +14,9 @@ from octo_run import process
 from octo_run.cli import chat_commands, console
 from octo_run.cli.answer_display import AnswerDisplay
 from octo_run.cli.keeper import Keeper
-from octo_run.cli.options import EngineOptions, SamplingOptions
+from octo_run.cli.options import EngineOptions
 from octo_run.cli.progress import PromptProgress
+from octo_run.cli.sampling_options import SamplingOptions
 from octo_run.errors import UsageError, shown
 
 if TYPE_CHECKING:

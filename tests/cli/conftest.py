@@ -158,11 +158,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         fake.weights.append(options.weights)
         return fake
 
-    def params(_engine: FakeEngine, options: Any) -> Any:
+    def params(_engine: FakeEngine, options: Any, **_more: Any) -> Any:
         fake.sampling = options
         return SimpleNamespace(temperature=options.temp or 0.0, seed=options.seed)
 
-    def reply(_engine: FakeEngine, ids: list[int], options: Any, on_prompt: OnPrompt) -> FakeReply:
+    def reply(_engine: FakeEngine, ids: list[int], options: Any, on_prompt: OnPrompt, _logprobs: int = 0) -> FakeReply:
         fake.prompts.append(ids)
         params(fake, options)
         return fake.next_reply(on_prompt)
