@@ -53,7 +53,8 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     """
     from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.engine.plan import free_memory, weight_bytes
-    from octo_run.models.config import load_config
+    from octo_run.engine.sampling import SamplingParams
+    from octo_run.models.config import load_config, load_generation_defaults
     from octo_run.models.decoder import Decoder
     from octo_run.models.hub import resolve
     from octo_run.models.weights import RandomWeights, num_parameters, stored_config
@@ -79,6 +80,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
         "max_context": cfg.context_limit,
+        "sampling": SamplingParams.own(load_generation_defaults(path)),
         "device": str(where),
         "free_bytes": free_memory(where),
         "weights": _weight_rows(cfg, kind),
@@ -135,6 +137,13 @@ def _weight_table(rows: list[dict[str, Any]]) -> list[str]:
     return ["", console.table(header, cells)]
 
 
+def _sampling(own: dict[str, Any]) -> str:
+    """What the model's own files say about how its answers are drawn."""
+    if "temperature" not in own:
+        own = {"temperature": 0, **own}
+    return ", ".join(f"{name} {value:g}" for name, value in own.items()) + " (the model's own; options change it)"
+
+
 def _text(facts: dict[str, Any]) -> str:
     shape = (
         f"{facts['layers']} layers, {facts['heads']} heads over {facts['kv_heads']} KV heads of {facts['head_dim']},"
@@ -156,6 +165,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"weights       {facts['weight_format']}",
         f"context       {facts['max_context']:,} tokens at most",
+        f"sampling      {_sampling(facts['sampling'])}",
         f"device        {facts['device']}, {console.human_bytes(facts['free_bytes'])} free",
         *_weight_table(facts["weights"]),
         "",
