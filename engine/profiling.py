@@ -62,7 +62,7 @@ KERNELS = {
     "merge_kernel": ATTENTION,
     "octopus_pages_kernel": CODING,
     "pack_kernel": CODING,
-    "packed_product_kernel": _PRODUCT,
+    "streamed_product_kernel": _PRODUCT,
     "plain_decode_kernel": ATTENTION,
     "plain_pages_kernel": CODING,
     "put_back_kernel": ATTENTION,

@@ -50,6 +50,13 @@ def values(kind: str) -> Tensor:
     raise ValueError(f"there is no kind of codes {kind!r}")
 
 
+def by_group(part: Tensor | None) -> Tensor | None:
+    """Scales or offsets ``[out, groups]`` as they lie on their device: on a GPU those of a group side by side."""
+    if part is None or part.device.type != "cuda":
+        return part
+    return part if part.stride(0) == 1 else part.t().contiguous().t()
+
+
 @functools.cache
 def lane_order(bits: int) -> Tensor:
     """Column of the code at each place of a block, int64 ``[BLOCK]``."""
@@ -67,7 +74,8 @@ class PackedWeight:
         group: Columns that share a scale: one of ``GROUPS``, or ``columns`` padded for all of a row.
         codes: uint8 ``[out, padded * bits / 8]``, rows contiguous.
         rows: float32 ``[out]``.
-        scales: float16 ``[out, padded / group]``; None: 1.
+        scales: float16 ``[out, padded / group]``; None: 1. On a GPU a group's lie side by side: its kernels read those
+            of many rows at once (``by_group``).
         offsets: Like ``scales``, for the kinds of integers; None: 0.
         order: int32 ``[in]``: column i of the codes belongs to input ``order[i]``; None: to input i.
     """
@@ -122,7 +130,7 @@ class PackedWeight:
         """The same on a device."""
 
         def moved(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part.to(device)
+            return None if part is None else by_group(part.to(device).contiguous())
 
         return replace(
             self, codes=self.codes.to(device), rows=self.rows.to(device), scales=moved(self.scales),
@@ -194,7 +202,8 @@ def pack(
         placed = placed[:, ::2] | (placed[:, 1::2] << 4)
     return PackedWeight(
         kind, columns, padded // groups, placed.contiguous(), rows.to(torch.float32).contiguous(),
-        _fitted(scales, groups), _fitted(offsets, groups), None if order is None else order.to(torch.int32),
+        by_group(_fitted(scales, groups)), by_group(_fitted(offsets, groups)),
+        None if order is None else order.to(torch.int32),
     )  # fmt: skip
 
 
@@ -216,7 +225,7 @@ def empty(
     kept = padded if group is None else group
 
     def groups(there: bool) -> Tensor | None:
-        return torch.empty(out, padded // kept, dtype=torch.float16, device=device) if there else None
+        return by_group(torch.empty(out, padded // kept, dtype=torch.float16, device=device)) if there else None
 
     codes = torch.empty(out, padded * BITS[kind] // 8, dtype=torch.uint8, device=device)
     rows = torch.empty(out, dtype=torch.float32, device=device)
@@ -246,7 +255,7 @@ def joined(parts: Sequence[PackedWeight]) -> PackedWeight | None:
             torch.full((len(p.codes), shape), missing, dtype=torch.float16, device=p.device) if one is None else one
             for p, one in zip(parts, found, strict=True)
         ]
-        return torch.cat(filled)
+        return by_group(torch.cat(filled))
 
     return replace(
         first,

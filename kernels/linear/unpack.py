@@ -12,6 +12,9 @@ from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.lanes import fma_half2, u32
 
+#: The last four bits of both halves of a register.
+NIBBLES = gl.constexpr(0x000F000F)
+
 
 @constexpr_function
 def steps_of_word(bits):
@@ -46,10 +49,13 @@ def _mantissa_shift(kind, element):
 
 
 @gluon.jit
-def pair(word, I: gl.constexpr, KIND: gl.constexpr, ELEMENT: gl.constexpr):
-    """Pair I of a register of codes, as two 16-bit floats (see ``excess``): of 4-bit codes 4 pairs, of 8-bit ones 2."""
+def pair(word, I: gl.constexpr, nibbles, KIND: gl.constexpr, ELEMENT: gl.constexpr):
+    """Pair I of a register of codes, as two 16-bit floats (see ``excess``): of 4-bit codes 4 pairs, of 8-bit ones 2.
+
+    ``nibbles``: a register of NIBBLES, as an instruction takes one constant only.
+    """
     if KIND == "int4":
-        return ((word >> (4 * I)) & 0x000F000F) | _magic(ELEMENT)
+        return ((word >> (4 * I)) & nibbles) | _magic(ELEMENT)
     elif KIND == "fp4":
         v = (word << (12 - 4 * I)) & 0x80008000
         shift: gl.constexpr = _mantissa_shift(KIND, ELEMENT) - 4 * I

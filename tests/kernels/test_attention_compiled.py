@@ -26,11 +26,13 @@ pytestmark = [
 TABLES = ("levels_k", "radii_k", "levels_v", "radii_v")
 POINTERS = {
     **dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V", "SLAB_K", "SLAB_V"), "bf16"),
-    **dict.fromkeys(("PARTIAL", "LSE", "COEF", "BASE", "OFFSET", *TABLES), "fp32"),
+    **dict.fromkeys(("PARTIAL", "LSE", "COEF", "BASE", "OFFSET", "SINK_LOGITS", *TABLES), "fp32"),
     **dict.fromkeys(("PAGE_TABLE", "ROWS", "NUM_PACKED", "STARTS", "TAIL_ORIGIN"), "i32"),
     "PAGES": "u8",
 }
 Options = namedtuple("Options", ("warps", "stages"))
+PLAIN = {"WINDOW": 0, "CAP": 0.0, "SINKS": False}
+EVERYTHING = {"WINDOW": 4096, "CAP": 50.0, "SINKS": True}
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have (sm_90)
 UNALIGNED = ("scale", "count", "sink", "capacity", "batch", "programs", "st_r", "first", "first_page", "pages")
 
@@ -113,7 +115,8 @@ def spill_bound(kv):
         ("oct2", 80, 4, torch.bfloat16, False),
     ],
 )
-def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean):
+@pytest.mark.parametrize("kinds", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean, kinds):
     from octo_run.kernels.attention import dispatch
     from octo_run.kernels.attention.general.decode import general_decode_kernel
 
@@ -121,7 +124,7 @@ def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean):
     stored = dispatch.stored(parse_kv(kv, dim), dtype, mean=mean)
     tiles = dispatch.tiles(dispatch.Kernel.GENERAL_DECODE, stored, dispatch.ELEMENTS[dtype], dim)
     constants |= {"BM": max(tiles.rows, group), "BN": tiles.keys, "BF": tiles.full_keys, "DIVIDED": True}
-    constants |= {"FLIP": tiles.flip}
+    constants |= {"FLIP": tiles.flip, **kinds}
     kernel, stack = compile_for_hopper(general_decode_kernel, constants, tiles, dtype, tables)
     assert "wgmma" not in kernel.asm["ptx"]
     assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
@@ -129,7 +132,8 @@ def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean):
 
 @pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 7), (128, 4), (128, 16), (256, 1)])
 @pytest.mark.parametrize("batch", [1, 16])
-def test_plain_decode_compiles_for_hopper(dim, group, batch):
+@pytest.mark.parametrize("kinds", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+def test_plain_decode_compiles_for_hopper(dim, group, batch, kinds):
     import triton
 
     from octo_run.kernels.attention.dispatch import Element, Kernel, Stored, tiles
@@ -138,6 +142,7 @@ def test_plain_decode_compiles_for_hopper(dim, group, batch):
     tiling, width = tiles(Kernel.PLAIN_DECODE, Stored.PLAIN, Element.HALF, dim), triton.next_power_of_2(dim)
     constants = {
         "G": group, "D": dim, "WIDTH": width, "BM": tiling.rows, "BN": tiling.keys, "BATCH": batch, "DIVIDED": True,
+        **kinds,
     }  # fmt: skip
     kernel, stack = compile_for_hopper(plain_decode_kernel, constants, tiling, torch.bfloat16)
     ptx = kernel.asm["ptx"]
@@ -156,7 +161,7 @@ def test_unpacking_compiles_for_hopper(kv, dim):
     from octo_run.kernels.attention.general.prefill import unpack_kernel
 
     shared, tables = format_constants(kv, dim, 4, torch.bfloat16, False)
-    constants = {name: value for name, value in shared.items() if name in unpack_kernel.arg_names}
+    constants = {name: value for name, value in (shared | PLAIN).items() if name in unpack_kernel.arg_names}
     kernel, stack = compile_for_hopper(unpack_kernel, constants, Options(4, 3), torch.bfloat16, tables)
     assert kernel.metadata.shared <= SHARED_MEMORY
     assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
@@ -175,7 +180,8 @@ def test_unpacking_compiles_for_hopper(kv, dim):
         (128, torch.float32, True, True),
     ],
 )
-def test_prefill_compiles_for_hopper(dim, dtype, past, slab):
+@pytest.mark.parametrize("kinds", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+def test_prefill_compiles_for_hopper(dim, dtype, past, slab, kinds):
     import triton
     import triton.language as tl
 
@@ -186,7 +192,7 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab):
     width = max(16, triton.next_power_of_2(dim))
     constants = {
         "G": 4, "D": dim, "WIDTH": width, "BM": tiling.rows, "BN": tiling.keys, "PAST": past, "SLAB": slab,
-        "DOT": tl.float32 if dtype == torch.float32 else tl.float16,
+        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, **kinds,
     }  # fmt: skip
     types = {name: "fp16" for name in ("SINK_K", "SINK_V", "TAIL_K", "TAIL_V") if slab and dtype != torch.float32}
     types |= {"ACC": "fp32"}
@@ -208,10 +214,11 @@ def test_the_key_mean_compiles_for_hopper(name, dim):
     from octo_run.kernels.attention.key_mean import launch_options
 
     options = launch_options(dim)
-    constants = {"D": options["D"], "WIDTH": options["WIDTH"]}
+    constants = {"D": options["D"], "WIDTH": options["WIDTH"], "WINDOW": 0}
     launch = Options(options["num_warps"], options["num_stages"])
     types = {"K": "bf16", "OUT": "bf16", "SLAB": "fp16", "MAPS": "fp32", "FIRST": "i32"}
     kernel = getattr(key_mean_kernels, name)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     compiled, stack = compile_for_hopper(kernel, constants, launch, torch.bfloat16, types=types)
     assert compiled.metadata.shared <= SHARED_MEMORY
     assert stack <= spill_bound("bf16"), f"{stack} bytes of registers spilled"

@@ -12,13 +12,16 @@ import triton.language as tl
 
 from octo_run.kernels.attention.general.parts import (
     LOG2E,
-    LOWEST,
     PAGE,
+    earliest_seen,
+    first_softmax,
     full_segments,
     full_tile,
     full_tiles,
+    hidden_pages,
     my_part,
     place,
+    soft_cap,
     tiles_of_page,
 )
 from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
@@ -159,12 +162,12 @@ def _tile(
     visible, levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr, T1:
     tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED:
-    tl.constexpr, FLIP: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr,
+    tl.constexpr, FLIP: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BN stored vectors: from `first_row` of a page on if `paged`, else `full_row`.
 
-    `paged` is a constant: only one of the two is compiled. `bias` is added to the scores. `visible` (broadcast
-    over the scores) says what counts, where MASKED.
+    `paged` is a constant: only one of the two is compiled. `bias` is added to the scores, which CAP then
+    limits. `visible` (broadcast over the scores) says what counts, where MASKED.
     """
     i0 = tl.arange(0, T0)
     if FLIP:
@@ -186,6 +189,8 @@ def _tile(
     if KIND_K != PLAIN:
         s = s * _along(_stored_norms(paged, kpage, page_row, radii_k, KIND_K, BYTES_K), FLIP)
     s += bias
+    if CAP > 0:
+        s = soft_cap(s, CAP)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 0 if FLIP else 1))
@@ -224,14 +229,14 @@ def page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def general_decode_kernel(
     Q, OUT, PARTIAL, LSE, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
-    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, sink, capacity, batch, programs,
+    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, SINK_LOGITS, scale, sink, capacity, batch, programs,
     sc_b, sc_h, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
     BATCH: tl.constexpr, DIVIDED: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
-    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
+    PTX_K: tl.constexpr, PTX_V: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, part) of `parts.divide`. What the arena holds: `AttentionInputs`.
 
@@ -239,7 +244,8 @@ def general_decode_kernel(
     program (KV head, sequence), and the output goes to OUT. BM, BN, BF: queries, keys of a page, keys in full precision
     of a tile. ELEMENT is the element type of plain pages. FLIP: all products transposed, keys on the side that is a
     multiple of 16, queries on the other. MEAN: add what the key mean brings to the scores of packed keys (COEF, BASE,
-    OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`.
+    OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`. WINDOW,
+    CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a sequence's first part has.
     """
     h = tl.program_id(0)
     flat = tl.program_id(1)
@@ -247,13 +253,15 @@ def general_decode_kernel(
     part = 0
     parts = 1
     if DIVIDED:
-        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF,
+                                 WINDOW)  # fmt: skip
         if parts == 0:
             return
     b = b.to(tl.int64)
     packed = tl.load(NUM_PACKED + b)
     owned, length = place(b, ROWS, STARTS)
-    segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
+    earliest = earliest_seen(length, WINDOW)
+    segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity, earliest, WINDOW)
     r = tl.arange(0, BM)
     head = h * G + r
     real = r < G
@@ -279,29 +287,36 @@ def general_decode_kernel(
     coef = COEF + _across(b * sc_b + head * sc_h, FLIP)
     lift = scale * LOG2E
     PRECISION: tl.constexpr = "ieee" if tl.float32 == DOT else "tf32x3"
-    m = tl.full([BM], LOWEST, tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    begins = real
+    if DIVIDED:
+        begins = r < tl.where(part == 0, G, 0)
+    m, l = first_softmax(SINK_LOGITS, head, begins, SINKS)
 
-    page_tiles = packed * tiles_of_page(BN)
+    hidden = hidden_pages(earliest, sink, packed, WINDOW)
+    page_tiles = (packed - hidden) * tiles_of_page(BN)
     tiles = page_tiles + full_tiles(segments, BF)
     first = part * tiles // parts
     last = (part + 1) * tiles // parts
     on = tl.arange(0, BN)
     for t in range(first, tl.minimum(last, page_tiles)):
-        page = tl.load(PAGE_TABLE + owned * st_r + t // tiles_of_page(BN))
+        number = hidden + t // tiles_of_page(BN)
+        page = tl.load(PAGE_TABLE + owned * st_r + number)
         kpage, vpage = page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
         first_row = (t % tiles_of_page(BN)) * BN
         row = first_row + on
         bias = 0.0
         if MEAN:
             tl.static_assert(PAGE // 2 % BN == 0, "a tile lies in one half of a page")
-            half = t // tiles_of_page(BN) * 2 + first_row // (PAGE // 2)
+            half = number * 2 + first_row // (PAGE // 2)
             there = row % (PAGE // 2)
             bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, half, there, D, HALF, PRECISION, FLIP)
+        visible = True
+        if WINDOW > 0:
+            visible = _along(sink + number * PAGE + row >= earliest, FLIP)
         m, l, acc0, acc1 = _tile(
-            q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, True,
+            q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, visible,
             levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
-            DOT, BM, BN, False, FLIP, PTX_K, PTX_V)  # fmt: skip
+            DOT, BM, BN, WINDOW > 0, FLIP, PTX_K, PTX_V, CAP)  # fmt: skip
     for t in range(tl.maximum(first, page_tiles), last):
         is_sink, row, _, valid = full_tile(t - page_tiles, segments, BF)
         row = tl.where(tl.arange(0, BF) < valid, row + tl.arange(0, BF), -1)
@@ -312,7 +327,7 @@ def general_decode_kernel(
         m, l, acc0, acc1 = _tile(
             q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, 0, kfull, vfull, row, kstride, vstride,
             _along(row >= 0, FLIP), levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1,
-            DOT, BM, BF, True, FLIP, None, None)  # fmt: skip
+            DOT, BM, BF, True, FLIP, None, None, CAP)  # fmt: skip
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
     if DIVIDED:
