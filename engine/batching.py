@@ -99,6 +99,7 @@ def complete(
             expect("params", rule, SamplingParams)
             ids = engine.prompt_ids(prompt)
             engine.check_prompt(ids)
+            engine.check_params(rule)
             answer = AnswerText(engine.tokenizer, rule, engine.end_ids, ids)
         except UsageError as error:
             raise UsageError(f"Prompt {index}: {error}") from None

@@ -383,6 +383,8 @@ class Engine:
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
         expect("params", params, SamplingParams, none=True)
+        if params is not None:
+            self.check_params(params)
         return Generation(self, ids, params or SamplingParams(), on_prompt)
 
     def chat(
@@ -487,6 +489,18 @@ class Engine:
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
         if wrong is not None:
             raise UsageError(f"The token id {wrong} is not in the vocabulary of {self.config.vocab_size:,}.")
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Check that rules of sampling suit the model.
+
+        Raises:
+            UsageError: A bias of tokens that there are not, or a grammar where there is no tokenizer.
+        """
+        wrong = next((token for token, _ in params.logit_bias if token >= self.config.vocab_size), None)
+        if wrong is not None:
+            raise UsageError(f"logit_bias names the token {wrong} and the vocabulary has {self.config.vocab_size:,}.")
+        if params.grammar is not None and self.step.guide is None:
+            raise UsageError("A model with random weights has no tokenizer, so no grammar can be followed.")
 
     @torch.inference_mode()
     def feed(self, sequence: Sequence, ids: list[int], on_prompt: OnPrompt | None = None) -> Tensor:

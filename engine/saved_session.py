@@ -181,7 +181,7 @@ class Snapshot:
         sequence, length, pages = _held(engine, session.rendered(messages) if messages else [])
         header = {
             "version": VERSION,
-            "model": engine.name,
+            "model": _lasting(engine.name),
             "saved": time.time(),
             "identity": dataclasses.asdict(_identity(engine)),
             "settings": dataclasses.asdict(settings),
@@ -206,7 +206,8 @@ class Snapshot:
             for first in range(0, len(self.page_ids), count):
                 chosen = torch.tensor(self.page_ids[first : first + count], device=arena.pages.device)
                 with torch.inference_mode():
-                    yield arena.pages.index_select(0, chosen).cpu()
+                    piece = arena.pages.index_select(0, chosen).cpu()
+                yield piece
             were_read()
 
         found["pages"] = Item(torch.uint8, (len(self.page_ids), row), pages)
@@ -261,6 +262,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _lasting(model: str) -> str:
+    """What a model is called, from whatever folder: the whole path of a folder."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 @lru_cache(maxsize=2)

@@ -249,11 +249,11 @@ class Stepper:
 
     def _allow(self, sequences: list[Sequence]) -> None:
         """Let guided sequences draw what their grammars allow."""
-        for number, sequence in enumerate(sequences):
+        for sequence in sequences:
             guide = self._sampling(sequence).guide
-            if guide is not None:
-                guide.fill(self._bits[number])
-                self.sampler.rules.allow(sequence.row, self._bits[number])
+            if guide is not None:  # its row's last copy is done: its last token has been waited for
+                guide.fill(self._bits[sequence.row])
+                self.sampler.rules.allow(sequence.row, self._bits[sequence.row])
 
     def read_with_tops(self, sequence: Sequence) -> tuple[int, float, tuple[tuple[int, float], ...]]:
         """As :meth:`read`, and the likeliest tokens with their log-probabilities, as many as are asked for."""

@@ -247,3 +247,12 @@ def test_the_same_seed_draws_the_same_tokens_whatever_runs_beside() -> None:
 
     alone = run([], 0)
     assert run([SamplingParams(), SamplingParams(temperature=2.0, top_k=3, seed=1, logprobs=2)], 3) == alone
+
+
+def test_a_bias_of_a_token_that_there_is_not_is_refused(tiny: Any) -> None:
+    engine, rule = tiny(), SamplingParams(logit_bias={260: 1.0})
+    with pytest.raises(UsageError, match="names the token 260 and the vocabulary has 260"):
+        engine.generate([1, 2], rule)
+    with pytest.raises(UsageError, match="Prompt 1: logit_bias"):
+        engine.generate_batch([[1], [2]], [SamplingParams(), rule])
+    assert list(engine.generate([1, 2], SamplingParams(logit_bias={259: 1.0}, max_tokens=2)))
