@@ -6,6 +6,7 @@ object: version, model, settings, the conversation, and what decides whether the
 - ``ids`` int32 ``[n]``: the tokens that the cache holds;
 - ``pages`` uint8 ``[P, bytes]``: the packed pages as the arena has them, a row has all layers and KV heads of a page;
 - ``full`` ``[2, layers, kv_heads, sink + ring, d]``: the sinks and the ring, K and V;
+- ``conv`` and ``memory``: the states of recurrent layers behind the last token, where there are such layers;
 - ``key_maps`` ``[layers, 2, kv_heads, d, d]`` and ``key_means`` float32 ``[layers, kv_heads, d]``: what queries and
   keys are multiplied by and what is kept out of the code, where there is such. They are measured, so each machine has
   its own; an engine takes those of the file.
@@ -52,7 +53,7 @@ from octo_run.models.safetensors_writer import Item, Shard
 if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
     from octo_run.engine.sequence import Sequence
-    from octo_run.models.decoder import Layer
+    from octo_run.models.decoder import AttentionWeights
 
 FORMAT = "octo-run session"
 #: Of the header: a change of what it says makes a new one.
@@ -63,6 +64,8 @@ PIECE_BYTES = 32 << 20
 _SAMPLE, _SAMPLES = 4096, 18
 _ADVICE = "its file is damaged, delete it"
 _MOST_KINDS = 64  # of pages in one file
+#: The states of recurrent layers: what convolutions remember, and the memories.
+_STATES = ("conv", "memory")
 _ROLES = ("user", "assistant")
 
 
@@ -156,6 +159,7 @@ class Snapshot:
 
     Attributes:
         engine: Whose pages they are.
+        rows: What the row of the sequence holds, by its names in the file; none where nothing is held.
         page_ids: The pages; they must stay what they are until ``write`` says that they were read.
     """
 
@@ -163,7 +167,7 @@ class Snapshot:
     header: dict[str, Any]
     ids: list[int]
     page_ids: list[int]
-    full: Tensor | None
+    rows: dict[str, Tensor]
 
     @classmethod
     def take(
@@ -191,9 +195,12 @@ class Snapshot:
             "turns": session.turns,
         }
         if sequence is None:
-            return cls(engine, header, [], [], None)
-        full = engine.arena.row_state(sequence.row).to("cpu", copy=True)
-        return cls(engine, header, sequence.ids[:length], sequence.page_ids[:pages], full)
+            return cls(engine, header, [], [], {})
+        rows = {"full": engine.arena.row_state(sequence.row).to("cpu", copy=True)}
+        if engine.arena.states is not None:
+            parts = engine.arena.states.of(sequence.row, length)
+            rows |= {name: part.to("cpu", copy=True) for name, part in zip(_STATES, parts, strict=True)}
+        return cls(engine, header, sequence.ids[:length], sequence.page_ids[:pages], rows)
 
     def items(self, were_read: Callable[[], None]) -> dict[str, Item]:
         """The tensors of the file; ``were_read`` is called when the arena is needed no more."""
@@ -211,8 +218,8 @@ class Snapshot:
             were_read()
 
         found["pages"] = Item(torch.uint8, (len(self.page_ids), row), pages)
-        if self.full is not None:
-            found["full"] = _item(self.full)
+        if self.rows:
+            found |= {name: _item(part) for name, part in self.rows.items()}
             found |= {name: _item(torch.stack(parts).cpu()) for name, parts in _key_tensors(self.engine).items()}
         return found
 
@@ -291,7 +298,7 @@ def _held(engine: Engine, ids: list[int]) -> tuple[Sequence | None, int, int]:
 def _key_tensors(engine: Engine) -> dict[str, list[Tensor]]:
     """The maps and means of all layers whose keys are conditioned, by their names in a file; none that follow from the
     rotation alone."""
-    layers: list[Layer] = engine.forward.decoder.layers
+    layers = _attention_layers(engine)
     found = dict[str, list[Tensor]]()
     maps = [layer.maps for layer in layers if layer.maps is not None]
     if engine.plan.conditioning == "full" and len(maps) == len(layers):
@@ -300,6 +307,12 @@ def _key_tensors(engine: Engine) -> dict[str, list[Tensor]]:
     if len(means) == len(layers):
         found["key_means"] = means
     return found
+
+
+def _attention_layers(engine: Engine) -> list[AttentionWeights]:
+    """The layers with a KV cache, in order."""
+    decoder = engine.forward.decoder
+    return [decoder.layers[index].attention for index in decoder.cfg.attention_layers]
 
 
 @dataclass(frozen=True)
@@ -432,11 +445,10 @@ class SavedSession:
             try:
                 pages = sequence.take_pages(self.pages)
                 self._read_pages(engine, data, pages)
-                full = self.entries["full"]
-                engine.arena.row_state(sequence.row).copy_(
-                    data.read(full, torch.device("cpu"), STORED_DTYPES[full.dtype])
-                )
+                engine.arena.row_state(sequence.row).copy_(self._stored(data, "full"))
                 engine.arena.enter_pages(sequence.row, 0, pages)
+                if engine.arena.states is not None:
+                    engine.arena.states.load(sequence.row, *(self._stored(data, name) for name in _STATES))
                 sequence.advance(0, ids, len(pages))
             except BaseException:
                 sequence.discard()
@@ -444,13 +456,17 @@ class SavedSession:
             sequence.close()
         return len(ids)
 
+    def _stored(self, data: TensorFile, name: str) -> Tensor:
+        """A tensor as the file has it, on the CPU."""
+        entry = self.entries[name]
+        return data.read(entry, torch.device("cpu"), STORED_DTYPES[entry.dtype])
+
     def _adopt_keys(self, engine: Engine, data: TensorFile) -> None:
         """Let the engine store keys as the file's are stored. What was measured elsewhere differs a little; then
         nothing else that the cache holds is of use any more."""
-        cpu, changes = torch.device("cpu"), list[tuple[Tensor, Tensor]]()
+        changes = list[tuple[Tensor, Tensor]]()
         for name, parts in _key_tensors(engine).items():
-            entry = self.entries[name]
-            found = data.read(entry, cpu, STORED_DTYPES[entry.dtype])
+            found = self._stored(data, name)
             if not bool(found.isfinite().all()):
                 raise SessionMismatch(f"the KV cache of this session cannot be used: its {name} are no finite numbers.")
             stored = torch.stack(parts)
@@ -467,7 +483,7 @@ class SavedSession:
         for old, new in changes:
             old.copy_(new)  # in place: recorded steps read them there
         if engine.arena.means is not None:
-            for number, layer in enumerate(engine.forward.decoder.layers):
+            for number, layer in enumerate(_attention_layers(engine)):
                 assert layer.key_mean is not None and layer.maps is not None
                 engine.arena.means.adopt(number, layer.key_mean, layer.maps[1])
 
@@ -535,8 +551,11 @@ def _expected(
         "pages": ((torch.uint8,), (pages, row)),
     }
     if tokens:
-        size = (2, cfg.num_layers, cfg.num_kv_heads, shape.sink + shape.ring, cfg.head_dim)
+        size = (2, shape.layers, cfg.num_kv_heads, shape.sink + shape.ring, cfg.head_dim)
         found["full"] = (floats, size)
+        if engine.arena.states is not None:
+            for name, part in zip(_STATES, engine.arena.states.of(0, 0), strict=True):
+                found[name] = (floats, tuple(part.shape))
         for name, parts in _key_tensors(engine).items():
             found[name] = (floats, (len(parts), *parts[0].shape))
     return found

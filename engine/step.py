@@ -171,7 +171,9 @@ class Stepper:
             seen: The tokens so far.
             drawn: How many of the last of them are drawn ones.
         """
+        known = sequence.ids
         sequence.cancel()
+        self.forward.read_again(sequence, known)
         if params.dry_multiplier and self.breaking is not None:
             breaking, self.breaking = self.breaking, None
             self.sampler.rules.breakers[torch.tensor(breaking(), dtype=torch.int64)] = True
@@ -217,12 +219,16 @@ class Stepper:
             self.arena.table.touch(sequence)
             if self.arena.ring_is_full(sequence):
                 self.arena.code_oldest(sequence, self._run)
+            if self.arena.states is not None:
+                self.arena.states.passing(sequence.row, len(sequence))
         bucket = self._arrange(sequences)
         bound = length_bound(max(map(len, sequences)) + 1, self.arena.shape.context)
         # Until the device and the host agree again, nothing may rely on either.
         current, self._set = self._set, None
         for sequence in sequences:
             sequence.ready = False
+            if self.arena.states is not None:
+                self.arena.states.writing(sequence.row)
         if self.sampler.rules.kinds.guided:  # the host finds out what may come next while the device computes
             self._run(("logits", bucket, bound), lambda: self._compute(bucket, bound))
             self._follow(sequences)

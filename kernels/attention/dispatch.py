@@ -126,6 +126,7 @@ class _Any:
 ANY = _Any()
 _CPU, _GPUS, _HOPPER, _LESSER = [Device.CPU], [Device.GPU, Device.HOPPER], [Device.HOPPER], [Device.GPU]
 _PLAIN, _TRELLIS, _MIXED = [Stored.PLAIN], [Stored.TRELLIS], [Stored.HALF_TRELLIS, Stored.OTHER]
+_CODED = [*_TRELLIS, *_MIXED]
 _HALF, _SINGLE, _BOTH = [Element.HALF], [Element.SINGLE], [Element.HALF, Element.SINGLE]
 _ONE, _SEVERAL = [Queries.ONE], [Queries.SEVERAL]
 _NONE, _SOME = [Pages.NONE], [Pages.SOME]
@@ -139,17 +140,17 @@ KERNELS: tuple[Entry, ...] = (
           "many queries read a page: it is decoded once, to memory, and then multiplied by warp groups"),
     Entry(Kernel.PLAIN_DECODE,   _GPUS,    _PLAIN,   _BOTH,   _ONE,     ANY,   ANY,
           "nothing is decoded: pages go by way of shared memory into the products of warp groups"),
+    Entry(Kernel.PLAIN_DECODE,   _GPUS,    _CODED,   _BOTH,   _ONE,     _NONE, ANY,
+          "all keys are in full precision: there are no codes to decode, and tables would be filled for nothing"),
     Entry(Kernel.TABLE_DECODE,   _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME, _256,
           "a word of a table in shared memory is an int8 operand: a third of the general kernel's instructions"),
     Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME, _MORE,
           "the table kernel's pages on their way, one for each of eight warps, would fill the shared memory"),
-    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _HALF,   _ONE,     _NONE, ANY,
-          "the tables would be filled for nothing"),
-    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _SINGLE, _ONE,     ANY,   ANY,
+    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _SINGLE, _ONE,     _SOME, ANY,
           "the table kernel holds a query in 16 bits: too few for float32"),
-    Entry(Kernel.GENERAL_DECODE, _LESSER,  _TRELLIS, _BOTH,   _ONE,     ANY,   ANY,
+    Entry(Kernel.GENERAL_DECODE, _LESSER,  _TRELLIS, _BOTH,   _ONE,     _SOME, ANY,
           "the tables' copies have no room in 164 KiB of shared memory, and other makers' GPUs run no PTX"),
-    Entry(Kernel.GENERAL_DECODE, _GPUS,    _MIXED,   _BOTH,   _ONE,     ANY,   ANY,
+    Entry(Kernel.GENERAL_DECODE, _GPUS,    _MIXED,   _BOTH,   _ONE,     _SOME, ANY,
           "it decodes K and V each in a format of its own, by arithmetic, and adds the key mean to the scores"),
 )  # fmt: skip
 
@@ -259,8 +260,8 @@ TILES: tuple[TilesEntry, ...] = (
                "the same, and twice the keys while they are small or quickly decoded (timed, H200)"),
     TilesEntry(_G, _REST,  Element.HALF,   _129_TO_256, Tiles(8,   16,  16,  True,  1,    1,     8),
                "one warp a program: what is decoded is decoded once (timed, H200)"),
-    TilesEntry(_G, ANY,    Element.HALF,   _ABOVE_256,  Tiles(8,   32,  32,  True,  2,    1,     4),
-               "the sums of one warp would not fit its registers; each of two decodes its own keys (not timed)"),
+    TilesEntry(_G, ANY,    Element.HALF,   _ABOVE_256,  Tiles(8,   32,  32,  True,  4,    1,     2),
+               "the sums and the queries of one warp would not fit its registers; four spill least (not timed)"),
     TilesEntry(_P, ANY,    Element.SINGLE, _UP_TO_256,  Tiles(16,  16,  16,  True,  4,    1,     2),
                "the smallest products of float32 are 16 each way"),
     TilesEntry(_P, ANY,    Element.SINGLE, _ABOVE_256,  Tiles(16,  16,  16,  True,  4,    1,     1),

@@ -53,7 +53,16 @@ def tiling(blocks: int) -> Tiling:
 def fits(x: Tensor, weight: PackedWeight) -> bool:
     """Whether the fused kernel takes this product: 16-bit inputs, aligned rows and scales, an NVIDIA GPU."""
     by_group = weight.scales is None or (weight.group <= BLOCK and _groups_aligned(weight))
-    return x.dtype in ELEMENTS and weight.columns % 4 == 0 and by_group and runs_ptx(x.device) and len(x) <= FUSED_ROWS
+    slices = tiling(weight.padded // BLOCK).slices
+    in_parts = slices == 1 or slices * ROWS_AT_ONCE * weight.shape[0] <= PARTS
+    return (
+        x.dtype in ELEMENTS
+        and weight.columns % 4 == 0
+        and by_group
+        and in_parts
+        and runs_ptx(x.device)
+        and len(x) <= FUSED_ROWS
+    )
 
 
 def _groups_aligned(weight: PackedWeight) -> bool:
@@ -73,6 +82,15 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
         for first in range(0, len(x), ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
             fused(x[some], weight, bias, out[some])
+
+
+def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> bool:
+    """`kernels.linear.packed_swiglu` on a GPU."""
+    if weight.order is not None or weight.shape[0] % 16 or len(x) > ROWS_AT_ONCE or not fits(x, weight):
+        return False
+    with on_device_of(x):
+        fused(x, weight, bias, out, swiglu=True)
+    return True
 
 
 @functools.cache
@@ -96,9 +114,6 @@ def fused(
     wide = 2 if rows > 8 else 1
     step, half = (8, n // 2) if swiglu else (16, 8)
     parts, counters = _joining(x.device) if how.slices > 1 else (weight.rows, weight.rows)
-    if how.slices * 8 * wide * n > len(parts) and how.slices > 1:
-        _by_slabs(x, weight, bias, out)
-        return
     tiles = triton.cdiv(n, 2 * step if swiglu else step)
     programs = min(tiles, max(1, processors(x.device) // how.slices))
     group = 0 if weight.scales is None else weight.group

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 BLOCK = 128
 """Columns of a block: those that a row's codes are ordered within."""
@@ -139,13 +139,21 @@ class PackedWeight:
 
     def part(self, first: int, last: int) -> PackedWeight:
         """Its rows from ``first`` to before ``last``, which share its memory."""
+        return self._of_rows(lambda part: part[first:last])
 
-        def cut(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part[first:last]
+    def reordered(self, order: Tensor) -> PackedWeight:
+        """Its rows in the order ``order``, int64 ``[out]``, of the same matrix."""
+        if self.codes.is_meta:  # PyTorch would import a compiler to find the shapes, which are the same
+            return self
+        return self._of_rows(lambda part: part[order.to(part.device)])
+
+    def _of_rows(self, chosen: Callable[[Tensor], Tensor]) -> PackedWeight:
+        def some(part: Tensor | None) -> Tensor | None:
+            return None if part is None else by_group(chosen(part))
 
         return replace(
-            self, codes=self.codes[first:last], rows=self.rows[first:last], scales=cut(self.scales),
-            offsets=cut(self.offsets),
+            self, codes=chosen(self.codes), rows=chosen(self.rows), scales=some(self.scales),
+            offsets=some(self.offsets),
         )  # fmt: skip
 
     def unpacked(self) -> Tensor:

@@ -34,7 +34,7 @@ from octo_run.kernels.lanes import (
     load_global_l2_f,
     low_half,
     mma_half,
-    read_shared,
+    read_shared2,
     read_shared4,
     read_shared_f,
     read_shared_half,
@@ -42,10 +42,10 @@ from octo_run.kernels.lanes import (
     shuffle_f,
     u32,
     wait_for_kernel_before,
-    write_shared,
+    write_shared2,
     write_shared4_of,
 )
-from octo_run.kernels.linear.unpack import NIBBLES, excess, pair, steps_of_word
+from octo_run.kernels.linear.unpack import excess, masks, pair, steps_of_word
 
 
 @constexpr_function
@@ -174,15 +174,15 @@ def _less_offsets(sums, OFFSETS, output_low, output_high, n, lane, EXCESS: gl.co
 
 
 @gluon.jit
-def _operand(words, S: gl.constexpr, SECOND: gl.constexpr, nibbles, KIND: gl.constexpr, BITS: gl.constexpr,
+def _operand(words, S: gl.constexpr, SECOND: gl.constexpr, constants, KIND: gl.constexpr, BITS: gl.constexpr,
              ELEMENT: gl.constexpr):  # fmt: skip
     """A row's first or second pair of columns of step S."""
     PER_WORD: gl.constexpr = steps_of_word(BITS)
-    return pair(words[S // PER_WORD], S % PER_WORD * 2 + SECOND, nibbles, KIND, ELEMENT)
+    return pair(words[S // PER_WORD], S % PER_WORD * 2 + SECOND, constants, KIND, ELEMENT)
 
 
 @gluon.jit
-def _add_block(acc, slot, inputs, sums, nibbles, lane, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr,
+def _add_block(acc, slot, inputs, sums, constants, lane, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr,
                GROUP: gl.constexpr, NT: gl.constexpr, HAS_OFFSETS: gl.constexpr):  # fmt: skip
     """The tile's sums with the block that lies at ``slot``. GROUP: columns of a group, 0 for all of a row."""
     EXCESS: gl.constexpr = excess(KIND, ELEMENT)
@@ -205,10 +205,10 @@ def _add_block(acc, slot, inputs, sums, nibbles, lane, KIND: gl.constexpr, BITS:
         else:
             raw = repeat(repeat(zero, 4), NT)
         for s in gl.static_range(part * STEPS, (part + 1) * STEPS):
-            a0 = _operand(low, s, 0, nibbles, KIND, BITS, ELEMENT)
-            a1 = _operand(high, s, 0, nibbles, KIND, BITS, ELEMENT)
-            a2 = _operand(low, s, 1, nibbles, KIND, BITS, ELEMENT)
-            a3 = _operand(high, s, 1, nibbles, KIND, BITS, ELEMENT)
+            a0 = _operand(low, s, 0, constants, KIND, BITS, ELEMENT)
+            a1 = _operand(high, s, 0, constants, KIND, BITS, ELEMENT)
+            a2 = _operand(low, s, 1, constants, KIND, BITS, ELEMENT)
+            a3 = _operand(high, s, 1, constants, KIND, BITS, ELEMENT)
             new = ()
             for b in gl.static_range(NT):
                 new = new + (mma_half(raw[b], a0, a1, a2, a3, inputs[b][2 * s], inputs[b][2 * s + 1], ELEMENT),)
@@ -331,15 +331,19 @@ def _sum_of_slices(PARTS, BIAS, line, output, n, mine, NT: gl.constexpr, SLICES:
 
 
 @gluon.jit
-def _join_slices(PARTS, BIAS, OUT, tile, step, half, n, rows, stride_out, tid, ELEMENT: gl.constexpr, NT: gl.constexpr,
-                 WARPS: gl.constexpr, BIASED: gl.constexpr, SWIGLU: gl.constexpr, SLICES: gl.constexpr):  # fmt: skip
-    """Write the outputs of a tile that all slices have made their parts of."""
+def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid,
+                 ELEMENT: gl.constexpr, NT: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr,
+                 SWIGLU: gl.constexpr, SLICES: gl.constexpr):  # fmt: skip
+    """Write the outputs of the program's tiles, of which all slices have made their parts: those of all tiles at once,
+    for each of them waits for memory."""
     OUTPUTS: gl.constexpr = 8 if SWIGLU else 16
-    for first in gl.static_range(0, NT * 8 * OUTPUTS, 32 * WARPS):
-        place = first + tid
-        line = place // OUTPUTS
+    count = (tiles - first + programs - 1) // programs * (OUTPUTS * rows)
+    for begin in range(0, count, 32 * WARPS):
+        place = begin + tid
+        line = place // OUTPUTS % rows
+        tile = first + place // (OUTPUTS * rows) * programs
         output = tile * step + ((place >> 3) % (OUTPUTS // 8)) * half + (place & 7)
-        mine = (place < NT * 8 * OUTPUTS) & (line < rows) & (output < n)
+        mine = (place < count) & (output < n)
         total = _sum_of_slices(PARTS, BIAS, line, output, n, mine, NT, SLICES, BIASED)
         if SWIGLU:
             up = _sum_of_slices(PARTS, BIAS, line, output + half, n, mine, NT, SLICES, BIASED)
@@ -386,7 +390,7 @@ def streamed_product_kernel(
     smem.index(0).store(tid)  # names the allocation in the PTX
     barrier()
     expect_warps(lane, ARRIVALS, WARPS)
-    write_shared(u32(lane * 0 + (ARRIVALS + 8)), u32(lane * 0) + NIBBLES)
+    write_shared2(u32(lane * 0 + (ARRIVALS + 8)), u32(lane * 0) + masks(KIND)[0], u32(lane * 0) + masks(KIND)[1])
     barrier()
     part = gl.program_id(0) % SLICES
     first = gl.program_id(0) // SLICES
@@ -435,8 +439,8 @@ def streamed_product_kernel(
             sums = sums + (_sums_of(inputs[turn], lane, STEPS, ELEMENT, NT),)
         else:
             sums = sums + ((),)
-    # A constant from memory stays in a register: the compiler would make one anew for each use.
-    nibbles = read_shared(u32(lane * 0 + (ARRIVALS + 8)))
+    # Constants from memory stay in registers: the compiler would make them anew for each use.
+    constants = read_shared2(u32(lane * 0 + (ARRIVALS + 8)))
     ring = warp * RING
     buffer = WARPS * RING
     other = WARPS * RING + BUFFER
@@ -453,7 +457,7 @@ def streamed_product_kernel(
         for turn in gl.static_range(TURNS):
             slot = ring + turn * STAGE
             wait_for_copies(lane, STAGES - 1)
-            acc = _add_block(acc, slot, inputs[turn], sums[turn], nibbles, lane, KIND, BITS, ELEMENT, GROUP, NT,
+            acc = _add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, NT,
                              HAS_OFFSETS)  # fmt: skip
             _copy_block(slot, codes_low, codes_high, scales, _block_of(turn, TURNS, WARPS) * (16 * BITS),
                         _block_of(turn, TURNS, WARPS) * group_step, block + _block_of(turn, TURNS, WARPS) < end,
@@ -473,7 +477,6 @@ def streamed_product_kernel(
     if SLICES > 1:
         count = arrive(COUNTERS + first, SLICES - 1)
         if count == SLICES - 1:
-            for tile in range(first, tiles, programs):
-                _join_slices(PARTS, BIAS, OUT, tile, step, half, n, rows, stride_out, tid, ELEMENT, NT, WARPS, BIASED,
-                             SWIGLU, SLICES)  # fmt: skip
+            _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid, ELEMENT, NT,
+                         WARPS, BIASED, SWIGLU, SLICES)  # fmt: skip
     smem._keep_alive()

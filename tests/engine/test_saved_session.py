@@ -141,19 +141,20 @@ def _with(items: Any, **changes: torch.Tensor) -> Any:
 def test_an_engine_takes_the_file_s_conditioning(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     """Measured elsewhere it differs; the answer is that of the engine that wrote the file."""
     engine, other = tiny("oct3", 2048), tiny("oct3", 2048)
-    for layer in engine.forward.decoder.layers:
+    for layer in saved_session._attention_layers(engine):
         assert layer.maps is not None and layer.key_mean is not None
         turned = torch.eye(64) + 0.05 * torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
         layer.maps[0].copy_(layer.maps[0] @ torch.linalg.inv(turned).mT)
         layer.maps[1].copy_(layer.maps[1] @ turned)
         layer.key_mean.mul_(1.1)
-    for number, layer in enumerate(engine.forward.decoder.layers):
+    for number, layer in enumerate(saved_session._attention_layers(engine)):
         engine.arena.means.adopt(number, layer.key_mean, layer.maps[1])  # type: ignore[union-attr, index, arg-type]
     before = talk(engine, LONG[:900])
     talk(other, LONG[:900])
     file = saved(before, tmp_path / "s.safetensors")
     file.restore(other)
-    for one, two in zip(engine.forward.decoder.layers, other.forward.decoder.layers, strict=True):
+    layers = saved_session._attention_layers
+    for one, two in zip(layers(engine), layers(other), strict=True):
         assert torch.equal(one.maps, two.maps) and torch.equal(one.key_mean, two.key_mean)  # type: ignore[arg-type]
     assert torch.equal(engine.arena.means.maps, other.arena.means.maps)  # type: ignore[union-attr]
     a, b = before.ask("more", GREEDY), file.session(other).ask("more", GREEDY)

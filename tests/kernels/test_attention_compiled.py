@@ -31,8 +31,9 @@ POINTERS = {
     "PAGES": "u8",
 }
 Options = namedtuple("Options", ("warps", "stages"))
-PLAIN = {"WINDOW": 0, "CAP": 0.0, "SINKS": False}
-EVERYTHING = {"WINDOW": 4096, "CAP": 50.0, "SINKS": True}
+PLAIN = {"EARLY": True, "WINDOW": 0, "CAP": 0.0, "SINKS": False}
+EVERYTHING = {"EARLY": True, "WINDOW": 4096, "CAP": 50.0, "SINKS": True}
+WIDE_SPILLS = 1024  # bytes a thread at 512 coordinates, whose tiles are not tuned yet
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have (sm_90)
 UNALIGNED = ("scale", "count", "sink", "capacity", "batch", "programs", "st_r", "first", "first_page", "pages")
 
@@ -71,12 +72,13 @@ def format_constants(kv, dim, group, dtype, mean):
 
     codec = get(kv, dim)
     kind, bits, levels, _ = codec_constants(codec, "k", torch.device("cpu"))
-    first, second = run_widths(dim)
+    first, second, third = run_widths(dim)
     ptx = decode_immediates(codec) if kind == OCTOPUS.value and dtype != torch.float32 else None
     constants = {
         "G": group, "D": dim, "KIND_K": kind, "KIND_V": kind, "BYTES_K": codec.bytes_per_vector,
         "BYTES_V": codec.bytes_per_vector, "BITS_K": bits, "BITS_V": bits, "ELEMENT": tl.bfloat16,
-        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "BATCH": 16,
+        "DOT": tl.float32 if dtype == torch.float32 else tl.float16, "T0": first, "T1": second, "T2": third,
+        "BATCH": 16,
         "MEAN": mean, "HALF": max(16, triton.next_power_of_2(dim // 2)), "PTX_K": ptx, "PTX_V": ptx,
     }  # fmt: skip
     return constants, "i32" if levels.dtype == torch.int32 else "fp32"
@@ -113,6 +115,7 @@ def spill_bound(kv):
         ("octopus4", 128, 4, torch.bfloat16, True),
         ("oct3", 128, 7, torch.bfloat16, False),
         ("oct2", 80, 4, torch.bfloat16, False),
+        ("oct3", 512, 8, torch.bfloat16, True),
     ],
 )
 @pytest.mark.parametrize("kinds", [PLAIN, EVERYTHING], ids=["plain", "everything"])
@@ -127,10 +130,10 @@ def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean, kinds):
     constants |= {"FLIP": tiles.flip, **kinds}
     kernel, stack = compile_for_hopper(general_decode_kernel, constants, tiles, dtype, tables)
     assert "wgmma" not in kernel.asm["ptx"]
-    assert stack <= spill_bound(kv), f"{stack} bytes of registers spilled"
+    assert stack <= max(spill_bound(kv), WIDE_SPILLS if dim > 256 else 0), f"{stack} bytes of registers spilled"
 
 
-@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 7), (128, 4), (128, 16), (256, 1)])
+@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 7), (128, 4), (128, 16), (256, 1), (512, 8)])
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("kinds", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_plain_decode_compiles_for_hopper(dim, group, batch, kinds):
@@ -146,8 +149,9 @@ def test_plain_decode_compiles_for_hopper(dim, group, batch, kinds):
     }  # fmt: skip
     kernel, stack = compile_for_hopper(plain_decode_kernel, constants, tiling, torch.bfloat16)
     ptx = kernel.asm["ptx"]
-    # Each product is 16 deep, 64 wide; a second loop with products would double them.
-    products = width // 16 + max(1, width // 64) * (tiling.keys // 16)
+    # Each product is 16 deep, 64 wide; a second loop with products would double them. Tiles of 32 keys are too short
+    # for scores by warp groups.
+    products = width // 16 * (tiling.keys >= 64) + max(1, width // 64) * (tiling.keys // 16)
     assert ptx.count("wgmma.mma_async") == products
     vectors = re.findall(r"cp\.async\.cg\.shared\.global[^;]*0x10", ptx)
     assert len(vectors) >= 2 * tiling.keys * width * 2 // 16 // 128, "keys and values come by copies of 16 bytes"
@@ -177,6 +181,8 @@ def test_unpacking_compiles_for_hopper(kv, dim):
         (128, torch.bfloat16, False, True),
         (128, torch.bfloat16, True, True),
         (256, torch.bfloat16, True, True),
+        (512, torch.bfloat16, True, True),
+        (512, torch.bfloat16, True, False),
         (128, torch.float32, True, True),
     ],
 )
@@ -204,7 +210,7 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab, kinds):
     assert ("cp.async.c" in ptx) == (dtype != torch.float32), "keys and values come by asynchronous copies"
     assert kernel.metadata.shared <= SHARED_MEMORY
     # At 256 coordinates the sum alone takes 128 registers of each thread; 3.6 spills 50 around the slab's loop.
-    assert stack <= max(spill_bound("bf16"), dim), f"{stack} bytes of registers spilled"
+    assert stack <= max(spill_bound("bf16"), WIDE_SPILLS if dim > 256 else dim), f"{stack} bytes of registers spilled"
 
 
 @pytest.mark.parametrize("name", ["take_out_kernel", "put_back_kernel"])

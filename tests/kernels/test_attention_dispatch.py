@@ -37,11 +37,11 @@ def expected(call: Call) -> Kernel | None:
         return None
     if call.queries is Queries.SEVERAL:
         return Kernel.PREFILL
-    if call.stored is Stored.PLAIN:
+    if call.stored is Stored.PLAIN or call.pages is Pages.NONE:
         return Kernel.PLAIN_DECODE
     fast = call.device is Device.HOPPER and call.stored is Stored.TRELLIS and call.element is Element.HALF
     fast = fast and call.width is Width.UP_TO_256
-    return Kernel.TABLE_DECODE if fast and call.pages is Pages.SOME else Kernel.GENERAL_DECODE
+    return Kernel.TABLE_DECODE if fast else Kernel.GENERAL_DECODE
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: " ".join(fact.name for fact in call))

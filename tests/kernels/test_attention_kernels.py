@@ -209,6 +209,7 @@ def test_reference_adds_the_mean_back(kv, count):
     ("octopus2", 64, 4, 20, torch.float32),
     ("bf16", 64, 2, 20, torch.float16),
     ("oct3", 80, 4, 20, torch.float16),
+    ("oct3", 512, 2, 1, torch.float16),
 ])  # fmt: skip
 def test_triton_adds_the_mean_back(kv, dim, group, count, dtype):
     case = make_case(kv, [150, 300], count, 2 * group, 2, dim, dtype=dtype, mean=2.0)
@@ -262,7 +263,7 @@ def test_reference_prefill(count, sink, window):
     assert relative_error(attend(case.q, case.kv, case.fmt, spec=SPEC, max_length=999), case.want) < 1e-12
 
 
-@pytest.mark.parametrize("dim", [80, 96, 112, 128, 256])
+@pytest.mark.parametrize("dim", [80, 96, 112, 128, 256, 512])
 def test_reference_head_dims_and_dtypes(dim):
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
         case = make_case("octopus3", [300], 1, 7, 1, dim, dtype=dtype)
@@ -391,7 +392,7 @@ def test_triton_decode_lengths(kv, dtype):
 
 
 @triton_only
-@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (96, 5), (112, 1), (128, 7), (256, 8)])
+@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (96, 5), (112, 1), (128, 7), (256, 8), (512, 3)])
 def test_triton_decode_shapes(dim, group):
     case = make_case("octopus3", [1, 450], 1, 2 * group, 2, dim, dtype=torch.float16)
     got = run_triton(case)
@@ -408,6 +409,7 @@ def test_triton_decode_shapes(dim, group):
         ("octopus4", 96, 7, torch.float16),
         ("bf16", 80, 4, torch.float16),
         ("bf16:octopus3", 64, 2, torch.float16),
+        ("oct4", 512, 1, torch.float16),
     ],
 )
 def test_triton_prefill(kv, dim, group, dtype):
@@ -478,7 +480,7 @@ def test_bfloat16_prefill_is_as_exact_in_many_slabs(slabs, mean, monkeypatch):
 
 
 @triton_only
-@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (128, 7), (256, 1)])
+@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (128, 7), (256, 1), (512, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
 def test_triton_plain_decode_shapes(dim, group, dtype):
     """The interpreter multiplies the bits of bfloat16 numbers: that type is for a GPU."""

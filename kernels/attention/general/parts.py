@@ -15,6 +15,7 @@ time).
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.page_size import PAGE_TOKENS
@@ -183,10 +184,13 @@ def my_part(
 def merge_kernel(
     PARTIAL, LSE, OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
     BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (columns, head, sequence): weighs the outputs PARTIAL [parts, H, D] of parts by their share of the
     softmax's sum, whose log2 is LSE [parts, H]."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     h = tl.program_id(1)
     heads = tl.num_programs(1)
     b = tl.program_id(2)

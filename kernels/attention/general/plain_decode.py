@@ -9,6 +9,7 @@ as planes of triplets, takes plain pages only beside coded ones, with a key mean
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octo_run.kernels.attention.general.parts import (
     LOG2E,
@@ -32,13 +33,16 @@ def plain_decode_kernel(
     SINK_LOGITS, scale, sink, capacity, batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BATCH: tl.constexpr,
-    DIVIDED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
+    DIVIDED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, part) of `parts.divide`; its normalised output goes to PARTIAL [parts, H, D], its
     log2-sum-exp2 to LSE [parts, H]; without DIVIDED program (KV head, sequence), and to OUT. What the arena holds:
     `AttentionInputs`; all of it has one element type. WIDTH: D, made a power of two; BM: G padded.
     WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a sequence's first part has.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     h = tl.program_id(0)
     flat = tl.program_id(1)
     heads = tl.num_programs(0) * G

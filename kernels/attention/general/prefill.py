@@ -53,7 +53,7 @@ def unpack_kernel(
     pages, sink, sp_page, sp_head, st_r,
     D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr, BYTES_V: tl.constexpr,
     BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    PTX_K: tl.constexpr, PTX_V: tl.constexpr, WINDOW: tl.constexpr,
+    T2: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Decode the pages first_page .. first_page + pages - 1 of each sequence, counted from `first_wanted` on and as far
     as it has them, to SLAB_K and SLAB_V [B, Hkv, 64 * pages, D]. Program (page, KV head, sequence)."""
@@ -71,6 +71,11 @@ def unpack_kernel(
         if T1 > 0:
             _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0, T1, tl.float32, PTX_K, True)
             _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0, T1, tl.float32, PTX_V, False)
+        if T2 > 0:
+            _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0 + T1, T2, tl.float32, PTX_K,
+                    True)  # fmt: skip
+            _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0 + T1, T2, tl.float32, PTX_V,
+                    False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "sink", "first"])

@@ -10,7 +10,17 @@ static void norm(const float *x, const float *weight, int64_t n, float eps, floa
     float squares = total(sum);
     for (; i < n; i++) squares += x[i] * x[i];
     const float factor = 1 / std::sqrt(squares / n + eps);
-    for (i = 0; i < n; i++) out[i] = weight[i] * (x[i] * factor);
+    if (weight)
+        for (i = 0; i < n; i++) out[i] = weight[i] * (x[i] * factor);
+    else
+        for (i = 0; i < n; i++) out[i] = x[i] * factor;
+}
+static void layer_norm(const float *x, const float *weight, int64_t n, float eps, float *out) {  // `out` may be `x`
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i];
+    const float mean = (float)(sum / n);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] - mean;
+    norm(out, weight, n, eps, out);
 }
 static void times(const float *x, const float *matrix, int64_t d, float *out) {  // x [d] times [d, d]
     for (int64_t i = 0; i < d; i += 64) {
@@ -31,42 +41,54 @@ static void times(const float *x, const float *matrix, int64_t d, float *out) { 
 }
 }  // namespace
 
-extern "C" void octo_add_rms_norm(const float *x, float *residual, const float *weight, double eps, float *out,
-                                  int64_t rows, int64_t n, int threads) {
+extern "C" void octo_add_rms_norm(const float *x, float *residual, const float *weight, const float *post, double eps,
+                                  double multiplier, int64_t centred, float *out, int64_t rows, int64_t n,
+                                  int threads) {
+    const auto normed = centred ? layer_norm : norm;
     parallel((rows + 15) / 16, rows < 32 ? 1 : threads, [&](int64_t some) {
+        float *first = post ? (float *)scratch(5, n * 4) : nullptr;
         for (int64_t r = some * 16; r < std::min(rows, some * 16 + 16); r++) {
-            const float *from = x + r * n;
+            const float *from = x + r * n, by = (float)multiplier;
+            if (post) normed(from, post, n, (float)eps, first), from = first;
             if (residual) {
                 float *sum = residual + r * n;
-                for (int64_t i = 0; i < n; i++) sum[i] += from[i];
+                for (int64_t i = 0; i < n; i++) sum[i] += from[i] * by;
                 from = sum;
             }
-            norm(from, weight, n, (float)eps, out + r * n);
+            if (weight) normed(from, weight, n, (float)eps, out + r * n);
         }
     });
 }
 
-extern "C" void octo_swiglu(const float *gate_up, float *out, int64_t rows, int64_t n, int threads) {
+extern "C" void octo_norm_heads(float *x, int64_t stride, const float *weight, double eps, int64_t rows, int64_t n) {
+    for (int64_t r = 0; r < rows; r++) norm(x + r * stride, weight, n, (float)eps, x + r * stride);
+}
+
+extern "C" void octo_swiglu(const float *gate_up, float *out, int64_t rows, int64_t n, int64_t gelu, int threads) {
     parallel((rows + 15) / 16, rows < 32 ? 1 : threads, [&](int64_t some) {
         for (int64_t r = some * 16; r < std::min(rows, some * 16 + 16); r++) {
             const float *gate = gate_up + r * 2 * n, *up = gate + n;
             float *to = out + r * n;
             int64_t i = 0;
-            for (; i + 16 <= n; i += 16) {
-                F16 x = load<F16>(gate + i), e = exponential(x > 0.0f ? -x : x);
-                F16 share = (x > 0.0f ? splat(1) : e) / (1.0f + e);
+            for (; i + 16 <= n; i += 16) {  // half of 1 + tanh(x) is the logistic function of 2 x
+                F16 x = load<F16>(gate + i), slope = gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x;
+                F16 e = exponential(slope > 0.0f ? -slope : slope);
+                F16 share = (slope > 0.0f ? splat(1) : e) / (1.0f + e);
                 store(to + i, x * share * load<F16>(up + i));
             }
-            for (; i < n; i++) to[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+            for (; i < n; i++) {
+                const float x = gate[i], slope = gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x;
+                to[i] = x / (1 + std::exp(-slope)) * up[i];
+            }
         }
     });
 }
 
 extern "C" {
 struct Heads {
-    int64_t rows, heads, kv_heads, dim, one_map, threads;
+    int64_t rows, heads, kv_heads, dim, one_map, v_norm, threads;
     double eps;
-    const float *qkv, *cos, *sin, *q_norm, *k_norm, *maps, *v_rotation, *mean;
+    const float *qkv, *cos, *sin, *q_norm, *k_norm, *maps, *v_rotation, *mean, *queries;
     const int32_t *slots, *owners;
     float *k, *v, *q, *coefficients;
     int64_t k_r, k_h, k_t, v_r, v_h, v_t, q_b, q_h;
@@ -90,6 +112,8 @@ extern "C" void octo_qkv_rope_append(const Heads *given) {
                     turned[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
                 }
                 const bool query = h < c.heads;
+                if (query && c.queries)
+                    for (int64_t i = 0; i < d; i++) turned[i] *= c.queries[b];
                 const int64_t kv_head = query ? h / group : h - c.heads;
                 if (query && c.coefficients && c.mean) {
                     const float *m = c.mean + kv_head * d;
@@ -109,6 +133,7 @@ extern "C" void octo_qkv_rope_append(const Heads *given) {
             if (owner < 0) continue;
             for (int64_t h = 0; h < c.kv_heads; h++) {
                 const float *x = row + (c.heads + c.kv_heads + h) * d;
+                if (c.v_norm) norm(x, nullptr, d, (float)c.eps, normed), x = normed;
                 float *to = c.v + owner * c.v_r + h * c.v_h + slot * c.v_t;
                 if (c.v_rotation)
                     times(x, c.v_rotation, d, to);
