@@ -19,6 +19,7 @@ from octo_run.engine import Engine, SamplingParams, Session, saved_session
 from octo_run.engine.saved_session import BackgroundSave, SavedSession, SessionMismatch, Snapshot
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import PageFormat
+from octo_run.models.config import parse_config
 from octo_run.models.safetensors_file import read_headers
 
 GREEDY = SamplingParams(max_tokens=12)
@@ -60,6 +61,30 @@ def test_a_loaded_conversation_goes_on_as_the_unsaved_one(
     one, other = before.ask("more", GREEDY), after.ask("more", GREEDY)
     assert [*one] == [*other] and one.ids == other.ids
     assert one.reused_tokens == other.reused_tokens > 200
+
+
+RECURRENT = {
+    "architectures": ["Qwen3_5ForCausalLM"], "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_states_of_recurrent_layers_are_saved_too(tiny: Callable[..., Engine], tmp_path: Path, undone: bool) -> None:
+    """Those behind the last token, or those that a cut falls back to."""
+    cfg = parse_config(RECURRENT, Path("config.json"))
+    before = talk(tiny("oct3", 2048, cfg=cfg), LONG[:900], "and then?")
+    if undone:
+        before.undo()
+    file = saved(before, tmp_path / "s.safetensors")
+    assert {"conv", "memory"} <= file.entries.keys()
+    after_engine = tiny("oct3", 2048, cfg=cfg)
+    assert file.restore(after_engine) == file.tokens > 800
+    after = file.session(after_engine)
+    one, other = before.ask("more", GREEDY), after.ask("more", GREEDY)
+    assert [*one] == [*other] and one.ids == other.ids and one.reused_tokens == other.reused_tokens > 800
 
 
 def test_loaded_pages_and_rows_are_the_saved_ones(tiny: Callable[..., Engine], tmp_path: Path) -> None:
