@@ -20,33 +20,27 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
-import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.session import Session
+from octo_run.engine.session_identity import Identity, identity_of, read_identity
 from octo_run.errors import OctoError, UsageError, quoted, shown
 from octo_run.kernels import PAGE_TOKENS as PAGE
 from octo_run.kernels.codec import PageFormat
 from octo_run.kernels.codec.plain import PlainCodec
 from octo_run.models.fields import Fields
-from octo_run.models.files import weight_files
-from octo_run.models.foreign import json_object, parsing
-from octo_run.models.hub import resolve
+from octo_run.models.foreign import json_object
 from octo_run.models.safetensors_file import STORED_DTYPES, TensorEntry, TensorFile, read_headers
 from octo_run.models.safetensors_writer import Item, Shard
 
@@ -60,10 +54,7 @@ FORMAT = "octo-run session"
 VERSION = 1
 #: Bytes of pages that are read, or written, at once.
 PIECE_BYTES = 32 << 20
-#: Bytes of a weight file that its fingerprint takes from each of so many places.
-_SAMPLE, _SAMPLES = 4096, 18
 _ADVICE = "its file is damaged, delete it"
-_MOST_KINDS = 64  # of pages in one file
 #: The states of recurrent layers: what convolutions remember, and the memories.
 _STATES = ("conv", "memory")
 _ROLES = ("user", "assistant")
@@ -71,86 +62,6 @@ _ROLES = ("user", "assistant")
 
 class SessionMismatch(OctoError):
     """The pages of a session cannot be used with an engine; its text can."""
-
-
-def fingerprint(engine: Engine) -> str:
-    """What tells one model from another: its configuration, and the sizes and samples of its weight files.
-
-    Raises:
-        OctoError: Weights that were made up.
-    """
-    if isinstance(engine.tokenizer, NoTokenizer):
-        raise OctoError("a conversation with random weights cannot be saved.")
-    digest = hashlib.sha256(repr(engine.config).encode())
-    for file in weight_files(resolve(engine.name)):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with parsing(file, "safetensors"), file.open("rb") as data:
-            for number in range(_SAMPLES):
-                data.seek(number * max(0, size - _SAMPLE) // (_SAMPLES - 1))
-                digest.update(data.read(_SAMPLE))
-    return digest.hexdigest()
-
-
-def _weights(engine: Engine) -> str:
-    """How weights are quantised; the dtype of the arithmetic is the device's."""
-    return re.sub(r"\b(?:bf16|fp16|fp32)\b", "dense", engine.forward.decoder.weight_format)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What decides whether pages can be used.
-
-    Attributes:
-        formats: The tags of the layers' pages.
-    """
-
-    fingerprint: str
-    weights: str
-    formats: tuple[str, ...]
-    conditioning: str
-    sink: int
-    window: int
-
-    @classmethod
-    def of(cls, engine: Engine) -> Identity:
-        """That of an engine."""
-        shape = engine.plan.shape
-        tags = tuple(page.tag for page in engine.arena.page_formats)
-        return cls(fingerprint(engine), _weights(engine), tags, engine.plan.conditioning, shape.sink, shape.window)
-
-    def difference(self, other: Identity, model: str) -> str | None:
-        """Why pages of this identity are of no use to an engine of another one; ``model`` is what it is called."""
-        if self.fingerprint != other.fingerprint:
-            return f"it was saved with another model, {quoted(model)}"
-        if self.weights != other.weights:
-            return f"it was saved with weights {shown(self.weights, 40)} and these are {other.weights}"
-        mine, theirs = _names(self.formats), _names(other.formats)
-        if mine != theirs:
-            return f"it was saved with the KV cache {_short(mine)} and this is {_short(theirs)}"
-        if self.conditioning != other.conditioning:
-            return f"it was saved with --conditioning {self.conditioning} and this is {other.conditioning}"
-        if (self.sink, self.window) != (other.sink, other.window):
-            return (
-                f"it was saved with {self.sink:,} sinks and a window of {self.window:,} tokens and these are "
-                f"{other.sink:,} and {other.window:,}"
-            )
-        return None
-
-
-def _names(tags: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
-    """Formats of keys and values, head_dim and seed of each layer: what no conversion changes."""
-    found = [PageFormat.parse(tag).kv for tag in tags]
-    return [(kv.k.name, kv.v.name, kv.k.head_dim, kv.k.seed) for kv in found]
-
-
-def _short(names: list[tuple[str, str, int, int]]) -> str:
-    """Formats in words: one where all layers have it, else how many kinds there are."""
-    kinds = dict.fromkeys(k if k == v else f"{k}:{v}" for k, v, _, _ in names)
-    seeds = dict.fromkeys(seed for *_, seed in names)
-    seed = "" if [*seeds] == [0] else f" of the seed {quoted(next(iter(seeds)))}"
-    where = "" if len(kinds) == 1 else f" in {len(names):,} layers"
-    return f"{' and '.join([*kinds][:3])}{where}{seed}"
 
 
 @dataclass(frozen=True)
@@ -187,7 +98,7 @@ class Snapshot:
             "version": VERSION,
             "model": _lasting(engine.name),
             "saved": time.time(),
-            "identity": dataclasses.asdict(_identity(engine)),
+            "identity": dataclasses.asdict(identity_of(engine)),
             "settings": dataclasses.asdict(settings),
             "options": options or {},
             "variables": session.variables,
@@ -274,11 +185,6 @@ def _sync_folder(folder: Path) -> None:
 def _lasting(model: str) -> str:
     """What a model is called, from whatever folder: the whole path of a folder."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-@lru_cache(maxsize=2)
-def _identity(engine: Engine) -> Identity:
-    return Identity.of(engine)
 
 
 def _item(tensor: Tensor) -> Item:
@@ -375,7 +281,7 @@ class SavedSession:
             version=version,
             model=fields.text("model") or "",
             saved=fields.number("saved", 0.0, low=0.0, high=1e11),
-            identity=_read_identity(fields) if version == VERSION else None,
+            identity=read_identity(fields) if version == VERSION else None,
             settings=params,
             options=_read_options(fields),
             variables=_object(fields, "variables"),
@@ -404,7 +310,7 @@ class SavedSession:
     def _problem(self, engine: Engine) -> str | None:
         if self.identity is None:
             return f"it is of version {self.version} and this program reads version {VERSION}"
-        found = self.identity.difference(_identity(engine), self.model)
+        found = self.identity.difference(identity_of(engine), self.model)
         if found is not None:
             return found
         if self.tokens > engine.max_context:
@@ -561,33 +467,6 @@ def _expected(
     return found
 
 
-def _read_identity(fields: Fields) -> Identity:
-    """The identity in a header.
-
-    Raises:
-        OctoError: It is none.
-    """
-    values = fields.sub("identity")
-    if values is None:
-        raise fields.fail("identity", "is missing")
-    tags = values.raw("formats")
-    if not isinstance(tags, list) or not 1 <= len(tags) <= 10_000 or not all(isinstance(tag, str) for tag in tags):
-        raise values.fail("formats", f"is {quoted(tags)}, no list of page formats")
-    kinds = dict.fromkeys(tags)
-    if len(kinds) > _MOST_KINDS:
-        raise values.fail("formats", f"has {len(kinds):,} kinds of pages")
-    for tag in kinds:
-        PageFormat.parse(tag)
-    return Identity(
-        fingerprint=values.text("fingerprint") or "",
-        weights=values.text("weights") or "",
-        formats=tuple(tags),
-        conditioning=shown(values.text("conditioning") or "", 40),
-        sink=values.integer("sink", low=0),
-        window=values.integer("window", low=0),
-    )
-
-
 def _object(fields: Fields, name: str) -> dict[str, Any]:
     """The object of this name, an empty one where there is none."""
     found = fields.sub(name)
@@ -621,46 +500,3 @@ def _read_turns(fields: Fields) -> tuple[dict[str, str], ...]:
         if not good or not isinstance(turn["content"], str):
             raise fields.fail(f"turns[{number}]", f"is {quoted(turn)}, no message")
     return tuple(turns)
-
-
-class BackgroundSave:
-    """Writes snapshots in a thread of its own, one at a time."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._read = threading.Event()
-        self._failure: OctoError | None = None
-
-    def begin(self, snapshot: Snapshot, path: Path) -> None:
-        """Write a snapshot; an earlier one is finished first."""
-        self.finish()
-        self._read = were_read = threading.Event()
-
-        def run() -> None:
-            try:
-                snapshot.write(path, were_read.set)
-            except OctoError as error:
-                self._failure = error
-            except Exception as error:  # an exception of PyTorch's: it is told like any other
-                self._failure = OctoError(f"{path} cannot be written: {shown(str(error), 200)}.")
-            finally:
-                were_read.set()
-
-        self._thread = threading.Thread(target=run, name="session", daemon=True)
-        self._thread.start()
-
-    def release(self) -> None:
-        """Wait until the arena may change again; the rest goes on."""
-        if self._thread is not None:
-            self._read.wait()
-
-    def finish(self) -> None:
-        """Wait until the file has its name, or could not be written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def failure(self) -> OctoError | None:
-        """Why the last one could not be written; it is told once."""
-        failure, self._failure = self._failure, None
-        return failure

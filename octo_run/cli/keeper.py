@@ -8,7 +8,8 @@ from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
-    from octo_run.engine.saved_session import BackgroundSave, SavedSession
+    from octo_run.engine.background_save import BackgroundSave
+    from octo_run.engine.saved_session import SavedSession
 
 #: Options of a chat that are kept with its conversation.
 KEPT_OPTIONS = ("kv", "conditioning", "ctx", "weights", "head")
@@ -133,7 +134,8 @@ class Keeper:
         _take_over(chat, saved)
 
     def _begin(self, chat: "Conversation", name: str) -> None:
-        from octo_run.engine.saved_session import BackgroundSave, Snapshot
+        from octo_run.engine.background_save import BackgroundSave
+        from octo_run.engine.saved_session import Snapshot
 
         options: dict[str, Any] = {option: getattr(chat.load, option) for option in KEPT_OPTIONS}
         if self._background is None:

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.engine import Engine, SamplingParams, Session, saved_session
-from octo_run.engine.saved_session import BackgroundSave, SavedSession, SessionMismatch, Snapshot
+from octo_run.engine import Engine, SamplingParams, Session, saved_session, session_identity
+from octo_run.engine.background_save import BackgroundSave
+from octo_run.engine.random_model import NoTokenizer
+from octo_run.engine.saved_session import SavedSession, SessionMismatch, Snapshot
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import PageFormat
 from octo_run.models.config import parse_config
@@ -29,7 +31,7 @@ LONG = "The boats left at dawn, and the gulls followed them out to sea. " * 20
 @pytest.fixture(autouse=True)
 def one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The small models have no files; each is known by its configuration."""
-    monkeypatch.setattr(saved_session, "fingerprint", lambda engine: str(hash(repr(engine.config))))
+    monkeypatch.setattr(session_identity, "fingerprint", lambda engine: str(hash(repr(engine.config))))
 
 
 def talk(engine: Engine, *questions: str, system: str | None = None) -> Session:
@@ -412,17 +414,17 @@ def test_the_fingerprint_tells_models_apart(tmp_path: Path, monkeypatch: pytest.
     folder = tmp_path / "model"
     shutil.copytree(DEMO_PATH, folder, ignore=shutil.ignore_patterns("__pycache__"))
     with Engine.load("octo-demo", max_context=128, conditioning="off", device="cpu") as engine:
-        first = saved_session.fingerprint(engine)
+        first = session_identity.fingerprint(engine)
         engine.name = str(folder)
-        assert saved_session.fingerprint(engine) == first, "the same files elsewhere"
+        assert session_identity.fingerprint(engine) == first, "the same files elsewhere"
         file = max(folder.glob("*.safetensors"))
         with file.open("r+b") as data:
             data.seek(-100, 2)
             data.write(bytes(100))
-        assert saved_session.fingerprint(engine) != first
-    engine.tokenizer = saved_session.NoTokenizer(260)  # type: ignore[assignment]
+        assert session_identity.fingerprint(engine) != first
+    engine.tokenizer = NoTokenizer(260)  # type: ignore[assignment]
     with pytest.raises(OctoError, match="random weights"):
-        saved_session.fingerprint(engine)
+        session_identity.fingerprint(engine)
 
 
 @pytest.mark.slow
