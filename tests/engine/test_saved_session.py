@@ -443,3 +443,29 @@ def test_loading_takes_the_read_only(demo: Callable[..., Engine], tmp_path: Path
     SavedSession.read(path).restore(other)
     loaded = time.perf_counter() - begun
     assert loaded * 20 < took, (loaded, took)
+
+
+def test_random_damage_is_one_sentence_or_harmless(tiny: Callable[..., Engine], tmp_path: Path) -> None:
+    """Bytes of the header and of the tensors are changed: nothing but an OctoError comes of it."""
+    import random
+
+    path, engine, chance = tmp_path / "s.safetensors", tiny("oct3", 2048), random.Random(3)
+    saved(talk(tiny("oct3", 2048), LONG[:900]), path)
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 3, 20))):
+            end = 8 + size if chance.random() < 0.7 else len(data)
+            data[chance.randrange(end)] = chance.choice((0, 0x22, 0x7B, 0x5D, 0xFF, chance.randrange(256)))
+        path.write_bytes(data)
+        try:
+            file = SavedSession.read(path)
+            file.restore(engine)
+            session = file.session(engine)
+            "".join(session.ask("more", SamplingParams(max_tokens=1)))
+        except OctoError as error:
+            refused += 1
+            assert str(error) and "\x1b" not in str(error)
+    assert 100 < refused < 400
