@@ -337,6 +337,10 @@ class KVArena:
         group = self._group.get(layer)
         return self.page_table if group is None else group.page_table
 
+    def row_state(self, row: int) -> Tensor:
+        """Sinks and ring of a row: ``[2, layers, kv_heads, sink + ring, d]``."""
+        return self._full[:, :, row]
+
     def inputs(self, layer: int, state: "StepState", coefficients: Tensor | None) -> kernels.AttentionInputs:
         """What the attention kernels read for one token in each sequence of a step; for means its queries'
         coefficients."""

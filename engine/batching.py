@@ -10,6 +10,7 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from octo_run.engine.generation import Token
 from octo_run.engine.pool import PoolExhausted
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.sequence import common_length
@@ -34,6 +35,7 @@ class Completion:
         index: The prompt's number.
         ids: The answer's tokens, an end token included.
         finish_reason: See ``Token``.
+        tokens: Those of ``ids`` with their log-probabilities.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     reused_tokens: int
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass
@@ -53,6 +56,7 @@ class _Request:
     params: SamplingParams
     answer: AnswerText
     said: list[int] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     text: str = ""
     reused: int | None = None
     sequence: Sequence | None = None
@@ -95,6 +99,7 @@ def complete(
             expect("params", rule, SamplingParams)
             ids = engine.prompt_ids(prompt)
             engine.check_prompt(ids)
+            engine.check_params(rule)
             answer = AnswerText(engine.tokenizer, rule, engine.end_ids, ids)
         except UsageError as error:
             raise UsageError(f"Prompt {index}: {error}") from None
@@ -231,14 +236,15 @@ class _Scheduler:
             sequence = request.open
             if len(sequence.unread) < engine.depth and self._wants_more(request):
                 continue  # it has only just begun: let a step be launched first
-            token, _ = engine.step.read(sequence)
+            token, logprob, top = engine.step.read_with_tops(sequence)
             request.said.append(token)
             full = request.length == engine.max_context + 1
             text, reason = request.answer.take(token, len(request.said), full=full)
             request.text += text
+            request.tokens.append(Token(token, logprob, reason, text, top))
             if reason is not None:
                 self._running.remove(request)
                 sequence.close()
                 request.sequence = None
                 yield Completion(request.index, request.said, request.text, reason,
-                                 len(request.prompt), request.reused or 0)  # fmt: skip
+                                 len(request.prompt), request.reused or 0, tuple(request.tokens))  # fmt: skip

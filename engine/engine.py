@@ -17,11 +17,13 @@ from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
 from octo_run.engine.calibration import Calibration
 from octo_run.engine.generation import Generation, OnPrompt, PromptWatch
+from octo_run.engine.grammar import Guide
 from octo_run.engine.parts import Parts
 from octo_run.engine.plan import MemoryPlan, free_memory, plan_memory
 from octo_run.engine.random_model import NoTokenizer, read_shape
 from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.sampling_rules import breaking_tokens
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError, expect, quoted, shown
 from octo_run.kernels.codec import LayerFormats
@@ -98,7 +100,10 @@ class Engine:
         self.step = parts.step
         #: Steps of one sequence in flight: on CUDA the next one is launched before the host has read this one's token.
         self.depth = 2 if self.device.type == "cuda" else 1
-        self.end_ids = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
+        self.end_ids = ends = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
+        if isinstance(tokenizer, Tokenizer):
+            self.step.guide = lambda grammar: Guide(grammar, tokenizer, ends)
+            self.step.breaking = lambda: breaking_tokens(tokenizer)
 
     def close(self) -> None:
         """Give back the memory of weights and cache; closing it again does nothing.
@@ -379,6 +384,8 @@ class Engine:
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
         expect("params", params, SamplingParams, none=True)
+        if params is not None:
+            self.check_params(params)
         return Generation(self, ids, params or SamplingParams(), on_prompt)
 
     def chat(
@@ -483,6 +490,18 @@ class Engine:
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
         if wrong is not None:
             raise UsageError(f"The token id {wrong} is not in the vocabulary of {self.config.vocab_size:,}.")
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Check that rules of sampling suit the model.
+
+        Raises:
+            UsageError: A bias of tokens that there are not, or a grammar where there is no tokenizer.
+        """
+        wrong = next((token for token, _ in params.logit_bias if token >= self.config.vocab_size), None)
+        if wrong is not None:
+            raise UsageError(f"logit_bias names the token {wrong} and the vocabulary has {self.config.vocab_size:,}.")
+        if params.grammar is not None and self.step.guide is None:
+            raise UsageError("A model with random weights has no tokenizer, so no grammar can be followed.")
 
     @torch.inference_mode()
     def feed(self, sequence: Sequence, ids: list[int], on_prompt: OnPrompt | None = None) -> Tensor:

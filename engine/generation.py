@@ -31,12 +31,14 @@ class Token:
             text is what came before that string; "length" or "context" where there is no room for more.
         text: The part of the answer's text that is certain after this token and no earlier one had: nothing while a
             character is incomplete or what was said may become a stop string. Joined, the texts are the whole answer.
+        top: The likeliest tokens in its place with their log-probabilities, as many as ``SamplingParams.logprobs``.
     """
 
     id: int
     logprob: float
     finish_reason: str | None
     text: str = ""
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class PromptWatch:
@@ -92,6 +94,8 @@ class Generation:
         Raises:
             UsageError: Stop strings without a tokenizer.
         """
+        #: A copy of the prompt's ids.
+        self.prompt_ids = tuple(ids)
         self.prompt_tokens, self.reused_tokens, self.read_tokens = len(ids), 0, 0
         self.prefill_seconds, self.decode_seconds = 0.0, 0.0
         self.generated_tokens = self.decoded_tokens = 0
@@ -123,16 +127,16 @@ class Generation:
             while True:
                 if sequence is None or not sequence.alive or not sequence.ready:
                     sequence = self._begin(engine, ids, params, sequence)
-                    token, logprob = engine.step.read(sequence)
+                    token, logprob, top = engine.step.read_with_tops(sequence)
                 else:
                     sequence.pinned = True
-                    token, logprob = self._next(engine, sequence, len(ids), params)
+                    token, logprob, top = self._next(engine, sequence, len(ids), params)
                 self.generated_tokens += 1
                 full = len(ids) == engine.max_context
                 text, self.finish_reason = answer.take(token, self.generated_tokens, full=full)
                 ids.append(token)
                 sequence.pinned = False
-                yield Token(token, logprob, self.finish_reason, text)
+                yield Token(token, logprob, self.finish_reason, text, top)
                 if self.finish_reason is not None:
                     return
         finally:
@@ -170,7 +174,9 @@ class Generation:
             self.prefill_seconds += time.perf_counter() - begun
         return sequence
 
-    def _next(self, engine: Engine, sequence: Sequence, held: int, params: SamplingParams) -> tuple[int, float]:
+    def _next(
+        self, engine: Engine, sequence: Sequence, held: int, params: SamplingParams
+    ) -> tuple[int, float, tuple[tuple[int, float], ...]]:
         """The token that a decode step draws, after ``held`` tokens of prompt and answer.
 
         Steps run ahead of what is read as far as tokens may be wanted.
@@ -181,7 +187,7 @@ class Generation:
             most = min(most, params.max_tokens - self.generated_tokens)
         while len(sequence.unread) < min(engine.depth, most):
             engine.step.launch([sequence])
-        drawn = engine.step.read(sequence)
+        drawn = engine.step.read_with_tops(sequence)
         self.decode_seconds += time.perf_counter() - begun
         self.decoded_tokens += 1
         return drawn

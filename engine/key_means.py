@@ -33,9 +33,13 @@ class KeyMeans:
         self.tables = [made[id(one)] for one in frequencies]
         self.maps = torch.empty(s.layers, s.kv_heads, s.head_dim, s.head_dim, device=device)
         for layer, (mean, key_map) in enumerate(zip(means, key_maps, strict=True)):
-            self.maps[layer] = key_mean.mean_maps(mean, key_map)
+            self.adopt(layer, mean, key_map)
         pages = max(s.layers, (s.ring + s.chunk) // PAGE)
         self._rows = torch.zeros(pages, s.kv_heads, PAGE, s.head_dim, dtype=s.dtype, device=device)
+
+    def adopt(self, layer: int, mean: Tensor, key_map: Tensor) -> None:
+        """Take another mean ``[kv_heads, d]`` and map ``[kv_heads, d, d]`` of a layer."""
+        self.maps[layer].copy_(key_mean.mean_maps(mean, key_map))
 
     def take_out(self, k: Tensor, layer: int, first: Tensor) -> Tensor:
         """Pages of keys without their means.

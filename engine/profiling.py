@@ -77,7 +77,6 @@ KERNELS = {
     "pack_kernel": CODING,
     "packed_experts_kernel": MLP,
     "place_kernel": MLP,
-    "streamed_product_kernel": _PRODUCT,
     "plain_decode_kernel": ATTENTION,
     "plain_pages_kernel": CODING,
     "put_back_kernel": ATTENTION,

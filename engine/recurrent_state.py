@@ -74,6 +74,25 @@ class RecurrentStates:
         found = (position for position in (0, self._at[row], *self.snapshots(row)) if position <= length)
         return max(found, default=0)
 
+    def of(self, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A row's state at ``length``, which is :meth:`reachable`.
+
+        Returns:
+            What the convolutions remember, ``[layers, taps, channels]``, and the memories.
+        """
+        place = row
+        if length and self._at[row] != length:
+            place = next(place for position, place in self._held[row] if position == length)
+        return self._conv[:, place], self._memory[:, place]
+
+    @torch.inference_mode()
+    def load(self, row: int, conv: torch.Tensor, memory: torch.Tensor) -> None:
+        """Write a row's state as :meth:`of` gave it; it counts from :meth:`stand` on."""
+        self.writing(row)
+        self._held[row] = []
+        self._conv[:, row].copy_(conv)
+        self._memory[:, row].copy_(memory)
+
     def writing(self, row: int) -> None:
         """Until :meth:`stand`, the row's state counts for nothing."""
         self._at[row] = -1

@@ -1,22 +1,37 @@
 """A chat session, which remembers its turns."""
 
+from typing import Any
+
 from octo_run.engine.engine import Engine
 from octo_run.engine.generation import OnPrompt
-from octo_run.engine.reply import Reply
+from octo_run.engine.reply import Reply, ThinkBudget
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import UsageError, expect
 
 #: Tokens kept free for an answer when old turns must make room and no ``max_tokens`` is given.
 ANSWER_ROOM = 256
+#: Tokens that a chat template writes behind the token that ends an answer, at most.
+_AFTER_END = 4
 
 
 class Session:
     """A chat. Each :meth:`ask` renders the whole conversation; the engine reuses the prefix it already holds.
 
     When the context is full the oldest turns after the system prompt are dropped, and the reply says how many.
+
+    Attributes:
+        variables: What the chat template sees beside the messages (``enable_thinking``, say).
+        drops: Whether the oldest turns make room when the context is full; otherwise nothing more is answered then.
     """
 
-    def __init__(self, engine: Engine, system: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        system: str | None = None,
+        *,
+        variables: dict[str, Any] | None = None,
+        drops: bool = True,
+    ) -> None:
         """Begin a chat.
 
         Raises:
@@ -26,9 +41,13 @@ class Session:
         expect("engine", engine, Engine)
         expect("system", system, str, none=True)
         engine.check_chat()
-        self.engine, self.system = engine, system
+        expect("variables", variables, dict, none=True)
+        expect("drops", drops, bool)
+        self.engine, self.system, self.variables, self.drops = engine, system, dict(variables or {}), drops
         self.turns: list[dict[str, str]] = []
         self._open: Reply | None = None
+        self._begun = ""  # what the answer that is open said before
+        self._ended: tuple[str, list[int]] | None = None  # the last answer, and the ids that it goes on from
 
     def __repr__(self) -> str:
         return f"<Session with {self.engine!r}: {len(self.turns)} messages>"
@@ -39,9 +58,13 @@ class Session:
         self._settle()
         return self._head() + self.turns
 
+    def rendered(self, messages: list[dict[str, str]], **variables: Any) -> list[int]:
+        """Token ids of messages, through the model's chat template."""
+        return self.engine.tokenizer.chat(messages, **self.variables, **variables)
+
     def clear(self) -> None:
         """Forget all turns; the system prompt stays."""
-        self._open = None
+        self._open = self._ended = None
         self.turns = []
 
     def undo(self) -> str | None:
@@ -57,11 +80,18 @@ class Session:
                 return turn["content"]
         return None
 
-    def ask(self, text: str, params: SamplingParams | None = None, on_prompt: OnPrompt | None = None) -> Reply:
+    def ask(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        on_prompt: OnPrompt | None = None,
+        think_budget: int | None = None,
+    ) -> Reply:
         """Answer ``text``.
 
         Args:
             on_prompt: See ``Engine.generate``.
+            think_budget: Tokens after which a thought of the model (``<think>``) is ended; None: it ends by itself.
 
         Raises:
             UsageError: An empty text, or one that the context does not hold by itself.
@@ -73,9 +103,45 @@ class Session:
         self._settle()
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
-        reply = Reply(self.engine.generate(ids, params, on_prompt), dropped)
-        self.turns, self._open = turns, reply
+        budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params, self.engine.generate)
+        reply = Reply(self.engine.generate(ids, params, on_prompt), dropped, budget)
+        self.turns, self._open, self._begun = turns, reply, ""
         return reply
+
+    def resume(self, params: SamplingParams | None = None, on_prompt: OnPrompt | None = None) -> Reply:
+        """Go on with the last answer, where it was stopped.
+
+        Args:
+            on_prompt: See ``Engine.generate``.
+
+        Returns:
+            What is said now; the answer in the conversation is the old text and this one.
+
+        Raises:
+            UsageError: There is no answer, or the context is full.
+        """
+        expect("params", params, SamplingParams, none=True)
+        self._settle()
+        if not self.turns or self.turns[-1]["role"] != "assistant":
+            raise UsageError("There is no answer to continue.")
+        ids, begun = self._answer_ids(), self.turns[-1]["content"]
+        if self._ended is not None:
+            begun = begun.removesuffix("\ufffd")  # a character that was cut: its bytes are in the ids
+        if len(ids) >= self.engine.max_context:
+            raise UsageError(f"The context of {self.engine.max_context:,} tokens is full: no answer goes on in it.")
+        reply = Reply(
+            self.engine.generate(ids, params or SamplingParams.from_defaults(self.engine.defaults), on_prompt)
+        )
+        self.turns, self._open, self._begun = self.turns[:-1], reply, begun
+        return reply
+
+    def _answer_ids(self) -> list[int]:
+        """The conversation's ids up to the last word of its last answer."""
+        if self._ended is not None and self._ended[0] == self.turns[-1]["content"]:
+            return list(self._ended[1])
+        ids = self.rendered(self.messages, add_generation_prompt=False)
+        ends = [place for place, token in enumerate(ids) if token in self.engine.end_ids]
+        return ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids
 
     def _fitting(
         self, turns: list[dict[str, str]], params: SamplingParams
@@ -87,14 +153,19 @@ class Session:
         limit = self.engine.max_context
         room = min(params.max_tokens or ANSWER_ROOM, ANSWER_ROOM, limit // 4)
         dropped = 0
-        ids = self.engine.tokenizer.chat(self._head() + turns)
+        ids = self.rendered(self._head() + turns)
         # Dropping a turn costs a prefill of all that follows: once it must be, make room for several turns.
         target = limit if len(ids) + room <= limit else limit * 3 // 4
+        if not self.drops and len(turns) > 1 and len(ids) + room > limit:
+            raise UsageError(
+                f"The context is full: this message makes {len(ids):,} tokens of conversation, the context holds "
+                f"{limit:,}, and {room:,} are kept for an answer. Begin anew, or let old turns be dropped."
+            )
         while len(ids) + room > target and len(turns) > 1:
             dropped += 1
             following = (i for i, turn in enumerate(turns) if i and turn["role"] == "user")
             turns = turns[next(following) :]
-            ids = self.engine.tokenizer.chat(self._head() + turns)
+            ids = self.rendered(self._head() + turns)
         if len(ids) > limit:
             raise UsageError(
                 f"The message makes a prompt of {len(ids):,} tokens by itself and the context holds {limit:,}: "
@@ -111,4 +182,9 @@ class Session:
             reply, self._open = self._open, None
             if reply.finish_reason is None:
                 reply.close()
-            self.turns.append({"role": "assistant", "content": reply.text})
+            text, self._begun = self._begun + reply.text, ""
+            self.turns.append({"role": "assistant", "content": text})
+            at_end = bool(reply.ids) and reply.ids[-1] in self.engine.end_ids
+            at_stop_text = reply.finish_reason == "stop" and not at_end  # which the ids hold and the text does not
+            said = reply.ids[:-1] if at_end else reply.ids
+            self._ended = None if at_stop_text else (text, [*reply.prompt_ids, *said])

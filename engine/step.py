@@ -18,7 +18,9 @@ from torch import Tensor
 
 from octo_run.engine.arena import KVArena
 from octo_run.engine.forward import Forward
+from octo_run.engine.grammar import Grammar, Guide
 from octo_run.engine.sampling import BatchSampler, Sampling, SamplingParams
+from octo_run.engine.sampling_rules import MAX_TOP
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
 
@@ -88,12 +90,18 @@ class Result:
         """Fetch what was drawn.
 
         Args:
-            drawn: int32 ``[2, rows]``: tokens and the bits of log-probabilities in float32.
+            drawn: int32 ``[n, rows]``: tokens and the bits of log-probabilities in float32, then the likeliest tokens.
         """
         self._values = None
         self._host.copy_(drawn, non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(drawn.device))
+
+    def tops(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens of a row that was waited for, and their log-probabilities."""
+        ids = self._host[2 : 2 + count, row].tolist()
+        values = self._host[2 + MAX_TOP : 2 + MAX_TOP + count, row].contiguous().view(torch.float32).tolist()
+        return tuple(zip(ids, values, strict=True))
 
     def wait(self, row: int) -> tuple[int, float]:
         """Token and log-probability of a row."""
@@ -131,6 +139,12 @@ class Stepper:
         self._set: _Set | None = None
         self._spare: list[Result] = []
         self._recorder = _Recorder(device, arena.shape.dtype) if device.type == "cuda" else None
+        #: Begins to follow a grammar; None: there is no tokenizer.
+        self.guide: Callable[[Grammar], Guide] | None = None
+        #: Gives the tokens that end a repetition (``sampling_rules.BREAKERS``), once.
+        self.breaking: Callable[[], list[int]] | None = None
+        bits = (rows, -(-cfg.vocab_size // 32))
+        self._bits = torch.zeros(bits, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     @torch.inference_mode()
     def start(self, sequence: Sequence, token: int, params: SamplingParams, seen: list[int] | None = None) -> None:
@@ -160,7 +174,16 @@ class Stepper:
         known = sequence.ids
         sequence.cancel()
         self.forward.read_again(sequence, known)
-        sequence.sampling = self.sampler.enter(sequence.row, params, seen, drawn)
+        if params.dry_multiplier and self.breaking is not None:
+            breaking, self.breaking = self.breaking, None
+            self.sampler.rules.breakers[torch.tensor(breaking(), dtype=torch.int64)] = True
+        sequence.sampling = sampling = self.sampler.enter(sequence.row, params, seen, drawn)
+        if params.grammar is not None:
+            if self.guide is None:
+                raise UsageError("A model with random weights has no tokenizer, so no grammar can be followed.")
+            sampling.guide = self.guide(params.grammar)
+            for token in seen[len(seen) - drawn :]:
+                sampling.guide.advance(token)
 
     @torch.inference_mode()
     def first(self, sequences: list[Sequence], normed: Tensor) -> None:
@@ -172,6 +195,7 @@ class Stepper:
         count, samplings = len(sequences), list(map(self._sampling, sequences))
         self._arrange(sequences)
         current, self._set = self._set, None
+        self._allow(sequences)
         self.sampler.draw(self.forward.logits(normed, self.logits[:count]), self._state.rows[:count])
         for sampling in samplings:
             sampling.drawn += 1
@@ -205,7 +229,13 @@ class Stepper:
             sequence.ready = False
             if self.arena.states is not None:
                 self.arena.states.writing(sequence.row)
-        self._run(("step", bucket, bound, self.sampler.kind), lambda: self._step(bucket, bound))
+        if self.sampler.rules.kinds.guided:  # the host finds out what may come next while the device computes
+            self._run(("logits", bucket, bound), lambda: self._compute(bucket, bound))
+            self._follow(sequences)
+            self._allow(sequences)
+            self._run(("draw", bucket, self.sampler.kind), lambda: self._draw(bucket))
+        else:
+            self._run(("step", bucket, bound, self.sampler.kind), lambda: self._step(bucket, bound))
         for sequence in sequences:
             sequence.launched()
             self._sampling(sequence).drawn += 1
@@ -213,6 +243,30 @@ class Stepper:
         self._moved(current)
         for sequence in sequences:
             sequence.ready = True
+
+    def _follow(self, sequences: list[Sequence]) -> None:
+        """Tell guides the tokens that the step feeds; waits for those of earlier steps."""
+        for sequence in sequences:
+            guide = self._sampling(sequence).guide
+            if guide is not None:
+                last = sequence.unread[-1].wait(sequence.row)[0] if sequence.unread else sequence.following
+                assert last is not None
+                guide.advance(last)
+
+    def _allow(self, sequences: list[Sequence]) -> None:
+        """Let guided sequences draw what their grammars allow."""
+        for sequence in sequences:
+            guide = self._sampling(sequence).guide
+            if guide is not None:  # its row's last copy is done: its last token has been waited for
+                guide.fill(self._bits[sequence.row])
+                self.sampler.rules.allow(sequence.row, self._bits[sequence.row])
+
+    def read_with_tops(self, sequence: Sequence) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+        """As :meth:`read`, and the likeliest tokens with their log-probabilities, as many as are asked for."""
+        count = self._sampling(sequence).params.logprobs
+        result = sequence.unread[0] if sequence.unread else None
+        token, logprob = self.read(sequence)
+        return token, logprob, result.tops(sequence.row, count) if count and result is not None else ()
 
     def read(self, sequence: Sequence) -> tuple[int, float]:
         """Read the sequence's oldest unread launch; waits for it alone.
@@ -302,10 +356,19 @@ class Stepper:
 
     def _step(self, batch: int, bound: int) -> None:
         """The whole step on the device; then its state is that of the next one."""
-        state, shape = self._state.first(batch), self.arena.shape
+        self._compute(batch, bound)
+        self._draw(batch)
+
+    def _compute(self, batch: int, bound: int) -> None:
+        """The step's logits."""
+        state = self._state.first(batch)
         ids = self.sampler.tokens.index_select(0, state.sources)
-        normed = self.forward.step(ids, state, bound)
-        self.sampler.draw(self.forward.logits(normed, self.logits[:batch]), state.rows)
+        self.forward.logits(self.forward.step(ids, state, bound), self.logits[:batch])
+
+    def _draw(self, batch: int) -> None:
+        """The tokens of the logits; then the state is that of the next step."""
+        state, shape = self._state.first(batch), self.arena.shape
+        self.sampler.draw(self.logits[:batch], state.rows)
         position = state.positions.add_(state.active)
         torch.where(
             position < shape.sink, position, (position - shape.sink) % shape.ring + shape.sink, out=state.places

@@ -7,6 +7,8 @@ out. Of several stop strings the one that is complete first counts, whatever the
 before it.
 """
 
+import functools
+
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import UsageError
@@ -98,6 +100,35 @@ class AnswerText:
             count = max(0, count - len(text))
         self._held = rest
         return given
+
+
+def impossible(tokenizer: Tokenizer | NoTokenizer, stop: str) -> bool:
+    """Whether no tokens of the vocabulary spell the text, neither alone nor within more."""
+    if isinstance(tokenizer, NoTokenizer):
+        return False
+    pieces = _pieces(tokenizer)
+    if all(bytes([byte]) in pieces for byte in stop.encode()):
+        return False
+    text = stop.encode()
+    if any(text in piece for piece in pieces):
+        return False
+    longest = max(map(len, pieces))
+    begun = {at for at in range(len(text) + 1) if not at or any(piece.endswith(text[:at]) for piece in pieces)}
+    for at in range(len(text)):  # positions at which a token may end
+        if at in begun:
+            begun |= {end for end in range(at + 1, min(len(text), at + longest) + 1) if text[at:end] in pieces}
+    return not any(at == len(text) or any(piece.startswith(text[at:]) for piece in pieces) for at in begun)
+
+
+@functools.lru_cache(maxsize=2)
+def _pieces(tokenizer: Tokenizer) -> frozenset[bytes]:
+    """The bytes of all tokens; special ones as they are written out."""
+    special = tokenizer.special_ids
+    texts = (
+        tokenizer.decode([token], skip_special=False).encode() if token in special else tokenizer.piece(token)
+        for token in range(tokenizer.vocab_size)
+    )
+    return frozenset(filter(None, texts))
 
 
 def _possible_stop(text: str, stops: tuple[str, ...]) -> int:

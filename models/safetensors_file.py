@@ -84,7 +84,12 @@ def _broken(path: Path, problem: str) -> OctoError:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a safetensors file by name.
+    """The tensors of a safetensors file by name; see :func:`read_headers`."""
+    return read_headers(path)[0]
+
+
+def read_headers(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors of a safetensors file by name, and the texts of its ``__metadata__``.
 
     Raises:
         OctoError: An entry does not lie inside the file or has not as many bytes as its shape and dtype need, or the
@@ -107,7 +112,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise OctoError(f"{path} has {len(header):,} tensors, and octo-run reads {MAX_TENSORS:,} at most.")
     entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
     _check_cover(file, entries, 8 + length)
-    return entries
+    return entries, metadata or {}
 
 
 def stored_file(path: Path, data: BinaryIO) -> StoredFile:
@@ -236,6 +241,14 @@ class TensorFile:
             self._read_into(piece, entry.start + first * source.itemsize)
             self._check()
             yield piece
+
+    def fill(self, entry: TensorEntry, target: Tensor, first: int = 0) -> None:
+        """Fill ``target``, contiguous, on the CPU and of the entry's dtype, with the items from number ``first`` on."""
+        start = entry.start + first * target.itemsize
+        if target.dtype != STORED_DTYPES[entry.dtype] or not start <= start + target.nbytes <= entry.end:
+            raise ValueError(f"{target.numel()} items of {target.dtype} from {first} on are not in {entry}")
+        self._read_into(target.view(-1), start)
+        self._check()
 
     def read_bytes(self, start: int, count: int) -> bytearray:
         """``count`` bytes from position ``start`` on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from octo_run.models.files import SINGLE_NAME
 SHARD_BYTES = 5_000_000_000
 _TYPES = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8",
 }  # fmt: skip
 
 
@@ -41,15 +41,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be written: its name, its tensors by name."""
+    """One file to be written: its name, its tensors by name, and what the header says beside them."""
 
     name: str
     items: dict[str, Item]
+    metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
 
     @property
     def header(self) -> bytes:
         """Everything before the data."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        entries: dict[str, object] = {"__metadata__": self.metadata}
         position = 0
         for name, item in self.items.items():
             end = position + item.nbytes

@@ -22,6 +22,21 @@ def own_folder() -> Path:
         raise no_folder(error) from None
 
 
+def state_folder() -> Path:
+    """The folder for what the program remembers between runs (``$XDG_STATE_HOME/octo-run``).
+
+    A relative path in that variable is ignored, as its specification asks.
+
+    Raises:
+        OctoError: There is no home.
+    """
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    try:
+        return (base if base.is_absolute() else Path.home() / ".local" / "state") / "octo-run"
+    except RuntimeError:
+        raise OctoError("there is no home folder; set HOME or XDG_STATE_HOME.") from None
+
+
 def no_folder(error: RuntimeError) -> OctoError:
     """What is raised where a path begins with a home that there is not."""
     return OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.")

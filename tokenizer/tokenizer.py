@@ -84,12 +84,12 @@ class Tokenizer:
         adds_bos = backend.opening == self._named.get("bos_token") if config.add_bos is None else config.add_bos
         self.adds_bos = adds_bos and self.bos_id is not None
         self.opening = [self.bos_id] if adds_bos and self.bos_id is not None else []
+        self._variables: dict[str, Any] = dict(self._named)
+        if config.extra_special:
+            self._variables["additional_special_tokens"] = list(config.extra_special)
         self._template: ChatTemplate | None = None
         if config.chat_template is not None:
-            variables: dict[str, Any] = dict(self._named)
-            if config.extra_special:
-                variables["additional_special_tokens"] = list(config.extra_special)
-            self._template = ChatTemplate(config.chat_template, config.chat_template_file, variables, self._special)
+            self.use_template(config.chat_template, config.chat_template_file)
 
     def __repr__(self) -> str:
         chat = "with" if self.has_chat_template else "without"
@@ -233,6 +233,14 @@ class Tokenizer:
         stream.skip(after)
         return stream
 
+    def piece(self, token_id: int) -> bytes:
+        """The bytes of a token in the middle of a text; none for an id without a token.
+
+        Raises:
+            ValueError: The id is negative.
+        """
+        return self._piece(token_id)
+
     def _piece(self, token_id: int) -> bytes:
         if token_id < 0:
             raise ValueError(f"a token id is 0 or more, not {token_id}")
@@ -244,6 +252,19 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `chat` and `render` can be used."""
         return self._template is not None
+
+    @property
+    def template_source(self) -> str:
+        """The text of the chat template, "" where there is none."""
+        return "" if self._template is None else self._template.source
+
+    def use_template(self, source: str, file: str) -> None:
+        """Take another chat template.
+
+        Args:
+            file: Where it stands, for messages.
+        """
+        self._template = ChatTemplate(source, file, self._variables, self._special)
 
     def chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, **template_variables: Any

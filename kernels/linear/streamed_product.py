@@ -40,6 +40,7 @@ from octo_run.kernels.lanes import (
     read_shared_half,
     repeat,
     shuffle_f,
+    sync_warp,
     u32,
     wait_for_kernel_before,
     write_shared2,
@@ -459,6 +460,7 @@ def streamed_product_kernel(
             wait_for_copies(lane, STAGES - 1)
             acc = _add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, NT,
                              HAS_OFFSETS)  # fmt: skip
+            sync_warp(lane)  # all its lanes have read the block that is replaced now
             _copy_block(slot, codes_low, codes_high, scales, _block_of(turn, TURNS, WARPS) * (16 * BITS),
                         _block_of(turn, TURNS, WARPS) * group_step, block + _block_of(turn, TURNS, WARPS) < end,
                         (left > 0) & (row < n), (left > 0) & (row + half < n),

@@ -17,7 +17,7 @@ from torch import Tensor
 from octo_run.kernels.cpu import linear as compiled_linear
 from octo_run.kernels.cpu import step as compiled
 from octo_run.kernels.step import reference
-from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised
+from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised, share
 
 if TYPE_CHECKING:
     from octo_run.kernels.linear import PackedWeight
@@ -37,6 +37,7 @@ __all__ = [
     "qkv_rope_append",
     "rotate_back",
     "sample",
+    "share",
     "swiglu",
 ]
 
@@ -123,8 +124,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     """Draw a token for each sequence of a batch; see ``Draws``.
 
-    Penalties, then ``floor``, then Gumbel noise times the temperature; the largest wins. Log-probabilities are those of
-    the logits themselves, not finite if these are not.
+    Penalties, edits, then ``floor``, then Gumbel noise times the temperature; the largest wins. Log-probabilities are
+    those of the logits themselves, not finite if these are not.
 
     Args:
         logits: ``[B, vocab]`` of the model.

@@ -188,7 +188,8 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     """`kernels.step.sample` by the Triton kernels."""
-    _check(logits=logits, rows=draws.rows, counts=draws.counts, floor=logits if floor is None else floor)
+    edits = logits if draws.edits is None else draws.edits
+    _check(logits=logits, rows=draws.rows, counts=draws.counts, floor=logits if floor is None else floor, edits=edits)
     batch, vocab = logits.shape
     slices = draws.slices.shape[2]
     unused = draws.temperature
@@ -197,10 +198,10 @@ def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     with on_device_of(logits):
         draw(
             LOGITS=logits, ROWS=draws.rows, COUNTS=draws.counts, TEMPERATURE=draws.temperature,
-            PENALTIES=draws.penalties, FLOOR=unused if floor is None else floor, SEEDS=draws.seeds,
+            PENALTIES=draws.penalties, EDITS=edits, FLOOR=unused if floor is None else floor, SEEDS=draws.seeds,
             COUNTERS=draws.counters, SLICES=draws.slices, vocab=vocab, s_penalty=draws.penalties.stride(0),
-            BLOCK=SLICE_TOKENS, COUNTED=draws.counted, NOISY=draws.noisy, FLOORED=floor is not None,
-            num_warps=4)  # fmt: skip
+            BLOCK=SLICE_TOKENS, COUNTED=draws.counted, EDITED=draws.edits is not None, NOISY=draws.noisy,
+            FLOORED=floor is not None, num_warps=4)  # fmt: skip
         merge(
             LOGITS=logits, ROWS=draws.rows, COUNTS=draws.counts, COUNTERS=draws.counters, SLICES=draws.slices,
             TOKENS=draws.tokens, LOGPROBS=draws.logprobs, vocab=vocab, slices=slices,

@@ -67,6 +67,7 @@ class Draws:
         tokens, logprobs: int32 and float32 ``[R]``, the result.
         counted: Any penalty is on.
         noisy: Any temperature is not 0.
+        edits: float32 ``[B, vocab]``, contiguous: what is added to the scores after the penalties; None: nothing.
     """
 
     rows: Tensor
@@ -80,14 +81,16 @@ class Draws:
     logprobs: Tensor
     counted: bool = False
     noisy: bool = False
+    edits: Tensor | None = None
 
     def scores(self, logits: Tensor) -> Tensor:
         """Float32 scores ``[B, vocab]`` of a batch's logits after their penalties (filler's are some row's)."""
         batch = len(logits)
-        if not self.counted:
-            return logits.to(torch.float32)
-        counts = self.counts.index_select(0, self.rows[:batch].clamp(min=0))
-        return penalised(logits, counts, self.penalties[:, :batch])
+        scores = logits.to(torch.float32)
+        if self.counted:
+            counts = self.counts.index_select(0, self.rows[:batch].clamp(min=0))
+            scores = penalised(logits, counts, self.penalties[:, :batch])
+        return scores if self.edits is None else scores + self.edits[:batch]
 
 
 def penalised(logits: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
@@ -136,11 +139,15 @@ def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
     draws.logprobs[rows] = logprobs
 
 
+def share(seeds: Tensor, counters: Tensor, index: Tensor | int) -> Tensor:
+    """Numbers between 0 and 1 as if by chance, float32: a hash of seed, counter (int64 ``[B, 1]``) and index."""
+    mixed = _hash(_hash(seeds ^ _hash(counters)) + index)
+    return (((mixed >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+
+
 def _gumbel(seeds: Tensor, counters: Tensor, index: Tensor) -> Tensor:
     """Gumbel noise, float32 ``[B, vocab]``: a hash of seed, counter (int64 ``[B, 1]``) and token."""
-    mixed = _hash(_hash(seeds ^ _hash(counters)) + index)
-    share = (((mixed >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
-    return -torch.log(-torch.log1p(-share))
+    return -torch.log(-torch.log1p(-share(seeds, counters, index)))
 
 
 def _hash(x: Tensor) -> Tensor:

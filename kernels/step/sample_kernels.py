@@ -26,8 +26,8 @@ def _hash(x):
 
 @triton.jit
 def sample_slice_kernel(
-    LOGITS, ROWS, COUNTS, TEMPERATURE, PENALTIES, FLOOR, SEEDS, COUNTERS, SLICES, vocab, s_penalty,
-    BLOCK: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr, FLOORED: tl.constexpr,
+    LOGITS, ROWS, COUNTS, TEMPERATURE, PENALTIES, EDITS, FLOOR, SEEDS, COUNTERS, SLICES, vocab, s_penalty,
+    BLOCK: tl.constexpr, COUNTED: tl.constexpr, EDITED: tl.constexpr, NOISY: tl.constexpr, FLOORED: tl.constexpr,
 ):  # fmt: skip
     """The program is (slice, number in the batch). SLICES float32 [B, 4, slices]: `SCORE`, `TOKEN`, `BASE`, `TOTAL`."""
     index, row = tl.program_id(0), tl.program_id(1)
@@ -47,6 +47,8 @@ def sample_slice_kernel(
         drawn = (count >> 1).to(tl.float32)
         score = tl.where(count > 0, tl.where(logit > 0, logit / repetition, logit * repetition), logit)
         score -= frequency * drawn + tl.where(drawn > 0, presence, 0.0)
+    if EDITED:
+        score += tl.load(EDITS + places, mask=inside, other=0.0)
     if FLOORED:
         score = tl.where(score < tl.load(FLOOR + row), float("-inf"), score)
     if NOISY:

@@ -31,6 +31,7 @@ _COMMANDS = {
     "list": "list_models",
     "show": "show",
     "rm": "remove",
+    "sessions": "sessions",
     "quantize": "quantize",
     "bench": "bench",
     "eval": "evaluate",

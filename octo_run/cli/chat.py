@@ -1,15 +1,29 @@
 """``octo-run chat``: a conversation, at a terminal or through a pipe."""
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from octo_run import __version__, process
-from octo_run.cli import console, debug_option, runtime
-from octo_run.cli.conversation import BLOCK, Conversation, Leave, opens_block
-from octo_run.cli.options import DEFAULT_MODEL, TEXT, EngineOptions, SamplingOptions, engine_options, sampling_options
+from octo_run.cli import chat_commands, console, debug_option, runtime, session_files
+from octo_run.cli.chat_commands import Leave
+from octo_run.cli.conversation import BLOCK, ChatOptions, Conversation, opens_block
+from octo_run.cli.options import (
+    DEFAULT_MODEL,
+    TEXT,
+    Count,
+    EngineOptions,
+    engine_options,
+    template_options,
+    template_variables,
+)
+from octo_run.cli.sampling_options import SamplingOptions, sampling_options
 from octo_run.errors import OctoError, UsageError
 from octo_run.process import EXIT_INTERRUPTED
 
@@ -23,39 +37,166 @@ EXAMPLES = (
 KEYS = "Enter sends, Alt-Enter begins a line, Ctrl-C stops an answer, /help lists the commands."
 #: Seconds within which a second Ctrl-C leaves.
 TWICE = 2.0
+#: Seconds until it is said that standard input is waited for.
+PATIENCE = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """How a chat begins.
+
+    Attributes:
+        prompt: The first message.
+        files: Texts to put before it.
+        single: Leave after its answer.
+        session: The conversation to go on with, or to begin.
+        anew: Read its text again.
+    """
+
+    prompt: str | None
+    files: tuple[Path, ...]
+    single: bool
+    session: str | None
+    anew: bool
 
 
 @click.command("chat")
+@click.option(
+    "--session", metavar="NAME", help="Go on with this saved conversation, or begin it; saved after each turn."
+)
+@click.option("--anew", is_flag=True, help="Read the text of --session again instead of loading its KV cache.")
 @click.option("--system", type=TEXT, help="System prompt.")
+@click.option("--system-file", type=click.Path(path_type=Path), help="A file with the system prompt.")
 @click.option("--prompt", "-p", type=TEXT, help="The first message.")
+@click.option("--file", "-f", "files", type=click.Path(path_type=Path), multiple=True,
+              help="A text to put before the first message; may be given several times.")  # fmt: skip
+@click.option("--single", is_flag=True, help="Answer the first message and leave.")
+@click.option("--on-full", type=click.Choice(("drop", "stop")), default="drop", show_default=True,
+              help="When the context is full: drop the oldest turns, or answer no more.")  # fmt: skip
+@click.option("--plain", is_flag=True, help="Show answers as they are, not as Markdown.")
+@click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks before it answers.")
+@click.option("--think-budget", type=Count(0), metavar="N", help="End a thought of the model after N tokens.")
+@template_options
 @engine_options
 @sampling_options
 @debug_option
-def command(system: str | None, prompt: str | None, load: EngineOptions, sampling: SamplingOptions) -> int:
+def command(
+    session: str | None,
+    anew: bool,
+    system: str | None,
+    system_file: Path | None,
+    prompt: str | None,
+    files: tuple[Path, ...],
+    single: bool,
+    on_full: str,
+    plain: bool,
+    hide_thinking: bool,
+    think_budget: int | None,
+    template_kwargs: str | None,
+    chat_template: Path | None,
+    load: EngineOptions,
+    sampling: SamplingOptions,
+) -> int:
     """Chat with a model in several turns.
 
     At a terminal: Enter sends, Alt-Enter or a backslash at the end of a line begins a new line, Tab completes commands
     and files, Ctrl-C stops the answer (again within 2 seconds: leaves), Ctrl-D or /exit leaves, /help lists the
     commands. What is typed during an answer waits for the next line. Through a pipe: every line of standard input is
     one question, or all lines from one of three double quotes to the next such line; only the answers are written to
-    standard output, and the end of the input ends the chat.
+    standard output, and the end of the input ends the chat. With --single, standard input is a document that comes
+    before the first message.
+
+    --session NAME goes on with the model and the KV cache that the conversation was saved with, unless other ones are
+    given.
     """
+    if system is not None and system_file is not None:
+        raise UsageError("--system and --system-file are both given; give one of them.")
+    if system_file is not None:
+        system = console.read_text(system_file).strip("\n")
+    if session is None and anew:
+        raise UsageError("--anew needs --session: it reads the text of a saved conversation again.")
+    beginning = Beginning(prompt, files, single, session, anew)
+    options = ChatOptions(
+        drops=on_full == "drop",
+        plain=plain,
+        hide_thinking=hide_thinking,
+        think_budget=think_budget,
+        variables=template_variables(template_kwargs),
+        template=None if chat_template is None else (console.read_text(chat_template), str(chat_template)),
+    )
+    if session is not None:
+        load = _as_it_was(session, load)
+    if single:
+        return _single(beginning, system, load, sampling, options)
     console.require_input("chat reads its questions there, so give it a terminal, a file or a pipe")
     if not console.interactive():
-        return _through_pipe(_conversation(system, load, sampling), prompt)
+        conversation = _conversation(system, load, sampling, options, beginning)
+        try:
+            return _through_pipe(conversation, prompt)
+        finally:
+            conversation.keeper.close(conversation)
     with process.locked_keyboard():
         _greet(load)
-        conversation = _conversation(system, load, sampling)
+        conversation = _conversation(system, load, sampling, options, beginning)
         console.echo(KEYS, faint=True)
-        return _at_terminal(conversation, prompt)
+        try:
+            return _at_terminal(conversation, prompt)
+        finally:
+            conversation.keeper.close(conversation)
 
 
-def _conversation(system: str | None, load: EngineOptions, sampling: SamplingOptions) -> Conversation:
+def _as_it_was(name: str, load: EngineOptions) -> EngineOptions:
+    """The options that a conversation was saved with, where the command line says nothing else."""
+    if name not in session_files.names():
+        session_files.session_path(name)
+        return load
+    saved = session_files.read(name)
+    context = click.get_current_context()
+    kept: dict[str, Any] = {"model": saved.model, **saved.options}
+    kinds = {"model": str, "kv": str, "conditioning": str, "ctx": int, "weights": str, "head": str}
+    changes: dict[str, Any] = {
+        option: value
+        for option, value in kept.items()
+        if isinstance(value, kinds.get(option, ()))
+        and context.get_parameter_source(option) in (ParameterSource.DEFAULT, None)
+    }
+    return dataclasses.replace(load, **changes)
+
+
+def _conversation(
+    system: str | None, load: EngineOptions, sampling: SamplingOptions, options: ChatOptions, beginning: Beginning
+) -> Conversation:
+    documents = [console.read_text(path).strip("\n") for path in beginning.files]
     engine = runtime.load_engine(load)
+    if options.template is not None:
+        engine.tokenizer.use_template(*options.template)
     params = runtime.sampling_params(engine, sampling)
-    conversation = Conversation(engine, runtime.open_session(engine, system), params)
+    session = runtime.open_session(engine, system, variables=options.variables, drops=options.drops)
+    conversation = Conversation(engine, session, params, load, sampling, options)
+    if beginning.session is not None:
+        _resume(conversation, beginning, system)
+    conversation.documents = documents
     conversation.check_system()
     return conversation
+
+
+def _resume(chat: Conversation, beginning: Beginning, system: str | None) -> None:
+    """Go on with a saved conversation if there is one of that name, and save it after each turn."""
+    name = beginning.session
+    assert name is not None
+    chat.keeper.keep(name)
+    if name not in session_files.names():
+        return
+    given = {field: value for field, value in dataclasses.asdict(chat.sampling).items() if value not in (None, ())}
+    advice = f"`octo-run chat --session {name} --anew` reads its text again"
+    chat.keeper.load(chat, name, anew=beginning.anew, advice=advice)
+    if given:
+        changes = {"temperature" if field == "temp" else field: value for field, value in given.items()}
+        chat.params = dataclasses.replace(chat.params, **changes)
+    if system is not None:
+        chat.session.system = system
+    chat.session.variables |= chat.options.variables
+    chat.tell(chat_commands.loaded(chat, name))
 
 
 def _greet(load: EngineOptions) -> None:
@@ -66,6 +207,25 @@ def _greet(load: EngineOptions) -> None:
         console.echo("This is a small demonstration model. Two questions that it is good at:")
         for example in EXAMPLES:
             console.echo(f"  {example}")
+
+
+def _single(
+    beginning: Beginning, system: str | None, load: EngineOptions, sampling: SamplingOptions, options: ChatOptions
+) -> int:
+    """Answer one message and leave; standard input, if it is given, is a document before it."""
+    parts = []
+    if console.input_is_given():
+        parts.append(console.read_stdin_text(patience=PATIENCE).strip("\n"))
+    text = "\n\n".join(part for part in [*parts, beginning.prompt or ""] if part.strip())
+    if not text.strip():
+        raise UsageError("--single answers one message: give it with -p, or on standard input.")
+    conversation = _conversation(system, load, sampling, options, beginning)
+    conversation.person = False  # nothing but the answer
+    try:
+        conversation.take(text if not text.startswith("/") else f"/{text}")
+        return EXIT_INTERRUPTED if conversation.interrupted else 0
+    finally:
+        conversation.keeper.close(conversation)
 
 
 def _messages() -> Iterator[str]:
@@ -105,7 +265,7 @@ def _at_terminal(conversation: Conversation, first: str | None) -> int:
     """Read, answer, repeat; a failed turn is explained and the session goes on."""
     from octo_run.cli.line_editor import LineEditor
 
-    editor = LineEditor(conversation.complete, conversation.gauge)
+    editor = LineEditor(lambda text: chat_commands.complete(conversation, text), conversation.gauge)
     warned = False
     while True:
         try:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import threading
@@ -95,6 +96,18 @@ def stream(text: str) -> None:
     """Write a piece of generated text to standard output at once; a terminal gets no control characters from it."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def stream_raw(text: str) -> None:
+    """Write what is fit for a terminal, escape sequences of our own included, to standard output at once."""
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def width() -> int:
+    """Columns of the terminal."""
+    return shutil.get_terminal_size().columns
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from octo_run.cli import console, debug_option, runtime
-from octo_run.cli.options import TEXT, EngineOptions, SamplingOptions, engine_options, sampling_options
+from octo_run.cli.generate_batch import SEQUENCES, Prompts, run_batch, run_several, told_logprobs
+from octo_run.cli.options import TEXT, Count, EngineOptions, engine_options, template_options, template_variables
 from octo_run.cli.progress import PromptProgress
+from octo_run.cli.sampling_options import SamplingOptions, sampling_options
 from octo_run.errors import UsageError
 from octo_run.process import EXIT_INTERRUPTED
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Seconds until it is said that standard input is waited for.
 PATIENCE = 2.0
+#: What the engine tells of alternatives, and makes at a time, at most.
+MOST_LOGPROBS, MOST_SEQUENCES = 20, 64
 
 
 @click.command("generate")
@@ -26,7 +30,19 @@ PATIENCE = 2.0
               help="A text to put before the prompt; may be given several times.")  # fmt: skip
 @click.option("--chat/--raw", "as_chat", default=False, help="Answer the prompt, or continue it.")
 @click.option("--system", type=TEXT, help="System prompt (with --chat).")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@click.option("--bos/--no-bos", "bos", default=None,
+              help="Begin a raw text with the model's first token, or not.  [default: as it wants]")  # fmt: skip
+@click.option("--n", "answers", type=Count(1, 1000), default=1, show_default=True, help="Answers to give.")
+@click.option("--logprobs", type=Count(0, MOST_LOGPROBS), default=0, metavar="K",
+              help="With --json: the log-probability of each token and of the K likeliest ones.")  # fmt: skip
+@click.option("--batch", type=click.Path(path_type=Path), metavar="FILE.jsonl",
+              help="Answer the prompts of this file, a JSON object in each line.")  # fmt: skip
+@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="OUT.jsonl",
+              help="With --batch: where the answers go.  [default: standard output]")  # fmt: skip
+@click.option("--sequences", type=Count(1, MOST_SEQUENCES), metavar="N",
+              help="With --batch and --n: answers that are made at a time.  [default: 8]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each answer instead of the text.")
+@template_options
 @engine_options
 @sampling_options
 @debug_option
@@ -35,7 +51,15 @@ def command(
     files: tuple[Path, ...],
     as_chat: bool,
     system: str | None,
+    bos: bool | None,
+    answers: int,
+    logprobs: int,
+    batch: Path | None,
+    out: Path | None,
+    sequences: int | None,
     as_json: bool,
+    template_kwargs: str | None,
+    chat_template: Path | None,
     load: EngineOptions,
     sampling: SamplingOptions,
 ) -> int:
@@ -49,17 +73,40 @@ def command(
 
     The keys of the --json object: text, ids, finish_reason (stop, length, context or interrupted), prompt_tokens,
     reused_tokens, read_tokens (fewer than the rest of the prompt if its reading was interrupted), generated_tokens,
-    seconds.
+    seconds; with --logprobs also logprobs. With --n each answer is an object of its own, with its index.
+
+    --batch answers many prompts, several at a time: each line has "prompt" or "messages", and may have "id" and
+    settings of its own. An interrupted batch goes on when the same command is given again.
     """
     if system is not None and not as_chat:
         raise UsageError("--system needs --chat: a raw continuation has no system prompt.")
+    if bos is not None and as_chat:
+        raise UsageError("--bos and --no-bos are for raw texts: with --chat the chat template begins the text.")
+    if out is not None and batch is None:
+        raise UsageError("-o needs --batch; send the answer of one prompt to a file with >.")
+    if logprobs and not (as_json or batch is not None):
+        raise UsageError("--logprobs needs --json: a text has no place for them.")
+    prompts = Prompts(
+        as_chat,
+        system,
+        bos,
+        template_variables(template_kwargs),
+        None if chat_template is None else (console.read_text(chat_template), str(chat_template)),
+    )
+    if batch is not None:
+        if prompt is not None or files or answers > 1:
+            raise UsageError("--batch has all prompts in its file: leave out -p, --file and --n.")
+        return run_batch(batch, out, prompts, load, sampling, sequences or SEQUENCES, logprobs)
     text = _prompt_text(prompt, files)
+    if answers > 1:
+        return run_several(text, answers, prompts, load, sampling, sequences or SEQUENCES, logprobs, as_json=as_json)
     engine = runtime.load_engine(load)
+    ids = prompts.ids(engine, text)
     progress = PromptProgress()
-    reply = runtime.open_reply(engine, _prompt_ids(engine, text, as_chat, system), sampling, progress.report)
+    reply = runtime.open_reply(engine, ids, sampling, progress.report, logprobs)
     interrupted = _run(reply, progress, stream=not as_json)
     if as_json:
-        console.print_json(_report(reply))
+        console.print_json(_report(engine, reply, logprobs))
     return EXIT_INTERRUPTED if interrupted else 0
 
 
@@ -78,17 +125,6 @@ def _prompt_text(prompt: str | None, files: tuple[Path, ...]) -> str:
     return text
 
 
-def _prompt_ids(engine: "Engine", text: str, as_chat: bool, system: str | None) -> list[int]:
-    """Token ids of the prompt, through the chat template or as plain text after the model's first token."""
-    tokenizer = engine.tokenizer
-    if not as_chat:
-        return tokenizer.prompt(text)
-    if not tokenizer.has_chat_template:
-        raise UsageError("this model has no chat template: use --raw.")
-    head = [{"role": "system", "content": system}] if system else []
-    return tokenizer.chat([*head, {"role": "user", "content": text}])
-
-
 def _run(reply: "Reply", progress: PromptProgress, *, stream: bool) -> bool:
     """Generate to the end, printing the pieces if ``stream``; returns whether Ctrl-C ended it."""
     interrupted = False
@@ -105,8 +141,8 @@ def _run(reply: "Reply", progress: PromptProgress, *, stream: bool) -> bool:
     return interrupted
 
 
-def _report(reply: "Reply") -> dict[str, object]:
-    return {
+def _report(engine: "Engine", reply: "Reply", logprobs: int) -> dict[str, object]:
+    found: dict[str, object] = {
         "text": reply.text,
         "ids": list(reply.ids),
         "finish_reason": reply.finish_reason,
@@ -116,3 +152,6 @@ def _report(reply: "Reply") -> dict[str, object]:
         "generated_tokens": reply.generated_tokens,
         "seconds": round(reply.prefill_seconds + reply.decode_seconds, 6),
     }
+    if logprobs:
+        found["logprobs"] = told_logprobs(engine, reply.tokens)
+    return found

@@ -6,7 +6,6 @@ import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from octo_run.cli import console
 from octo_run.cli.console import notice
 from octo_run.cli.conversation import opens_block
 from octo_run.errors import OctoError
+from octo_run.folders import state_folder
 
 if TYPE_CHECKING:
     from prompt_toolkit.application import Application
@@ -29,21 +29,6 @@ PROMPT, CONTINUATION = "> ", "  "
 #: Bytes of a history at most: all of it is read at the start.
 _LONGEST_HISTORY = 4 << 20
 _EXIT_QUIT = 131
-
-
-def state_folder() -> Path:
-    """The folder for what the program remembers between runs (``$XDG_STATE_HOME/octo-run``).
-
-    A relative path in that variable is ignored, as its specification asks.
-
-    Raises:
-        OctoError: There is no home.
-    """
-    base = Path(os.environ.get("XDG_STATE_HOME", ""))
-    try:
-        return (base if base.is_absolute() else Path.home() / ".local" / "state") / "octo-run"
-    except RuntimeError:
-        raise OctoError("there is no home folder; set HOME or XDG_STATE_HOME.") from None
 
 
 class LineEditor:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from octo_run.errors import quoted
+from octo_run.errors import UsageError, quoted
 from octo_run.models.config import CONDITIONINGS, HEADS
 
 DEFAULT_MODEL = "octo-demo"
@@ -37,22 +39,6 @@ class EngineOptions:
     threads: int | None
     weights: str | None = None
     head: str = "bf16"
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How to choose tokens. ``None`` leaves a value to the model's ``generation_config.json``."""
-
-    temp: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    seed: int | None
-    max_tokens: int | None
-    stop: tuple[str, ...]
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]
@@ -239,47 +225,47 @@ _ENGINE_OPTIONS = (
     offline_option,
     click.option("--threads", type=Count(1, MAX_THREADS), help="CPU threads.  [default: PyTorch's choice]"),
 )
-_SAMPLING_OPTIONS = (
-    click.option("--temperature", "--temp", "temp", type=Number(0), help="0 = greedy.  [default: the model's]"),
-    click.option("--top-k", type=Count(0), help="Only the K likeliest tokens, 0 = all."),
-    click.option("--top-p", type=Number(0, 1, above=True), help="Nucleus of this probability."),
-    click.option("--min-p", type=Number(0, 1, below=True), help="Least probability, relative to the likeliest."),
-    click.option(
-        "--repetition-penalty",
-        type=Number(0, above=True),
-        help="Divides logits of tokens of prompt and answer, 1 = off.",
-    ),
-    click.option(
-        "--presence-penalty",
-        type=Number(-100, 100),
-        help="Taken from logits of the answer's tokens, 0 = off.",
-    ),
-    click.option(
-        "--frequency-penalty", type=Number(-100, 100), help="The same for each time that they occur, 0 = off."
-    ),
-    click.option(
-        "--seed",
-        type=SEED,
-        help="Seed of the sampling.  [default: a new one each time]",
-    ),
-    click.option("--max-tokens", "-n", type=TOKENS, help="Longest answer.  [default: no limit]"),
-    stop_option,
-)
+
+
+def template_options(command: Command) -> Command:
+    """Add the options of the chat template; the command receives them as ``template_kwargs`` and ``chat_template``."""
+    command = click.option(
+        "--chat-template", type=click.Path(path_type=Path), help="A file with another chat template (Jinja)."
+    )(command)
+    return click.option(
+        "--template-kwargs", metavar="JSON", type=TEXT,
+        help="What the chat template sees beside the messages, for example '{\"enable_thinking\": false}'.",
+    )(command)  # fmt: skip
+
+
+def template_variables(text: str | None) -> dict[str, Any]:
+    """The object of ``--template-kwargs``.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"--template-kwargs is {quoted(text)}; give a JSON object like '{{\"enable_thinking\": false}}'."
+        )
+    return value
 
 
 def engine_options(command: Command) -> Command:
     """Add the options that say what to load; the command receives them as ``load: EngineOptions``."""
-    return _gather(command, "load", EngineOptions, _ENGINE_OPTIONS)
+    return gather(command, "load", EngineOptions, _ENGINE_OPTIONS)
 
 
-def sampling_options(command: Command) -> Command:
-    """Add the options that say how to sample; the command receives them as ``sampling: SamplingOptions``."""
-    return _gather(command, "sampling", SamplingOptions, _SAMPLING_OPTIONS)
-
-
-def _gather(
+def gather(
     command: Command, name: str, target: type[Any], options: tuple[Callable[[Command], Command], ...]
 ) -> Command:
+    """Add options; the command receives their values as ``name``, an object of the dataclass ``target``."""
     fields = [field.name for field in dataclasses.fields(target)]
 
     @functools.wraps(command)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octo_run.cli.console import human_bytes, notice, notice_lines, require_output
-from octo_run.cli.options import EngineOptions, SamplingOptions
-from octo_run.errors import shown
+from octo_run.cli.options import EngineOptions
+from octo_run.cli.sampling_options import SamplingOptions, read_grammar
+from octo_run.errors import quoted, shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
@@ -125,24 +126,59 @@ def checked_formats(text: str, cfg: "ModelConfig") -> list[str]:
     return kvs
 
 
-def open_session(engine: "Engine", system: str | None) -> "Session":
-    """A new conversation with ``engine``."""
+def open_session(engine: "Engine", system: str | None, **options: Any) -> "Session":
+    """A new conversation with ``engine``; ``options`` are those of ``Session``."""
     from octo_run.engine import Session
 
-    return Session(engine, system=system)
+    return Session(engine, system=system, **options)
+
+
+def check_loadable(options: EngineOptions) -> None:
+    """Check, before another engine is closed for it, that there is such a model with such a format.
+
+    Raises:
+        OctoError: There is not.
+    """
+    from octo_run.engine.allocation import parse_formats
+    from octo_run.models.config import load_config
+    from octo_run.models.hub import resolve
+
+    parse_formats(options.kv, load_config(resolve(options.model)))
+
+
+def model_defaults(engine: "Engine") -> dict[str, Any]:
+    """What the model's own files say about how its answers are drawn: names and values of ``SamplingParams``."""
+    from octo_run.engine import SamplingParams
+
+    return SamplingParams.own(engine.defaults)
+
+
+def model_names() -> list[str]:
+    """The models on this machine."""
+    from octo_run.models import hub
+
+    return [entry.label for entry in hub.list_models() if entry.complete and entry.damage is None]
+
+
+def format_names() -> list[str]:
+    """The formats that ``--kv`` takes."""
+    from octo_run.kernels import codec
+
+    return [*codec.names(), "auto:56"]
 
 
 def open_reply(
-    engine: "Engine", ids: list[int], options: SamplingOptions, on_prompt: Callable[[int, int], None]
+    engine: "Engine", ids: list[int], options: SamplingOptions, on_prompt: Callable[[int, int], None], logprobs: int = 0
 ) -> "Reply":
     """Start to continue ``ids``; nothing is computed before the reply is iterated.
 
     Args:
         on_prompt: See ``Engine.generate``.
+        logprobs: Alternatives of each token that are told.
     """
     from octo_run.engine import Reply
 
-    return Reply(engine.generate(ids, sampling_params(engine, options), on_prompt))
+    return Reply(engine.generate(ids, sampling_params(engine, options, logprobs=logprobs), on_prompt))
 
 
 def copy_bandwidth(engine: "Engine") -> float:
@@ -207,23 +243,27 @@ def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "M
     return load_config(resolve(model)) if random_weights is None else read_shape(random_weights)
 
 
-def sampling_params(engine: "Engine", options: SamplingOptions) -> "SamplingParams":
-    """The model's sampling defaults, overridden by what the command line says."""
-    from octo_run.engine import SamplingParams
+def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> "SamplingParams":
+    """The model's sampling defaults, overridden by what the command line says.
 
-    return SamplingParams.from_defaults(
-        engine.defaults,
-        temperature=options.temp,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        seed=options.seed,
-        max_tokens=options.max_tokens,
-        stop=options.stop or None,
+    A stop text that no answer of this model can hold is told.
+
+    Args:
+        more: Further settings.
+    """
+    from octo_run.engine import SamplingParams
+    from octo_run.engine.stopping import impossible
+
+    given = {**vars(options), "temperature": options.temp, "grammar": read_grammar(options), **more}
+    for name in ("temp", "json_schema", "regex"):
+        given.pop(name)
+    params = SamplingParams.from_defaults(
+        engine.defaults, **{name: None if value == () else value for name, value in given.items()}
     )
+    for text in params.stop:
+        if impossible(engine.tokenizer, text):
+            notice(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
+    return params
 
 
 def describe_plan(model: str, plan: "MemoryPlan") -> str:

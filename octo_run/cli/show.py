@@ -56,7 +56,8 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     """
     from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.engine.plan import free_memory, recurrent_shape, weight_bytes
-    from octo_run.models.config import load_config
+    from octo_run.engine.sampling import SamplingParams
+    from octo_run.models.config import load_config, load_generation_defaults
     from octo_run.models.decoder import Decoder
     from octo_run.models.hub import resolve
     from octo_run.models.specs import layer_kinds
@@ -90,6 +91,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
         "max_context": cfg.context_limit,
+        "sampling": SamplingParams.own(load_generation_defaults(path)),
         "device": str(where),
         "free_bytes": free_memory(where),
         "weights": _weight_rows(cfg, kind),
@@ -156,6 +158,13 @@ def _experts(facts: dict[str, Any]) -> list[str]:
     return [f"experts       {given}, which meets {facts['active_parameters']:,} parameters"]
 
 
+def _sampling(own: dict[str, Any]) -> str:
+    """What the model's own files say about how its answers are drawn."""
+    if "temperature" not in own:
+        own = {"temperature": 0, **own}
+    return ", ".join(f"{name} {value:g}" for name, value in own.items()) + " (the model's own; options change it)"
+
+
 def _recurrent_lines(facts: dict[str, Any]) -> list[str]:
     """The line on recurrent layers, if there are any."""
     if not facts["recurrent_layers"]:
@@ -209,6 +218,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"context       {facts['max_context']:,} tokens at most",
         *_recurrent_lines(facts),
         *_window_lines(facts),
+        f"sampling      {_sampling(facts['sampling'])}",
         f"device        {facts['device']}, {console.human_bytes(facts['free_bytes'])} free",
         *_weight_table(facts["weights"]),
         "",

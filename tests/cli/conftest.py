@@ -133,13 +133,16 @@ class FakeEngine:
 
 
 class FakeSession:
-    def __init__(self, engine: FakeEngine, system: str | None) -> None:
-        self.engine, self.system = engine, system
+    def __init__(self, engine: FakeEngine, system: str | None, **options: Any) -> None:
+        self.engine, self.system, self.options = engine, system, options
         self.asked: list[str] = []
         self.cleared = 0
         engine.session = self
 
-    def ask(self, text: str, _params: Any, on_prompt: OnPrompt) -> FakeReply:
+    def rendered(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.engine.tokenizer.chat(messages)
+
+    def ask(self, text: str, _params: Any, on_prompt: OnPrompt, _budget: int | None = None) -> FakeReply:
         if text == "too long":
             raise UsageError("The prompt has 5,000 tokens and the context holds 4,096; shorten it or raise --ctx.")
         self.asked.append(text)
@@ -164,11 +167,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         fake.weights.append(options.weights)
         return fake
 
-    def params(_engine: FakeEngine, options: Any) -> Any:
+    def params(_engine: FakeEngine, options: Any, **_more: Any) -> Any:
         fake.sampling = options
         return SimpleNamespace(temperature=options.temp or 0.0, seed=options.seed)
 
-    def reply(_engine: FakeEngine, ids: list[int], options: Any, on_prompt: OnPrompt) -> FakeReply:
+    def reply(_engine: FakeEngine, ids: list[int], options: Any, on_prompt: OnPrompt, _logprobs: int = 0) -> FakeReply:
         fake.prompts.append(ids)
         params(fake, options)
         return fake.next_reply(on_prompt)

@@ -9,7 +9,7 @@ import pytest
 
 from octo_run.cli import chat
 from octo_run.cli.chat import EXAMPLES
-from octo_run.cli.conversation import HELP
+from octo_run.cli.chat_commands import HELP
 
 LINE = b"one\n"
 

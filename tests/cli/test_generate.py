@@ -114,4 +114,5 @@ def test_options_reach_the_engine(octo: Callable[..., Any], engine: Any) -> None
     sample += " --presence-penalty 0.4 --frequency-penalty -0.2"
     assert octo("generate", "-p", "x", *shlex.split(f"{load} {sample}")).code == 0
     assert engine.loaded == EngineOptions("org/name", "oct3:oct2", "mean", 2048, "cuda:1", "float16", True, 3)
-    assert list(vars(engine.sampling).values()) == [0.5, 4, 0.9, 0.1, 1.1, 0.4, -0.2, 7, 9, ("A", "B")]
+    given = [value for value in vars(engine.sampling).values() if value not in (None, ())]
+    assert given == [0.5, 4, 0.9, 0.1, 1.1, 0.4, -0.2, 7, 9, ("A", "B")]

@@ -12,7 +12,8 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from prompt_toolkit.validation import ValidationError
 
-from octo_run.cli.line_editor import LineEditor, _validator, state_folder
+from octo_run.cli.line_editor import LineEditor, _validator
+from octo_run.folders import state_folder
 
 ENTER, ALT_ENTER, UP, DELETE, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x1b[3~", "\x03", "\x04"
 

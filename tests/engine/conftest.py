@@ -55,19 +55,21 @@ class ByteTokenizer:
     def stream(self, after: Sequence[int] = (), *, skip_special: bool = True) -> StreamingDetokenizer:
         written = {token: text.encode() for text, token in self.special.items()}
         skipped = self.special_ids if skip_special else frozenset()
-        return StreamingDetokenizer(lambda i: bytes([i]) if i < 256 else written.get(i, b""), skipped, False)
+        stream = StreamingDetokenizer(lambda i: bytes([i]) if i < 256 else written.get(i, b""), skipped, False)
+        stream.skip(after)
+        return stream
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         stream = self.stream(skip_special=skip_special)
         return "".join(map(stream.push, ids)) + stream.finish()
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
         ids = [256]
         for message in messages:
             if message["content"] == "refuse":
                 raise ValueError("the template refuses")
             ids += [258, ord(message["role"][0]), *message["content"].encode(), 257]
-        return [*ids, 258, ord("a")]
+        return [*ids, 258, ord("a")] if add_generation_prompt else ids
 
 
 class ScriptedForward(Forward):

@@ -231,3 +231,69 @@ def test_the_demo_model_books_a_table(kv: str, demo: Any) -> None:
     assert "".join(second)
     assert second.reused_tokens >= first.prompt_tokens
     assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
+
+
+def test_an_answer_goes_on_where_it_was_stopped(scripted: Any) -> None:
+    """In the cache, too; the conversation has one answer of both parts."""
+    talk = Talk(scripted)
+    reply = talk.open("hello", "one two three", max_tokens=4)
+    assert "".join(reply) == "one " and reply.finish_reason == "length"
+    assert talk.contents == ["hello", "one "]
+    more = talk.session.resume(SamplingParams())
+    assert "".join(more) == "two three" and more.finish_reason == "stop"
+    assert more.reused_tokens == more.prompt_tokens - 1
+    assert talk.contents == ["hello", "one two three"]
+    assert talk.ask("next", "yes").reused_tokens > 0
+
+
+def test_a_stopped_answer_goes_on_with_half_a_character(scripted: Any) -> None:
+    talk = Talk(scripted)
+    said = "\U0001f600!".encode()
+    reply = talk.open("hello", said.decode(), max_tokens=2)
+    assert "".join(reply) == "\ufffd"
+    more = talk.session.resume(SamplingParams())
+    assert "".join(more) == said.decode() and talk.contents == ["hello", said.decode()]
+
+
+def test_an_answer_that_was_loaded_goes_on(scripted: Any) -> None:
+    """Without the ids of its reply: behind the last word, before the token that ends the turn."""
+    talk = Talk(scripted)
+    talk.session.turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "one "}]
+    ids = talk.engine.tokenizer.chat(talk.session.turns, add_generation_prompt=False)
+    talk.decoder.say(len(ids) - 1, "two")
+    more = talk.session.resume(SamplingParams())
+    assert "".join(more) == "two" and talk.contents == ["hello", "one two"]
+
+
+def test_there_must_be_an_answer_to_go_on_with(scripted: Any) -> None:
+    talk = Talk(scripted)
+    with pytest.raises(UsageError, match="no answer to continue"):
+        talk.session.resume()
+    talk.ask("hello", "hi")
+    talk.session.undo()
+    with pytest.raises(UsageError, match="no answer to continue"):
+        talk.session.resume()
+
+
+def test_a_full_context_may_stop_the_conversation(scripted: Any) -> None:
+    talk = Talk(scripted, context=200)
+    talk.session.drops = False
+    talk.ask("hello", "A" * 90)
+    with pytest.raises(UsageError, match="The context is full"):
+        talk.session.ask("more " * 10, SamplingParams())
+    assert talk.contents == ["hello", "A" * 90]
+
+
+def test_the_template_sees_the_session_s_variables(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    talk = Talk(scripted)
+    chat = talk.engine.tokenizer.chat
+
+    def watched(messages: Any, **variables: Any) -> list[int]:
+        seen.append(variables)
+        return list(chat(messages))
+
+    monkeypatch.setattr(talk.engine.tokenizer, "chat", watched)
+    talk.session.variables = {"enable_thinking": False}
+    talk.ask("hello", "hi")
+    assert seen and all(variables == {"enable_thinking": False} for variables in seen)

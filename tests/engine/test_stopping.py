@@ -7,7 +7,7 @@ import torch
 
 from octo_run.engine import Engine, Reply, SamplingParams, Token
 from octo_run.engine.random_model import NoTokenizer
-from octo_run.engine.stopping import AnswerText
+from octo_run.engine.stopping import AnswerText, impossible
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import ModelConfig
 
@@ -167,3 +167,32 @@ def test_random_weights_refuse_stop_strings() -> None:
     engine = Engine.load("made up", kv="bf16", random_weights=shape, device="cpu", dtype=torch.float32)
     with pytest.raises(UsageError, match="stop strings"):
         engine.generate([1], SamplingParams(stop=("a",)))
+
+
+class Vocabulary:
+    """Tokens of these bytes, none special."""
+
+    special_ids = frozenset[int]()
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces, self.vocab_size = pieces, len(pieces)
+
+    def piece(self, token: int) -> bytes:
+        return self._pieces[token]
+
+
+@pytest.mark.parametrize(
+    ("stop", "never"),
+    [
+        ("b", False), ("abc", False), ("cab", False), ("bcab", False), ("bb", True), ("x", True), ("é", False),
+        ("éé", False), ("ca", False), ("cb", True), ("abcabcab", False), ("abcab\n", True),
+    ],
+)  # fmt: skip
+def test_a_stop_text_that_no_tokens_spell(stop: str, never: bool) -> None:
+    """Alone or within more: the first token may begin before it, the last one end behind it."""
+    assert impossible(Vocabulary(b"abc", "é".encode()), stop) is never  # type: ignore[arg-type]
+
+
+def test_bytes_spell_every_stop_text(demo: Any) -> None:
+    tokenizer = demo("oct3").tokenizer
+    assert not any(impossible(tokenizer, text) for text in ("\n\n", "日本", "\U0001f600", "<end>", "\x00"))

@@ -407,14 +407,20 @@ def test_reference_samples_the_rows_of_a_batch(floored):
 
 @triton_only
 @pytest.mark.parametrize("vocab", [50, 2048, 5001])
+@pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize(("counted", "noisy", "floored"), [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 1), (0, 1, 1)])
-def test_triton_samples(vocab, counted, noisy, floored):
+def test_triton_samples(vocab, counted, noisy, floored, edited):
     from octo_run.kernels.step import launch
 
     torch.manual_seed(0)
     logits = random(5, vocab, scale=3)
     floor = logits.sort(descending=True).values[:, 9].contiguous() if floored else None
-    states = [draws(5, vocab, counted=bool(counted), noisy=bool(noisy)) for _ in range(2)]
+    changes = {"counted": bool(counted), "noisy": bool(noisy)}
+    if edited:
+        edits = random(5, vocab, scale=2)
+        edits[:, ::3] = -torch.inf
+        changes["edits"] = edits.contiguous()
+    states = [draws(5, vocab, **changes) for _ in range(2)]
     for _ in range(4):
         for state, run in zip(states, (launch.sample, reference.sample), strict=True):
             run(state, logits, floor)

@@ -137,7 +137,7 @@ def test_whatever_feeds_plain_text_begins_it_so(make_checkpoint: Callable[..., P
     """`generate --raw`, `eval ppl`, `eval needle`, `eval tasks` and the capture of keys."""
     from types import SimpleNamespace
 
-    from octo_run.cli import generate
+    from octo_run.cli.generate_batch import Prompts
     from octo_run.engine.evaluation import needle, perplexity, tasks
     from octo_run.engine.evaluation.capture import capture
     from octo_run.errors import UsageError
@@ -152,7 +152,9 @@ def test_whatever_feeds_plain_text_begins_it_so(make_checkpoint: Callable[..., P
     text = "The dog sleeps in the garden."
     ids = tok.encode(text)
     engine: Any = SimpleNamespace(tokenizer=tok)
-    assert generate._prompt_ids(engine, text, False, None) == begin + ids
+    assert Prompts(False, None, None, {}, None).ids(engine, text) == begin + ids
+    assert Prompts(False, None, True, {}, None).ids(engine, text) == [1, *ids]
+    assert Prompts(False, None, False, {}, None).ids(engine, text) == ids
     assert tasks.prompt_ids(tok, text, as_chat=False) == begin + ids
     asked = needle._prompt(tok, text, "key", "continue")
     assert asked[: len(begin) + 2] == begin + ids[:2] and (1 in asked) is bool(begin)

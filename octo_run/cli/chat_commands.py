@@ -1,0 +1,389 @@
+"""The slash commands of ``octo-run chat``: a table, and one function for each."""
+
+import base64
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octo_run.cli import console, runtime, session_files
+from octo_run.cli.options import TOKENS
+from octo_run.cli.output import OutputFile, check_writable, write_file
+from octo_run.errors import OctoError, UsageError, quoted
+
+if TYPE_CHECKING:
+    from octo_run.cli.conversation import Conversation
+
+#: What ``/system`` takes for no system prompt.
+NO_SYSTEM = "none"
+#: What ``/load`` takes behind a name to read the text again.
+ANEW = "anew"
+#: Bytes that are copied at most: terminals take no more.
+_LONGEST_COPY = 74_000
+#: Variables by which chat templates are told whether the model thinks.
+_THINKING = ("enable_thinking", "thinking")
+
+
+class Leave(Exception):
+    """The user asked to leave the chat."""
+
+
+def _help(chat: "Conversation", _argument: str) -> None:
+    chat.print(HELP)
+
+
+def _exit(_chat: "Conversation", _argument: str) -> None:
+    raise Leave
+
+
+def _clear(chat: "Conversation", _argument: str) -> None:
+    chat.session.clear()
+    chat.held, chat.documents = 0, []
+    chat.keeper.touched()
+    chat.tell("the conversation is forgotten")
+
+
+def _undo(chat: "Conversation", _argument: str) -> None:
+    if chat.session.undo() is None:
+        raise UsageError("there is no question to take back.")
+    chat.held = chat.count_tokens()
+    chat.keeper.touched()
+    chat.tell("the last question and its answer are taken back")
+
+
+def _regenerate(chat: "Conversation", _argument: str) -> None:
+    question = chat.session.undo()
+    if question is None:
+        raise UsageError("there is no question to answer again.")
+    if chat.params.temperature == 0:
+        chat.tell("without chance the answer will hardly differ; start with --temp 0.7 for another one")
+    elif chat.params.seed is not None:
+        chat.tell("with --seed the answer will hardly differ; leave it out for another one")
+    chat.answer(question)
+
+
+def _edit(chat: "Conversation", _argument: str) -> None:
+    if not chat.person:
+        raise UsageError("/edit needs a terminal.")
+    question = chat.session.undo()
+    if question is None:
+        raise UsageError("there is no question to edit.")
+    chat.keeper.touched()
+    chat.held, chat.draft = chat.count_tokens(), question
+
+
+def _continue(chat: "Conversation", _argument: str) -> None:
+    chat.resume()
+
+
+def _system(chat: "Conversation", argument: str) -> None:
+    if argument:
+        before, chat.session.system = chat.session.system, None if argument == NO_SYSTEM else argument
+        try:
+            chat.check_system()
+        except OctoError as error:
+            chat.session.system = before
+            chat.tell(f"system prompt: {before or '(none)'}, as before")
+            raise error
+        chat.keeper.touched()
+    chat.tell(f"system prompt: {chat.session.system or '(none)'}")
+
+
+def _set(chat: "Conversation", argument: str) -> None:
+    names = settings()
+    name, _, value = argument.partition(" ")
+    if not name:
+        own = runtime.model_defaults(chat.engine)
+        lines = []
+        for setting in names:
+            value = getattr(chat.params, setting)
+            mark = "  (the model's own)" if setting in own and own[setting] == value else ""
+            lines.append(f"{setting:20}{_shown_setting(value)}{mark}")
+        chat.print("\n".join(lines))
+        return
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(names)}."
+        raise UsageError(f"there is no setting {name}; {hint}")
+    if value.strip():
+        changes: dict[str, Any] = {name: _parse_setting(name, value.strip())}
+        chat.params = dataclasses.replace(chat.params, **changes)
+        chat.changed |= changes
+    chat.tell(f"{name} {_shown_setting(getattr(chat.params, name))}")
+
+
+def _read_file(chat: "Conversation", argument: str) -> None:
+    if not argument:
+        raise UsageError("give a file: /read FILE.")
+    path = Path(argument).expanduser()
+    text = console.read_text(path).strip("\n")
+    chat.documents.append(text)
+    chat.tell(f"{path.name}: {len(text):,} characters go with the next message")
+
+
+def _save(chat: "Conversation", argument: str) -> None:
+    name = argument or chat.keeper.name
+    if not name:
+        raise UsageError("give a name: /save NAME.")
+    size = chat.keeper.save(chat, name)
+    chat.tell(f"saved as {name}, {console.human_bytes(size)}; `octo-run chat --session {name}` continues it")
+
+
+def _load(chat: "Conversation", argument: str) -> None:
+    name, _, how = argument.partition(" ")
+    if not name:
+        raise UsageError("give a name: /load NAME; /sessions lists them.")
+    if how.strip() not in ("", ANEW):
+        raise UsageError(f"/load takes a name, and {ANEW} to read the text again.")
+    chat.keeper.load(chat, name, anew=bool(how), advice=f"/load {name} {ANEW} reads its text again")
+    chat.tell(loaded(chat, name))
+
+
+def loaded(chat: "Conversation", name: str) -> str:
+    """What is said when a conversation was loaded."""
+    from octo_run.cli.conversation import count
+
+    questions = sum(turn["role"] == "user" for turn in chat.session.turns)
+    return f"{name}: {count(questions, 'question')}, {count(chat.held, 'token')} of conversation"
+
+
+def _sessions(chat: "Conversation", _argument: str) -> None:
+    from octo_run.cli.sessions import table
+
+    entries = session_files.entries()
+    chat.print(table(entries) if entries else "there are no sessions; /save NAME makes one")
+
+
+def _export(chat: "Conversation", argument: str) -> None:
+    from octo_run.cli.conversation import count
+
+    path = Path(argument).expanduser()
+    if path.suffix.lower() not in (".md", ".json"):
+        raise UsageError("give a file that ends in .md or .json: /export FILE.")
+    if os.path.lexists(path):
+        raise UsageError(f"{path} is there already; name another file.")
+    check_writable(path)
+    messages = chat.session.messages
+    if path.suffix.lower() == ".json":
+        values = {name: getattr(chat.params, name) for name in settings()}
+        text = console.as_json({"model": chat.engine.name, "settings": values, "messages": messages}) + "\n"
+    else:
+        text = "\n".join(f"**{message['role']}**\n\n{message['content']}\n" for message in messages)
+    write_file(OutputFile(path, lambda place: _write(place, text)))
+    chat.tell(f"{path}: {count(len(messages), 'message')} written")
+
+
+def _copy(chat: "Conversation", _argument: str) -> None:
+    from octo_run.cli.conversation import count
+
+    if not chat.person:
+        raise UsageError("/copy needs a terminal.")
+    if chat.last is None or not chat.last.text:
+        raise UsageError("there is no answer to copy.")
+    data = chat.last.text.encode()
+    if len(data) > _LONGEST_COPY:
+        raise UsageError(f"the answer has {len(data):,} bytes and a terminal takes {_LONGEST_COPY:,}; /export it.")
+    sys.stdout.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
+    chat.tell(f"{count(len(chat.last.text), 'character')} sent to the clipboard")
+
+
+def _think(chat: "Conversation", argument: str) -> None:
+    names = [name for name in _THINKING if re.search(rf"\b{name}\b", chat.engine.tokenizer.template_source)]
+    if not names:
+        raise UsageError("this model's chat template cannot switch thinking on or off.")
+    if argument not in ("on", "off"):
+        raise UsageError("give on or off: /think on.")
+    chat.session.variables |= dict.fromkeys(names, argument == "on")
+    chat.tell(f"thinking is {argument} from the next question on")
+
+
+def _model(chat: "Conversation", argument: str) -> None:
+    if not argument:
+        raise UsageError("give a model: /model NAME; `octo-run list` lists those on this machine.")
+    _load_anew(chat, model=argument, ctx=None)
+
+
+def _kv(chat: "Conversation", argument: str) -> None:
+    if not argument:
+        raise UsageError("give a format: /kv oct4; `octo-run show` lists them.")
+    _load_anew(chat, kv=argument.lower())
+
+
+def _load_anew(chat: "Conversation", **changes: Any) -> None:
+    """Load another engine for the conversation; where that fails, the former one again."""
+    wanted, before = dataclasses.replace(chat.load, **changes), chat.load
+    runtime.check_loadable(wanted)
+    chat.keeper.release()
+    chat.engine.close()  # two do not fit at once
+    failure: OctoError | None = None
+    try:
+        engine = runtime.load_engine(wanted)
+        try:
+            engine.check_chat()
+        except OctoError:
+            engine.close()
+            raise
+    except OctoError as error:
+        failure, wanted = error, before
+        engine = runtime.load_engine(before)
+    former = chat.session
+    chat.engine, chat.load = engine, wanted
+    chat.session = runtime.open_session(engine, former.system, variables=former.variables, drops=former.drops)
+    chat.session.turns = former.turns
+    chat.params = dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
+    if failure is not None:
+        raise failure
+    chat.tell("the conversation is read with the next question")
+
+
+def _tokens(chat: "Conversation", _argument: str) -> None:
+    from octo_run.cli.conversation import count
+
+    tokens, most = chat.count_tokens(), chat.engine.max_context
+    turns = sum(message["role"] == "user" for message in chat.session.messages)
+    chat.print(f"{count(turns, 'question')}: {tokens:,} of {most:,} tokens, {100 * tokens / most:.0f} % of the context")
+
+
+def _stats(chat: "Conversation", _argument: str) -> None:
+    from octo_run.cli.conversation import count
+
+    done, plan, now = chat.statistics, chat.engine.memory_plan(), chat.engine.memory_now()
+    in_use = ", ".join(f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in now.items())
+    chat.print(
+        f"{count(done.turns, 'turn')}: {done.prompt:,} prompt tokens, {done.reused:,} of them reused, {done.read:,} "
+        f"read; {done.generated:,} generated\n"
+        f"prompt {console.rate(done.read, done.prefill_seconds)} tokens/s, generation "
+        f"{console.rate(done.decoded, done.decode_seconds)} tokens/s\n"
+        f"context {plan['context']:,} tokens, planned memory {console.human_bytes(plan['total'])}; {in_use}"
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        argument: What follows its name, as the help shows it.
+        says: What it does.
+        words: Gives what may follow its name, for the Tab key; None: a file.
+    """
+
+    run: "Callable[[Conversation, str], None]"
+    argument: str
+    says: str
+    words: "Callable[[Conversation], list[str]] | None" = lambda _chat: []
+
+
+def _setting_words(_chat: "Conversation") -> list[str]:
+    return [f"{name} " for name in settings()]
+
+
+def _session_words(_chat: "Conversation") -> list[str]:
+    return session_files.names()
+
+
+def _model_words(_chat: "Conversation") -> list[str]:
+    return runtime.model_names()
+
+
+def _format_words(_chat: "Conversation") -> list[str]:
+    return runtime.format_names()
+
+
+COMMANDS: dict[str, Command] = {
+    "/help": Command(_help, "", "this list"),
+    "/exit": Command(_exit, "", "leave (also Ctrl-D)"),
+    "/clear": Command(_clear, "", "forget the conversation; the system prompt stays"),
+    "/undo": Command(_undo, "", "take back the last question and its answer"),
+    "/regen": Command(_regenerate, "", "answer the last question again"),
+    "/edit": Command(_edit, "", "put the last question into the input line, to change it"),
+    "/continue": Command(_continue, "", "go on with the last answer, where it was stopped"),
+    "/system": Command(
+        _system,
+        "TEXT",
+        "set the system prompt; without TEXT, show it; /system none removes it",
+        lambda _chat: [NO_SYSTEM],
+    ),
+    "/set": Command(
+        _set,
+        "NAME VALUE",
+        "set how answers are drawn, for example temperature 0.7; /set alone shows all",
+        _setting_words,
+    ),
+    "/think": Command(
+        _think, "on|off", "let the model think before it answers, if it can", lambda _chat: ["on", "off"]
+    ),
+    "/read": Command(_read_file, "FILE", "send the text of a file along with the next message", None),
+    "/save": Command(_save, "NAME", "save the conversation with its KV cache", _session_words),
+    "/load": Command(_load, "NAME", "go on with a saved conversation; NAME anew reads its text again", _session_words),
+    "/sessions": Command(_sessions, "", "list the saved conversations"),
+    "/export": Command(_export, "FILE", "write the conversation to a new file, .md or .json", None),
+    "/model": Command(_model, "NAME", "go on with another model", _model_words),
+    "/kv": Command(_kv, "FORMAT", "go on with another KV format", _format_words),
+    "/copy": Command(_copy, "", "copy the last answer to the clipboard, where the terminal allows it"),
+    "/tokens": Command(_tokens, "", "tokens of the conversation and of the context"),
+    "/stats": Command(_stats, "", "tokens, times and memory of this session"),
+    "/?": Command(_help, "", ""),
+}
+
+
+def _lines() -> Iterator[str]:
+    for name, command in COMMANDS.items():
+        if command.says:
+            head = "/help, /?" if name == "/help" else f"{name} {command.argument}"
+            yield f"{head:18} {command.says}"
+    yield "//text             send a message that begins with a slash"
+    yield '"""                begins a message of several lines, and ends it'
+
+
+HELP = "\n".join(_lines())
+
+
+def complete(chat: "Conversation", text: str) -> list[str] | None:
+    """What the Tab key may make of the text; None where a path belongs."""
+    name, space, start = text.partition(" ")
+    if not space:
+        return [command for command in COMMANDS if command.startswith(text)] if text.startswith("/") else []
+    command = COMMANDS.get(name)
+    if command is None:
+        return []
+    if command.words is None:
+        return None
+    return [f"{name} {word}" for word in command.words(chat) if word.startswith(start)]
+
+
+def settings() -> list[str]:
+    """What ``/set`` sets."""
+    from octo_run.engine import SamplingParams
+
+    return [field.name for field in dataclasses.fields(SamplingParams) if field.name != "stop_ids"]
+
+
+def _shown_setting(value: object) -> str:
+    if value is None or value == ():
+        return "none"
+    return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
+
+
+def _parse_setting(name: str, value: str) -> object:
+    """The value of a setting as :class:`SamplingParams` takes it; ``none`` is no limit, no seed, no stop text."""
+    if name == "stop":
+        return () if value == "none" else (value,)
+    if name in ("seed", "max_tokens") and value == "none":
+        return None
+    number = TOKENS.parse(value) if name == "max_tokens" else None
+    if number is not None:
+        return number
+    try:
+        return int(value) if re.fullmatch(r"[+-]?[0-9]{1,20}", value) else float(value)
+    except ValueError:
+        raise UsageError(f"{name} is {quoted(value)}; give a number.") from None
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")

@@ -1,0 +1,167 @@
+"""Saves the conversation of a chat, in the background, and loads others."""
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from octo_run.cli import console, session_files
+from octo_run.errors import OctoError, UsageError, quoted
+
+if TYPE_CHECKING:
+    from octo_run.cli.conversation import Conversation
+    from octo_run.engine.background_save import BackgroundSave
+    from octo_run.engine.saved_session import SavedSession
+
+#: Options of a chat that are kept with its conversation.
+KEPT_OPTIONS = ("kv", "conditioning", "ctx", "weights", "head")
+
+
+class Keeper:
+    """What is known of the files of one chat.
+
+    Attributes:
+        name: The conversation that is saved after each turn; None: none is.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._lock = ExitStack()
+        self._own: set[str] = set()  # names that this chat loaded or saved: only these are written again
+        self._background: BackgroundSave | None = None
+        self._behind = False  # whether the conversation has changed since it was saved
+
+    def keep(self, name: str) -> None:
+        """Save the conversation under ``name`` after each turn from now on.
+
+        Raises:
+            OctoError: Another program uses it.
+        """
+        lock = ExitStack()
+        if name != self.name:
+            lock.enter_context(session_files.in_use(name))
+            self._lock.close()
+            self.name, self._lock = name, lock
+        self._own.add(name)
+
+    def save(self, chat: "Conversation", name: str) -> int:
+        """Save the conversation now.
+
+        Returns:
+            Bytes of the file.
+
+        Raises:
+            UsageError: No name, or that of a conversation which this chat does not know.
+            OctoError: It cannot be written.
+        """
+        path = session_files.session_path(name)
+        if name not in self._own and path.exists():
+            raise UsageError(
+                f"there is a session {quoted(name)} already: /load it, take another name, or "
+                f"`octo-run sessions rm {name}`."
+            )
+        lock = ExitStack()
+        if name != self.name:
+            lock.enter_context(session_files.in_use(name))
+        with lock:
+            self._begin(chat, name)
+            self.finish()
+        self._own.add(name)
+        return path.stat().st_size
+
+    def after_turn(self, chat: "Conversation") -> None:
+        """Begin to save the conversation if it is one that is kept; what went wrong before is told."""
+        self._tell_failure()
+        self._behind = True
+        self.catch_up(chat)
+
+    def touched(self) -> None:
+        """The conversation has changed without an answer."""
+        self._behind = True
+
+    def catch_up(self, chat: "Conversation") -> None:
+        """Begin to save what was not saved yet."""
+        if self.name is not None and self._behind:
+            self._begin(chat, self.name)
+
+    def release(self) -> None:
+        """Wait until the engine's memory may change."""
+        if self._background is not None:
+            self._background.release()
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk.
+
+        Raises:
+            OctoError: It could not be written.
+        """
+        if self._background is not None:
+            self._background.finish()
+            if (failure := self._background.failure()) is not None:
+                raise failure
+
+    def close(self, chat: "Conversation") -> None:
+        """The chat ends: save what is left, and say it if that cannot be."""
+        try:
+            self.catch_up(chat)
+            self.finish()
+        except OctoError as error:
+            console.notice(f"octo-run: {error}")
+        finally:
+            self._lock.close()
+
+    def load(self, chat: "Conversation", name: str, *, anew: bool, advice: str) -> None:
+        """Go on with a saved conversation in place of the chat's.
+
+        Args:
+            anew: Read its text again instead of using its pages.
+            advice: What to do where the pages are of no use.
+
+        Raises:
+            OctoError: It cannot be read, or its pages cannot be used; then nothing has changed.
+        """
+        from octo_run.engine.saved_session import SessionMismatch
+
+        saved = session_files.read(name)
+        self.release()
+        try:
+            if not anew:
+                saved.restore(chat.engine)
+        except SessionMismatch as error:
+            raise OctoError(f"{str(error).rstrip('.')}; {advice}.") from None
+        if self.name is not None:
+            self.keep(name)
+        self._own.add(name)
+        self._behind = False
+        _take_over(chat, saved)
+
+    def _begin(self, chat: "Conversation", name: str) -> None:
+        from octo_run.engine.background_save import BackgroundSave
+        from octo_run.engine.saved_session import Snapshot
+
+        options: dict[str, Any] = {option: getattr(chat.load, option) for option in KEPT_OPTIONS}
+        if self._background is None:
+            self._background = BackgroundSave()
+        self._background.finish()
+        self._tell_failure()
+        snapshot = Snapshot.take(chat.session, chat.params, options)
+        self._background.begin(snapshot, session_files.session_path(name))
+        self._behind = False
+
+    def _tell_failure(self) -> None:
+        if self._background is not None and (failure := self._background.failure()) is not None:
+            console.notice(f"octo-run: the conversation is not saved: {failure}")
+
+
+def _take_over(chat: "Conversation", saved: "SavedSession") -> None:
+    """Let a chat go on with a saved conversation."""
+    import dataclasses
+
+    session = saved.session(chat.engine)
+    session.drops = chat.session.drops
+    chat.session, chat.params = session, saved.settings
+    chat.changed = {
+        field.name: getattr(saved.settings, field.name)
+        for field in dataclasses.fields(saved.settings)
+        if field.name != "stop_ids"
+    }
+    chat.documents, chat.last = [], None
+    chat.held = chat.count_tokens()

@@ -1,0 +1,119 @@
+"""Markdown as it comes: the same whatever the pieces, nothing written twice, lines broken between words."""
+
+import random
+import re
+
+import pytest
+
+from octo_run.cli.answer_display import ThoughtSplitter
+from octo_run.cli.markdown import MarkdownStream
+
+TEXT = """# A heading with **bold**
+
+Some *italic*, some **bold text that is long enough to wrap over the end of the line**, `code span` and 2 * 3 * 4 =
+snake_case_name.
+
+- first item that is rather long and must wrap with an indentation under the text, not under the bullet
+- second
+  1. nested
+
+> quoted words that go on
+
+```python
+def f(x):
+    return x ** 2  # **not bold**
+```
+
+| a | b | c | a table that is wider than the terminal keeps its line |
+
+中文字符没有空格所以可以在任何地方换行中文字符没有空格所以可以在任何地方换行 😀😀 family 👨‍👩‍👧 done
+unclosed **bold
+~~~
+code
+~~~
+last"""
+SEQUENCE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def shown(text: str, width: int = 50, *, colours: bool = True) -> str:
+    stream = MarkdownStream(width, colours=colours)
+    return stream.push(text) + stream.finish()
+
+
+def plain(text: str) -> str:
+    return SEQUENCE.sub("", text)
+
+
+def test_the_pieces_make_no_difference_and_nothing_is_written_again() -> None:
+    whole, chance = shown(TEXT), random.Random(1)
+    for _ in range(20):
+        stream, out, at = MarkdownStream(50, colours=True), "", 0
+        while at < len(TEXT):
+            size = chance.randint(1, 6)
+            out += stream.push(TEXT[at : at + size])
+            at += size
+        assert out + stream.finish() == whole
+    assert not re.search(r"\x1b\[[0-9;]*[^0-9;m]|\r|\x08", whole), "colours alone: no cursor is moved"
+
+
+def test_what_a_terminal_shows() -> None:
+    out = shown(TEXT)
+    assert out.startswith("\x1b[0;1mA heading with bold") and out.endswith("last")
+    assert "\x1b[0;3mitalic\x1b[0m" in out and "\x1b[0;36mcode span\x1b[0m" in out
+    assert "2 * 3 * 4 =" in plain(shown(TEXT, 200)) and "snake_case_name" in plain(out)
+    assert "x ** 2  # **not bold**" in out and "```" not in out and "python\n" not in out
+    assert "• first" in plain(out) and "\n  with an indentation" in plain(out)
+    assert "│ quoted" in plain(out) and "👨‍👩‍👧" in out
+
+
+def test_lines_are_broken_between_words() -> None:
+    from prompt_toolkit.utils import get_cwidth
+
+    for line in plain(shown(TEXT)).splitlines():
+        assert get_cwidth(line.rstrip()) <= 50 or line.startswith(("|", "    return"))
+    words = plain(shown("word " * 40, 24)).split("\n")
+    assert len(words) > 7 and all(re.fullmatch(r"(word ?)+", line) for line in words)
+
+
+def test_without_colours_every_mark_stays() -> None:
+    out = shown(TEXT, colours=False)
+    assert "\x1b" not in out
+    assert re.sub(r"\s+", "", out) == re.sub(r"\s+", "", TEXT)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "*", "**", "`", "``", "#", "- ", "```", "```py", "1.", "\n\n", "a\n", "*a", "_", "~~~\n"]
+)
+def test_half_of_something_ends_plainly(text: str) -> None:
+    stream = MarkdownStream(80, colours=True)
+    out = stream.push(text) + stream.finish()
+    assert plain(out).count("\n") <= text.count("\n") + 1
+    assert not SEQUENCE.findall(out) or SEQUENCE.findall(out)[-1] == "\x1b[0m"
+
+
+def test_a_letter_is_there_soon() -> None:
+    """A word may be held back, no more."""
+    stream, text = MarkdownStream(80, colours=True), "one two three 中文 four"
+    for end in range(1, len(text) + 1):
+        out = stream.push(text[end - 1])
+        behind = len(text[:end].split(" ")[-1])
+        assert len(out) >= 0 and behind <= 5
+    assert plain(shown(text)) == text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_thoughts_are_told_from_words(size: int) -> None:
+    def split(text: str, thinking: bool = False) -> tuple[str, str]:
+        splitter, parts = ThoughtSplitter(thinking), list[tuple[bool, str]]()
+        for at in range(0, len(text), size):
+            parts += splitter.push(text[at : at + size])
+        parts += splitter.finish()
+        return "".join(t for thought, t in parts if thought), "".join(t for thought, t in parts if not thought)
+
+    assert split("<think>\nhm <b> a < b\n</think>\n\nYes.") == ("\nhm <b> a < b\n", "\n\nYes.")
+    assert split("hm\n</think>\nYes.", True) == ("hm\n", "\nYes.")
+    assert split("Yes. <think> is a mark.") == ("", "Yes. <think> is a mark.")
+    assert split("\n<think></think>Yes") == ("", "Yes")
+    assert split("<think>cut") == ("cut", "")
+    assert split("<th") == ("", "<th") and split("  ") == ("", "  ")
+    assert split("<think>a</think>b<think>c</think>") == ("a", "b<think>c</think>")

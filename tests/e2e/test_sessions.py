@@ -1,0 +1,232 @@
+"""Conversations that are saved and continued, by the real program: at a terminal, through pipes, killed in between."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octo_run.models.safetensors_file import read_headers
+
+PROMPT = r"\x1b\[\?2004h.*?>"
+READY = "/help.*?" + PROMPT
+BOOKING = "I want to book a table for two in San Jose tonight."
+CTRL_D, TAB = "\x04", "\t"
+
+
+@pytest.fixture
+def octo(environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    def run(*argv: str, text: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "octo_run", *argv],
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            env={**environment, **changes},
+            timeout=120,
+        )
+
+    return run
+
+
+def sessions(environment: dict[str, str]) -> Path:
+    return Path(environment["XDG_STATE_HOME"]) / "octo-run" / "sessions"
+
+
+def said(path: Path) -> list[str]:
+    """The questions in a file."""
+    session = json.loads(read_headers(path)[1]["session"])
+    return [turn["content"] for turn in session["turns"] if turn["role"] == "user"]
+
+
+def test_tomorrow_it_goes_on_as_if_it_had_never_stopped(
+    octo: Callable[..., "subprocess.CompletedProcess[str]"], environment: dict[str, str]
+) -> None:
+    """With the model and format it had; the same words as without a break, and hardly anything is read again."""
+    lines = [BOOKING, "Italian food, please.", "At 7 pm."]
+    whole = octo("chat", "-n", "30", "--kv", "oct4", text="\n".join([*lines, "/stats"]))
+    assert whole.returncode == 0, whole.stderr
+    first = octo("chat", "-n", "30", "--kv", "oct4", "--session", "trip", text="\n".join(lines[:2]))
+    assert first.returncode == 0, first.stderr
+    second = octo("chat", "--session", "trip", text=lines[2] + "\n/stats\n/set max_tokens\n")
+    assert second.returncode == 0, second.stderr
+    assert first.stdout + second.stdout == whole.stdout
+    assert "KV cache oct4" in second.stderr and "trip: 2 questions" in second.stderr
+    assert "max_tokens 30" in second.stderr, "settings are kept, too"
+    read = re.search(r"reused, ([\d,]+) read", second.stderr)
+    assert read is not None and int(read[1]) < 30
+    assert said(sessions(environment) / "trip.safetensors") == lines
+    listed = json.loads(octo("sessions", "list", "--json").stdout)
+    assert [(entry["name"], entry["questions"], entry["model"]) for entry in listed] == [("trip", 3, "octo-demo")]
+    shown = octo("sessions", "show", "trip").stdout
+    assert "oct4:oct4" in shown and f"user:\n{BOOKING}\n" in shown
+    assert octo("sessions", "rm", "trip").returncode == 2
+    assert octo("sessions", "rm", "trip", "--yes").returncode == 0 and not [*sessions(environment).iterdir()]
+
+
+def test_a_mismatch_is_one_sentence_with_advice_that_can_be_followed(
+    octo: Callable[..., "subprocess.CompletedProcess[str]"],
+) -> None:
+    octo("chat", "-n", "5", "--session", "trip", text=BOOKING)
+    other = octo("chat", "-n", "5", "--session", "trip", "--kv", "oct2", text="And?\n")
+    assert other.returncode == 1 and other.stdout == ""
+    last = other.stderr.splitlines()[-1]
+    assert "was saved with the KV cache oct3 and this is oct2" in last, last
+    advice = re.search(r"`octo-run (chat .*?)`", last)
+    assert advice is not None
+    followed = octo(*advice[1].split(), "--kv", "oct2", text="And?\n/tokens\n")
+    assert followed.returncode == 0 and "2 questions: " in followed.stderr, followed.stderr
+    assert octo("chat", "--session", "trip", text="/tokens\n").stderr.count("KV cache oct2") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("chat", "--session", "../x"), "no name for a session"),
+        (("chat", "--session", ".x"), "no name for a session"),
+        (("chat", "--anew"), "--anew needs --session"),
+        (("sessions", "show", "none"), "there is no session 'none'"),
+        (("sessions", "rm", "none", "--yes"), "there is no session 'none'"),
+        (("sessions", "show", "a\x1b[2Jb"), "no name for a session"),
+    ],
+)
+def test_wrong_names(octo: Callable[..., "subprocess.CompletedProcess[str]"], argv: tuple[str, ...], says: str) -> None:
+    done = octo(*argv)
+    assert done.returncode == 2 and says in done.stderr and "\x1b" not in done.stderr + done.stdout
+
+
+def test_a_damaged_session_does_not_end_the_list(
+    octo: Callable[..., "subprocess.CompletedProcess[str]"], environment: dict[str, str]
+) -> None:
+    octo("chat", "-n", "3", "--session", "good", text=BOOKING)
+    (sessions(environment) / "bad.safetensors").write_bytes(b"\xff\x1b[2J" * 100)
+    (sessions(environment) / "\x1b[2J.safetensors").write_bytes(b"")
+    done = octo("sessions", "list")
+    assert done.returncode == 0 and "good" in done.stdout and "damaged" in done.stdout and "\x1b" not in done.stdout
+    assert octo("sessions", "show", "bad").returncode == 1
+    assert octo("chat", "--session", "bad", text="x").returncode == 1
+    assert octo("sessions", "rm", "bad", "--yes").returncode == 0
+
+
+def test_commands_at_a_terminal(terminal: Callable[..., Any], environment: dict[str, str]) -> None:
+    chat = terminal("chat", "-n", "4", columns=150)
+    at = chat.wait_for(READY)
+
+    def type_and_see(line: str, pattern: str) -> None:
+        nonlocal at
+        chat.type(line + "\r")
+        at = chat.wait_for(pattern + ".*?" + PROMPT, at)
+
+    type_and_see("/sessions", "there are no sessions")
+    type_and_see("/save", "give a name")
+    type_and_see("Hello there.", "first after")
+    type_and_see("/save one", r"saved as one, [\d.]+ MB")
+    type_and_see("/clear", "forgotten")
+    type_and_see("Another.", "first after")
+    type_and_see("/save two", "saved as two")
+    type_and_see("/load one", "one: 1 question")
+    type_and_see("/save", "give a name")
+    type_and_see("/load tow", "did you mean two")
+    type_and_see("/load", "give a name")
+    chat.type("/load o" + TAB)
+    at = chat.wait_for("ne", at)
+    chat.type("\r")
+    at = chat.wait_for("one: 1 question.*?" + PROMPT, at)
+    type_and_see("/sessions", "two .*?one |one .*?two ")
+    type_and_see("/load one anew", "one: 1 question")
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0 and chat.attributes() == chat.before
+    chat = terminal("chat", "-n", "4")
+    at = chat.wait_for(READY)
+    type_and_see("Mine.", "first after")
+    type_and_see("/save one", "there is a session 'one' already")
+    chat.type(CTRL_D)
+    chat.wait_for_end()
+    assert said(sessions(environment) / "one.safetensors") == ["Hello there."]
+
+
+def test_two_programs_do_not_share_a_session(terminal: Callable[..., Any], octo: Any) -> None:
+    chat = terminal("chat", "-n", "4", "--session", "mine")
+    at = chat.wait_for(READY)
+    chat.type("Hello there.\r")
+    chat.wait_for("first after", at)
+    other = octo("chat", "--session", "mine", text="x")
+    assert other.returncode == 1 and "another octo-run uses the session 'mine'" in other.stderr
+    assert octo("sessions", "rm", "mine", "--yes").returncode == 1
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0
+
+
+SLOW_DISK = (
+    "import os, sys, time\n"
+    "from octo_run.engine import saved_session\n"
+    "real, count = os.fsync, 0\n"
+    "def slow(descriptor):\n"
+    "    global count\n"
+    "    count += 1\n"
+    "    if count > 2:\n"
+    "        sys.stderr.write('[at the disk]\\n'); sys.stderr.flush(); time.sleep(60)\n"
+    "    real(descriptor)\n"
+    "os.fsync = slow\n"
+    "from octo_run.__main__ import main\n"
+    "sys.exit(main())"
+)
+
+
+def test_kill_9_while_it_is_saved_leaves_the_turn_before(environment: dict[str, str], octo: Any) -> None:
+    """The second turn is never on the disk; the next start goes on from the first and takes away what was left."""
+    argv = [sys.executable, "-c", SLOW_DISK, "chat", "-n", "3", "--session", "safe"]
+    program = subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    )
+    try:
+        assert program.stdin is not None and program.stderr is not None
+        program.stdin.write("One.\nTwo.\n")
+        program.stdin.flush()
+        while "[at the disk]" not in (line := program.stderr.readline()):
+            assert line, "the program ended"
+        program.send_signal(signal.SIGKILL)
+        program.wait(20)
+    finally:
+        program.kill()
+        program.communicate()
+    folder = sessions(environment)
+    assert said(folder / "safe.safetensors") == ["One."]
+    assert [*folder.glob(".safe*.part")], "this test shall interrupt a write"
+    done = octo("chat", "-n", "3", "--session", "safe", text="Three.\n")
+    assert done.returncode == 0 and said(folder / "safe.safetensors") == ["One.", "Three."]
+    assert not [*folder.glob(".safe*.part")]
+
+
+def test_the_terminal_is_closed_and_nothing_is_lost(terminal: Callable[..., Any], environment: dict[str, str]) -> None:
+    """As a window that is closed: SIGHUP at the prompt."""
+    chat = terminal("chat", "-n", "4", "--session", "night")
+    at = chat.wait_for(READY)
+    chat.type("Hello there.\r")
+    chat.wait_for("first after.*?" + PROMPT, at)
+    path = sessions(environment) / "night.safetensors"
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(chat.process.pid, signal.SIGHUP)
+    chat.wait_for_end()
+    assert said(path) == ["Hello there."]
+
+
+def test_a_session_that_cannot_be_written_is_said_and_the_chat_goes_on(
+    octo: Callable[..., "subprocess.CompletedProcess[str]"], environment: dict[str, str]
+) -> None:
+    folder = sessions(environment)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file where the folder should be")
+    done = octo("chat", "-n", "3", "--session", "x", text="One.\n")
+    assert done.returncode == 1 and "sessions cannot be read" in done.stderr and "Traceback" not in done.stderr
+    done = octo("chat", "-n", "3", text="One.\n/save x\n")
+    assert done.returncode == 1 and done.stdout and "sessions cannot be kept" in done.stderr
