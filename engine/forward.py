@@ -13,6 +13,7 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.engine.arena import Chunk, KVArena
 from octo_run.kernels import step as ops
+from octo_run.kernels.cpu.replay import Replays
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Decoder
@@ -65,6 +66,8 @@ class Forward:
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._coefficients = torch.zeros(arena.shape.coefficients_shape(rows), device=device)
+        #: Steps on a CPU, recorded.
+        self._replays = Replays()
 
     def _upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
@@ -133,7 +136,11 @@ class Forward:
                 q, inputs, arena.formats[index], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
-        return self._layers(ids, mix)
+        if not ids.is_cpu:
+            return self._layers(ids, mix)
+        into = self._ids[:batch]  # what is recorded reads and writes kept buffers alone
+        into.copy_(ids)
+        return self._replays.run((batch, state.whole.data_ptr()), lambda: self._layers(into, mix))
 
     def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits ``[R, vocab]`` of normed hidden states ``[R, hidden]`` in the compute dtype."""

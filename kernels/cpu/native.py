@@ -39,11 +39,6 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """The same, for an argument."""
-    return Pointer(address(tensor))
-
-
 class KernelError(Exception):
     """The kernels cannot be compiled or loaded; the message says why in one sentence."""
 
@@ -135,22 +130,36 @@ def _found(switch: str | None) -> tuple[Kernels | None, str]:
 
 
 class Kernels:
-    """The library's functions; PyTorch's profiler sees their calls while it runs."""
+    """The library's functions, each of which takes a reference to its arguments; PyTorch's profiler sees their calls
+    while it runs.
+
+    Attributes:
+        recorded: What was called and on what, while a recording is made (`kernels.cpu.replay`).
+    """
 
     def __init__(self, functions: ctypes.CDLL) -> None:
-        self._functions = functions
+        self.functions = functions
+        self.recorded: list[tuple[Any, ctypes.Structure]] | None = None
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._functions, name)
+    def __getattr__(self, name: str) -> Callable[[Any], None]:
+        function = getattr(self.functions, name)
 
-        def call(*arguments: Any) -> Any:
-            if not torch._C._autograd._profiler_enabled():
-                return function(*arguments)
+        def call(arguments: Any) -> None:
+            if self.recorded is not None:
+                self.recorded.append((function, arguments._obj))
+            if not profiled():
+                function(arguments)
+                return
             with record_function(COMPILED + name):
-                return function(*arguments)
+                function(arguments)
 
         vars(self)[name] = call
         return call
+
+
+def profiled() -> bool:
+    """Whether PyTorch's profiler is at work."""
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def library() -> Kernels | None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.kernels.cpu.native import Double, Kernels, Long, Pointer, address, library, pointer
+from octo_run.kernels.cpu.linear import ELEMENTS
+from octo_run.kernels.cpu.native import Double, Kernels, Long, Pointer, address, library
 
 if TYPE_CHECKING:
+    from octo_run.kernels.linear import PackedWeight
     from octo_run.kernels.step.reference import HeadTransform
 
 
@@ -21,16 +23,66 @@ def _taken(*tensors: Tensor | None) -> Kernels | None:
     return library()
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        *((name, Pointer) for name in ("x", "residual", "weight")), ("eps", Double), ("out", Pointer),
+        *((name, Long) for name in ("rows", "n", "threads")),
+    )  # fmt: skip
+
+
+class _Swiglu(ctypes.Structure):
+    _fields_ = (("gate_up", Pointer), ("out", Pointer), *((name, Long) for name in ("rows", "n", "threads")))
+
+
+class _Embed(ctypes.Structure):
+    _fields_ = (
+        *((name, Pointer) for name in ("ids", "table", "factors")),
+        *((name, Long) for name in ("element", "row_bytes", "rows", "n")), ("out", Pointer),
+    )  # fmt: skip
+
+
+class _Rotate(ctypes.Structure):
+    _fields_ = (*((name, Pointer) for name in ("x", "rotation", "out")), ("vectors", Long), ("d", Long))
+
+
+def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor) -> bool:
+    """False if the kernels do not take it."""
+    found = _taken(out)
+    if found is None or ids.dtype != torch.int64 or not ids.is_contiguous():
+        return False
+    if isinstance(table, Tensor):
+        if table.dtype not in ELEMENTS or not table.is_contiguous():
+            return False
+        data, factors, element, width = table, None, ELEMENTS[table.dtype], table.stride(0) * table.element_size()
+    else:
+        if table.kind != "int8" or any(part is not None for part in (table.scales, table.offsets, table.order)):
+            return False
+        data, factors, element, width = table.codes, table.rows, 0, table.codes.shape[1]
+    call = _Embed(
+        ids.data_ptr(), data.data_ptr(), address(factors), element, width, len(ids), out.shape[1], out.data_ptr()
+    )
+    found.octo_embed(ctypes.byref(call))
+    return True
+
+
+def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> bool:
+    """False if the kernels do not take it."""
+    found = _taken(mixed, rotation, out)
+    if found is None or len(rotation) % 16:
+        return False
+    d = len(rotation)
+    call = _Rotate(mixed.data_ptr(), rotation.data_ptr(), out.data_ptr(), mixed.numel() // d, d)
+    found.octo_rotate_back(ctypes.byref(call))
+    return True
+
+
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> bool:
     """False if the kernels do not take it."""
     found = _taken(x, residual, weight, out)
     if found is None:
         return False
-    found.octo_add_rms_norm(
-        pointer(x), pointer(residual),
-        pointer(weight), Double(eps), pointer(out), Long(x.shape[0]), Long(x.shape[1]),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    call = _Norm(*map(address, (x, residual, weight)), eps, out.data_ptr(), *x.shape, torch.get_num_threads())
+    found.octo_add_rms_norm(ctypes.byref(call))
     return True
 
 
@@ -39,10 +91,8 @@ def swiglu(gate_up: Tensor, out: Tensor) -> bool:
     found = _taken(gate_up, out)
     if found is None:
         return False
-    found.octo_swiglu(
-        pointer(gate_up), pointer(out), Long(out.shape[0]), Long(out.shape[1]),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    call = _Swiglu(gate_up.data_ptr(), out.data_ptr(), *out.shape, torch.get_num_threads())
+    found.octo_swiglu(ctypes.byref(call))
     return True
 
 

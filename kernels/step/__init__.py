@@ -49,7 +49,7 @@ def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor) -> None:
         from octo_run.kernels.step import launch
 
         launch.embed_packed(ids, table, out)
-    else:
+    elif not (out.is_cpu and compiled.embed(ids, table, out)):
         reference.embed(ids, table, out)
 
 
@@ -149,7 +149,7 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
         from octo_run.kernels.step import launch
 
         launch.rotate_back(mixed, rotation, out)
-    else:
+    elif not compiled.rotate_back(mixed, rotation, out):
         reference.rotate_back(mixed, rotation, out)
 
 

@@ -379,14 +379,40 @@ static void fp8_linear(const Weight &w, const char *x, int kind, int64_t tokens,
 }
 }  // namespace
 
+extern "C" {
+struct PackedCall {
+    int64_t code_kind, out_rows, columns, padded, group;
+    const uint8_t *codes;
+    const float *rows;
+    const uint16_t *scales, *offsets;
+    const int32_t *order;
+    const void *x;
+    int64_t kind, tokens, x_stride;
+    const float *bias;
+    void *out;
+    int64_t stride, threads;
+};
+struct DenseCall {
+    const void *weight;
+    int64_t weight_kind, out_rows, columns;
+    const void *x;
+    int64_t kind, tokens, x_stride;
+    const float *bias;
+    void *out;
+    int64_t stride, threads;
+};
+}
+
 // out [tokens, out] = x [tokens, columns] W^T + bias. x and out are of one element kind; strides in elements.
-extern "C" void octo_packed_linear(int code_kind, int64_t out_rows, int64_t columns, int64_t padded, int64_t group,
-                                   const uint8_t *codes, const float *rows, const uint16_t *scales,
-                                   const uint16_t *offsets, const int32_t *order, const void *x, int kind,
-                                   int64_t tokens, int64_t x_stride, const float *bias, void *out, int64_t stride,
-                                   int threads) {
-    Weight w{code_kind, out_rows, columns, padded, group, codes, rows, scales, offsets, order};
-    const int64_t x_bytes = x_stride * (kind == FLOAT32 ? 4 : 2);
+extern "C" void octo_packed_linear(const PackedCall *call) {
+    const PackedCall &c = *call;
+    const int kind = (int)c.kind, threads = (int)c.threads;
+    const int64_t out_rows = c.out_rows, group = c.group, tokens = c.tokens, stride = c.stride;
+    const void *x = c.x;
+    const float *bias = c.bias;
+    void *out = c.out;
+    Weight w{(int)c.code_kind, out_rows, c.columns, c.padded, group, c.codes, c.rows, c.scales, c.offsets, c.order};
+    const int64_t x_bytes = c.x_stride * (kind == FLOAT32 ? 4 : 2);
     if (w.kind == FP8) return fp8_linear(w, (const char *)x, kind, tokens, x_bytes, bias, out, stride, threads);
     int64_t done = 0;
 #ifdef AMX
@@ -464,9 +490,8 @@ static void dense(const void *weight, int64_t out_rows, int64_t columns, const v
         }
     });
 }
-extern "C" void octo_dense_linear(const void *weight, int weight_kind, int64_t out_rows, int64_t columns, const void *x,
-                                  int kind, int64_t tokens, int64_t x_stride, const float *bias, void *out,
-                                  int64_t stride, int threads) {
-    (weight_kind == FLOAT32 ? dense<true> : dense<false>)(weight, out_rows, columns, x, kind, tokens, x_stride, bias, out,
-                                                          stride, threads);
+extern "C" void octo_dense_linear(const DenseCall *call) {
+    const DenseCall &c = *call;
+    (c.weight_kind == FLOAT32 ? dense<true> : dense<false>)(c.weight, c.out_rows, c.columns, c.x, (int)c.kind, c.tokens,
+                                                            c.x_stride, c.bias, c.out, c.stride, (int)c.threads);
 }

@@ -31,35 +31,93 @@ static void times(const float *x, const float *matrix, int64_t d, float *out) { 
 }
 }  // namespace
 
-extern "C" void octo_add_rms_norm(const float *x, float *residual, const float *weight, double eps, float *out,
-                                  int64_t rows, int64_t n, int threads) {
-    parallel((rows + 15) / 16, rows < 32 ? 1 : threads, [&](int64_t some) {
-        for (int64_t r = some * 16; r < std::min(rows, some * 16 + 16); r++) {
-            const float *from = x + r * n;
-            if (residual) {
-                float *sum = residual + r * n;
-                for (int64_t i = 0; i < n; i++) sum[i] += from[i];
+extern "C" {
+struct NormCall {
+    const float *x;
+    float *residual;
+    const float *weight;
+    double eps;
+    float *out;
+    int64_t rows, n, threads;
+};
+struct SwigluCall {
+    const float *gate_up;
+    float *out;
+    int64_t rows, n, threads;
+};
+struct EmbedCall {  // a row of a table for each id: dense, or packed in 8 bits with a factor for each row
+    const int64_t *ids;
+    const void *table;
+    const float *factors;  // null: dense, of `element`
+    int64_t element, row_bytes, rows, n;
+    float *out;
+};
+struct RotateCall {
+    const float *x, *rotation;
+    float *out;
+    int64_t vectors, d;
+};
+}
+
+extern "C" void octo_add_rms_norm(const NormCall *call) {
+    const NormCall &c = *call;
+    parallel((c.rows + 15) / 16, c.rows < 32 ? 1 : (int)c.threads, [&](int64_t some) {
+        for (int64_t r = some * 16; r < std::min(c.rows, some * 16 + 16); r++) {
+            const float *from = c.x + r * c.n;
+            if (c.residual) {
+                float *sum = c.residual + r * c.n;
+                for (int64_t i = 0; i < c.n; i++) sum[i] += from[i];
                 from = sum;
             }
-            norm(from, weight, n, (float)eps, out + r * n);
+            norm(from, c.weight, c.n, (float)c.eps, c.out + r * c.n);
         }
     });
 }
 
-extern "C" void octo_swiglu(const float *gate_up, float *out, int64_t rows, int64_t n, int threads) {
-    parallel((rows + 15) / 16, rows < 32 ? 1 : threads, [&](int64_t some) {
-        for (int64_t r = some * 16; r < std::min(rows, some * 16 + 16); r++) {
-            const float *gate = gate_up + r * 2 * n, *up = gate + n;
-            float *to = out + r * n;
+extern "C" void octo_swiglu(const SwigluCall *call) {
+    const SwigluCall &c = *call;
+    parallel((c.rows + 15) / 16, c.rows < 32 ? 1 : (int)c.threads, [&](int64_t some) {
+        for (int64_t r = some * 16; r < std::min(c.rows, some * 16 + 16); r++) {
+            const float *gate = c.gate_up + r * 2 * c.n, *up = gate + c.n;
+            float *to = c.out + r * c.n;
             int64_t i = 0;
-            for (; i + 16 <= n; i += 16) {
+            for (; i + 16 <= c.n; i += 16) {
                 F16 x = load<F16>(gate + i), e = exponential(x > 0.0f ? -x : x);
                 F16 share = (x > 0.0f ? splat(1) : e) / (1.0f + e);
                 store(to + i, x * share * load<F16>(up + i));
             }
-            for (; i < n; i++) to[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+            for (; i < c.n; i++) to[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
         }
     });
+}
+
+extern "C" void octo_embed(const EmbedCall *call) {
+    const EmbedCall &c = *call;
+    const int in_word[4] = {0, 2, 1, 3};
+    for (int64_t r = 0; r < c.rows; r++) {
+        const uint8_t *row = (const uint8_t *)c.table + c.ids[r] * c.row_bytes;
+        float *to = c.out + r * c.n;
+        if (!c.factors)
+            for (int64_t i = 0; i < c.n; i++) to[i] = element(row, (int)c.element, i);
+        else  // codes lie in the order of kernels/linear/packed.py
+            for (int64_t at = 0; at < c.row_bytes; at++) {
+                const int64_t place = at % 128, in_lane = place % 32;
+                const int64_t i = at / 128 * 128 + in_lane / 4 * 16 + place / 32 * 4 + in_word[in_lane % 4];
+                if (i < c.n) to[i] = (float)(int8_t)row[at] * c.factors[c.ids[r]];
+            }
+    }
+}
+
+// out [vectors, d] = x [vectors, d] rotation^T.
+extern "C" void octo_rotate_back(const RotateCall *call) {
+    const RotateCall &c = *call;
+    for (int64_t v = 0; v < c.vectors; v++)
+        for (int64_t k = 0; k < c.d; k++) {
+            F16 sum = {};
+            for (int64_t i = 0; i < c.d; i += 16)
+                sum += load<F16>(c.x + v * c.d + i) * load<F16>(c.rotation + k * c.d + i);
+            c.out[v * c.d + k] = total(sum);
+        }
 }
 
 extern "C" {
