@@ -3,6 +3,7 @@
 ``Decoder.hidden`` computes the same in plain PyTorch, for tests to compare with; the rounding points are the same.
 """
 
+import functools
 from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from torch import Tensor
 from octo_run import kernels
 from octo_run.engine.arena import Chunk, KVArena
 from octo_run.kernels import step as ops
+from octo_run.kernels.cpu.memory import collapse_later
 from octo_run.kernels.cpu.replay import Replays
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig
@@ -66,8 +68,8 @@ class Forward:
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._coefficients = torch.zeros(arena.shape.coefficients_shape(rows), device=device)
-        #: Steps on a CPU, recorded.
-        self._replays = Replays()
+        #: Steps on a CPU, recorded. Where there is a second one, more will follow.
+        self._replays = Replays(functools.partial(collapse_later, decoder))
 
     def _upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""

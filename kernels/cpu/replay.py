@@ -54,9 +54,14 @@ class _Program:
 
 
 class Replays:
-    """Recordings of work by key."""
+    """Recordings of work by key.
 
-    def __init__(self) -> None:
+    Args:
+        on_repeat: Called once, when work comes for the second time.
+    """
+
+    def __init__(self, on_repeat: Callable[[], object] | None = None) -> None:
+        self._on_repeat = on_repeat
         self._known: dict[Hashable, _Program | None] = {}
         self._seen: set[Hashable] = set()
         #: For work that cannot be recorded, by its key the operation that PyTorch does in it.
@@ -82,6 +87,9 @@ class Replays:
         if key not in self._seen or key in self.refused:
             self._seen.add(key)
             return work()
+        if self._on_repeat is not None:
+            self._on_repeat()
+            self._on_repeat = None
         watch, calls = _Watch(), list[tuple[Any, ctypes.Structure]]()
         kernels.recorded = calls
         try:
