@@ -101,7 +101,7 @@ def build(target: str = NATIVE) -> Path:
             return made
         made.parent.mkdir(parents=True, exist_ok=True)
         for tell in _listeners:
-            tell(f"compiling the CPU's kernels, once for this machine (they are kept in {shown(str(made.parent), 200)})")
+            tell(f"compiling the CPU's kernels, once for this machine (kept in {shown(str(made.parent), 200)})")
         with tempfile.TemporaryDirectory(dir=made.parent) as place:
             objects = [str(Path(place) / f"{source.stem}.o") for source in sources]
             _run([[*command, "-c", str(file), "-o", to] for file, to in zip(sources, objects, strict=True)])

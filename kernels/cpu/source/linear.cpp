@@ -277,75 +277,98 @@ static void fp8_rows(const Weight &w, int64_t row, int64_t count, const float *x
 }
 
 #ifdef AMX
+// Products of 16 rows with 16 tokens by tiles. A block has one part for each group of its columns; nibbles are widened
+// and their words put in order of the parts, which are words 8 n to 8 n + 7 for the columns 32 n to 32 n + 31.
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-static void tiles() {
-    static const TileConfig config;
+static void tiles(int64_t words) {  // of a product: bytes of the tile of weights, rows of those of activations
+    TileConfig config;
+    config.bytes[2] = words * 4;
+    config.rows[3] = config.rows[4] = words;
     _tile_loadconfig(&config);
 }
+static int64_t tile_parts(const Weight &w) { return w.group >= BLOCK ? 1 : BLOCK / w.group; }
+static bool tiles_take(const Weight &w) { return w.group >= BLOCK || (w.nibbles() && w.group >= 32); }
+static int word_of(const Weight &w, int place) {  // of the words of 64 low and 64 high halves, or of 128 bytes
+    return w.nibbles() ? place / 8 + place % 4 * 4 + place % 8 / 4 * 16 : place;
+}
 
-// 16 tokens in tiles: [blocks][hi, lo][2][16 words][16 tokens]; steps and sums [blocks][16].
+// 16 tokens in tiles: [blocks][hi, lo][32 words][16 tokens]; steps [blocks][16], sums [blocks][parts][16].
 struct Tiled {
     int8_t *bytes;
     F16 *steps, *sums;
 };
-static size_t tiled_bytes(const Weight &w) { return w.blocks() * (4096 + 128); }
+static size_t tiled_bytes(const Weight &w) { return w.blocks() * (4096 + 64 * (1 + tile_parts(w))); }
 static Tiled place_tiled(const Weight &w, char *at) {
     return {(int8_t *)at, (F16 *)(at + w.blocks() * 4096), (F16 *)(at + w.blocks() * (4096 + 64))};
 }
 static void prepare_tiled(const Weight &w, const void *x, int kind, int64_t tokens, int64_t x_bytes, Tiled to) {
     Prepared p = place(w, scratch(3, prepared_bytes(w)));
-    memset(to.bytes, 0, w.blocks() * 4224);
+    const int parts = (int)tile_parts(w), words = 32 / parts;
+    memset(to.bytes, 0, tiled_bytes(w));
     for (int64_t t = 0; t < tokens; t++) {
         prepare(w, (const char *)x + t * x_bytes, kind, p);
         for (int64_t b = 0; b < w.blocks(); b++) {
-            for (int word = 0; word < 64; word++)  // of hi, then lo
-                memcpy(to.bytes + b * 4096 + word * 64 + t * 4, p.bytes + b * 256 + word * 4, 4);
+            for (int place = 0; place < 32; place++) {
+                const int8_t *hi = p.bytes + b * 256 + word_of(w, place) * 4, *lo = hi + 128;
+                memcpy(to.bytes + b * 4096 + place * 64 + t * 4, hi, 4);
+                memcpy(to.bytes + b * 4096 + 2048 + place * 64 + t * 4, lo, 4);
+                for (int i = 0; i < 4; i++)
+                    ((float *)to.sums)[(b * parts + place / words) * 16 + t] += 254 * hi[i] + lo[i];
+            }
             ((float *)to.steps)[b * 16 + t] = p.steps[b];
-            ((float *)to.sums)[b * 16 + t] = total(p.sums[b]);
         }
     }
 }
 static void amx_rows(const Weight &w, int64_t row, const Tiled *xs, int64_t tokens, const float *bias, void *out,
                      int kind, int64_t stride) {
-    tiles();
-    const int64_t blocks = w.blocks(), width = w.row_bytes();
+    const int64_t blocks = w.blocks(), width = w.row_bytes(), parts = tile_parts(w);
+    const int64_t words = std::min<int64_t>(16, 32 / parts), products = 32 / parts / words;  // of a part
+    tiles(words);
     const uint8_t *first = w.codes + row * width;
     const float unit = w.kind == FP4 ? 0.5f : 1.0f;
     if (w.nibbles()) {  // bytes in two's complement, [16][padded]
         uint8_t *wide = (uint8_t *)scratch(4, 16 * w.padded);
         const uint8_t zero = w.kind == FP4 ? 12 : 8;
+        int order[32];
+        for (int place = 0; place < 32; place++) order[place] = word_of(w, place);
+        const __m512i start = _mm512_loadu_si512(order), end = _mm512_loadu_si512(order + 16);
         for (int r = 0; r < 16; r++)
             for (int64_t b = 0; b < blocks; b++) {
                 uint8_t *to = wide + r * w.padded + b * BLOCK;
                 const uint8_t *codes = first + r * width + b * 64;
                 const Numbers numbers = w.kind == FP4 ? numbers_of<FP4>(codes) : numbers_of<INT4>(codes);
-                store(to, numbers.low - zero), store(to + 64, numbers.high - zero);
+                const __m512i low = (__m512i)(numbers.low - zero), high = (__m512i)(numbers.high - zero);
+                _mm512_store_si512(to, _mm512_permutex2var_epi32(low, start, high));
+                _mm512_store_si512(to + 64, _mm512_permutex2var_epi32(low, end, high));
             }
         first = wide;
     }
-    float *scales = (float *)scratch(5, blocks * 32 * 4), *shifts = scales + blocks * 16;
-    for (int64_t b = 0; b < blocks; b++)
+    const int64_t all = blocks * parts;
+    float *scales = (float *)scratch(5, all * 32 * 4), *shifts = scales + all * 16;
+    for (int64_t part = 0; part < all; part++)
         for (int r = 0; r < 16; r++) {
-            int64_t at = (row + r) * w.groups() + b * BLOCK / w.group;
-            scales[b * 16 + r] = w.scales ? unit * of_half(w.scales[at]) : unit;
-            shifts[b * 16 + r] = w.offsets ? of_half(w.offsets[at]) : 0;
+            int64_t at = (row + r) * w.groups() + part * (BLOCK / parts) / w.group;
+            scales[part * 16 + r] = w.scales ? unit * of_half(w.scales[at]) : unit;
+            shifts[part * 16 + r] = w.offsets ? of_half(w.offsets[at]) : 0;
         }
     alignas(64) int32_t high[256], low[256];
     for (int64_t t = 0; t < tokens; t += 16) {
         const Tiled &x = xs[t / 16];
         F16 sums[16] = {};
-        for (int64_t b = 0; b < blocks; b++) {
+        for (int64_t part = 0; part < all; part++) {
+            const int64_t b = part / parts, word = part % parts * (32 / parts);
             _tile_zero(0);
             _tile_zero(1);
-            const int8_t *bytes = x.bytes + b * 4096;
-            for (int half = 0; half < 2; half++) {
-                _tile_loadd(2, first + b * BLOCK + half * 64, w.padded);
-                _tile_loadd(3, bytes + half * 1024, 64);
-                _tile_loadd(4, bytes + 2048 + half * 1024, 64);
+            for (int64_t n = 0; n < products; n++) {
+                const int64_t at = word + n * words;
+                const int8_t *bytes = x.bytes + b * 4096 + at * 64;
+                _tile_loadd(2, first + b * BLOCK + at * 4, w.padded);
+                _tile_loadd(3, bytes, 64);
+                _tile_loadd(4, bytes + 2048, 64);
                 _tile_dpbssd(0, 2, 3);
                 _tile_dpbssd(1, 2, 4);
             }
@@ -353,8 +376,8 @@ static void amx_rows(const Weight &w, int64_t row, const Tiled *xs, int64_t toke
             _tile_stored(1, low, 64);
             for (int r = 0; r < 16; r++) {
                 F16 found = floats(load<I16>(high + 16 * r)) * 254.0f + floats(load<I16>(low + 16 * r));
-                if (w.offsets) found -= shifts[b * 16 + r] * x.sums[b];
-                sums[r] += found * (x.steps[b] * scales[b * 16 + r]);
+                if (w.offsets) found -= shifts[part * 16 + r] * x.sums[part];
+                sums[r] += found * (x.steps[b] * scales[part * 16 + r]);
             }
         }
         for (int r = 0; r < 16; r++) {
@@ -411,16 +434,16 @@ struct DenseCall {
 extern "C" void octo_packed_linear(const PackedCall *call) {
     const PackedCall &c = *call;
     const int kind = (int)c.kind, threads = (int)c.threads;
-    const int64_t out_rows = c.out_rows, group = c.group, tokens = c.tokens, stride = c.stride;
+    const int64_t out_rows = c.out_rows, tokens = c.tokens, stride = c.stride;
     const void *x = c.x;
     const float *bias = c.bias;
     void *out = c.out;
-    Weight w{(int)c.code_kind, out_rows, c.columns, c.padded, group, c.codes, c.rows, c.scales, c.offsets, c.order};
+    Weight w{(int)c.code_kind, out_rows, c.columns, c.padded, c.group, c.codes, c.rows, c.scales, c.offsets, c.order};
     const int64_t x_bytes = c.x_stride * (kind == FLOAT32 ? 4 : 2);
     if (w.kind == FP8) return fp8_linear(w, (const char *)x, kind, tokens, x_bytes, bias, out, stride, threads);
     int64_t done = 0;
 #ifdef AMX
-    if (tokens >= 8 && group >= BLOCK && out_rows >= 16 && amx_allowed()) {
+    if (tokens >= 8 && tiles_take(w) && out_rows >= 16 && amx_allowed()) {
         const int64_t each = tiled_bytes(w), count = (tokens + 15) / 16;
         char *at = scratch(0, each * count + count * sizeof(Tiled));
         Tiled *xs = (Tiled *)(at + each * count);
