@@ -1,6 +1,6 @@
 """octo-run beside llama.cpp on a CPU: speed and memory, every contestant in a process of its own, rounds interleaved.
 
-    python scripts/bench_cpu.py MODEL --ours int8/oct3,int4/oct3,bf16/bf16 --peer f16=FILE.gguf --peer Q4_1=FILE.gguf \
+    python scripts/bench_cpu.py MODEL --ours int8/oct3,int4/oct3,fp32/bf16 --peer f16=FILE.gguf --peer Q4_1=FILE.gguf \
         --peer-kv f16,q8_0 --peer-python PYTHON --threads 1 --rounds 5 --markdown OUT.md
 
 Speeds are tokens by the second of CPU time (user and system, of all threads), so that a busy machine decides less, and
@@ -47,7 +47,7 @@ def ours(given: dict[str, Any]) -> tuple[Test, dict[str, Any]]:
 
     torch.set_num_threads(given["threads"])
     weights, kv = given["name"].split("/")
-    dense = weights in ("fp32", "bf16")
+    dense = weights == "fp32"
     options = {"dtype": "float32", "weights": None if dense else weights, "head": "bf16" if dense else "int8"}
     engine = Engine.load(given["model"], kv=kv, max_context=given["context"], device="cpu", **options)
     ids = benchmark.ordinary_ids(engine)

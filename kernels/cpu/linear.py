@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels.cpu.native import Long, Pointer, address, library
-from octo_run.kernels.linear.packed import PackedWeight
+from octo_run.kernels.linear.packed import BLOCK, PackedWeight
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Element kinds of the kernels."""
@@ -65,3 +65,25 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
     )  # fmt: skip
     found.octo_dense_linear(ctypes.byref(call))
     return True
+
+
+class _Pack(ctypes.Structure):
+    _fields_ = (
+        ("weight", Pointer), *((name, Long) for name in ("element", "rows", "columns", "stride", "padded")),
+        ("codes", Pointer), ("factors", Pointer), ("threads", Long),
+    )  # fmt: skip
+
+
+def packed_rows(weight: Tensor) -> PackedWeight | None:
+    """A finite matrix ``[out, in]`` as int8 codes with a factor for each row; None if the kernels do not take it."""
+    if not weight.is_cpu or weight.dtype not in ELEMENTS or weight.stride(-1) != 1 or (found := library()) is None:
+        return None
+    out, columns = weight.shape
+    padded = -(-columns // BLOCK) * BLOCK
+    codes, factors = torch.empty(out, padded, dtype=torch.uint8), torch.empty(out)
+    call = _Pack(
+        weight.data_ptr(), ELEMENTS[weight.dtype], out, columns, weight.stride(0), padded, codes.data_ptr(),
+        factors.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    found.octo_pack_rows(ctypes.byref(call))
+    return PackedWeight("int8", columns, padded, codes, factors)

@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
         launch.vector(x, weight, bias, out)
     elif not (
-        weight.dtype == torch.bfloat16
+        weight.dtype in (torch.float32, torch.bfloat16)
         and x.is_cpu
         and len(x) <= 4
         and compiled_linear.dense_linear(x, weight, bias, out)

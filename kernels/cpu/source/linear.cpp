@@ -523,3 +523,35 @@ extern "C" void octo_dense_linear(const DenseCall *call) {
     (c.weight_kind == FLOAT32 ? dense<true> : dense<false>)(c.weight, c.out_rows, c.columns, c.x, (int)c.kind, c.tokens,
                                                             c.x_stride, c.bias, c.out, c.stride, (int)c.threads);
 }
+
+extern "C" {
+struct PackCall {
+    const void *weight;
+    int64_t element, rows, columns, stride, padded;
+    uint8_t *codes;
+    float *factors;
+    int64_t threads;
+};
+}
+
+// int8 codes of rows in the order of kernels/linear/packed.py, and factors: a row's largest magnitude / 127 in bfloat16.
+extern "C" void octo_pack_rows(const PackCall *call) {
+    const PackCall &c = *call;
+    parallel((c.rows + 63) / 64, (int)c.threads, [&](int64_t n) {
+        float *values = (float *)scratch(0, c.padded * 4), *scaled = (float *)scratch(1, c.padded * 4);
+        for (int64_t r = n * 64; r < std::min(c.rows, n * 64 + 64); r++) {
+            float largest = 0;
+            for (int64_t i = 0; i < c.columns; i++) values[i] = element(c.weight, (int)c.element, r * c.stride + i);
+            for (int64_t i = c.columns; i < c.padded; i++) values[i] = 0;
+            for (int64_t i = 0; i < c.padded; i++) largest = std::max(largest, std::fabs(values[i]));
+            float factor = of_bf16(to_bf16(largest / 127));
+            if (!(factor > 0)) factor = 1;
+            c.factors[r] = factor;
+            for (int64_t i = 0; i < c.padded; i++)
+                scaled[i] = std::nearbyint(std::min(std::max(values[i] / factor, -127.0f), 127.0f));
+            int8_t *to = (int8_t *)c.codes + r * c.padded;
+            for (int64_t first = 0; first < c.padded; first += BLOCK)
+                for (int i = 0; i < BLOCK; i++) to[first + i] = (int8_t)scaled[first + orders.bytes[i]];
+        }
+    });
+}
