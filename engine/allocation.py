@@ -125,7 +125,7 @@ def parse_formats(
     """
     text = text.strip().lower()
     if "auto" not in text.split(":"):
-        return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, plain_dtype), cfg.num_layers)
+        return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, plain_dtype), len(cfg.attention_layers))
     sizes = [get(name, cfg.head_dim, seed).bytes_per_vector * NUMBERS for name in ERRORS]
     least, most = -(-sizes[0] // cfg.head_dim), sizes[-1] // cfg.head_dim
     match = _AUTO.fullmatch(text)
@@ -134,4 +134,4 @@ def parse_formats(
             f"--kv {quoted(text)}: auto chooses formats of keys and values by itself; give auto:N with N = {least} to "
             f"{most}, the bytes of 128 numbers on average."
         )
-    return AutoFormats.within(int(match[1]), [(1.0, 1.0)] * cfg.num_layers, cfg.head_dim, seed)
+    return AutoFormats.within(int(match[1]), [(1.0, 1.0)] * len(cfg.attention_layers), cfg.head_dim, seed)

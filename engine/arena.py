@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from octo_run import kernels
+from octo_run.engine.recurrent_state import RecurrentShape, RecurrentStates
 from octo_run.engine.sequence import Sequence, SequenceTable
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import LayerFormats, PageFormat
@@ -57,6 +58,7 @@ class ArenaShape:
         mean_heads: The number of query heads if key means are kept out of the codes (``key_means``), else 0.
         on_gpu: Whether they are for a GPU.
         pool_pages: Pages that all sequences share (None: as many as all of them hold at full context).
+        recurrent: The states of recurrent layers, which are not among ``layers``; None: there are none.
     """
 
     layers: int
@@ -72,6 +74,7 @@ class ArenaShape:
     mean_heads: int = 0
     on_gpu: bool = False
     pool_pages: int | None = None
+    recurrent: RecurrentShape | None = None
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -148,7 +151,10 @@ class KVArena:
         self._chunk_state = torch.zeros(s.sequences, 4, dtype=torch.int32, device=device)
         #: For each row the id and the number of the page that is coded between two steps.
         self._coding = torch.zeros(2, s.sequences, dtype=torch.int32, device=device)
-        self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row)
+        self.states: RecurrentStates | None = None
+        if s.recurrent is not None:
+            self.states = RecurrentStates(s.recurrent, s.sequences, s.sink, s.dtype, device)
+        self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row, self.states)
 
     @property
     def full_precision(self) -> list[Tensor]:
@@ -349,6 +355,13 @@ class Chunk:
         assert not sequence.ahead
         self.start = len(sequence)
         self.end = self.start + self.count
+        states = arena.states
+        #: Position and place of the snapshot of recurrent states that is taken on the way.
+        self.snapshot: tuple[int, int] | None = None
+        if states is not None:
+            assert states.stands(self.row, self.start)
+            self.snapshot = states.plan(self.row, self.start, self.end)
+            states.writing(self.row)
         assert 0 < self.count <= s.chunk and self.end <= s.context
         self.to_sink = min(self.count, max(0, s.sink - self.start))
         origin = PAGE * sequence.packed
@@ -425,3 +438,5 @@ class Chunk:
     def commit(self) -> None:
         """All layers are written: the chunk's tokens now belong to the sequence."""
         self.sequence.advance(self.start, self.ids, self.new_pages)
+        if self.arena.states is not None:
+            self.arena.states.keep(self.row, self.snapshot)

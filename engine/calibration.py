@@ -31,7 +31,7 @@ from octo_run.tokenizer import Tokenizer
 #: Tokens of the text that are used at most.
 TOKENS = 768
 #: Counts changes of the text or of what is made of it.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Calibration:
         if kind == "off":
             return None
         cfg = self.decoder.cfg
-        size = (cfg.num_layers, cfg.num_kv_heads, cfg.head_dim)
+        size = (len(cfg.attention_layers), cfg.num_kv_heads, cfg.head_dim)
 
         def measured() -> dict[str, Tensor]:
             found = conditioning.measure(self.decoder, self.ids)
@@ -80,9 +80,10 @@ class Calibration:
             return None
         what = ("sensitivities", kind, fmt.name, fmt.k.seed)
         shape = {"divergences": (self.decoder.cfg.num_layers, 2)}
-        return self._known(
+        found = self._known(
             what, shape, lambda: {"divergences": sensitivity.measure(self.decoder, fmt, ids, on_progress)}
         )["divergences"]
+        return found[[*self.decoder.cfg.attention_layers]]
 
     @cached_property
     def ids(self) -> list[int]:
@@ -104,10 +105,11 @@ class Calibration:
 
     def _fingerprint(self, path: Path, what: tuple[object, ...]) -> str:
         """Of all that decides the numbers: the weights (by name, size and time of their files), the configuration, the
-        dtype, the kind of device, and the tokens."""
+        dtype, the kind of device, RoPE's factors where the context chooses them, and the tokens."""
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
         decoder = self.decoder
-        known = (_VERSION, what, files, decoder.cfg, decoder.weight_format, decoder.device.type, self.ids)
+        model = decoder.cfg, decoder.weight_format, decoder.device.type, decoder.long_factors
+        known = (_VERSION, what, files, model, self.ids)
         return hashlib.sha256(repr(known).encode()).hexdigest()
 
 

@@ -223,7 +223,7 @@ class Engine:
             else:
                 source = weight_files.StoredWeights(path, cfg, where, kind)
             ids = random_ids(cfg) if scheme is not None and scheme.weighted else None
-            decoder = Decoder(cfg, source, None, fmt[0].v.rotation, scheme, ids, of_head)
+            decoder = Decoder(cfg, source, None, fmt[0].v.rotation, scheme, ids, of_head, plan.context)
             calibration = Calibration(decoder, tokenizer, path)
             decoder.store_keys(fmt[0].k.rotation, calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):
@@ -349,13 +349,14 @@ class Engine:
         """
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
-        held = sequence.cancel()
+        known = sequence.ids
+        held = len(known)
         if held + len(ids) > self.max_context:
             raise UsageError(
                 f"The sequence holds {held:,} tokens: {len(ids):,} more do not fit into the context of "
                 f"{self.max_context:,}."
             )
-        return self._logits(self.feed(sequence, ids))[0]
+        return self._logits(self.feed(sequence, (known + ids)[sequence.cancel() :]))[0]
 
     def generate(
         self, prompt: str | Iterable[int], params: SamplingParams | None = None, on_prompt: OnPrompt | None = None

@@ -13,35 +13,46 @@ from torch import Tensor
 
 from octo_run import kernels
 from octo_run.engine.arena import Chunk, KVArena
+from octo_run.engine.sequence import Sequence
 from octo_run.kernels import step as ops
 from octo_run.kernels.cpu.memory import collapse_later
 from octo_run.kernels.cpu.replay import Replays
-from octo_run.models import rope
 from octo_run.models.config import ModelConfig
-from octo_run.models.decoder import Decoder
+from octo_run.models.decoder import Angles, AttentionWeights, Decoder, Layer, Mixer
+from octo_run.models.specs import LayerSpec, Shapes, layer_specs
 
 if TYPE_CHECKING:
     from octo_run.engine.step import StepState
 
 #: ``mix(layer, qkv [R, (heads + 2 kv_heads) d]) -> [R, heads * d]``: from a layer's projections to its attention
 Mix = Callable[[int, Tensor], Tensor]
+#: ``other(layer, normed [R, hidden], out [R, hidden], buffers)``: what a layer has in place of attention
+Other = Callable[[Mixer, Tensor, Tensor, dict[str, Tensor]], None]
 
 _ANGLE_ROWS = 256  # angles worked on at a time
 _ALIGNED = 128  # elements: every buffer begins on a multiple
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def _shapes(cfg: ModelConfig, rows: int) -> tuple[Shapes, Shapes, Shapes]:
-    """Buffers that live through a layer, those of its attention, those of its MLP (the latter two share memory)."""
-    q, kv = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, 1, cfg.head_dim)
+def _shapes(cfg: ModelConfig, rows: int) -> tuple[Shapes, list[Shapes]]:
+    """Buffers that live through a layer, and those of parts of layers, of which one works at a time (these share
+    memory): attention, other mixers, MLPs."""
+    specs = layer_specs(cfg)
     lasting: Shapes = dict.fromkeys(("residual", "normed", "delta"), (rows, cfg.hidden_size))
-    lasting |= dict.fromkeys(("cos", "sin"), (rows, cfg.head_dim // 2))
-    attention: Shapes = {"qkv": (rows, (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim), "q": (rows, 1, *q)}
-    attention |= {"mixed": (rows, 1, *q), "kv": (2, rows, *kv)}
-    mlp: Shapes = {"gate_up": (rows, 2 * cfg.intermediate_size), "inner": (rows, cfg.intermediate_size)}
-    return lasting, attention, mlp
+    kinds = dict.fromkeys((spec.rope, spec.head_dim) for spec in specs)
+    for number, (_, head_dim) in enumerate(kinds):
+        lasting |= {f"{name}{number}": (rows, head_dim // 2) for name in ("cos", "sin")}
+    parts = [shapes for spec in specs for shapes in (_mixer_shapes(spec, rows), spec.mlp.shapes(rows))]
+    return lasting, [*{repr(shapes): shapes for shapes in parts}.values()]
+
+
+def _mixer_shapes(spec: LayerSpec, rows: int) -> Shapes:
+    if spec.mixer is not None:
+        return spec.mixer.shapes(rows)
+    q, kv = (spec.heads, spec.head_dim), (spec.kv_heads, 1, spec.head_dim)
+    shapes: Shapes = {"qkv": (rows, (spec.heads + 2 * spec.kv_heads) * spec.head_dim), "q": (rows, 1, *q)}
+    if spec.gated:
+        shapes["gate"] = (rows, spec.heads * spec.head_dim)
+    return shapes | {"mixed": (rows, 1, *q), "kv": (2, rows, *kv)}
 
 
 def _size(shapes: Shapes) -> int:
@@ -50,8 +61,9 @@ def _size(shapes: Shapes) -> int:
 
 def buffer_bytes(cfg: ModelConfig, rows: int, dtype: torch.dtype) -> int:
     """Bytes that a :class:`Forward` of ``rows`` tokens holds."""
-    lasting, attention, mlp = _shapes(cfg, rows)
-    return (_size(lasting) + max(_size(attention), _size(mlp))) * dtype.itemsize + rows * (4 + 4 + 8)
+    lasting, parts = _shapes(cfg, rows)
+    scaled = 4 * len({spec.rope for spec in layer_specs(cfg) if spec.rope is not None and spec.rope.query_scaling})
+    return (_size(lasting) + max(map(_size, parts))) * dtype.itemsize + rows * (4 + 4 + 8 + scaled)
 
 
 class Forward:
@@ -60,13 +72,25 @@ class Forward:
     def __init__(self, decoder: Decoder, arena: KVArena, rows: int, workspace: Tensor | None) -> None:
         self.decoder, self.arena, self.workspace = decoder, arena, workspace
         cfg, device = decoder.cfg, arena.pages.device
-        lasting, attention, mlp = _shapes(cfg, rows)
+        lasting, parts = _shapes(cfg, rows)
         kept = _size(lasting)
-        flat = torch.empty(kept + max(_size(attention), _size(mlp)), dtype=arena.shape.dtype, device=device)
-        self._buffers = {**_carve(flat, lasting), **_carve(flat[kept:], attention), **_carve(flat[kept:], mlp)}
+        flat = torch.empty(kept + max(map(_size, parts)), dtype=arena.shape.dtype, device=device)
+        self._buffers = _carve(flat, lasting)
+        made = {repr(shapes): _carve(flat[kept:], shapes) for shapes in parts}
+        #: The buffers of each layer's mixer and MLP; layers of one kind have the same.
+        self._of_mlp = [made[repr(spec.mlp.shapes(rows))] for spec in decoder.specs]
+        self._of_mixer = [made[repr(_mixer_shapes(spec, rows))] for spec in decoder.specs]
+        #: The arena's number of each layer that has attention.
+        self._number = {layer: number for number, layer in enumerate(cfg.attention_layers)}
         self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        #: What queries are multiplied by, for each rotary embedding that says so.
+        self._queries = {
+            number: torch.zeros(rows, device=device)
+            for number, (kind, _) in enumerate(decoder.ropes)
+            if kind is not None and kind.query_scaling is not None
+        }
         self._coefficients = torch.zeros(arena.shape.coefficients_shape(rows), device=device)
         #: Steps on a CPU, recorded. Where there is a second one, more will follow.
         self._replays = Replays(functools.partial(collapse_later, decoder))
@@ -91,27 +115,36 @@ class Forward:
         """
         ids = self._upload([token for chunk in chunks for token in chunk.ids])
         count = len(ids)
-        q, mixed, kv = self._buffers["q"][:count], self._buffers["mixed"][:count], self._buffers["kv"][:, :count]
         coefficients = self._coefficients_of(count)
-        parts, first = list[tuple[Chunk, Tensor, Tensor, Tensor, Tensor | None]](), 0
+        parts, first = list[tuple[Chunk, slice]](), 0
         for chunk in chunks:
             last = first + chunk.count
             torch.arange(chunk.start, chunk.end, dtype=torch.int32, out=self._positions[first:last])
-            queries, out = (x[first:last].transpose(0, 1) for x in (q, mixed))
-            found = None if coefficients is None else coefficients[first:last].transpose(0, 1)
-            parts.append((chunk, queries, out, kv[:, first:last, :, 0], found))
+            parts.append((chunk, slice(first, last)))
             first = last
         transforms = self._transforms(self._positions[:count])
 
         def mix(index: int, qkv: Tensor) -> Tensor:
-            slots = self._no_slots[:count]
+            slots, buffers = self._no_slots[:count], self._of_mixer[index]
+            q, mixed, kv = buffers["q"][:count], buffers["mixed"][:count], buffers["kv"][:, :count]
             ops.qkv_rope_append(qkv, transforms[index], slots, kv[0], kv[1], q, coefficients=coefficients)
             spec = self.decoder.specs[index].attention
-            for chunk, queries, out, new, found in parts:
-                chunk.attend(index, queries, new, spec, self.workspace, out=out, coefficients=found)
+            for chunk, rows in parts:
+                queries, out = (x[rows].transpose(0, 1) for x in (q, mixed))
+                found = None if coefficients is None else coefficients[rows].transpose(0, 1)
+                chunk.attend(
+                    self._number[index], queries, kv[:, rows, :, 0], spec, self.workspace, out=out, coefficients=found
+                )
             return mixed
 
-        return self._layers(ids, mix)
+        return self._layers(ids, mix, lambda mixer, *buffers: mixer.chunks(*buffers, chunks))
+
+    def read_again(self, sequence: Sequence, ids: list[int]) -> None:
+        """Append to a sequence what it lacks of ``ids``, which begin with its own: what a cut had to take along."""
+        while (held := len(sequence)) < len(ids):
+            chunk = self.arena.prefill(sequence, ids[held : held + self.arena.shape.chunk])
+            self.chunks([chunk])
+            chunk.commit()
 
     def step(self, ids: Tensor, state: "StepState", max_length: int) -> Tensor:
         """Run one token in each of B sequences through the layers.
@@ -125,65 +158,108 @@ class Forward:
             Normed hidden states ``[B, hidden]``.
         """
         arena, batch = self.arena, len(ids)
-        q, mixed = self._buffers["q"][:batch], self._buffers["mixed"][:batch]
         transforms = self._transforms(state.positions)
         coefficients = self._coefficients_of(batch)
 
         def mix(index: int, qkv: Tensor) -> Tensor:
-            full_k, full_v = arena.full(index)
+            q, mixed = (self._of_mixer[index][name][:batch] for name in ("q", "mixed"))
+            number = self._number[index]
+            full_k, full_v = arena.full(number)
             ops.qkv_rope_append(qkv, transforms[index], state.places, full_k, full_v, q, state.rows, coefficients)
-            inputs = arena.inputs(index, state, coefficients)
+            inputs = arena.inputs(number, state, coefficients)
             spec = self.decoder.specs[index].attention
             return kernels.attend(
-                q, inputs, arena.formats[index], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
+                q, inputs, arena.formats[number], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
 
+        def other(mixer: Mixer, normed: Tensor, out: Tensor, buffers: dict[str, Tensor]) -> None:
+            assert arena.states is not None
+            mixer.step(normed, out, buffers, state, arena.states)
+
         if not ids.is_cpu:
-            return self._layers(ids, mix)
+            return self._layers(ids, mix, other)
         into = self._ids[:batch]  # what is recorded reads and writes kept buffers alone
         into.copy_(ids)
-        return self._replays.run((batch, state.whole.data_ptr()), lambda: self._layers(into, mix))
+        return self._replays.run((batch, state.whole.data_ptr()), lambda: self._layers(into, mix, other))
 
     def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits ``[R, vocab]`` of normed hidden states ``[R, hidden]`` in the compute dtype."""
         if out is None:
             out = normed.new_empty(len(normed), self.decoder.cfg.vocab_size)
         self.decoder.head.apply(normed, out)
+        self.decoder.finish(out)
         return out
 
-    def _transforms(self, positions: Tensor) -> list[ops.HeadTransform]:
-        """For every layer what is done to its heads before attention at ``positions`` int32 ``[R]``."""
+    def _transforms(self, positions: Tensor) -> dict[int, ops.HeadTransform]:
+        """For every layer with attention what is done to its heads before it at ``positions`` int32 ``[R]``."""
         decoder, count = self.decoder, len(positions)
-        cos, sin = self._buffers["cos"][:count], self._buffers["sin"][:count]
-        for first in range(0, count, _ANGLE_ROWS):
-            rows = slice(first, first + _ANGLE_ROWS)
-            cos[rows], sin[rows] = rope.cos_sin(positions[rows], decoder.inv_freq, cos.dtype)
-        eps = decoder.cfg.rms_norm_eps
-        return [
-            ops.HeadTransform(cos, sin, layer.q_norm, layer.k_norm, eps, layer.maps, layer.v_rotation, layer.key_mean)
-            for layer in decoder.layers
-        ]
+        angles, eps = list[Angles](), decoder.cfg.rms_norm_eps
+        for number in range(len(decoder.ropes)):
+            cos, sin = (self._buffers[f"{name}{number}"][:count] for name in ("cos", "sin"))
+            scaled = self._queries[number][:count] if number in self._queries else None
+            for first in range(0, count, _ANGLE_ROWS):
+                rows = slice(first, first + _ANGLE_ROWS)
+                cos[rows], sin[rows], queries = decoder.angles_of(number, positions[rows], cos.dtype)
+                if queries is not None and scaled is not None:
+                    scaled[rows] = queries
+            angles.append(Angles(cos, sin, scaled))
+        made = dict[int, ops.HeadTransform]()
+        for index, layer in enumerate(decoder.layers):
+            if not layer.has_attention:
+                continue
+            (cos, sin, scaled), part = angles[decoder.rope_of[index]], layer.attention
+            norms = (None, None) if layer.spec.qk_norm == "all" else (part.q_norm, part.k_norm)
+            made[index] = ops.HeadTransform(
+                cos, sin, *norms, eps, part.maps, part.v_rotation, part.key_mean, scaled, layer.spec.v_norm
+            )
+        return made
 
-    def _layers(self, ids: Tensor, mix: Mix) -> Tensor:
-        decoder, eps = self.decoder, self.decoder.cfg.rms_norm_eps
-        part = {name: buffer[: len(ids)] for name, buffer in self._buffers.items()}
-        residual, normed, delta = part["residual"], part["normed"], part["delta"]
-        ops.embed(ids, decoder.embedding, residual)
-        ops.add_rms_norm(residual, None, decoder.layers[0].input_norm, eps, normed)
-        following = [layer.input_norm for layer in decoder.layers[1:]] + [decoder.final_norm]
+    def _layers(self, ids: Tensor, mix: Mix, other: Other) -> Tensor:
+        decoder, eps, rows = self.decoder, self.decoder.cfg.rms_norm_eps, len(ids)
+        residual, normed, delta = (self._buffers[name][:rows] for name in ("residual", "normed", "delta"))
+        ops.embed(ids, decoder.embedding, residual, decoder.embedding_scale)
+
+        def add(spec: LayerSpec, post: Tensor | None, norm: Tensor | None) -> Tensor:
+            """Add what a part of a layer gave to the residual; the input of the next part, for which ``norm`` is."""
+            ops.add_rms_norm(delta, residual, norm, eps, normed, post, spec.residual_multiplier, spec.layer_norm)
+            return residual if norm is None else normed
+
+        following = [layer.norms.before_attention for layer in decoder.layers[1:]] + [decoder.final_norm]
+        given, first = residual, decoder.layers[0]
+        if first.norms.before_attention is not None:
+            given = normed
+            ops.add_rms_norm(residual, None, first.norms.before_attention, eps, normed, centred=first.spec.layer_norm)
         for index, (layer, next_norm) in enumerate(zip(decoder.layers, following, strict=True)):
-            layer.qkv.apply(normed, part["qkv"])
-            mixed = mix(index, part["qkv"])
-            if layer.v_rotation is not None:
-                mixed, rotated = part["q"], mixed  # the queries are not needed any more
-                ops.rotate_back(rotated.flatten(1), layer.v_rotation, mixed.view(len(ids), -1))
-            layer.out.apply(mixed.flatten(1), delta)
-            ops.add_rms_norm(delta, residual, layer.mlp_norm, eps, normed)
-            layer.gate_up.apply(normed, part["gate_up"])
-            ops.swiglu(part["gate_up"], part["inner"])
-            layer.down.apply(part["inner"], delta)
-            ops.add_rms_norm(delta, residual, next_norm, eps, normed)
-        return normed
+            if isinstance(layer.mixer, AttentionWeights):
+                self._attention(index, layer, given, delta, mix)
+            else:
+                other(layer.mixer, given, delta, {name: x[:rows] for name, x in self._of_mixer[index].items()})
+            if layer.spec.parallel:  # the MLP sees what attention saw
+                add(layer.spec, layer.norms.after_attention, None)
+            else:
+                given = add(layer.spec, layer.norms.after_attention, layer.norms.before_mlp)
+            layer.mlp.apply(given, delta, {name: x[:rows] for name, x in self._of_mlp[index].items()})
+            given = add(layer.spec, layer.norms.after_mlp, next_norm)
+        return given
+
+    def _attention(self, index: int, layer: Layer, given: Tensor, out: Tensor, mix: Mix) -> None:
+        """A layer's attention of ``given [R, hidden]``, written to ``out [R, hidden]``."""
+        part, spec, rows = layer.attention, layer.spec, len(given)
+        buffers = self._of_mixer[index]
+        qkv = buffers["qkv"][:rows]
+        part.qkv.apply(given, qkv)
+        if spec.qk_norm == "all" and part.q_norm is not None and part.k_norm is not None:
+            (of_q, of_k, _), eps = spec.edges, self.decoder.cfg.rms_norm_eps
+            ops.norm_heads(qkv[:, :of_q], part.q_norm, eps)
+            ops.norm_heads(qkv[:, of_q:of_k], part.k_norm, eps)
+        mixed = mix(index, qkv)
+        if part.v_rotation is not None:
+            mixed, rotated = buffers["q"][:rows], mixed  # the queries are not needed any more
+            ops.rotate_back(rotated.flatten(1), part.v_rotation, mixed.view(rows, -1))
+        if part.gate is not None:
+            part.gate.apply(given, buffers["gate"][:rows])
+            ops.gate(mixed.view(rows, -1), buffers["gate"][:rows])
+        part.out.apply(mixed.flatten(1), out)
 
 
 def _carve(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:

@@ -11,18 +11,26 @@ from octo_run.kernels.attention.key_mean import AngleTables, KeyMean
 class KeyMeans:
     """What is needed to take means out of pages of keys and to give them back in attention."""
 
-    def __init__(self, shape: ArenaShape, means: list[Tensor], key_maps: list[Tensor], inv_freq: Tensor) -> None:
+    def __init__(
+        self, shape: ArenaShape, means: list[Tensor], key_maps: list[Tensor], frequencies: list[Tensor]
+    ) -> None:
         """Make the tables.
 
         Args:
             means: Of each layer, float32 ``[kv_heads, d]``.
             key_maps: Of each layer, ``[kv_heads, d, d]``: keys after RoPE times them are stored.
-            inv_freq: ``[d / 2]`` on the device that all of this is to lie on.
+            frequencies: Of each layer, ``[d / 2]`` on the device that all of this is to lie on. Layers of one kind
+                have one tensor.
         """
-        device, s = inv_freq.device, shape
-        self.tables = AngleTables.build(inv_freq, s.sink, s.max_pages)
-        if s.on_gpu:
-            _ = self.tables.lanes  # made now: a recorded step cannot
+        device, s = frequencies[0].device, shape
+        made: dict[int, AngleTables] = {}
+        for one in frequencies:
+            if id(one) not in made:
+                made[id(one)] = AngleTables.build(one, s.sink, s.max_pages)
+                if s.on_gpu:
+                    _ = made[id(one)].lanes  # made now: a recorded step cannot
+        #: The angles of each layer; layers of one kind have one table.
+        self.tables = [made[id(one)] for one in frequencies]
         self.maps = torch.empty(s.layers, s.kv_heads, s.head_dim, s.head_dim, device=device)
         for layer, (mean, key_map) in enumerate(zip(means, key_maps, strict=True)):
             self.maps[layer] = key_mean.mean_maps(mean, key_map)
@@ -40,8 +48,16 @@ class KeyMeans:
             Pages like ``k``, good until the next call.
         """
         out = self._rows[: k.shape[0] * k.shape[1]].view(k.shape)
-        return key_mean.take_out(k, self.maps[layer : layer + k.shape[0]], first, self.tables, out)
+        done, count = 0, k.shape[0]
+        while done < count:  # neighbouring layers of one kind by one call
+            tables, end = self.tables[layer + done], done + 1
+            while end < count and self.tables[layer + end] is tables:
+                end += 1
+            part = slice(done, end)
+            key_mean.take_out(k[part], self.maps[layer + done : layer + end], first, tables, out[part])
+            done = end
+        return out
 
     def of_queries(self, layer: int, coefficients: Tensor | None) -> KeyMean:
         """What attention takes for queries ``[B, C, heads, d]`` with coefficients of this shape."""
-        return KeyMean(self.maps[layer], self.tables, coefficients)
+        return KeyMean(self.maps[layer], self.tables[layer], coefficients)

@@ -15,17 +15,21 @@ from octo_run.engine.arena import PAGE, ArenaShape
 from octo_run.engine.calibration import TOKENS
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
+from octo_run.engine.recurrent_state import RecurrentShape
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
 from octo_run.kernels.linear.reference import SLAB_BYTES
+from octo_run.kernels.recurrent import host_bytes
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
-from octo_run.models.decoder import Decoder, Layer, Quantise
-from octo_run.models.linear import AnyLinear, Linear, PackedLinear, SingleLinear
+from octo_run.models.decoder import Decoder, Layer
+from octo_run.models.delta_net import DeltaNetSpec
+from octo_run.models.linear import Linear, PackedLinear, Quantise, SingleLinear
 from octo_run.models.quantisation.importance import TOKENS as MEASURED
 from octo_run.models.quantisation.schemes import CODE_BYTES, PIECE, WORKING_BYTES
 from octo_run.models.quantisation.stored import SLAB_BYTES as STORED_SLAB
+from octo_run.models.specs import layer_specs
 from octo_run.models.weights import RandomWeights, expected_tensors
 
 #: Tokens that go through the layers together in prefill; on CUDA fewer where their buffers would take too much memory.
@@ -35,10 +39,13 @@ DRIVER_BYTES = 640 * 2**20
 #: Share of the free memory that ``--ctx auto`` may take (the rest is for other programs).
 AUTO_SHARE = {"cuda": 0.92, "cpu": 0.5}
 
+#: Snapshots of recurrent states take at most the so-manieth part of the free memory, beside two for each sequence.
+SNAPSHOT_SHARE = 32
+
 _NO_LIMIT = 2**62  # tokens
 
 #: The parts of a plan, which add up to its total.
-PARTS = ("weights", "arena", "full_precision", "workspace", "graphs", "logits")
+PARTS = ("weights", "arena", "full_precision", "recurrent", "workspace", "graphs", "logits")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class MemoryPlan:
         loading: The bytes held at most while weights are fused, before anything else is there.
         arena: Packed pages, their table, and what is done to keys (`models.conditioning`).
         full_precision: Sinks, windows and the staging buffer.
+        recurrent: States of recurrent layers and their snapshots.
         workspace: Partial results of attention, the matrix-product library's workspace and the activations of a chunk
             or a step.
         graphs: What recorded steps take of their own.
@@ -73,6 +81,7 @@ class MemoryPlan:
     weights: int
     arena: int
     full_precision: int
+    recurrent: int
     workspace: int
     graphs: int
     logits: int
@@ -176,17 +185,20 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
         shape.chunk, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (shape.max_pages, shape.ring + shape.chunk),
         mean=bool(shape.mean_heads),
     )  # fmt: skip
-    return max(rows * cfg.intermediate_size * size, norm, attention, _slab(decoder))
+    recurrent = 0
+    if shape.recurrent is not None:
+        recurrent = host_bytes(shape.recurrent.delta, shape.chunk)
+    return max(rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder))
 
 
 def _slab(decoder: Decoder) -> int:
     """Bytes of the rows that products of many tokens with packed weights decode at a time, if there are such."""
-    layers = [part for layer in decoder.layers for one in _products(layer) for part in one.parts]
+    layers = [part for layer in decoder.layers for part in _products(layer)]
     return SLAB_BYTES if any(isinstance(part, PackedLinear) for part in (*layers, decoder.head)) else 0
 
 
-def _products(layer: Layer) -> tuple[AnyLinear, ...]:
-    return layer.qkv, layer.out, layer.gate_up, layer.down
+def _products(layer: Layer) -> tuple[SingleLinear, ...]:
+    return (*layer.mixer.parts, *layer.mlp.parts)
 
 
 def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int) -> int:
@@ -195,6 +207,20 @@ def _chunk(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, free: int
     while device.type == "cuda" and rows > 512 and buffer_bytes(cfg, rows, dtype) > free // 16:
         rows //= 2
     return rows
+
+
+def recurrent_shape(cfg: ModelConfig) -> RecurrentShape | None:
+    """The states of recurrent layers, without snapshots; None: there are no such layers."""
+    mixers = [spec.mixer for spec in layer_specs(cfg) if isinstance(spec.mixer, DeltaNetSpec)]
+    return RecurrentShape(mixers[0].shape, len(mixers), 0) if mixers else None
+
+
+def _with_snapshots(cfg: ModelConfig, dtype: torch.dtype, sequences: int, free: int) -> RecurrentShape | None:
+    shape = recurrent_shape(cfg)
+    if shape is None:
+        return None
+    affordable = free // SNAPSHOT_SHARE // shape.state_bytes(dtype.itemsize)
+    return replace(shape, snapshots=max(2 * sequences, min(8 + 8 * sequences, affordable)))
 
 
 def _block(count: int) -> int:
@@ -215,8 +241,9 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
     on_gpu = device.type == "cuda"
     temporaries = _library_workspace(device) + _slab(decoder) if on_gpu else _cpu_temporaries(decoder, shape)
     return {
-        "arena": held(arena, but=(full, decoder)) + held(decoder.key_tensors),
+        "arena": held(arena, but=(full, arena.states, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),
+        "recurrent": held(arena.states),
         "workspace": held(parts.forward, but=(arena, decoder)) + temporaries,
         "graphs": _library_workspace(device),
         "logits": held(parts.step, but=(parts.forward,)),
@@ -230,10 +257,10 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     copies = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
     heads = cfg.num_heads * cfg.head_dim
     for layer in decoder.layers:
-        dense = quantised or isinstance(layer.out, Linear)
-        fused = max(layer.qkv.nbytes, layer.gate_up.nbytes)
+        dense = quantised or any(isinstance(part, Linear) for part in layer.mixer.parts)
+        fused = max(layer.mixer.joined_bytes, layer.mlp.joined_bytes)
         if cfg.quantisation is not None:
-            fused += _stored(decoder.head, *(part for linear in _products(layer) for part in linear.parts))
+            fused += _stored(decoder.head, *_products(layer))
         copies = max(copies, fused, cfg.hidden_size * heads * (8 + size) * dense)
     table = cfg.vocab_size * cfg.hidden_size
     if quantised:
@@ -311,7 +338,7 @@ def plan_memory(
     kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
     shape = ArenaShape(
-        layers=cfg.num_layers,
+        layers=len(cfg.attention_layers),
         kv_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
         vector_bytes=fmt.vector_bytes,
@@ -323,6 +350,7 @@ def plan_memory(
         sequences=sequences,
         mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
+        recurrent=_with_snapshots(cfg, dtype, sequences, free),
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)

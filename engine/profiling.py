@@ -54,6 +54,7 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
+    "norm_heads_kernel": NORMS,
     "dequantise_kernel": _PRODUCT,
     "embed_packed_kernel": OTHER,
     "flash_kernel": ATTENTION,
@@ -62,7 +63,7 @@ KERNELS = {
     "merge_kernel": ATTENTION,
     "octopus_pages_kernel": CODING,
     "pack_kernel": CODING,
-    "packed_product_kernel": _PRODUCT,
+    "streamed_product_kernel": _PRODUCT,
     "plain_decode_kernel": ATTENTION,
     "plain_pages_kernel": CODING,
     "put_back_kernel": ATTENTION,
@@ -448,8 +449,8 @@ def _ranges(engine: Engine) -> Iterator[None]:
     decoder = engine.forward.decoder
     products = {id(decoder.head.weight): HEAD}
     for layer in decoder.layers:
-        for part, owners in ((PROJECTIONS, (layer.qkv, layer.out)), (MLP, (layer.gate_up, layer.down))):
-            products |= {id(linear.weight): part for owner in owners for linear in owner.parts}
+        for part, linears in ((PROJECTIONS, layer.mixer.parts), (MLP, layer.mlp.parts)):
+            products |= {id(linear.weight): part for linear in linears}
     wrapped: list[tuple[Any, str, Callable[..., str]]] = [
         (owner, name, functools.partial(_named, part)) for part, owners in _RANGES.items() for owner, name in owners
     ]
@@ -467,7 +468,7 @@ _RANGES: dict[str, Iterable[tuple[Any, str]]] = {
     ATTENTION: [(kernels, "attend")],
     MLP: [(ops, "swiglu")],
     SAMPLING: [(ops, "sample")],
-    NORMS: [(ops, "add_rms_norm")],
+    NORMS: [(ops, "add_rms_norm"), (ops, "norm_heads")],
     APPEND: [(ops, "qkv_rope_append"), (Chunk, "attend")],
     CODING: [(kernels, "encode_pages"), (KeyMeans, "take_out")],
 }

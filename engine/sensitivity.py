@@ -7,20 +7,22 @@ products take the first 11 bits of their inputs, which is enough).
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from octo_run import kernels
 from octo_run.errors import OctoError
+from octo_run.kernels import AttentionSpec
 from octo_run.kernels.codec import KVFormat, PageFormat
 from octo_run.kernels.linear import PackedWeight
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig
-from octo_run.models.decoder import Decoder, Layer, rms_norm
+from octo_run.models.decoder import Angles, AttentionWeights, Decoder, Layer
+from octo_run.models.plain_attention import attend_plain, hidden_keys, weights_of
+from octo_run.models.specs import LayerSpec
 
 PAGE = kernels.PAGE_TOKENS
 #: Tokens in full precision, as in an engine by default: the first ones, and the last ones beside the page being filled.
@@ -30,9 +32,6 @@ FIRST = SINK + WINDOW + PAGE
 #: Tokens that go through a layer together, and those of which logits are made.
 ROWS = {"cuda": 8192, "cpu": 2048}
 LOGIT_ROWS = 256
-
-#: Cosines and sines of positions.
-Angles = tuple[Tensor, Tensor]
 
 
 @torch.inference_mode()
@@ -62,20 +61,22 @@ def measure(
         raise ValueError(f"{count} tokens see nothing that is coded: give more than {FIRST}")
     device = decoder.device
     exact = decoder.embedded(torch.tensor([ids], device=device)).to(torch.float32)
-    angles = rope.cos_sin(torch.arange(count, device=device)[None], decoder.inv_freq, torch.float32)
+    positions = torch.arange(count, device=device)[None]
+    angles, turns = (decoder.angles(positions, torch.float32, pure=pure) for pure in (False, True))
     variants = exact.new_empty(2 * layers, count - FIRST, exact.shape[-1])
     at_once = max(1, ROWS[device.type] // (count - FIRST))
     with _eleven_bits():
         for index in range(layers):
             if on_progress is not None:
                 on_progress(index, layers)
-            known, both = variants[: 2 * index], variants[: 2 * index + 2]
-            layer = _wide(replace(decoder.layers[index], maps=None))  # products of queries and keys are the same
-            _add_attention(
-                decoder, index, layer, exact, torch.split(known, at_once) if index else (), both[-2:], angles, fmt
+            known, new = (
+                torch.split(variants[: 2 * index], at_once) if index else (),
+                variants[2 * index : 2 * index + 2],
             )
-            for part in (exact, *torch.split(both, at_once)):
-                part += decoder._mlp(layer, part)
+            if decoder.layers[index].has_attention:
+                _through_attention(decoder, index, exact, known, new, angles[index], turns[index], fmt)
+            else:
+                _through_other(decoder, _wide(decoder.layers[index]), exact, known, new)
         if on_progress is not None:
             on_progress(layers, layers)
         found = _divergences(decoder, exact[0, FIRST:], variants)
@@ -84,30 +85,54 @@ def measure(
     return found.view(layers, 2)
 
 
-def _add_attention(
-    decoder: Decoder, index: int, layer: Layer, exact: Tensor, known: Sequence[Tensor], new: Tensor, angles: Angles,
+def _through_attention(
+    decoder: Decoder, index: int, exact: Tensor, known: Sequence[Tensor], new: Tensor, angles: Angles, turns: Angles,
     fmt: KVFormat,
 ) -> None:  # fmt: skip
-    """A layer's attention, added to hidden states.
+    """Take hidden states through a layer with attention, in place.
 
     Args:
         exact: Of the text, ``[1, n, hidden]``.
         known: Variants of the tokens from ``FIRST`` on, ``[B, m, hidden]``: earlier tokens are the same in all.
         new: Room for the variants that begin here, ``[2, m, hidden]``.
+        turns: The rotations alone of ``angles``.
     """
-    stored, scale = decoder.layers[index], decoder.specs[index].attention.scale
-    q, k, v = decoder._qkv(layer, exact, *angles)
-    later = angles[0][:, FIRST:], angles[1][:, FIRST:]
+    stored, spec = decoder.layers[index].attention, decoder.specs[index].attention
+    layer = decoder.layers[index]
+    layer = _wide(replace(layer, mixer=replace(stored, maps=None)))  # products of queries and keys are the same
+
+    def normed(x: Tensor) -> Tensor:
+        return decoder.normed(x, layer.norms.before_attention)
+
+    def rest(x: Tensor, attended: Tensor) -> Tensor:
+        return decoder.rest(layer, x, normed(x), layer.attention.out(decoder.mixed(layer, normed(x), attended)))
+
+    q, k, v = decoder.qkv(layer, normed(exact), angles)
+    later = angles.part(slice(FIRST, None))
     for part in known:
-        new_q, new_k, new_v = decoder._qkv(layer, part, *later)
+        new_q, new_k, new_v = decoder.qkv(layer, normed(part), later)
         keys, values = (
             torch.cat((old[:, :FIRST].expand(len(part), -1, -1, -1), x), 1) for old, x in ((k, new_k), (v, new_v))
         )
-        part += decoder._out(layer, _attention(new_q, keys, values, scale))
-    errors = _code_errors(stored, fmt, k, v, angles)
-    for variant, mixed in zip(new, _attention_to_coded(q, k, v, *errors, stored.maps, scale), strict=True):
-        variant[:] = (exact[:, FIRST:] + decoder._out(layer, mixed))[0]
-    exact += decoder._out(layer, _attention(q, k, v, scale))
+        part[:] = rest(part, attend_plain(new_q, keys, values, spec))
+    errors = _code_errors(stored, fmt, k, v, turns)
+    for variant, mixed in zip(new, _attention_to_coded(q, k, v, *errors, stored.maps, spec), strict=True):
+        variant[:] = rest(exact[:, FIRST:], mixed)[0]
+    exact[:] = rest(exact, attend_plain(q, k, v, spec))
+
+
+def _through_other(decoder: Decoder, layer: Layer, exact: Tensor, known: Sequence[Tensor], new: Tensor) -> None:
+    """Take hidden states through a layer without keys and values, of which no variants begin: they stay exact."""
+
+    def through(x: Tensor) -> Tensor:
+        normed = decoder.normed(x, layer.norms.before_attention)
+        assert not isinstance(layer.mixer, AttentionWeights)
+        return decoder.rest(layer, x, normed, layer.mixer(normed))
+
+    for part in known:
+        part[:] = through(torch.cat((exact[:, :FIRST].expand(len(part), -1, -1), part), 1))[:, FIRST:]
+    exact[:] = through(exact)
+    new[:] = exact[:, FIRST:]
 
 
 def working_bytes(cfg: ModelConfig, count: int, device: torch.device) -> int:
@@ -138,14 +163,13 @@ def _eleven_bits() -> Iterator[None]:
 
 def _wide(part: Any) -> Any:
     """A tensor, or a layer of such, in float32; packed weights, whose values take the inputs' dtype, as they are."""
-    if isinstance(part, PackedWeight):
-        return part
     if isinstance(part, Tensor):
         return part.to(torch.float32)
     if isinstance(part, tuple):
         return tuple(map(_wide, part))
-    mine = {field.name: getattr(part, field.name) for field in fields(part)}
-    return replace(part, **{name: _wide(value) for name, value in mine.items() if value is not None})
+    if isinstance(part, (PackedWeight, LayerSpec)) or not is_dataclass(part) or isinstance(part, type):
+        return part
+    return replace(part, **{field.name: _wide(getattr(part, field.name)) for field in fields(part)})
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -153,18 +177,10 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention ``[B, m, heads, d]`` of the last m of n tokens."""
-    count, total, heads = q.shape[1], k.shape[1], q.shape[2]
-    seen = torch.ones(count, total, dtype=torch.bool, device=q.device).tril_(total - count)
-    k, v = _heads(k, heads), _heads(v, heads)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, scale=scale).transpose(1, 2)
-
-
-def _code_errors(layer: Layer, fmt: KVFormat, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+def _code_errors(layer: AttentionWeights, fmt: KVFormat, k: Tensor, v: Tensor, turns: Angles) -> tuple[Tensor, Tensor]:
     """What the code adds to keys (as they are stored) and values ``[1, n, kv_heads, d]``: 0 outside of whole pages."""
     if layer.key_mean is not None:
-        k = k - rope.apply(layer.key_mean.expand_as(k), *angles)
+        k = k - rope.apply(layer.key_mean.expand_as(k), turns.cos, turns.sin)
     if layer.maps is not None:
         k = torch.einsum("bnhd,hde->bnhe", k, layer.maps[1].to(k.dtype))
     pages = (k.shape[1] - SINK) // PAGE
@@ -180,18 +196,18 @@ def _code_errors(layer: Layer, fmt: KVFormat, k: Tensor, v: Tensor, angles: Angl
 
 
 def _attention_to_coded(
-    q: Tensor, k: Tensor, v: Tensor, k_errors: Tensor, v_errors: Tensor, maps: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, k_errors: Tensor, v_errors: Tensor, maps: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Attention ``[1, m, heads, d]`` of the tokens from ``FIRST`` on, with coded keys, and with coded values.
 
     Args:
-        maps: Of the queries that meet the keys' errors, then of these (``Layer.maps``).
+        maps: Of the queries that meet the keys' errors, then of these (``AttentionWeights.maps``).
     """
     total, heads, kv_heads = *q.shape[1:3], k.shape[2]
     query, key = (torch.arange(first, total, device=q.device) for first in (FIRST, 0))
-    seen = key <= query[:, None]
+    hidden = hidden_keys(spec, total - FIRST, total, q.device)
     old = (key >= SINK) & ((key - SINK) // PAGE < (query[:, None] - SINK - WINDOW) // PAGE)
-    q = q[:, FIRST:] * scale
+    q = q[:, FIRST:] * spec.scale
     stored = q.view(1, total - FIRST, kv_heads, -1, q.shape[3])
     if maps is not None:
         stored = torch.einsum("bnhgd,hde->bnhge", stored, maps[0].to(q.dtype))
@@ -199,7 +215,7 @@ def _attention_to_coded(
     k, v, k_errors, v_errors = (_heads(x, heads)[0] for x in (k, v, k_errors, v_errors))
 
     def weights(scores: Tensor) -> Tensor:
-        return scores.masked_fill_(~seen, -torch.inf).softmax(-1)
+        return weights_of(scores, hidden, spec)
 
     scores = queries @ k.mT
     by_keys = weights((stored @ k_errors.mT).mul_(old).add_(scores)) @ v
@@ -214,13 +230,20 @@ def _divergences(decoder: Decoder, exact: Tensor, variants: Tensor) -> Tensor:
     Returns:
         Float32 ``[V]`` on the CPU.
     """
-    head, norm, eps = _wide(decoder.head), _wide(decoder.final_norm), decoder.cfg.rms_norm_eps
+    head, norm = _wide(decoder.head), _wide(decoder.final_norm)
+
+    def predicted(x: Tensor) -> Tensor:
+        logits = head(decoder.normed(x, norm))
+        decoder.finish(logits)
+        shares: Tensor = logits.log_softmax(-1)
+        return shares
+
     total = torch.zeros(len(variants), dtype=torch.float64, device=exact.device)
     for first in range(0, len(exact), LOGIT_ROWS):
         rows = slice(first, first + LOGIT_ROWS)
-        wanted = head(rms_norm(exact[rows], norm, eps)).log_softmax(-1)
+        wanted = predicted(exact[rows])
         shares = wanted.exp()
         for number, variant in enumerate(variants):
-            found = head(rms_norm(variant[rows], norm, eps)).log_softmax(-1)
+            found = predicted(variant[rows])
             total[number] += torch.sub(wanted, found, out=found).mul_(shares).sum(dtype=torch.float64)
     return (total / len(exact)).clamp_min(0).to("cpu", torch.float32)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from octo_run.engine.pool import PagePool
+from octo_run.engine.recurrent_state import RecurrentStates
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import PAGE_TOKENS as PAGE
 
@@ -112,12 +113,20 @@ class Sequence:
     def after_cut(self, length: int) -> tuple[int, int]:
         """What a cut to ``length`` leaves.
 
-        A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position.
+        A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position. Where
+        there are recurrent layers, it falls back to a position that their state can be brought to.
 
         Returns:
             Tokens and packed pages.
         """
-        sink, keep, length = self._table.sink, self._end[1], min(length, self._end[0])
+        states = self._table.states
+        length, keep = self._pages_after_cut(min(length, self._end[0]))
+        while states is not None and (reachable := states.reachable(self._row, length)) < length:
+            length, keep = self._pages_after_cut(reachable)
+        return length, keep
+
+    def _pages_after_cut(self, length: int) -> tuple[int, int]:
+        sink, keep = self._table.sink, self._end[1]
         if length < sink + PAGE * keep:
             keep = max(0, (length - sink) // PAGE)
             length = min(length, sink + PAGE * keep)
@@ -134,6 +143,8 @@ class Sequence:
         self._end = self.after_cut(length)
         self._ahead = 0
         self._trim()
+        if self._table.states is not None:
+            self._table.states.cut(self._row, self._end[0])
         return self._end[0]
 
     def cancel(self) -> int:
@@ -180,6 +191,7 @@ class Sequence:
         """From position ``start`` on, ``ids`` are in the arena now, and ``pages`` more pages are packed."""
         self._ids[start:] = ids
         self._end = (start + len(ids), self._end[1] + pages)
+        self._stand()
 
     def add_page(self) -> None:
         """One more page is packed."""
@@ -193,6 +205,11 @@ class Sequence:
             token, self.following = self.following, None
             self._ids[self._end[0] :] = [token]
             self._end = (self._end[0] + 1, self._end[1])
+        self._stand()
+
+    def _stand(self) -> None:
+        if self._table.states is not None:
+            self._table.states.stand(self._row, len(self))
 
     def drawn(self, token: int) -> None:
         """A drawn token was read: it has been fed already, or will be by the next step."""
@@ -209,6 +226,8 @@ class Sequence:
         """
         tokens, pages = donor.after_cut(length)
         self._table.pool.share(self.row, donor.page_ids[:pages])
+        if self._table.states is not None:
+            self._table.states.share(donor.row, self.row, tokens)
         self._ids[:] = donor._ids[:tokens]
         self._end = (tokens, pages)
 
@@ -224,10 +243,18 @@ class SequenceTable:
 
     Args:
         copy: ``copy(donor_row, row)`` copies all that a row holds to another one.
+        states: Those of recurrent layers, if there are any.
     """
 
-    def __init__(self, rows: int, pages: int, sink: int, copy: Callable[[int, int], None]) -> None:
-        self.sink = sink
+    def __init__(
+        self,
+        rows: int,
+        pages: int,
+        sink: int,
+        copy: Callable[[int, int], None],
+        states: RecurrentStates | None = None,
+    ) -> None:
+        self.sink, self.states = sink, states
         self.pool = PagePool(pages, rows)
         self.rows: list[Sequence | None] = [None] * rows
         self._copy = copy

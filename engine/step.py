@@ -157,7 +157,9 @@ class Stepper:
             seen: The tokens so far.
             drawn: How many of the last of them are drawn ones.
         """
+        known = sequence.ids
         sequence.cancel()
+        self.forward.read_again(sequence, known)
         sequence.sampling = self.sampler.enter(sequence.row, params, seen, drawn)
 
     @torch.inference_mode()
@@ -193,12 +195,16 @@ class Stepper:
             self.arena.table.touch(sequence)
             if self.arena.ring_is_full(sequence):
                 self.arena.code_oldest(sequence, self._run)
+            if self.arena.states is not None:
+                self.arena.states.passing(sequence.row, len(sequence))
         bucket = self._arrange(sequences)
         bound = length_bound(max(map(len, sequences)) + 1, self.arena.shape.context)
         # Until the device and the host agree again, nothing may rely on either.
         current, self._set = self._set, None
         for sequence in sequences:
             sequence.ready = False
+            if self.arena.states is not None:
+                self.arena.states.writing(sequence.row)
         self._run(("step", bucket, bound, self.sampler.kind), lambda: self._step(bucket, bound))
         for sequence in sequences:
             sequence.launched()

@@ -31,7 +31,7 @@ def u32(x):
 
 
 @gluon.jit
-def _effect(ASM: gl.constexpr, x):
+def effect(ASM: gl.constexpr, x):
     """An instruction that is worth its effect: int32 in ($1), if it wants one, and out ($0)."""
     return gl.inline_asm_elementwise(ASM, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -216,6 +216,14 @@ def load_global2(pointer):
 
 
 @gluon.jit
+def load_global_l2_f(pointer):
+    """The lane's float32 at ``pointer``, past the first-level cache."""
+    return gl.inline_asm_elementwise(
+        "ld.global.cg.f32 $0, [$1];", "=f,l", [pointer], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def load_global2_l2(pointer):
     """The lane's 8 bytes at ``pointer``, past the first-level cache."""
     return gl.inline_asm_elementwise(
@@ -243,29 +251,29 @@ def copy16(address, pointer):
 
 @gluon.jit
 def commit_copies(lane):
-    return _effect("cp.async.commit_group; mov.u32 $0, 0;", lane)
+    return effect("cp.async.commit_group; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit
 def wait_for_older_copies(lane):
     """Wait until at most the youngest group of copies is under way; then the warp's copies are visible to all its lanes."""
-    return _effect("cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, 0;", lane)
+    return effect("cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit
 def wait_for_all_copies(lane):
-    return _effect("cp.async.wait_all; mov.u32 $0, 0;", lane)
+    return effect("cp.async.wait_all; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit
 def sync_warp(lane):
-    return _effect("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", lane)
+    return effect("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit
 def own_warp(x):
     """The number of the thread's warp as a scalar (from a scalar): a loop that depends on it is each warp's own."""
-    return _effect("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", x)
+    return effect("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", x)
 
 
 @gluon.jit
@@ -277,7 +285,7 @@ def runs_as(x, WARP: gl.constexpr):
 @gluon.jit
 def let_next_kernel_start(x):
     """Where the next kernel was launched early: it may begin once all programs of this one have come here."""
-    return _effect("griddepcontrol.launch_dependents; mov.u32 $0, 0;", x)
+    return effect("griddepcontrol.launch_dependents; mov.u32 $0, 0;", x)
 
 
 @gluon.jit
@@ -286,7 +294,7 @@ def wait_for_kernel_before(x):
 
     A scalar in, a scalar zero out: addresses that it is added to are not read from before.
     """
-    return _effect("griddepcontrol.wait; mov.u32 $0, 0;", x)
+    return effect("griddepcontrol.wait; mov.u32 $0, 0;", x)
 
 
 @gluon.jit

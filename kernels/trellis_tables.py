@@ -22,6 +22,8 @@ from octo_run.kernels.page_size import PAGE_TOKENS
 
 NORM_SEGMENTS = 4
 """Pieces that the bits of a norm are read in."""
+WORD_BITS = 13
+"""Of the number of a 32-bit word of a block in a map: the largest block, of `oct4` at head_dim 512, has 4,480."""
 VALUE_SCALE = 512.0
 """Kernels multiply with odd half steps divided by this and norms times this, so that both suit fp16."""
 
@@ -50,13 +52,14 @@ def inverse_bits(codec: TrellisCodec, side: Side, device: torch.device) -> Tenso
 
 
 def _segments(bits: Indices, first: int) -> Indices:
-    """Pieces of norms that stand together, [tokens, NORM_SEGMENTS]: word | shift << 12 | bits << 17 | place << 22."""
+    """Pieces of norms that stand together, [tokens, NORM_SEGMENTS]: word | shift << 13 | bits << 18 | place << 23."""
     count, width = bits.shape
     pieces = np.zeros((count, NORM_SEGMENTS), np.int64)
     for token, row in enumerate(bits):
         cuts = [0, *(i for i in range(1, width) if row[i] != row[i - 1] + 1 or row[i] % 32 == 0), width]
         for n, (start, stop) in enumerate(pairwise(cuts)):
-            pieces[token, n] = row[start] // 32 | row[start] % 32 << 12 | stop - start << 17 | start + first << 22
+            rest = row[start] % 32 | stop - start << 5 | start + first << 10
+            pieces[token, n] = row[start] // 32 | rest << WORD_BITS
     return pieces
 
 
@@ -67,9 +70,9 @@ def read_map(codec: TrellisCodec, side: Side, device: torch.device) -> Tensor:
     Returns:
         int32. First the norms, [PAGE_TOKENS, NORM_SEGMENTS] (`_segments`); four numbers, of which the first is the
         float32 bits of the factor of norms, half a step times VALUE_SCALE; then three planes [PAGE_TOKENS, triplets]:
-        ``w0 | w1 << 12 | shift << 24``, the words that hold the stream from the code's first bit on (in a chain, but
-        for its last slot, the next code stands above), and its place in them; ``wx | wy << 12 | bit x << 24`` and
-        ``wz | bit y << 12 | bit z << 17``, words and places of the signs.
+        ``w0 | w1 << 13 | shift << 26``, the words that hold the stream from the code's first bit on (in a chain, but
+        for its last slot, the next code stands above), and its place in them; ``wx | wy << 13 | bit x << 26`` and
+        ``wz | bit y << 13 | bit z << 18``, words and places of the signs (13: WORD_BITS).
     """
     bits, stream, state = lane_bits(codec, side), codec.stream, codec.state_bits
     start = bits.code[:, :, 0]
@@ -79,12 +82,12 @@ def read_map(codec: TrellisCodec, side: Side, device: torch.device) -> Tensor:
     last[:, follows] = bits.code[:, np.flatnonzero(follows) + 1, state - 1]
     width = np.where(follows, stream + state, stream)
     # The stream goes on in the word of its last bit, which the layout may have put elsewhere.
-    if (last % 32 != (start % 32 + width - 1) % 32).any() or codec.block_bytes // 4 > 1 << 12:
+    if (last % 32 != (start % 32 + width - 1) % 32).any() or codec.block_bytes // 4 > 1 << WORD_BITS:
         raise ValueError("the bits of a code and its successor do not stand together")
-    code = start // 32 | last // 32 << 12 | start % 32 << 24
+    code = start // 32 | last // 32 << WORD_BITS | start % 32 << 2 * WORD_BITS
     word, bit = np.maximum(bits.sign, 0) // 32, np.maximum(bits.sign, 0) % 32
-    xy = word[:, :, 0] | word[:, :, 1] << 12 | bit[:, :, 0] << 24
-    z = word[:, :, 2] | bit[:, :, 1] << 12 | bit[:, :, 2] << 17
+    xy = word[:, :, 0] | word[:, :, 1] << WORD_BITS | bit[:, :, 0] << 2 * WORD_BITS
+    z = word[:, :, 2] | (bit[:, :, 1] | bit[:, :, 2] << 5) << WORD_BITS
     factor = np.array([codec.step / 2 * VALUE_SCALE, 0, 0, 0], np.float32).view(np.int32)
     parts = [part.ravel() for part in (_segments(bits.norm, codec.format.norm_shift), factor, code, xy, z)]
     return torch.from_numpy(np.concatenate(parts)).to(dtype=torch.int32, device=device)

@@ -25,14 +25,16 @@ unchanged: with uncoded keys the logits are the same up to rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from octo_run.kernels import AttentionSpec
 from octo_run.models import rope
+from octo_run.models.plain_attention import hidden_keys, weights_of
 
 if TYPE_CHECKING:
     from octo_run.models.config import ModelConfig
@@ -67,7 +69,7 @@ class Conditioning:
         """That of one of ``config.CONDITIONINGS`` whose numbers are not known: to count its bytes on ``meta``."""
         if kind == "off":
             return None
-        size = (cfg.num_layers, cfg.num_kv_heads, cfg.head_dim)
+        size = (len(cfg.attention_layers), cfg.num_kv_heads, cfg.head_dim)
         shapes = torch.empty(*size, cfg.head_dim, device=device) if kind == "full" else None
         return cls(torch.empty(size, device=device), shapes)
 
@@ -94,14 +96,15 @@ def measure(decoder: Decoder, ids: list[int]) -> Conditioning:
     """
     cfg, device = decoder.cfg, decoder.device
     positions = torch.arange(len(ids), device=device)
-    cos, sin = rope.cos_sin(positions, decoder.inv_freq, torch.float32)
+    angles = decoder.angles(positions, torch.float32, pure=True)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = q[0].to(torch.float32).view(len(ids), cfg.num_kv_heads, -1, cfg.head_dim)  # [T, Hkv, G, d]
-        scale, mixed, found = decoder.specs[layer].attention.scale, [], []
+        mixed, found, (cos, sin, _) = [], [], angles[layer]
         for h in range(cfg.num_kv_heads):
-            out, moments = _observe(heads[:, h], k[0, :, h].to(torch.float32), v[0, :, h], cos, sin, scale)
+            spec = _of_head(decoder.specs[layer].attention, h, cfg.num_kv_heads)
+            out, moments = _observe(heads[:, h], k[0, :, h].to(torch.float32), v[0, :, h], cos, sin, spec)
             mixed.append(out)
             found.append(moments)
         means, of_keys, of_queries = (torch.stack(part) for part in zip(*found, strict=True))
@@ -111,14 +114,25 @@ def measure(decoder: Decoder, ids: list[int]) -> Conditioning:
     decoder.hidden(torch.tensor([ids], device=device), positions[None], attention)
     means, of_keys, of_queries = (torch.stack(part).cpu() for part in zip(*seen, strict=True))
     longest = cfg.max_position_embeddings
-    frequencies = decoder.inv_freq.cpu().to(torch.float64)
-    turned = (_over_positions(part.to(torch.float64), frequencies, longest) for part in (of_keys, of_queries))
+    frequencies = [decoder.inv_freq(layer).cpu().to(torch.float64) for layer in cfg.attention_layers]
+
+    def turned(moments: Tensor) -> Tensor:
+        wide = zip(moments.to(torch.float64), frequencies, strict=True)
+        return torch.stack([_over_positions(one, own, longest) for one, own in wide])
+
     good = means.isfinite().all(-1, keepdim=True)
-    return Conditioning(means.where(good, 0.0), choose(*turned).to(torch.float32))
+    return Conditioning(means.where(good, 0.0), choose(turned(of_keys), turned(of_queries)).to(torch.float32))
+
+
+def _of_head(spec: AttentionSpec, head: int, kv_heads: int) -> AttentionSpec:
+    """The attention of one KV head's queries."""
+    if spec.sink_logits is None:
+        return spec
+    return replace(spec, sink_logits=spec.sink_logits.view(kv_heads, -1)[head])
 
 
 def _observe(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """One KV head of one layer: attention's result ``[T, G, d]``, and the mean and the moments before RoPE.
 
@@ -126,7 +140,8 @@ def _observe(
         q, k, v: ``[T, G, d]``, ``[T, d]``, ``[T, d]``, queries and keys after RoPE in float32.
     """
     every = torch.ones(len(k), len(k), dtype=torch.bool, device=k.device)
-    weights = (q.transpose(0, 1) @ k.T).mul_(scale).masked_fill_(every.triu(1), -torch.inf).softmax(-1)  # [G, T, T]
+    hidden = hidden_keys(spec, len(k), len(k), k.device)
+    weights = weights_of((q.transpose(0, 1) @ k.T).mul_(spec.scale), hidden, spec)  # [G, T, T]
     out = (weights @ v.to(torch.float32)).transpose(0, 1)
     weights = (weights * every.tril(-_BEHIND))[..., _FIRST:]
     plain_q = rope.apply(q[None], cos[None], -sin[None])[0]

@@ -9,14 +9,17 @@ were there tensors to it, they would be unexpected.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from octo_run.errors import OctoError, quoted, shown
-from octo_run.models.fields import Fields
+from octo_run.errors import OctoError, quoted
+from octo_run.models.expert_config import ExpertConfig
+from octo_run.models.families import ACTIVATIONS, FAMILIES, WRAPPERS, DeltaFields, Family, refusal
+from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
 from octo_run.models.quantisation.config import MODELOPT_NAME, Quantisation, parse_quantisation
+from octo_run.models.rope_config import FULL, LINEAR, SLIDING, Rope, RopeScaling, read_ropes
 
 CONFIG_NAME = "config.json"
 #: What `--conditioning` takes: nothing, means alone, means and matrices (`models.conditioning`).
@@ -29,74 +32,40 @@ _MAX_LAYERS = 4096
 _MAX_HEAD_DIM = 4096
 # Numbers with which float32 arithmetic works: outside, something is 0, infinite or not a number, or all logits agree.
 _EPS = (2.0**-126, 1.0)  # from the smallest normal number on: GPUs take smaller ones for 0
-_THETA = (1.0, 1e30)
-_FACTOR = (1.0, 1e6)
-_FREQ_FACTOR = (1e-6, 1e6)
 _TEMPERATURE = (1e-10, 1e10)  # or 0
 _PENALTY = (1e-3, 1e3)
-_DEFAULT_EPS = 1e-6
-_DEFAULT_THETA = 10_000.0
-_DEFAULT_WINDOW = 4096
-_DEFAULT_WINDOW_LAYERS = 28
-
-
-@dataclass(frozen=True)
-class Family:
-    """What an architecture name settles that its ``config.json`` does not say."""
-
-    model_type: str
-    attention_bias_field: bool = False
-    """``attention_bias`` is a field of this family (for q, k, v and o alike)."""
-    qkv_bias: bool = False
-    mlp_bias_field: bool = False
-    qk_norm: bool = False
-    sliding: str = "none"
-    """``none``: never; ``always``: wherever ``sliding_window`` is set; ``switch``: only with ``use_sliding_window``."""
-    kv_heads: int | None = None
-    """``num_key_value_heads`` where the field is left out; None, and the field's null: ``num_attention_heads``."""
-    head_dim: int | None = None
-    """``head_dim`` where the field is left out; None: ``hidden_size / num_attention_heads``."""
-
-
-FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
-    "MistralForCausalLM": Family("mistral", sliding="always", kv_heads=8),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, sliding="switch", kv_heads=32),
-    "Qwen3ForCausalLM": Family(
-        "qwen3", attention_bias_field=True, qk_norm=True, sliding="switch", kv_heads=32, head_dim=128
-    ),
-}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How the rotary frequencies are changed for long contexts.
-
-    Attributes:
-        kind: ``linear`` divides every frequency by ``factor``. ``llama3`` (Llama 3.1, section "RoPE scaling" of Meta's
-            reference code) divides those whose wavelength exceeds
-            ``original_max_position_embeddings / low_freq_factor`` tokens, leaves those below
-            ``original_max_position_embeddings / high_freq_factor`` as they are, and interpolates between.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
+_TIED = "tie_word_embeddings"
+_OF_THE_WHOLE = (
+    "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama shape.
+    """A decoder.
 
-    Sizes are in elements; ``head_dim`` is even; ``num_heads % num_kv_heads == 0``.
+    Sizes are in elements; ``head_dim`` is even; ``num_heads % num_kv_heads == 0``. What kind of layer each is,
+    `models.specs` makes of it and of its `Family`.
 
     Attributes:
-        sliding_window: None when attention reaches back over the whole of ``max_position_embeddings``; otherwise the
-            number of tokens (at least some of) the layers see, beyond which this engine must not go.
+        rope_theta, rope_scaling: The rotary embedding of layers without a window, and of all where ``sliding_rope`` is
+            None.
+        sliding_window: Tokens that a layer of the kind ``sliding_attention`` sees; None: no layer has a window shorter
+            than ``max_position_embeddings``.
         dtype: The dtype the weights were published in (``bfloat16`` where the file does not say).
         quantisation: How the files hold the layers' matrices; None: as plain ones.
+        layer_types: The kind of each layer; empty: ``full_attention`` for all.
+        delta: Of layers of the kind ``linear_attention``.
+        rope_share: The part of a head's coordinates that RoPE turns.
+        query_scaling: See `Rope`.
+        no_rope: The layers without RoPE.
+        attention_scale: Products of queries and keys times it; None: ``head_dim ** -0.5``.
+        attention_cap: The soft cap of attention's logits, ``cap * tanh(logit / cap)``.
+        logit_cap: That of the model's logits, which come after ``logit_multiplier``.
+        experts: Those of layers that have experts; None: no layer has.
+        embedding_scale, residual_multiplier, logit_multiplier: What embeddings, the outputs of attention and MLP, and
+            logits are multiplied by.
+        wrapper: The architecture of a checkpoint of which this is the text part; "": it is the whole.
     """
 
     architecture: str
@@ -122,11 +91,41 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     quantisation: Quantisation | None = None
+    layer_types: tuple[str, ...] = ()
+    delta: DeltaFields | None = None
+    rope_share: float = 1.0
+    query_scaling: tuple[float, int] | None = None
+    sliding_rope: Rope | None = None
+    no_rope: frozenset[int] = frozenset()
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    experts: ExpertConfig | None = None
+    embedding_scale: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    wrapper: str = ""
 
     @property
     def context_limit(self) -> int:
         """The longest context, in tokens."""
-        return self.max_position_embeddings if self.sliding_window is None else self.sliding_window
+        return self.max_position_embeddings
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that have keys and values."""
+        kinds = self.layer_types or (FULL,) * self.num_layers
+        return tuple(index for index, kind in enumerate(kinds) if kind != LINEAR)
+
+    @property
+    def family(self) -> Family:
+        """What the architecture's name settles."""
+        return FAMILIES[self.architecture]
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding of layers without a window."""
+        return Rope(self.rope_theta, self.rope_scaling, self.rope_share, self.query_scaling)
 
 
 @dataclass(frozen=True)
@@ -165,20 +164,29 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         path: The file, named in complaints.
     """
     fields = Fields(path, values)
-    architecture = _architecture(fields)
+    wrapper, architecture, fields = _architecture(fields)
     family = FAMILIES[architecture]
-    _refuse_variants(fields)
-    vocab_size = fields.integer("vocab_size")
-    hidden_size = fields.integer("hidden_size")
-    num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
-    num_heads = fields.integer("num_attention_heads")
+
+    def size(name: str, high: int = MAX_INT) -> int:
+        return fields.integer(name, family.defaults.get(name), high=high)
+
+    def flag(name: str) -> bool:
+        return fields.boolean(name, bool(family.defaults.get(name)))
+
+    vocab_size = size("vocab_size")
+    hidden_size = size("hidden_size")
+    num_layers = size("num_hidden_layers", _MAX_LAYERS)
+    num_heads = size("num_attention_heads")
     num_kv_heads = _kv_heads(fields, family, num_heads)
-    context = fields.integer("max_position_embeddings")
-    theta, scaling = _rope(fields, context)
-    bias = family.attention_bias_field and fields.boolean("attention_bias")
+    head_dim = _head_dim(fields, family, hidden_size, num_heads)
+    context = size("max_position_embeddings")
+    rope, sliding_rope = read_ropes(fields, family.rope, context, head_dim)
+    window, kinds = _layer_types(fields, family, num_layers, context)
+    bias = family.attention_bias_field and flag("attention_bias")
+    out_bias = family.out_bias_field
     bos = fields.raw("bos_token_id")
     quantization = fields.sub("quantization_config")
-    return ModelConfig(
+    config = ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -186,55 +194,88 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(fields, family, hidden_size, num_heads),
+        head_dim=head_dim,
         max_position_embeddings=context,
-        rms_norm_eps=fields.number("rms_norm_eps", _DEFAULT_EPS, low=_EPS[0], high=_EPS[1]),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings"),
+        rms_norm_eps=fields.number(family.eps[0], family.eps[1], low=_EPS[0], high=_EPS[1]),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        tie_word_embeddings=flag("tie_word_embeddings"),
         qkv_bias=bias or family.qkv_bias,
-        o_bias=bias,
+        o_bias=bias if out_bias == "attention_bias" else out_bias is not None and flag(out_bias),
         mlp_bias=family.mlp_bias_field and fields.boolean("mlp_bias"),
-        qk_norm=family.qk_norm,
-        sliding_window=_sliding_window(fields, family, num_layers, context),
+        qk_norm=bool(family.qk_norm),
+        hidden_act=_activation(fields, family),
+        sliding_window=window,
         bos_token_id=None if bos is None or bos == -1 else fields.integer("bos_token_id", low=0, high=vocab_size - 1),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
         dtype=_dtype(fields),
         quantisation=None if quantization is None else parse_quantisation(quantization),
+        layer_types=kinds if LINEAR in kinds or (SLIDING in kinds and (window or sliding_rope)) else (),
+        rope_share=rope.share,
+        query_scaling=rope.query_scaling,
+        sliding_rope=sliding_rope,
+        embedding_scale=hidden_size**0.5 if family.embedding_scaled else 1.0,
+        wrapper=wrapper,
     )
+    return config if family.more is None else replace(config, **family.more(fields, kinds))
 
 
-def _architecture(fields: Fields) -> str:
-    """The architecture's name, from ``architectures`` or else ``model_type``; the two must agree."""
+def _architecture(fields: Fields) -> tuple[str, str, Fields]:
+    """The architecture's name, from ``architectures`` or else ``model_type``, which must agree, and its fields.
+
+    Returns:
+        The name of a checkpoint of which the decoder is a part, if there is one; the decoder's; the fields.
+    """
     names = fields.raw("architectures")
     model_type = fields.text("model_type")
-    known = ", ".join(FAMILIES)
     if names is None or names == []:
         for architecture, family in FAMILIES.items():
             if family.model_type == model_type:
-                return architecture
+                return "", architecture, fields
         if model_type is None:
             raise fields.fail("architectures", "is missing, and so is model_type")
-        raise fields.fail("model_type", f"is {quoted(model_type)}, which octo-run does not know (it knows {known})")
+        raise fields.fail("model_type", f"is {quoted(model_type)}{refusal(model_type)}")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise fields.fail("architectures", f"is {quoted(names)}, not a list with one name")
-    if names[0] not in FAMILIES:
-        raise fields.fail("architectures", f"names {quoted(names[0])}, which octo-run does not know (it knows {known})")
-    if model_type is not None and model_type != FAMILIES[names[0]].model_type:
-        raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(names[0])}")
-    return str(names[0])
+    name = str(names[0])
+    if name in WRAPPERS:
+        return _text_part(fields, name)
+    if name not in FAMILIES:
+        raise fields.fail("architectures", f"names {quoted(name)}{refusal(name)}")
+    if model_type is not None and model_type != FAMILIES[name].model_type:
+        raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(name)}")
+    return "", name, fields
 
 
-def _refuse_variants(fields: Fields) -> None:
-    """Refuse what changes the computation in a way this decoder does not follow."""
-    act = fields.text("hidden_act")
-    if act not in (None, "silu", "swish"):
-        raise fields.fail("hidden_act", f"is {quoted(act)}, and octo-run computes 'silu' only")
+def _text_part(fields: Fields, wrapper: str) -> tuple[str, str, Fields]:
+    text = fields.sub("text_config")
+    if text is None:
+        raise fields.fail("text_config", f"is missing, though architectures names {quoted(wrapper)}")
+    model_type = text.text("model_type")
+    known = {FAMILIES[name].model_type: name for name in WRAPPERS[wrapper]}
+    if model_type not in known:
+        kinds = ", ".join(known)
+        raise text.fail("model_type", f"is {quoted(model_type)}, and octo-run knows {kinds} in {quoted(wrapper)}")
+    # What a file says of the whole model holds for its text, too, and of the head before what the text part says: the
+    # head is the whole model's. Nothing said, it is tied, unless the files hold a head of other values.
+    outer = {name: fields.values[name] for name in _OF_THE_WHOLE if fields.raw(name) is not None}
+    inner = {name: value for name, value in text.values.items() if value is not None or name not in outer}
+    tied = next((at.raw(_TIED) for at in (fields, text) if at.raw(_TIED) is not None), True)
+    return wrapper, known[model_type], Fields(fields.path, outer | inner | {_TIED: tied}, text.prefix)
+
+
+def _activation(fields: Fields, family: Family) -> str:
+    name, default = family.activation
+    act = fields.text(name) or default
+    if act not in ACTIVATIONS:
+        raise fields.fail(name, f"is {quoted(act)}, and octo-run computes {', '.join(ACTIVATIONS)} only")
+    return act
 
 
 def _kv_heads(fields: Fields, family: Family, num_heads: int) -> int:
     left_out = "num_key_value_heads" not in fields.values
-    num_kv_heads = fields.integer("num_key_value_heads", (family.kv_heads if left_out else None) or num_heads)
+    default = family.defaults.get("num_key_value_heads") if left_out else None
+    num_kv_heads = fields.integer("num_key_value_heads", default or num_heads)
     if num_heads % num_kv_heads:
         meant = ", which is left out" if left_out else ""
         problem = f"({num_heads}) is no multiple of num_key_value_heads ({num_kv_heads}{meant})"
@@ -243,87 +284,59 @@ def _kv_heads(fields: Fields, family: Family, num_heads: int) -> int:
 
 
 def _head_dim(fields: Fields, family: Family, hidden_size: int, num_heads: int) -> int:
-    if fields.raw("head_dim") is None and family.head_dim is None and hidden_size % num_heads:
+    default = family.defaults.get("head_dim")
+    if fields.raw("head_dim") is None and default is None and hidden_size % num_heads:
         problem = f"({hidden_size}) is no multiple of num_attention_heads ({num_heads}), and head_dim is missing"
         raise fields.fail("hidden_size", problem)
-    head_dim = fields.integer("head_dim", family.head_dim or hidden_size // num_heads, high=_MAX_HEAD_DIM)
+    head_dim = fields.integer("head_dim", default or hidden_size // num_heads, high=_MAX_HEAD_DIM)
     if head_dim % 2:
         raise fields.fail("head_dim", f"is {head_dim}, which is odd: rotary embeddings turn pairs of coordinates")
     return head_dim
 
 
-def _sliding_window(fields: Fields, family: Family, num_layers: int, context: int) -> int | None:
-    """The window in tokens if any layer's attention is shorter than the context, else None."""
+def _layer_types(fields: Fields, family: Family, num_layers: int, context: int) -> tuple[int | None, tuple[str, ...]]:
+    """The window in tokens where it is shorter than the context, and the kind of each layer."""
     kinds = fields.raw("layer_types")
     if kinds is not None:
-        allowed = ["full_attention"] if family.sliding == "none" else ["full_attention", "sliding_attention"]
+        allowed = {"none": [FULL], "linear": [FULL, LINEAR]}.get(family.sliding, [FULL, SLIDING])
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise fields.fail("layer_types", f"is no list of num_hidden_layers ({num_layers}) names")
         for kind in kinds:
             if kind not in allowed:
                 raise fields.fail("layer_types", f"holds {quoted(kind)}, which octo-run does not know here")
+    everywhere = (FULL,) * num_layers
+    if family.sliding == "linear":
+        every = fields.integer("full_attention_interval", 4)
+        pattern = [LINEAR if (index + 1) % every else FULL for index in range(num_layers)]
+        kinds = pattern if kinds is None else kinds
+        if FULL not in kinds:
+            raise fields.fail("layer_types", f"holds no {quoted(FULL)}, and octo-run needs a layer of attention")
+        return None, tuple(kinds)
     if family.sliding == "none" or (family.sliding == "switch" and not fields.boolean("use_sliding_window")):
-        return None
-    # Left out, the field means 4096; null means that there is no window.
-    given = fields.values.get("sliding_window", _DEFAULT_WINDOW)
-    window = None if given is None else fields.integer("sliding_window", _DEFAULT_WINDOW)
-    if family.sliding == "switch":
-        if kinds is None and fields.integer("max_window_layers", _DEFAULT_WINDOW_LAYERS, low=0) >= num_layers:
-            return None
-        if kinds is not None and "sliding_attention" not in kinds:
-            return None
-    return window if window is not None and window < context else None
+        return None, everywhere
+    default = family.defaults.get("sliding_window")
+    # Left out, the field means the family's; null means that there is no window.
+    given = fields.values.get("sliding_window", default)
+    window = None if given is None else fields.integer("sliding_window", default)
+    if family.sliding == "always":
+        kinds = [SLIDING] * num_layers
+    elif kinds is None and family.sliding == "switch":
+        first = fields.integer("max_window_layers", family.defaults.get("max_window_layers"), low=0)
+        kinds = [SLIDING if index >= first else FULL for index in range(num_layers)]
+    elif kinds is None:
+        kinds = _pattern(fields, family, num_layers, window)
+    if SLIDING not in kinds:
+        window = None
+    return window if window is not None and window < context else None, tuple(kinds)
 
 
-def _rope(fields: Fields, context: int) -> tuple[float, RopeScaling | None]:
-    """Base frequency and scaling, from ``rope_theta`` + ``rope_scaling`` or from ``rope_parameters`` (newer files)."""
-    theta = fields.number("rope_theta", _DEFAULT_THETA, low=_THETA[0], high=_THETA[1])
-    _refuse_partial_rotary(fields)
-    older, newer = fields.sub("rope_scaling"), fields.sub("rope_parameters")
-    readings = [
-        _rope_object(fields, rope, theta, context) for rope in (older, newer) if rope is not None and rope.values
-    ]
-    if len(readings) == 2 and readings[0] != readings[1]:
-        raise fields.fail("rope_scaling", "and rope_parameters are both given and differ")
-    return readings[0] if readings else (theta, None)
-
-
-def _rope_object(fields: Fields, rope: Fields, top: float, context: int) -> tuple[float, RopeScaling | None]:
-    """What ``rope_scaling`` or ``rope_parameters`` says beside the base frequency ``top`` of the file itself."""
-    theta = rope.number("rope_theta", top, low=_THETA[0], high=_THETA[1])
-    if fields.raw("rope_theta") is not None and theta != top:
-        raise rope.fail("rope_theta", f"({theta:g}) contradicts rope_theta ({top:g})")
-    kind = rope.text("rope_type") or rope.text("type")
-    if kind is None and rope.prefix == "rope_scaling.":
-        raise rope.fail("rope_type", "is missing")
-    _refuse_partial_rotary(rope)
-    if kind is None or kind == "default":
-        nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
-        if nested:
-            problem = "is an object: rotary parameters per layer kind are not supported"
-            raise rope.fail(shown(nested[0], 60), problem)
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", rope.number("factor", low=_FACTOR[0], high=_FACTOR[1]))
-    if kind == "llama3":
-        return theta, _llama3(rope, context)
-    raise rope.fail("rope_type", f"is {quoted(kind)}, and octo-run computes 'default', 'linear' and 'llama3' only")
-
-
-def _refuse_partial_rotary(place: Fields) -> None:
-    part = place.number("partial_rotary_factor", 1.0, low=0.0, high=1.0)
-    if part != 1.0:
-        raise place.fail("partial_rotary_factor", f"is {part:g}, and octo-run rotates whole heads only")
-
-
-def _llama3(rope: Fields, context: int) -> RopeScaling:
-    low, high = (
-        rope.number(name, low=_FREQ_FACTOR[0], high=_FREQ_FACTOR[1]) for name in ("low_freq_factor", "high_freq_factor")
-    )
-    if high <= low:
-        raise rope.fail("high_freq_factor", f"({high:g}) is not greater than low_freq_factor ({low:g})")
-    original = rope.integer("original_max_position_embeddings", context)
-    return RopeScaling("llama3", rope.number("factor", low=_FACTOR[0], high=_FACTOR[1]), low, high, original)
+def _pattern(fields: Fields, family: Family, num_layers: int, window: int | None) -> list[str]:
+    """Kinds of layers of which every so many-th sees all."""
+    default = family.defaults.get("sliding_window_pattern")
+    if fields.raw("sliding_window_pattern") is None and (default is None or window is None):
+        return [SLIDING if window is not None else FULL] * num_layers
+    every = fields.integer("sliding_window_pattern", default)
+    return [FULL if (index + 1) % every == 0 else SLIDING for index in range(num_layers)]
 
 
 def _dtype(fields: Fields) -> str:

@@ -1,73 +1,162 @@
-"""The decoder: one definition of the Llama-shaped transformer that a ``ModelConfig`` turns into Llama, Mistral, Qwen2
-or Qwen3.
+"""The decoder: one definition of a transformer that a ``ModelConfig`` turns into the families of ``models.families``.
 
-The decoder owns weights and arithmetic and knows nothing of caches: for each layer it hands query, key and value to the
-``attention`` function it was given and goes on with what that returns.
+The decoder owns weights and arithmetic and knows nothing of caches: for each layer of attention it hands query, key and
+value to the ``attention`` function it was given and goes on with what that returns.
+
+The kernels know one kind of RoPE: channel i of a head pairs with i + d / 2. Families that pair others have the
+coordinates of their queries and keys put in that order when they are loaded (``rope.halves_first``).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from octo_run.errors import OctoError
-from octo_run.kernels import AttentionSpec
 from octo_run.kernels import step as ops
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.step import reference as step_reference
 from octo_run.models import rope
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import ModelConfig
-from octo_run.models.linear import AnyLinear, Linear, PackedLinear, SingleLinear, SplitLinear, joined
-from octo_run.models.quantisation.importance import Importance, Text
+from octo_run.models.linear import (
+    AnyLinear,
+    Linear,
+    PackedLinear,
+    Quantise,
+    SingleLinear,
+    head_order,
+    joined,
+    pack_any,
+    pack_one,
+    parts_first,
+)
+from octo_run.models.mlp import mean_squares
+from octo_run.models.quantisation.importance import Text
 from octo_run.models.quantisation.schemes import format_name
-from octo_run.models.weights import EMBEDDING, HeldWeights, Weights
+from octo_run.models.specs import FeedForward, LayerSpec, layer_specs
+from octo_run.models.weights import EMBEDDING, FINAL_NORM, HeldWeights, Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from octo_run.engine.arena import Chunk
+    from octo_run.engine.recurrent_state import RecurrentStates
+    from octo_run.engine.step import StepState
 
 #: ``attention(layer, q [B, C, heads, d], k [B, C, kv_heads, d], v [B, C, kv_heads, d]) -> [B, C, heads, d]``
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-#: Packs a matrix ``[out, in]``, given the mean squares ``[in]`` of what it is multiplied by where they are known; on
-#: ``meta`` it makes the tensors that it would fill.
-Quantise = Callable[[Tensor, Tensor | None], PackedWeight]
+
+
+class Angles(NamedTuple):
+    """What RoPE does to heads at some positions.
+
+    Attributes:
+        cos, sin: ``[..., d / 2]``.
+        queries: What queries are multiplied by beside it, float32 ``[...]``; None: nothing.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    queries: Tensor | None = None
+
+    def part(self, rows: slice) -> Angles:
+        """Those of some of the positions ``[B, C]``."""
+        return Angles(self.cos[:, rows], self.sin[:, rows], None if self.queries is None else self.queries[:, rows])
+
+
+class Mixer(Protocol):
+    """What lets tokens see each other in place of attention (`specs.MixerSpec`), with its weights."""
+
+    @property
+    def joined_bytes(self) -> int:
+        """See `specs.FeedForward`."""
+
+    @property
+    def parts(self) -> tuple[SingleLinear, ...]:
+        """The layers with a matrix of their own that it is made of."""
+
+    def chunks(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor], chunks: Sequence[Chunk]) -> None:
+        """Write what it gives for chunks of several sequences, one after the other, to ``out``.
+
+        Args:
+            normed, out: ``[R, hidden]``.
+            buffers: Those of `specs.MixerSpec.shapes`.
+        """
+
+    def step(
+        self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor], state: StepState, states: RecurrentStates
+    ) -> None:
+        """Write what it gives for one token in each of B sequences to ``out [B, hidden]``; recorded on CUDA."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What it gives for whole sequences ``[B, C, hidden]``, in plain PyTorch, for tests to compare with."""
+
+    def packed(self, quantise: Quantise, index: int, seen: Tensor | None) -> Mixer:
+        """See `specs.FeedForward`."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer's weights, fused at load: q, k, v in one matrix, gate and up in another, where they can be."""
+class AttentionWeights:
+    """The weights of a layer's attention, fused at load: q, k, v in one matrix, where they can be."""
 
-    input_norm: Tensor
     qkv: AnyLinear
     q_norm: Tensor | None
     k_norm: Tensor | None
     out: SingleLinear
-    mlp_norm: Tensor
-    gate_up: AnyLinear
-    down: SingleLinear
     #: What values are rotated by on their way into the arena (rows times it), where the weights do not do it.
     v_rotation: Tensor | None
     #: What queries and keys are multiplied by after RoPE, ``[2, kv_heads, d, d]`` (see ``Decoder.store_keys``).
     maps: Tensor | None = None
     #: The mean of keys before RoPE that stays out of their code, float32 ``[kv_heads, d]``.
     key_mean: Tensor | None = None
+    #: What the heads are multiplied by, after a sigmoid.
+    gate: AnyLinear | None = None
+
+    @property
+    def joined_bytes(self) -> int:
+        """See `specs.FeedForward`."""
+        return self.qkv.nbytes
+
+    @property
+    def parts(self) -> tuple[SingleLinear, ...]:
+        """The layers with a matrix of their own that it is made of."""
+        return (*self.qkv.parts, *(() if self.gate is None else self.gate.parts), *self.out.parts)
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """What kind of layer it is, beside its weights."""
+class LayerNorms:
+    """Weights of the norms around attention and MLP; None: there is none. In float32 where they multiply in it."""
 
-    attention: AttentionSpec
-
-
-def layer_specs(cfg: ModelConfig) -> tuple[LayerSpec, ...]:
-    """The kinds of all layers of a model."""
-    return (LayerSpec(AttentionSpec(scale=cfg.head_dim**-0.5)),) * cfg.num_layers
+    before_attention: Tensor | None
+    after_attention: Tensor | None
+    before_mlp: Tensor | None
+    after_mlp: Tensor | None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, in float32, returned in ``x``'s dtype (Zhang & Sennrich 2019)."""
-    wide = x.to(torch.float32)
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+@dataclass(frozen=True)
+class Layer:
+    """One layer's weights, and what kind of layer it is."""
+
+    spec: LayerSpec
+    norms: LayerNorms
+    mixer: AttentionWeights | Mixer
+    mlp: FeedForward
+
+    @property
+    def attention(self) -> AttentionWeights:
+        """Its attention, where it has one."""
+        assert isinstance(self.mixer, AttentionWeights)
+        return self.mixer
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether it has attention, hence keys and values."""
+        return isinstance(self.mixer, AttentionWeights)
 
 
 class Decoder:
@@ -86,6 +175,9 @@ class Decoder:
             multiplied by; None: it is not known.
         pack_embedding: Packs the embedding and the output head, which share one copy where they are tied; None: they
             stay dense.
+        context: Tokens of the longest sequence (None: the model's limit). It alone decides which of two lists of RoPE
+            factors counts where a model has one for short and one for long contexts: one choice for all tokens, so that
+            what is cached stays right.
 
     The identity counts as None, so that plain formats pay nothing.
     """
@@ -99,22 +191,31 @@ class Decoder:
         quantise: Quantise | None = None,
         text: list[int] | None = None,
         pack_embedding: Quantise | None = None,
+        context: int | None = None,
     ) -> None:
         self.cfg = cfg
+        self.context = cfg.context_limit if context is None else context
         weights = HeldWeights(weights) if isinstance(weights, dict) else weights
-        self.final_norm = weights.take("model.norm.weight")
+        final_norm = weights.take(FINAL_NORM)
+        #: The compute dtype, and where the weights are.
+        self.dtype, self.device = final_norm.dtype, final_norm.device
+        self.final_norm = self._norm_weight(final_norm)
         self.embedding, self.head = _embedding_and_head(weights, pack_embedding)
-        self.specs = layer_specs(cfg)
-        self.inv_freq = rope.inverse_frequencies(cfg, self.device)
+        #: The kinds of the layers, with their logits of sinks once these are there.
+        self.specs = list(layer_specs(cfg))
+        kinds = [(spec.rope, spec.head_dim) for spec in self.specs]
+        #: The different rotary embeddings, and which of them each layer has.
+        self.ropes = list(dict.fromkeys(kinds))
+        self.rope_of = [self.ropes.index(kind) for kind in kinds]
+        self._frequencies = [rope.frequencies(*kind, self.device, self.context) for kind in self.ropes]
         v_rotation = None if v_rotation is None or _is_identity(v_rotation) else v_rotation
         seen = None if quantise is None or text is None or self.device.type == "meta" else Text(self, text)
         self.layers: list[Layer] = []
-        for index in range(cfg.num_layers):
-            layer = self._layer(weights, f"model.layers.{index}.", v_rotation)
+        for index, spec in enumerate(self.specs):
+            layer = self._layer(weights, spec, f"model.layers.{index}.", v_rotation)
+            self.specs[index] = layer.spec
             if quantise is not None:
-                layer = _packed(
-                    layer, index, quantise, Importance() if seen is None else seen.through(self, index, layer)
-                )
+                layer = self._packed(layer, index, quantise, seen)
             self.layers.append(layer)
         if k_rotation is not None:
             self.store_keys(k_rotation)
@@ -134,8 +235,8 @@ class Decoder:
         turned = rotation.to(device, torch.float32).T
         shared = turned.to(self.dtype).contiguous().expand(2, cfg.num_kv_heads, -1, -1)
         shapes = None if conditioning is None else conditioning.shapes
-        for index, layer in enumerate(self.layers):
-            maps = shared
+        for index, number in enumerate(cfg.attention_layers):
+            layer, maps = self.layers[number], shared
             if shapes is not None and device.type == "meta":  # shapes alone: see linear._stacked
                 maps = torch.empty(2, *shapes[index].shape, dtype=self.dtype, device=device)
             elif shapes is not None:
@@ -143,75 +244,130 @@ class Decoder:
                 both = torch.stack((torch.linalg.inv(a), a.mT)) @ turned.to(torch.float64)
                 maps = both.to(self.dtype)
             mean = None if conditioning is None else conditioning.means[index].to(device, torch.float32).contiguous()
-            self.layers[index] = replace(layer, maps=maps, key_mean=mean)
+            self.layers[number] = replace(layer, mixer=replace(layer.attention, maps=maps, key_mean=mean))
 
     @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        return self.final_norm.device
+    def long_factors(self) -> bool:
+        """Whether the context made it take RoPE's factors for long contexts."""
+        scalings = [kind.scaling for kind, _ in self.ropes if kind is not None and kind.scaling is not None]
+        return any(one.kind == "longrope" and self.context > one.original_max_position_embeddings for one in scalings)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return self.final_norm.dtype
+    def inv_freq(self, index: int) -> Tensor:
+        """The frequencies of a layer's RoPE, radians a position, float32 ``[d / 2]``; 0 where nothing turns."""
+        return self._frequencies[self.rope_of[index]]
+
+    def angles(self, positions: Tensor, dtype: torch.dtype, *, pure: bool = False) -> list[Angles]:
+        """What RoPE does at int ``positions [...]``, for each layer; layers of one kind share tensors.
+
+        Args:
+            pure: A rotation alone: without the attention factor and without what only queries are multiplied by.
+        """
+        found = [self.angles_of(number, positions, dtype, pure=pure) for number in range(len(self.ropes))]
+        return [found[number] for number in self.rope_of]
+
+    def angles_of(self, number: int, positions: Tensor, dtype: torch.dtype, *, pure: bool = False) -> Angles:
+        """What one of ``ropes`` does at ``positions``."""
+        kind, frequencies = self.ropes[number][0], self._frequencies[number]
+        factor = 1.0 if pure else rope.attention_factor(kind)
+        queries = None if pure else rope.query_factors(kind, positions)
+        return Angles(*rope.cos_sin(positions, frequencies, dtype, factor), queries)
 
     @property
     def weight_format(self) -> str:
         """What its weights are stored as: ``bf16``, ``int4``, ``int8+bf16``, ``int4, head int8``, say."""
-        layers = [getattr(layer, name) for layer in self.layers for name in ("qkv", "out", "gate_up", "down")]
-        names = dict.fromkeys(self._stored(part.weight) for layer in layers for part in layer.parts)
+        parts = [part for layer in self.layers for part in (*layer.mixer.parts, *layer.mlp.parts)]
+        names = dict.fromkeys(self._stored(part.weight) for part in parts)
         heads = dict.fromkeys((self._stored(self.embedding), self._stored(self.head.weight)))
-        head = "" if [*heads] == [self._stored(self.final_norm)] else f", head {'+'.join(heads)}"
+        head = "" if [*heads] == [_DTYPE_NAMES[self.dtype]] else f", head {'+'.join(heads)}"
         return "+".join(names) + head
 
     def _stored(self, weight: Tensor | PackedWeight) -> str:
-        if isinstance(weight, PackedWeight):
-            return format_name(weight)
-        return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[weight.dtype]
+        return format_name(weight) if isinstance(weight, PackedWeight) else _DTYPE_NAMES[weight.dtype]
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The vectors ``[..., hidden]`` of token ids ``[...]``."""
         out = torch.empty(ids.numel(), self.cfg.hidden_size, dtype=self.dtype, device=ids.device)
-        step_reference.embed(ids.flatten(), self.embedding, out)
+        step_reference.embed(ids.flatten(), self.embedding, out, self.embedding_scale)
         return out.view(*ids.shape, -1)
 
-    def _layer(self, weights: Weights, prefix: str, v_rotation: Tensor | None) -> Layer:
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by: a number of the compute dtype, which is part of the published models."""
+        return float(torch.tensor(self.cfg.embedding_scale, dtype=self.dtype))
+
+    def _norm_weight(self, weight: Tensor) -> Tensor:
+        """The weight of a norm as the kernels take it: in float32 where it multiplies in float32."""
+        kind = self.cfg.family.norm
+        if kind == "rms":
+            return weight
+        wide = _wide(weight)
+        return wide + 1 if kind == "one_plus" and not wide.is_meta else wide
+
+    def _layer(self, weights: Weights, spec: LayerSpec, prefix: str, v_rotation: Tensor | None) -> Layer:
+        def norm(name: str | None) -> Tensor | None:
+            return None if name is None else self._norm_weight(weights.take(f"{prefix}{name}.weight"))
+
+        names = spec.norms
+        if self.cfg.family.sinks:
+            sinks = _wide(weights.take(f"{prefix}self_attn.sinks"))
+            spec = replace(spec, attention=replace(spec.attention, sink_logits=sinks))
+        return Layer(
+            spec=spec,
+            norms=LayerNorms(
+                norm(names.before_attention), norm(names.after_attention), norm(names.before_mlp), norm(names.after_mlp)
+            ),
+            mixer=self._attention(weights, spec, prefix, v_rotation)
+            if spec.mixer is None
+            else spec.mixer.load(weights, prefix),
+            mlp=spec.mlp.load(weights, prefix),
+        )
+
+    def _attention(self, weights: Weights, spec: LayerSpec, prefix: str, v_rotation: Tensor | None) -> AttentionWeights:
         cfg = self.cfg
-
-        def take(name: str) -> Tensor:
-            return weights.take(prefix + name)
-
-        def linear(name: str, bias: bool) -> SingleLinear:
-            return weights.linear(prefix + name, bias)
-
-        v = weights.linear(f"{prefix}self_attn.v_proj", cfg.qkv_bias)
+        q, k, v = self._projections(weights, spec, f"{prefix}self_attn.")
+        gate: AnyLinear | None = None
+        if spec.gated:  # in the files each head's queries come first, then its gates
+            size = spec.heads * spec.head_dim
+            q = q.reordered(parts_first(spec.heads, (spec.head_dim, spec.head_dim)))
+            q, gate = q.part(0, size), joined(q.part(size, 2 * size))
         out = weights.linear(f"{prefix}self_attn.o_proj", cfg.o_bias)
         unfolded = None
         if v_rotation is not None:
             rotation = v_rotation.to(torch.float32)
-            turned = v.with_rotated_outputs(rotation, cfg.num_kv_heads)
-            back = out.with_rotated_inputs(rotation, cfg.num_heads)
-            if turned is not None and back is not None:
+            turned = v.with_rotated_outputs(rotation, spec.kv_heads)
+            back = out.with_rotated_inputs(rotation, spec.heads)
+            if turned is not None and back is not None and not spec.gated:
                 v, out = turned, back
             else:
-                unfolded = v_rotation.to(self.final_norm).T.contiguous()
-        q, k = linear("self_attn.q_proj", cfg.qkv_bias), linear("self_attn.k_proj", cfg.qkv_bias)
-        return Layer(
-            input_norm=take("input_layernorm.weight"),
-            qkv=joined(q, k, v),
-            q_norm=take("self_attn.q_norm.weight") if cfg.qk_norm else None,
-            k_norm=take("self_attn.k_norm.weight") if cfg.qk_norm else None,
-            out=out,
-            mlp_norm=take("post_attention_layernorm.weight"),
-            gate_up=joined(linear("mlp.gate_proj", cfg.mlp_bias), linear("mlp.up_proj", cfg.mlp_bias)),
-            down=linear("mlp.down_proj", cfg.mlp_bias),
-            v_rotation=unfolded,
-        )
+                unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
+        order = spec_order(cfg, spec)
+        norms: list[Tensor | None] = [None, None]
+        for place, (name, heads) in enumerate((("q_norm", spec.heads), ("k_norm", spec.kv_heads))):
+            if spec.qk_norm:
+                weight = self._norm_weight(weights.take(f"{prefix}self_attn.{name}.weight"))
+                if order is not None and not weight.is_meta:
+                    weight = weight[head_order(order, heads if spec.qk_norm == "all" else 1).to(weight.device)]
+                norms[place] = weight
+        if order is not None:
+            q, k = q.reordered(head_order(order, spec.heads)), k.reordered(head_order(order, spec.kv_heads))
+        return AttentionWeights(joined(q, k, v), norms[0], norms[1], out, unfolded, gate=gate)
+
+    def _projections(
+        self, weights: Weights, spec: LayerSpec, prefix: str
+    ) -> tuple[SingleLinear, SingleLinear, SingleLinear]:
+        bias = self.cfg.qkv_bias
+        if not self.cfg.family.fused_qkv:
+            q, k, v = (weights.linear(f"{prefix}{name}_proj", bias) for name in "qkv")
+            return q, k, v
+        fused = weights.linear(f"{prefix}qkv_proj", bias)
+        q, k, v = (fused.part(first, last) for first, last in pairwise((0, *spec.edges)))
+        return q, k, v
 
     @property
     def key_tensors(self) -> list[Tensor]:
         """What the layers hold beside their weights: maps and means of keys."""
-        return [part for layer in self.layers for part in (layer.maps, layer.key_mean) if part is not None]
+        layers = [layer.attention for layer in self.layers if layer.has_attention]
+        return [part for layer in layers for part in (layer.maps, layer.key_mean) if part is not None]
 
     def hidden(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Run the tokens through all layers.
@@ -224,42 +380,130 @@ class Decoder:
             Hidden states ``[B, C, hidden]`` after the last layer, before the final norm.
         """
         x = self.embedded(ids)
-        cos, sin = rope.cos_sin(positions, self.inv_freq, x.dtype)
+        angles = self.angles(positions, x.dtype)
         for index, layer in enumerate(self.layers):
-            # Through an argument list, so that query, key and value are freed before the MLP's activations come.
-            x = x + self._out(layer, attention(index, *self._qkv(layer, x, cos, sin)))
-            x = x + self._mlp(layer, x)
+            x = self.through(index, layer, x, angles[index], attention)
         return x
+
+    def through(
+        self, index: int, layer: Layer, x: Tensor, angles: Angles, attention: Attention,
+        seen: Callable[[str, Tensor], None] = lambda _name, _x: None,
+    ) -> Tensor:  # fmt: skip
+        """Run hidden states ``[B, C, hidden]`` through a layer.
+
+        Args:
+            seen: Is given what ``mixer``, ``out`` and ``mlp`` are given, by these names.
+        """
+        normed = self.normed(x, layer.norms.before_attention)
+        seen("mixer", normed)
+        if isinstance(layer.mixer, AttentionWeights):
+            # Through an argument list, so that query, key and value are freed before the MLP's activations come.
+            mixed = self.mixed(layer, normed, attention(index, *self.qkv(layer, normed, angles)))
+            seen("out", mixed)
+            mixed = layer.mixer.out(mixed)
+        else:
+            mixed = layer.mixer(normed)
+        return self.rest(layer, x, normed, mixed, seen)
+
+    def rest(
+        self, layer: Layer, x: Tensor, normed: Tensor, mixed: Tensor,
+        seen: Callable[[str, Tensor], None] = lambda _name, _x: None,
+    ) -> Tensor:  # fmt: skip
+        """The rest of a layer: what its mixer gave for the ``normed`` hidden states is added, then comes the MLP."""
+        x = self.added(x, mixed, layer, layer.norms.after_attention)
+        if not layer.spec.parallel:
+            normed = self.normed(x, layer.norms.before_mlp)
+        seen("mlp", normed)
+        return self.added(x, layer.mlp(normed), layer, layer.norms.after_mlp)
+
+    def normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """The norm of hidden states; None: there is none."""
+        layer_norm = self.cfg.family.norm == "layer"
+        return x if weight is None else step_reference.normed(x, weight, self.cfg.rms_norm_eps, centred=layer_norm)
+
+    def added(self, x: Tensor, more: Tensor, layer: Layer, norm: Tensor | None) -> Tensor:
+        """Hidden states and what attention or the MLP gives."""
+        more = self.normed(more, norm)
+        multiplier = layer.spec.residual_multiplier
+        return x + (more if multiplier == 1.0 else more * multiplier)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits ``[..., vocab]`` of hidden states ``[..., hidden]``."""
-        return self.head(rms_norm(hidden, self.final_norm, self.cfg.rms_norm_eps)).to(torch.float32)
+        out = self.head(self.normed(hidden, self.final_norm))
+        self.finish(out)
+        return out.to(torch.float32)
 
-    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(self, logits: Tensor) -> None:
+        """Make, in place, the model's logits of what the output head gives."""
         cfg = self.cfg
-        qkv = layer.qkv(rms_norm(x, layer.input_norm, cfg.rms_norm_eps))
-        heads = qkv.view(*x.shape[:2], cfg.num_heads + 2 * cfg.num_kv_heads, cfg.head_dim)
-        q, k, v = torch.split(heads, [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=2)
-        return *self._turn(layer, q, k, cos, sin), v if layer.v_rotation is None else v @ layer.v_rotation
+        if cfg.logit_multiplier != 1.0:
+            logits.mul_(cfg.logit_multiplier)
+        if cfg.logit_cap is not None:
+            logits.div_(cfg.logit_cap).tanh_().mul_(cfg.logit_cap)
 
-    def _turn(self, layer: Layer, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        if layer.q_norm is not None and layer.k_norm is not None:
-            eps = self.cfg.rms_norm_eps
-            q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
-        q, k = rope.apply(q, cos, sin), rope.apply(k, cos, sin)
-        if layer.maps is not None:
-            both = ops.mapped(torch.cat((q, k), 2), layer.maps)
+    def qkv(self, layer: Layer, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[B, C, ., d]`` of ``normed [B, C, hidden]``, as attention takes them."""
+        spec, weights, eps = layer.spec, layer.attention, self.cfg.rms_norm_eps
+        qkv = weights.qkv(normed)
+        q, k, v = (qkv[..., first:last] for first, last in pairwise((0, *spec.edges)))
+        whole = spec.qk_norm == "all"
+        if whole and weights.q_norm is not None and weights.k_norm is not None:
+            q, k = step_reference.normed(q, weights.q_norm, eps), step_reference.normed(k, weights.k_norm, eps)
+        q, k, v = (x.reshape(*x.shape[:-1], -1, spec.head_dim) for x in (q, k, v))
+        if not whole and weights.q_norm is not None and weights.k_norm is not None:
+            q, k = step_reference.normed(q, weights.q_norm, eps), step_reference.normed(k, weights.k_norm, eps)
+        if spec.v_norm:
+            v = step_reference.normed(v, None, eps)
+        q, k = (rope.apply(x, angles.cos, angles.sin) for x in (q, k))
+        if angles.queries is not None:
+            q = q * angles.queries[..., None, None].to(q.dtype)
+        if weights.maps is not None:
+            both = ops.mapped(torch.cat((q, k), 2), weights.maps)
             q, k = torch.split(both, [q.shape[2], k.shape[2]], dim=2)
-        return q, k
+        return q, k, v if weights.v_rotation is None else v @ weights.v_rotation
 
-    def _out(self, layer: Layer, mixed: Tensor) -> Tensor:
-        if layer.v_rotation is not None:
-            mixed = mixed @ layer.v_rotation.T
-        return layer.out(mixed.flatten(2))
+    def mixed(self, layer: Layer, normed: Tensor, mixed: Tensor) -> Tensor:
+        """What the output projection takes, ``[B, C, heads d]``, of what attention gives, ``[B, C, heads, d]``.
 
-    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        gate, up = layer.gate_up(rms_norm(x, layer.mlp_norm, self.cfg.rms_norm_eps)).chunk(2, dim=-1)
-        return layer.down(F.silu(gate) * up)
+        Args:
+            normed: What attention was given, ``[B, C, hidden]``.
+        """
+        rotation, gate = layer.attention.v_rotation, layer.attention.gate
+        mixed = (mixed if rotation is None else mixed @ rotation.T).flatten(2)
+        return mixed if gate is None else mixed * gate(normed).sigmoid()
+
+    def _packed(self, layer: Layer, index: int, quantise: Quantise, seen: Text | None) -> Layer:
+        """The layer with its dense matrices packed.
+
+        Raises:
+            OctoError: A matrix has values that are no finite numbers.
+        """
+        inputs = {} if seen is None else seen.through(self, index, layer)
+
+        def squares(name: str) -> Tensor | None:
+            return mean_squares(inputs[name]) if name in inputs else None
+
+        mixer = layer.mixer
+        if isinstance(mixer, AttentionWeights):
+            qkv = pack_any("q, k, v", index, mixer.qkv, quantise, squares("mixer"))
+            gate = None if mixer.gate is None else pack_any("gate", index, mixer.gate, quantise, squares("mixer"))
+            packed: AttentionWeights | Mixer = replace(
+                mixer, qkv=qkv, gate=gate, out=pack_one("o_proj", index, mixer.out, quantise, squares("out"))
+            )
+        else:
+            packed = mixer.packed(quantise, index, inputs.get("mixer"))
+        return replace(layer, mixer=packed, mlp=layer.mlp.packed(quantise, index, inputs.get("mlp")))
+
+
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def spec_order(cfg: ModelConfig, spec: LayerSpec) -> Tensor | None:
+    """The order that the coordinates of a layer's queries and keys are kept in (``rope.halves_first``)."""
+    kind = spec.rope
+    if kind is None or (kind.scaling is not None and kind.scaling.kind == "proportional"):
+        return None
+    return rope.halves_first(spec.head_dim, kind.rotary(spec.head_dim), cfg.family.interleaved)
 
 
 def _embedding_and_head(weights: Weights, pack: Quantise | None) -> tuple[Tensor | PackedWeight, SingleLinear]:
@@ -276,35 +520,9 @@ def _embedding_and_head(weights: Weights, pack: Quantise | None) -> tuple[Tensor
     return table, head
 
 
-def _packed(layer: Layer, index: int, quantise: Quantise, seen: Importance) -> Layer:
-    """The layer with its dense matrices packed.
-
-    Raises:
-        OctoError: A matrix has values that are no finite numbers.
-    """
-
-    def one(name: str, linear: SingleLinear, squares: Tensor | None) -> SingleLinear:
-        if isinstance(linear, PackedLinear):
-            return linear
-        if not linear.weight.is_meta and not linear.weight.isfinite().all():
-            raise OctoError(
-                f"The weights {name} of layer {index} have values that are no finite numbers and cannot be quantised: "
-                "fetch the model again, or give --weights bf16."
-            )
-        return PackedLinear(quantise(linear.weight, squares), linear.bias)
-
-    def any_of(name: str, linear: AnyLinear, squares: Tensor | None) -> AnyLinear:
-        if isinstance(linear, SplitLinear):
-            return joined(*(one(name, part, squares) for part in linear.parts))
-        return one(name, linear, squares)
-
-    return replace(
-        layer,
-        qkv=any_of("q, k, v", layer.qkv, seen.qkv),
-        out=one("o_proj", layer.out, seen.out),
-        gate_up=any_of("gate, up", layer.gate_up, seen.gate_up),
-        down=one("down_proj", layer.down, seen.down),
-    )
+def _wide(x: Tensor) -> Tensor:
+    """In float32; on ``meta`` shapes alone: see linear._stacked."""
+    return torch.empty_like(x, dtype=torch.float32) if x.is_meta else x.to(torch.float32)
 
 
 def _is_identity(matrix: Tensor) -> bool:

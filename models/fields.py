@@ -6,7 +6,7 @@ from typing import Any
 
 from octo_run.errors import OctoError, quoted
 
-_MAX_INT = 2**31 - 1
+MAX_INT = 2**31 - 1
 
 
 class Fields:
@@ -21,7 +21,7 @@ class Fields:
     def raw(self, field: str) -> Any:
         return self.values.get(field)
 
-    def integer(self, field: str, default: int | None = None, *, low: int = 1, high: int = _MAX_INT) -> int:
+    def integer(self, field: str, default: int | None = None, *, low: int = 1, high: int = MAX_INT) -> int:
         value = self.raw(field)
         if value is None:
             if default is None:
@@ -70,7 +70,7 @@ class Fields:
         """A token id, a list of them, or nothing, without repetitions. -1 means none."""
         value = self.raw(field)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        high = _MAX_INT if vocab_size is None else vocab_size
+        high = MAX_INT if vocab_size is None else vocab_size
         ids = [item for item in ids if item != -1]
         for item in ids:
             if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < high:

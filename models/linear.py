@@ -1,5 +1,6 @@
 """A linear layer as the decoder holds it: what its weights are stored as is its own business."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -7,9 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octo_run.errors import OctoError
 from octo_run.kernels import linear as packed_ops
 from octo_run.kernels import step as ops
 from octo_run.kernels.linear import PackedWeight, reference
+
+#: Packs a matrix ``[out, in]``, given the mean squares ``[in]`` of what it is multiplied by where they are known; on
+#: ``meta`` it makes the tensors that it would fill.
+Quantise = Callable[[Tensor, Tensor | None], PackedWeight]
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,10 @@ class Linear:
         """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``; on CUDA without an allocation."""
         ops.linear(x, self.weight, self.bias, out)
 
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
+        """See :class:`PackedLinear`: never."""
+        return False
+
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
         return F.linear(x, self.weight, self.bias)
@@ -60,6 +70,14 @@ class Linear:
             return Linear(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), self.bias)
         blocks = weight.to(rotation.dtype).reshape(-1, heads, rotation.shape[0])
         return Linear((blocks @ rotation.to(blocks).T).reshape(weight.shape).to(weight.dtype), self.bias)
+
+    def part(self, first: int, last: int) -> "Linear":
+        """The layer of its outputs from ``first`` to before ``last``, which shares its memory."""
+        return Linear(self.weight[first:last], None if self.bias is None else self.bias[first:last])
+
+    def reordered(self, order: Tensor) -> "Linear":
+        """The layer with its outputs in the order ``order``, int64 ``[out]``."""
+        return Linear(_reordered(self.weight, order), None if self.bias is None else _reordered(self.bias, order))
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,11 @@ class PackedLinear:
         """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``."""
         packed_ops.packed_linear(x, self.weight, self.bias, out)
 
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
+        """Write ``silu`` of the first half of the outputs times the second to ``out [R, out / 2]``, if it can be done
+        at once; returns whether it was."""
+        return packed_ops.packed_swiglu(x, self.weight, self.bias, out)
+
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
         out = x.new_empty(*x.shape[:-1], self.weight.shape[0])
@@ -104,6 +127,15 @@ class PackedLinear:
     def with_rotated_inputs(self, rotation: Tensor, heads: int) -> Linear | None:
         """None."""
         return None
+
+    def part(self, first: int, last: int) -> "PackedLinear":
+        """The layer of its outputs from ``first`` to before ``last``, which shares its memory."""
+        return PackedLinear(self.weight.part(first, last), None if self.bias is None else self.bias[first:last])
+
+    def reordered(self, order: Tensor) -> "PackedLinear":
+        """The layer with its outputs in the order ``order``, int64 ``[out]``."""
+        bias = None if self.bias is None else _reordered(self.bias, order)
+        return PackedLinear(self.weight.reordered(order), bias)
 
 
 @dataclass(frozen=True)
@@ -125,6 +157,10 @@ class SplitLinear:
             part.apply(x, out[:, first:last])
             first = last
 
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
+        """See :class:`PackedLinear`: never."""
+        return False
+
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
         return torch.cat([part(x) for part in self.parts], -1)
@@ -132,6 +168,25 @@ class SplitLinear:
 
 SingleLinear: TypeAlias = Linear | PackedLinear
 AnyLinear: TypeAlias = Linear | PackedLinear | SplitLinear
+
+
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    return x if x.is_meta else x[order.to(x.device)]  # on meta: see _stacked
+
+
+def head_order(order: Tensor, heads: int) -> Tensor:
+    """The order of rows that puts the coordinates of each of ``heads`` heads in ``order [d]``: int64 ``[heads d]``."""
+    return (torch.arange(heads)[:, None] * len(order) + order).flatten()
+
+
+def parts_first(groups: int, sizes: tuple[int, ...]) -> Tensor:
+    """The order of rows that puts the first part of all groups first, then the second part of all, and so on.
+
+    Args:
+        sizes: Rows of each part of a group.
+    """
+    rows = torch.arange(groups * sum(sizes)).view(groups, -1)
+    return torch.cat([part.flatten() for part in torch.split(rows, list(sizes), dim=1)])
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
@@ -154,3 +209,30 @@ def joined(*parts: SingleLinear) -> AnyLinear:
     packed = [part.weight for part in parts if isinstance(part, PackedLinear)]
     weight = packed_ops.joined(packed) if len(packed) == len(parts) else None
     return SplitLinear(parts) if weight is None else PackedLinear(weight, bias)
+
+
+def pack_one(name: str, index: int, linear: SingleLinear, quantise: Quantise, squares: Tensor | None) -> SingleLinear:
+    """A layer packed, if its matrix is dense.
+
+    Args:
+        name, index: Of the matrix and of the model's layer that it belongs to, for complaints.
+        squares: See ``Quantise``.
+
+    Raises:
+        OctoError: A matrix has values that are no finite numbers.
+    """
+    if isinstance(linear, PackedLinear):
+        return linear
+    if not linear.weight.is_meta and not linear.weight.isfinite().all():
+        raise OctoError(
+            f"The weights {name} of layer {index} have values that are no finite numbers and cannot be quantised: "
+            "fetch the model again, or give --weights bf16."
+        )
+    return PackedLinear(quantise(linear.weight, squares), linear.bias)
+
+
+def pack_any(name: str, index: int, linear: AnyLinear, quantise: Quantise, squares: Tensor | None) -> AnyLinear:
+    """As ``pack_one``, of layers side by side too."""
+    if isinstance(linear, SplitLinear):
+        return joined(*(pack_one(name, index, part, quantise, squares) for part in linear.parts))
+    return pack_one(name, index, linear, quantise, squares)

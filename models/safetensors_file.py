@@ -11,7 +11,7 @@ tensor, so that loading never holds the model twice, and only as long as the fil
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -63,6 +63,7 @@ class TensorEntry:
     Attributes:
         start: Position of its first byte in the file.
         end: Position behind its last byte, inside the file's bounds as ``start`` is.
+        turned: A matrix whose columns lie one after the other.
     """
 
     file: StoredFile
@@ -70,6 +71,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+    turned: bool = False
 
     @property
     def path(self) -> Path:
@@ -203,6 +205,8 @@ class TensorFile:
         """A tensor of its own on ``device`` in ``dtype``, of an entry whose dtype is one of ``STORED_DTYPES``."""
         if math.prod(max(1, size) for size in entry.shape) >= 2**60:  # next to a 0
             raise OctoError(f"{entry.path}: no tensor can have the shape {quoted(entry.shape)}.")
+        if entry.turned:
+            return self.read(replace(entry, shape=entry.shape[::-1], turned=False), device, dtype).T.contiguous()
         result = torch.empty(entry.shape, device=device, dtype=dtype)
         flat = result.view(-1)
         if device.type == "cpu" and dtype == STORED_DTYPES[entry.dtype]:

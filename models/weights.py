@@ -15,15 +15,17 @@ from octo_run.errors import OctoError, quoted, shown
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.linear.packed import values
 from octo_run.models.config import ModelConfig
+from octo_run.models.expert_tensors import by_expert, published_name
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, read_index, weight_files
 from octo_run.models.foreign import AGAIN, present
 from octo_run.models.linear import Linear, PackedLinear, SingleLinear
-from octo_run.models.quantisation.config import StoredScheme
+from octo_run.models.quantisation.config import Quantisation, StoredScheme
 from octo_run.models.quantisation.layouts import LAYOUTS
 from octo_run.models.quantisation.stored import Needed, digest_of, empty_weight, order_of, packed
 from octo_run.models.safetensors_file import FLOAT_DTYPES, STORED_DTYPES, TensorEntry, TensorFile, read_header
+from octo_run.models.specs import LayerSpec, layer_specs
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _LISTED = 4
 # Tensors that checkpoints carry along and the decoder needs not: buffers that are computed from the configuration,
 # scales of a quantised KV cache (octo-run has formats of its own), and heads that predict further tokens.
@@ -33,9 +35,16 @@ _HARMLESS = re.compile(
     r"|(model\.)?mtp\..+",
     re.DOTALL,
 )
+# The decoder's tensors in checkpoints that see and hear, too: as older and as newer files name them.
+_TEXT_PART = re.compile(r"(?:language_model\.|model\.language_model\.|language_model\.model\.)(?=.)", re.DOTALL)
+# What such checkpoints have beside it.
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\..+",
+    re.DOTALL,
+)
 # Scales by which the inputs and outputs of quantised layers were meant to be quantised, too.
 _INPUT_SCALES = re.compile(
-    r"(lm_head|model\.layers\.\d+\.(self_attn|mlp)\.\w+)"
+    r"(lm_head|model\.layers\.\d+\.(self_attn|linear_attn|mlp)(\.\w+)+)"
     r"\.(activation_scale|(input|output)_(scale(_ub)?|global_scale|zero_point))"
 )
 
@@ -47,32 +56,37 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         Name -> shape, named as in Hugging Face checkpoints. Matrices are ``[out, in]``. With tied embeddings there is
         no ``lm_head.weight``.
     """
-    hidden, inner = cfg.hidden_size, cfg.intermediate_size
-    q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (cfg.vocab_size, hidden)}
-    linear = {
-        "self_attn.q_proj": (q_size, hidden, cfg.qkv_bias),
-        "self_attn.k_proj": (kv_size, hidden, cfg.qkv_bias),
-        "self_attn.v_proj": (kv_size, hidden, cfg.qkv_bias),
-        "self_attn.o_proj": (hidden, q_size, cfg.o_bias),
-        "mlp.gate_proj": (inner, hidden, cfg.mlp_bias),
-        "mlp.up_proj": (inner, hidden, cfg.mlp_bias),
-        "mlp.down_proj": (hidden, inner, cfg.mlp_bias),
-    }
-    for layer in range(cfg.num_layers):
-        prefix = f"model.layers.{layer}."
-        for name, (rows, columns, bias) in linear.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-        if cfg.qk_norm:
-            shapes[f"{prefix}self_attn.q_norm.weight"] = (cfg.head_dim,)
-            shapes[f"{prefix}self_attn.k_norm.weight"] = (cfg.head_dim,)
-        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (cfg.vocab_size, cfg.hidden_size)}
+    for index, spec in enumerate(layer_specs(cfg)):
+        prefix = f"model.layers.{index}."
+        mixer = _attention_tensors(cfg, spec) if spec.mixer is None else spec.mixer.tensors()
+        shapes |= {prefix + name: shape for name, shape in (*mixer.items(), *spec.mlp.tensors().items())}
+        for norm in vars(spec.norms).values():
+            if norm is not None:
+                shapes[f"{prefix}{norm}.weight"] = (cfg.hidden_size,)
+    shapes[FINAL_NORM] = (cfg.hidden_size,)
     if not cfg.tie_word_embeddings:
-        shapes[HEAD] = (cfg.vocab_size, hidden)
+        shapes[HEAD] = (cfg.vocab_size, cfg.hidden_size)
+    return shapes
+
+
+def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+    hidden, q, kv = cfg.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    rows_of = zip("qkv", (2 * q if spec.gated else q, kv, kv), strict=True)
+    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in rows_of}
+    if cfg.family.fused_qkv:
+        linear = {"qkv_proj": (q + 2 * kv, hidden, cfg.qkv_bias)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns, bias) in {**linear, "o_proj": (hidden, q, cfg.o_bias)}.items():
+        shapes[f"self_attn.{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"self_attn.{name}.bias"] = (rows,)
+    if cfg.family.sinks:
+        shapes["self_attn.sinks"] = (spec.heads,)
+    if spec.qk_norm:
+        whole = spec.qk_norm == "all"
+        shapes["self_attn.q_norm.weight"] = (q if whole else spec.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (kv if whole else spec.head_dim,)
     return shapes
 
 
@@ -92,18 +106,29 @@ def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:
     found: dict[str, TensorEntry] = {}
     for path in files:
         for name, entry in read_header(path).items():
+            name = _plain_name(name)
             if name in found:
                 first, second = shown(found[name].path.name, 60), shown(path.name, 60)
                 raise OctoError(f"{model_dir}: the tensor {quoted(name)} is in {first} and in {second}.")
             found[name] = entry
     if files[0].name != SINGLE_NAME:
         for name, file in read_index(model_dir / INDEX_NAME).items():
+            name = _plain_name(name)
             # An entry that no file holds is of no account, unless the tensor is needed and then missing.
             if name in found and found[name].path.name != file:
                 raise OctoError(
                     f"{model_dir}: {INDEX_NAME} places {quoted(name)} in {shown(file, 60)}, which does not hold it."
                 )
     return found
+
+
+def _plain_name(name: str) -> str:
+    """The name of a decoder's tensor, in whatever checkpoint it is a part of."""
+    match = _TEXT_PART.match(name)
+    if match is None:
+        return name
+    rest = name[match.end() :].removeprefix("model.")
+    return rest if rest.startswith("lm_head.") else f"model.{rest}"
 
 
 def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
@@ -119,7 +144,12 @@ def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
     """
     if not cfg.tie_word_embeddings and cfg.quantisation is None:
         return cfg
-    return _stored_config(cfg, locate_tensors(model_dir))
+    return _stored_config(cfg, _named(cfg, locate_tensors(model_dir)))
+
+
+def _named(cfg: ModelConfig, found: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The tensors of files by the names of :func:`expected_tensors`."""
+    return found if cfg.experts is None else by_expert(found, cfg.experts, cfg.hidden_size)
 
 
 def _stored_config(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConfig:
@@ -157,9 +187,17 @@ def quantised_layers(cfg: ModelConfig) -> dict[str, tuple[StoredScheme, tuple[in
     found = {}
     for name, shape in expected_tensors(cfg).items():
         prefix = name.removesuffix(".weight")
-        if len(shape) == 2 and name != EMBEDDING and (scheme := cfg.quantisation.scheme(prefix)) is not None:
+        if len(shape) == 2 and name != EMBEDDING and (scheme := _scheme(cfg, cfg.quantisation, prefix)) is not None:
             found[prefix] = scheme, (shape[0], shape[1])
     return found
+
+
+def _scheme(cfg: ModelConfig, quantisation: Quantisation, prefix: str) -> StoredScheme | None:
+    """How files hold a layer; they know it by the name that they have for it."""
+    if prefix in quantisation.dense:
+        return None
+    older = cfg.experts is not None and cfg.experts.older
+    return quantisation.scheme(published_name(prefix) if older else prefix)
 
 
 def _is_packed(prefix: str, scheme: StoredScheme, found: dict[str, TensorEntry]) -> bool:
@@ -271,6 +309,8 @@ def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntr
 def _harmless(name: str, cfg: ModelConfig) -> bool:
     if cfg.quantisation is not None and _INPUT_SCALES.fullmatch(name):
         return True
+    if cfg.wrapper and _OTHER_PARTS.fullmatch(name):
+        return True
     return _HARMLESS.fullmatch(name) is not None or (cfg.tie_word_embeddings and name == HEAD)
 
 
@@ -323,7 +363,7 @@ class StoredWeights(Weights):
     """
 
     def __init__(self, model_dir: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> None:
-        found = locate_tensors(model_dir)
+        found = _named(cfg, locate_tensors(model_dir))
         self.cfg = _stored_config(cfg, found)
         self.has_head = not self.cfg.tie_word_embeddings
         self._entries = check_tensors(model_dir, self.cfg, found)
@@ -397,7 +437,8 @@ class _LayerSource:
 class RandomWeights(Weights):
     """Random ones of a shape, quantised as the configuration says.
 
-    Matrices and embeddings are N(0, 1 / columns), norms near 1, biases near 0, so that activations and logits have a
+    Matrices and embeddings are N(0, 1 / columns), weights of norms near 1 (near 0 where 1 is added to them), biases
+    near 0, so that activations and logits have a
     scale of about 1. The same seed gives the same values on the same type of device; on ``meta`` there are none.
     """
 
@@ -407,6 +448,7 @@ class RandomWeights(Weights):
         self._layers, self._orders = quantised_layers(cfg), dict[str, Tensor]()
         self._digests: Mapping[str, str] = {} if cfg.quantisation is None else cfg.quantisation.orders
         self._device, self._dtype, self._seed = torch.device(device), dtype, seed
+        self._norm = 0.0 if cfg.family.norm == "one_plus" else 1.0
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`."""
@@ -416,9 +458,9 @@ class RandomWeights(Weights):
         if drawn.is_meta:
             return drawn
         drawn.normal_(generator=self._generator(name))
-        if name.endswith("norm.weight"):
-            return drawn.mul_(0.1).add_(1.0)
-        return drawn.mul_(0.1 if name.endswith(".bias") else shape[1] ** -0.5)
+        if len(shape) == 1 and name.endswith(".weight"):  # of a norm
+            return drawn.mul_(0.1).add_(self._norm)
+        return drawn.mul_(0.1 if len(shape) == 1 else shape[1] ** -0.5)
 
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
         """See :class:`Weights`."""

@@ -27,7 +27,8 @@ from octo_run.kernels.linear import PackedWeight, launch, pack, packed_linear
 
 DEVICE = torch.device("cuda")
 REPEATS, ROTATE_BYTES, GROUP = 31, 400 << 20, 128
-TILINGS = [launch.Tiling(tiles, warps, ahead) for tiles in (1, 2) for warps in (8, 16) for ahead in (1, 2, 3)]
+#: Warps, blocks of columns of a warp at most, tiles ahead.
+TILINGS = [(8, 4, 1), (8, 4, 2), (8, 2, 1), (8, 2, 2), (16, 2, 1), (16, 2, 2)]
 
 
 @dataclass
@@ -130,8 +131,10 @@ def candidates(kinds: list[str], peers: list[str], out: int, columns: int, rows:
         weights = [first] + [made(kind, out, columns, seed) for seed in range(1, _copies(first.nbytes))]
         ways: list[tuple[str, Callable[[PackedWeight], None]]]
         ways = [(kind, lambda w: packed_linear(x, w, None, y))]
-        for how in TILINGS if tilings else []:
-            ways.append((f"{kind} {how.tiles}x{how.warps} {how.ahead} ahead", _by(how, x, y)))
+        for warps, most, ahead in TILINGS if tilings else []:
+            slices = -(-first.padded // (128 * warps * most))
+            how = launch.Tiling(warps, -(-first.padded // (128 * warps * slices)), ahead, slices)
+            ways.append((f"{kind} {how}", _by(how, x, y)))
         for name, way in ways:
             y.fill_(float("nan"))
             way(first)

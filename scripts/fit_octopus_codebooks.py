@@ -33,7 +33,7 @@ Book = dict[str, list[float] | dict[str, list[float]]]
 Books = dict[str, Book]
 
 NOMINAL_BITS = (2, 3, 4)
-HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 256, 512)
 GRID = 2.0**-9  # of those down to 2^-11, which fp16 holds exactly, the one with the least mean error of decoded lengths
 BEND_UNIT = 63 / 1024  # what stands for 1 in the decode of b = 4 (its `UNITS`)
 TARGET = Path(__file__).resolve().parent.parent / "kernels" / "codec" / "octopus_codebooks.json"

@@ -87,7 +87,7 @@ def queries_and_keys(weights: Weights, cfg: ModelConfig, ids: list[int]) -> tupl
     """What a text gives before RoPE: float32 ``[layers, n, heads, d]`` and ``[layers, n, kv_heads, d]``."""
     decoder = Decoder(cfg, dict(weights), None, None)
     positions = torch.arange(len(ids))[None]
-    cos, sin = rope.cos_sin(positions, decoder.inv_freq, torch.float32)
+    cos, sin = rope.cos_sin(positions, decoder.inv_freq(0), torch.float32)
     queries, keys = [], []
 
     def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

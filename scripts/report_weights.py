@@ -55,7 +55,9 @@ def load(model: str, label: str) -> Engine:
         layers = engine.forward.decoder.layers
         layers[:] = [
             replace(
-                layer, qkv=dense(layer.qkv), out=dense(layer.out), gate_up=dense(layer.gate_up), down=dense(layer.down)
+                layer,
+                mixer=replace(layer.attention, qkv=dense(layer.attention.qkv), out=dense(layer.attention.out)),
+                mlp=replace(layer.mlp, gate_up=dense(layer.mlp.gate_up), down=dense(layer.mlp.down)),
             )
             for layer in layers
         ]

@@ -59,7 +59,7 @@ PIPES = {
 }
 #: What pointers point to, if not int32; in the kernel's signature they have names in capitals, strides s.._...
 POINTERS = dict.fromkeys(("Q", "OUT", "SINK_K", "SINK_V", "TAIL_K", "TAIL_V"), "bf16")
-POINTERS |= {"PAGES": "u8", "PARTIAL": "fp32", "LSE": "fp32", "COEF": "fp32", "WEIGHTS": "fp32"}
+POINTERS |= {"SINK_LOGITS": "fp32", "PAGES": "u8", "PARTIAL": "fp32", "LSE": "fp32", "COEF": "fp32", "WEIGHTS": "fp32"}
 STRIDE = re.compile(r"s[a-z]{1,2}_[a-z]+")
 TOKENS = 64
 
@@ -101,6 +101,7 @@ def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0)
     fmt = parse_kv(kv, head_dim)
     assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
     fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True) | {"EARLY": True}
+    fixed |= {"WINDOW": 0, "CAP": 0.0, "SINKS": False}
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:

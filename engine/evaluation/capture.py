@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from octo_run.errors import UsageError
+from octo_run.kernels import AttentionSpec
 from octo_run.models.config import load_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.hub import resolve
+from octo_run.models.plain_attention import attend_plain
 from octo_run.models.weights import StoredWeights
 from octo_run.tokenizer import load_tokenizer
 
@@ -23,13 +24,16 @@ class Captured:
         q: ``[L, heads, n, d]``.
         k: ``[L, kv_heads, n, d]``.
         v: ``[L, kv_heads, n, d]``.
+        frequencies: Of the layers' RoPE, ``[d / 2]`` each.
+        specs: Their attention.
     """
 
     model: str
     q: Tensor
     k: Tensor
     v: Tensor
-    inv_freq: Tensor
+    frequencies: list[Tensor]
+    specs: list[AttentionSpec]
 
 
 @torch.inference_mode()
@@ -48,11 +52,13 @@ def capture(model: str | Path, text: str, tokens: int) -> Captured:
     decoder = Decoder(cfg, StoredWeights(path, cfg, device, torch.float32), None, None)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        found.append((q[0], k[0], v[0]))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found.append(tuple(x[0].transpose(0, 1).contiguous() for x in (q, k, v)))  # type: ignore[arg-type]
+        return attend_plain(q, k, v, decoder.specs[layer].attention)
 
     decoder.hidden(torch.tensor([ids[:tokens]]), torch.arange(tokens)[None], attention)
     q, k, v = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return Captured(str(model), q, k, v, decoder.inv_freq)
+    frequencies = [decoder.inv_freq(index) for index in cfg.attention_layers]
+    return Captured(
+        str(model), q, k, v, frequencies, [decoder.specs[index].attention for index in cfg.attention_layers]
+    )

@@ -17,6 +17,7 @@ from octo_run.kernels import PAGE_TOKENS as PAGE
 from octo_run.kernels.attention.key_mean import AngleTables, mean_maps
 from octo_run.kernels.codec import Codec, baselines, get
 from octo_run.kernels.codec import names as format_names
+from octo_run.models.plain_attention import capped, hidden_keys
 
 SPREAD = 3.0  # standard deviation of the logits of Gaussian queries and keys
 KEYS = 256  # of a softmax over Gaussian keys
@@ -108,9 +109,12 @@ def gaussian(names: Sequence[str], head_dim: int, count: int, seed: int) -> Iter
 def real(names: Sequence[str], data: Captured, seed: int) -> Iterator[Row]:
     """Rows for a model's keys, its keys with the mean taken out, and its values."""
     tokens, dim = data.k.shape[2:]
-    tables = AngleTables.build(data.inv_freq, 0, -(-tokens // PAGE))
-    angles = tables.of_pages(0, len(tables.base)).flatten(0, 1)[:tokens]
-    mean = angles @ mean_maps(_mean(data.k[:, :, PAGE : 2 * PAGE], angles[PAGE : 2 * PAGE]), torch.eye(dim))
+    means = []
+    for keys, frequencies in zip(data.k, data.frequencies, strict=True):
+        tables = AngleTables.build(frequencies, 0, -(-tokens // PAGE))
+        angles = tables.of_pages(0, len(tables.base)).flatten(0, 1)[:tokens]
+        means.append(angles @ mean_maps(_mean(keys[:, PAGE : 2 * PAGE], angles[PAGE : 2 * PAGE]), torch.eye(dim)))
+    mean = torch.stack(means)
     for name in names:
         codec = build(name, dim, seed)
         if _corrects(codec):
@@ -141,11 +145,12 @@ def _attention(data: Captured, k: Tensor) -> tuple[float, float]:
     at = torch.arange(tokens // 2, tokens, 8)
     errors, divergences = [], []
     for layer in range(layers):
+        spec = data.specs[layer]
         q = data.q[layer, :, at].view(-1, group * len(at), dim)
-        hidden = (torch.arange(tokens) > at[:, None]).repeat(group, 1)
+        hidden = hidden_keys(spec, tokens, tokens, at.device)[at].repeat(group, 1)
         exact, coded = q @ data.k[layer].transpose(1, 2), q @ k[layer].transpose(1, 2)
         errors.append(float((exact - coded).abs()[:, ~hidden].mean()))
-        logits = [x.mul(dim**-0.5).masked_fill(hidden, float("-inf")) for x in (exact, coded)]
+        logits = [capped(x.mul(spec.scale), spec).masked_fill(hidden, float("-inf")) for x in (exact, coded)]
         divergences.append(_divergence(*logits))
     return sum(errors) / layers, sum(divergences) / layers
 

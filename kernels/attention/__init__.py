@@ -46,6 +46,8 @@ def attend(
 ) -> Tensor:
     """Compute causal attention over one layer of the arena; K, V and q are in the rotated basis, and so is the result.
 
+    A logit is the scaled product of query and key with what a key mean adds to it, then capped; the window hides keys,
+    and a sink logit, itself not capped, joins the softmax (`AttentionSpec`). RoPE has been applied to q and K before.
     Softmax and sums are float32 (float64 for float64 inputs, CPU only). With `out` and `workspace` given nothing is
     allocated on the GPU.
 
@@ -62,8 +64,7 @@ def attend(
         `out`, ``[B, C, H, d]`` in q's dtype.
 
     Raises:
-        ValueError: Inputs that do not fit together, or fields of `spec` that no kernel computes (today all but its
-            scale).
+        ValueError: Inputs that do not fit together.
     """
     call = dispatch.describe(q, kv, fmt, max_length, dispatch.kind(q.device))
     kernel = dispatch.choose(call)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from octo_run.kernels.attention.inputs import AttentionInputs
+    from octo_run.kernels.attention.spec import AttentionSpec
 
 Arguments = dict[str, Any]
 
@@ -52,3 +53,13 @@ def of_arena(kv: AttentionInputs) -> Arguments:
         **of_lengths(kv), **of_pages(kv), **of_full(kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v), "sink": kv.sink,
         "capacity": kv.tail_k.shape[2],
     }  # fmt: skip
+
+
+def of_spec(spec: AttentionSpec, unused: Tensor) -> Arguments:
+    """What a kernel computes beside the scale; `unused` stands for sink logits that there are not.
+
+    The constants are compiled in: a model has one or two windows, and a kernel without them is what it was.
+    """
+    sinks = spec.sink_logits
+    return {"SINK_LOGITS": unused if sinks is None else sinks, "WINDOW": spec.window or 0, "CAP": spec.logit_cap or 0.0,
+            "SINKS": sinks is not None}  # fmt: skip

@@ -26,12 +26,24 @@ ELEMENTS: dict[torch.dtype, Any] = {
 
 
 @functools.cache
-def run_widths(head_dim: int) -> tuple[int, int]:
-    """Widths (powers of two from 16 on, the second may be 0) of the two runs of triplets that hold a vector."""
+def run_widths(head_dim: int) -> tuple[int, int, int]:
+    """Widths (powers of two from 16 to 64, the last ones may be 0) of the three runs of triplets that hold a vector.
+
+    Raises:
+        ValueError: They would not hold it.
+    """
     triplets = -(-head_dim // 3)
-    first = max(16, 1 << (triplets.bit_length() - 1))
-    rest = triplets - first
-    return first, (max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0)
+    first = min(64, max(16, 1 << (triplets.bit_length() - 1)))
+    second = _run_width(triplets - first)
+    third = _run_width(triplets - first - second)
+    if first + second + third < triplets:
+        raise ValueError(f"no kernel of decode attention has room for heads of {head_dim} numbers")
+    return first, second, third
+
+
+def _run_width(triplets: int) -> int:
+    """Of a run for so many triplets, as many as it can hold."""
+    return min(64, max(16, 1 << (triplets - 1).bit_length())) if triplets > 0 else 0
 
 
 @functools.cache
@@ -81,10 +93,10 @@ def format_arguments(fmt: KVFormat, dtype: torch.dtype, device: torch.device) ->
     """
     kind_k, bits_k, levels_k, radii_k = codec_constants(fmt.k, "k", device)
     kind_v, bits_v, levels_v, radii_v = codec_constants(fmt.v, "v", device)
-    first, second = run_widths(fmt.k.head_dim)
+    first, second, third = run_widths(fmt.k.head_dim)
     return {
         "levels_k": levels_k, "radii_k": radii_k, "levels_v": levels_v, "radii_v": radii_v, "KIND_K": kind_k,
         "KIND_V": kind_v, "BYTES_K": fmt.k.bytes_per_vector, "BYTES_V": fmt.v.bytes_per_vector, "BITS_K": bits_k,
-        "BITS_V": bits_v, "ELEMENT": page_element(fmt), "T0": first, "T1": second,
+        "BITS_V": bits_v, "ELEMENT": page_element(fmt), "T0": first, "T1": second, "T2": third,
         "PTX_K": ptx_immediates(fmt.k, dtype, device), "PTX_V": ptx_immediates(fmt.v, dtype, device),
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """Which attention kernel runs when. `KERNELS` decides, and nothing else does: a call has exactly one entry.
 
-A call is described by what the host knows without looking at a tensor's values (`Call`). Neither the query heads of a
-KV head (group) nor head_dim choose a kernel: every kernel serves all of them. They choose its tiles (`TILES`) and the
-heads of a program of the table-decode kernel (`head_blocks`).
+A call is described by what the host knows without looking at a tensor's values (`Call`). The query heads of a KV head
+(group) choose no kernel, nor does what an `AttentionSpec` has beside a scale: every kernel serves all of them. They
+choose tiles (`TILES`), with head_dim, and the heads of a program of the table-decode kernel (`head_blocks`).
 """
 
 from __future__ import annotations
@@ -80,6 +80,13 @@ class Pages(_Fact):
     SOME = "there may be some"
 
 
+class Width(_Fact):
+    """Numbers of a head."""
+
+    UP_TO_256 = "at most 256"
+    ABOVE_256 = "more (512)"
+
+
 class Call(NamedTuple):
     """What is known of a call on the host."""
 
@@ -88,6 +95,7 @@ class Call(NamedTuple):
     element: Element
     queries: Queries
     pages: Pages
+    width: Width
 
 
 class Entry(NamedTuple):
@@ -99,6 +107,7 @@ class Entry(NamedTuple):
     element: Container[Element]
     queries: Container[Queries]
     pages: Container[Pages]
+    width: Container[Width]
     why: str
 
     def applies(self, call: Call) -> bool:
@@ -117,27 +126,31 @@ class _Any:
 ANY = _Any()
 _CPU, _GPUS, _HOPPER, _LESSER = [Device.CPU], [Device.GPU, Device.HOPPER], [Device.HOPPER], [Device.GPU]
 _PLAIN, _TRELLIS, _MIXED = [Stored.PLAIN], [Stored.TRELLIS], [Stored.HALF_TRELLIS, Stored.OTHER]
+_CODED = [*_TRELLIS, *_MIXED]
 _HALF, _SINGLE, _BOTH = [Element.HALF], [Element.SINGLE], [Element.HALF, Element.SINGLE]
 _ONE, _SEVERAL = [Queries.ONE], [Queries.SEVERAL]
 _NONE, _SOME = [Pages.NONE], [Pages.SOME]
+_256, _MORE = [Width.UP_TO_256], [Width.ABOVE_256]
 
 KERNELS: tuple[Entry, ...] = (
-    #     kernel                 device    stored    element  queries   pages   why
-    Entry(Kernel.REFERENCE,      _CPU,     ANY,      ANY,     ANY,      ANY,
+    #     kernel                 device    stored    element  queries   pages  width  why
+    Entry(Kernel.REFERENCE,      _CPU,     ANY,      ANY,     ANY,      ANY,   ANY,
           "PyTorch, in every type and format; `attend` asks the compiled kernels (`kernels.cpu`) first"),
-    Entry(Kernel.PREFILL,        _GPUS,    ANY,      _BOTH,   _SEVERAL, ANY,
+    Entry(Kernel.PREFILL,        _GPUS,    ANY,      _BOTH,   _SEVERAL, ANY,   ANY,
           "many queries read a page: it is decoded once, to memory, and then multiplied by warp groups"),
-    Entry(Kernel.PLAIN_DECODE,   _GPUS,    _PLAIN,   _BOTH,   _ONE,     ANY,
+    Entry(Kernel.PLAIN_DECODE,   _GPUS,    _PLAIN,   _BOTH,   _ONE,     ANY,   ANY,
           "nothing is decoded: pages go by way of shared memory into the products of warp groups"),
-    Entry(Kernel.TABLE_DECODE,   _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME,
+    Entry(Kernel.PLAIN_DECODE,   _GPUS,    _CODED,   _BOTH,   _ONE,     _NONE, ANY,
+          "all keys are in full precision: there are no codes to decode, and tables would be filled for nothing"),
+    Entry(Kernel.TABLE_DECODE,   _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME, _256,
           "a word of a table in shared memory is an int8 operand: a third of the general kernel's instructions"),
-    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _HALF,   _ONE,     _NONE,
-          "the tables would be filled for nothing"),
-    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _SINGLE, _ONE,     ANY,
+    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME, _MORE,
+          "the table kernel's pages on their way, one for each of eight warps, would fill the shared memory"),
+    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _SINGLE, _ONE,     _SOME, ANY,
           "the table kernel holds a query in 16 bits: too few for float32"),
-    Entry(Kernel.GENERAL_DECODE, _LESSER,  _TRELLIS, _BOTH,   _ONE,     ANY,
+    Entry(Kernel.GENERAL_DECODE, _LESSER,  _TRELLIS, _BOTH,   _ONE,     _SOME, ANY,
           "the tables' copies have no room in 164 KiB of shared memory, and other makers' GPUs run no PTX"),
-    Entry(Kernel.GENERAL_DECODE, _GPUS,    _MIXED,   _BOTH,   _ONE,     ANY,
+    Entry(Kernel.GENERAL_DECODE, _GPUS,    _MIXED,   _BOTH,   _ONE,     _SOME, ANY,
           "it decodes K and V each in a format of its own, by arithmetic, and adds the key mean to the scores"),
 )  # fmt: skip
 
@@ -167,6 +180,7 @@ def describe(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int, dev
         ELEMENTS.get(q.dtype, Element.OTHER),
         Queries.ONE if q.shape[1:2] == (1,) and coefficients_known else Queries.SEVERAL,
         Pages.SOME if kv.pages.numel() > 0 and max_length > kv.sink + PAGE_TOKENS else Pages.NONE,
+        Width.UP_TO_256 if q.shape[-1] <= 256 else Width.ABOVE_256,
     )
 
 
@@ -230,34 +244,44 @@ class TilesEntry(NamedTuple):
     why: str
 
 
-_UP_TO_64, _UP_TO_128, _65_TO_128, _ABOVE_128 = range(1, 65), range(1, 129), range(65, 129), range(129, 1 << 30)
+_UP_TO_64, _UP_TO_128, _65_TO_128 = range(1, 65), range(1, 129), range(65, 129)
+_129_TO_256, _ABOVE_256 = range(129, 257), range(257, 1 << 30)
+_UP_TO_256 = range(1, 257)
 _CODES, _REST = [Stored.TRELLIS, Stored.HALF_TRELLIS], [Stored.PLAIN, Stored.OTHER]
 _G, _P, _F = Kernel.GENERAL_DECODE, Kernel.PLAIN_DECODE, Kernel.PREFILL
 
 TILES: tuple[TilesEntry, ...] = (
-    #          kernel, stored, element,    head_dim,   Tiles(rows, keys, full, flip, warps, stages, at once), why
-    TilesEntry(_G, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  False, 4,    1,     8),
+    #          kernel, stored, element,    head_dim,    Tiles(rows, keys, full, flip, warps, stages, at once), why
+    TilesEntry(_G, ANY,    Element.SINGLE, ANY,         Tiles(16,  16,  16,  False, 4,    1,     8),
                "the smallest products of float32 are 16 each way"),
-    TilesEntry(_G, _CODES, Element.HALF,   ANY,        Tiles(8,   16,  16,  True,  1,    1,     8),
+    TilesEntry(_G, _CODES, Element.HALF,   _UP_TO_256,  Tiles(8,   16,  16,  True,  1,    1,     8),
                "one warp a program: what is decoded is decoded once (timed, H200)"),
-    TilesEntry(_G, _REST,  Element.HALF,   _UP_TO_128, Tiles(8,   32,  16,  True,  1,    1,     8),
+    TilesEntry(_G, _REST,  Element.HALF,   _UP_TO_128,  Tiles(8,   32,  16,  True,  1,    1,     8),
                "the same, and twice the keys while they are small or quickly decoded (timed, H200)"),
-    TilesEntry(_G, _REST,  Element.HALF,   _ABOVE_128, Tiles(8,   16,  16,  True,  1,    1,     8),
+    TilesEntry(_G, _REST,  Element.HALF,   _129_TO_256, Tiles(8,   16,  16,  True,  1,    1,     8),
                "one warp a program: what is decoded is decoded once (timed, H200)"),
-    TilesEntry(_P, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  True,  4,    1,     2),
+    TilesEntry(_G, ANY,    Element.HALF,   _ABOVE_256,  Tiles(8,   32,  32,  True,  4,    1,     2),
+               "the sums and the queries of one warp would not fit its registers; four spill least (not timed)"),
+    TilesEntry(_P, ANY,    Element.SINGLE, _UP_TO_256,  Tiles(16,  16,  16,  True,  4,    1,     2),
                "the smallest products of float32 are 16 each way"),
-    TilesEntry(_P, ANY,    Element.HALF,   _UP_TO_64,  Tiles(16,  64,  64,  True,  4,    5,     4),
+    TilesEntry(_P, ANY,    Element.SINGLE, _ABOVE_256,  Tiles(16,  16,  16,  True,  4,    1,     1),
+               "the smallest products of float32 are 16 each way (not timed)"),
+    TilesEntry(_P, ANY,    Element.HALF,   _UP_TO_64,   Tiles(16,  64,  64,  True,  4,    5,     4),
                "a warp group; programs by the registers, stages that fill the shared memory"),
-    TilesEntry(_P, ANY,    Element.HALF,   _65_TO_128, Tiles(16,  64,  64,  True,  4,    3,     3),
+    TilesEntry(_P, ANY,    Element.HALF,   _65_TO_128,  Tiles(16,  64,  64,  True,  4,    3,     3),
                "a warp group; programs by the registers, stages that fill the shared memory (timed at 128, H100)"),
-    TilesEntry(_P, ANY,    Element.HALF,   _ABOVE_128, Tiles(16,  64,  64,  True,  4,    3,     1),
+    TilesEntry(_P, ANY,    Element.HALF,   _129_TO_256, Tiles(16,  64,  64,  True,  4,    3,     1),
                "a warp group; keys and values of three stages leave room for one program"),
-    TilesEntry(_F, ANY,    Element.SINGLE, ANY,        Tiles(16,  16,  16,  False, 8,    1,     1),
+    TilesEntry(_P, ANY,    Element.HALF,   _ABOVE_256,  Tiles(16,  32,  32,  True,  4,    3,     1),
+               "keys and values of three stages fill the shared memory, half as many a stage (not timed)"),
+    TilesEntry(_F, ANY,    Element.SINGLE, ANY,         Tiles(16,  16,  16,  False, 8,    1,     1),
                "the smallest products of float32 are 16 each way"),
-    TilesEntry(_F, ANY,    Element.HALF,   _UP_TO_128, Tiles(128, 64,  64,  False, 8,    3,     1),
+    TilesEntry(_F, ANY,    Element.HALF,   _UP_TO_128,  Tiles(128, 64,  64,  False, 8,    3,     1),
                "the registers of a whole multiprocessor (sm_90); its shared memory has room for three stages"),
-    TilesEntry(_F, ANY,    Element.HALF,   _ABOVE_128, Tiles(128, 64,  64,  False, 8,    2,     1),
+    TilesEntry(_F, ANY,    Element.HALF,   _129_TO_256, Tiles(128, 64,  64,  False, 8,    2,     1),
                "the registers of a whole multiprocessor (sm_90); its shared memory has room for two stages"),
+    TilesEntry(_F, ANY,    Element.HALF,   _ABOVE_256,  Tiles(64,  32,  32,  False, 8,    2,     1),
+               "half the queries, for their sums fill the registers; two stages of half the keys (not timed)"),
 )  # fmt: skip
 
 

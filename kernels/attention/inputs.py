@@ -12,6 +12,7 @@ from octo_run.kernels.attention.key_mean import KeyMean
 from octo_run.kernels.codec.page_format import page_bytes as page_bytes
 
 if TYPE_CHECKING:
+    from octo_run.kernels.attention.spec import AttentionSpec
     from octo_run.kernels.codec import KVFormat
 
 
@@ -28,6 +29,9 @@ class AttentionInputs:
 
     Packed pages hold only positions before the first query (``sink + 64 * num_packed <= starts`` or, for a sequence
     shorter than the sink, ``num_packed = 0``).
+
+    With a window (`AttentionSpec.window`) pages, and sinks, that lie wholly before what the first query sees are not
+    read: nobody need hold such pages any more, and their entries in the table may be anything.
 
     Attributes:
         page_table: Unused entries are never read.
@@ -58,8 +62,8 @@ class AttentionInputs:
         return (*parts, mean.maps, mean.tables.base, mean.tables.offset, *of_queries)
 
 
-def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> None:
-    """Refuse shapes, dtypes and devices that do not fit together; no values are read.
+def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, spec: AttentionSpec, out: Tensor | None) -> None:
+    """Refuse shapes, dtypes and devices that do not fit together; no values of tensors are read.
 
     Raises:
         ValueError: Such an input; the message names the tensor.
@@ -96,7 +100,8 @@ def check(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor | None) -> 
             raise ValueError(f"{name} must be int32 [{batch}], not {index.dtype} {tuple(index.shape)}")
     if kv.mean is not None:
         _check_mean(q, kv.mean, kv_heads)
-    for part in (*kv.tensors(), *(() if out is None else (out,))):
+    spec.check_heads(heads)
+    for part in (*kv.tensors(), *(one for one in (out, spec.sink_logits) if one is not None)):
         if part.device != q.device:
             raise ValueError(f"q is on {q.device}, another input is on {part.device}")
         if part.shape[-1] > 1 and part.stride(-1) != 1:

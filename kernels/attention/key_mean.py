@@ -123,19 +123,24 @@ def launch_options(dim: int) -> dict[str, int]:
     return {"D": dim, "WIDTH": 1 << (dim - 1).bit_length(), "num_warps": 4 if dim <= 128 else 8, "num_stages": 2}
 
 
-def put_back(slab: Tensor, packed: Tensor, first: int, mean: KeyMean) -> None:
+def put_back(
+    slab: Tensor, packed: Tensor, first: int, mean: KeyMean, seen: tuple[Tensor, int, int | None] | None = None
+) -> None:
     """Add the mean to decoded pages of keys, by Triton.
 
     Args:
         slab: ``[B, Hkv, 64 * N, d]``, contiguous: the pages from number ``first`` on. What lies beyond the packed pages
             stays.
         packed: int32 [B], pages that the sequences have.
+        seen: Positions of the first queries, sinks and window, if pages are counted from the first one that these see.
     """
     from octo_run.kernels.attention.general.key_mean_kernels import put_back_kernel
 
     batch, kv_heads, tokens, dim = slab.shape
     pages = tokens // PAGE_TOKENS
+    starts, sink, window = seen or (packed, 0, None)
     with on_device_of(slab):
         put_back_kernel[(pages, kv_heads, batch)](
-            SLAB=slab, MAPS=mean.maps, NUM_PACKED=packed, BASE=mean.tables.base, OFFSET=mean.tables.offset,
-            first_page=first, pages=pages, **launch_options(dim))  # fmt: skip
+            SLAB=slab, MAPS=mean.maps, NUM_PACKED=packed, STARTS=starts, BASE=mean.tables.base,
+            OFFSET=mean.tables.offset, first_page=first, pages=pages, sink=sink, WINDOW=window or 0,
+            **launch_options(dim))  # fmt: skip

@@ -53,8 +53,7 @@ def launch(
     Args:
         q: In fp16, bf16 or fp32.
     """
-    spec.require_plain()
-    check(q, kv, fmt, out)
+    check(q, kv, fmt, spec, out)
     batch, count, heads, dim = q.shape
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -64,11 +63,11 @@ def launch(
 
     with on_device_of(q):
         if kernel is Kernel.TABLE_DECODE:
-            launch_table_decode(q, kv, fmt, out, room(), scale=spec.scale, max_length=max_length)
+            launch_table_decode(q, kv, fmt, out, room(), spec=spec, max_length=max_length)
         elif kernel is Kernel.PREFILL:
             # Two at least: a single query, whose key mean has no coefficients, takes a slab as well.
-            launch_prefill(call, q, kv, fmt, out, room(max(2, batch * count), max_length), scale=spec.scale,
+            launch_prefill(call, q, kv, fmt, out, room(max(2, batch * count), max_length), spec=spec,
                            max_length=max_length)  # fmt: skip
         else:
-            launch_decode(kernel, call, q, kv, fmt, out, room, scale=spec.scale, max_length=max_length)
+            launch_decode(kernel, call, q, kv, fmt, out, room, spec=spec, max_length=max_length)
     return out

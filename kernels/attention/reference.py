@@ -31,11 +31,10 @@ def attend_reference(
         ``[B, C, H, d]`` in q's dtype.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit together, or fields of ``spec`` beside its scale.
+        ValueError: Shapes or dtypes that do not fit together.
     """
-    spec.require_plain()
     scale = spec.scale
-    check(q, kv, fmt, out)
+    check(q, kv, fmt, spec, out)
     _, count, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
@@ -54,7 +53,8 @@ def attend_reference(
         if kv.mean is not None:
             coefficient = kv.mean.coefficients[b].to(dtype).mul(scale).reshape(count, kv_heads, group, dim)
             coefficient = coefficient.transpose(0, 1).reshape(kv_heads, count * group, dim)
-        result = _attend_one(rows, positions, _segments(kv, fmt, b, row, start + count, dtype, coefficient))
+        segments = _segments(kv, fmt, b, row, (spec.earliest(start), start + count), dtype, coefficient)
+        result = _attend_one(rows, positions, segments, spec)
         out[b] = result.reshape(kv_heads, count, group, dim).transpose(0, 1).reshape(count, heads, dim)
     return out
 
@@ -63,7 +63,7 @@ def host_bytes(queries: int, heads: int, kv_heads: int, head_dim: int, keys: tup
     """Bytes that `attend_reference` takes beside its inputs and its output: see `attention_host_bytes`."""
     pages, full = keys
     rows, longest = queries * heads, max(PAGE_TOKENS * min(TILE_PAGES, pages), full)
-    scores = rows * longest * 4 * (2 if mean else 1) + rows * full  # with a mean's part; what is hidden
+    scores = rows * longest * 4 * (2 if mean else 1) + rows // kv_heads * longest  # with a mean's part; what is hidden
     return scores + 4 * head_dim * (5 * rows + 4 * kv_heads * longest)
 
 
@@ -72,18 +72,21 @@ def _segments(
     fmt: KVFormat,
     b: int,
     row: int,
-    length: int,
+    seen: tuple[int, int],
     dtype: torch.dtype,
     coefficient: Tensor | None,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
     """Yield (first position, K [Hkv, n, d], V [Hkv, n, d], what to add to the logits [Hkv, R, n]) of sequence `b`,
-    which owns `row`, in the order of positions. `coefficient`: the key mean's, scaled, [Hkv, R, d]."""
+    which owns `row`, in the order of positions. `seen`: the first position and the one behind the last that any query
+    sees; pages are whole. `coefficient`: the key mean's, scaled, [Hkv, R, d]."""
+    earliest, length = seen
     sinks = min(kv.sink, length)
-    if sinks:
-        yield 0, kv.sink_k[row, :, :sinks].to(dtype), kv.sink_v[row, :, :sinks].to(dtype), None
+    if sinks > earliest:
+        k, v = (full[row, :, earliest:sinks].to(dtype) for full in (kv.sink_k, kv.sink_v))
+        yield earliest, k, v, None
     packed = int(kv.num_packed[b])
     split = PAGE_TOKENS * fmt.k.bytes_per_vector
-    for first in range(0, packed, TILE_PAGES):
+    for first in range(max(0, earliest - kv.sink) // PAGE_TOKENS, packed, TILE_PAGES):
         ids = kv.page_table[row, first : min(first + TILE_PAGES, packed)].long()
         blocks = kv.pages[ids].transpose(0, 1)  # [Hkv, pages, bytes]
         kv_heads, pages = blocks.shape[:2]
@@ -93,7 +96,7 @@ def _segments(
         if coefficient is not None and kv.mean is not None:
             bias = page_bias(coefficient, kv.mean.tables, first, pages)
         yield kv.sink + first * PAGE_TOKENS, fmt.k.decode_rotated(k, dtype), fmt.v.decode_rotated(v, dtype), bias
-    done = kv.sink + packed * PAGE_TOKENS
+    done = max(earliest, kv.sink + packed * PAGE_TOKENS)
     if length > done:
         offsets = torch.arange(done - kv.sink, length - kv.sink, device=kv.tail_k.device)
         slots = (offsets - int(kv.tail_origin[b])) % kv.tail_k.shape[2]
@@ -101,20 +104,32 @@ def _segments(
 
 
 def _attend_one(
-    rows: Tensor, positions: Tensor, segments: Iterator[tuple[int, Tensor, Tensor, Tensor | None]]
+    rows: Tensor,
+    positions: Tensor,
+    segments: Iterator[tuple[int, Tensor, Tensor, Tensor | None]],
+    spec: AttentionSpec,
 ) -> Tensor:
     """Online softmax over segments: scaled queries ``rows [Hkv, R, d]`` at ``positions [R]`` -> ``[Hkv, R, d]``."""
-    top = rows.new_full((*rows.shape[:2], 1), float("-inf"))
-    total = torch.zeros_like(top)
+    if spec.sink_logits is None:
+        top = rows.new_full((*rows.shape[:2], 1), float("-inf"))
+        total = torch.zeros_like(top)
+    else:  # rows go over the heads of a group, token by token
+        group = len(spec.sink_logits) // len(rows)
+        top = spec.sink_logits.to(rows.dtype).view(len(rows), group).repeat(1, rows.shape[1] // group)[..., None]
+        total = torch.ones_like(top)
     acc = torch.zeros_like(rows)
     for first, k, v, bias in segments:
         scores = rows @ k.transpose(1, 2)
         if bias is not None:
             scores += bias
+        if spec.logit_cap is not None:
+            scores.div_(spec.logit_cap).tanh_().mul_(spec.logit_cap)
         last = first + k.shape[1] - 1
+        keys = torch.arange(first, last + 1, device=rows.device)
         if last > int(positions[0]):
-            keys = torch.arange(first, last + 1, device=rows.device)
             scores.masked_fill_(keys > positions[:, None], float("-inf"))
+        if spec.window is not None and first <= int(positions[-1]) - spec.window:
+            scores.masked_fill_(keys <= positions[:, None] - spec.window, float("-inf"))
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         shift = new_top.masked_fill(new_top == float("-inf"), 0.0)
         weights = scores.sub_(shift).exp_()

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 256, 512)
 
 
 def walsh_hadamard(x: torch.Tensor) -> torch.Tensor:

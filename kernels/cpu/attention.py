@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from octo_run.kernels.attention.spec import AttentionSpec
 
 
+_NO_WINDOW = 1 << 40  # tokens: larger than any sequence
+
+
 class _Codec(ctypes.Structure):
     _fields_ = (
         *((name, Long) for name in (
@@ -38,7 +41,8 @@ class _Call(ctypes.Structure):
         *((name, Pointer) for name in ("rows", "num_packed", "starts", "tail_origin")),
         *((name, Pointer) for name in ("sink_k", "sink_v", "tail_k", "tail_v")),
         *((f"{part}_{by}", Long) for part in ("sk", "sv", "tk", "tv") for by in "rht"),
-        *((name, Pointer) for name in ("coefficients", "base", "offset")),
+        *((name, Pointer) for name in ("coefficients", "base", "offset", "sink_logits")),
+        ("window", Long), ("cap", ctypes.c_double),
         ("k", _Codec), ("v", _Codec),
     )  # fmt: skip
 
@@ -73,8 +77,7 @@ def attend(q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, spec: AttentionSpec
     described = _described(fmt.k), _described(fmt.v)
     if found is None or None in described or q.dtype not in ELEMENTS or q.shape[-1] % 16:
         return None
-    spec.require_plain()
-    check(q, kv, fmt, out)
+    check(q, kv, fmt, spec, out)
     (k, _), (v, _) = (one for one in described if one is not None)
     if out is None:
         out = torch.empty_like(q)
@@ -90,6 +93,7 @@ def attend(q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, spec: AttentionSpec
         address(of_queries),
         None if kv.mean is None else kv.mean.tables.base.data_ptr(),
         None if kv.mean is None else kv.mean.tables.offset.data_ptr(),
+        address(spec.sink_logits), min(spec.window or _NO_WINDOW, _NO_WINDOW), spec.logit_cap or 0.0,
         k, v,
     )  # fmt: skip
     found.octo_attend(ctypes.byref(call))

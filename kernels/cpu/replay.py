@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees whether PyTorch computes something."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.computed: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,7 +45,7 @@ class _Program:
     def __init__(self, kernels: Kernels, calls: list[tuple[Any, ctypes.Structure]], result: object) -> None:
         self._run, self._arguments = kernels.functions.octo_run, [arguments for _, arguments in calls]
         self._calls = (_Recorded * len(calls))(
-            *((ctypes.cast(function, Pointer).value, ctypes.addressof(arguments)) for function, arguments in calls)
+            *(_Recorded(ctypes.cast(function, Pointer), ctypes.addressof(arguments)) for function, arguments in calls)
         )
         self.result = result
 

@@ -135,25 +135,31 @@ def _chain(source, fields, i0, scale, keys, values, D: tl.constexpr, STREAM: tl.
     SHORT: tl.constexpr = N * CODE_BITS < 32
     FIRST: tl.constexpr = N if SHORT else 63 // CODE_BITS  # slots whose codes one integer holds
     ENTRIES: tl.constexpr = (1 << (STREAM + STATE)) + (1 << STREAM)
-    WIDTH: tl.constexpr = 16 if N > 8 else (8 if N > 4 else (4 if N > 2 else 2))
+    HISTORY: tl.constexpr = tl.int64 if STATE * N > 32 else tl.int32
+    WIDTH: tl.constexpr = 32 if N > 16 else (16 if N > 8 else (8 if N > 4 else (4 if N > 2 else 2)))
+    tl.static_assert(N <= 3 * FIRST)
     ROWS: tl.constexpr = scale.shape[0]
     states = tl.arange(0, S)
     cheapest = _cheapest(source, i0 + N - 1, scale, keys, SIGNED, CELLS, CODES, COLUMNS)
     codes = (cheapest & (CODES - 1)).to(tl.int32 if SHORT else tl.int64)
     more = tl.zeros([ROWS, CELLS], tl.int64)
+    rest = more
     paths = tl.permute(_moves(cheapest, CODE_BITS, STATE), [1, 2, 0])  # [after, row, start]
-    history = states[None, None, :] + tl.zeros([S, ROWS, S], tl.int32)
+    history = states[None, None, :].to(HISTORY) + tl.zeros([S, ROWS, S], HISTORY)
     for step in range(1, N):
         cheapest = _cheapest(source, i0 + N - 1 - step, scale, keys, SIGNED, CELLS, CODES, COLUMNS)
         code = (cheapest & (CODES - 1)).to(codes.dtype)
         if N > FIRST:
             codes |= tl.where(step < FIRST, code << (CODE_BITS * tl.minimum(step, FIRST - 1)), 0)
-            more |= tl.where(step < FIRST, 0, code << (CODE_BITS * tl.maximum(step - FIRST, 0)))
+            second = (step >= FIRST) & (step < 2 * FIRST)
+            more |= tl.where(second, code << (CODE_BITS * tl.where(second, step - FIRST, 0)), 0)
+            if N > 2 * FIRST:
+                rest |= tl.where(step < 2 * FIRST, 0, code << (CODE_BITS * tl.maximum(step - 2 * FIRST, 0)))
         else:
             codes |= code << (CODE_BITS * step)
         move = _moves(cheapest, CODE_BITS, STATE) | states[:, None, None]
         best = tl.min(paths[:, None, :, :] + move[:, :, :, None], 0)
-        history |= (best & (S - 1)) << (STATE * step)
+        history |= (best & (S - 1)).to(HISTORY) << (STATE * step)
         paths = best & -S
     same = states[:, None, None] == states[None, None, :]
     closed = tl.min(tl.where(same, paths, 0x7FFFFFFF - (S - 1)), 0)  # [row, start]
@@ -163,13 +169,17 @@ def _chain(source, fields, i0, scale, keys, values, D: tl.constexpr, STREAM: tl.
     cells = tl.zeros([ROWS, WIDTH], tl.int32)
     for slot in range(N):
         here = tl.sum(tl.where(states[:, None] == state[None, :], history, 0), 0)
-        previous = (here >> (STATE * (N - 1 - slot))) & (S - 1)
+        previous = ((here >> (STATE * (N - 1 - slot))) & (S - 1)).to(tl.int32)
         cells = tl.where(slots == slot, ((previous << STATE) | state)[:, None], cells)
         state = previous
     step = tl.maximum(N - 1 - slots, 0)
     held = _chosen(codes, cells, CELLS) >> (CODE_BITS * tl.minimum(step, FIRST - 1))
     if N > FIRST:
-        held = tl.where(step < FIRST, held, _chosen(more, cells, CELLS) >> (CODE_BITS * tl.maximum(step - FIRST, 0)))
+        second = (step >= FIRST) & (step < 2 * FIRST)
+        held = tl.where(second, _chosen(more, cells, CELLS) >> (CODE_BITS * tl.where(second, step - FIRST, 0)), held)
+        if N > 2 * FIRST:
+            third = _chosen(rest, cells, CELLS) >> (CODE_BITS * tl.maximum(step - 2 * FIRST, 0))
+            held = tl.where(step < 2 * FIRST, held, third)
     code = ((held.to(tl.int32) & (CODES - 1)) << STATE) | (cells & (S - 1))
     i = i0 + slots
     x, y, z, _u, _v, _w, signs = _triplet(source[:, None], i, scale[:, None], D, SIGNED)
@@ -215,7 +225,7 @@ def trellis_kernel(
     """
     TRIPLETS: tl.constexpr = (D + 2) // 3
     N: tl.constexpr = TRIPLETS // 8
-    WIDTH: tl.constexpr = 64 if D <= 64 else (128 if D <= 128 else 256)
+    WIDTH: tl.constexpr = 64 if D <= 64 else (128 if D <= 128 else (256 if D <= 256 else 512))
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1).to(tl.int64)
     h = tl.program_id(2).to(tl.int64)

@@ -5,7 +5,7 @@ from torch import Tensor
 from octo_run.kernels.linear import reference
 from octo_run.kernels.linear.packed import BITS, BLOCK, GROUPS, PackedWeight, empty, joined, pack
 
-__all__ = ["BITS", "BLOCK", "GROUPS", "PackedWeight", "empty", "joined", "pack", "packed_linear"]
+__all__ = ["BITS", "BLOCK", "GROUPS", "PackedWeight", "empty", "joined", "pack", "packed_linear", "packed_swiglu"]
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
@@ -27,3 +27,16 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
         if compiled.packed_linear(x, weight, bias, out):
             return
     reference.packed_linear(x, weight, bias, out)
+
+
+def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> bool:
+    """``out [B, n / 2] = silu(y) * z`` of the first and the second half of ``x weight^T + bias``, in one kernel.
+
+    Returns:
+        Whether it was done: there is such a kernel for few rows on an NVIDIA GPU.
+    """
+    if not x.is_cuda:
+        return False
+    from octo_run.kernels.linear import launch
+
+    return launch.packed_swiglu(x, weight, bias, out)

@@ -21,8 +21,9 @@ def _value(code, KIND: tl.constexpr):
 
 @triton.jit
 def dequantise_kernel(
-    CODES, ROWS, SCALES, OFFSETS, OUT, first, last, columns, padded, GROUP: tl.constexpr, KIND: tl.constexpr,
-    BITS: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr,
+    CODES, ROWS, SCALES, OFFSETS, OUT, first, last, columns, padded, stride_row, stride_group, GROUP: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr, R: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Values of rows ``first`` to ``last``, R rows and BLOCKS blocks of 128 columns a program: to OUT [.., columns].
 
@@ -47,7 +48,7 @@ def dequantise_kernel(
         GROUPS: tl.constexpr = BLOCKS * 128 // GROUP
         value = tl.reshape(value, (R, GROUPS, GROUP))
         group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-        at = row[:, None] * (padded // GROUP) + group[None, :]
+        at = row[:, None] * stride_row + group[None, :] * stride_group
         inside = (row < last)[:, None] & (group < padded // GROUP)[None, :]
         if HAS_OFFSETS:
             value -= tl.load(OFFSETS + at, mask=inside, other=0).to(tl.float32)[:, :, None]
@@ -56,9 +57,9 @@ def dequantise_kernel(
     value = tl.reshape(value, (R, BLOCKS * 128))
     if GROUP == 0:
         if HAS_OFFSETS:
-            value -= tl.load(OFFSETS + row, mask=row < last, other=0).to(tl.float32)[:, None]
+            value -= tl.load(OFFSETS + row * stride_row, mask=row < last, other=0).to(tl.float32)[:, None]
         if SCALED:
-            value *= tl.load(SCALES + row, mask=row < last, other=0).to(tl.float32)[:, None]
+            value *= tl.load(SCALES + row * stride_row, mask=row < last, other=0).to(tl.float32)[:, None]
     value *= tl.load(ROWS + row, mask=row < last, other=0)[:, None]
     k = tl.program_id(1) * (BLOCKS * 128) + tl.arange(0, BLOCKS * 128)
     target = OUT + (row - first)[:, None] * columns + k[None, :]

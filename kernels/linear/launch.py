@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.devices import early, on_device_of, runs_ptx
+from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
 from octo_run.kernels.linear.dequantise_kernel import dequantise_kernel
-from octo_run.kernels.linear.gluon_product import packed_product_kernel, reduction_bytes
-from octo_run.kernels.linear.packed import BITS, PackedWeight
+from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
 from octo_run.kernels.linear.reference import SLAB_BYTES, in_slabs
+from octo_run.kernels.linear.streamed_product import shared_bytes, streamed_product_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 #: Rows of x that a launch of the fused product takes, and up to which it is faster than decoding first.
 ROWS_AT_ONCE, FUSED_ROWS = 16, 64
+#: Numbers in which the slices of a product with many columns meet: those of seven slices of 8,192 outputs.
+PARTS = 7 * 8192 * ROWS_AT_ONCE
 #: Rows, and blocks of columns, that a program decodes.
 _ROWS, _BLOCKS = 4, 4
 _ALIGNED = 128  # outputs of a slab are a multiple
@@ -28,24 +31,44 @@ _ALIGNED = 128  # outputs of a slab are a multiple
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of sixteen outputs a program, its warps, and turns that codes are loaded ahead."""
+    """How a product is divided: warps of a program, blocks of columns that each has, tiles ahead, slices of columns."""
 
-    tiles: int
     warps: int
-    ahead: int = 1
+    turns: int
+    ahead: int
+    slices: int
 
 
-def tiling(out: int, blocks: int, rows: int) -> Tiling:
-    """How a product is divided, by timing int4 on an H200 (`scripts/bench_packed_products.py --tilings`)."""
-    warps = 16 if blocks >= 64 else 8 if blocks >= 8 else 4
-    if rows > 8:
-        return Tiling(2, warps)
-    return Tiling(1, warps, 2 if warps == 8 and out <= 8192 else 1)
+#: By timing on an H200 (`scripts/bench_packed_products.py`). A warp keeps its inputs in registers: of four blocks.
+_WARPS, _TURNS = 8, 4
+
+
+def tiling(blocks: int) -> Tiling:
+    """The division of ``blocks`` of 128 columns: the same for all numbers of rows, so that sums are the same ones."""
+    slices = -(-blocks // (_WARPS * _TURNS))
+    turns = -(-blocks // (slices * _WARPS))
+    return Tiling(_WARPS, turns, 2 if turns < 3 else 1, slices)
 
 
 def fits(x: Tensor, weight: PackedWeight) -> bool:
-    """Whether the fused kernel takes this product: a 16-bit dtype, 8-byte aligned rows, an NVIDIA GPU."""
-    return x.dtype in ELEMENTS and weight.columns % 4 == 0 and runs_ptx(x.device) and len(x) <= FUSED_ROWS
+    """Whether the fused kernel takes this product: 16-bit inputs, aligned rows and scales, an NVIDIA GPU."""
+    by_group = weight.scales is None or (weight.group <= BLOCK and _groups_aligned(weight))
+    slices = tiling(weight.padded // BLOCK).slices
+    in_parts = slices == 1 or slices * ROWS_AT_ONCE * weight.shape[0] <= PARTS
+    return (
+        x.dtype in ELEMENTS
+        and weight.columns % 4 == 0
+        and by_group
+        and in_parts
+        and runs_ptx(x.device)
+        and len(x) <= FUSED_ROWS
+    )
+
+
+def _groups_aligned(weight: PackedWeight) -> bool:
+    """Whether scales (and offsets) of 8 rows are 16 aligned bytes."""
+    parts = [part for part in (weight.scales, weight.offsets) if part is not None]
+    return all(part.stride(0) == 1 and part.stride(1) % 8 == 0 and part.data_ptr() % 16 == 0 for part in parts)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
@@ -61,37 +84,72 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
             fused(x[some], weight, bias, out[some])
 
 
-def fused(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, chosen: Tiling | None = None) -> None:
-    """The fused product of at most ``ROWS_AT_ONCE`` rows."""
-    n, blocks, rows = weight.shape[0], weight.padded // 128, len(x)
-    how = tiling(n, blocks, rows) if chosen is None else chosen
+def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> bool:
+    """`kernels.linear.packed_swiglu` on a GPU."""
+    if weight.order is not None or weight.shape[0] % 16 or len(x) > ROWS_AT_ONCE or not fits(x, weight):
+        return False
+    with on_device_of(x):
+        fused(x, weight, bias, out, swiglu=True)
+    return True
+
+
+@functools.cache
+def _joining(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the slices of a product meet in on a device: float32 parts of outputs, and counters, which are zero."""
+    return torch.empty(PARTS, device=device), torch.zeros(processors(device), dtype=torch.int32, device=device)
+
+
+def fused(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    out: Tensor,
+    how: Tiling | None = None,
+    *,
+    swiglu: bool = False,
+) -> None:
+    """The fused product of at most ``ROWS_AT_ONCE`` rows; ``swiglu``: of its first half silu, times the second."""
+    n, blocks, rows = weight.shape[0], weight.padded // BLOCK, len(x)
+    how = tiling(blocks) if how is None else how
     wide = 2 if rows > 8 else 1
-    unused = weight.codes
-    launch: Callable[..., Any] = packed_product_kernel[(triton.cdiv(n, 16 * how.tiles), 1)]
+    step, half = (8, n // 2) if swiglu else (16, 8)
+    parts, counters = _joining(x.device) if how.slices > 1 else (weight.rows, weight.rows)
+    tiles = triton.cdiv(n, 2 * step if swiglu else step)
+    programs = min(tiles, max(1, processors(x.device) // how.slices))
+    group = 0 if weight.scales is None else weight.group
+    shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, wide, how.warps, how.turns * how.ahead)
+    threads, unused = 32 * how.warps, weight.rows
+    scales = unused if weight.scales is None else weight.scales
+    launch: Callable[..., Any] = streamed_product_kernel[(programs * how.slices, 1)]
     launch(
-        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
-        OFFSETS=unused if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias, OUT=out,
-        n=n, rows=rows, columns=weight.columns, blocks=blocks, stride_x=x.stride(0), stride_out=out.stride(0),
-        KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
-        GROUP=0 if weight.scales is None else weight.group, MT=how.tiles, NT=wide,
-        HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, PADDED=weight.padded != weight.columns,
-        UNEVEN=blocks % how.warps != 0, AHEAD=how.ahead, WARPS=how.warps,
-        SMEM_WORDS=int(reduction_bytes(how.tiles, wide, how.warps)) // 4, **early(x.device), num_warps=how.warps,
+        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=scales,
+        OFFSETS=scales if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias, OUT=out,
+        PARTS=parts, COUNTERS=counters, n=n, rows=rows, columns=weight.columns, blocks=blocks,
+        slice_blocks=triton.cdiv(blocks, how.slices), row_bytes=weight.codes.stride(0), stride_x=x.stride(0),
+        stride_out=out.stride(0), stride_group=0 if weight.scales is None else weight.scales.stride(1), tiles=tiles,
+        programs=programs, step=step, half=half, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
+        GROUP=group, NT=wide, HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, SWIGLU=swiglu,
+        PADDED=weight.padded != weight.columns, UNEVEN=blocks != how.slices * how.warps * how.turns, TURNS=how.turns,
+        AHEAD=how.ahead, SLICES=how.slices, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
+        **early(x.device), num_warps=how.warps,
     )  # fmt: skip
 
 
 def unpack(weight: PackedWeight, first: int, last: int, out: Tensor) -> None:
     """Values of the rows ``first`` to ``last`` in the order of the codes, to ``out [last - first, in]``."""
     scales, offsets, unused = weight.scales, weight.offsets, weight.codes
+    strided = offsets if scales is None else scales
     launch: Callable[..., Any] = dequantise_kernel[
-        (triton.cdiv(last - first, _ROWS), triton.cdiv(weight.padded, 128 * _BLOCKS))
+        (triton.cdiv(last - first, _ROWS), triton.cdiv(weight.padded, BLOCK * _BLOCKS))
     ]
     launch(
         CODES=weight.codes.view(torch.int32), ROWS=weight.rows, SCALES=unused if scales is None else scales,
         OFFSETS=unused if offsets is None else offsets, OUT=out, first=first, last=last, columns=weight.columns,
-        padded=weight.padded, GROUP=0 if weight.group == weight.padded and weight.padded > 128 else weight.group,
-        KIND=weight.kind, BITS=BITS[weight.kind], SCALED=scales is not None, HAS_OFFSETS=offsets is not None, R=_ROWS,
-        BLOCKS=_BLOCKS, num_warps=4,
+        padded=weight.padded, stride_row=0 if strided is None else strided.stride(0),
+        stride_group=0 if strided is None else strided.stride(1),
+        GROUP=0 if weight.group == weight.padded and weight.padded > BLOCK else weight.group, KIND=weight.kind,
+        BITS=BITS[weight.kind], SCALED=scales is not None, HAS_OFFSETS=offsets is not None, R=_ROWS, BLOCKS=_BLOCKS,
+        num_warps=4,
     )  # fmt: skip
 
 

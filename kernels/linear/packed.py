@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 BLOCK = 128
 """Columns of a block: those that a row's codes are ordered within."""
@@ -50,6 +50,13 @@ def values(kind: str) -> Tensor:
     raise ValueError(f"there is no kind of codes {kind!r}")
 
 
+def by_group(part: Tensor | None) -> Tensor | None:
+    """Scales or offsets ``[out, groups]`` as they lie on their device: on a GPU those of a group side by side."""
+    if part is None or part.device.type != "cuda":
+        return part
+    return part if part.stride(0) == 1 else part.t().contiguous().t()
+
+
 @functools.cache
 def lane_order(bits: int) -> Tensor:
     """Column of the code at each place of a block, int64 ``[BLOCK]``."""
@@ -67,7 +74,8 @@ class PackedWeight:
         group: Columns that share a scale: one of ``GROUPS``, or ``columns`` padded for all of a row.
         codes: uint8 ``[out, padded * bits / 8]``, rows contiguous.
         rows: float32 ``[out]``.
-        scales: float16 ``[out, padded / group]``; None: 1.
+        scales: float16 ``[out, padded / group]``; None: 1. On a GPU a group's lie side by side: its kernels read those
+            of many rows at once (``by_group``).
         offsets: Like ``scales``, for the kinds of integers; None: 0.
         order: int32 ``[in]``: column i of the codes belongs to input ``order[i]``; None: to input i.
     """
@@ -122,7 +130,7 @@ class PackedWeight:
         """The same on a device."""
 
         def moved(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part.to(device)
+            return None if part is None else by_group(part.to(device).contiguous())
 
         return replace(
             self, codes=self.codes.to(device), rows=self.rows.to(device), scales=moved(self.scales),
@@ -131,13 +139,21 @@ class PackedWeight:
 
     def part(self, first: int, last: int) -> PackedWeight:
         """Its rows from ``first`` to before ``last``, which share its memory."""
+        return self._of_rows(lambda part: part[first:last])
 
-        def cut(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part[first:last]
+    def reordered(self, order: Tensor) -> PackedWeight:
+        """Its rows in the order ``order``, int64 ``[out]``, of the same matrix."""
+        if self.codes.is_meta:  # PyTorch would import a compiler to find the shapes, which are the same
+            return self
+        return self._of_rows(lambda part: part[order.to(part.device)])
+
+    def _of_rows(self, chosen: Callable[[Tensor], Tensor]) -> PackedWeight:
+        def some(part: Tensor | None) -> Tensor | None:
+            return None if part is None else by_group(chosen(part))
 
         return replace(
-            self, codes=self.codes[first:last], rows=self.rows[first:last], scales=cut(self.scales),
-            offsets=cut(self.offsets),
+            self, codes=chosen(self.codes), rows=chosen(self.rows), scales=some(self.scales),
+            offsets=some(self.offsets),
         )  # fmt: skip
 
     def unpacked(self) -> Tensor:
@@ -194,7 +210,8 @@ def pack(
         placed = placed[:, ::2] | (placed[:, 1::2] << 4)
     return PackedWeight(
         kind, columns, padded // groups, placed.contiguous(), rows.to(torch.float32).contiguous(),
-        _fitted(scales, groups), _fitted(offsets, groups), None if order is None else order.to(torch.int32),
+        by_group(_fitted(scales, groups)), by_group(_fitted(offsets, groups)),
+        None if order is None else order.to(torch.int32),
     )  # fmt: skip
 
 
@@ -216,7 +233,7 @@ def empty(
     kept = padded if group is None else group
 
     def groups(there: bool) -> Tensor | None:
-        return torch.empty(out, padded // kept, dtype=torch.float16, device=device) if there else None
+        return by_group(torch.empty(out, padded // kept, dtype=torch.float16, device=device)) if there else None
 
     codes = torch.empty(out, padded * BITS[kind] // 8, dtype=torch.uint8, device=device)
     rows = torch.empty(out, dtype=torch.float32, device=device)
@@ -246,7 +263,7 @@ def joined(parts: Sequence[PackedWeight]) -> PackedWeight | None:
             torch.full((len(p.codes), shape), missing, dtype=torch.float16, device=p.device) if one is None else one
             for p, one in zip(parts, found, strict=True)
         ]
-        return torch.cat(filled)
+        return by_group(torch.cat(filled))
 
     return replace(
         first,

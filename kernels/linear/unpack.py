@@ -26,6 +26,12 @@ def excess(kind, element):
 
 
 @constexpr_function
+def masks(kind):
+    """Two constants of a kind that come from registers, as an instruction takes one constant only."""
+    return {"int4": (0x000F000F, 0), "int8": (0x007F007F, 0x00800080)}.get(str(kind), (0, 0))
+
+
+@constexpr_function
 def _magic(element):
     """Two powers of two whose last mantissa bit is worth 1."""
     return {"bf16": 0x43004300, "f16": 0x64006400}[str(element)]
@@ -46,10 +52,13 @@ def _mantissa_shift(kind, element):
 
 
 @gluon.jit
-def pair(word, I: gl.constexpr, KIND: gl.constexpr, ELEMENT: gl.constexpr):
-    """Pair I of a register of codes, as two 16-bit floats (see ``excess``): of 4-bit codes 4 pairs, of 8-bit ones 2."""
+def pair(word, I: gl.constexpr, constants, KIND: gl.constexpr, ELEMENT: gl.constexpr):
+    """Pair I of a register of codes, as two 16-bit floats (see ``excess``): of 4-bit codes 4 pairs, of 8-bit ones 2.
+
+    ``constants``: registers of ``masks``.
+    """
     if KIND == "int4":
-        return ((word >> (4 * I)) & 0x000F000F) | _magic(ELEMENT)
+        return ((word >> (4 * I)) & constants[0]) | _magic(ELEMENT)
     elif KIND == "fp4":
         v = (word << (12 - 4 * I)) & 0x80008000
         shift: gl.constexpr = _mantissa_shift(KIND, ELEMENT) - 4 * I
@@ -67,8 +76,8 @@ def pair(word, I: gl.constexpr, KIND: gl.constexpr, ELEMENT: gl.constexpr):
         gl.static_assert(KIND == "int8")
         v = word >> (8 * I)
         if ELEMENT == "bf16":  # 128 + the lower bits, less 128 or, for a negative one, 256
-            low = (v & 0x007F007F) | 0x43004300
-            high = (v & 0x00800080) | 0x43004300
+            low = (v & constants[0]) | 0x43004300
+            high = (v & constants[1]) | 0x43004300
             return fma_half2(high, word * 0 + 0xBF80BF80, low, ELEMENT)
         else:  # 1024 + 128 + code, less that
             up = ((v & 0x00FF00FF) ^ 0x00800080) | 0x64006400

@@ -29,8 +29,10 @@ __all__ = [
     "add_rms_norm",
     "count_drawn",
     "embed",
+    "gate",
     "linear",
     "mapped",
+    "norm_heads",
     "penalised",
     "qkv_rope_append",
     "rotate_back",
@@ -39,8 +41,8 @@ __all__ = [
 ]
 
 
-def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor) -> None:
-    """``out [B, hidden] = table[ids]``; ``ids`` int32 or int64 ``[B]``.
+def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float = 1.0) -> None:
+    """``out [B, hidden] = scale * table[ids]``; ``ids`` int32 or int64 ``[B]``.
 
     Args:
         table: ``[vocab, hidden]`` of the dtype of ``out``, or packed: int8 with a factor for each row.
@@ -49,25 +51,54 @@ def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor) -> None:
         from octo_run.kernels.step import launch
 
         launch.embed_packed(ids, table, out)
-    elif not (out.is_cpu and compiled.embed(ids, table, out)):
-        reference.embed(ids, table, out)
+        if scale != 1.0:
+            out.mul_(scale)
+    elif not (out.is_cpu and compiled.embed(ids, table, out, scale)):
+        reference.embed(ids, table, out, scale)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    post: Tensor | None = None,
+    multiplier: float = 1.0,
+    centred: bool = False,
+) -> None:
     """``residual += x`` in place, then ``out = rms_norm(residual) * weight``; without a residual that of ``x``.
 
-    All are of one dtype.
+    All are of one dtype, but for weights, which may be float32 (see ``reference.normed``).
 
     Args:
-        x, residual, out: ``[B, hidden]``, contiguous.
-        weight: ``[hidden]``.
+        x, residual, out: ``[B, hidden]``, contiguous; ``out`` is none of the others.
+        weight: ``[hidden]``; None: nothing is written but ``residual``.
+        post: ``[hidden]``: the weight of a norm of ``x`` that comes first.
+        multiplier: What is added is multiplied by it.
+        centred: The norms are LayerNorms without bias.
     """
     if x.is_cuda:
         from octo_run.kernels.step import launch
 
-        launch.add_rms_norm(x, residual, weight, eps, out)
-    elif not compiled.add_rms_norm(x, residual, weight, eps, out):
-        reference.add_rms_norm(x, residual, weight, eps, out)
+        launch.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred)
+    elif not compiled.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred):
+        reference.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred)
+
+
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
+    """``x [B, n] = rms_norm(x) * weight`` in place: a norm over all heads of queries, or of keys.
+
+    Args:
+        x: Its rows are contiguous, of any stride.
+        weight: ``[n]``, of the dtype of ``x`` or float32 (see ``reference.normed``).
+    """
+    if x.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.norm_heads(x, weight, eps)
+    elif not compiled.norm_heads(x, weight, eps):
+        reference.norm_heads(x, weight, eps)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -153,11 +184,25 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
         reference.rotate_back(mixed, rotation, out)
 
 
-def swiglu(gate_up: Tensor, out: Tensor) -> None:
-    """``out [B, n] = silu(gate) * up`` of ``gate_up [B, 2 n]``, both contiguous."""
+def gate(x: Tensor, gates: Tensor) -> None:
+    """``x [B, n] *= sigmoid(gates [B, n])`` in place, both contiguous."""
+    if x.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.gate(x, gates)
+    else:
+        reference.gate(x, gates)
+
+
+def swiglu(gate_up: Tensor, out: Tensor, activation: str = "silu") -> None:
+    """``out [B, n] = activation(gate) * up`` of ``gate_up [B, 2 n]``, both contiguous.
+
+    Args:
+        activation: ``silu`` or ``gelu_tanh`` (GELU by its approximation with tanh).
+    """
     if gate_up.is_cuda:
         from octo_run.kernels.step import launch
 
-        launch.swiglu(gate_up, out)
-    elif not compiled.swiglu(gate_up, out):
-        reference.swiglu(gate_up, out)
+        launch.swiglu(gate_up, out, activation)
+    elif not compiled.swiglu(gate_up, out, activation):
+        reference.swiglu(gate_up, out, activation)

@@ -14,6 +14,8 @@ from octo_run.kernels.devices import early, on_device_of
 from octo_run.kernels.step.layer_kernels import (
     add_rms_norm_kernel,
     embed_packed_kernel,
+    gate_kernel,
+    norm_heads_kernel,
     qkv_rope_append_kernel,
     rotate_back_kernel,
     swiglu_kernel,
@@ -69,25 +71,62 @@ def embed_packed(ids: Tensor, table: PackedWeight, out: Tensor) -> None:
             BLOCK=_EMBED_CODES, **early(out.device), num_warps=4)  # fmt: skip
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    post: Tensor | None = None,
+    multiplier: float = 1.0,
+    centred: bool = False,
+) -> None:
     """`kernels.step.add_rms_norm` by the Triton kernel."""
-    _check(x=x, out=out, weight=weight, residual=x if residual is None else residual)
+    given = {"RESIDUAL": residual, "WEIGHT": weight, "OUT": out, "POST": post}
+    pointers = {name: x if tensor is None else tensor for name, tensor in given.items()}
+    _check(x=x, **pointers)
     width = x.shape[1]
     block = triton.next_power_of_2(width)
     launch: Callable[..., Any] = add_rms_norm_kernel[(len(x),)]
     with on_device_of(x):
         launch(
-            X=x, RESIDUAL=x if residual is None else residual, WEIGHT=weight, OUT=out, eps=eps, N=width, BLOCK=block,
-            ADD=residual is not None, **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
+            X=x, **pointers, eps=eps, multiplier=multiplier, N=width, BLOCK=block, ADD=residual is not None,
+            NORM=weight is not None and out is not None, POST_NORM=post is not None, SCALED=multiplier != 1.0,
+            CENTRED=centred, **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
 
 
-def swiglu(gate_up: Tensor, out: Tensor) -> None:
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
+    """`kernels.step.norm_heads` by the Triton kernel."""
+    _check(weight=weight)
+    if x.stride(1) != 1:
+        raise ValueError(f"rows of x must be contiguous, not of strides {x.stride()}")
+    rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    launch: Callable[..., Any] = norm_heads_kernel[(rows,)]
+    with on_device_of(x):
+        launch(
+            X=x, WEIGHT=weight, eps=eps, s_row=x.stride(0), N=width, BLOCK=block, **early(x.device),
+            num_warps=min(16, max(4, block // 512)))  # fmt: skip
+
+
+def gate(x: Tensor, gates: Tensor) -> None:
+    """`kernels.step.gate` by the Triton kernel."""
+    _check(x=x, gates=gates)
+    count = x.numel()
+    launch: Callable[..., Any] = gate_kernel[(triton.cdiv(count, _SWIGLU_COLUMNS),)]
+    with on_device_of(x):
+        launch(X=x, GATES=gates, n=count, BLOCK=_SWIGLU_COLUMNS, **early(x.device), num_warps=4)
+
+
+def swiglu(gate_up: Tensor, out: Tensor, activation: str = "silu") -> None:
     """`kernels.step.swiglu` by the Triton kernel."""
     _check(gate_up=gate_up, out=out)
     rows, width = out.shape
     launch: Callable[..., Any] = swiglu_kernel[(triton.cdiv(width, _SWIGLU_COLUMNS), rows)]
     with on_device_of(out):
-        launch(GATE_UP=gate_up, OUT=out, n=width, BLOCK=_SWIGLU_COLUMNS, **early(out.device), num_warps=4)
+        launch(
+            GATE_UP=gate_up, OUT=out, n=width, BLOCK=_SWIGLU_COLUMNS, GELU=activation == "gelu_tanh",
+            **early(out.device), num_warps=4)  # fmt: skip
 
 
 def qkv_rope_append(
@@ -103,7 +142,7 @@ def qkv_rope_append(
     """`kernels.step.qkv_rope_append` by the Triton kernel."""
     unused = qkv
     given = {"Q_NORM": transform.q_norm, "K_NORM": transform.k_norm, "V_ROTATION": transform.v_rotation,
-             "MEAN": transform.mean, "COEF": coefficients, "ROWS": rows}  # fmt: skip
+             "MEAN": transform.mean, "COEF": coefficients, "ROWS": rows, "QUERIES": transform.queries}  # fmt: skip
     pointers = {name: unused if tensor is None else tensor for name, tensor in given.items()}
     _check(qkv=qkv, q_out=q_out, cos=transform.cos, sin=transform.sin, slots=slots, **pointers)
     if full_k.stride(-1) != 1 or full_v.stride(-1) != 1:
@@ -130,7 +169,8 @@ def qkv_rope_append(
             sv_h=full_v.stride(1), sv_t=full_v.stride(2), H=heads, HKV=kv_heads, D=d, BD=padded, HEADS=at_once,
             TOKENS=tokens, COLUMNS=columns, NORM=transform.q_norm is not None, MAP=maps is not None,
             MAP_V=transform.v_rotation is not None, TAKES_MEAN=coefficients is not None, MAPPED=rows is not None,
-            **early(qkv.device), num_warps=4)  # fmt: skip
+            SCALED=transform.queries is not None, NORM_V=transform.v_norm, **early(qkv.device),
+            num_warps=4)  # fmt: skip
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:

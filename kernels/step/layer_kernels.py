@@ -12,26 +12,64 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def _times_weight(x, weight, kind: tl.constexpr):
+    """What a norm gives times its weight: rounded first if the weight is of the compute dtype, else only then."""
+    if weight.dtype == kind:
+        return (weight.to(tl.float32) * x.to(kind).to(tl.float32)).to(kind).to(tl.float32)
+    return (weight.to(tl.float32) * x).to(kind).to(tl.float32)
+
+
+@triton.jit
+def _row_normed(x, weight, eps, inside, N: tl.constexpr, CENTRED: tl.constexpr, kind: tl.constexpr):
+    """The norm of one row of N numbers, 0 beyond them."""
+    if CENTRED:
+        x = tl.where(inside, x - tl.sum(x, 0) / N, 0.0)
+    return _times_weight(x * tl.rsqrt(tl.sum(x * x, 0) / N + eps), weight, kind)
+
+
+@triton.jit
 def add_rms_norm_kernel(
-    X, RESIDUAL, WEIGHT, OUT, eps, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr
-):
+    X, RESIDUAL, WEIGHT, OUT, POST, eps, multiplier, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, POST_NORM: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """One row of N numbers a program."""
-    kind = OUT.dtype.element_ty
+    kind = X.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * N
     at = tl.arange(0, BLOCK)
     inside = at < N
-    weight = tl.load(WEIGHT + at, mask=inside, other=0).to(tl.float32)
+    if NORM:
+        weight = tl.load(WEIGHT + at, mask=inside, other=0)
+    if POST_NORM:
+        post = tl.load(POST + at, mask=inside, other=0)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     x = tl.load(X + row + at, mask=inside, other=0).to(tl.float32)
+    if POST_NORM:
+        x = _row_normed(x, post, eps, inside, N, CENTRED, kind)
+    if SCALED:
+        x = (x * multiplier).to(kind).to(tl.float32)
     if ADD:
         x = (x + tl.load(RESIDUAL + row + at, mask=inside, other=0).to(tl.float32)).to(kind)
         tl.store(RESIDUAL + row + at, x, mask=inside)
         x = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / N + eps)
-    normed = (x * scale).to(kind).to(tl.float32)
-    tl.store(OUT + row + at, (weight * normed).to(kind), mask=inside)
+    if NORM:
+        tl.store(OUT + row + at, _row_normed(x, weight, eps, inside, N, CENTRED, kind).to(kind), mask=inside)
+
+
+@triton.jit
+def norm_heads_kernel(X, WEIGHT, eps, s_row, N: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """One row of N numbers a program, in place."""
+    kind = X.dtype.element_ty
+    row = X + tl.program_id(0).to(tl.int64) * s_row
+    at = tl.arange(0, BLOCK)
+    inside = at < N
+    weight = tl.load(WEIGHT + at, mask=inside, other=0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(row + at, mask=inside, other=0).to(tl.float32)
+    tl.store(row + at, _row_normed(x, weight, eps, inside, N, False, kind).to(kind), mask=inside)
 
 
 @triton.jit
@@ -54,7 +92,21 @@ def embed_packed_kernel(
 
 
 @triton.jit
-def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gate_kernel(X, GATES, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """BLOCK of n numbers a program."""
+    kind = X.dtype.element_ty
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    gate = tl.load(GATES + at, mask=at < n, other=0).to(tl.float32)
+    x = tl.load(X + at, mask=at < n, other=0).to(tl.float32)
+    share = (1.0 / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    tl.store(X + at, (x * share).to(kind), mask=at < n)
+
+
+@triton.jit
+def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr, GELU: tl.constexpr, EARLY: tl.constexpr):
     """The program is (part of a row, row)."""
     kind = OUT.dtype.element_ty
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -64,26 +116,27 @@ def swiglu_kernel(GATE_UP, OUT, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
         gdc_wait()
     gate = tl.load(GATE_UP + row * 2 * n + at, mask=at < n, other=0).to(tl.float32)
     up = tl.load(GATE_UP + row * 2 * n + n + at, mask=at < n, other=0).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    tl.store(OUT + row * n + at, (silu * up).to(kind), mask=at < n)
+    slope = gate
+    if GELU:  # half of 1 + tanh(x) is the logistic function of 2 x
+        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    active = (gate / (1.0 + tl.exp(-slope))).to(kind).to(tl.float32)
+    tl.store(OUT + row * n + at, (active * up).to(kind), mask=at < n)
 
 
 @triton.jit
 def _normed(x, other, weight, weight_other, eps, kind: tl.constexpr, D: tl.constexpr):
     """Columns and their partners of heads [rows, D], normed."""
     scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    x = (weight * (x * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
-    other = (weight_other * (other * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
-    return x, other
+    return _times_weight(x * scale, weight, kind), _times_weight(other * scale, weight_other, kind)
 
 
 @triton.jit
 def qkv_rope_append_kernel(
-    QKV, COS, SIN, Q_NORM, K_NORM, MAPS, V_ROTATION, MEAN, COEF, ROWS, SLOTS, K, V, Q, eps, n,
+    QKV, COS, SIN, Q_NORM, K_NORM, MAPS, V_ROTATION, MEAN, COEF, ROWS, QUERIES, SLOTS, K, V, Q, eps, n,
     sm_part, sm_h, sk_r, sk_h, sk_t, sv_r, sv_h, sv_t,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr, NORM: tl.constexpr, MAP: tl.constexpr, MAP_V: tl.constexpr, TAKES_MEAN: tl.constexpr,
-    MAPPED: tl.constexpr, EARLY: tl.constexpr,
+    MAPPED: tl.constexpr, SCALED: tl.constexpr, NORM_V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The program is (a KV head's unit; COLUMNS columns of the result; TOKENS numbers of the batch). Units of a KV
     head: HEADS of its query heads at a time, then its keys, then its values. MAPPED: K and V go to row ROWS[number],
@@ -136,7 +189,7 @@ def qkv_rope_append_kernel(
             here_k = column < tl.where(is_k, D, 0)
             weight = tl.load(Q_NORM + column, mask=here_q, other=0) + tl.load(K_NORM + column, mask=here_k, other=0)
             across = tl.load(Q_NORM + partner, mask=here_q, other=0) + tl.load(K_NORM + partner, mask=here_k, other=0)
-            x, other = _normed(x, other, weight.to(tl.float32)[None, :], across.to(tl.float32)[None, :], eps, kind, D)
+            x, other = _normed(x, other, weight[None, :], across[None, :], eps, kind, D)
         angle = row[:, None] * HALF + tl.where(column < HALF, column, column - HALF)[None, :]
         there = real[:, None] & inside[None, :]
         cos = tl.load(COS + angle, mask=there, other=0).to(tl.float32)
@@ -145,11 +198,16 @@ def qkv_rope_append_kernel(
         by_cos = (x * cos).to(kind).to(tl.float32)
         by_sin = (other * sin).to(kind).to(tl.float32)
         turned = tl.where(low, by_cos - by_sin, by_cos + by_sin).to(kind)
+        if SCALED:
+            factor = tl.load(QUERIES + row, mask=(row < n) & q_line, other=1.0).to(kind).to(tl.float32)[:, None]
+            turned = (turned.to(tl.float32) * factor).to(kind)
         if TAKES_MEAN:
             # The partner of each column, turned, makes A of the first half and B of the second (`key_mean`).
             by_cos = (other * cos).to(kind).to(tl.float32)
             by_sin = (x * sin).to(kind).to(tl.float32)
             across = tl.where(low, by_cos + by_sin, by_cos - by_sin).to(kind).to(tl.float32)
+            if SCALED:
+                across = (across * factor).to(kind).to(tl.float32)
             mean = tl.load(MEAN + h * D + column, mask=inside, other=0)[None, :]
             mean_across = tl.load(MEAN + h * D + partner, mask=inside, other=0)[None, :]
             straight = turned.to(tl.float32)
@@ -170,10 +228,16 @@ def qkv_rope_append_kernel(
         to_k = K + (target * sk_r + h * sk_h + slot * sk_t)[:, None] + at[None, :]
         tl.store(to_k, result, mask=(real & k_line & (target >= 0))[:, None] & mine_too[None, :])
     else:
+        if NORM_V:
+            wide = raw.to(tl.float32)
+            scale = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
+            raw = (wide * scale).to(kind)
         if MAP_V:
             value = tl.dot(raw, part, input_precision="ieee").to(kind)
         else:
             value = tl.load(source + out[None, :], mask=stored, other=0)
+            if NORM_V:
+                value = (value.to(tl.float32) * scale).to(kind)
         tl.store(V + (target * sv_r + h * sv_h + slot * sv_t)[:, None] + out[None, :], value, mask=stored)
 
 

@@ -23,12 +23,14 @@ class HeadTransform:
 
     Attributes:
         cos, sin: RoPE's cosines and sines ``[B, d / 2]`` of the rows' angles in the compute dtype.
-        q_norm, k_norm: Weights ``[d]`` of the norms.
+        q_norm, k_norm: Weights ``[d]`` of the norms; in float32 where they multiply in float32 (`normed`).
         maps: Of queries and of keys, ``[2, Hkv, d, d]``, for each KV head (rows times it); the last two dimensions are
             contiguous.
         v_rotation: ``[d, d]``: values are multiplied by it, before they are stored; None: they are stored as they come,
             because a weight has taken the rotation in.
         mean: What is taken out of keys before they are coded, float32 ``[Hkv, d]``, before RoPE.
+        queries: Queries are multiplied by it after RoPE: float32 ``[B]``.
+        v_norm: Values get a norm without weights, before they are rotated.
     """
 
     cos: Tensor
@@ -39,6 +41,8 @@ class HeadTransform:
     maps: Tensor | None
     v_rotation: Tensor | None = None
     mean: Tensor | None = None
+    queries: Tensor | None = None
+    v_norm: bool = False
 
 
 #: Tokens of the vocabulary that one program of the sampler looks at.
@@ -147,24 +151,57 @@ def _hash(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normed(x: Tensor, weight: Tensor | None, eps: float, *, centred: bool = False) -> Tensor:
+    """The norm of ``x`` over its last dimension, computed in float32, in its dtype.
+
+    Args:
+        weight: Of the dtype of ``x``: multiplies what was rounded to that. In float32 for another dtype: multiplies in
+            float32, and the product is rounded. None: 1.
+        centred: It is a LayerNorm without bias (Ba et al. 2016), not an RMSNorm (Zhang & Sennrich 2019).
+    """
     wide = x.to(torch.float32)
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return wide.to(x.dtype)
+    return (weight * wide).to(x.dtype) if weight.dtype != x.dtype else weight * wide.to(x.dtype)
 
 
-def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor) -> None:
+def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float = 1.0) -> None:
     """See ``kernels.step.embed``."""
     if isinstance(table, Tensor):
         torch.index_select(table, 0, ids, out=out)
     elif not out.is_meta:
         out.copy_(replace(table, codes=table.codes[ids], rows=table.rows[ids]).dequantised(out.dtype))
+    if scale != 1.0:
+        out.mul_(scale)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+    post: Tensor | None = None,
+    multiplier: float = 1.0,
+    centred: bool = False,
+) -> None:
     """See ``kernels.step.add_rms_norm``."""
+    if post is not None:
+        x = normed(x, post, eps, centred=centred)
+    if multiplier != 1.0:
+        x = x * multiplier
     if residual is not None:
         x = residual.add_(x)
-    out.copy_(_rms_norm(x, weight, eps))
+    if weight is not None and out is not None:
+        out.copy_(normed(x, weight, eps, centred=centred))
+
+
+def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
+    """See ``kernels.step.norm_heads``."""
+    x.copy_(normed(x, weight, eps))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -190,10 +227,14 @@ def qkv_rope_append(
     both, values = qkv.view(-1, heads + 2 * kv_heads, d).split([heads + kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
     if transform.q_norm is not None or transform.k_norm is not None:
         norms = (both[:, :heads], transform.q_norm), (both[:, heads:], transform.k_norm)
-        both = torch.cat([x if w is None else _rms_norm(x, w, transform.eps) for x, w in norms], dim=1)
+        both = torch.cat([x if w is None else normed(x, w, transform.eps) for x, w in norms], dim=1)
+    if transform.v_norm:
+        values = normed(values, None, transform.eps)
     first, second = both.chunk(2, dim=-1)
     cos, sin = transform.cos[:, None], transform.sin[:, None]
     both = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if transform.queries is not None:
+        both[:, :heads] *= transform.queries.to(both.dtype)[:, None, None]
     if coefficients is not None and transform.mean is not None:
         coefficients.copy_(key_mean.coefficients(both[:, None, :heads], transform.mean))
     if transform.maps is not None:
@@ -228,7 +269,12 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
     torch.mm(mixed.view(-1, d), rotation.t(), out=out.view(-1, d))
 
 
-def swiglu(gate_up: Tensor, out: Tensor) -> None:
+def gate(x: Tensor, gates: Tensor) -> None:
+    """See ``kernels.step.gate``."""
+    x.mul_(gates.sigmoid())
+
+
+def swiglu(gate_up: Tensor, out: Tensor, activation: str = "silu") -> None:
     """See ``kernels.step.swiglu``."""
     gate, up = gate_up.chunk(2, dim=-1)
-    torch.mul(F.silu(gate), up, out=out)
+    torch.mul(F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh"), up, out=out)

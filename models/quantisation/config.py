@@ -225,7 +225,7 @@ def _fbgemm(fields: Fields) -> Quantisation:
 
 def _mxfp4(fields: Fields) -> Quantisation:
     ignored = ("lm_head", *_names(fields, "modules_to_not_convert"))
-    return Quantisation("MXFP4", (Rule(("Linear",), StoredScheme("blocks", "fp4", 32)),), ignored)
+    return Quantisation("MXFP4", (Rule(("Linear",), StoredScheme("blocks", "fp4", 32)),), ignored, "glob")
 
 
 def _modelopt(fields: Fields) -> Quantisation:

@@ -1,15 +1,11 @@
-"""What the columns of matrices are multiplied by: measured on tokens that go through the layers as they come."""
+"""What the columns of matrices are multiplied by: seen on tokens that go through the layers as they come."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from octo_run.models import rope
 
 if TYPE_CHECKING:
     from octo_run.models.config import ModelConfig
@@ -18,16 +14,6 @@ if TYPE_CHECKING:
 
 #: Tokens that go through the layers.
 TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Importance:
-    """Mean squares of the inputs of a layer's products, float32 ``[in]``; None: not known."""
-
-    qkv: Tensor | None = None
-    out: Tensor | None = None
-    gate_up: Tensor | None = None
-    down: Tensor | None = None
 
 
 def random_ids(cfg: ModelConfig) -> list[int]:
@@ -48,28 +34,23 @@ class Text:
         tokens = torch.tensor([ids], device=decoder.device)
         positions = torch.arange(len(ids), device=decoder.device)[None]
         self._hidden = decoder.embedded(tokens)
-        self._angles = rope.cos_sin(positions, decoder.inv_freq, self._hidden.dtype)
+        self._angles = decoder.angles(positions, self._hidden.dtype)
 
-    def through(self, decoder: Decoder, index: int, layer: Layer) -> Importance:
-        """Take the tokens through the layer of that number and return what was seen there."""
-        from octo_run.models.decoder import rms_norm
+    def through(self, decoder: Decoder, index: int, layer: Layer) -> dict[str, Tensor]:
+        """Take the tokens through the layer of that number.
 
-        eps, x = decoder.cfg.rms_norm_eps, self._hidden
-        qkv = rms_norm(x, layer.input_norm, eps)
-        q, k, v = (part.transpose(1, 2) for part in decoder._qkv(layer, x, *self._angles))
-        group = q.shape[1] // k.shape[1]
-        k, v = (part.repeat_interleave(group, 1) for part in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=decoder.specs[index].attention.scale)
-        mixed = mixed.transpose(1, 2)
-        if layer.v_rotation is not None:
-            mixed = mixed @ layer.v_rotation.T
-        x = x + layer.out(mixed.flatten(2))
-        gate_up = rms_norm(x, layer.mlp_norm, eps)
-        gate, up = layer.gate_up(gate_up).chunk(2, dim=-1)
-        inner = F.silu(gate) * up
-        self._hidden = x + layer.down(inner)
-        return Importance(*map(_mean_squares, (qkv, mixed.flatten(2), gate_up, inner)))
+        Returns:
+            What went into its parts, ``[T, n]``, by the names of ``Decoder.through``.
+        """
+        from octo_run.models.plain_attention import attend_plain
 
+        inputs = dict[str, Tensor]()
 
-def _mean_squares(x: Tensor) -> Tensor:
-    return x[0].to(torch.float32).square().mean(0)
+        def seen(name: str, x: Tensor) -> None:
+            inputs[name] = x[0]
+
+        def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend_plain(q, k, v, decoder.specs[index].attention)
+
+        self._hidden = decoder.through(index, layer, self._hidden, self._angles[index], attention, seen)
+        return inputs

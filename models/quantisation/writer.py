@@ -19,20 +19,22 @@ from torch import Tensor
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.linear import PackedWeight
 from octo_run.models.config import CONFIG_NAME
-from octo_run.models.decoder import Decoder
+from octo_run.models.decoder import AttentionWeights, Decoder, spec_order
 from octo_run.models.files import INDEX_NAME, SMALL_NAMES
 from octo_run.models.foreign import present, read_bytes, read_json_object
-from octo_run.models.linear import PackedLinear
+from octo_run.models.linear import PackedLinear, SplitLinear, head_order, joined
+from octo_run.models.mlp import DenseMLP
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.safetensors_writer import Item, index_of, plan_shards
-from octo_run.models.weights import EMBEDDING, HEAD
+from octo_run.models.weights import EMBEDDING, HEAD, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from octo_run.models.config import ModelConfig
+    from octo_run.models.decoder import Layer
+    from octo_run.models.linear import SingleLinear
     from octo_run.models.quantisation.schemes import Scheme
-    from octo_run.models.weights import Weights
 
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:
@@ -87,7 +89,8 @@ def quantised_items(cfg: ModelConfig, weights: Weights, scheme: Scheme, dtype: t
     """
     check_shapes(cfg, scheme)
     with torch.inference_mode():
-        decoder = Decoder(cfg, weights, None, None, scheme, random_ids(cfg) if scheme.weighted else None)
+        watched = _Watched(weights)
+        decoder = Decoder(cfg, watched, None, None, scheme, random_ids(cfg) if scheme.weighted else None)
     items: dict[str, Item] = {}
 
     def dense(name: str, tensor: Tensor | PackedWeight | None) -> None:
@@ -100,30 +103,62 @@ def quantised_items(cfg: ModelConfig, weights: Weights, scheme: Scheme, dtype: t
         dense(f"{prefix}.bias", bias)
 
     dense(EMBEDDING, decoder.embedding)
-    q, kv, inner = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
-    parts = {
-        "qkv": (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)),
-        "out": (("self_attn.o_proj", cfg.hidden_size),),
-        "gate_up": (("mlp.gate_proj", inner), ("mlp.up_proj", inner)),
-        "down": (("mlp.down_proj", cfg.hidden_size),),
-    }
     for index, layer in enumerate(decoder.layers):
-        prefix = f"model.layers.{index}."
-        for place, names in parts.items():
-            linear, first = getattr(layer, place), 0
+        for name, linear in _matrices(cfg, layer):
             assert isinstance(linear, PackedLinear)
-            for name, rows in names:
-                bias = None if linear.bias is None else linear.bias[first : first + rows]
-                packed(prefix + name, linear.weight.part(first, first + rows), bias)
-                first += rows
-        dense(f"{prefix}self_attn.q_norm.weight", layer.q_norm)
-        dense(f"{prefix}self_attn.k_norm.weight", layer.k_norm)
-        dense(f"{prefix}input_layernorm.weight", layer.input_norm)
-        dense(f"{prefix}post_attention_layernorm.weight", layer.mlp_norm)
-    dense("model.norm.weight", decoder.final_norm)
+            packed(f"model.layers.{index}.{name}", linear.weight, linear.bias)
+    for name, tensor in watched.norms.items():
+        dense(name, tensor)
     if not cfg.tie_word_embeddings:
         dense(HEAD, decoder.head.weight)
     return items
+
+
+class _Watched(Weights):
+    """Weights of which norms are kept as they stand in the files."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights, self.has_head, self.norms = weights, weights.has_head, dict[str, Tensor]()
+
+    def take(self, name: str) -> Tensor:
+        tensor = self._weights.take(name)
+        if name.endswith("norm.weight"):
+            self.norms[name] = tensor
+        return tensor
+
+    def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
+        return self._weights.linear(prefix, bias)
+
+
+def _matrices(cfg: ModelConfig, layer: Layer) -> Iterator[tuple[str, SingleLinear]]:
+    """The matrices of a layer as files hold them, by their names behind the layer's prefix.
+
+    Raises:
+        UsageError: A layer that is more than attention and a dense MLP.
+    """
+    spec, mixer, mlp = layer.spec, layer.mixer, layer.mlp
+    if not isinstance(mixer, AttentionWeights) or not isinstance(mlp, DenseMLP):
+        raise UsageError(
+            f"Files of quantised {cfg.architecture} models are not written: load the model with --weights instead."
+        )
+    assert not isinstance(mixer.qkv, SplitLinear) and not isinstance(mlp.gate_up, SplitLinear)
+    order, (of_q, of_k, of_v), inner = spec_order(cfg, spec), spec.edges, cfg.intermediate_size
+    q, k, v = mixer.qkv.part(0, of_q), mixer.qkv.part(of_q, of_k), mixer.qkv.part(of_k, of_v)
+    if order is not None:
+        back = order.argsort()
+        q, k = q.reordered(head_order(back, spec.heads)), k.reordered(head_order(back, spec.kv_heads))
+    if cfg.family.fused_qkv:
+        fused = joined(q, k, v)
+        assert not isinstance(fused, SplitLinear)
+        yield "self_attn.qkv_proj", fused
+    else:
+        yield from (("self_attn.q_proj", q), ("self_attn.k_proj", k), ("self_attn.v_proj", v))
+    yield "self_attn.o_proj", mixer.out
+    if cfg.family.fused_gate_up:
+        yield "mlp.gate_up_proj", mlp.gate_up
+    else:
+        yield from (("mlp.gate_proj", mlp.gate_up.part(0, inner)), ("mlp.up_proj", mlp.gate_up.part(inner, 2 * inner)))
+    yield "mlp.down_proj", mlp.down
 
 
 def _item(dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Item:

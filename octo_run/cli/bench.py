@@ -317,7 +317,7 @@ def _memory(report: dict[str, Any]) -> list[str]:
     lines = []
     for memory in report["memory"].values():
         plan = memory["plan"]
-        parts = [f"{label} {console.human_bytes(plan[key])}" for key, label in runtime.PLAN_PARTS.items()]
+        parts = [f"{label} {console.human_bytes(plan[key])}" for key, label in runtime.PLAN_PARTS.items() if plan[key]]
         now = [f"{name.replace('_', ' ')} {console.human_bytes(size)}" for name, size in memory["now"].items()]
         lines.append(
             f"weights {memory['weights']}, {memory['formats']}:"

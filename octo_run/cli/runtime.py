@@ -20,6 +20,7 @@ PLAN_PARTS = {
     "weights": "weights",
     "arena": "KV arena",
     "full_precision": "sinks and windows",
+    "recurrent": "recurrent states",
     "workspace": "workspace",
     "graphs": "graphs",
     "logits": "logits",

@@ -52,7 +52,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         OctoError: The model cannot be read.
     """
     from octo_run.engine.engine import choose_device, choose_dtype
-    from octo_run.engine.plan import free_memory, weight_bytes
+    from octo_run.engine.plan import free_memory, recurrent_shape, weight_bytes
     from octo_run.models.config import load_config
     from octo_run.models.decoder import Decoder
     from octo_run.models.hub import resolve
@@ -63,7 +63,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     if any(path.glob("*.safetensors")):  # a folder with a configuration alone can be described, too
         cfg = stored_config(path, cfg)
     where = choose_device(device)
-    kind = choose_dtype(dtype, cfg, where)
+    kind, states = choose_dtype(dtype, cfg, where), recurrent_shape(cfg)
     return {
         "model": model,
         "path": str(path),
@@ -74,6 +74,8 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "weight_format": "not quantised" if cfg.quantisation is None else str(cfg.quantisation),
         "dtype": str(kind).removeprefix("torch."),
         "layers": cfg.num_layers,
+        "recurrent_layers": cfg.num_layers - len(cfg.attention_layers),
+        "state_bytes": 0 if states is None else states.state_bytes(kind.itemsize),
         "heads": cfg.num_heads,
         "kv_heads": cfg.num_kv_heads,
         "head_dim": cfg.head_dim,
@@ -135,6 +137,14 @@ def _weight_table(rows: list[dict[str, Any]]) -> list[str]:
     return ["", console.table(header, cells)]
 
 
+def _recurrent_lines(facts: dict[str, Any]) -> list[str]:
+    """The line on recurrent layers, if there are any."""
+    if not facts["recurrent_layers"]:
+        return []
+    size = console.human_bytes(facts["state_bytes"])
+    return [f"states        {facts['recurrent_layers']} recurrent layers: {size} a sequence, whatever its length"]
+
+
 def _text(facts: dict[str, Any]) -> str:
     shape = (
         f"{facts['layers']} layers, {facts['heads']} heads over {facts['kv_heads']} KV heads of {facts['head_dim']},"
@@ -156,6 +166,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"weights       {facts['weight_format']}",
         f"context       {facts['max_context']:,} tokens at most",
+        *_recurrent_lines(facts),
         f"device        {facts['device']}, {console.human_bytes(facts['free_bytes'])} free",
         *_weight_table(facts["weights"]),
         "",

@@ -116,7 +116,15 @@ class FakeEngine:
         return SimpleNamespace(kv=self.kv, weight_format=self.loaded.weights or "fp32")
 
     def memory_plan(self) -> dict[str, int]:
-        parts = {"weights": 1000, "arena": 200, "full_precision": 30, "workspace": 4, "graphs": 0, "logits": 5}
+        parts = {
+            "weights": 1000,
+            "arena": 200,
+            "full_precision": 30,
+            "recurrent": 0,
+            "workspace": 4,
+            "graphs": 0,
+            "logits": 5,
+        }
         return {**parts, "total": 1239, "bytes_per_token": 7, "context": self.max_context}
 
     def memory_now(self) -> dict[str, int]:

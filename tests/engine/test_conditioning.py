@@ -137,8 +137,11 @@ def test_plan_counts_maps_and_means() -> None:
     assert means is not None
     layers = engines[1]._decoder.layers
     # One matrix for all layers against two, and a mean, for each KV head.
-    assert layers[0].maps is not None and layers[0].key_mean is not None
-    added = len(layers) * (layers[0].maps.nbytes + layers[0].key_mean.nbytes) - 4 * layers[0].maps[0, 0].numel()
+    assert layers[0].attention.maps is not None and layers[0].attention.key_mean is not None
+    added = (
+        len(layers) * (layers[0].attention.maps.nbytes + layers[0].attention.key_mean.nbytes)
+        - 4 * layers[0].attention.maps[0, 0].numel()
+    )
     assert engines[1].plan.arena - engines[0].plan.arena == sum(held_bytes(means)) + added
     assert engines[1].plan.weights == engines[0].plan.weights
     assert engines[1].plan.tokens_that_fit(engines[1].plan.total) >= 512

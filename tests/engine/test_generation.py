@@ -536,13 +536,13 @@ def attention_over_decoded(engine: Engine, number: int, inputs: Any, q: Tensor) 
     packed_k, _ = (part.flatten(0, 1) for part in arena.page_formats[number].decode_rotated(pages, torch.float64))
     _, packed_v = (part.flatten(0, 1) for part in arena.page_formats[number].decode(pages, torch.float64))
     layer = engine.forward.decoder.layers[number]
-    assert layer.maps is not None
-    of_q, of_k = (torch.linalg.inv(one[0].double()) for one in layer.maps)
+    assert layer.attention.maps is not None
+    of_q, of_k = (torch.linalg.inv(one[0].double()) for one in layer.attention.maps)
     packed_k = packed_k @ of_k
-    if layer.key_mean is not None:
+    if layer.attention.key_mean is not None:
         positions = arena.shape.sink + torch.arange(len(packed_k))
-        cos, sin = rope.cos_sin(positions, engine.forward.decoder.inv_freq.double(), torch.float64)
-        mean = layer.key_mean.double().expand(len(packed_k), 1, -1)
+        cos, sin = rope.cos_sin(positions, engine.forward.decoder.inv_freq(0).double(), torch.float64)
+        mean = layer.attention.key_mean.double().expand(len(packed_k), 1, -1)
         packed_k = packed_k + rope.apply(mean[None], cos[None], sin[None])[0, :, 0]
     count = len(sequence) - sequence.packed_end
     slots = (torch.arange(count) + 64 * sequence.packed) % arena.shape.ring
@@ -613,7 +613,7 @@ def test_half_precision_that_overflows_is_explained(make_checkpoint: Callable[..
     path = make_checkpoint(rms_norm_eps=1e-5)
     engine = Engine.load(path, kv="oct3", device="cpu", dtype="float16", max_context=300)
     with torch.inference_mode():
-        engine.forward.decoder.layers[0].down.weight.mul_(torch.inf)
+        engine.forward.decoder.layers[0].mlp.down.weight.mul_(torch.inf)
     with pytest.raises(OctoError, match="not finite"):
         next(engine.generate([5] * 10))
     with pytest.raises(OctoError, match="not finite"):

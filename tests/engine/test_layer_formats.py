@@ -20,10 +20,10 @@ def reference_logits(engine: Engine, ids: list[int]) -> Tensor:
     """Logits by plain PyTorch, with old keys and values of each layer sent through that layer's codecs."""
     decoder, cfg, count = engine.forward.decoder, engine.config, len(ids)
     positions = torch.arange(count)
-    cos, sin = rope.cos_sin(positions, decoder.inv_freq, torch.float32)
+    cos, sin = rope.cos_sin(positions, decoder.inv_freq(0), torch.float32)
     # Means are turned as the tables have it, which is not quite RoPE.
     coded = slice(SINK, SINK + (count - SINK) // PAGE * PAGE)
-    angles = AngleTables.build(decoder.inv_freq, SINK, count // PAGE).of_pages(0, (count - SINK) // PAGE)
+    angles = AngleTables.build(decoder.inv_freq(0), SINK, count // PAGE).of_pages(0, (count - SINK) // PAGE)
     turn_cos, turn_sin = cos.clone(), sin.clone()
     turn_cos[coded], turn_sin[coded] = angles.flatten(0, 1).chunk(2, -1)
     query, key = positions[:, None], positions[None]
@@ -32,9 +32,9 @@ def reference_logits(engine: Engine, ids: list[int]) -> Tensor:
     def attention(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer, fmt = decoder.layers[index], engine.kv[index]
         mean = torch.zeros_like(k)
-        if layer.key_mean is not None and layer.maps is not None:
-            turned = rope.apply(layer.key_mean.expand_as(k), turn_cos[None], turn_sin[None])
-            mean = torch.einsum("bnhd,hde->bnhe", turned, layer.maps[1])
+        if layer.attention.key_mean is not None and layer.attention.maps is not None:
+            turned = rope.apply(layer.attention.key_mean.expand_as(k), turn_cos[None], turn_sin[None])
+            mean = torch.einsum("bnhd,hde->bnhe", turned, layer.attention.maps[1])
         coded_k = fmt.k.decode_rotated(fmt.k.encode_rotated(k - mean)) + mean
         coded_v = fmt.v.decode_rotated(fmt.v.encode_rotated(v))
         group = cfg.num_heads // cfg.num_kv_heads

@@ -42,7 +42,7 @@ def plainly(model: Decoder, fmt: KVFormat, ids: list[int]) -> Tensor:
     """The same by a whole run of the decoder for each layer and side."""
     count, cfg = len(ids), model.cfg
     positions = torch.arange(count)
-    cos, sin = rope.cos_sin(positions, model.inv_freq, model.embedding.dtype)
+    cos, sin = rope.cos_sin(positions, model.inv_freq(0), model.embedding.dtype)
     query, key = positions[:, None], positions[None]
     old = (key >= 64) & ((key - 64) // 64 < (query - 128) // 64)
 
@@ -51,9 +51,9 @@ def plainly(model: Decoder, fmt: KVFormat, ids: list[int]) -> Tensor:
             seen_k, seen_v = k, v
             if coded == (index, 0):
                 layer, mean = model.layers[index], torch.zeros_like(k)
-                if layer.key_mean is not None and layer.maps is not None:
-                    mean = rope.apply(layer.key_mean.expand_as(k), cos[None], sin[None])
-                    mean = torch.einsum("bnhd,hde->bnhe", mean, layer.maps[1])
+                if layer.attention.key_mean is not None and layer.attention.maps is not None:
+                    mean = rope.apply(layer.attention.key_mean.expand_as(k), cos[None], sin[None])
+                    mean = torch.einsum("bnhd,hde->bnhe", mean, layer.attention.maps[1])
                 seen_k = fmt.k.decode_rotated(fmt.k.encode_rotated(k - mean)).to(k.dtype) + mean
             if coded == (index, 1):
                 seen_v = fmt.v.decode_rotated(fmt.v.encode_rotated(v)).to(v.dtype)

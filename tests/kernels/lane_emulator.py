@@ -196,13 +196,15 @@ class Program:
     grid: tuple[int, ...]
     threads: int
     shared: np.ndarray
-    groups: list[list[tuple[np.ndarray, np.ndarray]]]
+    groups: list[list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]]
+    rounds: int
     watch: "Watch | None" = None
 
     def start(self, ids: tuple[int, ...], shared_bytes: int, watched: bool) -> None:
         self.ids = ids
         self.shared = np.full(shared_bytes, STALE, np.uint8)
         self.groups = [[]]
+        self.rounds = 0
         self.watch = Watch(shared_bytes, self.threads) if watched else None
 
 
@@ -319,13 +321,46 @@ def copy16(address: Value, pointer: Pointer) -> None:
     data = RUNNING.memory.read(np.broadcast_to(pointer.at, (RUNNING.threads,)), 16).copy()
     if RUNNING.watch is not None:
         RUNNING.watch.on_write(at, data, begins=True)
-    RUNNING.groups[-1].append((at, data))
+    RUNNING.groups[-1].append((at, data, None))
 
 
-def land(groups: list[list[tuple[np.ndarray, np.ndarray]]]) -> None:
-    for at, data in (copy for group in groups for copy in group):
+def copy16_if(address: Value, pointer: Pointer, wanted: Value, _whole_lines: bool, there: Any = None) -> None:
+    """In the threads that want it; zeros where nothing is there."""
+    threads = np.flatnonzero(np.broadcast_to(wanted.data, (RUNNING.threads,)))
+    at = threads_of(address).astype(np.int64)[threads]
+    assert (at % 16 == 0).all() and (at + 16 <= len(RUNNING.shared)).all(), "a copy outside shared memory"
+    data = np.zeros((len(threads), 16), np.uint8)
+    read = np.ones(len(threads), bool) if there is None else np.broadcast_to(there.data, (RUNNING.threads,))[threads]
+    source = np.broadcast_to(pointer.at, (RUNNING.threads,))[threads]
+    assert (source % 16 == 0).all(), "a copy of bytes that are not aligned"
+    if read.any():
+        data[read] = RUNNING.memory.read(source[read], 16)
+    if RUNNING.watch is not None:
+        RUNNING.watch.on_write(at, data, begins=True, threads=threads)
+    RUNNING.groups[-1].append((at, data, threads))
+
+
+def wait_for_copies(_lane: Value, pending: int) -> None:
+    """All groups that are closed but for the youngest of them."""
+    done, RUNNING.groups = RUNNING.groups[: -1 - pending], RUNNING.groups[-1 - pending :]
+    land(done)
+    warp_barrier()
+
+
+def warp_arrives(_lane: Value, at: int) -> None:
+    """All warps run in step, so that they arrive together; a round is over at once."""
+    RUNNING.rounds += 1
+    barrier()
+
+
+def wait_for_warps(turn: Value, at: int) -> None:
+    assert (threads_of(turn) == (RUNNING.rounds + 1) % 2).all(), "a wait for a round that has not begun"
+
+
+def land(groups: list[list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]]) -> None:
+    for at, data, threads in (copy for group in groups for copy in group):
         if RUNNING.watch is not None:
-            RUNNING.watch.on_write(at, data)
+            RUNNING.watch.on_write(at, data, threads=threads)
         RUNNING.shared[at[:, None] + np.arange(16)] = data
 
 
@@ -444,6 +479,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "load_global4": lambda pointer: global_words(pointer, 4),
     "load_stream4": lambda pointer: global_words(pointer, 4),
     "load_global2": lambda pointer: global_words(pointer, 2),
+    "load_global_l2_f": lambda pointer: unpack(global_words(pointer, 1)[0].data.view(np.uint8).reshape(-1, 4), "f32"),
     "load_global2_l2": lambda pointer: global_words(pointer, 2),
     "write_shared4_if": lambda address, a, b, c, d, wanted: write_shared_words(address, [a, b, c, d], wanted),
     "read_scalars": read_scalars,
@@ -475,6 +511,14 @@ INSTRUCTIONS: dict[str, Any] = {
     "high_half": lambda word: half_of(word, 1),
     "exp2": exp2,
     "log2": log2,
+}
+COPIES: dict[str, Callable[..., Any]] = {
+    "copy16_if": copy16_if,
+    "copy16_or_clear": lambda to, pointer, there, wanted, lines: copy16_if(to, pointer, wanted, lines, there),
+    "wait_for_copies": wait_for_copies,
+    "expect_warps": lambda _lane, _at, _count: None,
+    "warp_arrives": warp_arrives,
+    "wait_for_warps": wait_for_warps,
 }
 
 
@@ -558,8 +602,8 @@ def language() -> types.ModuleType:
 
 PACKAGE = "octo_run.kernels"
 HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "decode")
-MODULES = ("lanes", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
-MODULES += ("linear.unpack", "linear.gluon_product")
+MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
+MODULES += ("linear.unpack", "linear.streamed_product", "experts.packed_blocks", "experts.packed_product")
 
 
 @contextmanager
@@ -602,8 +646,8 @@ def kernel_modules() -> dict[str, types.ModuleType]:
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
             vars(module)["range"] = counted
-            if name == "lanes":
-                for instruction, done in INSTRUCTIONS.items():
+            if name in ("lanes", "lane_copies"):
+                for instruction, done in (INSTRUCTIONS if name == "lanes" else COPIES).items():
                     assert hasattr(module, instruction), instruction
                     setattr(module, instruction, done)
             found[name.split(".")[-1]] = module

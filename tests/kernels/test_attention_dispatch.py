@@ -12,12 +12,12 @@ import torch
 
 from octo_run.kernels import AttentionInputs, AttentionSpec, attend, page_bytes
 from octo_run.kernels.attention import dispatch
-from octo_run.kernels.attention.dispatch import Call, Device, Element, Kernel, Pages, Queries, Stored
+from octo_run.kernels.attention.dispatch import Call, Device, Element, Kernel, Pages, Queries, Stored, Width
 from octo_run.kernels.codec import parse_kv
 from octo_run.kernels.codec.rotation import HEAD_DIMS
 
 ROOT = Path(__file__).parents[2] / "kernels" / "attention"
-CALLS = [Call(*facts) for facts in itertools.product(Device, Stored, Element, Queries, Pages)]
+CALLS = [Call(*facts) for facts in itertools.product(Device, Stored, Element, Queries, Pages, Width)]
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
 FORMATS = {
     Stored.PLAIN: ["bf16"],
@@ -37,10 +37,11 @@ def expected(call: Call) -> Kernel | None:
         return None
     if call.queries is Queries.SEVERAL:
         return Kernel.PREFILL
-    if call.stored is Stored.PLAIN:
+    if call.stored is Stored.PLAIN or call.pages is Pages.NONE:
         return Kernel.PLAIN_DECODE
     fast = call.device is Device.HOPPER and call.stored is Stored.TRELLIS and call.element is Element.HALF
-    return Kernel.TABLE_DECODE if fast and call.pages is Pages.SOME else Kernel.GENERAL_DECODE
+    fast = fast and call.width is Width.UP_TO_256
+    return Kernel.TABLE_DECODE if fast else Kernel.GENERAL_DECODE
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: " ".join(fact.name for fact in call))
@@ -96,7 +97,7 @@ class TestFacts:
         q = torch.empty(3, count, 2 * group, 64, dtype=dtype)
         call = dispatch.describe(q, self.inputs(), fmt, 1000, Device.HOPPER)
         several = Queries.SEVERAL if count > 1 else Queries.ONE
-        assert call == (Device.HOPPER, Stored.TRELLIS, DTYPES[dtype], several, Pages.SOME)
+        assert call == (Device.HOPPER, Stored.TRELLIS, DTYPES[dtype], several, Pages.SOME, Width.UP_TO_256)
 
     @pytest.mark.parametrize(
         ("pages", "sink", "length", "want"),
@@ -124,7 +125,7 @@ class TestFacts:
 
 @pytest.mark.parametrize("kernel", [Kernel.GENERAL_DECODE, Kernel.PLAIN_DECODE, Kernel.PREFILL])
 @pytest.mark.parametrize("element", [Element.HALF, Element.SINGLE])
-@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 1, 48, 65, 129, 512])
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 1, 48, 65, 129, 257])
 def test_one_row_of_tiles_applies(kernel: Kernel, element: Element, head_dim: int) -> None:
     for stored in Stored:
         found = dispatch.tiles(kernel, stored, element, head_dim)  # more or fewer than one are an error there
@@ -167,7 +168,7 @@ LAUNCHED = {
 @pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("count", [1, 5])
-@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("dim", [64, 256, 512])
 @pytest.mark.parametrize("kv", ["bf16", "octopus3", "oct3", "oct4:oct2", "oct3:bf16"])
 def test_attend_launches_what_the_table_says(
     monkeypatch: pytest.MonkeyPatch, kv: str, dim: int, count: int, dtype: torch.dtype, hopper: bool

@@ -15,7 +15,9 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["attention", "batch", "encode", "linear", "octopus", "page", "step", "trellis"])
+@pytest.mark.parametrize(
+    "kind", ["attention", "batch", "encode", "linear", "octopus", "page", "recurrent", "step", "trellis"]
+)
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_interpreted(kind):
     run = subprocess.run(

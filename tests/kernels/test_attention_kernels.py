@@ -40,10 +40,13 @@ if DEVICE == "cuda" or INTERPRETED:
     from octo_run.kernels.attention.general.parts import my_part
 
     @triton.jit
-    def ask(OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr):
+    def ask(
+        OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, WINDOW: tl.constexpr
+    ):  # fmt: skip
         """What a program learns of its part, to OUT [programs, 3]."""
         flat = tl.program_id(0)
-        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, 64, 64)
+        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, 64, 64,
+                                 WINDOW)  # fmt: skip
         tl.store(OUT + 3 * flat, b)
         tl.store(OUT + 3 * flat + 1, part)
         tl.store(OUT + 3 * flat + 2, parts)
@@ -58,6 +61,7 @@ class Case:
     fmt: KVFormat
     want: torch.Tensor
     max_length: int
+    spec: AttentionSpec
 
 
 def _integers(values):
@@ -66,14 +70,17 @@ def _integers(values):
 
 def make_case(
     kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0,
-    layout="lanes", theta=1e4,
+    layout="lanes", theta=1e4, sees=None, cap=None, sinking=False,
 ):  # fmt: skip
     """Sequences of `lengths` tokens whose last `count` are the queries; length 0 is filler. They own rows of the arena
     in no order, with rows of nobody between them. Whatever must not be read is NaN, or page 0.
 
     `mean`: size of the means that the packed keys get back, `theta`: of their frequencies; `layout`: of the pages.
+    `sees`, `cap`, `sinking`: window, cap and sink logits; pages and sinks before the window must not be read either.
     """
     torch.manual_seed(seed)
+    sink_logits = 4 * torch.randn(heads, generator=torch.Generator().manual_seed(seed)) if sinking else None
+    spec = AttentionSpec(dim**-0.5, sees, cap, sink_logits)
     fmt = parse_kv(kv, dim, plain_dtype=dtype)
     page_format = PageFormat(fmt, layout)
     batch = len(lengths)
@@ -110,7 +117,11 @@ def make_case(
             stored[0, :, at] += rotated_mean(means.double(), tables, p, fmt.k.rotation)
         for j in range(sink + 64 * packed[b], n):
             tails[:, row, :, (j - sink - origin[b]) % capacity] = vectors[:, :, j]
-        want[b] = dense(q[b].double(), stored[0], stored[1], starts[b], dim**-0.5)
+        want[b] = dense(q[b].double(), stored[0], stored[1], starts[b], spec)
+        earliest = spec.earliest(starts[b])
+        if earliest >= sink:
+            sinks[:, row] = float("nan")
+        table[row, : min(packed[b], max(0, earliest - sink) // 64)] = 2**30
     kv_inputs = AttentionInputs(
         pages[:, 1], table, _integers(rows), _integers(packed), _integers(starts), *sinks, *tails, _integers(origin),
         sink)  # fmt: skip
@@ -119,7 +130,7 @@ def make_case(
         of_queries = coefficients(q.float() @ rotation, means)
         of_queries[[n == 0 for n in lengths]] = float("nan")  # filler's are nobody's
         kv_inputs = replace(kv_inputs, mean=KeyMean(mean_maps(means, rotation.T), tables, of_queries))
-    return Case(q, kv_inputs, fmt, want, max(lengths))
+    return Case(q, kv_inputs, fmt, want, max(lengths), spec)
 
 
 def rotated_mean(means, tables, page, rotation):
@@ -130,15 +141,20 @@ def rotated_mean(means, tables, page, rotation):
     return torch.cat((turned.real, turned.imag), -1) @ rotation.T
 
 
-def dense(q, k, v, start, scale):
+def dense(q, k, v, start, spec):
     """Plain causal attention in float64: q [C, H, d], k and v [Hkv, n, d]."""
     count, heads, _ = q.shape
     out = torch.empty_like(q)
     for h in range(heads):
         g = h // (heads // k.shape[0])
         for c in range(count):
-            weights = (k[g, : start + c + 1] @ q[c, h] * scale).softmax(0)
-            out[c, h] = weights @ v[g, : start + c + 1]
+            first = 0 if spec.window is None else max(0, start + c + 1 - spec.window)
+            logits = k[g, first : start + c + 1] @ q[c, h] * spec.scale
+            if spec.logit_cap is not None:
+                logits = spec.logit_cap * torch.tanh(logits / spec.logit_cap)
+            if spec.sink_logits is not None:
+                logits = torch.cat((logits, spec.sink_logits[h : h + 1].double()))
+            out[c, h] = logits.softmax(0)[: start + c + 1 - first] @ v[g, first : start + c + 1]
     return out
 
 
@@ -163,10 +179,14 @@ def run_triton(case):
     workspace = torch.full((size,), float("nan"), device=DEVICE)
     workspace[: counter_words(q.device)] = 0
     got = attend_triton(
-        q, kv, case.fmt, spec=AttentionSpec(dim**-0.5), max_length=case.max_length, out=out, workspace=workspace
+        q, kv, case.fmt, spec=spec_on(case.spec, DEVICE), max_length=case.max_length, out=out, workspace=workspace
     )
     assert got is out
     return out
+
+
+def spec_on(spec, device):
+    return replace(spec, sink_logits=None if spec.sink_logits is None else spec.sink_logits.to(device))
 
 
 LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257, 400]
@@ -189,6 +209,7 @@ def test_reference_adds_the_mean_back(kv, count):
     ("octopus2", 64, 4, 20, torch.float32),
     ("bf16", 64, 2, 20, torch.float16),
     ("oct3", 80, 4, 20, torch.float16),
+    ("oct3", 512, 2, 1, torch.float16),
 ])  # fmt: skip
 def test_triton_adds_the_mean_back(kv, dim, group, count, dtype):
     case = make_case(kv, [150, 300], count, 2 * group, 2, dim, dtype=dtype, mean=2.0)
@@ -242,7 +263,7 @@ def test_reference_prefill(count, sink, window):
     assert relative_error(attend(case.q, case.kv, case.fmt, spec=SPEC, max_length=999), case.want) < 1e-12
 
 
-@pytest.mark.parametrize("dim", [80, 96, 112, 128, 256])
+@pytest.mark.parametrize("dim", [80, 96, 112, 128, 256, 512])
 def test_reference_head_dims_and_dtypes(dim):
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):
         case = make_case("octopus3", [300], 1, 7, 1, dim, dtype=dtype)
@@ -276,19 +297,48 @@ def test_reference_serves_any_rows_and_filler(kv, mean, count):
     assert torch.equal(again, out[moved])
 
 
-@pytest.mark.parametrize(
-    "field", [{"window": 64}, {"logit_cap": 50.0}, {"sink_logits": torch.zeros(4)}, {"rotary": 32}]
-)
-def test_fields_of_the_spec_that_nothing_computes_are_refused(field):
-    case = make_case("octopus3", [200], 1, 4, 2, 64)
-    spec = replace(AttentionSpec(0.125), **field)
-    with pytest.raises(ValueError, match=next(iter(field))):
-        attend(case.q, case.kv, case.fmt, spec=spec, max_length=200)
-    if DEVICE == "cuda" or INTERPRETED:
-        from octo_run.kernels.attention.launch import attend_triton
+SPECS = [
+    {"sees": 1}, {"sees": 40}, {"sees": 64}, {"sees": 65}, {"sees": 128}, {"sees": 200}, {"sees": 999}, {"cap": 3.0},
+    {"sinking": True}, {"sees": 130, "cap": 2.0, "sinking": True},
+]  # fmt: skip
 
-        with pytest.raises(ValueError, match=next(iter(field))):
-            attend_triton(case.q, case.kv, case.fmt, spec=spec, max_length=200)
+
+@pytest.mark.parametrize("kinds", SPECS, ids=str)
+@pytest.mark.parametrize(("kv", "mean"), [("octopus3", 0.0), ("bf16", 0.0), ("oct3", 3.0)])
+@pytest.mark.parametrize("count", [1, 70])
+def test_reference_windows_caps_and_sink_logits(monkeypatch, kinds, kv, mean, count):
+    monkeypatch.setattr("octo_run.kernels.attention.reference.TILE_PAGES", 2)
+    lengths = [*LENGTHS, 0, 700] if count == 1 else [70, 133, 134, 198, 0, 500]
+    case = make_case(kv, lengths, count, 6, 2, 64, dtype=torch.float64, mean=mean, layout="rows", **kinds)
+    out = torch.full_like(case.q, float("nan"))
+    attend(case.q, case.kv, case.fmt, spec=case.spec, max_length=700, out=out)
+    for got, want in zip(out, case.want, strict=True):
+        assert relative_error(got, want) < (1e-6 if mean else 1e-12)
+
+
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
+@pytest.mark.parametrize("sees", [3, 5, 96, 101, 165, 300])
+def test_reference_windows_beside_other_sinks(sink, window, sees):
+    for count in (1, 66):
+        case = make_case("octopus3", [count, 190, 700], count, 4, 1, 64, torch.float64, sink, window, sees=sees)
+        got = attend(case.q, case.kv, case.fmt, spec=case.spec, max_length=700)
+        assert relative_error(got, case.want) < 1e-12
+
+
+def test_specs_that_mean_nothing_are_refused():
+    case = make_case("octopus3", [200], 1, 4, 2, 64)
+    with pytest.raises(ValueError, match="an attention window has 1 token at least, not 0"):
+        AttentionSpec(0.125, window=0)
+    for cap in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="a cap of logits is above 0"):
+            AttentionSpec(0.125, logit_cap=cap)
+    for wrong in (torch.zeros(3), torch.zeros(4).double(), torch.zeros(8)[::2]):
+        spec = AttentionSpec(0.125, sink_logits=wrong)
+        with pytest.raises(ValueError, match=r"sink_logits must be contiguous float32 \[4\]"):
+            attend(case.q, case.kv, case.fmt, spec=spec, max_length=200)
+    with pytest.raises(ValueError, match="another input is on meta"):
+        attend(case.q, case.kv, case.fmt, max_length=200,
+               spec=AttentionSpec(0.125, sink_logits=torch.zeros(4, device="meta")))  # fmt: skip
 
 
 def test_misfits_are_named():
@@ -342,7 +392,7 @@ def test_triton_decode_lengths(kv, dtype):
 
 
 @triton_only
-@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (96, 5), (112, 1), (128, 7), (256, 8)])
+@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (96, 5), (112, 1), (128, 7), (256, 8), (512, 3)])
 def test_triton_decode_shapes(dim, group):
     case = make_case("octopus3", [1, 450], 1, 2 * group, 2, dim, dtype=torch.float16)
     got = run_triton(case)
@@ -359,6 +409,7 @@ def test_triton_decode_shapes(dim, group):
         ("octopus4", 96, 7, torch.float16),
         ("bf16", 80, 4, torch.float16),
         ("bf16:octopus3", 64, 2, torch.float16),
+        ("oct4", 512, 1, torch.float16),
     ],
 )
 def test_triton_prefill(kv, dim, group, dtype):
@@ -406,7 +457,7 @@ def test_triton_prefill_rounds_once_however_many_slabs(slabs, monkeypatch):
     out = torch.empty_like(q, dtype=torch.bfloat16)
     room = workspace.Workspace.of(None, 1, 2, 1, 64, q.device, 5, case.max_length)
     call = dispatch.describe(q, kv, case.fmt, case.max_length, dispatch.Device.GPU)
-    prefill_launch.launch_prefill(call, q, kv, case.fmt, out, room, scale=64**-0.5, max_length=case.max_length)
+    prefill_launch.launch_prefill(call, q, kv, case.fmt, out, room, spec=SPEC, max_length=case.max_length)
     assert launched == [True] * (slabs + 1) + [False], "the bound on lengths knows no window: one slab is empty"
     assert relative_error(out, case.want) < (3.7e-3 if INTERPRETED else 2e-3)
 
@@ -429,7 +480,7 @@ def test_bfloat16_prefill_is_as_exact_in_many_slabs(slabs, mean, monkeypatch):
 
 
 @triton_only
-@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (128, 7), (256, 1)])
+@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (128, 7), (256, 1), (512, 4)])
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
 def test_triton_plain_decode_shapes(dim, group, dtype):
     """The interpreter multiplies the bits of bfloat16 numbers: that type is for a GPU."""
@@ -458,6 +509,64 @@ def test_triton_many_sequences_of_unequal_lengths(kv):
     got = run_triton(case)
     for b in range(len(lengths)):
         assert relative_error(got[b], case.want[b]) < 2e-3, lengths[b]
+
+
+@triton_only
+@pytest.mark.parametrize("kinds", SPECS, ids=str)
+@pytest.mark.parametrize(("kv", "mean"), [("octopus3", 0.0), ("oct3", 2.0), ("bf16", 0.0)])
+@pytest.mark.parametrize("count", [1, 37])
+def test_triton_windows_caps_and_sink_logits(kinds, kv, mean, count):
+    """Around the edges of pages and of windows, with filler."""
+    lengths = [65, 193, 0, 257, 420] if count == 1 else [37, 0, 300]
+    case = make_case(kv, lengths, count, 3, 1, 64, dtype=torch.float16, mean=mean, **kinds)
+    got = run_triton(case)
+    for b in range(len(lengths)):
+        assert relative_error(got[b], case.want[b]) < 4e-3, lengths[b]
+
+
+@triton_only
+@pytest.mark.parametrize("kinds", SPECS, ids=str)
+@pytest.mark.parametrize("kv", ["octopus3", "bf16"])
+def test_triton_windows_of_one_sequence(kinds, kv):
+    """In many parts."""
+    case = make_case(kv, [451], 1, 4, 1, 64, dtype=torch.float16, **kinds)
+    assert relative_error(run_triton(case), case.want) < 4e-3
+
+
+@triton_only
+@pytest.mark.parametrize(("dim", "group"), [(64, 1), (80, 3), (96, 4), (128, 5), (256, 7), (512, 8)])
+@pytest.mark.parametrize("count", [1, 5])
+def test_triton_windows_of_every_shape(dim, group, count):
+    for kv, dtype, bound in (("octopus3", torch.float32, 1e-5), ("oct3:bf16", torch.float16, 4e-3)):
+        kinds = {"sees": 150, "cap": 2.0, "sinking": True}
+        case = make_case(kv, [count, 320], count, group, 1, dim, dtype=dtype, **kinds)
+        got = run_triton(case)
+        for b in range(2):
+            assert relative_error(got[b], case.want[b]) < bound
+
+
+@triton_only
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
+@pytest.mark.parametrize("sees", [3, 96, 101, 165])
+def test_triton_windows_beside_other_sinks(sink, window, sees):
+    for kv, count in (("bf16", 1), ("octopus3", 1), ("octopus3", 66)):
+        case = make_case(kv, [count, 190, 370], count, 2, 1, 64, torch.float16, sink, window, sees=sees)
+        got = run_triton(case)
+        for b in range(3):
+            assert relative_error(got[b], case.want[b]) < 2e-3
+
+
+@triton_only
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+@pytest.mark.parametrize("sees", [70, 200, 300])
+def test_triton_windows_in_several_slabs(monkeypatch, mean, sees):
+    from octo_run.kernels.attention import workspace
+
+    monkeypatch.setattr(workspace, "SLAB_BYTES", 1)
+    case = make_case("octopus3", [40, 500, 0, 333], 40, 4, 1, 64, dtype=torch.float16, mean=mean, sees=sees)
+    got = run_triton(case)
+    for b in range(4):
+        assert relative_error(got[b], case.want[b]) < 4e-3
 
 
 FILLED = [0, 193, 0, 64, 450, 0, 0]
@@ -507,8 +616,9 @@ def test_triton_prefill_leaves_filler_out(kv, mean):
 
 
 @triton_only
+@pytest.mark.parametrize("window", [0, 100, 1000, 40000])
 @pytest.mark.parametrize("seed", range(12))
-def test_triton_division(seed):
+def test_triton_division(seed, window):
     """Every tile belongs to one program, at most `programs` have one, and no part is much longer than the mean."""
     rng = torch.Generator().manual_seed(seed)
     batch = 1 if seed % 4 == 0 else int(torch.randint(2, 33, (), generator=rng))
@@ -519,12 +629,14 @@ def test_triton_division(seed):
     starts = SINK + 64 * packed + 99
     out = torch.full((programs, 3), -1, dtype=torch.int32, device=DEVICE)
     ask[(programs,)](out, packed.to(DEVICE), starts.to(DEVICE), torch.zeros_like(packed).to(DEVICE), SINK, 128, batch,
-                     programs, 1 if batch == 1 else 32)  # fmt: skip
+                     programs, 1 if batch == 1 else 32, window)  # fmt: skip
     found = [(b, part, parts) for b, part, parts in out.tolist() if parts]
     each = {b: parts for b, _, parts in found}
     assert sorted(each) == list(range(batch))
     assert sorted(found) == [(b, part, parts) for b, parts in sorted(each.items()) for part in range(parts)]
-    tiles = [int(n) + 3 for n in packed]  # sinks and 100 newest tokens, in a ring of 128, make at least three
+    earliest = [max(0, int(start) + 1 - window) if window else 0 for start in starts]
+    # Sinks and 100 newest tokens, in a ring of 128, make at least three.
+    tiles = [min(int(n), int(n) - (e - SINK) // 64) + 2 + (e < SINK) for n, e in zip(packed, earliest, strict=True)]
     longest = max(tiles[b] / parts for b, parts in each.items())
     assert longest <= -(-sum(tiles) // (programs - (batch if batch > 1 else 0))) + 1
 

@@ -11,7 +11,7 @@ from octo_run.kernels import codec as codecs
 from octo_run.kernels.codec import PlainCodec, get, names, parse_kv
 
 CODED = ("octopus2", "octopus3", "octopus4")
-HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 256, 512)
 
 
 def test_names() -> None:

@@ -10,7 +10,7 @@ from octo_run.kernels.codec.octopus import Rounding
 from octo_run.kernels.codec.packing import unpack_codes
 
 NAMES = ("octopus2", "octopus3", "octopus4")
-HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 256, 512)
 
 # Gaussian keys, d = 128: name, rounding, MSE relative to |k|^2, cosine, mean |q.k error|
 PAPER: tuple[tuple[str, Rounding, float, float, float], ...] = (

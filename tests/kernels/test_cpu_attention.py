@@ -47,7 +47,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def check(*args: object, **options: object) -> None:
     case = make_case(*args, layout="rows", seed=int(torch.randint(1 << 30, ())), **options)
     out = torch.full_like(case.q, torch.nan)
-    got = attention.attend(case.q, case.kv, case.fmt, spec=AttentionSpec(case.q.shape[-1] ** -0.5), out=out)
+    got = attention.attend(case.q, case.kv, case.fmt, spec=case.spec, out=out)
     assert got is out
     assert relative_error(out, case.want) < BOUND[case.q.dtype]
 
@@ -58,7 +58,7 @@ def test_decode(target: str, kv: str, mean: float) -> None:
     check(kv, [1, 63, 64, 65, 0, 128, 129, 192, 193, 257, 400, 1300], 1, 6, 2, 64, mean=mean)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256, 512])
 @pytest.mark.parametrize("group", [1, 4, 5, 7, 8])
 def test_decode_shapes(target: str, dim: int, group: int) -> None:
     kv = ("oct2", "oct3", "oct4", "octopus3", "bf16")[(dim // 16 + group) % 5]
@@ -72,6 +72,19 @@ def test_prefill(target: str, kv: str, count: int) -> None:
     for mean in (0.0, 3.0):
         check(kv, [count, 150, 0, 400], count, 6, 2, 64, mean=mean)
     check(kv, [260], count, 5, 1, 80, sink=0, window=0)
+
+
+@pytest.mark.parametrize("kinds", _cases["SPECS"], ids=str)
+@pytest.mark.parametrize(("kv", "mean"), [("oct3", 0.0), ("bf16", 0.0), ("octopus3:bf16", 2.0)])
+def test_windows_caps_and_sink_logits(target: str, kinds: dict[str, object], kv: str, mean: float) -> None:
+    check(kv, [1, 64, 65, 0, 192, 193, 257, 400, 1300], 1, 6, 2, 64, mean=mean, **kinds)
+    check(kv, [70, 198, 0, 700], 70, 6, 2, 64, mean=mean, **kinds)
+    check(kv, [150, 700], 2, 5, 1, 80, sink=4, window=0, **kinds)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, 1e4])
+def test_caps_of_any_size(target: str, cap: float) -> None:
+    check("oct3", [300, 100], 1, 4, 2, 64, cap=cap)
 
 
 @pytest.mark.parametrize("kv", ["oct3", "bf16"])

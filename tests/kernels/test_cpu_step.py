@@ -32,9 +32,32 @@ def test_norm_and_swiglu(rows: int, width: int) -> None:
     torch.testing.assert_close(residual, summed.float())
     torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
     gate_up = torch.randn(rows, 2 * width) * 20
-    reference.swiglu(gate_up.double(), exact)
-    assert step.swiglu(gate_up, out.fill_(torch.nan))
-    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
+    for activation in ("silu", "gelu_tanh"):
+        reference.swiglu(gate_up.double(), exact, activation)
+        assert step.swiglu(gate_up, out.fill_(torch.nan), activation)
+        torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+def test_norms_of_other_kinds(centred: bool, last: bool) -> None:
+    """A norm of what is added, a multiplier, LayerNorms; without a norm of the sum; a norm over all heads."""
+    x, residual = torch.randn(3, 200) + 1, torch.randn(3, 200)
+    weight, post = torch.randn(200) if last else None, torch.randn(200)
+    out, exact, summed = torch.full_like(x, torch.nan), torch.zeros(3, 200, dtype=torch.float64), residual.double()
+    wide = None if weight is None else weight.double()
+    reference.add_rms_norm(x.double(), summed, wide, 1e-5, exact, post.double(), 0.22, centred)
+    assert step.add_rms_norm(x, residual, weight, 1e-5, out, post, 0.22, centred)
+    torch.testing.assert_close(residual, summed.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, exact.float() if last else torch.full_like(x, torch.nan), equal_nan=True)
+    assert not step.add_rms_norm(x, None, weight, 1e-5, out, post, 0.22)  # which nothing needs
+    rows = torch.randn(3, 300)
+    before = rows.clone()
+    assert step.norm_heads(rows[:, 60:260], post, 1e-5)
+    torch.testing.assert_close(
+        rows[:, 60:260], reference.normed(before[:, 60:260].double(), post.double(), 1e-5).float()
+    )
+    assert torch.equal(rows[:, :60], before[:, :60]) and torch.equal(rows[:, 260:], before[:, 260:])
 
 
 @pytest.mark.parametrize("maps", ["none", "one", "each"])
@@ -47,6 +70,7 @@ def test_qkv_rope_append(maps: str, extra: bool, rows: int) -> None:
     transform = HeadTransform(
         angles.cos(), angles.sin(), torch.randn(d) if extra else None, torch.randn(d) if extra else None, 1e-5,
         made[maps], torch.randn(d, d) if extra else None, torch.randn(kv_heads, d) if extra else None,
+        torch.rand(rows) + 0.5 if extra else None, extra,
     )  # fmt: skip
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * d)
     slots = torch.randint(0, 9, (rows,), dtype=torch.int32)

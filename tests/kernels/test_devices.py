@@ -81,7 +81,8 @@ def attend_by_table() -> None:
     q, inputs, fmt = arena("oct3", 2, 1, False)
     room = workspace.Workspace.of(None, 2, 4, 2, 64, META)
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # its caller's, `attend_triton`
-        table_launch.launch_table_decode(q, inputs, fmt, torch.empty_like(q), room, scale=0.1, max_length=1000)
+        table_launch.launch_table_decode(q, inputs, fmt, torch.empty_like(q), room, spec=AttentionSpec(0.1),
+                                         max_length=1000)  # fmt: skip
 
 
 def encode(kv: str) -> Callable[[], Any]:

@@ -49,7 +49,7 @@ def codec_of(name: str, dim: int) -> TrellisCodec:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256, 512])
 def test_fields_are_the_codec_s(name: str, dim: int) -> None:
     y, _ = vectors(1, 1, 1, dim)  # zero, sparse, tiny and long ones among them
     assert torch.equal(found(name, y), fields_of(name, y))

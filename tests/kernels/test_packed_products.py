@@ -1,6 +1,7 @@
 """The fused product with a packed weight, run on the CPU by `lane_emulator`, against the product of its values."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +28,15 @@ def error(out: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> 
     return float(((out.to(torch.float64) - exact) / size).abs().max())
 
 
+def on_a_gpu(weight: PackedWeight) -> PackedWeight:
+    """The weight with scales and offsets as they lie on a GPU."""
+    parts = {name: getattr(weight, name) for name in ("scales", "offsets")}
+    return replace(weight, **{k: None if v is None else v.t().contiguous().t() for k, v in parts.items()})
+
+
 @pytest.fixture(scope="module")
 def emulated() -> Any:
-    return emulator.Kernel(emulator.kernel_modules()["gluon_product"].packed_product_kernel)
+    return emulator.Kernel(emulator.kernel_modules()["streamed_product"].streamed_product_kernel)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -38,15 +45,36 @@ def emulated() -> Any:
 def test_the_fused_product_is_that_of_the_values(
     emulated: Any, monkeypatch: pytest.MonkeyPatch, kind: str, group: int | None, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(launch, "packed_product_kernel", emulated)
+    monkeypatch.setattr(launch, "streamed_product_kernel", emulated)
     for seed, (rows, out, columns, offsets) in enumerate(
         [(1, 37, 256, True), (3, 16, 384, False), (9, 40, 200, True), (16, 33, 1152, False)]
     ):
-        weight = made(kind, out, columns, group, offsets, seed)
+        out = out if group is None else -(-out // 8) * 8
+        weight = on_a_gpu(made(kind, out, columns, group, offsets, seed))
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
         bias = torch.randn(out).to(dtype) if seed % 2 else None
         wider = torch.full((rows, out + 3), float("nan"), dtype=dtype)
-        for tiles, warps in ((1, 4), (2, 8)):
-            launch.fused(x, weight, bias, wider[:, :out], launch.Tiling(tiles, warps))
+        for warps, turns, ahead in ((4, 1, 2), (2, 2, 1), (4, 4, 1)):
+            slices = -(-weight.padded // (128 * warps * turns))
+            how = launch.Tiling(warps, turns, ahead, slices)
+            wider.fill_(float("nan"))
+            launch.fused(x, weight, bias, wider[:, :out], how)
             assert error(wider[:, :out], x, weight, bias) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
             assert wider[:, out:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fused_product_with_swiglu_is_that_of_both_halves(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(launch, "streamed_product_kernel", emulated)
+    for rows, inner, columns, slices in ((1, 24, 384, 1), (11, 40, 640, 2)):
+        weight = on_a_gpu(made(kind, 2 * inner, columns, 64, True, rows))
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+        bias = torch.randn(2 * inner).to(torch.bfloat16)
+        out = torch.full((rows, inner), float("nan"), dtype=torch.bfloat16)
+        launch.fused(x, weight, bias, out, launch.Tiling(4, 2 if slices == 1 else 1, 1, slices), swiglu=True)
+        both = (x.double() @ weight.dequantised(torch.float64).T + bias.double()).to(torch.bfloat16)
+        gate, up = both.chunk(2, 1)
+        exact = torch.nn.functional.silu(gate) * up
+        assert (out.double() - exact.double()).abs().max() <= 0.02 * exact.double().abs().max()

@@ -17,7 +17,7 @@ from octo_run.kernels.codec.page_layout import Side, lane_bits
 
 FORMATS = ("oct2", "oct3", "oct4")
 KINDS = (*FORMATS, "oct4:oct2", "oct2:oct3", "octopus3", "octopus2:octopus4", "octopus3:oct3", "oct3:bf16", "bf16")
-HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 256, 512)
 
 
 def both(kv: str, head_dim: int, seed: int = 0) -> tuple[PageFormat, PageFormat]:
@@ -205,7 +205,7 @@ def test_tags_of_plain_pages_name_the_stored_dtype(dtype: torch.dtype, name: str
         ("octo-page/1 oct3:oct9 lanes d128 seed0", "names the format 'oct9': the formats are oct2, .* and fp64"),
         ("octo-page/1 turbo3:oct3 lanes d128 seed0", "names the format 'turbo3'"),
         ("octo-page/1 oct3:oct3 tiles d128 seed0", "names the layout 'tiles': the layouts are rows and lanes"),
-        ("octo-page/1 bf16:oct3 lanes d100 seed0", "has head_dim 100, and oct3 has only 64, .* and 256"),
+        ("octo-page/1 bf16:oct3 lanes d100 seed0", "has head_dim 100, and oct3 has only 64, .* and 512"),
         (None, "None is not the tag"),
         (7, "7 is not the tag"),
         (["octo-page/1"], "is not the tag"),

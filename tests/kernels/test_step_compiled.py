@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 B, F, I, L = "*bf16", "*fp32", "*i32", "*i64"
 HEAD = {"H": 32, "HKV": 8, "D": 128, "BD": 128, "HEADS": 4, "EARLY": True}
 STRIDES = dict.fromkeys(("n", "sm_part", "sm_h", "sk_r", "sk_h", "sk_t", "sv_r", "sv_h", "sv_t"), "i32")
-TRANSFORM = {"SLOTS": I, "ROWS": I, "MEAN": F, "COEF": F, "eps": "fp32"} | dict.fromkeys(
+TRANSFORM = {"SLOTS": I, "ROWS": I, "MEAN": F, "COEF": F, "QUERIES": F, "eps": "fp32"} | dict.fromkeys(
     ("QKV", "COS", "SIN", "Q_NORM", "K_NORM", "MAPS", "V_ROTATION", "K", "V", "Q"), B
 )
 RULES = {
@@ -29,25 +29,38 @@ RULES = {
     "COUNTERS": L,
     "SLICES": F,
 }
+NORM = dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT", "POST"), B) | {"eps": "fp32", "multiplier": "fp32"}
+ADDED = {"N": 4096, "BLOCK": 4096, "ADD": True, "NORM": True, "EARLY": True}
+PLAIN = {"SCALED": False, "NORM_V": False}
 CASES = [
-    (layer_kernels.add_rms_norm_kernel, dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT"), B) | {"eps": "fp32"},
-     {"N": 4096, "BLOCK": 4096, "ADD": True, "EARLY": True}, 8),
-    (layer_kernels.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
+    (layer_kernels.add_rms_norm_kernel, NORM, ADDED | dict.fromkeys(("POST_NORM", "SCALED", "CENTRED"), False), 8),
+    (layer_kernels.add_rms_norm_kernel, NORM | {"WEIGHT": F, "POST": F},
+     ADDED | {"POST_NORM": True, "SCALED": True, "CENTRED": True}, 8),
+    (layer_kernels.norm_heads_kernel, {"X": B, "WEIGHT": F, "eps": "fp32", "s_row": "i32"},
+     {"N": 4096, "BLOCK": 4096, "EARLY": True}, 8),
+    (layer_kernels.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "GELU": False, "EARLY": True},
+     4),
+    (layer_kernels.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "GELU": True, "EARLY": True},
+     4),
+    (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES | {"Q_NORM": F, "K_NORM": F},
+     HEAD | {"TOKENS": 16, "COLUMNS": 32, "NORM": True, "MAP": True, "MAP_V": True, "TAKES_MEAN": True,
+             "MAPPED": True, "SCALED": True, "NORM_V": True}, 4),
+    (layer_kernels.gate_kernel, {"X": B, "GATES": B, "n": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"TOKENS": 4, "COLUMNS": 32, "NORM": True, "MAP": True, "MAP_V": False, "TAKES_MEAN": True,
-             "MAPPED": True}, 4),
+             "MAPPED": True, **PLAIN}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"TOKENS": 4, "COLUMNS": 128, "NORM": False, "MAP": False, "MAP_V": False, "TAKES_MEAN": False,
-             "MAPPED": False}, 4),
+             "MAPPED": False, **PLAIN}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"TOKENS": 16, "COLUMNS": 32, "NORM": True, "MAP": True, "MAP_V": True, "TAKES_MEAN": False,
-             "MAPPED": True}, 4),
+             "MAPPED": True, **PLAIN}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"TOKENS": 16, "COLUMNS": 32, "NORM": True, "MAP": False, "MAP_V": True, "TAKES_MEAN": True,
-             "MAPPED": True}, 4),
+             "MAPPED": True, **PLAIN}, 4),
     (layer_kernels.qkv_rope_append_kernel, TRANSFORM | STRIDES,
      HEAD | {"TOKENS": 16, "COLUMNS": 32, "NORM": False, "MAP": True, "MAP_V": False, "TAKES_MEAN": True,
-             "MAPPED": False}, 4),
+             "MAPPED": False, **PLAIN}, 4),
     (layer_kernels.rotate_back_kernel, {"X": B, "ROTATION": B, "OUT": B, "n": "i32"},
      {"D": 128, "BD": 128, "HEADS": 16, "COLUMNS": 32, "EARLY": True}, 4),
     (layer_kernels.embed_packed_kernel, {"IDS": I, "CODES": "*u8", "ROWS": F, "OUT": B},

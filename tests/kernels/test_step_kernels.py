@@ -13,8 +13,8 @@ from octo_run.kernels import step as ops
 from octo_run.kernels.attention import key_mean
 from octo_run.kernels.codec.rotation import rotation_matrix
 from octo_run.kernels.step import reference
+from octo_run.kernels.step.reference import normed as rms_norm
 from octo_run.models import rope
-from octo_run.models.decoder import rms_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -194,6 +194,20 @@ def test_triton_maps_heads_and_finds_coefficients(heads, kv_heads, d, normed, ma
 
 
 @triton_only
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("shape", [(1, 96), (3, 1500), (2, 1024)])
+def test_triton_gates(shape, dtype):
+    from octo_run.kernels.step import launch
+
+    x, gates = random(*shape, dtype=dtype), random(*shape, dtype=dtype, scale=4)
+    want = x.clone()
+    reference.gate(want, gates)
+    close(want, x.double() * gates.double().sigmoid(), dtype)
+    launch.gate(x, gates)
+    close(x, want, dtype)
+
+
+@triton_only
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [1, 7, 40])
 def test_triton_rotates_back(d, heads):
@@ -234,9 +248,81 @@ def test_triton_norms_and_swiglu(width, dtype):
         close(outs[0], outs[1], dtype)
         assert residual is None or torch.equal(sums[0], sums[1])
     gate_up = random(3, 2 * width, dtype=dtype, scale=4)
-    for out, run in zip(outs, (launch.swiglu, reference.swiglu), strict=True):
-        run(gate_up, out.fill_(torch.nan))
-    close(outs[0], outs[1], dtype)
+    for activation in ("silu", "gelu_tanh"):
+        for out, run in zip(outs, (launch.swiglu, reference.swiglu), strict=True):
+            run(gate_up, out.fill_(torch.nan), activation)
+        close(outs[0], outs[1], dtype)
+
+
+@triton_only
+@pytest.mark.parametrize("width", [48, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+def test_triton_norms_of_other_kinds(width, dtype, wide, centred):
+    """A norm of what is added, a multiplier, LayerNorms, weights in float32; without a norm of the sum."""
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    x, before = random(3, width, dtype=dtype) + 1, random(3, width, dtype=dtype)
+    weight, post = (1 + random(width, dtype=torch.float32 if wide else dtype, scale=0.3) for _ in range(2))
+    for of_sum, of_x, multiplier in (
+        (weight, post, 0.22),
+        (weight, None, 0.22),
+        (weight, post, 1.0),
+        (None, post, 1.0),
+    ):
+        found = []
+        for run in (launch.add_rms_norm, reference.add_rms_norm):
+            out, residual = torch.full_like(x, 7), before.clone()
+            run(x, residual, of_sum, 1e-5, out, of_x, multiplier, centred)
+            found.append((out, residual))
+        close(found[0][0], found[1][0], dtype)
+        close(found[0][1], found[1][1], dtype)
+        assert of_sum is not None or bool((found[0][0] == 7).all())
+
+
+@triton_only
+@pytest.mark.parametrize("wide", [False, True])
+def test_triton_norm_over_all_heads(wide):
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    rows, weight = random(3, 500, dtype=HALF), 1 + random(200, dtype=torch.float32 if wide else HALF, scale=0.3)
+    ours, theirs = rows.clone(), rows.clone()
+    launch.norm_heads(ours[:, 60:260], weight, 1e-5)
+    reference.norm_heads(theirs[:, 60:260], weight, 1e-5)
+    close(ours[:, 60:260], theirs[:, 60:260], HALF)
+    assert torch.equal(ours[:, :60], rows[:, :60]) and torch.equal(ours[:, 260:], rows[:, 260:])
+    with pytest.raises(ValueError, match="rows of x must be contiguous"):
+        launch.norm_heads(rows.T[:200].T[:, ::2], weight[:100], 1e-5)
+
+
+@triton_only
+@pytest.mark.parametrize(("rotated", "v_rotated"), [(False, False), (True, True)])
+@pytest.mark.parametrize("d", [64, 80, 256])
+def test_triton_scales_queries_and_norms_values(d, rotated, v_rotated):
+    """Queries times a factor of their position, values with a norm, norms whose weights are float32."""
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    heads, kv_heads, rows = 6, 2, 5
+    qkv = random(rows, (heads + 2 * kv_heads) * d, dtype=HALF)
+    how = turn(rows, d, True, False, HALF, v_rotated, kv_heads=kv_heads)
+    maps = turn(rows, d, True, True, HALF, kv_heads=kv_heads).maps if rotated else None
+    how = replace(
+        how, q_norm=how.q_norm.float() + 1e-4, k_norm=how.k_norm.float() - 1e-4, maps=maps,
+        queries=0.5 + torch.rand(rows).to(DEVICE), v_norm=True,
+    )  # fmt: skip
+    slots, found = integers(range(rows)), []
+    for run in (launch.qkv_rope_append, reference.qkv_rope_append):
+        full = torch.full((2, 1, kv_heads, rows, d), torch.nan, dtype=HALF, device=DEVICE)
+        q = torch.full((rows, 1, heads, d), torch.nan, dtype=HALF, device=DEVICE)
+        coefficients = torch.full(q.shape, torch.nan, device=DEVICE)
+        run(qkv, how, slots, *full, q, 0 * slots, coefficients)
+        found.append((q, full[0], full[1], coefficients))
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs, HALF)
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -47,7 +47,7 @@ def worst_error(case: Any, room_for: int | None = None) -> float:
     for _ in range(2):  # the second time with what the first one left in the workspace
         out = torch.full_like(case.q, float("nan"))
         table_launch.launch_table_decode(
-            case.q, case.kv, case.fmt, out, room, scale=dim**-0.5, max_length=case.max_length
+            case.q, case.kv, case.fmt, out, room, spec=case.spec, max_length=case.max_length
         )
         assert not out.isnan().any(), "something was not written"
         assert not room.counters.any(), "the counters are not at zero for the next call"
@@ -106,6 +106,45 @@ def test_pages_that_a_cpu_wrote(kernel: Any, kv: str, dim: int) -> None:
         assert worst_error(case) < 0.1
     case.kv = replace(case.kv, pages=rows.convert(written[:, 0], lanes))
     assert worst_error(case) < 1e-3
+
+
+KINDS = [{"sees": 1}, {"sees": 64}, {"sees": 150}, {"sees": 333}, {"cap": 2.0}, {"sinking": True}]
+ALL_KINDS = {"sees": 290, "cap": 2.0, "sinking": True}
+
+
+@pytest.mark.parametrize("kinds", [*KINDS, ALL_KINDS], ids=str)
+def test_windows_caps_and_sink_logits(kernel: Any, kinds: dict[str, Any]) -> None:
+    """In one part and in several, with filler, and with lengths at the edges of pages and of windows."""
+    assert worst_error(decode_case("oct3", [1000], 4, 1, 64, **kinds)) < 1e-3
+    assert worst_error(decode_case("oct2", [0, 193, 192, 64, 397, 900], 3, 2, 64, **kinds)) < 1e-3
+    assert worst_error(decode_case("oct4", [64 * 40 + 192, 300], 1, 1, 64, **kinds)) < 1e-3
+    assert worst_error(decode_case("oct3", [700, 260], 4, 1, 64, mean=2.0, **kinds)) < 2e-3
+
+
+@pytest.mark.parametrize(("dim", "group"), [(80, 1), (96, 5), (128, 7), (128, 8), (256, 4)])
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_windows_of_every_shape(kernel: Any, dim: int, group: int, mean: float) -> None:
+    assert worst_error(decode_case("oct3", [900, 350], group, 1, dim, mean=mean, **ALL_KINDS)) < 2e-3
+
+
+@pytest.mark.parametrize("length", [256, 257, 258, 319, 320, 321, 384, 385])
+@pytest.mark.parametrize("sees", [127, 128, 129])
+def test_windows_that_end_at_pages(kernel: Any, length: int, sees: int) -> None:
+    assert worst_error(decode_case("oct2", [length, length + 64], 4, 1, 64, sees=sees)) < 1e-3
+
+
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
+@pytest.mark.parametrize("sees", [3, 101, 170, 400])
+def test_windows_beside_other_sinks(kernel: Any, sink: int, window: int, sees: int) -> None:
+    assert worst_error(decode_case("oct3", [900, 350], 4, 1, 64, sink=sink, window=window, sees=sees)) < 1e-3
+
+
+def test_a_window_takes_no_more_programs_than_its_pages(kernel: Any) -> None:
+    """The grid of a long sequence is that of a short one that is as long as its window."""
+    assert worst_error(decode_case("oct2", [6000], 1, 1, 64, sees=512)) < 1e-3
+    assert worst_error(decode_case("oct2", [700], 1, 1, 64)) < 1e-3
+    windowed, short = (launch["grid"][1] for launch in (kernel.launches[0], kernel.launches[-1]))
+    assert windowed <= short
 
 
 def test_bfloat16_inputs(kernel: Any) -> None:
@@ -206,7 +245,7 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
     for flat in range(grid):
         running.start((0, flat), 32, False)
         arguments = [emulator.Value(n, "i32") for n in (flat, batch, parts, programs, processors)]
-        MODULES["parts"].divide(pointer, *arguments, lane, lane * 0, 16, TABLE_WARPS)
+        MODULES["parts"].divide(pointer, pointer, 0, *arguments, lane, lane * 0, 16, TABLE_WARPS, 0)
         found.append(tuple(int(n) for n in emulator.read_scalars(None, 16)))
     expected, before = [], 0
     for seq in range(batch):

@@ -13,7 +13,7 @@ import torch
 
 from octo_run.kernels import page_bytes
 from octo_run.kernels.codec import PageFormat, get, parse_kv
-from octo_run.kernels.trellis_tables import inverse_bits, read_map, search_tables
+from octo_run.kernels.trellis_tables import WORD_BITS, inverse_bits, read_map, search_tables
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -38,7 +38,7 @@ def vectors(layers, count, kv_heads, dim, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 256, 512])
 def test_maps_agree_with_the_layout(name, dim):
     """Every stored bit has one source, and the read map finds what the inverse map put there."""
     codec = get(name, dim)
@@ -51,7 +51,7 @@ def test_maps_agree_with_the_layout(name, dim):
         assert len(used) == 64 * (triplets * codec.stream + stored + codec.norm_bits)
         search_tables(codec, CPU)
         codes = read_map(codec, side, CPU)[260 : 260 + 64 * triplets]
-        place = (codes & 0xFFF) * 32 + (codes >> 24)
+        place = (codes & ((1 << WORD_BITS) - 1)) * 32 + (codes >> 2 * WORD_BITS)
         field = torch.arange(64)[:, None] * (triplets + 1) + torch.arange(triplets)
         assert torch.equal(inverse[place.view(64, -1)], (field * 16).int())
 
@@ -67,6 +67,8 @@ def test_maps_agree_with_the_layout(name, dim):
         ("oct2", 80, torch.float32),
         ("oct4", 112, torch.bfloat16),
         ("oct3", 256, torch.float32),
+        ("oct3", 512, torch.float32),
+        ("oct4", 512, torch.bfloat16),
     ],
 )
 def test_triton_blocks(name, dim, dtype, monkeypatch):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from octo_run.kernels.step.reference import normed
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig, RopeScaling, parse_config
-from octo_run.models.decoder import Decoder, rms_norm
+from octo_run.models.decoder import Decoder
 from octo_run.models.weights import random_weights
 
 BASE: dict[str, Any] = {
@@ -167,8 +168,8 @@ def test_rms_norm_works_in_float32_and_rounds_before_the_weight() -> None:
     x, weight = torch.randn(5, 64, generator=generator).bfloat16(), torch.rand(64, generator=generator).bfloat16()
     wide = x.float()
     normal = (wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16()
-    close = (rms_norm(x, weight, 1e-5).float() - (weight * normal).float()).abs() <= 2**-7 * (
+    close = (normed(x, weight, 1e-5).float() - (weight * normal).float()).abs() <= 2**-7 * (
         weight * normal
     ).float().abs()
-    assert rms_norm(x, weight, 1e-5).dtype == torch.bfloat16
+    assert normed(x, weight, 1e-5).dtype == torch.bfloat16
     assert bool(close.all())

@@ -166,8 +166,11 @@ def test_a_decoder_quantises_what_it_has_rotated() -> None:
     decoder = Decoder(CFG, dict(weights), None, rotation, quantise)
     assert len(seen) == 4 * CFG.num_layers
     layer = decoder.layers[0]
-    assert layer.v_rotation is None and isinstance(decoder.head, Linear)
-    assert all(isinstance(part, PackedLinear) for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
+    assert layer.attention.v_rotation is None and isinstance(decoder.head, Linear)
+    assert all(
+        isinstance(part, PackedLinear)
+        for part in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down)
+    )
     v = weights["model.layers.0.self_attn.v_proj.weight"].view(2, 64, -1)
     assert torch.allclose(seen[0][-128:], (rotation @ v).view(128, -1), atol=1e-6)
     assert (logits(decoder) - exact).abs().max() < 0.05 * exact.abs().max()
@@ -198,7 +201,7 @@ def test_values_are_rotated_online_where_weights_are_packed(
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
     exact = logits(Decoder(CFG, Dequantised(CFG, "cpu", torch.float32), None, None))
     decoder = Decoder(CFG, Packed(CFG, "cpu", torch.float32), None, rotation)
-    assert all(layer.v_rotation is not None for layer in decoder.layers)
+    assert all(layer.attention.v_rotation is not None for layer in decoder.layers)
     assert (logits(decoder) - exact).abs().max() < 1e-4 * exact.abs().max()
 
 

@@ -177,8 +177,8 @@ def test_the_plan_says_what_is_held(weights: str, head: str) -> None:
 def held(decoder: Decoder) -> list[Tensor]:
     found: list[Tensor] = [decoder.final_norm]
     for layer in decoder.layers:
-        found += [layer.input_norm, layer.mlp_norm]
-        for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+        found += [layer.norms.before_attention, layer.norms.before_mlp]
+        for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
             for part in linear.parts:
                 found += [part.weight] if isinstance(part.weight, Tensor) else [*part.weight.tensors()]
     return found + ([decoder.embedding] if isinstance(decoder.embedding, Tensor) else [*decoder.embedding.tensors()])

@@ -75,10 +75,10 @@ def test_another_reader_finds_what_loading_makes(
             assert torch.equal(found[name], tensor), name
     rows = cfg.num_heads * cfg.head_dim
     for index, layer in enumerate(decoder.layers):
-        qkv = layer.qkv.parts[0].weight
+        qkv = layer.attention.qkv.parts[0].weight
         assert isinstance(qkv, PackedWeight)
         k = qkv.part(rows, rows + cfg.num_kv_heads * cfg.head_dim)
-        down = layer.down.weight
+        down = layer.mlp.down.weight
         assert isinstance(down, PackedWeight)
         for name, packed in (("self_attn.k_proj", k), ("mlp.down_proj", down)):
             got = decompressed(out, f"model.layers.{index}.{name}", found).float()
@@ -91,7 +91,7 @@ def test_codes_are_those_of_loading(make_checkpoint: Callable[..., Path], tmp_pa
     quantise(path, out, "int4", device="cpu")
     words = tensors(out)["model.layers.1.mlp.down_proj.weight_packed"]
     codes = (words[..., None] >> torch.arange(0, 32, 4)) & 15
-    down = on_load(path, "int4").layers[1].down.weight
+    down = on_load(path, "int4").layers[1].mlp.down.weight
     assert isinstance(down, PackedWeight)
     assert torch.equal(codes.flatten(1).to(torch.uint8), down.unpacked())
 

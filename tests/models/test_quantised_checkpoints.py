@@ -184,8 +184,8 @@ def test_logits_are_those_of_the_values(name: str, make_checkpoint: Make) -> Non
     engine = same_logits(packed, dense)
     decoder = engine.forward.decoder
     for layer in decoder.layers:
-        assert layer.v_rotation is not None and isinstance(layer.down, PackedLinear)
-        assert isinstance(layer.qkv, PackedLinear) and isinstance(layer.gate_up, PackedLinear)
+        assert layer.attention.v_rotation is not None and isinstance(layer.mlp.down, PackedLinear)
+        assert isinstance(layer.attention.qkv, PackedLinear) and isinstance(layer.mlp.gate_up, PackedLinear)
     assert isinstance(decoder.head, Linear)
     held = held_bytes(decoder.embedding, decoder.head, decoder.final_norm, decoder.layers, but=(decoder.key_tensors,))
     assert sum(held) == engine.plan.weights
@@ -224,10 +224,10 @@ def test_queries_keys_and_values_of_different_kinds(make_checkpoint: Make) -> No
 
     decoder = same_logits(*quantised(make_checkpoint, config, by_name(choose))).forward.decoder
     layer = decoder.layers[1]
-    assert isinstance(layer.qkv, SplitLinear) and isinstance(layer.gate_up, SplitLinear)
-    kinds = [part.weight.kind if isinstance(part.weight, PackedWeight) else None for part in layer.qkv.parts]
+    assert isinstance(layer.attention.qkv, SplitLinear) and isinstance(layer.mlp.gate_up, SplitLinear)
+    kinds = [part.weight.kind if isinstance(part.weight, PackedWeight) else None for part in layer.attention.qkv.parts]
     assert kinds == ["int4", None, "int8"]
-    assert isinstance(decoder.layers[0].gate_up, PackedLinear) and isinstance(decoder.head, PackedLinear)
+    assert isinstance(decoder.layers[0].mlp.gate_up, PackedLinear) and isinstance(decoder.head, PackedLinear)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -248,15 +248,15 @@ def test_modules_that_are_not_converted(key: str, make_checkpoint: Make) -> None
         return files.fp8(128, 128, "weight_scale_inv") if "layers.0.mlp" in name else None
 
     decoder = same_logits(*quantised(make_checkpoint, config, by_name(choose))).forward.decoder
-    assert isinstance(decoder.layers[1].down, Linear) and isinstance(decoder.layers[0].down, PackedLinear)
-    assert isinstance(decoder.layers[0].qkv, Linear) and decoder.layers[0].v_rotation is None
+    assert isinstance(decoder.layers[1].mlp.down, Linear) and isinstance(decoder.layers[0].mlp.down, PackedLinear)
+    assert isinstance(decoder.layers[0].attention.qkv, Linear) and decoder.layers[0].attention.v_rotation is None
 
 
 def test_a_layer_whose_file_holds_a_plain_matrix_is_plain(make_checkpoint: Make) -> None:
     choose = by_name(lambda name: None if "layers.1" in name or "lm_head" in name else files.awq())
     packed, dense = quantised(make_checkpoint, AWQ, choose)
     engine = same_logits(packed, dense)
-    assert isinstance(engine.forward.decoder.layers[1].out, Linear)
+    assert isinstance(engine.forward.decoder.layers[1].attention.out, Linear)
     plan = plan_memory(
         stored_config(packed, load_config(packed)), "oct3", device=torch.device("cpu"), dtype=torch.float32
     )

@@ -9,16 +9,20 @@ softmax running in base 2. Nothing but registers ever holds a decoded key or val
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octo_run.kernels.attention.general.parts import (
     LOG2E,
-    LOWEST,
     PAGE,
+    earliest_seen,
+    first_softmax,
     full_segments,
     full_tile,
     full_tiles,
+    hidden_pages,
     my_part,
     place,
+    soft_cap,
     tiles_of_page,
 )
 from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
@@ -132,7 +136,23 @@ def _mean_bias(
 ):  # fmt: skip
     """What the key mean adds to the scores of rows `row` of half page number `half` of the sequence
     (`key_mean.page_bias`)."""
-    i = tl.arange(0, HALF)
+    PART: tl.constexpr = 64 if HALF > 128 else HALF  # frequencies at a time: more have no room in registers
+    if PART == HALF:
+        return _mean_products(coef, wanted, BASE, OFFSET, half, row, 0, D, PART, PRECISION, FLIP)
+    else:
+        s = _mean_products(coef, wanted, BASE, OFFSET, half, row, 0, D, PART, PRECISION, FLIP)
+        for low in range(PART, HALF, PART):
+            s += _mean_products(coef, wanted, BASE, OFFSET, half, row, low, D, PART, PRECISION, FLIP)
+        return s
+
+
+@triton.jit
+def _mean_products(
+    coef, wanted, BASE, OFFSET, half, row, low, D: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
+    FLIP: tl.constexpr,
+):  # fmt: skip
+    """The part of it that PART frequencies from number `low` on bring."""
+    i = low + tl.arange(0, PART)
     inside = i < D // 2
     cos = _along(tl.load(BASE + half * D + i, mask=inside, other=0.0), FLIP)
     sin = _along(tl.load(BASE + half * D + D // 2 + i, mask=inside, other=0.0), FLIP)
@@ -155,18 +175,17 @@ def _mean_bias(
 
 @triton.jit
 def _tile(
-    q0, q1, gain, bias, m, l, acc0, acc1, paged, kpage, vpage, first_row, kfull, vfull, full_row, kstride, vstride,
-    visible, levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
-    BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr, T0: tl.constexpr, T1:
-    tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED:
-    tl.constexpr, FLIP: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr,
+    q0, q1, q2, gain, bias, m, l, acc0, acc1, acc2, paged, kpage, vpage, first_row, kfull, vfull, full_row, kstride,
+    vstride, visible, levels_k, radii_k, levels_v, radii_v, KIND_K: tl.constexpr, KIND_V: tl.constexpr,
+    BYTES_K: tl.constexpr, BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, D: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, FLIP: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BN stored vectors: from `first_row` of a page on if `paged`, else `full_row`.
 
-    `paged` is a constant: only one of the two is compiled. `bias` is added to the scores. `visible` (broadcast
-    over the scores) says what counts, where MASKED.
+    `paged` is a constant: only one of the two is compiled. `bias` is added to the scores, which CAP then
+    limits. `visible` (broadcast over the scores) says what counts, where MASKED.
     """
-    i0 = tl.arange(0, T0)
     if FLIP:
         s = tl.zeros([BN, BM], tl.float32)
     else:
@@ -174,18 +193,20 @@ def _tile(
     page_row = first_row + tl.arange(0, BN)
     pr = _along(page_row, FLIP)
     fr = _along(full_row, FLIP)
-    x, y, z = _stored(paged, kpage, pr, first_row, kfull, fr, kstride, _across(i0, FLIP), levels_k, radii_k, KIND_K,
-                      BYTES_K, BITS_K, D, 0, T0, DOT, PTX_K, True)  # fmt: skip
-    s = _dot(q0[2], z, _dot(q0[1], y, _dot(q0[0], x, s, FLIP), FLIP), FLIP)
+    s = _add_scores(q0, s, paged, kpage, pr, first_row, kfull, fr, kstride, levels_k, radii_k, KIND_K, BYTES_K, BITS_K,
+                    D, 0, T0, DOT, FLIP, PTX_K)  # fmt: skip
     if T1 > 0:
-        i1 = tl.arange(0, T1)
-        x, y, z = _stored(paged, kpage, pr, first_row, kfull, fr, kstride, _across(i1, FLIP), levels_k, radii_k, KIND_K,
-                          BYTES_K, BITS_K, D, T0, T1, DOT, PTX_K, True)  # fmt: skip
-        s = _dot(q1[2], z, _dot(q1[1], y, _dot(q1[0], x, s, FLIP), FLIP), FLIP)
+        s = _add_scores(q1, s, paged, kpage, pr, first_row, kfull, fr, kstride, levels_k, radii_k, KIND_K, BYTES_K,
+                        BITS_K, D, T0, T1, DOT, FLIP, PTX_K)  # fmt: skip
+    if T2 > 0:
+        s = _add_scores(q2, s, paged, kpage, pr, first_row, kfull, fr, kstride, levels_k, radii_k, KIND_K, BYTES_K,
+                        BITS_K, D, T0 + T1, T2, DOT, FLIP, PTX_K)  # fmt: skip
     s = s * _across(gain, FLIP)
     if KIND_K != PLAIN:
         s = s * _along(_stored_norms(paged, kpage, page_row, radii_k, KIND_K, BYTES_K), FLIP)
     s += bias
+    if CAP > 0:
+        s = soft_cap(s, CAP)
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
     top = tl.maximum(m, tl.max(s, 0 if FLIP else 1))
@@ -198,14 +219,41 @@ def _tile(
     keep = _across(keep, FLIP)
     pr = _across(page_row, FLIP)
     fr = _across(full_row, FLIP)
-    x, y, z = _stored(paged, vpage, pr, first_row, vfull, fr, vstride, _along(i0, FLIP), levels_v, radii_v, KIND_V,
-                      BYTES_V, BITS_V, D, 0, T0, DOT, PTX_V, False)  # fmt: skip
-    acc0 = (_dot(p, x, acc0[0] * keep, FLIP), _dot(p, y, acc0[1] * keep, FLIP), _dot(p, z, acc0[2] * keep, FLIP))
+    acc0 = _add_values(p, acc0, keep, paged, vpage, pr, first_row, vfull, fr, vstride, levels_v, radii_v, KIND_V,
+                       BYTES_V, BITS_V, D, 0, T0, DOT, FLIP, PTX_V)  # fmt: skip
     if T1 > 0:
-        x, y, z = _stored(paged, vpage, pr, first_row, vfull, fr, vstride, _along(i1, FLIP), levels_v, radii_v, KIND_V,
-                          BYTES_V, BITS_V, D, T0, T1, DOT, PTX_V, False)  # fmt: skip
-        acc1 = (_dot(p, x, acc1[0] * keep, FLIP), _dot(p, y, acc1[1] * keep, FLIP), _dot(p, z, acc1[2] * keep, FLIP))
-    return top, l, acc0, acc1
+        acc1 = _add_values(p, acc1, keep, paged, vpage, pr, first_row, vfull, fr, vstride, levels_v, radii_v, KIND_V,
+                           BYTES_V, BITS_V, D, T0, T1, DOT, FLIP, PTX_V)  # fmt: skip
+    if T2 > 0:
+        acc2 = _add_values(p, acc2, keep, paged, vpage, pr, first_row, vfull, fr, vstride, levels_v, radii_v, KIND_V,
+                           BYTES_V, BITS_V, D, T0 + T1, T2, DOT, FLIP, PTX_V)  # fmt: skip
+    return top, l, acc0, acc1, acc2
+
+
+@triton.jit
+def _add_scores(
+    q, s, paged, page, page_row, first_row, full, full_row, stride, levels, radii, KIND: tl.constexpr,
+    BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr,
+    FLIP: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Scores with the products of a run of the queries' triplets."""
+    i = _across(tl.arange(0, T), FLIP)
+    x, y, z = _stored(paged, page, page_row, first_row, full, full_row, stride, i, levels, radii, KIND, BYTES, BITS, D,
+                      first, T, DOT, PTX, True)  # fmt: skip
+    return _dot(q[2], z, _dot(q[1], y, _dot(q[0], x, s, FLIP), FLIP), FLIP)
+
+
+@triton.jit
+def _add_values(
+    p, acc, keep, paged, page, page_row, first_row, full, full_row, stride, levels, radii, KIND: tl.constexpr,
+    BYTES: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, first: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr,
+    FLIP: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Sums of a run of the values' triplets, with those of a tile, weighted."""
+    i = _along(tl.arange(0, T), FLIP)
+    x, y, z = _stored(paged, page, page_row, first_row, full, full_row, stride, i, levels, radii, KIND, BYTES, BITS, D,
+                      first, T, DOT, PTX, False)  # fmt: skip
+    return (_dot(p, x, acc[0] * keep, FLIP), _dot(p, y, acc[1] * keep, FLIP), _dot(p, z, acc[2] * keep, FLIP))
 
 
 @triton.jit
@@ -224,14 +272,15 @@ def page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K: tl.constexpr, KIND_V: 
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def general_decode_kernel(
     Q, OUT, PARTIAL, LSE, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
-    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, scale, sink, capacity, batch, programs,
+    levels_k, radii_k, levels_v, radii_v, COEF, BASE, OFFSET, SINK_LOGITS, scale, sink, capacity, batch, programs,
     sc_b, sc_h, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr,
     BYTES_V: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, DOT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr,
     BATCH: tl.constexpr, DIVIDED: tl.constexpr, FLIP: tl.constexpr, MEAN: tl.constexpr, HALF: tl.constexpr,
-    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
+    PTX_K: tl.constexpr, PTX_V: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, part) of `parts.divide`. What the arena holds: `AttentionInputs`.
 
@@ -239,21 +288,27 @@ def general_decode_kernel(
     program (KV head, sequence), and the output goes to OUT. BM, BN, BF: queries, keys of a page, keys in full precision
     of a tile. ELEMENT is the element type of plain pages. FLIP: all products transposed, keys on the side that is a
     multiple of 16, queries on the other. MEAN: add what the key mean brings to the scores of packed keys (COEF, BASE,
-    OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`.
+    OFFSET: `KeyMean`; HALF: half of D, made a power of two). PTX_K, PTX_V: see `planes`. WINDOW,
+    CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a sequence's first part has.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     h = tl.program_id(0)
     flat = tl.program_id(1)
     b = flat
     part = 0
     parts = 1
     if DIVIDED:
-        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF,
+                                 WINDOW)  # fmt: skip
         if parts == 0:
             return
     b = b.to(tl.int64)
     packed = tl.load(NUM_PACKED + b)
     owned, length = place(b, ROWS, STARTS)
-    segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
+    earliest = earliest_seen(length, WINDOW)
+    segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity, earliest, WINDOW)
     r = tl.arange(0, BM)
     head = h * G + r
     real = r < G
@@ -266,6 +321,10 @@ def general_decode_kernel(
         i1 = _along(tl.arange(0, T1), FLIP)
         r1 = _load_rows(at, real_q, i1, T0, D)
         largest = tl.maximum(largest, _largest(r1, FLIP))
+    if T2 > 0:
+        i2 = _along(tl.arange(0, T2), FLIP)
+        r2 = _load_rows(at, real_q, i2, T0 + T1, D)
+        largest = tl.maximum(largest, _largest(r2, FLIP))
     # Queries are divided by a power of two, so that no dtype of DOT can overflow and none has to be rounded.
     largest = power_of_two(largest)
     gain = largest * (scale * LOG2E)
@@ -276,32 +335,44 @@ def general_decode_kernel(
     if T1 > 0:
         q1 = _scaled(r1, _across(1.0 / largest, FLIP), DOT)
         acc1 = _zeros(BM, T1, FLIP)
+    q2 = q0
+    acc2 = acc0
+    if T2 > 0:
+        q2 = _scaled(r2, _across(1.0 / largest, FLIP), DOT)
+        acc2 = _zeros(BM, T2, FLIP)
     coef = COEF + _across(b * sc_b + head * sc_h, FLIP)
     lift = scale * LOG2E
     PRECISION: tl.constexpr = "ieee" if tl.float32 == DOT else "tf32x3"
-    m = tl.full([BM], LOWEST, tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    begins = real
+    if DIVIDED:
+        begins = r < tl.where(part == 0, G, 0)
+    m, l = first_softmax(SINK_LOGITS, head, begins, SINKS)
 
-    page_tiles = packed * tiles_of_page(BN)
+    hidden = hidden_pages(earliest, sink, packed, WINDOW)
+    page_tiles = (packed - hidden) * tiles_of_page(BN)
     tiles = page_tiles + full_tiles(segments, BF)
     first = part * tiles // parts
     last = (part + 1) * tiles // parts
     on = tl.arange(0, BN)
     for t in range(first, tl.minimum(last, page_tiles)):
-        page = tl.load(PAGE_TABLE + owned * st_r + t // tiles_of_page(BN))
+        number = hidden + t // tiles_of_page(BN)
+        page = tl.load(PAGE_TABLE + owned * st_r + number)
         kpage, vpage = page_blocks(page, PAGES, sp_page, sp_head, h, KIND_K, KIND_V, BYTES_K, ELEMENT)
         first_row = (t % tiles_of_page(BN)) * BN
         row = first_row + on
         bias = 0.0
         if MEAN:
             tl.static_assert(PAGE // 2 % BN == 0, "a tile lies in one half of a page")
-            half = t // tiles_of_page(BN) * 2 + first_row // (PAGE // 2)
+            half = number * 2 + first_row // (PAGE // 2)
             there = row % (PAGE // 2)
             bias = lift * _mean_bias(coef, real_q, BASE, OFFSET, half, there, D, HALF, PRECISION, FLIP)
-        m, l, acc0, acc1 = _tile(
-            q0, q1, gain, bias, m, l, acc0, acc1, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D, True,
-            levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
-            DOT, BM, BN, False, FLIP, PTX_K, PTX_V)  # fmt: skip
+        visible = True
+        if WINDOW > 0:
+            visible = _along(sink + number * PAGE + row >= earliest, FLIP)
+        m, l, acc0, acc1, acc2 = _tile(
+            q0, q1, q2, gain, bias, m, l, acc0, acc1, acc2, True, kpage, vpage, first_row, SINK_K, SINK_V, row, D, D,
+            visible, levels_k, radii_k, levels_v, radii_v, KIND_K, KIND_V, BYTES_K, BYTES_V, BITS_K, BITS_V, D, T0, T1,
+            T2, DOT, BM, BN, WINDOW > 0, FLIP, PTX_K, PTX_V, CAP)  # fmt: skip
     for t in range(tl.maximum(first, page_tiles), last):
         is_sink, row, _, valid = full_tile(t - page_tiles, segments, BF)
         row = tl.where(tl.arange(0, BF) < valid, row + tl.arange(0, BF), -1)
@@ -309,10 +380,10 @@ def general_decode_kernel(
         vfull = tl.where(is_sink, SINK_V + owned * ssv_r + h * ssv_h, TAIL_V + owned * stv_r + h * stv_h)
         kstride = tl.where(is_sink, ssk_t, stk_t)
         vstride = tl.where(is_sink, ssv_t, stv_t)
-        m, l, acc0, acc1 = _tile(
-            q0, q1, gain, 0.0, m, l, acc0, acc1, False, PAGES, PAGES, 0, kfull, vfull, row, kstride, vstride,
-            _along(row >= 0, FLIP), levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1,
-            DOT, BM, BF, True, FLIP, None, None)  # fmt: skip
+        m, l, acc0, acc1, acc2 = _tile(
+            q0, q1, q2, gain, 0.0, m, l, acc0, acc1, acc2, False, PAGES, PAGES, 0, kfull, vfull, row, kstride, vstride,
+            _along(row >= 0, FLIP), levels_k, radii_k, levels_v, radii_v, PLAIN, PLAIN, 0, 0, 0, 0, D, T0, T1, T2,
+            DOT, BM, BF, True, FLIP, None, None, CAP)  # fmt: skip
 
     over = _across(1.0 / tl.where(l > 0, l, 1.0), FLIP)
     if DIVIDED:
@@ -324,3 +395,5 @@ def general_decode_kernel(
     _store_rows(at, real_q, i0, acc0, over, 0, D)
     if T1 > 0:
         _store_rows(at, real_q, i1, acc1, over, T0, D)
+    if T2 > 0:
+        _store_rows(at, real_q, i2, acc2, over, T0 + T1, D)

@@ -18,13 +18,15 @@ from octo_run.kernels.attention.general.parts import merge_kernel
 from octo_run.kernels.attention.general.plain_decode import plain_decode_kernel
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.parts import general_parts
+from octo_run.kernels.attention.spec import AttentionSpec
 from octo_run.kernels.attention.workspace import Workspace
 from octo_run.kernels.codec import KVFormat
+from octo_run.kernels.devices import early
 
 
 def launch_decode(
     kernel: Kernel, call: Call, q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor,
-    room: Callable[[], Workspace], *, scale: float, max_length: int
+    room: Callable[[], Workspace], *, spec: AttentionSpec, max_length: int
 ) -> None:  # fmt: skip
     """Launch a decode step by the kernel for plain pages or the general one, checked inputs (`attend`), into ``out``.
 
@@ -37,17 +39,20 @@ def launch_decode(
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     tiles = dispatch.tiles(kernel, call.stored, call.element, dim)
-    parts = general_parts(q.device, batch, kv_heads, max_length, tiles.at_once)
+    parts = 1
+    if call.pages is dispatch.Pages.SOME:  # else there are few keys
+        parts = general_parts(q.device, batch, kv_heads, spec.reach(max_length), tiles.at_once)
     programs = parts * batch
     partial = lse = no_table(q.device)  # unused without parts
     if parts > 1:
         partial, lse = room().partials(programs, heads, dim)
     padded_batch = 1 if batch == 1 else max(16, triton.next_power_of_2(batch))
     common = {
-        "Q": q, "OUT": out, "PARTIAL": partial, "LSE": lse, "scale": scale, "batch": batch, "programs": programs,
+        "Q": q, "OUT": out, "PARTIAL": partial, "LSE": lse, "scale": spec.scale, "batch": batch, "programs": programs,
         **arguments.of_arena(kv), **arguments.strides("sq", q, b=0, h=2), **arguments.strides("so", out, b=0, h=2),
         "G": group, "D": dim, "BM": max(tiles.rows, triton.next_power_of_2(group)), "BN": tiles.keys,
         "DIVIDED": parts > 1, "BATCH": padded_batch, "num_warps": tiles.warps, "num_stages": tiles.stages,
+        **arguments.of_spec(spec, lse), **early(q.device),
     }  # fmt: skip
     launch: Callable[..., Any]
     if kernel is Kernel.PLAIN_DECODE:
@@ -64,7 +69,7 @@ def launch_decode(
         launch(PARTIAL=partial, LSE=lse, OUT=out, **arguments.of_lengths(kv), sink=kv.sink,
                capacity=kv.tail_k.shape[2], batch=batch, programs=programs, **arguments.strides("so", out, b=0, h=2),
                D=dim, BATCH=padded_batch, BN=tiles.keys, BF=tiles.full_keys, AT_ONCE=at_once, COLUMNS=columns,
-               num_warps=4)  # fmt: skip
+               WINDOW=spec.window or 0, **early(q.device), num_warps=4)  # fmt: skip
 
 
 def _mean_arguments(q: Tensor, kv: AttentionInputs) -> arguments.Arguments:

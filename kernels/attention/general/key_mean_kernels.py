@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from octo_run.kernels.attention.general.parts import PAGE
+from octo_run.kernels.attention.general.parts import PAGE, first_wanted
 
 FREQUENCIES = tl.constexpr(16)
 """Of a product that makes rotated means: more of them would take more registers than there are."""
@@ -56,16 +56,17 @@ def take_out_kernel(
     _add_mean(source, sk_t, target, mapped, tl.load(FIRST) + n, BASE, OFFSET, -1, D, WIDTH)
 
 
-@triton.jit(do_not_specialize=["first_page", "pages"])
+@triton.jit(do_not_specialize=["first_page", "pages", "sink"])
 def put_back_kernel(
-    SLAB, MAPS, NUM_PACKED, BASE, OFFSET, first_page, pages, D: tl.constexpr, WIDTH: tl.constexpr,
+    SLAB, MAPS, NUM_PACKED, STARTS, BASE, OFFSET, first_page, pages, sink, D: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """SLAB [B, H, 64 * pages, D] += the mean, in the pages first_page .. first_page + pages - 1 of each sequence, as
-    far as it has them. Program (page, head, sequence). MAPS [H, D, D]."""
+    """SLAB [B, H, 64 * pages, D] += the mean, in the pages first_page .. first_page + pages - 1 of each sequence,
+    counted from `first_wanted` on and as far as it has them. Program (page, head, sequence). MAPS [H, D, D]."""
     n = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    page = first_page + n
+    page = first_page + n + first_wanted(b, NUM_PACKED, STARTS, sink, WINDOW)
     if page < tl.load(NUM_PACKED + b):
         rows = SLAB + ((b * tl.num_programs(1) + h) * pages + n) * (PAGE * D)
         _add_mean(rows, D, rows, MAPS + h * (D * D), page.to(tl.int64), BASE, OFFSET, 1, D, WIDTH)

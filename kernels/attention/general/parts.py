@@ -4,16 +4,18 @@ A part is the share of a sequence's pages and full-precision tokens that one pro
 
 All of this goes by the order of the batch. Filler has a part, in which there are no keys.
 The unit is a tile of keys: of packed pages, of the sinks, of the tail before its ring's end and after it (so that none
-wraps). Sequences are cut in parts of about one length, at most as many in all as there are programs, and each in at
-least one. Every program finds its own part, from the lengths on the device. Programs without a part are the last of the
-grid: among the others they would leave multiprocessors with less to do than their neighbours (measured: an eighth of
-such programs cost 70 % more time).
+wraps). With a window, pages wholly before it and full-precision tokens before it are in no tile. Sequences are cut in
+parts of about one length, at most as many in all as there are programs, and each in at least one. Every program finds
+its own part, from the lengths on the device. Programs without a part are the last of the grid: among the others they
+would leave multiprocessors with less to do than their neighbours (measured: an eighth of such programs cost 70 % more
+time).
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.page_size import PAGE_TOKENS
@@ -32,20 +34,54 @@ def tiles_of_page(keys):
 
 
 @triton.jit
-def full_segments(packed, length, origin, sink, capacity):
-    """Full-precision tokens of a sequence, or of many: how many lie in the sinks; the position of the first one behind
-    the pages, its row of the ring, how many follow before the ring's end, and how many in all."""
+def earliest_seen(length, WINDOW: tl.constexpr):
+    """The first position that the last of so many tokens sees; WINDOW 0: it sees all."""
+    if WINDOW == 0:
+        return 0
+    else:
+        return tl.maximum(length - WINDOW, 0)
+
+
+@triton.jit
+def hidden_pages(earliest, sink, packed, WINDOW: tl.constexpr):
+    """Packed pages of which every token lies before position `earliest`."""
+    if WINDOW == 0:
+        return 0
+    else:
+        return tl.minimum(tl.maximum(earliest - sink, 0) // PAGE, packed)
+
+
+@triton.jit
+def first_wanted(b, NUM_PACKED, STARTS, sink, WINDOW: tl.constexpr):
+    """The number of the first page that any query of a prompt sees; its slabs begin there."""
+    if WINDOW == 0:
+        return 0
+    else:
+        earliest = earliest_seen(tl.load(STARTS + b) + 1, WINDOW)
+        return hidden_pages(earliest, sink, tl.load(NUM_PACKED + b), WINDOW)
+
+
+@triton.jit
+def full_segments(packed, length, origin, sink, capacity, earliest, WINDOW: tl.constexpr):
+    """Full-precision tokens of a sequence, or of many, from position `earliest` on: the first one in the sinks, and how
+    many follow there; the position of the first one behind the pages, its row of the ring, how many follow before the
+    ring's end, and how many in all."""
     sinks = tl.minimum(sink, length)
     done = sink + packed * PAGE
+    skipped = 0
+    if WINDOW > 0:
+        skipped = tl.minimum(earliest, sinks)
+        sinks -= skipped
+        done = tl.maximum(done, earliest)
     total = tl.maximum(length - done, 0)
-    row0 = (packed * PAGE - origin) % capacity
-    return sinks, done, row0, tl.minimum(total, capacity - row0), total
+    row0 = (done - sink - origin) % capacity
+    return skipped, sinks, done, row0, tl.minimum(total, capacity - row0), total
 
 
 @triton.jit
 def full_tiles(segments, BN: tl.constexpr):
     """Tiles that they make."""
-    sinks, _, _, before_wrap, total = segments
+    _, sinks, _, _, before_wrap, total = segments
     return tl.cdiv(sinks, BN) + tl.cdiv(before_wrap, BN) + tl.cdiv(total - before_wrap, BN)
 
 
@@ -53,17 +89,37 @@ def full_tiles(segments, BN: tl.constexpr):
 def full_tile(t, segments, BN: tl.constexpr):
     """Tile t of sinks and tail: whether it lies in the sinks, its first row there, the position of that row's token,
     and how many of its rows count."""
-    sinks, done, row0, before_wrap, total = segments
+    skipped, sinks, done, row0, before_wrap, total = segments
     sink_tiles = tl.cdiv(sinks, BN)
     first_tiles = tl.cdiv(before_wrap, BN)
     is_sink = t < sink_tiles
     wrapped = t >= sink_tiles + first_tiles
     at = (t - sink_tiles) * BN
     after = (t - sink_tiles - first_tiles) * BN
-    row = tl.where(is_sink, t * BN, tl.where(wrapped, after, row0 + at))
-    position = tl.where(is_sink, t * BN, done + tl.where(wrapped, before_wrap + after, at))
+    row = tl.where(is_sink, skipped + t * BN, tl.where(wrapped, after, row0 + at))
+    position = tl.where(is_sink, skipped + t * BN, done + tl.where(wrapped, before_wrap + after, at))
     valid = tl.where(is_sink, sinks - t * BN, tl.where(wrapped, total - before_wrap - after, before_wrap - at))
     return is_sink, row, position, valid
+
+
+@triton.jit
+def soft_cap(s, CAP: tl.constexpr):
+    """Scores in base 2 as ``cap tanh(s / cap)`` leaves them; CAP is in base e. Exact to 1e-7 of the cap."""
+    top: tl.constexpr = CAP * LOG2E
+    rate: tl.constexpr = 2.0 / CAP
+    return top - 2.0 * top / (tl.exp2(s * rate) + 1.0)
+
+
+@triton.jit
+def first_softmax(SINK_LOGITS, head, wanted, SINKS: tl.constexpr):
+    """Maximum and sum that the softmax of rows for heads `head` begins with: of the sink logit, in base 2, where it is
+    `wanted`; else of nothing."""
+    m = tl.full(head.shape, LOWEST, tl.float32)
+    l = tl.zeros(head.shape, tl.float32)
+    if SINKS:
+        m = tl.where(wanted, tl.load(SINK_LOGITS + head, mask=wanted, other=0.0) * LOG2E, m)
+        l = tl.where(wanted, 1.0, l)
+    return m, l
 
 
 @triton.jit
@@ -86,6 +142,7 @@ def divide(
     BATCH: tl.constexpr,
     BN: tl.constexpr,
     BF: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """The numbers of the sequences, padded to BATCH; the parts before each; and its parts, 0 beyond `batch`.
 
@@ -96,7 +153,9 @@ def divide(
     packed = tl.load(NUM_PACKED + i, mask=inside, other=0)
     length = tl.load(STARTS + i, mask=inside, other=0) + 1
     origin = tl.load(TAIL_ORIGIN + i, mask=inside, other=0)
-    tiles = packed * tiles_of_page(BN) + full_tiles(full_segments(packed, length, origin, sink, capacity), BF)
+    earliest = earliest_seen(length, WINDOW)
+    segments = full_segments(packed, length, origin, sink, capacity, earliest, WINDOW)
+    tiles = (packed - hidden_pages(earliest, sink, packed, WINDOW)) * tiles_of_page(BN) + full_tiles(segments, BF)
     tiles = tl.where(inside, tiles, 0)
     total = tl.sum(tiles, 0)
     # Each sequence's last part may be a short one: room for `batch` of them is enough, but mostly less will do.
@@ -112,10 +171,10 @@ def divide(
 @triton.jit
 def my_part(
     flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH: tl.constexpr, BN: tl.constexpr,
-    BF: tl.constexpr,
+    BF: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Of program `flat`: the sequence, the part, and that sequence's parts (0: there is nothing to do)."""
-    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF, WINDOW)
     mine = (flat >= begin) & (flat < begin + parts)
     b = tl.sum(tl.where(mine, i, 0), 0)
     return b, flat - tl.sum(tl.where(mine, begin, 0), 0), tl.sum(tl.where(mine, parts, 0), 0)
@@ -125,13 +184,17 @@ def my_part(
 def merge_kernel(
     PARTIAL, LSE, OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
     BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (columns, head, sequence): weighs the outputs PARTIAL [parts, H, D] of parts by their share of the
     softmax's sum, whose log2 is LSE [parts, H]."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     h = tl.program_id(1)
     heads = tl.num_programs(1)
     b = tl.program_id(2)
-    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF)
+    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF, WINDOW)
     first = tl.sum(tl.where(i == b, begin, 0), 0)
     end = first + tl.sum(tl.where(i == b, parts, 0), 0)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

@@ -9,16 +9,20 @@ as planes of triplets, takes plain pages only beside coded ones, with a key mean
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octo_run.kernels.attention.general.parts import (
     LOG2E,
-    LOWEST,
     PAGE,
+    earliest_seen,
+    first_softmax,
     full_segments,
     full_tile,
     full_tiles,
+    hidden_pages,
     my_part,
     place,
+    soft_cap,
     tiles_of_page,
 )
 
@@ -26,15 +30,19 @@ from octo_run.kernels.attention.general.parts import (
 @triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
 def plain_decode_kernel(
     Q, OUT, PARTIAL, LSE, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V,
-    scale, sink, capacity, batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
+    SINK_LOGITS, scale, sink, capacity, batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BATCH: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    DIVIDED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, part) of `parts.divide`; its normalised output goes to PARTIAL [parts, H, D], its
     log2-sum-exp2 to LSE [parts, H]; without DIVIDED program (KV head, sequence), and to OUT. What the arena holds:
     `AttentionInputs`; all of it has one element type. WIDTH: D, made a power of two; BM: G padded.
+    WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a sequence's first part has.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     h = tl.program_id(0)
     flat = tl.program_id(1)
     heads = tl.num_programs(0) * G
@@ -42,13 +50,16 @@ def plain_decode_kernel(
     part = 0
     parts = 1
     if DIVIDED:
-        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BN)
+        b, part, parts = my_part(flat, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BN,
+                                 WINDOW)  # fmt: skip
     b = b.to(tl.int64)
     if parts > 0:
         packed = tl.load(NUM_PACKED + b)
         owned, length = place(b, ROWS, STARTS)
-        segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
-        page_tiles = packed * tiles_of_page(BN)
+        earliest = earliest_seen(length, WINDOW)
+        segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity, earliest, WINDOW)
+        hidden = hidden_pages(earliest, sink, packed, WINDOW)
+        page_tiles = (packed - hidden) * tiles_of_page(BN)
         tiles = page_tiles + full_tiles(segments, BN)
         r = tl.arange(0, BM)
         head = h * G + r
@@ -57,13 +68,16 @@ def plain_decode_kernel(
         real_q = (r < G)[None, :] & (column < D)[:, None]
         q = tl.load(Q + b * sq_b + (head * sq_h)[None, :] + column[:, None], mask=real_q, other=0.0)
         gain = scale * LOG2E
-        m = tl.full([BM], LOWEST, tl.float32)
-        l = tl.zeros([BM], tl.float32)
+        begins = r < G
+        if DIVIDED:
+            begins = r < tl.where(part == 0, G, 0)
+        m, l = first_softmax(SINK_LOGITS, head, begins, SINKS)
         acc = tl.zeros([WIDTH, BM], tl.float32)
         # One loop for all tiles: two with products of a warp group in a kernel were miscompiled (ptxas 12.8).
         for t in range(part * tiles // parts, (part + 1) * tiles // parts):
             paged = t < page_tiles
-            page = tl.load(PAGE_TABLE + owned * st_r + t // tiles_of_page(BN), mask=paged, other=0)
+            number = hidden + t // tiles_of_page(BN)
+            page = tl.load(PAGE_TABLE + owned * st_r + number, mask=paged, other=0)
             is_sink, row, _, valid = full_tile(t - page_tiles, segments, BN)
             kpage = (PAGES + page.to(tl.int64) * sp_page + h * sp_head).to(tl.pointer_type(Q.dtype.element_ty))
             row = tl.where(paged, (t % tiles_of_page(BN)) * BN, row).to(tl.int64)
@@ -85,6 +99,10 @@ def plain_decode_kernel(
                 k = tl.load(k_at + (n * k_step)[:, None] + column[None, :], mask=k_there, other=0.0)
                 v = tl.load(v_at + (n * v_step)[None, :] + column[:, None], mask=v_there, other=0.0)
             s = tl.dot(k, q, input_precision="ieee") * gain
+            if CAP > 0:
+                s = soft_cap(s, CAP)
+            if WINDOW > 0:  # the first page may begin before it
+                there = there & ((n >= earliest - sink - number * PAGE - row) | (t >= page_tiles))
             s = tl.where(there[:, None], s, float("-inf"))
             top = tl.maximum(m, tl.max(s, 0))
             keep = tl.exp2(m - top)

@@ -11,7 +11,18 @@ import triton
 import triton.language as tl
 
 from octo_run.kernels.attention.general.decode import page_blocks, power_of_two
-from octo_run.kernels.attention.general.parts import LOG2E, LOWEST, PAGE, full_segments, full_tile, full_tiles
+from octo_run.kernels.attention.general.parts import (
+    LOG2E,
+    LOWEST,
+    PAGE,
+    earliest_seen,
+    first_softmax,
+    first_wanted,
+    full_segments,
+    full_tile,
+    full_tiles,
+    soft_cap,
+)
 from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
 
 
@@ -36,19 +47,20 @@ def _unpack(
     tl.store(at + 2, z.to(to.dtype.element_ty), mask=column + 2 < D)
 
 
-@triton.jit(do_not_specialize=["first_page", "pages"])
+@triton.jit(do_not_specialize=["first_page", "pages", "sink"])
 def unpack_kernel(
-    SLAB_K, SLAB_V, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, levels_k, radii_k, levels_v, radii_v, first_page, pages,
-    sp_page, sp_head, st_r,
+    SLAB_K, SLAB_V, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, levels_k, radii_k, levels_v, radii_v, first_page,
+    pages, sink, sp_page, sp_head, st_r,
     D: tl.constexpr, KIND_K: tl.constexpr, KIND_V: tl.constexpr, BYTES_K: tl.constexpr, BYTES_V: tl.constexpr,
     BITS_K: tl.constexpr, BITS_V: tl.constexpr, ELEMENT: tl.constexpr, T0: tl.constexpr, T1: tl.constexpr,
-    PTX_K: tl.constexpr, PTX_V: tl.constexpr,
+    T2: tl.constexpr, PTX_K: tl.constexpr, PTX_V: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Decode the pages first_page .. first_page + pages - 1 of each sequence, as far as it has them, to SLAB_K and
-    SLAB_V [B, Hkv, 64 * pages, D]. Program (page, KV head, sequence)."""
+    """Decode the pages first_page .. first_page + pages - 1 of each sequence, counted from `first_wanted` on and as far
+    as it has them, to SLAB_K and SLAB_V [B, Hkv, 64 * pages, D]. Program (page, KV head, sequence)."""
     number = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
+    first_page += first_wanted(b, NUM_PACKED, STARTS, sink, WINDOW)
     if first_page + number < tl.load(NUM_PACKED + b):
         row = tl.maximum(tl.load(ROWS + b), 0).to(tl.int64)
         page = tl.load(PAGE_TABLE + row * st_r + first_page + number)
@@ -59,29 +71,37 @@ def unpack_kernel(
         if T1 > 0:
             _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0, T1, tl.float32, PTX_K, True)
             _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0, T1, tl.float32, PTX_V, False)
+        if T2 > 0:
+            _unpack(kpage, SLAB_K + at, levels_k, radii_k, KIND_K, BYTES_K, BITS_K, D, T0 + T1, T2, tl.float32, PTX_K,
+                    True)  # fmt: skip
+            _unpack(vpage, SLAB_V + at, levels_v, radii_v, KIND_V, BYTES_V, BITS_V, D, T0 + T1, T2, tl.float32, PTX_V,
+                    False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "sink", "first"])
 def flash_kernel(
-    Q, OUT, ACC, LSE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, scale, count, sink,
-    capacity, first, sq_b, sq_c, sq_h, so_b, so_c, so_h,
+    Q, OUT, ACC, LSE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, SINK_LOGITS, scale, count,
+    sink, capacity, first, sq_b, sq_c, sq_h, so_b, so_c, so_h,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAST: tl.constexpr,
-    SLAB: tl.constexpr, DOT: tl.constexpr,
+    SLAB: tl.constexpr, DOT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Causal attention over sinks and tail, normalised to OUT [B, C, H, D]; PAST makes it a continuation of what an
     earlier call left in ACC and LSE.
 
-    SLAB: instead over the packed tokens from number `first` on that `unpack_kernel` wrote to TAIL_K and TAIL_V
-    (`capacity` of them at most, of type DOT), all before the queries; normalised to ACC float32 [B, C, H, D], so that
-    slabs add no rounding, log2-sum-exp2 to LSE [B, C, H] (without a key 0 and `LOWEST`). Program (row block, the last
-    first, for they take longest; KV head; sequence). WIDTH: D, made a power of two. `scale` is above 0.
+    SLAB: instead over the packed tokens from number `first` of those wanted on that `unpack_kernel` wrote to TAIL_K and
+    TAIL_V (`capacity` of them at most, of type DOT), all before the queries; normalised to ACC float32 [B, C, H, D], so
+    that slabs add no rounding, log2-sum-exp2 to LSE [B, C, H] (without a key 0 and `LOWEST`). Program (row block, the
+    last first, for they take longest; KV head; sequence). WIDTH: D, made a power of two. `scale` is above 0.
+    WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, with which the first call begins.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     start = tl.load(STARTS + b)
     packed = tl.load(NUM_PACKED + b)
+    if SLAB and WINDOW > 0:
+        first += PAGE * first_wanted(b, NUM_PACKED, STARTS, sink, WINDOW)
     r = block * BM + tl.arange(0, BM)
     c = r // G
     head = h * G + r % G
@@ -89,8 +109,7 @@ def flash_kernel(
     wanted = (c < count)[:, None] & (column < D)[None, :]
     q = tl.load(Q + b * sq_b + (c.to(tl.int64) * sq_c + head * sq_h)[:, None] + column[None, :], mask=wanted, other=0.0)
     index = (b * count + c) * (tl.num_programs(1) * G) + head
-    m = tl.full([BM], LOWEST, tl.float32)
-    l = tl.zeros([BM], tl.float32)
+    m, l = first_softmax(SINK_LOGITS, head, c < count, SINKS)
     acc = tl.zeros([BM, WIDTH], tl.float32)
     if PAST:
         m = tl.load(LSE + index, mask=c < count, other=LOWEST)
@@ -98,6 +117,10 @@ def flash_kernel(
         acc = tl.load(ACC + (index * D)[:, None] + column[None, :], mask=wanted, other=0.0)
     n = tl.arange(0, BN)
     gain = tl.zeros([BM], tl.float32) + scale * LOG2E
+    earliest = start + block * BM // G  # the position of the first row
+    latest = start + tl.minimum((block * BM + BM - 1) // G, count - 1)  # of the last one
+    seen = earliest_seen(earliest + 1, WINDOW)  # the first position that any of them sees
+    begin = 0
     if SLAB:
         # Queries are divided by a power of two, so that no dtype of DOT can overflow and none has to be rounded.
         largest = power_of_two(tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30))
@@ -107,15 +130,17 @@ def flash_kernel(
         tiles = tl.cdiv(total, BN)
         k_at = TAIL_K + b * stk_r + h * stk_h + n[None, :] * stk_t + column[:, None]
         v_at = TAIL_V + b * stv_r + h * stv_h + n[:, None] * stv_t + column[None, :]
+        if WINDOW > 0:
+            begin = tl.minimum(tl.maximum(seen - sink - first, 0) // BN, tiles)
+            k_at += begin * (BN * stk_t)
+            v_at += begin * (BN * stv_t)
     else:
-        length = start + tl.minimum((block * BM + BM - 1) // G, count - 1) + 1
         owned = tl.load(ROWS + b)
-        length = tl.where(owned < 0, 0, length)  # filler has no keys
+        length = tl.where(owned < 0, 0, latest + 1)  # filler has no keys
         owned = tl.maximum(owned, 0).to(tl.int64)
-        segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity)
+        segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity, seen, WINDOW)
         tiles = full_tiles(segments, BN)
-        earliest = start + block * BM // G  # the position of the first row
-    for t in range(0, tiles):  # one loop with products: two in a kernel were miscompiled (ptxas 12.8)
+    for t in range(begin, tiles):  # one loop with products: two in a kernel were miscompiled (ptxas 12.8)
         if SLAB:
             position = t * BN
             valid = total - position
@@ -138,15 +163,25 @@ def flash_kernel(
             k_at += BN * stk_t
             v_at += BN * stv_t
         s = tl.dot(q, k, input_precision="ieee")
+        if CAP > 0:
+            s = soft_cap(s * gain[:, None], CAP)
         if SLAB:
             if valid < BN:
                 s = tl.where(there[None, :], s, float("-inf"))
         elif (valid < BN) | (position + BN - 1 > earliest):  # other tiles are whole, and before every query
             bound = tl.minimum(valid - 1, start + c - position)
             s = tl.where(n[None, :] <= bound[:, None], s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 1) * gain)
+        if WINDOW > 0:
+            at = position + (sink + first if SLAB else 0)
+            if at <= latest - WINDOW:
+                s = tl.where(n[None, :] > (start + c - WINDOW - at)[:, None], s, float("-inf"))
+        if CAP > 0:
+            top = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - top[:, None])
+        else:
+            top = tl.maximum(m, tl.max(s, 1) * gain)
+            p = tl.exp2(s * gain[:, None] - top[:, None])
         keep = tl.exp2(m - top)
-        p = tl.exp2(s * gain[:, None] - top[:, None])
         l = l * keep + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
         m = top

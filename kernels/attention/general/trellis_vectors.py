@@ -8,10 +8,13 @@ from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.general.parts import PAGE
 from octo_run.kernels.page_size import PAGE_TOKENS
-from octo_run.kernels.trellis_tables import NORM_SEGMENTS, VALUE_SCALE
+from octo_run.kernels.trellis_tables import NORM_SEGMENTS, VALUE_SCALE, WORD_BITS
 
 SEGMENTS = tl.constexpr(NORM_SEGMENTS)
 SCALE = tl.constexpr(1 / VALUE_SCALE)
+WORD = tl.constexpr((1 << WORD_BITS) - 1)
+SECOND = tl.constexpr(WORD_BITS)
+THIRD = tl.constexpr(2 * WORD_BITS)
 PLANES_AT = tl.constexpr(PAGE_TOKENS * NORM_SEGMENTS + 4)
 
 
@@ -28,9 +31,9 @@ def _part(bits, shift):
 @triton.jit
 def _stream(words, at, keep):
     """32 bits of the stream from the place in a block that the map's number `at` names; 0 unless `keep`."""
-    low = tl.load(words + (at & 0xFFF), mask=keep, other=0).to(tl.uint32, bitcast=True)
-    high = tl.load(words + ((at >> 12) & 0xFFF), mask=keep, other=0).to(tl.uint32, bitcast=True)
-    shift = ((at >> 24) & 31).to(tl.uint64)
+    low = tl.load(words + (at & WORD), mask=keep, other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(words + ((at >> SECOND) & WORD), mask=keep, other=0).to(tl.uint32, bitcast=True)
+    shift = ((at >> THIRD) & 31).to(tl.uint64)
     return ((low.to(tl.uint64) | (high.to(tl.uint64) << 32)) >> shift).to(tl.int32)
 
 
@@ -75,12 +78,12 @@ def trellis_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr
     if SIGNED:
         xy = tl.load(at + PAGE * TRIPLETS)
         z = tl.load(at + 2 * PAGE * TRIPLETS)
-        word_x = tl.load(words + (xy & 0xFFF))
-        word_y = tl.load(words + ((xy >> 12) & 0xFFF))
-        word_z = tl.load(words + (z & 0xFFF))
-    x = _signed(entry, word_x, (xy >> 24) & 31, SIGNED)
-    y = _signed(entry >> 8, word_y, (z >> 12) & 31, SIGNED)
-    return x, y, _signed(entry >> 16, word_z, (z >> 17) & 31, SIGNED)
+        word_x = tl.load(words + (xy & WORD))
+        word_y = tl.load(words + ((xy >> SECOND) & WORD))
+        word_z = tl.load(words + (z & WORD))
+    x = _signed(entry, word_x, (xy >> THIRD) & 31, SIGNED)
+    y = _signed(entry >> 8, word_y, (z >> SECOND) & 31, SIGNED)
+    return x, y, _signed(entry >> 16, word_z, (z >> (SECOND + 5)) & 31, SIGNED)
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def trellis_norms(base, row, map):
     pattern = tl.zeros(row.shape, tl.int32)
     for n in tl.static_range(SEGMENTS):
         piece = tl.load(map + row * SEGMENTS + n)
-        bits = tl.load(words + (piece & 0xFFF)) >> ((piece >> 12) & 31)
-        pattern |= (bits & ((1 << ((piece >> 17) & 31)) - 1)) << (piece >> 22)
+        bits = tl.load(words + (piece & WORD)) >> ((piece >> SECOND) & 31)
+        pattern |= (bits & ((1 << ((piece >> (SECOND + 5)) & 31)) - 1)) << (piece >> (SECOND + 10))
     factor = tl.load(map + PAGE * SEGMENTS).to(tl.float32, bitcast=True)
     return pattern.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * factor

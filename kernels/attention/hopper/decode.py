@@ -24,8 +24,9 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     page_biases,
     write_operands,
 )
-from octo_run.kernels.attention.hopper.parts import combine, divide, merge
+from octo_run.kernels.attention.hopper.parts import combine, divide, hidden_pages, merge
 from octo_run.kernels.attention.hopper.products import (
+    limit_scores,
     query_bytes,
     query_words,
     score_page,
@@ -154,18 +155,19 @@ def table_decode_kernel(
     Q, PAGES, PAGE_TABLE, ROWS, NUM_PACKED, STARTS, TAIL_ORIGIN, SINK_K, SINK_V, TAIL_K, TAIL_V, TABLE_K, TABLE_V,
     COEF, ANGLES, WEIGHTS, FUNCTIONS, OUT, PARTIAL, LSE, COUNTERS, sq_b, sq_h, sp_page, sp_head, st_r, so_b, so_h,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t, sc_b, sc_h, sink, capacity,
-    step_k, step_v, scale_log2, batch, even_parts, processors,
+    step_k, step_v, scale_log2, batch, even_parts, processors, SINK_LOGITS,
     HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B_K: gl.constexpr, STATE_K: gl.constexpr,
     SIGNED_K: gl.constexpr, NORM_K: gl.constexpr, BPV_K: gl.constexpr, COPIES_K: gl.constexpr,
     COPIES_XK: gl.constexpr, B_V: gl.constexpr, STATE_V: gl.constexpr, SIGNED_V: gl.constexpr, BPV_V: gl.constexpr,
     COPIES_V: gl.constexpr, COPIES_XV: gl.constexpr, ONE_TABLE: gl.constexpr, NT: gl.constexpr, PASS: gl.constexpr,
     ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, BATCHED: gl.constexpr,
-    EARLY: gl.constexpr,
+    EARLY: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     """Programs: (KV head and block of 4 NT query heads, part of a sequence). ``even_parts``: see `parts.divide`.
 
     ONE_TABLE: K and V have one format. MEAN: fast steps of the key mean's tables, 0 without a mean. EARLY: it may be
-    launched before the kernel in front has ended. Shared memory: K's table, its extra triplets' table; V's likewise if
+    launched before the kernel in front has ended. WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are
+    SINK_LOGITS. Shared memory: K's table, its extra triplets' table; V's likewise if
     it has its own; a stage of a K and a V block for each warp; the queries; four words that say what the program does;
     what the key mean takes; in what remains, full-precision tokens if they fit, else these go where the table is to
     come.
@@ -214,8 +216,9 @@ def table_decode_kernel(
     barrier()
     if BATCHED:
         divide(
-            NUM_PACKED, gl.program_id(1), batch, even_parts, gl.num_programs(0), processors, lane, warp, PLACE_AT, WARPS
-        )
+            NUM_PACKED, STARTS, sink, gl.program_id(1), batch, even_parts, gl.num_programs(0), processors, lane, warp,
+            PLACE_AT, WARPS, WINDOW,
+        )  # fmt: skip
         barrier()
         seq, part, parts, before = read_scalars(batch, PLACE_AT)
         if parts == 0:
@@ -240,8 +243,9 @@ def table_decode_kernel(
     owned = gl.maximum(owned, 0)
     table = _entries(TABLE_K, tid, MAIN_K, 32 * WARPS)
     table_x = _entries(TABLE_K + MAIN_K, tid, 1 << B_K, 32 * WARPS)
-    per = (num + parts - 1) // parts
-    begin = part * per
+    hidden = hidden_pages(num, start, sink, WINDOW)
+    per = (num - hidden + parts - 1) // parts
+    begin = hidden + part * per
     end = gl.minimum(begin + per, num)
     last = gl.maximum(end - 1, 0)
     ids = PAGE_TABLE + owned * st_r
@@ -270,8 +274,16 @@ def table_decode_kernel(
     tail_v = TAIL_V + owned * stv_r + head * stv_h
     coef = COEF + (seq * sc_b + head * G * sc_h + after)
     n_sink = gl.minimum(sink, length)
-    count = n_sink + gl.maximum(length - sink - 64 * num, 0)
-    first_slot = (64 * num - origin) % capacity
+    behind = 64 * num  # the first token behind the pages, counted from the sinks on
+    if WINDOW > 0:
+        earliest = gl.maximum(length - WINDOW, 0)
+        skipped = gl.minimum(earliest, n_sink)
+        n_sink -= skipped
+        sink_k += skipped * ssk_t
+        sink_v += skipped * ssv_t
+        behind = gl.maximum(behind, earliest - sink)
+    count = n_sink + gl.maximum(length - sink - behind, 0)
+    first_slot = (behind - origin) % capacity
     mine = ((count + 15) // 16 - part + parts - 1) // parts
     beside = mine <= SPARE
     room = gl.where(beside, max(SPARE, 1), blocks_at_once(EXTRAS_AT_V, D))
@@ -299,7 +311,7 @@ def table_decode_kernel(
     running, total, acc = full_precision(
         q_row, sq_h, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink,
         count, first_slot, capacity, part, parts, mine, room, full_at, tid, first_head, scale_log2,
-        32512.0 / step_v, G, D, NT, PAIRS, ELEMENT, WARPS,
+        32512.0 / step_v, SINK_LOGITS + head * G, G, D, NT, PAIRS, ELEMENT, WARPS, CAP, SINKS,
     )  # fmt: skip
     if beside == 0:
         _fill_tables(
@@ -357,6 +369,8 @@ def table_decode_kernel(
         )  # fmt: skip
         if MEAN > 0:
             scores = add_biases(scores, biases, NT)
+        if CAP > 0 or WINDOW > 0:
+            scores = limit_scores(scores, lane, gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page, NT, CAP, WINDOW)
         wait_for_older_copies(lane)
         v_words = _words(v_stage, lane, FULL_V)
         for w in gl.static_range(FULL_V, ALL_V):

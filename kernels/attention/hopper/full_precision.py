@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
+from octo_run.kernels.attention.hopper.products import soft_cap
 from octo_run.kernels.lanes import (
     barrier,
     copy16,
@@ -152,18 +153,33 @@ def stage_round(
 
 
 @gluon.jit
+def _sink_logits(logits, lane, warp, part, head, G: gl.constexpr, NT: gl.constexpr):
+    """Maxima and sums of weights that the softmax begins with: those of the sink logits in the first warp of the first
+    part, where the lane of row 0 counts each once; of nothing elsewhere."""
+    running = ()
+    total = ()
+    for b in gl.static_range(NT):
+        h = head + 4 * b + (lane & 3)
+        mine = (part == 0) & (warp == 0) & (h < G)
+        logit = gl.load(logits + gl.minimum(h, G - 1)) * 1.4426950408889634
+        running = running + (gl.where(mine, logit, -1e30),)
+        total = total + (gl.where(mine & (lane < 4), 1.0, logit * 0.0),)
+    return running, total
+
+
+@gluon.jit
 def full_precision(
     q_ptr, stride_qh, sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v,
     n_sink, count, first_slot, capacity, part, parts, mine, room, at, tid, head, scale_log2, to_sums,
-    G: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, PAIRS: gl.constexpr, ELEMENT: gl.constexpr,
-    WARPS: gl.constexpr,
+    sink_logits, G: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, PAIRS: gl.constexpr, ELEMENT: gl.constexpr,
+    WARPS: gl.constexpr, CAP: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     """Softmax sums of the program's part of ``count`` tokens, of which the first ``n_sink`` are sinks.
 
     Its ``mine`` blocks of sixteen tokens are ``part + n * parts``, warp by warp; `stage_round` has begun to copy
     those from 0 on to byte ``at`` of shared memory, which has room for ``room``. All pointers are those of the sequence
-    and KV head. Returns (running maxima, sums of weights of the lane's rows, sums of values times ``to_sums``): tuples
-    of NT, NT and NT * 6 * PAIRS numbers.
+    and KV head. CAP limits the logits; SINKS: the first part begins with the sink logits. Returns (running maxima, sums
+    of weights of the lane's rows, sums of values times ``to_sums``): tuples of NT, NT and NT * 6 * PAIRS numbers.
     """
     N: gl.constexpr = (D + 2) // 3 // 8
     HALF: gl.constexpr = gl.bfloat16 if ELEMENT == "bf16" else gl.float16
@@ -175,6 +191,8 @@ def full_precision(
     zero = (lane * 0).to(gl.float32)
     running = repeat(zero - 1e30, NT)
     total = repeat(zero, NT)
+    if SINKS:
+        running, total = _sink_logits(sink_logits, lane, warp, part, head, G, NT)
     acc = repeat(zero, NT * 6 * PAIRS)
     query = ()
     for block_of_heads in gl.static_range(NT):
@@ -203,8 +221,13 @@ def full_precision(
             new_running = ()
             new_total = ()
             for b in gl.static_range(NT):
-                s0 = gl.where(there0, raw[b][0] * scale_log2, -1e30)
-                s1 = gl.where(there1, raw[b][2] * scale_log2, -1e30)
+                s0 = raw[b][0] * scale_log2
+                s1 = raw[b][2] * scale_log2
+                if CAP > 0:
+                    s0 = soft_cap(s0, CAP)
+                    s1 = soft_cap(s1, CAP)
+                s0 = gl.where(there0, s0, -1e30)
+                s1 = gl.where(there1, s1, -1e30)
                 highest = gl.maximum(running[b], max_over_rows(gl.maximum(s0, s1), lane))
                 p0 = gl.where(there0, exp2(s0 - highest), 0.0)
                 p1 = gl.where(there1, exp2(s1 - highest), 0.0)

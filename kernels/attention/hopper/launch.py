@@ -17,6 +17,7 @@ from octo_run.kernels.attention.hopper.mean_bias import mean_bytes
 from octo_run.kernels.attention.hopper.products import query_bytes
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.parts import TABLE_WARPS, table_parts
+from octo_run.kernels.attention.spec import AttentionSpec
 from octo_run.kernels.attention.workspace import counter_words
 from octo_run.kernels.codec import TrellisCodec
 from octo_run.kernels.devices import early, processors
@@ -118,7 +119,7 @@ def options(head_dim: int) -> dict[str, int]:
 
 
 def launch_table_decode(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Workspace, *,
-                        scale: float, max_length: int) -> None:  # fmt: skip
+                        spec: AttentionSpec, max_length: int) -> None:  # fmt: skip
     """Do a decode step in one launch, for checked inputs (`attend`), into ``out``.
 
     The launch does packed pages, full-precision tokens and, by the last program to finish, the merge.
@@ -129,8 +130,10 @@ def launch_table_decode(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tens
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     programs = kv_heads * head_blocks(group, dim)[1]
-    window = kv.tail_k.shape[2] - PAGE_TOKENS  # the newest tokens, which are not coded
-    pages = max(1, (max_length - kv.sink - window) // PAGE_TOKENS)
+    uncoded = kv.tail_k.shape[2] - PAGE_TOKENS  # the newest tokens
+    pages = max(1, (max_length - kv.sink - uncoded) // PAGE_TOKENS)
+    if spec.window is not None:  # those that the coded tokens of a window touch
+        pages = min(pages, (max(1, spec.window - uncoded) + PAGE_TOKENS - 2) // PAGE_TOKENS + 1)
     lanes, multiprocessors = batch * programs, processors(q.device)
     parts = table_parts(lanes, pages, max(1, counter_words(q.device) // lanes), multiprocessors)
     # Sequences of unequal lengths are cut in up to this many parts, see `hopper.parts.divide`.
@@ -147,9 +150,9 @@ def launch_table_decode(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tens
     launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]
     launch(
         Q=q, OUT=out, PARTIAL=partial, LSE=lse, COUNTERS=workspace.counters, TABLE_K=table_k, TABLE_V=table_v,
-        step_k=k.step, step_v=v.step, scale_log2=scale * LOG2_E, batch=batch, even_parts=parts,
+        step_k=k.step, step_v=v.step, scale_log2=spec.scale * LOG2_E, batch=batch, even_parts=parts,
         processors=multiprocessors, **mean, **arguments.of_arena(kv), **arguments.strides("sq", q, b=0, h=2),
-        **arguments.strides("so", out, b=0, h=2),
+        **arguments.strides("so", out, b=0, h=2), **arguments.of_spec(spec, lse),
         **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], fast, batch > 1),
         **options(dim), **early(q.device),
     )  # fmt: skip

@@ -31,8 +31,28 @@ def _int(x):
 
 
 @gluon.jit
+def hidden_pages(num, start, sink, WINDOW: gl.constexpr):
+    """Of ``num`` packed pages those of which a query at position ``start`` sees no token; WINDOW 0: it sees all."""
+    if WINDOW == 0:
+        return 0
+    else:
+        return gl.minimum(gl.maximum(start + 1 - WINDOW - sink, 0) // 64, num)
+
+
+@gluon.jit
+def _pages_of(num_packed, starts, sink, seq, batch, WINDOW: gl.constexpr):
+    """The pages that sequence ``seq`` reads, or the last one if there is no such sequence."""
+    seq = gl.minimum(seq, batch - 1)
+    num = gl.load(num_packed + seq)
+    if WINDOW > 0:
+        num -= hidden_pages(num, gl.load(starts + seq), sink, WINDOW)
+    return num
+
+
+@gluon.jit
 def divide(
-    num_packed, flat, batch, even_parts, programs, processors, lane, warp, AT: gl.constexpr, WARPS: gl.constexpr
+    num_packed, starts, sink, flat, batch, even_parts, programs, processors, lane, warp, AT: gl.constexpr,
+    WARPS: gl.constexpr, WINDOW: gl.constexpr,
 ):  # fmt: skip
     """What program number ``flat`` of those along all sequences does, in four words at byte AT of shared memory: the
     sequence, its part, the parts of that sequence (0: nothing is left to do) and of all sequences before it.
@@ -44,7 +64,7 @@ def divide(
     total = lane * 0
     longest = lane * 0
     for first in range(0, batch, 32):
-        num = gl.load(num_packed + gl.minimum(first + lane, batch - 1))
+        num = _pages_of(num_packed, starts, sink, first + lane, batch, WINDOW)
         total += gl.where(first + lane < batch, num, 0)
         longest = gl.maximum(longest, num)
     for step in gl.static_range(5):
@@ -60,7 +80,7 @@ def divide(
     sync_warp(lane)
     start = lane * 0
     for first in range(0, batch, 32):
-        num = gl.load(num_packed + gl.minimum(first + lane, batch - 1))
+        num = _pages_of(num_packed, starts, sink, first + lane, batch, WINDOW)
         count = gl.where(first + lane < batch, gl.maximum((num + unit - 1) // unit, 1), 0)
         upto = count
         for step in gl.static_range(5):

@@ -133,6 +133,31 @@ def score_page(
 
 
 @gluon.jit
+def soft_cap(score, CAP: gl.constexpr):
+    """A logit in base 2 as ``cap tanh(logit / cap)`` leaves it; CAP is in base e. Exact to 1e-7 of the cap."""
+    top: gl.constexpr = CAP * 1.4426950408889634
+    rate: gl.constexpr = 2.0 / CAP
+    return top - 2.0 * top / (exp2(score * rate) + 1.0)
+
+
+@gluon.jit
+def limit_scores(scores, lane, hidden, NT: gl.constexpr, CAP: gl.constexpr, WINDOW: gl.constexpr):
+    """A page's scores, capped, without those of its first ``hidden`` tokens."""
+    out = ()
+    for b in gl.static_range(NT):
+        eight = ()
+        for r in gl.static_range(8):
+            score = scores[b][r]
+            if CAP > 0:
+                score = soft_cap(score, CAP)
+            if WINDOW > 0:
+                score = gl.where(8 * r + (lane >> 2) < hidden, -1e30, score)
+            eight = eight + (score,)
+        out = out + (eight,)
+    return out
+
+
+@gluon.jit
 def weigh_page(scores, gammas, log_gammas, inside, running, total, weight, lane):
     """A page's softmax for one block of heads: its values' weights as pairs of int8, those of the rows 2 i and 2 i + 1
     in one register, scaled by the page's largest; the new running maximum, sum of weights and sum of scaled weights;

@@ -32,6 +32,9 @@ struct Call {
     const void *sink_k, *sink_v, *tail_k, *tail_v;
     int64_t sk_r, sk_h, sk_t, sv_r, sv_h, sv_t, tk_r, tk_h, tk_t, tv_r, tv_h, tv_t;
     const float *coefficients, *base, *offset;  // of the key mean, or null; coefficients [B, C, H, d]
+    const float *sink_logits;                   // [H], or null
+    int64_t window;                             // the newest tokens that a query sees
+    double cap;                                 // of logits; 0: without
     Codec k, v;
 };
 }
@@ -39,6 +42,17 @@ struct Call {
 namespace {
 static inline F16 weight_of(F16 x) {  // exp(x) of x <= 0, which is 0 far below
     return x < -87.0f ? F16{} : exponential(x);
+}
+
+// cap tanh(x / cap), of which the series is exact where the quotient would cancel.
+static inline F16 capped(F16 x, float cap) {
+    F16 y = x / cap, size = y < 0.0f ? -y : y, square = y * y;
+    F16 series = square * (62.0f / 2835.0f) - 17.0f / 315.0f;
+    series = (series * square + 2.0f / 15.0f) * square - 1.0f / 3.0f;
+    series = (series * square + 1.0f) * y;
+    F16 e = exponential(size * -2.0f), whole = (1.0f - e) / (1.0f + e);
+    whole = y < 0.0f ? -whole : whole;
+    return (size < 0.25f ? series : whole) * cap;
 }
 
 // rows[i][j] becomes rows[j][i], words of 32 bits.
@@ -247,6 +261,8 @@ struct Work {
 };
 
 static int64_t tail_start(const Call &c, int64_t packed) { return c.sink + packed * PAGE; }
+// The first position that a query sees.
+static int64_t earliest(const Call &c, int64_t query) { return std::max<int64_t>(0, query - c.window + 1); }
 
 void Work::run() const {
     const int64_t dim = c.dim, group = c.heads / c.kv_heads, R = count_rows;
@@ -303,7 +319,8 @@ void Work::run() const {
                 v_rows[t] = (const char *)c.tail_v + (row * c.tv_r + head * c.tv_h + slot * c.tv_t) * size;
             }
         }
-        if (position > start + (first_row + R - 1) / group) continue;  // nobody here sees it
+        if (position > start + (first_row + R - 1) / group || position + n <= earliest(c, start + first_row / group))
+            continue;  // nobody here sees it
         const bool codes = page && c.k.kind != PLAIN;
         if (codes)
             tile_of_codes(c.k, page, dim, tile, factors);
@@ -329,17 +346,19 @@ void Work::run() const {
         const bool v_codes = page && c.v.kind != PLAIN;
         float v_factors[PAGE];
         for (int64_t r = 0; r < R; r++) {
-            const int64_t seen = std::min<int64_t>(n, start + (first_row + r) / group - position + 1);
+            const int64_t query = start + (first_row + r) / group;
+            const int64_t seen = std::min<int64_t>(n, query - position + 1), from = earliest(c, query) - position;
             float *s = scores + r * PAGE;
             F16 best = splat(-INFINITY);
             for (int v = 0; v < 4; v++) {
                 F16 x = load<F16>(s + 16 * v);
                 if (codes) x *= load<F16>(factors + 16 * v);
                 if (page && mean) x += load<F16>(biases + r * PAGE + 16 * v);
-                if (16 * v + 16 > seen) {
-                    I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                if (c.cap > 0) x = capped(x, (float)c.cap);
+                const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                if (16 * v + 16 > seen)
                     x = lane + 16 * v < (int32_t)std::max<int64_t>(seen, 0) ? x : splat(-INFINITY);
-                }
+                if (16 * v < from) x = lane + 16 * v < (int32_t)std::min<int64_t>(from, PAGE) ? splat(-INFINITY) : x;
                 store(s + 16 * v, x);
                 best = x > best ? x : best;
             }
@@ -426,10 +445,15 @@ extern "C" void octo_attend(const Call *call) {
         const int64_t sinks = (std::min(c.sink, length) + PAGE - 1) / PAGE;
         const int64_t tail = std::max<int64_t>(0, length - tail_start(c, packed));
         const int64_t blocks = sinks + packed + (tail + PAGE - 1) / PAGE;
+        auto block_of = [&](int64_t position) {
+            if (position < c.sink) return position / PAGE;
+            const int64_t behind = position - tail_start(c, packed);
+            return behind < 0 ? sinks + (position - c.sink) / PAGE : sinks + packed + behind / PAGE;
+        };
         for (int64_t head = 0; head < c.kv_heads; head++)
             for (int64_t first = 0; first < rows; first += ROWS) {
                 begins.push_back((int64_t)work.size());
-                for (int64_t block = 0; block < blocks; block += SPLIT)
+                for (int64_t block = block_of(earliest(c, start + first / group)); block < blocks; block += SPLIT)
                     work.push_back({c, b, head, first, std::min<int64_t>(ROWS, rows - first), block,
                                     std::min(blocks, block + SPLIT), row, start, length, packed, sinks, blocks, nullptr});
             }
@@ -441,14 +465,15 @@ extern "C" void octo_attend(const Call *call) {
     for (size_t lane = 0; lane + 1 < begins.size(); lane++) {
         const Work &w = work[begins[lane]];
         for (int64_t r = 0; r < w.count_rows; r++) {
-            float top = -INFINITY, whole = 0;
+            const int64_t token = (w.first_row + r) / group, h = w.head * group + (w.first_row + r) % group;
+            float top = c.sink_logits ? c.sink_logits[h] : -INFINITY;
             for (int64_t i = begins[lane]; i < begins[lane + 1]; i++) top = std::max(top, pieces[i].top[r]);
+            float whole = c.sink_logits ? std::exp(c.sink_logits[h] - top) : 0;
             std::vector<float> shares;
             for (int64_t i = begins[lane]; i < begins[lane + 1]; i++) {
                 shares.push_back(pieces[i].top[r] > -INFINITY ? std::exp(pieces[i].top[r] - top) : 0);
                 whole += pieces[i].total[r] * shares.back();
             }
-            const int64_t token = (w.first_row + r) / group, h = w.head * group + (w.first_row + r) % group;
             for (int64_t d = 0; d < c.dim; d++) {
                 float sum = 0;
                 for (int64_t i = begins[lane]; i < begins[lane + 1]; i++)

@@ -10,7 +10,17 @@ static void norm(const float *x, const float *weight, int64_t n, float eps, floa
     float squares = total(sum);
     for (; i < n; i++) squares += x[i] * x[i];
     const float factor = 1 / std::sqrt(squares / n + eps);
-    for (i = 0; i < n; i++) out[i] = weight[i] * (x[i] * factor);
+    if (weight)
+        for (i = 0; i < n; i++) out[i] = weight[i] * (x[i] * factor);
+    else
+        for (i = 0; i < n; i++) out[i] = x[i] * factor;
+}
+static void layer_norm(const float *x, const float *weight, int64_t n, float eps, float *out) {  // `out` may be `x`
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i];
+    const float mean = (float)(sum / n);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] - mean;
+    norm(out, weight, n, eps, out);
 }
 static void times(const float *x, const float *matrix, int64_t d, float *out) {  // x [d] times [d, d]
     for (int64_t i = 0; i < d; i += 64) {
@@ -35,21 +45,29 @@ extern "C" {
 struct NormCall {
     const float *x;
     float *residual;
-    const float *weight;
-    double eps;
+    const float *weight, *post;
+    double eps, multiplier;
+    int64_t centred;
     float *out;
     int64_t rows, n, threads;
 };
 struct SwigluCall {
     const float *gate_up;
     float *out;
-    int64_t rows, n, threads;
+    int64_t rows, n, gelu, threads;
+};
+struct HeadsNormCall {
+    float *x;
+    const float *weight;
+    double eps;
+    int64_t stride, rows, n;
 };
 struct EmbedCall {  // a row of a table for each id: dense, or packed in 8 bits with a factor for each row
     const int64_t *ids;
     const void *table;
     const float *factors;  // null: dense, of `element`
     int64_t element, row_bytes, rows, n;
+    double scale;
     float *out;
 };
 struct RotateCall {
@@ -61,32 +79,47 @@ struct RotateCall {
 
 extern "C" void octo_add_rms_norm(const NormCall *call) {
     const NormCall &c = *call;
+    const auto normed = c.centred ? layer_norm : norm;
+    const float eps = (float)c.eps, by = (float)c.multiplier;
     parallel((c.rows + 15) / 16, c.rows < 32 ? 1 : (int)c.threads, [&](int64_t some) {
+        float *first = c.post ? (float *)scratch(5, c.n * 4) : nullptr;
         for (int64_t r = some * 16; r < std::min(c.rows, some * 16 + 16); r++) {
             const float *from = c.x + r * c.n;
+            if (c.post) normed(from, c.post, c.n, eps, first), from = first;
             if (c.residual) {
                 float *sum = c.residual + r * c.n;
-                for (int64_t i = 0; i < c.n; i++) sum[i] += from[i];
+                for (int64_t i = 0; i < c.n; i++) sum[i] += from[i] * by;
                 from = sum;
             }
-            norm(from, c.weight, c.n, (float)c.eps, c.out + r * c.n);
+            if (c.weight) normed(from, c.weight, c.n, eps, c.out + r * c.n);
         }
     });
 }
 
+extern "C" void octo_norm_heads(const HeadsNormCall *call) {
+    const HeadsNormCall &c = *call;
+    for (int64_t r = 0; r < c.rows; r++)
+        norm(c.x + r * c.stride, c.weight, c.n, (float)c.eps, c.x + r * c.stride);
+}
+
 extern "C" void octo_swiglu(const SwigluCall *call) {
     const SwigluCall &c = *call;
+    const bool gelu = c.gelu;
     parallel((c.rows + 15) / 16, c.rows < 32 ? 1 : (int)c.threads, [&](int64_t some) {
         for (int64_t r = some * 16; r < std::min(c.rows, some * 16 + 16); r++) {
             const float *gate = c.gate_up + r * 2 * c.n, *up = gate + c.n;
             float *to = c.out + r * c.n;
             int64_t i = 0;
-            for (; i + 16 <= c.n; i += 16) {
-                F16 x = load<F16>(gate + i), e = exponential(x > 0.0f ? -x : x);
-                F16 share = (x > 0.0f ? splat(1) : e) / (1.0f + e);
+            for (; i + 16 <= c.n; i += 16) {  // half of 1 + tanh(x) is the logistic function of 2 x
+                F16 x = load<F16>(gate + i), slope = gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x;
+                F16 e = exponential(slope > 0.0f ? -slope : slope);
+                F16 share = (slope > 0.0f ? splat(1) : e) / (1.0f + e);
                 store(to + i, x * share * load<F16>(up + i));
             }
-            for (; i < c.n; i++) to[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+            for (; i < c.n; i++) {
+                const float x = gate[i], slope = gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x;
+                to[i] = x / (1 + std::exp(-slope)) * up[i];
+            }
         }
     });
 }
@@ -105,6 +138,8 @@ extern "C" void octo_embed(const EmbedCall *call) {
                 const int64_t i = at / 128 * 128 + in_lane / 4 * 16 + place / 32 * 4 + in_word[in_lane % 4];
                 if (i < c.n) to[i] = (float)(int8_t)row[at] * c.factors[c.ids[r]];
             }
+        if (c.scale != 1)
+            for (int64_t i = 0; i < c.n; i++) to[i] *= (float)c.scale;
     }
 }
 
@@ -122,9 +157,9 @@ extern "C" void octo_rotate_back(const RotateCall *call) {
 
 extern "C" {
 struct Heads {
-    int64_t rows, heads, kv_heads, dim, one_map, threads;
+    int64_t rows, heads, kv_heads, dim, one_map, v_norm, threads;
     double eps;
-    const float *qkv, *cos, *sin, *q_norm, *k_norm, *maps, *v_rotation, *mean;
+    const float *qkv, *cos, *sin, *q_norm, *k_norm, *maps, *v_rotation, *mean, *queries;
     const int32_t *slots, *owners;
     float *k, *v, *q, *coefficients;
     int64_t k_r, k_h, k_t, v_r, v_h, v_t, q_b, q_h;
@@ -148,6 +183,8 @@ extern "C" void octo_qkv_rope_append(const Heads *given) {
                     turned[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
                 }
                 const bool query = h < c.heads;
+                if (query && c.queries)
+                    for (int64_t i = 0; i < d; i++) turned[i] *= c.queries[b];
                 const int64_t kv_head = query ? h / group : h - c.heads;
                 if (query && c.coefficients && c.mean) {
                     const float *m = c.mean + kv_head * d;
@@ -167,6 +204,7 @@ extern "C" void octo_qkv_rope_append(const Heads *given) {
             if (owner < 0) continue;
             for (int64_t h = 0; h < c.kv_heads; h++) {
                 const float *x = row + (c.heads + c.kv_heads + h) * d;
+                if (c.v_norm) norm(x, nullptr, d, (float)c.eps, normed), x = normed;
                 float *to = c.v + owner * c.v_r + h * c.v_h + slot * c.v_t;
                 if (c.v_rotation)
                     times(x, c.v_rotation, d, to);

@@ -1,0 +1,174 @@
+"""Triton kernels around the experts' products: the router, sorting tokens by expert, adding up.
+
+EARLY: see `kernels.step.layer_kernels`.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def router_kernel(
+    X, WEIGHT, BIAS, OUT, outputs, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Float32 logits OUT [R, outputs] of X [R, K] by WEIGHT [outputs, K]; the program is (BN outputs, row)."""
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.program_id(1).to(tl.int64)
+    k = tl.arange(0, BK)
+    source = WEIGHT + at[:, None] * K + k[None, :]
+    there = (at < outputs)[:, None]
+    weights = tl.load(source, mask=there & (k < K)[None, :], other=0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros([BN, BK], tl.float32)
+    for first in range(0, K, BK):
+        x = tl.load(X + row * K + first + k, mask=first + k < K, other=0).to(tl.float32)
+        following = first + BK
+        ahead = tl.load(source + following, mask=there & (following + k < K)[None, :], other=0)
+        total += weights.to(tl.float32) * x[None, :]
+        weights = ahead
+    logits = tl.sum(total, 1)
+    if BIASED:
+        logits += tl.load(BIAS + at, mask=at < outputs, other=0).to(tl.float32)
+    tl.store(OUT + row * outputs + at, logits, mask=at < outputs)
+
+
+@triton.jit
+def router_rows_kernel(
+    X, WEIGHT, BIAS, OUT, rows, outputs, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BIASED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """As `router_kernel`, for many rows; the program is (BN outputs, BM rows)."""
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
+    k = tl.arange(0, BK)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros([BM, BN], tl.float32)
+    for first in range(0, K, BK):
+        inside = (first + k < K)[None, :]
+        x = tl.load(X + row[:, None] * K + first + k[None, :], mask=(row < rows)[:, None] & inside, other=0)
+        w = tl.load(WEIGHT + at[:, None] * K + first + k[None, :], mask=(at < outputs)[:, None] & inside, other=0)
+        total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+    if BIASED:
+        total += tl.load(BIAS + at, mask=at < outputs, other=0).to(tl.float32)[None, :]
+    mask = (row < rows)[:, None] & (at < outputs)[None, :]
+    tl.store(OUT + row[:, None] * outputs + at[None, :], total, mask=mask)
+
+
+@triton.jit
+def choose_kernel(
+    LOGITS, INDICES, WEIGHTS, TILES, ORDER, experts, outputs, CHOSEN: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+    NORMALISED: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The CHOSEN largest logits of a row a program, and their shares. SINGLE: there is one row; its tiles are written,
+    too."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BE)
+    place = tl.arange(0, BC)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    left = tl.load(LOGITS + row * outputs + at, mask=at < experts, other=-float("inf"))
+    best = tl.max(left, 0)
+    total = tl.sum(tl.exp(left - best), 0)
+    found = tl.full([BC], -float("inf"), tl.float32)
+    which = tl.zeros([BC], tl.int32)
+    for number in tl.static_range(CHOSEN):
+        top = tl.max(left, 0)
+        # Of equal ones the first; the last expert if there are no numbers.
+        index = tl.min(tl.where((left == top) & (at < experts), at, experts - 1), 0)
+        found = tl.where(place == number, top, found)
+        which = tl.where(place == number, index, which)
+        left = tl.where(at == index, -float("inf"), left)
+    shares = tl.exp(found - best)
+    if NORMALISED:
+        total = tl.sum(shares, 0)
+    mine = place < CHOSEN
+    tl.store(WEIGHTS + row * CHOSEN + place, shares / total, mask=mine)
+    tl.store(INDICES + row * CHOSEN + place, which, mask=mine)
+    if SINGLE:
+        tl.store(ORDER + place, place, mask=mine)
+        tl.store(TILES + 3 * place, which, mask=mine)
+        tl.store(TILES + 3 * place + 1, place, mask=mine)
+        tl.store(TILES + 3 * place + 2, place + 1, mask=mine)
+
+
+@triton.jit
+def count_kernel(INDICES, COUNTS, pairs, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """How many pairs an expert has; a program each."""
+    expert = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, pairs, BLOCK):
+        chosen = tl.load(INDICES + first + at, mask=first + at < pairs, other=-1)
+        total += (chosen == expert).to(tl.int32)
+    tl.store(COUNTS + expert, tl.sum(total, 0))
+
+
+@triton.jit
+def place_kernel(
+    INDICES, COUNTS, ORDER, TILES, experts, pairs, tiles, ROWS: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """Writes an expert's pairs to ORDER, in their order, and its tiles of ROWS rows; a program each. The last one marks
+    the tiles that nobody needs."""
+    expert = tl.program_id(0)
+    other = tl.arange(0, BE)
+    at = tl.arange(0, BLOCK)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    counts = tl.load(COUNTS + other, mask=other < experts, other=0)
+    of_each = (counts + ROWS - 1) // ROWS
+    start = tl.sum(tl.where(other < expert, counts, 0), 0)
+    count = tl.sum(tl.where(other == expert, counts, 0), 0)
+    tile = tl.sum(tl.where(other < expert, of_each, 0), 0)
+    used = tl.sum(of_each, 0)
+    place = start
+    for first in range(0, pairs, BLOCK):
+        pair = first + at
+        mine = (tl.load(INDICES + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
+        tl.store(ORDER + place + tl.cumsum(mine, 0) - 1, pair, mask=mine > 0)
+        place += tl.sum(mine, 0)
+    for first in range(0, count, BLOCK * ROWS):
+        begin = first + at * ROWS
+        into = TILES + 3 * (tile + first // ROWS + at)
+        here = begin < count
+        tl.store(into, expert + 0 * at, mask=here)
+        tl.store(into + 1, start + begin, mask=here)
+        tl.store(into + 2, start + tl.minimum(begin + ROWS, count), mask=here)
+    if expert == experts - 1:
+        for first in range(used, tiles, BLOCK):
+            tl.store(TILES + 3 * (first + at), 0 * at - 1, mask=first + at < tiles)
+
+
+@triton.jit
+def combine_kernel(
+    PARTS, WEIGHTS, SHARED, LOGITS, OUT, outputs, experts, N: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SHARED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The weighted sum of a row's CHOSEN parts; the program is (BLOCK columns, row)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = at < N
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros([BLOCK], tl.float32)
+    for number in tl.static_range(CHOSEN):
+        weight = tl.load(WEIGHTS + row * CHOSEN + number)
+        part = tl.load(PARTS + (row * CHOSEN + number) * N + at, mask=inside, other=0)
+        total += weight * part.to(tl.float32)
+    if HAS_SHARED:
+        gate = 1.0 / (1.0 + tl.exp(-tl.load(LOGITS + row * outputs + experts)))
+        total += gate * tl.load(SHARED + row * N + at, mask=inside, other=0).to(tl.float32)
+    tl.store(OUT + row * N + at, total.to(OUT.dtype.element_ty), mask=inside)

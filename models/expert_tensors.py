@@ -1,0 +1,107 @@
+"""The tensors of routed experts in files, whatever they are called there, by one set of names.
+
+The names are those of a list of experts: ``mlp.gate.weight`` of the router, ``mlp.experts.3.gate_proj.weight`` (or, where
+gate and up are one matrix, ``gate_up_proj``) and ``down_proj`` of an expert. Files that stack the experts in one tensor
+have a part of it for each name; no data is read for that.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from octo_run.errors import OctoError, quoted, shown
+from octo_run.models.foreign import AGAIN
+from octo_run.models.safetensors_file import ITEM_BITS
+
+if TYPE_CHECKING:
+    from octo_run.models.expert_config import ExpertConfig
+    from octo_run.models.safetensors_file import TensorEntry
+
+_BLOCK = re.compile(r"(model\.layers\.\d+)\.(?:block_sparse_moe|mlp)\.(.+)", re.DOTALL)
+_OLDER = re.compile(r"experts\.(\d+)\.(w1|w2|w3)\.(.+)", re.DOTALL)
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_ROUTERS = ("gate", "router", "router.layer")
+#: What a stacked tensor is called -> the matrix of each expert, and the tensor of it.
+_STACKED = {
+    "input_linear.weight": ("gate_up_proj", "weight"),
+    "output_linear.weight": ("down_proj", "weight"),
+    **{f"experts.{name}": (name, "weight") for name in ("gate_up_proj", "down_proj")},
+    **{f"experts.{name}.weight": (name, "weight") for name in ("gate_up_proj", "down_proj")},
+    **{f"experts.{name}_bias": (name, "bias") for name in ("gate_up_proj", "down_proj")},
+    **{f"experts.{name}_{part}": (name, f"weight_{part}")
+       for name in ("gate_up_proj", "down_proj") for part in ("blocks", "scales")},
+}  # fmt: skip
+
+
+def published_name(name: str) -> str:
+    """How a file that calls experts w1, w2 and w3 names the layer ``name``."""
+    match = re.fullmatch(r"(.+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj", name)
+    if match is None:
+        return name.replace(".mlp.gate", ".block_sparse_moe.gate")
+    weight = {"gate": "w1", "up": "w3", "down": "w2"}[match[3]]
+    return f"{match[1]}.block_sparse_moe.experts.{match[2]}.{weight}"
+
+
+def by_expert(found: dict[str, TensorEntry], experts: ExpertConfig, hidden: int) -> dict[str, TensorEntry]:
+    """The tensors of a model by the names above; those that are no experts' keep theirs.
+
+    Raises:
+        OctoError: A stacked tensor has not the shape of all experts', or two tensors have one name.
+    """
+    named: dict[str, TensorEntry] = {}
+    for name, entry in found.items():
+        for new, part in _parts(name, entry, experts, hidden):
+            if new in named:
+                raise OctoError(f"{entry.path}: {shown(name, 80)} is there by another name, too: {AGAIN}.")
+            named[new] = part
+    return named
+
+
+def _parts(name: str, entry: TensorEntry, experts: ExpertConfig, hidden: int) -> list[tuple[str, TensorEntry]]:
+    match = _BLOCK.fullmatch(name)
+    if match is None:
+        return [(name, entry)]
+    layer, rest = f"{match[1]}.mlp", match[2]
+    module, _, part = rest.rpartition(".")
+    if module in _ROUTERS:
+        return [(f"{layer}.gate.{part}", entry)]
+    older = _OLDER.fullmatch(rest)
+    if older is not None:
+        return [(f"{layer}.experts.{older[1]}.{_PROJECTIONS[older[2]]}.{older[3]}", entry)]
+    if rest in _STACKED:
+        matrix, part = _STACKED[rest]
+        return _unstacked(name, entry, experts, hidden, f"{layer}.experts", matrix, part)
+    return [(f"{layer}.{rest}", entry)]
+
+
+def _unstacked(
+    name: str, entry: TensorEntry, experts: ExpertConfig, hidden: int, prefix: str, matrix: str, part: str
+) -> list[tuple[str, TensorEntry]]:
+    """The parts of a tensor of all experts."""
+    rows, columns = (2 * experts.inner, hidden) if matrix == "gate_up_proj" else (hidden, experts.inner)
+    turned = part == "weight" and experts.fused  # stored [in, out] where gate and up take turns
+    own: tuple[int, ...] = {
+        "bias": (rows,), "weight_blocks": (rows, -(-columns // 32), 16), "weight_scales": (rows, -(-columns // 32)),
+    }.get(part, (columns, rows) if turned else (rows, columns))  # fmt: skip
+    if entry.shape != (experts.count, *own):
+        wanted = [experts.count, *own]
+        raise OctoError(
+            f"The weights in {entry.path.parent} do not fit its config.json: {shown(name, 80)} is "
+            f"{quoted(list(entry.shape))} instead of {wanted}."
+        )
+    size = math.prod(own) * ITEM_BITS[entry.dtype] // 8
+    found = []
+    for expert in range(experts.count):
+        start = entry.start + expert * size
+        each = replace(entry, shape=(rows, columns) if turned else own, start=start, end=start + size, turned=turned)
+        where = f"{prefix}.{expert}"
+        if matrix == "gate_up_proj" and not experts.fused:
+            half = start + size // 2
+            found.append((f"{where}.gate_proj.{part}", replace(each, shape=(rows // 2, *own[1:]), end=half)))
+            found.append((f"{where}.up_proj.{part}", replace(each, shape=(rows // 2, *own[1:]), start=half)))
+        else:
+            found.append((f"{where}.{matrix}.{part}", each))
+    return found

@@ -1,0 +1,182 @@
+"""What kind of layer each layer of a model is: made of its configuration, known before a weight is read.
+
+A layer has two slots. Its *mixer* lets tokens see each other: attention, or what a `MixerSpec` describes. Its *MLP*
+works on each token: what a `FeedForwardSpec` describes. Both write what they give to a buffer; `engine.forward` adds it
+to the hidden state. A spec knows the tensors that its part needs, the buffers that it works in, and how it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
+
+from octo_run.kernels import AttentionSpec
+from octo_run.kernels.recurrent import DeltaShape
+from octo_run.models.config import ModelConfig
+from octo_run.models.delta_net import DeltaNetSpec
+from octo_run.models.experts import ExpertsSpec
+from octo_run.models.families import ACTIVATIONS, NORMS, Norms
+from octo_run.models.mlp import DenseSpec
+from octo_run.models.rope_config import FULL, SLIDING, Rope
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from octo_run.models.decoder import Mixer
+    from octo_run.models.linear import Quantise, SingleLinear
+    from octo_run.models.weights import Weights
+
+#: Buffers of the compute dtype by name.
+Shapes = dict[str, tuple[int, ...]]
+
+
+class FeedForward(Protocol):
+    """The MLP of a layer with its weights."""
+
+    @property
+    def joined_bytes(self) -> int:
+        """Bytes of the largest copy that was made when it was loaded: of matrices that were joined, say."""
+
+    @property
+    def parts(self) -> tuple[SingleLinear, ...]:
+        """The layers with a matrix of their own that it is made of."""
+
+    def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """Write what it gives for ``normed [R, hidden]`` to ``out [R, hidden]``.
+
+        On CUDA it allocates nothing and waits for nothing, so that a step can be recorded.
+
+        Args:
+            buffers: Those of `FeedForwardSpec.shapes`, for R rows. They hold nothing from call to call.
+        """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The same, ``[..., hidden]`` of ``x [..., hidden]``, in plain PyTorch, for tests to compare with."""
+
+    def packed(self, quantise: Quantise, index: int, seen: Tensor | None) -> FeedForward:
+        """The same with its dense matrices packed.
+
+        Args:
+            index: The layer's number, for complaints.
+            seen: What goes into it for some tokens, ``[T, hidden]``: what matrices are multiplied by tells how to pack
+                them; None: it is not known.
+        """
+
+
+class FeedForwardSpec(Protocol):
+    """What an MLP is, without its weights."""
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of its tensors by their names behind the layer's prefix."""
+
+    def shapes(self, rows: int) -> Shapes:
+        """Buffers that it works in for so many tokens."""
+
+    def load(self, weights: Weights, prefix: str) -> FeedForward:
+        """Take its tensors; their names begin with ``prefix``."""
+
+
+class MixerSpec(Protocol):
+    """What lets tokens see each other in place of attention, without its weights."""
+
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """As of `FeedForwardSpec`."""
+
+    def shapes(self, rows: int) -> Shapes:
+        """As of `FeedForwardSpec`."""
+
+    def load(self, weights: Weights, prefix: str) -> Mixer:
+        """As of `FeedForwardSpec`."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What kind of layer it is, beside its weights.
+
+    Attributes:
+        kind: ``full_attention``, ``sliding_attention``, or what a family with another mixer calls it.
+        heads, kv_heads, head_dim: Of its attention.
+        rope: None: positions are not marked (NoPE).
+        qk_norm: Of queries and keys before RoPE: "": none; ``head``: of each head; ``all``: over all heads.
+        v_norm: Values have a norm without weights.
+        gated: What attention gives is multiplied by the sigmoid of a gate for each number.
+        norms: Which norms it has around attention and MLP, by the names of their tensors.
+        layer_norm: They are LayerNorms without bias, not RMSNorms.
+        parallel: Attention and MLP see the same normed hidden state; both are added to it.
+        residual_multiplier: What attention and MLP give is multiplied by it before it is added.
+        mixer: What there is in place of attention; None: attention.
+    """
+
+    kind: str
+    attention: AttentionSpec
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope | None
+    mlp: FeedForwardSpec
+    qk_norm: str = ""
+    v_norm: bool = False
+    gated: bool = False
+    norms: Norms = NORMS
+    layer_norm: bool = False
+    parallel: bool = False
+    residual_multiplier: float = 1.0
+    mixer: MixerSpec | None = None
+
+    @property
+    def edges(self) -> tuple[int, int, int]:
+        """Where queries, keys and values end in the outputs of the projections that stand side by side."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return q, q + kv, q + 2 * kv
+
+
+@lru_cache(maxsize=16)
+def layer_specs(cfg: ModelConfig) -> tuple[LayerSpec, ...]:
+    """The kinds of all layers of a model."""
+    return tuple(_spec(cfg, index) for index in range(cfg.num_layers))
+
+
+def _spec(cfg: ModelConfig, index: int) -> LayerSpec:
+    family, kind = cfg.family, cfg.layer_types[index] if cfg.layer_types else FULL
+    slides = kind == SLIDING
+    rope = cfg.sliding_rope if slides and cfg.sliding_rope is not None else cfg.rope
+    return LayerSpec(
+        kind=kind,
+        attention=AttentionSpec(
+            scale=cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
+            window=cfg.sliding_window if slides else None,
+            logit_cap=cfg.attention_cap,
+        ),
+        heads=cfg.num_heads,
+        kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        rope=None if index in cfg.no_rope else rope,
+        mlp=_feed_forward(cfg, index),
+        qk_norm=family.qk_norm if cfg.qk_norm else "",
+        gated=family.gated,
+        norms=family.norms,
+        layer_norm=family.norm == "layer",
+        parallel=family.parallel,
+        residual_multiplier=cfg.residual_multiplier,
+        mixer=_mixer(cfg, index),
+    )
+
+
+def _feed_forward(cfg: ModelConfig, index: int) -> FeedForwardSpec:
+    """The MLP of a layer. Kinds of layers with experts are told apart here."""
+    activation = ACTIVATIONS[cfg.hidden_act]
+    if cfg.experts is not None and index not in cfg.experts.dense:
+        return ExpertsSpec(cfg.hidden_size, cfg.experts, activation)
+    return DenseSpec(cfg.hidden_size, cfg.intermediate_size, activation, cfg.mlp_bias, cfg.family.fused_gate_up)
+
+
+def _mixer(cfg: ModelConfig, index: int) -> MixerSpec | None:
+    """What a layer has in place of attention. Kinds of such layers are told apart here."""
+    if index in cfg.attention_layers:
+        return None
+    number, sizes = index - sum(other < index for other in cfg.attention_layers), cfg.delta
+    assert sizes is not None
+    shape = DeltaShape(sizes.key_heads, sizes.value_heads, sizes.key_dim, sizes.value_dim, sizes.taps)
+    return DeltaNetSpec(number, cfg.hidden_size, shape, cfg.rms_norm_eps, cfg.family.grouped_delta)

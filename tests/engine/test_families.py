@@ -1,0 +1,288 @@
+"""Every family of models against transformers: tiny random models that the library writes and the engine loads."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from octo_run.engine import Engine, SamplingParams
+from octo_run.errors import OctoError
+from octo_run.models import conditioning
+from octo_run.models.cache import DEMO_PATH
+from octo_run.models.config import load_config
+from octo_run.models.decoder import Decoder
+from octo_run.models.plain_attention import attend_plain
+from octo_run.models.weights import load_weights
+
+COUNT = 300
+SMALL: dict[str, Any] = {
+    "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 0,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e5}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128, "rope_theta": 5e5,
+}  # fmt: skip
+BIASES = ("attention_bias", "mlp_bias")
+TWO = ["sliding_attention", "full_attention"] * 2
+
+
+def heads(query: int, kv: int, head_dim: int) -> dict[str, int]:
+    return {"num_attention_heads": query, "num_key_value_heads": kv, "head_dim": head_dim}
+
+
+def longrope(pairs: int, original: int = 512) -> dict[str, Any]:
+    return {
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": original,
+            "short_factor": [1.0 + 0.02 * i for i in range(pairs)],
+            "long_factor": [1.0 + 0.3 * i for i in range(pairs)],
+        },
+        "original_max_position_embeddings": original,
+    }  # fmt: skip
+
+
+#: Configuration class without "Config", and its fields beside SMALL.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-g3-d80": ("Llama", {**heads(6, 2, 80), "hidden_size": 96}),
+    "llama3-biases": ("Llama", {**heads(4, 2, 64), "rope_parameters": LLAMA3, **dict.fromkeys(BIASES, True)}),
+    "mistral-window": ("Mistral", {**heads(4, 1, 64), "sliding_window": 70}),
+    "ministral3": (
+        "Ministral3",
+        {
+            **heads(5, 1, 128), "hidden_size": 80,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+    ),
+    "qwen2-g7-window": (
+        "Qwen2",
+        {
+            **heads(7, 1, 64), "hidden_size": 84, "tie_word_embeddings": True, "sliding_window": 100,
+            "use_sliding_window": True, "max_window_layers": 2,
+        },
+    ),
+    "qwen2-yarn": ("Qwen2", {"hidden_size": 256, "rope_parameters": YARN}),
+    "qwen3-yarn": ("Qwen3", {**heads(4, 2, 128), "rope_parameters": YARN | {"beta_fast": 16.0}}),
+    "gemma": ("Gemma", {**heads(8, 1, 64)}),
+    "gemma2": ("Gemma2", {**heads(4, 2, 64), "sliding_window": 70, "query_pre_attn_scalar": 100}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            **heads(4, 1, 256), "sliding_window": 64, "layer_types": TWO, "query_pre_attn_scalar": 168,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
+    "phi3-short": ("Phi3", {**heads(3, 3, 96), "hidden_size": 288, **longrope(48)}),
+    "phi3-long": ("Phi3", {**heads(3, 1, 96), "hidden_size": 288, **longrope(48, original=64)}),
+    "phi4-mini": (
+        "Phi3",
+        {**heads(3, 1, 128), "hidden_size": 384, "tie_word_embeddings": True, "partial_rotary_factor": 0.75,
+         **longrope(48, original=64)},
+    ),
+    "phi3-window": ("Phi3", {"hidden_size": 256, "sliding_window": 90, "partial_rotary_factor": 1.0}),
+    "olmo2": ("Olmo2", {**heads(5, 5, 64), "hidden_size": 320}),
+    "olmo3": ("Olmo3", {"hidden_size": 256, "sliding_window": 70, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}, "full_attention": YARN | {"rope_theta": 5e5},
+    }}),
+    "smollm3": ("SmolLM3", {"hidden_size": 256}),
+    "granite": (
+        "Granite",
+        {
+            "hidden_size": 256, "embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "logits_scaling": 8.0,
+            "residual_multiplier": 0.22, "tie_word_embeddings": True,
+        },
+    ),
+    "glm": ("Glm", {**heads(4, 2, 64)}),
+    "glm4": ("Glm4", {**heads(4, 2, 64)}),
+    "exaone4": ("Exaone4", {"hidden_size": 256, "sliding_window": 70, "layer_types": TWO}),
+    "exaone4-whole": ("Exaone4", {"hidden_size": 256, "sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "seed-oss": ("SeedOss", {**heads(8, 1, 64), "attention_out_bias": True}),
+    "cohere": ("Cohere", {"hidden_size": 256, "logit_scale": 0.25}),
+    "cohere2": ("Cohere2", {"hidden_size": 256, "sliding_window": 70, "logit_scale": 0.25}),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def randomised(model: Any, seed: int = 0) -> Any:
+    """The model with weights that leave no part of it without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            # A layer adds little to what is there, as in a trained model.
+            scale = (
+                (2 * SMALL["num_hidden_layers"]) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            )
+            weight.normal_(0, 0.7 * scale * weight.shape[-1] ** -0.5, generator=generator)
+            if len(weight) == SMALL["vocab_size"]:  # some tokens are likelier than others, as in a trained model
+                weight.mul_(torch.randn(len(weight), 1, generator=generator).exp())
+        elif name.endswith("bias"):
+            weight.normal_(0, 0.2, generator=generator)
+        else:
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.2)
+    return model
+
+
+def written(folder: Path, kind: str, fields: dict[str, Any], shards: bool = False) -> Any:
+    """Write a random model and the demo's tokenizer to ``folder``; transformers' model."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**(SMALL | fields))
+    config._attn_implementation = "eager"
+    model = randomised(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    model.save_pretrained(folder, max_shard_size="300KB" if shards else "1GB")
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(DEMO_PATH / file, folder / file)
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any, Tensor]]:
+    """A model of ``MODELS``: its folder, and transformers' model and logits of ``COUNT`` tokens."""
+    known: dict[str, tuple[Path, Any, Tensor]] = {}
+
+    def get(name: str) -> tuple[Path, Any, Tensor]:
+        if name not in known:
+            folder = tmp_path_factory.mktemp(name)
+            kind, fields = MODELS[name]
+            model = written(folder, kind, fields, shards=name.startswith(("llama", "glm")))
+            with torch.inference_mode():
+                known[name] = folder, model, model(torch.tensor([tokens()])).logits[0]
+        return known[name]
+
+    return get
+
+
+def tokens() -> list[int]:
+    return torch.randint(0, 8192, (COUNT,), generator=torch.Generator().manual_seed(7)).tolist()
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def stepped(engine: Engine, ids: list[int], first: int) -> Tensor:
+    """Logits of the tokens from ``first`` on, each of which goes through a decode step."""
+    sequence, found = engine.arena.open(), []
+    engine.feed(sequence, ids[:first])
+    for token in ids[first:]:
+        engine.step.start(sequence, token, SamplingParams(temperature=0.0))
+        engine.step.launch([sequence])
+        found.append(engine.step.logits[0].float().clone())
+        engine.step.read(sequence)
+    sequence.close()
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_logits_equal_those_of_transformers(name: str, made: Callable[[str], tuple[Path, Any, Tensor]]) -> None:
+    """In chunks of several sizes and step by step, at every position."""
+    path, _, theirs = made(name)
+    engine, ids = Engine.load(path, kv="bf16", device="cpu", max_context=512), tokens()
+    assert engine.dtype == torch.float32
+    for step in (None, 65):
+        assert relative(engine.logits(ids, step), theirs) < 1e-4, f"in chunks of {step}"
+    assert relative(stepped(engine, ids, 100), theirs[100:]) < 1e-4, "step by step"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_coded_keys_and_values_are_close(name: str, made: Callable[[str], tuple[Path, Any, Tensor]]) -> None:
+    """With conditioned keys, whose means and matrices are measured on the model."""
+    path, _, theirs = made(name)
+    engine, ids = Engine.load(path, kv="oct4", device="cpu", max_context=512), tokens()
+    assert engine.plan.conditioning == "full"
+    ours = engine.logits(ids, 64)
+    assert relative(ours[:128], theirs[:128]) < 1e-4, "before anything is coded"
+    assert float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()) >= 0.97
+    assert 0 < relative(ours, theirs) < 0.2
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_transforms_change_nothing(name: str, made: Callable[[str], tuple[Path, Any, Tensor]]) -> None:
+    """Rotations of keys and values, and conditioning of keys, are another basis alone."""
+    path, _, theirs = made(name)
+    cfg, ids = load_config(path), torch.tensor([tokens()])
+    generator = torch.Generator().manual_seed(1)
+    square = torch.randn(2, cfg.head_dim, cfg.head_dim, generator=generator, dtype=torch.float64)
+    of_keys, of_values = torch.linalg.qr(square)[0]
+    decoder = Decoder(cfg, load_weights(path, cfg, "cpu", torch.float32), None, of_values, context=512)
+
+    def logits() -> Tensor:
+        positions = torch.arange(COUNT)[None]
+        hidden = decoder.hidden(ids, positions, lambda i, q, k, v: attend_plain(q, k, v, decoder.specs[i].attention))
+        return decoder.logits(hidden)[0]
+
+    assert relative(logits(), theirs) < 5e-5
+    decoder.store_keys(of_keys, conditioning.measure(decoder, ids[0].tolist()))
+    assert relative(logits(), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_packed_weights(name: str, made: Callable[[str], tuple[Path, Any, Tensor]]) -> None:
+    """The engine computes with packed weights what plain PyTorch does; these are close to the dense ones."""
+    path, _, theirs = made(name)
+    engine, ids = Engine.load(path, kv="bf16", device="cpu", max_context=512, weights="int8"), tokens()
+    decoder = engine._decoder
+    hidden = decoder.hidden(
+        torch.tensor([ids]), torch.arange(COUNT)[None],
+        lambda i, q, k, v: attend_plain(q, k, v, decoder.specs[i].attention),
+    )  # fmt: skip
+    exact = decoder.logits(hidden)[0]
+    assert relative(engine.logits(ids, 128), exact) < 5e-3  # activations are rounded, too
+    assert 1e-5 < float((exact - theirs).norm() / theirs.norm()) < 0.1
+
+
+VISION: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("Gemma3", {**heads(2, 1, 64), "sliding_window": 64, "layer_types": TWO}, {}),
+    "ministral3": (
+        "Mistral3",
+        {**heads(2, 1, 64), "model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+        {"model_type": "pixtral", "head_dim": 16},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("tied", [True, False])
+@torch.inference_mode()
+def test_text_parts_of_checkpoints_that_see(name: str, tied: bool, tmp_path: Path) -> None:
+    """What belongs to images is passed over; tensors have the names of older or of newer files."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    kind, text, vision = WRAPPED[name]
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=SMALL | text, vision_config=VISION | vision, tie_word_embeddings=tied
+    )
+    config._attn_implementation = "eager"
+    model = randomised(getattr(transformers, f"{kind}ForConditionalGeneration")(config)).eval()
+    model.save_pretrained(tmp_path)
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(DEMO_PATH / file, tmp_path / file)
+    ids = tokens()
+    theirs = model(torch.tensor([ids])).logits[0]
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any("vision" in one for one in stored) and ("language_model.lm_head.weight" in stored) != tied
+    for part in ("language_model.model.", "model.language_model."):
+        renamed = {one.replace("language_model.model.", part): tensor for one, tensor in stored.items()}
+        save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        engine = Engine.load(tmp_path, kv="bf16", device="cpu", max_context=512)
+        assert relative(engine.logits(ids, 100), theirs) < 1e-4
+    save_file(renamed | {"other.weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OctoError, match=r"1 unexpected \(other\.weight\)"):
+        Engine.load(tmp_path, kv="bf16", device="cpu")

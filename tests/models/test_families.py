@@ -1,0 +1,247 @@
+"""Families of models by their configuration files: spellings, fields that are left out, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octo_run.errors import OctoError
+from octo_run.models import rope
+from octo_run.models.config import ModelConfig, parse_config
+from octo_run.models.families import FAMILIES, WRAPPERS
+from octo_run.models.specs import layer_specs
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 8192,
+}  # fmt: skip
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+
+
+def parse(architecture: str, **fields: Any) -> ModelConfig:
+    values = SIZES | {"architectures": [architecture]} | fields
+    values = {name: value for name, value in values.items() if value is not ...}
+    return parse_config(values, Path("somewhere/config.json"))
+
+
+def refused(architecture: str, **fields: Any) -> str:
+    with pytest.raises(OctoError) as error:
+        parse(architecture, **fields)
+    text = str(error.value)
+    assert text.startswith("somewhere/config.json: ") and text.endswith(".") and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "older", "newer"),
+    [
+        (
+            "Gemma3ForCausalLM",
+            {
+                "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "sliding_window": 1024, "sliding_window_pattern": 6,
+            },
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+                "sliding_window": 1024, "layer_types": [*["sliding_attention"] * 5, "full_attention",
+                                                        *["sliding_attention"] * 2],
+            },
+        ),
+        ("Gemma3ForCausalLM", {}, {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+        ("Qwen2ForCausalLM", {"rope_theta": 1e6, "rope_scaling": YARN},
+         {"rope_parameters": YARN | {"rope_type": "yarn", "rope_theta": 1e6}}),
+        ("Qwen3ForCausalLM", {"rope_scaling": YARN}, {"rope_scaling": YARN | {"beta_fast": 32, "beta_slow": 1}}),
+        ("Olmo3ForCausalLM", {"rope_theta": 5e5, "rope_scaling": YARN},
+         {"rope_parameters": {"full_attention": YARN | {"rope_type": "yarn", "rope_theta": 5e5},
+                              "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}}),
+        ("Phi3ForCausalLM", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}},
+         {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}}),
+        ("Glm4ForCausalLM", {"head_dim": 64}, {"head_dim": 64, "partial_rotary_factor": 0.5}),
+        ("SmolLM3ForCausalLM", {}, {"no_rope_layers": [1, 1, 1, 0] * 2, "rope_theta": 2e6}),
+    ],
+)  # fmt: skip
+def test_two_spellings_of_one_model(architecture: str, older: dict[str, Any], newer: dict[str, Any]) -> None:
+    assert parse(architecture, **older) == parse(architecture, **newer)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "yarn": {"rope_scaling": YARN | {"rope_type": "yarn"}, "rope_theta": 1e6},
+    "yarn, further": {"rope_scaling": YARN | {"rope_type": "yarn", "beta_fast": 8, "beta_slow": 2, "truncate": False}},
+    "yarn, factor": {"rope_scaling": YARN | {"rope_type": "yarn", "attention_factor": 0.7}},
+    "yarn, scales": {"rope_scaling": YARN | {"rope_type": "yarn", "mscale": 0.7, "mscale_all_dim": 1.2}},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_frequencies_are_those_of_transformers(name: str, head_dim: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    cfg = parse("Qwen2ForCausalLM", head_dim=head_dim, **ROPES[name])
+    theirs = transformers.Qwen2Config(**json.loads(json.dumps(SIZES | ROPES[name])), head_dim=head_dim)
+    embedding = transformers.models.qwen2.modeling_qwen2.Qwen2RotaryEmbedding(theirs)
+    ours = rope.inverse_frequencies(cfg, torch.device("cpu"))
+    assert torch.allclose(ours, embedding.inv_freq, rtol=1e-6, atol=0)
+    assert rope.attention_factor(cfg.rope) == pytest.approx(embedding.attention_scaling, rel=1e-12)
+
+
+def test_the_context_chooses_the_factors_of_longrope() -> None:
+    """Up to the original context the short ones, for all tokens; beyond it the long ones."""
+    transformers = pytest.importorskip("transformers")
+    scaling = {"rope_type": "longrope", "short_factor": [1.0 + i / 99 for i in range(24)],
+               "long_factor": [1.0 + i for i in range(24)]}  # fmt: skip
+    fields = {"rope_scaling": scaling, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75}
+    cfg = parse("Phi3ForCausalLM", **fields)
+    theirs = transformers.Phi3Config(**json.loads(json.dumps(SIZES | fields)))
+    embedding = transformers.models.phi3.modeling_phi3.Phi3RotaryEmbedding(theirs)
+    for count in (4096, 4097):
+        embedding(torch.zeros(1, 1), torch.tensor([[count - 1]]))
+        ours = rope.frequencies(cfg.rope, 64, torch.device("cpu"), count)
+        assert torch.allclose(ours[:24], embedding.inv_freq, rtol=1e-6, atol=0) and bool((ours[24:] == 0).all())
+    assert rope.attention_factor(cfg.rope) == pytest.approx(embedding.attention_scaling)
+
+
+OF_TEXT = {"GptOss", "Olmoe", "Mixtral"}
+
+
+@pytest.mark.parametrize("architecture", [name for name in FAMILIES if not any(word in name for word in OF_TEXT)])
+def test_left_out_fields_mean_what_they_mean_to_transformers(architecture: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    family = FAMILIES[architecture]
+    kind = {value.model_type: value for value in transformers.CONFIG_MAPPING.values()}[family.model_type]
+    sizes = {name: SIZES[name] for name in SIZES if name != "num_key_value_heads"} | {
+        "num_attention_heads": 32, "hidden_size": 2048,
+    }  # fmt: skip
+    theirs = kind(**sizes)
+    ours = parse_config(sizes | {"architectures": [architecture]}, Path("config.json"))
+    assert (ours.num_kv_heads, ours.tie_word_embeddings) == (theirs.num_key_value_heads, theirs.tie_word_embeddings)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2048 // 32)
+    assert ours.rms_norm_eps == getattr(theirs, family.eps[0])
+    assert ours.hidden_act == getattr(theirs, family.activation[0])
+    assert ours.qkv_bias == (getattr(theirs, "attention_bias", False) or family.qkv_bias)
+    kinds = getattr(theirs, "layer_types", None)
+    window = getattr(theirs, "sliding_window", None)
+    for index, spec in enumerate(layer_specs(ours)):
+        if spec.kind == "linear_attention":
+            assert kinds[index] == "linear_attention"
+            continue
+        slides = kinds[index] == "sliding_attention" if kinds else family.sliding == "always"
+        assert spec.attention.window == (window if slides and window is not None and window < 8192 else None)
+        parameters = theirs.rope_parameters
+        if "full_attention" in parameters:
+            parameters = parameters["sliding_attention" if slides else "full_attention"]
+        if spec.rope is not None:
+            assert spec.rope.theta == parameters["rope_theta"]
+            assert spec.rope.share == parameters.get("partial_rotary_factor", 1.0)
+
+
+def test_text_parts_of_checkpoints() -> None:
+    """Sizes that the text part leaves out are the family's; what the whole says of tokens holds for it, too."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}  # fmt: skip
+    values = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text,
+              "eos_token_id": [1, 106], "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152}}  # fmt: skip
+    cfg = parse_config(values, Path("config.json"))
+    assert (cfg.architecture, cfg.wrapper) == ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+    assert (cfg.vocab_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim) == (262_208, 8, 4, 256)
+    assert (cfg.max_position_embeddings, cfg.eos_token_ids, cfg.tie_word_embeddings) == (131_072, (1, 106), True)
+    kinds = [spec.attention.window for spec in layer_specs(cfg)]
+    assert kinds[:7] == [1024] * 5 + [None, 1024] and kinds.count(None) == 5
+    assert layer_specs(cfg)[0].rope != layer_specs(cfg)[5].rope
+    for wrapper in WRAPPERS:
+        with pytest.raises(OctoError, match=r"config\.json: text_config is missing, though architectures names"):
+            parse_config(values | {"architectures": [wrapper], "text_config": None}, Path("config.json"))
+        with pytest.raises(OctoError, match=r"text_config\.model_type is 'bert', and octo-run knows"):
+            parse_config(values | {"architectures": [wrapper], "text_config": {"model_type": "bert"}}, Path("c"))
+    with pytest.raises(OctoError, match=r"text_config\.hidden_size is missing"):
+        parse_config(values | {"text_config": {"model_type": "gemma3_text"}}, Path("config.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "nearest"),
+    [
+        ("DeepseekV3ForCausalLM", "multi-head latent attention", "DeepSeek-R1 distillation"),
+        ("Glm4MoeLiteForCausalLM", "multi-head latent attention", "Glm4ForCausalLM"),
+        ("NemotronHForCausalLM", "Mamba layers", "LlamaForCausalLM"),
+        ("GraniteMoeHybridForCausalLM", "Mamba layers", "GraniteForCausalLM"),
+        ("FalconH1ForCausalLM", "Mamba layers", "LlamaForCausalLM"),
+        ("T5ForConditionalGeneration", "an encoder", "Gemma3ForCausalLM"),
+        ("BertForMaskedLM", "an encoder", "LlamaForCausalLM"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(name: str, what: str, nearest: str) -> None:
+    text = refused(name)
+    assert repr(name) in text and what in text and "the nearest that it runs is " in text and nearest in text
+
+
+def test_an_unknown_family_is_told_what_is_known() -> None:
+    text = refused("NewForCausalLM")
+    assert "which octo-run does not know" in text and "LlamaForCausalLM" in text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "words"),
+    [
+        ("Gemma2ForCausalLM", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu', and octo-run computes"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
+        ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0, not a number from"),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": -1}, "attn_logit_softcapping is -1, not a number"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types is no list of num_hidden_layers (8)"),
+        ("Gemma3ForCausalLM", {"rope_local_base_freq": 0.5}, "rope_local_base_freq is 0.5"),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_scaling": YARN},
+            "are both given",
+        ),
+        ("GraniteForCausalLM", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("CohereForCausalLM", {"use_qk_norm": True}, "use_qk_norm is true"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers is no list of num_hidden_layers (8)"),
+        ("SmolLM3ForCausalLM", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window is true"),
+        ("Glm4ForCausalLM", {"partial_rotary_factor": 0.001}, "leaves no pair of coordinates to turn"),
+        ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "no list of 32 numbers"),
+        (
+            "Phi3ForCausalLM",
+            {"rope_scaling": {"type": "longrope", "short_factor": [0.0] * 32, "long_factor": [1.0] * 32}},
+            "short_factor holds 0.0, not a number from",
+        ),
+        ("Qwen2ForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "is 'dynamic', and octo-run"),
+    ],
+)
+def test_refusals(architecture: str, fields: dict[str, Any], words: str) -> None:
+    assert words in refused(architecture, **fields)
+
+
+JUNK = [[], {}, [[]], {"a": 1}, "x", "\x1b[31m" * 1000, True, -3, 1.5, float("nan"), 10**400, [{}] * 99, None]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_field_with_every_kind_of_value(architecture: str) -> None:
+    """A configuration or one short sentence."""
+    names = [
+        "rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor",
+        "sliding_window", "sliding_window_pattern", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping",
+        "final_logit_softcapping", "hidden_activation", "hidden_act", "embedding_multiplier", "logits_scaling",
+        "residual_multiplier", "attention_multiplier", "logit_scale", "no_rope_layers", "no_rope_layer_interval",
+        "attention_out_bias", "layer_norm_eps", "original_max_position_embeddings", "head_dim", "use_qk_norm",
+    ]  # fmt: skip
+    inner = [*YARN, "mscale", "mscale_all_dim", "attention_factor", "truncate", "beta_fast", "beta_slow",
+             "short_factor", "long_factor", "llama_4_scaling_beta", "rope_theta", "partial_rotary_factor"]  # fmt: skip
+    changes: list[dict[str, Any]] = [{name: value} for name in names for value in JUNK]
+    changes += [{"rope_scaling": YARN | {name: value}} for name in inner for value in JUNK]
+    changes += [{"rope_parameters": {"full_attention": value, "sliding_attention": value}} for value in JUNK]
+    for change in changes:
+        try:
+            cfg = parse(architecture, **change)
+        except OctoError as error:
+            text = str(error)
+            assert text.startswith("somewhere/config.json: ") and text.endswith(".") and text.isprintable()
+        else:
+            for spec in layer_specs(cfg):
+                frequencies = rope.frequencies(spec.rope, spec.head_dim, torch.device("cpu"), cfg.context_limit)
+                assert frequencies.isfinite().all() and frequencies.min() >= 0
