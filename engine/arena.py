@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 
 from octo_run import kernels
+from octo_run.engine.pool import GONE
 from octo_run.engine.recurrent_state import RecurrentShape, RecurrentStates
 from octo_run.engine.sequence import Sequence, SequenceTable
+from octo_run.engine.window_pages import WindowPages, WindowShape
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import LayerFormats, PageFormat
 from octo_run.kernels.codec.layer_formats import LayerRun
@@ -50,7 +52,7 @@ class ArenaShape:
     """What decides the bytes of an arena.
 
     Attributes:
-        vector_bytes: Of a packed token of one KV head: its keys and values of all layers.
+        vector_bytes: Of a packed token of one KV head: its keys and values of all layers without a window.
         dtype: The full-precision one.
         context: Tokens that one sequence can hold.
         chunk: Tokens that ``KVArena.prefill`` takes at most (0: it is not used, and nothing is staged).
@@ -59,6 +61,7 @@ class ArenaShape:
         on_gpu: Whether they are for a GPU.
         pool_pages: Pages that all sequences share (None: as many as all of them hold at full context).
         recurrent: The states of recurrent layers, which are not among ``layers``; None: there are none.
+        windows: Groups of layers that have a window, and pages of their own.
     """
 
     layers: int
@@ -75,6 +78,7 @@ class ArenaShape:
     on_gpu: bool = False
     pool_pages: int | None = None
     recurrent: RecurrentShape | None = None
+    windows: tuple[WindowShape, ...] = ()
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -106,7 +110,7 @@ class ArenaShape:
 
     @property
     def packed_token_bytes(self) -> int:
-        """Bytes that one packed token takes over all layers and KV heads."""
+        """Bytes that one more packed token takes over all layers without a window and KV heads."""
         return self.kv_heads * self.vector_bytes
 
     def coefficients_shape(self, rows: int) -> tuple[int, int, int, int]:
@@ -136,7 +140,12 @@ class KVArena:
         self.pages = _zeros((s.pages, PAGE * s.packed_token_bytes), device)
         #: The same as ``[pages, layers, kv_heads, page_bytes]`` of layers of one format, and of each layer.
         self._run_pages = [*self._views()]
-        self.layer_pages = [pages for _, run in self._run_pages for pages in run.unbind(1)]
+        #: The pages of layers that have a window, and which group a layer is of.
+        self.windows = [self._window_pages(window, device) for window in s.windows]
+        self._group = {layer: group for group in self.windows for layer in group.shape.layers}
+        runs = [*self._run_pages, *(run for group in self.windows for run in group.runs)]
+        found = {run.first + n: one for run, pages in runs for n, one in enumerate(pages.unbind(1))}
+        self.layer_pages = [found[layer] for layer in range(s.layers)]
         if device.type == "cuda":
             for fmt in dict.fromkeys(formats):
                 kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
@@ -149,12 +158,12 @@ class KVArena:
         #: For each row the first position of its chunk, packed pages, the tail's origin, and 0: its row among the one
         #: row that attention is given.
         self._chunk_state = torch.zeros(s.sequences, 4, dtype=torch.int32, device=device)
-        #: For each row the id and the number of the page that is coded between two steps.
-        self._coding = torch.zeros(2, s.sequences, dtype=torch.int32, device=device)
+        #: For each row the id and the number of the page that is coded between two steps, then its ids in the windows.
+        self._coding = torch.zeros(2 + len(self.windows), s.sequences, dtype=torch.int32, device=device)
         self.states: RecurrentStates | None = None
         if s.recurrent is not None:
             self.states = RecurrentStates(s.recurrent, s.sequences, s.sink, s.dtype, device)
-        self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row, self.states)
+        self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row, self.states, self.windows)
 
     @property
     def full_precision(self) -> list[Tensor]:
@@ -183,13 +192,14 @@ class KVArena:
         """
         return Chunk(self, sequence, ids)
 
-    def enter_pages(self, row: int, first: int, ids: list[int]) -> Tensor:
-        """Write page ids to the page table, from page number ``first`` of a row on.
+    def enter_pages(self, row: int, first: int, ids: list[int], group: WindowPages | None = None) -> Tensor:
+        """Write page ids to the page table, that of a group if there is one, from page number ``first`` of a row on.
 
         Returns:
             Where they stand in the table: int32.
         """
-        places = self.page_table[row, first : first + len(ids)]
+        table = self.page_table if group is None else group.page_table
+        places = table[row, first : first + len(ids)]
         if len(ids) == 1:
             places.fill_(ids[0])
         elif ids:
@@ -197,16 +207,29 @@ class KVArena:
         return places
 
     def _views(self) -> Iterator[tuple[LayerRun, Tensor]]:
-        """Runs of layers of one format, and their pages."""
-        at, (count, size), heads = 0, self.pages.shape, self.shape.kv_heads
-        for run in self.formats.runs:
-            page, layers = self.page_formats[run.first].page_bytes, run.end - run.first
-            yield run, self.pages.as_strided((count, layers, heads, page), (size, heads * page, page, 1), at)
-            at += layers * heads * page
+        """Runs of layers of one format without a window, and their pages."""
+        windowed = {layer for window in self.shape.windows for layer in window.layers}
+        return self._run_views(self.pages, [layer for layer in range(self.shape.layers) if layer not in windowed])
+
+    def _run_views(self, pages: Tensor, layers: list[int]) -> Iterator[tuple[LayerRun, Tensor]]:
+        """Runs of some layers, in order, that have ``pages``."""
+        at, (count, size), heads = 0, pages.shape, self.shape.kv_heads
+        for run in self.formats.runs_of(layers):
+            page, number = self.page_formats[run.first].page_bytes, run.end - run.first
+            yield run, pages.as_strided((count, number, heads, page), (size, heads * page, page, 1), at)
+            at += number * heads * page
         assert at == size
 
-    def encode(self, layer: int, k: Tensor, v: Tensor, ids: Tensor) -> None:
-        """Code keys and values of the layers from ``layer`` on, by one call for all neighbours of one format.
+    def _window_pages(self, shape: WindowShape, device: torch.device) -> WindowPages:
+        s = self.shape
+        size = PAGE * s.kv_heads * shape.vector_bytes
+        pages = _zeros((shape.pages(s.sequences, s.max_pages, s.chunk), size), device)
+        table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
+        return WindowPages(shape, s.sink, pages, table, [*self._run_views(pages, [*shape.layers])])
+
+    def encode(self, layer: int, k: Tensor, v: Tensor, ids: Tensor, group: WindowPages | None = None) -> None:
+        """Code keys and values of the layers from ``layer`` on, by one call for all neighbours of one format: of those
+        without a window, or of those of a group.
 
         Args:
             k, v: ``[L, N, kv_heads, 64, d]``.
@@ -216,7 +239,7 @@ class KVArena:
             OctoError: Keys or values that overflowed.
         """
         try:
-            for run, pages in self._run_pages:
+            for run, pages in self._run_pages if group is None else group.runs:
                 first, end = max(layer, run.first), min(layer + len(k), run.end)
                 if first < end:
                     mine, theirs = slice(first - layer, end - layer), slice(first - run.first, end - run.first)
@@ -247,6 +270,10 @@ class KVArena:
         self.enter_pages(row, number, [page])
         self._coding[0, row].fill_(page)
         self._coding[1, row].fill_(number)
+        for coding, group in zip(self._coding[2:], self.windows, strict=True):
+            (page,) = group.pool.held[row][number:]
+            self.enter_pages(row, number, [page], group)
+            coding[row].fill_(page)
         if run is None:
             self._code_slots(row, slot)
         else:
@@ -259,6 +286,8 @@ class KVArena:
         if self.means is not None:
             k = self.means.take_out(k, 0, self._coding[1, row : row + 1])
         self.encode(0, k, v, self._coding[0, row : row + 1])
+        for coding, group in zip(self._coding[2:], self.windows, strict=True):
+            self.encode(0, k, v, coding[row : row + 1], group)
 
     def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
         """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
@@ -275,15 +304,22 @@ class KVArena:
         row = sequence.row
         generator = torch.Generator(self.pages.device).manual_seed(seed)
         count = max(0, (length - s.sink - s.window) // PAGE)
-        ids = sequence.take_pages(count)
+        ids = sequence.take_pages(count, length)
         self.enter_pages(row, 0, ids)
-        for number, page in enumerate(ids[:8]):
+        held = [(self.pages, ids)]
+        for group in self.windows:
+            found = group.pool.held[row][:]
+            self.enter_pages(row, 0, [max(0, page) for page in found], group)
+            held.append((group.pages, [page for page in found if page != GONE]))
+        for number in range(min(8, count)):
             self._full[:, :, row].normal_(generator=generator)
-            self._coding[0, row].fill_(page)
+            for coding, (_, some) in zip((self._coding[0], *self._coding[2:]), held, strict=True):
+                coding[row].fill_(some[number % len(some)])
             self._coding[1, row].fill_(number)
             self._code_slots(row, s.sink)
-        for number, page in enumerate(ids[8:], start=8):
-            self.pages[page].copy_(self.pages[ids[number % 8]])
+        for pages, some in held:
+            for number, page in enumerate(some[8:], start=8):
+                pages[page].copy_(pages[some[number % 8]])
         self._full[:, :, row].normal_(generator=generator)
         sequence.advance(0, [-1] * length, count)  # no prompt has them
 
@@ -296,6 +332,11 @@ class KVArena:
         """Full-precision K and V of a layer: ``[rows, kv_heads, sink + ring, d]``."""
         return self._full[0, layer], self._full[1, layer]
 
+    def _table_of(self, layer: int) -> Tensor:
+        """The page table of a layer."""
+        group = self._group.get(layer)
+        return self.page_table if group is None else group.page_table
+
     def inputs(self, layer: int, state: "StepState", coefficients: Tensor | None) -> kernels.AttentionInputs:
         """What the attention kernels read for one token in each sequence of a step; for means its queries'
         coefficients."""
@@ -303,7 +344,7 @@ class KVArena:
         full_k, full_v = self.full(layer)
         return kernels.AttentionInputs(
             pages=self.layer_pages[layer],
-            page_table=self.page_table,
+            page_table=self._table_of(layer),
             rows=state.rows,
             num_packed=state.packed,
             starts=state.positions,
@@ -323,7 +364,7 @@ class KVArena:
         full_k, full_v = self._full[:, layer, row : row + 1]
         return kernels.AttentionInputs(
             pages=self.layer_pages[layer],
-            page_table=self.page_table[row : row + 1],
+            page_table=self._table_of(layer)[row : row + 1],
             rows=state[3:],
             num_packed=state[1:2],
             starts=state[:1],
@@ -340,6 +381,8 @@ class KVArena:
         """Copy all that a row holds: what a sequence that begins like another one needs besides the shared pages."""
         self._full[:, :, row].copy_(self._full[:, :, donor])
         self.page_table[row].copy_(self.page_table[donor])
+        for group in self.windows:
+            group.copy_table(donor, row)
 
 
 class Chunk:
@@ -347,6 +390,9 @@ class Chunk:
 
     ``commit`` makes them count; if it is not called, the sequence keeps what they cannot have spoilt.
     """
+
+    #: Whether tokens attend to pages that the chunk itself fills.
+    reads_its_pages = False
 
     def __init__(self, arena: KVArena, sequence: Sequence, ids: list[int]) -> None:
         s = arena.shape
@@ -368,10 +414,17 @@ class Chunk:
         self.old_tail = max(0, self.start - s.sink - origin)
         tail = self.old_tail + self.count - self.to_sink
         self.new_pages = max(0, (tail - s.window) // PAGE)
-        page_ids = sequence.take_pages(self.new_pages)
+        first = sequence.packed
+        page_ids = sequence.take_pages(self.new_pages, None if self.reads_its_pages else self.end)
         if self.new_pages:  # slots of the old tail will be written over
             sequence.hold(sequence.packed_end)
-        self._ids = arena.enter_pages(self.row, sequence.packed, page_ids)
+        #: Of layers without a window, and of each group: how many of the new pages are not stored, ids of the others.
+        self._ids = dict[WindowPages | None, tuple[int, Tensor]]()
+        self._ids[None] = 0, arena.enter_pages(self.row, first, page_ids)
+        for group in arena.windows:
+            found = [page for page in group.pool.held[self.row][first:] if page != GONE]
+            skipped = self.new_pages - len(found)
+            self._ids[group] = skipped, arena.enter_pages(self.row, first + skipped, found, group)
         device = arena.pages.device
         slots = torch.arange(origin, origin + tail, device=device) % s.ring + s.sink
         self._old_slots, self._left_slots = slots[: self.old_tail], slots[self.new_pages * PAGE :]
@@ -427,7 +480,10 @@ class Chunk:
         k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
         if a.means is not None:
             k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
-        a.encode(layer, k_pages, v_pages, self._ids)
+        group = a._group.get(layer)
+        skipped, ids = self._ids[group]
+        if len(ids):
+            a.encode(layer, k_pages[:, skipped:], v_pages[:, skipped:], ids, group)
 
     def _keep(self, layer: int) -> None:
         """Store what is left of the tail."""

@@ -13,6 +13,7 @@ import torch
 from octo_run.engine import system_memory
 from octo_run.engine.energy import EnergyMeter
 from octo_run.engine.sampling import SamplingParams
+from octo_run.models.experts import Experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,8 +116,8 @@ def measure(
         joules = sum(spent) / (batch * tokens * repetitions)
     gb_per_s = share = None
     if kind == "tg":
-        held = batch * engine.plan.bytes_per_token * (depth + tokens / 2)
-        read = (step_weight_bytes(engine) + held) * median / batch
+        held = batch * engine.plan.bytes_read(depth + tokens / 2)
+        read = (step_weight_bytes(engine, batch) + held) * median / batch
         gb_per_s, share = read * 1e-9, read / bandwidth
     return Row(
         weights=engine.plan.weight_format,
@@ -209,11 +210,13 @@ def run_round(
             sequence.discard()
 
 
-def step_weight_bytes(engine: Engine) -> int:
-    """Bytes of weights that a decode step reads: all but an embedding that is not the output layer too."""
+def step_weight_bytes(engine: Engine, batch: int = 1) -> int:
+    """Bytes of weights that a decode step of ``batch`` sequences reads: all but an embedding that is not the output
+    layer too, and of routed experts those that are chosen (of several sequences as many as chance would choose)."""
     decoder = engine.forward.decoder
     apart = 0 if decoder.head.weight is decoder.embedding else decoder.embedding.nbytes
-    return engine.plan.weights - apart
+    unread = sum(layer.mlp.unread_bytes(batch) for layer in decoder.layers if isinstance(layer.mlp, Experts))
+    return engine.plan.weights - apart - round(unread)
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:

@@ -1,6 +1,7 @@
 """The memory plan: what an engine will hold on its device, computed before anything is loaded."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +17,11 @@ from octo_run.engine.calibration import TOKENS
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.engine.recurrent_state import RecurrentShape
+from octo_run.engine.window_pages import WindowShape
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
+from octo_run.kernels.experts.reference import SLAB_PAIRS
 from octo_run.kernels.linear.reference import SLAB_BYTES
 from octo_run.kernels.recurrent import host_bytes
 from octo_run.models.conditioning import Conditioning
@@ -104,8 +107,29 @@ class MemoryPlan:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one more packed token takes: codes and norms of all layers and KV heads, K and V."""
+        """Bytes that one more packed token takes: codes and norms of K and V, of all KV heads and all layers that have
+        no window."""
         return self.shape.packed_token_bytes
+
+    @property
+    def windows(self) -> list[dict[str, int]]:
+        """Of each group of layers with a window: ``layers``, ``window`` in tokens, ``bytes_per_token``, and the
+        ``bytes`` of the pages that all sequences together hold of it, however long they are."""
+        s = self.shape
+        return [
+            {
+                "layers": len(one.layers),
+                "window": one.window,
+                "bytes_per_token": s.kv_heads * one.vector_bytes,
+                "bytes": PAGE * s.kv_heads * one.vector_bytes * one.pages(s.sequences, s.max_pages, s.chunk),
+            }
+            for one in s.windows
+        ]
+
+    def bytes_read(self, tokens: float) -> float:
+        """Bytes of pages that a step of one sequence of so many tokens reads, if all of them were packed."""
+        seen = (min(tokens, one["window"]) * one["bytes_per_token"] for one in self.windows)
+        return tokens * self.bytes_per_token + sum(seen)
 
     @property
     def all_in_bytes_per_token(self) -> float:
@@ -188,7 +212,22 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
     recurrent = 0
     if shape.recurrent is not None:
         recurrent = host_bytes(shape.recurrent.delta, shape.chunk)
-    return max(rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder))
+    return max(
+        rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder) + _cpu_experts(cfg, rows, size)
+    )
+
+
+def _cpu_experts(cfg: ModelConfig, rows: int, size: int) -> int:
+    """Bytes of the largest set of tensors alive at once for a chunk in a layer of experts, if there are such: in the
+    router, for some pairs of token and expert, or in the sum of what the experts make."""
+    experts, hidden = cfg.experts, cfg.hidden_size
+    if experts is None:
+        return 0
+    wide = 0 if size == 4 else 4  # a copy in float32
+    pairs = min(rows * experts.chosen, SLAB_PAIRS)
+    expert = pairs * (hidden * size + experts.inner * (3 * size + 2 * wide + 8)) + 24 * rows * experts.chosen
+    router = (rows + experts.count) * hidden * wide + 20 * rows * experts.count
+    return max(expert, router, 8 * rows * hidden)
 
 
 def _slab(decoder: Decoder) -> int:
@@ -213,6 +252,19 @@ def recurrent_shape(cfg: ModelConfig) -> RecurrentShape | None:
     """The states of recurrent layers, without snapshots; None: there are no such layers."""
     mixers = [spec.mixer for spec in layer_specs(cfg) if isinstance(spec.mixer, DeltaNetSpec)]
     return RecurrentShape(mixers[0].shape, len(mixers), 0) if mixers else None
+
+
+def window_shapes(cfg: ModelConfig, fmt: LayerFormats) -> tuple[WindowShape, ...]:
+    """The groups of layers that have a window. There are none with formats that are chosen later: what a group takes is
+    known only then, and its layers share the pages of the others."""
+    if isinstance(fmt, AutoFormats):
+        return ()
+    groups = dict[int, list[int]]()
+    for number, index in enumerate(cfg.attention_layers):
+        window = layer_specs(cfg)[index].attention.window
+        if window is not None:
+            groups.setdefault(window, []).append(number)
+    return tuple(WindowShape(tuple(layers), window, fmt.bytes_of(layers)) for window, layers in groups.items())
 
 
 def _with_snapshots(cfg: ModelConfig, dtype: torch.dtype, sequences: int, free: int) -> RecurrentShape | None:
@@ -265,11 +317,17 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     table = cfg.vocab_size * cfg.hidden_size
     if quantised:
         # The whole layer is there when its largest matrix is packed: codes in order, in lane order, and pieces.
-        shapes = {name: shape for name, shape in expected_tensors(cfg).items() if name.startswith("model.layers.0.")}
-        largest = cfg.hidden_size * max(2 * cfg.intermediate_size, heads)
+        layers = Counter[str]()
+        for name, shape in expected_tensors(cfg).items():
+            if name.startswith("model.layers."):
+                layers[name.split(".")[2]] += math.prod(shape)
+        inner = max(cfg.intermediate_size, 0 if cfg.experts is None else cfg.experts.inner)
+        largest = cfg.hidden_size * max(2 * inner, heads)
         pieces = WORKING_BYTES * min(PIECE[device.type], largest)
-        inputs = MEASURED * max(3 * cfg.intermediate_size, 6 * heads) * (4 + size)
-        copies = sum(map(math.prod, shapes.values())) * size + max(copies, CODE_BYTES * largest + pieces, inputs)
+        inputs = MEASURED * max(3 * inner, 6 * heads) * (4 + size)
+        if cfg.experts is not None:  # pairs of token and expert
+            inputs += MEASURED * cfg.experts.chosen * (cfg.experts.inner + 3 * cfg.hidden_size) * size
+        copies = max(layers.values()) * size + max(copies, CODE_BYTES * largest + pieces, inputs)
     # The embedding is packed first, then a head of its own beside it.
     first = 0 if isinstance(decoder.embedding, Tensor) else table * (size + CODE_BYTES) + decoder.embedding.nbytes
     return max(weights + copies, first)
@@ -337,11 +395,12 @@ def plan_memory(
         )
     kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
+    windows = window_shapes(cfg, fmt)
     shape = ArenaShape(
         layers=len(cfg.attention_layers),
         kv_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
-        vector_bytes=fmt.vector_bytes,
+        vector_bytes=fmt.vector_bytes - sum(one.vector_bytes for one in windows),
         dtype=dtype,
         context=context,
         sink=sink,
@@ -351,6 +410,7 @@ def plan_memory(
         mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
         recurrent=_with_snapshots(cfg, dtype, sequences, free),
+        windows=windows,
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
@@ -404,7 +464,7 @@ def plan_memory(
 def _shape_of_bytes(shape: ArenaShape, count: int, limit: int | None) -> ArenaShape:
     """The shape with ``count`` bytes of pages, and with ``limit`` a context of as many tokens as they hold, at most
     that. Raises ``UsageError`` if there is not one page, or if they hold no sequence of the shape's context."""
-    page = PAGE * shape.packed_token_bytes
+    page = max(1, PAGE * shape.packed_token_bytes)  # where all layers have windows, pages take nothing
     pages = count // page
     if pages < 1:
         raise UsageError(f"cache_bytes is {count:,} and one page takes {page:,}: give more.")

@@ -3,7 +3,12 @@
 Packed pages never change, so several sequences may hold one. A page is free when nobody holds it.
 """
 
+from bisect import bisect_left
+
 from octo_run.errors import OctoError
+
+#: Stands for a page that a row does not hold any more, in front of those that it holds.
+GONE = -1
 
 
 class PoolExhausted(OctoError):
@@ -17,7 +22,8 @@ class PagePool:
     counts are then taken anew from ``held``, which alone says who holds what.
 
     Attributes:
-        held: The pages of each row in order; only the pool changes it.
+        held: The pages of each row in order, `GONE` for the first ones if these were given back; only the pool changes
+            it.
     """
 
     def __init__(self, pages: int, rows: int) -> None:
@@ -75,7 +81,8 @@ class PagePool:
         self._mend()
         self._torn = True
         for page in pages:
-            self._references[page] += 1
+            if page != GONE:
+                self._references[page] += 1
             self.held[row].append(page)
         self._torn = False
 
@@ -87,11 +94,37 @@ class PagePool:
         self._mend()
         self._torn = True
         while len(held) > keep:
-            page = held.pop()
-            self._references[page] -= 1
-            if not self._references[page]:
-                self._free.append(page)
+            self._release(held.pop())
         self._torn = False
+
+    def skip(self, row: int, count: int) -> None:
+        """Let the row go on as if it had held ``count`` pages more and given them back."""
+        assert not count or self.gone(row) == len(self.held[row])
+        self.held[row] += [GONE] * count
+
+    def forget(self, row: int, before: int) -> None:
+        """Let the row give back its pages with numbers below ``before``; the others keep their numbers."""
+        held = self.held[row]
+        first, before = self.gone(row), min(before, len(held))
+        if first >= before:
+            return
+        self._mend()
+        self._torn = True
+        for number in range(first, before):
+            page, held[number] = held[number], GONE
+            self._release(page)
+        self._torn = False
+
+    def gone(self, row: int) -> int:
+        """How many of the row's first pages were given back."""
+        return bisect_left(self.held[row], True, key=lambda page: page != GONE)
+
+    def _release(self, page: int) -> None:
+        if page == GONE:
+            return
+        self._references[page] -= 1
+        if not self._references[page]:
+            self._free.append(page)
 
     def grow(self, pages: int) -> None:
         """Have so many pages more."""
@@ -115,6 +148,8 @@ class PagePool:
         references: dict[int, int] = {}
         for held in self.held:
             for page in held:
+                if page == GONE:
+                    continue
                 references[page] = references.get(page, 0) + 1
         self._references, self._fresh = references, max(references, default=-1) + 1
         self._free = [page for page in range(self._fresh - 1, -1, -1) if page not in references]

@@ -33,6 +33,7 @@ from octo_run.engine import benchmark
 from octo_run.engine.arena import PAGE, Chunk
 from octo_run.engine.key_means import KeyMeans
 from octo_run.errors import OctoError
+from octo_run.kernels import experts as routed
 from octo_run.kernels import linear as packed_ops
 from octo_run.kernels import step as ops
 from octo_run.kernels.cpu.native import COMPILED
@@ -54,23 +55,33 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
+    "choose_kernel": MLP,
+    "combine_kernel": MLP,
+    "count_kernel": MLP,
     "norm_heads_kernel": NORMS,
     "dequantise_kernel": _PRODUCT,
+    "down_vector_kernel": MLP,
     "embed_packed_kernel": OTHER,
     "flash_kernel": ATTENTION,
+    "gate_up_vector_kernel": MLP,
     "general_decode_kernel": ATTENTION,
+    "grouped_kernel": MLP,
     "lane_search_kernel": CODING,
     "merge_kernel": ATTENTION,
     "octopus_pages_kernel": CODING,
     "pack_kernel": CODING,
-    "streamed_product_kernel": _PRODUCT,
+    "packed_experts_kernel": MLP,
+    "place_kernel": MLP,
     "plain_decode_kernel": ATTENTION,
     "plain_pages_kernel": CODING,
     "put_back_kernel": ATTENTION,
     "qkv_rope_append_kernel": APPEND,
     "rotate_back_kernel": PROJECTIONS,
+    "router_kernel": MLP,
+    "router_rows_kernel": MLP,
     "sample_merge_kernel": SAMPLING,
     "sample_slice_kernel": SAMPLING,
+    "streamed_product_kernel": _PRODUCT,
     "swiglu_kernel": MLP,
     "table_decode_kernel": ATTENTION,
     "take_out_kernel": CODING,
@@ -455,7 +466,8 @@ def _ranges(engine: Engine) -> Iterator[None]:
         (owner, name, functools.partial(_named, part)) for part, owners in _RANGES.items() for owner, name in owners
     ]
     for owner, name in ((ops, "linear"), (packed_ops, "packed_linear")):
-        wrapped.append((owner, name, lambda _x, weight, *_: products[id(weight)]))
+        # Of an expert there is no matrix but where it is used.
+        wrapped.append((owner, name, lambda _x, weight, *_: products.get(id(weight), MLP)))
     with ExitStack() as stack:
         for owner, name, part_of in wrapped:
             function = getattr(owner, name)
@@ -466,7 +478,7 @@ def _ranges(engine: Engine) -> Iterator[None]:
 
 _RANGES: dict[str, Iterable[tuple[Any, str]]] = {
     ATTENTION: [(kernels, "attend")],
-    MLP: [(ops, "swiglu")],
+    MLP: [(ops, "swiglu"), (routed, "route"), (routed, "mix")],
     SAMPLING: [(ops, "sample")],
     NORMS: [(ops, "add_rms_norm"), (ops, "norm_heads")],
     APPEND: [(ops, "qkv_rope_append"), (Chunk, "attend")],

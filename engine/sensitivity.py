@@ -105,20 +105,27 @@ def _through_attention(
         return decoder.normed(x, layer.norms.before_attention)
 
     def rest(x: Tensor, attended: Tensor) -> Tensor:
-        return decoder.rest(layer, x, normed(x), layer.attention.out(decoder.mixed(layer, normed(x), attended)))
+        given = normed(x)
+        return decoder.rest(layer, x, given, layer.attention.out(decoder.mixed(layer, given, attended)))
 
     q, k, v = decoder.qkv(layer, normed(exact), angles)
     later = angles.part(slice(FIRST, None))
-    for part in known:
+
+    def attended(part: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new_q, new_k, new_v = decoder.qkv(layer, normed(part), later)
         keys, values = (
             torch.cat((old[:, :FIRST].expand(len(part), -1, -1, -1), x), 1) for old, x in ((k, new_k), (v, new_v))
         )
-        part[:] = rest(part, attend_plain(new_q, keys, values, spec))
-    errors = _code_errors(stored, fmt, k, v, turns)
-    for variant, mixed in zip(new, _attention_to_coded(q, k, v, *errors, stored.maps, spec), strict=True):
+        return attend_plain(new_q, keys, values, spec)
+
+    for part in known:
+        part[:] = rest(part, attended(part, k, v))
+    coded = _attention_to_coded(q, k, v, *_code_errors(stored, fmt, k, v, turns), stored.maps, spec)
+    own = attend_plain(q, k, v, spec)
+    del q, k, v  # before the MLP's activations come
+    for variant, mixed in zip(new, coded, strict=True):
         variant[:] = rest(exact[:, FIRST:], mixed)[0]
-    exact[:] = rest(exact, attend_plain(q, k, v, spec))
+    exact[:] = rest(exact, own)
 
 
 def _through_other(decoder: Decoder, layer: Layer, exact: Tensor, known: Sequence[Tensor], new: Tensor) -> None:
@@ -141,8 +148,12 @@ def working_bytes(cfg: ModelConfig, count: int, device: torch.device) -> int:
     parts = max(1, ROWS[device.type] // later)
     rows, keys = max(count, parts * later), max(1, parts) * count
     heads, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    layer = cfg.hidden_size * (2 * kv + 2 * heads + 3 * cfg.intermediate_size)
-    mlp = rows * (4 * cfg.intermediate_size + cfg.hidden_size)
+    experts = cfg.experts
+    inner = cfg.intermediate_size if experts is None else max(cfg.intermediate_size, experts.count * experts.inner)
+    layer = cfg.hidden_size * (2 * kv + 2 * heads + 3 * inner)
+    mlp = rows * (4 * cfg.intermediate_size + 4 * cfg.hidden_size + heads)
+    if experts is not None:  # pairs of token and expert
+        mlp = max(mlp, rows * experts.chosen * (4 * experts.inner + 2 * cfg.hidden_size))
     attention = rows * (3 * heads + 4 * kv) + keys * (2 * kv + 2 * heads)
     scores = 5 * cfg.num_heads * later * count + 8 * count * heads
     logits = cfg.vocab_size * (cfg.hidden_size + 5 * LOGIT_ROWS)

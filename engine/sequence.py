@@ -6,11 +6,12 @@ so that a prompt that begins with the same tokens can go on from there.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from octo_run.engine.pool import PagePool
 from octo_run.engine.recurrent_state import RecurrentStates
+from octo_run.engine.window_pages import WindowPages
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import PAGE_TOKENS as PAGE
 
@@ -114,16 +115,24 @@ class Sequence:
         """What a cut to ``length`` leaves.
 
         A cut inside packed pages leaves no full-precision tail, so it falls back to the page's first position. Where
-        there are recurrent layers, it falls back to a position that their state can be brought to.
+        there are recurrent layers, it falls back to a position that their state can be brought to, and where there are
+        layers with a window to one whose window is still held.
 
         Returns:
             Tokens and packed pages.
         """
-        states = self._table.states
         length, keep = self._pages_after_cut(min(length, self._end[0]))
-        while states is not None and (reachable := states.reachable(self._row, length)) < length:
+        while (reachable := self._reachable(length, keep)) < length:
             length, keep = self._pages_after_cut(reachable)
         return length, keep
+
+    def _reachable(self, length: int, keep: int) -> int:
+        """The last position up to ``length``, which has ``keep`` pages, that every kind of layer can be cut to."""
+        table, row = self._table, self._row
+        found = [window.reachable(row, length, keep) for window in table.windows]
+        if table.states is not None:
+            found.append(table.states.reachable(row, length))
+        return min(found, default=length)
 
     def _pages_after_cut(self, length: int) -> tuple[int, int]:
         sink, keep = self._table.sink, self._end[1]
@@ -177,10 +186,16 @@ class Sequence:
 
     # For the arena and the steps alone
 
-    def take_pages(self, count: int) -> list[int]:
-        """``count`` pages behind the packed ones; they count as packed from :meth:`advance` on."""
+    def take_pages(self, count: int, end: int | None = None) -> list[int]:
+        """``count`` pages behind the packed ones; they count as packed from :meth:`advance` on.
+
+        Args:
+            end: The length that the sequence will have then, if nobody reads the pages before (``WindowPages.take``).
+        """
         self._trim()
         self._table.make_room(count, self)
+        for window in self._table.windows:
+            window.take(self.row, count, end)
         return self._table.pool.take(self.row, count)
 
     def hold(self, length: int) -> None:
@@ -192,10 +207,17 @@ class Sequence:
         self._ids[start:] = ids
         self._end = (start + len(ids), self._end[1] + pages)
         self._stand()
+        self._forget()
 
     def add_page(self) -> None:
         """One more page is packed."""
         self._end = (self._end[0], self._end[1] + 1)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Give back pages behind the windows of layers."""
+        for window in self._table.windows:
+            window.forget(self._row, self._end[0])
 
     def launched(self) -> None:
         """A step that feeds one more token was launched."""
@@ -226,6 +248,8 @@ class Sequence:
         """
         tokens, pages = donor.after_cut(length)
         self._table.pool.share(self.row, donor.page_ids[:pages])
+        for window in self._table.windows:
+            window.pool.share(self.row, window.pool.held[donor.row][:pages])
         if self._table.states is not None:
             self._table.states.share(donor.row, self.row, tokens)
         self._ids[:] = donor._ids[:tokens]
@@ -235,7 +259,7 @@ class Sequence:
         """Drop what lies beyond the end."""
         tokens, pages = self._end
         del self._ids[tokens:]
-        self._table.pool.drop(self.row, pages)
+        self._table.drop_pages(self.row, pages)
 
 
 class SequenceTable:
@@ -244,6 +268,7 @@ class SequenceTable:
     Args:
         copy: ``copy(donor_row, row)`` copies all that a row holds to another one.
         states: Those of recurrent layers, if there are any.
+        windows: The pages of layers with windows.
     """
 
     def __init__(
@@ -253,8 +278,9 @@ class SequenceTable:
         sink: int,
         copy: Callable[[int, int], None],
         states: RecurrentStates | None = None,
+        windows: Iterable[WindowPages] = (),
     ) -> None:
-        self.sink, self.states = sink, states
+        self.sink, self.states, self.windows = sink, states, list(windows)
         self.pool = PagePool(pages, rows)
         self.rows: list[Sequence | None] = [None] * rows
         self._copy = copy
@@ -282,7 +308,7 @@ class SequenceTable:
             return self._pin(donor)
         if before is not None:
             self.give_back(before)
-        self.pool.drop(row, 0)
+        self.drop_pages(row, 0)
         sequence = self.rows[row] = Sequence(self, row)
         if donor is not None and reused:
             self._copy(donor.row, row)
@@ -307,6 +333,11 @@ class SequenceTable:
                 continue
             while sequence.packed and self.pool.free < pages:
                 sequence.cut(self.sink + PAGE * (sequence.packed - 1))
+
+    def drop_pages(self, row: int, keep: int) -> None:
+        """Let the row hold its first ``keep`` pages only, of all layers."""
+        for pool in (self.pool, *(window.pool for window in self.windows)):
+            pool.drop(row, keep)
 
     def has_row(self) -> bool:
         """Whether a sequence can be opened."""

@@ -27,7 +27,8 @@ class ExpertConfig:
         dense: The layers that have a plain MLP.
         bias: Router and experts have biases.
         fused: An expert's gate and up are one matrix in the files, its rows taking turns.
-        older: Files call an expert's matrices w1, w3 and w2.
+        naming: Of the experts in published files: ``list``: one by one; ``w123``: so, their matrices being w1, w3 and
+            w2; ``stacked``: in one tensor.
         clamped: The activation is ``clamped_silu`` with these ``alpha`` and ``limit``; None: that of the model.
     """
 
@@ -39,7 +40,7 @@ class ExpertConfig:
     dense: frozenset[int] = frozenset()
     bias: bool = False
     fused: bool = False
-    older: bool = False
+    naming: str = "list"
     clamped: tuple[float, float] | None = None
 
 
@@ -50,11 +51,11 @@ def _chosen(fields: Fields, default: int, count: int) -> int:
     return chosen
 
 
-def local_experts(fields: Fields, older: bool = False) -> dict[str, Any]:
+def local_experts(fields: Fields, naming: str) -> dict[str, Any]:
     """Of Mixtral and Granite: every layer has experts of the model's ``intermediate_size``."""
     count = fields.integer("num_local_experts", 8, high=_MOST)
     inner = fields.integer("intermediate_size")
-    return {"experts": ExpertConfig(count, _chosen(fields, 2, count), inner, True, older=older)}
+    return {"experts": ExpertConfig(count, _chosen(fields, 2, count), inner, True, naming=naming)}
 
 
 def qwen_experts(
@@ -93,7 +94,7 @@ def gpt_oss_experts(fields: Fields) -> dict[str, Any]:
     limit = fields.number("swiglu_limit", 7.0, low=_LIMIT[0], high=_LIMIT[1])
     config = ExpertConfig(
         count, _chosen(fields, 4, count), fields.integer("intermediate_size"), True, bias=True, fused=True,
-        clamped=(alpha, limit),
+        naming="stacked", clamped=(alpha, limit),
     )  # fmt: skip
     return {"experts": config}
 

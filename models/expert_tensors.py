@@ -1,8 +1,8 @@
 """The tensors of routed experts in files, whatever they are called there, by one set of names.
 
-The names are those of a list of experts: ``mlp.gate.weight`` of the router, ``mlp.experts.3.gate_proj.weight`` (or, where
-gate and up are one matrix, ``gate_up_proj``) and ``down_proj`` of an expert. Files that stack the experts in one tensor
-have a part of it for each name; no data is read for that.
+The names are those of a list of experts: ``mlp.gate.weight`` of the router, ``mlp.experts.3.gate_proj.weight`` (or,
+where gate and up are one matrix, ``gate_up_proj``) and ``down_proj`` of an expert. Files that stack the experts in one
+tensor have a part of it for each name; no data is read for that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from octo_run.models.safetensors_file import TensorEntry
 
 _BLOCK = re.compile(r"(model\.layers\.\d+)\.(?:block_sparse_moe|mlp)\.(.+)", re.DOTALL)
+_EXPERT = re.compile(r"(.+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)(|\..+)", re.DOTALL)
 _OLDER = re.compile(r"experts\.(\d+)\.(w1|w2|w3)\.(.+)", re.DOTALL)
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _ROUTERS = ("gate", "router", "router.layer")
@@ -37,12 +38,12 @@ _STACKED = {
 
 
 def published_name(name: str) -> str:
-    """How a file that calls experts w1, w2 and w3 names the layer ``name``."""
-    match = re.fullmatch(r"(.+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj", name)
+    """How files that call experts' matrices w1, w2 and w3 name a layer, or a tensor of it."""
+    match = _EXPERT.fullmatch(name)
     if match is None:
         return name.replace(".mlp.gate", ".block_sparse_moe.gate")
-    weight = {"gate": "w1", "up": "w3", "down": "w2"}[match[3]]
-    return f"{match[1]}.block_sparse_moe.experts.{match[2]}.{weight}"
+    older = next(older for older, newer in _PROJECTIONS.items() if newer == match[3])
+    return f"{match[1]}.block_sparse_moe.experts.{match[2]}.{older}{match[4]}"
 
 
 def by_expert(found: dict[str, TensorEntry], experts: ExpertConfig, hidden: int) -> dict[str, TensorEntry]:

@@ -15,11 +15,12 @@ from octo_run.errors import OctoError
 from octo_run.kernels import experts as routed
 from octo_run.kernels.experts import Activation, ExpertWeights, Scratch, reference
 from octo_run.kernels.linear import PackedWeight
+from octo_run.kernels.linear.packed import by_group
 from octo_run.models.linear import Linear, PackedLinear, _stacked, joined, pack_one
 from octo_run.models.mlp import DenseMLP, DenseSpec, mean_squares
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from octo_run.models.expert_config import ExpertConfig
     from octo_run.models.linear import Quantise, SingleLinear
@@ -60,10 +61,20 @@ class Experts:
 
     @property
     def parts(self) -> tuple[SingleLinear, ...]:
-        """The matrices that it is made of, those of all experts as one."""
-        weights = self.weights
-        found = (_linear(weights.gate_up, weights.gate_up_bias), _linear(weights.down, weights.down_bias))
+        """The matrices of one expert, which stand for those of all, and of the shared one."""
+        found = [_linear(*self.weights.part(name, 0)) for name in ("gate_up", "down")]
         return (*found, *(() if self.shared is None else self.shared.parts))
+
+    def matrices(self) -> Iterator[tuple[str, PackedLinear]]:
+        """The packed matrices of each expert by their names behind ``experts.``; they share the memory of all."""
+        for expert in range(self.weights.experts):
+            both, down = (_linear(*self.weights.part(name, expert)) for name in ("gate_up", "down"))
+            assert isinstance(both, PackedLinear) and isinstance(down, PackedLinear)
+            assert both.bias is None and down.bias is None
+            inner = both.weight.shape[0] // 2
+            yield f"{expert}.gate_proj", both.part(0, inner)
+            yield f"{expert}.up_proj", both.part(inner, 2 * inner)
+            yield f"{expert}.down_proj", down
 
     def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """See `specs.FeedForward`."""
@@ -143,14 +154,23 @@ class _Stack:
         self._weight: PackedWeight | Tensor | None = None
 
     def put(self, expert: int, linear: SingleLinear, place: int = 0, of: int = 1) -> None:
-        """Let a matrix be part ``place`` of ``of``, whose rows take turns, of an expert's.
+        """Let a matrix be part ``place`` of ``of``, one after the other, of an expert's.
 
         Raises:
             OctoError: It is stored in another way than those before it.
         """
         new = linear.weight
         if self._weight is None:
-            self._like, self._weight = new, _many(new, self._count * of)
+            self._like, count = new, self._count * of
+            if isinstance(new, PackedWeight):
+                scales, offsets = (
+                    None if part is None else by_group(_many(part, count)) for part in (new.scales, new.offsets)
+                )
+                self._weight = replace(
+                    new, codes=_many(new.codes, count), rows=_many(new.rows, count), scales=scales, offsets=offsets
+                )
+            else:
+                self._weight = _many(new, count)
             self._bias = None if linear.bias is None else _many(linear.bias, self._count * of)
         assert self._like is not None
         if _kind(new) != _kind(self._like):
@@ -158,8 +178,8 @@ class _Stack:
                 "The experts of a layer are stored in several formats, or with their columns in another order, which "
                 "octo-run cannot load: take another copy of the model."
             )
-        first = expert * len(_rows(new)) * of + place
-        rows = slice(first, first + len(_rows(new)) * of, of)
+        each = len(_rows(new))
+        rows = slice((expert * of + place) * each, (expert * of + place + 1) * each)
         if _rows(new).is_meta:
             return
         if isinstance(new, PackedWeight):
@@ -198,11 +218,8 @@ def _kind(weight: Tensor | PackedWeight) -> tuple[object, ...]:
     return weight.kind, weight.shape, weight.group, *there, None if weight.order is None else object()
 
 
-def _many(like: Tensor | PackedWeight, count: int) -> Tensor | PackedWeight:
+def _many(like: Tensor, count: int) -> Tensor:
     """Unfilled room for so many."""
-    if isinstance(like, PackedWeight):
-        parts = {name: getattr(like, name) for name in ("codes", "rows", "scales", "offsets")}
-        return replace(like, **{name: None if part is None else _many(part, count) for name, part in parts.items()})
     return torch.empty(count * like.shape[0], *like.shape[1:], dtype=like.dtype, device=like.device)
 
 
@@ -290,7 +307,8 @@ class ExpertsSpec:
         for expert in range(experts.count):
             name = f"{mlp}experts.{expert}."
             if experts.fused:
-                gate_up.put(expert, weights.linear(f"{name}gate_up_proj", experts.bias))
+                both = weights.linear(f"{name}gate_up_proj", experts.bias)
+                gate_up.put(expert, both.reordered(torch.arange(2 * experts.inner).view(-1, 2).T.flatten()))
             else:
                 gate_up.put(expert, weights.linear(f"{name}gate_proj", experts.bias), 0, 2)
                 gate_up.put(expert, weights.linear(f"{name}up_proj", experts.bias), 1, 2)

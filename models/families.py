@@ -228,7 +228,7 @@ FAMILIES: Mapping[str, Family] = {
         eps=("rms_norm_eps", 1e-5),
         rope=RopeFields(theta=150_000.0),
         more=lambda fields, _kinds: gpt_oss_experts(fields),
-    ),  # fmt: skip
+    ),
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
     "MistralForCausalLM": Family("mistral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="always"),
     "MixtralForCausalLM": Family(
@@ -237,7 +237,7 @@ FAMILIES: Mapping[str, Family] = {
         sliding="always",
         eps=("rms_norm_eps", 1e-5),
         rope=RopeFields(theta=1e6),
-        more=lambda fields, _kinds: local_experts(fields, older=True),
+        more=lambda fields, _kinds: local_experts(fields, "w123"),
     ),
     "OlmoeForCausalLM": Family(
         "olmoe",
@@ -367,7 +367,7 @@ FAMILIES: Mapping[str, Family] = {
     "GraniteMoeForCausalLM": Family(
         "granitemoe",
         attention_bias_field=True,
-        more=lambda fields, kinds: _granite(fields, kinds) | local_experts(fields),
+        more=lambda fields, kinds: _granite(fields, kinds) | local_experts(fields, "stacked"),
     ),
     "GlmForCausalLM": Family(
         "glm",
@@ -455,6 +455,7 @@ UNBUILT: tuple[tuple[str, str, str], ...] = (
     ("Bamba", "Mamba layers", "GraniteForCausalLM"),
     ("Zamba", "Mamba layers", "LlamaForCausalLM"),
     ("FalconH1", "Mamba layers", "LlamaForCausalLM"),
+    ("Gemma4", "layers whose heads differ in number and size", "Gemma3ForCausalLM"),
     ("Gemma3n", "per-layer embeddings and layers that share keys and values", "Gemma3ForCausalLM"),
     ("Llama4", "chunked attention and experts of their own", "LlamaForCausalLM"),
     ("T5", "an encoder", "Gemma3ForCausalLM"),
@@ -468,4 +469,4 @@ def refusal(name: str) -> str:
     for word, what, nearest in UNBUILT:
         if word.lower() in name.lower():
             return f", which has {what}, and octo-run does not compute that: the nearest that it runs is {nearest}"
-    return f", which octo-run does not know (it knows {', '.join((*FAMILIES, *WRAPPERS))})"
+    return ", which octo-run does not know: docs/families.md lists the families that it runs"

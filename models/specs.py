@@ -138,6 +138,20 @@ def layer_specs(cfg: ModelConfig) -> tuple[LayerSpec, ...]:
     return tuple(_spec(cfg, index) for index in range(cfg.num_layers))
 
 
+def layer_kinds(cfg: ModelConfig) -> dict[str, int]:
+    """How many layers there are of each kind, in the order of the layers."""
+    found: dict[str, int] = {}
+    for spec in layer_specs(cfg):
+        words = [spec.kind.replace("_", " ")]
+        if spec.attention.window is not None and spec.mixer is None:
+            words.append(f"window {spec.attention.window:,}")
+        if spec.rope is None and spec.mixer is None:
+            words.append("no RoPE")
+        name = ", ".join(words)
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
 def _spec(cfg: ModelConfig, index: int) -> LayerSpec:
     family, kind = cfg.family, cfg.layer_types[index] if cfg.layer_types else FULL
     slides = kind == SLIDING

@@ -95,6 +95,18 @@ def num_parameters(cfg: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in expected_tensors(cfg).values())
 
 
+def active_parameters(cfg: ModelConfig) -> int:
+    """Parameters that a token meets: of routed experts those of as many as it is given to."""
+    if cfg.experts is None:
+        return num_parameters(cfg)
+    idle = range(cfg.experts.chosen, cfg.experts.count)
+    return sum(
+        math.prod(shape)
+        for name, shape in expected_tensors(cfg).items()
+        if (found := re.search(r"\.experts\.(\d+)\.", name)) is None or int(found[1]) not in idle
+    )
+
+
 def locate_tensors(model_dir: Path) -> dict[str, TensorEntry]:
     """Name -> place of every tensor in the model folder's weight files, all headers checked, no data read."""
     model_dir = Path(model_dir)
@@ -196,7 +208,7 @@ def _scheme(cfg: ModelConfig, quantisation: Quantisation, prefix: str) -> Stored
     """How files hold a layer; they know it by the name that they have for it."""
     if prefix in quantisation.dense:
         return None
-    older = cfg.experts is not None and cfg.experts.older
+    older = cfg.experts is not None and cfg.experts.naming == "w123"
     return quantisation.scheme(published_name(prefix) if older else prefix)
 
 

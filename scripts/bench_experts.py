@@ -95,10 +95,8 @@ def case(name: str, kind: str, rows: int, bandwidth: float) -> Row:
         seed = 10 * len(layers)
         router = made("bf16", experts, hidden, seed)
         assert isinstance(router, Tensor)
-        gate_up, down = (
-            made(kind, experts * 2 * inner, hidden, seed + 1),
-            made(kind, experts * hidden, inner, seed + 2),
-        )
+        gate_up = made(kind, experts * 2 * inner, hidden, seed + 1)
+        down = made(kind, experts * hidden, inner, seed + 2)
         layers.append((router, ExpertWeights(experts, gate_up, down, activation=Activation(activation))))
         size += layers[-1][1].nbytes * chosen // experts
 
@@ -162,10 +160,8 @@ def main() -> int:
                     print(f"{name} {kind} {rows} rows: {problem}, not timed", file=sys.stderr, flush=True)
                     continue
                 found.append(row)
-                figures = (
-                    f"{row.microseconds:.1f} us {row.gigabytes:,.0f} GB/s {row.share:.0%} {row.tflops:.0f} TFLOP/s"
-                )
-                print(f"{name} {kind} {rows} rows: {figures} error {row.error:.1e}", flush=True)
+                speed = f"{row.gigabytes:,.0f} GB/s {row.share:.0%} {row.tflops:.0f} TFLOP/s"
+                print(f"{name} {kind} {rows} rows: {row.microseconds:.1f} us {speed} error {row.error:.1e}", flush=True)
                 save(found, report(found, run, bandwidth), args.json, args.markdown)
                 torch.cuda.empty_cache()
     print(report(found, run, bandwidth))

@@ -29,6 +29,7 @@ from octo_run.engine.evaluation.perplexity import Row
 from octo_run.engine.evaluation.plots import plot_perplexity
 from octo_run.engine.evaluation.reading import REFERENCE
 from octo_run.engine.evaluation.statistics import wilson
+from octo_run.engine.window_pages import WindowPages
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import Codec
 
@@ -132,12 +133,14 @@ def _code_in_passing(engine: Engine, codec: Codec, exact: set[int]) -> None:
     def through(x: torch.Tensor) -> torch.Tensor:
         return codec.decode(codec.encode(x.float()), torch.float32).to(x.dtype)
 
-    def encode_coded(first: int, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> None:
+    def encode_coded(
+        first: int, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, group: WindowPages | None = None
+    ) -> None:
         coded = [layer not in exact for layer in range(first, first + len(k))]
         for layer in (i for i, wanted in enumerate(coded) if wanted):
             k, v = k.clone(), v.clone()
             k[layer], v[layer] = through(k[layer]), through(v[layer])
-        encode(first, k, v, ids)
+        encode(first, k, v, ids, group)
 
     arena.encode = encode_coded  # type: ignore[method-assign]
     shape, layers = engine.plan.shape, engine.config.num_layers

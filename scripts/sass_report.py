@@ -96,12 +96,17 @@ class Report:
         return max(cycles.items(), key=lambda item: item[1])
 
 
-def compile_variant(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0) -> tuple[bytes, int]:
-    """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory."""
+PLAIN: dict[str, int | float] = {"WINDOW": 0, "CAP": 0.0, "SINKS": False}
+
+
+def compile_variant(
+    kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: dict[str, int | float] = PLAIN
+) -> tuple[bytes, int]:
+    """The kernel's cubin for ``group`` query heads a KV head, and its bytes of shared memory; ``spec``: constants of
+    `AttentionSpec`."""
     fmt = parse_kv(kv, head_dim)
     assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
-    fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True) | {"EARLY": True}
-    fixed |= {"WINDOW": 0, "CAP": 0.0, "SINKS": False}
+    fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True) | {"EARLY": True} | spec
     names = table_decode_kernel.arg_names
     signature = {}
     for name in names:
@@ -185,9 +190,9 @@ def loop_over_pages(machine: Machine) -> tuple[list[str], list[float]]:
     return machine.names[start:end], weights
 
 
-def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0) -> Report:
+def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: dict[str, int | float] = PLAIN) -> Report:
     """Compile one variant and count."""
-    cubin, shared = compile_variant(kv, group, head_dim, mean)
+    cubin, shared = compile_variant(kv, group, head_dim, mean, spec)
     machine = disassemble(cubin)
     loop, weights = loop_over_pages(machine)
     if mean and min(weights) == 1:

@@ -105,7 +105,9 @@ def cache_bytes_per_token(engine: Engine) -> float:
     """Bytes of packed pages, page table, sinks and recent windows, divided by the tokens that they hold."""
     s, arena = engine.plan.shape, engine.arena
     full = sum(part.nbytes for part in arena.full(0)) * s.layers
-    return (arena.pages.nbytes + arena.page_table.nbytes + full) / (s.sequences * s.context)
+    paged = arena.pages.nbytes + arena.page_table.nbytes
+    paged += sum(one.pages.nbytes + one.page_table.nbytes for one in arena.windows)
+    return (paged + full) / (s.sequences * s.context)
 
 
 class Comparison:

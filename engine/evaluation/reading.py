@@ -41,6 +41,8 @@ class DecodedChunk(Chunk):
     part of the staged keys and values.
     """
 
+    reads_its_pages = True
+
     def __init__(self, arena: KVArena, sequence: sequences.Sequence, ids: list[int]) -> None:
         super().__init__(arena, sequence, ids)
         s, device = arena.shape, arena.pages.device

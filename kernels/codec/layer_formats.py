@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import NamedTuple
 
 from octo_run.kernels.codec.formats import KVFormat
@@ -64,17 +63,27 @@ class LayerFormats:
     @cached_property
     def vector_bytes(self) -> int:
         """Bytes that a token of one KV head takes in pages: its keys and values of all layers."""
-        return sum(fmt.k.bytes_per_vector + fmt.v.bytes_per_vector for fmt in self.layers)
+        return self.bytes_of(range(len(self)))
 
     @cached_property
     def runs(self) -> tuple[LayerRun, ...]:
         """The layers cut where the format changes."""
-        found, first = list[LayerRun](), 0
-        for (_, _), group in groupby(self.layers, key=lambda fmt: (fmt.k, fmt.v)):
-            same = list(group)
-            found.append(LayerRun(first, first + len(same), same[0]))
-            first += len(same)
+        return self.runs_of(range(len(self)))
+
+    def runs_of(self, layers: Iterable[int]) -> tuple[LayerRun, ...]:
+        """Some layers, in order, cut where the format changes and where they are no neighbours."""
+        found = list[LayerRun]()
+        for layer in layers:
+            fmt, last = self.layers[layer], found[-1] if found else None
+            if last is not None and last.end == layer and (last.fmt.k, last.fmt.v) == (fmt.k, fmt.v):
+                found[-1] = last._replace(end=layer + 1)
+            else:
+                found.append(LayerRun(layer, layer + 1, fmt))
         return tuple(found)
+
+    def bytes_of(self, layers: Iterable[int]) -> int:
+        """Bytes that a token of one KV head takes in pages of some layers: its keys and values."""
+        return sum(self.layers[layer].k.bytes_per_vector + self.layers[layer].v.bytes_per_vector for layer in layers)
 
     def __str__(self) -> str:
         """The name, and how many layers have which format where they are not alike."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.devices import early, on_device_of, runs_ptx
-from octo_run.kernels.experts.packed_blocks import reduction_bytes
+from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
 from octo_run.kernels.experts.packed_product import packed_experts_kernel
 from octo_run.kernels.experts.product_kernels import down_vector_kernel, gate_up_vector_kernel, grouped_kernel
 from octo_run.kernels.experts.routing_kernels import (
@@ -22,8 +21,9 @@ from octo_run.kernels.experts.routing_kernels import (
     router_rows_kernel,
 )
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
-from octo_run.kernels.linear.launch import ELEMENTS
-from octo_run.kernels.linear.packed import BITS, PackedWeight
+from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
+from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
+from octo_run.kernels.linear.streamed_product import shared_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ FUSED_TOKENS = 64
 SMALL_TOKENS = 256
 #: Tokens up to which the router takes each by itself; as many as are decoded fused, so that their results do not depend
 #: on how many there are.
-_ROUTER_TOKENS = FUSED_TOKENS
+ROUTER_TOKENS = FUSED_TOKENS
 #: Pairs that a program that sorts looks at together.
 _PAIRS = 1024
 #: Columns that a program adds up.
@@ -66,22 +66,35 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
     _check_scratch(scratch, rows)
     if outputs < experts or chosen > experts:
         raise ValueError(f"{outputs} outputs of a router cannot choose {chosen} of {experts} experts")
-    given = {"X": x, "WEIGHT": router, "BIAS": router if bias is None else bias, "OUT": scratch.logits}
-    constants = {"K": hidden, "BIASED": bias is not None, **early(x.device)}
+    product = {"X": x, "WEIGHT": router, "BIAS": router if bias is None else bias, "OUT": scratch.logits}
+    wide = triton.next_power_of_2(experts)
+    choice = {
+        "INDICES": scratch.indices, "WEIGHTS": scratch.weights, "TILES": scratch.tiles, "ORDER": scratch.order,
+        "experts": experts, "outputs": outputs, "CHOSEN": chosen, "BC": triton.next_power_of_2(chosen), "BE": wide,
+        "PART": min(wide, 32), "NORMALISED": normalised, "SINGLE": rows == 1, **early(x.device),
+        "num_warps": 8 if wide > 128 else 4,
+    }  # fmt: skip
+    launch: Callable[..., Any]
     with on_device_of(x):
-        launch: Callable[..., Any]
-        if rows <= _ROUTER_TOKENS:
+        if rows <= ROUTER_TOKENS:
+            columns = min(2048, triton.next_power_of_2(hidden))
             launch = router_kernel[(triton.cdiv(outputs, 2), rows)]
-            launch(**given, outputs=outputs, BN=2, BK=min(2048, triton.next_power_of_2(hidden)), **constants, num_warps=4)  # fmt: skip
-        else:
-            launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
-            launch(**given, rows=rows, outputs=outputs, BM=32, BN=32, BK=64, **constants, num_warps=4)
-        launch = choose_kernel[(rows,)]
+            launch(
+                **product, COUNTERS=_counters(x.device), **choice, K=hidden, BN=2, BK=columns, BIASED=bias is not None
+            )
+            return
+        launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
         launch(
-            LOGITS=scratch.logits, INDICES=scratch.indices, WEIGHTS=scratch.weights, TILES=scratch.tiles,
-            ORDER=scratch.order, experts=experts, outputs=outputs, CHOSEN=chosen, BC=triton.next_power_of_2(chosen),
-            BE=triton.next_power_of_2(experts), NORMALISED=normalised, SINGLE=rows == 1, **early(x.device),
-            num_warps=1)  # fmt: skip
+            **product, rows=rows, outputs=outputs, K=hidden, BM=32, BN=32, BK=64, BIASED=bias is not None,
+            **early(x.device), num_warps=4)  # fmt: skip
+        launch = choose_kernel[(rows,)]
+        launch(LOGITS=scratch.logits, **choice)
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """What counts the router's programs of each token on a device: zeros whenever no router runs."""
+    return torch.zeros(FUSED_TOKENS, dtype=torch.int32, device=device)
 
 
 def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None) -> None:
@@ -94,69 +107,57 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
         if isinstance(experts.gate_up, Tensor) and isinstance(experts.down, Tensor) and len(x) <= VECTOR_TOKENS:
             _vectors(x, experts, experts.gate_up, experts.down, scratch, out, shared)
             return
-        fused = _fused_fits(x, experts)
-        rows = FEW if fused else SOME if len(x) <= SMALL_TOKENS else MANY
+        fused = [_fused_fits(x, weight) for weight in (experts.gate_up, experts.down)]
+        if experts.inner % 8 or experts.hidden % 8:  # rows of an expert do not begin at whole tiles
+            fused = [False, False]
+        rows = FEW if any(fused) else SOME if len(x) <= SMALL_TOKENS else MANY
         tiles = _sorted(scratch, rows)
-        if fused:
-            fused_product(x, experts, "gate_up", scratch, scratch.inner, tiles)
-            fused_product(scratch.inner, experts, "down", scratch, scratch.parts, tiles)
-        else:
-            _grouped(x, experts, "gate_up", scratch, scratch.inner, rows, tiles)
-            _grouped(scratch.inner, experts, "down", scratch, scratch.parts, rows, tiles)
+        for name, taken, made, here in (
+            ("gate_up", x, scratch.inner, fused[0]),
+            ("down", scratch.inner, scratch.parts, fused[1]),
+        ):
+            (fused_product if here else _grouped)(taken, experts, name, scratch, made, tiles)
         _combine(experts, scratch, out, shared)
 
 
-def _fused_fits(x: Tensor, experts: ExpertWeights) -> bool:
-    """Whether the fused kernel takes these products: packed, a 16-bit dtype, 8-byte aligned rows, an NVIDIA GPU."""
-    packed = all(
-        isinstance(weight, PackedWeight) and weight.columns % 4 == 0 for weight in (experts.gate_up, experts.down)
-    )
-    return packed and x.dtype in ELEMENTS and runs_ptx(x.device) and len(x) <= FUSED_TOKENS
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Tiles of sixteen outputs a program, its warps, and turns that codes are loaded ahead."""
-
-    tiles: int
-    warps: int
-    ahead: int = 1
-
-
-def tiling(out: int, blocks: int) -> Tiling:
-    """How the products with packed experts are divided."""
-    return Tiling(1, 8 if blocks >= 16 else 4, 1)
+def _fused_fits(x: Tensor, weight: Tensor | PackedWeight) -> bool:
+    """Whether the fused kernel takes a product: packed, of 16-bit inputs, of columns that one program has, an NVIDIA
+    GPU, and rows and scales that can be read by 16 bytes."""
+    if not isinstance(weight, PackedWeight) or x.dtype not in ELEMENTS or len(x) > FUSED_TOKENS:
+        return False
+    aligned = weight.scales is None or (weight.group <= BLOCK and _groups_aligned(weight))
+    whole = weight.columns % 4 == 0 and tiling(weight.padded // BLOCK).slices == 1
+    return aligned and whole and runs_ptx(x.device)
 
 
 def fused_product(
-    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int,
-    chosen: Tiling | None = None,
-) -> None:  # fmt: skip
+    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: Tiling | None = None
+) -> None:
     """The product ``gate_up`` with its activation, or ``down``, of tiles of at most ``FEW`` rows, decoding fused."""
-    weight = getattr(experts, name)
-    assert isinstance(weight, PackedWeight)
-    bias, activation, unused = getattr(experts, f"{name}_bias"), experts.activation, weight.codes
-    n, blocks = weight.shape[0] // experts.experts, weight.padded // 128
-    how = tiling(n, blocks) if chosen is None else chosen
-    launch: Callable[..., Any] = packed_experts_kernel[(triton.cdiv(n, 16 * how.tiles), tiles)]
+    weight: PackedWeight = getattr(experts, name)
+    bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
+    n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
+    how = tiling(blocks) if how is None else how
+    step, half = (8, n // 2) if first else (16, 8)
+    outputs = triton.cdiv(n, 2 * step if first else step)
+    programs = min(outputs, max(1, processors(x.device) // tiles))
+    group = 0 if weight.scales is None else weight.group
+    shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, 1, how.warps, how.turns * how.ahead)
+    threads, unused = 32 * how.warps, weight.rows
+    scales = unused if weight.scales is None else weight.scales
+    launch: Callable[..., Any] = packed_experts_kernel[(programs, tiles)]
     launch(
-        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
-        OFFSETS=unused if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias,
+        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=scales,
+        OFFSETS=scales if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias,
         ORDER=scratch.order, TILES=scratch.tiles, OUT=out, alpha=activation.alpha, limit=activation.limit, n=n,
-        columns=weight.columns, blocks=blocks, **_strides(weight), KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
-        GROUP=0 if weight.scales is None else weight.group, MT=how.tiles, HAS_OFFSETS=weight.offsets is not None,
-        BIASED=bias is not None, PADDED=weight.padded != weight.columns, UNEVEN=blocks % how.warps != 0,
-        CHOSEN=scratch.indices.shape[1], FIRST=name == "gate_up", ACTIVATION=activation.kind, AHEAD=how.ahead,
-        WARPS=how.warps, SMEM_WORDS=int(reduction_bytes(how.tiles, 1, how.warps)) // 4, **early(x.device),
-        num_warps=how.warps,
+        columns=weight.columns, blocks=blocks, row_bytes=weight.codes.stride(0),
+        stride_group=0 if weight.scales is None else weight.scales.stride(1), outputs=outputs, programs=programs,
+        step=step, half=half, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype], GROUP=group,
+        HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, PADDED=weight.padded != weight.columns,
+        UNEVEN=blocks != how.warps * how.turns, TURNS=how.turns, AHEAD=how.ahead, CHOSEN=scratch.indices.shape[1],
+        FIRST=first, ACTIVATION=activation.kind, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
+        **early(x.device), num_warps=how.warps,
     )  # fmt: skip
-
-
-def _strides(weight: PackedWeight) -> dict[str, int]:
-    """Of scales and offsets, which lie alike."""
-    part = weight.offsets if weight.scales is None else weight.scales
-    rows, groups = (0, 0) if part is None else part.stride()
-    return {"stride_row": rows, "stride_group": groups}
 
 
 def _vectors(
@@ -199,9 +200,7 @@ def _sorted(scratch: Scratch, rows: int) -> int:
     return tiles
 
 
-def _grouped(
-    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, rows: int, tiles: int
-) -> None:
+def _grouped(x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int) -> None:
     """The product ``gate_up`` with its activation, or ``down``, of all tiles."""
     weight: Tensor | PackedWeight = getattr(experts, name)
     bias, how = getattr(experts, f"{name}_bias"), experts.activation
@@ -210,19 +209,23 @@ def _grouped(
         if weight.order is not None:
             raise ValueError("experts have no order of columns")
         scales, offsets, group = weight.scales, weight.offsets, weight.group
+        strided = offsets if scales is None else scales
+        if scales is not None and offsets is not None and scales.stride() != offsets.stride():
+            raise ValueError("scales and offsets must lie alike")
         given = {
             "WEIGHT": weight.codes.view(torch.int32), "ROWS": weight.rows,
             "SCALES": unused if scales is None else scales, "OFFSETS": unused if offsets is None else offsets,
-            "padded": weight.padded, **_strides(weight), "KIND": weight.kind, "BITS": BITS[weight.kind],
+            "stride_row": 0 if strided is None else strided.stride(0), "padded": weight.padded,
+            "stride_group": 0 if strided is None else strided.stride(1), "KIND": weight.kind, "BITS": BITS[weight.kind],
             "GROUP": 0 if group == weight.padded and group > 128 else group, "SCALED": scales is not None,
             "HAS_OFFSETS": offsets is not None,
         }  # fmt: skip
     else:
         given = {
-            "WEIGHT": weight, "ROWS": unused, "SCALES": unused, "OFFSETS": unused, "padded": 0, "stride_row": 0, "stride_group": 0,
-            "KIND": "dense",
-            "BITS": 16, "GROUP": 0, "SCALED": False, "HAS_OFFSETS": False,
+            "WEIGHT": weight, "ROWS": unused, "SCALES": unused, "OFFSETS": unused, "padded": 0, "stride_row": 0,
+            "stride_group": 0, "KIND": "dense", "BITS": 16, "GROUP": 0, "SCALED": False, "HAS_OFFSETS": False,
         }  # fmt: skip
+    rows = SOME if len(scratch.indices) <= SMALL_TOKENS else MANY
     wide = 64 if rows < MANY else 128
     launch: Callable[..., Any] = grouped_kernel[(triton.cdiv(n, wide), tiles)]
     launch(

@@ -1,25 +1,43 @@
 """Products of a few rows with packed experts, fused with their decoding (NVIDIA from sm_80 on, Gluon, lane by lane).
 
-For tiles of up to 8 rows that have chosen one expert.
+As `kernels.linear.streamed_product`, whose parts it is made of, for tiles of up to 8 pairs of token and expert that
+have chosen the same expert: some programs share the outputs of each such tile. Which expert it is the kernel in front
+says, so that no codes are fetched before that has ended.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from octo_run.kernels.lane_copies import expect_warps, wait_for_copies, wait_for_warps
 from octo_run.kernels.lanes import (
     barrier,
     exp2,
     let_next_kernel_start,
     load_global2,
+    read_shared2,
     read_shared_f,
     repeat,
+    shuffle_f,
+    sync_warp,
     u32,
     wait_for_kernel_before,
-    write_shared4_of,
+    write_shared2,
 )
-from octo_run.kernels.experts.packed_blocks import add_block, if_inside, load_block, whole_rows
-from octo_run.kernels.linear.unpack import excess
+from octo_run.kernels.linear.streamed_product import (
+    _add_block,
+    _block_of,
+    _copy_block,
+    _factors,
+    _hand_over,
+    _less_offsets,
+    _place,
+    _side_by_side,
+    _sums_of,
+    _threads_of_sum,
+    stage_bytes,
+)
+from octo_run.kernels.linear.unpack import excess, masks
 
 
 @gluon.jit
@@ -42,141 +60,190 @@ def _activated(gate, up, alpha, limit, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
-def _load_row(row, block, columns, lane, PADDED: gl.constexpr):
-    """Operand B of the block's 8 steps of the lane's row: one tuple of 16 registers."""
+def _row_inputs(row, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.constexpr):
+    """Operand B of a block's 8 steps of the lane's row, in a tuple: 16 registers, zeros from block ``end`` on."""
     t = lane & 3
+    here = gl.minimum(block, end - 1)
     words = ()
     for s in gl.static_range(8):
-        k = block * 128 + 16 * s + 4 * t
+        k = here * 128 + 16 * s + 4 * t
         if PADDED:
             first, second = load_global2(row + gl.minimum(k, columns - 4))
             first = gl.where(k < columns, first, 0)
             second = gl.where(k < columns, second, 0)
         else:
             first, second = load_global2(row + k)
+        if UNEVEN:
+            first = gl.where(block < end, first, 0)
+            second = gl.where(block < end, second, 0)
         words = words + (first, second)
     return (words,)
 
 
 @gluon.jit
-def _sum_of_warps(at, zero, WARPS: gl.constexpr):
-    """What all warps have written at an address."""
-    total = zero
-    for w in gl.static_range(WARPS):
-        total += read_shared_f(u32(at + w * 512))
-    return total
-
-
-@gluon.jit
-def _make_tile(
-    x, codes, rows, scales, offsets, bias, order, out, alpha, limit, n, columns, blocks, stride_row, stride_group, begin,
-    end, first_row, tid,
-    KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, MT: gl.constexpr,
-    HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, CHOSEN: gl.constexpr,
-    FIRST: gl.constexpr, ACTIVATION: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """16 MT outputs of an expert, whose tensors are given, for the pairs at places ``begin`` to before ``end``."""
-    lane = tid & 31
-    warp = tid >> 5
-    row_bytes = blocks * (16 * BITS)
-    last = blocks - 1
-    zero = (lane * 0).to(gl.float32)
-    acc = repeat(repeat(zero, 4), MT)
-    whole = repeat(repeat(zero, 4), 1)
-    queue = ()
-    for turn in gl.static_range(AHEAD):
-        block = gl.minimum(warp + turn * WARPS, last)
-        queue = queue + (load_block(codes, row_bytes, first_row, n, block, lane, BITS, MT),)
-    place = gl.minimum(begin + (lane >> 2), end - 1)
-    if FIRST:
-        source = x + (gl.load(order + place) // CHOSEN).to(gl.int64) * columns
-    else:
-        source = x + place.to(gl.int64) * columns
-    for base in range(0, blocks, WARPS):
-        block = base + warp
-        here = gl.minimum(block, last)
-        inputs = _load_row(source, here, columns, lane, PADDED)
-        ahead = gl.minimum(block + AHEAD * WARPS, last)
-        newest = load_block(codes, row_bytes, first_row, n, ahead, lane, BITS, MT)
-        if UNEVEN:  # a warp beyond the end multiplies by zeros
-            inputs = if_inside(inputs, block <= last, 1)
-        acc, whole = add_block(
-            acc, whole, queue[0], inputs, scales, offsets, first_row, n, stride_row, stride_group, here, lane, KIND, BITS, ELEMENT, GROUP,
-            MT, 1, HAS_OFFSETS,
-        )  # fmt: skip
-        moved = ()
-        for turn in gl.static_range(1, AHEAD):
-            moved = moved + (queue[turn],)
-        queue = moved + (newest,)
-    if GROUP == 0 and (HAS_OFFSETS or excess(KIND, ELEMENT) > 0):
-        acc = whole_rows(acc, whole, offsets, first_row, n, stride_row, lane, excess(KIND, ELEMENT), MT, 1, HAS_OFFSETS)
-    barrier()
-    for i in gl.static_range(MT):
-        bits = ()
-        for j in gl.static_range(4):
-            bits = bits + (acc[i][j].to(gl.uint32, bitcast=True),)
-        write_shared4_of(u32(i * (WARPS * 512) + warp * 512 + lane * 16), bits[0], bits[1], bits[2], bits[3])
-    barrier()
-    # Lane (g, t), register i of a tile is output g + 8 (i // 2) of row 2 t + i % 2.
-    EACH: gl.constexpr = 2 if FIRST else 1  # outputs that a thread makes one of
-    COUNT: gl.constexpr = MT * 128 // EACH
-    for some in gl.static_range(0, COUNT, 32 * WARPS):
-        number = some + tid
-        inside = number < COUNT
-        number = gl.where(inside, number, 0)
-        tile = number // (128 // EACH)
-        output = number % (16 // EACH) * EACH
-        column = number // (16 // EACH) & 7
-        at = tile * (WARPS * 512) + ((output & 7) * 4 + (column >> 1)) * 16 + ((output >> 3) * 2 + (column & 1)) * 4
-        output = first_row + tile * 16 + output
-        mine = inside & (output < n) & (begin + column < end)
-        total = _sum_of_warps(at, zero, WARPS) * gl.load(rows + output, mask=mine, other=0)
+def _finish(factors, buffer, turn, OUT, BIAS, ORDER, alpha, limit, begin, end, tile, step, half, n, tid, lane,
+            WARPS: gl.constexpr, BIASED: gl.constexpr, FIRST: gl.constexpr, ACTIVATION: gl.constexpr,
+            ARRIVALS: gl.constexpr):  # fmt: skip
+    """Add up the warps' sums of some outputs (none if ``tile`` is negative), and write what becomes of them."""
+    SHARED: gl.constexpr = _threads_of_sum(1, WARPS)
+    EACH: gl.constexpr = WARPS // SHARED
+    wait_for_warps(turn + lane * 0, ARRIVALS)
+    for first in gl.static_range(0, 128 * SHARED, 32 * WARPS):
+        place = first + tid
+        number, output, row = _place(place, tile, step, half, 1, SHARED)
+        at = buffer + number * 4 + place % SHARED * (EACH * 512)
+        total = read_shared_f(u32(at))
+        for w in gl.static_range(1, EACH):
+            total += read_shared_f(u32(at + w * 512))
+        if SHARED >= 2:
+            total += shuffle_f(total, lane ^ 1)
+        if SHARED >= 4:
+            total += shuffle_f(total, lane ^ 2)
+        mine = (tile >= 0) & (output < n) & (begin + row < end) & (place % SHARED == 0)
+        total *= factors[first // (32 * WARPS)]
         if BIASED:
-            total += gl.load(bias + output, mask=mine, other=0).to(gl.float32)
-        if FIRST:
-            up = _sum_of_warps(at + 64, zero, WARPS) * gl.load(rows + output + 1, mask=mine, other=0)
-            if BIASED:
-                up += gl.load(bias + output + 1, mask=mine, other=0).to(gl.float32)
-            result = _activated(total, up, alpha, limit, ACTIVATION)
-            target = out + (begin + column).to(gl.int64) * (n // 2) + (output >> 1)
-            gl.store(target, result.to(out.dtype.element_ty), mask=mine)
+            total += gl.load(BIAS + output, mask=mine, other=0).to(gl.float32)
+        if FIRST:  # the up is in the thread of the same pair's other half
+            result = _activated(total, shuffle_f(total, lane ^ (2 * SHARED)), alpha, limit, ACTIVATION)
+            target = OUT + (begin + row).to(gl.int64) * half + output
+            gl.store(target, result.to(OUT.dtype.element_ty), mask=mine & (number & 2 == 0))
         else:
-            pair = gl.load(order + begin + column, mask=mine, other=0)
-            target = out + pair.to(gl.int64) * n + output
-            gl.store(target, total.to(out.dtype.element_ty), mask=mine)
+            pair = gl.load(ORDER + begin + row, mask=mine, other=0)
+            target = OUT + pair.to(gl.int64) * n + output
+            gl.store(target, total.to(OUT.dtype.element_ty), mask=mine)
 
 
-@gluon.jit(do_not_specialize=["n"])
+@gluon.jit(do_not_specialize=["n", "outputs", "programs", "step", "half"])
 def packed_experts_kernel(
-    X, CODES, ROWS, SCALES, OFFSETS, BIAS, ORDER, TILES, OUT, alpha, limit, n, columns, blocks,
-    stride_row, stride_group, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, MT: gl.constexpr,
-    HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, CHOSEN: gl.constexpr,
-    FIRST: gl.constexpr, ACTIVATION: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
-    EARLY: gl.constexpr,
+    X, CODES, ROWS, SCALES, OFFSETS, BIAS, ORDER, TILES, OUT, alpha, limit, n, columns, blocks, row_bytes, stride_group,
+    outputs, programs, step, half, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr,
+    HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr,
+    AHEAD: gl.constexpr, CHOSEN: gl.constexpr, FIRST: gl.constexpr, ACTIVATION: gl.constexpr, WARPS: gl.constexpr,
+    SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """16 MT of an expert's n outputs for a tile of its pairs; the program is (outputs, tile). FIRST: see
-    `product_kernels.grouped_kernel`. GROUP: columns of a group, 0 for all of a row. PADDED: ``columns`` is no multiple
-    of 128. UNEVEN: the warps have not all as many blocks."""
+    """The n outputs of an expert for a tile of its pairs; the grid is (``programs``, tiles of pairs).
+
+    Args:
+        ORDER, TILES: See `weights.Scratch`.
+        FIRST: See `product_kernels.grouped_kernel`.
+        outputs, step, half: How outputs are divided, in ``outputs`` parts: part i has those from ``step i`` on and from
+            ``step i + half`` on, 8 of each: 16 and 8, or 8 and n / 2 if FIRST, of gate and up.
+        The others: See `streamed_product.streamed_product_kernel`.
+    """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     smem = gl.allocate_shared_memory(
         gl.int32, [SMEM_WORDS // (32 * WARPS), 32 * WARPS], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     tid = gl.arange(0, 32 * WARPS, layout=LAYOUT)
+    lane = tid & 31
+    warp = tid >> 5
+    EXCESS: gl.constexpr = excess(KIND, ELEMENT)
+    SUMMED: gl.constexpr = HAS_OFFSETS or EXCESS > 0
+    STEPS: gl.constexpr = GROUP // 16 if GROUP > 0 else 8
+    GROUPS: gl.constexpr = 8 // STEPS
+    STAGES: gl.constexpr = TURNS * AHEAD
+    STAGE: gl.constexpr = stage_bytes(BITS, GROUP, HAS_OFFSETS)
+    RING: gl.constexpr = STAGES * STAGE
+    BUFFER: gl.constexpr = WARPS * 512
+    ARRIVALS: gl.constexpr = WARPS * RING + 2 * BUFFER
     smem.index(0).store(tid)  # names the allocation in the PTX
+    barrier()
+    expect_warps(lane, ARRIVALS, WARPS)
+    write_shared2(u32(lane * 0 + (ARRIVALS + 8)), u32(lane * 0) + masks(KIND)[0], u32(lane * 0) + masks(KIND)[1])
+    barrier()
     after = 0
     if EARLY:
         let_next_kernel_start(n)
         after = wait_for_kernel_before(n)
-    tile = TILES + (after + 3 * gl.program_id(1))
-    expert = gl.load(tile)
-    if expert >= 0:
-        begin = gl.load(tile + 1)
-        end = gl.load(tile + 2)
-        before = expert.to(gl.int64) * n
-        _make_tile(
-            X + after, CODES + before * (blocks * (16 * BITS)), ROWS + before, SCALES + before * stride_row,
-            OFFSETS + before * stride_row, BIAS + before, ORDER + after, OUT, alpha, limit, n, columns, blocks,
-            stride_row, stride_group, begin, end, gl.program_id(0) * (16 * MT), tid, KIND, BITS, ELEMENT, GROUP, MT, HAS_OFFSETS, BIASED, PADDED, UNEVEN,
-            CHOSEN, FIRST, ACTIVATION, AHEAD, WARPS,
-        )  # fmt: skip
+    chosen = TILES + (after + 3 * gl.program_id(1))
+    expert = gl.load(chosen)
+    begin = gl.maximum(gl.load(chosen + 1), 0)
+    end = gl.load(chosen + 2)
+    outputs = gl.where(expert >= 0, outputs, 0)  # of a tile that nobody needs there are none
+    before = gl.maximum(expert, 0).to(gl.int64) * n
+    CODES += before * row_bytes
+    ROWS += before
+    SCALES += before
+    OFFSETS += before
+    BIAS += before
+    first = gl.program_id(0)
+    block = warp * _side_by_side(TURNS)
+    g = lane >> 2
+    # The lane's own in the part that is copied next: two rows of codes, 8 rows' scales or offsets of a group.
+    row = first * step + g
+    codes_low = CODES + (row.to(gl.int64) * row_bytes + (block * (16 * BITS) + (lane & 3) * 16))
+    codes_high = codes_low + half.to(gl.int64) * row_bytes
+    move = (programs * step).to(gl.int64) * row_bytes
+    scales = SCALES + lane * 0
+    scales_row = first * step + (lane & 1) * half
+    groups = lane < 0
+    group_step = 0
+    if GROUP > 0:
+        which = lane >> 1
+        place = (block * GROUPS + which % GROUPS).to(gl.int64) * stride_group + scales_row
+        scales = gl.where(which < GROUPS, SCALES + place, OFFSETS + place)
+        groups = which < GROUPS * (2 if HAS_OFFSETS else 1)
+        group_step = GROUPS * stride_group
+    left = outputs - first  # positive while there is a part to copy
+    for i in gl.static_range(STAGES):
+        _copy_block(warp * RING + i * STAGE, codes_low, codes_high, scales,
+                    _block_of(i % TURNS, TURNS, WARPS) * (16 * BITS), _block_of(i % TURNS, TURNS, WARPS) * group_step,
+                    block + _block_of(i % TURNS, TURNS, WARPS) < blocks, (left > 0) & (row < n),
+                    (left > 0) & (row + half < n), (left > 0) & groups & (scales_row < n), lane, BITS, GROUP,
+                    UNEVEN)  # fmt: skip
+        if i % TURNS == TURNS - 1:
+            codes_low, codes_high, scales = codes_low + move, codes_high + move, scales + programs * step
+            row, scales_row, left = row + programs * step, scales_row + programs * step, left - programs
+    at = gl.maximum(gl.minimum(begin + g, end - 1), 0)
+    if FIRST:
+        source = X + (gl.load(ORDER + at) // CHOSEN).to(gl.int64) * columns
+    else:
+        source = X + at.to(gl.int64) * columns
+    inputs = ()
+    sums = ()
+    for turn in gl.static_range(TURNS):
+        inputs = inputs + (
+            _row_inputs(source, block + _block_of(turn, TURNS, WARPS), blocks, columns, lane, PADDED, UNEVEN),
+        )
+    for turn in gl.static_range(TURNS):
+        if SUMMED:
+            sums = sums + (_sums_of(inputs[turn], lane, STEPS, ELEMENT, 1),)
+        else:
+            sums = sums + ((),)
+    # Constants from memory stay in registers: the compiler would make them anew for each use.
+    constants = read_shared2(u32(lane * 0 + (ARRIVALS + 8)))
+    ring = warp * RING
+    buffer = WARPS * RING
+    other = WARPS * RING + BUFFER
+    turned = 1
+    earlier = -1
+    waiting = repeat((lane * 0).to(gl.float32), (4 * _threads_of_sum(1, WARPS) + WARPS - 1) // WARPS)
+    for tile in range(first, outputs, programs):
+        factors = _factors(ROWS, tile, step, half, n, tid, 1, WARPS)
+        if GROUP == 0 and SUMMED:
+            acc = _less_offsets(sums, OFFSETS, tile * step + g, tile * step + half + g, n, lane, EXCESS, 1, TURNS,
+                                HAS_OFFSETS)  # fmt: skip
+        else:
+            acc = repeat(repeat((lane * 0).to(gl.float32), 4), 1)
+        for turn in gl.static_range(TURNS):
+            slot = ring + turn * STAGE
+            wait_for_copies(lane, STAGES - 1)
+            acc = _add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, 1,
+                             HAS_OFFSETS)  # fmt: skip
+            sync_warp(lane)  # all lanes have read what is overwritten now
+            _copy_block(slot, codes_low, codes_high, scales, _block_of(turn, TURNS, WARPS) * (16 * BITS),
+                        _block_of(turn, TURNS, WARPS) * group_step, block + _block_of(turn, TURNS, WARPS) < blocks,
+                        (left > 0) & (row < n), (left > 0) & (row + half < n),
+                        (left > 0) & groups & (scales_row < n), lane, BITS, GROUP, UNEVEN)  # fmt: skip
+        codes_low, codes_high, scales = codes_low + move, codes_high + move, scales + programs * step
+        row, scales_row, left = row + programs * step, scales_row + programs * step, left - programs
+        if AHEAD > 1:
+            ring = gl.where(ring == warp * RING + (AHEAD - 1) * TURNS * STAGE, warp * RING, ring + TURNS * STAGE)
+        _finish(waiting, other, turned, OUT, BIAS, ORDER, alpha, limit, begin, end, earlier, step, half, n, tid, lane,
+                WARPS, BIASED, FIRST, ACTIVATION, ARRIVALS)  # fmt: skip
+        _hand_over(acc, buffer, lane, warp, 1, WARPS, ARRIVALS)
+        waiting, earlier, turned = factors, tile, 1 - turned
+        buffer, other = other, buffer
+    _finish(waiting, other, turned, OUT, BIAS, ORDER, alpha, limit, begin, end, earlier, step, half, n, tid, lane,
+            WARPS, BIASED, FIRST, ACTIVATION, ARRIVALS)  # fmt: skip
     smem._keep_alive()

@@ -1,7 +1,7 @@
 """Triton kernels of the experts' products: vectors for a token or two, tiles of sorted tokens for more.
 
-Rows 2 i and 2 i + 1 of an expert's first matrix are its gate and its up projection, so that a program that makes both
-makes of them what the second matrix is multiplied by.
+A program of the first product makes number i of an expert's gate and of its up, whose rows take turns in its tile, and
+of both what the second matrix is multiplied by.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -34,9 +34,11 @@ def gate_up_vector_kernel(
 ):  # fmt: skip
     """BN of the N columns between the products of a pair of token and expert; the program is (columns, pair)."""
     pair = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * (2 * BN) + tl.arange(0, 2 * BN)
+    line = tl.arange(0, 2 * BN)
+    at = tl.program_id(0) * BN + line // 2
     k = tl.arange(0, BK)
-    there = (at < 2 * N)[:, None]
+    there = (at < N)[:, None]
+    at += line % 2 * N
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -53,7 +55,7 @@ def gate_up_vector_kernel(
         weights = ahead
     both = tl.sum(total, 1)
     if BIASED:
-        both += tl.load(BIAS + first_row + at, mask=at < 2 * N, other=0).to(tl.float32)
+        both += tl.load(BIAS + first_row + at, mask=tl.program_id(0) * BN + line // 2 < N, other=0).to(tl.float32)
     gate, up = tl.split(tl.reshape(both, (BN, 2)))
     into = tl.program_id(0) * BN + tl.arange(0, BN)
     result = activated(gate, up, alpha, limit, ACTIVATION)
@@ -117,9 +119,9 @@ def _packed_block(
     value = _value(tl.reshape(codes, (BN, 4, GROUPS, 32 // GROUPS)), KIND)
     # A group has whole steps of every lane.
     group = tl.arange(0, GROUPS)
-    if GROUP > 0:
-        group += block * GROUPS
     of_group = row[:, None] * stride_row + group[None, :] * stride_group
+    if GROUP > 0:
+        of_group += block * (GROUPS * stride_group)
     if HAS_OFFSETS:
         value -= tl.load(OFFSETS + of_group, mask=there[:, None], other=0).to(tl.float32)[:, None, :, None]
     if SCALED:
@@ -129,10 +131,10 @@ def _packed_block(
 
 @triton.jit
 def grouped_kernel(
-    X, WEIGHT, ROWS, SCALES, OFFSETS, BIAS, ORDER, TILES, OUT, alpha, limit, n, columns, padded,
-    stride_row, stride_group, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, HAS_OFFSETS: tl.constexpr,
-    BIASED: tl.constexpr, CHOSEN: tl.constexpr, FIRST: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
+    X, WEIGHT, ROWS, SCALES, OFFSETS, BIAS, ORDER, TILES, OUT, alpha, limit, n, columns, padded, stride_row,
+    stride_group, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, BIASED: tl.constexpr, CHOSEN: tl.constexpr, FIRST: tl.constexpr,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BN of an expert's n outputs for a tile of its pairs; the program is (outputs, tile).
 
@@ -143,6 +145,8 @@ def grouped_kernel(
     kind = OUT.dtype.element_ty
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     there = at < n
+    if FIRST:  # of gate and up in turn
+        at = at % 2 * (n // 2) + at // 2
     line = tl.arange(0, BM)
     place = tl.arange(0, BK)
     if EARLY:
@@ -166,9 +170,8 @@ def grouped_kernel(
             if KIND == "dense":
                 k = first + place
                 inside = k < columns
-                wide = tl.load(
-                    WEIGHT + row[:, None] * columns + k[None, :], mask=there[:, None] & inside[None, :], other=0
-                )
+                both = there[:, None] & inside[None, :]
+                wide = tl.load(WEIGHT + row[:, None] * columns + k[None, :], mask=both, other=0)
             else:
                 k = first + place % 32 // 4 * 16 + place // 32 * 4 + place % 4
                 inside = k < columns

@@ -1,7 +1,8 @@
-"""Routed experts in plain PyTorch, one chosen expert after the other: the path of a CPU, and what kernels are held to."""
+"""Routed experts in plain PyTorch, one chosen expert after the other: a CPU's path, and what kernels are held to."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,10 @@ from octo_run.kernels import step as ops
 if TYPE_CHECKING:
     from octo_run.kernels.experts.weights import Activation, ExpertWeights, Scratch
     from octo_run.kernels.linear import PackedWeight
+
+
+#: Pairs of token and expert, sorted by expert, that are computed together.
+SLAB_PAIRS = 512
 
 
 def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scratch: Scratch) -> None:
@@ -29,12 +34,12 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
 
 
 def activated(gate_up: Tensor, how: Activation) -> Tensor:
-    """What an expert's gate and up, columns 2 i and 2 i + 1 of ``gate_up [..., 2 inner]``, become: ``[..., inner]``.
+    """What an expert's gate and up, the halves of ``gate_up [..., 2 inner]``, become: ``[..., inner]``.
 
     Computed in float32 (float64 for that) and rounded once.
     """
     wide = gate_up if gate_up.dtype == torch.float64 else gate_up.to(torch.float32)
-    gate, up = wide[..., 0::2], wide[..., 1::2]
+    gate, up = wide.chunk(2, dim=-1)
     if how.kind == "clamped_silu":
         gate, up = gate.clamp(max=how.limit), up.clamp(-how.limit, how.limit)
         return (gate * torch.sigmoid(how.alpha * gate) * (up + 1)).to(gate_up.dtype)
@@ -45,13 +50,12 @@ def activated(gate_up: Tensor, how: Activation) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def _product(x: Tensor, part: tuple[Tensor | PackedWeight, Tensor | None], out: Tensor) -> Tensor:
+def _product(x: Tensor, part: tuple[Tensor | PackedWeight, Tensor | None], out: Tensor) -> None:
     weight, bias = part
     if isinstance(weight, Tensor):
         ops.linear(x, weight, bias, out)
     else:
         packed_ops.packed_linear(x, weight, bias, out)
-    return out
 
 
 def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None) -> None:
@@ -59,16 +63,23 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
     flat = scratch.indices.flatten().to(torch.int64)
     rows, chosen = scratch.indices.shape
     order = torch.argsort(flat, stable=True)
-    counts, first = torch.bincount(flat, minlength=experts.experts).tolist(), 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        pairs = order[first : first + count]
-        both = _product(x[pairs // chosen], experts.part("gate_up", expert), x.new_empty(count, 2 * experts.inner))
-        inner = scratch.inner[first : first + count]
+    counts = torch.bincount(flat, minlength=experts.experts).tolist()
+    edges = [0, *itertools.accumulate(counts)]
+    for first in range(0, len(flat), SLAB_PAIRS):
+        last = min(first + SLAB_PAIRS, len(flat))
+        here = [
+            (expert, slice(max(edges[expert], first) - first, min(edges[expert + 1], last) - first))
+            for expert, count in enumerate(counts)
+            if count and edges[expert] < last and edges[expert + 1] > first
+        ]
+        pairs, inner = order[first:last], scratch.inner[first:last]
+        given, both = x[pairs // chosen], x.new_empty(last - first, 2 * experts.inner)
+        for expert, some in here:
+            _product(given[some], experts.part("gate_up", expert), both[some])
         inner.copy_(activated(both, experts.activation))
-        scratch.parts[pairs] = _product(inner, experts.part("down", expert), x.new_empty(count, experts.hidden))
-        first += count
+        for expert, some in here:  # what the experts were given is not needed any more
+            _product(inner[some], experts.part("down", expert), given[some])
+        scratch.parts[pairs] = given
     out.copy_(combined(scratch, rows, shared))
 
 

@@ -10,11 +10,52 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def router_kernel(
-    X, WEIGHT, BIAS, OUT, outputs, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr,
-    EARLY: tl.constexpr,
+def _choose(
+    LOGITS, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN: tl.constexpr, BC: tl.constexpr,
+    BE: tl.constexpr, PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """Float32 logits OUT [R, outputs] of X [R, K] by WEIGHT [outputs, K]; the program is (BN outputs, row)."""
+    """The CHOSEN largest logits of a row, and their shares. SINGLE: there is one row; its tiles are written, too.
+
+    Each logit's rank is the number of those before it, PART of which are compared with all at a time: no turn waits for
+    the one before. Logits are read past the first-level cache, which may not know of other programs' writes.
+    """
+    at = tl.arange(0, BE)
+    place = tl.arange(0, BC)
+    source = LOGITS + row * outputs
+    logits = tl.load(source + at, mask=at < experts, other=-float("inf"), cache_modifier=".cg")
+    best = tl.max(logits, 0)
+    total = tl.sum(tl.exp(logits - best), 0)
+    rank = tl.zeros([BE], tl.int32)
+    for first in tl.static_range(0, BE, PART):
+        other = first + tl.arange(0, PART)
+        against = tl.load(source + other, mask=other < experts, other=-float("inf"), cache_modifier=".cg")
+        before = against[None, :] > logits[:, None]
+        before |= (against[None, :] == logits[:, None]) & (other[None, :] < at[:, None])
+        rank += tl.sum(before.to(tl.int32), 1)
+    picked = (rank[None, :] == place[:, None]) & (at < experts)[None, :]
+    # Ranks of what is no number are not all different: an expert that is there is chosen all the same.
+    which = tl.minimum(tl.sum(tl.where(picked, at[None, :], 0), 1), experts - 1)
+    mine = place < CHOSEN
+    shares = tl.where(mine, tl.sum(tl.where(picked, tl.exp(logits - best)[None, :], 0.0), 1), 0.0)
+    if NORMALISED:
+        total = tl.sum(shares, 0)
+    tl.store(WEIGHTS + row * CHOSEN + place, shares / total, mask=mine)
+    tl.store(INDICES + row * CHOSEN + place, which, mask=mine)
+    if SINGLE:
+        tl.store(ORDER + place, place, mask=mine)
+        tl.store(TILES + 3 * place, which, mask=mine)
+        tl.store(TILES + 3 * place + 1, place, mask=mine)
+        tl.store(TILES + 3 * place + 2, place + 1, mask=mine)
+
+
+@triton.jit
+def router_kernel(
+    X, WEIGHT, BIAS, OUT, COUNTERS, INDICES, WEIGHTS, TILES, ORDER, experts, outputs, K: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BIASED: tl.constexpr, CHOSEN: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+    PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Float32 logits OUT [R, outputs] of X [R, K] by WEIGHT [outputs, K]; the program is (BN outputs, row). The last
+    program of a row to end chooses its experts. COUNTERS: int32 [R], 0 before and after."""
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BK)
@@ -35,6 +76,11 @@ def router_kernel(
     if BIASED:
         logits += tl.load(BIAS + at, mask=at < outputs, other=0).to(tl.float32)
     tl.store(OUT + row * outputs + at, logits, mask=at < outputs)
+    tl.debug_barrier()  # what all threads have written comes before what one of them counts
+    ended = tl.atomic_add(COUNTERS + row, 1, sem="acq_rel")
+    if ended == tl.num_programs(0) - 1:
+        tl.store(COUNTERS + row, 0)
+        _choose(OUT, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN, BC, BE, PART, NORMALISED, SINGLE)
 
 
 @triton.jit
@@ -64,39 +110,14 @@ def router_rows_kernel(
 @triton.jit
 def choose_kernel(
     LOGITS, INDICES, WEIGHTS, TILES, ORDER, experts, outputs, CHOSEN: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
-    NORMALISED: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
+    PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The CHOSEN largest logits of a row a program, and their shares. SINGLE: there is one row; its tiles are written,
-    too."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BE)
-    place = tl.arange(0, BC)
+    """A row's experts (`_choose`), a program each."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    left = tl.load(LOGITS + row * outputs + at, mask=at < experts, other=-float("inf"))
-    best = tl.max(left, 0)
-    total = tl.sum(tl.exp(left - best), 0)
-    found = tl.full([BC], -float("inf"), tl.float32)
-    which = tl.zeros([BC], tl.int32)
-    for number in tl.static_range(CHOSEN):
-        top = tl.max(left, 0)
-        # Of equal ones the first; the last expert if there are no numbers.
-        index = tl.min(tl.where((left == top) & (at < experts), at, experts - 1), 0)
-        found = tl.where(place == number, top, found)
-        which = tl.where(place == number, index, which)
-        left = tl.where(at == index, -float("inf"), left)
-    shares = tl.exp(found - best)
-    if NORMALISED:
-        total = tl.sum(shares, 0)
-    mine = place < CHOSEN
-    tl.store(WEIGHTS + row * CHOSEN + place, shares / total, mask=mine)
-    tl.store(INDICES + row * CHOSEN + place, which, mask=mine)
-    if SINGLE:
-        tl.store(ORDER + place, place, mask=mine)
-        tl.store(TILES + 3 * place, which, mask=mine)
-        tl.store(TILES + 3 * place + 1, place, mask=mine)
-        tl.store(TILES + 3 * place + 2, place + 1, mask=mine)
+    row = tl.program_id(0).to(tl.int64)
+    _choose(LOGITS, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN, BC, BE, PART, NORMALISED, SINGLE)
 
 
 @triton.jit

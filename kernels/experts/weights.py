@@ -41,8 +41,7 @@ class ExpertWeights:
     """The matrices of all experts of a layer, the rows of one expert after those of another.
 
     Attributes:
-        gate_up: ``[experts * 2 * inner, hidden]``; rows 2 i and 2 i + 1 of an expert are number i of its gate and of
-            its up projection.
+        gate_up: ``[experts * 2 * inner, hidden]``; of an expert the rows of its gate, then those of its up projection.
         down: ``[experts * hidden, inner]``.
         gate_up_bias: ``[experts * 2 * inner]`` in the order of ``gate_up``, or None.
         down_bias: ``[experts * hidden]`` or None.

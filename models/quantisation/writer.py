@@ -20,6 +20,8 @@ from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.linear import PackedWeight
 from octo_run.models.config import CONFIG_NAME
 from octo_run.models.decoder import AttentionWeights, Decoder, spec_order
+from octo_run.models.expert_tensors import published_name
+from octo_run.models.experts import Experts
 from octo_run.models.files import INDEX_NAME, SMALL_NAMES
 from octo_run.models.foreign import present, read_bytes, read_json_object
 from octo_run.models.linear import PackedLinear, SplitLinear, head_order, joined
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
     from octo_run.models.quantisation.schemes import Scheme
 
 
-def quantization_config(scheme: Scheme) -> dict[str, Any]:
-    """What ``config.json`` says about the weights, as compressed-tensors writes it."""
+def quantization_config(scheme: Scheme, experts: bool = False) -> dict[str, Any]:
+    """What ``config.json`` says about the weights, as compressed-tensors writes it; ``experts``: there are routers."""
     weights: dict[str, Any] = {
         "num_bits": 8 if scheme.kind in ("int8", "fp8") else 4,
         "type": "float" if scheme.kind == "fp8" else "int",
@@ -58,19 +60,29 @@ def quantization_config(scheme: Scheme) -> dict[str, Any]:
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(("re:.*\\.gate$", "re:.*shared_expert_gate$") if experts else ())],
         "config_groups": {"group_0": group},
     }
 
 
 def check_shapes(cfg: ModelConfig, scheme: Scheme) -> None:
-    """Refuse a model whose matrices have no whole number of groups, which the format does not allow.
+    """Refuse a model whose matrices have no whole number of groups, which the format does not allow, and a text part.
 
     Raises:
         OctoError: It says which.
+        UsageError: A checkpoint that is more than its text.
     """
+    if cfg.wrapper:
+        raise UsageError(
+            f"A checkpoint of {cfg.wrapper} holds more than its text, which alone octo-run knows, so that no quantised "
+            "folder of it can be written: give --weights to the command that loads it."
+        )
     unit = scheme.group or 8
     inputs = {cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.intermediate_size}
+    if cfg.experts is not None:
+        if cfg.experts.naming == "stacked":  # which compressed-tensors has no layout for
+            raise _unwritten(cfg)
+        inputs |= {cfg.experts.inner, cfg.experts.shared} - {0}
     if broken := sorted(columns for columns in inputs if columns % unit):
         raise OctoError(
             f"A matrix of this model has {broken[0]:,} columns, no multiple of {unit}, and files of {scheme.name} have "
@@ -107,23 +119,25 @@ def quantised_items(cfg: ModelConfig, weights: Weights, scheme: Scheme, dtype: t
         for name, linear in _matrices(cfg, layer):
             assert isinstance(linear, PackedLinear)
             packed(f"model.layers.{index}.{name}", linear.weight, linear.bias)
-    for name, tensor in watched.norms.items():
+    for name, tensor in watched.taken.items():
         dense(name, tensor)
     if not cfg.tie_word_embeddings:
         dense(HEAD, decoder.head.weight)
+    if cfg.experts is not None and cfg.experts.naming == "w123":
+        items = {published_name(name): item for name, item in items.items()}
     return items
 
 
 class _Watched(Weights):
-    """Weights of which norms are kept as they stand in the files."""
+    """Weights of which norms, routers and sinks are kept as they stand in the files."""
 
     def __init__(self, weights: Weights) -> None:
-        self._weights, self.has_head, self.norms = weights, weights.has_head, dict[str, Tensor]()
+        self._weights, self.has_head, self.taken = weights, weights.has_head, dict[str, Tensor]()
 
     def take(self, name: str) -> Tensor:
         tensor = self._weights.take(name)
-        if name.endswith("norm.weight"):
-            self.norms[name] = tensor
+        if name not in (EMBEDDING, HEAD):
+            self.taken[name] = tensor
         return tensor
 
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
@@ -136,13 +150,11 @@ def _matrices(cfg: ModelConfig, layer: Layer) -> Iterator[tuple[str, SingleLinea
     Raises:
         UsageError: A layer that is more than attention and a dense MLP.
     """
-    spec, mixer, mlp = layer.spec, layer.mixer, layer.mlp
-    if not isinstance(mixer, AttentionWeights) or not isinstance(mlp, DenseMLP):
-        raise UsageError(
-            f"Files of quantised {cfg.architecture} models are not written: load the model with --weights instead."
-        )
-    assert not isinstance(mixer.qkv, SplitLinear) and not isinstance(mlp.gate_up, SplitLinear)
-    order, (of_q, of_k, of_v), inner = spec_order(cfg, spec), spec.edges, cfg.intermediate_size
+    spec, mixer = layer.spec, layer.mixer
+    if not isinstance(mixer, AttentionWeights):
+        raise _unwritten(cfg)
+    assert not isinstance(mixer.qkv, SplitLinear)
+    order, (of_q, of_k, of_v) = spec_order(cfg, spec), spec.edges
     q, k, v = mixer.qkv.part(0, of_q), mixer.qkv.part(of_q, of_k), mixer.qkv.part(of_k, of_v)
     if order is not None:
         back = order.argsort()
@@ -154,11 +166,33 @@ def _matrices(cfg: ModelConfig, layer: Layer) -> Iterator[tuple[str, SingleLinea
     else:
         yield from (("self_attn.q_proj", q), ("self_attn.k_proj", k), ("self_attn.v_proj", v))
     yield "self_attn.o_proj", mixer.out
-    if cfg.family.fused_gate_up:
-        yield "mlp.gate_up_proj", mlp.gate_up
+    mlp = layer.mlp
+    if isinstance(mlp, Experts):
+        for name, linear in mlp.matrices():
+            yield f"mlp.experts.{name}", linear
+        if mlp.shared is not None:
+            yield from _dense_mlp("mlp.shared_expert", mlp.shared, False)
+    elif isinstance(mlp, DenseMLP):
+        yield from _dense_mlp("mlp", mlp, cfg.family.fused_gate_up)
     else:
-        yield from (("mlp.gate_proj", mlp.gate_up.part(0, inner)), ("mlp.up_proj", mlp.gate_up.part(inner, 2 * inner)))
-    yield "mlp.down_proj", mlp.down
+        raise _unwritten(cfg)
+
+
+def _dense_mlp(prefix: str, mlp: DenseMLP, fused: bool) -> Iterator[tuple[str, SingleLinear]]:
+    gate_up, inner = mlp.gate_up, mlp.down.weight.shape[1]
+    assert not isinstance(gate_up, SplitLinear)
+    if fused:
+        yield f"{prefix}.gate_up_proj", gate_up
+    else:
+        yield f"{prefix}.gate_proj", gate_up.part(0, inner)
+        yield f"{prefix}.up_proj", gate_up.part(inner, 2 * inner)
+    yield f"{prefix}.down_proj", mlp.down
+
+
+def _unwritten(cfg: ModelConfig) -> UsageError:
+    return UsageError(
+        f"Files of quantised {cfg.architecture} models are not written: load the model with --weights instead."
+    )
 
 
 def _item(dtype: torch.dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Item:
@@ -230,7 +264,8 @@ def write_folder(
     """
     shards = plan_shards(items)
     values = read_json_object(source / CONFIG_NAME)
-    values |= {"tie_word_embeddings": cfg.tie_word_embeddings, "quantization_config": quantization_config(scheme)}
+    quantization = quantization_config(scheme, cfg.experts is not None)
+    values |= {"tie_word_embeddings": cfg.tie_word_embeddings, "quantization_config": quantization}
     files = {name: read_bytes(source / name) for name in SMALL_NAMES if present(source / name)}
     files.pop(INDEX_NAME, None)
     files[CONFIG_NAME] = json.dumps(values, indent=1).encode()

@@ -98,6 +98,8 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         head=options.head,
         **cache,
     )
+    if engine.config.wrapper:
+        _say_once(f"{engine.config.wrapper}: its text part is loaded; images and sound would need the other parts")
     if str(engine.kv) != engine.kv.name:
         notice(f"formats: {engine.kv}")
     return engine

@@ -16,15 +16,18 @@ class FormatRow:
     """One ``--kv`` choice for one model: bytes that a token takes, and the longest context that fits.
 
     Attributes:
-        bytes_per_token: Codes and norms of all layers and KV heads.
+        bytes_per_token: Codes and norms of all KV heads and of all layers that have no window.
         all_in_bytes_per_token: These with the sinks, windows and staging buffer, spread over the context (None where
             the model does not fit at all).
+        windows: Of each group of layers with a window its ``layers``, ``window`` in tokens, ``bytes_per_token``, and
+            the ``bytes`` that its pages take however long the context is.
     """
 
     kv: str
     bytes_per_token: int
     all_in_bytes_per_token: float | None
     tokens_that_fit: int
+    windows: list[dict[str, int]]
 
 
 @click.command("show")
@@ -56,7 +59,8 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     from octo_run.models.config import load_config
     from octo_run.models.decoder import Decoder
     from octo_run.models.hub import resolve
-    from octo_run.models.weights import RandomWeights, num_parameters, stored_config
+    from octo_run.models.specs import layer_kinds
+    from octo_run.models.weights import RandomWeights, active_parameters, num_parameters, stored_config
 
     path = resolve(model)
     cfg = load_config(path)
@@ -69,11 +73,16 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "path": str(path),
         "architecture": cfg.architecture,
         "parameters": num_parameters(cfg),
+        "active_parameters": active_parameters(cfg),
+        "experts": 0 if cfg.experts is None else cfg.experts.count,
+        "experts_per_token": 0 if cfg.experts is None else cfg.experts.chosen,
         "file_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
         "weight_bytes": weight_bytes(Decoder(cfg, RandomWeights(cfg, "meta", kind), None, None)),
         "weight_format": "not quantised" if cfg.quantisation is None else str(cfg.quantisation),
         "dtype": str(kind).removeprefix("torch."),
+        "part_of": cfg.wrapper or None,
         "layers": cfg.num_layers,
+        "layer_kinds": layer_kinds(cfg),
         "recurrent_layers": cfg.num_layers - len(cfg.attention_layers),
         "state_bytes": 0 if states is None else states.state_bytes(kind.itemsize),
         "heads": cfg.num_heads,
@@ -109,7 +118,7 @@ def _weight_rows(cfg: Any, dtype: Any) -> list[dict[str, Any]]:
 def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
     """One row for every format that can store vectors of this head dimension, ``bf16`` first."""
     from octo_run.engine.allocation import parse_formats
-    from octo_run.engine.plan import plan_memory
+    from octo_run.engine.plan import plan_memory, window_shapes
     from octo_run.kernels import codec
 
     rows = []
@@ -118,13 +127,15 @@ def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
             fmt = parse_formats(name, cfg, 0, dtype)
         except UsageError:  # no such code for this head dimension
             continue
-        per_token = cfg.num_kv_heads * fmt.vector_bytes
+        with_window = sum(one.vector_bytes for one in window_shapes(cfg, fmt))
+        per_token = cfg.num_kv_heads * (fmt.vector_bytes - with_window)
         try:
             plan = plan_memory(cfg, fmt, device=device, dtype=dtype)
         except OctoError:  # the weights alone do not fit
-            rows.append(FormatRow(name, per_token, None, 0))
+            rows.append(FormatRow(name, per_token, None, 0, []))
         else:
-            rows.append(FormatRow(name, per_token, round(plan.all_in_bytes_per_token, 1), plan.tokens_that_fit()))
+            all_in = round(plan.all_in_bytes_per_token, 1)
+            rows.append(FormatRow(name, per_token, all_in, plan.tokens_that_fit(), plan.windows))
     return rows
 
 
@@ -137,12 +148,40 @@ def _weight_table(rows: list[dict[str, Any]]) -> list[str]:
     return ["", console.table(header, cells)]
 
 
+def _experts(facts: dict[str, Any]) -> list[str]:
+    """The line about routed experts, where there are any."""
+    if not facts["experts"]:
+        return []
+    given = f"{facts['experts']} of a layer, {facts['experts_per_token']} for a token"
+    return [f"experts       {given}, which meets {facts['active_parameters']:,} parameters"]
+
+
 def _recurrent_lines(facts: dict[str, Any]) -> list[str]:
     """The line on recurrent layers, if there are any."""
     if not facts["recurrent_layers"]:
         return []
     size = console.human_bytes(facts["state_bytes"])
     return [f"states        {facts['recurrent_layers']} recurrent layers: {size} a sequence, whatever its length"]
+
+
+def _kinds(facts: dict[str, Any]) -> list[str]:
+    """The lines about layers of several kinds, and about a checkpoint of which this is a part."""
+    lines, kinds = [], facts["layer_kinds"]
+    if len(kinds) > 1:
+        lines.append(f"layers        {'; '.join(f'{count} {name}' for name, count in kinds.items())}")
+    if facts["part_of"] is not None:
+        lines.append(f"part of       {shown(facts['part_of'])}: its text; what belongs to images or sound is not read")
+    return lines
+
+
+def _window_lines(facts: dict[str, Any]) -> list[str]:
+    """A line on each group of layers with a window, by the first format whose pages are given back behind it."""
+    row: dict[str, Any] = next((row for row in facts["kv"] if row["windows"]), {"windows": []})
+    return [
+        f"windows       {one['layers']} layers see {one['window']:,} tokens: with {row['kv']}"
+        f" {one['bytes_per_token']:,} bytes a token, {console.human_bytes(one['bytes'])} however many there are"
+        for one in row["windows"]
+    ]
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -162,21 +201,25 @@ def _text(facts: dict[str, Any]) -> str:
     lines = [
         f"model         {shown(facts['model'])} ({shown(facts['path'])})",
         f"architecture  {shown(facts['architecture'])}: {shape}",
+        *_kinds(facts),
         f"parameters    {facts['parameters']:,}",
+        *_experts(facts),
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"weights       {facts['weight_format']}",
         f"context       {facts['max_context']:,} tokens at most",
         *_recurrent_lines(facts),
+        *_window_lines(facts),
         f"device        {facts['device']}, {console.human_bytes(facts['free_bytes'])} free",
         *_weight_table(facts["weights"]),
         "",
         console.table(["--kv", "bytes/token", "all-in", "tokens that fit in the free memory"], rows),
         "",
-        "bytes/token: codes and norms of all layers and KV heads, K and V; all-in: with sinks, windows and the staging",
-        "buffer, spread over the longest context that the model supports and the memory holds. Tokens past the model's",
-        "own context are of no use, however many would fit. bf16 is the uncompressed cache; it takes the dtype of the",
-        f"arithmetic, {facts['dtype']} here. auto:N chooses one of oct2, oct3 and oct4 for the keys and the values of",
-        "each layer, N bytes of 128 numbers on average; which need the better ones is measured at load. Keys of coded",
-        "formats are conditioned at load, unless --conditioning says otherwise (see octo-run chat --help).",
+        "bytes/token: codes and norms, K and V, of all KV heads and all layers that see every token; all-in: with",
+        "sinks, windows and the staging buffer, spread over the longest context that the model supports and the memory",
+        "holds. Tokens past the model's own context are of no use, however many would fit. bf16 is the uncompressed",
+        f"cache; it takes the dtype of the arithmetic, {facts['dtype']} here. auto:N chooses one of oct2, oct3 and",
+        "oct4 for the keys and the values of each layer, N bytes of 128 numbers on average; which need the better ones",
+        "is measured at load. Keys of coded formats are conditioned at load, unless --conditioning says otherwise",
+        "(see octo-run chat --help).",
     ]
     return "\n".join(lines)

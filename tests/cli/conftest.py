@@ -85,6 +85,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
         self.max_context = 4096
+        self.config = SimpleNamespace(wrapper="")
         self.dtype = "torch.float32"
         self.replies: list[FakeReply] = []
         self.prompts: list[list[int]] = []

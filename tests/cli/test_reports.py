@@ -200,6 +200,21 @@ def test_show_text_has_a_row_for_every_format(octo: Callable[..., Any]) -> None:
     assert {line.split()[0] for line in out.splitlines() if line.split()} >= {*codec.names(), "auto:56"}
 
 
+def test_show_tells_what_windows_take(octo: Callable[..., Any], make_checkpoint: Callable[..., Path]) -> None:
+    """Bytes that grow with the context are those of the other layers."""
+    kinds = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1, "num_hidden_layers": 3}
+    path = make_checkpoint(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **kinds)
+    facts = json.loads(octo("show", str(path), "--json", "--device", "cpu").out)
+    row = next(row for row in facts["kv"] if row["kv"] == "oct3")
+    assert row["bytes_per_token"] == 2 * 2 * 30
+    (window,) = row["windows"]
+    assert window["layers"] == 2 and window["window"] == 128 and window["bytes_per_token"] == 2 * 2 * 2 * 30
+    assert 0 < window["bytes"] < 2048 * window["bytes_per_token"] * 2
+    out = octo("show", str(path), "--device", "cpu").out
+    assert "windows       2 layers see 128 tokens: with bf16 2,048 bytes a token, " in out
+    assert "however many there are" in out and "windows   " not in octo("show").out
+
+
 def test_show_of_a_model_that_does_not_fit(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from octo_run.engine import plan
 

@@ -33,7 +33,7 @@ def test_rounds_begin_at_the_depth(engine: Engine, monkeypatch: pytest.MonkeyPat
     assert (row.kv, row.test, row.depth, row.batch) == ("oct3", "tg5", 130, 2)
     assert 0 < row.least <= row.tokens_per_s <= row.most
     assert row.ms_per_token == pytest.approx(2000 / row.tokens_per_s)
-    step = benchmark.step_weight_bytes(engine) + 2 * engine.plan.bytes_per_token * 132.5
+    step = benchmark.step_weight_bytes(engine, 2) + 2 * engine.plan.bytes_per_token * 132.5
     assert row.gb_per_s == pytest.approx(step * row.tokens_per_s / 2 * 1e-9)
     assert row.of_bandwidth == pytest.approx(row.gb_per_s)
     prompt = benchmark.measure(engine, ("pp", 70), **settings)
@@ -44,7 +44,7 @@ def test_rounds_begin_at_the_depth(engine: Engine, monkeypatch: pytest.MonkeyPat
 def test_an_embedding_of_its_own_is_not_read_by_a_step(tied: bool, read: int) -> None:
     table = torch.zeros(10, 8)
     head = SimpleNamespace(weight=table if tied else torch.zeros(10, 8))
-    forward = SimpleNamespace(decoder=SimpleNamespace(embedding=table, head=head))
+    forward = SimpleNamespace(decoder=SimpleNamespace(embedding=table, head=head, layers=[]))
     fake: Any = SimpleNamespace(forward=forward, plan=SimpleNamespace(weights=1000))
     assert benchmark.step_weight_bytes(fake) == read
 
@@ -52,4 +52,7 @@ def test_an_embedding_of_its_own_is_not_read_by_a_step(tied: bool, read: int) ->
 def test_named_shapes_are_those_of_the_models() -> None:
     shapes = {name: read_shape(name) for name in SHAPES}
     assert (shapes["llama-3.1-8b"].num_layers, shapes["llama-3.1-8b"].hidden_size) == (32, 4096)
+    sparse = {name: shapes[name].experts for name in ("mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")}
+    found = [(one.count, one.chosen, one.inner) for one in sparse.values() if one is not None]
+    assert found == [(8, 2, 14336), (128, 8, 768), (32, 4, 2880)]
     assert shapes["qwen2.5-7b"].qkv_bias and shapes["qwen3-0.6b"].qk_norm

@@ -21,6 +21,7 @@ from octo_run.engine.evaluation.perplexity import windows
 from octo_run.engine.evaluation.plots import check_figure_path, plot_perplexity, plot_recall, recall_map
 from octo_run.engine.evaluation.reading import Reader
 from octo_run.engine.evaluation.statistics import standard_error, wilson
+from octo_run.engine.window_pages import WindowPages
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.cache import DEMO_PATH
 from octo_run.tokenizer import load_tokenizer
@@ -296,8 +297,8 @@ def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> No
     (good,) = score()
     encode = engine.arena.encode
 
-    def encode_and_corrupt(layer: int, k: Tensor, v: Tensor, ids: Tensor) -> None:
-        encode(layer, k, v, ids)
+    def encode_and_corrupt(layer: int, k: Tensor, v: Tensor, ids: Tensor, group: WindowPages | None = None) -> None:
+        encode(layer, k, v, ids, group)
         pages, ids = engine.arena.layer_pages[layer], ids.long()
         rows = pages[ids].unflatten(-1, (128, -1))  # 64 tokens' keys, then their values
         pages[ids] = rows.flip(-2).flatten(-2)

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, SamplingParams
-from octo_run.errors import OctoError
+from octo_run.engine.quantise import quantise
+from octo_run.errors import OctoError, UsageError
 from octo_run.models import conditioning
 from octo_run.models.cache import DEMO_PATH
 from octo_run.models.config import load_config
 from octo_run.models.decoder import Decoder
+from octo_run.models.families import FAMILIES
 from octo_run.models.plain_attention import attend_plain
 from octo_run.models.weights import load_weights
 
-COUNT = 300
+COUNT, ON = 300, "cuda"
 SMALL: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 0,
@@ -283,6 +285,43 @@ def test_text_parts_of_checkpoints_that_see(name: str, tied: bool, tmp_path: Pat
         save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
         engine = Engine.load(tmp_path, kv="bf16", device="cpu", max_context=512)
         assert relative(engine.logits(ids, 100), theirs) < 1e-4
+    with pytest.raises(UsageError, match=r"holds more than its text, which alone octo-run knows"):
+        quantise(tmp_path, tmp_path / "out", device="cpu")
     save_file(renamed | {"other.weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OctoError, match=r"1 unexpected \(other\.weight\)"):
         Engine.load(tmp_path, kv="bf16", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi4-mini", "olmo2", "glm4", "cohere2"])
+@torch.inference_mode()
+def test_quantised_folders(name: str, made: Callable[[str], tuple[Path, Any, Tensor]], tmp_path: Path) -> None:
+    """What is written holds rows, fused matrices and norms as the family's files do."""
+    path, _, theirs = made(name)
+    quantise(path, tmp_path / "out", "int8", device="cpu")
+    ours = Engine.load(tmp_path / "out", kv="bf16", device="cpu", max_context=512).logits(tokens())
+    assert 1e-5 < float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.cpu() - exact).norm() / exact.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_families_on_a_gpu(name: str, make_checkpoint: Callable[..., Path]) -> None:
+    """Against the CPU, in float32 and within the rounding of bfloat16; recorded steps, too. Without transformers."""
+    kind, fields = MODELS[name]
+    family = f"{kind.removesuffix('Text')}ForCausalLM"
+    values = SMALL | {"rope_theta": None, "model_type": FAMILIES[family].model_type, "head_dim": None} | fields
+    path, ids = make_checkpoint(architectures=[family], **values), tokens()
+    exact = Engine.load(path, kv="bf16", device="cpu", dtype="float32", max_context=512).logits(ids)
+    rounded = error(Engine.load(path, kv="bf16", device="cpu", dtype="bfloat16", max_context=512).logits(ids), exact)
+    for dtype, bound in (("float32", 2e-3), ("bfloat16", 1.3 * rounded)):
+        engine = Engine.load(path, kv="bf16", device=ON, dtype=dtype, max_context=512)
+        for step in (None, 65):
+            assert error(engine.logits(ids, step), exact) < bound, (dtype, step)
+        assert error(stepped(engine, ids, 100), exact[100:]) < bound, dtype
+    coded = Engine.load(path, kv="oct4", device=ON, dtype="bfloat16", max_context=512)
+    assert error(coded.logits(ids, 64), exact) < 0.15
+    assert error(stepped(coded, ids, 100), exact[100:]) < 0.15

@@ -105,6 +105,7 @@ def test_weights_in_bfloat16_are_measured_as_precisely() -> None:
     """In bfloat16 arithmetic all that is small would drown in its rounding."""
     half = decoder(dtype=torch.bfloat16, kind="off")
     wide = decoder(dtype=torch.bfloat16, kind="off")
+    wide.dtype = torch.float32
     wide.embedding, wide.final_norm = wide.embedding.float(), wide.final_norm.float()
     wide.head = replace(wide.head, weight=wide.head.weight.float())
     wide.layers = [sensitivity._wide(layer) for layer in wide.layers]

@@ -603,7 +603,7 @@ def language() -> types.ModuleType:
 PACKAGE = "octo_run.kernels"
 HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "decode")
 MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
-MODULES += ("linear.unpack", "linear.streamed_product", "experts.packed_blocks", "experts.packed_product")
+MODULES += ("linear.unpack", "linear.streamed_product", "experts.packed_product")
 
 
 @contextmanager

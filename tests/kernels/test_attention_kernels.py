@@ -569,6 +569,57 @@ def test_triton_windows_in_several_slabs(monkeypatch, mean, sees):
         assert relative_error(got[b], case.want[b]) < 4e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies no bfloat16")
+@pytest.mark.parametrize("kinds", [{"sees": 130}, {"cap": 2.0}, {"sinking": True}, SPECS[-1]], ids=str)
+@pytest.mark.parametrize(("kv", "dim", "group"), [
+    ("oct3", 128, 4), ("oct2", 64, 8), ("oct4", 256, 5), ("oct3", 512, 8), ("octopus3", 128, 7), ("bf16", 128, 4),
+    ("bf16", 512, 3),
+])  # fmt: skip
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_bfloat16_windows_on_a_gpu(kinds, kv, dim, group, mean):
+    """Every kernel, as the engine calls it; in one part and in many, with filler, then prompts."""
+    for lengths, count in (([700], 1), ([65, 0, 257, 1500], 1), ([300, 0, 1000], 70)):
+        case = make_case(kv, lengths, count, 2 * group, 2, dim, dtype=torch.bfloat16, mean=mean, **kinds)
+        got = run_triton(case)
+        for b in range(len(lengths)):
+            assert relative_error(got[b], case.want[b]) < 1e-2, lengths[b]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter records nothing")
+@pytest.mark.parametrize("kv", ["oct3", "octopus3", "bf16"])
+def test_a_recorded_step_moves_its_window(kv):
+    """Programs find the window from the lengths on the device: a recording serves all of them."""
+    from octo_run.kernels.attention.launch import attend_triton
+    from octo_run.kernels.attention.workspace import workspace_bytes
+
+    case = make_case(kv, [1500, 1490], 1, 8, 2, 128, dtype=torch.float16, sees=200, sinking=True)
+    kv_inputs = replace(case.kv, **{k: v.cuda() for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
+    kv_inputs.page_table.clamp_(max=len(kv_inputs.pages) - 1)  # windows of shorter sequences begin earlier
+    full = {name: getattr(kv_inputs, name).nan_to_num(0.5) for name in ("sink_k", "sink_v", "tail_k", "tail_v")}
+    kv_inputs, q, spec = replace(kv_inputs, **full), case.q.cuda(), spec_on(case.spec, "cuda")
+    workspace = torch.zeros(workspace_bytes(q.device, 2, 8, 2, 128) // 4, device="cuda")
+    out = torch.full_like(q, float("nan"))
+
+    def step():
+        return attend_triton(q, kv_inputs, case.fmt, spec=spec, max_length=2048, out=out, workspace=workspace)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for starts, packed in (((1499, 1489), (21, 21)), ((700, 1300), (9, 18)), ((150, 100), (1, 0))):
+        kv_inputs.starts.copy_(_integers(starts))
+        kv_inputs.num_packed.copy_(_integers(packed))
+        out.fill_(float("nan"))
+        graph.replay()
+        replayed = out.clone()
+        out.fill_(float("nan"))
+        assert torch.equal(replayed, step()) and bool(replayed.isfinite().all())
+
+
 FILLED = [0, 193, 0, 64, 450, 0, 0]
 
 
@@ -644,6 +695,7 @@ def test_triton_division(seed, window):
 @triton_only
 @pytest.mark.parametrize(("kv", "dtype"), [("octopus3", torch.bfloat16), ("bf16", torch.float16)])
 def test_triton_empty_arena(kv, dtype):
+    dtype = torch.float16 if INTERPRETED else dtype  # the interpreter multiplies the bits of bfloat16 numbers
     case = make_case(kv, [40], 1, 2, 1, 64, dtype=dtype)
     case.kv = replace(case.kv, pages=case.kv.pages[:0])
     assert relative_error(run_triton(case), case.want) < 5e-3

@@ -1,4 +1,4 @@
-"""Routed experts: the reference against float64, and the Triton kernels, in the interpreter or on a GPU, against both."""
+"""Routed experts: the reference against float64; the Triton kernels, in the interpreter or on a GPU, likewise."""
 
 import os
 import runpy
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels import experts as routed
-from octo_run.kernels.experts import ACTIVATIONS, Activation, ExpertWeights, Scratch
-from octo_run.kernels.experts import reference
+from octo_run.kernels.experts import ACTIVATIONS, Activation, ExpertWeights, Scratch, reference
 from octo_run.kernels.linear import PackedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,7 +112,7 @@ class Layer:
 
 def made_of(both: Tensor, how: Activation) -> Tensor:
     """An expert's activation, in float64, column by column."""
-    gate, up = both[0::2], both[1::2]
+    gate, up = both.chunk(2)
     if how.kind == "clamped_silu":
         gate, up = gate.clamp(max=how.limit), up.clamp(-how.limit, how.limit)
         return gate / (1 + (-how.alpha * gate).exp()) * (up + 1)
@@ -200,11 +199,22 @@ def test_the_kernels_know_every_activation(activation: str, rows: int) -> None:
 
 
 @needs_triton
+def test_programs_of_a_router_count_to_zero_again() -> None:
+    from octo_run.kernels.experts import launch
+
+    for rows in (3, 1, 3):
+        layer = Layer(rows, experts=9, shared=True, seed=rows).to(DEVICE)
+        run(layer)
+        layer.check(1e-5)
+        assert not bool(launch._counters(layer.x.device).any())
+
+
+@needs_triton
 def test_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from octo_run.kernels.experts import launch
 
     monkeypatch.setattr(launch, "SMALL_TOKENS", 10)
-    monkeypatch.setattr(launch, "_ROUTER_TOKENS", 10)
+    monkeypatch.setattr(launch, "ROUTER_TOKENS", 10)
     for seed, extra in enumerate(({}, {"packed": ("int4", 64)}, {"favourite": 1, "chosen": 1})):
         layer = Layer(150, seed=seed, experts=4, **extra).to(DEVICE)
         run(layer)
@@ -272,3 +282,13 @@ def test_packed_rows_on_a_gpu_do_not_depend_on_the_others() -> None:
         run(alone)
         assert torch.equal(alone.scratch.indices[0], layer.scratch.indices[row])
         assert torch.equal(alone.out[0], layer.out[row])
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 30])
+def test_pairs_are_computed_some_at_a_time(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    """An expert's may be cut in two."""
+    monkeypatch.setattr(reference, "SLAB_PAIRS", pairs)
+    layer = Layer(17, experts=4, chosen=3, biased=True, seed=6)
+    reference.route(layer.x, layer.router, layer.bias, layer.normalised, layer.scratch)
+    reference.mix(layer.x, layer.weights, layer.scratch, layer.out, layer.shared)
+    layer.check(2e-6)

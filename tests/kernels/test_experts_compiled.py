@@ -1,6 +1,8 @@
 """The kernels of routed experts compile for an H200 (sm_90), launched early too, without a GPU and without spills."""
 
 import os
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -11,14 +13,16 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from octo_run.kernels.experts import product_kernels, routing_kernels  # noqa: E402
 from octo_run.kernels.experts.packed_product import packed_experts_kernel  # noqa: E402
+from octo_run.kernels.linear.streamed_product import shared_bytes  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
+disassembled = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))["disassemble"]
 B, F, I, H = "*bf16", "*fp32", "*i32", "*fp16"
 CHOSEN = {"INDICES": I, "WEIGHTS": F}
 GROUPED = {
     "X": B, "ROWS": F, "SCALES": H, "OFFSETS": H, "BIAS": B, "ORDER": I, "TILES": I, "OUT": B, "alpha": "fp32",
-    "limit": "fp32", "n": "i32", "columns": "i32", "padded": "i32",
+    "limit": "fp32", "n": "i32", "columns": "i32", "padded": "i32", "stride_row": "i32", "stride_group": "i32",
 }  # fmt: skip
 
 
@@ -33,12 +37,15 @@ def grouped(kind: str, bits: int, group: int, rows: int, wide: int, first: bool)
 
 
 CASES = [
-    (routing_kernels.router_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "outputs": "i32"},
-     {"K": 2880, "BN": 2, "BK": 2048, "BIASED": True, "EARLY": True}, 4),
+    (routing_kernels.router_kernel,
+     CHOSEN | {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "COUNTERS": I, "TILES": I, "ORDER": I, "experts": "i32",
+               "outputs": "i32"},
+     {"K": 2880, "BN": 2, "BK": 2048, "BIASED": True, "CHOSEN": 10, "BC": 16, "BE": 512, "PART": 32,
+      "NORMALISED": True, "SINGLE": True, "EARLY": True}, 8),
     (routing_kernels.router_rows_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "rows": "i32", "outputs": "i32"},
      {"K": 2048, "BM": 32, "BN": 32, "BK": 64, "BIASED": False, "EARLY": True}, 4),
     (routing_kernels.choose_kernel, CHOSEN | {"LOGITS": F, "TILES": I, "ORDER": I, "experts": "i32", "outputs": "i32"},
-     {"CHOSEN": 8, "BC": 8, "BE": 128, "NORMALISED": True, "SINGLE": True, "EARLY": True}, 1),
+     {"CHOSEN": 8, "BC": 8, "BE": 128, "PART": 32, "NORMALISED": True, "SINGLE": True, "EARLY": True}, 4),
     (routing_kernels.count_kernel, {"INDICES": I, "COUNTS": I, "pairs": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (routing_kernels.place_kernel,
      {"INDICES": I, "COUNTS": I, "ORDER": I, "TILES": I, "experts": "i32", "pairs": "i32", "tiles": "i32"},
@@ -71,26 +78,31 @@ def test_compiles_for_hopper(kernel, types, constants, warps):
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "group", "warps"), [("int4", 4, 64, 8), ("int8", 8, 0, 8), ("fp8", 8, 0, 4), ("fp4", 4, 32, 8)]
+    ("kind", "bits", "group", "turns"), [("int4", 4, 64, 2), ("int8", 8, 0, 2), ("fp8", 8, 0, 1), ("fp4", 4, 32, 3)]
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_fused_products_compile_for_hopper(kind, bits, group, warps, first):
+def test_fused_products_compile_for_hopper(kind, bits, group, turns, first):
+    sizes = ("n", "columns", "blocks", "row_bytes", "stride_group", "outputs", "programs", "step", "half")
     types = {
         "X": B, "CODES": "*u8", "ROWS": F, "SCALES": H, "OFFSETS": H, "BIAS": B, "ORDER": I, "TILES": I, "OUT": B,
-        "alpha": "fp32", "limit": "fp32", "n": "i32", "columns": "i32", "blocks": "i32",
+        "alpha": "fp32", "limit": "fp32", **dict.fromkeys(sizes, "i32"),
     }  # fmt: skip
+    offsets, ahead = kind == "int4", 2 if turns < 3 else 1
+    shared = int(shared_bytes(bits, group, offsets, 1, 8, turns * ahead))
     fixed = {
-        "KIND": kind, "BITS": bits, "ELEMENT": "bf16", "GROUP": group, "MT": 1, "HAS_OFFSETS": kind == "int4",
-        "BIASED": kind == "fp4", "PADDED": kind == "fp4", "UNEVEN": kind == "fp4", "CHOSEN": 8, "FIRST": first,
-        "ACTIVATION": "clamped_silu" if kind == "fp4" else "silu", "AHEAD": 1, "WARPS": warps,
-        "SMEM_WORDS": 128 * warps, "EARLY": True,
+        "KIND": kind, "BITS": bits, "ELEMENT": "bf16", "GROUP": group, "HAS_OFFSETS": offsets, "BIASED": kind == "fp4",
+        "PADDED": kind == "fp4", "UNEVEN": kind == "fp4", "TURNS": turns, "AHEAD": ahead, "CHOSEN": 8, "FIRST": first,
+        "ACTIVATION": "clamped_silu" if kind == "fp4" else "silu", "WARPS": 8, "SMEM_WORDS": -(-shared // 1024) * 256,
+        "EARLY": True,
     }  # fmt: skip
     names = packed_experts_kernel.arg_names
     assert set(types) | set(fixed) == set(names)
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
     source = GluonASTSource(packed_experts_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     text = compiled.asm["ptx"]
     assert ".local" not in text
     assert "griddepcontrol.wait" in text
+    found = disassembled(compiled.asm["cubin"])
+    assert found.spilled_bytes == 0 and found.registers <= 192, found.registers

@@ -1,6 +1,7 @@
 """The fused products with packed experts, run on the CPU by `lane_emulator`, against the values' own products."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from octo_run.kernels.experts import launch, reference
 from octo_run.kernels.experts.weights import FEW, tile_count
+from octo_run.kernels.linear import PackedWeight
 
 HERE = Path(__file__).parent
 emulator = SimpleNamespace(**runpy.run_path(str(HERE / "lane_emulator.py")))
@@ -18,7 +20,14 @@ shared = SimpleNamespace(**runpy.run_path(str(HERE / "test_experts.py")))
 
 @pytest.fixture(scope="module")
 def emulated() -> Any:
-    return emulator.Kernel(emulator.kernel_modules()["packed_product"].packed_experts_kernel)
+    kernel = emulator.kernel_modules()["packed_product"].packed_experts_kernel
+    return {watched: emulator.Kernel(kernel, watched=watched) for watched in (False, True)}
+
+
+def on_a_gpu(weight: PackedWeight) -> PackedWeight:
+    """The weight with scales and offsets as they lie on a GPU."""
+    parts = {name: getattr(weight, name) for name in ("scales", "offsets")}
+    return replace(weight, **{k: None if v is None else v.t().contiguous().t() for k, v in parts.items()})
 
 
 def sort_by_hand(scratch: Any, experts: int) -> int:
@@ -36,20 +45,34 @@ def sort_by_hand(scratch: Any, experts: int) -> int:
 
 @pytest.mark.parametrize("packed", [*shared.PACKED, ("int4", None), ("int8", 32)], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "dtype", "activation"), [(1, torch.bfloat16, "silu"), (11, torch.float16, "clamped_silu")]
+    ("rows", "dtype", "activation", "sizes"),
+    [
+        (1, torch.bfloat16, "silu", (136, 640)),
+        (11, torch.float16, "clamped_silu", (136, 200)),
+        (2, torch.bfloat16, "gelu_tanh", (512, 1024)),  # the warps have all as many blocks
+        (3, torch.bfloat16, "clamped_silu", (1352, 264)),  # an odd number each
+    ],
 )
 def test_the_fused_products_are_those_of_the_values(
-    emulated: Any, monkeypatch: pytest.MonkeyPatch, packed: Any, rows: int, dtype: torch.dtype, activation: str
-) -> None:
-    monkeypatch.setattr(launch, "packed_experts_kernel", emulated)
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, packed: Any, rows: int, dtype: torch.dtype, activation: str,
+    sizes: tuple[int, int],
+) -> None:  # fmt: skip
+    watched = packed in (("int4", 64), ("fp8", None))  # for threads that meet in shared memory; it takes its time
+    monkeypatch.setattr(launch, "packed_experts_kernel", emulated[watched])
     layer = shared.Layer(
-        rows, packed=packed, hidden=136, inner=200 if rows > 1 else 128, biased=rows > 1, activation=activation,
-        dtype=dtype, seed=rows, experts=4,
+        rows, packed=packed, hidden=sizes[0], inner=sizes[1], biased=rows > 1, activation=activation, dtype=dtype,
+        seed=rows, experts=4,
     )  # fmt: skip
+    parts = {name: on_a_gpu(getattr(layer.weights, name)) for name in ("gate_up", "down")}
+    layer.weights = replace(layer.weights, **parts)
     reference.route(layer.x, layer.router, layer.bias, layer.normalised, layer.scratch)
     tiles = sort_by_hand(layer.scratch, 4)
-    how = launch.Tiling(2, 4, 2) if rows == 1 else launch.Tiling(1, 4)
-    launch.fused_product(layer.x, layer.weights, "gate_up", layer.scratch, layer.scratch.inner, tiles, how)
-    launch.fused_product(layer.scratch.inner, layer.weights, "down", layer.scratch, layer.scratch.parts, tiles, how)
+    for name, taken, made in (
+        ("gate_up", layer.x, layer.scratch.inner), ("down", layer.scratch.inner, layer.scratch.parts),
+    ):  # fmt: skip
+        warps = 8 if rows == 11 else 4
+        turns = -(-taken.shape[1] // (128 * warps))
+        how = launch.Tiling(warps, turns, 2 if turns < 3 else 1, 1)
+        launch.fused_product(taken, layer.weights, name, layer.scratch, made, tiles, how)
     layer.out.copy_(reference.combined(layer.scratch, rows, None))
     layer.check(2e-2 if dtype == torch.bfloat16 else 4e-3)

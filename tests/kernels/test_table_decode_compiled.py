@@ -54,6 +54,22 @@ def test_the_key_mean_costs_a_twentieth(kv: str, group: int, head_dim: int, fast
     assert found.instructions <= 1.05 * without.instructions, (found.instructions, without.instructions)
 
 
+@pytest.mark.parametrize(("kv", "group", "head_dim", "fast"), [("oct3", 4, 128, 0), ("oct3", 7, 128, 2),
+                                                               ("oct4", 4, 256, 4), ("oct2", 8, 64, 1)])  # fmt: skip
+def test_windows_caps_and_sink_logits_spill_nothing(kv: str, group: int, head_dim: int, fast: int) -> None:
+    """The window costs a few instructions of a page, the cap a dozen for each of a lane's eight logits."""
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
+    plain = tool["report"](kv, group, head_dim, fast)
+    for spec, more in (
+        ({"WINDOW": 128, "CAP": 0.0, "SINKS": True}, 32),
+        ({"WINDOW": 4096, "CAP": 50.0, "SINKS": True}, 128),
+    ):
+        found = tool["report"](kv, group, head_dim, fast, spec)
+        assert not {"LDL", "STL"} & found.kinds.keys() and found.spilled_bytes <= (0 if head_dim <= 128 else 64)
+        assert found.kinds["IMMA"] == plain.kinds["IMMA"] and found.barriers == 0
+        assert found.instructions <= plain.instructions + more * (2 if group > 4 else 1)
+
+
 def test_pipes_are_told_by_name() -> None:
     tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
     names = ["IMMA", "IMAD", "UIMAD", "LDS", "LDGDEPBAR", "LOP3", "SHF", "I2FP", "MUFU", "BRA", "R2UR", "PRMT", "SHFL"]

@@ -13,6 +13,7 @@ from octo_run.models.config import ModelConfig, parse_config
 from octo_run.models.families import FAMILIES, WRAPPERS
 from octo_run.models.specs import layer_specs
 
+FAMILIES_PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 SIZES: dict[str, Any] = {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 8192,
@@ -182,7 +183,9 @@ def test_what_is_not_built_is_refused_by_name(name: str, what: str, nearest: str
 
 def test_an_unknown_family_is_told_what_is_known() -> None:
     text = refused("NewForCausalLM")
-    assert "which octo-run does not know" in text and "LlamaForCausalLM" in text
+    assert "which octo-run does not know: docs/families.md lists" in text
+    for name in (*FAMILIES, *WRAPPERS):
+        assert f"`{name}`" in FAMILIES_PAGE.read_text(), f"docs/families.md says nothing of {name}"
 
 
 @pytest.mark.parametrize(
