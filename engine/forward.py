@@ -3,6 +3,7 @@
 ``Decoder.hidden`` computes the same in plain PyTorch, for tests to compare with; the rounding points are the same.
 """
 
+import functools
 from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from octo_run import kernels
 from octo_run.engine.arena import Chunk, KVArena
 from octo_run.engine.sequence import Sequence
 from octo_run.kernels import step as ops
+from octo_run.kernels.cpu.memory import collapse_later
+from octo_run.kernels.cpu.replay import Replays
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Angles, AttentionWeights, Decoder, Layer, Mixer
 from octo_run.models.specs import LayerSpec, Shapes, layer_specs
@@ -89,6 +92,8 @@ class Forward:
             if kind is not None and kind.query_scaling is not None
         }
         self._coefficients = torch.zeros(arena.shape.coefficients_shape(rows), device=device)
+        #: Steps on a CPU, recorded. Where there is a second one, more will follow.
+        self._replays = Replays(functools.partial(collapse_later, decoder))
 
     def _upload(self, ids: list[int]) -> Tensor:
         """``ids`` on the device, int64, without waiting for the device."""
@@ -171,7 +176,11 @@ class Forward:
             assert arena.states is not None
             mixer.step(normed, out, buffers, state, arena.states)
 
-        return self._layers(ids, mix, other)
+        if not ids.is_cpu:
+            return self._layers(ids, mix, other)
+        into = self._ids[:batch]  # what is recorded reads and writes kept buffers alone
+        into.copy_(ids)
+        return self._replays.run((batch, state.whole.data_ptr()), lambda: self._layers(into, mix, other))
 
     def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits ``[R, vocab]`` of normed hidden states ``[R, hidden]`` in the compute dtype."""

@@ -9,6 +9,7 @@ coordinates of their queries and keys put in that order when they are loaded (``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -290,7 +291,7 @@ class Decoder:
         step_reference.embed(ids.flatten(), self.embedding, out, self.embedding_scale)
         return out.view(*ids.shape, -1)
 
-    @property
+    @functools.cached_property
     def embedding_scale(self) -> float:
         """What embeddings are multiplied by: a number of the compute dtype, which is part of the published models."""
         return float(torch.tensor(self.cfg.embedding_scale, dtype=self.dtype))

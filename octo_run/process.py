@@ -7,6 +7,7 @@ end it, also while the main thread is busy in native code. However it ends, the 
 """
 
 import errno
+import gc
 import io
 import os
 import select
@@ -34,6 +35,7 @@ _alarm: tuple[int, int] | None = None  # the pipe through which signals reach th
 
 def prepare() -> None:
     """Give the process its streams and signal handlers; call it once, from the main thread."""
+    gc.set_threshold(50_000)  # importing PyTorch makes 300,000 objects that stay: looking through them takes .1 s
     _complete_streams()
     for descriptor in (0, 1, 2):
         if os.isatty(descriptor):

@@ -29,6 +29,7 @@ from octo_run.kernels.codec.base import NORM_BYTES, RowCodec
 from octo_run.kernels.codec.packing import pack_streams, packed_bytes, unpack_streams
 from octo_run.kernels.codec.page_layout import CHAINS
 from octo_run.kernels.codec.trellis_search import nearest_entries, trellis_codes
+from octo_run.kernels.cpu import encode as compiled
 
 FIXED_POINT = 8  # x' counts eighths of a step
 LIMIT = 4 * 255  # of x': the outermost codeword coordinate, 127.5 steps, in eighths
@@ -204,6 +205,8 @@ class TrellisCodec(RowCodec):
         return [(part, bits) for part, (_, bits) in zip(parts, self._streams, strict=False)]
 
     def _encode_chunk(self, part: torch.Tensor, packed: torch.Tensor) -> None:
+        if compiled.trellis_rows(self, part.to(torch.float32), packed):
+            return
         codes, signs, numbers = self._fields(part)
         packed[:, :-NORM_BYTES] = pack_streams(*self._with_bits(codes, signs))
         packed[:, -NORM_BYTES:] = norm_values(numbers, self.format.norm_shift)[:, None].view(torch.uint8)

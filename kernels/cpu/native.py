@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ NATIVE = "native"
 COMPILED = "octo_run::"
 """What the profiler's names of compiled kernels begin with."""
 _SOURCE = Path(__file__).parent / "source"
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread")
+_LINK = ("-shared", "-pthread")
 _TIME_LIMIT = 300  # seconds that the compiler may take
+_listeners: list[Callable[[str], object]] = []
 Long, Pointer, Double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 """What numbers and addresses are in the kernels."""
 
@@ -39,13 +43,14 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """The same, for an argument."""
-    return Pointer(address(tensor))
-
-
 class KernelError(Exception):
     """The kernels cannot be compiled or loaded; the message says why in one sentence."""
+
+
+def on_compile(tell: Callable[[str], object]) -> None:
+    """Have ``tell`` called with a sentence whenever kernels are about to be compiled, which takes seconds."""
+    if tell not in _listeners:
+        _listeners.append(tell)
 
 
 def compiler() -> str | None:
@@ -86,27 +91,52 @@ def build(target: str = NATIVE) -> Path:
         raise KernelError("there is no C++ compiler (install g++ or clang++, or name one in CXX)")
     sources = sorted(_SOURCE.glob("*.cpp"))
     name = "-mcpu=" if platform.machine() in ("arm64", "aarch64") else "-march="
-    command = [found, *_FLAGS, name + target, *map(str, sources)]
-    known = hashlib.sha256(repr((command[1:], _machine())).encode())
+    command = [found, *_FLAGS, name + target]
+    known = hashlib.sha256(repr((command[1:], _LINK, _machine())).encode())
     for file in (*sources, *sorted(_SOURCE.glob("*.h"))):
-        known.update(file.read_bytes())
+        known.update(file.name.encode() + file.read_bytes())
     try:
         made = folder() / f"cpu-{known.hexdigest()[:20]}.so"
         if made.is_file():
             return made
         made.parent.mkdir(parents=True, exist_ok=True)
+        for tell in _listeners:
+            tell(f"compiling the CPU's kernels, once for this machine (kept in {shown(str(made.parent), 200)})")
         with tempfile.TemporaryDirectory(dir=made.parent) as place:
+            objects = [str(Path(place) / f"{source.stem}.o") for source in sources]
+            _run([[*command, "-c", str(file), "-o", to] for file, to in zip(sources, objects, strict=True)])
             partial = Path(place) / made.name
-            done = subprocess.run(
-                [*command, "-o", str(partial)], capture_output=True, text=True, timeout=_TIME_LIMIT, check=False,
-                stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-            if done.returncode or not partial.is_file():
-                raise KernelError(f"{shown(found, 100)} fails: {shown(done.stderr.strip(), 200)}")
+            _run([[found, *_LINK, *objects, "-o", str(partial)]])
             partial.replace(made)
-    except (OctoError, OSError, subprocess.SubprocessError) as error:
+    except (OctoError, OSError) as error:
         raise KernelError(f"the CPU kernels cannot be compiled: {shown(str(error), 200)}") from error
     return made
+
+
+def _run(commands: list[list[str]]) -> None:
+    """Run compilers side by side.
+
+    Raises:
+        KernelError: One fails or takes too long; the others are ended.
+    """
+    end = time.monotonic() + _TIME_LIMIT
+    with contextlib.ExitStack() as stack:
+        running = []
+        for command in commands:
+            errors = stack.enter_context(tempfile.TemporaryFile())
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
+            stack.callback(process.wait)
+            stack.callback(process.kill)  # one that has ended is not harmed
+            running.append((command[0], process, errors))
+        for name, process, errors in running:
+            try:
+                code = process.wait(max(0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise KernelError(f"{shown(name, 100)} took more than {_TIME_LIMIT} seconds") from None
+            if code:
+                errors.seek(0)
+                text = errors.read(4096).decode(errors="replace").strip()
+                raise KernelError(f"{shown(name, 100)} fails: {shown(text, 200)}")
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -135,22 +165,36 @@ def _found(switch: str | None) -> tuple[Kernels | None, str]:
 
 
 class Kernels:
-    """The library's functions; PyTorch's profiler sees their calls while it runs."""
+    """The library's functions, each of which takes a reference to its arguments; PyTorch's profiler sees their calls
+    while it runs.
+
+    Attributes:
+        recorded: What was called and on what, while a recording is made (`kernels.cpu.replay`).
+    """
 
     def __init__(self, functions: ctypes.CDLL) -> None:
-        self._functions = functions
+        self.functions = functions
+        self.recorded: list[tuple[Any, ctypes.Structure]] | None = None
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._functions, name)
+    def __getattr__(self, name: str) -> Callable[[Any], None]:
+        function = getattr(self.functions, name)
 
-        def call(*arguments: Any) -> Any:
-            if not torch._C._autograd._profiler_enabled():
-                return function(*arguments)
+        def call(arguments: Any) -> None:
+            if self.recorded is not None:
+                self.recorded.append((function, arguments._obj))
+            if not profiled():
+                function(arguments)
+                return
             with record_function(COMPILED + name):
-                return function(*arguments)
+                function(arguments)
 
         vars(self)[name] = call
         return call
+
+
+def profiled() -> bool:
+    """Whether PyTorch's profiler is at work."""
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def library() -> Kernels | None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.kernels.cpu.native import Double, Kernels, Long, Pointer, address, library, pointer
+from octo_run.kernels.cpu.linear import ELEMENTS
+from octo_run.kernels.cpu.native import Double, Kernels, Long, Pointer, address, library
 
 if TYPE_CHECKING:
+    from octo_run.kernels.linear import PackedWeight
     from octo_run.kernels.step.reference import HeadTransform
 
 
@@ -19,6 +21,67 @@ def _taken(*tensors: Tensor | None) -> Kernels | None:
     if any(x is not None and (x.dtype != torch.float32 or not x.is_contiguous()) for x in tensors):
         return None
     return library()
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        *((name, Pointer) for name in ("x", "residual", "weight", "post")), ("eps", Double), ("multiplier", Double),
+        ("centred", Long), ("out", Pointer),
+        *((name, Long) for name in ("rows", "n", "threads")),
+    )  # fmt: skip
+
+
+class _Swiglu(ctypes.Structure):
+    _fields_ = (("gate_up", Pointer), ("out", Pointer), *((name, Long) for name in ("rows", "n", "gelu", "threads")))
+
+
+class _NormHeads(ctypes.Structure):
+    _fields_ = (
+        ("x", Pointer),
+        ("weight", Pointer),
+        ("eps", Double),
+        *((name, Long) for name in ("stride", "rows", "n")),
+    )
+
+
+class _Embed(ctypes.Structure):
+    _fields_ = (
+        *((name, Pointer) for name in ("ids", "table", "factors")),
+        *((name, Long) for name in ("element", "row_bytes", "rows", "n")), ("scale", Double), ("out", Pointer),
+    )  # fmt: skip
+
+
+class _Rotate(ctypes.Structure):
+    _fields_ = (*((name, Pointer) for name in ("x", "rotation", "out")), ("vectors", Long), ("d", Long))
+
+
+def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float = 1.0) -> bool:
+    """False if the kernels do not take it."""
+    found = _taken(out)
+    if found is None or ids.dtype != torch.int64 or not ids.is_contiguous():
+        return False
+    if isinstance(table, Tensor):
+        if table.dtype not in ELEMENTS or not table.is_contiguous():
+            return False
+        data, factors, element, width = table, None, ELEMENTS[table.dtype], table.stride(0) * table.element_size()
+    else:
+        if table.kind != "int8" or any(part is not None for part in (table.scales, table.offsets, table.order)):
+            return False
+        data, factors, element, width = table.codes, table.rows, 0, table.codes.shape[1]
+    call = _Embed(*map(address, (ids, data, factors)), element, width, len(ids), out.shape[1], scale, out.data_ptr())
+    found.octo_embed(ctypes.byref(call))
+    return True
+
+
+def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> bool:
+    """False if the kernels do not take it."""
+    found = _taken(mixed, rotation, out)
+    if found is None or len(rotation) % 16:
+        return False
+    d = len(rotation)
+    call = _Rotate(mixed.data_ptr(), rotation.data_ptr(), out.data_ptr(), mixed.numel() // d, d)
+    found.octo_rotate_back(ctypes.byref(call))
+    return True
 
 
 def add_rms_norm(
@@ -35,11 +98,11 @@ def add_rms_norm(
     found = _taken(x, residual, weight, out, post)
     if found is None or (residual is None and multiplier != 1.0):
         return False
-    found.octo_add_rms_norm(
-        pointer(x), pointer(residual), pointer(weight), pointer(post), Double(eps), Double(multiplier),
-        Long(centred), pointer(None if weight is None else out), Long(x.shape[0]), Long(x.shape[1]),
-        torch.get_num_threads(),
+    call = _Norm(
+        *map(address, (x, residual, weight, post)), eps, multiplier, centred, address(None if weight is None else out),
+        *x.shape, torch.get_num_threads(),
     )  # fmt: skip
+    found.octo_add_rms_norm(ctypes.byref(call))
     return True
 
 
@@ -47,9 +110,8 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> bool:
     """False if the kernels do not take it."""
     if x.dtype != torch.float32 or x.stride(1) != 1 or (found := _taken(weight)) is None:
         return False
-    found.octo_norm_heads(
-        pointer(x), Long(x.stride(0)), pointer(weight), Double(eps), Long(x.shape[0]), Long(x.shape[1])
-    )
+    call = _NormHeads(x.data_ptr(), weight.data_ptr(), eps, x.stride(0), *x.shape)
+    found.octo_norm_heads(ctypes.byref(call))
     return True
 
 
@@ -58,10 +120,8 @@ def swiglu(gate_up: Tensor, out: Tensor, activation: str = "silu") -> bool:
     found = _taken(gate_up, out)
     if found is None:
         return False
-    found.octo_swiglu(
-        pointer(gate_up), pointer(out), Long(out.shape[0]), Long(out.shape[1]), Long(activation == "gelu_tanh"),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    call = _Swiglu(gate_up.data_ptr(), out.data_ptr(), *out.shape, activation == "gelu_tanh", torch.get_num_threads())
+    found.octo_swiglu(ctypes.byref(call))
     return True
 
 

@@ -54,7 +54,7 @@ def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float =
         launch.embed_packed(ids, table, out)
         if scale != 1.0:
             out.mul_(scale)
-    else:
+    elif not (out.is_cpu and compiled.embed(ids, table, out, scale)):
         reference.embed(ids, table, out, scale)
 
 
@@ -113,7 +113,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
         launch.vector(x, weight, bias, out)
     elif not (
-        weight.dtype == torch.bfloat16
+        weight.dtype in (torch.float32, torch.bfloat16)
         and x.is_cpu
         and len(x) <= 4
         and compiled_linear.dense_linear(x, weight, bias, out)
@@ -181,7 +181,7 @@ def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:
         from octo_run.kernels.step import launch
 
         launch.rotate_back(mixed, rotation, out)
-    else:
+    elif not compiled.rotate_back(mixed, rotation, out):
         reference.rotate_back(mixed, rotation, out)
 
 

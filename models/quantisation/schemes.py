@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from octo_run.errors import OctoError, UsageError, quoted
+from octo_run.kernels.cpu import linear as compiled
 from octo_run.kernels.linear import BLOCK, PackedWeight, empty, pack
 from octo_run.models.config import HEADS
 
@@ -138,6 +139,8 @@ def quantised(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
     out, columns = weight.shape
     if weight.is_meta:
         return empty(scheme.kind, (out, columns), scheme.group, scheme.group is not None, weight.device)
+    if scheme.kind == "int8" and (made := compiled.packed_rows(weight)) is not None:
+        return made
     codes = torch.empty(out, columns, dtype=torch.uint8, device=weight.device)
     if scheme.group is None:
         rows = torch.cat([_of_rows(piece, scheme.kind, into) for piece, into in _pieces(weight, codes)])

@@ -55,7 +55,9 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     if options.offline:
         go_offline()
     from octo_run.engine import Engine
+    from octo_run.kernels.cpu import on_compile
 
+    on_compile(_say_once)
     if options.threads is not None:
         import torch
 

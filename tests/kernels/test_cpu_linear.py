@@ -11,6 +11,7 @@ from octo_run.kernels.cpu import linear
 from octo_run.kernels.cpu import native as compiled
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.linear.packed import BITS, pack
+from octo_run.models.quantisation.schemes import SCHEMES, quantised
 
 _targets = runpy.run_path(str(Path(__file__).parent / "cpu_targets.py"))
 TARGETS, kernels_of = _targets["TARGETS"], _targets["kernels_of"]
@@ -133,3 +134,20 @@ def test_the_switch_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(compiled.SWITCH, "0")
     assert compiled.library() is None
     assert compiled.SWITCH in compiled.path_name()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [128, 203, 576])
+def test_packed_rows_are_those_of_pytorch(
+    target: str, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(130, 2 * columns)[:, :columns] * torch.logspace(-3, 3, 130)[:, None]
+    weight[3], weight[4, 5], weight[5] = 0, 100, torch.randint(-127, 128, (columns,)).float()
+    weight = weight.to(dtype)
+    found = linear.packed_rows(weight)
+    assert found is not None
+    monkeypatch.setattr(linear, "library", lambda: None)
+    want = quantised(weight, SCHEMES["int8"])
+    for got, exact in zip(found.tensors(), want.tensors(), strict=True):
+        assert torch.equal(got, exact)
+    assert (found.kind, found.columns, found.group) == (want.kind, want.columns, want.group)

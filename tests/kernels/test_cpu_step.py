@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octo_run.kernels.cpu import step
+from octo_run.kernels.linear.packed import pack
 from octo_run.kernels.step import reference
 from octo_run.kernels.step.reference import HeadTransform
 
@@ -93,3 +94,31 @@ def test_other_types_are_pytorch_s() -> None:
     x = torch.randn(2, 64, dtype=torch.bfloat16)
     assert not step.swiglu(x, torch.empty(2, 32, dtype=torch.bfloat16))
     assert not step.add_rms_norm(x, None, torch.ones(64, dtype=torch.bfloat16), 1e-5, x.clone())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_embed_dense(dtype: torch.dtype) -> None:
+    table, ids = torch.randn(50, 203).to(dtype), torch.tensor([3, 0, 49, 3])
+    out = torch.full((4, 203), torch.nan)
+    assert step.embed(ids, table, out)
+    assert torch.equal(out, table[ids].float())
+
+
+@pytest.mark.parametrize("columns", [128, 203, 576])
+def test_embed_packed(columns: int) -> None:
+    codes = torch.randint(0, 256, (30, columns), dtype=torch.uint8)
+    table, ids = pack("int8", codes, columns, torch.rand(30) + 0.1), torch.tensor([29, 0, 7])
+    out = torch.full((3, columns), torch.nan)
+    assert step.embed(ids, table, out)
+    assert torch.equal(out, table.dequantised()[ids])
+    assert not step.embed(ids, pack("int4", codes & 15, columns, torch.rand(30)), out)
+    assert not step.embed(ids.int(), table, out)
+
+
+@pytest.mark.parametrize("d", [64, 80])
+def test_rotate_back(d: int) -> None:
+    mixed, rotation = torch.randn(3, 5 * d), torch.randn(d, d)
+    out, exact = torch.full_like(mixed, torch.nan), torch.empty(3, 5 * d, dtype=torch.float64)
+    reference.rotate_back(mixed.double(), rotation.double(), exact)
+    assert step.rotate_back(mixed, rotation, out)
+    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-5)

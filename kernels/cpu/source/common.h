@@ -17,6 +17,7 @@
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint8_t B64 __attribute__((vector_size(64)));
 
 template <class T> static inline T load(const void *from) {
     T found;
@@ -27,11 +28,19 @@ template <class T> static inline void store(void *to, T value) { memcpy(to, &val
 static inline F16 splat(float x) { return F16{} + x; }
 static inline F16 floats(I16 x) { return __builtin_convertvector(x, F16); }
 static inline float total(F16 x) {  // always in the same order
+#if defined(__AVX512F__)
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x),
+                                _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)x, 1)));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
     float part[16];
     store(part, x);
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
+#endif
 }
 static inline F16 exponential(F16 x) {  // of x <= 0, at least of -87
     F16 y = x < -87.0f ? splat(-87.0f) : x;

@@ -10,7 +10,7 @@
 namespace {
 constexpr int BLOCK = 128;
 constexpr float STEPS = 32380;
-constexpr int AHEAD = 2;  // groups of rows that are fetched in advance
+constexpr int AHEAD = 2048;  // bytes that are fetched in advance
 enum Kind { INT4 = 0, INT8 = 1, FP4 = 2, FP8 = 3 };
 
 struct Weight {
@@ -55,16 +55,15 @@ constexpr int INT8_ZERO = 0;
 #endif
 
 // acc[lane] += the four products of a lane's bytes. |x| <= 127.
-static inline void dots(I16 &acc, const uint8_t *w, const int8_t *x, bool is_signed) {
+static inline void dots(I16 &acc, B64 w, const int8_t *x, bool is_signed) {
 #if defined(WIDE_VNNI)
-    __m512i bytes = _mm512_loadu_si512(w);
-    if (is_signed) bytes = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
-    acc = (I16)_mm512_dpbusd_epi32((__m512i)acc, bytes, _mm512_loadu_si512(x));
+    if (is_signed) w ^= 128;
+    acc = (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_loadu_si512(x));
 #elif defined(__AVX2__)
-    __m256i half[2];
-    memcpy(half, &acc, 64);
+    __m256i half[2], codes[2];
+    memcpy(half, &acc, 64), memcpy(codes, &w, 64);
     for (int i = 0; i < 2; i++) {
-        __m256i bytes = _mm256_loadu_si256((const __m256i *)w + i), by = _mm256_loadu_si256((const __m256i *)x + i);
+        __m256i bytes = codes[i], by = _mm256_loadu_si256((const __m256i *)x + i);
 #if defined(__AVXVNNI__)
         if (is_signed) bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
         half[i] = _mm256_dpbusd_avx_epi32(half[i], bytes, by);
@@ -79,31 +78,39 @@ static inline void dots(I16 &acc, const uint8_t *w, const int8_t *x, bool is_sig
     memcpy(&acc, half, 64);
 #else
     int32_t lane[16];
-    store(lane, acc);
+    uint8_t codes[64];
+    store(lane, acc), store(codes, w);
     for (int i = 0; i < 16; i++)
         for (int j = 0; j < 4; j++)
-            lane[i] += (is_signed ? (int)(int8_t)w[4 * i + j] : (int)w[4 * i + j]) * (int)x[4 * i + j];
+            lane[i] += (is_signed ? (int)(int8_t)codes[4 * i + j] : (int)codes[4 * i + j]) * (int)x[4 * i + j];
     acc = load<I16>(lane);
 #endif
 }
 
 static const uint8_t FP4_HALVES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // 2 value + 12
 
-// The numbers of 64 bytes of nibbles: int4 codes (their zero is 8), fp4 in halves (12).
-static inline void split(const uint8_t *codes, bool fp4, uint8_t *low, uint8_t *high) {
+static inline B64 fp4_halves(B64 codes) {
 #if defined(__AVX512BW__)
-    __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
-    __m512i a = _mm512_and_si512(both, mask), b = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-    if (fp4) {
-        __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)FP4_HALVES));
-        a = _mm512_shuffle_epi8(table, a), b = _mm512_shuffle_epi8(table, b);
-    }
-    _mm512_storeu_si512(low, a), _mm512_storeu_si512(high, b);
+    __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)FP4_HALVES));
+    return (B64)_mm512_shuffle_epi8(table, (__m512i)codes);
 #else
-    for (int i = 0; i < 64; i++) low[i] = codes[i] & 15, high[i] = codes[i] >> 4;
-    if (fp4)
-        for (int i = 0; i < 64; i++) low[i] = FP4_HALVES[low[i]], high[i] = FP4_HALVES[high[i]];
+    uint8_t found[64];
+    store(found, codes);
+    for (uint8_t &one : found) one = FP4_HALVES[one];
+    return load<B64>(found);
 #endif
+}
+
+// The numbers of a block's codes in two vectors: those of int8 as they are, int4 codes (their zero is 8), fp4 in halves
+// (12).
+struct Numbers {
+    B64 low, high;
+};
+template <int KIND> static inline Numbers numbers_of(const uint8_t *codes) {
+    B64 first = load<B64>(codes);
+    if (KIND == INT8) return {first, load<B64>(codes + 64)};
+    Numbers found{first & 15, first >> 4};
+    return KIND == FP4 ? Numbers{fp4_halves(found.low), fp4_halves(found.high)} : found;
 }
 
 // One row of activations in the order of a weight's codes.
@@ -192,54 +199,51 @@ static inline F16 of_lanes(const Weight &w, const uint16_t *found, int64_t row, 
 #endif
 }
 
-template <int ROWS, int TOKENS>
-static void rows_by_tokens(const Weight &w, int64_t row, const Prepared *xs, const float *bias, void *out, int kind,
-                           int64_t out_stride, int64_t token) {
-    F16 sums[ROWS][TOKENS] = {};
-    const int parts = w.parts();
-    const bool is_signed = w.kind == INT8;
-    const float unit = w.kind == FP4 ? 0.5f : 1.0f;
-    const int64_t width = w.row_bytes();
-    for (int64_t b = 0; b < w.blocks(); b++) {
-        for (int r = 0; r < ROWS; r++) {
-            const uint8_t *codes = w.codes + (row + r) * width + b * (w.nibbles() ? 64 : 128);
-            __builtin_prefetch(codes + AHEAD * ROWS * width);  // rows are too short for the hardware's streams
-            if (!w.nibbles()) __builtin_prefetch(codes + AHEAD * ROWS * width + 64);
-            alignas(64) uint8_t numbers[128];
-            if (w.nibbles()) {
-                split(codes, w.kind == FP4, numbers, numbers + 64);
-                codes = numbers;
-            }
-            for (int part = 0; part < parts; part++) {
-                F16 scale = splat(unit), shift = {};
-                if (w.scales) scale *= of_lanes(w, w.scales, row + r, b, part);
-                if (w.offsets) shift = of_lanes(w, w.offsets, row + r, b, part);
-                for (int t = 0; t < TOKENS; t++) {
-                    int64_t at = b * parts + part;
-                    const int8_t *x = xs[t].bytes + at * 256;
-                    I16 hi = xs[t].starts[2 * at], lo = xs[t].starts[2 * at + 1];
-                    dots(hi, codes, x, is_signed), dots(hi, codes + 64, x + 64, is_signed);
-                    dots(lo, codes, x + 128, is_signed), dots(lo, codes + 64, x + 192, is_signed);
-                    F16 found = floats(hi) * 254.0f + floats(lo);
-                    if (w.offsets) found -= shift * xs[t].sums[at];
-                    sums[r][t] += found * (scale * xs[t].steps[b]);
-                }
+// A row's products with TOKENS rows of activations. Rows follow each other in memory, which is fetched in advance.
+template <int KIND, int PARTS, int TOKENS>
+static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, const float *bias, void *out, int kind,
+                          int64_t out_stride, int64_t token) {
+    constexpr bool is_signed = KIND == INT8;
+    constexpr int64_t bytes = KIND == INT8 ? 128 : 64;
+    const F16 unit = splat(KIND == FP4 ? 0.5f : 1.0f);
+    const uint8_t *codes = w.codes + row * w.row_bytes();
+    const int64_t blocks = w.blocks();
+    F16 sums[TOKENS] = {};
+    for (int64_t b = 0; b < blocks; b++, codes += bytes) {
+        __builtin_prefetch(codes + AHEAD);
+        if (KIND == INT8) __builtin_prefetch(codes + AHEAD + 64);
+        const Numbers numbers = numbers_of<KIND>(codes);
+        for (int part = 0; part < PARTS; part++) {
+            F16 scale = unit, shift = {};
+            if (w.scales) scale *= of_lanes(w, w.scales, row, b, part);
+            if (w.offsets) shift = of_lanes(w, w.offsets, row, b, part);
+            for (int t = 0; t < TOKENS; t++) {
+                const int64_t at = b * PARTS + part;
+                const int8_t *x = xs[t].bytes + at * 256;
+                I16 hi = xs[t].starts[2 * at], lo = xs[t].starts[2 * at + 1];
+                dots(hi, numbers.low, x, is_signed), dots(hi, numbers.high, x + 64, is_signed);
+                dots(lo, numbers.low, x + 128, is_signed), dots(lo, numbers.high, x + 192, is_signed);
+                F16 found = floats(hi) * 254.0f + floats(lo);
+                if (w.offsets) found -= shift * xs[t].sums[at];
+                sums[t] += found * (scale * xs[t].steps[b]);
             }
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < TOKENS; t++) {
-            float y = total(sums[r][t]) * w.rows[row + r];
-            put(out, kind, (token + t) * out_stride + row + r, bias ? y + bias[row + r] : y);
-        }
+    for (int t = 0; t < TOKENS; t++) {
+        float y = total(sums[t]) * w.rows[row];
+        put(out, kind, (token + t) * out_stride + row, bias ? y + bias[row] : y);
+    }
 }
 
-template <int ROWS>
-static void some_rows(const Weight &w, int64_t row, const Prepared *xs, int64_t tokens, const float *bias, void *out,
-                      int kind, int64_t stride) {
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) rows_by_tokens<ROWS, 4>(w, row, xs + t, bias, out, kind, stride, t);
-    for (; t < tokens; t++) rows_by_tokens<ROWS, 1>(w, row, xs + t, bias, out, kind, stride, t);
+template <int KIND, int PARTS>
+static void some_rows(const Weight &w, int64_t row, int64_t last, const Prepared *xs, int64_t tokens, const float *bias,
+                      void *out, int kind, int64_t stride) {
+    for (; row < last; row++) {
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4)
+            row_by_tokens<KIND, PARTS, 4>(w, row, xs + t, bias, out, kind, stride, t);
+        for (; t < tokens; t++) row_by_tokens<KIND, PARTS, 1>(w, row, xs + t, bias, out, kind, stride, t);
+    }
 }
 
 // fp8: float32 products of values in the codes' order.
@@ -273,75 +277,98 @@ static void fp8_rows(const Weight &w, int64_t row, int64_t count, const float *x
 }
 
 #ifdef AMX
+// Products of 16 rows with 16 tokens by tiles. A block has one part for each group of its columns; nibbles are widened
+// and their words put in order of the parts, which are words 8 n to 8 n + 7 for the columns 32 n to 32 n + 31.
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-static void tiles() {
-    static const TileConfig config;
+static void tiles(int64_t words) {  // of a product: bytes of the tile of weights, rows of those of activations
+    TileConfig config;
+    config.bytes[2] = words * 4;
+    config.rows[3] = config.rows[4] = words;
     _tile_loadconfig(&config);
 }
+static int64_t tile_parts(const Weight &w) { return w.group >= BLOCK ? 1 : BLOCK / w.group; }
+static bool tiles_take(const Weight &w) { return w.group >= BLOCK || (w.nibbles() && w.group >= 32); }
+static int word_of(const Weight &w, int place) {  // of the words of 64 low and 64 high halves, or of 128 bytes
+    return w.nibbles() ? place / 8 + place % 4 * 4 + place % 8 / 4 * 16 : place;
+}
 
-// 16 tokens in tiles: [blocks][hi, lo][2][16 words][16 tokens]; steps and sums [blocks][16].
+// 16 tokens in tiles: [blocks][hi, lo][32 words][16 tokens]; steps [blocks][16], sums [blocks][parts][16].
 struct Tiled {
     int8_t *bytes;
     F16 *steps, *sums;
 };
-static size_t tiled_bytes(const Weight &w) { return w.blocks() * (4096 + 128); }
+static size_t tiled_bytes(const Weight &w) { return w.blocks() * (4096 + 64 * (1 + tile_parts(w))); }
 static Tiled place_tiled(const Weight &w, char *at) {
     return {(int8_t *)at, (F16 *)(at + w.blocks() * 4096), (F16 *)(at + w.blocks() * (4096 + 64))};
 }
 static void prepare_tiled(const Weight &w, const void *x, int kind, int64_t tokens, int64_t x_bytes, Tiled to) {
     Prepared p = place(w, scratch(3, prepared_bytes(w)));
-    memset(to.bytes, 0, w.blocks() * 4224);
+    const int parts = (int)tile_parts(w), words = 32 / parts;
+    memset(to.bytes, 0, tiled_bytes(w));
     for (int64_t t = 0; t < tokens; t++) {
         prepare(w, (const char *)x + t * x_bytes, kind, p);
         for (int64_t b = 0; b < w.blocks(); b++) {
-            for (int word = 0; word < 64; word++)  // of hi, then lo
-                memcpy(to.bytes + b * 4096 + word * 64 + t * 4, p.bytes + b * 256 + word * 4, 4);
+            for (int place = 0; place < 32; place++) {
+                const int8_t *hi = p.bytes + b * 256 + word_of(w, place) * 4, *lo = hi + 128;
+                memcpy(to.bytes + b * 4096 + place * 64 + t * 4, hi, 4);
+                memcpy(to.bytes + b * 4096 + 2048 + place * 64 + t * 4, lo, 4);
+                for (int i = 0; i < 4; i++)
+                    ((float *)to.sums)[(b * parts + place / words) * 16 + t] += 254 * hi[i] + lo[i];
+            }
             ((float *)to.steps)[b * 16 + t] = p.steps[b];
-            ((float *)to.sums)[b * 16 + t] = total(p.sums[b]);
         }
     }
 }
 static void amx_rows(const Weight &w, int64_t row, const Tiled *xs, int64_t tokens, const float *bias, void *out,
                      int kind, int64_t stride) {
-    tiles();
-    const int64_t blocks = w.blocks(), width = w.row_bytes();
+    const int64_t blocks = w.blocks(), width = w.row_bytes(), parts = tile_parts(w);
+    const int64_t words = std::min<int64_t>(16, 32 / parts), products = 32 / parts / words;  // of a part
+    tiles(words);
     const uint8_t *first = w.codes + row * width;
     const float unit = w.kind == FP4 ? 0.5f : 1.0f;
     if (w.nibbles()) {  // bytes in two's complement, [16][padded]
         uint8_t *wide = (uint8_t *)scratch(4, 16 * w.padded);
-        __m512i zero = _mm512_set1_epi8(w.kind == FP4 ? 12 : 8);
+        const uint8_t zero = w.kind == FP4 ? 12 : 8;
+        int order[32];
+        for (int place = 0; place < 32; place++) order[place] = word_of(w, place);
+        const __m512i start = _mm512_loadu_si512(order), end = _mm512_loadu_si512(order + 16);
         for (int r = 0; r < 16; r++)
             for (int64_t b = 0; b < blocks; b++) {
                 uint8_t *to = wide + r * w.padded + b * BLOCK;
-                split(first + r * width + b * 64, w.kind == FP4, to, to + 64);
-                _mm512_store_si512(to, _mm512_sub_epi8(_mm512_load_si512(to), zero));
-                _mm512_store_si512(to + 64, _mm512_sub_epi8(_mm512_load_si512(to + 64), zero));
+                const uint8_t *codes = first + r * width + b * 64;
+                const Numbers numbers = w.kind == FP4 ? numbers_of<FP4>(codes) : numbers_of<INT4>(codes);
+                const __m512i low = (__m512i)(numbers.low - zero), high = (__m512i)(numbers.high - zero);
+                _mm512_store_si512(to, _mm512_permutex2var_epi32(low, start, high));
+                _mm512_store_si512(to + 64, _mm512_permutex2var_epi32(low, end, high));
             }
         first = wide;
     }
-    float *scales = (float *)scratch(5, blocks * 32 * 4), *shifts = scales + blocks * 16;
-    for (int64_t b = 0; b < blocks; b++)
+    const int64_t all = blocks * parts;
+    float *scales = (float *)scratch(5, all * 32 * 4), *shifts = scales + all * 16;
+    for (int64_t part = 0; part < all; part++)
         for (int r = 0; r < 16; r++) {
-            int64_t at = (row + r) * w.groups() + b * BLOCK / w.group;
-            scales[b * 16 + r] = w.scales ? unit * of_half(w.scales[at]) : unit;
-            shifts[b * 16 + r] = w.offsets ? of_half(w.offsets[at]) : 0;
+            int64_t at = (row + r) * w.groups() + part * (BLOCK / parts) / w.group;
+            scales[part * 16 + r] = w.scales ? unit * of_half(w.scales[at]) : unit;
+            shifts[part * 16 + r] = w.offsets ? of_half(w.offsets[at]) : 0;
         }
     alignas(64) int32_t high[256], low[256];
     for (int64_t t = 0; t < tokens; t += 16) {
         const Tiled &x = xs[t / 16];
         F16 sums[16] = {};
-        for (int64_t b = 0; b < blocks; b++) {
+        for (int64_t part = 0; part < all; part++) {
+            const int64_t b = part / parts, word = part % parts * (32 / parts);
             _tile_zero(0);
             _tile_zero(1);
-            const int8_t *bytes = x.bytes + b * 4096;
-            for (int half = 0; half < 2; half++) {
-                _tile_loadd(2, first + b * BLOCK + half * 64, w.padded);
-                _tile_loadd(3, bytes + half * 1024, 64);
-                _tile_loadd(4, bytes + 2048 + half * 1024, 64);
+            for (int64_t n = 0; n < products; n++) {
+                const int64_t at = word + n * words;
+                const int8_t *bytes = x.bytes + b * 4096 + at * 64;
+                _tile_loadd(2, first + b * BLOCK + at * 4, w.padded);
+                _tile_loadd(3, bytes, 64);
+                _tile_loadd(4, bytes + 2048, 64);
                 _tile_dpbssd(0, 2, 3);
                 _tile_dpbssd(1, 2, 4);
             }
@@ -349,8 +376,8 @@ static void amx_rows(const Weight &w, int64_t row, const Tiled *xs, int64_t toke
             _tile_stored(1, low, 64);
             for (int r = 0; r < 16; r++) {
                 F16 found = floats(load<I16>(high + 16 * r)) * 254.0f + floats(load<I16>(low + 16 * r));
-                if (w.offsets) found -= shifts[b * 16 + r] * x.sums[b];
-                sums[r] += found * (x.steps[b] * scales[b * 16 + r]);
+                if (w.offsets) found -= shifts[part * 16 + r] * x.sums[part];
+                sums[r] += found * (x.steps[b] * scales[part * 16 + r]);
             }
         }
         for (int r = 0; r < 16; r++) {
@@ -379,18 +406,44 @@ static void fp8_linear(const Weight &w, const char *x, int kind, int64_t tokens,
 }
 }  // namespace
 
+extern "C" {
+struct PackedCall {
+    int64_t code_kind, out_rows, columns, padded, group;
+    const uint8_t *codes;
+    const float *rows;
+    const uint16_t *scales, *offsets;
+    const int32_t *order;
+    const void *x;
+    int64_t kind, tokens, x_stride;
+    const float *bias;
+    void *out;
+    int64_t stride, threads;
+};
+struct DenseCall {
+    const void *weight;
+    int64_t weight_kind, out_rows, columns;
+    const void *x;
+    int64_t kind, tokens, x_stride;
+    const float *bias;
+    void *out;
+    int64_t stride, threads;
+};
+}
+
 // out [tokens, out] = x [tokens, columns] W^T + bias. x and out are of one element kind; strides in elements.
-extern "C" void octo_packed_linear(int code_kind, int64_t out_rows, int64_t columns, int64_t padded, int64_t group,
-                                   const uint8_t *codes, const float *rows, const uint16_t *scales,
-                                   const uint16_t *offsets, const int32_t *order, const void *x, int kind,
-                                   int64_t tokens, int64_t x_stride, const float *bias, void *out, int64_t stride,
-                                   int threads) {
-    Weight w{code_kind, out_rows, columns, padded, group, codes, rows, scales, offsets, order};
-    const int64_t x_bytes = x_stride * (kind == FLOAT32 ? 4 : 2);
+extern "C" void octo_packed_linear(const PackedCall *call) {
+    const PackedCall &c = *call;
+    const int kind = (int)c.kind, threads = (int)c.threads;
+    const int64_t out_rows = c.out_rows, tokens = c.tokens, stride = c.stride;
+    const void *x = c.x;
+    const float *bias = c.bias;
+    void *out = c.out;
+    Weight w{(int)c.code_kind, out_rows, c.columns, c.padded, c.group, c.codes, c.rows, c.scales, c.offsets, c.order};
+    const int64_t x_bytes = c.x_stride * (kind == FLOAT32 ? 4 : 2);
     if (w.kind == FP8) return fp8_linear(w, (const char *)x, kind, tokens, x_bytes, bias, out, stride, threads);
     int64_t done = 0;
 #ifdef AMX
-    if (tokens >= 8 && group >= BLOCK && out_rows >= 16 && amx_allowed()) {
+    if (tokens >= 8 && tiles_take(w) && out_rows >= 16 && amx_allowed()) {
         const int64_t each = tiled_bytes(w), count = (tokens + 15) / 16;
         char *at = scratch(0, each * count + count * sizeof(Tiled));
         Tiled *xs = (Tiled *)(at + each * count);
@@ -412,11 +465,12 @@ extern "C" void octo_packed_linear(int code_kind, int64_t out_rows, int64_t colu
         prepare(w, (const char *)x + t * x_bytes, kind, xs[t]);
     });
     const int64_t chunk = 32;
+    const auto rows = w.kind == INT8              ? some_rows<INT8, 1>
+                      : w.kind == INT4            ? (w.parts() == 1 ? some_rows<INT4, 1> : some_rows<INT4, 2>)
+                      : (w.parts() == 1 ? some_rows<FP4, 1> : some_rows<FP4, 2>);
     parallel((out_rows - done + chunk - 1) / chunk, threads, [&](int64_t n) {
-        int64_t row = done + n * chunk, last = std::min(out_rows, row + chunk);
-        for (; row + 4 <= last && tokens < 4; row += 4) some_rows<4>(w, row, xs, tokens, bias, out, kind, stride);
-        for (; row + 2 <= last; row += 2) some_rows<2>(w, row, xs, tokens, bias, out, kind, stride);
-        for (; row < last; row++) some_rows<1>(w, row, xs, tokens, bias, out, kind, stride);
+        const int64_t row = done + n * chunk;
+        rows(w, row, std::min(out_rows, row + chunk), xs, tokens, bias, out, kind, stride);
     });
 }
 
@@ -428,7 +482,7 @@ static void dense_rows(const void *weight, int64_t columns, int64_t row, const f
     const int64_t whole = columns / 16 * 16;
     for (int64_t i = 0; i < whole; i += 16)
         for (int r = 0; r < ROWS; r++) {
-            if (!WIDE) __builtin_prefetch((const uint16_t *)weight + (row + r + AHEAD * ROWS) * columns + i);
+            if (!WIDE) __builtin_prefetch((const uint16_t *)weight + (row + r + 2 * ROWS) * columns + i);
             F16 part = WIDE ? load<F16>((const float *)weight + (row + r) * columns + i)
                             : of_bf16s((const uint16_t *)weight + (row + r) * columns + i);
             for (int t = 0; t < TOKENS; t++) sums[r][t] += part * load<F16>(x + t * columns + i);
@@ -464,9 +518,40 @@ static void dense(const void *weight, int64_t out_rows, int64_t columns, const v
         }
     });
 }
-extern "C" void octo_dense_linear(const void *weight, int weight_kind, int64_t out_rows, int64_t columns, const void *x,
-                                  int kind, int64_t tokens, int64_t x_stride, const float *bias, void *out,
-                                  int64_t stride, int threads) {
-    (weight_kind == FLOAT32 ? dense<true> : dense<false>)(weight, out_rows, columns, x, kind, tokens, x_stride, bias, out,
-                                                          stride, threads);
+extern "C" void octo_dense_linear(const DenseCall *call) {
+    const DenseCall &c = *call;
+    (c.weight_kind == FLOAT32 ? dense<true> : dense<false>)(c.weight, c.out_rows, c.columns, c.x, (int)c.kind, c.tokens,
+                                                            c.x_stride, c.bias, c.out, c.stride, (int)c.threads);
+}
+
+extern "C" {
+struct PackCall {
+    const void *weight;
+    int64_t element, rows, columns, stride, padded;
+    uint8_t *codes;
+    float *factors;
+    int64_t threads;
+};
+}
+
+// int8 codes of rows in the order of kernels/linear/packed.py, and factors: a row's largest magnitude / 127 in bfloat16.
+extern "C" void octo_pack_rows(const PackCall *call) {
+    const PackCall &c = *call;
+    parallel((c.rows + 63) / 64, (int)c.threads, [&](int64_t n) {
+        float *values = (float *)scratch(0, c.padded * 4), *scaled = (float *)scratch(1, c.padded * 4);
+        for (int64_t r = n * 64; r < std::min(c.rows, n * 64 + 64); r++) {
+            float largest = 0;
+            for (int64_t i = 0; i < c.columns; i++) values[i] = element(c.weight, (int)c.element, r * c.stride + i);
+            for (int64_t i = c.columns; i < c.padded; i++) values[i] = 0;
+            for (int64_t i = 0; i < c.padded; i++) largest = std::max(largest, std::fabs(values[i]));
+            float factor = of_bf16(to_bf16(largest / 127));
+            if (!(factor > 0)) factor = 1;
+            c.factors[r] = factor;
+            for (int64_t i = 0; i < c.padded; i++)
+                scaled[i] = std::nearbyint(std::min(std::max(values[i] / factor, -127.0f), 127.0f));
+            int8_t *to = (int8_t *)c.codes + r * c.padded;
+            for (int64_t first = 0; first < c.padded; first += BLOCK)
+                for (int i = 0; i < BLOCK; i++) to[first + i] = (int8_t)scaled[first + orders.bytes[i]];
+        }
+    });
 }
