@@ -95,7 +95,7 @@ def test_of_a_model_with_windows_the_text_is_kept(tiny: Callable[..., Engine], t
     cfg = replace(TINY, layer_types=("sliding_attention",) * TINY.num_layers, sliding_window=100)
     first = talk(tiny("oct3", 2048, cfg=cfg), "one", "two")
     file = saved(first, tmp_path / "a")
-    assert file.tokens == 0 and file.turns == first.turns
+    assert file.tokens == 0 and [*file.turns] == first.turns
     engine = tiny("oct3", 2048, cfg=cfg)
     file.check(engine)
     assert file.restore(engine) == 0
