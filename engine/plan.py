@@ -22,6 +22,7 @@ from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
 from octo_run.kernels.experts.reference import SLAB_PAIRS
+from octo_run.kernels.linear import BLOCK
 from octo_run.kernels.linear.reference import SLAB_BYTES
 from octo_run.kernels.recurrent import host_bytes
 from octo_run.models.conditioning import Conditioning
@@ -236,6 +237,15 @@ def _slab(decoder: Decoder) -> int:
     return SLAB_BYTES if any(isinstance(part, PackedLinear) for part in (*layers, decoder.head)) else 0
 
 
+def _joining(decoder: Decoder) -> int:
+    """Bytes in which the slices of products with packed weights of many columns meet on a GPU, if there are such."""
+    from octo_run.kernels.linear import launch
+
+    parts = [part for layer in decoder.layers for part in _products(layer)] + [decoder.head]
+    packed = [part.weight for part in parts if isinstance(part, PackedLinear)]
+    return 4 * launch.PARTS if any(launch.tiling(weight.padded // BLOCK).slices > 1 for weight in packed) else 0
+
+
 def _products(layer: Layer) -> tuple[SingleLinear, ...]:
     return (*layer.mixer.parts, *layer.mlp.parts)
 
@@ -291,7 +301,10 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
 
     arena, full = parts.arena, parts.arena.full_precision
     on_gpu = device.type == "cuda"
-    temporaries = _library_workspace(device) + _slab(decoder) if on_gpu else _cpu_temporaries(decoder, shape)
+    if on_gpu:
+        temporaries = _library_workspace(device) + _slab(decoder) + _joining(decoder)
+    else:
+        temporaries = _cpu_temporaries(decoder, shape)
     return {
         "arena": held(arena, but=(full, arena.states, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),

@@ -85,7 +85,7 @@ class Layer:
             best = sorted(range(experts), key=lambda e: (-float(logits[token, e]), e))[:chosen]
             shares = logits[token, :experts].exp() / logits[token, :experts].exp().sum()
             shares = shares[best] / (shares[best].sum() if self.normalised else 1)
-            total = torch.zeros(w.hidden, dtype=torch.float64)
+            total = torch.zeros(w.hidden, dtype=torch.float64, device=x.device)
             for share, expert in zip(shares, best, strict=True):
                 both = dense["gate_up"].view(experts, -1, w.hidden)[expert] @ x[token]
                 if w.gate_up_bias is not None:
