@@ -36,6 +36,7 @@ _COMMANDS = {
     "bench": "bench",
     "eval": "evaluate",
     "doctor": "doctor",
+    "completion": "completion",
 }
 
 

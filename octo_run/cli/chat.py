@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from octo_run import __version__, process
-from octo_run.cli import chat_commands, console, debug_option, runtime, session_files
+from octo_run.cli import chat_commands, completion, console, debug_option, runtime, session_files
 from octo_run.cli.chat_commands import Leave
 from octo_run.cli.conversation import BLOCK, ChatOptions, Conversation, opens_block
 from octo_run.cli.options import (
@@ -62,7 +62,10 @@ class Beginning:
 
 @click.command("chat")
 @click.option(
-    "--session", metavar="NAME", help="Go on with this saved conversation, or begin it; saved after each turn."
+    "--session",
+    metavar="NAME",
+    shell_complete=completion.sessions,
+    help="Go on with this saved conversation, or begin it; saved after each turn.",
 )
 @click.option("--anew", is_flag=True, help="Read the text of --session again instead of loading its KV cache.")
 @click.option("--system", type=TEXT, help="System prompt.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from octo_run.cli import completion
 from octo_run.errors import UsageError, quoted
 from octo_run.models.config import CONDITIONINGS, HEADS
 
@@ -183,6 +184,7 @@ _ENGINE_OPTIONS = (
         "-m",
         default=DEFAULT_MODEL,
         show_default=True,
+        shell_complete=completion.models,
         help="A folder, ORG/NAME[@REV], imported/NAME or octo-demo.",
     ),
     click.option(
@@ -190,6 +192,7 @@ _ENGINE_OPTIONS = (
         default=DEFAULT_KV,
         show_default=True,
         callback=lower,
+        shell_complete=completion.formats,
         help="KV cache format: NAME, K:V or auto:N (see `show`).",
     ),
     click.option(

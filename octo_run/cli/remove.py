@@ -4,12 +4,12 @@ import sys
 
 import click
 
-from octo_run.cli import console, debug_option
+from octo_run.cli import completion, console, debug_option
 from octo_run.errors import UsageError, shown
 
 
 @click.command("rm")
-@click.argument("name", metavar="ORG/NAME[@REV]")
+@click.argument("name", metavar="ORG/NAME[@REV]", shell_complete=completion.models)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @debug_option
 def command(name: str, yes: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from octo_run.cli import console, debug_option, session_files
+from octo_run.cli import completion, console, debug_option, session_files
 from octo_run.errors import UsageError, shown
 
 
@@ -35,7 +35,7 @@ def list_sessions(as_json: bool) -> None:
 
 
 @command.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=completion.sessions)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug_option
 def show(name: str, as_json: bool) -> None:
@@ -61,7 +61,7 @@ def show(name: str, as_json: bool) -> None:
 
 
 @command.command("rm")
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=completion.sessions)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @debug_option
 def remove(names: tuple[str, ...], yes: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from octo_run.cli import console, debug_option
+from octo_run.cli import completion, console, debug_option
 from octo_run.cli.options import DEFAULT_MODEL, device_option, dtype_option
 from octo_run.errors import OctoError, UsageError, shown
 from octo_run.models.config import HEADS
@@ -31,7 +31,7 @@ class FormatRow:
 
 
 @click.command("show")
-@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=completion.models)
 @device_option
 @dtype_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
