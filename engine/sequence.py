@@ -214,6 +214,15 @@ class Sequence:
         self._end = (self._end[0], self._end[1] + 1)
         self._forget()
 
+    def mark(self, length: int) -> bool:
+        """Let layers with a window hold what a cut to ``length``, or to the page boundary before it, needs.
+
+        Returns:
+            Whether they have it.
+        """
+        kept = [window.mark(self.row, length) for window in self._table.windows]
+        return all(kept)
+
     def _forget(self) -> None:
         """Give back pages behind the windows of layers."""
         for window in self._table.windows:
@@ -249,7 +258,7 @@ class Sequence:
         tokens, pages = donor.after_cut(length)
         self._table.pool.share(self.row, donor.page_ids[:pages])
         for window in self._table.windows:
-            window.pool.share(self.row, window.pool.held[donor.row][:pages])
+            window.share(donor.row, self.row, pages)
         if self._table.states is not None:
             self._table.states.share(donor.row, self.row, tokens)
         self._ids[:] = donor._ids[:tokens]
@@ -259,7 +268,7 @@ class Sequence:
         """Drop what lies beyond the end."""
         tokens, pages = self._end
         del self._ids[tokens:]
-        self._table.drop_pages(self.row, pages)
+        self._table.drop_pages(self.row, pages, tokens)
 
 
 class SequenceTable:
@@ -335,10 +344,11 @@ class SequenceTable:
             while sequence.packed and self.pool.free < pages:
                 sequence.cut(self.sink + PAGE * (sequence.packed - 1))
 
-    def drop_pages(self, row: int, keep: int) -> None:
-        """Let the row hold its first ``keep`` pages only, of all layers."""
-        for pool in (self.pool, *(window.pool for window in self.windows)):
-            pool.drop(row, keep)
+    def drop_pages(self, row: int, keep: int, length: int = 0) -> None:
+        """Let the row hold its first ``keep`` pages only, of all layers: its sequence has ``length`` tokens."""
+        self.pool.drop(row, keep)
+        for window in self.windows:
+            window.drop(row, keep, length)
 
     def has_row(self) -> bool:
         """Whether a sequence can be opened."""
