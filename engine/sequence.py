@@ -198,6 +198,15 @@ class Sequence:
             window.take(self.row, count, end)
         return self._table.pool.take(self.row, count)
 
+    def take_stored(self, count: int, first: list[int]) -> list[int]:
+        """As :meth:`take_pages`, of a sequence without pages; of each group of layers with a window those from a number
+        on."""
+        self._trim()
+        self._table.make_room(count, self)
+        for window, start in zip(self._table.windows, first, strict=True):
+            window.take_from(self.row, count, start)
+        return self._table.pool.take(self.row, count)
+
     def hold(self, length: int) -> None:
         """Until :meth:`advance`, count only the first ``length`` tokens: the others may be spoilt."""
         self._end = (min(length, self._end[0]), self._end[1])

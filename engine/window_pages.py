@@ -108,6 +108,23 @@ class WindowPages:
         self._make_room(sum(wanted))
         return self.pool.take_some(row, wanted)
 
+    def take_from(self, row: int, count: int, first: int) -> list[int]:
+        """As :meth:`take`, for a row without pages, those from number ``first`` on."""
+        self._make_room(count - first)
+        return self.pool.take_some(row, [number >= first for number in range(count)])
+
+    def first_held(self, row: int, length: int, packed: int) -> int:
+        """The first of ``packed`` pages from which on a row of ``length`` tokens holds all, the history included."""
+        held, seen = self.pool.held[row], min(packed, self.shape.first_seen(length, self._sink))
+        before = range(seen - 1, max(-1, seen - 1 - HISTORY), -1)
+        gone = next((number for number in before if held[number] == GONE), before.stop)
+        return gone + 1
+
+    def most_held(self, length: int, packed: int) -> range:
+        """How many pages :meth:`first_held` can leave."""
+        needed = packed - min(packed, self.shape.first_seen(length, self._sink))
+        return range(needed, min(packed, needed + HISTORY) + 1)
+
     def _stays(self, row: int, number: int, end: int) -> bool:
         """Whether a page is of use to a sequence of ``end`` tokens, or to a snapshot."""
         if number >= self.shape.first_seen(end, self._sink) - HISTORY:
