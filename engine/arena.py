@@ -304,10 +304,13 @@ class KVArena:
         row = sequence.row
         generator = torch.Generator(self.pages.device).manual_seed(seed)
         count = max(0, (length - s.sink - s.window) // PAGE)
-        held = [(self.pages, sequence.take_pages(count, length))]
-        self.enter_row(row)
+        ids = sequence.take_pages(count, length)
+        self.enter_pages(row, 0, ids)
+        held = [(self.pages, ids)]
         for group in self.windows:
-            held.append((group.pages, [page for page in group.pool.held[row] if page != GONE]))
+            found = group.pool.held[row][:]
+            self.enter_pages(row, 0, [max(0, page) for page in found], group)
+            held.append((group.pages, [page for page in found if page != GONE]))
         for number in range(min(8, count)):
             self._full[:, :, row].normal_(generator=generator)
             for coding, (_, some) in zip((self._coding[0], *self._coding[2:]), held, strict=True):
@@ -389,10 +392,11 @@ class KVArena:
 
     def row_parts(self, row: int, length: int, packed: int, *, target: bool = False) -> list[Tensor]:
         """Sinks, the tail, states of recurrent layers, pages that a window sees (see ``RowStore``)."""
-        sink, full = self.shape.sink, self._full[:, :, row]
-        parts = [full[:, :, :, :sink]]
-        for position in range(sink + PAGE * packed, length, PAGE):
-            parts.append(full[:, :, :, self.place(position) : self.place(position) + PAGE])
+        sink, full = self.shape.sink, self.row_state(row)
+        slots = [slice(0, sink)]
+        for first in map(self.place, range(sink + PAGE * packed, length, PAGE)):
+            slots.append(slice(first, first + PAGE))
+        parts = [full[:, :, :, some] for some in slots]
         if self.states is not None:
             parts += self.states.of(row, 0 if target else length)
         for group in self.windows:
