@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 _MOST = 1 << 17  # bytes of a request
@@ -58,7 +59,9 @@ class Programs:
         self._server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MOST)
         argv = [sys.executable, __file__, str(theirs.fileno())]
-        self._process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(
+            argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
         theirs.close()
 
     def start(
@@ -72,7 +75,7 @@ class Programs:
             terminal: Whether standard input is a terminal that is to control it.
         """
         ours, theirs = os.pipe()
-        what = {"argv": argv, "env": dict(env), "cwd": os.getcwd(), "code": code, "terminal": terminal}
+        what = {"argv": argv, "env": dict(env), "cwd": str(Path.cwd()), "code": code, "terminal": terminal}
         request = json.dumps(what).encode()
         assert len(request) < _MOST
         with os.fdopen(theirs, "wb"):
@@ -91,12 +94,12 @@ class Programs:
         Args:
             text: What standard input has (None: it is ``/dev/null``).
         """
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, contextlib.ExitStack() as stack:
-            given: Any = stack.enter_context(tempfile.TemporaryFile() if text is not None else open(os.devnull, "rb"))
-            if text is not None:
-                given.write(text.encode())
-                given.seek(0)
-            program = self.start(argv, env, (given, out, err))
+        with contextlib.ExitStack() as stack:
+            given, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+            nothing = stack.enter_context(Path(os.devnull).open("rb"))
+            given.write((text or "").encode())
+            given.seek(0)
+            program = self.start(argv, env, (nothing if text is None else given, out, err))
             try:
                 program.wait(timeout)
             finally:
@@ -117,9 +120,12 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if request["terminal"]:
         os.setsid()
         fcntl.ioctl(files[0], termios.TIOCSCTTY, 0)
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP):
+            signal.signal(number, signal.SIG_DFL)  # whatever a ``nohup pytest`` ignores
     for target, file in enumerate(files):
         os.dup2(file, target)
     os.closerange(3, max(files) + 1)
@@ -129,7 +135,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     modes = (("stdin", "r", "strict"), ("stdout", "w", "strict"), ("stderr", "w", "backslashreplace"))
     for number, (name, mode, errors) in enumerate(modes):
         lines = mode == "w" and (number == 2 or os.isatty(number))
-        stream = open(number, mode, 1 if lines else -1, encoding="utf-8", errors=errors, closefd=False)  # noqa: PTH123
+        stream = open(number, mode, 1 if lines else -1, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
