@@ -57,21 +57,22 @@ class Conditioning:
     """What is done to the keys of a model.
 
     Attributes:
-        means: Float32 ``[L, Hkv, d]``: the mean of the keys before RoPE.
-        shapes: Float32 ``[L, Hkv, d, d]``: A, for keys after RoPE less their mean (columns); None: the identity.
+        means: Of each layer that has keys, float32 ``[Hkv, d]``: the mean of the keys before RoPE.
+        shapes: Float32 ``[Hkv, d, d]``: A, for keys after RoPE less their mean (columns); None: the identity.
     """
 
-    means: Tensor
-    shapes: Tensor | None
+    means: tuple[Tensor, ...]
+    shapes: tuple[Tensor, ...] | None
 
     @classmethod
     def empty(cls, cfg: ModelConfig, kind: str, device: torch.device | str) -> Conditioning | None:
         """That of one of ``config.CONDITIONINGS`` whose numbers are not known: to count its bytes on ``meta``."""
         if kind == "off":
             return None
-        size = (len(cfg.attention_layers), cfg.num_kv_heads, cfg.head_dim)
-        shapes = torch.empty(*size, cfg.head_dim, device=device) if kind == "full" else None
-        return cls(torch.empty(size, device=device), shapes)
+        shapes = tuple(torch.empty(*heads, heads.size, device=device) for heads in cfg.cached_heads)
+        return cls(
+            tuple(torch.empty(heads, device=device) for heads in cfg.cached_heads), shapes if kind == "full" else None
+        )
 
     def of_kind(self, kind: str) -> Conditioning | None:
         """The part of it that one of ``config.CONDITIONINGS`` has."""
@@ -97,31 +98,31 @@ def measure(decoder: Decoder, ids: list[int]) -> Conditioning:
     cfg, device = decoder.cfg, decoder.device
     positions = torch.arange(len(ids), device=device)
     angles = decoder.angles(positions, torch.float32, pure=True)
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    #: Of each layer that has keys, what the layers that see them found.
+    seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in cfg.attention_layers}
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = q[0].to(torch.float32).view(len(ids), cfg.num_kv_heads, -1, cfg.head_dim)  # [T, Hkv, G, d]
+        kv_heads, size = k.shape[2:]
+        heads = q[0].to(torch.float32).view(len(ids), kv_heads, -1, size)  # [T, Hkv, G, d]
         mixed, found, (cos, sin, _) = [], [], angles[layer]
-        for h in range(cfg.num_kv_heads):
-            spec = _of_head(decoder.specs[layer].attention, h, cfg.num_kv_heads)
+        for h in range(kv_heads):
+            spec = _of_head(decoder.specs[layer].attention, h, kv_heads)
             out, moments = _observe(heads[:, h], k[0, :, h].to(torch.float32), v[0, :, h], cos, sin, spec)
             mixed.append(out)
             found.append(moments)
-        means, of_keys, of_queries = (torch.stack(part) for part in zip(*found, strict=True))
-        seen.append((means, of_keys, of_queries))
+        means, of_keys, of_queries = (torch.stack(part).cpu() for part in zip(*found, strict=True))
+        seen[cfg.kv_source(layer)].append((means, of_keys, of_queries))
         return torch.stack(mixed, 1).flatten(1, 2)[None].to(q.dtype)
 
     decoder.hidden(torch.tensor([ids], device=device), positions[None], attention)
-    means, of_keys, of_queries = (torch.stack(part).cpu() for part in zip(*seen, strict=True))
-    longest = cfg.max_position_embeddings
-    frequencies = [decoder.inv_freq(layer).cpu().to(torch.float64) for layer in cfg.attention_layers]
-
-    def turned(moments: Tensor) -> Tensor:
-        wide = zip(moments.to(torch.float64), frequencies, strict=True)
-        return torch.stack([_over_positions(one, own, longest) for one, own in wide])
-
-    good = means.isfinite().all(-1, keepdim=True)
-    return Conditioning(means.where(good, 0.0), choose(turned(of_keys), turned(of_queries)).to(torch.float32))
+    made = []
+    for layer, found in seen.items():
+        means, *moments = (torch.stack(part).mean(0) for part in zip(*found, strict=True))
+        frequencies = decoder.inv_freq(layer).cpu().to(torch.float64)
+        turned = (_over_positions(one.to(torch.float64), frequencies, cfg.max_position_embeddings) for one in moments)
+        good = means.isfinite().all(-1, keepdim=True)
+        made.append((means.where(good, 0.0), choose(*turned).to(torch.float32)))
+    return Conditioning(tuple(means for means, _ in made), tuple(shapes for _, shapes in made))
 
 
 def _of_head(spec: AttentionSpec, head: int, kv_heads: int) -> AttentionSpec:

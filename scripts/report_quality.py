@@ -134,18 +134,19 @@ def _code_in_passing(engine: Engine, codec: Codec, exact: set[int]) -> None:
         return codec.decode(codec.encode(x.float()), torch.float32).to(x.dtype)
 
     def encode_coded(
-        first: int, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, group: WindowPages | None = None
+        layers: tuple[int, ...], k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, group: WindowPages | None = None
     ) -> None:
-        coded = [layer not in exact for layer in range(first, first + len(k))]
-        for layer in (i for i, wanted in enumerate(coded) if wanted):
-            k, v = k.clone(), v.clone()
-            k[layer], v[layer] = through(k[layer]), through(v[layer])
-        encode(first, k, v, ids, group)
+        k, v = k.clone(), v.clone()
+        for place, layer in enumerate(layers):
+            if layer not in exact:
+                k[place], v[place] = through(k[place]), through(v[place])
+        encode(layers, k, v, ids, group)
 
     arena.encode = encode_coded  # type: ignore[method-assign]
     shape, layers = engine.plan.shape, engine.config.num_layers
-    mixed = len(exact) * shape.vector_bytes // layers + 2 * (layers - len(exact)) * codec.bytes_per_vector
-    engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, vector_bytes=mixed))
+    heads = engine.config.num_kv_heads
+    mixed = len(exact) * shape.token_bytes // layers + 2 * heads * (layers - len(exact)) * codec.bytes_per_vector
+    engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, token_bytes=mixed))
 
 
 def where_measured(engine: Engine) -> str:

@@ -122,8 +122,9 @@ def test_the_function_stays_and_statistics_may_be_hostile(kind: str) -> None:
         decoder = Decoder(cfg, hostile(kind), None, None)
         found = measure(decoder, ids[:100].tolist()) if conditioned else None
         if found is not None:
-            assert found.shapes is not None and bool(found.shapes.isfinite().all() & found.means.isfinite().all())
-            decoder.store_keys(torch.eye(64, dtype=torch.float64), found)
+            assert found.shapes is not None
+            assert all(bool(part.isfinite().all()) for part in (*found.shapes, *found.means))
+            decoder.store_keys({64: torch.eye(64, dtype=torch.float64)}, found)
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = (x.repeat_interleave(3, 2).transpose(1, 2) for x in (k, v))
@@ -140,7 +141,7 @@ def test_the_function_stays_and_statistics_may_be_hostile(kind: str) -> None:
 
 
 def test_kinds_have_their_parts() -> None:
-    whole = Conditioning(torch.zeros(2, 2, 8), torch.zeros(2, 2, 8, 8))
+    whole = Conditioning((torch.zeros(2, 8),) * 2, (torch.zeros(2, 8, 8),) * 2)
     assert whole.of_kind("off") is None and whole.of_kind("full") is whole
     mean = whole.of_kind("mean")
     assert mean is not None and mean.shapes is None and mean.means is whole.means
