@@ -31,7 +31,7 @@ from octo_run.tokenizer import Tokenizer
 #: Tokens of the text that are used at most.
 TOKENS = 768
 #: Counts changes of the text or of what is made of it.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
