@@ -392,6 +392,7 @@ class SavedSession:
             raise UsageError("A session cannot be loaded while other sequences of the engine run: close them first.")
         for sequence in rows:
             sequence.discard()
+        engine.arena.table.kept.clear()
         for old, new in changes:
             old.copy_(new)  # in place: recorded steps read them there
         if engine.arena.means is not None:
