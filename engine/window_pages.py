@@ -26,12 +26,12 @@ class WindowShape:
     Attributes:
         layers: Their numbers among those of the arena.
         window: Tokens that a token sees, itself included.
-        vector_bytes: Of a packed token of one KV head: its keys and values of these layers.
+        token_bytes: Of a packed token: its keys and values of these layers.
     """
 
     layers: tuple[int, ...]
     window: int
-    vector_bytes: int
+    token_bytes: int
 
     @property
     def kept(self) -> int:

@@ -104,7 +104,7 @@ class Keeper:
             self.catch_up(chat)
             self.finish()
         except OctoError as error:
-            console.notice(f"octo-run: {error}")
+            console.warn(f"octo-run: {error}")
         finally:
             self._lock.close()
 
@@ -148,7 +148,7 @@ class Keeper:
 
     def _tell_failure(self) -> None:
         if self._background is not None and (failure := self._background.failure()) is not None:
-            console.notice(f"octo-run: the conversation is not saved: {failure}")
+            console.warn(f"octo-run: the conversation is not saved: {failure}")
 
 
 def _take_over(chat: "Conversation", saved: "SavedSession") -> None:

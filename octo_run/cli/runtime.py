@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octo_run.cli.console import human_bytes, notice, notice_lines, require_output
+from octo_run.cli.console import human_bytes, notice, notice_lines, require_output, warn
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.sampling_options import SamplingOptions, read_grammar
 from octo_run.errors import quoted, shown
@@ -264,7 +264,7 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     )
     for text in params.stop:
         if impossible(engine.tokenizer, text):
-            notice(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
+            warn(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
     return params
 
 

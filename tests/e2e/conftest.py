@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import IO, Any
 
 import pytest
 
-from .programs import Program, Programs
+from .programs import Program, Programs, as_a_shell_starts_it
 
 #: For what takes a moment on an idle machine: others may be using this one.
 SECONDS = 90
@@ -45,13 +44,6 @@ def environment(tmp_path: Path, statistics: Path) -> dict[str, str]:
         "PROMPT_TOOLKIT_NO_CPR": "1",
     }
     return {**os.environ, **changes}
-
-
-def _as_a_shell_starts_it() -> None:
-    """In the new process: the terminal is its own, and no signal is ignored, as ``nohup pytest`` would have it."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Terminal:
@@ -153,8 +145,7 @@ def terminal(environment: dict[str, str], programs: Programs) -> Iterator[Callab
                 stdout=stdout or slave,
                 stderr=slave,
                 env=env,
-                start_new_session=True,
-                preexec_fn=_as_a_shell_starts_it,
+                preexec_fn=lambda: as_a_shell_starts_it(0),
             )
 
         opened.append(Terminal(begin, columns))

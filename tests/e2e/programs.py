@@ -115,17 +115,21 @@ class Programs:
         self._process.wait()
 
 
-def _become(request: dict[str, Any], files: list[int]) -> None:
-    """Make this process what an interpreter is that has just started."""
+def as_a_shell_starts_it(terminal: int | None) -> None:
+    """In a new process: the terminal is its own, and no signal is ignored, as ``nohup pytest`` would have it."""
     import fcntl
     import termios
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if request["terminal"]:
+    if terminal is not None:
         os.setsid()
-        fcntl.ioctl(files[0], termios.TIOCSCTTY, 0)
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP):
-            signal.signal(number, signal.SIG_DFL)  # whatever a ``nohup pytest`` ignores
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _become(request: dict[str, Any], files: list[int]) -> None:
+    """Make this process what an interpreter is that has just started."""
+    as_a_shell_starts_it(files[0] if request["terminal"] else None)
     for target, file in enumerate(files):
         os.dup2(file, target)
     os.closerange(3, max(files) + 1)

@@ -47,7 +47,7 @@ def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     assert torch.allclose(passing, real, atol=0.05) and not torch.allclose(exact, real, atol=0.05)
     edges = script.load_case("octo-demo", script.Case("boundary", "c", "octopus2", KIND, (0, -1)), CPU)
     assert not torch.allclose(edges.logits(IDS, 64), passing, atol=0.05)
-    assert edges.plan.shape.vector_bytes == 2 * (2 * 512 + 6 * 40)
+    assert edges.plan.shape.token_bytes == edges.config.num_kv_heads * 2 * (2 * 512 + 6 * 40)
 
 
 def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> None:
