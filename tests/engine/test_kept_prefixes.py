@@ -13,7 +13,7 @@ import torch
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.kept_prefixes import KeptPrefixes
 from octo_run.engine.pool import GONE
-from octo_run.models.config import ModelConfig
+from octo_run.models.config import KVHeads, ModelConfig
 from octo_run.models.families import DeltaFields
 
 from .conftest import TINY
@@ -23,6 +23,7 @@ IDS = torch.randint(0, 250, (3, 1400), generator=torch.Generator().manual_seed(5
 WINDOWED = replace(
     TINY, num_layers=3, layer_types=("sliding_attention", "full_attention", "full_attention"), sliding_window=100
 )
+KINDS = replace(WINDOWED, layer_heads=(KVHeads(1, 64), KVHeads(1, 128), KVHeads(1, 128)))
 RECURRENT = replace(
     TINY, architecture="Qwen3_5ForCausalLM", num_layers=3, rope_share=0.25, qk_norm=True,
     layer_types=("linear_attention", "full_attention", "full_attention"), delta=DeltaFields(1, 2, 16, 16, 4),
@@ -49,8 +50,14 @@ def check_pool(engine: Engine) -> None:
         assert all(pool.holders(page) == held[page] for page in range(len(pool)))
 
 
-@pytest.mark.parametrize("cfg", [TINY, WINDOWED, RECURRENT], ids=["full", "windowed", "recurrent"])
-@pytest.mark.parametrize("kv", ["bf16", "oct3", "oct4:oct2"])
+@pytest.mark.parametrize(
+    ("kv", "cfg"),
+    [
+        ("bf16", TINY), ("oct3", TINY), ("oct4:oct2", TINY), ("oct3", WINDOWED), ("oct3", KINDS),
+        ("bf16", RECURRENT), ("oct3", RECURRENT),
+    ],
+    ids=["bf16", "oct3", "oct4:oct2", "windowed", "heads of two sizes", "bf16, recurrent", "recurrent"],
+)  # fmt: skip
 def test_a_text_is_found_again_when_others_had_its_row(tiny: Tiny, cfg: ModelConfig, kv: str) -> None:
     """What follows is computed to the bit as if the text had stayed in its row and had been cut to whole pages."""
     engine = tiny(kv, cfg=cfg, cache_bytes=2 << 20, **SETTINGS)
