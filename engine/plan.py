@@ -480,13 +480,22 @@ def plan_memory(
         measure=measure,
         **measure(shape),
     )
-    unasked = max_context is None and cache_bytes is None
-    budget = int(plan.free * AUTO_SHARE[device.type]) if unasked else plan.free
+    return _fitted(plan, limit, unasked=max_context is None and cache_bytes is None)
+
+
+def _fitted(plan: MemoryPlan, limit: int, *, unasked: bool) -> MemoryPlan:
+    """The plan if it fits; if its context was chosen, not asked for, else one whose context does, at most ``limit``.
+
+    Raises:
+        OctoError: There is none.
+    """
+    shape, where = plan.shape, torch.device(plan.device)
+    budget = int(plan.free * AUTO_SHARE[where.type]) if unasked else plan.free
     if max(plan.total, plan.loading) <= budget:
         return plan
     pages = plan.pages_that_fit(budget, limit)
     if not unasked:
-        fits = 0 if pages is None else shape.with_pages(pages // sequences, limit).context
+        fits = 0 if pages is None else shape.with_pages(pages // shape.sequences, limit).context
         raise OctoError(
             f"A context of {shape.context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "
             f"{plan.device} has {plan.free / 2**30:.2f} GiB free: "
