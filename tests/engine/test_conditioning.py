@@ -55,6 +55,7 @@ HOSTILE: dict[str, Callable[[str, torch.Tensor], object]] = {
     "constant values": lambda name, weight: (
         weight.copy_(weight[:1].clone().expand_as(weight)) if "v_proj" in name else None
     ),
+    "zero values": lambda name, weight: weight.zero_() if "v_proj" in name else None,
 }
 
 

@@ -110,10 +110,14 @@ def hostile(kind: str) -> dict[str, Tensor]:
             weight *= 1e12
         if kind == "constant values" and "v_proj" in name:
             weight.copy_(weight[:1].expand_as(weight))
+        if kind == "zero values" and "v_proj" in name:
+            weight.zero_()
     return weights
 
 
-@pytest.mark.parametrize("kind", ["random", "zero keys", "one huge channel", "huge keys", "constant values"])
+@pytest.mark.parametrize(
+    "kind", ["random", "zero keys", "one huge channel", "huge keys", "constant values", "zero values"]
+)
 def test_the_function_stays_and_statistics_may_be_hostile(kind: str) -> None:
     cfg = tiny()
     ids = torch.arange(7, 207) * 37 % 300
