@@ -324,7 +324,10 @@ class Decoder:
         parts = [part for layer in self.layers for part in (*layer.mixer.parts, *layer.mlp.parts)]
         names = dict.fromkeys(self._stored(part.weight) for part in parts)
         heads = dict.fromkeys((self._stored(self.embedding), self._stored(self.head.weight)))
-        head = "" if [*heads] == [_DTYPE_NAMES[self.dtype]] else f", head {'+'.join(heads)}"
+        alike = {_DTYPE_NAMES[self.dtype]}
+        if [*names] == [*heads] and {*names} <= {*_DTYPE_NAMES.values()}:
+            alike |= {*names}
+        head = "" if len(heads) == 1 and {*heads} <= alike else f", head {'+'.join(heads)}"
         return "+".join(names) + head
 
     def _stored(self, weight: Tensor | PackedWeight) -> str:
@@ -397,7 +400,9 @@ class Decoder:
             rotation = v_rotation.to(torch.float32)
             turned = v.with_rotated_outputs(rotation, spec.kv_heads)
             back = out.with_rotated_inputs(rotation, spec.heads)
-            if turned is not None and back is not None and not spec.gated:
+            # Matrices stored in fewer bits than the arithmetic has would lose some: they stay what they are.
+            wide = all(isinstance(part, Linear) and part.weight.dtype == self.dtype for part in (v, out))
+            if turned is not None and back is not None and wide and not spec.gated:
                 v, out = turned, back
             else:
                 unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
@@ -592,7 +597,7 @@ def spec_order(cfg: ModelConfig, spec: LayerSpec) -> Tensor | None:
 
 def _embedding_and_head(weights: Weights, pack: Quantise | None) -> tuple[Tensor | PackedWeight, SingleLinear]:
     """The embedding and the output head, which is the same tensors where they are tied."""
-    table: Tensor | PackedWeight = weights.take(EMBEDDING)
+    table: Tensor | PackedWeight = weights.matrix(EMBEDDING)
     head = weights.linear("lm_head") if weights.has_head else None
     if pack is not None:
         if isinstance(table, Tensor):

@@ -1,13 +1,14 @@
 // Attention over sinks, packed pages and tail (see kernels/attention/inputs.py): the sequence is cut into blocks of up
 // to 64 tokens. A block's keys are decoded to a tile with tokens side by side, multiplied with all queries of the KV
-// head, then its values likewise. A run of SPLIT blocks is a piece of work; its sums are merged in order, so the number
-// of threads changes nothing.
+// head, then its values likewise. A run of blocks is a piece of work: SPLIT of them, or where there are many queries as
+// many as make MOST_SPLITS pieces, whose sums take memory. They are merged in order, so the number of threads changes
+// nothing.
 #include "common.h"
 #include <algorithm>
 #include <vector>
 
 namespace {
-constexpr int PAGE = 64, SPLIT = 16, ROWS = 128;
+constexpr int PAGE = 64, SPLIT = 16, ROWS = 128, MOST_SPLITS = 4;
 enum { PLAIN = 0, TRELLIS = 1, OCTOPUS = 2 };
 }  // namespace
 
@@ -512,12 +513,13 @@ extern "C" void octo_attend(const Call *call) {
             const int64_t behind = position - tail_start(c, packed);
             return behind < 0 ? sinks + (position - c.sink) / PAGE : sinks + packed + behind / PAGE;
         };
+        const int64_t split = rows < ROWS ? SPLIT : std::max<int64_t>(SPLIT, (blocks + MOST_SPLITS - 1) / MOST_SPLITS);
         for (int64_t head = 0; head < c.kv_heads; head++)
             for (int64_t first = 0; first < rows; first += ROWS) {
                 begins.push_back((int64_t)work.size());
-                for (int64_t block = block_of(earliest(c, start + first / group)); block < blocks; block += SPLIT)
+                for (int64_t block = block_of(earliest(c, start + first / group)); block < blocks; block += split)
                     work.push_back({c, b, head, first, std::min<int64_t>(ROWS, rows - first), block,
-                                    std::min(blocks, block + SPLIT), row, start, length, packed, sinks, blocks, nullptr});
+                                    std::min(blocks, block + split), row, start, length, packed, sinks, blocks, nullptr});
             }
     }
     begins.push_back((int64_t)work.size());

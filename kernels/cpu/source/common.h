@@ -124,12 +124,35 @@ static inline F16 floats(const I16 &x) { return converted<float>(x); }
 static inline I16 integers(const F16 &x) { return converted<int32_t>(x); }
 #endif
 
-template <class T> static inline T load(const void *from) {
-    T found;
-    memcpy(&found, from, sizeof(T));
-    return found;
-}
-template <class T> static inline void store(void *to, T value) { memcpy(to, &value, sizeof(T)); }
+template <class T> struct Memory {
+    static T load(const void *from) {
+        T found;
+        memcpy(&found, from, sizeof(T));
+        return found;
+    }
+    static void store(void *to, const T &value) { memcpy(to, &value, sizeof(T)); }
+};
+#if REGISTER != 64
+// By registers: the compiler would copy a structure in smaller pieces, for which reading it whole has to wait.
+template <class E, int BYTES> struct Memory<Wide<E, BYTES>> {
+    static Wide<E, BYTES> load(const void *from) {
+        if constexpr (BYTES == REGISTER)
+            return Wide<E, BYTES>(Memory<Lanes<E>>::load(from));
+        else
+            return {Memory<Wide<E, BYTES / 2>>::load(from),
+                    Memory<Wide<E, BYTES / 2>>::load((const char *)from + BYTES / 2)};
+    }
+    static void store(void *to, const Wide<E, BYTES> &value) {
+        if constexpr (BYTES == REGISTER)
+            Memory<Lanes<E>>::store(to, value.lanes);
+        else
+            Memory<Wide<E, BYTES / 2>>::store(to, value.low),
+                Memory<Wide<E, BYTES / 2>>::store((char *)to + BYTES / 2, value.high);
+    }
+};
+#endif
+template <class T> static inline T load(const void *from) { return Memory<T>::load(from); }
+template <class T> static inline void store(void *to, const T &value) { Memory<T>::store(to, value); }
 static inline F16 splat(float x) { return F16{} + x; }
 static inline I16 lane_numbers() {
     static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -255,7 +255,8 @@ static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, cons
                 F16 found = floats(hi) * 254.0f + floats(lo);
 #else
                 I16 sum = xs[t].starts[2 * at];
-                for (int i = 0; i < 4; i++) sum = pairs(sum, load<I16>(x + 64 * i), words[i]);
+                sum = pairs(pairs(sum, load<I16>(x), words[0]), load<I16>(x + 64), words[1]);
+                sum = pairs(pairs(sum, load<I16>(x + 128), words[2]), load<I16>(x + 192), words[3]);
                 F16 found = floats(sum);
 #endif
                 if (w.offsets) found -= shift * xs[t].sums[at];
@@ -272,12 +273,11 @@ static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, cons
 template <int KIND, int PARTS>
 static void some_rows(const Weight &w, int64_t row, int64_t last, const Prepared *xs, int64_t tokens, const float *bias,
                       void *out, int kind, int64_t stride) {
-    for (; row < last; row++) {
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4)
-            row_by_tokens<KIND, PARTS, 4>(w, row, xs + t, bias, out, kind, stride, t);
-        for (; t < tokens; t++) row_by_tokens<KIND, PARTS, 1>(w, row, xs + t, bias, out, kind, stride, t);
-    }
+    int64_t t = 0;  // four rows of activations stay in the first-level cache while the rows of the weight pass
+    for (; t + 4 <= tokens; t += 4)
+        for (int64_t r = row; r < last; r++) row_by_tokens<KIND, PARTS, 4>(w, r, xs + t, bias, out, kind, stride, t);
+    for (; t < tokens; t++)
+        for (int64_t r = row; r < last; r++) row_by_tokens<KIND, PARTS, 1>(w, r, xs + t, bias, out, kind, stride, t);
 }
 
 // fp8: float32 products of values in the codes' order.
