@@ -133,7 +133,8 @@ class Snapshot:
         }
         if sequence is None or engine.arena.windows:  # layers with a window have pages of their own, given back by now
             return cls(engine, header, [], [], {})
-        rows = {"full": engine.arena.row_state(sequence.row).to("cpu", copy=True)}
+        parts_of = engine.arena.row_state(sequence.row)
+        rows = {f"full{kind}": part.to("cpu", copy=True) for kind, part in enumerate(parts_of)}
         if engine.arena.states is not None:
             parts = engine.arena.states.of(sequence.row, length)
             rows |= {name: part.to("cpu", copy=True) for name, part in zip(_STATES, parts, strict=True)}
@@ -432,7 +433,8 @@ class SavedSession:
             try:
                 pages = sequence.take_pages(self.pages)
                 self._read_pages(engine, data, pages)
-                engine.arena.row_state(sequence.row).copy_(self._stored(data, "full"))
+                for kind, part in enumerate(engine.arena.row_state(sequence.row)):
+                    part.copy_(self._stored(data, f"full{kind}"))
                 engine.arena.enter_pages(sequence.row, 0, pages)
                 if engine.arena.states is not None:
                     engine.arena.states.load(sequence.row, *(self._stored(data, name) for name in _STATES))
@@ -467,6 +469,7 @@ class SavedSession:
             raise UsageError("A session cannot be loaded while other sequences of the engine run: close them first.")
         for sequence in rows:
             sequence.discard()
+        engine.arena.table.kept.clear()
         for old, new in changes:
             old.copy_(new)  # in place: recorded steps read them there
         if engine.arena.means is not None:
@@ -537,7 +540,7 @@ def _expected(
     engine: Engine, identity: Identity, tokens: int, pages: int
 ) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
     """The tensors that a file must have: their dtypes and shapes."""
-    cfg, shape = engine.config, engine.plan.shape
+    cfg = engine.config
     floats = (torch.bfloat16, torch.float16, torch.float32)
     row = cfg.num_kv_heads * sum(PageFormat.parse(tag).page_bytes for tag in identity.formats)
     found: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
@@ -545,8 +548,8 @@ def _expected(
         "pages": ((torch.uint8,), (pages, row)),
     }
     if tokens:
-        size = (2, shape.layers, cfg.num_kv_heads, shape.sink + shape.ring, cfg.head_dim)
-        found["full"] = (floats, size)
+        for kind, part in enumerate(engine.arena.row_state(0)):
+            found[f"full{kind}"] = (floats, tuple(part.shape))
         if engine.arena.states is not None:
             for name, part in zip(_STATES, engine.arena.states.of(0, 0), strict=True):
                 found[name] = (floats, tuple(part.shape))

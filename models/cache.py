@@ -22,8 +22,8 @@ counts only if it lies in the model's folder (or in the store of contents that t
 import os
 import re
 import stat
-from contextlib import suppress
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from octo_run.cli import console, session_files
+from octo_run.cli import console, runtime, session_files
 from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ class Keeper:
         from octo_run.engine.background_save import BackgroundSave
         from octo_run.engine.saved_session import Snapshot
 
-        options: dict[str, Any] = {option: getattr(chat.load, option) for option in KEPT_OPTIONS}
+        loaded = runtime.resolved(chat.load)
+        options: dict[str, Any] = {option: getattr(loaded, option) for option in KEPT_OPTIONS}
         if self._background is None:
             self._background = BackgroundSave()
         self._background.finish()

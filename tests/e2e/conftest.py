@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -17,8 +16,18 @@ from typing import IO, Any
 
 import pytest
 
+from .programs import Program, Programs, as_a_shell_starts_it
+
 #: For what takes a moment on an idle machine: others may be using this one.
 SECONDS = 90
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Starts programs quickly."""
+    found = Programs()
+    yield found
+    found.close()
 
 
 @pytest.fixture
@@ -37,33 +46,19 @@ def environment(tmp_path: Path, statistics: Path) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
-def _as_a_shell_starts_it() -> None:
-    """In the new process: the terminal is its own, and no signal is ignored, as ``nohup pytest`` would have it."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 class Terminal:
-    """The program on a terminal of its own; ``screen`` is everything it has written so far. ``stdout``: a file that
-    standard output goes to instead."""
+    """The program on a terminal of its own; ``screen`` is everything it has written so far.
 
-    def __init__(
-        self, argv: list[str], environment: dict[str, str], stdout: IO[bytes] | None = None, columns: int = 80
-    ) -> None:
+    Args:
+        start: ``start(slave)`` starts it on the terminal.
+    """
+
+    def __init__(self, start: Callable[[int], "Program | subprocess.Popen[bytes]"], columns: int = 80) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
         self.before = termios.tcgetattr(slave)
         self.slave = slave
-        self.process = subprocess.Popen(
-            argv,
-            stdin=slave,
-            stdout=stdout or slave,
-            stderr=slave,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=_as_a_shell_starts_it,
-        )
+        self.process = start(slave)
         self.screen = ""
 
     def type(self, text: str | bytes) -> None:
@@ -124,8 +119,9 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
-    """Start the program on a terminal; ``delay`` are the seconds until the progress of a prompt is shown."""
+def terminal(environment: dict[str, str], programs: Programs) -> Iterator[Callable[..., Terminal]]:
+    """Start the program on a terminal; ``stdout``: a file that standard output goes to instead; ``delay`` are the
+    seconds until the progress of a prompt is shown; ``anew``: with an interpreter of its own."""
     opened = []
 
     def start(
@@ -133,11 +129,26 @@ def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
         delay: float | None = None,
         stdout: IO[bytes] | None = None,
         columns: int = 80,
+        anew: bool = False,
         **changes: str,
     ) -> Terminal:
-        code = f"import sys; from octo_run.cli import main, progress; progress.DELAY = {delay}; sys.exit(main())"
-        start = ["-m", "octo_run"] if delay is None else ["-c", code]
-        opened.append(Terminal([sys.executable, *start, *argv], {**environment, **changes}, stdout, columns))
+        code, env = None, {**environment, **changes}
+        if delay is not None:
+            code = f"import sys; from octo_run.cli import main, progress; progress.DELAY = {delay}; sys.exit(main())"
+
+        def begin(slave: int) -> "Program | subprocess.Popen[bytes]":
+            if not anew:
+                return programs.start([*argv], env, (slave, stdout or slave, slave), code=code, terminal=True)
+            return subprocess.Popen(
+                [sys.executable, *(["-m", "octo_run"] if code is None else ["-c", code]), *argv],
+                stdin=slave,
+                stdout=stdout or slave,
+                stderr=slave,
+                env=env,
+                preexec_fn=lambda: as_a_shell_starts_it(0),
+            )
+
+        opened.append(Terminal(begin, columns))
         return opened[-1]
 
     yield start

@@ -22,16 +22,9 @@ CTRL_D, TAB = "\x04", "\t"
 
 
 @pytest.fixture
-def octo(environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def octo(environment: dict[str, str], programs: Any) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     def run(*argv: str, text: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "octo_run", *argv],
-            input=text,
-            capture_output=True,
-            encoding="utf-8",
-            env={**environment, **changes},
-            timeout=120,
-        )
+        return programs.run([*argv], {**environment, **changes}, text)  # type: ignore[no-any-return]
 
     return run
 

@@ -14,7 +14,7 @@ from octo_run.engine.arena import ArenaShape
 from octo_run.engine.parts import held_bytes
 from octo_run.models import conditioning
 from octo_run.models.cache import statistics_folder
-from octo_run.models.config import CONDITIONINGS
+from octo_run.models.config import CONDITIONINGS, KVHeads
 
 TEXT = "The lighthouse keeper counted the ships that passed in the night and wrote their names in a long list. " * 24
 
@@ -55,6 +55,7 @@ HOSTILE: dict[str, Callable[[str, torch.Tensor], object]] = {
     "constant values": lambda name, weight: (
         weight.copy_(weight[:1].clone().expand_as(weight)) if "v_proj" in name else None
     ),
+    "zero values": lambda name, weight: weight.zero_() if "v_proj" in name else None,
 }
 
 
@@ -149,6 +150,8 @@ def test_plan_counts_maps_and_means() -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_only_coefficients_that_attention_reads_are_kept(on_gpu: bool) -> None:
-    shape = ArenaShape(2, 2, 64, 120, torch.float32, 300, chunk=96, sequences=7, mean_heads=6, on_gpu=on_gpu)
+    shape = ArenaShape(
+        (KVHeads(2, 64),) * 2, 240, torch.float32, 300, chunk=96, sequences=7, mean_heads=6, on_gpu=on_gpu
+    )
     assert shape.coefficients_shape(96) == (7 if on_gpu else 96, 1, 6, 64)
     assert dataclasses.replace(shape, mean_heads=0).coefficients_shape(96)[0] == 0
