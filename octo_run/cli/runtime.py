@@ -81,8 +81,6 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
 
         torch.set_num_threads(options.threads)
     asked, options = options, resolved(options, cache.get("random_weights"))
-    if asked.weights is None and options.weights == "int8":
-        _say_once("weights in int8, as a CPU is slow to read them; --weights bf16 or fp32 does not quantise them")
 
     def announce(plan: "MemoryPlan") -> None:
         if options.device is None and plan.device == "cpu":
@@ -93,6 +91,8 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         else:
             notice_lines(describe_plan(model, plan))
             _said.add(f"{cache_and_context(plan)}: {human_bytes(plan.total)} in all")
+        if asked.weights is None and options.weights == "int8":
+            _say_once("weights in int8, as a CPU is slow to read them; --weights bf16 or fp32 does not quantise them")
         _planned.add((model, plan.device))
 
     said = time.monotonic()
