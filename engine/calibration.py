@@ -111,7 +111,7 @@ class Calibration:
         dtype, the kind of device, RoPE's factors where the context chooses them, and the tokens."""
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
         decoder = self.decoder
-        model = decoder.cfg, decoder.weight_format, decoder.device.type, decoder.long_factors
+        model = decoder.cfg, decoder.weight_format, decoder.device.type, decoder.rope_factors
         known = (_VERSION, what, files, model, self.ids)
         return hashlib.sha256(repr(known).encode()).hexdigest()
 

@@ -122,6 +122,9 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     )
     if engine.config.wrapper:
         _say_once(f"{engine.config.wrapper}: its text part is loaded; images and sound would need the other parts")
+    if engine.config.rope_switch is not None:
+        factors, switch = engine.config.rope_factors(engine.max_context), f"{engine.config.rope_switch:,}"
+        _say_once(f"RoPE: the {factors} factors, as the context decides (short up to {switch} tokens, long beyond)")
     if str(engine.kv) != engine.kv.name:
         notice(f"formats: {engine.kv}")
     return engine
