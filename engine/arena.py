@@ -188,7 +188,7 @@ class KVArena:
         self.states: RecurrentStates | None = None
         if s.recurrent is not None:
             self.states = RecurrentStates(s.recurrent, s.sequences, s.sink, s.dtype, device)
-        self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row, self.states, self.windows)
+        self.table = SequenceTable(s.sequences, s.pages, s.sink, self, self.states, self.windows)
 
     @property
     def full_precision(self) -> list[Tensor]:
@@ -425,13 +425,35 @@ class KVArena:
             mean=None if self.means is None else self.means.of_queries(layer, coefficients),
         )
 
-    def _copy_row(self, donor: int, row: int) -> None:
+    # For the table of sequences (``RowStore``)
+
+    def copy_row(self, donor: int, row: int) -> None:
         """Copy all that a row holds: what a sequence that begins like another one needs besides the shared pages."""
         for mine, theirs in zip(self.row_state(row), self.row_state(donor), strict=True):
             mine.copy_(theirs)
         self.page_table[row].copy_(self.page_table[donor])
         for group in self.windows:
             group.copy_table(donor, row)
+
+    def row_parts(self, row: int, length: int, packed: int, *, target: bool = False) -> list[Tensor]:
+        """Sinks, the tail, states of recurrent layers, pages that a window sees (see ``RowStore``)."""
+        sink = self.shape.sink
+        slots = [slice(0, sink)]
+        for first in map(self.place, range(sink + PAGE * packed, length, PAGE)):
+            slots.append(slice(first, first + PAGE))
+        parts = [full[:, :, :, some] for full in self.row_state(row) for some in slots]
+        if self.states is not None:
+            parts += self.states.of(row, 0 if target else length)
+        for group in self.windows:
+            seen = slice(group.shape.first_seen(length, sink), packed)
+            parts += [group.pages[page] for page in group.pool.held[row][seen]]
+        return parts
+
+    def enter_row(self, row: int) -> None:
+        """Write the ids of a row's pages to the page tables."""
+        self.enter_pages(row, 0, self.table.pool.held[row])
+        for group in self.windows:
+            self.enter_pages(row, 0, [max(0, page) for page in group.pool.held[row]], group)
 
 
 def _chosen(x: Tensor, axis: int, places: list[int]) -> Tensor:

@@ -13,7 +13,7 @@ from octo_run import kernels
 from octo_run.engine import sensitivity, system_memory
 from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import PAGE, ArenaShape
-from octo_run.engine.calibration import TOKENS
+from octo_run.engine.calibration import FEWER
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.engine.recurrent_state import RecurrentShape
@@ -21,6 +21,8 @@ from octo_run.engine.window_pages import WindowShape
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
+from octo_run.kernels.cpu import library
+from octo_run.kernels.cpu.linear import product_bytes
 from octo_run.kernels.experts.reference import SLAB_PAIRS
 from octo_run.kernels.linear import BLOCK
 from octo_run.kernels.linear.reference import SLAB_BYTES
@@ -201,25 +203,34 @@ def _library_workspace(device: torch.device) -> int:
     return (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
 
 
-def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
+def _cpu_temporaries(decoder: Decoder, shape: ArenaShape, fmt: LayerFormats) -> int:
     """Bytes of the largest set of tensors alive at once for a chunk beside the kept buffers: in the MLP, a norm, the
-    attention, or a product with a packed weight (``_slab``)."""
+    attention, or a product with a packed weight (``_slab``). What the compiled kernels work on they keep."""
     cfg = decoder.cfg
     rows, size = shape.chunk, shape.dtype.itemsize
     norm = rows * cfg.hidden_size * (3 * 4 + 2 * size)
     attention = max(
         kernels.attention_host_bytes(
-            shape.chunk, cfg.num_heads, *heads, (shape.max_pages, shape.ring + shape.chunk), mean=bool(shape.mean_heads)
+            shape.chunk, cfg.num_heads, *heads, (shape.max_pages, shape.ring + shape.chunk), one, shape.dtype,
+            mean=bool(shape.mean_heads),
         )
-        for heads in shape.kinds
-    )
+        for heads, one in {*zip(shape.heads, fmt, strict=True)}
+    )  # fmt: skip
     recurrent = 0
     if shape.recurrent is not None:
         recurrent = host_bytes(shape.recurrent.delta, shape.chunk)
     inner = cfg.intermediate_size * (2 if cfg.double_wide else 1)
-    return max(
-        rows * inner * size, norm, attention, recurrent, _slab(decoder) + _cpu_experts(cfg, rows, size),
-    )  # fmt: skip
+    products = _cpu_products(decoder, rows) + _cpu_experts(cfg, rows, size)
+    return max(rows * inner * size, norm, attention, recurrent, products)
+
+
+def _cpu_products(decoder: Decoder, rows: int) -> int:
+    """Bytes that products of a chunk with packed weights take, if there are such."""
+    parts = [part for layer in decoder.layers for part in _products(layer)]
+    narrow = any(isinstance(part, Linear) and part.weight.dtype != decoder.dtype for part in parts)
+    if not _slab(decoder) or library() is None or narrow:
+        return _slab(decoder)
+    return product_bytes(rows, max(part.weight.shape[1] for part in parts))
 
 
 def _lent_bytes(shape: ArenaShape) -> int:
@@ -243,9 +254,11 @@ def _cpu_experts(cfg: ModelConfig, rows: int, size: int) -> int:
 
 
 def _slab(decoder: Decoder) -> int:
-    """Bytes of the rows that products of many tokens with packed weights decode at a time, if there are such."""
+    """Bytes of the rows that products of many tokens with packed weights decode at a time, if there are such; on a CPU
+    also those of weights in another dtype than the arithmetic's."""
     layers = [part for layer in decoder.layers for part in _products(layer)]
-    return SLAB_BYTES if any(isinstance(part, PackedLinear) for part in (*layers, decoder.head)) else 0
+    decoded = (isinstance(part, PackedLinear) or part.weight.dtype != decoder.dtype for part in (*layers, decoder.head))
+    return SLAB_BYTES if any(decoded) else 0
 
 
 def _joining(decoder: Decoder) -> int:
@@ -338,7 +351,7 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
     if on_gpu:
         temporaries = _library_workspace(device) + _slab(decoder) + _joining(decoder) + _lent_bytes(shape)
     else:
-        temporaries = _cpu_temporaries(decoder, shape) + _lent_bytes(shape)
+        temporaries = _cpu_temporaries(decoder, shape, fmt) + _lent_bytes(shape)
     return {
         "arena": held(arena, but=(full, arena.states, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),
@@ -353,7 +366,7 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     """Bytes of the weights and of the largest copies made while a layer is read, fused, rotated (in float32) and packed
     (in float32), or of what choosing formats takes."""
     cfg, size = decoder.cfg, decoder.dtype.itemsize
-    copies = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
+    copies = sensitivity.working_bytes(cfg, FEWER, device) if isinstance(fmt, AutoFormats) else 0
     heads = cfg.num_heads * max(spec.head_dim for spec in decoder.specs)
     for layer in decoder.layers:
         dense = quantised or any(isinstance(part, Linear) for part in layer.mixer.parts)
@@ -421,6 +434,7 @@ def plan_memory(
     cache_bytes: int | None = None,
     quantise: Quantise | None = None,
     pack_embedding: Quantise | None = None,
+    matrices: torch.dtype | None = None,
 ) -> MemoryPlan:
     """The plan for a model.
 
@@ -430,6 +444,7 @@ def plan_memory(
         conditioning: See ``Engine.load``.
         cache_bytes: See ``Engine.load``.
         quantise, pack_embedding: See ``Decoder``.
+        matrices: See ``StoredWeights``.
 
     Raises:
         UsageError: A context that the model does not support or ``cache_bytes`` cannot hold.
@@ -462,8 +477,9 @@ def plan_memory(
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
         decoder = Decoder(
-            cfg, RandomWeights(cfg, "meta", dtype), None, fmt.rotations("v"), quantise, None, pack_embedding
-        )
+            cfg, RandomWeights(cfg, "meta", dtype, matrices=matrices), None, fmt.rotations("v"), quantise, None,
+            pack_embedding,
+        )  # fmt: skip
         decoder.store_keys(fmt.rotations("k"), Conditioning.empty(cfg, kind, "meta"))
         weights = weight_bytes(decoder)
 
@@ -485,13 +501,22 @@ def plan_memory(
         measure=measure,
         **measure(shape),
     )
-    unasked = max_context is None and cache_bytes is None
-    budget = int(plan.free * AUTO_SHARE[device.type]) if unasked else plan.free
+    return _fitted(plan, limit, unasked=max_context is None and cache_bytes is None)
+
+
+def _fitted(plan: MemoryPlan, limit: int, *, unasked: bool) -> MemoryPlan:
+    """The plan if it fits; if its context was chosen, not asked for, else one whose context does, at most ``limit``.
+
+    Raises:
+        OctoError: There is none.
+    """
+    shape, where = plan.shape, torch.device(plan.device)
+    budget = int(plan.free * AUTO_SHARE[where.type]) if unasked else plan.free
     if max(plan.total, plan.loading) <= budget:
         return plan
     pages = plan.pages_that_fit(budget, limit)
     if not unasked:
-        fits = 0 if pages is None else shape.with_pages(pages // sequences, limit).context
+        fits = 0 if pages is None else shape.with_pages(pages // shape.sequences, limit).context
         raise OctoError(
             f"A context of {shape.context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "
             f"{plan.device} has {plan.free / 2**30:.2f} GiB free: "

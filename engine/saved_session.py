@@ -17,6 +17,10 @@ object: version, model, settings, the conversation, and what decides whether the
 Pages go from one layout to the other where they were written on another kind of device. Nothing but the codec
 compresses them. A file is written beside its name, brought to the disk, and then given its name: whoever is interrupted
 leaves the older one.
+
+A conversation that is saved after each turn has a second file for some turns, its *tail* (``.NAME.tail``): all that a
+session file has, but of the pages only those that the first file lacks. Its header names the first file by its ``id``,
+which each file has anew, and says how many of its pages count. A tail of another first file counts for nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import fcntl
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +42,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.sequence import Sequence
 from octo_run.engine.session import Session
 from octo_run.engine.session_identity import Identity, identity_of, read_identity
 from octo_run.errors import OctoError, UsageError, quoted, shown
@@ -52,7 +59,6 @@ from octo_run.models.safetensors_writer import Item, Shard
 if TYPE_CHECKING:
     from octo_run.engine.arena import KVArena
     from octo_run.engine.engine import Engine
-    from octo_run.engine.sequence import Sequence
     from octo_run.models.decoder import AttentionWeights
 
 FORMAT = "octo-run session"
@@ -68,6 +74,26 @@ _ROLES = ("user", "assistant")
 
 class SessionMismatch(OctoError):
     """The pages of a session cannot be used with an engine; its text can."""
+
+
+def tail_of(path: Path) -> Path:
+    """Where the tail of a session file lies."""
+    return path.with_name(f".{path.name}.tail")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A session file that a tail may continue.
+
+    Attributes:
+        engine: Whose pages were written.
+        ids, page_ids: What it has, as in a snapshot.
+    """
+
+    file_id: str
+    engine: weakref.ref[Engine]
+    ids: list[int]
+    page_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,7 @@ class Snapshot:
         engine, messages = session.engine, session.messages
         sequence, length, pages = _held(engine, session.rendered(messages) if messages else [])
         header = {
+            "id": os.urandom(16).hex(),
             "version": VERSION,
             "model": _lasting(engine.name),
             "saved": time.time(),
@@ -125,8 +152,25 @@ class Snapshot:
             rows |= {name: part.to("cpu", copy=True) for name, part in zip(_STATES, parts, strict=True)}
         return cls(engine, header, sequence.ids[:length], page_ids, rows)
 
-    def items(self, were_read: Callable[[], None]) -> dict[str, Item]:
-        """The tensors of the file; ``were_read`` is called when the arena is needed no more."""
+    @property
+    def as_base(self) -> Base:
+        """The file of this snapshot, to be continued."""
+        return Base(self.header["id"], weakref.ref(self.engine), self.ids, self.page_ids["pages"])
+
+    def shared(self, base: Base | None) -> int:
+        """How many of the first pages a file has already: those with the same numbers and the same tokens up to them.
+
+        A page that was given back and taken again for the same tokens is not told from the former one; it differs by
+        rounding at most. Whoever lets the engine store keys in another way must forget the file.
+        """
+        if base is None or base.engine() is not self.engine:
+            return 0
+        alike = max(0, common_length(base.ids, self.ids) - self.engine.plan.shape.sink) // PAGE
+        return min(alike, common_length(base.page_ids, self.page_ids["pages"]))
+
+    def items(self, were_read: Callable[[], None], first_page: int = 0) -> dict[str, Item]:
+        """The tensors of the file, with the pages of all tokens from one on; ``were_read`` is called when the arena is
+        needed no more."""
         found = {"ids": _item(torch.tensor(self.ids, dtype=torch.int32))}
         stores = _stores(self.engine.arena)
         unread = {*stores}
@@ -143,7 +187,7 @@ class Snapshot:
                 were_read()
 
         for name, (pages, _) in stores.items():
-            ids = self.page_ids[name]
+            ids = self.page_ids[name][first_page if name == "pages" else 0 :]
             found[name] = Item(torch.uint8, (len(ids), pages.shape[1]), partial(pieces, name, pages, ids))
         if self.rows:
             found |= {name: _item(part) for name, part in self.rows.items()}
@@ -151,7 +195,7 @@ class Snapshot:
         return found
 
     def write(self, path: Path, were_read: Callable[[], None] = lambda: None) -> None:
-        """Write the file, whole or not at all.
+        """Write the file, whole or not at all; a tail that it had is gone then.
 
         Args:
             were_read: Called when the arena's pages may change again.
@@ -159,7 +203,18 @@ class Snapshot:
         Raises:
             OctoError: It cannot be written.
         """
-        metadata = {"format": FORMAT, "session": json.dumps(self.header)}
+        self._write(path, path, self.header, self.items(were_read))
+        with suppress(OSError):  # it continues no file any more
+            tail_of(path).unlink(missing_ok=True)
+
+    def write_tail(self, path: Path, base: Base, were_read: Callable[[], None] = lambda: None) -> None:
+        """Write what the session file at ``path``, which is ``base``, lacks, as its tail; see :meth:`write`."""
+        pages = self.shared(base)
+        header = self.header | {"base": {"id": base.file_id, "pages": pages}}
+        self._write(path, tail_of(path), header, self.items(were_read, pages))
+
+    def _write(self, path: Path, target: Path, header: dict[str, Any], items: dict[str, Item]) -> None:
+        metadata = {"format": FORMAT, "session": json.dumps(header)}
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _remove_left_behind(path)
@@ -168,16 +223,16 @@ class Snapshot:
             try:
                 with os.fdopen(descriptor, "wb") as out:
                     fcntl.flock(out, fcntl.LOCK_EX)  # says that somebody writes it
-                    Shard(path.name, self.items(were_read), metadata).write(out.write)
+                    Shard(target.name, items, metadata).write(out.write)
                     out.flush()
                     os.fsync(out.fileno())
-                    part.replace(path)
+                    part.replace(target)
                 _sync_folder(path.parent)
             finally:
                 with suppress(OSError):
                     part.unlink(missing_ok=True)
         except OSError as error:
-            raise OctoError(f"{path} cannot be written: {error.strerror or error}.") from None
+            raise OctoError(f"{target} cannot be written: {error.strerror or error}.") from None
 
 
 def _remove_left_behind(path: Path) -> None:
@@ -255,6 +310,7 @@ class SavedSession:
         options: What the engine was loaded with: texts, numbers, None.
         variables: What the chat template saw beside the messages.
         tokens, pages: What the cache held.
+        shared: Where the first pages lie, and how many of them count, if there is a tail.
     """
 
     path: Path
@@ -268,6 +324,8 @@ class SavedSession:
     system: str | None
     turns: tuple[dict[str, str], ...]
     entries: dict[str, TensorEntry]
+    file_id: str = ""
+    shared: tuple[TensorEntry, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -275,7 +333,7 @@ class SavedSession:
 
     @property
     def pages(self) -> int:
-        return self._size("pages", 0)
+        return self._size("pages", 0) + (self.shared[1] if self.shared is not None else 0)
 
     def _size(self, name: str, axis: int) -> int:
         entry = self.entries.get(name)
@@ -283,11 +341,25 @@ class SavedSession:
 
     @classmethod
     def read(cls, path: Path) -> SavedSession:
-        """The header of a session file.
+        """The header of a session file, or of its tail if it has one.
 
         Raises:
             OctoError: It is none, or damaged.
         """
+        first, tail = cls._read(path)[0], tail_of(path)
+        if not os.path.lexists(tail):
+            return first
+        later, fields = cls._read(tail)
+        base = fields.sub("base")
+        if base is None or not first.file_id or base.text("id") != first.file_id:
+            return first
+        pages = base.integer("pages", low=0)
+        if pages > first.pages:
+            raise base.fail("pages", f"is {pages:,} and {path} has {first.pages:,}")
+        return dataclasses.replace(later, path=path, shared=(first.entries["pages"], pages) if pages else None)
+
+    @classmethod
+    def _read(cls, path: Path) -> tuple[SavedSession, Fields]:
         entries, metadata = read_headers(path)
         if metadata.get("format") != FORMAT or "session" not in metadata:
             raise OctoError(f"{path} is no session of octo-run.")
@@ -300,8 +372,9 @@ class SavedSession:
             params = SamplingParams(**{k: v for k, v in (settings.values if settings else {}).items() if k in known})
         except UsageError as error:
             raise OctoError(f"The settings in {path} cannot be used: {error}") from None
-        return cls(
+        found = cls(
             path=path,
+            file_id=fields.text("id") or "",
             version=version,
             model=fields.text("model") or "",
             saved=fields.number("saved", 0.0, low=0.0, high=1e11),
@@ -313,6 +386,7 @@ class SavedSession:
             turns=_read_turns(fields),
             entries=entries,
         )
+        return found, fields
 
     def session(self, engine: Engine) -> Session:
         """The conversation, to be continued with an engine; what the cache does not hold is read with the next
@@ -341,11 +415,14 @@ class SavedSession:
             return None
         if self.tokens > engine.max_context:
             return f"it holds {self.tokens:,} tokens and the context {engine.max_context:,}"
-        rows = {"pages": self.pages}
+        first, count = self.shared or (None, 0)
+        rows = {"pages": self.pages - count}
         for number, group in enumerate(engine.arena.windows):
             held, allowed = self._size(f"window{number}", 0), group.most_held(self.tokens, self.pages)
             rows[f"window{number}"] = min(max(held, allowed.start), allowed.stop - 1)
         expected = _expected(engine, self.identity, self.tokens, rows)
+        if first is not None and (first.dtype != "U8" or first.shape[1:] != expected["pages"][1][1:]):
+            return f"its file is damaged (the first pages are {first.dtype} {quoted(list(first.shape))})"
         for name, (dtypes, shape) in expected.items():
             entry = self.entries.get(name)
             if entry is None or STORED_DTYPES.get(entry.dtype) not in dtypes or entry.shape != shape:
@@ -423,6 +500,7 @@ class SavedSession:
             raise UsageError("A session cannot be loaded while other sequences of the engine run: close them first.")
         for sequence in rows:
             sequence.discard()
+        engine.arena.table.kept.clear()
         for old, new in changes:
             old.copy_(new)  # in place: recorded steps read them there
         if engine.arena.means is not None:
@@ -436,8 +514,15 @@ class SavedSession:
         Args:
             name: Of what holds them (``_stores``).
         """
+        entry, count = self.shared if self.shared is not None and name == "pages" else (None, 0)
+        if entry is not None:
+            with TensorFile(entry.file) as first:
+                self._read_some(engine, first, entry, name, ids[:count])
+        self._read_some(engine, data, self.entries[name], name, ids[count:])
+
+    def _read_some(self, engine: Engine, data: TensorFile, entry: TensorEntry, name: str, ids: list[int]) -> None:
         assert self.identity is not None
-        arena, entry = engine.arena, self.entries[name]
+        arena = engine.arena
         pages, layers = _stores(arena)[name]
         row = entry.shape[1]
         here = [PageFormat.parse(self.identity.formats[layer]) for layer in layers]

@@ -110,7 +110,7 @@ class WindowPages:
 
     def take_from(self, row: int, count: int, first: int) -> list[int]:
         """As :meth:`take`, for a row without pages, those from number ``first`` on."""
-        self._make_room(count - first)
+        self._make_room(max(0, count - first))
         return self.pool.take_some(row, [number >= first for number in range(count)])
 
     def first_held(self, row: int, length: int, packed: int) -> int:

@@ -298,10 +298,9 @@ class Decoder:
             self.layers[number] = replace(layer, mixer=replace(layer.attention, maps=maps, key_mean=mean))
 
     @property
-    def long_factors(self) -> bool:
-        """Whether the context made it take RoPE's factors for long contexts."""
-        scalings = [kind.scaling for kind, _ in self.ropes if kind is not None and kind.scaling is not None]
-        return any(one.kind == "longrope" and self.context > one.original_max_position_embeddings for one in scalings)
+    def rope_factors(self) -> str:
+        """Which of RoPE's lists of factors the context chose: see `ModelConfig.rope_factors`."""
+        return self.cfg.rope_factors(self.context)
 
     def inv_freq(self, index: int) -> Tensor:
         """The frequencies of a layer's RoPE, radians a position, float32 ``[d / 2]``; 0 where nothing turns."""
@@ -329,7 +328,10 @@ class Decoder:
         parts = [part for layer in self.layers for part in (*layer.mixer.parts, *layer.mlp.parts)]
         names = dict.fromkeys(self._stored(part.weight) for part in parts)
         heads = dict.fromkeys((self._stored(self.embedding), self._stored(self.head.weight)))
-        head = "" if [*heads] == [_DTYPE_NAMES[self.dtype]] else f", head {'+'.join(heads)}"
+        alike = {_DTYPE_NAMES[self.dtype]}
+        if [*names] == [*heads] and {*names} <= {*_DTYPE_NAMES.values()}:
+            alike |= {*names}
+        head = "" if len(heads) == 1 and {*heads} <= alike else f", head {'+'.join(heads)}"
         return "+".join(names) + head
 
     def _stored(self, weight: Tensor | PackedWeight) -> str:
@@ -402,7 +404,9 @@ class Decoder:
             rotation = v_rotation.to(torch.float32)
             turned = v.with_rotated_outputs(rotation, spec.kv_heads)
             back = out.with_rotated_inputs(rotation, spec.heads)
-            if turned is not None and back is not None and not spec.gated:
+            # Matrices stored in fewer bits than the arithmetic has would lose some: they stay what they are.
+            wide = all(isinstance(part, Linear) and part.weight.dtype == self.dtype for part in (v, out))
+            if turned is not None and back is not None and wide and not spec.gated:
                 v, out = turned, back
             else:
                 unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
@@ -597,7 +601,7 @@ def spec_order(cfg: ModelConfig, spec: LayerSpec) -> Tensor | None:
 
 def _embedding_and_head(weights: Weights, pack: Quantise | None) -> tuple[Tensor | PackedWeight, SingleLinear]:
     """The embedding and the output head, which is the same tensors where they are tied."""
-    table: Tensor | PackedWeight = weights.take(EMBEDDING)
+    table: Tensor | PackedWeight = weights.matrix(EMBEDDING)
     head = weights.linear("lm_head") if weights.has_head else None
     if pack is not None:
         if isinstance(table, Tensor):

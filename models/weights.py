@@ -363,9 +363,13 @@ class Weights(ABC):
     def take(self, name: str) -> Tensor:
         """The tensor of that name, named as in :func:`expected_tensors`."""
 
+    def matrix(self, name: str) -> Tensor:
+        """The same for a matrix of a layer, an embedding or a head, which may be stored in another dtype."""
+        return self.take(name)
+
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
         """The layer whose tensors' names begin with ``prefix``: dense, or packed as it is stored."""
-        return Linear(self.take(f"{prefix}.weight"), self.take(f"{prefix}.bias") if bias else None)
+        return Linear(self.matrix(f"{prefix}.weight"), self.take(f"{prefix}.bias") if bias else None)
 
 
 class HeldWeights(Weights):
@@ -384,6 +388,9 @@ class StoredWeights(Weights):
 
     Headers, names, shapes and dtypes of all files are checked when it is made, before any data is read.
 
+    Args:
+        matrices: The dtype of what is taken as a matrix (None: ``dtype``).
+
     Attributes:
         cfg: The configuration, as :func:`stored_config` has it.
 
@@ -392,24 +399,38 @@ class StoredWeights(Weights):
             meanwhile.
     """
 
-    def __init__(self, model_dir: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        cfg: ModelConfig,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        matrices: torch.dtype | None = None,
+    ) -> None:
         found = _named(cfg, locate_tensors(model_dir))
         self.cfg = _stored_config(cfg, found)
         self.has_head = not self.cfg.tie_word_embeddings
         self._entries = check_tensors(model_dir, self.cfg, found)
         self._layers, self._orders = quantised_layers(self.cfg), dict[str, Tensor]()
-        self._device, self._dtype = torch.device(device), dtype
+        self._device, self._dtype, self._matrices = torch.device(device), dtype, matrices or dtype
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`; a quantised matrix becomes a plain one."""
+        return self._taken(name, self._dtype)
+
+    def matrix(self, name: str) -> Tensor:
+        """See :class:`Weights`."""
+        return self._taken(name, self._matrices)
+
+    def _taken(self, name: str, dtype: torch.dtype) -> Tensor:
         prefix = name.removesuffix(".weight")
         if prefix in self._layers:
             source = _LayerSource(self._entries, prefix, self._device)
             entry = source.entry(LAYOUTS[self._layers[prefix][0].layout].marker)
-            return self._checked(name, entry, self._packed(prefix, source).dequantised(self._dtype))
+            return self._checked(name, entry, self._packed(prefix, source).dequantised(dtype))
         entry = self._entries[name]
         with TensorFile(entry.file) as data:
-            tensor = data.read(entry, self._device, self._dtype)
+            tensor = data.read(entry, self._device, dtype)
         return self._checked(name, entry, tensor)
 
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
@@ -470,21 +491,38 @@ class RandomWeights(Weights):
     Matrices and embeddings are N(0, 1 / columns), weights of norms near 1 (near 0 where 1 is added to them), biases
     near 0, so that activations and logits have a
     scale of about 1. The same seed gives the same values on the same type of device; on ``meta`` there are none.
+
+    Args:
+        matrices: See :class:`StoredWeights`.
     """
 
-    def __init__(self, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        seed: int = 0,
+        matrices: torch.dtype | None = None,
+    ) -> None:
         self._shapes, self.has_head = expected_tensors(cfg), not cfg.tie_word_embeddings
         self._numbers = {name: number for number, name in enumerate(self._shapes)}
         self._layers, self._orders = quantised_layers(cfg), dict[str, Tensor]()
         self._digests: Mapping[str, str] = {} if cfg.quantisation is None else cfg.quantisation.orders
-        self._device, self._dtype, self._seed = torch.device(device), dtype, seed
+        self._device, self._dtype, self._seed, self._matrices = torch.device(device), dtype, seed, matrices or dtype
         self._norm = 0.0 if cfg.family.norm == "one_plus" else 1.0
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`."""
+        return self._drawn(name, self._dtype)
+
+    def matrix(self, name: str) -> Tensor:
+        """See :class:`Weights`."""
+        return self._drawn(name, self._matrices)
+
+    def _drawn(self, name: str, dtype: torch.dtype) -> Tensor:
         shape = self._shapes[name]
         # drawn in the target dtype when it is a 16-bit one: a float32 copy of a large matrix would double the peak
-        drawn = torch.empty(shape, device=self._device, dtype=self._dtype)
+        drawn = torch.empty(shape, device=self._device, dtype=dtype)
         if drawn.is_meta:
             return drawn
         drawn.normal_(generator=self._generator(name))

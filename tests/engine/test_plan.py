@@ -96,7 +96,7 @@ def test_the_rest_takes_what_the_plan_says(make_checkpoint: Callable[..., Path])
     told, decoder = engine.plan, engine.forward.decoder
     kept = sum(held_bytes(engine.arena, engine.forward, engine.step, but=(decoder,)))
     kept += sum(held_bytes(decoder.key_tensors))
-    assert told.total - told.weights - plan_module._cpu_temporaries(decoder, told.shape) == kept
+    assert told.total - told.weights - plan_module._cpu_temporaries(decoder, told.shape, engine.kv) == kept
 
 
 @given(

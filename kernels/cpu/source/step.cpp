@@ -112,8 +112,8 @@ extern "C" void octo_swiglu(const SwigluCall *call) {
             int64_t i = 0;
             for (; i + 16 <= c.n; i += 16) {  // half of 1 + tanh(x) is the logistic function of 2 x
                 F16 x = load<F16>(gate + i), slope = gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x;
-                F16 e = exponential(slope > 0.0f ? -slope : slope);
-                F16 share = (slope > 0.0f ? splat(1) : e) / (1.0f + e);
+                F16 e = exponential(pick(slope > 0.0f, -slope, slope));
+                F16 share = pick(slope > 0.0f, splat(1), e) / (1.0f + e);
                 store(to + i, x * share * load<F16>(up + i));
             }
             for (; i < c.n; i++) {
