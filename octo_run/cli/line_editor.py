@@ -49,7 +49,7 @@ class LineEditor:
 
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
-            style=Style([("prompt", "ansigreen bold"), ("bottom-toolbar", "noreverse"), ("", "bold")]),
+            style=Style([("prompt", "ansigreen bold"), ("", "bold"), ("bottom-toolbar", "noreverse nobold")]),
             color_depth=None if console.colours() else ColorDepth.DEPTH_1_BIT,
             completer=None if complete is None else _completer(complete),
             complete_while_typing=False,
