@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.sampling import SamplingParams
-from octo_run.engine.sequence import Sequence, common_length
+from octo_run.engine.sequence import Sequence
 from octo_run.engine.session import Session
 from octo_run.engine.session_identity import Identity, identity_of, read_identity
 from octo_run.errors import OctoError, UsageError, quoted, shown
