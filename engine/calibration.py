@@ -28,8 +28,8 @@ from octo_run.models.decoder import Decoder
 from octo_run.models.files import weight_files
 from octo_run.tokenizer import Tokenizer
 
-#: Tokens of the text that are used at most.
-TOKENS = 768
+#: Tokens of the text that are used at most; and of these for sensitivities, which take far longer.
+TOKENS, FEWER = 1536, 768
 #: Counts changes of the text or of what is made of it.
 _VERSION = 3
 
@@ -78,7 +78,7 @@ class Calibration:
             kind: The conditioning.
             fmt: The code.
         """
-        ids = self.ids
+        ids = self.ids[:FEWER]
         if len(ids) <= sensitivity.FIRST:
             return None
         what = ("sensitivities", kind, fmt.name, fmt.k.seed)
@@ -111,7 +111,7 @@ class Calibration:
         dtype, the kind of device, RoPE's factors where the context chooses them, and the tokens."""
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
         decoder = self.decoder
-        model = decoder.cfg, decoder.weight_format, decoder.device.type, decoder.long_factors
+        model = decoder.cfg, decoder.weight_format, decoder.device.type, decoder.rope_factors
         known = (_VERSION, what, files, model, self.ids)
         return hashlib.sha256(repr(known).encode()).hexdigest()
 

@@ -13,7 +13,7 @@ from octo_run import kernels
 from octo_run.engine import sensitivity, system_memory
 from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import PAGE, ArenaShape
-from octo_run.engine.calibration import TOKENS
+from octo_run.engine.calibration import FEWER
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.engine.recurrent_state import RecurrentShape
@@ -361,7 +361,7 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     """Bytes of the weights and of the largest copies made while a layer is read, fused, rotated (in float32) and packed
     (in float32), or of what choosing formats takes."""
     cfg, size = decoder.cfg, decoder.dtype.itemsize
-    copies = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
+    copies = sensitivity.working_bytes(cfg, FEWER, device) if isinstance(fmt, AutoFormats) else 0
     heads = cfg.num_heads * max(spec.head_dim for spec in decoder.specs)
     for layer in decoder.layers:
         dense = quantised or any(isinstance(part, Linear) for part in layer.mixer.parts)

@@ -160,6 +160,18 @@ class ModelConfig:
         """The rotary embedding of layers without a window."""
         return Rope(self.rope_theta, self.rope_scaling, self.rope_share, self.query_scaling)
 
+    @property
+    def rope_switch(self) -> int | None:
+        """The longest context with the first of RoPE's two lists of factors; None: there are no two."""
+        scaling = self.rope_scaling
+        return scaling.original_max_position_embeddings if scaling and scaling.kind == "longrope" else None
+
+    def rope_factors(self, context: int) -> str:
+        """Which of RoPE's lists of factors a context chooses: "short", "long", or "" where there is no choice."""
+        if self.rope_switch is None:
+            return ""
+        return "long" if context > self.rope_switch else "short"
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:

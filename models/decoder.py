@@ -293,10 +293,9 @@ class Decoder:
             self.layers[number] = replace(layer, mixer=replace(layer.attention, maps=maps, key_mean=mean))
 
     @property
-    def long_factors(self) -> bool:
-        """Whether the context made it take RoPE's factors for long contexts."""
-        scalings = [kind.scaling for kind, _ in self.ropes if kind is not None and kind.scaling is not None]
-        return any(one.kind == "longrope" and self.context > one.original_max_position_embeddings for one in scalings)
+    def rope_factors(self) -> str:
+        """Which of RoPE's lists of factors the context chose: see `ModelConfig.rope_factors`."""
+        return self.cfg.rope_factors(self.context)
 
     def inv_freq(self, index: int) -> Tensor:
         """The frequencies of a layer's RoPE, radians a position, float32 ``[d / 2]``; 0 where nothing turns."""

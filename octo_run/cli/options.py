@@ -221,8 +221,7 @@ _ENGINE_OPTIONS = (
         "--head",
         type=click.Choice(HEADS),
         default=None,
-        help="Store the embedding and the output head so (bf16: not quantised).  "
-        "[default: int8 if --weights is int8 unasked]",
+        help="Store the embedding and the output head so.  [default: bf16 (not quantised); int8 with unasked int8]",
     ),
     device_option,
     dtype_option,

@@ -81,8 +81,6 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
 
         torch.set_num_threads(options.threads)
     asked, options = options, resolved(options, cache.get("random_weights"))
-    if asked.weights is None and options.weights == "int8":
-        _say_once("weights in int8, as a CPU is slow to read them; --weights bf16 or fp32 does not quantise them")
 
     def announce(plan: "MemoryPlan") -> None:
         if options.device is None and plan.device == "cpu":
@@ -93,6 +91,8 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         else:
             notice_lines(describe_plan(model, plan))
             _said.add(f"{cache_and_context(plan)}: {human_bytes(plan.total)} in all")
+        if asked.weights is None and options.weights == "int8":
+            _say_once("weights in int8, as a CPU is slow to read them; --weights bf16 or fp32 does not quantise them")
         _planned.add((model, plan.device))
 
     said = time.monotonic()
@@ -122,6 +122,9 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     )
     if engine.config.wrapper:
         _say_once(f"{engine.config.wrapper}: its text part is loaded; images and sound would need the other parts")
+    if engine.config.rope_switch is not None:
+        factors, switch = engine.config.rope_factors(engine.max_context), f"{engine.config.rope_switch:,}"
+        _say_once(f"RoPE: the {factors} factors, as the context decides (short up to {switch} tokens, long beyond)")
     if str(engine.kv) != engine.kv.name:
         notice(f"formats: {engine.kv}")
     return engine

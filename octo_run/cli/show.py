@@ -91,6 +91,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
         "max_context": cfg.context_limit,
+        "rope_switch": cfg.rope_switch,
         "sampling": SamplingParams.own(load_generation_defaults(path)),
         "device": str(where),
         "free_bytes": free_memory(where),
@@ -164,6 +165,16 @@ def _sampling(own: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in own.items()) + " (the model's own; options change it)"
 
 
+def _rope_lines(facts: dict[str, Any]) -> list[str]:
+    """The line on models whose context chooses RoPE's factors."""
+    switch = facts["rope_switch"]
+    if switch is None:
+        return []
+    mine = "long" if facts["max_context"] > switch else "short"
+    short = f"the short factors with --ctx {switch:,} or less, the long ones with more"
+    return [f"rope          {short}: {mine} ones without --ctx, as far as memory allows"]
+
+
 def _recurrent_lines(facts: dict[str, Any]) -> list[str]:
     """The line on recurrent layers, if there are any."""
     if not facts["recurrent_layers"]:
@@ -217,6 +228,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"weights       {facts['weight_format']}",
         f"context       {facts['max_context']:,} tokens at most",
+        *_rope_lines(facts),
         *_recurrent_lines(facts),
         *_window_lines(facts),
         f"sampling      {_sampling(facts['sampling'])}",

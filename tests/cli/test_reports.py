@@ -215,6 +215,20 @@ def test_show_tells_what_windows_take(octo: Callable[..., Any], make_checkpoint:
     assert "however many there are" in out and "windows   " not in octo("show").out
 
 
+def test_which_factors_of_rope_are_on(octo: Callable[..., Any], make_checkpoint: Callable[..., Path]) -> None:
+    """longrope has two lists, and the context decides: `show` says where, a run which."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "factor": 2.0,
+               "original_max_position_embeddings": 256}  # fmt: skip
+    path = make_checkpoint(rope_scaling=scaling)
+    assert json.loads(octo("show", str(path), "--json", "--device", "cpu").out)["rope_switch"] == 256
+    out = octo("show", str(path), "--device", "cpu").out
+    assert "rope          the short factors with --ctx 256 or less, the long ones with more: long ones without" in out
+    assert "rope  " not in octo("show").out
+    for context, factors in (("256", "short"), ("257", "long")):
+        told = octo("generate", "-m", str(path), "-p", "x", "-n", "1", "--ctx", context, "--conditioning", "off").err
+        assert f"RoPE: the {factors} factors, as the context decides (short up to 256 tokens, long beyond)" in told
+
+
 def test_show_of_a_model_that_does_not_fit(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from octo_run.engine import plan
 

@@ -32,7 +32,8 @@ def test_generate_says_what_was_chosen_and_answers_the_same_again(
         assert run.returncode == 0, run.stderr
         lines = run.stderr.splitlines()
         assert lines[0].startswith(
-            "octo-demo on cpu, weights fp32, KV cache auto:56: context 4,096 tokens, 1,792 bytes per packed token"
+            "octo-demo on cpu, weights int8, head int8, KV cache auto:56: context 4,096 tokens, "
+            "1,792 bytes per packed token"
         )
         told = "auto:56: measuring how precise the keys and values of 8 layers must be" in lines
         assert told == (run is runs[0])
@@ -48,7 +49,7 @@ def test_bench_and_eval_take_it(environment: dict[str, str], octo: Any) -> None:
     run = octo(environment, "bench", "--kv", "auto:56", "--tests", "tg4", "-r", "1", "--depth", "300", "-o", "json")
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
-    assert report["rows"][0]["kv"] == "auto:56" and report["memory"]["fp32 auto:56"]["formats"].startswith(
+    assert report["rows"][0]["kv"] == "auto:56" and report["memory"]["int8, head int8 auto:56"]["formats"].startswith(
         "auto:56 (K "
     )
     run = octo(environment, "eval", "ppl", "--kv", "oct2,auto:56", "--ctx", "512", "--json")

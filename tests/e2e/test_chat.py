@@ -67,7 +67,7 @@ def test_several_turns_through_a_pipe(installed: Callable[..., "subprocess.Compl
     assert third.strip()
     assert "4815162" in needle
     assert "\x1b" not in done.stdout + done.stderr and "> " not in done.stdout
-    assert f"KV cache {kv}" in done.stderr and "memory: weights 75.5 MB" in done.stderr
+    assert f"KV cache {kv}" in done.stderr and "memory: weights 19.1 MB" in done.stderr
     assert done.stderr.count("running on the CPU") == 1
     stats = re.search(r"3 turns: ([\d,]+) prompt tokens, ([\d,]+) of them reused", done.stderr)
     assert stats is not None, done.stderr

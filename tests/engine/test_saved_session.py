@@ -22,6 +22,7 @@ from octo_run.engine.saved_session import SavedSession, SessionMismatch, Snapsho
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import PageFormat
 from octo_run.models.config import parse_config
+from octo_run.models.rope_config import RopeScaling
 from octo_run.models.safetensors_file import read_headers
 
 from .conftest import TINY
@@ -229,6 +230,17 @@ def test_another_model_is_a_mismatch(tiny: Callable[..., Engine], tmp_path: Path
         file.restore(tiny("oct3", 2048, cfg=replace(engine.config, rope_theta=5000.0)))
 
 
+def test_keys_that_were_turned_otherwise_are_a_mismatch(tiny: Callable[..., Engine], tmp_path: Path) -> None:
+    """longrope has two lists of factors, and the context decides: pages of one are of no use with the other."""
+    factors = {"short_factors": (1.0,) * 32, "long_factors": tuple(1.0 + i for i in range(32))}
+    scaling = RopeScaling("longrope", 1.0, original_max_position_embeddings=1024, **factors)
+    cfg = replace(tiny("oct3", 1024).config, rope_scaling=scaling)
+    file = saved(talk(tiny("oct3", 1024, cfg=cfg), LONG[:600]), tmp_path / "s.safetensors")
+    with pytest.raises(SessionMismatch, match="RoPE's short factors and this context chooses the long ones"):
+        file.restore(tiny("oct3", 2048, cfg=cfg))
+    file.restore(tiny("oct3", 1000, cfg=cfg))
+
+
 def test_a_failed_load_changes_nothing_but_what_is_held(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     """The file shrinks after its header was read: the engine goes on."""
     path = tmp_path / "s.safetensors"
@@ -291,7 +303,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "system a number": _set("system", 3),
     "ids of another shape": lambda header, _: header["ids"].update(shape=[1, *header["ids"]["shape"]]),
     "pages of another shape": lambda header, _: header["pages"].update(shape=header["pages"]["shape"][::-1]),
-    "full of another dtype": lambda header, _: header["full"].update(dtype="I32"),
+    "full of another dtype": lambda header, _: header["full0"].update(dtype="I32"),
     "no pages": lambda header, _: header.update(nothing=header.pop("pages")),
 }
 
