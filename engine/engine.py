@@ -230,9 +230,9 @@ class Engine:
             else:
                 source = weight_files.StoredWeights(path, cfg, where, kind, matrices)
             ids = random_ids(cfg) if scheme is not None and scheme.weighted else None
-            decoder = Decoder(cfg, source, None, fmt[0].v.rotation, scheme, ids, of_head, plan.context)
+            decoder = Decoder(cfg, source, None, fmt.rotations("v"), scheme, ids, of_head, plan.context)
             calibration = Calibration(decoder, tokenizer, path)
-            decoder.store_keys(fmt[0].k.rotation, calibration.conditioning(plan.conditioning))
+            decoder.store_keys(fmt.rotations("k"), calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):
                 fmt = fmt.chosen(calibration.sensitivities(plan.conditioning, fmt.measured_with, on_measure))
             if where.type == "cuda":

@@ -54,6 +54,7 @@ class Identity:
 
     Attributes:
         formats: The tags of the layers' pages.
+        rope: RoPE's list of factors, where the context chose it: keys are stored turned.
     """
 
     fingerprint: str
@@ -62,13 +63,17 @@ class Identity:
     conditioning: str
     sink: int
     window: int
+    rope: str
 
     @classmethod
     def of(cls, engine: Engine) -> Identity:
         """That of an engine."""
         shape = engine.plan.shape
         tags = tuple(page.tag for page in engine.arena.page_formats)
-        return cls(fingerprint(engine), _weights(engine), tags, engine.plan.conditioning, shape.sink, shape.window)
+        return cls(
+            fingerprint(engine), _weights(engine), tags, engine.plan.conditioning, shape.sink, shape.window,
+            engine.forward.decoder.rope_factors,
+        )  # fmt: skip
 
     def difference(self, other: Identity, model: str) -> str | None:
         """Why pages of this identity are of no use to an engine of another one; ``model`` is what it is called."""
@@ -81,6 +86,11 @@ class Identity:
             return f"it was saved with the KV cache {_short(mine)} and this is {_short(theirs)}"
         if self.conditioning != other.conditioning:
             return f"it was saved with --conditioning {self.conditioning} and this is {other.conditioning}"
+        if self.rope != other.rope:
+            return (
+                f"it was saved with RoPE's {self.rope or 'unnamed'} factors and this context chooses the {other.rope} "
+                "ones (docs/families.md)"
+            )
         if (self.sink, self.window) != (other.sink, other.window):
             return (
                 f"it was saved with {self.sink:,} sinks and a window of {self.window:,} tokens and these are "
@@ -134,4 +144,5 @@ def read_identity(fields: Fields) -> Identity:
         conditioning=shown(values.text("conditioning") or "", 40),
         sink=values.integer("sink", low=0),
         window=values.integer("window", low=0),
+        rope=shown(values.text("rope") or "", 40),
     )

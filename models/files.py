@@ -11,9 +11,9 @@ from octo_run.models.quantisation.config import MODELOPT_NAME
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-"""What a tokenizer is read from: all files of one of these."""
-TOKENIZER_NAMES = "tokenizer.json or tokenizer.model or vocab.json with merges.txt"
+TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",), ("vocab.json", "merges.txt"))
+"""What a tokenizer is read from: all files of the first of these that are there."""
+TOKENIZER_NAMES = "tokenizer.json or tokenizer.model or tekken.json or vocab.json with merges.txt"
 SMALL_NAMES = (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,

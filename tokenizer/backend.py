@@ -13,6 +13,8 @@ class Backend(Protocol):
     """The highest id + 1."""
     strips_space: bool
     """Whether decoding drops one space at the start of the text (the encoder put it there)."""
+    strips_spaces: bool
+    """Whether it drops one of each token until there is text (SentencePiece that removes extra whitespace)."""
     added: tuple[AddedToken, ...]
     """Special tokens and tokens beyond the vocabulary, as the vocabulary's own files and the config declare them."""
     beyond: Mapping[str, int]

@@ -36,6 +36,10 @@ _WORDS = {
 }
 # fmt: on
 _MAX_DEPTH = 100
+#: What a thought is called in messages. Templates read one of the first two, servers and libraries write any.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+#: Stands behind the message that is to be continued. The space tells whether the template strips the message.
+_END = "END_OF_THE_LAST_MESSAGE "
 _ADVICE = "use plain generation, or a model with another template"
 #: What Python says of its own inside: names of functions at wrong arguments, of modules, addresses.
 _INSIDE = re.compile(
@@ -63,17 +67,38 @@ class ChatTemplate:
         longest_first = sorted((token for token in special if token), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
         """The conversation as text.
 
+        A thought under one of the names ``reasoning_content``, ``thinking`` and ``reasoning`` is given to the template
+        under the first two, of which templates read one or the other.
+
+        Args:
+            continue_final_message: The text ends where the last message does, so that a model goes on with it. No
+                generation prompt is added then.
+
         Raises:
-            OctoError: The template is faulty, refuses the messages or computes without end.
-            UsageError: Something is no plain data, or no valid Unicode (the error names the message).
+            OctoError: The template is faulty, refuses the messages, computes without end, or rewrites a message that
+                is to be continued.
+            UsageError: Something is no plain data, or no valid Unicode (the error names the message); or there is no
+                message to be continued.
         """
-        return str.__str__(self._render(messages, add_generation_prompt, variables))
+        return str.__str__(self._render(messages, add_generation_prompt, continue_final_message, variables))
 
     def render_marked(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> MarkedText:
         """The same text with marks that tell users' special tokens from the template's.
 
@@ -81,7 +106,7 @@ class ChatTemplate:
             OctoError: As `render`.
             UsageError: As `render`.
         """
-        text = self._render(messages, add_generation_prompt, variables)
+        text = self._render(messages, add_generation_prompt, continue_final_message, variables)
         places = sorted(set(self._unproven(text)))
         pieces = [text[i:j] for i, j in zip([0, *places], [*places, len(text)], strict=True)]
         return MarkedText(MARK.join(pieces), MARK)
@@ -97,11 +122,14 @@ class ChatTemplate:
             match = self._special.search(text, match.start() + 1)
 
     def _render(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, goes_on: bool, variables: Mapping[str, Any]
     ) -> Text:
         messages = self._plain(messages, 0)
         variables = self._plain(variables, 0)
         _check_unicode(messages, variables)
+        if isinstance(messages, list):
+            messages = [_with_reasoning(message) for message in messages]
+        last = _mark_end(messages) if goes_on else None
         everything = list(_scalars([messages, variables]))
         program = self._program  # made before the clock runs
         meter = Meter(len(everything), sum(len(value) for value in everything if isinstance(value, str)))
@@ -114,14 +142,26 @@ class ChatTemplate:
             **self._variables,
             **variables,
             "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt and not goes_on,
         }
         text = self._run(program, values, meter)
+        if last is not None:
+            text = self._up_to_end(text, last)
         try:
             text.encode()
         except UnicodeEncodeError:
             raise OctoError(f"The chat template in {self.file} writes half a surrogate pair: {_ADVICE}.") from None
         return text
+
+    def _up_to_end(self, text: Text, last: str) -> Text:
+        """The text up to the end of the last message, which `_mark_end` has marked."""
+        place = str.rfind(text, _END.rstrip())
+        if place < 0 or last.strip() not in text:
+            raise OctoError(
+                f"The chat template in {self.file} rewrites or leaves out the last message, so that no answer can go "
+                "on with it: let the conversation end with another message."
+            )
+        return text[:place] if str.startswith(text, _END, place) else text[:place].rstrip()
 
     def _run(self, program: Program, values: dict[str, Any], meter: Meter) -> Text:
         template = f"The chat template in {self.file}"
@@ -183,6 +223,36 @@ def _written(value: Any) -> Any:
     if isinstance(value, list):
         return [_written(item) for item in value]
     return written(value) if isinstance(value, str) else value
+
+
+def _with_reasoning(message: Any) -> Any:
+    """A message whose thought has both names that templates know."""
+    if not isinstance(message, dict):
+        return message
+    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _mark_end(messages: Any) -> str:
+    """Put `_END` behind the text of the last message, in place.
+
+    Returns:
+        The text without it.
+
+    Raises:
+        UsageError: There is no message, or none with a text.
+    """
+    message = messages[-1] if isinstance(messages, list) and messages else None
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(message, dict) and isinstance(content, str):
+        message["content"] = content + _END
+        return content
+    for part in reversed(content) if isinstance(content, list) else ():
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            text: str = part["text"]
+            part["text"] = text + _END
+            return text
+    raise UsageError("No message can be continued: the last one must be there, and have a text.")
 
 
 def _check_unicode(messages: list[Any], variables: Mapping[str, Any]) -> None:

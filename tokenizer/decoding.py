@@ -20,6 +20,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+#: The stand-in of each byte.
+BYTE_ALPHABET = tuple(sorted(_BYTE_OF, key=_BYTE_OF.__getitem__))
 
 
 class DecoderRules:

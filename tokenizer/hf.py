@@ -1,4 +1,5 @@
-"""Vocabularies of the `tokenizers` library: `tokenizer.json`, and GPT-2 style `vocab.json` + `merges.txt`."""
+"""Vocabularies of the `tokenizers` library: `tokenizer.json`, and what becomes one when it is read: Mistral's
+`tekken.json`, and GPT-2 style `vocab.json` + `merges.txt`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 
 from octo_run.errors import OctoError, quoted
 from octo_run.models.foreign import parsing
+from octo_run.tokenizer import tekken
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig
 from octo_run.tokenizer.decoding import DecoderRules
 from octo_run.tokenizer.tokenizer_json import (
@@ -35,27 +37,30 @@ class TokenizersBackend:
 
     def __init__(self, directory: Path, config: TokenizerConfig) -> None:
         """Errors: OctoError when the files are malformed, contradictory, or decode in a way not known here."""
-        path = directory / "tokenizer.json"
-        from_json = path.exists()
-        self._path = path if from_json else directory / "vocab.json"
-        if from_json:
-            self._state, beyond = read_tokenizer_json(path, config)
+        names = ("tokenizer.json", tekken.NAME, "vocab.json")
+        self._path = next(path for name in names if (path := directory / name).exists())
+        beyond: dict[str, int] = {}
+        named = class_tokens(config)
+        if self._path.name == "tokenizer.json":
+            self._state, beyond = read_tokenizer_json(self._path, config)
+        elif self._path.name == tekken.NAME:
+            self._state, named = tekken.read_tekken(self._path)
         else:
-            self._state, beyond = from_vocab_and_merges(directory, config), {}
+            self._state = from_vocab_and_merges(directory, config)
         self.beyond: Mapping[str, int] = {**config.beyond, **beyond}
         self._special: list[str] = []
         self._never: frozenset[int] = frozenset()
         self._replacement: list[int] = []
         with self._parsing():
             self._added = _library_tokens(config)
-            if not from_json:
+            if self._path.name == "vocab.json":
                 self._added += _class_tokens(config, self._state)
             self._tok = self._build(self._state)
             self._check_ids(config)
-            self._read_facts(config, from_json)
+            self._read_facts(config, named)
 
     def _parsing(self) -> AbstractContextManager[None]:
-        source = self._path if self._path.name == "tokenizer.json" else f"{self._path} with merges.txt"
+        source = f"{self._path} with merges.txt" if self._path.name == "vocab.json" else self._path
         return parsing(source, "tokenizer data")
 
     def _build(self, state: State) -> Tokenizer:
@@ -77,7 +82,8 @@ class TokenizersBackend:
                     f"{self._path.name} gives it {found}; the files do not match."
                 )
 
-    def _read_facts(self, config: TokenizerConfig, from_json: bool) -> None:
+    def _read_facts(self, config: TokenizerConfig, named: Mapping[str, str]) -> None:
+        """``named``: ``bos_token`` etc. as the vocabulary's file or its class has them."""
         own = self._tok.get_added_tokens_decoder()
         self.size = max([end_of_ids(self._state["model"]["vocab"]), *(i + 1 for i in own)])
         if not self.size:
@@ -93,9 +99,9 @@ class TokenizersBackend:
         )
         decoder = self._tok.decoder
         self._rules = DecoderRules(None if decoder is None else json.loads(decoder.__getstate__()), self._path)
-        self.strips_space = self._rules.strips_space
+        self.strips_space, self.strips_spaces = self._rules.strips_space, False
         self._literal = {token.id: self._rules.literal(token.content) for token in self.added}
-        named = {key: text for key, text in class_tokens(config).items() if self.token_id(text) is not None}
+        named = {key: text for key, text in named.items() if self.token_id(text) is not None}
         self.opening = opening_token(self._state)
         known = self.opening is not None and self.token_id(self.opening) is not None
         self.bos = self.opening if known else named.get("bos_token")

@@ -50,7 +50,7 @@ class SentencePieceBackend:
         collapses = str(self._sp.normalize("a  b")).count(_SPACE) == 1 + dummy_prefix
         self._prefix = dummy_prefix and config.add_prefix_space is not False
         self._prefix_everywhere = self._prefix and config.legacy is True
-        self.strips_space = self._prefix or collapses
+        self.strips_space, self.strips_spaces = self._prefix or collapses, collapses
         self._own = {token.id: token for token in config.added if self._is_own(token, config)}
         self.added = self._declared(config)
         self.beyond: Mapping[str, int] = config.beyond

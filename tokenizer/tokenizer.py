@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from octo_run.errors import OctoError, UsageError, quoted
+from octo_run.models.files import TOKENIZER_NAMES, TOKENIZERS
 from octo_run.tokenizer.backend import Backend
 from octo_run.tokenizer.chat import ChatTemplate
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
@@ -16,7 +17,8 @@ from octo_run.tokenizer.stream import StreamingDetokenizer
 def load_tokenizer(model_dir: Path) -> "Tokenizer":
     """The tokenizer of the model in `model_dir`.
 
-    Vocabulary: ``tokenizer.json``, else ``tokenizer.model`` (SentencePiece), else ``vocab.json`` + ``merges.txt``.
+    Vocabulary: ``tokenizer.json``, else ``tokenizer.model`` (SentencePiece), else ``tekken.json`` (Mistral), else
+    ``vocab.json`` + ``merges.txt``.
 
     Raises:
         OctoError: There is no vocabulary, or a file is damaged or contradicts another.
@@ -25,24 +27,19 @@ def load_tokenizer(model_dir: Path) -> "Tokenizer":
     if not model_dir.is_dir():
         raise OctoError(f"{model_dir} is not a folder with a model.")
     config = load_config(model_dir)
-    has_vocab = (model_dir / "vocab.json").exists() and (model_dir / "merges.txt").exists()
+    there = {path.name for path in model_dir.iterdir()}
+    files = next((files for files in TOKENIZERS if there.issuperset(files)), None)
+    if files is None:
+        raise OctoError(f"{model_dir} has no tokenizer: it needs {TOKENIZER_NAMES}.")
     backend: Backend
-    if (model_dir / "tokenizer.json").exists():
-        from octo_run.tokenizer.hf import TokenizersBackend
-
-        backend = TokenizersBackend(model_dir, config)
-    elif (model_dir / "tokenizer.model").exists():
+    if files == ("tokenizer.model",):
         from octo_run.tokenizer.spm import SentencePieceBackend
 
         backend = SentencePieceBackend(model_dir / "tokenizer.model", config)
-    elif has_vocab:
+    else:
         from octo_run.tokenizer.hf import TokenizersBackend
 
         backend = TokenizersBackend(model_dir, config)
-    else:
-        raise OctoError(
-            f"{model_dir} has no tokenizer: it needs tokenizer.json, tokenizer.model, or vocab.json with merges.txt."
-        )
     return Tokenizer(backend, config)
 
 
@@ -229,7 +226,8 @@ class Tokenizer:
             ValueError: As `decode`.
         """
         skip = self.special_ids if skip_special else frozenset()
-        stream = StreamingDetokenizer(self._piece, skip, self._backend.strips_space)
+        backend = self._backend
+        stream = StreamingDetokenizer(self._piece, skip, backend.strips_space, backend.strips_spaces)
         stream.skip(after)
         return stream
 
@@ -267,7 +265,12 @@ class Tokenizer:
         self._template = ChatTemplate(source, file, self._variables, self._special)
 
     def chat(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, **template_variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_variables: Any,
     ) -> list[int]:
         """A conversation as ids: the model's chat template, encoded with special tokens where the template wrote them.
 
@@ -275,22 +278,30 @@ class Tokenizer:
 
         Args:
             messages: Dicts with "role" and "content". Whatever they contain, special ids come from the template alone.
+            continue_final_message: End where the last message does, for an answer that was begun.
             template_variables: Visible to the template.
 
         Raises:
-            OctoError: There is no template, or it is faulty or refuses the messages.
-            UsageError: A message is not valid Unicode; the error names it and the position in it.
+            OctoError: There is no template, or it is faulty, refuses the messages or rewrites the last one that is to
+                be continued.
+            UsageError: A message is not valid Unicode (the error names it and the position in it), or there is none to
+                be continued.
         """
         marked = self._chat_template().render_marked(
-            messages, add_generation_prompt=add_generation_prompt, **template_variables
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **template_variables,
         )
         return self._encode_marked(marked.text, marked.mark)
 
-    def render(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, **template_variables: Any
-    ) -> str:
-        """The conversation as the chat template writes it, for reading; encode with `chat`, not from this text."""
-        return self._chat_template().render(messages, add_generation_prompt=add_generation_prompt, **template_variables)
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The conversation as the chat template writes it, for reading; encode with `chat`, not from this text.
+
+        Args:
+            options: As `chat`.
+        """
+        return self._chat_template().render(messages, **options)
 
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:

@@ -68,8 +68,10 @@ def add_rms_norm(
     post: Tensor | None = None,
     multiplier: float = 1.0,
     centred: bool = False,
+    scale: float = 1.0,
 ) -> None:
-    """``residual += x`` in place, then ``out = rms_norm(residual) * weight``; without a residual that of ``x``.
+    """``residual = (residual + x) * scale`` in place, then ``out = rms_norm(residual) * weight``; without a residual
+    that of ``x``.
 
     All are of one dtype, but for weights, which may be float32 (see ``reference.normed``).
 
@@ -83,9 +85,15 @@ def add_rms_norm(
     if x.is_cuda:
         from octo_run.kernels.step import launch
 
-        launch.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred)
-    elif not compiled.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred):
-        reference.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred)
+        if scale == 1.0 or residual is None:
+            launch.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred)
+            return
+        launch.add_rms_norm(x, residual, None, eps, out, post, multiplier, centred)
+        residual.mul_(scale)
+        if weight is not None:
+            launch.add_rms_norm(residual, None, weight, eps, out, None, 1.0, centred)
+    elif not compiled.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred, scale):
+        reference.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred, scale)
 
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:

@@ -197,6 +197,7 @@ def add_rms_norm(
     post: Tensor | None = None,
     multiplier: float = 1.0,
     centred: bool = False,
+    scale: float = 1.0,
 ) -> None:
     """See ``kernels.step.add_rms_norm``."""
     if post is not None:
@@ -205,6 +206,8 @@ def add_rms_norm(
         x = x * multiplier
     if residual is not None:
         x = residual.add_(x)
+        if scale != 1.0:
+            residual.mul_(scale)
     if weight is not None and out is not None:
         out.copy_(normed(x, weight, eps, centred=centred))
 

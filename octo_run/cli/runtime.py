@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octo_run.cli.console import human_bytes, notice, notice_lines, require_output
+from octo_run.cli.console import human_bytes, notice, notice_lines, require_output, warn
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.sampling_options import SamplingOptions, read_grammar
 from octo_run.errors import quoted, shown
@@ -122,6 +122,9 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     )
     if engine.config.wrapper:
         _say_once(f"{engine.config.wrapper}: its text part is loaded; images and sound would need the other parts")
+    if engine.config.rope_switch is not None:
+        factors, switch = engine.config.rope_factors(engine.max_context), f"{engine.config.rope_switch:,}"
+        _say_once(f"RoPE: the {factors} factors, as the context decides (short up to {switch} tokens, long beyond)")
     if str(engine.kv) != engine.kv.name:
         notice(f"formats: {engine.kv}")
     return engine
@@ -285,7 +288,7 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     )
     for text in params.stop:
         if impossible(engine.tokenizer, text):
-            notice(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
+            warn(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
     return params
 
 

@@ -32,7 +32,17 @@ def program() -> str:
 
 
 @pytest.fixture
-def octo(program: str, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def octo(environment: dict[str, str], programs: Any) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    def run(*argv: str, text: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
+        return programs.run([*argv], {**environment, **changes}, text)  # type: ignore[no-any-return]
+
+    return run
+
+
+@pytest.fixture
+def installed(program: str, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """The console script."""
+
     def run(*argv: str, text: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [program, *argv],
@@ -47,9 +57,9 @@ def octo(program: str, environment: dict[str, str]) -> Callable[..., "subprocess
 
 
 @pytest.mark.parametrize("kv", ["octopus3", "bf16"])
-def test_several_turns_through_a_pipe(octo: Callable[..., "subprocess.CompletedProcess[str]"], kv: str) -> None:
+def test_several_turns_through_a_pipe(installed: Callable[..., "subprocess.CompletedProcess[str]"], kv: str) -> None:
     lines = [BOOKING, "Italian food, please, at 7 pm.", "Yes, that sounds good.", "/stats", "/clear", NEEDLE]
-    done = octo("chat", "--kv", kv, text="\n".join(lines))
+    done = installed("chat", "--kv", kv, text="\n".join(lines))
     assert done.returncode == 0, done.stderr
     first, second, third, needle = done.stdout.splitlines()
     assert re.search(r"time|restaurant|table|food|city|cuisine", first, re.I), first

@@ -138,7 +138,7 @@ def test_sequences_share_what_fits(free: Callable[[int], None]) -> None:
     assert shared.context > 1.5 * short.context and shared.total <= 200_000_000
     free(100_000_000_000)
     assert plan(sequences=3).shape.pages == 3 * plan(sequences=3).shape.max_pages
-    page = PAGE * plan().shape.packed_token_bytes
+    page = PAGE * plan().shape.token_bytes
     told = plan(sequences=3, cache_bytes=10 * page + 1)
     assert told.shape.pages == told.shape.max_pages == 10 and told.context == 64 + 64 + 10 * PAGE + PAGE - 1
     told = plan(sequences=3, cache_bytes=10 * page, max_context=500)

@@ -26,6 +26,39 @@ def talk(*contents: str, system: str | None = None) -> Messages:
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
+def calls() -> dict[str, Messages]:
+    """Calls of tools and their results, in the spellings of several servers."""
+    arguments = {"people": 2, "when": "8 pm <b>", "wishes": [1.5, None, True, "é"]}
+    book = {"id": "abcdef123", "type": "function", "function": {"name": "book", "arguments": arguments}}
+    now = {"id": "abcdef124", "type": "function", "function": {"name": "now", "arguments": {}}}
+    text = {**book, "function": {"name": "book", "arguments": '{"people": 2}'}}
+
+    def messages(content: Any, calls: list[Any], *results: Any) -> Messages:
+        tools = [{"role": "tool", "content": r, "tool_call_id": c.get("id"), "name": "book"}
+                 for c, r in zip(calls, results, strict=True)]  # fmt: skip
+        return [*talk("Book!"), {"role": "assistant", "content": content, "tool_calls": calls}, *tools]
+
+    return {
+        "call": [*messages("", [book], "done: 1 < 2"), {"role": "assistant", "content": "Done."}, *talk("Thanks")],
+        "call without text": messages(None, [book], '{"ok": true}'),
+        "call of text": [*messages("Wait.", [text], "x"), *talk("y")],
+        "two calls": messages("", [book, now], "1", "2"),
+        "bare call": messages("", [book["function"]], "x"),
+        "result of an object": messages("", [book], {"a": 1}),
+    }
+
+
+def thoughts() -> dict[str, Messages]:
+    """Thoughts apart from the answer, under each of their names, before a call too."""
+    conversations = {}
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        call = calls()["call without text"]
+        call[1] = {**call[1], name: "hm\n"}
+        answer = {"role": "assistant", "content": "Because.", name: "hm"}
+        conversations[f"{name}"] = [*talk("Why?"), answer, *talk("Really?"), *call]
+    return conversations
+
+
 CONVERSATIONS = {
     "one": talk("Hello, who are you?"),
     "system": talk("Hi", system="You are terse."),
@@ -35,6 +68,26 @@ CONVERSATIONS = {
     ),
     "unicode": talk("你好 🦙 \u0301 {{ 7*7 }} {% raw %}", "\ttab\\n \u2028", "'\"quotes\"' & <b>"),
     "empty": talk("", "", ""),
+    **calls(),
+    **thoughts(),
+    "empty system": talk("a", "", "", system=""),
+    "parts": [
+        {"role": "system", "content": [{"type": "text", "text": "Be terse."}]},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "c"}]},
+        {"role": "user", "content": ["d", "e"]},
+    ],
+    "numbers": [
+        {"role": "user", "content": 42},
+        {"role": "assistant", "content": 1.5},
+        {"role": "user", "content": True},
+    ],
+    "nothing": [{"role": "user", "content": None}, {"role": "assistant", "content": None}],
+    "an object": [{"role": "user", "content": {"text": "a", "n": [1, "é"]}}],
+    "no content": [{"role": "user"}],
+    "names": [{"role": "user", "content": "x", "name": "Bob"}, {"role": "assistant", "content": "y", "name": "Al"}],
+    "developer": [{"role": "developer", "content": "Be terse."}, *talk("a")],
+    "late system": [*talk("a"), *talk("b", system="Be terse.")],
     "no messages": [],
     "wrong order": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
     "unknown role": [{"role": "wizard", "content": "abracadabra"}],
@@ -49,9 +102,18 @@ def template_file(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-TOOL = {"name": "book", "description": "<b>Book</b> a table", "parameters": {"type": "object", "properties": {}}}
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "people": {"type": "integer", "description": "how many"},
+        "when": {"type": "string", "description": "at what time", "enum": ["8 pm", "<9 pm>"]},
+    },
+    "required": ["people"],
+}
+TOOL = {"name": "book", "description": "<b>Book</b> a table", "parameters": PARAMETERS}
+NOW = {"name": "now", "description": "", "parameters": {"type": "object", "properties": {}}}
 WITH_TOOLS: dict[str, Any] = {
-    "tools": [{"type": "function", "function": TOOL}],
+    "tools": [{"type": "function", "function": TOOL}, {"type": "function", "function": NOW}],
     "functions": "[]",
     "datetime": "2024-01-01",
 }
@@ -81,7 +143,72 @@ def test_rendering_equals_transformers(template_file: Path, prompt: bool, tools:
         assert template.render(messages, add_generation_prompt=prompt, **variables) == expected, name
         marked = template.render_marked(messages, add_generation_prompt=prompt, **variables)
         assert marked.text.replace(marked.mark, "") == expected, name
-    assert compared >= 4
+    assert compared >= 9 and len(CONVERSATIONS) >= 20
+
+
+GOING_ON = {
+    "plain": talk("Why?", "The answer is"),
+    "space": talk("Why?", "The answer is "),
+    "spaces around": talk("Why?", "\n  The answer is\n\n", system="Be terse."),
+    "its own mark": talk("Why?", "END_OF_THE_LAST_MESSAGE END_OF_THE_LAST_MESSAGE"),
+    "thought": talk("Why?", "<think>\nhm\n</think>\n\nBec"),
+    "half a thought": talk("Why?", "<think>\nhm"),
+    "empty": talk("Why?", ""),
+    "question": talk("Why is"),
+    "parts": [*talk("Why?"), {"role": "assistant", "content": [{"type": "text", "text": "a "}, {"type": "image"}]}],
+    "no text": [*talk("Why?"), {"role": "assistant", "content": None}],
+    "number": [*talk("Why?"), {"role": "assistant", "content": 42}],
+    "no messages": [],
+}
+
+
+def test_a_message_that_goes_on_equals_transformers(template_file: Path) -> None:
+    variables = WITH_TOOLS if re.search(NEED_TOOLS, template_file.stem) else {}
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    source = template_file.read_text(encoding="utf-8")
+    template = ChatTemplate(source, str(template_file), NAMES, NAMES.values())
+    compared = 0
+    for name, messages in GOING_ON.items():
+        expected = oracle(utils, source, messages, continue_final_message=True, **variables)
+        if expected is None:
+            with pytest.raises((OctoError, UsageError), match=r"chat template in|No message can be continued"):
+                template.render(messages, continue_final_message=True, **variables)
+            continue
+        compared += 1
+        assert template.render(messages, continue_final_message=True, **variables) == expected, name
+        marked = template.render_marked(messages, continue_final_message=True, **variables)
+        assert marked.text.replace(marked.mark, "") == expected, name
+    assert compared >= 3
+
+
+def test_a_message_goes_on_where_it_ends() -> None:
+    turn = "<|{{ m.role }}|>{{ m.content @ }}<|end|>"
+    loop = "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    kept, stripped = (ChatTemplate(loop.replace("@", how), "here.jinja", {}, []) for how in ("", "| trim"))
+    messages = talk("Why?", "So <|end|> ")
+    before = [dict(message) for message in messages]
+    assert kept.render(messages, continue_final_message=True) == "<|user|>Why?<|end|><|assistant|>So <|end|> "
+    assert stripped.render(messages, continue_final_message=True) == "<|user|>Why?<|end|><|assistant|>So <|end|>"
+    assert messages == before, "the messages of the caller stay as they are"
+    tok = letters(loop.replace("@", ""), ["<|end|>"])
+    assert len(specials_of(tok, tok.chat(messages, continue_final_message=True))) == 1, "the user's stays text"
+    for source in ("{{ messages[-1].content[:3] }}", "{{ messages[0].content }}", "x"):
+        with pytest.raises(OctoError, match=r"here\.jinja rewrites or leaves out the last message"):
+            ChatTemplate(source, "here.jinja", {}, []).render(messages, continue_final_message=True)
+    for wrong in ([], [{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}]):
+        with pytest.raises(UsageError, match="No message can be continued"):
+            kept.render(wrong, continue_final_message=True)
+
+
+@pytest.mark.parametrize("given", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+def test_a_thought_has_the_name_that_the_template_reads(given: str, read: str) -> None:
+    """gpt-oss reads "thinking", Qwen "reasoning_content", and some servers write "reasoning"."""
+    template = ChatTemplate("{{ messages[0]." + read + " }}", "here.jinja", {}, [])
+    assert template.render([{"role": "assistant", "content": "", given: "hm"}]) == "hm"
+    both = [{"role": "assistant", "reasoning_content": "a", "thinking": "b"}]
+    assert template.render(both) == {"reasoning_content": "a", "thinking": "b"}[read]
+    assert template.render([{"role": "assistant", given: None}]) in ("", "None")
 
 
 def oracle(utils: Any, source: str, messages: Messages, **variables: Any) -> str | None:
@@ -95,7 +222,7 @@ def oracle(utils: Any, source: str, messages: Messages, **variables: Any) -> str
 class Letters:
     """A vocabulary of all characters, and the special tokens given."""
 
-    strips_space = False
+    strips_space = strips_spaces = False
     bos, eos, unk, unk_id, opening = None, None, None, None, None
     beyond: dict[str, int] = {}  # noqa: RUF012
 

@@ -1,12 +1,15 @@
 """The streaming detokenizer: whole characters only, and the same text as decoding at once."""
 
 import unicodedata
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octo_run.tokenizer import StreamingDetokenizer, Tokenizer
+from octo_run.tokenizer import StreamingDetokenizer, Tokenizer, load_tokenizer
 
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=("Cs",)), max_size=60),
@@ -104,3 +107,17 @@ def test_special_tokens_in_the_stream(demo: Tokenizer) -> None:
 def test_the_prefix_space_is_taken_away_once(llama2: Tokenizer) -> None:
     assert stream_all(llama2, [1, 15043, 15043]) == ["", "Hello", " Hello", ""]
     assert "".join(stream_all(llama2, llama2.encode("  x"))) == "  x"
+
+
+def test_a_model_that_removes_extra_spaces(spm_model: Callable[..., bytes], tmp_path: Path) -> None:
+    """SentencePiece then drops one space of each token until there is text, with a pause between two answers too."""
+    (tmp_path / "tokenizer.model").write_bytes(spm_model(user_defined_symbols=["\u2581\u2581"]))
+    tok = load_tokenizer(tmp_path)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    space, two, dog = (sp.piece_to_id(piece) for piece in ("\u2581", "\u2581\u2581", "\u2581dog"))
+    for ids in ([space] * 6 + [dog, dog], [two, dog], [space, two, space, dog, space], [dog] + [space] * 4):
+        text = sp.decode(ids)
+        assert tok.decode(ids) == text
+        for cut in range(len(ids) + 1):
+            after = tok.stream(ids[:cut])
+            assert tok.decode(ids[:cut]) + "".join(map(after.push, ids[cut:])) == text
