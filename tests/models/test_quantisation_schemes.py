@@ -160,14 +160,13 @@ def test_a_matrix_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("head", ["bf16", "int8"])
-@pytest.mark.parametrize("weights", ["bf16", *SCHEMES])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", *SCHEMES])
 def test_the_plan_says_what_is_held(weights: str, head: str) -> None:
     with Engine.load("octo-demo", device="cpu", weights=weights, head=head, max_context=256) as engine:
         decoder = engine.forward.decoder
         storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held(decoder)}
         assert sum(storages.values()) == engine.plan.weights < engine.plan.loading
-        layers = "fp32" if weights == "bf16" else weights
-        expected = {"int8": f"{layers}, head int8", "bf16": layers}
+        expected = {"int8": f"{weights}, head int8", "bf16": weights}
         assert engine.plan.weight_format == expected[head]
         assert decoder.head.weight is decoder.embedding
         assert isinstance(decoder.embedding, PackedWeight) == (head == "int8")
