@@ -17,7 +17,7 @@ from octo_run.kernels.codec import KVFormat, LayerFormats, get, parse_kv
 from octo_run.models.config import ModelConfig
 
 #: The formats that are chosen from, and their relative errors: energy of the error by energy of the vector, Gaussian
-#: vectors of 128 numbers (docs/formats.md). Their proportions matter; other head dimensions have these within 15 %.
+#: vectors of 128 numbers (docs/formats.md). Their proportions matter; other head dimensions have these within 20 %.
 ERRORS = {"oct2": 0.0554, "oct3": 0.0142, "oct4": 0.0041}
 #: What budgets count: bytes of so many numbers, norm and padding included.
 NUMBERS = 128
@@ -125,7 +125,15 @@ def parse_formats(
     """
     text = text.strip().lower()
     if "auto" not in text.split(":"):
-        return LayerFormats.uniform(parse_kv(text, cfg.head_dim, seed, plain_dtype), len(cfg.attention_layers))
+        sizes_of = dict.fromkeys(heads.size for heads in cfg.cached_heads)
+        made = {size: parse_kv(text, size, seed, plain_dtype) for size in sizes_of}
+        layers = tuple(made[heads.size] for heads in cfg.cached_heads)
+        return LayerFormats(layers[0].name, layers)
+    if not cfg.plain_layers:
+        raise UsageError(
+            f"--kv {quoted(text)}: auto measures layers that have heads of one size, and keys and values of their own, "
+            "which this model's have not: give a format, oct3 say."
+        )
     sizes = [get(name, cfg.head_dim, seed).bytes_per_vector * NUMBERS for name in ERRORS]
     least, most = -(-sizes[0] // cfg.head_dim), sizes[-1] // cfg.head_dim
     match = _AUTO.fullmatch(text)

@@ -19,8 +19,10 @@ An exception, Ctrl-C's included, may strike between any two statements here: wha
 of its sequence, which moves only when all of it is there.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ from octo_run.engine.window_pages import WindowPages, WindowShape
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import LayerFormats, PageFormat
 from octo_run.kernels.codec.layer_formats import LayerRun
+from octo_run.models.config import KVHeads
 
 if TYPE_CHECKING:
     from octo_run.engine.key_means import KeyMeans
@@ -52,7 +55,8 @@ class ArenaShape:
     """What decides the bytes of an arena.
 
     Attributes:
-        vector_bytes: Of a packed token of one KV head: its keys and values of all layers without a window.
+        heads: Keys and values of each layer.
+        token_bytes: Of a packed token: its keys and values of all layers without a window.
         dtype: The full-precision one.
         context: Tokens that one sequence can hold.
         chunk: Tokens that ``KVArena.prefill`` takes at most (0: it is not used, and nothing is staged).
@@ -62,12 +66,11 @@ class ArenaShape:
         pool_pages: Pages that all sequences share (None: as many as all of them hold at full context).
         recurrent: The states of recurrent layers, which are not among ``layers``; None: there are none.
         windows: Groups of layers that have a window, and pages of their own.
+        lent: Layers whose keys and values later layers of the model see, too.
     """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    vector_bytes: int
+    heads: tuple[KVHeads, ...]
+    token_bytes: int
     dtype: torch.dtype
     context: int
     sink: int = 64
@@ -79,6 +82,7 @@ class ArenaShape:
     pool_pages: int | None = None
     recurrent: RecurrentShape | None = None
     windows: tuple[WindowShape, ...] = ()
+    lent: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.sink < 0:
@@ -109,14 +113,28 @@ class ArenaShape:
         return replace(self, pool_pages=pages, context=context, chunk=min(self.chunk, context))
 
     @property
-    def packed_token_bytes(self) -> int:
-        """Bytes that one more packed token takes over all layers without a window and KV heads."""
-        return self.kv_heads * self.vector_bytes
+    def layers(self) -> int:
+        """Layers that have keys and values of their own."""
+        return len(self.heads)
+
+    @cached_property
+    def kinds(self) -> dict[KVHeads, tuple[int, ...]]:
+        """The layers whose keys and values have one shape: they lie in one tensor."""
+        found = dict[KVHeads, list[int]]()
+        for layer, heads in enumerate(self.heads):
+            found.setdefault(heads, []).append(layer)
+        return {heads: tuple(layers) for heads, layers in found.items()}
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """The number of a layer's kind, and its own number among the layers of that."""
+        heads = self.heads[layer]
+        return [*self.kinds].index(heads), self.kinds[heads].index(layer)
 
     def coefficients_shape(self, rows: int) -> tuple[int, int, int, int]:
-        """Of the means' coefficients of ``rows`` queries, float32: on a GPU only a step's, for prefill needs none."""
+        """Of the means' coefficients of ``rows`` queries, float32, in the layers with the largest heads: on a GPU only
+        a step's, for prefill needs none."""
         count = min(rows, self.sequences) if self.on_gpu else rows
-        return count if self.mean_heads else 0, 1, self.mean_heads, self.head_dim
+        return count if self.mean_heads else 0, 1, self.mean_heads, max(heads.size for heads in self.heads)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -137,7 +155,7 @@ class KVArena:
         #: What the pages of each layer hold and how; its tag says which bytes they are.
         self.page_formats = [PageFormat.on(fmt, device) for fmt in formats]
         s = shape
-        self.pages = _zeros((s.pages, PAGE * s.packed_token_bytes), device)
+        self.pages = _zeros((s.pages, PAGE * s.token_bytes), device)
         #: The same as ``[pages, layers, kv_heads, page_bytes]`` of layers of one format, and of each layer.
         self._run_pages = [*self._views()]
         #: The pages of layers that have a window, and which group a layer is of.
@@ -149,11 +167,18 @@ class KVArena:
         if device.type == "cuda":
             for fmt in dict.fromkeys(formats):
                 kernels.prepare(fmt, self.pages.device)  # with its number, by which kernels look for what they keep
-        #: Sinks and rings: K and V, layers, rows, KV heads, slots, d; and the tail of the chunk at hand.
-        full = (2, s.layers, s.sequences, s.kv_heads, s.sink + s.ring, s.head_dim)
-        self._full = torch.zeros(full, dtype=s.dtype, device=device)
-        staged = s.ring + s.chunk if s.chunk else 0
-        self._staging = torch.zeros(2, 1, s.kv_heads, staged, s.head_dim, dtype=s.dtype, device=device)
+        #: For each kind of layers sinks and rings: K and V, layers, rows, KV heads, slots, d; and the tail of the chunk
+        #: at hand.
+        slots, staged = s.sink + s.ring, s.ring + s.chunk if s.chunk else 0
+        self._full = [
+            torch.zeros(2, len(layers), s.sequences, heads.number, slots, heads.size, dtype=s.dtype, device=device)
+            for heads, layers in s.kinds.items()
+        ]
+        self._staging = [
+            torch.zeros(2, 1, heads.number, staged, heads.size, dtype=s.dtype, device=device) for heads in s.kinds
+        ]
+        #: For each layer its kind, and its number among the layers of that.
+        self._places = [s.place(layer) for layer in range(s.layers)]
         self.page_table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
         #: For each row the first position of its chunk, packed pages, the tail's origin, and 0: its row among the one
         #: row that attention is given.
@@ -163,12 +188,12 @@ class KVArena:
         self.states: RecurrentStates | None = None
         if s.recurrent is not None:
             self.states = RecurrentStates(s.recurrent, s.sequences, s.sink, s.dtype, device)
-        self.table = SequenceTable(s.sequences, s.pages, s.sink, self._copy_row, self.states, self.windows)
+        self.table = SequenceTable(s.sequences, s.pages, s.sink, self, self.states, self.windows)
 
     @property
     def full_precision(self) -> list[Tensor]:
-        """Sinks, rings and the staging buffer, K and V."""
-        return [self._full, self._staging]
+        """Sinks, rings and the staging buffers, K and V."""
+        return [*self._full, *self._staging]
 
     @torch.inference_mode()
     def open(self, ids: list[int] | None = None) -> Sequence:
@@ -212,26 +237,38 @@ class KVArena:
         return self._run_views(self.pages, [layer for layer in range(self.shape.layers) if layer not in windowed])
 
     def _run_views(self, pages: Tensor, layers: list[int]) -> Iterator[tuple[LayerRun, Tensor]]:
-        """Runs of some layers, in order, that have ``pages``."""
-        at, (count, size), heads = 0, pages.shape, self.shape.kv_heads
-        for run in self.formats.runs_of(layers):
-            page, number = self.page_formats[run.first].page_bytes, run.end - run.first
-            yield run, pages.as_strided((count, number, heads, page), (size, heads * page, page, 1), at)
-            at += number * heads * page
+        """Runs of some layers, in order, that have ``pages``: of one format and one kind."""
+        at, (count, size) = 0, pages.shape
+        for whole in self.formats.runs_of(layers):
+            for run in self._of_one_kind(whole):
+                page, number = self.page_formats[run.first].page_bytes, run.end - run.first
+                heads = self.shape.heads[run.first].number
+                yield run, pages.as_strided((count, number, heads, page), (size, heads * page, page, 1), at)
+                at += number * heads * page
         assert at == size
+
+    def _of_one_kind(self, run: LayerRun) -> Iterator[LayerRun]:
+        """A run cut where the number of heads changes."""
+        first, heads = run.first, self.shape.heads
+        for layer in range(run.first + 1, run.end + 1):
+            if layer == run.end or heads[layer] != heads[first]:
+                yield run._replace(first=first, end=layer)
+                first = layer
 
     def _window_pages(self, shape: WindowShape, device: torch.device) -> WindowPages:
         s = self.shape
-        size = PAGE * s.kv_heads * shape.vector_bytes
-        pages = _zeros((shape.pages(s.sequences, s.max_pages, s.chunk), size), device)
+        pages = _zeros((shape.pages(s.sequences, s.max_pages, s.chunk), PAGE * shape.token_bytes), device)
         table = torch.zeros(s.sequences, max(1, s.max_pages), dtype=torch.int32, device=device)
         return WindowPages(shape, s.sink, pages, table, [*self._run_views(pages, [*shape.layers])])
 
-    def encode(self, layer: int, k: Tensor, v: Tensor, ids: Tensor, group: WindowPages | None = None) -> None:
-        """Code keys and values of the layers from ``layer`` on, by one call for all neighbours of one format: of those
-        without a window, or of those of a group.
+    def encode(
+        self, layers: tuple[int, ...], k: Tensor, v: Tensor, ids: Tensor, group: WindowPages | None = None
+    ) -> None:
+        """Code keys and values, by one call for all neighbours of one format: of layers without a window, or of those
+        of a group.
 
         Args:
+            layers: Of one kind, in order; those that are not meant stay as they are.
             k, v: ``[L, N, kv_heads, 64, d]``.
             ids: Of N pages.
 
@@ -240,10 +277,10 @@ class KVArena:
         """
         try:
             for run, pages in self._run_pages if group is None else group.runs:
-                first, end = max(layer, run.first), min(layer + len(k), run.end)
+                first, end = (bisect_left(layers, edge) for edge in (run.first, run.end))
                 if first < end:
-                    mine, theirs = slice(first - layer, end - layer), slice(first - run.first, end - run.first)
-                    kernels.encode_pages(k[mine], v[mine], pages[:, theirs], ids, run.fmt)
+                    theirs = slice(layers[first] - run.first, layers[end - 1] + 1 - run.first)
+                    kernels.encode_pages(k[first:end], v[first:end], pages[:, theirs], ids, run.fmt)
         except ValueError:
             if bool(k.isfinite().all()) and bool(v.isfinite().all()):
                 raise
@@ -282,12 +319,13 @@ class KVArena:
 
     def _code_slots(self, row: int, slot: int) -> None:
         """Code the page that begins in ``slot``; its id and number are in ``_coding``."""
-        k, v = self._full[:, :, row : row + 1, :, slot : slot + PAGE]
-        if self.means is not None:
-            k = self.means.take_out(k, 0, self._coding[1, row : row + 1])
-        self.encode(0, k, v, self._coding[0, row : row + 1])
-        for coding, group in zip(self._coding[2:], self.windows, strict=True):
-            self.encode(0, k, v, coding[row : row + 1], group)
+        for layers, full in zip(self.shape.kinds.values(), self._full, strict=True):
+            k, v = full[:, :, row : row + 1, :, slot : slot + PAGE]
+            if self.means is not None:
+                k = self.means.take_out(k, layers, self._coding[1, row : row + 1])
+            self.encode(layers, k, v, self._coding[0, row : row + 1])
+            for coding, group in zip(self._coding[2:], self.windows, strict=True):
+                self.encode(layers, k, v, coding[row : row + 1], group)
 
     def fill(self, sequence: Sequence, length: int, seed: int = 0) -> None:
         """Make the sequence hold ``length`` tokens of Gaussian keys and values, to measure at a depth.
@@ -312,7 +350,8 @@ class KVArena:
             self.enter_pages(row, 0, [max(0, page) for page in found], group)
             held.append((group.pages, [page for page in found if page != GONE]))
         for number in range(min(8, count)):
-            self._full[:, :, row].normal_(generator=generator)
+            for part in self.row_state(row):
+                part.normal_(generator=generator)
             for coding, (_, some) in zip((self._coding[0], *self._coding[2:]), held, strict=True):
                 coding[row].fill_(some[number % len(some)])
             self._coding[1, row].fill_(number)
@@ -320,7 +359,8 @@ class KVArena:
         for pages, some in held:
             for number, page in enumerate(some[8:], start=8):
                 pages[page].copy_(pages[some[number % 8]])
-        self._full[:, :, row].normal_(generator=generator)
+        for part in self.row_state(row):
+            part.normal_(generator=generator)
         sequence.advance(0, [-1] * length, count)  # no prompt has them
 
     def place(self, position: int) -> int:
@@ -330,16 +370,17 @@ class KVArena:
 
     def full(self, layer: int) -> tuple[Tensor, Tensor]:
         """Full-precision K and V of a layer: ``[rows, kv_heads, sink + ring, d]``."""
-        return self._full[0, layer], self._full[1, layer]
+        kind, number = self._places[layer]
+        return self._full[kind][0, number], self._full[kind][1, number]
 
     def _table_of(self, layer: int) -> Tensor:
         """The page table of a layer."""
         group = self._group.get(layer)
         return self.page_table if group is None else group.page_table
 
-    def row_state(self, row: int) -> Tensor:
-        """Sinks and ring of a row: ``[2, layers, kv_heads, sink + ring, d]``."""
-        return self._full[:, :, row]
+    def row_state(self, row: int) -> list[Tensor]:
+        """Sinks and ring of a row, for each kind of layers: ``[2, layers, kv_heads, sink + ring, d]``."""
+        return [full[:, :, row] for full in self._full]
 
     def inputs(self, layer: int, state: "StepState", coefficients: Tensor | None) -> kernels.AttentionInputs:
         """What the attention kernels read for one token in each sequence of a step; for means its queries'
@@ -361,11 +402,14 @@ class KVArena:
             mean=None if self.means is None else self.means.of_queries(layer, coefficients),
         )
 
-    def chunk_inputs(self, layer: int, row: int, coefficients: Tensor | None) -> kernels.AttentionInputs:
-        """What the attention kernels read for a chunk of the sequence in ``row``, whose tail is staged; for means its
-        queries' coefficients."""
+    def chunk_inputs(self, layer: int, row: int, tail: Tensor, coefficients: Tensor | None) -> kernels.AttentionInputs:
+        """What the attention kernels read for a chunk of the sequence in ``row``; for means its queries' coefficients.
+
+        Args:
+            tail: Keys and values, ``[2, 1, kv_heads, slots, d]``.
+        """
         sink, state = self.shape.sink, self._chunk_state[row]
-        full_k, full_v = self._full[:, layer, row : row + 1]
+        full_k, full_v = (part[row : row + 1] for part in self.full(layer))
         return kernels.AttentionInputs(
             pages=self.layer_pages[layer],
             page_table=self._table_of(layer)[row : row + 1],
@@ -374,19 +418,42 @@ class KVArena:
             starts=state[:1],
             sink_k=full_k[:, :, :sink],
             sink_v=full_v[:, :, :sink],
-            tail_k=self._staging[0],
-            tail_v=self._staging[1],
+            tail_k=tail[0],
+            tail_v=tail[1],
             tail_origin=state[2:3],
             sink=sink,
             mean=None if self.means is None else self.means.of_queries(layer, coefficients),
         )
 
-    def _copy_row(self, donor: int, row: int) -> None:
+    # For the table of sequences (``RowStore``)
+
+    def copy_row(self, donor: int, row: int) -> None:
         """Copy all that a row holds: what a sequence that begins like another one needs besides the shared pages."""
-        self._full[:, :, row].copy_(self._full[:, :, donor])
+        for mine, theirs in zip(self.row_state(row), self.row_state(donor), strict=True):
+            mine.copy_(theirs)
         self.page_table[row].copy_(self.page_table[donor])
         for group in self.windows:
             group.copy_table(donor, row)
+
+    def row_parts(self, row: int, length: int, packed: int, *, target: bool = False) -> list[Tensor]:
+        """Sinks, the tail, states of recurrent layers, pages that a window sees (see ``RowStore``)."""
+        sink = self.shape.sink
+        slots = [slice(0, sink)]
+        for first in map(self.place, range(sink + PAGE * packed, length, PAGE)):
+            slots.append(slice(first, first + PAGE))
+        parts = [full[:, :, :, some] for full in self.row_state(row) for some in slots]
+        if self.states is not None:
+            parts += self.states.of(row, 0 if target else length)
+        for group in self.windows:
+            seen = slice(group.shape.first_seen(length, sink), packed)
+            parts += [group.pages[page] for page in group.pool.held[row][seen]]
+        return parts
+
+    def enter_row(self, row: int) -> None:
+        """Write the ids of a row's pages to the page tables."""
+        self.enter_pages(row, 0, self.table.pool.held[row])
+        for group in self.windows:
+            self.enter_pages(row, 0, [max(0, page) for page in group.pool.held[row]], group)
 
 
 class Chunk:
@@ -433,6 +500,8 @@ class Chunk:
         slots = torch.arange(origin, origin + tail, device=device) % s.ring + s.sink
         self._old_slots, self._left_slots = slots[: self.old_tail], slots[self.new_pages * PAGE :]
         self._coded, self._tail = self.new_pages * PAGE, tail
+        #: The tails of layers whose keys and values later layers see, too.
+        self._lent = dict[int, Tensor]()
         self._state = arena._chunk_state[self.row]
         arena.upload([self.start, sequence.packed, origin], self._state[:3])
 
@@ -456,44 +525,74 @@ class Chunk:
         Returns:
             The attention of ``q``.
         """
-        self._stage(layer, kv)
-        a, fmt = self.arena, self.arena.formats[layer]
-        inputs = a.chunk_inputs(layer, self.row, coefficients)
-        out = kernels.attend(q, inputs, fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
-        self._code(layer)
-        self._keep(layer)
+        staging = self._stage(layer, kv)
+        if layer in self.arena.shape.lent:
+            self._lent[layer] = staging[:, :, :, : self._tail].clone()
+        out = self._attend(layer, q, staging, spec, workspace, out, coefficients)
+        self._code(layer, staging)
+        self._keep(layer, staging)
         return out
 
-    def _stage(self, layer: int, kv: Tensor) -> None:
-        """Store new sinks; lay the old tail and the new tokens out one after the other."""
+    def attend_again(
+        self,
+        layer: int,
+        q: Tensor,
+        spec: kernels.AttentionSpec,
+        workspace: Tensor | None,
+        out: Tensor | None = None,
+        coefficients: Tensor | None = None,
+    ) -> Tensor:
+        """Let a later layer attend to keys and values that :meth:`attend` has stored of ``layer``, one that is lent."""
+        return self._attend(layer, q, self._lent[layer], spec, workspace, out, coefficients)
+
+    def _attend(
+        self, layer: int, q: Tensor, tail: Tensor, spec: kernels.AttentionSpec, workspace: Tensor | None,
+        out: Tensor | None, coefficients: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        inputs = self.arena.chunk_inputs(layer, self.row, tail, coefficients)
+        fmt = self.arena.formats[layer]
+        return kernels.attend(q, inputs, fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
+
+    def _stage(self, layer: int, kv: Tensor) -> Tensor:
+        """Store new sinks; lay the old tail and the new tokens out one after the other.
+
+        Returns:
+            ``[2, 1, kv_heads, slots, d]``, good until the next chunk or layer.
+        """
         a = self.arena
-        new, store, staging = kv.transpose(1, 2), a._full[:, layer, self.row], a._staging[:, 0]
+        whole = a._staging[a._places[layer][0]]
+        new, staging, store = kv.transpose(1, 2), whole[:, 0], self._stored(layer)
         if self.to_sink:
             store[:, :, self.start : self.start + self.to_sink] = new[:, :, : self.to_sink]
         if self.old_tail:
             staging[:, :, : self.old_tail] = store.index_select(2, self._old_slots)
         if self._tail > self.old_tail:
             staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
+        return whole
 
-    def _code(self, layer: int) -> None:
+    def _stored(self, layer: int) -> Tensor:
+        """Sinks and ring of a layer, ``[2, kv_heads, sink + ring, d]``."""
+        kind, number = self.arena._places[layer]
+        return self.arena._full[kind][:, number, self.row]
+
+    def _code(self, layer: int, staging: Tensor) -> None:
         """Code the pages that the chunk fills."""
         a = self.arena
         if not self._coded:
             return
-        coded = a._staging[:, :, :, : self._coded]
+        coded = staging[:, :, :, : self._coded]
         k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
         if a.means is not None:
-            k_pages = a.means.take_out(k_pages, layer, self._state[1:2])
+            k_pages = a.means.take_out(k_pages, (layer,), self._state[1:2])
         group = a._group.get(layer)
         skipped, ids = self._ids[group]
         if len(ids):
-            a.encode(layer, k_pages[:, skipped:], v_pages[:, skipped:], ids, group)
+            a.encode((layer,), k_pages[:, skipped:], v_pages[:, skipped:], ids, group)
 
-    def _keep(self, layer: int) -> None:
+    def _keep(self, layer: int, staging: Tensor) -> None:
         """Store what is left of the tail."""
         if self._tail > self._coded:
-            staged = self.arena._staging[:, 0, :, self._coded : self._tail]
-            self.arena._full[:, layer, self.row].index_copy_(2, self._left_slots, staged)
+            self._stored(layer).index_copy_(2, self._left_slots, staging[:, 0, :, self._coded : self._tail])
 
     def share(self, length: int) -> bool:
         """See to it, before the layers are run, that a sequence which begins with the same ``length`` tokens can have

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from octo_run.engine.generation import Token
+from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.pool import PoolExhausted
 from octo_run.engine.sampling import SamplingParams
-from octo_run.engine.sequence import common_length
 from octo_run.engine.stopping import AnswerText
 from octo_run.errors import OctoError, UsageError, expect
 from octo_run.kernels import PAGE_TOKENS as PAGE

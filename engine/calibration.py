@@ -28,10 +28,10 @@ from octo_run.models.decoder import Decoder
 from octo_run.models.files import weight_files
 from octo_run.tokenizer import Tokenizer
 
-#: Tokens of the text that are used at most.
-TOKENS = 768
+#: Tokens of the text that are used at most; and of these for sensitivities, which take far longer.
+TOKENS, FEWER = 1536, 768
 #: Counts changes of the text or of what is made of it.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,19 @@ class Calibration:
         """
         if kind == "off":
             return None
-        cfg = self.decoder.cfg
-        size = (len(cfg.attention_layers), cfg.num_kv_heads, cfg.head_dim)
+        layers = [*enumerate(self.decoder.cfg.cached_heads)]
 
         def measured() -> dict[str, Tensor]:
             found = conditioning.measure(self.decoder, self.ids)
             assert found.shapes is not None
-            return {"means": found.means, "shapes": found.shapes}
+            means = {f"means{layer}": part for layer, part in enumerate(found.means)}
+            return means | {f"shapes{layer}": part for layer, part in enumerate(found.shapes)}
 
-        found = self._known(("conditioning",), {"means": size, "shapes": (*size, cfg.head_dim)}, measured)
-        return Conditioning(found["means"], found["shapes"]).of_kind(kind)
+        sizes: dict[str, tuple[int, ...]] = {f"means{layer}": tuple(heads) for layer, heads in layers}
+        sizes |= {f"shapes{layer}": (*heads, heads.size) for layer, heads in layers}
+        found = self._known(("conditioning",), sizes, measured)
+        means, shapes = (tuple(found[f"{name}{layer}"] for layer, _ in layers) for name in ("means", "shapes"))
+        return Conditioning(means, shapes).of_kind(kind)
 
     def sensitivities(
         self, kind: str, fmt: KVFormat, on_progress: Callable[[int, int], None] | None = None
@@ -75,7 +78,7 @@ class Calibration:
             kind: The conditioning.
             fmt: The code.
         """
-        ids = self.ids
+        ids = self.ids[:FEWER]
         if len(ids) <= sensitivity.FIRST:
             return None
         what = ("sensitivities", kind, fmt.name, fmt.k.seed)

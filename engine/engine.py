@@ -32,7 +32,7 @@ from octo_run.models.config import GenerationDefaults, ModelConfig, load_config,
 from octo_run.models.decoder import Decoder
 from octo_run.models.hub import resolve
 from octo_run.models.quantisation.importance import random_ids
-from octo_run.models.quantisation.schemes import Scheme, head_scheme, refuse_packed, scheme_of
+from octo_run.models.quantisation.schemes import Scheme, head_scheme, matrix_dtype, refuse_packed, scheme_of
 from octo_run.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -168,8 +168,10 @@ class Engine:
             conditioning: What is done to keys so that their code errs less (`models.conditioning`): ``off``, ``mean``
                 or ``full`` (None: ``full``); nothing is done to keys without a code.
             weights: What the layers' matrices are stored as, whatever the arithmetic is in: ``auto`` (also None: as the
-                files have them), ``bf16`` (not quantised: in the dtype of the arithmetic), or ``fp8``, ``int8``,
-                ``int4``, ``int4-128`` (`models.quantisation.schemes`), made layer by layer.
+                files have them, in the dtype of the arithmetic; the command line's own choice on a CPU is int8, which
+                changes results, so that a program has to ask for it), ``bf16`` (not quantised; in the dtype of the
+                arithmetic, but on a CPU in bfloat16, the embedding and the head, too), ``fp32`` (not quantised), or
+                ``fp8``, ``int8``, ``int4``, ``int4-128`` (`models.quantisation.schemes`), made layer by layer.
             head: What the embedding and the output head are stored as: ``bf16`` (not quantised) or ``int8``.
             sequences: The largest number of them that decode together; one may hold ``max_context`` tokens.
             cache_bytes: Bytes of the packed pages that the sequences share (None: as many as all of them need at
@@ -205,7 +207,7 @@ class Engine:
             cfg = read_shape(random_weights)
         where = choose_device(device)
         kind = choose_dtype(dtype, cfg, where)
-        fmt = parse_formats(kv, cfg, seed, kind)
+        fmt, matrices = parse_formats(kv, cfg, seed, kind), matrix_dtype(weights, cfg, where, kind)
         tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
         defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
 
@@ -213,7 +215,7 @@ class Engine:
             return plan_memory(
                 cfg, fmt, device=where, dtype=kind, max_context=max_context, sink=sink, window=window,
                 sequences=sequences, cache_bytes=cache_bytes, conditioning=conditioning,
-                quantise=scheme, pack_embedding=of_head,
+                quantise=scheme, pack_embedding=of_head, matrices=matrices,
             )  # fmt: skip
 
         plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
@@ -224,13 +226,13 @@ class Engine:
         with torch.inference_mode():
             source: weight_files.Weights
             if path is None:
-                source = weight_files.RandomWeights(cfg, where, kind)
+                source = weight_files.RandomWeights(cfg, where, kind, matrices=matrices)
             else:
-                source = weight_files.StoredWeights(path, cfg, where, kind)
+                source = weight_files.StoredWeights(path, cfg, where, kind, matrices)
             ids = random_ids(cfg) if scheme is not None and scheme.weighted else None
-            decoder = Decoder(cfg, source, None, fmt[0].v.rotation, scheme, ids, of_head, plan.context)
+            decoder = Decoder(cfg, source, None, fmt.rotations("v"), scheme, ids, of_head, plan.context)
             calibration = Calibration(decoder, tokenizer, path)
-            decoder.store_keys(fmt[0].k.rotation, calibration.conditioning(plan.conditioning))
+            decoder.store_keys(fmt.rotations("k"), calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):
                 fmt = fmt.chosen(calibration.sensitivities(plan.conditioning, fmt.measured_with, on_measure))
             if where.type == "cuda":

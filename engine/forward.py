@@ -17,6 +17,7 @@ from octo_run.engine.sequence import Sequence
 from octo_run.kernels import step as ops
 from octo_run.kernels.cpu.memory import collapse_later
 from octo_run.kernels.cpu.replay import Replays
+from octo_run.models import per_layer
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Angles, AttentionWeights, Decoder, Layer, Mixer
 from octo_run.models.specs import LayerSpec, Shapes, layer_specs
@@ -42,6 +43,11 @@ def _shapes(cfg: ModelConfig, rows: int) -> tuple[Shapes, list[Shapes]]:
     for number, (_, head_dim) in enumerate(kinds):
         lasting |= {f"{name}{number}": (rows, head_dim // 2) for name in ("cos", "sin")}
     parts = [shapes for spec in specs for shapes in (_mixer_shapes(spec, rows), spec.mlp.shapes(rows))]
+    if cfg.per_layer_input:
+        lasting |= {
+            "per_layer": (len(specs), rows, 2 * cfg.per_layer_input), "per_layer_inner": (rows, cfg.per_layer_input)
+        }  # fmt: skip
+        parts.append(per_layer.buffers(cfg, rows))
     return lasting, [*{repr(shapes): shapes for shapes in parts}.values()]
 
 
@@ -77,11 +83,14 @@ class Forward:
         flat = torch.empty(kept + max(map(_size, parts)), dtype=arena.shape.dtype, device=device)
         self._buffers = _carve(flat, lasting)
         made = {repr(shapes): _carve(flat[kept:], shapes) for shapes in parts}
+        self._of_inputs = made[repr(per_layer.buffers(cfg, rows))] if cfg.per_layer_input else {}
         #: The buffers of each layer's mixer and MLP; layers of one kind have the same.
         self._of_mlp = [made[repr(spec.mlp.shapes(rows))] for spec in decoder.specs]
         self._of_mixer = [made[repr(_mixer_shapes(spec, rows))] for spec in decoder.specs]
-        #: The arena's number of each layer that has attention.
-        self._number = {layer: number for number, layer in enumerate(cfg.attention_layers)}
+        #: Of each layer that has attention the arena's number of the layer whose keys and values it sees.
+        own = {layer: number for number, layer in enumerate(cfg.attention_layers)}
+        sources = {layer: cfg.kv_source(layer) for layer in range(cfg.num_layers)}
+        self._number = {layer: own[source] for layer, source in sources.items() if source in own}
         self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -101,9 +110,12 @@ class Forward:
         self.arena.upload(ids, into)
         return into
 
-    def _coefficients_of(self, count: int) -> Tensor | None:
+    def _coefficients_of(self, count: int, head_dim: int) -> Tensor | None:
         """Where those of so many queries are written to, ``[count, 1, heads, d]``; None where nothing needs them."""
-        return self._coefficients[:count] if 0 < count <= len(self._coefficients) else None
+        if not 0 < count <= len(self._coefficients):
+            return None
+        shape = count, 1, self._coefficients.shape[2], head_dim
+        return self._coefficients.view(-1)[: prod(shape)].view(shape)
 
     def chunks(self, chunks: list[Chunk]) -> Tensor:
         """Run chunks of several sequences through the layers.
@@ -115,7 +127,6 @@ class Forward:
         """
         ids = self._upload([token for chunk in chunks for token in chunk.ids])
         count = len(ids)
-        coefficients = self._coefficients_of(count)
         parts, first = list[tuple[Chunk, slice]](), 0
         for chunk in chunks:
             last = first + chunk.count
@@ -127,16 +138,20 @@ class Forward:
         def mix(index: int, qkv: Tensor) -> Tensor:
             slots, buffers = self._no_slots[:count], self._of_mixer[index]
             q, mixed, kv = buffers["q"][:count], buffers["mixed"][:count], buffers["kv"][:, :count]
+            layer, number = self.decoder.specs[index], self._number[index]
+            coefficients = self._coefficients_of(count, layer.head_dim)
             ops.qkv_rope_append(qkv, transforms[index], slots, kv[0], kv[1], q, coefficients=coefficients)
-            spec = self.decoder.specs[index].attention
             for chunk, rows in parts:
                 queries, out = (x[rows].transpose(0, 1) for x in (q, mixed))
                 found = None if coefficients is None else coefficients[rows].transpose(0, 1)
-                chunk.attend(
-                    self._number[index], queries, kv[:, rows, :, 0], spec, self.workspace, out=out, coefficients=found
-                )
+                if layer.kv_source is None:
+                    new = kv[:, rows, :, 0]
+                    chunk.attend(number, queries, new, layer.attention, self.workspace, out=out, coefficients=found)
+                else:
+                    chunk.attend_again(number, queries, layer.attention, self.workspace, out=out, coefficients=found)
             return mixed
 
+        self._per_layer_inputs(ids)
         return self._layers(ids, mix, lambda mixer, *buffers: mixer.chunks(*buffers, chunks))
 
     def read_again(self, sequence: Sequence, ids: list[int]) -> None:
@@ -159,15 +174,18 @@ class Forward:
         """
         arena, batch = self.arena, len(ids)
         transforms = self._transforms(state.positions)
-        coefficients = self._coefficients_of(batch)
 
         def mix(index: int, qkv: Tensor) -> Tensor:
-            q, mixed = (self._of_mixer[index][name][:batch] for name in ("q", "mixed"))
-            number = self._number[index]
-            full_k, full_v = arena.full(number)
-            ops.qkv_rope_append(qkv, transforms[index], state.places, full_k, full_v, q, state.rows, coefficients)
-            inputs = arena.inputs(number, state, coefficients)
-            spec = self.decoder.specs[index].attention
+            buffers, layer = self._of_mixer[index], self.decoder.specs[index]
+            q, mixed, number = buffers["q"][:batch], buffers["mixed"][:batch], self._number[index]
+            coefficients = self._coefficients_of(batch, layer.head_dim)
+            if layer.kv_source is None:
+                full_k, full_v = arena.full(number)
+                ops.qkv_rope_append(qkv, transforms[index], state.places, full_k, full_v, q, state.rows, coefficients)
+            else:  # keys and values that it has not are written to where nobody reads them
+                (k, v), slots = buffers["kv"][:, :batch], self._no_slots[:batch]
+                ops.qkv_rope_append(qkv, transforms[index], slots, k, v, q, coefficients=coefficients)
+            inputs, spec = arena.inputs(number, state, coefficients), layer.attention
             return kernels.attend(
                 q, inputs, arena.formats[number], spec=spec, max_length=max_length, out=mixed, workspace=self.workspace
             )
@@ -177,9 +195,11 @@ class Forward:
             mixer.step(normed, out, buffers, state, arena.states)
 
         if not ids.is_cpu:
+            self._per_layer_inputs(ids)
             return self._layers(ids, mix, other)
         into = self._ids[:batch]  # what is recorded reads and writes kept buffers alone
         into.copy_(ids)
+        self._per_layer_inputs(into)
         return self._replays.run((batch, state.whole.data_ptr()), lambda: self._layers(into, mix, other))
 
     def logits(self, normed: Tensor, out: Tensor | None = None) -> Tensor:
@@ -209,19 +229,31 @@ class Forward:
                 continue
             (cos, sin, scaled), part = angles[decoder.rope_of[index]], layer.attention
             norms = (None, None) if layer.spec.qk_norm == "all" else (part.q_norm, part.k_norm)
+            own = layer.spec.kv_source is None
             made[index] = ops.HeadTransform(
-                cos, sin, *norms, eps, part.maps, part.v_rotation, part.key_mean, scaled, layer.spec.v_norm
-            )
+                cos, sin, *norms, eps, part.maps, part.v_rotation if own else None, part.key_mean, scaled,
+                layer.spec.v_norm and own,
+            )  # fmt: skip
         return made
+
+    def _per_layer_inputs(self, ids: Tensor) -> None:
+        """Make what each layer is given of tokens int64 ``[R]``, where there is such."""
+        embedding, count = self.decoder.per_layer, len(ids)
+        if embedding is None:
+            return
+        embedded = self._buffers["residual"][:count]
+        ops.embed(ids, self.decoder.embedding, embedded, self.decoder.embedding_scale)
+        buffers = {name: x[:count] for name, x in self._of_inputs.items()}
+        embedding.write(ids, embedded, self._buffers["per_layer"][:, :count], buffers)
 
     def _layers(self, ids: Tensor, mix: Mix, other: Other) -> Tensor:
         decoder, eps, rows = self.decoder, self.decoder.cfg.rms_norm_eps, len(ids)
         residual, normed, delta = (self._buffers[name][:rows] for name in ("residual", "normed", "delta"))
         ops.embed(ids, decoder.embedding, residual, decoder.embedding_scale)
 
-        def add(spec: LayerSpec, post: Tensor | None, norm: Tensor | None) -> Tensor:
+        def add(spec: LayerSpec, post: Tensor | None, norm: Tensor | None, scale: float = 1.0) -> Tensor:
             """Add what a part of a layer gave to the residual; the input of the next part, for which ``norm`` is."""
-            ops.add_rms_norm(delta, residual, norm, eps, normed, post, spec.residual_multiplier, spec.layer_norm)
+            ops.add_rms_norm(delta, residual, norm, eps, normed, post, spec.residual_multiplier, spec.layer_norm, scale)
             return residual if norm is None else normed
 
         following = [layer.norms.before_attention for layer in decoder.layers[1:]] + [decoder.final_norm]
@@ -239,7 +271,13 @@ class Forward:
             else:
                 given = add(layer.spec, layer.norms.after_attention, layer.norms.before_mlp)
             layer.mlp.apply(given, delta, {name: x[:rows] for name, x in self._of_mlp[index].items()})
-            given = add(layer.spec, layer.norms.after_mlp, next_norm)
+            if layer.per_layer is None:
+                given = add(layer.spec, layer.norms.after_mlp, next_norm, layer.scale)
+                continue
+            add(layer.spec, layer.norms.after_mlp, None)
+            own, inner = self._buffers["per_layer"][index, :rows], self._buffers["per_layer_inner"][:rows]
+            layer.per_layer.apply(residual, own, delta, inner)
+            given = add(layer.spec, layer.per_layer.norm, next_norm, layer.scale)
         return given
 
     def _attention(self, index: int, layer: Layer, given: Tensor, out: Tensor, mix: Mix) -> None:
@@ -247,7 +285,7 @@ class Forward:
         part, spec, rows = layer.attention, layer.spec, len(given)
         buffers = self._of_mixer[index]
         qkv = buffers["qkv"][:rows]
-        part.qkv.apply(given, qkv)
+        part.qkv.apply(given, qkv if spec.kv_source is None else qkv[:, : spec.edges[0]])
         if spec.qk_norm == "all" and part.q_norm is not None and part.k_norm is not None:
             (of_q, of_k, _), eps = spec.edges, self.decoder.cfg.rms_norm_eps
             ops.norm_heads(qkv[:, :of_q], part.q_norm, eps)

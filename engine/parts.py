@@ -36,8 +36,11 @@ class Parts:
         place, cfg = torch.device("meta") if meta else device, decoder.cfg
         means = _key_means(decoder, shape) if shape.mean_heads else None
         arena, workspace = KVArena(shape, fmt, place, means), None
-        count = kernels.attention_workspace_bytes(
-            shape.sequences, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, device, shape.chunk, shape.context
+        count = max(
+            kernels.attention_workspace_bytes(
+                shape.sequences, cfg.num_heads, *heads, device, shape.chunk, shape.context
+            )
+            for heads in shape.kinds
         )
         if count:
             workspace = torch.zeros(count // 4, dtype=torch.float32, device=place)

@@ -13,7 +13,7 @@ from octo_run import kernels
 from octo_run.engine import sensitivity, system_memory
 from octo_run.engine.allocation import AutoFormats, parse_formats
 from octo_run.engine.arena import PAGE, ArenaShape
-from octo_run.engine.calibration import TOKENS
+from octo_run.engine.calibration import FEWER
 from octo_run.engine.forward import buffer_bytes
 from octo_run.engine.parts import Parts, held_bytes
 from octo_run.engine.recurrent_state import RecurrentShape
@@ -21,6 +21,8 @@ from octo_run.engine.window_pages import WindowShape
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
 from octo_run.kernels.codec.formats import PLAIN
+from octo_run.kernels.cpu import library
+from octo_run.kernels.cpu.linear import product_bytes
 from octo_run.kernels.experts.reference import SLAB_PAIRS
 from octo_run.kernels.linear import BLOCK
 from octo_run.kernels.linear.reference import SLAB_BYTES
@@ -110,7 +112,7 @@ class MemoryPlan:
     def bytes_per_token(self) -> int:
         """Bytes that one more packed token takes: codes and norms of K and V, of all KV heads and all layers that have
         no window."""
-        return self.shape.packed_token_bytes
+        return self.shape.token_bytes
 
     @property
     def windows(self) -> list[dict[str, int]]:
@@ -121,8 +123,8 @@ class MemoryPlan:
             {
                 "layers": len(one.layers),
                 "window": one.window,
-                "bytes_per_token": s.kv_heads * one.vector_bytes,
-                "bytes": PAGE * s.kv_heads * one.vector_bytes * one.pages(s.sequences, s.max_pages, s.chunk),
+                "bytes_per_token": one.token_bytes,
+                "bytes": PAGE * one.token_bytes * one.pages(s.sequences, s.max_pages, s.chunk),
             }
             for one in s.windows
         ]
@@ -200,22 +202,41 @@ def _library_workspace(device: torch.device) -> int:
     return (32 * 1024 if hopper else 8 * 1024 + 128) * 1024
 
 
-def _cpu_temporaries(decoder: Decoder, shape: ArenaShape) -> int:
+def _cpu_temporaries(decoder: Decoder, shape: ArenaShape, fmt: LayerFormats) -> int:
     """Bytes of the largest set of tensors alive at once for a chunk beside the kept buffers: in the MLP, a norm, the
-    attention, or a product with a packed weight (``_slab``)."""
+    attention, or a product with a packed weight (``_slab``). What the compiled kernels work on they keep."""
     cfg = decoder.cfg
     rows, size = shape.chunk, shape.dtype.itemsize
     norm = rows * cfg.hidden_size * (3 * 4 + 2 * size)
-    attention = kernels.attention_host_bytes(
-        shape.chunk, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, (shape.max_pages, shape.ring + shape.chunk),
-        mean=bool(shape.mean_heads),
+    attention = max(
+        kernels.attention_host_bytes(
+            shape.chunk, cfg.num_heads, *heads, (shape.max_pages, shape.ring + shape.chunk), one, shape.dtype,
+            mean=bool(shape.mean_heads),
+        )
+        for heads, one in {*zip(shape.heads, fmt, strict=True)}
     )  # fmt: skip
     recurrent = 0
     if shape.recurrent is not None:
         recurrent = host_bytes(shape.recurrent.delta, shape.chunk)
-    return max(
-        rows * cfg.intermediate_size * size, norm, attention, recurrent, _slab(decoder) + _cpu_experts(cfg, rows, size)
-    )
+    inner = cfg.intermediate_size * (2 if cfg.double_wide else 1)
+    products = _cpu_products(decoder, rows) + _cpu_experts(cfg, rows, size)
+    return max(rows * inner * size, norm, attention, recurrent, products)
+
+
+def _cpu_products(decoder: Decoder, rows: int) -> int:
+    """Bytes that products of a chunk with packed weights take, if there are such."""
+    parts = [part for layer in decoder.layers for part in _products(layer)]
+    narrow = any(isinstance(part, Linear) and part.weight.dtype != decoder.dtype for part in parts)
+    if not _slab(decoder) or library() is None or narrow:
+        return _slab(decoder)
+    return product_bytes(rows, max(part.weight.shape[1] for part in parts))
+
+
+def _lent_bytes(shape: ArenaShape) -> int:
+    """Bytes of the tails that chunks keep of layers whose keys and values later layers see, too: each chunk's own."""
+    tokens = shape.sequences * shape.ring + shape.chunk
+    heads = (shape.heads[layer] for layer in shape.lent)
+    return sum(2 * tokens * one.number * one.size * shape.dtype.itemsize for one in heads)
 
 
 def _cpu_experts(cfg: ModelConfig, rows: int, size: int) -> int:
@@ -232,9 +253,11 @@ def _cpu_experts(cfg: ModelConfig, rows: int, size: int) -> int:
 
 
 def _slab(decoder: Decoder) -> int:
-    """Bytes of the rows that products of many tokens with packed weights decode at a time, if there are such."""
+    """Bytes of the rows that products of many tokens with packed weights decode at a time, if there are such; on a CPU
+    also those of weights in another dtype than the arithmetic's."""
     layers = [part for layer in decoder.layers for part in _products(layer)]
-    return SLAB_BYTES if any(isinstance(part, PackedLinear) for part in (*layers, decoder.head)) else 0
+    decoded = (isinstance(part, PackedLinear) or part.weight.dtype != decoder.dtype for part in (*layers, decoder.head))
+    return SLAB_BYTES if any(decoded) else 0
 
 
 def _joining(decoder: Decoder) -> int:
@@ -274,7 +297,26 @@ def window_shapes(cfg: ModelConfig, fmt: LayerFormats) -> tuple[WindowShape, ...
         window = layer_specs(cfg)[index].attention.window
         if window is not None:
             groups.setdefault(window, []).append(number)
-    return tuple(WindowShape(tuple(layers), window, fmt.bytes_of(layers)) for window, layers in groups.items())
+    sizes = _token_bytes(cfg, fmt)
+    return tuple(
+        WindowShape(tuple(layers), window, sum(sizes[layer] for layer in layers)) for window, layers in groups.items()
+    )
+
+
+def _token_bytes(cfg: ModelConfig, fmt: LayerFormats) -> list[int]:
+    """Bytes of a packed token in each layer that has keys and values of its own."""
+    return [heads.number * fmt.layer_bytes(layer) for layer, heads in enumerate(cfg.cached_heads)]
+
+
+def token_bytes(cfg: ModelConfig, fmt: LayerFormats) -> int:
+    """Bytes of a packed token in all layers without a window."""
+    return sum(_token_bytes(cfg, fmt)) - sum(one.token_bytes for one in window_shapes(cfg, fmt))
+
+
+def _lent(cfg: ModelConfig) -> frozenset[int]:
+    """Of the layers that have keys and values those whose later layers see, too."""
+    number = {layer: place for place, layer in enumerate(cfg.attention_layers)}
+    return frozenset(number[source] for layer, source in enumerate(cfg.kv_sources) if layer != source)
 
 
 def _with_snapshots(cfg: ModelConfig, dtype: torch.dtype, sequences: int, free: int) -> RecurrentShape | None:
@@ -302,9 +344,9 @@ def _measure(decoder: Decoder, fmt: LayerFormats, device: torch.device, shape: A
     arena, full = parts.arena, parts.arena.full_precision
     on_gpu = device.type == "cuda"
     if on_gpu:
-        temporaries = _library_workspace(device) + _slab(decoder) + _joining(decoder)
+        temporaries = _library_workspace(device) + _slab(decoder) + _joining(decoder) + _lent_bytes(shape)
     else:
-        temporaries = _cpu_temporaries(decoder, shape)
+        temporaries = _cpu_temporaries(decoder, shape, fmt) + _lent_bytes(shape)
     return {
         "arena": held(arena, but=(full, arena.states, decoder)) + held(decoder.key_tensors),
         "full_precision": held(full),
@@ -319,8 +361,8 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
     """Bytes of the weights and of the largest copies made while a layer is read, fused, rotated (in float32) and packed
     (in float32), or of what choosing formats takes."""
     cfg, size = decoder.cfg, decoder.dtype.itemsize
-    copies = sensitivity.working_bytes(cfg, TOKENS, device) if isinstance(fmt, AutoFormats) else 0
-    heads = cfg.num_heads * cfg.head_dim
+    copies = sensitivity.working_bytes(cfg, FEWER, device) if isinstance(fmt, AutoFormats) else 0
+    heads = cfg.num_heads * max(spec.head_dim for spec in decoder.specs)
     for layer in decoder.layers:
         dense = quantised or any(isinstance(part, Linear) for part in layer.mixer.parts)
         fused = max(layer.mixer.joined_bytes, layer.mlp.joined_bytes)
@@ -334,7 +376,8 @@ def _loading(decoder: Decoder, weights: int, fmt: LayerFormats, device: torch.de
         for name, shape in expected_tensors(cfg).items():
             if name.startswith("model.layers."):
                 layers[name.split(".")[2]] += math.prod(shape)
-        inner = max(cfg.intermediate_size, 0 if cfg.experts is None else cfg.experts.inner)
+        wide = cfg.intermediate_size * (2 if cfg.double_wide else 1)
+        inner = max(wide, 0 if cfg.experts is None else cfg.experts.inner)
         largest = cfg.hidden_size * max(2 * inner, heads)
         pieces = WORKING_BYTES * min(PIECE[device.type], largest)
         inputs = MEASURED * max(3 * inner, 6 * heads) * (4 + size)
@@ -356,7 +399,7 @@ def _stored(*parts: SingleLinear) -> int:
 
 def weight_bytes(decoder: Decoder) -> int:
     """Bytes of a decoder's weights; it may be on ``meta``."""
-    parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers
+    parts = decoder.embedding, decoder.head, decoder.final_norm, decoder.layers, decoder.per_layer
     return sum(held_bytes(*parts, but=(decoder.key_tensors,)))
 
 
@@ -386,6 +429,7 @@ def plan_memory(
     cache_bytes: int | None = None,
     quantise: Quantise | None = None,
     pack_embedding: Quantise | None = None,
+    matrices: torch.dtype | None = None,
 ) -> MemoryPlan:
     """The plan for a model.
 
@@ -395,6 +439,7 @@ def plan_memory(
         conditioning: See ``Engine.load``.
         cache_bytes: See ``Engine.load``.
         quantise, pack_embedding: See ``Decoder``.
+        matrices: See ``StoredWeights``.
 
     Raises:
         UsageError: A context that the model does not support or ``cache_bytes`` cannot hold.
@@ -408,12 +453,9 @@ def plan_memory(
         )
     kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
-    windows = window_shapes(cfg, fmt)
     shape = ArenaShape(
-        layers=len(cfg.attention_layers),
-        kv_heads=cfg.num_kv_heads,
-        head_dim=cfg.head_dim,
-        vector_bytes=fmt.vector_bytes - sum(one.vector_bytes for one in windows),
+        heads=cfg.cached_heads,
+        token_bytes=token_bytes(cfg, fmt),
         dtype=dtype,
         context=context,
         sink=sink,
@@ -423,15 +465,17 @@ def plan_memory(
         mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
         recurrent=_with_snapshots(cfg, dtype, sequences, free),
-        windows=windows,
+        windows=window_shapes(cfg, fmt),
+        lent=_lent(cfg),
     )
     if cache_bytes is not None:
         shape = _shape_of_bytes(shape, cache_bytes, limit if max_context is None else None)
     with torch.inference_mode():
         decoder = Decoder(
-            cfg, RandomWeights(cfg, "meta", dtype), None, fmt[0].v.rotation, quantise, None, pack_embedding
-        )
-        decoder.store_keys(fmt[0].k.rotation, Conditioning.empty(cfg, kind, "meta"))
+            cfg, RandomWeights(cfg, "meta", dtype, matrices=matrices), None, fmt.rotations("v"), quantise, None,
+            pack_embedding,
+        )  # fmt: skip
+        decoder.store_keys(fmt.rotations("k"), Conditioning.empty(cfg, kind, "meta"))
         weights = weight_bytes(decoder)
 
     def measure(shape: ArenaShape) -> dict[str, int]:
@@ -452,13 +496,22 @@ def plan_memory(
         measure=measure,
         **measure(shape),
     )
-    unasked = max_context is None and cache_bytes is None
-    budget = int(plan.free * AUTO_SHARE[device.type]) if unasked else plan.free
+    return _fitted(plan, limit, unasked=max_context is None and cache_bytes is None)
+
+
+def _fitted(plan: MemoryPlan, limit: int, *, unasked: bool) -> MemoryPlan:
+    """The plan if it fits; if its context was chosen, not asked for, else one whose context does, at most ``limit``.
+
+    Raises:
+        OctoError: There is none.
+    """
+    shape, where = plan.shape, torch.device(plan.device)
+    budget = int(plan.free * AUTO_SHARE[where.type]) if unasked else plan.free
     if max(plan.total, plan.loading) <= budget:
         return plan
     pages = plan.pages_that_fit(budget, limit)
     if not unasked:
-        fits = 0 if pages is None else shape.with_pages(pages // sequences, limit).context
+        fits = 0 if pages is None else shape.with_pages(pages // shape.sequences, limit).context
         raise OctoError(
             f"A context of {shape.context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "
             f"{plan.device} has {plan.free / 2**30:.2f} GiB free: "
@@ -477,7 +530,7 @@ def plan_memory(
 def _shape_of_bytes(shape: ArenaShape, count: int, limit: int | None) -> ArenaShape:
     """The shape with ``count`` bytes of pages, and with ``limit`` a context of as many tokens as they hold, at most
     that. Raises ``UsageError`` if there is not one page, or if they hold no sequence of the shape's context."""
-    page = max(1, PAGE * shape.packed_token_bytes)  # where all layers have windows, pages take nothing
+    page = max(1, PAGE * shape.token_bytes)  # where all layers have windows, pages take nothing
     pages = count // page
     if pages < 1:
         raise UsageError(f"cache_bytes is {count:,} and one page takes {page:,}: give more.")

@@ -22,8 +22,8 @@ class PagePool:
     counts are then taken anew from ``held``, which alone says who holds what.
 
     Attributes:
-        held: The pages of each row in order, `GONE` for the first ones if these were given back; only the pool changes
-            it.
+        held: The pages of each row in order, `GONE` for the first ones if these were given back, then those of other
+            holders; only the pool changes it.
     """
 
     def __init__(self, pages: int, rows: int) -> None:
@@ -45,9 +45,14 @@ class PagePool:
         return len(self._free) + self._count - self._fresh
 
     def holders(self, page: int) -> int:
-        """Rows that hold a page."""
+        """How many hold a page."""
         self._mend()
         return self._references.get(page, 0)
+
+    def add_holder(self) -> int:
+        """The number of one more who may hold pages as a row does."""
+        self.held.append([])
+        return len(self.held) - 1
 
     def take(self, row: int, count: int) -> list[int]:
         """Take free pages for a row; they are appended to the row's.

@@ -14,6 +14,10 @@ object: version, model, settings, the conversation, and what decides whether the
 Pages go from one layout to the other where they were written on another kind of device. Nothing but the codec
 compresses them. A file is written beside its name, brought to the disk, and then given its name: whoever is interrupted
 leaves the older one.
+
+A conversation that is saved after each turn has a second file for some turns, its *tail* (``.NAME.tail``): all that a
+session file has, but of the pages only those that the first file lacks. Its header names the first file by its ``id``,
+which each file has anew, and says how many of its pages count. A tail of another first file counts for nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import fcntl
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +37,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.sequence import Sequence
 from octo_run.engine.session import Session
 from octo_run.engine.session_identity import Identity, identity_of, read_identity
 from octo_run.errors import OctoError, UsageError, quoted, shown
@@ -46,7 +53,6 @@ from octo_run.models.safetensors_writer import Item, Shard
 
 if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
-    from octo_run.engine.sequence import Sequence
     from octo_run.models.decoder import AttentionWeights
 
 FORMAT = "octo-run session"
@@ -62,6 +68,26 @@ _ROLES = ("user", "assistant")
 
 class SessionMismatch(OctoError):
     """The pages of a session cannot be used with an engine; its text can."""
+
+
+def tail_of(path: Path) -> Path:
+    """Where the tail of a session file lies."""
+    return path.with_name(f".{path.name}.tail")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A session file that a tail may continue.
+
+    Attributes:
+        engine: Whose pages were written.
+        ids, page_ids: What it has, as in a snapshot.
+    """
+
+    file_id: str
+    engine: weakref.ref[Engine]
+    ids: list[int]
+    page_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -95,6 +121,7 @@ class Snapshot:
         engine, messages = session.engine, session.messages
         sequence, length, pages = _held(engine, session.rendered(messages) if messages else [])
         header = {
+            "id": os.urandom(16).hex(),
             "version": VERSION,
             "model": _lasting(engine.name),
             "saved": time.time(),
@@ -107,35 +134,54 @@ class Snapshot:
         }
         if sequence is None or engine.arena.windows:  # layers with a window have pages of their own, given back by now
             return cls(engine, header, [], [], {})
-        rows = {"full": engine.arena.row_state(sequence.row).to("cpu", copy=True)}
+        parts_of = engine.arena.row_state(sequence.row)
+        rows = {f"full{kind}": part.to("cpu", copy=True) for kind, part in enumerate(parts_of)}
         if engine.arena.states is not None:
             parts = engine.arena.states.of(sequence.row, length)
             rows |= {name: part.to("cpu", copy=True) for name, part in zip(_STATES, parts, strict=True)}
         return cls(engine, header, sequence.ids[:length], sequence.page_ids[:pages], rows)
 
-    def items(self, were_read: Callable[[], None]) -> dict[str, Item]:
-        """The tensors of the file; ``were_read`` is called when the arena is needed no more."""
+    @property
+    def as_base(self) -> Base:
+        """The file of this snapshot, to be continued."""
+        return Base(self.header["id"], weakref.ref(self.engine), self.ids, self.page_ids)
+
+    def shared(self, base: Base | None) -> int:
+        """How many of the first pages a file has already: those with the same numbers and the same tokens up to them.
+
+        A page that was given back and taken again for the same tokens is not told from the former one; it differs by
+        rounding at most. Whoever lets the engine store keys in another way must forget the file.
+        """
+        if base is None or base.engine() is not self.engine:
+            return 0
+        alike = max(0, common_length(base.ids, self.ids) - self.engine.plan.shape.sink) // PAGE
+        return min(alike, common_length(base.page_ids, self.page_ids))
+
+    def items(self, were_read: Callable[[], None], first_page: int = 0) -> dict[str, Item]:
+        """The tensors of the file, with the pages from one on; ``were_read`` is called when the arena is needed no
+        more."""
         arena, found = self.engine.arena, dict[str, Item]()
+        page_ids = self.page_ids[first_page:]
         found["ids"] = _item(torch.tensor(self.ids, dtype=torch.int32))
         row = arena.pages.shape[1]
 
         def pages() -> Iterator[Tensor]:
             count = max(1, PIECE_BYTES // max(1, row))
-            for first in range(0, len(self.page_ids), count):
-                chosen = torch.tensor(self.page_ids[first : first + count], device=arena.pages.device)
+            for first in range(0, len(page_ids), count):
+                chosen = torch.tensor(page_ids[first : first + count], device=arena.pages.device)
                 with torch.inference_mode():
                     piece = arena.pages.index_select(0, chosen).cpu()
                 yield piece
             were_read()
 
-        found["pages"] = Item(torch.uint8, (len(self.page_ids), row), pages)
+        found["pages"] = Item(torch.uint8, (len(page_ids), row), pages)
         if self.rows:
             found |= {name: _item(part) for name, part in self.rows.items()}
             found |= {name: _item(torch.stack(parts).cpu()) for name, parts in _key_tensors(self.engine).items()}
         return found
 
     def write(self, path: Path, were_read: Callable[[], None] = lambda: None) -> None:
-        """Write the file, whole or not at all.
+        """Write the file, whole or not at all; a tail that it had is gone then.
 
         Args:
             were_read: Called when the arena's pages may change again.
@@ -143,7 +189,18 @@ class Snapshot:
         Raises:
             OctoError: It cannot be written.
         """
-        metadata = {"format": FORMAT, "session": json.dumps(self.header)}
+        self._write(path, path, self.header, self.items(were_read))
+        with suppress(OSError):  # it continues no file any more
+            tail_of(path).unlink(missing_ok=True)
+
+    def write_tail(self, path: Path, base: Base, were_read: Callable[[], None] = lambda: None) -> None:
+        """Write what the session file at ``path``, which is ``base``, lacks, as its tail; see :meth:`write`."""
+        pages = self.shared(base)
+        header = self.header | {"base": {"id": base.file_id, "pages": pages}}
+        self._write(path, tail_of(path), header, self.items(were_read, pages))
+
+    def _write(self, path: Path, target: Path, header: dict[str, Any], items: dict[str, Item]) -> None:
+        metadata = {"format": FORMAT, "session": json.dumps(header)}
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _remove_left_behind(path)
@@ -152,16 +209,16 @@ class Snapshot:
             try:
                 with os.fdopen(descriptor, "wb") as out:
                     fcntl.flock(out, fcntl.LOCK_EX)  # says that somebody writes it
-                    Shard(path.name, self.items(were_read), metadata).write(out.write)
+                    Shard(target.name, items, metadata).write(out.write)
                     out.flush()
                     os.fsync(out.fileno())
-                    part.replace(path)
+                    part.replace(target)
                 _sync_folder(path.parent)
             finally:
                 with suppress(OSError):
                     part.unlink(missing_ok=True)
         except OSError as error:
-            raise OctoError(f"{path} cannot be written: {error.strerror or error}.") from None
+            raise OctoError(f"{target} cannot be written: {error.strerror or error}.") from None
 
 
 def _remove_left_behind(path: Path) -> None:
@@ -231,6 +288,7 @@ class SavedSession:
         options: What the engine was loaded with: texts, numbers, None.
         variables: What the chat template saw beside the messages.
         tokens, pages: What the cache held.
+        shared: Where the first pages lie, and how many of them count, if there is a tail.
     """
 
     path: Path
@@ -244,6 +302,8 @@ class SavedSession:
     system: str | None
     turns: tuple[dict[str, str], ...]
     entries: dict[str, TensorEntry]
+    file_id: str = ""
+    shared: tuple[TensorEntry, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -251,7 +311,7 @@ class SavedSession:
 
     @property
     def pages(self) -> int:
-        return self._size("pages", 0)
+        return self._size("pages", 0) + (self.shared[1] if self.shared is not None else 0)
 
     def _size(self, name: str, axis: int) -> int:
         entry = self.entries.get(name)
@@ -259,11 +319,25 @@ class SavedSession:
 
     @classmethod
     def read(cls, path: Path) -> SavedSession:
-        """The header of a session file.
+        """The header of a session file, or of its tail if it has one.
 
         Raises:
             OctoError: It is none, or damaged.
         """
+        first, tail = cls._read(path)[0], tail_of(path)
+        if not os.path.lexists(tail):
+            return first
+        later, fields = cls._read(tail)
+        base = fields.sub("base")
+        if base is None or not first.file_id or base.text("id") != first.file_id:
+            return first
+        pages = base.integer("pages", low=0)
+        if pages > first.pages:
+            raise base.fail("pages", f"is {pages:,} and {path} has {first.pages:,}")
+        return dataclasses.replace(later, path=path, shared=(first.entries["pages"], pages) if pages else None)
+
+    @classmethod
+    def _read(cls, path: Path) -> tuple[SavedSession, Fields]:
         entries, metadata = read_headers(path)
         if metadata.get("format") != FORMAT or "session" not in metadata:
             raise OctoError(f"{path} is no session of octo-run.")
@@ -276,8 +350,9 @@ class SavedSession:
             params = SamplingParams(**{k: v for k, v in (settings.values if settings else {}).items() if k in known})
         except UsageError as error:
             raise OctoError(f"The settings in {path} cannot be used: {error}") from None
-        return cls(
+        found = cls(
             path=path,
+            file_id=fields.text("id") or "",
             version=version,
             model=fields.text("model") or "",
             saved=fields.number("saved", 0.0, low=0.0, high=1e11),
@@ -289,6 +364,7 @@ class SavedSession:
             turns=_read_turns(fields),
             entries=entries,
         )
+        return found, fields
 
     def session(self, engine: Engine) -> Session:
         """The conversation, to be continued with an engine; what the cache does not hold is read with the next
@@ -319,7 +395,10 @@ class SavedSession:
             return "of a model with windows of attention only the text can be used"
         if self.tokens > engine.max_context:
             return f"it holds {self.tokens:,} tokens and the context {engine.max_context:,}"
-        expected = _expected(engine, self.identity, self.tokens, self.pages)
+        first, count = self.shared or (None, 0)
+        expected = _expected(engine, self.identity, self.tokens, self.pages - count)
+        if first is not None and (first.dtype != "U8" or first.shape[1:] != expected["pages"][1][1:]):
+            return f"its file is damaged (the first pages are {first.dtype} {quoted(list(first.shape))})"
         for name, (dtypes, shape) in expected.items():
             entry = self.entries.get(name)
             if entry is None or STORED_DTYPES.get(entry.dtype) not in dtypes or entry.shape != shape:
@@ -355,7 +434,8 @@ class SavedSession:
             try:
                 pages = sequence.take_pages(self.pages)
                 self._read_pages(engine, data, pages)
-                engine.arena.row_state(sequence.row).copy_(self._stored(data, "full"))
+                for kind, part in enumerate(engine.arena.row_state(sequence.row)):
+                    part.copy_(self._stored(data, f"full{kind}"))
                 engine.arena.enter_pages(sequence.row, 0, pages)
                 if engine.arena.states is not None:
                     engine.arena.states.load(sequence.row, *(self._stored(data, name) for name in _STATES))
@@ -390,6 +470,7 @@ class SavedSession:
             raise UsageError("A session cannot be loaded while other sequences of the engine run: close them first.")
         for sequence in rows:
             sequence.discard()
+        engine.arena.table.kept.clear()
         for old, new in changes:
             old.copy_(new)  # in place: recorded steps read them there
         if engine.arena.means is not None:
@@ -399,8 +480,15 @@ class SavedSession:
 
     def _read_pages(self, engine: Engine, data: TensorFile, ids: list[int]) -> None:
         """Read the pages into those of the arena that are ``ids``."""
+        entry, count = self.shared or (None, 0)
+        if entry is not None:
+            with TensorFile(entry.file) as first:
+                self._read_some(engine, first, entry, ids[:count])
+        self._read_some(engine, data, self.entries["pages"], ids[count:])
+
+    def _read_some(self, engine: Engine, data: TensorFile, entry: TensorEntry, ids: list[int]) -> None:
         assert self.identity is not None
-        arena, entry = engine.arena, self.entries["pages"]
+        arena = engine.arena
         row = entry.shape[1]
         formats = [PageFormat.parse(tag) for tag in self.identity.formats]
         as_they_are = formats == arena.page_formats
@@ -453,7 +541,7 @@ def _expected(
     engine: Engine, identity: Identity, tokens: int, pages: int
 ) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
     """The tensors that a file must have: their dtypes and shapes."""
-    cfg, shape = engine.config, engine.plan.shape
+    cfg = engine.config
     floats = (torch.bfloat16, torch.float16, torch.float32)
     row = cfg.num_kv_heads * sum(PageFormat.parse(tag).page_bytes for tag in identity.formats)
     found: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
@@ -461,8 +549,8 @@ def _expected(
         "pages": ((torch.uint8,), (pages, row)),
     }
     if tokens:
-        size = (2, shape.layers, cfg.num_kv_heads, shape.sink + shape.ring, cfg.head_dim)
-        found["full"] = (floats, size)
+        for kind, part in enumerate(engine.arena.row_state(0)):
+            found[f"full{kind}"] = (floats, tuple(part.shape))
         if engine.arena.states is not None:
             for name, part in zip(_STATES, engine.arena.states.of(0, 0), strict=True):
                 found[name] = (floats, tuple(part.shape))

@@ -2,13 +2,15 @@
 
 A *row* of the arena holds a sequence's full-precision part (sinks and ring) and its line of the page table. Rows are
 few, pages are shared: when a sequence ends it stays in its row, *parked*, until another one needs the row or the pages,
-so that a prompt that begins with the same tokens can go on from there.
+so that a prompt that begins with the same tokens can go on from there. When another one takes the row, its packed pages
+are still kept (``engine.kept_prefixes``).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from octo_run.engine.kept_prefixes import KeptPrefix, KeptPrefixes, RowStore, common_length
 from octo_run.engine.pool import PagePool
 from octo_run.engine.recurrent_state import RecurrentStates
 from octo_run.engine.window_pages import WindowPages
@@ -18,17 +20,6 @@ from octo_run.kernels import PAGE_TOKENS as PAGE
 if TYPE_CHECKING:
     from octo_run.engine.sampling import Sampling
     from octo_run.engine.step import Result
-
-
-def common_length(one: list[int], other: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    low, high = 0, min(len(one), len(other))
-    step = 64
-    while low < high and one[low : min(low + step, high)] == other[low : min(low + step, high)]:
-        low, step = min(low + step, high), 2 * step
-    while low < high and one[low] == other[low]:
-        low += 1
-    return low
 
 
 class Sequence:
@@ -49,7 +40,7 @@ class Sequence:
         self._end = (0, 0)
         self._ahead = 0
         #: Whether nobody may take the row.
-        self.pinned = True
+        self.pinned = False
         #: Results of launched steps that were not read, the oldest first.
         self.unread: deque[Result] = deque()
         #: How tokens are drawn; None before ``Stepper.begin``.
@@ -255,6 +246,21 @@ class Sequence:
         self._ids[:] = donor._ids[:tokens]
         self._end = (tokens, pages)
 
+    def begin_with(self, prefix: KeptPrefix, length: int) -> None:
+        """Hold the first ``length`` tokens of a prefix that was kept."""
+        table, row = self._table, self.row
+        pages = table.kept.pages_of(prefix, length)
+        table.pool.share(row, pages)
+        for window in table.windows:
+            window.take(row, len(pages), length, history=0)
+        if table.states is not None:
+            table.states.writing(row)
+        table.kept.give(prefix, row, length)
+        table.store.enter_row(row)
+        self._ids[:] = prefix.ids[:length]
+        self._end = (length, len(pages))
+        self._stand()
+
     def _trim(self) -> None:
         """Drop what lies beyond the end."""
         tokens, pages = self._end
@@ -266,7 +272,7 @@ class SequenceTable:
     """The rows of an arena and the sequences in them.
 
     Args:
-        copy: ``copy(donor_row, row)`` copies all that a row holds to another one.
+        store: The memory of rows and pages.
         states: Those of recurrent layers, if there are any.
         windows: The pages of layers with windows.
     """
@@ -276,44 +282,57 @@ class SequenceTable:
         rows: int,
         pages: int,
         sink: int,
-        copy: Callable[[int, int], None],
+        store: RowStore,
         states: RecurrentStates | None = None,
         windows: Iterable[WindowPages] = (),
     ) -> None:
-        self.sink, self.states, self.windows = sink, states, list(windows)
+        self.sink, self.store, self.states, self.windows = sink, store, states, list(windows)
         self.pool = PagePool(pages, rows)
+        self.kept = KeptPrefixes(self.pool, sink, store, windows=bool(self.windows), recurrent=states is not None)
         self.rows: list[Sequence | None] = [None] * rows
-        self._copy = copy
         self._used: list[int] = []  # rows, the longest unused first
 
     def open(self, ids: list[int] | None = None) -> Sequence:
         """Open a pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it.
 
         At least one of them is left to be fed. A parked sequence that the prompt continues goes on in its row.
-        Otherwise the new sequence shares the pages of whoever holds the most and gets a copy of its row, in a free row
-        or in that of the longest unused parked one.
+        Otherwise the new sequence shares the pages of whoever holds the most, a sequence or a prefix that was kept, and
+        gets a copy of what else is needed, in a free row or in that of the longest unused parked sequence. What that
+        one loses is kept.
 
         Raises:
             OctoError: All rows are pinned.
         """
-        held = self._held([] if ids is None else ids[:-1])
+        ids = [] if ids is None else ids[:-1]
+        held = self._held(ids)
         donor = max(held, key=lambda seq: (held[seq], not seq.pinned), default=None)
         reused = 0 if donor is None else held[donor]
-        if donor is not None and reused and not donor.pinned and reused == len(donor):
+        prefix, length = self.kept.find(ids)
+        if length > reused:
+            donor, reused = None, 0
+        else:
+            prefix = None
+        if not reused:
+            donor = None
+        if donor is not None and not donor.pinned and reused == len(donor):
             donor.cut(reused)  # nothing is lost; a recurrent state may have to come back
             return self._pin(donor)
-        row = self._free_row(donor if reused else None)
+        row = self._free_row(donor)
         before = self.rows[row]
-        if before is not None and before is donor and reused:
-            donor.cut(reused)
-            return self._pin(donor)
         if before is not None:
+            self.kept.keep(before, reused if before is donor else 0, prefix)
+            if before is donor:
+                donor.cut(reused)
+                return self._pin(donor)
             self.give_back(before)
         self.drop_pages(row, 0)
         sequence = self.rows[row] = Sequence(self, row)
-        if donor is not None and reused:
-            self._copy(donor.row, row)
+        self.touch(sequence)
+        if donor is not None:
+            self.store.copy_row(donor.row, row)
             sequence.become(donor, reused)
+        elif prefix is not None:
+            sequence.begin_with(prefix, length)
         return self._pin(sequence)
 
     def _held(self, ids: list[int]) -> dict[Sequence, int]:
@@ -322,10 +341,12 @@ class SequenceTable:
 
     def reusable(self, ids: list[int]) -> int:
         """How much of the beginning of ``ids`` a new sequence would hold at once."""
-        return max(self._held(ids[:-1]).values(), default=0)
+        return max(self.kept.find(ids[:-1])[1], *self._held(ids[:-1]).values(), 0)
 
     def make_room(self, pages: int, asking: Sequence | None = None) -> None:
-        """Let parked sequences lose pages, the longest unused first, until ``pages`` are free or none is left."""
+        """Let kept prefixes and then parked sequences lose pages, the longest unused first, until ``pages`` are free or
+        none is left."""
+        self.kept.make_room(pages)
         for row in list(self._used):
             sequence = self.rows[row]
             if self.pool.free >= pages:
@@ -345,7 +366,7 @@ class SequenceTable:
         return any(seq is None or not seq.pinned for seq in self.rows)
 
     def room(self) -> int:
-        """Pages that could be had: free ones, and those that parked sequences alone hold."""
+        """Pages that could be had: free ones, and those that no running sequence holds."""
         pinned = {page for seq in self.rows if seq is not None and seq.pinned for page in self.pool.held[seq.row]}
         return len(self.pool) - len(pinned)
 

@@ -26,12 +26,12 @@ class WindowShape:
     Attributes:
         layers: Their numbers among those of the arena.
         window: Tokens that a token sees, itself included.
-        vector_bytes: Of a packed token of one KV head: its keys and values of these layers.
+        token_bytes: Of a packed token: its keys and values of these layers.
     """
 
     layers: tuple[int, ...]
     window: int
-    vector_bytes: int
+    token_bytes: int
 
     @property
     def kept(self) -> int:
@@ -63,18 +63,19 @@ class WindowPages:
         self.shape, self._sink, self.pages, self.page_table, self.runs = shape, sink, pages, table, list(runs)
         self.pool = PagePool(len(pages), len(table))
 
-    def take(self, row: int, count: int, end: int | None) -> list[int]:
+    def take(self, row: int, count: int, end: int | None, history: int = HISTORY) -> list[int]:
         """``count`` pages more for a row.
 
         Args:
             end: The sequence's length when they will be read; pages that it will be done with by then are not taken.
                 None: all are taken.
+            history: Pages that are taken before those.
 
         Returns:
             Their ids, `GONE` for those that were not taken: the first ones.
         """
         held = self.pool.held[row]
-        skipped = 0 if end is None else self.shape.first_seen(end, self._sink) - HISTORY - len(held)
+        skipped = 0 if end is None else self.shape.first_seen(end, self._sink) - history - len(held)
         skipped = max(0, min(skipped, count))
         self.pool.skip(row, skipped)
         return [GONE] * skipped + self.pool.take(row, count - skipped)

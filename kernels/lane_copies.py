@@ -12,6 +12,29 @@ from triton.runtime.jit import constexpr_function
 from octo_run.kernels.lanes import effect, u32
 
 
+@gluon.jit
+def copy16(address, pointer):
+    """Start copying the lane's 16 bytes at ``pointer`` to shared memory."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 b; mov.u32 b, global_smem; add.u32 b, b, $1; cp.async.cg.shared.global [b], [$2], 16; mov.u32 $0, 0; }",
+        "=r,r,l",
+        [address, pointer],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def commit_copies(lane):
+    return effect("cp.async.commit_group; mov.u32 $0, 0;", lane)
+
+
+@gluon.jit
+def wait_for_all_copies(lane):
+    return effect("cp.async.wait_all; mov.u32 $0, 0;", lane)
+
+
 @constexpr_function
 def _wait_asm(pending):
     return f"cp.async.wait_group {int(pending)}; bar.warp.sync 0xffffffff; mov.u32 $0, 0;"

@@ -190,19 +190,6 @@ def load_global4(pointer):
 
 
 @gluon.jit
-def load_stream4(pointer):
-    """The lane's 16 bytes at ``pointer``, which no other program reads and no kernel of the step writes."""
-    return gl.inline_asm_elementwise(
-        "ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,l",
-        [pointer],
-        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
 def load_global2(pointer):
     """The lane's 8 bytes at ``pointer``."""
     return gl.inline_asm_elementwise(
@@ -234,35 +221,6 @@ def load_global2_l2(pointer):
         is_pure=False,
         pack=1,
     )
-
-
-@gluon.jit
-def copy16(address, pointer):
-    """Start copying the lane's 16 bytes at ``pointer`` to shared memory."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .u32 b; mov.u32 b, global_smem; add.u32 b, b, $1; cp.async.cg.shared.global [b], [$2], 16; mov.u32 $0, 0; }",
-        "=r,r,l",
-        [address, pointer],
-        dtype=gl.uint32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def commit_copies(lane):
-    return effect("cp.async.commit_group; mov.u32 $0, 0;", lane)
-
-
-@gluon.jit
-def wait_for_older_copies(lane):
-    """Wait until at most the youngest group of copies is under way; then the warp's copies are visible to all its lanes."""
-    return effect("cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.u32 $0, 0;", lane)
-
-
-@gluon.jit
-def wait_for_all_copies(lane):
-    return effect("cp.async.wait_all; mov.u32 $0, 0;", lane)
 
 
 @gluon.jit

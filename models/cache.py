@@ -9,7 +9,9 @@ the Hub, or ``imported/name``, made of a file. Both live in huggingface-hub's ca
 
 ``<cache>`` is ``$OCTO_RUN_CACHE/hub``; without that variable the cache other tools share, if the user named one
 (``$HF_HUB_CACHE``, ``$HF_HOME/hub``), so that nothing is downloaded twice; else ``~/.cache/octo-run/hub``
-(``$XDG_CACHE_HOME`` counts). A snapshot is complete, and only then used, when every file of its manifest is there with
+(``$XDG_CACHE_HOME`` counts). Where that is another folder than the one that Hugging Face's tools use
+(``~/.cache/huggingface/hub`` without those variables), models are found there, too; nothing is written or deleted
+there. A snapshot is complete, and only then used, when every file of its manifest is there with
 its size; one that another tool fetched, when its configuration, a tokenizer and all its weight files are there. A file
 counts only if it lies in the model's folder (or in the store of contents that the models of a cache share,
 ``<cache>/blobs``) once its links are followed.
@@ -21,8 +23,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from octo_run.errors import OctoError, UsageError, quoted, shown
 from octo_run.folders import no_folder, own_folder
@@ -33,6 +37,7 @@ from octo_run.models.foreign import read_json_object, read_text
 DEMO_NAME = "octo-demo"
 DEMO_PATH = Path(__file__).parent / "octo_demo"
 DEFAULT_REVISION = "main"
+DEFAULT_ENDPOINT = "https://huggingface.co"
 #: The first part of the names of models that `octo-run import` made.
 IMPORTED = "imported"
 
@@ -79,6 +84,8 @@ class ModelEntry:
         commit: None for the embedded model, and for one whose folder cannot be read.
         bytes: Of the files that are there.
         damage: What is wrong with a model that cannot be used and what to do about it.
+        date: When its last file came, in seconds since 1970; None: embedded, or not known.
+        shared: It lies in the cache of Hugging Face's tools, where octo-run only reads.
     """
 
     name: str
@@ -88,6 +95,8 @@ class ModelEntry:
     path: Path
     complete: bool
     damage: str | None = None
+    date: float | None = None
+    shared: bool = False
 
     @property
     def label(self) -> str:
@@ -102,15 +111,32 @@ class ModelEntry:
 
 def cache_folder() -> Path:
     """The folder of the pulled models (see the module's text); it need not exist."""
-    if not os.environ.get("OCTO_RUN_CACHE"):
-        try:
-            if value := os.environ.get("HF_HUB_CACHE"):
-                return Path(os.path.expandvars(value)).expanduser()
-            if value := os.environ.get("HF_HOME"):
-                return Path(os.path.expandvars(value)).expanduser() / "hub"
-        except RuntimeError as error:
-            raise no_folder(error) from None
-    return own_folder() / "hub"
+    named = None if os.environ.get("OCTO_RUN_CACHE") else _named_folder()
+    return named or own_folder() / "hub"
+
+
+def _named_folder() -> Path | None:
+    """The cache that the user named for Hugging Face's tools."""
+    try:
+        if value := os.environ.get("HF_HUB_CACHE"):
+            return Path(os.path.expandvars(value)).expanduser()
+        if value := os.environ.get("HF_HOME"):
+            return Path(os.path.expandvars(value)).expanduser() / "hub"
+    except RuntimeError as error:
+        raise no_folder(error) from None
+    return None
+
+
+def shared_folder() -> Path | None:
+    """The cache of Hugging Face's tools, where it is not :func:`cache_folder`; it need not exist."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME")
+        usual = (Path(base) if base else Path.home() / ".cache") / "huggingface" / "hub"
+    except RuntimeError:
+        usual = None
+    folder = _named_folder() or usual
+    own = os.path.realpath(cache_folder())
+    return None if folder is None or os.path.realpath(folder) == own else folder
 
 
 def statistics_folder() -> Path:
@@ -118,13 +144,18 @@ def statistics_folder() -> Path:
     return own_folder() / "statistics"
 
 
+def endpoint() -> str:
+    """The address of the Hub (``$HF_ENDPOINT``)."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
 def parse_hub_name(name: str) -> HubName:
-    """``org/name[@revision]`` taken apart.
+    """``org/name[@revision]`` taken apart, or the address of a model's page or of one of its files.
 
     Raises:
         UsageError: ``name`` is anything else.
     """
-    match = _HUB_NAME.fullmatch(name)
+    match = _HUB_NAME.fullmatch(_of_address(name))
     repo = match[1] if match else ""
     if match is None or "--" in repo or ".." in repo or repo.endswith((".", "-", ".git")):
         raise UsageError(
@@ -136,9 +167,25 @@ def parse_hub_name(name: str) -> HubName:
     return HubName(repo, revision)
 
 
-def repo_folder(name: HubName) -> Path:
-    """Where the cache keeps ``name``; it need not exist."""
-    return cache_folder() / f"models--{name.repo.replace('/', '--')}"
+def _of_address(name: str) -> str:
+    """The name in an address such as ``https://huggingface.co/org/name/tree/revision``; other names as they are."""
+    hosts = {"huggingface.co", "www.huggingface.co", "hf.co", urlsplit(endpoint()).netloc}
+    with suppress(ValueError):  # an address that is none
+        parts = urlsplit(name if "://" in name else f"https://{name}")
+        if parts.netloc.lower() in hosts and parts.scheme in ("http", "https"):
+            org, model, kind, revision, *rest = [*map(unquote, parts.path.strip("/").split("/")), "", "", "", ""]
+            if org in ("datasets", "spaces"):
+                raise UsageError(f"{quoted(name)} is the address of one of the {org}, not of a model.")
+            if kind == "tree" and any(rest):
+                raise UsageError(f"{quoted(name)} is the address of a folder: octo-run takes whole repositories only.")
+            at = f"@{revision}" if kind in ("tree", "blob", "resolve", "raw", "commit", "commits") and revision else ""
+            return f"{org}/{model}{at}"
+    return name
+
+
+def repo_folder(name: HubName, root: Path | None = None) -> Path:
+    """Where a cache, by default :func:`cache_folder`, keeps ``name``; it need not exist."""
+    return (root or cache_folder()) / f"models--{name.repo.replace('/', '--')}"
 
 
 def resolve(name: str) -> Path:
@@ -159,17 +206,39 @@ def resolve(name: str) -> Path:
         return path
     if name and path.exists():
         raise UsageError(f"{name!r} is a file: give the folder that holds config.json and the weights.")
-    if name.startswith(("/", ".", "~")) or name.endswith("/") or "\\" in name:
+    if name.startswith(("/", ".", "~")) or (name.endswith("/") and "://" not in name) or "\\" in name:
         raise UsageError(f"There is no folder {name!r}.")
     return find(parse_hub_name(name)).path
 
 
 def find(name: HubName) -> ModelEntry:
-    """The complete snapshot of ``name`` in the cache.
+    """The complete snapshot of ``name`` in the cache, or in that of Hugging Face's tools.
 
     Raises:
         OctoError: There is none; it gives the command to run.
     """
+    try:
+        return _find_own(name)
+    except OctoError:
+        if (entry := find_shared(name)) is None:
+            raise
+        return entry
+
+
+def find_shared(name: HubName) -> ModelEntry | None:
+    """The complete snapshot of ``name`` in the cache of Hugging Face's tools; None where there is none."""
+    root = shared_folder()
+    if root is None:
+        return None
+    folder = repo_folder(name, root)
+    with suppress(OctoError, OSError):
+        commit = local_commit(repo_folder(name), name.ref) or local_commit(folder, name.ref)
+        if commit is not None and (entry := _entry(folder, commit, name.ref)).complete:
+            return replace(entry, shared=True)
+    return None
+
+
+def _find_own(name: HubName) -> ModelEntry:
     folder = repo_folder(name)
     commit = known_commit(folder, name.ref)
     if commit is None:
@@ -310,7 +379,8 @@ def lies_in(path: Path, root: Path) -> bool:
 
 
 def list_models() -> list[ModelEntry]:
-    """The embedded model, then all models in the cache that octo-run pulled (complete or not) or could load.
+    """The embedded model, then all models in the cache that octo-run pulled (complete or not) or could load, then those
+    in the cache of Hugging Face's tools that it could load.
 
     One that is damaged is listed as such and keeps no other from being listed.
 
@@ -318,8 +388,17 @@ def list_models() -> list[ModelEntry]:
         OctoError: Only if the cache as a whole cannot be read.
     """
     demo = ModelEntry(DEMO_NAME, None, None, folder_bytes(DEMO_PATH), DEMO_PATH, True)
-    folders = [path for path in _children(cache_folder()) if path.name.startswith("models--")]
-    return [demo, *(entry for folder in folders for entry in _entries_or_damage(folder))]
+    own = [entry for folder in _model_folders(cache_folder()) for entry in _entries_or_damage(folder)]
+    whole = {(entry.name, entry.commit) for entry in own if entry.complete}
+    others = list[ModelEntry]()
+    with suppress(OctoError):  # what other tools keep is no failure of ours
+        for folder in _model_folders(shared_folder()):
+            others += [replace(entry, shared=True) for entry in _entries_or_damage(folder)]
+    return [demo, *own, *(entry for entry in others if (entry.name, entry.commit) not in whole)]
+
+
+def _model_folders(root: Path | None) -> list[Path]:
+    return [] if root is None else [path for path in _children(root) if path.name.startswith("models--")]
 
 
 def _entries_or_damage(folder: Path) -> list[ModelEntry]:
@@ -379,7 +458,7 @@ def _entry(folder: Path, commit: str, revision: str) -> ModelEntry:
             named = HubName(_model_name(folder), None if revision == DEFAULT_REVISION else revision)
             damage = f"{manifest_path(folder, commit)} is damaged; `{named.command}` repairs it"
     damage = None if damage is None else shown(damage)
-    return ModelEntry(_model_name(folder), revision, commit, size, path, complete, damage)
+    return ModelEntry(_model_name(folder), revision, commit, size, path, complete, damage, _time(path) or None)
 
 
 def folder_bytes(folder: Path, links: bool = True) -> int:

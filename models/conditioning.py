@@ -2,8 +2,8 @@
 
 A code makes an error of about the same size in every direction. Three facts say how to bear it best:
 
-- Softmax ignores what all keys of a head have in common, so their mean mu before RoPE need not be in the code: R_j mu
-  is taken out at position j, and attention gives it back (`kernels.attention.key_mean`).
+- Softmax ignores what all keys of a head have in common, so a mean mu before RoPE need not be in the code: R_j mu is
+  taken out at position j, and attention gives it back (`kernels.attention.key_mean`).
 - For any invertible A the product of q and k is that of A^-T q and A k. With A k coded, an even error of the code
   becomes the error A^-1 n of the key, and the expected error of the logits grows with
 
@@ -11,8 +11,10 @@ A code makes an error of about the same size in every direction. Three facts say
 
   where C_k is the covariance of keys and C_q the second moment of queries. The least that it can be is reached by
   A^T A = P with P C_k P = C_q: with C_k = L L^T and L^T C_q L = U D U^T that is A = D^(1/4) U^T L^-1.
-- Keys and queries count as attention does: a key by the weight that it is given, a query by what it gives to keys far
-  enough behind it to be coded.
+- An error e of key j moves the output o of query i by w (q . e) (v_j - o), w being the weight that the query gives to
+  the key. Errors of different keys are independent, so the pair counts by w^2 |v_j - o|^2: a key by the sum over its
+  queries, a query by the sum over keys far enough behind it to be coded. mu is the mean of keys that count so much:
+  no other one leaves as little of what matters in the code.
 
 RoPE turns keys and queries before A is applied, so both moments are averaged over positions: those before RoPE are
 multiplied, pair by pair, with the averages of e^(i (w_a - w_b) p) and e^(i (w_a + w_b) p). Slow pairs keep their
@@ -57,21 +59,22 @@ class Conditioning:
     """What is done to the keys of a model.
 
     Attributes:
-        means: Float32 ``[L, Hkv, d]``: the mean of the keys before RoPE.
-        shapes: Float32 ``[L, Hkv, d, d]``: A, for keys after RoPE less their mean (columns); None: the identity.
+        means: Of each layer that has keys, float32 ``[Hkv, d]``: the mean of the keys before RoPE.
+        shapes: Float32 ``[Hkv, d, d]``: A, for keys after RoPE less their mean (columns); None: the identity.
     """
 
-    means: Tensor
-    shapes: Tensor | None
+    means: tuple[Tensor, ...]
+    shapes: tuple[Tensor, ...] | None
 
     @classmethod
     def empty(cls, cfg: ModelConfig, kind: str, device: torch.device | str) -> Conditioning | None:
         """That of one of ``config.CONDITIONINGS`` whose numbers are not known: to count its bytes on ``meta``."""
         if kind == "off":
             return None
-        size = (len(cfg.attention_layers), cfg.num_kv_heads, cfg.head_dim)
-        shapes = torch.empty(*size, cfg.head_dim, device=device) if kind == "full" else None
-        return cls(torch.empty(size, device=device), shapes)
+        shapes = tuple(torch.empty(*heads, heads.size, device=device) for heads in cfg.cached_heads)
+        return cls(
+            tuple(torch.empty(heads, device=device) for heads in cfg.cached_heads), shapes if kind == "full" else None
+        )
 
     def of_kind(self, kind: str) -> Conditioning | None:
         """The part of it that one of ``config.CONDITIONINGS`` has."""
@@ -97,31 +100,31 @@ def measure(decoder: Decoder, ids: list[int]) -> Conditioning:
     cfg, device = decoder.cfg, decoder.device
     positions = torch.arange(len(ids), device=device)
     angles = decoder.angles(positions, torch.float32, pure=True)
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    #: Of each layer that has keys, what the layers that see them found.
+    seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in cfg.attention_layers}
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = q[0].to(torch.float32).view(len(ids), cfg.num_kv_heads, -1, cfg.head_dim)  # [T, Hkv, G, d]
+        kv_heads, size = k.shape[2:]
+        heads = q[0].to(torch.float32).view(len(ids), kv_heads, -1, size)  # [T, Hkv, G, d]
         mixed, found, (cos, sin, _) = [], [], angles[layer]
-        for h in range(cfg.num_kv_heads):
-            spec = _of_head(decoder.specs[layer].attention, h, cfg.num_kv_heads)
+        for h in range(kv_heads):
+            spec = _of_head(decoder.specs[layer].attention, h, kv_heads)
             out, moments = _observe(heads[:, h], k[0, :, h].to(torch.float32), v[0, :, h], cos, sin, spec)
             mixed.append(out)
             found.append(moments)
-        means, of_keys, of_queries = (torch.stack(part) for part in zip(*found, strict=True))
-        seen.append((means, of_keys, of_queries))
+        means, of_keys, of_queries = (torch.stack(part).cpu() for part in zip(*found, strict=True))
+        seen[cfg.kv_source(layer)].append((means, of_keys, of_queries))
         return torch.stack(mixed, 1).flatten(1, 2)[None].to(q.dtype)
 
     decoder.hidden(torch.tensor([ids], device=device), positions[None], attention)
-    means, of_keys, of_queries = (torch.stack(part).cpu() for part in zip(*seen, strict=True))
-    longest = cfg.max_position_embeddings
-    frequencies = [decoder.inv_freq(layer).cpu().to(torch.float64) for layer in cfg.attention_layers]
-
-    def turned(moments: Tensor) -> Tensor:
-        wide = zip(moments.to(torch.float64), frequencies, strict=True)
-        return torch.stack([_over_positions(one, own, longest) for one, own in wide])
-
-    good = means.isfinite().all(-1, keepdim=True)
-    return Conditioning(means.where(good, 0.0), choose(turned(of_keys), turned(of_queries)).to(torch.float32))
+    made = []
+    for layer, found in seen.items():
+        means, *moments = (torch.stack(part).mean(0) for part in zip(*found, strict=True))
+        frequencies = decoder.inv_freq(layer).cpu().to(torch.float64)
+        turned = (_over_positions(one.to(torch.float64), frequencies, cfg.max_position_embeddings) for one in moments)
+        good = means.isfinite().all(-1, keepdim=True)
+        made.append((means.where(good, 0.0), choose(*turned).to(torch.float32)))
+    return Conditioning(tuple(means for means, _ in made), tuple(shapes for _, shapes in made))
 
 
 def _of_head(spec: AttentionSpec, head: int, kv_heads: int) -> AttentionSpec:
@@ -136,23 +139,27 @@ def _observe(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """One KV head of one layer: attention's result ``[T, G, d]``, and the mean and the moments before RoPE.
 
+    They are not finite where no error of a key would matter: nothing is seen, or all values are zero.
+
     Args:
         q, k, v: ``[T, G, d]``, ``[T, d]``, ``[T, d]``, queries and keys after RoPE in float32.
     """
     every = torch.ones(len(k), len(k), dtype=torch.bool, device=k.device)
     hidden = hidden_keys(spec, len(k), len(k), k.device)
     weights = weights_of((q.transpose(0, 1) @ k.T).mul_(spec.scale), hidden, spec)  # [G, T, T]
-    out = (weights @ v.to(torch.float32)).transpose(0, 1)
-    weights = (weights * every.tril(-_BEHIND))[..., _FIRST:]
+    values = v.to(torch.float32)
+    out = weights @ values  # [G, T, d]
+    effects = torch.cdist(out, values.expand(len(out), -1, -1)).mul_(weights).square_()  # of pairs
+    effects = effects.mul_(every.tril(-_BEHIND))[..., _FIRST:]
     plain_q = rope.apply(q[None], cos[None], -sin[None])[0]
     plain_k = rope.apply(k[None, :, None], cos[None], -sin[None])[0, _FIRST:, 0]
-    mean = plain_k.mean(0)
+    of_keys, of_queries = effects.sum((0, 1)), effects.sum(-1).T  # [T - FIRST], [T, G]
+    total = of_keys.sum()
+    mean = of_keys @ plain_k / total
     rest = plain_k - mean
-    received, given = weights.sum((0, 1)), weights.sum(-1).T  # of keys [T - FIRST], by queries [T, G]
-    of_keys = (rest * received[:, None]).T @ rest / received.sum()
     flat = plain_q.flatten(0, 1)
-    of_queries = (flat * given.flatten()[:, None]).T @ flat / given.sum()
-    return out, (mean, of_keys, of_queries)
+    moments = ((rest * of_keys[:, None]).T @ rest / total, (flat * of_queries.flatten()[:, None]).T @ flat / total)
+    return out.transpose(0, 1), (mean, *moments)
 
 
 def _over_positions(moments: Tensor, frequencies: Tensor, longest: int) -> Tensor:

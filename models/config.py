@@ -18,6 +18,8 @@ from octo_run.models.expert_config import ExpertConfig
 from octo_run.models.families import ACTIVATIONS, FAMILIES, WRAPPERS, DeltaFields, Family, refusal
 from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
+from octo_run.models.kv_heads import KVHeads as KVHeads
+from octo_run.models.kv_heads import head_size
 from octo_run.models.quantisation.config import MODELOPT_NAME, Quantisation, parse_quantisation
 from octo_run.models.rope_config import FULL, LINEAR, SLIDING, Rope, RopeScaling, read_ropes
 
@@ -29,7 +31,6 @@ HEADS = ("bf16", "int8")
 GENERATION_CONFIG_NAME = "generation_config.json"
 DTYPES = ("bfloat16", "float16", "float32")
 _MAX_LAYERS = 4096
-_MAX_HEAD_DIM = 4096
 # Numbers with which float32 arithmetic works: outside, something is 0, infinite or not a number, or all logits agree.
 _EPS = (2.0**-126, 1.0)  # from the smallest normal number on: GPUs take smaller ones for 0
 _TEMPERATURE = (1e-10, 1e10)  # or 0
@@ -66,6 +67,14 @@ class ModelConfig:
         embedding_scale, residual_multiplier, logit_multiplier: What embeddings, the outputs of attention and MLP, and
             logits are multiplied by.
         wrapper: The architecture of a checkpoint of which this is the text part; "": it is the whole.
+        layer_heads: Keys and values of each layer; empty: ``num_kv_heads`` of ``head_dim`` in all. Queries have the
+            size of their keys.
+        values_are_keys: The layers whose values are what their keys are made of, before norm and RoPE.
+        kv_sources: For each layer the layer whose keys and values it sees, itself but for the last ones; empty: each
+            has its own.
+        double_wide: Layers that see another one's keys and values have an MLP of twice ``intermediate_size``.
+        per_layer_input: Numbers of the vector that every token has for each layer; 0: there are no such vectors.
+        per_layer_vocab: Tokens that have such vectors.
     """
 
     architecture: str
@@ -105,6 +114,12 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     wrapper: str = ""
+    layer_heads: tuple[KVHeads, ...] = ()
+    values_are_keys: frozenset[int] = frozenset()
+    kv_sources: tuple[int, ...] = ()
+    double_wide: bool = False
+    per_layer_input: int = 0
+    per_layer_vocab: int = 0
 
     @property
     def context_limit(self) -> int:
@@ -113,9 +128,27 @@ class ModelConfig:
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """The numbers of the layers that have keys and values."""
+        """The numbers of the layers that have keys and values of their own."""
         kinds = self.layer_types or (FULL,) * self.num_layers
-        return tuple(index for index, kind in enumerate(kinds) if kind != LINEAR)
+        return tuple(index for index, kind in enumerate(kinds) if kind != LINEAR and self.kv_source(index) == index)
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose keys and values a layer sees."""
+        return self.kv_sources[layer] if self.kv_sources else layer
+
+    def kv_heads(self, layer: int) -> KVHeads:
+        """The keys and values that a layer sees."""
+        return self.layer_heads[layer] if self.layer_heads else KVHeads(self.num_kv_heads, self.head_dim)
+
+    @property
+    def cached_heads(self) -> tuple[KVHeads, ...]:
+        """The keys and values of :attr:`attention_layers`."""
+        return tuple(map(self.kv_heads, self.attention_layers))
+
+    @property
+    def plain_layers(self) -> bool:
+        """Whether all layers have keys and values of one size and of their own, and tokens one vector."""
+        return not (self.layer_heads or self.kv_sources or self.per_layer_input)
 
     @property
     def family(self) -> Family:
@@ -296,14 +329,12 @@ def _kv_heads(fields: Fields, family: Family, num_heads: int) -> int:
 
 
 def _head_dim(fields: Fields, family: Family, hidden_size: int, num_heads: int) -> int:
+    """Numbers of a head."""
     default = family.defaults.get("head_dim")
     if fields.raw("head_dim") is None and default is None and hidden_size % num_heads:
         problem = f"({hidden_size}) is no multiple of num_attention_heads ({num_heads}), and head_dim is missing"
         raise fields.fail("hidden_size", problem)
-    head_dim = fields.integer("head_dim", default or hidden_size // num_heads, high=_MAX_HEAD_DIM)
-    if head_dim % 2:
-        raise fields.fail("head_dim", f"is {head_dim}, which is odd: rotary embeddings turn pairs of coordinates")
-    return head_dim
+    return head_size(fields, "head_dim", default or hidden_size // num_heads)
 
 
 def _layer_types(fields: Fields, family: Family, num_layers: int, context: int) -> tuple[int | None, tuple[str, ...]]:

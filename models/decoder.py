@@ -10,7 +10,7 @@ coordinates of their queries and keys put in that order when they are loaded (``
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -24,6 +24,7 @@ from octo_run.kernels.step import reference as step_reference
 from octo_run.models import rope
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import ModelConfig
+from octo_run.models.families import ACTIVATIONS
 from octo_run.models.linear import (
     AnyLinear,
     Linear,
@@ -37,18 +38,21 @@ from octo_run.models.linear import (
     parts_first,
 )
 from octo_run.models.mlp import mean_squares
+from octo_run.models.per_layer import PerLayerEmbedding, PerLayerInput
 from octo_run.models.quantisation.importance import Text
 from octo_run.models.quantisation.schemes import format_name
 from octo_run.models.specs import FeedForward, LayerSpec, layer_specs
-from octo_run.models.weights import EMBEDDING, FINAL_NORM, HeldWeights, Weights
+from octo_run.models.weights import EMBEDDING, FINAL_NORM, LAYER_SCALE, HeldWeights, Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from octo_run.engine.arena import Chunk
     from octo_run.engine.recurrent_state import RecurrentStates
     from octo_run.engine.step import StepState
 
+#: Orthogonal matrices ``[d, d]`` by head_dim.
+Rotations = Mapping[int, Tensor]
 #: ``attention(layer, q [B, C, heads, d], k [B, C, kv_heads, d], v [B, C, kv_heads, d]) -> [B, C, heads, d]``
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -141,12 +145,19 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's weights, and what kind of layer it is."""
+    """One layer's weights, and what kind of layer it is.
+
+    Attributes:
+        per_layer: What is done with each token's vector for this layer; None: there are no such vectors.
+        scale: What the hidden state behind the layer is multiplied by.
+    """
 
     spec: LayerSpec
     norms: LayerNorms
     mixer: AttentionWeights | Mixer
     mlp: FeedForward
+    per_layer: PerLayerInput | None = None
+    scale: float = 1.0
 
     @property
     def attention(self) -> AttentionWeights:
@@ -160,6 +171,33 @@ class Layer:
         return isinstance(self.mixer, AttentionWeights)
 
 
+@dataclass
+class Passing:
+    """What goes with tokens through the layers, beside their hidden states.
+
+    Attributes:
+        per_layer: Their vectors for each layer, ``[layers, B, C, size]``.
+        lent: Keys and values of layers, ``[B, C, kv_heads, d]``, that later layers see, too.
+    """
+
+    per_layer: Tensor | None
+    lent: dict[int, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, decoder: Decoder, ids: Tensor, embedded: Tensor) -> Passing:
+        """That of tokens ``[B, C]`` with these embeddings."""
+        return cls(None if decoder.per_layer is None else decoder.per_layer(ids, embedded), {})
+
+    def borrowed(self, cfg: ModelConfig, index: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of a layer with the keys and values that it sees."""
+        source = cfg.kv_source(index)
+        if source != index:
+            k, v = self.lent[source]
+        elif index in cfg.kv_sources[index + 1 :]:
+            self.lent[index] = k, v
+        return q, k, v
+
+
 class Decoder:
     """The model on one device.
 
@@ -169,8 +207,8 @@ class Decoder:
     Args:
         weights: Taken layer by layer, so that fused copies never double the memory; a dict by Hugging Face names is
             emptied.
-        k_rotation: The codec's for queries and keys, ``[head_dim, head_dim]`` or None.
-        v_rotation: The codec's for values, ``[head_dim, head_dim]`` or None.
+        k_rotations: The codec's for queries and keys, or None.
+        v_rotations: The codec's for values, or None.
         quantise: Packs the layers' dense matrices, once the rotation of values is in them; None: they stay dense.
         text: Token ids that go through the layers before these are packed, so that it is known what their matrices are
             multiplied by; None: it is not known.
@@ -187,8 +225,8 @@ class Decoder:
         self,
         cfg: ModelConfig,
         weights: Weights | dict[str, Tensor],
-        k_rotation: Tensor | None,
-        v_rotation: Tensor | None,
+        k_rotations: Rotations | None,
+        v_rotations: Rotations | None,
         quantise: Quantise | None = None,
         text: list[int] | None = None,
         pack_embedding: Quantise | None = None,
@@ -202,6 +240,9 @@ class Decoder:
         self.dtype, self.device = final_norm.dtype, final_norm.device
         self.final_norm = self._norm_weight(final_norm)
         self.embedding, self.head = _embedding_and_head(weights, pack_embedding)
+        self.per_layer: PerLayerEmbedding | None = None
+        if cfg.per_layer_input:
+            self.per_layer = PerLayerEmbedding.load(cfg, weights, self._norm_weight)
         #: The kinds of the layers, with their logits of sinks once these are there.
         self.specs = list(layer_specs(cfg))
         kinds = [(spec.rope, spec.head_dim) for spec in self.specs]
@@ -209,35 +250,39 @@ class Decoder:
         self.ropes = list(dict.fromkeys(kinds))
         self.rope_of = [self.ropes.index(kind) for kind in kinds]
         self._frequencies = [rope.frequencies(*kind, self.device, self.context) for kind in self.ropes]
-        v_rotation = None if v_rotation is None or _is_identity(v_rotation) else v_rotation
+        turned = {} if v_rotations is None else {d: one for d, one in v_rotations.items() if not _is_identity(one)}
         seen = None if quantise is None or text is None or self.device.type == "meta" else Text(self, text)
         self.layers: list[Layer] = []
         for index, spec in enumerate(self.specs):
-            layer = self._layer(weights, spec, f"model.layers.{index}.", v_rotation)
+            layer = self._layer(weights, spec, f"model.layers.{index}.", turned.get(spec.head_dim))
             self.specs[index] = layer.spec
             if quantise is not None:
                 layer = self._packed(layer, index, quantise, seen)
             self.layers.append(layer)
-        if k_rotation is not None:
-            self.store_keys(k_rotation)
+        if k_rotations is not None:
+            self.store_keys(k_rotations)
 
-    def store_keys(self, rotation: Tensor, conditioning: Conditioning | None = None) -> None:
+    def store_keys(self, rotations: Rotations, conditioning: Conditioning | None = None) -> None:
         """Choose the basis that keys are stored in.
 
         Keys are stored times ``A^T R^T`` and queries times ``A^-1 R^T``: their products stay what they are.
 
         Args:
-            rotation: R of the codec, ``[d, d]``.
+            rotations: R of the codec.
             conditioning: Has A of each layer and KV head (the identity if it has none), and means.
         """
         cfg, device = self.cfg, self.device
-        if conditioning is None and _is_identity(rotation):
+        if conditioning is None and all(map(_is_identity, rotations.values())):
             return
-        turned = rotation.to(device, torch.float32).T
-        shared = turned.to(self.dtype).contiguous().expand(2, cfg.num_kv_heads, -1, -1)
+        place = {layer: index for index, layer in enumerate(cfg.attention_layers)}
+        wide = {d: rotation.to(device, torch.float32).T for d, rotation in rotations.items()}
+        alike = {d: turned.to(self.dtype).contiguous() for d, turned in wide.items()}
         shapes = None if conditioning is None else conditioning.shapes
-        for index, number in enumerate(cfg.attention_layers):
-            layer, maps = self.layers[number], shared
+        for number, layer in enumerate(self.layers):
+            if not layer.has_attention:
+                continue
+            spec, index = layer.spec, place[cfg.kv_source(number)]
+            turned, maps = wide[spec.head_dim], alike[spec.head_dim].expand(2, spec.kv_heads, -1, -1)
             if shapes is not None and device.type == "meta":  # shapes alone: see linear._stacked
                 maps = torch.empty(2, *shapes[index].shape, dtype=self.dtype, device=device)
             elif shapes is not None:
@@ -278,7 +323,10 @@ class Decoder:
         parts = [part for layer in self.layers for part in (*layer.mixer.parts, *layer.mlp.parts)]
         names = dict.fromkeys(self._stored(part.weight) for part in parts)
         heads = dict.fromkeys((self._stored(self.embedding), self._stored(self.head.weight)))
-        head = "" if [*heads] == [_DTYPE_NAMES[self.dtype]] else f", head {'+'.join(heads)}"
+        alike = {_DTYPE_NAMES[self.dtype]}
+        if [*names] == [*heads] and {*names} <= {*_DTYPE_NAMES.values()}:
+            alike |= {*names}
+        head = "" if len(heads) == 1 and {*heads} <= alike else f", head {'+'.join(heads)}"
         return "+".join(names) + head
 
     def _stored(self, weight: Tensor | PackedWeight) -> str:
@@ -320,10 +368,25 @@ class Decoder:
             if spec.mixer is None
             else spec.mixer.load(weights, prefix),
             mlp=spec.mlp.load(weights, prefix),
+            per_layer=self._per_layer(weights, spec, prefix),
+            scale=self._scale(weights, prefix),
         )
+
+    def _per_layer(self, weights: Weights, spec: LayerSpec, prefix: str) -> PerLayerInput | None:
+        if not spec.per_layer_input:
+            return None
+        return PerLayerInput.load(weights, prefix, self._norm_weight, ACTIVATIONS[self.cfg.hidden_act])
+
+    def _scale(self, weights: Weights, prefix: str) -> float:
+        if not self.cfg.family.layer_scale:
+            return 1.0
+        scale = weights.take(f"{prefix}{LAYER_SCALE}")
+        return 1.0 if scale.is_meta else float(scale)
 
     def _attention(self, weights: Weights, spec: LayerSpec, prefix: str, v_rotation: Tensor | None) -> AttentionWeights:
         cfg = self.cfg
+        if spec.kv_source is not None:
+            return self._borrowing(weights, spec, prefix, v_rotation)
         q, k, v = self._projections(weights, spec, f"{prefix}self_attn.")
         gate: AnyLinear | None = None
         if spec.gated:  # in the files each head's queries come first, then its gates
@@ -336,7 +399,9 @@ class Decoder:
             rotation = v_rotation.to(torch.float32)
             turned = v.with_rotated_outputs(rotation, spec.kv_heads)
             back = out.with_rotated_inputs(rotation, spec.heads)
-            if turned is not None and back is not None and not spec.gated:
+            # Matrices stored in fewer bits than the arithmetic has would lose some: they stay what they are.
+            wide = all(isinstance(part, Linear) and part.weight.dtype == self.dtype for part in (v, out))
+            if turned is not None and back is not None and wide and not spec.gated:
                 v, out = turned, back
             else:
                 unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
@@ -352,13 +417,26 @@ class Decoder:
             q, k = q.reordered(head_order(order, spec.heads)), k.reordered(head_order(order, spec.kv_heads))
         return AttentionWeights(joined(q, k, v), norms[0], norms[1], out, unfolded, gate=gate)
 
+    def _borrowing(self, weights: Weights, spec: LayerSpec, prefix: str, v_rotation: Tensor | None) -> AttentionWeights:
+        """The attention of a layer that sees another one's keys and values, rotated as that one stores them."""
+        q = weights.linear(f"{prefix}self_attn.q_proj", self.cfg.qkv_bias)
+        out, unfolded = weights.linear(f"{prefix}self_attn.o_proj", self.cfg.o_bias), None
+        norm = self._norm_weight(weights.take(f"{prefix}self_attn.q_norm.weight")) if spec.qk_norm else None
+        if v_rotation is not None:
+            back = out.with_rotated_inputs(v_rotation.to(torch.float32), spec.heads)
+            if back is None:
+                unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
+            out = out if back is None else back
+        assert spec_order(self.cfg, spec) is None and spec.qk_norm != "all" and not spec.gated
+        return AttentionWeights(q, norm, norm, out, unfolded)
+
     def _projections(
         self, weights: Weights, spec: LayerSpec, prefix: str
     ) -> tuple[SingleLinear, SingleLinear, SingleLinear]:
         bias = self.cfg.qkv_bias
         if not self.cfg.family.fused_qkv:
-            q, k, v = (weights.linear(f"{prefix}{name}_proj", bias) for name in "qkv")
-            return q, k, v
+            q, k = (weights.linear(f"{prefix}{name}_proj", bias) for name in "qk")
+            return q, k, k if spec.values_are_keys else weights.linear(f"{prefix}v_proj", bias)
         fused = weights.linear(f"{prefix}qkv_proj", bias)
         q, k, v = (fused.part(first, last) for first, last in pairwise((0, *spec.edges)))
         return q, k, v
@@ -380,30 +458,37 @@ class Decoder:
             Hidden states ``[B, C, hidden]`` after the last layer, before the final norm.
         """
         x = self.embedded(ids)
+        passing = Passing.of(self, ids, x)
         angles = self.angles(positions, x.dtype)
         for index, layer in enumerate(self.layers):
-            x = self.through(index, layer, x, angles[index], attention)
+            x = self.through(index, layer, x, angles[index], attention, passing)
         return x
 
     def through(
-        self, index: int, layer: Layer, x: Tensor, angles: Angles, attention: Attention,
+        self, index: int, layer: Layer, x: Tensor, angles: Angles, attention: Attention, passing: Passing,
         seen: Callable[[str, Tensor], None] = lambda _name, _x: None,
     ) -> Tensor:  # fmt: skip
         """Run hidden states ``[B, C, hidden]`` through a layer.
 
         Args:
+            passing: What goes with them.
             seen: Is given what ``mixer``, ``out`` and ``mlp`` are given, by these names.
         """
         normed = self.normed(x, layer.norms.before_attention)
         seen("mixer", normed)
         if isinstance(layer.mixer, AttentionWeights):
             # Through an argument list, so that query, key and value are freed before the MLP's activations come.
-            mixed = self.mixed(layer, normed, attention(index, *self.qkv(layer, normed, angles)))
+            mixed = self.mixed(
+                layer, normed, attention(index, *passing.borrowed(self.cfg, index, *self.qkv(layer, normed, angles)))
+            )
             seen("out", mixed)
             mixed = layer.mixer.out(mixed)
         else:
             mixed = layer.mixer(normed)
-        return self.rest(layer, x, normed, mixed, seen)
+        x = self.rest(layer, x, normed, mixed, seen)
+        if layer.per_layer is not None and passing.per_layer is not None:
+            x = x + self.normed(layer.per_layer(x, passing.per_layer[index]), layer.per_layer.norm)
+        return x if layer.scale == 1.0 else x * layer.scale
 
     def rest(
         self, layer: Layer, x: Tensor, normed: Tensor, mixed: Tensor,
@@ -442,9 +527,12 @@ class Decoder:
             logits.div_(cfg.logit_cap).tanh_().mul_(cfg.logit_cap)
 
     def qkv(self, layer: Layer, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values ``[B, C, ., d]`` of ``normed [B, C, hidden]``, as attention takes them."""
+        """Queries, keys and values ``[B, C, ., d]`` of ``normed [B, C, hidden]``, as attention takes them; keys and
+        values of a layer that has none of its own are anything."""
         spec, weights, eps = layer.spec, layer.attention, self.cfg.rms_norm_eps
         qkv = weights.qkv(normed)
+        if spec.kv_source is not None:
+            qkv = torch.cat((qkv, qkv.new_zeros(*qkv.shape[:-1], spec.edges[2] - spec.edges[0])), -1)
         q, k, v = (qkv[..., first:last] for first, last in pairwise((0, *spec.edges)))
         whole = spec.qk_norm == "all"
         if whole and weights.q_norm is not None and weights.k_norm is not None:
@@ -508,7 +596,7 @@ def spec_order(cfg: ModelConfig, spec: LayerSpec) -> Tensor | None:
 
 def _embedding_and_head(weights: Weights, pack: Quantise | None) -> tuple[Tensor | PackedWeight, SingleLinear]:
     """The embedding and the output head, which is the same tensors where they are tied."""
-    table: Tensor | PackedWeight = weights.take(EMBEDDING)
+    table: Tensor | PackedWeight = weights.matrix(EMBEDDING)
     head = weights.linear("lm_head") if weights.has_head else None
     if pack is not None:
         if isinstance(table, Tensor):

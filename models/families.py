@@ -9,6 +9,8 @@ from typing import Any
 
 from octo_run.models.expert_config import gpt_oss_experts, local_experts, olmoe_experts, qwen_experts
 from octo_run.models.fields import Fields
+from octo_run.models.gemma4 import ROPE as GEMMA4_ROPE
+from octo_run.models.gemma4 import gemma4
 from octo_run.models.rope_config import SLIDING, RopeFields
 
 _MULTIPLIER = (1e-6, 1e6)
@@ -66,6 +68,8 @@ class Family:
         fused_qkv, fused_gate_up: q, k and v are one matrix in the files, gate and up are.
         interleaved: RoPE turns neighbouring coordinates together.
         parallel: Attention and MLP see the same normed hidden state, and both are added to it.
+        v_norm: Values have a norm without weights.
+        layer_scale: The hidden state behind each layer is multiplied by a number (``layer_scalar``).
         sinks: Each head of attention has a learned logit without a value (``self_attn.sinks``).
         eps: The field of the norms' epsilon.
         embedding_scaled: Embeddings are multiplied by the square root of their size.
@@ -89,6 +93,8 @@ class Family:
     fused_gate_up: bool = False
     interleaved: bool = False
     parallel: bool = False
+    v_norm: bool = False
+    layer_scale: bool = False
     sinks: bool = False
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     rope: RopeFields = _ROPE
@@ -221,10 +227,28 @@ _GEMMA3 = {
     "max_position_embeddings": 131_072, "sliding_window": 4096, "sliding_window_pattern": 6,
 }  # fmt: skip
 
+#: As of Gemma 3, in Gemma 4.
+_GEMMA4 = {
+    **_GEMMA, "vocab_size": 262_144, "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window_pattern": 6,
+}  # fmt: skip
+
 _MINISTRAL3_ROPE = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "mscale": 1.0,
     "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
+
+_GEMMA4_LAYERS: dict[str, Any] = {
+    "attention_bias_field": True,
+    "qk_norm": "head",
+    "v_norm": True,
+    "layer_scale": True,
+    "norms": _SANDWICH,
+    "norm": "wide",
+    "activation": _GELU,
+    "embedding_scaled": True,
+    "sliding": "kinds",
+    "rope": RopeFields(by_kind=True, partial=True, left_out=GEMMA4_ROPE),
+}
 
 FAMILIES: Mapping[str, Family] = {
     "GptOssForCausalLM": Family(
@@ -359,6 +383,18 @@ FAMILIES: Mapping[str, Family] = {
         rope=RopeFields(1_000_000.0, by_kind=True, local_theta=10_000.0),
         more=_gemma(None, None),
     ),
+    "Gemma4ForCausalLM": Family(
+        "gemma4_text",
+        {**_GEMMA4, "max_position_embeddings": 131_072, "sliding_window": 512},
+        **_GEMMA4_LAYERS,
+        more=lambda fields, kinds: gemma4(fields, kinds, per_layer_input=256),
+    ),
+    "Gemma4UnifiedForCausalLM": Family(
+        "gemma4_unified_text",
+        {**_GEMMA4, "max_position_embeddings": 262_144, "sliding_window": 1024},
+        **_GEMMA4_LAYERS,
+        more=lambda fields, kinds: gemma4(fields, kinds, per_layer_input=0),
+    ),
     "Phi3ForCausalLM": Family(
         "phi3",
         sliding="always",
@@ -487,6 +523,8 @@ FAMILIES: Mapping[str, Family] = {
 #: Checkpoints whose text part is a decoder of one of these families: what ``text_config`` may be.
 WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM",),
+    "Gemma4ForConditionalGeneration": ("Gemma4ForCausalLM",),
+    "Gemma4UnifiedForConditionalGeneration": ("Gemma4UnifiedForCausalLM",),
     "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM",),
     "Qwen3_5MoeForConditionalGeneration": ("Qwen3_5MoeForCausalLM",),
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM"),
@@ -507,8 +545,9 @@ UNBUILT: tuple[tuple[str, str, str], ...] = (
     ("Bamba", "Mamba layers", "GraniteForCausalLM"),
     ("Zamba", "Mamba layers", "LlamaForCausalLM"),
     ("FalconH1", "Mamba layers", "LlamaForCausalLM"),
-    ("Gemma4", "layers whose heads differ in number and size", "Gemma3ForCausalLM"),
-    ("Gemma3n", "per-layer embeddings and layers that share keys and values", "Gemma3ForCausalLM"),
+    ("Gemma4Assistant", "only drafts of another model's tokens", "Gemma4ForCausalLM"),
+    ("Gemma4UnifiedAssistant", "only drafts of another model's tokens", "Gemma4UnifiedForCausalLM"),
+    ("Gemma3n", "per-layer embeddings of another kind and alternating streams", "Gemma4ForCausalLM"),
     ("Llama4", "chunked attention and experts of their own", "LlamaForCausalLM"),
     ("T5", "an encoder", "Gemma3ForCausalLM"),
     ("Bart", "an encoder", "LlamaForCausalLM"),

@@ -1,6 +1,6 @@
 """Pulling models from the Hub, and (re-exported) finding, listing, removing them.
 
-The Hub's address is ``$HF_ENDPOINT``, its token ``$HF_TOKEN`` or what ``hf auth login`` stored. ``huggingface_hub`` is
+The Hub's address is ``$HF_ENDPOINT``, its token the one given, ``$HF_TOKEN``, or what ``hf auth login`` stored. ``huggingface_hub`` is
 imported by :func:`pull` and :func:`remove` only.
 """
 
@@ -8,21 +8,27 @@ import os
 import re
 import shlex
 import shutil
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.models import store
 from octo_run.models.cache import (
+    COMMIT,
     DEMO_NAME,
     DEMO_PATH,
     IMPORTED,
     HubName,
     ModelEntry,
     cache_folder,
+    endpoint,
     find,
+    find_shared,
     has_file,
     is_plain_name,
     list_models,
@@ -44,13 +50,17 @@ __all__ = [
     "ModelEntry",
     "PullProgress",
     "cache_folder",
+    "endpoint",
+    "is_offline",
     "list_models",
     "pull",
     "remove",
     "resolve",
+    "try_hub",
 ]
 
-DEFAULT_ENDPOINT = "https://huggingface.co"
+#: Files that are fetched at a time, and seconds in which those in flight end when one has failed.
+PARALLEL, STOP_SECONDS = 4, 2.0
 #: Types of GGUF files as they are named, the most exact first.
 _EXACT = ("BF16", "F16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K", "Q4_K_M", "Q4_K", "Q4_1", "Q4_0")
 _TRUE = ("1", "on", "yes", "true")
@@ -61,14 +71,14 @@ class PullProgress:
     """State of a pull.
 
     Attributes:
-        file: The file being fetched.
-        index: Its number, of ``count``.
+        file: The file that the last bytes belong to.
+        whole: How many files are whole, of ``count``.
         done_bytes: Bytes of all files so far, present ones included.
         total_bytes: Bytes of all files, present ones included. It grows once, when the weight files are known.
     """
 
     file: str
-    index: int
+    whole: int
     count: int
     done_bytes: int
     total_bytes: int
@@ -77,16 +87,28 @@ class PullProgress:
 ProgressCallback = Callable[[PullProgress], None]
 
 
-def pull(name: str, *, offline: bool = False, progress: ProgressCallback | None = None) -> ModelEntry:
+def pull(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    progress: ProgressCallback | None = None,
+) -> ModelEntry:
     """Fetch ``org/name[@revision]`` into the cache and return it; files that are already complete are kept.
 
     The revision is resolved to a commit first and everything comes from that commit. Only configuration, tokenizer,
-    chat template and safetensors files are fetched; the configuration is checked before the weights. Each file must
-    have the size and the content (SHA-256, or SHA-1 of the git blob) that the Hub announced for it. Until all files
-    are there the model does not count as complete (and an earlier pull of the same name stays in use).
+    chat template and safetensors files are fetched, ``PARALLEL`` at a time; the configuration is checked before the
+    weights. Each file must have the size and the content (SHA-256, or SHA-1 of the git blob) that the Hub announced for
+    it. Until all files are there the model does not count as complete (and an earlier pull of the same name stays in
+    use). A commit that the cache of Hugging Face's tools has is used there and not fetched again.
 
     Args:
+        name: Also the address of the model's page.
+        revision: Instead of the one in the name: a branch, a tag or a commit.
+        token: Instead of ``$HF_TOKEN`` and of what ``hf auth login`` stored.
         offline: Do not touch the network: the model must be complete already. ``HF_HUB_OFFLINE=1`` does the same.
+        progress: Called from several threads, one at a time.
 
     Raises:
         UsageError: The name is wrong.
@@ -97,15 +119,18 @@ def pull(name: str, *, offline: bool = False, progress: ProgressCallback | None 
     if name == DEMO_NAME:
         raise UsageError(f"{DEMO_NAME} is part of octo-run: there is nothing to pull.")
     parsed = parse_hub_name(name)
+    if revision is not None:
+        if parsed.revision not in (None, revision):
+            raise UsageError(f"{name} names a revision and --revision says {quoted(revision)}; give one of them.")
+        parsed = parse_hub_name(f"{parsed.repo}@{revision}")
     if parsed.repo.startswith(f"{IMPORTED}/"):
         raise UsageError(f"{name} names a model made of a file, not one of the Hub: use `{parsed.command}`.")
-    if offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE:
+    if offline or is_offline():
         return find(parsed)
     if _is_pulled_commit(parsed):
         return find(parsed)  # a commit never changes
     with store.writing(parsed, "pull again, complete files are kept") as folder:
-        endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
-        client = HubClient(endpoint, parsed)
+        client = HubClient(endpoint(), parsed, token)
         try:
             commit = _Pull(parsed, folder, client, progress).run()
         finally:
@@ -114,9 +139,32 @@ def pull(name: str, *, offline: bool = False, progress: ProgressCallback | None 
     return find(parsed)
 
 
+def is_offline() -> bool:
+    """Whether the environment forbids the network (``$HF_HUB_OFFLINE``)."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
+
+
+def try_hub(seconds: float) -> bool:
+    """Ask the Hub for something small.
+
+    Returns:
+        Whether it was asked with a token, which it took.
+
+    Raises:
+        OctoError: It does not answer within ``seconds``, or refuses the token.
+    """
+    client = HubClient(endpoint(), HubName("octo-run/doctor"))
+    try:
+        return client.reach(seconds)
+    finally:
+        client.close()
+
+
 def _is_pulled_commit(name: HubName) -> bool:
     folder = repo_folder(name)
     try:
+        if COMMIT.fullmatch(name.ref) and find_shared(name) is not None:
+            return True
         return local_commit(folder, name.ref) == name.ref and not snapshot_missing(folder, name.ref)
     except (OctoError, OSError):  # damaged: the pull repairs it, or says why not
         return False
@@ -130,12 +178,16 @@ class _Pull:
         self.commit = ""
         self.files: dict[str, HubFile] = {}
         self.plan: list[str] = []
-        self.done = 0
+        self._have: dict[str, int] = {}
+        self._whole = 0
+        self._lock = threading.Lock()
 
     def run(self) -> str:
         """Fetch what is missing; returns the commit."""
         self.commit, self.files = self.client.listing()
         self._check_listing()
+        if find_shared(replace(self.name, revision=self.commit)) is not None:
+            return self.commit
         snapshot = self.folder / "snapshots" / self.commit
         self._fetch([name for name in SMALL_NAMES if name in self.files])
         load_config(snapshot)
@@ -195,16 +247,23 @@ class _Pull:
         return has_file(self.folder, self.folder / "snapshots" / self.commit / name, self.files[name].size)
 
     def _fetch(self, names: list[str]) -> None:
-        """Fetch files, one after another, each of which appears under its name only when it is whole."""
-        before = len(self.plan)
+        """Fetch files, some at a time, each of which appears under its name only when it is whole."""
         self.plan += names
-        for index, name in enumerate(names, before + 1):
-            start = self.done
-            if not self._is_there(name):
-                blob = self._known_blob(name) or self._download(name, partial(self._advance, name, index))
+        missing = []
+        for name in names:
+            blob = None if self._is_there(name) else self._known_blob(name)
+            if blob is not None:
                 store.add_to_snapshot(self.folder, self.commit, name, blob)
-            self.done = start
-            self._advance(name, index, (self.folder / "snapshots" / self.commit / name).stat().st_size)
+            if self._is_there(name):
+                self._is_whole(name)
+            else:
+                missing.append(name)
+        in_parallel(missing, self._fetch_one, self.client.stop)
+
+    def _fetch_one(self, name: str) -> None:
+        blob = self._download(name, partial(self._advance, name))
+        store.add_to_snapshot(self.folder, self.commit, name, blob)
+        self._is_whole(name)
 
     def _known_blob(self, name: str) -> Path | None:
         """The content of a file, if the cache has it already (from another commit)."""
@@ -223,8 +282,59 @@ class _Pull:
             path.replace(blob)
         return blob
 
-    def _advance(self, name: str, index: int, count: int) -> None:
-        self.done += count
+    def _advance(self, name: str, count: int) -> None:
+        """``count`` more bytes of a file have come."""
+        with self._lock:
+            self._have[name] = self._have.get(name, 0) + count
+            self._tell(name)
+
+    def _is_whole(self, name: str) -> None:
+        size = (self.folder / "snapshots" / self.commit / name).stat().st_size
+        with self._lock:
+            self._have[name] = size
+            self._whole += 1
+            self._tell(name)
+
+    def _tell(self, name: str) -> None:
         if self.progress is not None:
             total = sum(self.files[item].size or 0 for item in self.plan)
-            self.progress(PullProgress(name, index, len(self.plan), self.done, total))
+            done = sum(self._have.values())
+            self.progress(PullProgress(name, self._whole, len(self.plan), done, total))
+
+
+def in_parallel(names: list[str], work: Callable[[str], None], stop: Callable[[], None]) -> None:
+    """Do the work for each name, ``PARALLEL`` at a time.
+
+    The first failure, or Ctrl-C, ends it: ``stop`` shall end what is in flight.
+    """
+    todo, lock = iter(names), threading.Lock()
+    ends: SimpleQueue[BaseException | None] = SimpleQueue()
+    failed = threading.Event()
+
+    def run() -> None:
+        try:
+            while not failed.is_set():
+                with lock:
+                    name = next(todo, None)
+                if name is None:
+                    break
+                work(name)
+        except BaseException as error:
+            ends.put(error)
+        else:
+            ends.put(None)
+
+    threads = [threading.Thread(target=run, name="pull", daemon=True) for _ in range(min(PARALLEL, len(names)))]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            if (error := ends.get()) is not None:
+                raise error
+    except BaseException:
+        failed.set()
+        stop()
+        until = time.monotonic() + STOP_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        raise

@@ -59,8 +59,11 @@ class BrokenConnection(OctoError):
 class HubClient:
     """Requests to the Hub at ``endpoint``, for one model."""
 
-    def __init__(self, endpoint: str, name: HubName) -> None:
+    def __init__(self, endpoint: str, name: HubName, token: str | None = None) -> None:
         """Prepare the requests; none is sent yet.
+
+        Args:
+            token: Instead of ``$HF_TOKEN`` and of what ``hf auth login`` stored.
 
         Raises:
             OctoError: The endpoint is no http(s) address, or no header can hold the token.
@@ -73,7 +76,9 @@ class HubClient:
             raise OctoError(f"HF_ENDPOINT is {quoted(endpoint)}, which is no address such as https://huggingface.co.")
         self._origin = origin
         self._headers = {"User-Agent": f"octo-run/{__version__}", "Accept-Encoding": "identity", "Connection": "close"}
-        self._token = _token()
+        self._token = _token(token)
+        self._stopped = threading.Event()
+        self._lock, self._watches = threading.Lock(), set[_Watch]()
         try:
             from huggingface_hub import get_session
 
@@ -90,6 +95,27 @@ class HubClient:
     def close(self) -> None:
         with suppress(OctoError), self._boundary():
             self._client.close()
+
+    def stop(self) -> None:
+        """End what other threads have in flight, and let them begin nothing more."""
+        self._stopped.set()
+        with self._lock:
+            for watch in self._watches:
+                watch.shut()
+
+    def reach(self, seconds: float) -> bool:
+        """Ask for one model's name within some seconds; the answer itself does not matter.
+
+        Returns:
+            Whether it was asked with a token.
+
+        Raises:
+            OctoError: There is no answer, or a refusal.
+        """
+        self.again = "ask again"
+        with self._answer(f"{self.endpoint}/api/models?limit=1", seconds=seconds) as (response, _watch):
+            next(self._chunks(response), None)
+        return self._token is not None
 
     def listing(self) -> tuple[str, dict[str, HubFile]]:
         """The commit of the revision asked for, and its files by name.
@@ -136,9 +162,8 @@ class HubClient:
                 self._piece(commit, transfer)
             except BrokenConnection:
                 failures = 0 if transfer.have >= best + PROGRESS_BYTES else failures + 1
-                if failures > RETRIES:
+                if failures > RETRIES or self._stopped.wait(RETRY_SECONDS):
                     raise
-                time.sleep(RETRY_SECONDS)
             best = max(best, transfer.have)
         digest = transfer.hash.hexdigest()
         if file.digest is not None and digest != file.digest:
@@ -188,11 +213,19 @@ class HubClient:
 
     @contextmanager
     def _answer(
-        self, url: str, commit: str | None = None, headers: dict[str, str] | None = None
+        self,
+        url: str,
+        commit: str | None = None,
+        headers: dict[str, str] | None = None,
+        seconds: float | None = None,
     ) -> Iterator[tuple[Any, "_Watch"]]:
         """The answer (status 200 or 206, body not read yet) to a GET of ``url``, and the watch over its time."""
-        watch, response = _Watch(ANSWER_SECONDS), None
+        watch, response = _Watch(seconds or ANSWER_SECONDS), None
+        with self._lock:
+            self._watches.add(watch)
         try:
+            if self._stopped.is_set():
+                raise BrokenConnection(self._broken("another transfer failed"))
             for _ in range(MAX_REDIRECTS + 1):
                 own = _origin(url) == self._origin
                 response = self._send(url, headers or {}, own, watch)
@@ -206,16 +239,18 @@ class HubClient:
             else:
                 raise OctoError(self._no_hub(f"it redirects more than {MAX_REDIRECTS} times"))
             if response.status_code not in (200, 206):
-                raise OctoError(self._refusal(response))
+                raise OctoError(self._refusal(response) if seconds is None else self._no_reach(response.status_code))
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise OctoError(self._no_hub("it sends a compressed answer that was not asked for"))
-            watch.extend(ANSWER_SECONDS if commit is None else SLOW_SECONDS)
+            watch.extend(seconds or (ANSWER_SECONDS if commit is None else SLOW_SECONDS))
             yield response, watch
         except BrokenConnection as error:
             if watch.over:
                 raise BrokenConnection(self._broken("it answers too slowly")) from error
             raise
         finally:
+            with self._lock:
+                self._watches.discard(watch)
             watch.close()
             if response is not None:
                 self._close(response)
@@ -281,8 +316,8 @@ class HubClient:
         repo, endpoint = self.name.repo, self.endpoint
         if code == "GatedRepo":
             return (
-                f"{repo} is gated: accept its terms at {endpoint}/{repo} and give your token (`hf auth login`, or"
-                " HF_TOKEN)."
+                f"{repo} is gated: accept its terms at {endpoint}/{repo} and give your token (`hf auth login`,"
+                " HF_TOKEN, or --token)."
             )
         if code == "RepoNotFound":
             return f"There is no model {repo} at {endpoint}, or it is private and your token (HF_TOKEN) may not see it."
@@ -293,7 +328,7 @@ class HubClient:
         if status in (401, 403):
             return (
                 f"{endpoint} refuses access to {repo} ({status}): it is private or gated, or does not exist;"
-                " give a token that may see it (`hf auth login`, or HF_TOKEN)."
+                " give a token that may see it (`hf auth login`, HF_TOKEN, or --token)."
             )
         if status == 404:
             return f"{self.name} lacks a file that its listing names, or does not exist at {endpoint} (404)."
@@ -302,6 +337,11 @@ class HubClient:
                 f"{endpoint} asks for patience (429, too many requests): run `octo-run pull {self.name}` again later."
             )
         return f"{endpoint} failed with status {status}: {self.again}."
+
+    def _no_reach(self, status: int) -> str:
+        if status in (401, 403) and self._token:
+            return f"{self.endpoint} refuses your token ({status}): see `hf auth login`, or HF_TOKEN."
+        return f"{self.endpoint} answers with status {status}: {self._check_endpoint}."
 
     @property
     def _check_endpoint(self) -> str:
@@ -396,10 +436,14 @@ class _Watch:
     def _run(self) -> None:
         while not self._closed.wait(max(0.0, self._deadline - time.monotonic())):
             if time.monotonic() >= self._deadline:
-                with self._lock:
-                    self.over = True
-                    self._shut()
+                self.shut()
                 return
+
+    def shut(self) -> None:
+        """The time is over: shut the connections down, also those that are still being made."""
+        with self._lock:
+            self.over = True
+            self._shut()
 
     def _shut(self) -> None:
         for connection in self._sockets:
@@ -414,17 +458,21 @@ class _Watch:
             connection.close()
 
 
-def _token() -> str | None:
-    """The user's token. OctoError for one that cannot be read or sent; it is never shown."""
+def _token(given: str | None) -> str | None:
+    """The user's token, by default ``$HF_TOKEN`` or what ``hf auth login`` stored.
+
+    Raises:
+        OctoError: It cannot be read or sent; it is never shown.
+    """
     try:
         from huggingface_hub import get_token
 
-        token = get_token()
+        token = get_token() if given is None else given.strip()
     except Exception as error:
         raise OctoError(f"The token for the Hub cannot be read ({error}): set HF_TOKEN, or `hf auth login`.") from error
     if token and not _TOKEN.fullmatch(token):
         raise OctoError(
-            "The token for the Hub (HF_TOKEN, or what `hf auth login` stored) holds a character that no token has:"
+            "The token for the Hub (--token, HF_TOKEN, or what `hf auth login` stored) holds a character that no token has:"
             " copy it again."
         )
     return token or None

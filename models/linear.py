@@ -20,10 +20,10 @@ Quantise = Callable[[Tensor, Tensor | None], PackedWeight]
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = x W^T + b``, ``W`` and ``b`` in the compute dtype.
+    """``y = x W^T + b``, ``b`` in the compute dtype.
 
     Attributes:
-        weight: ``W``, ``[out, in]``.
+        weight: ``W``, ``[out, in]``, in the compute dtype; on a CPU also bfloat16 where that is float32.
         bias: ``b``, ``[out]`` or None.
     """
 
@@ -50,7 +50,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
 
     def with_rotated_outputs(self, rotation: Tensor, heads: int) -> "Linear | None":
         """The layer whose outputs, ``heads`` vectors, are these times ``rotation [d, d]``: ``R W`` for each head."""

@@ -82,7 +82,7 @@ class RopeFields:
         longrope_names: Further names of the kind ``longrope``.
         outer_original: ``original_max_position_embeddings`` where the field of the configuration itself, which comes
             first in this family, is left out; None: there is no such field.
-        left_out: What ``rope_parameters`` are where nothing is said of RoPE.
+        left_out: What ``rope_parameters`` are where nothing is said of RoPE; for each kind of layers, or for all.
     """
 
     theta: float = 10_000.0
@@ -101,6 +101,8 @@ def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> 
     layers that slide where it is another."""
     reader = _Reader(fields, how, context, head_dim)
     older, newer = fields.sub("rope_scaling"), fields.sub("rope_parameters")
+    if older is None and newer is None and FULL in how.left_out:
+        newer = Fields(fields.path, how.left_out, "rope_parameters.")
     if how.by_kind and newer is not None and any(kind in newer.values for kind in (FULL, SLIDING)):
         if older is not None and older.values:
             raise fields.fail("rope_scaling", "and rope_parameters by kinds of layers are both given: leave one out")

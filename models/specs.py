@@ -107,6 +107,9 @@ class LayerSpec:
         parallel: Attention and MLP see the same normed hidden state; both are added to it.
         residual_multiplier: What attention and MLP give is multiplied by it before it is added.
         mixer: What there is in place of attention; None: attention.
+        kv_source: The layer whose keys and values it sees; None: it has its own.
+        values_are_keys: Values are what keys are made of, before norm and RoPE.
+        per_layer_input: Numbers of the vector that every token has for this layer.
     """
 
     kind: str
@@ -124,6 +127,9 @@ class LayerSpec:
     parallel: bool = False
     residual_multiplier: float = 1.0
     mixer: MixerSpec | None = None
+    kv_source: int | None = None
+    values_are_keys: bool = False
+    per_layer_input: int = 0
 
     @property
     def edges(self) -> tuple[int, int, int]:
@@ -143,6 +149,12 @@ def layer_kinds(cfg: ModelConfig) -> dict[str, int]:
     found: dict[str, int] = {}
     for spec in layer_specs(cfg):
         words = [spec.kind.replace("_", " ")]
+        if cfg.layer_heads and spec.mixer is None:
+            words.append(f"{spec.kv_heads} KV head{'s' * (spec.kv_heads > 1)} of {spec.head_dim}")
+        if spec.values_are_keys:
+            words.append("values are keys")
+        if spec.kv_source is not None:
+            words.append(f"keys and values of layer {spec.kv_source}")
         if spec.attention.window is not None and spec.mixer is None:
             words.append(f"window {spec.attention.window:,}")
         if spec.rope is None and spec.mixer is None:
@@ -156,25 +168,30 @@ def _spec(cfg: ModelConfig, index: int) -> LayerSpec:
     family, kind = cfg.family, cfg.layer_types[index] if cfg.layer_types else FULL
     slides = kind == SLIDING
     rope = cfg.sliding_rope if slides and cfg.sliding_rope is not None else cfg.rope
+    (kv_heads, head_dim), source = cfg.kv_heads(index), cfg.kv_source(index)
     return LayerSpec(
         kind=kind,
         attention=AttentionSpec(
-            scale=cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
+            scale=head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale,
             window=cfg.sliding_window if slides else None,
             logit_cap=cfg.attention_cap,
         ),
         heads=cfg.num_heads,
-        kv_heads=cfg.num_kv_heads,
-        head_dim=cfg.head_dim,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         rope=None if index in cfg.no_rope else rope,
         mlp=_feed_forward(cfg, index),
         qk_norm=family.qk_norm if cfg.qk_norm else "",
+        v_norm=family.v_norm,
         gated=family.gated,
         norms=family.norms,
         layer_norm=family.norm == "layer",
         parallel=family.parallel,
         residual_multiplier=cfg.residual_multiplier,
         mixer=_mixer(cfg, index),
+        kv_source=None if source == index else source,
+        values_are_keys=source == index and index in cfg.values_are_keys,
+        per_layer_input=cfg.per_layer_input,
     )
 
 
@@ -183,12 +200,14 @@ def _feed_forward(cfg: ModelConfig, index: int) -> FeedForwardSpec:
     activation = ACTIVATIONS[cfg.hidden_act]
     if cfg.experts is not None and index not in cfg.experts.dense:
         return ExpertsSpec(cfg.hidden_size, cfg.experts, activation)
-    return DenseSpec(cfg.hidden_size, cfg.intermediate_size, activation, cfg.mlp_bias, cfg.family.fused_gate_up)
+    wide = cfg.double_wide and cfg.kv_source(index) != index
+    inner = cfg.intermediate_size * (2 if wide else 1)
+    return DenseSpec(cfg.hidden_size, inner, activation, cfg.mlp_bias, cfg.family.fused_gate_up)
 
 
 def _mixer(cfg: ModelConfig, index: int) -> MixerSpec | None:
     """What a layer has in place of attention. Kinds of such layers are told apart here."""
-    if index in cfg.attention_layers:
+    if cfg.kv_source(index) in cfg.attention_layers:
         return None
     number, sizes = index - sum(other < index for other in cfg.attention_layers), cfg.delta
     assert sizes is not None

@@ -255,6 +255,11 @@ def remove(name: str) -> int:
     if parsed.revision is not None:
         commit = cache.known_commit(folder, parsed.revision)
         commits = [] if commit is None else [commit]
+    if not commits and (entry := cache.find_shared(parsed)) is not None:
+        raise OctoError(
+            f"{name} lies in the cache of Hugging Face's tools, where octo-run deletes nothing: remove it with "
+            f"`hf cache`, or delete {entry.path.parents[1]}."
+        )
     if folder.is_symlink() or not folder.is_dir() or (parsed.revision is not None and not commits):
         raise OctoError(f"{name} is not in {cache_folder()}, so there is nothing to remove.")
     before = cache.folder_bytes(cache_folder(), links=False)

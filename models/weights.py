@@ -14,6 +14,7 @@ from torch import Tensor
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.linear.packed import values
+from octo_run.models import per_layer
 from octo_run.models.config import ModelConfig
 from octo_run.models.expert_tensors import by_expert, published_name
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, read_index, weight_files
@@ -26,6 +27,8 @@ from octo_run.models.safetensors_file import FLOAT_DTYPES, STORED_DTYPES, Tensor
 from octo_run.models.specs import LayerSpec, layer_specs
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+#: A layer's, one number, behind its prefix.
+LAYER_SCALE = "layer_scalar"
 _LISTED = 4
 # Tensors that checkpoints carry along and the decoder needs not: buffers that are computed from the configuration,
 # scales of a quantised KV cache (octo-run has formats of its own), and heads that predict further tokens.
@@ -42,6 +45,8 @@ _OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\..+",
     re.DOTALL,
 )
+# Keys and values that layers have no use for which see those of another layer.
+_UNUSED_KEYS = re.compile(r"model\.layers\.(\d{1,4})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+", re.ASCII)
 # Scales by which the inputs and outputs of quantised layers were meant to be quantised, too.
 _INPUT_SCALES = re.compile(
     r"(lm_head|model\.layers\.\d+\.(self_attn|linear_attn|mlp)(\.\w+)+)"
@@ -64,6 +69,13 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         for norm in vars(spec.norms).values():
             if norm is not None:
                 shapes[f"{prefix}{norm}.weight"] = (cfg.hidden_size,)
+        if cfg.per_layer_input:
+            more = per_layer.layer_tensors(cfg.hidden_size, cfg.per_layer_input)
+            shapes |= {prefix + name: shape for name, shape in more.items()}
+        if cfg.family.layer_scale:
+            shapes[prefix + LAYER_SCALE] = (1,)
+    if cfg.per_layer_input:
+        shapes |= per_layer.tensors(cfg)
     shapes[FINAL_NORM] = (cfg.hidden_size,)
     if not cfg.tie_word_embeddings:
         shapes[HEAD] = (cfg.vocab_size, cfg.hidden_size)
@@ -72,8 +84,10 @@ def expected_tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
     hidden, q, kv = cfg.hidden_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    rows_of = zip("qkv", (2 * q if spec.gated else q, kv, kv), strict=True)
-    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in rows_of}
+    rows_of = {"q": 2 * q if spec.gated else q}
+    if spec.kv_source is None:
+        rows_of |= {"k": kv} if spec.values_are_keys else {"k": kv, "v": kv}
+    linear = {f"{name}_proj": (rows, hidden, cfg.qkv_bias) for name, rows in rows_of.items()}
     if cfg.family.fused_qkv:
         linear = {"qkv_proj": (q + 2 * kv, hidden, cfg.qkv_bias)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -86,7 +100,8 @@ def _attention_tensors(cfg: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int
     if spec.qk_norm:
         whole = spec.qk_norm == "all"
         shapes["self_attn.q_norm.weight"] = (q if whole else spec.head_dim,)
-        shapes["self_attn.k_norm.weight"] = (kv if whole else spec.head_dim,)
+        if spec.kv_source is None:
+            shapes["self_attn.k_norm.weight"] = (kv if whole else spec.head_dim,)
     return shapes
 
 
@@ -323,6 +338,9 @@ def _harmless(name: str, cfg: ModelConfig) -> bool:
         return True
     if cfg.wrapper and _OTHER_PARTS.fullmatch(name):
         return True
+    if (borrower := _UNUSED_KEYS.fullmatch(name)) is not None:
+        layer = int(borrower[1])
+        return layer < cfg.num_layers and cfg.kv_source(layer) != layer
     return _HARMLESS.fullmatch(name) is not None or (cfg.tie_word_embeddings and name == HEAD)
 
 
@@ -345,9 +363,13 @@ class Weights(ABC):
     def take(self, name: str) -> Tensor:
         """The tensor of that name, named as in :func:`expected_tensors`."""
 
+    def matrix(self, name: str) -> Tensor:
+        """The same for a matrix of a layer, an embedding or a head, which may be stored in another dtype."""
+        return self.take(name)
+
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
         """The layer whose tensors' names begin with ``prefix``: dense, or packed as it is stored."""
-        return Linear(self.take(f"{prefix}.weight"), self.take(f"{prefix}.bias") if bias else None)
+        return Linear(self.matrix(f"{prefix}.weight"), self.take(f"{prefix}.bias") if bias else None)
 
 
 class HeldWeights(Weights):
@@ -366,6 +388,9 @@ class StoredWeights(Weights):
 
     Headers, names, shapes and dtypes of all files are checked when it is made, before any data is read.
 
+    Args:
+        matrices: The dtype of what is taken as a matrix (None: ``dtype``).
+
     Attributes:
         cfg: The configuration, as :func:`stored_config` has it.
 
@@ -374,24 +399,38 @@ class StoredWeights(Weights):
             meanwhile.
     """
 
-    def __init__(self, model_dir: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        cfg: ModelConfig,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        matrices: torch.dtype | None = None,
+    ) -> None:
         found = _named(cfg, locate_tensors(model_dir))
         self.cfg = _stored_config(cfg, found)
         self.has_head = not self.cfg.tie_word_embeddings
         self._entries = check_tensors(model_dir, self.cfg, found)
         self._layers, self._orders = quantised_layers(self.cfg), dict[str, Tensor]()
-        self._device, self._dtype = torch.device(device), dtype
+        self._device, self._dtype, self._matrices = torch.device(device), dtype, matrices or dtype
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`; a quantised matrix becomes a plain one."""
+        return self._taken(name, self._dtype)
+
+    def matrix(self, name: str) -> Tensor:
+        """See :class:`Weights`."""
+        return self._taken(name, self._matrices)
+
+    def _taken(self, name: str, dtype: torch.dtype) -> Tensor:
         prefix = name.removesuffix(".weight")
         if prefix in self._layers:
             source = _LayerSource(self._entries, prefix, self._device)
             entry = source.entry(LAYOUTS[self._layers[prefix][0].layout].marker)
-            return self._checked(name, entry, self._packed(prefix, source).dequantised(self._dtype))
+            return self._checked(name, entry, self._packed(prefix, source).dequantised(dtype))
         entry = self._entries[name]
         with TensorFile(entry.file) as data:
-            tensor = data.read(entry, self._device, self._dtype)
+            tensor = data.read(entry, self._device, dtype)
         return self._checked(name, entry, tensor)
 
     def linear(self, prefix: str, bias: bool = False) -> SingleLinear:
@@ -452,24 +491,43 @@ class RandomWeights(Weights):
     Matrices and embeddings are N(0, 1 / columns), weights of norms near 1 (near 0 where 1 is added to them), biases
     near 0, so that activations and logits have a
     scale of about 1. The same seed gives the same values on the same type of device; on ``meta`` there are none.
+
+    Args:
+        matrices: See :class:`StoredWeights`.
     """
 
-    def __init__(self, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        seed: int = 0,
+        matrices: torch.dtype | None = None,
+    ) -> None:
         self._shapes, self.has_head = expected_tensors(cfg), not cfg.tie_word_embeddings
         self._numbers = {name: number for number, name in enumerate(self._shapes)}
         self._layers, self._orders = quantised_layers(cfg), dict[str, Tensor]()
         self._digests: Mapping[str, str] = {} if cfg.quantisation is None else cfg.quantisation.orders
-        self._device, self._dtype, self._seed = torch.device(device), dtype, seed
+        self._device, self._dtype, self._seed, self._matrices = torch.device(device), dtype, seed, matrices or dtype
         self._norm = 0.0 if cfg.family.norm == "one_plus" else 1.0
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`."""
+        return self._drawn(name, self._dtype)
+
+    def matrix(self, name: str) -> Tensor:
+        """See :class:`Weights`."""
+        return self._drawn(name, self._matrices)
+
+    def _drawn(self, name: str, dtype: torch.dtype) -> Tensor:
         shape = self._shapes[name]
         # drawn in the target dtype when it is a 16-bit one: a float32 copy of a large matrix would double the peak
-        drawn = torch.empty(shape, device=self._device, dtype=self._dtype)
+        drawn = torch.empty(shape, device=self._device, dtype=dtype)
         if drawn.is_meta:
             return drawn
         drawn.normal_(generator=self._generator(name))
+        if name.endswith(LAYER_SCALE):
+            return drawn.mul_(0.1).add_(1)
         if len(shape) == 1 and name.endswith(".weight"):  # of a norm
             return drawn.mul_(0.1).add_(self._norm)
         return drawn.mul_(0.1 if len(shape) == 1 else shape[1] ** -0.5)

@@ -47,8 +47,7 @@ def ours(given: dict[str, Any]) -> tuple[Test, dict[str, Any]]:
 
     torch.set_num_threads(given["threads"])
     weights, kv = given["name"].split("/")
-    dense = weights == "fp32"
-    options = {"dtype": "float32", "weights": None if dense else weights, "head": "bf16" if dense else "int8"}
+    options = {"dtype": "float32", "weights": weights, "head": "bf16" if weights in ("fp32", "bf16") else "int8"}
     engine = Engine.load(given["model"], kv=kv, max_context=given["context"], device="cpu", **options)
     ids = benchmark.ordinary_ids(engine)
 

@@ -36,6 +36,7 @@ from octo_run.kernels import (
 )
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, mean_maps
 from octo_run.kernels.codec import KVFormat, LayerFormats, parse_kv
+from octo_run.models.config import KVHeads
 
 HEADS, KV_HEADS, DIM, HIDDEN, MLP = 32, 8, 128, 4096, 14336
 SINK, PAGE, WINDOW = 64, PAGE_TOKENS, 64
@@ -185,7 +186,9 @@ def time_layer(formats: list[str], tokens: int, chunk: int) -> list[Row]:
             continue
         fmt = parse_kv(name, DIM)
         formats = LayerFormats.uniform(fmt, 1)
-        shape = ArenaShape(1, KV_HEADS, DIM, formats.vector_bytes, torch.bfloat16, tokens, SINK, WINDOW, chunk)
+        shape = ArenaShape(
+            (KVHeads(KV_HEADS, DIM),), KV_HEADS * formats.vector_bytes, torch.bfloat16, tokens, SINK, WINDOW, chunk
+        )
         arena = KVArena(shape, formats, torch.device("cuda"))
         q = torch.randn(1, chunk, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(1, chunk, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))

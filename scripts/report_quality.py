@@ -1,20 +1,24 @@
 """What each KV format does to answers: measures perplexity and needle recall, writes docs/results/quality.md.
 
     python scripts/report_quality.py ppl OUT.json --model NAME=MODEL --text FILE [--only "LABEL;LABEL"] [--tokens N]
-    python scripts/report_quality.py needle OUT.json --model NAME=MODEL --text FILE [--trials N]
+    python scripts/report_quality.py needle OUT.json --model NAME=MODEL --text FILE [--trials N] [--ctx N]
     python scripts/report_quality.py write DOC.md PART.json [PART.json ...]
 
-`ppl` and `needle` measure one model and leave their figures in OUT.json, together with what they were taken on; `write`
-makes the report of any number of such parts, with a plot of perplexity against bytes for each model beside it.
+`ppl` and `needle` measure one model and leave their figures in OUT.json, together with what they were taken on, and so
+does `scripts/quality_llama.py` for llama.cpp. `write` makes the report of any number of such files, each of which holds
+one part or a list of them, with a plot of perplexity against bytes for each model beside it; it keeps them together in
+DOC.json, which can be given to it again.
 The formats of other papers (`octo_run.kernels.codec.baselines`) run with uncompressed pages into which every key and
 value goes by way of its code.
 """
 
 import argparse
 import dataclasses
+import datetime
 import json
 import platform
 import re
+import shlex
 import sys
 import unittest.mock
 from collections.abc import Callable, Iterator
@@ -27,15 +31,15 @@ from octo_run.engine import Engine, SamplingParams, plan
 from octo_run.engine.evaluation import needle, perplexity
 from octo_run.engine.evaluation.perplexity import Row
 from octo_run.engine.evaluation.plots import plot_perplexity
-from octo_run.engine.evaluation.reading import REFERENCE
+from octo_run.engine.evaluation.reading import REFERENCE, Reader, pack
 from octo_run.engine.evaluation.statistics import wilson
 from octo_run.engine.window_pages import WindowPages
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import Codec
 
-CONTEXT, STEP = 2048, 64
+CONTEXT = 2048
 OURS, PAPER = ("oct4", "oct3", "oct2"), ("octopus4", "octopus3", "octopus2")
-BASELINES = ("mixed4", "mixed3", "mixed2", "turbo4", "turbo3", "turbo2")
+BASELINES = ("mixed4", "mixed3", "mixed2", "turbo4", "turbo3", "turbo2", "polar4", "polar3", "polar2")
 #: Perplexity change in % and recall in points that are aimed at, by the beginning of the model's name.
 AIMS = {
     "SmolLM2-code": {"oct4": (0.12, 6.0), "oct3": (0.32, 6.0), "oct2": (2.4, 16.0)},
@@ -48,6 +52,7 @@ TITLES = {
     "formats": "Formats, with the defaults (64 sinks, window 64, keys conditioned)",
     "off": "Keys as they are (`--conditioning off`)",
     "mean": "The mean of each head's keys kept out of the code, and nothing else (`--conditioning mean`)",
+    "llama": "llama.cpp's KV formats on the same GGUF file, against its own f16; all tokens are in codes",
     "protection": "Sinks and window, both, one or neither (`--sink 0`, `--window 0`)",
     "boundary": "First and last layer uncompressed (no option of the program: simulated)",
 }
@@ -94,7 +99,7 @@ def cases() -> list[Case]:
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
-    return {"max_context": CONTEXT, "device": args.device, "dtype": args.dtype}
+    return {"max_context": args.ctx, "device": args.device, "dtype": args.dtype}
 
 
 def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
@@ -134,25 +139,28 @@ def _code_in_passing(engine: Engine, codec: Codec, exact: set[int]) -> None:
         return codec.decode(codec.encode(x.float()), torch.float32).to(x.dtype)
 
     def encode_coded(
-        first: int, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, group: WindowPages | None = None
+        layers: tuple[int, ...], k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, group: WindowPages | None = None
     ) -> None:
-        coded = [layer not in exact for layer in range(first, first + len(k))]
-        for layer in (i for i, wanted in enumerate(coded) if wanted):
-            k, v = k.clone(), v.clone()
-            k[layer], v[layer] = through(k[layer]), through(v[layer])
-        encode(first, k, v, ids, group)
+        k, v = k.clone(), v.clone()
+        for place, layer in enumerate(layers):
+            if layer not in exact:
+                k[place], v[place] = through(k[place]), through(v[place])
+        encode(layers, k, v, ids, group)
 
     arena.encode = encode_coded  # type: ignore[method-assign]
     shape, layers = engine.plan.shape, engine.config.num_layers
-    mixed = len(exact) * shape.vector_bytes // layers + 2 * (layers - len(exact)) * codec.bytes_per_vector
-    engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, vector_bytes=mixed))
+    heads = engine.config.num_kv_heads
+    mixed = len(exact) * shape.token_bytes // layers + 2 * heads * (layers - len(exact)) * codec.bytes_per_vector
+    engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, token_bytes=mixed))
 
 
 def where_measured(engine: Engine) -> str:
-    """The machine, for the report."""
+    """The machine, the date and the command, for the report."""
+    place = f"CPU ({platform.machine()}, {torch.get_num_threads()} thread)"
     if engine.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(engine.device)}, {engine.dtype}, torch {torch.__version__}"
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} thread), {engine.dtype}, torch {torch.__version__}"
+        place = torch.cuda.get_device_name(engine.device)
+    command = f"python scripts/report_quality.py {shlex.join(sys.argv[1:])}"
+    return f"{place}, {engine.dtype}, torch {torch.__version__}, {datetime.date.today()}; `{command}`"
 
 
 def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
@@ -169,8 +177,9 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
 
     part: dict[str, Any] = {"kind": "ppl", "model": name, "where": where_measured(reference), "text": args.text.name}
     part["head_dim"] = reference.config.head_dim
-    part |= {"tokens": args.tokens, "skip": args.skip, "stride": args.stride, "rows": []}
-    comparison = perplexity.Comparison(load, [*by_label], [ids], stride=args.stride)
+    stride = args.stride or args.ctx - 1
+    part |= {"tokens": args.tokens, "skip": args.skip, "context": args.ctx, "stride": stride, "rows": []}
+    comparison = perplexity.Comparison(load, [*by_label], [ids], stride=stride)
     try:
         for _ in comparison.run():
             pass
@@ -190,12 +199,12 @@ def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
     engine = Engine.load(model, kv=REFERENCE, **_place(args))
     text = args.text.read_text("utf-8")[args.skip : args.skip + 400_000]
     questions = needle.prompts(
-        engine.tokenizer, text, lengths=[CONTEXT], depths=[0.5], questions=args.trials, distractors=4, form="text",
+        engine.tokenizer, text, lengths=[args.ctx], depths=[0.5], questions=args.trials, distractors=4, form="text",
         seed=0,
     )  # fmt: skip
     haystacks = [question.hay for question in questions]
     part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine)}
-    part |= {"texts": len(haystacks), "length": CONTEXT, "rows": []}
+    part |= {"texts": len(haystacks), "length": args.ctx, "rows": []}
     for kv in args.only.split(";") if args.only else [REFERENCE, *OURS, *PAPER]:
         engine = Engine.load(model, kv=kv, **_place(args))
         found = [right for hay in haystacks for right in ask_all(engine, hay)]
@@ -209,28 +218,33 @@ def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ask_all(engine: Engine, hay: needle.Haystack) -> list[bool]:
-    """Whether each number of a text is found. The text goes in by `STEP` tokens, once; questions follow it in turn."""
+    """Whether each number of a text is found. The text is read once, as decode steps would; questions follow it."""
 
     def question(key: str) -> list[int]:
         return engine.tokenizer.chat([{"role": "user", "content": f"What is the special magic number for {key}?"}])
 
     text = hay.ids[: -len(question(hay.key))]
     hidden = re.findall(r"The special magic number for (\w+) is ([0-9]{7})\.", engine.tokenizer.decode(text))
+    reader = Reader(engine, engine.plan.shape.chunk)
     with engine.sequence() as sequence:
-        for first in range(0, len(text), STEP):
-            engine.prefill(sequence, text[first : first + STEP])
+        for pieces in pack([len(text)], engine.plan.shape.chunk, engine.plan.shape.chunk):
+            reader.read([sequence], [text], pieces)
     found = []
     for key, value in hidden:
         generation = engine.generate(text + question(key), SamplingParams(max_tokens=needle.ANSWER_TOKENS))
         answer = engine.tokenizer.decode([token.id for token in generation])
-        assert generation.reused_tokens > CONTEXT // 2
+        assert generation.reused_tokens > len(text) // 2
         found.append(needle.found(answer, value))
     return found
 
 
 def write(doc: Path, files: list[Path]) -> None:
     """The report, and a plot for each model beside it."""
-    parts = [json.loads(file.read_text("utf-8")) for file in files]
+    parts: list[dict[str, Any]] = []
+    for file in files:
+        found = json.loads(file.read_text("utf-8"))
+        parts += found if isinstance(found, list) else [found]
+    doc.with_suffix(".json").write_text(json.dumps(parts, indent=1) + "\n", "utf-8")
     lines = [*_head(parts)]
     for model in dict.fromkeys(part["model"] for part in parts):
         own = [part for part in parts if part["model"] == model]
@@ -305,7 +319,7 @@ def _table(title: str, rows: list[dict[str, Any]], head_dim: int) -> Iterator[st
         own = row["kv"] != REFERENCE
         change = (f"{row['delta_percent']:+.2f}", f"{row['delta_stderr']:.2f}") if own else ("", "")
         yield (
-            f"| {row['kv']} | {_vector_bytes(row['kv'], head_dim)} | {row['perplexity']:.3f} | {row['stderr']:.3f} "
+            f"| {row['kv']} | {_vector_bytes(row, head_dim)} | {row['perplexity']:.3f} | {row['stderr']:.3f} "
             f"| {change[0]} | {change[1]} "
             f"| {row['kl_mean']:.5f} | {row['kl_p99']:.4f} | {100 * row['top1_agreement']:.2f} "
             f"| {row['tokens']:,} | {row['bytes_per_token']:,.0f} |"
@@ -313,8 +327,11 @@ def _table(title: str, rows: list[dict[str, Any]], head_dim: int) -> Iterator[st
     yield ""
 
 
-def _vector_bytes(label: str, head_dim: int) -> int:
-    """Bytes of 128 numbers in the format that a label begins with, on average."""
+def _vector_bytes(row: dict[str, Any], head_dim: int) -> int:
+    """Bytes of 128 numbers in the format that a row's label begins with, on average."""
+    label = row["kv"]
+    if "number_bytes" in row:
+        return round(128 * row["number_bytes"])
     if label.startswith("auto:"):
         return int(label.split(",")[0].removeprefix("auto:"))
     return _codec(label.split(",")[0], head_dim).bytes_per_vector * 128 // head_dim
@@ -348,7 +365,8 @@ def main() -> int:
         sub.add_argument("--text", type=Path, required=True)
         sub.add_argument("--skip", type=int, default=200_000, help="characters of the text to pass over")
         sub.add_argument("--tokens", type=int, default=20_470)
-        sub.add_argument("--stride", type=int, default=CONTEXT - 1)
+        sub.add_argument("--ctx", type=int, default=CONTEXT, help="tokens of a window, or of a text for the needle")
+        sub.add_argument("--stride", type=int, help="default: a token less than --ctx")
         sub.add_argument("--trials", type=int, default=10, help="texts for the needle")
         sub.add_argument("--only", help="labels, separated by semicolons")
         sub.add_argument("--device")

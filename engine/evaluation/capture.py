@@ -45,6 +45,11 @@ def capture(model: str | Path, text: str, tokens: int) -> Captured:
     """
     path = resolve(str(model))
     cfg = load_config(path)
+    if not cfg.plain_layers:
+        raise UsageError(
+            "The layers of this model have heads of several sizes, or share keys and values, so that they cannot be "
+            "compared: choose another model."
+        )
     ids = load_tokenizer(path).prompt(text)
     if len(ids) < tokens:
         raise UsageError(f"The text has {len(ids):,} tokens and {tokens:,} are needed; give a longer --text.")

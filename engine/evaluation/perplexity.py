@@ -309,7 +309,7 @@ class _Round:
         values = torch.cat(self._done, 2).to(torch.float64)
         partial, base = values.shape[2] < self.scored, values[0, 0]
         return [
-            _row(kv, base, own, held, rate, partial)
+            row(kv, base, own, held, rate, partial)
             for kv, own, held, rate in zip(self.kvs, values, self._bytes, self.rates, strict=True)
         ]
 
@@ -367,7 +367,7 @@ def _scored_rows(
     return rows, targets, places
 
 
-def _row(kv: str, base: Tensor, values: Tensor, held: float, rate: float, partial: bool) -> Row:
+def row(kv: str, base: Tensor, values: Tensor, held: float, rate: float, partial: bool) -> Row:
     """The figures of losses, divergences and agreement ``values [3, n]``, the reference's losses being ``base [n]``."""
     losses, kl, agree = values
     perplexity, error = math.exp(float(losses.mean())), standard_error(losses)

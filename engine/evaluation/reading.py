@@ -83,24 +83,21 @@ class DecodedChunk(Chunk):
         out: Tensor | None = None,
         coefficients: Tensor | None = None,
     ) -> Tensor:
-        self._stage(layer, kv)
-        self._code(layer)
-        out = torch.empty_like(q) if out is None else out
-        self._attend(layer, q, out, spec, workspace, coefficients)
-        self._keep(layer)
+        staging = self._stage(layer, kv)
+        if layer in self.arena.shape.lent:
+            self._lent[layer] = staging.clone()
+        self._code(layer, staging)
+        out = self._attend(layer, q, staging, spec, workspace, out, coefficients)
+        self._keep(layer, staging)
         return out
 
     def _attend(
-        self,
-        layer: int,
-        q: Tensor,
-        out: Tensor,
-        spec: kernels.AttentionSpec,
-        workspace: Tensor | None,
-        coefficients: Tensor | None,
-    ) -> None:
+        self, layer: int, q: Tensor, tail: Tensor, spec: kernels.AttentionSpec, workspace: Tensor | None,
+        out: Tensor | None, coefficients: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         a = self.arena
-        whole = a.chunk_inputs(layer, self.row, coefficients)
+        out = torch.empty_like(q) if out is None else out
+        whole = a.chunk_inputs(layer, self.row, tail, coefficients)
         for first, count, tokens, numbers, (packed, starts, origins), slot, capacity in self._blocks:
             taken = slice(first, first + count * tokens)
             queries, mixed = (x[0, taken].view(count, tokens, *x.shape[2:]) for x in (q, out))
@@ -124,6 +121,7 @@ class DecodedChunk(Chunk):
             kernels.attend(
                 queries, inputs, a.formats[layer], spec=spec, max_length=bound, workspace=workspace, out=mixed
             )
+        return out
 
 
 def _overlapping(staged: Tensor, slot: int, count: int, capacity: int) -> Tensor:
@@ -189,8 +187,9 @@ def rows_at_once(plan: MemoryPlan, cfg: ModelConfig) -> int:
 def _workspace_bytes(plan: MemoryPlan, cfg: ModelConfig) -> int:
     """Of attention, with every block of a chunk for a sequence."""
     blocks, length = -(-plan.shape.chunk // PAGE) + 1, plan.shape.context
-    return kernels.attention_workspace_bytes(
-        blocks, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, plan.device, plan.shape.chunk, length
+    return max(
+        kernels.attention_workspace_bytes(blocks, cfg.num_heads, *heads, plan.device, plan.shape.chunk, length)
+        for heads in plan.shape.kinds
     )
 
 

@@ -101,13 +101,28 @@ def attention_workspace_bytes(
 
 
 def attention_host_bytes(
-    queries: int, heads: int, kv_heads: int, head_dim: int, keys: tuple[int, int], *, mean: bool
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    keys: tuple[int, int],
+    fmt: KVFormat,
+    dtype: torch.dtype,
+    *,
+    mean: bool,
 ) -> int:
-    """Bytes that `attend` takes on a CPU, where it has no workspace.
+    """Bytes that `attend` takes on a CPU, where it has no workspace: those of the compiled kernels where they run.
 
     Args:
         queries: Tokens of one sequence, 16-bit or float32.
         keys: Packed pages, and tokens in full precision.
+        fmt: What the pages are stored in.
+        dtype: Of the queries.
         mean: With a key mean.
     """
+    from octo_run.kernels.cpu import attention as compiled
+
+    if compiled.takes(fmt, head_dim, dtype):
+        blocks = keys[0] + -(-keys[1] // PAGE_TOKENS) + 2  # sinks and tail each end in the middle of one
+        return compiled.host_bytes(queries, heads, kv_heads, head_dim, blocks, mean=mean)
     return host_bytes(queries, heads, kv_heads, head_dim, keys, mean=mean)

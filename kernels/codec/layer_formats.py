@@ -6,10 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from octo_run.kernels.codec.formats import KVFormat
 from octo_run.kernels.codec.plain import PlainCodec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LayerRun(NamedTuple):
@@ -22,8 +25,8 @@ class LayerRun(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerFormats:
-    """A format for each layer. All share head_dim and seed, and on each side either all are coded or none is: the
-    rotation of keys, and that of values, is one for the model.
+    """A format for each layer. All share a seed, and on each side either all are coded or none is: the rotation of
+    keys, and that of values, is one for all heads of one size.
 
     Attributes:
         name: What ``--kv`` was given.
@@ -35,9 +38,7 @@ class LayerFormats:
 
     def __post_init__(self) -> None:
         for side in ("k", "v"):
-            kinds = {
-                (c.head_dim, c.seed, isinstance(c, PlainCodec)) for c in (getattr(fmt, side) for fmt in self.layers)
-            }
+            kinds = {(c.seed, isinstance(c, PlainCodec)) for c in (getattr(fmt, side) for fmt in self.layers)}
             if len(kinds) != 1:
                 raise ValueError(f"the layers' formats of {side.upper()} must have one rotation, not those of {kinds}")
 
@@ -63,7 +64,16 @@ class LayerFormats:
     @cached_property
     def vector_bytes(self) -> int:
         """Bytes that a token of one KV head takes in pages: its keys and values of all layers."""
-        return self.bytes_of(range(len(self)))
+        return sum(self.layer_bytes(layer) for layer in range(len(self)))
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes that a token of one KV head takes in pages of a layer: its keys and values."""
+        return self.layers[layer].k.bytes_per_vector + self.layers[layer].v.bytes_per_vector
+
+    def rotations(self, side: str) -> dict[int, Tensor]:
+        """The rotations of keys (``k``) or values (``v``) by head_dim, ``[d, d]`` each."""
+        codecs = {codec.head_dim: codec for codec in (getattr(fmt, side) for fmt in self.layers)}
+        return {dim: codec.rotation for dim, codec in codecs.items()}
 
     @cached_property
     def runs(self) -> tuple[LayerRun, ...]:
@@ -80,10 +90,6 @@ class LayerFormats:
             else:
                 found.append(LayerRun(layer, layer + 1, fmt))
         return tuple(found)
-
-    def bytes_of(self, layers: Iterable[int]) -> int:
-        """Bytes that a token of one KV head takes in pages of some layers: its keys and values."""
-        return sum(self.layers[layer].k.bytes_per_vector + self.layers[layer].v.bytes_per_vector for layer in layers)
 
     def __str__(self) -> str:
         """The name, and how many layers have which format where they are not alike."""

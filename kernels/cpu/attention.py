@@ -13,12 +13,14 @@ from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
 from octo_run.kernels.cpu.linear import ELEMENTS
 from octo_run.kernels.cpu.native import Long, Pointer, address, library
+from octo_run.kernels.page_size import PAGE_TOKENS
 
 if TYPE_CHECKING:
     from octo_run.kernels.attention.spec import AttentionSpec
 
 
 _NO_WINDOW = 1 << 40  # tokens: larger than any sequence
+_ROWS, _SPLIT, _MOST_SPLITS = 128, 16, 4  # as in attention.cpp
 
 
 class _Codec(ctypes.Structure):
@@ -71,11 +73,34 @@ def _described(codec: Codec) -> tuple[_Codec, Tensor | None] | None:
     return None
 
 
+def host_bytes(queries: int, heads: int, kv_heads: int, head_dim: int, blocks: int, *, mean: bool) -> int:
+    """Bytes that `attend` takes beside its inputs and its output: what each thread works on, and sums of pieces.
+
+    Args:
+        queries: Tokens of one sequence.
+        blocks: Of 64 tokens, packed or not, that the sequence has at most.
+        mean: With a key mean.
+    """
+    rows = queries * heads // kv_heads
+    here = min(rows, _ROWS)
+    thread = here * (3 * head_dim + 2 * PAGE_TOKENS) + (2 * head_dim + 4) * PAGE_TOKENS
+    thread += here * head_dim * 16 * (here <= 8) + (head_dim * (32 + here) if mean else 0)
+    pieces = -(-blocks // _SPLIT)
+    pieces = pieces if rows < _ROWS else min(pieces, _MOST_SPLITS)
+    return 4 * (torch.get_num_threads() * thread + kv_heads * rows * pieces * (head_dim + 2))
+
+
+def takes(fmt: KVFormat, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels are there and attend to what is stored in a format, of heads of a dimension."""
+    described = _described(fmt.k), _described(fmt.v)
+    return library() is not None and None not in described and dtype in ELEMENTS and head_dim % 16 == 0
+
+
 def attend(q: Tensor, kv: AttentionInputs, fmt: KVFormat, *, spec: AttentionSpec, out: Tensor | None) -> Tensor | None:
     """Causal attention; None if the kernels do not take the call."""
     found = library()
     described = _described(fmt.k), _described(fmt.v)
-    if found is None or None in described or q.dtype not in ELEMENTS or q.shape[-1] % 16:
+    if found is None or not takes(fmt, q.shape[-1], q.dtype):
         return None
     check(q, kv, fmt, spec, out)
     (k, _), (v, _) = (one for one in described if one is not None)

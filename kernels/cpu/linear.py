@@ -28,6 +28,12 @@ class _Packed(ctypes.Structure):
     )  # fmt: skip
 
 
+def product_bytes(rows: int, columns: int) -> int:
+    """Bytes that the kernels keep for products of activations ``[rows, columns]`` with packed weights, at most."""
+    padded = -(-columns // BLOCK) * BLOCK
+    return rows * padded // BLOCK * (2 * (256 + 3 * 64) + 64)
+
+
 class _Dense(ctypes.Structure):
     _fields_ = (
         ("weight", Pointer), ("weight_element", Long), ("rows_out", Long), ("columns", Long), ("x", Pointer),

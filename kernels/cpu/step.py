@@ -25,8 +25,8 @@ def _taken(*tensors: Tensor | None) -> Kernels | None:
 
 class _Norm(ctypes.Structure):
     _fields_ = (
-        *((name, Pointer) for name in ("x", "residual", "weight", "post")), ("eps", Double), ("multiplier", Double),
-        ("centred", Long), ("out", Pointer),
+        *((name, Pointer) for name in ("x", "residual", "weight", "post")),
+        *((name, Double) for name in ("eps", "multiplier", "scale")), ("centred", Long), ("out", Pointer),
         *((name, Long) for name in ("rows", "n", "threads")),
     )  # fmt: skip
 
@@ -93,14 +93,15 @@ def add_rms_norm(
     post: Tensor | None = None,
     multiplier: float = 1.0,
     centred: bool = False,
+    scale: float = 1.0,
 ) -> bool:
     """False if the kernels do not take it."""
     found = _taken(x, residual, weight, out, post)
     if found is None or (residual is None and multiplier != 1.0):
         return False
     call = _Norm(
-        *map(address, (x, residual, weight, post)), eps, multiplier, centred, address(None if weight is None else out),
-        *x.shape, torch.get_num_threads(),
+        *map(address, (x, residual, weight, post)), eps, multiplier, scale, centred,
+        address(None if weight is None else out), *x.shape, torch.get_num_threads(),
     )  # fmt: skip
     found.octo_add_rms_norm(ctypes.byref(call))
     return True

@@ -23,7 +23,7 @@ from octo_run.kernels.experts.routing_kernels import (
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
 from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
-from octo_run.kernels.linear.streamed_product import shared_bytes
+from octo_run.kernels.linear.streamed_parts import shared_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Products of a few rows with packed experts, fused with their decoding (NVIDIA from sm_80 on, Gluon, lane by lane).
 
-As `kernels.linear.streamed_product`, whose parts it is made of, for tiles of up to 8 pairs of token and expert that
+As `kernels.linear.streamed_product`, of the same parts, for tiles of up to 8 pairs of token and expert that
 have chosen the same expert: some programs share the outputs of each such tile. Which expert it is the kernel in front
 says, so that no codes are fetched before that has ended.
 """
@@ -9,35 +9,36 @@ says, so that no codes are fetched before that has ended.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from octo_run.kernels.lane_copies import expect_warps, wait_for_copies, wait_for_warps
+from octo_run.kernels.lane_copies import wait_for_copies, wait_for_warps
 from octo_run.kernels.lanes import (
-    barrier,
     exp2,
     let_next_kernel_start,
-    load_global2,
     read_shared2,
-    read_shared_f,
     repeat,
     shuffle_f,
     sync_warp,
     u32,
     wait_for_kernel_before,
-    write_shared2,
 )
-from octo_run.kernels.linear.streamed_product import (
-    _add_block,
-    _block_of,
-    _copy_block,
-    _factors,
-    _hand_over,
-    _less_offsets,
-    _place,
-    _side_by_side,
-    _sums_of,
-    _threads_of_sum,
+from octo_run.kernels.linear.streamed_parts import (
+    add_block,
+    block_of,
+    copy_turn,
+    factors_of,
+    first_places,
+    hand_over,
+    less_offsets,
+    next_places,
+    place_of_sum,
+    prepare_shared,
+    row_inputs,
+    side_by_side,
     stage_bytes,
+    sum_of_warps,
+    sums_of,
+    threads_of_sum,
 )
-from octo_run.kernels.linear.unpack import excess, masks
+from octo_run.kernels.linear.unpack import excess
 
 
 @gluon.jit
@@ -60,45 +61,16 @@ def _activated(gate, up, alpha, limit, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
-def _row_inputs(row, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.constexpr):
-    """Operand B of a block's 8 steps of the lane's row, in a tuple: 16 registers, zeros from block ``end`` on."""
-    t = lane & 3
-    here = gl.minimum(block, end - 1)
-    words = ()
-    for s in gl.static_range(8):
-        k = here * 128 + 16 * s + 4 * t
-        if PADDED:
-            first, second = load_global2(row + gl.minimum(k, columns - 4))
-            first = gl.where(k < columns, first, 0)
-            second = gl.where(k < columns, second, 0)
-        else:
-            first, second = load_global2(row + k)
-        if UNEVEN:
-            first = gl.where(block < end, first, 0)
-            second = gl.where(block < end, second, 0)
-        words = words + (first, second)
-    return (words,)
-
-
-@gluon.jit
 def _finish(factors, buffer, turn, OUT, BIAS, ORDER, alpha, limit, begin, end, tile, step, half, n, tid, lane,
             WARPS: gl.constexpr, BIASED: gl.constexpr, FIRST: gl.constexpr, ACTIVATION: gl.constexpr,
             ARRIVALS: gl.constexpr):  # fmt: skip
     """Add up the warps' sums of some outputs (none if ``tile`` is negative), and write what becomes of them."""
-    SHARED: gl.constexpr = _threads_of_sum(1, WARPS)
-    EACH: gl.constexpr = WARPS // SHARED
+    SHARED: gl.constexpr = threads_of_sum(1, WARPS)
     wait_for_warps(turn + lane * 0, ARRIVALS)
     for first in gl.static_range(0, 128 * SHARED, 32 * WARPS):
         place = first + tid
-        number, output, row = _place(place, tile, step, half, 1, SHARED)
-        at = buffer + number * 4 + place % SHARED * (EACH * 512)
-        total = read_shared_f(u32(at))
-        for w in gl.static_range(1, EACH):
-            total += read_shared_f(u32(at + w * 512))
-        if SHARED >= 2:
-            total += shuffle_f(total, lane ^ 1)
-        if SHARED >= 4:
-            total += shuffle_f(total, lane ^ 2)
+        number, output, row = place_of_sum(place, tile, step, half, 1, SHARED)
+        total = sum_of_warps(buffer, place, number, lane, 1, WARPS)
         mine = (tile >= 0) & (output < n) & (begin + row < end) & (place % SHARED == 0)
         total *= factors[first // (32 * WARPS)]
         if BIASED:
@@ -140,17 +112,13 @@ def packed_experts_kernel(
     EXCESS: gl.constexpr = excess(KIND, ELEMENT)
     SUMMED: gl.constexpr = HAS_OFFSETS or EXCESS > 0
     STEPS: gl.constexpr = GROUP // 16 if GROUP > 0 else 8
-    GROUPS: gl.constexpr = 8 // STEPS
     STAGES: gl.constexpr = TURNS * AHEAD
     STAGE: gl.constexpr = stage_bytes(BITS, GROUP, HAS_OFFSETS)
     RING: gl.constexpr = STAGES * STAGE
     BUFFER: gl.constexpr = WARPS * 512
     ARRIVALS: gl.constexpr = WARPS * RING + 2 * BUFFER
     smem.index(0).store(tid)  # names the allocation in the PTX
-    barrier()
-    expect_warps(lane, ARRIVALS, WARPS)
-    write_shared2(u32(lane * 0 + (ARRIVALS + 8)), u32(lane * 0) + masks(KIND)[0], u32(lane * 0) + masks(KIND)[1])
-    barrier()
+    prepare_shared(lane, KIND, ARRIVALS, WARPS)
     after = 0
     if EARLY:
         let_next_kernel_start(n)
@@ -167,33 +135,15 @@ def packed_experts_kernel(
     OFFSETS += before
     BIAS += before
     first = gl.program_id(0)
-    block = warp * _side_by_side(TURNS)
+    block = warp * side_by_side(TURNS)
     g = lane >> 2
-    # The lane's own in the part that is copied next: two rows of codes, 8 rows' scales or offsets of a group.
-    row = first * step + g
-    codes_low = CODES + (row.to(gl.int64) * row_bytes + (block * (16 * BITS) + (lane & 3) * 16))
-    codes_high = codes_low + half.to(gl.int64) * row_bytes
-    move = (programs * step).to(gl.int64) * row_bytes
-    scales = SCALES + lane * 0
-    scales_row = first * step + (lane & 1) * half
-    groups = lane < 0
-    group_step = 0
-    if GROUP > 0:
-        which = lane >> 1
-        place = (block * GROUPS + which % GROUPS).to(gl.int64) * stride_group + scales_row
-        scales = gl.where(which < GROUPS, SCALES + place, OFFSETS + place)
-        groups = which < GROUPS * (2 if HAS_OFFSETS else 1)
-        group_step = GROUPS * stride_group
+    places = first_places(CODES, SCALES, OFFSETS, first, block, row_bytes, stride_group, step, half, lane, BITS, GROUP)
     left = outputs - first  # positive while there is a part to copy
     for i in gl.static_range(STAGES):
-        _copy_block(warp * RING + i * STAGE, codes_low, codes_high, scales,
-                    _block_of(i % TURNS, TURNS, WARPS) * (16 * BITS), _block_of(i % TURNS, TURNS, WARPS) * group_step,
-                    block + _block_of(i % TURNS, TURNS, WARPS) < blocks, (left > 0) & (row < n),
-                    (left > 0) & (row + half < n), (left > 0) & groups & (scales_row < n), lane, BITS, GROUP,
-                    UNEVEN)  # fmt: skip
+        copy_turn(warp * RING + i * STAGE, places, left, block, blocks, n, half, stride_group, lane, i % TURNS, TURNS,
+                  BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
         if i % TURNS == TURNS - 1:
-            codes_low, codes_high, scales = codes_low + move, codes_high + move, scales + programs * step
-            row, scales_row, left = row + programs * step, scales_row + programs * step, left - programs
+            places, left = next_places(places, row_bytes, programs, step), left - programs
     at = gl.maximum(gl.minimum(begin + g, end - 1), 0)
     if FIRST:
         source = X + (gl.load(ORDER + at) // CHOSEN).to(gl.int64) * columns
@@ -203,11 +153,11 @@ def packed_experts_kernel(
     sums = ()
     for turn in gl.static_range(TURNS):
         inputs = inputs + (
-            _row_inputs(source, block + _block_of(turn, TURNS, WARPS), blocks, columns, lane, PADDED, UNEVEN),
+            (row_inputs(source, block + block_of(turn, TURNS, WARPS), blocks, columns, lane, PADDED, UNEVEN),),
         )
     for turn in gl.static_range(TURNS):
         if SUMMED:
-            sums = sums + (_sums_of(inputs[turn], lane, STEPS, ELEMENT, 1),)
+            sums = sums + (sums_of(inputs[turn], lane, STEPS, ELEMENT, 1),)
         else:
             sums = sums + ((),)
     # Constants from memory stay in registers: the compiler would make them anew for each use.
@@ -217,31 +167,28 @@ def packed_experts_kernel(
     other = WARPS * RING + BUFFER
     turned = 1
     earlier = -1
-    waiting = repeat((lane * 0).to(gl.float32), (4 * _threads_of_sum(1, WARPS) + WARPS - 1) // WARPS)
+    waiting = repeat((lane * 0).to(gl.float32), (4 * threads_of_sum(1, WARPS) + WARPS - 1) // WARPS)
     for tile in range(first, outputs, programs):
-        factors = _factors(ROWS, tile, step, half, n, tid, 1, WARPS)
+        factors = factors_of(ROWS, tile, step, half, n, tid, 1, WARPS)
         if GROUP == 0 and SUMMED:
-            acc = _less_offsets(sums, OFFSETS, tile * step + g, tile * step + half + g, n, lane, EXCESS, 1, TURNS,
+            acc = less_offsets(sums, OFFSETS, tile * step + g, tile * step + half + g, n, lane, EXCESS, 1, TURNS,
                                 HAS_OFFSETS)  # fmt: skip
         else:
             acc = repeat(repeat((lane * 0).to(gl.float32), 4), 1)
         for turn in gl.static_range(TURNS):
             slot = ring + turn * STAGE
             wait_for_copies(lane, STAGES - 1)
-            acc = _add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, 1,
+            acc = add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, 1,
                              HAS_OFFSETS)  # fmt: skip
             sync_warp(lane)  # all lanes have read what is overwritten now
-            _copy_block(slot, codes_low, codes_high, scales, _block_of(turn, TURNS, WARPS) * (16 * BITS),
-                        _block_of(turn, TURNS, WARPS) * group_step, block + _block_of(turn, TURNS, WARPS) < blocks,
-                        (left > 0) & (row < n), (left > 0) & (row + half < n),
-                        (left > 0) & groups & (scales_row < n), lane, BITS, GROUP, UNEVEN)  # fmt: skip
-        codes_low, codes_high, scales = codes_low + move, codes_high + move, scales + programs * step
-        row, scales_row, left = row + programs * step, scales_row + programs * step, left - programs
+            copy_turn(slot, places, left, block, blocks, n, half, stride_group, lane, turn, TURNS, BITS, GROUP,
+                      HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
+        places, left = next_places(places, row_bytes, programs, step), left - programs
         if AHEAD > 1:
             ring = gl.where(ring == warp * RING + (AHEAD - 1) * TURNS * STAGE, warp * RING, ring + TURNS * STAGE)
         _finish(waiting, other, turned, OUT, BIAS, ORDER, alpha, limit, begin, end, earlier, step, half, n, tid, lane,
                 WARPS, BIASED, FIRST, ACTIVATION, ARRIVALS)  # fmt: skip
-        _hand_over(acc, buffer, lane, warp, 1, WARPS, ARRIVALS)
+        hand_over(acc, buffer, lane, warp, 1, WARPS, ARRIVALS)
         waiting, earlier, turned = factors, tile, 1 - turned
         buffer, other = other, buffer
     _finish(waiting, other, turned, OUT, BIAS, ORDER, alpha, limit, begin, end, earlier, step, half, n, tid, lane,

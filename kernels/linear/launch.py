@@ -14,7 +14,8 @@ from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
 from octo_run.kernels.linear.dequantise_kernel import dequantise_kernel
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
 from octo_run.kernels.linear.reference import SLAB_BYTES, in_slabs
-from octo_run.kernels.linear.streamed_product import shared_bytes, streamed_product_kernel
+from octo_run.kernels.linear.streamed_parts import shared_bytes
+from octo_run.kernels.linear.streamed_product import streamed_product_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

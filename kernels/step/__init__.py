@@ -46,7 +46,8 @@ def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float =
     """``out [B, hidden] = scale * table[ids]``; ``ids`` int32 or int64 ``[B]``.
 
     Args:
-        table: ``[vocab, hidden]`` of the dtype of ``out``, or packed: int8 with a factor for each row.
+        table: ``[vocab, hidden]`` of the dtype of ``out`` (on a CPU bfloat16, too), or packed: int8 with a factor for
+            each row.
     """
     if out.is_cuda and not isinstance(table, Tensor):
         from octo_run.kernels.step import launch
@@ -67,8 +68,10 @@ def add_rms_norm(
     post: Tensor | None = None,
     multiplier: float = 1.0,
     centred: bool = False,
+    scale: float = 1.0,
 ) -> None:
-    """``residual += x`` in place, then ``out = rms_norm(residual) * weight``; without a residual that of ``x``.
+    """``residual = (residual + x) * scale`` in place, then ``out = rms_norm(residual) * weight``; without a residual
+    that of ``x``.
 
     All are of one dtype, but for weights, which may be float32 (see ``reference.normed``).
 
@@ -82,9 +85,15 @@ def add_rms_norm(
     if x.is_cuda:
         from octo_run.kernels.step import launch
 
-        launch.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred)
-    elif not compiled.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred):
-        reference.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred)
+        if scale == 1.0 or residual is None:
+            launch.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred)
+            return
+        launch.add_rms_norm(x, residual, None, eps, out, post, multiplier, centred)
+        residual.mul_(scale)
+        if weight is not None:
+            launch.add_rms_norm(residual, None, weight, eps, out, None, 1.0, centred)
+    elif not compiled.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred, scale):
+        reference.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred, scale)
 
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
@@ -103,7 +112,8 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out [B, n] = x [B, k] weight^T + bias`` with ``weight [n, k]``, all contiguous and of one dtype.
+    """``out [B, n] = x [B, k] weight^T + bias`` with ``weight [n, k]``, all contiguous and of one dtype; on a CPU the
+    weight may be bfloat16 where the others are float32.
 
     A single row of a 16-bit dtype on CUDA goes to our own kernel, which fetches weights while the kernel in front of it
     ends; the rest to the library. A step of an 8B shape on an H200: 3.99 ms, all by the library 4.47.

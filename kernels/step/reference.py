@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octo_run.kernels.attention import key_mean
+from octo_run.kernels.linear.reference import SLAB_BYTES, in_slabs
 
 if TYPE_CHECKING:
     from octo_run.kernels.linear import PackedWeight
@@ -177,7 +178,9 @@ def normed(x: Tensor, weight: Tensor | None, eps: float, *, centred: bool = Fals
 
 def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float = 1.0) -> None:
     """See ``kernels.step.embed``."""
-    if isinstance(table, Tensor):
+    if isinstance(table, Tensor) and table.dtype != out.dtype:
+        out.copy_(table[ids])
+    elif isinstance(table, Tensor):
         torch.index_select(table, 0, ids, out=out)
     elif not out.is_meta:
         out.copy_(replace(table, codes=table.codes[ids], rows=table.rows[ids]).dequantised(out.dtype))
@@ -194,6 +197,7 @@ def add_rms_norm(
     post: Tensor | None = None,
     multiplier: float = 1.0,
     centred: bool = False,
+    scale: float = 1.0,
 ) -> None:
     """See ``kernels.step.add_rms_norm``."""
     if post is not None:
@@ -202,6 +206,8 @@ def add_rms_norm(
         x = x * multiplier
     if residual is not None:
         x = residual.add_(x)
+        if scale != 1.0:
+            residual.mul_(scale)
     if weight is not None and out is not None:
         out.copy_(normed(x, weight, eps, centred=centred))
 
@@ -213,7 +219,10 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """See ``kernels.step.linear``."""
-    if bias is None:
+    if weight.dtype != x.dtype:
+        rows = max(1, SLAB_BYTES // (weight.shape[1] * x.element_size()))
+        in_slabs(x, bias, out, rows, lambda first, last: weight[first:last].to(x.dtype))
+    elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)

@@ -188,7 +188,7 @@ class _Import:
         def advance(size: int) -> None:
             self.done += size
             if self.progress is not None:
-                self.progress(PullProgress(name, index, count, self.done, self.total))
+                self.progress(PullProgress(name, index - 1, count, self.done, self.total))
 
         return advance
 
@@ -260,7 +260,7 @@ def _import_archive(
                         out.write(chunk)
                         done += len(chunk)
                         if progress is not None:
-                            progress(PullProgress(plain, 1, 1, done, member.file_size))
+                            progress(PullProgress(plain, 0, 1, done, member.file_size))
                 out.close()
                 with _called(str(place), label):
                     return _Import(read_model(place), parsed, scheme, progress).write(folder)

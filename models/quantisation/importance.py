@@ -31,10 +31,13 @@ class Text:
     """
 
     def __init__(self, decoder: Decoder, ids: list[int]) -> None:
+        from octo_run.models.decoder import Passing
+
         tokens = torch.tensor([ids], device=decoder.device)
         positions = torch.arange(len(ids), device=decoder.device)[None]
         self._hidden = decoder.embedded(tokens)
         self._angles = decoder.angles(positions, self._hidden.dtype)
+        self._passing = Passing.of(decoder, tokens, self._hidden)
 
     def through(self, decoder: Decoder, index: int, layer: Layer) -> dict[str, Tensor]:
         """Take the tokens through the layer of that number.
@@ -52,5 +55,5 @@ class Text:
         def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend_plain(q, k, v, decoder.specs[index].attention)
 
-        self._hidden = decoder.through(index, layer, self._hidden, self._angles[index], attention, seen)
+        self._hidden = decoder.through(index, layer, self._hidden, self._angles[index], attention, self._passing, seen)
         return inputs

@@ -76,8 +76,8 @@ SCHEMES = {
         Scheme("int4-128", "int4", 128, weighted=True, fitted=True),
     )
 }
-#: What ``--weights`` takes: with ``bf16`` they are not quantised and have the dtype of the arithmetic.
-WEIGHTS = ("bf16", *SCHEMES)
+#: What ``--weights`` takes. Weights of ``fp32`` and ``bf16`` are not quantised; see :func:`matrix_dtype`.
+WEIGHTS = ("fp32", "bf16", *SCHEMES)
 
 
 def format_name(weight: PackedWeight) -> str:
@@ -88,19 +88,37 @@ def format_name(weight: PackedWeight) -> str:
 
 
 def scheme_of(weights: str | Scheme | None) -> Scheme | None:
-    """The scheme of that name; None for weights that stay as they are (None, ``auto``, ``bf16``).
+    """The scheme of that name; None for weights that are not quantised (None, ``auto``, ``bf16``, ``fp32``).
 
     Raises:
         UsageError: There is no such name.
     """
     if isinstance(weights, Scheme):
         return weights
-    if weights in (None, "auto", "bf16"):
+    if weights in (None, "auto", "bf16", "fp32"):
         return None
     if not isinstance(weights, str) or weights not in SCHEMES:
         known = f"{', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}"
         raise UsageError(f"There is no format of weights {quoted(weights)}; give --weights {known}.")
     return SCHEMES[weights]
+
+
+def matrix_dtype(
+    weights: str | Scheme | None, cfg: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> torch.dtype:
+    """What matrices that are not quantised are held in: the dtype of the arithmetic, but for ``bf16`` on a CPU that
+    computes in float32. There they take half of the memory and of the time to read them.
+
+    Experts and recurrent layers always have the dtype of the arithmetic.
+
+    Raises:
+        UsageError: ``fp32`` where the arithmetic is in 16 bits.
+    """
+    if weights == "fp32" and dtype != torch.float32:
+        raise UsageError("--weights fp32 is for arithmetic in float32: give --dtype float32, too, or leave it out.")
+    narrow = weights == "bf16" and device.type == "cpu" and dtype == torch.float32
+    plain = cfg.experts is None and len(cfg.attention_layers) == cfg.num_layers
+    return torch.bfloat16 if narrow and plain else dtype
 
 
 def head_scheme(head: str) -> Scheme | None:

@@ -19,6 +19,7 @@ import click
 
 from octo_run import __version__, process
 from octo_run.cli import console
+from octo_run.cli.examples import EXAMPLES
 from octo_run.errors import OctoError, UsageError, shown
 from octo_run.process import EXIT_INTERRUPTED
 
@@ -68,6 +69,7 @@ class LazyGroup(click.Group):
             return None
         command = import_module(f"{self._package}.{self._modules[cmd_name]}").command
         assert isinstance(command, click.Command)
+        _complete(command, cmd_name if self.name == "octo-run" else f"{self.name} {cmd_name}")
         return command
 
     def resolve_command(
@@ -78,6 +80,28 @@ class LazyGroup(click.Group):
             hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(self._modules)}."
             raise UsageError(f"there is no command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
+
+
+def _complete(command: click.Command, path: str) -> None:
+    """Give a command, and those below it, what all commands have: ``--quiet``, and examples in their help."""
+    if not any(param.name == "quiet" for param in command.params):
+        command.params.append(_quiet_option())
+    lines = EXAMPLES.get(path, ())
+    command.epilog = "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)]) if lines else None
+    if isinstance(command, click.Group) and not isinstance(command, LazyGroup):
+        for name, below in command.commands.items():
+            _complete(below, f"{path} {name}")
+
+
+def _set_quiet(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    console.be_quiet(console.is_quiet() or value)
+
+
+def _quiet_option() -> click.Option:
+    return click.Option(
+        ["--quiet", "-q"], is_flag=True, expose_value=False, is_eager=True, callback=_set_quiet,
+        help="Say nothing but results, warnings and failures.",
+    )  # fmt: skip
 
 
 def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -92,7 +116,11 @@ debug_option = click.option(
 
 
 @click.group(
-    cls=LazyGroup, package="octo_run.cli", modules=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+    "octo-run",
+    cls=LazyGroup,
+    package="octo_run.cli",
+    modules=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="octo-run", message="%(prog)s %(version)s")
 @debug_option
@@ -101,6 +129,9 @@ def cli() -> None:
 
     `octo-run chat` talks to the small embedded demo model; `octo-run pull ORG/NAME` fetches another one.
     """
+
+
+_complete(cli, "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     _tolerate_narrow_encodings()
+    console.be_quiet(False)
     invocation = Invocation()
     try:
         result = cli.main(
@@ -154,7 +186,7 @@ def _explain(error: Exception, command: click.Command | None) -> int:
         what = shown(_flat(f"{type(error).__name__}: {error}"), _LONGEST_USAGE)
         message = f"unexpected failure ({what}); this is a fault of octo-run, `--debug` shows where."
         code = EXIT_FAILURE
-    console.notice(f"octo-run: {message}")
+    console.warn(f"octo-run: {message}")
     return code
 
 

@@ -106,6 +106,10 @@ class AnswerDisplay:
         if self._markdown is None:
             console.stream(text)
             return
+        if thought and not self._thought:
+            text = text.lstrip("\n")  # the mark of its beginning stands in a line of its own
+            if not text:
+                return
         if thought != self._thought:
             console.stream_raw(self._markdown.set_dim(thought))
             self._thought = thought

@@ -141,7 +141,8 @@ def command(
     with process.locked_keyboard():
         _greet(load)
         conversation = _conversation(system, load, sampling, options, beginning)
-        console.echo(KEYS, faint=True)
+        if not console.is_quiet():
+            console.echo(KEYS, faint=True)
         try:
             return _at_terminal(conversation, prompt)
         finally:
@@ -205,6 +206,8 @@ def _resume(chat: Conversation, beginning: Beginning, system: str | None) -> Non
 def _greet(load: EngineOptions) -> None:
     """Say at once, before anything large is imported, what comes; the demo model is small, so name two questions that
     it is good at."""
+    if console.is_quiet():
+        return
     console.echo(f"octo-run {__version__}: loading {load.model}")
     if load.model == DEFAULT_MODEL:
         console.echo("This is a small demonstration model. Two questions that it is good at:")
@@ -279,7 +282,7 @@ def _at_terminal(conversation: Conversation, first: str | None) -> int:
         except (EOFError, Leave):
             return 0
         except OctoError as error:
-            console.notice(f"octo-run: {error}")
+            console.warn(f"octo-run: {error}")
         except KeyboardInterrupt:  # at the prompt, or too late to stop an answer
             if warned or time.monotonic() - conversation.stopped_at < TWICE:
                 return EXIT_INTERRUPTED

@@ -25,15 +25,35 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+_quiet = False
+
+
+def be_quiet(wanted: bool) -> None:
+    """Whether notices are left out from now on (``--quiet``)."""
+    global _quiet
+    _quiet = wanted
+
+
+def is_quiet() -> bool:
+    """Whether nothing but results, warnings and failures is to be said."""
+    return _quiet
+
+
 def notice(text: str) -> None:
-    """Print one line for the person at the terminal; standard output stays clean."""
-    write_error(shown(text, LONGEST))
+    """Print one line for the person at the terminal, unless it is to be quiet; standard output stays clean."""
+    if not _quiet:
+        warn(text)
 
 
 def notice_lines(text: str) -> None:
     """Print several lines as notices."""
     for line in text.split("\n"):
         notice(line)
+
+
+def warn(text: str) -> None:
+    """Print one line on standard error that has to be said: a failure, a loss, what was asked for."""
+    write_error(shown(text, LONGEST))
 
 
 def write_error(text: str) -> None:

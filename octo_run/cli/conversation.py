@@ -187,14 +187,15 @@ class Conversation:
         if self.person:
             console.echo(f"[{shown(text)}]", faint=True)
         else:
-            console.notice(text)
+            console.warn(text)
 
     def print(self, text: str) -> None:
         """Lines that were asked for; in a pipe, standard output is for answers alone."""
         if self.person:
             console.echo(text)
         else:
-            console.notice_lines(text)
+            for line in text.split("\n"):
+                console.warn(line)
 
     def answer(self, text: str) -> None:
         """Answer a question; see :meth:`stream`."""
@@ -286,7 +287,7 @@ class Conversation:
             parts.append(f"{reply.read_tokens:,} of {reply.prompt_tokens - reply.reused_tokens:,} prompt tokens read")
         if self.interrupted:
             parts = ["stopped", *parts, "Ctrl-C again leaves"]
-        console.echo(f"[{', '.join(parts)}]\n", faint=True)
+        console.echo("" if console.is_quiet() else f"[{', '.join(parts)}]\n", faint=True)
 
     def check_system(self) -> None:
         """Raise what the model's chat template raises about the system prompt, before a question is asked with it."""

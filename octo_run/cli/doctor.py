@@ -1,10 +1,12 @@
 """``octo-run doctor``: is everything here that a chat needs, and if not, what to do."""
 
+import importlib.util
 import os
 import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -14,11 +16,25 @@ import click
 
 from octo_run import __version__
 from octo_run.cli import EXIT_FAILURE, console, debug_option
-from octo_run.errors import OctoError
+from octo_run.cli.options import offline_option
+from octo_run.errors import OctoError, shown
 
 LEAST_PYTHON = (3, 10)
 #: Of a product with a quantised matrix; 4 bits err by about a tenth.
 _LARGEST_ERROR = 0.2
+#: Seconds that the Hub has for an answer.
+_HUB_SECONDS = 8.0
+#: Parts that need not be installed: what they are for, and where they come from.
+_PARTS = {
+    "llguidance": ("--json-schema, --regex and --grammar are refused", "grammar"),
+    "matplotlib": ("--plot is refused", "plots"),
+}
+#: Where other programs keep GGUF files, below the home folder.
+_GGUF_FOLDERS = {
+    "llama.cpp": (".cache/llama.cpp",),
+    "LM Studio": (".lmstudio/models", ".cache/lm-studio/models"),
+    "Jan": ("jan/models", ".local/share/Jan/data/llamacpp/models"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,38 +43,52 @@ class Finding:
 
     Attributes:
         status: ``ok``, ``note`` (works, with a limit) or ``wrong`` (a chat would fail).
+        instead: What is done in place of what is missing.
     """
 
     subject: str
     status: str
     detail: str
+    instead: str = ""
 
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@offline_option
 @debug_option
-def command(as_json: bool) -> int:
+def command(as_json: bool, offline: bool) -> int:
     """Look whether everything a chat needs is here.
 
-    Python, PyTorch, Triton, the GPU, the model cache and the demo model are looked at. Ends with exit code 1 if
-    something is wrong.
+    Python, PyTorch and the devices are looked at; a kernel is compiled and checked on each, memory bandwidth is
+    measured, the Hub is asked, and the embedded model answers. For what is missing it says what happens instead. The
+    caches of other programs are looked through for models. Ends with exit code 1 if something is wrong.
     """
-    findings = examine()
+    findings = []
+    for finding in examine(offline):
+        findings.append(finding)
+        if not as_json:
+            console.echo(_line(finding))
     healthy = all(finding.status != "wrong" for finding in findings)
     if as_json:
         console.print_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
     else:
-        console.echo(console.table(["", "", ""], [[f.status, f.subject, f.detail] for f in findings]).lstrip("\n"))
         console.echo("everything needed is here" if healthy else "something is wrong: see above")
     return 0 if healthy else EXIT_FAILURE
 
 
-def examine() -> list[Finding]:
+def _line(finding: Finding) -> str:
+    instead = f"; instead: {finding.instead}" if finding.instead else ""
+    return f"{finding.status:5}  {finding.subject:13}  {finding.detail}{instead}"
+
+
+def examine(offline: bool = False) -> Iterator[Finding]:
     """All findings, in the order in which one would look."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _python, _torch, _cpu_kernels, _triton, _cuda, _weights, _cache, _demo
+        _python, _torch, _cpu_kernels, _triton, _cuda, _weights, _bandwidth, _parts, _cache, lambda: _hub(offline),
+        _neighbours, _demo, _answer,
     )  # fmt: skip
-    return [finding for look in looks for finding in look()]
+    for look in looks:
+        yield from look()
 
 
 def _python() -> Iterator[Finding]:
@@ -84,10 +114,10 @@ def _triton() -> Iterator[Finding]:
     try:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
-        yield Finding("triton", "note", "not installed: only the CPU path runs here")
+        yield Finding("triton", "note", "not installed", "only the CPU path runs here")
         return
     if os.environ.get("TRITON_INTERPRET") == "1":
-        yield Finding("triton", "note", f"{version}, but TRITON_INTERPRET=1 is set: kernels run interpreted")
+        yield Finding("triton", "note", f"{version}, but TRITON_INTERPRET=1 is set", "kernels run interpreted")
     else:
         yield Finding("triton", "ok", version)
 
@@ -99,7 +129,7 @@ def _cuda() -> Iterator[Finding]:
         return
     if not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no usable device"
-        yield Finding("CUDA device", "note", f"none ({why}): models run on the CPU")
+        yield Finding("CUDA device", "note", f"none ({why})", "models run on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -116,11 +146,16 @@ def _cpu_kernels() -> Iterator[Finding]:
         from octo_run.kernels.cpu import library, path_name
     except (ImportError, OSError):
         return
-    yield Finding("CPU kernels", "note" if library() is None else "ok", path_name())
+    begun = time.perf_counter()
+    compiled = library() is not None
+    seconds = f", there after {time.perf_counter() - begun:.1f} s" if compiled else ""
+    instead = "" if compiled else "PyTorch does the same, slower"
+    yield Finding("CPU kernels", "ok" if compiled else "note", path_name() + seconds, instead)
 
 
 def _weights() -> Iterator[Finding]:
-    """Quantise a small matrix in every format, on every device, and look at what a product with it gives."""
+    """Quantise a small matrix in every format, on every device, and look at what a product with it gives: on a GPU this
+    compiles a kernel."""
     try:
         import torch
 
@@ -147,7 +182,74 @@ def _weights() -> Iterator[Finding]:
             detail = f"quantised ones fail on {device}: {', '.join(failed)}; use --weights bf16"
             yield Finding("weights", "wrong", detail)
         else:
-            yield Finding("weights", "ok", f"{', '.join(SCHEMES)} work on {device}")
+            yield Finding("weights", "ok", f"products with {', '.join(SCHEMES)} are right on {device}")
+
+
+def _bandwidth() -> Iterator[Finding]:
+    """What each device's memory copies: how fast answers can be written follows from that."""
+    try:
+        import torch
+
+        from octo_run.engine.benchmark import copy_bandwidth
+    except (ImportError, OSError):
+        return
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        try:
+            rate = copy_bandwidth(torch.device(device))
+        except (RuntimeError, MemoryError) as error:
+            yield Finding("memory", "note", f"{device}: not measured ({shown(str(error), 80)})")
+            continue
+        yield Finding("memory", "ok", f"{device} copies {rate * 1e-9:,.1f} GB/s (read and written)")
+
+
+def _parts() -> Iterator[Finding]:
+    for name, (without, extra) in _PARTS.items():
+        if importlib.util.find_spec(name) is None:
+            yield Finding(name, "note", f'not installed (`pip install "octo-run[{extra}]"`)', without)
+        else:
+            yield Finding(name, "ok", metadata.version(name))
+
+
+def _hub(offline: bool) -> Iterator[Finding]:
+    """Whether the Hub answers, and takes the token."""
+    from octo_run.models import hub
+
+    unreachable = "models that are on this machine work, `octo-run pull` fails"
+    if offline or hub.is_offline():
+        why = "--offline is given" if offline else "HF_HUB_OFFLINE is set"
+        yield Finding("Hub", "note", f"not asked: {why}", unreachable)
+        return
+    begun = time.perf_counter()
+    try:
+        known = hub.try_hub(_HUB_SECONDS)
+    except OctoError as error:
+        yield Finding("Hub", "note", str(error).rstrip("."), unreachable)
+        return
+    took = f"{hub.endpoint()} answers after {time.perf_counter() - begun:.1f} s"
+    yield Finding("Hub", "ok", f"{took}, {'your token is taken' if known else 'without a token: public models only'}")
+
+
+def _neighbours() -> Iterator[Finding]:
+    """Models in the caches of other programs."""
+    from octo_run.models import cache
+
+    shared = [entry for entry in cache.list_models() if entry.shared and entry.complete]
+    if shared:
+        size = console.human_bytes(sum(entry.bytes for entry in shared))
+        detail = f"{len(shared):,} that octo-run can use, {size}, in {cache.shared_folder()}: `octo-run list`"
+        yield Finding("Hugging Face", "ok", detail)
+    for program, places in _GGUF_FOLDERS.items():
+        for folder in (Path.home() / place for place in places):
+            files = [path for path in folder.rglob("*.gguf") if "mmproj" not in path.name] if folder.is_dir() else []
+            if files:
+                detail = f"{len(files):,} GGUF files in {folder}: `octo-run import {shown(str(files[0]), 200)}`"
+                yield Finding(program, "ok", detail)
+    manifests = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models") / "manifests"
+    names = [path for path in manifests.rglob("*") if path.is_file()] if manifests.is_dir() else []
+    if names:
+        blobs = manifests.with_name("blobs")
+        detail = f"{len(names):,} models; the largest files of {blobs} are GGUF: `octo-run import FILE NAME`"
+        yield Finding("Ollama", "ok", detail)
 
 
 def _cache() -> Iterator[Finding]:
@@ -187,3 +289,28 @@ def _demo() -> Iterator[Finding]:
         return
     size = console.human_bytes(sum(shard.stat().st_size for shard in shards))
     yield Finding("demo model", "ok", f"{path}, {cfg.architecture}, {size}")
+
+
+def _answer() -> Iterator[Finding]:
+    """The main job: the embedded model reads a question and says something."""
+    from octo_run.cli.options import DEFAULT_MODEL
+
+    try:
+        from octo_run.engine import Engine, SamplingParams, Session
+    except (ImportError, OSError) as error:
+        yield Finding("answer", "wrong", f"the engine cannot be imported ({shown(str(error), 200)})")
+        return
+    try:
+        # Without conditioning, which would measure the model once and keep the result.
+        with Engine.load(DEFAULT_MODEL, conditioning="off", max_context=512) as engine:
+            reply = Session(engine).ask("I want to book a table.", SamplingParams(max_tokens=8, temperature=0.0))
+            text = "".join(reply)
+            rate = console.rate(reply.decoded_tokens, reply.decode_seconds)
+            device = str(engine.device)
+    except Exception as error:
+        yield Finding("answer", "wrong", f"{DEFAULT_MODEL} cannot answer ({shown(str(error), 300)})")
+        return
+    if not text.strip():
+        yield Finding("answer", "wrong", f"{DEFAULT_MODEL} says nothing on {device}")
+    else:
+        yield Finding("answer", "ok", f"{DEFAULT_MODEL} on {device}: {rate} tokens/s, {shown(repr(text), 60)}")

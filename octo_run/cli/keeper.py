@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from octo_run.cli import console, session_files
+from octo_run.cli import console, runtime, session_files
 from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Keeper:
         if name != self.name:
             lock.enter_context(session_files.in_use(name))
         with lock:
-            self._begin(chat, name)
+            self._begin(chat, name, whole=True)
             self.finish()
         self._own.add(name)
         return path.stat().st_size
@@ -99,12 +99,15 @@ class Keeper:
                 raise failure
 
     def close(self, chat: "Conversation") -> None:
-        """The chat ends: save what is left, and say it if that cannot be."""
+        """The chat ends: save what is left, in one file, and say it if that cannot be."""
         try:
-            self.catch_up(chat)
+            if self._background is not None:
+                self._background.finish()
+            if self.name is not None and (self._behind or self._in_parts(self.name)):
+                self._begin(chat, self.name, whole=True)
             self.finish()
         except OctoError as error:
-            console.notice(f"octo-run: {error}")
+            console.warn(f"octo-run: {error}")
         finally:
             self._lock.close()
 
@@ -121,7 +124,8 @@ class Keeper:
         from octo_run.engine.saved_session import SessionMismatch
 
         saved = session_files.read(name)
-        self.release()
+        if self._background is not None:
+            self._background.forget()
         try:
             if not anew:
                 saved.restore(chat.engine)
@@ -133,22 +137,26 @@ class Keeper:
         self._behind = False
         _take_over(chat, saved)
 
-    def _begin(self, chat: "Conversation", name: str) -> None:
+    def _in_parts(self, name: str) -> bool:
+        return self._background is not None and session_files.session_path(name) in self._background.in_parts
+
+    def _begin(self, chat: "Conversation", name: str, *, whole: bool = False) -> None:
         from octo_run.engine.background_save import BackgroundSave
         from octo_run.engine.saved_session import Snapshot
 
-        options: dict[str, Any] = {option: getattr(chat.load, option) for option in KEPT_OPTIONS}
+        loaded = runtime.resolved(chat.load)
+        options: dict[str, Any] = {option: getattr(loaded, option) for option in KEPT_OPTIONS}
         if self._background is None:
             self._background = BackgroundSave()
         self._background.finish()
         self._tell_failure()
         snapshot = Snapshot.take(chat.session, chat.params, options)
-        self._background.begin(snapshot, session_files.session_path(name))
+        self._background.begin(snapshot, session_files.session_path(name), whole=whole)
         self._behind = False
 
     def _tell_failure(self) -> None:
         if self._background is not None and (failure := self._background.failure()) is not None:
-            console.notice(f"octo-run: the conversation is not saved: {failure}")
+            console.warn(f"octo-run: the conversation is not saved: {failure}")
 
 
 def _take_over(chat: "Conversation", saved: "SavedSession") -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from octo_run import process
 from octo_run.cli import console
-from octo_run.cli.console import notice
+from octo_run.cli.console import warn
 from octo_run.cli.conversation import opens_block
 from octo_run.errors import OctoError
 from octo_run.folders import state_folder
@@ -49,7 +49,7 @@ class LineEditor:
 
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
-            style=Style([("prompt", "ansigreen bold"), ("bottom-toolbar", "noreverse"), ("", "bold")]),
+            style=Style([("prompt", "ansigreen bold"), ("", "bold"), ("bottom-toolbar", "noreverse nobold")]),
             color_depth=None if console.colours() else ColorDepth.DEPTH_1_BIT,
             completer=None if complete is None else _completer(complete),
             complete_while_typing=False,
@@ -114,7 +114,7 @@ def _history() -> "History":
                     super().store_string(string)
             except OSError as error:
                 self.kept = False
-                notice(f"the history is not kept: {self.filename!s}: {error.strerror}")
+                warn(f"the history is not kept: {self.filename!s}: {error.strerror}")
 
         def load_history_strings(self) -> Any:
             try:
@@ -134,9 +134,9 @@ def _history() -> "History":
         with path.open("ab"):
             pass
     except OSError as error:
-        notice(f"the history is not kept: {path}: {error.strerror}")
+        warn(f"the history is not kept: {path}: {error.strerror}")
     except OctoError as error:
-        notice(f"the history is not kept: {error}")
+        warn(f"the history is not kept: {error}")
     else:
         return OwnHistory(path)
     return InMemoryHistory()

@@ -39,7 +39,7 @@ class EngineOptions:
     offline: bool
     threads: int | None
     weights: str | None = None
-    head: str = "bf16"
+    head: str | None = None
 
 
 class Count(click.ParamType):  # type: ignore[type-arg]
@@ -214,14 +214,14 @@ _ENGINE_OPTIONS = (
     click.option(
         "--weights",
         metavar="FORMAT",
-        help="Store layers' matrices so: bf16 (not quantised), fp8, int8, int4 or int4-128.  [default: as they are]",
+        help="Store layers' matrices so: fp32, bf16, fp8, int8, int4, int4-128, or auto: as they are.  "
+        "[default: int8 on a CPU with compiled kernels, else auto]",
     ),
     click.option(
         "--head",
         type=click.Choice(HEADS),
-        default="bf16",
-        show_default=True,
-        help="Store the embedding and the output head so; bf16: not quantised.",
+        default=None,
+        help="Store the embedding and the output head so.  [default: bf16 (not quantised); int8 with unasked int8]",
     ),
     device_option,
     dtype_option,

@@ -67,7 +67,8 @@ def deliver(result: str, files: Sequence[OutputFile], *, as_json: bool = False) 
         failures.append(error)
     except OctoError as error:
         failures.append(error)
-        console.notice_lines(result)
+        for line in result.split("\n"):
+            console.warn(line)
     for file in files:
         try:
             write_file(file)

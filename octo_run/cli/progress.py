@@ -47,7 +47,8 @@ class _Drawing(ABC):
 
     def begin(self) -> None:
         """Draw from now on, or soon."""
-        if self._thread is None and not self._over.is_set() and sys.stderr.isatty():
+        wanted = sys.stderr.isatty() and not console.is_quiet()
+        if self._thread is None and not self._over.is_set() and wanted:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
 

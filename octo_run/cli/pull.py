@@ -17,21 +17,25 @@ if TYPE_CHECKING:
 
 @click.command("pull")
 @click.argument("name", metavar="ORG/NAME[@REV]")
+@click.option("--revision", metavar="REV", help="A branch, a tag or a commit, instead of the one after the @.")
+@click.option("--token", metavar="TOKEN", help="Your token for the Hub.  [default: HF_TOKEN, or that of hf auth login]")
 @offline_option
 @debug_option
-def command(name: str, offline: bool) -> None:
+def command(name: str, revision: str | None, token: str | None, offline: bool) -> None:
     """Fetch a model from the Hub.
 
-    Only its configuration, tokenizer and safetensors files come. Files that are already whole are kept, so an
-    interrupted pull goes on where it was. A gated repository needs your token in HF_TOKEN. With --offline, only
-    check that the model is there.
+    Only its configuration, tokenizer and safetensors files come, several at a time, each checked against the checksum
+    that the Hub names. Files that are already whole are kept, so an interrupted pull goes on where it was. What the
+    cache of Hugging Face's tools has is used there. NAME may be the address of the model's page. A gated repository
+    needs your token. With --offline, only check that the model is there.
     """
     from octo_run.models import hub
 
     with progress_bar("asking the Hub") as progress:
-        entry = hub.pull(name, offline=offline, progress=progress)
+        entry = hub.pull(name, revision=revision, token=token, offline=offline, progress=progress)
     at = f" at {entry.commit[:12]}" if entry.commit else ""
-    console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {shown(str(entry.path))}")
+    there = ", where Hugging Face's tools have it already" if entry.shared else ""
+    console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {shown(str(entry.path))}{there}")
     console.notice(f"chat with it: octo-run chat -m {entry.label}")
 
 
@@ -42,7 +46,7 @@ def progress_bar(first: str) -> Iterator["Callable[[PullProgress], None] | None"
     Args:
         first: What happens before the first report.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or console.is_quiet():
         yield None
         return
     from rich import progress
@@ -59,7 +63,7 @@ def progress_bar(first: str) -> Iterator["Callable[[PullProgress], None] | None"
         task = bar.add_task(first, total=None)
 
         def show(state: "PullProgress") -> None:
-            label = f"{state.file} ({state.index} of {state.count})"
+            label = f"{state.whole} of {state.count} files"
             bar.update(task, description=label, completed=state.done_bytes, total=state.total_bytes or None)
 
         yield show

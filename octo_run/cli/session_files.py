@@ -93,6 +93,20 @@ class Entry:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.saved))
 
 
+def entry_of(name: str, session: "SavedSession") -> Entry:
+    """A conversation that was read, as a list shows it: its file and the tail of it."""
+    states = [path.stat() for path in parts(name) if path.exists()]
+    return Entry(
+        name, sum(state.st_size for state in states), max((state.st_mtime for state in states), default=0.0), session
+    )
+
+
+def parts(name: str) -> tuple[Path, Path]:
+    """The file of a conversation, and its tail, which need not exist (:mod:`octo_run.engine.saved_session`)."""
+    path = session_path(name)
+    return path, path.with_name(f".{path.name}.tail")
+
+
 def entries() -> list[Entry]:
     """All saved conversations, the newest first."""
     found = []
@@ -104,7 +118,7 @@ def entries() -> list[Entry]:
             found.append(Entry(name, 0, 0.0, None, str(error.strerror)))
             continue
         try:
-            found.append(Entry(name, status.st_size, status.st_mtime, read(name)))
+            found.append(entry_of(name, read(name)))
         except OctoError as error:
             found.append(Entry(name, status.st_size, status.st_mtime, None, str(error)))
     return sorted(found, key=lambda entry: -entry.saved)
@@ -125,8 +139,9 @@ def remove(name: str) -> int:
         raise UsageError(f"there is no session {quoted(name)}; `octo-run sessions list` lists them.")
     with in_use(name):
         try:
-            size = path.lstat().st_size
-            path.unlink()
+            size = sum(part.lstat().st_size for part in parts(name) if os.path.lexists(part))
+            for part in parts(name):
+                part.unlink(missing_ok=True)
             path.with_name(f".{name}.lock").unlink(missing_ok=True)
         except OSError as error:
             raise OctoError(f"{path} cannot be deleted: {error.strerror}.") from None

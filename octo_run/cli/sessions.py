@@ -43,8 +43,7 @@ def show(name: str, as_json: bool) -> None:
     session = session_files.read(name)
     head = [{"role": "system", "content": session.system}] if session.system else []
     messages = [*head, *session.turns]
-    status = session_files.session_path(name).stat()
-    entry = session_files.Entry(name, status.st_size, status.st_mtime, session)
+    entry = session_files.entry_of(name, session)
     if as_json:
         identity = None if session.identity is None else vars(session.identity)
         console.print_json({**facts(entry), "identity": identity, "messages": messages})

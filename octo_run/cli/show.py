@@ -60,7 +60,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     from octo_run.models.config import load_config, load_generation_defaults
     from octo_run.models.decoder import Decoder
     from octo_run.models.hub import resolve
-    from octo_run.models.specs import layer_kinds
+    from octo_run.models.specs import layer_kinds, layer_specs
     from octo_run.models.weights import RandomWeights, active_parameters, num_parameters, stored_config
 
     path = resolve(model)
@@ -84,7 +84,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "part_of": cfg.wrapper or None,
         "layers": cfg.num_layers,
         "layer_kinds": layer_kinds(cfg),
-        "recurrent_layers": cfg.num_layers - len(cfg.attention_layers),
+        "recurrent_layers": sum(spec.mixer is not None for spec in layer_specs(cfg)),
         "state_bytes": 0 if states is None else states.state_bytes(kind.itemsize),
         "heads": cfg.num_heads,
         "kv_heads": cfg.num_kv_heads,
@@ -121,7 +121,7 @@ def _weight_rows(cfg: Any, dtype: Any) -> list[dict[str, Any]]:
 def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
     """One row for every format that can store vectors of this head dimension, ``bf16`` first."""
     from octo_run.engine.allocation import parse_formats
-    from octo_run.engine.plan import plan_memory, window_shapes
+    from octo_run.engine.plan import plan_memory, token_bytes
     from octo_run.kernels import codec
 
     rows = []
@@ -130,8 +130,7 @@ def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
             fmt = parse_formats(name, cfg, 0, dtype)
         except UsageError:  # no such code for this head dimension
             continue
-        with_window = sum(one.vector_bytes for one in window_shapes(cfg, fmt))
-        per_token = cfg.num_kv_heads * (fmt.vector_bytes - with_window)
+        per_token = token_bytes(cfg, fmt)
         try:
             plan = plan_memory(cfg, fmt, device=device, dtype=dtype)
         except OctoError:  # the weights alone do not fit
@@ -205,9 +204,11 @@ def _window_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _text(facts: dict[str, Any]) -> str:
+    alike = not any("KV head" in kind for kind in facts["layer_kinds"])
     shape = (
-        f"{facts['layers']} layers, {facts['heads']} heads over {facts['kv_heads']} KV heads of {facts['head_dim']},"
-        f" vocabulary {facts['vocabulary']:,}"
+        f"{facts['layers']} layers, {facts['heads']} heads"
+        + (f" over {facts['kv_heads']} KV heads of {facts['head_dim']}" if alike else "")
+        + f", vocabulary {facts['vocabulary']:,}"
     )
     rows = [
         [

@@ -19,6 +19,7 @@ from octo_run.errors import OctoError
 from octo_run.kernels import AttentionInputs, AttentionSpec
 from octo_run.kernels.codec import Codec, KVFormat, LayerFormats, PlainCodec
 from octo_run.kernels.codec.rotation import HEAD_DIMS
+from octo_run.models.config import KVHeads
 
 #: Vectors coded at a time: bounds what coding a long prompt takes.
 _CODED_AT_ONCE = 1 << 18
@@ -40,7 +41,7 @@ class GrowingArena(KVArena):
         """An arena without pages."""
         formats = LayerFormats.uniform(fmt, 1)
         shape = ArenaShape(
-            1, kv_heads, fmt.k.head_dim, formats.vector_bytes, dtype, context=sinks + window + PAGE,
+            (KVHeads(kv_heads, fmt.k.head_dim),), kv_heads * formats.vector_bytes, dtype, context=sinks + window + PAGE,
             sink=sinks, window=window, chunk=0, sequences=rows, on_gpu=device.type == "cuda", pool_pages=0,
         )  # fmt: skip
         return cls(shape, formats, device)
@@ -48,7 +49,12 @@ class GrowingArena(KVArena):
     @property
     def stored(self) -> Tensor:
         """Sinks and ring, K and V: ``[2, rows, kv_heads, sink + ring, d]``."""
-        return self._full[:, 0]
+        return self._full[0][:, 0]
+
+    @property
+    def heads(self) -> KVHeads:
+        """The layer's keys and values."""
+        return self.shape.heads[0]
 
     def take(self, first: int, count: int) -> Tensor:
         """Give every row ``count`` pages from its page number ``first`` on.
@@ -89,11 +95,12 @@ class GrowingArena(KVArena):
     def selected(self, rows: list[int]) -> "GrowingArena":
         """An arena whose row r holds what row ``rows[r]`` holds here. Pages are shared; this one is used no more."""
         s, index = self.shape, torch.tensor(rows, dtype=torch.int64, device=self.pages.device)
-        arena = GrowingArena.make(self.formats[0], len(rows), s.kv_heads, s.dtype, self.pages.device, s.sink, s.window)
+        kv_heads, device = self.heads.number, self.pages.device
+        arena = GrowingArena.make(self.formats[0], len(rows), kv_heads, s.dtype, device, s.sink, s.window)
         arena._hold(self.pages)
         arena.page_table = self.page_table.index_select(0, index)
         arena.table.pool = self.table.pool.rearranged(rows)
-        torch.index_select(self._full, 2, index, out=arena._full)
+        torch.index_select(self._full[0], 2, index, out=arena._full[0])
         return arena
 
     @property
@@ -207,7 +214,8 @@ class BatchPages:
     def shape(self) -> tuple[int, int, int, int]:
         """Of the keys, and of the values."""
         s = self.arena.shape
-        return s.sequences, s.kv_heads, self.length, s.head_dim
+        heads = self.arena.heads
+        return s.sequences, heads.number, self.length, heads.size
 
     @property
     def packed_end(self) -> int:
@@ -255,7 +263,7 @@ class BatchPages:
         start, count = self.length, k.shape[2]
         to_sink = min(count, max(0, s.sink - start))
         old = max(0, start - self.packed_end)
-        staged = k.new_empty(2, *k.shape[:2], old + count - to_sink, s.head_dim)
+        staged = k.new_empty(2, *k.shape[:2], old + count - to_sink, self.arena.heads.size)
         if old:
             staged[:, :, :, :old] = full.index_select(3, self.slots(self.packed_end, start))
         for side, codec, new in ((0, self.fmt.k, k), (1, self.fmt.v, v)):
@@ -281,7 +289,7 @@ class BatchPages:
             part = part.reshape(2, 1, batch * count, kv_heads, PAGE, dim)
             ids = self.arena.take(self.packed, count)
             try:
-                self.arena.encode(0, part[0], part[1], ids)
+                self.arena.encode((0,), part[0], part[1], ids)
             except OctoError:
                 name = str(part.dtype).removeprefix("torch.")
                 raise OctoError(
@@ -302,11 +310,12 @@ class BatchPages:
     def decoded(self, first: int, last: int) -> Tensor:
         """Pages ``first .. last - 1``, in the rotated basis: ``[2, B, kv_heads, 64 (last - first), d]``."""
         arena, s = self.arena, self.arena.shape
-        if arena.page_formats[0].layout == "lanes" and s.head_dim in HEAD_DIMS:
+        if arena.page_formats[0].layout == "lanes" and arena.heads.size in HEAD_DIMS:
             from octo_run.kernels.attention.general.prefill_launch import unpack_pages
             from octo_run.kernels.devices import on_device_of
 
-            shape = (2, s.sequences, s.kv_heads, PAGE * (last - first), s.head_dim)
+            heads = arena.heads
+            shape = (2, s.sequences, heads.number, PAGE * (last - first), heads.size)
             slab = torch.empty(shape, dtype=torch.float32, device=arena.pages.device)
             state = self.scratch.state(arena, self.length, last, 0)
             with on_device_of(slab):
@@ -428,11 +437,11 @@ class View:
         start = self.length - (1 if folded else queries)
         if start < 0 or (self.packed and s.sink + PAGE * self.packed > start):
             return "queries at positions that are coded already"
-        if folded and heads // s.kv_heads * queries > _FOLDED:
+        if folded and heads // store.arena.heads.number * queries > _FOLDED:
             return "several queries that see later keys"
         on_gpu = store.arena.pages.is_cuda
-        if on_gpu and s.head_dim not in HEAD_DIMS:
-            return f"heads of {s.head_dim} numbers"
+        if on_gpu and store.arena.heads.size not in HEAD_DIMS:
+            return f"heads of {store.arena.heads.size} numbers"
         if on_gpu and s.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return str(s.dtype).removeprefix("torch.")
         return None
@@ -463,7 +472,7 @@ class View:
         out = kernels.attend(
             q, inputs, store.fmt, spec=AttentionSpec(scale),
             max_length=length_bound(self.length, _NO_CONTEXT) if count == 1 else self.length,
-            workspace=store.scratch.workspace(q, store.arena.shape.kv_heads) if count == 1 else None,
+            workspace=store.scratch.workspace(q, store.arena.heads.number) if count == 1 else None,
         )  # fmt: skip
         out = _unrotate(store.fmt.v, out)
         return out.view(batch, heads, queries, dim).transpose(1, 2) if folded else out

@@ -31,6 +31,7 @@ from octo_run.integrations.batch_pages import BatchPages, Scratch, View
 from octo_run.integrations.stored_states import StoredStates
 from octo_run.kernels.codec import parse_kv
 from octo_run.kernels.codec.rotation import HEAD_DIMS
+from octo_run.models.config import KVHeads
 
 __all__ = ["OctoCache", "OctoLayer"]
 
@@ -253,7 +254,7 @@ class OctoCache(DynamicCache):  # type: ignore[misc]
         expect("The number of sink tokens", sinks, int)
         expect("The window", window, int)
         parse_kv(kv, 128)
-        ArenaShape(1, 1, 128, 1, torch.float32, 1, sinks, window)  # refuses what no arena takes
+        ArenaShape((KVHeads(1, 128),), 1, torch.float32, 1, sinks, window)  # refuses what no arena takes
         self.kv, self.sinks, self.window, self.scratch = kv, sinks, window, Scratch()
         self._has_encoder, self._given = bool(getattr(config, "is_encoder_decoder", False)), False
         self._updated: int | None = None

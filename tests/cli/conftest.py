@@ -209,6 +209,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     monkeypatch.setattr(runtime, "forget_peak", lambda _engine: None)
     monkeypatch.setattr(runtime, "device_name", lambda _engine: "cpu (1 threads)")
     monkeypatch.setattr(runtime, "load_engine", load)
+    monkeypatch.setattr(runtime, "resolved", lambda options: options)
     monkeypatch.setattr(runtime, "sampling_params", params)
     monkeypatch.setattr(runtime, "open_session", FakeSession)
     monkeypatch.setattr(runtime, "open_reply", reply)

@@ -1,15 +1,19 @@
 """The group: lazy loading, speed of --help, exit codes, one sentence per failure."""
 
+import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import click
 import pytest
 
 import octo_run
-from octo_run.cli import _COMMANDS, list_models
+from octo_run.cli import _COMMANDS, cli, console, list_models
+from octo_run.cli.examples import EXAMPLES
 from octo_run.errors import OctoError, UsageError
 
 HEAVY = ("torch", "triton", "huggingface_hub", "transformers", "tokenizers", "sentencepiece", "prompt_toolkit", "rich")
@@ -28,6 +32,47 @@ def test_help_is_fast(command: str | None) -> None:
             break
     assert "Usage: octo-run" in shown and "--debug" in shown
     assert min(times) < HELP_SECONDS
+
+
+def all_commands(group: click.Group = cli, path: str = "") -> "Iterator[tuple[str, click.Command]]":
+    """Every command with its words behind ``octo-run``."""
+    yield path, group
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        words = f"{path} {name}".strip()
+        if isinstance(command, click.Group):
+            yield from all_commands(command, words)
+        else:
+            yield words, command
+
+
+def test_every_help_has_examples_that_are_understood(octo: Callable[..., Any]) -> None:
+    commands = dict(all_commands())
+    assert set(EXAMPLES) == set(commands)
+    for path in commands:
+        shown = octo(*path.split(), "--help")
+        assert shown.code == 0 and "Examples:\n" in shown.out and "--quiet" in shown.out, path
+        for example in EXAMPLES[path]:
+            assert f"  {example}\n" in shown.out, "in one line"
+            words = shlex.split(re.split(r" > ", re.split(r"\| ?", example)[-1])[0])
+            words = words[words.index("octo-run") + 1 :]
+            context, command = click.Context(cli), cli
+            while isinstance(command, click.Group):
+                found = command.get_command(context, words.pop(0))
+                assert found is not None, example
+                command = found  # type: ignore[assignment]
+            command.make_context("octo-run", words, parent=click.Context(cli, obj=octo_run.cli.Invocation()))
+
+
+def test_quiet_leaves_results_and_failures(octo: Callable[..., Any]) -> None:
+    loud = octo("generate", "-p", "Once", "-n", "3")
+    for argv in (("generate", "-q", "-p", "Once", "-n", "3"), ("-q", "generate", "-p", "Once", "-n", "3")):
+        quiet = octo(*argv)
+        assert (quiet.code, quiet.out, quiet.err) == (0, loud.out, "")
+    failed = octo("--quiet", "show", "org/none")
+    assert failed.code == 1 and "is not in" in failed.err
+    assert octo("list").code == 0 and not console.is_quiet(), "the next run is not quiet"
 
 
 def test_nothing_heavy_is_imported_before_a_command_runs() -> None:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from octo_run.cli.answer_display import ThoughtSplitter
+from octo_run.cli.answer_display import AnswerDisplay, ThoughtSplitter
 from octo_run.cli.markdown import MarkdownStream
 
 TEXT = """# A heading with **bold**
@@ -117,3 +117,13 @@ def test_thoughts_are_told_from_words(size: int) -> None:
     assert split("<think>cut") == ("cut", "")
     assert split("<th") == ("", "<th") and split("  ") == ("", "  ")
     assert split("<think>a</think>b<think>c</think>") == ("a", "b<think>c</think>")
+
+
+def test_a_thought_begins_where_its_words_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    """The line of the mark itself leaves no empty line on the screen."""
+    for pieces in (["<think>\nHm.\n</think>\n\nYes."], [*"<think>\nHm.\n</think>\n\nYes."]):
+        display = AnswerDisplay(markdown=True, hide=False)
+        for piece in pieces:
+            display.push(piece)
+        display.finish()
+        assert capsys.readouterr().out.startswith("Hm.")

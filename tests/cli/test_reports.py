@@ -257,20 +257,20 @@ def test_list_names_incomplete_models(octo: Callable[..., Any], monkeypatch: pyt
 def test_pull_is_quiet_in_a_pipe(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def pull(name: str, *, offline: bool, progress: Any) -> hub.ModelEntry:
-        asked.append((name, offline, progress))
+    def pull(name: str, *, offline: bool, progress: Any, **named: Any) -> hub.ModelEntry:
+        asked.append((name, offline, progress, named))
         return hub.ModelEntry("org/name", None, "a" * 40, 5_000, Path("/x"), True)
 
     monkeypatch.setattr(hub, "pull", pull)
-    shown = octo("pull", "--offline", "org/name")
-    assert asked == [("org/name", True, None)]
+    shown = octo("pull", "--offline", "org/name", "--revision", "v1", "--token", "hf_x")
+    assert asked == [("org/name", True, None, {"revision": "v1", "token": "hf_x"})]
     assert shown.out == "" and "org/name at aaaaaaaaaaaa: 5 kB in /x" in shown.err and "\x1b" not in shown.err
 
 
 def test_pull_draws_a_bar_at_a_terminal(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def pull(name: str, *, offline: bool, progress: Any) -> hub.ModelEntry:
-        progress(hub.PullProgress("config.json", 1, 3, 0, 0))
-        progress(hub.PullProgress("model.safetensors", 3, 3, 2_000, 5_000))
+    def pull(name: str, *, progress: Any, **_: Any) -> hub.ModelEntry:
+        progress(hub.PullProgress("config.json", 0, 3, 0, 0))
+        progress(hub.PullProgress("model.safetensors", 2, 3, 2_000, 5_000))
         return hub.ModelEntry("org/name", None, "a" * 40, 5_000, Path("/x"), True)
 
     monkeypatch.setattr(hub, "pull", pull)
@@ -287,14 +287,57 @@ def test_pull_of_a_wrong_name(octo: Callable[..., Any], cache: Path, name: str) 
 
 
 def test_doctor_finds_all_here(octo: Callable[..., Any], cache: Path) -> None:
-    shown = octo("doctor", "--json")
+    shown = octo("doctor", "--json", "--offline")
     report = json.loads(shown.out)
     assert shown.code == 0 and report["healthy"]
     subjects = {finding["subject"]: finding for finding in report["findings"]}
     assert {"python", "processor", "torch", "triton", "CUDA device", "model cache", "demo model"} <= set(subjects)
     assert str(cache) in subjects["model cache"]["detail"]
+    assert "copies" in subjects["memory"]["detail"] and "tokens/s" in subjects["answer"]["detail"]
+    assert subjects["Hub"]["status"] == "note" and "pull` fails" in subjects["Hub"]["instead"]
+    notes = [finding for finding in report["findings"] if finding["status"] == "note"]
+    assert all(finding["instead"] for finding in notes), "what is missing has something in its place"
     assert not cache.exists(), "looking changes nothing"
-    assert "everything needed is here" in octo("doctor").out
+
+
+def test_doctor_says_what_it_finds_as_it_finds_it(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [doctor.Finding("a", "ok", "is here"), doctor.Finding("b", "note", "is not", "c is used")]
+    monkeypatch.setattr(doctor, "examine", lambda _offline: found)
+    shown = octo("doctor")
+    assert shown.code == 0 and shown.out.splitlines() == [
+        "ok     a              is here",
+        "note   b              is not; instead: c is used",
+        "everything needed is here",
+    ]
+
+
+def test_doctor_ends_with_1_if_the_main_job_cannot_run(
+    octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model is there, and its answer fails."""
+    monkeypatch.setattr(doctor, "examine", lambda _offline: [*doctor._demo(), *doctor._answer()])
+    monkeypatch.setattr("octo_run.engine.Engine.load", lambda *_args, **_named: 1 / 0)
+    shown = octo("doctor", "--json")
+    report = json.loads(shown.out)
+    assert shown.code == 1 and not report["healthy"]
+    assert [finding["status"] for finding in report["findings"]] == ["ok", "wrong"]
+    assert "octo-demo cannot answer (division by zero)" in report["findings"][1]["detail"]
+
+
+def test_doctor_finds_what_other_programs_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("OLLAMA_MODELS", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert [*doctor._neighbours()] == []
+    for name in (".cache/llama.cpp/a.gguf", ".lmstudio/models/org/b/b.gguf", ".lmstudio/models/org/b/mmproj-b.gguf",
+                 ".ollama/models/manifests/registry/library/qwen/latest", ".ollama/models/blobs/sha256-0"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True) if not path.parent.exists() else None
+        path.write_text("GGUF")
+    found = {finding.subject: finding.detail for finding in doctor._neighbours()}
+    assert set(found) == {"llama.cpp", "LM Studio", "Ollama"}
+    assert f"octo-run import {tmp_path}/.cache/llama.cpp/a.gguf" in found["llama.cpp"]
+    assert found["LM Studio"].startswith("1 GGUF") and found["Ollama"].startswith("1 models")
 
 
 @pytest.mark.parametrize(("switch", "status"), [(None, "ok"), ("0", "note")])
@@ -304,7 +347,7 @@ def test_doctor_says_whether_the_cpu_has_kernels(
     if switch is not None:
         monkeypatch.setenv("OCTO_RUN_CPU_KERNELS", switch)
     (found,) = doctor._cpu_kernels()
-    assert found.status == status and ("PyTorch" in found.detail) == (status == "note")
+    assert found.status == status and ("PyTorch" in found.instead) == (status == "note")
 
 
 def test_doctor_says_plainly_what_is_wrong(
@@ -313,6 +356,8 @@ def test_doctor_says_plainly_what_is_wrong(
     cache.write_text("a file where the folder should be")
     monkeypatch.setattr("octo_run.models.hub.resolve", lambda _name: tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    looks = (doctor._triton, doctor._cache, doctor._demo)
+    monkeypatch.setattr(doctor, "examine", lambda _offline: [finding for look in looks for finding in look()])
     shown = octo("doctor")
     assert shown.code == 1 and "something is wrong" in shown.out
     assert "cannot be written" in shown.out and "Reinstall octo-run" in shown.out and "interpreted" in shown.out
@@ -336,14 +381,11 @@ def test_quantize_writes_a_model(octo: Callable[..., Any], tmp_path: Path) -> No
     assert [*tmp_path.iterdir()] == [out]
 
 
-def test_doctor_tries_the_formats_of_weights(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def weights() -> dict[str, str]:
-        findings = json.loads(octo("doctor", "--json").out)["findings"]
-        return next(finding for finding in findings if finding["subject"] == "weights")
-
-    assert weights() == {"subject": "weights", "status": "ok", "detail": "fp8, int8, int4, int4-128 work on cpu"}
+def test_doctor_tries_the_formats_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = doctor._weights()
+    assert (found.status, found.detail) == ("ok", "products with fp8, int8, int4, int4-128 are right on cpu")
     from octo_run.kernels import linear
 
     monkeypatch.setattr(linear, "packed_linear", lambda _x, _weight, _bias, out: out.zero_())
-    broken = weights()
-    assert broken["status"] == "wrong" and "fp8 (wrong by 100 %)" in broken["detail"]
+    (broken,) = doctor._weights()
+    assert broken.status == "wrong" and "fp8 (wrong by 100 %)" in broken.detail

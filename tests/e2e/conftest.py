@@ -16,7 +16,18 @@ from typing import IO, Any
 
 import pytest
 
-SECONDS = 25
+from .programs import Program, Programs, as_a_shell_starts_it
+
+#: For what takes a moment on an idle machine: others may be using this one.
+SECONDS = 90
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Starts programs quickly."""
+    found = Programs()
+    yield found
+    found.close()
 
 
 @pytest.fixture
@@ -36,25 +47,18 @@ def environment(tmp_path: Path, statistics: Path) -> dict[str, str]:
 
 
 class Terminal:
-    """The program on a terminal of its own; ``screen`` is everything it has written so far. ``stdout``: a file that
-    standard output goes to instead."""
+    """The program on a terminal of its own; ``screen`` is everything it has written so far.
 
-    def __init__(
-        self, argv: list[str], environment: dict[str, str], stdout: IO[bytes] | None = None, columns: int = 80
-    ) -> None:
+    Args:
+        start: ``start(slave)`` starts it on the terminal.
+    """
+
+    def __init__(self, start: Callable[[int], "Program | subprocess.Popen[bytes]"], columns: int = 80) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
         self.before = termios.tcgetattr(slave)
         self.slave = slave
-        self.process = subprocess.Popen(
-            argv,
-            stdin=slave,
-            stdout=stdout or slave,
-            stderr=slave,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
+        self.process = start(slave)
         self.screen = ""
 
     def type(self, text: str | bytes) -> None:
@@ -100,17 +104,24 @@ class Terminal:
     def attributes(self) -> list[Any]:
         return termios.tcgetattr(self.slave)
 
+    def hang_up(self) -> None:
+        """Close the window: nobody is at the other end any more."""
+        if self.master >= 0:
+            os.close(self.slave)
+            os.close(self.master)
+            self.master = -1
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
+        self.hang_up()
 
 
 @pytest.fixture
-def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
-    """Start the program on a terminal; ``delay`` are the seconds until the progress of a prompt is shown."""
+def terminal(environment: dict[str, str], programs: Programs) -> Iterator[Callable[..., Terminal]]:
+    """Start the program on a terminal; ``stdout``: a file that standard output goes to instead; ``delay`` are the
+    seconds until the progress of a prompt is shown; ``anew``: with an interpreter of its own."""
     opened = []
 
     def start(
@@ -118,11 +129,26 @@ def terminal(environment: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
         delay: float | None = None,
         stdout: IO[bytes] | None = None,
         columns: int = 80,
+        anew: bool = False,
         **changes: str,
     ) -> Terminal:
-        code = f"import sys; from octo_run.cli import main, progress; progress.DELAY = {delay}; sys.exit(main())"
-        start = ["-m", "octo_run"] if delay is None else ["-c", code]
-        opened.append(Terminal([sys.executable, *start, *argv], {**environment, **changes}, stdout, columns))
+        code, env = None, {**environment, **changes}
+        if delay is not None:
+            code = f"import sys; from octo_run.cli import main, progress; progress.DELAY = {delay}; sys.exit(main())"
+
+        def begin(slave: int) -> "Program | subprocess.Popen[bytes]":
+            if not anew:
+                return programs.start([*argv], env, (slave, stdout or slave, slave), code=code, terminal=True)
+            return subprocess.Popen(
+                [sys.executable, *(["-m", "octo_run"] if code is None else ["-c", code]), *argv],
+                stdin=slave,
+                stdout=stdout or slave,
+                stderr=slave,
+                env=env,
+                preexec_fn=lambda: as_a_shell_starts_it(0),
+            )
+
+        opened.append(Terminal(begin, columns))
         return opened[-1]
 
     yield start

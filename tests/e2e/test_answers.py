@@ -18,17 +18,9 @@ LETTERS = "你好 😀 👨\u200d👩\u200d👧 中文字符, naïve Ωμέγα 
 
 
 @pytest.fixture
-def octo(environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def octo(environment: dict[str, str], programs: Any) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     def run(*argv: str, text: str | None = None) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "octo_run", *argv],
-            input=text,
-            stdin=subprocess.DEVNULL if text is None else None,
-            capture_output=True,
-            encoding="utf-8",
-            env=environment,
-            timeout=200,
-        )
+        return programs.run([*argv], environment, text)  # type: ignore[no-any-return]
 
     return run
 

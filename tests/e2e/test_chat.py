@@ -32,7 +32,17 @@ def program() -> str:
 
 
 @pytest.fixture
-def octo(program: str, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def octo(environment: dict[str, str], programs: Any) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    def run(*argv: str, text: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
+        return programs.run([*argv], {**environment, **changes}, text)  # type: ignore[no-any-return]
+
+    return run
+
+
+@pytest.fixture
+def installed(program: str, environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """The console script."""
+
     def run(*argv: str, text: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [program, *argv],
@@ -47,9 +57,9 @@ def octo(program: str, environment: dict[str, str]) -> Callable[..., "subprocess
 
 
 @pytest.mark.parametrize("kv", ["octopus3", "bf16"])
-def test_several_turns_through_a_pipe(octo: Callable[..., "subprocess.CompletedProcess[str]"], kv: str) -> None:
+def test_several_turns_through_a_pipe(installed: Callable[..., "subprocess.CompletedProcess[str]"], kv: str) -> None:
     lines = [BOOKING, "Italian food, please, at 7 pm.", "Yes, that sounds good.", "/stats", "/clear", NEEDLE]
-    done = octo("chat", "--kv", kv, text="\n".join(lines))
+    done = installed("chat", "--kv", kv, text="\n".join(lines))
     assert done.returncode == 0, done.stderr
     first, second, third, needle = done.stdout.splitlines()
     assert re.search(r"time|restaurant|table|food|city|cuisine", first, re.I), first
@@ -57,7 +67,7 @@ def test_several_turns_through_a_pipe(octo: Callable[..., "subprocess.CompletedP
     assert third.strip()
     assert "4815162" in needle
     assert "\x1b" not in done.stdout + done.stderr and "> " not in done.stdout
-    assert f"KV cache {kv}" in done.stderr and "memory: weights 75.5 MB" in done.stderr
+    assert f"KV cache {kv}" in done.stderr and "memory: weights 19.1 MB" in done.stderr
     assert done.stderr.count("running on the CPU") == 1
     stats = re.search(r"3 turns: ([\d,]+) prompt tokens, ([\d,]+) of them reused", done.stderr)
     assert stats is not None, done.stderr

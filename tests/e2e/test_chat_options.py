@@ -4,7 +4,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,17 +24,9 @@ ECHO = (  # says what it is given, as a conversation that is easily looked at
 
 
 @pytest.fixture
-def octo(environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def octo(environment: dict[str, str], programs: Any) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     def run(*argv: str, text: str | None = "", **changes: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "octo_run", *argv],
-            input=text,
-            stdin=subprocess.DEVNULL if text is None else None,
-            capture_output=True,
-            encoding="utf-8",
-            env={**environment, **changes},
-            timeout=120,
-        )
+        return programs.run([*argv], {**environment, **changes}, text)  # type: ignore[no-any-return]
 
     return run
 

@@ -112,7 +112,7 @@ def test_pull_fetches_what_a_model_needs_and_nothing_else(fake_hub: Any, repo: P
     assert hub.list_models()[1:] == [entry]
     done = [step.done_bytes for step in steps]
     assert done == sorted(done) and done[-1] == steps[-1].total_bytes == entry.bytes
-    assert (steps[-1].index, steps[-1].count, steps[-1].file) == (len(fetched), len(fetched), SHARDS[2])
+    assert (steps[-1].whole, steps[-1].count) == (len(fetched), len(fetched)) and steps[-1].file in SHARDS
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,8 @@ def test_second_pull_downloads_nothing(fake_hub: Any, repo: Path) -> None:
     assert fake_hub.requests == []
 
 
-def test_interrupted_between_files_then_resumed(fake_hub: Any, repo: Path) -> None:
+def test_interrupted_between_files_then_resumed(fake_hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PARALLEL", 1)  # so that it is known which are whole
     fake_hub.faults[SHARDS[1]] = [500]
     with pytest.raises(OctoError) as error:
         hub.pull(NAME)
@@ -198,7 +199,7 @@ def test_killed_while_downloading_then_resumed(fake_hub: Any, repo: Path) -> Non
     try:
         assert fake_hub.stalled.wait(60)
         deadline = time.monotonic() + 20
-        while not incomplete_files() and time.monotonic() < deadline:
+        while (len(shards_there()) < 2 or not incomplete_files()) and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -212,8 +213,174 @@ def test_killed_while_downloading_then_resumed(fake_hub: Any, repo: Path) -> Non
     assert time.time() - left.stat().st_mtime < 600
     entry = hub.pull(NAME)
     assert snapshot_files(entry.path) == snapshot_files(repo)
-    assert [fake_hub.downloads(shard) for shard in SHARDS] == [1, 2, 1]
+    assert [fake_hub.downloads(shard) for shard in SHARDS] == [1, 2, 1], "the other two came beside the one that stood"
     assert not incomplete_files()
+
+
+def shards_there() -> list[str]:
+    return [path.name for path in hub.cache_folder().rglob("snapshots/*/model-*.safetensors")]
+
+
+def test_ctrl_c_ends_what_is_in_flight(fake_hub: Any, repo: Path) -> None:
+    """Soon, with its exit code, and nothing of it stays."""
+    fake_hub.faults |= {shard: ["stall"] for shard in SHARDS}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "octo_run", "pull", NAME], stderr=subprocess.PIPE, env=dict(os.environ)
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(incomplete_files()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(incomplete_files()) == 3, "three at a time"
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130 and time.monotonic() - begun < 15
+    finally:
+        process.kill()
+        _, told = process.communicate()
+        fake_hub.release.set()
+    assert b"Traceback" not in told and not incomplete_files()
+
+
+def test_one_failure_ends_the_others(fake_hub: Any, repo: Path) -> None:
+    fake_hub.faults |= {SHARDS[0]: ["stall"], SHARDS[1]: ["stall"], SHARDS[2]: [500]}
+    begun = time.monotonic()
+    with pytest.raises(OctoError, match="status 500"):
+        hub.pull(NAME)
+    assert time.monotonic() - begun < 15, "the limits of silence and of slowness are longer"
+    fake_hub.release.set()
+    deadline = time.monotonic() + 10
+    while incomplete_files() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not incomplete_files()
+    assert snapshot_files(hub.pull(NAME).path) == snapshot_files(repo)
+
+
+# How a model is named, and who asks
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["{hub}/tiny/llama", "{hub}/tiny/llama/", "{host}/tiny/llama", "{hub}/tiny/llama/tree/main?x=1#y",
+     "{hub}/tiny/llama/blob/main/config.json", "https://huggingface.co/tiny/llama", "hf.co/tiny/llama",
+     "huggingface.co/tiny/llama/resolve/main/model.safetensors"],
+)  # fmt: skip
+def test_a_pasted_address(fake_hub: Any, repo: Path, address: str) -> None:
+    name = address.format(hub=fake_hub.endpoint, host=fake_hub.endpoint.partition("//")[2])
+    entry = hub.pull(name)
+    assert entry.label == NAME and hub.resolve(name) == entry.path
+
+
+def test_a_pasted_address_of_a_revision(fake_hub: Any, repo: Path, make_checkpoint: Callable[..., Path]) -> None:
+    published = fake_hub.add(NAME, make_checkpoint("old", seed=5), "v1", "refs/pr/1")
+    old = published.refs["v1"]
+    for revision in ("v1", "refs%2Fpr%2F1", old):
+        assert hub.pull(f"{fake_hub.endpoint}/{NAME}/tree/{revision}").commit == old
+    assert hub.pull(NAME, revision="v1").commit == old and hub.pull(f"{NAME}@v1", revision="v1").commit == old
+    with pytest.raises(UsageError, match="--revision says 'main'; give one of them"):
+        hub.pull(f"{NAME}@v1", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("https://huggingface.co/datasets/a/b", "address of one of the datasets"),
+        ("https://huggingface.co/a/b/tree/main/onnx", "address of a folder"),
+        ("https://huggingface.co/gpt2", "is no model name"),
+        ("https://huggingface.co/", "is no model name"),
+        ("https://elsewhere.org/a/b", "is no model name"),
+        ("https://[::1/a/b", "is no model name"),
+        ("ftp://huggingface.co/a/b", "is no model name"),
+    ],
+)
+def test_addresses_of_other_things(fake_hub: Any, address: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as error:
+        hub.pull(address)
+    sentence(error)
+    assert not fake_hub.requests
+
+
+def test_whose_token_is_sent(fake_hub: Any, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one given, else HF_TOKEN, else that of a login."""
+    stored = tmp_path / "hf-home" / "token"
+    stored.parent.mkdir()
+    stored.write_text("hf_stored")
+    seen = []
+    for variable, given in ((None, None), ("hf_variable", None), ("hf_variable", "hf_given")):
+        if variable is not None:
+            monkeypatch.setenv("HF_TOKEN", variable)
+        fake_hub.tokens.clear()
+        answer = octo_run("pull", NAME, *(() if given is None else ("--token", given)))
+        assert answer.returncode == 0 and "hf_" not in answer.stderr + answer.stdout
+        seen.append(fake_hub.tokens[0][1])
+    assert seen == ["Bearer hf_stored", "Bearer hf_variable", "Bearer hf_given"]
+
+
+def test_doctor_asks_the_hub(fake_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from octo_run.cli import doctor
+
+    def found(offline: bool = False) -> tuple[str, str]:
+        (finding,) = doctor._hub(offline)
+        return finding.status, finding.detail
+
+    fake_hub.scripts[""] = lambda handler: handler.reply(200, {}, b"[]")
+    assert found()[0] == "ok" and "public models only" in found()[1]
+    assert found(offline=True) == ("note", "not asked: --offline is given")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    assert "your token is taken" in found()[1] and fake_hub.tokens[-1][1] == "Bearer hf_x"
+    fake_hub.scripts[""] = lambda handler: handler.reply(401, {}, b"")
+    assert found()[0] == "note" and "refuses your token (401)" in found()[1] and "hf_x" not in found()[1]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert found()[0] == "note" and "cannot be reached" in found()[1]
+
+
+# The cache of Hugging Face's tools
+
+
+@pytest.fixture
+def elsewhere(fake_hub: Any, repo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``tiny/llama`` in the ordinary cache of Hugging Face's tools, as those leave it; returns that cache."""
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(repo.parent / "xdg"))
+    cache = repo.parent / "xdg" / "huggingface" / "hub"
+    folder = hub.pull(NAME).path.parents[1]
+    shutil.rmtree(folder / "octo-run")
+    shutil.copytree(folder, cache / folder.name, symlinks=True)
+    shutil.rmtree(hub.cache_folder())
+    fake_hub.requests.clear()
+    return cache
+
+
+def test_a_model_of_other_tools_is_used_where_it_is(fake_hub: Any, repo: Path, elsewhere: Path) -> None:
+    path = hub.resolve(NAME)
+    assert elsewhere in path.parents and not fake_hub.requests
+    (entry,) = hub.list_models()[1:]
+    assert entry.path == path and entry.shared and entry.complete
+    assert hub.pull(NAME).path == path and fake_hub.requests == [("API", NAME)], "nothing is fetched again"
+    assert hub.pull(f"{NAME}@{entry.commit}").path == path and hub.pull(NAME, offline=True).path == path
+    assert "Hugging Face's tools" in octo("pull", NAME).err and "Hugging Face" in octo("list").out
+    answer = octo("rm", "--yes", NAME)
+    assert answer.code == 1 and "octo-run deletes nothing" in answer.err and path.exists()
+    assert json.loads(octo("list", "--json").out)[1]["shared"] is True
+
+
+def test_what_other_tools_have_in_part_is_fetched(fake_hub: Any, repo: Path, elsewhere: Path) -> None:
+    (next((elsewhere / "models--tiny--llama" / "snapshots").iterdir()) / SHARDS[1]).unlink()
+    assert hub.list_models()[1:] == []
+    with pytest.raises(OctoError, match="octo-run pull"):
+        hub.resolve(NAME)
+    entry = hub.pull(NAME)
+    assert not entry.shared and hub.cache_folder() in entry.path.parents
+    assert snapshot_files(entry.path) == snapshot_files(repo)
+
+
+def test_a_newer_commit_is_fetched_and_the_shared_one_stays(fake_hub: Any, repo: Path, elsewhere: Path) -> None:
+    old = hub.list_models()[1]
+    published = fake_hub.repos[NAME]
+    published.commit(published.commits[old.commit] | {"generation_config.json": b'{"do_sample": true}'}, "main")
+    new = hub.pull(NAME)
+    assert new.commit != old.commit and not new.shared and hub.resolve(NAME) == new.path
+    assert hub.resolve(f"{NAME}@{old.commit}") == old.path
 
 
 def test_connection_cut_inside_a_file_continues_there(fake_hub: Any, repo: Path) -> None:
@@ -468,7 +635,7 @@ def octo_run(*args: str, preexec_fn: Callable[[], None] | None = None) -> subpro
 
 def test_commands(fake_hub: Any, repo: Path) -> None:
     """pull, list, rm as commands: exit codes, one sentence on standard error, no traceback."""
-    fake_hub.faults[SHARDS[1]] = [500]
+    fake_hub.faults["config.json"] = [500]
     broken = octo_run("pull", NAME)
     assert broken.returncode == 1 and "500" in broken.stderr and "Traceback" not in broken.stderr
     assert octo_run("pull", NAME).returncode == 0
@@ -494,7 +661,7 @@ def stalled_pull(fake_hub: Any) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert fake_hub.stalled.wait(60)
     deadline = time.monotonic() + 20
-    while not incomplete_files() and time.monotonic() < deadline:
+    while (len(shards_there()) < 2 or not incomplete_files()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return process
 

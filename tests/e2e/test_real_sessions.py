@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from octo_run.engine import Engine, SamplingParams, Session
-from octo_run.engine.saved_session import SavedSession, Snapshot
+from octo_run.engine.saved_session import SavedSession, Snapshot, tail_of
 
 pytestmark = pytest.mark.real
 TEXT = "The boats left at dawn, and the gulls followed them out to sea. Nobody on the quay knew where they went. "
@@ -37,10 +37,17 @@ def test_10_000_tokens_come_back_20_times_faster_than_they_were_read(smollm2: An
         assert reply.prompt_tokens >= 10_000
         read = reply.prefill_seconds
         begun = time.perf_counter()
-        Snapshot.take(session, GREEDY).write(path)
+        snapshot = Snapshot.take(session, GREEDY)
+        snapshot.write(path)
         written = time.perf_counter() - begun
         unsaved = session.ask("What left at dawn?", GREEDY)
         said = "".join(unsaved)
+        other = tmp_path / "other.safetensors"  # the same turn in a tail, which a save after each turn writes
+        other.hardlink_to(path)
+        begun = time.perf_counter()
+        Snapshot.take(session, GREEDY).write_tail(other, snapshot.as_base)
+        turn = time.perf_counter() - begun
+        sizes = [path.stat().st_size / 1e6, tail_of(other).stat().st_size / 1e6]
     with Engine.load(folder, kv="oct3", device="cpu", max_context=12_000) as engine:
         SavedSession.read(path).check(engine)  # so that the fingerprint is known, as it is in a chat
         begun = time.perf_counter()
@@ -52,8 +59,11 @@ def test_10_000_tokens_come_back_20_times_faster_than_they_were_read(smollm2: An
         assert "".join(continued) == said and continued.ids == unsaved.ids
         assert continued.read_tokens == unsaved.read_tokens < 200
         first = continued.prefill_seconds
+        parts = SavedSession.read(other)
+        assert parts.pages > saved.pages and [*parts.turns][-1]["content"] == said
     figures = f"read {read:.1f} s, saved {written:.2f} s, loaded {loaded:.3f} s, next token {first:.2f} s"
-    print(figures, f"{path.stat().st_size / 1e6:.0f} MB")
+    print(figures, f"{sizes[0]:.1f} MB; the next turn {turn:.3f} s, {sizes[1]:.1f} MB")
+    assert sizes[1] < sizes[0] / 3
     assert loaded * 20 < read and first < 2, figures
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from octo_run.engine import Engine
+from octo_run.engine.evaluation import needle
 from octo_run.kernels.codec import get
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report_quality.py"
@@ -47,7 +49,16 @@ def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     assert torch.allclose(passing, real, atol=0.05) and not torch.allclose(exact, real, atol=0.05)
     edges = script.load_case("octo-demo", script.Case("boundary", "c", "octopus2", KIND, (0, -1)), CPU)
     assert not torch.allclose(edges.logits(IDS, 64), passing, atol=0.05)
-    assert edges.plan.shape.vector_bytes == 2 * (2 * 512 + 6 * 40)
+    assert edges.plan.shape.token_bytes == edges.config.num_kv_heads * 2 * (2 * 512 + 6 * 40)
+
+
+def test_a_text_is_read_once_and_asked_for_each_of_its_numbers(script: Any) -> None:
+    with Engine.load("octo-demo", kv="oct3", max_context=768, device="cpu") as engine:
+        filler = "The boats left at dawn, and the harbour was quiet again. Nobody spoke. " * 40
+        (question,) = needle.prompts(engine.tokenizer, filler, lengths=[640], depths=[0.5], questions=1, distractors=4,
+                                     form="text", seed=0)  # fmt: skip
+        found = script.ask_all(engine, question.hay)
+        assert len(found) == 5 and sum(found) >= 3
 
 
 def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> None:

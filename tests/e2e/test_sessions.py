@@ -22,16 +22,9 @@ CTRL_D, TAB = "\x04", "\t"
 
 
 @pytest.fixture
-def octo(environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+def octo(environment: dict[str, str], programs: Any) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     def run(*argv: str, text: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "octo_run", *argv],
-            input=text,
-            capture_output=True,
-            encoding="utf-8",
-            env={**environment, **changes},
-            timeout=120,
-        )
+        return programs.run([*argv], {**environment, **changes}, text)  # type: ignore[no-any-return]
 
     return run
 
@@ -205,18 +198,25 @@ def test_kill_9_while_it_is_saved_leaves_the_turn_before(environment: dict[str, 
     assert not [*folder.glob(".safe*.part")]
 
 
-def test_the_terminal_is_closed_and_nothing_is_lost(terminal: Callable[..., Any], environment: dict[str, str]) -> None:
-    """As a window that is closed: SIGHUP at the prompt."""
+@pytest.mark.parametrize("how", ["a signal", "the window"])
+def test_the_terminal_is_closed_and_nothing_is_lost(
+    terminal: Callable[..., Any], environment: dict[str, str], how: str
+) -> None:
+    """At the prompt, as a shell passes it on, and as the system does when the window is gone."""
     chat = terminal("chat", "-n", "4", "--session", "night")
     at = chat.wait_for(READY)
     chat.type("Hello there.\r")
     chat.wait_for("first after.*?" + PROMPT, at)
     path = sessions(environment) / "night.safetensors"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(chat.process.pid, signal.SIGHUP)
-    chat.wait_for_end()
+    if how == "a signal":
+        os.killpg(chat.process.pid, signal.SIGHUP)
+        assert chat.wait_for_end() == 129
+    else:
+        chat.hang_up()
+        assert chat.process.wait(60) == 129
     assert said(path) == ["Hello there."]
 
 

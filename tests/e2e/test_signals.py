@@ -88,13 +88,13 @@ def check(chat: Any, name: str, phase: str, delay: float) -> None:
 
 @pytest.mark.parametrize(("name", "phase", "delay"), moments(8, seed=8))
 def test_ended_at_some_moments(terminal: Callable[..., Any], name: str, phase: str, delay: float) -> None:
-    check(terminal("chat", *HOT), name, phase, delay)
+    check(terminal("chat", *HOT, anew=True), name, phase, delay)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "phase", "delay"), moments(50, seed=50))
 def test_ended_at_fifty_moments(terminal: Callable[..., Any], name: str, phase: str, delay: float) -> None:
-    check(terminal("chat", *HOT), name, phase, delay)
+    check(terminal("chat", *HOT, anew=True), name, phase, delay)
 
 
 def test_sigquit_at_the_prompt(terminal: Callable[..., Any]) -> None:

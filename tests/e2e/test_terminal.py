@@ -170,7 +170,7 @@ def test_the_gauge_shows_how_full_the_context_is(terminal: Callable[..., Any]) -
 
 
 def test_the_greeting_is_there_before_anything_large_is_imported(terminal: Callable[..., Any]) -> None:
-    chat = terminal("chat")
+    chat = terminal("chat", anew=True)
     chat.wait_for("loading octo-demo")
     maps = Path(f"/proc/{chat.process.pid}/maps").read_text()
     assert "libtorch" not in maps, "the greeting comes before torch"

@@ -146,9 +146,9 @@ def build_engine(
         plan_options["cache_bytes"] = pages * 64 * cfg.num_kv_heads * fmt.vector_bytes
     plan = plan_memory(cfg, fmt, device=torch.device("cpu"), dtype=dtype, max_context=context, **plan_options)
     with torch.inference_mode():
-        decoder = Decoder(cfg, weights, None, fmt[0].v.rotation, context=plan.context)
+        decoder = Decoder(cfg, weights, None, fmt.rotations("v"), context=plan.context)
         found = Calibration(decoder, NoTokenizer(cfg.vocab_size), None).conditioning(plan.conditioning)
-        decoder.store_keys(fmt[0].k.rotation, found)
+        decoder.store_keys(fmt.rotations("k"), found)
         return Engine("tiny", cfg, decoder, ByteTokenizer(), plan, fmt, GenerationDefaults(), 0)  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from octo_run.engine.step import StepState
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import AttentionSpec
 from octo_run.kernels.codec import LayerFormats, PageFormat, parse_kv
+from octo_run.models.config import KVHeads
 
 HEADS, KV_HEADS, DIM, LAYERS = 6, 2, 64, 2
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def parsed(kv: str) -> LayerFormats:
 def new_arena(kv: str = "bf16", **changes: Any) -> KVArena:
     formats = parsed(kv)
     values: dict[str, Any] = {"context": 600, "chunk": 512} | changes
-    shape = ArenaShape(LAYERS, KV_HEADS, DIM, formats.vector_bytes, torch.float32, **values)
+    shape = ArenaShape((KVHeads(KV_HEADS, DIM),) * LAYERS, KV_HEADS * formats.vector_bytes, torch.float32, **values)
     return KVArena(shape, formats, CPU)
 
 

@@ -11,10 +11,13 @@ from octo_run import Engine, UsageError
 from octo_run.engine import plan as plan_module
 from octo_run.engine import sensitivity
 from octo_run.engine.arena import ArenaShape
+from octo_run.engine.calibration import FEWER, TOKENS
 from octo_run.engine.parts import held_bytes
 from octo_run.models import conditioning
 from octo_run.models.cache import statistics_folder
-from octo_run.models.config import CONDITIONINGS
+from octo_run.models.conditioning import Conditioning
+from octo_run.models.config import CONDITIONINGS, KVHeads
+from octo_run.models.decoder import Decoder
 
 TEXT = "The lighthouse keeper counted the ships that passed in the night and wrote their names in a long list. " * 24
 
@@ -55,6 +58,7 @@ HOSTILE: dict[str, Callable[[str, torch.Tensor], object]] = {
     "constant values": lambda name, weight: (
         weight.copy_(weight[:1].clone().expand_as(weight)) if "v_proj" in name else None
     ),
+    "zero values": lambda name, weight: weight.zero_() if "v_proj" in name else None,
 }
 
 
@@ -123,6 +127,27 @@ def test_sensitivities_are_kept_as_well(monkeypatch: pytest.MonkeyPatch, tmp_pat
         load("auto:48", "off")
 
 
+def test_keys_are_conditioned_by_the_whole_text_and_formats_chosen_by_a_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
+    measure, seen = conditioning.measure, []
+
+    def observed(decoder: Decoder, ids: list[int]) -> Conditioning:
+        seen.append(ids)
+        return measure(decoder, ids[:80])
+
+    def chosen(decoder: Decoder, fmt: object, ids: list[int], on_progress: object) -> torch.Tensor:
+        seen.append(ids)
+        return torch.zeros(len(decoder.layers), 2)
+
+    monkeypatch.setattr(conditioning, "measure", observed)
+    monkeypatch.setattr(sensitivity, "measure", chosen)
+    with load("auto:56") as engine:
+        whole = engine.tokenizer.prompt(conditioning.calibration_text())
+    assert seen == [whole[:TOKENS], whole[:FEWER]] and len(whole) >= TOKENS > FEWER
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -149,6 +174,8 @@ def test_plan_counts_maps_and_means() -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_only_coefficients_that_attention_reads_are_kept(on_gpu: bool) -> None:
-    shape = ArenaShape(2, 2, 64, 120, torch.float32, 300, chunk=96, sequences=7, mean_heads=6, on_gpu=on_gpu)
+    shape = ArenaShape(
+        (KVHeads(2, 64),) * 2, 240, torch.float32, 300, chunk=96, sequences=7, mean_heads=6, on_gpu=on_gpu
+    )
     assert shape.coefficients_shape(96) == (7 if on_gpu else 96, 1, 6, 64)
     assert dataclasses.replace(shape, mean_heads=0).coefficients_shape(96)[0] == 0

@@ -170,17 +170,21 @@ def test_reading_a_prompt_is_told_chunk_by_chunk(ahead: bool, tiny: Tiny, random
     assert fresh < 100 and told == [(0, fresh), (fresh, fresh)]
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_prompt_that_is_read_again_is_told_again(ahead: bool, tiny: Tiny, random_ids: Any) -> None:
+def test_a_prompt_that_is_read_again_is_told_again(ahead: bool, kept: bool, tiny: Tiny, random_ids: Any) -> None:
+    """Another text had its row: what its pages do not have is read again, all of it if others needed these, too."""
     engine = tiny(context=1300)
     engine.depth, engine.end_ids = 1 + ahead, frozenset()
     told: list[tuple[int, int]] = []
     generation = engine.generate(random_ids(600), None, lambda *figures: told.append(figures))
     next(generation)
     engine.logits(random_ids(30, seed=1))
+    if not kept:
+        engine.arena.table.kept.clear()
     told.clear()
     next(generation)
-    assert told == [(0, 601), (512, 601), (601, 601)]
+    assert told == ([(0, 89), (89, 89)] if kept else [(0, 601), (512, 601), (601, 601)])
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -253,8 +257,11 @@ def test_a_prompt_whose_logits_are_not_finite_was_read(scripted: Any, monkeypatc
     assert (generation.read_tokens, generation.generated_tokens) == (100, 0)
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("ahead", [False, True])
-def test_what_is_read_again_counts_as_read_and_not_as_decoded(ahead: bool, tiny: Tiny, random_ids: Any) -> None:
+def test_what_is_read_again_counts_as_read_and_not_as_decoded(
+    ahead: bool, kept: bool, tiny: Tiny, random_ids: Any
+) -> None:
     engine = tiny(context=1300)
     engine.depth, engine.end_ids = 1 + ahead, frozenset()
     generation = engine.generate(random_ids(600))
@@ -263,11 +270,14 @@ def test_what_is_read_again_counts_as_read_and_not_as_decoded(ahead: bool, tiny:
     assert (generation.read_tokens, generation.decoded_tokens) == (600, 2)
     reading, decoding = generation.prefill_seconds, generation.decode_seconds
     engine.logits(random_ids(30, seed=1))
+    if not kept:
+        engine.arena.table.kept.clear()
     next(generation)
-    assert (generation.read_tokens, generation.generated_tokens, generation.decoded_tokens) == (1203, 4, 2)
+    read = 600 + (91 if kept else 603)
+    assert (generation.read_tokens, generation.generated_tokens, generation.decoded_tokens) == (read, 4, 2)
     assert generation.decode_seconds == decoding and generation.prefill_seconds > reading
     next(generation)
-    assert (generation.read_tokens, generation.decoded_tokens, generation.reused_tokens) == (1203, 3, 0)
+    assert (generation.read_tokens, generation.decoded_tokens, generation.reused_tokens) == (read, 3, 0)
     assert generation.decode_seconds > decoding
 
 

@@ -96,7 +96,7 @@ def test_the_rest_takes_what_the_plan_says(make_checkpoint: Callable[..., Path])
     told, decoder = engine.plan, engine.forward.decoder
     kept = sum(held_bytes(engine.arena, engine.forward, engine.step, but=(decoder,)))
     kept += sum(held_bytes(decoder.key_tensors))
-    assert told.total - told.weights - plan_module._cpu_temporaries(decoder, told.shape) == kept
+    assert told.total - told.weights - plan_module._cpu_temporaries(decoder, told.shape, engine.kv) == kept
 
 
 @given(
@@ -138,7 +138,7 @@ def test_sequences_share_what_fits(free: Callable[[int], None]) -> None:
     assert shared.context > 1.5 * short.context and shared.total <= 200_000_000
     free(100_000_000_000)
     assert plan(sequences=3).shape.pages == 3 * plan(sequences=3).shape.max_pages
-    page = PAGE * plan().shape.packed_token_bytes
+    page = PAGE * plan().shape.token_bytes
     told = plan(sequences=3, cache_bytes=10 * page + 1)
     assert told.shape.pages == told.shape.max_pages == 10 and told.context == 64 + 64 + 10 * PAGE + PAGE - 1
     told = plan(sequences=3, cache_bytes=10 * page, max_context=500)

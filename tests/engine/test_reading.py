@@ -106,7 +106,7 @@ def test_the_cache_is_left_as_decoding_leaves_it(tiny: Tiny, random_ids: Callabl
     assert together.ids == alone.ids and together.packed == alone.packed == 4
     pages = [engine.arena.pages[sequence.page_ids] for sequence in (alone, together)]
     assert torch.equal(*pages)
-    full = [engine.arena._full[:, :, sequence.row] for sequence in (alone, together)]
+    full = [engine.arena.row_state(sequence.row)[0] for sequence in (alone, together)]
     slots = [*range(64), *(engine.arena.place(position) for position in range(64 + 4 * 64, 415))]
     assert torch.allclose(*(part[:, :, :, slots] for part in full), atol=1e-5)
 

@@ -13,6 +13,7 @@ from octo_run.engine.recurrent_state import RecurrentShape, RecurrentStates
 from octo_run.engine.sequence import Sequence
 from octo_run.kernels.codec import LayerFormats, parse_kv
 from octo_run.kernels.recurrent import DeltaShape
+from octo_run.models.config import KVHeads
 
 DELTA = DeltaShape(1, 2, 8, 4)
 CPU = torch.device("cpu")
@@ -164,7 +165,7 @@ def test_steps_keep_every_fourth_page_and_the_last() -> None:
 def arena(rows: int = 2, snapshots: int = 6) -> KVArena:
     fmt = LayerFormats("bf16", (parse_kv("bf16", 8, plain_dtype=torch.float32),))
     shape = ArenaShape(
-        layers=1, kv_heads=1, head_dim=8, vector_bytes=fmt.vector_bytes, dtype=torch.float32, context=1000,
+        heads=(KVHeads(1, 8),), token_bytes=fmt.vector_bytes, dtype=torch.float32, context=1000,
         chunk=512, sequences=rows, recurrent=RecurrentShape(DELTA, 2, snapshots),
     )  # fmt: skip
     return KVArena(shape, fmt, CPU)

@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from octo_run.engine import Engine, SamplingParams
+from octo_run.engine.kept_prefixes import KeptPrefix
 from octo_run.engine.pool import PoolExhausted
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError
 
 Tiny = Callable[..., Engine]
 GREEDY = SamplingParams()
-SETTINGS: dict[str, Any] = {"context": 460, "sequences": 4, "sink": 16, "window": 64, "pages": 7}
+SETTINGS: dict[str, Any] = {"context": 460, "sink": 16, "window": 64}
+#: Rows, pages, and how often sequences are opened, fed, run, cut and ended: with few pages they run out, with few rows
+#: what ended loses its row, and is found again if there are pages for it.
+FEW_PAGES, FEW_ROWS = (4, 7, [4, 5, 6, 1, 2]), (1, 12, [6, 2, 3, 1, 5])
 
 
 class Struck(BaseException):
@@ -38,23 +42,39 @@ def check_pages(engine: Engine) -> None:
             assert len(sequence.ids) == len(sequence) - sequence.ahead
             assert sequence.packed <= len(pool.held[row]) and len(set(sequence.page_ids)) == sequence.packed
             assert sequence.packed_end <= len(sequence) or not sequence.packed
+    holders = [one.holder for one in table.kept._kept]
+    for row in range(len(table.rows), len(pool.held)):
+        assert bool(pool.held[row]) == (row in holders)
+    for one in table.kept._kept:
+        assert len(one.ids) == 16 + 64 * (len(pool.held[one.holder]) - one.extra) == 16 + 64 * len(one.keys)
+        assert all(one in table.kept._index[key] for key in one.keys)
 
 
 class Program:
     """Runs random operations and keeps, for each sequence, what a fresh engine has to do to come to the same."""
 
-    def __init__(self, engine: Engine, fresh: Engine, seed: int, tolerance: float) -> None:
-        self.engine, self.fresh, self.tolerance = engine, fresh, tolerance
+    def __init__(self, engine: Engine, fresh: Engine, seed: int, tolerance: float, weights: list[int]) -> None:
+        self.engine, self.fresh, self.tolerance, self.weights = engine, fresh, tolerance, weights
         self.source = random.Random(seed)
         base = [self.source.randrange(256) for _ in range(300)]
         self.texts = [base, base[:150] + [self.source.randrange(256) for _ in range(200)], base[:40] + base[100:]]
         self.history: dict[Sequence, list[tuple[str, Any, Any]]] = {}
         self.at: dict[Sequence, tuple[int, int]] = {}
         self.copied: list[int] = []
-        copy = engine.arena._copy_row
-        engine.arena.table._copy = lambda donor, row: (self.copied.append(donor), copy(donor, row))[1]  # type: ignore[assignment]
+        self.given: list[KeptPrefix] = []
+        self.kept_histories: dict[KeptPrefix, list[tuple[str, Any, Any]]] = {}
+        table, arena = engine.arena.table, type(engine.arena)
+        copy, give, add = arena.copy_row, type(table.kept).give, type(table.kept)._add
+
+        def added(sequence: Sequence, *sizes: int) -> None:
+            add(table.kept, sequence, *sizes)
+            self.kept_histories[table.kept._kept[-1]] = list(self.history[sequence])
+
+        engine.arena.copy_row = lambda *rows: (self.copied.append(rows[0]), copy(engine.arena, *rows))[1]  # type: ignore[method-assign]
+        table.kept.give = lambda one, *to: (self.given.append(one), give(table.kept, one, *to))[1]  # type: ignore[method-assign]
+        table.kept._add = added  # type: ignore[method-assign]
         self.fail_in: int | None = None
-        self.struck = 0
+        self.struck = self.found = 0
 
     def strike(self) -> None:
         """Called wherever the engine computes; raises when its time has come."""
@@ -68,9 +88,7 @@ class Program:
     def run(self, count: int) -> None:
         for _ in range(count):
             self.fail_in = self.source.randrange(12) if self.source.random() < 0.2 else None
-            (work,) = self.source.choices(
-                [self.open, self.feed, self.step, self.cut, self.end], weights=[4, 5, 6, 1, 2]
-            )
+            (work,) = self.source.choices([self.open, self.feed, self.step, self.cut, self.end], weights=self.weights)
             with contextlib.suppress(PoolExhausted, Struck):
                 work()
             self.fail_in = None
@@ -100,12 +118,17 @@ class Program:
         rows = enumerate(self.engine.arena.table.rows)
         donors = {row: list(self.history.get(seq, [])) for row, seq in rows if seq is not None}
         self.copied.clear()
+        self.given.clear()
         try:
             sequence = self.engine.arena.open(ids)
         except OctoError:
-            assert len(self.live()) == 4
+            assert len(self.live()) == len(self.engine.arena.table.rows)
             return
-        history = donors[self.copied[0]] if self.copied else self.history.get(sequence, [])
+        if self.given:
+            history = list(self.kept_histories[self.given[0]])
+            self.found += 1
+        else:
+            history = donors[self.copied[0]] if self.copied else self.history.get(sequence, [])
         self.history[sequence] = history
         if len(sequence):
             assert sequence.ids == ids[: len(sequence)] and len(sequence) < len(ids)
@@ -232,30 +255,40 @@ def struck_kernels(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     return programs
 
 
-def run_programs(tiny: Tiny, programs: list[Program], kv: str, seeds: range) -> int:
-    fresh = tiny(kv, **SETTINGS | {"sequences": 1})
-    engine = tiny(kv, **SETTINGS)
-    struck = 0
+def run_programs(
+    tiny: Tiny, programs: list[Program], kv: str, seeds: range, setting: tuple[int, int, list[int]]
+) -> tuple[int, int]:
+    """Run programs.
+
+    Returns:
+        How often they were struck, and how often a prefix was found that had no row any more.
+    """
+    rows, pages, weights = setting
+    fresh = tiny(kv, sequences=1, pages=7, **SETTINGS)
+    engine = tiny(kv, sequences=rows, pages=pages, **SETTINGS)
+    struck = found = 0
     for seed in seeds:
         for row in list(engine.arena.table.rows):
             if row is not None:
                 row.discard()
-        engine.arena.table._copy = engine.arena._copy_row
-        program = Program(engine, fresh, seed, 1e-4 if kv == "bf16" else 5e-2)
+        engine.arena.table.kept.clear()
+        program = Program(engine, fresh, seed, 1e-4 if kv == "bf16" else 5e-2, weights)
         programs[:] = [program]
         with torch.inference_mode():
             program.run(20)
-        struck += program.struck
-    return struck
+        struck, found = struck + program.struck, found + program.found
+    return struck, found
 
 
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 def test_random_programs_answer_as_fresh_engines_do(tiny: Tiny, struck_kernels: list[Program], kv: str) -> None:
-    assert run_programs(tiny, struck_kernels, kv, range(25)) > 3
+    assert run_programs(tiny, struck_kernels, kv, range(12), FEW_PAGES)[0] > 1
+    assert run_programs(tiny, struck_kernels, kv, range(12), FEW_ROWS)[1] > 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kv", ["bf16", "oct3"])
 def test_a_thousand_random_programs(tiny: Tiny, struck_kernels: list[Program], kv: str) -> None:
-    assert run_programs(tiny, struck_kernels, kv, range(1000, 1500)) > 50
+    assert run_programs(tiny, struck_kernels, kv, range(1000, 1250), FEW_PAGES)[0] > 50
+    assert run_programs(tiny, struck_kernels, kv, range(1250, 1500), FEW_ROWS)[1] > 30

@@ -125,7 +125,7 @@ def test_two_windows_are_two_groups(tiny: Callable[..., Engine]) -> None:
     shape = engine.plan.shape
     both = (WindowShape((0,), 100, 10), WindowShape((2,), 500, 10))
     assert [one.kept for one in both] == [2 + HISTORY + 3, 8 + HISTORY + 3]
-    assert replace(shape, windows=both).packed_token_bytes == shape.packed_token_bytes
+    assert replace(shape, windows=both).token_bytes == shape.token_bytes
 
 
 def test_pages_are_given_back(tiny: Callable[..., Engine]) -> None:

@@ -1,8 +1,31 @@
 """What the tests of kernels share."""
 
 import os
+import runpy
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).parent
+#: Files whose tests compile kernels for a GPU, or run them lane by lane or in Triton's interpreter: minutes altogether.
+COSTLY = ("_compiled.py", "_emulated.py", "_interpreted.py")
+#: Instruction sets other than the machine's own: each is half a minute of the C++ compiler.
+FOREIGN = {*runpy.run_path(str(HERE / "cpu_targets.py"))["TARGETS"]} - {"native"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a costly test the first case is quick, the others are slow; so are other instruction sets than this one's."""
+    seen = set[object]()
+    for item in items:
+        if item.path.parent != HERE or item.get_closest_marker("slow") is not None:
+            continue
+        case = getattr(item, "callspec", None)
+        foreign = case is not None and any(isinstance(one, str) and one in FOREIGN for one in case.params.values())
+        costly = item.path.name.endswith(COSTLY) and (item.path, getattr(item, "originalname", None)) in seen
+        if foreign or costly:
+            item.add_marker(pytest.mark.slow)
+        seen.add((item.path, getattr(item, "originalname", None)))
 
 
 @pytest.fixture(autouse=True)

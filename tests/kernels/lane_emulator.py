@@ -364,13 +364,6 @@ def land(groups: list[list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]]) -
         RUNNING.shared[at[:, None] + np.arange(16)] = data
 
 
-def wait_for_older_copies(_lane: Value) -> None:
-    """All groups that are closed but for the youngest of them."""
-    done, RUNNING.groups = RUNNING.groups[:-2], RUNNING.groups[-2:]
-    land(done)
-    warp_barrier()
-
-
 def wait_for_all_copies(_lane: Value) -> None:
     done, RUNNING.groups = RUNNING.groups, [[]]
     land(done)
@@ -477,7 +470,6 @@ INSTRUCTIONS: dict[str, Any] = {
     "write_shared": lambda address, value: write_shared_words(address, [value]),
     "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
     "load_global4": lambda pointer: global_words(pointer, 4),
-    "load_stream4": lambda pointer: global_words(pointer, 4),
     "load_global2": lambda pointer: global_words(pointer, 2),
     "load_global_l2_f": lambda pointer: unpack(global_words(pointer, 1)[0].data.view(np.uint8).reshape(-1, 4), "f32"),
     "load_global2_l2": lambda pointer: global_words(pointer, 2),
@@ -487,10 +479,6 @@ INSTRUCTIONS: dict[str, Any] = {
     "own_warp": lambda _: Value(0, "i32"),  # all warps run in step
     "let_next_kernel_start": lambda _: Value(0, "i32"),
     "wait_for_kernel_before": lambda _: Value(0, "i32"),
-    "copy16": copy16,
-    "commit_copies": commit_copies,
-    "wait_for_older_copies": wait_for_older_copies,
-    "wait_for_all_copies": wait_for_all_copies,
     "sync_warp": warp_barrier,
     "arrive": arrive,
     "write_shared2": lambda address, a, b: write_shared_words(address, [a, b]),
@@ -513,6 +501,9 @@ INSTRUCTIONS: dict[str, Any] = {
     "log2": log2,
 }
 COPIES: dict[str, Callable[..., Any]] = {
+    "copy16": copy16,
+    "commit_copies": commit_copies,
+    "wait_for_all_copies": wait_for_all_copies,
     "copy16_if": copy16_if,
     "copy16_or_clear": lambda to, pointer, there, wanted, lines: copy16_if(to, pointer, wanted, lines, there),
     "wait_for_copies": wait_for_copies,
@@ -603,7 +594,7 @@ def language() -> types.ModuleType:
 PACKAGE = "octo_run.kernels"
 HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "decode")
 MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
-MODULES += ("linear.unpack", "linear.streamed_product", "experts.packed_product")
+MODULES += ("linear.unpack", "linear.streamed_parts", "linear.streamed_product", "experts.packed_product")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from octo_run.kernels.experts import product_kernels, routing_kernels  # noqa: E402
 from octo_run.kernels.experts.packed_product import packed_experts_kernel  # noqa: E402
-from octo_run.kernels.linear.streamed_product import shared_bytes  # noqa: E402
+from octo_run.kernels.linear.streamed_parts import shared_bytes  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 

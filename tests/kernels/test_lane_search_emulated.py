@@ -55,6 +55,7 @@ def test_fields_are_the_codec_s(name: str, dim: int) -> None:
     assert torch.equal(found(name, y), fields_of(name, y))
 
 
+@pytest.mark.slow
 def test_pages_layers_and_heads_have_their_places() -> None:
     y, _ = vectors(2, 2, 2, 64, torch.bfloat16)
     assert not y.is_contiguous()

@@ -169,6 +169,7 @@ def test_instructions_of_the_loop(name, budget):
     constants, tables = compiling.format_constants(name, 128, 4, torch.bfloat16, False)
     tiling = tiles(Kernel.GENERAL_DECODE, Stored.OTHER, Element.HALF, 128)
     constants |= {"BM": tiling.rows, "BN": tiling.keys, "BF": tiling.full_keys, "DIVIDED": True, "FLIP": tiling.flip}
+    constants |= compiling.PLAIN
     kernel, stack = compiling.compile_for_hopper(general_decode_kernel, constants, tiling, torch.bfloat16, tables)
     machine = disassemble(kernel.asm["cubin"])
     start, end = max(machine.loops, key=lambda loop: loop[1] - loop[0])

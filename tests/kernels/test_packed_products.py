@@ -78,3 +78,20 @@ def test_the_fused_product_with_swiglu_is_that_of_both_halves(
         gate, up = both.chunk(2, 1)
         exact = torch.nn.functional.silu(gate) * up
         assert (out.double() - exact.double()).abs().max() <= 0.02 * exact.double().abs().max()
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 64), ("int8", None), ("fp8", 64)])
+def test_threads_meet_before_they_reuse_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, kind: str, group: int | None
+) -> None:
+    watched = emulator.Kernel(emulator.kernel_modules()["streamed_product"].streamed_product_kernel, watched=True)
+    monkeypatch.setattr(launch, "streamed_product_kernel", watched)
+    for rows, out, columns, how in (
+        (3, 80, 384, launch.Tiling(4, 1, 2, 1)),
+        (9, 48, 640, launch.Tiling(2, 2, 1, 2)),
+    ):
+        weight = on_a_gpu(made(kind, out, columns, group, True, rows))
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+        got = torch.full((rows, out), float("nan"), dtype=torch.bfloat16)
+        launch.fused(x, weight, None, got, how)
+        assert error(got, x, weight, None) < 5e-3

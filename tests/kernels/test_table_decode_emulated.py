@@ -162,6 +162,7 @@ def test_the_key_mean_comes_back_in_every_format_and_group(kernel: Any, kv: str,
     assert worst_error(decode_case(kv, [700, 260], group, 1, dim, mean=2.0, theta=5e5)) < 1.5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "theta", "fast"), [(64, 1e4, 2), (64, 5e5, 1), (128, 1e4, 3), (128, 1e6, 2)])
 def test_the_key_mean_of_many_pages(kernel: Any, dim: int, theta: float, fast: int) -> None:
     """Among sequences that leave a long one no programs to share: nine pages a warp, whose components come by four."""
@@ -206,6 +207,7 @@ def test_a_batch_of_filler(kernel: Any, lengths: list[int]) -> None:
     assert worst_error(case) == 0
 
 
+@pytest.mark.slow
 def test_more_sequences_than_counters(kernel: Any) -> None:
     """A long one among many short ones is not cut: the workspace has a counter for eight programs a processor."""
     lengths = [*([200] * 34), 64 * 40 + 192]
@@ -213,6 +215,7 @@ def test_more_sequences_than_counters(kernel: Any) -> None:
     assert worst_error(decode_case("oct2", lengths, 1, 1, 64)) < 1e-3
 
 
+@pytest.mark.slow
 def test_many_blocks_of_heads_share_the_counters(kernel: Any) -> None:
     """24 heads are three programs a KV head, each with a counter of its own."""
     assert 16 * 3 > counter_words(CPU) >= 2 * 16
@@ -223,6 +226,7 @@ def test_a_workspace_for_more_sequences_serves_fewer(kernel: Any) -> None:
     assert worst_error(decode_case("oct2", [700, 260], 4, 1, 64), room_for=16) < 1e-3
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.integers(0, 3000), min_size=2, max_size=70),

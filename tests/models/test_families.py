@@ -18,6 +18,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 8192,
 }  # fmt: skip
+FULL = "full_attention"
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
 
 
@@ -63,6 +64,13 @@ def refused(architecture: str, **fields: Any) -> str:
         ("Phi3ForCausalLM", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}},
          {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}}),
         ("Glm4ForCausalLM", {"head_dim": 64}, {"head_dim": 64, "partial_rotary_factor": 0.5}),
+        ("Gemma4ForCausalLM", {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "layer_types": None},
+         {"attention_k_eq_v": True, "per_layer_config": {str(one): {"head_dim": 512, "num_key_value_heads": 1}
+                                                         for one in (5, 7)},
+          "layer_types": [*["sliding_attention"] * 5, FULL, "sliding_attention", "sliding_attention"],
+          "rope_parameters": {
+              FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+              "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
         ("SmolLM3ForCausalLM", {}, {"no_rope_layers": [1, 1, 1, 0] * 2, "rope_theta": 2e6}),
     ],
 )  # fmt: skip
@@ -174,6 +182,8 @@ def test_text_parts_of_checkpoints() -> None:
         ("FalconH1ForCausalLM", "Mamba layers", "LlamaForCausalLM"),
         ("T5ForConditionalGeneration", "an encoder", "Gemma3ForCausalLM"),
         ("BertForMaskedLM", "an encoder", "LlamaForCausalLM"),
+        ("Gemma4AssistantForCausalLM", "only drafts of another model's tokens", "Gemma4ForCausalLM"),
+        ("Gemma3nForCausalLM", "per-layer embeddings", "Gemma4ForCausalLM"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(name: str, what: str, nearest: str) -> None:
@@ -201,6 +211,28 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             "Gemma3ForCausalLM",
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_scaling": YARN},
             "are both given",
+        ),
+        ("Gemma4ForCausalLM", {"enable_moe_block": True}, "does not compute the experts of Gemma 4, only its dense"),
+        ("Gemma4ForCausalLM", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is not 'vision'"),
+        ("Gemma4ForCausalLM", {"global_head_dim": 65}, "global_head_dim is 65, which is odd"),
+        (
+            "Gemma4ForCausalLM",
+            {"num_global_key_value_heads": 3, "attention_k_eq_v": True},
+            "num_global_key_value_heads is 3, and num_attention_heads (4) is no multiple of it",
+        ),
+        ("Gemma4ForCausalLM", {"num_kv_shared_layers": 4}, "leaves no layer of the kind full_attention with keys"),
+        ("Gemma4ForCausalLM", {"num_kv_shared_layers": 8}, "leaves no layer of the kind"),
+        ("Gemma4ForCausalLM", {"vocab_size_per_layer_input": 10}, "(10) is less than vocab_size (1000)"),
+        ("Gemma4ForCausalLM", {"per_layer_config": {"8": {}}}, "per_layer_config.'8' is no number of a layer"),
+        (
+            "Gemma4ForCausalLM",
+            {"per_layer_config": {"1": {"hidden_size": 3}}},
+            "per_layer_config.1.'hidden_size' is nothing that octo-run lets layers differ in",
+        ),
+        (
+            "Gemma4ForCausalLM",
+            {"per_layer_config": {"7": {"head_dim": 32}}, "num_kv_shared_layers": 1, "layer_types": [FULL] * 8},
+            "num_kv_shared_layers lets layer 7 see keys of 6, whose heads differ",
         ),
         ("GraniteForCausalLM", {"logits_scaling": 0}, "logits_scaling is 0"),
         ("CohereForCausalLM", {"use_qk_norm": True}, "use_qk_norm is true"),
@@ -232,6 +264,9 @@ def test_every_field_with_every_kind_of_value(architecture: str) -> None:
         "final_logit_softcapping", "hidden_activation", "hidden_act", "embedding_multiplier", "logits_scaling",
         "residual_multiplier", "attention_multiplier", "logit_scale", "no_rope_layers", "no_rope_layer_interval",
         "attention_out_bias", "layer_norm_eps", "original_max_position_embeddings", "head_dim", "use_qk_norm",
+        "global_head_dim", "num_global_key_value_heads", "per_layer_config", "num_kv_shared_layers",
+        "hidden_size_per_layer_input", "vocab_size_per_layer_input", "use_double_wide_mlp", "attention_k_eq_v",
+        "enable_moe_block", "use_bidirectional_attention",
     ]  # fmt: skip
     inner = [*YARN, "mscale", "mscale_all_dim", "attention_factor", "truncate", "beta_fast", "beta_slow",
              "short_factor", "long_factor", "llama_4_scaling_beta", "rope_theta", "partial_rotary_factor"]  # fmt: skip

@@ -163,7 +163,7 @@ def test_a_decoder_quantises_what_it_has_rotated() -> None:
         seen.append(weight.clone())
         return eight_bits(weight)
 
-    decoder = Decoder(CFG, dict(weights), None, rotation, quantise)
+    decoder = Decoder(CFG, dict(weights), None, {64: rotation}, quantise)
     assert len(seen) == 4 * CFG.num_layers
     layer = decoder.layers[0]
     assert layer.attention.v_rotation is None and isinstance(decoder.head, Linear)
@@ -200,7 +200,7 @@ def test_values_are_rotated_online_where_weights_are_packed(
     monkeypatch.setattr(Packed, "which", which)
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
     exact = logits(Decoder(CFG, Dequantised(CFG, "cpu", torch.float32), None, None))
-    decoder = Decoder(CFG, Packed(CFG, "cpu", torch.float32), None, rotation)
+    decoder = Decoder(CFG, Packed(CFG, "cpu", torch.float32), None, {64: rotation})
     assert all(layer.attention.v_rotation is not None for layer in decoder.layers)
     assert (logits(decoder) - exact).abs().max() < 1e-4 * exact.abs().max()
 

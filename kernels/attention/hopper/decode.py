@@ -34,11 +34,10 @@ from octo_run.kernels.attention.hopper.products import (
     sum_values,
     weigh_page,
 )
+from octo_run.kernels.lane_copies import commit_copies, copy16, wait_for_copies
 from octo_run.kernels.lanes import (
     arrive,
     barrier,
-    commit_copies,
-    copy16,
     let_next_kernel_start,
     log2,
     own_warp,
@@ -52,7 +51,6 @@ from octo_run.kernels.lanes import (
     sync_warp,
     u32,
     wait_for_kernel_before,
-    wait_for_older_copies,
     write_shared2,
     write_shared4,
     write_shared4_of,
@@ -353,7 +351,7 @@ def table_decode_kernel(
                 make_components(angles, components, lane, MEAN_AT, D, NT, MEAN)
                 if ANGLES_AHEAD:
                     angles = load_angles(ANGLES, page + PAGES_AT_ONCE * WARPS, last, lane, D, WARPS)
-        wait_for_older_copies(lane)
+        wait_for_copies(lane, 1)
         k_words = _words(k_stage, lane, WORDS_K)
         if MEAN > 0:
             biases = page_biases(components + u32(turn * (PAGE_BYTES // WARPS)), functions, lane, NT)
@@ -371,7 +369,7 @@ def table_decode_kernel(
             scores = add_biases(scores, biases, NT)
         if CAP > 0 or WINDOW > 0:
             scores = limit_scores(scores, lane, gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page, NT, CAP, WINDOW)
-        wait_for_older_copies(lane)
+        wait_for_copies(lane, 1)
         v_words = _words(v_stage, lane, FULL_V)
         for w in gl.static_range(FULL_V, ALL_V):
             at = FULL_V * 128 + (w - FULL_V) * (EXTRAS * 16) + gl.minimum(lane, EXTRAS * 4 - 1) * 4

@@ -12,9 +12,9 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.hopper.products import soft_cap
+from octo_run.kernels.lane_copies import copy16, wait_for_all_copies
 from octo_run.kernels.lanes import (
     barrier,
-    copy16,
     exp2,
     load_global2,
     max_over_rows,
@@ -25,7 +25,6 @@ from octo_run.kernels.lanes import (
     repeat,
     shuffle_f,
     u32,
-    wait_for_all_copies,
 )
 
 

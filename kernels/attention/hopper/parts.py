@@ -7,6 +7,7 @@ A part is the share of a sequence's pages (and full-precision tokens) that one p
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from octo_run.kernels.lane_copies import wait_for_all_copies
 from octo_run.kernels.lanes import (
     barrier,
     exp2,
@@ -19,7 +20,6 @@ from octo_run.kernels.lanes import (
     sum_over_rows,
     sync_warp,
     u32,
-    wait_for_all_copies,
     write_shared,
     write_shared4_if,
 )

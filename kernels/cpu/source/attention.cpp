@@ -1,13 +1,14 @@
 // Attention over sinks, packed pages and tail (see kernels/attention/inputs.py): the sequence is cut into blocks of up
 // to 64 tokens. A block's keys are decoded to a tile with tokens side by side, multiplied with all queries of the KV
-// head, then its values likewise. A run of SPLIT blocks is a piece of work; its sums are merged in order, so the number
-// of threads changes nothing.
+// head, then its values likewise. A run of blocks is a piece of work: SPLIT of them, or where there are many queries as
+// many as make MOST_SPLITS pieces, whose sums take memory. They are merged in order, so the number of threads changes
+// nothing.
 #include "common.h"
 #include <algorithm>
 #include <vector>
 
 namespace {
-constexpr int PAGE = 64, SPLIT = 16, ROWS = 128;
+constexpr int PAGE = 64, SPLIT = 16, ROWS = 128, MOST_SPLITS = 4;
 enum { PLAIN = 0, TRELLIS = 1, OCTOPUS = 2 };
 }  // namespace
 
@@ -41,38 +42,71 @@ struct Call {
 
 namespace {
 static inline F16 weight_of(F16 x) {  // exp(x) of x <= 0, which is 0 far below
-    return x < -87.0f ? F16{} : exponential(x);
+    return pick(x < -87.0f, F16{}, exponential(x));
 }
 
 // cap tanh(x / cap), of which the series is exact where the quotient would cancel.
 static inline F16 capped(F16 x, float cap) {
-    F16 y = x / cap, size = y < 0.0f ? -y : y, square = y * y;
+    F16 y = x / cap, size = pick(y < 0.0f, -y, y), square = y * y;
     F16 series = square * (62.0f / 2835.0f) - 17.0f / 315.0f;
     series = (series * square + 2.0f / 15.0f) * square - 1.0f / 3.0f;
     series = (series * square + 1.0f) * y;
     F16 e = exponential(size * -2.0f), whole = (1.0f - e) / (1.0f + e);
-    whole = y < 0.0f ? -whole : whole;
-    return (size < 0.25f ? series : whole) * cap;
+    whole = pick(y < 0.0f, -whole, whole);
+    return pick(size < 0.25f, series, whole) * cap;
 }
 
-// rows[i][j] becomes rows[j][i], words of 32 bits.
-static inline void transpose(U16 *rows) {
-#define STAGE(half, low, high)                                                       \
-    for (int i = 0; i < 16; i++)                                                     \
-        if (!(i & half)) {                                                           \
-            U16 a = rows[i], b = rows[i + half];                                     \
-            rows[i] = __builtin_shuffle(a, b, low), rows[i + half] = __builtin_shuffle(a, b, high); \
+// rows[i][j] becomes rows[j][i], words of 32 bits. A stage exchanges what lies `half` lanes and rows off the diagonal.
+#define STAGE(half, low, high)                                                                          \
+    for (int i = 0; i < N; i++)                                                                         \
+        if (!(i & half)) {                                                                              \
+            V a = rows[i], b = rows[i + half];                                                          \
+            rows[i] = __builtin_shuffle(a, b, low), rows[i + half] = __builtin_shuffle(a, b, high);     \
         }
-    const U16 l8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-    const U16 l4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
-    const U16 l2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-    const U16 l1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+#if REGISTER == 64
+static inline void transpose(U16 *rows) {
+    typedef U16 V;
+    constexpr int N = 16;
+    const V l8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const V l4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+    const V l2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    const V l1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
     STAGE(8, l8, l8 + 8)
     STAGE(4, l4, l4 + 4)
     STAGE(2, l2, l2 + 2)
     STAGE(1, l1, l1 + 1)
-#undef STAGE
 }
+#else
+static inline void transpose_square(Lanes<uint32_t> *rows) {
+    typedef Lanes<uint32_t> V;
+    constexpr int N = REGISTER / 4;
+#if REGISTER == 32
+    const V l4 = {0, 1, 2, 3, 8, 9, 10, 11}, h4 = {4, 5, 6, 7, 12, 13, 14, 15};
+    const V l2 = {0, 1, 8, 9, 4, 5, 12, 13}, h2 = {2, 3, 10, 11, 6, 7, 14, 15};
+    const V l1 = {0, 8, 2, 10, 4, 12, 6, 14}, h1 = {1, 9, 3, 11, 5, 13, 7, 15};
+    STAGE(4, l4, h4)
+#else
+    const V l2 = {0, 1, 4, 5}, h2 = {2, 3, 6, 7}, l1 = {0, 4, 2, 6}, h1 = {1, 5, 3, 7};
+#endif
+    STAGE(2, l2, h2)
+    STAGE(1, l1, h1)
+}
+static inline void transpose(U16 *rows) {
+    typedef Lanes<uint32_t> V;
+    constexpr int N = REGISTER / 4, ACROSS = 16 / N;
+    V *parts = (V *)rows;  // [16][ACROSS]
+    for (int i = 0; i < ACROSS; i++)
+        for (int j = i; j < ACROSS; j++) {
+            V one[N], other[N];
+            for (int n = 0; n < N; n++)
+                one[n] = parts[(i * N + n) * ACROSS + j], other[n] = parts[(j * N + n) * ACROSS + i];
+            transpose_square(one), transpose_square(other);
+            for (int n = 0; n < N; n++)
+                parts[(j * N + n) * ACROSS + i] = one[n], parts[(i * N + n) * ACROSS + j] = other[n];
+        }
+}
+#endif
+#undef STAGE
 
 static inline U16 some_bytes(const uint8_t *from, int64_t bytes) {
     if (bytes >= 64) return load<U16>(from);
@@ -107,8 +141,9 @@ static void tile_of_rows(const void *const *rows, int count, int64_t dim, int el
                         store(to + (2 * j + 1) * PAGE, words[j] & 0xffff0000u);
                     } else
                         for (int t = 0; t < 16; t++) {
-                            to[2 * j * PAGE + t] = of_half(words[j][t]);
-                            to[(2 * j + 1) * PAGE + t] = of_half(words[j][t] >> 16);
+                            const uint32_t word = ((const uint32_t *)(words + j))[t];
+                            to[2 * j * PAGE + t] = of_half((uint16_t)word);
+                            to[(2 * j + 1) * PAGE + t] = of_half(word >> 16);
                         }
                 }
         }
@@ -116,7 +151,7 @@ static void tile_of_rows(const void *const *rows, int count, int64_t dim, int el
 }
 
 static inline I16 lookup(const int32_t *table, I16 index) {
-#if defined(__AVX512F__)
+#if REGISTER == 64
     return (I16)_mm512_i32gather_epi32((__m512i)index, table, 4);
 #else
     int32_t found[16], at[16];
@@ -200,14 +235,23 @@ static void products(const float *queries, int64_t dim, const float *tile, int64
     for (int r = 0; r < R; r++)
         for (int v = 0; v < WIDTH; v++) store(scores + r * PAGE + 16 * v, sums[r][v]);
 }
+// As many at once as there are registers for.
+constexpr int TALL = REGISTER == 64 ? 4 : REGISTER == 32 ? 6 : 3, BROAD = REGISTER == 64 ? 4 : 1;
+template <int R, int WIDTH>
+static void some_products(const float *queries, int64_t dim, const float *tile, int64_t stride, float *scores) {
+    constexpr int AT_ONCE = WIDTH < BROAD ? WIDTH : BROAD;
+    for (int v = 0; v < WIDTH; v += AT_ONCE) products<R, AT_ONCE>(queries, dim, tile + 16 * v, stride, scores + 16 * v);
+}
 template <int WIDTH>
 static void all_products(const float *queries, int64_t rows, int64_t dim, const float *tile, int64_t stride,
                          float *scores) {
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) products<4, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
-    if (rows - r == 3) products<3, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
-    if (rows - r == 2) products<2, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
-    if (rows - r == 1) products<1, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
+    for (; r + TALL <= rows; r += TALL)
+        some_products<TALL, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
+    for (; r + 3 <= rows; r += 3)
+        some_products<3, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
+    if (rows - r == 2) some_products<2, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
+    if (rows - r == 1) some_products<1, WIDTH>(queries + r * dim, dim, tile, stride, scores + r * PAGE);
 }
 
 // sums [R][dim] += weights [R][64] times values [count][dim].
@@ -225,15 +269,18 @@ static void add_values(const float *weights, int count, const float *values, int
 }
 static void add_all_values(const float *weights, int64_t rows, int count, const float *values, int64_t dim,
                            float *sums) {
+    constexpr int MOST = REGISTER == 64 ? 8 : REGISTER == 32 ? 6 : 3;
     int64_t r = 0;
-    for (; r + 8 <= rows; r += 8) add_values<8>(weights + r * PAGE, count, values, dim, sums + r * dim);
-    for (; r + 4 <= rows; r += 4) add_values<4>(weights + r * PAGE, count, values, dim, sums + r * dim);
+    for (; r + MOST <= rows; r += MOST) add_values<MOST>(weights + r * PAGE, count, values, dim, sums + r * dim);
+    if (MOST > 4)
+        for (; r + 4 <= rows; r += 4) add_values<4>(weights + r * PAGE, count, values, dim, sums + r * dim);
     if (rows - r == 3) add_values<3>(weights + r * PAGE, count, values, dim, sums + r * dim);
     if (rows - r == 2) add_values<2>(weights + r * PAGE, count, values, dim, sums + r * dim);
     if (rows - r == 1) add_values<1>(weights + r * PAGE, count, values, dim, sums + r * dim);
 }
 // The same for a tile [dim][64], into sums [R][dim][16] over tokens a multiple of 16 apart.
 template <int R> static void add_tile(const float *weights, const float *tile, int64_t dim, float *sums) {
+#if REGISTER == 64
     F16 w[R][4];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < 4; v++) w[r][v] = load<F16>(weights + r * PAGE + 16 * v);
@@ -245,6 +292,21 @@ template <int R> static void add_tile(const float *weights, const float *tile, i
             store(to, load<F16>(to) + (part[0] * w[r][0] + part[1] * w[r][1] + part[2] * w[r][2] + part[3] * w[r][3]));
         }
     }
+#else
+    for (int r = 0; r < R; r++)  // one after the other, half of the lanes at a time: eight registers of weights
+        for (int half = 0; half < 16; half += REGISTER / 4) {
+            typedef Lanes<float> V;
+            const float *from = weights + r * PAGE + half;
+            const V w[4] = {load<V>(from), load<V>(from + 16), load<V>(from + 32), load<V>(from + 48)};
+            for (int64_t i = 0; i < dim; i++) {
+                const float *part = tile + i * PAGE + half;
+                float *to = sums + (r * dim + i) * 16 + half;
+                V sum = load<V>(part) * w[0] + load<V>(part + 16) * w[1] + load<V>(part + 32) * w[2] +
+                        load<V>(part + 48) * w[3];
+                store(to, load<V>(to) + sum);
+            }
+        }
+#endif
 }
 
 struct Piece {  // sums of a run of blocks
@@ -355,12 +417,13 @@ void Work::run() const {
                 if (codes) x *= load<F16>(factors + 16 * v);
                 if (page && mean) x += load<F16>(biases + r * PAGE + 16 * v);
                 if (c.cap > 0) x = capped(x, (float)c.cap);
-                const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                const I16 lane = lane_numbers() + 16 * v;
                 if (16 * v + 16 > seen)
-                    x = lane + 16 * v < (int32_t)std::max<int64_t>(seen, 0) ? x : splat(-INFINITY);
-                if (16 * v < from) x = lane + 16 * v < (int32_t)std::min<int64_t>(from, PAGE) ? splat(-INFINITY) : x;
+                    x = pick(lane < (int32_t)std::max<int64_t>(seen, 0), x, splat(-INFINITY));
+                if (16 * v < from)
+                    x = pick(lane < (int32_t)std::min<int64_t>(from, PAGE), splat(-INFINITY), x);
                 store(s + 16 * v, x);
-                best = x > best ? x : best;
+                best = pick(x > best, x, best);
             }
             float part[16], top = piece->top[r];
             store(part, best);
@@ -450,12 +513,13 @@ extern "C" void octo_attend(const Call *call) {
             const int64_t behind = position - tail_start(c, packed);
             return behind < 0 ? sinks + (position - c.sink) / PAGE : sinks + packed + behind / PAGE;
         };
+        const int64_t split = rows < ROWS ? SPLIT : std::max<int64_t>(SPLIT, (blocks + MOST_SPLITS - 1) / MOST_SPLITS);
         for (int64_t head = 0; head < c.kv_heads; head++)
             for (int64_t first = 0; first < rows; first += ROWS) {
                 begins.push_back((int64_t)work.size());
-                for (int64_t block = block_of(earliest(c, start + first / group)); block < blocks; block += SPLIT)
+                for (int64_t block = block_of(earliest(c, start + first / group)); block < blocks; block += split)
                     work.push_back({c, b, head, first, std::min<int64_t>(ROWS, rows - first), block,
-                                    std::min(blocks, block + SPLIT), row, start, length, packed, sinks, blocks, nullptr});
+                                    std::min(blocks, block + split), row, start, length, packed, sinks, blocks, nullptr});
             }
     }
     begins.push_back((int64_t)work.size());

@@ -22,42 +22,17 @@ namespace {
 constexpr int LANES = 16, CHAINS = 8, LIMIT = 1020;
 constexpr double SMALLEST = 0x1p-60;
 
-static inline I16 least(I16 a, I16 b) {
-#if defined(__AVX512F__)
+static inline I16 least(const I16 &a, const I16 &b) {
+#if REGISTER == 64
     return (I16)_mm512_min_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    __m256i x[2], y[2];
-    memcpy(x, &a, 64), memcpy(y, &b, 64);
-    x[0] = _mm256_min_epi32(x[0], y[0]), x[1] = _mm256_min_epi32(x[1], y[1]);
-    memcpy(&a, x, 64);
-    return a;
 #else
-    return a < b ? a : b;
-#endif
-}
-
-// acc + the products of the two 16-bit halves of each lane of x with those of p.
-static inline I16 pairs(I16 acc, I16 x, int32_t p) {
-#if defined(WIDE_VNNI)
-    return (I16)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)x, _mm512_set1_epi32(p));
-#elif defined(__AVX512BW__)
-    return acc + (I16)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi32(p));
-#elif defined(__AVX2__)
-    __m256i half[2];
-    memcpy(half, &x, 64);
-    half[0] = _mm256_madd_epi16(half[0], _mm256_set1_epi32(p));
-    half[1] = _mm256_madd_epi16(half[1], _mm256_set1_epi32(p));
-    memcpy(&x, half, 64);
-    return acc + x;
-#else
-    return acc + ((x << 16) >> 16) * (int32_t)(int16_t)p + (x >> 16) * (p >> 16);
+    return pick(a < b, a, b);
 #endif
 }
 
 static inline I16 gather(const I16 *table, I16 row) {  // of each lane its own row
-    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const I16 index = (row << 4) + lane;
-#if defined(__AVX512F__)
+    const I16 index = (row << 4) + lane_numbers();
+#if REGISTER == 64
     return (I16)_mm512_i32gather_epi32((__m512i)index, table, 4);
 #else
     int32_t at[16], found[16];
@@ -69,7 +44,7 @@ static inline I16 gather(const I16 *table, I16 row) {  // of each lane its own r
 
 // To the nearest integer. A product may be its argument: adding and subtracting 1.5 * 2^23 would fuse with it.
 static inline F16 rounded(F16 x) {
-#if defined(__AVX512F__)
+#if REGISTER == 64
     return (F16)_mm512_roundscale_ps((__m512)x, 8);
 #else
     float lane[16];
@@ -103,7 +78,7 @@ struct Triplet {
 };
 
 static inline I16 key_of(const Entry &e, const Triplet &x) {
-    return pairs(pairs(I16{} + e.constant, x.xy, e.xy), x.z, e.z);
+    return pairs(pairs(I16{} + e.constant, x.xy, I16{} + e.xy), x.z, I16{} + e.z);
 }
 static inline I16 best_key(const Entry *first, int64_t count, const Triplet &x) {
     I16 best = key_of(first[0], x);
@@ -200,22 +175,22 @@ void Search::block(int64_t first, int64_t count) const {
     for (int64_t t = 0; t < count; t++)
         for (int64_t i = 0; i < c.dim; i++) ((float *)(y + i))[t] = c.y[(first + t) * c.y_stride + i];
     double energy[LANES] = {}, along[LANES] = {};
-    F16 factor;
+    float factors[LANES];
     for (int64_t i = 0; i < c.dim; i++)
         for (int t = 0; t < LANES; t++) energy[t] += (double)y[i][t] * (double)y[i][t];
     for (int t = 0; t < LANES; t++) {
         const double norm = std::sqrt(energy[t]);
-        factor[t] = norm >= SMALLEST ? (float)(8 * std::sqrt((double)c.dim) / (c.step * norm)) : 0.0f;
+        factors[t] = norm >= SMALLEST ? (float)(8 * std::sqrt((double)c.dim) / (c.step * norm)) : 0.0f;
     }
-    const F16 most = splat(LIMIT);
+    const F16 most = splat(LIMIT), factor = load<F16>(factors);
     for (int64_t i = 0; i < rows; i++) {
         F16 x = rounded(y[i] * factor);
-        x = x > most ? most : x < -most ? -most : x;
-        const I16 number = __builtin_convertvector(x, I16);
-        scaled[i] = c.is_signed ? (number < 0 ? -number : number) : number;
+        x = pick(x > most, most, pick(x < -most, -most, x));
+        const I16 number = integers(x);
+        scaled[i] = c.is_signed ? pick(number < 0, -number, number) : number;
     }
     for (int64_t i = 0; i < triplets; i++)
-        signs[i] = c.is_signed ? ((y[3 * i] < 0) & 1) | ((y[3 * i + 1] < 0) & 2) | ((y[3 * i + 2] < 0) & 4) : I16{};
+        signs[i] = c.is_signed ? ((y[3 * i] < 0.0f) & 1) | ((y[3 * i + 1] < 0.0f) & 2) | ((y[3 * i + 2] < 0.0f) & 4) : I16{};
     if (chain)
         for (int64_t one = 0; one < CHAINS; one++) {
             if (c.state_bits == 3)

@@ -1,9 +1,9 @@
 // Products of activations with packed weights (see kernels/linear/packed.py) and with bfloat16 weights.
 //
-// Integer kinds. A block of 128 activations is rounded to 16 bits, x = step (254 hi + lo) with hi and lo in -127..127
-// and step = largest / 32385, and its bytes lie in the order of the weight's codes. Sums of bytes are exact integers,
-// so neither threads nor instruction sets change them. The error of an activation is at most 1.6e-5 of its block's
-// largest one.
+// Integer kinds. A block of 128 activations is rounded to 16 bits and multiplied as integers, which lie in the order of
+// the weight's codes: with instructions for products of bytes (VNNI, AMX) as x = step (254 hi + lo) with hi and lo in
+// -127..127, else as x = step n; step = largest / 32380. Sums of a block are exact, so the number of threads does not
+// change them. The error of an activation is at most 1.6e-5 of its block's largest one.
 #include "common.h"
 #include <algorithm>
 
@@ -46,46 +46,45 @@ struct Orders {
 };
 const Orders orders;
 
-// What is added to an unsigned or signed code's number so that it is the byte that is multiplied.
-#if defined(WIDE_VNNI) || (defined(__AVXVNNI__) && defined(__AVX2__))
-#define UNSIGNED_BYTES 1
+// Whether bytes are multiplied by bytes, and what is added to a signed code so that it is the byte that is multiplied.
+#if defined(WIDE_VNNI) || (defined(__AVXVNNI__) && defined(__AVX2__) && REGISTER == 32)
+#define OF_BYTES 1
 constexpr int INT8_ZERO = 128;
-#else
-constexpr int INT8_ZERO = 0;
-#endif
-
 // acc[lane] += the four products of a lane's bytes. |x| <= 127.
 static inline void dots(I16 &acc, B64 w, const int8_t *x, bool is_signed) {
-#if defined(WIDE_VNNI)
     if (is_signed) w ^= 128;
+#if defined(WIDE_VNNI)
     acc = (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_loadu_si512(x));
-#elif defined(__AVX2__)
-    __m256i half[2], codes[2];
-    memcpy(half, &acc, 64), memcpy(codes, &w, 64);
-    for (int i = 0; i < 2; i++) {
-        __m256i bytes = codes[i], by = _mm256_loadu_si256((const __m256i *)x + i);
-#if defined(__AVXVNNI__)
-        if (is_signed) bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
-        half[i] = _mm256_dpbusd_avx_epi32(half[i], bytes, by);
 #else
-        if (is_signed) {  // pairs stay below 2 * 128 * 127: no saturation
-            by = _mm256_sign_epi8(by, bytes);
-            bytes = _mm256_abs_epi8(bytes);
-        }
-        half[i] = _mm256_add_epi32(half[i], _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, by), _mm256_set1_epi16(1)));
-#endif
-    }
-    memcpy(&acc, half, 64);
-#else
-    int32_t lane[16];
-    uint8_t codes[64];
-    store(lane, acc), store(codes, w);
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 4; j++)
-            lane[i] += (is_signed ? (int)(int8_t)codes[4 * i + j] : (int)codes[4 * i + j]) * (int)x[4 * i + j];
-    acc = load<I16>(lane);
+    auto half = [x](I16::Half sum, B64::Half codes, int n) {
+        const __m256i by = _mm256_loadu_si256((const __m256i *)x + n);
+        return (Lanes<int32_t>)_mm256_dpbusd_avx_epi32((__m256i)sum.lanes, (__m256i)codes.lanes, by);
+    };
+    acc = {half(acc.low, w.low, 0), half(acc.high, w.high, 1)};
 #endif
 }
+#else
+constexpr int INT8_ZERO = 0;
+// The even and the odd bytes of lanes, as numbers of 16 bits.
+static inline I16 even_bytes(const B64 &w, bool is_signed) {
+    if (!is_signed) return (I16)w & 0x00ff00ff;
+#if REGISTER == 64
+    return (I16)_mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8);
+#else
+    typedef Wide<int16_t, 64> S32;
+    return (I16)((S32)w << 8 >> 8);
+#endif
+}
+static inline I16 odd_bytes(const B64 &w, bool is_signed) {
+    if (!is_signed) return (I16)((U16)w >> 8) & 0x00ff00ff;
+#if REGISTER == 64
+    return (I16)_mm512_srai_epi16((__m512i)w, 8);
+#else
+    typedef Wide<int16_t, 64> S32;
+    return (I16)((S32)w >> 8);
+#endif
+}
+#endif
 
 static const uint8_t FP4_HALVES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // 2 value + 12
 
@@ -93,6 +92,10 @@ static inline B64 fp4_halves(B64 codes) {
 #if defined(__AVX512BW__)
     __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)FP4_HALVES));
     return (B64)_mm512_shuffle_epi8(table, (__m512i)codes);
+#elif REGISTER == 32
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)FP4_HALVES));
+    return {(Lanes<uint8_t>)_mm256_shuffle_epi8(table, (__m256i)codes.low.lanes),
+            (Lanes<uint8_t>)_mm256_shuffle_epi8(table, (__m256i)codes.high.lanes)};
 #else
     uint8_t found[64];
     store(found, codes);
@@ -109,15 +112,15 @@ struct Numbers {
 template <int KIND> static inline Numbers numbers_of(const uint8_t *codes) {
     B64 first = load<B64>(codes);
     if (KIND == INT8) return {first, load<B64>(codes + 64)};
-    Numbers found{first & 15, first >> 4};
+    Numbers found{first & (uint8_t)15, first >> 4};
     return KIND == FP4 ? Numbers{fp4_halves(found.low), fp4_halves(found.high)} : found;
 }
 
 // One row of activations in the order of a weight's codes.
 struct Prepared {
-    int8_t *bytes;    // [blocks][parts][hi, lo][128]
-    I16 *starts;      // [blocks][parts][hi, lo]: less the zero times the sums of the lanes
-    F16 *sums;        // [blocks][parts]: 254 hi + lo summed over lanes
+    int8_t *bytes;    // [blocks][parts][hi, lo][128]; or int16 [blocks][parts][2 halves][even, odd bytes of codes][32]
+    I16 *starts;      // [blocks][parts][hi, lo]: less the zero times the sums of the lanes; or one, then nothing
+    F16 *sums;        // [blocks][parts]: numbers summed over lanes
     float *steps;     // [blocks]
 };
 
@@ -158,6 +161,24 @@ static void prepare(const Weight &w, const void *x, int element_kind, Prepared p
         p.steps[b] = inverse > 0 ? largest / STEPS : 0;
         for (int i = 0; i < BLOCK; i++)
             if (!std::isfinite(values[i])) p.steps[b] = NAN, inverse = 0;
+#ifndef OF_BYTES
+        int16_t numbers[BLOCK];
+        for (int i = 0; i < BLOCK; i++) numbers[i] = (int16_t)std::nearbyint(values[i] * inverse);
+        for (int part = 0; part < parts; part++) {
+            const int64_t at = b * parts + part;
+            int16_t *into = (int16_t *)(p.bytes + at * 256);
+            int32_t sums[16] = {};
+            for (int i = 0; i < BLOCK; i++) {  // of the codes' byte i
+                const bool here = parts == 1 || order[i] / 16 % 2 == part;
+                const int16_t number = here ? numbers[order[i]] : 0;
+                into[i / 64 * 64 + i % 2 * 32 + i % 64 / 2] = number;
+                sums[i % 64 / 4] += number;
+            }
+            const I16 whole = load<I16>(sums);
+            store(p.starts + 2 * at, whole * -zero);
+            store(p.sums + at, floats(whole));
+        }
+#else
         int8_t hi[BLOCK], lo[BLOCK];
         for (int i = 0; i < BLOCK; i++) {
             int n = (int)std::nearbyint(values[i] * inverse), h = (int)std::nearbyint(n * (1.0f / 254));
@@ -172,10 +193,11 @@ static void prepare(const Weight &w, const void *x, int element_kind, Prepared p
                 sums[0][i % 64 / 4] += into[i], sums[1][i % 64 / 4] += into[BLOCK + i];
             }
             I16 high = load<I16>(sums[0]), low = load<I16>(sums[1]);
-            store(p.starts + (b * parts + part) * 2, -zero * high);
-            store(p.starts + (b * parts + part) * 2 + 1, -zero * low);
+            store(p.starts + (b * parts + part) * 2, high * -zero);
+            store(p.starts + (b * parts + part) * 2 + 1, low * -zero);
             store(p.sums + b * parts + part, floats(high * 254 + low));
         }
+#endif
     }
 }
 
@@ -184,7 +206,7 @@ static inline F16 of_lanes(const Weight &w, const uint16_t *found, int64_t row, 
     if (w.group >= BLOCK) return splat(of_half(found[row * w.groups() + block * BLOCK / w.group]));
     const uint16_t *first = found + row * w.groups() + block * (BLOCK / w.group);
     const int parts_of = BLOCK / w.group;  // 2, 4 or 8 numbers; lane i has columns 16 (i % 8) or 32 (i % 4) and on
-    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I16 lane = lane_numbers();
     const I16 column = w.nibbles() ? (lane & 3) * 32 + 16 * part : (lane & 7) * 16;
     const int shift = parts_of == 2 ? 6 : parts_of == 4 ? 5 : 4;
 #if defined(__AVX512BW__)
@@ -194,7 +216,9 @@ static inline F16 of_lanes(const Weight &w, const uint16_t *found, int64_t row, 
 #else
     float few[8], found_lane[16];
     for (int i = 0; i < parts_of; i++) few[i] = of_half(first[i]);
-    for (int i = 0; i < 16; i++) found_lane[i] = few[(column >> shift)[i]];
+    int32_t at[16];
+    store(at, column >> shift);
+    for (int i = 0; i < 16; i++) found_lane[i] = few[at[i]];
     return load<F16>(found_lane);
 #endif
 }
@@ -213,6 +237,10 @@ static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, cons
         __builtin_prefetch(codes + AHEAD);
         if (KIND == INT8) __builtin_prefetch(codes + AHEAD + 64);
         const Numbers numbers = numbers_of<KIND>(codes);
+#ifndef OF_BYTES
+        const I16 words[4] = {even_bytes(numbers.low, is_signed), odd_bytes(numbers.low, is_signed),
+                              even_bytes(numbers.high, is_signed), odd_bytes(numbers.high, is_signed)};
+#endif
         for (int part = 0; part < PARTS; part++) {
             F16 scale = unit, shift = {};
             if (w.scales) scale *= of_lanes(w, w.scales, row, b, part);
@@ -220,10 +248,17 @@ static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, cons
             for (int t = 0; t < TOKENS; t++) {
                 const int64_t at = b * PARTS + part;
                 const int8_t *x = xs[t].bytes + at * 256;
+#ifdef OF_BYTES
                 I16 hi = xs[t].starts[2 * at], lo = xs[t].starts[2 * at + 1];
                 dots(hi, numbers.low, x, is_signed), dots(hi, numbers.high, x + 64, is_signed);
                 dots(lo, numbers.low, x + 128, is_signed), dots(lo, numbers.high, x + 192, is_signed);
                 F16 found = floats(hi) * 254.0f + floats(lo);
+#else
+                I16 sum = xs[t].starts[2 * at];
+                sum = pairs(pairs(sum, load<I16>(x), words[0]), load<I16>(x + 64), words[1]);
+                sum = pairs(pairs(sum, load<I16>(x + 128), words[2]), load<I16>(x + 192), words[3]);
+                F16 found = floats(sum);
+#endif
                 if (w.offsets) found -= shift * xs[t].sums[at];
                 sums[t] += found * (scale * xs[t].steps[b]);
             }
@@ -238,12 +273,11 @@ static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, cons
 template <int KIND, int PARTS>
 static void some_rows(const Weight &w, int64_t row, int64_t last, const Prepared *xs, int64_t tokens, const float *bias,
                       void *out, int kind, int64_t stride) {
-    for (; row < last; row++) {
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4)
-            row_by_tokens<KIND, PARTS, 4>(w, row, xs + t, bias, out, kind, stride, t);
-        for (; t < tokens; t++) row_by_tokens<KIND, PARTS, 1>(w, row, xs + t, bias, out, kind, stride, t);
-    }
+    int64_t t = 0;  // four rows of activations stay in the first-level cache while the rows of the weight pass
+    for (; t + 4 <= tokens; t += 4)
+        for (int64_t r = row; r < last; r++) row_by_tokens<KIND, PARTS, 4>(w, r, xs + t, bias, out, kind, stride, t);
+    for (; t < tokens; t++)
+        for (int64_t r = row; r < last; r++) row_by_tokens<KIND, PARTS, 1>(w, r, xs + t, bias, out, kind, stride, t);
 }
 
 // fp8: float32 products of values in the codes' order.
@@ -475,6 +509,7 @@ extern "C" void octo_packed_linear(const PackedCall *call) {
 }
 
 // The same for weights bfloat16 [out, columns] (contiguous) or float32 ones, in float32.
+constexpr int FEW_ROWS = REGISTER == 64 ? 4 : 2;  // with four tokens, as many as there are registers for
 template <int ROWS, int TOKENS, bool WIDE>
 static void dense_rows(const void *weight, int64_t columns, int64_t row, const float *x, const float *bias, void *out,
                        int kind, int64_t stride, int64_t token) {
@@ -507,8 +542,8 @@ static void dense(const void *weight, int64_t out_rows, int64_t columns, const v
             int64_t row = n * 32;
             const float *from = wide + t * columns;
             if (t + 4 <= tokens)
-                for (; row + 4 <= last; row += 4)
-                    dense_rows<4, 4, WIDE>(weight, columns, row, from, bias, out, kind, stride, t);
+                for (; row + FEW_ROWS <= last; row += FEW_ROWS)
+                    dense_rows<FEW_ROWS, 4, WIDE>(weight, columns, row, from, bias, out, kind, stride, t);
             else
                 for (; row + 4 <= last; row += 4)
                     dense_rows<4, 1, WIDE>(weight, columns, row, from, bias, out, kind, stride, t);

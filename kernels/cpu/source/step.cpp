@@ -46,7 +46,7 @@ struct NormCall {
     const float *x;
     float *residual;
     const float *weight, *post;
-    double eps, multiplier;
+    double eps, multiplier, scale;
     int64_t centred;
     float *out;
     int64_t rows, n, threads;
@@ -80,7 +80,7 @@ struct RotateCall {
 extern "C" void octo_add_rms_norm(const NormCall *call) {
     const NormCall &c = *call;
     const auto normed = c.centred ? layer_norm : norm;
-    const float eps = (float)c.eps, by = (float)c.multiplier;
+    const float eps = (float)c.eps, by = (float)c.multiplier, scale = (float)c.scale;
     parallel((c.rows + 15) / 16, c.rows < 32 ? 1 : (int)c.threads, [&](int64_t some) {
         float *first = c.post ? (float *)scratch(5, c.n * 4) : nullptr;
         for (int64_t r = some * 16; r < std::min(c.rows, some * 16 + 16); r++) {
@@ -88,7 +88,7 @@ extern "C" void octo_add_rms_norm(const NormCall *call) {
             if (c.post) normed(from, c.post, c.n, eps, first), from = first;
             if (c.residual) {
                 float *sum = c.residual + r * c.n;
-                for (int64_t i = 0; i < c.n; i++) sum[i] += from[i] * by;
+                for (int64_t i = 0; i < c.n; i++) sum[i] = (sum[i] + from[i] * by) * scale;
                 from = sum;
             }
             if (c.weight) normed(from, c.weight, c.n, eps, c.out + r * c.n);
@@ -112,8 +112,8 @@ extern "C" void octo_swiglu(const SwigluCall *call) {
             int64_t i = 0;
             for (; i + 16 <= c.n; i += 16) {  // half of 1 + tanh(x) is the logistic function of 2 x
                 F16 x = load<F16>(gate + i), slope = gelu ? 1.59576912f * (x + 0.044715f * x * x * x) : x;
-                F16 e = exponential(slope > 0.0f ? -slope : slope);
-                F16 share = (slope > 0.0f ? splat(1) : e) / (1.0f + e);
+                F16 e = exponential(pick(slope > 0.0f, -slope, slope));
+                F16 share = pick(slope > 0.0f, splat(1), e) / (1.0f + e);
                 store(to + i, x * share * load<F16>(up + i));
             }
             for (; i < c.n; i++) {

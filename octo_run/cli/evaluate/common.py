@@ -113,7 +113,7 @@ def loader(
 
     def of(kv: str) -> "Engine":
         weights, _, kv = kv.rpartition("/")
-        options = dataclasses.replace(load, kv=kv, weights=weights or load.weights, ctx=tokens)
+        options = dataclasses.replace(load, kv=kv, weights=weights or load.weights or "auto", ctx=tokens)
         return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
 
     return of
