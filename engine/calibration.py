@@ -31,7 +31,7 @@ from octo_run.tokenizer import Tokenizer
 #: Tokens of the text that are used at most; and of these for sensitivities, which take far longer.
 TOKENS, FEWER = 1536, 768
 #: Counts changes of the text or of what is made of it.
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,8 @@ class Engine:
                 fmt = fmt.chosen(calibration.sensitivities(plan.conditioning, fmt.measured_with, on_measure))
             if where.type == "cuda":
                 torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
+            else:
+                system_memory.give_back()  # likewise, and what measuring keys took
             return cls(str(model), cfg, decoder, cast("Tokenizer", tokenizer), plan, fmt, defaults, seed)
 
     def memory_plan(self) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 A code makes an error of about the same size in every direction. Three facts say how to bear it best:
 
-- Softmax ignores what all keys of a head have in common, so a mean mu before RoPE need not be in the code: R_j mu is
-  taken out at position j, and attention gives it back (`kernels.attention.key_mean`).
+- Softmax ignores what all keys of a head have in common, so their mean mu before RoPE need not be in the code: R_j mu
+  is taken out at position j, and attention gives it back (`kernels.attention.key_mean`).
 - For any invertible A the product of q and k is that of A^-T q and A k. With A k coded, an even error of the code
   becomes the error A^-1 n of the key, and the expected error of the logits grows with
 
@@ -11,10 +11,9 @@ A code makes an error of about the same size in every direction. Three facts say
 
   where C_k is the covariance of keys and C_q the second moment of queries. The least that it can be is reached by
   A^T A = P with P C_k P = C_q: with C_k = L L^T and L^T C_q L = U D U^T that is A = D^(1/4) U^T L^-1.
-- An error e of key j moves the output o of query i by w (q . e) (v_j - o), w being the weight that the query gives to
-  the key. Errors of different keys are independent, so the pair counts by w^2 |v_j - o|^2: a key by the sum over its
-  queries, a query by the sum over keys far enough behind it to be coded. mu is the mean of keys that count so much:
-  no other one leaves as little of what matters in the code.
+- Keys and queries count as attention does: a key by the weight that it is given, a query by what it gives to keys far
+  enough behind it to be coded. With the weight squared, times the distance of the value from the result, which is the
+  error of the result to first order, the answers of a real model suffer more: a tenth in divergence.
 
 RoPE turns keys and queries before A is applied, so both moments are averaged over positions: those before RoPE are
 multiplied, pair by pair, with the averages of e^(i (w_a - w_b) p) and e^(i (w_a + w_b) p). Slow pairs keep their
@@ -139,27 +138,23 @@ def _observe(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """One KV head of one layer: attention's result ``[T, G, d]``, and the mean and the moments before RoPE.
 
-    They are not finite where no error of a key would matter: nothing is seen, or all values are zero.
-
     Args:
         q, k, v: ``[T, G, d]``, ``[T, d]``, ``[T, d]``, queries and keys after RoPE in float32.
     """
     every = torch.ones(len(k), len(k), dtype=torch.bool, device=k.device)
     hidden = hidden_keys(spec, len(k), len(k), k.device)
     weights = weights_of((q.transpose(0, 1) @ k.T).mul_(spec.scale), hidden, spec)  # [G, T, T]
-    values = v.to(torch.float32)
-    out = weights @ values  # [G, T, d]
-    effects = torch.cdist(out, values.expand(len(out), -1, -1)).mul_(weights).square_()  # of pairs
-    effects = effects.mul_(every.tril(-_BEHIND))[..., _FIRST:]
+    out = (weights @ v.to(torch.float32)).transpose(0, 1)
+    weights = (weights * every.tril(-_BEHIND))[..., _FIRST:]
     plain_q = rope.apply(q[None], cos[None], -sin[None])[0]
     plain_k = rope.apply(k[None, :, None], cos[None], -sin[None])[0, _FIRST:, 0]
-    of_keys, of_queries = effects.sum((0, 1)), effects.sum(-1).T  # [T - FIRST], [T, G]
-    total = of_keys.sum()
-    mean = of_keys @ plain_k / total
+    mean = plain_k.mean(0)
     rest = plain_k - mean
+    received, given = weights.sum((0, 1)), weights.sum(-1).T  # of keys [T - FIRST], by queries [T, G]
+    of_keys = (rest * received[:, None]).T @ rest / received.sum()
     flat = plain_q.flatten(0, 1)
-    moments = ((rest * of_keys[:, None]).T @ rest / total, (flat * of_queries.flatten()[:, None]).T @ flat / total)
-    return out.transpose(0, 1), (mean, *moments)
+    of_queries = (flat * given.flatten()[:, None]).T @ flat / given.sum()
+    return out, (mean, of_keys, of_queries)
 
 
 def _over_positions(moments: Tensor, frequencies: Tensor, longest: int) -> Tensor:

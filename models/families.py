@@ -160,6 +160,21 @@ def _granite(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
+def _hyperclovax(fields: Fields, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Granite's multipliers, but that of the logits multiplies, and that of attention may be left out."""
+    if not fields.boolean("use_post_norm", True):
+        raise fields.fail("use_post_norm", "is false, and octo-run computes models of this family with it only")
+    scale = None if fields.raw("attention_multiplier") is None else _multiplier(fields, "attention_multiplier")
+    multiplier = _multiplier(fields, "logits_scaling")
+    return _granite(fields, kinds) | {"attention_scale": scale, "logit_multiplier": multiplier}
+
+
+def _ernie(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
+    if fields.boolean("use_bias"):
+        raise fields.fail("use_bias", "is true, and octo-run computes models of this family without biases only")
+    return {}
+
+
 def _rope_where_it_slides(fields: Fields, kinds: tuple[str, ...]) -> frozenset[int]:
     """The layers without RoPE where only those with a window have it."""
     windows = fields.values.get("sliding_window", 0) is not None
@@ -344,6 +359,17 @@ FAMILIES: Mapping[str, Family] = {
         sliding="kinds",
         more=_gemma(50.0, 30.0),
     ),
+    "VaultGemmaForCausalLM": Family(
+        "vaultgemma",
+        {**_GEMMA, "num_key_value_heads": 4, "sliding_window": 4096, "sliding_window_pattern": 2},
+        attention_bias_field=True,
+        norms=Norms(before_mlp="pre_feedforward_layernorm"),
+        norm="one_plus",
+        activation=_GELU,
+        embedding_scaled=True,
+        sliding="kinds",
+        more=_gemma(50.0, 30.0),
+    ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
         _GEMMA3,
@@ -400,10 +426,36 @@ FAMILIES: Mapping[str, Family] = {
         more=_smollm3,
     ),
     "GraniteForCausalLM": Family("granite", attention_bias_field=True, mlp_bias_field=True, more=_granite),
+    "HyperCLOVAXForCausalLM": Family(
+        "hyperclovax",
+        attention_bias_field=True,
+        mlp_bias_field=True,
+        norms=Norms("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
+        more=_hyperclovax,
+    ),
     "GraniteMoeForCausalLM": Family(
         "granitemoe",
         attention_bias_field=True,
         more=lambda fields, kinds: _granite(fields, kinds) | local_experts(fields, "stacked"),
+    ),
+    "Ernie4_5ForCausalLM": Family(
+        "ernie4_5",
+        {"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True},
+        interleaved=True,
+        eps=("rms_norm_eps", 1e-5),
+        rope=RopeFields(500_000.0),
+        more=_ernie,
+    ),
+    "HeliumForCausalLM": Family(
+        "helium",
+        {"num_key_value_heads": 20, "head_dim": 128},
+        attention_bias_field=True,
+        out_bias_field=None,
+        mlp_bias_field=True,
+        norm="wide",
+        interleaved=True,
+        eps=("rms_norm_eps", 1e-8),
+        rope=RopeFields(100_000.0),
     ),
     "GlmForCausalLM": Family(
         "glm",

@@ -1,7 +1,7 @@
 """Pulling models from the Hub, and (re-exported) finding, listing, removing them.
 
-The Hub's address is ``$HF_ENDPOINT``, its token the one given, ``$HF_TOKEN``, or what ``hf auth login`` stored. ``huggingface_hub`` is
-imported by :func:`pull` and :func:`remove` only.
+The Hub's address is ``$HF_ENDPOINT``, its token the one given, ``$HF_TOKEN``, or what ``hf auth login`` stored.
+``huggingface_hub`` is imported by :func:`pull` and :func:`remove` only.
 """
 
 import os

@@ -472,8 +472,8 @@ def _token(given: str | None) -> str | None:
         raise OctoError(f"The token for the Hub cannot be read ({error}): set HF_TOKEN, or `hf auth login`.") from error
     if token and not _TOKEN.fullmatch(token):
         raise OctoError(
-            "The token for the Hub (--token, HF_TOKEN, or what `hf auth login` stored) holds a character that no token has:"
-            " copy it again."
+            "The token for the Hub (--token, HF_TOKEN, or what `hf auth login` stored) holds a character that no token"
+            " has: copy it again."
         )
     return token or None
 

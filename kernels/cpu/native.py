@@ -30,7 +30,16 @@ NATIVE = "native"
 COMPILED = "octo_run::"
 """What the profiler's names of compiled kernels begin with."""
 _SOURCE = Path(__file__).parent / "source"
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-pthread")
+_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+    "-pthread",
+)
 _LINK = ("-shared", "-pthread")
 _TIME_LIMIT = 300  # seconds that the compiler may take
 _listeners: list[Callable[[str], object]] = []

@@ -243,12 +243,15 @@ def write_trace(path: Path, profiles: "list[Profile]", about: dict[str, str]) ->
 
 
 def device_name(engine: "Engine") -> str:
-    """The device with the name of the chip, so that a figure says where it was taken."""
+    """The device with the name of the chip, or the threads and instructions of a CPU: where a figure was taken."""
     import torch
 
     if engine.device.type == "cuda":
         return f"{engine.device} ({torch.cuda.get_device_name(engine.device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    from octo_run.kernels.cpu import path_name
+
+    count = torch.get_num_threads()
+    return f"cpu ({count} thread{'s' * (count > 1)}, {path_name()})"
 
 
 def threads() -> int:

@@ -95,23 +95,27 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "sampling": SamplingParams.own(load_generation_defaults(path)),
         "device": str(where),
         "free_bytes": free_memory(where),
-        "weights": _weight_rows(cfg, kind),
+        "weights": _weight_rows(cfg, where, kind),
         "kv": [asdict(row) for row in _format_rows(cfg, where, kind)],
     }
 
 
-def _weight_rows(cfg: Any, dtype: Any) -> list[dict[str, Any]]:
+def _weight_rows(cfg: Any, device: Any, dtype: Any) -> list[dict[str, Any]]:
     """Bytes in memory with every choice of ``--weights`` and ``--head``; none for files that are quantised already."""
     from octo_run.engine.plan import weight_bytes
     from octo_run.models.decoder import Decoder
-    from octo_run.models.quantisation.schemes import WEIGHTS, head_scheme, scheme_of
+    from octo_run.models.quantisation.schemes import WEIGHTS, head_scheme, matrix_dtype, scheme_of
     from octo_run.models.weights import RandomWeights
 
     rows = []
     for name in WEIGHTS if cfg.quantisation is None else ():
+        try:
+            matrices = matrix_dtype(name, cfg, device, dtype)
+        except UsageError:  # not with this arithmetic
+            continue
         row: dict[str, Any] = {"weights": name}
         for head in HEADS:
-            source = RandomWeights(cfg, "meta", dtype)
+            source = RandomWeights(cfg, "meta", dtype, matrices=matrices)
             decoder = Decoder(cfg, source, None, None, scheme_of(name), None, head_scheme(head))
             row[f"bytes_head_{head}"] = weight_bytes(decoder)
         rows.append(row)

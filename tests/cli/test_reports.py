@@ -57,7 +57,7 @@ def test_bench_compares_formats_of_weights(octo: Callable[..., Any], engine: Any
     assert [row["weights"] for row in report["rows"]] == ["bf16"] * 8 + ["int4"] * 8
     engine.weights.clear()
     refused = octo(*BENCH, "--weights", "bf16,int5")
-    assert refused.code == 2 and "There is no format of weights 'int5'; give --weights bf16" in refused.err
+    assert refused.code == 2 and "There is no format of weights 'int5'; give --weights fp32" in refused.err
     assert not engine.weights
 
 
@@ -179,11 +179,14 @@ def test_show_json(octo: Callable[..., Any]) -> None:
     assert facts["parameters"] == 18_880_896
     assert facts["weight_bytes"] == 4 * 18_880_896 and facts["dtype"] == "float32"
     weights = {row["weights"]: row for row in facts["weights"]}
-    assert [*weights] == ["bf16", "fp8", "int8", "int4", "int4-128"]
-    assert weights["bf16"]["bytes_head_bf16"] == facts["weight_bytes"]
+    assert [*weights] == ["fp32", "bf16", "fp8", "int8", "int4", "int4-128"]
+    assert weights["fp32"]["bytes_head_bf16"] == facts["weight_bytes"]
+    assert weights["bf16"]["bytes_head_bf16"] < 0.51 * facts["weight_bytes"]
     assert weights["int4"]["bytes_head_bf16"] < 0.4 * facts["weight_bytes"]
     table = 8192 * 384
-    assert all(row["bytes_head_bf16"] - row["bytes_head_int8"] == 3 * table - 4 * 8192 for row in weights.values())
+    for name, row in weights.items():
+        saved = table if name == "bf16" else 3 * table
+        assert row["bytes_head_bf16"] - row["bytes_head_int8"] == saved - 4 * 8192
     rows = {row["kv"]: row for row in facts["kv"]}
     assert rows["octopus3"]["bytes_per_token"] == 8 * 2 * (56 + 56)
     assert rows["bf16"]["bytes_per_token"] == 8 * 2 * 2 * 128 * 4

@@ -1,10 +1,13 @@
 """What weights are stored as when nobody says: int8 on a CPU with compiled kernels, and it is told."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from octo_run.cli import runtime
 from octo_run.cli.options import EngineOptions
@@ -55,3 +58,9 @@ def test_it_is_told_once(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPat
     runtime._planned.clear()
     asked = octo("generate", "-p", "Once", "-n", "2", "--ctx", "256", "--device", "cpu", "--weights", "fp32")
     assert asked.code == 0 and "as a CPU is slow" not in asked.err and "weights fp32" in asked.err
+
+
+def test_a_benchmark_names_threads_and_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "path_name", lambda: "AVX2")
+    engine = SimpleNamespace(device=torch.device("cpu"))
+    assert re.fullmatch(r"cpu \(\d+ threads?, AVX2\)", runtime.device_name(engine))  # type: ignore[arg-type]

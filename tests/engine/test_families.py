@@ -125,6 +125,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "residual_multiplier": 0.22, "tie_word_embeddings": True,
         },
     ),
+    "ernie": ("Ernie4_5", {**heads(6, 2, 64), "tie_word_embeddings": True}),
+    "helium": ("Helium", {**heads(4, 2, 64), "hidden_size": 256, **dict.fromkeys(BIASES, True)}),
+    "hyperclovax": (
+        "HyperCLOVAX",
+        {
+            "hidden_size": 256, "embedding_multiplier": 12.0, "logits_scaling": 0.125, "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625, **dict.fromkeys(BIASES, True),
+        },
+    ),
+    "vaultgemma": (
+        "VaultGemma",
+        {**heads(5, 1, 64), "hidden_size": 80, "sliding_window": 70, "query_pre_attn_scalar": 100},
+    ),
     "glm": ("Glm", {**heads(4, 2, 64)}),
     "glm4": ("Glm4", {**heads(4, 2, 64)}),
     "exaone4": ("Exaone4", {"hidden_size": 256, "sliding_window": 70, "layer_types": TWO}),

@@ -210,12 +210,12 @@ def test_a_huge_maximum_costs_nothing_before_it_is_used(conditioning: str, free:
     told = plan_memory(cfg, "oct3", device=CPU, dtype=torch.bfloat16, conditioning=conditioning)
     assert time.thread_time() - begun < 1
     assert 1_000_000 < told.context < 2**31 - 1 and told.arena > 3_900_000_000
-    begun, before = time.perf_counter(), system_memory.resident()
+    begun, before = time.process_time(), system_memory.resident()
     engine = Engine.load(
         "huge", kv="oct3", random_weights=cfg, device="cpu", dtype="bfloat16", conditioning=conditioning
     )
     next(engine.generate([1, 2, 3] * 100))
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
     assert system_memory.resident() - before < 400_000_000
 
 

@@ -345,7 +345,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "system a number": _set("system", 3),
     "ids of another shape": lambda header, _: header["ids"].update(shape=[1, *header["ids"]["shape"]]),
     "pages of another shape": lambda header, _: header["pages"].update(shape=header["pages"]["shape"][::-1]),
-    "full of another dtype": lambda header, _: header["full"].update(dtype="I32"),
+    "full of another dtype": lambda header, _: header["full0"].update(dtype="I32"),
     "no pages": lambda header, _: header.update(nothing=header.pop("pages")),
 }
 

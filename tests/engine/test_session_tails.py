@@ -38,7 +38,8 @@ def held(engine: Engine) -> tuple[list[int], torch.Tensor, torch.Tensor]:
     """What the first row of an engine has: tokens, pages, the full-precision part."""
     sequence = engine.arena.table.rows[0]
     assert sequence is not None
-    return sequence.ids, engine.arena.pages[sequence.page_ids].clone(), engine.arena.row_state(0)[0].clone()
+    full = torch.cat([part.flatten() for part in engine.arena.row_state(0)])
+    return sequence.ids, engine.arena.pages[sequence.page_ids].clone(), full
 
 
 def test_a_turn_writes_only_what_is_new(tiny: Callable[..., Engine], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octo_run.kernels import AttentionSpec
 from octo_run.models import conditioning, rope
 from octo_run.models.conditioning import Conditioning, calibration_text, choose, measure
 from octo_run.models.config import ModelConfig, parse_config
@@ -82,41 +81,6 @@ def test_moments_over_positions_are_those_of_turned_vectors() -> None:
         matrix = turn[0, :, 0].T
         total += matrix @ moment @ matrix.T / 256
     assert torch.allclose(got, total, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("group", [1, 3])
-def test_pairs_count_by_what_an_error_of_their_logit_does(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against derivatives of attention: mean and moments are those of keys and queries that count so much."""
-    monkeypatch.setattr(conditioning, "_BEHIND", 3)
-    monkeypatch.setattr(conditioning, "_FIRST", 2)
-    generator = torch.Generator().manual_seed(4)
-    count, dim = 12, 8
-    q = torch.randn(count, group, dim, generator=generator)
-    k, v = (torch.randn(count, dim, generator=generator) for _ in range(2))
-    angles = torch.arange(count)[:, None] * 10.0 ** -torch.arange(0.0, 2.0, 0.5)
-    cos, sin = angles.cos(), angles.sin()
-    out, (mean, of_keys, of_queries) = conditioning._observe(q, k, v, cos, sin, AttentionSpec(scale=dim**-0.5))
-
-    def attend(scores: Tensor) -> Tensor:
-        return scores.masked_fill(torch.ones(count, count).triu(1).bool(), -torch.inf).softmax(-1) @ v.double()
-
-    scores = torch.einsum("igd,jd->gij", q.double(), k.double()) * dim**-0.5
-    assert torch.allclose(out.double(), attend(scores).transpose(0, 1), atol=1e-6)
-    slopes = torch.autograd.functional.jacobian(attend, scores)  # [g, i, d, g, i, j]
-    effects = torch.einsum("gidgij->gijd", slopes).square().sum(-1)
-    effects = (effects * torch.ones(count, count).tril(-3))[..., 2:]
-
-    def at_zero(x: Tensor) -> Tensor:
-        return rope.apply(x[None], cos[None], -sin[None])[0].double()
-
-    queries, keys = at_zero(q), at_zero(k[:, None])[2:, 0]
-    by_key, by_query = effects.sum((0, 1)), effects.sum(-1).T
-    wanted = (by_key[:, None] * keys).sum(0) / by_key.sum()
-    assert torch.allclose(mean.double(), wanted, atol=1e-5)
-    rest = keys - wanted
-    assert torch.allclose(of_keys.double(), torch.einsum("j,ja,jb->ab", by_key, rest, rest) / by_key.sum(), atol=1e-5)
-    expected = torch.einsum("ig,iga,igb->ab", by_query, queries, queries) / by_query.sum()
-    assert torch.allclose(of_queries.double(), expected, atol=1e-5)
 
 
 def tiny(**changes: object) -> ModelConfig:

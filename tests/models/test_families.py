@@ -125,7 +125,7 @@ def test_left_out_fields_mean_what_they_mean_to_transformers(architecture: str) 
     family = FAMILIES[architecture]
     kind = {value.model_type: value for value in transformers.CONFIG_MAPPING.values()}[family.model_type]
     sizes = {name: SIZES[name] for name in SIZES if name != "num_key_value_heads"} | {
-        "num_attention_heads": 32, "hidden_size": 2048,
+        "num_attention_heads": 160, "hidden_size": 160 * 64,
     }  # fmt: skip
     theirs = kind(**sizes)
     if len(getattr(theirs, "per_layer_config", None) or ()):  # what layers differ in is asked of a layer then
@@ -135,7 +135,7 @@ def test_left_out_fields_mean_what_they_mean_to_transformers(architecture: str) 
         theirs.allow_global_per_layer_attribute_access = True
     ours = parse_config(sizes | {"architectures": [architecture]}, Path("config.json"))
     assert (ours.num_kv_heads, ours.tie_word_embeddings) == (theirs.num_key_value_heads, theirs.tie_word_embeddings)
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2048 // 32)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64)
     assert ours.rms_norm_eps == getattr(theirs, family.eps[0])
     assert ours.hidden_act == getattr(theirs, family.activation[0])
     assert ours.qkv_bias == (getattr(theirs, "attention_bias", False) or family.qkv_bias)

@@ -199,11 +199,16 @@ static inline uint16_t to_bf16(float x) {
     if ((bits & 0x7fffffff) > 0x7f800000) return (bits >> 16) | 64;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+#if defined(__aarch64__)
+typedef __fp16 Half;  // _Float16 is C++ only from GCC 13 on
+#elif !defined(__F16C__)
+typedef _Float16 Half;
+#endif
 static inline float of_half(uint16_t bits) {
 #if defined(__F16C__)
     return _cvtsh_ss(bits);
 #else
-    return (float)load<_Float16>(&bits);
+    return (float)load<Half>(&bits);
 #endif
 }
 static inline F16 of_bf16s(const uint16_t *from) {
@@ -248,7 +253,7 @@ static inline void put(void *to, int kind, int64_t at, float x) {
 #if defined(__F16C__)
         ((uint16_t *)to)[at] = _cvtss_sh(x, 0);
 #else
-        _Float16 half = (_Float16)x;
+        Half half = (Half)x;
         memcpy((uint16_t *)to + at, &half, 2);
 #endif
     }
