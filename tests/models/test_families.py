@@ -128,7 +128,7 @@ def test_left_out_fields_mean_what_they_mean_to_transformers(architecture: str) 
         "num_attention_heads": 160, "hidden_size": 160 * 64,
     }  # fmt: skip
     theirs = kind(**sizes)
-    if len(getattr(theirs, "per_layer_config", None) or ()):  # what layers differ in is asked of a layer then
+    if architecture.startswith("Gemma4"):  # what layers differ in is asked of a layer there
         for index, one in enumerate(layer_specs(parse_config(sizes | {"architectures": [architecture]}, Path("c")))):
             other = theirs.per_layer_config[index]
             assert (one.kv_heads, one.head_dim) == (other.num_key_value_heads, other.head_dim)
