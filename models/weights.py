@@ -338,9 +338,9 @@ def _harmless(name: str, cfg: ModelConfig) -> bool:
         return True
     if cfg.wrapper and _OTHER_PARTS.fullmatch(name):
         return True
-    if (borrower := _UNUSED_KEYS.fullmatch(name)) is not None:
-        layer = int(borrower[1])
-        return layer < cfg.num_layers and cfg.kv_source(layer) != layer
+    borrower = _UNUSED_KEYS.fullmatch(name)
+    if borrower is not None and (layer := int(borrower[1])) < cfg.num_layers and cfg.kv_source(layer) != layer:
+        return True
     return _HARMLESS.fullmatch(name) is not None or (cfg.tie_word_embeddings and name == HEAD)
 
 
