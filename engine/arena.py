@@ -456,6 +456,13 @@ class KVArena:
             self.enter_pages(row, 0, [max(0, page) for page in group.pool.held[row]], group)
 
 
+def _chosen(x: Tensor, axis: int, places: list[int]) -> Tensor:
+    """Some places of an axis, in order: a view where they are neighbours."""
+    if not places or places[-1] - places[0] == len(places) - 1:
+        return x.narrow(axis, places[0] if places else 0, len(places))
+    return x.index_select(axis, torch.tensor(places, device=x.device))
+
+
 class Chunk:
     """New tokens of one sequence on their way through the layers.
 
@@ -486,16 +493,18 @@ class Chunk:
         tail = self.old_tail + self.count - self.to_sink
         self.new_pages = max(0, (tail - s.window) // PAGE)
         first = sequence.packed
+        sequence.mark(self.start)  # a turn may have ended here
         page_ids = sequence.take_pages(self.new_pages, None if self.reads_its_pages else self.end)
         if self.new_pages:  # slots of the old tail will be written over
             sequence.hold(sequence.packed_end)
-        #: Of layers without a window, and of each group: how many of the new pages are not stored, ids of the others.
-        self._ids = dict[WindowPages | None, tuple[int, Tensor]]()
-        self._ids[None] = 0, arena.enter_pages(self.row, first, page_ids)
+        #: Of layers without a window, and of each group: which of the new pages are stored, and their ids.
+        self._ids = dict[WindowPages | None, tuple[list[int], Tensor]]()
+        self._ids[None] = [*range(self.new_pages)], arena.enter_pages(self.row, first, page_ids)
         for group in arena.windows:
-            found = [page for page in group.pool.held[self.row][first:] if page != GONE]
-            skipped = self.new_pages - len(found)
-            self._ids[group] = skipped, arena.enter_pages(self.row, first + skipped, found, group)
+            found = group.pool.held[self.row][first:]
+            places = [place for place, page in enumerate(found) if page != GONE]
+            entered = arena.enter_pages(self.row, first, [max(0, page) for page in found], group)
+            self._ids[group] = places, _chosen(entered, 0, places)
         device = arena.pages.device
         slots = torch.arange(origin, origin + tail, device=device) % s.ring + s.sink
         self._old_slots, self._left_slots = slots[: self.old_tail], slots[self.new_pages * PAGE :]
@@ -585,9 +594,9 @@ class Chunk:
         if a.means is not None:
             k_pages = a.means.take_out(k_pages, (layer,), self._state[1:2])
         group = a._group.get(layer)
-        skipped, ids = self._ids[group]
-        if len(ids):
-            a.encode((layer,), k_pages[:, skipped:], v_pages[:, skipped:], ids, group)
+        places, ids = self._ids[group]
+        if places:
+            a.encode((layer,), _chosen(k_pages, 1, places), _chosen(v_pages, 1, places), ids, group)
 
     def _keep(self, layer: int, staging: Tensor) -> None:
         """Store what is left of the tail."""
@@ -601,13 +610,15 @@ class Chunk:
         Returns:
             Whether it can.
         """
+        marked = self.sequence.mark(min(length, self.end))
         if self.arena.states is None:
-            return True
+            return marked
         self.snapshot = self.arena.states.plan_for(self.row, self.start, min(length, self.end), self.snapshot)
-        return self.snapshot is not None and length - self.snapshot[0] < PAGE
+        return marked and self.snapshot is not None and length - self.snapshot[0] < PAGE
 
     def commit(self) -> None:
         """All layers are written: the chunk's tokens now belong to the sequence."""
+        self.sequence.mark(self.end)
         self.sequence.advance(self.start, self.ids, self.new_pages)
         if self.arena.states is not None:
             self.arena.states.keep(self.row, self.snapshot)

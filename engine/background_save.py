@@ -52,8 +52,8 @@ class BackgroundSave:
 
     def _write(self, snapshot: Snapshot, path: Path, were_read: Callable[[], None], whole: bool) -> None:
         base = self._bases.get(path)
-        new = len(snapshot.page_ids) - snapshot.shared(base)
-        if base is not None and path.exists() and not whole and new**2 <= TAIL_FACTOR * len(snapshot.page_ids):
+        new = len(snapshot.page_ids["pages"]) - snapshot.shared(base)
+        if base is not None and path.exists() and not whole and new**2 <= TAIL_FACTOR * len(snapshot.page_ids["pages"]):
             snapshot.write_tail(path, base, were_read)
             self.in_parts.add(path)
         else:

@@ -45,7 +45,8 @@ DRIVER_BYTES = 640 * 2**20
 #: Share of the free memory that ``--ctx auto`` may take (the rest is for other programs).
 AUTO_SHARE = {"cuda": 0.92, "cpu": 0.5}
 
-#: Snapshots of recurrent states take at most the so-manieth part of the free memory, beside two for each sequence.
+#: Snapshots of recurrent states take at most the so-manieth part of the free memory, beside two for each sequence, and
+#: those of layers with windows at most as much.
 SNAPSHOT_SHARE = 32
 
 _NO_LIMIT = 2**62  # tokens
@@ -287,9 +288,10 @@ def recurrent_shape(cfg: ModelConfig) -> RecurrentShape | None:
     return RecurrentShape(mixers[0].shape, len(mixers), 0) if mixers else None
 
 
-def window_shapes(cfg: ModelConfig, fmt: LayerFormats) -> tuple[WindowShape, ...]:
-    """The groups of layers that have a window. There are none with formats that are chosen later: what a group takes is
-    known only then, and its layers share the pages of the others."""
+def window_shapes(cfg: ModelConfig, fmt: LayerFormats, sequences: int = 1, free: int = 0) -> tuple[WindowShape, ...]:
+    """The groups of layers that have a window, with as many snapshots as a part of the free memory holds. There are no
+    groups with formats that are chosen later: what one takes is known only then, and its layers share the pages of the
+    others."""
     if isinstance(fmt, AutoFormats):
         return ()
     groups = dict[int, list[int]]()
@@ -298,9 +300,12 @@ def window_shapes(cfg: ModelConfig, fmt: LayerFormats) -> tuple[WindowShape, ...
         if window is not None:
             groups.setdefault(window, []).append(number)
     sizes = _token_bytes(cfg, fmt)
-    return tuple(
+    shapes = [
         WindowShape(tuple(layers), window, sum(sizes[layer] for layer in layers)) for window, layers in groups.items()
-    )
+    ]
+    each = sum(PAGE * one.seen * one.token_bytes for one in shapes)
+    snapshots = min(8 + 8 * sequences, free // SNAPSHOT_SHARE // max(1, each))
+    return tuple(replace(one, snapshots=snapshots) for one in shapes)
 
 
 def _token_bytes(cfg: ModelConfig, fmt: LayerFormats) -> list[int]:
@@ -465,7 +470,7 @@ def plan_memory(
         mean_heads=cfg.num_heads if kind != "off" else 0,
         on_gpu=device.type == "cuda",
         recurrent=_with_snapshots(cfg, dtype, sequences, free),
-        windows=window_shapes(cfg, fmt),
+        windows=window_shapes(cfg, fmt, sequences, free),
         lent=_lent(cfg),
     )
     if cache_bytes is not None:

@@ -3,11 +3,9 @@
 Packed pages never change, so several sequences may hold one. A page is free when nobody holds it.
 """
 
-from bisect import bisect_left
-
 from octo_run.errors import OctoError
 
-#: Stands for a page that a row does not hold any more, in front of those that it holds.
+#: Stands for a page that a row does not hold any more, or never did.
 GONE = -1
 
 
@@ -22,8 +20,8 @@ class PagePool:
     counts are then taken anew from ``held``, which alone says who holds what.
 
     Attributes:
-        held: The pages of each row in order, `GONE` for the first ones if these were given back, then those of other
-            holders; only the pool changes it.
+        held: The pages of each row in order, `GONE` for those that were given back, then those of other holders; only
+            the pool changes it.
     """
 
     def __init__(self, pages: int, rows: int) -> None:
@@ -63,7 +61,12 @@ class PagePool:
         Raises:
             PoolExhausted: Fewer are free.
         """
+        return self.take_some(row, [True] * count)
+
+    def take_some(self, row: int, wanted: list[bool]) -> list[int]:
+        """As :meth:`take`, a page for each of ``wanted`` that is true, and `GONE` for each other."""
         self._mend()
+        count = sum(wanted)
         if count > self.free:
             raise PoolExhausted(
                 f"The KV cache is full: {count} of its {self._count:,} pages are wanted and "
@@ -71,15 +74,19 @@ class PagePool:
             )
         held = self.held[row]
         self._torn = True
-        for _ in range(count):
-            if self._free:
-                page = self._free.pop()
-            else:
-                page, self._fresh = self._fresh, self._fresh + 1
-            self._references[page] = 1
-            held.append(page)
+        for one in wanted:
+            held.append(self._next() if one else GONE)
         self._torn = False
-        return held[len(held) - count :]
+        return held[len(held) - len(wanted) :]
+
+    def _next(self) -> int:
+        """A free page, which is held from now on."""
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, self._fresh = self._fresh, self._fresh + 1
+        self._references[page] = 1
+        return page
 
     def share(self, row: int, pages: list[int]) -> None:
         """Let the row hold ``pages``, which another holds."""
@@ -102,27 +109,18 @@ class PagePool:
             self._release(held.pop())
         self._torn = False
 
-    def skip(self, row: int, count: int) -> None:
-        """Let the row go on as if it had held ``count`` pages more and given them back."""
-        assert not count or self.gone(row) == len(self.held[row])
-        self.held[row] += [GONE] * count
-
-    def forget(self, row: int, before: int) -> None:
-        """Let the row give back its pages with numbers below ``before``; the others keep their numbers."""
+    def release(self, row: int, numbers: list[int]) -> None:
+        """Let the row give back its pages with these numbers; the others keep theirs."""
         held = self.held[row]
-        first, before = self.gone(row), min(before, len(held))
-        if first >= before:
+        found = [number for number in numbers if held[number] != GONE]
+        if not found:
             return
         self._mend()
         self._torn = True
-        for number in range(first, before):
+        for number in found:
             page, held[number] = held[number], GONE
             self._release(page)
         self._torn = False
-
-    def gone(self, row: int) -> int:
-        """How many of the row's first pages were given back."""
-        return bisect_left(self.held[row], True, key=lambda page: page != GONE)
 
     def _release(self, page: int) -> None:
         if page == GONE:

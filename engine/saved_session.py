@@ -4,12 +4,15 @@ A session file is a safetensors file. Its ``__metadata__`` has ``format`` (``oct
 object: version, model, settings, the conversation, and what decides whether the pages can be used. Its tensors:
 
 - ``ids`` int32 ``[n]``: the tokens that the cache holds;
-- ``pages`` uint8 ``[P, bytes]``: the packed pages as the arena has them, a row has all layers and KV heads of a page;
-- ``full`` ``[2, layers, kv_heads, sink + ring, d]``: the sinks and the ring, K and V;
+- ``pages`` uint8 ``[P, bytes]``: the packed pages as the arena has them, a row has all layers without a window and KV
+  heads of a page; ``window0``, ``window1`` and so on those of layers with a window: the last ones, which the next token
+  sees, and some before them;
+- ``full0`` ``[2, layers, kv_heads, sink + ring, d]``: the sinks and the ring, K and V; ``full1`` and so on of layers
+  whose heads differ from these in number or size;
 - ``conv`` and ``memory``: the states of recurrent layers behind the last token, where there are such layers;
-- ``key_maps`` ``[layers, 2, kv_heads, d, d]`` and ``key_means`` float32 ``[layers, kv_heads, d]``: what queries and
-  keys are multiplied by and what is kept out of the code, where there is such. They are measured, so each machine has
-  its own; an engine takes those of the file.
+- ``key_maps0`` ``[layers, 2, kv_heads, d, d]`` and ``key_means0`` float32 ``[layers, kv_heads, d]``: what queries and
+  keys are multiplied by and what is kept out of the code, where there is such; ``key_maps1`` as ``full1``. They are
+  measured, so each machine has its own; an engine takes those of the file.
 
 Pages go from one layout to the other where they were written on another kind of device. Nothing but the codec
 compresses them. A file is written beside its name, brought to the disk, and then given its name: whoever is interrupted
@@ -31,6 +34,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +57,13 @@ from octo_run.models.safetensors_file import STORED_DTYPES, TensorEntry, TensorF
 from octo_run.models.safetensors_writer import Item, Shard
 
 if TYPE_CHECKING:
+    from octo_run.engine.arena import KVArena
     from octo_run.engine.engine import Engine
     from octo_run.models.decoder import AttentionWeights
 
 FORMAT = "octo-run session"
 #: Of the header: a change of what it says makes a new one.
-VERSION = 1
+VERSION = 2
 #: Bytes of pages that are read, or written, at once.
 PIECE_BYTES = 32 << 20
 _ADVICE = "its file is damaged, delete it"
@@ -97,13 +103,14 @@ class Snapshot:
     Attributes:
         engine: Whose pages they are.
         rows: What the row of the sequence holds, by its names in the file; none where nothing is held.
-        page_ids: The pages; they must stay what they are until ``write`` says that they were read.
+        page_ids: The pages, by the names that they have in the file; they must stay what they are until ``write`` says
+            that they were read.
     """
 
     engine: Engine
     header: dict[str, Any]
     ids: list[int]
-    page_ids: list[int]
+    page_ids: dict[str, list[int]]
     rows: dict[str, Tensor]
 
     @classmethod
@@ -132,19 +139,23 @@ class Snapshot:
             "system": session.system,
             "turns": session.turns,
         }
-        if sequence is None or engine.arena.windows:  # layers with a window have pages of their own, given back by now
-            return cls(engine, header, [], [], {})
+        if sequence is None:
+            return cls(engine, header, [], {name: [] for name in _stores(engine.arena)}, {})
+        row, page_ids = sequence.row, {"pages": sequence.page_ids[:pages]}
+        for number, group in enumerate(engine.arena.windows):
+            first = group.first_held(row, length, pages)
+            page_ids[f"window{number}"] = group.pool.held[row][first:pages]
         parts_of = engine.arena.row_state(sequence.row)
         rows = {f"full{kind}": part.to("cpu", copy=True) for kind, part in enumerate(parts_of)}
         if engine.arena.states is not None:
             parts = engine.arena.states.of(sequence.row, length)
             rows |= {name: part.to("cpu", copy=True) for name, part in zip(_STATES, parts, strict=True)}
-        return cls(engine, header, sequence.ids[:length], sequence.page_ids[:pages], rows)
+        return cls(engine, header, sequence.ids[:length], page_ids, rows)
 
     @property
     def as_base(self) -> Base:
         """The file of this snapshot, to be continued."""
-        return Base(self.header["id"], weakref.ref(self.engine), self.ids, self.page_ids)
+        return Base(self.header["id"], weakref.ref(self.engine), self.ids, self.page_ids["pages"])
 
     def shared(self, base: Base | None) -> int:
         """How many of the first pages a file has already: those with the same numbers and the same tokens up to them.
@@ -155,26 +166,29 @@ class Snapshot:
         if base is None or base.engine() is not self.engine:
             return 0
         alike = max(0, common_length(base.ids, self.ids) - self.engine.plan.shape.sink) // PAGE
-        return min(alike, common_length(base.page_ids, self.page_ids))
+        return min(alike, common_length(base.page_ids, self.page_ids["pages"]))
 
     def items(self, were_read: Callable[[], None], first_page: int = 0) -> dict[str, Item]:
-        """The tensors of the file, with the pages from one on; ``were_read`` is called when the arena is needed no
-        more."""
-        arena, found = self.engine.arena, dict[str, Item]()
-        page_ids = self.page_ids[first_page:]
-        found["ids"] = _item(torch.tensor(self.ids, dtype=torch.int32))
-        row = arena.pages.shape[1]
+        """The tensors of the file, with the pages of all tokens from one on; ``were_read`` is called when the arena is
+        needed no more."""
+        found = {"ids": _item(torch.tensor(self.ids, dtype=torch.int32))}
+        stores = _stores(self.engine.arena)
+        unread = {*stores}
 
-        def pages() -> Iterator[Tensor]:
-            count = max(1, PIECE_BYTES // max(1, row))
-            for first in range(0, len(page_ids), count):
-                chosen = torch.tensor(page_ids[first : first + count], device=arena.pages.device)
+        def pieces(name: str, pages: Tensor, ids: list[int]) -> Iterator[Tensor]:
+            count = max(1, PIECE_BYTES // max(1, pages.shape[1]))
+            for first in range(0, len(ids), count):
+                chosen = torch.tensor(ids[first : first + count], device=pages.device)
                 with torch.inference_mode():
-                    piece = arena.pages.index_select(0, chosen).cpu()
+                    piece = pages.index_select(0, chosen).cpu()
                 yield piece
-            were_read()
+            unread.discard(name)
+            if not unread:
+                were_read()
 
-        found["pages"] = Item(torch.uint8, (len(page_ids), row), pages)
+        for name, (pages, _) in stores.items():
+            ids = self.page_ids[name][first_page if name == "pages" else 0 :]
+            found[name] = Item(torch.uint8, (len(ids), pages.shape[1]), partial(pieces, name, pages, ids))
         if self.rows:
             found |= {name: _item(part) for name, part in self.rows.items()}
             found |= {name: _item(torch.stack(parts).cpu()) for name, parts in _key_tensors(self.engine).items()}
@@ -261,15 +275,23 @@ def _held(engine: Engine, ids: list[int]) -> tuple[Sequence | None, int, int]:
 def _key_tensors(engine: Engine) -> dict[str, list[Tensor]]:
     """The maps and means of all layers whose keys are conditioned, by their names in a file; none that follow from the
     rotation alone."""
-    layers = _attention_layers(engine)
-    found = dict[str, list[Tensor]]()
-    maps = [layer.maps for layer in layers if layer.maps is not None]
-    if engine.plan.conditioning == "full" and len(maps) == len(layers):
-        found["key_maps"] = maps
-    means = [layer.key_mean for layer in layers if layer.key_mean is not None]
-    if len(means) == len(layers):
-        found["key_means"] = means
+    every, found = _attention_layers(engine), dict[str, list[Tensor]]()
+    for kind, numbers in enumerate(engine.plan.shape.kinds.values()):
+        layers = [every[number] for number in numbers]
+        maps = [layer.maps for layer in layers if layer.maps is not None]
+        if engine.plan.conditioning == "full" and len(maps) == len(layers):
+            found[f"key_maps{kind}"] = maps
+        means = [layer.key_mean for layer in layers if layer.key_mean is not None]
+        if len(means) == len(layers):
+            found[f"key_means{kind}"] = means
     return found
+
+
+def _stores(arena: KVArena) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """What holds pages, by its name in a file: ``[pages, bytes]``, and the layers of which these are, in order."""
+    windowed = {layer for group in arena.windows for layer in group.shape.layers}
+    found = {"pages": (arena.pages, tuple(layer for layer in range(arena.shape.layers) if layer not in windowed))}
+    return found | {f"window{n}": (group.pages, group.shape.layers) for n, group in enumerate(arena.windows)}
 
 
 def _attention_layers(engine: Engine) -> list[AttentionWeights]:
@@ -391,12 +413,14 @@ class SavedSession:
             return found
         if not self.tokens:
             return None
-        if engine.arena.windows:
-            return "of a model with windows of attention only the text can be used"
         if self.tokens > engine.max_context:
             return f"it holds {self.tokens:,} tokens and the context {engine.max_context:,}"
         first, count = self.shared or (None, 0)
-        expected = _expected(engine, self.identity, self.tokens, self.pages - count)
+        rows = {"pages": self.pages - count}
+        for number, group in enumerate(engine.arena.windows):
+            held, allowed = self._size(f"window{number}", 0), group.most_held(self.tokens, self.pages)
+            rows[f"window{number}"] = min(max(held, allowed.start), allowed.stop - 1)
+        expected = _expected(engine, self.identity, self.tokens, rows)
         if first is not None and (first.dtype != "U8" or first.shape[1:] != expected["pages"][1][1:]):
             return f"its file is damaged (the first pages are {first.dtype} {quoted(list(first.shape))})"
         for name, (dtypes, shape) in expected.items():
@@ -432,8 +456,14 @@ class SavedSession:
             self._adopt_keys(engine, data)
             sequence = engine.arena.open([])
             try:
-                pages = sequence.take_pages(self.pages)
-                self._read_pages(engine, data, pages)
+                groups = engine.arena.windows
+                first = [self.pages - self._size(f"window{number}", 0) for number in range(len(groups))]
+                pages = sequence.take_stored(self.pages, first)
+                self._read_pages(engine, data, "pages", pages)
+                for number, (group, start) in enumerate(zip(groups, first, strict=True)):
+                    found = group.pool.held[sequence.row][start:]
+                    self._read_pages(engine, data, f"window{number}", found)
+                    engine.arena.enter_pages(sequence.row, start, found, group)
                 for kind, part in enumerate(engine.arena.row_state(sequence.row)):
                     part.copy_(self._stored(data, f"full{kind}"))
                 engine.arena.enter_pages(sequence.row, 0, pages)
@@ -478,40 +508,47 @@ class SavedSession:
                 assert layer.key_mean is not None and layer.maps is not None
                 engine.arena.means.adopt(number, layer.key_mean, layer.maps[1])
 
-    def _read_pages(self, engine: Engine, data: TensorFile, ids: list[int]) -> None:
-        """Read the pages into those of the arena that are ``ids``."""
-        entry, count = self.shared or (None, 0)
+    def _read_pages(self, engine: Engine, data: TensorFile, name: str, ids: list[int]) -> None:
+        """Read pages into those of the arena that are ``ids``.
+
+        Args:
+            name: Of what holds them (``_stores``).
+        """
+        entry, count = self.shared if self.shared is not None and name == "pages" else (None, 0)
         if entry is not None:
             with TensorFile(entry.file) as first:
-                self._read_some(engine, first, entry, ids[:count])
-        self._read_some(engine, data, self.entries["pages"], ids[count:])
+                self._read_some(engine, first, entry, name, ids[:count])
+        self._read_some(engine, data, self.entries[name], name, ids[count:])
 
-    def _read_some(self, engine: Engine, data: TensorFile, entry: TensorEntry, ids: list[int]) -> None:
+    def _read_some(self, engine: Engine, data: TensorFile, entry: TensorEntry, name: str, ids: list[int]) -> None:
         assert self.identity is not None
         arena = engine.arena
+        pages, layers = _stores(arena)[name]
         row = entry.shape[1]
-        formats = [PageFormat.parse(tag) for tag in self.identity.formats]
-        as_they_are = formats == arena.page_formats
+        here = [PageFormat.parse(self.identity.formats[layer]) for layer in layers]
+        there = [arena.page_formats[layer] for layer in layers]
+        heads = [arena.shape.heads[layer].number for layer in layers]
+        as_they_are = here == there
         in_order = ids == [*range(ids[0], ids[0] + len(ids))] if ids else False
-        straight = as_they_are and in_order and arena.pages.device.type == "cpu"
+        straight = as_they_are and in_order and pages.device.type == "cpu"
         count = max(1, PIECE_BYTES // max(1, row))
         for first in range(0, len(ids), count):
             places = ids[first : first + count]
             if straight:
-                data.fill(entry, arena.pages[places[0] : places[0] + len(places)], first * row)
+                data.fill(entry, pages[places[0] : places[0] + len(places)], first * row)
                 continue
             piece = torch.empty(len(places), row, dtype=torch.uint8)
             data.fill(entry, piece, first * row)
             if not as_they_are:
-                piece = self._converted(piece, formats, arena.page_formats, engine.config.num_kv_heads)
-            arena.pages.index_copy_(0, torch.tensor(places, device=arena.pages.device), piece.to(arena.pages.device))
+                piece = self._converted(piece, here, there, heads)
+            pages.index_copy_(0, torch.tensor(places, device=pages.device), piece.to(pages.device))
 
-    def _converted(self, piece: Tensor, here: list[PageFormat], there: list[PageFormat], heads: int) -> Tensor:
+    def _converted(self, piece: Tensor, here: list[PageFormat], there: list[PageFormat], heads: list[int]) -> Tensor:
         """Rows of pages as the arena has them."""
         out, at = list[Tensor](), 0
-        for one, other in zip(here, there, strict=True):
-            size = heads * one.page_bytes
-            block = piece[:, at : at + size].reshape(len(piece), heads, one.page_bytes)
+        for one, other, count in zip(here, there, heads, strict=True):
+            size = count * one.page_bytes
+            block = piece[:, at : at + size].reshape(len(piece), count, one.page_bytes)
             at += size
             try:
                 out.append(_convert(block, one, other).reshape(len(piece), -1))
@@ -538,16 +575,19 @@ def _convert(pages: Tensor, one: PageFormat, other: PageFormat) -> Tensor:
 
 
 def _expected(
-    engine: Engine, identity: Identity, tokens: int, pages: int
+    engine: Engine, identity: Identity, tokens: int, rows: dict[str, int]
 ) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
-    """The tensors that a file must have: their dtypes and shapes."""
-    cfg = engine.config
+    """The tensors that a file must have: their dtypes and shapes.
+
+    Args:
+        rows: Of each store of pages (``_stores``).
+    """
     floats = (torch.bfloat16, torch.float16, torch.float32)
-    row = cfg.num_kv_heads * sum(PageFormat.parse(tag).page_bytes for tag in identity.formats)
-    found: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
-        "ids": ((torch.int32,), (tokens,)),
-        "pages": ((torch.uint8,), (pages, row)),
-    }
+    found: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {"ids": ((torch.int32,), (tokens,))}
+    for name, (_, layers) in _stores(engine.arena).items():
+        sizes = (PageFormat.parse(identity.formats[layer]).page_bytes for layer in layers)
+        heads = (engine.plan.shape.heads[layer].number for layer in layers)
+        found[name] = (torch.uint8,), (rows[name], sum(map(mul, heads, sizes)))
     if tokens:
         for kind, part in enumerate(engine.arena.row_state(0)):
             found[f"full{kind}"] = (floats, tuple(part.shape))

@@ -189,6 +189,15 @@ class Sequence:
             window.take(self.row, count, end)
         return self._table.pool.take(self.row, count)
 
+    def take_stored(self, count: int, first: list[int]) -> list[int]:
+        """As :meth:`take_pages`, of a sequence without pages; of each group of layers with a window those from a number
+        on."""
+        self._trim()
+        self._table.make_room(count, self)
+        for window, start in zip(self._table.windows, first, strict=True):
+            window.take_from(self.row, count, start)
+        return self._table.pool.take(self.row, count)
+
     def hold(self, length: int) -> None:
         """Until :meth:`advance`, count only the first ``length`` tokens: the others may be spoilt."""
         self._end = (min(length, self._end[0]), self._end[1])
@@ -204,6 +213,15 @@ class Sequence:
         """One more page is packed."""
         self._end = (self._end[0], self._end[1] + 1)
         self._forget()
+
+    def mark(self, length: int) -> bool:
+        """Let layers with a window hold what a cut to ``length``, or to the page boundary before it, needs.
+
+        Returns:
+            Whether they have it.
+        """
+        kept = [window.mark(self.row, length) for window in self._table.windows]
+        return all(kept)
 
     def _forget(self) -> None:
         """Give back pages behind the windows of layers."""
@@ -240,7 +258,7 @@ class Sequence:
         tokens, pages = donor.after_cut(length)
         self._table.pool.share(self.row, donor.page_ids[:pages])
         for window in self._table.windows:
-            window.pool.share(self.row, window.pool.held[donor.row][:pages])
+            window.share(donor.row, self.row, pages)
         if self._table.states is not None:
             self._table.states.share(donor.row, self.row, tokens)
         self._ids[:] = donor._ids[:tokens]
@@ -252,7 +270,7 @@ class Sequence:
         pages = table.kept.pages_of(prefix, length)
         table.pool.share(row, pages)
         for window in table.windows:
-            window.take(row, len(pages), length, history=0)
+            window.take_from(row, len(pages), window.shape.first_seen(length, table.sink))
         if table.states is not None:
             table.states.writing(row)
         table.kept.give(prefix, row, length)
@@ -265,7 +283,7 @@ class Sequence:
         """Drop what lies beyond the end."""
         tokens, pages = self._end
         del self._ids[tokens:]
-        self._table.drop_pages(self.row, pages)
+        self._table.drop_pages(self.row, pages, tokens)
 
 
 class SequenceTable:
@@ -356,10 +374,11 @@ class SequenceTable:
             while sequence.packed and self.pool.free < pages:
                 sequence.cut(self.sink + PAGE * (sequence.packed - 1))
 
-    def drop_pages(self, row: int, keep: int) -> None:
-        """Let the row hold its first ``keep`` pages only, of all layers."""
-        for pool in (self.pool, *(window.pool for window in self.windows)):
-            pool.drop(row, keep)
+    def drop_pages(self, row: int, keep: int, length: int = 0) -> None:
+        """Let the row hold its first ``keep`` pages only, of all layers: its sequence has ``length`` tokens."""
+        self.pool.drop(row, keep)
+        for window in self.windows:
+            window.drop(row, keep, length)
 
     def has_row(self) -> bool:
         """Whether a sequence can be opened."""

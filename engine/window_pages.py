@@ -2,9 +2,14 @@
 
 Layers with one window are a group. A group has pages, a page table and a pool of its own; a page's number is the same
 in all groups. A sequence holds the pages that its next token sees, and `HISTORY` before them, so that what a cut takes
-away can be that long. An exception, Ctrl-C's included, may strike between any two statements here, as in the pool.
+away can be that long. It also holds those that the token behind a snapshot sees: a snapshot is a number of pages that a
+cut can leave, and nothing else, because packed pages never change.
+
+An exception, Ctrl-C's included, may strike between any two statements here, as in the pool: which pages a row holds,
+the pool alone says, and snapshots only say which of them are to stay.
 """
 
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +22,8 @@ from octo_run.kernels.codec.layer_formats import LayerRun
 
 #: Pages before the window that a sequence still holds.
 HISTORY = 16
+#: A snapshot is taken every so many pages at least; where a window is longer, every two windows.
+EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -27,25 +34,43 @@ class WindowShape:
         layers: Their numbers among those of the arena.
         window: Tokens that a token sees, itself included.
         token_bytes: Of a packed token: its keys and values of these layers.
+        snapshots: How many have room, of all sequences; those that share pages take less.
     """
 
     layers: tuple[int, ...]
     window: int
     token_bytes: int
+    snapshots: int = 0
+
+    @property
+    def seen(self) -> int:
+        """Pages that a window touches at most."""
+        return -(-self.window // PAGE) + 1
+
+    @property
+    def every(self) -> int:
+        """Pages between two snapshots that are taken on the way."""
+        return max(EVERY, 2 * -(-self.window // PAGE))
 
     @property
     def kept(self) -> int:
-        """Pages that a sequence holds at most when nothing is being read: those that a window touches, the history, one
-        for tokens that the host has not read yet, and one that is being written."""
-        return -(-self.window // PAGE) + HISTORY + 3
+        """Pages that a sequence holds at most, beside those of snapshots, when nothing is being read: those that a
+        window touches, the history, one for tokens that the host has not read yet, and one that is being written."""
+        return self.seen + HISTORY + 2
 
     def first_seen(self, position: int, sink: int) -> int:
         """The number of the first page of which a token at ``position`` sees anything, whether it is there or not."""
         return max(0, position + 1 - self.window - sink) // PAGE
 
     def pages(self, sequences: int, max_pages: int, chunk: int) -> int:
-        """Pages of all sequences: while a chunk is read, those that it needs and those that it leaves."""
-        return min(sequences * max_pages, 2 * sequences * self.kept + chunk // PAGE + 1)
+        """Pages of all sequences: while a chunk is read, those that it needs and those that it leaves; and those of
+        snapshots."""
+        beside = chunk // PAGE + 1 + self.snapshots * self.seen
+        return min(sequences * max_pages, 2 * sequences * self.kept + beside)
+
+    def behind(self, pages: int) -> range:
+        """The numbers of the pages of which the token behind so many pages sees anything."""
+        return range(max(0, PAGE * pages + 1 - self.window) // PAGE, pages)
 
 
 class WindowPages:
@@ -62,35 +87,140 @@ class WindowPages:
     ) -> None:
         self.shape, self._sink, self.pages, self.page_table, self.runs = shape, sink, pages, table, list(runs)
         self.pool = PagePool(len(pages), len(table))
+        #: Of each row its snapshots, numbers of pages in order.
+        self._snapshots: list[list[int]] = [[] for _ in range(len(table))]
+        #: Of each row the number of the first page that no snapshot need keep: those before are given back.
+        self._done = [0] * len(table)
 
-    def take(self, row: int, count: int, end: int | None, history: int = HISTORY) -> list[int]:
+    def take(self, row: int, count: int, end: int | None) -> list[int]:
         """``count`` pages more for a row.
 
         Args:
-            end: The sequence's length when they will be read; pages that it will be done with by then are not taken.
-                None: all are taken.
-            history: Pages that are taken before those.
+            end: The sequence's length when they will be read; pages that it will be done with by then, and that no
+                snapshot on the way needs, are not taken. None: all are taken.
 
         Returns:
-            Their ids, `GONE` for those that were not taken: the first ones.
+            Their ids, `GONE` for those that were not taken.
         """
-        held = self.pool.held[row]
-        skipped = 0 if end is None else self.shape.first_seen(end, self._sink) - history - len(held)
-        skipped = max(0, min(skipped, count))
-        self.pool.skip(row, skipped)
-        return [GONE] * skipped + self.pool.take(row, count - skipped)
+        first = len(self.pool.held[row])
+        numbers = range(first, first + count)
+        wanted = [end is None or self._stays(row, number, end) for number in numbers]
+        self._make_room(sum(wanted))
+        return self.pool.take_some(row, wanted)
+
+    def take_from(self, row: int, count: int, first: int) -> list[int]:
+        """As :meth:`take`, for a row without pages, those from number ``first`` on."""
+        self._make_room(max(0, count - first))
+        return self.pool.take_some(row, [number >= first for number in range(count)])
+
+    def first_held(self, row: int, length: int, packed: int) -> int:
+        """The first of ``packed`` pages from which on a row of ``length`` tokens holds all, the history included."""
+        held, seen = self.pool.held[row], min(packed, self.shape.first_seen(length, self._sink))
+        before = range(seen - 1, max(-1, seen - 1 - HISTORY), -1)
+        gone = next((number for number in before if held[number] == GONE), before.stop)
+        return gone + 1
+
+    def most_held(self, length: int, packed: int) -> range:
+        """How many pages :meth:`first_held` can leave."""
+        needed = packed - min(packed, self.shape.first_seen(length, self._sink))
+        return range(needed, min(packed, needed + HISTORY) + 1)
+
+    def _stays(self, row: int, number: int, end: int) -> bool:
+        """Whether a page is of use to a sequence of ``end`` tokens, or to a snapshot."""
+        if number >= self.shape.first_seen(end, self._sink) - HISTORY:
+            return True
+        snapshots = (*self._snapshots[row], self._on_the_way(number))
+        return any(number in self.shape.behind(pages) for pages in snapshots)
+
+    def _on_the_way(self, number: int) -> int:
+        """The next snapshot that is taken without being asked for, behind a page."""
+        return (number // self.shape.every + 1) * self.shape.every
 
     def forget(self, row: int, length: int) -> None:
         """Give back what a sequence of ``length`` tokens is done with."""
-        self.pool.forget(row, self.shape.first_seen(length, self._sink) - HISTORY)
+        held = self.pool.held[row]
+        before = min(len(held), self.shape.first_seen(length, self._sink) - HISTORY)
+        for pages in dict.fromkeys(map(self._on_the_way, range(self._done[row], before))):
+            if self.shape.behind(pages).start < before:  # it is passed, then
+                self._keep(row, pages)
+        self._give_back(row, range(self._done[row], before))
+        self._done[row] = max(self._done[row], before)
+
+    def mark(self, row: int, length: int) -> bool:
+        """Take a snapshot at the last page boundary up to ``length``, unless there is one.
+
+        Returns:
+            Whether it has all pages that it needs, those included that are being written.
+        """
+        pages = (length - self._sink) // PAGE
+        return pages < 1 or self._keep(row, pages)
+
+    def _keep(self, row: int, pages: int) -> bool:
+        held, snapshots = self.pool.held[row], self._snapshots[row]
+        seen = self.shape.behind(pages)
+        # Pages that are not there yet will be packed before any of them is given back.
+        if any(held[number] == GONE for number in seen if number < len(held)):
+            return False
+        if pages not in snapshots:
+            insort(snapshots, pages)
+        return True
+
+    def drop(self, row: int, keep: int, length: int) -> None:
+        """Let the row hold its first ``keep`` pages only: its sequence has ``length`` tokens now."""
+        self.pool.drop(row, keep)
+        before, most = len(self._snapshots[row]), (length - self._sink) // PAGE
+        self._cut(row, self._snapshots[row], most, self._done[row])
+        if len(self._snapshots[row]) < before:
+            self._give_back(row, range(self._done[row]))
+
+    def share(self, donor: int, row: int, pages: int) -> None:
+        """Let a row hold the first ``pages`` pages of another one, as far as that one has them, and its snapshots."""
+        self.pool.share(row, self.pool.held[donor][:pages])
+        self._cut(row, self._snapshots[donor], pages, self._done[donor])
+        self._give_back(row, range(self._done[row]))
+
+    def _cut(self, row: int, snapshots: list[int], pages: int, done: int) -> None:
+        """Let a row have those of some snapshots that so many pages hold. What the next token sees belongs to none."""
+        self._done[row] = max(0, min(done, self.shape.behind(max(0, pages)).start - HISTORY))
+        self._snapshots[row] = [one for one in snapshots if one <= pages]
+
+    def snapshots(self, row: int) -> list[int]:
+        """The snapshots of a row, numbers of pages."""
+        return list(self._snapshots[row])
+
+    def _give_back(self, row: int, numbers: range) -> None:
+        """Give back pages that no snapshot of the row needs."""
+        kept = [self.shape.behind(pages) for pages in self._snapshots[row]]
+        self.pool.release(row, [number for number in numbers if not any(number in one for one in kept)])
+
+    def _make_room(self, pages: int) -> None:
+        """Let snapshots go until so many pages are free: those whose neighbours are nearest first, a row's newest one
+        last."""
+        if self.pool.free < pages:  # what an exception has left
+            for row, done in enumerate(self._done):
+                self._give_back(row, range(done))
+        while self.pool.free < pages and any(self._snapshots):
+            worth = {
+                (row, one): (number == len(found) - 1, (*found, one)[number + 1] - (0, *found)[number])
+                for row, found in enumerate(self._snapshots)
+                for number, one in enumerate(found)
+            }
+            row, least = min(worth, key=lambda place: worth[place])
+            self._snapshots[row] = [one for one in self._snapshots[row] if one != least]
+            seen = self.shape.behind(least)
+            self._give_back(row, range(seen.start, min(seen.stop, self._done[row])))
 
     def reachable(self, row: int, length: int, packed: int) -> int:
-        """The last length up to ``length``, which has ``packed`` pages, whose next token finds all that it sees.
-
-        What is older needs older pages: if there is anything before it, it is what the sinks hold.
-        """
-        seen = self.shape.first_seen(length, self._sink)
-        return length if seen >= min(packed, self.pool.gone(row)) else min(length, self._sink)
+        """The last length up to ``length``, which has ``packed`` pages, whose next token finds all that it sees: it, or
+        that behind some page; if there is none, what the sinks hold."""
+        held, first, pages = self.pool.held[row], self.shape.first_seen(length, self._sink), packed
+        while pages:
+            gone = next((number for number in range(pages - 1, first - 1, -1) if held[number] == GONE), None)
+            if gone is None:
+                return length
+            pages, length = gone, self._sink + PAGE * gone
+            first = self.shape.behind(gone).start
+        return min(length, self._sink) if packed else length
 
     @torch.inference_mode()
     def copy_table(self, donor: int, row: int) -> None:

@@ -282,6 +282,11 @@ class Decoder:
             if not layer.has_attention:
                 continue
             spec, index = layer.spec, place[cfg.kv_source(number)]
+            if spec.kv_source is not None:  # the same tensors, so that a change in place is one of both
+                source = self.layers[spec.kv_source].attention
+                mixer = replace(layer.attention, maps=source.maps, key_mean=source.key_mean)
+                self.layers[number] = replace(layer, mixer=mixer)
+                continue
             turned, maps = wide[spec.head_dim], alike[spec.head_dim].expand(2, spec.kv_heads, -1, -1)
             if shapes is not None and device.type == "meta":  # shapes alone: see linear._stacked
                 maps = torch.empty(2, *shapes[index].shape, dtype=self.dtype, device=device)

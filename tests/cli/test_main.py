@@ -1,10 +1,10 @@
 """The group: lazy loading, speed of --help, exit codes, one sentence per failure."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,18 +20,23 @@ HEAVY = ("torch", "triton", "huggingface_hub", "transformers", "tokenizers", "se
 HELP_SECONDS = 0.3
 
 
+def processor_seconds(argv: list[str]) -> tuple[str, float]:
+    """What a program prints, and the processor's time that it takes: the machine may be busy."""
+    begun = sum(os.times()[2:4])
+    shown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    return shown, sum(os.times()[2:4]) - begun
+
+
 @pytest.mark.parametrize("command", [None, *_COMMANDS])
 def test_help_is_fast(command: str | None) -> None:
     argv = [sys.executable, "-m", "octo_run", *([command] if command else []), "--help"]
-    times = []
-    for _ in range(10):  # the machine may be busy: the fastest of a few counts
-        begun = time.perf_counter()
-        shown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-        times.append(time.perf_counter() - begun)
-        if times[-1] < HELP_SECONDS:
+    for _ in range(5):
+        _, bare = processor_seconds([sys.executable, "-c", ""])  # 0.03 s where nothing slows the processor down
+        shown, seconds = processor_seconds(argv)
+        assert "Usage: octo-run" in shown and "--debug" in shown
+        if fast := seconds < max(HELP_SECONDS, 8 * bare):
             break
-    assert "Usage: octo-run" in shown and "--debug" in shown
-    assert min(times) < HELP_SECONDS
+    assert fast, f"{seconds:.2f} s; an interpreter that does nothing: {bare:.2f} s"
 
 
 def all_commands(group: click.Group = cli, path: str = "") -> "Iterator[tuple[str, click.Command]]":

@@ -773,7 +773,7 @@ def test_a_tokenizer_of_two_files(fake_hub: Any, repo: Path, tmp_path: Path) -> 
     shutil.rmtree(folder / "octo-run")  # as another tool leaves it
     assert hub.resolve(NAME) == entry.path and hub.list_models()[1:] == [entry]
     (entry.path / "merges.txt").unlink()
-    with pytest.raises(OctoError, match=r"tokenizer.json or tokenizer.model or vocab.json with merges.txt missing"):
+    with pytest.raises(OctoError, match=r"tekken.json or vocab.json with merges.txt missing"):
         hub.resolve(NAME)
     fake_hub.repos[NAME].commit(files | {name: data for name, data in two.items() if name != "merges.txt"}, "main")
     result = octo_run("pull", NAME)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.engine import Engine, SamplingParams, Session, saved_session, session_identity
+from octo_run.engine import Engine, SamplingParams, Session, saved_session, session_identity, window_pages
 from octo_run.engine.background_save import BackgroundSave
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.saved_session import SavedSession, SessionMismatch, Snapshot
@@ -92,14 +92,56 @@ def test_states_of_recurrent_layers_are_saved_too(tiny: Callable[..., Engine], t
     assert [*one] == [*other] and one.ids == other.ids and one.reused_tokens == other.reused_tokens > 800
 
 
-def test_of_a_model_with_windows_the_text_is_kept(tiny: Callable[..., Engine], tmp_path: Path) -> None:
-    cfg = replace(TINY, layer_types=("sliding_attention",) * TINY.num_layers, sliding_window=100)
-    first = talk(tiny("oct3", 2048, cfg=cfg), "one", "two")
-    file = saved(first, tmp_path / "a")
-    assert file.tokens == 0 and [*file.turns] == first.turns
-    engine = tiny("oct3", 2048, cfg=cfg)
-    file.check(engine)
-    assert file.restore(engine) == 0
+GEMMA = {
+    "architectures": ["Gemma4ForCausalLM"], "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "global_head_dim": 128,
+    "attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 2, "sliding_window": 100,
+    "layer_types": ["sliding_attention", "full_attention"] * 3, "hidden_size_per_layer_input": 16,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+WINDOWED = {
+    "all": replace(TINY, layer_types=("sliding_attention",) * 2, sliding_window=100),
+    "some": replace(TINY, layer_types=("sliding_attention", "full_attention"), sliding_window=300),
+    "heads of two sizes": parse_config(GEMMA, Path("config.json")),
+}
+
+
+@pytest.mark.parametrize("kv", ["oct3", "bf16"])
+@pytest.mark.parametrize("undone", [False, True])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_pages_of_layers_with_windows_are_saved_too(
+    tiny: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, undone: bool, kv: str
+) -> None:
+    """What the next token sees; a conversation goes on with the same tokens, and none of them is read again."""
+    monkeypatch.setattr(window_pages, "HISTORY", 2)
+    cfg = WINDOWED[name]
+    before = talk(tiny(kv, 2048, cfg=cfg), LONG[:1400], "and then?")
+    if undone:
+        before.undo()
+    file = saved(before, tmp_path / "s.safetensors")
+    stored = file.entries["window0"].shape[0]
+    assert file.pages > 15 and -(-cfg.sliding_window // 64) - 1 <= stored <= -(-cfg.sliding_window // 64) + 3
+    after_engine = tiny(kv, 2048, cfg=cfg)
+    other = after_engine.arena.open([])  # so that pages have other numbers
+    after_engine.prefill(other, [5] * 300)
+    other.close()
+    assert file.restore(after_engine) == file.tokens > 1200
+    after = file.session(after_engine)
+    for question in ("more", LONG[:500]):
+        one, two = before.ask(question, GREEDY), after.ask(question, GREEDY)
+        assert [*one] == [*two] and one.ids == two.ids and two.reused_tokens > 1200
+        # The engine that was not left still holds what was taken back, which may begin like the next question.
+        assert 0 <= one.reused_tokens - two.reused_tokens <= (2 if undone else 0)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_too_few_or_too_many_pages_of_a_window(tiny: Callable[..., Engine], tmp_path: Path, rows: int) -> None:
+    engine = tiny("oct3", 2048, cfg=WINDOWED["some"])
+    file = saved(talk(engine, LONG[:1400]), tmp_path / "s.safetensors")
+    entry = file.entries["window0"]
+    file.entries["window0"] = replace(entry, shape=(rows, entry.shape[1]))
+    with pytest.raises(SessionMismatch, match=rf"its file is damaged \(window0 is U8 \[{rows}, "):
+        file.restore(engine)
 
 
 def test_loaded_pages_and_rows_are_the_saved_ones(tiny: Callable[..., Engine], tmp_path: Path) -> None:

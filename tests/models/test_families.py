@@ -128,6 +128,11 @@ def test_left_out_fields_mean_what_they_mean_to_transformers(architecture: str) 
         "num_attention_heads": 160, "hidden_size": 160 * 64,
     }  # fmt: skip
     theirs = kind(**sizes)
+    if architecture.startswith("Gemma4"):  # what layers differ in is asked of a layer there
+        for index, one in enumerate(layer_specs(parse_config(sizes | {"architectures": [architecture]}, Path("c")))):
+            other = theirs.per_layer_config[index]
+            assert (one.kv_heads, one.head_dim) == (other.num_key_value_heads, other.head_dim)
+        theirs.allow_global_per_layer_attribute_access = True
     ours = parse_config(sizes | {"architectures": [architecture]}, Path("config.json"))
     assert (ours.num_kv_heads, ours.tie_word_embeddings) == (theirs.num_key_value_heads, theirs.tie_word_embeddings)
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64)
