@@ -15,8 +15,8 @@
 #endif
 
 // Bytes of a register. A vector of 64 bytes is one, or two or four of them: of a longer vector than its registers the
-// compiler would make memory.
-#if defined(__AVX512F__)
+// compiler would make memory. AVX-512 without bytes and words (Xeon Phi) is used as AVX2.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 #define REGISTER 64
 #elif defined(__AVX2__)
 #define REGISTER 32
