@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -27,6 +28,10 @@ SHARED = Path(__file__).parents[2] / "shared"
 os.environ.setdefault("OCTO_RUN_CPU_KERNELS", str(Path(tempfile.gettempdir()) / f"octo-run-test-kernels-{os.getuid()}"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What tests start would ignore what this process ignores, in the background of a shell say: Ctrl-C, a lost terminal.
+for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 
 @pytest.hookimpl(optionalhook=True)
