@@ -175,9 +175,9 @@ def test_auto_context_of_a_model_that_does_not_fit(free: Callable[[int], None]) 
 
 
 def test_an_explicit_context_may_take_all_but_not_more(free: Callable[[int], None]) -> None:
-    free(160_000_000)
+    free(120_000_000)
     most = plan().tokens_that_fit()
-    assert plan(max_context=most).total <= 160_000_000
+    assert plan(max_context=most).total <= 120_000_000
     with pytest.raises(OctoError, match=f"choose a context of {most} tokens or less") as caught:
         plan(max_context=most + 1)
     assert caught.value.exit_code == 1
