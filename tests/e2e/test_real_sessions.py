@@ -60,7 +60,7 @@ def test_10_000_tokens_come_back_20_times_faster_than_they_were_read(smollm2: An
         assert continued.read_tokens == unsaved.read_tokens < 200
         first = continued.prefill_seconds
         parts = SavedSession.read(other)
-        assert parts.pages > saved.pages and [*parts.turns][-1]["content"] == said
+        assert parts.pages >= saved.pages and [*parts.turns][-1]["content"] == said
     figures = f"read {read:.1f} s, saved {written:.2f} s, loaded {loaded:.3f} s, next token {first:.2f} s"
     print(figures, f"{sizes[0]:.1f} MB; the next turn {turn:.3f} s, {sizes[1]:.1f} MB")
     assert sizes[1] < sizes[0] / 3
