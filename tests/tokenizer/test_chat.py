@@ -512,7 +512,7 @@ def test_each_character_knows_who_wrote_it(rewrite: str, parts: list[str], text:
     """Texts in Greek, the template's own words in Cyrillic: no operation changes one into the other."""
     template = ChatTemplate(around(rewrite, " ~ ".join(parts)), "here.jinja", {}, [])
     try:
-        result = template._render(talk(text, text[1:]), True, {})
+        result = template._render(talk(text, text[1:]), True, False, {})
     except OctoError:
         return
     for char, mask in zip(result, result.mask, strict=True):
