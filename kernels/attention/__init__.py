@@ -122,7 +122,5 @@ def attention_host_bytes(
     """
     from octo_run.kernels.cpu import attention as compiled
 
-    if compiled.takes(fmt, head_dim, dtype):
-        blocks = keys[0] + -(-keys[1] // PAGE_TOKENS) + 2  # sinks and tail each end in the middle of one
-        return compiled.host_bytes(queries, heads, kv_heads, head_dim, blocks, mean=mean)
-    return host_bytes(queries, heads, kv_heads, head_dim, keys, mean=mean)
+    found = compiled.host_bytes(queries, heads, kv_heads, head_dim, keys, fmt, dtype, mean=mean)
+    return host_bytes(queries, heads, kv_heads, head_dim, keys, mean=mean) if found is None else found

@@ -73,14 +73,24 @@ def _described(codec: Codec) -> tuple[_Codec, Tensor | None] | None:
     return None
 
 
-def host_bytes(queries: int, heads: int, kv_heads: int, head_dim: int, blocks: int, *, mean: bool) -> int:
+def host_bytes(
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    keys: tuple[int, int],
+    fmt: KVFormat,
+    dtype: torch.dtype,
+    *,
+    mean: bool,
+) -> int | None:
     """Bytes that `attend` takes beside its inputs and its output: what each thread works on, and sums of pieces.
 
-    Args:
-        queries: Tokens of one sequence.
-        blocks: Of 64 tokens, packed or not, that the sequence has at most.
-        mean: With a key mean.
+    Arguments as of ``kernels.attention.attention_host_bytes``. None if the kernels do not take such calls.
     """
+    if not takes(fmt, head_dim, dtype):
+        return None
+    blocks = keys[0] + -(-keys[1] // PAGE_TOKENS) + 2  # sinks and tail each end in the middle of one
     rows = queries * heads // kv_heads
     here = min(rows, _ROWS)
     thread = here * (3 * head_dim + 2 * PAGE_TOKENS) + (2 * head_dim + 4) * PAGE_TOKENS

@@ -297,11 +297,14 @@ def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> No
     (good,) = score()
     encode = engine.arena.encode
 
-    def encode_and_corrupt(layer: int, k: Tensor, v: Tensor, ids: Tensor, group: WindowPages | None = None) -> None:
-        encode(layer, k, v, ids, group)
-        pages, ids = engine.arena.layer_pages[layer], ids.long()
-        rows = pages[ids].unflatten(-1, (128, -1))  # 64 tokens' keys, then their values
-        pages[ids] = rows.flip(-2).flatten(-2)
+    def encode_and_corrupt(
+        layers: tuple[int, ...], k: Tensor, v: Tensor, ids: Tensor, group: WindowPages | None = None
+    ) -> None:
+        encode(layers, k, v, ids, group)
+        ids = ids.long()
+        for pages in (engine.arena.layer_pages[layer] for layer in layers):
+            rows = pages[ids].unflatten(-1, (128, -1))  # 64 tokens' keys, then their values
+            pages[ids] = rows.flip(-2).flatten(-2)
 
     engine.arena.encode = encode_and_corrupt  # type: ignore[method-assign]
     (bad,) = score()
