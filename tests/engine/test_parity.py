@@ -121,6 +121,7 @@ QUESTIONS = (
 STEP = 0.0625
 
 
+@pytest.mark.usefixtures("exact_products")
 @torch.inference_mode()
 def test_demo_bfloat16_rounds_where_transformers_does(demo: Any, prompt: list[int]) -> None:
     """With the same attention function the logits are the same to the bit: all other roundings agree."""
