@@ -1,9 +1,9 @@
 // Products of activations with packed weights (see kernels/linear/packed.py) and with bfloat16 weights.
 //
 // Integer kinds. A block of 128 activations is rounded to 16 bits and multiplied as integers, which lie in the order of
-// the weight's codes: with instructions for products of bytes (VNNI, AMX) as x = step (254 hi + lo) with hi and lo in
-// -127..127, else as x = step n; step = largest / 32380. Sums of a block are exact, so the number of threads does not
-// change them. The error of an activation is at most 1.6e-5 of its block's largest one.
+// the weight's codes: as bytes (see `of_bytes`; and by AMX) as x = step (254 hi + lo) with hi and lo in -127..127, else
+// as x = step n; step = largest / 32380. Sums of a block are exact, so the number of threads does not change them. The
+// error of an activation is at most 1.6e-5 of its block's largest one.
 #include "calls.h"
 #include "common.h"
 #include <algorithm>
@@ -65,25 +65,42 @@ static inline I16 odd_bytes(const B64 &w, bool is_signed) {
     return (I16)((S32)w >> 8);
 #endif
 }
-// Whether bytes are multiplied by bytes, and what is added to a signed code so that it is the byte that is multiplied.
-#if defined(WIDE_VNNI) || (defined(__AVXVNNI__) && defined(__AVX2__) && REGISTER == 32)
-#define OF_BYTES 1
-constexpr int INT8_ZERO = 128;
-// acc[lane] += the four products of a lane's bytes. |x| <= 127.
-static inline void dots(I16 &acc, B64 w, const int8_t *x, bool is_signed) {
-    if (is_signed) w ^= 128;
-#if defined(WIDE_VNNI)
-    acc = (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_loadu_si512(x));
+
+// Whether codes are multiplied as bytes with bytes: with VNNI all are, with AVX2 nibbles, whose products fit 16 bits.
+#if defined(WIDE_VNNI) || (defined(__AVXVNNI__) && REGISTER == 32)
+static constexpr bool of_bytes(int) { return true; }
+#elif REGISTER == 32
+static constexpr bool of_bytes(int kind) { return kind != INT8; }
 #else
-    auto half = [x](I16::Half sum, B64::Half codes, int n) {
-        const __m256i by = _mm256_loadu_si256((const __m256i *)x + n);
-        return (Lanes<int32_t>)_mm256_dpbusd_avx_epi32((__m256i)sum.lanes, (__m256i)codes.lanes, by);
-    };
-    acc = {half(acc.low, w.low, 0), half(acc.high, w.high, 1)};
+static constexpr bool of_bytes(int) { return false; }
+#endif
+// What a code is more than its number, where it is multiplied.
+static constexpr int zero_of(int kind) { return kind == INT4 ? 8 : kind == FP4 ? 12 : of_bytes(INT8) ? 128 : 0; }
+
+// acc[lane] += the products of a lane's four bytes in `low` with those of x, and in `high` with those of x + 64.
+// |x| <= 127.
+#if defined(WIDE_VNNI)
+static inline void dots(I16 &acc, const B64 &low, const B64 &high, const int8_t *x) {
+    acc = (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)low, _mm512_loadu_si512(x));
+    acc = (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)high, _mm512_loadu_si512(x + 64));
+}
+#elif REGISTER == 32
+static inline Lanes<int32_t> dots(Lanes<int32_t> acc, B64::Half low, B64::Half high, const int8_t *x) {
+    const __m256i first = _mm256_loadu_si256((const __m256i *)x), second = _mm256_loadu_si256((const __m256i *)(x + 64));
+#if defined(__AVXVNNI__)
+    return (Lanes<int32_t>)_mm256_dpbusd_avx_epi32(
+        _mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)low.lanes, first), (__m256i)high.lanes, second);
+#else
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)low.lanes, first),
+                                           _mm256_maddubs_epi16((__m256i)high.lanes, second));
+    return acc + (Lanes<int32_t>)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
 }
+static inline void dots(I16 &acc, const B64 &low, const B64 &high, const int8_t *x) {
+    acc = {dots(acc.low.lanes, low.low, high.low, x), dots(acc.high.lanes, low.high, high.high, x + 32)};
+}
 #else
-constexpr int INT8_ZERO = 0;
+static inline void dots(I16 &, const B64 &, const B64 &, const int8_t *) {}  // not called
 #endif
 
 static const uint8_t FP4_HALVES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // 2 value + 12
@@ -138,8 +155,6 @@ static Prepared place(const Weight &w, char *at) {
     return p;
 }
 
-static int zero_of(int kind) { return kind == INT4 ? 8 : kind == FP4 ? 12 : INT8_ZERO; }
-
 // x in natural order, float32 [columns], of a block: its columns, padded by zeros.
 static void gather(const Weight &w, const void *x, int element_kind, int64_t block, float *into) {
     int64_t first = block * BLOCK, count = std::min<int64_t>(BLOCK, w.columns - first);
@@ -179,41 +194,31 @@ static void prepare(const Weight &w, const void *x, int element_kind, Prepared p
         alignas(64) int32_t numbers[BLOCK];
         gather(w, x, element_kind, b, values);
         p.steps[b] = rounded(values, numbers);
-#ifndef OF_BYTES
         for (int part = 0; part < parts; part++) {
             const int64_t at = b * parts + part;
-            int16_t *into = (int16_t *)(p.bytes + at * 256);
-            int32_t sums[16] = {};
-            for (int i = 0; i < BLOCK; i++) {  // of the codes' byte i
-                const bool here = parts == 1 || order[i] / 16 % 2 == part;
-                const int16_t number = here ? (int16_t)numbers[order[i]] : 0;
-                into[i / 64 * 64 + i % 2 * 32 + i % 64 / 2] = number;
-                sums[i % 64 / 4] += number;
-            }
-            const I16 whole = load<I16>(sums);
-            store(p.starts + 2 * at, whole * -zero);
-            store(p.sums + at, floats(whole));
-        }
-#else
-        int8_t hi[BLOCK], lo[BLOCK];
-        for (int i = 0; i < BLOCK; i++) {
-            int h = (int)std::nearbyint(numbers[i] * (1.0f / 254));
-            hi[i] = h, lo[i] = numbers[i] - 254 * h;
-        }
-        for (int part = 0; part < parts; part++) {
-            int8_t *into = p.bytes + (b * parts + part) * 256;
+            auto number = [&](int i) {  // of the codes' byte i
+                return parts == 1 || order[i] / 16 % 2 == part ? numbers[order[i]] : 0;
+            };
             int32_t sums[2][16] = {};
-            for (int i = 0; i < BLOCK; i++) {
-                bool here = parts == 1 || order[i] / 16 % 2 == part;
-                into[i] = here ? hi[order[i]] : 0, into[BLOCK + i] = here ? lo[order[i]] : 0;
-                sums[0][i % 64 / 4] += into[i], sums[1][i % 64 / 4] += into[BLOCK + i];
+            if (of_bytes(w.kind)) {
+                int8_t *into = p.bytes + at * 256;
+                for (int i = 0; i < BLOCK; i++) {
+                    const int n = number(i), hi = (int)std::nearbyint(n * (1.0f / 254)), lo = n - 254 * hi;
+                    into[i] = hi, into[BLOCK + i] = lo;
+                    sums[0][i % 64 / 4] += hi, sums[1][i % 64 / 4] += lo;
+                }
+            } else {
+                int16_t *into = (int16_t *)(p.bytes + at * 256);
+                for (int i = 0; i < BLOCK; i++) {
+                    const int16_t n = number(i);
+                    into[i / 64 * 64 + i % 2 * 32 + i % 64 / 2] = n;
+                    sums[0][i % 64 / 4] += n;
+                }
             }
-            I16 high = load<I16>(sums[0]), low = load<I16>(sums[1]);
-            store(p.starts + (b * parts + part) * 2, high * -zero);
-            store(p.starts + (b * parts + part) * 2 + 1, low * -zero);
-            store(p.sums + b * parts + part, floats(high * 254 + low));
+            const I16 first = load<I16>(sums[0]), second = load<I16>(sums[1]);
+            store(p.starts + 2 * at, first * -zero), store(p.starts + 2 * at + 1, second * -zero);
+            store(p.sums + at, floats(of_bytes(w.kind) ? first * 254 + second : first));
         }
-#endif
     }
 }
 
@@ -229,6 +234,13 @@ static inline F16 of_lanes(const Weight &w, const uint16_t *found, int64_t row, 
     __mmask16 there = (1u << parts_of) - 1;
     __m512 wide = _mm512_cvtph_ps(_mm256_castsi128_si256(_mm_maskz_loadu_epi16(there, first)));
     return (F16)_mm512_permutexvar_ps((__m512i)(column >> shift), wide);
+#elif REGISTER == 32 && defined(__F16C__)
+    const __m128i halves = parts_of == 2   ? _mm_cvtsi32_si128(load<int32_t>(first))
+                           : parts_of == 4 ? _mm_loadl_epi64((const __m128i *)first)
+                                           : _mm_loadu_si128((const __m128i *)first);
+    const __m256i at = (__m256i)(column >> shift).low.lanes;  // the upper lanes have the same columns
+    const Lanes<float> half = (Lanes<float>)_mm256_permutevar8x32_ps(_mm256_cvtph_ps(halves), at);
+    return {half, half};
 #else
     float few[8], found_lane[16];
     for (int i = 0; i < parts_of; i++) few[i] = of_half(first[i]);
@@ -252,11 +264,13 @@ static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, cons
     for (int64_t b = 0; b < blocks; b++, codes += bytes) {
         __builtin_prefetch(codes + AHEAD);
         if (KIND == INT8) __builtin_prefetch(codes + AHEAD + 64);
-        const Numbers numbers = numbers_of<KIND>(codes);
-#ifndef OF_BYTES
-        const I16 words[4] = {even_bytes(numbers.low, is_signed), odd_bytes(numbers.low, is_signed),
-                              even_bytes(numbers.high, is_signed), odd_bytes(numbers.high, is_signed)};
-#endif
+        Numbers numbers = numbers_of<KIND>(codes);
+        I16 words[4];
+        if constexpr (!of_bytes(KIND))
+            words[0] = even_bytes(numbers.low, is_signed), words[1] = odd_bytes(numbers.low, is_signed),
+            words[2] = even_bytes(numbers.high, is_signed), words[3] = odd_bytes(numbers.high, is_signed);
+        else if (is_signed)
+            numbers.low ^= 128, numbers.high ^= 128;
         for (int part = 0; part < PARTS; part++) {
             F16 scale = unit, shift = {};
             if (w.scales) scale *= of_lanes(w, w.scales, row, b, part);
@@ -264,17 +278,17 @@ static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, cons
             for (int t = 0; t < TOKENS; t++) {
                 const int64_t at = b * PARTS + part;
                 const int8_t *x = xs[t].bytes + at * 256;
-#ifdef OF_BYTES
-                I16 hi = xs[t].starts[2 * at], lo = xs[t].starts[2 * at + 1];
-                dots(hi, numbers.low, x, is_signed), dots(hi, numbers.high, x + 64, is_signed);
-                dots(lo, numbers.low, x + 128, is_signed), dots(lo, numbers.high, x + 192, is_signed);
-                F16 found = floats(hi) * 254.0f + floats(lo);
-#else
-                I16 sum = xs[t].starts[2 * at];
-                sum = pairs(pairs(sum, load<I16>(x), words[0]), load<I16>(x + 64), words[1]);
-                sum = pairs(pairs(sum, load<I16>(x + 128), words[2]), load<I16>(x + 192), words[3]);
-                F16 found = floats(sum);
-#endif
+                F16 found;
+                if constexpr (of_bytes(KIND)) {
+                    I16 hi = xs[t].starts[2 * at], lo = xs[t].starts[2 * at + 1];
+                    dots(hi, numbers.low, numbers.high, x), dots(lo, numbers.low, numbers.high, x + 128);
+                    found = floats(hi) * 254.0f + floats(lo);
+                } else {
+                    I16 sum = xs[t].starts[2 * at];
+                    sum = pairs(pairs(sum, load<I16>(x), words[0]), load<I16>(x + 64), words[1]);
+                    sum = pairs(pairs(sum, load<I16>(x + 128), words[2]), load<I16>(x + 192), words[3]);
+                    found = floats(sum);
+                }
                 if (w.offsets) found -= shift * xs[t].sums[at];
                 sums[t] += found * (scale * xs[t].steps[b]);
             }
