@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.engine import Engine, SamplingParams, Session, saved_session, session_identity, window_pages
+from octo_run.engine import Engine, SamplingParams, Session, session_identity, window_pages
 from octo_run.engine.background_save import BackgroundSave
 from octo_run.engine.random_model import NoTokenizer
-from octo_run.engine.saved_session import SavedSession, SessionMismatch, Snapshot
+from octo_run.engine.saved_session import SavedSession, SessionMismatch, Snapshot, layout, reading
+from octo_run.engine.saved_session.snapshot import _item
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import PageFormat
 from octo_run.models.config import parse_config
@@ -207,14 +208,14 @@ def test_pages_of_another_layout_and_dtype_are_converted(
     plain = parse_kv("bf16", 64, plain_dtype=torch.bfloat16)
     wide = parse_kv("bf16", 64, plain_dtype=torch.float32)
     values = torch.randn(3, 2 * 64 * 64).to(torch.bfloat16)
-    there = saved_session._convert(values.view(torch.uint8), PageFormat(plain, "lanes"), PageFormat(wide, "rows"))
+    there = reading._convert(values.view(torch.uint8), PageFormat(plain, "lanes"), PageFormat(wide, "rows"))
     assert torch.equal(there.view(torch.float32), values.float())
 
 
 def _with(items: Any, **changes: torch.Tensor) -> Any:
     def changed(self: Snapshot, were_read: Any) -> Any:
         found = items(self, were_read)
-        return found | {name: saved_session._item(tensor) for name, tensor in changes.items()}
+        return found | {name: _item(tensor) for name, tensor in changes.items()}
 
     return changed
 
@@ -223,19 +224,19 @@ def _with(items: Any, **changes: torch.Tensor) -> Any:
 def test_an_engine_takes_the_file_s_conditioning(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     """Measured elsewhere it differs; the answer is that of the engine that wrote the file."""
     engine, other = tiny("oct3", 2048), tiny("oct3", 2048)
-    for layer in saved_session._attention_layers(engine):
+    for layer in layout.attention_layers(engine):
         assert layer.maps is not None and layer.key_mean is not None
         turned = torch.eye(64) + 0.05 * torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
         layer.maps[0].copy_(layer.maps[0] @ torch.linalg.inv(turned).mT)
         layer.maps[1].copy_(layer.maps[1] @ turned)
         layer.key_mean.mul_(1.1)
-    for number, layer in enumerate(saved_session._attention_layers(engine)):
+    for number, layer in enumerate(layout.attention_layers(engine)):
         engine.arena.means.adopt(number, layer.key_mean, layer.maps[1])  # type: ignore[union-attr, index, arg-type]
     before = talk(engine, LONG[:900])
     talk(other, LONG[:900])
     file = saved(before, tmp_path / "s.safetensors")
     file.restore(other)
-    layers = saved_session._attention_layers
+    layers = layout.attention_layers
     for one, two in zip(layers(engine), layers(other), strict=True):
         assert torch.equal(one.maps, two.maps) and torch.equal(one.key_mean, two.key_mean)  # type: ignore[arg-type]
     for layer in range(2):

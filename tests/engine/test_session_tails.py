@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from octo_run.engine import Engine, Session, background_save, saved_session
+from octo_run.engine import Engine, Session, background_save
 from octo_run.engine.background_save import BackgroundSave
 from octo_run.engine.saved_session import SavedSession, Snapshot, tail_of
 from octo_run.errors import OctoError
@@ -138,7 +138,9 @@ def test_kill_9_at_any_moment_leaves_a_state_that_was_there(
     """A child saves turn after turn, in tails and whole files; what it had told to be saved is never lost."""
     path, engine, chance = tmp_path / "s.safetensors", tiny("oct3", 2048), random.Random(4)
     session = talk(engine, LONG)
-    monkeypatch.setattr(saved_session, "PIECE_BYTES", 1)  # many small writes, so that a kill comes between
+    monkeypatch.setattr(
+        "octo_run.engine.saved_session.snapshot.PIECE_BYTES", 1
+    )  # many small writes, so that a kill comes between
     snapshot = Snapshot.take(session, GREEDY)
     snapshot.write(path)
     seen = set()
