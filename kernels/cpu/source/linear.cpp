@@ -4,6 +4,7 @@
 // the weight's codes: with instructions for products of bytes (VNNI, AMX) as x = step (254 hi + lo) with hi and lo in
 // -127..127, else as x = step n; step = largest / 32380. Sums of a block are exact, so the number of threads does not
 // change them. The error of an activation is at most 1.6e-5 of its block's largest one.
+#include "calls.h"
 #include "common.h"
 #include <algorithm>
 
@@ -440,32 +441,8 @@ static void fp8_linear(const Weight &w, const char *x, int kind, int64_t tokens,
 }
 }  // namespace
 
-extern "C" {
-struct PackedCall {
-    int64_t code_kind, out_rows, columns, padded, group;
-    const uint8_t *codes;
-    const float *rows;
-    const uint16_t *scales, *offsets;
-    const int32_t *order;
-    const void *x;
-    int64_t kind, tokens, x_stride;
-    const float *bias;
-    void *out;
-    int64_t stride, threads;
-};
-struct DenseCall {
-    const void *weight;
-    int64_t weight_kind, out_rows, columns;
-    const void *x;
-    int64_t kind, tokens, x_stride;
-    const float *bias;
-    void *out;
-    int64_t stride, threads;
-};
-}
-
 // out [tokens, out] = x [tokens, columns] W^T + bias. x and out are of one element kind; strides in elements.
-extern "C" void octo_packed_linear(const PackedCall *call) {
+FUNCTION(octo_packed_linear, PackedCall) {
     const PackedCall &c = *call;
     const int kind = (int)c.kind, threads = (int)c.threads;
     const int64_t out_rows = c.out_rows, tokens = c.tokens, stride = c.stride;
@@ -553,24 +530,14 @@ static void dense(const void *weight, int64_t out_rows, int64_t columns, const v
         }
     });
 }
-extern "C" void octo_dense_linear(const DenseCall *call) {
+FUNCTION(octo_dense_linear, DenseCall) {
     const DenseCall &c = *call;
     (c.weight_kind == FLOAT32 ? dense<true> : dense<false>)(c.weight, c.out_rows, c.columns, c.x, (int)c.kind, c.tokens,
                                                             c.x_stride, c.bias, c.out, c.stride, (int)c.threads);
 }
 
-extern "C" {
-struct PackCall {
-    const void *weight;
-    int64_t element, rows, columns, stride, padded;
-    uint8_t *codes;
-    float *factors;
-    int64_t threads;
-};
-}
-
 // int8 codes of rows in the order of kernels/linear/packed.py, and factors: a row's largest magnitude / 127 in bfloat16.
-extern "C" void octo_pack_rows(const PackCall *call) {
+FUNCTION(octo_pack_rows, PackCall) {
     const PackCall &c = *call;
     parallel((c.rows + 63) / 64, (int)c.threads, [&](int64_t n) {
         float *values = (float *)scratch(0, c.padded * 4), *scaled = (float *)scratch(1, c.padded * 4);
