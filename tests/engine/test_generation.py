@@ -11,23 +11,17 @@ from torch import Tensor
 from octo_run.engine import Engine, Reply, SamplingParams
 from octo_run.engine import engine as engine_module
 from octo_run.engine.generation import PromptWatch
-from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import step as ops
 from octo_run.models import rope
+
+from .conftest import only
 
 Tiny = Callable[..., Engine]
 
 
 def ids_of(engine: Engine, ids: list[int], **params: Any) -> list[int]:
     return [token.id for token in engine.generate(ids, SamplingParams(**params))]
-
-
-def only(engine: Engine) -> Sequence:
-    """The engine's only sequence."""
-    (sequence,) = engine.arena.table.rows
-    assert sequence is not None
-    return sequence
 
 
 def forget(engine: Engine) -> None:

@@ -17,6 +17,8 @@ from octo_run.engine.sequence import Sequence
 from octo_run.models.cache import DEMO_PATH
 from octo_run.models.decoder import Passing
 
+from .conftest import Counter
+
 DEVICE = os.environ.get("OCTO_RUN_TEST_DEVICE", "cpu")
 COMMON: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -120,24 +122,6 @@ def greedy(engine: Engine, ids: list[int], count: int) -> list[tuple[int, float]
 def same(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> None:
     assert [token for token, _ in ours] == [token for token, _ in theirs]
     torch.testing.assert_close([p for _, p in ours], [p for _, p in theirs], atol=2e-4, rtol=1e-4)
-
-
-class Counter:
-    """Counts the tokens that an engine reads in chunks."""
-
-    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
-        self.read, chunks = 0, engine.forward.chunks
-
-        def counted(given: list[Any]) -> Tensor:
-            self.read += sum(chunk.count for chunk in given)
-            return chunks(given)
-
-        patch.setattr(engine.forward, "chunks", counted)
-
-    def taken(self) -> int:
-        """Since the last call."""
-        self.read, read = 0, self.read
-        return read
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,19 +12,14 @@ from octo_run.engine.sequence import Sequence
 from octo_run.engine.step import AHEAD, batch_buckets, length_bound
 from octo_run.errors import OctoError, UsageError
 
+from .conftest import only
+
 Tiny = Callable[..., Engine]
 GREEDY = SamplingParams()
 
 
 def answer(engine: Engine, ids: list[int], **params: Any) -> list[int]:
     return [token.id for token in engine.generate(ids, SamplingParams(**params))]
-
-
-def only(engine: Engine) -> Sequence:
-    """The engine's only sequence."""
-    (sequence,) = engine.arena.table.rows
-    assert sequence is not None
-    return sequence
 
 
 Started = list[tuple[Sequence, list[int]]]

@@ -18,7 +18,7 @@ from octo_run.engine.sequence import Sequence
 from octo_run.engine.window_pages import HISTORY, WindowPages, WindowShape
 from octo_run.models.config import ModelConfig
 
-from .conftest import TINY
+from .conftest import TINY, Counter
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 PATTERNS = {
@@ -56,24 +56,6 @@ def held(engine: Engine, sequence: Sequence, group: int = 0) -> list[int]:
 def greedy(engine: Engine, ids: list[int], count: int) -> list[tuple[int, float]]:
     engine.end_ids = frozenset()
     return [(token.id, token.logprob) for token in engine.generate(ids, SamplingParams(max_tokens=count))]
-
-
-class Counter:
-    """Counts the tokens that an engine reads in chunks."""
-
-    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
-        self.read, chunks = 0, engine.forward.chunks
-
-        def counted(given: list[Any]) -> torch.Tensor:
-            self.read += sum(chunk.count for chunk in given)
-            return chunks(given)
-
-        patch.setattr(engine.forward, "chunks", counted)
-
-    def taken(self) -> int:
-        """Since the last call."""
-        self.read, read = 0, self.read
-        return read
 
 
 @pytest.mark.parametrize("kinds", PATTERNS.values(), ids=PATTERNS)
