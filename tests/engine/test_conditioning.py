@@ -62,6 +62,7 @@ HOSTILE: dict[str, Callable[[str, torch.Tensor], object]] = {
 }
 
 
+@pytest.mark.few("random", "huge keys")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_model_is_never_worse_for_it(
     kind: str, tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]

@@ -101,6 +101,7 @@ def test_logits_and_greedy_tokens(family: str, tmp_path: Path) -> None:
     assert greedy(engine, ids[:190], 40) == greedy_by_transformers(model, ids[:190], 40)
 
 
+@pytest.mark.few("qwen2-moe", "gpt-oss")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_most_likely_tokens_with_a_coded_cache(family: str, tmp_path: Path) -> None:
@@ -136,6 +137,7 @@ def dense_of(decoder: Decoder) -> None:
         decoder.layers[index] = replace(layer, mixer=mixer, mlp=mlp)
 
 
+@pytest.mark.few("mixtral-int4", "qwen2-moe-fp8", "gpt-oss-int8")
 @pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "gpt-oss"])
 @torch.inference_mode()

@@ -505,6 +505,7 @@ def test_the_same_prompt_gives_the_same_bytes(tiny: Tiny, random_ids: Any) -> No
     assert all(torch.equal(store, stores[0]) for store in stores)
 
 
+@pytest.mark.few("oct3-full", "oct4:oct2-off", "oct4:oct2/oct2:octopus4-mean")
 @pytest.mark.parametrize("conditioning", ["off", "mean", "full"])
 @pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "oct2/oct3:oct4", "oct4:oct2/oct2:octopus4"])
 def test_attention_of_a_step_is_that_over_the_decoded_pages(

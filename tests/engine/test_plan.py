@@ -51,6 +51,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda count: monkeypatch.setattr(plan_module, "free_memory", lambda _device: count)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kv", ["bf16", "octopus2", "oct3", "octopus4:octopus2"])
 @pytest.mark.parametrize("options", [{}, {"sink": 0, "window": 128}, {"dtype": "bfloat16"}, {"max_context": 100}])
 def test_the_arena_takes_what_the_plan_says(
@@ -69,6 +70,7 @@ def test_the_arena_takes_what_the_plan_says(
         assert engine.arena.pages.nbytes == engine.arena.pages.shape[0] * 64 * vectors
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "changes",
     [

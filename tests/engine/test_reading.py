@@ -41,6 +41,7 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.few("oct2-usual", "oct2-key mean", "octopus3-uneven sink", "bf16-neither")
 @pytest.mark.parametrize(
     "options",
     [

@@ -139,6 +139,7 @@ def test_logits_at_every_position(family: str, models: Callable[[str], tuple[Pat
         assert relative(ours[:128], theirs[:128]) < 1e-4
 
 
+@pytest.mark.few("qwen3_5", "qwen3_next")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_logits_of_decode_steps(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:

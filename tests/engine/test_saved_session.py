@@ -51,6 +51,7 @@ def saved(session: Session, path: Path) -> SavedSession:
     return SavedSession.read(path)
 
 
+@pytest.mark.few("4-oct3", "1-oct2/oct3")
 @pytest.mark.parametrize("kv", ["oct3", "bf16", "oct2:oct4", "oct2/oct3"])
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_loaded_conversation_goes_on_as_the_unsaved_one(
@@ -107,6 +108,7 @@ WINDOWED = {
 }
 
 
+@pytest.mark.few("some-True-oct3", "heads of two sizes-False-bf16")
 @pytest.mark.parametrize("kv", ["oct3", "bf16"])
 @pytest.mark.parametrize("undone", [False, True])
 @pytest.mark.parametrize("name", WINDOWED)

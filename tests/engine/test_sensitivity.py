@@ -84,6 +84,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few("llama-full", "qwen2-off", "qwen3-mean")
 @pytest.mark.parametrize("kind", ["off", "mean", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_whole_runs_find(family: str, kind: str) -> None:

@@ -285,6 +285,7 @@ def test_seeds_give_the_same_answers_whatever_runs_beside(tiny: Tiny, random_ids
 # Synthetic depth and shapes without weights
 
 
+@pytest.mark.few("0-oct3", "193-bf16", "1900-oct2:oct4/oct3")
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 @pytest.mark.parametrize("length", [0, 10, 192, 193, 1900])
 def test_fill(kv: str, length: int, tiny: Tiny) -> None:
