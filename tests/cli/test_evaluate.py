@@ -142,6 +142,7 @@ def test_a_failure_in_the_middle_leaves_what_is_done(
     assert (shown.code, shown.out) == (1, "")
 
 
+@pytest.mark.slow
 def test_a_step_makes_no_difference(octo: Callable[..., Any], text: str) -> None:
     """And `--max-context` is `--ctx`."""
     argv = (*PPL[:4], "--max-context", "224", "--tokens", "230", "--text", text, "--kv", "octopus2", "--json")
@@ -254,6 +255,7 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     assert shown.err.startswith("octo-run: ") and shown.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_weights_are_compared_with_the_dense_model(octo: Callable[..., Any]) -> None:
     load = ("--weights", "bf16,int8", "--kv", "bf16,oct3", "--tokens", "300", "--ctx", "256", "--device", "cpu")
     rows = json.loads(octo("eval", "ppl", *load, "--json").out)

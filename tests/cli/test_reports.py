@@ -97,6 +97,7 @@ def test_bench_reads_then_writes(octo: Callable[..., Any], engine: Any) -> None:
         assert f"'{wrong}' is no test" in octo("bench", "--tests", wrong).err
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("form", ["table", "markdown", "csv", "json", "jsonl"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OctoError("no room")])
 def test_an_interrupted_bench_prints_what_it_has(
@@ -218,6 +219,7 @@ def test_show_tells_what_windows_take(octo: Callable[..., Any], make_checkpoint:
     assert "however many there are" in out and "windows   " not in octo("show").out
 
 
+@pytest.mark.slow
 def test_which_factors_of_rope_are_on(octo: Callable[..., Any], make_checkpoint: Callable[..., Path]) -> None:
     """longrope has two lists, and the context decides: `show` says where, a run which."""
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "factor": 2.0,

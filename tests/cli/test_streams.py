@@ -22,6 +22,7 @@ def shell(command: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("command", "code", "says"),
     [

@@ -37,6 +37,7 @@ def prompt_tokens(done: "subprocess.CompletedProcess[str]") -> int:
     return int(found[1].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_single_answers_one_message_of_all_sources(octo: Any, tmp_path: Path) -> None:
     """A file, a document on standard input and -p, in this order, are one message."""
     (tmp_path / "boats.txt").write_text(NEEDLE)
@@ -60,6 +61,7 @@ def test_a_system_prompt_from_a_file(octo: Any, tmp_path: Path) -> None:
     assert octo("chat", "--system-file", str(tmp_path / "none")).returncode == 2
 
 
+@pytest.mark.slow
 def test_another_template_and_what_it_sees(octo: Any, tmp_path: Path) -> None:
     (tmp_path / "echo.jinja").write_text(ECHO)
     argv = ("chat", "-n", "1", "--chat-template", str(tmp_path / "echo.jinja"))
@@ -94,6 +96,7 @@ def test_a_thought_is_hidden_and_ends_after_its_budget(octo: Any, tmp_path: Path
     assert octo(*argv, "--hide-thinking", text=NEEDLE).stdout == "\n", "it is all thought"
 
 
+@pytest.mark.slow
 def test_a_full_context_stops_the_chat_if_wanted(octo: Any) -> None:
     lines = "\n".join(["Tell me a long story about the sea and the boats, please."] * 12)
     argv = ("chat", "--ctx", "256", "-n", "20")

@@ -797,6 +797,7 @@ DAMAGED_MANIFESTS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", DAMAGED_MANIFESTS)
 @pytest.mark.parametrize("ref", [True, False])
 def test_a_damaged_manifest_hides_no_other_model(fake_hub: Any, repo: Path, kind: str, ref: bool) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 READY = "/help.*?" + PROMPT
 HOT = ("--temp", "3", "--seed", "1", "--threads", "1")  # so hot that no answer ends by itself
@@ -26,6 +28,7 @@ def history(environment: dict[str, str]) -> list[str]:
     return [line[1:] for line in text.splitlines() if line.startswith("+")]
 
 
+@pytest.mark.slow
 def test_keys_typed_during_an_answer_wait_for_the_next_line(
     terminal: Callable[..., Any], environment: dict[str, str]
 ) -> None:
@@ -72,6 +75,7 @@ def test_two_ctrl_c_within_two_seconds_leave(terminal: Callable[..., Any]) -> No
     assert "[stopped, " in chat.screen and "Traceback" not in chat.screen and chat.attributes() == chat.before
 
 
+@pytest.mark.slow
 def test_ctrl_c_long_after_an_answer_was_stopped_only_warns(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", *HOT)
     at = chat.wait_for(READY)
@@ -169,6 +173,7 @@ def test_the_gauge_shows_how_full_the_context_is(terminal: Callable[..., Any]) -
     leave(chat)
 
 
+@pytest.mark.slow
 def test_the_greeting_is_there_before_anything_large_is_imported(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", anew=True)
     chat.wait_for("loading octo-demo")

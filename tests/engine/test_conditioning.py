@@ -31,6 +31,7 @@ def logits(kv: str, kind: str | None, step: int | None = 64) -> torch.Tensor:
         return engine.logits(engine.tokenizer.encode(TEXT, add_bos=True)[:460], step).double()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["mean", "full"])
 def test_without_coding_the_logits_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = logits("bf16", None)
@@ -92,6 +93,7 @@ def test_coded_keys_are_conditioned_unless_it_is_off() -> None:
         load("oct3", "some")
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_for_the_next_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
     first = logits("oct3", None)
@@ -111,6 +113,7 @@ def test_what_was_measured_is_kept_for_the_next_load(monkeypatch: pytest.MonkeyP
     assert [file.name for file in statistics_folder().iterdir()] == [kept.name]
 
 
+@pytest.mark.slow
 def test_sensitivities_are_kept_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
     with load("auto:48") as engine:

@@ -88,6 +88,7 @@ def greedy_by_transformers(model: Any, ids: list[int], count: int) -> list[int]:
     return answer
 
 
+@pytest.mark.few("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "granite-moe", "gpt-oss")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_logits_and_greedy_tokens(family: str, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 # Chunks, edges, reuse
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("sink", "window"), [(64, 64), (0, 0), (5, 128), (200, 0)])
 def test_plain_cache_chunks_equal_single_steps(sink: int, window: int, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny(sink=sink, window=window)
@@ -352,6 +353,7 @@ def test_prompts_that_cannot_be_answered(ids: list[int], text: str, tiny: Tiny) 
             call(ids)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", [None, 300, 64, 1])
 def test_logits_in_blocks_are_the_logits(step: int | None, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny("oct3", context=700)

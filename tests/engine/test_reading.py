@@ -85,6 +85,7 @@ def test_reading_is_decoding(kv: str, tiny: Tiny, random_ids: Callable[..., list
     assert difference(read(engine, [ids], 400)[0], torch.cat(rows)) < ROUNDING
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("conditioning", ["off", "full"])
 def test_texts_that_are_read_together_are_read_as_alone(
     conditioning: str, tiny: Tiny, random_ids: Callable[..., list[int]]
@@ -133,6 +134,7 @@ def test_passes_hold_all_tokens_in_order_and_no_text_twice(lengths: list[int], s
     assert read == [list(range(length)) for length in lengths]
 
 
+@pytest.mark.slow
 def test_formats_are_loaded_as_memory_allows(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Engine] = []
 

@@ -124,6 +124,7 @@ def same(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> None
     torch.testing.assert_close([p for _, p in ours], [p for _, p in theirs], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.few("qwen3_5", "qwen3_next")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_logits_at_every_position(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:
@@ -276,6 +277,7 @@ def test_undo_goes_back_to_an_earlier_turn(
         assert counter.taken() <= 30 + 64 + 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("launched", [1, 2, 5, 8])
 def test_cancelled_steps(launched: int, path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
     """Launched steps that nobody reads leave nothing behind, whether the sequence goes on by hand or as a prompt."""
@@ -344,6 +346,7 @@ def failing(mixer: Any, name: str) -> Callable[..., None]:
     return run
 
 
+@pytest.mark.slow
 def test_many_prompts_at_once(path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
     """More prompts than rows, of several lengths, some of which begin alike; few snapshots."""
     head = numbers(150, seed=3)
@@ -395,6 +398,7 @@ def test_the_plan_is_what_is_held(path: Path) -> None:
         assert engine.plan.shape.layers == 2
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_reading_is_decoding(path: Path) -> None:
     """Two texts of unequal lengths read at once, as measurements of quality do, against one token at a time."""
@@ -413,6 +417,7 @@ def test_reading_is_decoding(path: Path) -> None:
             assert relative(torch.cat(parts), engine.logits(text, 1).cpu()) < 5e-3  # codes differ at ties
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (100, 64), (64, 256)])
 def test_other_sinks_and_windows(sink: int, window: int, path: Path) -> None:
     ids = numbers(330)
@@ -427,6 +432,7 @@ def test_other_sinks_and_windows(sink: int, window: int, path: Path) -> None:
         same(greedy(engine, edited, 20), want[1])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"kv": "auto:56"}, {"kv": "oct3", "conditioning": "full"}])
 def test_other_formats_of_weights_and_caches(
     options: dict[str, Any], path: Path, models: Callable[[str], tuple[Path, Any]]

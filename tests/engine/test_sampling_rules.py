@@ -101,6 +101,7 @@ def test_choices_are_their_definitions(logits: list[float], **rules: Any) -> Non
     assert kept(params, logits) == definition(logits, params)
 
 
+@pytest.mark.slow
 def test_xtc_leaves_the_least_likely_of_the_likely_ones() -> None:
     logits = [math.log(p) for p in (0.4, 0.3, 0.15, 0.1, 0.05)]
     rules = SamplingParams(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.12)

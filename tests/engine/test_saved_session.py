@@ -247,6 +247,7 @@ def test_an_engine_takes_the_file_s_conditioning(tiny: Callable[..., Engine], tm
     assert [*a] == [*b] and a.ids == b.ids and a.reused_tokens == b.reused_tokens > 800
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -353,6 +354,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_hostile_header_is_one_sentence(tiny: Callable[..., Engine], tmp_path: Path, name: str) -> None:
     path = tmp_path / "s.safetensors"

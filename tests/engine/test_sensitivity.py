@@ -142,6 +142,7 @@ def peak(work: Callable[[], object]) -> int:
     return max(itertools.accumulate(one.nbytes() for one in events))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("vocabulary", [300, 60_000])
 def test_it_takes_what_is_planned_for_it(vocabulary: int) -> None:
     cfg = replace(CFG, vocab_size=vocabulary, num_layers=8, hidden_size=256, intermediate_size=700)

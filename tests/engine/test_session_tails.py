@@ -132,6 +132,7 @@ def test_a_first_file_with_other_pages_is_noticed(tiny: Callable[..., Engine], t
         SavedSession.read(path).restore(tiny("oct3", 2048))
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_state_that_was_there(
     tiny: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

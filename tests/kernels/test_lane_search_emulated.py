@@ -80,6 +80,7 @@ def test_threads_meet_only_at_barriers(monkeypatch: pytest.MonkeyPatch, name: st
                 found(name, y)
 
 
+@pytest.mark.slow
 def test_of_equal_costs_the_smallest_code_wins() -> None:
     """Vectors on a coarse grid have many codes of one cost."""
     torch.manual_seed(0)
@@ -88,6 +89,7 @@ def test_of_equal_costs_the_smallest_code_wins() -> None:
         assert torch.equal(found(name, y), fields_of(name, y))
 
 
+@pytest.mark.slow
 def test_outliers_reach_the_limit() -> None:
     """One coordinate has the whole norm: beyond the outermost codeword it is cut off."""
     y = torch.zeros(1, 1, 1, 64, 64)

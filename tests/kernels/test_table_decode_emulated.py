@@ -112,6 +112,7 @@ KINDS = [{"sees": 1}, {"sees": 64}, {"sees": 150}, {"sees": 333}, {"cap": 2.0}, 
 ALL_KINDS = {"sees": 290, "cap": 2.0, "sinking": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [*KINDS, ALL_KINDS], ids=str)
 def test_windows_caps_and_sink_logits(kernel: Any, kinds: dict[str, Any]) -> None:
     """In one part and in several, with filler, and with lengths at the edges of pages and of windows."""
@@ -179,6 +180,7 @@ def test_a_key_mean_of_any_size(kernel: Any, mean: float) -> None:
     assert worst_error(case) < (5e-3 if mean == 30.0 else float("inf"))
 
 
+@pytest.mark.slow
 def test_sequences_of_unequal_lengths_are_cut_finer(kernel: Any) -> None:
     lengths = [64 * 40 + 192, 300, 1, 64 * 9 + 200]
     assert worst_error(decode_case("oct2", lengths, 4, 1, 64)) < 1e-3
@@ -195,6 +197,7 @@ def test_filler_is_left_out(kernel: Any, kv: str, dim: int, group: int) -> None:
     assert worst_error(case) < 1e-3
 
 
+@pytest.mark.slow
 def test_filler_with_the_key_mean(kernel: Any) -> None:
     assert worst_error(decode_case("oct3", [0, 800, 0, 450, 0, 0], 7, 1, 128, mean=2.0)) < 1.5e-3
 

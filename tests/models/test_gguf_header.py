@@ -143,6 +143,7 @@ def test_flipped_bytes_never_raise_anything_else(small_gguf: Callable[..., Any],
     assert refused > 50 and time.process_time() - start < 60
 
 
+@pytest.mark.slow
 def test_a_header_takes_no_more_memory_than_its_file_justifies(tmp_path: Path) -> None:
     """A sparse file of a terabyte that claims texts and lists of all of it."""
     path = tmp_path / "model.gguf"

@@ -135,6 +135,7 @@ def llama3(shared_dir: Path) -> tuple[dict[str, int], list[str]]:
     return vocabulary, merges
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("pre", SPLITS)
 def test_every_split_is_that_of_its_patterns(
     pre: str, llama3: tuple[dict[str, int], list[str]], shared_dir: Path, imported: Callable[..., Tokenizer]
@@ -157,6 +158,7 @@ def test_every_split_is_that_of_its_patterns(
     assert not {len(vocabulary), len(vocabulary) + 1, len(vocabulary) + 2} & {*tok.encode("<|eot_id|>[PAD128002]")}
 
 
+@pytest.mark.slow
 def test_other_tools_read_the_same_tokenizer(
     llama3: tuple[dict[str, int], list[str]], imported: Callable[..., Tokenizer], tmp_path: Path
 ) -> None:

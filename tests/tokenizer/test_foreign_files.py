@@ -230,6 +230,7 @@ def test_the_finder_finds_what_a_regular_expression_finds(texts: list[str], text
     assert list(Finder(texts).all(text)) == [match.span() for match in pattern.finditer(text)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
 def test_a_regular_expression_that_does_not_end_is_given_up(
     tmp_path: Path, make_library: Callable[[str], Library], part: str
@@ -314,6 +315,7 @@ def test_a_tokenizer_json_without_a_decoder_decodes_as_in_transformers(
         assert "".join(map(stream.push, ids)) + stream.finish() == theirs.decode(ids)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "family"),
     [

@@ -59,6 +59,7 @@ def test_text_gives_no_special_id(json_tokenizer: Path, text: str) -> None:
     assert tok.decode(ids) in (text, text.replace("▁", " "), text.replace("▁", " ").removeprefix(" "))
 
 
+@pytest.mark.few(2)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_decoding_equals_the_library(json_tokenizer: Path, data: st.DataObject) -> None:

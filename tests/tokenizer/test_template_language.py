@@ -206,6 +206,7 @@ WAYS = [
 # fmt: on
 
 
+@pytest.mark.slow
 def test_names_of_kinds_are_all_that_is_printed() -> None:
     """No address, class, module or signature: not in the text, not in an error."""
     inside = re.compile(
