@@ -73,6 +73,7 @@ def test_perplexity_of_the_bundled_sample_as_a_table(octo: Callable[..., Any]) -
     assert "the bundled sample is small (230 tokens scored)" in shown.err
 
 
+@pytest.mark.slow
 def test_needles_as_table_and_files(octo: Callable[..., Any], text: str, tmp_path: Path) -> None:
     argv = (
         "eval",
@@ -116,6 +117,7 @@ def test_the_needle_report_has_a_map_and_totals() -> None:
     assert part.endswith("; partial: not all questions were asked")
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_middle_leaves_what_is_done(
     octo: Callable[..., Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def test_bench_measures_every_format_depth_and_test(octo: Callable[..., Any], en
     assert report["memory"]["fp32 bf16"]["now"] == {"process_peak": 4_000_000}
 
 
+@pytest.mark.slow
 def test_bench_compares_formats_of_weights(octo: Callable[..., Any], engine: Any) -> None:
     report = json.loads(octo(*BENCH, "--weights", "bf16, int4", "-o", "json").out)
     assert [*zip(engine.weights, engine.loads, strict=True)] == [
@@ -204,6 +205,7 @@ def test_show_text_has_a_row_for_every_format(octo: Callable[..., Any]) -> None:
     assert {line.split()[0] for line in out.splitlines() if line.split()} >= {*codec.names(), "auto:56"}
 
 
+@pytest.mark.slow
 def test_show_tells_what_windows_take(octo: Callable[..., Any], make_checkpoint: Callable[..., Path]) -> None:
     """Bytes that grow with the context are those of the other layers."""
     kinds = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1, "num_hidden_layers": 3}

@@ -247,6 +247,7 @@ def test_a_file_is_never_there_in_part(tmp_path: Path, capsys: pytest.CaptureFix
     assert {path.name for path in tmp_path.iterdir()} == {"a.csv", "link.csv"}
 
 
+@pytest.mark.slow
 def test_a_result_that_standard_output_does_not_take_is_shown_elsewhere(tmp_path: Path) -> None:
     command = f"{PROGRAM} eval codec --no-model --kv oct3 --vectors 256 --markdown {tmp_path}/a.md"
     done = shell(f"{command} >/dev/full")

@@ -83,6 +83,7 @@ def test_samplers_are_options(octo: Any) -> None:
         assert octo(*plain, *argv).returncode == 2
 
 
+@pytest.mark.slow
 def test_several_answers_and_alternatives(octo: Any) -> None:
     argv = ("generate", "-p", "The captain", "--temp", "1", "--seed", "5", "-n", "8")
     done = octo(*argv, "--n", "3")

@@ -107,6 +107,7 @@ def test_a_full_context_stops_the_chat_if_wanted(octo: Any) -> None:
     assert done.returncode == 0 and "dropped" in done.stderr
 
 
+@pytest.mark.slow
 def test_continue_goes_on_in_a_pipe(octo: Any) -> None:
     whole = octo("chat", "-n", "12", text="I want to book a table for two in San Jose tonight.\n").stdout
     parts = octo("chat", "-n", "4", text="I want to book a table for two in San Jose tonight.\n/continue\n/continue\n")
@@ -115,6 +116,7 @@ def test_continue_goes_on_in_a_pipe(octo: Any) -> None:
     assert done.returncode == 2 and "no answer to continue" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_format_and_another_model(octo: Any, tmp_path: Path) -> None:
     """The conversation goes on; what does not exist changes nothing."""
     folder = tmp_path / "other"
@@ -128,6 +130,7 @@ def test_another_format_and_another_model(octo: Any, tmp_path: Path) -> None:
         assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_leaves_the_former_one(terminal: Callable[..., Any], tmp_path: Path) -> None:
     """Its weights are damaged, which is found late: the chat goes on with what it had."""
     folder = tmp_path / "other"

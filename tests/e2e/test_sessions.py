@@ -203,6 +203,7 @@ def test_kill_9_while_it_is_saved_leaves_the_turn_before(environment: dict[str, 
     assert not [*folder.glob(".safe*.part")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a signal", "the window"])
 def test_the_terminal_is_closed_and_nothing_is_lost(
     terminal: Callable[..., Any], environment: dict[str, str], how: str
@@ -225,6 +226,7 @@ def test_the_terminal_is_closed_and_nothing_is_lost(
     assert said(path) == ["Hello there."]
 
 
+@pytest.mark.slow
 def test_a_session_that_cannot_be_written_is_said_and_the_chat_goes_on(
     octo: Callable[..., "subprocess.CompletedProcess[str]"], environment: dict[str, str]
 ) -> None:

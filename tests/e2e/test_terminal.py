@@ -54,6 +54,7 @@ def test_keys_typed_during_an_answer_wait_for_the_next_line(
     leave(chat)
 
 
+@pytest.mark.slow
 def test_keys_typed_while_the_model_is_loaded_wait_too(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "-n", "3")
     at = chat.wait_for("loading octo-demo")
@@ -63,6 +64,7 @@ def test_keys_typed_while_the_model_is_loaded_wait_too(terminal: Callable[..., A
     leave(chat)
 
 
+@pytest.mark.slow
 def test_two_ctrl_c_within_two_seconds_leave(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", *HOT)
     at = chat.wait_for(READY)

@@ -41,6 +41,7 @@ def test_without_coding_the_logits_stay(kind: str, monkeypatch: pytest.MonkeyPat
     assert float((conditioned - exact).abs().max() / exact.abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_with_coding_the_distribution_is_nearer() -> None:
     exact = logits("bf16", None).log_softmax(-1)
     divergence = {}

@@ -235,6 +235,7 @@ def test_windows_longer_than_a_chunk(tiny: Callable[..., Engine], random_ids: Ca
     assert row.delta_percent != 0
 
 
+@pytest.mark.slow
 def test_formats_that_do_not_fit_together_follow_each_other(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +248,7 @@ def test_formats_that_do_not_fit_together_follow_each_other(
     assert figures() == together and [row[0] for row in together] == ["bf16", "oct4", "oct2"]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept_whatever_comes_in_between(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]
 ) -> None:
@@ -382,6 +384,7 @@ def ask_questions(count: int, lengths: Sequence[int] = (300,)) -> list[needle.Qu
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_demo_model_finds_needles_by_way_of_packed_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of unequal prompts; every format is asked the same, and no page is what it was for another."""
     questions = ask_questions(3, lengths=(220, 300))
@@ -409,6 +412,7 @@ def test_the_demo_model_finds_needles_by_way_of_packed_pages(monkeypatch: pytest
     assert total.recall >= 2 / 3 and (total.low, total.high) == wilson(total.correct, 3)
 
 
+@pytest.mark.slow
 def test_answers_are_those_to_questions_asked_alone() -> None:
     """The text of every answer, not only whether it is right: batches change nothing."""
     questions = ask_questions(4)

@@ -154,6 +154,7 @@ def test_demo_greedy_in_bfloat16(demo: Any) -> None:
     assert alike >= 0.97 * 64 * len(QUESTIONS)
 
 
+@pytest.mark.slow
 def test_octahedral_cache_is_close_but_not_equal(demo: Any, prompt: list[int]) -> None:
     """The logits of the last tokens see coded pages; those of the first tokens nothing but full precision."""
     exact = demo("bf16").logits(prompt)

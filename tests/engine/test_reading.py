@@ -113,6 +113,7 @@ def test_the_cache_is_left_as_decoding_leaves_it(tiny: Tiny, random_ids: Callabl
     assert torch.allclose(*(part[:, :, :, slots] for part in full), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_long_text_takes_several_chunks(tiny: Tiny, random_ids: Callable[..., list[int]]) -> None:
     engine = tiny("oct2", context=1400)
     assert engine.plan.shape.chunk == 512

@@ -78,6 +78,7 @@ RECURRENT = {
 }  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("undone", [False, True])
 def test_states_of_recurrent_layers_are_saved_too(tiny: Callable[..., Engine], tmp_path: Path, undone: bool) -> None:
     """Those behind the last token, or those that a cut falls back to."""
@@ -368,6 +369,7 @@ def test_a_hostile_header_is_one_sentence(tiny: Callable[..., Engine], tmp_path:
     assert all(row is None for row in engine.arena.table.rows), "nothing was taken"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("cut", [0, 7, 8, 100, -1])
 def test_a_damaged_file_is_one_sentence(tiny: Callable[..., Engine], tmp_path: Path, cut: int) -> None:
     path = tmp_path / "s.safetensors"
@@ -380,6 +382,7 @@ def test_a_damaged_file_is_one_sentence(tiny: Callable[..., Engine], tmp_path: P
         SavedSession.read(path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", [-1, 260, 2**31 - 1])
 def test_ids_that_there_are_not_are_refused(tiny: Callable[..., Engine], tmp_path: Path, value: int) -> None:
     path = tmp_path / "s.safetensors"
@@ -517,6 +520,7 @@ def test_loading_takes_the_read_only(demo: Callable[..., Engine], tmp_path: Path
     assert loaded * 20 < took, (loaded, took)
 
 
+@pytest.mark.slow
 def test_random_damage_is_one_sentence_or_harmless(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     """Bytes of the header and of the tensors are changed: nothing but an OctoError comes of it."""
     import random

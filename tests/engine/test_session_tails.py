@@ -114,6 +114,7 @@ def test_a_tail_of_another_file_counts_for_nothing(tiny: Callable[..., Engine], 
     assert [*SavedSession.read(path).turns] == session.turns and SavedSession.read(path).shared is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pages", [-1, 10**9, "1", None])
 def test_a_hostile_tail_is_one_sentence(tiny: Callable[..., Engine], tmp_path: Path, pages: object) -> None:
     path, save, session = tmp_path / "s.safetensors", BackgroundSave(), Session(tiny("oct3", 2048))

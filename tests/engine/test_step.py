@@ -55,6 +55,7 @@ def test_buckets() -> None:
     assert length_bound(7, 500) == 500
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kv", ["bf16", "oct3"])
 def test_sequences_of_different_lengths_answer_as_if_alone(kv: str, tiny: Tiny, random_ids: Any) -> None:
     """Across several pages of each, at different steps."""
@@ -135,6 +136,7 @@ def test_what_steps_fed_is_known_when_a_prefix_is_reused(tiny: Tiny, random_ids:
     assert generation.reused_tokens in (10, 11)  # the first drawn token may be the prompt's next one
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("window", [0, 64])
 def test_what_was_not_read_is_taken_back(window: int, tiny: Tiny, random_ids: Any) -> None:
     """Also when a page was coded for a step that is taken back: ids and length are equal whatever is left."""

@@ -192,6 +192,7 @@ def test_a_view_is_good_until_the_layer_changes() -> None:
         view.attend(torch.zeros(2, HEADS, 1, 64, dtype=torch.float64), 1.0)
 
 
+@pytest.mark.slow
 def test_pages_are_what_is_read() -> None:
     """Not a copy in full precision beside them: another page gives another result, and the bytes are those of pages."""
     store, remembered = make("oct3", 128, window=0)

@@ -153,6 +153,7 @@ def mxfp4(folder: Path) -> None:
     configured(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ignored})
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_gpt_oss_with_mxfp4_experts(tmp_path: Path) -> None:
     """Blocks and scales made by hand; transformers has their values."""
@@ -184,6 +185,7 @@ def test_the_plan_counts_what_is_held(family: str, weights: str | None, tmp_path
     assert num_parameters(engine.config) == sum(t.numel() for t in load_file(tmp_path / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_a_layer_is_loaded_expert_by_expert() -> None:
     """On `meta`, too, where nothing is counted twice: 94 layers of 128 experts take no more than some seconds."""
     values = models.BASE | models.FAMILIES["qwen3-moe"][1] | {

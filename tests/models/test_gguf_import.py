@@ -578,6 +578,7 @@ def test_a_file_that_changes_while_it_is_read(
     assert "was changed or replaced while it was read" in refused(path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_an_import_that_is_stopped_leaves_no_model(sign: int, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     path = small_gguf("llama").write(tmp_path / "model.gguf")

@@ -180,6 +180,7 @@ def test_other_tools_read_the_same_tokenizer(
     assert begin + 2 in tok.encode("a<think>b"), "a token that the user defined is no special one"
 
 
+@pytest.mark.slow
 def test_qwen2_comes_back(shared_dir: Path, imported: Callable[..., Tokenizer]) -> None:
     folder = shared_dir / "data" / "tokenizers" / "qwen2"
     vocabulary = json.loads((folder / "vocab.json").read_text())

@@ -479,6 +479,7 @@ def test_what_cannot_be_loaded_is_refused_by_name(number: int, make_checkpoint: 
 JUNK = [[], {}, [[]], {"a": 1}, "x", "\x1b[31m" * 1000, True, -3, 1.5, float("nan"), 10**400, ["x" * 5000], [{}] * 99]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["gptq", "awq", "ct w4a16", "ct fp8 block", "fp8 block", "mxfp4", "modelopt nvfp4"])
 def test_every_field_with_every_kind_of_value(name: str, make_checkpoint: Make) -> None:
     folder, values = make_checkpoint(), json.loads

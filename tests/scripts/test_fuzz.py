@@ -101,6 +101,7 @@ def say_escapes(data: bytes) -> None:
     raise error
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("reader", "what"),
     [
@@ -163,6 +164,7 @@ def test_messages_that_steer(script: Script) -> None:
         assert steers(text), ascii(text)
 
 
+@pytest.mark.slow
 def test_same_seed_same_mutants(script: Script) -> None:
     """In another process too, with another hash of strings."""
     code = (

@@ -207,6 +207,7 @@ def test_too_many_and_too_long_added_tokens_are_refused(tmp_path: Path) -> None:
     assert "131,072" in one_sentence(tokenizer_json(library, tmp_path, added_tokens=many))
 
 
+@pytest.mark.slow
 def test_thirty_thousand_added_tokens_load_soon(tmp_path: Path) -> None:
     library = Library(models.WordLevel({"a": 0}, unk_token="a"))
     library.decoder = decoders.Fuse()
