@@ -41,6 +41,7 @@ def tasks(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_perplexity_as_json_csv_and_plot(octo: Callable[..., Any], text: str, tmp_path: Path) -> None:
     table, plot = tmp_path / "rows.csv", tmp_path / "plot.svg"
     shown = octo(*PPL, "--text", text, "--kv", "octopus2,octopus4", "--json", "--csv", str(table), "--plot", str(plot))

@@ -35,6 +35,7 @@ def test_table_sets_numbers_flush_right() -> None:
 BENCH = ("bench", "--tests", "pp512,tg128", "--depth", "0,3584", "--kv", "oct3,bf16", "--batch", "2")
 
 
+@pytest.mark.slow
 def test_bench_measures_every_format_depth_and_test(octo: Callable[..., Any], engine: Any) -> None:
     report = json.loads(octo(*BENCH, "-r", "3", "--output", "json").out)
     tests = [("pp", 512), ("tg", 128)]
@@ -98,7 +99,7 @@ def test_bench_reads_then_writes(octo: Callable[..., Any], engine: Any) -> None:
         assert f"'{wrong}' is no test" in octo("bench", "--tests", wrong).err
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["table", "markdown", "csv", "json", "jsonl"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OctoError("no room")])
 def test_an_interrupted_bench_prints_what_it_has(
@@ -197,6 +198,7 @@ def test_show_json(octo: Callable[..., Any]) -> None:
     assert all(row["all_in_bytes_per_token"] > row["bytes_per_token"] for row in facts["kv"])
 
 
+@pytest.mark.slow
 def test_show_text_has_a_row_for_every_format(octo: Callable[..., Any]) -> None:
     from octo_run.kernels import codec
 

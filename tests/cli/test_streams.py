@@ -22,7 +22,7 @@ def shell(command: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("command", "code", "says"),
     [
@@ -112,6 +112,7 @@ def test_what_is_printed_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     assert not set(printed) & set("\x1b\x07\x9b\u202e\x7f\udce9") and printed.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_models_with_names_that_steer_a_terminal(
     octo: Callable[..., Any], make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -217,6 +217,7 @@ def test_a_killed_batch_goes_on_where_it_was(octo: Any, environment: dict[str, s
     assert octo(*argv, "-o", str(out)).returncode == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_batch_keeps_its_answers(terminal: Callable[..., Any], tmp_path: Path) -> None:
     """A bar with the time that is left is on the terminal meanwhile."""
     lines = [{"prompt": f"Story number {number}:"} for number in range(40)]

@@ -163,7 +163,7 @@ FAILURES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAILURES)
 def test_failures_are_one_sentence(
     octo: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, name: str
@@ -258,6 +258,7 @@ def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable
     assert "Traceback" not in chat.screen
 
 
+@pytest.mark.slow
 def test_a_pasted_byte_that_is_no_utf8_keeps_the_line(
     terminal: Callable[..., Any], environment: dict[str, str]
 ) -> None:

@@ -52,6 +52,7 @@ def test_single_answers_one_message_of_all_sources(octo: Any, tmp_path: Path) ->
     assert done.returncode == 2 and "--single answers one message" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_system_prompt_from_a_file(octo: Any, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Be very brief.\n")
     done = octo("chat", "--system-file", str(tmp_path / "system.txt"), text="/system\n")
@@ -83,6 +84,7 @@ def test_another_template_and_what_it_sees(octo: Any, tmp_path: Path) -> None:
 THINKING = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>\n"
 
 
+@pytest.mark.slow
 def test_a_thought_is_hidden_and_ends_after_its_budget(octo: Any, tmp_path: Path) -> None:
     """The template opens a thought; the model never ends it, so the budget does."""
     (tmp_path / "think.jinja").write_text(THINKING)
@@ -148,6 +150,7 @@ def test_a_model_that_fails_leaves_the_former_one(terminal: Callable[..., Any], 
     assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and chat.attributes() == chat.before
 
 
+@pytest.mark.slow
 def test_markdown_is_shown_at_a_terminal_and_not_in_pipes(octo: Any, terminal: Callable[..., Any]) -> None:
     """What a terminal gets is never written again: no cursor moves inside an answer, and no colour stays."""
     chat = terminal("chat", "-n", "30", "--temp", "2", "--seed", "3", columns=40)

@@ -81,7 +81,7 @@ def test_a_mismatch_is_one_sentence_with_advice_that_can_be_followed(
     assert octo("chat", "--session", "trip", text="/tokens\n").stderr.count("KV cache oct2") == 1
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -178,6 +178,7 @@ SLOW_DISK = (
 )
 
 
+@pytest.mark.slow
 def test_kill_9_while_it_is_saved_leaves_the_turn_before(environment: dict[str, str], octo: Any) -> None:
     """The second turn is never on the disk; the next start goes on from the first and takes away what was left."""
     argv = [sys.executable, "-c", SLOW_DISK, "chat", "-n", "3", "--session", "safe"]

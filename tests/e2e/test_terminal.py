@@ -91,6 +91,7 @@ def test_ctrl_c_long_after_an_answer_was_stopped_only_warns(terminal: Callable[.
     leave(chat)
 
 
+@pytest.mark.slow
 def test_tab_completes_commands_settings_and_files(terminal: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "a-long-name.txt").write_text("The gulls followed the boats.")
     chat = terminal("chat", "-n", "3", columns=200)
@@ -162,6 +163,7 @@ def test_every_command(terminal: Callable[..., Any], tmp_path: Path) -> None:
     assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and chat.attributes() == chat.before
 
 
+@pytest.mark.slow
 def test_the_gauge_shows_how_full_the_context_is(terminal: Callable[..., Any]) -> None:
     """On a terminal that tells its cursor's place: where none does, there is no line at the bottom."""
     chat = terminal("chat", "-n", "3", "--ctx", "256", columns=100, PROMPT_TOOLKIT_NO_CPR="")

@@ -352,7 +352,7 @@ def fill(kv: str, chunks: list[int]) -> KVArena:
     return arena
 
 
-@pytest.mark.few("oct3", "oct3/oct4:oct2")
+@pytest.mark.few("oct3/oct4:oct2")
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus3", "oct2:octopus4", "oct3/oct4:oct2"])
 def test_bytes_of_pages_depend_on_keys_and_values_alone(kv: str) -> None:
     whole = pages_of(fill(kv, [321]))

@@ -28,7 +28,7 @@ def nothing_is_left(engine: Engine) -> bool:
     return all(sequence is None or not sequence.pinned for sequence in engine.arena.table.rows)
 
 
-@pytest.mark.few("1-oct3", "2-oct2:oct4/oct3")
+@pytest.mark.few("2-oct2:oct4/oct3")
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_answers_are_those_of_prompts_alone(kv: str, ahead: int, tiny: Tiny, random_ids: Any) -> None:

@@ -64,7 +64,7 @@ HOSTILE: dict[str, Callable[[str, torch.Tensor], object]] = {
 }
 
 
-@pytest.mark.few("random", "huge keys")
+@pytest.mark.few("random")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_model_is_never_worse_for_it(
     kind: str, tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]
@@ -153,6 +153,7 @@ def test_keys_are_conditioned_by_the_whole_text_and_formats_chosen_by_a_part(
     assert seen == [whole[:TOKENS], whole[:FEWER]] and len(whole) >= TOKENS > FEWER
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def vocabulary_bytes() -> Any:
     return Watch()
 
 
+@pytest.mark.slow
 def test_logits_are_held_of_a_few_tokens_only(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], vocabulary_bytes: Any
 ) -> None:
@@ -198,7 +199,7 @@ def token_by_token(tiny: Callable[..., Engine], random_ids: Callable[..., list[i
     return texts, *torch.cat(found, 2)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "sequences"), [(1, 4), (30, 1), (64, 3), (None, 1), (None, 3)])
 def test_figures_do_not_depend_on_what_is_read_at_once(
     step: int | None, sequences: int, tiny: Callable[..., Engine], token_by_token: tuple[Any, Tensor, Tensor]
@@ -216,6 +217,7 @@ def test_figures_do_not_depend_on_what_is_read_at_once(
         assert row.delta_stderr == pytest.approx(100 * (1 + row.delta_percent / 100) * change, rel=1e-2, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_windows_longer_than_a_chunk(tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]) -> None:
     """Several of them, each in three passes through the layers, against a page at a time."""
     ids = random_ids(1900)
@@ -274,6 +276,7 @@ def test_what_is_done_is_kept_whatever_comes_in_between(
         assert row.kl_mean == pytest.approx(wanted.kl_mean, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_progress_ends_at_the_end(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +295,7 @@ def test_steps_that_are_too_long_are_refused(tiny: Callable[..., Engine], random
             perplexity.evaluate(load, ["oct4"], [random_ids(300)], stride=64, step=step)
 
 
+@pytest.mark.slow
 def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> None:
     """What is scored was read from the packed pages: other bytes there, another perplexity."""
     engine = Engine.load("octo-demo", kv="octopus4", device="cpu", max_context=320, conditioning="off")

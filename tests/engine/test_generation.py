@@ -353,7 +353,7 @@ def test_prompts_that_cannot_be_answered(ids: list[int], text: str, tiny: Tiny) 
             call(ids)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [None, 300, 64, 1])
 def test_logits_in_blocks_are_the_logits(step: int | None, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny("oct3", context=700)

@@ -50,7 +50,7 @@ def check_pool(engine: Engine) -> None:
         assert all(pool.holders(page) == held[page] for page in range(len(pool)))
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("kv", "cfg"),
     [

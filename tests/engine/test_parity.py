@@ -84,7 +84,7 @@ def prompt(demo: Callable[..., Engine]) -> list[int]:
     return ids[:330]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_random_models_from_files(family: str, make_checkpoint: Callable[..., Path]) -> None:
@@ -100,7 +100,7 @@ def test_random_models_from_files(family: str, make_checkpoint: Callable[..., Pa
     assert greedy(engine, ids[:190], 64) == greedy_by_transformers(model, ids[:190], 64)[0]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [None, 100, 64, 1])
 @torch.inference_mode()
 def test_demo_logits_in_float32(step: int | None, demo: Any, demo_oracle: Any, prompt: list[int]) -> None:

@@ -41,7 +41,7 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.few("oct2-usual", "oct2-key mean", "octopus3-uneven sink", "bf16-neither")
+@pytest.mark.few("oct2-usual", "octopus3-uneven sink")
 @pytest.mark.parametrize(
     "options",
     [
@@ -85,7 +85,7 @@ def test_reading_is_decoding(kv: str, tiny: Tiny, random_ids: Callable[..., list
     assert difference(read(engine, [ids], 400)[0], torch.cat(rows)) < ROUNDING
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("conditioning", ["off", "full"])
 def test_texts_that_are_read_together_are_read_as_alone(
     conditioning: str, tiny: Tiny, random_ids: Callable[..., list[int]]

@@ -152,7 +152,7 @@ def test_logits_at_every_position(family: str, models: Callable[[str], tuple[Pat
         assert relative(ours[:128], theirs[:128]) < 1e-4
 
 
-@pytest.mark.few("qwen3_5", "qwen3_next")
+@pytest.mark.few("qwen3_next")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_logits_of_decode_steps(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:
@@ -236,6 +236,7 @@ def test_a_state_matters(path: Path) -> None:
         assert relative(engine.prefill(sequence, ids[190:]), want.cpu()) > 1e-3
 
 
+@pytest.mark.slow
 def test_turn_ten_of_a_chat_reads_new_tokens_only(
     path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +276,7 @@ def test_regenerating_and_editing_read_a_page_again_at_most(
         assert counter.taken() == len(back)
 
 
+@pytest.mark.slow
 def test_undo_goes_back_to_an_earlier_turn(
     path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,7 +434,7 @@ def test_reading_is_decoding(path: Path) -> None:
             assert relative(torch.cat(parts), engine.logits(text, 1).cpu()) < 5e-3  # codes differ at ties
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (100, 64), (64, 256)])
 def test_other_sinks_and_windows(sink: int, window: int, path: Path) -> None:
     ids = numbers(330)
@@ -447,7 +449,7 @@ def test_other_sinks_and_windows(sink: int, window: int, path: Path) -> None:
         same(greedy(engine, edited, 20), want[1])
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"kv": "auto:56"}, {"kv": "oct3", "conditioning": "full"}])
 def test_other_formats_of_weights_and_caches(
     options: dict[str, Any], path: Path, models: Callable[[str], tuple[Path, Any]]

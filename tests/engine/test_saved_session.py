@@ -109,7 +109,7 @@ WINDOWED = {
 }
 
 
-@pytest.mark.few("some-True-oct3", "heads of two sizes-False-bf16")
+@pytest.mark.few("some-True-oct3")
 @pytest.mark.parametrize("kv", ["oct3", "bf16"])
 @pytest.mark.parametrize("undone", [False, True])
 @pytest.mark.parametrize("name", WINDOWED)
@@ -277,6 +277,7 @@ def test_another_model_is_a_mismatch(tiny: Callable[..., Engine], tmp_path: Path
         file.restore(tiny("oct3", 2048, cfg=replace(engine.config, rope_theta=5000.0)))
 
 
+@pytest.mark.slow
 def test_keys_that_were_turned_otherwise_are_a_mismatch(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     """longrope has two lists of factors, and the context decides: pages of one are of no use with the other."""
     factors = {"short_factors": (1.0,) * 32, "long_factors": tuple(1.0 + i for i in range(32))}
@@ -355,7 +356,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
 }
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_hostile_header_is_one_sentence(tiny: Callable[..., Engine], tmp_path: Path, name: str) -> None:
     path = tmp_path / "s.safetensors"

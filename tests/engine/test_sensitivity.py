@@ -84,7 +84,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few("llama-full", "qwen2-off", "qwen3-mean")
+@pytest.mark.few("llama-full")
 @pytest.mark.parametrize("kind", ["off", "mean", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_whole_runs_find(family: str, kind: str) -> None:
@@ -144,7 +144,7 @@ def peak(work: Callable[[], object]) -> int:
     return max(itertools.accumulate(one.nbytes() for one in events))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [300, 60_000])
 def test_it_takes_what_is_planned_for_it(vocabulary: int) -> None:
     cfg = replace(CFG, vocab_size=vocabulary, num_layers=8, hidden_size=256, intermediate_size=700)

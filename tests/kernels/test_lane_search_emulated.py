@@ -67,6 +67,7 @@ def test_half_precision() -> None:
     assert torch.equal(found("oct2", y), fields_of("oct2", y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_meet_only_at_barriers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     watched = emulator.Kernel(SEARCH.lane_search_kernel, watched=True)

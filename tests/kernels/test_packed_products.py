@@ -39,7 +39,7 @@ def emulated() -> Any:
     return emulator.Kernel(emulator.kernel_modules()["streamed_product"].streamed_product_kernel)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [None, 16, 64, 128])

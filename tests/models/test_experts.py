@@ -106,7 +106,7 @@ FORMATS = {
 }  # fmt: skip
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "qwen2-moe"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_that_files_hold_packed(name: str, family: str, tmp_path: Path) -> None:
@@ -253,6 +253,7 @@ DAMAGES: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
 ]  # fmt: skip
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("family", "damage", "message"), DAMAGES)
 def test_damaged_files_are_refused(family: str, damage: Any, message: str, tmp_path: Path) -> None:
     models.save(family, tmp_path)
@@ -321,6 +322,7 @@ def test_stacked_experts_are_not_written(tmp_path: Path) -> None:
         quantise(tmp_path / "model", tmp_path / "packed", "int4", device="cpu")
 
 
+@pytest.mark.slow
 def test_what_a_token_meets(tmp_path: Path) -> None:
     models.save("qwen3-moe", tmp_path)
     facts = describe(str(tmp_path), "cpu", None)
@@ -335,6 +337,7 @@ def test_what_a_token_meets(tmp_path: Path) -> None:
     assert abs(benchmark.step_weight_bytes(engine, 5) - batch) <= 1
 
 
+@pytest.mark.slow
 def test_formats_are_chosen_and_times_are_taken_with_experts(tmp_path: Path) -> None:
     """What looks into layers looks into these, too."""
     models.save("qwen2-moe", tmp_path)

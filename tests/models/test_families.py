@@ -260,7 +260,7 @@ def test_refusals(architecture: str, fields: dict[str, Any], words: str) -> None
 JUNK = [[], {}, [[]], {"a": 1}, "x", "\x1b[31m" * 1000, True, -3, 1.5, float("nan"), 10**400, [{}] * 99, None]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_field_with_every_kind_of_value(architecture: str) -> None:
     """A configuration or one short sentence."""

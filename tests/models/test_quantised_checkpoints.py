@@ -201,6 +201,7 @@ def test_other_groups_of_heads_and_biases(name: str, heads: tuple[int, int], mak
     same_logits(*quantised(make_checkpoint, *FORMATS[name], **changes))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gptq", "awq", "ct nvfp4", "fp8 block"])
 def test_arithmetic_in_16_bits(name: str, dtype: str, make_checkpoint: Make) -> None:
@@ -390,6 +391,7 @@ DAMAGED: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("number", range(len(DAMAGED)))
 def test_damaged_files_are_refused_in_one_sentence(number: int, make_checkpoint: Make) -> None:
     name, damage, words = DAMAGED[number]
@@ -530,6 +532,7 @@ def test_no_pattern_takes_for_ever(pattern: str) -> None:
     assert time.perf_counter() - begun < 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -211,6 +211,7 @@ def test_short_run(script: Script, tmp_path: Path) -> None:
         assert kind["slowest_s"] <= 5 and kind["largest_bytes"] <= 1 << 30
 
 
+@pytest.mark.slow
 def test_replay_and_keep(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--replay", "config:5", "--keep", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -626,6 +626,7 @@ def test_chat_is_rendering_plus_encoding(tok: Tokenizer, contents: list[str]) ->
     assert tok.chat(messages) == tok.encode(tok.render(messages), allow_special=True)
 
 
+@pytest.mark.few(1)
 @settings(max_examples=150, deadline=None)
 @given(contents=st.lists(CONTENT, min_size=1, max_size=4))
 def test_special_ids_come_from_the_template(tok: Tokenizer, contents: list[str]) -> None:

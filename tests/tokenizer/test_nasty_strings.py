@@ -248,7 +248,7 @@ def test_the_demo_model(demo: Tokenizer, demo_dir: Path) -> None:
     compare(demo, SentencePiece(demo_dir / "tokenizer.model"), texts)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace-first", "metaspace-always", "prepend"])
 def test_small_tokenizers_of_each_kind(kind: str, make_library: Callable[[str], Library], tmp_path: Path) -> None:
     library = make_library(kind)
