@@ -27,7 +27,7 @@ def processor_seconds(argv: list[str]) -> tuple[str, float]:
     return shown, sum(os.times()[2:4]) - begun
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", [None, *_COMMANDS])
 def test_help_is_fast(command: str | None) -> None:
     argv = [sys.executable, "-m", "octo_run", *([command] if command else []), "--help"]

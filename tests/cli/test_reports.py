@@ -63,6 +63,7 @@ def test_bench_compares_formats_of_weights(octo: Callable[..., Any], engine: Any
     assert not engine.weights
 
 
+@pytest.mark.slow
 def test_bench_prints_tables_and_lines(octo: Callable[..., Any], engine: Any) -> None:
     table = octo(*BENCH).out
     assert "tokens/s" in table and "1,234.5" in table and "% of copy" in table

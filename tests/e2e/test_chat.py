@@ -241,6 +241,7 @@ def test_a_long_prompt_shows_its_progress_on_standard_error_alone(terminal: Call
     assert answer["generated_tokens"] == 3 and path.read_bytes().count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "--system", LONG, "-n", "3", "--threads", "1", delay=0.05)
     at = chat.wait_for("/help.*" + PROMPT)

@@ -750,6 +750,7 @@ def test_without_locks_only_old_partial_files_go(fake_hub: Any, repo: Path, monk
 # Tokenizers
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_two_files(fake_hub: Any, repo: Path, tmp_path: Path) -> None:
     """``vocab.json`` with ``merges.txt`` is a tokenizer; one of them alone is none."""
     import tokenizers

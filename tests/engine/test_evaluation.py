@@ -199,7 +199,7 @@ def token_by_token(tiny: Callable[..., Engine], random_ids: Callable[..., list[i
     return texts, *torch.cat(found, 2)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "sequences"), [(1, 4), (30, 1), (64, 3), (None, 1), (None, 3)])
 def test_figures_do_not_depend_on_what_is_read_at_once(
     step: int | None, sequences: int, tiny: Callable[..., Engine], token_by_token: tuple[Any, Tensor, Tensor]

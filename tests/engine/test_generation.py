@@ -45,7 +45,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 # Chunks, edges, reuse
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("sink", "window"), [(64, 64), (0, 0), (5, 128), (200, 0)])
 def test_plain_cache_chunks_equal_single_steps(sink: int, window: int, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny(sink=sink, window=window)
@@ -334,6 +334,7 @@ def test_as_many_tokens_as_fit_and_one_more(context: int, scripted: Any) -> None
         assert len(only(engine)) == context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["bf16", "oct3"])
 def test_full_context_of_a_real_model(kv: str, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny(kv, context=200, sink=5, window=0)

@@ -203,7 +203,7 @@ def test_nothing_grows_while_it_runs(tiny: Callable[..., Engine], random_ids: Ca
     assert places() == before
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("conditioning", ["off", "full"])
 def test_a_huge_maximum_costs_nothing_before_it_is_used(conditioning: str, free: Callable[[int], None]) -> None:
     """The plan takes milliseconds; the arena, half of what is free, takes memory page by page as it is written."""

@@ -292,7 +292,7 @@ def test_undo_goes_back_to_an_earlier_turn(
         assert counter.taken() <= 30 + 64 + 1
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("launched", [1, 2, 5, 8])
 def test_cancelled_steps(launched: int, path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
     """Launched steps that nobody reads leave nothing behind, whether the sequence goes on by hand or as a prompt."""

@@ -465,6 +465,7 @@ Snapshot.take(session, SamplingParams()).write(path)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_during_a_save_leaves_the_older_one(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     program = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)

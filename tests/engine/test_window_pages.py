@@ -243,6 +243,7 @@ def test_formats_that_are_chosen_later_share_pages(tiny: Callable[..., Engine]) 
     assert not engine.arena.windows and engine.plan.windows == []
 
 
+@pytest.mark.slow
 def test_measurements_read_what_steps_read(tiny: Callable[..., Engine], common: Callable[..., Engine]) -> None:
     """A reader's tokens attend to pages that their own chunk fills: none of those is left out."""
     found = []

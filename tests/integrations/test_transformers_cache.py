@@ -194,7 +194,7 @@ def test_a_mask_of_a_chunk_knows_its_padding(decoder: Decoder) -> None:
         assert difference(results[1], results[0]) < 1e-5
 
 
-@pytest.mark.few("cpu-True-Mistral", "cpu-False-GptOss")
+@pytest.mark.few("cpu-False-GptOss")
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "GptOss"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_what_the_kernels_cannot_do_is_done_over_decoded_pages(
@@ -563,6 +563,7 @@ def test_octo_run_does_not_import_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_missing_library_is_named() -> None:
     code = "import sys; sys.modules['transformers'] = None; import octo_run.integrations.transformers"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -173,7 +173,7 @@ def test_gpt_oss_with_mxfp4_experts(tmp_path: Path) -> None:
     assert isinstance(experts, Experts) and experts.weights.gate_up_bias is not None
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe-dense-between", "gpt-oss"])
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_the_plan_counts_what_is_held(family: str, weights: str | None, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_no_experts_are_a_dense_model(tmp_path: Path) -> None:
     assert not any("experts" in name for name in expected_tensors(cfg))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe-dense-between"])
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_quantised_folders_are_what_loading_makes(family: str, weights: str, tmp_path: Path) -> None:

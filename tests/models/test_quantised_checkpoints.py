@@ -177,6 +177,7 @@ def configured(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("name", FORMATS)
 def test_logits_are_those_of_the_values(name: str, make_checkpoint: Make) -> None:
     """Two query heads a KV head; values are rotated online, because packed weights do not take the rotation in."""
@@ -532,7 +533,7 @@ def test_no_pattern_takes_for_ever(pattern: str) -> None:
     assert time.perf_counter() - begun < 2
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -196,6 +196,7 @@ def test_real_files_change_every_fourth_mutant_alone(script: Script, shared_dir:
     assert any(with_real.seeds[with_real.mutant(number).seed].real for number in range(3, 100, 4))
 
 
+@pytest.mark.slow
 def test_short_run(script: Script, tmp_path: Path) -> None:
     """Valid files are accepted, and the first mutants of each kind are read or refused as they should be."""
     command = [sys.executable, str(SCRIPT), "--count", "60", "--seconds", "200"]

@@ -118,7 +118,7 @@ def test_a_sentencepiece_prompt_begins_as_in_transformers(
     assert load_tokenizer(folder).prompt("the dog") == transformers_tokenizer(folder)("the dog").input_ids
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
 @pytest.mark.parametrize("field", [True, False, None])
 @pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer"])
