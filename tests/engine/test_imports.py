@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 from octo_run import Engine, SamplingParams
-
-import pytest
 
 for arguments in ({}, {"kv": "bf16"}, {"kv": "oct4:oct2"}, {"conditioning": "mean"}, {"kv": "octopus3"}):
     engine = Engine.load("octo-demo", device="cpu", max_context=256, **arguments)
