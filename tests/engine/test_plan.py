@@ -21,6 +21,7 @@ from octo_run.engine import plan as plan_module
 from octo_run.engine.arena import PAGE
 from octo_run.engine.parts import held_bytes
 from octo_run.engine.plan import PARTS
+from octo_run.engine.working_bytes import temporary_bytes
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import ModelConfig
 from octo_run.models.weights import num_parameters
@@ -98,7 +99,7 @@ def test_the_rest_takes_what_the_plan_says(make_checkpoint: Callable[..., Path])
     told, decoder = engine.plan, engine.forward.decoder
     kept = sum(held_bytes(engine.arena, engine.forward, engine.step, but=(decoder,)))
     kept += sum(held_bytes(decoder.key_tensors))
-    assert told.total - told.weights - plan_module._cpu_temporaries(decoder, told.shape, engine.kv) == kept
+    assert told.total - told.weights - temporary_bytes(decoder, told.shape, engine.kv, CPU) == kept
 
 
 @given(
