@@ -92,6 +92,7 @@ def test_other_sinks_and_windows(kernel: Any, sink: int, window: int) -> None:
     assert worst_error(decode_case("oct3", [900, 350], 4, 1, 64, sink=sink, window=window)) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv", "dim"), [("oct3", 128), ("oct3", 64), ("oct4:oct2", 80), ("oct2:oct3", 96)])
 def test_pages_that_a_cpu_wrote(kernel: Any, kv: str, dim: int) -> None:
     """Rows of the CPU's writer, converted; against the CPU's attention over the rows."""

@@ -135,7 +135,7 @@ def llama3(shared_dir: Path) -> tuple[dict[str, int], list[str]]:
     return vocabulary, merges
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", SPLITS)
 def test_every_split_is_that_of_its_patterns(
     pre: str, llama3: tuple[dict[str, int], list[str]], shared_dir: Path, imported: Callable[..., Tokenizer]
