@@ -20,6 +20,7 @@ from bench_report import provenance, save, table
 
 from octo_run.kernels import PAGE_TOKENS, encode_pages, page_bytes
 from octo_run.kernels.codec import TrellisCodec, parse_kv
+from octo_run.kernels.encode.arguments import BlockPlaces
 from octo_run.kernels.encode.trellis_launch import encode_fields, encode_fields_by_lanes, pack_blocks
 
 PAGE, DIM = PAGE_TOKENS, 128
@@ -54,10 +55,10 @@ def measure(kv: str, y: torch.Tensor) -> list[Row]:
     pages = torch.zeros(count, 1, heads, page_bytes(fmt), dtype=torch.uint8, device=y.device)
     steps: dict[str, Callable[[], object]] = {}
     if isinstance(codec := fmt.k, TrellisCodec):
-        fields = encode_fields(y, codec)
+        fields, places = encode_fields(y, codec), BlockPlaces(pages, ids, "k", at_byte=0)
         steps |= {"search": lambda: encode_fields(y, codec)}
         steps |= {"search by lanes": lambda: encode_fields_by_lanes(y, codec)}
-        steps |= {"packing": lambda: pack_blocks(fields, pages, ids, codec, "k", 0)}
+        steps |= {"packing": lambda: pack_blocks(fields, codec, places)}
     rows = [Row(kv, what, median_ms(step), 0.0) for what, step in steps.items()]
     rows.append(Row(kv, "all, as the engine does it", median_ms(lambda: encode_pages(y, y, pages, ids, fmt)) / 2, 0.0))
     for row in rows:

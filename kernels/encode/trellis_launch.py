@@ -9,7 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from octo_run.kernels.attention.arguments import strides
 from octo_run.kernels.codec.trellis import FIXED_POINT
+from octo_run.kernels.encode.arguments import BlockPlaces, of_vectors
 from octo_run.kernels.encode.lane_search import LANE_WARPS, key_words, lane_search_kernel, warp_words
 from octo_run.kernels.encode.triton_trellis import pack_kernel, trellis_kernel
 from octo_run.kernels.trellis_tables import SEARCH_COLUMNS, inverse_bits, lane_tables, search_tables
@@ -60,7 +62,7 @@ def encode_fields(y: Tensor, codec: TrellisCodec) -> Tensor:
     tables = search_tables(codec, y.device)
     launch: Callable[..., Any] = trellis_kernel[(tokens // _ROWS, layers * count, kv_heads)]
     launch(
-        y, fields, tables.keys, tables.values, _units(codec, y.device), count, *y.stride()[:4], D=dim,
+        **of_vectors(y), FIELDS=fields, KEYS=tables.keys, VALUES=tables.values, UNITS=_units(codec, y.device), D=dim,
         STREAM=codec.stream, STATE=codec.state_bits, SIGNED=codec.signed, NORM=codec.norm_bits, COLUMNS=SEARCH_COLUMNS,
         ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[codec.state_bits])  # fmt: skip
     return fields
@@ -82,17 +84,18 @@ def encode_fields_by_lanes(y: Tensor, codec: TrellisCodec) -> Tensor:
     tables, values = lane_tables(codec, y.device), search_tables(codec, y.device).values
     launch: Callable[..., Any] = lane_search_kernel[(layers * count, kv_heads)]
     launch(
-        y, fields, tables.keys, tables.extra, tables.last, values, _units(codec, y.device), count, *y.stride()[:4],
+        y_ptr=y, **strides("stride", y, l=0, n=1, h=2, t=3), pages=count, fields_ptr=fields, keys_ptr=tables.keys,
+        extra_ptr=tables.extra, last_ptr=tables.last, values_ptr=values, units_ptr=_units(codec, y.device),
         **lane_constants(codec), num_warps=LANE_WARPS)  # fmt: skip
     return fields
 
 
-def pack_blocks(fields: Tensor, pages: Tensor, page_ids: Tensor, codec: TrellisCodec, side: Side, at_byte: int) -> None:
-    """Write the blocks of `fields` from byte `at_byte` (a multiple of 4) of ``pages[page_ids[n], l, h]`` on."""
+def pack_blocks(fields: Tensor, codec: TrellisCodec, places: BlockPlaces) -> None:
+    """Write the blocks of fields ``[L, N, Hkv, 64, T + 1]``."""
     layers, count, kv_heads, tokens, width = fields.shape
-    inverse = inverse_bits(codec, side, fields.device)
+    inverse = inverse_bits(codec, places.side, fields.device)
     words = inverse.shape[0]
     launch: Callable[..., Any] = pack_kernel[(triton.cdiv(words, _WORDS), layers * count, kv_heads)]
     launch(
-        fields, pages, page_ids, inverse, count, *pages.stride()[:3], at_byte, tokens * width, words, WORDS=_WORDS,
-        num_warps=4)  # fmt: skip
+        FIELDS=fields, **places.arguments(), INVERSE=inverse, pages=count, sources=tokens * width, words=words,
+        WORDS=_WORDS, num_warps=4)  # fmt: skip

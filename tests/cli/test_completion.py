@@ -50,6 +50,7 @@ def test_bash_takes_the_script() -> None:
     assert shown.returncode == 0 and shown.stdout.strip().endswith("octo-run"), shown.stderr
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("words", "found"),
     [

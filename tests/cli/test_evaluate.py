@@ -41,6 +41,7 @@ def tasks(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_perplexity_as_json_csv_and_plot(octo: Callable[..., Any], text: str, tmp_path: Path) -> None:
     table, plot = tmp_path / "rows.csv", tmp_path / "plot.svg"
     shown = octo(*PPL, "--text", text, "--kv", "octopus2,octopus4", "--json", "--csv", str(table), "--plot", str(plot))
@@ -73,6 +74,7 @@ def test_perplexity_of_the_bundled_sample_as_a_table(octo: Callable[..., Any]) -
     assert "the bundled sample is small (230 tokens scored)" in shown.err
 
 
+@pytest.mark.slow
 def test_needles_as_table_and_files(octo: Callable[..., Any], text: str, tmp_path: Path) -> None:
     argv = (
         "eval",
@@ -116,6 +118,7 @@ def test_the_needle_report_has_a_map_and_totals() -> None:
     assert part.endswith("; partial: not all questions were asked")
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_middle_leaves_what_is_done(
     octo: Callable[..., Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_failure_in_the_middle_leaves_what_is_done(
     assert (shown.code, shown.out) == (1, "")
 
 
+@pytest.mark.slow
 def test_a_step_makes_no_difference(octo: Callable[..., Any], text: str) -> None:
     """And `--max-context` is `--ctx`."""
     argv = (*PPL[:4], "--max-context", "224", "--tokens", "230", "--text", text, "--kv", "octopus2", "--json")
@@ -254,6 +258,7 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     assert shown.err.startswith("octo-run: ") and shown.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_weights_are_compared_with_the_dense_model(octo: Callable[..., Any]) -> None:
     load = ("--weights", "bf16,int8", "--kv", "bf16,oct3", "--tokens", "300", "--ctx", "256", "--device", "cpu")
     rows = json.loads(octo("eval", "ppl", *load, "--json").out)

@@ -27,6 +27,7 @@ def processor_seconds(argv: list[str]) -> tuple[str, float]:
     return shown, sum(os.times()[2:4]) - begun
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", [None, *_COMMANDS])
 def test_help_is_fast(command: str | None) -> None:
     argv = [sys.executable, "-m", "octo_run", *([command] if command else []), "--help"]
@@ -70,6 +71,7 @@ def test_every_help_has_examples_that_are_understood(octo: Callable[..., Any]) -
             command.make_context("octo-run", words, parent=click.Context(cli, obj=octo_run.cli.Invocation()))
 
 
+@pytest.mark.slow
 def test_quiet_leaves_results_and_failures(octo: Callable[..., Any]) -> None:
     loud = octo("generate", "-p", "Once", "-n", "3")
     for argv in (("generate", "-q", "-p", "Once", "-n", "3"), ("-q", "generate", "-p", "Once", "-n", "3")):

@@ -8,6 +8,7 @@ import pytest
 from octo_run.cli import runtime
 
 
+@pytest.mark.slow
 def test_device_and_plan_are_told_once_for_many_formats(
     octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

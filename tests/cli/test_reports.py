@@ -35,6 +35,7 @@ def test_table_sets_numbers_flush_right() -> None:
 BENCH = ("bench", "--tests", "pp512,tg128", "--depth", "0,3584", "--kv", "oct3,bf16", "--batch", "2")
 
 
+@pytest.mark.slow
 def test_bench_measures_every_format_depth_and_test(octo: Callable[..., Any], engine: Any) -> None:
     report = json.loads(octo(*BENCH, "-r", "3", "--output", "json").out)
     tests = [("pp", 512), ("tg", 128)]
@@ -48,6 +49,7 @@ def test_bench_measures_every_format_depth_and_test(octo: Callable[..., Any], en
     assert report["memory"]["fp32 bf16"]["now"] == {"process_peak": 4_000_000}
 
 
+@pytest.mark.slow
 def test_bench_compares_formats_of_weights(octo: Callable[..., Any], engine: Any) -> None:
     report = json.loads(octo(*BENCH, "--weights", "bf16, int4", "-o", "json").out)
     assert [*zip(engine.weights, engine.loads, strict=True)] == [
@@ -61,6 +63,7 @@ def test_bench_compares_formats_of_weights(octo: Callable[..., Any], engine: Any
     assert not engine.weights
 
 
+@pytest.mark.slow
 def test_bench_prints_tables_and_lines(octo: Callable[..., Any], engine: Any) -> None:
     table = octo(*BENCH).out
     assert "tokens/s" in table and "1,234.5" in table and "% of copy" in table
@@ -97,6 +100,7 @@ def test_bench_reads_then_writes(octo: Callable[..., Any], engine: Any) -> None:
         assert f"'{wrong}' is no test" in octo("bench", "--tests", wrong).err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["table", "markdown", "csv", "json", "jsonl"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OctoError("no room")])
 def test_an_interrupted_bench_prints_what_it_has(
@@ -195,6 +199,7 @@ def test_show_json(octo: Callable[..., Any]) -> None:
     assert all(row["all_in_bytes_per_token"] > row["bytes_per_token"] for row in facts["kv"])
 
 
+@pytest.mark.slow
 def test_show_text_has_a_row_for_every_format(octo: Callable[..., Any]) -> None:
     from octo_run.kernels import codec
 
@@ -203,6 +208,7 @@ def test_show_text_has_a_row_for_every_format(octo: Callable[..., Any]) -> None:
     assert {line.split()[0] for line in out.splitlines() if line.split()} >= {*codec.names(), "auto:56"}
 
 
+@pytest.mark.slow
 def test_show_tells_what_windows_take(octo: Callable[..., Any], make_checkpoint: Callable[..., Path]) -> None:
     """Bytes that grow with the context are those of the other layers."""
     kinds = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1, "num_hidden_layers": 3}
@@ -218,6 +224,7 @@ def test_show_tells_what_windows_take(octo: Callable[..., Any], make_checkpoint:
     assert "however many there are" in out and "windows   " not in octo("show").out
 
 
+@pytest.mark.slow
 def test_which_factors_of_rope_are_on(octo: Callable[..., Any], make_checkpoint: Callable[..., Path]) -> None:
     """longrope has two lists, and the context decides: `show` says where, a run which."""
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "factor": 2.0,

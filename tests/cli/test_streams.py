@@ -22,6 +22,7 @@ def shell(command: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("command", "code", "says"),
     [
@@ -111,6 +112,7 @@ def test_what_is_printed_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     assert not set(printed) & set("\x1b\x07\x9b\u202e\x7f\udce9") and printed.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_models_with_names_that_steer_a_terminal(
     octo: Callable[..., Any], make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -246,6 +248,7 @@ def test_a_file_is_never_there_in_part(tmp_path: Path, capsys: pytest.CaptureFix
     assert {path.name for path in tmp_path.iterdir()} == {"a.csv", "link.csv"}
 
 
+@pytest.mark.slow
 def test_a_result_that_standard_output_does_not_take_is_shown_elsewhere(tmp_path: Path) -> None:
     command = f"{PROGRAM} eval codec --no-model --kv oct3 --vectors 256 --markdown {tmp_path}/a.md"
     done = shell(f"{command} >/dev/full")

@@ -25,6 +25,7 @@ def octo(environment: dict[str, str], programs: Any) -> Callable[..., "subproces
     return run
 
 
+@pytest.mark.slow
 def test_emoji_and_chinese_are_streamed_whole(terminal: Callable[..., Any], octo: Any) -> None:
     """Forced letter by letter: whatever moment the screen is looked at, no letter of it is half there."""
     chat = terminal("chat", "--regex", LETTERS, "--temp", "0", columns=100)
@@ -39,6 +40,7 @@ def test_emoji_and_chinese_are_streamed_whole(terminal: Callable[..., Any], octo
     assert octo("generate", "-p", "x", "--regex", LETTERS).stdout == LETTERS + "\n"
 
 
+@pytest.mark.slow
 def test_grammars_from_files(octo: Any, tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     (tmp_path / "a.json").write_text(json.dumps(schema | {"additionalProperties": False}))
@@ -61,6 +63,7 @@ def test_grammars_from_files(octo: Any, tmp_path: Path) -> None:
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done
 
 
+@pytest.mark.slow
 def test_samplers_are_options(octo: Any) -> None:
     """Each changes what is drawn at the same seed, or is refused out of its range."""
     plain = ("generate", "-p", "The captain looked at the sea and", "--temp", "1.5", "--seed", "3", "-n", "24")
@@ -80,6 +83,7 @@ def test_samplers_are_options(octo: Any) -> None:
         assert octo(*plain, *argv).returncode == 2
 
 
+@pytest.mark.slow
 def test_several_answers_and_alternatives(octo: Any) -> None:
     argv = ("generate", "-p", "The captain", "--temp", "1", "--seed", "5", "-n", "8")
     done = octo(*argv, "--n", "3")
@@ -97,6 +101,7 @@ def test_several_answers_and_alternatives(octo: Any) -> None:
     assert octo(*argv, "--logprobs", "3").returncode == 2
 
 
+@pytest.mark.slow
 def test_the_first_token_and_spaces_of_a_raw_text(octo: Any) -> None:
     argv = ("generate", "-n", "2", "--json", "--temp", "0")
     count = {
@@ -146,6 +151,7 @@ def test_a_batch_has_its_answers_in_order(octo: Any, tmp_path: Path) -> None:
     assert [json.loads(line)["index"] for line in printed.stdout.splitlines()] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -164,6 +170,7 @@ def test_a_wrong_line_is_found_before_anything_runs(octo: Any, tmp_path: Path, l
     assert done.returncode == 2 and says in done.stderr and "line 2" in done.stderr and "memory" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_batch_goes_on_where_it_was(octo: Any, environment: dict[str, str], tmp_path: Path) -> None:
     """kill -9 after some answers: these are not made again, and the result is that of an undisturbed run."""
     lines = [{"prompt": f"Story number {number}:", "id": number} for number in range(12)]
@@ -210,6 +217,7 @@ def test_a_killed_batch_goes_on_where_it_was(octo: Any, environment: dict[str, s
     assert octo(*argv, "-o", str(out)).returncode == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_batch_keeps_its_answers(terminal: Callable[..., Any], tmp_path: Path) -> None:
     """A bar with the time that is left is on the terminal meanwhile."""
     lines = [{"prompt": f"Story number {number}:"} for number in range(40)]

@@ -58,6 +58,7 @@ def test_bench_and_eval_take_it(environment: dict[str, str], octo: Any) -> None:
     assert 0 < auto["kl_mean"] < oct2["kl_mean"] and auto["bytes_per_token"] > oct2["bytes_per_token"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kv", ["auto:10", "auto:x", "auto:bf16"])
 def test_what_is_no_budget(kv: str, environment: dict[str, str], octo: Any) -> None:
     for argv in (("generate", "-p", "x"), ("chat",), ("bench",), ("eval", "ppl")):

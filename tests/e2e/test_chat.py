@@ -56,6 +56,7 @@ def installed(program: str, environment: dict[str, str]) -> Callable[..., "subpr
     return run
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kv", ["octopus3", "bf16"])
 def test_several_turns_through_a_pipe(installed: Callable[..., "subprocess.CompletedProcess[str]"], kv: str) -> None:
     lines = [BOOKING, "Italian food, please, at 7 pm.", "Yes, that sounds good.", "/stats", "/clear", NEEDLE]
@@ -162,6 +163,7 @@ FAILURES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAILURES)
 def test_failures_are_one_sentence(
     octo: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path, name: str
@@ -226,6 +228,7 @@ def test_ctrl_c_while_loading_ends_at_once(terminal: Callable[..., Any]) -> None
     assert "Traceback" not in chat.screen
 
 
+@pytest.mark.slow
 def test_a_long_prompt_shows_its_progress_on_standard_error_alone(terminal: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "answer.json"
     with path.open("wb") as file:
@@ -238,6 +241,7 @@ def test_a_long_prompt_shows_its_progress_on_standard_error_alone(terminal: Call
     assert answer["generated_tokens"] == 3 and path.read_bytes().count(b"\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "--system", LONG, "-n", "3", "--threads", "1", delay=0.05)
     at = chat.wait_for("/help.*" + PROMPT)
@@ -255,6 +259,7 @@ def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable
     assert "Traceback" not in chat.screen
 
 
+@pytest.mark.slow
 def test_a_pasted_byte_that_is_no_utf8_keeps_the_line(
     terminal: Callable[..., Any], environment: dict[str, str]
 ) -> None:

@@ -37,6 +37,7 @@ def prompt_tokens(done: "subprocess.CompletedProcess[str]") -> int:
     return int(found[1].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_single_answers_one_message_of_all_sources(octo: Any, tmp_path: Path) -> None:
     """A file, a document on standard input and -p, in this order, are one message."""
     (tmp_path / "boats.txt").write_text(NEEDLE)
@@ -51,6 +52,7 @@ def test_single_answers_one_message_of_all_sources(octo: Any, tmp_path: Path) ->
     assert done.returncode == 2 and "--single answers one message" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_system_prompt_from_a_file(octo: Any, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Be very brief.\n")
     done = octo("chat", "--system-file", str(tmp_path / "system.txt"), text="/system\n")
@@ -60,6 +62,7 @@ def test_a_system_prompt_from_a_file(octo: Any, tmp_path: Path) -> None:
     assert octo("chat", "--system-file", str(tmp_path / "none")).returncode == 2
 
 
+@pytest.mark.slow
 def test_another_template_and_what_it_sees(octo: Any, tmp_path: Path) -> None:
     (tmp_path / "echo.jinja").write_text(ECHO)
     argv = ("chat", "-n", "1", "--chat-template", str(tmp_path / "echo.jinja"))
@@ -81,6 +84,7 @@ def test_another_template_and_what_it_sees(octo: Any, tmp_path: Path) -> None:
 THINKING = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>\n"
 
 
+@pytest.mark.slow
 def test_a_thought_is_hidden_and_ends_after_its_budget(octo: Any, tmp_path: Path) -> None:
     """The template opens a thought; the model never ends it, so the budget does."""
     (tmp_path / "think.jinja").write_text(THINKING)
@@ -94,6 +98,7 @@ def test_a_thought_is_hidden_and_ends_after_its_budget(octo: Any, tmp_path: Path
     assert octo(*argv, "--hide-thinking", text=NEEDLE).stdout == "\n", "it is all thought"
 
 
+@pytest.mark.slow
 def test_a_full_context_stops_the_chat_if_wanted(octo: Any) -> None:
     lines = "\n".join(["Tell me a long story about the sea and the boats, please."] * 12)
     argv = ("chat", "--ctx", "256", "-n", "20")
@@ -104,6 +109,7 @@ def test_a_full_context_stops_the_chat_if_wanted(octo: Any) -> None:
     assert done.returncode == 0 and "dropped" in done.stderr
 
 
+@pytest.mark.slow
 def test_continue_goes_on_in_a_pipe(octo: Any) -> None:
     whole = octo("chat", "-n", "12", text="I want to book a table for two in San Jose tonight.\n").stdout
     parts = octo("chat", "-n", "4", text="I want to book a table for two in San Jose tonight.\n/continue\n/continue\n")
@@ -112,6 +118,7 @@ def test_continue_goes_on_in_a_pipe(octo: Any) -> None:
     assert done.returncode == 2 and "no answer to continue" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_format_and_another_model(octo: Any, tmp_path: Path) -> None:
     """The conversation goes on; what does not exist changes nothing."""
     folder = tmp_path / "other"
@@ -125,6 +132,7 @@ def test_another_format_and_another_model(octo: Any, tmp_path: Path) -> None:
         assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_leaves_the_former_one(terminal: Callable[..., Any], tmp_path: Path) -> None:
     """Its weights are damaged, which is found late: the chat goes on with what it had."""
     folder = tmp_path / "other"
@@ -142,6 +150,7 @@ def test_a_model_that_fails_leaves_the_former_one(terminal: Callable[..., Any], 
     assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and chat.attributes() == chat.before
 
 
+@pytest.mark.slow
 def test_markdown_is_shown_at_a_terminal_and_not_in_pipes(octo: Any, terminal: Callable[..., Any]) -> None:
     """What a terminal gets is never written again: no cursor moves inside an answer, and no colour stays."""
     chat = terminal("chat", "-n", "30", "--temp", "2", "--seed", "3", columns=40)

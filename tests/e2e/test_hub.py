@@ -666,6 +666,7 @@ def stalled_pull(fake_hub: Any) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.slow
 def test_partial_files_of_killed_pulls_go_at_once(fake_hub: Any, repo: Path) -> None:
     process = stalled_pull(fake_hub)
     process.kill()
@@ -687,6 +688,7 @@ def test_partial_files_of_killed_pulls_go_at_once(fake_hub: Any, repo: Path) -> 
     assert snapshot_files(hub.resolve(NAME)) == snapshot_files(repo)
 
 
+@pytest.mark.slow
 def test_a_running_pull_keeps_its_partial_file(fake_hub: Any, repo: Path) -> None:
     """A second pull and a removal of the same model are told to wait; another model is pulled meanwhile."""
     process = stalled_pull(fake_hub)
@@ -748,6 +750,7 @@ def test_without_locks_only_old_partial_files_go(fake_hub: Any, repo: Path, monk
 # Tokenizers
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_two_files(fake_hub: Any, repo: Path, tmp_path: Path) -> None:
     """``vocab.json`` with ``merges.txt`` is a tokenizer; one of them alone is none."""
     import tokenizers
@@ -797,6 +800,7 @@ DAMAGED_MANIFESTS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", DAMAGED_MANIFESTS)
 @pytest.mark.parametrize("ref", [True, False])
 def test_a_damaged_manifest_hides_no_other_model(fake_hub: Any, repo: Path, kind: str, ref: bool) -> None:
@@ -853,6 +857,7 @@ def test_damaged_refs(fake_hub: Any, repo: Path, content: Any) -> None:
             hub.pull(NAME)
 
 
+@pytest.mark.slow
 def test_folders_that_cannot_be_read(fake_hub: Any, repo: Path) -> None:
     fake_hub.repos["other/model"] = fake_hub.repos[NAME]
     entry = hub.pull(NAME)
@@ -941,6 +946,7 @@ def asked(answer: bytes) -> tuple[int, str]:
         os.close(near)
 
 
+@pytest.mark.slow
 def test_rm_takes_no_for_an_answer(fake_hub: Any, repo: Path) -> None:
     entry = hub.pull(NAME)
     for answer in (b"n\n", b"\n", b"no\n"):

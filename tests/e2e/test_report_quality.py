@@ -39,6 +39,7 @@ CPU = {"max_context": 256, "device": "cpu"}
 KIND = {"conditioning": "full"}
 
 
+@pytest.mark.slow
 def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     """Pages of bf16 into which everything goes by way of a code give what coded pages give; exact layers differ."""
     real = script.load_case("octo-demo", script.Case("formats", "a", "octopus2", KIND), CPU).logits(IDS, 64)
@@ -52,6 +53,7 @@ def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     assert edges.plan.shape.token_bytes == edges.config.num_kv_heads * 2 * (2 * 512 + 6 * 40)
 
 
+@pytest.mark.slow
 def test_a_text_is_read_once_and_asked_for_each_of_its_numbers(script: Any) -> None:
     with Engine.load("octo-demo", kv="oct3", max_context=768, device="cpu") as engine:
         filler = "The boats left at dawn, and the harbour was quiet again. Nobody spoke. " * 40

@@ -39,6 +39,7 @@ def said(path: Path) -> list[str]:
     return [turn["content"] for turn in session["turns"] if turn["role"] == "user"]
 
 
+@pytest.mark.slow
 def test_tomorrow_it_goes_on_as_if_it_had_never_stopped(
     octo: Callable[..., "subprocess.CompletedProcess[str]"], environment: dict[str, str]
 ) -> None:
@@ -64,6 +65,7 @@ def test_tomorrow_it_goes_on_as_if_it_had_never_stopped(
     assert octo("sessions", "rm", "trip", "--yes").returncode == 0 and not [*sessions(environment).iterdir()]
 
 
+@pytest.mark.slow
 def test_a_mismatch_is_one_sentence_with_advice_that_can_be_followed(
     octo: Callable[..., "subprocess.CompletedProcess[str]"],
 ) -> None:
@@ -79,6 +81,7 @@ def test_a_mismatch_is_one_sentence_with_advice_that_can_be_followed(
     assert octo("chat", "--session", "trip", text="/tokens\n").stderr.count("KV cache oct2") == 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -95,6 +98,7 @@ def test_wrong_names(octo: Callable[..., "subprocess.CompletedProcess[str]"], ar
     assert done.returncode == 2 and says in done.stderr and "\x1b" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_a_damaged_session_does_not_end_the_list(
     octo: Callable[..., "subprocess.CompletedProcess[str]"], environment: dict[str, str]
 ) -> None:
@@ -145,6 +149,7 @@ def test_commands_at_a_terminal(terminal: Callable[..., Any], environment: dict[
     assert said(sessions(environment) / "one.safetensors") == ["Hello there."]
 
 
+@pytest.mark.slow
 def test_two_programs_do_not_share_a_session(terminal: Callable[..., Any], octo: Any) -> None:
     chat = terminal("chat", "-n", "4", "--session", "mine")
     at = chat.wait_for(READY)
@@ -173,6 +178,7 @@ SLOW_DISK = (
 )
 
 
+@pytest.mark.slow
 def test_kill_9_while_it_is_saved_leaves_the_turn_before(environment: dict[str, str], octo: Any) -> None:
     """The second turn is never on the disk; the next start goes on from the first and takes away what was left."""
     argv = [sys.executable, "-c", SLOW_DISK, "chat", "-n", "3", "--session", "safe"]
@@ -198,6 +204,7 @@ def test_kill_9_while_it_is_saved_leaves_the_turn_before(environment: dict[str, 
     assert not [*folder.glob(".safe*.part")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a signal", "the window"])
 def test_the_terminal_is_closed_and_nothing_is_lost(
     terminal: Callable[..., Any], environment: dict[str, str], how: str
@@ -220,6 +227,7 @@ def test_the_terminal_is_closed_and_nothing_is_lost(
     assert said(path) == ["Hello there."]
 
 
+@pytest.mark.slow
 def test_a_session_that_cannot_be_written_is_said_and_the_chat_goes_on(
     octo: Callable[..., "subprocess.CompletedProcess[str]"], environment: dict[str, str]
 ) -> None:

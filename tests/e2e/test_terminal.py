@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 READY = "/help.*?" + PROMPT
 HOT = ("--temp", "3", "--seed", "1", "--threads", "1")  # so hot that no answer ends by itself
@@ -26,6 +28,7 @@ def history(environment: dict[str, str]) -> list[str]:
     return [line[1:] for line in text.splitlines() if line.startswith("+")]
 
 
+@pytest.mark.slow
 def test_keys_typed_during_an_answer_wait_for_the_next_line(
     terminal: Callable[..., Any], environment: dict[str, str]
 ) -> None:
@@ -51,6 +54,7 @@ def test_keys_typed_during_an_answer_wait_for_the_next_line(
     leave(chat)
 
 
+@pytest.mark.slow
 def test_keys_typed_while_the_model_is_loaded_wait_too(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "-n", "3")
     at = chat.wait_for("loading octo-demo")
@@ -60,6 +64,7 @@ def test_keys_typed_while_the_model_is_loaded_wait_too(terminal: Callable[..., A
     leave(chat)
 
 
+@pytest.mark.slow
 def test_two_ctrl_c_within_two_seconds_leave(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", *HOT)
     at = chat.wait_for(READY)
@@ -72,6 +77,7 @@ def test_two_ctrl_c_within_two_seconds_leave(terminal: Callable[..., Any]) -> No
     assert "[stopped, " in chat.screen and "Traceback" not in chat.screen and chat.attributes() == chat.before
 
 
+@pytest.mark.slow
 def test_ctrl_c_long_after_an_answer_was_stopped_only_warns(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", *HOT)
     at = chat.wait_for(READY)
@@ -85,6 +91,7 @@ def test_ctrl_c_long_after_an_answer_was_stopped_only_warns(terminal: Callable[.
     leave(chat)
 
 
+@pytest.mark.slow
 def test_tab_completes_commands_settings_and_files(terminal: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "a-long-name.txt").write_text("The gulls followed the boats.")
     chat = terminal("chat", "-n", "3", columns=200)
@@ -156,6 +163,7 @@ def test_every_command(terminal: Callable[..., Any], tmp_path: Path) -> None:
     assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and chat.attributes() == chat.before
 
 
+@pytest.mark.slow
 def test_the_gauge_shows_how_full_the_context_is(terminal: Callable[..., Any]) -> None:
     """On a terminal that tells its cursor's place: where none does, there is no line at the bottom."""
     chat = terminal("chat", "-n", "3", "--ctx", "256", columns=100, PROMPT_TOOLKIT_NO_CPR="")
@@ -169,6 +177,7 @@ def test_the_gauge_shows_how_full_the_context_is(terminal: Callable[..., Any]) -
     leave(chat)
 
 
+@pytest.mark.slow
 def test_the_greeting_is_there_before_anything_large_is_imported(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", anew=True)
     chat.wait_for("loading octo-demo")

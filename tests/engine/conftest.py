@@ -13,6 +13,7 @@ from octo_run.engine.arena import Chunk
 from octo_run.engine.calibration import Calibration
 from octo_run.engine.forward import Forward
 from octo_run.engine.random_model import NoTokenizer
+from octo_run.engine.sequence import Sequence as Held
 from octo_run.engine.step import StepState
 from octo_run.kernels.codec import LayerFormats, parse_kv
 from octo_run.models.config import GenerationDefaults, ModelConfig
@@ -124,6 +125,31 @@ class ScriptedForward(Forward):
         """From position ``start`` on, say ``text``, then end."""
         ids = list(text.encode() if isinstance(text, str) else text)
         self.script = {start + i: token for i, token in enumerate(ids)}
+
+
+class Counter:
+    """Counts the tokens that an engine reads in chunks."""
+
+    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
+        self.read, chunks = 0, engine.forward.chunks
+
+        def counted(given: list[Chunk]) -> Tensor:
+            self.read += sum(chunk.count for chunk in given)
+            return chunks(given)
+
+        patch.setattr(engine.forward, "chunks", counted)
+
+    def taken(self) -> int:
+        """Since the last call."""
+        self.read, read = 0, self.read
+        return read
+
+
+def only(engine: Engine) -> Held:
+    """The engine's only sequence."""
+    (sequence,) = engine.arena.table.rows
+    assert sequence is not None
+    return sequence
 
 
 def layer_formats(kv: str, cfg: ModelConfig, dtype: torch.dtype) -> LayerFormats:

@@ -28,6 +28,7 @@ def nothing_is_left(engine: Engine) -> bool:
     return all(sequence is None or not sequence.pinned for sequence in engine.arena.table.rows)
 
 
+@pytest.mark.few("2-oct2:oct4/oct3")
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_answers_are_those_of_prompts_alone(kv: str, ahead: int, tiny: Tiny, random_ids: Any) -> None:
@@ -58,6 +59,7 @@ def test_prompts_are_read_together(scripted: Any) -> None:
     assert passes == [[100, 200, 120, 80], [220]]
 
 
+@pytest.mark.few("oct3")
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 def test_requests_wait_when_pages_run_out(kv: str, tiny: Tiny, random_ids: Any) -> None:
     """Four sequences of six pages each in a pool of eight: some wait again, and say the same in the end."""

@@ -31,6 +31,7 @@ def logits(kv: str, kind: str | None, step: int | None = 64) -> torch.Tensor:
         return engine.logits(engine.tokenizer.encode(TEXT, add_bos=True)[:460], step).double()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["mean", "full"])
 def test_without_coding_the_logits_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = logits("bf16", None)
@@ -40,6 +41,7 @@ def test_without_coding_the_logits_stay(kind: str, monkeypatch: pytest.MonkeyPat
     assert float((conditioned - exact).abs().max() / exact.abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_with_coding_the_distribution_is_nearer() -> None:
     exact = logits("bf16", None).log_softmax(-1)
     divergence = {}
@@ -62,6 +64,7 @@ HOSTILE: dict[str, Callable[[str, torch.Tensor], object]] = {
 }
 
 
+@pytest.mark.few("random")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_model_is_never_worse_for_it(
     kind: str, tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]
@@ -91,6 +94,7 @@ def test_coded_keys_are_conditioned_unless_it_is_off() -> None:
         load("oct3", "some")
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_for_the_next_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
     first = logits("oct3", None)
@@ -110,6 +114,7 @@ def test_what_was_measured_is_kept_for_the_next_load(monkeypatch: pytest.MonkeyP
     assert [file.name for file in statistics_folder().iterdir()] == [kept.name]
 
 
+@pytest.mark.slow
 def test_sensitivities_are_kept_as_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
     with load("auto:48") as engine:
@@ -148,6 +153,7 @@ def test_keys_are_conditioned_by_the_whole_text_and_formats_chosen_by_a_part(
     assert seen == [whole[:TOKENS], whole[:FEWER]] and len(whole) >= TOKENS > FEWER
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,7 +12,8 @@ import torch
 from octo_run.engine import Engine, SamplingParams, Session
 from octo_run.engine.grammar import Grammar
 from octo_run.engine.sampling import BatchSampler
-from octo_run.engine.saved_session import SavedSession, Snapshot, _attention_layers
+from octo_run.engine.saved_session import SavedSession, Snapshot
+from octo_run.engine.saved_session.layout import attention_layers
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(max_tokens=24)
@@ -53,7 +54,7 @@ def test_conditioning_is_taken_over_under_recorded_steps(tmp_path: Path) -> None
     second = load("cuda", "oct3")
     list(Session(second).ask("Hello there, how are you?", GREEDY))
     SavedSession.read(path).restore(second)
-    for one, two in zip(_attention_layers(first), _attention_layers(second), strict=True):
+    for one, two in zip(attention_layers(first), attention_layers(second), strict=True):
         assert one.maps is not None and two.maps is not None and torch.equal(one.maps, two.maps.cpu())
     moved = SavedSession.read(path).session(second)
     assert "".join(moved.ask(QUESTION, GREEDY)) == "".join(session.ask(QUESTION, GREEDY))

@@ -141,6 +141,7 @@ def vocabulary_bytes() -> Any:
     return Watch()
 
 
+@pytest.mark.slow
 def test_logits_are_held_of_a_few_tokens_only(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], vocabulary_bytes: Any
 ) -> None:
@@ -198,6 +199,7 @@ def token_by_token(tiny: Callable[..., Engine], random_ids: Callable[..., list[i
     return texts, *torch.cat(found, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "sequences"), [(1, 4), (30, 1), (64, 3), (None, 1), (None, 3)])
 def test_figures_do_not_depend_on_what_is_read_at_once(
     step: int | None, sequences: int, tiny: Callable[..., Engine], token_by_token: tuple[Any, Tensor, Tensor]
@@ -215,6 +217,7 @@ def test_figures_do_not_depend_on_what_is_read_at_once(
         assert row.delta_stderr == pytest.approx(100 * (1 + row.delta_percent / 100) * change, rel=1e-2, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_windows_longer_than_a_chunk(tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]) -> None:
     """Several of them, each in three passes through the layers, against a page at a time."""
     ids = random_ids(1900)
@@ -234,6 +237,7 @@ def test_windows_longer_than_a_chunk(tiny: Callable[..., Engine], random_ids: Ca
     assert row.delta_percent != 0
 
 
+@pytest.mark.slow
 def test_formats_that_do_not_fit_together_follow_each_other(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +250,7 @@ def test_formats_that_do_not_fit_together_follow_each_other(
     assert figures() == together and [row[0] for row in together] == ["bf16", "oct4", "oct2"]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept_whatever_comes_in_between(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]]
 ) -> None:
@@ -271,6 +276,7 @@ def test_what_is_done_is_kept_whatever_comes_in_between(
         assert row.kl_mean == pytest.approx(wanted.kl_mean, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_progress_ends_at_the_end(
     tiny: Callable[..., Engine], random_ids: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +295,7 @@ def test_steps_that_are_too_long_are_refused(tiny: Callable[..., Engine], random
             perplexity.evaluate(load, ["oct4"], [random_ids(300)], stride=64, step=step)
 
 
+@pytest.mark.slow
 def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> None:
     """What is scored was read from the packed pages: other bytes there, another perplexity."""
     engine = Engine.load("octo-demo", kv="octopus4", device="cpu", max_context=320, conditioning="off")
@@ -381,6 +388,7 @@ def ask_questions(count: int, lengths: Sequence[int] = (300,)) -> list[needle.Qu
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_demo_model_finds_needles_by_way_of_packed_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of unequal prompts; every format is asked the same, and no page is what it was for another."""
     questions = ask_questions(3, lengths=(220, 300))
@@ -408,6 +416,7 @@ def test_the_demo_model_finds_needles_by_way_of_packed_pages(monkeypatch: pytest
     assert total.recall >= 2 / 3 and (total.low, total.high) == wilson(total.correct, 3)
 
 
+@pytest.mark.slow
 def test_answers_are_those_to_questions_asked_alone() -> None:
     """The text of every answer, not only whether it is right: batches change nothing."""
     questions = ask_questions(4)

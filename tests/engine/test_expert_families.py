@@ -88,19 +88,32 @@ def greedy_by_transformers(model: Any, ids: list[int], count: int) -> list[int]:
     return answer
 
 
+@pytest.mark.few("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "granite-moe", "gpt-oss")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_logits_and_greedy_tokens(family: str, tmp_path: Path) -> None:
-    """At every position, however the prompt is cut; and step by step."""
+    """At every position, in chunks; and step by step."""
     model = save(family, tmp_path)
     engine = Engine.load(tmp_path, kv="bf16", device="cpu", max_context=512)
     ids = tokens(300)
     theirs = model(torch.tensor([ids])).logits[0]
-    for step in (None, 65, 7, 1):
+    for step in (None, 65):
         assert relative(engine.logits(ids, step), theirs) < 1e-4, f"step {step}"
     assert greedy(engine, ids[:190], 40) == greedy_by_transformers(model, ids[:190], 40)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_logits_however_the_prompt_is_cut(family: str, tmp_path: Path) -> None:
+    model, ids = save(family, tmp_path), tokens(300)
+    engine = Engine.load(tmp_path, kv="bf16", device="cpu", max_context=512)
+    theirs = model(torch.tensor([ids])).logits[0]
+    for step in (7, 1):
+        assert relative(engine.logits(ids, step), theirs) < 1e-4, f"step {step}"
+
+
+@pytest.mark.few("gpt-oss")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_most_likely_tokens_with_a_coded_cache(family: str, tmp_path: Path) -> None:
@@ -136,6 +149,7 @@ def dense_of(decoder: Decoder) -> None:
         decoder.layers[index] = replace(layer, mixer=mixer, mlp=mlp)
 
 
+@pytest.mark.few("mixtral-int4")
 @pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "gpt-oss"])
 @torch.inference_mode()

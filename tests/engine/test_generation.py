@@ -11,23 +11,17 @@ from torch import Tensor
 from octo_run.engine import Engine, Reply, SamplingParams
 from octo_run.engine import engine as engine_module
 from octo_run.engine.generation import PromptWatch
-from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels import step as ops
 from octo_run.models import rope
+
+from .conftest import only
 
 Tiny = Callable[..., Engine]
 
 
 def ids_of(engine: Engine, ids: list[int], **params: Any) -> list[int]:
     return [token.id for token in engine.generate(ids, SamplingParams(**params))]
-
-
-def only(engine: Engine) -> Sequence:
-    """The engine's only sequence."""
-    (sequence,) = engine.arena.table.rows
-    assert sequence is not None
-    return sequence
 
 
 def forget(engine: Engine) -> None:
@@ -51,6 +45,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 # Chunks, edges, reuse
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("sink", "window"), [(64, 64), (0, 0), (5, 128), (200, 0)])
 def test_plain_cache_chunks_equal_single_steps(sink: int, window: int, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny(sink=sink, window=window)
@@ -339,6 +334,7 @@ def test_as_many_tokens_as_fit_and_one_more(context: int, scripted: Any) -> None
         assert len(only(engine)) == context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["bf16", "oct3"])
 def test_full_context_of_a_real_model(kv: str, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny(kv, context=200, sink=5, window=0)
@@ -358,6 +354,7 @@ def test_prompts_that_cannot_be_answered(ids: list[int], text: str, tiny: Tiny) 
             call(ids)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [None, 300, 64, 1])
 def test_logits_in_blocks_are_the_logits(step: int | None, tiny: Tiny, random_ids: Any) -> None:
     engine = tiny("oct3", context=700)
@@ -511,6 +508,7 @@ def test_the_same_prompt_gives_the_same_bytes(tiny: Tiny, random_ids: Any) -> No
     assert all(torch.equal(store, stores[0]) for store in stores)
 
 
+@pytest.mark.few("oct3-full", "oct4:oct2-off", "oct4:oct2/oct2:octopus4-mean")
 @pytest.mark.parametrize("conditioning", ["off", "mean", "full"])
 @pytest.mark.parametrize("kv", ["oct3", "oct4:oct2", "oct2/oct3:oct4", "oct4:oct2/oct2:octopus4"])
 def test_attention_of_a_step_is_that_over_the_decoded_pages(

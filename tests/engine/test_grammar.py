@@ -32,6 +32,7 @@ def answer(engine: Engine, grammar: Grammar, **rules: Any) -> tuple[str, str | N
     return "".join(token.text for token in generation), generation.finish_reason
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_are_what_they_must_be(demo: Callable[..., Engine], seed: int) -> None:
     engine = demo("oct3")

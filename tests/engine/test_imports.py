@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 from octo_run import Engine, SamplingParams
@@ -14,6 +16,7 @@ for arguments in ({}, {"kv": "bf16"}, {"kv": "oct4:oct2"}, {"conditioning": "mea
 """
 
 
+@pytest.mark.slow
 def test_a_chat_on_a_cpu_imports_no_compiler() -> None:
     """Nor does an answer, of which the second step is recorded."""
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True, timeout=120)

@@ -51,6 +51,7 @@ def reference_logits(engine: Engine, ids: list[int]) -> Tensor:
         return decoder.logits(decoder.hidden(torch.tensor([ids]), positions[None], attention))[0]
 
 
+@pytest.mark.few("oct4:oct2/octopus2:oct3-off")
 @pytest.mark.parametrize("conditioning", ["off", "full"])
 @pytest.mark.parametrize("kv", ["oct3", "oct2/oct4:oct3", "oct4:oct2/octopus2:oct3", "oct2:bf16/oct3:bf16"])
 def test_logits_are_those_of_a_model_with_each_layers_codec(

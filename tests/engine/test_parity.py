@@ -84,6 +84,7 @@ def prompt(demo: Callable[..., Engine]) -> list[int]:
     return ids[:330]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_random_models_from_files(family: str, make_checkpoint: Callable[..., Path]) -> None:
@@ -99,6 +100,7 @@ def test_random_models_from_files(family: str, make_checkpoint: Callable[..., Pa
     assert greedy(engine, ids[:190], 64) == greedy_by_transformers(model, ids[:190], 64)[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [None, 100, 64, 1])
 @torch.inference_mode()
 def test_demo_logits_in_float32(step: int | None, demo: Any, demo_oracle: Any, prompt: list[int]) -> None:
@@ -152,6 +154,7 @@ def test_demo_greedy_in_bfloat16(demo: Any) -> None:
     assert alike >= 0.97 * 64 * len(QUESTIONS)
 
 
+@pytest.mark.slow
 def test_octahedral_cache_is_close_but_not_equal(demo: Any, prompt: list[int]) -> None:
     """The logits of the last tokens see coded pages; those of the first tokens nothing but full precision."""
     exact = demo("bf16").logits(prompt)

@@ -21,6 +21,7 @@ from octo_run.engine import plan as plan_module
 from octo_run.engine.arena import PAGE
 from octo_run.engine.parts import held_bytes
 from octo_run.engine.plan import PARTS
+from octo_run.engine.working_bytes import temporary_bytes
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import ModelConfig
 from octo_run.models.weights import num_parameters
@@ -51,6 +52,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda count: monkeypatch.setattr(plan_module, "free_memory", lambda _device: count)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kv", ["bf16", "octopus2", "oct3", "octopus4:octopus2"])
 @pytest.mark.parametrize("options", [{}, {"sink": 0, "window": 128}, {"dtype": "bfloat16"}, {"max_context": 100}])
 def test_the_arena_takes_what_the_plan_says(
@@ -69,6 +71,7 @@ def test_the_arena_takes_what_the_plan_says(
         assert engine.arena.pages.nbytes == engine.arena.pages.shape[0] * 64 * vectors
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -96,7 +99,7 @@ def test_the_rest_takes_what_the_plan_says(make_checkpoint: Callable[..., Path])
     told, decoder = engine.plan, engine.forward.decoder
     kept = sum(held_bytes(engine.arena, engine.forward, engine.step, but=(decoder,)))
     kept += sum(held_bytes(decoder.key_tensors))
-    assert told.total - told.weights - plan_module._cpu_temporaries(decoder, told.shape, engine.kv) == kept
+    assert told.total - told.weights - temporary_bytes(decoder, told.shape, engine.kv, CPU) == kept
 
 
 @given(
@@ -201,6 +204,7 @@ def test_nothing_grows_while_it_runs(tiny: Callable[..., Engine], random_ids: Ca
     assert places() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditioning", ["off", "full"])
 def test_a_huge_maximum_costs_nothing_before_it_is_used(conditioning: str, free: Callable[[int], None]) -> None:
     """The plan takes milliseconds; the arena, half of what is free, takes memory page by page as it is written."""

@@ -41,6 +41,7 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.few("octopus3-uneven sink")
 @pytest.mark.parametrize(
     "options",
     [
@@ -84,6 +85,7 @@ def test_reading_is_decoding(kv: str, tiny: Tiny, random_ids: Callable[..., list
     assert difference(read(engine, [ids], 400)[0], torch.cat(rows)) < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditioning", ["off", "full"])
 def test_texts_that_are_read_together_are_read_as_alone(
     conditioning: str, tiny: Tiny, random_ids: Callable[..., list[int]]
@@ -111,6 +113,7 @@ def test_the_cache_is_left_as_decoding_leaves_it(tiny: Tiny, random_ids: Callabl
     assert torch.allclose(*(part[:, :, :, slots] for part in full), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_long_text_takes_several_chunks(tiny: Tiny, random_ids: Callable[..., list[int]]) -> None:
     engine = tiny("oct2", context=1400)
     assert engine.plan.shape.chunk == 512
@@ -132,6 +135,7 @@ def test_passes_hold_all_tokens_in_order_and_no_text_twice(lengths: list[int], s
     assert read == [list(range(length)) for length in lengths]
 
 
+@pytest.mark.slow
 def test_formats_are_loaded_as_memory_allows(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Engine] = []
 

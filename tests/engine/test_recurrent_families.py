@@ -17,6 +17,8 @@ from octo_run.engine.sequence import Sequence
 from octo_run.models.cache import DEMO_PATH
 from octo_run.models.decoder import Passing
 
+from .conftest import Counter
+
 DEVICE = os.environ.get("OCTO_RUN_TEST_DEVICE", "cpu")
 COMMON: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -122,24 +124,19 @@ def same(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> None
     torch.testing.assert_close([p for _, p in ours], [p for _, p in theirs], atol=2e-4, rtol=1e-4)
 
 
-class Counter:
-    """Counts the tokens that an engine reads in chunks."""
-
-    def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
-        self.read, chunks = 0, engine.forward.chunks
-
-        def counted(given: list[Any]) -> Tensor:
-            self.read += sum(chunk.count for chunk in given)
-            return chunks(given)
-
-        patch.setattr(engine.forward, "chunks", counted)
-
-    def taken(self) -> int:
-        """Since the last call."""
-        self.read, read = 0, self.read
-        return read
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_logits_however_the_prompt_is_cut(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:
+    path, model = models(family)
+    ids = numbers(300)
+    theirs = model(torch.tensor([ids])).logits[0]
+    with load(path, max_context=512) as engine:
+        for step in (128, 7, 1):
+            assert relative(engine.logits(ids, step), theirs) < 1e-4, f"step {step}"
 
 
+@pytest.mark.few("qwen3_5", "qwen3_next", "qwen3_5_moe")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_logits_at_every_position(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:
@@ -147,7 +144,7 @@ def test_logits_at_every_position(family: str, models: Callable[[str], tuple[Pat
     ids = numbers(300)
     theirs = model(torch.tensor([ids])).logits[0]
     with load(path, max_context=512) as engine:
-        for step in (None, 128, 65, 7, 1):
+        for step in (None, 65):
             assert relative(engine.logits(ids, step), theirs) < 1e-4, f"step {step}"
     with load(path, "oct4", max_context=512) as engine:
         ours = engine.logits(ids, 64).cpu()
@@ -155,6 +152,7 @@ def test_logits_at_every_position(family: str, models: Callable[[str], tuple[Pat
         assert relative(ours[:128], theirs[:128]) < 1e-4
 
 
+@pytest.mark.few("qwen3_next")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_logits_of_decode_steps(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:
@@ -238,6 +236,7 @@ def test_a_state_matters(path: Path) -> None:
         assert relative(engine.prefill(sequence, ids[190:]), want.cpu()) > 1e-3
 
 
+@pytest.mark.slow
 def test_turn_ten_of_a_chat_reads_new_tokens_only(
     path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +251,7 @@ def test_turn_ten_of_a_chat_reads_new_tokens_only(
     same(fresh(asked, 59), said)
 
 
+@pytest.mark.slow
 def test_regenerating_and_editing_read_a_page_again_at_most(
     path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +276,7 @@ def test_regenerating_and_editing_read_a_page_again_at_most(
         assert counter.taken() == len(back)
 
 
+@pytest.mark.slow
 def test_undo_goes_back_to_an_earlier_turn(
     path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +292,7 @@ def test_undo_goes_back_to_an_earlier_turn(
         assert counter.taken() <= 30 + 64 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launched", [1, 2, 5, 8])
 def test_cancelled_steps(launched: int, path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
     """Launched steps that nobody reads leave nothing behind, whether the sequence goes on by hand or as a prompt."""
@@ -359,6 +361,7 @@ def failing(mixer: Any, name: str) -> Callable[..., None]:
     return run
 
 
+@pytest.mark.slow
 def test_many_prompts_at_once(path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
     """More prompts than rows, of several lengths, some of which begin alike; few snapshots."""
     head = numbers(150, seed=3)
@@ -372,6 +375,7 @@ def test_many_prompts_at_once(path: Path, fresh: Callable[[list[int], int], list
             assert [one.ids for one in found] == [[token for token, _ in one] for one in want]
 
 
+@pytest.mark.slow
 def test_prompts_of_a_batch_share_what_they_begin_with(
     path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +392,7 @@ def test_prompts_of_a_batch_share_what_they_begin_with(
     assert counter.taken() == 300 + 3 * 108
 
 
+@pytest.mark.slow
 def test_generations_take_turns(path: Path, fresh: Callable[[list[int], int], list[tuple[int, float]]]) -> None:
     """Two at a time in one row: each loses its place to the other and reads again."""
     one, two = numbers(200, seed=1), numbers(210, seed=2)
@@ -410,6 +415,7 @@ def test_the_plan_is_what_is_held(path: Path) -> None:
         assert engine.plan.shape.layers == 2
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_reading_is_decoding(path: Path) -> None:
     """Two texts of unequal lengths read at once, as measurements of quality do, against one token at a time."""
@@ -428,6 +434,7 @@ def test_reading_is_decoding(path: Path) -> None:
             assert relative(torch.cat(parts), engine.logits(text, 1).cpu()) < 5e-3  # codes differ at ties
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (100, 64), (64, 256)])
 def test_other_sinks_and_windows(sink: int, window: int, path: Path) -> None:
     ids = numbers(330)
@@ -442,6 +449,7 @@ def test_other_sinks_and_windows(sink: int, window: int, path: Path) -> None:
         same(greedy(engine, edited, 20), want[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"weights": "int8"}, {"kv": "auto:56"}, {"kv": "oct3", "conditioning": "full"}])
 def test_other_formats_of_weights_and_caches(
     options: dict[str, Any], path: Path, models: Callable[[str], tuple[Path, Any]]

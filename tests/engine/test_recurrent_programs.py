@@ -143,6 +143,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     return found
 
 
+@pytest.mark.few("0")
 @pytest.mark.parametrize("first", [0, 10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_programs(first: int, programs: list[Program], tiny: Callable[..., Engine]) -> None:
     fresh = tiny(**SETTINGS, change=remember)

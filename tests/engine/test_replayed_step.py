@@ -23,6 +23,7 @@ def answer(engine: Engine, temperature: float) -> list[int]:
     return [token.id for token in engine.generate("Once upon a time there was a king. " * 12, params)]
 
 
+@pytest.mark.few("0.0-oct3-int8")
 @pytest.mark.parametrize("weights", [None, "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kv", ["oct3", "bf16"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -270,6 +270,7 @@ def sampled(params: list[SamplingParams], logits: torch.Tensor, seen: list[list[
     return sampler
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "rules",
     [

@@ -86,6 +86,7 @@ def definition(logits: list[float], p: SamplingParams) -> set[int]:
     return set(scores)
 
 
+@pytest.mark.slow
 @given(
     logits=st.lists(st.integers(-400, 400).map(lambda i: i / 57), min_size=2, max_size=30, unique=True),
     temperature=st.sampled_from([0.3, 1.0, 2.0]),
@@ -101,6 +102,7 @@ def test_choices_are_their_definitions(logits: list[float], **rules: Any) -> Non
     assert kept(params, logits) == definition(logits, params)
 
 
+@pytest.mark.slow
 def test_xtc_leaves_the_least_likely_of_the_likely_ones() -> None:
     logits = [math.log(p) for p in (0.4, 0.3, 0.15, 0.1, 0.05)]
     rules = SamplingParams(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.12)
@@ -148,6 +150,7 @@ def dry_definition(history: list[int], p: SamplingParams, breakers: set[int]) ->
     return found
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("reach", [0, 12])
 def test_dry_is_its_definition_step_by_step(reach: int) -> None:
     """From any prompt on, while tokens are drawn."""

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.engine import Engine, SamplingParams, Session, saved_session, session_identity, window_pages
+from octo_run.engine import Engine, SamplingParams, Session, session_identity, window_pages
 from octo_run.engine.background_save import BackgroundSave
 from octo_run.engine.random_model import NoTokenizer
-from octo_run.engine.saved_session import SavedSession, SessionMismatch, Snapshot
+from octo_run.engine.saved_session import SavedSession, SessionMismatch, Snapshot, layout, reading
+from octo_run.engine.saved_session.snapshot import _item
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import PageFormat
 from octo_run.models.config import parse_config
@@ -50,6 +51,7 @@ def saved(session: Session, path: Path) -> SavedSession:
     return SavedSession.read(path)
 
 
+@pytest.mark.few("4-oct3", "1-oct2/oct3")
 @pytest.mark.parametrize("kv", ["oct3", "bf16", "oct2:oct4", "oct2/oct3"])
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_loaded_conversation_goes_on_as_the_unsaved_one(
@@ -76,6 +78,7 @@ RECURRENT = {
 }  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("undone", [False, True])
 def test_states_of_recurrent_layers_are_saved_too(tiny: Callable[..., Engine], tmp_path: Path, undone: bool) -> None:
     """Those behind the last token, or those that a cut falls back to."""
@@ -106,6 +109,7 @@ WINDOWED = {
 }
 
 
+@pytest.mark.few("some-True-oct3")
 @pytest.mark.parametrize("kv", ["oct3", "bf16"])
 @pytest.mark.parametrize("undone", [False, True])
 @pytest.mark.parametrize("name", WINDOWED)
@@ -207,14 +211,14 @@ def test_pages_of_another_layout_and_dtype_are_converted(
     plain = parse_kv("bf16", 64, plain_dtype=torch.bfloat16)
     wide = parse_kv("bf16", 64, plain_dtype=torch.float32)
     values = torch.randn(3, 2 * 64 * 64).to(torch.bfloat16)
-    there = saved_session._convert(values.view(torch.uint8), PageFormat(plain, "lanes"), PageFormat(wide, "rows"))
+    there = reading._convert(values.view(torch.uint8), PageFormat(plain, "lanes"), PageFormat(wide, "rows"))
     assert torch.equal(there.view(torch.float32), values.float())
 
 
 def _with(items: Any, **changes: torch.Tensor) -> Any:
     def changed(self: Snapshot, were_read: Any) -> Any:
         found = items(self, were_read)
-        return found | {name: saved_session._item(tensor) for name, tensor in changes.items()}
+        return found | {name: _item(tensor) for name, tensor in changes.items()}
 
     return changed
 
@@ -223,19 +227,19 @@ def _with(items: Any, **changes: torch.Tensor) -> Any:
 def test_an_engine_takes_the_file_s_conditioning(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     """Measured elsewhere it differs; the answer is that of the engine that wrote the file."""
     engine, other = tiny("oct3", 2048), tiny("oct3", 2048)
-    for layer in saved_session._attention_layers(engine):
+    for layer in layout.attention_layers(engine):
         assert layer.maps is not None and layer.key_mean is not None
         turned = torch.eye(64) + 0.05 * torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
         layer.maps[0].copy_(layer.maps[0] @ torch.linalg.inv(turned).mT)
         layer.maps[1].copy_(layer.maps[1] @ turned)
         layer.key_mean.mul_(1.1)
-    for number, layer in enumerate(saved_session._attention_layers(engine)):
+    for number, layer in enumerate(layout.attention_layers(engine)):
         engine.arena.means.adopt(number, layer.key_mean, layer.maps[1])  # type: ignore[union-attr, index, arg-type]
     before = talk(engine, LONG[:900])
     talk(other, LONG[:900])
     file = saved(before, tmp_path / "s.safetensors")
     file.restore(other)
-    layers = saved_session._attention_layers
+    layers = layout.attention_layers
     for one, two in zip(layers(engine), layers(other), strict=True):
         assert torch.equal(one.maps, two.maps) and torch.equal(one.key_mean, two.key_mean)  # type: ignore[arg-type]
     for layer in range(2):
@@ -244,6 +248,7 @@ def test_an_engine_takes_the_file_s_conditioning(tiny: Callable[..., Engine], tm
     assert [*a] == [*b] and a.ids == b.ids and a.reused_tokens == b.reused_tokens > 800
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -272,6 +277,7 @@ def test_another_model_is_a_mismatch(tiny: Callable[..., Engine], tmp_path: Path
         file.restore(tiny("oct3", 2048, cfg=replace(engine.config, rope_theta=5000.0)))
 
 
+@pytest.mark.slow
 def test_keys_that_were_turned_otherwise_are_a_mismatch(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     """longrope has two lists of factors, and the context decides: pages of one are of no use with the other."""
     factors = {"short_factors": (1.0,) * 32, "long_factors": tuple(1.0 + i for i in range(32))}
@@ -350,6 +356,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_hostile_header_is_one_sentence(tiny: Callable[..., Engine], tmp_path: Path, name: str) -> None:
     path = tmp_path / "s.safetensors"
@@ -363,6 +370,7 @@ def test_a_hostile_header_is_one_sentence(tiny: Callable[..., Engine], tmp_path:
     assert all(row is None for row in engine.arena.table.rows), "nothing was taken"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("cut", [0, 7, 8, 100, -1])
 def test_a_damaged_file_is_one_sentence(tiny: Callable[..., Engine], tmp_path: Path, cut: int) -> None:
     path = tmp_path / "s.safetensors"
@@ -375,6 +383,7 @@ def test_a_damaged_file_is_one_sentence(tiny: Callable[..., Engine], tmp_path: P
         SavedSession.read(path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("value", [-1, 260, 2**31 - 1])
 def test_ids_that_there_are_not_are_refused(tiny: Callable[..., Engine], tmp_path: Path, value: int) -> None:
     path = tmp_path / "s.safetensors"
@@ -456,6 +465,7 @@ Snapshot.take(session, SamplingParams()).write(path)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_during_a_save_leaves_the_older_one(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     path = tmp_path / "s.safetensors"
     program = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
@@ -512,6 +522,7 @@ def test_loading_takes_the_read_only(demo: Callable[..., Engine], tmp_path: Path
     assert loaded * 20 < took, (loaded, took)
 
 
+@pytest.mark.slow
 def test_random_damage_is_one_sentence_or_harmless(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     """Bytes of the header and of the tensors are changed: nothing but an OctoError comes of it."""
     import random

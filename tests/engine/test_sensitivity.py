@@ -84,6 +84,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few("llama-full")
 @pytest.mark.parametrize("kind", ["off", "mean", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_whole_runs_find(family: str, kind: str) -> None:
@@ -93,6 +94,7 @@ def test_it_is_what_whole_runs_find(family: str, kind: str) -> None:
     torch.testing.assert_close(sensitivity.measure(model, FORMAT, IDS), wanted, rtol=2e-2, atol=1e-7)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rows", [1, 200, 10**6])
 def test_groups_make_no_difference(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder()
@@ -103,6 +105,7 @@ def test_groups_make_no_difference(rows: int, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(sensitivity.measure(model, FORMAT, IDS), wanted, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16_are_measured_as_precisely() -> None:
     """In bfloat16 arithmetic all that is small would drown in its rounding."""
     half = decoder(dtype=torch.bfloat16, kind="off")
@@ -141,6 +144,7 @@ def peak(work: Callable[[], object]) -> int:
     return max(itertools.accumulate(one.nbytes() for one in events))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [300, 60_000])
 def test_it_takes_what_is_planned_for_it(vocabulary: int) -> None:
     cfg = replace(CFG, vocab_size=vocabulary, num_layers=8, hidden_size=256, intermediate_size=700)

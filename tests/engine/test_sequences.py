@@ -280,6 +280,7 @@ def run_programs(
     return struck, found
 
 
+@pytest.mark.few("oct3")
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 def test_random_programs_answer_as_fresh_engines_do(tiny: Tiny, struck_kernels: list[Program], kv: str) -> None:
     assert run_programs(tiny, struck_kernels, kv, range(12), FEW_PAGES)[0] > 1

@@ -219,6 +219,7 @@ def test_a_model_without_a_template_cannot_chat(scripted: Any, monkeypatch: pyte
         Session(engine)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kv", ["bf16", "octopus3"])
 def test_the_demo_model_books_a_table(kv: str, demo: Any) -> None:
     """Two turns with the real model; the second reuses all of the first but its end token."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from octo_run.engine import Engine, Session, background_save, saved_session
+from octo_run.engine import Engine, Session, background_save
 from octo_run.engine.background_save import BackgroundSave
 from octo_run.engine.saved_session import SavedSession, Snapshot, tail_of
 from octo_run.errors import OctoError
@@ -114,6 +114,7 @@ def test_a_tail_of_another_file_counts_for_nothing(tiny: Callable[..., Engine], 
     assert [*SavedSession.read(path).turns] == session.turns and SavedSession.read(path).shared is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pages", [-1, 10**9, "1", None])
 def test_a_hostile_tail_is_one_sentence(tiny: Callable[..., Engine], tmp_path: Path, pages: object) -> None:
     path, save, session = tmp_path / "s.safetensors", BackgroundSave(), Session(tiny("oct3", 2048))
@@ -132,13 +133,16 @@ def test_a_first_file_with_other_pages_is_noticed(tiny: Callable[..., Engine], t
         SavedSession.read(path).restore(tiny("oct3", 2048))
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_state_that_was_there(
     tiny: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A child saves turn after turn, in tails and whole files; what it had told to be saved is never lost."""
     path, engine, chance = tmp_path / "s.safetensors", tiny("oct3", 2048), random.Random(4)
     session = talk(engine, LONG)
-    monkeypatch.setattr(saved_session, "PIECE_BYTES", 1)  # many small writes, so that a kill comes between
+    monkeypatch.setattr(
+        "octo_run.engine.saved_session.snapshot.PIECE_BYTES", 1
+    )  # many small writes, so that a kill comes between
     snapshot = Snapshot.take(session, GREEDY)
     snapshot.write(path)
     seen = set()

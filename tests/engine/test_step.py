@@ -12,19 +12,14 @@ from octo_run.engine.sequence import Sequence
 from octo_run.engine.step import AHEAD, batch_buckets, length_bound
 from octo_run.errors import OctoError, UsageError
 
+from .conftest import only
+
 Tiny = Callable[..., Engine]
 GREEDY = SamplingParams()
 
 
 def answer(engine: Engine, ids: list[int], **params: Any) -> list[int]:
     return [token.id for token in engine.generate(ids, SamplingParams(**params))]
-
-
-def only(engine: Engine) -> Sequence:
-    """The engine's only sequence."""
-    (sequence,) = engine.arena.table.rows
-    assert sequence is not None
-    return sequence
 
 
 Started = list[tuple[Sequence, list[int]]]
@@ -60,6 +55,7 @@ def test_buckets() -> None:
     assert length_bound(7, 500) == 500
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kv", ["bf16", "oct3"])
 def test_sequences_of_different_lengths_answer_as_if_alone(kv: str, tiny: Tiny, random_ids: Any) -> None:
     """Across several pages of each, at different steps."""
@@ -140,6 +136,7 @@ def test_what_steps_fed_is_known_when_a_prefix_is_reused(tiny: Tiny, random_ids:
     assert generation.reused_tokens in (10, 11)  # the first drawn token may be the prompt's next one
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("window", [0, 64])
 def test_what_was_not_read_is_taken_back(window: int, tiny: Tiny, random_ids: Any) -> None:
     """Also when a page was coded for a step that is taken back: ids and length are equal whatever is left."""
@@ -290,6 +287,7 @@ def test_seeds_give_the_same_answers_whatever_runs_beside(tiny: Tiny, random_ids
 # Synthetic depth and shapes without weights
 
 
+@pytest.mark.few("0-oct3", "193-bf16", "1900-oct2:oct4/oct3")
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "oct2:oct4/oct3"])
 @pytest.mark.parametrize("length", [0, 10, 192, 193, 1900])
 def test_fill(kv: str, length: int, tiny: Tiny) -> None:

@@ -181,6 +181,7 @@ class Vocabulary:
         return self._pieces[token]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("stop", "never"),
     [

@@ -84,6 +84,7 @@ def append(store: BatchPages, remembered: Remembered, count: int) -> View:
     return view
 
 
+@pytest.mark.few("octopus3-64-64-0")
 @pytest.mark.parametrize(
     ("kv", "dim", "sinks", "window"),
     [
@@ -102,6 +103,7 @@ def test_all_positions_are_read_as_the_codec_gives_them_back(kv: str, dim: int, 
     assert store.packed >= 6
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(8))
 def test_any_order_of_changes(seed: int) -> None:
     chance = random.Random(seed)
@@ -190,6 +192,7 @@ def test_a_view_is_good_until_the_layer_changes() -> None:
         view.attend(torch.zeros(2, HEADS, 1, 64, dtype=torch.float64), 1.0)
 
 
+@pytest.mark.slow
 def test_pages_are_what_is_read() -> None:
     """Not a copy in full precision beside them: another page gives another result, and the bytes are those of pages."""
     store, remembered = make("oct3", 128, window=0)

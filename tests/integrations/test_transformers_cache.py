@@ -99,6 +99,7 @@ class CodecCache(transformers.DynamicCache):  # type: ignore[misc]
         return seen
 
 
+@pytest.mark.few("cpu-{}-octo")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=str)
 def test_uncompressed_pages_answer_as_a_dynamic_cache(
@@ -112,6 +113,7 @@ def test_uncompressed_pages_answer_as_a_dynamic_cache(
     assert generate(model, prompt, OctoCache(model.config, kv="bf16"), **options) == want
 
 
+@pytest.mark.few("cpu-oct3-octo", "cpu-bf16-eager")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("kv", ["oct4", "oct3", "oct2:oct3", "octopus3", "bf16"])
 def test_logits_are_those_of_what_the_codec_gives_back(decoder: Decoder, device: str, attention: str, kv: str) -> None:
@@ -129,6 +131,7 @@ def test_logits_are_those_of_what_the_codec_gives_back(decoder: Decoder, device:
     assert cache.layers[0]._store.packed == 3 and cache.get_seq_length() == 370
 
 
+@pytest.mark.few("cpu-dtype0-80")
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_our_attention_equals_that_over_decoded_pages(
@@ -143,6 +146,7 @@ def test_our_attention_equals_that_over_decoded_pages(
     assert difference(got, want) < (1e-3 if exact else 3e-2)
 
 
+@pytest.mark.few("cpu-5-64")
 @pytest.mark.parametrize(("sinks", "window"), [(0, 0), (5, 64), (64, 128)])
 def test_sinks_and_window_are_exact(decoder: Decoder, device: str, sinks: int, window: int) -> None:
     """A wrong count of them would be seen in the keys; in the rotated basis they are rounded once."""
@@ -190,6 +194,7 @@ def test_a_mask_of_a_chunk_knows_its_padding(decoder: Decoder) -> None:
         assert difference(results[1], results[0]) < 1e-5
 
 
+@pytest.mark.few("cpu-False-GptOss")
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "GptOss"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_what_the_kernels_cannot_do_is_done_over_decoded_pages(
@@ -226,6 +231,7 @@ def test_a_sliding_window_that_is_not_full_is_read_from_pages(decoder: Decoder) 
     assert generate(model, prompt, OctoCache(model.config, kv="bf16")) == want  # without a warning
 
 
+@pytest.mark.few("cpu-Llama-octo")
 @pytest.mark.parametrize("attention", ["octo", "sdpa"])
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
 def test_assisted_decoding_takes_tokens_back(decoder: Decoder, device: str, attention: str, family: str) -> None:
@@ -310,6 +316,7 @@ def both(config: Any, kv: str, cross: str | None = None) -> Any:
     return transformers.EncoderDecoderCache(OctoCache(config, kv=kv, sinks=16, window=0), second)
 
 
+@pytest.mark.few("cpu-1-octo")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_whisper(device: str, attention: str, beams: int) -> None:
@@ -330,6 +337,7 @@ def test_whisper(device: str, attention: str, beams: int) -> None:
     assert packed == [1, 2]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_whisper_s_logits(device: str) -> None:
     """Its decoder step by step: a start of several tokens sees all of what was heard, from pages too."""
@@ -356,6 +364,7 @@ def test_whisper_s_logits(device: str) -> None:
         assert difference(results[f"oct4 {attention}"], results["oct4 reference sdpa"]) < bound
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_musicgen(device: str, attention: str) -> None:
@@ -554,6 +563,7 @@ def test_octo_run_does_not_import_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_missing_library_is_named() -> None:
     code = "import sys; sys.modules['transformers'] = None; import octo_run.integrations.transformers"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -303,6 +303,7 @@ SPECS = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("kinds", SPECS, ids=str)
 @pytest.mark.parametrize(("kv", "mean"), [("octopus3", 0.0), ("bf16", 0.0), ("oct3", 3.0)])
 @pytest.mark.parametrize("count", [1, 70])
@@ -316,6 +317,7 @@ def test_reference_windows_caps_and_sink_logits(monkeypatch, kinds, kv, mean, co
         assert relative_error(got, want) < (1e-6 if mean else 1e-12)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
 @pytest.mark.parametrize("sees", [3, 5, 96, 101, 165, 300])
 def test_reference_windows_beside_other_sinks(sink, window, sees):

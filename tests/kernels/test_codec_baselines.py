@@ -25,6 +25,7 @@ def named(kind: str, b: int) -> Codec:
     return get(name) if kind == "octopus" else baselines.get(name)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("b", [2, 3, 4])
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_published_figures(kind: str, b: int) -> None:

@@ -14,6 +14,7 @@ from octo_run.kernels.codec.octopus import nearest_xi
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fit_octopus_codebooks.py"
 
 
+@pytest.mark.slow
 def test_script_reproduces_the_stored_levels() -> None:
     ran = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -29,6 +30,7 @@ def check_centroids(levels: torch.Tensor, boundaries: torch.Tensor, samples: tor
     torch.testing.assert_close(boundaries, (levels[1:] + levels[:-1]) / 2, rtol=0, atol=1e-16)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 256])
 @pytest.mark.parametrize("name", ["octopus2", "octopus3", "octopus4"])
 def test_levels_are_the_centroids_of_samples(name: str, head_dim: int) -> None:

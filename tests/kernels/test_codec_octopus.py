@@ -32,6 +32,7 @@ def relative_mse(decoded: torch.Tensor, x: torch.Tensor) -> float:
     return float(((decoded - x).square().sum(-1) / x.square().sum(-1)).mean())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "rounding", "mse", "cosine", "ip_error"), PAPER)
 def test_figures_of_the_paper(name: str, rounding: Rounding, mse: float, cosine: float, ip_error: float) -> None:
     codec = OctopusCodec(name, 128, seed=3, rounding=rounding)

@@ -74,6 +74,7 @@ def test_prefill(target: str, kv: str, count: int) -> None:
     check(kv, [260], count, 5, 1, 80, sink=0, window=0)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kinds", _cases["SPECS"], ids=str)
 @pytest.mark.parametrize(("kv", "mean"), [("oct3", 0.0), ("bf16", 0.0), ("octopus3:bf16", 2.0)])
 def test_windows_caps_and_sink_logits(target: str, kinds: dict[str, object], kv: str, mean: float) -> None:

@@ -39,8 +39,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.device | 
         guards.pop()
 
     def run(self: Any, *unnamed: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        if ".encode." not in self.fn.__module__:
-            assert not unnamed and named.keys() >= set(self.arg_names), "an argument does not go by its name"
+        assert not unnamed and named.keys() >= set(self.arg_names), "an argument does not go by its name"
         found.append((self.fn.__name__, guards[-1]))
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
@@ -94,6 +93,12 @@ def encode(kv: str) -> Callable[[], Any]:
     return call
 
 
+def encode_by_lanes() -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("octo_run.kernels.encode.launch.runs_ptx", lambda _: True)
+        encode("oct3")()
+
+
 def append() -> None:
     transform = ops.HeadTransform(meta(3, 32), meta(3, 32), None, None, 1e-5, meta(2, 2, 64, 64), meta(64, 64),
                                   meta(2, 64, dtype=torch.float32))  # fmt: skip
@@ -141,6 +146,7 @@ LAUNCHERS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "encode octopus": (encode("octopus3"), {"octopus_pages_kernel"}),
     "encode plain": (encode("bf16"), {"plain_pages_kernel"}),
     "encode trellis": (encode("oct3"), {"trellis_kernel", "pack_kernel"}),
+    "encode trellis by lanes": (encode_by_lanes, {"lane_search_kernel", "pack_kernel"}),
 }  # fmt: skip
 
 

@@ -67,6 +67,7 @@ def test_half_precision() -> None:
     assert torch.equal(found("oct2", y), fields_of("oct2", y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_threads_meet_only_at_barriers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     watched = emulator.Kernel(SEARCH.lane_search_kernel, watched=True)
@@ -80,6 +81,7 @@ def test_threads_meet_only_at_barriers(monkeypatch: pytest.MonkeyPatch, name: st
                 found(name, y)
 
 
+@pytest.mark.slow
 def test_of_equal_costs_the_smallest_code_wins() -> None:
     """Vectors on a coarse grid have many codes of one cost."""
     torch.manual_seed(0)
@@ -88,6 +90,7 @@ def test_of_equal_costs_the_smallest_code_wins() -> None:
         assert torch.equal(found(name, y), fields_of(name, y))
 
 
+@pytest.mark.slow
 def test_outliers_reach_the_limit() -> None:
     """One coordinate has the whole norm: beyond the outermost codeword it is cut off."""
     y = torch.zeros(1, 1, 1, 64, 64)

@@ -39,6 +39,7 @@ def emulated() -> Any:
     return emulator.Kernel(emulator.kernel_modules()["streamed_product"].streamed_product_kernel)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [None, 16, 64, 128])
@@ -63,6 +64,7 @@ def test_the_fused_product_is_that_of_the_values(
             assert wider[:, out:].isnan().all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fused_product_with_swiglu_is_that_of_both_halves(
     emulated: Any, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -80,6 +82,7 @@ def test_the_fused_product_with_swiglu_is_that_of_both_halves(
         assert (out.double() - exact.double()).abs().max() <= 0.02 * exact.double().abs().max()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "group"), [("int4", 64), ("int8", None), ("fp8", 64)])
 def test_threads_meet_before_they_reuse_shared_memory(
     monkeypatch: pytest.MonkeyPatch, kind: str, group: int | None

@@ -82,6 +82,7 @@ def test_the_original_basis(kv: str) -> None:
             assert torch.equal(found, codec.decode(codec.encode(source), torch.float64))
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", FORMATS)

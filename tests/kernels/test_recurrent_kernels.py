@@ -133,6 +133,7 @@ def run_steps(step, case, tokens, row=2, first=0):
     return torch.cat(outs)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("alike", [False, True])
 def test_reference_is_the_recurrence(shape, alike):
@@ -155,6 +156,7 @@ def test_reference_chunks_cut_anywhere_give_the_same_state(lengths):
     close(case.state.memory[2], memory, torch.float64)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("position", [1, 2, 63, 64, 100, 199, 200])
 def test_reference_saves_the_state_inside_a_chunk(position):
     """Going on from it is going on from there."""

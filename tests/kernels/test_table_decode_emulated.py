@@ -78,6 +78,7 @@ def test_every_group(kernel: Any, group: int, kv: str, dim: int) -> None:
     assert worst_error(decode_case(kv, [700], group, 1, dim)) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_lengths_around_page_edges(kernel: Any, kv: str, length: int) -> None:
@@ -85,11 +86,13 @@ def test_lengths_around_page_edges(kernel: Any, kv: str, length: int) -> None:
     assert worst_error(decode_case(kv, [length, 130, 400], 1, 2, 64)) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128), (100, 64)])
 def test_other_sinks_and_windows(kernel: Any, sink: int, window: int) -> None:
     assert worst_error(decode_case("oct3", [900, 350], 4, 1, 64, sink=sink, window=window)) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv", "dim"), [("oct3", 128), ("oct3", 64), ("oct4:oct2", 80), ("oct2:oct3", 96)])
 def test_pages_that_a_cpu_wrote(kernel: Any, kv: str, dim: int) -> None:
     """Rows of the CPU's writer, converted; against the CPU's attention over the rows."""
@@ -112,6 +115,7 @@ KINDS = [{"sees": 1}, {"sees": 64}, {"sees": 150}, {"sees": 333}, {"cap": 2.0}, 
 ALL_KINDS = {"sees": 290, "cap": 2.0, "sinking": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [*KINDS, ALL_KINDS], ids=str)
 def test_windows_caps_and_sink_logits(kernel: Any, kinds: dict[str, Any]) -> None:
     """In one part and in several, with filler, and with lengths at the edges of pages and of windows."""
@@ -121,6 +125,7 @@ def test_windows_caps_and_sink_logits(kernel: Any, kinds: dict[str, Any]) -> Non
     assert worst_error(decode_case("oct3", [700, 260], 4, 1, 64, mean=2.0, **kinds)) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "group"), [(80, 1), (96, 5), (128, 7), (128, 8), (256, 4)])
 @pytest.mark.parametrize("mean", [0.0, 2.0])
 def test_windows_of_every_shape(kernel: Any, dim: int, group: int, mean: float) -> None:
@@ -147,10 +152,12 @@ def test_a_window_takes_no_more_programs_than_its_pages(kernel: Any) -> None:
     assert windowed <= short
 
 
+@pytest.mark.slow
 def test_bfloat16_inputs(kernel: Any) -> None:
     assert worst_error(decode_case("oct3", [600, 300], 4, 1, 128, dtype=torch.bfloat16)) < 2.5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 3), (128, 4), (128, 7), (256, 4)])
 def test_the_key_mean_comes_back(kernel: Any, dim: int, group: int) -> None:
     assert worst_error(decode_case("oct3", [450, 800], group, 1, dim, mean=2.0)) < 1.5e-3
@@ -179,6 +186,7 @@ def test_a_key_mean_of_any_size(kernel: Any, mean: float) -> None:
     assert worst_error(case) < (5e-3 if mean == 30.0 else float("inf"))
 
 
+@pytest.mark.slow
 def test_sequences_of_unequal_lengths_are_cut_finer(kernel: Any) -> None:
     lengths = [64 * 40 + 192, 300, 1, 64 * 9 + 200]
     assert worst_error(decode_case("oct2", lengths, 4, 1, 64)) < 1e-3
@@ -187,6 +195,7 @@ def test_sequences_of_unequal_lengths_are_cut_finer(kernel: Any) -> None:
     assert evenly < 1e-3 and uneven[1] > len(lengths) and uneven == even  # the grid depends on shapes alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4:oct2"])
 @pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 1), (96, 5), (128, 7), (256, 8)])
 def test_filler_is_left_out(kernel: Any, kv: str, dim: int, group: int) -> None:
@@ -195,10 +204,12 @@ def test_filler_is_left_out(kernel: Any, kv: str, dim: int, group: int) -> None:
     assert worst_error(case) < 1e-3
 
 
+@pytest.mark.slow
 def test_filler_with_the_key_mean(kernel: Any) -> None:
     assert worst_error(decode_case("oct3", [0, 800, 0, 450, 0, 0], 7, 1, 128, mean=2.0)) < 1.5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[0], [0, 0, 0]])
 def test_a_batch_of_filler(kernel: Any, lengths: list[int]) -> None:
     """Alone, with a bound that divides it in parts; the rows are nobody's, full of NaN."""
@@ -222,6 +233,7 @@ def test_many_blocks_of_heads_share_the_counters(kernel: Any) -> None:
     assert worst_error(decode_case("oct2", [*([200] * 15), 64 * 24 + 192], 24, 1, 64)) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_workspace_for_more_sequences_serves_fewer(kernel: Any) -> None:
     assert worst_error(decode_case("oct2", [700, 260], 4, 1, 64), room_for=16) < 1e-3
 
@@ -265,6 +277,7 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
         assert batch * programs <= PARTS_PER_PROCESSOR * processors, "there are counters for them"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv", "lengths", "group", "dim", "mean"),
     [("oct3", [1500], 4, 128, 0.0), ("oct4:oct2", [900, 300], 7, 64, 0.0), ("oct2", [*([200] * 34), 2600], 1, 64, 2.0)],

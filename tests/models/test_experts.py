@@ -106,6 +106,7 @@ FORMATS = {
 }  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "qwen2-moe"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_that_files_hold_packed(name: str, family: str, tmp_path: Path) -> None:
@@ -152,6 +153,7 @@ def mxfp4(folder: Path) -> None:
     configured(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ignored})
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_gpt_oss_with_mxfp4_experts(tmp_path: Path) -> None:
     """Blocks and scales made by hand; transformers has their values."""
@@ -171,6 +173,7 @@ def test_gpt_oss_with_mxfp4_experts(tmp_path: Path) -> None:
     assert isinstance(experts, Experts) and experts.weights.gate_up_bias is not None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe-dense-between", "gpt-oss"])
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_the_plan_counts_what_is_held(family: str, weights: str | None, tmp_path: Path) -> None:
@@ -182,6 +185,7 @@ def test_the_plan_counts_what_is_held(family: str, weights: str | None, tmp_path
     assert num_parameters(engine.config) == sum(t.numel() for t in load_file(tmp_path / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_a_layer_is_loaded_expert_by_expert() -> None:
     """On `meta`, too, where nothing is counted twice: 94 layers of 128 experts take no more than some seconds."""
     values = models.BASE | models.FAMILIES["qwen3-moe"][1] | {
@@ -249,6 +253,7 @@ DAMAGES: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
 ]  # fmt: skip
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("family", "damage", "message"), DAMAGES)
 def test_damaged_files_are_refused(family: str, damage: Any, message: str, tmp_path: Path) -> None:
     models.save(family, tmp_path)
@@ -298,6 +303,7 @@ def test_no_experts_are_a_dense_model(tmp_path: Path) -> None:
     assert not any("experts" in name for name in expected_tensors(cfg))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "qwen3-moe-dense-between"])
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_quantised_folders_are_what_loading_makes(family: str, weights: str, tmp_path: Path) -> None:
@@ -316,6 +322,7 @@ def test_stacked_experts_are_not_written(tmp_path: Path) -> None:
         quantise(tmp_path / "model", tmp_path / "packed", "int4", device="cpu")
 
 
+@pytest.mark.slow
 def test_what_a_token_meets(tmp_path: Path) -> None:
     models.save("qwen3-moe", tmp_path)
     facts = describe(str(tmp_path), "cpu", None)
@@ -330,6 +337,7 @@ def test_what_a_token_meets(tmp_path: Path) -> None:
     assert abs(benchmark.step_weight_bytes(engine, 5) - batch) <= 1
 
 
+@pytest.mark.slow
 def test_formats_are_chosen_and_times_are_taken_with_experts(tmp_path: Path) -> None:
     """What looks into layers looks into these, too."""
     models.save("qwen2-moe", tmp_path)

@@ -119,6 +119,7 @@ def test_the_context_chooses_the_factors_of_longrope() -> None:
 OF_TEXT = {"GptOss", "Olmoe", "Mixtral"}
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("architecture", [name for name in FAMILIES if not any(word in name for word in OF_TEXT)])
 def test_left_out_fields_mean_what_they_mean_to_transformers(architecture: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -260,6 +261,7 @@ def test_refusals(architecture: str, fields: dict[str, Any], words: str) -> None
 JUNK = [[], {}, [[]], {"a": 1}, "x", "\x1b[31m" * 1000, True, -3, 1.5, float("nan"), 10**400, [{}] * 99, None]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_field_with_every_kind_of_value(architecture: str) -> None:
     """A configuration or one short sentence."""

@@ -113,6 +113,7 @@ def test_a_header_is_read_as_the_gguf_package_reads_it(small_gguf: Callable[...,
     assert all(ours.tensors[t.name].shape == tuple(reversed(t.shape.tolist())) for t in theirs.tensors)
 
 
+@pytest.mark.slow
 def test_a_file_cut_anywhere_is_refused(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     small = small_gguf("llama")
     path = small.write(tmp_path / "model.gguf")
@@ -124,6 +125,7 @@ def test_a_file_cut_anywhere_is_refused(small_gguf: Callable[..., Any], tmp_path
         assert len(str(error.value)) <= 480
 
 
+@pytest.mark.slow
 def test_flipped_bytes_never_raise_anything_else(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     path = small_gguf("llama").write(tmp_path / "model.gguf")
     whole = path.read_bytes()
@@ -143,6 +145,7 @@ def test_flipped_bytes_never_raise_anything_else(small_gguf: Callable[..., Any],
     assert refused > 50 and time.process_time() - start < 60
 
 
+@pytest.mark.slow
 def test_a_header_takes_no_more_memory_than_its_file_justifies(tmp_path: Path) -> None:
     """A sparse file of a terabyte that claims texts and lists of all of it."""
     path = tmp_path / "model.gguf"

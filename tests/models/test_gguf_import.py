@@ -341,6 +341,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_is_not_supported_is_refused_by_name(name: str, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     change, sentence = REFUSALS[name]
@@ -561,6 +562,7 @@ def test_a_full_disk_is_told_first(
     assert "is too full for imported/model" in refused(path)
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     path = small_gguf("llama").write(tmp_path / "model.gguf")
     command = f"ulimit -f 64; exec {sys.executable} -m octo_run import {path}"
@@ -578,6 +580,7 @@ def test_a_file_that_changes_while_it_is_read(
     assert "was changed or replaced while it was read" in refused(path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_an_import_that_is_stopped_leaves_no_model(sign: int, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     path = small_gguf("llama").write(tmp_path / "model.gguf")

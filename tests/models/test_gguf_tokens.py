@@ -135,6 +135,7 @@ def llama3(shared_dir: Path) -> tuple[dict[str, int], list[str]]:
     return vocabulary, merges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", SPLITS)
 def test_every_split_is_that_of_its_patterns(
     pre: str, llama3: tuple[dict[str, int], list[str]], shared_dir: Path, imported: Callable[..., Tokenizer]
@@ -157,6 +158,7 @@ def test_every_split_is_that_of_its_patterns(
     assert not {len(vocabulary), len(vocabulary) + 1, len(vocabulary) + 2} & {*tok.encode("<|eot_id|>[PAD128002]")}
 
 
+@pytest.mark.slow
 def test_other_tools_read_the_same_tokenizer(
     llama3: tuple[dict[str, int], list[str]], imported: Callable[..., Tokenizer], tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_other_tools_read_the_same_tokenizer(
     assert begin + 2 in tok.encode("a<think>b"), "a token that the user defined is no special one"
 
 
+@pytest.mark.slow
 def test_qwen2_comes_back(shared_dir: Path, imported: Callable[..., Tokenizer]) -> None:
     folder = shared_dir / "data" / "tokenizers" / "qwen2"
     vocabulary = json.loads((folder / "vocab.json").read_text())

@@ -159,6 +159,7 @@ def test_a_matrix_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -
         Decoder(CFG, weights, None, None, SCHEMES["int4"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("head", ["bf16", "int8"])
 @pytest.mark.parametrize("weights", ["fp32", "bf16", *SCHEMES])
 def test_the_plan_says_what_is_held(weights: str, head: str) -> None:

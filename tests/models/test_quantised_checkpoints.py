@@ -177,6 +177,7 @@ def configured(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("name", FORMATS)
 def test_logits_are_those_of_the_values(name: str, make_checkpoint: Make) -> None:
     """Two query heads a KV head; values are rotated online, because packed weights do not take the rotation in."""
@@ -201,6 +202,7 @@ def test_other_groups_of_heads_and_biases(name: str, heads: tuple[int, int], mak
     same_logits(*quantised(make_checkpoint, *FORMATS[name], **changes))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gptq", "awq", "ct nvfp4", "fp8 block"])
 def test_arithmetic_in_16_bits(name: str, dtype: str, make_checkpoint: Make) -> None:
@@ -390,6 +392,7 @@ DAMAGED: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("number", range(len(DAMAGED)))
 def test_damaged_files_are_refused_in_one_sentence(number: int, make_checkpoint: Make) -> None:
     name, damage, words = DAMAGED[number]
@@ -479,6 +482,7 @@ def test_what_cannot_be_loaded_is_refused_by_name(number: int, make_checkpoint: 
 JUNK = [[], {}, [[]], {"a": 1}, "x", "\x1b[31m" * 1000, True, -3, 1.5, float("nan"), 10**400, ["x" * 5000], [{}] * 99]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["gptq", "awq", "ct w4a16", "ct fp8 block", "fp8 block", "mxfp4", "modelopt nvfp4"])
 def test_every_field_with_every_kind_of_value(name: str, make_checkpoint: Make) -> None:
     folder, values = make_checkpoint(), json.loads
@@ -529,6 +533,7 @@ def test_no_pattern_takes_for_ever(pattern: str) -> None:
     assert time.perf_counter() - begun < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

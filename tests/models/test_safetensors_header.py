@@ -139,6 +139,7 @@ def reason(content: bytes, said: str | None) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_agrees_with_the_library(tmp_path: Path) -> None:
     path, rng, verdicts = tmp_path / "x.safetensors", random.Random(20261127), Counter[str]()
     for _ in range(MUTANTS):

@@ -451,6 +451,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", list(DAMAGE))
 def test_a_file_that_changes_while_it_is_read_is_refused(make_checkpoint: Make, damage: str) -> None:
     """After the first tensor; in a process of its own, which a mapped file that shrinks would end by SIGBUS."""

@@ -101,6 +101,7 @@ def say_escapes(data: bytes) -> None:
     raise error
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("reader", "what"),
     [
@@ -163,6 +164,7 @@ def test_messages_that_steer(script: Script) -> None:
         assert steers(text), ascii(text)
 
 
+@pytest.mark.slow
 def test_same_seed_same_mutants(script: Script) -> None:
     """In another process too, with another hash of strings."""
     code = (
@@ -194,6 +196,7 @@ def test_real_files_change_every_fourth_mutant_alone(script: Script, shared_dir:
     assert any(with_real.seeds[with_real.mutant(number).seed].real for number in range(3, 100, 4))
 
 
+@pytest.mark.slow
 def test_short_run(script: Script, tmp_path: Path) -> None:
     """Valid files are accepted, and the first mutants of each kind are read or refused as they should be."""
     command = [sys.executable, str(SCRIPT), "--count", "60", "--seconds", "200"]
@@ -209,6 +212,7 @@ def test_short_run(script: Script, tmp_path: Path) -> None:
         assert kind["slowest_s"] <= 5 and kind["largest_bytes"] <= 1 << 30
 
 
+@pytest.mark.slow
 def test_replay_and_keep(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--replay", "config:5", "--keep", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

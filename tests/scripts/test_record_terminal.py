@@ -37,6 +37,7 @@ def test_what_the_terminal_does_not_know_is_an_error(terminal: ModuleType) -> No
         terminal.Screen(10).feed("\x1b[2J")
 
 
+@pytest.mark.slow
 def test_a_real_chat_is_drawn_without_the_network(terminal: ModuleType) -> None:
     screen = terminal.record(90, ["/help"])
     text = "\n".join(lines(screen))

@@ -483,6 +483,7 @@ PARTS = [*TOKENS, *STARTS, *ENDS, " ", "\n", "x", "é", "ŉ", "%s", "{}"]
 USER_TEXT = st.lists(st.sampled_from(PARTS), max_size=6).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(expression=EXPRESSION, contents=st.lists(USER_TEXT, min_size=1, max_size=3))
 def test_no_special_id_ever_comes_from_a_text(expression: str, contents: list[str]) -> None:
@@ -617,6 +618,7 @@ def tok(request: pytest.FixtureRequest) -> Tokenizer:
     return tokenizer
 
 
+@pytest.mark.few(1)
 @settings(max_examples=150, deadline=None)
 @given(contents=st.lists(HARMLESS, min_size=1, max_size=4))
 def test_chat_is_rendering_plus_encoding(tok: Tokenizer, contents: list[str]) -> None:
@@ -624,6 +626,7 @@ def test_chat_is_rendering_plus_encoding(tok: Tokenizer, contents: list[str]) ->
     assert tok.chat(messages) == tok.encode(tok.render(messages), allow_special=True)
 
 
+@pytest.mark.few(1)
 @settings(max_examples=150, deadline=None)
 @given(contents=st.lists(CONTENT, min_size=1, max_size=4))
 def test_special_ids_come_from_the_template(tok: Tokenizer, contents: list[str]) -> None:

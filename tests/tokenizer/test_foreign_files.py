@@ -207,6 +207,7 @@ def test_too_many_and_too_long_added_tokens_are_refused(tmp_path: Path) -> None:
     assert "131,072" in one_sentence(tokenizer_json(library, tmp_path, added_tokens=many))
 
 
+@pytest.mark.slow
 def test_thirty_thousand_added_tokens_load_soon(tmp_path: Path) -> None:
     library = Library(models.WordLevel({"a": 0}, unk_token="a"))
     library.decoder = decoders.Fuse()
@@ -230,6 +231,7 @@ def test_the_finder_finds_what_a_regular_expression_finds(texts: list[str], text
     assert list(Finder(texts).all(text)) == [match.span() for match in pattern.finditer(text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
 def test_a_regular_expression_that_does_not_end_is_given_up(
     tmp_path: Path, make_library: Callable[[str], Library], part: str
@@ -314,6 +316,7 @@ def test_a_tokenizer_json_without_a_decoder_decodes_as_in_transformers(
         assert "".join(map(stream.push, ids)) + stream.finish() == theirs.decode(ids)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "family"),
     [
@@ -473,6 +476,7 @@ def test_a_model_vocabulary_beyond_the_rows_is_refused(
     assert load_tokenizer(tmp_path).vocab_size <= 1000
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
 def test_an_added_token_without_a_row_is_text(

@@ -43,6 +43,7 @@ def byte_level_dir(tmp_path: Path, make_library: Callable[[str], Library]) -> Pa
     return tmp_path
 
 
+@pytest.mark.few(2)
 @settings(max_examples=200, deadline=None)
 @given(text=st.one_of(UNICODE, MIXED))
 def test_encoding_with_special_tokens_equals_the_library(json_tokenizer: Path, text: str) -> None:
@@ -50,6 +51,7 @@ def test_encoding_with_special_tokens_equals_the_library(json_tokenizer: Path, t
     assert tok.encode(text, allow_special=True) == library.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.few(2)
 @settings(max_examples=200, deadline=None)
 @given(text=st.one_of(UNICODE, MIXED))
 def test_text_gives_no_special_id(json_tokenizer: Path, text: str) -> None:
@@ -59,6 +61,7 @@ def test_text_gives_no_special_id(json_tokenizer: Path, text: str) -> None:
     assert tok.decode(ids) in (text, text.replace("▁", " "), text.replace("▁", " ").removeprefix(" "))
 
 
+@pytest.mark.few(2)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_decoding_equals_the_library(json_tokenizer: Path, data: st.DataObject) -> None:

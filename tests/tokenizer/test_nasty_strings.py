@@ -248,6 +248,7 @@ def test_the_demo_model(demo: Tokenizer, demo_dir: Path) -> None:
     compare(demo, SentencePiece(demo_dir / "tokenizer.model"), texts)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace-first", "metaspace-always", "prepend"])
 def test_small_tokenizers_of_each_kind(kind: str, make_library: Callable[[str], Library], tmp_path: Path) -> None:
     library = make_library(kind)
@@ -255,6 +256,7 @@ def test_small_tokenizers_of_each_kind(kind: str, make_library: Callable[[str], 
     compare(load_tokenizer(tmp_path), Plain(library), strings(kind, 500))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["NFC", "NFKC", "NFD"])
 def test_normal_forms(form: str, make_library: Callable[[str], Library], tmp_path: Path) -> None:
     library = make_library("byte-level")

@@ -118,6 +118,7 @@ def test_a_sentencepiece_prompt_begins_as_in_transformers(
     assert load_tokenizer(folder).prompt("the dog") == transformers_tokenizer(folder)("the dog").input_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
 @pytest.mark.parametrize("field", [True, False, None])
 @pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2Tokenizer"])
@@ -188,6 +189,7 @@ def any_tokenizer(
     return load_tokenizer(write(tmp_path_factory.mktemp("tok"), {"tokenizer.json": library}))
 
 
+@pytest.mark.few(2)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_continuation_is_the_whole_less_the_prompt(any_tokenizer: Tokenizer, data: st.DataObject) -> None:

@@ -38,6 +38,7 @@ def test_streamed_text_grows_to_the_text(tok: Tokenizer, text: str) -> None:
     assert "".join(pieces) == text
 
 
+@pytest.mark.few(1)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), skip_special=st.booleans())
 def test_streamed_ids_equal_decoded_ids(tok: Tokenizer, data: st.DataObject, skip_special: bool) -> None:

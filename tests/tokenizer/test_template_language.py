@@ -156,6 +156,7 @@ INSIDE = re.compile(r"object at 0x|<function|<built-in|dict_\w+\(|Markup\(|<gene
 DIFFERENT = re.compile(r"\(-?[\d.]+\)\[|\((true|none)\)\[|range\(4\)(\)\.count|\|urlencode)|[)}\]]\)?\|truncate|m\)?\[")
 
 
+@pytest.mark.slow
 def test_expressions_equal_jinja2() -> None:
     """A sample of all of them (they take minutes)."""
     compared = 0
@@ -206,6 +207,7 @@ WAYS = [
 # fmt: on
 
 
+@pytest.mark.slow
 def test_names_of_kinds_are_all_that_is_printed() -> None:
     """No address, class, module or signature: not in the text, not in an error."""
     inside = re.compile(

@@ -1,28 +1,7 @@
-"""The KV arena: one preallocated store for all layers and sequences, packed pages plus full-precision sinks and
-windows.
-
-Where a token at position ``j`` of a sequence of ``n`` tokens with ``P`` packed pages lives:
-
-- ``j < sink``: in its own full-precision sink slot (attention sinks ruin quantizers);
-- ``sink <= j < sink + 64 P``: row ``(j - sink) % 64`` of packed page ``page_table[row, (j - sink) // 64]``;
-- the rest, the *tail*: slot ``(j - sink) % ring`` of a full-precision ring of ``window + 64`` tokens.
-
-``row`` is the sequence's (``engine.sequence``). A full ring's oldest 64 tokens are coded into a page before the next
-token is written, so at least ``window`` of the last tokens are in full precision. (After a cut there may be fewer,
-until new ones have come: what is coded stays coded.) Keys and queries are stored in the codec's rotated basis, values
-too (see ``models.decoder``).
-
-A page of the pool holds the pages of all layers and KV heads one after the other; layers may differ in format, hence in
-bytes. Every one begins at a multiple of 128 bytes, as vectors have an even number of them.
-
-An exception, Ctrl-C's included, may strike between any two statements here: what is being written lies beyond the end
-of its sequence, which moves only when all of it is there.
-"""
+"""The tensors of an arena, and where a sequence's tokens lie in them."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +10,15 @@ import torch
 from torch import Tensor
 
 from octo_run import kernels
+from octo_run.engine.arena.chunk import Chunk
+from octo_run.engine.arena.shape import PAGE, ArenaShape
 from octo_run.engine.pool import GONE
-from octo_run.engine.recurrent_state import RecurrentShape, RecurrentStates
+from octo_run.engine.recurrent_state import RecurrentStates
 from octo_run.engine.sequence import Sequence, SequenceTable
 from octo_run.engine.window_pages import WindowPages, WindowShape
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.codec import LayerFormats, PageFormat
 from octo_run.kernels.codec.layer_formats import LayerRun
-from octo_run.models.config import KVHeads
 
 if TYPE_CHECKING:
     from octo_run.engine.key_means import KeyMeans
@@ -46,95 +26,6 @@ if TYPE_CHECKING:
 
 #: Does a piece of work, which is the same for one key: at once, or from a recording.
 Run = Callable[[Hashable, Callable[[], None]], None]
-
-PAGE = kernels.PAGE_TOKENS
-
-
-@dataclass(frozen=True)
-class ArenaShape:
-    """What decides the bytes of an arena.
-
-    Attributes:
-        heads: Keys and values of each layer.
-        token_bytes: Of a packed token: its keys and values of all layers without a window.
-        dtype: The full-precision one.
-        context: Tokens that one sequence can hold.
-        chunk: Tokens that ``KVArena.prefill`` takes at most (0: it is not used, and nothing is staged).
-        sequences: Rows.
-        mean_heads: The number of query heads if key means are kept out of the codes (``key_means``), else 0.
-        on_gpu: Whether they are for a GPU.
-        pool_pages: Pages that all sequences share (None: as many as all of them hold at full context).
-        recurrent: The states of recurrent layers, which are not among ``layers``; None: there are none.
-        windows: Groups of layers that have a window, and pages of their own.
-        lent: Layers whose keys and values later layers of the model see, too.
-    """
-
-    heads: tuple[KVHeads, ...]
-    token_bytes: int
-    dtype: torch.dtype
-    context: int
-    sink: int = 64
-    window: int = 64
-    chunk: int = 512
-    sequences: int = 1
-    mean_heads: int = 0
-    on_gpu: bool = False
-    pool_pages: int | None = None
-    recurrent: RecurrentShape | None = None
-    windows: tuple[WindowShape, ...] = ()
-    lent: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.sink < 0:
-            raise UsageError(f"The number of sink tokens is {self.sink}; give 0 or more.")
-        if self.window < 0 or self.window % PAGE:
-            raise UsageError(f"The window is {self.window} tokens; give a multiple of {PAGE}.")
-        if self.context < 1:
-            raise UsageError(f"The context is {self.context} tokens; give at least 1.")
-
-    @property
-    def ring(self) -> int:
-        """Slots of a sequence's full-precision ring: the window and the page being filled."""
-        return self.window + PAGE
-
-    @property
-    def max_pages(self) -> int:
-        """Packed pages of one sequence at full context."""
-        return max(0, (self.context - self.sink - self.window) // PAGE)
-
-    @property
-    def pages(self) -> int:
-        """Packed pages of all sequences together."""
-        return self.sequences * self.max_pages if self.pool_pages is None else self.pool_pages
-
-    def with_pages(self, pages: int, limit: int) -> "ArenaShape":
-        """The shape with so many pages for all sequences, and a context that takes all of them, at most ``limit``."""
-        context = min(limit, self.sink + self.window + PAGE * pages + PAGE - 1)
-        return replace(self, pool_pages=pages, context=context, chunk=min(self.chunk, context))
-
-    @property
-    def layers(self) -> int:
-        """Layers that have keys and values of their own."""
-        return len(self.heads)
-
-    @cached_property
-    def kinds(self) -> dict[KVHeads, tuple[int, ...]]:
-        """The layers whose keys and values have one shape: they lie in one tensor."""
-        found = dict[KVHeads, list[int]]()
-        for layer, heads in enumerate(self.heads):
-            found.setdefault(heads, []).append(layer)
-        return {heads: tuple(layers) for heads, layers in found.items()}
-
-    def place(self, layer: int) -> tuple[int, int]:
-        """The number of a layer's kind, and its own number among the layers of that."""
-        heads = self.heads[layer]
-        return [*self.kinds].index(heads), self.kinds[heads].index(layer)
-
-    def coefficients_shape(self, rows: int) -> tuple[int, int, int, int]:
-        """Of the means' coefficients of ``rows`` queries, float32, in the layers with the largest heads: on a GPU only
-        a step's, for prefill needs none."""
-        count = min(rows, self.sequences) if self.on_gpu else rows
-        return count if self.mean_heads else 0, 1, self.mean_heads, max(heads.size for heads in self.heads)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -206,7 +97,7 @@ class KVArena:
         into.copy_(host.pin_memory() if into.is_cuda else host, non_blocking=True)
 
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence, ids: list[int]) -> "Chunk":
+    def prefill(self, sequence: Sequence, ids: list[int]) -> Chunk:
         """Open the way for new tokens of one sequence.
 
         Args:
@@ -454,171 +345,3 @@ class KVArena:
         self.enter_pages(row, 0, self.table.pool.held[row])
         for group in self.windows:
             self.enter_pages(row, 0, [max(0, page) for page in group.pool.held[row]], group)
-
-
-def _chosen(x: Tensor, axis: int, places: list[int]) -> Tensor:
-    """Some places of an axis, in order: a view where they are neighbours."""
-    if not places or places[-1] - places[0] == len(places) - 1:
-        return x.narrow(axis, places[0] if places else 0, len(places))
-    return x.index_select(axis, torch.tensor(places, device=x.device))
-
-
-class Chunk:
-    """New tokens of one sequence on their way through the layers.
-
-    ``commit`` makes them count; if it is not called, the sequence keeps what they cannot have spoilt.
-    """
-
-    #: Whether tokens attend to pages that the chunk itself fills.
-    reads_its_pages = False
-
-    def __init__(self, arena: KVArena, sequence: Sequence, ids: list[int]) -> None:
-        s = arena.shape
-        self.arena, self.sequence, self.ids = arena, sequence, ids
-        self.count, self.row = len(ids), sequence.row
-        assert not sequence.ahead
-        self.start = len(sequence)
-        self.end = self.start + self.count
-        states = arena.states
-        #: Position and place of the snapshot of recurrent states that is taken on the way.
-        self.snapshot: tuple[int, int] | None = None
-        if states is not None:
-            assert states.stands(self.row, self.start)
-            self.snapshot = states.plan(self.row, self.start, self.end)
-            states.writing(self.row)
-        assert 0 < self.count <= s.chunk and self.end <= s.context
-        self.to_sink = min(self.count, max(0, s.sink - self.start))
-        origin = PAGE * sequence.packed
-        self.old_tail = max(0, self.start - s.sink - origin)
-        tail = self.old_tail + self.count - self.to_sink
-        self.new_pages = max(0, (tail - s.window) // PAGE)
-        first = sequence.packed
-        sequence.mark(self.start)  # a turn may have ended here
-        page_ids = sequence.take_pages(self.new_pages, None if self.reads_its_pages else self.end)
-        if self.new_pages:  # slots of the old tail will be written over
-            sequence.hold(sequence.packed_end)
-        #: Of layers without a window, and of each group: which of the new pages are stored, and their ids.
-        self._ids = dict[WindowPages | None, tuple[list[int], Tensor]]()
-        self._ids[None] = [*range(self.new_pages)], arena.enter_pages(self.row, first, page_ids)
-        for group in arena.windows:
-            found = group.pool.held[self.row][first:]
-            places = [place for place, page in enumerate(found) if page != GONE]
-            entered = arena.enter_pages(self.row, first, [max(0, page) for page in found], group)
-            self._ids[group] = places, _chosen(entered, 0, places)
-        device = arena.pages.device
-        slots = torch.arange(origin, origin + tail, device=device) % s.ring + s.sink
-        self._old_slots, self._left_slots = slots[: self.old_tail], slots[self.new_pages * PAGE :]
-        self._coded, self._tail = self.new_pages * PAGE, tail
-        #: The tails of layers whose keys and values later layers see, too.
-        self._lent = dict[int, Tensor]()
-        self._state = arena._chunk_state[self.row]
-        arena.upload([self.start, sequence.packed, origin], self._state[:3])
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        kv: Tensor,
-        spec: kernels.AttentionSpec,
-        workspace: Tensor | None,
-        out: Tensor | None = None,
-        coefficients: Tensor | None = None,
-    ) -> Tensor:
-        """Store the chunk's keys and values of a layer, and attend to them and to what came before.
-
-        Args:
-            q: Queries ``[1, C, heads, d]``.
-            kv: Keys and values ``[2, C, kv_heads, d]``.
-            coefficients: Of the queries, for means: float32 like ``q``.
-
-        Returns:
-            The attention of ``q``.
-        """
-        staging = self._stage(layer, kv)
-        if layer in self.arena.shape.lent:
-            self._lent[layer] = staging[:, :, :, : self._tail].clone()
-        out = self._attend(layer, q, staging, spec, workspace, out, coefficients)
-        self._code(layer, staging)
-        self._keep(layer, staging)
-        return out
-
-    def attend_again(
-        self,
-        layer: int,
-        q: Tensor,
-        spec: kernels.AttentionSpec,
-        workspace: Tensor | None,
-        out: Tensor | None = None,
-        coefficients: Tensor | None = None,
-    ) -> Tensor:
-        """Let a later layer attend to keys and values that :meth:`attend` has stored of ``layer``, one that is lent."""
-        return self._attend(layer, q, self._lent[layer], spec, workspace, out, coefficients)
-
-    def _attend(
-        self, layer: int, q: Tensor, tail: Tensor, spec: kernels.AttentionSpec, workspace: Tensor | None,
-        out: Tensor | None, coefficients: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        inputs = self.arena.chunk_inputs(layer, self.row, tail, coefficients)
-        fmt = self.arena.formats[layer]
-        return kernels.attend(q, inputs, fmt, spec=spec, max_length=self.end, workspace=workspace, out=out)
-
-    def _stage(self, layer: int, kv: Tensor) -> Tensor:
-        """Store new sinks; lay the old tail and the new tokens out one after the other.
-
-        Returns:
-            ``[2, 1, kv_heads, slots, d]``, good until the next chunk or layer.
-        """
-        a = self.arena
-        whole = a._staging[a._places[layer][0]]
-        new, staging, store = kv.transpose(1, 2), whole[:, 0], self._stored(layer)
-        if self.to_sink:
-            store[:, :, self.start : self.start + self.to_sink] = new[:, :, : self.to_sink]
-        if self.old_tail:
-            staging[:, :, : self.old_tail] = store.index_select(2, self._old_slots)
-        if self._tail > self.old_tail:
-            staging[:, :, self.old_tail : self._tail] = new[:, :, self.to_sink :]
-        return whole
-
-    def _stored(self, layer: int) -> Tensor:
-        """Sinks and ring of a layer, ``[2, kv_heads, sink + ring, d]``."""
-        kind, number = self.arena._places[layer]
-        return self.arena._full[kind][:, number, self.row]
-
-    def _code(self, layer: int, staging: Tensor) -> None:
-        """Code the pages that the chunk fills."""
-        a = self.arena
-        if not self._coded:
-            return
-        coded = staging[:, :, :, : self._coded]
-        k_pages, v_pages = coded.view(*coded.shape[:3], -1, PAGE, coded.shape[4]).transpose(2, 3)
-        if a.means is not None:
-            k_pages = a.means.take_out(k_pages, (layer,), self._state[1:2])
-        group = a._group.get(layer)
-        places, ids = self._ids[group]
-        if places:
-            a.encode((layer,), _chosen(k_pages, 1, places), _chosen(v_pages, 1, places), ids, group)
-
-    def _keep(self, layer: int, staging: Tensor) -> None:
-        """Store what is left of the tail."""
-        if self._tail > self._coded:
-            self._stored(layer).index_copy_(2, self._left_slots, staging[:, 0, :, self._coded : self._tail])
-
-    def share(self, length: int) -> bool:
-        """See to it, before the layers are run, that a sequence which begins with the same ``length`` tokens can have
-        them, or all but a page of them, when this chunk is committed.
-
-        Returns:
-            Whether it can.
-        """
-        marked = self.sequence.mark(min(length, self.end))
-        if self.arena.states is None:
-            return marked
-        self.snapshot = self.arena.states.plan_for(self.row, self.start, min(length, self.end), self.snapshot)
-        return marked and self.snapshot is not None and length - self.snapshot[0] < PAGE
-
-    def commit(self) -> None:
-        """All layers are written: the chunk's tokens now belong to the sequence."""
-        self.sequence.mark(self.end)
-        self.sequence.advance(self.start, self.ids, self.new_pages)
-        if self.arena.states is not None:
-            self.arena.states.keep(self.row, self.snapshot)
