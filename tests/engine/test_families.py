@@ -101,6 +101,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
         },
     ),
+    "gemma4-experts": ("Gemma4Text", {
+        **heads(4, 2, 64), "global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "sliding_window": 70, "layer_types": TWO, "hidden_size_per_layer_input": 0, "enable_moe_block": True,
+        "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 48,
+    }),
     "gemma4-unified": (
         "Gemma4UnifiedText",
         {**heads(4, 2, 64), "global_head_dim": 96, "sliding_window": 70, "layer_types": TWO, "attention_k_eq_v": True},
@@ -298,6 +303,7 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {
             **heads(2, 1, 64), "global_head_dim": 128, "sliding_window": 64, "layer_types": TWO,
             "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 8192, "num_kv_shared_layers": 2,
+            "enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 40,
         },
         {"num_key_value_heads": 2, "head_dim": 16, "image_size": None},
     ),

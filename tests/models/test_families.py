@@ -217,7 +217,12 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_scaling": YARN},
             "are both given",
         ),
-        ("Gemma4ForCausalLM", {"enable_moe_block": True}, "does not compute the experts of Gemma 4, only its dense"),
+        ("Gemma4ForCausalLM", {"enable_moe_block": True}, "num_experts is missing"),
+        (
+            "Gemma4ForCausalLM",
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5, "moe_intermediate_size": 64},
+            "top_k_experts is 5, more than the 4 experts that there are",
+        ),
         ("Gemma4ForCausalLM", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is not 'vision'"),
         ("Gemma4ForCausalLM", {"global_head_dim": 65}, "global_head_dim is 65, which is odd"),
         (
