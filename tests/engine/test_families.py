@@ -53,6 +53,9 @@ def longrope(pairs: int, original: int = 512) -> dict[str, Any]:
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-g3-d80": ("Llama", {**heads(6, 2, 80), "hidden_size": 96}),
     "llama3-biases": ("Llama", {**heads(4, 2, 64), "rope_parameters": LLAMA3, **dict.fromkeys(BIASES, True)}),
+    "internlm3": ("InternLM3", {**heads(4, 2, 64), "rope_parameters": {"rope_type": "dynamic", "factor": 6.0,
+                                                                        "rope_theta": 1e5}}),
+    "iquestcoder": ("IQuestCoder", {**heads(5, 1, 64), "hidden_size": 80, **dict.fromkeys(BIASES, True)}),
     "mistral-window": ("Mistral", {**heads(4, 1, 64), "sliding_window": 70}),
     "ministral3": (
         "Ministral3",
@@ -307,6 +310,10 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"num_key_value_heads": 2, "head_dim": 16, "image_size": None},
     ),
+    "qwen3-vl": ("Qwen3VL", {**heads(4, 2, 64), "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e5, "mrope_section": [12, 10, 10], "mrope_interleaved": True,
+    }}, {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16,
+         "deepstack_visual_indexes": [0]}),
     "ministral3": (
         "Mistral3",
         {**heads(2, 1, 64), "model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
