@@ -147,8 +147,9 @@ class ModelConfig:
 
     @property
     def plain_layers(self) -> bool:
-        """Whether all layers have keys and values of one size and of their own, and tokens one vector."""
-        return not (self.layer_heads or self.kv_sources or self.per_layer_input)
+        """Whether all layers have keys and values of one size and of their own, tokens have one vector, and layers end
+        with a sum."""
+        return not (self.layer_heads or self.kv_sources or self.per_layer_input or self.family.layer_scale)
 
     @property
     def family(self) -> Family:
