@@ -13,6 +13,7 @@ import torch
 from octo_run.engine import system_memory
 from octo_run.engine.energy import EnergyMeter
 from octo_run.engine.sampling import SamplingParams
+from octo_run.models.dense_and_experts import DenseAndExperts
 from octo_run.models.experts import Experts
 
 if TYPE_CHECKING:
@@ -215,7 +216,9 @@ def step_weight_bytes(engine: Engine, batch: int = 1) -> int:
     layer too, and of routed experts those that are chosen (of several sequences as many as chance would choose)."""
     decoder = engine.forward.decoder
     apart = 0 if decoder.head.weight is decoder.embedding else decoder.embedding.nbytes
-    unread = sum(layer.mlp.unread_bytes(batch) for layer in decoder.layers if isinstance(layer.mlp, Experts))
+    unread = sum(
+        layer.mlp.unread_bytes(batch) for layer in decoder.layers if isinstance(layer.mlp, (Experts, DenseAndExperts))
+    )
     return engine.plan.weights - apart - round(unread)
 
 

@@ -274,6 +274,9 @@ def weight_bytes(decoder: Decoder) -> int:
 def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
     """What is done to keys (`models.config.CONDITIONINGS`): as asked, else all of it; nothing to keys without a code.
 
+    It is the same for all kinds of layers: of what makes keys of families hard, biases need the mean, large channels
+    the matrices, and neither harms where there is nothing to mend (docs/results/kv-families.md).
+
     Raises:
         UsageError: Another word.
     """

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,20 @@ _FIRST, _BEHIND = 4, 64
 _EVEN = 0.25
 #: Positions that moments are averaged over, and the first of them.
 _POSITIONS, _FIRST_POSITION = 256, 64
+
+
+class Moments(NamedTuple):
+    """What is seen of the keys of a layer, and of the queries that meet them, before RoPE.
+
+    Attributes:
+        means: Of keys, ``[Hkv, d]``.
+        of_keys: Covariance ``[Hkv, d, d]``, weighted by what keys are given.
+        of_queries: Second moments ``[Hkv, d, d]``, weighted by what queries give to keys far behind them.
+    """
+
+    means: Tensor
+    of_keys: Tensor
+    of_queries: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,30 +114,56 @@ def measure(decoder: Decoder, ids: list[int]) -> Conditioning:
     positions = torch.arange(len(ids), device=device)
     angles = decoder.angles(positions, torch.float32, pure=True)
     #: Of each layer that has keys, what the layers that see them found.
-    seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in cfg.attention_layers}
+    seen: dict[int, list[Moments]] = {layer: [] for layer in cfg.attention_layers}
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        kv_heads, size = k.shape[2:]
-        heads = q[0].to(torch.float32).view(len(ids), kv_heads, -1, size)  # [T, Hkv, G, d]
-        mixed, found, (cos, sin, _) = [], [], angles[layer]
-        for h in range(kv_heads):
-            spec = _of_head(decoder.specs[layer].attention, h, kv_heads)
-            out, moments = _observe(heads[:, h], k[0, :, h].to(torch.float32), v[0, :, h], cos, sin, spec)
-            mixed.append(out)
-            found.append(moments)
-        means, of_keys, of_queries = (torch.stack(part).cpu() for part in zip(*found, strict=True))
-        seen[cfg.kv_source(layer)].append((means, of_keys, of_queries))
-        return torch.stack(mixed, 1).flatten(1, 2)[None].to(q.dtype)
+        cos, sin, _ = angles[layer]
+        mixed, moments = observe(q[0], k[0], v[0], cos, sin, decoder.specs[layer].attention)
+        seen[cfg.kv_source(layer)].append(moments)
+        return mixed[None].to(q.dtype)
 
     decoder.hidden(torch.tensor([ids], device=device), positions[None], attention)
-    made = []
-    for layer, found in seen.items():
-        means, *moments = (torch.stack(part).mean(0) for part in zip(*found, strict=True))
-        frequencies = decoder.inv_freq(layer).cpu().to(torch.float64)
-        turned = (_over_positions(one.to(torch.float64), frequencies, cfg.max_position_embeddings) for one in moments)
-        good = means.isfinite().all(-1, keepdim=True)
-        made.append((means.where(good, 0.0), choose(*turned).to(torch.float32)))
+    made = [
+        of_moments(found, decoder.inv_freq(layer).cpu(), cfg.max_position_embeddings) for layer, found in seen.items()
+    ]
     return Conditioning(tuple(means for means, _ in made), tuple(shapes for _, shapes in made))
+
+
+def observe(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, spec: AttentionSpec) -> tuple[Tensor, Moments]:
+    """Attention of a layer over a text, and what it says of its keys and queries.
+
+    Args:
+        q, k, v: ``[T, heads, d]``, ``[T, kv_heads, d]``, ``[T, kv_heads, d]``, queries and keys after RoPE.
+        cos, sin: Of RoPE, float32 ``[T, d / 2]``.
+
+    Returns:
+        Its result, float32 ``[T, heads, d]``; and the moments on the CPU.
+    """
+    count, kv_heads, size = k.shape
+    heads = q.to(torch.float32).view(count, kv_heads, -1, size)  # [T, Hkv, G, d]
+    mixed, found = [], []
+    for h in range(kv_heads):
+        own = _of_head(spec, h, kv_heads)
+        out, moments = _observe(heads[:, h], k[:, h].to(torch.float32), v[:, h], cos, sin, own)
+        mixed.append(out)
+        found.append(moments)
+    means, of_keys, of_queries = (torch.stack(part).cpu() for part in zip(*found, strict=True))
+    return torch.stack(mixed, 1).flatten(1, 2), Moments(means, of_keys, of_queries)
+
+
+def of_moments(found: list[Moments], frequencies: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The means ``[Hkv, d]`` and the matrices A ``[Hkv, d, d]`` of keys, float32.
+
+    Args:
+        found: Those of all layers that see these keys.
+        frequencies: Of RoPE, ``[d / 2]``.
+        longest: The longest context.
+    """
+    means, *moments = (torch.stack(part).mean(0) for part in zip(*found, strict=True))
+    frequencies = frequencies.to(torch.float64)
+    turned = (_over_positions(one.to(torch.float64), frequencies, longest) for one in moments)
+    good = means.isfinite().all(-1, keepdim=True)
+    return means.where(good, 0.0), choose(*turned).to(torch.float32)
 
 
 def _of_head(spec: AttentionSpec, head: int, kv_heads: int) -> AttentionSpec:

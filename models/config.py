@@ -15,7 +15,7 @@ from typing import Any
 
 from octo_run.errors import OctoError, quoted
 from octo_run.models.expert_config import ExpertConfig
-from octo_run.models.families import ACTIVATIONS, FAMILIES, WRAPPERS, DeltaFields, Family, refusal
+from octo_run.models.families import ACTIVATIONS, FAMILIES, TEXT_PARTS, WRAPPERS, DeltaFields, Family, refusal
 from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
 from octo_run.models.kv_heads import KVHeads as KVHeads
@@ -147,8 +147,9 @@ class ModelConfig:
 
     @property
     def plain_layers(self) -> bool:
-        """Whether all layers have keys and values of one size and of their own, and tokens one vector."""
-        return not (self.layer_heads or self.kv_sources or self.per_layer_input)
+        """Whether all layers have keys and values of one size and of their own, tokens have one vector, and layers end
+        with a sum."""
+        return not (self.layer_heads or self.kv_sources or self.per_layer_input or self.family.layer_scale)
 
     @property
     def family(self) -> Family:
@@ -235,7 +236,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=size("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -288,6 +289,9 @@ def _architecture(fields: Fields) -> tuple[str, str, Fields]:
     if name not in FAMILIES:
         raise fields.fail("architectures", f"names {quoted(name)}{refusal(name)}")
     if model_type is not None and model_type != FAMILIES[name].model_type:
+        for architecture, family in FAMILIES.items():
+            if (family.model_type, family.saved_as) == (model_type, name):
+                return "", architecture, fields
         raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(name)}")
     return "", name, fields
 
@@ -298,7 +302,8 @@ def _text_part(fields: Fields, wrapper: str) -> tuple[str, str, Fields]:
         raise fields.fail("text_config", f"is missing, though architectures names {quoted(wrapper)}")
     model_type = text.text("model_type")
     known = {FAMILIES[name].model_type: name for name in WRAPPERS[wrapper]}
-    if model_type not in known:
+    kind, meant = TEXT_PARTS.get(model_type or "", (model_type, {}))
+    if kind not in known:
         kinds = ", ".join(known)
         raise text.fail("model_type", f"is {quoted(model_type)}, and octo-run knows {kinds} in {quoted(wrapper)}")
     # What a file says of the whole model holds for its text, too, and of the head before what the text part says: the
@@ -306,7 +311,9 @@ def _text_part(fields: Fields, wrapper: str) -> tuple[str, str, Fields]:
     outer = {name: fields.values[name] for name in _OF_THE_WHOLE if fields.raw(name) is not None}
     inner = {name: value for name, value in text.values.items() if value is not None or name not in outer}
     tied = next((at.raw(_TIED) for at in (fields, text) if at.raw(_TIED) is not None), True)
-    return wrapper, known[model_type], Fields(fields.path, outer | inner | {_TIED: tied}, text.prefix)
+    if isinstance(text.raw("rope_parameters"), dict):  # which has the base
+        meant = {name: value for name, value in meant.items() if name != "rope_theta"}
+    return wrapper, known[kind], Fields(fields.path, {**meant, **outer, **inner, _TIED: tied}, text.prefix)
 
 
 def _activation(fields: Fields, family: Family) -> str:

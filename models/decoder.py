@@ -36,6 +36,7 @@ from octo_run.models.linear import (
     pack_any,
     pack_one,
     parts_first,
+    widened,
 )
 from octo_run.models.mlp import mean_squares
 from octo_run.models.per_layer import PerLayerEmbedding, PerLayerInput
@@ -353,7 +354,7 @@ class Decoder:
         kind = self.cfg.family.norm
         if kind == "rms":
             return weight
-        wide = _wide(weight)
+        wide = widened(weight)
         return wide + 1 if kind == "one_plus" and not wide.is_meta else wide
 
     def _layer(self, weights: Weights, spec: LayerSpec, prefix: str, v_rotation: Tensor | None) -> Layer:
@@ -362,7 +363,7 @@ class Decoder:
 
         names = spec.norms
         if self.cfg.family.sinks:
-            sinks = _wide(weights.take(f"{prefix}self_attn.sinks"))
+            sinks = widened(weights.take(f"{prefix}self_attn.sinks"))
             spec = replace(spec, attention=replace(spec.attention, sink_logits=sinks))
         return Layer(
             spec=spec,
@@ -611,11 +612,6 @@ def _embedding_and_head(weights: Weights, pack: Quantise | None) -> tuple[Tensor
     if head is None:
         head = Linear(table) if isinstance(table, Tensor) else PackedLinear(table)
     return table, head
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32; on ``meta`` shapes alone: see linear._stacked."""
-    return torch.empty_like(x, dtype=torch.float32) if x.is_meta else x.to(torch.float32)
 
 
 def _is_identity(matrix: Tensor) -> bool:

@@ -29,6 +29,8 @@ class ExpertConfig:
         fused: An expert's gate and up are one matrix in the files, its rows taking turns.
         naming: Of the experts in published files: ``list``: one by one; ``w123``: so, their matrices being w1, w3 and
             w2; ``stacked``: in one tensor.
+        beside: Each layer has a dense MLP, too (`dense_and_experts`).
+        scaled: The weight of each expert is multiplied by a number of its own.
         clamped: The activation is ``clamped_silu`` with these ``alpha`` and ``limit``; None: that of the model.
     """
 
@@ -41,13 +43,15 @@ class ExpertConfig:
     bias: bool = False
     fused: bool = False
     naming: str = "list"
+    beside: bool = False
+    scaled: bool = False
     clamped: tuple[float, float] | None = None
 
 
-def _chosen(fields: Fields, default: int, count: int) -> int:
-    chosen = fields.integer("num_experts_per_tok", default)
+def _chosen(fields: Fields, default: int | None, count: int, name: str = "num_experts_per_tok") -> int:
+    chosen = fields.integer(name, default)
     if chosen > count:
-        raise fields.fail("num_experts_per_tok", f"is {chosen}, more than the {count} experts that there are")
+        raise fields.fail(name, f"is {chosen}, more than the {count} experts that there are")
     return chosen
 
 
@@ -106,3 +110,12 @@ def olmoe_experts(fields: Fields) -> dict[str, Any]:
     count = fields.integer("num_experts", 64, high=_MOST)
     inner, normalised = fields.integer("intermediate_size"), fields.boolean("norm_topk_prob")
     return {"experts": ExpertConfig(count, _chosen(fields, 8, count), inner, normalised)}
+
+
+def gemma4_experts(fields: Fields) -> dict[str, Any]:
+    """Of Gemma 4: in every layer, beside its dense MLP."""
+    if not fields.boolean("enable_moe_block"):
+        return {}
+    count = fields.integer("num_experts", high=_MOST)
+    chosen, inner = _chosen(fields, None, count, "top_k_experts"), fields.integer("moe_intermediate_size")
+    return {"experts": ExpertConfig(count, chosen, inner, True, naming="stacked", beside=True, scaled=True)}

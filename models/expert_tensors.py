@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from octo_run.models.safetensors_file import TensorEntry
 
 _BLOCK = re.compile(r"(model\.layers\.\d+)\.(?:block_sparse_moe|mlp)\.(.+)", re.DOTALL)
+#: Where the experts are beside the layer's MLP, not in place of it.
+_BESIDE = re.compile(r"(model\.layers\.\d+)\.(router\.proj\..+|experts\..+)", re.DOTALL)
 _EXPERT = re.compile(r"(.+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)(|\..+)", re.DOTALL)
 _OLDER = re.compile(r"experts\.(\d+)\.(w1|w2|w3)\.(.+)", re.DOTALL)
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_ROUTERS = ("gate", "router", "router.layer")
+_ROUTERS = ("gate", "router", "router.layer", "router.proj")
 #: What a stacked tensor is called -> the matrix of each expert, and the tensor of it.
 _STACKED = {
     "input_linear.weight": ("gate_up_proj", "weight"),
@@ -62,7 +64,7 @@ def by_expert(found: dict[str, TensorEntry], experts: ExpertConfig, hidden: int)
 
 
 def _parts(name: str, entry: TensorEntry, experts: ExpertConfig, hidden: int) -> list[tuple[str, TensorEntry]]:
-    match = _BLOCK.fullmatch(name)
+    match = _BLOCK.fullmatch(name) or (_BESIDE.fullmatch(name) if experts.beside else None)
     if match is None:
         return [(name, entry)]
     layer, rest = f"{match[1]}.mlp", match[2]

@@ -40,6 +40,7 @@ class Experts:
         router: ``[count, hidden]``, and behind it the gate of the shared expert, if there is one.
         router_bias: For each of its rows, or None.
         shared: The expert that all tokens have.
+        scales: Of each expert, float32 ``[count]``: what its weight is multiplied by; None: nothing.
     """
 
     spec: ExpertsSpec
@@ -47,6 +48,7 @@ class Experts:
     router_bias: Tensor | None
     weights: ExpertWeights
     shared: DenseMLP | None = None
+    scales: Tensor | None = None
 
     @property
     def joined_bytes(self) -> int:
@@ -76,30 +78,42 @@ class Experts:
             yield f"{expert}.up_proj", both.part(inner, 2 * inner)
             yield f"{expert}.down_proj", down
 
-    def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        """See `specs.FeedForward`."""
+    def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor], judged: Tensor | None = None) -> None:
+        """See `specs.FeedForward`.
+
+        Args:
+            judged: What the router sees, ``[R, hidden]``; None: what the experts see.
+        """
         scratch = self.spec.scratch(len(normed), buffers)
-        routed.route(normed, self.router, self.router_bias, self.spec.config.normalised, scratch)
+        seen = normed if judged is None else judged
+        routed.route(seen, self.router, self.router_bias, self.spec.config.normalised, scratch)
+        if self.scales is not None:
+            chosen = buffers["expert_scales"].view(-1).view(torch.float32)[: scratch.weights.numel()]
+            torch.index_select(self.scales, 0, scratch.indices.view(-1), out=chosen)
+            scratch.weights.mul_(chosen.view(scratch.weights.shape))
         shared = None
         if self.shared is not None:
             shared = buffers["shared"]
             self.shared.apply(normed, shared, buffers)
         routed.mix(normed, self.weights, scratch, out, shared)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """See `specs.FeedForward`."""
+    def __call__(self, x: Tensor, judged: Tensor | None = None) -> Tensor:
+        """See `specs.FeedForward`; ``judged`` as in `apply`."""
         flat = x.flatten(0, -2)
+        seen = flat if judged is None else judged.flatten(0, -2)
         scratch = Scratch.make(self.spec.scratch_shapes(len(flat), x.dtype), x.device)
-        reference.route(flat, self.router, self.router_bias, self.spec.config.normalised, scratch)
+        reference.route(seen, self.router, self.router_bias, self.spec.config.normalised, scratch)
+        if self.scales is not None:
+            scratch.weights.mul_(self.scales[scratch.indices.to(torch.int64)])
         out = torch.empty_like(flat)
         reference.mix(flat, self.weights, scratch, out, None if self.shared is None else self.shared(flat))
         return out.view(x.shape)
 
-    def packed(self, quantise: Quantise, index: int, seen: Tensor | None) -> Experts:
-        """See `specs.FeedForward`. Experts are packed one by one."""
+    def packed(self, quantise: Quantise, index: int, seen: Tensor | None, judged: Tensor | None = None) -> Experts:
+        """See `specs.FeedForward`; ``judged`` as in `apply`. Experts are packed one by one."""
         weights, shared = self.weights, self.shared
         if isinstance(weights.gate_up, Tensor) and isinstance(weights.down, Tensor):
-            shown = None if seen is None else self._shown(seen)
+            shown = None if seen is None else self._shown(seen if judged is None else judged)
             gate_up, down = _Stack(weights.experts), _Stack(weights.experts)
             for expert in range(weights.experts):
                 first, second = (Linear(part) for part in self._matrices(expert))
@@ -281,6 +295,8 @@ class ExpertsSpec:
             "expert_inner": (rows, experts.chosen * experts.inner),
             "expert_parts": (rows, experts.chosen * self.hidden),
         }
+        if experts.scaled:
+            shapes["expert_scales"] = (rows, 2 * experts.chosen)
         if self._shared is not None:
             shapes |= {**self._shared.shapes(rows), "shared": (rows, self.hidden)}
         return shapes

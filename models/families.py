@@ -72,6 +72,7 @@ class Family:
         layer_scale: The hidden state behind each layer is multiplied by a number (``layer_scalar``).
         sinks: Each head of attention has a learned logit without a value (``self_attn.sinks``).
         eps: The field of the norms' epsilon.
+        saved_as: Another architecture's name that transformers writes for this ``model_type``.
         embedding_scaled: Embeddings are multiplied by the square root of their size.
         more: Further fields of `ModelConfig`, read from the configuration; given the kinds of all layers.
     """
@@ -99,6 +100,7 @@ class Family:
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6)
     rope: RopeFields = _ROPE
     embedding_scaled: bool = False
+    saved_as: str = ""
     more: Callable[[Fields, tuple[str, ...]], dict[str, Any]] | None = None
 
 
@@ -167,6 +169,21 @@ def _hyperclovax(fields: Fields, kinds: tuple[str, ...]) -> dict[str, Any]:
     scale = None if fields.raw("attention_multiplier") is None else _multiplier(fields, "attention_multiplier")
     multiplier = _multiplier(fields, "logits_scaling")
     return _granite(fields, kinds) | {"attention_scale": scale, "logit_multiplier": multiplier}
+
+
+def _internlm3(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
+    for name in ("qkv_bias", "bias", "attention_bias", "mlp_bias"):
+        if fields.boolean(name):
+            raise fields.fail(name, "is true, and octo-run computes models of this family without biases only")
+    return {}
+
+
+def _iquestcoder(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
+    if fields.raw("clip_qkv") is not None:
+        raise fields.fail("clip_qkv", "is set, and octo-run does not clip q, k and v")
+    if fields.boolean("use_sliding_window"):
+        raise fields.fail("use_sliding_window", "is true, and octo-run computes models of this family without it only")
+    return {}
 
 
 def _ernie(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -269,6 +286,22 @@ FAMILIES: Mapping[str, Family] = {
         more=lambda fields, _kinds: gpt_oss_experts(fields),
     ),
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
+    "InternLM3ForCausalLM": Family(
+        "internlm3",
+        {"num_key_value_heads": 2, "head_dim": 128},
+        eps=("rms_norm_eps", 1e-5),
+        saved_as="LlamaForCausalLM",
+        more=_internlm3,
+    ),
+    "IQuestCoderForCausalLM": Family(
+        "iquestcoder",
+        {"num_key_value_heads": 8, "head_dim": 128},
+        attention_bias_field=True,
+        mlp_bias_field=True,
+        eps=("rms_norm_eps", 1e-5),
+        saved_as="LlamaForCausalLM",
+        more=_iquestcoder,
+    ),
     "MistralForCausalLM": Family("mistral", {"num_key_value_heads": 8, "sliding_window": 4096}, sliding="always"),
     "MixtralForCausalLM": Family(
         "mixtral",
@@ -525,39 +558,64 @@ WRAPPERS: Mapping[str, tuple[str, ...]] = {
     "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM",),
     "Gemma4ForConditionalGeneration": ("Gemma4ForCausalLM",),
     "Gemma4UnifiedForConditionalGeneration": ("Gemma4UnifiedForCausalLM",),
+    "Qwen3VLForConditionalGeneration": ("Qwen3ForCausalLM",),
     "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM",),
     "Qwen3_5MoeForConditionalGeneration": ("Qwen3_5MoeForCausalLM",),
     "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM"),
 }
 
-#: What is not built: a word of an architecture's name, what such models have, and the nearest that works.
+#: What some text parts are called there: their family's ``model_type``, and what fields mean that are left out and mean
+#: something else in the family.
+TEXT_PARTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"qwen3_vl_text": ("qwen3", {"rope_theta": 500_000.0})}
+
+_MLA, _MAMBA, _RECURRENT = "multi-head latent attention (MLA)", "Mamba layers", "recurrent layers of another kind"
+_ROUTING, _ENCODER, _OLDER = "experts with a routing of their own", "an encoder", "LayerNorms with a bias"
+
+#: What is not built: words of architectures' names, what such models have, and the nearest that works. The first word
+#: that a name has counts.
 UNBUILT: tuple[tuple[str, str, str], ...] = (
-    ("DeepseekV", "multi-head latent attention (MLA)", "a DeepSeek-R1 distillation into Qwen or Llama"),
-    ("Glm4MoeLite", "multi-head latent attention (MLA)", "Glm4ForCausalLM"),
-    ("MiniCPM3", "multi-head latent attention (MLA)", "Qwen3ForCausalLM"),
-    ("Kimi", "multi-head latent attention (MLA)", "Qwen3ForCausalLM"),
-    ("Glm4Moe", "experts with a routing of their own", "Glm4ForCausalLM"),
-    ("NemotronH", "Mamba layers", "LlamaForCausalLM"),
-    ("GraniteMoeHybrid", "Mamba layers", "GraniteForCausalLM"),
+    ("DeepseekV LongcatFlash", _MLA, "a DeepSeek-R1 distillation into Qwen or Llama"),
+    ("Glm4MoeLite GlmMoeDsa", _MLA, "Glm4ForCausalLM"),
+    ("MiniCPM3 Kimi Youtu AXK BailingHybrid Mistral4", _MLA, "Qwen3ForCausalLM"),
+    ("Glm4Moe SolarOpen", _ROUTING, "Glm4ForCausalLM"),
+    ("Ernie4_5_Moe", _ROUTING, "Ernie4_5ForCausalLM"),
+    ("ExaoneMoe", _ROUTING, "Exaone4ForCausalLM"),
+    ("Cohere2Moe", _ROUTING, "Cohere2ForCausalLM"),
+    ("Phimoe", _ROUTING, "Phi3ForCausalLM"),
+    ("Dots1 Afmoe MiniMaxM2 MiMoV2 HYV3 Laguna", _ROUTING, "Qwen3MoeForCausalLM"),
+    ("HunYuanDense HunYuanMoE", "norms of queries and keys behind RoPE", "Qwen3ForCausalLM"),
+    ("NemotronH FalconH1 FalconMamba Mamba Jamba Zamba", _MAMBA, "LlamaForCausalLM"),
+    ("GraniteMoeHybrid Bamba", _MAMBA, "GraniteForCausalLM"),
+    ("Qwen3VLMoe", "experts whose matrices lie the other way round", "Qwen3MoeForCausalLM"),
     ("GraniteMoeShared", "a shared expert without a gate", "GraniteMoeForCausalLM"),
-    ("Mamba", "Mamba layers", "LlamaForCausalLM"),
-    ("Jamba", "Mamba layers", "LlamaForCausalLM"),
-    ("Bamba", "Mamba layers", "GraniteForCausalLM"),
-    ("Zamba", "Mamba layers", "LlamaForCausalLM"),
-    ("FalconH1", "Mamba layers", "LlamaForCausalLM"),
+    ("Lfm2", "short convolutions", "Qwen3ForCausalLM"),
+    ("OlmoHybrid", _RECURRENT, "Olmo3ForCausalLM"),
+    ("RecurrentGemma", _RECURRENT, "Gemma3ForCausalLM"),
+    ("Rwkv xLSTM MiniMaxFor", _RECURRENT, "Qwen3NextForCausalLM"),
     ("Gemma4Assistant", "only drafts of another model's tokens", "Gemma4ForCausalLM"),
     ("Gemma4UnifiedAssistant", "only drafts of another model's tokens", "Gemma4UnifiedForCausalLM"),
     ("Gemma3n", "per-layer embeddings of another kind and alternating streams", "Gemma4ForCausalLM"),
     ("Llama4", "chunked attention and experts of their own", "LlamaForCausalLM"),
-    ("T5", "an encoder", "Gemma3ForCausalLM"),
-    ("Bart", "an encoder", "LlamaForCausalLM"),
-    ("Bert", "an encoder", "LlamaForCausalLM"),
-)
+    ("Mllama", "cross-attention to images", "LlamaForCausalLM"),
+    ("DiffLlama", "attention that subtracts two softmaxes", "LlamaForCausalLM"),
+    ("BitNet", "ternary weights and norms between them", "LlamaForCausalLM"),
+    ("Apertus Arcee", "an MLP without a gate", "LlamaForCausalLM"),
+    ("OlmoFor", "norms without weights", "Olmo2ForCausalLM"),
+    ("ExaoneFor", "tensors of other names", "Exaone4ForCausalLM"),
+    ("InternLM2", "q, k and v fused head by head", "InternLM3ForCausalLM"),
+    ("PhiFor", _OLDER, "Phi3ForCausalLM"),
+    ("Starcoder2 CodeGen GPTBigCode", _OLDER, "Qwen2ForCausalLM"),
+    ("GPT2 GPTNeo GPTJ OPTFor Bloom Mpt FalconFor StableLm Nemotron XGLM BioGpt Persimmon OpenAIGPT", _OLDER,
+     "LlamaForCausalLM"),
+    ("T5", _ENCODER, "Gemma3ForCausalLM"),
+    ("Bart Bert Electra Pegasus Marian Blenderbot ProphetNet Whisper TrOCR BigBird RoFormer", _ENCODER,
+     "LlamaForCausalLM"),
+)  # fmt: skip
 
 
 def refusal(name: str) -> str:
     """What to say of an architecture that is not built: it ends a sentence."""
-    for word, what, nearest in UNBUILT:
-        if word.lower() in name.lower():
+    for words, what, nearest in UNBUILT:
+        if any(word in name.lower() for word in words.lower().split()):
             return f", which has {what}, and octo-run does not compute that: the nearest that it runs is {nearest}"
     return ", which octo-run does not know: docs/families.md lists the families that it runs"

@@ -2,12 +2,13 @@
 
 Layers that see the whole context have heads of another size than those with a window, often fewer, and often values
 that are what keys are made of. In the small models the last layers see keys and values of earlier ones, and every token
-has a vector of its own for each layer (`models.per_layer`).
+has a vector of its own for each layer (`models.per_layer`). One model has experts (`models.dense_and_experts`).
 """
 
 from typing import Any
 
 from octo_run.errors import quoted
+from octo_run.models.expert_config import gemma4_experts
 from octo_run.models.fields import Fields
 from octo_run.models.kv_heads import KVHeads, head_size
 from octo_run.models.rope_config import FULL, SLIDING
@@ -28,9 +29,6 @@ def gemma4(fields: Fields, kinds: tuple[str, ...], per_layer_input: int) -> dict
         kinds: Of the layers.
         per_layer_input: ``hidden_size_per_layer_input`` where it is left out.
     """
-    if fields.boolean("enable_moe_block"):
-        problem = "is true: octo-run does not compute the experts of Gemma 4, only its dense models, 31B say"
-        raise fields.fail("enable_moe_block", problem)
     if fields.text("use_bidirectional_attention") not in (None, "vision"):  # images are not read
         raise fields.fail("use_bidirectional_attention", "is not 'vision', and octo-run computes decoders only")
     kinds = (*kinds[:-1], FULL)  # whatever the file says of the last one
@@ -49,6 +47,7 @@ def gemma4(fields: Fields, kinds: tuple[str, ...], per_layer_input: int) -> dict
         "values_are_keys": whole if fields.boolean("attention_k_eq_v") else frozenset(),
         "double_wide": fields.boolean("use_double_wide_mlp"),
         **_per_layer(fields, per_layer_input),
+        **gemma4_experts(fields),
     }
 
 

@@ -189,6 +189,11 @@ def parts_first(groups: int, sizes: tuple[int, ...]) -> Tensor:
     return torch.cat([part.flatten() for part in torch.split(rows, list(sizes), dim=1)])
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32; on ``meta`` shapes alone: see _stacked."""
+    return torch.empty_like(x, dtype=torch.float32) if x.is_meta else x.to(torch.float32)
+
+
 def _stacked(parts: list[Tensor]) -> Tensor:
     """The rows of all parts. PyTorch computes on ``meta`` what it knows in Python alone, and for that it imports a
     compiler, which takes a second: shapes alone are made here."""

@@ -139,7 +139,8 @@ class _Reader:
         if kind is None and rope.prefix == "rope_scaling.":
             raise rope.fail("rope_type", "is missing")
         share = self._share(rope, self._share(fields, self.how.share))
-        if kind is None or kind == "default":
+        # "dynamic" stretches nothing within the model's context, which an engine's is not beyond.
+        if kind is None or kind in ("default", "dynamic"):
             nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
             if nested:
                 raise rope.fail(

@@ -8,7 +8,7 @@ to the hidden state. A spec knows the tensors that its part needs, the buffers t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from octo_run.kernels import AttentionSpec
 from octo_run.kernels.recurrent import DeltaShape
 from octo_run.models.config import ModelConfig
 from octo_run.models.delta_net import DeltaNetSpec
+from octo_run.models.dense_and_experts import DenseAndExpertsSpec
 from octo_run.models.experts import ExpertsSpec
 from octo_run.models.families import ACTIVATIONS, NORMS, Norms
 from octo_run.models.mlp import DenseSpec
@@ -184,7 +185,7 @@ def _spec(cfg: ModelConfig, index: int) -> LayerSpec:
         qk_norm=family.qk_norm if cfg.qk_norm else "",
         v_norm=family.v_norm,
         gated=family.gated,
-        norms=family.norms,
+        norms=_norms(cfg),
         layer_norm=family.norm == "layer",
         parallel=family.parallel,
         residual_multiplier=cfg.residual_multiplier,
@@ -195,13 +196,21 @@ def _spec(cfg: ModelConfig, index: int) -> LayerSpec:
     )
 
 
+def _norms(cfg: ModelConfig) -> Norms:
+    """The norms around attention and MLP: an MLP of two parts has norms of its own before them."""
+    beside = cfg.experts is not None and cfg.experts.beside
+    return replace(cfg.family.norms, before_mlp=None) if beside else cfg.family.norms
+
+
 def _feed_forward(cfg: ModelConfig, index: int) -> FeedForwardSpec:
     """The MLP of a layer. Kinds of layers with experts are told apart here."""
     activation = ACTIVATIONS[cfg.hidden_act]
-    if cfg.experts is not None and index not in cfg.experts.dense:
-        return ExpertsSpec(cfg.hidden_size, cfg.experts, activation)
     wide = cfg.double_wide and cfg.kv_source(index) != index
     inner = cfg.intermediate_size * (2 if wide else 1)
+    if cfg.experts is not None and index not in cfg.experts.dense:
+        if cfg.experts.beside:
+            return DenseAndExpertsSpec(cfg.hidden_size, inner, cfg.experts, activation, cfg.rms_norm_eps)
+        return ExpertsSpec(cfg.hidden_size, cfg.experts, activation)
     return DenseSpec(cfg.hidden_size, inner, activation, cfg.mlp_bias, cfg.family.fused_gate_up)
 
 

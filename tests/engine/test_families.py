@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from octo_run.cli import main
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.quantise import quantise
 from octo_run.errors import OctoError, UsageError
@@ -53,6 +54,9 @@ def longrope(pairs: int, original: int = 512) -> dict[str, Any]:
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-g3-d80": ("Llama", {**heads(6, 2, 80), "hidden_size": 96}),
     "llama3-biases": ("Llama", {**heads(4, 2, 64), "rope_parameters": LLAMA3, **dict.fromkeys(BIASES, True)}),
+    "internlm3": ("InternLM3", {**heads(4, 2, 64), "rope_parameters": {"rope_type": "dynamic", "factor": 6.0,
+                                                                        "rope_theta": 1e5}}),
+    "iquestcoder": ("IQuestCoder", {**heads(5, 1, 64), "hidden_size": 80, **dict.fromkeys(BIASES, True)}),
     "mistral-window": ("Mistral", {**heads(4, 1, 64), "sliding_window": 70}),
     "ministral3": (
         "Ministral3",
@@ -101,6 +105,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
         },
     ),
+    "gemma4-experts": ("Gemma4Text", {
+        **heads(4, 2, 64), "global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "sliding_window": 70, "layer_types": TWO, "hidden_size_per_layer_input": 0, "enable_moe_block": True,
+        "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 48,
+    }),
     "gemma4-unified": (
         "Gemma4UnifiedText",
         {**heads(4, 2, 64), "global_head_dim": 96, "sliding_window": 70, "layer_types": TWO, "attention_k_eq_v": True},
@@ -307,9 +316,14 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {
             **heads(2, 1, 64), "global_head_dim": 128, "sliding_window": 64, "layer_types": TWO,
             "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 8192, "num_kv_shared_layers": 2,
+            "enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 40,
         },
         {"num_key_value_heads": 2, "head_dim": 16, "image_size": None},
     ),
+    "qwen3-vl": ("Qwen3VL", {**heads(4, 2, 64), "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e5, "mrope_section": [12, 10, 10], "mrope_interleaved": True,
+    }}, {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16,
+         "deepstack_visual_indexes": [0]}),
     "ministral3": (
         "Mistral3",
         {**heads(2, 1, 64), "model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
@@ -339,7 +353,7 @@ def test_text_parts_of_checkpoints_that_see(name: str, tied: bool, tmp_path: Pat
     ids = tokens()
     theirs = model(torch.tensor([ids])).logits[0]
     stored = load_file(tmp_path / "model.safetensors")
-    assert any("vision" in one for one in stored) and any("lm_head" in one for one in stored) != tied
+    assert any("vision" in one or "visual" in one for one in stored) and any("lm_head" in one for one in stored) != tied
     for part in ("language_model.model.", "model.language_model."):
         renamed = {one.replace("language_model.model.", part): tensor for one, tensor in stored.items()}
         save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -361,6 +375,31 @@ def test_quantised_folders(name: str, made: Callable[[str], tuple[Path, Any, Ten
     quantise(path, tmp_path / "out", "int8", device="cpu")
     ours = Engine.load(tmp_path / "out", kv="bf16", device="cpu", max_context=512).logits(tokens())
     assert 1e-5 < float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-small", "gemma4-alike"])
+def test_what_gemma4_is_refused_for(
+    name: str, made: Callable[[str], tuple[Path, Any, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where layers are taken to be of one kind: heads of several sizes, shared keys; and what ends each layer, which is
+    there too if all heads are alike."""
+    path = tmp_path / "alike" if name == "gemma4-alike" else made(name)[0]
+    if name == "gemma4-alike":
+        fields = {**heads(2, 1, 64), "global_head_dim": 64, "sliding_window": 64, "layer_types": TWO[:2]}
+        more = {"hidden_size_per_layer_input": 0, "num_hidden_layers": 2}
+        written(path, "Gemma4Text", {**fields, **more})
+    capsys.readouterr()  # what transformers says of writing
+    for command, words in (
+        (
+            ["bench", "-m", str(path), "--kv", "auto:60"],
+            "auto measures layers that have heads of one size",
+        ),
+        (["eval", "codec", "-m", str(path)], "they cannot be compared: choose another model"),
+        (["quantize", str(path), str(tmp_path / "out")], "are not written: load the model with --weights instead"),
+    ):
+        assert main([*command, "--device", "cpu"] if command[0] != "eval" else command) in (1, 2)
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1 and said.startswith("octo-run: "), said
 
 
 def error(ours: Tensor, exact: Tensor) -> float:

@@ -127,7 +127,7 @@ def test_rope_scaling_old_and_new_form() -> None:
     ("changes", "words"),
     [
         ({"rope_scaling": {"rope_type": "yarn", "beta_fast": 1.0}}, "beta_fast (1) is not greater than beta_slow (1)"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "is 'dynamic'"),
+        ({"rope_scaling": {"type": "other", "factor": 4.0}}, "is 'other'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.short_factor is no list of 8 numbers"),
         ({"rope_parameters": {"rope_type": "proportional"}}, "is 'proportional', which this family has not"),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.rope_type is missing"),

@@ -10,7 +10,7 @@ import torch
 from octo_run.errors import OctoError
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig, parse_config
-from octo_run.models.families import FAMILIES, WRAPPERS
+from octo_run.models.families import FAMILIES, UNBUILT, WRAPPERS
 from octo_run.models.specs import layer_specs
 
 FAMILIES_PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -71,6 +71,8 @@ def refused(architecture: str, **fields: Any) -> str:
           "rope_parameters": {
               FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
               "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+        ("Qwen2ForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}),
+        ("LlamaForCausalLM", {"model_type": "internlm3"}, {"architectures": ["InternLM3ForCausalLM"]}),
         ("SmolLM3ForCausalLM", {}, {"no_rope_layers": [1, 1, 1, 0] * 2, "rope_theta": 2e6}),
     ],
 )  # fmt: skip
@@ -114,6 +116,36 @@ def test_the_context_chooses_the_factors_of_longrope() -> None:
         ours = rope.frequencies(cfg.rope, 64, torch.device("cpu"), count)
         assert torch.allclose(ours[:24], embedding.inv_freq, rtol=1e-6, atol=0) and bool((ours[24:] == 0).all())
     assert rope.attention_factor(cfg.rope) == pytest.approx(embedding.attention_scaling)
+
+
+def test_every_causal_language_model_of_transformers_is_read_or_refused_by_a_sentence() -> None:
+    """By its own configuration, all of whose fields are left as they are."""
+    pytest.importorskip("transformers")
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    said: dict[str, str] = {}
+    for model_type, architecture in NAMES.items():
+        if isinstance(architecture, str) and architecture not in (*FAMILIES, *WRAPPERS):
+            said[architecture] = refused(architecture, model_type=model_type)
+            assert f"architectures names '{architecture}', which" in said[architecture]
+    assert len(said) > 100
+    named = sum("the nearest that it runs is" in text for text in said.values())
+    assert named > len(said) / 2, f"{named} of {len(said)} say what such a model has, and the nearest that works"
+    for model_type, architecture in NAMES.items():
+        known = FAMILIES.get(architecture)
+        if known is None or known.model_type != model_type:
+            continue
+        values = json.loads(CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
+        if architecture == "GptOssForCausalLM":  # means a RoPE of its own where nothing is said of it
+            continue
+        cfg = parse_config(values | {"architectures": [architecture]}, Path("somewhere/config.json"))
+        assert cfg.architecture == architecture
+
+
+def test_the_nearest_that_is_named_is_there() -> None:
+    for words, _, nearest in UNBUILT:
+        assert nearest in FAMILIES or "distillation" in nearest, words
 
 
 OF_TEXT = {"GptOss", "Olmoe", "Mixtral"}
@@ -218,7 +250,12 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_scaling": YARN},
             "are both given",
         ),
-        ("Gemma4ForCausalLM", {"enable_moe_block": True}, "does not compute the experts of Gemma 4, only its dense"),
+        ("Gemma4ForCausalLM", {"enable_moe_block": True}, "num_experts is missing"),
+        (
+            "Gemma4ForCausalLM",
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5, "moe_intermediate_size": 64},
+            "top_k_experts is 5, more than the 4 experts that there are",
+        ),
         ("Gemma4ForCausalLM", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention is not 'vision'"),
         ("Gemma4ForCausalLM", {"global_head_dim": 65}, "global_head_dim is 65, which is odd"),
         (
@@ -251,7 +288,10 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             {"rope_scaling": {"type": "longrope", "short_factor": [0.0] * 32, "long_factor": [1.0] * 32}},
             "short_factor holds 0.0, not a number from",
         ),
-        ("Qwen2ForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "is 'dynamic', and octo-run"),
+        ("Qwen2ForCausalLM", {"rope_scaling": {"type": "other", "factor": 2.0}}, "is 'other', and octo-run"),
+        ("InternLM3ForCausalLM", {"qkv_bias": True}, "qkv_bias is true"),
+        ("IQuestCoderForCausalLM", {"clip_qkv": 8.0}, "clip_qkv is set"),
+        ("IQuestCoderForCausalLM", {"use_sliding_window": True}, "use_sliding_window is true"),
     ],
 )
 def test_refusals(architecture: str, fields: dict[str, Any], words: str) -> None:
