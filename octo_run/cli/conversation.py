@@ -160,8 +160,9 @@ class Conversation:
         name, argument = found
         command = chat_commands.COMMANDS.get(name)
         if command is None:
-            near = difflib.get_close_matches(name, chat_commands.COMMANDS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            # Without the slash, which all have, so that it makes nothing look alike.
+            near = difflib.get_close_matches(name[1:], [known[1:] for known in chat_commands.COMMANDS], n=1)
+            hint = f"did you mean /{near[0]}? " if near else ""
             raise UsageError(f"there is no command {name}; {hint}/help lists the commands, //text sends a slash.")
         command.run(self, argument)
 
