@@ -44,7 +44,7 @@ from octo_run.models.config import CONFIG_NAME, load_config
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, SMALL_NAMES, TOKENIZER_NAMES, has_tokenizer, weight_files
 from octo_run.models.foreign import MAX_FILE_BYTES
 from octo_run.models.hub_client import HubClient, HubFile, Unfinished
-from octo_run.models.store import remove
+from octo_run.models.store import removable, remove
 
 __all__ = [
     "DEMO_NAME",
@@ -56,6 +56,7 @@ __all__ = [
     "is_offline",
     "list_models",
     "pull",
+    "removable",
     "remove",
     "resolve",
     "try_hub",

@@ -305,15 +305,12 @@ def write_ref(folder: Path, revision: str, commit: str) -> None:
         write_atomically(folder / "refs" / revision, commit)
 
 
-def remove(name: str) -> int:
-    """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache, which alone is touched.
-
-    Returns:
-        The bytes freed.
+def removable(name: str) -> tuple[HubName, list[str]]:
+    """What :func:`remove` would delete: the model, and which of its commits.
 
     Raises:
         UsageError: The name is ``octo-demo`` or a folder.
-        OctoError: The model is not there, or is being pulled.
+        OctoError: The model is not there.
     """
     if name == cache.DEMO_NAME:
         raise UsageError(f"{cache.DEMO_NAME} is part of octo-run and cannot be removed.")
@@ -330,6 +327,21 @@ def remove(name: str) -> int:
         )
     if folder.is_symlink() or not folder.is_dir() or (parsed.revision is not None and not commits):
         raise OctoError(f"{name} is not in {cache_folder()}, so there is nothing to remove.")
+    return parsed, commits
+
+
+def remove(name: str) -> int:
+    """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache, which alone is touched.
+
+    Returns:
+        The bytes freed.
+
+    Raises:
+        UsageError: The name is ``octo-demo`` or a folder.
+        OctoError: The model is not there, or is being pulled.
+    """
+    parsed, commits = removable(name)
+    folder = cache.repo_folder(parsed)
     before = cache.folder_bytes(cache_folder(), links=False)
     try:
         with locked(parsed):

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,14 +187,14 @@ class Conversation:
     def tell(self, text: str) -> None:
         """One line about the session, never mixed with answers in a pipe."""
         if self.person:
-            console.echo(f"[{shown(text)}]", faint=True)
+            console.echo(console.fitted(f"[{shown(text)}]", sys.stdout), faint=True)
         else:
             console.warn(text)
 
     def print(self, text: str) -> None:
         """Lines that were asked for; in a pipe, standard output is for answers alone."""
         if self.person:
-            console.echo(text)
+            console.echo(console.fitted(text, sys.stdout))
         else:
             for line in text.split("\n"):
                 console.warn(line)

@@ -171,12 +171,6 @@ def test_nothing_is_near_for_its_slash_alone(octo: Callable[..., Any], engine: A
     assert shown.code == 2 and "there is no command /nope; /help lists the commands" in shown.err
 
 
-@pytest.mark.parametrize("name", ["temperature", "temp", "--temp", "Temperature", "--temperature"])
-def test_settings_are_named_as_options_are_too(octo: Callable[..., Any], engine: Any, name: str) -> None:
-    shown = octo("chat", data=f"/set {name} 0.5\n/set --top-k 7\n".encode())
-    assert shown.code == 0 and "temperature 0.5" in shown.err and "top_k 7" in shown.err
-
-
 def test_a_block_of_lines_is_one_message(octo: Callable[..., Any], engine: Any) -> None:
     engine.answers("a", "b")
     shown = octo("chat", data=b'"""one\n\n/two\nthree"""\n"""four"""\n')
