@@ -37,7 +37,7 @@ def go_offline() -> None:
 
 
 def import_torch() -> None:
-    """Import PyTorch without the shapes of its operations, of which only its compiler asks: a quarter of the time.
+    """Import PyTorch without the shapes of its operations, of which only its compiler asks: a third of the time.
 
     Whoever asks for them later gets them.
     """
