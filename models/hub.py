@@ -11,10 +11,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import BinaryIO
 
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.models import store
@@ -41,8 +43,8 @@ from octo_run.models.cache import (
 from octo_run.models.config import CONFIG_NAME, load_config
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, SMALL_NAMES, TOKENIZER_NAMES, has_tokenizer, weight_files
 from octo_run.models.foreign import MAX_FILE_BYTES
-from octo_run.models.hub_client import HubClient, HubFile
-from octo_run.models.store import remove
+from octo_run.models.hub_client import HubClient, HubFile, Unfinished
+from octo_run.models.store import removable, remove
 
 __all__ = [
     "DEMO_NAME",
@@ -54,6 +56,7 @@ __all__ = [
     "is_offline",
     "list_models",
     "pull",
+    "removable",
     "remove",
     "resolve",
     "try_hub",
@@ -100,8 +103,9 @@ def pull(
     The revision is resolved to a commit first and everything comes from that commit. Only configuration, tokenizer,
     chat template and safetensors files are fetched, ``PARALLEL`` at a time; the configuration is checked before the
     weights. Each file must have the size and the content (SHA-256, or SHA-1 of the git blob) that the Hub announced for
-    it. Until all files are there the model does not count as complete (and an earlier pull of the same name stays in
-    use). A commit that the cache of Hugging Face's tools has is used there and not fetched again.
+    it. What an earlier pull left of a weight file is gone on with. Until all files are there the model does not count
+    as complete (and an earlier pull of the same name stays in use). A commit that the cache of Hugging Face's tools has
+    is used there and not fetched again.
 
     Args:
         name: Also the address of the model's page.
@@ -180,6 +184,7 @@ class _Pull:
         self.plan: list[str] = []
         self._have: dict[str, int] = {}
         self._whole = 0
+        self._begun: set[str | None] = set()
         self._lock = threading.Lock()
 
     def run(self) -> str:
@@ -188,13 +193,14 @@ class _Pull:
         self._check_listing()
         if find_shared(replace(self.name, revision=self.commit)) is not None:
             return self.commit
+        store.forget_left(self.folder, {file.digest for file in self.files.values()})
         snapshot = self.folder / "snapshots" / self.commit
         self._fetch([name for name in SMALL_NAMES if name in self.files])
         load_config(snapshot)
         weights = [SINGLE_NAME] if SINGLE_NAME in self.files else self._shards(snapshot)
         needed = {name: self.files[name].size for name in [*self.plan, *weights]}
         store.write_manifest(self.folder, self.commit, self.name.ref, needed)
-        store.check_space(self.name, sum(self.files[name].size or 0 for name in weights if not self._is_there(name)))
+        store.check_space(self.name, sum(self._missing_bytes(name) for name in weights if not self._is_there(name)))
         self._fetch(weights)
         return self.commit
 
@@ -246,6 +252,10 @@ class _Pull:
     def _is_there(self, name: str) -> bool:
         return has_file(self.folder, self.folder / "snapshots" / self.commit / name, self.files[name].size)
 
+    def _missing_bytes(self, name: str) -> int:
+        file = self.files[name]
+        return max(0, (file.size or 0) - store.left_of(self.folder, file.digest))
+
     def _fetch(self, names: list[str]) -> None:
         """Fetch files, some at a time, each of which appears under its name only when it is whole."""
         self.plan += names
@@ -274,13 +284,24 @@ class _Pull:
         return blob if has_file(self.folder, blob, size) else None
 
     def _download(self, name: str, advance: Callable[[int], None]) -> Path:
-        with store.partial_file(self.folder) as (path, file):
-            most = MAX_FILE_BYTES if name in SMALL_NAMES else shutil.disk_usage(self.folder).free
+        with self._partial(name) as (path, file):
+            room = shutil.disk_usage(self.folder).free + path.stat().st_size
+            most = MAX_FILE_BYTES if name in SMALL_NAMES else room
             digest = self.client.download(self.commit, self.files[name], file, most, advance)
             file.close()
             blob = self.folder / "blobs" / digest
             path.replace(blob)
         return blob
+
+    def _partial(self, name: str) -> AbstractContextManager[tuple[Path, BinaryIO]]:
+        """Where a file comes to, with what an earlier pull left of it."""
+        digest = self.files[name].digest
+        with self._lock:  # two files of one content do not share a partial one
+            shared = digest in self._begun
+            self._begun.add(digest)
+        if digest is None or shared or name in SMALL_NAMES:
+            return store.partial_file(self.folder)
+        return store.resumable_file(self.folder, digest, Unfinished)
 
     def _advance(self, name: str, count: int) -> None:
         """``count`` more bytes of a file have come."""

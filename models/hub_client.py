@@ -52,7 +52,11 @@ class HubFile:
     digest: str | None
 
 
-class BrokenConnection(OctoError):
+class Unfinished(OctoError):
+    """A transfer ended for a reason that is not its content: what has come is worth keeping."""
+
+
+class BrokenConnection(Unfinished):
     """No connection, or one that ended early or came to a halt: another try may do."""
 
 
@@ -69,7 +73,7 @@ class HubClient:
             OctoError: The endpoint is no http(s) address, or no header can hold the token.
         """
         self.endpoint, self.name = endpoint, name
-        self.again = f"run `octo-run pull {name}` again, complete files are kept"
+        self.again = f"run `octo-run pull {name}` again, it goes on where it was"
         with self._boundary():
             origin = _origin(endpoint)
         if origin[0] not in ("http", "https") or not origin[1] or re.search(r"[\x00-\x20\x7f-\x9f?#]", endpoint):
@@ -141,10 +145,11 @@ class HubClient:
     def download(self, commit: str, file: HubFile, out: BinaryIO, most: int, advance: Callable[[int], None]) -> str:
         """Write the content of ``file`` into ``out``.
 
-        Never more bytes are written than announced.
+        Never more bytes are written than announced. What ``out`` has already is not fetched again, unless it turns out
+        not to be the beginning of the content.
 
         Args:
-            out: Empty at first.
+            out: Open for reading and writing, at its beginning.
             most: Bytes that are written at most.
             advance: Given the number of each piece's bytes, negative where a server made the transfer begin again.
 
@@ -156,7 +161,19 @@ class HubClient:
                 connection breaks again and again.
         """
         transfer = _Transfer(file, out, most, advance)
-        failures, best = 0, 0
+        if transfer.take_over():
+            self._fetch(commit, transfer)
+            if transfer.hash.hexdigest() != file.digest:
+                transfer.restart()
+        self._fetch(commit, transfer)
+        digest = transfer.hash.hexdigest()
+        if file.digest is not None and digest != file.digest:
+            raise OctoError(f"{self.name}: the content of {file.name} is not what the Hub announced: {self.again}.")
+        return digest
+
+    def _fetch(self, commit: str, transfer: "_Transfer") -> None:
+        """Fetch what is missing of a file, over as many connections as it takes."""
+        failures, best = 0, transfer.have
         while not transfer.complete:
             try:
                 self._piece(commit, transfer)
@@ -165,10 +182,6 @@ class HubClient:
                 if failures > RETRIES or self._stopped.wait(RETRY_SECONDS):
                     raise
             best = max(best, transfer.have)
-        digest = transfer.hash.hexdigest()
-        if file.digest is not None and digest != file.digest:
-            raise OctoError(f"{self.name}: the content of {file.name} is not what the Hub announced: {self.again}.")
-        return digest
 
     def _piece(self, commit: str, transfer: "_Transfer") -> None:
         """One request for what is missing of a file (at most ``PIECE_BYTES`` of it)."""
@@ -239,7 +252,7 @@ class HubClient:
             else:
                 raise OctoError(self._no_hub(f"it redirects more than {MAX_REDIRECTS} times"))
             if response.status_code not in (200, 206):
-                raise OctoError(self._refusal(response) if seconds is None else self._no_reach(response.status_code))
+                raise Unfinished(self._refusal(response) if seconds is None else self._no_reach(response.status_code))
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise OctoError(self._no_hub("it sends a compressed answer that was not asked for"))
             watch.extend(seconds or (ANSWER_SECONDS if commit is None else SLOW_SECONDS))
@@ -395,8 +408,22 @@ class _Transfer:
         self.have += len(chunk)
         self.advance(len(chunk))
 
+    def take_over(self) -> bool:
+        """Count what an earlier try left in the file, which must be shorter than the whole.
+
+        Returns:
+            Whether there was something.
+        """
+        while chunk := self.out.read(1 << 20):
+            self.hash.update(chunk)
+            self.have += len(chunk)
+            self.advance(len(chunk))
+        if self.size is None or self.have > self.size:
+            self.restart()
+        return self.have > 0
+
     def restart(self) -> None:
-        """Begin again: the server does not send parts of files."""
+        """Begin again: the server does not send parts of files, or these are not parts of this one."""
         if self.have:
             self.out.seek(0)
             self.out.truncate()

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from octo_run.models.cache import HubName, belongs, cache_folder, lies_in, manif
 
 #: Age from which a partial file counts as left behind where the file system knows no locks.
 STALE_SECONDS = 3600
+#: How the name of a file ends that a later pull goes on with (it begins with the digest of the whole content), and the
+#: bytes from which it is kept.
+RESUMABLE, KEPT_BYTES = ".octo-run.incomplete", 1 << 20
 _TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of models, see https://bford.info/cachedir\n"
 )
@@ -137,9 +141,9 @@ def check_inside(path: Path) -> None:
 
 
 def _remove_partial(folder: Path) -> None:
-    """Delete what killed pulls left behind, but nothing that another tool is writing now."""
+    """Delete what killed pulls left behind, but nothing that another tool is writing now, and nothing to go on with."""
     for path in (folder / "blobs").glob("*.incomplete"):
-        if not _in_use(path):
+        if not path.name.endswith(RESUMABLE) and not _in_use(path):
             path.unlink(missing_ok=True)
     for place in (folder / "refs", folder / cache.MANIFESTS, folder / "snapshots"):
         for path in place.rglob(".*.tmp"):
@@ -175,16 +179,80 @@ def partial_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
     Yields:
         Its path, and the file open for writing. It is gone after the ``with`` unless it was moved.
     """
-    blobs = folder / "blobs"
-    check_inside(blobs)
-    blobs.mkdir(parents=True, exist_ok=True)
-    path = blobs / f"{os.urandom(8).hex()}.incomplete"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    path = _blobs(folder) / f"{os.urandom(8).hex()}.incomplete"
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(_create(path), "r+b") as file:
             yield path, file
     finally:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def resumable_file(folder: Path, digest: str, unfinished: type[OctoError]) -> Iterator[tuple[Path, BinaryIO]]:
+    """The file in a model's ``blobs`` for content of this digest, with what an earlier pull left in it.
+
+    Args:
+        unfinished: What ends a transfer that a later pull may go on with.
+
+    Yields:
+        Its path, and the file open for reading and writing. After the ``with`` it is there only if ``unfinished`` was
+        raised and it has ``KEPT_BYTES``, or if the process was killed.
+    """
+    path = _blobs(folder) / f"{digest}{RESUMABLE}"
+    descriptor = _reopen(path)
+    kept = False
+    try:
+        with os.fdopen(_create(path) if descriptor is None else descriptor, "r+b") as file:
+            yield path, file
+    except unfinished:
+        kept = left_of(folder, digest) >= KEPT_BYTES
+        raise
+    finally:
+        if not kept:
+            path.unlink(missing_ok=True)
+
+
+def left_of(folder: Path, digest: str | None) -> int:
+    """Bytes that an earlier pull left of a content."""
+    with suppress(OSError):
+        return (folder / "blobs" / f"{digest}{RESUMABLE}").lstat().st_size
+    return 0
+
+
+def forget_left(folder: Path, digests: set[str | None]) -> None:
+    """Delete what earlier pulls left of other contents than these."""
+    for path in (folder / "blobs").glob(f"*{RESUMABLE}"):
+        if path.name.removesuffix(RESUMABLE) not in digests:
+            path.unlink(missing_ok=True)
+
+
+def _blobs(folder: Path) -> Path:
+    blobs = folder / "blobs"
+    check_inside(blobs)
+    blobs.mkdir(parents=True, exist_ok=True)
+    return blobs
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _reopen(path: Path) -> int | None:
+    """Open a file that an earlier pull left; None if there is none. What is no file of its own is removed: a link would
+    be written through."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        path.unlink()
+        return None
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    path.unlink()
+    return None
 
 
 def add_to_snapshot(folder: Path, commit: str, name: str, blob: Path) -> None:
@@ -237,15 +305,12 @@ def write_ref(folder: Path, revision: str, commit: str) -> None:
         write_atomically(folder / "refs" / revision, commit)
 
 
-def remove(name: str) -> int:
-    """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache, which alone is touched.
-
-    Returns:
-        The bytes freed.
+def removable(name: str) -> tuple[HubName, list[str]]:
+    """What :func:`remove` would delete: the model, and which of its commits.
 
     Raises:
         UsageError: The name is ``octo-demo`` or a folder.
-        OctoError: The model is not there, or is being pulled.
+        OctoError: The model is not there.
     """
     if name == cache.DEMO_NAME:
         raise UsageError(f"{cache.DEMO_NAME} is part of octo-run and cannot be removed.")
@@ -262,6 +327,21 @@ def remove(name: str) -> int:
         )
     if folder.is_symlink() or not folder.is_dir() or (parsed.revision is not None and not commits):
         raise OctoError(f"{name} is not in {cache_folder()}, so there is nothing to remove.")
+    return parsed, commits
+
+
+def remove(name: str) -> int:
+    """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache, which alone is touched.
+
+    Returns:
+        The bytes freed.
+
+    Raises:
+        UsageError: The name is ``octo-demo`` or a folder.
+        OctoError: The model is not there, or is being pulled.
+    """
+    parsed, commits = removable(name)
+    folder = cache.repo_folder(parsed)
     before = cache.folder_bytes(cache_folder(), links=False)
     try:
         with locked(parsed):

@@ -1,6 +1,6 @@
 """Records a chat with the embedded model on a pseudo-terminal and draws it as an SVG picture.
 
-    python scripts/record_terminal.py [OUT.svg] [--columns N] [--say TEXT ...]
+    python scripts/record_terminal.py [OUT.svg] [--columns N] [--theme dark|light] [--say TEXT ...]
 
 The program is the real one, on the CPU, with an empty history. What it writes goes through a small model of a terminal;
 the last screen is the picture. A comment in the file says by which command, where and when it was made. Needs pexpect,
@@ -22,6 +22,7 @@ from pathlib import Path
 import pexpect
 import torch
 from rich.console import Console
+from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
 from rich.text import Text
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "terminal.svg"
@@ -33,6 +34,7 @@ SAY = (
     "/stats",
 )
 ROWS, SECONDS = 60, 60
+THEMES = {"dark": SVG_EXPORT_THEME, "light": DEFAULT_TERMINAL_THEME}
 PROMPT = "> "
 
 _TOKEN = re.compile(r"\x1b\[(?P<numbers>[?0-9;]*)(?P<end>[A-Za-z])|\x1b.|(?P<character>[^\x1b])", re.DOTALL)
@@ -66,13 +68,14 @@ _PICTURE = """\
 
 
 class Screen:
-    """A terminal that knows what the program uses: movements, erasing, dim letters, lines that wrap."""
+    """A terminal that knows what the program uses: movements, erasing, colours, lines that wrap."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
-        self.cells: list[list[tuple[str, bool]]] = [[]]
+        #: Of each place the character, and the numbers of the sequence that chose its colours.
+        self.cells: list[list[tuple[str, str]]] = [[]]
         self.row = self.column = 0
-        self._dim, self._rest = False, ""
+        self._style, self._rest = "", ""
 
     def feed(self, text: str) -> None:
         """Take what the program has written, in pieces of any length."""
@@ -95,11 +98,12 @@ class Screen:
         return self.line(self.row).rstrip() == PROMPT.rstrip() and self.column == len(PROMPT) and not below
 
     def as_text(self) -> Text:
-        """The screen with its dim letters, without the empty lines below."""
+        """The screen with its colours, without the empty lines below."""
         text = Text()
         for row in self.cells:
-            for dim, run in itertools.groupby(row, key=lambda cell: cell[1]):
-                text.append("".join(character for character, _ in run), "dim" if dim else None)
+            for style, run in itertools.groupby(row, key=lambda cell: cell[1]):
+                characters = "".join(character for character, _ in run)
+                text.append_text(Text.from_ansi(f"\x1b[{style}m{characters}\x1b[0m", end=""))
             text.append("\n")
         text.rstrip()
         return text
@@ -115,15 +119,16 @@ class Screen:
             if self.column == self.columns:
                 self.row, self.column = self.row + 1, 0
             row = self._here()
-            row += [(" ", False)] * (self.column + 1 - len(row))
-            row[self.column] = (character, self._dim)
+            row += [(" ", "")] * (self.column + 1 - len(row))
+            row[self.column] = (character, self._style)
             self.column += 1
         self._here()
 
     def _control(self, numbers: str, end: str) -> None:
         first = int(numbers) if numbers.isdigit() else 0
         if end == "m":
-            self._dim = "2" in numbers.split(";")
+            kind, _, rest = numbers.partition(";")
+            self._style = f"{self._style};{numbers}".strip(";") if kind.strip("0") else rest  # 0 takes all back
         elif end == "A":
             self.row = max(0, self.row - max(1, first))
         elif end == "B":
@@ -184,11 +189,11 @@ def _read(child: pexpect.spawn, screen: Screen) -> None:
     raise TimeoutError(f"the program did not ask for a line within {SECONDS} s")
 
 
-def draw(screen: Screen, about: str) -> str:
-    """The screen as SVG."""
+def draw(screen: Screen, about: str, theme: str = "dark") -> str:
+    """The screen as SVG; ``theme`` is the terminal's, one of ``THEMES``."""
     console = Console(record=True, width=screen.columns, file=io.StringIO(), legacy_windows=False)
     console.print(screen.as_text(), soft_wrap=True)
-    svg = console.export_svg(title="octo-run chat", code_format=_PICTURE, unique_id="octo")
+    svg = console.export_svg(title="octo-run chat", code_format=_PICTURE, unique_id="octo", theme=THEMES[theme])
     svg = svg.replace("ABOUT", about)
     return "\n".join(line.strip() for line in svg.splitlines() if line.strip()) + "\n"
 
@@ -197,6 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=OUT)
     parser.add_argument("--columns", type=int, default=100)
+    parser.add_argument("--theme", choices=THEMES, default="dark", help="the colours of the terminal")
     parser.add_argument("--say", nargs="+", default=list(SAY), metavar="TEXT")
     args = parser.parse_args()
     screen = record(args.columns, args.say)
@@ -205,7 +211,7 @@ def main() -> None:
         f"python scripts/record_terminal.py; {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
         f"{day} (UTC); a picture, not a measurement"
     )
-    args.out.write_text(draw(screen, about), encoding="utf-8")
+    args.out.write_text(draw(screen, about, args.theme), encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 
 

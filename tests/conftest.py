@@ -251,7 +251,8 @@ class FakeHub:
     """A Hub: what huggingface-hub asks for when it pulls. Files ending in .safetensors or .bin come from another host,
     as LFS files do.
 
-    ``requests`` lists (method, file) or ("API", repository) in order. ``faults[file]`` lists what the next GETs of the
+    ``requests`` lists (method, file) or ("API", repository) in order, ``begun`` (file, first byte) of the data sent;
+    without ``ranges`` that is always the whole. ``faults[file]`` lists what the next GETs of the
     file's data do instead of answering: an HTTP status, ``"cut"`` (half of it, then the connection drops) or
     ``"stall"`` (half of it, then nothing until :attr:`release` is set); ``faults[repository]`` those of the API.
 
@@ -269,6 +270,8 @@ class FakeHub:
         self.repos: dict[str, FakeRepo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.begun: list[tuple[str, int]] = []
+        self.ranges = True
         self.faults: dict[str, list[int | str]] = {}
         self.release = threading.Event()
         self.stalled = threading.Event()
@@ -382,7 +385,8 @@ class _HubHandler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self.error(fault, None)
             return
-        asked = self.headers.get("Range")
+        asked = self.headers.get("Range") if self.hub.ranges else None
+        self.hub.begun.append((file, 0 if asked is None else int(asked.removeprefix("bytes=").partition("-")[0])))
         if asked is not None:
             start, _, last = asked.removeprefix("bytes=").partition("-")
             part = data[int(start) : int(last or len(data)) + 1]

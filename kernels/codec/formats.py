@@ -48,7 +48,7 @@ def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:
             the choices.
     """
     if name not in names():
-        raise UsageError(f"unknown KV format '{name}': choose one of {', '.join(names())}")
+        raise UsageError(f"unknown KV format '{name}': choose one of {', '.join(names())}.")
     if name != PLAIN and head_dim not in HEAD_DIMS:
         dims = ", ".join(map(str, HEAD_DIMS))
         raise UsageError(f"KV format {name} cannot store head_dim {head_dim}, only {dims}: use --kv {PLAIN}")

@@ -76,7 +76,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self._modules and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], self._modules, n=1)
+            near = ["--help"] if args[0] == "help" else difflib.get_close_matches(args[0], self._modules, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(self._modules)}."
             raise UsageError(f"there is no command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)

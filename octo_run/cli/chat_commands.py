@@ -106,6 +106,8 @@ def _set(chat: "Conversation", argument: str) -> None:
             lines.append(f"{setting:20}{_shown_setting(value)}{mark}")
         chat.print("\n".join(lines))
         return
+    name = name.lower().lstrip("-").replace("-", "_")  # as the options are written, too
+    name = "temperature" if name == "temp" else name
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(names)}."

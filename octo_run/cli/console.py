@@ -13,8 +13,10 @@ import re
 import shutil
 import stat
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from octo_run import process
 from octo_run.errors import LONGEST, UNSAFE, OctoError, UsageError, shown
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
+_NARROWEST, _GLUE = 20, "\x01"  # columns below which lines are left to the terminal; what no text shown has
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -53,7 +56,29 @@ def notice_lines(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print one line on standard error that has to be said: a failure, a loss, what was asked for."""
-    write_error(shown(text, LONGEST))
+    write_error(fitted(shown(text, LONGEST), sys.stderr))
+
+
+def fitted(text: str, stream: Any) -> str:
+    """``text`` with its lines broken between words where ``stream`` is a terminal, which would break words.
+
+    What stands between backticks is not broken, so that a command can be copied.
+    """
+    if not stream.isatty() or width() < _NARROWEST:
+        return text
+    whole = re.sub("`[^`\n]*`", lambda match: match.group().replace(" ", _GLUE), text)
+    lines = [_broken(line) for line in whole.split("\n")]
+    return "\n".join(lines).replace(_GLUE, " ")
+
+
+def _broken(line: str) -> str:
+    indent = line[: len(line) - len(line.lstrip())]
+    # a column less than there are: some terminals go on to the next line when the last one is written
+    wrapped = textwrap.wrap(
+        line.strip(), width() - 1, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join(wrapped)
 
 
 def write_error(text: str) -> None:
@@ -126,7 +151,11 @@ def stream_raw(text: str) -> None:
 
 
 def width() -> int:
-    """Columns of the terminal."""
+    """Columns of the terminal, as wide as it is now."""
+    for descriptor in (1, 2, 0):  # not by way of Python's first streams, which others have taken the place of
+        with suppress(OSError):
+            if columns := os.get_terminal_size(descriptor).columns:
+                return columns
     return shutil.get_terminal_size().columns
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -160,8 +161,9 @@ class Conversation:
         name, argument = found
         command = chat_commands.COMMANDS.get(name)
         if command is None:
-            near = difflib.get_close_matches(name, chat_commands.COMMANDS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            # Without the slash, which all have, so that it makes nothing look alike.
+            near = difflib.get_close_matches(name[1:], [known[1:] for known in chat_commands.COMMANDS], n=1)
+            hint = f"did you mean /{near[0]}? " if near else ""
             raise UsageError(f"there is no command {name}; {hint}/help lists the commands, //text sends a slash.")
         command.run(self, argument)
 
@@ -185,14 +187,14 @@ class Conversation:
     def tell(self, text: str) -> None:
         """One line about the session, never mixed with answers in a pipe."""
         if self.person:
-            console.echo(f"[{shown(text)}]", faint=True)
+            console.echo(console.fitted(f"[{shown(text)}]", sys.stdout), faint=True)
         else:
             console.warn(text)
 
     def print(self, text: str) -> None:
         """Lines that were asked for; in a pipe, standard output is for answers alone."""
         if self.person:
-            console.echo(text)
+            console.echo(console.fitted(text, sys.stdout))
         else:
             for line in text.split("\n"):
                 console.warn(line)

@@ -25,8 +25,8 @@ def command(name: str, revision: str | None, token: str | None, offline: bool) -
     """Fetch a model from the Hub.
 
     Only its configuration, tokenizer and safetensors files come, several at a time, each checked against the checksum
-    that the Hub names. Files that are already whole are kept, so an interrupted pull goes on where it was. What the
-    cache of Hugging Face's tools has is used there. NAME may be the address of the model's page. A gated repository
+    that the Hub names. An interrupted pull goes on where it was, also inside a file. What the cache of Hugging Face's
+    tools has is used there. NAME may be the address of the model's page. A gated repository
     needs your token. With --offline, only check that the model is there.
     """
     from octo_run.models import hub

@@ -20,6 +20,7 @@ def command(name: str, yes: bool) -> None:
     """
     from octo_run.models import hub
 
+    hub.removable(name)  # what cannot be removed is not asked about
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and standard input is no terminal: give --yes.")

@@ -166,6 +166,11 @@ def test_the_nearest_command_is_named(octo: Callable[..., Any], engine: Any, lin
     assert shown.code == 2 and f"did you mean {near}?" in shown.err and engine.session.asked == []
 
 
+def test_nothing_is_near_for_its_slash_alone(octo: Callable[..., Any], engine: Any) -> None:
+    shown = octo("chat", data=b"/nope\n")
+    assert shown.code == 2 and "there is no command /nope; /help lists the commands" in shown.err
+
+
 def test_a_block_of_lines_is_one_message(octo: Callable[..., Any], engine: Any) -> None:
     engine.answers("a", "b")
     shown = octo("chat", data=b'"""one\n\n/two\nthree"""\n"""four"""\n')

@@ -112,6 +112,7 @@ def test_version(octo: Callable[..., Any]) -> None:
     ("argv", "says"),
     [
         (["caht"], "did you mean 'chat'?"),
+        (["help"], "did you mean '--help'?"),
         (["frobnicate"], "the commands are chat, generate, "),
         (["chat", "--bogus"], "--bogus"),
         (["generate", "--temp", "-1"], "--temp"),

@@ -1,5 +1,6 @@
 """Standard streams that are closed or full, text that would steer a terminal, results that must not be lost."""
 
+import io
 import json
 import resource
 import subprocess
@@ -276,3 +277,23 @@ def test_a_folder_that_was_deleted_is_no_fault(tmp_path: Path) -> None:
     folder.mkdir()
     done = shell(f"cd {folder}; rmdir {folder}; PYTHONPATH={Path.cwd()} {PROGRAM} list")
     assert done.returncode == 0 and "octo-demo" in done.stdout, done.stderr
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_for_a_terminal_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command between backticks stays whole, as does a word that is longer than a line; a pipe gets lines as they
+    are, and so does a terminal of few columns."""
+    monkeypatch.setattr(console, "width", lambda: 30)
+    text = "octo-run: there is nothing of that name; run `octo-run pull ORG/NAME again` first, or else " + "x" * 40
+    lines = console.fitted(text, _Terminal()).split("\n")
+    assert lines[:3] == ["octo-run: there is nothing of", "that name; run", "`octo-run pull ORG/NAME again`"]
+    assert lines[-1] == "x" * 40 and " ".join(lines) == text
+    assert console.fitted("  an example that is indented, too", _Terminal()) == "  an example that is\n  indented, too"
+    assert console.fitted("one line\n\nanother", _Terminal()) == "one line\n\nanother"
+    assert console.fitted(text, io.StringIO()) == text
+    monkeypatch.setattr(console, "width", lambda: 19)
+    assert console.fitted(text, _Terminal()) == text

@@ -71,7 +71,11 @@ class Terminal:
             seconds = 0
 
     def wait_for(self, pattern: str, after: int = 0) -> int:
-        """Wait until ``pattern`` is on the screen past ``after``; returns where it ends."""
+        """Wait until ``pattern`` is on the screen past ``after``; returns where it ends.
+
+        A space in it may be the end of a line, as lines break between words.
+        """
+        pattern = re.sub(r"\\? (?![+*?{\]])", r"\\s+", pattern)
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             self.read()

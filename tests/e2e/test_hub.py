@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -25,7 +26,7 @@ import pytest
 
 from octo_run.cli import main
 from octo_run.errors import OctoError, UsageError
-from octo_run.models import hub, hub_client
+from octo_run.models import hub, hub_client, store
 
 NAME = "tiny/llama"
 SHARDS = tuple(f"model-{shard}-of-00003.safetensors" for shard in ("00001", "00002", "00003"))
@@ -217,6 +218,187 @@ def test_killed_while_downloading_then_resumed(fake_hub: Any, repo: Path) -> Non
     assert not incomplete_files()
 
 
+@pytest.fixture
+def large(fake_hub: Any, make_checkpoint: Callable[..., Path]) -> Path:
+    """The folder published as ``tiny/llama``: one weight file, whose half is worth keeping."""
+    folder = make_checkpoint("large", hidden_size=256)
+    fake_hub.add(NAME, folder)
+    return folder
+
+
+def begun_in(hub_: Any, file: str) -> list[int]:
+    """Where each answer with data of a file began."""
+    return [start for name, start in hub_.begun if name == file]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_half_a_file_is_gone_on_with(fake_hub: Any, large: Path, number: int) -> None:
+    """After Ctrl-C and after a kill; until it is whole it has no name that counts."""
+    fake_hub.faults["model.safetensors"] = ["stall"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "octo_run", "pull", NAME], stderr=subprocess.PIPE, env=dict(os.environ)
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while left_bytes() < 1 << 20 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
+    finally:
+        process.kill()
+        process.communicate()
+        fake_hub.release.set()
+    left = left_bytes()
+    assert left >= 1 << 20 and not (shards_there() or [item for item in hub.list_models()[1:] if item.complete])
+
+    steps: list[hub.PullProgress] = []
+    entry = hub.pull(NAME, progress=steps.append)
+    assert snapshot_files(entry.path) == snapshot_files(large)
+    assert begun_in(fake_hub, "model.safetensors") == [0, left] and not incomplete_files()
+    assert steps[-1].done_bytes == steps[-1].total_bytes
+
+
+def weights_on_the_way() -> list[Path]:
+    return [path for path in incomplete_files() if path.name.endswith(store.RESUMABLE)]
+
+
+def left_bytes() -> int:
+    with suppress(FileNotFoundError):
+        return max((path.stat().st_size for path in incomplete_files()), default=0)
+    return 0
+
+
+def leave(data: bytes, large: Path) -> Path:
+    """Let an earlier pull have left ``data`` of the weights."""
+    digest = hashlib.sha256((large / "model.safetensors").read_bytes()).hexdigest()
+    path = hub.cache_folder() / "models--tiny--llama" / "blobs" / f"{digest}{store.RESUMABLE}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "starts"),
+    [
+        ("half", [1_000_000]),
+        ("nothing", [0]),
+        ("other bytes", [1_000_000, 0]),
+        ("the whole", []),
+        ("other bytes of its size", [0]),
+        ("more than the whole", [0]),
+    ],
+)
+def test_what_an_earlier_pull_left(fake_hub: Any, large: Path, what: str, starts: list[int]) -> None:
+    """The checksum of the whole decides: what is not the beginning of the file is fetched again."""
+    whole = (large / "model.safetensors").read_bytes()
+    left = {
+        "half": whole[:1_000_000],
+        "nothing": b"",
+        "other bytes": b"x" * 1_000_000,
+        "the whole": whole,
+        "other bytes of its size": b"x" * len(whole),
+        "more than the whole": whole + b"x",
+    }
+    leave(left[what], large)
+    steps: list[hub.PullProgress] = []
+    entry = hub.pull(NAME, progress=steps.append)
+    assert snapshot_files(entry.path) == snapshot_files(large)
+    assert begun_in(fake_hub, "model.safetensors") == starts and not incomplete_files()
+    assert steps[-1].done_bytes == steps[-1].total_bytes
+
+
+def test_a_server_without_ranges_sends_the_whole(fake_hub: Any, large: Path) -> None:
+    fake_hub.ranges = False
+    leave((large / "model.safetensors").read_bytes()[:1_000_000], large)
+    assert snapshot_files(hub.pull(NAME).path) == snapshot_files(large)
+    assert begun_in(fake_hub, "model.safetensors") == [0]
+
+
+def test_a_file_that_changed_meanwhile(fake_hub: Any, large: Path, make_checkpoint: Callable[..., Path]) -> None:
+    """What was left belongs to a content, not to a name: nothing of the older one comes into the newer."""
+    left = leave((large / "model.safetensors").read_bytes()[:2_000_000], large)
+    newer = make_checkpoint("newer", hidden_size=256, seed=1)
+    fake_hub.add(NAME, newer)
+    assert snapshot_files(hub.pull(NAME).path) == snapshot_files(newer)
+    assert begun_in(fake_hub, "model.safetensors") == [0] and not left.exists()
+
+
+@pytest.mark.parametrize("how", ["symbolic", "hard", "folder", "pipe"])
+def test_a_link_in_place_of_what_was_left(fake_hub: Any, large: Path, tmp_path: Path, how: str) -> None:
+    """It is not written through."""
+    whole = (large / "model.safetensors").read_bytes()
+    outside = tmp_path / "outside"
+    outside.write_bytes(whole[:1_000_000])
+    path = leave(b"", large)
+    path.unlink()
+    if how == "symbolic":
+        path.symlink_to(outside)
+    elif how == "hard":
+        path.hardlink_to(outside)
+    elif how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    if how == "folder":
+        with pytest.raises(OctoError, match="cannot be written") as error:
+            hub.pull(NAME)
+        sentence(error)
+        return
+    assert snapshot_files(hub.pull(NAME).path) == snapshot_files(large)
+    assert outside.read_bytes() == whole[:1_000_000] and not incomplete_files()
+
+
+@pytest.mark.parametrize(("fault", "kept"), [("cut", True), ("wrong", False)])
+def test_what_is_kept(fake_hub: Any, large: Path, monkeypatch: pytest.MonkeyPatch, fault: str, kept: bool) -> None:
+    """What a connection brought that broke, but not a content that is wrong; the next pull brings it all."""
+    monkeypatch.setattr(hub_client, "RETRIES", 0)
+    monkeypatch.setattr(hub_client, "PROGRESS_BYTES", 1 << 40)
+    whole = (large / "model.safetensors").read_bytes()
+    if fault == "cut":
+        fake_hub.faults["model.safetensors"] = ["cut"]
+    else:
+        fake_hub.scripts["model.safetensors"] = lambda handler: handler.reply(200, {}, b"x" * len(whole))
+    with pytest.raises(OctoError, match="goes on where it was") as error:
+        hub.pull(NAME)
+    sentence(error)
+    assert bool(incomplete_files()) == kept
+    fake_hub.scripts.clear()
+    assert snapshot_files(hub.pull(NAME).path) == snapshot_files(large) and not incomplete_files()
+
+
+def test_two_files_of_one_content(fake_hub: Any, repo: Path) -> None:
+    """They are fetched at a time, and do not write into one file."""
+    data = (repo / SHARDS[0]).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    client = SimpleNamespace(download=lambda *_: digest)
+    pull = hub._Pull(hub.parse_hub_name(NAME), hub.cache_folder(), client, None)
+    pull.files = {name: hub_client.HubFile(name, len(data), digest) for name in SHARDS[:2]}
+    with pull._partial(SHARDS[0]) as (first, _), pull._partial(SHARDS[1]) as (second, _):
+        assert first != second
+
+
+def test_room_for_what_is_missing(fake_hub: Any, large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier pull left needs no room again."""
+    whole = (large / "model.safetensors").read_bytes()
+    leave(whole[:-1_000_000], large)
+    free = SimpleNamespace(total=10**9, used=0, free=1_500_000)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _path: free)
+    assert hub.pull(NAME).complete
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [
+        ("octo-demo", 2, "is part of octo-run"),
+        ("nope", 2, "no model name"),
+        ("no/such", 1, "there is nothing to remove"),
+    ],
+)
+def test_what_cannot_be_removed_is_not_asked_about(fake_hub: Any, name: str, code: int, says: str) -> None:
+    answer = octo("rm", name)
+    assert answer.code == code and says in answer.text
+
+
 def shards_there() -> list[str]:
     return [path.name for path in hub.cache_folder().rglob("snapshots/*/model-*.safetensors")]
 
@@ -229,9 +411,9 @@ def test_ctrl_c_ends_what_is_in_flight(fake_hub: Any, repo: Path) -> None:
     )
     try:
         deadline = time.monotonic() + 60
-        while len(incomplete_files()) < 3 and time.monotonic() < deadline:
+        while len(weights_on_the_way()) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(incomplete_files()) >= 3, "files are fetched side by side"
+        assert len(weights_on_the_way()) == 3, "files are fetched side by side"
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130 and time.monotonic() - begun < 15

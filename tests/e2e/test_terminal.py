@@ -132,6 +132,7 @@ def test_every_command(terminal: Callable[..., Any], tmp_path: Path) -> None:
     type_and_see("/system", "Be brief.")
     type_and_see("/set", r"temperature +0.0")
     type_and_see("/set temprature 1", "did you mean temperature")
+    type_and_see("/set --temp 0", "temperature 0")  # as options are written
     type_and_see("/set temperature -1", "temperature is -1")
     type_and_see("/set temperature warm", "give a number")
     type_and_see("/set max_tokens 2", "max_tokens 2")

@@ -29,7 +29,18 @@ def test_movements_erasing_and_wrapping(terminal: ModuleType) -> None:
     screen.feed("ort\x1b")
     screen.feed("[2mdim\x1b[0m")
     assert lines(screen)[-1] == "shortdim"
-    assert [dim for _, dim in screen.cells[-1]] == [False] * 5 + [True] * 3
+    assert [style for _, style in screen.cells[-1]] == [""] * 5 + ["2"] * 3
+
+
+def test_colours(terminal: ModuleType) -> None:
+    """Each sequence adds to those before it, until one takes all back; a 30 is no 0."""
+    screen = terminal.Screen(80)
+    screen.feed("a\x1b[1mb\x1b[32mc\x1b[0;38;5;10;3md\x1b[me\x1b[0mf\x1b[30mg\x1b[00mh")
+    styles = [style for _, style in screen.cells[0]]
+    assert styles[:3] == ["", "1", "1;32"] and styles[3] == "38;5;10;3" and styles[4:] == ["", "", "30", ""]
+    pictures = {theme: terminal.draw(screen, "a chat", theme) for theme in terminal.THEMES}
+    assert "#292929" in pictures["dark"] and "#ffffff" in pictures["light"]
+    assert all("font-weight: bold" in picture and "font-style: italic" in picture for picture in pictures.values())
 
 
 def test_what_the_terminal_does_not_know_is_an_error(terminal: ModuleType) -> None:

@@ -1,0 +1,45 @@
+"""What a chat imports until its prompt is there, and how."""
+
+import json
+import subprocess
+import sys
+
+_CODE = """
+import json, sys
+from octo_run.cli import chat, chat_commands, conversation, runtime
+assert "torch" not in sys.modules, "the command line is read before anything large is imported"
+from octo_run.cli.options import EngineOptions
+usual = dict(kv="oct3", conditioning=None, ctx=None, dtype=None, offline=True, threads=None)
+engine = runtime.load_engine(EngineOptions(model="octo-demo", device="cpu", weights="int8", head="int8", **usual))
+import prompt_toolkit
+from octo_run import SamplingParams
+from octo_run.cli import line_editor
+with engine:
+    ids = [token.id for token in engine.generate("It was a dark", SamplingParams(temperature=0, max_tokens=8))]
+loaded = sorted(sys.modules)
+import torch
+import torch._meta_registrations as shapes
+from torch._subclasses import FakeTensorMode
+with FakeTensorMode():
+    shape = list(torch.empty(3, 4)[torch.tensor([0, 2, 1, 0])].shape)
+print(json.dumps([ids, loaded, hasattr(shapes, "meta_index_Tensor"), shape]))
+"""
+#: What takes long to import, and is for other commands.
+_LARGE = ("transformers", "matplotlib", "huggingface_hub", "httpx", "gguf", "rich", "sympy", "llguidance", "jsonschema")
+_COMPILER = ("torch._meta_registrations", "torch._decomp.decompositions", "torch._dynamo", "torch._inductor")
+
+
+def test_what_is_imported_until_the_first_answer() -> None:
+    """Not the shapes of operations, which PyTorch's compiler alone needs; they come when they are asked for. The answer
+    is the same as with them."""
+    from octo_run.engine import Engine, SamplingParams
+
+    child = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    ids, loaded, there, shape = json.loads(child.stdout)
+    assert not {*_LARGE, *_COMPILER} & {*loaded}
+    assert there and shape == [4, 4]
+    with Engine.load("octo-demo", device="cpu", weights="int8", head="int8") as engine:
+        assert ids == [
+            token.id for token in engine.generate("It was a dark", SamplingParams(temperature=0, max_tokens=8))
+        ]
