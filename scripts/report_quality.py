@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from octo_run.engine import Engine, plan
+from octo_run.engine.calibration import Calibration
 from octo_run.engine.evaluation import needle, perplexity
 from octo_run.engine.evaluation.perplexity import Row
 from octo_run.engine.evaluation.plots import plot_perplexity
@@ -35,6 +36,9 @@ from octo_run.engine.evaluation.reading import REFERENCE
 from octo_run.engine.window_pages import WindowPages
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import Codec
+from octo_run.models import conditioning
+from octo_run.models.conditioning import Conditioning
+from octo_run.models.decoder import Decoder
 
 CONTEXT = 2048
 OURS, PAPER = ("oct4", "oct3", "oct2"), ("octopus4", "octopus3", "octopus2")
@@ -53,6 +57,7 @@ TITLES = {
     "off": "Keys as they are (`--conditioning off`)",
     "mean": "The mean of each head's keys kept out of the code, and nothing else (`--conditioning mean`)",
     "llama": "llama.cpp's KV formats on the same GGUF file, against its own f16; all tokens are in codes",
+    "weights": "Conditioning by statistics of the weights alone, without a text (no option of the program: simulated)",
     "protection": "Sinks and window, both, one or neither (`--sink 0`, `--window 0`)",
     "boundary": "First and last layer uncompressed (no option of the program: simulated)",
 }
@@ -72,6 +77,7 @@ class Case:
     kv: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     exact_layers: tuple[int, ...] = ()  # negative ones count from the end
+    of_weights: bool = False  # keys conditioned by the weights alone
 
 
 def cases() -> list[Case]:
@@ -95,7 +101,8 @@ def cases() -> list[Case]:
     ]
     edges = {"conditioning": "full"}
     edge = [Case("boundary", f"{kv}, edge layers exact", kv, edges, (0, -1)) for kv in ("oct3", "oct2")]
-    return [*plain, *less, *off, *edge]
+    free = [Case("weights", f"{kv}, without a text", kv, edges, of_weights=True) for kv in OURS]
+    return [*plain, *less, *off, *edge, *free]
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
@@ -108,6 +115,12 @@ def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
     Args:
         place: The context, the device and the dtype.
     """
+    if case.of_weights:
+        with (
+            unittest.mock.patch.object(conditioning, "measure", measure_weights),
+            unittest.mock.patch.object(Calibration, "_known", lambda _self, _what, _shapes, measured: measured()),
+        ):
+            return Engine.load(model, kv=case.kv, **place, **case.settings)
     if case.kv not in BASELINES and not case.exact_layers:
         return Engine.load(model, kv=case.kv, **place, **case.settings)
     # Uncompressed keys are not conditioned, unless they are told to be: what codes in passing then see is what real
@@ -119,6 +132,26 @@ def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
     exact = {layer % engine.config.num_layers for layer in case.exact_layers}
     _code_in_passing(engine, codec, exact)
     return engine
+
+
+@torch.inference_mode()
+def measure_weights(decoder: Decoder, _ids: list[int], states: int = 4096) -> Conditioning:
+    """As `conditioning.measure`, of the weights alone: keys and queries of random states, which count alike."""
+    cfg, device = decoder.cfg, decoder.device
+    generator = torch.Generator(device).manual_seed(0)
+    random = torch.randn(states, cfg.hidden_size, generator=generator, device=device).to(decoder.dtype)
+    angles = decoder.angles(torch.zeros(1, states, dtype=torch.int64, device=device), decoder.dtype, pure=True)
+    made = []
+    for index in cfg.attention_layers:
+        layer = decoder.layers[index]
+        q, k, _ = decoder.qkv(layer, decoder.normed(random, layer.norms.before_attention)[None], angles[index])
+        keys, queries = (x[0].to(torch.float64).cpu().unflatten(1, (k.shape[2], -1)) for x in (k, q))
+        mean = keys.mean((0, 2))
+        moments = [torch.einsum("thgi,thgj->hij", x, x) / x.shape[0] for x in (keys - mean[:, None], queries)]
+        turns = decoder.inv_freq(index).cpu().to(torch.float64)
+        turned = [conditioning._over_positions(one, turns, cfg.max_position_embeddings) for one in moments]
+        made.append((mean.to(torch.float32), conditioning.choose(turned[0], turned[1]).to(torch.float32)))
+    return Conditioning(tuple(mean for mean, _ in made), tuple(shape for _, shape in made))
 
 
 def _codec(name: str, head_dim: int) -> Codec:

@@ -426,7 +426,7 @@ def _cell(kv: str, length: int, depth: float | None, own: Sequence[tuple[Questio
     count, correct = len(own), sum(right for _, right, _ in own)
     recall, texts = correct / count, [question.text for question, _, _ in own]
     stderr: float | None = math.sqrt(recall * (1 - recall) / count)
-    alike = count
+    alike: float = count
     if len(set(texts)) < count:
         stderr = cluster_error([right for _, right, _ in own], texts)
         if stderr:

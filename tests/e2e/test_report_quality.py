@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from octo_run.engine import Engine
 from octo_run.kernels.codec import get
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report_quality.py"
@@ -48,6 +49,21 @@ def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     edges = script.load_case("octo-demo", script.Case("boundary", "c", "octopus2", KIND, (0, -1)), CPU)
     assert not torch.allclose(edges.logits(IDS, 64), passing, atol=0.05)
     assert edges.plan.shape.token_bytes == edges.config.num_kv_heads * 2 * (2 * 512 + 6 * 40)
+
+
+def test_conditioning_without_a_text_reads_no_text_and_keeps_the_function(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    exact = Engine.load("octo-demo", kv="bf16", **CPU)
+    case = script.Case("weights", "a", "octopus3", KIND, of_weights=True)
+    engine = script.load_case("octo-demo", case, CPU)
+    maps = engine.forward.decoder.layers[0].attention.maps
+    found = script.measure_weights(exact.forward.decoder, [])
+    assert maps is not None and not list(tmp_path.rglob("*.npz"))  # nothing of it is kept for later loads
+    assert all(bool(mean.abs().max() < 0.2 * shape.norm()) for mean, shape in zip(found.means, found.shapes, strict=True))
+    change = (engine.logits(IDS, 64) - exact.logits(IDS, 64)).abs().mean()
+    assert 0 < change < 0.1
 
 
 def test_needles_become_a_part_of_the_report(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
