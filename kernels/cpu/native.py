@@ -187,8 +187,11 @@ class Kernels:
 
     def __getattr__(self, name: str) -> Callable[[Any], None]:
         function = getattr(self.functions, name)
+        size = ctypes.c_int64.in_dll(self.functions, name + "_size").value
 
         def call(arguments: Any) -> None:
+            if ctypes.sizeof(arguments._obj) != size:
+                raise OctoError("The CPU kernels are those of another version: octo-run was updated; start it again.")
             if self.recorded is not None:
                 self.recorded.append((function, arguments._obj))
             if not profiled():

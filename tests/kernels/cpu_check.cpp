@@ -1,69 +1,11 @@
 // Products and attention of the CPU kernels against double, for machines that no Python of ours runs on: prints a line
-// "what error" for each case, the error by the norm of the outputs. Structures as in kernels/cpu/source.
+// "what error" for each case, the error by the norm of the outputs.
+#include "calls.h"
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <vector>
-
-extern "C" {
-struct PackedCall {
-    int64_t kind, rows_out, columns, padded, group;
-    const uint8_t *codes;
-    const float *rows;
-    const uint16_t *scales, *offsets;
-    const int32_t *order;
-    const void *x;
-    int64_t element, rows_in, x_stride;
-    const float *bias;
-    void *out;
-    int64_t out_stride, threads;
-};
-struct DenseCall {
-    const void *weight;
-    int64_t weight_element, rows_out, columns;
-    const void *x;
-    int64_t element, rows_in, x_stride;
-    const float *bias;
-    void *out;
-    int64_t out_stride, threads;
-};
-struct PackCall {
-    const void *weight;
-    int64_t element, rows, columns, stride, padded;
-    uint8_t *codes;
-    float *factors;
-    int64_t threads;
-};
-struct Codec {
-    int64_t kind, element, bytes, stream, state_bits, is_signed, triplets, entries;
-    const void *table;
-    double unit;
-};
-struct Call {
-    int64_t batch, count, heads, kv_heads, dim, element, sink, capacity, threads;
-    double scale;
-    const void *q;
-    int64_t q_b, q_c, q_h;
-    void *out;
-    int64_t o_b, o_c, o_h;
-    const uint8_t *pages;
-    int64_t page_page, page_head;
-    const int32_t *page_table;
-    int64_t table_row;
-    const int32_t *rows, *num_packed, *starts, *tail_origin;
-    const void *sink_k, *sink_v, *tail_k, *tail_v;
-    int64_t strides[12];
-    const float *coefficients, *base, *offset, *sink_logits;
-    int64_t window;
-    double cap;
-    Codec k, v;
-};
-void octo_packed_linear(const PackedCall *);
-void octo_dense_linear(const DenseCall *);
-void octo_pack_rows(const PackCall *);
-void octo_attend(const Call *);
-}
 
 namespace {
 uint64_t state = 1;
@@ -138,10 +80,10 @@ void attention(int count) {
     const int32_t origin[1] = {pages * 64};
     const Codec plain{0, 1, dim * 2, 0, 0, 0, 0, 0, nullptr, 1.0};
     const int64_t a = groups * sink * dim, b = groups * tail * dim, s = sink * dim, t = tail * dim, d = dim;
-    Call call{1, count, heads, groups, dim, 0, sink, tail, 2, 0.125, q.data(), count * heads * d, heads * d, d,
+    AttentionCall call{1, count, heads, groups, dim, 0, sink, tail, 2, 0.125, q.data(), count * heads * d, heads * d, d,
               out.data(), count * heads * d, heads * d, d, (const uint8_t *)stored.data(), groups * 256 * d, 256 * d,
               table, pages, row, packed, start, origin, sink_k.data(), sink_v.data(), tail_k.data(), tail_v.data(),
-              {a, s, d, a, s, d, b, t, d, b, t, d}, nullptr, nullptr, nullptr, nullptr, 1ll << 40, 0, plain, plain};
+              a, s, d, a, s, d, b, t, d, b, t, d, nullptr, nullptr, nullptr, nullptr, 1ll << 40, 0, plain, plain};
     octo_attend(&call);
     auto number = [&](int group, int at, int i, bool key) -> double {
         if (at < sink) return (key ? sink_k : sink_v)[(group * sink + at) * dim + i];

@@ -1,5 +1,6 @@
 """The CPU's products against float64, for every kind of codes, on every instruction set that this machine has."""
 
+import ctypes
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from octo_run.errors import OctoError
 from octo_run.kernels.cpu import linear
 from octo_run.kernels.cpu import native as compiled
 from octo_run.kernels.linear import PackedWeight
@@ -57,7 +59,7 @@ CASES = [
 
 @pytest.mark.parametrize("kind, group, offsets", CASES)
 def test_packed_linear_is_the_product(target: str, kind: str, group: int | None, offsets: bool) -> None:
-    for out_rows, columns, rows, order in ((37, 576, 1, False), (64, 200, 5, True), (83, 384, 21, False)):
+    for out_rows, columns, rows, order in ((37, 576, 1, False), (64, 200, 5, True), (83, 1300, 21, True)):
         weight = made(kind, out_rows, columns, group, offsets, order)
         x, bias = torch.randn(rows, columns) * torch.logspace(-2, 2, rows)[:, None], torch.randn(out_rows)
         out = torch.full((rows, out_rows), torch.nan)
@@ -102,6 +104,19 @@ def test_a_number_that_is_not_finite_shows(target: str) -> None:
             out = torch.zeros(rows, 40)
             assert linear.packed_linear(x, weight, None, out)
             assert bool(out[0].isnan().all()) and bool(out[1:].isfinite().all())
+
+
+def test_kernels_of_other_sources_are_not_called() -> None:
+    """A program whose files were changed while it ran would read its arguments at wrong places."""
+
+    class Older(ctypes.Structure):
+        _fields_ = linear._Packed._fields_[:-1]
+
+    found = compiled.library()
+    if found is None:
+        pytest.skip(compiled.path_name())
+    with pytest.raises(OctoError, match="start it again"):
+        found.octo_packed_linear(ctypes.byref(Older()))
 
 
 def test_without_a_compiler_pytorch_is_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

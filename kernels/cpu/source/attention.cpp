@@ -3,6 +3,7 @@
 // head, then its values likewise. A run of blocks is a piece of work: SPLIT of them, or where there are many queries as
 // many as make MOST_SPLITS pieces, whose sums take memory. They are merged in order, so the number of threads changes
 // nothing.
+#include "calls.h"
 #include "common.h"
 #include <algorithm>
 #include <vector>
@@ -11,34 +12,6 @@ namespace {
 constexpr int PAGE = 64, SPLIT = 16, ROWS = 128, MOST_SPLITS = 4;
 enum { PLAIN = 0, TRELLIS = 1, OCTOPUS = 2 };
 }  // namespace
-
-extern "C" {
-struct Codec {  // of K or of V
-    int64_t kind, element, bytes, stream, state_bits, is_signed, triplets, entries;
-    const void *table;  // trellis: int32 [entries], half steps in three fields of 10 bits; octopus: float32 [3, entries]
-    double unit;        // what a number of the table times the stored norm is multiplied by
-};
-struct Call {
-    int64_t batch, count, heads, kv_heads, dim, element, sink, capacity, threads;
-    double scale;
-    const void *q;
-    int64_t q_b, q_c, q_h;
-    void *out;
-    int64_t o_b, o_c, o_h;
-    const uint8_t *pages;
-    int64_t page_page, page_head;
-    const int32_t *page_table;
-    int64_t table_row;
-    const int32_t *rows, *num_packed, *starts, *tail_origin;
-    const void *sink_k, *sink_v, *tail_k, *tail_v;
-    int64_t sk_r, sk_h, sk_t, sv_r, sv_h, sv_t, tk_r, tk_h, tk_t, tv_r, tv_h, tv_t;
-    const float *coefficients, *base, *offset;  // of the key mean, or null; coefficients [B, C, H, d]
-    const float *sink_logits;                   // [H], or null
-    int64_t window;                             // the newest tokens that a query sees
-    double cap;                                 // of logits; 0: without
-    Codec k, v;
-};
-}
 
 namespace {
 static inline F16 weight_of(F16 x) {  // exp(x) of x <= 0, which is 0 far below
@@ -314,7 +287,7 @@ struct Piece {  // sums of a run of blocks
 };
 
 struct Work {
-    const Call &c;
+    const AttentionCall &c;
     int64_t b, head, first_row, count_rows, first_block, last_block;
     int64_t row, start, length, packed, sink_blocks, blocks;
     Piece *piece;
@@ -322,9 +295,9 @@ struct Work {
     void run() const;
 };
 
-static int64_t tail_start(const Call &c, int64_t packed) { return c.sink + packed * PAGE; }
+static int64_t tail_start(const AttentionCall &c, int64_t packed) { return c.sink + packed * PAGE; }
 // The first position that a query sees.
-static int64_t earliest(const Call &c, int64_t query) { return std::max<int64_t>(0, query - c.window + 1); }
+static int64_t earliest(const AttentionCall &c, int64_t query) { return std::max<int64_t>(0, query - c.window + 1); }
 
 void Work::run() const {
     const int64_t dim = c.dim, group = c.heads / c.kv_heads, R = count_rows;
@@ -490,8 +463,8 @@ void Work::run() const {
 }  // namespace
 
 // See kernels.attention.attend; head_dim a multiple of 16.
-extern "C" void octo_attend(const Call *call) {
-    const Call &c = *call;
+FUNCTION(octo_attend, AttentionCall) {
+    const AttentionCall &c = *call;
     const int64_t group = c.heads / c.kv_heads, rows = c.count * group;
     std::vector<Work> work;
     std::vector<int64_t> begins;  // of the pieces of a lane: sequence, KV head, chunk of rows

@@ -24,6 +24,11 @@
 #define REGISTER 16
 #endif
 
+// Keeps a vector in a register, where the compiler would rather read memory again.
+#ifndef IN_REGISTER
+#define IN_REGISTER(x) asm("" : "+v"(x))
+#endif
+
 template <class E, int BYTES> struct Register {
     typedef E type __attribute__((vector_size(BYTES), may_alias));
 };
@@ -33,6 +38,7 @@ template <class E, int BYTES = REGISTER> using Lanes = typename Register<E, BYTE
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef int16_t S32 __attribute__((vector_size(64)));
 typedef uint8_t B64 __attribute__((vector_size(64)));
 template <class M, class V> static inline V pick(M mask, V yes, V no) { return mask ? yes : no; }
 static inline F16 floats(I16 x) { return __builtin_convertvector(x, F16); }
@@ -119,6 +125,7 @@ template <class To, class E, int B> static inline Wide<To, B> converted(const Wi
 typedef Wide<float, 64> F16;
 typedef Wide<int32_t, 64> I16;
 typedef Wide<uint32_t, 64> U16;
+typedef Wide<int16_t, 64> S32;
 typedef Wide<uint8_t, 64> B64;
 static inline F16 floats(const I16 &x) { return converted<float>(x); }
 static inline I16 integers(const F16 &x) { return converted<int32_t>(x); }

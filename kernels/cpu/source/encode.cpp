@@ -3,20 +3,10 @@
 //
 // The cost of a table entry p (odd numbers of half steps) for a triplet x (eighths of a step) is 2 |p|^2 - p x, an
 // integer. With the bits of the code below it, it is a key: the least key of a pair of states has both.
+#include "calls.h"
 #include "common.h"
 #include <algorithm>
 #include <vector>
-
-extern "C" {
-struct TrellisCall {
-    int64_t vectors, dim, stream, state_bits, is_signed, norm_shift, bytes, threads;
-    const float *y;  // [vectors][dim], rows y_stride floats apart
-    int64_t y_stride;
-    const int8_t *table;  // [entries][3]
-    double step;
-    uint8_t *out;  // [vectors][bytes]
-};
-}
 
 namespace {
 constexpr int LANES = 16, CHAINS = 8, LIMIT = 1020;
@@ -234,7 +224,7 @@ void Search::block(int64_t first, int64_t count) const {
 }
 }  // namespace
 
-extern "C" void octo_encode_trellis(const TrellisCall *call) {
+FUNCTION(octo_encode_trellis, TrellisCall) {
     const Search search(*call);
     parallel((call->vectors + LANES - 1) / LANES, (int)call->threads, [&](int64_t n) {
         search.block(n * LANES, std::min<int64_t>(LANES, call->vectors - n * LANES));

@@ -4,6 +4,7 @@
 // the weight's codes: with instructions for products of bytes (VNNI, AMX) as x = step (254 hi + lo) with hi and lo in
 // -127..127, else as x = step n; step = largest / 32380. Sums of a block are exact, so the number of threads does not
 // change them. The error of an activation is at most 1.6e-5 of its block's largest one.
+#include "calls.h"
 #include "common.h"
 #include <algorithm>
 
@@ -11,6 +12,7 @@ namespace {
 constexpr int BLOCK = 128;
 constexpr float STEPS = 32380;
 constexpr int AHEAD = 2048;  // bytes that are fetched in advance
+constexpr int64_t MANY = 8;  // rows of activations from which on widened weights pay
 enum Kind { INT4 = 0, INT8 = 1, FP4 = 2, FP8 = 3 };
 
 struct Weight {
@@ -46,6 +48,23 @@ struct Orders {
 };
 const Orders orders;
 
+// The even and the odd bytes of lanes, as numbers of 16 bits.
+static inline I16 even_bytes(const B64 &w, bool is_signed) {
+    if (!is_signed) return (I16)w & 0x00ff00ff;
+#if REGISTER == 64
+    return (I16)_mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8);
+#else
+    return (I16)((S32)w << 8 >> 8);
+#endif
+}
+static inline I16 odd_bytes(const B64 &w, bool is_signed) {
+    if (!is_signed) return (I16)((U16)w >> 8) & 0x00ff00ff;
+#if REGISTER == 64
+    return (I16)_mm512_srai_epi16((__m512i)w, 8);
+#else
+    return (I16)((S32)w >> 8);
+#endif
+}
 // Whether bytes are multiplied by bytes, and what is added to a signed code so that it is the byte that is multiplied.
 #if defined(WIDE_VNNI) || (defined(__AVXVNNI__) && defined(__AVX2__) && REGISTER == 32)
 #define OF_BYTES 1
@@ -65,25 +84,6 @@ static inline void dots(I16 &acc, B64 w, const int8_t *x, bool is_signed) {
 }
 #else
 constexpr int INT8_ZERO = 0;
-// The even and the odd bytes of lanes, as numbers of 16 bits.
-static inline I16 even_bytes(const B64 &w, bool is_signed) {
-    if (!is_signed) return (I16)w & 0x00ff00ff;
-#if REGISTER == 64
-    return (I16)_mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8);
-#else
-    typedef Wide<int16_t, 64> S32;
-    return (I16)((S32)w << 8 >> 8);
-#endif
-}
-static inline I16 odd_bytes(const B64 &w, bool is_signed) {
-    if (!is_signed) return (I16)((U16)w >> 8) & 0x00ff00ff;
-#if REGISTER == 64
-    return (I16)_mm512_srai_epi16((__m512i)w, 8);
-#else
-    typedef Wide<int16_t, 64> S32;
-    return (I16)((S32)w >> 8);
-#endif
-}
 #endif
 
 static const uint8_t FP4_HALVES[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // 2 value + 12
@@ -150,27 +150,43 @@ static void gather(const Weight &w, const void *x, int element_kind, int64_t blo
     for (int64_t i = count; i < BLOCK; i++) into[i] = 0;
 }
 
+// A block's values as integers, and their step; NaN where one is not finite.
+static float rounded(const float *values, int32_t *whole) {
+    F16 largest = {}, bad = {};
+    for (int i = 0; i < BLOCK; i += 16) {
+        const F16 x = load<F16>(values + i), size = pick(x < 0.0f, -x, x);
+        largest = pick(size > largest, size, largest);
+        bad += x * 0.0f;  // NaN
+    }
+    float of_lane[16], most = 0;
+    store(of_lane, largest);
+    for (float one : of_lane) most = std::max(most, one);
+    float inverse = most > 0 ? STEPS / most : 0;
+    if (!std::isfinite(inverse)) inverse = 0;
+    float step = inverse > 0 ? most / STEPS : 0;
+    if (total(bad) != 0) step = NAN, inverse = 0;
+    for (int i = 0; i < BLOCK; i += 16) {
+        const F16 x = load<F16>(values + i) * inverse + 12582912.0f;  // rounds: 1.5 2^23
+        store(whole + i, inverse > 0 ? integers(x - 12582912.0f) : I16{});
+    }
+    return step;
+}
+
 static void prepare(const Weight &w, const void *x, int element_kind, Prepared p) {
     const int *order = w.nibbles() ? orders.halves : orders.bytes, parts = w.parts(), zero = zero_of(w.kind);
     for (int64_t b = 0; b < w.blocks(); b++) {
-        float values[BLOCK], largest = 0;
+        alignas(64) float values[BLOCK];
+        alignas(64) int32_t numbers[BLOCK];
         gather(w, x, element_kind, b, values);
-        for (int i = 0; i < BLOCK; i++) largest = std::max(largest, std::fabs(values[i]));
-        float inverse = largest > 0 ? STEPS / largest : 0;
-        if (!std::isfinite(inverse)) inverse = 0;
-        p.steps[b] = inverse > 0 ? largest / STEPS : 0;
-        for (int i = 0; i < BLOCK; i++)
-            if (!std::isfinite(values[i])) p.steps[b] = NAN, inverse = 0;
+        p.steps[b] = rounded(values, numbers);
 #ifndef OF_BYTES
-        int16_t numbers[BLOCK];
-        for (int i = 0; i < BLOCK; i++) numbers[i] = (int16_t)std::nearbyint(values[i] * inverse);
         for (int part = 0; part < parts; part++) {
             const int64_t at = b * parts + part;
             int16_t *into = (int16_t *)(p.bytes + at * 256);
             int32_t sums[16] = {};
             for (int i = 0; i < BLOCK; i++) {  // of the codes' byte i
                 const bool here = parts == 1 || order[i] / 16 % 2 == part;
-                const int16_t number = here ? numbers[order[i]] : 0;
+                const int16_t number = here ? (int16_t)numbers[order[i]] : 0;
                 into[i / 64 * 64 + i % 2 * 32 + i % 64 / 2] = number;
                 sums[i % 64 / 4] += number;
             }
@@ -181,8 +197,8 @@ static void prepare(const Weight &w, const void *x, int element_kind, Prepared p
 #else
         int8_t hi[BLOCK], lo[BLOCK];
         for (int i = 0; i < BLOCK; i++) {
-            int n = (int)std::nearbyint(values[i] * inverse), h = (int)std::nearbyint(n * (1.0f / 254));
-            hi[i] = h, lo[i] = n - 254 * h;
+            int h = (int)std::nearbyint(numbers[i] * (1.0f / 254));
+            hi[i] = h, lo[i] = numbers[i] - 254 * h;
         }
         for (int part = 0; part < parts; part++) {
             int8_t *into = p.bytes + (b * parts + part) * 256;
@@ -279,6 +295,178 @@ static void some_rows(const Weight &w, int64_t row, int64_t last, const Prepared
     for (; t < tokens; t++)
         for (int64_t r = row; r < last; r++) row_by_tokens<KIND, PARTS, 1>(w, r, xs + t, bias, out, kind, stride, t);
 }
+
+#if REGISTER != 16
+// Many rows of activations: weights as 16-bit numbers, a panel of rows of them side by side in lanes, two columns in a
+// lane. A lane's sum over a block is exact, as above.
+#define PANELS 1
+typedef Lanes<int32_t> Whole;
+typedef Lanes<float> Float;
+constexpr int LANES = REGISTER / 4, ACROSS = 2, PANEL = ACROSS * LANES;  // rows of a panel
+constexpr int64_t DEPTH = 8;  // blocks of a panel that are worked on at a time, so that they stay in the cache
+constexpr int TOGETHER = REGISTER == 64 ? 8 : 6;  // rows of activations that registers hold the sums of
+
+static inline Whole add_pairs(Whole acc, Whole x, Whole y) {
+#if defined(WIDE_VNNI)
+    return (Whole)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)x, (__m512i)y);
+#elif REGISTER == 64
+    return acc + (Whole)_mm512_madd_epi16((__m512i)x, (__m512i)y);
+#elif defined(__AVXVNNI__)
+    return (Whole)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)y);
+#else
+    return acc + (Whole)_mm256_madd_epi16((__m256i)x, (__m256i)y);
+#endif
+}
+
+// One row of activations: its numbers in order, and for each block a step, for each group (of a block at most) a sum.
+struct Ordered {
+    int16_t *numbers;
+    float *steps, *sums;
+};
+static int64_t panel_groups(const Weight &w) { return std::max<int64_t>(1, BLOCK / w.group); }  // of a block
+static size_t ordered_bytes(const Weight &w) {
+    return w.padded * 2 + (w.blocks() * 4 * (1 + panel_groups(w)) + 63) / 64 * 64;
+}
+static Ordered place_ordered(const Weight &w, char *at) {
+    float *steps = (float *)(at + w.padded * 2);
+    return {(int16_t *)at, steps, steps + w.blocks()};
+}
+static void prepare_ordered(const Weight &w, const void *x, int kind, Ordered to) {
+    const int64_t groups = panel_groups(w), size = BLOCK / groups;
+    for (int64_t b = 0; b < w.blocks(); b++) {
+        alignas(64) float values[BLOCK];
+        alignas(64) int32_t whole[BLOCK];
+        gather(w, x, kind, b, values);
+        to.steps[b] = rounded(values, whole);
+        for (int i = 0; i < BLOCK; i++) to.numbers[b * BLOCK + i] = (int16_t)whole[i];
+        if (!w.offsets) continue;
+        for (int64_t g = 0; g < groups; g++) {
+            int32_t sum = 0;
+            for (int64_t i = g * size; i < g * size + size; i++) sum += whole[i];
+            to.sums[b * groups + g] = (float)sum;
+        }
+    }
+}
+
+// Blocks of a panel's rows: numbers [blocks][64 pairs of columns][PANEL][2], scales and offsets [blocks][groups][PANEL].
+struct Panel {
+    int16_t *numbers;
+    float *scales, *offsets;
+};
+// Eight columns of eight rows become rows, each to its place.
+static inline void turn(const int32_t (*rows)[64], char *const *to) {
+    __m256i in[8], two[8], four[8];
+    for (int r = 0; r < 8; r++) in[r] = _mm256_loadu_si256((const __m256i *)rows[r]);
+    for (int r = 0; r < 8; r += 2) {
+        two[r] = _mm256_unpacklo_epi32(in[r], in[r + 1]);
+        two[r + 1] = _mm256_unpackhi_epi32(in[r], in[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4)
+        for (int i = 0; i < 2; i++) {
+            four[r + 2 * i] = _mm256_unpacklo_epi64(two[r + i], two[r + 2 + i]);
+            four[r + 2 * i + 1] = _mm256_unpackhi_epi64(two[r + i], two[r + 2 + i]);
+        }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_si256((__m256i *)to[i], _mm256_permute2x128_si256(four[i], four[4 + i], 0x20));
+        _mm256_storeu_si256((__m256i *)to[4 + i], _mm256_permute2x128_si256(four[i], four[4 + i], 0x31));
+    }
+}
+template <int KIND> static void fill(const Weight &w, int64_t row, int64_t count, int64_t block, int64_t blocks, Panel to) {
+    constexpr int zero = KIND == INT4 ? 8 : KIND == FP4 ? 12 : 0;
+    constexpr int64_t bytes = KIND == INT8 ? 128 : 64;
+    constexpr bool is_signed = KIND == INT8;
+    const int *order = is_signed ? orders.bytes : orders.halves;
+    const int64_t groups = panel_groups(w);
+    int64_t pair[64];  // of columns, by its place among the even and odd bytes of low and high numbers
+    for (int i = 0; i < 64; i++) pair[i] = order[i / 32 * 64 + i % 16 * 4 + i / 16 % 2] / 2;
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t eight = 0; eight < PANEL; eight += 8) {
+            alignas(64) int32_t words[8][64];
+            for (int64_t r = 0; r < 8; r++) {  // rows that are not there repeat the last one
+                const int64_t here = row + std::min(eight + r, count - 1);
+                const Numbers found = numbers_of<KIND>(w.codes + here * w.row_bytes() + (block + b) * bytes);
+                const I16 four[4] = {even_bytes(found.low, is_signed), odd_bytes(found.low, is_signed),
+                                     even_bytes(found.high, is_signed), odd_bytes(found.high, is_signed)};
+                for (int i = 0; i < 4; i++) store(words[r] + 16 * i, zero ? I16(S32(four[i]) - int16_t(zero)) : four[i]);
+                for (int64_t g = 0; g < groups; g++) {
+                    const int64_t place = (b * groups + g) * PANEL + eight + r;
+                    const int64_t group = here * w.groups() + ((block + b) * BLOCK + g * w.group) / w.group;
+                    to.scales[place] = (KIND == FP4 ? 0.5f : 1.0f) * (w.scales ? of_half(w.scales[group]) : 1.0f);
+                    to.offsets[place] = w.offsets ? of_half(w.offsets[group]) : 0;
+                }
+            }
+            for (int i = 0; i < 64; i += 8) {
+                char *into[8];
+                for (int n = 0; n < 8; n++)
+                    into[n] = (char *)(to.numbers + ((b * 64 + pair[i + n]) * PANEL + eight) * 2);
+                turn((const int32_t(*)[64])&words[0][i], into);
+            }
+        }
+}
+
+// sums [tokens][PANEL] += products of blocks of a panel with rows of activations.
+template <int TOKENS>
+static void through(const Weight &w, const Panel &panel, int64_t block, int64_t blocks, const Ordered *xs, float *sums) {
+    const int64_t groups = panel_groups(w), pairs_of = BLOCK / 2 / groups;
+    Float found[TOKENS][ACROSS];
+    for (int t = 0; t < TOKENS; t++)
+        for (int v = 0; v < ACROSS; v++) found[t][v] = load<Float>(sums + t * PANEL + v * LANES);
+    const int16_t *from = panel.numbers;
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t first = ((block + b) * BLOCK) / 2 + g * pairs_of;
+            Whole acc[TOKENS][ACROSS] = {};
+            for (int64_t p = 0; p < pairs_of; p++, from += 2 * PANEL) {
+                Whole weights[ACROSS];
+                for (int v = 0; v < ACROSS; v++) {
+                    weights[v] = load<Whole>(from + v * 2 * LANES);
+                    IN_REGISTER(weights[v]);  // else it is read once for each row of activations
+                }
+                for (int t = 0; t < TOKENS; t++) {
+                    const Whole x = Whole{} + load<int32_t>(xs[t].numbers + 2 * (first + p));
+                    for (int v = 0; v < ACROSS; v++) acc[t][v] = add_pairs(acc[t][v], x, weights[v]);
+                }
+            }
+            for (int v = 0; v < ACROSS; v++) {
+                const int64_t place = (b * groups + g) * PANEL + v * LANES;
+                const Float scale = load<Float>(panel.scales + place), shift = load<Float>(panel.offsets + place);
+                for (int t = 0; t < TOKENS; t++) {
+                    Float sum = __builtin_convertvector(acc[t][v], Float);
+                    if (w.offsets) sum -= shift * xs[t].sums[(block + b) * groups + g];
+                    found[t][v] += sum * (scale * xs[t].steps[block + b]);
+                }
+            }
+        }
+    for (int t = 0; t < TOKENS; t++)
+        for (int v = 0; v < ACROSS; v++) store(sums + t * PANEL + v * LANES, found[t][v]);
+}
+
+template <int KIND>
+static void panel_rows(const Weight &w, int64_t row, const Ordered *xs, int64_t tokens, const float *bias, void *out,
+                       int kind, int64_t stride) {
+    const int64_t count = std::min<int64_t>(PANEL, w.out - row), groups = panel_groups(w);
+    float *sums = (float *)scratch(2, tokens * PANEL * 4);
+    char *at = scratch(3, DEPTH * PANEL * (BLOCK * 2 + groups * 8));
+    Panel panel{(int16_t *)at, (float *)(at + DEPTH * PANEL * BLOCK * 2), nullptr};
+    panel.offsets = panel.scales + DEPTH * groups * PANEL;
+    memset(sums, 0, tokens * PANEL * 4);
+    for (int64_t block = 0; block < w.blocks(); block += DEPTH) {
+        const int64_t blocks = std::min(DEPTH, w.blocks() - block);
+        fill<KIND>(w, row, count, block, blocks, panel);
+        int64_t t = 0;
+        for (; t + TOGETHER <= tokens; t += TOGETHER)
+            through<TOGETHER>(w, panel, block, blocks, xs + t, sums + t * PANEL);
+        for (; t + 4 <= tokens; t += 4) through<4>(w, panel, block, blocks, xs + t, sums + t * PANEL);
+        for (; t + 2 <= tokens; t += 2) through<2>(w, panel, block, blocks, xs + t, sums + t * PANEL);
+        for (; t < tokens; t++) through<1>(w, panel, block, blocks, xs + t, sums + t * PANEL);
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t r = 0; r < count; r++) {
+            const float y = sums[t * PANEL + r] * w.rows[row + r];
+            put(out, kind, t * stride + row + r, bias ? y + bias[row + r] : y);
+        }
+}
+#endif
 
 // fp8: float32 products of values in the codes' order.
 static void fp8_rows(const Weight &w, int64_t row, int64_t count, const float *x, int64_t tokens, const float *bias,
@@ -440,32 +628,8 @@ static void fp8_linear(const Weight &w, const char *x, int kind, int64_t tokens,
 }
 }  // namespace
 
-extern "C" {
-struct PackedCall {
-    int64_t code_kind, out_rows, columns, padded, group;
-    const uint8_t *codes;
-    const float *rows;
-    const uint16_t *scales, *offsets;
-    const int32_t *order;
-    const void *x;
-    int64_t kind, tokens, x_stride;
-    const float *bias;
-    void *out;
-    int64_t stride, threads;
-};
-struct DenseCall {
-    const void *weight;
-    int64_t weight_kind, out_rows, columns;
-    const void *x;
-    int64_t kind, tokens, x_stride;
-    const float *bias;
-    void *out;
-    int64_t stride, threads;
-};
-}
-
 // out [tokens, out] = x [tokens, columns] W^T + bias. x and out are of one element kind; strides in elements.
-extern "C" void octo_packed_linear(const PackedCall *call) {
+FUNCTION(octo_packed_linear, PackedCall) {
     const PackedCall &c = *call;
     const int kind = (int)c.kind, threads = (int)c.threads;
     const int64_t out_rows = c.out_rows, tokens = c.tokens, stride = c.stride;
@@ -489,6 +653,22 @@ extern "C" void octo_packed_linear(const PackedCall *call) {
         done = out_rows / 16 * 16;
         parallel(done / 16, threads, [&](int64_t n) { amx_rows(w, n * 16, xs, tokens, bias, out, kind, stride); });
         if (done == out_rows) return;
+    }
+#endif
+#ifdef PANELS
+    if (tokens >= MANY) {
+        const int64_t each = (ordered_bytes(w) + 63) / 64 * 64;
+        char *at = scratch(1, each * tokens + tokens * sizeof(Ordered));
+        Ordered *xs = (Ordered *)(at + each * tokens);
+        parallel(tokens, threads, [&](int64_t t) {
+            xs[t] = place_ordered(w, at + each * t);
+            prepare_ordered(w, (const char *)x + t * x_bytes, kind, xs[t]);
+        });
+        const auto rows = w.kind == INT8 ? panel_rows<INT8> : w.kind == INT4 ? panel_rows<INT4> : panel_rows<FP4>;
+        parallel((out_rows - done + PANEL - 1) / PANEL, threads, [&](int64_t n) {
+            rows(w, done + n * PANEL, xs, tokens, bias, out, kind, stride);
+        });
+        return;
     }
 #endif
     const int64_t each = (prepared_bytes(w) + 63) / 64 * 64;
@@ -553,24 +733,14 @@ static void dense(const void *weight, int64_t out_rows, int64_t columns, const v
         }
     });
 }
-extern "C" void octo_dense_linear(const DenseCall *call) {
+FUNCTION(octo_dense_linear, DenseCall) {
     const DenseCall &c = *call;
     (c.weight_kind == FLOAT32 ? dense<true> : dense<false>)(c.weight, c.out_rows, c.columns, c.x, (int)c.kind, c.tokens,
                                                             c.x_stride, c.bias, c.out, c.stride, (int)c.threads);
 }
 
-extern "C" {
-struct PackCall {
-    const void *weight;
-    int64_t element, rows, columns, stride, padded;
-    uint8_t *codes;
-    float *factors;
-    int64_t threads;
-};
-}
-
 // int8 codes of rows in the order of kernels/linear/packed.py, and factors: a row's largest magnitude / 127 in bfloat16.
-extern "C" void octo_pack_rows(const PackCall *call) {
+FUNCTION(octo_pack_rows, PackCall) {
     const PackCall &c = *call;
     parallel((c.rows + 63) / 64, (int)c.threads, [&](int64_t n) {
         float *values = (float *)scratch(0, c.padded * 4), *scaled = (float *)scratch(1, c.padded * 4);

@@ -1,4 +1,5 @@
 // The recurrent step of Gated DeltaNet in float32, see kernels/recurrent. Each value head is worked on by one thread.
+#include "calls.h"
 #include "common.h"
 
 namespace {
@@ -29,19 +30,9 @@ void blend(float *to, float scale, const float *x, float by, float weight, float
 }
 }  // namespace
 
-extern "C" {
-struct DeltaStep {
-    int64_t batch, key_heads, value_heads, key_dim, value_dim, taps, threads, conv_row, memory_row;
-    double eps;
-    const float *projected, *gates, *conv_weight, *decay, *bias, *norm;
-    const int32_t *positions, *rows;
-    float *conv, *memory, *out;
-};
-}
-
 namespace {
 // The convolution's outputs of n channels from `first` on, after SiLU. The row's newest inputs are in their slot.
-void convolved(const DeltaStep &c, const float *slots, int64_t position, int64_t first, int64_t n, float *out) {
+void convolved(const DeltaStepCall &c, const float *slots, int64_t position, int64_t first, int64_t n, float *out) {
     const int64_t channels = 2 * c.key_heads * c.key_dim + c.value_heads * c.value_dim;
     for (int64_t i = 0; i < n; i++) out[i] = 0;
     for (int64_t back = std::min(position, c.taps - 1); back >= 0; back--) {
@@ -52,7 +43,7 @@ void convolved(const DeltaStep &c, const float *slots, int64_t position, int64_t
     for (int64_t i = 0; i < n; i++) out[i] *= sigmoid(out[i]);
 }
 
-void head(const DeltaStep &c, int64_t b, int64_t h) {
+void head(const DeltaStepCall &c, int64_t b, int64_t h) {
     const int64_t dk = c.key_dim, dv = c.value_dim, keys = c.key_heads * dk, values = c.value_heads * dv;
     const int64_t row = c.rows[b], position = c.positions[b], width = 2 * keys + 2 * values;
     float *out = c.out + b * values + h * dv;
@@ -85,8 +76,8 @@ void head(const DeltaStep &c, int64_t b, int64_t h) {
 }
 }  // namespace
 
-extern "C" void octo_delta_step(const DeltaStep *given) {
-    const DeltaStep &c = *given;
+FUNCTION(octo_delta_step, DeltaStepCall) {
+    const DeltaStepCall &c = *call;
     const int64_t channels = 2 * c.key_heads * c.key_dim + c.value_heads * c.value_dim;
     const int64_t width = channels + c.value_heads * c.value_dim;
     for (int64_t b = 0; b < c.batch; b++)

@@ -1,4 +1,5 @@
 // The small operations of a step in float32 (see kernels/step).
+#include "calls.h"
 #include "common.h"
 #include <algorithm>
 
@@ -41,43 +42,7 @@ static void times(const float *x, const float *matrix, int64_t d, float *out) { 
 }
 }  // namespace
 
-extern "C" {
-struct NormCall {
-    const float *x;
-    float *residual;
-    const float *weight, *post;
-    double eps, multiplier, scale;
-    int64_t centred;
-    float *out;
-    int64_t rows, n, threads;
-};
-struct SwigluCall {
-    const float *gate_up;
-    float *out;
-    int64_t rows, n, gelu, threads;
-};
-struct HeadsNormCall {
-    float *x;
-    const float *weight;
-    double eps;
-    int64_t stride, rows, n;
-};
-struct EmbedCall {  // a row of a table for each id: dense, or packed in 8 bits with a factor for each row
-    const int64_t *ids;
-    const void *table;
-    const float *factors;  // null: dense, of `element`
-    int64_t element, row_bytes, rows, n;
-    double scale;
-    float *out;
-};
-struct RotateCall {
-    const float *x, *rotation;
-    float *out;
-    int64_t vectors, d;
-};
-}
-
-extern "C" void octo_add_rms_norm(const NormCall *call) {
+FUNCTION(octo_add_rms_norm, NormCall) {
     const NormCall &c = *call;
     const auto normed = c.centred ? layer_norm : norm;
     const float eps = (float)c.eps, by = (float)c.multiplier, scale = (float)c.scale;
@@ -96,13 +61,13 @@ extern "C" void octo_add_rms_norm(const NormCall *call) {
     });
 }
 
-extern "C" void octo_norm_heads(const HeadsNormCall *call) {
-    const HeadsNormCall &c = *call;
+FUNCTION(octo_norm_heads, NormHeadsCall) {
+    const NormHeadsCall &c = *call;
     for (int64_t r = 0; r < c.rows; r++)
         norm(c.x + r * c.stride, c.weight, c.n, (float)c.eps, c.x + r * c.stride);
 }
 
-extern "C" void octo_swiglu(const SwigluCall *call) {
+FUNCTION(octo_swiglu, SwigluCall) {
     const SwigluCall &c = *call;
     const bool gelu = c.gelu;
     parallel((c.rows + 15) / 16, c.rows < 32 ? 1 : (int)c.threads, [&](int64_t some) {
@@ -124,7 +89,7 @@ extern "C" void octo_swiglu(const SwigluCall *call) {
     });
 }
 
-extern "C" void octo_embed(const EmbedCall *call) {
+FUNCTION(octo_embed, EmbedCall) {
     const EmbedCall &c = *call;
     const int in_word[4] = {0, 2, 1, 3};
     for (int64_t r = 0; r < c.rows; r++) {
@@ -144,7 +109,7 @@ extern "C" void octo_embed(const EmbedCall *call) {
 }
 
 // out [vectors, d] = x [vectors, d] rotation^T.
-extern "C" void octo_rotate_back(const RotateCall *call) {
+FUNCTION(octo_rotate_back, RotateCall) {
     const RotateCall &c = *call;
     for (int64_t v = 0; v < c.vectors; v++)
         for (int64_t k = 0; k < c.d; k++) {
@@ -155,19 +120,8 @@ extern "C" void octo_rotate_back(const RotateCall *call) {
         }
 }
 
-extern "C" {
-struct Heads {
-    int64_t rows, heads, kv_heads, dim, one_map, v_norm, threads;
-    double eps;
-    const float *qkv, *cos, *sin, *q_norm, *k_norm, *maps, *v_rotation, *mean, *queries;
-    const int32_t *slots, *owners;
-    float *k, *v, *q, *coefficients;
-    int64_t k_r, k_h, k_t, v_r, v_h, v_t, q_b, q_h;
-};
-}
-
-extern "C" void octo_qkv_rope_append(const Heads *given) {
-    const Heads &c = *given;
+FUNCTION(octo_qkv_rope_append, HeadsCall) {
+    const HeadsCall &c = *call;
     const int64_t d = c.dim, half = d / 2, group = c.heads / c.kv_heads;
     parallel((c.rows + 7) / 8, c.rows < 16 ? 1 : (int)c.threads, [&](int64_t some) {
         float *normed = (float *)scratch(5, 2 * d * 4), *turned = normed + d;

@@ -137,12 +137,10 @@ extern "C" const char *octo_path() {
 }
 
 // Run kernels one after the other, each on its own arguments.
-extern "C" {
 struct Recorded {
     void (*kernel)(const void *);
     const void *arguments;
 };
-}
 extern "C" void octo_run(const Recorded *calls, int64_t count) {
     for (int64_t i = 0; i < count; i++) calls[i].kernel(calls[i].arguments);
 }
