@@ -84,8 +84,7 @@ def measure(args: argparse.Namespace) -> None:
     part: dict[str, Any] = {"kind": "ppl", "model": name, "text": args.text.name, "skip": args.skip}
     part |= {"tokens": args.tokens, "context": args.ctx, "stride": args.stride, "head_dim": cfg.head_dim}
     part["where"] = (
-        f"llama-cpp-python {llama_cpp.__version__}, {cpu_name(args.threads)}, "
-        f"{datetime.date.today()}; `{command}`"
+        f"llama-cpp-python {llama_cpp.__version__}, {cpu_name(args.threads)}, {datetime.date.today()}; `{command}`"
     )
     numbers = 2 * len(cfg.attention_layers) * cfg.num_kv_heads * cfg.head_dim
     done: list[torch.Tensor] = []

@@ -61,7 +61,9 @@ def test_conditioning_without_a_text_reads_no_text_and_keeps_the_function(
     maps = engine.forward.decoder.layers[0].attention.maps
     found = script.measure_weights(exact.forward.decoder, [])
     assert maps is not None and not list(tmp_path.rglob("*.npz"))  # nothing of it is kept for later loads
-    assert all(bool(mean.abs().max() < 0.2 * shape.norm()) for mean, shape in zip(found.means, found.shapes, strict=True))
+    assert all(
+        bool(mean.abs().max() < 0.2 * shape.norm()) for mean, shape in zip(found.means, found.shapes, strict=True)
+    )
     change = (engine.logits(IDS, 64) - exact.logits(IDS, 64)).abs().mean()
     assert 0 < change < 0.1
 
