@@ -5,7 +5,8 @@
 
 Speeds are tokens by the second of CPU time (user and system, of all threads), so that a busy machine decides less, and
 tokens by the second by the clock beside them; medians over the rounds. PYTHON is an interpreter with llama-cpp-python.
-The peer's cache is filled once for each depth and restored from a file; ours is filled with random keys and values.
+The peer's cache is filled once for each depth and format and restored from a file; ours is filled with random keys and
+values.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def peer(given: dict[str, Any]) -> tuple[Test, dict[str, Any]]:
         library.llama_cpp.llama_memory_clear(library.llama_cpp.llama_get_memory(context), True)
         if not depth:
             return
-        state = folder / f"{given['number']}-{depth}"
+        state = folder / f"{given['cache']}-{depth}"  # of whichever weights: only its size counts
         if not state.exists():
             model.eval(list(range(100, 100 + depth)))
             none = (ctypes.c_int32 * 0)()
@@ -204,16 +205,16 @@ def main() -> None:
         for weights, file in (one.split("=", 1) for one in given.peer):
             for cache in given.peer_kv.split(","):
                 title = f"llama.cpp {weights} weights, {cache} cache"
-                wanted = {**common, "file": file, "cache": cache, "title": title, "number": len(contestants)}
+                wanted = {**common, "file": file, "cache": cache, "title": title}
                 contestants.append(Contestant(given.peer_python, wanted))
         found: dict[str, dict[str, list[tuple[float, float]]]] = {one.name: {} for one in contestants}
         for number in range(given.rounds + 1):  # the first one warms up
             for kind, tokens, depth in tests:
                 for one in contestants:
                     rates = one.test(kind, tokens, depth)
+                    print(f"{number} {one.name}: {kind}{tokens} at {depth:,}: {rates[0]:.1f}", file=sys.stderr)
                     if number:
                         found[one.name].setdefault(f"{kind}{tokens} at {depth:,}", []).append(rates)
-            print(f"round {number} of {given.rounds}", file=sys.stderr)
         for one in contestants:
             one.end()
     text = report(contestants, found, given)

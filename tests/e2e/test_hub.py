@@ -231,7 +231,7 @@ def test_ctrl_c_ends_what_is_in_flight(fake_hub: Any, repo: Path) -> None:
         deadline = time.monotonic() + 60
         while len(incomplete_files()) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(incomplete_files()) == 3, "three at a time"
+        assert len(incomplete_files()) >= 3, "files are fetched side by side"
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130 and time.monotonic() - begun < 15
