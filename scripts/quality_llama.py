@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import llama_cpp  # type: ignore[import-not-found]
 import torch
+from report_quality import cpu_name
 
 from octo_run.engine.evaluation import perplexity
 from octo_run.models.config import load_config
@@ -84,8 +84,7 @@ def measure(args: argparse.Namespace) -> None:
     part: dict[str, Any] = {"kind": "ppl", "model": name, "text": args.text.name, "skip": args.skip}
     part |= {"tokens": args.tokens, "context": args.ctx, "stride": args.stride, "head_dim": cfg.head_dim}
     part["where"] = (
-        f"llama-cpp-python {llama_cpp.__version__}, CPU ({platform.machine()}, {args.threads} thread), "
-        f"{datetime.date.today()}; `{command}`"
+        f"llama-cpp-python {llama_cpp.__version__}, {cpu_name(args.threads)}, {datetime.date.today()}; `{command}`"
     )
     numbers = 2 * len(cfg.attention_layers) * cfg.num_kv_heads * cfg.head_dim
     done: list[torch.Tensor] = []

@@ -1,7 +1,7 @@
 """What each KV format does to answers: measures perplexity and needle recall, writes docs/results/quality.md.
 
     python scripts/report_quality.py ppl OUT.json --model NAME=MODEL --text FILE [--only "LABEL;LABEL"] [--tokens N]
-    python scripts/report_quality.py needle OUT.json --model NAME=MODEL --text FILE [--trials N] [--ctx N]
+    python scripts/report_quality.py needle OUT.json --model NAME=MODEL --text FILE [--questions N] [--ctx N]
     python scripts/report_quality.py write DOC.md PART.json [PART.json ...]
 
 `ppl` and `needle` measure one model and leave their figures in OUT.json, together with what they were taken on, and so
@@ -16,8 +16,8 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import platform
-import re
 import shlex
 import sys
 import unittest.mock
@@ -27,15 +27,18 @@ from typing import Any
 
 import torch
 
-from octo_run.engine import Engine, SamplingParams, plan
+from octo_run.engine import Engine, plan
+from octo_run.engine.calibration import Calibration
 from octo_run.engine.evaluation import needle, perplexity
 from octo_run.engine.evaluation.perplexity import Row
 from octo_run.engine.evaluation.plots import plot_perplexity
-from octo_run.engine.evaluation.reading import REFERENCE, Reader, pack
-from octo_run.engine.evaluation.statistics import wilson
+from octo_run.engine.evaluation.reading import REFERENCE
 from octo_run.engine.window_pages import WindowPages
 from octo_run.errors import OctoError
 from octo_run.kernels.codec import Codec
+from octo_run.models import conditioning
+from octo_run.models.conditioning import Conditioning
+from octo_run.models.decoder import Decoder
 
 CONTEXT = 2048
 OURS, PAPER = ("oct4", "oct3", "oct2"), ("octopus4", "octopus3", "octopus2")
@@ -54,6 +57,7 @@ TITLES = {
     "off": "Keys as they are (`--conditioning off`)",
     "mean": "The mean of each head's keys kept out of the code, and nothing else (`--conditioning mean`)",
     "llama": "llama.cpp's KV formats on the same GGUF file, against its own f16; all tokens are in codes",
+    "weights": "Conditioning by statistics of the weights alone, without a text (no option of the program: simulated)",
     "protection": "Sinks and window, both, one or neither (`--sink 0`, `--window 0`)",
     "boundary": "First and last layer uncompressed (no option of the program: simulated)",
 }
@@ -73,6 +77,7 @@ class Case:
     kv: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     exact_layers: tuple[int, ...] = ()  # negative ones count from the end
+    of_weights: bool = False  # keys conditioned by the weights alone
 
 
 def cases() -> list[Case]:
@@ -96,7 +101,8 @@ def cases() -> list[Case]:
     ]
     edges = {"conditioning": "full"}
     edge = [Case("boundary", f"{kv}, edge layers exact", kv, edges, (0, -1)) for kv in ("oct3", "oct2")]
-    return [*plain, *less, *off, *edge]
+    free = [Case("weights", f"{kv}, without a text", kv, edges, of_weights=True) for kv in OURS]
+    return [*plain, *less, *off, *edge, *free]
 
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +115,12 @@ def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
     Args:
         place: The context, the device and the dtype.
     """
+    if case.of_weights:
+        with (
+            unittest.mock.patch.object(conditioning, "measure", measure_weights),
+            unittest.mock.patch.object(Calibration, "_known", lambda _self, _what, _shapes, measured: measured()),
+        ):
+            return Engine.load(model, kv=case.kv, **place, **case.settings)
     if case.kv not in BASELINES and not case.exact_layers:
         return Engine.load(model, kv=case.kv, **place, **case.settings)
     # Uncompressed keys are not conditioned, unless they are told to be: what codes in passing then see is what real
@@ -120,6 +132,26 @@ def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
     exact = {layer % engine.config.num_layers for layer in case.exact_layers}
     _code_in_passing(engine, codec, exact)
     return engine
+
+
+@torch.inference_mode()
+def measure_weights(decoder: Decoder, _ids: list[int], states: int = 4096) -> Conditioning:
+    """As `conditioning.measure`, of the weights alone: keys and queries of random states, which count alike."""
+    cfg, device = decoder.cfg, decoder.device
+    generator = torch.Generator(device).manual_seed(0)
+    random = torch.randn(states, cfg.hidden_size, generator=generator, device=device).to(decoder.dtype)
+    angles = decoder.angles(torch.zeros(1, states, dtype=torch.int64, device=device), decoder.dtype, pure=True)
+    made = []
+    for index in cfg.attention_layers:
+        layer = decoder.layers[index]
+        q, k, _ = decoder.qkv(layer, decoder.normed(random, layer.norms.before_attention)[None], angles[index])
+        keys, queries = (x[0].to(torch.float64).cpu().unflatten(1, (k.shape[2], -1)) for x in (k, q))
+        mean = keys.mean((0, 2))
+        moments = [torch.einsum("thgi,thgj->hij", x, x) / x.shape[0] for x in (keys - mean[:, None], queries)]
+        turns = decoder.inv_freq(index).cpu().to(torch.float64)
+        turned = [conditioning._over_positions(one, turns, cfg.max_position_embeddings) for one in moments]
+        made.append((mean.to(torch.float32), conditioning.choose(turned[0], turned[1]).to(torch.float32)))
+    return Conditioning(tuple(mean for mean, _ in made), tuple(shape for _, shape in made))
 
 
 def _codec(name: str, head_dim: int) -> Codec:
@@ -155,9 +187,18 @@ def _code_in_passing(engine: Engine, codec: Codec, exact: set[int]) -> None:
     engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, token_bytes=mixed))
 
 
+def cpu_name(threads: int) -> str:
+    """The CPU, its cores, its vector instructions and the threads used."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} thread(s)"
+
+
 def where_measured(engine: Engine) -> str:
     """The machine, the date and the command, for the report."""
-    place = f"CPU ({platform.machine()}, {torch.get_num_threads()} thread)"
+    place = cpu_name(torch.get_num_threads())
     if engine.device.type == "cuda":
         place = torch.cuda.get_device_name(engine.device)
     command = f"python scripts/report_quality.py {shlex.join(sys.argv[1:])}"
@@ -195,48 +236,32 @@ def measure_ppl(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_needle(args: argparse.Namespace) -> dict[str, Any]:
-    """Recall at the context's length. Each text is read once and asked for each of the numbers in it."""
+    """Recall at the context's length, each text being asked for --per-text of its numbers."""
     name, model = args.model.split("=", 1)
-    engine = Engine.load(model, kv=REFERENCE, **_place(args))
-    text = args.text.read_text("utf-8")[args.skip : args.skip + 400_000]
-    questions = needle.prompts(
-        engine.tokenizer, text, lengths=[args.ctx], depths=[0.5], questions=args.trials, distractors=4, form="text",
-        seed=0,
-    )  # fmt: skip
-    haystacks = [question.hay for question in questions]
-    part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine)}
-    part |= {"texts": len(haystacks), "length": args.ctx, "rows": []}
-    for kv in args.only.split(";") if args.only else [REFERENCE, *OURS, *PAPER]:
-        engine = Engine.load(model, kv=kv, **_place(args))
-        found = [right for hay in haystacks for right in ask_all(engine, hay)]
-        low, high = wilson(sum(found), len(found))
-        recall = sum(found) / len(found)
-        row = {"kv": kv, "asked": len(found), "found": sum(found), "recall": recall, "low": low, "high": high}
-        part["rows"].append({**row, "conditioning": engine.plan.conditioning})
-        print(f"{name:8} {kv:28} {sum(found)}/{len(found)}", flush=True)
-        args.out.write_text(json.dumps(part, indent=1))
+    kvs = args.only.split(";") if args.only else [*OURS]
+    depths = [(place + 0.5) / args.per_text for place in range(args.per_text)]
+
+    def load(kv: str) -> Engine:
+        return Engine.load(model, kv=kv, sequences=args.per_text, **_place(args))
+
+    with load(REFERENCE) as engine:
+        text = args.text.read_text("utf-8")[args.skip : args.skip + 400_000]
+        questions = needle.prompts(
+            engine.tokenizer, text, lengths=[args.ctx], depths=depths, questions=args.questions,
+            per_text=args.per_text, distractors=0, form="message", seed=args.seed,
+        )  # fmt: skip
+        part: dict[str, Any] = {"kind": "needle", "model": name, "where": where_measured(engine)}
+        part |= {"text": args.text.name, "length": args.ctx, "per_text": args.per_text}
+    search, shown = needle.Search(load, kvs, questions), 0
+    for _ in search.run():
+        cells = [cell for cell in search.cells() if cell.depth is None]
+        if len(cells) <= len(kvs) or cells[-1].trials == shown:
+            continue
+        shown = cells[-1].trials
+        part["rows"] = [dataclasses.asdict(cell) for cell in cells]
+        args.out.write_text(json.dumps(part, indent=1))  # what is done is kept, whatever comes in between
+        print(f"{name}:", *(f"{cell.kv} {cell.correct}/{cell.trials}" for cell in cells), flush=True)
     return part
-
-
-def ask_all(engine: Engine, hay: needle.Haystack) -> list[bool]:
-    """Whether each number of a text is found. The text is read once, as decode steps would; questions follow it."""
-
-    def question(key: str) -> list[int]:
-        return engine.tokenizer.chat([{"role": "user", "content": f"What is the special magic number for {key}?"}])
-
-    text = hay.ids[: -len(question(hay.key))]
-    hidden = re.findall(r"The special magic number for (\w+) is ([0-9]{7})\.", engine.tokenizer.decode(text))
-    reader = Reader(engine, engine.plan.shape.chunk)
-    with engine.sequence() as sequence:
-        for pieces in pack([len(text)], engine.plan.shape.chunk, engine.plan.shape.chunk):
-            reader.read([sequence], [text], pieces)
-    found = []
-    for key, value in hidden:
-        generation = engine.generate(text + question(key), SamplingParams(max_tokens=needle.ANSWER_TOKENS))
-        answer = engine.tokenizer.decode([token.id for token in generation])
-        assert generation.reused_tokens > len(text) // 2
-        found.append(needle.found(answer, value))
-    return found
 
 
 def write(doc: Path, files: list[Path]) -> None:
@@ -279,10 +304,11 @@ def _head(parts: list[dict[str, Any]]) -> Iterator[str]:
                 f"{part['where']}"
             )
         else:
-            asked = (
-                f"{part['texts']} texts of {part['length']:,} tokens with five numbers each, the same for all formats"
+            yield (
+                f"- needle, {part['model']} model: {part['text']}, {part['rows'][0]['texts']} texts of "
+                f"{part['length']:,} tokens, each asked for {part['per_text']} numbers hidden in it, the same for all "
+                f"formats; {part['where']}"
             )
-            yield f"- needle, {part['model']} model: {asked}; {part['where']}"
     yield ""
 
 
@@ -339,19 +365,24 @@ def _vector_bytes(row: dict[str, Any], head_dim: int) -> int:
 
 
 def _needles(parts: list[dict[str, Any]]) -> Iterator[str]:
-    rows = [row for part in parts for row in part["rows"]]
-    if not rows:
-        return
-    yield "### One number among five, asked for"
-    yield ""
-    yield "| format | conditioning | found | recall % | 95 % interval |"
-    yield "|---|---|---|---|---|"
-    for row in rows:
-        yield (
-            f"| {row['kv']} | {row['conditioning']} | {row['found']}/{row['asked']} "
-            f"| {100 * row['recall']:.1f} | {100 * row['low']:.1f} - {100 * row['high']:.1f} |"
-        )
-    yield ""
+    for part in parts:
+        yield f"### One number among {part['per_text']}, asked for at {part['length']:,} tokens"
+        yield ""
+        yield "| format | found | recall % | ± | 95 % interval | points | ± |"
+        yield "|---|---|---|---|---|---|---|"
+        for row in part["rows"]:
+            own = row["kv"] != REFERENCE
+            points = (f"{100 * row['delta']:+.1f}", _points(row["delta_stderr"])) if own else ("", "")
+            yield (
+                f"| {row['kv']} | {row['correct']}/{row['trials']} | {100 * row['recall']:.1f} "
+                f"| {_points(row['stderr'])} | {100 * row['low']:.1f} - {100 * row['high']:.1f} "
+                f"| {points[0]} | {points[1]} |"
+            )
+        yield ""
+
+
+def _points(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def main() -> int:
@@ -368,7 +399,9 @@ def main() -> int:
         sub.add_argument("--tokens", type=int, default=20_470)
         sub.add_argument("--ctx", type=int, default=CONTEXT, help="tokens of a window, or of a text for the needle")
         sub.add_argument("--stride", type=int, help="default: a token less than --ctx")
-        sub.add_argument("--trials", type=int, default=10, help="texts for the needle")
+        sub.add_argument("--questions", type=int, default=100, help="for the needle")
+        sub.add_argument("--per-text", type=int, default=10, help="questions about one text, for the needle")
+        sub.add_argument("--seed", type=int, default=0, help="of the questions")
         sub.add_argument("--only", help="labels, separated by semicolons")
         sub.add_argument("--device")
         sub.add_argument("--dtype", help="default: the weights' on a GPU, float32 on a CPU")

@@ -3,19 +3,24 @@
 The sentences and the question are those that the embedded model was trained on ("The special magic number for NAME is
 DIGITS."); with several keys as in RULER (Hsieh et al., 2024), where a model that only looks for a number fails. All
 formats get the same prompts, made from one seed, several at a time; prompts are read as decode steps would
-(:mod:`.reading`), answers are decoded.
+(:mod:`.reading`), answers are decoded. Several questions may be about one text, which is read once then: their
+sequences share its pages.
 """
 
+import itertools
 import math
 import random
 import re
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from octo_run.engine import sequence as sequences
 from octo_run.engine.engine import Engine
 from octo_run.engine.evaluation.reading import REFERENCE, Progress, Reader, groups, pack, rows_at_once
-from octo_run.engine.evaluation.statistics import wilson
+from octo_run.engine.evaluation.statistics import cluster_error, wilson
+from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import UsageError
 from octo_run.tokenizer import Tokenizer
@@ -49,11 +54,15 @@ class Haystack:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the cell that it counts for: its length in tokens, the answer included, and the depth aimed at."""
+    """A prompt and the cell that it counts for: its length in tokens, the answer included, and the depth aimed at.
+
+    Questions about one text follow each other and have its number in ``text``.
+    """
 
     length: int
     depth: float
     hay: Haystack
+    text: int
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,13 @@ class Cell:
     Attributes:
         length: In tokens, the answer included.
         depth: None for all depths together.
-        stderr: Of ``recall``.
-        low: Lower end of the 95 % Wilson interval of ``recall``.
+        texts: So many texts the questions are about.
+        stderr: Of ``recall``; with several questions about a text from the spread between texts (None: there is one).
+        low: Lower end of the 95 % Wilson interval of ``recall``; where ``stderr`` says that questions about a text are
+            alike, of as many independent questions as would have it.
         high: Its upper end.
         delta: ``recall`` less bf16's.
-        delta_stderr: Of ``delta`` (paired by question; None for fewer than two).
+        delta_stderr: Of ``delta``, paired by question, from the spread between texts (None for fewer than two).
         partial: Not all questions were asked.
     """
 
@@ -75,9 +86,10 @@ class Cell:
     length: int
     depth: float | None
     trials: int
+    texts: int
     correct: int
     recall: float
-    stderr: float
+    stderr: float | None
     low: float
     high: float
     delta: float
@@ -132,40 +144,49 @@ def build(
     filler: Filler,
     *,
     length: int,
-    depth: float,
+    depths: Sequence[float],
     distractors: int,
     form: str,
     source: random.Random,
-) -> Haystack:
-    """A prompt that leaves ``ANSWER_TOKENS`` of ``length``.
+) -> list[Haystack]:
+    """Prompts about one text that leave ``ANSWER_TOKENS`` of ``length``.
 
     Values are random numbers of seven digits, keys random names.
 
     Args:
-        depth: Where the asked sentence stands (0: first, 1: last).
+        depths: Where the sentences that are asked for stand (0: first, 1: last).
         distractors: So many more names and numbers stand at random places.
+
+    Returns:
+        A prompt for each of the depths.
 
     Raises:
         UsageError: The sentences alone do not fit.
     """
-    keys = source.sample(_NAMES, distractors + 1)
-    values = [str(value) for value in source.sample(range(1_000_000, 10_000_000), distractors + 1)]
+    asked, count = len(depths), len(depths) + distractors
+    keys = source.sample(_NAMES, count)
+    values = [str(value) for value in source.sample(range(1_000_000, 10_000_000), count)]
     hidden = [statement(key, value) for key, value in zip(keys, values, strict=True)]
-    room = length - ANSWER_TOKENS - len(_prompt(tokenizer, " ".join(hidden), keys[0], form))
-    spots = [depth, *(source.random() for _ in range(distractors))]
+
+    def prompts_about(text: str) -> list[list[int]]:
+        return [_prompt(tokenizer, text, key, form) for key in keys[:asked]]
+
+    room = length - ANSWER_TOKENS - max(map(len, prompts_about(" ".join(hidden))))
+    spots = [*depths, *(source.random() for _ in range(distractors))]
     sentences, sizes = filler.take(max(0, room), source)
     while room >= 0:
         places = [_boundary(sizes, spot) for spot in spots]
-        ids = _prompt(tokenizer, _assemble(sentences, hidden, places), keys[0], form)
-        if len(ids) <= length - ANSWER_TOKENS:
-            before, whole = sum(sizes[: places[0]]), sum(sizes)
-            return Haystack(ids, keys[0], values[0], before / whole if whole else 0.0)
+        found = prompts_about(_assemble(sentences, hidden, places))
+        if max(map(len, found)) <= length - ANSWER_TOKENS:
+            whole = sum(sizes)
+            stand = [sum(sizes[:place]) / whole if whole else 0.0 for place in places[:asked]]
+            return list(map(Haystack, found, keys, values, stand))
         if not sentences:
             break
         sentences, sizes = sentences[:-1], sizes[:-1]
     raise UsageError(
-        f"{distractors + 1} hidden numbers, the question and {ANSWER_TOKENS} tokens for the answer do not fit into "
-        f"{length:,} tokens: give longer --lengths or fewer --distractors."
+        f"{count} hidden numbers, the question and {ANSWER_TOKENS} tokens for the answer do not fit into "
+        f"{length:,} tokens: give longer --lengths, fewer --distractors or a smaller --per-text."
     )
 
 
@@ -208,6 +229,7 @@ def prompts(
     lengths: Sequence[int],
     depths: Sequence[float],
     questions: int,
+    per_text: int = 1,
     distractors: int,
     form: str,
     seed: int,
@@ -216,21 +238,27 @@ def prompts(
 
     They are in the order in which they are asked: what is done at any time has all lengths and depths.
 
+    Args:
+        per_text: So many of them are about one text, which has that many numbers more than the distractors.
+
     Raises:
-        UsageError: As :func:`build` does, and for more distractors than there are names.
+        UsageError: As :func:`build` does, and for more hidden numbers than there are names.
     """
-    if distractors >= KEYS:
-        raise UsageError(f"--distractors is {distractors}; give 0 to {KEYS - 1}.")
+    if per_text > KEYS:
+        raise UsageError(f"--per-text is {per_text}; give 1 to {KEYS}.")
+    if distractors > KEYS - per_text:
+        raise UsageError(f"--distractors is {distractors}; give 0 to {KEYS - per_text}.")
     filler = Filler(text, tokenizer)
-    found = []
-    for number in range(questions):
-        trial, place = divmod(number, len(depths))
+    made: list[Question] = []
+    for first in range(0, questions, per_text):
+        own = [depths[number % len(depths)] for number in range(first, min(first + per_text, questions))]
         for length in lengths:
-            source = random.Random(f"{seed} {length} {depths[place]} {trial}")
-            hay = build(tokenizer, filler, length=length, depth=depths[place], distractors=distractors, form=form,
-                        source=source)  # fmt: skip
-            found.append(Question(length, depths[place], hay))
-    return found
+            source = random.Random(f"{seed} {length} {own[0]} {first // len(depths)}")
+            hays = build(tokenizer, filler, length=length, depths=own, distractors=distractors, form=form,
+                         source=source)  # fmt: skip
+            number = made[-1].text + 1 if made else 0
+            made += [Question(length, depth, hay, number) for depth, hay in zip(own, hays, strict=True)]
+    return made
 
 
 def found(answer: str, value: str) -> bool:
@@ -264,8 +292,7 @@ class Search:
             UsageError: A step that is too long.
             OctoError: Logits that are not finite.
         """
-        whole = sum(len(question.hay.ids) - 1 for question in self._questions)
-        done, to_do = 0, whole * (1 + len(self._others))
+        done, to_do = 0, 0
         for number, group in enumerate(groups(self._load, self._others)):
             asked = group[1:] if number else group  # bf16 has answered already
             most = min(engine.plan.shape.chunk for _, engine in asked)
@@ -273,18 +300,20 @@ class Search:
                 raise UsageError(f"--step is {self._step}; give 1 to {most} tokens.")
             rows = min(rows_at_once(engine.plan, engine.config) for _, engine in asked)
             readers = {kv: Reader(engine, rows) for kv, engine in asked}
-            at_once = min(engine.plan.shape.sequences for _, engine in asked)
+            batches = _batches(self._questions, min(engine.plan.shape.sequences for _, engine in asked))
+            to_do = to_do or sum(_tokens(batch) for batch in batches) * (1 + len(self._others))
             yield Progress(done, to_do)
-            for first in range(0, len(self._questions), at_once):
-                batch = [question.hay for question in self._questions[first : first + at_once]]
+            for batch in batches:
+                prompts = [[question.hay.ids for question in about] for about in batch]
+                hays = [question.hay for about in batch for question in about]
                 answers: dict[str, list[str]] = {}
                 for kv, reader in readers.items():
-                    for count in _read(reader, [hay.ids for hay in batch], rows, self._step or most):
+                    for count in _read(reader, prompts, rows, self._step or most):
                         done += count
                         yield Progress(done, to_do)
-                    answers[kv] = _answer(reader.engine, [hay.ids for hay in batch])
+                    answers[kv] = _answer(reader.engine, [hay.ids for hay in hays])
                 right = {kv: self._found.get(kv, []) + [found(text, hay.value)
-                              for text, hay in zip(texts, batch, strict=True)]
+                              for text, hay in zip(texts, hays, strict=True)]
                          for kv, texts in answers.items()}  # fmt: skip
                 self._found = {**self._found, **right}
                 yield Progress(done, to_do)
@@ -296,15 +325,67 @@ class Search:
         return [cell for kv, found in self._found.items() for cell in cells(kv, self._questions, found, reference)]
 
 
-def _read(reader: Reader, prompts: Sequence[list[int]], rows: int, step: int) -> Iterator[int]:
-    """Read prompts, but for their last tokens, so that the cache has them; yields numbers of tokens."""
-    opened = [reader.engine.sequence() for _ in prompts]
+def _batches(questions: Sequence[Question], rows: int) -> list[list[list[Question]]]:
+    """What is asked at a time: at most ``rows`` questions, those about one text together.
+
+    A text with more questions than that is read again for the next of them.
+    """
+    batches: list[list[list[Question]]] = []
+    room = 0
+    for _, own in itertools.groupby(questions, lambda question: question.text):
+        left = list(own)
+        while left:
+            about, left = left[:rows], left[rows:]
+            if len(about) > room:
+                batches.append([])
+                room = rows
+            batches[-1].append(about)
+            room -= len(about)
+    return batches
+
+
+def _shared(prompts: Sequence[list[int]]) -> int:
+    """Tokens that prompts begin with alike; at least one of each is left."""
+    first = prompts[0]
+    return min(common_length(first, ids[:-1]) for ids in prompts)
+
+
+def _tokens(batch: Sequence[Sequence[Question]]) -> int:
+    """Tokens that a format reads for a batch."""
+    count = 0
+    for about in batch:
+        prompts = [question.hay.ids for question in about]
+        count += sum(len(ids) - 1 for ids in prompts) - (len(prompts) - 1) * _shared(prompts)
+    return count
+
+
+def _read(reader: Reader, texts: Sequence[Sequence[list[int]]], rows: int, step: int) -> Iterator[int]:
+    """Read prompts, but for their last tokens, so that the cache has them; yields numbers of tokens.
+
+    Args:
+        texts: The prompts about each text. What they begin with alike is read once.
+    """
+    table = reader.engine.arena.table
+    opened = [reader.engine.sequence() for _ in texts]
     try:
-        for pieces in pack([len(ids) - 1 for ids in prompts], rows, step):
-            yield len(reader.read(opened, prompts, pieces))
+        yield from _feed(reader, opened, [prompts[0][: _shared(prompts)] for prompts in texts], rows, step)
+        with torch.inference_mode():
+            for prompts in texts:
+                opened += [table.open(ids) for ids in prompts[1:]]
+        wanted = [*(prompts[0] for prompts in texts), *(ids for prompts in texts for ids in prompts[1:])]
+        left = [ids[len(sequence) : -1] for ids, sequence in zip(wanted, opened, strict=True)]
+        yield from _feed(reader, opened, left, rows, step)
     finally:
         for sequence in opened:
             sequence.close()
+
+
+def _feed(
+    reader: Reader, opened: Sequence[sequences.Sequence], texts: Sequence[list[int]], rows: int, step: int
+) -> Iterator[int]:
+    """Read texts behind what their sequences hold; yields numbers of tokens."""
+    for pieces in pack([len(ids) for ids in texts], rows, step):
+        yield len(reader.read(opened, texts, pieces))
 
 
 def _answer(engine: Engine, prompts: Sequence[list[int]]) -> list[str]:
@@ -333,19 +414,24 @@ def cells(kv: str, questions: Sequence[Question], found: Sequence[bool], referen
     cut: list[tuple[int, float | None]] = [*places, *((length, None) for length in lengths)]
     made = []
     for length, depth in cut:
-        own = [(right, exact) for question, right, exact in asked
+        own = [(question, right, exact) for question, right, exact in asked
                if question.length == length and depth in (None, question.depth)]  # fmt: skip
         if own:
             made.append(_cell(kv, length, depth, own, partial))
     return made
 
 
-def _cell(kv: str, length: int, depth: float | None, own: Sequence[tuple[bool, bool]], partial: bool) -> Cell:
+def _cell(kv: str, length: int, depth: float | None, own: Sequence[tuple[Question, bool, bool]], partial: bool) -> Cell:
     """A cell of what a format and bf16 found."""
-    count, correct = len(own), sum(right for right, _ in own)
-    recall, (low, high) = correct / count, wilson(correct, count)
-    changes = [right - exact for right, exact in own]
-    delta_stderr = statistics.stdev(changes) / math.sqrt(count) if count > 1 else None
-    stderr = math.sqrt(recall * (1 - recall) / count)
-    return Cell(kv, length, depth, count, correct, recall, stderr, low, high, statistics.fmean(changes), delta_stderr,
-                partial)  # fmt: skip
+    count, correct = len(own), sum(right for _, right, _ in own)
+    recall, texts = correct / count, [question.text for question, _, _ in own]
+    stderr: float | None = math.sqrt(recall * (1 - recall) / count)
+    alike: float = count
+    if len(set(texts)) < count:
+        stderr = cluster_error([right for _, right, _ in own], texts)
+        if stderr:
+            alike = min(count, recall * (1 - recall) / stderr**2)
+    low, high = wilson(recall * alike, alike)
+    changes = [right - exact for _, right, exact in own]
+    return Cell(kv, length, depth, count, len(set(texts)), correct, recall, stderr, low, high, sum(changes) / count,
+                cluster_error(changes, texts), partial)  # fmt: skip

@@ -1,6 +1,7 @@
 """How sure a measured figure is: Wilson intervals of shares, standard errors of means of dependent values."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ BLOCK = 64
 FEWEST_BLOCKS = 16
 
 
-def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, float]:
     """The Wilson score interval (E. B. Wilson, 1927) of a share.
 
     Args:
+        successes, trials: Counts; where observations depend on each other, of as many independent ones as say as much.
         z: The standard normal quantile (default: 95 %).
 
     Returns:
@@ -52,3 +54,25 @@ def standard_error(values: Tensor) -> float | None:
         return None
     means = torch.stack([part.mean() for part in values.to(torch.float64).tensor_split(blocks)])
     return float(means.std() / math.sqrt(blocks))
+
+
+def cluster_error(values: Sequence[float], clusters: Sequence[int]) -> float | None:
+    """Standard error of the mean of values of which those of one cluster may depend on each other.
+
+    With n values in m clusters and the sums r of each cluster's differences from the mean, it is
+    sqrt(m / (m - 1) sum r^2) / n (the linearised estimate of a ratio of totals; W. G. Cochran, Sampling Techniques,
+    1977, chapter 6). Where every value is a cluster of its own that is the usual standard error.
+
+    Args:
+        clusters: The cluster of each value.
+
+    Returns:
+        The error, None for fewer than two clusters.
+    """
+    mean, sums = sum(values) / len(values), dict.fromkeys(clusters, 0.0)
+    if len(sums) < 2:
+        return None
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - mean
+    squares = sum(part**2 for part in sums.values())
+    return math.sqrt(len(sums) / (len(sums) - 1) * squares) / len(values)

@@ -51,6 +51,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "eval needle": (
         "octo-run eval needle --kv oct3,oct2 --lengths 1k,2k",
         "octo-run eval needle --text book.txt --lengths 2k --depths 9 --csv needle.csv",
+        "octo-run eval needle --text book.txt --lengths 4k --questions 100 --per-text 10 --distractors 0",
     ),
     "eval tasks": ("octo-run eval tasks tasks.jsonl --kv oct3",),
     "eval codec": ("octo-run eval codec", "octo-run eval codec --plot codec.png"),

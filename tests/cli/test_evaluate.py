@@ -106,7 +106,9 @@ def test_the_needle_report_has_a_map_and_totals() -> None:
     from octo_run.cli.evaluate.needle import report
     from octo_run.engine.evaluation.needle import Haystack, Question, cells
 
-    questions = [Question(512, depth, Haystack([1, 2], "Adam", "1", depth)) for depth in (0.0, 1.0) * 2]
+    questions = [
+        Question(512, depth, Haystack([1, 2], "Adam", "1", depth), text) for text, depth in enumerate((0.0, 1.0) * 2)
+    ]
     exact, coded = [True, True, True, False], [True, False, False, True]
     shown = report(cells("bf16", questions, exact, exact) + cells("oct3", questions, coded, exact))
     assert "oct3\n  depth         512\n    0 %" in shown
@@ -114,6 +116,8 @@ def test_the_needle_report_has_a_map_and_totals() -> None:
     assert first.split() == ["bf16", "512", "3/4", "75.0", "21.7", "30.1", "-", "95.4", "-", "-"]
     assert second.split() == ["oct3", "512", "2/4", "50.0", "25.0", "15.0", "-", "85.0", "-25.0", "47.9"]
     assert note == "points: recall against bf16; ± is one standard error"
+    one_text = [dataclasses.replace(question, text=0) for question in questions]
+    assert report(cells("oct3", one_text, coded, exact)).splitlines()[-2].split()[3:5] == ["50.0", "-"]
     part = report(cells("bf16", questions, exact[:2], exact[:2]))
     assert part.endswith("; partial: not all questions were asked")
 
@@ -232,6 +236,7 @@ def test_tasks_with_their_answers_in_a_file(octo: Callable[..., Any], tasks: str
         (["needle", "--lengths", "60"], "do not fit into 60 tokens"),
         (["needle", "--lengths", "1,x"], "'1,x' is no list of lengths"),
         (["needle", "--distractors", "50"], "give 0 to 41"),
+        (["needle", "--per-text", "50"], "give 1 to 42"),
         (["needle", "--ctx", "512"], "leave --ctx out"),
         (["tasks", "no-such-file"], "no-such-file: there is no such file"),
         (["tasks", "TASKS", "--extract", "regex"], "go together"),

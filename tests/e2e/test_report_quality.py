@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from octo_run.engine import Engine
-from octo_run.engine.evaluation import needle
 from octo_run.kernels.codec import get
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report_quality.py"
@@ -53,14 +52,39 @@ def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     assert edges.plan.shape.token_bytes == edges.config.num_kv_heads * 2 * (2 * 512 + 6 * 40)
 
 
-@pytest.mark.slow
-def test_a_text_is_read_once_and_asked_for_each_of_its_numbers(script: Any) -> None:
-    with Engine.load("octo-demo", kv="oct3", max_context=768, device="cpu") as engine:
-        filler = "The boats left at dawn, and the harbour was quiet again. Nobody spoke. " * 40
-        (question,) = needle.prompts(engine.tokenizer, filler, lengths=[640], depths=[0.5], questions=1, distractors=4,
-                                     form="text", seed=0)  # fmt: skip
-        found = script.ask_all(engine, question.hay)
-        assert len(found) == 5 and sum(found) >= 3
+def test_conditioning_without_a_text_reads_no_text_and_keeps_the_function(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    exact = Engine.load("octo-demo", kv="bf16", **CPU)
+    case = script.Case("weights", "a", "octopus3", KIND, of_weights=True)
+    engine = script.load_case("octo-demo", case, CPU)
+    maps = engine.forward.decoder.layers[0].attention.maps
+    found = script.measure_weights(exact.forward.decoder, [])
+    assert maps is not None and not list(tmp_path.rglob("*.npz"))  # nothing of it is kept for later loads
+    assert all(
+        bool(mean.abs().max() < 0.2 * shape.norm()) for mean, shape in zip(found.means, found.shapes, strict=True)
+    )
+    change = (engine.logits(IDS, 64) - exact.logits(IDS, 64)).abs().mean()
+    assert 0 < change < 0.1
+
+
+def test_needles_become_a_part_of_the_report(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, out, doc = tmp_path / "text.txt", tmp_path / "part.json", tmp_path / "quality.md"
+    text.write_text("The boats left at dawn, and the harbour was quiet again. Nobody spoke. " * 40)
+    argv = ["report_quality.py", "needle", str(out), "--model", "demo=octo-demo", "--text", str(text), "--skip", "0",
+            "--ctx", "384", "--questions", "4", "--per-text", "2", "--only", "oct3", "--device", "cpu"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", argv)
+    assert script.main() == 0
+    part = json.loads(out.read_text())
+    assert [(row["kv"], row["trials"], row["texts"], row["partial"]) for row in part["rows"]] == [
+        ("bf16", 4, 2, False), ("oct3", 4, 2, False),
+    ]  # fmt: skip
+    assert part["rows"][0]["correct"] >= 3
+    script.write(doc, [out])
+    report = doc.read_text()
+    assert "### One number among 2, asked for at 384 tokens" in report and "\n| oct3 | " in report
+    assert "text.txt, 2 texts of 384 tokens, each asked for 2 numbers hidden in it" in report
 
 
 def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> None:
@@ -68,9 +92,9 @@ def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> 
         {"kind": "ppl", "model": "demo", "where": "CPU", "text": "books.txt", "tokens": 20000, "skip": 0,
          "stride": 2047, "rows": [row("bf16", "formats", 0), row("oct3", "formats", 0.44), row("oct2", "formats", 1.7),
                   row("oct2, as they are", "off", 1.0)]},
-        {"kind": "needle", "model": "demo", "where": "CPU", "texts": 4, "length": 2048, "rows": [
-            {"kv": kv, "asked": 20, "found": found, "recall": found / 20, "low": 0.7, "high": 1.0,
-             "conditioning": "full"}
+        {"kind": "needle", "model": "demo", "where": "CPU", "text": "a.txt", "per_text": 5, "length": 2048, "rows": [
+            {"kv": kv, "trials": 20, "texts": 4, "correct": found, "recall": found / 20, "low": 0.7, "high": 1.0,
+             "stderr": 0.05, "delta": found / 20 - 1, "delta_stderr": 0.025}
             for kv, found in (("bf16", 20), ("oct3", 19))]},
     ]  # fmt: skip
     files = [tmp_path / f"{number}.json" for number in range(2)]
@@ -81,5 +105,5 @@ def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> 
     assert "| oct3 | at most +0.4 % | +0.44 % ± 0.05, reached | - | -2 points | -5.0 points |" in report
     assert "| oct2 | at most +1.5 % | +1.70 % ± 0.05, not reached | +1.00 % ± 0.05, reached | -5 points | - |" in report
     assert any(line.startswith("| oct2, as they are | 40 | 28.500 ") for line in report)
-    assert any(line.startswith("| oct3 | full | 19/20 | 95.0 ") for line in report)
+    assert "| oct3 | 19/20 | 95.0 | 5.0 | 70.0 - 100.0 | -5.0 | 2.5 |" in report
     assert (tmp_path / "quality-demo.png").exists()

@@ -329,8 +329,8 @@ def test_a_corrupt_page_raises_the_perplexity(demo: Callable[..., Engine]) -> No
 def test_needles_stand_where_they_should(form: str, depth: float) -> None:
     tokenizer = load_tokenizer(DEMO_PATH)
     filler = needle.Filler(PROSE, tokenizer)
-    hay = needle.build(
-        tokenizer, filler, length=400, depth=depth, distractors=3, form=form, source=random.Random(str(depth))
+    (hay,) = needle.build(
+        tokenizer, filler, length=400, depths=[depth], distractors=3, form=form, source=random.Random(str(depth))
     )
     assert 400 - needle.ANSWER_TOKENS - 40 <= len(hay.ids) <= 400 - needle.ANSWER_TOKENS
     text = tokenizer.decode(hay.ids)
@@ -357,8 +357,33 @@ def test_prompts_are_the_same_for_the_same_seed_and_refuse_what_does_not_fit() -
         make(lengths=[64])
     with pytest.raises(UsageError, match="--distractors is 42; give 0 to 41"):
         make(distractors=42)
+    with pytest.raises(UsageError, match="--distractors is 3; give 0 to 2"):
+        make(distractors=3, per_text=40)
+    with pytest.raises(UsageError, match="--per-text is 43; give 1 to 42"):
+        make(per_text=43)
     with pytest.raises(UsageError, match="is empty"):
         needle.Filler("  \n", tokenizer)
+
+
+@pytest.mark.parametrize("form", needle.FORMS)
+def test_questions_about_one_text_differ_in_nothing_else(form: str) -> None:
+    tokenizer = load_tokenizer(DEMO_PATH)
+    made = needle.prompts(tokenizer, PROSE, lengths=[400, 300], depths=[0.0, 0.5, 1.0], questions=5, per_text=3,
+                          distractors=1, form=form, seed=0)  # fmt: skip
+    assert [(question.length, question.depth, question.text) for question in made] == [
+        (400, 0.0, 0), (400, 0.5, 0), (400, 1.0, 0), (300, 0.0, 1), (300, 0.5, 1), (300, 1.0, 1),
+        (400, 0.0, 2), (400, 0.5, 2), (300, 0.0, 3), (300, 0.5, 3),
+    ]  # fmt: skip
+    for number, hidden in enumerate([4, 4, 3, 3]):
+        own = [question.hay for question in made if question.text == number]
+        texts = [tokenizer.decode(hay.ids) for hay in own]
+        ends = [text.rindex("special magic number for") + len("special magic number for") for text in texts]
+        assert len({text[:end] for text, end in zip(texts, ends, strict=True)}) == 1  # up to the name that is asked
+        assert len({hay.key for hay in own}) == len(own) and texts[0].count("magic number for") == hidden + 1
+        for hay, text in zip(own, texts, strict=True):
+            assert needle.statement(hay.key, hay.value) in text and hay.key in text[ends[0] :]
+        places = [texts[0].index(needle.statement(hay.key, hay.value)) for hay in own]
+        assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +447,7 @@ def test_answers_are_those_to_questions_asked_alone() -> None:
     questions = ask_questions(4)
     prompts = [question.hay.ids for question in questions]
     with Engine.load("octo-demo", kv="oct2", device="cpu", max_context=300, sequences=4) as engine:
-        list(needle._read(Reader(engine, 300), prompts, 300, 300))
+        list(needle._read(Reader(engine, 300), [[ids] for ids in prompts], 300, 300))
         together = needle._answer(engine, prompts)
     alone = []
     with Engine.load("octo-demo", kv="oct2", device="cpu", max_context=300) as engine:
@@ -432,6 +457,32 @@ def test_answers_are_those_to_questions_asked_alone() -> None:
                     engine.prefill(sequence, ids[first : min(first + 64, len(ids) - 1)])
             alone.append(engine.tokenizer.decode([t.id for t in engine.generate(ids, SamplingParams(max_tokens=32))]))
     assert together == alone and any(re.search("[0-9]{7}", text) for text in together)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_a_text_is_read_once_for_all_its_questions(rows: int) -> None:
+    """As many answers as questions asked each with its own reading give, by way of shared pages."""
+    questions = needle.prompts(load_tokenizer(DEMO_PATH), PROSE, lengths=[300], depths=[0.1, 0.5, 0.9], questions=5,
+                               per_text=3, distractors=1, form="message", seed=0)  # fmt: skip
+    with Engine.load("octo-demo", kv="oct2", device="cpu", max_context=300, sequences=rows) as engine:
+        reader, together, tokens = Reader(engine, 300), [], 0
+        for batch in needle._batches(questions, rows):
+            prompts = [[question.hay.ids for question in about] for about in batch]
+            tokens += (read := sum(needle._read(reader, prompts, 300, 100)))
+            assert read == needle._tokens(batch)
+            flat = [question.hay.ids for about in batch for question in about]
+            assert len(flat) <= rows
+            pages = [row.page_ids[0] for row in engine.arena.table.rows if row is not None]
+            assert len(set(pages)) == len(batch)  # one text's questions have its first page in common
+            together += needle._answer(engine, flat)
+        alone = []
+        for question in questions:
+            list(needle._read(reader, [[question.hay.ids]], 300, 100))
+            alone += needle._answer(engine, [question.hay.ids])
+    assert together == alone and any(re.search("[0-9]{7}", text) for text in together)
+    whole = [len(question.hay.ids) - 1 for question in questions]
+    shared = [whole[1], whole[2], whole[4]]  # read before, but for the question
+    assert tokens == sum(whole) if rows == 1 else tokens < sum(whole) - 0.8 * sum(shared[: 3 if rows > 2 else 2])
 
 
 def test_questions_that_were_asked_so_far_make_cells() -> None:
@@ -447,7 +498,7 @@ def test_questions_that_were_asked_so_far_make_cells() -> None:
 
 def test_cells_count_what_is_found_beside_the_reference() -> None:
     hay = needle.Haystack([1, 2], "Adam", "1234567", 0.5)
-    questions = [needle.Question(512, depth, hay) for depth in (0.0, 1.0) * 4]
+    questions = [needle.Question(512, depth, hay, text) for text, depth in enumerate((0.0, 1.0) * 4)]
     reference = [True] * 7 + [False]
     coded = [True, False, True, True, True, False, True, True]
     low, high, total = needle.cells("oct2", questions, coded, reference)
@@ -462,8 +513,24 @@ def test_cells_count_what_is_found_beside_the_reference() -> None:
     assert one.partial and alone.trials == 1 and alone.delta_stderr is None
 
 
+def test_questions_about_one_text_count_as_one_where_they_are_alike() -> None:
+    hay = needle.Haystack([1, 2], "Adam", "1234567", 0.5)
+    questions = [needle.Question(512, 0.5, hay, text) for text in range(8) for _ in range(4)]
+    reference = [True] * 32
+    alike = [text % 2 == 0 for text in range(8) for _ in range(4)]  # all of a text's numbers or none
+    *_, total = needle.cells("oct2", questions, alike, reference)
+    assert (total.trials, total.texts, total.recall) == (32, 8, 0.5)
+    assert total.stderr == pytest.approx(math.sqrt(0.25 / 7)) and total.delta_stderr == pytest.approx(total.stderr)
+    assert (total.low, total.high) == pytest.approx(wilson(3.5, 7.0))
+    unlike = [place % 2 == 0 for _ in range(8) for place in range(4)]  # half of every text's
+    *_, total = needle.cells("oct2", questions, unlike, reference)
+    assert total.stderr == 0.0 and (total.low, total.high) == wilson(16, 32)
+    *_, total = needle.cells("oct2", questions[:4], alike[:4], reference)
+    assert (total.texts, total.stderr, total.delta_stderr) == (1, None, None)
+
+
 def cell(kv: str, length: int, depth: float | None, trials: int, correct: int) -> needle.Cell:
-    return needle.Cell(kv, length, depth, trials, correct, correct / trials, 0.1, 0.0, 1.0, 0.0, 0.1)
+    return needle.Cell(kv, length, depth, trials, trials, correct, correct / trials, 0.1, 0.0, 1.0, 0.0, 0.1)
 
 
 def test_the_map() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from octo_run.engine.evaluation.needle import Cell, Search
 
 _LENGTHS = "512,1024"
-_AT_ONCE = {"cuda": 32, "cpu": 8}  # questions, by device
+_AT_ONCE = {"cuda": 32, "cpu": 8}  # questions, by device, or as many as there are about a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class _Plan:
     lengths: list[int]
     depths: list[float]
     questions: int
+    per_text: int
     distractors: int
     form: str
     seed: int
@@ -46,6 +47,7 @@ def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
 @click.option("--lengths", default=_LENGTHS, show_default=True, callback=_lengths, help="Tokens, the answer included.")
 @click.option("--depths", type=Count(1, 101), default=5, show_default=True, help="Depths from first to last.")
 @click.option("--questions", type=COUNT, default=20, show_default=True, help="Prompts for each length, at all depths.")
+@click.option("--per-text", type=COUNT, default=1, show_default=True, help="Questions about one text.")
 @click.option("--distractors", type=Count(0), default=4, show_default=True, help="Other hidden numbers.")
 @click.option(
     "--form",
@@ -67,6 +69,7 @@ def command(
     lengths: list[int],
     depths: int,
     questions: int,
+    per_text: int,
     distractors: int,
     form: str,
     step: int | None,
@@ -83,14 +86,16 @@ def command(
     --distractors more such sentences (random names and numbers of seven digits) elsewhere, and the number of one name
     is asked for; an answer is right if its first number is that one. All formats are asked the same questions at the
     same time. The sentences around come from the --text files, one after the other and round again, else from a bundled
-    sample. The context is the greatest length, and --ctx is not used. Prompts are read as decode steps would, whatever
-    --step is (see `octo-run eval ppl --help`).
+    sample. With --per-text N each text hides N numbers beside the distractors and is asked for each of them, but read
+    once; errors come from the spread between texts then. The context is the greatest length, and --ctx is not used.
+    Prompts are read as decode steps would, whatever --step is (see `octo-run eval ppl --help`).
 
     Ctrl-C ends the measurement with the questions that all formats have answered.
 
-    The keys of a --json cell: kv, length, depth (0 first, 1 last; null: all depths of this length), trials, correct,
-    recall, its standard error stderr and its 95 % Wilson interval low and high, delta (recall less bf16's) and its
-    standard error delta_stderr (paired by question), partial (whether that is not all questions).
+    The keys of a --json cell: kv, length, depth (0 first, 1 last; null: all depths of this length), trials, texts,
+    correct, recall, its standard error stderr (null for one text with several questions) and its 95 % Wilson interval
+    low and high, delta (recall less bf16's) and its standard error delta_stderr (paired by question; null for one
+    text), partial (whether that is not all questions).
     """
     common.check_outputs(csv_file, plot=plot)
     if load.ctx is not None:
@@ -101,7 +106,7 @@ def command(
     if max(lengths) > most:
         raise UsageError(f"--lengths {max(lengths)} is beyond the model's context: choose {most} tokens or less.")
     places = [index / (depths - 1) for index in range(depths)] if depths > 1 else [0.5]
-    plan = _Plan(lengths, places, questions, distractors, form, prompt_seed)
+    plan = _Plan(lengths, places, questions, per_text, distractors, form, prompt_seed)
     search = _search(content, kvs, plan, step, load, cache)
 
     def deliver_cells() -> None:
@@ -131,7 +136,8 @@ def _search(
     if plan.form != "raw" and not tokenizer.has_chat_template:
         raise UsageError(f"{load.model} has no chat template: use --form raw.")
     questions = needle.prompts(tokenizer, content, **dataclasses.asdict(plan))
-    wanted = min(len(questions), _AT_ONCE[choose_device(load.device).type])
+    # All questions about a text together: else it would be read again.
+    wanted = min(len(questions), max(_AT_ONCE[choose_device(load.device).type], plan.per_text))
     context = max(plan.lengths)
     sequences = common.sequences_that_fit(load, cache, context, wanted)
     return needle.Search(common.loader(load, cache, context, sequences), kvs, questions, step)
@@ -155,7 +161,7 @@ def totals(cells: list["Cell"]) -> str:
             f"{cell.length:,}",
             f"{cell.correct}/{cell.trials}",
             percent(100 * cell.recall, 1),
-            percent(100 * cell.stderr, 1),
+            "-" if cell.stderr is None else percent(100 * cell.stderr, 1),
             f"{100 * cell.low:.1f} - {100 * cell.high:.1f}",
             "-" if cell.kv == cells[0].kv else percent(100 * cell.delta, 1, sign=True),
             "-" if cell.kv == cells[0].kv or cell.delta_stderr is None else percent(100 * cell.delta_stderr, 1),
