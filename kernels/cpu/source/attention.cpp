@@ -134,86 +134,168 @@ static inline I16 lookup(const int32_t *table, I16 index) {
 #endif
 }
 
-// tile [dim][64] of a block of codes; what is decoded times factors[t] is the vector.
-static void tile_of_codes(const Codec &c, const uint8_t *rows, int64_t dim, float *tile, float *factors) {
-    const int64_t words = (c.bytes + 3) / 4;
-    U16 *streams = (U16 *)scratch(6, (words + 17) * 4 * sizeof(U16));  // [words][4]
-    for (int block = 0; block < 4; block++) {
-        const uint8_t *first = rows + block * 16 * c.bytes;
-        for (int64_t w = 0; w < words; w += 16) {
+// A block's codes, which are read as numbers of 16 tokens side by side. A number times the token's factor is the vector's.
+struct Codes {
+    const Codec &c;
+    const U16 *streams;  // [words][4 times 16 tokens]
+    const uint32_t *before;  // the first bit of the triplet before one in its chain; of the chained ones
+    int64_t dim;
+
+    INLINE U16 field(uint32_t bit, int count, int sixteen) const {
+        const uint32_t w = bit / 32;
+        const int shift = bit % 32;
+        U16 found = streams[w * 4 + sixteen] >> shift;
+        if (shift + count > 32) found |= streams[(w + 1) * 4 + sixteen] << (32 - shift);
+        return found & ((1u << count) - 1);
+    }
+    // The numbers of triplet i of tokens 16 `sixteen` and on; those of dimensions that are not there are of no use.
+    INLINE void triplet(int64_t i, int sixteen, F16 *xyz) const {
+        const int bits = (int)c.stream;
+        const int32_t *table = (const int32_t *)c.table;
+        const uint32_t bit = (uint32_t)i * bits;
+        if (c.kind == OCTOPUS) {
+            const I16 index = (I16)field(bit, bits, sixteen);
+            for (int64_t axis = 0; axis < 3; axis++) xyz[axis] = (F16)lookup(table + axis * c.entries, index);
+            return;
+        }
+        const int state = (int)c.state_bits;
+        U16 index;
+        if (i >= c.triplets / 8 * 8)
+            index = field(bit, bits, sixteen) + (1u << (bits + state));
+        else if (before[i] == bit + bits)  // the state's bits follow the code's
+            index = field(bit, bits + state, sixteen);
+        else
+            index = field(bit, bits, sixteen) | field(before[i], state, sixteen) << bits;
+        const I16 word = lookup(table, (I16)index);
+        xyz[0] = floats((word << 22) >> 22), xyz[1] = floats((word << 12) >> 22), xyz[2] = floats((word << 2) >> 22);
+        if (c.is_signed) {
+            const U16 signs = field((uint32_t)(c.triplets * bits + 3 * i), 3, sixteen), top = U16{} + 0x80000000u;
+            for (int axis = 0; axis < 3; axis++)
+                xyz[axis] = (F16)((U16)xyz[axis] ^ ((signs << (31 - axis)) & top));
+        }
+    }
+};
+
+#if REGISTER == 32
+// Words of a row, at most eight.
+static inline Lanes<uint32_t> some_words(const uint8_t *from, int64_t words) {
+    static const int32_t there[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    const __m256i mask = _mm256_loadu_si256((const __m256i *)(there + 8 - std::min<int64_t>(words, 8)));
+    return (Lanes<uint32_t>)_mm256_maskload_epi32((const int *)from, mask);
+}
+#endif
+
+// The codes of 64 rows, each of which ends with its norm.
+static Codes codes_of(const Codec &c, const uint8_t *rows, int64_t dim, float *factors) {
+    const int64_t words = (c.bytes + 1) / 4, chain = c.triplets / 8;  // without the norm; of eight chains
+    U16 *streams = (U16 *)scratch(6, (words + 17) * 4 * sizeof(U16) + c.triplets * 4);
+    uint32_t *before = (uint32_t *)(streams + (words + 17) * 4);
+    for (int64_t first = 0, i = 0; first < 8 * chain; first += chain)
+        for (; i < first + chain; i++) before[i] = (uint32_t)((i + 1 < first + chain ? i + 1 : first) * c.stream);
+    for (int sixteen = 0; sixteen < 4; sixteen++) {
+        const uint8_t *first = rows + sixteen * 16 * c.bytes;
+#if REGISTER == 32
+        for (int64_t w = 0; c.bytes % 2 == 0 && w < words; w += 8)
+            for (int half = 0; half < 2; half++) {
+                Lanes<uint32_t> part[8];
+                for (int t = 0; t < 8; t++) part[t] = some_words(first + (8 * half + t) * c.bytes + 4 * w, words - w);
+                transpose_square(part);
+                for (int j = 0; j < 8; j++) store((char *)(streams + (w + j) * 4 + sixteen) + 32 * half, part[j]);
+            }
+        const int64_t done = c.bytes % 2 == 0 ? words : 0;
+#else
+        const int64_t done = 0;
+#endif
+        for (int64_t w = done; w < words; w += 16) {
             U16 part[16];
-            int64_t bytes = std::min<int64_t>(64, c.bytes - 4 * w);
+            const int64_t bytes = std::min<int64_t>(64, c.bytes - 4 * w);
             for (int t = 0; t < 16; t++) part[t] = some_bytes(first + t * c.bytes + 4 * w, bytes);
             transpose(part);
-            for (int j = 0; j < 16 && w + j < words; j++) streams[(w + j) * 4 + block] = part[j];
+            for (int j = 0; j < 16 && w + j < words; j++) streams[(w + j) * 4 + sixteen] = part[j];
         }
         for (int t = 0; t < 16; t++)
-            factors[block * 16 + t] = of_half(load<uint16_t>(first + (t + 1) * c.bytes - 2)) * (float)c.unit;
+            factors[sixteen * 16 + t] = of_half(load<uint16_t>(first + (t + 1) * c.bytes - 2)) * (float)c.unit;
     }
-    const int bits = (int)c.stream;
-    auto field = [&](int64_t bit, int count, int block) {
-        int64_t w = bit / 32;
-        int shift = bit % 32;
-        U16 found = streams[w * 4 + block] >> shift;
-        if (shift + count > 32) found |= streams[(w + 1) * 4 + block] << (32 - shift);
-        return found & ((1u << count) - 1);
-    };
-    if (c.kind == OCTOPUS) {
-        const int32_t *table = (const int32_t *)c.table;
-        for (int64_t i = 0; i < c.triplets; i++)
-            for (int block = 0; block < 4; block++) {
-                I16 code = (I16)field(i * bits, bits, block);
-                for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++)
-                    store(tile + (3 * i + axis) * PAGE + block * 16, lookup(table + axis * c.entries, code));
-            }
-        return;
-    }
-    const int64_t chain = c.triplets / 8, state = c.state_bits;
-    const int32_t *table = (const int32_t *)c.table;
-    const U16 top = U16{} + 0x80000000u;
-    for (int64_t i = 0; i < c.triplets; i++) {
-        const bool chained = i < 8 * chain;
-        const int64_t before = i % std::max<int64_t>(chain, 1) == chain - 1 ? i - chain + 1 : i + 1;
-        float *to = tile + 3 * i * PAGE;
-        const bool has_y = 3 * i + 1 < dim, has_z = 3 * i + 2 < dim;
-        for (int block = 0; block < 4; block++) {
-            U16 index = field(i * bits, bits, block);
-            if (chained)
-                index |= field(before * bits, (int)state, block) << bits;
-            else
-                index += 1u << (bits + state);
-            I16 word = lookup(table, (I16)index);
-            F16 x = floats((word << 22) >> 22), y = floats((word << 12) >> 22), z = floats((word << 2) >> 22);
-            if (c.is_signed) {
-                U16 signs = field(c.triplets * bits + 3 * i, 3, block);
-                x = (F16)((U16)x ^ (signs << 31)), y = (F16)((U16)y ^ ((signs << 30) & top));
-                z = (F16)((U16)z ^ ((signs << 29) & top));
-            }
-            store(to + block * 16, x);
-            if (has_y) store(to + PAGE + block * 16, y);
-            if (has_z) store(to + 2 * PAGE + block * 16, z);
+    return {c, streams, before, dim};
+}
+
+// tile [dim][64] of a block of codes.
+static void tile_of_codes(const Codes &codes, float *tile) {
+    const int64_t dim = codes.dim;
+    for (int64_t i = 0; i < codes.c.triplets; i++)
+        for (int sixteen = 0; sixteen < 4; sixteen++) {
+            F16 xyz[3];
+            codes.triplet(i, sixteen, xyz);
+            for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++)
+                store(tile + (3 * i + axis) * PAGE + sixteen * 16, xyz[axis]);
         }
+}
+
+// For few queries codes are multiplied as they are read: a tile would push the table out of the first-level cache.
+constexpr int AT_ONCE = REGISTER == 64 ? 8 : 4;  // queries whose sums registers hold
+// scores [R][64] of queries [R][dim].
+template <int R> static void scores_of_codes(const Codes &codes, const float *queries, float *scores) {
+    const int64_t dim = codes.dim, triplets = codes.c.triplets;
+    float *by_triplet = (float *)scratch(2, triplets * 3 * R * 4);  // [triplets][R][3]
+    for (int64_t i = 0; i < triplets; i++)
+        for (int r = 0; r < R; r++)
+            for (int axis = 0; axis < 3; axis++)
+                by_triplet[(i * R + r) * 3 + axis] = 3 * i + axis < dim ? queries[r * dim + 3 * i + axis] : 0;
+    for (int sixteen = 0; sixteen < 4; sixteen++) {
+        Lanes<float> sums[R][PARTS] = {};
+        const float *q = by_triplet;
+        for (int64_t i = 0; i < triplets; i++, q += 3 * R) {
+            F16 xyz[3];
+            codes.triplet(i, sixteen, xyz);
+            for (int r = 0; r < R; r++)
+                for (int axis = 0; axis < 3; axis++)
+                    for (int n = 0; n < PARTS; n++) sums[r][n] += part(xyz[axis], n) * q[3 * r + axis];
+        }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < PARTS; n++) store(scores + r * PAGE + 16 * sixteen + n * (REGISTER / 4), sums[r][n]);
     }
 }
+// sums [R][dim][16], over tokens a multiple of 16 apart, += weights [R][64] times what the codes are.
+template <int R> static void add_codes(const Codes &codes, const float *weights, float *sums) {
+    const int64_t dim = codes.dim;
+    for (int64_t i = 0; i < codes.c.triplets; i++) {
+        F16 xyz[4][3];
+        for (int sixteen = 0; sixteen < 4; sixteen++) codes.triplet(i, sixteen, xyz[sixteen]);
+        for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++)
+            for (int r = 0; r < R; r++) {
+                float *to = sums + (r * dim + 3 * i + axis) * 16;
+                F16 sum = load<F16>(to);
+                for (int sixteen = 0; sixteen < 4; sixteen++)
+                    sum += xyz[sixteen][axis] * load<F16>(weights + r * PAGE + 16 * sixteen);
+                store(to, sum);
+            }
+    }
+}
+// One of the templates F<1> to F<AT_ONCE> for a number of queries; null: there are too many.
+#define BY_QUERIES(F, R)                                                                                       \
+    ((R) == 1 ? F<1> : (R) == 2 ? F<2> : (R) == 3 ? F<3> : (R) == 4 ? F<4> : AT_ONCE < (R) ? nullptr           \
+     : (R) == 5 ? F<5> : (R) == 6 ? F<6> : (R) == 7 ? F<7> : F<8>)
 
 // scores [R][64] = queries [R][dim] times the first 16 WIDTH columns of tile [dim][stride].
 template <int R, int WIDTH>
 static void products(const float *queries, int64_t dim, const float *tile, int64_t stride, float *scores) {
-    F16 sums[R][WIDTH] = {};
+    typedef Lanes<float> V;
+    constexpr int COUNT = WIDTH * PARTS, EACH = REGISTER / 4;
+    V sums[R][COUNT] = {};
     for (int64_t i = 0; i < dim; i++)
-        for (int v = 0; v < WIDTH; v++) {
-            F16 part = load<F16>(tile + i * stride + 16 * v);
-            for (int r = 0; r < R; r++) sums[r][v] += part * queries[r * dim + i];
+        for (int v = 0; v < COUNT; v++) {
+            const V numbers = load<V>(tile + i * stride + EACH * v);
+            for (int r = 0; r < R; r++) sums[r][v] += numbers * queries[r * dim + i];
         }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < WIDTH; v++) store(scores + r * PAGE + 16 * v, sums[r][v]);
+        for (int v = 0; v < COUNT; v++) store(scores + r * PAGE + EACH * v, sums[r][v]);
 }
 // As many at once as there are registers for.
 constexpr int TALL = REGISTER == 64 ? 4 : REGISTER == 32 ? 6 : 3, BROAD = REGISTER == 64 ? 4 : 1;
 template <int R, int WIDTH>
 static void some_products(const float *queries, int64_t dim, const float *tile, int64_t stride, float *scores) {
-    constexpr int AT_ONCE = WIDTH < BROAD ? WIDTH : BROAD;
-    for (int v = 0; v < WIDTH; v += AT_ONCE) products<R, AT_ONCE>(queries, dim, tile + 16 * v, stride, scores + 16 * v);
+    constexpr int SOME = WIDTH < BROAD ? WIDTH : BROAD;
+    for (int v = 0; v < WIDTH; v += SOME) products<R, SOME>(queries, dim, tile + 16 * v, stride, scores + 16 * v);
 }
 template <int WIDTH>
 static void all_products(const float *queries, int64_t rows, int64_t dim, const float *tile, int64_t stride,
@@ -230,14 +312,19 @@ static void all_products(const float *queries, int64_t rows, int64_t dim, const 
 // sums [R][dim] += weights [R][64] times values [count][dim].
 template <int R>
 static void add_values(const float *weights, int count, const float *values, int64_t dim, float *sums) {
+    typedef Lanes<float> V;
+    constexpr int EACH = REGISTER / 4;
     for (int64_t i = 0; i < dim; i += 16) {
-        F16 found[R];
-        for (int r = 0; r < R; r++) found[r] = load<F16>(sums + r * dim + i);
-        for (int t = 0; t < count; t++) {
-            F16 v = load<F16>(values + t * dim + i);
-            for (int r = 0; r < R; r++) found[r] += v * weights[r * PAGE + t];
-        }
-        for (int r = 0; r < R; r++) store(sums + r * dim + i, found[r]);
+        V found[R][PARTS];
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < PARTS; n++) found[r][n] = load<V>(sums + r * dim + i + EACH * n);
+        for (int t = 0; t < count; t++)
+            for (int n = 0; n < PARTS; n++) {
+                const V v = load<V>(values + t * dim + i + EACH * n);
+                for (int r = 0; r < R; r++) found[r][n] += v * weights[r * PAGE + t];
+            }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < PARTS; n++) store(sums + r * dim + i + EACH * n, found[r][n]);
     }
 }
 static void add_all_values(const float *weights, int64_t rows, int count, const float *values, int64_t dim,
@@ -357,14 +444,19 @@ void Work::run() const {
         if (position > start + (first_row + R - 1) / group || position + n <= earliest(c, start + first_row / group))
             continue;  // nobody here sees it
         const bool codes = page && c.k.kind != PLAIN;
-        if (codes)
-            tile_of_codes(c.k, page, dim, tile, factors);
+        const auto multiply = codes ? BY_QUERIES(scores_of_codes, R) : nullptr;
+        if (multiply)
+            multiply(codes_of(c.k, page, dim, factors), queries, scores);
         else {
-            if (page)
-                for (int t = 0; t < PAGE; t++) k_rows[t] = page + t * c.k.bytes;
-            tile_of_rows(k_rows, (int)n, dim, page ? (int)c.k.element : (int)c.element, tile);
+            if (codes)
+                tile_of_codes(codes_of(c.k, page, dim, factors), tile);
+            else {
+                if (page)
+                    for (int t = 0; t < PAGE; t++) k_rows[t] = page + t * c.k.bytes;
+                tile_of_rows(k_rows, (int)n, dim, page ? (int)c.k.element : (int)c.element, tile);
+            }
+            all_products<4>(queries, R, dim, tile, PAGE, scores);
         }
-        all_products<4>(queries, R, dim, tile, PAGE, scores);
         if (page && mean)
             for (int half = 0; half < 2; half++) {
                 const float *angle = c.base + ((block - sink_blocks) * 2 + half) * dim;
@@ -435,10 +527,15 @@ void Work::run() const {
             add_all_values(scores, R, (int)n, values, dim, sums);
             continue;
         }
-        tile_of_codes(c.v, v_block, dim, tile, v_factors);
+        const Codes packed_v = codes_of(c.v, v_block, dim, v_factors);
         for (int64_t r = 0; r < R; r++)
             for (int v = 0; v < 4; v++)
                 store(scores + r * PAGE + 16 * v, load<F16>(scores + r * PAGE + 16 * v) * load<F16>(v_factors + 16 * v));
+        if (const auto add = BY_QUERIES(add_codes, R)) {
+            add(packed_v, scores, wide);
+            continue;
+        }
+        tile_of_codes(packed_v, tile);
         if (few) {
             int64_t r = 0;
             for (; r + 4 <= R; r += 4) add_tile<4>(scores + r * PAGE, tile, dim, wide + r * dim * 16);

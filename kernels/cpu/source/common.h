@@ -24,6 +24,8 @@
 #define REGISTER 16
 #endif
 
+#define INLINE inline __attribute__((always_inline))
+
 // Keeps a vector in a register, where the compiler would rather read memory again.
 #ifndef IN_REGISTER
 #define IN_REGISTER(x) asm("" : "+v"(x))
@@ -57,7 +59,7 @@ template <class E> struct Wide<E, REGISTER> {
     Lanes<E> lanes;
     Wide() = default;
     Wide(Lanes<E> lanes) : lanes(lanes) {}
-    explicit Wide(E x) : lanes(Lanes<E>{} + x) {}
+    explicit Wide(E x) : lanes(x - Lanes<E>{}) {}  // 0 + x is not always x, so it would be computed
     template <class F> explicit Wide(const Wide<F, REGISTER> &x) : lanes((Lanes<E>)x.lanes) {}
 };
 template <class E> struct Same {
@@ -131,6 +133,19 @@ static inline F16 floats(const I16 &x) { return converted<float>(x); }
 static inline I16 integers(const F16 &x) { return converted<int32_t>(x); }
 #endif
 
+// The registers that a vector is made of.
+constexpr int PARTS = 64 / REGISTER;
+#if REGISTER == 64
+static INLINE Lanes<float> part(const F16 &x, int) { return x; }
+#elif REGISTER == 32
+static INLINE Lanes<float> part(const F16 &x, int n) { return n ? x.high.lanes : x.low.lanes; }
+#else
+static INLINE Lanes<float> part(const F16 &x, int n) {
+    const F16::Half &half = n < 2 ? x.low : x.high;
+    return n % 2 ? half.high.lanes : half.low.lanes;
+}
+#endif
+
 template <class T> struct Memory {
     static T load(const void *from) {
         T found;
@@ -160,7 +175,7 @@ template <class E, int BYTES> struct Memory<Wide<E, BYTES>> {
 #endif
 template <class T> static inline T load(const void *from) { return Memory<T>::load(from); }
 template <class T> static inline void store(void *to, const T &value) { Memory<T>::store(to, value); }
-static inline F16 splat(float x) { return F16{} + x; }
+static inline F16 splat(float x) { return x - F16{}; }
 static inline I16 lane_numbers() {
     static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return load<I16>(numbers);
