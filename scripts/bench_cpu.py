@@ -62,22 +62,11 @@ def ours(given: dict[str, Any]) -> tuple[Test, dict[str, Any]]:
 def peer(given: dict[str, Any]) -> tuple[Test, dict[str, Any]]:
     """llama.cpp's test, and facts about it."""
     import llama_cpp as library  # type: ignore[import-not-found]
+    import llama_peer
 
-    defaults = library.llama_cpp.llama_model_default_params
-
-    def without_extra_buffers() -> object:
-        """Its AMX buffers end in a segmentation fault on some virtual machines."""
-        params = defaults()
-        params.use_extra_bufts = False
-        return params
-
-    library.llama_cpp.llama_model_default_params = without_extra_buffers
-    eight = {"type_k": library.GGML_TYPE_Q8_0, "type_v": library.GGML_TYPE_Q8_0, "flash_attn": True}
-    threads = given["threads"]
-    model = library.Llama(
-        given["file"], n_ctx=given["context"], n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False,
-        **(eight if given["cache"] == "q8_0" else {}),
-    )  # fmt: skip
+    cache = given["cache"]
+    options = {"flash_attn": True} if cache != "f16" else {}
+    model = llama_peer.load(given["file"], kv=cache, context=given["context"], threads=given["threads"], **options)
     context, folder = model._ctx.ctx, Path(given["folder"])
 
     def begin(depth: int) -> None:

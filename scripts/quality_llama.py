@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp  # type: ignore[import-not-found]
+import llama_peer
 import torch
 from report_quality import cpu_name
 
@@ -28,27 +29,6 @@ from octo_run.tokenizer import load_tokenizer
 #: Bytes of a number, by llama.cpp's name of a format: blocks of 32 numbers share a factor in fp16.
 BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32}
 SLICE = 256  # tokens whose distributions are compared at a time
-
-
-def load(gguf: Path, kv: str, context: int, threads: int) -> Any:
-    """llama.cpp with one KV format for keys and values; logits of all tokens are kept."""
-    defaults = llama_cpp.llama_cpp.llama_model_default_params
-
-    def without_extra_buffers() -> object:
-        """Its AMX buffers end in a segmentation fault on some virtual machines."""
-        params = defaults()
-        params.use_extra_bufts = False
-        return params
-
-    llama_cpp.llama_cpp.llama_model_default_params = without_extra_buffers
-    kind = getattr(llama_cpp, f"GGML_TYPE_{kv.upper()}")
-    try:
-        return llama_cpp.Llama(
-            str(gguf), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads, logits_all=True,
-            type_k=kind, type_v=kind, flash_attn=True, verbose=False,
-        )  # fmt: skip
-    finally:
-        llama_cpp.llama_cpp.llama_model_default_params = defaults
 
 
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
@@ -79,7 +59,8 @@ def measure(args: argparse.Namespace) -> None:
     ids = tokenizer.encode(args.text.read_text("utf-8")[args.skip : args.skip + 8 * args.tokens])[: args.tokens]
     windows = perplexity.windows(len(ids), args.ctx, args.stride, begin=tokenizer.adds_bos)
     kvs = ["f16", *(kv for kv in args.kv.split(",") if kv != "f16")]
-    models = {kv: load(args.gguf, kv, args.ctx, args.threads) for kv in kvs}
+    options = {"context": args.ctx, "threads": args.threads, "logits_all": True, "flash_attn": True}
+    models = {kv: llama_peer.load(args.gguf, kv=kv, **options) for kv in kvs}
     command = f"python scripts/quality_llama.py {shlex.join(sys.argv[1:])}"
     part: dict[str, Any] = {"kind": "ppl", "model": name, "text": args.text.name, "skip": args.skip}
     part |= {"tokens": args.tokens, "context": args.ctx, "stride": args.stride, "head_dim": cfg.head_dim}

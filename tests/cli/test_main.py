@@ -121,7 +121,6 @@ def test_version(octo: Callable[..., Any]) -> None:
         (["generate", "--ctx", "0"], "'0' is no number of tokens (like 8192 or 8k) and not 'auto'"),
         (["generate", "--dtype", "int3"], "--dtype"),
         (["pull"], "ORG/NAME[@REV]"),
-        (["rm", "org/name"], "give --yes"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(octo: Callable[..., Any], argv: list[str], says: str) -> None:
