@@ -38,7 +38,7 @@ def shell(command: str) -> "subprocess.CompletedProcess[str]":
         ("chat <&-", 2, "standard input is closed: chat reads its questions there"),
         ("generate <&-", 2, "standard input is closed: give -p TEXT"),
         ("generate 0>/dev/null", 2, "standard input is closed: give -p TEXT"),
-        ("rm org/name <&-", 2, "give --yes"),
+        ("rm org/name <&-", 1, "nothing to remove"),
         ("bogus 2>&-", 2, ""),
         ("bogus 2>/dev/full", 2, ""),
         ("list 2>&- <&-", 0, ""),

@@ -1137,6 +1137,8 @@ def test_rm_takes_no_for_an_answer(fake_hub: Any, repo: Path) -> None:
         assert hub.resolve(NAME) == entry.path
     code, shown = asked(b"\x03")
     assert code == 130 and "removed" not in shown and "Traceback" not in shown
+    unasked = octo("rm", NAME)
+    assert unasked.code == 2 and "give --yes" in unasked.err
     assert hub.resolve(NAME) == entry.path
     code, shown = asked(b"y\n")
     assert code == 0 and "tiny/llama is removed" in shown
