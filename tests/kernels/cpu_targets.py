@@ -18,8 +18,13 @@ MARCH = {
     "skylake-avx512": "avx512bw",
     "icelake-server": "avx512_vnni",
 }
-#: Instructions by loops, on a machine with AVX2, and which they are in `emulated_instructions.h`.
-EMULATED = {"emulated AVX-512": 1, "emulated VNNI": 2, "emulated AMX": 3, "emulated AVX2 VNNI": 4}
+#: Instructions by loops, for a machine with AVX2 but without the flag: which they are in `emulated_instructions.h`.
+EMULATED = {
+    "emulated AVX-512": (1, "avx512bw"),
+    "emulated VNNI": (2, "avx512_vnni"),
+    "emulated AMX": (3, "amx_int8"),
+    "emulated AVX2 VNNI": (4, "avx_vnni"),
+}
 #: Parameters of a fixture: names for `kernels_of`.
 TARGETS = [*MARCH, *EMULATED]
 
@@ -28,15 +33,18 @@ def kernels_of(name: str) -> ctypes.CDLL:
     """Kernels compiled for a target; skips the test where they cannot run."""
     if native.compiler() is None:
         pytest.skip("there is no C++ compiler")
-    needs = MARCH.get(name, "avx2")
     cpuinfo = Path("/proc/cpuinfo")
-    if needs and (not cpuinfo.is_file() or needs not in cpuinfo.read_text().split()):
+    flags = set(cpuinfo.read_text().split() if cpuinfo.is_file() else ())
+    if (needs := MARCH.get(name, "avx2")) and needs not in flags:
         pytest.skip(f"this machine has no {needs}")
     if name in MARCH:
         return native.load(native.build(name))
+    number, real = EMULATED[name]
+    if real in flags:
+        pytest.skip(f"this machine has {real} itself")
     header = HERE / "emulated_instructions.h"
     digest = int.from_bytes(hashlib.sha256(header.read_bytes()).digest()[:4], "big")  # in the library's name, so
-    flags = ("-include", str(header), f"-DEMULATED={EMULATED[name]}", f"-DDIGEST={digest}", "-O2")
+    options = ("-include", str(header), f"-DEMULATED={number}", f"-DDIGEST={digest}", "-O2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_FLAGS", native._FLAGS + flags)
+        patch.setattr(native, "_FLAGS", native._FLAGS + options)
         return native.load(native.build("x86-64-v3"))
