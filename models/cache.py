@@ -169,7 +169,9 @@ def parse_hub_name(name: str) -> HubName:
 
 def _of_address(name: str) -> str:
     """The name in an address such as ``https://huggingface.co/org/name/tree/revision``; other names as they are."""
-    hosts = {"huggingface.co", "www.huggingface.co", "hf.co", urlsplit(endpoint()).netloc}
+    hosts = {"huggingface.co", "www.huggingface.co", "hf.co"}
+    with suppress(ValueError):  # HF_ENDPOINT is no address, which is told when it is asked
+        hosts.add(urlsplit(endpoint()).netloc)
     with suppress(ValueError):  # an address that is none
         parts = urlsplit(name if "://" in name else f"https://{name}")
         if parts.netloc.lower() in hosts and parts.scheme in ("http", "https"):
