@@ -44,9 +44,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return WorkStealingScheduling(config, log)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="K/N", help="run the K-th of N shares of the tests, counted from 0")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Most cases of tests marked ``few`` are slow (see :func:`quick_cases`). GPU tests need a GPU."""
+    if share := config.getoption("--share"):
+        number, count = map(int, share.split("/"))
+        left_out = [one for one in items if int(hashlib.sha256(one.nodeid.encode()).hexdigest(), 16) % count != number]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [one for one in items if one not in {*left_out}]
     tests = dict[Any, list[pytest.Item]]()
     for item in items:
         if item.get_closest_marker("few") is not None:

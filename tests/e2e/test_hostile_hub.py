@@ -84,7 +84,7 @@ def attacked(home: Path, words: str, *, in_process: bool = False, seconds: float
     assert text.isprintable() and text.endswith(".") and len(text) <= LONGEST, text
     assert time.monotonic() - start < seconds
     assert listing(home.parent) == before
-    left = [path.name for path in hub.cache_folder().rglob("*.incomplete")]  # nothing but what a later pull goes on with
+    left = [path.name for path in hub.cache_folder().rglob("*.incomplete")]  # which a later pull goes on with
     assert all(name.endswith(store.RESUMABLE) for name in left) and links_stay_inside()
     with pytest.raises(OctoError):
         hub.resolve(NAME)
