@@ -48,14 +48,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", metavar="K/N", help="run the K-th of N shares of the tests, counted from 0")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Most cases of tests marked ``few`` are slow (see :func:`quick_cases`). GPU tests need a GPU."""
+def pytest_configure(config: pytest.Config) -> None:
     if share := config.getoption("--share"):
-        number, count = map(int, share.split("/"))
-        left_out = [one for one in items if int(hashlib.sha256(one.nodeid.encode()).hexdigest(), 16) % count != number]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [one for one in items if one not in {*left_out}]
+        config.pluginmanager.register(Share(*map(int, share.split("/"))))
+
+
+class Share:
+    """Leaves out the tests of other shares, once the marks have said which are slow: whether a case is slow depends on
+    the cases beside it."""
+
+    def __init__(self, number: int, count: int) -> None:
+        self._number, self._count = number, count
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        shares: list[list[pytest.Item]] = [[] for _ in range(self._count)]
+        for item in items:
+            shares[int(hashlib.sha256(item.nodeid.encode()).hexdigest(), 16) % self._count].append(item)
+        items[:] = shares.pop(self._number)
+        config.hook.pytest_deselected(items=[item for others in shares for item in others])
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Most cases of tests marked ``few`` are slow (see :func:`quick_cases`). GPU tests need a GPU."""
     tests = dict[Any, list[pytest.Item]]()
     for item in items:
         if item.get_closest_marker("few") is not None:
