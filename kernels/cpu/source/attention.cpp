@@ -195,24 +195,22 @@ static Codes codes_of(const Codec &c, const uint8_t *rows, int64_t dim, float *f
     for (int sixteen = 0; sixteen < 4; sixteen++) {
         const uint8_t *first = rows + sixteen * 16 * c.bytes;
 #if REGISTER == 32
-        for (int64_t w = 0; c.bytes % 2 == 0 && w < words; w += 8)
+        for (int64_t w = 0; w < words; w += 8)
             for (int half = 0; half < 2; half++) {
                 Lanes<uint32_t> part[8];
                 for (int t = 0; t < 8; t++) part[t] = some_words(first + (8 * half + t) * c.bytes + 4 * w, words - w);
                 transpose_square(part);
                 for (int j = 0; j < 8; j++) store((char *)(streams + (w + j) * 4 + sixteen) + 32 * half, part[j]);
             }
-        const int64_t done = c.bytes % 2 == 0 ? words : 0;
 #else
-        const int64_t done = 0;
-#endif
-        for (int64_t w = done; w < words; w += 16) {
+        for (int64_t w = 0; w < words; w += 16) {
             U16 part[16];
             const int64_t bytes = std::min<int64_t>(64, c.bytes - 4 * w);
             for (int t = 0; t < 16; t++) part[t] = some_bytes(first + t * c.bytes + 4 * w, bytes);
             transpose(part);
             for (int j = 0; j < 16 && w + j < words; j++) streams[(w + j) * 4 + sixteen] = part[j];
         }
+#endif
         for (int t = 0; t < 16; t++)
             factors[sixteen * 16 + t] = of_half(load<uint16_t>(first + (t + 1) * c.bytes - 2)) * (float)c.unit;
     }
@@ -340,19 +338,6 @@ static void add_all_values(const float *weights, int64_t rows, int count, const 
 }
 // The same for a tile [dim][64], into sums [R][dim][16] over tokens a multiple of 16 apart.
 template <int R> static void add_tile(const float *weights, const float *tile, int64_t dim, float *sums) {
-#if REGISTER == 64
-    F16 w[R][4];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < 4; v++) w[r][v] = load<F16>(weights + r * PAGE + 16 * v);
-    for (int64_t i = 0; i < dim; i++) {
-        F16 part[4];
-        for (int v = 0; v < 4; v++) part[v] = load<F16>(tile + i * PAGE + 16 * v);
-        for (int r = 0; r < R; r++) {
-            float *to = sums + (r * dim + i) * 16;
-            store(to, load<F16>(to) + (part[0] * w[r][0] + part[1] * w[r][1] + part[2] * w[r][2] + part[3] * w[r][3]));
-        }
-    }
-#else
     for (int r = 0; r < R; r++)  // one after the other, half of the lanes at a time: eight registers of weights
         for (int half = 0; half < 16; half += REGISTER / 4) {
             typedef Lanes<float> V;
@@ -366,7 +351,6 @@ template <int R> static void add_tile(const float *weights, const float *tile, i
                 store(to, load<V>(to) + sum);
             }
         }
-#endif
 }
 
 struct Piece {  // sums of a run of blocks
