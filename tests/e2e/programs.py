@@ -3,9 +3,11 @@
 `Programs` starts a server, this file run as a script, which has imported the engine and nothing that reads the
 environment. For each program it forks a keeper, which forks the program, tells its pid and waits for its end. The
 program gets its arguments, environment and streams as an interpreter that starts does; what happens earlier (streams
-that are closed, signals while modules are imported, an interpreter without UTF-8) is for tests that start one.
+that are closed, signals while modules are imported, an interpreter without UTF-8) is for tests that start one. At the
+end it does what an interpreter does, but for taking PyTorch apart, which would be most of the time of a short program.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -174,15 +177,39 @@ def _serve(server: socket.socket) -> dict[str, Any]:
     return request
 
 
+def _do(request: dict[str, Any]) -> None:
+    if request["code"] is None:
+        from octo_run.__main__ import main
+
+        sys.argv = ["octo-run", *request["argv"]]
+        sys.exit(main())
+    sys.argv = ["-c", *request["argv"]]
+    exec(request["code"], {"__name__": "__main__"})
+
+
+def _leave(code: object) -> None:
+    """End as an interpreter does: wait for threads, call what is registered, write what is left; a failure of the last,
+    or a code that is no number, is left to the interpreter."""
+    if code is not None and not isinstance(code, int):
+        return
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        return
+    os._exit((code or 0) & 255)
+
+
 if __name__ == "__main__":
     import octo_run.engine  # noqa: F401
 
     assert "huggingface_hub" not in sys.modules  # it reads the environment
     asked = _serve(socket.socket(fileno=int(sys.argv[1])))
-    if asked["code"] is None:
-        from octo_run.__main__ import main
-
-        sys.argv = ["octo-run", *asked["argv"]]
-        sys.exit(main())
-    sys.argv = ["-c", *asked["argv"]]
-    exec(asked["code"], {"__name__": "__main__"})
+    try:
+        _do(asked)
+    except SystemExit as ended:
+        _leave(ended.code)
+        raise
+    _leave(0)

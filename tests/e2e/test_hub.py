@@ -231,6 +231,7 @@ def begun_in(hub_: Any, file: str) -> list[int]:
     return [start for name, start in hub_.begun if name == file]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_half_a_file_is_gone_on_with(fake_hub: Any, large: Path, number: int) -> None:
     """After Ctrl-C and after a kill; until it is whole it has no name that counts."""
@@ -277,6 +278,7 @@ def leave(data: bytes, large: Path) -> Path:
     return path
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("what", "starts"),
     [
@@ -323,6 +325,7 @@ def test_a_file_that_changed_meanwhile(fake_hub: Any, large: Path, make_checkpoi
     assert begun_in(fake_hub, "model.safetensors") == [0] and not left.exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["symbolic", "hard", "folder", "pipe"])
 def test_a_link_in_place_of_what_was_left(fake_hub: Any, large: Path, tmp_path: Path, how: str) -> None:
     """It is not written through."""
@@ -441,6 +444,7 @@ def test_one_failure_ends_the_others(fake_hub: Any, repo: Path) -> None:
 # How a model is named, and who asks
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "address",
     ["{hub}/tiny/llama", "{hub}/tiny/llama/", "{host}/tiny/llama", "{hub}/tiny/llama/tree/main?x=1#y",
@@ -810,7 +814,19 @@ def test_pull_wants_a_hub_name(fake_hub: Any, name: str) -> None:
     assert fake_hub.requests == []
 
 
-def octo_run(*args: str, preexec_fn: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+_server: list[Any] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_start_quickly(programs: Any) -> None:
+    _server[:] = [programs]
+
+
+def octo_run(*args: str, preexec_fn: Callable[[], None] | None = None) -> "subprocess.CompletedProcess[str]":
+    """The program; with ``preexec_fn`` in an interpreter of its own."""
+    if preexec_fn is None:
+        done: subprocess.CompletedProcess[str] = _server[0].run([*args], os.environ, timeout=120)
+        return done
     command = [sys.executable, "-m", "octo_run", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=preexec_fn)
 
@@ -982,7 +998,7 @@ DAMAGED_MANIFESTS = {
 }
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", DAMAGED_MANIFESTS)
 @pytest.mark.parametrize("ref", [True, False])
 def test_a_damaged_manifest_hides_no_other_model(fake_hub: Any, repo: Path, kind: str, ref: bool) -> None:
@@ -1013,6 +1029,7 @@ def test_a_damaged_manifest_hides_no_other_model(fake_hub: Any, repo: Path, kind
     assert [item.name for item in hub.list_models()] == ["octo-demo", "other/model"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 40, b"0123", b"../../../etc", b"x" * 1_000_000, None, "pipe", "folder"]
 )
@@ -1057,6 +1074,7 @@ def test_folders_that_cannot_be_read(fake_hub: Any, repo: Path) -> None:
     assert hub.resolve(NAME) == entry.path
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written(fake_hub: Any, repo: Path) -> None:
     entry = hub.pull(NAME)
     fake_hub.add(NAME, repo, "main", **{"generation_config.json": b"{}"})

@@ -46,6 +46,7 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:
     assert held == expected
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_demo_model_whole(wheel: Path) -> None:
     demo = ROOT / "models" / "octo_demo"
     index = json.loads((demo / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -56,6 +57,7 @@ def test_wheel_holds_the_demo_model_whole(wheel: Path) -> None:
             assert archive.getinfo(f"octo_run/models/octo_demo/{name}").file_size == (demo / name).stat().st_size
 
 
+@pytest.mark.slow
 def test_wheel_says_what_it_is(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -69,6 +71,7 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
     assert ">=2.9" in torch and "<=2.13.0" in torch
 
 
+@pytest.mark.slow
 def test_the_unpacked_wheel_works_by_itself(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")

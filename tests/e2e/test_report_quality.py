@@ -52,6 +52,7 @@ def test_codes_in_passing_are_those_of_the_real_pages(script: Any) -> None:
     assert edges.plan.shape.token_bytes == edges.config.num_kv_heads * 2 * (2 * 512 + 6 * 40)
 
 
+@pytest.mark.slow
 def test_conditioning_without_a_text_reads_no_text_and_keeps_the_function(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +70,7 @@ def test_conditioning_without_a_text_reads_no_text_and_keeps_the_function(
     assert 0 < change < 0.1
 
 
+@pytest.mark.slow
 def test_needles_become_a_part_of_the_report(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, out, doc = tmp_path / "text.txt", tmp_path / "part.json", tmp_path / "quality.md"
     text.write_text("The boats left at dawn, and the harbour was quiet again. Nobody spoke. " * 40)

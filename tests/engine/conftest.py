@@ -36,6 +36,10 @@ TINY = ModelConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_models_are_measured_quickly(short_calibration: None) -> None: ...
+
+
 class ByteTokenizer:
     """Ids 0-255 are bytes, 256 begins a text, 257 ends a turn, 258 begins one."""
 

@@ -31,7 +31,7 @@ def logits(kv: str, kind: str | None, step: int | None = 64) -> torch.Tensor:
         return engine.logits(engine.tokenizer.encode(TEXT, add_bos=True)[:460], step).double()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mean", "full"])
 def test_without_coding_the_logits_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = logits("bf16", None)
@@ -85,6 +85,7 @@ def test_a_hostile_model_is_never_worse_for_it(
         assert full <= 1.1 * off + 1e-9, kv
 
 
+@pytest.mark.slow
 def test_coded_keys_are_conditioned_unless_it_is_off() -> None:
     for kv, kind, used in (("oct3", None, "full"), ("oct3:bf16", "mean", "mean"), ("bf16:oct3", "full", "off")):
         with load(kv, kind) as engine:

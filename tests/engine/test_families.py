@@ -238,6 +238,12 @@ def stepped(engine: Engine, ids: list[int], first: int) -> Tensor:
     return torch.stack(found)
 
 
+#: Of the families those that have something of their own.
+ONE_OF_A_KIND = ("llama3-biases", "qwen2-g7-window", "qwen3-yarn", "gemma3", "gemma4-small", "phi4-mini", "olmo3",
+                 "cohere2", "granite")  # fmt: skip
+
+
+@pytest.mark.few(*ONE_OF_A_KIND)
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one in VARIANTS)) for one in MODELS])
 @torch.inference_mode()
 def test_logits_equal_those_of_transformers(name: str, made: Callable[[str], tuple[Path, Any, Tensor]]) -> None:

@@ -170,7 +170,7 @@ def test_a_batch_finds_what_an_earlier_one_read(tiny: Tiny) -> None:
     assert {done.index: done.ids for done in again} == {done.index: done.ids for done in first}
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("cfg", [TINY, WINDOWED, RECURRENT], ids=["full", "windowed", "recurrent"])
 def test_an_interrupt_between_any_two_lines_costs_no_page(tiny: Tiny, cfg: ModelConfig) -> None:
     """Nothing is held by nobody, no row is lost, and what is found is right."""

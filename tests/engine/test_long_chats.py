@@ -64,7 +64,7 @@ def answer(engine: Engine, ids: list[int]) -> list[int]:
     return [token.id for token in engine.generate(ids, SamplingParams(max_tokens=ANSWER))]
 
 
-@pytest.mark.few("gemma4-small", "qwen3_next")
+@pytest.mark.few("gemma4-small")
 @pytest.mark.parametrize("name", CHATS)
 def test_turn_ten_reads_new_tokens_only(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, and with the tokens of an engine that has seen nothing else; so do an answer that is written again, a

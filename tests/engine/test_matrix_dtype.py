@@ -11,7 +11,7 @@ from octo_run.engine.parts import held_bytes
 from octo_run.errors import UsageError
 
 
-@pytest.mark.few(2)
+@pytest.mark.few("oct3-True")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kv", ["bf16", "oct3"])
 def test_bf16_weights_are_the_files_and_take_half(tied: bool, kv: str, make_checkpoint: Callable[..., Path]) -> None:

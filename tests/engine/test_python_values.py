@@ -12,7 +12,9 @@ from octo_run import Engine, SamplingParams, Session, UsageError
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine.load("octo-demo", device=torch.device("cpu"), max_context=256, kv="OCT3", dtype="BF16") as engine:
+    with Engine.load(
+        "octo-demo", device=torch.device("cpu"), max_context=256, kv="OCT3", dtype="BF16", conditioning="off"
+    ) as engine:
         yield engine
 
 

@@ -558,6 +558,7 @@ def test_layers_of_an_unknown_kind() -> None:
         OctoCache(config)
 
 
+@pytest.mark.slow
 def test_octo_run_does_not_import_transformers() -> None:
     code = "import sys, octo_run, octo_run.engine, octo_run.integrations; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -58,6 +58,7 @@ def test_decode(target: str, kv: str, mean: float) -> None:
     check(kv, [1, 63, 64, 65, 0, 128, 129, 192, 193, 257, 400, 1300], 1, 6, 2, 64, mean=mean)
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256, 512])
 @pytest.mark.parametrize("group", [1, 4, 5, 7, 8])
 def test_decode_shapes(target: str, dim: int, group: int) -> None:

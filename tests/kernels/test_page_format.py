@@ -35,6 +35,7 @@ def vectors(*shape: int, seed: int = 0) -> torch.Tensor:
     return both
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("kv", KINDS)
 def test_layouts_convert_exactly_both_ways(kv: str, head_dim: int) -> None:

@@ -174,3 +174,7 @@ def small_gguf() -> Callable[..., SmallGguf]:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache of the test's own."""
     monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_models_are_measured_quickly(short_calibration: None) -> None: ...

@@ -359,6 +359,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_any_value_of_any_entry_is_taken_or_refused(kind: str, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     small = small_gguf("llama", vocab_size=300, num_hidden_layers=1)
@@ -580,7 +581,7 @@ def test_a_file_that_changes_while_it_is_read(
     assert "was changed or replaced while it was read" in refused(path)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_an_import_that_is_stopped_leaves_no_model(sign: int, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     path = small_gguf("llama").write(tmp_path / "model.gguf")

@@ -58,6 +58,7 @@ def decompressed(folder: Path, prefix: str, found: dict[str, Tensor]) -> Tensor:
     return result
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("weights", SCHEMES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_another_reader_finds_what_loading_makes(

@@ -177,7 +177,12 @@ def configured(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-@pytest.mark.few(20)
+#: Of the formats one of each way to pack numbers.
+ONE_OF_A_KIND = ("gptq", "gptq act-order", "awq", "ct w4a16", "ct w8a8", "ct fp8 block", "ct nvfp4", "ct mxfp4", "ct mxfp8",
+                 "fp8 block", "mxfp4")  # fmt: skip
+
+
+@pytest.mark.few(*ONE_OF_A_KIND)
 @pytest.mark.parametrize("name", FORMATS)
 def test_logits_are_those_of_the_values(name: str, make_checkpoint: Make) -> None:
     """Two query heads a KV head; values are rotated online, because packed weights do not take the rotation in."""
@@ -195,6 +200,7 @@ def test_logits_are_those_of_the_values(name: str, make_checkpoint: Make) -> Non
         assert torch.allclose(matrices[tensor], exact, rtol=2**-11, atol=1e-7 * float(exact.abs().max()))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["gptq act-order", "ct w4a16 asymmetric", "fp8 block"])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 1)])
 def test_other_groups_of_heads_and_biases(name: str, heads: tuple[int, int], make_checkpoint: Make) -> None:
@@ -202,7 +208,7 @@ def test_other_groups_of_heads_and_biases(name: str, heads: tuple[int, int], mak
     same_logits(*quantised(make_checkpoint, *FORMATS[name], **changes))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gptq", "awq", "ct nvfp4", "fp8 block"])
 def test_arithmetic_in_16_bits(name: str, dtype: str, make_checkpoint: Make) -> None:
@@ -392,7 +398,7 @@ DAMAGED: list[tuple[str, Callable[[dict[str, Tensor]], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("number", range(len(DAMAGED)))
 def test_damaged_files_are_refused_in_one_sentence(number: int, make_checkpoint: Make) -> None:
     name, damage, words = DAMAGED[number]
@@ -404,6 +410,7 @@ def test_damaged_files_are_refused_in_one_sentence(number: int, make_checkpoint:
     assert "fetch the model again" in text and UP in text and text.endswith(".") and len(text) < 400, text
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("name", "fields"),
     [

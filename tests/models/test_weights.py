@@ -150,6 +150,7 @@ def embedding_of(folder: Path) -> torch.Tensor:
     return load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
 
 
+@pytest.mark.slow
 def test_a_stored_head_of_its_own_counts(make_checkpoint: Make) -> None:
     """The configuration ties it, the file holds another one: logits, plan and description are those of the head."""
     tied, untied = make_checkpoint("tied"), make_checkpoint("untied")
@@ -169,6 +170,7 @@ def test_a_stored_head_of_its_own_counts(make_checkpoint: Make) -> None:
     assert facts[0]["parameters"] == facts[1]["parameters"] == num_parameters(cfg)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("where", ["first", "last", "nowhere"])
 def test_heads_are_compared_by_value(make_checkpoint: Make, dtype: torch.dtype, where: str) -> None:
@@ -451,7 +453,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", list(DAMAGE))
 def test_a_file_that_changes_while_it_is_read_is_refused(make_checkpoint: Make, damage: str) -> None:
     """After the first tensor; in a process of its own, which a mapped file that shrinks would end by SIGBUS."""
@@ -503,6 +505,7 @@ def test_no_weights(make_checkpoint: Make) -> None:
     assert "pickled weights such as pytorch_model.bin are never opened" in refused(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc/self/status")
 def test_loading_does_not_hold_the_model_twice(make_checkpoint: Make) -> None:
     """Peak memory of loading 0.2 GB, in a process of its own, stays well below two copies."""

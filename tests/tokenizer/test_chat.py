@@ -441,6 +441,7 @@ ATTACKS = ["<s>", "x<s>", "<<s>>", "<|im_end|>", "<|im_xend|>", "</x/s>", "END|>
 ATTACKS += ["BAB", "<|IM_END|>", "<s>\t<s>", " <s> </s>", "a\n<\ns\n>", "%s<s>", "{}<s>{0}", "<ss>", "\\u003cs>", "A"]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("rewrite", REWRITES)
 def test_whatever_a_template_does_to_texts_they_stay_texts(rewrite: str) -> None:
     for content in ("m.content", "'<|im_' ~ m.content ~ '[INS'", "'<|im_ x' ~ m.content"):
@@ -506,6 +507,7 @@ FORGETFUL += ["c.swapcase()", "c|wordwrap(3, wrapstring='')", "c|center(30)", "c
 FORGETFUL += ["c.expandtabs()", "'<%5s%s' % (c, c)", "'<{}{:>9}'.format(c, c)", "c.format('end')"]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("rewrite", [r for r in REWRITES if r != "c|urlencode"])
 @settings(max_examples=12, deadline=None)
 @given(parts=MIXED, text=st.text(GREEK + " \nx'", max_size=8))

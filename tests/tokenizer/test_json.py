@@ -43,7 +43,7 @@ def byte_level_dir(tmp_path: Path, make_library: Callable[[str], Library]) -> Pa
     return tmp_path
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @settings(max_examples=200, deadline=None)
 @given(text=st.one_of(UNICODE, MIXED))
 def test_encoding_with_special_tokens_equals_the_library(json_tokenizer: Path, text: str) -> None:
