@@ -79,6 +79,7 @@ def test_windows_say_what_is_wrong() -> None:
 # Perplexity
 
 
+@pytest.mark.slow
 def test_the_perplexity_is_that_of_transformers(demo: Callable[..., Engine]) -> None:
     """The same windows, scored by an independent implementation: within 0.1 %."""
     transformers = pytest.importorskip("transformers")
@@ -459,7 +460,7 @@ def test_answers_are_those_to_questions_asked_alone() -> None:
     assert together == alone and any(re.search("[0-9]{7}", text) for text in together)
 
 
-@pytest.mark.few("3")
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_a_text_is_read_once_for_all_its_questions(rows: int) -> None:
     """As many answers as questions asked each with its own reading give, by way of shared pages."""

@@ -84,7 +84,7 @@ def prompt(demo: Callable[..., Engine]) -> list[int]:
     return ids[:330]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_random_models_from_files(family: str, make_checkpoint: Callable[..., Path]) -> None:

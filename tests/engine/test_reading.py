@@ -41,7 +41,7 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.few("octopus3-uneven sink")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

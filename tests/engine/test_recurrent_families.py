@@ -136,7 +136,7 @@ def test_logits_however_the_prompt_is_cut(family: str, models: Callable[[str], t
             assert relative(engine.logits(ids, step), theirs) < 1e-4, f"step {step}"
 
 
-@pytest.mark.few("qwen3_5", "qwen3_next", "qwen3_5_moe")
+@pytest.mark.few("qwen3_5", "qwen3_next")
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_logits_at_every_position(family: str, models: Callable[[str], tuple[Path, Any]]) -> None:
@@ -171,6 +171,7 @@ def test_logits_of_decode_steps(family: str, models: Callable[[str], tuple[Path,
     assert relative(torch.stack(rows), theirs) < 1e-4
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["Qwen3_5", "Qwen3_5Moe"])
 @torch.inference_mode()
 def test_the_text_part_of_a_checkpoint_with_images(family: str, tmp_path: Path) -> None:
@@ -189,6 +190,7 @@ def test_the_text_part_of_a_checkpoint_with_images(family: str, tmp_path: Path) 
         assert relative(engine.logits(ids), model(torch.tensor([ids])).logits[0]) < 1e-4
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next-dense"])
 @pytest.mark.usefixtures("exact_products")
 @torch.inference_mode()

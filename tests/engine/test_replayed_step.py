@@ -30,7 +30,8 @@ def answer(engine: Engine, temperature: float) -> list[int]:
 def test_a_recorded_step_is_the_step(
     monkeypatch: pytest.MonkeyPatch, weights: str | None, kv: str, temperature: float
 ) -> None:
-    engine = Engine.load(kv=kv, max_context=400, device="cpu", dtype="float32", weights=weights)
+    head = "int8" if weights == "int8" else "bf16"  # as the program would choose
+    engine = Engine.load(kv=kv, max_context=400, device="cpu", dtype="float32", weights=weights, head=head)
     torch.set_num_threads(1)
     found = answer(engine, temperature)
     assert len(found) > 20, "too short to be recorded"

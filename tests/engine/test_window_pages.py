@@ -58,7 +58,7 @@ def greedy(engine: Engine, ids: list[int], count: int) -> list[tuple[int, float]
     return [(token.id, token.logprob) for token in engine.generate(ids, SamplingParams(max_tokens=count))]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kinds", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus3:bf16"])
 @pytest.mark.parametrize("options", [{}, {"sink": 5, "window": 128}, {"sink": 0, "window": 0}], ids=str)

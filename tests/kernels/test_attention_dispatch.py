@@ -44,16 +44,16 @@ def expected(call: Call) -> Kernel | None:
     return Kernel.TABLE_DECODE if fast else Kernel.GENERAL_DECODE
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: " ".join(fact.name for fact in call))
-def test_exactly_one_entry_applies(call: Call) -> None:
-    entries = [entry for entry in dispatch.KERNELS if entry.applies(call)]
-    want = expected(call)
-    assert [entry.kernel for entry in entries] == ([] if want is None else [want])
-    if want is None:
-        with pytest.raises(ValueError, match="take fp16, bf16 and fp32, not float64"):
-            dispatch.choose(call)
-    else:
-        assert dispatch.choose(call) is want
+def test_exactly_one_entry_applies() -> None:
+    for call in CALLS:
+        entries = [entry for entry in dispatch.KERNELS if entry.applies(call)]
+        want = expected(call)
+        assert [entry.kernel for entry in entries] == ([] if want is None else [want]), call
+        if want is None:
+            with pytest.raises(ValueError, match="take fp16, bf16 and fp32, not float64"):
+                dispatch.choose(call)
+        else:
+            assert dispatch.choose(call) is want, call
 
 
 def test_every_entry_is_of_use_and_says_why() -> None:
@@ -73,11 +73,9 @@ def test_every_kernel_s_file_has_the_kernels_named() -> None:
 class TestFacts:
     """What is made of a call's tensors."""
 
-    @pytest.mark.parametrize("mean", [False, True])
-    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("stored", "kv"), [(stored, kv) for stored, names in FORMATS.items() for kv in names])
-    def test_formats(self, stored: Stored, kv: str, dtype: torch.dtype, mean: bool) -> None:
-        for dim in HEAD_DIMS:
+    def test_formats(self, stored: Stored, kv: str) -> None:
+        for dtype, mean, dim in itertools.product(DTYPES, (False, True), HEAD_DIMS):
             fmt = parse_kv(kv, dim, plain_dtype=dtype)
             want = Stored.OTHER if stored is Stored.PLAIN and mean else stored
             assert dispatch.stored(fmt, dtype, mean=mean) is want
@@ -89,15 +87,16 @@ class TestFacts:
     def inputs(self, pages: int = 2, sink: int = 64) -> Any:
         return SimpleNamespace(mean=None, sink=sink, pages=torch.empty(pages, 2, 3840))
 
-    @pytest.mark.parametrize("group", GROUPS)
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("count", [1, 2, 70])
-    def test_queries_and_types(self, group: int, dtype: torch.dtype, count: int) -> None:
+    def test_queries_and_types(self, dtype: torch.dtype, count: int) -> None:
         fmt = parse_kv("oct3", 64)
-        q = torch.empty(3, count, 2 * group, 64, dtype=dtype)
-        call = dispatch.describe(q, self.inputs(), fmt, 1000, Device.HOPPER)
-        several = Queries.SEVERAL if count > 1 else Queries.ONE
-        assert call == (Device.HOPPER, Stored.TRELLIS, DTYPES[dtype], several, Pages.SOME, Width.UP_TO_256)
+        for group in GROUPS:
+            q = torch.empty(3, count, 2 * group, 64, dtype=dtype)
+            call = dispatch.describe(q, self.inputs(), fmt, 1000, Device.HOPPER)
+            several = Queries.SEVERAL if count > 1 else Queries.ONE
+            wanted = (Device.HOPPER, Stored.TRELLIS, DTYPES[dtype], several, Pages.SOME, Width.UP_TO_256)
+            assert call == wanted, group
 
     @pytest.mark.parametrize(
         ("pages", "sink", "length", "want"),
@@ -125,9 +124,8 @@ class TestFacts:
 
 @pytest.mark.parametrize("kernel", [Kernel.GENERAL_DECODE, Kernel.PLAIN_DECODE, Kernel.PREFILL])
 @pytest.mark.parametrize("element", [Element.HALF, Element.SINGLE])
-@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 1, 48, 65, 129, 257])
-def test_one_row_of_tiles_applies(kernel: Kernel, element: Element, head_dim: int) -> None:
-    for stored in Stored:
+def test_one_row_of_tiles_applies(kernel: Kernel, element: Element) -> None:
+    for stored, head_dim in itertools.product(Stored, [*HEAD_DIMS, 1, 48, 65, 129, 257]):
         found = dispatch.tiles(kernel, stored, element, head_dim)  # more or fewer than one are an error there
         assert all(n & (n - 1) == 0 for n in (found.rows, found.keys, found.full_keys, found.warps))
         assert 64 % found.keys == 0, "a page is whole tiles"
@@ -165,6 +163,7 @@ LAUNCHED = {
 }
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("count", [1, 5])

@@ -92,6 +92,7 @@ def test_exhaustive_search_finds_the_nearest_codeword() -> None:
     torch.testing.assert_close(codec.decode_rotated(codec.encode_rotated(y), torch.float64), best, rtol=0, atol=1e-14)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_head_dim_is_as_good_as_128(name: str, head_dim: int) -> None:

@@ -52,6 +52,7 @@ def check(*args: object, **options: object) -> None:
     assert relative_error(out, case.want) < BOUND[case.q.dtype]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("mean", [0.0, 3.0])
 @pytest.mark.parametrize("kv", FORMATS)
 def test_decode(target: str, kv: str, mean: float) -> None:
@@ -67,6 +68,7 @@ def test_decode_shapes(target: str, dim: int, group: int) -> None:
         check(kv, [130, 0, 321], 1, 2 * group, 2, dim, dtype=dtype, mean=2.0 * (group % 2))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kv", ["oct3", "octopus4", "bf16", "bf16:oct3"])
 @pytest.mark.parametrize("count", [2, 5, 70])
 def test_prefill(target: str, kv: str, count: int) -> None:

@@ -185,6 +185,7 @@ def test_zero_beside_huge_dimensions(tmp_path: Path) -> None:
         assert (theirs(content) is None) == good == (ours(path, content) is None)
 
 
+@pytest.mark.slow
 def test_limits_take_no_time(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     start = time.monotonic()

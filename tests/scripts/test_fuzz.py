@@ -101,7 +101,7 @@ def say_escapes(data: bytes) -> None:
     raise error
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("reader", "what"),
     [

@@ -43,6 +43,7 @@ def cached_keys(engine: Engine, ids: list[int]) -> torch.Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.slow
 def test_same_function_and_hard_keys(made: Path) -> None:
     source, stress = (Engine.load(m, kv="bf16", max_context=640) for m in (DEMO_PATH, made))
     ids = [1, *source.tokenizer.encode(TEXT[2000:4000])]

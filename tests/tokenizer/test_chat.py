@@ -121,6 +121,7 @@ NO_SUCH_TOOLS = "llama-cpp-deepseek-r1"  # it gives a generator to tojson, which
 NEED_TOOLS = "c4ai-command-r-plus|Hermes|firefunction"
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "whole"])
 @pytest.mark.parametrize("tools", [True, False], ids=["tools", "plain"])
 def test_rendering_equals_transformers(template_file: Path, prompt: bool, tools: bool) -> None:
@@ -162,6 +163,7 @@ GOING_ON = {
 }
 
 
+@pytest.mark.few(7)
 def test_a_message_that_goes_on_equals_transformers(template_file: Path) -> None:
     variables = WITH_TOOLS if re.search(NEED_TOOLS, template_file.stem) else {}
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
@@ -260,6 +262,7 @@ def specials_of(tok: Tokenizer, ids: list[int]) -> list[int]:
     return [i for i in ids if i in tok.special_ids]
 
 
+@pytest.mark.few(7)
 def test_user_text_adds_no_special_token_to_any_template(template_file: Path) -> None:
     """All specials, their halves in two turns, and specials with a string inside that the template may cut out."""
     source = template_file.read_text(encoding="utf-8")
@@ -638,6 +641,7 @@ def test_special_ids_come_from_the_template(tok: Tokenizer, contents: list[str])
     assert tok.decode(ids, skip_special=False) == tok.render(messages)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(contents=st.lists(HARMLESS, min_size=1, max_size=3))
 def test_qwen2_chat_equals_transformers(qwen2: Tokenizer, qwen2_dir: Path, contents: list[str]) -> None:

@@ -316,7 +316,7 @@ def test_a_tokenizer_json_without_a_decoder_decodes_as_in_transformers(
         assert "".join(map(stream.push, ids)) + stream.finish() == theirs.decode(ids)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family"),
     [

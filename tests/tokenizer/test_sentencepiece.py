@@ -80,6 +80,7 @@ def test_llama2_vectors(llama2: Tokenizer, shared: Callable[[str], Path]) -> Non
         assert llama2.decode(llama2.encode(text)) == text
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_llama2_decodes_ids_as_sentencepiece(
