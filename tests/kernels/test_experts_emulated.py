@@ -31,8 +31,8 @@ def on_a_gpu(weight: PackedWeight) -> PackedWeight:
 
 
 def sort_by_hand(scratch: Any, experts: int) -> int:
-    """What `choose_kernel` or the sorting kernels leave: pairs by expert, and tiles of them. Of a tile that nobody needs
-    only the expert is written."""
+    """What `choose_kernel` or the sorting kernels leave: pairs by expert, and tiles of them. Of a tile that nobody
+    needs only the expert is written."""
     flat = scratch.indices.flatten()
     scratch.order.copy_(torch.argsort(flat, stable=True))
     tiles, first = [], 0
