@@ -356,9 +356,7 @@ def _layer_types(fields: Fields, family: Family, num_layers: int, context: int) 
             if kind == "mamba":
                 raise fields.fail("layer_types", f"holds {quoted(kind)}, and octo-run does not compute Mamba layers")
             if kind == LINEAR and kind not in allowed:
-                raise fields.fail(
-                    "layer_types", f"holds {quoted(kind)}, which octo-run does not compute in this family"
-                )
+                raise fields.fail("layer_types", f"holds {quoted(kind)}, which octo-run does not compute here")
             if kind not in allowed:
                 raise fields.fail("layer_types", f"holds {quoted(kind)}, which octo-run does not know here")
     everywhere = (FULL,) * num_layers
