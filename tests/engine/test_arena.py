@@ -211,6 +211,7 @@ class TestMoreOfTheArenaMachine(ArenaMachine.TestCase):  # type: ignore[name-def
     settings = settings(max_examples=60, stateful_step_count=15, deadline=None)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("sink", "window"), [(64, 64), (0, 0), (5, 128), (0, 64), (64, 0)])
 def test_lengths_around_every_edge(sink: int, window: int) -> None:
     """Prefill to each length around sink, ring and page edges, then decode across the next flush."""
@@ -352,7 +353,7 @@ def fill(kv: str, chunks: list[int]) -> KVArena:
     return arena
 
 
-@pytest.mark.few("oct3/oct4:oct2")
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["bf16", "oct3", "octopus3", "oct2:octopus4", "oct3/oct4:oct2"])
 def test_bytes_of_pages_depend_on_keys_and_values_alone(kv: str) -> None:
     whole = pages_of(fill(kv, [321]))

@@ -487,6 +487,7 @@ def test_a_text_is_read_once_for_all_its_questions(rows: int) -> None:
     assert tokens == sum(whole) if rows == 1 else tokens < sum(whole) - 0.8 * sum(shared[: 3 if rows > 2 else 2])
 
 
+@pytest.mark.slow
 def test_questions_that_were_asked_so_far_make_cells() -> None:
     asked = search(["octopus4"], ask_questions(3))
     assert asked.cells() == []

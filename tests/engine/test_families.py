@@ -256,7 +256,7 @@ def stepped(engine: Engine, ids: list[int], first: int) -> Tensor:
 
 
 #: Of the families those that have something of their own.
-ONE_OF_A_KIND = ("llama3-biases", "qwen2-g7-window", "qwen3-yarn", "gemma3", "gemma4-small", "phi4-mini", "olmo3",
+ONE_OF_A_KIND = ("llama3-biases", "qwen3-yarn", "gemma3", "gemma4-small", "phi4-mini", "olmo3",
                  "cohere2", "granite")  # fmt: skip
 
 

@@ -322,6 +322,7 @@ def test_ends_of_the_model_and_of_the_caller(scripted: Any) -> None:
     assert both[-1].finish_reason == "stop"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("context", [70, 128, 200, 257])
 def test_as_many_tokens_as_fit_and_one_more(context: int, scripted: Any) -> None:
     """The last token needs no place: nothing follows it. The arena is full to the last token."""

@@ -123,6 +123,7 @@ QUESTIONS = (
 STEP = 0.0625
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact_products")
 @torch.inference_mode()
 def test_demo_bfloat16_rounds_where_transformers_does(demo: Any, prompt: list[int]) -> None:

@@ -147,6 +147,7 @@ def test_rows_that_are_alike_share_their_pages() -> None:
     assert store.arena.table.pool.holders(0) == 1
 
 
+@pytest.mark.slow
 def test_pages_before_a_token_are_let_go_of() -> None:
     torch.manual_seed(1)
     store, remembered = make("oct3", 64, batch=2, sinks=0)

@@ -113,7 +113,7 @@ def test_uncompressed_pages_answer_as_a_dynamic_cache(
     assert generate(model, prompt, OctoCache(model.config, kv="bf16"), **options) == want
 
 
-@pytest.mark.few("cpu-oct3-octo", "cpu-bf16-eager")
+@pytest.mark.few("cpu-oct3-octo")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("kv", ["oct4", "oct3", "oct2:oct3", "octopus3", "bf16"])
 def test_logits_are_those_of_what_the_codec_gives_back(decoder: Decoder, device: str, attention: str, kv: str) -> None:
@@ -461,6 +461,7 @@ def test_weights_of_attention_can_be_had(decoder: Decoder) -> None:
     assert torch.allclose(weights[0].sum(-1), torch.ones(1, 4, 3))
 
 
+@pytest.mark.slow
 def test_attention_without_our_cache_is_that_of_transformers(decoder: Decoder) -> None:
     model, prompt = decoder("Llama"), ids(2, 100)
     want = generate(model, prompt, None)

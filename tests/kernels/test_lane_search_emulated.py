@@ -62,6 +62,7 @@ def test_pages_layers_and_heads_have_their_places() -> None:
     assert torch.equal(found("oct3", y), fields_of("oct3", y))
 
 
+@pytest.mark.slow
 def test_half_precision() -> None:
     y, _ = vectors(1, 1, 1, 64, torch.float16)
     assert torch.equal(found("oct2", y), fields_of("oct2", y))
@@ -110,6 +111,7 @@ def test_keys_are_those_of_the_other_kernel(name: str) -> None:
     assert mine[..., 0].numel() == codec.format.codes * codec.format.cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["oct3", "oct4:oct2"])
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_its_pages_are_read_as_rows(kv: str, dim: int) -> None:

@@ -113,6 +113,7 @@ def test_logits_equal_those_of_transformers(name: str, small_gguf: Callable[...,
     assert relative(logits_of(import_model(path).path, ids), theirs) < 1e-5
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("quant", ["F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantized_matrices(quant: str, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     """What the import stores is what transformers' reader decodes, rounded to bfloat16 once."""

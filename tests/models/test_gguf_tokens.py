@@ -245,6 +245,7 @@ def test_llama2_comes_back(
     assert tok.encode("<s>Hello", allow_special=True) == [1, *tok.encode("Hello")]
 
 
+@pytest.mark.slow
 def test_llama2_with_tokens_of_its_own(llama2: dict[str, Any], imported: Callable[..., Tokenizer]) -> None:
     plain = imported(**llama2)
     llama2["tokens"] += ["<|im_start|>", "<|im_end|>", "<my tool>", "[PAD32003]", ""]

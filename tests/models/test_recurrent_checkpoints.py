@@ -18,7 +18,7 @@ QWEN35: dict[str, Any] = {
 NEXT = QWEN35 | {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "num_experts": 0}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["ct fp8 channel", "ct w4a16", "gptq act-order", "awq"])
 @pytest.mark.parametrize("changes", [QWEN35, NEXT], ids=["Qwen3.5", "Qwen3-Next"])
 def test_quantised_matrices(name: str, changes: dict[str, Any], make_checkpoint: Callable[..., Path]) -> None:

@@ -198,6 +198,7 @@ def test_an_id_that_no_vocabulary_has_is_refused_at_once(tmp_path: Path, kind: s
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
 def test_too_many_and_too_long_added_tokens_are_refused(tmp_path: Path) -> None:
     library = Library(models.WordLevel({"a": 0}, unk_token="a"))
     library.decoder = decoders.Fuse()
