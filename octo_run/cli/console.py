@@ -62,7 +62,8 @@ def warn(text: str) -> None:
 def fitted(text: str, stream: Any) -> str:
     """``text`` with its lines broken between words where ``stream`` is a terminal, which would break words.
 
-    What stands between backticks is not broken, so that a command can be copied.
+    What stands between backticks is not broken, so that a command can be copied. A line in columns, which two spaces
+    set apart, goes on under its last one.
     """
     if not stream.isatty() or width() < _NARROWEST:
         return text
@@ -72,10 +73,14 @@ def fitted(text: str, stream: Any) -> str:
 
 
 def _broken(line: str) -> str:
-    indent = line[: len(line) - len(line.lstrip())]
+    indent = following = line[: len(line) - len(line.lstrip())]
     # a column less than there are: some terminals go on to the next line when the last one is written
+    room = width() - 1
+    if columns := [match.end() for match in re.finditer(r"\S {2,}(?=\S)", line)]:
+        longest = max(map(len, line[columns[-1] :].split(" ")))
+        following = " " * (columns[-1] if columns[-1] + max(longest, _NARROWEST) <= room else len(indent) + 4)
     wrapped = textwrap.wrap(
-        line.strip(), width() - 1, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+        line.strip(), room, initial_indent=indent, subsequent_indent=following, break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
     return "\n".join(wrapped)
