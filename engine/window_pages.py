@@ -97,7 +97,8 @@ class WindowPages:
 
         Args:
             end: The sequence's length when they will be read; pages that it will be done with by then, and that no
-                snapshot on the way needs, are not taken. None: all are taken.
+                snapshot on the way needs, are not taken. If there is no room for the snapshots either, those are not.
+                None: all are taken.
 
         Returns:
             Their ids, `GONE` for those that were not taken.
@@ -106,6 +107,8 @@ class WindowPages:
         numbers = range(first, first + count)
         wanted = [end is None or self._stays(row, number, end) for number in numbers]
         self._make_room(sum(wanted))
+        if end is not None and self.pool.free < sum(wanted):
+            wanted = [self._needed(number, end) for number in numbers]
         return self.pool.take_some(row, wanted)
 
     def take_from(self, row: int, count: int, first: int) -> list[int]:
@@ -125,9 +128,13 @@ class WindowPages:
         needed = packed - min(packed, self.shape.first_seen(length, self._sink))
         return range(needed, min(packed, needed + HISTORY) + 1)
 
+    def _needed(self, number: int, end: int) -> bool:
+        """Whether a page is of use to a sequence of ``end`` tokens."""
+        return number >= self.shape.first_seen(end, self._sink) - HISTORY
+
     def _stays(self, row: int, number: int, end: int) -> bool:
         """Whether a page is of use to a sequence of ``end`` tokens, or to a snapshot."""
-        if number >= self.shape.first_seen(end, self._sink) - HISTORY:
+        if self._needed(number, end):
             return True
         snapshots = (*self._snapshots[row], self._on_the_way(number))
         return any(number in self.shape.behind(pages) for pages in snapshots)

@@ -47,6 +47,8 @@ CALIBRATION = "calibration.txt"
 #: Tokens at the beginning whose keys do not count, attention sinks, which are never coded; and how far behind a query a
 #: key must be to count.
 _FIRST, _BEHIND = 4, 64
+#: Queries whose attention is computed together.
+_QUERIES = 256
 #: The share of an even moment that is mixed into a measured one, so that no direction is without precision.
 _EVEN = 0.25
 #: Positions that moments are averaged over, and the first of them.
@@ -181,16 +183,24 @@ def _observe(
     Args:
         q, k, v: ``[T, G, d]``, ``[T, d]``, ``[T, d]``, queries and keys after RoPE in float32.
     """
-    every = torch.ones(len(k), len(k), dtype=torch.bool, device=k.device)
-    hidden = hidden_keys(spec, len(k), len(k), k.device)
-    weights = weights_of((q.transpose(0, 1) @ k.T).mul_(spec.scale), hidden, spec)  # [G, T, T]
-    out = (weights @ v.to(torch.float32)).transpose(0, 1)
-    weights = (weights * every.tril(-_BEHIND))[..., _FIRST:]
+    count, device = len(k), k.device
+    out, given = torch.empty_like(q), torch.empty(q.shape[:2], device=device)
+    received = torch.zeros(count, device=device)
+    # Some queries at a time: a square of all of them would outgrow what the engine then runs in.
+    for first in range(0, count, _QUERIES):
+        last = min(count, first + _QUERIES)
+        hidden = hidden_keys(spec, last - first, last, device)
+        scores = (q[first:last].transpose(0, 1) @ k[:last].T).mul_(spec.scale)
+        weights = weights_of(scores, hidden, spec)  # [G, queries, keys]
+        out[first:last] = (weights @ v[:last].to(torch.float32)).transpose(0, 1)
+        weights = weights.tril_(first - _BEHIND)
+        received[:last] += weights.sum((0, 1))
+        given[first:last] = weights[..., _FIRST:].sum(-1).T
+    received = received[_FIRST:]  # of keys; ``given`` is of queries
     plain_q = rope.apply(q[None], cos[None], -sin[None])[0]
     plain_k = rope.apply(k[None, :, None], cos[None], -sin[None])[0, _FIRST:, 0]
     mean = plain_k.mean(0)
     rest = plain_k - mean
-    received, given = weights.sum((0, 1)), weights.sum(-1).T  # of keys [T - FIRST], by queries [T, G]
     of_keys = (rest * received[:, None]).T @ rest / received.sum()
     flat = plain_q.flatten(0, 1)
     of_queries = (flat * given.flatten()[:, None]).T @ flat / given.sum()

@@ -125,9 +125,10 @@ def packed_experts_kernel(
         after = wait_for_kernel_before(n)
     chosen = TILES + (after + 3 * gl.program_id(1))
     expert = gl.load(chosen)
-    begin = gl.maximum(gl.load(chosen + 1), 0)
-    end = gl.load(chosen + 2)
-    outputs = gl.where(expert >= 0, outputs, 0)  # of a tile that nobody needs there are none
+    needed = expert >= 0  # of a tile that nobody needs the rest was never written
+    begin = gl.where(needed, gl.load(chosen + 1), 0)
+    end = gl.where(needed, gl.load(chosen + 2), 1)
+    outputs = gl.where(needed, outputs, 0)
     before = gl.maximum(expert, 0).to(gl.int64) * n
     CODES += before * row_bytes
     ROWS += before

@@ -1,6 +1,7 @@
 """The engine on a CUDA GPU: against the CPU, recorded steps against unrecorded ones, the plan against the allocator."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,7 +199,9 @@ def test_two_thousand_steps_change_nothing_in_the_allocator(kv: str) -> None:
 
 @pytest.mark.parametrize("length", [50, 3600])
 @pytest.mark.parametrize("kv", FORMATS)
-def test_plan_matches_the_allocator(kv: str, length: int) -> None:
+def test_plan_matches_the_allocator(kv: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first start on, which measures the model's keys."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gc.collect()  # engines of earlier tests
     torch.cuda.empty_cache()
     torch._C._cuda_clearCublasWorkspaces()  # the plan counts the workspaces, which an earlier engine may have taken

@@ -271,6 +271,14 @@ def test_a_filled_sequence_is_stepped_on(tiny: Callable[..., Engine]) -> None:
             assert bool(engine.prefill(sequence, [5]).isfinite().all())
 
 
+def test_a_filled_sequence_need_not_hold_all_snapshots_on_the_way(tiny: Callable[..., Engine]) -> None:
+    engine = tiny("oct3", cfg=replace(windowed(), max_position_embeddings=65_536), context=60_000)
+    with engine.sequence() as sequence:
+        engine.fill(sequence, 59_900)
+        assert len(sequence) == 59_900 and held(engine, sequence)[-1] == sequence.packed - 1
+        assert bool(engine.prefill(sequence, [5]).isfinite().all())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_pool_of_a_group_never_runs_out(seed: int) -> None:
     """Sequences that grow, are cut, shared and dropped: snapshots go where there is no room, pages that the next token

@@ -14,23 +14,22 @@ import pytest
 HERE = Path(__file__).parent
 
 
+#: Kinds of kernels, and in how many parts their cases run, so that none takes many minutes.
+PARTS = {
+    "attention": 4, "batch": 1, "encode": 4, "linear": 1, "octopus": 1, "page": 1, "recurrent": 1, "step": 4,
+    "trellis": 1,
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["attention", "batch", "encode", "linear", "octopus", "page", "recurrent", "step", "trellis"]
+    ("kind", "share"), [(kind, f"{part}/{parts}") for kind, parts in PARTS.items() for part in range(parts)]
 )
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_interpreted(kind):
+def test_interpreted(kind: str, share: str) -> None:
+    file = HERE / f"test_{kind}_kernels.py"
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-k",
-            "triton",
-            "-p",
-            "no:cacheprovider",
-            str(HERE / f"test_{kind}_kernels.py"),
-        ],
+        [sys.executable, "-m", "pytest", "-k", "triton", "--share", share, "-p", "no:cacheprovider", str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         cwd=HERE.parents[1],
         capture_output=True,

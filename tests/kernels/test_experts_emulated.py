@@ -31,7 +31,8 @@ def on_a_gpu(weight: PackedWeight) -> PackedWeight:
 
 
 def sort_by_hand(scratch: Any, experts: int) -> int:
-    """What `choose_kernel` or the sorting kernels leave: pairs by expert, and tiles of them."""
+    """What `choose_kernel` or the sorting kernels leave: pairs by expert, and tiles of them. Of a tile that nobody
+    needs only the expert is written."""
     flat = scratch.indices.flatten()
     scratch.order.copy_(torch.argsort(flat, stable=True))
     tiles, first = [], 0
@@ -39,7 +40,8 @@ def sort_by_hand(scratch: Any, experts: int) -> int:
         tiles += [(expert, first + i, first + min(i + FEW, count)) for i in range(0, count, FEW)]
         first += count
     most = tile_count(len(flat), experts, FEW)
-    scratch.tiles[:most] = torch.tensor(tiles + [(-1, -1, -1)] * (most - len(tiles)))
+    scratch.tiles[: len(tiles)] = torch.tensor(tiles)
+    scratch.tiles[len(tiles) : most, 0] = -1
     return most
 
 
