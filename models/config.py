@@ -236,7 +236,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=size("intermediate_size"),
+        intermediate_size=size(family.mlp.inner),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -351,7 +351,12 @@ def _layer_types(fields: Fields, family: Family, num_layers: int, context: int) 
         allowed = {"none": [FULL], "linear": [FULL, LINEAR]}.get(family.sliding, [FULL, SLIDING])
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise fields.fail("layer_types", f"is no list of num_hidden_layers ({num_layers}) names")
+        kinds = [FULL if kind == "attention" else kind for kind in kinds]  # its older name
         for kind in kinds:
+            if kind == "mamba":
+                raise fields.fail("layer_types", f"holds {quoted(kind)}, and octo-run does not compute Mamba layers")
+            if kind == LINEAR and kind not in allowed:
+                raise fields.fail("layer_types", f"holds {quoted(kind)}, which octo-run does not compute here")
             if kind not in allowed:
                 raise fields.fail("layer_types", f"holds {quoted(kind)}, which octo-run does not know here")
     everywhere = (FULL,) * num_layers

@@ -16,7 +16,8 @@ from octo_run.kernels import experts as routed
 from octo_run.kernels.experts import Activation, ExpertWeights, Scratch, reference
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.linear.packed import by_group
-from octo_run.models.linear import Linear, PackedLinear, _stacked, joined, pack_one
+from octo_run.models.families import MLPNames
+from octo_run.models.linear import Linear, PackedLinear, _stacked, pack_one
 from octo_run.models.mlp import DenseMLP, DenseSpec, mean_squares
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from octo_run.models.linear import Quantise, SingleLinear
     from octo_run.models.weights import Weights
 
+#: Of the expert that all tokens have.
+SHARED = MLPNames(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"), "mlp.shared_expert.down_proj")
 #: Tokens that each expert is shown at least before it is packed: those that the router would rather give it, if it is
 #: given fewer. What an expert is seldom given tells too little about it.
 LEAST_TOKENS = 64
@@ -251,7 +254,8 @@ class ExpertsSpec:
 
     @property
     def _shared(self) -> DenseSpec | None:
-        return DenseSpec(self.hidden, self.config.shared, self.activation) if self.config.shared else None
+        inner = self.config.shared
+        return DenseSpec(self.hidden, inner, self.activation, names=SHARED) if inner else None
 
     @property
     def _outputs(self) -> int:
@@ -274,8 +278,7 @@ class ExpertsSpec:
                 if experts.bias:
                     shapes[f"mlp.experts.{expert}.{name}.bias"] = shape[:1]
         if self._shared is not None:
-            of_shared = self._shared.tensors().items()
-            shapes |= {name.replace("mlp.", "mlp.shared_expert.", 1): shape for name, shape in of_shared}
+            shapes |= self._shared.tensors()
             shapes["mlp.shared_expert_gate.weight"] = (1, self.hidden)
         return shapes
 
@@ -331,8 +334,7 @@ class ExpertsSpec:
             down.put(expert, weights.linear(f"{name}down_proj", experts.bias))
         shared = None
         if self._shared is not None:
-            gate, up, back = (weights.linear(f"{mlp}shared_expert.{name}_proj") for name in ("gate", "up", "down"))
-            shared = DenseMLP(joined(gate, up), back, self.activation)
+            shared = self._shared.load(weights, prefix)
             router = _stacked([router, weights.take(f"{mlp}shared_expert_gate.weight")])
         activation = Activation(self.activation)
         if experts.clamped is not None:

@@ -31,7 +31,22 @@ class Norms:
     after_mlp: str | None = None
 
 
-NORMS, _ROPE = Norms(), RopeFields()
+@dataclass(frozen=True)
+class MLPNames:
+    """The linear layers of a dense MLP, by their names behind the layer's prefix.
+
+    Attributes:
+        gate_up: Of gate and up, or the one that is both.
+        inner: The field of the columns between the two products.
+    """
+
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    inner: str = "intermediate_size"
+
+
+NORMS, MLP, _ROPE = Norms(), MLPNames(), RopeFields()
+_FUSED = MLPNames(("mlp.gate_up_proj",))
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Family:
             are recurrent layers: by ``layer_types``, or all but every ``full_attention_interval``-th.
         gated: Attention's heads are multiplied by the sigmoid of gates, which are rows of q.
         grouped_delta: See `delta_net.DeltaNetSpec`.
-        fused_qkv, fused_gate_up: q, k and v are one matrix in the files, gate and up are.
+        fused_qkv: q, k and v are one matrix in the files.
         interleaved: RoPE turns neighbouring coordinates together.
         parallel: Attention and MLP see the same normed hidden state, and both are added to it.
         v_norm: Values have a norm without weights.
@@ -91,7 +106,7 @@ class Family:
     gated: bool = False
     grouped_delta: bool = False
     fused_qkv: bool = False
-    fused_gate_up: bool = False
+    mlp: MLPNames = MLP
     interleaved: bool = False
     parallel: bool = False
     v_norm: bool = False
@@ -160,6 +175,16 @@ def _granite(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
         "residual_multiplier": _multiplier(fields, "residual_multiplier"),
         "logit_multiplier": 1.0 / _multiplier(fields, "logits_scaling"),
     }
+
+
+def _granite4(fields: Fields, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Granite's multipliers; of the family only what has attention and a dense MLP in all layers."""
+    if fields.raw("layer_types") is None:
+        raise fields.fail("layer_types", "is missing, which means Mamba layers, and octo-run does not compute these")
+    if fields.integer("num_local_experts", 8, low=0):
+        raise fields.fail("num_local_experts", "is not 0, and octo-run computes models of this family without experts")
+    turned = fields.raw("position_embedding_type") == "rope"
+    return _granite(fields, kinds) | {"no_rope": frozenset() if turned else frozenset(range(len(kinds)))}
 
 
 def _hyperclovax(fields: Fields, kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -432,7 +457,7 @@ FAMILIES: Mapping[str, Family] = {
         "phi3",
         sliding="always",
         fused_qkv=True,
-        fused_gate_up=True,
+        mlp=_FUSED,
         eps=("rms_norm_eps", 1e-5),
         rope=RopeFields(partial=True, longrope_names=("su", "yarn"), outer_original=4096),
     ),
@@ -459,6 +484,12 @@ FAMILIES: Mapping[str, Family] = {
         more=_smollm3,
     ),
     "GraniteForCausalLM": Family("granite", attention_bias_field=True, mlp_bias_field=True, more=_granite),
+    "GraniteMoeHybridForCausalLM": Family(
+        "granitemoehybrid",
+        attention_bias_field=True,
+        mlp=MLPNames(("shared_mlp.input_linear",), "shared_mlp.output_linear", "shared_intermediate_size"),
+        more=_granite4,
+    ),
     "HyperCLOVAXForCausalLM": Family(
         "hyperclovax",
         attention_bias_field=True,
@@ -495,7 +526,7 @@ FAMILIES: Mapping[str, Family] = {
         {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
         attention_bias_field=True,
         out_bias_field=None,
-        fused_gate_up=True,
+        mlp=_FUSED,
         interleaved=True,
         eps=("rms_norm_eps", 1.5625e-7),
         rope=RopeFields(partial=True, share=0.5),
@@ -506,7 +537,7 @@ FAMILIES: Mapping[str, Family] = {
         attention_bias_field=True,
         out_bias_field=None,
         norms=Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
-        fused_gate_up=True,
+        mlp=_FUSED,
         interleaved=True,
         eps=("rms_norm_eps", 1.5625e-7),
         rope=RopeFields(partial=True, share=0.5),
@@ -585,7 +616,7 @@ UNBUILT: tuple[tuple[str, str, str], ...] = (
     ("Dots1 Afmoe MiniMaxM2 MiMoV2 HYV3 Laguna", _ROUTING, "Qwen3MoeForCausalLM"),
     ("HunYuanDense HunYuanMoE", "norms of queries and keys behind RoPE", "Qwen3ForCausalLM"),
     ("NemotronH FalconH1 FalconMamba Mamba Jamba Zamba", _MAMBA, "LlamaForCausalLM"),
-    ("GraniteMoeHybrid Bamba", _MAMBA, "GraniteForCausalLM"),
+    ("Bamba", _MAMBA, "GraniteForCausalLM"),
     ("Qwen3VLMoe", "experts whose matrices lie the other way round", "Qwen3MoeForCausalLM"),
     ("GraniteMoeShared", "a shared expert without a gate", "GraniteMoeForCausalLM"),
     ("Lfm2", "short convolutions", "Qwen3ForCausalLM"),

@@ -9,6 +9,7 @@ import torch
 
 from octo_run.kernels import step as ops
 from octo_run.kernels.step import reference
+from octo_run.models.families import MLP, MLPNames
 from octo_run.models.linear import joined, pack_any, pack_one
 
 if TYPE_CHECKING:
@@ -74,31 +75,24 @@ class DenseMLP:
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """What a dense MLP is, without its weights.
-
-    Attributes:
-        fused: Gate and up are one matrix in the files.
-    """
+    """What a dense MLP is, without its weights."""
 
     hidden: int
     inner: int
     activation: str = "silu"
     bias: bool = False
-    fused: bool = False
+    names: MLPNames = MLP
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """See `specs.FeedForwardSpec`."""
-        gate_up = (
-            {"gate_up_proj": 2 * self.inner} if self.fused else dict.fromkeys(("gate_proj", "up_proj"), self.inner)
-        )
+        rows = 2 * self.inner // len(self.names.gate_up)
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, (rows, columns) in {
-            **{name: (rows, self.hidden) for name, rows in gate_up.items()},
-            "down_proj": (self.hidden, self.inner),
-        }.items():
-            shapes[f"mlp.{name}.weight"] = (rows, columns)
+        for name, shape in {
+            **dict.fromkeys(self.names.gate_up, (rows, self.hidden)), self.names.down: (self.hidden, self.inner),
+        }.items():  # fmt: skip
+            shapes[f"{name}.weight"] = shape
             if self.bias:
-                shapes[f"mlp.{name}.bias"] = (rows,)
+                shapes[f"{name}.bias"] = shape[:1]
         return shapes
 
     def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
@@ -108,11 +102,9 @@ class DenseSpec:
     def load(self, weights: Weights, prefix: str) -> DenseMLP:
         """See `specs.FeedForwardSpec`."""
 
-        def linear(name: str) -> SingleLinear:
-            return weights.linear(f"{prefix}mlp.{name}", self.bias)
-
-        gate_up = linear("gate_up_proj") if self.fused else joined(linear("gate_proj"), linear("up_proj"))
-        return DenseMLP(gate_up, linear("down_proj"), self.activation)
+        first, *second = (weights.linear(prefix + name, self.bias) for name in self.names.gate_up)
+        gate_up = joined(first, *second) if second else first
+        return DenseMLP(gate_up, weights.linear(prefix + self.names.down, self.bias), self.activation)
 
 
 def mean_squares(x: Tensor) -> Tensor:

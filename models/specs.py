@@ -211,7 +211,7 @@ def _feed_forward(cfg: ModelConfig, index: int) -> FeedForwardSpec:
         if cfg.experts.beside:
             return DenseAndExpertsSpec(cfg.hidden_size, inner, cfg.experts, activation, cfg.rms_norm_eps)
         return ExpertsSpec(cfg.hidden_size, cfg.experts, activation)
-    return DenseSpec(cfg.hidden_size, inner, activation, cfg.mlp_bias, cfg.family.fused_gate_up)
+    return DenseSpec(cfg.hidden_size, inner, activation, cfg.mlp_bias, cfg.family.mlp)
 
 
 def _mixer(cfg: ModelConfig, index: int) -> MixerSpec | None:

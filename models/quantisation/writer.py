@@ -21,7 +21,8 @@ from octo_run.kernels.linear import PackedWeight
 from octo_run.models.config import CONFIG_NAME
 from octo_run.models.decoder import AttentionWeights, Decoder, spec_order
 from octo_run.models.expert_tensors import published_name
-from octo_run.models.experts import Experts
+from octo_run.models.experts import SHARED, Experts
+from octo_run.models.families import MLPNames
 from octo_run.models.files import INDEX_NAME, SMALL_NAMES
 from octo_run.models.foreign import present, read_bytes, read_json_object
 from octo_run.models.linear import PackedLinear, SplitLinear, head_order, joined
@@ -173,22 +174,20 @@ def _matrices(cfg: ModelConfig, layer: Layer) -> Iterator[tuple[str, SingleLinea
         for name, linear in mlp.matrices():
             yield f"mlp.experts.{name}", linear
         if mlp.shared is not None:
-            yield from _dense_mlp("mlp.shared_expert", mlp.shared, False)
+            yield from _dense_mlp(SHARED, mlp.shared)
     elif isinstance(mlp, DenseMLP):
-        yield from _dense_mlp("mlp", mlp, cfg.family.fused_gate_up)
+        yield from _dense_mlp(cfg.family.mlp, mlp)
     else:
         raise _unwritten(cfg)
 
 
-def _dense_mlp(prefix: str, mlp: DenseMLP, fused: bool) -> Iterator[tuple[str, SingleLinear]]:
-    gate_up, inner = mlp.gate_up, mlp.down.weight.shape[1]
+def _dense_mlp(names: MLPNames, mlp: DenseMLP) -> Iterator[tuple[str, SingleLinear]]:
+    gate_up = mlp.gate_up
     assert not isinstance(gate_up, SplitLinear)
-    if fused:
-        yield f"{prefix}.gate_up_proj", gate_up
-    else:
-        yield f"{prefix}.gate_proj", gate_up.part(0, inner)
-        yield f"{prefix}.up_proj", gate_up.part(inner, 2 * inner)
-    yield f"{prefix}.down_proj", mlp.down
+    rows = 2 * mlp.down.weight.shape[1] // len(names.gate_up)
+    for number, name in enumerate(names.gate_up):
+        yield name, gate_up.part(number * rows, (number + 1) * rows)
+    yield names.down, mlp.down
 
 
 def _unwritten(cfg: ModelConfig) -> UsageError:

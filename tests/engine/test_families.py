@@ -135,6 +135,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "residual_multiplier": 0.22, "tie_word_embeddings": True,
         },
     ),
+    "granite4": (
+        "GraniteMoeHybrid",
+        {
+            "hidden_size": 256, "embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "logits_scaling": 8.0,
+            "residual_multiplier": 0.22, "tie_word_embeddings": True, "num_local_experts": 0,
+            "shared_intermediate_size": 192, "layer_types": ["full_attention"] * 4, "position_embedding_type": "rope",
+            "mamba_n_heads": 4,
+        },
+    ),
+    "granite4-nope": (
+        "GraniteMoeHybrid",
+        {
+            **heads(6, 2, 64), "hidden_size": 384, "num_local_experts": 0, "shared_intermediate_size": 200,
+            "layer_types": ["full_attention"] * 4, "attention_bias": True, "mamba_n_heads": 4,
+        },
+    ),
     "ernie": ("Ernie4_5", {**heads(6, 2, 64), "tie_word_embeddings": True}),
     "helium": ("Helium", {**heads(4, 2, 64), "hidden_size": 256, **dict.fromkeys(BIASES, True)}),
     "hyperclovax": (

@@ -36,6 +36,9 @@ def refused(architecture: str, **fields: Any) -> str:
     return text
 
 
+GRANITE_4 = {"shared_intermediate_size": 128, "num_local_experts": 0}
+
+
 @pytest.mark.parametrize(
     ("architecture", "older", "newer"),
     [
@@ -139,6 +142,10 @@ def test_every_causal_language_model_of_transformers_is_read_or_refused_by_a_sen
         values = json.loads(CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
         if architecture == "GptOssForCausalLM":  # means a RoPE of its own where nothing is said of it
             continue
+        if architecture == "GraniteMoeHybridForCausalLM":  # means Mamba layers where nothing is said of them
+            with pytest.raises(OctoError, match="which octo-run does not compute here"):
+                parse_config(values | {"architectures": [architecture]}, Path("somewhere/config.json"))
+            continue
         cfg = parse_config(values | {"architectures": [architecture]}, Path("somewhere/config.json"))
         assert cfg.architecture == architecture
 
@@ -148,7 +155,7 @@ def test_the_nearest_that_is_named_is_there() -> None:
         assert nearest in FAMILIES or "distillation" in nearest, words
 
 
-OF_TEXT = {"GptOss", "Olmoe", "Mixtral"}
+OF_TEXT = {"GptOss", "Olmoe", "Mixtral", "GraniteMoeHybrid"}
 
 
 @pytest.mark.few(6)
@@ -216,7 +223,7 @@ def test_text_parts_of_checkpoints() -> None:
         ("DeepseekV3ForCausalLM", "multi-head latent attention", "DeepSeek-R1 distillation"),
         ("Glm4MoeLiteForCausalLM", "multi-head latent attention", "Glm4ForCausalLM"),
         ("NemotronHForCausalLM", "Mamba layers", "LlamaForCausalLM"),
-        ("GraniteMoeHybridForCausalLM", "Mamba layers", "GraniteForCausalLM"),
+        ("BambaForCausalLM", "Mamba layers", "GraniteForCausalLM"),
         ("FalconH1ForCausalLM", "Mamba layers", "LlamaForCausalLM"),
         ("T5ForConditionalGeneration", "an encoder", "Gemma3ForCausalLM"),
         ("BertForMaskedLM", "an encoder", "LlamaForCausalLM"),
@@ -278,6 +285,17 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             "num_kv_shared_layers lets layer 7 see keys of 6, whose heads differ",
         ),
         ("GraniteForCausalLM", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("GraniteMoeHybridForCausalLM", GRANITE_4, "layer_types is missing, which means Mamba layers"),
+        (
+            "GraniteMoeHybridForCausalLM",
+            GRANITE_4 | {"layer_types": ["attention", "mamba"] * 4},
+            "not compute Mamba layers",
+        ),
+        (
+            "GraniteMoeHybridForCausalLM",
+            GRANITE_4 | {"layer_types": ["attention"] * 8, "num_local_experts": 8},
+            "num_local_experts is not 0",
+        ),
         ("CohereForCausalLM", {"use_qk_norm": True}, "use_qk_norm is true"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers is no list of num_hidden_layers (8)"),
         ("SmolLM3ForCausalLM", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window is true"),
