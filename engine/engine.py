@@ -31,6 +31,7 @@ from octo_run.models import weights as weight_files
 from octo_run.models.config import GenerationDefaults, ModelConfig, load_config, load_generation_defaults
 from octo_run.models.decoder import Decoder
 from octo_run.models.hub import resolve
+from octo_run.models.kept_weights import KeptWeights
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.quantisation.schemes import Scheme, head_scheme, matrix_dtype, refuse_packed, scheme_of
 from octo_run.tokenizer import Tokenizer, load_tokenizer
@@ -229,8 +230,19 @@ class Engine:
                 source = weight_files.RandomWeights(cfg, where, kind, matrices=matrices)
             else:
                 source = weight_files.StoredWeights(path, cfg, where, kind, matrices)
-            ids = random_ids(cfg) if scheme is not None and scheme.weighted else None
-            decoder = Decoder(cfg, source, None, fmt.rotations("v"), scheme, ids, of_head, plan.context)
+            turned = fmt.rotations("v")
+
+            def made(source: weight_files.Weights) -> Decoder:
+                ids = random_ids(cfg) if scheme is not None and scheme.weighted else None
+                return Decoder(cfg, source, None, turned, scheme, ids, of_head, plan.context)
+
+            if path is None or where.type != "cpu" or scheme is None or len(cfg.attention_layers) < cfg.num_layers:
+                decoder = made(source)
+            else:
+                turns = {d: one.numpy().tobytes() for d, one in turned.items()}
+                kept = KeptWeights(path, (cfg, kind, matrices, scheme, of_head, turns, plan.context))
+                shapes = weight_files.RandomWeights(cfg, "meta", kind, matrices=matrices)
+                decoder = kept.decoder(made, shapes, source)
             calibration = Calibration(decoder, tokenizer, path)
             decoder.store_keys(fmt.rotations("k"), calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):

@@ -19,6 +19,7 @@ counts only if it lies in the model's folder (or in the store of contents that t
 :mod:`octo_run.models.store` writes and deletes here.
 """
 
+import hashlib
 import os
 import re
 import stat
@@ -142,6 +143,23 @@ def shared_folder() -> Path | None:
 def statistics_folder() -> Path:
     """The folder of what was measured on models once; it need not exist."""
     return own_folder() / "statistics"
+
+
+def packed_folder() -> Path:
+    """The folder of weights that were packed for this machine (`kept_weights`); it need not exist."""
+    return own_folder() / "packed"
+
+
+def packed_name(model_dir: Path) -> str:
+    """What the names of files of this model begin with in :func:`packed_folder`."""
+    return hashlib.sha256(str(model_dir.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+
+def forget_packed(model_dir: Path) -> None:
+    """Delete the packed weights of a model that is not there any more."""
+    for file in packed_folder().glob(f"{packed_name(model_dir)}-*.safetensors"):
+        with suppress(OSError):
+            file.unlink()
 
 
 def endpoint() -> str:

@@ -16,7 +16,8 @@ from octo_run.models.files import SINGLE_NAME
 
 #: Bytes at most of one file, unless a single tensor is larger.
 SHARD_BYTES = 5_000_000_000
-_TYPES = {
+#: The names of what can be written.
+TYPES = {
     torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64",
     torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8",
 }  # fmt: skip
@@ -54,7 +55,7 @@ class Shard:
         position = 0
         for name, item in self.items.items():
             end = position + item.nbytes
-            entries[name] = {"dtype": _TYPES[item.dtype], "shape": list(item.shape), "data_offsets": [position, end]}
+            entries[name] = {"dtype": TYPES[item.dtype], "shape": list(item.shape), "data_offsets": [position, end]}
             position = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

@@ -346,6 +346,8 @@ def remove(name: str) -> int:
     try:
         with locked(parsed):
             _delete_snapshots(folder, commits)
+            for commit in commits:
+                cache.forget_packed(folder / "snapshots" / commit)
             if parsed.revision is None or not cache.commits(folder):
                 if folder.exists():
                     shutil.rmtree(folder)

@@ -9,17 +9,16 @@ def main() -> int:
     """Run the command line on the process's arguments.
 
     Returns:
-        The exit code; Ctrl-C at any moment gives 130.
+        The exit code, unless the process has ended with it; Ctrl-C at any moment gives 130.
     """
     process.prepare()
     try:
         from octo_run.cli import main as run
 
-        return run()
+        code = run()
     except KeyboardInterrupt:
-        return process.EXIT_INTERRUPTED
-    finally:
-        process.finish()
+        code = process.EXIT_INTERRUPTED
+    return process.finish(code)
 
 
 if __name__ == "__main__":

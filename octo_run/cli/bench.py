@@ -370,7 +370,7 @@ def _print_row(form: str, report: dict[str, Any]) -> None:
     if len(report["rows"]) == 1:
         writer.writeheader()
     writer.writerow(row)
-    console.echo(text.getvalue().rstrip("\n"))
+    console.echo_exactly(text.getvalue().rstrip("\n"))
 
 
 _FORMS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,7 +212,7 @@ def _greet(load: EngineOptions) -> None:
     if load.model == DEFAULT_MODEL:
         console.echo("This is a small demonstration model. Two questions that it is good at:")
         for example in EXAMPLES:
-            console.echo(console.fitted(f"  {example}", sys.stdout))
+            console.echo(f"  {example}")
 
 
 def _single(

@@ -62,7 +62,8 @@ def warn(text: str) -> None:
 def fitted(text: str, stream: Any) -> str:
     """``text`` with its lines broken between words where ``stream`` is a terminal, which would break words.
 
-    What stands between backticks is not broken, so that a command can be copied.
+    What stands between backticks is not broken, so that a command can be copied. A line in columns, which two spaces
+    set apart, goes on under its last one. A row of a Markdown table stays as it is.
     """
     if not stream.isatty() or width() < _NARROWEST:
         return text
@@ -72,10 +73,16 @@ def fitted(text: str, stream: Any) -> str:
 
 
 def _broken(line: str) -> str:
-    indent = line[: len(line) - len(line.lstrip())]
+    if line.startswith("|"):
+        return line
+    indent = following = line[: len(line) - len(line.lstrip())]
     # a column less than there are: some terminals go on to the next line when the last one is written
+    room = width() - 1
+    if columns := [match.end() for match in re.finditer(r"\S {2,}(?=\S)", line)]:
+        longest = max(map(len, line[columns[-1] :].split(" ")))
+        following = " " * (columns[-1] if columns[-1] + max(longest, _NARROWEST) <= room else len(indent) + 4)
     wrapped = textwrap.wrap(
-        line.strip(), width() - 1, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+        line.strip(), room, initial_indent=indent, subsequent_indent=following, break_long_words=False,
         break_on_hyphens=False,
     )  # fmt: skip
     return "\n".join(wrapped)
@@ -94,13 +101,20 @@ def write_error(text: str) -> None:
 
 
 def echo(text: str = "", *, faint: bool = False) -> None:
-    """Print ``text``, of one or more lines, on standard output.
+    """Print ``text``, of one or more lines, on standard output: at a terminal broken between words, as far as
+    :func:`fitted` breaks them.
 
     Args:
         faint: Print it in dim letters.
     """
-    text = "\n".join(map(shown, text.split("\n")))
+    text = fitted("\n".join(map(shown, text.split("\n"))), sys.stdout)
     sys.stdout.write((dim(text) if faint else text) + "\n")
+    sys.stdout.flush()
+
+
+def echo_exactly(text: str) -> None:
+    """Print lines that a program is to read, which are never broken, on standard output."""
+    sys.stdout.write("\n".join(map(shown, text.split("\n"))) + "\n")
     sys.stdout.flush()
 
 
@@ -116,7 +130,7 @@ def as_json(value: Any) -> str:
 
 def echo_json(document: str) -> None:
     """Print a JSON document on standard output, as JSON escapes what could steer a terminal or is no Unicode."""
-    echo("\n".join(UNSAFE.sub(_json_escape, line) for line in document.split("\n")))
+    echo_exactly("\n".join(UNSAFE.sub(_json_escape, line) for line in document.split("\n")))
 
 
 def _json_escape(match: re.Match[str]) -> str:

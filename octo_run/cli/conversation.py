@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from octo_run.cli.keeper import Keeper
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.progress import PromptProgress
 from octo_run.cli.sampling_options import SamplingOptions
-from octo_run.errors import UsageError, shown
+from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, Reply, SamplingParams, Session
@@ -187,14 +186,14 @@ class Conversation:
     def tell(self, text: str) -> None:
         """One line about the session, never mixed with answers in a pipe."""
         if self.person:
-            console.echo(console.fitted(f"[{shown(text)}]", sys.stdout), faint=True)
+            console.echo(f"[{text}]", faint=True)
         else:
             console.warn(text)
 
     def print(self, text: str) -> None:
         """Lines that were asked for; in a pipe, standard output is for answers alone."""
         if self.person:
-            console.echo(console.fitted(text, sys.stdout))
+            console.echo(text)
         else:
             for line in text.split("\n"):
                 console.warn(line)

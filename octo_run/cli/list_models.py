@@ -29,7 +29,7 @@ def command(as_json: bool) -> None:
         console.print_json([_facts(entry) for entry in entries])
         return
     header = ["model", "size", "date", "architecture", "weights", "commit", ""]
-    click.echo(console.table(header, [_row(entry) for entry in entries]))
+    console.echo(console.table(header, [_row(entry) for entry in entries]))
 
 
 def _config(entry: "ModelEntry") -> "ModelConfig | None":

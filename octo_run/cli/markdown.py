@@ -9,10 +9,10 @@ import re
 
 _NARROWEST = 20  # columns: in fewer, lines are left to the terminal
 #: What a line may begin with while it is not known what kind it is.
-_UNDECIDED = re.compile(r"[ \t]*(?:#{1,6} ?|[-+*] ?|[0-9]{1,3}(?:[.)] ?)?|> ?|`{1,2}|~{1,2}|(?:```|~~~).*)?")
+_UNDECIDED = re.compile(r"[ \t]*(?:#{1,6} ?|[-+*] ?|[0-9]{1,3}(?:[.)] ?)?|>(?: >)* ?|`{1,2}|~{1,2}|(?:```|~~~).*)?")
 _HEADING = re.compile(r"[ \t]*#{1,6} ")
 _ITEM = re.compile(r"([ \t]*)([-+*]|[0-9]{1,3}[.)]) ")
-_QUOTATION = re.compile(r"[ \t]*> ")
+_QUOTATION = re.compile(r"[ \t]*(>(?: >)*)(?: |$)")
 _FENCE = re.compile(r"[ \t]*(```+|~~~+)(.*)")
 
 
@@ -38,6 +38,7 @@ class MarkdownStream:
         self._marks = ""  # marks of which it is not known yet what they do
         self._word, self._word_width = "", 0
         self._column = self._indent = 0
+        self._margin = ""  # what the lines begin with into which a line is broken
         self._before = " "  # the visible letter before
         self._wraps = True
 
@@ -102,13 +103,15 @@ class MarkdownStream:
             return self._style(), line[match.end() :]
         if (match := _ITEM.match(line)) is not None:
             mark = "•" if self._colours and not match[2][0].isdigit() else match[2]
-            shown = f"{match[1]}{mark} "
+            shown = f"{match[1]}{mark} ".expandtabs(4)
+            self._margin = " " * len(shown)
         elif (match := _QUOTATION.match(line)) is not None:
-            shown = "│ " if self._colours else match[0]
+            mark = "│" if self._colours else ">"
+            shown = self._margin = f"{mark} " * match[1].count(">")
         else:
             return "", line
-        self._indent = self._column = len(shown.expandtabs(4))
-        return shown.expandtabs(4), line[match.end() :]
+        self._indent = self._column = len(shown)
+        return shown, line[match.end() :]
 
     def _in_code(self, char: str) -> str:
         return self._new_line() if char == "\n" else char
@@ -168,13 +171,13 @@ class MarkdownStream:
         word, width, out = self._word, self._word_width, ""
         self._word, self._word_width = "", 0
         if self._wraps and width and self._column > self._indent and self._column + width > self._width:
-            out, self._column = "\n" + " " * self._indent, self._indent
+            out, self._column = f"\n{self._margin}", self._indent
         self._column += width
         return out + word
 
     def _new_line(self) -> str:
         self._heading = self._bold = self._italic = self._code = False
-        self._column = self._indent = 0
+        self._column, self._indent, self._margin = 0, 0, ""
         self._start = ""
         return f"{self._style()}\n"
 

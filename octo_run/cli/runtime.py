@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from octo_run import process
 from octo_run.cli.console import human_bytes, notice, notice_lines, require_output, warn
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.sampling_options import SamplingOptions, read_grammar
@@ -46,7 +47,8 @@ def import_torch() -> None:
     name = "torch._meta_registrations"
     sys.modules[name] = ModuleType(name)
     try:
-        import torch
+        with process.no_collection():
+            import torch
     finally:
         del sys.modules[name]
     vars(torch).pop(name.rpartition(".")[2], None)
@@ -91,7 +93,8 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     if options.offline:
         go_offline()
     import_torch()
-    from octo_run.engine import Engine
+    with process.no_collection():
+        from octo_run.engine import Engine
     from octo_run.kernels.cpu import on_compile
 
     on_compile(_say_once)

@@ -241,12 +241,14 @@ def _text(facts: dict[str, Any]) -> str:
         "",
         console.table(["--kv", "bytes/token", "all-in", "tokens that fit in the free memory"], rows),
         "",
-        "bytes/token: codes and norms, K and V, of all KV heads and all layers that see every token; all-in: with",
-        "sinks, windows and the staging buffer, spread over the longest context that the model supports and the memory",
-        "holds. Tokens past the model's own context are of no use, however many would fit. bf16 is the uncompressed",
-        f"cache; it takes the dtype of the arithmetic, {facts['dtype']} here. auto:N chooses one of oct2, oct3 and",
-        "oct4 for the keys and the values of each layer, N bytes of 128 numbers on average; which need the better ones",
-        "is measured at load. Keys of coded formats are conditioned at load, unless --conditioning says otherwise",
-        "(see octo-run chat --help).",
+        "bytes/token  codes and norms, K and V, of all KV heads and all layers that see every token",
+        "all-in       with sinks, windows and the staging buffer, spread over the longest context that the model "
+        "supports and the memory holds",
+        f"bf16         the uncompressed cache; it takes the dtype of the arithmetic, {facts['dtype']} here",
+        "auto:N       chooses one of oct2, oct3 and oct4 for the keys and the values of each layer, N bytes of 128 "
+        "numbers on average; which need the better ones is measured at load",
+        "",
+        "Tokens past the model's own context are of no use, however many would fit. Keys of coded formats are "
+        "conditioned at load, unless --conditioning says otherwise (see octo-run chat --help).",
     ]
     return "\n".join(lines)

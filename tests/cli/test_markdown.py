@@ -75,6 +75,18 @@ def test_lines_are_broken_between_words() -> None:
     assert len(words) > 7 and all(re.fullmatch(r"(word ?)+", line) for line in words)
 
 
+@pytest.mark.parametrize(("colours", "bar"), [(True, "│"), (False, ">")])
+def test_every_line_of_a_quotation_has_its_bar(colours: bool, bar: str) -> None:
+    """Also of one in another; an empty line of it, too. A paragraph after it has none."""
+    text = "> The boats left at dawn, and the gulls followed.\n>\n> > Nobody on the quay knew where.\n\nThe end.\n>>> 1"
+    lines = plain(shown(text, 24, colours=colours)).splitlines()
+    first = ["The boats left at", "dawn, and the gulls", "followed.", ""]
+    nested = [f"{bar} Nobody on the quay", f"{bar} knew where."]
+    assert [line.rstrip() for line in lines] == [
+        *(f"{bar} {line}".rstrip() for line in first + nested), "", "The end.", ">>> 1"
+    ]  # fmt: skip
+
+
 def test_without_colours_every_mark_stays() -> None:
     out = shown(TEXT, colours=False)
     assert "\x1b" not in out

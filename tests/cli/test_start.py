@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import pytest
+
 _CODE = """
 import json, sys
 import octo_run
@@ -58,7 +60,47 @@ def test_what_is_imported_until_the_first_answer() -> None:
         ]
 
 
+<<<<<<< HEAD
 @pytest.mark.slow
 def test_the_shapes_of_operations_come_when_they_are_asked_for() -> None:
     there, shape = _run(_SHAPES)
     assert there and shape == [4, 4]
+=======
+_PLANS = """
+import json, sys
+from types import SimpleNamespace
+if sys.argv[1] == "program":
+    from octo_run.cli.runtime import import_torch
+    import_torch()
+import torch
+from octo_run.engine import plan
+from octo_run.engine.random_model import read_shape
+from octo_run.engine.shapes import SHAPES
+from octo_run.models.quantisation.schemes import head_scheme, scheme_of
+card = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=233472)
+torch.cuda.get_device_properties = lambda device=None: card
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+torch.cuda.current_device = lambda: 0
+plan.free_memory, plan.library_workspace = lambda device: 1 << 42, lambda device: 0
+usual = dict(device=torch.device("cuda"), dtype=torch.bfloat16, max_context=4096, sequences=2)
+totals = {}
+for name in SHAPES:
+    cfg = read_shape(name)
+    for weights in (None, "int4", "fp8") if cfg.quantisation is None else (None,):
+        more = dict(quantise=scheme_of(weights), pack_embedding=head_scheme("int8") if weights else None)
+        totals[f"{name} {weights}"] = plan.plan_memory(cfg, "oct3", **usual, **more).total
+print(json.dumps([totals, "torch._meta_registrations" in sys.modules]))
+"""
+
+
+@pytest.mark.slow
+def test_plans_for_a_gpu_need_no_shapes_of_operations() -> None:
+    """Every shape is planned in the program as it is with all of PyTorch, which a library's import leaves whole."""
+    found = []
+    for how in ("program", "library"):
+        child = subprocess.run([sys.executable, "-c", _PLANS, how], capture_output=True, text=True, timeout=600)
+        assert child.returncode == 0, child.stderr
+        found.append(json.loads(child.stdout))
+    (program, there), (library, whole) = found
+    assert program == library and len(program) > 20 and (there, whole) == (False, True)
+>>>>>>> main

@@ -294,6 +294,11 @@ def test_lines_for_a_terminal_break_between_words(monkeypatch: pytest.MonkeyPatc
     assert lines[-1] == "x" * 40 and " ".join(lines) == text
     assert console.fitted("  an example that is indented, too", _Terminal()) == "  an example that is\n  indented, too"
     assert console.fitted("one line\n\nanother", _Terminal()) == "one line\n\nanother"
+    columns = "/set NAME  set how answers are drawn"
+    monkeypatch.setattr(console, "width", lambda: 32)
+    assert console.fitted(columns, _Terminal()) == "/set NAME  set how answers are\n           drawn"
+    monkeypatch.setattr(console, "width", lambda: 24)  # too narrow for that
+    assert console.fitted(columns, _Terminal()) == "/set NAME  set how\n    answers are drawn"
     assert console.fitted(text, io.StringIO()) == text
     monkeypatch.setattr(console, "width", lambda: 19)
     assert console.fitted(text, _Terminal()) == text

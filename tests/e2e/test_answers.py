@@ -189,6 +189,8 @@ def test_a_killed_batch_goes_on_where_it_was(octo: Any, environment: dict[str, s
         "1",
         "--seed",
         "1",
+        "--threads",
+        "1",
     ]
     assert octo(*argv, "-o", str(whole)).returncode == 0
     program = subprocess.Popen([sys.executable, "-m", "octo_run", *argv, "-o", str(out)], env=environment,

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import struct
@@ -50,6 +51,23 @@ def test_a_window_that_changes_its_size(terminal: Callable[..., Any]) -> None:
     chat.type("/stats\r")
     chat.wait_for("2 turns.*?" + PROMPT, at)
     leave(chat)
+
+
+@pytest.mark.parametrize("argv", [("show", "octo-demo"), ("list",), ("show", "--json")])
+def test_what_is_listed_fits_a_narrow_terminal(
+    terminal: Callable[..., Any], programs: Any, environment: dict[str, str], argv: tuple[str, ...]
+) -> None:
+    """Lines break between words and lose none; JSON is left whole, for a program to read."""
+    narrow, piped = terminal(*argv, columns=50), programs.run([*argv], environment).stdout
+    assert narrow.wait_for_end() == 0
+    if "--json" in argv:
+        assert narrow.screen.strip().count("\n") == 0 and json.loads(narrow.screen)["model"] == "octo-demo"
+        return
+    figures = re.compile(r"[\d.,]+(?: GB)?")  # the free memory changes
+    said, whole = (figures.sub("#", text).split() for text in (narrow.screen, piped))
+    assert said == whole
+    too_long = [line for line in narrow.screen.splitlines() if len(line) > 50]
+    assert all(" " not in line.strip() for line in too_long), too_long
 
 
 def test_a_page_that_is_pasted(terminal: Callable[..., Any]) -> None:

@@ -27,6 +27,7 @@ def longer(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # two minutes of reading on an idle core
 def test_10_000_tokens_come_back_20_times_faster_than_they_were_read(smollm2: Any, tmp_path: Path) -> None:
     folder = longer(smollm2.folder, tmp_path / "model")
     path = tmp_path / "s.safetensors"

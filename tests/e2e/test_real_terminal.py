@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from .test_chat_options import test_ctrl_c_at_50_random_moments
 from .test_signals import test_ended_at_some_moments
 from .test_terminal import (
     DONE,
@@ -20,6 +21,7 @@ from .test_terminal import (
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 __all__ = [
+    "test_ctrl_c_at_50_random_moments",
     "test_ended_at_some_moments",
     "test_keys_typed_during_an_answer_wait_for_the_next_line",
     "test_two_ctrl_c_within_two_seconds_leave",
