@@ -22,6 +22,7 @@ PARTS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("kind", "share"), [(kind, f"{part}/{parts}") for kind, parts in PARTS.items() for part in range(parts)]
 )
