@@ -13,6 +13,7 @@ from torch import Tensor
 from octo_run.engine import Engine, SamplingParams
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.linear import PackedWeight
+from octo_run.models import kept_weights
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Decoder
 from octo_run.models.quantisation import schemes
@@ -162,8 +163,9 @@ def test_a_matrix_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.few("int8-int8")
 @pytest.mark.parametrize("head", ["bf16", "int8"])
 @pytest.mark.parametrize("weights", ["fp32", "bf16", *SCHEMES])
-def test_the_plan_says_what_is_held(weights: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_says_what_is_held(weights: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OCTO_RUN_CACHE")  # what is measured on the model is there, or other tests will need it
+    monkeypatch.setattr(kept_weights, "packed_folder", lambda: tmp_path)  # nothing is mapped; the next load maps a file
     with Engine.load("octo-demo", device="cpu", weights=weights, head=head, max_context=256) as engine:
         decoder = engine.forward.decoder
         storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held(decoder)}
@@ -176,6 +178,13 @@ def test_the_plan_says_what_is_held(weights: str, head: str, monkeypatch: pytest
         assert decoder.head.weight is decoder.embedding
         assert isinstance(decoder.embedding, PackedWeight) == (head == "int8")
         assert len([*engine.generate("Once upon a time", SamplingParams(max_tokens=3))]) <= 3
+    assert all(0 <= file.stat().st_size - engine.plan.weights < 0.001 * engine.plan.weights for file in kept(tmp_path))
+    assert len(kept(tmp_path)) == (weights in SCHEMES)
+
+
+def kept(folder: Path) -> list[Path]:
+    """The files of packed weights, whose headers and gaps the plan does not count."""
+    return [*folder.glob("*.safetensors")]
 
 
 def held(decoder: Decoder) -> list[Tensor]:
