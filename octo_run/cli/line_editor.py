@@ -214,12 +214,13 @@ def _terminal_signals(app: "Application[str]") -> Iterator[None]:
 
 def _key_bindings() -> "KeyBindings":
     """Enter sends, except after a backslash; Alt-Enter begins a line; Ctrl-C first clears what was typed; Ctrl-Z stops
-    the program until the shell goes on with it."""
+    the program until the shell goes on with it. In a search (Ctrl-R) Enter and Ctrl-C end that, and nothing else."""
+    from prompt_toolkit.filters import is_searching
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
 
-    @keys.add("enter")
+    @keys.add("enter", filter=~is_searching)
     def _send(event: "KeyPressEvent") -> None:
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
@@ -230,11 +231,11 @@ def _key_bindings() -> "KeyBindings":
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=~is_searching)
     def _new_line(event: "KeyPressEvent") -> None:
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-c")
+    @keys.add("c-c", filter=~is_searching)
     def _clear(event: "KeyPressEvent") -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()

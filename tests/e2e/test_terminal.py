@@ -111,6 +111,25 @@ def test_tab_completes_commands_settings_and_files(terminal: Callable[..., Any],
     leave(chat)
 
 
+@pytest.mark.slow
+def test_ctrl_r_finds_an_earlier_line(terminal: Callable[..., Any]) -> None:
+    chat = terminal("chat", "-n", "2", columns=120)
+    at = chat.wait_for(READY)
+    for line, answer in (("/set temp 0.75", r"\[temperature 0.75\]"), ("/tokens", "0 questions")):
+        chat.type(f"{line}\r")
+        at = chat.wait_for(answer + r".*?" + PROMPT, at)
+    chat.type("\x12" + "emp 0")  # Ctrl-R, then a part of the line
+    at = chat.wait_for("I-search backward", at)
+    chat.type("\r")  # takes the line, and the next one sends it
+    at = chat.wait_for(r"0\.75", at)
+    chat.type("\r")
+    at = chat.wait_for(r"\[temperature 0.75\].*?" + PROMPT, at)
+    chat.type("\x12" + "tok\x03")  # Ctrl-C leaves the search alone
+    chat.type("/set\r")
+    chat.wait_for(r"temperature.*?" + PROMPT, at)
+    leave(chat)
+
+
 def test_every_command(terminal: Callable[..., Any], tmp_path: Path) -> None:
     chat = terminal("chat", "-n", "4", "--system", "Be brief.")
     at = chat.wait_for(READY)
