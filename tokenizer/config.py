@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from octo_run.errors import OctoError, quoted, shown
-from octo_run.models.foreign import AGAIN, read_json_object, read_text
+from octo_run.models.foreign import AGAIN, present, read_json_object, read_text
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -126,7 +126,7 @@ def split_added(tokens: Iterable[AddedToken], rows: int | None) -> tuple[tuple[A
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.exists() else {}
+    return read_json_object(path) if present(path) else {}
 
 
 def _class_name(named: str | None, family: object) -> str | None:
@@ -226,7 +226,7 @@ def check_added(tokens: Iterable[AddedToken], where: Path) -> None:
 def _load_template(directory: Path, main: dict[str, Any], path: Path) -> tuple[str | None, str]:
     """The chat template and the file it stands in; ``chat_template.jinja`` wins over tokenizer_config.json."""
     jinja = directory / "chat_template.jinja"
-    if jinja.exists():
+    if present(jinja):
         return read_text(jinja), str(jinja)
     value = main.get("chat_template")
     if isinstance(value, list):

@@ -35,10 +35,16 @@ SECONDS, CHARACTERS_A_SECOND = 3.0, 100_000
 class TokenizersBackend:
     """A vocabulary that the `tokenizers` library encodes with; decoding is done here, bytewise, so that it streams."""
 
-    def __init__(self, directory: Path, config: TokenizerConfig) -> None:
-        """Errors: OctoError when the files are malformed, contradictory, or decode in a way not known here."""
-        names = ("tokenizer.json", tekken.NAME, "vocab.json")
-        self._path = next(path for name in names if (path := directory / name).exists())
+    def __init__(self, path: Path, config: TokenizerConfig) -> None:
+        """Read the vocabulary.
+
+        Args:
+            path: ``tokenizer.json``, ``tekken.json``, or ``vocab.json`` with ``merges.txt`` beside it.
+
+        Raises:
+            OctoError: The files are malformed, contradictory, or decode in a way not known here.
+        """
+        self._path = path
         beyond: dict[str, int] = {}
         named = class_tokens(config)
         if self._path.name == "tokenizer.json":
@@ -46,7 +52,7 @@ class TokenizersBackend:
         elif self._path.name == tekken.NAME:
             self._state, named = tekken.read_tekken(self._path)
         else:
-            self._state = from_vocab_and_merges(directory, config)
+            self._state = from_vocab_and_merges(path.parent, config)
         self.beyond: Mapping[str, int] = {**config.beyond, **beyond}
         self._special: list[str] = []
         self._never: frozenset[int] = frozenset()

@@ -39,7 +39,7 @@ def load_tokenizer(model_dir: Path) -> "Tokenizer":
     else:
         from octo_run.tokenizer.hf import TokenizersBackend
 
-        backend = TokenizersBackend(model_dir, config)
+        backend = TokenizersBackend(model_dir / files[0], config)
     return Tokenizer(backend, config)
 
 

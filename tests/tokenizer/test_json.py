@@ -246,3 +246,23 @@ def test_added_token_flags_survive(byte_level_dir: Path) -> None:
     tok = load_tokenizer(byte_level_dir)
     user = tok.encode("<|user|>", allow_special=True)
     assert tok.encode("<|user|> \n x", allow_special=True) == user + tok.encode("x")
+
+
+@pytest.mark.parametrize("target", ["itself", "nothing"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tekken.json", "vocab.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_links_that_lead_nowhere_are_one_sentence(byte_level_dir: Path, name: str, target: str) -> None:
+    """A loop cannot be looked at; a link to nothing is a file that is missing, unless it is the vocabulary."""
+    file = byte_level_dir / name
+    if name in ("tekken.json", "vocab.json"):
+        (byte_level_dir / "tokenizer.json").unlink()
+        (byte_level_dir / "merges.txt").write_text("")
+    file.unlink(missing_ok=True)
+    file.symlink_to(name if target == "itself" else "not-there")
+    if target == "nothing" and name in ("tokenizer_config.json", "chat_template.jinja"):
+        load_tokenizer(byte_level_dir)
+        return
+    with pytest.raises(OctoError) as caught:
+        load_tokenizer(byte_level_dir)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
