@@ -7,7 +7,6 @@ that are closed, signals while modules are imported, an interpreter without UTF-
 end it does what an interpreter does, but for taking PyTorch apart, which would be most of the time of a short program.
 """
 
-import atexit
 import contextlib
 import json
 import os
@@ -17,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -187,29 +185,17 @@ def _do(request: dict[str, Any]) -> None:
     exec(request["code"], {"__name__": "__main__"})
 
 
-def _leave(code: object) -> None:
-    """End as an interpreter does: wait for threads, call what is registered, write what is left; a failure of the last,
-    or a code that is no number, is left to the interpreter."""
-    if code is not None and not isinstance(code, int):
-        return
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        return
-    os._exit((code or 0) & 255)
-
-
 if __name__ == "__main__":
     import octo_run.engine  # noqa: F401
+    from octo_run import process
 
     assert "huggingface_hub" not in sys.modules  # it reads the environment
     asked = _serve(socket.socket(fileno=int(sys.argv[1])))
+    code = 0
     try:
         _do(asked)
     except SystemExit as ended:
-        _leave(ended.code)
-        raise
-    _leave(0)
+        if not isinstance(ended.code, int | None):
+            raise  # the interpreter prints it
+        code = ended.code or 0
+    sys.exit(process.finish(code))
