@@ -234,7 +234,8 @@ class Engine:
 
             def made(source: weight_files.Weights) -> Decoder:
                 ids = random_ids(cfg) if scheme is not None and scheme.weighted else None
-                return Decoder(cfg, source, None, turned, scheme, ids, of_head, plan.context)
+                with system_memory.returning():
+                    return Decoder(cfg, source, None, turned, scheme, ids, of_head, plan.context)
 
             if path is None or where.type != "cpu" or scheme is None or len(cfg.attention_layers) < cfg.num_layers:
                 decoder = made(source)
