@@ -282,7 +282,7 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
     while True:
         text = ""
         try:
-            text, first = first if first is not None else editor.read(draft, loading).strip(), None
+            text, first = editor.read(draft, loading).strip() if first is None else first, None
             warned, draft = False, ""
             if text == "/exit":
                 return 0
@@ -303,9 +303,8 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
             if warned or (chat_now is not None and time.monotonic() - chat_now.stopped_at < TWICE):
                 return EXIT_INTERRUPTED
             warned = True
-            if chat_now is None:
-                draft = text  # it is not sent
-            console.echo("Ctrl-C again or Ctrl-D leaves.", faint=True)
+            back = "" if chat_now is not None or not text else "The message was not sent; the up key brings it back. "
+            console.echo(f"{back}Ctrl-C again or Ctrl-D leaves.", faint=True)
 
 
 def _loaded(loading: Arriving[Conversation], model: str) -> Conversation:

@@ -181,7 +181,7 @@ def test_failures_are_one_sentence(
 
 
 PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
-WORDS = r".*?\w+\W+\w+\W+\w+"
+WORDS = r"(?:.*?\r\n|)\r\n\w+\W+\w+\W+\w+"  # an answer, which a blank line precedes
 READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
 CTRL_C, CTRL_D = "\x03", "\x04"
 #: A bar, and what takes it away and shows the cursor again.
@@ -236,17 +236,30 @@ def test_the_first_message_is_written_while_the_model_loads(terminal: Callable[.
 
 
 def test_a_message_waits_for_the_model(terminal: Callable[..., Any]) -> None:
-    """Ctrl-C takes it back; sent again it is answered."""
+    """Ctrl-C takes it back; the up key brings it again, and it is answered."""
     chat = terminal("chat", "-n", "3", load_delay=5)
     at = chat.wait_for("/help.*" + PROMPT)
     chat.type("Hello.\r")
     at = chat.wait_for(r"\[octo-demo is still loading\]", at)
     chat.type(CTRL_C)
-    at = chat.wait_for(r"Ctrl-C again or Ctrl-D leaves.*?" + PROMPT + r".*?Hello\.", at)
+    at = chat.wait_for(r"was not sent; the up key brings it back.*?" + PROMPT, at)
+    chat.type("\x1b[A")
+    at = chat.wait_for(r"Hello\.", at)
     chat.type("\r")
     at = chat.wait_for(SENT + r".*memory: weights.*first after.*?" + PROMPT, at)
     chat.type(CTRL_D)
     assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and chat.attributes() == chat.before
+
+
+def test_ctrl_c_twice_while_a_message_waits_leaves(terminal: Callable[..., Any]) -> None:
+    chat = terminal("chat", load_delay=30)
+    at = chat.wait_for("/help.*" + PROMPT)
+    chat.type("Hello.\r")
+    at = chat.wait_for(r"\[octo-demo is still loading\]", at)
+    chat.type(CTRL_C)
+    chat.wait_for(r"Ctrl-C again or Ctrl-D leaves.*?" + PROMPT, at)
+    chat.type(CTRL_C)
+    assert chat.wait_for_end() == 130 and "Traceback" not in chat.screen and chat.attributes() == chat.before
 
 
 @pytest.mark.parametrize(("keys", "code"), [(CTRL_D, 0), ("/exit\r", 0), (CTRL_C + CTRL_C, 130)])
