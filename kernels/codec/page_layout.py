@@ -7,8 +7,8 @@ lanes. With ``lane = 4 g + t`` (``g`` 0..7, ``t`` 0..3), eight or four chains (`
 ``c``, slot ``s`` is triplet ``chain * c + s``) and ``extras`` single triplets behind them:
 
 - **K block.** Lane (g, t) holds the tokens ``8 r + g`` (r = 0..7): the chains ``2 t`` and ``2 t + 1`` of eight, chain
-  ``t`` of four; for ``t < extras``, extra t. If ``extras`` is 6 or 2, so that not every lane would have as much, of the
-  last two extras the lanes 0 and 1 hold those of the tokens with even ``r // 2``, the lanes 2 and 3 those of the others.
+  ``t`` of four; for ``t < extras``, extra t. Of the last two of 6 or 2 extras the lanes 0 and 1 hold those of tokens
+  with even ``r // 2``, the lanes 2 and 3 those of the others, so that all lanes hold as much.
 - **V block of eight chains.** Lane (g, t) holds the tokens ``8 r + t`` and ``8 r + t + 4``: chain ``g`` and, for
   ``g < extras``, extra g.
 - **V block of four chains.** Two lanes share a chain, each with half of the tokens: lane (g, t) holds the tokens
@@ -16,11 +16,11 @@ lanes. With ``lane = 4 g + t`` (``g`` 0..7, ``t`` 0..3), eight or four chains (`
 
 Within a lane the streams of its tokens come first; slot ``s`` of a chain starts at bit ``s * stream``, so that its
 trellis predecessor, slot ``s + 1`` (the last slot's is slot 0), stands just above it. Sign bytes follow: for eight
-tokens of one slot three bytes (x, y, z), bit ``7 - r % 8`` of each belonging to token r. In K, codes of the last two of
-six or two extras come behind the signs. In V of four chains, extras come there: two bytes of signs (x and y in the upper
+tokens of one slot three bytes (x, y, z), bit ``7 - r % 8`` of each belonging to token r. In K, codes of the last two
+of 6 or 2 extras come behind the signs. In V of four chains, extras come there: two bytes of signs (x and y in the upper
 and the lower half of the first, z in the upper one of the second), then codes. K norms: with three extras they lie in
-lanes (g, 3), where the others hold their extra triplet, and behind everything; else those of rows r = 2 t and 2 t + 1 at
-the end of lane (g, t)'s buffer. V norms lie in 12-bit fields behind everything.
+lanes (g, 3), where the others hold their extra triplet, and behind everything; else those of rows r = 2 t and 2 t + 1
+at the end of lane (g, t)'s buffer. V norms lie in 12-bit fields behind everything.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 A vector y (rotated basis) is scaled to coordinate variance 1 and cut into T triplets: C chains (eight; four at head_dim
 64) of n = T // C (chain c, slot s is triplet c n + s) and T % C extras behind them. Every triplet has a stream code of
 `stream` bits. Table index of a chained triplet: its trellis window (see `trellis_search`); of an extra: 2^(stream +
-state_bits) + code. An entry is three int8 numbers v, a coordinate is (v + 1/2) step, negated by its sign bit if the format is signed
-(then v >= 0). The decoded vector is gamma times that, gamma being the stored norm.
+state_bits) + code. An entry is three int8 numbers v, a coordinate is (v + 1/2) step, negated by its sign bit if the
+format is signed (then v >= 0). The decoded vector is gamma times that, gamma being the stored norm.
 
 Encoding works on integers, so that every implementation finds the same codes: x' = rint(f y) in float32, f = 8 sqrt(d)
 / (step |y|) rounded to float32 and |y| computed in float64, is y in eighths of a step, limited to +-1020. Signed

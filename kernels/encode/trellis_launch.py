@@ -63,8 +63,8 @@ def encode_fields(y: Tensor, codec: TrellisCodec) -> Tensor:
     launch: Callable[..., Any] = trellis_kernel[(tokens // _ROWS, layers * count, kv_heads)]
     launch(
         **of_vectors(y), FIELDS=fields, KEYS=tables.keys, VALUES=tables.values, UNITS=_units(codec, y.device), D=dim,
-        CHAINS=codec.chains, STREAM=codec.stream, STATE=codec.state_bits, SIGNED=codec.signed, NORM=codec.norm_bits, COLUMNS=SEARCH_COLUMNS,
-        ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[codec.state_bits])  # fmt: skip
+        CHAINS=codec.chains, STREAM=codec.stream, STATE=codec.state_bits, SIGNED=codec.signed, NORM=codec.norm_bits,
+        COLUMNS=SEARCH_COLUMNS, ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[codec.state_bits])  # fmt: skip
     return fields
 
 

@@ -1,8 +1,8 @@
 """Codewords of table-coded pages, lane by lane: from the words of a lane buffer (`codec.page_layout`) to int8 triples.
 
-``words``: the lane's words of a block. CHAINS, N: chains, and triplets of each; B: bits of a stream code; STATE: of the trellis state;
-SIGNED: whether signs are stored apart; SH, SHX: bit position of a table index in the byte offset of its entry, for the
-chained and the extra triplets.
+``words``: the lane's words of a block. CHAINS, N: chains, and triplets of each; B: bits of a stream code; STATE: of the
+trellis state; SIGNED: whether signs are stored apart; SH, SHX: bit position of a table index in the byte offset of its
+entry, for the chained and the extra triplets.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment"
 
@@ -12,7 +12,6 @@ from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.codec import page_layout
 from octo_run.kernels.lanes import load_shared, permute_bytes, permute_bytes_by
-
 
 chains_of = constexpr_function(page_layout.chains_of)
 first_extras = constexpr_function(page_layout.first_extras)
@@ -284,7 +283,9 @@ def half_planes(
     """In a V block of four chains, the x, y and z of slot S of the lane's chain, or (S = N) of its extra, for the four
     tokens of rows 2 Q and 2 Q + 1: three registers of four bytes, zero for tokens that the lane does not have."""
     if S < N:
-        first = _clean(chained(words, lane_base, 2 * Q * N * B, N * B, 2 * Q, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED)
+        first = _clean(
+            chained(words, lane_base, 2 * Q * N * B, N * B, 2 * Q, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED
+        )
         second = _clean(
             chained(words, lane_base, (2 * Q + 1) * N * B, N * B, 2 * Q + 1, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED
         )

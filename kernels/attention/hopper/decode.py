@@ -412,8 +412,8 @@ def table_decode_kernel(
         grown = repeat((), NT)
         for first in gl.static_range(0, PAIRS, PASS):
             sums = sum_values(
-                v_words, lane_v, lane_xv, packed, source, selector, halves, zero_i, first, min(PASS, PAIRS - first), CHAINS,
-                N, SLOTS, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
+                v_words, lane_v, lane_xv, packed, source, selector, halves, zero_i, first, min(PASS, PAIRS - first),
+                CHAINS, N, SLOTS, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
             )  # fmt: skip
             longer = ()
             for b in gl.static_range(NT):

@@ -96,8 +96,8 @@ def divide(
 @gluon.jit
 def combine(
     acc, running, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, part,
-    to_value, CHAINS: gl.constexpr, N: gl.constexpr, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, NT: gl.constexpr,
-    PAIRS: gl.constexpr, WARPS: gl.constexpr,
+    to_value, CHAINS: gl.constexpr, N: gl.constexpr, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
+    NT: gl.constexpr, PAIRS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Add up the warps' sums through shared memory (the table is not needed any more); write the result of this
     program, to ``out_row`` if it is the only one of its heads, else to ``partial_row`` and ``lse_row``. Of four chains,
