@@ -282,6 +282,7 @@ def half_planes(
 ):
     """In a V block of four chains, the x, y and z of slot S of the lane's chain, or (S = N) of its extra, for the four
     tokens of rows 2 Q and 2 Q + 1: three registers of four bytes, zero for tokens that the lane does not have."""
+    FROM: gl.constexpr = 0 if S < N else 3
     if S < N:
         first = _clean(
             chained(words, lane_base, 2 * Q * N * B, N * B, 2 * Q, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED
@@ -289,7 +290,6 @@ def half_planes(
         second = _clean(
             chained(words, lane_base, (2 * Q + 1) * N * B, N * B, 2 * Q + 1, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED
         )
-        FROM: gl.constexpr = 0
     else:
         SIGNS: gl.constexpr = N * (B + 3 * SIGNED)
         index = field(words, 8 * (SIGNS + 2 * SIGNED) + Q * B, SHX, B)
@@ -299,7 +299,6 @@ def half_planes(
             upper = words[SIGNS // 4] << Q
             first = _clean(first ^ permute_bytes(upper, upper << 4, _half_sign_selector(SIGNS % 4)), SIGNED)
         second = first
-        FROM: gl.constexpr = 3
     return (
         permute_bytes_by(first, second, selectors[FROM]),
         permute_bytes_by(first, second, selectors[FROM + 1]),
