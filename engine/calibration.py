@@ -20,6 +20,7 @@ from torch import Tensor
 from octo_run.engine import sensitivity
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.kernels.codec import KVFormat
+from octo_run.kernels.codec.page_format import version_of
 from octo_run.models import conditioning
 from octo_run.models.cache import statistics_folder
 from octo_run.models.conditioning import Conditioning
@@ -81,7 +82,7 @@ class Calibration:
         ids = self.ids[:FEWER]
         if len(ids) <= sensitivity.FIRST:
             return None
-        what = ("sensitivities", kind, fmt.name, fmt.k.seed)
+        what = ("sensitivities", kind, fmt.name, fmt.k.seed, version_of(fmt))
         shape = {"divergences": (self.decoder.cfg.num_layers, 2)}
         found = self._known(
             what, shape, lambda: {"divergences": sensitivity.measure(self.decoder, fmt, ids, on_progress)}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.kernels.codec import PageFormat
+from octo_run.kernels.codec.page_format import OtherPages
 from octo_run.models.fields import Fields
 from octo_run.models.files import weight_files
 from octo_run.models.foreign import parsing
@@ -81,6 +82,9 @@ class Identity:
             return f"it was saved with another model, {quoted(model)}"
         if self.weights != other.weights:
             return f"it was saved with weights {shown(self.weights, 40)} and these are {other.weights}"
+        for tag in dict.fromkeys(self.formats):
+            if _is_other(tag):
+                return f"its pages, {quoted(tag)}, are of another version than this program's"
         mine, theirs = _names(self.formats), _names(other.formats)
         if mine != theirs:
             return f"it was saved with the KV cache {_short(mine)} and this is {_short(theirs)}"
@@ -97,6 +101,15 @@ class Identity:
                 f"{other.sink:,} and {other.window:,}"
             )
         return None
+
+
+def _is_other(tag: str) -> bool:
+    """Whether pages are as another version of this program writes them. OctoError for what is no tag."""
+    try:
+        PageFormat.parse(tag)
+    except OtherPages:
+        return True
+    return False
 
 
 def _names(tags: tuple[str, ...]) -> list[tuple[str, str, int, int]]:
@@ -136,7 +149,7 @@ def read_identity(fields: Fields) -> Identity:
     if len(kinds) > _MOST_KINDS:
         raise values.fail("formats", f"has {len(kinds):,} kinds of pages")
     for tag in kinds:
-        PageFormat.parse(tag)
+        _is_other(tag)
     return Identity(
         fingerprint=values.text("fingerprint") or "",
         weights=values.text("weights") or "",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octo_run.kernels.codec.page_layout import CHAINS, BlockBits, Indices, Side, lane_bits
+from octo_run.kernels.codec.page_layout import BlockBits, Indices, Side, lane_bits
 from octo_run.kernels.codec.trellis import LIMIT, SIGN_SHIFT, TrellisCodec
 from octo_run.kernels.codec.trellis_search import by_cell
 from octo_run.kernels.page_size import PAGE_TOKENS
@@ -77,7 +77,7 @@ def read_map(codec: TrellisCodec, side: Side, device: torch.device) -> Tensor:
     bits, stream, state = lane_bits(codec, side), codec.stream, codec.state_bits
     start = bits.code[:, :, 0]
     slot = np.arange(codec.num_triplets)
-    follows = (slot < CHAINS * codec.chain) & (slot % codec.chain != codec.chain - 1)
+    follows = (slot < codec.chains * codec.chain) & (slot % codec.chain != codec.chain - 1)
     last = bits.code[:, :, -1].copy()
     last[:, follows] = bits.code[:, np.flatnonzero(follows) + 1, state - 1]
     width = np.where(follows, stream + state, stream)

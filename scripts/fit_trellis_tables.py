@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from octo_run.kernels.codec.trellis import CHAINS, FIXED_POINT, FORMATS, LIMIT, STUDIED, TrellisFormat
+from octo_run.kernels.codec.page_layout import chains_of
+from octo_run.kernels.codec.trellis import FIXED_POINT, FORMATS, LIMIT, STUDIED, TrellisFormat
 from octo_run.kernels.codec.trellis_search import nearest_entries, trellis_codes
 
 Floats = npt.NDArray[np.float64]
@@ -32,6 +33,7 @@ Rounding = Callable[[Floats], Floats]
 
 HEAD_DIM = 128
 TRIPLETS = -(-HEAD_DIM // 3)
+CHAINS = chains_of(HEAD_DIM)
 CHAIN = TRIPLETS // CHAINS
 CHAINED = CHAINS * CHAIN
 SEED = 20260

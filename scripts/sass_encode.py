@@ -47,7 +47,13 @@ def compile_portable(kv: str, head_dim: int) -> triton.compiler.CompiledKernel:
     """The portable search as its launcher asks for it."""
     codec = get(kv, head_dim)
     assert isinstance(codec, TrellisCodec)
-    fixed = {"D": head_dim, "STREAM": codec.stream, "STATE": codec.state_bits, "SIGNED": codec.signed}
+    fixed = {
+        "D": head_dim,
+        "CHAINS": codec.chains,
+        "STREAM": codec.stream,
+        "STATE": codec.state_bits,
+        "SIGNED": codec.signed,
+    }
     fixed |= {"NORM": codec.norm_bits, "COLUMNS": SEARCH_COLUMNS, "ROWS": _ROWS}
     pointers = {"Y": "*bf16", "FIELDS": "*u16", "KEYS": "*fp16", "VALUES": "*fp32", "UNITS": "*fp64"}
     names = trellis_kernel.arg_names

@@ -59,8 +59,7 @@ def codec_constants(codec: Codec, side: Side, device: torch.device) -> tuple[int
         ValueError: A codec that no kernel has.
     """
     if isinstance(codec, TrellisCodec):
-        bits = describe(codec.stream, codec.state_bits, codec.signed)
-        return TRELLIS.value, bits, codec.table_words(device), read_map(codec, side, device)
+        return TRELLIS.value, describe(codec), codec.table_words(device), read_map(codec, side, device)
     if isinstance(codec, OctopusCodec):
         tables = codec.tables(torch.float32, device)
         return OCTOPUS.value, codec.bits, tables.xi_levels, tables.rho_levels

@@ -24,9 +24,10 @@ from octo_run.kernels.codec.rotation import HEAD_DIMS
 from octo_run.kernels.codec.trellis import TrellisCodec
 from octo_run.kernels.page_size import PAGE_TOKENS
 
-VERSION = 1
-"""Of the bytes: a change of what any page holds, for the same keys and values, makes a new one."""
-EXAMPLE = f"octo-page/{VERSION} oct3:oct3 lanes d128 seed0"
+VERSIONS = (1, 2)
+"""Of the bytes: a change of what pages of a format hold, for the same keys and values, makes a new one for that format.
+In version 1 all vectors of `oct2`, `oct3` and `oct4` had eight chains; those with four are of version 2."""
+EXAMPLE = "octo-page/1 oct3:oct3 lanes d128 seed0"
 
 Layout = Literal["rows", "lanes"]
 LAYOUTS: tuple[Layout, Layout] = ("rows", "lanes")
@@ -37,6 +38,15 @@ _PLAIN_DTYPES = {PLAIN: torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 _TAG = re.compile(r"octo-page/(0|[1-9][0-9]{0,8})(?: (.*))?", re.DOTALL)
 _FIELDS = re.compile(r"([a-z0-9]+):([a-z0-9]+) ([a-z]+) d([1-9][0-9]{0,5}) seed(0|-?[1-9][0-9]{0,99})")
 _CHUNK = 256  # blocks converted at a time: bounds their bits, a byte each
+
+
+class OtherPages(OctoError):
+    """A tag of pages as other versions of this program write them."""
+
+
+def version_of(fmt: KVFormat) -> int:
+    """The version of a format's pages."""
+    return 2 if any(isinstance(codec, TrellisCodec) and codec.chains != 8 for codec in (fmt.k, fmt.v)) else 1
 
 
 def page_bytes(fmt: KVFormat) -> int:
@@ -71,14 +81,12 @@ class PageFormat:
         """The format that has this tag.
 
         Raises:
-            OctoError: Anything else, or a tag of another version.
+            OtherPages: A tag of another version than this program's for its format.
+            OctoError: Anything else.
         """
         whole = _TAG.fullmatch(tag) if isinstance(tag, str) else None
-        if whole is not None and int(whole[1]) != VERSION:
-            raise OctoError(
-                f"The page tag {quoted(tag)} is of version {int(whole[1])}, and this program reads version {VERSION} "
-                "alone: use the program that wrote these pages, or write them anew with this one."
-            )
+        if whole is not None and int(whole[1]) not in VERSIONS:
+            raise OtherPages(_other_version(tag, int(whole[1]), f"reads versions {_either(tuple(map(str, VERSIONS)))}"))
         fields = None if whole is None else _FIELDS.fullmatch(whole[2] or "")
         if fields is None:
             raise OctoError(f"{quoted(tag)} is not the tag of a page format, which reads like '{EXAMPLE}'.")
@@ -88,7 +96,11 @@ class PageFormat:
                 f"The page tag {quoted(tag)} names the layout {quoted(fields[3])}: the layouts are {_either(LAYOUTS)}."
             )
         k, v = (_codec(tag, name, head_dim, seed) for name in (fields[1], fields[2]))
-        return cls(KVFormat(k.name if k.name == v.name else f"{k.name}:{v.name}", k, v), LAYOUTS[fields[3] == "lanes"])
+        fmt = KVFormat(k.name if k.name == v.name else f"{k.name}:{v.name}", k, v)
+        if whole is not None and int(whole[1]) != version_of(fmt):
+            here = f"reads {fields[1]}:{fields[2]} at head_dim {head_dim} in version {version_of(fmt)}"
+            raise OtherPages(_other_version(tag, int(whole[1]), here))
+        return cls(fmt, LAYOUTS[fields[3] == "lanes"])
 
     @functools.cached_property
     def tag(self) -> str:
@@ -97,7 +109,8 @@ class PageFormat:
         An example is "octo-page/1 oct3:oct3 lanes d128 seed0".
         """
         k, v = self.kv.k, self.kv.v
-        return f"octo-page/{VERSION} {_stored_name(k)}:{_stored_name(v)} {self.layout} d{k.head_dim} seed{k.seed}"
+        names = f"{_stored_name(k)}:{_stored_name(v)}"
+        return f"octo-page/{version_of(self.kv)} {names} {self.layout} d{k.head_dim} seed{k.seed}"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PageFormat) and self.tag == other.tag
@@ -225,6 +238,14 @@ def _sources(codec: TrellisCodec, side: Side, to: Layout, device: torch.device) 
     sources = torch.from_numpy(here.sources(there, count)).to(device)
     taken = torch.zeros(count, dtype=torch.bool, device=device).index_fill_(0, sources[sources >= 0], True)
     return sources.where(sources >= 0, count), (~taken).nonzero().flatten()
+
+
+def _other_version(tag: str, version: int, here: str) -> str:
+    """That a tag is of another version; ``here``: what this program reads."""
+    return (
+        f"The page tag {quoted(tag)} is of version {version}, and this program {here} alone: use the program that "
+        "wrote these pages, or write them anew with this one."
+    )
 
 
 def _stored_name(codec: Codec) -> str:

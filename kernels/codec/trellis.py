@@ -1,10 +1,10 @@
 """`oct2/3/4`: triplets coded by a tail-biting trellis over a fitted int8 table, with an unbiased gain.
 
-A vector y (rotated basis) is scaled to coordinate variance 1 and cut into T triplets: eight chains of n = T // 8
-(chain c, slot s is triplet c n + s) and T % 8 extras behind them. Every triplet has a stream code of `stream` bits.
-Table index of a chained triplet: its trellis window (see `trellis_search`); of an extra: 2^(stream + state_bits) +
-code. An entry is three int8 numbers v, a coordinate is (v + 1/2) step, negated by its sign bit if the format is signed
-(then v >= 0). The decoded vector is gamma times that, gamma being the stored norm.
+A vector y (rotated basis) is scaled to coordinate variance 1 and cut into T triplets: C chains (eight; four at head_dim
+64) of n = T // C (chain c, slot s is triplet c n + s) and T % C extras behind them. Every triplet has a stream code of
+`stream` bits. Table index of a chained triplet: its trellis window (see `trellis_search`); of an extra: 2^(stream +
+state_bits) + code. An entry is three int8 numbers v, a coordinate is (v + 1/2) step, negated by its sign bit if the
+format is signed (then v >= 0). The decoded vector is gamma times that, gamma being the stored norm.
 
 Encoding works on integers, so that every implementation finds the same codes: x' = rint(f y) in float32, f = 8 sqrt(d)
 / (step |y|) rounded to float32 and |y| computed in float64, is y in eighths of a step, limited to +-1020. Signed
@@ -27,7 +27,7 @@ import torch
 
 from octo_run.kernels.codec.base import NORM_BYTES, RowCodec
 from octo_run.kernels.codec.packing import pack_streams, packed_bytes, unpack_streams
-from octo_run.kernels.codec.page_layout import CHAINS
+from octo_run.kernels.codec.page_layout import chains_of
 from octo_run.kernels.codec.trellis_search import nearest_entries, trellis_codes
 from octo_run.kernels.cpu import encode as compiled
 
@@ -131,7 +131,7 @@ class TrellisCodec(RowCodec):
         stream, state_bits, signed, norm_bits: Of its `TrellisFormat`, `format`.
         step: The table's unit for coordinates of variance 1.
         table: int8 [entries, 3], not to be written into.
-        chain, extras: Triplets of each chain, and behind them.
+        chains, chain, extras: Chains of a vector, triplets of each, and behind them.
     """
 
     def __init__(
@@ -149,7 +149,8 @@ class TrellisCodec(RowCodec):
             raise ValueError(f"{name} needs a table int8 [{entries}, 3] of numbers from {lowest}")
         self.table, self.step = table, step
         self._streams = ((self.num_triplets, self.stream), (self.num_triplets, 3))[: 1 + self.signed]
-        self.chain, self.extras = divmod(self.num_triplets, CHAINS)
+        self.chains = chains_of(head_dim)
+        self.chain, self.extras = divmod(self.num_triplets, self.chains)
         self._codewords: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._table_words: dict[torch.device, torch.Tensor] = {}
 
@@ -229,10 +230,10 @@ class TrellisCodec(RowCodec):
 
     def _table_index(self, codes: torch.Tensor) -> torch.Tensor:
         """Table indices int32 [T, vectors] of stream codes of the same shape (a new tensor)."""
-        chained = CHAINS * self.chain
+        chained = self.chains * self.chain
         index = codes + self.format.chained_entries
-        window = index[:chained].view(CHAINS, self.chain, -1)
-        slots = codes[:chained].view(CHAINS, self.chain, -1)
+        window = index[:chained].view(self.chains, self.chain, -1)
+        slots = codes[:chained].view(self.chains, self.chain, -1)
         state = (slots & ((1 << self.state_bits) - 1)) << self.stream
         torch.add(slots[:, :-1], state[:, 1:], out=window[:, :-1])
         torch.add(slots[:, -1], state[:, 0], out=window[:, -1])
@@ -271,11 +272,11 @@ class TrellisCodec(RowCodec):
 
     def _search(self, points: torch.Tensor, triplets: torch.Tensor) -> torch.Tensor:
         """Codes int64 [T, vectors] of triplets [T, 3, vectors] in half steps; points [entries, 3] likewise."""
-        vectors, chained = triplets.shape[2], CHAINS * self.chain
+        vectors, chained = triplets.shape[2], self.chains * self.chain
         codes = torch.empty(self.num_triplets, vectors, dtype=torch.int64, device=triplets.device)
-        by_slot = triplets[:chained].view(CHAINS, self.chain, 3, vectors).permute(1, 2, 0, 3).flatten(2)
+        by_slot = triplets[:chained].view(self.chains, self.chain, 3, vectors).permute(1, 2, 0, 3).flatten(2)
         found = trellis_codes(points, by_slot, self.stream, self.state_bits)
-        codes[:chained] = found.view(self.chain, CHAINS, vectors).transpose(0, 1).flatten(0, 1)
+        codes[:chained] = found.view(self.chain, self.chains, vectors).transpose(0, 1).flatten(0, 1)
         extra = points[self.format.chained_entries :]
         for triplet in range(chained, self.num_triplets):
             used = min(3, self.head_dim - 3 * triplet)

@@ -26,7 +26,7 @@ _ROWS, _SPLIT, _MOST_SPLITS = 128, 16, 4  # as in attention.cpp
 class _Codec(ctypes.Structure):
     _fields_ = (
         *((name, Long) for name in (
-            "kind", "element", "bytes", "stream", "state_bits", "is_signed", "triplets", "entries")),
+            "kind", "element", "bytes", "stream", "state_bits", "is_signed", "triplets", "chains", "entries")),
         ("table", Pointer), ("unit", ctypes.c_double),
     )  # fmt: skip
 
@@ -55,20 +55,21 @@ def _described(codec: Codec) -> tuple[_Codec, Tensor | None] | None:
     if isinstance(codec, PlainCodec):
         if codec.dtype not in ELEMENTS:
             return None
-        return _Codec(0, ELEMENTS[codec.dtype], codec.bytes_per_vector, 0, 0, 0, 0, 0, None, 1.0), None
+        return _Codec(0, ELEMENTS[codec.dtype], codec.bytes_per_vector, 0, 0, 0, 0, 0, 0, None, 1.0), None
     if type(codec) is TrellisCodec:
         halves = codec.half_steps(torch.float32).to(torch.int32) & 1023
         table = (halves[:, 0] | halves[:, 1] << 10 | halves[:, 2] << 20).contiguous()
         made = _Codec(
-            1, 0, codec.bytes_per_vector, codec.stream, codec.state_bits, codec.signed, codec.num_triplets, len(table),
-            table.data_ptr(), codec.step / 2,
+            1, 0, codec.bytes_per_vector, codec.stream, codec.state_bits, codec.signed, codec.num_triplets,
+            codec.chains, len(table), table.data_ptr(), codec.step / 2,
         )  # fmt: skip
         return made, table
     if isinstance(codec, OctopusCodec):
         words = codec.tables(torch.float32).codewords.contiguous()
         made = _Codec(
-            2, 0, codec.bytes_per_vector, codec.bits, 0, 0, codec.num_triplets, words.shape[1], words.data_ptr(), 1.0
-        )
+            2, 0, codec.bytes_per_vector, codec.bits, 0, 0, codec.num_triplets, 0, words.shape[1], words.data_ptr(),
+            1.0,
+        )  # fmt: skip
         return made, words
     return None
 

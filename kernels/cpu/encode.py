@@ -20,7 +20,7 @@ _STATE_BITS = (1, 3)  # that the kernels were written for
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, Long) for name in (
-            "vectors", "dim", "stream", "state_bits", "is_signed", "norm_shift", "bytes", "threads")),
+            "vectors", "dim", "stream", "state_bits", "is_signed", "norm_shift", "chains", "bytes", "threads")),
         ("y", Pointer), ("y_stride", Long), ("table", Pointer), ("step", Double), ("out", Pointer),
     )  # fmt: skip
 
@@ -38,8 +38,8 @@ def trellis_rows(codec: TrellisCodec, y: Tensor, out: Tensor) -> bool:
         return False
     call = _Call(
         len(y), codec.head_dim, codec.stream, codec.state_bits, codec.signed, codec.format.norm_shift,
-        codec.bytes_per_vector, torch.get_num_threads(), y.data_ptr(), y.stride(0), codec.table.data_ptr(), codec.step,
-        out.data_ptr(),
+        codec.chains, codec.bytes_per_vector, torch.get_num_threads(), y.data_ptr(), y.stride(0),
+        codec.table.data_ptr(), codec.step, out.data_ptr(),
     )  # fmt: skip
     found.octo_encode_trellis(ctypes.byref(call))
     return True

@@ -416,8 +416,8 @@ def _norm_pattern(gain, NORM: gl.constexpr):
 @gluon.jit
 def lane_search_kernel(
     y_ptr, fields_ptr, keys_ptr, extra_ptr, last_ptr, values_ptr, units_ptr, pages, stride_l, stride_n, stride_h,
-    stride_t, D: gl.constexpr, STREAM: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr, NORM: gl.constexpr,
-    WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
+    stride_t, D: gl.constexpr, CHAINS: gl.constexpr, STREAM: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr,
+    NORM: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
 ):  # fmt: skip
     """y [L, N, H, 64, D] -> fields uint16 [L, N, H, 64, triplets + 1]: code | signs << 10, then the norm's fp16 bits.
 
@@ -426,7 +426,7 @@ def lane_search_kernel(
     2 / step.
     """
     T: gl.constexpr = (D + 2) // 3
-    N: gl.constexpr = T // 8
+    N: gl.constexpr = T // CHAINS
     KEYS: gl.constexpr = key_words(STREAM, STATE)
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     smem = gl.allocate_shared_memory(
@@ -464,9 +464,9 @@ def lane_search_kernel(
     keys_at = u32(lane * 16)
     warp_at = u32(KEYS * 4 + warp * (4 * warp_words(STATE, N)))
     barrier()
-    for chain in range(8):
+    for chain in range(CHAINS):
         _chain(rows, fields, chain * N, scales, keys_at, warp_at, lane, zero, D, STREAM, STATE, SIGNED, N)
-    for i in gl.static_range(8 * N, T):
+    for i in gl.static_range(CHAINS * N, T):
         keys = extra_ptr
         if D % 3 != 0 and i == T - 1:
             keys = last_ptr

@@ -63,8 +63,8 @@ def encode_fields(y: Tensor, codec: TrellisCodec) -> Tensor:
     launch: Callable[..., Any] = trellis_kernel[(tokens // _ROWS, layers * count, kv_heads)]
     launch(
         **of_vectors(y), FIELDS=fields, KEYS=tables.keys, VALUES=tables.values, UNITS=_units(codec, y.device), D=dim,
-        STREAM=codec.stream, STATE=codec.state_bits, SIGNED=codec.signed, NORM=codec.norm_bits, COLUMNS=SEARCH_COLUMNS,
-        ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[codec.state_bits])  # fmt: skip
+        CHAINS=codec.chains, STREAM=codec.stream, STATE=codec.state_bits, SIGNED=codec.signed, NORM=codec.norm_bits,
+        COLUMNS=SEARCH_COLUMNS, ROWS=_ROWS, num_warps=_WARPS, maxnreg=_REGISTERS[codec.state_bits])  # fmt: skip
     return fields
 
 
@@ -73,8 +73,9 @@ def lane_constants(codec: TrellisCodec) -> dict[str, int]:
     """The constexprs of `lane_search_kernel` for a format."""
     threads = 32 * LANE_WARPS
     words = int(key_words(codec.stream, codec.state_bits)) + LANE_WARPS * int(warp_words(codec.state_bits, codec.chain))
-    return {"D": codec.head_dim, "STREAM": codec.stream, "STATE": codec.state_bits, "SIGNED": int(codec.signed),
-            "NORM": codec.norm_bits, "WARPS": LANE_WARPS, "SMEM_WORDS": -(-words // threads) * threads}  # fmt: skip
+    return {"D": codec.head_dim, "CHAINS": codec.chains, "STREAM": codec.stream, "STATE": codec.state_bits,
+            "SIGNED": int(codec.signed), "NORM": codec.norm_bits, "WARPS": LANE_WARPS,
+            "SMEM_WORDS": -(-words // threads) * threads}  # fmt: skip
 
 
 def encode_fields_by_lanes(y: Tensor, codec: TrellisCodec) -> Tensor:

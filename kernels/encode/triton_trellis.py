@@ -215,8 +215,8 @@ def _extra(source, fields, i, scale, values, D: tl.constexpr, STREAM: tl.constex
 @triton.jit(do_not_specialize=["pages"])
 def trellis_kernel(
     Y, FIELDS, KEYS, VALUES, UNITS, pages, sy_l, sy_n, sy_h, sy_t,
-    D: tl.constexpr, STREAM: tl.constexpr, STATE: tl.constexpr, SIGNED: tl.constexpr, NORM: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, CHAINS: tl.constexpr, STREAM: tl.constexpr, STATE: tl.constexpr, SIGNED: tl.constexpr,
+    NORM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Y [L, N, H, 64, D] -> FIELDS uint16 [L, N, H, 64, triplets + 1]: code | signs << 10, then the norm's fp16 bits.
 
@@ -224,7 +224,7 @@ def trellis_kernel(
     `trellis_tables.SearchTables`; UNITS float64: 8 sqrt(D), the step, 2 / step; COLUMNS: of the KEYS.
     """
     TRIPLETS: tl.constexpr = (D + 2) // 3
-    N: tl.constexpr = TRIPLETS // 8
+    N: tl.constexpr = TRIPLETS // CHAINS
     WIDTH: tl.constexpr = 64 if D <= 64 else (128 if D <= 128 else (256 if D <= 256 else 512))
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1).to(tl.int64)
@@ -240,9 +240,9 @@ def trellis_kernel(
     scale = tl.load(UNITS) / (tl.load(UNITS + 1) * tl.where(far, norm, 1.0))
     scale = tl.where(far, scale, 0.0).to(tl.float32)
     along = tl.zeros([ROWS], tl.float64)
-    for chain in range(8):
+    for chain in range(CHAINS):
         along += _chain(source, fields, chain * N, scale, KEYS, VALUES, D, STREAM, STATE, SIGNED, N, COLUMNS)
-    for i in range(8 * N, TRIPLETS):
+    for i in range(CHAINS * N, TRIPLETS):
         along += _extra(source, fields, i, scale, VALUES, D, STREAM, STATE, SIGNED)
     there = far & (along > 0)
     gain = tl.where(there, tl.load(UNITS + 2) * squares / tl.where(there, along, 1.0), 0.0)

@@ -270,6 +270,21 @@ def test_a_mismatch_is_one_sentence_and_the_text_is_there(
     assert file.session(other).messages == before.messages
 
 
+@pytest.mark.parametrize("version", [1, 3])
+def test_pages_of_another_version_are_a_mismatch(tiny: Callable[..., Engine], tmp_path: Path, version: int) -> None:
+    """Pages of 64 numbers were of version 1 when their vectors had eight chains."""
+    path = tmp_path / "s.safetensors"
+    before = talk(tiny("oct3", 2048), LONG[:900])
+    saved(before, path)
+    tags = [f"octo-page/{version} oct3:oct3 rows d64 seed0"] * 2
+    hostile(path, _set("identity", "formats", tags))
+    file = SavedSession.read(path)
+    with pytest.raises(SessionMismatch, match=f"its pages, '{tags[0]}', are of another version") as caught:
+        file.restore(tiny("oct3", 2048))
+    assert "\n" not in str(caught.value)
+    assert file.session(tiny("oct3", 2048)).messages == before.messages
+
+
 def test_another_model_is_a_mismatch(tiny: Callable[..., Engine], tmp_path: Path) -> None:
     engine = tiny("oct3", 2048)
     file = saved(talk(engine, LONG[:900]), tmp_path / "s.safetensors")
@@ -334,7 +349,7 @@ CHANGES: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "identity a list": _set("identity", []),
     "unknown tag": _set("identity", "formats", ["octo-page/1 evil:evil rows d64 seed0"] * 2),
     "escape in a tag": _set("identity", "formats", ["\x1b[2J"] * 2),
-    "too many tags": _set("identity", "formats", ["octo-page/1 oct3:oct3 rows d64 seed0"] * 9),
+    "too many tags": _set("identity", "formats", ["octo-page/2 oct3:oct3 rows d64 seed0"] * 9),
     "no tags": _set("identity", "formats", []),
     "sink": _set("identity", "sink", 10**9),
     "turns a text": _set("turns", "hello"),

@@ -76,10 +76,11 @@ def slow_decode(row: bytes, name: str, head_dim: int) -> list[float]:
     triplets = -(-head_dim // 3)
     codes = [stream >> (bits * i) & ((1 << bits) - 1) for i in range(triplets)]
     stream >>= bits * triplets
-    chain = triplets // 8
+    chains = 4 if head_dim == 64 else 8
+    chain = triplets // chains
     out: list[float] = []
     for i, code in enumerate(codes):
-        if i < 8 * chain:
+        if i < chains * chain:
             first = i // chain * chain
             above = codes[first + (i - first + 1) % chain]
             entry = (above % (1 << state)) << bits | code

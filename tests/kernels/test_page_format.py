@@ -147,10 +147,16 @@ def test_pages_stay_what_they_are() -> None:
     steps = torch.arange(2 * PAGE_TOKENS * 128)
     y = ((steps * steps * 31 + steps * 7) % 257 - 128).to(torch.float64).view(2, PAGE_TOKENS, 128) / 64
     digests = {}
-    for name in FORMATS:
-        data = bytes(PageFormat(parse_kv(name, 128), "lanes").encode_rotated(*y).tolist())
-        digests[name] = hashlib.sha256(data).hexdigest()[:16]
-    assert digests == {"oct2": "f89b99a1bede9b07", "oct3": "b148aea154ab6b43", "oct4": "07c77e4901b8b348"}
+    for dim in (64, 128):
+        for name in FORMATS:
+            data = bytes(PageFormat(parse_kv(name, dim), "lanes").encode_rotated(*y[..., :dim]).tolist())
+            digests[name, dim] = hashlib.sha256(data).hexdigest()[:16]
+    assert {name: digests[name, 128] for name in FORMATS} == {
+        "oct2": "f89b99a1bede9b07", "oct3": "b148aea154ab6b43", "oct4": "07c77e4901b8b348",
+    }  # fmt: skip
+    assert {name: digests[name, 64] for name in FORMATS} == {
+        "oct2": "e814121c037ff813", "oct3": "96843ca1c0e97bb4", "oct4": "5ee0657069dbca5b",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -183,7 +189,20 @@ def test_tags_of_plain_pages_name_the_stored_dtype(dtype: torch.dtype, name: str
 @pytest.mark.parametrize(
     ("tag", "text"),
     [
-        ("octo-page/2 oct3:oct3 lanes d128 seed0", r"of version 2, and this program reads version 1"),
+        (
+            "octo-page/2 oct3:oct3 lanes d128 seed0",
+            "of version 2, and this program reads oct3:oct3 at .* 128 in version 1",
+        ),
+        (
+            "octo-page/1 oct3:oct3 lanes d64 seed0",
+            "of version 1, and this program reads oct3:oct3 at .* 64 in version 2",
+        ),
+        (
+            "octo-page/1 bf16:oct2 rows d64 seed0",
+            "of version 1, and this program reads bf16:oct2 at .* 64 in version 2",
+        ),
+        ("octo-page/2 octopus3:octopus3 rows d64 seed0", "of version 2, and this program reads octopus3:octopus3 at"),
+        ("octo-page/3 oct3:oct3 lanes d64 seed0", "of version 3, and this program reads versions 1 and 2 alone"),
         ("octo-page/0 oct3:oct3 lanes d128 seed0", r"of version 0"),
         ("octo-page/12 entirely, different", r"of version 12"),
         ("octo-page/1", "is not the tag"),
@@ -224,7 +243,7 @@ def test_wrong_tags_are_refused_in_one_sentence(tag: Any, text: str) -> None:
 def test_what_cannot_be_converted_is_refused() -> None:
     rows, lanes = both("oct3", 64)
     pages = rows.encode_rotated(*vectors(PAGE_TOKENS, 64))
-    with pytest.raises(ValueError, match=r"hold other codes than those of 'octo-page/1 oct2:oct2 lanes d64 seed0'"):
+    with pytest.raises(ValueError, match=r"hold other codes than those of 'octo-page/2 oct2:oct2 lanes d64 seed0'"):
         rows.convert(pages, both("oct2", 64)[1])
     with pytest.raises(ValueError, match="seed5"):
         rows.convert(pages, both("oct3", 64, seed=5)[1])

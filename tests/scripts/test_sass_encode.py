@@ -26,7 +26,7 @@ def test_lane_encoder_compiles_for_hopper(name: str, dim: int, script: Callable[
     machine = tool.disassemble(kernel.asm["cubin"])
     assert machine.spilled_bytes <= 64
     assert kernel.metadata.shared == 4 * constants["SMEM_WORDS"] <= SHARED_MEMORY
-    extras = -(-dim // 3) % 8
+    extras = get(name, dim).extras
     products = kernel.asm["ptx"].count("mma.sync.aligned.m16n8k8")
     assert products == (16 * extras + (128 if constants["STATE"] == 3 else 16))
     assert kernel.asm["ptx"].count("bar.sync") <= 3

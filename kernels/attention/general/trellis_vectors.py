@@ -7,6 +7,7 @@ import triton.language as tl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.general.parts import PAGE
+from octo_run.kernels.codec import TrellisCodec
 from octo_run.kernels.page_size import PAGE_TOKENS
 from octo_run.kernels.trellis_tables import NORM_SEGMENTS, VALUE_SCALE, WORD_BITS
 
@@ -18,9 +19,9 @@ THIRD = tl.constexpr(2 * WORD_BITS)
 PLANES_AT = tl.constexpr(PAGE_TOKENS * NORM_SEGMENTS + 4)
 
 
-def describe(stream: int, state: int, signed: bool) -> int:
+def describe(codec: TrellisCodec) -> int:
     """The constants of a format in one number, as `trellis_planes` takes it."""
-    return stream | state << 8 | int(signed) << 16
+    return codec.stream | codec.state_bits << 8 | int(codec.signed) << 16 | codec.chains << 24
 
 
 @constexpr_function
@@ -57,12 +58,13 @@ def trellis_planes(base, row, i, table, map, BITS: tl.constexpr, D: tl.constexpr
     STATE: tl.constexpr = _part(BITS, 8)
     SIGNED: tl.constexpr = _part(BITS, 16)
     TRIPLETS: tl.constexpr = (D + 2) // 3
-    CHAIN: tl.constexpr = TRIPLETS // 8
+    CHAINS: tl.constexpr = _part(BITS, 24)
+    CHAIN: tl.constexpr = TRIPLETS // CHAINS
     MAIN: tl.constexpr = 1 << (STREAM + STATE)
     words = base.to(tl.pointer_type(tl.int32))
     if MASKED:
         i = tl.minimum(i, TRIPLETS - 1)
-    chained = i < 8 * CHAIN
+    chained = i < CHAINS * CHAIN
     last = chained & (i % CHAIN == CHAIN - 1)
     at = map + PLANES_AT + row * TRIPLETS + i
     stream = _stream(words, tl.load(at), True)

@@ -1,8 +1,8 @@
 """Codewords of table-coded pages, lane by lane: from the words of a lane buffer (`codec.page_layout`) to int8 triples.
 
-``words``: the lane's words of a block. N: triplets of a chain; B: bits of a stream code; STATE: of the trellis state;
-SIGNED: whether signs are stored apart; SH, SHX: bit position of a table index in the byte offset of its entry, for the
-chained and the extra triplets.
+``words``: the lane's words of a block. CHAINS, N: chains, and triplets of each; B: bits of a stream code; STATE: of the
+trellis state; SIGNED: whether signs are stored apart; SH, SHX: bit position of a table index in the byte offset of its
+entry, for the chained and the extra triplets.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment"
 
@@ -10,13 +10,25 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.lanes import load_shared, permute_bytes
+from octo_run.kernels.codec import page_layout
+from octo_run.kernels.lanes import load_shared, permute_bytes, permute_bytes_by
+
+chains_of = constexpr_function(page_layout.chains_of)
+first_extras = constexpr_function(page_layout.first_extras)
+value_words = constexpr_function(page_layout.value_words)
 
 
 @constexpr_function
 def _sign_selector(first):
     """PRMT selector that spreads the top bits of the bytes first .. first + 2 (of two registers) over three bytes."""
     return (8 + first) | (8 + first + 1) << 4 | (8 + first + 2) << 8 | (8 + first + 2) << 12
+
+
+@constexpr_function
+def _half_sign_selector(first):
+    """PRMT selector that spreads the top bits of byte ``first`` of both registers, then of the byte behind it of the
+    first one, over three bytes."""
+    return (8 + first) | (12 + first) << 4 | (8 + first + 1) << 8 | (8 + first + 1) << 12
 
 
 @gluon.jit
@@ -123,6 +135,7 @@ def key_token(
     lane_base,
     lane_base_x,
     R: gl.constexpr,
+    CHAINS: gl.constexpr,
     N: gl.constexpr,
     EXTRAS: gl.constexpr,
     B: gl.constexpr,
@@ -132,19 +145,21 @@ def key_token(
     EXTRA_OFFSET: gl.constexpr,
     SIGNED: gl.constexpr,
 ):
-    """The lane's codewords of its token R in the K block: chain 2 t, chain 2 t + 1, the extra triplets (garbage where
-    the lane has none)."""
-    SLOTS: gl.constexpr = 2 * N + (EXTRAS > 0)
+    """The lane's codewords of its token R in the K block: its one or two chains, the extra triplets (garbage where the
+    lane has none)."""
+    RUN: gl.constexpr = CHAINS // 4 * N
+    SLOTS: gl.constexpr = RUN + (first_extras(EXTRAS) > 0)
     BIT: gl.constexpr = R * SLOTS * B
     BYTE: gl.constexpr = SLOTS * B
     out = ()
-    for s in gl.static_range(N):
-        out = out + (chained(words, lane_base, BIT, BYTE, R, s, N, B, STATE, SH, 0, SIGNED),)
-    for s in gl.static_range(N):
-        out = out + (chained(words, lane_base, BIT + N * B, BYTE + 3 * N, R, s, N, B, STATE, SH, 0, SIGNED),)
-    if EXTRAS > 0:
-        out = out + (single(words, lane_base_x, BIT + 2 * N * B, BYTE + 6 * N, R, B, SHX, EXTRA_OFFSET, SIGNED),)
-    if EXTRAS > 4:
+    for c in gl.static_range(CHAINS // 4):
+        for s in gl.static_range(N):
+            out = out + (
+                chained(words, lane_base, BIT + c * N * B, BYTE + 3 * c * N, R, s, N, B, STATE, SH, 0, SIGNED),
+            )
+    if first_extras(EXTRAS) > 0:
+        out = out + (single(words, lane_base_x, BIT + RUN * B, BYTE + 3 * RUN, R, B, SHX, EXTRA_OFFSET, SIGNED),)
+    if first_extras(EXTRAS) < EXTRAS:
         SECONDS: gl.constexpr = 8 * BYTE + 24 * (SLOTS + 1) * SIGNED
         out = out + (
             single(
@@ -166,6 +181,7 @@ def key_token(
 def key_norm(
     words,
     R: gl.constexpr,
+    CHAINS: gl.constexpr,
     N: gl.constexpr,
     EXTRAS: gl.constexpr,
     B: gl.constexpr,
@@ -176,9 +192,10 @@ def key_norm(
     // 2, of every four."""
     TO: gl.constexpr = 28 - NORM
     if EXTRAS == 3:
+        RUN: gl.constexpr = CHAINS // 4 * N
         LOW: gl.constexpr = B if B < NORM else NORM
         HIGH: gl.constexpr = NORM - LOW
-        low = field(words, R * (2 * N + 1) * B + 2 * N * B, TO, LOW) & (((1 << LOW) - 1) << TO)
+        low = field(words, (R * (RUN + 1) + RUN) * B, TO, LOW) & (((1 << LOW) - 1) << TO)
         if HIGH == 0:
             return low
         else:
@@ -222,3 +239,68 @@ def value_slot(
             EXTRA_OFFSET,
             SIGNED,
         )
+
+
+@gluon.jit
+def half_selectors(lane):
+    """For lane (g, t) of a V block of four chains: PRMT selectors that take x, y and z of the triples of two tokens to
+    their two of four bytes, zeros to the others; then those of an extra triple to its one of four bytes."""
+    odd = (lane >> 2) & 1
+    at = ((lane >> 2) & 3) * 4
+    out = ()
+    for c in gl.static_range(3):
+        out = out + (gl.where(odd == 0, 0x3430 + 0x101 * c, 0x4303 + 0x1010 * c).to(gl.uint32),)
+    for c in gl.static_range(3):
+        out = out + (((lane * 0 + 0x3333) ^ ((3 ^ c) << at)).to(gl.uint32),)
+    return out
+
+
+@gluon.jit
+def _clean(value, SIGNED: gl.constexpr):
+    """A codeword without what signs leave in its fourth byte."""
+    if SIGNED:
+        value = value & 0xFFFFFF
+    return value
+
+
+@gluon.jit
+def half_planes(
+    words,
+    lane_base,
+    lane_base_x,
+    selectors,
+    Q: gl.constexpr,
+    S: gl.constexpr,
+    N: gl.constexpr,
+    B: gl.constexpr,
+    STATE: gl.constexpr,
+    SH: gl.constexpr,
+    SHX: gl.constexpr,
+    OFFSET: gl.constexpr,
+    EXTRA_OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr,
+):
+    """In a V block of four chains, the x, y and z of slot S of the lane's chain, or (S = N) of its extra, for the four
+    tokens of rows 2 Q and 2 Q + 1: three registers of four bytes, zero for tokens that the lane does not have."""
+    FROM: gl.constexpr = 0 if S < N else 3
+    if S < N:
+        first = _clean(
+            chained(words, lane_base, 2 * Q * N * B, N * B, 2 * Q, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED
+        )
+        second = _clean(
+            chained(words, lane_base, (2 * Q + 1) * N * B, N * B, 2 * Q + 1, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED
+        )
+    else:
+        SIGNS: gl.constexpr = N * (B + 3 * SIGNED)
+        index = field(words, 8 * (SIGNS + 2 * SIGNED) + Q * B, SHX, B)
+        first = load_shared((index & (((1 << B) - 1) << SHX)) | lane_base_x, EXTRA_OFFSET)
+        if SIGNED:
+            gl.static_assert(SIGNS % 4 < 3)
+            upper = words[SIGNS // 4] << Q
+            first = _clean(first ^ permute_bytes(upper, upper << 4, _half_sign_selector(SIGNS % 4)), SIGNED)
+        second = first
+    return (
+        permute_bytes_by(first, second, selectors[FROM]),
+        permute_bytes_by(first, second, selectors[FROM + 1]),
+        permute_bytes_by(first, second, selectors[FROM + 2]),
+    )

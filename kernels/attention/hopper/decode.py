@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.hopper.codewords import field
+from octo_run.kernels.attention.hopper.codewords import chains_of, field, half_selectors, value_words
 from octo_run.kernels.attention.hopper.full_precision import blocks_at_once, full_precision, stage_round
 from octo_run.kernels.attention.hopper.mean_bias import (
     PAGE_BYTES,
@@ -171,11 +171,12 @@ def table_decode_kernel(
     come.
     """
     T: gl.constexpr = (D + 2) // 3
-    N: gl.constexpr = T // 8
-    EXTRAS: gl.constexpr = T % 8
+    CHAINS: gl.constexpr = chains_of(D)
+    N: gl.constexpr = T // CHAINS
+    EXTRAS: gl.constexpr = T % CHAINS
     SLOTS: gl.constexpr = N + (EXTRAS > 0)
     PAIRS: gl.constexpr = (SLOTS + 1) // 2
-    gl.static_assert(EXTRAS == 0 or EXTRAS == 3 or EXTRAS == 6)
+    gl.static_assert(EXTRAS == 2 if CHAINS == 4 else EXTRAS == 0 or EXTRAS == 3 or EXTRAS == 6)
     BLOCKS: gl.constexpr = (G + 4 * NT - 1) // (4 * NT)
     HEADS: gl.constexpr = min(G, 4 * NT)
     SH_K: gl.constexpr = _row_shift(COPIES_K)
@@ -199,8 +200,8 @@ def table_decode_kernel(
     ANGLES_AHEAD: gl.constexpr = NT == 1 and D <= 128  # there are registers for the next ones
     SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
-    FULL_V: gl.constexpr = (16 * N * (B_V + 3 * SIGNED_V) + 31) // 32
-    ALL_V: gl.constexpr = (16 * SLOTS * (B_V + 3 * SIGNED_V) + 31) // 32
+    FULL_V: gl.constexpr = value_words(CHAINS, N, B_V, SIGNED_V)
+    ALL_V: gl.constexpr = FULL_V if CHAINS == 4 else (16 * SLOTS * (B_V + 3 * SIGNED_V) + 31) // 32
     NORMS_AT: gl.constexpr = FULL_V * 128 + (ALL_V - FULL_V) * EXTRAS * 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
 
@@ -328,6 +329,7 @@ def table_decode_kernel(
     weight = repeat(zero_i.to(gl.float32), NT)
     selector = u32(gl.where(g & 1 == 0, 0x7351, 0x6240))
     source = t * 4 + (g >> 1)
+    halves = half_selectors(lane) if CHAINS == 4 else ()
     barrier()
     scales = ()
     for b in gl.static_range(NT):
@@ -362,7 +364,7 @@ def table_decode_kernel(
             kept = _kept(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
             queries = queries + ((kept, scales[b][0], scales[b][1]),)
         scores = score_page(
-            k_words, lane, lane_k, lane_xk, queries, zero_i, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
+            k_words, lane, lane_k, lane_xk, queries, zero_i, CHAINS, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
             SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
         if MEAN > 0:
@@ -410,8 +412,8 @@ def table_decode_kernel(
         grown = repeat((), NT)
         for first in gl.static_range(0, PAIRS, PASS):
             sums = sum_values(
-                v_words, lane_v, lane_xv, packed, source, selector, zero_i, first, min(PASS, PAIRS - first), N, SLOTS,
-                B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
+                v_words, lane_v, lane_xv, packed, source, selector, halves, zero_i, first, min(PASS, PAIRS - first),
+                CHAINS, N, SLOTS, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
             )  # fmt: skip
             longer = ()
             for b in gl.static_range(NT):
@@ -433,7 +435,7 @@ def table_decode_kernel(
     lse_row = LSE + first_row
     combine(
         acc, running, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, so_h, parts, part,
-        step_v / 32512.0, N, G, D, HEADS, NT, PAIRS, WARPS,
+        step_v / 32512.0, CHAINS, N, G, D, HEADS, NT, PAIRS, WARPS,
     )  # fmt: skip
     if parts > 1:
         counter = COUNTERS + (seq * HKV + head) * BLOCKS + gl.program_id(0) % BLOCKS

@@ -3,7 +3,7 @@
 The program's tokens are copied to shared memory, and sixteen at a time go to a warp.
 Columns of the matrix products: 2 t is head t of a block of four query heads; for the weights 2 t + 1 holds what
 rounding to 16 bits leaves of column 2 t. The sums come out as those of the pages do: lane (g, t) holds of head t the
-coordinates of chain g and of extra triplet g.
+coordinates of chain g and of extra triplet g; of four chains, which two lanes share, a part of those of its chain.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
 
@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
+from octo_run.kernels.attention.hopper.codewords import chains_of
 from octo_run.kernels.attention.hopper.products import soft_cap
 from octo_run.kernels.lane_copies import copy16, wait_for_all_copies
 from octo_run.kernels.lanes import (
@@ -99,23 +100,45 @@ def _weights(p0, p1, lane, ELEMENT: gl.constexpr, HALF: gl.constexpr):
 
 
 @gluon.jit
+def _sum_of_half(grown, g, SLOT: gl.constexpr, C: gl.constexpr, B: gl.constexpr, N: gl.constexpr, EACH: gl.constexpr):
+    """Of four chains, the sum of slot SLOT (N: the extra) and component C if it is the lane's to add, else zero."""
+    FROM: gl.constexpr = SLOT % EACH
+    found = grown[FROM // 2 * 3 + C][B]
+    here = (g & 1) == SLOT // EACH
+    if SLOT == N:
+        here = (g & 3) == 1
+    return gl.where(here, found[FROM % 2 * 2] + found[FROM % 2 * 2 + 1], 0.0)
+
+
+@gluon.jit
 def _grow(acc, decays, weights, v_at, lane, zero, to_sums, D: gl.constexpr, N: gl.constexpr, NT: gl.constexpr,
           PAIRS: gl.constexpr, ELEMENT: gl.constexpr):  # fmt: skip
-    """The sums with a block's values (rows from byte ``v_at`` of shared memory on) added."""
+    """The sums with a block's values (rows from byte ``v_at`` of shared memory on) added.
+
+    Of four chains with five slots each and two extras, six slots in all, a lane of even g has the slots 0 to 2 of the
+    chain that it shares, one of odd g the slots 3 and 4 and, of each extra, one of them.
+    """
+    CHAINS: gl.constexpr = chains_of(D)
+    EACH: gl.constexpr = N + 1 if CHAINS == 8 else (N + 2) // 2  # slots of a lane
+    PARTS: gl.constexpr = PAIRS if CHAINS == 8 else (EACH + 1) // 2
     g = lane >> 2
     rows = ()
     for i in gl.static_range(4):
         rows = rows + (u32(v_at + ((lane & 3) + 4 * i) * row_bytes(D)),)
     grown = ()
-    for pair in gl.static_range(PAIRS):
+    for pair in gl.static_range(PARTS):
         for c in gl.static_range(3):
             operand = ()
             for h in gl.static_range(2):
-                if 2 * pair + h < N:
+                if CHAINS == 4:
+                    slot = (g & 1) * EACH + 2 * pair + h
+                    triplet = gl.where(slot < N, (g >> 1) * N + slot, 4 * N + (g >> 2))
+                    column = gl.minimum(triplet * 3 + c, D - 1)
+                elif 2 * pair + h < N:
                     column = (g * N + 2 * pair + h) * 3 + c
                 else:
                     column = gl.minimum((8 * N + g) * 3 + c, D - 1)
-                if 2 * pair + h <= N:
+                if 2 * pair + h < EACH:
                     operand = operand + (_pair(rows[0], rows[1], column), _pair(rows[2], rows[3], column))
                 else:
                     operand = operand + (u32(lane * 0), u32(lane * 0))
@@ -132,7 +155,10 @@ def _grow(acc, decays, weights, v_at, lane, zero, to_sums, D: gl.constexpr, N: g
     for b in gl.static_range(NT):
         for i in gl.static_range(3 * PAIRS):
             for h in gl.static_range(2):
-                more = grown[i][b][2 * h] + grown[i][b][2 * h + 1]
+                if CHAINS == 4:
+                    more = _sum_of_half(grown, g, 2 * (i // 3) + h, i % 3, b, N, EACH)
+                else:
+                    more = grown[i][b][2 * h] + grown[i][b][2 * h + 1]
                 out = out + (acc[(b * 3 * PAIRS + i) * 2 + h] * decays[b] + more * to_sums,)
     return out
 
@@ -180,7 +206,7 @@ def full_precision(
     and KV head. CAP limits the logits; SINKS: the first part begins with the sink logits. Returns (running maxima, sums
     of weights of the lane's rows, sums of values times ``to_sums``): tuples of NT, NT and NT * 6 * PAIRS numbers.
     """
-    N: gl.constexpr = (D + 2) // 3 // 8
+    N: gl.constexpr = (D + 2) // 3 // chains_of(D)
     HALF: gl.constexpr = gl.bfloat16 if ELEMENT == "bf16" else gl.float16
     v_after = room * (16 * row_bytes(D))
     lane = tid & 31

@@ -17,6 +17,7 @@ from octo_run.kernels.lanes import (
     read_shared_f,
     repeat,
     shuffle,
+    shuffle_f,
     sum_over_rows,
     sync_warp,
     u32,
@@ -95,12 +96,13 @@ def divide(
 @gluon.jit
 def combine(
     acc, running, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, part,
-    to_value, N: gl.constexpr, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, NT: gl.constexpr,
-    PAIRS: gl.constexpr, WARPS: gl.constexpr,
+    to_value, CHAINS: gl.constexpr, N: gl.constexpr, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
+    NT: gl.constexpr, PAIRS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Add up the warps' sums through shared memory (the table is not needed any more); write the result of this
-    program, to ``out_row`` if it is the only one of its heads, else to ``partial_row`` and ``lse_row``."""
-    ROW: gl.constexpr = 24 * (N + 1)
+    program, to ``out_row`` if it is the only one of its heads, else to ``partial_row`` and ``lse_row``. Of four chains,
+    two lanes have sums of a chain's values, and four of an extra's: all write what they make together."""
+    ROW: gl.constexpr = 3 * CHAINS * (N + 1)
     WARP_WORDS: gl.constexpr = NT * (4 * ROW + 8)
     g = lane >> 2
     t = lane & 3
@@ -114,11 +116,16 @@ def combine(
         for i in gl.static_range(3 * PAIRS):
             for h in gl.static_range(2):
                 if 2 * (i // 3) + h < N:
-                    place = (g * N + 2 * (i // 3) + h) * 3 + i % 3
+                    place = (g // (8 // CHAINS) * N + 2 * (i // 3) + h) * 3 + i % 3
                 else:
-                    place = (8 * N + g) * 3 + i % 3
+                    place = (CHAINS * N + g // (16 // CHAINS if CHAINS == 4 else 1)) * 3 + i % 3
                 if 2 * (i // 3) + h <= N:
-                    value = acc[(b * 3 * PAIRS + i) * 2 + h] + lift
+                    value = acc[(b * 3 * PAIRS + i) * 2 + h]
+                    if CHAINS == 4:
+                        value += shuffle_f(value, lane ^ 4)
+                        if 2 * (i // 3) + h == N:
+                            value += shuffle_f(value, lane ^ 8)
+                    value += lift
                     write_shared(mine + u32(place * 4), value.to(gl.uint32, bitcast=True))
         write_shared(heads, running[b].to(gl.uint32, bitcast=True))
         write_shared(heads + 16, mass.to(gl.uint32, bitcast=True))

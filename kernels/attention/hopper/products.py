@@ -5,7 +5,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.hopper.codewords import key_norm, key_token, select, value_slot
+from octo_run.kernels.attention.hopper.codewords import (
+    chains_of,
+    first_extras,
+    half_planes,
+    key_norm,
+    key_token,
+    select,
+    value_slot,
+)
 from octo_run.kernels.lanes import (
     exp2,
     max_over_rows,
@@ -23,8 +31,10 @@ from octo_run.kernels.lanes import (
 @constexpr_function
 def query_words(head_dim):
     """Registers of the B operand of the score products: one a slot."""
-    triplets = (int(head_dim) + 2) // 3
-    return 2 * (triplets // 8) + (triplets % 8 > 0) + 2 * (triplets % 8 > 4)
+    triplets, chains = (int(head_dim) + 2) // 3, int(chains_of(head_dim))
+    extras = triplets % chains
+    first = int(first_extras(extras))
+    return chains // 4 * (triplets // chains) + (first > 0) + (extras - first)
 
 
 @constexpr_function
@@ -42,10 +52,13 @@ def split_query(
     of its int32 sums.
 
     A query is a 16-bit number times a scale, held as two int8 halves: column g is half g & 1 (0: high) of head g >> 1.
-    Slots: the two chains of lane t, its extra, its fifth or sixth extra for tiles of even and of odd number.
+    Slots: the chains of lane t, its extra, that of the last two for tiles of even and of odd number.
     """
-    N: gl.constexpr = (D + 2) // 3 // 8
-    EXTRAS: gl.constexpr = (D + 2) // 3 % 8
+    CHAINS: gl.constexpr = chains_of(D)
+    RUN: gl.constexpr = CHAINS // 4 * ((D + 2) // 3 // CHAINS)
+    EXTRAS: gl.constexpr = (D + 2) // 3 % CHAINS
+    FIRST: gl.constexpr = first_extras(EXTRAS)
+    SECONDS: gl.constexpr = RUN + (FIRST > 0)
     SLOTS: gl.constexpr = query_words(D)
     g = lane >> 2
     t = lane & 3
@@ -55,15 +68,15 @@ def split_query(
     peak = gl.full([32 * WARPS], 1e-30, gl.float32, layout=LAYOUT)
     values = ()
     for s in gl.static_range(SLOTS):
-        if s < 2 * N:
-            triplet = (2 * t + s // N) * N + s % N
+        if s < RUN:
+            triplet = t * RUN + s
             good = head < G
-        elif s == 2 * N:
-            triplet = 8 * N + t
-            good = (head < G) & (t < EXTRAS)
+        elif s < SECONDS:
+            triplet = 4 * RUN + t
+            good = (head < G) & (t < FIRST)
         else:
-            triplet = 8 * N + 4 + t - 2 * (s - 2 * N - 1)
-            good = (head < G) & (t >= 2 * (s - 2 * N - 1)) & (triplet < 8 * N + EXTRAS)
+            triplet = 4 * RUN + FIRST + t - 2 * (s - SECONDS)
+            good = (head < G) & (t >= 2 * (s - SECONDS)) & (triplet < 4 * RUN + EXTRAS)
         for c in gl.static_range(3):
             value = gl.load(row + triplet * 3 + c, mask=good & (triplet * 3 + c < D), other=0.0).to(gl.float32)
             values = values + (value,)
@@ -76,7 +89,7 @@ def split_query(
         packed = gl.full([32 * WARPS], 0, gl.uint32, layout=LAYOUT)
         for c in gl.static_range(3):
             whole = (values[3 * s + c] * (32512.0 / peak) + 12582912.0).to(gl.int32, bitcast=True) - 0x4B400000
-            if s != 2 * N + 2:  # the extras of slot 2 N + 1 again
+            if s != SECONDS + 1:  # the extras of slot SECONDS again
                 total += whole
             high = (whole + 128) >> 8
             byte = gl.where(half == 0, high, whole - (high << 8))
@@ -92,18 +105,23 @@ def split_query(
 
 @gluon.jit
 def score_page(
-    words, lane, lane_base, lane_base_x, queries, zero, N: gl.constexpr, EXTRAS: gl.constexpr, B: gl.constexpr,
-    STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
-    NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
+    words, lane, lane_base, lane_base_x, queries, zero, CHAINS: gl.constexpr, N: gl.constexpr, EXTRAS: gl.constexpr,
+    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
     """Logits of 64 tokens for NT blocks of four heads: number 8 b + r is token 8 r + g of head 4 b + t."""
+    WHOLE: gl.constexpr = CHAINS // 4 * N + (first_extras(EXTRAS) > 0)  # slots that all tokens have
     out = repeat((), NT)
     for tile in gl.static_range(4):
-        top = key_token(words, lane_base, lane_base_x, 2 * tile, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED)
-        low = key_token(words, lane_base, lane_base_x, 2 * tile + 1, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED)
+        top = key_token(
+            words, lane_base, lane_base_x, 2 * tile, CHAINS, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED
+        )
+        low = key_token(
+            words, lane_base, lane_base_x, 2 * tile + 1, CHAINS, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED
+        )
         gammas = ()
         for h in gl.static_range(2):
-            norm = key_norm(words, 2 * tile + h, N, EXTRAS, B, NORM, WORDS)
+            norm = key_norm(words, 2 * tile + h, CHAINS, N, EXTRAS, B, NORM, WORDS)
             if EXTRAS == 3:
                 holder = lane | 3
             else:
@@ -113,16 +131,16 @@ def score_page(
         for b in gl.static_range(NT):
             qb = queries[b][0]
             sums = repeat(zero, 4)
-            for s in gl.static_range(N):
+            for s in gl.static_range(WHOLE // 2):
                 sums = mma_int8_32(
                     sums, top[2 * s], low[2 * s], top[2 * s + 1], low[2 * s + 1], qb[2 * s], qb[2 * s + 1]
                 )
-            if EXTRAS > 4:
+            if first_extras(EXTRAS) < EXTRAS:
                 sums = mma_int8_32(
-                    sums, top[2 * N], low[2 * N], top[2 * N + 1], low[2 * N + 1], qb[2 * N], qb[2 * N + 1 + tile % 2]
+                    sums, top[WHOLE - 1], low[WHOLE - 1], top[WHOLE], low[WHOLE], qb[WHOLE - 1], qb[WHOLE + tile % 2]
                 )
-            elif EXTRAS > 0:
-                sums = mma_int8_16(sums, top[2 * N], low[2 * N], qb[2 * N])
+            elif WHOLE % 2 == 1:
+                sums = mma_int8_16(sums, top[WHOLE - 1], low[WHOLE - 1], qb[WHOLE - 1])
             two = out[b]
             for h in gl.static_range(2):
                 raw = (sums[2 * h] * 256 + sums[2 * h + 1]).to(gl.float32)
@@ -197,19 +215,27 @@ def _transposed(w):
 
 @gluon.jit
 def sum_values(
-    words, lane_base, lane_base_x, packed, source, selector, zero, FIRST: gl.constexpr, WIDTH: gl.constexpr,
-    N: gl.constexpr, SLOTS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr,
-    OFFSET: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, NT: gl.constexpr,
+    words, lane_base, lane_base_x, packed, source, selector, halves, zero, FIRST: gl.constexpr, WIDTH: gl.constexpr,
+    CHAINS: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr,
+    SHX: gl.constexpr, OFFSET: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
     """Weighted sums of a page's values: of WIDTH pairs of slots from FIRST on, three products (one a component) for
     half of the tokens each, for NT blocks of heads. Rows are triplets (slot 2 i in the upper, 2 i + 1 in the lower
-    half), K runs over the tokens, four of a lane in a register."""
+    half), K runs over the tokens, four of a lane in a register. Of four chains, ``halves`` are `half_selectors`: two
+    lanes share a chain, and each has zeros for the other one's tokens."""
     sums = repeat(repeat(zero, 4), NT * 3 * WIDTH)
     for half in gl.static_range(2):
         planes = ()
         for s in gl.static_range(2 * FIRST, 2 * FIRST + 2 * WIDTH):
             for four in gl.static_range(2):
-                if s < SLOTS:
+                if s < SLOTS and CHAINS == 4:
+                    planes = planes + (
+                        half_planes(
+                            words, lane_base, lane_base_x, halves, 2 * half + four, s, N, B, STATE, SH, SHX, OFFSET,
+                            EXTRA_OFFSET, SIGNED,
+                        ),
+                    )  # fmt: skip
+                elif s < SLOTS:
                     w = ()
                     for i in gl.static_range(4):
                         w = w + (

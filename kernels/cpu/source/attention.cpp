@@ -139,7 +139,7 @@ struct Codes {
     const Codec &c;
     const U16 *streams;  // [words][4 times 16 tokens]
     const uint32_t *before;  // the first bit of the triplet before one in its chain; of the chained ones
-    int64_t dim;
+    int64_t chained, dim;  // triplets in chains
 
     INLINE U16 field(uint32_t bit, int count, int sixteen) const {
         const uint32_t w = bit / 32;
@@ -160,7 +160,7 @@ struct Codes {
         }
         const int state = (int)c.state_bits;
         U16 index;
-        if (i >= c.triplets / 8 * 8)
+        if (i >= chained)
             index = field(bit, bits, sixteen) + (1u << (bits + state));
         else if (before[i] == bit + bits)  // the state's bits follow the code's
             index = field(bit, bits + state, sixteen);
@@ -187,10 +187,10 @@ static inline Lanes<uint32_t> some_words(const uint8_t *from, int64_t words) {
 
 // The codes of 64 rows, each of which ends with its norm.
 static Codes codes_of(const Codec &c, const uint8_t *rows, int64_t dim, float *factors) {
-    const int64_t words = (c.bytes + 1) / 4, chain = c.triplets / 8;  // without the norm; of eight chains
+    const int64_t words = (c.bytes + 1) / 4, chain = c.chains ? c.triplets / c.chains : 0;  // without the norm
     U16 *streams = (U16 *)scratch(6, (words + 17) * 4 * sizeof(U16) + c.triplets * 4);
     uint32_t *before = (uint32_t *)(streams + (words + 17) * 4);
-    for (int64_t first = 0, i = 0; first < 8 * chain; first += chain)
+    for (int64_t first = 0, i = 0; first < c.chains * chain; first += chain)
         for (; i < first + chain; i++) before[i] = (uint32_t)((i + 1 < first + chain ? i + 1 : first) * c.stream);
     for (int sixteen = 0; sixteen < 4; sixteen++) {
         const uint8_t *first = rows + sixteen * 16 * c.bytes;
@@ -214,7 +214,7 @@ static Codes codes_of(const Codec &c, const uint8_t *rows, int64_t dim, float *f
         for (int t = 0; t < 16; t++)
             factors[sixteen * 16 + t] = of_half(load<uint16_t>(first + (t + 1) * c.bytes - 2)) * (float)c.unit;
     }
-    return {c, streams, before, dim};
+    return {c, streams, before, c.chains * chain, dim};
 }
 
 // tile [dim][64] of a block of codes.

@@ -47,7 +47,7 @@ void octo_pack_rows(const PackCall *);
 
 // attention.cpp
 struct Codec {  // of K or of V
-    int64_t kind, element, bytes, stream, state_bits, is_signed, triplets, entries;
+    int64_t kind, element, bytes, stream, state_bits, is_signed, triplets, chains, entries;
     const void *table;  // trellis: int32 [entries], half steps in three fields of 10 bits; octopus: float32 [3, entries]
     double unit;        // what a number of the table times the stored norm is multiplied by
 };
@@ -75,7 +75,7 @@ void octo_attend(const AttentionCall *);
 
 // encode.cpp
 struct TrellisCall {
-    int64_t vectors, dim, stream, state_bits, is_signed, norm_shift, bytes, threads;
+    int64_t vectors, dim, stream, state_bits, is_signed, norm_shift, chains, bytes, threads;
     const float *y;  // [vectors][dim], rows y_stride floats apart
     int64_t y_stride;
     const int8_t *table;  // [entries][3]

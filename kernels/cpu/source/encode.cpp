@@ -9,7 +9,7 @@
 #include <vector>
 
 namespace {
-constexpr int LANES = 16, CHAINS = 8, LIMIT = 1020;
+constexpr int LANES = 16, LIMIT = 1020;
 constexpr double SMALLEST = 0x1p-60;
 
 static inline I16 least(const I16 &a, const I16 &b) {
@@ -82,7 +82,7 @@ struct Search {
     Keys chained, extra, last;
 
     explicit Search(const TrellisCall &c)
-        : c(c), triplets((c.dim + 2) / 3), chain(triplets / CHAINS), states(1 << c.state_bits),
+        : c(c), triplets((c.dim + 2) / 3), chain(triplets / c.chains), states(1 << c.state_bits),
           chained((int)(c.stream - c.state_bits)), extra((int)c.stream), last((int)c.stream) {
         const int64_t codes = 1 << chained.bits, entries = 1 << c.stream;
         for (int64_t before = 0; before < states; before++)
@@ -182,20 +182,20 @@ void Search::block(int64_t first, int64_t count) const {
     for (int64_t i = 0; i < triplets; i++)
         signs[i] = c.is_signed ? ((y[3 * i] < 0.0f) & 1) | ((y[3 * i + 1] < 0.0f) & 2) | ((y[3 * i + 2] < 0.0f) & 4) : I16{};
     if (chain)
-        for (int64_t one = 0; one < CHAINS; one++) {
+        for (int64_t one = 0; one < c.chains; one++) {
             if (c.state_bits == 3)
                 chain_codes<3>(scaled, one * chain, codes, work);
             else
                 chain_codes<1>(scaled, one * chain, codes, work);
         }
-    for (int64_t i = CHAINS * chain; i < triplets; i++) {
+    for (int64_t i = c.chains * chain; i < triplets; i++) {
         const Keys &keys = i + 1 < triplets ? extra : last;
         codes[i] = best_key(keys.entries.data(), (int64_t)keys.entries.size(), triplet(scaled, i, keys)) &
                    ((1 << keys.bits) - 1);
     }
     const int64_t mask = states - 1;
     for (int64_t i = 0; i < triplets; i++) {
-        const bool has_state = i < CHAINS * chain;
+        const bool has_state = i < c.chains * chain;
         const int64_t before = !has_state ? i : i % chain == chain - 1 ? i - chain + 1 : i + 1;
         for (int t = 0; t < LANES; t++) {
             const int64_t state = has_state ? codes[before][t] & mask : states;
