@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.kernels.attention.parts import WIDE_TEAMS
 from octo_run.kernels.attention.workspace import Workspace, counter_words, workspace_bytes
+from octo_run.kernels.codec import parse_kv
 
 wide_launch = pytest.importorskip("octo_run.kernels.attention.hopper.wide_launch", reason="Triton is not installed")
 
@@ -26,7 +26,9 @@ class Merge:
     """`merge_places_kernel` by PyTorch; only what PLACES names is read."""
 
     def __getitem__(self, _grid: tuple[int, ...]) -> Any:
-        def launch(*, PARTIAL: torch.Tensor, LSE: torch.Tensor, OUT: torch.Tensor, PLACES: torch.Tensor, **_: Any) -> None:
+        def launch(
+            *, PARTIAL: torch.Tensor, LSE: torch.Tensor, OUT: torch.Tensor, PLACES: torch.Tensor, **_: Any
+        ) -> None:
             heads = OUT.shape[2]
             outputs, levels = PARTIAL.view(-1, heads, DIM), LSE.view(-1, heads)
             for b, (first, parts) in enumerate(PLACES.view(-1, 2).tolist()[: len(OUT)]):
@@ -55,9 +57,7 @@ def worst_error(case: Any, times: int = 1) -> float:
     worst = 0.0
     for _ in range(times):  # after the first with what that one left in the workspace
         out = torch.full_like(case.q, float("nan"))
-        wide_launch.launch_wide_decode(
-            case.q, case.kv, case.fmt, out, room, spec=case.spec, max_length=case.max_length
-        )
+        wide_launch.launch_wide_decode(case.q, case.kv, case.fmt, out, room, spec=case.spec, max_length=case.max_length)
         assert not out.isnan().any(), "something was not written"
         assert not room.counters.any(), "the counters are others'"
         worst = max(worst, *(cases.relative_error(got, want) for got, want in zip(out, case.want, strict=True)))
@@ -69,6 +69,95 @@ def decode_case(kv: str, lengths: list[int], group: int, kv_heads: int = 1, **mo
     return cases.make_case(kv, lengths, 1, group * kv_heads, kv_heads, DIM, **more)
 
 
-@pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4"])
+@pytest.mark.few("oct3")
+@pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4", "oct4:oct2", "oct2:oct3"])
 def test_every_format(kernel: Any, kv: str) -> None:
     assert worst_error(decode_case(kv, [450], 4, 2), times=2) < 1e-3
+
+
+@pytest.mark.few("16")
+@pytest.mark.parametrize("group", [1, 5, 9, 16, 20])
+def test_every_group(kernel: Any, group: int) -> None:
+    """One block of four heads to four of a program, the last one not full; beyond sixteen heads several programs."""
+    assert worst_error(decode_case("oct2", [390], group)) < 1e-3
+    launch = kernel.launches[-1]
+    assert (launch["NT"], launch["grid"][0]) == (min(4, -(-group // 4)), -(-group // 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [[1], [193], [256, 257, 255], [0, 64, 0, 128, 192, 320, 1000, 0]])
+def test_lengths_around_page_edges(kernel: Any, lengths: list[int]) -> None:
+    """With filler, whose output is zero."""
+    assert worst_error(decode_case("oct3", lengths, 3)) < 1e-3
+
+
+@pytest.mark.slow
+def test_sequences_of_unequal_lengths_are_cut_finer(kernel: Any) -> None:
+    lengths = [64 * 20 + 192, 300, 1, 64 * 5 + 200]
+    assert worst_error(decode_case("oct2", lengths, 1)) < 1e-3
+    assert kernel.launches[-1]["grid"][1] > len(lengths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (4, 128)])
+def test_other_sinks_and_windows(kernel: Any, sink: int, window: int) -> None:
+    assert worst_error(decode_case("oct3", [600, 350], 4, sink=sink, window=window)) < 1e-3
+
+
+@pytest.mark.few("2.0-all")
+@pytest.mark.parametrize(
+    "kinds",
+    [{"sees": 1}, {"sees": 64}, {"sees": 150}, {"sees": 333}, {"cap": 2.0}, {"sinking": True}, EVERYTHING],
+    ids=["sees 1", "sees 64", "sees 150", "sees 333", "cap", "sinks", "all"],
+)
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_windows_caps_sink_logits_and_means(kernel: Any, kinds: dict[str, Any], mean: float) -> None:
+    assert worst_error(decode_case("oct3", [0, 500, 257], 5, mean=mean, **kinds)) < 2e-3
+
+
+@pytest.mark.slow
+def test_the_key_mean_of_many_pages(kernel: Any) -> None:
+    """Seven pages a team, whose components come by four; of theta 1e4, with the most fast steps."""
+    case = decode_case("oct2", [*([200] * 34), 64 * 14 + 192], 1, mean=2.0)
+    assert worst_error(case) < 3e-3
+    assert kernel.launches[-1]["MEAN"] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_bfloat16_inputs(kernel: Any, mean: float) -> None:
+    assert worst_error(decode_case("oct4", [600, 300], 8, dtype=torch.bfloat16, mean=mean)) < 2.5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv", "lengths", "mean"), [("oct3", [64 * 7 + 192], 2.0), ("oct4:oct2", [500, 300], 0.0)])
+def test_threads_meet_only_at_barriers(
+    monkeypatch: pytest.MonkeyPatch, kv: str, lengths: list[int], mean: float
+) -> None:
+    watched = emulator.Kernel(KERNEL, watched=True)
+    monkeypatch.setattr(wide_launch, "wide_decode_kernel", watched)
+    monkeypatch.setattr(wide_launch, "merge_places_kernel", Merge())
+    case = decode_case(kv, lengths, 5, mean=mean)
+    assert worst_error(case) < 3e-3
+    for module, name in (
+        ("wide_decode", "team_barrier"),
+        ("wide_products", "team_barrier"),
+        ("wide_parts", "barrier"),
+        ("wide_full_precision", "barrier"),
+    ):
+        with monkeypatch.context() as without:
+            without.setattr(MODULES[module], name, lambda *_: None)
+            with pytest.raises(AssertionError, match=r"a thread (reads|writes) what another one"):
+                worst_error(case)
+
+
+@pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4", "oct4:oct2", "oct4:oct3"])
+@pytest.mark.parametrize("mean", [0, 6, 9])
+def test_shared_memory_has_room(kv: str, mean: int) -> None:
+    """For as many heads as can be; with a key mean, whose operands lie there, for fewer."""
+    fmt = parse_kv(kv, DIM)
+    for group in (1, 4, 8, 16):
+        fixed = wide_launch.constants(fmt.k, fmt.v, 1, group, "bf16", mean, True)
+        assert 4 * fixed["SMEM_WORDS"] <= 227 * 1024
+        assert fixed["NT"] == min(4, -(-group // 4)) or mean
+        assert fixed["COPIES_K"] >= 4

@@ -141,6 +141,12 @@ def _word(bit, beyond, words):
     return min(int(bit) // 32 + int(beyond), int(words) - 1)
 
 
+@constexpr_function
+def _if_last(slot, n, bit):
+    """The place in its word of a bit that only a chain's last slot needs; 0 of others, which then compile to one."""
+    return int(bit) % 32 if int(slot) % int(n) == int(n) - 1 else 0
+
+
 @gluon.jit
 def _chained(
     few, lane_base, BIT: gl.constexpr, FIRST_BIT: gl.constexpr, BYTE: gl.constexpr, ROW: gl.constexpr,
@@ -192,7 +198,8 @@ def tile_scores(
                     )
                     a = a + (
                         _chained(
-                            few, lane_base, (row * OF_TOKEN + i * B) % 32, (row * OF_TOKEN + i // N * N * B) % 32,
+                            few, lane_base, (row * OF_TOKEN + i * B) % 32,
+                            _if_last(i, N, row * OF_TOKEN + i // N * N * B),
                             (OF_TOKEN + 3 * i) % 4, row, i % N == N - 1, B, STATE, SH, 0, SIGNED,
                         ),
                     )  # fmt: skip
@@ -346,9 +353,6 @@ def slice_values(
     FIRST: gl.constexpr = PART * PAIRS
     END: gl.constexpr = min(FIRST + PAIRS, (SLOTS + 1) // 2)
     words = _value_words(stage, lane, 2 * FIRST, min(2 * END, SLOTS), N, B, STATE, SIGNED, FULL, ALL, T % 8)
-    weights = ()
-    for b in gl.static_range(NT):
-        weights = weights + (read_shared4(weights_at + u32(b * 512 + lane * 16)),)
     found = repeat((), NT)
     for pair in gl.static_range(FIRST, END):
         sums = repeat(repeat(zero, 4), NT * 3)
@@ -369,7 +373,7 @@ def slice_values(
                                     words[_word(8 * (2 * N * B + 3 * (N * half + s)), 1, ALL)],
                                 )
                                 value = _chained(
-                                    few, lane_base, (u * N + s) * B % 32, u * N * B % 32,
+                                    few, lane_base, (u * N + s) * B % 32, _if_last(s, N, u * N * B),
                                     (2 * N * B + 3 * (N * half + s)) % 4, u, s == N - 1, B, STATE, SH, OFFSET, SIGNED,
                                 )  # fmt: skip
                             else:
@@ -389,11 +393,12 @@ def slice_values(
                         planes = planes + ((u32(zero), u32(zero), u32(zero)),)
             new = ()
             for b in gl.static_range(NT):
+                weights = read_shared2(weights_at + u32(b * 512 + half * 8 + lane * 16))  # no registers to keep them
                 for c in gl.static_range(3):
                     new = new + (
                         mma_int8_32(
-                            sums[b * 3 + c], planes[0][c], planes[2][c], planes[1][c], planes[3][c],
-                            weights[b][2 * half], weights[b][2 * half + 1],
+                            sums[b * 3 + c], planes[0][c], planes[2][c], planes[1][c], planes[3][c], weights[0],
+                            weights[1],
                         ),
                     )  # fmt: skip
             sums = new
