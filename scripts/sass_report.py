@@ -111,8 +111,12 @@ def compile_variant(
     fmt = parse_kv(kv, head_dim)
     assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
     wide = head_dim > 256
-    decode, fixed_by = (wide_decode_kernel, wide_launch.constants) if wide else (table_decode_kernel, constants)
-    fixed = fixed_by(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True) | {"EARLY": True} | spec
+    decode = wide_decode_kernel if wide else table_decode_kernel
+    if wide:
+        fixed = wide_launch.constants(fmt.k, fmt.v, group, "bf16", mean, batched=True)
+    else:
+        fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True)
+    fixed = fixed | {"EARLY": True} | spec
     names = decode.arg_names
     signature = {}
     for name in names:

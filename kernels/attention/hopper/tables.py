@@ -1,5 +1,5 @@
 """Tables of codewords in shared memory, for the decode kernels of trellis codes, and words that a warp keeps there."""
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,misc"
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

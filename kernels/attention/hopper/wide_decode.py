@@ -85,7 +85,7 @@ def wide_decode_kernel(
     COEF, ANGLES, WEIGHTS, FUNCTIONS, PARTIAL, LSE, PLACES, sq_b, sq_h, sp_page, sp_head, st_r,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t, sc_b, sc_h, sink, capacity,
     step_k, step_v, scale_log2, batch, even_parts, processors, SINK_LOGITS,
-    HKV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, B_K: gl.constexpr, STATE_K: gl.constexpr,
+    G: gl.constexpr, D: gl.constexpr, B_K: gl.constexpr, STATE_K: gl.constexpr,
     SIGNED_K: gl.constexpr, NORM_K: gl.constexpr, BPV_K: gl.constexpr, COPIES_K: gl.constexpr,
     COPIES_XK: gl.constexpr, B_V: gl.constexpr, STATE_V: gl.constexpr, SIGNED_V: gl.constexpr, BPV_V: gl.constexpr,
     COPIES_V: gl.constexpr, COPIES_XV: gl.constexpr, ONE_TABLE: gl.constexpr, NT: gl.constexpr, TEAMS: gl.constexpr,
@@ -124,7 +124,7 @@ def wide_decode_kernel(
     MEAN_AT: gl.constexpr = PLACE_AT + 16
     COMPONENTS_AT: gl.constexpr = MEAN_AT + operand_bytes(D, NT, MEAN)
     EXCHANGE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, TEAMS, MEAN) if MEAN > 0 else 0)
-    gl.static_assert(full_bytes(D, NT, WARPS) <= STAGES_AT)
+    gl.static_assert(full_bytes(D, NT) <= STAGES_AT)
     gl.static_assert(combine_bytes(D, NT, TEAMS) <= SMEM_WORDS * 4)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
     FULL_V: gl.constexpr = (16 * N * (B_V + 3 * SIGNED_V) + 31) // 32
@@ -301,7 +301,7 @@ def wide_decode_kernel(
 
     gl.store(PLACES + (2 * seq + tid), gl.where(tid == 0, tid * 0 + before, tid * 0 + parts),
              mask=(tid < 2) & (part == 0))  # fmt: skip
-    first_row = (before + part) * (HKV * G) + head * G + first_head
+    first_row = (before + part) * (gl.num_programs(0) // BLOCKS * G) + head * G + first_head
     combine_teams(
         acc, running, total, weight, tid, first_head, PARTIAL + first_row.to(gl.int64) * D, LSE + first_row,
         step_v / 32512.0, G, D, NT, PAIRS, TEAMS,

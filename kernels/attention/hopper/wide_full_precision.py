@@ -34,10 +34,11 @@ def padded_heads(blocks):
 
 
 @constexpr_function
-def full_bytes(head_dim, blocks, warps):
-    """Shared memory that `full_tokens` takes: sums, maxima and masses; logits, weights and decays."""
+def full_bytes(head_dim, blocks):
+    """Shared memory that `full_tokens` takes: sums, and in their place before logits, weights and decays; maxima and
+    masses."""
     heads = int(padded_heads(blocks))
-    return 4 * heads * (int(head_dim) + 1 + 16 + 16 * int(warps) + 16 + 16 + 1)
+    return 4 * heads * (int(head_dim) + 1 + 16)
 
 
 @gluon.jit
@@ -74,10 +75,11 @@ def full_tokens(
     HALF: gl.constexpr = gl.bfloat16 if ELEMENT == "bf16" else gl.float16
     MAXIMA_AT: gl.constexpr = AT + 4 * HEADS * D
     MASS_AT: gl.constexpr = MAXIMA_AT + 4 * HEADS
-    PIECES_AT: gl.constexpr = MASS_AT + 64 * HEADS
+    PIECES_AT: gl.constexpr = AT
     LOGITS_AT: gl.constexpr = PIECES_AT + 64 * HEADS * WARPS
     WEIGHTS_AT: gl.constexpr = LOGITS_AT + 64 * HEADS
     DECAYS_AT: gl.constexpr = WEIGHTS_AT + 64 * HEADS
+    gl.static_assert(DECAYS_AT + 4 * HEADS <= MAXIMA_AT)
     lane = tid & 31
     warp = tid >> 5
     g = lane >> 2
@@ -174,6 +176,7 @@ def full_tokens(
                     four = mma_half(four, a0, a1, a2, a3, rests[0], rests[1], ELEMENT)
                     grown = grown + (four,)
         acc = grown
+    barrier()
     for e in gl.static_range(EIGHTS):
         for j in gl.static_range(GROUPS):
             for x in gl.static_range(2):

@@ -39,14 +39,15 @@ MERGE_COLUMNS, MERGE_AT_ONCE = 32, 32
 
 @functools.cache
 def constants(
-    k: TrellisCodec, v: TrellisCodec, kv_heads: int, group: int, element: str, mean: int, batched: bool
+    k: TrellisCodec, v: TrellisCodec, group: int, element: str, mean: int, batched: bool
 ) -> dict[str, int | str]:
     """The kernel's constexprs for formats of K and V; arguments as those of `hopper.launch.constants`.
 
-    A program has as many heads of the group as there is room for.
+    A group has as few programs as there is room for, and they have about the same number of heads.
     """
-    threads = 128 * WIDE_TEAMS
-    for blocks in range(min(MOST_BLOCKS, -(-group // 4)), 0, -1):
+    threads, all_blocks = 128 * WIDE_TEAMS, -(-group // 4)
+    for programs in range(-(-all_blocks // MOST_BLOCKS), all_blocks + 1):
+        blocks = -(-all_blocks // programs)
         other = int(other_bytes(k.head_dim, blocks, WIDE_TEAMS, k.bytes_per_vector, v.bytes_per_vector, mean))
         try:
             copies_k, copies_v, size = table_copies(k, v, other)
@@ -56,7 +57,6 @@ def constants(
     else:
         raise ValueError(f"no room for {k.name} and {v.name} in {SHARED_BYTES} bytes of shared memory")
     fixed: dict[str, int | str] = {
-        "HKV": kv_heads,
         "G": group,
         "D": k.head_dim,
         "NORM_K": k.norm_bits,
@@ -87,7 +87,7 @@ def launch_wide_decode(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tenso
     batch, _, heads, dim = q.shape
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
-    fixed = constants(k, v, kv_heads, group, ELEMENTS[q.dtype], fast_steps(kv), batch > 1)
+    fixed = constants(k, v, group, ELEMENTS[q.dtype], fast_steps(kv), batch > 1)
     programs = kv_heads * -(-group // (4 * int(fixed["NT"])))
     parts, grid = division(kv, batch, programs, spec, max_length, q.device, WIDE_TEAMS)
     partial, lse = workspace.partials(grid, heads, dim)
