@@ -31,9 +31,6 @@ from octo_run.kernels.lanes import (
     write_shared,
 )
 
-TEAM = gl.constexpr(4)
-"""Warps of a team: tiles of a page, slices of a head."""
-
 
 @constexpr_function
 def slice_pairs(slots):
