@@ -44,7 +44,8 @@ VARIANTS += [
 # The usual fast steps: of theta 1e4 (2 at head_dim 64, 3 at 128), of 1e5 and more (1 and 2; 3 or 4 at 256).
 MEANS = ("4-128+mean2", "4-128+mean3", "7-128+mean2", "4-64+mean1", "4-64+mean2", "8-64+mean1", "4-256+mean4")
 VARIANTS += [f"{kv}-{shape}" for shape in MEANS for kv in ("oct2", "oct3", "oct4")]
-VARIANTS += [f"{kv}-{shape}" for shape in ("4-512", "8-512", "16-512", "16-512+mean6") for kv in ("oct2", "oct3", "oct4")]
+WIDE = ("4-512", "8-512", "16-512", "16-512+mean6")
+VARIANTS += [f"{kv}-{shape}" for shape in WIDE for kv in ("oct2", "oct3", "oct4")]
 #: Pipes by the beginnings of instructions' names, and the cycles for which a scheduler's pipe has one: integers run at
 #: half the rate of floats (multiplications in a pipe of their own), special functions at an eighth.
 PIPES = {
