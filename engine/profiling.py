@@ -73,6 +73,7 @@ KERNELS = {
     "grouped_kernel": MLP,
     "lane_search_kernel": CODING,
     "merge_kernel": ATTENTION,
+    "merge_places_kernel": ATTENTION,
     "octopus_pages_kernel": CODING,
     "pack_kernel": CODING,
     "packed_experts_kernel": MLP,
@@ -93,6 +94,7 @@ KERNELS = {
     "trellis_kernel": CODING,
     "unpack_kernel": ATTENTION,
     "vector_kernel": _PRODUCT,
+    "wide_decode_kernel": ATTENTION,
 }
 _LIBRARY_PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|split_?k|dot_kernel", re.IGNORECASE)
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")

@@ -241,6 +241,39 @@ def runs_as(x, WARP: gl.constexpr):
 
 
 @gluon.jit
+def has_role(x, ROLE: gl.constexpr, ROLES: gl.constexpr):
+    """Whether the thread's warp is number ROLE of every ROLES, as a scalar (from a scalar)."""
+    return own_warp(x) % ROLES == ROLE
+
+
+@gluon.jit
+def as_found(new, old, mine):
+    """What a branch for some warps leaves of a tuple: ``new``. Run in step, all warps take every branch; there it is
+    ``new`` in the threads ``mine``, else ``old``."""
+    return new
+
+
+@gluon.jit
+def team_barrier(team):
+    """A barrier of four warps that begin at a multiple of four, of which the scalar ``team`` is the number."""
+    return effect("{ .reg .u32 b; add.u32 b, $1, 1; bar.sync b, 128; mov.u32 $0, 0; }", team)
+
+
+@gluon.jit
+def write_shared_if(address, value, wanted):
+    """Only in the lanes that want it."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 b; .reg .pred p; mov.u32 b, global_smem; add.u32 b, b, $2; setp.ne.u32 p, $3, 0; "
+        "@p st.shared.u32 [b], $1; mov.u32 $0, 0; }",
+        "=r,r,r,r",
+        [value, address, u32(wanted)],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def let_next_kernel_start(x):
     """Where the next kernel was launched early: it may begin once all programs of this one have come here."""
     return effect("griddepcontrol.launch_dependents; mov.u32 $0, 0;", x)

@@ -282,8 +282,10 @@ def all_tasks(formats: list[str]) -> list[tuple[str, tuple[object, ...]]]:
     """Every check of `formats` as (function name, arguments), the ones that compile longest first."""
     shapes = itertools.product(reversed(HEAD_DIMS), GROUPS, formats)
     tasks: list[tuple[str, tuple[object, ...]]] = [
-        ("check_attention", (kv, dim, group, torch.float16)) for dim, group, kv in shapes
+        ("check_attention", (kv, 512, group, torch.float16)) for group in (16, 5) for kv in TRELLIS
     ]
+    tasks += [("check_rows", ("oct3", 512, 16, mean)) for mean in (0.0, 2.0)]
+    tasks += [("check_attention", (kv, dim, group, torch.float16)) for dim, group, kv in shapes]
     tasks += [("check_attention", (kv, dim, 7, torch.bfloat16)) for kv in ("octopus3", "bf16") for dim in (64, 128)]
     tasks += [("check_attention", (kv, dim, 4, torch.float32)) for kv in ("octopus3", "bf16") for dim in (64, 128)]
     tasks += [("check_attention", (kv, 128, 7, torch.float16)) for kv in ("octopus4:octopus2", "octopus3:bf16")]

@@ -1,9 +1,9 @@
-"""Compiles the table-decode kernel for sm_90 (no GPU needed) and reports what its main loop costs.
+"""Compiles the kernels of decode over trellis codes for sm_90 (no GPU needed) and reports what their loops cost.
 
     python scripts/sass_report.py [--variants oct3-4-128,oct3-4-128+mean2,...] [--json] [--markdown FILE]
 
 For every variant (format, query heads a KV head, head_dim, fast steps of the key mean if there is one): instructions
-of the loop over pages (64 tokens of a KV head a turn) by pipe, warp instructions a token, lane instructions a triplet,
+of the loop over pages (64 tokens of a KV head) by pipe, warp instructions a token, lane instructions a triplet,
 cycles that the busiest pipe takes for a token, registers, spilled bytes, barriers, shared memory. Needs Triton with its
 NVIDIA tools.
 """
@@ -23,8 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from octo_run.kernels.attention.hopper import wide_launch
 from octo_run.kernels.attention.hopper.decode import table_decode_kernel
 from octo_run.kernels.attention.hopper.launch import constants, options
+from octo_run.kernels.attention.hopper.wide_decode import wide_decode_kernel
 from octo_run.kernels.codec import TrellisCodec, parse_kv
 
 VARIANTS = [f"{kv}-{shape}" for shape in ("4-128", "7-128", "4-64", "4-256") for kv in ("oct2", "oct3", "oct4")]
@@ -42,6 +44,8 @@ VARIANTS += [
 # The usual fast steps: of theta 1e4 (2 at head_dim 64, 3 at 128), of 1e5 and more (1 and 2; 3 or 4 at 256).
 MEANS = ("4-128+mean2", "4-128+mean3", "7-128+mean2", "4-64+mean1", "4-64+mean2", "8-64+mean1", "4-256+mean4")
 VARIANTS += [f"{kv}-{shape}" for shape in MEANS for kv in ("oct2", "oct3", "oct4")]
+WIDE = ("4-512", "8-512", "16-512", "16-512+mean6")
+VARIANTS += [f"{kv}-{shape}" for shape in WIDE for kv in ("oct2", "oct3", "oct4")]
 #: Pipes by the beginnings of instructions' names, and the cycles for which a scheduler's pipe has one: integers run at
 #: half the rate of floats (multiplications in a pipe of their own), special functions at an eighth.
 PIPES = {
@@ -69,7 +73,8 @@ class Report:
     """Costs of one variant's main loop.
 
     Attributes:
-        instructions: Of a turn, on average: of those for the key mean's components of four pages, a quarter counts.
+        instructions: Of a page, on average: of those for the key mean's components of four pages, a quarter counts.
+            Of the wide kernel those of four warps, which share a page.
         kinds: How many instructions of each name it has.
         mean: Fast steps of the key mean's tables, 0 without a mean.
     """
@@ -106,16 +111,23 @@ def compile_variant(
     `AttentionSpec`."""
     fmt = parse_kv(kv, head_dim)
     assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
-    fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True) | {"EARLY": True} | spec
-    names = table_decode_kernel.arg_names
+    wide = head_dim > 256
+    decode = wide_decode_kernel if wide else table_decode_kernel
+    if wide:
+        fixed = wide_launch.constants(fmt.k, fmt.v, group, "bf16", mean, batched=True)
+    else:
+        fixed = constants(fmt.k, fmt.v, 8, group, "bf16", mean, batched=True)
+    fixed = fixed | {"EARLY": True} | spec
+    names = decode.arg_names
     signature = {}
     for name in names:
         pointer = POINTERS.get(name, "i32") if name.isupper() else ""
         number = "fp32" if name in ("step_k", "step_v", "scale_log2") else "i32"
         signature[name] = "constexpr" if name in fixed else f"*{pointer}" if pointer else number
     aligned = [i for i, n in enumerate(names) if n not in fixed and (n.isupper() or STRIDE.fullmatch(n))]
-    source = GluonASTSource(table_decode_kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options(head_dim))
+    source = GluonASTSource(decode, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    launch = wide_launch.options() if wide else options(head_dim)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
     return kernel.asm["cubin"], int(kernel.metadata.shared)
 
 
@@ -177,13 +189,20 @@ def disassemble(cubin: bytes) -> Machine:
     return Machine(names, back[True], back[False], skips, registers, stack)
 
 
-def loop_over_pages(machine: Machine) -> tuple[list[str], list[float]]:
-    """The instructions of the shortest loop that has all int8 products, and how often each runs in a turn."""
+def loop_over_pages(machine: Machine, warps: int = 1) -> tuple[list[str], list[float]]:
+    """The instructions of the shortest loop that has all int8 products, and how often each runs for a page.
+
+    Args:
+        warps: Those that share a page; branches with int8 products, and with the key mean's, are one warp's each.
+    """
     products = machine.names.count("IMMA")
     whole = [loop for loop in machine.loops + machine.returns if machine.names[slice(*loop)].count("IMMA") == products]
     start, end = min(whole, key=lambda loop: loop[1] - loop[0])
-    weights = [1.0] * (end - start)
+    weights = [float(warps)] * (end - start)
     for first, last in machine.skips:
+        if warps > 1 and start <= first < last <= end and "IMMA" in machine.names[first:last]:
+            weights[first - start : last - start] = [1.0] * (last - first)
+            continue
         # Products of floats that may be left out: the components of the next four pages.
         if start <= first < last <= end and "HMMA" in machine.names[first:last]:
             weights[first - start : last - start] = [0.25] * (last - first)
@@ -194,7 +213,7 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: di
     """Compile one variant and count."""
     cubin, shared = compile_variant(kv, group, head_dim, mean, spec)
     machine = disassemble(cubin)
-    loop, weights = loop_over_pages(machine)
+    loop, weights = loop_over_pages(machine, 4 if head_dim > 256 else 1)
     if mean and min(weights) == 1:
         raise RuntimeError("the key mean's products for four pages were not found in the loop over pages")
     kinds: dict[str, float] = Counter()
@@ -272,7 +291,8 @@ def main() -> int:
     if args.markdown:
         costs = ", ".join(f"{name} {cost}" for name, (_, cost) in PIPES.items() if cost)
         about = (
-            f". A turn of the loop is {TOKENS} tokens of a KV head, by one warp."
+            f". A turn of the loop is {TOKENS} tokens of a KV head, by one warp; for heads of 512 by four, whose"
+            " instructions are added up."
             " Pipes: instructions of a turn; the busiest one with the cycles that a scheduler's pipe takes for a token,"
             f" at {costs} cycles an instruction (memory: without bank conflicts, 32 bits a lane, four schedulers to one"
             " pipe). `+mean2`: with the key mean, two steps of eight frequencies being fast; of the instructions that"

@@ -1,7 +1,7 @@
 """Attention over the octahedral KV arena: kernels (CUDA, CPU) and the PyTorch reference behind one call.
 
 Which kernel runs when: `dispatch`. `general` holds the Triton kernels, for every GPU and format; `hopper` the Gluon
-kernel of decode steps over trellis codes. Beside them what both share: what a call reads (`inputs`), what it computes
+kernels of decode steps over trellis codes. Beside them what both share: what a call reads (`inputs`), what it computes
 (`spec`, `reference`), the key mean, the parts that a sequence is divided into (`parts`), the workspace.
 """
 

@@ -36,6 +36,7 @@ class Kernel(_Fact):
 
     REFERENCE = "reference.py: PyTorch"
     TABLE_DECODE = "hopper/decode.py: table_decode_kernel, which also merges its parts"
+    WIDE_DECODE = "hopper/wide_decode.py: wide_decode_kernel, then merge_places_kernel"
     PLAIN_DECODE = "general/plain_decode.py: plain_decode_kernel, then merge_kernel if there are several parts"
     GENERAL_DECODE = "general/decode.py: general_decode_kernel, then merge_kernel if there are several parts"
     PREFILL = "general/prefill.py: unpack_kernel and flash_kernel slab by slab, then flash_kernel over the rest"
@@ -144,10 +145,10 @@ KERNELS: tuple[Entry, ...] = (
           "all keys are in full precision: there are no codes to decode, and tables would be filled for nothing"),
     Entry(Kernel.TABLE_DECODE,   _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME, _256,
           "a word of a table in shared memory is an int8 operand: a third of the general kernel's instructions"),
-    Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME, _MORE,
-          "the table kernel's pages on their way, one for each of eight warps, would fill the shared memory"),
+    Entry(Kernel.WIDE_DECODE,    _HOPPER,  _TRELLIS, _HALF,   _ONE,     _SOME, _MORE,
+          "a page for each of eight warps would fill the shared memory: teams of four warps share pages and sums"),
     Entry(Kernel.GENERAL_DECODE, _HOPPER,  _TRELLIS, _SINGLE, _ONE,     _SOME, ANY,
-          "the table kernel holds a query in 16 bits: too few for float32"),
+          "the table kernels hold a query in 16 bits: too few for float32"),
     Entry(Kernel.GENERAL_DECODE, _LESSER,  _TRELLIS, _BOTH,   _ONE,     _SOME, ANY,
           "the tables' copies have no room in 164 KiB of shared memory, and other makers' GPUs run no PTX"),
     Entry(Kernel.GENERAL_DECODE, _GPUS,    _MIXED,   _BOTH,   _ONE,     _SOME, ANY,

@@ -10,6 +10,7 @@ from octo_run.kernels.attention.dispatch import Call, Kernel
 from octo_run.kernels.attention.general.decode_launch import launch_decode
 from octo_run.kernels.attention.general.prefill_launch import launch_prefill
 from octo_run.kernels.attention.hopper.launch import launch_table_decode
+from octo_run.kernels.attention.hopper.wide_launch import launch_wide_decode
 from octo_run.kernels.attention.inputs import AttentionInputs, check
 from octo_run.kernels.attention.spec import AttentionSpec
 from octo_run.kernels.attention.workspace import Workspace
@@ -64,6 +65,8 @@ def launch(
     with on_device_of(q):
         if kernel is Kernel.TABLE_DECODE:
             launch_table_decode(q, kv, fmt, out, room(), spec=spec, max_length=max_length)
+        elif kernel is Kernel.WIDE_DECODE:
+            launch_wide_decode(q, kv, fmt, out, room(), spec=spec, max_length=max_length)
         elif kernel is Kernel.PREFILL:
             # Two at least: a single query, whose key mean has no coefficients, takes a slab as well.
             launch_prefill(call, q, kv, fmt, out, room(max(2, batch * count), max_length), spec=spec,

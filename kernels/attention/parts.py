@@ -22,6 +22,8 @@ START_TOKENS = 128
 """Tokens that take as long as the beginning and the end of a program."""
 TABLE_WARPS = 8
 """Warps of a program of the table-decode kernel: pages that it does at a time."""
+WIDE_TEAMS = 2
+"""Teams of four warps of a program of the wide decode kernel: pages that it does at a time."""
 
 
 def room_for_parts(device: torch.device, batch: int, kv_heads: int) -> int:
@@ -54,8 +56,8 @@ def _best_general(lanes: int, length: int, slots: int, most: int, tolerance: flo
 
 
 @functools.cache
-def table_parts(lanes: int, pages: int, most: int, multiprocessors: int) -> int:
-    """Parts of a sequence in the table-decode kernel: the least time by a model.
+def table_parts(lanes: int, pages: int, most: int, multiprocessors: int, at_once: int = TABLE_WARPS) -> int:
+    """Parts of a sequence in the table-decode and the wide decode kernel: the least time by a model.
 
     Of equals it is the most, because sequences may be shorter. The model's unit is a round of a program's warps over as
     many pages (2.7 us on an H200). A program costs about one and a half whatever it does, a merge a quarter and a half
@@ -65,11 +67,12 @@ def table_parts(lanes: int, pages: int, most: int, multiprocessors: int) -> int:
         lanes: Programs across the sequence (one fills a multiprocessor).
         pages: Of the sequence.
         most: Parts at most.
+        at_once: Pages that a program does at a time.
     """
 
     def rounds(parts: int) -> float:
         waves = -(-lanes * parts // multiprocessors)
         merge = 0.25 + 0.5 * -(-parts // 16) if parts > 1 else 0
-        return waves * (1.5 + -(-pages // (parts * TABLE_WARPS))) + merge
+        return waves * (1.5 + -(-pages // (parts * at_once))) + merge
 
-    return min(range(1, max(1, min(most, -(-pages // TABLE_WARPS))) + 1), key=lambda parts: (rounds(parts), -parts))
+    return min(range(1, max(1, min(most, -(-pages // at_once))) + 1), key=lambda parts: (rounds(parts), -parts))

@@ -24,13 +24,18 @@ def counter_words(device: torch.device) -> int:
     return processors(device) * PARTS_PER_PROCESSOR
 
 
+def _places(batch: int) -> int:
+    """Words for the parts of so many sequences, whole 16 bytes."""
+    return -(-2 * batch // 4) * 4
+
+
 @functools.cache
 def _words(device: torch.device, batch: int, heads: int, kv_heads: int, head_dim: int, queries: int,
            length: int | None) -> tuple[int, int]:  # fmt: skip
     """32-bit words of a workspace: its counters and partial results, and the slab."""
     parts = room_for_parts(device, batch, kv_heads)
     rows = max(parts * (heads // kv_heads), queries * heads if queries > 1 else 0)
-    first = counter_words(device) + rows * (head_dim + 1)
+    first = counter_words(device) + rows * (head_dim + 1) + (_places(batch) if head_dim > 256 else 0)
     page = 2 * batch * kv_heads * PAGE_TOKENS * head_dim  # of each sequence and head, in float32
     slab = max(SLAB_BYTES // 4, page)
     if length is not None:
@@ -50,7 +55,8 @@ def workspace_bytes(
     """Bytes of workspace on a device.
 
     They are counters, then float32 partial outputs and log-sum-exps of decode steps, or an output and a log-sum-exp for
-    each query token of prefill and each head; for prefill also the slab.
+    each query token of prefill and each head; for heads of more than 256 numbers also two int32 a sequence; for prefill
+    also the slab.
 
     Args:
         batch: Sequences that a decode step has at most.
@@ -92,3 +98,7 @@ class Workspace:
         """Room for the outputs and log-sum-exps of `parts` parts, or of as many query tokens."""
         rows = parts * heads
         return self.rest[: rows * head_dim], self.rest[rows * head_dim : rows * (head_dim + 1)]
+
+    def places(self, batch: int) -> Tensor:
+        """Room for two int32 a sequence, behind all partial results, where heads have more than 256 numbers."""
+        return self.rest[-_places(batch) :].view(torch.int32)

@@ -477,6 +477,10 @@ INSTRUCTIONS: dict[str, Any] = {
     "read_scalars": read_scalars,
     "runs_as": lambda _, warp: True,
     "own_warp": lambda _: Value(0, "i32"),  # all warps run in step
+    "has_role": lambda _x, _role, _roles: True,
+    "as_found": lambda new, old, mine: tuple(where(mine, a, b) for a, b in zip(new, old, strict=True)),
+    "team_barrier": lambda _: barrier(),
+    "write_shared_if": lambda address, value, wanted: write_shared_words(address, [value], wanted),
     "let_next_kernel_start": lambda _: Value(0, "i32"),
     "wait_for_kernel_before": lambda _: Value(0, "i32"),
     "sync_warp": warp_barrier,
@@ -592,7 +596,8 @@ def language() -> types.ModuleType:
 
 
 PACKAGE = "octo_run.kernels"
-HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "decode")
+HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "tables", "decode")
+HOPPER += ("wide_full_precision", "wide_products", "wide_parts", "wide_decode")
 MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
 MODULES += ("linear.unpack", "linear.streamed_parts", "linear.streamed_product", "experts.packed_product")
 

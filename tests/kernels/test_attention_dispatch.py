@@ -40,8 +40,9 @@ def expected(call: Call) -> Kernel | None:
     if call.stored is Stored.PLAIN or call.pages is Pages.NONE:
         return Kernel.PLAIN_DECODE
     fast = call.device is Device.HOPPER and call.stored is Stored.TRELLIS and call.element is Element.HALF
-    fast = fast and call.width is Width.UP_TO_256
-    return Kernel.TABLE_DECODE if fast else Kernel.GENERAL_DECODE
+    if not fast:
+        return Kernel.GENERAL_DECODE
+    return Kernel.TABLE_DECODE if call.width is Width.UP_TO_256 else Kernel.WIDE_DECODE
 
 
 def test_exactly_one_entry_applies() -> None:
@@ -159,6 +160,7 @@ LAUNCHED = {
     Kernel.PLAIN_DECODE: {"plain_decode_kernel"},
     Kernel.GENERAL_DECODE: {"general_decode_kernel"},
     Kernel.TABLE_DECODE: {"table_decode_kernel"},
+    Kernel.WIDE_DECODE: {"wide_decode_kernel", "merge_places_kernel"},
     Kernel.PREFILL: {"unpack_kernel", "flash_kernel"},
 }
 
@@ -202,8 +204,8 @@ def arena(fmt: Any, group: int, count: int, dim: int, dtype: torch.dtype) -> tup
 
 def test_nothing_else_decides() -> None:
     """Outside of the table no code of the launchers asks what a format is, how many queries or what device."""
-    launchers = ["launch.py", "hopper/launch.py", "general/decode_launch.py", "general/prefill_launch.py"]
-    launchers += ["__init__.py", "workspace.py", "parts.py"]
+    launchers = ["launch.py", "hopper/launch.py", "hopper/wide_launch.py", "general/decode_launch.py"]
+    launchers += ["general/prefill_launch.py", "__init__.py", "workspace.py", "parts.py"]
     for name in launchers:
         for node in ast.walk(ast.parse((ROOT / name).read_text())):
             if isinstance(node, ast.If | ast.IfExp):

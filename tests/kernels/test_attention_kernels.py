@@ -590,18 +590,18 @@ def test_bfloat16_windows_on_a_gpu(kinds, kv, dim, group, mean):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter records nothing")
-@pytest.mark.parametrize("kv", ["oct3", "octopus3", "bf16"])
-def test_a_recorded_step_moves_its_window(kv):
+@pytest.mark.parametrize(("kv", "dim"), [("oct3", 128), ("oct3", 512), ("octopus3", 128), ("bf16", 128)])
+def test_a_recorded_step_moves_its_window(kv, dim):
     """Programs find the window from the lengths on the device: a recording serves all of them."""
     from octo_run.kernels.attention.launch import attend_triton
     from octo_run.kernels.attention.workspace import workspace_bytes
 
-    case = make_case(kv, [1500, 1490], 1, 8, 2, 128, dtype=torch.float16, sees=200, sinking=True)
+    case = make_case(kv, [1500, 1490], 1, 8, 2, dim, dtype=torch.float16, sees=200, sinking=True)
     kv_inputs = replace(case.kv, **{k: v.cuda() for k, v in vars(case.kv).items() if isinstance(v, torch.Tensor)})
     kv_inputs.page_table.clamp_(max=len(kv_inputs.pages) - 1)  # windows of shorter sequences begin earlier
     full = {name: getattr(kv_inputs, name).nan_to_num(0.5) for name in ("sink_k", "sink_v", "tail_k", "tail_v")}
     kv_inputs, q, spec = replace(kv_inputs, **full), case.q.cuda(), spec_on(case.spec, "cuda")
-    workspace = torch.zeros(workspace_bytes(q.device, 2, 8, 2, 128) // 4, device="cuda")
+    workspace = torch.zeros(workspace_bytes(q.device, 2, 8, 2, dim) // 4, device="cuda")
     out = torch.full_like(q, float("nan"))
 
     def step():
@@ -620,6 +620,24 @@ def test_a_recorded_step_moves_its_window(kv):
         replayed = out.clone()
         out.fill_(float("nan"))
         assert torch.equal(replayed, step()) and bool(replayed.isfinite().all())
+
+
+@triton_only
+def test_triton_merges_the_parts_that_places_names():
+    """Of sequences with few parts and many; of filler, whose only part has seen nothing."""
+    from octo_run.kernels.attention.general.parts import merge_places_kernel
+
+    torch.manual_seed(3)
+    places = torch.tensor([[0, 3], [3, 1], [4, 70], [74, 1]], dtype=torch.int32, device=DEVICE)
+    partial, lse = torch.randn(80, 3, 96, device=DEVICE), 4 * torch.randn(80, 3, device=DEVICE)
+    partial[74], lse[74] = 0, -1e30
+    partial[75:] = lse[75:] = float("nan")
+    out = torch.full((4, 1, 3, 96), float("nan"), device=DEVICE)
+    merge_places_kernel[(3, 3, 4)](PARTIAL=partial, LSE=lse, OUT=out, PLACES=places, **strides("so", out, b=0, h=2),
+                                   D=96, AT_ONCE=32, COLUMNS=32, EARLY=False)  # fmt: skip
+    for b, (first, parts) in enumerate(places.tolist()):
+        share = (lse[first : first + parts] * torch.log(torch.tensor(2.0))).softmax(0)[..., None]
+        assert torch.allclose(out[b, 0], (partial[first : first + parts] * share).sum(0), atol=1e-5)
 
 
 FILLED = [0, 193, 0, 64, 450, 0, 0]

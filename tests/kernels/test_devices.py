@@ -18,6 +18,7 @@ from octo_run.kernels import AttentionInputs, AttentionSpec, attention_workspace
 from octo_run.kernels import step as ops
 from octo_run.kernels.attention import key_mean, parts, workspace
 from octo_run.kernels.attention.hopper import launch as table_launch
+from octo_run.kernels.attention.hopper import wide_launch
 from octo_run.kernels.attention.launch import attend_triton
 from octo_run.kernels.codec import parse_kv
 from octo_run.kernels.encode.launch import encode_pages_triton
@@ -74,6 +75,17 @@ def attend(kv: str, count: int, mean: bool = False, batch: int = 2) -> Callable[
         attend_triton(q, inputs, fmt, spec=AttentionSpec(0.1), max_length=1000)
 
     return call
+
+
+def attend_by_teams() -> None:
+    fmt = parse_kv("oct3", 512)
+    q, pages = meta(2, 1, 4, 512), meta(3, 2, page_bytes(fmt), dtype=torch.uint8)
+    full = [meta(5, 2, size, 512) for size in (64, 64, 128, 128)]
+    inputs = AttentionInputs(pages, numbers(5, 3), *(numbers(2) for _ in range(3)), *full, numbers(2), 64)
+    room = workspace.Workspace.of(None, 2, 4, 2, 512, META)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # its caller's, `attend_triton`
+        wide_launch.launch_wide_decode(q, inputs, fmt, torch.empty_like(q), room, spec=AttentionSpec(0.1),
+                                       max_length=1000)  # fmt: skip
 
 
 def attend_by_table() -> None:
@@ -140,6 +152,7 @@ LAUNCHERS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "decode": (attend("octopus3", 1), {"general_decode_kernel", "merge_kernel"}),
     "plain decode": (attend("bf16", 1), {"plain_decode_kernel", "merge_kernel"}),
     "table decode": (attend_by_table, {"table_decode_kernel"}),
+    "wide decode": (attend_by_teams, {"wide_decode_kernel", "merge_places_kernel"}),
     "prefill": (attend("octopus3", 5, mean=True), {"unpack_kernel", "put_back_kernel", "flash_kernel"}),
     "put back": (put_back, {"put_back_kernel"}),
     "take out": (take_out, {"take_out_kernel"}),

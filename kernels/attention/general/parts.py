@@ -180,23 +180,11 @@ def my_part(
     return b, flat - tl.sum(tl.where(mine, begin, 0), 0), tl.sum(tl.where(mine, parts, 0), 0)
 
 
-@triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
-def merge_kernel(
-    PARTIAL, LSE, OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
-    BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def _merge(
+    PARTIAL, LSE, out, first, end, h, heads, D: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Program (columns, head, sequence): weighs the outputs PARTIAL [parts, H, D] of parts by their share of the
-    softmax's sum, whose log2 is LSE [parts, H]."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    h = tl.program_id(1)
-    heads = tl.num_programs(1)
-    b = tl.program_id(2)
-    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF, WINDOW)
-    first = tl.sum(tl.where(i == b, begin, 0), 0)
-    end = first + tl.sum(tl.where(i == b, parts, 0), 0)
+    """The parts from number `first` to before `end` of head h, to the row `out`: the program's columns."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     best = tl.full([AT_ONCE], LOWEST, tl.float32)
     mass = tl.zeros([AT_ONCE], tl.float32)
@@ -215,5 +203,42 @@ def merge_kernel(
         best = top
     share = tl.exp2(best - tl.max(best, 0))
     merged = tl.sum(total * share[:, None], 0) / tl.sum(mass * share, 0)
-    at = OUT + b.to(tl.int64) * so_b + h * so_h + columns
-    tl.store(at, merged.to(OUT.dtype.element_ty), mask=columns < D)
+    tl.store(out + columns, merged.to(out.dtype.element_ty), mask=columns < D)
+
+
+@triton.jit(do_not_specialize=["sink", "capacity", "batch", "programs"])
+def merge_kernel(
+    PARTIAL, LSE, OUT, NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, so_b, so_h, D: tl.constexpr,
+    BATCH: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Program (columns, head, sequence): weighs the outputs PARTIAL [parts, H, D] of parts by their share of the
+    softmax's sum, whose log2 is LSE [parts, H]."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    h = tl.program_id(1)
+    heads = tl.num_programs(1)
+    b = tl.program_id(2)
+    i, begin, parts = divide(NUM_PACKED, STARTS, TAIL_ORIGIN, sink, capacity, batch, programs, BATCH, BN, BF, WINDOW)
+    first = tl.sum(tl.where(i == b, begin, 0), 0)
+    end = first + tl.sum(tl.where(i == b, parts, 0), 0)
+    _merge(PARTIAL, LSE, OUT + b.to(tl.int64) * so_b + h * so_h, first, end, h, heads, D, AT_ONCE, COLUMNS)
+
+
+@triton.jit
+def merge_places_kernel(
+    PARTIAL, LSE, OUT, PLACES, so_b, so_h, D: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """`merge_kernel` for parts that another rule has divided: PLACES [batch, 2] has a sequence's first part and its
+    number of parts."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    first = tl.load(PLACES + 2 * b)
+    end = first + tl.load(PLACES + 2 * b + 1)
+    out = OUT + b.to(tl.int64) * so_b + h * so_h
+    _merge(PARTIAL, LSE, out, first, end, h, tl.num_programs(1), D, AT_ONCE, COLUMNS)

@@ -67,7 +67,7 @@ def _signs(words, BYTE: gl.constexpr, ROW: gl.constexpr):
 
 
 @gluon.jit
-def _codeword(
+def codeword(
     index,
     lane_base,
     words,
@@ -109,7 +109,7 @@ def chained(
         top = field(words, BIT + S * B, SH, B)
         wrap = field(words, BIT, SH + B, STATE)
         index = select(wrap, top, ((1 << STATE) - 1) << (SH + B))
-    return _codeword(index, lane_base, words, BYTE + 3 * S, ROW, MASK, OFFSET, SIGNED)
+    return codeword(index, lane_base, words, BYTE + 3 * S, ROW, MASK, OFFSET, SIGNED)
 
 
 @gluon.jit
@@ -126,7 +126,7 @@ def single(
 ):
     """The codeword of the extra triplet at BIT, from the table at byte EXTRA_OFFSET."""
     index = field(words, BIT, SHX, B)
-    return _codeword(index, lane_base_x, words, BYTE, ROW, ((1 << B) - 1) << SHX, EXTRA_OFFSET, SIGNED)
+    return codeword(index, lane_base_x, words, BYTE, ROW, ((1 << B) - 1) << SHX, EXTRA_OFFSET, SIGNED)
 
 
 @gluon.jit

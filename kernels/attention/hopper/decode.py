@@ -6,7 +6,6 @@ Written lane by lane: every tensor has one element a thread, so that each line i
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.hopper.codewords import chains_of, field, half_selectors, value_words
 from octo_run.kernels.attention.hopper.full_precision import blocks_at_once, full_precision, stage_round
@@ -34,6 +33,7 @@ from octo_run.kernels.attention.hopper.products import (
     sum_values,
     weigh_page,
 )
+from octo_run.kernels.attention.hopper.tables import entries, fill_tables, keep_words, kept_words, row_shift
 from octo_run.kernels.lane_copies import commit_copies, copy16, wait_for_copies
 from octo_run.kernels.lanes import (
     arrive,
@@ -51,16 +51,7 @@ from octo_run.kernels.lanes import (
     sync_warp,
     u32,
     wait_for_kernel_before,
-    write_shared2,
-    write_shared4,
-    write_shared4_of,
 )
-
-
-@constexpr_function
-def _row_shift(copies):
-    """Logarithm of the bytes of a table entry's copies."""
-    return int(copies).bit_length() + 1
 
 
 @gluon.jit
@@ -84,66 +75,6 @@ def _words(stage, lane, COUNT: gl.constexpr):
         words = words + (a0, a1, a2, a3)
     for w in gl.static_range(COUNT // 4 * 4, COUNT):
         words = words + (read_shared(stage + w * 128 + u32(lane * 4)),)
-    return words
-
-
-@gluon.jit
-def _entries(table_ptr, tid, ENTRIES: gl.constexpr, THREADS: gl.constexpr):
-    """The thread's words of a table, every THREADS-th."""
-    words = ()
-    for r in gl.static_range((ENTRIES + THREADS - 1) // THREADS):
-        words = words + (u32(gl.load(table_ptr + gl.minimum(r * THREADS + tid, ENTRIES - 1))),)
-    return words
-
-
-@gluon.jit
-def _fill(words, tid, AT: gl.constexpr, ENTRIES: gl.constexpr, COPIES: gl.constexpr, THREADS: gl.constexpr):
-    """Write the threads' words of a table to byte AT of shared memory on, each COPIES times, without bank conflicts."""
-    QUADS: gl.constexpr = COPIES // 4
-    for r in gl.static_range((ENTRIES + THREADS - 1) // THREADS):
-        entry = gl.minimum(r * THREADS + tid, ENTRIES - 1)
-        if COPIES == 2:
-            write_shared2(u32(AT + entry * 8), words[r], words[r])
-        for i in gl.static_range(QUADS):
-            quad = ((tid % 32) // (32 // COPIES) + i) % QUADS
-            write_shared4(u32(AT + entry * (4 * COPIES) + quad * 16), words[r])
-
-
-@gluon.jit
-def _fill_tables(
-    table_k, extra_k, table_v_ptr, tid, MAIN_K: gl.constexpr, COPIES_K: gl.constexpr, EXTRAS_AT_K: gl.constexpr,
-    B_K: gl.constexpr, COPIES_XK: gl.constexpr, TABLE_AT_V: gl.constexpr, MAIN_V: gl.constexpr,
-    COPIES_V: gl.constexpr, EXTRAS_AT_V: gl.constexpr, B_V: gl.constexpr, COPIES_XV: gl.constexpr,
-    EXTRAS: gl.constexpr, ONE_TABLE: gl.constexpr, THREADS: gl.constexpr,
-):  # fmt: skip
-    """Copies of the tables for the lanes, so that (with 32) no two lanes of a read meet in a bank."""
-    _fill(table_k, tid, 0, MAIN_K, COPIES_K, THREADS)
-    if EXTRAS > 0:
-        _fill(extra_k, tid, EXTRAS_AT_K, 1 << B_K, COPIES_XK, THREADS)
-    if not ONE_TABLE:
-        _fill(_entries(table_v_ptr, tid, MAIN_V, THREADS), tid, TABLE_AT_V, MAIN_V, COPIES_V, THREADS)
-        if EXTRAS > 0:
-            extra_v = _entries(table_v_ptr + MAIN_V, tid, 1 << B_V, THREADS)
-            _fill(extra_v, tid, EXTRAS_AT_V, 1 << B_V, COPIES_XV, THREADS)
-
-
-@gluon.jit
-def _keep(at, words):
-    """Write the lane's words to shared memory from byte ``at`` on, for `_kept`."""
-    for c in gl.static_range((len(words) + 3) // 4):
-        four = ()
-        for i in gl.static_range(4):
-            four = four + (words[min(4 * c + i, len(words) - 1)],)
-        write_shared4_of(at + c * 512, four[0], four[1], four[2], four[3])
-
-
-@gluon.jit
-def _kept(at, COUNT: gl.constexpr):
-    """What `_keep` wrote: COUNT words, and what fills the last four."""
-    words = ()
-    for c in gl.static_range((COUNT + 3) // 4):
-        a0, a1, a2, a3 = read_shared4(at + c * 512)
-        words = words + (a0, a1, a2, a3)
     return words
 
 
@@ -179,10 +110,10 @@ def table_decode_kernel(
     gl.static_assert(EXTRAS == 2 if CHAINS == 4 else EXTRAS == 0 or EXTRAS == 3 or EXTRAS == 6)
     BLOCKS: gl.constexpr = (G + 4 * NT - 1) // (4 * NT)
     HEADS: gl.constexpr = min(G, 4 * NT)
-    SH_K: gl.constexpr = _row_shift(COPIES_K)
-    SHX_K: gl.constexpr = _row_shift(COPIES_XK)
-    SH_V: gl.constexpr = _row_shift(COPIES_V)
-    SHX_V: gl.constexpr = _row_shift(COPIES_XV)
+    SH_K: gl.constexpr = row_shift(COPIES_K)
+    SHX_K: gl.constexpr = row_shift(COPIES_XK)
+    SH_V: gl.constexpr = row_shift(COPIES_V)
+    SHX_V: gl.constexpr = row_shift(COPIES_XV)
     MAIN_K: gl.constexpr = 1 << (B_K + STATE_K)
     MAIN_V: gl.constexpr = 1 << (B_V + STATE_V)
     EXTRAS_AT_K: gl.constexpr = MAIN_K * COPIES_K * 4
@@ -240,8 +171,8 @@ def table_decode_kernel(
     origin = gl.load(TAIL_ORIGIN + seq)
     length = gl.where(owned < 0, 0, start + 1)  # filler has no tokens
     owned = gl.maximum(owned, 0)
-    table = _entries(TABLE_K, tid, MAIN_K, 32 * WARPS)
-    table_x = _entries(TABLE_K + MAIN_K, tid, 1 << B_K, 32 * WARPS)
+    table = entries(TABLE_K, tid, MAIN_K, 32 * WARPS)
+    table_x = entries(TABLE_K + MAIN_K, tid, 1 << B_K, 32 * WARPS)
     hidden = hidden_pages(num, start, sink, WINDOW)
     per = (num - hidden + parts - 1) // parts
     begin = hidden + part * per
@@ -295,12 +226,12 @@ def table_decode_kernel(
         loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
     if runs_as(seq, WARPS - 1):  # the last warp has the fewest full-precision tokens
         for b in gl.static_range(NT):
-            _keep(
+            keep_words(
                 u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
                 split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
             )
     if beside:
-        _fill_tables(
+        fill_tables(
             table, table_x, TABLE_V, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
             COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
         )  # fmt: skip
@@ -313,7 +244,7 @@ def table_decode_kernel(
         32512.0 / step_v, SINK_LOGITS + head * G, G, D, NT, PAIRS, ELEMENT, WARPS, CAP, SINKS,
     )  # fmt: skip
     if beside == 0:
-        _fill_tables(
+        fill_tables(
             table, table_x, TABLE_V, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
             COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
         )  # fmt: skip
@@ -361,7 +292,7 @@ def table_decode_kernel(
         _fetch(k_stage, next_block, lane, BPV_K)
         queries = ()
         for b in gl.static_range(NT):
-            kept = _kept(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
+            kept = kept_words(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
             queries = queries + ((kept, scales[b][0], scales[b][1]),)
         scores = score_page(
             k_words, lane, lane_k, lane_xk, queries, zero_i, CHAINS, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,

@@ -118,6 +118,47 @@ def options(head_dim: int) -> dict[str, int]:
     return {"num_warps": TABLE_WARPS} if head_dim > 64 else {"num_warps": TABLE_WARPS, "maxnreg": 255}
 
 
+def division(
+    kv: AttentionInputs, batch: int, programs: int, spec: AttentionSpec, max_length: int, device: torch.device,
+    at_once: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Parts of a sequence if all are equally long, and of all sequences at most (`hopper.parts.divide`).
+
+    Args:
+        programs: Across a sequence.
+        at_once: Pages that a program does at a time.
+    """
+    uncoded = kv.tail_k.shape[2] - PAGE_TOKENS  # the newest tokens
+    pages = max(1, (max_length - kv.sink - uncoded) // PAGE_TOKENS)
+    if spec.window is not None:  # those that the coded tokens of a window touch
+        pages = min(pages, (max(1, spec.window - uncoded) + PAGE_TOKENS - 2) // PAGE_TOKENS + 1)
+    lanes, multiprocessors = batch * programs, processors(device)
+    parts = table_parts(lanes, pages, max(1, counter_words(device) // lanes), multiprocessors, at_once)
+    # Sequences of unequal lengths are cut in up to this many parts.
+    return parts, parts if batch == 1 else max(parts * batch, 4 * multiprocessors // programs + batch)
+
+
+def fast_steps(kv: AttentionInputs) -> int:
+    """Fast steps of the key mean's tables, 0 without a mean."""
+    return 0 if kv.mean is None else kv.mean.tables.lanes.fast
+
+
+def common_arguments(q: Tensor, kv: AttentionInputs, k: TrellisCodec, v: TrellisCodec, spec: AttentionSpec,
+                     partial: Tensor, lse: Tensor) -> arguments.Arguments:  # fmt: skip
+    """What the kernels for trellis codes take beside their outputs and constants."""
+    table_k, table_v = k.table_words(q.device), v.table_words(q.device)
+    mean = {"COEF": partial, "ANGLES": table_k, "WEIGHTS": partial, "FUNCTIONS": table_k, "sc_b": 0, "sc_h": 0}
+    if kv.mean is not None:
+        tables, coefficients = kv.mean.tables.lanes, kv.mean.coefficients
+        mean = {"COEF": coefficients, "ANGLES": tables.angles, "WEIGHTS": tables.weights,
+                "FUNCTIONS": tables.functions, **arguments.strides("sc", coefficients, b=0, h=2)}  # fmt: skip
+    return {
+        "Q": q, "TABLE_K": table_k, "TABLE_V": table_v, "step_k": k.step, "step_v": v.step,
+        "scale_log2": spec.scale * LOG2_E, "batch": q.shape[0], "processors": processors(q.device), **mean,
+        **arguments.of_arena(kv), **arguments.strides("sq", q, b=0, h=2), **arguments.of_spec(spec, lse),
+    }  # fmt: skip
+
+
 def launch_table_decode(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tensor, workspace: Workspace, *,
                         spec: AttentionSpec, max_length: int) -> None:  # fmt: skip
     """Do a decode step in one launch, for checked inputs (`attend`), into ``out``.
@@ -130,29 +171,12 @@ def launch_table_decode(q: Tensor, kv: AttentionInputs, fmt: KVFormat, out: Tens
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     programs = kv_heads * head_blocks(group, dim)[1]
-    uncoded = kv.tail_k.shape[2] - PAGE_TOKENS  # the newest tokens
-    pages = max(1, (max_length - kv.sink - uncoded) // PAGE_TOKENS)
-    if spec.window is not None:  # those that the coded tokens of a window touch
-        pages = min(pages, (max(1, spec.window - uncoded) + PAGE_TOKENS - 2) // PAGE_TOKENS + 1)
-    lanes, multiprocessors = batch * programs, processors(q.device)
-    parts = table_parts(lanes, pages, max(1, counter_words(q.device) // lanes), multiprocessors)
-    # Sequences of unequal lengths are cut in up to this many parts, see `hopper.parts.divide`.
-    grid = parts if batch == 1 else max(parts * batch, 4 * multiprocessors // programs + batch)
+    parts, grid = division(kv, batch, programs, spec, max_length, q.device, TABLE_WARPS)
     partial, lse = workspace.partials(grid, heads, dim)
-    table_k, table_v = k.table_words(q.device), v.table_words(q.device)
-    fast = 0
-    mean = {"COEF": partial, "ANGLES": table_k, "WEIGHTS": partial, "FUNCTIONS": table_k, "sc_b": 0, "sc_h": 0}
-    if kv.mean is not None:
-        tables, coefficients = kv.mean.tables.lanes, kv.mean.coefficients
-        mean = {"COEF": coefficients, "ANGLES": tables.angles, "WEIGHTS": tables.weights,
-                "FUNCTIONS": tables.functions, **arguments.strides("sc", coefficients, b=0, h=2)}  # fmt: skip
-        fast = tables.fast
     launch: Callable[..., Any] = table_decode_kernel[(programs, grid)]
     launch(
-        Q=q, OUT=out, PARTIAL=partial, LSE=lse, COUNTERS=workspace.counters, TABLE_K=table_k, TABLE_V=table_v,
-        step_k=k.step, step_v=v.step, scale_log2=spec.scale * LOG2_E, batch=batch, even_parts=parts,
-        processors=multiprocessors, **mean, **arguments.of_arena(kv), **arguments.strides("sq", q, b=0, h=2),
-        **arguments.strides("so", out, b=0, h=2), **arguments.of_spec(spec, lse),
-        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], fast, batch > 1),
+        OUT=out, PARTIAL=partial, LSE=lse, COUNTERS=workspace.counters, even_parts=parts,
+        **common_arguments(q, kv, k, v, spec, partial, lse), **arguments.strides("so", out, b=0, h=2),
+        **constants(k, v, kv_heads, group, ELEMENTS[q.dtype], fast_steps(kv), batch > 1),
         **options(dim), **early(q.device),
     )  # fmt: skip

@@ -205,7 +205,7 @@ def weigh_page(scores, gammas, log_gammas, inside, running, total, weight, lane)
 
 
 @gluon.jit
-def _transposed(w):
+def transposed(w):
     """The x, y and z bytes of four triples: three registers of four bytes."""
     first = permute_bytes(w[0], w[1], 0x5140)
     second = permute_bytes(w[2], w[3], 0x5140)
@@ -244,7 +244,7 @@ def sum_values(
                                 EXTRA_OFFSET, SIGNED,
                             ),
                         )  # fmt: skip
-                    planes = planes + (_transposed(w),)
+                    planes = planes + (transposed(w),)
                 else:
                     planes = planes + ((u32(zero), u32(zero), u32(zero)),)
         new = ()

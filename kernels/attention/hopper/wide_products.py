@@ -1,0 +1,417 @@
+"""The matrix products of a page for the wide decode kernel, lane by lane, by a team of four warps.
+
+A warp computes the logits of one tile, sixteen of the page's tokens, over the whole head. Weights go through shared
+memory, so that for the sums of values a warp takes a slice of the head, over all tokens.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import constexpr_function
+
+from octo_run.kernels.attention.hopper.codewords import codeword, field, key_norm, select, single
+from octo_run.kernels.attention.hopper.mean_bias import PAGE_BYTES, PAGES_AT_ONCE
+from octo_run.kernels.attention.hopper.products import query_bytes, soft_cap, transposed
+from octo_run.kernels.lanes import (
+    exp2,
+    log2,
+    max_over_rows,
+    mma_half,
+    mma_int8_16,
+    mma_int8_32,
+    permute_bytes,
+    permute_bytes_by,
+    read_shared,
+    read_shared2,
+    read_shared4,
+    repeat,
+    shuffle,
+    team_barrier,
+    u32,
+    write_shared,
+)
+
+
+@constexpr_function
+def slice_pairs(slots):
+    """Pairs of slots of a warp's slice, but for the last slice, which has the rest."""
+    return -(-((int(slots) + 1) // 2) // 4)
+
+
+@constexpr_function
+def _meets(word, first, size):
+    """Whether a word has any of the ``size`` bits from ``first`` on."""
+    return size > 0 and first < 32 * word + 32 and first + size > 32 * word
+
+
+@constexpr_function
+def _wanted_of_keys(word, tile, n, b, signed, norm, words):
+    """Whether a tile's logits need this word of a lane's buffer in the K block (`codec.page_layout`, three extras)."""
+    word, tile, n, b, signed, norm, words = (int(x) for x in (word, tile, n, b, signed, norm, words))
+    of_token, beyond = (2 * n + 1) * b, 8 * max(0, norm - b)
+    streams, signs = _meets(word, 2 * tile * of_token, 2 * of_token), _meets(word, 8 * of_token, 24 * (2 * n + 1))
+    return streams or (signed > 0 and signs) or _meets(word, 32 * words - beyond, beyond)
+
+
+@constexpr_function
+def _wanted_of_values(word, first, end, n, b, state, signed):
+    """Whether the slots from ``first`` to before ``end`` need this word of a lane's buffer in the V block."""
+    word, first, end, n, b, state, signed = (int(x) for x in (word, first, end, n, b, state, signed))
+    chained_end, extra = min(end, n), 8 * 2 * n * (b + 3 * signed)
+    for token in range(16):
+        if _meets(word, (token * n + first) * b, (chained_end - first) * b + state):
+            return True
+        if end >= n and _meets(word, token * n * b, state):  # the last slot's state
+            return True
+    for eight in range(2 * signed):
+        if _meets(word, 8 * (2 * n * b + 3 * n * eight + 3 * first), 24 * (chained_end - first)):
+            return True
+    return end > n and _meets(word, extra, 16 * (b + 3 * signed))
+
+
+@constexpr_function
+def _keys_in_chunk(chunk, tile, n, b, signed, norm, words):
+    return sum(bool(_wanted_of_keys(4 * int(chunk) + i, tile, n, b, signed, norm, words)) for i in range(4))
+
+
+@constexpr_function
+def _values_in_chunk(chunk, first, end, n, b, state, signed):
+    return sum(bool(_wanted_of_values(4 * int(chunk) + i, first, end, n, b, state, signed)) for i in range(4))
+
+
+@gluon.jit
+def _key_words(
+    stage, lane, TILE: gl.constexpr, N: gl.constexpr, B: gl.constexpr, SIGNED: gl.constexpr, NORM: gl.constexpr,
+    WORDS: gl.constexpr,
+):  # fmt: skip
+    """The lane's words of a staged K block; zeros in place of those that the tile does not need."""
+    none = u32(lane * 0)
+    words = ()
+    for c in gl.static_range(WORDS // 4):
+        if _keys_in_chunk(c, TILE, N, B, SIGNED, NORM, WORDS) > 1:
+            a0, a1, a2, a3 = read_shared4(stage + u32(lane * 16 + c * 512))
+            words = words + (a0, a1, a2, a3)
+        else:
+            for i in gl.static_range(4):
+                if _wanted_of_keys(4 * c + i, TILE, N, B, SIGNED, NORM, WORDS):
+                    words = words + (read_shared(stage + u32(lane * 16 + (c * 512 + i * 4))),)
+                else:
+                    words = words + (none,)
+    for w in gl.static_range(WORDS // 4 * 4, WORDS):
+        words = words + (read_shared(stage + u32(lane * 4 + w * 128)),)
+    return words
+
+
+@gluon.jit
+def _value_words(
+    stage, lane, FIRST: gl.constexpr, END: gl.constexpr, N: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr,
+    SIGNED: gl.constexpr, FULL: gl.constexpr, ALL: gl.constexpr, EXTRAS: gl.constexpr,
+):  # fmt: skip
+    """The lane's words of a staged V block; zeros in place of those that the slots do not need."""
+    none = u32(lane * 0)
+    words = ()
+    for c in gl.static_range(FULL // 4):
+        if _values_in_chunk(c, FIRST, END, N, B, STATE, SIGNED) > 1:
+            a0, a1, a2, a3 = read_shared4(stage + u32(lane * 16 + c * 512))
+            words = words + (a0, a1, a2, a3)
+        else:
+            for i in gl.static_range(4):
+                if _wanted_of_values(4 * c + i, FIRST, END, N, B, STATE, SIGNED):
+                    words = words + (read_shared(stage + u32(lane * 16 + (c * 512 + i * 4))),)
+                else:
+                    words = words + (none,)
+    for w in gl.static_range(FULL // 4 * 4, ALL):
+        if _wanted_of_values(w, FIRST, END, N, B, STATE, SIGNED):
+            if w < FULL:
+                at = lane * 4 + w * 128
+            else:
+                at = FULL * 128 + (w - FULL) * (EXTRAS * 16) + gl.minimum(lane, EXTRAS * 4 - 1) * 4
+            words = words + (read_shared(stage + u32(at)),)
+        else:
+            words = words + (none,)
+    return words
+
+
+@constexpr_function
+def _word(bit, beyond, words):
+    """The word of a bit, or the one beyond it if there is one."""
+    return min(int(bit) // 32 + int(beyond), int(words) - 1)
+
+
+@constexpr_function
+def _if_last(slot, n, bit):
+    """The place in its word of a bit that only a chain's last slot needs; 0 of others, which then compile to one."""
+    return int(bit) % 32 if int(slot) % int(n) == int(n) - 1 else 0
+
+
+@gluon.jit
+def _chained(
+    few, lane_base, BIT: gl.constexpr, FIRST_BIT: gl.constexpr, BYTE: gl.constexpr, ROW: gl.constexpr,
+    LAST: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr,
+):  # fmt: skip
+    """`codewords.chained` from few of a buffer's words, which compiles in a fraction of the time: two that hold its
+    code, from bit BIT on, two the chain's first one, from FIRST_BIT on, two its signs, from BYTE on. LAST: it is the
+    chain's last slot."""
+    MASK: gl.constexpr = ((1 << (B + STATE)) - 1) << SH
+    if LAST:
+        top = field(few, BIT, SH, B)
+        wrap = field(few, 64 + FIRST_BIT, SH + B, STATE)
+        index = select(wrap, top, ((1 << STATE) - 1) << (SH + B))
+    else:
+        index = field(few, BIT, SH, B + STATE)
+    return codeword(index, lane_base, few, 16 + BYTE, ROW, MASK, OFFSET, SIGNED)
+
+
+@gluon.jit
+def tile_scores(
+    stage, lane, lane_base, lane_base_x, queries_at, zero, TILE: gl.constexpr, D: gl.constexpr, B: gl.constexpr,
+    STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
+    NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
+):  # fmt: skip
+    """Logits of a tile for NT blocks of four heads: number 2 b + i is token 16 TILE + 8 i + g of head 4 b + t."""
+    N: gl.constexpr = (D + 2) // 3 // 8
+    LAST: gl.constexpr = 2 * N // 4  # the chunk of query words that the extra triplet's is in
+    words = _key_words(stage, lane, TILE, N, B, SIGNED, NORM, WORDS)
+    OF_TOKEN: gl.constexpr = (2 * N + 1) * B  # bits of a token's codes, bytes of all tokens'
+    FACTOR: gl.constexpr = 2 * N + 1  # behind the operand (`products.split_query`)
+    OFFSET: gl.constexpr = 2 * N + 2
+    sums = repeat(repeat(zero, 4), NT)
+    for c in gl.static_range(LAST + 1):
+        queries = ()
+        for b in gl.static_range(NT):
+            queries = queries + (read_shared4(queries_at + (b * query_bytes(D) + c * 512)),)
+        for s in gl.static_range(2 * c, min(2 * c + 2, N)):
+            a = ()
+            for i in gl.static_range(2 * s, 2 * s + 2):
+                for row in gl.static_range(2 * TILE, 2 * TILE + 2):
+                    few = (
+                        words[_word(row * OF_TOKEN + i * B, 0, WORDS)],
+                        words[_word(row * OF_TOKEN + i * B, 1, WORDS)],
+                        words[_word(row * OF_TOKEN + i // N * N * B, 0, WORDS)],
+                        words[_word(row * OF_TOKEN + i // N * N * B, 1, WORDS)],
+                        words[_word(8 * (OF_TOKEN + 3 * i), 0, WORDS)],
+                        words[_word(8 * (OF_TOKEN + 3 * i), 1, WORDS)],
+                    )
+                    a = a + (
+                        _chained(
+                            few, lane_base, (row * OF_TOKEN + i * B) % 32,
+                            _if_last(i, N, row * OF_TOKEN + i // N * N * B),
+                            (OF_TOKEN + 3 * i) % 4, row, i % N == N - 1, B, STATE, SH, 0, SIGNED,
+                        ),
+                    )  # fmt: skip
+            new = ()
+            for b in gl.static_range(NT):
+                new = new + (
+                    mma_int8_32(
+                        sums[b], a[0], a[1], a[2], a[3], queries[b][2 * s - 4 * c], queries[b][2 * s - 4 * c + 1]
+                    ),
+                )
+            sums = new
+    extras = ()
+    for row in gl.static_range(2 * TILE, 2 * TILE + 2):
+        few = (
+            words[_word(row * OF_TOKEN + 2 * N * B, 0, WORDS)],
+            words[_word(row * OF_TOKEN + 2 * N * B, 1, WORDS)],
+            words[_word(8 * (OF_TOKEN + 6 * N), 0, WORDS)],
+            words[_word(8 * (OF_TOKEN + 6 * N), 1, WORDS)],
+        )
+        extras = extras + (
+            single(
+                few, lane_base_x, (row * OF_TOKEN + 2 * N * B) % 32, 8 + (OF_TOKEN + 6 * N) % 4, row, B, SHX,
+                EXTRA_OFFSET, SIGNED,
+            ),
+        )  # fmt: skip
+    gammas = ()
+    for h in gl.static_range(2):
+        norm = key_norm(words, 2 * TILE + h, N, 3, B, NORM, WORDS)
+        gammas = gammas + (shuffle(norm, lane | 3).to(gl.float32, bitcast=True),)
+    out = ()
+    for b in gl.static_range(NT):
+        four = mma_int8_16(sums[b], extras[0], extras[1], queries[b][2 * N - 4 * LAST])
+        at = queries_at + b * query_bytes(D)
+        factor = read_shared(at + (FACTOR // 4 * 512 + FACTOR % 4 * 4)).to(gl.float32, bitcast=True)
+        offset = read_shared(at + (OFFSET // 4 * 512 + OFFSET % 4 * 4)).to(gl.float32, bitcast=True)
+        for h in gl.static_range(2):
+            raw = (four[2 * h] * 256 + four[2 * h + 1]).to(gl.float32)
+            out = out + ((raw * factor + offset) * gammas[h],)
+    return out
+
+
+@gluon.jit
+def add_tile_biases(scores, at, functions, lane, TILE: gl.constexpr, NT: gl.constexpr):
+    """The scores of a tile with what the key mean adds to them (`mean_bias`); ``at``: the page's components."""
+    zero = repeat((lane * 0).to(gl.float32), 4)
+    f = functions[TILE % 2]
+    out = ()
+    for b in gl.static_range(NT):
+        b0, b1 = read_shared2(at + u32(b * (PAGES_AT_ONCE * PAGE_BYTES) + lane * 8))
+        four = mma_half(zero, f[0], f[1], f[2], f[3], b0, b1, "f16")
+        out = out + (scores[2 * b] + four[TILE // 2], scores[2 * b + 1] + four[2 + TILE // 2])
+    return out
+
+
+@gluon.jit
+def limit_tile(scores, lane, hidden, NT: gl.constexpr, CAP: gl.constexpr, WINDOW: gl.constexpr):
+    """A tile's scores, capped, without those of its first ``hidden`` tokens."""
+    out = ()
+    for b in gl.static_range(NT):
+        for i in gl.static_range(2):
+            score = scores[2 * b + i]
+            if CAP > 0:
+                score = soft_cap(score, CAP)
+            if WINDOW > 0:
+                score = gl.where(8 * i + (lane >> 2) < hidden, -1e30, score)
+            out = out + (score,)
+    return out
+
+
+@gluon.jit
+def value_norms(norms_at, lane, tile):
+    """The norms of the values 16 tile + g and 8 more, whose fields of twelve bits, those of a lane's eight tokens, are
+    three words."""
+    at = norms_at + u32((lane >> 2) * 12 + (tile >> 1) * 4)
+    first = 3 * tile - 4 * (tile >> 1)  # of the three bytes
+    both = permute_bytes_by(read_shared(at), read_shared(at + 4), u32(first * 0x111 + 0x210))
+    out = ()
+    for i in gl.static_range(2):
+        field = (both << (16 - 12 * i)) & 0xFFF0000
+        out = out + (field.to(gl.float32, bitcast=True) * 5.192296858534828e33,)
+    return out
+
+
+@gluon.jit
+def weigh_tile(
+    scores, gammas, inside, running, total, weight, maxima_at, weights_at, lane, tile, source, selector, team,
+    NT: gl.constexpr,
+):  # fmt: skip
+    """The page's softmax: new running maxima and sums, what becomes of the old sums of values and of the page's own.
+
+    The warps tell each other their tiles' maxima, then the weights, as pairs of int8 scaled by the page's largest one:
+    at ``weights_at`` 512 bytes a block of heads, as operands of `slice_values`.
+    """
+    log_gammas = ()
+    for i in gl.static_range(2):
+        log_gammas = log_gammas + (gl.maximum(log2(gammas[i]), -24.0),)
+    t = lane & 3
+    for b in gl.static_range(NT):
+        top = max_over_rows(gl.maximum(scores[2 * b] + log_gammas[0], scores[2 * b + 1] + log_gammas[1]), lane)
+        write_shared(maxima_at + u32(b * 64 + t * 16 + tile * 4), top.to(gl.uint32, bitcast=True))
+    team_barrier(team)
+    new_running = ()
+    new_total = ()
+    new_weight = ()
+    decays = ()
+    shares = ()
+    for b in gl.static_range(NT):
+        four = read_shared4(maxima_at + u32(b * 64 + t * 16))
+        tops = four[0].to(gl.float32, bitcast=True)
+        for w in gl.static_range(1, 4):
+            tops = gl.maximum(tops, four[w].to(gl.float32, bitcast=True))
+        highest = gl.maximum(running[b], gl.where(inside, tops, -1e30))
+        shift = gl.where(inside, tops, 1e30)  # a page beyond the end: all weights zero
+        decay = exp2(running[b] - highest)
+        share = gl.where(inside, exp2(tops - highest), 0.0)
+        p_sum = running[b] * 0.0
+        w_sum = running[b] * 0.0
+        bits = ()
+        for i in gl.static_range(2):
+            p = exp2(scores[2 * b + i] - shift)
+            p_sum += p
+            rounded = p * gammas[i] * 32512.0 + 12582912.0
+            w_sum += rounded - 12582912.0
+            bits = bits + (rounded.to(gl.uint32, bitcast=True),)
+        both = permute_bytes(bits[0], bits[1], 0x5410)  # neither is negative, so nothing is carried between them
+        sent = select(both, both + 0x800080, 0xFF00FF)
+        word = permute_bytes_by(shuffle(sent, source), shuffle(sent, source + 16), selector)
+        write_shared(weights_at + u32(b * 512 + lane * 16 + tile * 4), word)
+        new_running = new_running + (highest,)
+        new_total = new_total + (total[b] * decay + p_sum * share,)
+        new_weight = new_weight + (weight[b] * decay + w_sum * share,)
+        decays = decays + (decay,)
+        shares = shares + (share,)
+    team_barrier(team)
+    return new_running, new_total, new_weight, decays, shares
+
+
+@gluon.jit
+def slice_values(
+    acc, decays, shares, stage, weights_at, lane, lane_base, lane_base_x, zero, PART: gl.constexpr, D: gl.constexpr,
+    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, OFFSET: gl.constexpr,
+    EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, FULL: gl.constexpr, ALL: gl.constexpr, NT: gl.constexpr,
+):  # fmt: skip
+    """Sums with the weighted values of a page, of the slots of slice PART: for each block of heads, pair of slots,
+    component, slot of the pair."""
+    T: gl.constexpr = (D + 2) // 3
+    N: gl.constexpr = T // 8
+    SLOTS: gl.constexpr = N + 1
+    EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)  # the byte at which the extra triplet's codes begin
+    PAIRS: gl.constexpr = slice_pairs(SLOTS)
+    FIRST: gl.constexpr = PART * PAIRS
+    END: gl.constexpr = min(FIRST + PAIRS, (SLOTS + 1) // 2)
+    words = _value_words(stage, lane, 2 * FIRST, min(2 * END, SLOTS), N, B, STATE, SIGNED, FULL, ALL, T % 8)
+    found = repeat((), NT)
+    for pair in gl.static_range(FIRST, END):
+        sums = repeat(repeat(zero, 4), NT * 3)
+        for half in gl.static_range(2):
+            planes = ()
+            for s in gl.static_range(2 * pair, 2 * pair + 2):
+                for four in gl.static_range(2):
+                    if s < SLOTS:
+                        w = ()
+                        for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
+                            if s < N:
+                                few = (
+                                    words[_word((u * N + s) * B, 0, ALL)],
+                                    words[_word((u * N + s) * B, 1, ALL)],
+                                    words[_word(u * N * B, 0, ALL)],
+                                    words[_word(u * N * B, 1, ALL)],
+                                    words[_word(8 * (2 * N * B + 3 * (N * half + s)), 0, ALL)],
+                                    words[_word(8 * (2 * N * B + 3 * (N * half + s)), 1, ALL)],
+                                )
+                                value = _chained(
+                                    few, lane_base, (u * N + s) * B % 32, _if_last(s, N, u * N * B),
+                                    (2 * N * B + 3 * (N * half + s)) % 4, u, s == N - 1, B, STATE, SH, OFFSET, SIGNED,
+                                )  # fmt: skip
+                            else:
+                                few = (
+                                    words[_word(8 * EXTRA + u * B, 0, ALL)],
+                                    words[_word(8 * EXTRA + u * B, 1, ALL)],
+                                    words[_word(8 * (EXTRA + 2 * B + 3 * half), 0, ALL)],
+                                    words[_word(8 * (EXTRA + 2 * B + 3 * half), 1, ALL)],
+                                )
+                                value = single(
+                                    few, lane_base_x, (8 * EXTRA + u * B) % 32, 8 + (EXTRA + 2 * B + 3 * half) % 4, u,
+                                    B, SHX, EXTRA_OFFSET, SIGNED,
+                                )  # fmt: skip
+                            w = w + (value,)
+                        planes = planes + (transposed(w),)
+                    else:
+                        planes = planes + ((u32(zero), u32(zero), u32(zero)),)
+            new = ()
+            for b in gl.static_range(NT):
+                weights = read_shared2(weights_at + u32(b * 512 + half * 8 + lane * 16))  # no registers to keep them
+                for c in gl.static_range(3):
+                    new = new + (
+                        mma_int8_32(
+                            sums[b * 3 + c], planes[0][c], planes[2][c], planes[1][c], planes[3][c], weights[0],
+                            weights[1],
+                        ),
+                    )  # fmt: skip
+            sums = new
+        longer = ()
+        for b in gl.static_range(NT):
+            row = found[b]
+            for c in gl.static_range(3):
+                for h in gl.static_range(2):
+                    page_sum = (sums[b * 3 + c][2 * h] * 256 + sums[b * 3 + c][2 * h + 1]).to(gl.float32)
+                    before = acc[(b * PAIRS + pair - FIRST) * 6 + 2 * c + h]
+                    row = row + (before * decays[b] + page_sum * shares[b],)
+            longer = longer + (row,)
+        found = longer
+    out = ()
+    for b in gl.static_range(NT):
+        out = out + found[b]
+        for i in gl.static_range((END - FIRST) * 6, PAIRS * 6):  # what the last slice does not have
+            out = out + (acc[b * PAIRS * 6 + i],)
+    return out
