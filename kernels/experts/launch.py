@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ from octo_run.kernels.experts.routing_kernels import (
     router_kernel,
     router_rows_kernel,
 )
+from octo_run.kernels.experts.warp_product import bytes_of_row, warp_experts_kernel
+from octo_run.kernels.experts.warp_product import shared_bytes as warp_shared_bytes
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
 from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
@@ -41,6 +44,17 @@ ROUTER_TOKENS = FUSED_TOKENS
 _PAIRS = 1024
 #: Columns that a program adds up.
 _COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class WarpTiling:
+    """How a product whose warps have tiles of their own is divided: warps of a program, warps that share a tile, blocks
+    in a warp's ring; whether what floating-point codes lack is multiplied at the end (`warp_product`)."""
+
+    warps: int
+    split: int
+    stages: int
+    folded: bool
 
 
 def _check(**tensors: Tensor | None) -> None:
@@ -157,6 +171,35 @@ def fused_product(
         UNEVEN=blocks != how.warps * how.turns, TURNS=how.turns, AHEAD=how.ahead, CHOSEN=scratch.indices.shape[1],
         FIRST=first, ACTIVATION=activation.kind, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
         **early(x.device), num_warps=how.warps,
+    )  # fmt: skip
+
+
+def warp_product(
+    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: WarpTiling,
+    ahead: bool = False,
+) -> None:  # fmt: skip
+    """As `fused_product`, for floating-point codes: each warp by itself (`warp_product`). ``ahead``: what was launched
+    before is the first product of the same tiles."""
+    weight: PackedWeight = getattr(experts, name)
+    bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
+    n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
+    step, half = (8, n // 2) if first else (16, 8)
+    outputs = triton.cdiv(n, 2 * step if first else step)
+    group, bits, unused = 0 if weight.scales is None else weight.group, BITS[weight.kind], weight.rows
+    rows = 1 if len(scratch.indices) == 1 else FEW  # of a tile
+    shared, threads = warp_shared_bytes(bits, group, blocks, rows, how.warps, how.stages), 32 * how.warps
+    launch: Callable[..., Any] = warp_experts_kernel[(triton.cdiv(outputs, how.warps // how.split), tiles)]
+    launch(
+        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
+        BIAS=unused if bias is None else bias, ORDER=scratch.order, TILES=scratch.tiles, OUT=out,
+        alpha=activation.alpha, limit=activation.limit, n=n, columns=weight.columns, blocks=blocks,
+        share=triton.cdiv(blocks, how.split), row_bytes=weight.codes.stride(0),
+        stride_group=0 if weight.scales is None else weight.scales.stride(1), outputs=outputs, step=step, half=half,
+        experts=experts.experts, KIND=weight.kind, BITS=bits, ELEMENT=ELEMENTS[x.dtype], GROUP=group,
+        BIASED=bias is not None, CHOSEN=scratch.indices.shape[1], FIRST=first, ACTIVATION=activation.kind,
+        SPLIT=how.split, STAGES=how.stages, ROW_BYTES=bytes_of_row(blocks), FOLDED=how.folded, AHEAD=ahead,
+        WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads, **early(x.device),
+        num_warps=how.warps,
     )  # fmt: skip
 
 

@@ -78,3 +78,46 @@ def test_the_fused_products_are_those_of_the_values(
         launch.fused_product(taken, layer.weights, name, layer.scratch, made, tiles, how)
     layer.out.copy_(reference.combined(layer.scratch, rows, None))
     layer.check(2e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
+@pytest.fixture(scope="module")
+def by_warps() -> Any:
+    kernel = emulator.kernel_modules()["warp_product"].warp_experts_kernel
+    return {watched: emulator.Kernel(kernel, watched=watched) for watched in (False, True)}
+
+
+@pytest.mark.parametrize("packed", [("fp4", 32), ("fp8", None), ("fp4", None), ("fp8", 128)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "dtype", "activation", "sizes", "how"),
+    [
+        (1, torch.bfloat16, "silu", (136, 640), (4, 1, 2)),
+        (1, torch.float16, "clamped_silu", (264, 392), (2, 2, 3)),  # warps of a tile have not all as many blocks
+        (11, torch.float16, "clamped_silu", (136, 200), (4, 2, 1)),
+        (2, torch.bfloat16, "gelu_tanh", (512, 264), (4, 4, 4)),  # more places in a ring than blocks
+        (3, torch.bfloat16, "clamped_silu", (1352, 264), (8, 1, 5)),
+    ],
+)
+@pytest.mark.parametrize("folded", [False, True])
+def test_products_of_single_warps_are_those_of_the_values(
+    by_warps: Any, monkeypatch: pytest.MonkeyPatch, packed: Any, rows: int, dtype: torch.dtype, activation: str,
+    sizes: tuple[int, int], how: tuple[int, int, int], folded: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(launch, "warp_experts_kernel", by_warps[packed == ("fp4", 32) and folded])
+    monkeypatch.setattr(launch, "early", lambda _device: {"EARLY": True, "launch_pdl": True})
+    layer = shared.Layer(
+        rows, packed=packed, hidden=sizes[0], inner=sizes[1], biased=rows > 1, activation=activation, dtype=dtype,
+        seed=rows, experts=4,
+    )  # fmt: skip
+    parts = {name: on_a_gpu(getattr(layer.weights, name)) for name in ("gate_up", "down")}
+    layer.weights = replace(layer.weights, **parts)
+    reference.route(layer.x, layer.router, layer.bias, layer.normalised, layer.scratch)
+    tiles = sort_by_hand(layer.scratch, 4)
+    for made in (layer.scratch.inner, layer.scratch.parts):
+        made.fill_(float("nan"))
+    tiling = launch.WarpTiling(*how, folded)
+    launch.warp_product(layer.x, layer.weights, "gate_up", layer.scratch, layer.scratch.inner, tiles, tiling)
+    launch.warp_product(
+        layer.scratch.inner, layer.weights, "down", layer.scratch, layer.scratch.parts, tiles, tiling, ahead=True
+    )
+    layer.out.copy_(reference.combined(layer.scratch, rows, None))
+    layer.check(2e-2 if dtype == torch.bfloat16 else 4e-3)
