@@ -84,9 +84,9 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
     wide = triton.next_power_of_2(experts)
     choice = {
         "INDICES": scratch.indices, "WEIGHTS": scratch.weights, "TILES": scratch.tiles, "ORDER": scratch.order,
-        "experts": experts, "outputs": outputs, "CHOSEN": chosen, "BC": triton.next_power_of_2(chosen), "BE": wide,
-        "PART": min(wide, 32), "NORMALISED": normalised, "SINGLE": rows == 1, **early(x.device),
-        "num_warps": 8 if wide > 128 else 4,
+        "experts": experts, "outputs": outputs, "CHOSEN": chosen, "BE": wide,
+        "PART": wide if wide <= 128 else 32, "NORMALISED": normalised, "SINGLE": rows == 1, **early(x.device),
+        "num_warps": 8 if wide >= 128 else 4,
     }  # fmt: skip
     launch: Callable[..., Any]
     with on_device_of(x):
