@@ -31,20 +31,6 @@ from octo_run.kernels.linear.streamed_parts import shared_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Tokens up to which each pair of token and expert has programs of its own that read the expert's matrices.
-VECTOR_TOKENS = 4
-#: Tokens up to which packed experts are decoded within a fused product.
-FUSED_TOKENS = 64
-#: Tokens up to which tiles have few rows, because most of a larger one would stay empty.
-SMALL_TOKENS = 256
-#: Tokens up to which the router takes each by itself; as many as are decoded fused, so that their results do not depend
-#: on how many there are.
-ROUTER_TOKENS = FUSED_TOKENS
-#: Pairs that a program that sorts looks at together.
-_PAIRS = 1024
-#: Columns that a program adds up.
-_COLUMNS = 512
-
 
 @dataclass(frozen=True)
 class WarpTiling:
@@ -55,6 +41,26 @@ class WarpTiling:
     split: int
     stages: int
     folded: bool
+
+
+#: Tokens up to which each pair of token and expert has programs of its own that read the expert's matrices.
+VECTOR_TOKENS = 4
+#: Tokens up to which packed experts are decoded within a fused product.
+FUSED_TOKENS = 64
+#: Tokens up to which tiles have few rows, because most of a larger one would stay empty.
+SMALL_TOKENS = 256
+#: Tokens up to which the router takes each by itself; as many as are decoded fused, so that their results do not depend
+#: on how many there are.
+ROUTER_TOKENS = FUSED_TOKENS
+#: Bytes of the second matrices that are fetched into the second-level cache while the first product still runs.
+AHEAD_BYTES = 24 << 20
+#: How products with floating-point codes are divided if their warps have tiles of their own (`warp_product`); None: all
+#: packed experts are multiplied by `fused_product`.
+BY_WARPS: WarpTiling | None = None
+#: Pairs that a program that sorts looks at together.
+_PAIRS = 1024
+#: Columns that a program adds up.
+_COLUMNS = 512
 
 
 def _check(**tensors: Tensor | None) -> None:
@@ -130,7 +136,10 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
             ("gate_up", x, scratch.inner, fused[0]),
             ("down", scratch.inner, scratch.parts, fused[1]),
         ):
-            (fused_product if here else _grouped)(taken, experts, name, scratch, made, tiles)
+            if here and BY_WARPS is not None and _warps_fit(getattr(experts, name)):
+                warp_product(taken, experts, name, scratch, made, tiles, BY_WARPS, ahead=name == "down")
+            else:
+                (fused_product if here else _grouped)(taken, experts, name, scratch, made, tiles)
         _combine(experts, scratch, out, shared)
 
 
@@ -145,16 +154,20 @@ def _fused_fits(x: Tensor, weight: Tensor | PackedWeight) -> bool:
 
 
 def fused_product(
-    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: Tiling | None = None
-) -> None:
-    """The product ``gate_up`` with its activation, or ``down``, of tiles of at most ``FEW`` rows, decoding fused."""
+    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: Tiling | None = None,
+    side_by_side: int = 1, registers: int | None = None,
+) -> None:  # fmt: skip
+    """The product ``gate_up`` with its activation, or ``down``, of tiles of at most ``FEW`` rows, decoding fused.
+
+    For trials: ``side_by_side`` programs on a multiprocessor, of at most ``registers`` for each thread.
+    """
     weight: PackedWeight = getattr(experts, name)
     bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
     n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
     how = tiling(blocks) if how is None else how
     step, half = (8, n // 2) if first else (16, 8)
     outputs = triton.cdiv(n, 2 * step if first else step)
-    programs = min(outputs, max(1, processors(x.device) // tiles))
+    programs = min(outputs, max(1, side_by_side * processors(x.device) // tiles))
     group = 0 if weight.scales is None else weight.group
     shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, 1, how.warps, how.turns * how.ahead)
     threads, unused = 32 * how.warps, weight.rows
@@ -170,16 +183,24 @@ def fused_product(
         HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, PADDED=weight.padded != weight.columns,
         UNEVEN=blocks != how.warps * how.turns, TURNS=how.turns, AHEAD=how.ahead, CHOSEN=scratch.indices.shape[1],
         FIRST=first, ACTIVATION=activation.kind, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
-        **early(x.device), num_warps=how.warps,
+        **early(x.device), num_warps=how.warps, **({} if registers is None else {"maxnreg": registers}),
     )  # fmt: skip
+
+
+def _warps_fit(weight: PackedWeight) -> bool:
+    """Whether `warp_product` takes what `fused_product` takes: floating-point codes."""
+    return weight.kind in ("fp4", "fp8") and weight.columns >= 4
 
 
 def warp_product(
     x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: WarpTiling,
     ahead: bool = False,
 ) -> None:  # fmt: skip
-    """As `fused_product`, for floating-point codes: each warp by itself (`warp_product`). ``ahead``: what was launched
-    before is the first product of the same tiles."""
+    """As `fused_product`, for floating-point codes: each warp by itself (`warp_product`).
+
+    ``ahead``: what was launched before is the first product of the same tiles, so that codes may be fetched before it
+    has ended (if they are not more than ``AHEAD_BYTES``).
+    """
     weight: PackedWeight = getattr(experts, name)
     bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
     n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
@@ -188,6 +209,7 @@ def warp_product(
     group, bits, unused = 0 if weight.scales is None else weight.group, BITS[weight.kind], weight.rows
     rows = 1 if len(scratch.indices) == 1 else FEW  # of a tile
     shared, threads = warp_shared_bytes(bits, group, blocks, rows, how.warps, how.stages), 32 * how.warps
+    ahead = ahead and tiles * n * weight.codes.stride(0) <= AHEAD_BYTES
     launch: Callable[..., Any] = warp_experts_kernel[(triton.cdiv(outputs, how.warps // how.split), tiles)]
     launch(
         X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
@@ -217,13 +239,16 @@ def _vectors(
         BK=min(1024, triton.next_power_of_2(hidden)), ACTIVATION=how.kind, BIASED=bias is not None, **early(x.device),
         num_warps=4)  # fmt: skip
     bias = experts.down_bias
+    block = 256 if inner <= 1024 else 1024
+    row = inner * down.element_size()
+    ahead = min(row, AHEAD_BYTES // (hidden * chosen * len(x))) // 128 * 128 if (row | down.data_ptr()) % 16 == 0 else 0
     launch = down_vector_kernel[(triton.cdiv(hidden, 4), len(x))]
     launch(
         X=scratch.inner, WEIGHT=down, BIAS=x if bias is None else bias, INDICES=scratch.indices,
         WEIGHTS=scratch.weights, SHARED=x if shared is None else shared, LOGITS=scratch.logits, OUT=out,
-        outputs=scratch.logits.shape[1], experts=experts.experts, N=hidden, K=inner, CHOSEN=chosen, BN=4,
-        BK=min(1024, triton.next_power_of_2(inner)), BIASED=bias is not None, HAS_SHARED=shared is not None,
-        **early(x.device), num_warps=4)  # fmt: skip
+        outputs=scratch.logits.shape[1], experts=experts.experts, ahead=ahead, N=hidden, K=inner, CHOSEN=chosen, BN=4,
+        BK=min(block, triton.next_power_of_2(inner)), BIASED=bias is not None, HAS_SHARED=shared is not None,
+        AHEAD=128 * triton.cdiv(chosen, 32) if ahead else 0, **early(x.device), num_warps=4)  # fmt: skip
 
 
 def _sorted(scratch: Scratch, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Products of a few rows with packed experts, a tile of 16 outputs to a warp (NVIDIA from sm_80 on, Gluon, lane by lane).
+"""Products of a few rows with packed experts, 16 outputs to a warp (NVIDIA from sm_80 on, Gluon, lane by lane).
 
 As `packed_product`, but warps do not wait for each other: a warp takes the columns of its tile block after block, of
 which a ring in shared memory holds those to come. SPLIT warps may share a tile, each with a part of its columns; they
