@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
+from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx, shared_memory
 from octo_run.kernels.experts.packed_product import packed_experts_kernel
 from octo_run.kernels.experts.product_kernels import down_vector_kernel, gate_up_vector_kernel, grouped_kernel
 from octo_run.kernels.experts.routing_kernels import (
@@ -43,6 +43,15 @@ class WarpTiling:
     folded: bool
 
 
+@dataclass(frozen=True)
+class VectorTiling:
+    """A program's part of a matrix-vector product: outputs, columns at a time, warps."""
+
+    outputs: int
+    columns: int
+    warps: int
+
+
 #: Tokens up to which each pair of token and expert has programs of its own that read the expert's matrices.
 VECTOR_TOKENS = 4
 #: Tokens up to which packed experts are decoded within a fused product.
@@ -54,9 +63,14 @@ SMALL_TOKENS = 256
 ROUTER_TOKENS = FUSED_TOKENS
 #: Bytes of the second matrices that are fetched into the second-level cache while the first product still runs.
 AHEAD_BYTES = 24 << 20
-#: How products with floating-point codes are divided if their warps have tiles of their own (`warp_product`); None: all
-#: packed experts are multiplied by `fused_product`.
-BY_WARPS: WarpTiling | None = None
+#: Programs of dense experts' first products, and of second ones of up to 1024 columns and more. The short ones have a
+#: row to a warp, and as few registers as let all programs of a token be there at once.
+GATE_UP, DOWN, LONG_DOWN = VectorTiling(2, 1024, 4), VectorTiling(4, 256, 4), VectorTiling(4, 1024, 4)
+#: Outputs of a router that a program makes.
+ROUTER_OUTPUTS = 2
+#: How products with floating-point codes, "gate_up" and "down", are divided if their warps have tiles of their own
+#: (`warp_product`). Those that are not here are made by `fused_product`.
+BY_WARPS: dict[str, WarpTiling] = {}
 #: Pairs that a program that sorts looks at together.
 _PAIRS = 1024
 #: Columns that a program adds up.
@@ -98,9 +112,15 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
     with on_device_of(x):
         if rows <= ROUTER_TOKENS:
             columns = min(2048, triton.next_power_of_2(hidden))
-            launch = router_kernel[(triton.cdiv(outputs, 2), rows)]
+            launch = router_kernel[(triton.cdiv(outputs, ROUTER_OUTPUTS), rows)]
             launch(
-                **product, COUNTERS=_counters(x.device), **choice, K=hidden, BN=2, BK=columns, BIASED=bias is not None
+                **product,
+                COUNTERS=_counters(x.device),
+                **choice,
+                K=hidden,
+                BN=ROUTER_OUTPUTS,
+                BK=columns,
+                BIASED=bias is not None,
             )
             return
         launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
@@ -136,8 +156,9 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
             ("gate_up", x, scratch.inner, fused[0]),
             ("down", scratch.inner, scratch.parts, fused[1]),
         ):
-            if here and BY_WARPS is not None and _warps_fit(getattr(experts, name)):
-                warp_product(taken, experts, name, scratch, made, tiles, BY_WARPS, ahead=name == "down")
+            if here and name in BY_WARPS and _warps_fit(getattr(experts, name), BY_WARPS[name]):
+                ahead = name == "down" and "gate_up" in BY_WARPS
+                warp_product(taken, experts, name, scratch, made, tiles, BY_WARPS[name], ahead)
             else:
                 (fused_product if here else _grouped)(taken, experts, name, scratch, made, tiles)
         _combine(experts, scratch, out, shared)
@@ -187,9 +208,11 @@ def fused_product(
     )  # fmt: skip
 
 
-def _warps_fit(weight: PackedWeight) -> bool:
-    """Whether `warp_product` takes what `fused_product` takes: floating-point codes."""
-    return weight.kind in ("fp4", "fp8") and weight.columns >= 4
+def _warps_fit(weight: PackedWeight, how: WarpTiling) -> bool:
+    """Whether `warp_product` takes what `fused_product` takes: floating-point codes, for which there is room."""
+    group = 0 if weight.scales is None else weight.group
+    size = int(warp_shared_bytes(BITS[weight.kind], group, weight.padded // BLOCK, FEW, how.warps, how.stages))
+    return weight.kind in ("fp4", "fp8") and weight.columns >= 4 and size + 1024 <= shared_memory(weight.device)
 
 
 def warp_product(
@@ -232,23 +255,26 @@ def _vectors(
     """Each pair's products by themselves, the sums within the second one."""
     hidden, inner, chosen, how = experts.hidden, experts.inner, scratch.indices.shape[1], experts.activation
     bias = experts.gate_up_bias
-    launch: Callable[..., Any] = gate_up_vector_kernel[(triton.cdiv(inner, 2), scratch.indices.numel())]
+    tile = GATE_UP
+    launch: Callable[..., Any] = gate_up_vector_kernel[(triton.cdiv(inner, tile.outputs), scratch.indices.numel())]
     launch(
         X=x, WEIGHT=gate_up, BIAS=x if bias is None else bias, INDICES=scratch.indices, OUT=scratch.inner,
-        alpha=how.alpha, limit=how.limit, N=inner, K=hidden, CHOSEN=chosen, BN=2,
-        BK=min(1024, triton.next_power_of_2(hidden)), ACTIVATION=how.kind, BIASED=bias is not None, **early(x.device),
-        num_warps=4)  # fmt: skip
-    bias = experts.down_bias
-    block = 256 if inner <= 1024 else 1024
+        alpha=how.alpha, limit=how.limit, N=inner, K=hidden, CHOSEN=chosen, BN=tile.outputs,
+        BK=min(tile.columns, triton.next_power_of_2(hidden)), ACTIVATION=how.kind, BIASED=bias is not None,
+        **early(x.device), num_warps=tile.warps)  # fmt: skip
+    bias, tile = experts.down_bias, DOWN if inner <= 1024 else LONG_DOWN
     row = inner * down.element_size()
-    ahead = min(row, AHEAD_BYTES // (hidden * chosen * len(x))) // 128 * 128 if (row | down.data_ptr()) % 16 == 0 else 0
-    launch = down_vector_kernel[(triton.cdiv(hidden, 4), len(x))]
+    ahead = min(row, AHEAD_BYTES // (hidden * chosen * len(x))) // 128 * 128
+    if (row | down.data_ptr()) % 16:  # what is fetched ahead must begin at 16 bytes
+        ahead = 0
+    launch = down_vector_kernel[(triton.cdiv(hidden, tile.outputs), len(x))]
     launch(
         X=scratch.inner, WEIGHT=down, BIAS=x if bias is None else bias, INDICES=scratch.indices,
         WEIGHTS=scratch.weights, SHARED=x if shared is None else shared, LOGITS=scratch.logits, OUT=out,
-        outputs=scratch.logits.shape[1], experts=experts.experts, ahead=ahead, N=hidden, K=inner, CHOSEN=chosen, BN=4,
-        BK=min(block, triton.next_power_of_2(inner)), BIASED=bias is not None, HAS_SHARED=shared is not None,
-        AHEAD=128 * triton.cdiv(chosen, 32) if ahead else 0, **early(x.device), num_warps=4)  # fmt: skip
+        outputs=scratch.logits.shape[1], experts=experts.experts, ahead=ahead, N=hidden, K=inner, CHOSEN=chosen,
+        BN=tile.outputs, BK=min(tile.columns, triton.next_power_of_2(inner)), BIASED=bias is not None,
+        HAS_SHARED=shared is not None, AHEAD=32 * tile.outputs * triton.cdiv(chosen, 32) if ahead else 0,
+        **early(x.device), num_warps=tile.warps)  # fmt: skip
 
 
 def _sorted(scratch: Scratch, rows: int) -> int:

@@ -68,8 +68,8 @@ def _fetch_ahead(
     PLACES: tl.constexpr,
 ):  # fmt: skip
     """Bring the first ``size`` bytes of BN rows of each expert in INDICES into the second-level cache, a thread a row
-    (sm_90). If INDICES are not yet the right ones, nothing is wrong but the time lost. PLACES: 32 BN for each 32 experts
-    or a part of them, a multiple of the program's threads."""
+    (sm_90). If INDICES are not yet the right ones, nothing is wrong but the time lost. PLACES: 32 BN for each 32 chosen
+    experts or a part of them."""
     place = tl.arange(0, PLACES)
     number = place // 32 // BN * 32 + place % 32  # a warp's threads have the same row of different experts
     row = tl.program_id(0) * BN + place // 32 % BN
