@@ -106,7 +106,7 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
         "INDICES": scratch.indices, "WEIGHTS": scratch.weights, "TILES": scratch.tiles, "ORDER": scratch.order,
         "experts": experts, "outputs": outputs, "CHOSEN": chosen, "BE": wide,
         "PART": wide if wide <= 128 else 32, "NORMALISED": normalised, "SINGLE": rows == 1, **early(x.device),
-        "num_warps": 8 if wide >= 128 else 4,
+        "num_warps": 8 if wide > 128 else 4,
     }  # fmt: skip
     launch: Callable[..., Any]
     with on_device_of(x):

@@ -5,9 +5,8 @@ which a ring in shared memory holds those to come. SPLIT warps may share a tile,
 meet once, at the end. The inputs lie in shared memory, in the order of the product's lanes. A program has as many tiles
 as its warps can take, and ends.
 
-FOLDED: codes of 4 bits become 16-bit floats whose exponents a factor does not mend, and what is missing is multiplied
-at the end. Those of bfloat16 are then so small that the inputs are made larger, by 2 ** 64: exact for what is less than
-2 ** 63.
+FOLDED: no factor mends the exponents of the 16-bit floats that codes become; what is missing is multiplied at the end.
+Those of bfloat16 are then so small that the inputs are made larger, by 2 ** 64: exact for what is less than 2 ** 63.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment,var-annotated,misc"
 
@@ -34,7 +33,7 @@ from octo_run.kernels.lanes import (
     write_shared4_of,
 )
 from octo_run.kernels.linear.streamed_parts import copy_block, first_places, stage_bytes
-from octo_run.kernels.linear.unpack import pair, placed_pair, steps_of_word
+from octo_run.kernels.linear.unpack import missing_factor, pair, placed_pair, steps_of_word
 
 
 @constexpr_function
@@ -56,9 +55,9 @@ def _input_factor(element):
 
 
 @constexpr_function
-def _output_factor(element):
-    """What FOLDED sums lack: of bfloat16 2 ** 126 of the codes' 2 ** 64 is in the inputs."""
-    return {"bf16": 2.0**62, "f16": 2.0**14}[str(element)]
+def _output_factor(kind, element):
+    """What FOLDED sums lack."""
+    return missing_factor(kind, element) / {"bf16": 2.0**64, "f16": 1.0}[str(element)]
 
 
 @gluon.jit
@@ -241,8 +240,8 @@ def warp_experts_kernel(
                 total = total + (acc[i] + more[i].to(gl.float32, bitcast=True),)
             acc = total
     if FOLDED:
-        factor_low *= _output_factor(ELEMENT)
-        factor_high *= _output_factor(ELEMENT)
+        factor_low *= _output_factor(KIND, ELEMENT)
+        factor_high *= _output_factor(KIND, ELEMENT)
     for i in gl.static_range(2):
         column = 2 * (lane & 3) + i  # of the product: which of the tile's pairs
         mine = (warp % SPLIT == 0) & (column < rows)

@@ -45,6 +45,13 @@ def _scale_up(kind, element):
 
 
 @constexpr_function
+def missing_factor(kind, element):
+    """What `placed_pair` lacks: the number of `_scale_up`."""
+    shift, bias = {"bf16": (7, 127), "f16": (10, 15)}[str(element)]
+    return 2.0 ** (((int(_scale_up(kind, element)) & 0x7FFF) >> shift) - bias)
+
+
+@constexpr_function
 def _mantissa_shift(kind, element):
     """How far the bits of exponent and mantissa of a code move up."""
     bits = {"bf16": 7, "f16": 10}[str(element)] - {"fp8": 3, "fp4": 1}[str(kind)]
