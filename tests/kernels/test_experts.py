@@ -306,6 +306,35 @@ def test_packed_rows_on_a_gpu_do_not_depend_on_the_others() -> None:
         assert torch.equal(alone.out[0], layer.out[row])
 
 
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("packed", [("fp4", 32), ("fp8", None)], ids=str)
+@pytest.mark.parametrize("folded", [False, True])
+def test_products_of_single_warps_on_a_gpu(packed: Any, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right, the same when recorded, and the same for a token alone."""
+    from octo_run.kernels.experts import launch
+
+    tilings = {"gate_up": launch.WarpTiling(4, 1, 8, folded), "down": launch.WarpTiling(4, 2, 6, folded)}
+    monkeypatch.setattr(launch, "BY_WARPS", tilings)
+    kind: Any = {"packed": packed, "hidden": 392, "inner": 264, "experts": 8, "dtype": torch.bfloat16, "biased": True}
+    for rows in (1, 2, 9, 64):
+        layer = Layer(rows, seed=rows, **kind).to(DEVICE)
+        run(layer)
+        layer.check(BOUNDS[torch.bfloat16])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(layer)
+        launched = layer.out.clone()
+        poisoned(layer.scratch)
+        graph.replay()
+        assert torch.equal(launched, layer.out)
+    alone = Layer(1, seed=64, **kind).to(DEVICE)
+    alone.x, alone.router, alone.bias, alone.weights = layer.x[7:8].clone(), layer.router, layer.bias, layer.weights
+    alone.normalised = layer.normalised
+    run(alone)
+    assert torch.equal(alone.out[0], layer.out[7])
+
+
 @pytest.mark.parametrize("pairs", [1, 7, 30])
 def test_pairs_are_computed_some_at_a_time(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
     """An expert's may be cut in two."""
