@@ -21,8 +21,8 @@ from octo_run.kernels.experts.routing_kernels import (
     router_kernel,
     router_rows_kernel,
 )
-from octo_run.kernels.experts.warp_product import bytes_of_row, warp_experts_kernel
 from octo_run.kernels.experts.warp_product import shared_bytes as warp_shared_bytes
+from octo_run.kernels.experts.warp_product import warp_experts_kernel
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
 from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
@@ -237,12 +237,12 @@ def warp_product(
     launch(
         X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
         BIAS=unused if bias is None else bias, ORDER=scratch.order, TILES=scratch.tiles, OUT=out,
-        alpha=activation.alpha, limit=activation.limit, n=n, columns=weight.columns, blocks=blocks,
-        share=triton.cdiv(blocks, how.split), row_bytes=weight.codes.stride(0),
+        alpha=activation.alpha, limit=activation.limit, n=n, columns=weight.columns,
+        row_bytes=weight.codes.stride(0),
         stride_group=0 if weight.scales is None else weight.scales.stride(1), outputs=outputs, step=step, half=half,
         experts=experts.experts, KIND=weight.kind, BITS=bits, ELEMENT=ELEMENTS[x.dtype], GROUP=group,
         BIASED=bias is not None, CHOSEN=scratch.indices.shape[1], FIRST=first, ACTIVATION=activation.kind,
-        SPLIT=how.split, STAGES=how.stages, ROW_BYTES=bytes_of_row(blocks), FOLDED=how.folded, AHEAD=ahead,
+        SPLIT=how.split, STAGES=how.stages, BLOCKS=blocks, FOLDED=how.folded, AHEAD=ahead,
         WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads, **early(x.device),
         num_warps=how.warps,
     )  # fmt: skip

@@ -61,22 +61,26 @@ def _output_factor(kind, element):
 
 
 @gluon.jit
-def _keep_inputs(row, at, columns, blocks, tid, THREADS: gl.constexpr, ELEMENT: gl.constexpr, FOLDED: gl.constexpr):
+def _keep_inputs(row, at, columns, tid, THREADS: gl.constexpr, BLOCKS: gl.constexpr, ELEMENT: gl.constexpr,
+                 FOLDED: gl.constexpr):  # fmt: skip
     """Write a row of inputs to byte ``at`` of shared memory: of a block, of two steps at a time, each lane's; zeros
-    behind the last column."""
-    for first in range(0, blocks * 16, THREADS):
-        place = gl.minimum(first + tid, blocks * 16 - 1)  # the last one is written several times
+    behind the last column. All of a thread's reads are under way together."""
+    words = ()
+    for first in gl.static_range(0, BLOCKS * 16, THREADS):
+        place = gl.minimum(first + tid, BLOCKS * 16 - 1)  # the last one is written several times
         k = place // 16 * 128 + place % 16 // 4 * 32 + place % 4 * 4
-        words = ()
         for step in gl.static_range(2):
-            here = k + 16 * step
-            low, high = load_global2(row + gl.minimum(here, columns - 4))
-            for word in gl.static_range(2):
-                one = gl.where(here < columns, low if word == 0 else high, 0)
-                if FOLDED:
-                    one = fma_half2(one, u32(tid * 0) + _input_factor(ELEMENT), u32(tid * 0) + 0x80008000, ELEMENT)
-                words = words + (one,)
-        write_shared4_of(u32(at + place * 16), words[0], words[1], words[2], words[3])
+            words = words + load_global2(row + gl.minimum(k + 16 * step, columns - 4))
+    for first in gl.static_range(0, BLOCKS * 16, THREADS):
+        place = gl.minimum(first + tid, BLOCKS * 16 - 1)
+        k = place // 16 * 128 + place % 16 // 4 * 32 + place % 4 * 4
+        four = ()
+        for i in gl.static_range(4):
+            one = gl.where(k + 16 * (i // 2) < columns, words[first // THREADS * 4 + i], 0)
+            if FOLDED:
+                one = fma_half2(one, u32(tid * 0) + _input_factor(ELEMENT), u32(tid * 0) + 0x80008000, ELEMENT)
+            four = four + (one,)
+        write_shared4_of(u32(at + place * 16), four[0], four[1], four[2], four[3])
 
 
 @gluon.jit
@@ -118,41 +122,40 @@ def _add_block(acc, slot, inputs, lane, KIND: gl.constexpr, BITS: gl.constexpr, 
 
 
 @gluon.jit
-def _fetch_ahead(CODES, SCALES, TILES, tile, block, share, row_bytes, stride_group, step, half, n, experts, lane,
-                 BITS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+def _fetch_ahead(CODES, SCALES, TILES, tile, block, row_bytes, stride_group, step, half, n, experts, lane,
+                 SHARE: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """Bring the warp's codes and scales nearer, of the expert that TILES names now. If it is not yet the right one,
     nothing is wrong but the time lost."""
     expert = load_global_l2_f(TILES + 3 * gl.program_id(1)).to(gl.int32, bitcast=True)
     before = gl.minimum(gl.maximum(expert, 0), experts - 1).to(gl.int64) * n
     row = tile * step + (lane & 7) + ((lane >> 3) & 1) * half
     first = block * (16 * BITS)
-    size = gl.minimum(share * (16 * BITS), row_bytes - first)
+    size = gl.minimum(SHARE * (16 * BITS), row_bytes - first)
     prefetch_l2(CODES + ((before + row) * row_bytes + first), size, (lane < 16) & (row < n) & (size > 0))
     if GROUP > 0:
         GROUPS: gl.constexpr = 128 // GROUP
-        groups = gl.minimum(share * GROUPS, row_bytes // (16 * BITS) * GROUPS - block * GROUPS)
+        groups = gl.minimum(SHARE * GROUPS, row_bytes // (16 * BITS) * GROUPS - block * GROUPS)
         scales_row = tile * step + (lane & 1) * half
-        for at in range(0, share * GROUPS, 16):
+        for at in range(0, SHARE * GROUPS, 16):
             group = at + (lane >> 1)
             place = (block * GROUPS + group).to(gl.int64) * stride_group
             prefetch_l2(SCALES + (place + before + scales_row), lane * 0 + 16, (group < groups) & (scales_row < n))
 
 
-@gluon.jit(do_not_specialize=["n", "outputs", "step", "half", "experts", "share"])
+@gluon.jit(do_not_specialize=["n", "outputs", "step", "half", "experts"])
 def warp_experts_kernel(
-    X, CODES, ROWS, SCALES, BIAS, ORDER, TILES, OUT, alpha, limit, n, columns, blocks, share, row_bytes, stride_group,
-    outputs, step, half, experts, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr,
+    X, CODES, ROWS, SCALES, BIAS, ORDER, TILES, OUT, alpha, limit, n, columns, row_bytes, stride_group, outputs,
+    step, half, experts, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr,
     BIASED: gl.constexpr, CHOSEN: gl.constexpr, FIRST: gl.constexpr, ACTIVATION: gl.constexpr, SPLIT: gl.constexpr,
-    STAGES: gl.constexpr, ROW_BYTES: gl.constexpr, FOLDED: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr, BLOCKS: gl.constexpr, FOLDED: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
     SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """The n outputs of an expert for a tile of its pairs; the grid is (parts of the outputs, tiles of pairs).
 
     Args:
         outputs, step, half, FIRST, ORDER, TILES: See `packed_product.packed_experts_kernel`.
-        share: Blocks of columns of each of the SPLIT warps that have a tile of outputs.
+        SPLIT: Warps that have a tile of outputs, each with its share of the BLOCKS of columns.
         STAGES: Blocks in a warp's ring.
-        ROW_BYTES: ``bytes_of_row``.
         AHEAD: The kernel in front is the first product of the same tiles: codes are fetched before it has ended.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -162,18 +165,19 @@ def warp_experts_kernel(
     tid = gl.arange(0, 32 * WARPS, layout=LAYOUT)
     lane = tid & 31
     warp = tid >> 5
+    SHARE: gl.constexpr = (BLOCKS + SPLIT - 1) // SPLIT
     STAGE: gl.constexpr = stage_bytes(BITS, GROUP, False)
     RING: gl.constexpr = STAGES * STAGE
     INPUTS: gl.constexpr = WARPS * RING
     smem.index(0).store(tid)  # names the allocation in the PTX
     barrier()
     tile = gl.program_id(0) * (WARPS // SPLIT) + warp // SPLIT
-    block = warp % SPLIT * share
+    block = warp % SPLIT * SHARE
     after = 0
     if EARLY:
         if AHEAD:
-            _fetch_ahead(CODES, SCALES, TILES, tile, block, share, row_bytes, stride_group, step, half, n, experts,
-                         lane, BITS, GROUP)  # fmt: skip
+            _fetch_ahead(CODES, SCALES, TILES, tile, block, row_bytes, stride_group, step, half, n, experts, lane,
+                         SHARE, BITS, GROUP)  # fmt: skip
         after = wait_for_kernel_before(n)
         let_next_kernel_start(n)
     chosen = TILES + (after + 3 * gl.program_id(1))
@@ -198,7 +202,7 @@ def warp_experts_kernel(
     ring = warp * RING
     for i in gl.static_range(STAGES):
         copy_block(ring + i * STAGE, codes_low, codes_high, scales, i * (16 * BITS), i * group_step,
-                   (i < share) & (block + i < blocks), has_low, has_high, has_scales, lane, BITS, GROUP,
+                   (i < SHARE) & (block + i < BLOCKS), has_low, has_high, has_scales, lane, BITS, GROUP,
                    True)  # fmt: skip
     factor_low = gl.load(ROWS + row, mask=has_low, other=0)
     factor_high = gl.load(ROWS + (row + half), mask=has_high, other=0)
@@ -210,20 +214,20 @@ def warp_experts_kernel(
             source = X + (gl.load(ORDER + (begin + i)) // CHOSEN).to(gl.int64) * columns
         else:
             source = X + (begin + i).to(gl.int64) * columns
-        _keep_inputs(source, INPUTS + i * ROW_BYTES, columns, blocks, tid, 32 * WARPS, ELEMENT, FOLDED)
+        _keep_inputs(source, INPUTS + i * bytes_of_row(BLOCKS), columns, tid, 32 * WARPS, BLOCKS, ELEMENT, FOLDED)
     barrier()
-    inputs = INPUTS + gl.maximum(gl.minimum(g, rows - 1), 0) * ROW_BYTES + (lane & 3) * 16 + block * 256
+    inputs = INPUTS + gl.maximum(gl.minimum(g, rows - 1), 0) * bytes_of_row(BLOCKS) + (lane & 3) * 16 + block * 256
     acc = repeat((lane * 0).to(gl.float32), 4)
     slot = ring
-    for i in range(0, gl.where(needed, share, 0)):
+    for i in range(0, gl.where(needed, SHARE, 0)):
         wait_for_copies(lane, STAGES - 1)
-        here = gl.minimum(i, blocks - 1 - block)  # behind the last block codes are zeros, inputs any
+        here = gl.minimum(i, BLOCKS - 1 - block)  # behind the last block codes are zeros, inputs any
         acc = _add_block(acc, slot, inputs + here * 256, lane, KIND, BITS, ELEMENT, GROUP, FOLDED)
         sync_warp(lane)  # all its lanes have read the block that is replaced now
         following = i + STAGES
         copy_block(slot, codes_low, codes_high, scales, following * (16 * BITS), following * group_step,
-                   block + following < blocks, has_low & (following < share), has_high & (following < share),
-                   has_scales & (following < share), lane, BITS, GROUP, True)  # fmt: skip
+                   (following < SHARE) & (block + following < BLOCKS), has_low, has_high, has_scales, lane, BITS, GROUP,
+                   True)  # fmt: skip
         slot = gl.where(slot == ring + (STAGES - 1) * STAGE, ring, slot + STAGE)
     if SPLIT > 1:
         wait_for_copies(lane, 0)

@@ -102,7 +102,7 @@ def test_all_programs_of_down_are_there_at_once():
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("folded", [True, False])
 def test_products_of_single_warps_compile_for_hopper(rows, warps, split, stages, first, folded):
-    sizes = ("n", "columns", "blocks", "share", "row_bytes", "stride_group", "outputs", "step", "half", "experts")
+    sizes = ("n", "columns", "row_bytes", "stride_group", "outputs", "step", "half", "experts")
     types = {
         "X": B, "CODES": "*u8", "ROWS": F, "SCALES": H, "BIAS": B, "ORDER": I, "TILES": I, "OUT": B, "alpha": "fp32",
         "limit": "fp32", **dict.fromkeys(sizes, "i32"),
@@ -110,7 +110,7 @@ def test_products_of_single_warps_compile_for_hopper(rows, warps, split, stages,
     shared = int(warp_product.shared_bytes(4, 32, 23, rows, warps, stages))
     fixed = {
         "KIND": "fp4", "BITS": 4, "ELEMENT": "bf16", "GROUP": 32, "BIASED": True, "CHOSEN": 4, "FIRST": first,
-        "ACTIVATION": "clamped_silu", "SPLIT": split, "STAGES": stages, "ROW_BYTES": warp_product.bytes_of_row(23),
+        "ACTIVATION": "clamped_silu", "SPLIT": split, "STAGES": stages, "BLOCKS": 23,
         "FOLDED": folded, "AHEAD": not first, "WARPS": warps, "SMEM_WORDS": -(-shared // (128 * warps)) * 32 * warps,
         "EARLY": True,
     }  # fmt: skip
