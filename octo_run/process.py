@@ -67,8 +67,9 @@ def no_collection() -> Iterator[None]:
 def finish(code: int) -> int:
     """The program is over: what Python does at exit is not interrupted by Ctrl-C, which would print tracebacks.
 
-    Where PyTorch was imported the process ends here, after what Python does first (it waits for threads, calls what
-    is registered, flushes): taking modules apart one by one would take as long again as half of their import.
+    Where PyTorch was imported, or a thread is left that may be importing it, the process ends here, after what Python
+    does first (it waits for threads, calls what is registered, flushes): taking modules apart one by one would take as
+    long again as half of their import.
 
     Args:
         code: What the program ends with.
@@ -80,9 +81,10 @@ def finish(code: int) -> int:
     for number in ENDING:
         if signal.getsignal(number) is _on_end:
             signal.signal(number, signal.SIG_DFL)
-    if "torch" in sys.modules:
+    import threading
+
+    if "torch" in sys.modules or threading.active_count() > 1:
         import atexit
-        import threading
 
         with suppress(Exception):  # standard output that cannot be written: Python says so in its own way
             threading._shutdown()  # type: ignore[attr-defined]

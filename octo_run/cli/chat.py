@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from octo_run import __version__, process
 from octo_run.cli import chat_commands, completion, console, debug_option, runtime, session_files
+from octo_run.cli.arriving import Arriving
 from octo_run.cli.chat_commands import Leave
 from octo_run.cli.conversation import BLOCK, ChatOptions, Conversation, opens_block
 from octo_run.cli.options import (
@@ -24,7 +25,7 @@ from octo_run.cli.options import (
     template_variables,
 )
 from octo_run.cli.sampling_options import SamplingOptions, sampling_options
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, shown
 from octo_run.process import EXIT_INTERRUPTED
 
 EXAMPLES = (
@@ -37,7 +38,7 @@ EXAMPLES = (
 KEYS = "Enter sends, Alt-Enter begins a line, Ctrl-C stops an answer, /help lists the commands."
 #: Seconds within which a second Ctrl-C leaves.
 TWICE = 2.0
-#: Seconds until it is said that standard input is waited for.
+#: Seconds until it is said what is waited for: standard input, the model.
 PATIENCE = 2.0
 
 
@@ -140,13 +141,12 @@ def command(
             conversation.keeper.close(conversation)
     with process.locked_keyboard():
         _greet(load)
-        conversation = _conversation(system, load, sampling, options, beginning)
-        if not console.is_quiet():
-            console.echo(KEYS, faint=True)
+        loading = Arriving(lambda: _conversation(system, load, sampling, options, beginning))
         try:
-            return _at_terminal(conversation, prompt)
+            return _at_terminal(loading, load.model, prompt)
         finally:
-            conversation.keeper.close(conversation)
+            if (chat := loading.now()) is not None:
+                chat.keeper.close(chat)
 
 
 def _as_it_was(name: str, load: EngineOptions) -> EngineOptions:
@@ -213,6 +213,7 @@ def _greet(load: EngineOptions) -> None:
         console.echo("This is a small demonstration model. Two questions that it is good at:")
         for example in EXAMPLES:
             console.echo(f"  {example}")
+    console.echo(KEYS, faint=True)
 
 
 def _single(
@@ -267,24 +268,49 @@ def _through_pipe(conversation: Conversation, first: str | None) -> int:
     return 0
 
 
-def _at_terminal(conversation: Conversation, first: str | None) -> int:
-    """Read, answer, repeat; a failed turn is explained and the session goes on."""
+def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None) -> int:
+    """Read, answer, repeat; a failed turn is explained and the chat goes on. The first message is written while the
+    model loads."""
     from octo_run.cli.line_editor import LineEditor
 
-    editor = LineEditor(lambda text: chat_commands.complete(conversation, text), conversation.gauge)
-    warned = False
+    def gauge() -> str:
+        chat = loading.now()
+        return f"loading {shown(model)}" if chat is None else chat.gauge()
+
+    editor = LineEditor(lambda text: chat_commands.complete(loading.now(), text), gauge)
+    warned, draft = False, ""
     while True:
+        text = ""
         try:
-            text = first if first is not None else editor.read(conversation.draft).strip()
-            first, warned, conversation.draft = None, False, ""
+            text, first = first if first is not None else editor.read(draft, loading).strip(), None
+            warned, draft = False, ""
+            if text == "/exit":
+                return 0
             if text:
-                conversation.take(text)
+                chat = _loaded(loading, model)
+                try:
+                    chat.take(text)
+                finally:
+                    draft, chat.draft = chat.draft, ""
         except (EOFError, Leave):
             return 0
         except OctoError as error:
+            if loading.failure() is not None:
+                raise
             console.warn(f"octo-run: {error}")
-        except KeyboardInterrupt:  # at the prompt, or too late to stop an answer
-            if warned or time.monotonic() - conversation.stopped_at < TWICE:
+        except KeyboardInterrupt:  # at the prompt, while the model loads, or too late to stop an answer
+            chat_now = loading.now()
+            if warned or (chat_now is not None and time.monotonic() - chat_now.stopped_at < TWICE):
                 return EXIT_INTERRUPTED
             warned = True
+            if chat_now is None:
+                draft = text  # it is not sent
             console.echo("Ctrl-C again or Ctrl-D leaves.", faint=True)
+
+
+def _loaded(loading: Arriving[Conversation], model: str) -> Conversation:
+    """The conversation, waited for; that is said if it takes a while."""
+    loading.begin()
+    if not loading.over(PATIENCE):
+        console.echo(f"[{model} is still loading]", faint=True)
+    return loading.get()

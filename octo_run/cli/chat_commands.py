@@ -346,8 +346,9 @@ def _lines() -> Iterator[str]:
 HELP = "\n".join(_lines())
 
 
-def complete(chat: "Conversation", text: str) -> list[str] | None:
-    """What the Tab key may make of the text; None where a path belongs."""
+def complete(chat: "Conversation | None", text: str) -> list[str] | None:
+    """What the Tab key may make of the text; None where a path belongs. While there is no chat yet, what commands take
+    is not known."""
     name, space, start = text.partition(" ")
     if not space:
         return [command for command in COMMANDS if command.startswith(text)] if text.startswith("/") else []
@@ -356,6 +357,8 @@ def complete(chat: "Conversation", text: str) -> list[str] | None:
         return []
     if command.words is None:
         return None
+    if chat is None:
+        return []
     return [f"{name} {word}" for word in command.words(chat) if word.startswith(start)]
 
 

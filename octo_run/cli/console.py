@@ -15,8 +15,9 @@ import stat
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 _quiet = False
+_put: Callable[[Callable[[], None]], None] | None = None  # puts the lines of other threads above an edited one
 
 
 def be_quiet(wanted: bool) -> None:
@@ -93,11 +95,31 @@ def write_error(text: str) -> None:
 
     Where nobody can read it, it is lost: the exit code tells what happened.
     """
+    if _handed_over(partial(write_error, text)):
+        return
     try:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
     except OSError:
         process.drop(sys.stderr)
+
+
+@contextmanager
+def printed_by(put: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Inside the block, in which the main thread edits a line, ``put`` gets what prints the lines of other threads."""
+    global _put
+    _put = put
+    try:
+        yield
+    finally:
+        _put = None
+
+
+def _handed_over(line: Callable[[], None]) -> bool:
+    if (put := _put) is None or threading.current_thread() is threading.main_thread():
+        return False
+    put(line)
+    return True
 
 
 def echo(text: str = "", *, faint: bool = False) -> None:
@@ -107,6 +129,8 @@ def echo(text: str = "", *, faint: bool = False) -> None:
     Args:
         faint: Print it in dim letters.
     """
+    if _handed_over(partial(echo, text, faint=faint)):
+        return
     text = fitted("\n".join(map(shown, text.split("\n"))), sys.stdout)
     sys.stdout.write((dim(text) if faint else text) + "\n")
     sys.stdout.flush()

@@ -1,11 +1,15 @@
 """Line editing at a terminal: history in the state folder, several lines by Alt-Enter or a trailing backslash."""
 
+import asyncio
 import os
 import select
 import signal
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import Context
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from prompt_toolkit.input import Input
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.validation import Validator
+
+    from octo_run.cli.arriving import Arriving
 
 PROMPT, CONTINUATION = "> ", "  "
 #: Bytes of a history at most: all of it is read at the start.
@@ -47,6 +53,7 @@ class LineEditor:
         from prompt_toolkit.output import ColorDepth
         from prompt_toolkit.styles import Style
 
+        self._pressed = False  # Ctrl-C, not yet answered
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
             style=Style([("prompt", "ansigreen bold"), ("", "bold"), ("bottom-toolbar", "noreverse nobold")]),
@@ -63,21 +70,87 @@ class LineEditor:
         )
         _notice_hangup(self._session.app.input)
 
-    def read(self, draft: str = "") -> str:
-        """The next message.
+    def read(self, draft: str = "", loading: "Arriving[Any] | None" = None) -> str:
+        """The next message. What other threads print meanwhile stands above it.
 
         Args:
             draft: What the line begins with.
+            loading: What is begun when the line is on the screen. Its failure ends the line.
 
         Raises:
             EOFError: Ctrl-D, or the terminal is gone.
             KeyboardInterrupt: Ctrl-C at an empty prompt.
+            BaseException: What loading raised.
         """
-        with process.altered_screen(), _terminal_signals(self._session.app):
+        app = self._session.app
+
+        def loaded() -> None:
+            if loading is not None and (error := loading.failure()) is not None and not app.is_done:
+                app.exit(exception=error)
+            app.invalidate()  # the line at the bottom has changed
+
+        def begin() -> None:
+            loop = app.loop
+            assert loop is not None
+            loop.call_soon(self._end_if_interrupted)  # meanwhile
+            if loading is None:
+                return
+            if loading.over():
+                loaded()
+            else:
+                loop.call_soon(loading.begin, lambda: _soon(loop, loaded))
+
+        if self._pressed:
+            self._pressed = False
+            raise KeyboardInterrupt
+        with process.altered_screen(), _terminal_signals(app), _lines_above(app):
             try:
-                return self._session.prompt(default=draft)
+                with process.interrupt_handler(self._interrupted):
+                    return self._session.prompt(default=draft, pre_run=begin, handle_sigint=False)
             finally:
                 process.watch_signals()
+
+    def _interrupted(self, _frame: FrameType | None) -> None:
+        """Ctrl-C is a key while a line is edited, and a signal before and after. One that comes when the line is being
+        left, because of another one perhaps, ends the next line: it is not lost."""
+        self._pressed = True
+        if (loop := self._session.app.loop) is not None:
+            _soon(loop, self._end_if_interrupted)
+
+    def _end_if_interrupted(self) -> None:
+        app = self._session.app
+        if self._pressed and app.is_running and not app.is_done:
+            self._pressed = False
+            app.exit(exception=KeyboardInterrupt)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object], context: Context | None = None) -> None:
+    """Let the loop call, from whichever thread this is, unless the line has been sent."""
+    with suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(call, context=context)
+
+
+@contextmanager
+def _lines_above(app: "Application[str]") -> Iterator[None]:
+    """While a line is edited, put what other threads print above it; what comes too late for that, behind it."""
+    waiting: deque[Callable[[], None]] = deque()
+
+    def write() -> None:
+        while waiting:
+            waiting.popleft()()
+
+    def put(line: Callable[[], None]) -> None:
+        from prompt_toolkit.application import run_in_terminal
+
+        waiting.append(line)
+        if len(waiting) == 1 and (loop := app.loop) is not None:
+            _soon(loop, partial(run_in_terminal, write), app.context)
+
+    try:
+        with console.printed_by(put):
+            yield
+    finally:
+        write()
 
 
 def _completer(complete: Callable[[str], list[str] | None]) -> "Completer":

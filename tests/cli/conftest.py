@@ -259,7 +259,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
             def __init__(self, *_: Any) -> None:
                 pass
 
-            def read(self, _draft: str = "") -> str:
+            def read(self, _draft: str = "", loading: Any = None) -> str:
+                if loading is not None:  # this person waits for the model
+                    loading.get()
                 line = lines.pop(0) if lines else EOFError
                 if isinstance(line, str):
                     return line

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,10 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from prompt_toolkit.validation import ValidationError
 
+from octo_run.cli import console
+from octo_run.cli.arriving import Arriving
 from octo_run.cli.line_editor import LineEditor, _validator
+from octo_run.errors import OctoError
 from octo_run.folders import state_folder
 
 ENTER, ALT_ENTER, UP, DELETE, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x1b[3~", "\x03", "\x04"
@@ -130,3 +135,64 @@ def test_without_a_home_there_is_no_history(keys: PipeInput, monkeypatch: pytest
     monkeypatch.setattr(Path, "home", none)
     keys.send_text(f"works{ENTER}")
     assert LineEditor().read() == "works"
+
+
+def test_what_loads_is_begun_with_the_line_and_prints_above_it(
+    keys: PipeInput, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other thread's lines come in order, each once, those that come too late for the line behind it."""
+
+    def load() -> int:
+        console.warn("one")
+        console.echo("two")
+        keys.send_text(f"sent{ENTER}")
+        return 3
+
+    loading = Arriving(load)
+    assert loading.now() is None and not loading.over()
+    assert LineEditor().read("", loading) == "sent"
+    assert loading.get() == 3 and loading.now() == 3
+    printed = capsys.readouterr()
+    assert printed.err == "one\n" and printed.out == "two\n"
+
+
+@pytest.mark.parametrize("error", [OctoError("it does not fit"), KeyboardInterrupt(), ValueError("a bug")])
+@pytest.mark.parametrize("early", [False, True])
+def test_what_cannot_be_loaded_ends_the_line(keys: PipeInput, error: BaseException, early: bool) -> None:
+    def load() -> int:
+        raise error
+
+    loading = Arriving(load)
+    if early:  # between two lines
+        loading.begin()
+        assert loading.over(30)
+    editor = LineEditor()
+    keys.send_text("half of a line")
+    with pytest.raises(type(error)) as raised:
+        editor.read("", loading)
+    assert raised.value is error and loading.failure() is error and loading.now() is None
+    with pytest.raises(type(error)):
+        loading.get()
+
+
+def test_ctrl_c_as_a_signal_is_never_lost(keys: PipeInput) -> None:
+    """Before the line, in it, and while it is being left for another one, each is answered by one interrupt."""
+    editor = LineEditor()
+    interrupt = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        editor.read()
+    interrupt.join()
+    keys.send_text(CTRL_C)
+
+    def left(_app: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    editor._session.app.after_render += lambda app: left(app) if app.is_done else None
+    with pytest.raises(KeyboardInterrupt):
+        editor.read()
+    with pytest.raises(KeyboardInterrupt):
+        editor.read()
+    keys.send_text(f"works{ENTER}")
+    editor._session.app.after_render._handlers.clear()
+    assert editor.read() == "works"

@@ -65,9 +65,12 @@ class Terminal:
         os.write(self.master, text if isinstance(text, bytes) else text.encode())
 
     def read(self, seconds: float = 0.1) -> None:
-        """Take what the program has written, waiting at most ``seconds`` for the first of it."""
+        """Take what the program has written, waiting at most ``seconds`` for the first of it. Where it asks for the
+        cursor's place, it gets one."""
         while select.select([self.master], [], [], seconds)[0]:
-            self.screen += os.read(self.master, 65536).decode("utf-8", "replace")
+            written = os.read(self.master, 65536).decode("utf-8", "replace")
+            self.type("\x1b[5;1R" * written.count("\x1b[6n"))
+            self.screen += written
             seconds = 0
 
     def wait_for(self, pattern: str, after: int = 0) -> int:
@@ -125,12 +128,14 @@ class Terminal:
 @pytest.fixture
 def terminal(environment: dict[str, str], programs: Programs) -> Iterator[Callable[..., Terminal]]:
     """Start the program on a terminal; ``stdout``: a file that standard output goes to instead; ``delay`` are the
-    seconds until the progress of a prompt is shown; ``anew``: with an interpreter of its own."""
+    seconds until the progress of a prompt is shown, ``load_delay`` those until loading begins; ``anew``: with an
+    interpreter of its own."""
     opened = []
 
     def start(
         *argv: str,
         delay: float | None = None,
+        load_delay: float = 0,
         stdout: IO[bytes] | None = None,
         columns: int = 80,
         anew: bool = False,
@@ -139,6 +144,11 @@ def terminal(environment: dict[str, str], programs: Programs) -> Iterator[Callab
         code, env = None, {**environment, **changes}
         if delay is not None:
             code = f"import sys; from octo_run.cli import main, progress; progress.DELAY = {delay}; sys.exit(main())"
+        if load_delay:
+            code = (
+                "import sys, time; from octo_run.cli import main, runtime; load = runtime.load_engine\n"
+                f"runtime.load_engine = lambda *a, **k: (time.sleep({load_delay}), load(*a, **k))[1]\nsys.exit(main())"
+            )
 
         def begin(slave: int) -> "Program | subprocess.Popen[bytes]":
             if not anew:

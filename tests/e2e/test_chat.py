@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,7 @@ def test_failures_are_one_sentence(
 
 PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 WORDS = r".*?\w+\W+\w+\W+\w+"
+READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
 CTRL_C, CTRL_D = "\x03", "\x04"
 #: A bar, and what takes it away and shows the cursor again.
 BAR, WIPED = r"prompt [^\r\n]*\d/1,\d\d\d tokens [^\r\n]* tokens/s \d:\d\d left", r"\r\n\x1b\[\?25h\r\x1b\[1A\x1b\[2K"
@@ -188,7 +190,7 @@ BAR, WIPED = r"prompt [^\r\n]*\d/1,\d\d\d tokens [^\r\n]* tokens/s \d:\d\d left"
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_session(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "--temp", "3", "--seed", "1")  # so hot that no answer ends by itself
-    at = chat.wait_for("San Jose.*4815162.*/help.*" + PROMPT)
+    at = chat.wait_for("San Jose.*4815162.*" + READY)
     chat.type("Tell me a long story.\r")
     at = chat.wait_for(SENT + WORDS, at)
     chat.type(CTRL_C)
@@ -207,7 +209,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(terminal: Callable[..., An
 
 def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat")
-    at = chat.wait_for("/help.*" + PROMPT)
+    at = chat.wait_for(READY)
     chat.type(BOOKING + "\r")
     at = chat.wait_for(r"\[\d+ tokens, .*?" + PROMPT, at)
     chat.type(CTRL_C)
@@ -217,15 +219,56 @@ def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Callable[..., Any]) -> None
     assert "Traceback" not in chat.screen
 
 
-def test_ctrl_c_while_loading_ends_at_once(terminal: Callable[..., Any]) -> None:
-    chat = terminal("chat")
-    chat.wait_for("memory: weights")
+def test_the_first_message_is_written_while_the_model_loads(terminal: Callable[..., Any]) -> None:
+    """The prompt is there before PyTorch; what loading says stands above the line, which stays as it is typed."""
+    chat = terminal("chat", "-n", "3", load_delay=3)
+    at = chat.wait_for("/help.*" + PROMPT)
+    assert "memory: weights" not in chat.screen
+    chat.type("half of")
+    at = chat.wait_for("half of", at)
+    at = chat.wait_for("memory: weights.*" + PROMPT + ".*half of", at)  # the line is drawn anew below it
+    chat.type(" a line\r")
+    at = chat.wait_for(SENT + r".*first after.*?" + PROMPT, at)
+    chat.type("/edit\r")
+    chat.wait_for("half of a line", at)
+    chat.type(CTRL_C + CTRL_D)
+    assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and chat.attributes() == chat.before
+
+
+def test_a_message_waits_for_the_model(terminal: Callable[..., Any]) -> None:
+    """Ctrl-C takes it back; sent again it is answered."""
+    chat = terminal("chat", "-n", "3", load_delay=5)
+    at = chat.wait_for("/help.*" + PROMPT)
+    chat.type("Hello.\r")
+    at = chat.wait_for(r"\[octo-demo is still loading\]", at)
     chat.type(CTRL_C)
-    chat.read(2)
-    if chat.process.poll() is None:  # loading was quicker than the key, which met the prompt
-        chat.type(CTRL_C)
-    assert chat.wait_for_end() == 130
-    assert "Traceback" not in chat.screen
+    at = chat.wait_for(r"Ctrl-C again or Ctrl-D leaves.*?" + PROMPT + r".*?Hello\.", at)
+    chat.type("\r")
+    at = chat.wait_for(SENT + r".*memory: weights.*first after.*?" + PROMPT, at)
+    chat.type(CTRL_D)
+    assert chat.wait_for_end() == 0 and "Traceback" not in chat.screen and chat.attributes() == chat.before
+
+
+@pytest.mark.parametrize(("keys", "code"), [(CTRL_D, 0), ("/exit\r", 0), (CTRL_C + CTRL_C, 130)])
+@pytest.mark.parametrize("delay", [0, 30])
+def test_leaving_while_the_model_loads(terminal: Callable[..., Any], keys: str, code: int, delay: float) -> None:
+    """At once, whether PyTorch is imported then or nothing is."""
+    chat = terminal("chat", load_delay=delay)
+    chat.wait_for("/help.*" + PROMPT)
+    for key in keys if keys[0] != "/" else [keys]:
+        chat.type(key)
+        chat.read(0.3)
+    begun = time.monotonic()
+    assert chat.wait_for_end() == code and time.monotonic() < begun + 30
+    assert "Traceback" not in chat.screen and "Fatal" not in chat.screen and chat.attributes() == chat.before
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_first_line(terminal: Callable[..., Any], tmp_path: Path) -> None:
+    chat = terminal("chat", "-m", str(tmp_path / "none"), load_delay=1)
+    chat.wait_for("/help.*" + PROMPT)
+    chat.type("half of")
+    chat.wait_for("octo-run: .*none")
+    assert chat.wait_for_end() == 2 and "Traceback" not in chat.screen and chat.attributes() == chat.before
 
 
 @pytest.mark.slow
@@ -244,7 +287,7 @@ def test_a_long_prompt_shows_its_progress_on_standard_error_alone(terminal: Call
 @pytest.mark.slow
 def test_ctrl_c_while_a_long_prompt_is_read_keeps_the_session(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "--system", LONG, "-n", "3", "--threads", "1", delay=0.05)
-    at = chat.wait_for("/help.*" + PROMPT)
+    at = chat.wait_for(READY)
     chat.type("Hello.\r")
     at = chat.wait_for(SENT + ".*" + BAR, at)
     chat.type(CTRL_C)
@@ -264,7 +307,7 @@ def test_a_pasted_byte_that_is_no_utf8_keeps_the_line(
     terminal: Callable[..., Any], environment: dict[str, str]
 ) -> None:
     chat = terminal("chat", "-n", "3")
-    at = chat.wait_for("/help.*" + PROMPT)
+    at = chat.wait_for(READY)
     chat.type(b"\x1b[200~caf\xe9 bar\x1b[201~\r")
     at = chat.wait_for("Character 4 is not UTF-8", at)
     chat.type(CTRL_D)  # takes the character at the cursor away
