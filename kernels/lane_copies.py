@@ -98,6 +98,19 @@ def prefetch_l2(pointer, size, wanted):
     )
 
 
+@gluon.jit
+def prefetch_l2_line(pointer, wanted):
+    """The same for what lies around ``pointer``, 32 bytes at least."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointer, u32(wanted)],
+        dtype=gl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @constexpr_function
 def _expect_asm(at, count):
     return (

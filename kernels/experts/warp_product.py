@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.experts.packed_product import activated
-from octo_run.kernels.lane_copies import prefetch_l2, wait_for_copies
+from octo_run.kernels.lane_copies import prefetch_l2, prefetch_l2_line, wait_for_copies
 from octo_run.kernels.lanes import (
     barrier,
     fma_half2,
@@ -131,7 +131,8 @@ def _fetch_ahead(CODES, SCALES, TILES, tile, block, row_bytes, stride_group, ste
     row = tile * step + (lane & 7) + ((lane >> 3) & 1) * half
     first = block * (16 * BITS)
     size = gl.minimum(SHARE * (16 * BITS), row_bytes - first)
-    prefetch_l2(CODES + ((before + row) * row_bytes + first), size, (lane < 16) & (row < n) & (size > 0))
+    wanted = (expert >= 0) & (size > 0)
+    prefetch_l2(CODES + ((before + row) * row_bytes + first), size, wanted & (lane < 16) & (row < n))
     if GROUP > 0:
         GROUPS: gl.constexpr = 128 // GROUP
         groups = gl.minimum(SHARE * GROUPS, row_bytes // (16 * BITS) * GROUPS - block * GROUPS)
@@ -139,7 +140,7 @@ def _fetch_ahead(CODES, SCALES, TILES, tile, block, row_bytes, stride_group, ste
         for at in range(0, SHARE * GROUPS, 16):
             group = at + (lane >> 1)
             place = (block * GROUPS + group).to(gl.int64) * stride_group
-            prefetch_l2(SCALES + (place + before + scales_row), lane * 0 + 16, (group < groups) & (scales_row < n))
+            prefetch_l2_line(SCALES + (place + before + scales_row), wanted & (group < groups) & (scales_row < n))
 
 
 @gluon.jit(do_not_specialize=["n", "outputs", "step", "half", "experts"])

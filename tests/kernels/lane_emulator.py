@@ -513,6 +513,7 @@ COPIES: dict[str, Callable[..., Any]] = {
     "copy16": copy16,
     "commit_copies": commit_copies,
     "prefetch_l2": prefetch_l2,
+    "prefetch_l2_line": lambda pointer, wanted: prefetch_l2(pointer, Value(16, "i32"), wanted),
     "wait_for_all_copies": wait_for_all_copies,
     "copy16_if": copy16_if,
     "copy16_or_clear": lambda to, pointer, there, wanted, lines: copy16_if(to, pointer, wanted, lines, there),
