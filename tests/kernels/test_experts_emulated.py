@@ -121,3 +121,31 @@ def test_products_of_single_warps_are_those_of_the_values(
     )
     layer.out.copy_(reference.combined(layer.scratch, rows, None))
     layer.check(2e-2 if dtype == torch.bfloat16 else 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("packed", "names", "room", "wanted"),
+    [
+        (("fp4", 32), ("gate_up", "down"), 227, [("gate_up", False), ("down", True)]),
+        (("fp4", 32), ("down",), 227, ["gate_up", ("down", False)]),  # what is in front lets it begin too early
+        (("fp4", 32), ("gate_up", "down"), 24, ["gate_up", "down"]),
+        (("fp4", 32), (), 227, ["gate_up", "down"]),
+        (("int4", 64), ("gate_up", "down"), 227, ["gate_up", "down"]),
+    ],
+)
+def test_which_kernel_makes_a_product(
+    monkeypatch: pytest.MonkeyPatch, packed: Any, names: tuple[str, ...], room: int, wanted: list[Any]
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(launch, "_fused_fits", lambda _x, _weight: True)
+    monkeypatch.setattr(launch, "shared_memory", lambda _device: room << 10)
+    monkeypatch.setattr(launch, "_sorted", lambda _scratch, _rows: 2)
+    monkeypatch.setattr(launch, "_combine", lambda *_: None)
+    monkeypatch.setattr(launch, "fused_product", lambda _x, _experts, name, *_: made.append(name))
+    monkeypatch.setattr(
+        launch, "warp_product", lambda _x, _e, name, _s, _o, _t, _how, ahead: made.append((name, ahead))
+    )
+    monkeypatch.setattr(launch, "BY_WARPS", dict.fromkeys(names, launch.WarpTiling(4, 1, 8, False)))
+    layer = shared.Layer(1, packed=packed, hidden=136, inner=200, dtype=torch.bfloat16)
+    launch.mix(layer.x, layer.weights, layer.scratch, layer.out)
+    assert made == wanted
