@@ -125,10 +125,10 @@ def _times(weights, inputs, inside, there, share, BK: tl.constexpr):
     mask = there[:, None] & inside[None, :]
     wide = tl.load(weights, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
     if BK > 256:
-        return wide * (tl.load(inputs, mask=inside, other=0).to(tl.float32) * share)[None, :]
-    # A row to a warp, each of which reads the inputs: through shared memory all would wait for each other.
-    rows = 0 * there[:, None].to(tl.int32)
-    return wide * (tl.load(inputs[None, :] + rows, mask=mask, other=0).to(tl.float32) * share)
+        x = tl.load(inputs, mask=inside, other=0)[None, :]
+    else:  # A row to a warp, each of which reads the inputs: through shared memory all would wait for each other.
+        x = tl.load(inputs[None, :] + 0 * there[:, None].to(tl.int32), mask=mask, other=0)
+    return wide * (x.to(tl.float32) * share)
 
 
 @triton.jit

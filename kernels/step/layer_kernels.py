@@ -135,8 +135,11 @@ def _for_lines(vector, column, wanted, line, LINES: tl.constexpr):
     """Numbers that all lines share, [LINES or 1, columns]. Few lines read them each for itself: threads that bring them
     to each other wait for each other."""
     if LINES > 16:
-        return tl.load(vector + column, mask=wanted, other=0)[None, :]
-    return tl.load(vector + column[None, :] + 0 * line[:, None], mask=wanted[None, :] & (line >= 0)[:, None], other=0)
+        found = tl.load(vector + column, mask=wanted, other=0)[None, :]
+    else:
+        mask = wanted[None, :] & (line >= 0)[:, None]
+        found = tl.load(vector + column[None, :] + 0 * line[:, None], mask=mask, other=0)
+    return found
 
 
 @triton.jit
