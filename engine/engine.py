@@ -237,7 +237,7 @@ class Engine:
                 with system_memory.returning():
                     return Decoder(cfg, source, None, turned, scheme, ids, of_head, plan.context)
 
-            if path is None or where.type != "cpu" or scheme is None or len(cfg.attention_layers) < cfg.num_layers:
+            if path is None or where.type != "cpu" or scheme is None or cfg.recurrent:
                 decoder = made(source)
             else:
                 turns = {d: one.numpy().tobytes() for d, one in turned.items()}

@@ -127,6 +127,11 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def recurrent(self) -> bool:
+        """Whether some layers keep a state in place of keys and values."""
+        return LINEAR in self.layer_types
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """The numbers of the layers that have keys and values of their own."""
         kinds = self.layer_types or (FULL,) * self.num_layers

@@ -61,7 +61,7 @@ class PerLayerEmbedding:
     """The vectors of all tokens.
 
     Attributes:
-        table: ``[vocab, layers size]``.
+        table: ``[vocab, layers size]``, of any float dtype.
         projection: Of embeddings, ``[layers size, hidden]``.
         norm: ``[size]``.
     """
@@ -74,7 +74,7 @@ class PerLayerEmbedding:
     @classmethod
     def load(cls, cfg: ModelConfig, weights: Weights, norm: Callable[[Tensor], Tensor]) -> PerLayerEmbedding:
         """Take the tensors; ``norm`` makes of a norm's weight what the kernels take."""
-        table = weights.take(_TABLE)
+        table = weights.matrix(_TABLE)
         return cls(table, weights.linear(_PROJECTION), norm(weights.take(_NORM)), cfg.rms_norm_eps)
 
     def write(self, ids: Tensor, embedded: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
@@ -97,7 +97,7 @@ class PerLayerEmbedding:
     def __call__(self, ids: Tensor, embedded: Tensor) -> Tensor:
         """The same in plain PyTorch: ``[layers, B, C, size]`` of ``ids [B, C]``."""
         shape = *ids.shape, -1, len(self.norm)
-        rows = self.table[ids] * self._scale(embedded.dtype)
+        rows = self.table[ids].to(embedded.dtype) * self._scale(embedded.dtype)
         projected = self.projection(embedded) * embedded.shape[-1] ** -0.5
         normed = reference.normed(projected.view(shape), self.norm, self.eps)
         given: Tensor = (normed + rows.view(shape)) * 2**-0.5

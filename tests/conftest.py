@@ -99,14 +99,15 @@ class Backwards:
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Most cases of tests marked ``few`` are slow (see :func:`quick_cases`). GPU tests need a GPU."""
+    whole = not any("::" in argument for argument in config.args)
     tests = dict[Any, list[pytest.Item]]()
     for item in items:
         if item.get_closest_marker("few") is not None:
             tests.setdefault((item.path, item.name.partition("[")[0]), []).append(item)
     for cases in tests.values():
-        quick = quick_cases(cases)
+        quick = quick_cases(cases, whole)
         for case in cases:
             if case not in quick:
                 case.add_marker(pytest.mark.slow)
@@ -127,15 +128,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def quick_cases(cases: list[pytest.Item]) -> list[pytest.Item]:
+def quick_cases(cases: list[pytest.Item], whole: bool = True) -> list[pytest.Item]:
     """The quick ones of a test's cases: those that its mark ``few`` names by their ids, or as many as it says, spread
-    evenly over all of them that are not slow anyway."""
+    evenly over all of them that are not slow anyway. Where the cases are the ``whole`` test, each name has to be one's:
+    else the test would hardly be quick any more, and nobody would notice."""
     mark = cases[0].get_closest_marker("few")
     cases = [case for case in cases if case.get_closest_marker("slow") is None] or cases
     assert mark is not None and mark.args, f"{cases[0].nodeid}: few cases of how many, or which?"
     if isinstance(mark.args[0], int):
         return [cases[n * len(cases) // mark.args[0]] for n in range(mark.args[0])]
-    return [case for case in cases if case.name.partition("[")[2][:-1] in mark.args] or cases[:1]
+    named = {case.name.partition("[")[2][:-1]: case for case in cases}
+    wrong = [name for name in mark.args if name not in named]
+    assert not wrong or not whole, f"{cases[0].nodeid}: no case is called {wrong}, but {[*named]}"
+    return [named[name] for name in mark.args if name in named]
 
 
 @pytest.fixture(scope="session", autouse=True)

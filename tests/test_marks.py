@@ -28,6 +28,8 @@ def names(few: pytest.MarkDecorator, slow: str = "") -> str:
 def test_as_many_as_it_says_or_those_that_it_names() -> None:
     assert names(pytest.mark.few(1)) == "a" and names(pytest.mark.few(4)) == "aceg"
     assert names(pytest.mark.few("b", "h")) == "bh"
+    with pytest.raises(AssertionError, match="no case is called"):
+        names(pytest.mark.few("b", "x"))
 
 
 def test_cases_that_are_slow_anyway_do_not_count() -> None:

@@ -117,7 +117,7 @@ def matrix_dtype(
     if weights == "fp32" and dtype != torch.float32:
         raise UsageError("--weights fp32 is for arithmetic in float32: give --dtype float32, too, or leave it out.")
     narrow = weights == "bf16" and device.type == "cpu" and dtype == torch.float32
-    plain = cfg.experts is None and len(cfg.attention_layers) == cfg.num_layers
+    plain = cfg.experts is None and not cfg.recurrent
     return torch.bfloat16 if narrow and plain else dtype
 
 

@@ -53,7 +53,7 @@ def differences(one: Any, other: Any, where: str = "decoder") -> list[str]:
     return [] if one == other or callable(one) else [f"{where}: {one!r} and {other!r}"]
 
 
-@pytest.mark.few("qwen3-yarn", "gemma4-small", "llama3-biases")
+@pytest.mark.few("qwen3-yarn-int8", "gemma4-small-int4", "llama3-biases-int4")
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decoder_of_the_file_is_the_one_that_was_packed(

@@ -10,6 +10,8 @@ from octo_run.engine import Engine
 from octo_run.engine.parts import held_bytes
 from octo_run.errors import UsageError
 
+from .test_families import MODELS, written
+
 
 @pytest.mark.few("oct3-True")
 @pytest.mark.parametrize("tied", [True, False])
@@ -35,3 +37,13 @@ def test_in_16_bit_arithmetic_there_is_nothing_to_choose(make_checkpoint: Callab
     assert half.forward.decoder.embedding.dtype == torch.float16
     with pytest.raises(UsageError, match="--weights fp32 is for arithmetic in float32: give --dtype float32"):
         Engine.load(path, device="cpu", dtype="bfloat16", weights="fp32")
+
+
+def test_layers_that_share_keys_and_values_are_held_in_bf16_too(tmp_path: Path) -> None:
+    written(tmp_path, *MODELS["gemma4-small"])
+    wide, narrow = (Engine.load(tmp_path, device="cpu", max_context=256, weights=name) for name in ("fp32", "bf16"))
+    assert (wide.plan.weight_format, narrow.plan.weight_format) == ("fp32", "bf16")
+    assert narrow.plan.weights < 0.6 * wide.plan.weights
+    ids = list(range(3, 93))
+    found, expected = narrow.logits(ids), wide.logits(ids)
+    assert (found - expected).norm() < 1e-2 * expected.norm(), "the file's weights are in float32"
