@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
+from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx, shared_memory
 from octo_run.kernels.experts.packed_product import packed_experts_kernel
 from octo_run.kernels.experts.product_kernels import down_vector_kernel, gate_up_vector_kernel, grouped_kernel
 from octo_run.kernels.experts.routing_kernels import (
@@ -20,6 +21,8 @@ from octo_run.kernels.experts.routing_kernels import (
     router_kernel,
     router_rows_kernel,
 )
+from octo_run.kernels.experts.warp_product import shared_bytes as warp_shared_bytes
+from octo_run.kernels.experts.warp_product import warp_experts_kernel
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
 from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
@@ -27,6 +30,27 @@ from octo_run.kernels.linear.streamed_parts import shared_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class WarpTiling:
+    """How a product whose warps have tiles of their own is divided: warps of a program, warps that share a tile, blocks
+    in a warp's ring; whether what floating-point codes lack is multiplied at the end (`warp_product`)."""
+
+    warps: int
+    split: int
+    stages: int
+    folded: bool
+
+
+@dataclass(frozen=True)
+class VectorTiling:
+    """A program's part of a matrix-vector product: outputs, columns at a time, warps."""
+
+    outputs: int
+    columns: int
+    warps: int
+
 
 #: Tokens up to which each pair of token and expert has programs of its own that read the expert's matrices.
 VECTOR_TOKENS = 4
@@ -37,6 +61,16 @@ SMALL_TOKENS = 256
 #: Tokens up to which the router takes each by itself; as many as are decoded fused, so that their results do not depend
 #: on how many there are.
 ROUTER_TOKENS = FUSED_TOKENS
+#: Bytes of the second matrices that are fetched into the second-level cache while the first product still runs.
+AHEAD_BYTES = 24 << 20
+#: Programs of dense experts' first products, and of second ones of up to 1024 columns and more. The short ones have a
+#: row to a warp, and as few registers as let all programs of a token be there at once.
+GATE_UP, DOWN, LONG_DOWN = VectorTiling(2, 1024, 4), VectorTiling(4, 256, 4), VectorTiling(4, 1024, 4)
+#: Outputs of a router that a program makes.
+ROUTER_OUTPUTS = 2
+#: How products with floating-point codes, "gate_up" and "down", are divided if their warps have tiles of their own
+#: (`warp_product`). Those that are not here are made by `fused_product`.
+BY_WARPS: dict[str, WarpTiling] = {}
 #: Pairs that a program that sorts looks at together.
 _PAIRS = 1024
 #: Columns that a program adds up.
@@ -70,17 +104,23 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scra
     wide = triton.next_power_of_2(experts)
     choice = {
         "INDICES": scratch.indices, "WEIGHTS": scratch.weights, "TILES": scratch.tiles, "ORDER": scratch.order,
-        "experts": experts, "outputs": outputs, "CHOSEN": chosen, "BC": triton.next_power_of_2(chosen), "BE": wide,
-        "PART": min(wide, 32), "NORMALISED": normalised, "SINGLE": rows == 1, **early(x.device),
+        "experts": experts, "outputs": outputs, "CHOSEN": chosen, "BE": wide,
+        "PART": wide if wide <= 128 else 32, "NORMALISED": normalised, "SINGLE": rows == 1, **early(x.device),
         "num_warps": 8 if wide > 128 else 4,
     }  # fmt: skip
     launch: Callable[..., Any]
     with on_device_of(x):
         if rows <= ROUTER_TOKENS:
             columns = min(2048, triton.next_power_of_2(hidden))
-            launch = router_kernel[(triton.cdiv(outputs, 2), rows)]
+            launch = router_kernel[(triton.cdiv(outputs, ROUTER_OUTPUTS), rows)]
             launch(
-                **product, COUNTERS=_counters(x.device), **choice, K=hidden, BN=2, BK=columns, BIASED=bias is not None
+                **product,
+                COUNTERS=_counters(x.device),
+                **choice,
+                K=hidden,
+                BN=ROUTER_OUTPUTS,
+                BK=columns,
+                BIASED=bias is not None,
             )
             return
         launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
@@ -116,7 +156,11 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
             ("gate_up", x, scratch.inner, fused[0]),
             ("down", scratch.inner, scratch.parts, fused[1]),
         ):
-            (fused_product if here else _grouped)(taken, experts, name, scratch, made, tiles)
+            if here and name in BY_WARPS and _warps_fit(getattr(experts, name), BY_WARPS[name]):
+                ahead = name == "down" and "gate_up" in BY_WARPS
+                warp_product(taken, experts, name, scratch, made, tiles, BY_WARPS[name], ahead)
+            else:
+                (fused_product if here else _grouped)(taken, experts, name, scratch, made, tiles)
         _combine(experts, scratch, out, shared)
 
 
@@ -131,16 +175,20 @@ def _fused_fits(x: Tensor, weight: Tensor | PackedWeight) -> bool:
 
 
 def fused_product(
-    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: Tiling | None = None
-) -> None:
-    """The product ``gate_up`` with its activation, or ``down``, of tiles of at most ``FEW`` rows, decoding fused."""
+    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: Tiling | None = None,
+    side_by_side: int = 1, registers: int | None = None,
+) -> None:  # fmt: skip
+    """The product ``gate_up`` with its activation, or ``down``, of tiles of at most ``FEW`` rows, decoding fused.
+
+    For trials: ``side_by_side`` programs on a multiprocessor, of at most ``registers`` for each thread.
+    """
     weight: PackedWeight = getattr(experts, name)
     bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
     n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
     how = tiling(blocks) if how is None else how
     step, half = (8, n // 2) if first else (16, 8)
     outputs = triton.cdiv(n, 2 * step if first else step)
-    programs = min(outputs, max(1, processors(x.device) // tiles))
+    programs = min(outputs, max(1, side_by_side * processors(x.device) // tiles))
     group = 0 if weight.scales is None else weight.group
     shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, 1, how.warps, how.turns * how.ahead)
     threads, unused = 32 * how.warps, weight.rows
@@ -156,7 +204,47 @@ def fused_product(
         HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, PADDED=weight.padded != weight.columns,
         UNEVEN=blocks != how.warps * how.turns, TURNS=how.turns, AHEAD=how.ahead, CHOSEN=scratch.indices.shape[1],
         FIRST=first, ACTIVATION=activation.kind, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
-        **early(x.device), num_warps=how.warps,
+        **early(x.device), num_warps=how.warps, **({} if registers is None else {"maxnreg": registers}),
+    )  # fmt: skip
+
+
+def _warps_fit(weight: PackedWeight, how: WarpTiling) -> bool:
+    """Whether `warp_product` takes what `fused_product` takes: floating-point codes, for which there is room."""
+    group = 0 if weight.scales is None else weight.group
+    size = int(warp_shared_bytes(BITS[weight.kind], group, weight.padded // BLOCK, FEW, how.warps, how.stages))
+    return weight.kind in ("fp4", "fp8") and weight.columns >= 4 and size + 1024 <= shared_memory(weight.device)
+
+
+def warp_product(
+    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: WarpTiling,
+    ahead: bool = False,
+) -> None:  # fmt: skip
+    """As `fused_product`, for floating-point codes: each warp by itself (`warp_product`).
+
+    ``ahead``: what was launched before is the first product of the same tiles, so that codes may be fetched before it
+    has ended (if they are not more than ``AHEAD_BYTES``).
+    """
+    weight: PackedWeight = getattr(experts, name)
+    bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
+    n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
+    step, half = (8, n // 2) if first else (16, 8)
+    outputs = triton.cdiv(n, 2 * step if first else step)
+    group, bits, unused = 0 if weight.scales is None else weight.group, BITS[weight.kind], weight.rows
+    rows = 1 if len(scratch.indices) == 1 else FEW  # of a tile
+    shared, threads = warp_shared_bytes(bits, group, blocks, rows, how.warps, how.stages), 32 * how.warps
+    ahead = ahead and tiles * n * weight.codes.stride(0) <= AHEAD_BYTES
+    launch: Callable[..., Any] = warp_experts_kernel[(triton.cdiv(outputs, how.warps // how.split), tiles)]
+    launch(
+        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
+        BIAS=unused if bias is None else bias, ORDER=scratch.order, TILES=scratch.tiles, OUT=out,
+        alpha=activation.alpha, limit=activation.limit, n=n, columns=weight.columns,
+        row_bytes=weight.codes.stride(0),
+        stride_group=0 if weight.scales is None else weight.scales.stride(1), outputs=outputs, step=step, half=half,
+        experts=experts.experts, KIND=weight.kind, BITS=bits, ELEMENT=ELEMENTS[x.dtype], GROUP=group,
+        BIASED=bias is not None, CHOSEN=scratch.indices.shape[1], FIRST=first, ACTIVATION=activation.kind,
+        SPLIT=how.split, STAGES=how.stages, BLOCKS=blocks, FOLDED=how.folded, AHEAD=ahead,
+        WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads, **early(x.device),
+        num_warps=how.warps,
     )  # fmt: skip
 
 
@@ -167,20 +255,26 @@ def _vectors(
     """Each pair's products by themselves, the sums within the second one."""
     hidden, inner, chosen, how = experts.hidden, experts.inner, scratch.indices.shape[1], experts.activation
     bias = experts.gate_up_bias
-    launch: Callable[..., Any] = gate_up_vector_kernel[(triton.cdiv(inner, 2), scratch.indices.numel())]
+    tile = GATE_UP
+    launch: Callable[..., Any] = gate_up_vector_kernel[(triton.cdiv(inner, tile.outputs), scratch.indices.numel())]
     launch(
         X=x, WEIGHT=gate_up, BIAS=x if bias is None else bias, INDICES=scratch.indices, OUT=scratch.inner,
-        alpha=how.alpha, limit=how.limit, N=inner, K=hidden, CHOSEN=chosen, BN=2,
-        BK=min(1024, triton.next_power_of_2(hidden)), ACTIVATION=how.kind, BIASED=bias is not None, **early(x.device),
-        num_warps=4)  # fmt: skip
-    bias = experts.down_bias
-    launch = down_vector_kernel[(triton.cdiv(hidden, 4), len(x))]
+        alpha=how.alpha, limit=how.limit, N=inner, K=hidden, CHOSEN=chosen, BN=tile.outputs,
+        BK=min(tile.columns, triton.next_power_of_2(hidden)), ACTIVATION=how.kind, BIASED=bias is not None,
+        **early(x.device), num_warps=tile.warps)  # fmt: skip
+    bias, tile = experts.down_bias, DOWN if inner <= 1024 else LONG_DOWN
+    row = inner * down.element_size()
+    ahead = min(row, AHEAD_BYTES // (hidden * chosen * len(x))) // 128 * 128
+    if (row | down.data_ptr()) % 16:  # what is fetched ahead must begin at 16 bytes
+        ahead = 0
+    launch = down_vector_kernel[(triton.cdiv(hidden, tile.outputs), len(x))]
     launch(
         X=scratch.inner, WEIGHT=down, BIAS=x if bias is None else bias, INDICES=scratch.indices,
         WEIGHTS=scratch.weights, SHARED=x if shared is None else shared, LOGITS=scratch.logits, OUT=out,
-        outputs=scratch.logits.shape[1], experts=experts.experts, N=hidden, K=inner, CHOSEN=chosen, BN=4,
-        BK=min(1024, triton.next_power_of_2(inner)), BIASED=bias is not None, HAS_SHARED=shared is not None,
-        **early(x.device), num_warps=4)  # fmt: skip
+        outputs=scratch.logits.shape[1], experts=experts.experts, ahead=ahead, N=hidden, K=inner, CHOSEN=chosen,
+        BN=tile.outputs, BK=min(tile.columns, triton.next_power_of_2(inner)), BIASED=bias is not None,
+        HAS_SHARED=shared is not None, AHEAD=32 * tile.outputs * triton.cdiv(chosen, 32) if ahead else 0,
+        **early(x.device), num_warps=tile.warps)  # fmt: skip
 
 
 def _sorted(scratch: Scratch, rows: int) -> int:

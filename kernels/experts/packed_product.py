@@ -47,7 +47,7 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _activated(gate, up, alpha, limit, ACTIVATION: gl.constexpr):
+def activated(gate, up, alpha, limit, ACTIVATION: gl.constexpr):
     """See `weights.ACTIVATIONS`; float32."""
     if ACTIVATION == "clamped_silu":
         gate = gl.minimum(gate, limit)
@@ -76,7 +76,7 @@ def _finish(factors, buffer, turn, OUT, BIAS, ORDER, alpha, limit, begin, end, t
         if BIASED:
             total += gl.load(BIAS + output, mask=mine, other=0).to(gl.float32)
         if FIRST:  # the up is in the thread of the same pair's other half
-            result = _activated(total, shuffle_f(total, lane ^ (2 * SHARED)), alpha, limit, ACTIVATION)
+            result = activated(total, shuffle_f(total, lane ^ (2 * SHARED)), alpha, limit, ACTIVATION)
             target = OUT + (begin + row).to(gl.int64) * half + output
             gl.store(target, result.to(OUT.dtype.element_ty), mask=mine & (number & 2 == 0))
         else:

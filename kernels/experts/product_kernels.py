@@ -40,8 +40,8 @@ def gate_up_vector_kernel(
     there = (at < N)[:, None]
     at += line % 2 * N
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()  # what fetches ahead finds the experts
     first_row = tl.load(INDICES + pair).to(tl.int64) * (2 * N)
     source = WEIGHT + (first_row + at)[:, None] * K + k[None, :]
     weights = tl.load(source, mask=there & (k < K)[None, :], other=0, eviction_policy="evict_first")
@@ -63,17 +63,42 @@ def gate_up_vector_kernel(
 
 
 @triton.jit
-def down_vector_kernel(
-    X, WEIGHT, BIAS, INDICES, WEIGHTS, SHARED, LOGITS, OUT, outputs, experts, N: tl.constexpr, K: tl.constexpr,
-    CHOSEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr, HAS_SHARED: tl.constexpr,
-    EARLY: tl.constexpr,
+def _fetch_ahead(
+    WEIGHT, INDICES, token, experts, size, N: tl.constexpr, K: tl.constexpr, CHOSEN: tl.constexpr, BN: tl.constexpr,
+    PLACES: tl.constexpr,
 ):  # fmt: skip
-    """BN of a token's N outputs, summed over its CHOSEN experts; the program is (outputs, token). X: [pairs, K]."""
+    """Bring the first ``size`` bytes of BN rows of each expert in INDICES into the second-level cache, a thread a row
+    (sm_90). If INDICES are not yet the right ones, nothing is wrong but the time lost. PLACES: 32 BN for each 32 chosen
+    experts or a part of them."""
+    place = tl.arange(0, PLACES)
+    number = place // 32 // BN * 32 + place % 32  # a warp's threads have the same row of different experts
+    row = tl.program_id(0) * BN + place // 32 % BN
+    wanted = (number < CHOSEN) & (row < N)
+    expert = tl.load(INDICES + token * CHOSEN + number, mask=wanted, other=0, cache_modifier=".cg")
+    expert = tl.minimum(tl.maximum(expert, 0), experts - 1).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r", [WEIGHT + (expert * N + row) * K, size + 0 * place, wanted.to(tl.int32)],
+        dtype=tl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@triton.jit
+def down_vector_kernel(
+    X, WEIGHT, BIAS, INDICES, WEIGHTS, SHARED, LOGITS, OUT, outputs, experts, ahead, N: tl.constexpr, K: tl.constexpr,
+    CHOSEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr, HAS_SHARED: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """BN of a token's N outputs, summed over its CHOSEN experts; the program is (outputs, token). X: [pairs, K].
+
+    AHEAD: 0, or places of `_fetch_ahead`: the first ``ahead`` bytes of each row are fetched while the first product
+    still runs.
+    """
     token = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    there = (at < N)[:, None]
     if EARLY:
+        if AHEAD > 0:
+            _fetch_ahead(WEIGHT, INDICES, token, experts, ahead, N, K, CHOSEN, BN, AHEAD)
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros([BN, BK], tl.float32)
@@ -84,10 +109,7 @@ def down_vector_kernel(
         share = tl.load(WEIGHTS + pair)
         source = WEIGHT + (first_row + at)[:, None] * K + k[None, :]
         for first in range(0, K, BK):
-            inside = first + k < K
-            weights = tl.load(source + first, mask=there & inside[None, :], other=0, eviction_policy="evict_first")
-            x = tl.load(X + pair * K + first + k, mask=inside, other=0).to(tl.float32) * share
-            total += weights.to(tl.float32) * x[None, :]
+            total += _times(source + first, X + pair * K + first + k, first + k < K, at < N, share, BK)
         if BIASED:
             result += share * tl.load(BIAS + first_row + at, mask=at < N, other=0).to(tl.float32)
     result += tl.sum(total, 1)
@@ -95,6 +117,18 @@ def down_vector_kernel(
         gate = 1.0 / (1.0 + tl.exp(-tl.load(LOGITS + token * outputs + experts)))
         result += gate * tl.load(SHARED + token * N + at, mask=at < N, other=0).to(tl.float32)
     tl.store(OUT + token * N + at, result.to(OUT.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def _times(weights, inputs, inside, there, share, BK: tl.constexpr):
+    """Weights [BN, BK] times inputs [BK] times ``share``, in float32."""
+    mask = there[:, None] & inside[None, :]
+    wide = tl.load(weights, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
+    if BK > 256:
+        x = tl.load(inputs, mask=inside, other=0)[None, :]
+    else:  # A row to a warp, each of which reads the inputs: through shared memory all would wait for each other.
+        x = tl.load(inputs[None, :] + 0 * there[:, None].to(tl.int32), mask=mask, other=0)
+    return wide * (x.to(tl.float32) * share)
 
 
 @triton.jit

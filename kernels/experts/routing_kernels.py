@@ -10,48 +10,58 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def _comparable(logits):
+    """What is no number becomes the largest one: so that of two there is always one that comes first."""
+    return tl.where(logits == logits, logits, float("inf"))
+
+
+@triton.jit
+def _earlier(theirs, other, mine, at):
+    """Whether each of theirs comes before each of mine, [theirs, mine] as 0 and 1; places decide between equal ones."""
+    larger = theirs[:, None] > mine[None, :]
+    equal = theirs[:, None] == mine[None, :]
+    return (larger | (equal & (other[:, None] < at[None, :]))).to(tl.int32)
+
+
+@triton.jit
 def _choose(
-    LOGITS, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN: tl.constexpr, BC: tl.constexpr,
-    BE: tl.constexpr, PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr,
+    LOGITS, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN: tl.constexpr, BE: tl.constexpr,
+    PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """The CHOSEN largest logits of a row, and their shares. SINGLE: there is one row; its tiles are written, too.
 
-    Each logit's rank is the number of those before it, PART of which are compared with all at a time: no turn waits for
-    the one before. Logits are read past the first-level cache, which may not know of other programs' writes.
+    Each logit's rank is the number of those before it: no turn waits for the one before. Of many logits PART are
+    compared with all at a time. They are read past the first-level cache, which may not know of other programs' writes.
     """
     at = tl.arange(0, BE)
-    place = tl.arange(0, BC)
     source = LOGITS + row * outputs
     logits = tl.load(source + at, mask=at < experts, other=-float("inf"), cache_modifier=".cg")
-    best = tl.max(logits, 0)
-    total = tl.sum(tl.exp(logits - best), 0)
-    rank = tl.zeros([BE], tl.int32)
-    for first in tl.static_range(0, BE, PART):
-        other = first + tl.arange(0, PART)
-        against = tl.load(source + other, mask=other < experts, other=-float("inf"), cache_modifier=".cg")
-        before = against[None, :] > logits[:, None]
-        before |= (against[None, :] == logits[:, None]) & (other[None, :] < at[:, None])
-        rank += tl.sum(before.to(tl.int32), 1)
-    picked = (rank[None, :] == place[:, None]) & (at < experts)[None, :]
-    # Ranks of what is no number are not all different: an expert that is there is chosen all the same.
-    which = tl.minimum(tl.sum(tl.where(picked, at[None, :], 0), 1), experts - 1)
-    mine = place < CHOSEN
-    shares = tl.where(mine, tl.sum(tl.where(picked, tl.exp(logits - best)[None, :], 0.0), 1), 0.0)
-    if NORMALISED:
-        total = tl.sum(shares, 0)
-    tl.store(WEIGHTS + row * CHOSEN + place, shares / total, mask=mine)
-    tl.store(INDICES + row * CHOSEN + place, which, mask=mine)
+    mine = _comparable(logits)
+    if PART == BE:
+        before = _earlier(mine, at, mine, at)
+    else:
+        before = tl.zeros([PART, BE], tl.int32)
+        for first in range(0, BE, PART):
+            other = first + tl.arange(0, PART)
+            theirs = tl.load(source + other, mask=other < experts, other=-float("inf"), cache_modifier=".cg")
+            before += _earlier(_comparable(theirs), other, mine, at)
+    rank = tl.sum(before, 0)
+    chosen = rank < CHOSEN
+    exps = tl.exp(logits - tl.max(logits, 0))
+    total = tl.sum(tl.where(chosen, exps, 0.0) if NORMALISED else exps, 0)
+    tl.store(WEIGHTS + row * CHOSEN + rank, exps / total, mask=chosen)
+    tl.store(INDICES + row * CHOSEN + rank, at, mask=chosen)
     if SINGLE:
-        tl.store(ORDER + place, place, mask=mine)
-        tl.store(TILES + 3 * place, which, mask=mine)
-        tl.store(TILES + 3 * place + 1, place, mask=mine)
-        tl.store(TILES + 3 * place + 2, place + 1, mask=mine)
+        tl.store(ORDER + rank, rank, mask=chosen)
+        tl.store(TILES + 3 * rank, at, mask=chosen)
+        tl.store(TILES + 3 * rank + 1, rank, mask=chosen)
+        tl.store(TILES + 3 * rank + 2, rank + 1, mask=chosen)
 
 
 @triton.jit
 def router_kernel(
     X, WEIGHT, BIAS, OUT, COUNTERS, INDICES, WEIGHTS, TILES, ORDER, experts, outputs, K: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, BIASED: tl.constexpr, CHOSEN: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+    BK: tl.constexpr, BIASED: tl.constexpr, CHOSEN: tl.constexpr, BE: tl.constexpr,
     PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Float32 logits OUT [R, outputs] of X [R, K] by WEIGHT [outputs, K]; the program is (BN outputs, row). The last
@@ -80,7 +90,7 @@ def router_kernel(
     ended = tl.atomic_add(COUNTERS + row, 1, sem="acq_rel")
     if ended == tl.num_programs(0) - 1:
         tl.store(COUNTERS + row, 0)
-        _choose(OUT, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN, BC, BE, PART, NORMALISED, SINGLE)
+        _choose(OUT, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN, BE, PART, NORMALISED, SINGLE)
 
 
 @triton.jit
@@ -109,7 +119,7 @@ def router_rows_kernel(
 
 @triton.jit
 def choose_kernel(
-    LOGITS, INDICES, WEIGHTS, TILES, ORDER, experts, outputs, CHOSEN: tl.constexpr, BC: tl.constexpr, BE: tl.constexpr,
+    LOGITS, INDICES, WEIGHTS, TILES, ORDER, experts, outputs, CHOSEN: tl.constexpr, BE: tl.constexpr,
     PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A row's experts (`_choose`), a program each."""
@@ -117,7 +127,7 @@ def choose_kernel(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    _choose(LOGITS, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN, BC, BE, PART, NORMALISED, SINGLE)
+    _choose(LOGITS, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN, BE, PART, NORMALISED, SINGLE)
 
 
 @triton.jit

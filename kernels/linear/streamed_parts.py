@@ -75,8 +75,8 @@ def prepare_shared(lane, KIND: gl.constexpr, ARRIVALS: gl.constexpr, WARPS: gl.c
 
 
 @gluon.jit
-def _copy_block(slot, codes_low, codes_high, scales, at, scales_at, there, low, high, scaled, lane,
-                BITS: gl.constexpr, GROUP: gl.constexpr, UNEVEN: gl.constexpr):  # fmt: skip
+def copy_block(slot, codes_low, codes_high, scales, at, scales_at, there, low, high, scaled, lane,
+               BITS: gl.constexpr, GROUP: gl.constexpr, UNEVEN: gl.constexpr):  # fmt: skip
     """Start copying a block of a tile to the place ``slot``.
 
     The pointers are the lane's own, for two rows of codes and 8 rows' scales or offsets, ``at`` and ``scales_at`` steps
@@ -154,9 +154,9 @@ def copy_turn(slot, places, left, block, end, n, half, stride_group, lane, TURN:
     if GROUP > 0:
         groups = lane >> 1 < 128 // GROUP * (2 if HAS_OFFSETS else 1)
         group_step = 128 // GROUP * stride_group
-    _copy_block(slot, codes_low, codes_high, scales, AHEAD * (16 * BITS), AHEAD * group_step, block + AHEAD < end,
-                (left > 0) & (row < n), (left > 0) & (row + half < n), (left > 0) & groups & (scales_row < n), lane,
-                BITS, GROUP, UNEVEN)  # fmt: skip
+    copy_block(slot, codes_low, codes_high, scales, AHEAD * (16 * BITS), AHEAD * group_step, block + AHEAD < end,
+               (left > 0) & (row < n), (left > 0) & (row + half < n), (left > 0) & groups & (scales_row < n), lane,
+               BITS, GROUP, UNEVEN)  # fmt: skip
 
 
 @gluon.jit

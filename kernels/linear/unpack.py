@@ -45,10 +45,39 @@ def _scale_up(kind, element):
 
 
 @constexpr_function
+def missing_factor(kind, element):
+    """What `placed_pair` lacks: the number of `_scale_up`."""
+    shift, bias = {"bf16": (7, 127), "f16": (10, 15)}[str(element)]
+    return 2.0 ** (((int(_scale_up(kind, element)) & 0x7FFF) >> shift) - bias)
+
+
+@constexpr_function
 def _mantissa_shift(kind, element):
     """How far the bits of exponent and mantissa of a code move up."""
     bits = {"bf16": 7, "f16": 10}[str(element)] - {"fp8": 3, "fp4": 1}[str(kind)]
     return bits
+
+
+@gluon.jit
+def placed_pair(word, I: gl.constexpr, KIND: gl.constexpr, ELEMENT: gl.constexpr):
+    """Pair I of a register of floating-point codes, the bits of each in their places: less than `pair` by a factor, and
+    subnormal where the code is."""
+    shift: gl.constexpr = _mantissa_shift(KIND, ELEMENT)
+    if KIND == "fp8":
+        v = word >> (8 * I)
+        return ((v << 8) & 0x80008000) | ((v & 0x007F007F) << shift)
+    elif ELEMENT == "bf16":  # a product moves the sign and the other bits at once: copies of a code do not overlap
+        v = word
+        if I >= 2:
+            v = word >> 8
+        v = (v & (0xF000F << I % 2 * 4)) * ((1 << 12 - I % 2 * 4) + (1 << shift - I % 2 * 4))
+        return v & (0x80008000 | (7 << shift) * 0x10001)
+    else:
+        if shift >= 4 * I:
+            bits = word << (shift - 4 * I)
+        else:
+            bits = word >> (4 * I - shift)
+        return ((word << (12 - 4 * I)) & 0x80008000) | (bits & ((7 << shift) * 0x10001))
 
 
 @gluon.jit
@@ -59,18 +88,8 @@ def pair(word, I: gl.constexpr, constants, KIND: gl.constexpr, ELEMENT: gl.const
     """
     if KIND == "int4":
         return ((word >> (4 * I)) & constants[0]) | _magic(ELEMENT)
-    elif KIND == "fp4":
-        v = (word << (12 - 4 * I)) & 0x80008000
-        shift: gl.constexpr = _mantissa_shift(KIND, ELEMENT) - 4 * I
-        if shift >= 0:
-            bits = word << shift
-        else:
-            bits = word >> (0 - shift)
-        v = v | (bits & ((7 << _mantissa_shift(KIND, ELEMENT)) * 0x10001))
-        return fma_half2(v, u32(word * 0 + _scale_up(KIND, ELEMENT)), word * 0 + 0x80008000, ELEMENT)
-    elif KIND == "fp8":
-        v = word >> (8 * I)
-        v = ((v << 8) & 0x80008000) | ((v & 0x007F007F) << _mantissa_shift(KIND, ELEMENT))
+    elif KIND == "fp4" or KIND == "fp8":
+        v = placed_pair(word, I, KIND, ELEMENT)
         return fma_half2(v, u32(word * 0 + _scale_up(KIND, ELEMENT)), word * 0 + 0x80008000, ELEMENT)
     else:
         gl.static_assert(KIND == "int8")

@@ -131,6 +131,18 @@ def _normed(x, other, weight, weight_other, eps, kind: tl.constexpr, D: tl.const
 
 
 @triton.jit
+def _for_lines(vector, column, wanted, line, LINES: tl.constexpr):
+    """Numbers that all lines share, [LINES or 1, columns]. Few lines read them each for itself: threads that bring them
+    to each other wait for each other."""
+    if LINES > 16:
+        found = tl.load(vector + column, mask=wanted, other=0)[None, :]
+    else:
+        mask = wanted[None, :] & (line >= 0)[:, None]
+        found = tl.load(vector + column[None, :] + 0 * line[:, None], mask=mask, other=0)
+    return found
+
+
+@triton.jit
 def qkv_rope_append_kernel(
     QKV, COS, SIN, Q_NORM, K_NORM, MAPS, V_ROTATION, MEAN, COEF, ROWS, QUERIES, SLOTS, K, V, Q, eps, n,
     sm_part, sm_h, sk_r, sk_h, sk_t, sv_r, sv_h, sv_t,
@@ -187,9 +199,11 @@ def qkv_rope_append_kernel(
         if NORM:
             here_q = column < tl.where(is_q, D, 0)
             here_k = column < tl.where(is_k, D, 0)
-            weight = tl.load(Q_NORM + column, mask=here_q, other=0) + tl.load(K_NORM + column, mask=here_k, other=0)
-            across = tl.load(Q_NORM + partner, mask=here_q, other=0) + tl.load(K_NORM + partner, mask=here_k, other=0)
-            x, other = _normed(x, other, weight[None, :], across[None, :], eps, kind, D)
+            weight = _for_lines(Q_NORM, column, here_q, line, HEADS * TOKENS)
+            weight += _for_lines(K_NORM, column, here_k, line, HEADS * TOKENS)
+            across = _for_lines(Q_NORM, partner, here_q, line, HEADS * TOKENS)
+            across += _for_lines(K_NORM, partner, here_k, line, HEADS * TOKENS)
+            x, other = _normed(x, other, weight, across, eps, kind, D)
         angle = row[:, None] * HALF + tl.where(column < HALF, column, column - HALF)[None, :]
         there = real[:, None] & inside[None, :]
         cos = tl.load(COS + angle, mask=there, other=0).to(tl.float32)
@@ -208,8 +222,8 @@ def qkv_rope_append_kernel(
             across = tl.where(low, by_cos + by_sin, by_cos - by_sin).to(kind).to(tl.float32)
             if SCALED:
                 across = (across * factor).to(kind).to(tl.float32)
-            mean = tl.load(MEAN + h * D + column, mask=inside, other=0)[None, :]
-            mean_across = tl.load(MEAN + h * D + partner, mask=inside, other=0)[None, :]
+            mean = _for_lines(MEAN + h * D, column, inside, line, HEADS * TOKENS)
+            mean_across = _for_lines(MEAN + h * D, partner, inside, line, HEADS * TOKENS)
             straight = turned.to(tl.float32)
             found = tl.where(low, straight * mean + across * mean_across, straight * mean_across - across * mean)
             mine = (real & q_line)[:, None] & (inside & (column // COLUMNS == tl.program_id(1)))[None, :]

@@ -231,6 +231,28 @@ def test_logits_that_are_no_numbers_choose_experts_that_are_there() -> None:
     assert layer.out[[0, 2]].isfinite().all()
 
 
+@needs_triton
+@pytest.mark.parametrize("experts", [7, 128, 200])
+def test_the_largest_logits_choose_whatever_they_are(experts: int) -> None:
+    """Of equal ones the first; what is no number before all. One comparison of all, and of some at a time."""
+    from octo_run.kernels.experts import launch
+
+    inf, nan = float("inf"), float("nan")
+    values = [1.0, inf, nan, 2.0, -inf, 2.0, inf, nan, 0.0, -0.0, *range(-500, -300)][:experts]
+    lists = [values, values[::-1], [-inf] * experts, [nan] * experts, [0.0] * (experts - 1) + [1.0]]
+    for logits in lists:
+        router = torch.zeros(experts, 8)
+        router[:, 0] = torch.tensor([*logits, *[-1000.0] * (experts - len(logits))])
+        x = torch.zeros(1, 8)
+        x[:, 0] = 1
+        scratch = poisoned(Scratch.make(Scratch.shapes(1, experts, 5, experts, 8, 8, x.dtype), DEVICE))
+        launch.route(x.to(DEVICE), router.to(DEVICE), None, True, scratch)
+        wanted = sorted(range(experts), key=lambda e: (-(inf if router[e, 0].isnan() else float(router[e, 0])), e))
+        assert scratch.indices[0].tolist() == wanted[:5]
+        assert scratch.tiles[:5].tolist() == [[e, i, i + 1] for i, e in enumerate(wanted[:5])]
+        assert scratch.order.tolist() == [0, 1, 2, 3, 4]
+
+
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 BOUNDS = {torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 
@@ -282,6 +304,35 @@ def test_packed_rows_on_a_gpu_do_not_depend_on_the_others() -> None:
         run(alone)
         assert torch.equal(alone.scratch.indices[0], layer.scratch.indices[row])
         assert torch.equal(alone.out[0], layer.out[row])
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("packed", [("fp4", 32), ("fp8", None)], ids=str)
+@pytest.mark.parametrize("folded", [False, True])
+def test_products_of_single_warps_on_a_gpu(packed: Any, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right, the same when recorded, and the same for a token alone."""
+    from octo_run.kernels.experts import launch
+
+    tilings = {"gate_up": launch.WarpTiling(4, 1, 8, folded), "down": launch.WarpTiling(4, 2, 6, folded)}
+    monkeypatch.setattr(launch, "BY_WARPS", tilings)
+    kind: Any = {"packed": packed, "hidden": 392, "inner": 264, "experts": 8, "dtype": torch.bfloat16, "biased": True}
+    for rows in (1, 2, 9, 64):
+        layer = Layer(rows, seed=rows, **kind).to(DEVICE)
+        run(layer)
+        layer.check(BOUNDS[torch.bfloat16])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run(layer)
+        launched = layer.out.clone()
+        poisoned(layer.scratch)
+        graph.replay()
+        assert torch.equal(launched, layer.out)
+    alone = Layer(1, seed=64, **kind).to(DEVICE)
+    alone.x, alone.router, alone.bias, alone.weights = layer.x[7:8].clone(), layer.router, layer.bias, layer.weights
+    alone.normalised = layer.normalised
+    run(alone)
+    assert torch.equal(alone.out[0], layer.out[7])
 
 
 @pytest.mark.parametrize("pairs", [1, 7, 30])

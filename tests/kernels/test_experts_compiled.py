@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from octo_run.kernels.experts import product_kernels, routing_kernels  # noqa: E402
+from octo_run.kernels.experts import product_kernels, routing_kernels, warp_product  # noqa: E402
 from octo_run.kernels.experts.packed_product import packed_experts_kernel  # noqa: E402
 from octo_run.kernels.linear.streamed_parts import shared_bytes  # noqa: E402
 
@@ -43,12 +43,12 @@ CASES = [  # the quick one, then the others
     (routing_kernels.router_kernel,
      CHOSEN | {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "COUNTERS": I, "TILES": I, "ORDER": I, "experts": "i32",
                "outputs": "i32"},
-     {"K": 2880, "BN": 2, "BK": 2048, "BIASED": True, "CHOSEN": 10, "BC": 16, "BE": 512, "PART": 32,
+     {"K": 2880, "BN": 2, "BK": 2048, "BIASED": True, "CHOSEN": 10, "BE": 512, "PART": 32,
       "NORMALISED": True, "SINGLE": True, "EARLY": True}, 8),
     (routing_kernels.router_rows_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "rows": "i32", "outputs": "i32"},
      {"K": 2048, "BM": 32, "BN": 32, "BK": 64, "BIASED": False, "EARLY": True}, 4),
     (routing_kernels.choose_kernel, CHOSEN | {"LOGITS": F, "TILES": I, "ORDER": I, "experts": "i32", "outputs": "i32"},
-     {"CHOSEN": 8, "BC": 8, "BE": 128, "PART": 32, "NORMALISED": True, "SINGLE": True, "EARLY": True}, 4),
+     {"CHOSEN": 8, "BE": 128, "PART": 32, "NORMALISED": True, "SINGLE": True, "EARLY": True}, 4),
     (routing_kernels.count_kernel, {"INDICES": I, "COUNTS": I, "pairs": "i32"}, {"BLOCK": 1024, "EARLY": True}, 4),
     (routing_kernels.place_kernel,
      {"INDICES": I, "COUNTS": I, "ORDER": I, "TILES": I, "experts": "i32", "pairs": "i32", "tiles": "i32"},
@@ -57,8 +57,15 @@ CASES = [  # the quick one, then the others
      {"PARTS": B, "WEIGHTS": F, "SHARED": B, "LOGITS": F, "OUT": B, "outputs": "i32", "experts": "i32"},
      {"N": 2048, "CHOSEN": 8, "BLOCK": 512, "HAS_SHARED": True, "EARLY": True}, 4),
     (product_kernels.down_vector_kernel,
-     CHOSEN | {"X": B, "WEIGHT": B, "BIAS": B, "SHARED": B, "LOGITS": F, "OUT": B, "outputs": "i32", "experts": "i32"},
-     {"N": 2048, "K": 768, "CHOSEN": 8, "BN": 4, "BK": 1024, "BIASED": True, "HAS_SHARED": True, "EARLY": True}, 4),
+     CHOSEN | {"X": B, "WEIGHT": B, "BIAS": B, "SHARED": B, "LOGITS": F, "OUT": B, "outputs": "i32", "experts": "i32",
+               "ahead": "i32"},
+     {"N": 2048, "K": 768, "CHOSEN": 8, "BN": 4, "BK": 256, "BIASED": True, "HAS_SHARED": True, "AHEAD": 128,
+      "EARLY": True}, 4),
+    (product_kernels.down_vector_kernel,
+     CHOSEN | {"X": B, "WEIGHT": B, "BIAS": B, "SHARED": B, "LOGITS": F, "OUT": B, "outputs": "i32", "experts": "i32",
+               "ahead": "i32"},
+     {"N": 4096, "K": 14336, "CHOSEN": 2, "BN": 4, "BK": 1024, "BIASED": False, "HAS_SHARED": False, "AHEAD": 0,
+      "EARLY": True}, 4),
     grouped("dense", 16, 0, 16, 64, True), grouped("dense", 16, 0, 64, 128, False),
     grouped("int4", 4, 64, 16, 64, True), grouped("int4", 4, 64, 64, 128, False),
     grouped("fp4", 4, 32, 64, 128, True), grouped("int8", 8, 0, 64, 128, False), grouped("fp8", 8, 0, 16, 64, True),
@@ -75,6 +82,50 @@ def test_compiles_for_hopper(kernel, types, constants, warps):
     assert ".local" not in text
     assert "griddepcontrol.wait" in text
     assert compiled.metadata.shared <= 227 * 1024
+
+
+def test_all_programs_of_down_are_there_at_once():
+    """Those of Qwen3-30B-A3B, 512 of 128 threads, on the 132 multiprocessors of an H200: four on each, of 65,536
+    registers. Threads never wait for each other but in the sum at the end."""
+    kernel, types, constants, warps = next(case for case in CASES if case[2].get("N") == 2048 and "BIASED" in case[2])
+    constants = constants | {"BIASED": False, "HAS_SHARED": False}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if "*" in signature[name]}
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    found = disassembled(compiled.asm["cubin"])
+    assert found.registers <= 128 and found.spilled_bytes == 0
+    assert "UBLKPF" in found.names and found.names.count("BAR") <= 2
+
+
+@pytest.mark.parametrize(("rows", "warps", "split", "stages"), [(1, 4, 2, 8), (8, 8, 1, 4)])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("folded", [True, False])
+def test_products_of_single_warps_compile_for_hopper(rows, warps, split, stages, first, folded):
+    sizes = ("n", "columns", "row_bytes", "stride_group", "outputs", "step", "half", "experts")
+    types = {
+        "X": B, "CODES": "*u8", "ROWS": F, "SCALES": H, "BIAS": B, "ORDER": I, "TILES": I, "OUT": B, "alpha": "fp32",
+        "limit": "fp32", **dict.fromkeys(sizes, "i32"),
+    }  # fmt: skip
+    shared = int(warp_product.shared_bytes(4, 32, 23, rows, warps, stages))
+    fixed = {
+        "KIND": "fp4", "BITS": 4, "ELEMENT": "bf16", "GROUP": 32, "BIASED": True, "CHOSEN": 4, "FIRST": first,
+        "ACTIVATION": "clamped_silu", "SPLIT": split, "STAGES": stages, "BLOCKS": 23,
+        "FOLDED": folded, "AHEAD": not first, "WARPS": warps, "SMEM_WORDS": -(-shared // (128 * warps)) * 32 * warps,
+        "EARLY": True,
+    }  # fmt: skip
+    names = warp_product.warp_experts_kernel.arg_names
+    assert set(types) | set(fixed) == set(names)
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")}
+    source = GluonASTSource(warp_product.warp_experts_kernel, signature, fixed, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    text = compiled.asm["ptx"]
+    assert ".local" not in text
+    assert text.index("griddepcontrol.wait") < text.index("griddepcontrol.launch_dependents")
+    found = disassembled(compiled.asm["cubin"])
+    assert found.spilled_bytes == 0 and found.registers <= 80, found.registers
+    assert ("UBLKPF" in found.names) == (not first)
 
 
 @pytest.mark.parametrize(
