@@ -224,7 +224,7 @@ def tile_scores(
         )  # fmt: skip
     gammas = ()
     for h in gl.static_range(2):
-        norm = key_norm(words, 2 * TILE + h, N, 3, B, NORM, WORDS)
+        norm = key_norm(words, 2 * TILE + h, 8, N, 3, B, NORM, WORDS)
         gammas = gammas + (shuffle(norm, lane | 3).to(gl.float32, bitcast=True),)
     out = ()
     for b in gl.static_range(NT):
