@@ -24,15 +24,6 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
-    if device.type != "cuda":
-        return 0
-    found = torch.cuda.get_device_properties(device)
-    return int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
-
-
 def is_nvidia(device: torch.device) -> bool:
     """Whether it is an NVIDIA GPU (AMD's are of the type "cuda", too)."""
     return device.type == "cuda" and torch.version.cuda is not None

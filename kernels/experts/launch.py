@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx, shared_memory
+from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
 from octo_run.kernels.experts.packed_product import packed_experts_kernel
 from octo_run.kernels.experts.product_kernels import down_vector_kernel, gate_up_vector_kernel, grouped_kernel
 from octo_run.kernels.experts.routing_kernels import (
@@ -21,8 +21,6 @@ from octo_run.kernels.experts.routing_kernels import (
     router_kernel,
     router_rows_kernel,
 )
-from octo_run.kernels.experts.warp_product import shared_bytes as warp_shared_bytes
-from octo_run.kernels.experts.warp_product import warp_experts_kernel
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
 from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
@@ -30,17 +28,6 @@ from octo_run.kernels.linear.streamed_parts import shared_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-@dataclass(frozen=True)
-class WarpTiling:
-    """How a product whose warps have tiles of their own is divided: warps of a program, warps that share a tile, blocks
-    in a warp's ring; whether what floating-point codes lack is multiplied at the end (`warp_product`)."""
-
-    warps: int
-    split: int
-    stages: int
-    folded: bool
 
 
 @dataclass(frozen=True)
@@ -62,15 +49,14 @@ SMALL_TOKENS = 256
 #: on how many there are.
 ROUTER_TOKENS = FUSED_TOKENS
 #: Bytes of the second matrices that are fetched into the second-level cache while the first product still runs.
-AHEAD_BYTES = 24 << 20
+AHEAD_BYTES = 6 << 20
 #: Programs of dense experts' first products, and of second ones of up to 1024 columns and more. The short ones have a
 #: row to a warp, and as few registers as let all programs of a token be there at once.
-GATE_UP, DOWN, LONG_DOWN = VectorTiling(2, 1024, 4), VectorTiling(4, 256, 4), VectorTiling(4, 1024, 4)
+GATE_UP, DOWN, LONG_DOWN = VectorTiling(1, 1024, 4), VectorTiling(4, 256, 4), VectorTiling(4, 1024, 4)
 #: Outputs of a router that a program makes.
 ROUTER_OUTPUTS = 2
-#: How products with floating-point codes, "gate_up" and "down", are divided if their warps have tiles of their own
-#: (`warp_product`). Those that are not here are made by `fused_product`.
-BY_WARPS: dict[str, WarpTiling] = {}
+#: Blocks of columns of a warp up to which two programs are on a multiprocessor.
+_TURNS_OF_TWO = 3
 #: Pairs that a program that sorts looks at together.
 _PAIRS = 1024
 #: Columns that a program adds up.
@@ -156,11 +142,10 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
             ("gate_up", x, scratch.inner, fused[0]),
             ("down", scratch.inner, scratch.parts, fused[1]),
         ):
-            if here and name in BY_WARPS and _warps_fit(getattr(experts, name), BY_WARPS[name]):
-                ahead = name == "down" and "gate_up" in BY_WARPS
-                warp_product(taken, experts, name, scratch, made, tiles, BY_WARPS[name], ahead)
+            if here:
+                fused_product(taken, experts, name, scratch, made, tiles, known=name == "down" and fused[0])
             else:
-                (fused_product if here else _grouped)(taken, experts, name, scratch, made, tiles)
+                _grouped(taken, experts, name, scratch, made, tiles)
         _combine(experts, scratch, out, shared)
 
 
@@ -174,21 +159,28 @@ def _fused_fits(x: Tensor, weight: Tensor | PackedWeight) -> bool:
     return aligned and whole and runs_ptx(x.device)
 
 
+def _tiling(blocks: int) -> Tiling:
+    """As that of other products. If inputs leave so many registers, two programs take turns at a multiprocessor: one
+    waits for codes while the other decodes."""
+    how = tiling(blocks)
+    return replace(how, programs=2) if how.turns <= _TURNS_OF_TWO else how
+
+
 def fused_product(
     x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: Tiling | None = None,
-    side_by_side: int = 1, registers: int | None = None,
+    *, known: bool = False,
 ) -> None:  # fmt: skip
     """The product ``gate_up`` with its activation, or ``down``, of tiles of at most ``FEW`` rows, decoding fused.
 
-    For trials: ``side_by_side`` programs on a multiprocessor, of at most ``registers`` for each thread.
+    ``known``: what was launched before is the other product of the same tiles by this kernel.
     """
     weight: PackedWeight = getattr(experts, name)
     bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
     n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
-    how = tiling(blocks) if how is None else how
+    how = _tiling(blocks) if how is None else how
     step, half = (8, n // 2) if first else (16, 8)
     outputs = triton.cdiv(n, 2 * step if first else step)
-    programs = min(outputs, max(1, side_by_side * processors(x.device) // tiles))
+    programs = min(outputs, max(1, how.programs * processors(x.device) // tiles))
     group = 0 if weight.scales is None else weight.group
     shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, 1, how.warps, how.turns * how.ahead)
     threads, unused = 32 * how.warps, weight.rows
@@ -204,47 +196,7 @@ def fused_product(
         HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, PADDED=weight.padded != weight.columns,
         UNEVEN=blocks != how.warps * how.turns, TURNS=how.turns, AHEAD=how.ahead, CHOSEN=scratch.indices.shape[1],
         FIRST=first, ACTIVATION=activation.kind, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
-        **early(x.device), num_warps=how.warps, **({} if registers is None else {"maxnreg": registers}),
-    )  # fmt: skip
-
-
-def _warps_fit(weight: PackedWeight, how: WarpTiling) -> bool:
-    """Whether `warp_product` takes what `fused_product` takes: floating-point codes, for which there is room."""
-    group = 0 if weight.scales is None else weight.group
-    size = int(warp_shared_bytes(BITS[weight.kind], group, weight.padded // BLOCK, FEW, how.warps, how.stages))
-    return weight.kind in ("fp4", "fp8") and weight.columns >= 4 and size + 1024 <= shared_memory(weight.device)
-
-
-def warp_product(
-    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: WarpTiling,
-    ahead: bool = False,
-) -> None:  # fmt: skip
-    """As `fused_product`, for floating-point codes: each warp by itself (`warp_product`).
-
-    ``ahead``: what was launched before is the first product of the same tiles, so that codes may be fetched before it
-    has ended (if they are not more than ``AHEAD_BYTES``).
-    """
-    weight: PackedWeight = getattr(experts, name)
-    bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
-    n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
-    step, half = (8, n // 2) if first else (16, 8)
-    outputs = triton.cdiv(n, 2 * step if first else step)
-    group, bits, unused = 0 if weight.scales is None else weight.group, BITS[weight.kind], weight.rows
-    rows = 1 if len(scratch.indices) == 1 else FEW  # of a tile
-    shared, threads = warp_shared_bytes(bits, group, blocks, rows, how.warps, how.stages), 32 * how.warps
-    ahead = ahead and tiles * n * weight.codes.stride(0) <= AHEAD_BYTES
-    launch: Callable[..., Any] = warp_experts_kernel[(triton.cdiv(outputs, how.warps // how.split), tiles)]
-    launch(
-        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=unused if weight.scales is None else weight.scales,
-        BIAS=unused if bias is None else bias, ORDER=scratch.order, TILES=scratch.tiles, OUT=out,
-        alpha=activation.alpha, limit=activation.limit, n=n, columns=weight.columns,
-        row_bytes=weight.codes.stride(0),
-        stride_group=0 if weight.scales is None else weight.scales.stride(1), outputs=outputs, step=step, half=half,
-        experts=experts.experts, KIND=weight.kind, BITS=bits, ELEMENT=ELEMENTS[x.dtype], GROUP=group,
-        BIASED=bias is not None, CHOSEN=scratch.indices.shape[1], FIRST=first, ACTIVATION=activation.kind,
-        SPLIT=how.split, STAGES=how.stages, BLOCKS=blocks, FOLDED=how.folded, AHEAD=ahead,
-        WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads, **early(x.device),
-        num_warps=how.warps,
+        KNOWN=known, **early(x.device), num_warps=how.warps, **how.registers,
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def packed_experts_kernel(
     outputs, programs, step, half, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr,
     HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr,
     AHEAD: gl.constexpr, CHOSEN: gl.constexpr, FIRST: gl.constexpr, ACTIVATION: gl.constexpr, WARPS: gl.constexpr,
-    SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
+    SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr, KNOWN: gl.constexpr,
 ):  # fmt: skip
     """The n outputs of an expert for a tile of its pairs; the grid is (``programs``, tiles of pairs).
 
@@ -100,6 +100,7 @@ def packed_experts_kernel(
         FIRST: See `product_kernels.grouped_kernel`.
         outputs, step, half: How outputs are divided, in ``outputs`` parts: part i has those from ``step i`` on and from
             ``step i + half`` on, 8 of each: 16 and 8, or 8 and n / 2 if FIRST, of gate and up.
+        KNOWN: The kernel in front is the other product of the same TILES: codes are fetched before it has ended.
         The others: See `streamed_product.streamed_product_kernel`.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -120,14 +121,14 @@ def packed_experts_kernel(
     smem.index(0).store(tid)  # names the allocation in the PTX
     prepare_shared(lane, KIND, ARRIVALS, WARPS)
     after = 0
-    if EARLY:
-        let_next_kernel_start(n)
+    if EARLY and not KNOWN:
         after = wait_for_kernel_before(n)
+        let_next_kernel_start(n)
     chosen = TILES + (after + 3 * gl.program_id(1))
-    expert = gl.load(chosen)
+    expert = gl.load(chosen, cache_modifier=".cg")  # not what this multiprocessor may have read before
     needed = expert >= 0  # of a tile that nobody needs the rest was never written
-    begin = gl.where(needed, gl.load(chosen + 1), 0)
-    end = gl.where(needed, gl.load(chosen + 2), 1)
+    begin = gl.where(needed, gl.load(chosen + 1, cache_modifier=".cg"), 0)
+    end = gl.where(needed, gl.load(chosen + 2, cache_modifier=".cg"), 1)
     outputs = gl.where(needed, outputs, 0)
     before = gl.maximum(expert, 0).to(gl.int64) * n
     CODES += before * row_bytes
@@ -145,7 +146,10 @@ def packed_experts_kernel(
                   BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
         if i % TURNS == TURNS - 1:
             places, left = next_places(places, row_bytes, programs, step), left - programs
-    at = gl.maximum(gl.minimum(begin + g, end - 1), 0)
+    if EARLY and KNOWN:
+        after = wait_for_kernel_before(n)
+        let_next_kernel_start(n)
+    at = after + gl.maximum(gl.minimum(begin + g, end - 1), 0)
     if FIRST:
         source = X + (gl.load(ORDER + at) // CHOSEN).to(gl.int64) * columns
     else:
@@ -154,7 +158,11 @@ def packed_experts_kernel(
     sums = ()
     for turn in gl.static_range(TURNS):
         inputs = inputs + (
-            (row_inputs(source, block + block_of(turn, TURNS, WARPS), blocks, columns, lane, PADDED, UNEVEN),),
+            (
+                row_inputs(
+                    source, block + block_of(turn, TURNS, WARPS), blocks, columns, lane, PADDED, UNEVEN, KIND, ELEMENT
+                ),
+            ),
         )
     for turn in gl.static_range(TURNS):
         if SUMMED:
@@ -170,7 +178,7 @@ def packed_experts_kernel(
     earlier = -1
     waiting = repeat((lane * 0).to(gl.float32), (4 * threads_of_sum(1, WARPS) + WARPS - 1) // WARPS)
     for tile in range(first, outputs, programs):
-        factors = factors_of(ROWS, tile, step, half, n, tid, 1, WARPS)
+        factors = factors_of(ROWS, tile, step, half, n, tid, KIND, ELEMENT, 1, WARPS)
         if GROUP == 0 and SUMMED:
             acc = less_offsets(sums, OFFSETS, tile * step + g, tile * step + half + g, n, lane, EXCESS, 1, TURNS,
                                 HAS_OFFSETS)  # fmt: skip

@@ -24,7 +24,7 @@ ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 #: Rows of x that a launch of the fused product takes, and up to which it is faster than decoding first.
 ROWS_AT_ONCE, FUSED_ROWS = 16, 64
 #: Numbers in which the slices of a product with many columns meet: those of seven slices of 8,192 outputs.
-PARTS = 7 * 8192 * ROWS_AT_ONCE
+PARTS = 14 * 8192 * ROWS_AT_ONCE
 #: Rows, and blocks of columns, that a program decodes.
 _ROWS, _BLOCKS = 4, 4
 _ALIGNED = 128  # outputs of a slab are a multiple
@@ -32,23 +32,33 @@ _ALIGNED = 128  # outputs of a slab are a multiple
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is divided: warps of a program, blocks of columns that each has, tiles ahead, slices of columns."""
+    """How a product is divided: warps of a program, blocks of columns that each has, tiles ahead, slices of columns,
+    programs on a multiprocessor."""
 
     warps: int
     turns: int
     ahead: int
     slices: int
+    programs: int = 1
+
+    @property
+    def registers(self) -> dict[str, int]:
+        """The option of a launch that leaves room for all programs of a multiprocessor, of 65,536 registers."""
+        return {"maxnreg": 65536 // (32 * self.warps * self.programs)} if self.programs > 1 else {}
 
 
 #: By timing on an H200 (`scripts/bench_packed_products.py`). A warp keeps its inputs in registers: of four blocks.
-_WARPS, _TURNS = 8, 4
+#: Where columns are cut into slices anyway, two programs of shorter ones on a multiprocessor are faster.
+_WARPS, _TURNS, _TURNS_OF_SLICES = 8, 4, 2
 
 
 def tiling(blocks: int) -> Tiling:
     """The division of ``blocks`` of 128 columns: the same for all numbers of rows, so that sums are the same ones."""
-    slices = -(-blocks // (_WARPS * _TURNS))
-    turns = -(-blocks // (slices * _WARPS))
-    return Tiling(_WARPS, turns, 2 if turns < 3 else 1, slices)
+    if blocks > _WARPS * _TURNS:
+        slices = -(-blocks // (_WARPS * _TURNS_OF_SLICES))
+        return Tiling(_WARPS, -(-blocks // (slices * _WARPS)), 1, slices, 2)
+    turns = -(-blocks // _WARPS)
+    return Tiling(_WARPS, turns, 2 if turns < 3 else 1, 1)
 
 
 def fits(x: Tensor, weight: PackedWeight) -> bool:
@@ -116,7 +126,7 @@ def fused(
     step, half = (8, n // 2) if swiglu else (16, 8)
     parts, counters = _joining(x.device) if how.slices > 1 else (weight.rows, weight.rows)
     tiles = triton.cdiv(n, 2 * step if swiglu else step)
-    programs = min(tiles, max(1, processors(x.device) // how.slices))
+    programs = min(tiles, max(1, how.programs * processors(x.device) // how.slices))
     group = 0 if weight.scales is None else weight.group
     shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, wide, how.warps, how.turns * how.ahead)
     threads, unused = 32 * how.warps, weight.rows
@@ -132,7 +142,7 @@ def fused(
         GROUP=group, NT=wide, HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, SWIGLU=swiglu,
         PADDED=weight.padded != weight.columns, UNEVEN=blocks != how.slices * how.warps * how.turns, TURNS=how.turns,
         AHEAD=how.ahead, SLICES=how.slices, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
-        **early(x.device), num_warps=how.warps,
+        **early(x.device), num_warps=how.warps, **how.registers,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from octo_run.kernels.lane_copies import (
 )
 from octo_run.kernels.lanes import (
     barrier,
+    fma_half2,
     load_global2,
     low_half,
     mma_half,
@@ -30,7 +31,14 @@ from octo_run.kernels.lanes import (
     write_shared2,
     write_shared4_of,
 )
-from octo_run.kernels.linear.unpack import excess, masks, pair, steps_of_word
+from octo_run.kernels.linear.unpack import (
+    excess,
+    input_factor,
+    masks,
+    output_factor,
+    pair,
+    steps_of_word,
+)
 
 
 @constexpr_function
@@ -160,8 +168,10 @@ def copy_turn(slot, places, left, block, end, n, half, stride_group, lane, TURN:
 
 
 @gluon.jit
-def row_inputs(row, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.constexpr):
-    """Operand B of a block's 8 steps of the lane's row of x: 16 registers, zeros from block ``end`` on."""
+def row_inputs(row, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.constexpr, KIND: gl.constexpr,
+               ELEMENT: gl.constexpr):  # fmt: skip
+    """Operand B of a block's 8 steps of the lane's row of x, times `input_factor`: 16 registers, zeros from block
+    ``end`` on."""
     t = lane & 3
     here = gl.minimum(block, end - 1)
     words = ()
@@ -176,6 +186,10 @@ def row_inputs(row, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.
         if UNEVEN:
             first = gl.where(block < end, first, 0)
             second = gl.where(block < end, second, 0)
+        if input_factor(KIND, ELEMENT) != 0:
+            factor = u32(lane * 0 + input_factor(KIND, ELEMENT))
+            first = fma_half2(first, factor, u32(lane * 0) + 0x80008000, ELEMENT)
+            second = fma_half2(second, factor, u32(lane * 0) + 0x80008000, ELEMENT)
         words = words + (first, second)
     return words
 
@@ -299,13 +313,14 @@ def place_of_sum(place, tile, step, half, NT: gl.constexpr, SHARED: gl.constexpr
 
 
 @gluon.jit
-def factors_of(ROWS, tile, step, half, n, tid, NT: gl.constexpr, WARPS: gl.constexpr):
-    """Factors of the rows of the weight whose sums the thread finishes."""
+def factors_of(ROWS, tile, step, half, n, tid, KIND: gl.constexpr, ELEMENT: gl.constexpr, NT: gl.constexpr,
+               WARPS: gl.constexpr):  # fmt: skip
+    """Factors of the rows of the weight whose sums the thread finishes, times `output_factor`."""
     SHARED: gl.constexpr = threads_of_sum(NT, WARPS)
     out = ()
     for first in gl.static_range(0, NT * 128 * SHARED, 32 * WARPS):
         _, output, _row = place_of_sum(first + tid, tile, step, half, NT, SHARED)
-        out = out + (gl.load(ROWS + output, mask=output < n, other=0),)
+        out = out + (gl.load(ROWS + output, mask=output < n, other=0) * output_factor(KIND, ELEMENT),)
     return out
 
 

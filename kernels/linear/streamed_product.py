@@ -175,7 +175,7 @@ def streamed_product_kernel(
         for b in gl.static_range(NT):
             line = X + after + gl.minimum(8 * b + g, rows - 1).to(gl.int64) * stride_x
             at = block + block_of(turn, TURNS, WARPS)
-            operands = operands + (row_inputs(line, at, end, columns, lane, PADDED, UNEVEN),)
+            operands = operands + (row_inputs(line, at, end, columns, lane, PADDED, UNEVEN, KIND, ELEMENT),)
         inputs = inputs + (operands,)
     for turn in gl.static_range(TURNS):
         if SUMMED:
@@ -191,7 +191,7 @@ def streamed_product_kernel(
     before = -1
     waiting = repeat((lane * 0).to(gl.float32), NT * 4 * threads_of_sum(NT, WARPS) // WARPS)
     for tile in range(first, tiles, programs):
-        factors = factors_of(ROWS, tile, step, half, n, tid, NT, WARPS)
+        factors = factors_of(ROWS, tile, step, half, n, tid, KIND, ELEMENT, NT, WARPS)
         if GROUP == 0 and SUMMED:
             acc = less_offsets(sums, OFFSETS, tile * step + g, tile * step + half + g, n, lane, EXCESS, NT, TURNS,
                                 HAS_OFFSETS)  # fmt: skip

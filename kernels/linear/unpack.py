@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.lanes import fma_half2, u32
+from octo_run.kernels.lanes import fma_half2
 
 
 @constexpr_function
@@ -38,17 +38,18 @@ def _magic(element):
 
 
 @constexpr_function
-def _scale_up(kind, element):
-    """Two powers of two that mend the exponents of floating-point codes."""
-    return {("fp8", "bf16"): 0x7B807B80, ("fp8", "f16"): 0x5C005C00, ("fp4", "bf16"): 0x7E807E80,
-            ("fp4", "f16"): 0x74007400}[str(kind), str(element)]  # fmt: skip
+def input_factor(kind, element):
+    """Two powers of two that inputs are multiplied by, or 0: bfloat16 of floating-point codes are so small that their
+    products would be subnormal."""
+    return 0x5F805F80 if str(kind) in ("fp4", "fp8") and str(element) == "bf16" else 0
 
 
 @constexpr_function
-def missing_factor(kind, element):
-    """What `placed_pair` lacks: the number of `_scale_up`."""
-    shift, bias = {"bf16": (7, 127), "f16": (10, 15)}[str(element)]
-    return 2.0 ** (((int(_scale_up(kind, element)) & 0x7FFF) >> shift) - bias)
+def output_factor(kind, element):
+    """What sums of products lack: the exponents of floating-point codes are not those of the 16-bit floats they lie in,
+    and inputs may have been multiplied."""
+    return {("fp8", "bf16"): 2.0**56, ("fp8", "f16"): 2.0**8, ("fp4", "bf16"): 2.0**62,
+            ("fp4", "f16"): 2.0**14}.get((str(kind), str(element)), 1.0)  # fmt: skip
 
 
 @constexpr_function
@@ -59,9 +60,9 @@ def _mantissa_shift(kind, element):
 
 
 @gluon.jit
-def placed_pair(word, I: gl.constexpr, KIND: gl.constexpr, ELEMENT: gl.constexpr):
-    """Pair I of a register of floating-point codes, the bits of each in their places: less than `pair` by a factor, and
-    subnormal where the code is."""
+def _placed_pair(word, I: gl.constexpr, KIND: gl.constexpr, ELEMENT: gl.constexpr):
+    """Pair I of a register of floating-point codes, the bits of each in their places: less by a factor
+    (`output_factor`), and subnormal where the code is."""
     shift: gl.constexpr = _mantissa_shift(KIND, ELEMENT)
     if KIND == "fp8":
         v = word >> (8 * I)
@@ -82,15 +83,15 @@ def placed_pair(word, I: gl.constexpr, KIND: gl.constexpr, ELEMENT: gl.constexpr
 
 @gluon.jit
 def pair(word, I: gl.constexpr, constants, KIND: gl.constexpr, ELEMENT: gl.constexpr):
-    """Pair I of a register of codes, as two 16-bit floats (see ``excess``): of 4-bit codes 4 pairs, of 8-bit ones 2.
+    """Pair I of a register of codes, as two 16-bit floats (see ``excess`` and ``output_factor``): of 4-bit codes 4
+    pairs, of 8-bit ones 2.
 
     ``constants``: registers of ``masks``.
     """
     if KIND == "int4":
         return ((word >> (4 * I)) & constants[0]) | _magic(ELEMENT)
     elif KIND == "fp4" or KIND == "fp8":
-        v = placed_pair(word, I, KIND, ELEMENT)
-        return fma_half2(v, u32(word * 0 + _scale_up(KIND, ELEMENT)), word * 0 + 0x80008000, ELEMENT)
+        return _placed_pair(word, I, KIND, ELEMENT)
     else:
         gl.static_assert(KIND == "int8")
         v = word >> (8 * I)

@@ -611,7 +611,6 @@ HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "tabl
 HOPPER += ("wide_full_precision", "wide_products", "wide_parts", "wide_decode")
 MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
 MODULES += ("linear.unpack", "linear.streamed_parts", "linear.streamed_product", "experts.packed_product")
-MODULES += ("experts.warp_product",)
 
 
 @contextmanager

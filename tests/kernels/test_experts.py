@@ -308,14 +308,9 @@ def test_packed_rows_on_a_gpu_do_not_depend_on_the_others() -> None:
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("packed", [("fp4", 32), ("fp8", None)], ids=str)
-@pytest.mark.parametrize("folded", [False, True])
-def test_products_of_single_warps_on_a_gpu(packed: Any, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [("fp4", 32), ("fp8", None), ("int4", 64)], ids=str)
+def test_fused_products_on_a_gpu(packed: Any) -> None:
     """Right, the same when recorded, and the same for a token alone."""
-    from octo_run.kernels.experts import launch
-
-    tilings = {"gate_up": launch.WarpTiling(4, 1, 8, folded), "down": launch.WarpTiling(4, 2, 6, folded)}
-    monkeypatch.setattr(launch, "BY_WARPS", tilings)
     kind: Any = {"packed": packed, "hidden": 392, "inner": 264, "experts": 8, "dtype": torch.bfloat16, "biased": True}
     for rows in (1, 2, 9, 64):
         layer = Layer(rows, seed=rows, **kind).to(DEVICE)

@@ -80,72 +80,25 @@ def test_the_fused_products_are_those_of_the_values(
     layer.check(2e-2 if dtype == torch.bfloat16 else 4e-3)
 
 
-@pytest.fixture(scope="module")
-def by_warps() -> Any:
-    kernel = emulator.kernel_modules()["warp_product"].warp_experts_kernel
-    return {watched: emulator.Kernel(kernel, watched=watched) for watched in (False, True)}
-
-
-@pytest.mark.parametrize("packed", [("fp4", 32), ("fp8", None), ("fp4", None), ("fp8", 128)], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "dtype", "activation", "sizes", "how"),
+    ("columns", "wanted"),
     [
-        (1, torch.bfloat16, "silu", (136, 640), (4, 1, 2)),
-        (1, torch.float16, "clamped_silu", (264, 392), (2, 2, 3)),  # warps of a tile have not all as many blocks
-        (11, torch.float16, "clamped_silu", (136, 200), (4, 2, 1)),
-        (2, torch.bfloat16, "gelu_tanh", (512, 264), (4, 4, 4)),  # more places in a ring than blocks
-        (3, torch.bfloat16, "clamped_silu", (1352, 264), (8, 1, 5)),
+        ((200, 136), [("gate_up", False), ("down", True)]),
+        ((200, 4992), ["gate_up of many", ("down", False)]),  # what is in front lets it begin too early
+        ((4992, 136), [("gate_up", False), "down of many"]),
     ],
 )
-@pytest.mark.parametrize("folded", [False, True])
-def test_products_of_single_warps_are_those_of_the_values(
-    by_warps: Any, monkeypatch: pytest.MonkeyPatch, packed: Any, rows: int, dtype: torch.dtype, activation: str,
-    sizes: tuple[int, int], how: tuple[int, int, int], folded: bool,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(launch, "warp_experts_kernel", by_warps[packed == ("fp4", 32) and folded])
-    monkeypatch.setattr(launch, "early", lambda _device: {"EARLY": True, "launch_pdl": True})
-    layer = shared.Layer(
-        rows, packed=packed, hidden=sizes[0], inner=sizes[1], biased=rows > 1, activation=activation, dtype=dtype,
-        seed=rows, experts=4,
-    )  # fmt: skip
-    parts = {name: on_a_gpu(getattr(layer.weights, name)) for name in ("gate_up", "down")}
-    layer.weights = replace(layer.weights, **parts)
-    reference.route(layer.x, layer.router, layer.bias, layer.normalised, layer.scratch)
-    tiles = sort_by_hand(layer.scratch, 4)
-    for made in (layer.scratch.inner, layer.scratch.parts):
-        made.fill_(float("nan"))
-    tiling = launch.WarpTiling(*how, folded)
-    launch.warp_product(layer.x, layer.weights, "gate_up", layer.scratch, layer.scratch.inner, tiles, tiling)
-    launch.warp_product(
-        layer.scratch.inner, layer.weights, "down", layer.scratch, layer.scratch.parts, tiles, tiling, ahead=True
-    )
-    layer.out.copy_(reference.combined(layer.scratch, rows, None))
-    layer.check(2e-2 if dtype == torch.bfloat16 else 4e-3)
-
-
-@pytest.mark.parametrize(
-    ("packed", "names", "room", "wanted"),
-    [
-        (("fp4", 32), ("gate_up", "down"), 227, [("gate_up", False), ("down", True)]),
-        (("fp4", 32), ("down",), 227, ["gate_up", ("down", False)]),  # what is in front lets it begin too early
-        (("fp4", 32), ("gate_up", "down"), 24, ["gate_up", "down"]),
-        (("fp4", 32), (), 227, ["gate_up", "down"]),
-        (("int4", 64), ("gate_up", "down"), 227, ["gate_up", "down"]),
-    ],
-)
-def test_which_kernel_makes_a_product(
-    monkeypatch: pytest.MonkeyPatch, packed: Any, names: tuple[str, ...], room: int, wanted: list[Any]
+def test_codes_are_fetched_ahead_behind_the_same_kernel_only(
+    monkeypatch: pytest.MonkeyPatch, columns: tuple[int, int], wanted: list[Any]
 ) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(launch, "_fused_fits", lambda _x, _weight: True)
-    monkeypatch.setattr(launch, "shared_memory", lambda _device: room << 10)
+    monkeypatch.setattr(launch, "runs_ptx", lambda _device: True)
     monkeypatch.setattr(launch, "_sorted", lambda _scratch, _rows: 2)
     monkeypatch.setattr(launch, "_combine", lambda *_: None)
-    monkeypatch.setattr(launch, "fused_product", lambda _x, _experts, name, *_: made.append(name))
-    monkeypatch.setattr(
-        launch, "warp_product", lambda _x, _e, name, _s, _o, _t, _how, ahead: made.append((name, ahead))
-    )
-    monkeypatch.setattr(launch, "BY_WARPS", dict.fromkeys(names, launch.WarpTiling(4, 1, 8, False)))
-    layer = shared.Layer(1, packed=packed, hidden=136, inner=200, dtype=torch.bfloat16)
+    monkeypatch.setattr(launch, "fused_product", lambda *given, known: made.append((given[2], known)))
+    monkeypatch.setattr(launch, "_grouped", lambda *given: made.append(f"{given[2]} of many"))
+    layer = shared.Layer(1, packed=("fp4", 32), hidden=columns[1], inner=columns[0], dtype=torch.bfloat16)
+    parts = {name: on_a_gpu(getattr(layer.weights, name)) for name in ("gate_up", "down")}
+    layer.weights = replace(layer.weights, **parts)
     launch.mix(layer.x, layer.weights, layer.scratch, layer.out)
     assert made == wanted

@@ -30,7 +30,7 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, _grid: Any) -> Any:
-        def launch(*, num_warps: int, **named: Any) -> None:
+        def launch(*, num_warps: int, maxnreg: int | None = None, **named: Any) -> None:
             named.pop("launch_pdl", None)
             names = inspect.signature(self.kernel.fn).parameters
             constants = {n: v for n, v in named.items() if names[n].annotation is not inspect.Parameter.empty}
@@ -38,7 +38,11 @@ class Compiled:
             types = {n: "i32" if kind is None else f"*{TYPES[kind]}" for n, kind in kinds.items()}
             types |= dict.fromkeys(constants, "constexpr")
             source = GluonASTSource(self.kernel, {name: types[name] for name in names}, constants, {})
-            self.built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+            self.built = triton.compile(
+                source,
+                target=GPUTarget("cuda", 90, 32),
+                options={"num_warps": num_warps} | ({} if maxnreg is None else {"maxnreg": maxnreg}),
+            )
 
         return launch
 
