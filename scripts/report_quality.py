@@ -42,6 +42,7 @@ from octo_run.models.decoder import Decoder
 
 CONTEXT = 2048
 OURS, PAPER = ("oct4", "oct3", "oct2"), ("octopus4", "octopus3", "octopus2")
+MIXED = ("auto:60", "auto:52", "auto:48")  # the format of each layer's K and V by what it costs
 BASELINES = ("mixed4", "mixed3", "mixed2", "turbo4", "turbo3", "turbo2", "polar4", "polar3", "polar2")
 #: Perplexity change in % and recall in points that are aimed at, by the beginning of the model's name.
 AIMS = {
@@ -83,7 +84,7 @@ class Case:
 def cases() -> list[Case]:
     """Every setting that is measured, the most important first."""
     every = (*OURS, *PAPER, *BASELINES)
-    plain = [Case("formats", kv, kv, {"conditioning": "full"}) for kv in every]
+    plain = [Case("formats", kv, kv, {"conditioning": "full"}) for kv in (*OURS, *MIXED, *PAPER, *BASELINES)]
     less = [
         Case(kind, f"{kv}, {name}", kv, {"conditioning": kind})
         for kind, name in (("off", "as they are"), ("mean", "mean out"))

@@ -211,7 +211,7 @@ def test_figures_do_not_depend_on_what_is_read_at_once(
     rows = perplexity.evaluate(load, ["oct2", "oct3"], texts, stride=200, step=step)
     for row, loss, divergence in zip(rows, losses, kl, strict=True):
         assert row.tokens == 720 and not row.partial
-        assert row.perplexity == pytest.approx(float(loss.mean().exp()), rel=1e-5)
+        assert row.perplexity == pytest.approx(float(loss.mean().exp()), rel=1e-4)  # a code may change
         assert row.stderr == pytest.approx(row.perplexity * (standard_error(loss) or 0), rel=1e-3)
         assert row.kl_mean == pytest.approx(float(divergence.mean()), rel=1e-3, abs=1e-9)
         change = standard_error(loss - losses[0]) or 0

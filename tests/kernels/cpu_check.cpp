@@ -78,7 +78,7 @@ void attention(int count) {
     for (uint16_t &one : stored) one = top_half(random_number());
     const int32_t table[pages] = {1, 0}, row[1] = {0}, packed[1] = {pages}, start[1] = {length - count};
     const int32_t origin[1] = {pages * 64};
-    const Codec plain{0, 1, dim * 2, 0, 0, 0, 0, 0, nullptr, 1.0};
+    const Codec plain{0, 1, dim * 2, 0, 0, 0, 0, 0, 0, nullptr, 1.0};
     const int64_t a = groups * sink * dim, b = groups * tail * dim, s = sink * dim, t = tail * dim, d = dim;
     AttentionCall call{1, count, heads, groups, dim, 0, sink, tail, 2, 0.125, q.data(), count * heads * d, heads * d, d,
               out.data(), count * heads * d, heads * d, d, (const uint8_t *)stored.data(), groups * 256 * d, 256 * d,

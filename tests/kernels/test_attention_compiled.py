@@ -244,8 +244,8 @@ def test_trellis_encoder_compiles_for_hopper(name, dim):
 
     codec = get(name, dim)
     constants = {
-        "D": dim, "STREAM": codec.stream, "STATE": codec.state_bits, "SIGNED": codec.signed, "NORM": codec.norm_bits,
-        "COLUMNS": SEARCH_COLUMNS, "ROWS": _ROWS,
+        "D": dim, "CHAINS": codec.chains, "STREAM": codec.stream, "STATE": codec.state_bits, "SIGNED": codec.signed,
+        "NORM": codec.norm_bits, "COLUMNS": SEARCH_COLUMNS, "ROWS": _ROWS,
     }  # fmt: skip
     pointers = {"Y": "*bf16", "FIELDS": "*u16", "KEYS": "*fp16", "VALUES": "*fp32", "UNITS": "*fp64"}
     kinds = dict.fromkeys(trellis_kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
