@@ -227,6 +227,7 @@ class Conversation:
             try:
                 with PromptProgress() as progress:
                     reply = begin(report)
+                    self.keeper.touched()  # whatever comes now, what was said is saved
                     display.begin(self.engine, reply)
                     if reply.dropped_turns:
                         verb = "was" if reply.dropped_turns == 1 else "were"
@@ -243,12 +244,12 @@ class Conversation:
                 reply.close()
             display.finish()
         self.interrupted = stop.requested
+        if stop.requested:  # before it is said that a second Ctrl-C leaves
+            self.stopped_at = time.monotonic()
         console.echo()
         if reply is not None:
             self._account(reply)
             self.keeper.after_turn(self)
-        if stop.requested:
-            self.stopped_at = time.monotonic()
         if stop.again and self.person:
             raise KeyboardInterrupt
 

@@ -1,6 +1,7 @@
 """``chat``: piped and at a terminal, slash commands, Ctrl-C, notices."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from octo_run.cli import chat
 from octo_run.cli.chat import EXAMPLES
 from octo_run.cli.chat_commands import HELP
+from octo_run.cli.conversation import Conversation
+from octo_run.cli.keeper import Keeper
 
 LINE = b"one\n"
 
@@ -300,3 +303,26 @@ def test_a_system_prompt_that_the_template_refuses_does_not_stick(
     terminal([])
     shown = octo(*argv, "--system", "Be kind.")
     assert shown.code == 1 and "System role not supported" in shown.err
+
+
+def test_ctrl_c_leaves_as_soon_as_it_is_said_that_it_does(
+    octo: Callable[..., Any], engine: Any, terminal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.answers("")
+    engine.replies[0].pieces = ["half", "^C", " more", " never"]
+    say, close, unsaved = Conversation._say_cost, Keeper.close, []
+
+    def say_and_interrupt(self: Conversation, reply: Any) -> None:
+        say(self, reply)
+        signal.raise_signal(signal.SIGINT)
+
+    def see(self: Keeper, chat: Conversation) -> None:
+        unsaved.append(self._behind)
+        close(self, chat)
+
+    monkeypatch.setattr(Conversation, "_say_cost", say_and_interrupt)
+    monkeypatch.setattr(Keeper, "close", see)
+    terminal(["one", "two"])
+    shown = octo("chat")
+    assert shown.code == 130 and "Ctrl-C again leaves]" in shown.out
+    assert unsaved == [True], "an answer that was stopped is saved at the end"

@@ -95,8 +95,8 @@ def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> 
          "stride": 2047, "rows": [row("bf16", "formats", 0), row("oct3", "formats", 0.44), row("oct2", "formats", 1.7),
                   row("turbo3", "formats", 2.0), row("oct2, as they are", "off", 1.0)]},
         {"kind": "needle", "model": "demo", "where": "CPU", "text": "a.txt", "per_text": 5, "length": 2048, "rows": [
-            {"kv": kv, "depth": None, "trials": 20, "texts": 4, "correct": found, "recall": found / 20, "low": 0.7, "high": 1.0,
-             "stderr": 0.05, "delta": found / 20 - 1, "delta_stderr": 0.025}
+            {"kv": kv, "depth": None, "trials": 20, "texts": 4, "correct": found, "recall": found / 20, "low": 0.7,
+             "high": 1.0, "stderr": 0.05, "delta": found / 20 - 1, "delta_stderr": 0.025}
             for kv, found in (("bf16", 20), ("oct3", 19), ("oct2", 19))]},
     ]  # fmt: skip
     files = [tmp_path / f"{number}.json" for number in range(2)]

@@ -12,9 +12,19 @@ import pytest
 
 PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
+WORDS = ".*?[A-Za-z]{2,} [A-Za-z]{2,} [A-Za-z]{2,}"
 HOT = ("--temp", "3", "--seed", "1", "--threads", "1")  # so hot that no answer ends by itself
 CTRL_C, CTRL_D, UP, TAB = "\x03", "\x04", "\x1b[A", "\t"
 DONE = r"\[\d+ tokens?, .*?first after [\d.]+ s\].*?" + PROMPT
+
+
+def answering(chat: Any) -> int:
+    """Ask for a long answer once the model is loaded, and wait for some words of it (no notice, no progress)."""
+    at = chat.wait_for(READY)
+    chat.type("/tokens\r")
+    at = chat.wait_for("0 questions: .*?" + PROMPT, at)
+    chat.type("Tell me a long story.\r")
+    return int(chat.wait_for(SENT + WORDS, at))
 
 
 def leave(chat: Any, code: int = 0) -> None:
@@ -34,9 +44,7 @@ def test_keys_typed_during_an_answer_wait_for_the_next_line(
 ) -> None:
     """Nothing of them is in the answer: no letters, no arrow; then they are there, Enter too."""
     chat = terminal("chat", "-n", "60", "--temp", "3", "--seed", "1", "--threads", "1")
-    at = chat.wait_for(READY)
-    chat.type("Tell me a long story.\r")
-    at = chat.wait_for(SENT + r".*?\w+\W+\w+\W+\w+", at)
+    at = answering(chat)
     for key in ("#1#", UP, "\x1b[B", "#2#", "\x7f", "\x7f", "\x7f"):
         chat.type(key)
         chat.read(0.05)
@@ -48,7 +56,7 @@ def test_keys_typed_during_an_answer_wait_for_the_next_line(
     at = chat.wait_for(DONE, at)
     assert any(line.endswith("#1# which date?") for line in history(environment))
     chat.type("Another.\r")
-    at = chat.wait_for(SENT + r".*?\w+\W+\w+\W+\w+", at)
+    at = chat.wait_for(SENT + WORDS, at)
     chat.type("/tokens\r")  # a whole line, Enter too
     at = chat.wait_for(r"first after.*?3 questions: .*?" + PROMPT, at)
     leave(chat)
@@ -67,9 +75,7 @@ def test_keys_typed_while_the_model_is_loaded_wait_too(terminal: Callable[..., A
 @pytest.mark.slow
 def test_two_ctrl_c_within_two_seconds_leave(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", *HOT)
-    at = chat.wait_for(READY)
-    chat.type("Tell me a long story.\r")
-    at = chat.wait_for(SENT + r".*?\w+\W+\w+\W+\w+", at)
+    at = answering(chat)
     chat.type(CTRL_C)
     chat.wait_for(r"\[stopped, ", at)  # a second one before that leaves at once, without it
     chat.type(CTRL_C)
@@ -80,9 +86,7 @@ def test_two_ctrl_c_within_two_seconds_leave(terminal: Callable[..., Any]) -> No
 @pytest.mark.slow
 def test_ctrl_c_long_after_an_answer_was_stopped_only_warns(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", *HOT)
-    at = chat.wait_for(READY)
-    chat.type("Tell me a long story.\r")
-    at = chat.wait_for(SENT + r".*?\w+\W+\w+\W+\w+", at)
+    at = answering(chat)
     chat.type(CTRL_C)
     at = chat.wait_for(r"\[stopped, .*?Ctrl-C again leaves\].*?" + PROMPT, at)
     time.sleep(2.2)
