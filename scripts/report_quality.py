@@ -277,7 +277,6 @@ def write(doc: Path, files: list[Path]) -> None:
         own = [part for part in parts if part["model"] == model]
         rows = [row for part in own if part["kind"] == "ppl" for row in part["rows"]]
         rows = [row for i, row in enumerate(rows) if row["kv"] not in {other["kv"] for other in rows[:i]}]
-        _count_codes_in_passing(rows, own[0].get("head_dim", 128))
         lines += [f"## {model} model", "", *_targets(model, own, rows)]
         for group, title in TITLES.items():
             lines += _table(title, [row for row in rows if row["group"] == group], own[0].get("head_dim", 128))
@@ -289,17 +288,6 @@ def write(doc: Path, files: list[Path]) -> None:
             plot_perplexity([Row(**{key: row[key] for key in fields if key in row}) for row in shown], plot)
             lines += [f"![perplexity against bytes, {model} model]({plot.name})", ""]
     doc.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
-
-
-def _count_codes_in_passing(rows: list[dict[str, Any]], head_dim: int) -> None:
-    """Give other papers' formats the bytes that their codes would take in our pages: they grow with a vector's bytes,
-    by as much as between two of our formats in the same arena."""
-    of_ours = [(_vector_bytes(row, head_dim), row["bytes_per_token"]) for row in rows if row["kv"] in OURS]
-    for row in rows:
-        if row["kv"].split(",")[0] in BASELINES and len(of_ours) > 1:
-            (most, most_held), (least, least_held) = max(of_ours), min(of_ours)
-            held = (_vector_bytes(row, head_dim) - least) * (most_held - least_held) / (most - least)
-            row["bytes_per_token"] = least_held + held
 
 
 def _head(parts: list[dict[str, Any]]) -> Iterator[str]:

@@ -27,6 +27,7 @@ from octo_run.engine.evaluation.reading import (
 )
 from octo_run.engine.evaluation.statistics import standard_error
 from octo_run.errors import OctoError, UsageError
+from octo_run.kernels.page_size import PAGE_TOKENS
 from octo_run.tokenizer import Tokenizer
 
 
@@ -105,7 +106,7 @@ def cache_bytes_per_token(engine: Engine) -> float:
     """Bytes of packed pages, page table, sinks and recent windows, divided by the tokens that they hold."""
     s, arena = engine.plan.shape, engine.arena
     full = sum(part.nbytes for part in arena.full(0)) * s.layers
-    paged = arena.pages.nbytes + arena.page_table.nbytes
+    paged = s.pages * PAGE_TOKENS * s.token_bytes + arena.page_table.nbytes
     paged += sum(one.pages.nbytes + one.page_table.nbytes for one in arena.windows)
     return (paged + full) / (s.sequences * s.context)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from octo_run.engine import Engine
+from octo_run.engine.evaluation.perplexity import cache_bytes_per_token
 from octo_run.kernels.codec import get
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report_quality.py"
@@ -116,11 +117,11 @@ def test_the_report_says_which_aims_are_reached(script: Any, tmp_path: Path) -> 
     assert (tmp_path / "quality-demo.png").exists()
 
 
-def test_formats_that_go_in_passing_have_the_bytes_of_their_codes(script: Any) -> None:
-    """Those of a head dimension of 64: 22, 30 and 38 bytes of ours, 26 of turbo3."""
-    rows = [
-        row(kv, "formats", 1) | {"bytes_per_token": held}
-        for kv, held in (("bf16", 9000.0), ("oct3", 1300.0), ("oct2", 1100.0), ("turbo3", 9000.0), ("oct4", 1500.0))
-    ]
-    script._count_codes_in_passing(rows, 64)
-    assert [one["bytes_per_token"] for one in rows] == [9000, 1300, 1100, 1200, 1500]
+def test_codes_in_passing_have_the_bytes_of_the_real_pages(script: Any) -> None:
+    real, passing = (
+        script.load_case("octo-demo", script.Case("formats", "a", "octopus2", KIND), CPU),
+        script.load_case("octo-demo", script.Case("boundary", "b", "octopus2", KIND, (0, -1)), CPU),
+    )
+    assert cache_bytes_per_token(passing) > cache_bytes_per_token(real)
+    script._code_in_passing(passing, get("octopus2"), set())
+    assert cache_bytes_per_token(passing) == cache_bytes_per_token(real)

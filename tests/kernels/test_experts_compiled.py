@@ -128,4 +128,5 @@ def test_fused_products_compile_for_hopper(kind, bits, group, turns, first):
     assert text.index("griddepcontrol.wait") < text.index("griddepcontrol.launch_dependents")
     assert (text.index("cp.async") < text.index("griddepcontrol.wait")) == (not first)
     found = disassembled(compiled.asm["cubin"])
-    assert found.spilled_bytes <= 32 and found.registers <= (128 if turns < 4 else 255), found
+    assert found.spilled_bytes <= (32 if turns == 3 else 0), "inputs of three blocks leave too few of 128 registers"
+    assert found.registers <= (128 if turns < 4 else 255)
