@@ -57,11 +57,11 @@ def _described(codec: Codec) -> tuple[_Codec, Tensor | None] | None:
             return None
         return _Codec(0, ELEMENTS[codec.dtype], codec.bytes_per_vector, 0, 0, 0, 0, 0, 0, None, 1.0), None
     if type(codec) is TrellisCodec:
-        halves = codec.half_steps(torch.float32).to(torch.int32) & 1023
-        table = (halves[:, 0] | halves[:, 1] << 10 | halves[:, 2] << 20).contiguous()
+        x, y, z = (codec.table.to(torch.int32) + 128).unbind(1)
+        table = x | y << 8 | z << 16
         made = _Codec(
             1, 0, codec.bytes_per_vector, codec.stream, codec.state_bits, codec.signed, codec.num_triplets,
-            codec.chains, len(table), table.data_ptr(), codec.step / 2,
+            codec.chains, len(table), table.data_ptr(), codec.step,
         )  # fmt: skip
         return made, table
     if isinstance(codec, OctopusCodec):
@@ -95,7 +95,7 @@ def host_bytes(
     rows = queries * heads // kv_heads
     here = min(rows, _ROWS)
     thread = here * (3 * head_dim + 2 * PAGE_TOKENS) + (2 * head_dim + 4) * PAGE_TOKENS
-    thread += here * head_dim * 16 * (here <= 8) + (head_dim * (32 + here) if mean else 0)
+    thread += here * (17 * head_dim + 3) * (here <= 8) + (head_dim * (32 + here) if mean else 0)
     pieces = -(-blocks // _SPLIT)
     pieces = pieces if rows < _ROWS else min(pieces, _MOST_SPLITS)
     return 4 * (torch.get_num_threads() * thread + kv_heads * rows * pieces * (head_dim + 2))

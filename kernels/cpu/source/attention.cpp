@@ -123,9 +123,25 @@ static void tile_of_rows(const void *const *rows, int count, int64_t dim, int el
     }
 }
 
+#if REGISTER == 32
+// Four entries: loads straight into a register, as a load over single stores would wait for them to leave the core.
+static inline __m128i entries(const int32_t *table, uint64_t two, uint64_t more) {
+    const __m128i low = _mm_insert_epi32(_mm_cvtsi32_si128(table[(uint32_t)two]), table[two >> 32], 1);
+    const __m128i high = _mm_insert_epi32(_mm_cvtsi32_si128(table[(uint32_t)more]), table[more >> 32], 1);
+    return _mm_unpacklo_epi64(low, high);
+}
+#endif
+
 static inline I16 lookup(const int32_t *table, I16 index) {
 #if REGISTER == 64
     return (I16)_mm512_i32gather_epi32((__m512i)index, table, 4);
+#elif REGISTER == 32
+    uint64_t at[8];
+    store(at, index);
+    auto eight = [&](const uint64_t *at) {
+        return Lanes<int32_t>(_mm256_set_m128i(entries(table, at[2], at[3]), entries(table, at[0], at[1])));
+    };
+    return I16(eight(at), eight(at + 4));
 #else
     int32_t found[16], at[16];
     store(at, index);
@@ -134,19 +150,46 @@ static inline I16 lookup(const int32_t *table, I16 index) {
 #endif
 }
 
+// Words whose bytes are all ones where a number of three bits, of which more may stand above, has its bits.
+static inline I16 bytes_of_bits(U16 numbers) {
+#if REGISTER == 64
+    const I16 bytes = {0,        0x0000ff, 0x00ff00, 0x00ffff, 0xff0000, 0xff00ff, 0xffff00, 0xffffff,
+                       0,        0x0000ff, 0x00ff00, 0x00ffff, 0xff0000, 0xff00ff, 0xffff00, 0xffffff};
+    return (I16)_mm512_permutexvar_ps((__m512i)numbers, (__m512)bytes);
+#elif REGISTER == 32
+    const __m256i bytes = _mm256_setr_epi32(0, 0x0000ff, 0x00ff00, 0x00ffff, 0xff0000, 0xff00ff, 0xffff00, 0xffffff);
+    auto of = [&](Lanes<uint32_t> eight) {
+        return (Lanes<int32_t>)_mm256_permutevar8x32_epi32(bytes, (__m256i)eight);
+    };
+    return I16(of(numbers.low.lanes), of(numbers.high.lanes));
+#else
+    const U16 spread = (numbers & 1u) | (numbers & 2u) << 7 | (numbers & 4u) << 14;
+    return (I16)((spread << 8) - spread);
+#endif
+}
+
 // A block's codes, which are read as numbers of 16 tokens side by side. A number times the token's factor is the vector's.
+//
+// A trellis's numbers come nested: u, u + 256 u' and u + 256 u' + 65536 u'' of three numbers u - MIDDLE, u' - MIDDLE,
+// u'' - MIDDLE. Sums of products of them are as good as of the numbers, as it takes little to get one from the other at
+// the beginning or the end (`nested_factors`, `numbers_of`), and they cost half of the instructions.
+constexpr float MIDDLE = 127.5f;
 struct Codes {
     const Codec &c;
     const U16 *streams;  // [words][4 times 16 tokens]
     const uint32_t *before;  // the first bit of the triplet before one in its chain; of the chained ones
     int64_t chained, dim;  // triplets in chains
 
-    INLINE U16 field(uint32_t bit, int count, int sixteen) const {
+    // `count` bits, and others above them.
+    INLINE U16 from_bit(uint32_t bit, int count, int sixteen) const {
         const uint32_t w = bit / 32;
         const int shift = bit % 32;
         U16 found = streams[w * 4 + sixteen] >> shift;
         if (shift + count > 32) found |= streams[(w + 1) * 4 + sixteen] << (32 - shift);
-        return found & ((1u << count) - 1);
+        return found;
+    }
+    INLINE U16 field(uint32_t bit, int count, int sixteen) const {
+        return from_bit(bit, count, sixteen) & ((1u << count) - 1);
     }
     // The numbers of triplet i of tokens 16 `sixteen` and on; those of dimensions that are not there are of no use.
     INLINE void triplet(int64_t i, int sixteen, F16 *xyz) const {
@@ -166,15 +209,24 @@ struct Codes {
             index = field(bit, bits + state, sixteen);
         else
             index = field(bit, bits, sixteen) | field(before[i], state, sixteen) << bits;
-        const I16 word = lookup(table, (I16)index);
-        xyz[0] = floats((word << 22) >> 22), xyz[1] = floats((word << 12) >> 22), xyz[2] = floats((word << 2) >> 22);
-        if (c.is_signed) {
-            const U16 signs = field((uint32_t)(c.triplets * bits + 3 * i), 3, sixteen), top = U16{} + 0x80000000u;
-            for (int axis = 0; axis < 3; axis++)
-                xyz[axis] = (F16)((U16)xyz[axis] ^ ((signs << (31 - axis)) & top));
-        }
+        I16 word = lookup(table, (I16)index);
+        // A number's negative has all bits of its byte turned.
+        if (c.is_signed) word = word ^ bytes_of_bits(from_bit((uint32_t)(c.triplets * bits + 3 * i), 3, sixteen));
+        xyz[0] = floats(word & 0xff), xyz[1] = floats(word & 0xffff), xyz[2] = floats(word);
     }
 };
+
+// What nested numbers are multiplied by for the products of numbers with x, y, z; returns what is added to the sum.
+static inline float nested_factors(float x, float y, float z, float *factors) {
+    factors[0] = x - y / 256, factors[1] = y / 256 - z / 65536, factors[2] = z / 65536;
+    return -MIDDLE * (x + y + z);
+}
+// Number `axis` of a triplet, times a weight or summed over weights, of such sums of nested ones; `weight` is their sum.
+template <class T> static inline T number_of(const T *nested, int64_t axis, float weight) {
+    const T apart = axis == 0 ? nested[0] : axis == 1 ? (nested[1] - nested[0]) / 256.0f
+                                                      : (nested[2] - nested[1]) / 65536.0f;
+    return apart - MIDDLE * weight;
+}
 
 #if REGISTER == 32
 // Words of a row, at most eight.
@@ -225,23 +277,37 @@ static void tile_of_codes(const Codes &codes, float *tile) {
             F16 xyz[3];
             codes.triplet(i, sixteen, xyz);
             for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++)
-                store(tile + (3 * i + axis) * PAGE + sixteen * 16, xyz[axis]);
+                store(tile + (3 * i + axis) * PAGE + sixteen * 16,
+                      codes.c.kind == TRELLIS ? number_of(xyz, axis, 1) : xyz[axis]);
         }
 }
 
 // For few queries codes are multiplied as they are read: a tile would push the table out of the first-level cache.
 constexpr int AT_ONCE = REGISTER == 64 ? 8 : 4;  // queries whose sums registers hold
-// scores [R][64] of queries [R][dim].
-template <int R> static void scores_of_codes(const Codes &codes, const float *queries, float *scores) {
-    const int64_t dim = codes.dim, triplets = codes.c.triplets;
-    float *by_triplet = (float *)scratch(2, triplets * 3 * R * 4);  // [triplets][R][3]
-    for (int64_t i = 0; i < triplets; i++)
-        for (int r = 0; r < R; r++)
-            for (int axis = 0; axis < 3; axis++)
-                by_triplet[(i * R + r) * 3 + axis] = 3 * i + axis < dim ? queries[r * dim + 3 * i + axis] : 0;
+// What scores_of_codes takes of queries [R][dim]: for each triplet and query three factors, then one addend a query.
+static void factors_of_queries(const Codec &c, const float *queries, int64_t R, int64_t dim, float *factors) {
+    float *addends = factors + c.triplets * R * 3;
+    for (int64_t r = 0; r < R; r++) {
+        addends[r] = 0;
+        for (int64_t i = 0; i < c.triplets; i++) {
+            float xyz[3] = {}, *to = factors + (i * R + r) * 3;
+            for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++) xyz[axis] = queries[r * dim + 3 * i + axis];
+            if (c.kind == TRELLIS)
+                addends[r] += nested_factors(xyz[0], xyz[1], xyz[2], to);
+            else
+                memcpy(to, xyz, sizeof(xyz));
+        }
+    }
+}
+// scores [R][64] of queries.
+template <int R> static void scores_of_codes(const Codes &codes, const float *factors, float *scores) {
+    const int64_t triplets = codes.c.triplets;
+    const float *addends = factors + triplets * R * 3;
     for (int sixteen = 0; sixteen < 4; sixteen++) {
-        Lanes<float> sums[R][PARTS] = {};
-        const float *q = by_triplet;
+        Lanes<float> sums[R][PARTS];
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < PARTS; n++) sums[r][n] = addends[r] - Lanes<float>{};
+        const float *q = factors;
         for (int64_t i = 0; i < triplets; i++, q += 3 * R) {
             F16 xyz[3];
             codes.triplet(i, sixteen, xyz);
@@ -253,7 +319,7 @@ template <int R> static void scores_of_codes(const Codes &codes, const float *qu
             for (int n = 0; n < PARTS; n++) store(scores + r * PAGE + 16 * sixteen + n * (REGISTER / 4), sums[r][n]);
     }
 }
-// sums [R][dim][16], over tokens a multiple of 16 apart, += weights [R][64] times what the codes are.
+// sums [R][dim][16], over tokens a multiple of 16 apart, += weights [R][64] times what the codes are, nested or not.
 template <int R> static void add_codes(const Codes &codes, const float *weights, float *sums) {
     const int64_t dim = codes.dim;
     for (int64_t i = 0; i < codes.c.triplets; i++) {
@@ -374,13 +440,17 @@ void Work::run() const {
     const int64_t dim = c.dim, group = c.heads / c.kv_heads, R = count_rows;
     const int64_t size = c.element == FLOAT32 ? 4 : 2;
     const bool few = R <= 8, mean = c.coefficients != nullptr;
-    const int64_t floats_needed = R * dim * 3 + R * PAGE * 2 + dim * PAGE * 2 + (few ? R * dim * 16 : 0) + PAGE * 4 +
+    const int64_t floats_needed = R * dim * 3 + R * PAGE * 2 + dim * PAGE * 2 + (few ? R * (17 * dim + 3) : 0) + PAGE * 4 +
                                   (mean ? dim * 32 + R * dim : 0);
     float *at = (float *)scratch(7, floats_needed * 4 + 1024);
     auto take = [&](int64_t n) { float *found = at; at += (n + 15) / 16 * 16; return found; };
     float *queries = take(R * dim), *sums = take(R * dim), *scores = take(R * PAGE), *biases = take(R * PAGE);
     float *tile = take(dim * PAGE), *values = take(dim * PAGE), *factors = take(PAGE);
     float *wide = few ? take(R * dim * 16) : nullptr;
+    const auto multiply = c.k.kind == PLAIN ? nullptr : BY_QUERIES(scores_of_codes, R);
+    const auto add = c.v.kind == PLAIN ? nullptr : BY_QUERIES(add_codes, R);
+    float *by_triplet = multiply ? take(R * (3 * c.k.triplets + 1)) : nullptr;
+    F16 nested[AT_ONCE] = {};  // of queries: the weights of numbers that `wide` has nested
     float *coefficients = mean ? take(R * dim) : nullptr, *turned = mean ? take(R * dim) : nullptr;
     float *offsets = mean ? take(dim * 32) : nullptr;
     piece->top.assign(R, -INFINITY), piece->total.assign(R, 0);
@@ -395,6 +465,7 @@ void Work::run() const {
                 coefficients[r * dim + i] =
                     c.coefficients[((b * c.count + token) * c.heads + h) * dim + i] * (float)c.scale;
     }
+    if (multiply) factors_of_queries(c.k, queries, R, dim, by_triplet);
     if (mean)
         for (int64_t i = 0; i < dim; i++)
             for (int t = 0; t < 32; t++) offsets[i * 32 + t] = c.offset[t * dim + i];
@@ -428,9 +499,8 @@ void Work::run() const {
         if (position > start + (first_row + R - 1) / group || position + n <= earliest(c, start + first_row / group))
             continue;  // nobody here sees it
         const bool codes = page && c.k.kind != PLAIN;
-        const auto multiply = codes ? BY_QUERIES(scores_of_codes, R) : nullptr;
-        if (multiply)
-            multiply(codes_of(c.k, page, dim, factors), queries, scores);
+        if (codes && multiply)
+            multiply(codes_of(c.k, page, dim, factors), by_triplet, scores);
         else {
             if (codes)
                 tile_of_codes(codes_of(c.k, page, dim, factors), tile);
@@ -493,6 +563,7 @@ void Work::run() const {
                 if (few)
                     for (int64_t i = 0; i < dim * 16; i += 16)
                         store(wide + r * dim * 16 + i, load<F16>(wide + r * dim * 16 + i) * keep[0]);
+                if (add) nested[r] = nested[r] * keep[0];
                 piece->top[r] = top;
             }
         }
@@ -513,9 +584,12 @@ void Work::run() const {
         }
         const Codes packed_v = codes_of(c.v, v_block, dim, v_factors);
         for (int64_t r = 0; r < R; r++)
-            for (int v = 0; v < 4; v++)
-                store(scores + r * PAGE + 16 * v, load<F16>(scores + r * PAGE + 16 * v) * load<F16>(v_factors + 16 * v));
-        if (const auto add = BY_QUERIES(add_codes, R)) {
+            for (int v = 0; v < 4; v++) {
+                const F16 weights = load<F16>(scores + r * PAGE + 16 * v) * load<F16>(v_factors + 16 * v);
+                store(scores + r * PAGE + 16 * v, weights);
+                if (add) nested[r] += weights;
+            }
+        if (add) {
             add(packed_v, scores, wide);
             continue;
         }
@@ -538,7 +612,15 @@ void Work::run() const {
         }
     }
     if (few)
-        for (int64_t i = 0; i < R * dim; i++) sums[i] += total(load<F16>(wide + i * 16));
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t first = 0; first < dim; first += 3) {
+                const int64_t axes = std::min<int64_t>(3, dim - first);
+                float of[3], *to = sums + r * dim + first;
+                for (int64_t axis = 0; axis < axes; axis++) of[axis] = total(load<F16>(wide + (r * dim + first + axis) * 16));
+                const float weight = add ? total(nested[r]) : 0;
+                for (int64_t axis = 0; axis < axes; axis++)
+                    to[axis] += add && c.v.kind == TRELLIS ? number_of(of, axis, weight) : of[axis];
+            }
     piece->sums.assign(sums, sums + R * dim);
 }
 }  // namespace
