@@ -191,31 +191,28 @@ struct Codes {
     INLINE U16 field(uint32_t bit, int count, int sixteen) const {
         return from_bit(bit, count, sixteen) & ((1u << count) - 1);
     }
-    // The numbers of triplet i of tokens 16 `sixteen` and on; those of dimensions that are not there are of no use.
-    INLINE void triplet(int64_t i, int sixteen, F16 *xyz) const {
-        const int bits = (int)c.stream;
-        const int32_t *table = (const int32_t *)c.table;
+    // Triplet i of 64 tokens of a trellis: u, u' and u'' are the bytes of a word, the lowest first.
+    INLINE void words(int64_t i, I16 *found) const {
+        const int bits = (int)c.stream, state = (int)c.state_bits;
         const uint32_t bit = (uint32_t)i * bits;
-        if (c.kind == OCTOPUS) {
-            const I16 index = (I16)field(bit, bits, sixteen);
-            for (int64_t axis = 0; axis < 3; axis++) xyz[axis] = (F16)lookup(table + axis * c.entries, index);
-            return;
-        }
-        const int state = (int)c.state_bits;
-        U16 index;
+        U16 index[4];
         if (i >= chained)
-            index = field(bit, bits, sixteen) + (1u << (bits + state));
+            for (int n = 0; n < 4; n++) index[n] = field(bit, bits, n) + (1u << (bits + state));
         else if (before[i] == bit + bits)  // the state's bits follow the code's
-            index = field(bit, bits + state, sixteen);
+            for (int n = 0; n < 4; n++) index[n] = field(bit, bits + state, n);
         else
-            index = field(bit, bits, sixteen) | field(before[i], state, sixteen) << bits;
-        I16 word = lookup(table, (I16)index);
+            for (int n = 0; n < 4; n++) index[n] = field(bit, bits, n) | field(before[i], state, n) << bits;
+        for (int n = 0; n < 4; n++) found[n] = lookup((const int32_t *)c.table, (I16)index[n]);
+        if (!c.is_signed) return;
+        const uint32_t signs = (uint32_t)(c.triplets * bits + 3 * i);
         // A number's negative has all bits of its byte turned.
-        if (c.is_signed) word = word ^ bytes_of_bits(from_bit((uint32_t)(c.triplets * bits + 3 * i), 3, sixteen));
-        xyz[0] = floats(word & 0xff), xyz[1] = floats(word & 0xffff), xyz[2] = floats(word);
+        for (int n = 0; n < 4; n++) found[n] = found[n] ^ bytes_of_bits(from_bit(signs, 3, n));
     }
 };
-
+// The nested numbers of words.
+static INLINE void nested_of(I16 word, F16 *xyz) {
+    xyz[0] = floats(word & 0xff), xyz[1] = floats(word & 0xffff), xyz[2] = floats(word);
+}
 // What nested numbers are multiplied by for the products of numbers with x, y, z; returns what is added to the sum.
 static inline float nested_factors(float x, float y, float z, float *factors) {
     factors[0] = x - y / 256, factors[1] = y / 256 - z / 65536, factors[2] = z / 65536;
@@ -272,17 +269,28 @@ static Codes codes_of(const Codec &c, const uint8_t *rows, int64_t dim, float *f
 // tile [dim][64] of a block of codes.
 static void tile_of_codes(const Codes &codes, float *tile) {
     const int64_t dim = codes.dim;
-    for (int64_t i = 0; i < codes.c.triplets; i++)
-        for (int sixteen = 0; sixteen < 4; sixteen++) {
-            F16 xyz[3];
-            codes.triplet(i, sixteen, xyz);
-            for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++)
-                store(tile + (3 * i + axis) * PAGE + sixteen * 16,
-                      codes.c.kind == TRELLIS ? number_of(xyz, axis, 1) : xyz[axis]);
-        }
+    const int bits = (int)codes.c.stream;
+    for (int64_t i = 0; i < codes.c.triplets; i++) {
+        const int64_t axes = std::min<int64_t>(3, dim - 3 * i);
+        float *to = tile + 3 * i * PAGE;
+        if (codes.c.kind == TRELLIS) {
+            I16 words[4];
+            codes.words(i, words);
+            for (int n = 0; n < 4; n++) {
+                F16 nested[3];
+                nested_of(words[n], nested);
+                for (int64_t axis = 0; axis < axes; axis++) store(to + axis * PAGE + n * 16, number_of(nested, axis, 1));
+            }
+        } else
+            for (int n = 0; n < 4; n++) {
+                const I16 index = (I16)codes.field((uint32_t)i * bits, bits, n);
+                for (int64_t axis = 0; axis < axes; axis++)
+                    store(to + axis * PAGE + n * 16, lookup((const int32_t *)codes.c.table + axis * codes.c.entries, index));
+            }
+    }
 }
 
-// For few queries codes are multiplied as they are read: a tile would push the table out of the first-level cache.
+// For few queries a trellis's codes are multiplied as they are read, without a tile.
 constexpr int AT_ONCE = REGISTER == 64 ? 8 : 4;  // queries whose sums registers hold
 // What scores_of_codes takes of queries [R][dim]: for each triplet and query three factors, then one addend a query.
 static void factors_of_queries(const Codec &c, const float *queries, int64_t R, int64_t dim, float *factors) {
@@ -292,10 +300,7 @@ static void factors_of_queries(const Codec &c, const float *queries, int64_t R, 
         for (int64_t i = 0; i < c.triplets; i++) {
             float xyz[3] = {}, *to = factors + (i * R + r) * 3;
             for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++) xyz[axis] = queries[r * dim + 3 * i + axis];
-            if (c.kind == TRELLIS)
-                addends[r] += nested_factors(xyz[0], xyz[1], xyz[2], to);
-            else
-                memcpy(to, xyz, sizeof(xyz));
+            addends[r] += nested_factors(xyz[0], xyz[1], xyz[2], to);
         }
     }
 }
@@ -303,6 +308,8 @@ static void factors_of_queries(const Codec &c, const float *queries, int64_t R, 
 template <int R> static void scores_of_codes(const Codes &codes, const float *factors, float *scores) {
     const int64_t triplets = codes.c.triplets;
     const float *addends = factors + triplets * R * 3;
+    I16 *words = (I16 *)scratch(2, triplets * 4 * sizeof(I16));
+    for (int64_t i = 0; i < triplets; i++) codes.words(i, words + 4 * i);
     for (int sixteen = 0; sixteen < 4; sixteen++) {
         Lanes<float> sums[R][PARTS];
         for (int r = 0; r < R; r++)
@@ -310,7 +317,7 @@ template <int R> static void scores_of_codes(const Codes &codes, const float *fa
         const float *q = factors;
         for (int64_t i = 0; i < triplets; i++, q += 3 * R) {
             F16 xyz[3];
-            codes.triplet(i, sixteen, xyz);
+            nested_of(words[4 * i + sixteen], xyz);
             for (int r = 0; r < R; r++)
                 for (int axis = 0; axis < 3; axis++)
                     for (int n = 0; n < PARTS; n++) sums[r][n] += part(xyz[axis], n) * q[3 * r + axis];
@@ -319,20 +326,22 @@ template <int R> static void scores_of_codes(const Codes &codes, const float *fa
             for (int n = 0; n < PARTS; n++) store(scores + r * PAGE + 16 * sixteen + n * (REGISTER / 4), sums[r][n]);
     }
 }
-// sums [R][dim][16], over tokens a multiple of 16 apart, += weights [R][64] times what the codes are, nested or not.
+// sums [R][dim][16], over tokens a multiple of 16 apart, += weights [R][64] times nested numbers.
 template <int R> static void add_codes(const Codes &codes, const float *weights, float *sums) {
     const int64_t dim = codes.dim;
     for (int64_t i = 0; i < codes.c.triplets; i++) {
-        F16 xyz[4][3];
-        for (int sixteen = 0; sixteen < 4; sixteen++) codes.triplet(i, sixteen, xyz[sixteen]);
-        for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++)
+        I16 words[4];
+        codes.words(i, words);
+        for (int64_t axis = 0; axis < 3 && 3 * i + axis < dim; axis++) {
+            F16 numbers[4];
+            for (int n = 0; n < 4; n++) numbers[n] = floats(axis == 2 ? words[n] : words[n] & (axis ? 0xffff : 0xff));
             for (int r = 0; r < R; r++) {
                 float *to = sums + (r * dim + 3 * i + axis) * 16;
                 F16 sum = load<F16>(to);
-                for (int sixteen = 0; sixteen < 4; sixteen++)
-                    sum += xyz[sixteen][axis] * load<F16>(weights + r * PAGE + 16 * sixteen);
+                for (int n = 0; n < 4; n++) sum += numbers[n] * load<F16>(weights + r * PAGE + 16 * n);
                 store(to, sum);
             }
+        }
     }
 }
 // One of the templates F<1> to F<AT_ONCE> for a number of queries; null: there are too many.
@@ -447,8 +456,8 @@ void Work::run() const {
     float *queries = take(R * dim), *sums = take(R * dim), *scores = take(R * PAGE), *biases = take(R * PAGE);
     float *tile = take(dim * PAGE), *values = take(dim * PAGE), *factors = take(PAGE);
     float *wide = few ? take(R * dim * 16) : nullptr;
-    const auto multiply = c.k.kind == PLAIN ? nullptr : BY_QUERIES(scores_of_codes, R);
-    const auto add = c.v.kind == PLAIN ? nullptr : BY_QUERIES(add_codes, R);
+    const auto multiply = c.k.kind != TRELLIS ? nullptr : BY_QUERIES(scores_of_codes, R);
+    const auto add = c.v.kind != TRELLIS ? nullptr : BY_QUERIES(add_codes, R);
     float *by_triplet = multiply ? take(R * (3 * c.k.triplets + 1)) : nullptr;
     F16 nested[AT_ONCE] = {};  // of queries: the weights of numbers that `wide` has nested
     float *coefficients = mean ? take(R * dim) : nullptr, *turned = mean ? take(R * dim) : nullptr;
@@ -619,7 +628,7 @@ void Work::run() const {
                 for (int64_t axis = 0; axis < axes; axis++) of[axis] = total(load<F16>(wide + (r * dim + first + axis) * 16));
                 const float weight = add ? total(nested[r]) : 0;
                 for (int64_t axis = 0; axis < axes; axis++)
-                    to[axis] += add && c.v.kind == TRELLIS ? number_of(of, axis, weight) : of[axis];
+                    to[axis] += add ? number_of(of, axis, weight) : of[axis];
             }
     piece->sums.assign(sums, sums + R * dim);
 }
