@@ -1,6 +1,7 @@
 """The one place where the command line meets the engine; tests replace these functions by a small stand-in."""
 
 import dataclasses
+import importlib
 import os
 import sys
 import time
@@ -40,7 +41,7 @@ def go_offline() -> None:
 def import_torch() -> None:
     """Import PyTorch without the shapes of its operations, of which only its compiler asks: a third of the time.
 
-    Whoever asks for them later gets them.
+    Whoever asks for them later gets them. What generators of random numbers need of them is there.
     """
     if "torch" in sys.modules:
         return
@@ -52,6 +53,10 @@ def import_torch() -> None:
     finally:
         del sys.modules[name]
     vars(torch).pop(name.rpartition(".")[2], None)
+    try:
+        torch.Generator()
+    except RuntimeError:  # since PyTorch 2.13 what is imported with those shapes makes generators usable
+        importlib.import_module("torch._prims.rng_prims")
 
 
 #: Models and devices whose plan this run has told in full, and what else it has told.

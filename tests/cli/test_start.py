@@ -42,8 +42,8 @@ _LARGE = ("transformers", "matplotlib", "huggingface_hub", "httpx", "gguf", "ric
 _COMPILER = ("torch._meta_registrations", "torch._decomp.decompositions", "torch._dynamo", "torch._inductor")
 
 
-def _run(code: str) -> Any:
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+def _run(code: str, *arguments: str) -> Any:
+    child = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
 
@@ -58,6 +58,44 @@ def test_what_is_imported_until_the_first_answer() -> None:
         assert ids == [
             token.id for token in engine.generate("It was a dark", SamplingParams(temperature=0, max_tokens=8))
         ]
+
+
+_FORMATS = """
+import json, sys
+from octo_run.cli import runtime
+from octo_run.cli.options import EngineOptions
+usual = dict(conditioning=None, ctx=None, dtype=None, offline=True, threads=None)
+answers = {}
+for weights, kv in json.loads(sys.argv[1]):
+    options = EngineOptions(model="octo-demo", device="cpu", kv=kv, weights=weights, head="bf16", **usual)
+    with runtime.load_engine(options) as engine:
+        from octo_run import SamplingParams
+        params = SamplingParams(temperature=0.5, seed=1, max_tokens=4)
+        answers[f"{weights} {kv}"] = [token.id for token in engine.generate("It was a dark", params)]
+print(json.dumps([answers, "torch._meta_registrations" in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [
+        [("int4", "oct3")],
+        pytest.param(
+            [("fp32", "auto:56"), ("bf16", "octopus3"), ("fp8", "bf16"), ("int8", "oct2"), ("int4-128", "oct4")],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_formats_need_no_shapes_of_operations(formats: list[tuple[str, str]]) -> None:
+    """A program that has just begun answers with weights and caches of every format as a library's user does."""
+    from octo_run.engine import Engine, SamplingParams
+
+    answers, shapes = _run(_FORMATS, json.dumps(formats))
+    assert not shapes and len(answers) == len(formats)
+    for weights, kv in formats:
+        with Engine.load("octo-demo", device="cpu", kv=kv, weights=weights, head="bf16") as engine:
+            params = SamplingParams(temperature=0.5, seed=1, max_tokens=4)
+            assert answers[f"{weights} {kv}"] == [token.id for token in engine.generate("It was a dark", params)]
 
 
 @pytest.mark.slow
