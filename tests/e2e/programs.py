@@ -186,8 +186,11 @@ def _do(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import octo_run.engine  # noqa: F401
     from octo_run import process
+    from octo_run.cli.runtime import import_torch
+
+    import_torch()  # as the program does it
+    import octo_run.engine  # noqa: F401
 
     assert "huggingface_hub" not in sys.modules  # it reads the environment
     asked = _serve(socket.socket(fileno=int(sys.argv[1])))
