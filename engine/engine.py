@@ -211,6 +211,7 @@ class Engine:
         fmt, matrices = parse_formats(kv, cfg, seed, kind), matrix_dtype(weights, cfg, where, kind)
         tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
         defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
+        system_memory.give_back()  # what reading a large vocabulary took
 
         def planned(cfg: ModelConfig) -> MemoryPlan:
             return plan_memory(
