@@ -323,14 +323,14 @@ def test_interrupt_in_the_middle_of_a_cut(cut: int, name: str) -> None:
 
 
 def test_many_cuts_of_a_large_pool_take_no_time() -> None:
-    """Each scanned the whole pool once: 64 of them took 0.3 s."""
+    """Each scanned the whole pool once: 64 of them took 0.3 s of the processor."""
     pool = PagePool(1_000_000, 2)
     pool.take(0, 100)
-    start = time.perf_counter()
+    start = time.process_time()
     for keep in range(99, 0, -1):
         pool.drop(0, keep)
         pool.take(1, 1)
-    assert time.perf_counter() - start < 0.05
+    assert time.process_time() - start < 0.1
     assert pool.free == 1_000_000 - 100
 
 

@@ -531,10 +531,12 @@ def test_loading_takes_the_read_only(demo: Callable[..., Engine], tmp_path: Path
     path = tmp_path / "s.safetensors"
     saved(session, path)
     other = Engine.load("octo-demo", kv="oct3", dtype="float32", device="cpu")
-    begun = time.perf_counter()
-    SavedSession.read(path).restore(other)
-    loaded = time.perf_counter() - begun
-    assert loaded * 20 < took, (loaded, took)
+    loaded = []
+    for _ in range(3):  # whatever else the machine does, one of them is not held up
+        begun = time.perf_counter()
+        SavedSession.read(path).restore(other)
+        loaded.append(time.perf_counter() - begun)
+    assert min(loaded) * 20 < took, (loaded, took)
 
 
 @pytest.mark.slow

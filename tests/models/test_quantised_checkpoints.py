@@ -535,9 +535,9 @@ def test_patterns_match_as_those_of_python_do(pattern: str, name: str, found: bo
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*)*x", "((a{0,999}){0,999}){999}y", ".*.*.*.*.*.*.*.*.*z"])
 def test_no_pattern_takes_for_ever(pattern: str) -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert not names.matches(pattern, "a" * 80 + ".")
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.slow
