@@ -12,9 +12,18 @@ import pytest
 
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.warm_up import STEPS, warm_up
+from octo_run.models.config import ModelConfig
+from octo_run.models.families import DeltaFields
+
+from .conftest import TINY
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 PARAMS = SamplingParams(temperature=0.8, seed=3, max_tokens=30, repetition_penalty=1.1)
+WINDOWED = replace(TINY, layer_types=("sliding_attention", "full_attention"), sliding_window=100)
+RECURRENT = replace(
+    TINY, architecture="Qwen3_5ForCausalLM", rope_share=0.25, qk_norm=True,
+    layer_types=("linear_attention", "full_attention"), delta=DeltaFields(1, 2, 16, 16, 4),
+)  # fmt: skip
 ON_A_GPU = """
 import sys
 
@@ -37,13 +46,18 @@ def fail() -> None:
     raise AssertionError("nothing was compiled")
 
 
-@pytest.mark.parametrize(("kv", "context"), [("bf16", 500), ("oct3", 500), ("oct3", 260), ("bf16", 5), ("bf16", 1)])
-def test_nothing_stays(tiny: Callable[..., Engine], kv: str, context: int) -> None:
+@pytest.mark.parametrize(
+    ("kv", "context", "cfg"),
+    [("bf16", 500, TINY), ("oct3", 500, TINY), ("oct3", 260, TINY), ("bf16", 5, TINY), ("bf16", 1, TINY),
+     ("oct3", 500, WINDOWED), ("oct3", 500, RECURRENT)],
+)  # fmt: skip
+def test_nothing_stays(tiny: Callable[..., Engine], kv: str, context: int, cfg: ModelConfig) -> None:
     """No sequence, page or prefix; the answer reads its whole prompt and is that of an engine just loaded."""
-    engine, other = tiny(kv, context), tiny(kv, context)
+    engine, other = tiny(kv, context, cfg=cfg), tiny(kv, context, cfg=cfg)
     warm_up(engine, PARAMS, fail)
     table = engine.arena.table
-    assert table.rows == [None] and table.pool.free == len(table.pool) and len(table.kept) == 0
+    assert table.rows == [None] and len(table.kept) == 0
+    assert all(pool.free == len(pool) for pool in (table.pool, *(window.pool for window in table.windows)))
     prompt = [256, *b"A line:"][:context]
     said, wanted = (one.generate(prompt, PARAMS) for one in (engine, other))
     assert [token.id for token in said] == [token.id for token in wanted]
