@@ -1,4 +1,4 @@
-"""What a GPU does while a chat's model is loaded: only there, said if kernels are compiled, and stopped as loading is."""
+"""What a GPU does while a chat's model is loaded: only there, told if kernels are compiled, stopped as loading is."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -62,14 +63,37 @@ def test_a_whole_run(run: Callable[..., int], capsys: pytest.CaptureFixture[str]
     assert Guide.fill is before and Stepper._follow is follow, "nothing is watched any more"
 
 
-def test_what_is_measured_of_masks(bench: ModuleType, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for each sequence and token, and a wait for each step."""
-    found = list[Any]()
+class FakeEvent:
+    """An event of a device that has done everything as soon as it is given."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, _stream: None) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, later: "FakeEvent") -> float:
+        return 1e3 * (later.time - self.time)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_measured_of_masks(
+    bench: ModuleType, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """One for each sequence and token, and a wait for each step; on a GPU by its events."""
+    found, make = list[Any](), bench.Watch
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(bench, "Watch", lambda _: make(torch.device(device)))
     monkeypatch.setattr(bench, "row_of", lambda *given: found.append(given) or SimpleNamespace(cells=lambda: []))
+    begun = time.perf_counter()
     assert run("--batches", "3", "--grammars", "regex") == 0
+    took = time.perf_counter() - begun
     ((name, batch, free, guided, watch),) = found
     assert (name, batch, len(free), len(guided)) == ("regex", 3, 1, 1)
     assert len(watch.masks) == 3 * 6 and len(watch.waits) == len(watch.of_steps) == 5
+    assert 0 < sum(watch.of_steps) <= 1e-3 * sum(watch.waits) < took
 
 
 def test_a_row_is_of_medians_means_and_a_free_step(bench: ModuleType) -> None:
