@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -61,3 +63,26 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
 def early(device: torch.device) -> dict[str, bool]:
     """Constexpr EARLY and launch options of a kernel that waits, where it is told to, for the kernel in front."""
     return {"EARLY": True, "launch_pdl": True} if overlaps(device) else {"EARLY": False}
+
+
+@contextmanager
+def compiling(tell: Callable[[], object]) -> Iterator[None]:
+    """Inside the block, call ``tell`` once if kernels have to be compiled, in any thread: when the first one is done
+    that Triton's cache on the disk did not have, a second or so after it was begun."""
+    from triton import knobs
+
+    former, told = knobs.compilation.listener, False
+
+    def listen(**about: Any) -> None:
+        nonlocal told
+        if former is not None:
+            former(**about)
+        if not told and not about["cache_hit"]:
+            told = True
+            tell()
+
+    knobs.compilation.listener = listen
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = former

@@ -176,6 +176,7 @@ def _conversation(
         engine.tokenizer.use_template(*options.template)
     params = runtime.sampling_params(engine, sampling)
     session = runtime.open_session(engine, system, variables=options.variables, drops=options.drops)
+    runtime.warm_up(engine, params)  # before a saved conversation takes its place in the cache
     conversation = Conversation(engine, session, params, load, sampling, options)
     if beginning.session is not None:
         _resume(conversation, beginning, system)

@@ -18,6 +18,7 @@ from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
+    from octo_run.engine import Engine, SamplingParams
 
 #: What ``/system`` takes for no system prompt.
 NO_SYSTEM = "none"
@@ -227,20 +228,27 @@ def _load_anew(chat: "Conversation", **changes: Any) -> None:
         engine = runtime.load_engine(wanted)
         try:
             engine.check_chat()
+            params = _params(chat, engine)
+            runtime.warm_up(engine, params)
         except OctoError:
             engine.close()
             raise
     except OctoError as error:
         failure, wanted = error, before
         engine = runtime.load_engine(before)
+        params = _params(chat, engine)
     former = chat.session
     chat.engine, chat.load = engine, wanted
     chat.session = runtime.open_session(engine, former.system, variables=former.variables, drops=former.drops)
-    chat.session.turns = former.turns
-    chat.params = dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
+    chat.session.turns, chat.params = former.turns, params
     if failure is not None:
         raise failure
     chat.tell("the conversation is read with the next question")
+
+
+def _params(chat: "Conversation", engine: "Engine") -> "SamplingParams":
+    """How an engine answers in this chat."""
+    return dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
 
 
 def _tokens(chat: "Conversation", _argument: str) -> None:

@@ -14,7 +14,7 @@ from octo_run import process
 from octo_run.cli.console import human_bytes, notice, notice_lines, require_output, warn
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.sampling_options import SamplingOptions, read_grammar
-from octo_run.errors import quoted, shown
+from octo_run.errors import OctoError, quoted, shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
@@ -157,6 +157,30 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     return engine
 
 
+def warm_up(engine: "Engine", params: "SamplingParams") -> None:
+    """Let a GPU do now what the first answer would wait for. That kernels have to be compiled is said.
+
+    On a CPU nothing is done: its kernels are there when the model is loaded.
+
+    Raises:
+        OctoError: Kernels cannot be compiled, or the GPU cannot run them.
+    """
+    if engine.device.type != "cuda":
+        return
+    from octo_run.engine.warm_up import warm_up
+
+    try:
+        warm_up(engine, params, lambda: notice("compiling the GPU's kernels, once for this machine and model"))
+    except Exception as error:
+        if isinstance(error, (OctoError, MemoryError)) or "out of memory" in str(error):  # these have their own advice
+            raise
+        why = shown(" ".join(f"{type(error).__name__}: {error}".split()).rstrip("."), 200)
+        raise OctoError(
+            f"{engine.device} cannot run the model ({why}): `octo-run doctor` looks at the machine, and --device cpu "
+            "does without."
+        ) from error
+
+
 def check_weights(names: Iterable[str | None]) -> None:
     """Raise ``UsageError`` for a name that is no format of weights."""
     from octo_run.models.quantisation.schemes import scheme_of
@@ -223,7 +247,7 @@ def format_names() -> list[str]:
 def open_reply(
     engine: "Engine", ids: list[int], options: SamplingOptions, on_prompt: Callable[[int, int], None], logprobs: int = 0
 ) -> "Reply":
-    """Start to continue ``ids``; nothing is computed before the reply is iterated.
+    """Start to continue ``ids``; nothing of the answer is computed before the reply is iterated.
 
     Args:
         on_prompt: See ``Engine.generate``.
@@ -231,7 +255,10 @@ def open_reply(
     """
     from octo_run.engine import Reply
 
-    return Reply(engine.generate(ids, sampling_params(engine, options, logprobs=logprobs), on_prompt))
+    params = sampling_params(engine, options, logprobs=logprobs)
+    reply = Reply(engine.generate(ids, params, on_prompt))  # refuses what cannot be answered
+    warm_up(engine, params)
+    return reply
 
 
 def copy_bandwidth(engine: "Engine") -> float:

@@ -84,7 +84,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
-        self.max_context = 4096
+        self.max_context, self.device = 4096, SimpleNamespace(type="cpu")
         self.config = SimpleNamespace(wrapper="")
         self.dtype = "torch.float32"
         self.replies: list[FakeReply] = []

@@ -1,10 +1,13 @@
 """Kernels run on the device of their tensors, and work is divided by that device's processors, whichever is current.
 
-There is no second GPU here: tensors lie on the device "meta", and what is looked at is each launch's surroundings.
+There is no second GPU here: tensors lie on the device "meta", and what is looked at is each launch's surroundings. That
+kernels are compiled is told.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from octo_run.kernels import AttentionInputs, AttentionSpec, attention_workspace_bytes, devices, page_bytes
@@ -22,7 +28,7 @@ from octo_run.kernels.attention.hopper import wide_launch
 from octo_run.kernels.attention.launch import attend_triton
 from octo_run.kernels.codec import parse_kv
 from octo_run.kernels.encode.launch import encode_pages_triton
-from octo_run.kernels.step import launch
+from octo_run.kernels.step import launch, layer_kernels
 
 META = torch.device("meta")
 
@@ -215,3 +221,29 @@ def test_launchers_ask_for_the_processors_of_their_tensors(
         monkeypatch.setattr(module, "processors", processors)
     (attend_by_table if kv == "oct3" else attend(kv, 1))()
     assert asked and set(asked) == {META}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_it_is_told_once_that_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By Triton itself, for a GPU that is not here: not if its cache on the disk has them. Who listened before still
+    does."""
+    kernel, told, heard = layer_kernels.gate_kernel, list[int](), list[bool]()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **about: heard.append(about["cache_hit"]))
+    former = triton.knobs.compilation.listener
+    types = {"X": "*bf16", "GATES": "*bf16", "n": "i32", "BLOCK": "constexpr", "EARLY": "constexpr"}
+
+    def compiled(block: int) -> None:
+        source = ASTSource(kernel, types, {"BLOCK": block, "EARLY": False})
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+    with devices.compiling(lambda: told.append(len(heard))):
+        compiled(128)
+        compiled(256)
+    assert told == [1] and heard == [False, False] and triton.knobs.compilation.listener is former
+    with devices.compiling(lambda: told.append(-1)):
+        compiled(128)
+    assert told == [1] and heard == [False, False, True], "the disk had it"
+    with pytest.raises(ZeroDivisionError), devices.compiling(lambda: told.append(-1)):
+        raise ZeroDivisionError
+    assert triton.knobs.compilation.listener is former
