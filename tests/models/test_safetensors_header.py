@@ -188,21 +188,21 @@ def test_zero_beside_huge_dimensions(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_limits_take_no_time(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    start = time.monotonic()
+    start = time.process_time()
     assert "100,000 dimensions, more than 64" in str(ours(path, file_of({"a": entry(shape=[3] * 100_000)})))
     assert "dimensions" in str(ours(path, file_of({"a": entry(shape=[2**40] * 100_000)})))
     empty = ",".join(f'"{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(100_001))
     assert "has 100,001 tensors, and octo-run reads 100,000 at most" in str(
         ours(path, file_of(f"{{{empty}}}".encode(), b""))
     )
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 90_000_000) + b"{" + b'"a":{},' * 5_000_000)
         file.truncate(100_000_000)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(OctoError, match="more than 2,500,000 items"):
         read_header(path)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("digits", [400, 5000])

@@ -193,9 +193,9 @@ def test_an_id_that_no_vocabulary_has_is_refused_at_once(tmp_path: Path, kind: s
         tokenizer_json(library, tmp_path, added_tokens=[{"id": token_id, "content": "<x>", "special": True}])
     else:
         tokenizer_json(library, tmp_path, model=model_json(kind, token_id))  # type: ignore[arg-type]
-    begun = time.monotonic()
+    begun = time.process_time()
     one_sentence(tmp_path)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.slow
