@@ -236,7 +236,7 @@ def tensor_names(model: GgufModel, expected: dict[str, tuple[int, ...]]) -> dict
         OctoError: Tensors are missing, unknown or misshapen.
     """
     found: dict[str, TensorEntry] = {}
-    wanted = {_gguf_name(name): name for name in expected}
+    wanted = {gguf_name(name): name for name in expected}
     for name, entry in model.tensors.items():
         if _COMPUTED.fullmatch(name):
             continue
@@ -257,7 +257,8 @@ def tensor_names(model: GgufModel, expected: dict[str, tuple[int, ...]]) -> dict
     return {name: found[name] for name in expected}
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """What GGUF calls one of the decoder's tensors."""
     stem, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     if layer is None:
