@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 import triton
-from bench_attention import BOUND, DEVICE, ROTATE_BYTES, Shape, calls, check, form, inputs
-from bench_graphs import in_turn, recorded
+from bench_attention import BOUND, ROTATE_BYTES, Shape, adds, calls, check, form, inputs
+from bench_graphs import DEVICE, in_turn, recorded
 from bench_report import provenance, save, table
+
+from octo_run.engine.benchmark import wait
 
 KV_HEADS, REPEATS = 8, 41
 
@@ -47,8 +49,8 @@ def compared(kv: str, group: int, dim: int, theta: float, contexts: list[str]) -
     if any(context.startswith("1x") for context in contexts):
         shape = Shape(KV_HEADS, group, dim, "1x4096")
         arenas = inputs(form(kv, dim), shape.lengths, KV_HEADS, dim, 1)
-        calls(kv.endswith("+mean"), form(kv, dim), shape, arenas, theta)()
-        torch.cuda.synchronize()
+        calls(adds(kv, "mean"), form(kv, dim), shape, arenas, theta)()
+        wait(DEVICE)
     return found
 
 
