@@ -322,8 +322,8 @@ def report(rows: list[Row], bandwidth: float, errors: dict[str, float], run: str
         "# Decode attention, one step of one layer",
         f"{run}; copy bandwidth measured in the same run: {bandwidth * 1e-12:.2f} TB/s. Medians of {REPEATS}"
         f" graph replays over rotating buffers; merge and full-precision parts ({SINK} sinks, {NEW} newest tokens) are"
-        " included in ours. Ratios are to the fastest bf16 kernel and to FlashInfer's fp8 kernel at the same shape. `mixed`:"
-        f" sequences of {', '.join(f'{n:,}' for n in MIXED)} tokens.",
+        " included in ours. Ratios are to the fastest bf16 kernel and to FlashInfer's fp8 kernel at the same shape."
+        f" `mixed`: sequences of {', '.join(f'{n:,}' for n in MIXED)} tokens.",
         "Relative errors against float64 attention over the decoded pages (bf16 outputs; worst of three lengths): "
         f"{', '.join(f'{name} {error:.1e}' for name, error in errors.items())}.",
         by_case(rows),
