@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import platform
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -19,6 +20,15 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     interpreted = ", kernels interpreted: no times" if os.environ.get("TRITON_INTERPRET") == "1" else ""
     return f"CPU ({torch.get_num_threads()} threads{interpreted})"
+
+
+def cpu_name(threads: int) -> str:
+    """The CPU, its cores, its vector instructions and the threads used."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} thread(s)"
 
 
 def provenance(argv: Sequence[str], device: torch.device, packages: Sequence[ModuleType]) -> str:
