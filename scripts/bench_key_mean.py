@@ -70,7 +70,7 @@ def report(rows: list[Row], run: str, theta: float) -> str:
     return f"# What the key mean costs decode attention\n\n{about}\n\n{table(header, cells)}\n"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="oct2,oct3,oct4")
     parser.add_argument("--dims", default="64,128")
@@ -80,7 +80,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="of the checks")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     formats, contexts = args.formats.split(","), args.contexts.split(",")
     dims, groups = ([int(n) for n in text.split(",")] for text in (args.dims, args.groups))
     began = time.monotonic()

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+#: For ``interpreted``: a script's pool is a thread, which knows what was replaced.
+THREAD = "lambda count, mp_context: __import__('concurrent.futures').futures.ThreadPoolExecutor(1)"
 
 
 @pytest.fixture(scope="session")

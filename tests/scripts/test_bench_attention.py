@@ -1,10 +1,12 @@
-"""The report of the attention benchmark; the measurement itself needs a GPU."""
+"""The attention benchmark: its report and names, and a run in the interpreter; its times need a GPU."""
 
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from .conftest import THREAD
 
 
 def test_report_has_the_run_the_errors_and_every_row(script: Callable[[str], ModuleType]) -> None:
@@ -54,10 +56,9 @@ def test_unknown_names(
 def test_a_run_in_the_interpreter(interpreted: Callable[..., tuple[list[dict[str, Any]], str]]) -> None:
     """The general kernel: those for Hopper are no Triton kernels, and the interpreter has no products of bf16."""
     formats = ["oct3", "oct3+mean+general"]
-    threads = "lambda count, mp_context: __import__('concurrent.futures').futures.ThreadPoolExecutor(1)"
     rows, text = interpreted(
         "bench_attention", "--cases", "1x2x512@1x64,1x1x64@2x64", "--formats", ",".join(formats), "--peers", "",
-        ProcessPoolExecutor=threads, copy_bandwidth="lambda: 1e9", CHECKED="[1, 0, 1]", SINK="16", NEW="10",
+        ProcessPoolExecutor=THREAD, copy_bandwidth="lambda: 1e9", CHECKED="[1, 0, 1]", SINK="16", NEW="10",
         ROTATE_BYTES="1", REPEATS="1",
     )  # fmt: skip
     assert [(row["heads"], row["kernel"]) for row in rows] == [(h, kv) for h in ("1 x 2", "1 x 1") for kv in formats]

@@ -1,4 +1,4 @@
-"""The comparison and the report of the measurement of coding; the measurement itself needs a GPU."""
+"""The measurement of coding: its comparison and its report, and a run in the interpreter; its times need a GPU."""
 
 from collections.abc import Callable
 from types import ModuleType

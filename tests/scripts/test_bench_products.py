@@ -50,6 +50,34 @@ def test_tilings_need_the_kernel_that_they_divide(
     assert "--tilings needs an NVIDIA GPU" in capsys.readouterr().err
 
 
+def test_a_wrong_division_is_not_timed(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = script("bench_experts")
+    from octo_run.kernels.experts import launch, reference
+
+    def mix(x: Any, weights: Any, scratch: Any, out: Any, shared: Any = None, divisions: Any = None) -> None:
+        reference.mix(x, weights, scratch, out, shared)
+        if divisions is not None and divisions["down"].outputs == 2:
+            out *= 1.1
+
+    monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (3, 2, 32, 16, "silu")})
+    monkeypatch.setattr(bench, "VECTORS", [(2, 256, 4)])
+    monkeypatch.setattr(bench, "ROTATE_BYTES", 1)
+    monkeypatch.setattr(launch, "route", reference.route)
+    monkeypatch.setattr(launch, "mix", mix)
+    steps = [step.what for step in bench.Case("tiny", "bf16", 1).steps(tilings=True)]
+    assert steps[3:] == [
+        "gate_up: 2 outputs by 256 columns, 4 warps", "gate_up: 1 outputs by 1024 columns, 4 warps (chosen)",
+        "down: 4 outputs by 256 columns, 4 warps (chosen)",
+    ]  # fmt: skip
+    assert "down: 2 outputs by 256 columns, 4 warps: relative error 1.0e-01, not timed" in capsys.readouterr().err
+    monkeypatch.setattr(launch, "mix", lambda *_: None)
+    with pytest.raises(ValueError, match="relative error nan"):
+        bench.Case("tiny", "bf16", 1)
+
+
 @pytest.mark.slow
 def test_divisions_of_a_product(interpreted: Run) -> None:
     changes = emulated("streamed_product", "streamed_product_kernel") | {"runs_ptx": "lambda device: True"}
