@@ -12,6 +12,7 @@ The table is printed as it grows.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,14 +102,15 @@ def wide(part: tuple[Tensor | PackedWeight, Tensor | None]) -> Tensor:
 
 
 def error_of(x: Tensor, weights: ExpertWeights, scratch: Scratch, out: Tensor) -> float:
-    """The relative error of two rows, given the experts that were chosen."""
+    """The relative error of two rows, given the experts that were chosen; infinite for NaN."""
     worst = 0.0
     for row in {0, len(x) - 1}:
         exact = torch.zeros(weights.hidden, dtype=torch.float64, device=DEVICE)
         for expert, share in zip(scratch.indices[row].tolist(), scratch.weights[row].double(), strict=True):
             both = wide(weights.part("gate_up", expert)) @ x[row].double()
             exact += share * (wide(weights.part("down", expert)) @ reference.activated(both, weights.activation))
-        worst = max(worst, float((out[row].double() - exact).norm() / exact.norm()))
+        error = float((out[row].double() - exact).norm() / exact.norm())
+        worst = max(worst, error) if error == error else math.inf
     return worst
 
 

