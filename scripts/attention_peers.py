@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from bench_graphs import DEVICE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-DEVICE = torch.device("cuda")
 PAGE = 64
 Step = Callable[[], None]
 

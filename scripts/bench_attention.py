@@ -1,15 +1,17 @@
 """Times one decode step's attention, packed pages, full-precision parts and merge, against the best bf16 and fp8
 kernels.
 
-    python scripts/bench_attention.py [--formats oct2,oct3,...] [--cases 8x4x128@1x8192,...] [--json FILE] [--plot FILE]
+    python scripts/bench_attention.py [--formats oct2,oct3+mean,oct3+general,...] [--cases 8x4x128@1x8192,...]
+        [--peers cuDNN,...] [--json FILE] [--markdown FILE] [--plot FILE]
 
-A case is KV heads x group x head_dim @ batch x tokens, or @ mixed: sixteen sequences of 1,024 to 65,536 tokens. Refuses
-to time a wrong kernel: every format, head count and dimension is first compared with float64 attention over the decoded
-pages. Everything runs in one process, by CUDA-graph replay over rotating layers larger than the L2 cache; medians of
-50. Peers are PyTorch's cuDNN and Flash attention over contiguous K and V (which pay for no page table), FlashInfer's
-paged decode in bf16 and fp8 where it is installed, and our general Triton kernel on bf16 pages (the format bf16).
-Prints the machine's copy bandwidth first, then a markdown table: microseconds, the share of that bandwidth that the
-stored bytes reach, and the ratios to the fastest bf16 kernel (ours included) and to fp8.
+A case is KV heads x group x head_dim @ batch x tokens, or @ mixed: sixteen sequences of 1,024 to 65,536 tokens. A
+format runs in the kernel that the engine would choose; +general puts the general kernel in its place, +mean adds the
+key mean. Refuses to time a wrong kernel: every format, head count and dimension is first compared with float64
+attention over the decoded pages. Everything runs in one process, by CUDA-graph replay over rotating layers larger than
+the L2 cache; medians of 50. Peers are PyTorch's cuDNN and Flash attention over contiguous K and V (which pay for no
+page table) and FlashInfer's paged decode in bf16 and fp8 where it is installed; the format bf16 is our own kernel on
+plain pages. Prints the machine's copy bandwidth first, then a markdown table: microseconds, the share of that bandwidth
+that the stored bytes reach, and the ratios to the fastest bf16 kernel (ours included) and to fp8.
 """
 
 import argparse
@@ -25,26 +27,24 @@ from pathlib import Path
 import torch
 import triton
 from attention_peers import PEERS, compile_flashinfer
-from bench_graphs import in_turn, recorded
+from bench_graphs import DEVICE, in_turn, recorded
 from bench_report import provenance, save, table
 
-from octo_run.kernels import (
-    PAGE_TOKENS,
-    AttentionInputs,
-    AttentionSpec,
-    attend,
-    attention_workspace_bytes,
-    encode_pages,
-    page_bytes,
-)
+from octo_run.engine.benchmark import wait
+from octo_run.kernels import PAGE_TOKENS, AttentionInputs, AttentionSpec, encode_pages, page_bytes
+from octo_run.kernels.attention import dispatch
+from octo_run.kernels.attention.dispatch import Kernel
 from octo_run.kernels.attention.key_mean import AngleTables, KeyMean, coefficients, mean_maps, page_bias
+from octo_run.kernels.attention.launch import launch
+from octo_run.kernels.attention.workspace import workspace_bytes
 from octo_run.kernels.codec import KVFormat, PageFormat, parse_kv
 
 SINK, RING, PAGE, NEW = 64, 128, PAGE_TOKENS, 100
 ROTATE_BYTES = 200_000_000  # four times the L2 cache
+REPEATS = 50
 DISTINCT = 5  # pages of a check: their codes come from the CPU too, which takes its time
+CHECKED = [37, 5, 300]  # pages of the sequences of a check
 BOUND = 4e-3  # bf16 outputs are themselves rounded to 2e-3
-DEVICE = torch.device("cuda")
 MIXED = [1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 16384, 24576, 32768, 32768, 49152, 65536, 65536]
 CONTEXTS = "1x4096,1x8192,1x32768,1x131072,1x1048576,8x8192,8x32768,16x32768,64x4096,mixed"
 OTHERS = "8x1x128,4x7x128,2x8x128,1x16x128,8x4x64,8x4x256"
@@ -91,7 +91,7 @@ class Row:
     ratio_to_fp8: float | None
 
 
-def median_us(step: Callable[[], object], calls: int, repeats: int = 50) -> float:
+def median_us(step: Callable[[], object], calls: int, repeats: int) -> float:
     """Median microseconds of one of the ``calls`` calls that ``step`` makes, replayed as a CUDA graph."""
     step()
     return in_turn([recorded(step)], repeats)[0] / calls
@@ -105,8 +105,43 @@ def copy_bandwidth() -> float:
 
 
 def form(kv: str, dim: int) -> KVFormat:
-    """The format, +mean or not."""
-    return parse_kv(kv.removesuffix("+mean"), dim)
+    """The format of a name, whatever is added to it."""
+    return parse_kv(kv.partition("+")[0], dim)
+
+
+def adds(kv: str, what: str) -> bool:
+    """Whether a name has ``mean`` or ``general`` added to its format."""
+    return what in kv.split("+")[1:]
+
+
+def kernel_for(call: dispatch.Call, general: bool) -> Kernel:
+    """The kernel that the engine would choose, or the general one."""
+    return Kernel.GENERAL_DECODE if general else dispatch.choose(call)
+
+
+def attended(
+    q: torch.Tensor,
+    kv: AttentionInputs,
+    fmt: KVFormat,
+    out: torch.Tensor,
+    length: int,
+    workspace: torch.Tensor | None = None,
+    general: bool = False,
+) -> None:
+    """A decode step's attention into ``out``; ``length``: a bound on the sequences' lengths."""
+    call = dispatch.describe(q, kv, fmt, length, dispatch.kind_of_gpu(q.device))
+    spec = AttentionSpec(q.shape[-1] ** -0.5)
+    launch(kernel_for(call, general), call, q, kv, fmt, spec=spec, max_length=length, out=out, workspace=workspace)
+
+
+def coded(fmt: KVFormat, count: int, kv_heads: int, dim: int) -> torch.Tensor:
+    """Pages ``[count, kv_heads, bytes]`` of Gaussian vectors, as they lie on a GPU."""
+    k, v = (torch.randn(1, count, kv_heads, PAGE, dim, device=DEVICE) for _ in range(2))
+    if DEVICE.type == "cpu":
+        return PageFormat(fmt, "lanes").encode_rotated(k[0], v[0])
+    pages = torch.zeros(count, 1, kv_heads, page_bytes(fmt), dtype=torch.uint8, device=DEVICE)
+    encode_pages(k, v, pages, torch.arange(count, device=DEVICE), fmt)
+    return pages[:, 0]
 
 
 def key_mean(fmt: KVFormat, q: torch.Tensor, kv_heads: int, pages: int, theta: float = 5e5) -> KeyMean:
@@ -120,14 +155,10 @@ def key_mean(fmt: KVFormat, q: torch.Tensor, kv_heads: int, pages: int, theta: f
 
 def inputs(fmt: KVFormat, lengths: list[int], kv_heads: int, dim: int, layers: int) -> list[AttentionInputs]:
     """``layers`` arenas whose packed pages hold ``lengths`` tokens of the sequences, coded from Gaussian vectors."""
-    counts = [n // PAGE for n in lengths]
-    k, v = (torch.randn(1, 16, kv_heads, PAGE, dim, device=DEVICE) for _ in range(2))
-    few = torch.zeros(16, 1, kv_heads, page_bytes(fmt), dtype=torch.uint8, device=DEVICE)
-    encode_pages(k, v, few, torch.arange(16, device=DEVICE), fmt)
-    result = []
+    counts, few, result = [n // PAGE for n in lengths], coded(fmt, 16, kv_heads, dim), []
     packed = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
     for _ in range(layers):
-        pages = few[torch.randint(0, 16, (sum(counts),), device=DEVICE), 0]
+        pages = few[torch.randint(0, 16, (sum(counts),), device=DEVICE)]
         full = [
             torch.randn(len(lengths), kv_heads, size, dim, device=DEVICE, dtype=torch.bfloat16)
             for size in (SINK, RING) * 2
@@ -161,21 +192,17 @@ def check(kv: str, group: int, dim: int, heads: int = 2, theta: float = 5e5) -> 
         heads: KV heads.
         theta: Of the key mean's frequencies.
     """
-    fmt, lengths = form(kv, dim), [37 * PAGE, 5 * PAGE, 300 * PAGE]
-    counts = [n // PAGE for n in lengths]
-    k, v = (torch.randn(1, DISTINCT, heads, PAGE, dim, device=DEVICE) for _ in range(2))
-    pages = torch.zeros(DISTINCT, 1, heads, page_bytes(fmt), dtype=torch.uint8, device=DEVICE)
-    encode_pages(k, v, pages, torch.arange(DISTINCT, device=DEVICE), fmt)
-    kv_in = inputs(fmt, lengths, heads, dim, 1)[0]
-    kv_in = AttentionInputs(**(vars(kv_in) | {"pages": pages[:, 0], "page_table": kv_in.page_table % DISTINCT}))
+    fmt, lengths = form(kv, dim), [count * PAGE for count in CHECKED]
+    pages, kv_in = coded(fmt, DISTINCT, heads, dim), inputs(fmt, lengths, heads, dim, 1)[0]
+    kv_in = replace(kv_in, pages=pages, page_table=kv_in.page_table % DISTINCT)
     q = torch.randn(3, 1, heads * group, dim, device=DEVICE, dtype=torch.bfloat16)
-    if kv.endswith("+mean"):
-        kv_in = replace(kv_in, mean=key_mean(fmt, q, heads, max(counts), theta))
+    if adds(kv, "mean"):
+        kv_in = replace(kv_in, mean=key_mean(fmt, q, heads, max(CHECKED), theta))
     out = torch.full_like(q, float("nan"))
-    attend(q, kv_in, fmt, spec=AttentionSpec(dim**-0.5), max_length=SINK + max(lengths) + NEW, out=out)
-    exact = [part.cpu() for part in PageFormat.on(fmt, pages.device).decode_rotated(pages[:, 0], torch.float64)]
+    attended(q, kv_in, fmt, out, SINK + max(lengths) + NEW, general=adds(kv, "general"))
+    exact = [part.cpu() for part in PageFormat(fmt, "lanes").decode_rotated(pages, torch.float64)]
     worst = 0.0
-    for b, count in enumerate(counts):
+    for b, count in enumerate(CHECKED):
         ids = kv_in.page_table[b, :count].long().cpu()
         sides = []
         for rows, sink, tail in ((exact[0], kv_in.sink_k, kv_in.tail_k), (exact[1], kv_in.sink_v, kv_in.tail_v)):
@@ -193,16 +220,16 @@ def check(kv: str, group: int, dim: int, heads: int = 2, theta: float = 5e5) -> 
     return worst
 
 
-def time_peers(shape: Shape) -> list[tuple[str, float, int]]:
-    """(name, microseconds, stored bytes) of the kernels of others."""
+def time_peers(shape: Shape, peers: list[str]) -> list[tuple[str, float, int]]:
+    """(name, microseconds, stored bytes) of the kernels of others that are wanted."""
     rows = []
-    for name, size, prepare in PEERS:
+    for name, size, prepare in [peer for peer in PEERS if peer[0] in peers]:
         stored = 2 * size * sum(shape.lengths) * shape.kv_heads * shape.dim
         layers = ROTATE_BYTES // stored + 1
         try:
             step = prepare(shape.lengths, shape.kv_heads, shape.group, shape.dim, layers)
             if step is not None:
-                rows.append((name, median_us(step, layers), stored))
+                rows.append((name, median_us(step, layers, REPEATS), stored))
         except (RuntimeError, ValueError) as error:  # a shape that a peer does not take is no reason to stop
             print(f"{name} does not take {shape}: {str(error).splitlines()[0]}", file=sys.stderr)
         step = None
@@ -214,11 +241,16 @@ def prepare_ours(kv: str, shape: Shape, layers: int) -> Callable[[], None]:
     """What one step of ``layers`` layers does."""
     fmt = form(kv, shape.dim)
     arenas = inputs(fmt, shape.lengths, shape.kv_heads, shape.dim, layers)
-    return calls(kv.endswith("+mean"), fmt, shape, arenas)
+    return calls(adds(kv, "mean"), fmt, shape, arenas, general=adds(kv, "general"))
 
 
 def calls(
-    mean: bool, fmt: KVFormat, shape: Shape, arenas: list[AttentionInputs], theta: float = 5e5
+    mean: bool,
+    fmt: KVFormat,
+    shape: Shape,
+    arenas: list[AttentionInputs],
+    theta: float = 5e5,
+    general: bool = False,
 ) -> Callable[[], None]:
     """One call for each layer."""
     batch, heads = len(shape.lengths), shape.kv_heads * shape.group
@@ -227,13 +259,13 @@ def calls(
         common = key_mean(fmt, q, shape.kv_heads, max(shape.lengths) // PAGE, theta)
         arenas = [replace(arena, mean=common) for arena in arenas]
     out = torch.empty_like(q)
-    size = attention_workspace_bytes(batch, heads, shape.kv_heads, shape.dim, DEVICE)
+    size = workspace_bytes(DEVICE, batch, heads, shape.kv_heads, shape.dim)
     workspace = torch.zeros(size // 4, dtype=torch.float32, device=DEVICE)
-    longest, spec = SINK + max(shape.lengths) + NEW, AttentionSpec(shape.dim**-0.5)
+    longest = SINK + max(shape.lengths) + NEW
 
     def step() -> None:
         for arena in arenas:
-            attend(q, arena, fmt, spec=spec, max_length=longest, out=out, workspace=workspace)
+            attended(q, arena, fmt, out, longest, workspace, general)
 
     return step
 
@@ -241,7 +273,7 @@ def calls(
 def run_once(kv: str, shape: Shape) -> None:
     """Compile what the shape's measurement needs."""
     prepare_ours(kv, shape, 1)()
-    torch.cuda.synchronize()
+    wait(DEVICE)
 
 
 def time_ours(kv: str, shape: Shape) -> tuple[str, float, int]:
@@ -249,12 +281,12 @@ def time_ours(kv: str, shape: Shape) -> tuple[str, float, int]:
     fmt = form(kv, shape.dim)
     stored = sum(shape.lengths) * shape.kv_heads * (fmt.k.bytes_per_vector + fmt.v.bytes_per_vector)
     layers = ROTATE_BYTES // stored + 1
-    return kv, median_us(prepare_ours(kv, shape, layers), layers), stored
+    return kv, median_us(prepare_ours(kv, shape, layers), layers, REPEATS), stored
 
 
-def measure(shape: Shape, formats: list[str], bandwidth: float) -> list[Row]:
+def measure(shape: Shape, formats: list[str], peers: list[str], bandwidth: float) -> list[Row]:
     """All kernels at one shape."""
-    found = time_peers(shape) + [time_ours(kv, shape) for kv in formats]
+    found = time_peers(shape, peers) + [time_ours(kv, shape) for kv in formats]
     bf16 = {"bf16", *(name for name, size, _ in PEERS if size == 2)}
     best = min((time for name, time, _ in found if name in bf16), default=math.nan)
     fp8 = next((time for name, time, _ in found if name.endswith("fp8")), None)
@@ -263,6 +295,18 @@ def measure(shape: Shape, formats: list[str], bandwidth: float) -> list[Row]:
             stored / time * 1e6 / bandwidth, best / time, None if fp8 is None else fp8 / time)
         for name, time, stored in found
     ]  # fmt: skip
+
+
+def by_case(rows: list[Row]) -> str:
+    """The microseconds alone: a line for each case, a column for each kernel."""
+    kernels = [*dict.fromkeys(r.kernel for r in rows)]
+    cases = dict.fromkeys((r.heads, r.head_dim, r.shape) for r in rows)
+    found = {(r.heads, r.head_dim, r.shape, r.kernel): f"{r.microseconds:.1f}" for r in rows}
+    lines = [
+        (f"{heads} @ {shape}", str(dim), *(found.get((heads, dim, shape, name), "") for name in kernels))
+        for heads, dim, shape in cases
+    ]
+    return table(["heads x group @ batch x tokens, us", "head_dim", *kernels], lines)
 
 
 def report(rows: list[Row], bandwidth: float, errors: dict[str, float], run: str) -> str:
@@ -276,12 +320,13 @@ def report(rows: list[Row], bandwidth: float, errors: dict[str, float], run: str
     ]  # fmt: skip
     parts = [
         "# Decode attention, one step of one layer",
-        f"{run}; copy bandwidth measured in the same run: {bandwidth * 1e-12:.2f} TB/s. Medians of 50 graph replays"
-        f" over rotating buffers; merge and full-precision parts ({SINK} sinks, {NEW} newest tokens) are included in"
-        " ours. Ratios are to the fastest bf16 kernel and to FlashInfer's fp8 kernel at the same shape. `mixed`:"
-        f" sequences of {', '.join(f'{n:,}' for n in MIXED)} tokens.",
+        f"{run}; copy bandwidth measured in the same run: {bandwidth * 1e-12:.2f} TB/s. Medians of {REPEATS}"
+        f" graph replays over rotating buffers; merge and full-precision parts ({SINK} sinks, {NEW} newest tokens) are"
+        " included in ours. Ratios are to the fastest bf16 kernel and to FlashInfer's fp8 kernel at the same shape."
+        f" `mixed`: sequences of {', '.join(f'{n:,}' for n in MIXED)} tokens.",
         "Relative errors against float64 attention over the decoded pages (bf16 outputs; worst of three lengths): "
         f"{', '.join(f'{name} {error:.1e}' for name, error in errors.items())}.",
+        by_case(rows),
         table(header, cells),
     ]
     return "\n\n".join(parts) + "\n"
@@ -307,23 +352,30 @@ def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="oct2,oct3,oct4,oct3+mean,octopus3,bf16")
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--peers", default=",".join(name for name, *_ in PEERS), help="of other projects; '' for none")
     parser.add_argument("--processes", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="of the checks")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
-    formats = args.formats.split(",")
+    args = parser.parse_args(argv)
+    formats, peers = args.formats.split(","), args.peers.split(",")
+    for kv in formats:
+        if unknown := {*kv.split("+")[1:]} - {"mean", "general"}:
+            parser.error(f"{kv} adds {', '.join(sorted(unknown))} to a format; it can be mean or general")
+    if unknown := {*peers} - {"", *(name for name, *_ in PEERS)}:
+        parser.error(f"there are no peers {', '.join(sorted(unknown))}; there are {', '.join(n for n, *_ in PEERS)}")
     shapes = [Shape.parse(case) for case in args.cases.split(",")]
     kinds = [*dict.fromkeys((shape.group, shape.dim) for shape in shapes)]
     errors: dict[str, float] = {}
     # Most of the time before the first measurement is compilation, whose results the processes share through caches on
     # the disk.
     with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        others = [pool.submit(compile_flashinfer, group, dim) for dim, group in {d: g for g, d in kinds}.items()]
+        groups = {dim: group for group, dim in kinds} if any("FlashInfer" in name for name in peers) else {}
+        others = [pool.submit(compile_flashinfer, group, dim) for dim, group in groups.items()]
         launches = {(shape.kv_heads, shape.group, shape.dim, len(shape.lengths) > 1): shape for shape in shapes}
         others += [pool.submit(run_once, kv, shape) for kv in formats for shape in launches.values()]
         checks = {(kv, *kind): pool.submit(check, kv, *kind) for kv in formats for kind in kinds}
@@ -340,7 +392,7 @@ def main() -> int:
     bandwidth, run = copy_bandwidth(), provenance(sys.argv, DEVICE, [torch, triton])
     rows: list[Row] = []
     for shape in shapes:
-        rows += measure(shape, formats, bandwidth)
+        rows += measure(shape, formats, peers, bandwidth)
         torch.cuda.empty_cache()
         text = report(rows, bandwidth, errors, run)
         save(rows, text, args.json, args.markdown)

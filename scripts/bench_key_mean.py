@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 import triton
-from bench_attention import BOUND, DEVICE, ROTATE_BYTES, Shape, calls, check, form, inputs
-from bench_graphs import in_turn, recorded
+from bench_attention import BOUND, ROTATE_BYTES, Shape, adds, calls, check, form, inputs
+from bench_graphs import DEVICE, in_turn, recorded
 from bench_report import provenance, save, table
+
+from octo_run.engine.benchmark import wait
 
 KV_HEADS, REPEATS = 8, 41
 
@@ -47,8 +49,8 @@ def compared(kv: str, group: int, dim: int, theta: float, contexts: list[str]) -
     if any(context.startswith("1x") for context in contexts):
         shape = Shape(KV_HEADS, group, dim, "1x4096")
         arenas = inputs(form(kv, dim), shape.lengths, KV_HEADS, dim, 1)
-        calls(kv.endswith("+mean"), form(kv, dim), shape, arenas, theta)()
-        torch.cuda.synchronize()
+        calls(adds(kv, "mean"), form(kv, dim), shape, arenas, theta)()
+        wait(DEVICE)
     return found
 
 
@@ -68,7 +70,7 @@ def report(rows: list[Row], run: str, theta: float) -> str:
     return f"# What the key mean costs decode attention\n\n{about}\n\n{table(header, cells)}\n"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default="oct2,oct3,oct4")
     parser.add_argument("--dims", default="64,128")
@@ -78,7 +80,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="of the checks")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     formats, contexts = args.formats.split(","), args.contexts.split(",")
     dims, groups = ([int(n) for n in text.split(",")] for text in (args.dims, args.groups))
     began = time.monotonic()

@@ -7,7 +7,9 @@ Every case is first compared with the float64 product of the dequantised weight;
 reads as many different weights in turn as exceed the second-level cache several times, recorded as a CUDA graph; the
 graphs of all candidates are replayed in turn, and of each the median is taken. GB/s are those of the weight's own
 bytes, scales included; the share is that of the bandwidth of a copy (read and written), measured beside them. Shapes
-are OUTxIN. Other libraries are timed where they are installed: gemlite, humming, and PyTorch's own int4 kernel.
+are OUTxIN. With --tilings each kind is also timed in the divisions of the work that `TILINGS` gives; the one that the
+program chooses is marked. Other libraries are timed where they are installed: gemlite, humming, and PyTorch's own int4
+kernel. The table is printed as it grows.
 """
 
 import argparse
@@ -18,17 +20,24 @@ from pathlib import Path
 
 import torch
 import triton
-from bench_graphs import in_turn, recorded
-from bench_report import provenance, save, table
+from bench_graphs import DEVICE, in_turn, recorded
+from bench_report import provenance, save, table, table_line
 from torch import Tensor
 
 from octo_run.engine.benchmark import copy_bandwidth
+from octo_run.kernels.devices import runs_ptx
 from octo_run.kernels.linear import PackedWeight, launch, pack, packed_linear
+from octo_run.kernels.linear.packed import BLOCK
 
-DEVICE = torch.device("cuda")
 REPEATS, ROTATE_BYTES, GROUP = 31, 400 << 20, 128
-#: Warps, blocks of columns of a warp at most, tiles ahead.
-TILINGS = [(8, 4, 1), (8, 4, 2), (8, 2, 1), (8, 2, 2), (16, 2, 1), (16, 2, 2)]
+#: Warps, blocks of columns of a warp at most, tiles ahead, programs on a multiprocessor.
+TILINGS = [
+    (warps, most, ahead, programs)
+    for programs in (1, 2)
+    for warps, most in ((8, 4), (8, 2), (16, 2))
+    for ahead in (1, 2)
+]
+HEADER = ["out x in", "rows", "what", "us", "GB/s", "of copy", "error"]
 
 
 @dataclass
@@ -42,6 +51,13 @@ class Row:
     gigabytes: float
     share: float
     error: float
+
+    def cells(self) -> list[str]:
+        """As a line of the table."""
+        return [
+            self.shape, str(self.rows), self.what, f"{self.microseconds:.2f}", f"{self.gigabytes:,.0f}",
+            f"{self.share:.0%}", f"{self.error:.1e}" if self.error else "",
+        ]  # fmt: skip
 
 
 def made(kind: str, out: int, columns: int, seed: int) -> PackedWeight:
@@ -113,6 +129,23 @@ def gemlite(out: int, columns: int, copies: int) -> list[Callable[[Tensor], Tens
 PEERS = {"tinygemm int4": tinygemm, "humming int4": humming, "gemlite int4": gemlite}
 
 
+def divisions(x: Tensor, weight: PackedWeight) -> tuple[list[launch.Tiling], launch.Tiling | None]:
+    """The divisions of a product, without those whose slices or programs have no room to meet, and the one of them that
+    the program chooses (None: it decodes the weight first)."""
+    blocks, found = weight.padded // BLOCK, []
+    for warps, most, ahead, programs in TILINGS:
+        slices = -(-blocks // (warps * most))
+        if slices == 1 or (programs <= slices and slices * launch.ROWS_AT_ONCE * weight.shape[0] <= launch.PARTS):
+            found.append(launch.Tiling(warps, -(-blocks // (warps * slices)), ahead, slices, programs))
+    chosen = launch.tiling(blocks) if launch.fits(x, weight) else None
+    return [*dict.fromkeys([*found, *([] if chosen is None else [chosen])])], chosen
+
+
+def described(how: launch.Tiling) -> str:
+    """A division in words."""
+    return f"{how.warps} warps of {how.turns} blocks, {how.ahead} ahead, {how.slices} slices, {how.programs} programs"
+
+
 def candidates(kinds: list[str], peers: list[str], out: int, columns: int, rows: int, tilings: bool) -> list[
         tuple[str, int, float, Callable[[], None]]]:  # fmt: skip
     """Name, bytes of a weight, error, and the step over all copies, of everything that multiplies this shape."""
@@ -131,10 +164,9 @@ def candidates(kinds: list[str], peers: list[str], out: int, columns: int, rows:
         weights = [first] + [made(kind, out, columns, seed) for seed in range(1, _copies(first.nbytes))]
         ways: list[tuple[str, Callable[[PackedWeight], None]]]
         ways = [(kind, lambda w: packed_linear(x, w, None, y))]
-        for warps, most, ahead in TILINGS if tilings else []:
-            slices = -(-first.padded // (128 * warps * most))
-            how = launch.Tiling(warps, -(-first.padded // (128 * warps * slices)), ahead, slices)
-            ways.append((f"{kind} {how}", _by(how, x, y)))
+        hows, chosen = divisions(x, first) if tilings else ([], None)
+        for how in hows:
+            ways.append((f"{kind}, {described(how)}{' (chosen)' if how == chosen else ''}", _by(how, x, y)))
         for name, way in ways:
             y.fill_(float("nan"))
             way(first)
@@ -172,30 +204,26 @@ def _copies(size: int) -> int:
 
 def report(rows: list[Row], run: str, bandwidth: float) -> str:
     """What ran where and when, then the table."""
-    header = ["out x in", "rows", "what", "us", "GB/s", "of copy", "error"]
-    cells = [
-        (r.shape, str(r.rows), r.what, f"{r.microseconds:.2f}", f"{r.gigabytes:,.0f}", f"{r.share:.0%}",
-         f"{r.error:.1e}" if r.error else "")
-        for r in rows
-    ]  # fmt: skip
     about = (
         f"{run}. Copy bandwidth {bandwidth / 1e9:,.0f} GB/s; medians of {REPEATS} graph replays in turn; bf16 inputs."
     )
-    return f"# Products with packed weights\n\n{about}\n\n{table(header, cells)}\n"
+    return f"# Products with packed weights\n\n{about}\n\n{table(HEADER, [row.cells() for row in rows])}\n"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="6144x4096,4096x4096,28672x4096,4096x14336")
     parser.add_argument("--rows", default="1,4,8,16")
     parser.add_argument("--kinds", default="int4,int8,fp8,fp4")
     parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--tilings", action="store_true", help="time all ways to divide the work, too")
+    parser.add_argument("--tilings", action="store_true", help="time other divisions of the work, too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.tilings and not runs_ptx(DEVICE):
+        parser.error("--tilings needs an NVIDIA GPU: the kernel that it divides runs nowhere else")
     bandwidth, run, found = copy_bandwidth(DEVICE), provenance(sys.argv, DEVICE, [torch, triton]), list[Row]()
-    print(f"copy bandwidth {bandwidth / 1e9:,.0f} GB/s", flush=True)
+    print(report(found, run, bandwidth), end="", flush=True)
     for shape in args.shapes.split(","):
         out, columns = map(int, shape.split("x"))
         for rows in map(int, args.rows.split(",")):
@@ -210,12 +238,10 @@ def main() -> int:
                 each = total / _copies(size)
                 rate = size / each * 1e-3
                 found.append(Row(shape, rows, name, each, rate, rate * 1e9 / bandwidth, error))
-                figures = f"{each:.2f} us {rate:,.0f} GB/s {rate * 1e9 / bandwidth:.0%} error {error:.1e}"
-                print(f"{shape} {rows} {name}: {figures}", flush=True)
+                print(table_line(found[-1].cells()), flush=True)
             save(found, report(found, run, bandwidth), args.json, args.markdown)
             del some, right, graphs
             torch.cuda.empty_cache()
-    print(report(found, run, bandwidth))
     return 0
 
 

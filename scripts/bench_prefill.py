@@ -19,12 +19,14 @@ from pathlib import Path
 
 import torch
 import triton
+from bench_graphs import DEVICE, event
 from bench_report import provenance, save, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from octo_run.engine.arena import ArenaShape, KVArena
+from octo_run.engine.benchmark import wait
 from octo_run.kernels import (
     PAGE_TOKENS,
     AttentionInputs,
@@ -65,12 +67,12 @@ def median_ms(step: Callable[[], object], repeats: int = 7) -> float:
     step()
     times = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = event(), event()
         start.record()
         step()
         end.record()
         times.append((start, end))
-    torch.cuda.synchronize()
+    wait(DEVICE)
     return statistics.median(a.elapsed_time(b) for a, b in times)
 
 

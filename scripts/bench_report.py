@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import os
+import platform
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -13,10 +15,20 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
-    """The chip's name, or how many threads of the CPU are used."""
+    """The chip's name, or how many threads of the CPU are used, and whether Triton's kernels are interpreted there."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    interpreted = ", kernels interpreted: no times" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return f"CPU ({torch.get_num_threads()} threads{interpreted})"
+
+
+def cpu_name(threads: int) -> str:
+    """The CPU, its cores, its vector instructions and the threads used."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} thread(s)"
 
 
 def provenance(argv: Sequence[str], device: torch.device, packages: Sequence[ModuleType]) -> str:
@@ -31,10 +43,14 @@ def provenance(argv: Sequence[str], device: torch.device, packages: Sequence[Mod
     return f"`{command}` on one {device_name(device)}, {versions}, {today} (UTC)"
 
 
+def table_line(cells: Sequence[str]) -> str:
+    """A line of a markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(map(table_line, [header, ["---"] * len(header), *rows]))
 
 
 def save(rows: Sequence[Any], text: str, json_path: Path | None, markdown_path: Path | None) -> None:

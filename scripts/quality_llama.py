@@ -19,7 +19,7 @@ from typing import Any
 import llama_cpp  # type: ignore[import-not-found]
 import llama_peer
 import torch
-from report_quality import cpu_name
+from bench_report import cpu_name
 
 from octo_run.engine.evaluation import perplexity
 from octo_run.models.config import load_config

@@ -16,8 +16,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
-import platform
 import shlex
 import sys
 import unittest.mock
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_report import cpu_name
 
 from octo_run.engine import Engine, plan
 from octo_run.engine.calibration import Calibration
@@ -186,15 +185,6 @@ def _code_in_passing(engine: Engine, codec: Codec, exact: set[int]) -> None:
     heads = engine.config.num_kv_heads
     mixed = len(exact) * shape.token_bytes // layers + 2 * heads * (layers - len(exact)) * codec.bytes_per_vector
     engine.plan = dataclasses.replace(engine.plan, shape=dataclasses.replace(shape, token_bytes=mixed))
-
-
-def cpu_name(threads: int) -> str:
-    """The CPU, its cores, its vector instructions and the threads used."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text("utf-8").splitlines() if file.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} thread(s)"
 
 
 def where_measured(engine: Engine) -> str:

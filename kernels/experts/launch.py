@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class VectorTiling:
     warps: int
 
 
+#: How the two products of a layer are divided, by name (`division`).
+Divisions = Mapping[str, Tiling | VectorTiling]
 #: Tokens up to which each pair of token and expert has programs of its own that read the expert's matrices.
 VECTOR_TOKENS = 4
 #: Tokens up to which packed experts are decoded within a fused product.
@@ -123,36 +126,57 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(FUSED_TOKENS, dtype=torch.int32, device=device)
 
 
-def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None) -> None:
-    """`kernels.experts.mix` on a GPU."""
+def division(x: Tensor, experts: ExpertWeights) -> Divisions:
+    """How the products ``gate_up`` and ``down`` of these tokens are divided: each pair's by themselves, or fused with
+    their decoding. A product that is not here is one of tiles of pairs."""
+    weights = {"gate_up": experts.gate_up, "down": experts.down}
+    if len(x) <= VECTOR_TOKENS and all(isinstance(weight, Tensor) for weight in weights.values()):
+        return {"gate_up": GATE_UP, "down": DOWN if experts.inner <= 1024 else LONG_DOWN}
+    if experts.inner % 8 or experts.hidden % 8:  # rows of an expert do not begin at whole tiles
+        return {}
+    return {
+        name: _tiling(weight.padded // BLOCK)
+        for name, weight in weights.items()
+        if isinstance(weight, PackedWeight) and _fused_fits(x, weight)
+    }
+
+
+def mix(
+    x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None,
+    divisions: Divisions | None = None,
+) -> None:  # fmt: skip
+    """`kernels.experts.mix` on a GPU.
+
+    Args:
+        divisions: Other ones in place of `division`'s, of the same products and kinds.
+    """
     _check(x=x, out=out, shared=shared, gate_up_bias=experts.gate_up_bias, down_bias=experts.down_bias)
     _check_scratch(scratch, len(x))
     if scratch.inner.shape[1] != experts.inner or scratch.parts.shape[1] != experts.hidden:
         raise ValueError("the scratch is not that of these experts")
     with on_device_of(x):
-        if isinstance(experts.gate_up, Tensor) and isinstance(experts.down, Tensor) and len(x) <= VECTOR_TOKENS:
-            _vectors(x, experts, experts.gate_up, experts.down, scratch, out, shared)
+        hows = division(x, experts) if divisions is None else divisions
+        first, second = hows.get("gate_up"), hows.get("down")
+        if isinstance(first, VectorTiling) and isinstance(second, VectorTiling):
+            _vectors(x, experts, scratch, out, shared, first, second)
             return
-        fused = [_fused_fits(x, weight) for weight in (experts.gate_up, experts.down)]
-        if experts.inner % 8 or experts.hidden % 8:  # rows of an expert do not begin at whole tiles
-            fused = [False, False]
-        rows = FEW if any(fused) else SOME if len(x) <= SMALL_TOKENS else MANY
+        rows = FEW if hows else SOME if len(x) <= SMALL_TOKENS else MANY
         tiles = _sorted(scratch, rows)
-        for name, taken, made, here in (
-            ("gate_up", x, scratch.inner, fused[0]),
-            ("down", scratch.inner, scratch.parts, fused[1]),
+        for name, taken, made, known in (
+            ("gate_up", x, scratch.inner, False),
+            ("down", scratch.inner, scratch.parts, first is not None),
         ):
-            if here:
-                fused_product(taken, experts, name, scratch, made, tiles, known=name == "down" and fused[0])
+            if isinstance(how := hows.get(name), Tiling):
+                fused_product(taken, experts, name, scratch, made, tiles, how, known=known)
             else:
                 _grouped(taken, experts, name, scratch, made, tiles)
         _combine(experts, scratch, out, shared)
 
 
-def _fused_fits(x: Tensor, weight: Tensor | PackedWeight) -> bool:
-    """Whether the fused kernel takes a product: packed, of 16-bit inputs, of columns that one program has, an NVIDIA
-    GPU, and rows and scales that can be read by 16 bytes."""
-    if not isinstance(weight, PackedWeight) or x.dtype not in ELEMENTS or len(x) > FUSED_TOKENS:
+def _fused_fits(x: Tensor, weight: PackedWeight) -> bool:
+    """Whether the fused kernel takes a product: of 16-bit inputs, of columns that one program has, an NVIDIA GPU, and
+    rows and scales that can be read by 16 bytes."""
+    if x.dtype not in ELEMENTS or len(x) > FUSED_TOKENS:
         return False
     aligned = weight.scales is None or (weight.group <= BLOCK and _groups_aligned(weight))
     whole = weight.columns % 4 == 0 and tiling(weight.padded // BLOCK).slices == 1
@@ -167,7 +191,7 @@ def _tiling(blocks: int) -> Tiling:
 
 
 def fused_product(
-    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: Tiling | None = None,
+    x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out: Tensor, tiles: int, how: Tiling,
     *, known: bool = False,
 ) -> None:  # fmt: skip
     """The product ``gate_up`` with its activation, or ``down``, of tiles of at most ``FEW`` rows, decoding fused.
@@ -177,7 +201,6 @@ def fused_product(
     weight: PackedWeight = getattr(experts, name)
     bias, activation, first = getattr(experts, f"{name}_bias"), experts.activation, name == "gate_up"
     n, blocks = weight.shape[0] // experts.experts, weight.padded // BLOCK
-    how = _tiling(blocks) if how is None else how
     step, half = (8, n // 2) if first else (16, 8)
     outputs = triton.cdiv(n, 2 * step if first else step)
     programs = min(outputs, max(1, how.programs * processors(x.device) // tiles))
@@ -201,20 +224,21 @@ def fused_product(
 
 
 def _vectors(
-    x: Tensor, experts: ExpertWeights, gate_up: Tensor, down: Tensor, scratch: Scratch, out: Tensor,
-    shared: Tensor | None,
+    x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None, first: VectorTiling,
+    second: VectorTiling,
 ) -> None:  # fmt: skip
     """Each pair's products by themselves, the sums within the second one."""
+    gate_up, down = experts.gate_up, experts.down
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     hidden, inner, chosen, how = experts.hidden, experts.inner, scratch.indices.shape[1], experts.activation
-    bias = experts.gate_up_bias
-    tile = GATE_UP
+    bias, tile = experts.gate_up_bias, first
     launch: Callable[..., Any] = gate_up_vector_kernel[(triton.cdiv(inner, tile.outputs), scratch.indices.numel())]
     launch(
         X=x, WEIGHT=gate_up, BIAS=x if bias is None else bias, INDICES=scratch.indices, OUT=scratch.inner,
         alpha=how.alpha, limit=how.limit, N=inner, K=hidden, CHOSEN=chosen, BN=tile.outputs,
         BK=min(tile.columns, triton.next_power_of_2(hidden)), ACTIVATION=how.kind, BIASED=bias is not None,
         **early(x.device), num_warps=tile.warps)  # fmt: skip
-    bias, tile = experts.down_bias, DOWN if inner <= 1024 else LONG_DOWN
+    bias, tile = experts.down_bias, second
     row = inner * down.element_size()
     ahead = min(row, AHEAD_BYTES // (hidden * chosen * len(x))) // 128 * 128
     if (row | down.data_ptr()) % 16:  # what is fetched ahead must begin at 16 bytes

@@ -279,20 +279,19 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
         return f"loading {shown(model)}" if chat is None else chat.gauge()
 
     editor = LineEditor(lambda text: chat_commands.complete(loading.now(), text), gauge)
-    warned, draft = False, ""
+    warned = False
     while True:
-        text = ""
+        text, chat = "", loading.now()
+        draft = "" if chat is None else chat.draft
         try:
             text, first = editor.read(draft, loading).strip() if first is None else first, None
-            warned, draft = False, ""
+            warned = False
+            if chat is not None:
+                chat.draft = ""
             if text == "/exit":
                 return 0
             if text:
-                chat = _loaded(loading, model)
-                try:
-                    chat.take(text)
-                finally:
-                    draft, chat.draft = chat.draft, ""
+                _loaded(loading, model).take(text)
         except (EOFError, Leave):
             return 0
         except OctoError as error:

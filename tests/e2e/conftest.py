@@ -20,6 +20,10 @@ from .programs import Program, Programs, as_a_shell_starts_it
 
 #: For what takes a moment on an idle machine: others may be using this one.
 SECONDS = 90
+#: Line editing begins and ends with bracketed paste.
+PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"
+#: The prompt of a chat whose model is there: what loading says is above the line.
+READY = "/help.*memory: weights.*quantise them.*?" + PROMPT
 
 
 @pytest.fixture(scope="session")

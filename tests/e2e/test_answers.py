@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"
-READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
+from .conftest import READY, SENT
+
 LETTERS = "你好 😀 👨\u200d👩\u200d👧 中文字符, naïve Ωμέγα 日本語 🇩🇪!"
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from octo_run.models.cache import DEMO_PATH
 
+from .conftest import PROMPT, READY, SENT
+
 BOOKING = "I want to book a table for two in San Jose tonight."
 NEEDLE = (
     "The boats left at dawn. The special magic number for Anna is 4815162. What is the special magic number for Anna?"
@@ -180,9 +182,7 @@ def test_failures_are_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 WORDS = r"(?:.*?\r\n|)\r\n\w+\W+\w+\W+\w+"  # an answer, which a blank line precedes
-READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
 CTRL_C, CTRL_D = "\x03", "\x04"
 #: A bar, and what takes it away and shows the cursor again.
 BAR, WIPED = r"prompt [^\r\n]*\d/1,\d\d\d tokens [^\r\n]* tokens/s \d:\d\d left", r"\r\n\x1b\[\?25h\r\x1b\[1A\x1b\[2K"

@@ -13,8 +13,8 @@ import pytest
 
 from octo_run.models.cache import DEMO_PATH
 
-PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"
-READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
+from .conftest import PROMPT, READY, SENT
+
 CTRL_C, CTRL_D, TAB = "\x03", "\x04", "\t"
 NEEDLE = "The boats left at dawn. The special magic number for Anna is 4815162."
 ECHO = (  # says what it is given, as a conversation that is easily looked at

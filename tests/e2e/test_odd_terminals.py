@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from .test_terminal import DONE, HOT, PROMPT, READY, SENT, leave
+from .conftest import PROMPT, READY, SENT
+from .test_terminal import DONE, HOT, leave
 
 _WORD = r"\w+\W+\w+\W+\w+"
 

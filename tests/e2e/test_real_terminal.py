@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from .conftest import READY
 from .test_chat_options import test_ctrl_c_at_50_random_moments
 from .test_signals import test_ended_at_some_moments
 from .test_terminal import (
     DONE,
-    READY,
     leave,
     test_keys_typed_during_an_answer_wait_for_the_next_line,
     test_two_ctrl_c_within_two_seconds_leave,

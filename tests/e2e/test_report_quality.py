@@ -1,7 +1,8 @@
 """The script of the quality report: settings that differ as they say, a report made of measured parts."""
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,9 @@ IDS = list(range(5, 205))
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("report_quality", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
+        return importlib.import_module("report_quality")
 
 
 def row(kv: str, group: str, change: float) -> dict[str, Any]:

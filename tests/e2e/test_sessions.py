@@ -15,8 +15,8 @@ import pytest
 
 from octo_run.models.safetensors_file import read_headers
 
-PROMPT = r"\x1b\[\?2004h.*?>"
-READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
+from .conftest import PROMPT, READY
+
 BOOKING = "I want to book a table for two in San Jose tonight."
 CTRL_D, TAB = "\x04", "\t"
 

@@ -14,11 +14,11 @@ from typing import Any
 import pexpect
 import pytest
 
+from .conftest import PROMPT, READY, SENT
+
 pytestmark = pytest.mark.slow  # as a whole half a minute or more
 
-PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
 CTRL_C, CTRL_D = "\x03", "\x04"
-READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
 HOT = ("--temp", "3", "--seed", "1", "--threads", "1")  # so hot that no answer ends by itself
 CODES = {"SIGTERM": 143, "SIGHUP": 129}
 #: Phases, with the seconds in which a moment of them is chosen.

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-PROMPT, SENT = r"\x1b\[\?2004h.*?>", r"\x1b\[\?2004l"  # line editing begins and ends with bracketed paste
-READY = "/help.*memory: weights.*quantise them.*?" + PROMPT  # what loading says is above the line
+from .conftest import PROMPT, READY, SENT
+
 WORDS = ".*?[A-Za-z]{2,} [A-Za-z]{2,} [A-Za-z]{2,}"
 HOT = ("--temp", "3", "--seed", "1", "--threads", "1")  # so hot that no answer ends by itself
 CTRL_C, CTRL_D, UP, TAB = "\x03", "\x04", "\x1b[A", "\t"
