@@ -42,7 +42,8 @@ _HARMLESS = re.compile(
 _TEXT_PART = re.compile(r"(?:language_model\.|model\.language_model\.|language_model\.model\.)(?=.)", re.DOTALL)
 # What such checkpoints have beside it.
 _OTHER_PARTS = re.compile(
-    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\..+",
+    r"(model\.)?(vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|audio_tower|embed_vision"
+    r"|embed_audio)\..+",
     re.DOTALL,
 )
 # Keys and values that layers have no use for which see those of another layer.

@@ -13,7 +13,6 @@ from torch import Tensor
 from octo_run.cli import main
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.quantise import quantise
-from octo_run.errors import OctoError, UsageError
 from octo_run.models import conditioning
 from octo_run.models.cache import DEMO_PATH
 from octo_run.models.config import load_config
@@ -326,67 +325,6 @@ def test_packed_weights(name: str, made: Callable[[str], tuple[Path, Any, Tensor
     exact = decoder.logits(hidden)[0]
     assert relative(engine.logits(ids, 128), exact) < 5e-3  # activations are rounded, too
     assert 1e-5 < float((exact - theirs).norm() / theirs.norm()) < 0.1
-
-
-VISION: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "gemma3": ("Gemma3", {**heads(2, 1, 64), "sliding_window": 64, "layer_types": TWO}, {}),
-    "gemma4": (
-        "Gemma4",
-        {
-            **heads(2, 1, 64), "global_head_dim": 128, "sliding_window": 64, "layer_types": TWO,
-            "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 8192, "num_kv_shared_layers": 2,
-            "enable_moe_block": True, "num_experts": 3, "top_k_experts": 2, "moe_intermediate_size": 40,
-        },
-        {"num_key_value_heads": 2, "head_dim": 16, "image_size": None},
-    ),
-    "qwen3-vl": ("Qwen3VL", {**heads(4, 2, 64), "rope_parameters": {
-        "rope_type": "default", "rope_theta": 1e5, "mrope_section": [12, 10, 10], "mrope_interleaved": True,
-    }}, {"depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16,
-         "deepstack_visual_indexes": [0]}),
-    "ministral3": (
-        "Mistral3",
-        {**heads(2, 1, 64), "model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
-        {"model_type": "pixtral", "head_dim": 16},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.few("True-gemma3", "False-gemma4")
-@pytest.mark.parametrize("name", WRAPPED)
-@pytest.mark.parametrize("tied", [True, False])
-@torch.inference_mode()
-def test_text_parts_of_checkpoints_that_see(name: str, tied: bool, tmp_path: Path) -> None:
-    """What belongs to images is passed over; tensors have the names of older or of newer files."""
-    import transformers
-    from safetensors.torch import load_file, save_file
-
-    kind, text, vision = WRAPPED[name]
-    config = getattr(transformers, f"{kind}Config")(
-        text_config=SMALL | text, vision_config=VISION | vision, tie_word_embeddings=tied
-    )
-    config._attn_implementation = "eager"
-    model = randomised(getattr(transformers, f"{kind}ForConditionalGeneration")(config)).eval()
-    model.save_pretrained(tmp_path)
-    for file in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(DEMO_PATH / file, tmp_path / file)
-    ids = tokens()
-    theirs = model(torch.tensor([ids])).logits[0]
-    stored = load_file(tmp_path / "model.safetensors")
-    assert any("vision" in one or "visual" in one for one in stored) and any("lm_head" in one for one in stored) != tied
-    for part in ("language_model.model.", "model.language_model."):
-        renamed = {one.replace("language_model.model.", part): tensor for one, tensor in stored.items()}
-        save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        engine = Engine.load(tmp_path, kv="bf16", device="cpu", max_context=512)
-        assert relative(engine.logits(ids, 100), theirs) < 1e-4
-    with pytest.raises(UsageError, match=r"holds more than its text, which alone octo-run knows"):
-        quantise(tmp_path, tmp_path / "out", device="cpu")
-    save_file(renamed | {"other.weight": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(OctoError, match=r"1 unexpected \(other\.weight\)"):
-        Engine.load(tmp_path, kv="bf16", device="cpu")
 
 
 @pytest.mark.few("gemma3", "phi4-mini")

@@ -172,25 +172,6 @@ def test_logits_of_decode_steps(family: str, models: Callable[[str], tuple[Path,
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("family", ["Qwen3_5", "Qwen3_5Moe"])
-@torch.inference_mode()
-def test_the_text_part_of_a_checkpoint_with_images(family: str, tmp_path: Path) -> None:
-    import transformers
-
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 64}
-    text = COMMON | {"num_hidden_layers": 4} | (EXPERTS if family == "Qwen3_5Moe" else {})
-    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
-    torch.manual_seed(2)
-    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).to(torch.float32).eval()
-    for weight in model.parameters():
-        weight.mul_(2)
-    save(model, tmp_path)
-    ids = numbers(150)
-    with load(tmp_path, max_context=512) as engine:
-        assert relative(engine.logits(ids), model(torch.tensor([ids])).logits[0]) < 1e-4
-
-
-@pytest.mark.few(1)
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next-dense"])
 @pytest.mark.usefixtures("exact_products")
 @torch.inference_mode()
