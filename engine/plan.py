@@ -305,7 +305,7 @@ def plan_memory(
     """The plan for a model.
 
     Args:
-        max_context: In tokens (None: what the model was trained for, as far as the free memory holds it).
+        max_context: In tokens (None: what the model's file says, as far as the free memory holds it).
         sequences: See ``Engine.load``.
         conditioning: See ``Engine.load``.
         cache_bytes: See ``Engine.load``.
@@ -317,11 +317,13 @@ def plan_memory(
         OctoError: A context that does not fit.
     """
     fmt = kv if isinstance(kv, LayerFormats) else parse_formats(kv, cfg, seed, dtype)
-    limit = cfg.context_limit
-    if max_context is not None and max_context > limit:
+    if max_context is not None and max_context > cfg.context_limit:
         raise UsageError(
-            f"A context of {max_context:,} tokens is beyond the model's: choose one of {limit} tokens or less."
+            f"A context of {max_context:,} tokens is beyond the model's: choose one of {cfg.context_limit} tokens or "
+            "less."
         )
+    # What RoPE's scaling gives beyond the file's context is taken only if it is asked for.
+    limit = cfg.max_position_embeddings if max_context is None else cfg.context_limit
     kind = conditioning_kind(fmt, conditioning)
     context, free = limit if max_context is None else max_context, free_memory(device)
     shape = ArenaShape(

@@ -52,7 +52,9 @@ class ModelConfig:
         rope_theta, rope_scaling: The rotary embedding of layers without a window, and of all where ``sliding_rope`` is
             None.
         sliding_window: Tokens that a layer of the kind ``sliding_attention`` sees; None: no layer has a window shorter
-            than ``max_position_embeddings``.
+            than the longest context.
+        max_position_embeddings: Tokens of a context that nobody asked for. RoPE's scaling may allow more
+            (:attr:`context_limit`).
         dtype: The dtype the weights were published in (``bfloat16`` where the file does not say).
         quantisation: How the files hold the layers' matrices; None: as plain ones.
         layer_types: The kind of each layer; empty: ``full_attention`` for all.
@@ -123,8 +125,8 @@ class ModelConfig:
 
     @property
     def context_limit(self) -> int:
-        """The longest context, in tokens."""
-        return self.max_position_embeddings
+        """The longest context, in tokens: what RoPE's scaling gives, if it gives more than the file says."""
+        return self.family.rope.longest(self.rope_scaling, self.max_position_embeddings)
 
     @property
     def recurrent(self) -> bool:
@@ -232,7 +234,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     head_dim = _head_dim(fields, family, hidden_size, num_heads)
     context = size("max_position_embeddings")
     rope, sliding_rope = read_ropes(fields, family.rope, context, head_dim)
-    window, kinds = _layer_types(fields, family, num_layers, context)
+    window, kinds = _layer_types(fields, family, num_layers, family.rope.longest(rope.scaling, context))
     bias = family.attention_bias_field and flag("attention_bias")
     out_bias = family.out_bias_field
     bos = fields.raw("bos_token_id")

@@ -438,7 +438,7 @@ FAMILIES: Mapping[str, Family] = {
         activation=_GELU,
         embedding_scaled=True,
         sliding="kinds",
-        rope=RopeFields(1_000_000.0, by_kind=True, local_theta=10_000.0),
+        rope=RopeFields(1_000_000.0, by_kind=True, local_theta=10_000.0, stretched=True),
         more=_gemma(None, None),
     ),
     "Gemma4ForCausalLM": Family(

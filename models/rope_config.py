@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octo_run.errors import OctoError, quoted, shown
-from octo_run.models.fields import Fields
+from octo_run.models.fields import MAX_INT, Fields
 
 THETA = (1.0, 1e30)
 _FACTOR = (1.0, 1e6)
@@ -31,6 +31,7 @@ class RopeScaling:
             ``beta_fast``. ``longrope`` (Ding et al. 2024) divides each by a factor of its own, one list for contexts up
             to the original one and one for longer ones. ``proportional`` (Gemma 4) spaces the frequencies of a part of
             the head as those of the whole head are spaced.
+        original_max_position_embeddings: Tokens of the context before the scaling; 0: the file does not say.
         attention_factor: Cosines and sines are multiplied by it.
         truncate: yarn's bounds are whole numbers.
     """
@@ -46,6 +47,16 @@ class RopeScaling:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+
+    def longest(self, context: int) -> int:
+        """Tokens of the longest context, where ``max_position_embeddings`` is ``context``.
+
+        Only ``yarn`` and ``linear`` are added to a model as it stands. The factor of ``llama3`` is no ratio of
+        contexts, and ``longrope`` has lists of factors that were made for the context that the file names.
+        """
+        if self.kind not in ("yarn", "linear"):
+            return context
+        return min(MAX_INT, max(context, int(self.factor * (self.original_max_position_embeddings or context))))
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ class RopeFields:
         outer_original: ``original_max_position_embeddings`` where the field of the configuration itself, which comes
             first in this family, is left out; None: there is no such field.
         left_out: What ``rope_parameters`` are where nothing is said of RoPE; for each kind of layers, or for all.
+        stretched: ``max_position_embeddings`` is the context after a linear scaling.
     """
 
     theta: float = 10_000.0
@@ -94,6 +106,13 @@ class RopeFields:
     longrope_names: tuple[str, ...] = ()
     outer_original: int | None = None
     left_out: Mapping[str, Any] = field(default_factory=dict)
+    stretched: bool = False
+
+    def longest(self, scaling: RopeScaling | None, context: int) -> int:
+        """See `RopeScaling.longest`."""
+        if scaling is None or (self.stretched and scaling.kind == "linear"):
+            return context
+        return scaling.longest(context)
 
 
 def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> tuple[Rope, Rope | None]:
@@ -139,7 +158,7 @@ class _Reader:
         if kind is None and rope.prefix == "rope_scaling.":
             raise rope.fail("rope_type", "is missing")
         share = self._share(rope, self._share(fields, self.how.share))
-        # "dynamic" stretches nothing within the model's context, which an engine's is not beyond.
+        # "dynamic" scales nothing within the file's context, beyond which it allows none.
         if kind is None or kind in ("default", "dynamic"):
             nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
             if nested:
@@ -175,7 +194,8 @@ class _Reader:
         return rope.integer("original_max_position_embeddings", self.context)
 
     def linear(self, rope: Fields, _share: float) -> RopeScaling:
-        return RopeScaling("linear", _factor(rope))
+        original = rope.integer("original_max_position_embeddings", 0)
+        return RopeScaling("linear", _factor(rope), original_max_position_embeddings=original)
 
     def proportional(self, rope: Fields, _share: float) -> RopeScaling:
         return RopeScaling("proportional", rope.number("factor", 1.0, low=_FACTOR[0], high=_FACTOR[1]))

@@ -91,6 +91,7 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
         "head_dim": cfg.head_dim,
         "vocabulary": cfg.vocab_size,
         "max_context": cfg.context_limit,
+        "usual_context": cfg.max_position_embeddings,
         "rope_switch": cfg.rope_switch,
         "sampling": SamplingParams.own(load_generation_defaults(path)),
         "device": str(where),
@@ -169,6 +170,12 @@ def _sampling(own: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in own.items()) + " (the model's own; options change it)"
 
 
+def _unasked(facts: dict[str, Any]) -> str:
+    """The context without ``--ctx`` where RoPE's scaling allows a longer one."""
+    usual = facts["usual_context"]
+    return "" if usual == facts["max_context"] else f", {usual:,} unless --ctx asks for more (RoPE is scaled)"
+
+
 def _rope_lines(facts: dict[str, Any]) -> list[str]:
     """The line on models whose context chooses RoPE's factors."""
     switch = facts["rope_switch"]
@@ -231,7 +238,7 @@ def _text(facts: dict[str, Any]) -> str:
         *_experts(facts),
         f"bytes         {facts['file_bytes']:,} in files, {facts['weight_bytes']:,} in memory as {facts['dtype']}",
         f"weights       {facts['weight_format']}",
-        f"context       {facts['max_context']:,} tokens at most",
+        f"context       {facts['max_context']:,} tokens at most" + _unasked(facts),
         *_rope_lines(facts),
         *_recurrent_lines(facts),
         *_window_lines(facts),

@@ -13,6 +13,7 @@ from torch import Tensor
 from octo_run.cli import main
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.quantise import quantise
+from octo_run.errors import UsageError
 from octo_run.models import conditioning
 from octo_run.models.cache import DEMO_PATH
 from octo_run.models.config import load_config
@@ -271,6 +272,25 @@ def test_logits_equal_those_of_transformers(name: str, made: Callable[[str], tup
         assert relative(engine.logits(ids, step), theirs) < 1e-4, f"in chunks of {step}"
     first = 180  # two pages are coded on the way
     assert relative(stepped(engine, ids, first), theirs[first:]) < 1e-4, "step by step"
+
+
+@pytest.mark.few("yarn")
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+@torch.inference_mode()
+def test_contexts_beyond_the_files(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scaling that is added to a model as it stands: the file's context is left unasked, a longer one is exact."""
+    scaling = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e5}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = 128
+    fields = {"hidden_size": 256, "max_position_embeddings": 128, "rope_parameters": scaling}
+    theirs = written(tmp_path, "Qwen2", fields)(torch.tensor([tokens()])).logits[0]
+    assert Engine.load(tmp_path, kv="bf16", device="cpu").max_context == 128
+    engine = Engine.load(tmp_path, kv="bf16", device="cpu", max_context=512)
+    assert relative(engine.logits(tokens(), 65), theirs) < 1e-4
+    with pytest.raises(UsageError, match="beyond the model's: choose one of 512 tokens or less"):
+        Engine.load(tmp_path, kv="bf16", device="cpu", max_context=513)
+    assert main(["show", str(tmp_path)]) == 0
+    assert "512 tokens at most, 128 unless --ctx asks for more" in capsys.readouterr().out
 
 
 @pytest.mark.few("qwen3-yarn", "gemma4-small", "phi4-mini")

@@ -83,6 +83,45 @@ def test_two_spellings_of_one_model(architecture: str, older: dict[str, Any], ne
     assert parse(architecture, **older) == parse(architecture, **newer)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "context", "scaling", "longest"),
+    [
+        # As model cards have it added.
+        ("Qwen2ForCausalLM", 32768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ("Qwen3ForCausalLM", 40960, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ("Qwen3ForCausalLM", 32768, {"type": "yarn", "factor": 4.0}, 131072),
+        ("Qwen3ForCausalLM", 32768, {"type": "yarn", "factor": 1e6}, 2**31 - 1),
+        ("LlamaForCausalLM", 4096, {"type": "linear", "factor": 4.0}, 16384),
+        ("LlamaForCausalLM", 4096, {"type": "dynamic", "factor": 4.0}, 4096),
+        # Published scaled.
+        ("LlamaForCausalLM", 163840, {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, 163840),
+        ("LlamaForCausalLM", 16384, {"type": "linear", "factor": 4, "original_max_position_embeddings": 4096}, 16384),
+        ("LlamaForCausalLM", 131072, LLAMA3, 131072),
+        ("Gemma3ForCausalLM", 131072, {"rope_type": "linear", "factor": 8.0}, 131072),
+        ("GptOssForCausalLM", 131072, {"type": "yarn", "factor": 32, "original_max_position_embeddings": 4096}, 131072),
+        ("Olmo3ForCausalLM", 65536, {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}, 65536),
+        ("Ministral3ForCausalLM", 262144, None, 262144),
+        ("Phi3ForCausalLM", 131072, {"type": "longrope", "factor": 32.0, "short_factor": [1.0] * 32,
+                                     "long_factor": [2.0] * 32, "original_max_position_embeddings": 8192}, 131072),
+    ],
+)  # fmt: skip
+def test_the_longest_context(architecture: str, context: int, scaling: dict[str, Any] | None, longest: int) -> None:
+    fields = {"num_local_experts": 4, "num_experts_per_tok": 2} if architecture.startswith("GptOss") else {}
+    cfg = parse(architecture, max_position_embeddings=context, rope_scaling=scaling, head_dim=64, **fields)
+    assert (cfg.max_position_embeddings, cfg.context_limit) == (context, longest)
+
+
+def test_a_window_as_long_as_the_unscaled_context_stays() -> None:
+    window = {"use_sliding_window": True, "max_window_layers": 4, "sliding_window": 8192}
+    assert parse("Qwen2ForCausalLM", **window).sliding_window is None
+    scaled = parse("Qwen2ForCausalLM", rope_scaling={"type": "yarn", "factor": 4.0}, **window)
+    assert [spec.attention.window for spec in layer_specs(scaled)] == [None] * 4 + [8192] * 4
+
+
 ROPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "yarn": {"rope_scaling": YARN | {"rope_type": "yarn"}, "rope_theta": 1e6},
