@@ -26,9 +26,8 @@ def frequencies(rope: Rope | None, head_dim: int, device: torch.device, context:
     if rope is None:
         return torch.zeros(head_dim // 2, device=device)
     rotary, scaling = rope.rotary(head_dim), rope.scaling
-    whole = head_dim if scaling is not None and scaling.kind == "proportional" else rotary
     # The power is taken in float32, as every published implementation does: the rounding is part of the model.
-    exponents = torch.arange(0, rotary, 2, dtype=torch.int64).to(torch.float32) / whole
+    exponents = torch.arange(0, rotary, 2, dtype=torch.int64).to(torch.float32) / rope.spacing(head_dim)
     powers = rope.theta**exponents
     freq = 1.0 / powers if scaling is None else _scaled(powers, scaling, rope.theta, context)
     return torch.cat((freq, freq.new_zeros(head_dim // 2 - len(freq)))).to(device)

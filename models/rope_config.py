@@ -59,6 +59,11 @@ class RopeScaling:
         return min(MAX_INT, max(context, int(self.factor * (self.original_max_position_embeddings or context))))
 
 
+def _turning(share: float, head_dim: int) -> int:
+    """A part of a head in whole coordinates, as transformers rounds."""
+    return int(share * head_dim)
+
+
 @dataclass(frozen=True)
 class Rope:
     """The rotary embedding of a kind of layers.
@@ -74,9 +79,16 @@ class Rope:
     share: float = 1.0
     query_scaling: tuple[float, int] | None = None
 
+    def spacing(self, head_dim: int) -> int:
+        """The number that the exponents of the frequencies are spaced by, for a head of ``head_dim``."""
+        proportional = self.scaling is not None and self.scaling.kind == "proportional"
+        return head_dim if proportional else _turning(self.share, head_dim)
+
     def rotary(self, head_dim: int) -> int:
-        """Coordinates of a head of ``head_dim`` that turn."""
-        return 2 * int(self.share * head_dim // 2)
+        """Coordinates of a head of ``head_dim`` that turn: an odd number has one more, for its last frequency."""
+        if self.scaling is not None and self.scaling.kind == "proportional":
+            return 2 * int(self.share * head_dim // 2)
+        return 2 * -(-_turning(self.share, head_dim) // 2)
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,10 @@ class _Reader:
             raise rope.fail("rope_type", f"is {quoted(kind)}, and octo-run computes {names} only")
         if kind == "proportional" and not self.how.partial:
             raise rope.fail("rope_type", "is 'proportional', which this family has not")
+        odd = _turning(share, self.head_dim)
+        if odd % 2 and kind in ("yarn", "longrope"):
+            problem = f"is {share:g}, so {odd} coordinates turn, and {kind!r} is not defined for an odd number"
+            raise self.fields.fail("partial_rotary_factor", problem)
         beta = rope.number("llama_4_scaling_beta", 0.0, low=0.0, high=1e3)
         scaling = read(self, rope, share)
         scaled = (beta, scaling.original_max_position_embeddings or self.context) if beta else None
@@ -230,7 +246,7 @@ class _Reader:
         )  # fmt: skip
 
     def longrope(self, rope: Fields, share: float) -> RopeScaling:
-        original, pairs = self.original(rope), int(self.head_dim * share) // 2
+        original, pairs = self.original(rope), _turning(share, self.head_dim) // 2
         factor = rope.number("factor", max(1.0, self.context / original), low=_FACTOR[0], high=_FACTOR[1])
         attention = 1.0
         if factor > 1:

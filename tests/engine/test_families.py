@@ -123,6 +123,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          **longrope(48, original=64)},
     ),
     "phi3-window": ("Phi3", {"hidden_size": 256, "sliding_window": 90, "partial_rotary_factor": 1.0}),
+    "phi3-odd": ("Phi3", {"hidden_size": 256, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4,  # 25 coordinates of 64
+    }}),
+    "glm4-odd": ("Glm4", {**heads(4, 2, 64), "rope_parameters": {
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.3,  # 19 of 64
+    }}),
     "olmo2": ("Olmo2", {**heads(5, 5, 64), "hidden_size": 320}),
     "olmo3": ("Olmo3", {"hidden_size": 256, "sliding_window": 70, "rope_parameters": {
         "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}, "full_attention": YARN | {"rope_theta": 5e5},
@@ -175,7 +181,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 #: Models whose families other ones stand for where there is little time.
 VARIANTS = {
     "llama-g3-d80", "qwen2-yarn", "gemma4", "gemma4-wide", "gemma4-unified", "phi3-short", "phi3-long", "phi3-window",
-    "exaone4-whole",
+    "exaone4-whole", "glm4-odd",
 }  # fmt: skip
 
 
@@ -256,7 +262,7 @@ def stepped(engine: Engine, ids: list[int], first: int) -> Tensor:
 
 
 #: Of the families those that have something of their own.
-ONE_OF_A_KIND = ("llama3-biases", "qwen3-yarn", "gemma3", "gemma4-small", "phi4-mini", "olmo3",
+ONE_OF_A_KIND = ("llama3-biases", "qwen3-yarn", "gemma3", "gemma4-small", "phi4-mini", "phi3-odd", "olmo3",
                  "cohere2", "granite")  # fmt: skip
 
 

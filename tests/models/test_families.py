@@ -339,6 +339,12 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers is no list of num_hidden_layers (8)"),
         ("SmolLM3ForCausalLM", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window is true"),
         ("Glm4ForCausalLM", {"partial_rotary_factor": 0.001}, "leaves no pair of coordinates to turn"),
+        (
+            "Phi3ForCausalLM",
+            {"partial_rotary_factor": 0.4, "rope_scaling": {"type": "su"}},
+            "partial_rotary_factor is 0.4, so 25 coordinates turn, and 'longrope' is not defined for an odd number",
+        ),
+        ("Glm4ForCausalLM", {"partial_rotary_factor": 0.3, "rope_scaling": YARN, "head_dim": 64}, "so 19 coordinates"),
         ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "no list of 32 numbers"),
         (
             "Phi3ForCausalLM",
