@@ -94,7 +94,8 @@ def load_config(directory: Path) -> TokenizerConfig:
             raise _wrong(path, key, "a list of tokens")
         extra.extend(token_text(item, key, path) for item in values)
     template, template_file = _load_template(directory, main, path)
-    rows = model.get("vocab_size")
+    text = model.get("text_config")  # of a checkpoint that sees or hears
+    rows = (text if isinstance(text, dict) else {}).get("vocab_size", model.get("vocab_size"))
     rows = rows if type(rows) is int and rows > 0 else None
     added, beyond = split_added(_load_added(directory, main, path), rows)
     return TokenizerConfig(

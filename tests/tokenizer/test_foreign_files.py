@@ -449,6 +449,12 @@ def test_a_spelled_special_token_keeps_the_text(tmp_path: Path, scheme: str) -> 
 # A model with fewer rows than the tokenizer has ids
 
 
+def configs_of(rows: int) -> list[dict[str, object]]:
+    """Of a model, and of checkpoints that see, whose text part has the rows."""
+    text: dict[str, object] = {"text_config": {"vocab_size": rows}}
+    return [{"vocab_size": rows}, text, text | {"vocab_size": 5000}, {"vocab_size": rows, "text_config": {}}]
+
+
 def test_a_vocabulary_that_the_model_has_no_rows_for_is_refused_at_load(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -471,10 +477,12 @@ def test_a_model_vocabulary_beyond_the_rows_is_refused(
         write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
     else:
         tokenizer_json(library, tmp_path)
-    write_json(tmp_path / "config.json", {"vocab_size": 10})
-    assert "different models" in one_sentence(tmp_path)
-    write_json(tmp_path / "config.json", {"vocab_size": 1000})
-    assert load_tokenizer(tmp_path).vocab_size <= 1000
+    for model in configs_of(10):
+        write_json(tmp_path / "config.json", model)
+        assert "different models" in one_sentence(tmp_path)
+    for model in configs_of(1000):
+        write_json(tmp_path / "config.json", model)
+        assert load_tokenizer(tmp_path).vocab_size <= 1000
 
 
 @pytest.mark.few(1)
@@ -500,12 +508,13 @@ def test_an_added_token_without_a_row_is_text(
         config["added_tokens_decoder"] = {str(rows): {"content": "[PAD]", "special": special}}
     write_json(tmp_path / "tokenizer_config.json", config)
     assert rows in load_tokenizer(tmp_path).encode("a[PAD]", allow_special=True), "with a row it is a token"
-    write_json(tmp_path / "config.json", {"vocab_size": rows})
-    tok = load_tokenizer(tmp_path)
-    assert tok.vocab_size == rows
-    for allow in (False, True):
-        ids = tok.encode("a[PAD]b", allow_special=allow)
-        assert max(ids) < rows and tok.decode(ids) == "a[PAD]b"
+    for model in configs_of(rows):
+        write_json(tmp_path / "config.json", model)
+        tok = load_tokenizer(tmp_path)
+        assert tok.vocab_size == rows
+        for allow in (False, True):
+            ids = tok.encode("a[PAD]b", allow_special=allow)
+            assert max(ids) < rows and tok.decode(ids) == "a[PAD]b"
 
 
 @pytest.mark.parametrize(
