@@ -326,6 +326,8 @@ def _text_part(fields: Fields, wrapper: str) -> tuple[str, str, Fields]:
 def _activation(fields: Fields, family: Family) -> str:
     name, default = family.activation
     act = fields.text(name) or default
+    if act == "gelu" and family.gelu_is_tanh:
+        return "gelu_pytorch_tanh"
     if act not in ACTIVATIONS:
         raise fields.fail(name, f"is {quoted(act)}, and octo-run computes {', '.join(ACTIVATIONS)} only")
     return act

@@ -74,6 +74,7 @@ class Family:
         norm: ``rms``: what the RMSNorm gives is rounded, then multiplied by the weight; ``wide``: multiplied in
             float32, then rounded; ``one_plus``: so, by 1 + weight; ``layer``: a LayerNorm without bias, wide.
         activation: The field that names the activation, and what it is where the field is left out.
+        gelu_is_tanh: ``gelu`` means the tanh form: Gemma was published so.
         sliding: Which layers have a window: ``none``: no layer; ``always``: all, wherever ``sliding_window`` is set;
             ``switch``: by ``layer_types`` or from ``max_window_layers`` on, and only with ``use_sliding_window``;
             ``kinds``: by ``layer_types``, or all but every ``sliding_window_pattern``-th; ``linear``: none, but there
@@ -102,6 +103,7 @@ class Family:
     norms: Norms = NORMS
     norm: str = "rms"
     activation: tuple[str, str] = ("hidden_act", "silu")
+    gelu_is_tanh: bool = False
     sliding: str = "none"
     gated: bool = False
     grouped_delta: bool = False
@@ -404,6 +406,7 @@ FAMILIES: Mapping[str, Family] = {
         attention_bias_field=True,
         norm="one_plus",
         activation=("hidden_act", "gelu_pytorch_tanh"),
+        gelu_is_tanh=True,
         embedding_scaled=True,
     ),
     "Gemma2ForCausalLM": Family(

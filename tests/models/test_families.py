@@ -75,6 +75,7 @@ GRANITE_4 = {"shared_intermediate_size": 128, "num_local_experts": 0}
               FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
               "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
         ("Qwen2ForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}),
+        ("GemmaForCausalLM", {"hidden_act": "gelu", "hidden_activation": None}, {"hidden_act": "gelu_pytorch_tanh"}),
         ("LlamaForCausalLM", {"model_type": "internlm3"}, {"architectures": ["InternLM3ForCausalLM"]}),
         ("SmolLM3ForCausalLM", {}, {"no_rope_layers": [1, 1, 1, 0] * 2, "rope_theta": 2e6}),
     ],
