@@ -15,13 +15,15 @@ from typing import Any
 
 from octo_run.errors import OctoError, quoted
 from octo_run.models.expert_config import ExpertConfig
-from octo_run.models.families import ACTIVATIONS, FAMILIES, TEXT_PARTS, WRAPPERS, DeltaFields, Family, refusal
+from octo_run.models.families import ACTIVATIONS, FAMILIES, DeltaFields, Family
 from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
 from octo_run.models.kv_heads import KVHeads as KVHeads
 from octo_run.models.kv_heads import head_size
 from octo_run.models.quantisation.config import MODELOPT_NAME, Quantisation, parse_quantisation
 from octo_run.models.rope_config import FULL, LINEAR, SLIDING, Rope, RopeScaling, read_ropes
+from octo_run.models.text_parts import WRAPPERS, text_part
+from octo_run.models.unbuilt import refusal
 
 CONFIG_NAME = "config.json"
 #: What `--conditioning` takes: nothing, means alone, means and matrices (`models.conditioning`).
@@ -35,10 +37,6 @@ _MAX_LAYERS = 4096
 _EPS = (2.0**-126, 1.0)  # from the smallest normal number on: GPUs take smaller ones for 0
 _TEMPERATURE = (1e-10, 1e10)  # or 0
 _PENALTY = (1e-3, 1e3)
-_TIED = "tie_word_embeddings"
-_OF_THE_WHOLE = (
-    "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config"
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
         tie_word_embeddings=flag("tie_word_embeddings"),
-        qkv_bias=bias or family.qkv_bias,
+        qkv_bias=bias or (fields.boolean("qkv_bias", True) if family.qkv_bias_field else family.qkv_bias),
         o_bias=bias if out_bias == "attention_bias" else out_bias is not None and flag(out_bias),
         mlp_bias=family.mlp_bias_field and fields.boolean("mlp_bias"),
         qk_norm=bool(family.qk_norm),
@@ -285,6 +283,9 @@ def _architecture(fields: Fields) -> tuple[str, str, Fields]:
         for architecture, family in FAMILIES.items():
             if family.model_type == model_type:
                 return "", architecture, fields
+        for name, wrapper in WRAPPERS.items():
+            if wrapper.model_type == model_type:
+                return name, *text_part(fields, name)
         if model_type is None:
             raise fields.fail("architectures", "is missing, and so is model_type")
         raise fields.fail("model_type", f"is {quoted(model_type)}{refusal(model_type)}")
@@ -292,7 +293,7 @@ def _architecture(fields: Fields) -> tuple[str, str, Fields]:
         raise fields.fail("architectures", f"is {quoted(names)}, not a list with one name")
     name = str(names[0])
     if name in WRAPPERS:
-        return _text_part(fields, name)
+        return name, *text_part(fields, name)
     if name not in FAMILIES:
         raise fields.fail("architectures", f"names {quoted(name)}{refusal(name)}")
     if model_type is not None and model_type != FAMILIES[name].model_type:
@@ -301,26 +302,6 @@ def _architecture(fields: Fields) -> tuple[str, str, Fields]:
                 return "", architecture, fields
         raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(name)}")
     return "", name, fields
-
-
-def _text_part(fields: Fields, wrapper: str) -> tuple[str, str, Fields]:
-    text = fields.sub("text_config")
-    if text is None:
-        raise fields.fail("text_config", f"is missing, though architectures names {quoted(wrapper)}")
-    model_type = text.text("model_type")
-    known = {FAMILIES[name].model_type: name for name in WRAPPERS[wrapper]}
-    kind, meant = TEXT_PARTS.get(model_type or "", (model_type, {}))
-    if kind not in known:
-        kinds = ", ".join(known)
-        raise text.fail("model_type", f"is {quoted(model_type)}, and octo-run knows {kinds} in {quoted(wrapper)}")
-    # What a file says of the whole model holds for its text, too, and of the head before what the text part says: the
-    # head is the whole model's. Nothing said, it is tied, unless the files hold a head of other values.
-    outer = {name: fields.values[name] for name in _OF_THE_WHOLE if fields.raw(name) is not None}
-    inner = {name: value for name, value in text.values.items() if value is not None or name not in outer}
-    tied = next((at.raw(_TIED) for at in (fields, text) if at.raw(_TIED) is not None), True)
-    if isinstance(text.raw("rope_parameters"), dict):  # which has the base
-        meant = {name: value for name, value in meant.items() if name != "rope_theta"}
-    return wrapper, known[kind], Fields(fields.path, {**meant, **outer, **inner, _TIED: tied}, text.prefix)
 
 
 def _activation(fields: Fields, family: Family) -> str:

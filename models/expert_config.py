@@ -66,7 +66,7 @@ def qwen_experts(
     fields: Fields, count: int, chosen: int, inner: int, shared: int, normalised: bool = False
 ) -> dict[str, Any]:
     """Of Qwen, some of whose layers can be dense. Given what fields mean that are left out; ``shared`` 0: none."""
-    if fields.boolean("use_sliding_window"):
+    if fields.boolean("use_sliding_window") and fields.values.get("sliding_window", 0) is not None:
         raise fields.fail("use_sliding_window", "is true, and octo-run computes this family without a window")
     count = fields.integer("num_experts", fields.integer("num_local_experts", count, high=_MOST), low=0, high=_MOST)
     if not count:

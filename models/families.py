@@ -69,6 +69,7 @@ class Family:
             only where published files leave them out.
         attention_bias_field: ``attention_bias`` is a field of this family (for q, k, v and o alike).
         qkv_bias: q, k and v have biases.
+        qkv_bias_field: ``qkv_bias`` is a field of this family: they have them unless it says no.
         out_bias_field: The field that says whether o has a bias; None: it has none.
         qk_norm: Queries and keys have norms: ``head``: for each head; ``all``: over all heads.
         norm: ``rms``: what the RMSNorm gives is rounded, then multiplied by the weight; ``wide``: multiplied in
@@ -97,6 +98,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     attention_bias_field: bool = False
     qkv_bias: bool = False
+    qkv_bias_field: bool = False
     out_bias_field: str | None = "attention_bias"
     mlp_bias_field: bool = False
     qk_norm: str = ""
@@ -348,7 +350,7 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen2MoeForCausalLM": Family(
         "qwen2_moe",
         {"num_key_value_heads": 16},
-        qkv_bias=True,
+        qkv_bias_field=True,
         out_bias_field=None,
         more=lambda fields, _kinds: qwen_experts(fields, 60, 4, 1408, 5632),
     ),
@@ -586,70 +588,3 @@ FAMILIES: Mapping[str, Family] = {
         more=_cohere2,
     ),
 }
-
-#: Checkpoints whose text part is a decoder of one of these families: what ``text_config`` may be.
-WRAPPERS: Mapping[str, tuple[str, ...]] = {
-    "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM",),
-    "Gemma4ForConditionalGeneration": ("Gemma4ForCausalLM",),
-    "Gemma4UnifiedForConditionalGeneration": ("Gemma4UnifiedForCausalLM",),
-    "Qwen3VLForConditionalGeneration": ("Qwen3ForCausalLM",),
-    "Qwen3_5ForConditionalGeneration": ("Qwen3_5ForCausalLM",),
-    "Qwen3_5MoeForConditionalGeneration": ("Qwen3_5MoeForCausalLM",),
-    "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM"),
-}
-
-#: What some text parts are called there: their family's ``model_type``, and what fields mean that are left out and mean
-#: something else in the family.
-TEXT_PARTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"qwen3_vl_text": ("qwen3", {"rope_theta": 500_000.0})}
-
-_MLA, _MAMBA, _RECURRENT = "multi-head latent attention (MLA)", "Mamba layers", "recurrent layers of another kind"
-_ROUTING, _ENCODER, _OLDER = "experts with a routing of their own", "an encoder", "LayerNorms with a bias"
-
-#: What is not built: words of architectures' names, what such models have, and the nearest that works. The first word
-#: that a name has counts.
-UNBUILT: tuple[tuple[str, str, str], ...] = (
-    ("DeepseekV LongcatFlash", _MLA, "a DeepSeek-R1 distillation into Qwen or Llama"),
-    ("Glm4MoeLite GlmMoeDsa", _MLA, "Glm4ForCausalLM"),
-    ("MiniCPM3 Kimi Youtu AXK BailingHybrid Mistral4", _MLA, "Qwen3ForCausalLM"),
-    ("Glm4Moe SolarOpen", _ROUTING, "Glm4ForCausalLM"),
-    ("Ernie4_5_Moe", _ROUTING, "Ernie4_5ForCausalLM"),
-    ("ExaoneMoe", _ROUTING, "Exaone4ForCausalLM"),
-    ("Cohere2Moe", _ROUTING, "Cohere2ForCausalLM"),
-    ("Phimoe", _ROUTING, "Phi3ForCausalLM"),
-    ("Dots1 Afmoe MiniMaxM2 MiMoV2 HYV3 Laguna", _ROUTING, "Qwen3MoeForCausalLM"),
-    ("HunYuanDense HunYuanMoE", "norms of queries and keys behind RoPE", "Qwen3ForCausalLM"),
-    ("NemotronH FalconH1 FalconMamba Mamba Jamba Zamba", _MAMBA, "LlamaForCausalLM"),
-    ("Bamba", _MAMBA, "GraniteForCausalLM"),
-    ("Qwen3VLMoe", "experts whose matrices lie the other way round", "Qwen3MoeForCausalLM"),
-    ("GraniteMoeShared", "a shared expert without a gate", "GraniteMoeForCausalLM"),
-    ("Lfm2", "short convolutions", "Qwen3ForCausalLM"),
-    ("OlmoHybrid", _RECURRENT, "Olmo3ForCausalLM"),
-    ("RecurrentGemma", _RECURRENT, "Gemma3ForCausalLM"),
-    ("Rwkv xLSTM MiniMaxFor", _RECURRENT, "Qwen3NextForCausalLM"),
-    ("Gemma4Assistant", "only drafts of another model's tokens", "Gemma4ForCausalLM"),
-    ("Gemma4UnifiedAssistant", "only drafts of another model's tokens", "Gemma4UnifiedForCausalLM"),
-    ("Gemma3n", "per-layer embeddings of another kind and alternating streams", "Gemma4ForCausalLM"),
-    ("Llama4", "chunked attention and experts of their own", "LlamaForCausalLM"),
-    ("Mllama", "cross-attention to images", "LlamaForCausalLM"),
-    ("DiffLlama", "attention that subtracts two softmaxes", "LlamaForCausalLM"),
-    ("BitNet", "ternary weights and norms between them", "LlamaForCausalLM"),
-    ("Apertus Arcee", "an MLP without a gate", "LlamaForCausalLM"),
-    ("OlmoFor", "norms without weights", "Olmo2ForCausalLM"),
-    ("ExaoneFor", "tensors of other names", "Exaone4ForCausalLM"),
-    ("InternLM2", "q, k and v fused head by head", "InternLM3ForCausalLM"),
-    ("PhiFor", _OLDER, "Phi3ForCausalLM"),
-    ("Starcoder2 CodeGen GPTBigCode", _OLDER, "Qwen2ForCausalLM"),
-    ("GPT2 GPTNeo GPTJ OPTFor Bloom Mpt FalconFor StableLm Nemotron XGLM BioGpt Persimmon OpenAIGPT", _OLDER,
-     "LlamaForCausalLM"),
-    ("T5", _ENCODER, "Gemma3ForCausalLM"),
-    ("Bart Bert Electra Pegasus Marian Blenderbot ProphetNet Whisper TrOCR BigBird RoFormer", _ENCODER,
-     "LlamaForCausalLM"),
-)  # fmt: skip
-
-
-def refusal(name: str) -> str:
-    """What to say of an architecture that is not built: it ends a sentence."""
-    for words, what, nearest in UNBUILT:
-        if any(word in name.lower() for word in words.lower().split()):
-            return f", which has {what}, and octo-run does not compute that: the nearest that it runs is {nearest}"
-    return ", which octo-run does not know: docs/families.md lists the families that it runs"

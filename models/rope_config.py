@@ -131,14 +131,19 @@ def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> 
     """The embedding, from ``rope_theta`` + ``rope_scaling`` or from ``rope_parameters`` (newer files), and that of
     layers that slide where it is another."""
     reader = _Reader(fields, how, context, head_dim)
+    local = how.local_theta or reader.top
     older, newer = fields.sub("rope_scaling"), fields.sub("rope_parameters")
     if older is None and newer is None and FULL in how.left_out:
         newer = Fields(fields.path, how.left_out, "rope_parameters.")
     if how.by_kind and newer is not None and any(kind in newer.values for kind in (FULL, SLIDING)):
         if older is not None and older.values:
             raise fields.fail("rope_scaling", "and rope_parameters by kinds of layers are both given: leave one out")
-        found = [reader.one(newer.sub(kind) or Fields(newer.path, {}, newer.prefix)) for kind in (FULL, SLIDING)]
-        return found[0], found[1] if found[0] != found[1] else None
+        # They win over what older files say beside them.
+        bases = {FULL: reader.top, SLIDING: fields.number(how.local_field, local, low=THETA[0], high=THETA[1])}
+        full, sliding = (
+            reader.one(newer.sub(kind) or Fields(newer.path, {}, newer.prefix), base) for kind, base in bases.items()
+        )
+        return full, sliding if sliding != full else None
     readings = [reader.one(rope) for rope in (older, newer) if rope is not None and rope.values]
     if len(readings) == 2 and readings[0] != readings[1]:
         raise fields.fail("rope_scaling", "and rope_parameters are both given and differ")
@@ -148,8 +153,8 @@ def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> 
     if not how.by_kind:
         return rope, None
     local = how.local_theta or rope.theta
-    sliding = Rope(fields.number(how.local_field, local, low=THETA[0], high=THETA[1]), share=rope.share)
-    return rope, sliding if sliding != rope else None
+    slides = Rope(fields.number(how.local_field, local, low=THETA[0], high=THETA[1]), share=rope.share)
+    return rope, slides if slides != rope else None
 
 
 class _Reader:
@@ -160,18 +165,23 @@ class _Reader:
     def plain(self) -> Rope:
         return Rope(self.top, share=self._share(self.fields, self.how.share))
 
-    def one(self, rope: Fields) -> Rope:
-        """What ``rope_scaling``, ``rope_parameters`` or a part of the latter says."""
+    def one(self, rope: Fields, base: float | None = None) -> Rope:
+        """What ``rope_scaling``, ``rope_parameters`` or a part of the latter says.
+
+        Args:
+            base: Where ``rope_theta`` is left out; None: ``rope_theta`` of the configuration, which must then agree.
+        """
         fields, top = self.fields, self.top
-        theta = rope.number("rope_theta", top, low=THETA[0], high=THETA[1])
-        if fields.raw("rope_theta") is not None and theta != top:
+        theta = rope.number("rope_theta", top if base is None else base, low=THETA[0], high=THETA[1])
+        if base is None and fields.raw("rope_theta") is not None and theta != top:
             raise rope.fail("rope_theta", f"({theta:g}) contradicts rope_theta ({top:g})")
         kind = rope.text("rope_type") or rope.text("type")
-        if kind is None and rope.prefix == "rope_scaling.":
-            raise rope.fail("rope_type", "is missing")
+        if kind is None and _factor(rope, 1.0) != 1.0:
+            raise rope.fail("rope_type", f"is missing, though the factor is {_factor(rope):g}: name the scaling")
         share = self._share(rope, self._share(fields, self.how.share))
-        # "dynamic" scales nothing within the file's context, beyond which it allows none.
-        if kind is None or kind in ("default", "dynamic"):
+        # "dynamic" scales nothing within the file's context, beyond which it allows none. "mrope" turns by three
+        # positions, which are one for text.
+        if kind is None or kind in ("default", "dynamic", "mrope"):
             nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
             if nested:
                 raise rope.fail(
@@ -270,8 +280,8 @@ _KINDS: dict[str, Callable[[_Reader, Fields, float], RopeScaling]] = {
 }
 
 
-def _factor(rope: Fields) -> float:
-    return rope.number("factor", low=_FACTOR[0], high=_FACTOR[1])
+def _factor(rope: Fields, default: float | None = None) -> float:
+    return rope.number("factor", default, low=_FACTOR[0], high=_FACTOR[1])
 
 
 def _attention_factor(rope: Fields, default: float) -> float:

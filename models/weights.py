@@ -39,11 +39,14 @@ _HARMLESS = re.compile(
     re.DOTALL,
 )
 # The decoder's tensors in checkpoints that see and hear, too: as older and as newer files name them.
-_TEXT_PART = re.compile(r"(?:language_model\.|model\.language_model\.|language_model\.model\.)(?=.)", re.DOTALL)
+_TEXT_PART = re.compile(
+    r"(?:language_model\.|model\.language_model\.|language_model\.model\.|model\.text_model\.)(?=.)", re.DOTALL
+)
 # What such checkpoints have beside it.
 _OTHER_PARTS = re.compile(
-    r"(model\.)?(vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|audio_tower|embed_vision"
-    r"|embed_audio)\..+",
+    r"(model\.)?(image_newline"
+    r"|(vision_tower|vision_model|vision_embedder|visual|multi_modal_projector|connector|audio_tower|embed_vision"
+    r"|embed_audio)\..+)",
     re.DOTALL,
 )
 # Keys and values that layers have no use for which see those of another layer.

@@ -31,6 +31,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe-normalised": (
         "qwen2_moe", {**QWEN, "norm_topk_prob": True, "num_experts_per_tok": 1, "tie_word_embeddings": True},
     ),
+    "qwen2-moe-unbiased": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 40, "qkv_bias": False}),
     "qwen3-moe": ("qwen3_moe", {**QWEN, "norm_topk_prob": True, "head_dim": 64}),
     "qwen3-moe-dense-between": (
         "qwen3_moe", {**QWEN, "decoder_sparse_step": 2, "attention_bias": True, "head_dim": 80},

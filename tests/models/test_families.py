@@ -10,8 +10,10 @@ import torch
 from octo_run.errors import OctoError
 from octo_run.models import rope
 from octo_run.models.config import ModelConfig, parse_config
-from octo_run.models.families import FAMILIES, UNBUILT, WRAPPERS
+from octo_run.models.families import FAMILIES
 from octo_run.models.specs import layer_specs
+from octo_run.models.text_parts import LEFT_OUT, WRAPPERS
+from octo_run.models.unbuilt import UNBUILT, refusal
 
 FAMILIES_PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 SIZES: dict[str, Any] = {
@@ -75,6 +77,21 @@ GRANITE_4 = {"shared_intermediate_size": 128, "num_local_experts": 0}
               FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
               "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
         ("Qwen2ForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}),
+        # What newer files say of the kinds of layers wins over what older ones say beside it.
+        (
+            "Gemma3ForCausalLM",
+            {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_parameters": {
+                FULL: {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ),
+        ("Gemma3ForCausalLM", {"rope_local_base_freq": 2e4, "rope_parameters": {FULL: {"rope_theta": 1e6}}},
+         {"rope_theta": 1e6, "rope_local_base_freq": 2e4}),
+        ("Gemma3ForCausalLM", {"rope_parameters": {FULL: {"rope_theta": 2e6}}}, {"rope_theta": 2e6}),
+        ("Qwen3ForCausalLM", {"rope_scaling": {"factor": 1.0}}, {}),
+        ("Qwen3ForCausalLM", {"rope_scaling": {"mrope_section": [8, 12, 12]}}, {}),
+        ("Qwen3MoeForCausalLM", {"use_sliding_window": True, "sliding_window": None}, {}),
+        ("Qwen2MoeForCausalLM", {}, {"qkv_bias": True}),
         ("GemmaForCausalLM", {"hidden_act": "gelu", "hidden_activation": None}, {"hidden_act": "gelu_pytorch_tanh"}),
         ("LlamaForCausalLM", {"model_type": "internlm3"}, {"architectures": ["InternLM3ForCausalLM"]}),
         ("SmolLM3ForCausalLM", {}, {"no_rope_layers": [1, 1, 1, 0] * 2, "rope_theta": 2e6}),
@@ -192,7 +209,7 @@ def test_every_causal_language_model_of_transformers_is_read_or_refused_by_a_sen
 
 def test_the_nearest_that_is_named_is_there() -> None:
     for words, _, nearest in UNBUILT:
-        assert nearest in FAMILIES or "distillation" in nearest, words
+        assert nearest.split(",")[0] in (*FAMILIES, *WRAPPERS) or "distillation" in nearest, words
 
 
 OF_TEXT = {"GptOss", "Olmoe", "Mixtral", "GraniteMoeHybrid"}
@@ -218,7 +235,7 @@ def test_left_out_fields_mean_what_they_mean_to_transformers(architecture: str) 
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or 64)
     assert ours.rms_norm_eps == getattr(theirs, family.eps[0])
     assert ours.hidden_act == getattr(theirs, family.activation[0])
-    assert ours.qkv_bias == (getattr(theirs, "attention_bias", False) or family.qkv_bias)
+    assert ours.qkv_bias == (getattr(theirs, "attention_bias", False) or getattr(theirs, "qkv_bias", family.qkv_bias))
     kinds = getattr(theirs, "layer_types", None)
     window = getattr(theirs, "sliding_window", None)
     for index, spec in enumerate(layer_specs(ours)):
@@ -248,8 +265,9 @@ def test_text_parts_of_checkpoints() -> None:
     kinds = [spec.attention.window for spec in layer_specs(cfg)]
     assert kinds[:7] == [1024] * 5 + [None, 1024] and kinds.count(None) == 5
     assert layer_specs(cfg)[0].rope != layer_specs(cfg)[5].rope
-    for wrapper in WRAPPERS:
-        with pytest.raises(OctoError, match=r"config\.json: text_config is missing, though architectures names"):
+    for wrapper, one in WRAPPERS.items():
+        missing = "vocab_size is missing" if one.flat else "text_config is missing, though architectures names"
+        with pytest.raises(OctoError, match=rf"config\.json: {missing}"):
             parse_config(values | {"architectures": [wrapper], "text_config": None}, Path("config.json"))
         with pytest.raises(OctoError, match=r"text_config\.model_type is 'bert', and octo-run knows"):
             parse_config(values | {"architectures": [wrapper], "text_config": {"model_type": "bert"}}, Path("c"))
@@ -257,10 +275,94 @@ def test_text_parts_of_checkpoints() -> None:
         parse_config(values | {"text_config": {"model_type": "gemma3_text"}}, Path("config.json"))
 
 
+TEXT_PARTS = [(wrapper, kind) for wrapper, one in WRAPPERS.items() for kind in one.decoders if kind in LEFT_OUT]
+
+
+@pytest.mark.parametrize(("wrapper", "kind"), TEXT_PARTS)
+def test_what_a_text_part_leaves_out_means_what_it_means_to_transformers(wrapper: str, kind: str) -> None:
+    """All fields, where the file must not name sizes; else all others."""
+    transformers = pytest.importorskip("transformers")
+    whole = {one.model_type: one for one in transformers.CONFIG_MAPPING.values()}[WRAPPERS[wrapper].model_type]
+    given = {} if "hidden_size" in LEFT_OUT[kind] else {"num_attention_heads": 64} | {
+        name: value for name, value in SIZES.items() if not name.endswith("heads")
+    }  # fmt: skip
+    for named in (
+        ({"model_type": kind}, {}) if kind == next(iter(WRAPPERS[wrapper].decoders)) else [{"model_type": kind}]
+    ):
+        ours = parse_config({"architectures": [wrapper], "text_config": {**named, **given}}, Path("config.json"))
+        theirs = whole(text_config={**named, **given}).text_config
+        assert (ours.vocab_size, ours.hidden_size, ours.intermediate_size, ours.num_layers, ours.num_heads) == (
+            theirs.vocab_size, theirs.hidden_size, theirs.intermediate_size, theirs.num_hidden_layers,
+            theirs.num_attention_heads,
+        )  # fmt: skip
+        assert ours.num_kv_heads == theirs.num_key_value_heads and ours.rms_norm_eps == theirs.rms_norm_eps
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or ours.hidden_size // ours.num_heads)
+        assert ours.max_position_embeddings == theirs.max_position_embeddings
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        window = getattr(theirs, "sliding_window", None) if kind == "mistral" else None
+        assert ours.sliding_window == window
+
+
+def test_a_checkpoint_is_known_by_its_model_type() -> None:
+    """Without ``architectures``."""
+    for wrapper, one in WRAPPERS.items():
+        kind = next(iter(one.decoders))
+        text = SIZES | {"model_type": kind, "head_dim": 64}
+        more = {"num_experts_per_tok": 2, "num_experts": 4} if "moe" in kind else {}
+        cfg = parse_config({"model_type": one.model_type, "text_config": text | more}, Path("config.json"))
+        assert (cfg.wrapper, cfg.architecture) == (wrapper, one.decoders[kind])
+
+
+def test_text_parts_as_published() -> None:
+    """Qwen2.5-VL, whose text has no object of its own; LLaVA and Pixtral, which leave sizes out."""
+    qwen = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 128000,
+        "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "use_sliding_window": False, "vision_config": {"hidden_size": 1280},
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
+    }  # fmt: skip
+    cfg = parse_config(qwen, Path("config.json"))
+    assert (cfg.architecture, cfg.hidden_size, cfg.rope_theta, cfg.rope_scaling) == (
+        "Qwen2ForCausalLM",
+        3584,
+        1e6,
+        None,
+    )
+    assert cfg.sliding_window is None and not cfg.tie_word_embeddings and cfg.head_dim == 128
+    llava = {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064}
+    cfg = parse_config({"architectures": ["LlavaForConditionalGeneration"], "text_config": llava}, Path("config.json"))
+    assert (cfg.hidden_size, cfg.num_layers, cfg.vocab_size, cfg.head_dim) == (4096, 32, 32064, 128)
+    pixtral = {"head_dim": 128, "hidden_size": 5120, "intermediate_size": 14336, "max_position_embeddings": 1024000,
+               "model_type": "mistral", "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+               "rope_theta": 1e9, "sliding_window": None, "vocab_size": 131072}  # fmt: skip
+    cfg = parse_config({"architectures": ["LlavaForConditionalGeneration"], "text_config": pixtral}, Path("c"))
+    assert (cfg.num_heads, cfg.num_kv_heads, cfg.sliding_window) == (32, 8, None)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "tied"),
+    [(None, None, True), (True, False, True), (False, True, True), (False, None, False), (None, False, False)],
+)
+def test_a_head_is_tied_where_either_place_says_so(outer: bool | None, inner: bool | None, tied: bool) -> None:
+    """Files say it in one place or the other; if it is wrong, a stored head of other values counts."""
+    text = SIZES | {"tie_word_embeddings": inner}
+    values = {"architectures": ["LlavaForConditionalGeneration"], "text_config": text, "tie_word_embeddings": outer}
+    assert parse_config(values, Path("config.json")).tie_word_embeddings is tied
+
+
 @pytest.mark.parametrize(
     ("name", "what", "nearest"),
     [
         ("DeepseekV3ForCausalLM", "multi-head latent attention", "DeepSeek-R1 distillation"),
+        ("DeepseekVLForConditionalGeneration", "parts beside its text", "LlavaForConditionalGeneration"),
+        ("FlexOlmoForCausalLM", "experts in layers whose norms come after", "OlmoeForCausalLM"),
+        ("OlmoForCausalLM", "norms without weights", "Olmo2ForCausalLM"),
+        ("ModernBertDecoderForCausalLM", "a head with a layer of its own", "Gemma3ForCausalLM"),
+        ("PaliGemmaForConditionalGeneration", "prompts whose tokens see each other", "Gemma3ForConditionalGeneration"),
+        ("InternVLChatModel", "parts beside its text", "InternVLForConditionalGeneration"),
+        ("Qwen2_5OmniModel", "parts beside its text", "Qwen2_5_VLForConditionalGeneration"),
         ("Glm4MoeLiteForCausalLM", "multi-head latent attention", "Glm4ForCausalLM"),
         ("NemotronHForCausalLM", "Mamba layers", "LlamaForCausalLM"),
         ("BambaForCausalLM", "Mamba layers", "GraniteForCausalLM"),
@@ -274,6 +376,15 @@ def test_text_parts_of_checkpoints() -> None:
 def test_what_is_not_built_is_refused_by_name(name: str, what: str, nearest: str) -> None:
     text = refused(name)
     assert repr(name) in text and what in text and "the nearest that it runs is " in text and nearest in text
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "olmo", "flex_olmo", "paligemma", "hunyuan_v1_dense"])
+def test_a_model_type_is_refused_as_its_architecture_is(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    names = transformers.models.auto.modeling_auto
+    every = names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    said = refusal(kind)
+    assert "the nearest that it runs is" in said and said == refusal(every[kind])
 
 
 def test_an_unknown_family_is_told_what_is_known() -> None:
@@ -353,6 +464,8 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             "short_factor holds 0.0, not a number from",
         ),
         ("Qwen2ForCausalLM", {"rope_scaling": {"type": "other", "factor": 2.0}}, "is 'other', and octo-run"),
+        ("Qwen2ForCausalLM", {"rope_scaling": {"factor": 2.0}}, "rope_type is missing, though the factor is 2"),
+        ("Qwen3MoeForCausalLM", {"use_sliding_window": True}, "use_sliding_window is true"),
         ("InternLM3ForCausalLM", {"qkv_bias": True}, "qkv_bias is true"),
         ("IQuestCoderForCausalLM", {"clip_qkv": 8.0}, "clip_qkv is set"),
         ("IQuestCoderForCausalLM", {"use_sliding_window": True}, "use_sliding_window is true"),
