@@ -109,7 +109,7 @@ def matrix_dtype(
     """What matrices that are not quantised are held in: the dtype of the arithmetic, but for ``bf16`` on a CPU that
     computes in float32. There they take half of the memory and of the time to read them.
 
-    Experts and recurrent layers always have the dtype of the arithmetic.
+    A model with experts or recurrent layers has the dtype of the arithmetic all over.
 
     Raises:
         UsageError: ``fp32`` where the arithmetic is in 16 bits.

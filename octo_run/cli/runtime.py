@@ -120,6 +120,9 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
             _said.add(f"{cache_and_context(plan)}: {human_bytes(plan.total)} in all")
         if asked.weights is None and options.weights == "int8":
             _say_once("weights in int8, as a CPU is slow to read them; --weights bf16 or fp32 does not quantise them")
+        if options.weights == "bf16" and plan.weight_format.startswith("fp32"):
+            where = "of a model with experts or recurrent layers" if plan.device == "cpu" else "on a GPU"
+            _say_once(f"--weights bf16 changes nothing: weights {where} are in the dtype of the arithmetic, float32")
         _planned.add((model, plan.device))
 
     said = time.monotonic()

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,37 @@ def test_it_is_told_once(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPat
     runtime._planned.clear()
     asked = octo("generate", "-p", "Once", "-n", "2", "--ctx", "256", "--device", "cpu", "--weights", "fp32")
     assert asked.code == 0 and "as a CPU is slow" not in asked.err and "weights fp32" in asked.err
+
+
+@pytest.mark.few("experts")
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 3, "num_experts_per_tok": 2}, 1),
+        (
+            {
+                "architectures": ["Qwen3_5ForCausalLM"], "num_hidden_layers": 4, "linear_key_head_dim": 32,
+                "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+            },
+            1,
+        ),
+        ({}, 0),
+    ],
+    ids=["experts", "recurrent", "dense"],
+)  # fmt: skip
+def test_16_bits_that_change_nothing_are_told(
+    octo: Callable[..., Any], make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    model: dict[str, Any], told: int,
+) -> None:  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setattr(runtime, "_said", set())
+    monkeypatch.setattr(runtime, "_planned", set())
+    path = make_checkpoint(**({"model_type": None} | model if model else {}))
+    argv = ("-p", "Once", "-n", "1", "--ctx", "256", "--device", "cpu", "--conditioning", "off", "--weights", "bf16")
+    run = octo("generate", "-m", str(path), *argv)
+    said = "--weights bf16 changes nothing: weights of a model with experts or recurrent layers are in the dtype of the"
+    assert run.code == 0 and run.err.count(said) == told, run.err
+    assert ("weights fp32" if told else "weights bf16") in run.err
 
 
 def test_a_benchmark_names_threads_and_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
