@@ -262,6 +262,29 @@ SMALL_CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture
+def byte_tokenizer(tmp_path: Path) -> Callable[..., Path]:
+    """``byte_tokenizer(template, special)`` writes a tokenizer of 256 tokens that are single bytes, and special ones, the
+    last of which ends answers; returns its folder."""
+
+    def make(template: str, special: list[str], name: str = "bytes") -> Path:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tok = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tok.decoder = decoders.ByteLevel()
+        tok.add_special_tokens(special)
+        folder = tmp_path / name
+        folder.mkdir()
+        tok.save(str(folder / "tokenizer.json"))
+        config = {"eos_token": special[-1], "chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """``make_checkpoint(name="model", shards=1, seed=0, **config)`` writes a random model and returns its folder.
 
