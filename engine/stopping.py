@@ -3,9 +3,10 @@
 The text is what ``Tokenizer.decode`` gives: special tokens are not in it, but marks of thoughts are, as ``<think>`` and
 ``</think>`` (:mod:`octo_run.tokenizer.thinking`). Stop strings are looked for in the text that has the special tokens
 written out as well: ``"\\n<|im_start|>user"`` stops an answer that goes on with that token in the middle. One that is a
-special token and nothing else stops at the token's id, and where the model spells the token out. Words that belong to a
-mark, as the name of a channel, stop together with that mark only. Of several stop strings the one that is complete
-first counts, whatever the tokens' borders; the answer's text ends before it.
+special token and nothing else stops at the token's id, and where the model spells the token out. What is written within
+a special token that is a mark of thoughts, or belongs to it as the name of a channel, is no such text by itself. Of
+several stop strings the one that is complete first counts, whatever the tokens' borders; the answer's text ends before
+it.
 """
 
 import functools
@@ -120,16 +121,17 @@ class AnswerText:
         return True
 
     def _find(self, held: str, stop: str) -> int:
-        """Where a stop string is in the held text, not within the words of a mark; -1 if it is not there."""
-        at, headers = held.find(stop), list[tuple[int, int]]()
-        begin = 0
+        """Where a stop string is in the held text, not within a mark or its words; -1 if it is not there."""
+        marks, end, before = list[tuple[int, int]](), 0, ""
         for piece in self._held:
-            if piece.header and headers and headers[-1][1] == begin:
-                headers[-1] = headers[-1][0], begin + len(piece.searched)
-            elif piece.header:
-                headers.append((begin, begin + len(piece.searched)))
-            begin += len(piece.searched)
-        while any(begin <= at and at + len(stop) <= end for begin, end in headers):
+            begin, end = end, end + len(piece.searched)
+            if piece.of == before == "words":
+                begin = marks.pop()[0]
+            if piece.of:
+                marks.append((begin, end))
+            before = piece.of
+        at = held.find(stop)
+        while any(begin <= at and at + len(stop) <= end for begin, end in marks):
             at = held.find(stop, at + 1)
         return at
 

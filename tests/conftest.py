@@ -263,10 +263,11 @@ SMALL_CONFIG: dict[str, Any] = {
 
 @pytest.fixture
 def byte_tokenizer(tmp_path: Path) -> Callable[..., Path]:
-    """``byte_tokenizer(template, special)`` writes a tokenizer of 256 tokens that are single bytes, and special ones, the
-    last of which ends answers; returns its folder."""
+    """``byte_tokenizer(template, special, words=None)`` writes a tokenizer and returns its folder.
 
-    def make(template: str, special: list[str], name: str = "bytes") -> Path:
+    256 tokens are bytes, the next ones are special, the last of which ends answers, and then there are some words."""
+
+    def make(template: str, special: list[str], words: list[str] | None = None) -> Path:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -274,8 +275,8 @@ def byte_tokenizer(tmp_path: Path) -> Callable[..., Path]:
         tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tok.decoder = decoders.ByteLevel()
         tok.add_special_tokens(special)
-        folder = tmp_path / name
-        folder.mkdir()
+        tok.add_tokens(words or [])
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
         tok.save(str(folder / "tokenizer.json"))
         config = {"eos_token": special[-1], "chat_template": template}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -7,15 +7,16 @@ Models write their thoughts between marks, each family between its own:
   ``<|START_THINKING|>`` (Cohere);
 - messages in channels (gpt-oss): one in ``analysis`` is a thought, the one in ``final`` is the answer.
 
-`Thinking` knows which of these a tokenizer and its chat template use. A `Division` follows one answer. The parts have no
-marks; in the text of an answer thoughts stand between ``<think>`` and ``</think>``, whatever the model's own marks are.
+`Thinking` knows which of these a tokenizer and its chat template use. A `Division` follows one answer. The parts have
+no marks; in the text of an answer thoughts stand between ``<think>`` and ``</think>``, whatever the model's own marks
+are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from octo_run.tokenizer.tokenizer import Tokenizer
@@ -35,13 +36,13 @@ class Piece(NamedTuple):
         shown: What of it belongs to a part: all or nothing. (Where nothing was written it may be a text that was held
             back, or an empty line.)
         thought: Whether it stands in a thought.
-        header: Words of a mark, which no stop string means alone.
+        of: "mark" or, for the words that belong to one, "words". A stop string that is within one is not meant.
     """
 
     searched: str
     shown: str
     thought: bool
-    header: bool = False
+    of: Literal["", "mark", "words"] = ""
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ class _ByTokens(_Marked):
         if written in (self._pair.open, self._pair.close):
             self.thinking = written == self._pair.open
             self._label, self._read = self._pair.label if self.thinking else "", ""
+            return [Piece(written, "", self.thinking, of="mark")]
         return super().special(written)
 
     def text(self, text: str) -> list[Piece]:
@@ -249,12 +251,12 @@ class _ByTokens(_Marked):
         whole = self._read + text
         if self._label.startswith(whole) and whole != self._label:
             self._read = whole
-            return [Piece(text, "", True, header=True)]
+            return [Piece(text, "", True, of="words")]
         label, self._label = self._label, ""
         if not whole.startswith(label):
             return [Piece("", self._read, True), *super().text(text)]
         behind = whole[len(label) :]
-        return [Piece(text[: len(text) - len(behind)], "", True, header=True), *super().text(behind)]
+        return [Piece(text[: len(text) - len(behind)], "", True, of="words"), *super().text(behind)]
 
 
 class _Channels(_Marked):
@@ -277,10 +279,10 @@ class _Channels(_Marked):
         elif written == CONSTRAIN and self._field is not None:
             self._field = CONSTRAIN
         elif written == MESSAGE:
-            return [Piece(written, "", self._begin_message()), *self._gap()]
+            return [Piece(written, "", self._begin_message(), of="mark"), *self._gap()]
         elif written == END or written in ENDS:
             self._end_message(written)
-        return [Piece(written, "", self._thought)]
+        return [Piece(written, "", self._thought, of="mark")]
 
     def _begin_message(self) -> bool:
         name = self._channel.split()[:1]
@@ -314,7 +316,7 @@ class _Channels(_Marked):
             before, self._channel = self._channel, self._channel + (text if self._field == CHANNEL else "")
             is_header = len(self._channel) <= _LONGEST_CHANNEL
         if is_header:
-            return [Piece(text, "", self._thought, header=True)]
+            return [Piece(text, "", self._thought, of="words")]
         self._field, self._speaking, self._thought = None, True, False  # the answer goes on without a message's marks
         return [*self._gap(), Piece("", before, False), Piece(text, text, False)]
 

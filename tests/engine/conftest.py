@@ -1,6 +1,7 @@
 """Small engines for the engine's tests: random models, scripted models, a byte tokenizer with a chat template."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -175,6 +176,7 @@ def build_engine(
     weights; ``tokenizer``: in place of the :class:`ByteTokenizer`."""
     dtype, defaults = plan_options.pop("dtype", torch.float32), plan_options.pop("defaults", GenerationDefaults())
     tokenizer = plan_options.pop("tokenizer", None) or ByteTokenizer()
+    cfg = replace(cfg, vocab_size=max(cfg.vocab_size, tokenizer.vocab_size))
     weights = random_weights(cfg, "cpu", dtype, seed=1)
     plan_options.pop("change", lambda _: None)(weights)
     fmt = layer_formats(kv, cfg, dtype)
@@ -202,10 +204,8 @@ def tiny() -> Callable[..., Engine]:
 def scripted() -> Callable[..., tuple[Engine, ScriptedForward]]:
     """``scripted(kv="bf16", context=500, ...)``: an engine and the :class:`ScriptedForward` that it runs."""
 
-    def make(
-        kv: str = "bf16", context: int = 500, cfg: ModelConfig = TINY, **plan_options: Any
-    ) -> tuple[Engine, ScriptedForward]:
-        engine = build_engine(cfg, kv, context, **plan_options)
+    def make(kv: str = "bf16", context: int = 500, **plan_options: Any) -> tuple[Engine, ScriptedForward]:
+        engine = build_engine(TINY, kv, context, **plan_options)
         engine.forward = engine.step.forward = script = ScriptedForward(engine.forward)
         return engine, script
 

@@ -33,7 +33,7 @@ Divided = tuple[str, str, str]
 
 @pytest.fixture
 def tokenizers(byte_tokenizer: Callable[..., Path]) -> Callable[..., Tokenizer]:
-    return lambda kind, template="": load_tokenizer(byte_tokenizer(template, MARKS[kind], kind))
+    return lambda kind, template="": load_tokenizer(byte_tokenizer(template, MARKS[kind]))
 
 
 def divide(tok: Tokenizer, prompt: str, answer: str, size: int) -> Divided:
