@@ -144,11 +144,10 @@ class Session:
         the ids do not tell."""
         turn, thinking = self.turns[-1], self.engine.tokenizer.thinking
         if self._ended is not None and self._ended[0] == turn:
-            _, ids, division = self._ended
             # A character that was cut is left out: its bytes are in the ids.
             cut = {name: text.removesuffix("\ufffd") for name, text in turn.items()}
-            return list(ids), cut, division
-        division = None
+            return list(self._ended[1]), cut, self._ended[2]
+        division: Division | None = None
         if thinking.key is None:
             division = thinking.division([])
             division.give(division.text(turn["content"]))
