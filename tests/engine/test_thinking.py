@@ -227,6 +227,20 @@ def test_thoughts_that_a_template_keeps_are_not_read_again(scripted: Any, byte_t
     assert second.text == "No."
 
 
+def test_the_second_prompt_of_seed_oss_is_the_reference(scripted: Any, byte_tokenizer: Any, shared_dir: Path) -> None:
+    """Its template repeats thoughts, without the lines around them."""
+    template = (shared_dir / "data/chat_templates/ByteDance-Seed-OSS.jinja").read_text()
+    talk = Talk(scripted, byte_tokenizer(template, ["<seed:bos>", "<seed:think>", "</seed:think>", "<seed:eos>"]))
+    first = talk.ask("Hi", "<seed:think>Greet.</seed:think>\nHello!<seed:eos>")
+    assert first.text == "<think>\nGreet.\n</think>\n\nHello!"
+    message = {"role": "assistant", "content": "\nHello!", "reasoning_content": "Greet."}
+    assert talk.session.messages[-1] == message
+    second = talk.ask("More", "No.<seed:eos>")
+    messages = [{"role": "user", "content": "Hi"}, message, {"role": "user", "content": "More"}]
+    assert list(second.prompt_ids) == talk.reference(messages)
+    assert second.reused_tokens == first.prompt_tokens + first.generated_tokens - 1, "all but the token that ended it"
+
+
 def test_thoughts_in_the_text_stay_where_they_are(scripted: Any) -> None:
     """Templates of such models look for ``</think>`` in a message's content."""
     engine, decoder = scripted()
@@ -255,3 +269,14 @@ def test_an_engine_of_another_kind_of_tokenizer_has_its_own_ends(demo: Callable[
     assert engine.end_ids == frozenset(
         (*engine.defaults.eos_token_ids, *engine.config.eos_token_ids, *engine.tokenizer.eos_ids)
     )
+
+
+def test_what_may_have_become_a_mark_is_part_of_a_stopped_answer(scripted: Any) -> None:
+    engine, decoder = scripted()
+    reply = Session(engine).ask("Hi", GREEDY)
+    decoder.say(reply.prompt_tokens, "<think>a </think>")
+    while not reply.text.endswith("</th"):
+        next(reply)
+    assert reply.parts[-1] == (True, " ")
+    reply.close()
+    assert reply.parts[-1] == (True, "</th")
