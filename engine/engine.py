@@ -101,7 +101,8 @@ class Engine:
         self.step = parts.step
         #: Steps of one sequence in flight: on CUDA the next one is launched before the host has read this one's token.
         self.depth = 2 if self.device.type == "cuda" else 1
-        self.end_ids = ends = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
+        ends = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
+        self.end_ids = ends = ends if isinstance(tokenizer, NoTokenizer) else tokenizer.thinking.ends(ends)
         if isinstance(tokenizer, Tokenizer):
             self.step.guide = lambda grammar: Guide(grammar, tokenizer, ends)
             self.step.breaking = lambda: breaking_tokens(tokenizer)

@@ -101,7 +101,9 @@ class Generation:
         self.generated_tokens = self.decoded_tokens = 0
         self.finish_reason: str | None = None
         self._on_prompt = on_prompt
-        self._tokens = self._run(engine, ids, params, AnswerText(engine.tokenizer, params, engine.end_ids, ids))
+        #: The answer's text: what is thought of it, and what is said.
+        self.answer = AnswerText(engine.tokenizer, params, engine.end_ids, ids)
+        self._tokens = self._run(engine, ids, params, self.answer)
 
     def __repr__(self) -> str:
         state = self.finish_reason or "not finished"

@@ -12,14 +12,12 @@ from octo_run.errors import UsageError, quoted
 if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
     from octo_run.engine.sampling import SamplingParams
-
-#: What begins and ends what a model thinks before it answers.
-THINK, END_THINK = "<think>", "</think>"
+    from octo_run.tokenizer.thinking import Part
 
 
 @dataclass(frozen=True)
 class ThinkBudget:
-    """Ends a model's thought after so many tokens: the mark that ends it is put into the answer.
+    """Ends a model's thought after so many tokens: the model's own mark that ends it is put into the answer.
 
     Attributes:
         tokens: At most, 0 or more.
@@ -35,17 +33,6 @@ class ThinkBudget:
         if self.tokens < 0:
             raise UsageError(f"The budget of thought is {self.tokens} tokens; give 0 or more.")
 
-    def exceeded(self, prompt: tuple[int, ...], text: str, count: int) -> bool:
-        """Whether a thought, of ``count`` tokens of ``text`` after a prompt, must end."""
-        if count < self.tokens or END_THINK in text:
-            return False
-        return text.lstrip().startswith(THINK) or self._opened(prompt)
-
-    def _opened(self, prompt: tuple[int, ...]) -> bool:
-        """Whether the chat template began a thought."""
-        tail = self.engine.tokenizer.decode(list(prompt[-8:]), skip_special=False)
-        return tail.rstrip().endswith(THINK)
-
     def rest(self, ids: list[int], count: int) -> Generation | None:
         """What follows ``ids``, after ``count`` tokens of the answer; None where there is no room for it."""
         params = self.params
@@ -58,6 +45,9 @@ class ThinkBudget:
 
 class Reply:
     """An answer as an iterator of text pieces. Closing it early (or an exception in the loop) keeps what was said.
+
+    What the model thinks stands between ``<think>`` and ``</think>`` in the text, whatever its own marks are; a thought
+    that the chat template began has no first mark there.
 
     Attributes:
         finish_reason: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full), or
@@ -80,6 +70,13 @@ class Reply:
         self.tokens = list[Token]()
         self.finish_reason: str | None = None
         self._pieces = self._run()
+
+    @property
+    def parts(self) -> list[Part]:
+        """What the model thinks and says, in order and without marks: whether it is thought, and the text.
+
+        They may lag behind the text while what comes may become a mark."""
+        return self.generation.answer.parts
 
     @property
     def prompt_tokens(self) -> int:
@@ -133,6 +130,7 @@ class Reply:
         self._pieces.close()
         self.generation.close()
         if self.finish_reason is None:
+            self.generation.answer.leave()
             self.finish_reason = "interrupted"
 
     def _run(self) -> Generator[str, None, None]:
@@ -142,20 +140,21 @@ class Reply:
             self.finish_reason = token.finish_reason
             if token.text:
                 yield token.text
-            budget = self._budget if self.finish_reason is None else None
-            if budget is not None and budget.exceeded(self.prompt_ids, self.text, len(self.ids)):
+            budget, thinking = self._budget, self.generation.answer.division.thinking
+            if budget is not None and thinking and self.finish_reason is None and len(self.ids) >= budget.tokens:
                 yield from self._end_thought(budget)
                 return
 
     def _end_thought(self, budget: ThinkBudget) -> Generator[str, None, None]:
         """Put the end of the thought into the answer, and go on behind it."""
         self.generation.close()
-        mark = f"\n{END_THINK}\n\n"
-        ids = budget.engine.tokenizer.encode(mark)
+        ids = budget.engine.tokenizer.thinking.closing()
         following = budget.rest([*self.prompt_ids, *self.ids, *ids], len(self.ids))
         if following is None:
             self.finish_reason = "length"
             return
+        mark = self.generation.answer.insert(ids)
+        following.answer.go_on(self.generation.answer)
         self._budget, self.generation = None, following
         self._parts.append(following)
         self.ids += ids

@@ -7,6 +7,7 @@ from octo_run.engine.generation import OnPrompt
 from octo_run.engine.reply import Reply, ThinkBudget
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import UsageError, expect
+from octo_run.tokenizer.thinking import Division
 
 #: Tokens kept free for an answer when old turns must make room and no ``max_tokens`` is given.
 ANSWER_ROOM = 256
@@ -18,6 +19,9 @@ class Session:
     """A chat. Each :meth:`ask` renders the whole conversation; the engine reuses the prefix it already holds.
 
     When the context is full the oldest turns after the system prompt are dropped, and the reply says how many.
+
+    A turn of the model has its text as ``content``. What the model thought stands there between marks where these are
+    text to its tokenizer (``<think>``), else apart from it, under the name that the chat template reads.
 
     Attributes:
         variables: What the chat template sees beside the messages (``enable_thinking``, say).
@@ -46,8 +50,9 @@ class Session:
         self.engine, self.system, self.variables, self.drops = engine, system, dict(variables or {}), drops
         self.turns: list[dict[str, str]] = []
         self._open: Reply | None = None
-        self._begun = ""  # what the answer that is open said before
-        self._ended: tuple[str, list[int]] | None = None  # the last answer, and the ids that it goes on from
+        self._begun: dict[str, str] | None = None  # what the answer that is open said before
+        #: The last answer, the ids that it goes on from, and where in its parts it was.
+        self._ended: tuple[dict[str, str], list[int], Division] | None = None
 
     def __repr__(self) -> str:
         return f"<Session with {self.engine!r}: {len(self.turns)} messages>"
@@ -91,7 +96,7 @@ class Session:
 
         Args:
             on_prompt: See ``Engine.generate``.
-            think_budget: Tokens after which a thought of the model (``<think>``) is ended; None: it ends by itself.
+            think_budget: Tokens after which a thought of the model is ended; None: it ends by itself.
 
         Raises:
             UsageError: An empty text, or one that the context does not hold by itself.
@@ -105,7 +110,7 @@ class Session:
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
         budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params, self.engine.generate)
         reply = Reply(self.engine.generate(ids, params, on_prompt), dropped, budget)
-        self.turns, self._open, self._begun = turns, reply, ""
+        self.turns, self._open, self._begun = turns, reply, None
         return reply
 
     def resume(self, params: SamplingParams | None = None, on_prompt: OnPrompt | None = None) -> Reply:
@@ -124,24 +129,31 @@ class Session:
         self._settle()
         if not self.turns or self.turns[-1]["role"] != "assistant":
             raise UsageError("There is no answer to continue.")
-        ids, begun = self._answer_ids(), self.turns[-1]["content"]
-        if self._ended is not None:
-            begun = begun.removesuffix("\ufffd")  # a character that was cut: its bytes are in the ids
+        ids, begun, division = self._answer_ids()
         if len(ids) >= self.engine.max_context:
             raise UsageError(f"The context of {self.engine.max_context:,} tokens is full: no answer goes on in it.")
-        reply = Reply(
-            self.engine.generate(ids, params or SamplingParams.from_defaults(self.engine.defaults), on_prompt)
-        )
+        params = params or SamplingParams.from_defaults(self.engine.defaults)
+        reply = Reply(self.engine.generate(ids, params, on_prompt))
+        if division is not None:
+            reply.generation.answer.division = division
         self.turns, self._open, self._begun = self.turns[:-1], reply, begun
         return reply
 
-    def _answer_ids(self) -> list[int]:
-        """The conversation's ids up to the last word of its last answer."""
-        if self._ended is not None and self._ended[0] == self.turns[-1]["content"]:
-            return list(self._ended[1])
+    def _answer_ids(self) -> tuple[list[int], dict[str, str], Division | None]:
+        """The conversation's ids up to the last word of its last answer, this answer, and where in its parts it is, if
+        the ids do not tell."""
+        turn, thinking = self.turns[-1], self.engine.tokenizer.thinking
+        if self._ended is not None and self._ended[0] == turn:
+            # A character that was cut is left out: its bytes are in the ids.
+            cut = {name: text.removesuffix("\ufffd") for name, text in turn.items()}
+            return list(self._ended[1]), cut, self._ended[2]
+        division: Division | None = None
+        if thinking.key is None:
+            division = thinking.division([])
+            division.give(division.text(turn["content"]))
         ids = self.rendered(self.messages, add_generation_prompt=False)
         ends = [place for place, token in enumerate(ids) if token in self.engine.end_ids]
-        return ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids
+        return ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids, turn, division
 
     def _fitting(
         self, turns: list[dict[str, str]], params: SamplingParams
@@ -182,9 +194,11 @@ class Session:
             reply, self._open = self._open, None
             if reply.finish_reason is None:
                 reply.close()
-            text, self._begun = self._begun + reply.text, ""
-            self.turns.append({"role": "assistant", "content": text})
-            at_end = bool(reply.ids) and reply.ids[-1] in self.engine.end_ids
+            turn = self.engine.tokenizer.thinking.message(reply.text, reply.parts, self._begun)
+            self._begun = None
+            self.turns.append(turn)
+            division = reply.generation.answer.division
+            at_end = bool(reply.ids) and (reply.ids[-1] in self.engine.end_ids or division.ended)
             at_stop_text = reply.finish_reason == "stop" and not at_end  # which the ids hold and the text does not
             said = reply.ids[:-1] if at_end else reply.ids
-            self._ended = None if at_stop_text else (text, [*reply.prompt_ids, *said])
+            self._ended = None if at_stop_text else (dict(turn), [*reply.prompt_ids, *said], division)

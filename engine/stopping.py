@@ -1,10 +1,12 @@
 """An answer's text as its tokens come, and the stop strings that end it.
 
-The text is what ``Tokenizer.decode`` gives: special tokens are not in it. Stop strings are looked for in the text that
-has the special tokens written out as well: ``"\\n<|im_start|>user"`` stops an answer that goes on with that token in
-the middle. One that is a special token and nothing else stops at the token's id, and where the model spells the token
-out. Of several stop strings the one that is complete first counts, whatever the tokens' borders; the answer's text ends
-before it.
+The text is what ``Tokenizer.decode`` gives: special tokens are not in it, but marks of thoughts are, as ``<think>`` and
+``</think>`` (:mod:`octo_run.tokenizer.thinking`). Stop strings are looked for in the text that has the special tokens
+written out as well: ``"\\n<|im_start|>user"`` stops an answer that goes on with that token in the middle. One that is a
+special token and nothing else stops at the token's id, and where the model spells the token out. What is written within
+a special token that is a mark of thoughts, or belongs to it as the name of a channel, is no such text by itself. Of
+several stop strings the one that is complete first counts, whatever the tokens' borders; the answer's text ends before
+it.
 """
 
 import functools
@@ -13,10 +15,16 @@ from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import UsageError
 from octo_run.tokenizer import Tokenizer
+from octo_run.tokenizer.thinking import Division, Part, Piece, feed
 
 
 class AnswerText:
-    """Turns an answer's tokens into text, held back while it may become a stop string, and says where it ends."""
+    """Turns an answer's tokens into text, held back while it may become a stop string, and says where it ends.
+
+    Attributes:
+        parts: What the model thinks and what it says, as far as it is certain: in order, without marks.
+        division: Tells them apart.
+    """
 
     def __init__(self, tokenizer: Tokenizer | NoTokenizer, params: SamplingParams, end_ids: frozenset[int],
                  prompt: list[int]) -> None:  # fmt: skip
@@ -32,6 +40,7 @@ class AnswerText:
         self._tokenizer = None if isinstance(tokenizer, NoTokenizer) else tokenizer
         self._stops, self._most = params.stop, params.max_tokens
         self.ends = end_ids | set(params.stop_ids)
+        self.parts, self.division = list[Part](), Division()
         if self._tokenizer is None:
             if self._stops:
                 raise UsageError("A model with random weights has no tokenizer for stop strings: give stop_ids.")
@@ -39,7 +48,8 @@ class AnswerText:
         named = map(self._tokenizer.special_id, self._stops)
         self.ends |= {token for token in named if token is not None}
         self._stream = self._tokenizer.stream(prompt)
-        self._held: list[tuple[str, bool]] = []  # text that is not given yet, and whether it belongs to the answer
+        self.division = self._tokenizer.thinking.division(prompt)
+        self._held = list[Piece]()  # what is not given yet
 
     def push(self, token: int, *, last: bool) -> tuple[str, bool]:
         """Take the next token.
@@ -55,16 +65,16 @@ class AnswerText:
         if self._tokenizer is None:
             return "", ended
         if token in self._tokenizer.special_ids:
-            if self._stops:
-                self._held.append((self._tokenizer.decode([token], skip_special=False), False))
+            self._held += self.division.special(self._tokenizer.decode([token], skip_special=False))
+            ended |= self.division.ended
         elif not ended:
-            self._held.append((self._stream.push(token), True))
+            self._held += self.division.text(self._stream.push(token))
         if ended or last:
-            self._held.append((self._stream.finish(), True))
+            self._held += self.division.text(self._stream.finish())
         ended |= self._cut()
-        held = "".join(text for text, _ in self._held)
+        held = self._searched
         keep = 0 if ended or last else _possible_stop(held, self._stops)
-        return self._give(len(held) - keep), ended
+        return self._told(self._release(len(held) - keep), last=ended or last), ended
 
     def take(self, token: int, count: int, *, full: bool) -> tuple[str, str | None]:
         """Take the next token, of which ``count`` have come now.
@@ -79,27 +89,68 @@ class AnswerText:
         text, ended = self.push(token, last=reason is not None)
         return text, "stop" if ended else reason
 
+    def insert(self, ids: list[int]) -> str:
+        """Put tokens into the answer that the model did not write; what they add to its text."""
+        assert self._tokenizer is not None
+        return self._told(feed(self.division, self._tokenizer, ids))
+
+    def leave(self) -> None:
+        """The answer ends here, in the middle: what was held back as a possible mark belongs to its parts."""
+        self.parts += self.division.give([], last=True)[1]
+
+    def go_on(self, before: "AnswerText") -> None:
+        """This answer goes on with another one, in whose thought it may be."""
+        self.division, self.parts = before.division, before.parts
+
+    def _told(self, pieces: list[Piece], *, last: bool = False) -> str:
+        text, parts = self.division.give(pieces, last=last)
+        self.parts += parts
+        return text
+
+    @property
+    def _searched(self) -> str:
+        return "".join([piece.searched for piece in self._held])
+
     def _cut(self) -> bool:
         """Cut the held text before the stop string that is complete first; whether there is one."""
-        held = "".join(text for text, _ in self._held)
-        found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        held = self._searched if self._stops else ""
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._find(held, stop)) >= 0]
         if not found:
             return False
-        text = self._give(min(found)[1])
-        self._held = [(text, True)]
+        self._held = self._release(min(found)[1])
         return True
 
-    def _give(self, count: int) -> str:
-        """Take ``count`` characters off the held text; those of them that belong to the answer."""
-        given, rest = "", list[tuple[str, bool]]()
-        for text, visible in self._held:
-            if visible:
-                given += text[:count]
-            if text[count:]:
-                rest.append((text[count:], visible))
-            count = max(0, count - len(text))
+    def _find(self, held: str, stop: str) -> int:
+        """Where a stop string is in the held text, not within a mark or its words; -1 if it is not there."""
+        marks, end, before = list[tuple[int, int]](), 0, ""
+        for piece in self._held:
+            begin, end = end, end + len(piece.searched)
+            if piece.of == before == "words":
+                begin = marks.pop()[0]
+            if piece.of:
+                marks.append((begin, end))
+            before = piece.of
+        at = held.find(stop)
+        while any(begin <= at and at + len(stop) <= end for begin, end in marks):
+            at = held.find(stop, at + 1)
+        return at
+
+    def _release(self, count: int) -> list[Piece]:
+        """Take pieces of ``count`` characters off the held text."""
+        taken, rest = list[Piece](), list[Piece]()
+        everything = count == len(self._searched)
+        for piece in self._held:
+            size = len(piece.searched)
+            if size <= count and (size or count or everything):
+                taken.append(piece)
+            elif count:
+                taken.append(piece._replace(searched=piece.searched[:count], shown=piece.shown[:count]))
+                rest.append(piece._replace(searched=piece.searched[count:], shown=piece.shown[count:]))
+            else:
+                rest.append(piece)
+            count = max(0, count - size)
         self._held = rest
-        return given
+        return taken
 
 
 def impossible(tokenizer: Tokenizer | NoTokenizer, stop: str) -> bool:

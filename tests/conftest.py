@@ -262,6 +262,30 @@ SMALL_CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture
+def byte_tokenizer(tmp_path: Path) -> Callable[..., Path]:
+    """``byte_tokenizer(template, special, words=None)`` writes a tokenizer and returns its folder.
+
+    256 tokens are bytes, the next ones are special, the last of which ends answers, and then there are some words."""
+
+    def make(template: str, special: list[str], words: list[str] | None = None) -> Path:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tok = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tok.decoder = decoders.ByteLevel()
+        tok.add_special_tokens(special)
+        tok.add_tokens(words or [])
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        tok.save(str(folder / "tokenizer.json"))
+        config = {"eos_token": special[-1], "chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """``make_checkpoint(name="model", shards=1, seed=0, **config)`` writes a random model and returns its folder.
 

@@ -22,6 +22,7 @@ from octo_run.errors import OctoError, UsageError, quoted, shown
 from octo_run.tokenizer.template.budget import METER, Meter, OverBudget
 from octo_run.tokenizer.template.sandbox import Program
 from octo_run.tokenizer.template.text import LostProof, Text, given, text_of, written
+from octo_run.tokenizer.thinking import REASONING, thought_of
 
 #: What stands in a marked text before characters at which no special token begins: half a surrogate pair, which no
 #: valid text has.
@@ -36,8 +37,8 @@ _WORDS = {
 }
 # fmt: on
 _MAX_DEPTH = 100
-#: What a thought is called in messages. Templates read one of the first two, servers and libraries write any.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+#: A template that reads thoughts as parts of a message's content.
+_THOUGHTS_AS_PARTS = re.compile(r"==\s*(['\"])thinking\1")
 #: Stands behind the message that is to be continued. The space tells whether the template strips the message.
 _END = "END_OF_THE_LAST_MESSAGE "
 _ADVICE = "use plain generation, or a model with another template"
@@ -78,7 +79,8 @@ class ChatTemplate:
         """The conversation as text.
 
         A thought under one of the names ``reasoning_content``, ``thinking`` and ``reasoning`` is given to the template
-        under the first two, of which templates read one or the other.
+        under the first two, of which templates read one or the other, or as a part of the content for those that read
+        it so (Mistral's).
 
         Args:
             continue_final_message: The text ends where the last message does, so that a model goes on with it. No
@@ -124,6 +126,8 @@ class ChatTemplate:
     def _render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, goes_on: bool, variables: Mapping[str, Any]
     ) -> Text:
+        if isinstance(messages, (list, tuple)) and self._thoughts_as_parts:
+            messages = [_with_thought_as_part(message) for message in messages]
         messages = self._plain(messages, 0)
         variables = self._plain(variables, 0)
         _check_unicode(messages, variables)
@@ -187,6 +191,19 @@ class ChatTemplate:
             raise OctoError(f"{template} fails here ({name}): {_flat(error)}.") from error
 
     @cached_property
+    def variables(self) -> frozenset[str]:
+        """What the template reads beside what it sets itself.
+
+        Raises:
+            OctoError: It is faulty.
+        """
+        return self._program.variables
+
+    @cached_property
+    def _thoughts_as_parts(self) -> bool:
+        return _THOUGHTS_AS_PARTS.search(self.source) is not None and REASONING[0] not in self.source
+
+    @cached_property
     def _program(self) -> Program:
         try:
             return Program(self.source)
@@ -229,8 +246,18 @@ def _with_reasoning(message: Any) -> Any:
     """A message whose thought has both names that templates know."""
     if not isinstance(message, dict):
         return message
-    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _with_thought_as_part(message: Any) -> Any:
+    """A message whose thought and text are the two parts of its content."""
+    if not isinstance(message, Mapping) or not isinstance(content := message.get("content"), str):
+        return message
+    if not (thought := thought_of(message)):
+        return message
+    parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": content}]
+    return {**{name: value for name, value in message.items() if name not in REASONING}, "content": parts}
 
 
 def _mark_end(messages: Any) -> str:

@@ -12,6 +12,7 @@ from octo_run.tokenizer.chat import ChatTemplate
 from octo_run.tokenizer.config import AddedToken, TokenizerConfig, load_config
 from octo_run.tokenizer.finder import Finder
 from octo_run.tokenizer.stream import StreamingDetokenizer
+from octo_run.tokenizer.thinking import Thinking
 
 
 def load_tokenizer(model_dir: Path) -> "Tokenizer":
@@ -59,6 +60,7 @@ class Tokenizer:
             add but do not call special (Qwen3's ``<think>``) are matched in every text, as everywhere else.
         adds_bos: Whether the model wants plain text (no chat) to begin with `bos_id`, see `prompt`.
         opening: The ids that plain text begins with, `[bos_id]` or none.
+        thinking: How the model's thoughts are told from its answers.
     """
 
     def __init__(self, backend: Backend, config: TokenizerConfig) -> None:
@@ -85,6 +87,7 @@ class Tokenizer:
         if config.extra_special:
             self._variables["additional_special_tokens"] = list(config.extra_special)
         self._template: ChatTemplate | None = None
+        self.thinking = Thinking(self)
         if config.chat_template is not None:
             self.use_template(config.chat_template, config.chat_template_file)
 
@@ -256,6 +259,15 @@ class Tokenizer:
         """The text of the chat template, "" where there is none."""
         return "" if self._template is None else self._template.source
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The variables that the chat template reads; none where there is no template.
+
+        Raises:
+            OctoError: The template is faulty.
+        """
+        return frozenset() if self._template is None else self._template.variables
+
     def use_template(self, source: str, file: str) -> None:
         """Take another chat template.
 
@@ -263,6 +275,7 @@ class Tokenizer:
             file: Where it stands, for messages.
         """
         self._template = ChatTemplate(source, file, self._variables, self._special)
+        self.thinking = Thinking(self)
 
     def chat(
         self,

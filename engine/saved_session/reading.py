@@ -32,6 +32,7 @@ from octo_run.kernels.codec.plain import PlainCodec
 from octo_run.models.fields import Fields
 from octo_run.models.foreign import json_object
 from octo_run.models.safetensors_file import STORED_DTYPES, TensorEntry, TensorFile, read_headers
+from octo_run.tokenizer.thinking import REASONING
 
 if TYPE_CHECKING:
     from octo_run.engine.engine import Engine
@@ -372,7 +373,8 @@ def _read_turns(fields: Fields) -> tuple[dict[str, str], ...]:
     if not isinstance(turns, list):
         raise fields.fail("turns", "is no list")
     for number, turn in enumerate(turns):
-        good = isinstance(turn, dict) and turn.keys() == {"role", "content"} and turn["role"] in _ROLES
-        if not good or not isinstance(turn["content"], str):
+        good = isinstance(turn, dict) and all(isinstance(value, str) for value in turn.values())
+        names = turn.keys() - REASONING if good else set()
+        if names != {"role", "content"} or turn["role"] not in _ROLES:
             raise fields.fail(f"turns[{number}]", f"is {quoted(turn)}, no message")
     return tuple(turns)

@@ -26,8 +26,6 @@ NO_SYSTEM = "none"
 ANEW = "anew"
 #: Bytes that are copied at most: terminals take no more.
 _LONGEST_COPY = 74_000
-#: Variables by which chat templates are told whether the model thinks.
-_THINKING = ("enable_thinking", "thinking")
 
 
 class Leave(Exception):
@@ -164,6 +162,7 @@ def _sessions(chat: "Conversation", _argument: str) -> None:
 
 def _export(chat: "Conversation", argument: str) -> None:
     from octo_run.cli.conversation import count
+    from octo_run.tokenizer.thinking import written
 
     path = Path(argument).expanduser()
     if path.suffix.lower() not in (".md", ".json"):
@@ -176,7 +175,7 @@ def _export(chat: "Conversation", argument: str) -> None:
         values = {name: getattr(chat.params, name) for name in settings()}
         text = console.as_json({"model": chat.engine.name, "settings": values, "messages": messages}) + "\n"
     else:
-        text = "\n".join(f"**{message['role']}**\n\n{message['content']}\n" for message in messages)
+        text = "\n".join(f"**{message['role']}**\n\n{written(message)}\n" for message in messages)
     write_file(OutputFile(path, lambda place: _write(place, text)))
     chat.tell(f"{path}: {count(len(messages), 'message')} written")
 
@@ -196,12 +195,13 @@ def _copy(chat: "Conversation", _argument: str) -> None:
 
 
 def _think(chat: "Conversation", argument: str) -> None:
-    names = [name for name in _THINKING if re.search(rf"\b{name}\b", chat.engine.tokenizer.template_source)]
-    if not names:
+    switches = chat.engine.tokenizer.thinking.switches()
+    if not switches:
         raise UsageError("this model's chat template cannot switch thinking on or off.")
-    if argument not in ("on", "off"):
-        raise UsageError("give on or off: /think on.")
-    chat.session.variables |= dict.fromkeys(names, argument == "on")
+    if argument not in switches:
+        *others, last = switches
+        raise UsageError(f"give {', '.join(others)} or {last}: /think {others[0]}.")
+    chat.session.variables |= switches[argument]
     chat.tell(f"thinking is {argument} from the next question on")
 
 
@@ -297,6 +297,13 @@ def _session_words(_chat: "Conversation") -> list[str]:
     return session_files.names()
 
 
+def _think_words(chat: "Conversation") -> list[str]:
+    try:
+        return [*chat.engine.tokenizer.thinking.switches()]
+    except OctoError:  # a faulty template is told of by the first question
+        return []
+
+
 def _model_words(_chat: "Conversation") -> list[str]:
     return runtime.model_names()
 
@@ -326,7 +333,10 @@ COMMANDS: dict[str, Command] = {
         _setting_words,
     ),
     "/think": Command(
-        _think, "on|off", "let the model think before it answers, if it can", lambda _chat: ["on", "off"]
+        _think,
+        "on|off",
+        "let the model think before it answers, if it can; some take low, medium or high",
+        _think_words,
     ),
     "/read": Command(_read_file, "FILE", "send the text of a file along with the next message", None),
     "/save": Command(_save, "NAME", "save the conversation with its KV cache", _session_words),

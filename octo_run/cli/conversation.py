@@ -228,7 +228,7 @@ class Conversation:
                 with PromptProgress() as progress:
                     reply = begin(report)
                     self.keeper.touched()  # whatever comes now, what was said is saved
-                    display.begin(self.engine, reply)
+                    display.begin(reply)
                     if reply.dropped_turns:
                         verb = "was" if reply.dropped_turns == 1 else "were"
                         self.tell(f"the context is full: {count(reply.dropped_turns, 'old turn')} {verb} dropped")

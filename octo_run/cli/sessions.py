@@ -40,6 +40,8 @@ def list_sessions(as_json: bool) -> None:
 @debug_option
 def show(name: str, as_json: bool) -> None:
     """Print a saved conversation and what its file holds."""
+    from octo_run.tokenizer.thinking import written
+
     session = session_files.read(name)
     head = [{"role": "system", "content": session.system}] if session.system else []
     messages = [*head, *session.turns]
@@ -55,7 +57,7 @@ def show(name: str, as_json: bool) -> None:
         f"cache    {session.tokens:,} tokens, {session.pages:,} packed pages: {', '.join(formats) or 'unknown'}",
     ]
     for message in messages:
-        lines += ["", f"{message['role']}:", *console.printable(message["content"]).split("\n")]
+        lines += ["", f"{message['role']}:", *console.printable(written(message)).split("\n")]
     console.echo("\n".join(lines))
 
 

@@ -30,6 +30,7 @@ class FakeReply:
     reason: str = "stop"
     text: str = ""
     ids: list[int] = field(default_factory=list)
+    parts: list[tuple[bool, str]] = field(default_factory=list)
     finish_reason: str | None = None
     prefill_seconds: float = 0.25
     decode_seconds: float = 0.5
@@ -60,6 +61,7 @@ class FakeReply:
                 continue
             self.ids.append(number)
             self.text += piece
+            self.parts.append((False, piece))
             yield piece
         self.finish_reason = self.reason
 

@@ -2,10 +2,11 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from octo_run.cli.answer_display import AnswerDisplay, ThoughtSplitter
+from octo_run.cli.answer_display import AnswerDisplay
 from octo_run.cli.markdown import MarkdownStream
 
 TEXT = """# A heading with **bold**
@@ -113,29 +114,30 @@ def test_a_letter_is_there_soon() -> None:
     assert plain(shown(text)) == text
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_thoughts_are_told_from_words(size: int) -> None:
-    def split(text: str, thinking: bool = False) -> tuple[str, str]:
-        splitter, parts = ThoughtSplitter(thinking), list[tuple[bool, str]]()
-        for at in range(0, len(text), size):
-            parts += splitter.push(text[at : at + size])
-        parts += splitter.finish()
-        return "".join(t for thought, t in parts if thought), "".join(t for thought, t in parts if not thought)
-
-    assert split("<think>\nhm <b> a < b\n</think>\n\nYes.") == ("\nhm <b> a < b\n", "\n\nYes.")
-    assert split("hm\n</think>\nYes.", True) == ("hm\n", "\nYes.")
-    assert split("Yes. <think> is a mark.") == ("", "Yes. <think> is a mark.")
-    assert split("\n<think></think>Yes") == ("", "Yes")
-    assert split("<think>cut") == ("cut", "")
-    assert split("<th") == ("", "<th") and split("  ") == ("", "  ")
-    assert split("<think>a</think>b<think>c</think>") == ("a", "b<think>c</think>")
+def display(pieces: list[list[tuple[bool, str]]], **how: bool) -> None:
+    """Show an answer whose parts come as these pieces."""
+    shown, reply = AnswerDisplay(**{"markdown": True, "hide": False, **how}), SimpleNamespace(parts=[])
+    shown.begin(reply)  # type: ignore[arg-type]
+    for piece in pieces:
+        reply.parts += piece
+        shown.push("".join(text for _, text in piece))
+    shown.finish()
 
 
 def test_a_thought_begins_where_its_words_begin(capsys: pytest.CaptureFixture[str]) -> None:
     """The line of the mark itself leaves no empty line on the screen."""
-    for pieces in (["<think>\nHm.\n</think>\n\nYes."], [*"<think>\nHm.\n</think>\n\nYes."]):
-        display = AnswerDisplay(markdown=True, hide=False)
-        for piece in pieces:
-            display.push(piece)
-        display.finish()
-        assert capsys.readouterr().out.startswith("Hm.")
+    parts = [(True, "\nHm.\n"), (False, "\n\nYes.")]
+    letters = [(thought, letter) for thought, text in parts for letter in text]
+    for pieces in ([parts], [[part] for part in letters]):
+        display(pieces)
+        assert re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out) == "Hm.\n\nYes."
+
+
+def test_thoughts_without_lines_of_their_own_are_set_off(capsys: pytest.CaptureFixture[str]) -> None:
+    display([[(True, "Hm.")], [(False, "Yes.")]])
+    assert re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out) == "Hm.\n\nYes."
+
+
+def test_what_is_hidden_leaves_the_answer_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    display([[(True, "\nHm.\n")], [(False, "\n\n")], [(False, "Yes.\n")]], markdown=False, hide=True)
+    assert capsys.readouterr().out == "Yes.\n"

@@ -1,6 +1,7 @@
 """Small engines for the engine's tests: random models, scripted models, a byte tokenizer with a chat template."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +21,7 @@ from octo_run.models.config import GenerationDefaults, ModelConfig
 from octo_run.models.decoder import Decoder
 from octo_run.models.weights import random_weights
 from octo_run.tokenizer.stream import StreamingDetokenizer
+from octo_run.tokenizer.thinking import Thinking
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -47,6 +49,10 @@ class ByteTokenizer:
     special: ClassVar = {"<s>": 256, "<end>": 257, "<turn>": 258}
     special_ids = frozenset(special.values())
     has_chat_template = True
+    template_source = ""
+
+    def __init__(self) -> None:
+        self.thinking = Thinking(self)  # type: ignore[arg-type]
 
     def special_id(self, text: str) -> int | None:
         return self.special.get(text)
@@ -167,8 +173,10 @@ def build_engine(
     cfg: ModelConfig, kv: str, context: int | None, pages: int | None = None, **plan_options: Any
 ) -> Engine:
     """``pages``: those that all sequences share (None: as many as they hold at full context); ``change``: is given the
-    weights."""
-    dtype = plan_options.pop("dtype", torch.float32)
+    weights; ``tokenizer``: in place of the :class:`ByteTokenizer`."""
+    dtype, defaults = plan_options.pop("dtype", torch.float32), plan_options.pop("defaults", GenerationDefaults())
+    tokenizer = plan_options.pop("tokenizer", None) or ByteTokenizer()
+    cfg = replace(cfg, vocab_size=max(cfg.vocab_size, tokenizer.vocab_size))
     weights = random_weights(cfg, "cpu", dtype, seed=1)
     plan_options.pop("change", lambda _: None)(weights)
     fmt = layer_formats(kv, cfg, dtype)
@@ -179,7 +187,7 @@ def build_engine(
         decoder = Decoder(cfg, weights, None, fmt.rotations("v"), context=plan.context)
         found = Calibration(decoder, NoTokenizer(cfg.vocab_size), None).conditioning(plan.conditioning)
         decoder.store_keys(fmt.rotations("k"), found)
-        return Engine("tiny", cfg, decoder, ByteTokenizer(), plan, fmt, GenerationDefaults(), 0)  # type: ignore[arg-type]
+        return Engine("tiny", cfg, decoder, tokenizer, plan, fmt, defaults, 0)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.stopping import AnswerText, impossible
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import ModelConfig
+from octo_run.tokenizer.thinking import Thinking
 
 PROMPT = [1, 2, 3, 4]
 TURN, END = 258, 257
@@ -54,9 +55,11 @@ def test_the_borders_of_tokens_change_nothing(size: int) -> None:
 
     class Pieces:
         special_ids: frozenset[int] = frozenset()
+        template_source = ""
 
         def __init__(self, text: str) -> None:
             self.pieces = [text[at : at + size] for at in range(0, len(text), size)]
+            self.thinking = Thinking(self)  # type: ignore[arg-type]
 
         def special_id(self, _text: str) -> None:
             return None

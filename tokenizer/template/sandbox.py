@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.parser
 import jinja2.runtime
 from jinja2 import nodes
@@ -277,9 +278,14 @@ class Program:
     def __init__(self, source: str) -> None:
         if len(source) > MAX_SOURCE:
             raise TemplateSyntaxError(f"it has {len(source):,} characters, more than {MAX_SOURCE:,}", 1)
-        self._template = _ENVIRONMENT.from_string(source)
+        self._source, self._template = source, _ENVIRONMENT.from_string(source)
         names = {"own": _Own(), "text_of": text_of, "Namespace": Namespace}
         self._template.root_render_func.__globals__.update(names)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names that the template takes from outside."""
+        return frozenset(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(self._source)))
 
     def run(self, values: dict[str, Any], meter: Meter) -> Text:
         """The text that the template writes.
