@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from octo_run.engine.grammar import Grammar
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.saved_session.layout import (
     FORMAT,
@@ -111,12 +112,6 @@ class SavedSession:
         values = json_object(metadata["session"].encode(), f"The session in {path}", _ADVICE, strict=True)
         fields = Fields(path, values)
         version = fields.integer("version")
-        settings = fields.sub("settings")
-        known = {field.name for field in dataclasses.fields(SamplingParams)}
-        try:
-            params = SamplingParams(**{k: v for k, v in (settings.values if settings else {}).items() if k in known})
-        except UsageError as error:
-            raise OctoError(f"The settings in {path} cannot be used: {error}") from None
         found = cls(
             path=path,
             file_id=fields.text("id") or "",
@@ -124,7 +119,7 @@ class SavedSession:
             model=fields.text("model") or "",
             saved=fields.number("saved", 0.0, low=0.0, high=1e11),
             identity=read_identity(fields) if version == VERSION else None,
-            settings=params,
+            settings=_read_settings(fields),
             options=_read_options(fields),
             variables=_object(fields, "variables"),
             system=fields.text("system"),
@@ -348,6 +343,19 @@ def _object(fields: Fields, name: str) -> dict[str, Any]:
     """The object of this name, an empty one where there is none."""
     found = fields.sub(name)
     return {} if found is None else dict(found.values)
+
+
+def _read_settings(fields: Fields) -> SamplingParams:
+    """How answers were drawn."""
+    settings = fields.sub("settings")
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
+    values = {name: value for name, value in (settings.values if settings else {}).items() if name in known}
+    try:
+        if isinstance(grammar := values.get("grammar"), dict):
+            values["grammar"] = Grammar(grammar.get("kind"), grammar.get("text"))  # type: ignore[arg-type]
+        return SamplingParams(**values)
+    except UsageError as error:
+        raise OctoError(f"The settings in {fields.path} cannot be used: {error}") from None
 
 
 def _read_options(fields: Fields) -> dict[str, str | int | None]:

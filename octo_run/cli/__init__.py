@@ -159,14 +159,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:
-        if invocation.debug:
-            for line in traceback.format_exc().splitlines():
-                console.write_error(shown(line))
-        return _explain(error, invocation.command)
+        return explain(error, invocation)
 
 
-def _explain(error: Exception, command: click.Command | None) -> int:
-    """Print one sentence about ``error`` on standard error and return the exit code that belongs to it."""
+def explain(error: Exception, invocation: Invocation) -> int:
+    """Print one sentence about ``error`` on standard error, with ``--debug`` the traceback before it, and return the
+    exit code that belongs to it."""
+    command = invocation.command
+    if invocation.debug:
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            console.write_error(shown(line))
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         console.write_error(error.format_message())
         return EXIT_USAGE

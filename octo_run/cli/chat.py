@@ -192,12 +192,13 @@ def _resume(chat: Conversation, beginning: Beginning, system: str | None) -> Non
     chat.keeper.keep(name)
     if name not in session_files.names():
         return
-    given = {field: value for field, value in dataclasses.asdict(chat.sampling).items() if value not in (None, ())}
+    called = {"temp": "temperature", "json_schema": "grammar", "regex": "grammar"}
+    given = {called.get(field, field) for field, value in vars(chat.sampling).items() if value not in (None, ())}
+    asked = chat.params
     advice = f"`octo-run chat --session {name} --anew` reads its text again"
     chat.keeper.load(chat, name, anew=beginning.anew, advice=advice)
     if given:
-        changes = {"temperature" if field == "temp" else field: value for field, value in given.items()}
-        chat.params = dataclasses.replace(chat.params, **changes)
+        chat.params = dataclasses.replace(chat.params, **{name: getattr(asked, name) for name in given})
     if system is not None:
         chat.session.system = system
     chat.session.variables |= chat.options.variables
@@ -272,6 +273,7 @@ def _through_pipe(conversation: Conversation, first: str | None) -> int:
 def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None) -> int:
     """Read, answer, repeat; a failed turn is explained and the chat goes on. The first message is written while the
     model loads."""
+    from octo_run.cli import explain
     from octo_run.cli.line_editor import LineEditor
 
     def gauge() -> str:
@@ -298,6 +300,10 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
             if loading.failure() is not None:
                 raise
             console.warn(f"octo-run: {error}")
+        except Exception as error:  # the conversation is there still, and worth more than what failed
+            if loading.now() is None:
+                raise
+            explain(error, click.get_current_context().find_root().obj)
         except KeyboardInterrupt:  # at the prompt, while the model loads, or too late to stop an answer
             chat_now = loading.now()
             if warned or (chat_now is not None and time.monotonic() - chat_now.stopped_at < TWICE):

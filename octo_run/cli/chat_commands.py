@@ -18,6 +18,7 @@ from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
+    from octo_run.cli.options import EngineOptions
     from octo_run.engine import Engine, SamplingParams
 
 #: What ``/system`` takes for no system prompt.
@@ -26,6 +27,8 @@ NO_SYSTEM = "none"
 ANEW = "anew"
 #: Bytes that are copied at most: terminals take no more.
 _LONGEST_COPY = 74_000
+#: Bytes of a document that goes with a message: more than the longest contexts hold.
+_LONGEST_DOCUMENT = 16_000_000
 
 
 class Leave(Exception):
@@ -121,10 +124,26 @@ def _set(chat: "Conversation", argument: str) -> None:
 def _read_file(chat: "Conversation", argument: str) -> None:
     if not argument:
         raise UsageError("give a file: /read FILE.")
-    path = Path(argument).expanduser()
+    path = _path(argument)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UsageError(f"{path} is no regular file.")
+    if path.is_file() and path.stat().st_size > _LONGEST_DOCUMENT:
+        raise UsageError(
+            f"{path} has {console.human_bytes(path.stat().st_size)}, and a message takes "
+            f"{console.human_bytes(_LONGEST_DOCUMENT)} at most."
+        )
     text = console.read_text(path).strip("\n")
     chat.documents.append(text)
     chat.tell(f"{path.name}: {len(text):,} characters go with the next message")
+
+
+def _path(argument: str) -> Path:
+    if "\0" in argument:
+        raise UsageError(f"{quoted(argument)} is no path: it has a zero byte.")
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError:  # ~NAME of nobody
+        raise UsageError(f"{quoted(argument)} begins with the home of a user that is not known.") from None
 
 
 def _save(chat: "Conversation", argument: str) -> None:
@@ -164,7 +183,7 @@ def _export(chat: "Conversation", argument: str) -> None:
     from octo_run.cli.conversation import count
     from octo_run.tokenizer.thinking import written
 
-    path = Path(argument).expanduser()
+    path = _path(argument)
     if path.suffix.lower() not in (".md", ".json"):
         raise UsageError("give a file that ends in .md or .json: /export FILE.")
     if os.path.lexists(path):
@@ -172,7 +191,7 @@ def _export(chat: "Conversation", argument: str) -> None:
     check_writable(path)
     messages = chat.session.messages
     if path.suffix.lower() == ".json":
-        values = {name: getattr(chat.params, name) for name in settings()}
+        values = {name: value for name, value in dataclasses.asdict(chat.params).items() if name in settings()}
         text = console.as_json({"model": chat.engine.name, "settings": values, "messages": messages}) + "\n"
     else:
         text = "\n".join(f"**{message['role']}**\n\n{written(message)}\n" for message in messages)
@@ -223,20 +242,12 @@ def _load_anew(chat: "Conversation", **changes: Any) -> None:
     runtime.check_loadable(wanted)
     chat.keeper.release()
     chat.engine.close()  # two do not fit at once
-    failure: OctoError | None = None
+    failure: BaseException | None = None
     try:
-        engine = runtime.load_engine(wanted)
-        try:
-            engine.check_chat()
-            params = _params(chat, engine)
-            runtime.warm_up(engine, params)
-        except OctoError:
-            engine.close()
-            raise
-    except OctoError as error:
+        engine, params = _loaded(chat, wanted)
+    except (Exception, KeyboardInterrupt) as error:
         failure, wanted = error, before
-        engine = runtime.load_engine(before)
-        params = _params(chat, engine)
+        engine, params = _loaded(chat, before)
     former = chat.session
     chat.engine, chat.load = engine, wanted
     chat.session = runtime.open_session(engine, former.system, variables=former.variables, drops=former.drops)
@@ -246,9 +257,19 @@ def _load_anew(chat: "Conversation", **changes: Any) -> None:
     chat.tell("the conversation is read with the next question")
 
 
-def _params(chat: "Conversation", engine: "Engine") -> "SamplingParams":
-    """How an engine answers in this chat."""
-    return dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
+def _loaded(chat: "Conversation", wanted: "EngineOptions") -> "tuple[Engine, SamplingParams]":
+    """An engine that is ready to answer in this chat, and how it does."""
+    engine = runtime.load_engine(wanted)
+    try:
+        if chat.options.template is not None:
+            engine.tokenizer.use_template(*chat.options.template)
+        engine.check_chat()
+        params = dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
+        runtime.warm_up(engine, params)
+    except BaseException:
+        engine.close()
+        raise
+    return engine, params
 
 
 def _tokens(chat: "Conversation", _argument: str) -> None:

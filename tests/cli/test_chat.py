@@ -326,3 +326,21 @@ def test_ctrl_c_leaves_as_soon_as_it_is_said_that_it_does(
     shown = octo("chat")
     assert shown.code == 130 and "Ctrl-C again leaves]" in shown.out
     assert unsaved == [True], "an answer that was stopped is saved at the end"
+
+
+def test_a_failure_that_nobody_expected_keeps_the_conversation(
+    octo: Callable[..., Any], terminal: Callable[[list[Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Conversation.take
+
+    def failing(chat: Conversation, text: str) -> None:
+        if text == "two":
+            raise ZeroDivisionError("of a fault")
+        take(chat, text)
+
+    monkeypatch.setattr(Conversation, "take", failing)
+    terminal(["one", "two", "three"])
+    result = octo("chat")
+    assert result.code == 0 and result.err.count("unexpected failure (ZeroDivisionError: of a fault)") == 1
+    terminal(["one", "two"])
+    assert "Traceback" in octo("--debug", "chat").err

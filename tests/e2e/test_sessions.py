@@ -238,3 +238,43 @@ def test_a_session_that_cannot_be_written_is_said_and_the_chat_goes_on(
     assert done.returncode == 1 and "sessions cannot be read" in done.stderr and "Traceback" not in done.stderr
     done = octo("chat", "-n", "3", text="One.\n/save x\n")
     assert done.returncode == 1 and done.stdout and "sessions cannot be kept" in done.stderr
+
+
+def test_a_grammar_is_kept_with_the_conversation(
+    octo: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
+) -> None:
+    first = octo("chat", "-n", "6", "--session", "trip", "--regex", "[a-z]{5}", text=BOOKING)
+    assert first.returncode == 0 and re.fullmatch(r"[a-z]{5}\n", first.stdout), first
+    out = tmp_path / "trip.json"
+    second = octo("chat", "--session", "trip", text=f"And?\n/export {out}\n")
+    assert second.returncode == 0 and re.fullmatch(r"[a-z]{5}\n", second.stdout), second
+    assert json.loads(out.read_text())["settings"]["grammar"] == {"kind": "regex", "text": "[a-z]{5}"}
+    third = octo("chat", "--session", "trip", "--regex", "[0-9]{3}", "--temp", "0.5", text="And?\n")
+    assert third.returncode == 0 and re.fullmatch(r"[0-9]{3}\n", third.stdout), third
+
+
+def test_paths_that_are_none_end_with_a_sentence(
+    octo: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "long").open("wb") as file:
+        file.truncate(16_000_001)
+    for line, problem in (
+        ("/read ~nobody-of-this-name/x", "begins with the home of a user that is not known"),
+        ("/export ~nobody-of-this-name/x.md", "begins with the home of a user that is not known"),
+        (f"/read {tmp_path}/pipe", "is no regular file"),
+        (f"/read {tmp_path}/long", "has 16 MB, and a message takes 16 MB at most"),
+        ("/export a\0b.md", "it has a zero byte"),
+    ):
+        done = octo("chat", text=line + "\n")
+        assert done.returncode == 2 and problem in done.stderr and "unexpected" not in done.stderr, done
+
+
+def test_another_format_keeps_the_chat_template(
+    octo: Callable[..., "subprocess.CompletedProcess[str]"], tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content * 40 }}")
+    done = octo("chat", "-n", "2", "--chat-template", str(template), text="hi\n/tokens\n/kv oct2\n/tokens\n")
+    before, after = re.findall(r"([\d,]+) of 4,096 tokens", done.stderr)
+    assert done.returncode == 0 and before == after, done.stderr
