@@ -1,12 +1,17 @@
 """Markdown as it comes, for a terminal: what is written is never written again, so nothing flickers.
 
-Only what a terminal can show is understood: headings, lists, quotations, code, bold and italic letters. A word is held
-back until it is whole, so that lines break between words; wide letters (Chinese, emoji) break anywhere. Where there are
-no colours, the marks stay and only lines are broken. The text must be free of control characters already.
+Only what a terminal can show is understood: headings, lists, quotations, code, bold and italic letters. What a mark may
+have begun is held back until its end is there, or the line's, since a mark that nothing ends is a letter. A word is
+held back until it is whole, so that lines break between words; wide letters (Chinese, emoji) break anywhere. Where
+there are no colours, the marks stay and only lines are broken. The text must be free of control characters already.
 """
 
 import re
 
+from octo_run.cli.emphasis import MARKS, Letter, letters
+
+_MARKS = MARKS + "\\"
+_LONGEST_HELD = 300  # letters that wait for the end of what a mark may have begun
 _NARROWEST = 20  # columns: in fewer, lines are left to the terminal
 #: What a line may begin with while it is not known what kind it is.
 _UNDECIDED = re.compile(r"[ \t]*(?:#{1,6} ?|[-+*] ?|[0-9]{1,3}(?:[.)] ?)?|>(?: >)* ?|`{1,2}|~{1,2}|(?:```|~~~).*)?")
@@ -35,7 +40,7 @@ class MarkdownStream:
         self._shown = "0"
         self._fence: str | None = None  # what ends the block of code
         self._start: str | None = ""  # the line so far, while its kind is not known
-        self._marks = ""  # marks of which it is not known yet what they do
+        self._held = ""  # from a mark on of which it is not known yet what it does
         self._word, self._word_width = "", 0
         self._column = self._indent = 0
         self._margin = ""  # what the lines begin with into which a line is broken
@@ -52,7 +57,7 @@ class MarkdownStream:
         if self._start:
             held, self._start = self._start, None
             out += held if self._fence is not None else "".join(map(self._inline, held))
-        out += self._resolve(" ") + self._flush()
+        out += self._settle("\n") + self._flush()
         return out + self._show("0")
 
     def set_dim(self, dim: bool) -> str:
@@ -117,37 +122,37 @@ class MarkdownStream:
         return self._new_line() if char == "\n" else char
 
     def _inline(self, char: str) -> str:
-        if self._marks and char == self._marks[0] and len(self._marks) < 3:
-            self._marks += char
-            return ""
-        out = self._resolve(char)
         if char == "\n":
-            return out + self._flush() + self._new_line()
-        if self._colours and char in "*_`" and (char == "`" or not self._code):
-            self._marks = char
-            return out
-        return out + self._put(char)
-
-    def _resolve(self, following: str) -> str:
-        """Let the marks do what they do before the letter that follows."""
-        marks, self._marks = self._marks, ""
-        if not marks:
+            return self._settle(char) + self._flush() + self._new_line()
+        if not self._held and (not self._colours or char not in _MARKS):
+            return self._put(char)
+        held, self._held = self._held, self._held + char
+        if not held or char in _MARKS or (held[-1] not in _MARKS and len(held) < _LONGEST_HELD):
             return ""
-        inside = self._code if marks[0] == "`" else self._italic if len(marks) == 1 else self._bold
-        opens = not inside and not following.isspace()
-        closes = inside and not self._before.isspace()
-        if marks[0] == "_":
-            opens = opens and not self._before.isalnum()
-            closes = closes and not following.isalnum()
-        if not (opens or closes) or (marks[0] == "`" and len(marks) > 1):
-            return "".join(map(self._put, marks))
-        if marks[0] == "`":
-            self._code = not self._code
-        else:
-            self._italic ^= len(marks) in (1, 3)
-            self._bold ^= len(marks) in (2, 3)
+        # A run of marks has just ended.
+        found, may_match = letters(held, self._before, char)
+        if may_match and len(held) < _LONGEST_HELD:
+            return ""
+        self._held = ""
+        return self._write(found) + self._inline(char)
+
+    def _settle(self, following: str) -> str:
+        """What was held back, now that nothing can match its marks."""
+        held, self._held = self._held, ""
+        return self._write(letters(held, self._before, following)[0])
+
+    def _write(self, found: "list[Letter]") -> str:
+        """Letters with their styles: what is certain now."""
+        out = ""
+        for letter in found:
+            styles = letter.bold, letter.italic, letter.code
+            if styles != (self._bold, self._italic, self._code):
+                self._bold, self._italic, self._code = styles
+                self._word += self._style()
+            out += self._put(letter.char)
+        self._bold = self._italic = self._code = False
         self._word += self._style()
-        return ""
+        return out
 
     def _put(self, char: str) -> str:
         """One visible letter: what is certain now."""
