@@ -334,17 +334,53 @@ def test_doctor_ends_with_1_if_the_main_job_cannot_run(
     assert "octo-demo cannot answer (division by zero)" in report["findings"][1]["detail"]
 
 
+def neighbours() -> list[doctor.Finding]:
+    return [*doctor._hugging_face(), *(one for name in doctor._GGUF_FOLDERS for one in doctor._gguf_files(name)),
+            *doctor._ollama()]  # fmt: skip
+
+
+def test_doctor_goes_on_where_a_look_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look in turn: of a home that may not be entered, and where there is none, others are told, too."""
+    for name in ("_weights", "_bandwidth", "_answer", "_demo", "_cpu_kernels"):  # which take long
+        monkeypatch.setattr(doctor, name, lambda: iter(()))
+
+    def forbidden(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def told() -> dict[str, doctor.Finding]:
+        return {finding.subject: finding for finding in doctor.examine(offline=True)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", forbidden)
+        found = told()
+    assert found["llama.cpp"].status == "note" and "llama.cpp: Permission denied" in found["llama.cpp"].detail
+    assert "Permission denied" in found["Jan"].detail and "Permission denied" in found["Ollama"].detail
+    for variable in ("OCTO_RUN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    found = told()
+    assert found["model cache"].status == "wrong" and "There is no folder" in found["Hugging Face"].detail
+    assert "home directory" in found["Jan"].detail and found["python"].status == "ok"
+    for name, subject in (("_answer", "answer"), ("_python", "python"), ("_weights", "weights")):
+        with monkeypatch.context() as patch:
+            patch.setattr(doctor, name, homeless)
+            assert told()[subject].status == "wrong"
+
+
 def test_doctor_finds_what_other_programs_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("OLLAMA_MODELS", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert [*doctor._neighbours()] == []
+    assert neighbours() == []
     for name in (".cache/llama.cpp/a.gguf", ".lmstudio/models/org/b/b.gguf", ".lmstudio/models/org/b/mmproj-b.gguf",
                  ".ollama/models/manifests/registry/library/qwen/latest", ".ollama/models/blobs/sha256-0"):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(parents=True) if not path.parent.exists() else None
         path.write_text("GGUF")
-    found = {finding.subject: finding.detail for finding in doctor._neighbours()}
+    found = {finding.subject: finding.detail for finding in neighbours()}
     assert set(found) == {"llama.cpp", "LM Studio", "Ollama"}
     assert f"octo-run import {tmp_path}/.cache/llama.cpp/a.gguf" in found["llama.cpp"]
     assert found["LM Studio"].startswith("1 GGUF") and found["Ollama"].startswith("1 models")
