@@ -121,7 +121,7 @@ def test_kernels_of_other_sources_are_not_called() -> None:
 
 def test_without_a_compiler_pytorch_is_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
+    monkeypatch.setenv(compiled.SWITCH, str(tmp_path))
     compiled._found.cache_clear()
     try:
         assert compiled.library() is None
