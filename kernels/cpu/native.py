@@ -42,6 +42,9 @@ _FLAGS = (
     "-pthread",
 )
 _LINK = ("-shared", "-pthread")
+_INSTEAD = "PyTorch: "
+_ELSEWHERE = f"{SWITCH}=FOLDER names a place that can be written, and run from"
+_ANOTHER = "CXX names another compiler"
 _DIGEST = 32  # bytes at a library's end, SHA-256 of those before it
 _TIME_LIMIT = 300  # seconds that the compiler may take
 _listeners: list[Callable[[str], object]] = []
@@ -113,7 +116,8 @@ def build(target: str = NATIVE) -> Path:
         if not _whole(made):
             _compile(made, sources, options)
     except (OctoError, OSError) as error:
-        raise KernelError(f"the CPU kernels cannot be compiled: {shown(str(error).rstrip('.'), 200)}") from error
+        why = shown(str(error).rstrip("."), 200)
+        raise KernelError(f"the CPU kernels cannot be compiled: {why} ({_ELSEWHERE})") from error
     return made
 
 
@@ -169,11 +173,12 @@ def _run(commands: list[list[str]]) -> None:
             try:
                 code = process.wait(max(0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                raise KernelError(f"{shown(name, 100)} took more than {_TIME_LIMIT} seconds") from None
+                took = f"{shown(name, 100)} took more than {_TIME_LIMIT} seconds"
+                raise KernelError(f"{took} ({_ANOTHER})") from None
             if code:
                 errors.seek(0)
                 text = errors.read(4096).decode(errors="replace").strip()
-                raise KernelError(f"{shown(name, 100)} fails: {shown(text, 200)}")
+                raise KernelError(f"{shown(name, 100)} fails: {shown(text, 200)} ({_ANOTHER})")
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -186,7 +191,8 @@ def load(path: Path) -> ctypes.CDLL:
         found = ctypes.CDLL(str(path))
         found.octo_path.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
-        raise KernelError(f"the compiled CPU kernels cannot be loaded: {shown(str(error), 200)}") from error
+        why = shown(str(error), 200)
+        raise KernelError(f"the compiled CPU kernels cannot be loaded: {why} ({_ELSEWHERE})") from error
     return found
 
 
@@ -197,7 +203,7 @@ def _found(switch: str | None) -> tuple[Kernels | None, str]:
     try:
         found = load(build())
     except KernelError as error:
-        return None, f"PyTorch: {error}"
+        return None, f"{_INSTEAD}{error}"
     return Kernels(found), found.octo_path().decode()
 
 
@@ -245,3 +251,10 @@ def library() -> Kernels | None:
 def path_name() -> str:
     """Which instructions the CPU's kernels use, or that PyTorch runs and why."""
     return _found(os.environ.get(SWITCH))[1]
+
+
+def failure() -> str | None:
+    """Why PyTorch has to do the kernels' work, and what to do about it; None where it does not, or was asked to."""
+    switch = os.environ.get(SWITCH)
+    found, text = _found(switch)
+    return None if found is not None or switch == "0" else text.removeprefix(_INSTEAD)

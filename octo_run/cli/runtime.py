@@ -100,7 +100,7 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     import_torch()
     with process.no_collection():
         from octo_run.engine import Engine
-    from octo_run.kernels.cpu import on_compile
+    from octo_run.kernels.cpu import failure, on_compile
 
     on_compile(_say_once)
     if options.threads is not None:
@@ -120,6 +120,8 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
             _said.add(f"{cache_and_context(plan)}: {human_bytes(plan.total)} in all")
         if asked.weights is None and options.weights == "int8":
             _say_once("weights in int8, as a CPU is slow to read them; --weights bf16 or fp32 does not quantise them")
+        if plan.device == "cpu" and (why := failure()) is not None:
+            _say_once(f"slow: PyTorch does the work of compiled kernels, as {why}; {_without_kernels(asked)}")
         _planned.add((model, plan.device))
 
     said = time.monotonic()
@@ -155,6 +157,14 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     if str(engine.kv) != engine.kv.name:
         notice(f"formats: {engine.kv}")
     return engine
+
+
+def _without_kernels(asked: EngineOptions) -> str:
+    """What the missing kernels of a CPU mean for the weights."""
+    if asked.weights in (None, "auto"):
+        return "weights are not quantised"
+    packed = asked.weights not in ("bf16", "fp32")
+    return f"--weights bf16 is faster there than {asked.weights}" if packed else f"weights are {asked.weights} as asked"
 
 
 def warm_up(engine: "Engine", params: "SamplingParams") -> None:

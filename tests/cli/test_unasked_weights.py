@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from octo_run.cli import runtime
 from octo_run.cli.options import EngineOptions
 from octo_run.kernels import cpu
+from octo_run.kernels.cpu import native
 
 ASKED = EngineOptions("octo-demo", "oct3", None, 256, "cpu", None, True, None)
 
@@ -64,3 +66,34 @@ def test_a_benchmark_names_threads_and_instructions(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cpu, "path_name", lambda: "AVX2")
     engine = SimpleNamespace(device=torch.device("cpu"))
     assert re.fullmatch(r"cpu \(\d+ threads?, AVX2\)", runtime.device_name(engine))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_missing_kernels_are_told_once(
+    octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: str | None
+) -> None:
+    """Without a compiler, with one that fails, in a folder that cannot be: each with what to do."""
+    monkeypatch.undo()
+    broken, file = tmp_path / "c++", tmp_path / "file"
+    broken.write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
+    broken.chmod(0o755)
+    file.write_text("")
+    run = ("generate", "-p", "Once", "-n", "1", "--ctx", "256", "--device", "cpu")
+    run += ("--weights", weights) if weights else ()
+    for named, folder, why in (
+        ("/none", tmp_path / "a", "there is no C++ compiler (CXX is '/none', which is no program here)"),
+        (str(broken), tmp_path / "b", f"{broken} fails: no such option (CXX names another compiler)"),
+        (str(broken), file / "c", "OCTO_RUN_CPU_KERNELS=FOLDER names a place"),
+    ):
+        monkeypatch.setattr(runtime, "_said", set())
+        monkeypatch.setenv("CXX", named)
+        monkeypatch.setenv("OCTO_RUN_CPU_KERNELS", str(folder))
+        native._found.cache_clear()
+        shown = octo(*run)
+        assert shown.code == 0 and shown.err.count("slow: PyTorch does the work of compiled kernels, as ") == 1
+        assert why in shown.err
+        meant = "--weights bf16 is faster there than int8" if weights else "weights are not quantised"
+        assert f"; {meant}\n" in shown.err
+    monkeypatch.setattr(runtime, "_said", set())
+    monkeypatch.setenv("OCTO_RUN_CPU_KERNELS", "0")
+    assert "slow: " not in octo(*run).err, "as asked"
