@@ -221,7 +221,8 @@ _ENGINE_OPTIONS = (
         "--head",
         type=click.Choice(HEADS),
         default=None,
-        help="Store the embedding and the output head so.  [default: bf16 (not quantised); int8 with unasked int8]",
+        help="Store the embedding and the output head so.  [default: int8 beside int8 and int4 layers on a CPU with "
+        "compiled kernels, else bf16 (not quantised)]",
     ),
     device_option,
     dtype_option,

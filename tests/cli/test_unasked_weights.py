@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from octo_run.cli import runtime
+from octo_run.cli.evaluate import common
 from octo_run.cli.options import EngineOptions
 from octo_run.kernels import cpu
 from octo_run.kernels.cpu import native
@@ -31,7 +32,34 @@ def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unasked_they_are_int8_on_a_cpu() -> None:
     assert stored() == ("int8", "int8")
     assert stored(weights="auto") == ("auto", "bf16") and stored(weights="bf16") == ("bf16", "bf16")
-    assert stored(head="bf16") == (None, "bf16") and stored(weights="int4", head="int8") == ("int4", "int8")
+    assert stored(weights="fp8") == ("fp8", "bf16")
+    assert stored(head="bf16") == ("int8", "bf16") and stored(head="int8") == ("int8", "int8")
+
+
+def test_beside_packed_layers_the_head_is_int8_unless_asked() -> None:
+    for weights in ("int8", "int4", "int4-128"):
+        assert stored(weights=weights) == (weights, "int8")
+        assert stored(weights=weights, head="bf16") == (weights, "bf16")
+
+
+def test_it_is_read_in_the_plan(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(runtime, "_planned", set())
+    if cpu.library() is None:
+        pytest.skip("the CPU's kernels are not compiled here")
+    run = ("generate", "-p", "Once", "-n", "1", "--ctx", "256", "--device", "cpu", "--weights", "int4")
+    assert "weights int4, head int8, KV cache" in octo(*run).err
+    runtime._planned.clear()
+    err = octo(*run, "--head", "bf16").err
+    assert "weights int4" in err and "head int8" not in err
+
+
+def test_eval_measures_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EngineOptions] = []
+    monkeypatch.setattr(runtime, "load_engine", lambda options, **_: seen.append(runtime.resolved(options)))
+    common.loader(ASKED, common.CacheOptions(64, 64, 0), 256)("int8/oct3")
+    common.loader(ASKED, common.CacheOptions(64, 64, 0), 256)("oct3")
+    assert [(one.weights, one.head) for one in seen] == [("int8", "bf16"), ("auto", "bf16")]
 
 
 def test_what_is_resolved_stays_so() -> None:
@@ -41,12 +69,14 @@ def test_what_is_resolved_stays_so() -> None:
 
 def test_without_compiled_kernels_they_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library", lambda: None)
-    assert stored() == ("auto", "bf16")
+    assert stored() == ("auto", "bf16") and stored(weights="int4") == ("int4", "bf16")
+    assert stored(head="int8") == ("auto", "int8")
 
 
 def test_random_weights_are_those_of_their_shape() -> None:
     assert runtime.resolved(replace(ASKED, model="none/such"), "llama-3.1-8b").weights == "int8"
     assert runtime.resolved(replace(ASKED, model="none/such"), "mixtral-8x7b").weights == "auto", "it has experts"
+    assert runtime.resolved(replace(ASKED, model="none/such"), "mixtral-8x7b").head == "bf16"
 
 
 def test_it_is_told_once(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
