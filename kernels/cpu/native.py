@@ -23,6 +23,7 @@ from torch.autograd.profiler import record_function
 
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.folders import own_folder
+from octo_run.unfinished import unfinished
 
 SWITCH = "OCTO_RUN_CPU_KERNELS"
 """``0`` turns the compiled kernels off; another value is the folder where they are kept."""
@@ -142,12 +143,12 @@ def _compile(made: Path, sources: list[Path], options: list[str]) -> None:
         )
         raise KernelError(f"there is no C++ compiler ({why})")
     made.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent) as place:
+    with unfinished(made, folder=True) as place:
         for tell in _listeners:
             tell(f"compiling the CPU's kernels, once for this machine (kept in {shown(str(made.parent), 200)})")
-        objects = [str(Path(place) / f"{source.stem}.o") for source in sources]
+        objects = [str(place / f"{source.stem}.o") for source in sources]
         _run([[*found, *options, "-c", str(file), "-o", to] for file, to in zip(sources, objects, strict=True)])
-        partial = Path(place) / made.name
+        partial = place / made.name
         _run([[*found, *_LINK, *objects, "-o", str(partial)]])
         with partial.open("r+b") as out:
             out.write(hashlib.sha256(out.read()).digest())

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from octo_run.engine import Engine, SamplingParams
+from octo_run.engine import Engine, SamplingParams, calibration
 from octo_run.models import kept_weights, store
-from octo_run.models.cache import packed_folder, packed_name
+from octo_run.models.cache import name_of, packed_folder, statistics_folder
 from octo_run.models.decoder import Decoder
 from octo_run.models.kept_weights import KeptWeights
 from octo_run.models.weights import StoredWeights
@@ -160,10 +160,21 @@ def test_a_model_that_is_removed_takes_its_file_along(
     make_checkpoint("model").rename(name)
     load(name)
     load(other)
-    assert len([*packed_folder().iterdir()]) == 2
+    folders = packed_folder(), statistics_folder()
+    assert [len([*folder.iterdir()]) for folder in folders] == [2, 2]
     store.remove("org/name")
-    (kept,) = packed_folder().iterdir()
-    assert kept.name.startswith(packed_name(other)) and not name.exists()
+    for folder in folders:
+        (kept,) = folder.iterdir()
+        assert kept.name.startswith(name_of(other)) and not name.exists()
+
+
+def test_few_measurements_are_kept(make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MOST", 2)
+    paths = [make_checkpoint(name, seed=number) for number, name in enumerate(("a", "b", "c"))]
+    for path in (paths[0], paths[1], paths[0], paths[2]):
+        load(path)
+    kept = {file.name.partition("-")[0] for file in statistics_folder().iterdir()}
+    assert kept == {name_of(paths[0]), name_of(paths[2])}
 
 
 def test_a_decoder_with_a_turned_matrix_is_not_kept(make_checkpoint: Callable[..., Path]) -> None:
