@@ -103,6 +103,21 @@ def test_the_second_load_reads_no_weights(
             load(path)
 
 
+def test_a_context_makes_another_file_only_where_it_chooses_factors(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_checkpoint()
+    first = load(path, max_context=512)
+    assert load(path, max_context=256).max_context == 256 and len([*packed_folder().iterdir()]) == 1
+    assert differences(first._decoder, load(path, max_context=512)._decoder) == []
+    kind, fields = MODELS["phi3-long"]  # long factors beyond 64 tokens
+    written(tmp_path / "phi", kind, fields)
+    for count, (context, factors) in enumerate([(64, "short"), (128, "long"), (256, "long"), (32, "short")]):
+        decoder = load(tmp_path / "phi", max_context=context)._decoder
+        assert decoder.rope_factors == factors and decoder.context == context
+        assert len([*packed_folder().iterdir()]) == 2 + min(count, 1)
+
+
 def damaged(file: Path, how: str) -> None:
     data = file.read_bytes()
     match how:
