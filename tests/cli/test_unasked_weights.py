@@ -127,3 +127,15 @@ def test_missing_kernels_are_told_once(
     monkeypatch.setattr(runtime, "_said", set())
     monkeypatch.setenv("OCTO_RUN_CPU_KERNELS", "0")
     assert "slow: " not in octo(*run).err, "as asked"
+
+
+def test_names_may_be_in_capital_letters(octo: Callable[..., Any], engine: Any, tmp_path: Path) -> None:
+    engine.answers("once")
+    assert octo("generate", "-p", "x", "--weights", "INT4", "--head", "INT8").code == 0
+    assert (engine.loaded.weights, engine.loaded.head) == ("int4", "int8")
+    assert octo("bench", "--weights", "BF16, Int8", "--tests", "tg8").code == 0 and engine.weights[1:] == [
+        "bf16",
+        "int8",
+    ]
+    assert "no folder" in octo("quantize", "octo-demo", str(tmp_path / "none" / "out"), "--weights", "INT8").err
+    assert "there is no format" not in octo("import", str(tmp_path / "no.gguf"), "--weights", "INT8").err.lower()
