@@ -211,6 +211,28 @@ def check_weights(names: Iterable[str | None]) -> None:
         scheme_of(name)
 
 
+def checked_weights(load: EngineOptions, cfg: "ModelConfig", random_weights: str | None) -> list[str | None]:
+    """The formats of ``--weights A,B``, each once, checked before any of them is measured; None: nothing was said.
+
+    Raises:
+        OctoError: There is no such format, or the model cannot have it.
+    """
+    from octo_run.engine.engine import choose_device, choose_dtype
+    from octo_run.models.hub import resolve
+    from octo_run.models.quantisation.schemes import matrix_dtype, refuse_packed
+
+    if load.weights is None:
+        return [None]
+    names = [*dict.fromkeys(name.strip() for name in load.weights.split(","))]
+    check_weights(names)
+    device = choose_device(load.device)
+    for name in names:
+        matrix_dtype(name, cfg, device, choose_dtype(load.dtype, cfg, device))
+        if random_weights is None and cfg.quantisation is not None:
+            refuse_packed(resolve(load.model), cfg, name)
+    return [*names]
+
+
 def checked_formats(text: str, cfg: "ModelConfig") -> list[str]:
     """The formats of ``A,B,C``, each once, checked before any of them is measured.
 

@@ -91,6 +91,18 @@ def test_bench_checks_every_format_before_anything_runs(octo: Callable[..., Any]
     assert octo("bench", "--kv", "OCT3, oct3").code == 0 and engine.loads == ["oct3"]
 
 
+def test_bench_checks_every_format_of_weights_before_anything_runs(
+    octo: Callable[..., Any], engine: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert octo("quantize", "octo-demo", str(out), "--weights", "int8", "--device", "cpu").code == 0
+    refused = octo("bench", "-m", str(out), "--weights", "auto,int8")
+    assert refused.code == 1 and "quantised already (compressed-tensors) and cannot become int8" in refused.err
+    narrow = octo("bench", "--weights", "auto,fp32", "--dtype", "bf16", "--device", "cpu")
+    assert narrow.code == 2 and "--weights fp32 is for arithmetic in float32" in narrow.err
+    assert not engine.loads
+
+
 def test_bench_reads_then_writes(octo: Callable[..., Any], engine: Any) -> None:
     shown = octo("bench", "--tests", "pg512+1k", "--depth", "100", "-o", "jsonl")
     assert engine.runs == [("oct3", "pg", 512, 1024, 100, 1)] and engine.loaded.ctx == 100 + 1536
