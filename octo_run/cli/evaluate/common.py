@@ -113,8 +113,8 @@ def loader(
 
     def of(kv: str) -> "Engine":
         weights, _, kv = kv.rpartition("/")
-        stored = {"weights": weights or load.weights or "auto", "head": load.head or "bf16"}  # nothing unasked
-        options = dataclasses.replace(load, kv=kv, ctx=tokens, **stored)
+        asked = dataclasses.replace(load, weights=weights or load.weights or "auto", head=load.head or "bf16")
+        options = dataclasses.replace(asked, kv=kv, ctx=tokens)
         return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
 
     return of
