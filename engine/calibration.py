@@ -22,15 +22,18 @@ from octo_run.engine.random_model import NoTokenizer
 from octo_run.kernels.codec import KVFormat
 from octo_run.kernels.codec.page_format import version_of
 from octo_run.models import conditioning
-from octo_run.models.cache import statistics_folder
+from octo_run.models.cache import name_of, statistics_folder
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Decoder
 from octo_run.models.files import weight_files
 from octo_run.tokenizer import Tokenizer
+from octo_run.unfinished import unfinished
 
 #: Tokens of the text that are used at most; and of these for sensitivities, which take far longer.
 TOKENS, FEWER = 1536, 768
+#: Files that are kept, those used last: one may have some 20 MB.
+MOST = 16
 #: Counts changes of the text or of what is made of it.
 _VERSION = 4
 
@@ -100,7 +103,7 @@ class Calibration:
         """Read from where it was kept, else measured and kept."""
         if self.path is None:
             return measure()
-        file = statistics_folder() / f"{self._fingerprint(self.path, what)}.npz"
+        file = statistics_folder() / f"{name_of(self.path)}-{self._fingerprint(self.path, what)[:40]}.npz"
         found = _read(file, shapes)
         if found is None:
             found = measure()
@@ -134,18 +137,22 @@ def _read(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     good = all(found[name].shape == shape and bool(found[name].isfinite().all()) for name, shape in shapes.items())
-    return found if good else None
+    if not good:
+        return None
+    with suppress(OSError):
+        os.utime(file)  # used last
+    return found
 
 
 def _keep(file: Path, found: dict[str, Tensor]) -> None:
     """Write it. Where that cannot be, the next load measures anew."""
     arrays: dict[str, Any] = {name: part.numpy() for name, part in found.items()}
-    partial = file.with_name(f".{os.urandom(8).hex()}.tmp")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("xb") as out:
+        with unfinished(file) as part:
+            with part.open("wb") as out:
                 np.savez(out, **arrays)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+            part.replace(file)
+        kept = sorted(file.parent.glob("*.npz"), key=lambda one: -one.stat().st_mtime)
+        for old in kept[MOST:]:
+            old.unlink(missing_ok=True)

@@ -243,7 +243,8 @@ class Engine:
                 decoder = made(source)
             else:
                 turns = {d: one.numpy().tobytes() for d, one in turned.items()}
-                kept = KeptWeights(path, (cfg, kind, matrices, scheme, of_head, turns, plan.context))
+                factors = cfg.rope_factors(plan.context)  # all that the context decides of a decoder's tensors
+                kept = KeptWeights(path, (cfg, kind, matrices, scheme, of_head, turns, factors))
                 shapes = weight_files.RandomWeights(cfg, "meta", kind, matrices=matrices)
                 decoder = kept.decoder(made, shapes, source)
             calibration = Calibration(decoder, tokenizer, path)

@@ -140,12 +140,14 @@ class Profile:
     """What steps or prompts spent their time on, as the mean of one.
 
     Attributes:
+        weights: What they are stored as.
         unit: Step or prompt.
         count: How many of them there were.
         ms: Wall-clock time under the profiler, which is longer than without it.
         kernels: With the costliest first.
     """
 
+    weights: str
     kv: str
     test: str
     depth: int
@@ -161,7 +163,7 @@ class Profile:
     def title(self) -> str:
         """The case in words."""
         sequences = f", {self.batch} sequences" if self.batch > 1 else ""
-        return f"{self.kv} {self.test} at depth {self.depth:,}{sequences}"
+        return f"{self.weights} {self.kv} {self.test} at depth {self.depth:,}{sequences}"
 
     def report(self) -> dict[str, Any]:
         """All but the trace, as plain values."""
@@ -210,8 +212,8 @@ def profile(engine: Engine, test: tuple[str, int], *, depth: int, batch: int) ->
         pieces, calls = on_cpu(events, region["tid"])
     unit, count = ("step", played) if kind == "tg" else ("prompt", batch)
     parts, lines = summarise(pieces, calls, end - start, count)
-    return Profile(engine.plan.kv, f"{kind}{tokens}", depth, batch, unit, count, 1e-3 * (end - start) / count, parts,
-                   lines, _trace(events, pieces, start, end))  # fmt: skip
+    return Profile(engine.plan.weight_format, engine.plan.kv, f"{kind}{tokens}", depth, batch, unit, count,
+                   1e-3 * (end - start) / count, parts, lines, _trace(events, pieces, start, end))  # fmt: skip
 
 
 def assign_parts(names: list[str]) -> list[str]:

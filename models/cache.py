@@ -150,16 +150,17 @@ def packed_folder() -> Path:
     return own_folder() / "packed"
 
 
-def packed_name(model_dir: Path) -> str:
-    """What the names of files of this model begin with in :func:`packed_folder`."""
+def name_of(model_dir: Path) -> str:
+    """What the names of files of this model begin with in :func:`packed_folder` and :func:`statistics_folder`."""
     return hashlib.sha256(str(model_dir.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:20]
 
 
-def forget_packed(model_dir: Path) -> None:
-    """Delete the packed weights of a model that is not there any more."""
-    for file in packed_folder().glob(f"{packed_name(model_dir)}-*.safetensors"):
-        with suppress(OSError):
-            file.unlink()
+def forget_model(model_dir: Path) -> None:
+    """Delete the packed weights of a model that is not there any more, and what was measured on it."""
+    for folder in (packed_folder(), statistics_folder()):
+        for file in folder.glob(f"{name_of(model_dir)}-*"):
+            with suppress(OSError):
+                file.unlink()
 
 
 def endpoint() -> str:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from octo_run.errors import OctoError
 from octo_run.kernels.cpu import path_name
-from octo_run.models.cache import packed_folder, packed_name
+from octo_run.models.cache import name_of, packed_folder
 from octo_run.models.config import ModelConfig
 from octo_run.models.files import weight_files
 from octo_run.models.safetensors_file import read_headers
 from octo_run.models.safetensors_writer import TYPES, Item, Shard
 from octo_run.models.weights import Weights
+from octo_run.unfinished import unfinished
 
 #: Counts changes of how weights are packed, or of what a decoder holds.
 _VERSION = 1
@@ -49,7 +50,7 @@ class KeptWeights:
         self._model = str(path.resolve())
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
         known = hashlib.sha256(repr((_VERSION, torch.__version__, path_name(), files, about)).encode())
-        self._file = packed_folder() / f"{packed_name(path)}-{known.hexdigest()[:20]}.safetensors"
+        self._file = packed_folder() / f"{name_of(path)}-{known.hexdigest()[:20]}.safetensors"
 
     def decoder(self, make: Callable[[Weights], T], shapes: Weights, stored: Weights) -> T:
         """What ``make`` makes of weights: with the tensors of the file, or of ``stored``, and then they are kept.
@@ -103,17 +104,15 @@ class KeptWeights:
             return
         numbers = " ".join(repr(old) for _, _, old in found if isinstance(old, float))
         shard = _shard([*tensors.values()], {"format": "pt", "model": self._model, "numbers": numbers})
-        folder, part = self._file.parent, self._file.with_name(f".{os.urandom(8).hex()}.tmp")
+        folder = self._file.parent
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            if shard.size > shutil.disk_usage(folder).free // 2:
-                return
-            try:
-                with part.open("xb") as out:
+            with unfinished(self._file) as part:  # what killed programs left goes before the room is looked at
+                if shard.size > shutil.disk_usage(folder).free // 2:
+                    return
+                with part.open("wb") as out:
                     shard.write(out.write)
                 part.replace(self._file)
-            finally:
-                part.unlink(missing_ok=True)
             forget()
 
 

@@ -347,7 +347,7 @@ def remove(name: str) -> int:
         with locked(parsed):
             _delete_snapshots(folder, commits)
             for commit in commits:
-                cache.forget_packed(folder / "snapshots" / commit)
+                cache.forget_model(folder / "snapshots" / commit)
             if parsed.revision is None or not cache.commits(folder):
                 if folder.exists():
                     shutil.rmtree(folder)

@@ -2,8 +2,9 @@
 
 :func:`prepare` is the first thing that the program does, before anything large is imported, so this module imports
 nothing but small parts of the standard library. Ctrl-C raises KeyboardInterrupt; where that would be swallowed or
-leave something half made (while modules are imported, in a destructor) it ends the process. SIGTERM and SIGHUP always
-end it, also while the main thread is busy in native code. However it ends, the terminal is left as it was found.
+leave something half made (while modules are imported, in a destructor) it ends the process. SIGTERM, SIGHUP and
+SIGQUIT always end it, also while the main thread is busy in native code. However it ends, the terminal is left as it
+was found.
 """
 
 import errno
@@ -18,18 +19,22 @@ from _thread import start_new_thread
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from octo_run.errors import OctoError
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 EXIT_INTERRUPTED = 130
 #: Signals that end the program, with its exit code.
-ENDING = {signal.SIGTERM: 143, signal.SIGHUP: 129}
+ENDING = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGQUIT: 131}
 # Ends bracketed paste and keypad modes and colours, shows the cursor, erases what is below it.
 _PLAIN_SCREEN = b"\x1b[?2004l\x1b[?1l\x1b[0m\x1b[?25h\r\n\x1b[J"
 
 _found: list[tuple[int, list[Any]]] = []  # the terminal's descriptor and its attributes at the start
 _altered = 0  # how many parts of the program have the screen or the keyboard in a mode of their own
+_partial: "dict[Path, int]" = {}  # files and folders that are not whole, with the process that writes them
 _alarm: tuple[int, int] | None = None  # the pipe through which signals reach the watching thread
 
 
@@ -96,9 +101,34 @@ def finish(code: int) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once with the terminal as it was found. Nothing is flushed: the writers flush what counts."""
+    """End the process at once with the terminal as it was found, and without what was not whole. Nothing is flushed:
+    the writers flush what counts."""
     _restore_terminal()
+    for path, owner in [*_partial.items()]:
+        if owner == os.getpid():
+            _remove(path)
     os._exit(code)
+
+
+@contextmanager
+def removed_at_end(path: "Path") -> Iterator[None]:
+    """A file, or a folder of files, that :func:`leave` deletes if it is called inside the block."""
+    _partial[path] = os.getpid()
+    try:
+        yield
+    finally:
+        _partial.pop(path, None)
+
+
+def _remove(path: "Path") -> None:
+    for _ in range(3):  # another thread may be writing into the folder
+        with suppress(OSError):
+            if not path.is_dir():
+                path.unlink()
+                return
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
 
 
 def importing(frame: FrameType | None) -> bool:

@@ -5,6 +5,6 @@
 folder. Without a compiler, or with ``OCTO_RUN_CPU_KERNELS=0``, it is None: then the PyTorch references run.
 """
 
-from octo_run.kernels.cpu.native import KernelError, build, library, on_compile, path_name
+from octo_run.kernels.cpu.native import KernelError, build, failure, library, on_compile, path_name
 
-__all__ = ["KernelError", "build", "library", "on_compile", "path_name"]
+__all__ = ["KernelError", "build", "failure", "library", "on_compile", "path_name"]

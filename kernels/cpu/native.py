@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from octo_run.errors import OctoError, shown
+from octo_run.errors import OctoError, quoted, shown
 from octo_run.folders import own_folder
+from octo_run.unfinished import unfinished
 
 SWITCH = "OCTO_RUN_CPU_KERNELS"
 """``0`` turns the compiled kernels off; another value is the folder where they are kept."""
@@ -41,6 +43,10 @@ _FLAGS = (
     "-pthread",
 )
 _LINK = ("-shared", "-pthread")
+_INSTEAD = "PyTorch: "
+_ELSEWHERE = f"{SWITCH}=FOLDER names a place that can be written, and run from"
+_ANOTHER = "CXX names another compiler"
+_DIGEST = 32  # bytes at a library's end, SHA-256 of those before it
 _TIME_LIMIT = 300  # seconds that the compiler may take
 _listeners: list[Callable[[str], object]] = []
 Long, Pointer, Double = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
@@ -62,12 +68,17 @@ def on_compile(tell: Callable[[str], object]) -> None:
         _listeners.append(tell)
 
 
-def compiler() -> str | None:
-    """The C++ compiler that there is."""
+def compiler() -> list[str] | None:
+    """The C++ compiler that there is: its command, which ``$CXX`` may give with options."""
     named = os.environ.get("CXX")
-    return next(
-        (found for name in ([named] if named else ["c++", "g++", "clang++"]) if (found := shutil.which(name))), None
-    )
+    if not named:
+        return next(([found] for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    try:
+        words = shlex.split(named)
+    except ValueError:  # a quotation mark without its other one
+        return None
+    found = shutil.which(words[0]) if words else None
+    return None if found is None else [found, *words[1:]]
 
 
 def folder() -> Path:
@@ -90,36 +101,58 @@ def _machine() -> str:
 def build(target: str = NATIVE) -> Path:
     """The compiled library for a target, a value of the compiler's ``-march`` (on ARM ``-mcpu``).
 
-    It is compiled if it is not in the cache folder yet, for which several processes may try at once.
+    It is compiled if it is not in the cache folder yet, or damaged there. Several processes may try at once.
 
     Raises:
-        KernelError: There is no compiler, it fails, or the folder cannot be written.
+        KernelError: It is not there and there is no compiler, it fails, or the folder cannot be written.
     """
-    found = compiler()
-    if found is None:
-        raise KernelError("there is no C++ compiler (install g++ or clang++, or name one in CXX)")
     sources = sorted(_SOURCE.glob("*.cpp"))
     name = "-mcpu=" if platform.machine() in ("arm64", "aarch64") else "-march="
-    command = [found, *_FLAGS, name + target]
-    known = hashlib.sha256(repr((command[1:], _LINK, _machine())).encode())
+    options = [*_FLAGS, name + target]
+    known = hashlib.sha256(repr((options, _LINK, _machine())).encode())
     for file in (*sources, *sorted(_SOURCE.glob("*.h"))):
         known.update(file.name.encode() + file.read_bytes())
     try:
         made = folder() / f"cpu-{known.hexdigest()[:20]}.so"
-        if made.is_file():
-            return made
-        made.parent.mkdir(parents=True, exist_ok=True)
+        if not _whole(made):
+            _compile(made, sources, options)
+    except (OctoError, OSError) as error:
+        why = shown(str(error).rstrip("."), 200)
+        raise KernelError(f"the CPU kernels cannot be compiled: {why} ({_ELSEWHERE})") from error
+    return made
+
+
+def _whole(library: Path) -> bool:
+    """Whether a library is there as it was written: what is cut short or altered would end the process when it is
+    loaded, so its end is a digest of the rest."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-_DIGEST:] == hashlib.sha256(content[:-_DIGEST]).digest()
+
+
+def _compile(made: Path, sources: list[Path], options: list[str]) -> None:
+    found = compiler()
+    if found is None:
+        named = os.environ.get("CXX")
+        why = (
+            f"CXX is {quoted(named)}, which is no program here"
+            if named
+            else "install g++ or clang++, or name one in CXX"
+        )
+        raise KernelError(f"there is no C++ compiler ({why})")
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished(made, folder=True) as place:
         for tell in _listeners:
             tell(f"compiling the CPU's kernels, once for this machine (kept in {shown(str(made.parent), 200)})")
-        with tempfile.TemporaryDirectory(dir=made.parent) as place:
-            objects = [str(Path(place) / f"{source.stem}.o") for source in sources]
-            _run([[*command, "-c", str(file), "-o", to] for file, to in zip(sources, objects, strict=True)])
-            partial = Path(place) / made.name
-            _run([[found, *_LINK, *objects, "-o", str(partial)]])
-            partial.replace(made)
-    except (OctoError, OSError) as error:
-        raise KernelError(f"the CPU kernels cannot be compiled: {shown(str(error), 200)}") from error
-    return made
+        objects = [str(place / f"{source.stem}.o") for source in sources]
+        _run([[*found, *options, "-c", str(file), "-o", to] for file, to in zip(sources, objects, strict=True)])
+        partial = place / made.name
+        _run([[*found, *_LINK, *objects, "-o", str(partial)]])
+        with partial.open("r+b") as out:
+            out.write(hashlib.sha256(out.read()).digest())
+        partial.replace(made)
 
 
 def _run(commands: list[list[str]]) -> None:
@@ -141,11 +174,12 @@ def _run(commands: list[list[str]]) -> None:
             try:
                 code = process.wait(max(0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                raise KernelError(f"{shown(name, 100)} took more than {_TIME_LIMIT} seconds") from None
+                took = f"{shown(name, 100)} took more than {_TIME_LIMIT} seconds"
+                raise KernelError(f"{took} ({_ANOTHER})") from None
             if code:
                 errors.seek(0)
                 text = errors.read(4096).decode(errors="replace").strip()
-                raise KernelError(f"{shown(name, 100)} fails: {shown(text, 200)}")
+                raise KernelError(f"{shown(name, 100)} fails: {shown(text, 200)} ({_ANOTHER})")
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -158,7 +192,8 @@ def load(path: Path) -> ctypes.CDLL:
         found = ctypes.CDLL(str(path))
         found.octo_path.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
-        raise KernelError(f"the compiled CPU kernels cannot be loaded: {shown(str(error), 200)}") from error
+        why = shown(str(error), 200)
+        raise KernelError(f"the compiled CPU kernels cannot be loaded: {why} ({_ELSEWHERE})") from error
     return found
 
 
@@ -169,7 +204,7 @@ def _found(switch: str | None) -> tuple[Kernels | None, str]:
     try:
         found = load(build())
     except KernelError as error:
-        return None, f"PyTorch: {error}"
+        return None, f"{_INSTEAD}{error}"
     return Kernels(found), found.octo_path().decode()
 
 
@@ -217,3 +252,10 @@ def library() -> Kernels | None:
 def path_name() -> str:
     """Which instructions the CPU's kernels use, or that PyTorch runs and why."""
     return _found(os.environ.get(SWITCH))[1]
+
+
+def failure() -> str | None:
+    """Why PyTorch has to do the kernels' work, and what to do about it; None where it does not, or was asked to."""
+    switch = os.environ.get(SWITCH)
+    found, text = _found(switch)
+    return None if found is not None or switch == "0" else text.removeprefix(_INSTEAD)

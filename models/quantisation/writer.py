@@ -30,6 +30,7 @@ from octo_run.models.mlp import DenseMLP
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.safetensors_writer import Item, index_of, plan_shards
 from octo_run.models.weights import EMBEDDING, HEAD, Weights
+from octo_run.unfinished import unfinished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -304,15 +305,12 @@ def _new_folder(target: Path, size: int) -> Iterator[Path]:
     """A folder beside ``target`` that takes its name at the end, or is gone."""
     check_target(target)
     parent = target.absolute().parent
-    partial = parent / f".{target.name[:100]}.{os.urandom(4).hex()}.partial"
     try:
         free = shutil.disk_usage(parent).free
         if size > free:
             raise OctoError(f"{target} needs {size / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB free.")
-        partial.mkdir()
-        yield partial
-        partial.rename(target)
+        with unfinished(target.absolute(), folder=True) as partial:
+            yield partial
+            partial.rename(target)
     except OSError as error:
         raise OctoError(f"{target} cannot be written ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -101,9 +101,7 @@ def command(tests: "list[Test]", depths: list[int], batch: int, repetitions: int
             f"A depth of {max(depths):,} and a test of {needed - max(depths):,} are {needed:,} tokens and the model's"
             f" context has {cfg.context_limit:,}; choose less."
         )
-    stored = [None] if load.weights is None else dict.fromkeys(name.strip() for name in load.weights.split(","))
-    if load.weights is not None:
-        runtime.check_weights(stored)
+    stored = runtime.checked_weights(load, cfg, random_weights)
     loads = [
         dataclasses.replace(load, kv=kv, weights=weights, ctx=load.ctx or needed)
         for weights in stored

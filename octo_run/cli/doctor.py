@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -82,13 +83,39 @@ def _line(finding: Finding) -> str:
 
 
 def examine(offline: bool = False) -> Iterator[Finding]:
-    """All findings, in the order in which one would look."""
-    looks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _python, _torch, _cpu_kernels, _triton, _cuda, _weights, _bandwidth, _parts, _cache, lambda: _hub(offline),
-        _neighbours, _demo, _answer,
-    )  # fmt: skip
-    for look in looks:
-        yield from look()
+    """All findings, in the order in which one would look. A look that fails is a finding, too; the others go on."""
+    # A chat does without what is only noted.
+    looks: tuple[tuple[str, str, Callable[[], Iterator[Finding]]], ...] = (
+        ("python", "wrong", _python),
+        ("torch", "wrong", _torch),
+        ("CPU kernels", "wrong", _cpu_kernels),
+        ("triton", "note", _triton),
+        ("CUDA device", "wrong", _cuda),
+        ("weights", "wrong", _weights),
+        ("memory", "note", _bandwidth),
+        ("parts", "note", _parts),
+        ("model cache", "wrong", _cache),
+        ("Hub", "note", lambda: _hub(offline)),
+        ("Hugging Face", "note", _hugging_face),
+        *((program, "note", partial(_gguf_files, program)) for program in _GGUF_FOLDERS),
+        ("Ollama", "note", _ollama),
+        ("demo model", "wrong", _demo),
+        ("answer", "wrong", _answer),
+    )
+    for subject, status, look in looks:
+        try:
+            yield from look()
+        except Exception as error:
+            yield Finding(subject, status, f"cannot be looked at ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OctoError):
+        return str(error).rstrip(".")
+    if isinstance(error, OSError) and error.strerror:
+        named = "" if error.filename is None else f"{error.filename}: "
+        return shown(named + error.strerror, 200)
+    return shown(f"{type(error).__name__}: {error}", 200)
 
 
 def _python() -> Iterator[Finding]:
@@ -229,8 +256,8 @@ def _hub(offline: bool) -> Iterator[Finding]:
     yield Finding("Hub", "ok", f"{took}, {'your token is taken' if known else 'without a token: public models only'}")
 
 
-def _neighbours() -> Iterator[Finding]:
-    """Models in the caches of other programs."""
+def _hugging_face() -> Iterator[Finding]:
+    """Models in the cache of Hugging Face's tools."""
     from octo_run.models import cache
 
     shared = [entry for entry in cache.list_models() if entry.shared and entry.complete]
@@ -238,12 +265,18 @@ def _neighbours() -> Iterator[Finding]:
         size = console.human_bytes(sum(entry.bytes for entry in shared))
         detail = f"{len(shared):,} that octo-run can use, {size}, in {cache.shared_folder()}: `octo-run list`"
         yield Finding("Hugging Face", "ok", detail)
-    for program, places in _GGUF_FOLDERS.items():
-        for folder in (Path.home() / place for place in places):
-            files = [path for path in folder.rglob("*.gguf") if "mmproj" not in path.name] if folder.is_dir() else []
-            if files:
-                detail = f"{len(files):,} GGUF files in {folder}: `octo-run import {shown(str(files[0]), 200)}`"
-                yield Finding(program, "ok", detail)
+
+
+def _gguf_files(program: str) -> Iterator[Finding]:
+    """Models of a program that keeps GGUF files."""
+    for folder in (Path.home() / place for place in _GGUF_FOLDERS[program]):
+        files = [path for path in folder.rglob("*.gguf") if "mmproj" not in path.name] if folder.is_dir() else []
+        if files:
+            detail = f"{len(files):,} GGUF files in {folder}: `octo-run import {shown(str(files[0]), 200)}`"
+            yield Finding(program, "ok", detail)
+
+
+def _ollama() -> Iterator[Finding]:
     manifests = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models") / "manifests"
     names = [path for path in manifests.rglob("*") if path.is_file()] if manifests.is_dir() else []
     if names:

@@ -3,6 +3,7 @@
 import click
 
 from octo_run.cli import console, debug_option
+from octo_run.cli.options import lower
 from octo_run.cli.pull import progress_bar
 from octo_run.errors import shown
 
@@ -10,7 +11,7 @@ from octo_run.errors import shown
 @click.command("import")
 @click.argument("file", metavar="FILE")
 @click.argument("name", required=False)
-@click.option("--weights", default="bf16", show_default=True, metavar="FORMAT",
+@click.option("--weights", default="bf16", show_default=True, metavar="FORMAT", callback=lower,
               help="Store the layers' matrices so: bf16 (not quantised), fp8, int8, int4 or int4-128.")  # fmt: skip
 @debug_option
 def command(file: str, name: str | None, weights: str) -> None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 PROMPT, CONTINUATION = "> ", "  "
 #: Bytes of a history at most: all of it is read at the start.
 _LONGEST_HISTORY = 4 << 20
-_EXIT_QUIT = 131
 
 
 class LineEditor:
@@ -270,10 +269,7 @@ def _terminal_signals(app: "Application[str]") -> Iterator[None]:
             app.renderer.reset()
             app.invalidate()
 
-    def on_quit(_number: int, _frame: FrameType | None) -> None:
-        process.leave(_EXIT_QUIT)
-
-    handlers = {signal.SIGTSTP: on_stop, signal.SIGCONT: on_continue, signal.SIGQUIT: on_quit}
+    handlers = {signal.SIGTSTP: on_stop, signal.SIGCONT: on_continue}
     before = {number: signal.getsignal(number) for number in handlers}
     for number, handler in handlers.items():
         if before[number] is not signal.SIG_IGN:

@@ -214,14 +214,16 @@ _ENGINE_OPTIONS = (
     click.option(
         "--weights",
         metavar="FORMAT",
+        callback=lower,
         help="Store layers' matrices so: fp32, bf16, fp8, int8, int4, int4-128, or auto: as they are.  "
         "[default: int8 on a CPU with compiled kernels, else auto]",
     ),
     click.option(
         "--head",
-        type=click.Choice(HEADS),
+        type=click.Choice(HEADS, case_sensitive=False),
         default=None,
-        help="Store the embedding and the output head so.  [default: bf16 (not quantised); int8 with unasked int8]",
+        help="Store the embedding and the output head so.  [default: int8 beside int8 and int4 layers on a CPU with "
+        "compiled kernels, else bf16 (not quantised)]",
     ),
     device_option,
     dtype_option,

@@ -6,14 +6,15 @@ from pathlib import Path
 import click
 
 from octo_run.cli import completion, console, debug_option, runtime
-from octo_run.cli.options import device_option, dtype_option
+from octo_run.cli.options import device_option, dtype_option, lower
 from octo_run.errors import shown
 
 
 @click.command("quantize")
 @click.argument("model", shell_complete=completion.models)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--weights", default="int4", show_default=True, metavar="FORMAT", help="fp8, int8, int4 or int4-128.")
+@click.option("--weights", default="int4", show_default=True, metavar="FORMAT", callback=lower,
+              help="fp8, int8, int4 or int4-128.")  # fmt: skip
 @device_option
 @dtype_option
 @debug_option

@@ -59,6 +59,9 @@ def import_torch() -> None:
         importlib.import_module("torch._prims.rng_prims")
 
 
+#: Weights beside which a CPU keeps the head in int8 unless something else is said: in float32 it would take as long to
+#: read as all of the layers of a small model.
+WITH_PACKED_HEAD = ("int8", "int4", "int4-128")
 #: Models and devices whose plan this run has told in full, and what else it has told.
 _planned: set[tuple[str, str]] = set()
 _said: set[str] = set()
@@ -72,20 +75,29 @@ def _say_once(text: str) -> None:
 
 
 def resolved(options: EngineOptions, random_weights: str | None = None) -> EngineOptions:
-    """The options with what weights are stored as if nothing was said about them: int8, head too, on a CPU that has
-    compiled kernels, which read them two to four times as fast; not where they are quantised or a layer has experts."""
-    if options.weights is not None or options.head is not None:
-        return dataclasses.replace(options, head=options.head or "bf16")
+    """The options with what weights and head are stored as where nothing was said about them.
+
+    On a CPU with compiled kernels, which read them two to four times as fast, layers are int8, but not where they are
+    quantised or a layer has experts; and the head is int8 where layers are int8 or int4.
+    """
+    weights, head = options.weights, options.head
+    if head is None and weights is not None and weights not in WITH_PACKED_HEAD:
+        head = "bf16"
+    if (weights is None or head is None) and _compiled_cpu(options.device):
+        if weights is None:
+            cfg = bench_config(options.model, random_weights, offline=options.offline)
+            weights = "int8" if cfg.quantisation is None and cfg.experts is None else "auto"
+        if head is None and weights in WITH_PACKED_HEAD:
+            head = "int8"
+    return dataclasses.replace(options, weights=weights or "auto", head=head or "bf16")
+
+
+def _compiled_cpu(device: str | None) -> bool:
+    """Whether the device is a CPU that has compiled kernels."""
     from octo_run.engine.engine import choose_device
     from octo_run.kernels.cpu import library
 
-    usual = dataclasses.replace(options, weights="auto", head="bf16")
-    if choose_device(options.device).type != "cpu":
-        return usual
-    cfg = bench_config(options.model, random_weights, offline=options.offline)
-    if cfg.quantisation is not None or cfg.experts is not None or library() is None:
-        return usual
-    return dataclasses.replace(options, weights="int8", head="int8")
+    return choose_device(device).type == "cpu" and library() is not None
 
 
 def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
@@ -100,7 +112,7 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     import_torch()
     with process.no_collection():
         from octo_run.engine import Engine
-    from octo_run.kernels.cpu import on_compile
+    from octo_run.kernels.cpu import failure, on_compile
 
     on_compile(_say_once)
     if options.threads is not None:
@@ -123,6 +135,8 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         if options.weights == "bf16" and plan.weight_format.startswith("fp32"):
             where = "of a model with experts or recurrent layers" if plan.device == "cpu" else "on a GPU"
             _say_once(f"--weights bf16 changes nothing: weights {where} are in the dtype of the arithmetic, float32")
+        if plan.device == "cpu" and (why := failure()) is not None:
+            _say_once(f"slow: PyTorch does the work of compiled kernels, as {why}; {_without_kernels(asked)}")
         _planned.add((model, plan.device))
 
     said = time.monotonic()
@@ -160,6 +174,14 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     return engine
 
 
+def _without_kernels(asked: EngineOptions) -> str:
+    """What the missing kernels of a CPU mean for the weights."""
+    if asked.weights in (None, "auto"):
+        return "weights are not quantised"
+    packed = asked.weights not in ("bf16", "fp32")
+    return f"--weights bf16 is faster there than {asked.weights}" if packed else f"weights are {asked.weights} as asked"
+
+
 def warm_up(engine: "Engine", params: "SamplingParams") -> None:
     """Let a GPU do now what the first answer would wait for. That kernels have to be compiled is said.
 
@@ -190,6 +212,28 @@ def check_weights(names: Iterable[str | None]) -> None:
 
     for name in names:
         scheme_of(name)
+
+
+def checked_weights(load: EngineOptions, cfg: "ModelConfig", random_weights: str | None) -> list[str | None]:
+    """The formats of ``--weights A,B``, each once, checked before any of them is measured; None: nothing was said.
+
+    Raises:
+        OctoError: There is no such format, or the model cannot have it.
+    """
+    from octo_run.engine.engine import choose_device, choose_dtype
+    from octo_run.models.hub import resolve
+    from octo_run.models.quantisation.schemes import matrix_dtype, refuse_packed
+
+    if load.weights is None:
+        return [None]
+    names = [*dict.fromkeys(name.strip() for name in load.weights.split(","))]
+    check_weights(names)
+    device = choose_device(load.device)
+    for name in names:
+        matrix_dtype(name, cfg, device, choose_dtype(load.dtype, cfg, device))
+        if random_weights is None and cfg.quantisation is not None:
+            refuse_packed(resolve(load.model), cfg, name)
+    return [*names]
 
 
 def checked_formats(text: str, cfg: "ModelConfig") -> list[str]:

@@ -197,7 +197,19 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
         names = ["void at::native::" + "x" * 80, *(f"kernel {i}" for i in range(1, 20))]
         lines = [KernelTime(name, "mlp", 2.0, 18.75, 0.0375, 0.0375) for name in names]
         unit = "step" if test[0] == "tg" else "prompt"
-        return Profile(fake.loaded.kv, f"{test[0]}{test[1]}", depth, batch, unit, 64, 1.0, parts, lines, [])
+        return Profile(
+            fake.plan.weight_format,
+            fake.loaded.kv,
+            f"{test[0]}{test[1]}",
+            depth,
+            batch,
+            unit,
+            64,
+            1.0,
+            parts,
+            lines,
+            [],
+        )
 
     monkeypatch.setattr(runtime, "measure", measure)
     monkeypatch.setattr(runtime, "profile", profile)

@@ -43,7 +43,7 @@ def test_without_the_option_there_is_no_profile(octo: Callable[..., Any], engine
 
 def test_the_tables_add_up(octo: Callable[..., Any], engine: Any, tmp_path: Path) -> None:
     out = octo("bench", "--tests", "pp512,tg128", "--batch", "2", "--profile", "--trace", str(tmp_path / "t.json")).out
-    prompt, step = out.split("\n\noct3 ")[1:]
+    prompt, step = out.split("\n\nfp32 oct3 ")[1:]
     # The fake row says 0.81 ms a token: of a prompt of 512 tokens, of which two are read, and of a step.
     assert prompt.startswith(
         "pp512 at depth 0, 2 sequences: 64 prompts, 1.000 ms a prompt under the profiler, 207.360 "

@@ -91,6 +91,18 @@ def test_bench_checks_every_format_before_anything_runs(octo: Callable[..., Any]
     assert octo("bench", "--kv", "OCT3, oct3").code == 0 and engine.loads == ["oct3"]
 
 
+def test_bench_checks_every_format_of_weights_before_anything_runs(
+    octo: Callable[..., Any], engine: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert octo("quantize", "octo-demo", str(out), "--weights", "int8", "--device", "cpu").code == 0
+    refused = octo("bench", "-m", str(out), "--weights", "auto,int8")
+    assert refused.code == 1 and "quantised already (compressed-tensors) and cannot become int8" in refused.err
+    narrow = octo("bench", "--weights", "auto,fp32", "--dtype", "bf16", "--device", "cpu")
+    assert narrow.code == 2 and "--weights fp32 is for arithmetic in float32" in narrow.err
+    assert not engine.loads
+
+
 def test_bench_reads_then_writes(octo: Callable[..., Any], engine: Any) -> None:
     shown = octo("bench", "--tests", "pg512+1k", "--depth", "100", "-o", "jsonl")
     assert engine.runs == [("oct3", "pg", 512, 1024, 100, 1)] and engine.loaded.ctx == 100 + 1536
@@ -334,17 +346,53 @@ def test_doctor_ends_with_1_if_the_main_job_cannot_run(
     assert "octo-demo cannot answer (division by zero)" in report["findings"][1]["detail"]
 
 
+def neighbours() -> list[doctor.Finding]:
+    return [*doctor._hugging_face(), *(one for name in doctor._GGUF_FOLDERS for one in doctor._gguf_files(name)),
+            *doctor._ollama()]  # fmt: skip
+
+
+def test_doctor_goes_on_where_a_look_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look in turn: of a home that may not be entered, and where there is none, others are told, too."""
+    for name in ("_weights", "_bandwidth", "_answer", "_demo", "_cpu_kernels"):  # which take long
+        monkeypatch.setattr(doctor, name, lambda: iter(()))
+
+    def forbidden(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def told() -> dict[str, doctor.Finding]:
+        return {finding.subject: finding for finding in doctor.examine(offline=True)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", forbidden)
+        found = told()
+    assert found["llama.cpp"].status == "note" and "llama.cpp: Permission denied" in found["llama.cpp"].detail
+    assert "Permission denied" in found["Jan"].detail and "Permission denied" in found["Ollama"].detail
+    for variable in ("OCTO_RUN_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    found = told()
+    assert found["model cache"].status == "wrong" and "There is no folder" in found["Hugging Face"].detail
+    assert "home directory" in found["Jan"].detail and found["python"].status == "ok"
+    for name, subject in (("_answer", "answer"), ("_python", "python"), ("_weights", "weights")):
+        with monkeypatch.context() as patch:
+            patch.setattr(doctor, name, homeless)
+            assert told()[subject].status == "wrong"
+
+
 def test_doctor_finds_what_other_programs_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("OLLAMA_MODELS", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert [*doctor._neighbours()] == []
+    assert neighbours() == []
     for name in (".cache/llama.cpp/a.gguf", ".lmstudio/models/org/b/b.gguf", ".lmstudio/models/org/b/mmproj-b.gguf",
                  ".ollama/models/manifests/registry/library/qwen/latest", ".ollama/models/blobs/sha256-0"):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(parents=True) if not path.parent.exists() else None
         path.write_text("GGUF")
-    found = {finding.subject: finding.detail for finding in doctor._neighbours()}
+    found = {finding.subject: finding.detail for finding in neighbours()}
     assert set(found) == {"llama.cpp", "LM Studio", "Ollama"}
     assert f"octo-run import {tmp_path}/.cache/llama.cpp/a.gguf" in found["llama.cpp"]
     assert found["LM Studio"].startswith("1 GGUF") and found["Ollama"].startswith("1 models")

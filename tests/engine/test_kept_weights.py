@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from octo_run.engine import Engine, SamplingParams
+from octo_run.engine import Engine, SamplingParams, calibration
 from octo_run.models import kept_weights, store
-from octo_run.models.cache import packed_folder, packed_name
+from octo_run.models.cache import name_of, packed_folder, statistics_folder
 from octo_run.models.decoder import Decoder
 from octo_run.models.kept_weights import KeptWeights
 from octo_run.models.weights import StoredWeights
@@ -103,6 +103,21 @@ def test_the_second_load_reads_no_weights(
             load(path)
 
 
+def test_a_context_makes_another_file_only_where_it_chooses_factors(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_checkpoint()
+    first = load(path, max_context=512)
+    assert load(path, max_context=256).max_context == 256 and len([*packed_folder().iterdir()]) == 1
+    assert differences(first._decoder, load(path, max_context=512)._decoder) == []
+    kind, fields = MODELS["phi3-long"]  # long factors beyond 64 tokens
+    written(tmp_path / "phi", kind, fields)
+    for count, (context, factors) in enumerate([(64, "short"), (128, "long"), (256, "long"), (32, "short")]):
+        decoder = load(tmp_path / "phi", max_context=context)._decoder
+        assert decoder.rope_factors == factors and decoder.context == context
+        assert len([*packed_folder().iterdir()]) == 2 + min(count, 1)
+
+
 def damaged(file: Path, how: str) -> None:
     data = file.read_bytes()
     match how:
@@ -160,10 +175,21 @@ def test_a_model_that_is_removed_takes_its_file_along(
     make_checkpoint("model").rename(name)
     load(name)
     load(other)
-    assert len([*packed_folder().iterdir()]) == 2
+    folders = packed_folder(), statistics_folder()
+    assert [len([*folder.iterdir()]) for folder in folders] == [2, 2]
     store.remove("org/name")
-    (kept,) = packed_folder().iterdir()
-    assert kept.name.startswith(packed_name(other)) and not name.exists()
+    for folder in folders:
+        (kept,) = folder.iterdir()
+        assert kept.name.startswith(name_of(other)) and not name.exists()
+
+
+def test_few_measurements_are_kept(make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "MOST", 2)
+    paths = [make_checkpoint(name, seed=number) for number, name in enumerate(("a", "b", "c"))]
+    for path in (paths[0], paths[1], paths[0], paths[2]):
+        load(path)
+    kept = {file.name.partition("-")[0] for file in statistics_folder().iterdir()}
+    assert kept == {name_of(paths[0]), name_of(paths[2])}
 
 
 def test_a_decoder_with_a_turned_matrix_is_not_kept(make_checkpoint: Callable[..., Path]) -> None:

@@ -154,7 +154,7 @@ def profile_on_fake_gpu(monkeypatch: pytest.MonkeyPatch, kernels_seen: list[dict
         rounds.append((test, len(ids)))
         return clock(lambda: None)
 
-    engine: Any = SimpleNamespace(device=torch.device("cuda"), plan=SimpleNamespace(kv="oct3"))
+    engine: Any = SimpleNamespace(device=torch.device("cuda"), plan=SimpleNamespace(kv="oct3", weight_format="int4"))
     monkeypatch.setattr(profiling, "_record", lambda _device, _work: [meta, *host, *kernels_seen, *flow, again])
     monkeypatch.setattr(benchmark, "ordinary_ids", lambda _engine: [3])
     monkeypatch.setattr(benchmark, "run_round", run_round)
@@ -172,7 +172,7 @@ GPU = [
 
 def test_a_profile_of_a_gpu_sums_to_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = profile_on_fake_gpu(monkeypatch, GPU)
-    assert (profile.title, profile.unit, profile.count) == ("oct3 tg100 at depth 4,096, 2 sequences", "step", 64)
+    assert (profile.title, profile.unit, profile.count) == ("int4 oct3 tg100 at depth 4,096, 2 sequences", "step", 64)
     assert profile.ms * 64 == pytest.approx(0.110)
     assert {p.part: round(64e3 * p.ms) for p in profile.parts} == {
         "norms": 10, "projections": 20, "rope and append": 35, "attention": 30, "gaps": 15,
@@ -274,9 +274,9 @@ def test_the_trace_file(
     events = trace["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"}
     assert [names[pid] for pid in sorted(names)] == [
-        "oct3 tg8 at depth 190, 2 sequences: parts",
-        "oct3 tg8 at depth 190, 2 sequences: host",
-        *[f"oct3 tg100 at depth 4,096, 2 sequences: {process}" for process in ("parts", "host", "GPU")] * 2,
+        "fp32 oct3 tg8 at depth 190, 2 sequences: parts",
+        "fp32 oct3 tg8 at depth 190, 2 sequences: host",
+        *[f"int4 oct3 tg100 at depth 4,096, 2 sequences: {process}" for process in ("parts", "host", "GPU")] * 2,
     ]
     for e in (e for e in events if e["ph"] != "M"):
         assert e["pid"] in names and isinstance(e["tid"], int) and isinstance(e["name"], str) and e["ts"] >= 0
@@ -284,7 +284,9 @@ def test_the_trace_file(
     ends = {name: max(e["ts"] + e["dur"] for e in events if e["ph"] == "X" and names[e["pid"]] == name)
             for name in names.values()}  # fmt: skip
     first = profiles[0]
-    assert ends["oct3 tg8 at depth 190, 2 sequences: host"] == pytest.approx(1e3 * first.ms * first.count, rel=1e-3)
+    assert ends["fp32 oct3 tg8 at depth 190, 2 sequences: host"] == pytest.approx(
+        1e3 * first.ms * first.count, rel=1e-3
+    )
     assert len({e["id"] for e in events if e["ph"] in "sf"}) == 2, "arrows stay within their profile"
 
 

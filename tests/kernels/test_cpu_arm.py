@@ -12,7 +12,8 @@ from octo_run.kernels.cpu import native
 HERE = Path(__file__).parent
 BOUNDS = {"int8": 3e-5, "fp32": 1e-6, "bf16": 1e-6, "attention": 1e-5}
 ARM = ["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]
-HOST = [native.compiler() or "", "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"], []
+_NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+HOST = [*(native.compiler() or [""]), _NATIVE], []
 
 
 @pytest.mark.slow

@@ -113,7 +113,8 @@ def loader(
 
     def of(kv: str) -> "Engine":
         weights, _, kv = kv.rpartition("/")
-        options = dataclasses.replace(load, kv=kv, weights=weights or load.weights or "auto", ctx=tokens)
+        asked = dataclasses.replace(load, weights=weights or load.weights or "auto", head=load.head or "bf16")
+        options = dataclasses.replace(asked, kv=kv, ctx=tokens)
         return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
 
     return of
