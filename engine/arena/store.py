@@ -332,13 +332,17 @@ class KVArena:
         slots = [slice(0, sink)]
         for first in map(self.place, range(sink + PAGE * packed, length, PAGE)):
             slots.append(slice(first, first + PAGE))
-        parts = [full[:, :, :, some] for full in self.row_state(row) for some in slots]
+        parts = [full[:, :, :, some] for some in slots for full in self.row_state(row)]
         if self.states is not None:
             parts += self.states.of(row, 0 if target else length)
         for group in self.windows:
             seen = slice(group.shape.first_seen(length, sink), packed)
             parts += [group.pages[page] for page in group.pool.held[row][seen]]
         return parts
+
+    def sinks(self, row: int) -> list[Tensor]:
+        """The sinks of a row, for each kind of layers."""
+        return [full[:, :, :, : self.shape.sink] for full in self.row_state(row)]
 
     def enter_row(self, row: int) -> None:
         """Write the ids of a row's pages to the page tables."""

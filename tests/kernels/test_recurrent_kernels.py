@@ -291,5 +291,7 @@ def check_several(run, start, positions):
         found.append((out[start:], case.state.memory[2], case.state.conv[2], saved))
     (out, memory, conv, saved), *alone = found
     for position, one, (same_out, same_memory, same_conv, (same,)) in zip(positions, saved, alone, strict=True):
-        assert torch.equal(out, same_out) and torch.equal(memory, same_memory) and torch.equal(conv, same_conv), position
+        assert torch.equal(out, same_out) and torch.equal(memory, same_memory) and torch.equal(conv, same_conv), (
+            position
+        )
         assert torch.equal(one.memory, same.memory) and torch.equal(one.conv, same.conv), position
