@@ -116,7 +116,8 @@ class RecurrentStates:
             self._bring(row, row, length)
 
     def share(self, donor: int, row: int, length: int) -> None:
-        """Let a row hold the snapshots of another holder, and bring its state to ``length``, :meth:`reachable` there."""
+        """Let a row hold the snapshots of another holder, and bring its state to ``length``, which is
+        :meth:`reachable` there."""
         self._at[row] = -1
         self.lend(donor, row, length)
         self._bring(donor, row, length)

@@ -85,8 +85,7 @@ def chunk(
         row: The sequence's, of ``state``.
         start: Position of the first token.
         scratch: uint8, at least :func:`scratch_bytes`, on CUDA.
-        savings: Where the states before some of the tokens are copied to, in order of position; positions differ by whole
-            blocks.
+        savings: Where the states before some of the tokens are copied to, in order; positions differ by whole blocks.
     """
     if projected.is_cuda:
         from octo_run.kernels.recurrent import launch
