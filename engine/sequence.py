@@ -45,7 +45,7 @@ class Sequence:
         self.unread: deque[Result] = deque()
         #: How tokens are drawn; None before ``Stepper.begin``.
         self.sampling: Sampling | None = None
-        #: Lengths at which other texts part from this one: somebody may want to go back to them.
+        #: Lengths at which other texts part from this one, or will: somebody may want to go back to them.
         self.marks: list[int] = []
         #: A drawn token that was read and not fed yet.
         self.following: int | None = None
@@ -318,7 +318,7 @@ class SequenceTable:
         self.rows: list[Sequence | None] = [None] * rows
         self._used: list[int] = []  # rows, the longest unused first
 
-    def open(self, ids: list[int] | None = None) -> Sequence:
+    def open(self, ids: list[int] | None = None, shared: int = 0) -> Sequence:
         """Open a pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it.
 
         At least one of them is left to be fed. A parked sequence that the prompt continues goes on in its row.
@@ -327,6 +327,9 @@ class SequenceTable:
         one loses is kept. Where less can be had than is known to others, the sequence is told where they part, so that
         a third one finds a snapshot there.
 
+        Args:
+            shared: How many of the first tokens others will begin with, too: the sequence is told likewise.
+
         Raises:
             OctoError: All rows are pinned.
         """
@@ -334,7 +337,7 @@ class SequenceTable:
         prefix, length, alike = self.kept.find(ids)
         alike = max(alike, *(seq.common(ids) for seq in self.rows if seq is not None), 0)
         sequence = self._opened(ids, prefix, length)
-        sequence.marks = [alike] if alike > len(sequence) else []
+        sequence.marks = [length for length in (alike, shared) if length > len(sequence)]
         return sequence
 
     def _opened(self, ids: list[int], prefix: KeptPrefix | None, length: int) -> Sequence:

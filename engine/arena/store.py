@@ -86,10 +86,15 @@ class KVArena:
         """Sinks, rings and the staging buffers, K and V."""
         return [*self._full, *self._staging]
 
+    @property
+    def takes_snapshots(self) -> bool:
+        """Whether there are layers that cannot go back to any length at all times."""
+        return self.states is not None or bool(self.windows)
+
     @torch.inference_mode()
-    def open(self, ids: list[int] | None = None) -> Sequence:
+    def open(self, ids: list[int] | None = None, shared: int = 0) -> Sequence:
         """A sequence that holds as much of the beginning of ``ids`` as the arena has (see ``SequenceTable.open``)."""
-        return self.table.open(ids)
+        return self.table.open(ids, shared)
 
     def upload(self, values: list[Any], into: Tensor) -> None:
         """Copy numbers into a tensor of the device, without waiting for it."""
