@@ -25,6 +25,7 @@ from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.sampling_rules import breaking_tokens
 from octo_run.engine.sequence import Sequence
+from octo_run.engine.shared_beginning import shared_beginning
 from octo_run.errors import OctoError, UsageError, expect, quoted, shown
 from octo_run.kernels.codec import LayerFormats
 from octo_run.models import weights as weight_files
@@ -384,7 +385,11 @@ class Engine:
         return self._logits(self.feed(sequence, (known + ids)[sequence.cancel() :]))[0]
 
     def generate(
-        self, prompt: str | Iterable[int], params: SamplingParams | None = None, on_prompt: OnPrompt | None = None
+        self,
+        prompt: str | Iterable[int],
+        params: SamplingParams | None = None,
+        on_prompt: OnPrompt | None = None,
+        shared: int = 0,
     ) -> "Generation":
         """Continue a prompt.
 
@@ -393,6 +398,8 @@ class Engine:
             on_prompt: Called with the tokens read so far and the tokens to read (those not reused): first with 0, then
                 whenever the device is through with a chunk, last when the first token is drawn; and so again if another
                 generation took its place in between. What it raises ends the generation; the cache keeps what was fed.
+            shared: How many of the prompt's first tokens others will begin with, too (a document, say): recurrent
+                layers and those with windows keep a snapshot there, so that these need not be read again.
 
         Returns:
             An iterator of :class:`Token` with the figures of the run as attributes.
@@ -404,9 +411,10 @@ class Engine:
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
         expect("params", params, SamplingParams, none=True)
+        expect("shared", shared, int)
         if params is not None:
             self.check_params(params)
-        return Generation(self, ids, params or SamplingParams(), on_prompt)
+        return Generation(self, ids, params or SamplingParams(), on_prompt, shared)
 
     def chat(
         self,
@@ -435,7 +443,8 @@ class Engine:
         for number, message in enumerate(messages):
             expect(f"messages[{number}]", message, dict)
         ids = self.tokenizer.chat([dict(message) for message in messages])
-        return Reply(self.generate(ids, params or SamplingParams.from_defaults(self.defaults), on_prompt))
+        shared = shared_beginning(ids, messages, self.tokenizer.chat) if self.arena.takes_snapshots else 0
+        return Reply(self.generate(ids, params or SamplingParams.from_defaults(self.defaults), on_prompt, shared))
 
     def generate_batch(
         self, prompts: Iterable[str | Iterable[int]], params: SamplingParams | Sequence_[SamplingParams] | None = None

@@ -87,9 +87,17 @@ class Generation:
     """
 
     def __init__(
-        self, engine: Engine, ids: list[int], params: SamplingParams, on_prompt: OnPrompt | None = None
+        self,
+        engine: Engine,
+        ids: list[int],
+        params: SamplingParams,
+        on_prompt: OnPrompt | None = None,
+        shared: int = 0,
     ) -> None:
         """Nothing is computed before the first token.
+
+        Args:
+            shared: See ``Engine.generate``.
 
         Raises:
             UsageError: Stop strings without a tokenizer.
@@ -100,7 +108,7 @@ class Generation:
         self.prefill_seconds, self.decode_seconds = 0.0, 0.0
         self.generated_tokens = self.decoded_tokens = 0
         self.finish_reason: str | None = None
-        self._on_prompt = on_prompt
+        self._on_prompt, self._shared = on_prompt, shared
         #: The answer's text: what is thought of it, and what is said.
         self.answer = AnswerText(engine.tokenizer, params, engine.end_ids, ids)
         self._tokens = self._run(engine, ids, params, self.answer)
@@ -157,7 +165,7 @@ class Generation:
         try:
             if before is not None:
                 before.close()  # it may go on as the new one
-            sequence = engine.arena.open(ids)
+            sequence = engine.arena.open(ids, self._shared)
             try:
                 held = len(sequence)
                 if not self.generated_tokens:

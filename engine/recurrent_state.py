@@ -1,10 +1,13 @@
 """States of recurrent layers: one for each row of the arena, and snapshots that rows go back to (docs/recurrent.md).
 
+Whoever has no row any more, a prefix that is kept, may hold snapshots, too: holders are numbered, the rows first.
+
 Host and device agree in this way: what is written to a row's state or to a snapshot is written in the order of the
 device's work, and a list of the host names it only when all of it has been launched. An exception, Ctrl-C's included,
 may strike between any two statements here.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +17,8 @@ from octo_run.kernels.recurrent import DeltaShape, LayerState
 
 #: Of the snapshots that are taken while tokens are drawn, one at each page boundary, the so-manieth ones stay.
 EVERY = 4
+#: Pages between two snapshots that are taken while a prompt is read, beside the one at the end of each chunk.
+READ_EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,15 @@ class RecurrentStates:
         self._conv = torch.zeros(shape.layers, places, d.taps, d.channels, dtype=dtype, device=device)
         sizes = (d.value_heads, d.key_dim, d.value_dim)
         self._memory = torch.zeros(shape.layers, places, *sizes, dtype=torch.float32, device=device)
-        #: Of each row the position that its state stands at: it has seen so many tokens. -1: it is being written.
+        #: Of each holder the position that its state stands at: it has seen so many tokens. -1: it is being written.
+        #: Only rows have states; others stand at 0.
         self._at = [0] * rows
-        #: Of each row its snapshots: positions in order, and places.
+        #: Of each holder its snapshots: positions in order, and places.
         self._held: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
-        #: Of each row the place of a snapshot that is being written.
-        self._taken: dict[int, int] = {}
+        #: Holders, those last that were used last.
+        self._order = list(range(rows))
+        #: Of each row the places of snapshots that are being written.
+        self._taken: dict[int, list[int]] = {}
         #: Of each row the position of a snapshot that the next page boundary makes needless.
         self._passing: dict[int, int] = {}
 
@@ -62,7 +70,7 @@ class RecurrentStates:
         return LayerState(self._conv[index], self._memory[index])
 
     def snapshots(self, row: int) -> list[int]:
-        """The positions of a row's snapshots."""
+        """The positions of a holder's snapshots."""
         return [position for position, _ in self._held[row]]
 
     def stands(self, row: int, position: int) -> bool:
@@ -108,10 +116,28 @@ class RecurrentStates:
             self._bring(row, row, length)
 
     def share(self, donor: int, row: int, length: int) -> None:
-        """Let a row hold the snapshots of another one, and bring its state to ``length``, :meth:`reachable` there."""
+        """Let a row hold the snapshots of another holder, and bring its state to ``length``, which is
+        :meth:`reachable` there."""
         self._at[row] = -1
-        self._held[row] = [one for one in self._held[donor] if one[0] <= length]
+        self.lend(donor, row, length)
         self._bring(donor, row, length)
+
+    def lend(self, donor: int, holder: int, length: int) -> None:
+        """Let a holder, which may be a new one, hold the snapshots of another one up to ``length`` and no more."""
+        while len(self._held) <= holder:
+            self._at.append(0)
+            self._held.append([])
+        self._held[holder] = [one for one in self._held[donor] if one[0] <= length]
+        self._use(holder)
+
+    def release(self, holder: int) -> None:
+        """Let a holder that is no row have no snapshots."""
+        if holder < len(self._held):
+            self._held[holder] = []
+
+    def _use(self, holder: int) -> None:
+        """It is being used."""
+        self._order = [other for other in self._order if other != holder] + [holder]
 
     def _bring(self, donor: int, row: int, length: int) -> None:
         """Copy the state of ``donor`` at ``length`` to a row."""
@@ -132,40 +158,38 @@ class RecurrentStates:
         """The last page boundary before the token at ``length - 1``, 0 if there is none."""
         return max(0, length - 1 - (length - 1 - self._sink) % PAGE)
 
-    def plan(self, row: int, start: int, end: int) -> tuple[int, int] | None:
-        """A place for the snapshot of a chunk.
+    def plan(self, row: int, start: int, end: int, marks: Iterable[int] = ()) -> list[tuple[int, int]]:
+        """Places for the snapshots of a chunk: at the last boundary before its end, at the boundaries before ``marks``,
+        and, where there is room for such, every `READ_EVERY` pages.
 
-        Where the boundary is the chunk's first position, the snapshot is taken at once.
-
-        Returns:
-            Position, which is inside the chunk, and place; None if there is nothing to be taken. It counts from
-            :meth:`keep` on.
-        """
-        position = self.boundary(end)
-        self._passing.pop(row, None)  # what was drawn ends here: the boundary before it counts from now on
-        if position == start:
-            self.take(row, position)
-        if position <= start:
-            return None
-        place = self._place(row)
-        return None if place is None else (position, place)
-
-    def plan_for(self, row: int, start: int, length: int, planned: tuple[int, int] | None) -> tuple[int, int] | None:
-        """As :meth:`plan`, but for a snapshot that has seen at most ``length`` tokens, the last boundary there.
+        Where one of these is the chunk's first position, the snapshot is taken at once.
 
         Args:
-            planned: What :meth:`plan` gave, which stays if there is no such boundary in the chunk.
-        """
-        position = self.boundary(length + 1)
-        if position <= start or (planned is not None and planned[0] == position):
-            return planned
-        place = self._place(row) if planned is None else planned[1]
-        return planned if place is None else (position, place)
+            marks: Lengths that somebody may want to go back to.
 
-    def keep(self, row: int, snapshot: tuple[int, int] | None) -> None:
-        """A planned snapshot was written."""
-        if snapshot is not None:
-            self._held[row] = [*self._held[row], snapshot]
+        Returns:
+            Positions in order, which are inside the chunk, and places. They count from :meth:`keep` on.
+        """
+        self._passing.pop(row, None)  # what was drawn ends here: the boundary before it counts from now on
+        self._taken.pop(row, None)
+        self._use(row)
+        asked = {self.boundary(end), *(self.boundary(mark + 1) for mark in marks if mark <= end)}
+        if start in asked:
+            self.take(row, start)
+        needed = sorted(position for position in asked if position > start)
+        if not needed:
+            return []
+        step = READ_EVERY * PAGE
+        taken = [0, *self.snapshots(row), *needed]
+        first = start + step - (start - self._sink) % step
+        between = (place for place in range(max(first, self._sink + step), needed[-1], step))
+        spare = [one for one in between if all(abs(one - other) >= step // 2 for other in taken)]
+        return self._places(row, needed, spare)
+
+    def keep(self, row: int, snapshots: Sequence[tuple[int, int]]) -> None:
+        """Planned snapshots were written."""
+        if snapshots:
+            self._held[row] = sorted([*self._held[row], *snapshots])
             self._taken.pop(row, None)
 
     def passing(self, row: int, position: int) -> None:
@@ -176,6 +200,7 @@ class RecurrentStates:
         last = self._passing.pop(row, None)
         if last is not None and (last - self._sink) % (EVERY * PAGE):
             self._held[row] = [one for one in self._held[row] if one[0] != last]
+        self._use(row)
         self.take(row, position)
         self._passing[row] = position
 
@@ -183,32 +208,56 @@ class RecurrentStates:
         """Take a snapshot of a row's state, which stands at ``position``, unless there is one or nothing to keep."""
         if not position or position in self.snapshots(row):
             return
-        place = self._place(row)
-        if place is not None:
-            self._copy(row, place)
-            self.keep(row, (position, place))
+        for snapshot in self._places(row, [position]):
+            self._copy(row, snapshot[1])
+            self.keep(row, [snapshot])
 
-    def _place(self, row: int) -> int | None:
-        """A place for a snapshot: a free one, else that of the one that is missed least."""
-        self._taken.pop(row, None)
-        busy = {place for held in self._held for _, place in held} | set(self._taken.values())
-        place = next((place for place in range(self._rows, self._conv.shape[1]) if place not in busy), None)
-        if place is None:
-            worth = self._worth()
-            if not worth:
-                return None
-            place = min(worth, key=lambda one: worth[one])
+    def _places(self, row: int, needed: list[int], spare: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """Places for snapshots of a row: free ones, else those of the ones that are missed least.
+
+        Args:
+            spare: Positions of further ones, which get a place if they are not missed least themselves.
+
+        Returns:
+            Positions in order, and their places.
+        """
+        wanted, free = sorted([*needed, *spare]), self._free()
+        while len(wanted) > len(free):
+            worth = self._worth(row, wanted, needed)
+            least = min(worth, key=lambda one: worth[one])
+            if least < 0:
+                wanted.pop(-1 - least)
+                continue
             for other, held in enumerate(self._held):
-                self._held[other] = [one for one in held if one[1] != place]
-        self._taken[row] = place
-        return place
+                self._held[other] = [one for one in held if one[1] != least]
+            free.append(least)
+        found = list(zip(wanted, free, strict=False))
+        self._taken[row] = [place for _, place in found]
+        return found
 
-    def _worth(self) -> dict[int, tuple[bool, int]]:
-        """Of each snapshot's place: whether it is the newest of a row, and tokens between its neighbours."""
-        worth: dict[int, tuple[bool, int]] = {}
-        for held in self._held:
+    def _free(self) -> list[int]:
+        """The places of no snapshot."""
+        busy = {place for held in self._held for _, place in held}
+        busy.update(place for places in self._taken.values() for place in places)
+        return [place for place in range(self._rows, self._conv.shape[1]) if place not in busy]
+
+    def _worth(self, row: int, wanted: list[int], needed: list[int]) -> dict[int, tuple[bool, float, bool]]:
+        """How much each snapshot would be missed: whether it must stay, the tokens between its neighbours, divided by
+        how manieth its holder is of those that were used last, and whether it is there already.
+
+        Returns:
+            Of the places of snapshots, and of ``wanted`` ones of a row, whose numbers are -1, -2, ...
+        """
+        worth = dict[int, tuple[bool, float, bool]]()
+        holders = [holder for holder in reversed(self._order) if self._held[holder] or holder == row]
+        for age, holder in enumerate(holders, start=1):
+            held = self._held[holder]
+            if holder == row:
+                held = sorted([*held, *((position, -1 - number) for number, position in enumerate(wanted))])
             positions = [0, *(position for position, _ in held), held[-1][0] if held else 0]
-            for number, (_, place) in enumerate(held):
-                mine = number == len(held) - 1, positions[number + 2] - positions[number]
+            for number, (position, place) in enumerate(held):
+                newest = number == len(held) - 1 and holder < self._rows
+                stays = newest or (place < 0 and position in needed)
+                mine = stays, (positions[number + 2] - positions[number]) / age, place >= 0
                 worth[place] = max(mine, worth.get(place, mine))
         return worth

@@ -45,6 +45,8 @@ class Sequence:
         self.unread: deque[Result] = deque()
         #: How tokens are drawn; None before ``Stepper.begin``.
         self.sampling: Sampling | None = None
+        #: Lengths at which other texts part from this one, or will: somebody may want to go back to them.
+        self.marks: list[int] = []
         #: A drawn token that was read and not fed yet.
         self.following: int | None = None
         #: Whether the device holds a drawn token that was not fed yet.
@@ -269,11 +271,17 @@ class Sequence:
         table, row = self._table, self.row
         pages = table.kept.pages_of(prefix, length)
         table.pool.share(row, pages)
+        ends, states = table.kept.has_end(prefix, length), table.states
         for window in table.windows:
-            window.take_from(row, len(pages), window.shape.first_seen(length, table.sink))
-        if table.states is not None:
-            table.states.writing(row)
+            first = min(len(pages), window.shape.first_seen(length, table.sink)) if ends else None
+            window.share(prefix.holder, row, len(pages), first)
+        if states is not None:
+            states.writing(row)
         table.kept.give(prefix, row, length)
+        if states is not None and ends:
+            states.lend(prefix.holder, row, length)
+        elif states is not None:
+            states.share(prefix.holder, row, length)
         table.store.enter_row(row)
         self._ids[:] = prefix.ids[:length]
         self._end = (length, len(pages))
@@ -306,26 +314,37 @@ class SequenceTable:
     ) -> None:
         self.sink, self.store, self.states, self.windows = sink, store, states, list(windows)
         self.pool = PagePool(pages, rows)
-        self.kept = KeptPrefixes(self.pool, sink, store, windows=bool(self.windows), recurrent=states is not None)
+        self.kept = KeptPrefixes(self.pool, sink, store, states, self.windows)
         self.rows: list[Sequence | None] = [None] * rows
         self._used: list[int] = []  # rows, the longest unused first
 
-    def open(self, ids: list[int] | None = None) -> Sequence:
+    def open(self, ids: list[int] | None = None, shared: int = 0) -> Sequence:
         """Open a pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it.
 
         At least one of them is left to be fed. A parked sequence that the prompt continues goes on in its row.
         Otherwise the new sequence shares the pages of whoever holds the most, a sequence or a prefix that was kept, and
         gets a copy of what else is needed, in a free row or in that of the longest unused parked sequence. What that
-        one loses is kept.
+        one loses is kept. Where less can be had than is known to others, the sequence is told where they part, so that
+        a third one finds a snapshot there.
+
+        Args:
+            shared: How many of the first tokens others will begin with, too: the sequence is told likewise.
 
         Raises:
             OctoError: All rows are pinned.
         """
         ids = [] if ids is None else ids[:-1]
+        prefix, length, alike = self.kept.find(ids)
+        alike = max(alike, *(seq.common(ids) for seq in self.rows if seq is not None), 0)
+        sequence = self._opened(ids, prefix, length)
+        sequence.marks = [length for length in (alike, shared) if length > len(sequence)]
+        return sequence
+
+    def _opened(self, ids: list[int], prefix: KeptPrefix | None, length: int) -> Sequence:
+        """See :meth:`open`; of the prefix ``length`` tokens can be had."""
         held = self._held(ids)
         donor = max(held, key=lambda seq: (held[seq], not seq.pinned), default=None)
         reused = 0 if donor is None else held[donor]
-        prefix, length = self.kept.find(ids)
         if length > reused:
             donor, reused = None, 0
         else:

@@ -6,6 +6,7 @@ from octo_run.engine.engine import Engine
 from octo_run.engine.generation import OnPrompt
 from octo_run.engine.reply import Reply, ThinkBudget
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.shared_beginning import shared_beginning
 from octo_run.errors import UsageError, expect
 from octo_run.tokenizer.thinking import Division
 
@@ -109,7 +110,9 @@ class Session:
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
         budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params, self.engine.generate)
-        reply = Reply(self.engine.generate(ids, params, on_prompt), dropped, budget)
+        messages = self._head() + turns
+        shared = shared_beginning(ids, messages, self.rendered) if self.engine.arena.takes_snapshots else 0
+        reply = Reply(self.engine.generate(ids, params, on_prompt, shared), dropped, budget)
         self.turns, self._open, self._begun = turns, reply, None
         return reply
 

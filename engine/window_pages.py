@@ -87,10 +87,13 @@ class WindowPages:
     ) -> None:
         self.shape, self._sink, self.pages, self.page_table, self.runs = shape, sink, pages, table, list(runs)
         self.pool = PagePool(len(pages), len(table))
-        #: Of each row its snapshots, numbers of pages in order.
+        #: Of each holder its snapshots, numbers of pages in order. The rows are the first holders; prefixes that are
+        #: kept have snapshots alone.
         self._snapshots: list[list[int]] = [[] for _ in range(len(table))]
-        #: Of each row the number of the first page that no snapshot need keep: those before are given back.
+        #: Of each holder the number of the first page that no snapshot need keep: those before are given back.
         self._done = [0] * len(table)
+        #: Holders, those last that were used last.
+        self._order = list(range(len(table)))
 
     def take(self, row: int, count: int, end: int | None) -> list[int]:
         """``count`` pages more for a row.
@@ -160,7 +163,12 @@ class WindowPages:
             Whether it has all pages that it needs, those included that are being written.
         """
         pages = (length - self._sink) // PAGE
+        self._use(row)
         return pages < 1 or self._keep(row, pages)
+
+    def _use(self, holder: int) -> None:
+        """It is being used."""
+        self._order = [other for other in self._order if other != holder] + [holder]
 
     def _keep(self, row: int, pages: int) -> bool:
         held, snapshots = self.pool.held[row], self._snapshots[row]
@@ -180,11 +188,41 @@ class WindowPages:
         if len(self._snapshots[row]) < before:
             self._give_back(row, range(self._done[row]))
 
-    def share(self, donor: int, row: int, pages: int) -> None:
-        """Let a row hold the first ``pages`` pages of another one, as far as that one has them, and its snapshots."""
-        self.pool.share(row, self.pool.held[donor][:pages])
+    def share(self, donor: int, row: int, pages: int, first: int | None = None) -> None:
+        """Let a row without pages hold the first ``pages`` pages of another holder, as far as that one has them, and
+        its snapshots.
+
+        Args:
+            first: From this number on, it takes free pages instead, which will be written.
+        """
+        first = pages if first is None else first
+        self._make_room(pages - first)
+        self.pool.share(row, self.pool.held[donor][:first])
+        self.pool.take_some(row, [True] * (pages - first))
         self._cut(row, self._snapshots[donor], pages, self._done[donor])
         self._give_back(row, range(self._done[row]))
+
+    def lend(self, row: int, holder: int, pages: int) -> None:
+        """Let a holder that is no row, and may be a new one, hold the snapshots of a row up to ``pages`` pages."""
+        while len(self.pool.held) <= holder:
+            self.pool.add_holder()
+        while len(self._snapshots) <= holder or len(self._done) <= holder:
+            self._snapshots.append([])
+            self._done.append(0)
+        self._use(holder)
+        self._snapshots[holder], self._done[holder] = [], pages
+        self.pool.share(holder, self.pool.held[row][:pages])
+        passed = map(self._on_the_way, range(self._done[row], pages))
+        for one in sorted({*self._snapshots[row], *passed}):
+            if one <= pages:
+                self._keep(holder, one)
+        self._give_back(holder, range(pages))
+
+    def release(self, holder: int) -> None:
+        """Let a holder that is no row have no snapshots."""
+        if holder < len(self._snapshots):
+            self._snapshots[holder], self._done[holder] = [], 0
+            self.pool.drop(holder, 0)
 
     def _cut(self, row: int, snapshots: list[int], pages: int, done: int) -> None:
         """Let a row have those of some snapshots that so many pages hold. What the next token sees belongs to none."""
@@ -198,24 +236,33 @@ class WindowPages:
     def _give_back(self, row: int, numbers: range) -> None:
         """Give back pages that no snapshot of the row needs."""
         kept = [self.shape.behind(pages) for pages in self._snapshots[row]]
-        self.pool.release(row, [number for number in numbers if not any(number in one for one in kept)])
+        there = numbers[: max(0, len(self.pool.held[row]) - numbers.start)]
+        self.pool.release(row, [number for number in there if not any(number in one for one in kept)])
 
     def _make_room(self, pages: int) -> None:
-        """Let snapshots go until so many pages are free: those whose neighbours are nearest first, a row's newest one
-        last."""
+        """Let snapshots go until so many pages are free: those whose neighbours are nearest first, and of holders that
+        were not used for long; a row's newest one last."""
         if self.pool.free < pages:  # what an exception has left
             for row, done in enumerate(self._done):
                 self._give_back(row, range(done))
         while self.pool.free < pages and any(self._snapshots):
-            worth = {
-                (row, one): (number == len(found) - 1, (*found, one)[number + 1] - (0, *found)[number])
-                for row, found in enumerate(self._snapshots)
-                for number, one in enumerate(found)
-            }
+            worth = self._worth()
             row, least = min(worth, key=lambda place: worth[place])
             self._snapshots[row] = [one for one in self._snapshots[row] if one != least]
             seen = self.shape.behind(least)
             self._give_back(row, range(seen.start, min(seen.stop, self._done[row])))
+
+    def _worth(self) -> dict[tuple[int, int], tuple[bool, float]]:
+        """How much each snapshot of each holder would be missed: whether it is the newest one of a row, and the pages
+        between its neighbours, divided by how manieth its holder is of those that were used last."""
+        worth = dict[tuple[int, int], tuple[bool, float]]()
+        holders = [row for row in reversed(self._order) if self._snapshots[row]]
+        for age, row in enumerate(holders, start=1):
+            found = self._snapshots[row]
+            for number, one in enumerate(found):
+                newest = number == len(found) - 1 and row < len(self.page_table)
+                worth[row, one] = newest, ((*found, one)[number + 1] - (0, *found)[number]) / age
+        return worth
 
     def reachable(self, row: int, length: int, packed: int) -> int:
         """The last length up to ``length``, which has ``packed`` pages, whose next token finds all that it sees: it, or

@@ -58,12 +58,9 @@ class DeltaNet:
             states = chunk.arena.states
             assert states is not None
             state, rows = states.layer(self.number), slice(first, first + chunk.count)
-            saving = None
-            if chunk.snapshot is not None:
-                position, place = chunk.snapshot
-                saving = Saving(position, state.row(place))
+            savings = [Saving(position, state.row(place)) for position, place in chunk.snapshots]
             projected, gates, mixed = (buffers[name][rows] for name in ("projected", "gates", "mixed"))
-            recurrent.chunk(projected, gates, self.weights, state, chunk.row, chunk.start, mixed, scratch, saving)
+            recurrent.chunk(projected, gates, self.weights, state, chunk.row, chunk.start, mixed, scratch, savings)
             first = rows.stop
         self.out.apply(buffers["mixed"], out)
 

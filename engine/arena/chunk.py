@@ -41,11 +41,13 @@ class Chunk:
         self.start = len(sequence)
         self.end = self.start + self.count
         states = arena.states
-        #: Position and place of the snapshot of recurrent states that is taken on the way.
-        self.snapshot: tuple[int, int] | None = None
+        #: Lengths that somebody may want to go back to.
+        self._marks = list(sequence.marks)
+        #: Positions and places of the snapshots of recurrent states that are taken on the way.
+        self.snapshots = list[tuple[int, int]]()
         if states is not None:
             assert states.stands(self.row, self.start)
-            self.snapshot = states.plan(self.row, self.start, self.end)
+            self.snapshots = states.plan(self.row, self.start, self.end, self._marks)
             states.writing(self.row)
         assert 0 < self.count <= s.chunk and self.end <= s.context
         self.to_sink = min(self.count, max(0, s.sink - self.start))
@@ -54,7 +56,9 @@ class Chunk:
         tail = self.old_tail + self.count - self.to_sink
         self.new_pages = max(0, (tail - s.window) // PAGE)
         first = sequence.packed
-        sequence.mark(self.start)  # a turn may have ended here
+        for length in (self.start, *self._marks):  # a turn may have ended where it starts
+            if self.start <= length <= self.end:
+                sequence.mark(length)
         page_ids = sequence.take_pages(self.new_pages, None if self.reads_its_pages else self.end)
         if self.new_pages:  # slots of the old tail will be written over
             sequence.hold(sequence.packed_end)
@@ -174,12 +178,13 @@ class Chunk:
         marked = self.sequence.mark(min(length, self.end))
         if self.arena.states is None:
             return marked
-        self.snapshot = self.arena.states.plan_for(self.row, self.start, min(length, self.end), self.snapshot)
-        return marked and self.snapshot is not None and length - self.snapshot[0] < PAGE
+        self._marks.append(min(length, self.end))
+        self.snapshots = self.arena.states.plan(self.row, self.start, self.end, self._marks)
+        return marked and any(0 <= length - position < PAGE for position, _ in self.snapshots)
 
     def commit(self) -> None:
         """All layers are written: the chunk's tokens now belong to the sequence."""
         self.sequence.mark(self.end)
         self.sequence.advance(self.start, self.ids, self.new_pages)
         if self.arena.states is not None:
-            self.arena.states.keep(self.row, self.snapshot)
+            self.arena.states.keep(self.row, self.snapshots)

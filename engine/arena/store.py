@@ -86,10 +86,15 @@ class KVArena:
         """Sinks, rings and the staging buffers, K and V."""
         return [*self._full, *self._staging]
 
+    @property
+    def takes_snapshots(self) -> bool:
+        """Whether there are layers that cannot go back to any length at all times."""
+        return self.states is not None or bool(self.windows)
+
     @torch.inference_mode()
-    def open(self, ids: list[int] | None = None) -> Sequence:
+    def open(self, ids: list[int] | None = None, shared: int = 0) -> Sequence:
         """A sequence that holds as much of the beginning of ``ids`` as the arena has (see ``SequenceTable.open``)."""
-        return self.table.open(ids)
+        return self.table.open(ids, shared)
 
     def upload(self, values: list[Any], into: Tensor) -> None:
         """Copy numbers into a tensor of the device, without waiting for it."""
@@ -332,13 +337,17 @@ class KVArena:
         slots = [slice(0, sink)]
         for first in map(self.place, range(sink + PAGE * packed, length, PAGE)):
             slots.append(slice(first, first + PAGE))
-        parts = [full[:, :, :, some] for full in self.row_state(row) for some in slots]
+        parts = [full[:, :, :, some] for some in slots for full in self.row_state(row)]
         if self.states is not None:
             parts += self.states.of(row, 0 if target else length)
         for group in self.windows:
             seen = slice(group.shape.first_seen(length, sink), packed)
             parts += [group.pages[page] for page in group.pool.held[row][seen]]
         return parts
+
+    def sinks(self, row: int) -> list[Tensor]:
+        """The sinks of a row, for each kind of layers."""
+        return [full[:, :, :, : self.shape.sink] for full in self.row_state(row)]
 
     def enter_row(self, row: int) -> None:
         """Write the ids of a row's pages to the page tables."""

@@ -18,6 +18,8 @@ host, so that steps can be recorded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from octo_run.kernels.cpu import recurrent as compiled
@@ -74,7 +76,7 @@ def chunk(
     start: int,
     out: Tensor,
     scratch: Tensor | None = None,
-    saving: Saving | None = None,
+    savings: Sequence[Saving] = (),
 ) -> None:
     """C tokens of one sequence; its state moves on.
 
@@ -83,15 +85,15 @@ def chunk(
         row: The sequence's, of ``state``.
         start: Position of the first token.
         scratch: uint8, at least :func:`scratch_bytes`, on CUDA.
-        saving: Where the state before one of the tokens is copied to.
+        savings: Where the states before some of the tokens are copied to, in order; positions differ by whole blocks.
     """
     if projected.is_cuda:
         from octo_run.kernels.recurrent import launch
 
         assert scratch is not None
-        launch.chunk(projected, gates, weights, state, row, start, out, scratch, saving)
+        launch.chunk(projected, gates, weights, state, row, start, out, scratch, savings)
     else:
-        reference.chunk(projected, gates, weights, state, row, start, out, saving)
+        reference.chunk(projected, gates, weights, state, row, start, out, savings)
 
 
 def host_bytes(shape: DeltaShape, tokens: int) -> int:

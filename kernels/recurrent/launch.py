@@ -19,7 +19,7 @@ from octo_run.kernels.recurrent.delta_kernels import (
 from octo_run.kernels.recurrent.reference import BLOCK, DeltaShape, DeltaWeights, LayerState, Saving, keep_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
 #: Tokens that a program convolves, lines that one norms, and columns of the memory that one carries along.
 _TOKENS, _LINES, _COLUMNS = 32, 16, 32
@@ -73,18 +73,20 @@ def chunk(
     start: int,
     out: Tensor,
     scratch: Tensor,
-    saving: Saving | None = None,
+    savings: Sequence[Saving] = (),
 ) -> None:
-    """`kernels.recurrent.chunk` by the Triton kernels."""
+    """`kernels.recurrent.chunk` by the Triton kernels.
+
+    A scan saves one state, so there are as many scans (:func:`_pieces`); all other kernels take the whole chunk.
+    """
     _check(state, projected=projected, gates=gates, conv=weights.conv, scratch=scratch, out=out)
     shape, count = weights.shape, len(projected)
     sizes = _sizes(shape)
     hk, hv, dk, dv = sizes.values()
     conv, memory = state.conv[row], state.memory[row]
     qk, v, w, scores, beta, fade = _carved(scratch, shape, count, projected.dtype)
-    lead = 0 if saving is None else (start - saving.position) % BLOCK
+    lead = (start - savings[0].position) % BLOCK if savings else 0
     blocks = triton.cdiv(lead + count, BLOCK)
-    saved, save = (memory, 0) if saving is None else (saving.state.memory[0], (saving.position - start + lead) // BLOCK)
     bk, bv = max(16, triton.next_power_of_2(dk)), max(16, triton.next_power_of_2(dv))
     heads: Callable[..., Any] = delta_heads_kernel[(triton.cdiv(count, _TOKENS), 2 * hk + hv)]
     block: Callable[..., Any] = delta_block_kernel[(blocks, hv)]
@@ -99,17 +101,32 @@ def chunk(
         block(
             QK=qk, V=v, W=w, SCORES=scores, BETA=beta, FADE=fade, n=count, lead=lead, **sizes, BK=bk, BV=bv,
             num_warps=8)  # fmt: skip
-        scan(
-            QK=qk, V=v, W=w, SCORES=scores, FADE=fade, MEMORY=memory, SAVED=saved, OUT=out, start=start, n=count,
-            lead=lead, blocks=blocks, save=save, **sizes, BK=bk, COLUMNS=columns, SAVES=saving is not None,
-            num_warps=4, num_stages=stages(projected.dtype))  # fmt: skip
+        for first, end, saving in _pieces(start, count, savings):
+            before = 0 if first else lead
+            saved = memory if saving is None else saving.state.memory[0]
+            save = 0 if saving is None else (saving.position - start - first + before) // BLOCK
+            scan(
+                QK=qk[first * 2 * hk * dk :], V=v[first * hv * dv :], W=w[first * hv * dk :],
+                SCORES=scores[first * hv * BLOCK :], FADE=fade[first * hv :], MEMORY=memory, SAVED=saved,
+                OUT=out[first:], start=start + first, n=end - first, lead=before,
+                blocks=triton.cdiv(before + end - first, BLOCK), save=save, **sizes, BK=bk, COLUMNS=columns,
+                SAVES=saving is not None, num_warps=4, num_stages=stages(projected.dtype))  # fmt: skip
         finish(
             OUT=out, X=projected, NORM=weights.norm, eps=weights.eps, lines=count * hv, HV=hv, DV=dv, BV=bv,
             CHANNELS=shape.channels, LINES=_LINES, num_warps=4)  # fmt: skip
     mixed = projected[:, : shape.channels]
-    if saving is not None:
+    for saving in savings:
         keep_inputs(mixed[: saving.position - start], saving.position, saving.state.conv[0], conv)
     keep_inputs(mixed, start + count, conv)
+
+
+def _pieces(start: int, count: int, savings: Sequence[Saving]) -> Iterator[tuple[int, int, Saving | None]]:
+    """The tokens of each scan, and the state that it saves: at its end, but for the last one, which goes on."""
+    first = 0
+    for saving in savings[:-1]:
+        yield first, saving.position - start, saving
+        first = saving.position - start
+    yield first, count, savings[-1] if savings else None
 
 
 def _carved(scratch: Tensor, shape: DeltaShape, count: int, dtype: torch.dtype) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -228,7 +229,7 @@ def chunk(
     row: int,
     start: int,
     out: Tensor,
-    saving: Saving | None = None,
+    savings: Sequence[Saving] = (),
 ) -> None:
     """See ``kernels.recurrent.chunk``."""
     shape, kind, count = weights.shape, wide(projected.dtype), len(projected)
@@ -241,14 +242,17 @@ def chunk(
     q, k, v = _heads(convolved.to(mixed.dtype), shape)
     beta, decay = _gates(gates, weights)
     memory = state.memory[row].to(kind) if start else torch.zeros_like(state.memory[row], dtype=kind)
-    parts, cut = list[Tensor](), 0 if saving is None else saving.position - start
-    for part in (slice(0, cut), slice(cut, count)):
-        if part.stop > part.start:
+    parts, first = list[Tensor](), 0
+    for saving in (*savings, None):
+        end = count if saving is None else saving.position - start
+        if end > first:
+            part = slice(first, end)
             found, memory = many_tokens(q[part], k[part], v[part], beta[part], decay[part], memory)
             parts.append(found)
-        if saving is not None and part.stop == cut:
+            first = end
+        if saving is not None:
             saving.state.memory[0] = memory.to(saving.state.memory.dtype)
-            keep_inputs(mixed[:cut], saving.position, saving.state.conv[0], state.conv[row])
+            keep_inputs(mixed[:end], saving.position, saving.state.conv[0], state.conv[row])
     state.memory[row] = memory.to(state.memory.dtype)
     keep_inputs(mixed, start + count, state.conv[row])
     _finished(torch.cat(parts), projected[:, shape.channels :], weights, out)

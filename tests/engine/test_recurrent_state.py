@@ -1,5 +1,6 @@
 """States of recurrent layers: rows, snapshots, and what a cut goes back to."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -35,16 +36,16 @@ def write(of: RecurrentStates, place: int, number: float) -> None:
         of.layer(index).conv[place], of.layer(index).memory[place] = number, number
 
 
-def move(of: RecurrentStates, row: int, start: int, end: int) -> None:
+def move(of: RecurrentStates, row: int, start: int, end: int, marks: tuple[int, ...] = ()) -> None:
     """A chunk; the state at position p is p."""
     assert of.stands(row, start)
-    snapshot = of.plan(row, start, end)
+    snapshots = of.plan(row, start, end, marks)
     of.writing(row)
-    if snapshot is not None:
-        write(of, snapshot[1], snapshot[0])
+    for position, place in snapshots:
+        write(of, place, position)
     write(of, row, end)
     of.stand(row, end)
-    of.keep(row, snapshot)
+    of.keep(row, snapshots)
 
 
 def test_snapshots_lie_at_the_last_page_boundary_before_the_end() -> None:
@@ -123,12 +124,52 @@ def test_rows_share_snapshots() -> None:
 
 def test_the_snapshot_that_is_missed_least_goes() -> None:
     one = states(snapshots=3)
-    for start, end in ((0, 1000), (1000, 2000), (2000, 2100), (2100, 3000)):
+    for start, end in ((0, 1000), (1000, 2000), (2000, 2100), (2100, 3200)):
         move(one, 0, start, end)
-    assert one.snapshots(0) == [960, 2048, 2944]  # 1984 was close to its neighbour
+    assert one.snapshots(0) == [960, 2048, 3136]  # 1984 was close to its neighbour
     move(one, 1, 0, 100)
-    assert one.snapshots(1) == [64] and one.snapshots(0) == [960, 2944]
-    for row, position in ((0, 2944), (1, 64)):
+    assert one.snapshots(1) == [64] and one.snapshots(0) == [2048, 3136]
+    for row, position in ((0, 3136), (1, 64)):
+        one.cut(row, position)
+        assert value(one, row) == position
+
+
+def test_a_long_chunk_leaves_snapshots_on_the_way() -> None:
+    """One every 16 pages, none close to the one before its end; where places are few, those that lie far apart."""
+    one = states(snapshots=30)
+    move(one, 0, 0, 4096)
+    move(one, 0, 4096, 9000)
+    assert one.snapshots(0) == [1088, 2112, 3136, 4032, 5184, 6208, 7232, 8256, 8960]
+
+
+@pytest.mark.parametrize("snapshots", [4, 16])
+def test_a_long_prompt_leaves_snapshots_far_apart(snapshots: int) -> None:
+    """They lie evenly, and hardly more are taken than there are places: each costs a little."""
+    one, beside = states(rows=1, snapshots=snapshots), 0
+    for start in range(0, 131_072, 4096):
+        planned = one.plan(0, start, start + 4096)
+        beside += len(planned) - 1
+        one.keep(0, planned)
+        one.stand(0, start + 4096)
+    assert 0 < beside < snapshots + 3
+    held = [0, *one.snapshots(0)]
+    assert len(held) == 1 + snapshots and held[-1] == 131_008
+    steps = [later - before for before, later in itertools.pairwise(held)]
+    assert max(steps) < 3.1 * min(steps)
+
+
+def test_snapshots_are_taken_where_texts_part() -> None:
+    one = states(snapshots=30)
+    move(one, 0, 0, 1000, (700,))
+    assert one.snapshots(0) == [640, 960]
+    move(one, 0, 1000, 1300, (1000, 1100, 1300, 2000))
+    assert one.snapshots(0) == [640, 960, 1088, 1280]
+    move(one, 0, 1300, 1344, (1344,))
+    assert one.snapshots(0) == [640, 960, 1088, 1280, 1344]
+    move(one, 1, 0, 64)
+    move(one, 1, 64, 70, (64,))
+    assert one.snapshots(1) == [64]
+    for row, position in ((0, 1344), (0, 1088), (0, 640), (1, 64)):
         one.cut(row, position)
         assert value(one, row) == position
 
@@ -145,7 +186,7 @@ def test_few_snapshots(snapshots: int) -> None:
 def test_an_interrupted_chunk_leaves_its_place_to_the_next() -> None:
     one = states(rows=1, snapshots=1)
     for _ in range(3):
-        assert one.plan(0, 0, 100) == (64, 1)
+        assert one.plan(0, 0, 100) == [(64, 1)]
         one.writing(0)
     assert one.snapshots(0) == []
 
@@ -174,8 +215,8 @@ def arena(rows: int = 2, snapshots: int = 6) -> KVArena:
 def feed(of: KVArena, sequence: Sequence, ids: list[int]) -> None:
     assert of.states is not None
     chunk = of.prefill(sequence, ids)
-    if chunk.snapshot is not None:
-        write(of.states, chunk.snapshot[1], chunk.snapshot[0])
+    for position, place in chunk.snapshots:
+        write(of.states, place, position)
     write(of.states, sequence.row, chunk.end)
     chunk.commit()
 

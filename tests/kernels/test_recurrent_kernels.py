@@ -91,13 +91,13 @@ class Case:
         return torch.stack(outs), memory
 
 
-def run_chunks(chunk, case, lengths, row=2, saving=None):
+def run_chunks(chunk, case, lengths, row=2, savings=()):
     """Outputs of chunks of these lengths, one after the other."""
     outs, first = [], 0
     for count in lengths:
         part = slice(first, first + count)
         out = case.out(count)
-        saved = saving if saving is not None and first < saving.position <= first + count else None
+        saved = [one for one in savings if first < one.position <= first + count]
         scratch = torch.full(
             (recurrent.scratch_bytes(case.shape, count, case.dtype.itemsize),), 255, dtype=torch.uint8, device=DEVICE
         )
@@ -108,8 +108,8 @@ def run_chunks(chunk, case, lengths, row=2, saving=None):
     return torch.cat(outs)
 
 
-def plain_chunk(projected, gates, weights, state, row, start, out, _scratch, saving):
-    reference.chunk(projected, gates, weights, state, row, start, out, saving)
+def plain_chunk(projected, gates, weights, state, row, start, out, _scratch, savings):
+    reference.chunk(projected, gates, weights, state, row, start, out, savings)
 
 
 def integers(values):
@@ -163,7 +163,7 @@ def test_reference_saves_the_state_inside_a_chunk(position):
     case = Case(SHAPES[0], 210, torch.float64)
     want, _ = case.exact()
     saved = case.fresh().row(0)
-    run_chunks(plain_chunk, case, [200], saving=Saving(position, saved))
+    run_chunks(plain_chunk, case, [200], savings=[Saving(position, saved)])
     case.state.conv[2], case.state.memory[2] = saved.conv[0], saved.memory[0]
     close(run_steps(reference.step, case, 210 - position, first=position), want[position:], torch.float64)
 
@@ -255,8 +255,43 @@ def test_triton_saves_the_state_inside_a_chunk(position):
     for run in (launch.chunk, plain_chunk):
         case = Case(SHAPES[0], 100, torch.float32)
         saved = case.fresh().row(0)
-        run_chunks(run, case, [100], saving=Saving(position, saved))
+        run_chunks(run, case, [100], savings=[Saving(position, saved)])
         slots = torch.arange(max(0, position - case.shape.taps), position) % case.shape.taps
         saves.append((saved.memory, saved.conv[:, slots], case.state.memory[2], case.state.conv[2]))
     for ours, theirs in zip(*saves, strict=True):
         close(ours, theirs, torch.float32)
+
+
+SEVERAL = [(0, [64, 128, 192]), (0, [128]), (37, [101, 165]), (37, [165, 229]), (64, [128, 256])]
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize(("start", "positions"), SEVERAL)
+def test_saving_several_states_changes_nothing(start, positions):
+    """The output and the last state are those of a chunk that saves the last of them, to the bit; so is each state."""
+    check_several(plain_chunk, start, positions)
+
+
+@triton_only
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("start", "positions"), SEVERAL)
+def test_triton_saves_several_states(start, positions):
+    from octo_run.kernels.recurrent import launch
+
+    check_several(launch.chunk, start, positions)
+
+
+def check_several(run, start, positions):
+    found = []
+    for several in (positions, *([position] for position in positions)):
+        case = Case(SHAPES[0], start + 260, torch.float32)
+        saved = [case.fresh().row(0) for _ in several]
+        lengths = [start, 260] if start else [260]
+        out = run_chunks(run, case, lengths, savings=list(map(Saving, several, saved)))
+        found.append((out[start:], case.state.memory[2], case.state.conv[2], saved))
+    (out, memory, conv, saved), *alone = found
+    for position, one, (same_out, same_memory, same_conv, (same,)) in zip(positions, saved, alone, strict=True):
+        assert torch.equal(out, same_out) and torch.equal(memory, same_memory) and torch.equal(conv, same_conv), (
+            position
+        )
+        assert torch.equal(one.memory, same.memory) and torch.equal(one.conv, same.conv), position
