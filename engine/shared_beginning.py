@@ -1,4 +1,4 @@
-"""Where the prompt of a chat's first question begins to be its own: what comes before is what other chats begin with."""
+"""Where the prompt of a chat's first question begins to be its own: what comes before, other chats begin with, too."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

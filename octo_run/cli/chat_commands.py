@@ -244,10 +244,10 @@ def _load_anew(chat: "Conversation", **changes: Any) -> None:
     chat.engine.close()  # two do not fit at once
     failure: BaseException | None = None
     try:
-        engine, params = _loaded(chat, wanted)
+        engine, params = _loaded(chat, wanted, warm=True)
     except (Exception, KeyboardInterrupt) as error:
         failure, wanted = error, before
-        engine, params = _loaded(chat, before)
+        engine, params = _loaded(chat, before, warm=False)
     former = chat.session
     chat.engine, chat.load = engine, wanted
     chat.session = runtime.open_session(engine, former.system, variables=former.variables, drops=former.drops)
@@ -257,15 +257,25 @@ def _load_anew(chat: "Conversation", **changes: Any) -> None:
     chat.tell("the conversation is read with the next question")
 
 
-def _loaded(chat: "Conversation", wanted: "EngineOptions") -> "tuple[Engine, SamplingParams]":
-    """An engine that is ready to answer in this chat, and how it does."""
+def _params(chat: "Conversation", engine: "Engine") -> "SamplingParams":
+    """How an engine answers in this chat."""
+    return dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
+
+
+def _loaded(chat: "Conversation", wanted: "EngineOptions", *, warm: bool) -> "tuple[Engine, SamplingParams]":
+    """An engine that is ready to answer in this chat, and how it does.
+
+    Args:
+        warm: Whether it is warmed up: not one that has been used before.
+    """
     engine = runtime.load_engine(wanted)
     try:
         if chat.options.template is not None:
             engine.tokenizer.use_template(*chat.options.template)
         engine.check_chat()
-        params = dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
-        runtime.warm_up(engine, params)
+        params = _params(chat, engine)
+        if warm:
+            runtime.warm_up(engine, params)
     except BaseException:
         engine.close()
         raise

@@ -1,4 +1,4 @@
-"""Layers with a state or a window cost no second reading: what is read is counted, tokens are those of a fresh engine."""
+"""Layers with a state or a window cost no second reading: what is read is counted, tokens are a fresh engine's."""
 
 from collections.abc import Callable
 from dataclasses import replace
