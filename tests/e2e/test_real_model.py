@@ -102,7 +102,9 @@ def test_tokens_are_those_of_transformers(smollm2: Any) -> None:
         *TEXTS,
         *(path.read_text(encoding="utf-8") for path in [*here.glob("*.py"), *here.parents[1].glob("*.md")]),
     ]:
-        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text[:80]
+        # a text is a text to us: what it writes like a special token is none
+        expected = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text) == expected, text[:80]
         assert ours.decode(ours.encode(text)) == text
     messages = [{"role": "user", "content": QUESTION}]
     assert ours.chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
