@@ -131,12 +131,14 @@ class TokenizersBackend:
             inside = without_prefix(self._state, ("first",))
             self._inside = self._tok if inside is None else self._build(inside)
             self._watched = has_regex(self._state)
+            # The JSON takes twice what the library makes of it, so it goes unless it is needed again.
+            self._bare_state = without_prefix(self._state, ("first", "always"))
+            del self._state
 
     @cached_property
     def _bare(self) -> Tokenizer:
         """For the inside of words: without any space of its own."""
-        state = without_prefix(self._state, ("first", "always"))
-        return self._tok if state is None else self._build(state)
+        return self._tok if self._bare_state is None else self._build(self._bare_state)
 
     def encode(self, text: str, *, start: bool) -> list[int]:
         """See `Backend.encode`."""

@@ -56,6 +56,18 @@ def import_torch() -> None:
     try:
         torch.Generator()
     except RuntimeError:  # since PyTorch 2.13 what is imported with those shapes makes generators usable
+        _make_generators_usable()
+
+
+def _make_generators_usable() -> None:
+    """Give `torch.Generator` its metaclass, as `torch._prims.rng_prims` does; importing that would take .3 s more."""
+    import torch
+
+    try:
+        base = importlib.import_module("torch._opaque_base")
+        vars(torch._C)["_set_generator_metaclass"](base.OpaqueBaseMeta)
+        torch.Generator()
+    except (ImportError, AttributeError, KeyError, RuntimeError, TypeError):
         importlib.import_module("torch._prims.rng_prims")
 
 

@@ -39,7 +39,13 @@ print(json.dumps([left_out, hasattr(shapes, "meta_index_Tensor"), shape]))
 """
 #: What takes long to import, and is for other commands.
 _LARGE = ("transformers", "matplotlib", "huggingface_hub", "httpx", "gguf", "rich", "sympy", "llguidance", "jsonschema")
-_COMPILER = ("torch._meta_registrations", "torch._decomp.decompositions", "torch._dynamo", "torch._inductor")
+_COMPILER = (
+    "torch._meta_registrations",
+    "torch._prims",
+    "torch._decomp.decompositions",
+    "torch._dynamo",
+    "torch._inductor",
+)
 
 
 def _run(code: str, *arguments: str) -> Any:
