@@ -157,13 +157,11 @@ def packed_experts_kernel(
     inputs = ()
     sums = ()
     for turn in gl.static_range(TURNS):
-        inputs = inputs + (
-            (
-                row_inputs(
-                    source, block + block_of(turn, TURNS, WARPS), blocks, columns, lane, PADDED, UNEVEN, KIND, ELEMENT
-                ),
-            ),
-        )
+        at = block + block_of(turn, TURNS, WARPS)
+        operand, _squares = row_inputs(
+            source, source, at, blocks, columns, lane, PADDED, UNEVEN, KIND, ELEMENT, False
+        )  # fmt: skip
+        inputs = inputs + ((operand,),)
     for turn in gl.static_range(TURNS):
         if SUMMED:
             sums = sums + (sums_of(inputs[turn], lane, STEPS, ELEMENT, 1),)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octo_run.kernels.cpu import linear as compiled_linear
 from octo_run.kernels.cpu import step as compiled
+from octo_run.kernels.linear.around import ALONE, Around
 from octo_run.kernels.step import reference
 from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised, share
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from octo_run.kernels.linear import PackedWeight
 
 __all__ = [
+    "ALONE",
     "SLICE_TOKENS",
+    "Around",
     "Draws",
     "HeadTransform",
     "add_rms_norm",
@@ -39,6 +42,8 @@ __all__ = [
     "sample",
     "share",
     "swiglu",
+    "takes_in",
+    "vector_swiglu",
 ]
 
 
@@ -111,24 +116,48 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
         reference.norm_heads(x, weight, eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def takes_in(x: Tensor, norm: Tensor | None) -> bool:
+    """Whether `linear` can do what is around a product of ``x [B, k]``, and `vector_swiglu` is there.
+
+    Args:
+        norm: Of the inputs, if there is one.
+    """
+    of_norm = norm is None or (norm.dtype == x.dtype and norm.is_contiguous())
+    return x.is_cuda and len(x) == 1 and x.element_size() == 2 and of_norm
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
     """``out [B, n] = x [B, k] weight^T + bias`` with ``weight [n, k]``, all contiguous and of one dtype; on a CPU the
     weight may be bfloat16 where the others are float32.
 
     A single row of a 16-bit dtype on CUDA goes to our own kernel, which fetches weights while the kernel in front of it
     ends; the rest to the library. A step of an 8B shape on an H200: 3.99 ms, all by the library 4.47.
+
+    Args:
+        around: More than the product, where `takes_in` says that it can be done.
     """
     if x.is_cuda and len(x) == 1 and x.element_size() == 2:
         from octo_run.kernels.step import launch
 
-        launch.vector(x, weight, bias, out)
-    elif not (
+        launch.vector(x, weight, bias, out, around)
+        return
+    if around != ALONE:
+        raise ValueError("a norm or a sum is done in the product for one row of 16-bit numbers on a GPU alone")
+    if not (
         weight.dtype in (torch.float32, torch.bfloat16)
         and x.is_cpu
         and len(x) <= 4
         and compiled_linear.dense_linear(x, weight, bias, out)
     ):
         reference.linear(x, weight, bias, out)
+
+
+def vector_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
+    """``out [1, n / 2] = silu(y) * z`` of the first and the second half of ``x weight^T + bias``, in one kernel, where
+    `takes_in` says that it can be done. An odd ``n`` cannot."""
+    from octo_run.kernels.step import launch
+
+    launch.vector(x, weight, bias, out, around, swiglu=True)
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:

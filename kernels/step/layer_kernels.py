@@ -187,6 +187,17 @@ def qkv_rope_append_kernel(
     target = row
     if MAPPED:
         target = tl.load(ROWS + row, mask=row < n, other=-1).to(tl.int64)
+    if NORM:
+        here_q = column < tl.where(is_q, D, 0)
+        here_k = column < tl.where(is_k, D, 0)
+        weight = _for_lines(Q_NORM, column, here_q, line, HEADS * TOKENS)
+        weight += _for_lines(K_NORM, column, here_k, line, HEADS * TOKENS)
+        weight_across = _for_lines(Q_NORM, partner, here_q, line, HEADS * TOKENS)
+        weight_across += _for_lines(K_NORM, partner, here_k, line, HEADS * TOKENS)
+    if TAKES_MEAN:
+        of_q = column < tl.where(is_q, D, 0)
+        mean = _for_lines(MEAN + h * D, column, of_q, line, HEADS * TOKENS)
+        mean_across = _for_lines(MEAN + h * D, partner, of_q, line, HEADS * TOKENS)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -197,13 +208,7 @@ def qkv_rope_append_kernel(
         x = raw.to(tl.float32)
         other = tl.load(source + partner[None, :], mask=real[:, None] & inside[None, :], other=0).to(tl.float32)
         if NORM:
-            here_q = column < tl.where(is_q, D, 0)
-            here_k = column < tl.where(is_k, D, 0)
-            weight = _for_lines(Q_NORM, column, here_q, line, HEADS * TOKENS)
-            weight += _for_lines(K_NORM, column, here_k, line, HEADS * TOKENS)
-            across = _for_lines(Q_NORM, partner, here_q, line, HEADS * TOKENS)
-            across += _for_lines(K_NORM, partner, here_k, line, HEADS * TOKENS)
-            x, other = _normed(x, other, weight, across, eps, kind, D)
+            x, other = _normed(x, other, weight, weight_across, eps, kind, D)
         angle = row[:, None] * HALF + tl.where(column < HALF, column, column - HALF)[None, :]
         there = real[:, None] & inside[None, :]
         cos = tl.load(COS + angle, mask=there, other=0).to(tl.float32)
@@ -222,8 +227,6 @@ def qkv_rope_append_kernel(
             across = tl.where(low, by_cos + by_sin, by_cos - by_sin).to(kind).to(tl.float32)
             if SCALED:
                 across = (across * factor).to(kind).to(tl.float32)
-            mean = _for_lines(MEAN + h * D, column, inside, line, HEADS * TOKENS)
-            mean_across = _for_lines(MEAN + h * D, partner, inside, line, HEADS * TOKENS)
             straight = turned.to(tl.float32)
             found = tl.where(low, straight * mean + across * mean_across, straight * mean_across - across * mean)
             mine = (real & q_line)[:, None] & (inside & (column // COLUMNS == tl.program_id(1)))[None, :]
@@ -278,27 +281,56 @@ def rotate_back_kernel(
 
 @triton.jit
 def vector_kernel(
-    X, WEIGHT, BIAS, OUT, n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr,
-    EARLY: tl.constexpr,
+    X, WEIGHT, BIAS, NORM, OUT, eps, n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr,
+    NORMED: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BN outputs of a matrix-vector product a program: x [K], weights [n, K], sums in float32."""
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
+    """BN outputs of a matrix-vector product a program: x [K], weights [n, K], sums in float32.
+
+    NORMED: x is divided by its root mean square, which is known when the sums are, and multiplied by NORM [K].
+    SWIGLU: half of the BN outputs, and the same of the other half of the n, become silu of these times those.
+    ADD: what comes out is added to OUT.
+    """
+    kind = OUT.dtype.element_ty
+    line = tl.arange(0, BN)
+    at = tl.program_id(0) * BN + line
+    limit = n
+    if SWIGLU:
+        limit = n // 2
+        at = tl.program_id(0) * (BN // 2) + line % (BN // 2)
+    row = at
+    if SWIGLU:
+        row = at + line // (BN // 2) * limit
     k = tl.arange(0, BK)
-    source = WEIGHT + at.to(tl.int64)[:, None] * K + k[None, :]
-    there = (at < n)[:, None]
+    source = WEIGHT + row.to(tl.int64)[:, None] * K + k[None, :]
+    there = (at < limit)[:, None]
     weights = tl.load(source, mask=there & (k < K)[None, :], other=0, eviction_policy="evict_first")
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros([BN, BK], tl.float32)
+    squares = tl.zeros([BK], tl.float32)
     for first in range(0, K, BK):
         x = tl.load(X + first + k, mask=first + k < K, other=0).to(tl.float32)
         following = first + BK
         mask = there & (following + k < K)[None, :]
         ahead = tl.load(source + following, mask=mask, other=0, eviction_policy="evict_first")
+        if NORMED:
+            squares += x * x
+            x *= tl.load(NORM + first + k, mask=first + k < K, other=0).to(tl.float32)
         total += weights.to(tl.float32) * x[None, :]
         weights = ahead
     result = tl.sum(total, 1)
+    if NORMED:
+        result *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
     if BIASED:
-        result += tl.load(BIAS + at, mask=at < n, other=0).to(tl.float32)
-    tl.store(OUT + at, result.to(OUT.dtype.element_ty), mask=at < n)
+        result += tl.load(BIAS + row, mask=at < limit, other=0).to(tl.float32)
+    if SWIGLU:
+        halves = tl.reshape(result.to(kind).to(tl.float32), [2, BN // 2])
+        is_up = tl.arange(0, 2)[:, None] == 1
+        gate = tl.sum(tl.where(is_up, 0.0, halves), 0)
+        up = tl.sum(tl.where(is_up, halves, 0.0), 0)
+        result = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up
+        at = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+    if ADD:
+        result = result.to(kind).to(tl.float32) + tl.load(OUT + at, mask=at < limit, other=0).to(tl.float32)
+    tl.store(OUT + at, result.to(kind), mask=at < limit)
