@@ -18,6 +18,7 @@ from octo_run.engine.sequence import Sequence
 from octo_run.kernels import step as ops
 from octo_run.kernels.cpu.memory import collapse_later
 from octo_run.kernels.cpu.replay import Replays
+from octo_run.kernels.linear.around import taken_in
 from octo_run.models import per_layer
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Angles, AttentionWeights, Decoder, Layer, Mixer
@@ -310,7 +311,10 @@ class Forward:
         part, spec, rows = layer.attention, layer.spec, len(given)
         buffers = self._of_mixer[index]
         qkv = buffers["qkv"][:rows]
-        part.qkv.apply(given, qkv if spec.kv_source is None else qkv[:, : spec.edges[0]], replace(around, add=False))
+        fetches = "later" in taken_in and part.maps is not None and part.maps.is_contiguous()
+        later = part.maps if fetches and part.qkv.takes_in(given) else None
+        before = replace(around, add=False, later=later)
+        part.qkv.apply(given, qkv if spec.kv_source is None else qkv[:, : spec.edges[0]], before)
         if spec.qk_norm == "all" and part.q_norm is not None and part.k_norm is not None:
             (of_q, of_k, _), eps = spec.edges, self.decoder.cfg.rms_norm_eps
             ops.norm_heads(qkv[:, :of_q], part.q_norm, eps)

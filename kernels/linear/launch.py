@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
-from octo_run.kernels.linear.around import ALONE, Around
+from octo_run.kernels.linear.around import ALONE, LINE, Around, taken_in
 from octo_run.kernels.linear.dequantise_kernel import dequantise_kernel
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
 from octo_run.kernels.linear.reference import SLAB_BYTES, in_slabs
@@ -88,13 +88,16 @@ def takes_in(x: Tensor, weight: PackedWeight, norm: Tensor | None) -> bool:
     """`kernels.linear.takes_in` on a GPU."""
     if len(x) > ROWS_AT_ONCE or weight.order is not None or not fits(x, weight):
         return False
+    if norm is None:
+        return "packed sum" in taken_in
     whole = tiling(weight.padded // BLOCK).slices == 1  # a program sees all of a row
-    return norm is None or (whole and norm.dtype == x.dtype and norm.is_contiguous())
+    return "packed norm" in taken_in and whole and norm.dtype == x.dtype and norm.is_contiguous()
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
     """`kernels.linear.packed_linear` on a GPU."""
-    if around != ALONE and not takes_in(x, weight, around.norm):
+    fused_here = len(x) <= ROWS_AT_ONCE and weight.order is None and fits(x, weight)
+    if around != ALONE and not fused_here:
         raise ValueError("this product takes in neither a norm nor a sum")
     if weight.order is not None:
         x = x.index_select(1, weight.order)
@@ -147,6 +150,7 @@ def fused(
     tiles = triton.cdiv(n, 2 * step if swiglu else step)
     programs = min(tiles, max(1, how.programs * processors(x.device) // how.slices))
     group = 0 if weight.scales is None else weight.group
+    later = weight.codes if around.later is None else around.later.view(-1).view(torch.uint8)
     stages, normed = how.turns * how.ahead, around.norm is not None
     shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, wide, how.warps, stages, normed)
     threads, unused = 32 * how.warps, weight.rows
@@ -155,15 +159,16 @@ def fused(
     launch(
         X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=scales,
         OFFSETS=scales if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias,
-        NORM=unused if around.norm is None else around.norm, OUT=out, PARTS=parts, COUNTERS=counters, eps=around.eps,
-        n=n, rows=rows, columns=weight.columns, blocks=blocks, slice_blocks=triton.cdiv(blocks, how.slices),
-        row_bytes=weight.codes.stride(0), stride_x=x.stride(0), stride_out=out.stride(0),
-        stride_group=0 if weight.scales is None else weight.scales.stride(1), tiles=tiles, programs=programs, step=step,
-        half=half, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype], GROUP=group, NT=wide,
-        HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, NORMED=normed, SWIGLU=swiglu, ADD=around.add,
-        PADDED=weight.padded != weight.columns, UNEVEN=blocks != how.slices * how.warps * how.turns, TURNS=how.turns,
-        AHEAD=how.ahead, SLICES=how.slices, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
-        **early(x.device), num_warps=how.warps, **how.registers,
+        NORM=unused if around.norm is None else around.norm, LATER=later, OUT=out, PARTS=parts, COUNTERS=counters,
+        eps=around.eps, lines=later.numel() // LINE, n=n, rows=rows, columns=weight.columns, blocks=blocks,
+        slice_blocks=triton.cdiv(blocks, how.slices), row_bytes=weight.codes.stride(0), stride_x=x.stride(0),
+        stride_out=out.stride(0), stride_group=0 if weight.scales is None else weight.scales.stride(1), tiles=tiles,
+        programs=programs, step=step, half=half, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
+        GROUP=group, NT=wide, HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, NORMED=normed,
+        SWIGLU=swiglu, ADD=around.add, FETCHES=around.later is not None, PADDED=weight.padded != weight.columns,
+        UNEVEN=blocks != how.slices * how.warps * how.turns, TURNS=how.turns, AHEAD=how.ahead, SLICES=how.slices,
+        WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads, **early(x.device),
+        num_warps=how.warps, **how.registers,
     )  # fmt: skip
 
 

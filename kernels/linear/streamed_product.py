@@ -15,7 +15,7 @@ the next tile is computed. If there are several slices, the last of their progra
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from octo_run.kernels.lane_copies import wait_for_copies, wait_for_warps
+from octo_run.kernels.lane_copies import prefetch_l2_line, wait_for_copies, wait_for_warps
 from octo_run.kernels.lanes import (
     arrive,
     barrier,
@@ -132,14 +132,16 @@ def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, 
         gl.store(at, _added(total, at, mine, ADD), mask=mine)
 
 
-@gluon.jit(do_not_specialize=["n", "rows", "stride_x", "stride_out", "tiles", "programs", "step", "half", "eps"])
+@gluon.jit(
+    do_not_specialize=["n", "rows", "stride_x", "stride_out", "tiles", "programs", "step", "half", "eps", "lines"]
+)
 def streamed_product_kernel(
-    X, CODES, ROWS, SCALES, OFFSETS, BIAS, NORM, OUT, PARTS, COUNTERS, eps, n, rows, columns, blocks, slice_blocks,
-    row_bytes, stride_x, stride_out, stride_group, tiles, programs, step, half, KIND: gl.constexpr, BITS: gl.constexpr,
-    ELEMENT: gl.constexpr, GROUP: gl.constexpr, NT: gl.constexpr, HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr,
-    NORMED: gl.constexpr, SWIGLU: gl.constexpr, ADD: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr,
-    TURNS: gl.constexpr, AHEAD: gl.constexpr, SLICES: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
-    EARLY: gl.constexpr,
+    X, CODES, ROWS, SCALES, OFFSETS, BIAS, NORM, LATER, OUT, PARTS, COUNTERS, eps, lines, n, rows, columns, blocks,
+    slice_blocks, row_bytes, stride_x, stride_out, stride_group, tiles, programs, step, half, KIND: gl.constexpr,
+    BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, NT: gl.constexpr, HAS_OFFSETS: gl.constexpr,
+    BIASED: gl.constexpr, NORMED: gl.constexpr, SWIGLU: gl.constexpr, ADD: gl.constexpr, FETCHES: gl.constexpr,
+    PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr, SLICES: gl.constexpr,
+    WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """OUT [rows, n] = X [rows, columns] W^T + BIAS for at most 8 NT rows; programs: ``programs`` for each of SLICES.
 
@@ -151,6 +153,7 @@ def streamed_product_kernel(
         GROUP: Columns of a group, 0 for all of a row.
         NORMED: Of one slice: each row of X is divided by its root mean square and multiplied by NORM ``[columns]``.
         ADD: The outputs are added to OUT.
+        FETCHES: LATER is fetched, of whose lines of 128 bytes there are ``lines``.
         PADDED: ``columns`` is no multiple of 128.
         UNEVEN: The warps have not all as many blocks.
         AHEAD: Tiles in the ring.
@@ -184,6 +187,9 @@ def streamed_product_kernel(
                   BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
         if i % TURNS == TURNS - 1:
             places, left = next_places(places, row_bytes, programs, step), left - programs
+    if FETCHES:
+        line = gl.program_id(0) * (32 * WARPS) + tid
+        prefetch_l2_line(LATER + line * 128, line < lines)
     after = 0
     if EARLY:
         let_next_kernel_start(n)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octo_run.kernels.cpu import linear as compiled_linear
 from octo_run.kernels.cpu import step as compiled
-from octo_run.kernels.linear.around import ALONE, Around
+from octo_run.kernels.linear.around import ALONE, Around, taken_in
 from octo_run.kernels.step import reference
 from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised, share
 
@@ -117,13 +117,15 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
 
 
 def takes_in(x: Tensor, norm: Tensor | None) -> bool:
-    """Whether `linear` can do what is around a product of ``x [B, k]``, and `vector_swiglu` is there.
+    """Whether `linear` does what is around a product of ``x [B, k]``.
 
     Args:
         norm: Of the inputs, if there is one.
     """
-    of_norm = norm is None or (norm.dtype == x.dtype and norm.is_contiguous())
-    return x.is_cuda and len(x) == 1 and x.element_size() == 2 and of_norm
+    if norm is not None and (norm.dtype != x.dtype or not norm.is_contiguous()):
+        return False
+    way = "vector sum" if norm is None else "vector norm"
+    return way in taken_in and x.is_cuda and len(x) == 1 and x.element_size() == 2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
@@ -152,12 +154,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: 
         reference.linear(x, weight, bias, out)
 
 
-def vector_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
-    """``out [1, n / 2] = silu(y) * z`` of the first and the second half of ``x weight^T + bias``, in one kernel, where
-    `takes_in` says that it can be done. An odd ``n`` cannot."""
+def vector_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> bool:
+    """``out [1, n / 2] = silu(y) * z`` of the first and the second half of ``x weight^T + bias``, in one kernel.
+
+    Returns:
+        Whether it was done: there is such a kernel for one row of 16-bit numbers on a GPU.
+    """
+    if not (
+        "vector swiglu" in taken_in and x.is_cuda and len(x) == 1 and x.element_size() == 2 and len(weight) % 2 == 0
+    ):
+        return False
     from octo_run.kernels.step import launch
 
     launch.vector(x, weight, bias, out, around, swiglu=True)
+    return True
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:

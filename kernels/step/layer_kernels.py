@@ -281,14 +281,15 @@ def rotate_back_kernel(
 
 @triton.jit
 def vector_kernel(
-    X, WEIGHT, BIAS, NORM, OUT, eps, n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr,
-    NORMED: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr,
+    X, WEIGHT, BIAS, NORM, LATER, OUT, eps, n, lines, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr, FETCHES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of a matrix-vector product a program: x [K], weights [n, K], sums in float32.
 
     NORMED: x is divided by its root mean square, which is known when the sums are, and multiplied by NORM [K].
     SWIGLU: half of the BN outputs, and the same of the other half of the n, become silu of these times those.
-    ADD: what comes out is added to OUT.
+    ADD: what comes out is added to OUT. FETCHES: LATER is fetched, of whose lines of 128 bytes there are ``lines``.
     """
     kind = OUT.dtype.element_ty
     line = tl.arange(0, BN)
@@ -304,6 +305,12 @@ def vector_kernel(
     source = WEIGHT + row.to(tl.int64)[:, None] * K + k[None, :]
     there = (at < limit)[:, None]
     weights = tl.load(source, mask=there & (k < K)[None, :], other=0, eviction_policy="evict_first")
+    if FETCHES:
+        later = tl.program_id(0) * 128 + tl.arange(0, 128)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
+            [LATER.to(tl.pointer_type(tl.uint8)) + later * 128, (later < lines).to(tl.int32)], dtype=tl.int32,
+            is_pure=False, pack=1)  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()

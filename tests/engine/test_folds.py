@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octo_run.engine import Engine, SamplingParams
 from octo_run.kernels import step as ops
+from octo_run.kernels.linear.around import WAYS, taken_in
 from octo_run.kernels.step import reference
 from octo_run.models.cache import DEMO_PATH
 from octo_run.models.linear import Linear
@@ -94,3 +95,31 @@ def test_a_step_is_the_same_where_products_do_what_is_around_them(
     assert torch.allclose(torch.tensor(found[0][1]), torch.tensor(found[1][1]), atol=2e-5)
     steps = DONE["steps"]
     assert (DONE["norm"], DONE["sum"]) == (norms * steps, sums * steps), "of each step"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["bf16", "int4", "int8", "fp8"])
+def test_the_kernels_do_what_is_around_them(weights: str) -> None:
+    """With all ways a step's logits are those without, but for rounding, for one sequence and for several; recorded
+    steps give the tokens of steps that are not."""
+    before, found, tokens = set(taken_in), [], []
+    ids = list(range(100, 400))
+    try:
+        for ways in ((), WAYS):
+            taken_in.clear()
+            taken_in.update(ways)
+            with Engine.load("octo-demo", device="cuda", kv="oct3", weights=weights, max_context=1024) as engine:
+                engine.end_ids = frozenset()
+                found.append(engine.logits(ids, step=1)[-40:].float().cpu())
+                params = SamplingParams(temperature=0, max_tokens=12)
+                tokens.append([token.id for token in engine.generate(ids, params)])
+                again = [token.id for token in engine.generate(ids, params)]
+                assert again == tokens[-1]
+                together = engine.generate_batch([ids] * 3, params)
+                assert all(answer.ids == tokens[-1] for answer in together) or weights == "bf16"
+    finally:
+        taken_in.clear()
+        taken_in.update(before)
+    spread = found[0].std(-1, keepdim=True)
+    assert float(((found[1] - found[0]) / spread).abs().mean()) < 0.03
+    assert float((found[1].argmax(-1) == found[0].argmax(-1)).float().mean()) > 0.9

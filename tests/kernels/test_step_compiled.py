@@ -32,8 +32,12 @@ RULES = {
 NORM = dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT", "POST"), B) | {"eps": "fp32", "multiplier": "fp32"}
 ADDED = {"N": 4096, "BLOCK": 4096, "ADD": True, "NORM": True, "EARLY": True}
 PLAIN = {"SCALED": False, "NORM_V": False}
-VECTOR = dict.fromkeys(("X", "WEIGHT", "BIAS", "NORM", "OUT"), B) | {"eps": "fp32", "n": "i32"}
-OF_VECTOR = {"BN": 2, "BK": 2048, "EARLY": True} | dict.fromkeys(("BIASED", "NORMED", "SWIGLU", "ADD"), False)
+VECTOR = dict.fromkeys(("X", "WEIGHT", "BIAS", "NORM", "LATER", "OUT"), B) | {
+    "eps": "fp32", "n": "i32", "lines": "i32"
+}  # fmt: skip
+OF_VECTOR = {"BN": 2, "BK": 2048, "EARLY": True} | dict.fromkeys(
+    ("BIASED", "NORMED", "SWIGLU", "ADD", "FETCHES"), False
+)
 CASES = [
     (layer_kernels.add_rms_norm_kernel, NORM, ADDED | dict.fromkeys(("POST_NORM", "SCALED", "CENTRED"), False), 8),
     (layer_kernels.add_rms_norm_kernel, NORM | {"WEIGHT": F, "POST": F},
@@ -68,7 +72,7 @@ CASES = [
     (layer_kernels.embed_packed_kernel, {"IDS": I, "CODES": "*u8", "ROWS": F, "OUT": B},
      {"N": 4096, "PADDED": 4096, "BLOCK": 1024, "EARLY": True}, 4),
     (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 4096}, 4),
-    (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 4096, "NORMED": True, "BIASED": True}, 4),
+    (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 4096, "NORMED": True, "BIASED": True, "FETCHES": True}, 4),
     (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 4096, "NORMED": True, "SWIGLU": True}, 4),
     (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 14336, "ADD": True}, 4),
     (sample_kernels.sample_slice_kernel, RULES | {"EDITS": F, "vocab": "i32", "s_penalty": "i32"},

@@ -375,10 +375,18 @@ def test_triton_products_of_a_vector_and_what_is_around_them(n, k, swiglu, norme
 
 
 def test_what_is_around_a_product_needs_one_row_on_a_gpu():
+    from octo_run.kernels.linear import around
+
     x, weight, out = random(2, 64), random(8, 64), random(2, 8)
-    assert not ops.takes_in(x, None)
-    if DEVICE == "cuda":
-        assert ops.takes_in(x[:1].to(HALF), weight[0].to(HALF)) and not ops.takes_in(x[:1].to(HALF), weight[0])
+    before = set(around.taken_in)
+    around.taken_in.update(around.WAYS)
+    try:
+        assert not ops.takes_in(x, None)
+        one, norm = x[:1].to(HALF), weight[0].to(HALF)
+        assert ops.takes_in(one, norm) == (DEVICE == "cuda") and not ops.takes_in(one, weight[0])
+    finally:
+        around.taken_in.clear()
+        around.taken_in.update(before)
     with pytest.raises(ValueError, match="for one row of 16-bit numbers on a GPU alone"):
         ops.linear(x, weight, None, out, ops.Around(add=True))
 
