@@ -210,8 +210,8 @@ class Decoder:
             emptied.
         k_rotations: The codec's for queries and keys, or None.
         v_rotations: The codec's for values, or None.
-        quantise: Packs the layers' dense matrices, once the rotation of values is in those that take it; None: they stay
-            dense.
+        quantise: Packs the layers' dense matrices, once the rotation of values is in them if they take it; None: they
+            stay dense.
         text: Token ids that go through the layers before these are packed, so that it is known what their matrices are
             multiplied by; None: it is not known.
         pack_embedding: Packs the embedding and the output head, which share one copy where they are tied; None: they
