@@ -35,7 +35,7 @@ TOKENS, FEWER = 1536, 768
 #: Files that are kept, those used last: one may have some 20 MB.
 MOST = 16
 #: Counts changes of the text or of what is made of it.
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclass(frozen=True)

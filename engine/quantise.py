@@ -31,7 +31,8 @@ def quantise(
         model: See ``Engine.load``.
         out: Must not be there.
         weights: ``fp8``, ``int8``, ``int4`` or ``int4-128``.
-        device, dtype: See ``Engine.load``, which makes the same codes with a cache whose values are not rotated.
+        device, dtype: See ``Engine.load``, which makes the same codes (int8 and fp8: for a cache whose values are not
+            rotated).
         progress: Told the bytes written and to be written.
 
     Returns:

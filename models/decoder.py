@@ -41,7 +41,7 @@ from octo_run.models.linear import (
 from octo_run.models.mlp import mean_squares
 from octo_run.models.per_layer import PerLayerEmbedding, PerLayerInput
 from octo_run.models.quantisation.importance import Text
-from octo_run.models.quantisation.schemes import format_name
+from octo_run.models.quantisation.schemes import Scheme, format_name
 from octo_run.models.specs import FeedForward, LayerSpec, layer_specs
 from octo_run.models.weights import EMBEDDING, FINAL_NORM, LAYER_SCALE, HeldWeights, Weights
 
@@ -203,14 +203,15 @@ class Decoder:
     """The model on one device.
 
     Queries and keys are mapped after RoPE (``store_keys``); the values' rotation is folded into the value and output
-    projections, which is exact, where these take it (see ``Linear``).
+    projections, which is exact, where these take it (see ``Linear`` and ``Scheme.takes_rotation``).
 
     Args:
         weights: Taken layer by layer, so that fused copies never double the memory; a dict by Hugging Face names is
             emptied.
         k_rotations: The codec's for queries and keys, or None.
         v_rotations: The codec's for values, or None.
-        quantise: Packs the layers' dense matrices, once the rotation of values is in them; None: they stay dense.
+        quantise: Packs the layers' dense matrices, once the rotation of values is in them if they take it; None: they
+            stay dense.
         text: Token ids that go through the layers before these are packed, so that it is known what their matrices are
             multiplied by; None: it is not known.
         pack_embedding: Packs the embedding and the output head, which share one copy where they are tied; None: they
@@ -251,6 +252,7 @@ class Decoder:
         self.ropes = list(dict.fromkeys(kinds))
         self.rope_of = [self.ropes.index(kind) for kind in kinds]
         self._frequencies = [rope.frequencies(*kind, self.device, self.context) for kind in self.ropes]
+        self._folds = not isinstance(quantise, Scheme) or quantise.takes_rotation
         turned = {} if v_rotations is None else {d: one for d, one in v_rotations.items() if not _is_identity(one)}
         seen = None if quantise is None or text is None or self.device.type == "meta" else Text(self, text)
         self.layers: list[Layer] = []
@@ -407,7 +409,7 @@ class Decoder:
             back = out.with_rotated_inputs(rotation, spec.heads)
             # Matrices stored in fewer bits than the arithmetic has would lose some: they stay what they are.
             wide = all(isinstance(part, Linear) and part.weight.dtype == self.dtype for part in (v, out))
-            if turned is not None and back is not None and wide and not spec.gated:
+            if turned is not None and back is not None and wide and self._folds and not spec.gated:
                 v, out = turned, back
             else:
                 unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
@@ -429,7 +431,7 @@ class Decoder:
         out, unfolded = weights.linear(f"{prefix}self_attn.o_proj", self.cfg.o_bias), None
         norm = self._norm_weight(weights.take(f"{prefix}self_attn.q_norm.weight")) if spec.qk_norm else None
         if v_rotation is not None:
-            back = out.with_rotated_inputs(v_rotation.to(torch.float32), spec.heads)
+            back = out.with_rotated_inputs(v_rotation.to(torch.float32), spec.heads) if self._folds else None
             if back is None:
                 unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
             out = out if back is None else back

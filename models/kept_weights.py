@@ -30,7 +30,7 @@ from octo_run.models.weights import Weights
 from octo_run.unfinished import unfinished
 
 #: Counts changes of how weights are packed, or of what a decoder holds.
-_VERSION = 1
+_VERSION = 2
 #: Files that are kept: of the models that were loaded last.
 MOST = 4
 _ALIGNMENT = 64  # bytes: what PyTorch gives to tensors of its own

@@ -62,6 +62,15 @@ class Scheme:
     weighted: bool = False
     fitted: bool = False
 
+    @property
+    def takes_rotation(self) -> bool:
+        """Whether the rotation of values goes into the matrices before they are quantised.
+
+        Not with 4 bits. A channel of values may be small where the output projection multiplies it by much. Rotated, it
+        would have the error of the large channels.
+        """
+        return self.group is None
+
     def __call__(self, weight: Tensor, importance: Tensor | None = None) -> PackedWeight:
         """See :func:`quantised`."""
         return quantised(weight, self, importance)

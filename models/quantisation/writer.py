@@ -56,7 +56,10 @@ def quantization_config(scheme: Scheme, experts: bool = False) -> dict[str, Any]
         "observer_kwargs": {},
     }
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
+    # transformers makes the places of packed tensors before it reads them, and those of packed zeros in the shape of
+    # unpacked ones; told to dequantise, it reads each matrix whole.
+    whole = {} if weights["symmetric"] else {"dequantize": True}
+    return whole | {
         "quant_method": "compressed-tensors",
         "format": "float-quantized" if scheme.kind == "fp8" else "pack-quantized",
         "quantization_status": "compressed",
@@ -212,10 +215,9 @@ def _packed_items(weight: PackedWeight) -> dict[str, Item]:
 
     def scales() -> Tensor:
         factors = weight.rows[:, None].cpu()
-        whole = factors if weight.scales is None else factors * weight.scales[:, :groups].to(torch.float32).cpu()
-        return whole.to(torch.bfloat16)
+        return factors if weight.scales is None else factors * weight.scales[:, :groups].to(torch.float32).cpu()
 
-    scale = _item(torch.bfloat16, (out, groups), scales)
+    scale = _item(torch.float32, (out, groups), scales)  # readers multiply in the dtype of the scales
     if weight.kind == "fp8":
         values = _item(torch.float8_e4m3fn, (out, columns), lambda: codes().view(torch.float8_e4m3fn))
         return {"weight": values, "weight_scale": scale}

@@ -23,8 +23,8 @@ def command(model: str, out: Path, weights: str, device: str | None, dtype: str 
 
     MODEL is a folder, ORG/NAME[@REV], imported/NAME or octo-demo. OUT is loaded like any model; it is in the format of
     compressed-tensors, which other programs read, too. The embedding and the output head are not quantised
-    (--head int8 packs them when OUT is loaded). Loading MODEL with --weights saves this file, and is a little better
-    with a coded KV cache: the rotation of values is then in the matrices before they are quantised.
+    (--head int8 packs them when OUT is loaded). Loading MODEL with --weights saves this file, and with int8 and fp8 a
+    small product in each layer: the rotation of values is then in the matrices before they are quantised.
     """
     from octo_run.engine.quantise import quantise
 

@@ -15,6 +15,7 @@ from octo_run.kernels.linear import PackedWeight, pack
 from octo_run.models.config import ModelConfig, parse_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.linear import Linear, PackedLinear, SplitLinear, joined
+from octo_run.models.quantisation.schemes import SCHEMES
 from octo_run.models.weights import RandomWeights, random_weights
 
 #: Kind of codes -> a small set of codes and what they stand for, by the definition of the kind.
@@ -174,6 +175,30 @@ def test_a_decoder_quantises_what_it_has_rotated() -> None:
     v = weights["model.layers.0.self_attn.v_proj.weight"].view(2, 64, -1)
     assert torch.allclose(seen[0][-128:], (rotation @ v).view(128, -1), atol=1e-6)
     assert (logits(decoder) - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("weights", "changed"), [("int4", False), ("int4-128", False), ("int8", True), ("fp8", True)])
+def test_four_bits_are_not_given_rotated_matrices(weights: str, changed: bool) -> None:
+    """Channels of values that are small, and that the output projection multiplies by much, keep their precision."""
+    rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
+    stored = random_weights(CFG, "cpu", torch.float32)
+    spread = torch.logspace(-1, 1, 64)
+    for name, tensor in stored.items():
+        if name.endswith("v_proj.weight"):
+            tensor.view(-1, 64, tensor.shape[1]).mul_(spread[:, None])
+        elif name.endswith("o_proj.weight"):
+            tensor.view(len(tensor), -1, 64).div_(spread)
+    exact = logits(Decoder(CFG, dict(stored), None, None))
+    scheme, ids = SCHEMES[weights], [*range(5, 69)]
+    plain, rotated = (Decoder(CFG, dict(stored), None, turned, scheme, ids) for turned in (None, {64: rotation}))
+    for one, other in zip(plain.layers, rotated.layers, strict=True):
+        assert (other.attention.v_rotation is None) is changed
+        for a, b in ((one.attention.qkv, other.attention.qkv), (one.attention.out, other.attention.out)):
+            (first,), (second,) = a.parts, b.parts
+            assert isinstance(first.weight, PackedWeight) and isinstance(second.weight, PackedWeight)
+            assert torch.equal(first.weight.codes, second.weight.codes) is not changed
+    lost, by_both = ((logits(decoder) - exact).norm() for decoder in (plain, rotated))
+    assert by_both < 1.01 * lost or changed
 
 
 class Packed(RandomWeights):

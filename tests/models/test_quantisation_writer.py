@@ -1,7 +1,8 @@
-"""Folders of quantised weights, read by the compressed-tensors package, against what is made on load."""
+"""Folders of quantised weights, read by the format's description and by other programs, against what loading makes."""
 
 import json
 from collections.abc import Callable
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from octo_run.kernels.linear import PackedWeight
 from octo_run.models import safetensors_writer
 from octo_run.models.config import load_config
 from octo_run.models.decoder import Decoder
+from octo_run.models.plain_attention import attend_plain
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.quantisation.schemes import SCHEMES
 from octo_run.models.weights import StoredWeights
@@ -36,9 +38,28 @@ def on_load(path: Path, weights: str) -> Decoder:
         return Decoder(source.cfg, source, None, None, scheme, random_ids(cfg) if scheme.weighted else None)
 
 
+def described(folder: Path, prefix: str, found: dict[str, Tensor]) -> Tensor:
+    """A matrix by the description of the format: (code - zero) * scale, codes being words of two or eight of them."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    about, scale = config["config_groups"]["group_0"]["weights"], found[f"{prefix}.weight_scale"]
+    if config["format"] == "float-quantized":
+        return found[f"{prefix}.weight"].float() * scale
+    bits = about["num_bits"]
+    shifts, out = torch.arange(0, 32, bits), int(found[f"{prefix}.weight_shape"][0])
+
+    def integers(words: Tensor) -> Tensor:  # the first in the lowest bits, each with half the range added
+        return (words[..., None] >> shifts & (1 << bits) - 1).flatten(1) - (1 << bits - 1)
+
+    codes = integers(found[f"{prefix}.weight_packed"])[:, : int(found[f"{prefix}.weight_shape"][1])]
+    zeros = torch.zeros_like(scale)
+    if not about["symmetric"]:  # along rows
+        zeros = integers(found[f"{prefix}.weight_zero_point"].T).T[:out]
+    group = about["group_size"] or codes.shape[1]
+    return (codes - zeros.repeat_interleave(group, 1)) * scale.repeat_interleave(group, 1)
+
+
 def decompressed(folder: Path, prefix: str, found: dict[str, Tensor]) -> Tensor:
     """A matrix as the compressed-tensors package reads it, by what config.json says."""
-    pytest.importorskip("compressed_tensors", reason="the package that reads the files beside ours")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -48,7 +69,7 @@ def decompressed(folder: Path, prefix: str, found: dict[str, Tensor]) -> Tensor:
     parts = {name.removeprefix(f"{prefix}."): part for name, part in found.items() if name.startswith(f"{prefix}.w")}
     result: Tensor = compressor.decompress(parts, scheme)["weight"]
     # What the package itself writes of these values is the same, tensor by tensor.
-    wide = {"weight": result.float(), "weight_scale": parts["weight_scale"].float()}
+    wide = {"weight": result, "weight_scale": parts["weight_scale"]}
     if "weight_zero_point" in parts:
         codes = parts["weight_zero_point"].T[..., None] >> torch.arange(0, 32, 4) & 15
         wide["weight_zero_point"] = (codes.flatten(1).T - 8).to(torch.int8)
@@ -82,9 +103,38 @@ def test_another_reader_finds_what_loading_makes(
         down = layer.mlp.down.weight
         assert isinstance(down, PackedWeight)
         for name, packed in (("self_attn.k_proj", k), ("mlp.down_proj", down)):
-            got = decompressed(out, f"model.layers.{index}.{name}", found).float()
-            # The package computes in bfloat16, the dtype of the scales.
-            torch.testing.assert_close(got, packed.dequantised(), rtol=2**-7, atol=1e-6)
+            assert torch.equal(described(out, f"model.layers.{index}.{name}", found), packed.dequantised())
+            if util.find_spec("compressed_tensors") is not None:
+                assert torch.equal(decompressed(out, f"model.layers.{index}.{name}", found), packed.dequantised())
+
+
+@pytest.mark.parametrize("weights", SCHEMES)
+def test_transformers_computes_the_same(make_checkpoint: Callable[..., Path], tmp_path: Path, weights: str) -> None:
+    pytest.importorskip("compressed_tensors", reason="the package by which transformers reads these files")
+    from transformers import AutoModelForCausalLM
+
+    path, out = make_checkpoint(hidden_size=256, intermediate_size=384, attention_bias=True), tmp_path / "out"
+    quantise(path, out, weights, device="cpu")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    cfg, ids = load_config(out), torch.arange(5, 45)[None]
+    with torch.inference_mode():
+        ours = Decoder(cfg, StoredWeights(out, cfg, "cpu", torch.float32), None, None)
+        hidden = ours.hidden(
+            ids, torch.arange(40)[None], lambda layer, q, k, v: attend_plain(q, k, v, ours.specs[layer].attention)
+        )
+        torch.testing.assert_close(theirs(ids).logits, ours.logits(hidden), rtol=0, atol=1e-3)
+        assert theirs.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 43)
+
+
+@pytest.mark.parametrize(("weights", "whole"), [("int4", True), ("int4-128", True), ("int8", False), ("fp8", False)])
+def test_files_with_packed_zeros_tell_transformers_to_read_matrices_whole(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, weights: str, whole: bool
+) -> None:
+    path, out = make_checkpoint(hidden_size=256, intermediate_size=384), tmp_path / "out"
+    quantise(path, out, weights, device="cpu")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config.get("dequantize", False) is whole
+    assert any(name.endswith("weight_zero_point") for name in tensors(out)) is whole
 
 
 def test_codes_are_those_of_loading(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
