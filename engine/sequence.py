@@ -181,13 +181,16 @@ class Sequence:
 
     # For the arena and the steps alone
 
-    def take_pages(self, count: int, end: int | None = None) -> list[int]:
+    def take_pages(self, count: int, end: int | None = None, marks: Iterable[int] = ()) -> list[int]:
         """``count`` pages behind the packed ones; they count as packed from :meth:`advance` on.
 
         Args:
             end: The length that the sequence will have then, if nobody reads the pages before (``WindowPages.take``).
+            marks: Lengths up to then that :meth:`mark` is to keep.
         """
         self._trim()
+        for length in marks:
+            self.mark(length)
         self._table.make_room(count, self)
         for window in self._table.windows:
             window.take(self.row, count, end)

@@ -11,9 +11,9 @@ object: version, model, settings, the conversation, and what decides whether the
   whose heads differ from these in number or size;
 - ``conv`` and ``memory``: the states of recurrent layers behind the last token, where there are such layers;
 - ``earlier`` int32 ``[s]``: positions where turns begin and end, in order; ``earlier_conv`` and ``earlier_memory``
-  ``[s, ...]`` the states there; ``earlier_window0`` uint8 and ``earlier_window0_numbers`` int32, and so on, the pages of
-  windows that a cut to these positions needs beside those of ``window0``, and their numbers. A file that has none of
-  them, an older one, is as good: what is cut is then read again;
+  ``[s, ...]`` the states there; ``earlier_window0`` uint8 and ``earlier_window0_numbers`` int32, and so on, the pages
+  that a cut to these positions needs beside those of ``window0``, and their numbers. An older file has none of them:
+  what is cut is then read again;
 - ``key_maps0`` ``[layers, 2, kv_heads, d, d]`` and ``key_means0`` float32 ``[layers, kv_heads, d]``: what queries and
   keys are multiplied by and what is kept out of the code, where there is such; ``key_maps1`` as ``full1``. They are
   measured, so each machine has its own; an engine takes those of the file.
