@@ -14,6 +14,7 @@ from octo_run.engine.generation import Token
 from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.pool import PoolExhausted
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.shared_beginning import shared_beginnings
 from octo_run.engine.stopping import AnswerText
 from octo_run.errors import OctoError, UsageError, expect
 from octo_run.kernels import PAGE_TOKENS as PAGE
@@ -59,6 +60,8 @@ class _Request:
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
     reused: int | None = None
+    #: How many of the first tokens later prompts begin with, too, some this many and some that.
+    shared: Sequence_[int] = ()
     sequence: Sequence | None = None
 
     @property
@@ -105,6 +108,9 @@ def complete(
             raise UsageError(f"Prompt {index}: {error}") from None
         seed = secrets.randbits(64) if rule.seed is None else rule.seed
         requests.append(_Request(index, ids, replace(rule, seed=seed), answer))
+    if engine.arena.takes_snapshots:
+        for request, lengths in zip(requests, shared_beginnings([one.prompt for one in requests]), strict=True):
+            request.shared = lengths
     return _Scheduler(engine, requests).run()
 
 
@@ -185,7 +191,7 @@ class _Scheduler:
         pages = request.length // PAGE + 1
         if (self._running or reading) and table.room() < pages + len(self._running) + len(reading):
             return None
-        request.sequence = engine.arena.open(request.ids)
+        request.sequence = engine.arena.open(request.ids, request.shared)
         if request.reused is None:
             request.reused = len(request.sequence)
         return self._waiting.popleft()

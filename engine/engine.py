@@ -406,12 +406,14 @@ class Engine:
 
         Raises:
             UsageError: No ids, more than the context holds, ids outside the vocabulary, stop strings where there is no
-                tokenizer, or what is neither text nor ids.
+                tokenizer, what is neither text nor ids, or fewer than 0 ``shared`` tokens.
         """
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
         expect("params", params, SamplingParams, none=True)
         expect("shared", shared, int)
+        if shared < 0:
+            raise UsageError(f"shared is {shared}; give 0 or more tokens.")
         if params is not None:
             self.check_params(params)
         return Generation(self, ids, params or SamplingParams(), on_prompt, shared)
@@ -451,7 +453,8 @@ class Engine:
     ) -> Iterator[Completion]:
         """Continue many prompts together.
 
-        As many run at a time as the engine has sequences; the next one begins as soon as one has ended.
+        As many run at a time as the engine has sequences; the next one begins as soon as one has ended. What prompts
+        have in common is read once, as far as the cache holds it.
 
         Args:
             params: For all, or one for each.

@@ -165,7 +165,7 @@ class Generation:
         try:
             if before is not None:
                 before.close()  # it may go on as the new one
-            sequence = engine.arena.open(ids, self._shared)
+            sequence = engine.arena.open(ids, (self._shared,))
             try:
                 held = len(sequence)
                 if not self.generated_tokens:

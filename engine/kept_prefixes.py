@@ -46,6 +46,8 @@ class KeptPrefix:
 
     def __init__(self, holder: int, extra: int, *, ends: bool) -> None:
         self.holder, self.extra, self.ends, self.ids = holder, extra, ends, list[int]()
+        #: Where turns begin and end (``Sequence.turns``).
+        self.turns: list[int] = []
         #: Where the index has it.
         self.keys: list[int] = []
 
@@ -234,7 +236,7 @@ class KeptPrefixes:
             window.lend(row, one.holder, packed)
         if self._states is not None:
             self._states.lend(row, one.holder, length - one.ends)  # that of the end was copied
-        one.ids = sequence.ids[:length]
+        one.ids, one.turns = sequence.ids[:length], list(sequence.turns)
         for key in self._keys(one.ids):
             one.keys.append(key)
             self._index.setdefault(key, []).append(one)

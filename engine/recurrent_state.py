@@ -101,6 +101,20 @@ class RecurrentStates:
         self._conv[:, row].copy_(conv)
         self._memory[:, row].copy_(memory)
 
+    @property
+    def room(self) -> int:
+        """How many snapshots there are at most, of all holders."""
+        return self._conv.shape[1] - self._rows
+
+    @torch.inference_mode()
+    def enter(self, row: int, position: int, conv: torch.Tensor, memory: torch.Tensor) -> None:
+        """Let a row hold a snapshot as :meth:`of` gave it, behind those that it has."""
+        self._use(row)
+        for snapshot in self._places(row, [position]):
+            self._conv[:, snapshot[1]].copy_(conv)
+            self._memory[:, snapshot[1]].copy_(memory)
+            self.keep(row, [snapshot])
+
     def writing(self, row: int) -> None:
         """Until :meth:`stand`, the row's state counts for nothing."""
         self._at[row] = -1

@@ -7,7 +7,7 @@ are still kept (``engine.kept_prefixes``).
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from octo_run.engine.kept_prefixes import KeptPrefix, KeptPrefixes, RowStore, common_length
@@ -47,6 +47,8 @@ class Sequence:
         self.sampling: Sampling | None = None
         #: Lengths at which other texts part from this one, or will: somebody may want to go back to them.
         self.marks: list[int] = []
+        #: Lengths at which prompts began to be new and at which they ended, so turns begin and end there.
+        self.turns: list[int] = []
         #: A drawn token that was read and not fed yet.
         self.following: int | None = None
         #: Whether the device holds a drawn token that was not fed yet.
@@ -179,25 +181,28 @@ class Sequence:
 
     # For the arena and the steps alone
 
-    def take_pages(self, count: int, end: int | None = None) -> list[int]:
+    def take_pages(self, count: int, end: int | None = None, marks: Iterable[int] = ()) -> list[int]:
         """``count`` pages behind the packed ones; they count as packed from :meth:`advance` on.
 
         Args:
             end: The length that the sequence will have then, if nobody reads the pages before (``WindowPages.take``).
+            marks: Lengths up to then that :meth:`mark` is to keep.
         """
         self._trim()
+        for length in marks:
+            self.mark(length)
         self._table.make_room(count, self)
         for window in self._table.windows:
             window.take(self.row, count, end)
         return self._table.pool.take(self.row, count)
 
-    def take_stored(self, count: int, first: list[int]) -> list[int]:
-        """As :meth:`take_pages`, of a sequence without pages; of each group of layers with a window those from a number
-        on."""
+    def take_stored(self, count: int, numbers: Iterable[Collection[int]]) -> list[int]:
+        """As :meth:`take_pages`, of a sequence without pages; of each group of layers with a window those with some
+        numbers."""
         self._trim()
         self._table.make_room(count, self)
-        for window, start in zip(self._table.windows, first, strict=True):
-            window.take_from(self.row, count, start)
+        for window, some in zip(self._table.windows, numbers, strict=True):
+            window.take_these(self.row, count, some)
         return self._table.pool.take(self.row, count)
 
     def hold(self, length: int) -> None:
@@ -264,6 +269,7 @@ class Sequence:
         if self._table.states is not None:
             self._table.states.share(donor.row, self.row, tokens)
         self._ids[:] = donor._ids[:tokens]
+        self.turns = list(donor.turns)
         self._end = (tokens, pages)
 
     def begin_with(self, prefix: KeptPrefix, length: int) -> None:
@@ -284,6 +290,7 @@ class Sequence:
             states.share(prefix.holder, row, length)
         table.store.enter_row(row)
         self._ids[:] = prefix.ids[:length]
+        self.turns = list(prefix.turns)
         self._end = (length, len(pages))
         self._stand()
 
@@ -318,7 +325,7 @@ class SequenceTable:
         self.rows: list[Sequence | None] = [None] * rows
         self._used: list[int] = []  # rows, the longest unused first
 
-    def open(self, ids: list[int] | None = None, shared: int = 0) -> Sequence:
+    def open(self, ids: list[int] | None = None, shared: Iterable[int] = ()) -> Sequence:
         """Open a pinned sequence that holds as much of the beginning of ``ids`` as can be had without computing it.
 
         At least one of them is left to be fed. A parked sequence that the prompt continues goes on in its row.
@@ -328,7 +335,8 @@ class SequenceTable:
         a third one finds a snapshot there.
 
         Args:
-            shared: How many of the first tokens others will begin with, too: the sequence is told likewise.
+            shared: How many of the first tokens others will begin with, too, some this many and some that: the sequence
+                is told likewise.
 
         Raises:
             OctoError: All rows are pinned.
@@ -337,7 +345,9 @@ class SequenceTable:
         prefix, length, alike = self.kept.find(ids)
         alike = max(alike, *(seq.common(ids) for seq in self.rows if seq is not None), 0)
         sequence = self._opened(ids, prefix, length)
-        sequence.marks = [length for length in (alike, shared) if length > len(sequence)]
+        held = len(sequence)
+        sequence.marks = [length for length in (alike, *shared) if length > held]
+        sequence.turns = sorted({*(length for length in sequence.turns if length < held), held, len(ids)})
         return sequence
 
     def _opened(self, ids: list[int], prefix: KeptPrefix | None, length: int) -> Sequence:

@@ -10,7 +10,7 @@ the pool alone says, and snapshots only say which of them are to stay.
 """
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,10 +114,10 @@ class WindowPages:
             wanted = [self._needed(number, end) for number in numbers]
         return self.pool.take_some(row, wanted)
 
-    def take_from(self, row: int, count: int, first: int) -> list[int]:
-        """As :meth:`take`, for a row without pages, those from number ``first`` on."""
-        self._make_room(max(0, count - first))
-        return self.pool.take_some(row, [number >= first for number in range(count)])
+    def take_these(self, row: int, count: int, numbers: Collection[int]) -> list[int]:
+        """As :meth:`take`, for a row without pages, those with these numbers."""
+        self._make_room(len(numbers))
+        return self.pool.take_some(row, [number in numbers for number in range(count)])
 
     def first_held(self, row: int, length: int, packed: int) -> int:
         """The first of ``packed`` pages from which on a row of ``length`` tokens holds all, the history included."""
@@ -228,6 +228,16 @@ class WindowPages:
         """Let a row have those of some snapshots that so many pages hold. What the next token sees belongs to none."""
         self._done[row] = max(0, min(done, self.shape.behind(max(0, pages)).start - HISTORY))
         self._snapshots[row] = [one for one in snapshots if one <= pages]
+
+    def seen_from(self, length: int, packed: int) -> range:
+        """The numbers of those of ``packed`` pages that the snapshot at the last page boundary up to ``length`` has."""
+        seen = self.shape.behind(max(0, length - self._sink) // PAGE)
+        return range(seen.start, min(seen.stop, packed))
+
+    @property
+    def room(self) -> int:
+        """Pages that snapshots may take, of all sequences."""
+        return self.shape.snapshots * self.shape.seen
 
     def snapshots(self, row: int) -> list[int]:
         """The snapshots of a row, numbers of pages."""

@@ -80,6 +80,7 @@ class Family:
             ``switch``: by ``layer_types`` or from ``max_window_layers`` on, and only with ``use_sliding_window``;
             ``kinds``: by ``layer_types``, or all but every ``sliding_window_pattern``-th; ``linear``: none, but there
             are recurrent layers: by ``layer_types``, or all but every ``full_attention_interval``-th.
+        spelt_pattern: ``sliding_window_pattern`` may be a text, ``LLLG``, say.
         gated: Attention's heads are multiplied by the sigmoid of gates, which are rows of q.
         grouped_delta: See `delta_net.DeltaNetSpec`.
         fused_qkv: q, k and v are one matrix in the files.
@@ -107,6 +108,7 @@ class Family:
     activation: tuple[str, str] = ("hidden_act", "silu")
     gelu_is_tanh: bool = False
     sliding: str = "none"
+    spelt_pattern: bool = False
     gated: bool = False
     grouped_delta: bool = False
     fused_qkv: bool = False
@@ -553,6 +555,7 @@ FAMILIES: Mapping[str, Family] = {
         qk_norm="head",
         norms=_AFTER,
         sliding="kinds",
+        spelt_pattern=True,
         eps=("rms_norm_eps", 1e-5),
         more=_exaone4,
     ),

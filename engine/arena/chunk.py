@@ -56,10 +56,9 @@ class Chunk:
         tail = self.old_tail + self.count - self.to_sink
         self.new_pages = max(0, (tail - s.window) // PAGE)
         first = sequence.packed
-        for length in (self.start, *self._marks):  # a turn may have ended where it starts
-            if self.start <= length <= self.end:
-                sequence.mark(length)
-        page_ids = sequence.take_pages(self.new_pages, None if self.reads_its_pages else self.end)
+        # A turn may have ended where it starts.
+        marks = [length for length in (self.start, *self._marks) if self.start <= length <= self.end]
+        page_ids = sequence.take_pages(self.new_pages, None if self.reads_its_pages else self.end, marks)
         if self.new_pages:  # slots of the old tail will be written over
             sequence.hold(sequence.packed_end)
         #: Of layers without a window, and of each group: which of the new pages are stored, and their ids.

@@ -1,7 +1,7 @@
 """The tensors of an arena, and where a sequence's tokens lie in them."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ class KVArena:
         return self.states is not None or bool(self.windows)
 
     @torch.inference_mode()
-    def open(self, ids: list[int] | None = None, shared: int = 0) -> Sequence:
+    def open(self, ids: list[int] | None = None, shared: Iterable[int] = ()) -> Sequence:
         """A sequence that holds as much of the beginning of ``ids`` as the arena has (see ``SequenceTable.open``)."""
         return self.table.open(ids, shared)
 

@@ -10,6 +10,10 @@ object: version, model, settings, the conversation, and what decides whether the
 - ``full0`` ``[2, layers, kv_heads, sink + ring, d]``: the sinks and the ring, K and V; ``full1`` and so on of layers
   whose heads differ from these in number or size;
 - ``conv`` and ``memory``: the states of recurrent layers behind the last token, where there are such layers;
+- ``earlier`` int32 ``[s]``: positions where turns begin and end, in order; ``earlier_conv`` and ``earlier_memory``
+  ``[s, ...]`` the states there; ``earlier_window0`` uint8 and ``earlier_window0_numbers`` int32, and so on, the pages
+  that a cut to these positions needs beside those of ``window0``, and their numbers. An older file has none of them:
+  what is cut is then read again;
 - ``key_maps0`` ``[layers, 2, kv_heads, d, d]`` and ``key_means0`` float32 ``[layers, kv_heads, d]``: what queries and
   keys are multiplied by and what is kept out of the code, where there is such; ``key_maps1`` as ``full1``. They are
   measured, so each machine has its own; an engine takes those of the file.
@@ -22,7 +26,7 @@ A conversation that is saved after each turn has a second file for some turns, i
 session file has, but of the pages only those that the first file lacks. Its header names the first file by its ``id``,
 which each file has anew, and says how many of its pages count. A tail of another first file counts for nothing.
 
-Names and shapes: `layout`; writing: `snapshot`; reading: `reading`.
+Names and shapes: `layout`, of earlier positions `earlier`; writing: `snapshot`; reading: `reading`.
 """
 
 from octo_run.engine.saved_session.layout import tail_of

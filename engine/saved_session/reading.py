@@ -14,6 +14,15 @@ from torch import Tensor
 
 from octo_run.engine.grammar import Grammar
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.saved_session.earlier import (
+    POSITIONS,
+    are_in_order,
+    fitting,
+    needed_pages,
+    numbers_of,
+    of_state,
+    of_window,
+)
 from octo_run.engine.saved_session.layout import (
     FORMAT,
     PIECE_BYTES,
@@ -24,6 +33,7 @@ from octo_run.engine.saved_session.layout import (
     page_stores,
     tail_of,
 )
+from octo_run.engine.sequence import Sequence
 from octo_run.engine.session import Session
 from octo_run.engine.session_identity import Identity, identity_of, read_identity
 from octo_run.errors import OctoError, UsageError, quoted, shown
@@ -160,7 +170,8 @@ class SavedSession:
         for number, group in enumerate(engine.arena.windows):
             held, allowed = self._size(f"window{number}", 0), group.most_held(self.tokens, self.pages)
             rows[f"window{number}"] = min(max(held, allowed.start), allowed.stop - 1)
-        expected = _expected(engine, self.identity, self.tokens, rows)
+        rows |= {of_window(number): self._size(of_window(number), 0) for number in range(len(engine.arena.windows))}
+        expected = _expected(engine, self.identity, self.tokens, rows, self._size(POSITIONS, 0))
         if first is not None and (first.dtype != "U8" or first.shape[1:] != expected["pages"][1][1:]):
             return f"its file is damaged (the first pages are {first.dtype} {quoted(list(first.shape))})"
         for name, (dtypes, shape) in expected.items():
@@ -198,23 +209,69 @@ class SavedSession:
             try:
                 groups = engine.arena.windows
                 first = [self.pages - self._size(f"window{number}", 0) for number in range(len(groups))]
-                pages = sequence.take_stored(self.pages, first)
+                turns = self._earlier(engine, data, first)
+                before = needed_pages(engine.arena, turns, self.pages, first)
+                numbers = [{*some, *range(start, self.pages)} for some, start in zip(before, first, strict=True)]
+                pages = sequence.take_stored(self.pages, numbers)
                 self._read_pages(engine, data, "pages", pages)
-                for number, (group, start) in enumerate(zip(groups, first, strict=True)):
-                    found = group.pool.held[sequence.row][start:]
-                    self._read_pages(engine, data, f"window{number}", found)
-                    engine.arena.enter_pages(sequence.row, start, found, group)
+                for number, (group, some, start) in enumerate(zip(groups, before, first, strict=True)):
+                    held = group.pool.held[sequence.row]
+                    self._read_pages(engine, data, f"window{number}", held[start:])
+                    if some:  # the last ones of those in the file
+                        entry = self.entries[of_window(number)]
+                        last = entry.end - len(some) * entry.shape[1]
+                        entry = dataclasses.replace(entry, shape=(len(some), entry.shape[1]), start=last)
+                        self._read_some(engine, data, entry, f"window{number}", [held[one] for one in some])
+                    engine.arena.enter_pages(sequence.row, 0, [max(0, page) for page in held], group)
                 for kind, part in enumerate(engine.arena.row_state(sequence.row)):
                     part.copy_(self._stored(data, f"full{kind}"))
                 engine.arena.enter_pages(sequence.row, 0, pages)
                 if engine.arena.states is not None:
                     engine.arena.states.load(sequence.row, *(self._stored(data, name) for name in STATES))
+                self._read_earlier(engine, data, sequence, turns)
                 sequence.advance(0, ids, len(pages))
             except BaseException:
                 sequence.discard()
                 raise
             sequence.close()
         return len(ids)
+
+    def _earlier(self, engine: Engine, data: TensorFile, first: list[int]) -> list[int]:
+        """The positions of the snapshots in the file that the engine has room for, the newest ones.
+
+        Args:
+            first: Of each group of layers with a window the first page that the next token needs.
+
+        Raises:
+            SessionMismatch: What the file says of them cannot be.
+        """
+        if not self._size(POSITIONS, 0) or not engine.arena.takes_snapshots:
+            return []
+        positions, sink = self._stored(data, POSITIONS).tolist(), engine.plan.shape.sink
+        numbers = [self._stored(data, numbers_of(number)).tolist() for number in range(len(first))]
+        good = are_in_order(positions, 1, self.tokens)
+        if engine.arena.states is not None:
+            good = good and all(one >= sink and (one - sink) % PAGE == 0 for one in positions)
+        if not good or numbers != needed_pages(engine.arena, positions, self.pages, first):
+            raise SessionMismatch("the KV cache of this session cannot be used: its snapshots are damaged.")
+        return fitting(engine.arena, positions, self.pages, first)
+
+    def _read_earlier(self, engine: Engine, data: TensorFile, sequence: Sequence, turns: list[int]) -> None:
+        """Give a sequence, whose pages are there, the newest snapshots of the file."""
+        skipped = self._size(POSITIONS, 0) - len(turns)
+        for number, position in enumerate(turns, start=skipped):
+            sequence.mark(position)
+            if engine.arena.states is not None:
+                parts = (self._stored_part(data, of_state(name), number) for name in STATES)
+                engine.arena.states.enter(sequence.row, position, *parts)
+        sequence.turns = turns
+
+    def _stored_part(self, data: TensorFile, name: str, number: int) -> Tensor:
+        """One of the tensors that lie one after the other in one of the file, on the CPU."""
+        entry = self.entries[name]
+        part = torch.empty(entry.shape[1:], dtype=STORED_DTYPES[entry.dtype])
+        data.fill(entry, part, number * part.numel())
+        return part
 
     def _stored(self, data: TensorFile, name: str) -> Tensor:
         """A tensor as the file has it, on the CPU."""
@@ -315,12 +372,13 @@ def _convert(pages: Tensor, one: PageFormat, other: PageFormat) -> Tensor:
 
 
 def _expected(
-    engine: Engine, identity: Identity, tokens: int, rows: dict[str, int]
+    engine: Engine, identity: Identity, tokens: int, rows: dict[str, int], earlier: int
 ) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
     """The tensors that a file must have: their dtypes and shapes.
 
     Args:
-        rows: Of each store of pages (``page_stores``).
+        rows: Of each store of pages (``page_stores``), and of what snapshots need of them.
+        earlier: Snapshots.
     """
     floats = (torch.bfloat16, torch.float16, torch.float32)
     found: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {"ids": ((torch.int32,), (tokens,))}
@@ -328,12 +386,19 @@ def _expected(
         sizes = (PageFormat.parse(identity.formats[layer]).page_bytes for layer in layers)
         heads = (engine.plan.shape.heads[layer].number for layer in layers)
         found[name] = (torch.uint8,), (rows[name], sum(map(mul, heads, sizes)))
+    if earlier:
+        found[POSITIONS] = (torch.int32,), (earlier,)
+        for number in range(len(engine.arena.windows)):
+            name, (kinds, (_, size)) = of_window(number), found[f"window{number}"]
+            found[name], found[numbers_of(number)] = (kinds, (rows[name], size)), ((torch.int32,), (rows[name],))
     if tokens:
         for kind, part in enumerate(engine.arena.row_state(0)):
             found[f"full{kind}"] = (floats, tuple(part.shape))
         if engine.arena.states is not None:
             for name, part in zip(STATES, engine.arena.states.of(0, 0), strict=True):
                 found[name] = (floats, tuple(part.shape))
+                if earlier:
+                    found[of_state(name)] = (floats, (earlier, *part.shape))
         for name, parts in key_tensors(engine).items():
             found[name] = (floats, (len(parts), *parts[0].shape))
     return found

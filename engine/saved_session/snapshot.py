@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.sampling import SamplingParams
+from octo_run.engine.saved_session.earlier import Earlier, of_window, store_of
 from octo_run.engine.saved_session.layout import FORMAT, PIECE_BYTES, STATES, VERSION, key_tensors, page_stores, tail_of
 from octo_run.engine.sequence import Sequence
 from octo_run.engine.session import Session
@@ -56,6 +57,7 @@ class Snapshot:
         rows: What the row of the sequence holds, by its names in the file; none where nothing is held.
         page_ids: The pages, by the names that they have in the file; they must stay what they are until ``write`` says
             that they were read.
+        earlier: Snapshots where turns begin and end, which must stay likewise.
     """
 
     engine: Engine
@@ -63,6 +65,7 @@ class Snapshot:
     ids: list[int]
     page_ids: dict[str, list[int]]
     rows: dict[str, Tensor]
+    earlier: Earlier = field(default_factory=Earlier)
 
     @classmethod
     def take(
@@ -93,15 +96,19 @@ class Snapshot:
         if sequence is None:
             return cls(engine, header, [], {name: [] for name in page_stores(engine.arena)}, {})
         row, page_ids = sequence.row, {"pages": sequence.page_ids[:pages]}
+        first = [group.first_held(row, length, pages) for group in engine.arena.windows]
+        earlier = Earlier.of(engine.arena, sequence, length, pages, first)
         for number, group in enumerate(engine.arena.windows):
-            first = group.first_held(row, length, pages)
-            page_ids[f"window{number}"] = group.pool.held[row][first:pages]
+            held = group.pool.held[row]
+            page_ids[f"window{number}"] = held[first[number] : pages]
+            if earlier.positions:
+                page_ids[of_window(number)] = [held[one] for one in earlier.numbers[number]]
         parts_of = engine.arena.row_state(sequence.row)
         rows = {f"full{kind}": part.to("cpu", copy=True) for kind, part in enumerate(parts_of)}
         if engine.arena.states is not None:
             parts = engine.arena.states.of(sequence.row, length)
             rows |= {name: part.to("cpu", copy=True) for name, part in zip(STATES, parts, strict=True)}
-        return cls(engine, header, sequence.ids[:length], page_ids, rows)
+        return cls(engine, header, sequence.ids[:length], page_ids, rows, earlier)
 
     @property
     def as_base(self) -> Base:
@@ -124,7 +131,7 @@ class Snapshot:
         needed no more."""
         found = {"ids": _item(torch.tensor(self.ids, dtype=torch.int32))}
         stores = page_stores(self.engine.arena)
-        unread = {*stores}
+        unread = {*self.page_ids}
 
         def pieces(name: str, pages: Tensor, ids: list[int]) -> Iterator[Tensor]:
             count = max(1, PIECE_BYTES // max(1, pages.shape[1]))
@@ -137,9 +144,11 @@ class Snapshot:
             if not unread:
                 were_read()
 
-        for name, (pages, _) in stores.items():
-            ids = self.page_ids[name][first_page if name == "pages" else 0 :]
-            found[name] = Item(torch.uint8, (len(ids), pages.shape[1]), partial(pieces, name, pages, ids))
+        found |= self.earlier.items()  # before the pages: when these were read, so were the states
+        for name, ids in self.page_ids.items():
+            pages, _ = stores[store_of(name)]
+            some = ids[first_page if name == "pages" else 0 :]
+            found[name] = Item(torch.uint8, (len(some), pages.shape[1]), partial(pieces, name, pages, some))
         if self.rows:
             found |= {name: _item(part) for name, part in self.rows.items()}
             found |= {name: _item(torch.stack(parts).cpu()) for name, parts in key_tensors(self.engine).items()}

@@ -19,6 +19,7 @@ host, so that steps can be recorded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -85,8 +86,18 @@ def chunk(
         row: The sequence's, of ``state``.
         start: Position of the first token.
         scratch: uint8, at least :func:`scratch_bytes`, on CUDA.
-        savings: Where the states before some of the tokens are copied to, in order; positions differ by whole blocks.
+        savings: Where the states before some of the tokens are copied to, in order; the last one may be that behind the
+            last token. Positions differ by whole blocks; where blocks end they decide, so that what is computed does
+            not depend on how many states are saved.
+
+    Raises:
+        ValueError: Positions that are not in order, not in the chunk, or in no whole blocks.
     """
+    places = [saving.position - start for saving in savings]
+    steps = [later - before for before, later in pairwise(places)]
+    if places and (places[0] < 1 or places[-1] > len(projected) or any(step < 1 or step % BLOCK for step in steps)):
+        found = [saving.position for saving in savings]
+        raise ValueError(f"states cannot be saved at {found} in a chunk of {len(projected)} tokens from {start} on")
     if projected.is_cuda:
         from octo_run.kernels.recurrent import launch
 
@@ -99,7 +110,7 @@ def chunk(
 def host_bytes(shape: DeltaShape, tokens: int) -> int:
     """Bytes at most of the tensors that :func:`chunk` makes on a CPU for so many tokens."""
     head = 10 * shape.key_dim + 6 * shape.value_dim + 5 * BLOCK
-    return 4 * (tokens + BLOCK) * (5 * shape.channels + shape.value_heads * head)
+    return 4 * (tokens + 2 * BLOCK) * (5 * shape.channels + shape.value_heads * head)
 
 
 def scratch_bytes(shape: DeltaShape, tokens: int, itemsize: int) -> int:

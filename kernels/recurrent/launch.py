@@ -16,7 +16,15 @@ from octo_run.kernels.recurrent.delta_kernels import (
     delta_scan_kernel,
     delta_step_kernel,
 )
-from octo_run.kernels.recurrent.reference import BLOCK, DeltaShape, DeltaWeights, LayerState, Saving, keep_inputs
+from octo_run.kernels.recurrent.reference import (
+    BLOCK,
+    DeltaShape,
+    DeltaWeights,
+    LayerState,
+    Saving,
+    first_lead,
+    keep_inputs,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +93,7 @@ def chunk(
     hk, hv, dk, dv = sizes.values()
     conv, memory = state.conv[row], state.memory[row]
     qk, v, w, scores, beta, fade = _carved(scratch, shape, count, projected.dtype)
-    lead = (start - savings[0].position) % BLOCK if savings else 0
+    lead = first_lead(start, savings)
     blocks = triton.cdiv(lead + count, BLOCK)
     bk, bv = max(16, triton.next_power_of_2(dk)), max(16, triton.next_power_of_2(dv))
     heads: Callable[..., Any] = delta_heads_kernel[(triton.cdiv(count, _TOKENS), 2 * hk + hv)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +144,10 @@ def one_token(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memo
     return (q[..., None, :] @ memory)[..., 0, :], memory
 
 
-def many_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+def many_tokens(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, memory: Tensor, lead: int = 0,
+    save: Callable[[int, Tensor], None] = lambda block, memory: None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same for T tokens of one sequence, blocks at a time.
 
     Within a block, the errors ``u`` that its tokens write solve a triangular system: what a token's key finds is the
@@ -154,15 +157,18 @@ def many_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, me
         q, k, v: ``[T, Hv, d]``.
         beta, decay: ``[T, Hv]``.
         memory: ``[Hv, dk, dv]``.
+        lead: The first block has ``BLOCK - lead`` tokens.
+        save: Is given the memory before each block, with the block's number, and the one behind the last block.
 
     Returns:
         ``[T, Hv, dv]`` and the memory after the last token.
     """
-    count, short = len(q), -len(q) % BLOCK
+    count, short = len(q), -(lead + len(q)) % BLOCK
 
     def blocks(x: Tensor) -> Tensor:
         """``[blocks, Hv, BLOCK, ...]``; tokens that are not there write nothing and forget nothing."""
-        padded = torch.cat((x, x.new_zeros(short, *x.shape[1:]))) if short else x
+        padding = (x.new_zeros(missing, *x.shape[1:]) for missing in (lead, short))
+        padded = torch.cat((next(padding), x, next(padding))) if lead or short else x
         return padded.view(-1, BLOCK, *x.shape[1:]).transpose(1, 2)
 
     q, k, v, beta, decay = map(blocks, (q, k, v, beta, decay))
@@ -179,10 +185,12 @@ def many_tokens(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, me
     faded = summed[..., -1].exp()[..., None, None]
     out = torch.empty_like(v)
     for block in range(len(q)):
+        save(block, memory)
         errors = u[block] - w[block] @ memory
         torch.baddbmm(read[block] @ memory, scores[block], errors, out=out[block])
         memory = faded[block] * memory + written[block] @ errors
-    return out.transpose(1, 2).flatten(0, 1)[:count], memory
+    save(len(q), memory)
+    return out.transpose(1, 2).flatten(0, 1)[lead : lead + count], memory
 
 
 def step(
@@ -242,20 +250,24 @@ def chunk(
     q, k, v = _heads(convolved.to(mixed.dtype), shape)
     beta, decay = _gates(gates, weights)
     memory = state.memory[row].to(kind) if start else torch.zeros_like(state.memory[row], dtype=kind)
-    parts, first = list[Tensor](), 0
-    for saving in (*savings, None):
-        end = count if saving is None else saving.position - start
-        if end > first:
-            part = slice(first, end)
-            found, memory = many_tokens(q[part], k[part], v[part], beta[part], decay[part], memory)
-            parts.append(found)
-            first = end
-        if saving is not None:
-            saving.state.memory[0] = memory.to(saving.state.memory.dtype)
-            keep_inputs(mixed[:end], saving.position, saving.state.conv[0], state.conv[row])
+    lead = first_lead(start, savings)
+    wanted = {(lead + saving.position - start) // BLOCK: saving for saving in savings}
+
+    def save(block: int, memory: Tensor) -> None:
+        if block in wanted:
+            wanted[block].state.memory[0] = memory.to(state.memory.dtype)
+
+    found, memory = many_tokens(q, k, v, beta, decay, memory, lead, save)
+    for saving in savings:
+        keep_inputs(mixed[: saving.position - start], saving.position, saving.state.conv[0], state.conv[row])
     state.memory[row] = memory.to(state.memory.dtype)
     keep_inputs(mixed, start + count, state.conv[row])
-    _finished(torch.cat(parts), projected[:, shape.channels :], weights, out)
+    _finished(found, projected[:, shape.channels :], weights, out)
+
+
+def first_lead(start: int, savings: Sequence[Saving]) -> int:
+    """How many tokens a chunk's first block lacks at its beginning: blocks end where states are saved."""
+    return (start - savings[0].position) % BLOCK if savings else 0
 
 
 def keep_inputs(mixed: Tensor, end: int, conv: Tensor, older: Tensor | None = None) -> None:

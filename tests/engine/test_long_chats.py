@@ -35,6 +35,8 @@ def chats() -> dict[str, ModelConfig]:
     assert model_type == "gpt_oss"
     fields = test_expert_families.BASE | fields | {"rope_scaling": test_families.YARN, "rope_theta": 1e5}
     small["gpt-oss"] = ("GptOss", fields)
+    exaone = test_families.SMALL | {"hidden_size": 256, "sliding_window": 70, "sliding_window_pattern": "LG"}
+    small["exaone4-pattern"] = ("Exaone4", exaone)
     common = test_recurrent_families.COMMON
     small |= {name: (kind, common | fields) for name, (kind, fields) in test_recurrent_families.FAMILIES.items()}
     made = {name: config(*found) for name, found in small.items()}

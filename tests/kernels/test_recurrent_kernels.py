@@ -4,6 +4,7 @@ The Triton cases run where there is a GPU, or interpreted (see test_attention_in
 """
 
 import os
+import random
 
 import pytest
 import torch
@@ -64,14 +65,17 @@ class Case:
     def out(self, tokens):
         return torch.full((tokens, self.shape.values), torch.nan, device=DEVICE, dtype=self.dtype)
 
-    def exact(self):
-        """Outputs and memory after the last token, by the recurrence written down token by token, in float64."""
+    def exact(self, memories=None):
+        """Outputs and memory after the last token, by the recurrence written down token by token, in float64; those
+        before each token are appended to a list."""
         s, w = self.shape, self.weights
         x, gates = self.projected.double(), self.gates.double()
         inputs = F.pad(x[:, : s.channels], (0, 0, s.taps - 1, 0))
         memory = torch.zeros(s.value_heads, s.key_dim, s.value_dim, dtype=torch.float64, device=DEVICE)
         outs = []
         for t in range(len(x)):
+            if memories is not None:
+                memories.append(memory.clone())
             mixed = F.silu((inputs[t : t + s.taps] * w.conv.double()).sum(0))
             keys = s.key_heads * s.key_dim
             row = []
@@ -262,7 +266,10 @@ def test_triton_saves_the_state_inside_a_chunk(position):
         close(ours, theirs, torch.float32)
 
 
-SEVERAL = [(0, [64, 128, 192]), (0, [128]), (37, [101, 165]), (37, [165, 229]), (64, [128, 256])]
+SEVERAL = [
+    (0, [64, 128, 192]), (0, [128]), (37, [101, 165]), (37, [165, 229]), (64, [128, 256]), (37, [64, 128]),
+    (100, [128, 192, 320]), (0, [1, 65, 257]), (64, [127, 191]), (100, [360]),
+]  # fmt: skip
 
 
 @pytest.mark.few(3)
@@ -281,6 +288,76 @@ def test_triton_saves_several_states(start, positions):
     check_several(launch.chunk, start, positions)
 
 
+@pytest.mark.few(6)
+@pytest.mark.parametrize("seed", range(24))
+def test_states_are_saved_anywhere(seed):
+    check_anywhere(plain_chunk, seed, torch.float64, 420)
+
+
+@triton_only
+@pytest.mark.few(2)
+@pytest.mark.parametrize("seed", range(6))
+def test_triton_saves_states_anywhere(seed):
+    from octo_run.kernels.recurrent import launch
+
+    check_anywhere(launch.chunk, seed, torch.float32, 200)
+
+
+def check_anywhere(run, seed, dtype, tokens):
+    """Chunks of any lengths of two sequences by turns, whose states are saved at block edges of any alignment, those
+    behind the first and the last token among them: every output, every state saved and every state left is that of the
+    recurrence, and no other place is touched."""
+    source = random.Random(seed)
+    shape, rows = SHAPES[(3, 0, 2, 1)[seed % 4]], source.sample(range(ROWS), 2)
+    cases = [Case(shape, tokens, dtype, seed=2 * seed + number) for number in range(2)]
+    shared, saves = cases[0].fresh(), cases[0].fresh()
+    at, outs, exact = [0, 0], [[], []], []
+    for case in cases:
+        case.state = shared
+        memories = []
+        out, last = case.exact(memories)
+        exact.append((out, [*memories, last]))
+    while min(at) < tokens:
+        one = source.choice([number for number in range(2) if at[number] < tokens])
+        case, row, start = cases[one], rows[one], at[one]
+        count = min(source.choice([1, 2, source.randrange(1, 64), 64, source.randrange(64, 300), 300]), tokens - start)
+        aligned = source.choice([0, start % 64, (start + count) % 64, source.randrange(64)])
+        places = [position for position in range(start + 1, start + count + 1) if position % 64 == aligned]
+        places = sorted(source.sample(places, source.randrange(min(len(places), ROWS) + 1)))
+        saves.memory.fill_(torch.nan)
+        saves.conv.fill_(torch.nan)
+        savings = [Saving(position, saves.row(place)) for place, position in enumerate(places)]
+        part, out = slice(start, start + count), case.out(count)
+        size = recurrent.scratch_bytes(shape, count, dtype.itemsize)
+        scratch = torch.full((size,), 255, dtype=torch.uint8, device=DEVICE)
+        run(case.projected[part].contiguous(), case.gates[part].contiguous(), case.weights, shared, row, start, out,
+            scratch, savings)  # fmt: skip
+        outs[one].append(out)
+        at[one] += count
+        for place, position in enumerate(places):
+            close(saves.memory[place], exact[one][1][position], dtype)
+            for back in range(1, min(shape.taps, position) + 1):
+                kept = saves.conv[place, (position - back) % shape.taps]
+                assert torch.equal(kept, case.projected[position - back, : shape.channels]), (position, back)
+        assert bool(saves.memory[len(places) :].isnan().all() and saves.conv[len(places) :].isnan().all())
+        close(shared.memory[row], exact[one][1][at[one]], dtype)
+    for found, (want, _) in zip(outs, exact, strict=True):
+        close(torch.cat(found), want, dtype)
+    others = [row for row in range(ROWS) if row not in rows]
+    assert bool(shared.memory[others].isnan().all() and shared.conv[others].isnan().all())
+
+
+@pytest.mark.parametrize("positions", [[0], [9], [10, 10], [10, 73], [138, 74], [211], [83, 211]])
+def test_states_that_cannot_be_saved(positions):
+    """Before the chunk's second token, twice at one place or in one block, not in order, behind the chunk."""
+    case = Case(SHAPES[0], 210, torch.float32)
+    savings = [Saving(position, case.fresh().row(0)) for position in positions]
+    scratch = torch.empty(recurrent.scratch_bytes(case.shape, 201, 4), dtype=torch.uint8, device=DEVICE)
+    args = case.projected[9:], case.gates[9:], case.weights, case.state, 2, 9, case.out(201), scratch, savings
+    with pytest.raises(ValueError, match="states cannot be saved at"):
+        recurrent.chunk(*args)
+
+
 def check_several(run, start, positions):
     found = []
     for several in (positions, *([position] for position in positions)):
@@ -294,4 +371,5 @@ def check_several(run, start, positions):
         assert torch.equal(out, same_out) and torch.equal(memory, same_memory) and torch.equal(conv, same_conv), (
             position
         )
-        assert torch.equal(one.memory, same.memory) and torch.equal(one.conv, same.conv), position
+        assert torch.equal(one.memory, same.memory), position
+        assert torch.equal(one.conv.nan_to_num(), same.conv.nan_to_num()), position  # slots of nobody

@@ -507,3 +507,22 @@ def test_every_field_with_every_kind_of_value(architecture: str) -> None:
             for spec in layer_specs(cfg):
                 frequencies = rope.frequencies(spec.rope, spec.head_dim, torch.device("cpu"), cfg.context_limit)
                 assert frequencies.isfinite().all() and frequencies.min() >= 0
+
+
+def test_a_pattern_of_windows_that_is_spelt_out() -> None:
+    """L sees the window, G all; the last layer sees all in any case. What layer_types says comes first."""
+    sliding = "sliding_attention"
+    fields = {"sliding_window": 1024, "num_key_value_heads": 2}
+    numbered = parse("Exaone4ForCausalLM", sliding_window_pattern=4, **fields)
+    assert parse("Exaone4ForCausalLM", sliding_window_pattern="LLLG", **fields) == numbered
+    assert numbered.layer_types == ((sliding,) * 3 + (FULL,)) * 2
+    odd = parse("Exaone4ForCausalLM", sliding_window_pattern="LLG", **fields)
+    assert odd.layer_types == (sliding, sliding, FULL, sliding, sliding, FULL, sliding, FULL)
+    named = fields | {"layer_types": [FULL, *[sliding] * 7]}
+    assert parse("Exaone4ForCausalLM", sliding_window_pattern="LLLG", **named).layer_types == (FULL, *[sliding] * 7)
+    assert parse("Exaone4ForCausalLM", sliding_window_pattern="LLLG", sliding_window=None).layer_types == ()
+    for wrong in ("LLXG", "", "lllg"):
+        assert "no number and no text of the letters L and G" in refused(
+            "Exaone4ForCausalLM", sliding_window_pattern=wrong, **fields
+        )
+    assert "not a whole number" in refused("Gemma3ForCausalLM", sliding_window_pattern="LLLG", sliding_window=1024)
