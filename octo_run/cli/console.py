@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from octo_run import process
+from octo_run.cli import tables
 from octo_run.errors import LONGEST, UNSAFE, OctoError, UsageError, shown
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -198,18 +199,9 @@ def width() -> int:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text; columns whose cells start with a digit are set flush right. The cells are escaped."""
-    cells = [[shown(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [all(row[column][:1].isdigit() or row[column] == "-" for row in rows) for column in range(len(header))]
-    lines = []
-    for row in cells:
-        padded = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    """A :func:`.tables.table` for standard output, at a terminal as wide as that at most."""
+    fits = sys.stdout.isatty() and width() >= _NARROWEST
+    return tables.table(header, rows, width() - 1 if fits else None)
 
 
 def printable(text: str) -> str:
