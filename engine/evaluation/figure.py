@@ -27,6 +27,7 @@ _LETTERS = 10.5  # of a line of the title on an inch, wide ones too
 _COLOURS = {
     "bf": "#222222", "oct": "#0067b1", "octopus": "#e08a00", "auto": "#00905f", "turbo": "#c8499a", "polar": "#6a3fa0",
     "mixed": "#c23b1e", "kivi": "#8a6a1f", "t": "#4aa8dd", "octopus-s": "#9a9a00", "octopus-q": "#7f1d1d",
+    "cuDNN": "#4d7c0f", "Flash": "#7c5cff", "FlashInfer": "#a3586d", "FlashInfer fp": "#12758a",
     "fp32": "#5b7083", "fp8": "#b5541c", "int8": "#0f8b8d", "int4": "#8b3a8f", "int4-128": "#5d7a1e",
 }  # fmt: skip
 _OTHERS = ("#5b7083", "#a3586d", "#4d7c0f", "#7c5cff", "#946846", "#12758a")

@@ -144,6 +144,10 @@ def plot_recall(cells: Sequence[Cell], path: Path, about: str = "") -> None:
         for axes, kv in zip(grid, kvs, strict=True):
             lengths, depths, recall = heat_map(cells, kv)
             image = axes.imshow(recall, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            for column in range(1, len(lengths)):
+                axes.axvline(column - 0.5, color="white", linewidth=1)
+            for row in range(1, len(depths)):
+                axes.axhline(row - 0.5, color="white", linewidth=1)
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
             axes.set_title(kv)
@@ -154,4 +158,4 @@ def plot_recall(cells: Sequence[Cell], path: Path, about: str = "") -> None:
                         letters = ink(image.cmap(value))
                         axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=letters)
         figure.supylabel("depth of the number asked for", fontsize=13)
-        figure.colorbar(image, ax=grid, label="recall")
+        figure.colorbar(image, ax=grid, label="recall", format="{x:.0%}")
