@@ -80,7 +80,7 @@ def _stretch(axes: Any, rows: Sequence[Row]) -> str:
     else:
         axes.xaxis.set_major_formatter("{x:,.0f}")
     errors = [row.delta_stderr for row in rows if row.delta_stderr]
-    middle = 10.0 ** round(math.log10(statistics.median(errors))) if errors else 0.1
+    middle = max(0.1, 10.0 ** round(math.log10(statistics.median(errors)))) if errors else 0.1
     if max(abs(row.delta_percent) for row in rows) < 5 * middle:
         return ""
     axes.set_yscale("symlog", linthresh=middle)
