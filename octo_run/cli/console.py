@@ -27,6 +27,7 @@ from octo_run.errors import LONGEST, UNSAFE, OctoError, UsageError, shown
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _NARROWEST, _GLUE = 20, "\x01"  # columns below which lines are left to the terminal; what no text shown has
+_UNIT = re.compile(r"(?<=[0-9]) (?=(?:[kMGT]?B|m?s)\b|%)")  # between a number and its unit
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -65,12 +66,13 @@ def warn(text: str) -> None:
 def fitted(text: str, stream: Any) -> str:
     """``text`` with its lines broken between words where ``stream`` is a terminal, which would break words.
 
-    What stands between backticks is not broken, so that a command can be copied. A line in columns, which two spaces
+    What stands between backticks is not broken, so that a command can be copied, nor is a number from its unit. A line in columns, which two spaces
     set apart, goes on under its last one. A row of a Markdown table stays as it is.
     """
     if not stream.isatty() or width() < _NARROWEST:
         return text
     whole = re.sub("`[^`\n]*`", lambda match: match.group().replace(" ", _GLUE), text)
+    whole = _UNIT.sub(_GLUE, whole)
     lines = [_broken(line) for line in whole.split("\n")]
     return "\n".join(lines).replace(_GLUE, " ")
 
