@@ -66,8 +66,8 @@ def warn(text: str) -> None:
 def fitted(text: str, stream: Any) -> str:
     """``text`` with its lines broken between words where ``stream`` is a terminal, which would break words.
 
-    What stands between backticks is not broken, so that a command can be copied, nor is a number from its unit. A line in columns, which two spaces
-    set apart, goes on under its last one. A row of a Markdown table stays as it is.
+    What stands between backticks is not broken, so that a command can be copied, nor is a number from its unit. A line
+    in columns, which two spaces set apart, goes on under its last one. A row of a Markdown table stays as it is.
     """
     if not stream.isatty() or width() < _NARROWEST:
         return text
