@@ -25,8 +25,8 @@ def table(header: Row, rows: Sequence[Row], room: int | None = None) -> str:
     """A table; columns of numbers are set flush right. The cells are escaped.
 
     Where it is wider than ``room``, headings are broken between words. If that does not help and the last column is of
-    text, it is left to go on below itself; else some columns go to further tables, which begin with the first column,
-    too, or each row becomes a list. A column ``±`` stays beside the one before it.
+    text, it is left to go on below itself; else some columns go to further tables, which begin with the columns that
+    tell the rows apart, too, or each row becomes a list. A column ``±`` stays beside the one before it.
 
     Args:
         room: Columns that the lines may have; None: any number.
@@ -38,15 +38,16 @@ def table(header: Row, rows: Sequence[Row], room: int | None = None) -> str:
     widths = whole.widths
     if not whole.right[-1] and whole.width - widths[-1] + _FEWEST <= room:
         return whole.text()
+    names = _telling(cells[1:])
     groups: list[list[int]] = []
-    for columns in _inseparable(cells[0]):
-        joined = [*(groups[-1] if groups else [0]), *columns]
+    for columns in _inseparable(cells[0], len(names)):
+        joined = [*(groups[-1] if groups else names), *columns]
         if groups and _Layout(cells, joined, room).width <= room:
             groups[-1] = joined
         else:
-            groups.append([0, *columns])
+            groups.append([*names, *columns])
     parts = [_Layout(cells, columns, room) for columns in groups]
-    if any(part.width > room for part in parts) or 2 * widths[0] > room:
+    if any(part.width > room for part in parts) or 2 * _Layout(cells, names, room).width > room:
         return _records(cells)
     return "\n\n".join(part.text() for part in parts)
 
@@ -60,10 +61,20 @@ class _Layout:
         content = [max((cell_width(row[place]) for row in rows), default=0) for place in range(len(columns))]
         self.widths = [max(cell_width(name), most) for name, most in zip(header, content, strict=True)]
         if room is not None and self.width > room:
-            self._header = [_broken(name, most) for name, most in zip(header, content, strict=True)]
-            heads = [max(map(cell_width, lines)) for lines in self._header]
-            self.widths = [max(head, most) for head, most in zip(heads, content, strict=True)]
+            self._break_headings(header, content, room)
         self.right = [_numeric([row[place] for row in rows]) for place in range(len(columns))]
+
+    def _break_headings(self, header: Row, content: Sequence[int], room: int) -> None:
+        """Break headings as far as they are wider than what stands below them; what room is left they get back."""
+
+        def set_width(place: int, width: int) -> None:
+            self._header[place] = lines = _broken(header[place], width)
+            self.widths[place] = max(content[place], *map(cell_width, lines))
+
+        for place, most in enumerate(content):
+            set_width(place, most)
+        for place in sorted(range(len(header)), key=lambda place: -len(self._header[place])):
+            set_width(place, self.widths[place] + max(0, room - self.width))
 
     @property
     def width(self) -> int:
@@ -102,10 +113,18 @@ def _numeric(cells: Row) -> bool:
     return bool(known) and all(_NUMBER.fullmatch(cell) for cell in known)
 
 
-def _inseparable(header: Row) -> list[list[int]]:
-    """The columns behind the first one, each with its error."""
+def _telling(rows: Sequence[Row]) -> list[int]:
+    """The first columns, as many as it takes to tell the rows apart."""
+    for count in range(1, len(rows[0]) if rows else 1):
+        if len({tuple(row[:count]) for row in rows}) == len(rows):
+            return [*range(count)]
+    return [0]
+
+
+def _inseparable(header: Row, begin: int) -> list[list[int]]:
+    """The columns from ``begin`` on, each with its error."""
     found: list[list[int]] = []
-    for column in range(1, len(header)):
+    for column in range(begin, len(header)):
         if header[column] == "±" and found:
             found[-1].append(column)
         else:

@@ -59,14 +59,27 @@ def test_errors_stay_beside_their_figures() -> None:
     ]
 
 
-def test_headings_are_broken_first() -> None:
+def test_headings_are_broken_first_and_no_more_than_needed() -> None:
     header, rows = ["--kv", "bytes/token", "tokens that fit in memory"], [["oct3", "1,792", "12,967,359"]]
-    assert table(header, rows, 35).splitlines() == [
+    assert table(header, rows, 32).splitlines() == [
+        "                     tokens that",
+        "--kv  bytes/token  fit in memory",
+        "oct3        1,792     12,967,359",
+    ]
+    assert table(header, rows, 29).splitlines() == [
         "                       tokens",
         "                     that fit",
         "--kv  bytes/token   in memory",
         "oct3        1,792  12,967,359",
     ]
+
+
+def test_every_part_tells_the_rows_apart() -> None:
+    header = ["weights", "kv", "test", "tokens/s", "mean", "first token"]
+    rows = [["int8", kv, test, "388.5", "1.0", "82.5"] for kv in ("oct3", "bf16") for test in ("pp32", "tg8")]
+    parts = [part.splitlines() for part in table(header, rows, 40).split("\n\n")]
+    assert len(parts) == 2
+    assert all([line.split()[:3] for line in part[-4:]] == [row[:3] for row in rows] for part in parts)
 
 
 def test_a_last_text_goes_on_below_itself() -> None:
