@@ -31,6 +31,7 @@ from bench_graphs import DEVICE, in_turn, recorded
 from bench_report import provenance, save, table
 
 from octo_run.engine.benchmark import wait
+from octo_run.engine.evaluation.figure import log_ticks, page, set_ticks, styles
 from octo_run.kernels import PAGE_TOKENS, AttentionInputs, AttentionSpec, encode_pages, page_bytes
 from octo_run.kernels.attention import dispatch
 from octo_run.kernels.attention.dispatch import Kernel
@@ -332,24 +333,22 @@ def report(rows: list[Row], bandwidth: float, errors: dict[str, float], run: str
     return "\n\n".join(parts) + "\n"
 
 
-def plot(rows: list[Row], bandwidth: float, path: Path) -> None:
-    """Roofline: time against stored bytes, with the line that the copy bandwidth allows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
-    for name in dict.fromkeys(r.kernel for r in rows):
-        points = sorted((r.gb_per_s * r.microseconds * 1e-3, r.microseconds) for r in rows if r.kernel == name)
-        axes.plot(*zip(*points, strict=True), "o", markersize=4, label=name)
-    sizes = [r.gb_per_s * r.microseconds * 1e-3 for r in rows]
-    ends = [min(sizes), max(sizes)]
-    axes.plot(ends, [size * 1e12 / bandwidth for size in ends], "k-", linewidth=1, label="copy bandwidth")
-    axes.set(xscale="log", yscale="log", xlabel="stored K and V (MB)", ylabel="microseconds", title="Decode attention")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=140)
+def plot(rows: list[Row], bandwidth: float, path: Path, about: str) -> None:
+    """Roofline: time against stored bytes, with the line that the copy bandwidth allows; ``about`` is for the title."""
+    names = [*dict.fromkeys(row.kernel for row in rows)]
+    own = styles(names)
+    with page(path, "Decode attention, one step of one layer", about, (11.0, 6.4)) as (_, (axes,)):
+        for name in names:
+            points = sorted((r.gb_per_s * r.microseconds * 1e-3, r.microseconds) for r in rows if r.kernel == name)
+            axes.plot(*zip(*points, strict=True), linestyle="none", markersize=6, label=name, **own[name].points())
+        sizes = [r.gb_per_s * r.microseconds * 1e-3 for r in rows]
+        ends = [min(sizes), max(sizes)]
+        axes.plot(ends, [size * 1e12 / bandwidth for size in ends], "k-", linewidth=1, label="copy bandwidth")
+        axes.set(xscale="log", yscale="log", xlabel="stored K and V, MB", ylabel="microseconds")
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            set_ticks(axis, log_ticks(*limits, (1,)), ",g")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=12)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -397,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
         text = report(rows, bandwidth, errors, run)
         save(rows, text, args.json, args.markdown)
         if args.plot:
-            plot(rows, bandwidth, args.plot)
+            plot(rows, bandwidth, args.plot, run.replace("`", ""))
     print(text)
     return 0
 

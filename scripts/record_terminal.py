@@ -1,10 +1,11 @@
-"""Records a chat with the embedded model on a pseudo-terminal and draws it as an SVG picture.
+"""Records a chat with the embedded model on a pseudo-terminal and draws it as two SVG pictures, dark and light.
 
-    python scripts/record_terminal.py [OUT.svg] [--columns N] [--theme dark|light] [--say TEXT ...]
+    python scripts/record_terminal.py [OUT] [--columns N] [--say TEXT ...]
 
 The program is the real one, on the CPU, with an empty history. What it writes goes through a small model of a terminal;
-the last screen is the picture. A comment in the file says by which command, where and when it was made. Needs pexpect,
-which the `test` extra has.
+the screen on which it waits for one more line is the picture: OUT-dark.svg on a dark terminal and OUT-light.svg on a
+light one. A comment in the files says by which command, where and when they were made. Needs pexpect, which the `test`
+extra has.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME
 from rich.text import Text
 
-OUT = Path(__file__).parents[1] / "docs" / "results" / "terminal.svg"
+OUT = Path(__file__).parents[1] / "docs" / "results" / "terminal"
 SAY = (
     "I want to book a table for two in San Jose tonight.",
     "Italian food, please, at 7 pm.",
@@ -36,6 +37,8 @@ SAY = (
 ROWS, SECONDS = 60, 60
 THEMES = {"dark": SVG_EXPORT_THEME, "light": DEFAULT_TERMINAL_THEME}
 PROMPT = "> "
+GAUGE = re.compile(r"context .* tokens|[0-9,]+ of [0-9,]+ \(|[0-9]+ %")  # the line below the prompt
+PLACE_ASKED, PLACE = "\x1b[6n", f"\x1b[{ROWS - 1};1R"  # where the cursor is: near the end, as on a screen that scrolls
 
 _TOKEN = re.compile(r"\x1b\[(?P<numbers>[?0-9;]*)(?P<end>[A-Za-z])|\x1b.|(?P<character>[^\x1b])", re.DOTALL)
 _HALF = re.compile(r"\x1b(?:\[[?0-9;]*)?\Z")  # an escape sequence whose end has not come
@@ -93,9 +96,10 @@ class Screen:
         return "".join(character for character, _ in self.cells[row])
 
     def waits(self) -> bool:
-        """Whether the program waits for a line: the cursor stands behind an empty prompt, and nothing is below it."""
-        below = any(self.line(row).strip() for row in range(self.row + 1, len(self.cells)))
-        return self.line(self.row).rstrip() == PROMPT.rstrip() and self.column == len(PROMPT) and not below
+        """Whether the program waits for a line: the cursor stands behind an empty prompt, the gauge alone below it."""
+        below = [text for row in range(self.row + 1, len(self.cells)) if (text := self.line(row).strip())]
+        empty = self.line(self.row).rstrip() == PROMPT.rstrip() and self.column == len(PROMPT)
+        return empty and all(GAUGE.search(text) for text in below) and len(below) <= 1
 
     def as_text(self) -> Text:
         """The screen with its colours, without the empty lines below."""
@@ -156,7 +160,7 @@ def record(columns: int, messages: list[str]) -> Screen:
     """The screen after a chat in which ``messages`` were typed."""
     screen = Screen(columns)
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        environment = {**os.environ, "TERM": "xterm-256color"}
         environment |= {"XDG_STATE_HOME": folder, "CUDA_VISIBLE_DEVICES": ""}
         argv = ["-m", "octo_run", "chat"]
         child = pexpect.spawn(
@@ -168,8 +172,6 @@ def record(columns: int, messages: list[str]) -> Screen:
                 _read(child, screen)
                 child.send(message + "\r")
             _read(child, screen)
-            child.sendeof()
-            child.expect(pexpect.EOF)
         finally:
             child.close(force=True)
     return screen
@@ -180,13 +182,20 @@ def _read(child: pexpect.spawn, screen: Screen) -> None:
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         try:
-            screen.feed(child.read_nonblocking(65536, SECONDS))
+            _take(child, screen, SECONDS)
             while True:
-                screen.feed(child.read_nonblocking(65536, 0.3))
+                _take(child, screen, 0.3)
         except pexpect.TIMEOUT:
             if screen.waits():
                 return
     raise TimeoutError(f"the program did not ask for a line within {SECONDS} s")
+
+
+def _take(child: pexpect.spawn, screen: Screen, seconds: float) -> None:
+    """Feed the screen with what comes within so many seconds, and answer what the program asks the terminal."""
+    written = child.read_nonblocking(65536, seconds)
+    screen.feed(written)
+    child.send(PLACE * written.count(PLACE_ASKED))
 
 
 def draw(screen: Screen, about: str, theme: str = "dark") -> str:
@@ -195,14 +204,15 @@ def draw(screen: Screen, about: str, theme: str = "dark") -> str:
     console.print(screen.as_text(), soft_wrap=True)
     svg = console.export_svg(title="octo-run chat", code_format=_PICTURE, unique_id="octo", theme=THEMES[theme])
     svg = svg.replace("ABOUT", about)
+    if theme == "light":  # the window's edge can be seen on white, too
+        svg = svg.replace('stroke="rgba(255,255,255,0.35)"', 'stroke="rgba(0,0,0,0.35)"')
     return "\n".join(line.strip() for line in svg.splitlines() if line.strip()) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path, default=OUT)
+    parser.add_argument("out", nargs="?", type=Path, default=OUT, help="what the names of the pictures begin with")
     parser.add_argument("--columns", type=int, default=100)
-    parser.add_argument("--theme", choices=THEMES, default="dark", help="the colours of the terminal")
     parser.add_argument("--say", nargs="+", default=list(SAY), metavar="TEXT")
     args = parser.parse_args()
     screen = record(args.columns, args.say)
@@ -211,8 +221,10 @@ def main() -> None:
         f"python scripts/record_terminal.py; {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
         f"{day} (UTC); a picture, not a measurement"
     )
-    args.out.write_text(draw(screen, about, args.theme), encoding="utf-8")
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+    for theme in THEMES:
+        out = args.out.with_name(f"{args.out.name}-{theme}.svg")
+        out.write_text(draw(screen, about, theme), encoding="utf-8")
+        print(f"{out}: {out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

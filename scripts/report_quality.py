@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import re
 import shlex
 import sys
 import unittest.mock
@@ -43,15 +44,6 @@ CONTEXT = 2048
 OURS, PAPER = ("oct4", "oct3", "oct2"), ("octopus4", "octopus3", "octopus2")
 MIXED = ("auto:60", "auto:52", "auto:48")  # the format of each layer's K and V by what it costs
 BASELINES = ("mixed4", "mixed3", "mixed2", "turbo4", "turbo3", "turbo2", "polar4", "polar3", "polar2")
-#: Perplexity change in % and recall in points that are aimed at, by the beginning of the model's name.
-AIMS = {
-    # auto:60 takes the bytes of oct3 at a head dimension of 64.
-    "SmolLM2-code": {"oct4": (0.12, 6.0), "oct3": (0.32, 6.0), "auto:60": (0.32, 6.0), "oct2": (2.4, 16.0)},
-    "SmolLM2-languages": {"oct4": (0.12, 6.0), "oct3": (0.32, 6.0), "auto:60": (0.32, 6.0), "oct2": (2.4, 16.0)},
-    "SmolLM2": {"oct4": (0.06, 3.0), "oct3": (0.16, 3.0), "auto:60": (0.16, 3.0), "oct2": (1.2, 8.0)},
-    "demo": {"oct4": (0.2, 2.0), "oct3": (0.4, 2.0), "oct2": (1.5, 5.0)},
-    "stress": {"oct4": (0.4, 4.0), "oct3": (0.8, 4.0), "oct2": (3.0, 10.0)},
-}
 TITLES = {
     "formats": "Formats, with the defaults (64 sinks, window 64, keys conditioned)",
     "off": "Keys as they are (`--conditioning off`)",
@@ -267,7 +259,7 @@ def write(doc: Path, files: list[Path]) -> None:
         own = [part for part in parts if part["model"] == model]
         rows = [row for part in own if part["kind"] == "ppl" for row in part["rows"]]
         rows = [row for i, row in enumerate(rows) if row["kv"] not in {other["kv"] for other in rows[:i]}]
-        lines += [f"## {model} model", "", *_targets(model, own, rows)]
+        lines += [f"## {model} model", "", *_summary(own, rows)]
         for group, title in TITLES.items():
             lines += _table(title, [row for row in rows if row["group"] == group], own[0].get("head_dim", 128))
         lines += _needles([part for part in own if part["kind"] == "needle"])
@@ -275,9 +267,18 @@ def write(doc: Path, files: list[Path]) -> None:
             plot = doc.with_name(f"{doc.stem}-{model}.png")
             fields = {field.name for field in dataclasses.fields(Row)}
             shown = [row for row in rows if row["group"] in ("formats", "off")]
-            plot_perplexity([Row(**{key: row[key] for key in fields if key in row}) for row in shown], plot)
+            about = "\n".join(_about(part) for part in own if part["kind"] == "ppl")
+            plot_perplexity([Row(**{key: row[key] for key in fields if key in row}) for row in shown], plot, about)
             lines += [f"![perplexity against bytes, {model} model]({plot.name})", ""]
     doc.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+
+
+def _about(part: dict[str, Any]) -> str:
+    """What the plot of a part says below its title: model, text and command."""
+    context, tokens = part.get("context", CONTEXT), part["rows"][0]["tokens"]
+    command = re.search("`(.*)`", part["where"])
+    line = f"{part['model']}, {part['text']}, {tokens:,} tokens, context {context:,}"
+    return f"{line}\n{command[1]}" if command else line
 
 
 def _head(parts: list[dict[str, Any]]) -> Iterator[str]:
@@ -303,29 +304,29 @@ def _head(parts: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
 
 
-def _targets(model: str, parts: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Whether the aims are reached, with keys conditioned and as they are."""
-    aims = next(found for name, found in AIMS.items() if model.startswith(name))
+def _summary(parts: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The formats that octo-run offers in a short table: what is not measured is a hyphen, or has no column."""
     by_label = {row["kv"]: row for row in rows}
     needles = [row for part in parts if part["kind"] == "needle" for row in part["rows"] if row["depth"] is None]
-    recalls = {row["kv"]: (100 * row["delta"], 100 * row["delta_stderr"]) for row in needles}
-    yield "| format | perplexity change, aim | measured | keys as they are | recall against bf16, aim | measured |"
-    yield "|---|---|---|---|---|---|"
-    for kv, (change, points) in aims.items():
-        cells = [_against(by_label.get(label), change) for label in (kv, f"{kv}, as they are")]
-        lost = "-"
-        if kv in recalls:
-            lost = f"{recalls[kv][0]:+.1f} points ± {recalls[kv][1]:.1f}"
-            lost += ", reached" if recalls[kv][0] >= -points - recalls[kv][1] else ", not reached"
-        yield f"| {kv} | at most +{change:g} % | {cells[0]} | {cells[1]} | -{points:.0f} points | {lost} |"
+    recalls = {row["kv"]: f"{100 * row['delta']:+.1f} ± {100 * row['delta_stderr']:.1f}" for row in needles}
+    columns: dict[str, dict[str, str]] = {}
+    for title, suffix in (
+        ("perplexity change %", ""),
+        ("keys as they are", ", as they are"),
+        ("mean out", ", mean out"),
+    ):
+        found = {kv: by_label.get(f"{kv}{suffix}") for kv in (*OURS, *MIXED)}
+        columns[title] = {kv: f"{row['delta_percent']:+.2f} ± {row['delta_stderr']:.2f}"
+                          for kv, row in found.items() if row}  # fmt: skip
+    columns["recall against bf16, points"] = {kv: text for kv, text in recalls.items() if kv != REFERENCE}
+    shown = {title: cells for title, cells in columns.items() if cells}
+    yield f"| {' | '.join(['format', *shown])} |"
+    yield "|---" * (1 + len(shown)) + "|"
+    for kv in (*OURS, *MIXED):
+        cells = [own.get(kv, "-") for own in shown.values()]
+        if any(cell != "-" for cell in cells):
+            yield f"| {' | '.join([kv, *cells])} |"
     yield ""
-
-
-def _against(row: dict[str, Any] | None, aim: float) -> str:
-    if row is None:
-        return "-"
-    reached = row["delta_percent"] <= aim + row["delta_stderr"]
-    return f"{row['delta_percent']:+.2f} % ± {row['delta_stderr']:.2f}, {'reached' if reached else 'not reached'}"
 
 
 def _table(title: str, rows: list[dict[str, Any]], head_dim: int) -> Iterator[str]:

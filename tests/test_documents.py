@@ -5,6 +5,7 @@ import io
 import re
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,7 @@ def relative(path: Path) -> str:
 def test_links_lead_somewhere(path: Path) -> None:
     text = text_of(path, code=False)
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.M)
+    targets += re.findall(r'(?:src|srcset)="([^"]+)"', text)
     for target in targets:
         if re.match(r"https?://", target):
             continue
@@ -68,7 +70,54 @@ def test_the_readme_is_short_and_has_eight_figures() -> None:
     assert len(rows) == 8
     for name in rows:
         assert f"[{name}]: docs/results/" in section
-    assert (ROOT / "docs" / "results" / "terminal.svg").stat().st_size <= 40_000
+    for theme in ("dark", "light"):
+        assert f"docs/results/terminal-{theme}.svg" in text
+        assert (ROOT / "docs" / "results" / f"terminal-{theme}.svg").stat().st_size <= 40_000
+
+
+def commands(group: click.Group, name: str = "octo-run") -> dict[str, set[str]]:
+    """The options of each command by its whole name."""
+    found: dict[str, set[str]] = {}
+    context = click.Context(group, info_name=name)
+    for own in group.list_commands(context):
+        command = group.get_command(context, own)
+        assert command is not None
+        whole = f"{name} {own}"
+        options = {flag for one in command.params for flag in (*one.opts, *one.secondary_opts)}
+        found |= {whole: options | {"--help", "-h"}} | (
+            commands(command, whole) if isinstance(command, click.Group) else {}
+        )
+    return found
+
+
+def code_in(path: Path) -> list[str]:
+    """What stands between backticks, and the lines of code blocks."""
+    text = text_of(path)
+    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```$", text, re.M | re.S)
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", text_of(path, code=False))
+    return [*(span.replace("\n", " ") for span in spans), *(line for block in blocks for line in block.split("\n"))]
+
+
+def test_commands_in_documents_have_their_options() -> None:
+    """Where a command is written with options, it has them; one that stands alone in its page is some command's."""
+    from octo_run.cli import cli
+
+    known = commands(cli)
+    seen, wrong = 0, []
+    for path in [README, *sorted((ROOT / "docs").glob("*.md"))]:
+        for line in code_in(path):
+            words = re.sub(r"[^\w\s.,:/=+-]", " ", line[max(0, line.find("octo-run ")) :]).split()
+            own = [name for name in known if words[: len(name.split())] == name.split()]
+            if own:
+                options = known[max(own, key=len)]
+            elif path.name == "commands.md" and line.startswith("--"):
+                options = set().union(*known.values())
+            else:
+                continue
+            seen += 1
+            named = {word.split("=")[0] for word in words if re.match("--[a-z]", word)}
+            wrong += [(relative(path), line, option) for option in sorted(named - options)]
+    assert not wrong and seen > 60
 
 
 @pytest.mark.few(1)

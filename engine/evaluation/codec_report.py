@@ -106,8 +106,15 @@ def gaussian(names: Sequence[str], head_dim: int, count: int, seed: int) -> Iter
         yield _row("gaussian", codec, x, y, error, kl)
 
 
+def for_models(names: Sequence[str], head_dim: int, seed: int) -> list[str]:
+    """Those of the codecs of which a model's keys and values show all that they do."""
+    return [name for name in names if not _corrects(build(name, head_dim, seed))]
+
+
 def real(names: Sequence[str], data: Captured, seed: int) -> Iterator[Row]:
-    """Rows for a model's keys, its keys with the mean taken out, and its values."""
+    """Rows for a model's keys, its keys with the mean taken out, and its values: three for each codec of
+    :func:`for_models`.
+    """
     tokens, dim = data.k.shape[2:]
     means = []
     for keys, frequencies in zip(data.k, data.frequencies, strict=True):
@@ -117,8 +124,6 @@ def real(names: Sequence[str], data: Captured, seed: int) -> Iterator[Row]:
     mean = torch.stack(means)
     for name in names:
         codec = build(name, dim, seed)
-        if _corrects(codec):
-            continue
         for label, taken in (("keys", None), ("keys, mean out", mean)):
             rows = data.k if taken is None else data.k - taken
             packed = codec.encode(rows)

@@ -421,6 +421,14 @@ def cells(kv: str, questions: Sequence[Question], found: Sequence[bool], referen
     return made
 
 
+def heat_map(cells: Sequence[Cell], kv: str) -> tuple[list[int], list[float], list[list[float]]]:
+    """Lengths, depths, and the recall for each depth and length; NaN where nothing was asked."""
+    own = {(cell.depth, cell.length): cell.recall for cell in cells if cell.kv == kv and cell.depth is not None}
+    lengths = sorted({length for _, length in own})
+    depths = sorted({depth for depth, _ in own if depth is not None})
+    return lengths, depths, [[own.get((depth, length), math.nan) for length in lengths] for depth in depths]
+
+
 def _cell(kv: str, length: int, depth: float | None, own: Sequence[tuple[Question, bool, bool]], partial: bool) -> Cell:
     """A cell of what a format and bf16 found."""
     count, correct = len(own), sum(right for _, right, _ in own)

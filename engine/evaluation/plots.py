@@ -1,103 +1,132 @@
-"""Figures as files (PNG, SVG or PDF, by the name's ending) and heat maps for the terminal."""
+"""The figures of measurements, as files (PNG, SVG or PDF, by the name's ending)."""
 
-import textwrap
+import math
+import statistics
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from octo_run.engine.evaluation.codec_report import Row as Distortion
-from octo_run.engine.evaluation.needle import Cell
+from octo_run.engine.evaluation.figure import colour, family, ink, log_ticks, page, set_ticks, styles
+from octo_run.engine.evaluation.needle import Cell, heat_map
 from octo_run.engine.evaluation.perplexity import Row
 from octo_run.engine.evaluation.reading import REFERENCE
-from octo_run.errors import OctoError, UsageError, shown
 
-ENDINGS = (".png", ".svg", ".pdf")
-_SHADES = " ░▒▓█"
-_MARKERS = "osD^vPX*<>"
 #: What families of codecs are called where there is room to explain them.
 _NAMES = {
     "oct": "oct (octo-run, trellis)",
     "octopus": "octopus (octahedral, 3x3)",
+    "t": "t (trellis at turbo's sizes)",
     "bound": "bound (Gaussian source)",
 }
-
-
-def check_figure_path(path: Path) -> None:
-    """Check, before anything is measured, that a figure can be written.
-
-    Raises:
-        UsageError: A name that no figure can be written to.
-        OctoError: There is no matplotlib.
-    """
-    if find_spec("matplotlib") is None:
-        raise OctoError("Figures need matplotlib: install it with `pip install matplotlib`, or leave the figure out.")
-    if path.suffix.lower() not in ENDINGS:
-        raise UsageError(f"{path}: a figure's name ends in {', '.join(ENDINGS)}.")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}.")
+_OURS = {"marker": "o", "linestyle": "-", "linewidth": 2.5, "markersize": 8, "zorder": 3}
+_OTHERS = {"linestyle": "--", "linewidth": 1.2, "markersize": 6}
+_MARKERS = "sD^vPX*<>phd"  # of other families, where bits need none
+_LEGEND_LINES = 24  # in one column
 
 
 def plot_perplexity(rows: Sequence[Row], path: Path, about: str = "") -> None:
     """Perplexity change (%, with its standard error) against the cache's bytes per token; bf16 is the point at 0.
 
+    Formats of one family are joined, the axes logarithmic where the figures are far apart.
+
     Args:
         about: Model, text and command, for the title.
     """
-    figure, axes = _figure(7.2, 5.2)
-    styles = _styles([row.kv for row in rows])
-    for row in sorted(rows, key=lambda row: row.bytes_per_token):
-        colour, marker = styles[row.kv]
-        axes.errorbar(
-            row.bytes_per_token, row.delta_percent, yerr=row.delta_stderr or 0, capsize=4, markersize=9,
-            color=colour, marker=marker, linestyle="none",
-            label=f"{row.kv}: {row.delta_percent:+.2f} %, {row.bytes_per_token:,.0f} bytes",
+    if any(row.partial for row in rows):
+        about += f"\npartial: {min(row.tokens for row in rows):,} tokens scored"
+    own = styles([row.kv for row in rows])
+    legend_columns = -(-len(rows) // _LEGEND_LINES)
+    height = max(5.4, 1.2 + 0.26 * -(-len(rows) // legend_columns))
+    with page(path, "Perplexity by bytes of the cache", about, (7.5 + 3.7 * legend_columns, height)) as (_, (axes,)):
+        axes.axhline(0, color="gray", linewidth=1)
+        for line in dict.fromkeys(style.line for style in own.values()):
+            joined = sorted((row.bytes_per_token, row.delta_percent) for row in rows if own[row.kv].line == line)
+            own_colour = next(style.colour for style in own.values() if style.line == line)
+            axes.plot(*zip(*joined, strict=True), color=own_colour, linewidth=1, alpha=0.5)
+        places, handles = list(own), {}
+        for row in sorted(rows, key=lambda row: row.bytes_per_token):
+            handles[row.kv] = axes.errorbar(
+                row.bytes_per_token, row.delta_percent, yerr=row.delta_stderr or 0, capsize=4, markersize=9,
+                linestyle="none", **own[row.kv].points(),
+            )  # fmt: skip
+        axes.set_xlabel("bytes per token (pages, sinks and window)")
+        axes.set_ylabel(f"change of perplexity against {REFERENCE}, %{_stretch(axes, rows)}")
+        axes.grid(alpha=0.3)
+        ordered = sorted(rows, key=lambda row: (places.index(_first(places, row.kv)), row.bytes_per_token))
+        changes = [f" {row.delta_percent:+.2f} %," * (row.kl_mean > 0) for row in ordered]  # the reference has none
+        labels = [
+            f"{row.kv}:{change} {row.bytes_per_token:,.0f} B" for row, change in zip(ordered, changes, strict=True)
+        ]
+        axes.legend(
+            [handles[row.kv] for row in ordered], labels, title="format: change, bytes per token",
+            loc="upper left", bbox_to_anchor=(1.01, 1), ncols=legend_columns, fontsize=12, title_fontsize=12,
         )  # fmt: skip
-    axes.axhline(0, color="gray", linewidth=1)
-    axes.set_xlabel("bytes per token (pages, sinks and window)")
-    axes.set_ylabel(f"change of perplexity against {REFERENCE}, %")
-    axes.margins(x=0.1, y=0.15)
-    axes.grid(alpha=0.3)
-    axes.legend(title="format: change, bytes per token")
-    _save(figure, path, "Perplexity by bytes of the cache", about)
+
+
+def _first(names: Sequence[str], name: str) -> str:
+    """The first of the names that are of the family of ``name``."""
+    return next(one for one in names if family(one) == family(name))
+
+
+def _stretch(axes: Any, rows: Sequence[Row]) -> str:
+    """Make axes logarithmic on which figures are far apart; gives what the vertical one's name has to say of it."""
+    sizes = [row.bytes_per_token for row in rows]
+    axes.margins(x=0.08, y=0.12)
+    if max(sizes) > 2.5 * min(sizes):
+        axes.set_xscale("log")
+        few = max(sizes) < 12 * min(sizes)
+        set_ticks(axes.xaxis, log_ticks(*axes.get_xlim(), *[(1, 1.5, 2, 3, 4, 6, 8)] * few), ",.0f")
+    else:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    errors = [row.delta_stderr for row in rows if row.delta_stderr]
+    middle = max(0.1, 10.0 ** round(math.log10(statistics.median(errors)))) if errors else 0.1
+    if max(abs(row.delta_percent) for row in rows) < 5 * middle:
+        return ""
+    axes.set_yscale("symlog", linthresh=middle)
+    axes.margins(y=0.06)
+    axes.autoscale(axis="y")
+    low, high = axes.get_ylim()
+    set_ticks(axes.yaxis, [*(-x for x in log_ticks(middle, -low)), 0, *log_ticks(middle, high)], "+g")
+    return f" (linear up to {middle:g})"
 
 
 def plot_distortion(rows: Sequence[Distortion], path: Path, about: str = "") -> None:
     """Relative distortion against stored bytes, a panel for each kind of data, with the bound of a Gaussian source.
 
-    One legend fits all panels: a family of codecs has the same colour and marker in each.
+    One legend fits all panels: a family of codecs has the same colour in each.
 
     Args:
         about: Model and command, for the title.
     """
     kinds = list(dict.fromkeys(row.data for row in rows))
-    figure, grid = _figure(2.5 + 4.2 * len(kinds), 6.4, columns=len(kinds))
-    styles = _styles([_family(row) for row in rows])
+    columns = min(2, len(kinds))
+    size = (3.2 + 4.2 * columns, 1.4 + 4.0 * -(-len(kinds) // columns))
+    names = list(dict.fromkeys(family(row.codec) for row in rows))
     handles: dict[str, Any] = {}
-    for axes, kind in zip(grid if len(kinds) > 1 else [grid], kinds, strict=True):
-        own = [row for row in rows if row.data == kind]
-        families: dict[str, list[Distortion]] = {}
-        for row in own:
-            families.setdefault(_family(row), []).append(row)
-        for family, members in families.items():
-            points = sorted((row.bytes, row.mse) for row in members)
-            (colour, marker), ours = styles[family], family == "oct"
-            (handles[family],) = axes.plot(
-                *zip(*points, strict=True), color=colour, marker=marker, linestyle="-" if ours else "--",
-                linewidth=2.5 if ours else 1.2, markersize=8 if ours else 6,
-            )  # fmt: skip
-        limit = sorted({(row.bytes, row.bound) for row in own})
-        (handles["bound"],) = axes.plot(*zip(*limit, strict=True), color="black", linewidth=1, marker=None)
-        axes.set_yscale("log")
-        axes.set_title(kind)
-        axes.set_xlabel("stored bytes of a vector")
-        axes.grid(alpha=0.3)
-    names = [name for name in styles if name in handles] + ["bound"]
-    labels = [_NAMES.get(name, name) for name in names]
-    columns = max(1, min(len(names), 2 * len(kinds)))
-    figure.legend([handles[name] for name in names], labels, loc="outside lower center", ncols=columns)
-    figure.supylabel("distortion, relative to the energy")
-    _save(figure, path, "Distortion of codecs by stored bytes", about)
+    with page(path, "Distortion of codecs by stored bytes", about, size, panels=len(kinds), columns=columns) as (
+        figure,
+        grid,
+    ):
+        for axes, kind in zip(grid, kinds, strict=True):
+            limit = sorted({(row.bytes, row.bound) for row in rows if row.data == kind})
+            (handles["bound"],) = axes.plot(*zip(*limit, strict=True), color="black", linewidth=1)
+            for name in names:
+                points = sorted((row.bytes, row.mse) for row in rows if row.data == kind and family(row.codec) == name)
+                if points:
+                    drawn = (
+                        _OURS if name == "oct" else _OTHERS | {"marker": _MARKERS[names.index(name) % len(_MARKERS)]}
+                    )
+                    (handles[name],) = axes.plot(*zip(*points, strict=True), color=colour(name), **drawn)
+            axes.set_yscale("log")
+            axes.set_title(kind)
+            axes.set_xlabel("stored bytes of a vector")
+            axes.grid(alpha=0.3)
+        set_ticks(grid[0].yaxis, log_ticks(*grid[0].get_ylim()), "g")
+        shown = [name for name in (*names, "bound") if name in handles]
+        figure.legend([handles[name] for name in shown], [_NAMES.get(name, name) for name in shown],
+                      loc="outside lower center", ncols=2 * columns, fontsize=12)  # fmt: skip
+        figure.supylabel("distortion, relative to the energy", fontsize=13)
 
 
 def plot_recall(cells: Sequence[Cell], path: Path, about: str = "") -> None:
@@ -106,75 +135,27 @@ def plot_recall(cells: Sequence[Cell], path: Path, about: str = "") -> None:
     Args:
         about: Model and command, for the title.
     """
+    if any(cell.partial for cell in cells):
+        about += "\npartial: not all questions were asked"
     kvs = list(dict.fromkeys(cell.kv for cell in cells))
-    figure, grid = _figure(3.0 + 2.8 * len(kvs), 4.8, columns=len(kvs))
-    for axes, kv in zip(grid if len(kvs) > 1 else [grid], kvs, strict=True):
-        lengths, depths, recall = _grid(cells, kv)
-        image = axes.imshow(recall, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
-        axes.set_title(kv)
-        axes.set_xlabel("tokens")
-        for row, values in enumerate(recall):
-            for column, value in enumerate(values):
-                colour = ink(image.cmap(value))
-                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour)
-    figure.supylabel("depth of the number asked for")
-    figure.colorbar(image, ax=grid, label="recall")
-    _save(figure, path, "Recall of a hidden number, %", about)
-
-
-def ink(background: tuple[float, ...]) -> str:
-    """Black or white, whichever has the greater contrast with a colour of red, green and blue from 0 to 1."""
-    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in background[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
-
-
-def _family(row: Distortion) -> str:
-    """A codec's name without its bits."""
-    return "".join(letter for letter in row.codec if not letter.isdecimal())
-
-
-def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each name, in the order in which they come; no two names share both."""
-    known = list(dict.fromkeys(names))
-    return {name: (f"C{i % 10}", _MARKERS[(i + i // 10) % len(_MARKERS)]) for i, name in enumerate(known)}
-
-
-def recall_map(cells: Sequence[Cell], kv: str) -> str:
-    """The heat map of one format in text: a line for each depth, a column for each length."""
-    lengths, depths, recall = _grid(cells, kv)
-    lines = ["  depth " + "".join(f"{length:>11,}" for length in lengths)]
-    for depth, values in zip(depths, recall, strict=True):
-        shaded = [f"{_SHADES[round(value * (len(_SHADES) - 1))] * 3} {100 * value:4.0f} %" for value in values]
-        lines.append(f"{100 * depth:5.0f} % " + "".join(text.rjust(11) for text in shaded))
-    return "\n".join(lines)
-
-
-def _grid(cells: Sequence[Cell], kv: str) -> tuple[list[int], list[float], list[list[float]]]:
-    """Lengths, depths, and the recall for each depth and length."""
-    own = {(cell.depth, cell.length): cell.recall for cell in cells if cell.kv == kv and cell.depth is not None}
-    lengths = sorted({length for _, length in own})
-    depths = sorted({depth for depth, _ in own if depth is not None})
-    return lengths, depths, [[own[depth, length] for length in lengths] for depth in depths]
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 13})  # readable at half the size
-    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", sharey=True)
-
-
-def _save(figure: Any, path: Path, title: str, about: str) -> None:
-    from matplotlib import pyplot
-
-    width = int(figure.get_figwidth() * 11)  # characters of the small line under the title
-    lines = [shown(part) for line in about.split("\n") if line for part in textwrap.wrap(line, width)]
-    figure.suptitle("\n".join([title, *lines]), fontsize=13)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    columns = min(4, len(kvs))
+    size = (2.2 + columns * max(2.3, 0.9 * len({cell.length for cell in cells})), 0.8 + 3.4 * -(-len(kvs) // columns))
+    with page(path, "Recall of a hidden number, %", about, size, panels=len(kvs), columns=columns) as (figure, grid):
+        for axes, kv in zip(grid, kvs, strict=True):
+            lengths, depths, recall = heat_map(cells, kv)
+            image = axes.imshow(recall, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            for column in range(1, len(lengths)):
+                axes.axvline(column - 0.5, color="white", linewidth=1)
+            for row in range(1, len(depths)):
+                axes.axhline(row - 0.5, color="white", linewidth=1)
+            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+            axes.set_title(kv)
+            axes.set_xlabel("tokens")
+            for row, values in enumerate(recall):
+                for column, value in enumerate(values):
+                    if not math.isnan(value):
+                        letters = ink(image.cmap(value))
+                        axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=letters)
+        figure.supylabel("depth of the number asked for", fontsize=13)
+        figure.colorbar(image, ax=grid, label="recall", format="{x:.0%}")

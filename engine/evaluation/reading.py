@@ -169,7 +169,7 @@ def pack(lengths: Sequence[int], rows: int, step: int) -> list[list[Piece]]:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a measurement is: tokens read, all formats together, and those to read in all."""
+    """How far a measurement is: tokens read (or codecs, tasks), all formats together, and those in all."""
 
     done: int
     to_do: int

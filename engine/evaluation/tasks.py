@@ -6,7 +6,7 @@ in GSM8K, after ``####``).
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -51,7 +51,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Score:
-    """The share of exact matches of one format, with its 95 % Wilson interval."""
+    """The share of exact matches of one format, with its 95 % Wilson interval.
+
+    Attributes:
+        partial: Not all tasks were answered.
+    """
 
     kv: str
     tasks: int
@@ -59,6 +63,7 @@ class Score:
     accuracy: float
     low: float
     high: float
+    partial: bool = False
 
 
 def read_tasks(text: str, where: str, prompt_key: str | None = None, answer_key: str | None = None) -> list[Task]:
@@ -201,18 +206,17 @@ def run(
     system: str | None = None,
     max_tokens: int = 256,
     stop: tuple[str, ...] = (),
-) -> list[Outcome]:
-    """Answer every task greedily and compare with what is wanted (see :func:`wanted_answers`).
+) -> Iterator[Outcome]:
+    """Answer the tasks greedily, one after the other, and compare with what is wanted (see :func:`wanted_answers`).
 
     Raises:
         UsageError: A prompt that cannot be used; it names the line.
     """
-    outcomes, params = [], SamplingParams(max_tokens=max_tokens, stop=stop)
+    params = SamplingParams(max_tokens=max_tokens, stop=stop)
     for task, want in zip(tasks, wanted, strict=True):
         response = _respond(engine, task, as_chat, system, params)
         got = extract(response)
-        outcomes.append(Outcome(task.line, response, got, want, got == want))
-    return outcomes
+        yield Outcome(task.line, response, got, want, got == want)
 
 
 def _respond(engine: Engine, task: Task, as_chat: bool, system: str | None, params: SamplingParams) -> str:
@@ -224,8 +228,11 @@ def _respond(engine: Engine, task: Task, as_chat: bool, system: str | None, para
         raise UsageError(f"line {task.line}: {error}") from None
 
 
-def score(kv: str, outcomes: Sequence[Outcome]) -> Score:
+def score(kv: str, outcomes: Sequence[Outcome], tasks: int) -> Score:
     """The share of matches.
+
+    Args:
+        tasks: How many there are in all.
 
     Raises:
         OctoError: There are no outcomes.
@@ -234,4 +241,4 @@ def score(kv: str, outcomes: Sequence[Outcome]) -> Score:
         raise OctoError("There is nothing to score.")
     correct = sum(outcome.correct for outcome in outcomes)
     low, high = wilson(correct, len(outcomes))
-    return Score(kv, len(outcomes), correct, correct / len(outcomes), low, high)
+    return Score(kv, len(outcomes), correct, correct / len(outcomes), low, high, len(outcomes) < tasks)

@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -27,6 +27,9 @@ from octo_run.cli.options import (
 from octo_run.cli.sampling_options import SamplingOptions, sampling_options
 from octo_run.errors import OctoError, UsageError, shown
 from octo_run.process import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
 
 EXAMPLES = (
     "I want to book a table for two in San Jose tonight.",
@@ -276,9 +279,9 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
     from octo_run.cli import explain
     from octo_run.cli.line_editor import LineEditor
 
-    def gauge() -> str:
+    def gauge() -> "StyleAndTextTuples":
         chat = loading.now()
-        return f"loading {shown(model)}" if chat is None else chat.gauge()
+        return [("", f"loading {shown(model)}")] if chat is None else chat.gauge()
 
     editor = LineEditor(lambda text: chat_commands.complete(loading.now(), text), gauge)
     warned = False

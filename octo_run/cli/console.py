@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from octo_run import process
+from octo_run.cli import tables
 from octo_run.errors import LONGEST, UNSAFE, OctoError, UsageError, shown
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _NARROWEST, _GLUE = 20, "\x01"  # columns below which lines are left to the terminal; what no text shown has
+_UNIT = re.compile(r"(?<=[0-9]) (?=(?:[kMGT]?B|m?s)\b|%)")  # between a number and its unit
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -64,12 +66,13 @@ def warn(text: str) -> None:
 def fitted(text: str, stream: Any) -> str:
     """``text`` with its lines broken between words where ``stream`` is a terminal, which would break words.
 
-    What stands between backticks is not broken, so that a command can be copied. A line in columns, which two spaces
-    set apart, goes on under its last one. A row of a Markdown table stays as it is.
+    What stands between backticks is not broken, so that a command can be copied, nor is a number from its unit. A line
+    in columns, which two spaces set apart, goes on under its last one. A row of a Markdown table stays as it is.
     """
     if not stream.isatty() or width() < _NARROWEST:
         return text
     whole = re.sub("`[^`\n]*`", lambda match: match.group().replace(" ", _GLUE), text)
+    whole = _UNIT.sub(_GLUE, whole)
     lines = [_broken(line) for line in whole.split("\n")]
     return "\n".join(lines).replace(_GLUE, " ")
 
@@ -198,18 +201,9 @@ def width() -> int:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text; columns whose cells start with a digit are set flush right. The cells are escaped."""
-    cells = [[shown(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [all(row[column][:1].isdigit() or row[column] == "-" for row in rows) for column in range(len(header))]
-    lines = []
-    for row in cells:
-        padded = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    """A :func:`.tables.table` for standard output, at a terminal as wide as that at most."""
+    fits = sys.stdout.isatty() and width() >= _NARROWEST
+    return tables.table(header, rows, width() - 1 if fits else None)
 
 
 def printable(text: str) -> str:

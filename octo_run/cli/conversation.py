@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from octo_run import process
 from octo_run.cli import chat_commands, console
 from octo_run.cli.answer_display import AnswerDisplay
+from octo_run.cli.gauge import NEARLY_FULL, Gauge
 from octo_run.cli.keeper import Keeper
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.progress import PromptProgress
@@ -20,13 +21,12 @@ from octo_run.cli.sampling_options import SamplingOptions
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
+
     from octo_run.engine import Engine, Reply, SamplingParams, Session
 
 #: What begins and ends a message of several lines.
 BLOCK = '"""'
-#: Share of the context that is warned of.
-NEARLY_FULL = 0.9
-_PAGE = 64  # tokens
 
 
 def opens_block(text: str) -> bool:
@@ -166,17 +166,18 @@ class Conversation:
             raise UsageError(f"there is no command {name}; {hint}/help lists the commands, //text sends a slash.")
         command.run(self, argument)
 
-    def gauge(self) -> str:
-        """How full the context is, in one line."""
-        most, statistics = self.engine.max_context, self.statistics
-        speed = ""
-        if statistics.decoded:
-            speed = f" · {console.rate(statistics.decoded, statistics.decode_seconds)} tokens/s"
-        pages = ""
-        if (shape := getattr(getattr(self.engine, "plan", None), "shape", None)) is not None:
-            pages = f" · {-(-self.held // _PAGE):,} of {shape.max_pages:,} pages"
-        name = f"{self.keeper.name} · " if self.keeper.name else ""
-        return f"{name}context {self.held:,} of {most:,} tokens ({100 * self.held / most:.0f} %){pages}{speed}"
+    def gauge(self) -> "StyleAndTextTuples":
+        """The line at the bottom of the screen, in as many columns as that has."""
+        engine, statistics = self.engine, self.statistics
+        try:
+            pool = engine.arena.table.pool
+            pages = len(pool) - pool.free, len(pool)
+        except UsageError:  # the engine is closed: there are no pages
+            pages = None
+        gauge = Gauge(
+            self.held, engine.max_context, pages, statistics.decoded, statistics.decode_seconds, self.keeper.name or ""
+        )
+        return gauge.fragments(console.width() - 1)
 
     def count_tokens(self) -> int:
         """Tokens of the conversation as it is."""

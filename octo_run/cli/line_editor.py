@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.application import Application
     from prompt_toolkit.completion import Completer
     from prompt_toolkit.document import Document
+    from prompt_toolkit.formatted_text import StyleAndTextTuples
     from prompt_toolkit.history import History
     from prompt_toolkit.input import Input
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -40,13 +41,15 @@ class LineEditor:
     """Reads one message at a time from the terminal."""
 
     def __init__(
-        self, complete: Callable[[str], list[str] | None] | None = None, gauge: Callable[[], str] | None = None
+        self,
+        complete: Callable[[str], list[str] | None] | None = None,
+        gauge: "Callable[[], StyleAndTextTuples] | None" = None,
     ) -> None:
         """Nothing is read yet.
 
         Args:
             complete: Gives the words that may stand in place of the whole text, None where a file's path may.
-            gauge: Gives the line at the bottom of the screen.
+            gauge: Gives the line at the bottom of the screen, as styles of prompt_toolkit and texts.
         """
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import ColorDepth
@@ -55,7 +58,8 @@ class LineEditor:
         self._pressed = False  # Ctrl-C, not yet answered
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
-            style=Style([("prompt", "ansigreen bold"), ("", "bold"), ("bottom-toolbar", "noreverse nobold")]),
+            # magenta, as code has: of the terminals' colours it reads best on white and on black
+            style=Style([("prompt", "ansimagenta bold"), ("", "bold"), ("bottom-toolbar", "noreverse nobold")]),
             color_depth=None if console.colours() else ColorDepth.DEPTH_1_BIT,
             completer=None if complete is None else _completer(complete),
             complete_while_typing=False,

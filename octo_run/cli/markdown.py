@@ -194,7 +194,7 @@ class MarkdownStream:
         codes += ["2"] if self._dim else []
         codes += ["1"] if self._bold or self._heading else []
         codes += ["3"] if self._italic else []
-        codes += ["36"] if self._code or self._fence is not None else []
+        codes += ["35"] if self._code or self._fence is not None else []
         return self._show(";".join(codes))
 
     def _show(self, codes: str) -> str:

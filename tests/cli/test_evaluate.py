@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,18 @@ def test_the_needle_report_has_a_map_and_totals() -> None:
     ]
     exact, coded = [True, True, True, False], [True, False, False, True]
     shown = report(cells("bf16", questions, exact, exact) + cells("oct3", questions, coded, exact))
-    assert "oct3\n  depth         512\n    0 %" in shown
+    assert "bf16\ndepth  512\n  0 %  ███ 100 %\n100 %  ▒▒▒  50 %\n" in shown
     first, second, note = shown.splitlines()[-3:]
     assert first.split() == ["bf16", "512", "3/4", "75.0", "21.7", "30.1", "-", "95.4", "-", "-"]
     assert second.split() == ["oct3", "512", "2/4", "50.0", "25.0", "15.0", "-", "85.0", "-25.0", "47.9"]
     assert note == "points: recall against bf16; ± is one standard error"
     one_text = [dataclasses.replace(question, text=0) for question in questions]
     assert report(cells("oct3", one_text, coded, exact)).splitlines()[-2].split()[3:5] == ["50.0", "-"]
+    longer = [*questions, dataclasses.replace(questions[0], length=1024)]
+    part = report(
+        cells("bf16", [*longer, dataclasses.replace(questions[1], length=1024)], exact + [True], exact + [True])
+    )
+    assert "50 %  -\n" in part, "a place that was not asked yet"
     part = report(cells("bf16", questions, exact[:2], exact[:2]))
     assert part.endswith("; partial: not all questions were asked")
 
@@ -273,3 +279,62 @@ def test_weights_are_compared_with_the_dense_model(octo: Callable[..., Any]) -> 
     assert by_name["int8/oct3"]["bytes_per_token"] < by_name["int8/bf16"]["bytes_per_token"]
     refused = octo("eval", "ppl", "--weights", "int8,int5", "--kv", "bf16")
     assert refused.code == 2 and "There is no format of weights 'int5'" in refused.err
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_ctrl_c_while_numbers_are_looked_for_prints_what_there_is(
+    octo: Callable[..., Any], text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    """After the first questions about the shorter texts: the map has places that nobody asked about."""
+    from octo_run.engine.evaluation.needle import Search
+
+    ask = Search.run
+
+    def interrupted(search: Search) -> Any:
+        for state in ask(search):
+            yield state
+            if search.cells():
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "run", interrupted)
+    plot = tmp_path / "a.png"
+    shown = octo(
+        "eval", "needle", "--device", "cpu", "--kv", "oct3", "--text", text, "--lengths", "192,256", "--depths", "2",
+        "--questions", "9", "--distractors", "0", "--plot", str(plot), *["--json"] * (form == "json"),
+    )  # fmt: skip
+    assert shown.code == 130, shown.err
+    assert re.search(r"eval needle was interrupted at \d+ %: these figures are incomplete", shown.err)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    if form == "json":
+        cells = json.loads(shown.out)
+        assert {cell["kv"] for cell in cells} == {"bf16", "oct3"} and all(cell["partial"] for cell in cells)
+    else:
+        assert "partial: not all questions were asked" in shown.out and "oct3" in shown.out
+
+
+def test_ctrl_c_while_tasks_are_answered_prints_what_there_is(
+    octo: Callable[..., Any], tasks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from octo_run.engine.evaluation import tasks as evaluation
+
+    respond, asked = evaluation._respond, [0]
+
+    def interrupted(*args: Any) -> str:
+        asked[0] += 1
+        if asked[0] == 4:
+            raise KeyboardInterrupt
+        return respond(*args)
+
+    monkeypatch.setattr(evaluation, "_respond", interrupted)
+    out, argv = tmp_path / "answers.jsonl", ("eval", "tasks", tasks, "--device", "cpu", "-n", "2", "--kv", "oct4,oct3")
+    shown = octo(*argv, "--output", str(out))
+    assert shown.code == 130, shown.err
+    assert "eval tasks was interrupted at 75 %: these figures are incomplete" in shown.err
+    assert [line.split()[:2] for line in shown.out.splitlines()[1:3]] == [["oct4", "0/2"], ["oct3", "0/1"]]
+    assert shown.out.endswith("partial: not all tasks were answered\n") and len(out.read_text().splitlines()) == 3
+    asked[0] = 0
+    rows = json.loads(octo(*argv, "--json").out)
+    assert [(row["kv"], row["tasks"], row["partial"]) for row in rows] == [("oct4", 2, False), ("oct3", 1, True)]
+    asked[0] = 3
+    first = octo(*argv)
+    assert (first.code, first.out) == (130, "") and "interrupted at" not in first.err

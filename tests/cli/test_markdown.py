@@ -60,7 +60,7 @@ def test_the_pieces_make_no_difference_and_nothing_is_written_again() -> None:
 def test_what_a_terminal_shows() -> None:
     out = shown(TEXT)
     assert out.startswith("\x1b[0;1mA heading with bold") and out.endswith("last")
-    assert "\x1b[0;3mitalic\x1b[0m" in out and "\x1b[0;36mcode span\x1b[0m" in out
+    assert "\x1b[0;3mitalic\x1b[0m" in out and "\x1b[0;35mcode span\x1b[0m" in out
     assert "2 * 3 * 4 =" in plain(shown(TEXT, 200)) and "snake_case_name" in plain(out)
     assert "x ** 2  # **not bold**" in out and "```" not in out and "python\n" not in out
     assert "• first" in plain(out) and "\n  with an indentation" in plain(out)

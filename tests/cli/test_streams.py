@@ -294,6 +294,8 @@ def test_lines_for_a_terminal_break_between_words(monkeypatch: pytest.MonkeyPatc
     assert lines[-1] == "x" * 40 and " ".join(lines) == text
     assert console.fitted("  an example that is indented, too", _Terminal()) == "  an example that is\n  indented, too"
     assert console.fitted("one line\n\nanother", _Terminal()) == "one line\n\nanother"
+    monkeypatch.setattr(console, "width", lambda: 22)
+    assert console.fitted("the workspace takes 17.8 MB, 95 %", _Terminal()) == "the workspace takes\n17.8 MB, 95 %"
     columns = "/set NAME  set how answers are drawn"
     monkeypatch.setattr(console, "width", lambda: 32)
     assert console.fitted(columns, _Terminal()) == "/set NAME  set how answers are\n           drawn"

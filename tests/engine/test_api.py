@@ -115,8 +115,8 @@ def test_a_closed_engine_gives_its_memory_back_and_says_so() -> None:
 
 
 def test_figures_without_matplotlib_are_refused_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from octo_run.engine.evaluation import plots
+    from octo_run.engine.evaluation import figure
 
-    monkeypatch.setattr(plots, "find_spec", lambda _name: None)
+    monkeypatch.setattr(figure, "find_spec", lambda _name: None)
     with pytest.raises(OctoError, match="Figures need matplotlib: install it"):
-        plots.check_figure_path(tmp_path / "a.png")
+        figure.check_figure_path(tmp_path / "a.png")

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.evaluation import needle, perplexity, reading, tasks
+from octo_run.engine.evaluation.figure import check_figure_path
 from octo_run.engine.evaluation.perplexity import windows
-from octo_run.engine.evaluation.plots import check_figure_path, plot_perplexity, plot_recall, recall_map
+from octo_run.engine.evaluation.plots import plot_perplexity, plot_recall
 from octo_run.engine.evaluation.reading import Reader
 from octo_run.engine.evaluation.statistics import standard_error, wilson
 from octo_run.engine.window_pages import WindowPages
@@ -536,16 +537,6 @@ def cell(kv: str, length: int, depth: float | None, trials: int, correct: int) -
     return needle.Cell(kv, length, depth, trials, trials, correct, correct / trials, 0.1, 0.0, 1.0, 0.0, 0.1)
 
 
-def test_the_map() -> None:
-    cells = [
-        cell("oct3", length, depth, 4, correct)
-        for length, depth, correct in ((512, 0.0, 4), (512, 1.0, 2), (1024, 0.0, 0), (1024, 1.0, 3))
-    ]
-    shown = recall_map(cells, "oct3").splitlines()
-    assert shown[0].split() == ["depth", "512", "1,024"]
-    assert shown[1].split() == ["0", "%", "███", "100", "%", "0", "%"] and shown[2].split()[3:5] == ["50", "%"]
-
-
 # Tasks
 
 
@@ -607,19 +598,19 @@ def test_tasks_are_answered_and_scored(scripted: Callable[..., Any]) -> None:
     prompts = [tasks.Task(1, "abc", "4"), tasks.Task(2, "xyz", "5")]
     decoder.say(4, "so 4\n#")
     rule = tasks.extractor("last-number")
-    outcomes = tasks.run(engine, prompts, ["4", "5"], rule, as_chat=False, max_tokens=20, stop=("#",))
+    outcomes = [*tasks.run(engine, prompts, ["4", "5"], rule, as_chat=False, max_tokens=20, stop=("#",))]
     assert [(o.line, o.response, o.got, o.correct) for o in outcomes] == [
         (1, "so 4\n", "4", True),
         (2, "so 4\n", "4", False),
     ]
-    score = tasks.score("bf16", outcomes)
+    score = tasks.score("bf16", outcomes, 2)
     assert (score.tasks, score.correct, score.accuracy) == (2, 1, 0.5)
     assert (score.low, score.high) == wilson(1, 2)
     long = [tasks.Task(7, "a" * 300, "1")]
     with pytest.raises(UsageError, match="line 7: The prompt has 301 tokens"):
-        tasks.run(engine, long, ["1"], rule, as_chat=False)
+        next(tasks.run(engine, long, ["1"], rule, as_chat=False))
     with pytest.raises(OctoError, match="nothing to score"):
-        tasks.score("bf16", [])
+        tasks.score("bf16", [], 1)
     base = SimpleNamespace(has_chat_template=False)
     with pytest.raises(UsageError, match="no chat template: use --raw"):
         tasks.prompt_ids(base, "a", as_chat=True)  # type: ignore[arg-type]

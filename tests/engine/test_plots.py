@@ -1,22 +1,34 @@
 """Figures: one legend for all panels, all formats in them, titles that say where the figures are from."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from octo_run.engine.evaluation import codec_report, plots
+from octo_run.engine.evaluation import codec_report, figure, plots
 from octo_run.engine.evaluation.codec_report import Row as Distortion
+from octo_run.engine.evaluation.needle import Cell
 from octo_run.engine.evaluation.perplexity import Row
+
+MANY = ["bf16", *(f"{kind}{bits}" for kind in ("oct", "octopus", "turbo", "polar", "mixed") for bits in (2, 3, 4)),
+        *(f"auto:{size}" for size in (48, 52, 60)), "oct4:oct2", "bf16:oct3", *(f"oct{bits}, as they are"
+        for bits in (2, 3, 4))]  # fmt: skip
 
 
 @pytest.fixture
-def figure(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The figure, as it is when it is closed."""
-    from matplotlib import pyplot
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The figure, as it is when it is written."""
+    from matplotlib.figure import Figure
 
     kept: dict[str, Any] = {}
-    monkeypatch.setattr(pyplot, "close", lambda figure: kept.update(figure=figure))
+    write = Figure.savefig
+
+    def savefig(self: Figure, path: Any, **options: Any) -> None:
+        kept["figure"] = self
+        write(self, path, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     return kept
 
 
@@ -25,33 +37,99 @@ def distortion(data: str, codec: str, size: int) -> Distortion:
                       kl=None, bound=0.5 / size)  # fmt: skip
 
 
-def test_one_legend_fits_all_panels(figure: dict[str, Any], tmp_path: Path) -> None:
+def change(kv: str, percent: float, size: float, *, partial: bool = False) -> Row:
+    return Row(kv=kv, perplexity=9.0, stderr=0.1, delta_percent=percent, delta_stderr=0.05, kl_mean=float(kv != "bf16"),
+               kl_p99=0.0, top1_agreement=1.0, bytes_per_token=size, tokens_per_s=9.0, tokens=100,
+               partial=partial)  # fmt: skip
+
+
+def test_one_legend_fits_all_panels(drawn: dict[str, Any], tmp_path: Path) -> None:
     """The panels lack different codecs: a codec has one colour, and the legend's, in each."""
-    rows = [distortion("gaussian", name, size) for name in ("octopus2", "octopus-q2", "kivi2") for size in (40, 50)]
+    rows = [distortion("gaussian", name, size) for name in ("octopus2", "octopus2-q", "kivi2") for size in (40, 50)]
     rows += [distortion("keys", name, size) for name in ("octopus2", "kivi2") for size in (40, 50)]
     plots.plot_distortion(rows, tmp_path / "a.png", "the model\nocto-run eval codec")
-    drawn = figure["figure"]
-    (legend,) = drawn.legends
-    assert all(axes.get_legend() is None for axes in drawn.axes)
+    (legend,) = drawn["figure"].legends
+    assert all(axes.get_legend() is None for axes in drawn["figure"].axes)
     shown = [line.get_color() for line in legend.get_lines()]
-    assert len(set(shown)) == 4 and len(legend.get_texts()) == 4
-    first, second = [[line.get_color() for line in axes.get_lines()] for axes in drawn.axes]
-    assert first == shown and second == [shown[0], shown[2], shown[3]]
-    assert "the model" in drawn.get_suptitle() and "octo-run eval codec" in drawn.get_suptitle()
-
-
-def test_bf16_is_a_point_and_all_formats_are_told_apart(figure: dict[str, Any], tmp_path: Path) -> None:
-    rows = [
-        Row(kv=kv, perplexity=9.0, stderr=0.1, delta_percent=change, delta_stderr=0.1, kl_mean=0.0, kl_p99=0.0,
-            top1_agreement=1.0, bytes_per_token=size, tokens_per_s=9.0, tokens=100, partial=False)
-        for kv, change, size in (("bf16", 0.0, 4096.0), ("oct3", 0.4, 900.0), ("octopus3", 0.5, 900.0))
+    assert len(set(shown)) == 4 and [text.get_text().split()[0] for text in legend.get_texts()][1:] == [
+        "octopus-q", "kivi", "bound"
     ]  # fmt: skip
-    plots.plot_perplexity(rows, tmp_path / "a.png", "the model")
-    (axes,) = figure["figure"].axes
-    names = [text.get_text().split(":")[0] for text in axes.get_legend().get_texts()]
-    assert sorted(names) == ["bf16", "oct3", "octopus3"] and "the model" in figure["figure"].get_suptitle()
-    assert (4096.0, 0.0) in [tuple(point) for line in axes.get_lines() for point in line.get_xydata()]
+    first, second = [{line.get_color() for line in axes.get_lines()} for axes in drawn["figure"].axes]
+    assert first == {*shown} and second == {shown[0], shown[2], shown[3]}
+    assert "the model" in drawn["figure"].get_suptitle() and "octo-run eval codec" in drawn["figure"].get_suptitle()
+
+
+def test_bf16_is_a_point_and_all_formats_are_told_apart(drawn: dict[str, Any], tmp_path: Path) -> None:
+    """However many there are, the legend has room beside the panel and below the title."""
+    rows = [change(kv, 0.04 * place, 16384.0 / (1 + place % 7)) for place, kv in enumerate(MANY)]
+    command = f"octo-run eval ppl --kv {','.join(MANY)} --plot a.png"
+    plots.plot_perplexity(rows, tmp_path / "a.png", f"the model, a text\n{command}")
+    (axes,) = drawn["figure"].axes
+    legend = axes.get_legend()
+    assert sorted(text.get_text().split(": ")[0] for text in legend.get_texts()) == sorted(MANY)
+    assert (16384.0, 0.0) in [tuple(point) for line in axes.get_lines() for point in line.get_xydata()]
     assert not axes.texts, "labels beside points overlap"
+    told = drawn["figure"].get_suptitle()
+    assert "the model" in told and "".join(command.split()) in "".join(told.split())
+    drawn["figure"].draw_without_rendering()
+    page = drawn["figure"].bbox
+    title, panel = drawn["figure"]._suptitle.get_window_extent(), axes.get_window_extent()
+    box = legend.get_window_extent()
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+    assert page.x0 <= title.x0 and title.x1 <= page.x1 and title.y1 <= page.y1
+    assert not box.overlaps(panel) and not box.overlaps(title) and not panel.overlaps(title)
+    assert panel.width > 0.4 * page.width and panel.height > 0.4 * page.height
+
+
+def test_a_format_has_one_colour_in_every_company() -> None:
+    alone = {name: figure.styles([name])[name].colour for name in MANY}
+    together = figure.styles(MANY)
+    assert {name: style.colour for name, style in together.items()} == alone
+    assert len({*together.values()}) == len(MANY)
+    assert alone["oct2"] == alone["oct3, as they are"] == alone["oct4:oct2"] == alone["bf16:oct3"] != alone["octopus2"]
+    named = [alone[name] for name in ("bf16", "oct2", "octopus2", "turbo2", "polar2", "mixed2", "auto:48")]
+    assert len({*named}) == len(named)
+    stored = ["bf16/bf16", "bf16/oct3", "int8/oct3", "int4/oct3", "int4-128/oct3", "int8/bf16", "int8/oct4"]
+    assert len({*figure.styles(stored).values()}) == len(stored)
+    assert figure.family("bf16/oct3") == "oct" and figure.family("int4-128/oct3") == "int4-128"
+
+
+def test_colours_can_be_read_on_the_page() -> None:
+    names = [*MANY, *(f"{one}/oct3" for one in ("fp32", "fp8", "int8", "int4", "int4-128")), "t34", "kivi2", "cuDNN"]
+    for name in {figure.family(name) for name in names}:
+        red, green, blue = (int(figure.colour(name)[place : place + 2], 16) / 255 for place in (1, 3, 5))
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in (red, green, blue)]
+        level = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert 1.05 / (level + 0.05) > 2.5, name
+
+
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_figures_are_white_whatever_matplotlib_is_set_to(ending: str, tmp_path: Path) -> None:
+    import matplotlib
+
+    path, again = tmp_path / f"a{ending}", tmp_path / f"b{ending}"
+    rows = [change("bf16", 0, 9000), change("oct3", 0.4, 900)]
+    about = "the model, $a$ and {b} \N{SNOWMAN}\N{CJK UNIFIED IDEOGRAPH-65E5}.txt, 50 %$"
+    with matplotlib.rc_context({"figure.facecolor": "black", "savefig.transparent": True, "text.usetex": True}):
+        plots.plot_perplexity(rows, path, about)
+        assert matplotlib.rcParams["figure.facecolor"] == "black"
+    plots.plot_perplexity(rows, again, about)
+    assert path.read_bytes() == again.read_bytes(), "nor does it have the date"
+    if ending == ".png":
+        pixels = matplotlib.image.imread(path)
+        assert all(pixels[row, column].tolist() == [1, 1, 1, 1] for row, column in itertools.product((0, -1), (0, -1)))
+
+
+def test_partial_figures_say_so(drawn: dict[str, Any], tmp_path: Path) -> None:
+    plots.plot_perplexity([change("bf16", 0, 9000, partial=True)], tmp_path / "a.png", "the model")
+    assert "partial: 100 tokens scored" in drawn["figure"].get_suptitle()
+    cells = [
+        Cell("oct3", length, depth, 1, 1, 1, 1.0, None, 0.0, 1.0, 0.0, None, partial=True)
+        for length, depth in ((512, 0.0), (512, 1.0), (1024, 0.0))
+    ]
+    plots.plot_recall(cells, tmp_path / "b.png", "the model")
+    assert "partial: not all questions" in drawn["figure"].get_suptitle()
+    assert [text.get_text() for text in drawn["figure"].axes[0].texts] == ["100"] * 3
 
 
 def test_figures_can_be_read_on_every_shade() -> None:
@@ -64,7 +142,7 @@ def test_figures_can_be_read_on_every_shade() -> None:
     for step in range(101):
         back = colormaps["viridis"](step / 100)
         level = luminance(back) + 0.05
-        contrast = level / 0.05 if plots.ink(back) == "black" else 1.05 / level
+        contrast = level / 0.05 if figure.ink(back) == "black" else 1.05 / level
         assert contrast >= 4.5, step
 
 

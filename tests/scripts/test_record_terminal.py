@@ -40,6 +40,7 @@ def test_colours(terminal: ModuleType) -> None:
     assert styles[:3] == ["", "1", "1;32"] and styles[3] == "38;5;10;3" and styles[4:] == ["", "", "30", ""]
     pictures = {theme: terminal.draw(screen, "a chat", theme) for theme in terminal.THEMES}
     assert "#292929" in pictures["dark"] and "#ffffff" in pictures["light"]
+    assert "rgba(255,255,255,0.35)" not in pictures["light"] and "rgba(0,0,0,0.35)" in pictures["light"]
     assert all("font-weight: bold" in picture and "font-style: italic" in picture for picture in pictures.values())
 
 
@@ -53,9 +54,18 @@ def test_a_real_chat_is_drawn_without_the_network(terminal: ModuleType) -> None:
     screen = terminal.record(90, ["/help"])
     text = "\n".join(lines(screen))
     assert text.startswith("$ octo-run chat\n") and "\n> /help\n" in text and "/regen" in text and screen.waits()
+    assert "context 0 of 4,096 tokens (0 %)" in text, "the line at the bottom"
     picture = terminal.draw(screen, "a command; a <machine> & a day")
     assert "a <machine> & a day" in picture, "comments take any text but two hyphens"
     root = ElementTree.fromstring(picture)
     written = "".join(root.itertext()).replace("\xa0", " ")
     assert "/system none removes it" in written
     assert picture.count("http") == 1, "the name of the format alone, no font from elsewhere"
+
+
+def test_the_line_at_the_bottom_is_no_answer(terminal: ModuleType) -> None:
+    screen = terminal.Screen(80)
+    screen.feed("> \r\ncontext 59 of 4,096 tokens (1 %) · 0 of 62 pages\r\x1b[A\x1b[2C")
+    assert screen.waits()
+    screen.feed("\r\n\x1b[Kloading octo-demo\r\x1b[A\x1b[2C")
+    assert not screen.waits()

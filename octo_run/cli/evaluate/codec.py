@@ -1,5 +1,7 @@
 """``octo-run eval codec``: what codecs do to vectors, at exact stored bytes."""
 
+import dataclasses
+import itertools
 import platform
 import shlex
 import sys
@@ -15,7 +17,10 @@ from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from octo_run.engine.evaluation.codec_report import Row
+    from octo_run.engine.evaluation.reading import Progress
 
 
 @click.command("codec")
@@ -47,12 +52,14 @@ def command(
     report: Path | None,
     plots: tuple[Path, ...],
     offline: bool,
-) -> None:
+) -> int:
     """Distortion of codecs at exact stored bytes, on Gaussian vectors and on a model's keys and values.
 
     Each codec writes and reads its packed bytes. The keys of a --json row: data, codec, bytes, mse and its standard
     error mse_stderr (relative to the energy), cosine, ip_error (mean error of inner products), kl (of attention
     weights, in nats), bound (the least distortion of a Gaussian source at these bits).
+
+    Ctrl-C ends the measurement with the rows that are there.
     """
     from octo_run.engine.evaluation.codec_report import as_dicts, markdown
 
@@ -60,58 +67,90 @@ def command(
     common.check_outputs(report)
     for plot in plots:
         common.check_outputs(plot=plot)
-    rows = _measure(kv, vectors, head_dim, None if no_model else model, text, tokens, seed, offline)
-    files = []
-    if report is not None:
-        document = markdown(rows, _facts(vectors, head_dim, tokens, None if no_model else model))
-        files.append(OutputFile(report, lambda path: _write_text(path, document)))
-    if plots:
-        from octo_run.engine.evaluation.plots import plot_distortion
+    of = None if no_model else model
+    study = _Study(kv, vectors, head_dim, of, text, tokens, seed, offline)
 
-        about = common.about("no model" if no_model else model, () if text is None else (text,))
-        files += [OutputFile(plot, lambda path: plot_distortion(rows, path, about)) for plot in plots]
-    deliver(console.as_json(as_dicts(rows)) if as_json else _table(rows), files, as_json=as_json)
+    def deliver_rows() -> None:
+        files = []
+        if report is not None:
+            document = markdown(study.rows, _facts(vectors, head_dim, tokens, of) + study.partial)
+            files.append(OutputFile(report, lambda path: _write_text(path, document)))
+        if plots:
+            from octo_run.engine.evaluation.plots import plot_distortion
+
+            about = common.about(of or "no model", () if text is None else (text,)) + study.partial
+            files += [OutputFile(plot, lambda path: plot_distortion(study.rows, path, about)) for plot in plots]
+        table = _table(study.rows) + study.partial
+        deliver(console.as_json(as_dicts(study.rows)) if as_json else table, files, as_json=as_json)
+
+    return common.follow("eval codec", study.run(), lambda: _table(study.rows), deliver_rows)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, "utf-8")
 
 
-def _measure(
-    kv: str | None,
-    vectors: int,
-    head_dim: int,
-    model: str | None,
-    text: Path | None,
-    tokens: int,
-    seed: int,
-    offline: bool,
-) -> list["Row"]:
-    if offline:
-        from octo_run.cli import runtime
+@dataclasses.dataclass
+class _Study:
+    """What is measured of which codecs, and the rows that there are."""
 
-        runtime.go_offline()
-    from octo_run.engine.evaluation.capture import capture
-    from octo_run.engine.evaluation.codec_report import all_names, gaussian, real
-    from octo_run.kernels.codec.rotation import HEAD_DIMS
+    kv: str | None
+    vectors: int
+    head_dim: int
+    model: str | None
+    text: Path | None
+    tokens: int
+    seed: int
+    offline: bool
+    rows: list["Row"] = dataclasses.field(default_factory=list)
+    whole: bool = False
 
-    if head_dim not in HEAD_DIMS:
-        raise UsageError(f"--head-dim {head_dim}: the codecs exist for {', '.join(map(str, HEAD_DIMS))}.")
+    def run(self) -> "Iterator[Progress]":
+        """Measure; tells how many rows there are after each.
 
-    def chosen(dim: int) -> list[str]:
+        Raises:
+            UsageError: There is no such codec, text or head dimension.
+        """
+        if self.offline:
+            from octo_run.cli import runtime
+
+            runtime.go_offline()
+        from octo_run.engine.evaluation.capture import capture
+        from octo_run.engine.evaluation.codec_report import for_models, gaussian, real
+        from octo_run.engine.evaluation.reading import Progress
+        from octo_run.kernels.codec.rotation import HEAD_DIMS
+
+        if self.head_dim not in HEAD_DIMS:
+            raise UsageError(f"--head-dim {self.head_dim}: the codecs exist for {', '.join(map(str, HEAD_DIMS))}.")
+        names, of_model = self._chosen(self.head_dim), []
+        content = common.sample_text() if self.text is None else console.read_text(self.text)
+        rows = gaussian(names, self.head_dim, self.vectors, self.seed)
+        if self.model is not None:
+            data = capture(self.model, content, self.tokens)
+            dim = data.k.shape[-1]
+            of_model = for_models(self._chosen(dim), dim, self.seed)
+            rows = itertools.chain(rows, real(of_model, data, self.seed))
+        to_do = len(names) + 3 * len(of_model)
+        for row in rows:
+            self.rows.append(row)
+            yield Progress(len(self.rows), to_do)
+        self.whole = True
+
+    @property
+    def partial(self) -> str:
+        """A line that says that rows are missing, where they are."""
+        return "" if self.whole else "\npartial: not all codecs were measured"
+
+    def _chosen(self, dim: int) -> list[str]:
+        """The codecs of a head dimension that were asked for."""
+        from octo_run.engine.evaluation.codec_report import all_names
+
         known = all_names(dim)
-        names = list(known) if kv is None else [*dict.fromkeys(name.strip() for name in kv.split(","))]
+        names = list(known) if self.kv is None else [*dict.fromkeys(name.strip() for name in self.kv.split(","))]
         wrong = next((name for name in names if name not in known), None)
         if wrong is not None:
             raise UsageError(f"There is no codec {wrong!r} for head_dim {dim}; choose from {', '.join(known)}.")
         return names
-
-    chosen(head_dim)
-    content = common.sample_text() if text is None else console.read_text(text)
-    data = None if model is None else capture(model, content, tokens)
-    names = [] if data is None else chosen(data.k.shape[-1])
-    rows = list(gaussian(chosen(head_dim), head_dim, vectors, seed))
-    return rows if data is None else [*rows, *real(names, data, seed)]
 
 
 def _facts(vectors: int, head_dim: int, tokens: int, model: str | None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octo_run.cli import runtime
+from octo_run.cli import console, runtime
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
 from octo_run.cli.progress import Running
@@ -161,7 +161,7 @@ def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
         UsageError: One cannot.
     """
     if plot is not None:
-        from octo_run.engine.evaluation.plots import check_figure_path
+        from octo_run.engine.evaluation.figure import check_figure_path
 
         check_figure_path(plot)
     for path in (*paths, plot):
@@ -194,16 +194,19 @@ def csv_output(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[Output
 def follow(what: str, states: "Iterable[Progress]", table: Callable[[], str], deliver: Callable[[], None]) -> int:
     """Go through a measurement with running figures on standard error, then deliver what it has, however it ended.
 
+    Of a measurement that Ctrl-C ended it is said that its figures are incomplete.
+
     Args:
         table: Gives the figures so far; "" as long as there are none.
 
     Returns:
         The exit code.
     """
-    code = 0
+    code = share = 0
     try:
         with Running(what) as running:
             for state in states:
+                share = 100 * state.done // max(1, state.to_do)
                 running.report(state.done, state.to_do, table)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
@@ -212,6 +215,8 @@ def follow(what: str, states: "Iterable[Progress]", table: Callable[[], str], de
             deliver()
         raise
     if table():
+        if code:
+            console.warn(f"{what} was interrupted at {share} %: these figures are incomplete")
         deliver()
     return code
 

@@ -1,6 +1,7 @@
 """``octo-run eval needle``: whether a number hidden in a long text is still found with each KV format."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from octo_run.engine.evaluation.needle import Cell, Search
 
 _LENGTHS = "512,1024"
+_SHADES = " ░▒▓█"
 _AT_ONCE = {"cuda": 32, "cpu": 8}  # questions, by device, or as many as there are about a text
 
 
@@ -145,10 +147,23 @@ def _search(
 
 def report(cells: list["Cell"]) -> str:
     """A heat map for each format, then the recall of each format and length."""
-    from octo_run.engine.evaluation.plots import recall_map
-
     maps = [f"{kv}\n{recall_map(cells, kv)}" for kv in dict.fromkeys(cell.kv for cell in cells)]
     return "\n\n".join([*maps, totals(cells)])
+
+
+def recall_map(cells: list["Cell"], kv: str) -> str:
+    """The heat map of one format in text: a line for each depth, a column for each length."""
+    from octo_run.engine.evaluation.needle import heat_map
+
+    lengths, depths, recall = heat_map(cells, kv)
+    rows = [[f"{100 * depth:.0f} %", *map(_shaded, values)] for depth, values in zip(depths, recall, strict=True)]
+    return console.table(["depth", *(f"{length:,}" for length in lengths)], rows)
+
+
+def _shaded(share: float) -> str:
+    if math.isnan(share):
+        return "-"
+    return f"{_SHADES[round(share * (len(_SHADES) - 1))] * 3} {100 * share:3.0f} %"
 
 
 def totals(cells: list["Cell"]) -> str:

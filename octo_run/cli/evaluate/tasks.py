@@ -15,7 +15,10 @@ from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
-    from octo_run.engine.evaluation.tasks import Score
+    from collections.abc import Iterator
+
+    from octo_run.engine.evaluation.reading import Progress
+    from octo_run.engine.evaluation.tasks import Outcome, Score
 
 
 @click.command("tasks")
@@ -57,16 +60,20 @@ def command(
     as_json: bool,
     load: EngineOptions,
     cache: CacheOptions,
-) -> None:
+) -> int:
     """Answer the tasks of FILE with each format of --kv A,B,C and count exact matches.
 
     FILE has one JSON object a line with a prompt and an answer (GSM8K's lines are such). Answers are greedy. The same
     rule takes what is compared out of the model's answer and out of the file's; numbers are compared as numbers, texts
     without regard to white space.
 
-    The keys of a --json row: kv, tasks, correct, accuracy, and its 95 % Wilson interval low and high.
+    Ctrl-C ends the measurement with the tasks that are answered.
+
+    The keys of a --json row: kv, tasks (answered), correct, accuracy, its 95 % Wilson interval low and high, partial
+    (whether that is not all tasks).
     """
     from octo_run.engine.evaluation import tasks as evaluation
+    from octo_run.engine.evaluation.reading import Progress
 
     common.check_outputs(output)
     if system is not None and not as_chat:
@@ -75,17 +82,27 @@ def command(
     found = evaluation.read_tasks(console.read_text(file), str(file), prompt_key, answer_key)[:limit]
     wanted = evaluation.wanted_answers(found, rule)
     kvs = common.formats(load)
-    scores, answers = [], []
+    answered: dict[str, list[Outcome]] = {kv: [] for kv in kvs}
     engine_of = common.loader(load, cache, load.ctx)
-    for kv in kvs:
-        outcomes = evaluation.run(
-            engine_of(kv), found, wanted, rule, as_chat=as_chat, system=system, max_tokens=max_tokens, stop=stop
-        )
-        scores.append(evaluation.score(kv, outcomes))
-        answers += [{"kv": kv, **dataclasses.asdict(outcome)} for outcome in outcomes]
-    files = [] if output is None else [OutputFile(output, lambda path: _write_jsonl(path, answers))]
-    values = [dataclasses.asdict(row) for row in scores]
-    deliver(console.as_json(values) if as_json else _table(scores), files, as_json=as_json)
+
+    def run() -> "Iterator[Progress]":
+        for kv, outcomes in answered.items():
+            for outcome in evaluation.run(
+                engine_of(kv), found, wanted, rule, as_chat=as_chat, system=system, max_tokens=max_tokens, stop=stop
+            ):
+                outcomes.append(outcome)
+                yield Progress(sum(map(len, answered.values())), len(found) * len(kvs))
+
+    def scores() -> "list[Score]":
+        return [evaluation.score(kv, outcomes, len(found)) for kv, outcomes in answered.items() if outcomes]
+
+    def deliver_scores() -> None:
+        answers = [{"kv": kv, **dataclasses.asdict(own)} for kv, outcomes in answered.items() for own in outcomes]
+        files = [] if output is None else [OutputFile(output, lambda path: _write_jsonl(path, answers))]
+        values = [dataclasses.asdict(row) for row in scores()]
+        deliver(console.as_json(values) if as_json else _table(scores()), files, as_json=as_json)
+
+    return common.follow("eval tasks", run(), lambda: _table(scores()), deliver_scores)
 
 
 def _write_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
@@ -93,6 +110,9 @@ def _write_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
 
 
 def _table(scores: list["Score"]) -> str:
+    """The scores as a table; "" without any."""
+    if not scores:
+        return ""
     rows = [
         [
             row.kv,
@@ -102,4 +122,5 @@ def _table(scores: list["Score"]) -> str:
         ]
         for row in scores
     ]
-    return console.table(["kv", "correct", "accuracy %", "95 % interval"], rows)
+    table = console.table(["kv", "correct", "accuracy %", "95 % interval"], rows)
+    return table + "\npartial: not all tasks were answered" * any(row.partial for row in scores)
