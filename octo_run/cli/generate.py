@@ -39,6 +39,7 @@ MOST_LOGPROBS, MOST_SEQUENCES = 20, 64
               help="Answer the prompts of this file, a JSON object in each line.")  # fmt: skip
 @click.option("--out", "-o", type=click.Path(path_type=Path), metavar="OUT.jsonl",
               help="With --batch: where the answers go.  [default: standard output]")  # fmt: skip
+@click.option("--force", is_flag=True, help="With -o: replace the file if it is there.")
 @click.option("--sequences", type=Count(1, MOST_SEQUENCES), metavar="N",
               help="With --batch and --n: answers that are made at a time.  [default: 8]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each answer instead of the text.")
@@ -56,6 +57,7 @@ def command(
     logprobs: int,
     batch: Path | None,
     out: Path | None,
+    force: bool,
     sequences: int | None,
     as_json: bool,
     template_kwargs: str | None,
@@ -84,6 +86,8 @@ def command(
         raise UsageError("--bos and --no-bos are for raw texts: with --chat the chat template begins the text.")
     if out is not None and batch is None:
         raise UsageError("-o needs --batch; send the answer of one prompt to a file with >.")
+    if force and out is None:
+        raise UsageError("--force needs -o: it lets that file be replaced.")
     if logprobs and not (as_json or batch is not None):
         raise UsageError("--logprobs needs --json: a text has no place for them.")
     prompts = Prompts(
@@ -96,7 +100,12 @@ def command(
     if batch is not None:
         if prompt is not None or files or answers > 1:
             raise UsageError("--batch has all prompts in its file: leave out -p, --file and --n.")
-        return run_batch(batch, out, prompts, load, sampling, sequences or SEQUENCES, logprobs)
+        console.require_output()
+        runtime.check_loadable(load)
+        sampling = runtime.checked_sampling(sampling)
+        return run_batch(batch, out, prompts, load, sampling, sequences or SEQUENCES, logprobs, force=force)
+    runtime.check_loadable(load)
+    sampling = runtime.checked_sampling(sampling)
     text = _prompt_text(prompt, files)
     if answers > 1:
         return run_several(text, answers, prompts, load, sampling, sequences or SEQUENCES, logprobs, as_json=as_json)

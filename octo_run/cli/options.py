@@ -275,7 +275,7 @@ def gather(
 
     @functools.wraps(command)
     def gathered(*args: Any, **values: Any) -> Any:
-        values[name] = target(**{field: values.pop(field) for field in fields})
+        values[name] = target(**{field: values.pop(field) for field in fields if field in values})
         return command(*args, **values)
 
     decorated: Command = gathered

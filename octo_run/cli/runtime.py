@@ -258,16 +258,30 @@ def open_session(engine: "Engine", system: str | None, **options: Any) -> "Sessi
 
 
 def check_loadable(options: EngineOptions) -> None:
-    """Check, before another engine is closed for it, that there is such a model with such a format.
+    """Check, before anything is read or closed for it, that there is such a model with such formats and device.
 
     Raises:
         OctoError: There is not.
     """
+    import_torch()
     from octo_run.engine.allocation import parse_formats
+    from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.models.config import load_config
     from octo_run.models.hub import resolve
 
-    parse_formats(options.kv, load_config(resolve(options.model)))
+    if options.offline:
+        go_offline()
+    cfg = load_config(resolve(options.model))
+    parse_formats(options.kv, cfg)
+    check_weights([options.weights])
+    choose_dtype(options.dtype, cfg, choose_device(options.device))
+
+
+def folder_of(model: str) -> str:
+    """The folder of a model, which names its commit where it was pulled."""
+    from octo_run.models.hub import resolve
+
+    return str(resolve(model).resolve())
 
 
 def model_defaults(engine: "Engine") -> dict[str, Any]:
@@ -373,6 +387,31 @@ def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "M
     return load_config(resolve(model)) if random_weights is None else read_shape(random_weights)
 
 
+def checked_sampling(options: SamplingOptions) -> SamplingOptions:
+    """The options with what the answer must be, read and checked before a model is loaded for them.
+
+    Raises:
+        UsageError: A value that cannot be, a file that cannot be read, or no grammar in it.
+        OctoError: llguidance is not installed.
+    """
+    if options == SamplingOptions(*(None,) * 9, ()):  # nothing is said
+        return options
+    import_torch()
+    from octo_run.engine import SamplingParams
+
+    given = _given(options)
+    SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(options, read=given["grammar"])
+
+
+def _given(options: SamplingOptions) -> dict[str, Any]:
+    """The options by the names of ``SamplingParams``; None: nothing is said."""
+    given = {**vars(options), "temperature": options.temp, "grammar": read_grammar(options)}
+    for name in ("temp", "json_schema", "regex", "read"):
+        del given[name]
+    return {name: None if value == () else value for name, value in given.items()}
+
+
 def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> "SamplingParams":
     """The model's sampling defaults, overridden by what the command line says.
 
@@ -384,12 +423,7 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     from octo_run.engine import SamplingParams
     from octo_run.engine.stopping import impossible
 
-    given = {**vars(options), "temperature": options.temp, "grammar": read_grammar(options), **more}
-    for name in ("temp", "json_schema", "regex"):
-        given.pop(name)
-    params = SamplingParams.from_defaults(
-        engine.defaults, **{name: None if value == () else value for name, value in given.items()}
-    )
+    params = SamplingParams.from_defaults(engine.defaults, **_given(options), **more)
     for text in params.stop:
         if impossible(engine.tokenizer, text):
             warn(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
