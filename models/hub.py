@@ -5,7 +5,6 @@ The Hub's address is ``$HF_ENDPOINT``, its token the one given, ``$HF_TOKEN``, o
 """
 
 import os
-import re
 import shlex
 import shutil
 import threading
@@ -22,20 +21,15 @@ from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.models import store
 from octo_run.models.cache import (
     COMMIT,
-    DEMO_NAME,
     DEMO_PATH,
-    IMPORTED,
-    HubName,
     ModelEntry,
     cache_folder,
-    endpoint,
     find,
     find_shared,
     has_file,
     is_plain_name,
     list_models,
     local_commit,
-    parse_hub_name,
     repo_folder,
     resolve,
     snapshot_missing,
@@ -44,6 +38,16 @@ from octo_run.models.config import CONFIG_NAME, load_config
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, SMALL_NAMES, TOKENIZER_NAMES, has_tokenizer, weight_files
 from octo_run.models.foreign import MAX_FILE_BYTES
 from octo_run.models.hub_client import HubClient, HubFile, Unfinished
+from octo_run.models.names import (
+    DEMO_NAME,
+    IMPORTED,
+    HubName,
+    endpoint,
+    exact_first,
+    fetch_gguf,
+    is_gguf,
+    parse_hub_name,
+)
 from octo_run.models.store import removable, remove
 
 __all__ = [
@@ -64,8 +68,6 @@ __all__ = [
 
 #: Files that are fetched at a time, and seconds in which those in flight end when one has failed.
 PARALLEL, STOP_SECONDS = 4, 2.0
-#: Types of GGUF files as they are named, the most exact first.
-_EXACT = ("BF16", "F16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K", "Q4_K_M", "Q4_K", "Q4_1", "Q4_0")
 _TRUE = ("1", "on", "yes", "true")
 
 
@@ -122,6 +124,14 @@ def pull(
     """
     if name == DEMO_NAME:
         raise UsageError(f"{DEMO_NAME} is part of octo-run: there is nothing to pull.")
+    if is_gguf(Path(name)):
+        raise UsageError(
+            f"{quoted(name)} is a file here: make a model of it with `octo-run import {shlex.quote(name)}`."
+        )
+    if name.startswith(("/", ".", "~")) and Path(name).is_dir():
+        raise UsageError(
+            f"{quoted(name)} is a folder here, which needs no pull: `octo-run chat -m {shlex.quote(name)}`."
+        )
     parsed = parse_hub_name(name)
     if revision is not None:
         if parsed.revision not in (None, revision):
@@ -130,7 +140,12 @@ def pull(
     if parsed.repo.startswith(f"{IMPORTED}/"):
         raise UsageError(f"{name} names a model made of a file, not one of the Hub: use `{parsed.command}`.")
     if offline or is_offline():
-        return find(parsed)
+        try:
+            return find(parsed)
+        except OctoError as error:
+            if offline:
+                raise
+            raise OctoError(f"{str(error).rstrip('.')}, with HF_HUB_OFFLINE unset.") from None
     if _is_pulled_commit(parsed):
         return find(parsed)  # a commit never changes
     with store.writing(parsed, "pull again, complete files are kept") as folder:
@@ -225,19 +240,11 @@ class _Pull:
         """Say how a repository that has its weights in GGUF files alone is used."""
         if SINGLE_NAME in self.files or INDEX_NAME in self.files:
             return
-        found = [name for name in self.files if name.endswith(".gguf") and "mmproj" not in name]
-        firsts = [name for name in found if re.search(r"-0*1-of-\d+\.gguf$|^((?!-of-\d+\.gguf$).)*$", name)]
-        if not firsts:
-            return
-        # the import makes bfloat16 of all, so the most exact file is the best
-        best = min(firsts, key=lambda name: next((i for i, kind in enumerate(_EXACT) if kind in name.upper()), 99))
-        pattern = re.sub(r"-\d+(-of-\d+\.gguf)$", r"-*\1", best)
-        revision = "" if self.name.revision is None else f" --revision {self.name.revision}"
-        fetch = f"hf download {self.name.repo} --include {shlex.quote(pattern)}{revision} --local-dir ."
-        raise OctoError(
-            f"{self.name} has its weights in GGUF files only: fetch one with `{fetch}`, then run "
-            f"`octo-run import {shlex.quote(best)}`."
-        )
+        found = [name for name in self.files if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
+        if exact_first(found):
+            raise OctoError(
+                fetch_gguf(f"{self.name} has its weights in GGUF files only", self.name.repo, found, self.name.revision)
+            )
 
     def _shards(self, snapshot: Path) -> list[str]:
         names = [path.name for path in weight_files(snapshot)]

@@ -19,8 +19,9 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from octo_run import __version__
 from octo_run.errors import OctoError, quoted
-from octo_run.models.cache import COMMIT, HubName
+from octo_run.models.cache import COMMIT
 from octo_run.models.foreign import json_object
+from octo_run.models.names import HubName
 
 #: Seconds in which one answer's head must come, and a listing as a whole; also for connecting, and for silence.
 ANSWER_SECONDS, CONNECT_SECONDS, SILENCE_SECONDS = 60.0, 10.0, 20.0

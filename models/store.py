@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.models import cache
-from octo_run.models.cache import HubName, belongs, cache_folder, lies_in, manifest_path
+from octo_run.models.cache import belongs, cache_folder, lies_in, manifest_path
+from octo_run.models.names import DEMO_NAME, HubName, parse_hub_name
 
 #: Age from which a partial file counts as left behind where the file system knows no locks.
 STALE_SECONDS = 3600
@@ -312,9 +313,11 @@ def removable(name: str) -> tuple[HubName, list[str]]:
         UsageError: The name is ``octo-demo`` or a folder.
         OctoError: The model is not there.
     """
-    if name == cache.DEMO_NAME:
-        raise UsageError(f"{cache.DEMO_NAME} is part of octo-run and cannot be removed.")
-    parsed = cache.parse_hub_name(name)
+    if name == DEMO_NAME:
+        raise UsageError(f"{DEMO_NAME} is part of octo-run and cannot be removed.")
+    if name.startswith(("/", ".", "~")):
+        raise UsageError(f"{quoted(name)} is no model in the cache: rm removes ORG/NAME[@REV] and imported/NAME only.")
+    parsed = parse_hub_name(name, "imported/NAME or ", cache.nearest_model)
     folder = cache.repo_folder(parsed)
     commits = cache.commits(folder)
     if parsed.revision is not None:
@@ -326,7 +329,9 @@ def removable(name: str) -> tuple[HubName, list[str]]:
             f"`hf cache`, or delete {entry.path.parents[1]}."
         )
     if folder.is_symlink() or not folder.is_dir() or (parsed.revision is not None and not commits):
-        raise OctoError(f"{name} is not in {cache_folder()}, so there is nothing to remove.")
+        near = cache.nearest_model(name)
+        hint = "so there is nothing to remove." if near in (None, DEMO_NAME) else f"did you mean {quoted(near)}?"
+        raise OctoError(f"{name} is not in {cache_folder()}, {hint}")
     return parsed, commits
 
 

@@ -59,7 +59,8 @@ class Prompts:
         if self.template is not None:
             tokenizer.use_template(*self.template)
         if not tokenizer.has_chat_template:
-            raise UsageError("this model has no chat template: use --raw.")
+            instead = "use --raw" if self.as_chat else "give prompt in place of messages"
+            raise UsageError(f"this model has no chat template: {instead}, or name one with --chat-template.")
         return tokenizer.chat(messages, **self.variables)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from octo_run.cli import console, debug_option
+from octo_run.cli import completion, console, debug_option
 from octo_run.cli.options import offline_option
 from octo_run.errors import shown
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("pull")
-@click.argument("name", metavar="ORG/NAME[@REV]")
+@click.argument("name", metavar="ORG/NAME[@REV]", shell_complete=completion.own_models)
 @click.option("--revision", metavar="REV", help="A branch, a tag or a commit, instead of the one after the @.")
 @click.option("--token", metavar="TOKEN", help="Your token for the Hub.  [default: HF_TOKEN, or that of hf auth login]")
 @offline_option

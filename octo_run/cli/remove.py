@@ -9,7 +9,7 @@ from octo_run.errors import UsageError, shown
 
 
 @click.command("rm")
-@click.argument("name", metavar="ORG/NAME[@REV]", shell_complete=completion.models)
+@click.argument("name", metavar="ORG/NAME[@REV]", shell_complete=completion.own_models)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @debug_option
 def command(name: str, yes: bool) -> None:

@@ -5,7 +5,8 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -172,6 +173,22 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     if str(engine.kv) != engine.kv.name:
         notice(f"formats: {engine.kv}")
     return engine
+
+
+@contextmanager
+def context_by(advice: str) -> Iterator[None]:
+    """Inside the block, a context that does not fit is explained by the options of a command that has no ``--ctx``.
+
+    Args:
+        advice: What to do; ``{fits}`` in it is the number of tokens that fit.
+    """
+    try:
+        yield
+    except OctoError as error:
+        fits, facts = getattr(error, "fits", None), getattr(error, "facts", "")
+        if fits is None:
+            raise
+        raise OctoError(f"{facts}: {advice.format(fits=fits)}.") from None
 
 
 def _without_kernels(asked: EngineOptions) -> str:

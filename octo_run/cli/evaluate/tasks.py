@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("tasks")
-@click.argument("file", type=Path)
+@click.argument("file", type=common.text_type)
 @click.option("--prompt-key", help="Field of the prompt.  [default: prompt, question or input]")
 @click.option("--answer-key", help="Field of the answer.  [default: answer, target or output]")
 @click.option(
@@ -75,6 +75,8 @@ def command(
     found = evaluation.read_tasks(console.read_text(file), str(file), prompt_key, answer_key)[:limit]
     wanted = evaluation.wanted_answers(found, rule)
     kvs = common.formats(load)
+    if as_chat:
+        _check_template(load)
     scores, answers = [], []
     engine_of = common.loader(load, cache, load.ctx)
     for kv in kvs:
@@ -86,6 +88,15 @@ def command(
     files = [] if output is None else [OutputFile(output, lambda path: _write_jsonl(path, answers))]
     values = [dataclasses.asdict(row) for row in scores]
     deliver(console.as_json(values) if as_json else _table(scores), files, as_json=as_json)
+
+
+def _check_template(load: EngineOptions) -> None:
+    """Check before the weights are read that the model can be asked."""
+    from octo_run.models.hub import resolve
+    from octo_run.tokenizer import load_tokenizer
+
+    if not load_tokenizer(resolve(load.model)).has_chat_template:
+        raise UsageError(f"{load.model} has no chat template: use --raw.")
 
 
 def _write_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
