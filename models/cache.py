@@ -33,10 +33,11 @@ from octo_run.errors import OctoError, UsageError, nearest, quoted, shown
 from octo_run.folders import no_folder, own_folder
 from octo_run.models.config import CONFIG_NAME, load_config
 from octo_run.models.files import missing_files
-from octo_run.models.foreign import present, read_json_object, read_text
+from octo_run.models.foreign import AGAIN, present, read_json_object, read_text
 from octo_run.models.names import (
     DEFAULT_REVISION,
     DEMO_NAME,
+    IMPORTED,
     REVISION,
     HubName,
     gguf_files,
@@ -291,6 +292,15 @@ def _read_manifest(folder: Path, commit: str) -> tuple[str | None, dict[str, int
     return (revision if is_name else None), files
 
 
+def needed_files(folder: Path, commit: str) -> dict[str, int | None]:
+    """The files (name -> bytes) that a commit needs by its manifest.
+
+    Raises:
+        OctoError: It is damaged.
+    """
+    return _read_manifest(folder, commit)[1]
+
+
 def snapshot_missing(folder: Path, commit: str) -> list[str]:
     """Names of the files a snapshot still lacks (or has with a wrong size); empty when it is complete.
 
@@ -364,6 +374,20 @@ def lies_in(path: Path, root: Path) -> bool:
     return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
 
 
+def again(message: str) -> str:
+    """A message that advises to fetch a model again, with the command if it names a file of a model in the cache."""
+    found = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/", message)
+    if found is None or not message.endswith(f"{AGAIN}."):
+        return message
+    name, commit = HubName(f"{found[1]}/{found[2]}"), found[3]
+    if found[1] == IMPORTED:
+        command = f"`octo-run rm {name}`, then import it again"
+    else:
+        default = local_commit(repo_folder(name), DEFAULT_REVISION) == commit
+        command = f"`octo-run pull --verify {name if default else replace(name, revision=commit)}`"
+    return f"{message.removesuffix(f'{AGAIN}.')}{command}."
+
+
 def list_models() -> list[ModelEntry]:
     """The embedded model, then all models in the cache that octo-run pulled (complete or not) or could load, then those
     in the cache of Hugging Face's tools that it could load.
@@ -397,21 +421,21 @@ def _entries_or_damage(folder: Path) -> list[ModelEntry]:
 
 def _entries(folder: Path) -> Iterator[ModelEntry]:
     """One entry per snapshot; several branches or tags of one commit are one entry, named by the first (main first)."""
-    refs: dict[str, list[str]] = {}
-    for ref in _refs(folder):
+    named: dict[str, list[str]] = {}
+    for ref in refs(folder):
         commit = local_commit(folder, ref)
         if commit is not None:
-            refs.setdefault(commit, []).append(ref)
+            named.setdefault(commit, []).append(ref)
     for ref, commit in _pending(folder).items():
-        refs.setdefault(commit, []).append(ref)
+        named.setdefault(commit, []).append(ref)
     for commit in commits(folder):
-        names = sorted(refs.get(commit, [commit]), key=lambda ref: (ref != DEFAULT_REVISION, ref))
+        names = sorted(named.get(commit, [commit]), key=lambda ref: (ref != DEFAULT_REVISION, ref))
         entry = _entry(folder, commit, names[0])
         if os.path.lexists(manifest_path(folder, commit)) or (entry.complete and _is_known(entry.path)):
             yield entry
 
 
-def _refs(folder: Path) -> list[str]:
+def refs(folder: Path) -> list[str]:
     """The branches and tags that the cache knows of a model."""
     root = folder / "refs"
     found = [Path(place, name).relative_to(root) for place, _, names in os.walk(root) for name in names]

@@ -28,6 +28,7 @@ from octo_run.models.cache import (
     find_shared,
     has_file,
     is_plain_name,
+    lies_in,
     list_models,
     local_commit,
     repo_folder,
@@ -98,6 +99,7 @@ def pull(
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
+    verify: bool = False,
     progress: ProgressCallback | None = None,
 ) -> ModelEntry:
     """Fetch ``org/name[@revision]`` into the cache and return it; files that are already complete are kept.
@@ -113,6 +115,8 @@ def pull(
         name: Also the address of the model's page.
         revision: Instead of the one in the name: a branch, a tag or a commit.
         token: Instead of ``$HF_TOKEN`` and of what ``hf auth login`` stored.
+        verify: Read the weight files that are there, too, and fetch those again whose content is not what the Hub
+            announced. Small files are always read.
         offline: Do not touch the network: the model must be complete already. ``HF_HUB_OFFLINE=1`` does the same.
         progress: Called from several threads, one at a time.
 
@@ -146,12 +150,17 @@ def pull(
             if offline:
                 raise
             raise OctoError(f"{str(error).rstrip('.')}, with HF_HUB_OFFLINE unset.") from None
-    if _is_pulled_commit(parsed):
+    if verify and (shared := find_shared(parsed)) is not None:
+        raise OctoError(
+            f"{name} lies in the cache of Hugging Face's tools, where octo-run writes nothing: "
+            f"`hf download {parsed.repo} --force-download` fetches it again, or delete {shared.path.parents[1]}."
+        )
+    if not verify and _is_pulled_commit(parsed):
         return find(parsed)  # a commit never changes
     with store.writing(parsed, "pull again, complete files are kept") as folder:
         client = HubClient(endpoint(), parsed, token)
         try:
-            commit = _Pull(parsed, folder, client, progress).run()
+            commit = _Pull(parsed, folder, client, progress, verify=verify).run()
         finally:
             client.close()
         store.write_ref(folder, parsed.ref, commit)
@@ -192,7 +201,10 @@ def _is_pulled_commit(name: HubName) -> bool:
 class _Pull:
     """One pull from one commit."""
 
-    def __init__(self, name: HubName, folder: Path, client: HubClient, progress: ProgressCallback | None) -> None:
+    def __init__(
+        self, name: HubName, folder: Path, client: HubClient, progress: ProgressCallback | None, *, verify: bool = False
+    ) -> None:
+        self.verify, self._good = verify, set[Path]()
         self.name, self.folder, self.client, self.progress = name, folder, client, progress
         self.commit = ""
         self.files: dict[str, HubFile] = {}
@@ -257,7 +269,20 @@ class _Pull:
         return names
 
     def _is_there(self, name: str) -> bool:
-        return has_file(self.folder, self.folder / "snapshots" / self.commit / name, self.files[name].size)
+        return self._is_good(name, self.folder / "snapshots" / self.commit / name)
+
+    def _is_good(self, name: str, path: Path) -> bool:
+        """Whether a file is there, with its content as far as that is looked at; what has another one is deleted."""
+        file = self.files[name]
+        if not has_file(self.folder, path, file.size):
+            return False
+        if path not in self._good and (self.verify or name in SMALL_NAMES) and not file.is_in(path):
+            for found in {path, path.resolve()}:
+                if lies_in(found.parent, self.folder):
+                    found.unlink()
+            return False
+        self._good.add(path)
+        return True
 
     def _missing_bytes(self, name: str) -> int:
         file = self.files[name]
@@ -284,11 +309,11 @@ class _Pull:
 
     def _known_blob(self, name: str) -> Path | None:
         """The content of a file, if the cache has it already (from another commit)."""
-        digest, size = self.files[name].digest, self.files[name].size
+        digest = self.files[name].digest
         if digest is None:
             return None
         blob = self.folder / "blobs" / digest
-        return blob if has_file(self.folder, blob, size) else None
+        return blob if self._is_good(name, blob) else None
 
     def _download(self, name: str, advance: Callable[[int], None]) -> Path:
         with self._partial(name) as (path, file):

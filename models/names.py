@@ -18,6 +18,7 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 IMPORTED = "imported"
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 _HUB_NAME = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
+_TAGGED = re.compile(rf"({_PART}/{_PART}):.*", re.ASCII)
 REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[A-Za-z0-9_][\w.+-]*)*", re.ASCII)
 #: Types of GGUF files as they are named, the most exact first.
 _EXACT = ("BF16", "F16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K", "Q4_K_M", "Q4_K", "Q4_1", "Q4_0")
@@ -64,10 +65,16 @@ def parse_hub_name(name: str, others: str = "", near: Callable[[str], str | None
     Raises:
         UsageError: ``name`` is anything else.
     """
-    match = _HUB_NAME.fullmatch(_of_address(name))
+    plain = _of_address(name.strip().strip("<>\"'`"))
+    match = _HUB_NAME.fullmatch(plain.rstrip("/") if near is None else plain)
     repo = match[1] if match else ""
     if match is None or "--" in repo or ".." in repo or repo.endswith((".", "-", ".git")):
         meant = near(name) if near is not None else None
+        if (tagged := _TAGGED.fullmatch(plain)) is not None:
+            raise UsageError(
+                f"{quoted(name)} is no model name: a branch, a tag or a commit stands behind an @, as in "
+                f"{tagged[1]}@{DEFAULT_REVISION}."
+            )
         hint = f"did you mean {quoted(meant)}?" if meant else f"give {others}ORG/NAME[@REV] of the Hub."
         raise UsageError(f"{quoted(name)} is no model name: {hint}")
     revision = match[2]
@@ -82,9 +89,12 @@ def _of_address(name: str) -> str:
     with suppress(ValueError):  # HF_ENDPOINT is no address, which is told when it is asked
         hosts.add(urlsplit(endpoint()).netloc)
     with suppress(ValueError):  # an address that is none
-        parts = urlsplit(name if "://" in name else f"https://{name}")
+        address = re.sub(r"^(hf://|git@(hf\.co|huggingface\.co):)", f"{DEFAULT_ENDPOINT}/", name)
+        parts = urlsplit(address if "://" in address else f"https://{address}")
         if parts.netloc.lower() in hosts and parts.scheme in ("http", "https"):
-            org, model, kind, revision, *rest = [*map(unquote, parts.path.strip("/").split("/")), "", "", "", ""]
+            path = re.sub(r"^(api/)?models/(?=[^/]+/)", "", parts.path.strip("/"))
+            org, model, kind, revision, *rest = [*map(unquote, path.split("/")), "", "", "", ""]
+            model = model.removesuffix(".git")
             if org in ("datasets", "spaces"):
                 raise UsageError(f"{quoted(name)} is the address of one of the {org}, not of a model.")
             if kind == "tree" and any(rest):

@@ -339,7 +339,7 @@ def remove(name: str) -> int:
     """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache, which alone is touched.
 
     Returns:
-        The bytes freed.
+        The bytes freed; 0 where another branch or tag names the same commit, whose files stay.
 
     Raises:
         UsageError: The name is ``octo-demo`` or a folder.
@@ -347,6 +347,8 @@ def remove(name: str) -> int:
     """
     parsed, commits = removable(name)
     folder = cache.repo_folder(parsed)
+    if others := _other_names(parsed, commits):
+        return _forget_name(parsed, commits[0], others)
     before = cache.folder_bytes(cache_folder(), links=False)
     try:
         with locked(parsed):
@@ -360,6 +362,27 @@ def remove(name: str) -> int:
     except OSError as error:
         raise OctoError(f"{name} cannot be removed from {cache_folder()}: {error.strerror or error}.") from None
     return before - cache.folder_bytes(cache_folder(), links=False)
+
+
+def _other_names(name: HubName, commits: list[str]) -> list[str]:
+    """The other branches and tags of the commit that a branch or tag names: they need its files."""
+    folder = cache.repo_folder(name)
+    if name.revision is None or name.revision not in cache.refs(folder):
+        return []
+    return [ref for ref in cache.refs(folder) if ref != name.revision and cache.local_commit(folder, ref) in commits]
+
+
+def _forget_name(name: HubName, commit: str, others: list[str]) -> int:
+    """Delete a branch or a tag whose files others need."""
+    folder = cache.repo_folder(name)
+    try:
+        with locked(name):
+            (folder / "refs" / name.ref).unlink()
+            if os.path.lexists(manifest_path(folder, commit)):
+                write_manifest(folder, commit, others[0], cache.needed_files(folder, commit))
+    except OSError as error:
+        raise OctoError(f"{name} cannot be removed from {cache_folder()}: {error.strerror or error}.") from None
+    return 0
 
 
 def _delete_snapshots(folder: Path, commits: list[str]) -> None:

@@ -177,7 +177,9 @@ def explain(error: Exception, invocation: Invocation) -> int:
         console.write_error(error.format_message())
         return EXIT_USAGE
     if isinstance(error, OctoError):
-        message, code = str(error), error.exit_code
+        from octo_run.models.cache import again
+
+        message, code = again(str(error)), error.exit_code
     elif isinstance(error, click.UsageError):
         where = f"; `{error.ctx.command_path} --help` lists what is accepted" if error.ctx is not None else ""
         message, code = shown(_flat(error.format_message()).rstrip("."), _LONGEST_USAGE) + where + ".", EXIT_USAGE

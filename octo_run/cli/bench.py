@@ -376,5 +376,5 @@ def _print_row(form: str, report: dict[str, Any]) -> None:
 _FORMS: dict[str, Callable[[dict[str, Any]], str]] = {
     "table": _table,
     "markdown": _markdown,
-    "json": lambda report: json.dumps(_plain(report), indent=2),
+    "json": lambda report: json.dumps(console.finite(_plain(report)), indent=2),
 }

@@ -91,7 +91,7 @@ def run_several(
     params = runtime.sampling_params(engine, sampling, logprobs=logprobs)
     rules = [_with_seed(params, number) for number in range(count)]
     if params.temperature == 0:
-        console.warn("without chance all answers are the same; give --temp 0.7, say")
+        console.notice("without chance all answers are the same; give --temp 0.7, say")
     try:
         for done in _in_order(engine.generate_batch([ids] * count, rules)):
             if as_json:

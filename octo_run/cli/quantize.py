@@ -30,7 +30,7 @@ def command(model: str, out: Path, weights: str, device: str | None, dtype: str 
     from octo_run.engine.quantise import quantise
 
     tell = None
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not console.is_quiet():
 
         def tell(done: int, total: int) -> None:
             click.echo(f"\rwriting: {100 * done / total:.0f} %", err=True, nl=done == total)

@@ -27,4 +27,6 @@ def command(name: str, yes: bool) -> None:
         if not click.confirm(f"Delete {shown(name)} from {shown(str(hub.cache_folder()))}?", err=True):
             console.notice("nothing is removed")
             return
-    console.notice(f"{name} is removed, {console.human_bytes(hub.remove(name))} freed")
+    freed = hub.remove(name)
+    files = f"{console.human_bytes(freed)} freed" if freed else "and nothing freed"
+    console.notice(f"{name} is removed, {files}")

@@ -59,7 +59,7 @@ def test_bench_compares_formats_of_weights(octo: Callable[..., Any], engine: Any
     assert [row["weights"] for row in report["rows"]] == ["bf16"] * 8 + ["int4"] * 8
     engine.weights.clear()
     refused = octo(*BENCH, "--weights", "bf16,int5")
-    assert refused.code == 2 and "There is no format of weights 'int5': did you mean int4, of fp32, " in refused.err
+    assert refused.code == 2 and "There is no format of weights 'int5': did you mean int8, of fp32, " in refused.err
     assert not engine.weights
 
 

@@ -523,7 +523,7 @@ def test_a_folder_with_one_model(splits: list[Path], small_gguf: Callable[..., A
     small_gguf("llama").write(splits[0].with_name("mmproj-model.gguf"))
     assert import_model(splits[0].parent).label == "imported/model"
     small_gguf("llama").write(splits[0].with_name("other-Q8_0.gguf"))
-    with pytest.raises(UsageError, match="holds 2 GGUF models; give one of them: `octo-run import .*other-Q8_0.gguf`"):
+    with pytest.raises(UsageError, match=r"holds 2 GGUF models; give one of them: `octo-run import .*other-Q8_0.gguf`"):
         import_model(splits[0].parent, "other")
 
 
