@@ -69,9 +69,8 @@ def command(
 
     The text comes from -p, or from standard input (of which one final line feed is taken off). Where both are given,
     and with --file, the files and standard input are documents: they come first, then the text of -p, with an empty
-    line between. It is continued as
-    it is (--raw, the default) or answered through the model's chat template (--chat). The answer ends at the
-    model's end token, a --stop text, --max-tokens, or where the context is full.
+    line between. It is continued as it is (--raw, the default) or answered through the model's chat template (--chat).
+    The answer ends at the model's end token, a --stop text, --max-tokens, or where the context is full.
 
     The keys of the --json object: text, ids, finish_reason (stop, length, context or interrupted), prompt_tokens,
     reused_tokens, read_tokens (fewer than the rest of the prompt if its reading was interrupted), generated_tokens,
@@ -88,6 +87,11 @@ def command(
         raise UsageError("-o needs --batch; send the answer of one prompt to a file with >.")
     if force and out is None:
         raise UsageError("--force needs -o: it lets that file be replaced.")
+    for name, given in (("--chat-template", chat_template), ("--template-kwargs", template_kwargs)):
+        if given is not None and not (as_chat or batch is not None):
+            raise UsageError(f"{name} needs --chat: a raw text goes through no template.")
+    if sequences is not None and batch is None and answers == 1:
+        raise UsageError("--sequences needs --batch or --n: one answer has no others beside it.")
     if logprobs and not (as_json or batch is not None):
         raise UsageError("--logprobs needs --json: a text has no place for them.")
     prompts = Prompts(

@@ -50,8 +50,12 @@ class Prompts:
             if self.bos and tokenizer.bos_id is None:
                 raise UsageError("--bos is given, and this model has no first token.")
             return tokenizer.encode(text, add_bos=self.bos)
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        return self.chat(engine, [*head, {"role": "user", "content": text}])
+        return self.chat(engine, [*self.head, {"role": "user", "content": text}])
+
+    @property
+    def head(self) -> list[dict[str, str]]:
+        """The message before all others, if there is a system prompt."""
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def chat(self, engine: "Engine", messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation."""
@@ -267,6 +271,7 @@ def _answer_lines(
 
 def _line_ids(engine: "Engine", prompts: Prompts, line: Line) -> list[int]:
     if line.messages is not None:
-        return prompts.chat(engine, line.messages)
+        own = line.messages[0].get("role") == "system" or not prompts.system
+        return prompts.chat(engine, line.messages if own else [*prompts.head, *line.messages])
     assert line.text is not None
     return prompts.ids(engine, line.text)

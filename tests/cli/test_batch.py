@@ -92,6 +92,17 @@ def test_a_batch_that_ended_early_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def test_a_system_prompt_is_that_of_conversations_without_one(
+    octo: Callable[..., Any], batching: Any, tmp_path: Path
+) -> None:
+    batch, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked = {"role": "user", "content": "Q"}
+    lines = [{"prompt": "P"}, {"messages": [asked]}, {"messages": [{"role": "system", "content": "own"}, asked]}]
+    batch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert octo("generate", "--batch", str(batch), "-o", str(out), "--chat", "--system", "S").code == 0
+    assert texts(out) == ["SP", "SQ", "ownQ"]
+
+
 def test_answers_that_wait_are_printed_when_a_batch_is_stopped(
     octo: Callable[..., Any], batching: Any, tmp_path: Path
 ) -> None:
@@ -207,6 +218,9 @@ def test_one_process_at_a_time_writes_a_result(octo: Callable[..., Any], batchin
         (("--batch", "empty.jsonl"), "is empty"),
         (("-p", "x", "--json-schema", "none.json"), "there is no such file"),
         (("-p", "x", "--force"), "--force needs -o"),
+        (("-p", "x", "--chat-template", "in.jsonl"), "--chat-template needs --chat"),
+        (("-p", "x", "--template-kwargs", "{}"), "--template-kwargs needs --chat"),
+        (("-p", "x", "--sequences", "2"), "--sequences needs --batch or --n"),
         (("-p", "x", "--penalty-range", "5000"), "'5000' is no whole number from 0 to 4,096"),
         (("-p", "x", "--device", "gpu"), "There is no device 'gpu'"),
         (("-p", "x", "-m", "octo-dmo"), "'octo-dmo'"),

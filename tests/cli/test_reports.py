@@ -285,7 +285,7 @@ def test_pull_is_quiet_in_a_pipe(octo: Callable[..., Any], monkeypatch: pytest.M
 
     monkeypatch.setattr(hub, "pull", pull)
     shown = octo("pull", "--offline", "org/name", "--revision", "v1", "--token", "hf_x")
-    assert asked == [("org/name", True, None, {"revision": "v1", "token": "hf_x"})]
+    assert asked == [("org/name", True, None, {"revision": "v1", "token": "hf_x", "verify": False})]
     assert shown.out == "" and "org/name at aaaaaaaaaaaa: 5 kB in /x" in shown.err and "\x1b" not in shown.err
 
 
