@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from octo_run.engine.shapes import SHAPES
 from octo_run.errors import OctoError, UsageError, nearest, quoted
 from octo_run.models.config import CONFIG_NAME, ModelConfig, load_config, parse_config
-from octo_run.models.foreign import present, read_json_object
+from octo_run.models.foreign import json_object, present, read_bytes
 
 
 class NoTokenizer:
@@ -54,4 +54,4 @@ def read_shape(shape: ModelConfig | str | Path) -> ModelConfig:
         raise UsageError(
             f"--random-weights {quoted(str(shape))} is no config.json, no folder with one and no shape; {hint}"
         )
-    return parse_config(read_json_object(path), path)
+    return parse_config(json_object(read_bytes(path), path, "give a config.json"), path)

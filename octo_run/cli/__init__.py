@@ -182,7 +182,10 @@ def explain(error: Exception, invocation: Invocation) -> int:
         message, code = again(str(error)), error.exit_code
     elif isinstance(error, click.UsageError):
         where = f"; `{error.ctx.command_path} --help` lists what is accepted" if error.ctx is not None else ""
-        message, code = shown(_flat(error.format_message()).rstrip("."), _LONGEST_USAGE) + where + ".", EXIT_USAGE
+        text = shown(_flat(error.format_message()).rstrip("."), _LONGEST_USAGE)
+        message, code = f"{text}{where}.", EXIT_USAGE
+        if near := getattr(error, "possibilities", None):
+            message = f"{shown(_flat(error.message).rstrip('.'), _LONGEST_USAGE)}: did you mean {' or '.join(near)}?"
     elif isinstance(error, click.ClickException):
         message, code = _flat(error.format_message()), error.exit_code
     elif _out_of_memory(error):

@@ -19,7 +19,7 @@ import click
 
 from octo_run import __version__
 from octo_run.cli import completion, console, debug_option, profile_tables, runtime
-from octo_run.cli.options import COUNT, TOKENS, EngineOptions, Tokens, engine_options
+from octo_run.cli.options import COUNT, MOST_SEQUENCES, TOKENS, Count, EngineOptions, Tokens, engine_options
 from octo_run.cli.output import OutputFile, deliver
 from octo_run.cli.progress import minutes
 from octo_run.errors import UsageError, quoted
@@ -61,7 +61,7 @@ def _depths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[in
               help="ppN: read a prompt of N tokens; tgN: generate N; pgP+G: read P, generate G.")  # fmt: skip
 @click.option("--depth", "depths", callback=_depths, default="0", show_default=True, metavar="LIST",
               help="Tokens in the cache before.")  # fmt: skip
-@click.option("--batch", type=COUNT, default=1, show_default=True, help="Sequences at a time.")
+@click.option("--batch", type=Count(1, MOST_SEQUENCES), default=1, show_default=True, help="Sequences at a time.")
 @click.option("--repetitions", "-r", type=COUNT, default=5, show_default=True, help="Measured rounds.")
 @click.option("--random-weights", metavar="SHAPE", shell_complete=completion.shapes,
               help="Measure a shape (llama-3.1-8b, ..., or a config.json).")  # fmt: skip

@@ -8,7 +8,15 @@ import click
 
 from octo_run.cli import console, debug_option, runtime
 from octo_run.cli.generate_batch import SEQUENCES, Prompts, run_batch, run_several, told_logprobs
-from octo_run.cli.options import TEXT, Count, EngineOptions, engine_options, template_options, template_variables
+from octo_run.cli.options import (
+    MOST_SEQUENCES,
+    TEXT,
+    Count,
+    EngineOptions,
+    engine_options,
+    template_options,
+    template_variables,
+)
 from octo_run.cli.progress import PromptProgress
 from octo_run.cli.sampling_options import SamplingOptions, sampling_options
 from octo_run.errors import UsageError
@@ -20,8 +28,8 @@ if TYPE_CHECKING:
 
 #: Seconds until it is said that standard input is waited for.
 PATIENCE = 2.0
-#: What the engine tells of alternatives, and makes at a time, at most.
-MOST_LOGPROBS, MOST_SEQUENCES = 20, 64
+#: What the engine tells of alternatives at most.
+MOST_LOGPROBS = 20
 
 
 @click.command("generate")
@@ -101,15 +109,13 @@ def command(
         template_variables(template_kwargs),
         None if chat_template is None else (console.read_text(chat_template), str(chat_template)),
     )
+    if batch is not None and (prompt is not None or files or answers > 1):
+        raise UsageError("--batch has all prompts in its file: leave out -p, --file and --n.")
+    sampling = runtime.checked_sampling(sampling, runtime.check_loadable(load))
+    runtime.check_template(prompts.template)
     if batch is not None:
-        if prompt is not None or files or answers > 1:
-            raise UsageError("--batch has all prompts in its file: leave out -p, --file and --n.")
         console.require_output()
-        runtime.check_loadable(load)
-        sampling = runtime.checked_sampling(sampling)
         return run_batch(batch, out, prompts, load, sampling, sequences or SEQUENCES, logprobs, force=force)
-    runtime.check_loadable(load)
-    sampling = runtime.checked_sampling(sampling)
     text = _prompt_text(prompt, files)
     if answers > 1:
         return run_several(text, answers, prompts, load, sampling, sequences or SEQUENCES, logprobs, as_json=as_json)

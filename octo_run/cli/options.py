@@ -17,6 +17,8 @@ from octo_run.models.config import CONDITIONINGS, HEADS
 
 DEFAULT_MODEL = "octo-demo"
 DEFAULT_KV = "oct3"
+#: What an engine makes at a time at most.
+MOST_SEQUENCES = 64
 #: CPU threads at most: native code does not survive some hundreds of thousands.
 MAX_THREADS = 512
 #: Arithmetic by its name, and by the short one.

@@ -15,7 +15,7 @@ from octo_run import process
 from octo_run.cli.console import human_bytes, notice, notice_lines, require_output, warn
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.sampling_options import SamplingOptions, read_grammar
-from octo_run.errors import OctoError, quoted, shown
+from octo_run.errors import OctoError, UsageError, quoted, shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
@@ -274,8 +274,11 @@ def open_session(engine: "Engine", system: str | None, **options: Any) -> "Sessi
     return Session(engine, system=system, **options)
 
 
-def check_loadable(options: EngineOptions) -> None:
+def check_loadable(options: EngineOptions) -> "ModelConfig":
     """Check, before anything is read or closed for it, that there is such a model with such formats and device.
+
+    Returns:
+        The model's configuration.
 
     Raises:
         OctoError: There is not.
@@ -289,9 +292,26 @@ def check_loadable(options: EngineOptions) -> None:
     if options.offline:
         go_offline()
     cfg = load_config(resolve(options.model))
+    for name, value in (("--kv", options.kv), ("--weights", options.weights or "")):
+        if "," in value:
+            raise UsageError(f"{name} {quoted(value)} are several formats: give one; bench and eval ppl take several.")
     parse_formats(options.kv, cfg)
     check_weights([options.weights])
     choose_dtype(options.dtype, cfg, choose_device(options.device))
+    return cfg
+
+
+def check_template(template: tuple[str, str] | None) -> None:
+    """Check before a model is loaded that a text, given with its file, is a chat template.
+
+    Raises:
+        OctoError: It is none.
+    """
+    if template is not None:
+        import_torch()
+        from octo_run.tokenizer.chat import ChatTemplate
+
+        ChatTemplate(*template, {}, ()).check()
 
 
 def folder_of(model: str) -> str:
@@ -404,7 +424,7 @@ def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "M
     return load_config(resolve(model)) if random_weights is None else read_shape(random_weights)
 
 
-def checked_sampling(options: SamplingOptions) -> SamplingOptions:
+def checked_sampling(options: SamplingOptions, cfg: "ModelConfig") -> SamplingOptions:
     """The options with what the answer must be, read and checked before a model is loaded for them.
 
     Raises:
@@ -416,6 +436,11 @@ def checked_sampling(options: SamplingOptions) -> SamplingOptions:
     import_torch()
     from octo_run.engine import SamplingParams
 
+    wrong = next((token for token, _ in options.logit_bias if token >= cfg.vocab_size), None)
+    if wrong is not None:
+        raise UsageError(
+            f"--logit-bias {wrong}=...: the model has the tokens 0 to {cfg.vocab_size - 1}, give one of them."
+        )
     given = _given(options)
     SamplingParams(**{name: value for name, value in given.items() if value is not None})
     return dataclasses.replace(options, read=given["grammar"])

@@ -221,6 +221,10 @@ def test_one_process_at_a_time_writes_a_result(octo: Callable[..., Any], batchin
         (("-p", "x", "--chat-template", "in.jsonl"), "--chat-template needs --chat"),
         (("-p", "x", "--template-kwargs", "{}"), "--template-kwargs needs --chat"),
         (("-p", "x", "--sequences", "2"), "--sequences needs --batch or --n"),
+        (("-p", "x", "--logit-bias", "9999=1"), "--logit-bias 9999=...: the model has the tokens 0 to 8191"),
+        (("-p", "x", "--chat", "--chat-template", "wrong.jinja"), "not valid Jinja at line 1 of wrong.jinja"),
+        (("-p", "x", "--kv", "oct3,oct4"), "--kv 'oct3,oct4' are several formats: give one"),
+        (("-p", "x", "--max-tokns", "3"), "No such option '--max-tokns': did you mean --max-tokens"),
         (("-p", "x", "--penalty-range", "5000"), "'5000' is no whole number from 0 to 4,096"),
         (("-p", "x", "--device", "gpu"), "There is no device 'gpu'"),
         (("-p", "x", "-m", "octo-dmo"), "'octo-dmo'"),
@@ -235,8 +239,11 @@ def test_inputs_are_checked_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     write(Path("in.jsonl"), "a")
     Path("empty.jsonl").touch()
+    Path("wrong.jinja").write_text("{% for %}")
     shown = octo("generate", *argv)
-    assert shown.code == 2 and says in shown.err and shown.err.count("\n") == 1, shown.err
+    assert shown.code == (1 if "wrong.jinja" in argv else 2) and says in shown.err and shown.err.count("\n") == 1, (
+        shown.err
+    )
     assert batching.loaded is None
 
 

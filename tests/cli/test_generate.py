@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_a_model_without_template_is_named(octo: Callable[..., Any], engine: Any
 
 
 def test_options_reach_the_engine(octo: Callable[..., Any], engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "check_loadable", lambda _options: None)
+    monkeypatch.setattr(runtime, "check_loadable", lambda _options: SimpleNamespace(vocab_size=9))
     engine.answers("x")
     assert octo("generate", "-p", "x").code == 0
     assert engine.loaded == EngineOptions(DEFAULT_MODEL, DEFAULT_KV, None, None, None, None, False, None)
