@@ -6,7 +6,7 @@ in GSM8K, after ``####``).
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -204,19 +204,21 @@ def run(
     system: str | None = None,
     max_tokens: int = 256,
     stop: tuple[str, ...] = (),
-) -> list[Outcome]:
-    """Answer every task greedily and compare with what is wanted (see :func:`wanted_answers`).
+) -> Iterator[Outcome]:
+    """Answer every task greedily and compare with what is wanted (see :func:`wanted_answers`), one after the other.
 
     Raises:
         UsageError: A prompt that cannot be used; it names the line.
     """
-    outcomes, params = [], SamplingParams(max_tokens=max_tokens, stop=stop)
+    params = SamplingParams(max_tokens=max_tokens, stop=stop)
     prompts = [_ids(engine, task, as_chat, system) for task in tasks]  # all of them are checked before the first answer
-    for task, want, ids in zip(tasks, wanted, prompts, strict=True):
+
+    def outcome(task: Task, want: str, ids: list[int]) -> Outcome:
         response = "".join(Reply(engine.generate(ids, params)))
         got = extract(response)
-        outcomes.append(Outcome(task.line, response, got, want, got == want))
-    return outcomes
+        return Outcome(task.line, response, got, want, got == want)
+
+    return map(outcome, tasks, wanted, prompts)
 
 
 def _ids(engine: Engine, task: Task, as_chat: bool, system: str | None) -> list[int]:

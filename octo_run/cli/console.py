@@ -342,6 +342,8 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
+        if str(path) == "-":
+            raise UsageError("- is no file: /dev/stdin is the path of standard input.") from None
         raise UsageError(f"{path}: there is no such file; give the path of a text.") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder; give the path of a text.") from None

@@ -213,6 +213,7 @@ def test_one_process_at_a_time_writes_a_result(octo: Callable[..., Any], batchin
     ("argv", "says"),
     [
         (("--batch", "none.jsonl"), "there is no such file"),
+        (("--batch", "-"), "/dev/stdin is the path of standard input"),
         (("--batch", "in.jsonl", "-o", "no/folder.jsonl"), "there is no folder"),
         (("--batch", "in.jsonl", "-o", "/dev/null"), "is no file; leave -o out"),
         (("--batch", "empty.jsonl"), "is empty"),

@@ -263,6 +263,24 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     assert shown.err.startswith("octo-run: ") and shown.err.count("\n") == 1
 
 
+def test_tasks_that_are_stopped_keep_their_answers(
+    octo: Callable[..., Any], tmp_path: Path, tasks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octo_run.engine.evaluation import tasks as evaluation
+
+    run, out = evaluation.run, tmp_path / "answers.jsonl"
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        yield next(run(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "run", stopped)
+    argv = ("tasks", tasks, "--device", "cpu", "--kv", "bf16", "--ctx", "128", "-n", "2", "--output", str(out))
+    shown = octo("eval", *argv, "--json")
+    assert shown.code == 130 and [row["tasks"] for row in json.loads(shown.out)] == [1], shown.err
+    assert len(out.read_text().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_weights_are_compared_with_the_dense_model(octo: Callable[..., Any]) -> None:
     load = ("--weights", "bf16,int8", "--kv", "bf16,oct3", "--tokens", "300", "--ctx", "256", "--device", "cpu")

@@ -607,7 +607,7 @@ def test_tasks_are_answered_and_scored(scripted: Callable[..., Any]) -> None:
     prompts = [tasks.Task(1, "abc", "4"), tasks.Task(2, "xyz", "5")]
     decoder.say(4, "so 4\n#")
     rule = tasks.extractor("last-number")
-    outcomes = tasks.run(engine, prompts, ["4", "5"], rule, as_chat=False, max_tokens=20, stop=("#",))
+    outcomes = [*tasks.run(engine, prompts, ["4", "5"], rule, as_chat=False, max_tokens=20, stop=("#",))]
     assert [(o.line, o.response, o.got, o.correct) for o in outcomes] == [
         (1, "so 4\n", "4", True),
         (2, "so 4\n", "4", False),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from octo_run.cli.output import OutputFile, deliver
 from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
-    from octo_run.engine.evaluation.tasks import Score
+    from octo_run.engine.evaluation.tasks import Outcome, Score
 
 
 @click.command("tasks")
@@ -57,16 +58,19 @@ def command(
     as_json: bool,
     load: EngineOptions,
     cache: CacheOptions,
-) -> None:
+) -> int:
     """Answer the tasks of FILE with each format of --kv A,B,C and count exact matches.
 
     FILE has one JSON object a line with a prompt and an answer (GSM8K's lines are such). Answers are greedy. The same
     rule takes what is compared out of the model's answer and out of the file's; numbers are compared as numbers, texts
     without regard to white space.
 
+    Ctrl-C ends the measurement with the tasks that are answered.
+
     The keys of a --json row: kv, tasks, correct, accuracy, and its 95 % Wilson interval low and high.
     """
     from octo_run.engine.evaluation import tasks as evaluation
+    from octo_run.engine.evaluation.reading import Progress
 
     common.check_outputs(output)
     if system is not None and not as_chat:
@@ -77,17 +81,29 @@ def command(
     kvs = common.formats(load)
     if as_chat:
         _check_template(load)
-    scores, answers = [], []
+    outcomes: dict[str, list[Outcome]] = {}
     engine_of = common.loader(load, cache, load.ctx)
-    for kv in kvs:
-        outcomes = evaluation.run(
-            engine_of(kv), found, wanted, rule, as_chat=as_chat, system=system, max_tokens=max_tokens, stop=stop
-        )
-        scores.append(evaluation.score(kv, outcomes))
-        answers += [{"kv": kv, **dataclasses.asdict(outcome)} for outcome in outcomes]
-    files = [] if output is None else [OutputFile(output, lambda path: _write_jsonl(path, answers))]
-    values = [dataclasses.asdict(row) for row in scores]
-    deliver(console.as_json(values) if as_json else _table(scores), files, as_json=as_json)
+
+    def answer() -> Iterator[Progress]:
+        done = 0
+        for kv in kvs:
+            for outcome in evaluation.run(
+                engine_of(kv), found, wanted, rule, as_chat=as_chat, system=system, max_tokens=max_tokens, stop=stop
+            ):
+                outcomes.setdefault(kv, []).append(outcome)
+                done += 1
+                yield Progress(done, len(kvs) * len(found))
+
+    def scores() -> "list[Score]":
+        return [evaluation.score(kv, those) for kv, those in outcomes.items()]
+
+    def deliver_scores() -> None:
+        answers = [{"kv": kv, **dataclasses.asdict(outcome)} for kv, those in outcomes.items() for outcome in those]
+        files = [] if output is None else [OutputFile(output, lambda path: _write_jsonl(path, answers))]
+        values = [dataclasses.asdict(row) for row in scores()]
+        deliver(console.as_json(values) if as_json else _table(scores()), files, as_json=as_json)
+
+    return common.follow("eval tasks", answer(), lambda: _table(scores()) if outcomes else "", deliver_scores)
 
 
 def _check_template(load: EngineOptions) -> None:
