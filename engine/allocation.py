@@ -12,8 +12,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from octo_run.errors import UsageError, quoted
-from octo_run.kernels.codec import KVFormat, LayerFormats, get, parse_kv
+from octo_run.errors import UsageError, nearest, quoted
+from octo_run.kernels.codec import KVFormat, LayerFormats, get, names, parse_kv
 from octo_run.models.config import ModelConfig
 
 #: The formats that are chosen from, and their relative errors: energy of the error by energy of the vector, Gaussian
@@ -124,6 +124,9 @@ def parse_formats(
         UsageError: Any other text; the message names the choices.
     """
     text = text.strip().lower()
+    first = text.split(":")[0]
+    if first not in names() and nearest(first, [*names(), "auto"]) == "auto" != first:
+        raise UsageError(f"unknown KV format {quoted(first)}: did you mean auto:N, with N bytes of 128 numbers?")
     if "auto" not in text.split(":"):
         sizes_of = dict.fromkeys(heads.size for heads in cfg.cached_heads)
         made = {size: parse_kv(text, size, seed, plain_dtype) for size in sizes_of}
@@ -132,7 +135,7 @@ def parse_formats(
     if not cfg.plain_layers:
         raise UsageError(
             f"--kv {quoted(text)}: auto measures layers that have heads of one size, and keys and values of their own, "
-            "which this model's have not: give a format, oct3 say."
+            "which this model's have not: give a format, bf16 say."
         )
     sizes = [get(name, cfg.head_dim, seed).bytes_per_vector * NUMBERS for name in ERRORS]
     least, most = -(-sizes[0] // cfg.head_dim), sizes[-1] // cfg.head_dim

@@ -62,7 +62,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if match is None:
         raise UsageError(f"There is no device {device!r}; give --device cpu, cuda or cuda:N.")
     if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
-        raise OctoError(f"The device {device} was asked for and PyTorch sees {torch.cuda.device_count()} CUDA devices.")
+        count = torch.cuda.device_count()
+        instead = "give --device cpu" if count == 0 else f"give --device cuda:N with N = 0 to {count - 1}, or cpu"
+        raise OctoError(f"The device {device} was asked for and PyTorch sees {count} CUDA devices: {instead}.")
     return torch.device(device)
 
 

@@ -285,6 +285,19 @@ def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
     return (asked or "full") if fmt.coded else "off"
 
 
+class ContextTooLong(OctoError):
+    """A context that the free memory does not hold.
+
+    Attributes:
+        facts: What it needs, as the beginning of a sentence.
+        fits: Tokens of the longest one that it holds.
+    """
+
+    def __init__(self, facts: str, fits: int) -> None:
+        super().__init__(f"{facts}: choose a context of {fits} tokens or less.")
+        self.facts, self.fits = facts, fits
+
+
 def plan_memory(
     cfg: ModelConfig,
     kv: str | LayerFormats,
@@ -385,11 +398,13 @@ def _fitted(plan: MemoryPlan, limit: int, *, unasked: bool) -> MemoryPlan:
     pages = plan.pages_that_fit(budget, limit)
     if not unasked:
         fits = 0 if pages is None else shape.with_pages(pages // shape.sequences, limit).context
-        raise OctoError(
+        facts = (
             f"A context of {shape.context:,} tokens with --kv {plan.kv} needs {plan.total / 2**30:.2f} GiB and "
-            f"{plan.device} has {plan.free / 2**30:.2f} GiB free: "
-            + (f"choose a context of {fits} tokens or less." if fits else "choose a smaller model or another --device.")
+            f"{plan.device} has {plan.free / 2**30:.2f} GiB free"
         )
+        if fits:
+            raise ContextTooLong(facts, fits)
+        raise OctoError(f"{facts}: choose a smaller model{' or --device cpu' if where.type == 'cuda' else ''}.")
     fitting = shape if pages is None else shape.with_pages(pages, limit)
     if pages is None or fitting.context < min(256, limit):
         raise OctoError(

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from octo_run.engine.engine import DTYPES, choose_device, choose_dtype
-from octo_run.errors import UsageError, expect
+from octo_run.errors import OctoError, UsageError, expect
 from octo_run.models.config import load_config
 from octo_run.models.hub import resolve
-from octo_run.models.quantisation.schemes import refuse_packed, scheme_of
+from octo_run.models.quantisation.schemes import scheme_of
 from octo_run.models.quantisation.writer import check_shapes, check_target, quantised_items, write_folder
 from octo_run.models.weights import StoredWeights
 
@@ -51,7 +51,11 @@ def quantise(
     check_target(out)
     path = resolve(str(model))
     cfg = load_config(path)
-    refuse_packed(path, cfg, weights)
+    if cfg.quantisation is not None:
+        raise OctoError(
+            f"The weights in {path} are quantised already ({cfg.quantisation.method}): take the model's unquantised "
+            "files."
+        )
     where = choose_device(device)
     check_shapes(cfg, scheme)
     source = StoredWeights(path, cfg, where, choose_dtype(dtype, cfg, where))

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from octo_run.engine.shapes import SHAPES
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, nearest, quoted
 from octo_run.models.config import CONFIG_NAME, ModelConfig, load_config, parse_config
-from octo_run.models.foreign import present, read_json_object
+from octo_run.models.foreign import json_object, present, read_bytes
 
 
 class NoTokenizer:
@@ -49,8 +49,9 @@ def read_shape(shape: ModelConfig | str | Path) -> ModelConfig:
     if present(path / CONFIG_NAME) or (present(path) and path.is_dir()):
         return load_config(path)
     if not present(path):
+        near = nearest(str(shape), SHAPES)
+        hint = f"did you mean {near}?" if near else f"the shapes are {', '.join(SHAPES)}."
         raise UsageError(
-            f"There is no file {path}; random weights need a config.json, the folder that holds one, or one of the"
-            f" shapes {', '.join(SHAPES)}."
+            f"--random-weights {quoted(str(shape))} is no config.json, no folder with one and no shape; {hint}"
         )
-    return parse_config(read_json_object(path), path)
+    return parse_config(json_object(read_bytes(path), path, "give a config.json"), path)

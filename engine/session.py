@@ -174,7 +174,8 @@ class Session:
         if not self.drops and len(turns) > 1 and len(ids) + room > limit:
             raise UsageError(
                 f"The context is full: this message makes {len(ids):,} tokens of conversation, the context holds "
-                f"{limit:,}, and {room:,} are kept for an answer. Begin anew, or let old turns be dropped."
+                f"{limit:,}, and {room:,} are kept for an answer: clear it (/clear), or let old turns be "
+                "dropped (--on-full drop)."
             )
         while len(ids) + room > target and len(turns) > 1:
             dropped += 1

@@ -22,59 +22,35 @@ counts only if it lies in the model's folder (or in the store of contents that t
 import hashlib
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from octo_run.errors import OctoError, UsageError, quoted, shown
+from octo_run.errors import OctoError, UsageError, nearest, quoted, shown
 from octo_run.folders import no_folder, own_folder
-from octo_run.models.config import load_config
+from octo_run.models.config import CONFIG_NAME, load_config
 from octo_run.models.files import missing_files
-from octo_run.models.foreign import read_json_object, read_text
+from octo_run.models.foreign import AGAIN, present, read_json_object, read_text
+from octo_run.models.names import (
+    DEFAULT_REVISION,
+    DEMO_NAME,
+    IMPORTED,
+    REVISION,
+    HubName,
+    gguf_files,
+    is_gguf,
+    parse_hub_name,
+)
 
-DEMO_NAME = "octo-demo"
 DEMO_PATH = Path(__file__).parent / "octo_demo"
-DEFAULT_REVISION = "main"
-DEFAULT_ENDPOINT = "https://huggingface.co"
-#: The first part of the names of models that `octo-run import` made.
-IMPORTED = "imported"
 
-_PART = r"[A-Za-z0-9_][\w.-]{0,95}"
-_HUB_NAME = re.compile(rf"({_PART}/{_PART})(?:@(.+))?", re.ASCII)
-_REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[A-Za-z0-9_][\w.+-]*)*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MANIFESTS = "octo-run"
 _PLAIN = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}", re.ASCII)
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.ASCII | re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class HubName:
-    """The name of a model on the Hub.
-
-    Attributes:
-        repo: ``org/name``.
-        revision: The one asked for: a branch, a tag or a commit; None: the default branch.
-    """
-
-    repo: str
-    revision: str | None = None
-
-    @property
-    def ref(self) -> str:
-        return self.revision or DEFAULT_REVISION
-
-    @property
-    def command(self) -> str:
-        """The command that brings the model into the cache."""
-        owner, _, name = self.repo.partition("/")
-        return f"octo-run import FILE {name}" if owner == IMPORTED else f"octo-run pull {self}"
-
-    def __str__(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
 
 @dataclass(frozen=True)
@@ -163,45 +139,15 @@ def forget_model(model_dir: Path) -> None:
                 file.unlink()
 
 
-def endpoint() -> str:
-    """The address of the Hub (``$HF_ENDPOINT``)."""
-    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
-
-
-def parse_hub_name(name: str) -> HubName:
-    """``org/name[@revision]`` taken apart, or the address of a model's page or of one of its files.
-
-    Raises:
-        UsageError: ``name`` is anything else.
-    """
-    match = _HUB_NAME.fullmatch(_of_address(name))
-    repo = match[1] if match else ""
-    if match is None or "--" in repo or ".." in repo or repo.endswith((".", "-", ".git")):
-        raise UsageError(
-            f"{quoted(name)} is no model name: give a folder, {DEMO_NAME}, or org/name[@revision] of the Hub."
-        )
-    revision = match[2]
-    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise UsageError(f"{quoted(name)}: {quoted(revision)} is no revision, which is a branch, a tag or a commit.")
-    return HubName(repo, revision)
-
-
-def _of_address(name: str) -> str:
-    """The name in an address such as ``https://huggingface.co/org/name/tree/revision``; other names as they are."""
-    hosts = {"huggingface.co", "www.huggingface.co", "hf.co"}
-    with suppress(ValueError):  # HF_ENDPOINT is no address, which is told when it is asked
-        hosts.add(urlsplit(endpoint()).netloc)
-    with suppress(ValueError):  # an address that is none
-        parts = urlsplit(name if "://" in name else f"https://{name}")
-        if parts.netloc.lower() in hosts and parts.scheme in ("http", "https"):
-            org, model, kind, revision, *rest = [*map(unquote, parts.path.strip("/").split("/")), "", "", "", ""]
-            if org in ("datasets", "spaces"):
-                raise UsageError(f"{quoted(name)} is the address of one of the {org}, not of a model.")
-            if kind == "tree" and any(rest):
-                raise UsageError(f"{quoted(name)} is the address of a folder: octo-run takes whole repositories only.")
-            at = f"@{revision}" if kind in ("tree", "blob", "resolve", "raw", "commit", "commits") and revision else ""
-            return f"{org}/{model}{at}"
-    return name
+def nearest_model(name: str) -> str | None:
+    """The model on this machine that ``name`` is a misspelling of, by its whole name or by the last part of it."""
+    try:
+        labels = [entry.label for entry in list_models() if entry.complete]
+    except OctoError:
+        labels = [DEMO_NAME]
+    by_last = {label.rpartition("/")[2]: label for label in reversed(labels)}
+    near = nearest(name, labels) or by_last.get(nearest(name, by_last) or "")
+    return near if near != name else None
 
 
 def repo_folder(name: HubName, root: Path | None = None) -> Path:
@@ -224,12 +170,30 @@ def resolve(name: str) -> Path:
     if name.startswith("~"):
         path = Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises for unknown users)
     if name and path.is_dir():
+        if not present(path / CONFIG_NAME) and (files := gguf_files(path)):
+            raise UsageError(f"{quoted(name)} holds {_no_model(files[0])}")
         return path
     if name and path.exists():
-        raise UsageError(f"{name!r} is a file: give the folder that holds config.json and the weights.")
+        what = _no_model(path) if is_gguf(path) else "a file: give the folder that holds config.json and the weights."
+        raise UsageError(f"{quoted(name)} is {what}")
     if name.startswith(("/", ".", "~")) or (name.endswith("/") and "://" not in name) or "\\" in name:
-        raise UsageError(f"There is no folder {name!r}.")
-    return find(parse_hub_name(name)).path
+        raise UsageError(f"There is no folder {quoted(name)}{_nearest_folder(path)}")
+    return find(parse_hub_name(name, f"a folder, {DEMO_NAME}, or ", nearest_model)).path
+
+
+def _no_model(file: Path) -> str:
+    """What to do with a GGUF file."""
+    return f"a GGUF file: make a model of it with `octo-run import {shlex.quote(str(file))}`."
+
+
+def _nearest_folder(path: Path) -> str:
+    """The end of a sentence about a folder that there is not."""
+    try:
+        beside = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except OSError:
+        return "."
+    near = nearest(path.name, beside)
+    return "." if near is None else f": did you mean {quoted(str(path.parent / near))}?"
 
 
 def find(name: HubName) -> ModelEntry:
@@ -265,7 +229,9 @@ def _find_own(name: HubName) -> ModelEntry:
     if commit is None:
         here = sorted({entry.label for entry in _entries(folder) if entry.complete})
         others = f" ({', '.join(here)} is)" if here else ""
-        raise OctoError(f"{name} is not in {cache_folder()}{others}: fetch it with `{name.command}`.")
+        near = None if here else nearest_model(str(name))
+        hint = "" if near is None else f", or did you mean {quoted(near)}?"
+        raise OctoError(f"{name} is not in {cache_folder()}{others}: fetch it with `{name.command}`{hint or '.'}")
     entry = _entry(folder, commit, name.ref)
     if entry.damage is not None:
         raise OctoError(f"{name} cannot be used: {entry.damage}.")
@@ -322,8 +288,17 @@ def _read_manifest(folder: Path, commit: str) -> tuple[str | None, dict[str, int
         or not all(is_plain_name(name) and (size is None or type(size) is int) for name, size in files.items())
     ):
         raise OctoError(f"{path} is damaged.")
-    is_name = isinstance(revision, str) and _REVISION.fullmatch(revision) and ".." not in revision
+    is_name = isinstance(revision, str) and REVISION.fullmatch(revision) and ".." not in revision
     return (revision if is_name else None), files
+
+
+def needed_files(folder: Path, commit: str) -> dict[str, int | None]:
+    """The files (name -> bytes) that a commit needs by its manifest.
+
+    Raises:
+        OctoError: It is damaged.
+    """
+    return _read_manifest(folder, commit)[1]
 
 
 def snapshot_missing(folder: Path, commit: str) -> list[str]:
@@ -399,6 +374,20 @@ def lies_in(path: Path, root: Path) -> bool:
     return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
 
 
+def again(message: str) -> str:
+    """A message that advises to fetch a model again, with the command if it names a file of a model in the cache."""
+    found = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/", message)
+    if found is None or not message.endswith(f"{AGAIN}."):
+        return message
+    name, commit = HubName(f"{found[1]}/{found[2]}"), found[3]
+    if found[1] == IMPORTED:
+        command = f"`octo-run rm {name}`, then import it again"
+    else:
+        default = local_commit(repo_folder(name), DEFAULT_REVISION) == commit
+        command = f"`octo-run pull --verify {name if default else replace(name, revision=commit)}`"
+    return f"{message.removesuffix(f'{AGAIN}.')}{command}."
+
+
 def list_models() -> list[ModelEntry]:
     """The embedded model, then all models in the cache that octo-run pulled (complete or not) or could load, then those
     in the cache of Hugging Face's tools that it could load.
@@ -432,25 +421,25 @@ def _entries_or_damage(folder: Path) -> list[ModelEntry]:
 
 def _entries(folder: Path) -> Iterator[ModelEntry]:
     """One entry per snapshot; several branches or tags of one commit are one entry, named by the first (main first)."""
-    refs: dict[str, list[str]] = {}
-    for ref in _refs(folder):
+    named: dict[str, list[str]] = {}
+    for ref in refs(folder):
         commit = local_commit(folder, ref)
         if commit is not None:
-            refs.setdefault(commit, []).append(ref)
+            named.setdefault(commit, []).append(ref)
     for ref, commit in _pending(folder).items():
-        refs.setdefault(commit, []).append(ref)
+        named.setdefault(commit, []).append(ref)
     for commit in commits(folder):
-        names = sorted(refs.get(commit, [commit]), key=lambda ref: (ref != DEFAULT_REVISION, ref))
+        names = sorted(named.get(commit, [commit]), key=lambda ref: (ref != DEFAULT_REVISION, ref))
         entry = _entry(folder, commit, names[0])
         if os.path.lexists(manifest_path(folder, commit)) or (entry.complete and _is_known(entry.path)):
             yield entry
 
 
-def _refs(folder: Path) -> list[str]:
+def refs(folder: Path) -> list[str]:
     """The branches and tags that the cache knows of a model."""
     root = folder / "refs"
     found = [Path(place, name).relative_to(root) for place, _, names in os.walk(root) for name in names]
-    return sorted(ref.as_posix() for ref in found if _REVISION.fullmatch(ref.as_posix()))
+    return sorted(ref.as_posix() for ref in found if REVISION.fullmatch(ref.as_posix()))
 
 
 def _is_known(path: Path) -> bool:

@@ -5,7 +5,6 @@ The Hub's address is ``$HF_ENDPOINT``, its token the one given, ``$HF_TOKEN``, o
 """
 
 import os
-import re
 import shlex
 import shutil
 import threading
@@ -22,20 +21,16 @@ from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.models import store
 from octo_run.models.cache import (
     COMMIT,
-    DEMO_NAME,
     DEMO_PATH,
-    IMPORTED,
-    HubName,
     ModelEntry,
     cache_folder,
-    endpoint,
     find,
     find_shared,
     has_file,
     is_plain_name,
+    lies_in,
     list_models,
     local_commit,
-    parse_hub_name,
     repo_folder,
     resolve,
     snapshot_missing,
@@ -44,6 +39,16 @@ from octo_run.models.config import CONFIG_NAME, load_config
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, SMALL_NAMES, TOKENIZER_NAMES, has_tokenizer, weight_files
 from octo_run.models.foreign import MAX_FILE_BYTES
 from octo_run.models.hub_client import HubClient, HubFile, Unfinished
+from octo_run.models.names import (
+    DEMO_NAME,
+    IMPORTED,
+    HubName,
+    endpoint,
+    exact_first,
+    fetch_gguf,
+    is_gguf,
+    parse_hub_name,
+)
 from octo_run.models.store import removable, remove
 
 __all__ = [
@@ -64,8 +69,6 @@ __all__ = [
 
 #: Files that are fetched at a time, and seconds in which those in flight end when one has failed.
 PARALLEL, STOP_SECONDS = 4, 2.0
-#: Types of GGUF files as they are named, the most exact first.
-_EXACT = ("BF16", "F16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K", "Q4_K_M", "Q4_K", "Q4_1", "Q4_0")
 _TRUE = ("1", "on", "yes", "true")
 
 
@@ -96,6 +99,7 @@ def pull(
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
+    verify: bool = False,
     progress: ProgressCallback | None = None,
 ) -> ModelEntry:
     """Fetch ``org/name[@revision]`` into the cache and return it; files that are already complete are kept.
@@ -111,6 +115,8 @@ def pull(
         name: Also the address of the model's page.
         revision: Instead of the one in the name: a branch, a tag or a commit.
         token: Instead of ``$HF_TOKEN`` and of what ``hf auth login`` stored.
+        verify: Read the weight files that are there, too, and fetch those again whose content is not what the Hub
+            announced. Small files are always read.
         offline: Do not touch the network: the model must be complete already. ``HF_HUB_OFFLINE=1`` does the same.
         progress: Called from several threads, one at a time.
 
@@ -122,6 +128,14 @@ def pull(
     """
     if name == DEMO_NAME:
         raise UsageError(f"{DEMO_NAME} is part of octo-run: there is nothing to pull.")
+    if is_gguf(Path(name)):
+        raise UsageError(
+            f"{quoted(name)} is a file here: make a model of it with `octo-run import {shlex.quote(name)}`."
+        )
+    if name.startswith(("/", ".", "~")) and Path(name).is_dir():
+        raise UsageError(
+            f"{quoted(name)} is a folder here, which needs no pull: `octo-run chat -m {shlex.quote(name)}`."
+        )
     parsed = parse_hub_name(name)
     if revision is not None:
         if parsed.revision not in (None, revision):
@@ -130,13 +144,23 @@ def pull(
     if parsed.repo.startswith(f"{IMPORTED}/"):
         raise UsageError(f"{name} names a model made of a file, not one of the Hub: use `{parsed.command}`.")
     if offline or is_offline():
-        return find(parsed)
-    if _is_pulled_commit(parsed):
+        try:
+            return find(parsed)
+        except OctoError as error:
+            if offline:
+                raise
+            raise OctoError(f"{str(error).rstrip('.')}, with HF_HUB_OFFLINE unset.") from None
+    if verify and (shared := find_shared(parsed)) is not None:
+        raise OctoError(
+            f"{name} lies in the cache of Hugging Face's tools, where octo-run writes nothing: "
+            f"`hf download {parsed.repo} --force-download` fetches it again, or delete {shared.path.parents[1]}."
+        )
+    if not verify and _is_pulled_commit(parsed):
         return find(parsed)  # a commit never changes
     with store.writing(parsed, "pull again, complete files are kept") as folder:
         client = HubClient(endpoint(), parsed, token)
         try:
-            commit = _Pull(parsed, folder, client, progress).run()
+            commit = _Pull(parsed, folder, client, progress, verify=verify).run()
         finally:
             client.close()
         store.write_ref(folder, parsed.ref, commit)
@@ -177,7 +201,10 @@ def _is_pulled_commit(name: HubName) -> bool:
 class _Pull:
     """One pull from one commit."""
 
-    def __init__(self, name: HubName, folder: Path, client: HubClient, progress: ProgressCallback | None) -> None:
+    def __init__(
+        self, name: HubName, folder: Path, client: HubClient, progress: ProgressCallback | None, *, verify: bool = False
+    ) -> None:
+        self.verify, self._good = verify, set[Path]()
         self.name, self.folder, self.client, self.progress = name, folder, client, progress
         self.commit = ""
         self.files: dict[str, HubFile] = {}
@@ -225,19 +252,11 @@ class _Pull:
         """Say how a repository that has its weights in GGUF files alone is used."""
         if SINGLE_NAME in self.files or INDEX_NAME in self.files:
             return
-        found = [name for name in self.files if name.endswith(".gguf") and "mmproj" not in name]
-        firsts = [name for name in found if re.search(r"-0*1-of-\d+\.gguf$|^((?!-of-\d+\.gguf$).)*$", name)]
-        if not firsts:
-            return
-        # the import makes bfloat16 of all, so the most exact file is the best
-        best = min(firsts, key=lambda name: next((i for i, kind in enumerate(_EXACT) if kind in name.upper()), 99))
-        pattern = re.sub(r"-\d+(-of-\d+\.gguf)$", r"-*\1", best)
-        revision = "" if self.name.revision is None else f" --revision {self.name.revision}"
-        fetch = f"hf download {self.name.repo} --include {shlex.quote(pattern)}{revision} --local-dir ."
-        raise OctoError(
-            f"{self.name} has its weights in GGUF files only: fetch one with `{fetch}`, then run "
-            f"`octo-run import {shlex.quote(best)}`."
-        )
+        found = [name for name in self.files if name.lower().endswith(".gguf") and "mmproj" not in name.lower()]
+        if exact_first(found):
+            raise OctoError(
+                fetch_gguf(f"{self.name} has its weights in GGUF files only", self.name.repo, found, self.name.revision)
+            )
 
     def _shards(self, snapshot: Path) -> list[str]:
         names = [path.name for path in weight_files(snapshot)]
@@ -250,7 +269,20 @@ class _Pull:
         return names
 
     def _is_there(self, name: str) -> bool:
-        return has_file(self.folder, self.folder / "snapshots" / self.commit / name, self.files[name].size)
+        return self._is_good(name, self.folder / "snapshots" / self.commit / name)
+
+    def _is_good(self, name: str, path: Path) -> bool:
+        """Whether a file is there, with its content as far as that is looked at; what has another one is deleted."""
+        file = self.files[name]
+        if not has_file(self.folder, path, file.size):
+            return False
+        if path not in self._good and (self.verify or name in SMALL_NAMES) and not file.is_in(path):
+            for found in {path, path.resolve()}:
+                if lies_in(found.parent, self.folder):
+                    found.unlink()
+            return False
+        self._good.add(path)
+        return True
 
     def _missing_bytes(self, name: str) -> int:
         file = self.files[name]
@@ -277,11 +309,11 @@ class _Pull:
 
     def _known_blob(self, name: str) -> Path | None:
         """The content of a file, if the cache has it already (from another commit)."""
-        digest, size = self.files[name].digest, self.files[name].size
+        digest = self.files[name].digest
         if digest is None:
             return None
         blob = self.folder / "blobs" / digest
-        return blob if has_file(self.folder, blob, size) else None
+        return blob if self._is_good(name, blob) else None
 
     def _download(self, name: str, advance: Callable[[int], None]) -> Path:
         with self._partial(name) as (path, file):

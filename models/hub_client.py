@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, urljoin, urlsplit
 
 from octo_run import __version__
 from octo_run.errors import OctoError, quoted
-from octo_run.models.cache import COMMIT, HubName
+from octo_run.models.cache import COMMIT
 from octo_run.models.foreign import json_object
+from octo_run.models.names import HubName
 
 #: Seconds in which one answer's head must come, and a listing as a whole; also for connecting, and for silence.
 ANSWER_SECONDS, CONNECT_SECONDS, SILENCE_SECONDS = 60.0, 10.0, 20.0
@@ -50,6 +52,23 @@ class HubFile:
     name: str
     size: int | None
     digest: str | None
+
+    def is_in(self, path: Path) -> bool:
+        """Whether ``path`` has this content, as far as the Hub says what it is."""
+        if self.digest is None:
+            return True
+        with path.open("rb") as source:
+            found = new_hash(self.digest, path.stat().st_size)
+            while chunk := source.read(1 << 20):
+                found.update(chunk)
+        return bool(found.hexdigest() == self.digest)
+
+
+def new_hash(digest: str | None, size: int | None) -> Any:
+    """What makes digests of this kind; that of a git blob begins with the size."""
+    if digest is not None and len(digest) == 40:
+        return hashlib.sha1(b"blob %d\0" % (size or 0), usedforsecurity=False)
+    return hashlib.sha256()
 
 
 class Unfinished(OctoError):
@@ -166,7 +185,7 @@ class HubClient:
             if transfer.hash.hexdigest() != file.digest:
                 transfer.restart()
         self._fetch(commit, transfer)
-        digest = transfer.hash.hexdigest()
+        digest = str(transfer.hash.hexdigest())
         if file.digest is not None and digest != file.digest:
             raise OctoError(f"{self.name}: the content of {file.name} is not what the Hub announced: {self.again}.")
         return digest
@@ -393,10 +412,7 @@ class _Transfer:
     def begin(self, size: int | None) -> None:
         """Set the size, which the digest of a git blob begins with."""
         self.size = size
-        if self.file.digest is not None and len(self.file.digest) == 40:
-            self.hash = hashlib.sha1(b"blob %d\0" % (size or 0), usedforsecurity=False)
-        else:
-            self.hash = hashlib.sha256()
+        self.hash = new_hash(self.file.digest, size)
 
     @property
     def complete(self) -> bool:

@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.models import cache
-from octo_run.models.cache import HubName, belongs, cache_folder, lies_in, manifest_path
+from octo_run.models.cache import belongs, cache_folder, lies_in, manifest_path
+from octo_run.models.names import DEMO_NAME, HubName, parse_hub_name
 
 #: Age from which a partial file counts as left behind where the file system knows no locks.
 STALE_SECONDS = 3600
@@ -312,9 +313,11 @@ def removable(name: str) -> tuple[HubName, list[str]]:
         UsageError: The name is ``octo-demo`` or a folder.
         OctoError: The model is not there.
     """
-    if name == cache.DEMO_NAME:
-        raise UsageError(f"{cache.DEMO_NAME} is part of octo-run and cannot be removed.")
-    parsed = cache.parse_hub_name(name)
+    if name == DEMO_NAME:
+        raise UsageError(f"{DEMO_NAME} is part of octo-run and cannot be removed.")
+    if name.startswith(("/", ".", "~")):
+        raise UsageError(f"{quoted(name)} is no model in the cache: rm removes ORG/NAME[@REV] and imported/NAME only.")
+    parsed = parse_hub_name(name, "imported/NAME or ", cache.nearest_model)
     folder = cache.repo_folder(parsed)
     commits = cache.commits(folder)
     if parsed.revision is not None:
@@ -326,7 +329,9 @@ def removable(name: str) -> tuple[HubName, list[str]]:
             f"`hf cache`, or delete {entry.path.parents[1]}."
         )
     if folder.is_symlink() or not folder.is_dir() or (parsed.revision is not None and not commits):
-        raise OctoError(f"{name} is not in {cache_folder()}, so there is nothing to remove.")
+        near = cache.nearest_model(name)
+        hint = "so there is nothing to remove." if near in (None, DEMO_NAME) else f"did you mean {quoted(near)}?"
+        raise OctoError(f"{name} is not in {cache_folder()}, {hint}")
     return parsed, commits
 
 
@@ -334,7 +339,7 @@ def remove(name: str) -> int:
     """Delete ``org/name`` (all its revisions) or ``org/name@revision`` from the cache, which alone is touched.
 
     Returns:
-        The bytes freed.
+        The bytes freed; 0 where another branch or tag names the same commit, whose files stay.
 
     Raises:
         UsageError: The name is ``octo-demo`` or a folder.
@@ -342,6 +347,8 @@ def remove(name: str) -> int:
     """
     parsed, commits = removable(name)
     folder = cache.repo_folder(parsed)
+    if others := _other_names(parsed, commits):
+        return _forget_name(parsed, commits[0], others)
     before = cache.folder_bytes(cache_folder(), links=False)
     try:
         with locked(parsed):
@@ -355,6 +362,27 @@ def remove(name: str) -> int:
     except OSError as error:
         raise OctoError(f"{name} cannot be removed from {cache_folder()}: {error.strerror or error}.") from None
     return before - cache.folder_bytes(cache_folder(), links=False)
+
+
+def _other_names(name: HubName, commits: list[str]) -> list[str]:
+    """The other branches and tags of the commit that a branch or tag names: they need its files."""
+    folder = cache.repo_folder(name)
+    if name.revision is None or name.revision not in cache.refs(folder):
+        return []
+    return [ref for ref in cache.refs(folder) if ref != name.revision and cache.local_commit(folder, ref) in commits]
+
+
+def _forget_name(name: HubName, commit: str, others: list[str]) -> int:
+    """Delete a branch or a tag whose files others need."""
+    folder = cache.repo_folder(name)
+    try:
+        with locked(name):
+            (folder / "refs" / name.ref).unlink()
+            if os.path.lexists(manifest_path(folder, commit)):
+                write_manifest(folder, commit, others[0], cache.needed_files(folder, commit))
+    except OSError as error:
+        raise OctoError(f"{name} cannot be removed from {cache_folder()}: {error.strerror or error}.") from None
+    return 0
 
 
 def _delete_snapshots(folder: Path, commits: list[str]) -> None:

@@ -6,6 +6,7 @@ characters.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 #: Characters of an error's text at most.
@@ -44,6 +45,22 @@ def _repr(value: object) -> str:
         return repr(value)
     except (ValueError, RecursionError):  # a number of very many digits, a very deep list
         return f"a {type(value).__name__}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of some known names that ``name`` is a misspelling of; None where there is none.
+
+    Two letters that changed places count as one fault, as does another case.
+    """
+    from difflib import get_close_matches
+
+    by_lower = {other.lower(): other for other in known}
+    name = name[:200].lower()
+    found = get_close_matches(name, by_lower, n=1)
+    if not found:
+        swaps = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)}
+        found = [swap for swap in sorted(swaps) if swap in by_lower]
+    return by_lower[found[0]] if found else None
 
 
 class OctoError(Exception):

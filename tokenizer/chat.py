@@ -199,6 +199,14 @@ class ChatTemplate:
         """
         return self._program.variables
 
+    def check(self) -> None:
+        """Compile it now.
+
+        Raises:
+            OctoError: It is faulty.
+        """
+        _ = self._program
+
     @cached_property
     def _thoughts_as_parts(self) -> bool:
         return _THOUGHTS_AS_PARTS.search(self.source) is not None and REASONING[0] not in self.source

@@ -36,6 +36,10 @@ class Captured:
     specs: list[AttentionSpec]
 
 
+#: What `eval codec` reads at least.
+LEAST_TOKENS = 192
+
+
 @torch.inference_mode()
 def capture(model: str | Path, text: str, tokens: int) -> Captured:
     """Let ``model`` read the first ``tokens`` tokens of ``text``, in float32 on the CPU.
@@ -48,11 +52,14 @@ def capture(model: str | Path, text: str, tokens: int) -> Captured:
     if not cfg.plain_layers:
         raise UsageError(
             "The layers of this model have heads of several sizes, or share keys and values, so that they cannot be "
-            "compared: choose another model."
+            "compared: give another --model or --no-model."
         )
+    if tokens > cfg.context_limit:
+        raise UsageError(f"--tokens {tokens} is beyond the model's context: choose {cfg.context_limit} or less.")
     ids = load_tokenizer(path).prompt(text)
     if len(ids) < tokens:
-        raise UsageError(f"The text has {len(ids):,} tokens and {tokens:,} are needed; give a longer --text.")
+        fewer = f", or --tokens {len(ids)}" if len(ids) >= LEAST_TOKENS else ""
+        raise UsageError(f"The text has {len(ids):,} tokens and {tokens:,} are needed; give a longer --text{fewer}.")
     device = torch.device("cpu")
     decoder = Decoder(cfg, StoredWeights(path, cfg, device, torch.float32), None, None)
     found: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -186,8 +186,13 @@ def build(
         sentences, sizes = sentences[:-1], sizes[:-1]
     raise UsageError(
         f"{count} hidden numbers, the question and {ANSWER_TOKENS} tokens for the answer do not fit into "
-        f"{length:,} tokens: give longer --lengths, fewer --distractors or a smaller --per-text."
+        f"{length:,} tokens: give {' or '.join(['longer --lengths', *_fewer(asked, distractors)])}."
     )
+
+
+def _fewer(asked: int, distractors: int) -> list[str]:
+    """What of the hidden numbers can be left out."""
+    return ["fewer --distractors"] * (distractors > 0) + ["a smaller --per-text"] * (asked > 1)
 
 
 def _boundary(sizes: Sequence[int], depth: float) -> int:

@@ -72,23 +72,27 @@ class Row:
     partial: bool = False
 
 
-def windows(tokens: int, context: int, stride: int, *, begin: bool) -> list[Window]:
+def windows(tokens: int, context: int, stride: int, *, begin: bool, cut: bool = False) -> list[Window]:
     """The windows of a text of ``tokens`` tokens.
 
     Args:
         begin: Each window is preceded by a begin-of-text token, which takes one place of the context; without it the
             text's first token is not scored.
+        cut: Whether the text was longer, for the message.
 
     Raises:
         UsageError: A text shorter than a window, or a stride that leaves tokens without any before them.
     """
     room = context - begin
+    if context < 2:
+        raise UsageError(f"--ctx is {context} and nothing stands before a window's only token: give 2 or more.")
     if not 1 <= stride < context:
         raise UsageError(f"--stride is {stride} and the context {context}: give 1 to {context - 1}.")
     if tokens < room:
         raise UsageError(
             f"A text has {tokens:,} tokens and a window of --ctx {context:,} takes {room:,}: "
-            "give a longer text, more --tokens, or a smaller --ctx."
+            f"give {'more --tokens' if cut else 'a longer --text'}"
+            + (" or a smaller --ctx." if tokens + begin > 1 else ".")
         )
     found = [Window(0, room, 0 if begin else 1)]
     while (done := found[-1].end) < tokens:

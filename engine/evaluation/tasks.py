@@ -15,7 +15,7 @@ from octo_run.engine.engine import Engine
 from octo_run.engine.evaluation.statistics import wilson
 from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
-from octo_run.errors import OctoError, UsageError
+from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.tokenizer import Tokenizer
 
 #: What is compared: the last or first number, the last or first line that is not empty, everything, or a regex's match.
@@ -78,7 +78,7 @@ def read_tasks(text: str, where: str, prompt_key: str | None = None, answer_key:
         UsageError: A line that is no such object, or no tasks; it names ``where`` and the line.
     """
     tasks = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{where}, line {number}"
@@ -191,7 +191,10 @@ def wanted_answers(tasks: Sequence[Task], extract: Callable[[str], str | None]) 
     for task in tasks:
         answer = extract(task.answer)
         if answer is None:
-            raise UsageError(f"line {task.line}: the rule takes nothing out of the answer {task.answer!r}.")
+            raise UsageError(
+                f"line {task.line}: the rule takes nothing out of the answer {quoted(task.answer)}; give another "
+                "--extract."
+            )
         wanted.append(answer)
     return wanted
 
@@ -213,17 +216,22 @@ def run(
         UsageError: A prompt that cannot be used; it names the line.
     """
     params = SamplingParams(max_tokens=max_tokens, stop=stop)
-    for task, want in zip(tasks, wanted, strict=True):
-        response = _respond(engine, task, as_chat, system, params)
+    prompts = [_ids(engine, task, as_chat, system) for task in tasks]  # all of them are checked before the first answer
+
+    def outcome(task: Task, want: str, ids: list[int]) -> Outcome:
+        response = "".join(Reply(engine.generate(ids, params)))
         got = extract(response)
-        yield Outcome(task.line, response, got, want, got == want)
+        return Outcome(task.line, response, got, want, got == want)
+
+    return map(outcome, tasks, wanted, prompts)
 
 
-def _respond(engine: Engine, task: Task, as_chat: bool, system: str | None, params: SamplingParams) -> str:
-    """The answer to one task."""
+def _ids(engine: Engine, task: Task, as_chat: bool, system: str | None) -> list[int]:
+    """The prompt of one task."""
     try:
         ids = prompt_ids(engine.tokenizer, task.prompt, as_chat=as_chat, system=system)
-        return "".join(Reply(engine.generate(ids, params)))
+        engine.check_prompt(ids)
+        return ids
     except UsageError as error:
         raise UsageError(f"line {task.line}: {error}") from None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from octo_run.errors import UsageError
+from octo_run.errors import UsageError, nearest, quoted
 from octo_run.kernels.codec.base import Codec
 from octo_run.kernels.codec.octopus import NOMINAL_BITS, OctopusCodec
 from octo_run.kernels.codec.plain import PlainCodec
@@ -48,12 +48,14 @@ def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:
             the choices.
     """
     if name not in names():
-        raise UsageError(f"unknown KV format '{name}': choose one of {', '.join(names())}.")
+        near = nearest(name, names())
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(names())}."
+        raise UsageError(f"unknown KV format {quoted(name)}: {hint}")
     if name != PLAIN and head_dim not in HEAD_DIMS:
         dims = ", ".join(map(str, HEAD_DIMS))
-        raise UsageError(f"KV format {name} cannot store head_dim {head_dim}, only {dims}: use --kv {PLAIN}")
+        raise UsageError(f"KV format {name} cannot store head_dim {head_dim}, only {dims}: use --kv {PLAIN}.")
     if head_dim < 1:
-        raise UsageError(f"head_dim {head_dim} is not a number of coordinates: it must be at least 1")
+        raise UsageError(f"head_dim {head_dim} is not a number of coordinates: it must be at least 1.")
     return _build(name, head_dim, seed)
 
 
@@ -69,7 +71,9 @@ def parse_kv(text: str, head_dim: int, seed: int = 0, plain_dtype: torch.dtype =
     """
     parts = text.split(":")
     if len(parts) > 2:
-        raise UsageError(f"--kv '{text}' has too many parts: give one format, or one for keys and one for values, K:V")
+        raise UsageError(
+            f"--kv {quoted(text)} has too many parts: give one format, or one for keys and one for values, K:V."
+        )
 
     def codec(name: str) -> Codec:
         found = get(name, head_dim, seed)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from octo_run.errors import OctoError, UsageError, expect, quoted, shown
 from octo_run.models import store
-from octo_run.models.cache import IMPORTED, HubName, ModelEntry, find, parse_hub_name
+from octo_run.models.cache import ModelEntry, find
 from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME, load_config, load_generation_defaults
 from octo_run.models.files import INDEX_NAME
 from octo_run.models.foreign import open_regular, parsing, present
@@ -30,6 +31,7 @@ from octo_run.models.gguf.config import REORDERED, Fields, architecture, model_c
 from octo_run.models.gguf.header import GgufModel, read_model
 from octo_run.models.gguf.tokens import check_rows, tokenizer_files
 from octo_run.models.hub import PullProgress
+from octo_run.models.names import IMPORTED, HubName, gguf_files, parse_hub_name
 from octo_run.models.quantisation.schemes import Scheme, scheme_of
 from octo_run.models.quantisation.writer import check_shapes, quantised_items, quantization_config
 from octo_run.models.safetensors_file import TensorEntry
@@ -74,8 +76,10 @@ def import_model(
     expect("The weights", weights, str, none=True)
     scheme = scheme_of(weights)
     path = Path(path)
+    if path.is_dir():
+        path = _only_file(path)
     if not present(path):
-        raise UsageError(f"There is no file {str(path)!r}.")
+        raise UsageError(f"There is no file {quoted(str(path))}{_instead(str(path))}")
     if path.suffix.lower() in _ARCHIVES:
         return _import_archive(path, name, scheme, progress)
     parsed = _name(name, path)
@@ -83,6 +87,37 @@ def import_model(
     checked = _Import(model, parsed, scheme, progress)
     with store.writing(parsed, "import it again") as folder:
         return checked.write(folder)
+
+
+def _only_file(folder: Path) -> Path:
+    """The GGUF file of a folder.
+
+    Raises:
+        UsageError: It has none, or several.
+    """
+    files, given = gguf_files(folder), quoted(str(folder))
+    if present(folder / CONFIG_NAME):
+        raise UsageError(f"{given} is a model already: use it with `octo-run chat -m {shlex.quote(str(folder))}`.")
+    if not files:
+        raise UsageError(f"{given} holds no GGUF file; give one.")
+    if len(files) > 1:
+        command = f"octo-run import {shlex.quote(str(files[0]))}"
+        raise UsageError(f"{given} holds {len(files):,} GGUF models; give one of them: `{command}`.")
+    return files[0]
+
+
+def _instead(name: str) -> str:
+    """The end of the sentence about a file that there is not: which command takes what was given."""
+    name = re.sub(r"^(https?):/(?=[^/])", r"\1://", name)  # a path has lost a slash of an address
+    try:
+        parsed = parse_hub_name(name)
+    except UsageError as error:
+        if "`octo-run import" in str(error):  # of a GGUF file on the Hub
+            return f": {error}"
+        return ": fetch it first, with `curl -LO ADDRESS` say." if "://" in name else "."
+    if name.lower().endswith(".gguf"):  # a path, not a name
+        return "."
+    return f": `octo-run pull {parsed}` fetches a model of the Hub."
 
 
 def _name(name: str | None, path: Path) -> HubName:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octo_run.errors import OctoError, UsageError, quoted
+from octo_run.errors import OctoError, UsageError, nearest, quoted
 from octo_run.kernels.cpu import linear as compiled
 from octo_run.kernels.linear import BLOCK, PackedWeight, empty, pack
 from octo_run.models.config import HEADS
@@ -107,8 +107,10 @@ def scheme_of(weights: str | Scheme | None) -> Scheme | None:
     if weights in (None, "auto", "bf16", "fp32"):
         return None
     if not isinstance(weights, str) or weights not in SCHEMES:
-        known = f"{', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}"
-        raise UsageError(f"There is no format of weights {quoted(weights)}; give --weights {known}.")
+        near = nearest(weights, WEIGHTS) if isinstance(weights, str) else None
+        known = ", ".join(WEIGHTS)
+        hint = f"did you mean {near}, of {known}?" if near else f"give one of {known}."
+        raise UsageError(f"There is no format of weights {quoted(weights)}: {hint}")
     return SCHEMES[weights]
 
 

@@ -5,8 +5,8 @@ answers at once. Exit codes: 0 done, 1 a failure explained in one sentence on st
 interrupted with Ctrl-C, 143 and 129 ended by SIGTERM and SIGHUP.
 """
 
-import difflib
 import errno
+import os
 import re
 import sys
 import traceback
@@ -20,7 +20,7 @@ import click
 from octo_run import __version__, process
 from octo_run.cli import console
 from octo_run.cli.examples import EXAMPLES
-from octo_run.errors import OctoError, UsageError, shown
+from octo_run.errors import OctoError, UsageError, nearest, quoted, shown
 from octo_run.process import EXIT_INTERRUPTED
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
@@ -76,9 +76,9 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self._modules and not args[0].startswith("-"):
-            near = ["--help"] if args[0] == "help" else difflib.get_close_matches(args[0], self._modules, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(self._modules)}."
-            raise UsageError(f"there is no command {args[0]!r}; {hint}")
+            near = "--help" if args[0] == "help" else nearest(args[0], self._modules)
+            hint = f"did you mean {near!r}?" if near else f"the commands are {', '.join(self._modules)}."
+            raise UsageError(f"there is no command {quoted(args[0])}; {hint}")
         return super().resolve_command(ctx, args)
 
 
@@ -147,6 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _tolerate_narrow_encodings()
     console.be_quiet(False)
+    if "_OCTO_RUN_COMPLETE" in os.environ:
+        from octo_run.cli.completion import prepare
+
+        prepare()
     invocation = Invocation()
     try:
         result = cli.main(
@@ -173,10 +177,15 @@ def explain(error: Exception, invocation: Invocation) -> int:
         console.write_error(error.format_message())
         return EXIT_USAGE
     if isinstance(error, OctoError):
-        message, code = str(error), error.exit_code
+        from octo_run.models.cache import again
+
+        message, code = again(str(error)), error.exit_code
     elif isinstance(error, click.UsageError):
         where = f"; `{error.ctx.command_path} --help` lists what is accepted" if error.ctx is not None else ""
-        message, code = shown(_flat(error.format_message()).rstrip("."), _LONGEST_USAGE) + where + ".", EXIT_USAGE
+        text = shown(_flat(error.format_message()).rstrip("."), _LONGEST_USAGE)
+        message, code = f"{text}{where}.", EXIT_USAGE
+        if near := getattr(error, "possibilities", None):
+            message = f"{shown(_flat(error.message).rstrip('.'), _LONGEST_USAGE)}: did you mean {' or '.join(near)}?"
     elif isinstance(error, click.ClickException):
         message, code = _flat(error.format_message()), error.exit_code
     elif _out_of_memory(error):
@@ -211,7 +220,14 @@ def _memory_advice(error: Exception, command: click.Command | None) -> str:
     on_gpu = type(error).__name__ == "OutOfMemoryError" or "CUDA" in str(error)
     known = {option for param in command.params for option in param.opts} if command is not None else set()
     context = "smaller --lengths" if "--lengths" in known else "a smaller --ctx"  # the former say what --ctx may not
-    sizes = (context, "a smaller --batch", "a smaller --step", "a smaller --vectors", "a smaller --tokens")
+    sizes = (
+        context,
+        "a smaller --batch",
+        "fewer --sequences",
+        "a smaller --step",
+        "a smaller --vectors",
+        "a smaller --tokens",
+    )
     less = [size for size in sizes if size.split()[-1] in known]
     less += ["another --kv"] if "--ctx" in known else []
     if on_gpu:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from octo_run import __version__
-from octo_run.cli import console, debug_option, profile_tables, runtime
-from octo_run.cli.options import COUNT, TOKENS, EngineOptions, Tokens, engine_options
+from octo_run.cli import completion, console, debug_option, profile_tables, runtime
+from octo_run.cli.options import COUNT, MOST_SEQUENCES, TOKENS, Count, EngineOptions, Tokens, engine_options
 from octo_run.cli.output import OutputFile, deliver
 from octo_run.cli.progress import minutes
 from octo_run.errors import UsageError, quoted
@@ -61,9 +61,10 @@ def _depths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[in
               help="ppN: read a prompt of N tokens; tgN: generate N; pgP+G: read P, generate G.")  # fmt: skip
 @click.option("--depth", "depths", callback=_depths, default="0", show_default=True, metavar="LIST",
               help="Tokens in the cache before.")  # fmt: skip
-@click.option("--batch", type=COUNT, default=1, show_default=True, help="Sequences at a time.")
+@click.option("--batch", type=Count(1, MOST_SEQUENCES), default=1, show_default=True, help="Sequences at a time.")
 @click.option("--repetitions", "-r", type=COUNT, default=5, show_default=True, help="Measured rounds.")
-@click.option("--random-weights", metavar="SHAPE", help="Measure a shape (llama-3.1-8b, ..., or a config.json).")
+@click.option("--random-weights", metavar="SHAPE", shell_complete=completion.shapes,
+              help="Measure a shape (llama-3.1-8b, ..., or a config.json).")  # fmt: skip
 @click.option("--output", "-o", type=click.Choice(["table", "markdown", "csv", "json", "jsonl"]), default="table",
               show_default=True, help="Form of the result.")  # fmt: skip
 @click.option("--profile", "profiled", is_flag=True, help="Show where the time goes, and write a trace file.")
@@ -175,7 +176,8 @@ class Cases:
     def load(self, options: EngineOptions) -> "Engine":
         """The engine for one format; the caller has let go of the one before."""
         gc.collect()
-        return runtime.load_engine(options, sequences=self.batch, random_weights=self.random_weights)
+        with runtime.context_by("choose --depth and --tests of {fits} tokens together or less, or a smaller --batch"):
+            return runtime.load_engine(options, sequences=self.batch, random_weights=self.random_weights)
 
 
 class Pace:
@@ -374,5 +376,5 @@ def _print_row(form: str, report: dict[str, Any]) -> None:
 _FORMS: dict[str, Callable[[dict[str, Any]], str]] = {
     "table": _table,
     "markdown": _markdown,
-    "json": lambda report: json.dumps(_plain(report), indent=2),
+    "json": lambda report: json.dumps(console.finite(_plain(report)), indent=2),
 }

@@ -198,7 +198,7 @@ def _resume(chat: Conversation, beginning: Beginning, system: str | None) -> Non
     called = {"temp": "temperature", "json_schema": "grammar", "regex": "grammar"}
     given = {called.get(field, field) for field, value in vars(chat.sampling).items() if value not in (None, ())}
     asked = chat.params
-    advice = f"`octo-run chat --session {name} --anew` reads its text again"
+    advice = "the same command with --anew reads its text again"
     chat.keeper.load(chat, name, anew=beginning.anew, advice=advice)
     if given:
         chat.params = dataclasses.replace(chat.params, **{name: getattr(asked, name) for name in given})

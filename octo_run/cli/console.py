@@ -8,6 +8,7 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -151,8 +152,20 @@ def print_json(value: Any) -> None:
 
 
 def as_json(value: Any) -> str:
-    """``value`` as one JSON document in one line."""
-    return json.dumps(value, ensure_ascii=False)
+    """``value`` as one JSON document in one line; numbers that JSON has not (infinity, none) are null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with null for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(finite, value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def echo_json(document: str) -> None:
@@ -323,6 +336,8 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
+        if str(path) == "-":
+            raise UsageError("- is no file: /dev/stdin is the path of standard input.") from None
         raise UsageError(f"{path}: there is no such file; give the path of a text.") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder; give the path of a text.") from None

@@ -8,7 +8,15 @@ import click
 
 from octo_run.cli import console, debug_option, runtime
 from octo_run.cli.generate_batch import SEQUENCES, Prompts, run_batch, run_several, told_logprobs
-from octo_run.cli.options import TEXT, Count, EngineOptions, engine_options, template_options, template_variables
+from octo_run.cli.options import (
+    MOST_SEQUENCES,
+    TEXT,
+    Count,
+    EngineOptions,
+    engine_options,
+    template_options,
+    template_variables,
+)
 from octo_run.cli.progress import PromptProgress
 from octo_run.cli.sampling_options import SamplingOptions, sampling_options
 from octo_run.errors import UsageError
@@ -20,8 +28,8 @@ if TYPE_CHECKING:
 
 #: Seconds until it is said that standard input is waited for.
 PATIENCE = 2.0
-#: What the engine tells of alternatives, and makes at a time, at most.
-MOST_LOGPROBS, MOST_SEQUENCES = 20, 64
+#: What the engine tells of alternatives at most.
+MOST_LOGPROBS = 20
 
 
 @click.command("generate")
@@ -39,6 +47,7 @@ MOST_LOGPROBS, MOST_SEQUENCES = 20, 64
               help="Answer the prompts of this file, a JSON object in each line.")  # fmt: skip
 @click.option("--out", "-o", type=click.Path(path_type=Path), metavar="OUT.jsonl",
               help="With --batch: where the answers go.  [default: standard output]")  # fmt: skip
+@click.option("--force", is_flag=True, help="With -o: replace the file if it is there.")
 @click.option("--sequences", type=Count(1, MOST_SEQUENCES), metavar="N",
               help="With --batch and --n: answers that are made at a time.  [default: 8]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each answer instead of the text.")
@@ -56,6 +65,7 @@ def command(
     logprobs: int,
     batch: Path | None,
     out: Path | None,
+    force: bool,
     sequences: int | None,
     as_json: bool,
     template_kwargs: str | None,
@@ -67,9 +77,8 @@ def command(
 
     The text comes from -p, or from standard input (of which one final line feed is taken off). Where both are given,
     and with --file, the files and standard input are documents: they come first, then the text of -p, with an empty
-    line between. It is continued as
-    it is (--raw, the default) or answered through the model's chat template (--chat). The answer ends at the
-    model's end token, a --stop text, --max-tokens, or where the context is full.
+    line between. It is continued as it is (--raw, the default) or answered through the model's chat template (--chat).
+    The answer ends at the model's end token, a --stop text, --max-tokens, or where the context is full.
 
     The keys of the --json object: text, ids, finish_reason (stop, length, context or interrupted), prompt_tokens,
     reused_tokens, read_tokens (fewer than the rest of the prompt if its reading was interrupted), generated_tokens,
@@ -84,6 +93,13 @@ def command(
         raise UsageError("--bos and --no-bos are for raw texts: with --chat the chat template begins the text.")
     if out is not None and batch is None:
         raise UsageError("-o needs --batch; send the answer of one prompt to a file with >.")
+    if force and out is None:
+        raise UsageError("--force needs -o: it lets that file be replaced.")
+    for name, given in (("--chat-template", chat_template), ("--template-kwargs", template_kwargs)):
+        if given is not None and not (as_chat or batch is not None):
+            raise UsageError(f"{name} needs --chat: a raw text goes through no template.")
+    if sequences is not None and batch is None and answers == 1:
+        raise UsageError("--sequences needs --batch or --n: one answer has no others beside it.")
     if logprobs and not (as_json or batch is not None):
         raise UsageError("--logprobs needs --json: a text has no place for them.")
     prompts = Prompts(
@@ -93,10 +109,13 @@ def command(
         template_variables(template_kwargs),
         None if chat_template is None else (console.read_text(chat_template), str(chat_template)),
     )
+    if batch is not None and (prompt is not None or files or answers > 1):
+        raise UsageError("--batch has all prompts in its file: leave out -p, --file and --n.")
+    sampling = runtime.checked_sampling(sampling, runtime.check_loadable(load))
+    runtime.check_template(prompts.template)
     if batch is not None:
-        if prompt is not None or files or answers > 1:
-            raise UsageError("--batch has all prompts in its file: leave out -p, --file and --n.")
-        return run_batch(batch, out, prompts, load, sampling, sequences or SEQUENCES, logprobs)
+        console.require_output()
+        return run_batch(batch, out, prompts, load, sampling, sequences or SEQUENCES, logprobs, force=force)
     text = _prompt_text(prompt, files)
     if answers > 1:
         return run_several(text, answers, prompts, load, sampling, sequences or SEQUENCES, logprobs, as_json=as_json)

@@ -32,14 +32,14 @@ def command(as_json: bool) -> None:
     console.echo(console.table(header, [_row(entry) for entry in entries]))
 
 
-def _config(entry: "ModelEntry") -> "ModelConfig | None":
-    """The configuration of a model that can be used; None where it has none that can be read."""
+def _config(entry: "ModelEntry") -> "tuple[ModelConfig | None, str | None]":
+    """The configuration of a whole model, and what is wrong with the model."""
     from octo_run.models.config import load_config
 
     try:
-        return load_config(entry.path) if entry.complete else None
-    except OctoError:
-        return None
+        return load_config(entry.path) if entry.complete else None, entry.damage
+    except OctoError as error:
+        return None, f"{str(error).rstrip('.')}; `{entry.command}` repairs it if it is damaged"
 
 
 def _weights(cfg: "ModelConfig") -> str:
@@ -47,7 +47,7 @@ def _weights(cfg: "ModelConfig") -> str:
 
 
 def _facts(entry: "ModelEntry") -> dict[str, object]:
-    cfg = _config(entry)
+    cfg, damage = _config(entry)
     date = None if entry.date is None else time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(entry.date))
     return {
         "model": entry.label,
@@ -60,13 +60,13 @@ def _facts(entry: "ModelEntry") -> dict[str, object]:
         "weights": None if cfg is None else _weights(cfg),
         "path": str(entry.path),
         "complete": entry.complete,
-        "damage": entry.damage,
+        "damage": damage,
         "shared": entry.shared,
     }
 
 
 def _row(entry: "ModelEntry") -> list[str]:
-    cfg = _config(entry)
+    cfg, damage = _config(entry)
     return [
         shown(entry.label),
         console.human_bytes(entry.bytes),
@@ -74,13 +74,13 @@ def _row(entry: "ModelEntry") -> list[str]:
         "-" if cfg is None else shown(cfg.architecture, 40),
         "-" if cfg is None else shown(_weights(cfg), 40),
         (entry.commit or "-")[:12],
-        _remark(entry),
+        _remark(entry, damage),
     ]
 
 
-def _remark(entry: "ModelEntry") -> str:
-    if entry.damage is not None:
-        return f"damaged: {shown(entry.damage)}"
+def _remark(entry: "ModelEntry", damage: str | None) -> str:
+    if damage is not None:
+        return f"damaged: {shown(damage)}"
     if not entry.complete:
         return f"incomplete: `{shown(entry.command)}` goes on"
     if entry.commit is None:

@@ -12,11 +12,13 @@ from typing import Any
 import click
 
 from octo_run.cli import completion
-from octo_run.errors import UsageError, quoted
+from octo_run.errors import UsageError, nearest, quoted
 from octo_run.models.config import CONDITIONINGS, HEADS
 
 DEFAULT_MODEL = "octo-demo"
 DEFAULT_KV = "oct3"
+#: What an engine makes at a time at most.
+MOST_SEQUENCES = 64
 #: CPU threads at most: native code does not survive some hundreds of thousands.
 MAX_THREADS = 512
 #: Arithmetic by its name, and by the short one.
@@ -119,8 +121,35 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         found = DTYPES.get(str(value).strip().lower())
         if found is None:
-            self.fail(f"{quoted(value)} is no dtype; the dtypes are {', '.join(DTYPES)}", param, ctx)
+            near = nearest(str(value), DTYPES)
+            hint = f"did you mean {near}?" if near else f"the dtypes are {', '.join(DTYPES)}"
+            self.fail(f"{quoted(value)} is no dtype; {hint}", param, ctx)
         return found
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        return completion.items(DTYPES, incomplete)
+
+
+class Format(click.ParamType):  # type: ignore[type-arg]
+    """One of some formats of weights, in letters of any case."""
+
+    name = "format"
+
+    def __init__(self, *formats: str) -> None:
+        self._formats = formats
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).strip().lower()
+        if text not in self._formats:
+            near = nearest(text, self._formats)
+            hint = f"did you mean {near}, of" if near else "give one of"
+            self.fail(
+                f"there is no format of weights {quoted(value)} here: {hint} {', '.join(self._formats)}", param, ctx
+            )
+        return text
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        return completion.items(self._formats, incomplete)
 
 
 class Text(click.ParamType):  # type: ignore[type-arg]
@@ -173,7 +202,11 @@ def lower(_ctx: click.Context, _param: click.Parameter, value: str | None) -> st
 
 
 device_option = click.option(
-    "--device", metavar="cpu|cuda", callback=lower, help="Where to run.  [default: cuda if there is one]"
+    "--device",
+    metavar="cpu|cuda",
+    callback=lower,
+    shell_complete=completion.devices,
+    help="Where to run.  [default: cuda if there is one]",
 )
 
 
@@ -206,6 +239,7 @@ _ENGINE_OPTIONS = (
         "--ctx",
         "ctx",
         metavar="N|auto",
+        shell_complete=completion.contexts,
         default="auto",
         show_default=True,
         callback=_context_length,
@@ -215,6 +249,7 @@ _ENGINE_OPTIONS = (
         "--weights",
         metavar="FORMAT",
         callback=lower,
+        shell_complete=completion.weights,
         help="Store layers' matrices so: fp32, bf16, fp8, int8, int4, int4-128, or auto: as they are.  "
         "[default: int8 on a CPU with compiled kernels, else auto]",
     ),
@@ -275,7 +310,7 @@ def gather(
 
     @functools.wraps(command)
     def gathered(*args: Any, **values: Any) -> Any:
-        values[name] = target(**{field: values.pop(field) for field in fields})
+        values[name] = target(**{field: values.pop(field) for field in fields if field in values})
         return command(*args, **values)
 
     decorated: Command = gathered

@@ -88,6 +88,8 @@ def write_file(file: OutputFile) -> None:
     with tempfile.TemporaryDirectory(prefix=".octo-run-", dir=target.parent) as folder:
         part = Path(folder) / target.name  # the same ending: it says the format
         file.write(part)
+        with part.open("rb") as written:  # what it replaces is not gone before it is on the disk
+            os.fsync(written.fileno())
         part.replace(target)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from octo_run.cli import console, debug_option
+from octo_run.cli import completion, console, debug_option
 from octo_run.cli.options import offline_option
 from octo_run.errors import shown
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 
 @click.command("pull")
-@click.argument("name", metavar="ORG/NAME[@REV]")
+@click.argument("name", metavar="ORG/NAME[@REV]", shell_complete=completion.own_models)
 @click.option("--revision", metavar="REV", help="A branch, a tag or a commit, instead of the one after the @.")
 @click.option("--token", metavar="TOKEN", help="Your token for the Hub.  [default: HF_TOKEN, or that of hf auth login]")
+@click.option("--verify", is_flag=True, help="Read the weights that are there, and fetch damaged files again.")
 @offline_option
 @debug_option
-def command(name: str, revision: str | None, token: str | None, offline: bool) -> None:
+def command(name: str, revision: str | None, token: str | None, verify: bool, offline: bool) -> None:
     """Fetch a model from the Hub.
 
     Only its configuration, tokenizer and safetensors files come, several at a time, each checked against the checksum
@@ -32,7 +33,7 @@ def command(name: str, revision: str | None, token: str | None, offline: bool) -
     from octo_run.models import hub
 
     with progress_bar("asking the Hub") as progress:
-        entry = hub.pull(name, revision=revision, token=token, offline=offline, progress=progress)
+        entry = hub.pull(name, revision=revision, token=token, verify=verify, offline=offline, progress=progress)
     at = f" at {entry.commit[:12]}" if entry.commit else ""
     there = ", where Hugging Face's tools have it already" if entry.shared else ""
     console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {shown(str(entry.path))}{there}")

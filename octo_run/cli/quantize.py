@@ -5,15 +5,16 @@ from pathlib import Path
 
 import click
 
-from octo_run.cli import completion, console, debug_option, runtime
-from octo_run.cli.options import device_option, dtype_option, lower
+from octo_run.cli import completion, console, debug_option
+from octo_run.cli.options import Format, device_option, dtype_option
 from octo_run.errors import shown
 
 
 @click.command("quantize")
 @click.argument("model", shell_complete=completion.models)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--weights", default="int4", show_default=True, metavar="FORMAT", callback=lower,
+@click.option("--weights", default="int4", show_default=True, metavar="FORMAT",
+              type=Format("fp8", "int8", "int4", "int4-128"),
               help="fp8, int8, int4 or int4-128.")  # fmt: skip
 @device_option
 @dtype_option
@@ -28,9 +29,8 @@ def command(model: str, out: Path, weights: str, device: str | None, dtype: str 
     """
     from octo_run.engine.quantise import quantise
 
-    runtime.check_weights([weights])
     tell = None
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not console.is_quiet():
 
         def tell(done: int, total: int) -> None:
             click.echo(f"\rwriting: {100 * done / total:.0f} %", err=True, nl=done == total)

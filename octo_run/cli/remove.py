@@ -9,7 +9,7 @@ from octo_run.errors import UsageError, shown
 
 
 @click.command("rm")
-@click.argument("name", metavar="ORG/NAME[@REV]", shell_complete=completion.models)
+@click.argument("name", metavar="ORG/NAME[@REV]", shell_complete=completion.own_models)
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @debug_option
 def command(name: str, yes: bool) -> None:
@@ -27,4 +27,6 @@ def command(name: str, yes: bool) -> None:
         if not click.confirm(f"Delete {shown(name)} from {shown(str(hub.cache_folder()))}?", err=True):
             console.notice("nothing is removed")
             return
-    console.notice(f"{name} is removed, {console.human_bytes(hub.remove(name))} freed")
+    freed = hub.remove(name)
+    files = f"{console.human_bytes(freed)} freed" if freed else "and nothing freed"
+    console.notice(f"{name} is removed, {files}")

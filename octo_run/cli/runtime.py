@@ -5,7 +5,8 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from octo_run import process
 from octo_run.cli.console import human_bytes, notice, notice_lines, require_output, warn
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.sampling_options import SamplingOptions, read_grammar
-from octo_run.errors import OctoError, quoted, shown
+from octo_run.errors import OctoError, UsageError, quoted, shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
@@ -186,6 +187,22 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     return engine
 
 
+@contextmanager
+def context_by(advice: str) -> Iterator[None]:
+    """Inside the block, a context that does not fit is explained by the options of a command that has no ``--ctx``.
+
+    Args:
+        advice: What to do; ``{fits}`` in it is the number of tokens that fit.
+    """
+    try:
+        yield
+    except OctoError as error:
+        fits, facts = getattr(error, "fits", None), getattr(error, "facts", "")
+        if fits is None:
+            raise
+        raise OctoError(f"{facts}: {advice.format(fits=fits)}.") from None
+
+
 def _without_kernels(asked: EngineOptions) -> str:
     """What the missing kernels of a CPU mean for the weights."""
     if asked.weights in (None, "auto"):
@@ -269,17 +286,51 @@ def open_session(engine: "Engine", system: str | None, **options: Any) -> "Sessi
     return Session(engine, system=system, **options)
 
 
-def check_loadable(options: EngineOptions) -> None:
-    """Check, before another engine is closed for it, that there is such a model with such a format.
+def check_loadable(options: EngineOptions) -> "ModelConfig":
+    """Check, before anything is read or closed for it, that there is such a model with such formats and device.
+
+    Returns:
+        The model's configuration.
 
     Raises:
         OctoError: There is not.
     """
+    import_torch()
     from octo_run.engine.allocation import parse_formats
+    from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.models.config import load_config
     from octo_run.models.hub import resolve
 
-    parse_formats(options.kv, load_config(resolve(options.model)))
+    if options.offline:
+        go_offline()
+    cfg = load_config(resolve(options.model))
+    for name, value in (("--kv", options.kv), ("--weights", options.weights or "")):
+        if "," in value:
+            raise UsageError(f"{name} {quoted(value)} are several formats: give one; bench and eval ppl take several.")
+    parse_formats(options.kv, cfg)
+    check_weights([options.weights])
+    choose_dtype(options.dtype, cfg, choose_device(options.device))
+    return cfg
+
+
+def check_template(template: tuple[str, str] | None) -> None:
+    """Check before a model is loaded that a text, given with its file, is a chat template.
+
+    Raises:
+        OctoError: It is none.
+    """
+    if template is not None:
+        import_torch()
+        from octo_run.tokenizer.chat import ChatTemplate
+
+        ChatTemplate(*template, {}, ()).check()
+
+
+def folder_of(model: str) -> str:
+    """The folder of a model, which names its commit where it was pulled."""
+    from octo_run.models.hub import resolve
+
+    return str(resolve(model).resolve())
 
 
 def model_defaults(engine: "Engine") -> dict[str, Any]:
@@ -385,6 +436,36 @@ def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "M
     return load_config(resolve(model)) if random_weights is None else read_shape(random_weights)
 
 
+def checked_sampling(options: SamplingOptions, cfg: "ModelConfig") -> SamplingOptions:
+    """The options with what the answer must be, read and checked before a model is loaded for them.
+
+    Raises:
+        UsageError: A value that cannot be, a file that cannot be read, or no grammar in it.
+        OctoError: llguidance is not installed.
+    """
+    if options == SamplingOptions(*(None,) * 9, ()):  # nothing is said
+        return options
+    import_torch()
+    from octo_run.engine import SamplingParams
+
+    wrong = next((token for token, _ in options.logit_bias if token >= cfg.vocab_size), None)
+    if wrong is not None:
+        raise UsageError(
+            f"--logit-bias {wrong}=...: the model has the tokens 0 to {cfg.vocab_size - 1}, give one of them."
+        )
+    given = _given(options)
+    SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(options, read=given["grammar"])
+
+
+def _given(options: SamplingOptions) -> dict[str, Any]:
+    """The options by the names of ``SamplingParams``; None: nothing is said."""
+    given = {**vars(options), "temperature": options.temp, "grammar": read_grammar(options)}
+    for name in ("temp", "json_schema", "regex", "read"):
+        del given[name]
+    return {name: None if value == () else value for name, value in given.items()}
+
+
 def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> "SamplingParams":
     """The model's sampling defaults, overridden by what the command line says.
 
@@ -396,12 +477,7 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     from octo_run.engine import SamplingParams
     from octo_run.engine.stopping import impossible
 
-    given = {**vars(options), "temperature": options.temp, "grammar": read_grammar(options), **more}
-    for name in ("temp", "json_schema", "regex"):
-        given.pop(name)
-    params = SamplingParams.from_defaults(
-        engine.defaults, **{name: None if value == () else value for name, value in given.items()}
-    )
+    params = SamplingParams.from_defaults(engine.defaults, **_given(options), **more)
     for text in params.stop:
         if impossible(engine.tokenizer, text):
             warn(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")

@@ -13,6 +13,8 @@ from octo_run.errors import UsageError, quoted
 if TYPE_CHECKING:
     from octo_run.engine.grammar import Grammar
 
+_HISTORY = 4096  # tokens that penalties and DRY look at, at most: that of the engine's rules
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
@@ -41,6 +43,7 @@ class SamplingOptions:
     json_schema: Path | None = None
     regex: str | None = None
     grammar: Path | None = None
+    read: "Grammar | None" = None  # what the three above say, once they are read
 
 
 class Bias(click.ParamType):  # type: ignore[type-arg]
@@ -84,7 +87,9 @@ _SAMPLING_OPTIONS = (
     ),
     click.option("--max-tokens", "-n", type=TOKENS, help="Longest answer.  [default: no limit]"),
     stop_option,
-    click.option("--penalty-range", type=Count(0), metavar="N", help="The penalties count the last N tokens, 0 = all."),
+    click.option(
+        "--penalty-range", type=Count(0, _HISTORY), metavar="N", help="The penalties count the last N tokens, 0 = all."
+    ),
     click.option("--typical-p", type=Number(0, 1, above=True), help="Tokens of typical surprise, 1 = off."),
     click.option(
         "--top-n-sigma", type=Number(0, 1000), help="Logits within N standard deviations of the best, 0 = off."
@@ -96,7 +101,7 @@ _SAMPLING_OPTIONS = (
     click.option("--dry-multiplier", type=Number(0, 100), help="Lowers what goes on with a repetition, 0 = off."),
     click.option("--dry-base", type=Number(1, 10), help="Times so much for each repeated token.  [default: 1.75]"),
     click.option("--dry-allowed-length", type=Count(1, 64), help="Repeated tokens that are free.  [default: 2]"),
-    click.option("--dry-range", type=Count(0), metavar="N", help="Look at the last N tokens, 4096 at most."),
+    click.option("--dry-range", type=Count(0, _HISTORY), metavar="N", help="Look at the last N tokens, 4,096 at most."),
     click.option(
         "--logit-bias",
         type=Bias(),
@@ -128,6 +133,8 @@ def read_grammar(options: SamplingOptions) -> "Grammar | None":
     Raises:
         UsageError: Several of them, or what is none.
     """
+    if options.read is not None:
+        return options.read
     given = {
         "--json-schema": options.json_schema, "--regex": options.regex, "--grammar": options.grammar,
     }  # fmt: skip

@@ -269,6 +269,24 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     assert shown.err.startswith("octo-run: ") and shown.err.count("\n") == 1
 
 
+def test_tasks_that_are_stopped_keep_their_answers(
+    octo: Callable[..., Any], tmp_path: Path, tasks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octo_run.engine.evaluation import tasks as evaluation
+
+    run, out = evaluation.run, tmp_path / "answers.jsonl"
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        yield next(run(*args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "run", stopped)
+    argv = ("tasks", tasks, "--device", "cpu", "--kv", "bf16", "--ctx", "128", "-n", "2", "--output", str(out))
+    shown = octo("eval", *argv, "--json")
+    assert shown.code == 130 and [row["tasks"] for row in json.loads(shown.out)] == [1], shown.err
+    assert len(out.read_text().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_weights_are_compared_with_the_dense_model(octo: Callable[..., Any]) -> None:
     load = ("--weights", "bf16,int8", "--kv", "bf16,oct3", "--tokens", "300", "--ctx", "256", "--device", "cpu")
@@ -317,15 +335,15 @@ def test_ctrl_c_while_tasks_are_answered_prints_what_there_is(
 ) -> None:
     from octo_run.engine.evaluation import tasks as evaluation
 
-    respond, asked = evaluation._respond, [0]
+    reply, asked = evaluation.Reply, [0]
 
-    def interrupted(*args: Any) -> str:
+    def interrupted(generation: Any) -> Any:
         asked[0] += 1
         if asked[0] == 4:
             raise KeyboardInterrupt
-        return respond(*args)
+        return reply(generation)
 
-    monkeypatch.setattr(evaluation, "_respond", interrupted)
+    monkeypatch.setattr(evaluation, "Reply", interrupted)
     out, argv = tmp_path / "answers.jsonl", ("eval", "tasks", tasks, "--device", "cpu", "-n", "2", "--kv", "oct4,oct3")
     shown = octo(*argv, "--output", str(out))
     assert shown.code == 130, shown.err

@@ -199,3 +199,10 @@ def test_text_that_the_terminal_cannot_encode_is_replaced() -> None:
         [sys.executable, "-c", program], capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""}
     )
     assert shown.returncode == 0 and b"caf? ?" in shown.stdout
+
+
+def test_json_has_no_numbers_that_json_has_not() -> None:
+    assert (
+        console.as_json({"a": [float("inf"), 1.5, (float("nan"),)], "b": "\u00e9"})
+        == '{"a": [null, 1.5, [null]], "b": "\u00e9"}'
+    )

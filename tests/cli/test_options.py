@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from octo_run.cli import generate
+from octo_run.cli.evaluate import codec
 
 RUN = ("generate", "-p", "x", "-n", "1")
 
@@ -87,6 +88,17 @@ def test_options_have_the_names_that_python_has() -> None:
     elsewhere = {"sink", "window", "sequences", "cache_bytes", "random_weights", "on_plan", "on_measure", "stop_ids"}
     missing = {name for name in python - elsewhere if f"--{name.replace('_', '-')}" not in options}
     assert not missing
+
+
+def test_limits_are_those_of_the_engine() -> None:
+    from octo_run.cli import options, sampling_options
+    from octo_run.engine import engine, sampling_rules
+    from octo_run.engine.evaluation import capture
+
+    limits = {param.name: param.type for param in codec.command.params}
+    assert limits["tokens"].least == capture.LEAST_TOKENS
+    assert options.MOST_SEQUENCES == engine.MAX_SEQUENCES and generate.MOST_LOGPROBS == sampling_rules.MAX_TOP
+    assert sampling_options._HISTORY == sampling_rules.HISTORY
 
 
 @pytest.mark.parametrize(

@@ -468,6 +468,70 @@ def test_a_pasted_address_of_a_revision(fake_hub: Any, repo: Path, make_checkpoi
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        f" {NAME} ", f"{NAME}/", f"<https://huggingface.co/{NAME}>", f'"{NAME}"', f"hf://{NAME}", f"hf://models/{NAME}",
+        f"https://huggingface.co/{NAME}.git", f"git@hf.co:{NAME}", f"https://huggingface.co/api/models/{NAME}",
+        f"https://huggingface.co/{NAME}/discussions/3", f"https://huggingface.co/{NAME}?library=x#usage",
+    ],
+)  # fmt: skip
+def test_names_as_they_are_copied(fake_hub: Any, repo: Path, name: str) -> None:
+    assert hub.pull(name).label == NAME
+
+
+@pytest.mark.parametrize("name", [f"{NAME}:latest", f"hf.co/{NAME}:Q4_0"])
+def test_a_tag_behind_a_colon(fake_hub: Any, repo: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"stands behind an @, as in {NAME}@main"):
+        hub.pull(name)
+
+
+def test_a_small_file_that_was_damaged_is_fetched_again(fake_hub: Any, repo: Path) -> None:
+    """It has the right size, so that only its content tells; the list says what is wrong and what to do."""
+    path = hub.pull(NAME).path
+    config = (path / "config.json").resolve()
+    config.write_text("{}".ljust(config.stat().st_size))
+    listed = octo("list")
+    assert "damaged: " in listed.text and f"`octo-run pull {NAME}` repairs it" in listed.text
+    entry = json.loads(octo("list", "--json").out)[1]
+    assert "config.json" in entry["damage"] and entry["architecture"] is None
+    fake_hub.requests.clear()
+    assert octo("pull", NAME).code == 0 and octo("show", NAME).code == 0
+    assert {file for _, file in fake_hub.requests} == {NAME, "config.json"}
+
+
+def test_weights_that_were_damaged_are_fetched_again_if_they_are_looked_at(fake_hub: Any, repo: Path) -> None:
+    path = hub.pull(NAME).path
+    shard = (path / SHARDS[1]).resolve()
+    whole = shard.read_bytes()
+    shard.write_bytes(bytes(len(whole)))
+    told = octo("show", NAME)
+    assert told.code == 1 and told.text.endswith(f"): `octo-run pull --verify {NAME}`."), told.text
+    assert octo("pull", NAME).code == 0 and shard.read_bytes() != whole, "weights are not read unasked"
+    fake_hub.requests.clear()
+    assert octo("pull", "--verify", NAME).code == 0 and shard.read_bytes() == whole
+    assert {file for _, file in fake_hub.requests} == {NAME, SHARDS[1]}
+    assert octo("pull", "--verify", f"{NAME}@{path.name}").code == 0
+
+
+def test_what_other_tools_have_is_not_repaired(fake_hub: Any, repo: Path, elsewhere: Path) -> None:
+    told = octo("pull", "--verify", NAME)
+    assert told.code == 1 and "where octo-run writes nothing" in told.text
+
+
+def test_a_branch_of_a_commit_that_another_names(fake_hub: Any, repo: Path) -> None:
+    """Its name goes, the files stay for the other."""
+    fake_hub.repos[NAME].refs["v1"] = fake_hub.repos[NAME].refs["main"]
+    for name in (NAME, f"{NAME}@v1"):
+        hub.pull(name)
+    gone = octo("rm", f"{NAME}@v1", "-y")
+    assert gone.code == 0 and "nothing freed" in gone.text
+    assert hub.resolve(NAME).is_dir() and [entry.label for entry in hub.list_models()[1:]] == [NAME]
+    with pytest.raises(OctoError, match="is not in"):
+        hub.resolve(f"{NAME}@v1")
+    assert octo("rm", f"{NAME}@main", "-y").code == 0 and len(hub.list_models()) == 1
+
+
+@pytest.mark.parametrize(
     ("address", "says"),
     [
         ("https://huggingface.co/datasets/a/b", "address of one of the datasets"),

@@ -16,7 +16,7 @@ def test_a_folder_and_its_file_are_one_shape() -> None:
 
 
 def test_what_is_no_shape(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="There is no file"):
+    with pytest.raises(UsageError, match="no folder with one and no shape; the shapes are"):
         read_shape(tmp_path / "nothing")
     with pytest.raises(OctoError, match=r"has no config\.json"):
         read_shape(tmp_path)

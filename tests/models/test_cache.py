@@ -8,7 +8,8 @@ import pytest
 
 from octo_run.errors import OctoError, UsageError
 from octo_run.models import hub
-from octo_run.models.cache import cache_folder, missing_files, parse_hub_name, resolve
+from octo_run.models.cache import cache_folder, missing_files, resolve
+from octo_run.models.names import parse_hub_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -28,6 +28,7 @@ from octo_run.models.decoder import Decoder
 from octo_run.models.gguf import importer, tensors
 from octo_run.models.gguf.header import read_model
 from octo_run.models.gguf.importer import import_model
+from octo_run.models.names import HubName
 from octo_run.models.weights import load_weights
 from octo_run.tokenizer import load_tokenizer
 
@@ -367,7 +368,7 @@ def test_any_value_of_any_entry_is_taken_or_refused(kind: str, small_gguf: Calla
     small.metadata |= {"tokenizer.ggml.model": kind, "tokenizer.ggml.unknown_token_id": 0}
     small.metadata["tokenizer.ggml.scores"] = [-float(i) for i in range(300)]
     model = read_model(small.write(tmp_path / "model.gguf"))
-    name = cache.HubName("imported/x")
+    name = HubName("imported/x")
     importer._Import(model, name, None, None)
     keys = [*model.metadata, "llama.rope.scaling.type", "llama.rope.scaling.factor", "general.sampling.top_k"]
     keys += ["tokenizer.ggml.add_space_prefix", "tokenizer.ggml.precompiled_charsmap", "general.type", "llama.odd"]
@@ -512,9 +513,18 @@ def test_names_that_are_none(name: str, small_gguf: Callable[..., Any], tmp_path
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="There is no file"):
         import_model(tmp_path / "none.gguf")
-    assert "is no regular file" in refused(tmp_path)
+    assert "holds no GGUF file" in refused(tmp_path)
     os.mkfifo(tmp_path / "pipe.gguf")
     assert "is no regular file" in refused(tmp_path / "pipe.gguf")
+
+
+def test_a_folder_with_one_model(splits: list[Path], small_gguf: Callable[..., Any]) -> None:
+    """Of a split model the first; what belongs to images does not count."""
+    small_gguf("llama").write(splits[0].with_name("mmproj-model.gguf"))
+    assert import_model(splits[0].parent).label == "imported/model"
+    small_gguf("llama").write(splits[0].with_name("other-Q8_0.gguf"))
+    with pytest.raises(UsageError, match=r"holds 2 GGUF models; give one of them: `octo-run import .*other-Q8_0.gguf`"):
+        import_model(splits[0].parent, "other")
 
 
 def test_the_command(

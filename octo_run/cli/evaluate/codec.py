@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from octo_run.cli import console, debug_option
+from octo_run.cli import completion, console, debug_option
 from octo_run.cli.evaluate import common
 from octo_run.cli.options import DEFAULT_MODEL, SEED, Count, Tokens, lower, offline_option
 from octo_run.cli.output import OutputFile, deliver
-from octo_run.errors import UsageError
+from octo_run.errors import UsageError, nearest, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,13 +25,17 @@ if TYPE_CHECKING:
 
 @click.command("codec")
 @click.option(
-    "--kv", callback=lower, help="Codecs, comma-separated.  [default: all formats and all codecs of other papers]"
+    "--kv",
+    callback=lower,
+    shell_complete=completion.formats,
+    help="Codecs, comma-separated.  [default: all formats and all codecs of other papers]",
 )
 @click.option("--vectors", type=Count(256), default=4096, show_default=True, help="Gaussian vectors.")
 @click.option("--head-dim", type=Count(), default=128, show_default=True, help="Coordinates of a Gaussian vector.")
-@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="Whose keys and values to code.")
+@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, shell_complete=completion.models,
+              help="Whose keys and values to code.")  # fmt: skip
 @click.option("--no-model", is_flag=True, help="Gaussian vectors only.")
-@click.option("--text", type=Path, help="What the model reads.  [default: a bundled sample]")
+@click.option("--text", type=common.text_type, help="What the model reads.  [default: a bundled sample]")
 @click.option("--tokens", type=Tokens(192), default=512, show_default=True, help="Tokens of the text.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the data and the rotation.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows.")
@@ -149,7 +153,9 @@ class _Study:
         names = list(known) if self.kv is None else [*dict.fromkeys(name.strip() for name in self.kv.split(","))]
         wrong = next((name for name in names if name not in known), None)
         if wrong is not None:
-            raise UsageError(f"There is no codec {wrong!r} for head_dim {dim}; choose from {', '.join(known)}.")
+            near = nearest(wrong, known)
+            hint = f"did you mean {near}?" if near else f"choose from {', '.join(known)}."
+            raise UsageError(f"There is no codec {quoted(wrong)} for head_dim {dim}: {hint}")
         return names
 
 

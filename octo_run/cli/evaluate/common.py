@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from octo_run.engine.evaluation.reading import Progress
     from octo_run.models.config import ModelConfig
 
+text_type = click.Path(path_type=Path)
 figure_type = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -102,20 +103,22 @@ def context(load: EngineOptions, usual: int) -> int:
 
 
 def loader(
-    load: EngineOptions, cache: CacheOptions, tokens: int | None, sequences: int = 1
+    load: EngineOptions, cache: CacheOptions, tokens: int | None, sequences: int = 1, *, by: str = "--ctx"
 ) -> Callable[[str], "Engine"]:
     """The function that loads the engine of a format, ``KV`` or ``WEIGHTS/KV``.
 
     Args:
         tokens: Its context; None: what the model has.
         sequences: How many it holds.
+        by: The option that says its context.
     """
 
     def of(kv: str) -> "Engine":
         weights, _, kv = kv.rpartition("/")
         asked = dataclasses.replace(load, weights=weights or load.weights or "auto", head=load.head or "bf16")
         options = dataclasses.replace(asked, kv=kv, ctx=tokens)
-        return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
+        with runtime.context_by(f"choose {by} of {{fits}} or less"):
+            return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
 
     return of
 

@@ -44,7 +44,11 @@ def _lengths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
 
 @click.command("needle")
 @click.option(
-    "--text", "texts", type=Path, multiple=True, help="A text to hide numbers in; may be given several times."
+    "--text",
+    "texts",
+    type=common.text_type,
+    multiple=True,
+    help="A text to hide numbers in; may be given several times.",
 )
 @click.option("--lengths", default=_LENGTHS, show_default=True, callback=_lengths, help="Tokens, the answer included.")
 @click.option("--depths", type=Count(1, 101), default=5, show_default=True, help="Depths from first to last.")
@@ -142,7 +146,7 @@ def _search(
     wanted = min(len(questions), max(_AT_ONCE[choose_device(load.device).type], plan.per_text))
     context = max(plan.lengths)
     sequences = common.sequences_that_fit(load, cache, context, wanted)
-    return needle.Search(common.loader(load, cache, context, sequences), kvs, questions, step)
+    return needle.Search(common.loader(load, cache, context, sequences, by="--lengths"), kvs, questions, step)
 
 
 def report(cells: list["Cell"]) -> str:

@@ -20,7 +20,7 @@ _CONTEXT = 1024  # where --ctx is auto and the model has as much
 
 
 @click.command("ppl")
-@click.option("--text", "texts", type=Path, multiple=True, help="A text; may be given several times.")
+@click.option("--text", "texts", type=common.text_type, multiple=True, help="A text; may be given several times.")
 @click.option("--tokens", type=TOKENS, help="Tokens of text at most, shared among the texts.")
 @click.option("--stride", type=TOKENS, help="Tokens between two windows.  [default: half of --ctx]")
 @click.option("--step", type=TOKENS, help="Tokens of a window read at once.  [default: as many as a chunk has]")
@@ -108,9 +108,11 @@ def _comparison(
 
     tokenizer = load_tokenizer(resolve(load.model))
     ids = [tokenizer.encode(text) for text in contents]
-    if tokens is not None:
-        ids = [part[: max(1, tokens // len(ids))] for part in ids]
-    count = sum(len(windows(len(part), context, stride, begin=tokenizer.adds_bos)) for part in ids)
+    most = max(map(len, ids)) if tokens is None else max(1, tokens // len(ids))
+    count = sum(
+        len(windows(len(part[:most]), context, stride, begin=tokenizer.adds_bos, cut=len(part) > most)) for part in ids
+    )
+    ids = [part[:most] for part in ids]
     wanted = min(count, sequences_at_once(choose_device(load.device), context))
     sequences = common.sequences_that_fit(load, cache, context, wanted)
     return Comparison(common.loader(load, cache, context, sequences), kvs, ids, stride=stride, step=step)

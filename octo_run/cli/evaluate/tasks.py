@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command("tasks")
-@click.argument("file", type=Path)
+@click.argument("file", type=common.text_type)
 @click.option("--prompt-key", help="Field of the prompt.  [default: prompt, question or input]")
 @click.option("--answer-key", help="Field of the answer.  [default: answer, target or output]")
 @click.option(
@@ -82,6 +83,8 @@ def command(
     found = evaluation.read_tasks(console.read_text(file), str(file), prompt_key, answer_key)[:limit]
     wanted = evaluation.wanted_answers(found, rule)
     kvs = common.formats(load)
+    if as_chat:
+        _check_template(load)
     answered: dict[str, list[Outcome]] = {kv: [] for kv in kvs}
     engine_of = common.loader(load, cache, load.ctx)
 
@@ -103,6 +106,15 @@ def command(
         deliver(console.as_json(values) if as_json else _table(scores()), files, as_json=as_json)
 
     return common.follow("eval tasks", run(), lambda: _table(scores()), deliver_scores)
+
+
+def _check_template(load: EngineOptions) -> None:
+    """Check before the weights are read that the model can be asked."""
+    from octo_run.models.hub import resolve
+    from octo_run.tokenizer import load_tokenizer
+
+    if not load_tokenizer(resolve(load.model)).has_chat_template:
+        raise UsageError(f"{load.model} has no chat template: use --raw.")
 
 
 def _write_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
