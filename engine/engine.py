@@ -119,8 +119,13 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @property
+    def closed(self) -> bool:
+        """Whether its memory was given back."""
+        return "_decoder" not in vars(self)
+
     def __repr__(self) -> str:
-        state = "" if "_decoder" in vars(self) else ", closed"
+        state = ", closed" if self.closed else ""
         return (
             f"<Engine {shown(self.name)}: {self.kv.name} cache, {str(self.dtype).removeprefix('torch.')} on "
             f"{self.device}, context {self.max_context:,}{state}>"

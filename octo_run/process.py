@@ -152,6 +152,16 @@ def interrupt_handler(handle: Callable[[FrameType | None], None]) -> Iterator[No
         signal.signal(signal.SIGINT, before)
 
 
+def interrupt_soon() -> None:
+    """Let Ctrl-C come again in a moment: it came where it could not be obeyed."""
+    import threading
+    from _thread import interrupt_main
+
+    again = threading.Timer(0.05, interrupt_main)
+    again.daemon = True
+    again.start()
+
+
 @contextmanager
 def altered_screen() -> Iterator[None]:
     """Inside the block the terminal is in modes of its own: who leaves there must undo them."""
@@ -167,9 +177,9 @@ def altered_screen() -> Iterator[None]:
 def locked_keyboard() -> Iterator[None]:
     """Inside the block what is typed does not show; it is kept, key by key, for whoever reads standard input next.
 
-    Ctrl-C and Ctrl-Z still are signals. Who edits a line there puts the terminal into modes of its own and gives it
-    back as it was found here. While the program is stopped by Ctrl-Z the terminal is as it was before. Nothing happens
-    where standard input is no terminal.
+    Ctrl-C and Ctrl-Z still are signals, and leave what was typed before them. Who edits a line there puts the terminal
+    into modes of its own and gives it back as it was found here. While the program is stopped by Ctrl-Z the terminal is
+    as it was before. Nothing happens where standard input is no terminal.
     """
     if not os.isatty(0):
         yield
@@ -180,6 +190,7 @@ def locked_keyboard() -> Iterator[None]:
         modes = termios.tcgetattr(0)
         modes[0] &= ~termios.ICRNL  # Enter stays what an editor takes for Enter
         modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
+        modes[3] |= termios.NOFLSH  # otherwise the kernel drops what was typed when a key sends a signal
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
         termios.tcsetattr(0, termios.TCSANOW, modes)
 

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from octo_run.cli import console, runtime, session_files
 from octo_run.cli.options import TOKENS
 from octo_run.cli.output import OutputFile, check_writable, write_file
+from octo_run.cli.reload import load_anew
 from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
-    from octo_run.cli.options import EngineOptions
-    from octo_run.engine import Engine, SamplingParams
 
 #: What ``/system`` takes for no system prompt.
 NO_SYSTEM = "none"
@@ -227,59 +226,13 @@ def _think(chat: "Conversation", argument: str) -> None:
 def _model(chat: "Conversation", argument: str) -> None:
     if not argument:
         raise UsageError("give a model: /model NAME; `octo-run list` lists those on this machine.")
-    _load_anew(chat, model=argument, ctx=None)
+    load_anew(chat, model=argument, ctx=None)
 
 
 def _kv(chat: "Conversation", argument: str) -> None:
     if not argument:
         raise UsageError("give a format: /kv oct4; `octo-run show` lists them.")
-    _load_anew(chat, kv=argument.lower())
-
-
-def _load_anew(chat: "Conversation", **changes: Any) -> None:
-    """Load another engine for the conversation; where that fails, the former one again."""
-    wanted, before = dataclasses.replace(chat.load, **changes), chat.load
-    runtime.check_loadable(wanted)
-    chat.keeper.release()
-    chat.engine.close()  # two do not fit at once
-    failure: BaseException | None = None
-    try:
-        engine, params = _loaded(chat, wanted, warm=True)
-    except (Exception, KeyboardInterrupt) as error:
-        failure, wanted = error, before
-        engine, params = _loaded(chat, before, warm=False)
-    former = chat.session
-    chat.engine, chat.load = engine, wanted
-    chat.session = runtime.open_session(engine, former.system, variables=former.variables, drops=former.drops)
-    chat.session.turns, chat.params = former.turns, params
-    if failure is not None:
-        raise failure
-    chat.tell("the conversation is read with the next question")
-
-
-def _params(chat: "Conversation", engine: "Engine") -> "SamplingParams":
-    """How an engine answers in this chat."""
-    return dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
-
-
-def _loaded(chat: "Conversation", wanted: "EngineOptions", *, warm: bool) -> "tuple[Engine, SamplingParams]":
-    """An engine that is ready to answer in this chat, and how it does.
-
-    Args:
-        warm: Whether it is warmed up: not one that has been used before.
-    """
-    engine = runtime.load_engine(wanted)
-    try:
-        if chat.options.template is not None:
-            engine.tokenizer.use_template(*chat.options.template)
-        engine.check_chat()
-        params = _params(chat, engine)
-        if warm:
-            runtime.warm_up(engine, params)
-    except BaseException:
-        engine.close()
-        raise
-    return engine, params
+    load_anew(chat, kv=argument.lower())
 
 
 def _tokens(chat: "Conversation", _argument: str) -> None:

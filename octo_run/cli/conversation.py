@@ -212,6 +212,8 @@ class Conversation:
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed twice, at a terminal.
         """
+        if self.engine.closed:
+            raise UsageError("no model is loaded: /model NAME or /kv FORMAT loads one.")
         reply: Reply | None = None
         self.keeper.release()
         if self.person:

@@ -78,8 +78,8 @@ class Keeper:
         self._behind = True
 
     def catch_up(self, chat: "Conversation") -> None:
-        """Begin to save what was not saved yet."""
-        if self.name is not None and self._behind:
+        """Begin to save what was not saved yet, if there is an engine."""
+        if self.name is not None and self._behind and not chat.engine.closed:
             self._begin(chat, self.name)
 
     def release(self) -> None:

@@ -100,10 +100,14 @@ class FakeEngine:
         self.cache: dict[str, Any] = {}
         self.sampling: Any = None
         self.session: FakeSession | None = None
+        self.closed = False
         self.on_round: Callable[[], None] = lambda: None  # called in every round of a measurement
 
     def answers(self, *texts: str) -> None:
         self.replies += [FakeReply([text]) for text in texts]
+
+    def close(self) -> None:
+        self.closed = True
 
     def next_reply(self, on_prompt: OnPrompt) -> FakeReply:
         reply = self.replies.pop(0)
@@ -164,7 +168,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
 
     def load(options: Any, **cache: Any) -> FakeEngine:
-        fake.loaded, fake.cache = options, cache
+        fake.loaded, fake.cache, fake.closed = options, cache, False
         fake.loads.append(options.kv)
         fake.weights.append(options.weights)
         return fake
