@@ -52,6 +52,7 @@ class Reply:
     Attributes:
         finish_reason: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full), or
             "interrupted".
+        failed: Whether it ended by an exception of the engine (not by Ctrl-C).
     """
 
     def __init__(self, generation: Generation, dropped_turns: int = 0, budget: ThinkBudget | None = None) -> None:
@@ -69,6 +70,7 @@ class Reply:
         #: The tokens so far, with their log-probabilities.
         self.tokens = list[Token]()
         self.finish_reason: str | None = None
+        self.failed = False
         self._pieces = self._run()
 
     @property
@@ -121,7 +123,13 @@ class Reply:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        try:
+            piece = next(self._pieces)
+        except StopIteration:
+            raise
+        except Exception:
+            self.failed = True
+            raise
         self.text += piece
         return piece
 

@@ -1,5 +1,6 @@
 """A chat session, which remembers its turns."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from octo_run.engine.engine import Engine
@@ -16,10 +17,19 @@ ANSWER_ROOM = 256
 _AFTER_END = 4
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A session at one moment, for :meth:`Session.restore`."""
+
+    turns: tuple[dict[str, str], ...]
+    ended: "tuple[dict[str, str], list[int], Division] | None"
+
+
 class Session:
     """A chat. Each :meth:`ask` renders the whole conversation; the engine reuses the prefix it already holds.
 
-    When the context is full the oldest turns after the system prompt are dropped, and the reply says how many.
+    An answer that fails (not one that is stopped) leaves the session as it was before its question. When the context is
+    full the oldest turns after the system prompt are dropped, and the reply says how many.
 
     A turn of the model has its text as ``content``. What the model thought stands there between marks where these are
     text to its tokenizer (``<think>``), else apart from it, under the name that the chat template reads.
@@ -52,6 +62,7 @@ class Session:
         self.turns: list[dict[str, str]] = []
         self._open: Reply | None = None
         self._begun: dict[str, str] | None = None  # what the answer that is open said before
+        self._before: Mark | None = None  # the session before the answer that is open
         #: The last answer, the ids that it goes on from, and where in its parts it was.
         self._ended: tuple[dict[str, str], list[int], Division] | None = None
 
@@ -72,6 +83,18 @@ class Session:
         """Forget all turns; the system prompt stays."""
         self._open = self._ended = None
         self.turns = []
+
+    def mark(self) -> Mark:
+        """The conversation as it is, to be gone back to."""
+        self._settle()
+        return Mark((*self.turns,), self._ended)
+
+    def restore(self, mark: Mark) -> None:
+        """Go back to what the conversation was; an answer that is open ends and is forgotten."""
+        if self._open is not None:
+            self._open.close()
+        self._open = self._begun = None
+        self.turns, self._ended = [*mark.turns], mark.ended
 
     def undo(self) -> str | None:
         """Take back the last question and its answer.
@@ -106,14 +129,14 @@ class Session:
         expect("params", params, SamplingParams, none=True)
         if not text.strip():
             raise UsageError("The message is empty; type a question.")
-        self._settle()
+        before = self.mark()
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
         budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params, self.engine.generate)
         messages = self._head() + turns
         shared = shared_beginning(ids, messages, self.rendered) if self.engine.arena.takes_snapshots else 0
         reply = Reply(self.engine.generate(ids, params, on_prompt, shared), dropped, budget)
-        self.turns, self._open, self._begun = turns, reply, None
+        self.turns, self._open, self._begun, self._before = turns, reply, None, before
         return reply
 
     def resume(self, params: SamplingParams | None = None, on_prompt: OnPrompt | None = None) -> Reply:
@@ -129,7 +152,7 @@ class Session:
             UsageError: There is no answer, or the context is full.
         """
         expect("params", params, SamplingParams, none=True)
-        self._settle()
+        before = self.mark()
         if not self.turns or self.turns[-1]["role"] != "assistant":
             raise UsageError("There is no answer to continue.")
         ids, begun, division = self._answer_ids()
@@ -139,7 +162,7 @@ class Session:
         reply = Reply(self.engine.generate(ids, params, on_prompt))
         if division is not None:
             reply.generation.answer.division = division
-        self.turns, self._open, self._begun = self.turns[:-1], reply, begun
+        self.turns, self._open, self._begun, self._before = self.turns[:-1], reply, begun, before
         return reply
 
     def _answer_ids(self) -> tuple[list[int], dict[str, str], Division | None]:
@@ -192,7 +215,9 @@ class Session:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _settle(self) -> None:
-        """Enter the last reply, whole or interrupted, into the conversation."""
+        """Enter the last reply, whole or interrupted, into the conversation; of one that failed nothing stays."""
+        if self._open is not None and self._open.failed and self._before is not None:
+            self.restore(self._before)
         if self._open is not None:
             reply, self._open = self._open, None
             if reply.finish_reason is None:

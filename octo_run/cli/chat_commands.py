@@ -58,6 +58,7 @@ def _undo(chat: "Conversation", _argument: str) -> None:
 
 
 def _regenerate(chat: "Conversation", _argument: str) -> None:
+    before = chat.session.mark()
     question = chat.session.undo()
     if question is None:
         raise UsageError("there is no question to answer again.")
@@ -65,7 +66,7 @@ def _regenerate(chat: "Conversation", _argument: str) -> None:
         chat.tell("without chance the answer will hardly differ; start with --temp 0.7 for another one")
     elif chat.params.seed is not None:
         chat.tell("with --seed the answer will hardly differ; leave it out for another one")
-    chat.answer(question)
+    chat.answer(question, before)
 
 
 def _edit(chat: "Conversation", _argument: str) -> None:

@@ -21,6 +21,7 @@ from octo_run.errors import UsageError
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, Reply, SamplingParams, Session
+    from octo_run.engine.session import Mark
 
 #: What begins and ends a message of several lines.
 BLOCK = '"""'
@@ -198,16 +199,24 @@ class Conversation:
             for line in text.split("\n"):
                 console.warn(line)
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str, before: "Mark | None" = None) -> bool:
         """Answer a question; see :meth:`stream`."""
-        self.stream(lambda report: self.session.ask(text, self.params, report, self.options.think_budget))
+        return self.stream(
+            lambda report: self.session.ask(text, self.params, report, self.options.think_budget), before
+        )
 
     def resume(self) -> None:
         """Go on with the last answer; see :meth:`stream`."""
         self.stream(lambda report: self.session.resume(self.params, report))
 
-    def stream(self, begin: "Callable[[Callable[[int, int], None]], Reply]") -> None:
+    def stream(self, begin: "Callable[[Callable[[int, int], None]], Reply]", before: "Mark | None" = None) -> bool:
         """Stream the answer that ``begin`` begins; Ctrl-C ends it and keeps what was said.
+
+        Args:
+            before: The conversation, one answer longer, to which it goes back if nothing is said.
+
+        Returns:
+            Whether the answer was begun. Where it was not, or failed, the conversation is as it was.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed twice, at a terminal.
@@ -218,6 +227,7 @@ class Conversation:
         self.keeper.release()
         if self.person:
             console.echo()
+        mark = before or self.session.mark()
         display = AnswerDisplay(markdown=self.person and not self.options.plain, hide=self.options.hide_thinking)
         with stop_on_interrupt() as stop:
 
@@ -241,6 +251,12 @@ class Conversation:
                             break
             except KeyboardInterrupt:
                 pass
+            except Exception:
+                self.session.restore(mark)
+                if reply is not None and reply.text:
+                    display.finish()
+                    console.echo()
+                raise
             stop.answering = True  # from here on a Ctrl-C may only be noted
             if reply is not None and stop.requested:
                 reply.close()
@@ -249,19 +265,24 @@ class Conversation:
         if stop.requested:  # before it is said that a second Ctrl-C leaves
             self.stopped_at = time.monotonic()
         console.echo()
+        if reply is None or (before is not None and not reply.generated_tokens):
+            self.session.restore(mark)
         if reply is not None:
             self._account(reply)
             self.keeper.after_turn(self)
+        elif self.person:
+            console.echo("[stopped, nothing was sent, Ctrl-C again leaves]\n", faint=True)
         if stop.again and self.person:
             raise KeyboardInterrupt
+        return reply is not None
 
     def _send(self, text: str) -> None:
         """A message of the user, with the files that were read for it."""
         if self.documents and not text.strip():
             raise UsageError("the message is empty; type what is to be done with the file.")
         documents = self.documents
-        self.answer("\n\n".join([*documents, text]))
-        self.documents = []
+        if self.answer("\n\n".join([*documents, text])):
+            self.documents = []
 
     def _account(self, reply: "Reply") -> None:
         """Add the reply to the statistics, and at a terminal say what it cost."""

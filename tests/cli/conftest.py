@@ -154,6 +154,12 @@ class FakeSession:
         self.asked.append(text)
         return self.engine.next_reply(on_prompt)
 
+    def mark(self) -> list[str]:
+        return [*self.asked]
+
+    def restore(self, mark: list[str]) -> None:
+        self.asked = [*mark]
+
     def undo(self) -> str | None:
         return self.asked.pop() if self.asked else None
 

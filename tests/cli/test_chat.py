@@ -344,3 +344,63 @@ def test_a_failure_that_nobody_expected_keeps_the_conversation(
     assert result.code == 0 and result.err.count("unexpected failure (ZeroDivisionError: of a fault)") == 1
     terminal(["one", "two"])
     assert "Traceback" in octo("--debug", "chat").err
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(
+    octo: Callable[..., Any], terminal: Callable[[list[Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is a question, an answer that goes on, or one that is given again."""
+    from octo_run.engine.step import Stepper
+
+    fails, read, take = False, Stepper.read_with_tops, Conversation.take
+
+    def failing(*given: Any) -> Any:
+        if fails:
+            raise ZeroDivisionError("of a fault")
+        return read(*given)
+
+    def taken(chat: Conversation, text: str) -> None:
+        nonlocal fails
+        before, fails = chat.session.messages, text in ("two", "/regen", "/continue")
+        try:
+            take(chat, text)
+        finally:
+            assert not fails or chat.session.messages == before
+
+    monkeypatch.setattr(Stepper, "read_with_tops", failing)
+    monkeypatch.setattr(Conversation, "take", taken)
+    terminal(["one", "two", "/regen", "/continue", "three", "/tokens"])
+    shown = octo("chat", "-n", "4", "--device", "cpu", "--ctx", "512")
+    assert shown.err.count("unexpected failure (ZeroDivisionError: of a fault)") == 3 and "Assertion" not in shown.err
+    assert "2 questions: " in shown.out
+
+
+def test_ctrl_c_before_a_message_is_sent_keeps_its_file(
+    octo: Callable[..., Any], engine: Any, terminal: Any, tmp_path: Path
+) -> None:
+    """Rendering a long text takes a while."""
+    (tmp_path / "note.txt").write_text("the text\n")
+    engine.answers("a")
+    pressed = False
+
+    def ask(text: str, *given: Any) -> Any:
+        nonlocal pressed
+        if not pressed:
+            pressed = True
+            signal.raise_signal(signal.SIGINT)
+        return FakeSession.ask(engine.session, text, *given)
+
+    def watched(fake: Any, system: str | None, **options: Any) -> Any:
+        session = FakeSession(fake, system, **options)
+        session.ask = ask  # type: ignore[method-assign]
+        return session
+
+    from octo_run.cli import runtime
+
+    from .conftest import FakeSession
+
+    runtime.open_session = watched  # type: ignore[assignment]  # which the engine's fixture puts back
+    terminal([f"/read {tmp_path}/note.txt", "one", "two"])
+    shown = octo("chat")
+    assert shown.code == 0 and "[stopped, nothing was sent" in shown.out
+    assert engine.session.asked == ["the text\n\ntwo"]
