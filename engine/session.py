@@ -13,6 +13,8 @@ from octo_run.tokenizer.thinking import Division
 
 #: Tokens kept free for an answer when old turns must make room and no ``max_tokens`` is given.
 ANSWER_ROOM = 256
+#: Characters of a message whose tokens are counted first.
+_LONG = 1 << 16
 #: Tokens that a chat template writes behind the token that ends an answer, at most.
 _AFTER_END = 4
 
@@ -96,6 +98,14 @@ class Session:
         self._open = self._begun = None
         self.turns, self._ended = [*mark.turns], mark.ended
 
+    def room(self) -> int:
+        """How many tokens the next message may have, beside the system prompt and room for an answer (and beside the
+        conversation where its turns are not dropped)."""
+        stays = self._head() if self.drops else self.messages
+        limit = self.engine.max_context
+        used = len(self.rendered([*stays, {"role": "user", "content": "."}]))
+        return max(0, limit - used - min(ANSWER_ROOM, limit // 4))
+
     def undo(self) -> str | None:
         """Take back the last question and its answer.
 
@@ -130,6 +140,7 @@ class Session:
         if not text.strip():
             raise UsageError("The message is empty; type a question.")
         before = self.mark()
+        self._refuse_longest(text)
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
         budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params, self.engine.generate)
@@ -205,11 +216,20 @@ class Session:
             turns = turns[next(following) :]
             ids = self.rendered(self._head() + turns)
         if len(ids) > limit:
-            raise UsageError(
-                f"The message makes a prompt of {len(ids):,} tokens by itself and the context holds {limit:,}: "
-                f"{self.engine.shorten}."
-            )
+            raise self._too_long(f"{len(ids):,}")
         return turns, ids, dropped
+
+    def _refuse_longest(self, text: str) -> None:
+        """Refuse what the context cannot hold before all of it is made into tokens, which Ctrl-C would wait for."""
+        limit = self.engine.max_context
+        if len(text) > max(limit, _LONG) and (tokens := self.engine.tokenizer.count(text, limit)) > limit:
+            raise self._too_long(f"about {tokens:,}")
+
+    def _too_long(self, tokens: str) -> UsageError:
+        return UsageError(
+            f"The message makes a prompt of {tokens} tokens by itself and the context holds "
+            f"{self.engine.max_context:,}: {self.engine.shorten}."
+        )
 
     def _head(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}] if self.system else []

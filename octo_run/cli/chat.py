@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from octo_run import __version__, process
-from octo_run.cli import chat_commands, completion, console, debug_option, runtime, session_files
+from octo_run.cli import chat_commands, completion, console, debug_option, documents, runtime, session_files
 from octo_run.cli.arriving import Arriving
 from octo_run.cli.chat_commands import Leave
 from octo_run.cli.conversation import BLOCK, ChatOptions, Conversation, opens_block
@@ -170,7 +170,7 @@ def _as_it_was(name: str, load: EngineOptions) -> EngineOptions:
 def _conversation(
     system: str | None, load: EngineOptions, sampling: SamplingOptions, options: ChatOptions, beginning: Beginning
 ) -> Conversation:
-    documents = [console.read_text(path).strip("\n") for path in beginning.files]
+    texts = [documents.read(path) for path in beginning.files]
     engine = runtime.load_engine(load)
     if options.template is not None:
         engine.tokenizer.use_template(*options.template)
@@ -180,8 +180,9 @@ def _conversation(
     conversation = Conversation(engine, session, params, load, sampling, options)
     if beginning.session is not None:
         _resume(conversation, beginning, system)
-    conversation.documents = documents
     conversation.check_system()
+    for path, text in zip(beginning.files, texts, strict=True):
+        documents.add(conversation, str(path), text)
     return conversation
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octo_run.cli import console, runtime, session_files
+from octo_run.cli import console, documents, runtime, session_files
 from octo_run.cli.options import TOKENS
 from octo_run.cli.output import OutputFile, check_writable, write_file
 from octo_run.cli.reload import load_anew
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 #: What ``/system`` takes for no system prompt.
 NO_SYSTEM = "none"
+#: What ``/read`` takes in place of a file to send none.
+NO_FILE = "none"
 #: What ``/load`` takes behind a name to read the text again.
 ANEW = "anew"
 #: Bytes that are copied at most: terminals take no more.
 _LONGEST_COPY = 74_000
-#: Bytes of a document that goes with a message: more than the longest contexts hold.
-_LONGEST_DOCUMENT = 16_000_000
 
 
 class Leave(Exception):
@@ -122,19 +122,20 @@ def _set(chat: "Conversation", argument: str) -> None:
 
 
 def _read_file(chat: "Conversation", argument: str) -> None:
+    from octo_run.cli.conversation import count
+
     if not argument:
         raise UsageError("give a file: /read FILE.")
+    if argument == NO_FILE:
+        number, chat.documents = len(chat.documents), []
+        chat.tell(f"{count(number, 'file')} will not be sent" if number else "there was no file to be sent")
+        return
     path = _path(argument)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UsageError(f"{path} is no regular file.")
-    if path.is_file() and path.stat().st_size > _LONGEST_DOCUMENT:
-        raise UsageError(
-            f"{path} has {console.human_bytes(path.stat().st_size)}, and a message takes "
-            f"{console.human_bytes(_LONGEST_DOCUMENT)} at most."
-        )
-    text = console.read_text(path).strip("\n")
-    chat.documents.append(text)
-    chat.tell(f"{path.name}: {len(text):,} characters go with the next message")
+    text = documents.read(path)
+    documents.add(chat, str(path), text)
+    chat.tell(f"{path.name}: {count(len(text), 'character')} go with the next message")
 
 
 def _path(argument: str) -> Path:
@@ -323,7 +324,9 @@ COMMANDS: dict[str, Command] = {
         "let the model think before it answers, if it can; some take low, medium or high",
         _think_words,
     ),
-    "/read": Command(_read_file, "FILE", "send the text of a file along with the next message", None),
+    "/read": Command(
+        _read_file, "FILE", "send the text of a file along with the next message; /read none sends none", None
+    ),
     "/save": Command(_save, "NAME", "save the conversation with its KV cache", _session_words),
     "/load": Command(_load, "NAME", "go on with a saved conversation; NAME anew reads its text again", _session_words),
     "/sessions": Command(_sessions, "", "list the saved conversations"),

@@ -77,6 +77,9 @@ class FakeTokenizer:
     def prompt(self, text: str) -> list[int]:
         return [1, *(ord(letter) for letter in text)]
 
+    def count(self, text: str, _most: int) -> int:
+        return len(text)
+
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         return [2, *(ord(letter) for message in messages for letter in message["content"])]
 
@@ -153,6 +156,9 @@ class FakeSession:
             raise UsageError("The prompt has 5,000 tokens and the context holds 4,096; shorten it or raise --ctx.")
         self.asked.append(text)
         return self.engine.next_reply(on_prompt)
+
+    def room(self) -> int:
+        return self.engine.max_context
 
     def mark(self) -> list[str]:
         return [*self.asked]
