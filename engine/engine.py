@@ -105,7 +105,7 @@ class Engine:
         ends = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
         self.end_ids = ends = ends if isinstance(tokenizer, NoTokenizer) else tokenizer.thinking.ends(ends)
         if isinstance(tokenizer, Tokenizer):
-            self.step.guide = lambda grammar: Guide(grammar, tokenizer, ends)
+            self.step.guide = lambda grammar, prompt, answer: Guide(grammar, tokenizer, ends, prompt, answer)
             self.step.breaking = lambda: breaking_tokens(tokenizer)
 
     def close(self) -> None:
@@ -395,6 +395,7 @@ class Engine:
         params: SamplingParams | None = None,
         on_prompt: OnPrompt | None = None,
         shared: int = 0,
+        answered: int = 0,
     ) -> "Generation":
         """Continue a prompt.
 
@@ -405,21 +406,26 @@ class Engine:
                 generation took its place in between. What it raises ends the generation; the cache keeps what was fed.
             shared: How many of the prompt's first tokens others will begin with, too (a document, say): recurrent
                 layers and those with windows keep a snapshot there, so that these need not be read again.
+            answered: How many of the prompt's last tokens are the beginning of the answer: a grammar, penalties of the
+                answer's tokens and the noise of a seed go on behind them.
 
         Returns:
             An iterator of :class:`Token` with the figures of the run as attributes.
 
         Raises:
             UsageError: No ids, more than the context holds, ids outside the vocabulary, stop strings where there is no
-                tokenizer, or what is neither text nor ids.
+                tokenizer, what is neither text nor ids, or more tokens of an answer than the prompt has.
         """
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
         expect("params", params, SamplingParams, none=True)
         expect("shared", shared, int)
+        expect("answered", answered, int)
+        if not 0 <= answered <= len(ids):
+            raise UsageError(f"answered is {answered} and the prompt has {len(ids):,} tokens: give 0 to {len(ids)}.")
         if params is not None:
             self.check_params(params)
-        return Generation(self, ids, params or SamplingParams(), on_prompt, shared)
+        return Generation(self, ids, params or SamplingParams(), on_prompt, shared, answered)
 
     def chat(
         self,

@@ -1,10 +1,12 @@
 """A chat session, which remembers its turns."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from octo_run.engine.engine import Engine
 from octo_run.engine.generation import OnPrompt
+from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.reply import Reply, ThinkBudget
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.shared_beginning import shared_beginning
@@ -20,11 +22,28 @@ _AFTER_END = 4
 
 
 @dataclass(frozen=True)
+class _Ended:
+    """An answer that ended, to be gone on with.
+
+    Attributes:
+        turn: Its message.
+        ids: The ids that it goes on from.
+        division: Where in its parts it was.
+        answered: How many of the ids are its own.
+    """
+
+    turn: dict[str, str]
+    ids: list[int]
+    division: Division
+    answered: int
+
+
+@dataclass(frozen=True)
 class Mark:
     """A session at one moment, for :meth:`Session.restore`."""
 
     turns: tuple[dict[str, str], ...]
-    ended: "tuple[dict[str, str], list[int], Division] | None"
+    ended: _Ended | None
 
 
 class Session:
@@ -65,8 +84,7 @@ class Session:
         self._open: Reply | None = None
         self._begun: dict[str, str] | None = None  # what the answer that is open said before
         self._before: Mark | None = None  # the session before the answer that is open
-        #: The last answer, the ids that it goes on from, and where in its parts it was.
-        self._ended: tuple[dict[str, str], list[int], Division] | None = None
+        self._ended: _Ended | None = None  # the last answer
 
     def __repr__(self) -> str:
         return f"<Session with {self.engine!r}: {len(self.turns)} messages>"
@@ -143,18 +161,24 @@ class Session:
         self._refuse_longest(text)
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
-        budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params, self.engine.generate)
+        budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params)
         messages = self._head() + turns
         shared = shared_beginning(ids, messages, self.rendered) if self.engine.arena.takes_snapshots else 0
         reply = Reply(self.engine.generate(ids, params, on_prompt, shared), dropped, budget)
         self.turns, self._open, self._begun, self._before = turns, reply, None, before
         return reply
 
-    def resume(self, params: SamplingParams | None = None, on_prompt: OnPrompt | None = None) -> Reply:
-        """Go on with the last answer, where it was stopped.
+    def resume(
+        self,
+        params: SamplingParams | None = None,
+        on_prompt: OnPrompt | None = None,
+        think_budget: int | None = None,
+    ) -> Reply:
+        """Go on with the last answer, where it was stopped. A grammar goes on, too.
 
         Args:
             on_prompt: See ``Engine.generate``.
+            think_budget: As in :meth:`ask`, of the whole answer.
 
         Returns:
             What is said now; the answer in the conversation is the old text and this one.
@@ -166,31 +190,34 @@ class Session:
         before = self.mark()
         if not self.turns or self.turns[-1]["role"] != "assistant":
             raise UsageError("There is no answer to continue.")
-        ids, begun, division = self._answer_ids()
+        ids, begun, division, answered = self._answer_ids()
         if len(ids) >= self.engine.max_context:
             raise UsageError(f"The context of {self.engine.max_context:,} tokens is full: no answer goes on in it.")
         params = params or SamplingParams.from_defaults(self.engine.defaults)
-        reply = Reply(self.engine.generate(ids, params, on_prompt))
+        left = None if think_budget is None else max(0, think_budget - answered)
+        budget = None if left is None else ThinkBudget(left, self.engine, params)
+        reply = Reply(self.engine.generate(ids, params, on_prompt, answered=answered), budget=budget)
         if division is not None:
             reply.generation.answer.division = division
         self.turns, self._open, self._begun, self._before = self.turns[:-1], reply, begun, before
         return reply
 
-    def _answer_ids(self) -> tuple[list[int], dict[str, str], Division | None]:
-        """The conversation's ids up to the last word of its last answer, this answer, and where in its parts it is, if
-        the ids do not tell."""
+    def _answer_ids(self) -> tuple[list[int], dict[str, str], Division | None, int]:
+        """The conversation's ids up to the last word of its last answer, this answer, where in its parts it is, if the
+        ids do not tell, and how many of the ids are its own."""
         turn, thinking = self.turns[-1], self.engine.tokenizer.thinking
-        if self._ended is not None and self._ended[0] == turn:
+        if self._ended is not None and self._ended.turn == turn:
             # A character that was cut is left out: its bytes are in the ids.
             cut = {name: text.removesuffix("\ufffd") for name, text in turn.items()}
-            return list(self._ended[1]), cut, self._ended[2]
+            return list(self._ended.ids), cut, deepcopy(self._ended.division), self._ended.answered
         division: Division | None = None
         if thinking.key is None:
             division = thinking.division([])
             division.give(division.text(turn["content"]))
         ids = self.rendered(self.messages, add_generation_prompt=False)
         ends = [place for place, token in enumerate(ids) if token in self.engine.end_ids]
-        return ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids, turn, division
+        ids = ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids
+        return ids, turn, division, len(ids) - common_length(ids, self.rendered(self.messages[:-1]))
 
     def _fitting(
         self, turns: list[dict[str, str]], params: SamplingParams
@@ -249,4 +276,5 @@ class Session:
             at_end = bool(reply.ids) and (reply.ids[-1] in self.engine.end_ids or division.ended)
             at_stop_text = reply.finish_reason == "stop" and not at_end  # which the ids hold and the text does not
             said = reply.ids[:-1] if at_end else reply.ids
-            self._ended = None if at_stop_text else (dict(turn), [*reply.prompt_ids, *said], division)
+            ids, answered = [*reply.prompt_ids, *said], reply.answered + len(said)
+            self._ended = None if at_stop_text else _Ended(dict(turn), ids, division, answered)

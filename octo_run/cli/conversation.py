@@ -207,7 +207,7 @@ class Conversation:
 
     def resume(self) -> None:
         """Go on with the last answer; see :meth:`stream`."""
-        self.stream(lambda report: self.session.resume(self.params, report))
+        self.stream(lambda report: self.session.resume(self.params, report, self.options.think_budget))
 
     def stream(self, begin: "Callable[[Callable[[int, int], None]], Reply]", before: "Mark | None" = None) -> bool:
         """Stream the answer that ``begin`` begins; Ctrl-C ends it and keeps what was said.
