@@ -537,9 +537,12 @@ class Engine:
         Raises:
             UsageError: A bias of tokens that there are not, or a grammar where there is no tokenizer.
         """
-        wrong = next((token for token, _ in params.logit_bias if token >= self.config.vocab_size), None)
+        most = min(self.config.vocab_size, self.tokenizer.vocab_size)  # a model may have rows without tokens
+        wrong = next((token for token, _ in params.logit_bias if token >= most), None)
         if wrong is not None:
-            raise UsageError(f"logit_bias names the token {wrong} and the vocabulary has {self.config.vocab_size:,}.")
+            raise UsageError(
+                f"logit_bias names the token {wrong} and the vocabulary has {most:,}: give ids below that."
+            )
         if params.grammar is not None and self.step.guide is None:
             raise UsageError("A model with random weights has no tokenizer, so no grammar can be followed.")
 

@@ -64,6 +64,11 @@ class Grammar:
             raise UsageError(f"The {_NAMES[self.kind]} cannot be used: {shown(_flat(problem), 200)}.")
 
     @property
+    def name(self) -> str:
+        """What its kind is called."""
+        return _NAMES[self.kind]
+
+    @property
     def compiled(self) -> str:
         """The grammar as llguidance takes it."""
         matcher = _library().LLMatcher

@@ -5,7 +5,9 @@ network. So every error passes through :func:`shown`: nothing in it can steer a 
 characters.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 #: Characters of an error's text at most.
@@ -44,6 +46,13 @@ def _repr(value: object) -> str:
         return repr(value)
     except (ValueError, RecursionError):  # a number of very many digits, a very deep list
         return f"a {type(value).__name__}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like another one, or its last part; None where none is like it."""
+    ends = {end: one for one in known for end in (one.rpartition("/")[2], one)}
+    near = difflib.get_close_matches(name, ends, n=1)
+    return ends[near[0]] if near else None
 
 
 class OctoError(Exception):

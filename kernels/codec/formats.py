@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from octo_run.errors import UsageError
+from octo_run.errors import UsageError, nearest, quoted
 from octo_run.kernels.codec.base import Codec
 from octo_run.kernels.codec.octopus import NOMINAL_BITS, OctopusCodec
 from octo_run.kernels.codec.plain import PlainCodec
@@ -48,7 +48,9 @@ def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:
             the choices.
     """
     if name not in names():
-        raise UsageError(f"unknown KV format '{name}': choose one of {', '.join(names())}.")
+        near = nearest(name, names())
+        hint = f" (did you mean {near}?)" if near else ""
+        raise UsageError(f"unknown KV format {quoted(name)}{hint}: choose one of {', '.join(names())}.")
     if name != PLAIN and head_dim not in HEAD_DIMS:
         dims = ", ".join(map(str, HEAD_DIMS))
         raise UsageError(f"KV format {name} cannot store head_dim {head_dim}, only {dims}: use --kv {PLAIN}")

@@ -15,11 +15,14 @@ from octo_run.cli import console, documents, runtime, session_files
 from octo_run.cli.options import TOKENS
 from octo_run.cli.output import OutputFile, check_writable, write_file
 from octo_run.cli.reload import load_anew
+from octo_run.cli.sampling_options import bias_of
 from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
 
+#: Settings that a chat has from its options alone, and which those are.
+FIXED = {"grammar": "by --json-schema, --regex or --grammar when the chat begins"}
 #: What ``/system`` takes for no system prompt.
 NO_SYSTEM = "none"
 #: What ``/read`` takes in place of a file to send none.
@@ -34,8 +37,9 @@ class Leave(Exception):
     """The user asked to leave the chat."""
 
 
-def _help(chat: "Conversation", _argument: str) -> None:
-    chat.print(HELP)
+def _help(chat: "Conversation", argument: str) -> None:
+    known = COMMANDS.get(f"/{argument.lower().removeprefix('/')}")
+    chat.print(HELP if known is None or not known.says else known.usage)
 
 
 def _exit(_chat: "Conversation", _argument: str) -> None:
@@ -102,21 +106,27 @@ def _set(chat: "Conversation", argument: str) -> None:
     if not name:
         own = runtime.model_defaults(chat.engine)
         lines = []
-        for setting in names:
+        for setting in (*names, *FIXED):
             value = getattr(chat.params, setting)
             mark = "  (the model's own)" if setting in own and own[setting] == value else ""
+            mark = f"  (fixed: {FIXED[setting]})" if setting in FIXED else mark
             lines.append(f"{setting:20}{_shown_setting(value)}{mark}")
         chat.print("\n".join(lines))
         return
     name = name.lower().lstrip("-").replace("-", "_")  # as the options are written, too
     name = "temperature" if name == "temp" else name
-    if name not in names:
+    if name in FIXED:
+        if value.strip():
+            raise UsageError(f"{name} is fixed while a chat runs: {FIXED[name]}.")
+    elif name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(names)}."
         raise UsageError(f"there is no setting {name}; {hint}")
     if value.strip():
         changes: dict[str, Any] = {name: _parse_setting(name, value.strip())}
-        chat.params = dataclasses.replace(chat.params, **changes)
+        params = dataclasses.replace(chat.params, **changes)
+        chat.engine.check_params(params)
+        chat.params = params
         chat.changed |= changes
     chat.tell(f"{name} {_shown_setting(getattr(chat.params, name))}")
 
@@ -192,7 +202,9 @@ def _export(chat: "Conversation", argument: str) -> None:
     check_writable(path)
     messages = chat.session.messages
     if path.suffix.lower() == ".json":
-        values = {name: value for name, value in dataclasses.asdict(chat.params).items() if name in settings()}
+        values = {
+            name: value for name, value in dataclasses.asdict(chat.params).items() if name in (*settings(), *FIXED)
+        }
         text = console.as_json({"model": chat.engine.name, "settings": values, "messages": messages}) + "\n"
     else:
         text = "\n".join(f"**{message['role']}**\n\n{written(message)}\n" for message in messages)
@@ -274,6 +286,12 @@ class Command:
     says: str
     words: "Callable[[Conversation], list[str]] | None" = lambda _chat: []
 
+    @property
+    def usage(self) -> str:
+        """Its line of the help."""
+        name = next(name for name, command in COMMANDS.items() if command is self)
+        return f"{f'{name} {self.argument}'.rstrip()}: {self.says}"
+
 
 def _setting_words(_chat: "Conversation") -> list[str]:
     return [f"{name} " for name in settings()]
@@ -299,7 +317,7 @@ def _format_words(_chat: "Conversation") -> list[str]:
 
 
 COMMANDS: dict[str, Command] = {
-    "/help": Command(_help, "", "this list"),
+    "/help": Command(_help, "COMMAND", "this list, or the line of one command"),
     "/exit": Command(_exit, "", "leave (also Ctrl-D)"),
     "/clear": Command(_clear, "", "forget the conversation; the system prompt stays"),
     "/undo": Command(_undo, "", "take back the last question and its answer"),
@@ -336,14 +354,14 @@ COMMANDS: dict[str, Command] = {
     "/copy": Command(_copy, "", "copy the last answer to the clipboard, where the terminal allows it"),
     "/tokens": Command(_tokens, "", "tokens of the conversation and of the context"),
     "/stats": Command(_stats, "", "tokens, times and memory of this session"),
-    "/?": Command(_help, "", ""),
+    "/?": Command(_help, "COMMAND", ""),
 }
 
 
 def _lines() -> Iterator[str]:
     for name, command in COMMANDS.items():
         if command.says:
-            head = "/help, /?" if name == "/help" else f"{name} {command.argument}"
+            head = "/help, /?" if name == "/help" else f"{name} {command.argument}".rstrip()
             yield f"{head:18} {command.says}"
     yield "//text             send a message that begins with a slash"
     yield '"""                begins a message of several lines, and ends it'
@@ -368,23 +386,61 @@ def complete(chat: "Conversation | None", text: str) -> list[str] | None:
     return [f"{name} {word}" for word in command.words(chat) if word.startswith(start)]
 
 
+#: What other programs call the commands.
+_ELSEWHERE = {
+    **dict.fromkeys(("quit", "q", "bye", "leave", "close", "logout", "end", "stop"), "/exit"),
+    **dict.fromkeys(("new", "reset", "forget", "restart"), "/clear"),
+    **dict.fromkeys(("retry", "again", "redo", "repeat"), "/regen"),
+    **dict.fromkeys(("h", "commands"), "/help"),
+    **dict.fromkeys(("file", "open", "attach"), "/read"),
+    **dict.fromkeys(("settings", "params", "parameters"), "/set"),
+    **dict.fromkeys(("list", "ls", "history"), "/sessions"),
+}
+#: What people type to leave a program: as a whole line no message.
+LEAVING = ("exit", "quit", ":q", "exit()", "quit()")
+
+
+def nearest(name: str) -> str | None:
+    """The command that somebody may mean by a name that is none."""
+    if name[1:] in _ELSEWHERE:
+        return _ELSEWHERE[name[1:]]
+    # Without the slash, which all have, so that it makes nothing look alike.
+    near = difflib.get_close_matches(name[1:], [known[1:] for known in COMMANDS], n=1)
+    return f"/{near[0]}" if near else None
+
+
 def settings() -> list[str]:
     """What ``/set`` sets."""
     from octo_run.engine import SamplingParams
 
-    return [field.name for field in dataclasses.fields(SamplingParams) if field.name != "stop_ids"]
+    # Nobody gives a chat ids to stop at, and it shows no log-probabilities.
+    others = ("stop_ids", "logprobs", *FIXED)
+    return [field.name for field in dataclasses.fields(SamplingParams) if field.name not in others]
 
 
 def _shown_setting(value: object) -> str:
+    from octo_run.engine.grammar import Grammar
+
     if value is None or value == ():
         return "none"
+    if isinstance(value, Grammar):
+        return f"a {value.name} of {len(value.text):,} characters"
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return " ".join(f"{token}={number:g}" for token, number in value)
     return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
 
 
 def _parse_setting(name: str, value: str) -> object:
-    """The value of a setting as :class:`SamplingParams` takes it; ``none`` is no limit, no seed, no stop text."""
+    """The value of a setting as :class:`SamplingParams` takes it; ``none`` is no limit, seed, stop text or bias."""
     if name == "stop":
         return () if value == "none" else (value,)
+    if name == "logit_bias":
+        pairs = () if value == "none" else tuple(map(bias_of, re.split(r"[\s,]+", value)))
+        if None in pairs:
+            raise UsageError(
+                f"logit_bias is {quoted(value)}; give token ids and numbers from -100 to 100, like 123=-5."
+            )
+        return pairs
     if name in ("seed", "max_tokens") and value == "none":
         return None
     number = TOKENS.parse(value) if name == "max_tokens" else None

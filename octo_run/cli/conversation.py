@@ -1,7 +1,6 @@
 """The conversation behind ``octo-run chat``: messages, streamed answers, Ctrl-C, statistics."""
 
 import dataclasses
-import difflib
 import math
 import re
 import time
@@ -17,7 +16,7 @@ from octo_run.cli.keeper import Keeper
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.progress import PromptProgress
 from octo_run.cli.sampling_options import SamplingOptions
-from octo_run.errors import UsageError
+from octo_run.errors import UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, Reply, SamplingParams, Session
@@ -155,16 +154,19 @@ class Conversation:
             self._send(text[len(BLOCK) : -len(BLOCK)].strip("\n"))
             return
         found = _command(text)
+        if self.person and text.lower() in chat_commands.LEAVING:
+            raise UsageError(f"/exit or Ctrl-D leaves; {BLOCK}{text}{BLOCK} sends the word.")
         if found is None:
             self._send(text[1:] if text.startswith("//") else text)
             return
         name, argument = found
         command = chat_commands.COMMANDS.get(name)
         if command is None:
-            # Without the slash, which all have, so that it makes nothing look alike.
-            near = difflib.get_close_matches(name[1:], [known[1:] for known in chat_commands.COMMANDS], n=1)
-            hint = f"did you mean /{near[0]}? " if near else ""
+            near = chat_commands.nearest(name)
+            hint = f"did you mean {near}? " if near else ""
             raise UsageError(f"there is no command {name}; {hint}/help lists the commands, //text sends a slash.")
+        if argument and not command.argument:
+            raise UsageError(f"{name} takes no argument, and {quoted(argument)} is one; {command.usage}.")
         command.run(self, argument)
 
     def gauge(self) -> str:

@@ -14,7 +14,7 @@ from octo_run import process
 from octo_run.cli.console import human_bytes, notice, notice_lines, require_output, warn
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.sampling_options import SamplingOptions, read_grammar
-from octo_run.errors import OctoError, quoted, shown
+from octo_run.errors import OctoError, nearest, quoted, shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
@@ -110,6 +110,8 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
     if options.offline:
         go_offline()
     import_torch()
+    if cache.get("random_weights") is None:
+        check_model(options.model)
     with process.no_collection():
         from octo_run.engine import Engine
     from octo_run.kernels.cpu import failure, on_compile
@@ -257,6 +259,24 @@ def open_session(engine: "Engine", system: str | None, **options: Any) -> "Sessi
     return Session(engine, system=system, **options)
 
 
+def check_model(name: str) -> None:
+    """Check that there is such a model on this machine.
+
+    Raises:
+        OctoError: There is not; where another one is called alike, that is said.
+    """
+    from octo_run.models.cache import DEMO_NAME
+    from octo_run.models.hub import resolve
+
+    try:
+        resolve(name)
+    except OctoError as error:
+        near = nearest(name, [DEMO_NAME, *model_names()])
+        if near is None or near == name:
+            raise
+        raise type(error)(f"{str(error).rstrip('.')}; or did you mean {near}?") from None
+
+
 def check_loadable(options: EngineOptions) -> None:
     """Check, before another engine is closed for it, that there is such a model with such a format.
 
@@ -267,6 +287,7 @@ def check_loadable(options: EngineOptions) -> None:
     from octo_run.models.config import load_config
     from octo_run.models.hub import resolve
 
+    check_model(options.model)
     parse_formats(options.kv, load_config(resolve(options.model)))
 
 
@@ -393,6 +414,7 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     for text in params.stop:
         if impossible(engine.tokenizer, text):
             warn(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
+    engine.check_params(params)
     return params
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octo_run.errors import OctoError, UsageError, quoted
+from octo_run.errors import OctoError, UsageError, nearest, quoted
 from octo_run.folders import state_folder
 
 if TYPE_CHECKING:
@@ -61,10 +61,8 @@ def read(name: str) -> "SavedSession":
 
     path = session_path(name)
     if not os.path.lexists(path):
-        import difflib
-
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "`octo-run sessions list` lists them."
+        near = nearest(name, names())
+        hint = f"did you mean {near}?" if near else "`octo-run sessions list` lists them."
         raise UsageError(f"there is no session {quoted(name)}; {hint}")
     try:
         return SavedSession.read(path)

@@ -112,6 +112,9 @@ class FakeEngine:
     def close(self) -> None:
         self.closed = True
 
+    def check_params(self, params: Any) -> None:
+        pass
+
     def next_reply(self, on_prompt: OnPrompt) -> FakeReply:
         reply = self.replies.pop(0)
         reply.on_prompt = on_prompt

@@ -155,6 +155,33 @@ def test_later_than_two_seconds_ctrl_c_is_the_first_one_again(
     assert shown.out.count("Ctrl-C again or Ctrl-D leaves.") == 1
 
 
+@pytest.mark.parametrize("line", ["/clear xyz", "/undo 3", "/REGEN x", "/edit x", "/continue x", "/sessions x",
+                                  "/copy x", "/tokens x", "/stats\t x", "/exit now"])  # fmt: skip
+def test_what_a_command_does_not_take_is_refused(octo: Callable[..., Any], engine: Any, line: str) -> None:
+    engine.answers("a", "b")
+    shown = octo("chat", data=f"one\n{line}\n".encode())
+    name = line.split()[0].lower()
+    assert shown.code == 2 and shown.out == "a\n" and engine.session.asked == ["one"] and not engine.session.cleared
+    assert f"{name} takes no argument, and " in shown.err and f"; {name}: " in shown.err
+
+
+def test_the_help_of_one_command(octo: Callable[..., Any], engine: Any) -> None:
+    for line in ("/help read", "/help /read", "/? READ"):
+        assert octo("chat", data=line.encode()).err.startswith("/read FILE: send the text of a file"), line
+
+
+def test_leaving_as_other_programs_do(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    """Is told how it is done here; in a pipe a word is a question."""
+    for line in ("/quit", "/q", "/bye", "/QUIT"):
+        shown = octo("chat", data=line.encode())
+        assert shown.code == 2 and "did you mean /exit?" in shown.err, line
+    engine.answers("a", "b")
+    assert octo("chat", data=b"quit\n").code == 0 and engine.session.asked == ["quit"]
+    terminal(["quit", "exit", ":q", '"""quit"""'])
+    shown = octo("chat")
+    assert shown.code == 0 and shown.err.count("/exit or Ctrl-D leaves") == 3 and engine.session.asked == ["quit"]
+
+
 @pytest.mark.parametrize("line", ["/", "/?", "/ help", "/HELP", "/help me"])
 def test_questions_about_commands_are_no_messages(octo: Callable[..., Any], engine: Any, line: str) -> None:
     shown = octo("chat", data=line.encode())
@@ -404,3 +431,49 @@ def test_ctrl_c_before_a_message_is_sent_keeps_its_file(
     shown = octo("chat")
     assert shown.code == 0 and "[stopped, nothing was sent" in shown.out
     assert engine.session.asked == ["the text\n\ntwo"]
+
+
+REAL = ("chat", "--device", "cpu", "--ctx", "256", "-n", "3")
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("/kv oct33", "oct3"), ("/kv oct4:otc3", "oct3"), ("/model octo-dmeo", "octo-demo"),
+    ],
+)  # fmt: skip
+def test_the_nearest_model_and_format_are_named(octo: Callable[..., Any], line: str, near: str) -> None:
+    shown = octo(*REAL, "-q", data=line.encode())
+    assert shown.code == 2 and f"did you mean {near}?" in shown.err
+    model = line.removeprefix("/model ")
+    if model != line:
+        assert f"did you mean {near}?" in octo("chat", "-m", model).err
+
+
+def test_every_setting_that_is_listed_can_be_set_or_is_fixed(octo: Callable[..., Any]) -> None:
+    listed = octo(*REAL, "-q", "--regex", "[a-z ]*", data=b"/set\n").err.splitlines()
+    assert "grammar             a regular expression of 7 characters  (fixed: by --json-schema" in listed[-1]
+    values = {"stop": "x", "logit_bias": "5=3 7=-100", "xtc_threshold": "0.2", "min_p": "0.5"}
+    lines = list[str]()
+    for line in listed[:-1]:
+        name = line.split()[0]
+        lines += [f"/set {name} {values.get(name, 1)}", f"/set {name}"]
+    shown = octo(*REAL, "-q", data="\n".join(lines).encode())
+    told = shown.err.splitlines()
+    assert shown.code == 0 and told[::2] == told[1::2] and len(told) == len(lines), shown.err
+    shown = octo(*REAL, "-q", data=b"/set grammar x")
+    assert shown.code == 2 and "grammar is fixed while a chat runs" in shown.err
+
+
+def test_a_bias_on_a_token_that_there_is_not(octo: Callable[..., Any]) -> None:
+    """Is refused when it is set, and nothing has changed."""
+    for argv in (REAL, ("generate", "-p", "x", "-n", "2", "--device", "cpu")):
+        shown = octo(*argv, "-q", "--logit-bias", "8192=1", data=b"")
+        assert shown.code == 2 and "names the token 8192 and the vocabulary has 8,192" in shown.err, argv
+    for value in ("8192=1", "1=200", "x", "-1=3", "1=nan", "1"):
+        shown = octo(*REAL, "-q", data=f"/set logit_bias {value}".encode())
+        assert shown.code == 2 and shown.err.count("\n") == 1 and "logit_bias" in shown.err, value
+    bias, anew = "/set logit_bias", "/clear\nHello.\n"
+    said = octo(*REAL, "-q", data=f"Hello.\n{bias} 5=100\n{anew}{bias} none\n{anew}".encode())
+    first, second, third = said.out.splitlines()
+    assert first == third != second
