@@ -203,7 +203,7 @@ def _resume(chat: Conversation, beginning: Beginning, system: str | None) -> Non
     if system is not None:
         chat.session.system = system
     chat.session.variables |= chat.options.variables
-    chat.tell(chat_commands.loaded(chat, name))
+    chat.notice(chat_commands.loaded(chat, name))
 
 
 def _greet(load: EngineOptions) -> None:

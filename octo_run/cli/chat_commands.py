@@ -50,7 +50,7 @@ def _clear(chat: "Conversation", _argument: str) -> None:
     chat.session.clear()
     chat.held, chat.documents = 0, []
     chat.keeper.touched()
-    chat.tell("the conversation is forgotten")
+    chat.notice("the conversation is forgotten")
 
 
 def _undo(chat: "Conversation", _argument: str) -> None:
@@ -58,7 +58,7 @@ def _undo(chat: "Conversation", _argument: str) -> None:
         raise UsageError("there is no question to take back.")
     chat.held = chat.count_tokens()
     chat.keeper.touched()
-    chat.tell("the last question and its answer are taken back")
+    chat.notice("the last question and its answer are taken back")
 
 
 def _regenerate(chat: "Conversation", _argument: str) -> None:
@@ -67,9 +67,9 @@ def _regenerate(chat: "Conversation", _argument: str) -> None:
     if question is None:
         raise UsageError("there is no question to answer again.")
     if chat.params.temperature == 0:
-        chat.tell("without chance the answer will hardly differ; start with --temp 0.7 for another one")
+        chat.notice("without chance the answer will hardly differ; start with --temp 0.7 for another one")
     elif chat.params.seed is not None:
-        chat.tell("with --seed the answer will hardly differ; leave it out for another one")
+        chat.notice("with --seed the answer will hardly differ; leave it out for another one")
     chat.answer(question, before)
 
 
@@ -138,14 +138,14 @@ def _read_file(chat: "Conversation", argument: str) -> None:
         raise UsageError("give a file: /read FILE.")
     if argument == NO_FILE:
         number, chat.documents = len(chat.documents), []
-        chat.tell(f"{count(number, 'file')} will not be sent" if number else "there was no file to be sent")
+        chat.notice(f"{count(number, 'file')} will not be sent" if number else "there was no file to be sent")
         return
     path = _path(argument)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UsageError(f"{path} is no regular file.")
     text = documents.read(path)
     documents.add(chat, str(path), text)
-    chat.tell(f"{path.name}: {count(len(text), 'character')} go with the next message")
+    chat.notice(f"{path.name}: {count(len(text), 'character')} go with the next message")
 
 
 def _path(argument: str) -> Path:
@@ -162,7 +162,7 @@ def _save(chat: "Conversation", argument: str) -> None:
     if not name:
         raise UsageError("give a name: /save NAME.")
     size = chat.keeper.save(chat, name)
-    chat.tell(f"saved as {name}, {console.human_bytes(size)}; `octo-run chat --session {name}` continues it")
+    chat.notice(f"saved as {name}, {console.human_bytes(size)}; `octo-run chat --session {name}` continues it")
 
 
 def _load(chat: "Conversation", argument: str) -> None:
@@ -171,8 +171,13 @@ def _load(chat: "Conversation", argument: str) -> None:
         raise UsageError("give a name: /load NAME; /sessions lists them.")
     if how.strip() not in ("", ANEW):
         raise UsageError(f"/load takes a name, and {ANEW} to read the text again.")
-    chat.keeper.load(chat, name, anew=bool(how), advice=f"/load {name} {ANEW} reads its text again")
-    chat.tell(loaded(chat, name))
+    try:
+        chat.keeper.load(chat, name, anew=bool(how), advice=f"/load {name} {ANEW} reads its text again")
+    except session_files.Damaged as error:
+        if not chat.keeper.load_text(chat, name):
+            raise
+        chat.tell(f"{str(error).partition('; ')[0]}: its text up to the damage is here; /save OTHER keeps it")
+    chat.notice(loaded(chat, name))
 
 
 def loaded(chat: "Conversation", name: str) -> str:
@@ -209,7 +214,7 @@ def _export(chat: "Conversation", argument: str) -> None:
     else:
         text = "\n".join(f"**{message['role']}**\n\n{written(message)}\n" for message in messages)
     write_file(OutputFile(path, lambda place: _write(place, text)))
-    chat.tell(f"{path}: {count(len(messages), 'message')} written")
+    chat.notice(f"{path}: {count(len(messages), 'message')} written")
 
 
 def _copy(chat: "Conversation", _argument: str) -> None:
@@ -223,7 +228,7 @@ def _copy(chat: "Conversation", _argument: str) -> None:
     if len(data) > _LONGEST_COPY:
         raise UsageError(f"the answer has {len(data):,} bytes and a terminal takes {_LONGEST_COPY:,}; /export it.")
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
-    chat.tell(f"{count(len(chat.last.text), 'character')} sent to the clipboard")
+    chat.notice(f"{count(len(chat.last.text), 'character')} sent to the clipboard")
 
 
 def _think(chat: "Conversation", argument: str) -> None:
@@ -234,7 +239,7 @@ def _think(chat: "Conversation", argument: str) -> None:
         *others, last = switches
         raise UsageError(f"give {', '.join(others)} or {last}: /think {others[0]}.")
     chat.session.variables |= switches[argument]
-    chat.tell(f"thinking is {argument} from the next question on")
+    chat.notice(f"thinking is {argument} from the next question on")
 
 
 def _model(chat: "Conversation", argument: str) -> None:

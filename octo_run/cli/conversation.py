@@ -193,6 +193,11 @@ class Conversation:
         else:
             console.warn(text)
 
+    def notice(self, text: str) -> None:
+        """As :meth:`tell`, unless nothing but results is to be said: that something was done."""
+        if not console.is_quiet():
+            self.tell(text)
+
     def print(self, text: str) -> None:
         """Lines that were asked for; in a pipe, standard output is for answers alone."""
         if self.person:

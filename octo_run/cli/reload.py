@@ -83,7 +83,7 @@ def load_anew(chat: "Conversation", **changes: Any) -> None:
         _give(chat, engine, wanted, params)
     if failure is not None:
         raise failure
-    chat.tell("the conversation is read with the next question")
+    chat.notice("the conversation is read with the next question")
 
 
 def _give(chat: "Conversation", engine: "Engine", load: "EngineOptions", params: "SamplingParams") -> None:
