@@ -151,9 +151,9 @@ def command(
 
 def _as_it_was(name: str, load: EngineOptions) -> EngineOptions:
     """The options that a conversation was saved with, where the command line says nothing else."""
-    if name not in session_files.names():
-        session_files.session_path(name)
-        return load
+    with session_files.in_use(name):  # found out before a model is loaded for it
+        if name not in session_files.names():
+            return load
     saved = session_files.read(name)
     context = click.get_current_context()
     kept: dict[str, Any] = {"model": saved.model, **saved.options}
@@ -290,7 +290,7 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
             text, first = editor.read(draft, loading).strip() if first is None else first, None
             warned = False
             if chat is not None:
-                chat.draft = ""
+                chat.draft, chat.edits = "", chat.edits and not editor.cleared
             if text == "/exit":
                 return 0
             if text:
@@ -307,6 +307,8 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
             explain(error, click.get_current_context().find_root().obj)
         except KeyboardInterrupt:  # at the prompt, while the model loads, or too late to stop an answer
             chat_now = loading.now()
+            if chat_now is not None:
+                chat_now.draft, chat_now.edits = "", False
             if warned or (chat_now is not None and time.monotonic() - chat_now.stopped_at < TWICE):
                 return EXIT_INTERRUPTED
             warned = True

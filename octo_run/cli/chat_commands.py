@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,11 +77,12 @@ def _regenerate(chat: "Conversation", _argument: str) -> None:
 def _edit(chat: "Conversation", _argument: str) -> None:
     if not chat.person:
         raise UsageError("/edit needs a terminal.")
+    before = chat.session.mark()
     question = chat.session.undo()
+    chat.session.restore(before)  # until the changed one is sent
     if question is None:
         raise UsageError("there is no question to edit.")
-    chat.keeper.touched()
-    chat.held, chat.draft = chat.count_tokens(), question
+    chat.draft, chat.edits = question, True
 
 
 def _continue(chat: "Conversation", _argument: str) -> None:
@@ -152,9 +154,22 @@ def _path(argument: str) -> Path:
     if "\0" in argument:
         raise UsageError(f"{quoted(argument)} is no path: it has a zero byte.")
     try:
-        return Path(argument).expanduser()
+        path = Path(argument).expanduser()
+        if not os.path.lexists(path) and (bare := _unquoted(argument)) is not None:
+            path = Path(bare).expanduser()
+        return path
     except RuntimeError:  # ~NAME of nobody
         raise UsageError(f"{quoted(argument)} begins with the home of a user that is not known.") from None
+
+
+def _unquoted(argument: str) -> str | None:
+    """A path as a shell would read it: between quotes, or with backslashes before its spaces, as terminals paste it
+    when a file is dropped on them; None where it is no single word."""
+    try:
+        words = shlex.split(argument)
+    except ValueError:
+        return None
+    return words[0] if len(words) == 1 else None
 
 
 def _save(chat: "Conversation", argument: str) -> None:
@@ -244,13 +259,16 @@ def _think(chat: "Conversation", argument: str) -> None:
 
 def _model(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError("give a model: /model NAME; `octo-run list` lists those on this machine.")
+        raise UsageError(f"give a model: /model NAME; on this machine there are {', '.join(runtime.known_models())}.")
     load_anew(chat, model=argument, ctx=None)
 
 
 def _kv(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError("give a format: /kv oct4; `octo-run show` lists them.")
+        raise UsageError(f"give a format, of {', '.join(runtime.format_names())}: /kv oct4; it is {chat.load.kv} now.")
+    if argument.lower() == chat.load.kv and not chat.engine.closed:
+        chat.notice(f"the KV cache is {chat.load.kv} already")
+        return
     load_anew(chat, kv=argument.lower())
 
 

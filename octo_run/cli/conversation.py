@@ -112,6 +112,7 @@ class Conversation:
         interrupted: Whether Ctrl-C ended the last answer.
         stopped_at: When an answer was stopped last, by the monotonic clock.
         draft: What the next input line begins with.
+        edits: Whether the next message takes the place of the last question.
         documents: Texts of files that go with the next message.
         last: The last answer.
         changed: The sampling settings that were set by hand.
@@ -129,6 +130,7 @@ class Conversation:
         options: ChatOptions,
     ) -> None:
         self.interrupted, self.stopped_at, self.draft = False, -math.inf, ""
+        self.edits = False
         self.documents: list[str] = []
         self.last: Reply | None = None
         self.engine, self.session, self.params = engine, session, params
@@ -148,16 +150,17 @@ class Conversation:
             UsageError: The command is unknown, or the message cannot be answered (see ``Session.ask``).
         """
         self.interrupted = False
+        edits, self.edits = self.edits, False
         if text.startswith(BLOCK):
             if opens_block(text):
                 raise UsageError(f"the message begins with {BLOCK} and does not end with it.")
-            self._send(text[len(BLOCK) : -len(BLOCK)].strip("\n"))
+            self._send(text[len(BLOCK) : -len(BLOCK)].strip("\n"), edits=edits)
             return
         found = _command(text)
         if self.person and text.lower() in chat_commands.LEAVING:
             raise UsageError(f"/exit or Ctrl-D leaves; {BLOCK}{text}{BLOCK} sends the word.")
         if found is None:
-            self._send(text[1:] if text.startswith("//") else text)
+            self._send(text[1:] if text.startswith("//") else text, edits=edits)
             return
         name, argument = found
         command = chat_commands.COMMANDS.get(name)
@@ -228,13 +231,14 @@ class Conversation:
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed twice, at a terminal.
         """
+        mark = before or self.session.mark()
         if self.engine.closed:
+            self.session.restore(mark)
             raise UsageError("no model is loaded: /model NAME or /kv FORMAT loads one.")
         reply: Reply | None = None
         self.keeper.release()
         if self.person:
             console.echo()
-        mark = before or self.session.mark()
         display = AnswerDisplay(markdown=self.person and not self.options.plain, hide=self.options.hide_thinking)
         with stop_on_interrupt() as stop:
 
@@ -283,12 +287,18 @@ class Conversation:
             raise KeyboardInterrupt
         return reply is not None
 
-    def _send(self, text: str) -> None:
-        """A message of the user, with the files that were read for it."""
+    def _send(self, text: str, *, edits: bool = False) -> None:
+        """A message of the user, with the files that were read for it.
+
+        Args:
+            edits: It takes the place of the last question.
+        """
         if self.documents and not text.strip():
             raise UsageError("the message is empty; type what is to be done with the file.")
-        documents = self.documents
-        if self.answer("\n\n".join([*documents, text])):
+        before = self.session.mark() if edits else None
+        if edits:
+            self.session.undo()
+        if self.answer("\n\n".join([*self.documents, text]), before):
             self.documents = []
 
     def _account(self, reply: "Reply") -> None:

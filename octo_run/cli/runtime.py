@@ -265,13 +265,12 @@ def check_model(name: str) -> None:
     Raises:
         OctoError: There is not; where another one is called alike, that is said.
     """
-    from octo_run.models.cache import DEMO_NAME
     from octo_run.models.hub import resolve
 
     try:
         resolve(name)
     except OctoError as error:
-        near = nearest(name, [DEMO_NAME, *model_names()])
+        near = nearest(name, known_models())
         if near is None or near == name:
             raise
         raise type(error)(f"{str(error).rstrip('.')}; or did you mean {near}?") from None
@@ -303,6 +302,13 @@ def model_names() -> list[str]:
     from octo_run.models import hub
 
     return [entry.label for entry in hub.list_models() if entry.complete and entry.damage is None]
+
+
+def known_models() -> list[str]:
+    """Those, and the embedded one."""
+    from octo_run.models.cache import DEMO_NAME
+
+    return [*dict.fromkeys((DEMO_NAME, *model_names()))]
 
 
 def format_names() -> list[str]:

@@ -289,6 +289,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
         from octo_run.cli import line_editor
 
         class Editor:
+            cleared = False
+
             def __init__(self, *_: Any) -> None:
                 pass
 

@@ -477,3 +477,53 @@ def test_a_bias_on_a_token_that_there_is_not(octo: Callable[..., Any]) -> None:
     said = octo(*REAL, "-q", data=f"Hello.\n{bias} 5=100\n{anew}{bias} none\n{anew}".encode())
     first, second, third = said.out.splitlines()
     assert first == third != second
+
+
+@pytest.mark.parametrize(
+    ("lines", "counts"),
+    [
+        (["/edit", "changed", "/tokens"], [1]),
+        (["/edit", "/tokens", "two", "/tokens"], [1, 2]),
+        (["/edit", KeyboardInterrupt, "two", "/tokens"], [2]),
+        (["/edit", '"""changed"""', "/tokens"], [1]),
+        (["/edit", "x " * 400, "/tokens", "two", "/tokens"], [1, 2]),
+    ],
+    ids=["sent", "a command in between", "given up", "a block", "too long"],
+)
+def test_a_question_that_is_edited_stays_until_the_changed_one_is_sent(
+    octo: Callable[..., Any], terminal: Any, lines: list[Any], counts: list[int]
+) -> None:
+    terminal(["one", *lines])
+    shown = octo(*REAL)
+    assert [int(line.split()[0]) for line in shown.out.splitlines() if "of the context" in line] == counts
+
+
+def test_a_dropped_file_has_the_path_that_a_shell_would_read(
+    octo: Callable[..., Any], engine: Any, tmp_path: Path
+) -> None:
+    """Terminals paste it with quotes or backslashes; a file that is really called so comes first."""
+    (tmp_path / "a b.txt").write_text("text")
+    (tmp_path / "'q'").write_text("quoted")
+    for written in (f"'{tmp_path}/a b.txt'", f'"{tmp_path}/a b.txt"', f"{tmp_path}/a\\ b.txt", f"{tmp_path}/a b.txt"):
+        shown = octo("chat", data=f"/read {written}\n".encode())
+        assert shown.code == 0 and "a b.txt: 4 characters go with" in shown.err, written
+    assert "6 characters" in octo("chat", data=f"/read {tmp_path}/'q'".encode()).err
+    for wrong in ("'", "'a' 'b'", "\\"):
+        assert octo("chat", data=f"/read {wrong}\n".encode()).code == 2
+
+
+def test_what_is_there_is_not_loaded_again(octo: Callable[..., Any]) -> None:
+    shown = octo(*REAL, data=b"/kv OCT3\n/kv\n")
+    assert shown.code == 2 and "the KV cache is oct3 already" in shown.err and "it is oct3 now" in shown.err
+    assert "on this machine there are octo-demo" in octo(*REAL, data=b"/model\n").err
+
+
+def test_a_session_that_is_in_use_is_told_of_before_a_model_is_loaded(
+    octo: Callable[..., Any], engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octo_run.cli import session_files
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with session_files.in_use("mine"):
+        shown = octo("chat", "--session", "mine", data=b"one\n")
+    assert shown.code == 1 and "another octo-run uses the session 'mine'" in shown.err and engine.loads == []
