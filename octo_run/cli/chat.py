@@ -143,7 +143,10 @@ def command(
         _greet(load)
         loading = Arriving(lambda: _conversation(system, load, sampling, options, beginning))
         try:
-            return _at_terminal(loading, load.model, prompt)
+            code = _at_terminal(loading, load.model, prompt)
+            if code == EXIT_INTERRUPTED:
+                process.forget_typed()
+            return code
         finally:
             if (chat := loading.now()) is not None:
                 chat.keeper.close(chat)
