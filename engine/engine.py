@@ -107,7 +107,7 @@ class Engine:
         ends = frozenset((*defaults.eos_token_ids, *cfg.eos_token_ids, *tokenizer.eos_ids))
         self.end_ids = ends = ends if isinstance(tokenizer, NoTokenizer) else tokenizer.thinking.ends(ends)
         if isinstance(tokenizer, Tokenizer):
-            self.step.guide = lambda grammar: Guide(grammar, tokenizer, ends)
+            self.step.guide = lambda grammar, prompt, answer: Guide(grammar, tokenizer, ends, prompt, answer)
             self.step.breaking = lambda: breaking_tokens(tokenizer)
 
     def close(self) -> None:
@@ -121,8 +121,13 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @property
+    def closed(self) -> bool:
+        """Whether its memory was given back."""
+        return "_decoder" not in vars(self)
+
     def __repr__(self) -> str:
-        state = "" if "_decoder" in vars(self) else ", closed"
+        state = ", closed" if self.closed else ""
         return (
             f"<Engine {shown(self.name)}: {self.kv.name} cache, {str(self.dtype).removeprefix('torch.')} on "
             f"{self.device}, context {self.max_context:,}{state}>"
@@ -392,6 +397,7 @@ class Engine:
         params: SamplingParams | None = None,
         on_prompt: OnPrompt | None = None,
         shared: int = 0,
+        answered: int = 0,
     ) -> "Generation":
         """Continue a prompt.
 
@@ -402,13 +408,16 @@ class Engine:
                 generation took its place in between. What it raises ends the generation; the cache keeps what was fed.
             shared: How many of the prompt's first tokens others will begin with, too (a document, say): recurrent
                 layers and those with windows keep a snapshot there, so that these need not be read again.
+            answered: How many of the prompt's last tokens are the beginning of the answer: a grammar, penalties of the
+                answer's tokens and the noise of a seed go on behind them.
 
         Returns:
             An iterator of :class:`Token` with the figures of the run as attributes.
 
         Raises:
             UsageError: No ids, more than the context holds, ids outside the vocabulary, stop strings where there is no
-                tokenizer, what is neither text nor ids, or fewer than 0 ``shared`` tokens.
+                tokenizer, what is neither text nor ids, fewer than 0 ``shared`` tokens, or more tokens of an answer
+                than the prompt has.
         """
         ids = self.prompt_ids(prompt)
         self.check_prompt(ids)
@@ -416,9 +425,12 @@ class Engine:
         expect("shared", shared, int)
         if shared < 0:
             raise UsageError(f"shared is {shared}; give 0 or more tokens.")
+        expect("answered", answered, int)
+        if not 0 <= answered <= len(ids):
+            raise UsageError(f"answered is {answered} and the prompt has {len(ids):,} tokens: give 0 to {len(ids)}.")
         if params is not None:
             self.check_params(params)
-        return Generation(self, ids, params or SamplingParams(), on_prompt, shared)
+        return Generation(self, ids, params or SamplingParams(), on_prompt, shared, answered)
 
     def chat(
         self,
@@ -531,9 +543,12 @@ class Engine:
         Raises:
             UsageError: A bias of tokens that there are not, or a grammar where there is no tokenizer.
         """
-        wrong = next((token for token, _ in params.logit_bias if token >= self.config.vocab_size), None)
+        most = min(self.config.vocab_size, self.tokenizer.vocab_size)  # a model may have rows without tokens
+        wrong = next((token for token, _ in params.logit_bias if token >= most), None)
         if wrong is not None:
-            raise UsageError(f"logit_bias names the token {wrong} and the vocabulary has {self.config.vocab_size:,}.")
+            raise UsageError(
+                f"logit_bias names the token {wrong} and the vocabulary has {most:,}: give ids below that."
+            )
         if params.grammar is not None and self.step.guide is None:
             raise UsageError("A model with random weights has no tokenizer, so no grammar can be followed.")
 

@@ -93,11 +93,12 @@ class Generation:
         params: SamplingParams,
         on_prompt: OnPrompt | None = None,
         shared: int = 0,
+        answered: int = 0,
     ) -> None:
         """Nothing is computed before the first token.
 
         Args:
-            shared: See ``Engine.generate``.
+            shared, answered: See ``Engine.generate``.
 
         Raises:
             UsageError: Stop strings without a tokenizer.
@@ -108,6 +109,8 @@ class Generation:
         self.prefill_seconds, self.decode_seconds = 0.0, 0.0
         self.generated_tokens = self.decoded_tokens = 0
         self.finish_reason: str | None = None
+        #: How many of the prompt's last ids are the beginning of the answer.
+        self.answered = answered
         self._on_prompt, self._shared = on_prompt, shared
         #: The answer's text: what is thought of it, and what is said.
         self.answer = AnswerText(engine.tokenizer, params, engine.end_ids, ids)
@@ -173,7 +176,7 @@ class Generation:
                 hidden = engine.feed(sequence, ids[held:], told)
                 if engine.device.type == "cpu":
                     self.read_tokens = read + len(ids) - held  # also where no token can be drawn
-                engine.step.begin(sequence, params, ids, self.generated_tokens)
+                engine.step.begin(sequence, params, ids, self.answered + self.generated_tokens)
                 engine.step.first([sequence], hidden)
                 engine.step.wait(sequence)
                 told(len(ids) - held, len(ids) - held)

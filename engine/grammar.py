@@ -19,6 +19,8 @@ from torch import Tensor
 from octo_run.errors import OctoError, UsageError, expect, quoted, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from octo_run.tokenizer import Tokenizer
 
 Kind = Literal["json", "regex", "lark", "gbnf"]
@@ -60,6 +62,11 @@ class Grammar:
             problem = str(error)
         if problem:
             raise UsageError(f"The {_NAMES[self.kind]} cannot be used: {shown(_flat(problem), 200)}.")
+
+    @property
+    def name(self) -> str:
+        """What its kind is called."""
+        return _NAMES[self.kind]
 
     @property
     def compiled(self) -> str:
@@ -120,32 +127,75 @@ class _Vocabulary:
 
 
 class Guide:
-    """Follows one answer: which tokens may come next.
+    """Follows one answer: which tokens may come next. A thought that it begins with is free.
 
     Attributes:
         seconds: What was spent so far.
         count: Masks that were made.
     """
 
-    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
-        """Begin an answer.
+    def __init__(
+        self,
+        grammar: Grammar,
+        tokenizer: Tokenizer,
+        end_ids: frozenset[int],
+        prompt: Sequence[int] = (),
+        answer: Sequence[int] = (),
+    ) -> None:
+        """Begin an answer, or go on with one.
+
+        Args:
+            prompt: The ids before it.
+            answer: Its ids so far.
 
         Raises:
             UsageError: A tokenizer without a token that ends an answer.
+            OctoError: The grammar does not allow the answer so far.
         """
         if not end_ids:
             raise UsageError("This model has no token that ends an answer, so no grammar can be followed.")
         library = _library()
-        self._ends = end_ids
+        self._ends, self._piece = end_ids, tokenizer.piece
         if tokenizer not in _vocabularies:
             wrapper = library.TokenizerWrapper(_Vocabulary(tokenizer, min(end_ids)))
             _vocabularies[tokenizer] = library.LLTokenizer(wrapper, n_vocab=tokenizer.vocab_size)
-        self._matcher = library.LLMatcher(_vocabularies[tokenizer], grammar.compiled)
+        self._matcher = library.LLMatcher(_vocabularies[tokenizer], grammar.compiled, log_level=0)
         self._bits = torch.zeros(-(-tokenizer.vocab_size // _BITS), dtype=torch.int32)
         self.seconds, self.count = 0.0, 0
+        self._thought: _Thought | None = _Thought(tokenizer, prompt)
+        self._begun = True  # otherwise what sets a thought off may come
+        for token in answer:
+            self._thought.advance(token)
+        self._leave_thought()
 
     def advance(self, token: int) -> None:
-        """The next token of the answer is this one."""
+        """The next token of the answer is this one.
+
+        Raises:
+            OctoError: The grammar does not allow it.
+        """
+        if self._thought is None:
+            self._follow(token)
+        else:
+            self._thought.advance(token)
+            self._leave_thought()
+
+    def _leave_thought(self) -> None:
+        """If the thought is over, follow what was said since."""
+        thought = self._thought
+        if thought is not None and thought.over:
+            self._thought, self._begun = None, not thought.was
+            for token in thought.said:
+                self._follow(token)
+
+    def _follow(self, token: int) -> None:
+        sets_off = not self._begun and token not in self._ends and not self._piece(token).strip()
+        if sets_off and not self._matcher.validate_tokens([token]):
+            return
+        self._begun = True
+        self._consume(token)
+
+    def _consume(self, token: int) -> None:
         if token not in self._ends and not self._matcher.is_stopped():
             self._matcher.consume_token(token)
             self._check()
@@ -157,6 +207,9 @@ class Guide:
             bits: int32 on the host, with a bit for each row of the model's vocabulary.
         """
         begun = time.perf_counter()
+        if self._thought is not None:
+            bits.fill_(-1)
+            return
         bits.zero_()
         if not self._matcher.is_stopped():
             self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.nbytes)
@@ -171,7 +224,39 @@ class Guide:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise OctoError(f"The grammar cannot be followed here: {shown(_flat(self._matcher.get_error()), 240)}.")
+            why = _flat(self._matcher.get_error().partition("<state>")[0])
+            raise OctoError(f"The grammar cannot be followed here: {shown(why, 240)}.")
+
+
+class _Thought:
+    """Follows an answer while it is, or may be, in a thought.
+
+    Attributes:
+        over: Whether what comes next is said.
+        was: Whether there was a thought.
+        said: The ids of what was said behind the last thought.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer, self._division = tokenizer, tokenizer.thinking.division(prompt)
+        self._stream = tokenizer.stream(prompt)
+        self.over = not self._division.thinking
+        self.was, self.said = not self.over, list[int]()
+
+    def advance(self, token: int) -> None:
+        """Take the next token. A mark that is text may end inside it."""
+        special, before = token in self._tokenizer.special_ids, self.over
+        text = self._tokenizer.decode([token], skip_special=False) if special else self._stream.push(token)
+        pieces = self._division.special(text) if special else self._division.text(text)
+        parts = self._division.give(pieces)[1]
+        self.over = not self._division.thinking and not self._division.between
+        if not self.over:
+            self.was, self.said = True, []
+        elif before:
+            self.said.append(token)
+        else:
+            text = "".join(part for thought, part in parts if not thought)
+            self.said = self._tokenizer.encode(text) if text.strip() else []
 
 
 def _signed_bit(number: int) -> int:

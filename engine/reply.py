@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,26 +21,30 @@ class ThinkBudget:
 
     Attributes:
         tokens: At most, 0 or more.
-        generate: Continues ids under other rules.
     """
 
     tokens: int
     engine: Engine
     params: SamplingParams
-    generate: Callable[[list[int], SamplingParams], Generation]
 
     def __post_init__(self) -> None:
         if self.tokens < 0:
             raise UsageError(f"The budget of thought is {self.tokens} tokens; give 0 or more.")
 
-    def rest(self, ids: list[int], count: int) -> Generation | None:
-        """What follows ``ids``, after ``count`` tokens of the answer; None where there is no room for it."""
+    def rest(self, ids: list[int], count: int, answered: int) -> Generation | None:
+        """What follows ``ids``, after ``count`` tokens of the answer; None where there is no room for it.
+
+        Args:
+            answered: How many of the ids are the answer's.
+        """
         params = self.params
         if params.max_tokens is not None:
             if params.max_tokens <= count:
                 return None
             params = replace(params, max_tokens=params.max_tokens - count)
-        return None if len(ids) >= self.engine.max_context else self.generate(ids, params)
+        if len(ids) >= self.engine.max_context:
+            return None
+        return self.engine.generate(ids, params, answered=answered)
 
 
 class Reply:
@@ -52,6 +56,7 @@ class Reply:
     Attributes:
         finish_reason: "stop" (an end token or a stop string), "length" (``max_tokens``), "context" (full), or
             "interrupted".
+        failed: Whether it ended by an exception of the engine (not by Ctrl-C).
     """
 
     def __init__(self, generation: Generation, dropped_turns: int = 0, budget: ThinkBudget | None = None) -> None:
@@ -69,6 +74,7 @@ class Reply:
         #: The tokens so far, with their log-probabilities.
         self.tokens = list[Token]()
         self.finish_reason: str | None = None
+        self.failed = False
         self._pieces = self._run()
 
     @property
@@ -82,6 +88,11 @@ class Reply:
     def prompt_tokens(self) -> int:
         """Tokens of the whole prompt."""
         return self._parts[0].prompt_tokens
+
+    @property
+    def answered(self) -> int:
+        """Prompt tokens that are the beginning of the answer: it goes on with them."""
+        return self._parts[0].answered
 
     @property
     def reused_tokens(self) -> int:
@@ -121,7 +132,13 @@ class Reply:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        try:
+            piece = next(self._pieces)
+        except StopIteration:
+            raise
+        except Exception:
+            self.failed = True
+            raise
         self.text += piece
         return piece
 
@@ -149,7 +166,9 @@ class Reply:
         """Put the end of the thought into the answer, and go on behind it."""
         self.generation.close()
         ids = budget.engine.tokenizer.thinking.closing()
-        following = budget.rest([*self.prompt_ids, *self.ids, *ids], len(self.ids))
+        following = budget.rest(
+            [*self.prompt_ids, *self.ids, *ids], len(self.ids), self.answered + len(self.ids) + len(ids)
+        )
         if following is None:
             self.finish_reason = "length"
             return

@@ -1,9 +1,12 @@
 """A chat session, which remembers its turns."""
 
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from octo_run.engine.engine import Engine
 from octo_run.engine.generation import OnPrompt
+from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.reply import Reply, ThinkBudget
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.shared_beginning import shared_beginning
@@ -12,14 +15,42 @@ from octo_run.tokenizer.thinking import Division
 
 #: Tokens kept free for an answer when old turns must make room and no ``max_tokens`` is given.
 ANSWER_ROOM = 256
+#: Characters of a message whose tokens are counted first.
+_LONG = 1 << 16
 #: Tokens that a chat template writes behind the token that ends an answer, at most.
 _AFTER_END = 4
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """An answer that ended, to be gone on with.
+
+    Attributes:
+        turn: Its message.
+        ids: The ids that it goes on from.
+        division: Where in its parts it was.
+        answered: How many of the ids are its own.
+    """
+
+    turn: dict[str, str]
+    ids: list[int]
+    division: Division
+    answered: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A session at one moment, for :meth:`Session.restore`."""
+
+    turns: tuple[dict[str, str], ...]
+    ended: _Ended | None
 
 
 class Session:
     """A chat. Each :meth:`ask` renders the whole conversation; the engine reuses the prefix it already holds.
 
-    When the context is full the oldest turns after the system prompt are dropped, and the reply says how many.
+    An answer that fails (not one that is stopped) leaves the session as it was before its question. When the context is
+    full the oldest turns after the system prompt are dropped, and the reply says how many.
 
     A turn of the model has its text as ``content``. What the model thought stands there between marks where these are
     text to its tokenizer (``<think>``), else apart from it, under the name that the chat template reads.
@@ -52,8 +83,8 @@ class Session:
         self.turns: list[dict[str, str]] = []
         self._open: Reply | None = None
         self._begun: dict[str, str] | None = None  # what the answer that is open said before
-        #: The last answer, the ids that it goes on from, and where in its parts it was.
-        self._ended: tuple[dict[str, str], list[int], Division] | None = None
+        self._before: Mark | None = None  # the session before the answer that is open
+        self._ended: _Ended | None = None  # the last answer
 
     def __repr__(self) -> str:
         return f"<Session with {self.engine!r}: {len(self.turns)} messages>"
@@ -72,6 +103,26 @@ class Session:
         """Forget all turns; the system prompt stays."""
         self._open = self._ended = None
         self.turns = []
+
+    def mark(self) -> Mark:
+        """The conversation as it is, to be gone back to."""
+        self._settle()
+        return Mark((*self.turns,), self._ended)
+
+    def restore(self, mark: Mark) -> None:
+        """Go back to what the conversation was; an answer that is open ends and is forgotten."""
+        if self._open is not None:
+            self._open.close()
+        self._open = self._begun = None
+        self.turns, self._ended = [*mark.turns], mark.ended
+
+    def room(self) -> int:
+        """How many tokens the next message may have, beside the system prompt and room for an answer (and beside the
+        conversation where its turns are not dropped)."""
+        stays = self._head() if self.drops else self.messages
+        limit = self.engine.max_context
+        used = len(self.rendered([*stays, {"role": "user", "content": "."}]))
+        return max(0, limit - used - min(ANSWER_ROOM, limit // 4))
 
     def undo(self) -> str | None:
         """Take back the last question and its answer.
@@ -106,21 +157,28 @@ class Session:
         expect("params", params, SamplingParams, none=True)
         if not text.strip():
             raise UsageError("The message is empty; type a question.")
-        self._settle()
+        before = self.mark()
+        self._refuse_longest(text)
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
-        budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params, self.engine.generate)
+        budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params)
         messages = self._head() + turns
         shared = shared_beginning(ids, messages, self.rendered) if self.engine.arena.takes_snapshots else 0
         reply = Reply(self.engine.generate(ids, params, on_prompt, shared), dropped, budget)
-        self.turns, self._open, self._begun = turns, reply, None
+        self.turns, self._open, self._begun, self._before = turns, reply, None, before
         return reply
 
-    def resume(self, params: SamplingParams | None = None, on_prompt: OnPrompt | None = None) -> Reply:
-        """Go on with the last answer, where it was stopped.
+    def resume(
+        self,
+        params: SamplingParams | None = None,
+        on_prompt: OnPrompt | None = None,
+        think_budget: int | None = None,
+    ) -> Reply:
+        """Go on with the last answer, where it was stopped. A grammar goes on, too.
 
         Args:
             on_prompt: See ``Engine.generate``.
+            think_budget: As in :meth:`ask`, of the whole answer.
 
         Returns:
             What is said now; the answer in the conversation is the old text and this one.
@@ -129,34 +187,37 @@ class Session:
             UsageError: There is no answer, or the context is full.
         """
         expect("params", params, SamplingParams, none=True)
-        self._settle()
+        before = self.mark()
         if not self.turns or self.turns[-1]["role"] != "assistant":
             raise UsageError("There is no answer to continue.")
-        ids, begun, division = self._answer_ids()
+        ids, begun, division, answered = self._answer_ids()
         if len(ids) >= self.engine.max_context:
             raise UsageError(f"The context of {self.engine.max_context:,} tokens is full: no answer goes on in it.")
         params = params or SamplingParams.from_defaults(self.engine.defaults)
-        reply = Reply(self.engine.generate(ids, params, on_prompt))
+        left = None if think_budget is None else max(0, think_budget - answered)
+        budget = None if left is None else ThinkBudget(left, self.engine, params)
+        reply = Reply(self.engine.generate(ids, params, on_prompt, answered=answered), budget=budget)
         if division is not None:
             reply.generation.answer.division = division
-        self.turns, self._open, self._begun = self.turns[:-1], reply, begun
+        self.turns, self._open, self._begun, self._before = self.turns[:-1], reply, begun, before
         return reply
 
-    def _answer_ids(self) -> tuple[list[int], dict[str, str], Division | None]:
-        """The conversation's ids up to the last word of its last answer, this answer, and where in its parts it is, if
-        the ids do not tell."""
+    def _answer_ids(self) -> tuple[list[int], dict[str, str], Division | None, int]:
+        """The conversation's ids up to the last word of its last answer, this answer, where in its parts it is, if the
+        ids do not tell, and how many of the ids are its own."""
         turn, thinking = self.turns[-1], self.engine.tokenizer.thinking
-        if self._ended is not None and self._ended[0] == turn:
+        if self._ended is not None and self._ended.turn == turn:
             # A character that was cut is left out: its bytes are in the ids.
             cut = {name: text.removesuffix("\ufffd") for name, text in turn.items()}
-            return list(self._ended[1]), cut, self._ended[2]
+            return list(self._ended.ids), cut, deepcopy(self._ended.division), self._ended.answered
         division: Division | None = None
         if thinking.key is None:
             division = thinking.division([])
             division.give(division.text(turn["content"]))
         ids = self.rendered(self.messages, add_generation_prompt=False)
         ends = [place for place, token in enumerate(ids) if token in self.engine.end_ids]
-        return ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids, turn, division
+        ids = ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids
+        return ids, turn, division, len(ids) - common_length(ids, self.rendered(self.messages[:-1]))
 
     def _fitting(
         self, turns: list[dict[str, str]], params: SamplingParams
@@ -183,17 +244,28 @@ class Session:
             turns = turns[next(following) :]
             ids = self.rendered(self._head() + turns)
         if len(ids) > limit:
-            raise UsageError(
-                f"The message makes a prompt of {len(ids):,} tokens by itself and the context holds {limit:,}: "
-                f"{self.engine.shorten}."
-            )
+            raise self._too_long(f"{len(ids):,}")
         return turns, ids, dropped
+
+    def _refuse_longest(self, text: str) -> None:
+        """Refuse what the context cannot hold before all of it is made into tokens, which Ctrl-C would wait for."""
+        limit = self.engine.max_context
+        if len(text) > max(limit, _LONG) and (tokens := self.engine.tokenizer.count(text, limit)) > limit:
+            raise self._too_long(f"about {tokens:,}")
+
+    def _too_long(self, tokens: str) -> UsageError:
+        return UsageError(
+            f"The message makes a prompt of {tokens} tokens by itself and the context holds "
+            f"{self.engine.max_context:,}: {self.engine.shorten}."
+        )
 
     def _head(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _settle(self) -> None:
-        """Enter the last reply, whole or interrupted, into the conversation."""
+        """Enter the last reply, whole or interrupted, into the conversation; of one that failed nothing stays."""
+        if self._open is not None and self._open.failed and self._before is not None:
+            self.restore(self._before)
         if self._open is not None:
             reply, self._open = self._open, None
             if reply.finish_reason is None:
@@ -205,4 +277,5 @@ class Session:
             at_end = bool(reply.ids) and (reply.ids[-1] in self.engine.end_ids or division.ended)
             at_stop_text = reply.finish_reason == "stop" and not at_end  # which the ids hold and the text does not
             said = reply.ids[:-1] if at_end else reply.ids
-            self._ended = None if at_stop_text else (dict(turn), [*reply.prompt_ids, *said], division)
+            ids, answered = [*reply.prompt_ids, *said], reply.answered + len(said)
+            self._ended = None if at_stop_text else _Ended(dict(turn), ids, division, answered)

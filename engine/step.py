@@ -140,7 +140,7 @@ class Stepper:
         self._spare: list[Result] = []
         self._recorder = _Recorder(device, arena.shape.dtype) if device.type == "cuda" else None
         #: Begins to follow a grammar; None: there is no tokenizer.
-        self.guide: Callable[[Grammar], Guide] | None = None
+        self.guide: Callable[[Grammar, list[int], list[int]], Guide] | None = None
         #: Gives the tokens that end a repetition (``sampling_rules.BREAKERS``), once.
         self.breaking: Callable[[], list[int]] | None = None
         bits = (rows, -(-cfg.vocab_size // 32))
@@ -169,7 +169,7 @@ class Stepper:
 
         Args:
             seen: The tokens so far.
-            drawn: How many of the last of them are drawn ones.
+            drawn: How many of the last of them are the answer's.
         """
         known = sequence.ids
         sequence.cancel()
@@ -181,9 +181,8 @@ class Stepper:
         if params.grammar is not None:
             if self.guide is None:
                 raise UsageError("A model with random weights has no tokenizer, so no grammar can be followed.")
-            sampling.guide = self.guide(params.grammar)
-            for token in seen[len(seen) - drawn :]:
-                sampling.guide.advance(token)
+            answer = len(seen) - drawn
+            sampling.guide = self.guide(params.grammar, seen[:answer], seen[answer:])
 
     @torch.inference_mode()
     def first(self, sequences: list[Sequence], normed: Tensor) -> None:

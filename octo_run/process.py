@@ -33,6 +33,7 @@ ENDING = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGQUIT: 131}
 _PLAIN_SCREEN = b"\x1b[?2004l\x1b[?1l\x1b[0m\x1b[?25h\r\n\x1b[J"
 
 _found: list[tuple[int, list[Any]]] = []  # the terminal's descriptor and its attributes at the start
+_locked = False  # whether what is typed does not show
 _altered = 0  # how many parts of the program have the screen or the keyboard in a mode of their own
 _partial: "dict[Path, int]" = {}  # files and folders that are not whole, with the process that writes them
 _alarm: tuple[int, int] | None = None  # the pipe through which signals reach the watching thread
@@ -103,6 +104,8 @@ def finish(code: int) -> int:
 def leave(code: int) -> NoReturn:
     """End the process at once with the terminal as it was found, and without what was not whole. Nothing is flushed:
     the writers flush what counts."""
+    if code in (EXIT_INTERRUPTED, ENDING[signal.SIGQUIT]) and _locked:
+        forget_typed()
     _restore_terminal()
     for path, owner in [*_partial.items()]:
         if owner == os.getpid():
@@ -152,6 +155,16 @@ def interrupt_handler(handle: Callable[[FrameType | None], None]) -> Iterator[No
         signal.signal(signal.SIGINT, before)
 
 
+def interrupt_soon() -> None:
+    """Let Ctrl-C come again in a moment: it came where it could not be obeyed."""
+    import threading
+    from _thread import interrupt_main
+
+    again = threading.Timer(0.05, interrupt_main)
+    again.daemon = True
+    again.start()
+
+
 @contextmanager
 def altered_screen() -> Iterator[None]:
     """Inside the block the terminal is in modes of its own: who leaves there must undo them."""
@@ -167,10 +180,12 @@ def altered_screen() -> Iterator[None]:
 def locked_keyboard() -> Iterator[None]:
     """Inside the block what is typed does not show; it is kept, key by key, for whoever reads standard input next.
 
-    Ctrl-C and Ctrl-Z still are signals. Who edits a line there puts the terminal into modes of its own and gives it
-    back as it was found here. While the program is stopped by Ctrl-Z the terminal is as it was before. Nothing happens
-    where standard input is no terminal.
+    Ctrl-C and Ctrl-Z still are signals. Ctrl-C leaves what was typed before it. Nothing of that gets to the shell when
+    the program is stopped or ends by Ctrl-C: nobody saw it. Who edits a line there puts the terminal
+    into modes of its own and gives it back as it was found here. While the program is stopped by Ctrl-Z the terminal is
+    as it was before. Nothing happens where standard input is no terminal.
     """
+    global _locked
     if not os.isatty(0):
         yield
         return
@@ -180,10 +195,12 @@ def locked_keyboard() -> Iterator[None]:
         modes = termios.tcgetattr(0)
         modes[0] &= ~termios.ICRNL  # Enter stays what an editor takes for Enter
         modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN)
+        modes[3] |= termios.NOFLSH  # otherwise the kernel drops what was typed when Ctrl-C is pressed
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
         termios.tcsetattr(0, termios.TCSANOW, modes)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
+        forget_typed()
         termios.tcsetattr(0, termios.TCSANOW, before)
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)  # here the process stops, and goes on after SIGCONT
@@ -194,12 +211,24 @@ def locked_keyboard() -> Iterator[None]:
     if former is not signal.SIG_IGN:
         signal.signal(signal.SIGTSTP, stop)
     lock()
+    _locked = True
     try:
         yield
+    except KeyboardInterrupt:
+        forget_typed()
+        raise
     finally:
+        _locked = False
         signal.signal(signal.SIGTSTP, former)
         with suppress(termios.error):  # the terminal is gone
             termios.tcsetattr(0, termios.TCSANOW, before)
+
+
+def forget_typed() -> None:
+    """Drop what was typed at the terminal and not read yet."""
+    with suppress(OSError, termios.error):  # no terminal, or it is gone
+        if os.tcgetpgrp(0) == os.getpgrp():  # otherwise it is in the hands of somebody else
+            termios.tcflush(0, termios.TCIFLUSH)
 
 
 def watch_signals() -> None:

@@ -190,10 +190,12 @@ class Division:
     Attributes:
         thinking: Whether the answer is in a thought now.
         ended: Whether the last token ended the answer.
+        between: Whether marks come next, no text: a message has ended and the next one has not begun.
     """
 
     thinking: bool = False
     ended: bool = False
+    between: bool = False
 
     def text(self, text: str) -> list[Piece]:
         """Text of the answer."""
@@ -275,7 +277,7 @@ class _Channels(_Marked):
         if written == START:
             self._field, self._role, self._channel = START, "", ""
         elif written == CHANNEL:
-            self._field, self._channel = CHANNEL, ""
+            self._field, self._channel, self.between = CHANNEL, "", True
         elif written == CONSTRAIN and self._field is not None:
             self._field = CONSTRAIN
         elif written == MESSAGE:
@@ -288,7 +290,7 @@ class _Channels(_Marked):
         name = self._channel.split()[:1]
         # What it writes to a tool is for nobody to read.
         self.thinking = name == ["analysis"] or " to=" in self._role or " to=" in self._channel
-        self._field, self._thought = None, self.thinking
+        self._field, self._thought, self.between = None, self.thinking, False
         return self.thinking
 
     def _end_message(self, mark: str) -> None:
@@ -298,6 +300,7 @@ class _Channels(_Marked):
         if self._speaking:
             self._spoken.add(self.thinking)
         self._speaking = self.thinking = False
+        self.between = True
 
     def _gap(self) -> list[Piece]:
         """An empty line between messages of one kind."""
@@ -317,6 +320,7 @@ class _Channels(_Marked):
             is_header = len(self._channel) <= _LONGEST_CHANNEL
         if is_header:
             return [Piece(text, "", self._thought, of="words")]
+        self.between = False
         self._field, self._speaking, self._thought = None, True, False  # the answer goes on without a message's marks
         return [*self._gap(), Piece("", before, False), Piece(text, text, False)]
 

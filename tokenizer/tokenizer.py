@@ -14,6 +14,8 @@ from octo_run.tokenizer.finder import Finder
 from octo_run.tokenizer.stream import StreamingDetokenizer
 from octo_run.tokenizer.thinking import Thinking
 
+_BLOCK = 1 << 15  # characters that are encoded at a time where Ctrl-C is to be obeyed
+
 
 def load_tokenizer(model_dir: Path) -> "Tokenizer":
     """The tokenizer of the model in `model_dir`.
@@ -147,6 +149,24 @@ class Tokenizer:
         if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
+
+    def count(self, text: str, most: int) -> int:
+        """How many tokens a text makes, without encoding more than it takes to know whether they are too many.
+
+        The text is encoded in blocks, between which Ctrl-C is obeyed. Each block may make a token more or less than it
+        does within the whole. What is beyond ``most`` is estimated from what was encoded, to two digits.
+        """
+        _check_unicode(text)
+        found = begin = 0
+        while begin < len(text):
+            end = begin + _BLOCK
+            if end < len(text):
+                end = next((at for at in range(end, begin + _BLOCK // 2, -1) if text[at - 1].isspace()), end)
+            found += len(self._encode_text(text[begin:end], start=not begin))
+            begin = min(end, len(text))
+            if found > most:
+                return max(found, int(float(f"{found * len(text) / begin:.2g}"))) if begin < len(text) else found
+        return found
 
     def prompt(self, text: str) -> list[int]:
         """Plain text to be continued, begun as the model wants it: with BOS or without.

@@ -26,11 +26,13 @@ A conversation that is saved after each turn has a second file for some turns, i
 session file has, but of the pages only those that the first file lacks. Its header names the first file by its ``id``,
 which each file has anew, and says how many of its pages count. A tail of another first file counts for nothing.
 
-Names and shapes: `layout`, of earlier positions `earlier`; writing: `snapshot`; reading: `reading`.
+Names and shapes: `layout`, of earlier positions `earlier`; writing: `snapshot`; reading: `reading`; what can be read of
+damaged files: `salvage`.
 """
 
 from octo_run.engine.saved_session.layout import tail_of
 from octo_run.engine.saved_session.reading import SavedSession, SessionMismatch
+from octo_run.engine.saved_session.salvage import SavedText
 from octo_run.engine.saved_session.snapshot import Base, Snapshot
 
-__all__ = ["Base", "SavedSession", "SessionMismatch", "Snapshot", "tail_of"]
+__all__ = ["Base", "SavedSession", "SavedText", "SessionMismatch", "Snapshot", "tail_of"]

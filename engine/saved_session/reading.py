@@ -446,8 +446,16 @@ def _read_turns(fields: Fields) -> tuple[dict[str, str], ...]:
     if not isinstance(turns, list):
         raise fields.fail("turns", "is no list")
     for number, turn in enumerate(turns):
-        good = isinstance(turn, dict) and all(isinstance(value, str) for value in turn.values())
-        names = turn.keys() - REASONING if good else set()
-        if names != {"role", "content"} or turn["role"] not in _ROLES:
+        if not is_message(turn):
             raise fields.fail(f"turns[{number}]", f"is {quoted(turn)}, no message")
     return tuple(turns)
+
+
+def is_message(turn: Any) -> bool:
+    """Whether a value of a header is a message of a conversation."""
+    return (
+        isinstance(turn, dict)
+        and all(isinstance(value, str) for value in turn.values())
+        and turn.keys() - REASONING == {"role", "content"}
+        and turn["role"] in _ROLES
+    )

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from octo_run import __version__, process
-from octo_run.cli import chat_commands, completion, console, debug_option, runtime, session_files
+from octo_run.cli import chat_commands, completion, console, debug_option, documents, runtime, session_files
 from octo_run.cli.arriving import Arriving
 from octo_run.cli.chat_commands import Leave
 from octo_run.cli.conversation import BLOCK, ChatOptions, Conversation, opens_block
@@ -146,7 +146,10 @@ def command(
         _greet(load)
         loading = Arriving(lambda: _conversation(system, load, sampling, options, beginning))
         try:
-            return _at_terminal(loading, load.model, prompt)
+            code = _at_terminal(loading, load.model, prompt)
+            if code == EXIT_INTERRUPTED:
+                process.forget_typed()
+            return code
         finally:
             if (chat := loading.now()) is not None:
                 chat.keeper.close(chat)
@@ -154,9 +157,9 @@ def command(
 
 def _as_it_was(name: str, load: EngineOptions) -> EngineOptions:
     """The options that a conversation was saved with, where the command line says nothing else."""
-    if name not in session_files.names():
-        session_files.session_path(name)
-        return load
+    with session_files.in_use(name):  # found out before a model is loaded for it
+        if name not in session_files.names():
+            return load
     saved = session_files.read(name)
     context = click.get_current_context()
     kept: dict[str, Any] = {"model": saved.model, **saved.options}
@@ -173,7 +176,7 @@ def _as_it_was(name: str, load: EngineOptions) -> EngineOptions:
 def _conversation(
     system: str | None, load: EngineOptions, sampling: SamplingOptions, options: ChatOptions, beginning: Beginning
 ) -> Conversation:
-    documents = [console.read_text(path).strip("\n") for path in beginning.files]
+    texts = [documents.read(path) for path in beginning.files]
     engine = runtime.load_engine(load)
     if options.template is not None:
         engine.tokenizer.use_template(*options.template)
@@ -183,8 +186,9 @@ def _conversation(
     conversation = Conversation(engine, session, params, load, sampling, options)
     if beginning.session is not None:
         _resume(conversation, beginning, system)
-    conversation.documents = documents
     conversation.check_system()
+    for path, text in zip(beginning.files, texts, strict=True):
+        documents.add(conversation, str(path), text)
     return conversation
 
 
@@ -205,7 +209,7 @@ def _resume(chat: Conversation, beginning: Beginning, system: str | None) -> Non
     if system is not None:
         chat.session.system = system
     chat.session.variables |= chat.options.variables
-    chat.tell(chat_commands.loaded(chat, name))
+    chat.notice(chat_commands.loaded(chat, name))
 
 
 def _greet(load: EngineOptions) -> None:
@@ -292,7 +296,7 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
             text, first = editor.read(draft, loading).strip() if first is None else first, None
             warned = False
             if chat is not None:
-                chat.draft = ""
+                chat.draft, chat.edits = "", chat.edits and not editor.cleared
             if text == "/exit":
                 return 0
             if text:
@@ -309,6 +313,8 @@ def _at_terminal(loading: Arriving[Conversation], model: str, first: str | None)
             explain(error, click.get_current_context().find_root().obj)
         except KeyboardInterrupt:  # at the prompt, while the model loads, or too late to stop an answer
             chat_now = loading.now()
+            if chat_now is not None:
+                chat_now.draft, chat_now.edits = "", False
             if warned or (chat_now is not None and time.monotonic() - chat_now.stopped_at < TWICE):
                 return EXIT_INTERRUPTED
             warned = True

@@ -5,38 +5,42 @@ import dataclasses
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octo_run.cli import console, runtime, session_files
+from octo_run.cli import console, documents, runtime, session_files
 from octo_run.cli.options import TOKENS
 from octo_run.cli.output import OutputFile, check_writable, write_file
+from octo_run.cli.reload import load_anew
+from octo_run.cli.sampling_options import bias_of
 from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
-    from octo_run.cli.options import EngineOptions
-    from octo_run.engine import Engine, SamplingParams
 
+#: Settings that a chat has from its options alone, and which those are.
+FIXED = {"grammar": "by --json-schema, --regex or --grammar when the chat begins"}
 #: What ``/system`` takes for no system prompt.
 NO_SYSTEM = "none"
+#: What ``/read`` takes in place of a file to send none.
+NO_FILE = "none"
 #: What ``/load`` takes behind a name to read the text again.
 ANEW = "anew"
 #: Bytes that are copied at most: terminals take no more.
 _LONGEST_COPY = 74_000
-#: Bytes of a document that goes with a message: more than the longest contexts hold.
-_LONGEST_DOCUMENT = 16_000_000
 
 
 class Leave(Exception):
     """The user asked to leave the chat."""
 
 
-def _help(chat: "Conversation", _argument: str) -> None:
-    chat.print(HELP)
+def _help(chat: "Conversation", argument: str) -> None:
+    known = COMMANDS.get(f"/{argument.lower().removeprefix('/')}")
+    chat.print(HELP if known is None or not known.says else known.usage)
 
 
 def _exit(_chat: "Conversation", _argument: str) -> None:
@@ -47,7 +51,7 @@ def _clear(chat: "Conversation", _argument: str) -> None:
     chat.session.clear()
     chat.held, chat.documents = 0, []
     chat.keeper.touched()
-    chat.tell("the conversation is forgotten")
+    chat.notice("the conversation is forgotten")
 
 
 def _undo(chat: "Conversation", _argument: str) -> None:
@@ -55,28 +59,30 @@ def _undo(chat: "Conversation", _argument: str) -> None:
         raise UsageError("there is no question to take back.")
     chat.held = chat.count_tokens()
     chat.keeper.touched()
-    chat.tell("the last question and its answer are taken back")
+    chat.notice("the last question and its answer are taken back")
 
 
 def _regenerate(chat: "Conversation", _argument: str) -> None:
+    before = chat.session.mark()
     question = chat.session.undo()
     if question is None:
         raise UsageError("there is no question to answer again.")
     if chat.params.temperature == 0:
-        chat.tell("without chance the answer will hardly differ; start with --temp 0.7 for another one")
+        chat.notice("without chance the answer will hardly differ; start with --temp 0.7 for another one")
     elif chat.params.seed is not None:
-        chat.tell("with --seed the answer will hardly differ; leave it out for another one")
-    chat.answer(question)
+        chat.notice("with --seed the answer will hardly differ; leave it out for another one")
+    chat.answer(question, before)
 
 
 def _edit(chat: "Conversation", _argument: str) -> None:
     if not chat.person:
         raise UsageError("/edit needs a terminal.")
+    before = chat.session.mark()
     question = chat.session.undo()
+    chat.session.restore(before)  # until the changed one is sent
     if question is None:
         raise UsageError("there is no question to edit.")
-    chat.keeper.touched()
-    chat.held, chat.draft = chat.count_tokens(), question
+    chat.draft, chat.edits = question, True
 
 
 def _continue(chat: "Conversation", _argument: str) -> None:
@@ -102,48 +108,68 @@ def _set(chat: "Conversation", argument: str) -> None:
     if not name:
         own = runtime.model_defaults(chat.engine)
         lines = []
-        for setting in names:
+        for setting in (*names, *FIXED):
             value = getattr(chat.params, setting)
             mark = "  (the model's own)" if setting in own and own[setting] == value else ""
+            mark = f"  (fixed: {FIXED[setting]})" if setting in FIXED else mark
             lines.append(f"{setting:20}{_shown_setting(value)}{mark}")
         chat.print("\n".join(lines))
         return
     name = name.lower().lstrip("-").replace("-", "_")  # as the options are written, too
     name = "temperature" if name == "temp" else name
-    if name not in names:
+    if name in FIXED:
+        if value.strip():
+            raise UsageError(f"{name} is fixed while a chat runs: {FIXED[name]}.")
+    elif name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(names)}."
         raise UsageError(f"there is no setting {name}; {hint}")
     if value.strip():
         changes: dict[str, Any] = {name: _parse_setting(name, value.strip())}
-        chat.params = dataclasses.replace(chat.params, **changes)
+        params = dataclasses.replace(chat.params, **changes)
+        chat.engine.check_params(params)
+        chat.params = params
         chat.changed |= changes
     chat.tell(f"{name} {_shown_setting(getattr(chat.params, name))}")
 
 
 def _read_file(chat: "Conversation", argument: str) -> None:
+    from octo_run.cli.conversation import count
+
     if not argument:
         raise UsageError("give a file: /read FILE.")
+    if argument == NO_FILE:
+        number, chat.documents = len(chat.documents), []
+        chat.notice(f"{count(number, 'file')} will not be sent" if number else "there was no file to be sent")
+        return
     path = _path(argument)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UsageError(f"{path} is no regular file.")
-    if path.is_file() and path.stat().st_size > _LONGEST_DOCUMENT:
-        raise UsageError(
-            f"{path} has {console.human_bytes(path.stat().st_size)}, and a message takes "
-            f"{console.human_bytes(_LONGEST_DOCUMENT)} at most."
-        )
-    text = console.read_text(path).strip("\n")
-    chat.documents.append(text)
-    chat.tell(f"{path.name}: {len(text):,} characters go with the next message")
+    text = documents.read(path)
+    documents.add(chat, str(path), text)
+    chat.notice(f"{path.name}: {count(len(text), 'character')} go with the next message")
 
 
 def _path(argument: str) -> Path:
     if "\0" in argument:
         raise UsageError(f"{quoted(argument)} is no path: it has a zero byte.")
     try:
-        return Path(argument).expanduser()
+        path = Path(argument).expanduser()
+        if not os.path.lexists(path) and (bare := _unquoted(argument)) is not None:
+            path = Path(bare).expanduser()
+        return path
     except RuntimeError:  # ~NAME of nobody
         raise UsageError(f"{quoted(argument)} begins with the home of a user that is not known.") from None
+
+
+def _unquoted(argument: str) -> str | None:
+    """A path as a shell would read it: between quotes, or with backslashes before its spaces, as terminals paste it
+    when a file is dropped on them; None where it is no single word."""
+    try:
+        words = shlex.split(argument)
+    except ValueError:
+        return None
+    return words[0] if len(words) == 1 else None
 
 
 def _save(chat: "Conversation", argument: str) -> None:
@@ -151,7 +177,7 @@ def _save(chat: "Conversation", argument: str) -> None:
     if not name:
         raise UsageError("give a name: /save NAME.")
     size = chat.keeper.save(chat, name)
-    chat.tell(f"saved as {name}, {console.human_bytes(size)}; `octo-run chat --session {name}` continues it")
+    chat.notice(f"saved as {name}, {console.human_bytes(size)}; `octo-run chat --session {name}` continues it")
 
 
 def _load(chat: "Conversation", argument: str) -> None:
@@ -160,8 +186,13 @@ def _load(chat: "Conversation", argument: str) -> None:
         raise UsageError("give a name: /load NAME; /sessions lists them.")
     if how.strip() not in ("", ANEW):
         raise UsageError(f"/load takes a name, and {ANEW} to read the text again.")
-    chat.keeper.load(chat, name, anew=bool(how), advice=f"/load {name} {ANEW} reads its text again")
-    chat.tell(loaded(chat, name))
+    try:
+        chat.keeper.load(chat, name, anew=bool(how), advice=f"/load {name} {ANEW} reads its text again")
+    except session_files.Damaged as error:
+        if not chat.keeper.load_text(chat, name):
+            raise
+        chat.tell(f"{str(error).partition('; ')[0]}: its text up to the damage is here; /save OTHER keeps it")
+    chat.notice(loaded(chat, name))
 
 
 def loaded(chat: "Conversation", name: str) -> str:
@@ -191,12 +222,14 @@ def _export(chat: "Conversation", argument: str) -> None:
     check_writable(path)
     messages = chat.session.messages
     if path.suffix.lower() == ".json":
-        values = {name: value for name, value in dataclasses.asdict(chat.params).items() if name in settings()}
+        values = {
+            name: value for name, value in dataclasses.asdict(chat.params).items() if name in (*settings(), *FIXED)
+        }
         text = console.as_json({"model": chat.engine.name, "settings": values, "messages": messages}) + "\n"
     else:
         text = "\n".join(f"**{message['role']}**\n\n{written(message)}\n" for message in messages)
     write_file(OutputFile(path, lambda place: _write(place, text)))
-    chat.tell(f"{path}: {count(len(messages), 'message')} written")
+    chat.notice(f"{path}: {count(len(messages), 'message')} written")
 
 
 def _copy(chat: "Conversation", _argument: str) -> None:
@@ -210,7 +243,7 @@ def _copy(chat: "Conversation", _argument: str) -> None:
     if len(data) > _LONGEST_COPY:
         raise UsageError(f"the answer has {len(data):,} bytes and a terminal takes {_LONGEST_COPY:,}; /export it.")
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
-    chat.tell(f"{count(len(chat.last.text), 'character')} sent to the clipboard")
+    chat.notice(f"{count(len(chat.last.text), 'character')} sent to the clipboard")
 
 
 def _think(chat: "Conversation", argument: str) -> None:
@@ -221,65 +254,22 @@ def _think(chat: "Conversation", argument: str) -> None:
         *others, last = switches
         raise UsageError(f"give {', '.join(others)} or {last}: /think {others[0]}.")
     chat.session.variables |= switches[argument]
-    chat.tell(f"thinking is {argument} from the next question on")
+    chat.notice(f"thinking is {argument} from the next question on")
 
 
 def _model(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError("give a model: /model NAME; `octo-run list` lists those on this machine.")
-    _load_anew(chat, model=argument, ctx=None)
+        raise UsageError(f"give a model: /model NAME; on this machine there are {', '.join(runtime.known_models())}.")
+    load_anew(chat, model=argument, ctx=None)
 
 
 def _kv(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError("give a format: /kv oct4; `octo-run show` lists them.")
-    _load_anew(chat, kv=argument.lower())
-
-
-def _load_anew(chat: "Conversation", **changes: Any) -> None:
-    """Load another engine for the conversation; where that fails, the former one again."""
-    wanted, before = dataclasses.replace(chat.load, **changes), chat.load
-    runtime.check_loadable(wanted)
-    chat.keeper.release()
-    chat.engine.close()  # two do not fit at once
-    failure: BaseException | None = None
-    try:
-        engine, params = _loaded(chat, wanted, warm=True)
-    except (Exception, KeyboardInterrupt) as error:
-        failure, wanted = error, before
-        engine, params = _loaded(chat, before, warm=False)
-    former = chat.session
-    chat.engine, chat.load = engine, wanted
-    chat.session = runtime.open_session(engine, former.system, variables=former.variables, drops=former.drops)
-    chat.session.turns, chat.params = former.turns, params
-    if failure is not None:
-        raise failure
-    chat.tell("the conversation is read with the next question")
-
-
-def _params(chat: "Conversation", engine: "Engine") -> "SamplingParams":
-    """How an engine answers in this chat."""
-    return dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
-
-
-def _loaded(chat: "Conversation", wanted: "EngineOptions", *, warm: bool) -> "tuple[Engine, SamplingParams]":
-    """An engine that is ready to answer in this chat, and how it does.
-
-    Args:
-        warm: Whether it is warmed up: not one that has been used before.
-    """
-    engine = runtime.load_engine(wanted)
-    try:
-        if chat.options.template is not None:
-            engine.tokenizer.use_template(*chat.options.template)
-        engine.check_chat()
-        params = _params(chat, engine)
-        if warm:
-            runtime.warm_up(engine, params)
-    except BaseException:
-        engine.close()
-        raise
-    return engine, params
+        raise UsageError(f"give a format, of {', '.join(runtime.format_names())}: /kv oct4; it is {chat.load.kv} now.")
+    if argument.lower() == chat.load.kv and not chat.engine.closed:
+        chat.notice(f"the KV cache is {chat.load.kv} already")
+        return
+    load_anew(chat, kv=argument.lower())
 
 
 def _tokens(chat: "Conversation", _argument: str) -> None:
@@ -319,6 +309,12 @@ class Command:
     says: str
     words: "Callable[[Conversation], list[str]] | None" = lambda _chat: []
 
+    @property
+    def usage(self) -> str:
+        """Its line of the help."""
+        name = next(name for name, command in COMMANDS.items() if command is self)
+        return f"{f'{name} {self.argument}'.rstrip()}: {self.says}"
+
 
 def _setting_words(_chat: "Conversation") -> list[str]:
     return [f"{name} " for name in settings()]
@@ -344,7 +340,7 @@ def _format_words(_chat: "Conversation") -> list[str]:
 
 
 COMMANDS: dict[str, Command] = {
-    "/help": Command(_help, "", "this list"),
+    "/help": Command(_help, "COMMAND", "this list, or the line of one command"),
     "/exit": Command(_exit, "", "leave (also Ctrl-D)"),
     "/clear": Command(_clear, "", "forget the conversation; the system prompt stays"),
     "/undo": Command(_undo, "", "take back the last question and its answer"),
@@ -369,7 +365,9 @@ COMMANDS: dict[str, Command] = {
         "let the model think before it answers, if it can; some take low, medium or high",
         _think_words,
     ),
-    "/read": Command(_read_file, "FILE", "send the text of a file along with the next message", None),
+    "/read": Command(
+        _read_file, "FILE", "send the text of a file along with the next message; /read none sends none", None
+    ),
     "/save": Command(_save, "NAME", "save the conversation with its KV cache", _session_words),
     "/load": Command(_load, "NAME", "go on with a saved conversation; NAME anew reads its text again", _session_words),
     "/sessions": Command(_sessions, "", "list the saved conversations"),
@@ -379,14 +377,14 @@ COMMANDS: dict[str, Command] = {
     "/copy": Command(_copy, "", "copy the last answer to the clipboard, where the terminal allows it"),
     "/tokens": Command(_tokens, "", "tokens of the conversation and of the context"),
     "/stats": Command(_stats, "", "tokens, times and memory of this session"),
-    "/?": Command(_help, "", ""),
+    "/?": Command(_help, "COMMAND", ""),
 }
 
 
 def _lines() -> Iterator[str]:
     for name, command in COMMANDS.items():
         if command.says:
-            head = "/help, /?" if name == "/help" else f"{name} {command.argument}"
+            head = "/help, /?" if name == "/help" else f"{name} {command.argument}".rstrip()
             yield f"{head:18} {command.says}"
     yield "//text             send a message that begins with a slash"
     yield '"""                begins a message of several lines, and ends it'
@@ -411,23 +409,61 @@ def complete(chat: "Conversation | None", text: str) -> list[str] | None:
     return [f"{name} {word}" for word in command.words(chat) if word.startswith(start)]
 
 
+#: What other programs call the commands.
+_ELSEWHERE = {
+    **dict.fromkeys(("quit", "q", "bye", "leave", "close", "logout", "end", "stop"), "/exit"),
+    **dict.fromkeys(("new", "reset", "forget", "restart"), "/clear"),
+    **dict.fromkeys(("retry", "again", "redo", "repeat"), "/regen"),
+    **dict.fromkeys(("h", "commands"), "/help"),
+    **dict.fromkeys(("file", "open", "attach"), "/read"),
+    **dict.fromkeys(("settings", "params", "parameters"), "/set"),
+    **dict.fromkeys(("list", "ls", "history"), "/sessions"),
+}
+#: What people type to leave a program: as a whole line no message.
+LEAVING = ("exit", "quit", ":q", "exit()", "quit()")
+
+
+def nearest(name: str) -> str | None:
+    """The command that somebody may mean by a name that is none."""
+    if name[1:] in _ELSEWHERE:
+        return _ELSEWHERE[name[1:]]
+    # Without the slash, which all have, so that it makes nothing look alike.
+    near = difflib.get_close_matches(name[1:], [known[1:] for known in COMMANDS], n=1)
+    return f"/{near[0]}" if near else None
+
+
 def settings() -> list[str]:
     """What ``/set`` sets."""
     from octo_run.engine import SamplingParams
 
-    return [field.name for field in dataclasses.fields(SamplingParams) if field.name != "stop_ids"]
+    # Nobody gives a chat ids to stop at, and it shows no log-probabilities.
+    others = ("stop_ids", "logprobs", *FIXED)
+    return [field.name for field in dataclasses.fields(SamplingParams) if field.name not in others]
 
 
 def _shown_setting(value: object) -> str:
+    from octo_run.engine.grammar import Grammar
+
     if value is None or value == ():
         return "none"
+    if isinstance(value, Grammar):
+        return f"a {value.name} of {len(value.text):,} characters"
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return " ".join(f"{token}={number:g}" for token, number in value)
     return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
 
 
 def _parse_setting(name: str, value: str) -> object:
-    """The value of a setting as :class:`SamplingParams` takes it; ``none`` is no limit, no seed, no stop text."""
+    """The value of a setting as :class:`SamplingParams` takes it; ``none`` is no limit, seed, stop text or bias."""
     if name == "stop":
         return () if value == "none" else (value,)
+    if name == "logit_bias":
+        pairs = () if value == "none" else tuple(map(bias_of, re.split(r"[\s,]+", value)))
+        if None in pairs:
+            raise UsageError(
+                f"logit_bias is {quoted(value)}; give token ids and numbers from -100 to 100, like 123=-5."
+            )
+        return pairs
     if name in ("seed", "max_tokens") and value == "none":
         return None
     number = TOKENS.parse(value) if name == "max_tokens" else None

@@ -1,7 +1,6 @@
 """The conversation behind ``octo-run chat``: messages, streamed answers, Ctrl-C, statistics."""
 
 import dataclasses
-import difflib
 import math
 import re
 import time
@@ -18,12 +17,13 @@ from octo_run.cli.keeper import Keeper
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.progress import PromptProgress
 from octo_run.cli.sampling_options import SamplingOptions
-from octo_run.errors import UsageError
+from octo_run.errors import UsageError, quoted
 
 if TYPE_CHECKING:
     from prompt_toolkit.formatted_text import StyleAndTextTuples
 
     from octo_run.engine import Engine, Reply, SamplingParams, Session
+    from octo_run.engine.session import Mark
 
 #: What begins and ends a message of several lines.
 BLOCK = '"""'
@@ -112,6 +112,7 @@ class Conversation:
         interrupted: Whether Ctrl-C ended the last answer.
         stopped_at: When an answer was stopped last, by the monotonic clock.
         draft: What the next input line begins with.
+        edits: Whether the next message takes the place of the last question.
         documents: Texts of files that go with the next message.
         last: The last answer.
         changed: The sampling settings that were set by hand.
@@ -129,6 +130,7 @@ class Conversation:
         options: ChatOptions,
     ) -> None:
         self.interrupted, self.stopped_at, self.draft = False, -math.inf, ""
+        self.edits = False
         self.documents: list[str] = []
         self.last: Reply | None = None
         self.engine, self.session, self.params = engine, session, params
@@ -148,22 +150,26 @@ class Conversation:
             UsageError: The command is unknown, or the message cannot be answered (see ``Session.ask``).
         """
         self.interrupted = False
+        edits, self.edits = self.edits, False
         if text.startswith(BLOCK):
             if opens_block(text):
                 raise UsageError(f"the message begins with {BLOCK} and does not end with it.")
-            self._send(text[len(BLOCK) : -len(BLOCK)].strip("\n"))
+            self._send(text[len(BLOCK) : -len(BLOCK)].strip("\n"), edits=edits)
             return
         found = _command(text)
+        if self.person and text.lower() in chat_commands.LEAVING:
+            raise UsageError(f"/exit or Ctrl-D leaves; {BLOCK}{text}{BLOCK} sends the word.")
         if found is None:
-            self._send(text[1:] if text.startswith("//") else text)
+            self._send(text[1:] if text.startswith("//") else text, edits=edits)
             return
         name, argument = found
         command = chat_commands.COMMANDS.get(name)
         if command is None:
-            # Without the slash, which all have, so that it makes nothing look alike.
-            near = difflib.get_close_matches(name[1:], [known[1:] for known in chat_commands.COMMANDS], n=1)
-            hint = f"did you mean /{near[0]}? " if near else ""
+            near = chat_commands.nearest(name)
+            hint = f"did you mean {near}? " if near else ""
             raise UsageError(f"there is no command {name}; {hint}/help lists the commands, //text sends a slash.")
+        if argument and not command.argument:
+            raise UsageError(f"{name} takes no argument, and {quoted(argument)} is one; {command.usage}.")
         command.run(self, argument)
 
     def gauge(self) -> "StyleAndTextTuples":
@@ -191,6 +197,11 @@ class Conversation:
         else:
             console.warn(text)
 
+    def notice(self, text: str) -> None:
+        """As :meth:`tell`, unless nothing but results is to be said: that something was done."""
+        if not console.is_quiet():
+            self.tell(text)
+
     def print(self, text: str) -> None:
         """Lines that were asked for; in a pipe, standard output is for answers alone."""
         if self.person:
@@ -199,20 +210,32 @@ class Conversation:
             for line in text.split("\n"):
                 console.warn(line)
 
-    def answer(self, text: str) -> None:
+    def answer(self, text: str, before: "Mark | None" = None) -> bool:
         """Answer a question; see :meth:`stream`."""
-        self.stream(lambda report: self.session.ask(text, self.params, report, self.options.think_budget))
+        return self.stream(
+            lambda report: self.session.ask(text, self.params, report, self.options.think_budget), before
+        )
 
     def resume(self) -> None:
         """Go on with the last answer; see :meth:`stream`."""
-        self.stream(lambda report: self.session.resume(self.params, report))
+        self.stream(lambda report: self.session.resume(self.params, report, self.options.think_budget))
 
-    def stream(self, begin: "Callable[[Callable[[int, int], None]], Reply]") -> None:
+    def stream(self, begin: "Callable[[Callable[[int, int], None]], Reply]", before: "Mark | None" = None) -> bool:
         """Stream the answer that ``begin`` begins; Ctrl-C ends it and keeps what was said.
+
+        Args:
+            before: The conversation, one answer longer, to which it goes back if nothing is said.
+
+        Returns:
+            Whether the answer was begun. Where it was not, or failed, the conversation is as it was.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed twice, at a terminal.
         """
+        mark = before or self.session.mark()
+        if self.engine.closed:
+            self.session.restore(mark)
+            raise UsageError("no model is loaded: /model NAME or /kv FORMAT loads one.")
         reply: Reply | None = None
         self.keeper.release()
         if self.person:
@@ -240,6 +263,12 @@ class Conversation:
                             break
             except KeyboardInterrupt:
                 pass
+            except Exception:
+                self.session.restore(mark)
+                if reply is not None and reply.text:
+                    display.finish()
+                    console.echo()
+                raise
             stop.answering = True  # from here on a Ctrl-C may only be noted
             if reply is not None and stop.requested:
                 reply.close()
@@ -248,19 +277,30 @@ class Conversation:
         if stop.requested:  # before it is said that a second Ctrl-C leaves
             self.stopped_at = time.monotonic()
         console.echo()
+        if reply is None or (before is not None and not reply.generated_tokens):
+            self.session.restore(mark)
         if reply is not None:
             self._account(reply)
             self.keeper.after_turn(self)
+        elif self.person:
+            console.echo("[stopped, nothing was sent, Ctrl-C again leaves]\n", faint=True)
         if stop.again and self.person:
             raise KeyboardInterrupt
+        return reply is not None
 
-    def _send(self, text: str) -> None:
-        """A message of the user, with the files that were read for it."""
+    def _send(self, text: str, *, edits: bool = False) -> None:
+        """A message of the user, with the files that were read for it.
+
+        Args:
+            edits: It takes the place of the last question.
+        """
         if self.documents and not text.strip():
             raise UsageError("the message is empty; type what is to be done with the file.")
-        documents = self.documents
-        self.answer("\n\n".join([*documents, text]))
-        self.documents = []
+        before = self.session.mark() if edits else None
+        if edits:
+            self.session.undo()
+        if self.answer("\n\n".join([*self.documents, text]), before):
+            self.documents = []
 
     def _account(self, reply: "Reply") -> None:
         """Add the reply to the statistics, and at a terminal say what it cost."""

@@ -78,8 +78,8 @@ class Keeper:
         self._behind = True
 
     def catch_up(self, chat: "Conversation") -> None:
-        """Begin to save what was not saved yet."""
-        if self.name is not None and self._behind:
+        """Begin to save what was not saved yet, if there is an engine."""
+        if self.name is not None and self._behind and not chat.engine.closed:
             self._begin(chat, self.name)
 
     def release(self) -> None:
@@ -112,18 +112,22 @@ class Keeper:
             self._lock.close()
 
     def load(self, chat: "Conversation", name: str, *, anew: bool, advice: str) -> None:
-        """Go on with a saved conversation in place of the chat's.
+        """Go on with a saved conversation in place of the chat's, which is saved first if it is one that is kept.
 
         Args:
             anew: Read its text again instead of using its pages.
             advice: What to do where the pages are of no use.
 
         Raises:
-            OctoError: It cannot be read, or its pages cannot be used; then nothing has changed.
+            UsageError: There is no such conversation, or that of the chat would be lost.
+            OctoError: It cannot be read, or its pages cannot be used, or the former one cannot be saved; then nothing
+                has changed.
         """
         from octo_run.engine.saved_session import SessionMismatch
 
         saved = session_files.read(name)
+        if name != self.name:
+            self._keep_former(chat)
         if self._background is not None:
             self._background.forget()
         try:
@@ -136,6 +140,41 @@ class Keeper:
         self._own.add(name)
         self._behind = False
         _take_over(chat, saved)
+
+    def load_text(self, chat: "Conversation", name: str) -> bool:
+        """Go on with the text of a conversation whose file is damaged. It is not saved there: the file stays as it is.
+
+        Returns:
+            Whether there is one.
+
+        Raises:
+            OctoError: As :meth:`load`.
+        """
+        text = session_files.read_text(name)
+        if text is None:
+            return False
+        self._keep_former(chat)
+        self._lock.close()
+        self.name, self._behind = None, True
+        chat.session.clear()
+        chat.session.system, chat.session.turns = text.system, [*text.turns]
+        chat.documents, chat.last = [], None
+        chat.held = chat.count_tokens()
+        return True
+
+    def _keep_former(self, chat: "Conversation") -> None:
+        """Before another conversation comes: bring the chat's own to the disk.
+
+        Raises:
+            UsageError: It has no name, and somebody is there who may give it one.
+            OctoError: It cannot be written.
+        """
+        if self.name is not None:
+            if self._behind or self._in_parts(self.name):
+                self._begin(chat, self.name, whole=True)
+            self.finish()
+        elif chat.person and self._behind and chat.session.mark().turns:
+            raise UsageError("this conversation is not saved: /save NAME keeps it, or /clear forgets it; /load then.")
 
     def _in_parts(self, name: str) -> bool:
         return self._background is not None and session_files.session_path(name) in self._background.in_parts

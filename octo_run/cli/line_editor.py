@@ -56,6 +56,8 @@ class LineEditor:
         from prompt_toolkit.styles import Style
 
         self._pressed = False  # Ctrl-C, not yet answered
+        #: Whether Ctrl-C cleared the line that was read last.
+        self.cleared = False
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", PROMPT)],
             # magenta, as code has: of the terminals' colours it reads best on white and on black
@@ -67,7 +69,7 @@ class LineEditor:
             multiline=True,
             prompt_continuation=CONTINUATION,
             history=_history(),
-            key_bindings=_key_bindings(),
+            key_bindings=_key_bindings(self._clear),
             validator=_validator(),
             validate_while_typing=False,
         )
@@ -85,7 +87,7 @@ class LineEditor:
             KeyboardInterrupt: Ctrl-C at an empty prompt.
             BaseException: What loading raised.
         """
-        app = self._session.app
+        app, self.cleared = self._session.app, False
 
         def loaded() -> None:
             if loading is not None and (error := loading.failure()) is not None and not app.is_done:
@@ -112,6 +114,9 @@ class LineEditor:
                     return self._session.prompt(default=draft, pre_run=begin, handle_sigint=False)
             finally:
                 process.watch_signals()
+
+    def _clear(self) -> None:
+        self.cleared = True
 
     def _interrupted(self, _frame: FrameType | None) -> None:
         """Ctrl-C is a key while a line is edited, and a signal before and after. One that comes when the line is being
@@ -285,9 +290,13 @@ def _terminal_signals(app: "Application[str]") -> Iterator[None]:
             signal.signal(number, former)
 
 
-def _key_bindings() -> "KeyBindings":
+def _key_bindings(cleared: Callable[[], None]) -> "KeyBindings":
     """Enter sends, except after a backslash; Alt-Enter begins a line; Ctrl-C first clears what was typed; Ctrl-Z stops
-    the program until the shell goes on with it. In a search (Ctrl-R) Enter and Ctrl-C end that, and nothing else."""
+    the program until the shell goes on with it. In a search (Ctrl-R) Enter and Ctrl-C end that, and nothing else.
+
+    Args:
+        cleared: Called when Ctrl-C clears the line.
+    """
     from prompt_toolkit.filters import is_searching
     from prompt_toolkit.key_binding import KeyBindings
 
@@ -312,6 +321,7 @@ def _key_bindings() -> "KeyBindings":
     def _clear(event: "KeyPressEvent") -> None:
         if event.current_buffer.text:
             event.current_buffer.reset()
+            cleared()
         else:
             event.app.exit(exception=KeyboardInterrupt)
 

@@ -347,6 +347,13 @@ def model_names() -> list[str]:
     return [entry.label for entry in hub.list_models() if entry.complete and entry.damage is None]
 
 
+def known_models() -> list[str]:
+    """Those, and the embedded one."""
+    from octo_run.models.cache import DEMO_NAME
+
+    return [*dict.fromkeys((DEMO_NAME, *model_names()))]
+
+
 def format_names() -> list[str]:
     """The formats that ``--kv`` takes."""
     from octo_run.kernels import codec
@@ -481,6 +488,7 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     for text in params.stop:
         if impossible(engine.tokenizer, text):
             warn(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
+    engine.check_params(params)
     return params
 
 

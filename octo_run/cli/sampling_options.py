@@ -46,18 +46,24 @@ class SamplingOptions:
     read: "Grammar | None" = None  # what the three above say, once they are read
 
 
+def bias_of(text: str) -> tuple[int, float] | None:
+    """A token id and what is added to its logit, of ``ID=VALUE``; None for another text."""
+    token, _, number = text.partition("=")
+    try:
+        found = int(token), float(number)
+    except ValueError:
+        return None
+    return found if found[0] >= 0 and -100 <= found[1] <= 100 else None
+
+
 class Bias(click.ParamType):  # type: ignore[type-arg]
     """A token id and what is added to its logit."""
 
     name = "bias"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
-        token, _, number = str(value).partition("=")
-        try:
-            found = int(token), float(number)
-        except ValueError:
-            found = -1, 0.0
-        if found[0] < 0 or not -100 <= found[1] <= 100:
+        found = bias_of(str(value))
+        if found is None:
             self.fail(f"{quoted(value)} is no token id with a number from -100 to 100, like 123=-5", param, ctx)
         return found
 

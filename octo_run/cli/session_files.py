@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octo_run.errors import OctoError, UsageError, quoted
+from octo_run.errors import OctoError, UsageError, nearest, quoted
 from octo_run.folders import state_folder
 
 if TYPE_CHECKING:
-    from octo_run.engine.saved_session import SavedSession
+    from octo_run.engine.saved_session import SavedSession, SavedText
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")
 _ENDING = ".safetensors"
+#: Bytes of a name at most: file systems take 255, and a file that is being written has a longer name.
+_LONGEST = 200
+
+
+class Damaged(OctoError):
+    """A saved conversation whose file cannot be read as a whole."""
 
 
 def sessions_folder() -> Path:
@@ -31,12 +37,16 @@ def session_path(name: str) -> Path:
     Raises:
         UsageError: No name for one.
     """
-    if not _NAME.fullmatch(name):
+    if not _is_name(name):
         raise UsageError(
-            f"{quoted(name)} is no name for a session: give letters, digits, '.', '-' and '_', 80 at most, "
-            "a letter or a digit first."
+            f"{quoted(name)} is no name for a session: give letters, digits, '.', '-' and '_', 80 at most and "
+            f"{_LONGEST} bytes, a letter or a digit first."
         )
     return sessions_folder() / f"{name}{_ENDING}"
+
+
+def _is_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and len(name.encode()) <= _LONGEST
 
 
 def names() -> list[str]:
@@ -47,7 +57,7 @@ def names() -> list[str]:
         return []
     except OSError as error:
         raise OctoError(f"{sessions_folder()} cannot be read: {error.strerror}.") from None
-    return sorted(name for name in found if _NAME.fullmatch(name))
+    return sorted(filter(_is_name, found))
 
 
 def read(name: str) -> "SavedSession":
@@ -55,22 +65,30 @@ def read(name: str) -> "SavedSession":
 
     Raises:
         UsageError: There is none.
-        OctoError: Its file is damaged; the message says what to do.
+        Damaged: Its file is damaged; the message says what to do.
     """
     from octo_run.engine.saved_session import SavedSession
 
     path = session_path(name)
     if not os.path.lexists(path):
-        import difflib
-
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "`octo-run sessions list` lists them."
+        near = nearest(name, names())
+        hint = f"did you mean {near}?" if near else "`octo-run sessions list` lists them."
         raise UsageError(f"there is no session {quoted(name)}; {hint}")
     try:
         return SavedSession.read(path)
     except OctoError as error:
-        why = str(error).rstrip(".")
-        raise OctoError(f"the session {quoted(name)} cannot be read ({why}); `octo-run sessions rm {name}`.") from None
+        why = str(error).rstrip(".").removeprefix(f"{path} ")
+        advice = f"`octo-run sessions rm {name}` deletes it"
+        if read_text(name) is not None:
+            advice = f"`octo-run sessions show {name}` shows its text, and /load {name} in a chat goes on with it"
+        raise Damaged(f"the session {quoted(name)} is damaged ({why}); {advice}.") from None
+
+
+def read_text(name: str) -> "SavedText | None":
+    """The text of a conversation whose file is damaged, up to the damage; None where nothing can be read."""
+    from octo_run.engine.saved_session import SavedText
+
+    return SavedText.read(session_path(name))
 
 
 @dataclass(frozen=True)
@@ -107,20 +125,23 @@ def parts(name: str) -> tuple[Path, Path]:
     return path, path.with_name(f".{path.name}.tail")
 
 
+def damaged_entry(name: str, error: OctoError) -> Entry:
+    """A conversation that cannot be read, as a list shows it."""
+    try:
+        status = session_path(name).stat()
+    except OSError as problem:
+        return Entry(name, 0, 0.0, None, str(problem.strerror))
+    return Entry(name, status.st_size, status.st_mtime, None, str(error))
+
+
 def entries() -> list[Entry]:
     """All saved conversations, the newest first."""
     found = []
     for name in names():
-        path = session_path(name)
-        try:
-            status = path.stat()
-        except OSError as error:
-            found.append(Entry(name, 0, 0.0, None, str(error.strerror)))
-            continue
         try:
             found.append(entry_of(name, read(name)))
         except OctoError as error:
-            found.append(Entry(name, status.st_size, status.st_mtime, None, str(error)))
+            found.append(damaged_entry(name, error))
     return sorted(found, key=lambda entry: -entry.saved)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from octo_run.cli import completion, console, debug_option, session_files
-from octo_run.errors import UsageError, shown
+from octo_run.errors import OctoError, UsageError, shown
 
 
 @click.group("sessions")
@@ -39,10 +39,15 @@ def list_sessions(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @debug_option
 def show(name: str, as_json: bool) -> None:
-    """Print a saved conversation and what its file holds."""
-    from octo_run.tokenizer.thinking import written
+    """Print a saved conversation and what its file holds.
 
-    session = session_files.read(name)
+    Of a damaged file the text is printed as far as it can be read; the exit code is 1 then.
+    """
+    try:
+        session = session_files.read(name)
+    except session_files.Damaged as error:
+        _show_text(name, error, as_json=as_json)
+        raise
     head = [{"role": "system", "content": session.system}] if session.system else []
     messages = [*head, *session.turns]
     entry = session_files.entry_of(name, session)
@@ -56,9 +61,30 @@ def show(name: str, as_json: bool) -> None:
         f"model    {session.model}",
         f"cache    {session.tokens:,} tokens, {session.pages:,} packed pages: {', '.join(formats) or 'unknown'}",
     ]
+    console.echo("\n".join([*lines, *_lines(messages)]))
+
+
+def _lines(messages: "list[dict[str, str]]") -> list[str]:
+    from octo_run.tokenizer.thinking import written
+
+    lines = list[str]()
     for message in messages:
         lines += ["", f"{message['role']}:", *console.printable(written(message)).split("\n")]
-    console.echo("\n".join(lines))
+    return lines
+
+
+def _show_text(name: str, error: OctoError, *, as_json: bool) -> None:
+    """Print what can be read of a damaged conversation, if anything can."""
+    text = session_files.read_text(name)
+    if text is None:
+        return
+    messages = [*([{"role": "system", "content": text.system}] if text.system else []), *text.turns]
+    if as_json:
+        entry = session_files.damaged_entry(name, error)
+        console.print_json({**facts(entry), "identity": None, "messages": messages})
+        return
+    end = [] if text.whole else ["", "(what follows cannot be read)"]
+    console.echo("\n".join([f"session  {name}, damaged", *_lines(messages), *end]))
 
 
 @command.command("rm")

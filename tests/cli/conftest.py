@@ -77,6 +77,9 @@ class FakeTokenizer:
     def prompt(self, text: str) -> list[int]:
         return [1, *(ord(letter) for letter in text)]
 
+    def count(self, text: str, _most: int) -> int:
+        return len(text)
+
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         return [2, *(ord(letter) for message in messages for letter in message["content"])]
 
@@ -100,10 +103,17 @@ class FakeEngine:
         self.cache: dict[str, Any] = {}
         self.sampling: Any = None
         self.session: FakeSession | None = None
+        self.closed = False
         self.on_round: Callable[[], None] = lambda: None  # called in every round of a measurement
 
     def answers(self, *texts: str) -> None:
         self.replies += [FakeReply([text]) for text in texts]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def check_params(self, params: Any) -> None:
+        pass
 
     def next_reply(self, on_prompt: OnPrompt) -> FakeReply:
         reply = self.replies.pop(0)
@@ -150,6 +160,15 @@ class FakeSession:
         self.asked.append(text)
         return self.engine.next_reply(on_prompt)
 
+    def room(self) -> int:
+        return self.engine.max_context
+
+    def mark(self) -> list[str]:
+        return [*self.asked]
+
+    def restore(self, mark: list[str]) -> None:
+        self.asked = [*mark]
+
     def undo(self) -> str | None:
         return self.asked.pop() if self.asked else None
 
@@ -164,7 +183,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
 
     def load(options: Any, **cache: Any) -> FakeEngine:
-        fake.loaded, fake.cache = options, cache
+        fake.loaded, fake.cache, fake.closed = options, cache, False
         fake.loads.append(options.kv)
         fake.weights.append(options.weights)
         return fake
@@ -270,6 +289,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
         from octo_run.cli import line_editor
 
         class Editor:
+            cleared = False
+
             def __init__(self, *_: Any) -> None:
                 pass
 

@@ -1,6 +1,7 @@
 """``chat``: piped and at a terminal, slash commands, Ctrl-C, notices."""
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,33 @@ def test_later_than_two_seconds_ctrl_c_is_the_first_one_again(
     shown = octo("chat")
     assert shown.code == 0 and engine.session.asked == ["one", "two"]
     assert shown.out.count("Ctrl-C again or Ctrl-D leaves.") == 1
+
+
+@pytest.mark.parametrize("line", ["/clear xyz", "/undo 3", "/REGEN x", "/edit x", "/continue x", "/sessions x",
+                                  "/copy x", "/tokens x", "/stats\t x", "/exit now"])  # fmt: skip
+def test_what_a_command_does_not_take_is_refused(octo: Callable[..., Any], engine: Any, line: str) -> None:
+    engine.answers("a", "b")
+    shown = octo("chat", data=f"one\n{line}\n".encode())
+    name = line.split()[0].lower()
+    assert shown.code == 2 and shown.out == "a\n" and engine.session.asked == ["one"] and not engine.session.cleared
+    assert f"{name} takes no argument, and " in shown.err and f"; {name}: " in shown.err
+
+
+def test_the_help_of_one_command(octo: Callable[..., Any], engine: Any) -> None:
+    for line in ("/help read", "/help /read", "/? READ"):
+        assert octo("chat", data=line.encode()).err.startswith("/read FILE: send the text of a file"), line
+
+
+def test_leaving_as_other_programs_do(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    """Is told how it is done here; in a pipe a word is a question."""
+    for line in ("/quit", "/q", "/bye", "/QUIT"):
+        shown = octo("chat", data=line.encode())
+        assert shown.code == 2 and "did you mean /exit?" in shown.err, line
+    engine.answers("a", "b")
+    assert octo("chat", data=b"quit\n").code == 0 and engine.session.asked == ["quit"]
+    terminal(["quit", "exit", ":q", '"""quit"""'])
+    shown = octo("chat")
+    assert shown.code == 0 and shown.err.count("/exit or Ctrl-D leaves") == 3 and engine.session.asked == ["quit"]
 
 
 @pytest.mark.parametrize("line", ["/", "/?", "/ help", "/HELP", "/help me"])
@@ -344,3 +372,156 @@ def test_a_failure_that_nobody_expected_keeps_the_conversation(
     assert result.code == 0 and result.err.count("unexpected failure (ZeroDivisionError: of a fault)") == 1
     terminal(["one", "two"])
     assert "Traceback" in octo("--debug", "chat").err
+
+
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(
+    octo: Callable[..., Any], terminal: Callable[[list[Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is a question, an answer that goes on, or one that is given again."""
+    from octo_run.engine.step import Stepper
+
+    fails, read, take = False, Stepper.read_with_tops, Conversation.take
+
+    def failing(*given: Any) -> Any:
+        if fails:
+            raise ZeroDivisionError("of a fault")
+        return read(*given)
+
+    def taken(chat: Conversation, text: str) -> None:
+        nonlocal fails
+        before, fails = chat.session.messages, text in ("two", "/regen", "/continue")
+        try:
+            take(chat, text)
+        finally:
+            assert not fails or chat.session.messages == before
+
+    monkeypatch.setattr(Stepper, "read_with_tops", failing)
+    monkeypatch.setattr(Conversation, "take", taken)
+    terminal(["one", "two", "/regen", "/continue", "three", "/tokens"])
+    shown = octo("chat", "-n", "4", "--device", "cpu", "--ctx", "512")
+    assert shown.err.count("unexpected failure (ZeroDivisionError: of a fault)") == 3 and "Assertion" not in shown.err
+    assert "2 questions: " in shown.out
+
+
+def test_ctrl_c_before_a_message_is_sent_keeps_its_file(
+    octo: Callable[..., Any], engine: Any, terminal: Any, tmp_path: Path
+) -> None:
+    """Rendering a long text takes a while."""
+    (tmp_path / "note.txt").write_text("the text\n")
+    engine.answers("a")
+    pressed = False
+
+    def ask(text: str, *given: Any) -> Any:
+        nonlocal pressed
+        if not pressed:
+            pressed = True
+            signal.raise_signal(signal.SIGINT)
+        return FakeSession.ask(engine.session, text, *given)
+
+    def watched(fake: Any, system: str | None, **options: Any) -> Any:
+        session = FakeSession(fake, system, **options)
+        session.ask = ask  # type: ignore[method-assign]
+        return session
+
+    from octo_run.cli import runtime
+
+    from .conftest import FakeSession
+
+    runtime.open_session = watched  # type: ignore[assignment]  # which the engine's fixture puts back
+    terminal([f"/read {tmp_path}/note.txt", "one", "two"])
+    shown = octo("chat")
+    assert shown.code == 0 and "[stopped, nothing was sent" in shown.out
+    assert engine.session.asked == ["the text\n\ntwo"]
+
+
+REAL = ("chat", "--device", "cpu", "--ctx", "256", "-n", "3")
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("/kv oct33", "oct3"), ("/kv oct4:otc3", "oct3"), ("/model octo-dmeo", "octo-demo"),
+    ],
+)  # fmt: skip
+def test_the_nearest_model_and_format_are_named(octo: Callable[..., Any], line: str, near: str) -> None:
+    shown = octo(*REAL, "-q", data=line.encode())
+    assert shown.code == 2 and re.search(f"did you mean '?{near}'?\\?", shown.err)
+
+
+def test_every_setting_that_is_listed_can_be_set_or_is_fixed(octo: Callable[..., Any]) -> None:
+    listed = octo(*REAL, "-q", "--regex", "[a-z ]*", data=b"/set\n").err.splitlines()
+    assert "grammar             a regular expression of 7 characters  (fixed: by --json-schema" in listed[-1]
+    values = {"stop": "x", "logit_bias": "5=3 7=-100", "xtc_threshold": "0.2", "min_p": "0.5"}
+    lines = list[str]()
+    for line in listed[:-1]:
+        name = line.split()[0]
+        lines += [f"/set {name} {values.get(name, 1)}", f"/set {name}"]
+    shown = octo(*REAL, "-q", data="\n".join(lines).encode())
+    told = shown.err.splitlines()
+    assert shown.code == 0 and told[::2] == told[1::2] and len(told) == len(lines), shown.err
+    shown = octo(*REAL, "-q", data=b"/set grammar x")
+    assert shown.code == 2 and "grammar is fixed while a chat runs" in shown.err
+
+
+def test_a_bias_on_a_token_that_there_is_not(octo: Callable[..., Any]) -> None:
+    """Is refused when it is set, and nothing has changed."""
+    for argv in (REAL, ("generate", "-p", "x", "-n", "2", "--device", "cpu")):
+        shown = octo(*argv, "-q", "--logit-bias", "8192=1", data=b"")
+        assert shown.code == 2 and "names the token 8192 and the vocabulary has 8,192" in shown.err, argv
+    for value in ("8192=1", "1=200", "x", "-1=3", "1=nan", "1"):
+        shown = octo(*REAL, "-q", data=f"/set logit_bias {value}".encode())
+        assert shown.code == 2 and shown.err.count("\n") == 1 and "logit_bias" in shown.err, value
+    bias, anew = "/set logit_bias", "/clear\nHello.\n"
+    said = octo(*REAL, "-q", data=f"Hello.\n{bias} 5=100\n{anew}{bias} none\n{anew}".encode())
+    first, second, third = said.out.splitlines()
+    assert first == third != second
+
+
+@pytest.mark.parametrize(
+    ("lines", "counts"),
+    [
+        (["/edit", "changed", "/tokens"], [1]),
+        (["/edit", "/tokens", "two", "/tokens"], [1, 2]),
+        (["/edit", KeyboardInterrupt, "two", "/tokens"], [2]),
+        (["/edit", '"""changed"""', "/tokens"], [1]),
+        (["/edit", "x " * 400, "/tokens", "two", "/tokens"], [1, 2]),
+    ],
+    ids=["sent", "a command in between", "given up", "a block", "too long"],
+)
+def test_a_question_that_is_edited_stays_until_the_changed_one_is_sent(
+    octo: Callable[..., Any], terminal: Any, lines: list[Any], counts: list[int]
+) -> None:
+    terminal(["one", *lines])
+    shown = octo(*REAL)
+    assert [int(line.split()[0]) for line in shown.out.splitlines() if "of the context" in line] == counts
+
+
+def test_a_dropped_file_has_the_path_that_a_shell_would_read(
+    octo: Callable[..., Any], engine: Any, tmp_path: Path
+) -> None:
+    """Terminals paste it with quotes or backslashes; a file that is really called so comes first."""
+    (tmp_path / "a b.txt").write_text("text")
+    (tmp_path / "'q'").write_text("quoted")
+    for written in (f"'{tmp_path}/a b.txt'", f'"{tmp_path}/a b.txt"', f"{tmp_path}/a\\ b.txt", f"{tmp_path}/a b.txt"):
+        shown = octo("chat", data=f"/read {written}\n".encode())
+        assert shown.code == 0 and "a b.txt: 4 characters go with" in shown.err, written
+    assert "6 characters" in octo("chat", data=f"/read {tmp_path}/'q'".encode()).err
+    for wrong in ("'", "'a' 'b'", "\\"):
+        assert octo("chat", data=f"/read {wrong}\n".encode()).code == 2
+
+
+def test_what_is_there_is_not_loaded_again(octo: Callable[..., Any]) -> None:
+    shown = octo(*REAL, data=b"/kv OCT3\n/kv\n")
+    assert shown.code == 2 and "the KV cache is oct3 already" in shown.err and "it is oct3 now" in shown.err
+    assert "on this machine there are octo-demo" in octo(*REAL, data=b"/model\n").err
+
+
+def test_a_session_that_is_in_use_is_told_of_before_a_model_is_loaded(
+    octo: Callable[..., Any], engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octo_run.cli import session_files
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with session_files.in_use("mine"):
+        shown = octo("chat", "--session", "mine", data=b"one\n")
+    assert shown.code == 1 and "another octo-run uses the session 'mine'" in shown.err and engine.loads == []

@@ -11,7 +11,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from octo_run.cli import chat_commands, console, runtime
+from octo_run.cli import console, reload, runtime
 from octo_run.engine import Engine, warm_up
 from octo_run.errors import OctoError
 
@@ -112,9 +112,9 @@ def test_another_model_is_warmed_up_too(
     octo: Callable[..., Any], engine: Any, warmed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If that fails, the former one comes back."""
-    engine.check_chat = engine.close = lambda: None
+    engine.check_chat = lambda: None
     monkeypatch.setattr(runtime, "check_loadable", lambda _: None)
-    monkeypatch.setattr(chat_commands, "_params", lambda *_: "params")
+    monkeypatch.setattr(reload, "_params", lambda *_: "params")
     monkeypatch.setattr(runtime, "open_session", lambda *_, **__: engine.session)
     engine.session = type("Session", (), {"system": None, "variables": {}, "drops": True, "turns": []})()
     shown = octo("chat", data=b"/kv bf16\n")

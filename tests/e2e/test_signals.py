@@ -151,6 +151,38 @@ def test_ctrl_c_is_never_lost_and_never_a_traceback(tmp_path: Path, program: str
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+def test_what_was_typed_unseen_is_no_command_of_the_shell(environment: dict[str, str]) -> None:
+    """It waits for the chat's next line; when Ctrl-Z gives the terminal to the shell instead, it is gone."""
+    env = {**environment, "PS1": "SHELL> "}
+    shell = pexpect.spawn("bash", ["--norc", "--noprofile", "-i"], env=env, timeout=60, encoding="utf-8")
+    shell.expect_exact("SHELL> ")
+    shell.sendline(f"{sys.executable} -m octo_run chat {' '.join(HOT)} -p 'Tell me a long story.'")
+    shell.expect(r"/help.*memory: weights.*\w+ \w+ \w+ \w+")
+    shell.send("echo $((40 + 2))\r")
+    time.sleep(0.2)
+    shell.send("\x1a")
+    shell.expect_exact("SHELL> ")
+    shell.sendline("echo $((50 + 3))")
+    shell.expect("53")
+    assert "42" not in shell.before
+    shell.close(force=True)
+
+
+def test_nor_after_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import time; from octo_run import process; process.prepare()\n"
+        "with process.locked_keyboard():\n    print('READY', flush=True); time.sleep(60)\n"
+    )
+    script = f'trap : INT; {sys.executable} {tmp_path}/program.py; echo code $?; read -t 1 line; echo "[$line]"'
+    shell = pexpect.spawn("bash", ["-c", script], timeout=60, encoding="utf-8")
+    shell.expect_exact("READY")
+    shell.send("rm x\r" + CTRL_C)
+    shell.expect_exact("code 130")
+    shell.expect(r"\[(.*)\]")
+    assert shell.match[1] == ""
+    shell.close(force=True)
+
+
 def test_stopped_and_continued_by_a_shell(environment: dict[str, str]) -> None:
     """Ctrl-Z, SIGTSTP and SIGSTOP at the prompt: the shell has its terminal, and ``fg`` brings the line back."""
     shell = pexpect.spawn("bash", ["--norc", "--noprofile", "-i"], env={**environment, "PS1": "SHELL> "}, timeout=60)

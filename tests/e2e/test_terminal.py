@@ -63,6 +63,18 @@ def test_keys_typed_during_an_answer_wait_for_the_next_line(
 
 
 @pytest.mark.slow
+def test_what_was_typed_outlasts_ctrl_c(terminal: Callable[..., Any]) -> None:
+    """The kernel drops what waits when a key sends a signal, unless it is told not to."""
+    chat = terminal("chat", "-n", "400", "--temp", "3", "--seed", "1", "--threads", "1")
+    at = answering(chat)
+    chat.type("the next line")
+    chat.read(0.1)
+    chat.type(CTRL_C)
+    chat.wait_for(r"\[stopped.*?" + PROMPT + ".*the next line", at)
+    chat.type(CTRL_C)  # clears it
+    leave(chat)
+
+
 def test_keys_typed_while_the_model_is_loaded_wait_too(terminal: Callable[..., Any]) -> None:
     chat = terminal("chat", "-n", "3")
     at = chat.wait_for("loading octo-demo")
@@ -175,10 +187,16 @@ def test_every_command(terminal: Callable[..., Any], tmp_path: Path) -> None:
     at = chat.wait_for(PROMPT + ".*Hello there.", at)
     type_and_see(" And you?", "first after")
     type_and_see("/tokens", "1 question")
+    chat.type("/edit\r")
+    at = chat.wait_for(PROMPT + r".*And you\?", at)
+    chat.type(CTRL_C)  # given up
+    type_and_see("Something else.", "first after")
+    type_and_see("/tokens", "2 questions")
+    type_and_see("/undo", "are taken back")
     type_and_see("/undo", "are taken back")
     type_and_see("/tokens", "0 questions")
     type_and_see("/clear", "forgotten")
-    type_and_see("/stats", "3 turns")
+    type_and_see("/stats", "4 turns")
     chat.type('"""one\r')
     chat.type('two"""\r')
     at = chat.wait_for("first after.*?" + PROMPT, at)

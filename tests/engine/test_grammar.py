@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from octo_run.engine import Engine, SamplingParams
+from octo_run.engine import Engine, SamplingParams, Session
 from octo_run.engine.grammar import Grammar
 from octo_run.errors import OctoError, UsageError
 
@@ -120,3 +120,48 @@ def test_a_model_without_a_tokenizer_refuses(tiny: Callable[..., Engine]) -> Non
     engine = tiny()
     with pytest.raises(UsageError, match="no tokenizer"):
         next(engine.generate([1, 2, 3], SamplingParams(grammar=Grammar("regex", "a"))))
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["in one session", "loaded in between"])
+def test_an_answer_that_goes_on_follows_the_grammar_where_it_stands(demo: Callable[..., Engine], kept: bool) -> None:
+    engine = demo("oct3")
+    rules = SamplingParams(grammar=Grammar("json", PERSON), **{**HOT, "max_tokens": 5})
+    session = Session(engine)
+    reply = session.ask("Who is it?", rules)
+    list(reply)
+    for _ in range(80):
+        if reply.finish_reason != "length":
+            break
+        if not kept:
+            turns, session = session.messages, Session(engine)
+            session.turns = turns
+        reply = session.resume(rules)
+        list(reply)
+    assert reply.finish_reason == "stop"
+    person = json.loads(session.messages[-1]["content"])
+    assert person.keys() == {"name", "age"} and 0 <= person["age"] <= 99
+
+
+def test_parts_of_an_answer_are_drawn_as_the_whole_would_be(demo: Callable[..., Engine]) -> None:
+    """Noise and penalties go on, too."""
+    engine = demo("oct3")
+    rules = {"temperature": 1.0, "seed": 3, "presence_penalty": 2.0, "frequency_penalty": 1.0}
+    whole, parts = Session(engine), Session(engine)
+    text = "".join(whole.ask("Tell me of the sea.", SamplingParams(max_tokens=12, **rules)))
+    found = "".join(parts.ask("Tell me of the sea.", SamplingParams(max_tokens=4, **rules)))
+    for _ in range(2):
+        found += "".join(parts.resume(SamplingParams(max_tokens=4, **rules)))
+    assert found == text
+
+
+def test_an_answer_that_does_not_fit_a_grammar_is_not_gone_on_with(demo: Callable[..., Engine]) -> None:
+    engine = demo("oct3")
+    session = Session(engine)
+    list(session.ask("Hello", SamplingParams(grammar=Grammar("regex", "[a-z]{9}"), max_tokens=2)))
+    before = session.messages
+    with pytest.raises(OctoError, match="grammar cannot be followed"):
+        list(session.resume(SamplingParams(grammar=Grammar("regex", "[0-9]{9}"))))
+    assert session.messages == before
+    for answered in (-1, 4):
+        with pytest.raises(UsageError, match="give 0 to 3"):
+            engine.generate([1, 2, 3], answered=answered)

@@ -123,6 +123,47 @@ def test_an_interrupted_answer_is_kept(scripted: Any) -> None:
     assert talk.contents == ["tell me", "a long", "go on", " story"]
 
 
+@pytest.mark.parametrize("after", [0, 3], ids=["while the prompt is read", "during the answer"])
+def test_a_turn_that_fails_leaves_the_session_as_it_was(
+    scripted: Any, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Old turns that it dropped included; so does an answer that was to go on."""
+    talk = Talk(scripted, context=200)
+    for number in range(2):
+        talk.ask(f"{number}" * 30, f"{number}" * 40)
+    assert "".join(talk.open("more", "abcdefgh", max_tokens=4)) == "abcd"
+    before = talk.contents
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise MemoryError("of the device")
+
+    def go_on() -> Any:
+        more = talk.session.resume(SamplingParams())
+        talk.decoder.say(more.prompt_tokens, "efgh")
+        return more
+
+    for begin in (lambda: talk.open("x" * 90, "yyyyyy"), go_on):
+        reply = begin()
+        for _ in range(after):
+            next(reply)
+        with monkeypatch.context() as patch:
+            patch.setattr(talk.engine.step, "read_with_tops", run_out)
+            with pytest.raises(MemoryError):
+                next(reply)
+        assert talk.contents == before
+    assert "".join(go_on()) == "efgh", "the ids that it goes on from are there, too"
+
+
+def test_a_mark_is_gone_back_to(scripted: Any) -> None:
+    talk = Talk(scripted)
+    talk.ask("one", "1")
+    mark = talk.session.mark()
+    assert talk.session.undo() == "one"
+    next(talk.open("two", "222"))
+    talk.session.restore(mark)
+    assert talk.contents == ["one", "1"]
+
+
 def test_asking_again_ends_an_open_answer(scripted: Any) -> None:
     talk = Talk(scripted)
     reply = talk.open("tell me", "a long story")

@@ -207,6 +207,51 @@ def test_a_grammar_is_followed_from_the_first_token_on(harmony: Any) -> None:
     assert talk.session.messages[-1] == {"role": "assistant", "content": text}
 
 
+TWO_DIGITS = '{"type": "integer", "minimum": 10, "maximum": 99}'
+
+
+def test_a_grammar_begins_behind_a_thought(scripted: Any, byte_tokenizer: Any) -> None:
+    """One that the template begins, and one that goes on; wherever it ends, by itself or by the budget."""
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    from octo_run.engine.grammar import Grammar
+
+    rules = dataclasses.replace(GREEDY, grammar=Grammar("json", TWO_DIGITS))
+    asked = "{% for m in messages %}[INST]{{ m.content }}{% endfor %}"
+    for opening, marks in (("<think>", []), ("[THINK]", ["[THINK]", "[/THINK]"])):
+        closing = opening[0] + "/" + opening[1:]
+        template = f"{asked}{{% if add_generation_prompt %}}{opening}{{% endif %}}"
+        talk = Talk(scripted, byte_tokenizer(template, ["[INST]", *marks, "</s>"]))
+        for budget in (None, 3):
+            reply = talk.session.ask("How many?", rules, think_budget=budget)
+            talk.decoder.say(reply.prompt_tokens, talk.ids(f"So many.{closing}No!</s>"))
+            text = "".join(reply)
+            thought = "".join(text for thought, text in reply.parts if thought)
+            said = "".join(text for thought, text in reply.parts if not thought).strip()
+            assert thought.strip() == "So many."[:budget].strip() and said.isdigit() and len(said) == 2, (opening, text)
+            assert reply.finish_reason == "stop"
+        reply = talk.session.ask("How many?", dataclasses.replace(rules, max_tokens=3))
+        talk.decoder.say(reply.prompt_tokens, talk.ids("So many."))
+        list(reply)
+        more = talk.session.resume(rules)
+        talk.decoder.say(more.prompt_tokens, talk.ids(f"many.{closing}No!</s>"))
+        assert "".join(more).startswith("many.") and more.parts[-1][1].strip().isdigit(), (opening, more)
+
+
+def test_a_thought_in_a_channel_goes_on_free_of_the_grammar(harmony: Any) -> None:
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    from octo_run.engine.grammar import Grammar
+
+    talk = harmony()
+    reply = talk.open("Hi", SAID)
+    while "says" not in reply.text:
+        next(reply)
+    reply.close()
+    more = talk.session.resume(dataclasses.replace(GREEDY, grammar=Grammar("json", TWO_DIGITS)))
+    talk.decoder.say(more.prompt_tokens, talk.ids(" hi.<|end|><|start|>assistant<|channel|>final<|message|>Hello!"))
+    text = "".join(more)
+    assert text.startswith(" hi.\n</think>\n\n") and text[-2:].isdigit() and more.finish_reason == "stop", text
+
+
 def test_thoughts_that_a_template_keeps_are_not_read_again(scripted: Any, byte_tokenizer: Any) -> None:
     """Mistral's templates write them as they were, so that the cache holds the whole answer."""
     talk = Talk(scripted, byte_tokenizer(MISTRAL, ["[INST]", "[/INST]", "[THINK]", "[/THINK]", "</s>"]))

@@ -1,0 +1,145 @@
+"""Conversations that are kept: names that are none, files that are damaged, and what /load does with the former one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ARGV = ("chat", "--device", "cpu", "--ctx", "512", "-n", "2")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "octo-run" / "sessions"
+
+
+@pytest.fixture
+def saved(octo: Callable[..., Any], folder: Path) -> Path:
+    """The file of a conversation of three questions, without a tail."""
+    done = octo(*ARGV, "--session", "trip", "--system", "Be kind.", data=b"one\ntwo\nthree\n")
+    assert done.code == 0 and [path.name for path in folder.glob("*trip.safetensors*")] == ["trip.safetensors"]
+    return folder / "trip.safetensors"
+
+
+NAMES = ("語" * 80, "x" * 81, "é" * 101, "..", ".", "../x", "a/b", "", "-x", "a b", "a\x1bb", "a\n", "\udcff", "x\0")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_name_is_refused_before_anything_is_written(
+    octo: Callable[..., Any], terminal: Any, folder: Path, name: str
+) -> None:
+    shown = octo(*ARGV, "--session", name, data=b"one\n")
+    assert shown.code == 2 and shown.out == "" and "is no name for a session" in shown.err, shown
+    assert "\x1b" not in shown.err and shown.err.count("\n") == 1
+    if name == name.strip() and name:
+        terminal(["one", f"/save {name}"])
+        assert "is no name for a session" in octo(*ARGV).err
+    assert not folder.exists() or not [*folder.iterdir()]
+
+
+def test_the_longest_names_can_be_written(octo: Callable[..., Any], folder: Path) -> None:
+    for name in ("x" * 80, "é" * 80, "語" * 66):
+        assert octo(*ARGV, "--session", name, data=b"one\ntwo\n").code == 0
+        assert octo("sessions", "show", name).code == 0
+        assert octo("sessions", "rm", name, "--yes").code == 0
+    assert not [*folder.iterdir()]
+
+
+def cut_pages(data: bytes) -> bytes:
+    return data[:-1000]
+
+
+def cut_header(data: bytes) -> bytes:
+    return data[: data.index(b"three")]
+
+
+def break_json(data: bytes) -> bytes:
+    return data.replace(b'"dtype"', b"~dtype~", 1)
+
+
+def break_settings(data: bytes) -> bytes:
+    return data.replace(rb"\"temperature\": 0.0", rb"\"temperature\": -99"[:18], 1)
+
+
+DAMAGES = [(cut_pages, 3), (cut_header, 2), (break_json, 3), (break_settings, 3)]
+
+
+@pytest.mark.parametrize(("damage", "questions"), DAMAGES)
+def test_the_text_of_a_damaged_file_is_shown_and_gone_on_with(
+    octo: Callable[..., Any], terminal: Any, saved: Path, damage: Callable[[bytes], bytes], questions: int
+) -> None:
+    broken = damage(saved.read_bytes())
+    saved.write_bytes(broken)
+    listed = octo("sessions", "list")
+    assert listed.code == 0 and "damaged: " in listed.out and "trip" in listed.out
+    shown = octo("sessions", "show", "trip")
+    assert shown.code == 1 and shown.out.startswith("session  trip, damaged\n") and "system:\nBe kind.\n" in shown.out
+    assert shown.out.count("user:") == questions and "the session 'trip' is damaged" in shown.err
+    assert ("(what follows cannot be read)" in shown.out) == (questions < 3)
+    told = octo("sessions", "show", "trip", "--json")
+    facts = json.loads(told.out)
+    assert told.code == 1 and facts["damage"] and facts["messages"][0] == {"role": "system", "content": "Be kind."}
+    assert sum(message["role"] == "user" for message in facts["messages"]) == questions
+    terminal(["/load trip", "/tokens", "/system", "four", "/save trip", "/save other"])
+    chat = octo(*ARGV)
+    assert f"{questions} questions: " in chat.out and "the session 'trip' is damaged" in chat.out
+    assert "system prompt: Be kind." in chat.out and "stopped after --max-tokens" in chat.out
+    assert "there is a session 'trip' already" in chat.err and "saved as other" in chat.out
+    assert saved.read_bytes() == broken, "nothing of the damaged file is lost"
+    assert octo("sessions", "show", "other").out.count("user:") == questions + 1
+    refused = octo(*ARGV, "--session", "trip", data=b"x\n")
+    assert refused.code == 1 and "`octo-run sessions show trip` shows its text" in refused.err
+
+
+def test_the_tail_of_a_damaged_file_has_the_last_turns(octo: Callable[..., Any], saved: Path) -> None:
+    from octo_run.engine import Engine
+    from octo_run.engine.saved_session import SavedSession, SavedText, Snapshot, tail_of
+
+    with Engine.load(device="cpu", max_context=512) as engine:
+        found = SavedSession.read(saved)
+        session = found.session(engine)
+        first = Snapshot.take(session, found.settings)
+        first.write(saved)
+        session.turns += [{"role": "user", "content": "four"}, {"role": "assistant", "content": "A\ud7ff\U0001f600"}]
+        Snapshot.take(session, found.settings).write_tail(saved, first.as_base)
+    saved.write_bytes(saved.read_bytes()[:-10])
+    text = SavedText.read(saved)
+    assert text is not None and text.whole and text.turns == tuple(session.turns)
+    tail_of(saved).write_bytes(b"")
+    text = SavedText.read(saved)
+    assert text is not None and not text.whole and len(text.turns) == 6
+    saved.write_bytes(b"")
+    assert SavedText.read(saved) is None
+    assert "`octo-run sessions rm trip` deletes it" in octo("sessions", "show", "trip").err
+
+
+def test_load_saves_the_former_conversation_first(octo: Callable[..., Any], terminal: Any, saved: Path) -> None:
+    terminal(["one", "two", "/undo", "/load trip", "/tokens", "four"])
+    shown = octo(*ARGV, "--session", "mine")
+    assert shown.code == 0 and "3 questions: " in shown.out
+    assert octo("sessions", "show", "mine").out.count("user:") == 1, "as /undo left it"
+    assert octo("sessions", "show", "trip").out.count("user:") == 4
+
+
+def test_load_refuses_to_lose_a_conversation(octo: Callable[..., Any], terminal: Any, saved: Path) -> None:
+    terminal(["one", "/load trip", "/tokens", "/save mine", "/load trip", "/tokens", "/clear", "/load mine", "/tokens"])
+    shown = octo(*ARGV)
+    assert shown.err.count("this conversation is not saved: /save NAME keeps it, or /clear forgets it") == 1
+    assert [line for line in shown.out.splitlines() if "question" in line and "tokens," in line] == [
+        line for line in shown.out.splitlines() if "question" in line and "of the context" in line
+    ]
+    counts = [line.split()[0] for line in shown.out.splitlines() if "of the context" in line]
+    assert counts == ["1", "3", "1"], shown.out
+
+
+def test_quiet_says_only_what_was_asked_for(octo: Callable[..., Any], terminal: Any, saved: Path) -> None:
+    lines = ["/load trip", "/load trip anew", "/kv bf16", "/model octo-demo", "/save copy", "/undo", "/clear"]
+    shown = octo(*ARGV, "-q", data="\n".join([*lines, "/tokens"]).encode())
+    assert shown.code == 0 and shown.err.startswith("0 questions: ") and shown.err.count("\n") == 1 and not shown.out
+    octo("sessions", "rm", "copy", "--yes")
+    terminal([*lines, "/tokens"])
+    shown = octo(*ARGV, "-q")
+    assert shown.code == 0 and shown.err == "" and shown.out.startswith("0 questions: ") and shown.out.count("\n") == 1
