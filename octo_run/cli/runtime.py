@@ -349,7 +349,7 @@ def model_names() -> list[str]:
 
 def known_models() -> list[str]:
     """Those, and the embedded one."""
-    from octo_run.models.cache import DEMO_NAME
+    from octo_run.models.names import DEMO_NAME
 
     return [*dict.fromkeys((DEMO_NAME, *model_names()))]
 
