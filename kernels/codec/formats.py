@@ -49,7 +49,8 @@ def get(name: str, head_dim: int = 128, seed: int = 0) -> Codec:
     """
     if name not in names():
         near = nearest(name, names())
-        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(names())}."
+        known = ", ".join(names())
+        hint = f"did you mean {near}, of {known}?" if near else f"choose one of {known}."
         raise UsageError(f"unknown KV format {quoted(name)}: {hint}")
     if name != PLAIN and head_dim not in HEAD_DIMS:
         dims = ", ".join(map(str, HEAD_DIMS))

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -272,7 +273,9 @@ def _gguf_files(program: str) -> Iterator[Finding]:
     for folder in (Path.home() / place for place in _GGUF_FOLDERS[program]):
         files = [path for path in folder.rglob("*.gguf") if "mmproj" not in path.name] if folder.is_dir() else []
         if files:
-            detail = f"{len(files):,} GGUF files in {folder}: `octo-run import {shown(str(files[0]), 200)}`"
+            detail = (
+                f"{len(files):,} GGUF files in {folder}: `octo-run import {shown(shlex.quote(str(files[0])), 200)}`"
+            )
             yield Finding(program, "ok", detail)
 
 

@@ -1,5 +1,6 @@
 """``octo-run quantize``: write a model with quantised weights."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -37,4 +38,4 @@ def command(model: str, out: Path, weights: str, device: str | None, dtype: str 
 
     size = quantise(model, out, weights, device=device, dtype=dtype, progress=tell)
     console.notice(f"{shown(str(out))}: {console.human_bytes(size)}, weights {weights}")
-    console.notice(f"chat with it: octo-run chat -m {shown(str(out))}")
+    console.notice(f"chat with it: octo-run chat -m {shown(shlex.quote(str(out)))}")

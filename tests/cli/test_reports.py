@@ -437,6 +437,8 @@ def test_quantize_writes_a_model(octo: Callable[..., Any], tmp_path: Path) -> No
     refused = octo("quantize", "octo-demo", str(tmp_path / "other"), "--weights", "int5")
     assert refused.code == 2 and "there is no format of weights 'int5'" in refused.err
     assert [*tmp_path.iterdir()] == [out]
+    spaced = octo("quantize", "octo-demo", str(tmp_path / "a b"), "--weights", "int8", "--device", "cpu")
+    assert f"octo-run chat -m '{tmp_path}/a b'" in spaced.err
 
 
 def test_doctor_tries_the_formats_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:

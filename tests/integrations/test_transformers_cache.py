@@ -508,7 +508,7 @@ def test_states_are_tensors_to_others(decoder: Decoder) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kv": "oct9"}, "unknown KV format 'oct9': choose one of oct2, oct3"),
+        ({"kv": "oct9"}, "unknown KV format 'oct9': did you mean oct4, of oct2, oct3"),
         ({"kv": 3}, "The KV format is 3"),
         ({"sinks": -1}, "number of sink tokens is -1"),
         ({"window": 100}, "give a multiple of 64"),
