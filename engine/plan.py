@@ -124,8 +124,8 @@ class MemoryPlan:
 
     @property
     def all_in_bytes_per_token(self) -> float:
-        """Arena and full-precision bytes divided by the context."""
-        return (self.arena + self.full_precision) / (self.shape.sequences * self.context)
+        """All bytes of the cache, recurrent states and snapshots included, divided by the context."""
+        return (self.arena + self.full_precision + self.recurrent) / (self.shape.sequences * self.context)
 
     def of(self, shape: ArenaShape) -> "MemoryPlan":
         """The plan for another shape of the arena."""
@@ -314,6 +314,7 @@ def plan_memory(
     quantise: Quantise | None = None,
     pack_embedding: Quantise | None = None,
     matrices: torch.dtype | None = None,
+    free: int | None = None,
 ) -> MemoryPlan:
     """The plan for a model.
 
@@ -324,6 +325,7 @@ def plan_memory(
         cache_bytes: See ``Engine.load``.
         quantise, pack_embedding: See ``Decoder``.
         matrices: See ``StoredWeights``.
+        free: Bytes that the device has free (None: those that it has now).
 
     Raises:
         UsageError: A context that the model does not support or ``cache_bytes`` cannot hold.
@@ -338,7 +340,7 @@ def plan_memory(
     # What RoPE's scaling gives beyond the file's context is taken only if it is asked for.
     limit = cfg.max_position_embeddings if max_context is None else cfg.context_limit
     kind = conditioning_kind(fmt, conditioning)
-    context, free = limit if max_context is None else max_context, free_memory(device)
+    context, free = limit if max_context is None else max_context, free_memory(device) if free is None else free
     shape = ArenaShape(
         heads=cfg.cached_heads,
         token_bytes=token_bytes(cfg, fmt),

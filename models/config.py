@@ -376,8 +376,8 @@ def _layer_types(fields: Fields, family: Family, num_layers: int, context: int) 
 
 
 def _pattern(fields: Fields, family: Family, num_layers: int, window: int | None) -> list[str]:
-    """Kinds of layers of which every so many-th sees all, or whose pattern is spelt out, L for a window and G for none:
-    then the last layer sees all wherever the pattern is (EXAONE 4)."""
+    """Kinds of layers of which every so many-th sees all, or whose pattern is spelt out: L for a window, G for none; of
+    these the last layer sees all."""
     default = family.defaults.get("sliding_window_pattern")
     if fields.raw("sliding_window_pattern") is None and (default is None or window is None):
         return [SLIDING if window is not None else FULL] * num_layers

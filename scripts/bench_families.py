@@ -8,7 +8,7 @@ deepest place takes its turn, and the row says so. --json writes each row when i
 cut off loses none. --rows takes such files of earlier runs (or what `octo-run bench --output jsonl` printed) into the
 report, the later measurement of a case in place of the earlier one; then nothing is measured but --shapes. The last
 column is the share of the bytes' floor: what a step must read, at the copy bandwidth measured in the same run, over the
-step's time.
+step's time. The bytes of a token are those of the memory plan, which needs no GPU: `planned_bytes`.
 """
 
 import argparse
@@ -16,17 +16,25 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_report import table
 
+from octo_run.engine.plan import plan_memory
 from octo_run.engine.random_model import read_shape
 from octo_run.engine.shapes import SHAPES
 from octo_run.errors import OctoError
 
 FAMILIES = "qwen3.5-9b,gemma-3-12b,gemma-4-12b,gpt-oss-20b,qwen3-30b-a3b"
 TEST = 64
+BYTES = (
+    "Bytes a token are computed from the memory plan, not measured: codes and norms of K and V in all layers that see"
+    " every token; all-in with windows, sinks, recurrent states, the staging buffer and as many snapshots as there are"
+    " at most, spread over the shape's usual context."
+)
 
 
 def lines(command: list[str]) -> Iterator[str]:
@@ -56,7 +64,26 @@ def measured(shape: str, kv: str, asked: dict[int, int]) -> Iterator[dict[str, A
     command += ["--tests", f"tg{TEST}", "--depth", ",".join(map(str, asked)), "--output", "jsonl"]
     for line in lines(command):
         row = json.loads(line)
-        yield row | {"asked_depth": asked[row["depth"]]}
+        yield with_bytes(row | {"asked_depth": asked[row["depth"]]})
+
+
+@cache
+def planned_bytes(shape: str, kv: str) -> dict[str, float]:
+    """What a token of a shape takes in the KV cache: ``bytes_per_token``, codes and norms in all layers that see every
+    token, and ``all_in_bytes_per_token``, all that the plan for the usual context has for the cache (windows, sinks,
+    recurrent states and snapshots, staging buffer), spread over that context."""
+    cfg = read_shape(shape)
+    plan = plan_memory(
+        cfg, kv, device=torch.device("cpu"), dtype=torch.bfloat16, max_context=cfg.max_position_embeddings, free=2**60
+    )
+    return {
+        "bytes_per_token": plan.bytes_per_token, "all_in_bytes_per_token": round(plan.all_in_bytes_per_token, 1)
+    }  # fmt: skip
+
+
+def with_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the bytes of a token; rows of earlier runs may lack them."""
+    return row if "bytes_per_token" in row else row | planned_bytes(row["model"], row["kv"])
 
 
 def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,20 +94,25 @@ def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def report(rows: list[dict[str, Any]], failures: list[str]) -> str:
     """Where and when, then the table, and what could not be measured."""
     where = sorted({f"{row['device']}, torch {row['torch_version']}, {row['date']}" for row in rows})
-    header = ["shape", "weights", "kv", "depth", "tokens/s", "least", "most", "ms a step", "% of the floor"]
+    header = [
+        "shape", "weights", "kv", "bytes/token", "all-in", "depth", "tokens/s", "least", "most", "ms a step",
+        "% of the floor",
+    ]  # fmt: skip
     cells = []
-    for row in rows:
+    for row in map(with_bytes, rows):
         depth, asked = row["depth"], row.get("asked_depth", row["depth"])
         place = f"{depth:,}" if depth == asked else f"{depth:,} (the context has no room for {asked:,})"
         cells.append(
-            (row["model"], row["weights"], row["kv"], place, f"{row['tokens_per_s']:.1f}", f"{row['least']:.1f}",
+            (row["model"], row["weights"], row["kv"], f"{row['bytes_per_token']:,}",
+             f"{row['all_in_bytes_per_token']:,.0f}", place, f"{row['tokens_per_s']:.1f}", f"{row['least']:.1f}",
              f"{row['most']:.1f}", f"{row['ms_per_token']:.3f}", f"{100 * row['of_bandwidth']:.0f}")
         )  # fmt: skip
     parts = [
         "# Shapes of several families, one sequence, random weights",
         f"{'; '.join(where)} (UTC). For each shape `octo-run bench --random-weights SHAPE --kv ... --tests tg{TEST}"
         " --depth ... -r 3`; medians of three rounds. The floor is the time in which the bytes that a step must read"
-        " (weights, of experts the chosen ones, and packed pages) are read at the copy bandwidth of the same run.",
+        " (weights, of experts the chosen ones, and packed pages) are read at the copy bandwidth of the same run."
+        f" {BYTES}",
         table(header, cells),
         *(["Not measured to the end:", "\n".join(f"- {failure}" for failure in failures)] if failures else []),
     ]

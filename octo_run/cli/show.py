@@ -17,8 +17,8 @@ class FormatRow:
 
     Attributes:
         bytes_per_token: Codes and norms of all KV heads and of all layers that have no window.
-        all_in_bytes_per_token: These with the sinks, windows and staging buffer, spread over the context (None where
-            the model does not fit at all).
+        all_in_bytes_per_token: These with the sinks, windows, recurrent states and staging buffer, spread over the
+            context (None where the model does not fit at all).
         windows: Of each group of layers with a window its ``layers``, ``window`` in tokens, ``bytes_per_token``, and
             the ``bytes`` that its pages take however long the context is.
     """
@@ -249,8 +249,8 @@ def _text(facts: dict[str, Any]) -> str:
         console.table(["--kv", "bytes/token", "all-in", "tokens that fit in the free memory"], rows),
         "",
         "bytes/token  codes and norms, K and V, of all KV heads and all layers that see every token",
-        "all-in       with sinks, windows and the staging buffer, spread over the longest context that the model "
-        "supports and the memory holds",
+        "all-in       with sinks, windows, recurrent states and the staging buffer, spread over the longest context "
+        "that the model supports and the memory holds",
         f"bf16         the uncompressed cache; it takes the dtype of the arithmetic, {facts['dtype']} here",
         "auto:N       chooses one of oct2, oct3 and oct4 for the keys and the values of each layer, N bytes of 128 "
         "numbers on average; which need the better ones is measured at load",
