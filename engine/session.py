@@ -124,6 +124,11 @@ class Session:
         used = len(self.rendered([*stays, {"role": "user", "content": "."}]))
         return max(0, limit - used - min(ANSWER_ROOM, limit // 4))
 
+    @property
+    def question(self) -> str | None:
+        """The last question, None if there is none."""
+        return next((turn["content"] for turn in reversed(self.turns) if turn["role"] == "user"), None)
+
     def undo(self) -> str | None:
         """Take back the last question and its answer.
 

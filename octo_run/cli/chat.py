@@ -157,9 +157,11 @@ def command(
 
 def _as_it_was(name: str, load: EngineOptions) -> EngineOptions:
     """The options that a conversation was saved with, where the command line says nothing else."""
+    known = name in session_files.names()
     with session_files.in_use(name):  # found out before a model is loaded for it
-        if name not in session_files.names():
-            return load
+        pass
+    if not known:
+        return load
     saved = session_files.read(name)
     context = click.get_current_context()
     kept: dict[str, Any] = {"model": saved.model, **saved.options}

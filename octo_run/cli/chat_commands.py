@@ -63,23 +63,20 @@ def _undo(chat: "Conversation", _argument: str) -> None:
 
 
 def _regenerate(chat: "Conversation", _argument: str) -> None:
-    before = chat.session.mark()
-    question = chat.session.undo()
+    question = chat.session.question
     if question is None:
         raise UsageError("there is no question to answer again.")
     if chat.params.temperature == 0:
         chat.notice("without chance the answer will hardly differ; start with --temp 0.7 for another one")
     elif chat.params.seed is not None:
         chat.notice("with --seed the answer will hardly differ; leave it out for another one")
-    chat.answer(question, before)
+    chat.answer(question, again=True)
 
 
 def _edit(chat: "Conversation", _argument: str) -> None:
     if not chat.person:
         raise UsageError("/edit needs a terminal.")
-    before = chat.session.mark()
-    question = chat.session.undo()
-    chat.session.restore(before)  # until the changed one is sent
+    question = chat.session.question
     if question is None:
         raise UsageError("there is no question to edit.")
     chat.draft, chat.edits = question, True

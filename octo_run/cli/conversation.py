@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from prompt_toolkit.formatted_text import StyleAndTextTuples
 
     from octo_run.engine import Engine, Reply, SamplingParams, Session
-    from octo_run.engine.session import Mark
 
 #: What begins and ends a message of several lines.
 BLOCK = '"""'
@@ -210,21 +209,29 @@ class Conversation:
             for line in text.split("\n"):
                 console.warn(line)
 
-    def answer(self, text: str, before: "Mark | None" = None) -> bool:
-        """Answer a question; see :meth:`stream`."""
-        return self.stream(
-            lambda report: self.session.ask(text, self.params, report, self.options.think_budget), before
-        )
+    def answer(self, text: str, *, again: bool = False) -> bool:
+        """Answer a question; see :meth:`stream`.
+
+        Args:
+            again: In place of the last question and its answer, which stay if nothing is said.
+        """
+
+        def begin(report: "Callable[[int, int], None]") -> "Reply":
+            if again:
+                self.session.undo()
+            return self.session.ask(text, self.params, report, self.options.think_budget)
+
+        return self.stream(begin, again=again)
 
     def resume(self) -> None:
         """Go on with the last answer; see :meth:`stream`."""
         self.stream(lambda report: self.session.resume(self.params, report, self.options.think_budget))
 
-    def stream(self, begin: "Callable[[Callable[[int, int], None]], Reply]", before: "Mark | None" = None) -> bool:
+    def stream(self, begin: "Callable[[Callable[[int, int], None]], Reply]", *, again: bool = False) -> bool:
         """Stream the answer that ``begin`` begins; Ctrl-C ends it and keeps what was said.
 
         Args:
-            before: The conversation, one answer longer, to which it goes back if nothing is said.
+            again: If nothing is said, the conversation is as it was.
 
         Returns:
             Whether the answer was begun. Where it was not, or failed, the conversation is as it was.
@@ -232,14 +239,13 @@ class Conversation:
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed twice, at a terminal.
         """
-        mark = before or self.session.mark()
         if self.engine.closed:
-            self.session.restore(mark)
             raise UsageError("no model is loaded: /model NAME or /kv FORMAT loads one.")
         reply: Reply | None = None
         self.keeper.release()
         if self.person:
             console.echo()
+        before = self.session.mark()
         display = AnswerDisplay(markdown=self.person and not self.options.plain, hide=self.options.hide_thinking)
         with stop_on_interrupt() as stop:
 
@@ -264,7 +270,7 @@ class Conversation:
             except KeyboardInterrupt:
                 pass
             except Exception:
-                self.session.restore(mark)
+                self.session.restore(before)
                 if reply is not None and reply.text:
                     display.finish()
                     console.echo()
@@ -273,12 +279,17 @@ class Conversation:
             if reply is not None and stop.requested:
                 reply.close()
             display.finish()
+            if reply is None or (again and not reply.generated_tokens):
+                self.session.restore(before)
+        self._ended(reply, stop)
+        return reply is not None
+
+    def _ended(self, reply: "Reply | None", stop: StopRequest) -> None:
+        """Count an answer that was streamed, say what it cost, and begin to save it."""
         self.interrupted = stop.requested
         if stop.requested:  # before it is said that a second Ctrl-C leaves
             self.stopped_at = time.monotonic()
         console.echo()
-        if reply is None or (before is not None and not reply.generated_tokens):
-            self.session.restore(mark)
         if reply is not None:
             self._account(reply)
             self.keeper.after_turn(self)
@@ -286,7 +297,6 @@ class Conversation:
             console.echo("[stopped, nothing was sent, Ctrl-C again leaves]\n", faint=True)
         if stop.again and self.person:
             raise KeyboardInterrupt
-        return reply is not None
 
     def _send(self, text: str, *, edits: bool = False) -> None:
         """A message of the user, with the files that were read for it.
@@ -296,10 +306,7 @@ class Conversation:
         """
         if self.documents and not text.strip():
             raise UsageError("the message is empty; type what is to be done with the file.")
-        before = self.session.mark() if edits else None
-        if edits:
-            self.session.undo()
-        if self.answer("\n\n".join([*self.documents, text]), before):
+        if self.answer("\n\n".join([*self.documents, text]), again=edits):
             self.documents = []
 
     def _account(self, reply: "Reply") -> None:

@@ -127,4 +127,6 @@ def _loaded(chat: "Conversation", wanted: "EngineOptions", *, warm: bool) -> "tu
 
 def _params(chat: "Conversation", engine: "Engine") -> "SamplingParams":
     """How an engine answers in this chat."""
-    return dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
+    params = dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
+    engine.check_params(params)  # a bias is on tokens of the former model
+    return params

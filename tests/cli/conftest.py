@@ -169,6 +169,10 @@ class FakeSession:
     def restore(self, mark: list[str]) -> None:
         self.asked = [*mark]
 
+    @property
+    def question(self) -> str | None:
+        return self.asked[-1] if self.asked else None
+
     def undo(self) -> str | None:
         return self.asked.pop() if self.asked else None
 

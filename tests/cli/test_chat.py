@@ -526,3 +526,27 @@ def test_a_session_that_is_in_use_is_told_of_before_a_model_is_loaded(
     with session_files.in_use("mine"):
         shown = octo("chat", "--session", "mine", data=b"one\n")
     assert shown.code == 1 and "another octo-run uses the session 'mine'" in shown.err and engine.loads == []
+
+
+def test_regen_that_is_stopped_before_a_word_keeps_the_former_answer(octo: Callable[..., Any], terminal: Any) -> None:
+    """While the prompt is made, and while it is read."""
+    from octo_run.engine import Engine
+
+    for name in ("prompt_ids", "feed"):
+        whole, calls = getattr(Engine, name), [0]
+
+        def interrupted(*given: Any, whole: Any = whole, calls: list[int] = calls, **more: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 2:
+                signal.raise_signal(signal.SIGINT)
+            return whole(*given, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, name, interrupted)
+            terminal(["one", "/copy", "/regen", "/tokens", "two", "/tokens"])
+            shown = octo(*REAL)
+        counts = [line.partition(" tokens")[0] for line in shown.out.splitlines() if "of the context" in line]
+        assert shown.code == 0 and counts[0].startswith("1 question") and counts[1].startswith("2 questions"), shown.out
+        assert "[stopped, " in shown.out
+        terminal(["one", "/tokens"])
+        assert counts[0] in octo(*REAL).out, "with its answer"

@@ -1,6 +1,7 @@
 """``/kv`` and ``/model``: whatever happens while another engine is loaded, the chat goes on with an engine and with its
 conversation."""
 
+import dataclasses
 import signal
 import sys
 import weakref
@@ -109,3 +110,18 @@ def test_without_any_engine_the_conversation_is_kept(
     assert "2 questions: " in shown.out
     terminal(["/tokens"])
     assert "2 questions: " in octo(*ARGV, "--session", "kept").out
+
+
+def test_a_bias_that_another_model_has_no_tokens_for(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    load = runtime.load_engine
+
+    def smaller(options: Any, **cache: Any) -> Engine:
+        engine = load(options, **cache)
+        if options.kv == "bf16":
+            engine.config = dataclasses.replace(engine.config, vocab_size=5000)
+        return engine
+
+    monkeypatch.setattr(runtime, "load_engine", smaller)
+    shown = octo(*ARGV, "-q", data=b"/set logit_bias 8000=1\n/kv bf16\n")
+    assert shown.code == 2 and "logit_bias names the token 8000 and the vocabulary has 5,000" in shown.err
+    assert octo(*ARGV, "-q", data=b"/set logit_bias 4000=1\n/kv bf16\n").code == 0

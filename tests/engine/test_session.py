@@ -158,7 +158,7 @@ def test_a_mark_is_gone_back_to(scripted: Any) -> None:
     talk = Talk(scripted)
     talk.ask("one", "1")
     mark = talk.session.mark()
-    assert talk.session.undo() == "one"
+    assert talk.session.question == talk.session.undo() == "one" and talk.session.question is None
     next(talk.open("two", "222"))
     talk.session.restore(mark)
     assert talk.contents == ["one", "1"]
