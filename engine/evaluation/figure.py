@@ -20,8 +20,7 @@ from octo_run.errors import OctoError, UsageError, shown
 ENDINGS = (".png", ".svg", ".pdf")
 #: Letters can be read where a picture of these inches is shown at half its size. No text is taken for a formula.
 _LOOK = {"font.size": 13, "text.parse_math": False, "svg.hashsalt": "octo-run", "savefig.dpi": 150}
-_LINE = 0.25  # inches of a line of the title
-_LETTERS = 10.5  # of a line of the title on an inch, wide ones too
+_TITLE, _LINE = 12, 0.25  # points of the title's letters, inches of a line of it
 
 #: What is coded so has this colour in every figure.
 _COLOURS = {
@@ -69,20 +68,33 @@ def page(
     from matplotlib.figure import Figure
 
     width, height = size
-    lines = [title]
-    for line in about.split("\n"):
-        lines += textwrap.wrap(shown(line), int(width * _LETTERS), break_on_hyphens=False)
+    lines = [title, *(part for line in about.split("\n") for part in _lines(shown(line), width))]
     with style.context(["default", _LOOK]):
         figure = Figure(figsize=(width, height + _LINE * len(lines)), layout="constrained")
         grid = list(figure.subplots(-(-panels // columns), columns, sharey=True, squeeze=False).flat)
         for axes in grid[panels:]:
             axes.set_visible(False)
-        figure.suptitle("\n".join(lines), fontsize=12)
+        figure.suptitle("\n".join(lines), fontsize=_TITLE)
         yield figure, grid[:panels]
         undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a letter that the font has not is drawn as a box
             figure.savefig(path, metadata=undated)
+
+
+def _lines(text: str, inches: float) -> list[str]:
+    """A line of the title in as many as it takes for none to be longer than the page is wide."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextToPath
+
+    font, most = FontProperties(family="DejaVu Sans", size=_TITLE), 0.97 * 72 * inches
+    for letters in range(int(15 * inches), 10, -4):
+        lines = textwrap.wrap(text, letters, break_on_hyphens=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")
+            if all(TextToPath().get_text_width_height_descent(line, font, ismath=False)[0] <= most for line in lines):
+                break
+    return lines
 
 
 @dataclass(frozen=True)

@@ -158,4 +158,4 @@ def plot_recall(cells: Sequence[Cell], path: Path, about: str = "") -> None:
                         letters = ink(image.cmap(value))
                         axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=letters)
         figure.supylabel("depth of the number asked for", fontsize=13)
-        figure.colorbar(image, ax=grid, label="recall", format="{x:.0%}")
+        figure.colorbar(image, ax=grid, label="recall").ax.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")

@@ -299,6 +299,7 @@ def test_weights_are_compared_with_the_dense_model(octo: Callable[..., Any]) -> 
     assert refused.code == 2 and "There is no format of weights 'int5'" in refused.err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_ctrl_c_while_numbers_are_looked_for_prints_what_there_is(
     octo: Callable[..., Any], text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str

@@ -81,6 +81,16 @@ def test_bf16_is_a_point_and_all_formats_are_told_apart(drawn: dict[str, Any], t
     assert panel.width > 0.4 * page.width and panel.height > 0.4 * page.height
 
 
+@pytest.mark.parametrize("word", ["8x4x128@16x32768,", "MW@", "iil. ", "--option value "])
+def test_titles_fit_the_page(drawn: dict[str, Any], tmp_path: Path, word: str) -> None:
+    plots.plot_perplexity([change("bf16", 0, 9000)], tmp_path / "a.png", f"the model\n{word * 40}")
+    drawn["figure"].draw_without_rendering()
+    page, title = drawn["figure"].bbox, drawn["figure"]._suptitle.get_window_extent()
+    assert page.x0 <= title.x0 and title.x1 <= page.x1
+    if len(word) > 4:
+        assert title.width > 0.6 * page.width, "lines are as long as they can be"
+
+
 def test_a_format_has_one_colour_in_every_company() -> None:
     alone = {name: figure.styles([name])[name].colour for name in MANY}
     together = figure.styles(MANY)
