@@ -89,9 +89,9 @@ class Snapshot:
             "identity": dataclasses.asdict(identity_of(engine)),
             "settings": dataclasses.asdict(settings),
             "options": options or {},
-            "variables": session.variables,
+            "variables": dict(session.variables),
             "system": session.system,
-            "turns": session.turns,
+            "turns": [dict(turn) for turn in session.turns],  # which may go on while they are written
         }
         if sequence is None:
             return cls(engine, header, [], {name: [] for name in page_stores(engine.arena)}, {})

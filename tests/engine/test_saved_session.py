@@ -564,3 +564,12 @@ def test_random_damage_is_one_sentence_or_harmless(tiny: Callable[..., Engine], 
             refused += 1
             assert str(error) and "\x1b" not in str(error)
     assert 100 < refused < 400
+
+
+def test_a_conversation_may_change_while_its_snapshot_is_written(demo: Callable[..., Engine]) -> None:
+    session = Session(demo("oct3"))
+    list(session.ask("Hello.", SamplingParams(max_tokens=2)))
+    snapshot = Snapshot.take(session, SamplingParams())
+    session.undo()
+    session.variables["enable_thinking"] = True
+    assert len(snapshot.header["turns"]) == 2 and snapshot.header["variables"] == {}
