@@ -195,7 +195,7 @@ class Bench:
             max_context=args.prompt_tokens + args.tokens, sequences=max(args.batches),
         )  # fmt: skip
         self.ends = frozenset(tokenizer.eos_ids)
-        self.engine.step.guide = self.guide = lambda grammar: Guide(grammar, tokenizer, self.ends)
+        self.engine.step.guide = self.guide = lambda grammar, *seen: Guide(grammar, tokenizer, self.ends, *seen)
         self.tokens, self.rounds, self.prompt_tokens = args.tokens, args.rounds, args.prompt_tokens
         self._ordinary = ordinary_ids(self.engine)
 

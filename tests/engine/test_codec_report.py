@@ -3,7 +3,7 @@
 import pytest
 
 from octo_run.engine.evaluation.capture import capture
-from octo_run.engine.evaluation.codec_report import bound, build, gaussian, markdown, real
+from octo_run.engine.evaluation.codec_report import bound, build, for_models, gaussian, markdown, real
 from octo_run.errors import UsageError
 
 TEXT = "In the morning the harbour was quiet, and the boats lay side by side without a sound. " * 30
@@ -23,7 +23,10 @@ def test_gaussian_rows() -> None:
 def test_keys_and_values_of_a_model() -> None:
     data = capture("octo-demo", TEXT, 192)
     assert data.k.shape == (8, 2, 192, 128) and data.q.shape == (8, 6, 192, 128)
-    rows = {(row.data, row.codec): row for row in real(["octopus2", "turbo2", "octopus2-q"], data, seed=0)}
+    rows = {
+        (row.data, row.codec): row
+        for row in real(for_models(["octopus2", "turbo2", "octopus2-q"], 128, 0), data, seed=0)
+    }
     assert {data for data, _ in rows} == {"keys", "keys, mean out", "values"}
     assert {codec for _, codec in rows} == {"octopus2", "turbo2"}
     plain, without = rows["keys", "octopus2"], rows["keys, mean out", "octopus2"]

@@ -381,7 +381,7 @@ def test_what_gemma4_is_refused_for(
             ["bench", "-m", str(path), "--kv", "auto:60"],
             "auto measures layers that have heads of one size",
         ),
-        (["eval", "codec", "-m", str(path)], "they cannot be compared: choose another model"),
+        (["eval", "codec", "-m", str(path)], "they cannot be compared: give another --model or --no-model"),
         (["quantize", str(path), str(tmp_path / "out")], "are not written: load the model with --weights instead"),
     ):
         assert main([*command, "--device", "cpu"] if command[0] != "eval" else command) in (1, 2)

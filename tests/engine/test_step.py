@@ -327,7 +327,7 @@ def test_random_weights(make_checkpoint: Callable[..., Path], tmp_path: Path) ->
     assert len(answer(engine, [1, 2, 3], max_tokens=4)) == 4
     with pytest.raises(OctoError, match="no tokenizer"):
         engine.tokenizer.encode("text")
-    with pytest.raises(UsageError, match="no file"):
+    with pytest.raises(UsageError, match=r"no config\.json, no folder with one and no shape"):
         Engine.load(random_weights=tmp_path / "nothing.json", device="cpu")
     with pytest.raises(UsageError, match="sequences is 65; give 1 to 64"):
         Engine.load(sequences=65, device="cpu")

@@ -90,7 +90,7 @@ def test_runs_are_merged(bench: ModuleType, tmp_path: Path, capsys: pytest.Captu
 def test_an_unknown_shape(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--shapes", "qwen3-0.6b,no-shape"])
-    assert "There is no file no-shape" in capsys.readouterr().err
+    assert "'no-shape' is no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_without_transformers(bench: ModuleType, monkeypatch: pytest.MonkeyPatch
     [
         (["--tokens", "0"], "'0' is no number of at least 1"),
         (["--decode-attention", "default,slow"], "'slow' is none of default, cudnn, flash, math"),
-        (["--shape", "no-shape"], "There is no file no-shape"),
+        (["--shape", "no-shape"], "'no-shape' is no config.json"),
     ],
 )
 def test_wrong_arguments(bench: ModuleType, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch,
