@@ -66,8 +66,8 @@ class Scheme:
     def takes_rotation(self) -> bool:
         """Whether the rotation of values goes into the matrices before they are quantised.
 
-        Not with 4 bits. A channel of values may be small where the output projection multiplies it by much. Rotated, it
-        would have the error of the large channels.
+        Not with 4 bits: a rotated value projection loses SmolLM2 several per cent of perplexity more. With 8 bits there is
+        nothing to lose, and the rotation costs nothing later.
         """
         return self.group is None
 
