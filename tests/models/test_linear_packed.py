@@ -179,7 +179,7 @@ def test_a_decoder_quantises_what_it_has_rotated() -> None:
 
 @pytest.mark.parametrize(("weights", "changed"), [("int4", False), ("int4-128", False), ("int8", True), ("fp8", True)])
 def test_four_bits_are_not_given_rotated_matrices(weights: str, changed: bool) -> None:
-    """A rotated value projection loses a real model's answers more in 4 bits: its codes are those without a rotation."""
+    """A rotated value projection loses more in 4 bits: its codes are those without a rotation."""
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
     stored = random_weights(CFG, "cpu", torch.float32)
     scheme, ids = SCHEMES[weights], [*range(5, 69)]
