@@ -66,8 +66,8 @@ class Scheme:
     def takes_rotation(self) -> bool:
         """Whether the rotation of values goes into the matrices before they are quantised.
 
-        Not with 4 bits. A channel of values may be small where the output projection multiplies it by much. Rotated, it
-        would have the error of the large channels.
+        Not with 4 bits: a rotated value projection costs SmolLM2 several per cent more of perplexity. With 8 bits too
+        little is lost to be seen, and no step needs to rotate.
         """
         return self.group is None
 

@@ -179,16 +179,9 @@ def test_a_decoder_quantises_what_it_has_rotated() -> None:
 
 @pytest.mark.parametrize(("weights", "changed"), [("int4", False), ("int4-128", False), ("int8", True), ("fp8", True)])
 def test_four_bits_are_not_given_rotated_matrices(weights: str, changed: bool) -> None:
-    """Channels of values that are small, and that the output projection multiplies by much, keep their precision."""
+    """A rotated value projection loses more in 4 bits: its codes are those without a rotation."""
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
     stored = random_weights(CFG, "cpu", torch.float32)
-    spread = torch.logspace(-1, 1, 64)
-    for name, tensor in stored.items():
-        if name.endswith("v_proj.weight"):
-            tensor.view(-1, 64, tensor.shape[1]).mul_(spread[:, None])
-        elif name.endswith("o_proj.weight"):
-            tensor.view(len(tensor), -1, 64).div_(spread)
-    exact = logits(Decoder(CFG, dict(stored), None, None))
     scheme, ids = SCHEMES[weights], [*range(5, 69)]
     plain, rotated = (Decoder(CFG, dict(stored), None, turned, scheme, ids) for turned in (None, {64: rotation}))
     for one, other in zip(plain.layers, rotated.layers, strict=True):
@@ -197,8 +190,8 @@ def test_four_bits_are_not_given_rotated_matrices(weights: str, changed: bool) -
             (first,), (second,) = a.parts, b.parts
             assert isinstance(first.weight, PackedWeight) and isinstance(second.weight, PackedWeight)
             assert torch.equal(first.weight.codes, second.weight.codes) is not changed
-    lost, by_both = ((logits(decoder) - exact).norm() for decoder in (plain, rotated))
-    assert by_both < 1.01 * lost or changed
+    if not changed:
+        torch.testing.assert_close(logits(rotated), logits(plain), rtol=0, atol=1e-4)
 
 
 class Packed(RandomWeights):
