@@ -266,11 +266,15 @@ def write(doc: Path, files: list[Path]) -> None:
         if rows:
             plot = doc.with_name(f"{doc.stem}-{model}.png")
             fields = {field.name for field in dataclasses.fields(Row)}
-            shown = [row for row in rows if row["group"] in ("formats", "off")]
+            shown = [row for row in rows if row["group"] in PLOTTED and row["kv"] != UNCODED_PEER]
             about = "\n".join(_about(part) for part in own if part["kind"] == "ppl")
             plot_perplexity([Row(**{key: row[key] for key in fields if key in row}) for row in shown], plot, about)
             lines += [f"![perplexity against bytes, {model} model]({plot.name})", ""]
     doc.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+
+
+#: Groups of rows that are plotted, and of those one that is nobody's code.
+PLOTTED, UNCODED_PEER = ("formats", "off", "llama"), "llama.cpp f16"
 
 
 def _about(part: dict[str, Any]) -> str:
