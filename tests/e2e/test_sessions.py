@@ -69,14 +69,14 @@ def test_tomorrow_it_goes_on_as_if_it_had_never_stopped(
 def test_a_mismatch_is_one_sentence_with_advice_that_can_be_followed(
     octo: Callable[..., "subprocess.CompletedProcess[str]"],
 ) -> None:
+    command = ("chat", "-n", "5", "--session", "trip", "--kv", "oct2")
     octo("chat", "-n", "5", "--session", "trip", text=BOOKING)
-    other = octo("chat", "-n", "5", "--session", "trip", "--kv", "oct2", text="And?\n")
+    other = octo(*command, text="And?\n")
     assert other.returncode == 1 and other.stdout == ""
     last = other.stderr.splitlines()[-1]
     assert "was saved with the KV cache oct3 and this is oct2" in last, last
-    advice = re.search(r"`octo-run (chat .*?)`", last)
-    assert advice is not None
-    followed = octo(*advice[1].split(), "--kv", "oct2", text="And?\n/tokens\n")
+    assert last.endswith("; the same command with --anew reads its text again."), last
+    followed = octo(*command, "--anew", text="And?\n/tokens\n")
     assert followed.returncode == 0 and "2 questions: " in followed.stderr, followed.stderr
     assert octo("chat", "--session", "trip", text="/tokens\n").stderr.count("KV cache oct2") == 1
 
