@@ -116,6 +116,11 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
         reference.norm_heads(x, weight, eps)
 
 
+def _is_vector(x: Tensor) -> bool:
+    """Whether a product of ``x [B, k]`` goes to our own kernel: one row of a 16-bit dtype on CUDA."""
+    return x.is_cuda and len(x) == 1 and x.element_size() == 2
+
+
 def takes_in(x: Tensor, norm: Tensor | None) -> bool:
     """Whether `linear` does what is around a product of ``x [B, k]``.
 
@@ -125,7 +130,7 @@ def takes_in(x: Tensor, norm: Tensor | None) -> bool:
     if norm is not None and (norm.dtype != x.dtype or not norm.is_contiguous()):
         return False
     way = "vector sum" if norm is None else "vector norm"
-    return way in taken_in and x.is_cuda and len(x) == 1 and x.element_size() == 2
+    return way in taken_in and _is_vector(x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
@@ -138,7 +143,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: 
     Args:
         around: More than the product, where `takes_in` says that it can be done.
     """
-    if x.is_cuda and len(x) == 1 and x.element_size() == 2:
+    if _is_vector(x):
         from octo_run.kernels.step import launch
 
         launch.vector(x, weight, bias, out, around)
@@ -160,9 +165,7 @@ def vector_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, a
     Returns:
         Whether it was done: there is such a kernel for one row of 16-bit numbers on a GPU.
     """
-    if not (
-        "vector swiglu" in taken_in and x.is_cuda and len(x) == 1 and x.element_size() == 2 and len(weight) % 2 == 0
-    ):
+    if "vector swiglu" not in taken_in or not _is_vector(x) or len(weight) % 2:
         return False
     from octo_run.kernels.step import launch
 

@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import difflib
 import os
 import re
 import shlex
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octo_run import errors
 from octo_run.cli import console, documents, runtime, session_files
 from octo_run.cli.options import TOKENS
 from octo_run.cli.output import OutputFile, check_writable, write_file
@@ -118,8 +118,8 @@ def _set(chat: "Conversation", argument: str) -> None:
         if value.strip():
             raise UsageError(f"{name} is fixed while a chat runs: {FIXED[name]}.")
     elif name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(names)}."
+        near = errors.nearest(name, names)
+        hint = f"did you mean {near}?" if near else f"the settings are {', '.join(names)}."
         raise UsageError(f"there is no setting {name}; {hint}")
     if value.strip():
         changes: dict[str, Any] = {name: _parse_setting(name, value.strip())}
@@ -256,7 +256,7 @@ def _think(chat: "Conversation", argument: str) -> None:
 
 def _model(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError(f"give a model: /model NAME; on this machine there are {', '.join(runtime.known_models())}.")
+        raise UsageError(f"give a model: /model NAME; on this machine there are {', '.join(runtime.model_names())}.")
     load_anew(chat, model=argument, ctx=None)
 
 
@@ -425,8 +425,8 @@ def nearest(name: str) -> str | None:
     if name[1:] in _ELSEWHERE:
         return _ELSEWHERE[name[1:]]
     # Without the slash, which all have, so that it makes nothing look alike.
-    near = difflib.get_close_matches(name[1:], [known[1:] for known in COMMANDS], n=1)
-    return f"/{near[0]}" if near else None
+    near = errors.nearest(name[1:], [known[1:] for known in COMMANDS])
+    return f"/{near}" if near else None
 
 
 def settings() -> list[str]:

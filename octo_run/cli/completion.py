@@ -149,10 +149,9 @@ def items(known: Iterable[str], begun: str) -> list[Any]:
 
 
 def _models() -> Iterable[str]:
-    from octo_run.cli.options import DEFAULT_MODEL
     from octo_run.cli.runtime import model_names
 
-    return dict.fromkeys([DEFAULT_MODEL, *model_names()])
+    return model_names()
 
 
 def _sessions() -> list[str]:

@@ -197,10 +197,11 @@ def context_by(advice: str) -> Iterator[None]:
     try:
         yield
     except OctoError as error:
-        fits, facts = getattr(error, "fits", None), getattr(error, "facts", "")
-        if fits is None:
+        from octo_run.engine.plan import ContextTooLong
+
+        if not isinstance(error, ContextTooLong):
             raise
-        raise OctoError(f"{facts}: {advice.format(fits=fits)}.") from None
+        raise OctoError(f"{error.facts}: {advice.format(fits=error.fits)}.") from None
 
 
 def _without_kernels(asked: EngineOptions) -> str:
@@ -347,13 +348,6 @@ def model_names() -> list[str]:
     return [entry.label for entry in hub.list_models() if entry.complete and entry.damage is None]
 
 
-def known_models() -> list[str]:
-    """Those, and the embedded one."""
-    from octo_run.models.names import DEMO_NAME
-
-    return [*dict.fromkeys((DEMO_NAME, *model_names()))]
-
-
 def format_names() -> list[str]:
     """The formats that ``--kv`` takes."""
     from octo_run.kernels import codec
@@ -450,7 +444,7 @@ def checked_sampling(options: SamplingOptions, cfg: "ModelConfig") -> SamplingOp
         UsageError: A value that cannot be, a file that cannot be read, or no grammar in it.
         OctoError: llguidance is not installed.
     """
-    if options == SamplingOptions(*(None,) * 9, ()):  # nothing is said
+    if options == SamplingOptions():  # nothing is said
         return options
     import_torch()
     from octo_run.engine import SamplingParams

@@ -20,16 +20,16 @@ _HISTORY = 4096  # tokens that penalties and DRY look at, at most: that of the e
 class SamplingOptions:
     """How to choose tokens. ``None`` leaves a value to the model's ``generation_config.json``."""
 
-    temp: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    seed: int | None
-    max_tokens: int | None
-    stop: tuple[str, ...]
+    temp: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
     penalty_range: int | None = None
     typical_p: float | None = None
     top_n_sigma: float | None = None

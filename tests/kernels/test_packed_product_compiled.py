@@ -57,6 +57,15 @@ class Compiled:
         return int(stack)
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """What compiles in place of the kernel, as for a launch on Hopper."""
+    found = Compiled(launch.streamed_product_kernel)
+    monkeypatch.setattr(launch, "streamed_product_kernel", found)
+    monkeypatch.setattr(launch, "early", lambda _device: {"EARLY": True, "launch_pdl": True})
+    return found
+
+
 @pytest.mark.parametrize(
     ("kind", "group", "columns", "rows"),
     [
@@ -69,12 +78,7 @@ class Compiled:
         ("fp4", 16, 4096, 16),
     ],
 )
-def test_it_compiles(
-    kind: str, group: int | None, columns: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled = Compiled(launch.streamed_product_kernel)
-    monkeypatch.setattr(launch, "streamed_product_kernel", compiled)
-    monkeypatch.setattr(launch, "early", lambda _device: {"EARLY": True, "launch_pdl": True})
+def test_it_compiles(kind: str, group: int | None, columns: int, rows: int, tmp_path: Path, compiled: Compiled) -> None:
     for swiglu in (False, True) if group == 128 else (False,):
         weight = made(kind, 64, columns, group, kind == "int4", 0)
         x = torch.zeros(rows, columns, dtype=torch.bfloat16)
@@ -87,11 +91,8 @@ def test_it_compiles(
     [("int4", 64, 4096, 1), ("int4", 128, 4096, 16), ("int8", None, 4096, 1), ("fp8", None, 2048, 9)],
 )
 def test_it_compiles_with_a_norm_and_a_sum(
-    kind: str, group: int | None, columns: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, group: int | None, columns: int, rows: int, tmp_path: Path, compiled: Compiled
 ) -> None:
-    compiled = Compiled(launch.streamed_product_kernel)
-    monkeypatch.setattr(launch, "streamed_product_kernel", compiled)
-    monkeypatch.setattr(launch, "early", lambda _device: {"EARLY": True, "launch_pdl": True})
     weight = made(kind, 64, columns, group, kind == "int4", 0)
     x = torch.zeros(rows, columns, dtype=torch.bfloat16)
     for swiglu, around in ((True, Around(x[0], 1e-5)), (False, Around(add=True, later=x))):
