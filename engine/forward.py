@@ -5,7 +5,6 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -18,11 +17,9 @@ from octo_run.engine.sequence import Sequence
 from octo_run.kernels import step as ops
 from octo_run.kernels.cpu.memory import collapse_later
 from octo_run.kernels.cpu.replay import Replays
-from octo_run.kernels.linear.around import taken_in
 from octo_run.models import per_layer
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Angles, AttentionWeights, Decoder, Layer, Mixer
-from octo_run.models.mlp import DenseMLP
 from octo_run.models.specs import LayerSpec, Shapes, layer_specs
 
 if TYPE_CHECKING:
@@ -253,68 +250,42 @@ class Forward:
         decoder, eps, rows = self.decoder, self.decoder.cfg.rms_norm_eps, len(ids)
         residual, normed, delta = (self._buffers[name][:rows] for name in ("residual", "normed", "delta"))
         ops.embed(ids, decoder.embedding, residual, decoder.embedding_scale)
-        folds = [_Folds.of(layer, residual) for layer in decoder.layers] + [_Folds()]
 
         def add(spec: LayerSpec, post: Tensor | None, norm: Tensor | None, scale: float = 1.0) -> Tensor:
             """Add what a part of a layer gave to the residual; the input of the next part, for which ``norm`` is."""
             ops.add_rms_norm(delta, residual, norm, eps, normed, post, spec.residual_multiplier, spec.layer_norm, scale)
             return residual if norm is None else normed
 
-        def enter(spec: LayerSpec, norm: Tensor | None, itself: bool) -> tuple[Tensor, ops.Around]:
-            """The input of a part of a layer where the residual is complete; ``itself``: the part norms it."""
-            if norm is None:
-                return residual, ops.ALONE
-            if itself:
-                return residual, ops.Around(norm, eps)
-            ops.add_rms_norm(residual, None, norm, eps, normed, centred=spec.layer_norm)
-            return normed, ops.ALONE
-
         following = [layer.norms.before_attention for layer in decoder.layers[1:]] + [decoder.final_norm]
-        first = decoder.layers[0]
-        given, around = enter(first.spec, first.norms.before_attention, folds[0].norm_mixer)
+        given, first = residual, decoder.layers[0]
+        if first.norms.before_attention is not None:
+            given = normed
+            ops.add_rms_norm(residual, None, first.norms.before_attention, eps, normed, centred=first.spec.layer_norm)
         for index, (layer, next_norm) in enumerate(zip(decoder.layers, following, strict=True)):
-            spec, norms, fold = layer.spec, layer.norms, folds[index]
             if isinstance(layer.mixer, AttentionWeights):
-                around = replace(around, add=fold.add_mixer)
-                self._attention(index, layer, given, residual if fold.add_mixer else delta, mix, around)
+                self._attention(index, layer, given, delta, mix)
             else:
                 other(layer.mixer, given, delta, {name: x[:rows] for name, x in self._of_mixer[index].items()})
-            if spec.parallel:  # the MLP sees what attention saw
-                add(spec, norms.after_attention, None)
-            elif fold.add_mixer:
-                given, around = enter(spec, norms.before_mlp, fold.norm_mlp)
+            if layer.spec.parallel:  # the MLP sees what attention saw
+                add(layer.spec, layer.norms.after_attention, None)
             else:
-                given, around = add(spec, norms.after_attention, norms.before_mlp), ops.ALONE
-            buffers = {name: x[:rows] for name, x in self._of_mlp[index].items()}
-            if isinstance(layer.mlp, DenseMLP):
-                around = replace(around, add=fold.add_mlp)
-                layer.mlp.apply(given, residual if fold.add_mlp else delta, buffers, around)
-            else:
-                layer.mlp.apply(given, delta, buffers)
-            if fold.add_mlp:
-                given, around = enter(spec, next_norm, folds[index + 1].norm_mixer)
-                continue
-            around = ops.ALONE
+                given = add(layer.spec, layer.norms.after_attention, layer.norms.before_mlp)
+            layer.mlp.apply(given, delta, {name: x[:rows] for name, x in self._of_mlp[index].items()})
             if layer.per_layer is None:
-                given = add(spec, norms.after_mlp, next_norm, layer.scale)
+                given = add(layer.spec, layer.norms.after_mlp, next_norm, layer.scale)
                 continue
-            add(spec, norms.after_mlp, None)
+            add(layer.spec, layer.norms.after_mlp, None)
             own, inner = self._buffers["per_layer"][index, :rows], self._buffers["per_layer_inner"][:rows]
             layer.per_layer.apply(residual, own, delta, inner)
-            given = add(spec, layer.per_layer.norm, next_norm, layer.scale)
+            given = add(layer.spec, layer.per_layer.norm, next_norm, layer.scale)
         return given
 
-    def _attention(
-        self, index: int, layer: Layer, given: Tensor, out: Tensor, mix: Mix, around: ops.Around = ops.ALONE
-    ) -> None:
-        """A layer's attention of ``given [R, hidden]``, written to ``out [R, hidden]``, and what is around it."""
+    def _attention(self, index: int, layer: Layer, given: Tensor, out: Tensor, mix: Mix) -> None:
+        """A layer's attention of ``given [R, hidden]``, written to ``out [R, hidden]``."""
         part, spec, rows = layer.attention, layer.spec, len(given)
         buffers = self._of_mixer[index]
         qkv = buffers["qkv"][:rows]
-        fetches = "later" in taken_in and part.maps is not None and part.maps.is_contiguous()
-        later = part.maps if fetches and part.qkv.takes_in(given) else None
-        before = replace(around, add=False, later=later)
-        part.qkv.apply(given, qkv if spec.kv_source is None else qkv[:, : spec.edges[0]], before)
+        part.qkv.apply(given, qkv if spec.kv_source is None else qkv[:, : spec.edges[0]])
         if spec.qk_norm == "all" and part.q_norm is not None and part.k_norm is not None:
             (of_q, of_k, _), eps = spec.edges, self.decoder.cfg.rms_norm_eps
             ops.norm_heads(qkv[:, :of_q], part.q_norm, eps)
@@ -326,41 +297,7 @@ class Forward:
         if part.gate is not None:
             part.gate.apply(given, buffers["gate"][:rows])
             ops.gate(mixed.view(rows, -1), buffers["gate"][:rows])
-        part.out.apply(mixed.flatten(1), out, ops.Around(add=around.add))
-
-
-@dataclass(frozen=True)
-class _Folds:
-    """What the products of a layer do themselves, so that no kernel of its own has to: norm their inputs, and add their
-    outputs to the residual."""
-
-    norm_mixer: bool = False
-    add_mixer: bool = False
-    norm_mlp: bool = False
-    add_mlp: bool = False
-
-    @classmethod
-    def of(cls, layer: Layer, x: Tensor) -> "_Folds":
-        """Those of a layer for a residual like ``x``: one where nothing but the products lies between its sums."""
-        spec, norms, mlp = layer.spec, layer.norms, layer.mlp
-        if spec.parallel or spec.layer_norm or spec.residual_multiplier != 1.0:
-            return cls()
-        found = cls()
-        if isinstance(layer.mixer, AttentionWeights):
-            before, part = norms.before_attention, layer.mixer
-            found = cls(
-                norm_mixer=before is not None and part.gate is None and part.qkv.takes_in(x, before),
-                add_mixer=norms.after_attention is None and part.out.takes_in(x),
-            )
-        if isinstance(mlp, DenseMLP):
-            alone = norms.after_mlp is None and layer.per_layer is None and layer.scale == 1.0
-            before = norms.before_mlp
-            found = replace(
-                found,
-                norm_mlp=before is not None and mlp.takes_norm(x, before),
-                add_mlp=alone and mlp.takes_sum(x),
-            )
-        return found
+        part.out.apply(mixed.flatten(1), out)
 
 
 def _carve(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:

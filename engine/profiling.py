@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
-import itertools
 import json
 import os
 import random
@@ -55,7 +54,6 @@ OTHER, GAPS = "other", "gaps"
 PARTS = (ATTENTION, RECURRENT, PROJECTIONS, MLP, HEAD, SAMPLING, NORMS, APPEND, CODING, OTHER, GAPS)
 
 _PRODUCT = "product"  # whose part follows from its place
-_OWN = "own product"  # likewise: ours, which may do what is around it, so that no norm or sum stands between them
 
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
@@ -89,16 +87,15 @@ KERNELS = {
     "router_rows_kernel": MLP,
     "sample_merge_kernel": SAMPLING,
     "sample_slice_kernel": SAMPLING,
-    "streamed_product_kernel": _OWN,
+    "streamed_product_kernel": _PRODUCT,
     "swiglu_kernel": MLP,
     "table_decode_kernel": ATTENTION,
     "take_out_kernel": CODING,
     "trellis_kernel": CODING,
     "unpack_kernel": ATTENTION,
-    "vector_kernel": _OWN,
+    "vector_kernel": _PRODUCT,
     "wide_decode_kernel": ATTENTION,
 }
-_PRODUCTS = (_PRODUCT, _OWN)
 _LIBRARY_PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|split_?k|dot_kernel", re.IGNORECASE)
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _REGION = "octo-run: profiled"
@@ -222,10 +219,10 @@ def profile(engine: Engine, test: tuple[str, int], *, depth: int, batch: int) ->
 def assign_parts(names: list[str]) -> list[str]:
     """The part that each kernel of a stream belongs to.
 
-    Norms divide them into pieces. With RoPE: a layer's projections, what brings keys and values into the arena,
-    attention, coding of pages, the output's projection; and its MLP and the next layer where their products norm what
-    they read. With the delta rule: the same of a recurrent layer. With SwiGLU, or of our own products alone: its MLP.
-    With neither: the end of a step or prompt (the head, sampling) and the beginning of the next.
+    Norms divide them into pieces of three kinds. With RoPE: a layer's projections, what brings keys and values into the
+    arena, attention, coding of pages, the output's projection. With the delta rule: the same of a recurrent layer. With
+    SwiGLU: its MLP. With neither: the end of a step or
+    prompt (the head, sampling) and the beginning of the next.
 
     Args:
         names: The kernels in order of their start.
@@ -242,7 +239,7 @@ def assign_parts(names: list[str]) -> list[str]:
 
 
 def _role(name: str) -> str:
-    """The part of one of our kernels, a kind of product, or ``OTHER``."""
+    """The part of one of our kernels, ``_PRODUCT``, or ``OTHER``."""
     name = name.removeprefix("void ")
     own = next((role for beginning, role in KERNELS.items() if name.startswith(beginning)), None)
     if own is not None:
@@ -251,69 +248,48 @@ def _role(name: str) -> str:
 
 
 def _piece(roles: list[str], first: bool) -> list[str]:
-    if APPEND in roles:
-        return _layers(roles, first)
-    if MLP in roles or (len(roles) > 1 and set(roles) == {_OWN}):
+    if MLP in roles:
         return [MLP] * len(roles)
     if RECURRENT in roles:
-        return [PROJECTIONS if role in _PRODUCTS else RECURRENT for role in roles]
-    return _between(roles, first)
+        return [PROJECTIONS if role == _PRODUCT else RECURRENT for role in roles]
+    return _mixing(roles) if APPEND in roles else _between(roles, first)
 
 
-def _layers(roles: list[str], first: bool) -> list[str]:
-    """Parts of the kernels between two norms that bring keys and values into the arena: of one layer's attention, and
-    of all that the products in front of and behind it make a norm needless for."""
-    turned = roles.index(APPEND)
-    begin = _last(roles[:turned], SAMPLING, CODING) + 1
-    if first or begin:  # the end of a step, or what comes before the first one, lies in front
-        begin = next((i for i in range(begin, turned) if roles[i] in _PRODUCTS), turned)
-    parts = _between(roles[:begin], first) + [PROJECTIONS] * (turned - begin)
-    anchors = [i for i, role in enumerate(roles) if role == APPEND] + [len(roles)]
-    for here, following in itertools.pairwise(anchors):
-        parts += _mixing(roles[here:following], last=following == len(roles))
-    return parts
-
-
-def _mixing(roles: list[str], last: bool) -> list[str]:
-    """Parts of the kernels from the one that brings keys and values into the arena to the next one, or to a norm."""
-    attended, coded = _last(roles, ATTENTION), _last(roles, CODING)
-    mixed = max(attended, coded)
-    own = [i for i, role in enumerate(roles) if role == _OWN and i > mixed]
-    # of our own products behind it the first is the output's, and the last one the next layer's, if there is one
-    mlp = range(own[0] + 1, len(roles) if last else own[-1]) if len(own) > 1 else range(0)
+def _mixing(roles: list[str]) -> list[str]:
+    """Parts of the kernels between a layer's two norms."""
+    turned, attended, coded = roles.index(APPEND), _last(roles, ATTENTION), _last(roles, CODING)
     parts = []
     for i, role in enumerate(roles):
-        if i in mlp:
-            parts.append(MLP)
+        if i < turned:
+            parts.append(PROJECTIONS)
         elif role in (APPEND, ATTENTION, CODING):
             parts.append(role)
         elif attended < i < coded:
             parts.append(CODING)  # means of a first page's keys
         else:
-            parts.append(PROJECTIONS if role in _PRODUCTS else APPEND)
+            parts.append(PROJECTIONS if role == _PRODUCT else APPEND)
     return parts
 
 
 def _between(roles: list[str], first: bool) -> list[str]:
     """Parts of the kernels from the last norm of a step to the first one of the next; ``first``: of all kernels."""
-    products = [i for i, role in enumerate(roles) if role in _PRODUCTS]
-    begin = len(roles) if first or not products else products[0]
+    begin = len(roles) if first or _PRODUCT not in roles else roles.index(_PRODUCT)
     drawn = _last(roles, SAMPLING)
     sampling = roles.index(SAMPLING) if drawn >= 0 else len(roles)
     parts = []
     for i, role in enumerate(roles):
         if role in (SAMPLING, CODING):
             parts.append(role)
-        elif role in _PRODUCTS:
+        elif role == _PRODUCT:
             parts.append(HEAD if begin <= i < sampling else CODING)  # the latter: means of a first page's keys
         else:
             parts.append(SAMPLING if begin < i < drawn else OTHER)
     return parts
 
 
-def _last(roles: list[str], *wanted: str) -> int:
-    """Index of the last of the roles, -1 if there is none."""
-    return max((i for i, role in enumerate(roles) if role in wanted), default=-1)
+def _last(roles: list[str], role: str) -> int:
+    """Index of the last ``role``, -1 if there is none."""
+    return max((i for i, other in enumerate(roles) if other == role), default=-1)
 
 
 def on_gpu(events: list[Event]) -> list[Span]:

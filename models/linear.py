@@ -40,21 +40,13 @@ class Linear:
         """The layers with a matrix of their own that it is made of."""
         return (self,)
 
-    def takes_in(self, x: Tensor, norm: Tensor | None = None) -> bool:
-        """Whether ``apply`` and ``apply_swiglu`` of ``x [R, in]`` can do what is around them: a sum, or this norm."""
-        return ops.takes_in(x, norm)
+    def apply(self, x: Tensor, out: Tensor) -> None:
+        """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``; on CUDA without an allocation."""
+        ops.linear(x, self.weight, self.bias, out)
 
-    def apply(self, x: Tensor, out: Tensor, around: ops.Around = ops.ALONE) -> None:
-        """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``; on CUDA without an allocation.
-
-        Args:
-            around: More than that, if it can be taken in.
-        """
-        ops.linear(x, self.weight, self.bias, out, around)
-
-    def apply_swiglu(self, x: Tensor, out: Tensor, around: ops.Around = ops.ALONE) -> bool:
-        """See :class:`PackedLinear`."""
-        return ops.vector_swiglu(x, self.weight, self.bias, out, around)
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
+        """See :class:`PackedLinear`: never."""
+        return False
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
@@ -113,18 +105,14 @@ class PackedLinear:
         """The layers with a matrix of their own that it is made of."""
         return (self,)
 
-    def takes_in(self, x: Tensor, norm: Tensor | None = None) -> bool:
-        """See :class:`Linear`."""
-        return packed_ops.takes_in(x, self.weight, norm)
+    def apply(self, x: Tensor, out: Tensor) -> None:
+        """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``."""
+        packed_ops.packed_linear(x, self.weight, self.bias, out)
 
-    def apply(self, x: Tensor, out: Tensor, around: ops.Around = ops.ALONE) -> None:
-        """See :class:`Linear`."""
-        packed_ops.packed_linear(x, self.weight, self.bias, out, around)
-
-    def apply_swiglu(self, x: Tensor, out: Tensor, around: ops.Around = ops.ALONE) -> bool:
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
         """Write ``silu`` of the first half of the outputs times the second to ``out [R, out / 2]``, if it can be done
         at once; returns whether it was."""
-        return packed_ops.packed_swiglu(x, self.weight, self.bias, out, around)
+        return packed_ops.packed_swiglu(x, self.weight, self.bias, out)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of ``x [..., in]`` in plain PyTorch."""
@@ -161,20 +149,15 @@ class SplitLinear:
         """Bytes of its weights."""
         return sum(part.nbytes for part in self.parts)
 
-    def takes_in(self, x: Tensor, norm: Tensor | None = None) -> bool:
-        """See :class:`Linear`: never."""
-        return False
-
-    def apply(self, x: Tensor, out: Tensor, around: ops.Around = ops.ALONE) -> None:
+    def apply(self, x: Tensor, out: Tensor) -> None:
         """Write the outputs ``[R, out]`` of ``x [R, in]`` to ``out``: each layer its columns."""
-        assert around == ops.ALONE
         first = 0
         for part in self.parts:
             last = first + part.weight.shape[0]
             part.apply(x, out[:, first:last])
             first = last
 
-    def apply_swiglu(self, x: Tensor, out: Tensor, around: ops.Around = ops.ALONE) -> bool:
+    def apply_swiglu(self, x: Tensor, out: Tensor) -> bool:
         """See :class:`PackedLinear`: never."""
         return False
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from octo_run.kernels import step as ops
-from octo_run.kernels.step import ALONE, Around, reference
+from octo_run.kernels.step import reference
 from octo_run.models.families import MLP, MLPNames
 from octo_run.models.linear import joined, pack_any, pack_one
 
@@ -43,25 +43,13 @@ class DenseMLP:
         """The layers with a matrix of their own that it is made of."""
         return (*self.gate_up.parts, *self.down.parts)
 
-    def takes_norm(self, x: Tensor, norm: Tensor) -> bool:
-        """Whether ``apply`` can norm ``x [R, hidden]`` itself."""
-        return self.gate_up.takes_in(x, norm)
-
-    def takes_sum(self, x: Tensor) -> bool:
-        """Whether ``apply`` can add what it gives for ``x [R, hidden]`` to ``out`` itself."""
-        return self.down.takes_in(x)
-
-    def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor], around: Around = ALONE) -> None:
-        """See `specs.FeedForward`.
-
-        Args:
-            around: More than that, if it can be taken in.
-        """
-        inner, before = buffers["inner"], replace(around, add=False)
-        if not (self.activation == "silu" and self.gate_up.apply_swiglu(normed, inner, before)):
-            self.gate_up.apply(normed, buffers["gate_up"], before)
+    def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """See `specs.FeedForward`."""
+        inner = buffers["inner"]
+        if not (self.activation == "silu" and self.gate_up.apply_swiglu(normed, inner)):
+            self.gate_up.apply(normed, buffers["gate_up"])
             ops.swiglu(buffers["gate_up"], inner, self.activation)
-        self.down.apply(inner, out, Around(add=around.add))
+        self.down.apply(inner, out)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `specs.FeedForward`."""

@@ -7,6 +7,7 @@ import platform
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,8 @@ def provenance(argv: Sequence[str], device: torch.device, packages: Sequence[Mod
         argv: The command, the script's path first.
     """
     command = shlex.join(["python", f"scripts/{Path(argv[0]).name}", *argv[1:]])
-    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
+    named = {package.__name__: getattr(package, "__version__", None) for package in packages}
+    versions = ", ".join(f"{name} {own or version(name)}" for name, own in named.items())
     today = datetime.datetime.now(datetime.timezone.utc).date()
     return f"`{command}` on one {device_name(device)}, {versions}, {today} (UTC)"
 

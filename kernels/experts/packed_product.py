@@ -157,11 +157,13 @@ def packed_experts_kernel(
     inputs = ()
     sums = ()
     for turn in gl.static_range(TURNS):
-        at = block + block_of(turn, TURNS, WARPS)
-        operand, _squares = row_inputs(
-            source, source, at, blocks, columns, lane, PADDED, UNEVEN, KIND, ELEMENT, False
-        )  # fmt: skip
-        inputs = inputs + ((operand,),)
+        inputs = inputs + (
+            (
+                row_inputs(
+                    source, block + block_of(turn, TURNS, WARPS), blocks, columns, lane, PADDED, UNEVEN, KIND, ELEMENT
+                ),
+            ),
+        )
     for turn in gl.static_range(TURNS):
         if SUMMED:
             sums = sums + (sums_of(inputs[turn], lane, STEPS, ELEMENT, 1),)

@@ -3,52 +3,24 @@
 from torch import Tensor
 
 from octo_run.kernels.linear import reference
-from octo_run.kernels.linear.around import ALONE, Around
 from octo_run.kernels.linear.packed import BITS, BLOCK, GROUPS, PackedWeight, empty, joined, pack
 
-__all__ = [
-    "BITS",
-    "BLOCK",
-    "GROUPS",
-    "PackedWeight",
-    "empty",
-    "joined",
-    "pack",
-    "packed_linear",
-    "packed_swiglu",
-    "takes_in",
-]
+__all__ = ["BITS", "BLOCK", "GROUPS", "PackedWeight", "empty", "joined", "pack", "packed_linear", "packed_swiglu"]
 
 
-def takes_in(x: Tensor, weight: PackedWeight, norm: Tensor | None) -> bool:
-    """Whether `packed_linear` and `packed_swiglu` can do what is around a product of ``x [B, k]``.
-
-    Args:
-        norm: Of the inputs, if there is one.
-    """
-    if not x.is_cuda:
-        return False
-    from octo_run.kernels.linear import launch
-
-    return launch.takes_in(x, weight, norm)
-
-
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
     """``out [B, n] = x [B, k] weight^T + bias`` with a packed weight ``[n, k]``.
 
     Args:
         x: Contiguous, of the compute dtype.
         bias: ``[n]`` of that dtype.
         out: Of that dtype; its rows may lie further apart than ``n``.
-        around: More than the product, where `takes_in` says that it can be done.
     """
     if x.is_cuda:
         from octo_run.kernels.linear import launch
 
-        launch.packed_linear(x, weight, bias, out, around)
+        launch.packed_linear(x, weight, bias, out)
         return
-    if around != ALONE:
-        raise ValueError("a norm or a sum is done in the product on a GPU alone")
     if x.is_cpu:
         from octo_run.kernels.cpu import linear as compiled
 
@@ -57,11 +29,8 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
     reference.packed_linear(x, weight, bias, out)
 
 
-def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> bool:
+def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> bool:
     """``out [B, n / 2] = silu(y) * z`` of the first and the second half of ``x weight^T + bias``, in one kernel.
-
-    Args:
-        around: More than that, where `takes_in` says that it can be done.
 
     Returns:
         Whether it was done: there is such a kernel for few rows on an NVIDIA GPU.
@@ -70,4 +39,4 @@ def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
         return False
     from octo_run.kernels.linear import launch
 
-    return launch.packed_swiglu(x, weight, bias, out, around)
+    return launch.packed_swiglu(x, weight, bias, out)

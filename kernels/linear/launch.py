@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
-from octo_run.kernels.linear.around import ALONE, LINE, Around, taken_in
 from octo_run.kernels.linear.dequantise_kernel import dequantise_kernel
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
 from octo_run.kernels.linear.reference import SLAB_BYTES, in_slabs
@@ -84,21 +83,8 @@ def _groups_aligned(weight: PackedWeight) -> bool:
     return all(part.stride(0) == 1 and part.stride(1) % 8 == 0 and part.data_ptr() % 16 == 0 for part in parts)
 
 
-def takes_in(x: Tensor, weight: PackedWeight, norm: Tensor | None) -> bool:
-    """`kernels.linear.takes_in` on a GPU."""
-    if len(x) > ROWS_AT_ONCE or weight.order is not None or not fits(x, weight):
-        return False
-    if norm is None:
-        return "packed sum" in taken_in
-    whole = tiling(weight.padded // BLOCK).slices == 1  # a program sees all of a row
-    return "packed norm" in taken_in and whole and norm.dtype == x.dtype and norm.is_contiguous()
-
-
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> None:
     """`kernels.linear.packed_linear` on a GPU."""
-    fused_here = len(x) <= ROWS_AT_ONCE and weight.order is None and fits(x, weight)
-    if around != ALONE and not fused_here:
-        raise ValueError("this product takes in neither a norm nor a sum")
     if weight.order is not None:
         x = x.index_select(1, weight.order)
     with on_device_of(x):
@@ -107,15 +93,15 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
             return
         for first in range(0, len(x), ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
-            fused(x[some], weight, bias, out[some], around=around)
+            fused(x[some], weight, bias, out[some])
 
 
-def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> bool:
+def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> bool:
     """`kernels.linear.packed_swiglu` on a GPU."""
     if weight.order is not None or weight.shape[0] % 16 or len(x) > ROWS_AT_ONCE or not fits(x, weight):
         return False
     with on_device_of(x):
-        fused(x, weight, bias, out, around=around, swiglu=True)
+        fused(x, weight, bias, out, swiglu=True)
     return True
 
 
@@ -131,44 +117,33 @@ def fused(
     bias: Tensor | None,
     out: Tensor,
     how: Tiling | None = None,
-    around: Around = ALONE,
     *,
     swiglu: bool = False,
 ) -> None:
-    """The fused product of at most ``ROWS_AT_ONCE`` rows; ``swiglu``: of its first half silu, times the second.
-
-    Raises:
-        ValueError: The inputs are to be normed, and a program has not all columns.
-    """
+    """The fused product of at most ``ROWS_AT_ONCE`` rows; ``swiglu``: of its first half silu, times the second."""
     n, blocks, rows = weight.shape[0], weight.padded // BLOCK, len(x)
     how = tiling(blocks) if how is None else how
-    if around.norm is not None and how.slices > 1:
-        raise ValueError(f"inputs of {weight.columns} columns, in {how.slices} slices, are not normed in the product")
     wide = 2 if rows > 8 else 1
     step, half = (8, n // 2) if swiglu else (16, 8)
     parts, counters = _joining(x.device) if how.slices > 1 else (weight.rows, weight.rows)
     tiles = triton.cdiv(n, 2 * step if swiglu else step)
     programs = min(tiles, max(1, how.programs * processors(x.device) // how.slices))
     group = 0 if weight.scales is None else weight.group
-    later = weight.codes if around.later is None else around.later.view(-1).view(torch.uint8)
-    stages, normed = how.turns * how.ahead, around.norm is not None
-    shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, wide, how.warps, stages, normed)
+    shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, wide, how.warps, how.turns * how.ahead)
     threads, unused = 32 * how.warps, weight.rows
     scales = unused if weight.scales is None else weight.scales
     launch: Callable[..., Any] = streamed_product_kernel[(programs * how.slices, 1)]
     launch(
         X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=scales,
-        OFFSETS=scales if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias,
-        NORM=unused if around.norm is None else around.norm, LATER=later, OUT=out, PARTS=parts, COUNTERS=counters,
-        eps=around.eps, lines=later.numel() // LINE, n=n, rows=rows, columns=weight.columns, blocks=blocks,
+        OFFSETS=scales if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias, OUT=out,
+        PARTS=parts, COUNTERS=counters, n=n, rows=rows, columns=weight.columns, blocks=blocks,
         slice_blocks=triton.cdiv(blocks, how.slices), row_bytes=weight.codes.stride(0), stride_x=x.stride(0),
         stride_out=out.stride(0), stride_group=0 if weight.scales is None else weight.scales.stride(1), tiles=tiles,
         programs=programs, step=step, half=half, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
-        GROUP=group, NT=wide, HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, NORMED=normed,
-        SWIGLU=swiglu, ADD=around.add, FETCHES=around.later is not None, PADDED=weight.padded != weight.columns,
-        UNEVEN=blocks != how.slices * how.warps * how.turns, TURNS=how.turns, AHEAD=how.ahead, SLICES=how.slices,
-        WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads, **early(x.device),
-        num_warps=how.warps, **how.registers,
+        GROUP=group, NT=wide, HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, SWIGLU=swiglu,
+        PADDED=weight.padded != weight.columns, UNEVEN=blocks != how.slices * how.warps * how.turns, TURNS=how.turns,
+        AHEAD=how.ahead, SLICES=how.slices, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
+        **early(x.device), num_warps=how.warps, **how.registers,
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from octo_run.kernels.lane_copies import (
 from octo_run.kernels.lanes import (
     barrier,
     fma_half2,
-    high_half,
     load_global2,
     low_half,
     mma_half,
@@ -29,7 +28,6 @@ from octo_run.kernels.lanes import (
     repeat,
     shuffle_f,
     u32,
-    write_shared,
     write_shared2,
     write_shared4_of,
 )
@@ -51,11 +49,9 @@ def stage_bytes(bits, group, offsets):
 
 
 @constexpr_function
-def shared_bytes(bits, group, offsets, nt, warps, stages, normed=False):
-    """Shared memory of a program: the ring, the sums of two tiles, the warps' arrivals and a constant; for a norm of
-    the inputs the warps' sums of squares of 8 NT rows."""
-    of_norm = int(warps) * int(nt) * 32 if normed else 0
-    return int(warps) * (int(stages) * stage_bytes(bits, group, offsets) + int(nt) * 1024) + 16 + of_norm
+def shared_bytes(bits, group, offsets, nt, warps, stages):
+    """Shared memory of a program: the ring, the sums of two tiles, the warps' arrivals and a constant."""
+    return int(warps) * (int(stages) * stage_bytes(bits, group, offsets) + int(nt) * 1024) + 16
 
 
 @constexpr_function
@@ -172,63 +168,30 @@ def copy_turn(slot, places, left, block, end, n, half, stride_group, lane, TURN:
 
 
 @gluon.jit
-def _squares(word, ELEMENT: gl.constexpr):
-    """The sum of the squares of a register's two 16-bit floats."""
-    if ELEMENT == "bf16":
-        low = (word << 16).to(gl.float32, bitcast=True)
-        high = (word & 0xFFFF0000).to(gl.float32, bitcast=True)
-    else:
-        low = low_half(word)
-        high = high_half(word)
-    return low * low + high * high
-
-
-@gluon.jit
-def row_inputs(row, NORM, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.constexpr, KIND: gl.constexpr,
-               ELEMENT: gl.constexpr, NORMED: gl.constexpr):  # fmt: skip
-    """Operand B of a block's 8 steps of the lane's row of x.
-
-    Returns:
-        16 registers, zeros from block ``end`` on: of x, times NORM [columns] if NORMED, times `input_factor`; and the
-        sum of the squares of x in them, if NORMED.
-    """
+def row_inputs(row, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.constexpr, KIND: gl.constexpr,
+               ELEMENT: gl.constexpr):  # fmt: skip
+    """Operand B of a block's 8 steps of the lane's row of x, times `input_factor`: 16 registers, zeros from block
+    ``end`` on."""
     t = lane & 3
     here = gl.minimum(block, end - 1)
     words = ()
-    squares = (lane * 0).to(gl.float32)
     for s in gl.static_range(8):
         k = here * 128 + 16 * s + 4 * t
-        near = k
         if PADDED:
-            near = gl.minimum(k, columns - 4)
-        first, second = load_global2(row + near)
-        if PADDED:
+            first, second = load_global2(row + gl.minimum(k, columns - 4))
             first = gl.where(k < columns, first, 0)
             second = gl.where(k < columns, second, 0)
+        else:
+            first, second = load_global2(row + k)
         if UNEVEN:
             first = gl.where(block < end, first, 0)
             second = gl.where(block < end, second, 0)
-        if NORMED:
-            squares += _squares(first, ELEMENT) + _squares(second, ELEMENT)
-            weight_first, weight_second = load_global2(NORM + near)
-            first = fma_half2(first, weight_first, u32(lane * 0) + 0x80008000, ELEMENT)
-            second = fma_half2(second, weight_second, u32(lane * 0) + 0x80008000, ELEMENT)
         if input_factor(KIND, ELEMENT) != 0:
             factor = u32(lane * 0 + input_factor(KIND, ELEMENT))
             first = fma_half2(first, factor, u32(lane * 0) + 0x80008000, ELEMENT)
             second = fma_half2(second, factor, u32(lane * 0) + 0x80008000, ELEMENT)
         words = words + (first, second)
-    return words, squares
-
-
-@gluon.jit
-def hand_over_squares(squares, at, lane, warp, NT: gl.constexpr):
-    """Write the warp's sums of squares of the rows, a tuple of NT, for all to read from ``at`` on. A barrier must
-    follow."""
-    for b in gl.static_range(NT):
-        whole = squares[b] + shuffle_f(squares[b], lane ^ 1)
-        whole += shuffle_f(whole, lane ^ 2)
-        write_shared(u32(at + ((warp * NT + b) * 8 + (lane >> 2)) * 4), whole.to(gl.uint32, bitcast=True))
+    return words
 
 
 @gluon.jit
@@ -358,20 +321,6 @@ def factors_of(ROWS, tile, step, half, n, tid, KIND: gl.constexpr, ELEMENT: gl.c
     for first in gl.static_range(0, NT * 128 * SHARED, 32 * WARPS):
         _, output, _row = place_of_sum(first + tid, tile, step, half, NT, SHARED)
         out = out + (gl.load(ROWS + output, mask=output < n, other=0) * output_factor(KIND, ELEMENT),)
-    return out
-
-
-@gluon.jit
-def norms_of(at, columns, eps, tid, NT: gl.constexpr, WARPS: gl.constexpr):
-    """One over the root mean square of inputs, of the rows whose sums the thread finishes; see `hand_over_squares`."""
-    SHARED: gl.constexpr = threads_of_sum(NT, WARPS)
-    out = ()
-    for first in gl.static_range(0, NT * 128 * SHARED, 32 * WARPS):
-        _, _output, row = place_of_sum(first + tid, 0, 0, 0, NT, SHARED)
-        total = read_shared_f(u32(at + row * 4))
-        for w in gl.static_range(1, WARPS):
-            total += read_shared_f(u32(at + (w * (8 * NT) + row) * 4))
-        out = out + (gl.rsqrt(total / columns + eps),)
     return out
 
 

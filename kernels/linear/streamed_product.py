@@ -15,10 +15,9 @@ the next tile is computed. If there are several slices, the last of their progra
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from octo_run.kernels.lane_copies import prefetch_l2_line, wait_for_copies, wait_for_warps
+from octo_run.kernels.lane_copies import wait_for_copies, wait_for_warps
 from octo_run.kernels.lanes import (
     arrive,
-    barrier,
     exp2,
     let_next_kernel_start,
     load_global_l2_f,
@@ -36,10 +35,8 @@ from octo_run.kernels.linear.streamed_parts import (
     factors_of,
     first_places,
     hand_over,
-    hand_over_squares,
     less_offsets,
     next_places,
-    norms_of,
     place_of_sum,
     prepare_shared,
     row_inputs,
@@ -62,19 +59,9 @@ def _swiglu(gate, up, ELEMENT: gl.constexpr):
 
 
 @gluon.jit
-def _added(total, at, mine, ADD: gl.constexpr):
-    """What is written to ``at``: the output, added to what is there if ADD."""
-    out = total.to(at.dtype.element_ty)
-    if ADD:
-        out = (out.to(gl.float32) + gl.load(at, mask=mine, other=0).to(gl.float32)).to(at.dtype.element_ty)
-    return out
-
-
-@gluon.jit
-def _finish(factors, norms, buffer, turn, OUT, BIAS, PARTS, part, tile, step, half, n, rows, stride_out, tid,
-            lane, ELEMENT: gl.constexpr, NT: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr,
-            NORMED: gl.constexpr, SWIGLU: gl.constexpr, ADD: gl.constexpr, SLICES: gl.constexpr,
-            ARRIVALS: gl.constexpr):  # fmt: skip
+def _finish(factors, buffer, turn, OUT, BIAS, PARTS, part, tile, step, half, n, rows, stride_out, tid, lane,
+            ELEMENT: gl.constexpr, NT: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr, SWIGLU: gl.constexpr,
+            SLICES: gl.constexpr, ARRIVALS: gl.constexpr):  # fmt: skip
     """Add up the warps' sums of a tile (none if it is negative), and write outputs, or the slice's part of them."""
     SHARED: gl.constexpr = threads_of_sum(NT, WARPS)
     wait_for_warps(turn + lane * 0, ARRIVALS)
@@ -84,8 +71,6 @@ def _finish(factors, norms, buffer, turn, OUT, BIAS, PARTS, part, tile, step, ha
         total = sum_of_warps(buffer, place, number, lane, NT, WARPS)
         mine = (tile >= 0) & (output < n) & (row < rows) & (place % SHARED == 0)
         total *= factors[first // (32 * WARPS)]
-        if NORMED:
-            total *= norms[first // (32 * WARPS)]
         if SLICES > 1:
             gl.store(PARTS + (part * (8 * NT) + row) * n + output, total, mask=mine)
         else:
@@ -94,8 +79,7 @@ def _finish(factors, norms, buffer, turn, OUT, BIAS, PARTS, part, tile, step, ha
             if SWIGLU:  # the thread of the same row's other half
                 total = _swiglu(total, shuffle_f(total, lane ^ (2 * SHARED)), ELEMENT)
                 mine = mine & (number & 2 == 0)
-            at = OUT + (row.to(gl.int64) * stride_out + output)
-            gl.store(at, _added(total, at, mine, ADD), mask=mine)
+            gl.store(OUT + row.to(gl.int64) * stride_out + output, total.to(OUT.dtype.element_ty), mask=mine)
 
 
 @gluon.jit
@@ -113,7 +97,7 @@ def _sum_of_slices(PARTS, BIAS, line, output, n, mine, NT: gl.constexpr, SLICES:
 @gluon.jit
 def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid,
                  ELEMENT: gl.constexpr, NT: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr,
-                 SWIGLU: gl.constexpr, ADD: gl.constexpr, SLICES: gl.constexpr):  # fmt: skip
+                 SWIGLU: gl.constexpr, SLICES: gl.constexpr):  # fmt: skip
     """Write the outputs of the program's tiles, of which all slices have made their parts: those of all tiles at once,
     for each of them waits for memory."""
     OUTPUTS: gl.constexpr = 8 if SWIGLU else 16
@@ -128,20 +112,16 @@ def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, 
         if SWIGLU:
             up = _sum_of_slices(PARTS, BIAS, line, output + half, n, mine, NT, SLICES, BIASED)
             total = _swiglu(total, up, ELEMENT)
-        at = OUT + (line.to(gl.int64) * stride_out + output)
-        gl.store(at, _added(total, at, mine, ADD), mask=mine)
+        gl.store(OUT + line.to(gl.int64) * stride_out + output, total.to(OUT.dtype.element_ty), mask=mine)
 
 
-@gluon.jit(
-    do_not_specialize=["n", "rows", "stride_x", "stride_out", "tiles", "programs", "step", "half", "eps", "lines"]
-)
+@gluon.jit(do_not_specialize=["n", "rows", "stride_x", "stride_out", "tiles", "programs", "step", "half"])
 def streamed_product_kernel(
-    X, CODES, ROWS, SCALES, OFFSETS, BIAS, NORM, LATER, OUT, PARTS, COUNTERS, eps, lines, n, rows, columns, blocks,
-    slice_blocks, row_bytes, stride_x, stride_out, stride_group, tiles, programs, step, half, KIND: gl.constexpr,
-    BITS: gl.constexpr, ELEMENT: gl.constexpr, GROUP: gl.constexpr, NT: gl.constexpr, HAS_OFFSETS: gl.constexpr,
-    BIASED: gl.constexpr, NORMED: gl.constexpr, SWIGLU: gl.constexpr, ADD: gl.constexpr, FETCHES: gl.constexpr,
-    PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr, SLICES: gl.constexpr,
-    WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
+    X, CODES, ROWS, SCALES, OFFSETS, BIAS, OUT, PARTS, COUNTERS, n, rows, columns, blocks, slice_blocks, row_bytes,
+    stride_x, stride_out, stride_group, tiles, programs, step, half, KIND: gl.constexpr, BITS: gl.constexpr,
+    ELEMENT: gl.constexpr, GROUP: gl.constexpr, NT: gl.constexpr, HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr,
+    SWIGLU: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
+    SLICES: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """OUT [rows, n] = X [rows, columns] W^T + BIAS for at most 8 NT rows; programs: ``programs`` for each of SLICES.
 
@@ -151,9 +131,6 @@ def streamed_product_kernel(
         step, half: Tile i has outputs from ``step i`` on and from ``step i + half`` on, 8 of each: 16 and 8, or with
             SWIGLU 8 and n / 2, for OUT is then ``[rows, n / 2]``: silu of the first half times the second.
         GROUP: Columns of a group, 0 for all of a row.
-        NORMED: Of one slice: each row of X is divided by its root mean square and multiplied by NORM ``[columns]``.
-        ADD: The outputs are added to OUT.
-        FETCHES: LATER is fetched, of whose lines of 128 bytes there are ``lines``.
         PADDED: ``columns`` is no multiple of 128.
         UNEVEN: The warps have not all as many blocks.
         AHEAD: Tiles in the ring.
@@ -187,32 +164,19 @@ def streamed_product_kernel(
                   BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
         if i % TURNS == TURNS - 1:
             places, left = next_places(places, row_bytes, programs, step), left - programs
-    if FETCHES:
-        line = gl.program_id(0) * (32 * WARPS) + tid
-        prefetch_l2_line(LATER + line * 128, line < lines)
     after = 0
     if EARLY:
         let_next_kernel_start(n)
         after = wait_for_kernel_before(n)
     inputs = ()
     sums = ()
-    norms = ()
-    squares = repeat((lane * 0).to(gl.float32), NT)
     for turn in gl.static_range(TURNS):
         operands = ()
-        of_rows = ()
         for b in gl.static_range(NT):
             line = X + after + gl.minimum(8 * b + g, rows - 1).to(gl.int64) * stride_x
             at = block + block_of(turn, TURNS, WARPS)
-            operand, square = row_inputs(line, NORM, at, end, columns, lane, PADDED, UNEVEN, KIND, ELEMENT, NORMED)
-            operands = operands + (operand,)
-            of_rows = of_rows + (squares[b] + square,)
+            operands = operands + (row_inputs(line, at, end, columns, lane, PADDED, UNEVEN, KIND, ELEMENT),)
         inputs = inputs + (operands,)
-        squares = of_rows
-    if NORMED:
-        hand_over_squares(squares, ARRIVALS + 16, lane, warp, NT)
-        barrier()
-        norms = norms_of(ARRIVALS + 16, columns, eps, tid, NT, WARPS)
     for turn in gl.static_range(TURNS):
         if SUMMED:
             sums = sums + (sums_of(inputs[turn], lane, STEPS, ELEMENT, NT),)
@@ -244,16 +208,16 @@ def streamed_product_kernel(
         places, left = next_places(places, row_bytes, programs, step), left - programs
         if AHEAD > 1:
             ring = gl.where(ring == warp * RING + (AHEAD - 1) * TURNS * STAGE, warp * RING, ring + TURNS * STAGE)
-        _finish(waiting, norms, other, turned, OUT, BIAS, PARTS, part, before, step, half, n, rows,
-                stride_out, tid, lane, ELEMENT, NT, WARPS, BIASED, NORMED, SWIGLU, ADD, SLICES, ARRIVALS)  # fmt: skip
+        _finish(waiting, other, turned, OUT, BIAS, PARTS, part, before, step, half, n, rows, stride_out, tid, lane,
+                ELEMENT, NT, WARPS, BIASED, SWIGLU, SLICES, ARRIVALS)  # fmt: skip
         hand_over(acc, buffer, lane, warp, NT, WARPS, ARRIVALS)
         waiting, before, turned = factors, tile, 1 - turned
         buffer, other = other, buffer
-    _finish(waiting, norms, other, turned, OUT, BIAS, PARTS, part, before, step, half, n, rows, stride_out,
-            tid, lane, ELEMENT, NT, WARPS, BIASED, NORMED, SWIGLU, ADD, SLICES, ARRIVALS)  # fmt: skip
+    _finish(waiting, other, turned, OUT, BIAS, PARTS, part, before, step, half, n, rows, stride_out, tid, lane,
+            ELEMENT, NT, WARPS, BIASED, SWIGLU, SLICES, ARRIVALS)  # fmt: skip
     if SLICES > 1:
         count = arrive(COUNTERS + first, SLICES - 1)
         if count == SLICES - 1:
             _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid, ELEMENT, NT,
-                         WARPS, BIASED, SWIGLU, ADD, SLICES)  # fmt: skip
+                         WARPS, BIASED, SWIGLU, SLICES)  # fmt: skip
     smem._keep_alive()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from octo_run.kernels.cpu import linear as compiled_linear
 from octo_run.kernels.cpu import step as compiled
-from octo_run.kernels.linear.around import ALONE, Around, taken_in
 from octo_run.kernels.step import reference
 from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised, share
 
@@ -24,9 +23,7 @@ if TYPE_CHECKING:
     from octo_run.kernels.linear import PackedWeight
 
 __all__ = [
-    "ALONE",
     "SLICE_TOKENS",
-    "Around",
     "Draws",
     "HeadTransform",
     "add_rms_norm",
@@ -42,8 +39,6 @@ __all__ = [
     "sample",
     "share",
     "swiglu",
-    "takes_in",
-    "vector_swiglu",
 ]
 
 
@@ -121,56 +116,24 @@ def _is_vector(x: Tensor) -> bool:
     return x.is_cuda and len(x) == 1 and x.element_size() == 2
 
 
-def takes_in(x: Tensor, norm: Tensor | None) -> bool:
-    """Whether `linear` does what is around a product of ``x [B, k]``.
-
-    Args:
-        norm: Of the inputs, if there is one.
-    """
-    if norm is not None and (norm.dtype != x.dtype or not norm.is_contiguous()):
-        return False
-    way = "vector sum" if norm is None else "vector norm"
-    return way in taken_in and _is_vector(x)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out [B, n] = x [B, k] weight^T + bias`` with ``weight [n, k]``, all contiguous and of one dtype; on a CPU the
     weight may be bfloat16 where the others are float32.
 
     A single row of a 16-bit dtype on CUDA goes to our own kernel, which fetches weights while the kernel in front of it
     ends; the rest to the library. A step of an 8B shape on an H200: 3.99 ms, all by the library 4.47.
-
-    Args:
-        around: More than the product, where `takes_in` says that it can be done.
     """
     if _is_vector(x):
         from octo_run.kernels.step import launch
 
-        launch.vector(x, weight, bias, out, around)
-        return
-    if around != ALONE:
-        raise ValueError("a norm or a sum is done in the product for one row of 16-bit numbers on a GPU alone")
-    if not (
+        launch.vector(x, weight, bias, out)
+    elif not (
         weight.dtype in (torch.float32, torch.bfloat16)
         and x.is_cpu
         and len(x) <= 4
         and compiled_linear.dense_linear(x, weight, bias, out)
     ):
         reference.linear(x, weight, bias, out)
-
-
-def vector_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, around: Around = ALONE) -> bool:
-    """``out [1, n / 2] = silu(y) * z`` of the first and the second half of ``x weight^T + bias``, in one kernel.
-
-    Returns:
-        Whether it was done: there is such a kernel for one row of 16-bit numbers on a GPU.
-    """
-    if "vector swiglu" not in taken_in or not _is_vector(x) or len(weight) % 2:
-        return False
-    from octo_run.kernels.step import launch
-
-    launch.vector(x, weight, bias, out, around, swiglu=True)
-    return True
 
 
 def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:

@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of
-from octo_run.kernels.linear.around import ALONE, LINE, Around
 from octo_run.kernels.step.layer_kernels import (
     add_rms_norm_kernel,
     embed_packed_kernel,
@@ -48,28 +47,16 @@ def _check(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
 
 
-def vector(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    around: Around = ALONE,
-    *,
-    swiglu: bool = False,
-) -> None:
-    """`kernels.step.linear` of one row by the Triton kernel; ``swiglu``: of its first half silu, times the second."""
-    norm, later = (x if part is None else part for part in (around.norm, around.later))
-    _check(x=x, weight=weight, out=out, norm=norm, later=later)
+def vector(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`kernels.step.linear` of a single row by the Triton kernel."""
+    _check(x=x, weight=weight, out=out)
     n, k = weight.shape
-    programs = triton.cdiv(n // 2, _VECTOR_ROWS // 2) if swiglu else triton.cdiv(n, _VECTOR_ROWS)
-    launch: Callable[..., Any] = vector_kernel[(programs,)]
+    launch: Callable[..., Any] = vector_kernel[(triton.cdiv(n, _VECTOR_ROWS),)]
     with on_device_of(x):
         launch(
-            X=x, WEIGHT=weight, BIAS=x if bias is None else bias, NORM=norm, LATER=later, OUT=out, eps=around.eps,
-            n=n, lines=later.nbytes // LINE, K=k, BN=_VECTOR_ROWS,
-            BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None,
-            NORMED=around.norm is not None, SWIGLU=swiglu, ADD=around.add, FETCHES=around.later is not None,
-            **early(x.device), num_warps=_VECTOR_WARPS)  # fmt: skip
+            X=x, WEIGHT=weight, BIAS=x if bias is None else bias, OUT=out, n=n, K=k, BN=_VECTOR_ROWS,
+            BK=min(_VECTOR_COLUMNS, triton.next_power_of_2(k)), BIASED=bias is not None, **early(x.device),
+            num_warps=_VECTOR_WARPS)  # fmt: skip
 
 
 def embed_packed(ids: Tensor, table: PackedWeight, out: Tensor) -> None:

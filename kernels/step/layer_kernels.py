@@ -281,63 +281,27 @@ def rotate_back_kernel(
 
 @triton.jit
 def vector_kernel(
-    X, WEIGHT, BIAS, NORM, LATER, OUT, eps, n, lines, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BIASED: tl.constexpr, NORMED: tl.constexpr, SWIGLU: tl.constexpr, ADD: tl.constexpr, FETCHES: tl.constexpr,
+    X, WEIGHT, BIAS, OUT, n, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BN outputs of a matrix-vector product a program: x [K], weights [n, K], sums in float32.
-
-    NORMED: x is divided by its root mean square, which is known when the sums are, and multiplied by NORM [K].
-    SWIGLU: half of the BN outputs, and the same of the other half of the n, become silu of these times those.
-    ADD: what comes out is added to OUT. FETCHES: LATER is fetched, of whose lines of 128 bytes there are ``lines``.
-    """
-    kind = OUT.dtype.element_ty
-    line = tl.arange(0, BN)
-    at = tl.program_id(0) * BN + line
-    limit = n
-    if SWIGLU:
-        limit = n // 2
-        at = tl.program_id(0) * (BN // 2) + line % (BN // 2)
-    row = at
-    if SWIGLU:
-        row = at + line // (BN // 2) * limit
+    """BN outputs of a matrix-vector product a program: x [K], weights [n, K], sums in float32."""
+    at = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    source = WEIGHT + row.to(tl.int64)[:, None] * K + k[None, :]
-    there = (at < limit)[:, None]
+    source = WEIGHT + at.to(tl.int64)[:, None] * K + k[None, :]
+    there = (at < n)[:, None]
     weights = tl.load(source, mask=there & (k < K)[None, :], other=0, eviction_policy="evict_first")
-    if FETCHES:
-        later = tl.program_id(0) * 128 + tl.arange(0, 128)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
-            [LATER.to(tl.pointer_type(tl.uint8)) + later * 128, (later < lines).to(tl.int32)], dtype=tl.int32,
-            is_pure=False, pack=1)  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros([BN, BK], tl.float32)
-    squares = tl.zeros([BK], tl.float32)
     for first in range(0, K, BK):
         x = tl.load(X + first + k, mask=first + k < K, other=0).to(tl.float32)
         following = first + BK
         mask = there & (following + k < K)[None, :]
         ahead = tl.load(source + following, mask=mask, other=0, eviction_policy="evict_first")
-        if NORMED:
-            squares += x * x
-            x *= tl.load(NORM + first + k, mask=first + k < K, other=0).to(tl.float32)
         total += weights.to(tl.float32) * x[None, :]
         weights = ahead
     result = tl.sum(total, 1)
-    if NORMED:
-        result *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
     if BIASED:
-        result += tl.load(BIAS + row, mask=at < limit, other=0).to(tl.float32)
-    if SWIGLU:
-        halves = tl.reshape(result.to(kind).to(tl.float32), [2, BN // 2])
-        is_up = tl.arange(0, 2)[:, None] == 1
-        gate = tl.sum(tl.where(is_up, 0.0, halves), 0)
-        up = tl.sum(tl.where(is_up, halves, 0.0), 0)
-        result = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up
-        at = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
-    if ADD:
-        result = result.to(kind).to(tl.float32) + tl.load(OUT + at, mask=at < limit, other=0).to(tl.float32)
-    tl.store(OUT + at, result.to(kind), mask=at < limit)
+        result += tl.load(BIAS + at, mask=at < n, other=0).to(tl.float32)
+    tl.store(OUT + at, result.to(OUT.dtype.element_ty), mask=at < n)

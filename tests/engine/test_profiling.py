@@ -53,7 +53,7 @@ def test_every_kernel_of_ours_has_a_part() -> None:
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
     }
     assert len(found) > 10 and found == set(profiling.KERNELS)
-    assert set(profiling.KERNELS.values()) <= {*profiling.PARTS, "product", "own product"}
+    assert set(profiling.KERNELS.values()) <= {*profiling.PARTS, "product"}
 
 
 def test_a_recurrent_layer_lies_between_two_norms() -> None:
@@ -76,32 +76,6 @@ def test_what_follows_a_product_belongs_to_it() -> None:
         (NVJET, "mlp"), (SWIGLU, "mlp"), ("Memset (Device)", "mlp"), (NVJET, "mlp"), (SPLIT, "mlp"), (NORM, "norms"),
         (NVJET, "head"), (SPLIT, "head"), (SORT, "sampling"), (COPY, "sampling"), *DRAW, *END,
     ])  # fmt: skip
-
-
-@pytest.mark.parametrize("product", [PRODUCT, "streamed_product_kernel"])
-@pytest.mark.parametrize("first", [True, False])
-def test_products_that_norm_what_they_read(product: str, first: bool) -> None:
-    """A norm is left in front of the head; ``first``: in front of the first layer, too.
-    The steps code pages between them, with key means."""
-    attention = [("general_decode_kernel", "attention"), ("merge_kernel", "attention")]
-    one = [(product, "projections"), (TURN, "rope and append"), *attention, (product, "projections")]
-    mlp = [(product, "mlp"), (product, "mlp")]
-    begin = BEGIN if first else BEGIN[:-1]
-    step = [*begin, *(one + mlp) * 3, (NORM, "norms"), (product, "head"), *DRAW, *END]
-    coding = [(GEMV, "page coding"), ("take_out_kernel", "page coding"), ("trellis_kernel", "page coding")]
-    check_parts(step * 3)
-    check_parts([*coding, *step, *coding, *step])
-
-
-def test_products_that_norm_what_they_read_in_some_parts_of_layers() -> None:
-    """Experts and layers whose sums are kernels: norms stand between. SwiGLU may be done in the product, too."""
-    one = [(PRODUCT, "projections"), (TURN, "rope and append"), ("table_decode_kernel", "attention"),
-           (PRODUCT, "projections")]  # fmt: skip
-    for mlp in ([("router_kernel", "mlp"), ("gate_up_vector_kernel", "mlp")], [(PRODUCT, "mlp"), (PRODUCT, "mlp")]):
-        layers = [*one, (NORM, "norms"), *mlp, (NORM, "norms")] * 3
-        check_parts([*BEGIN, *layers, (PRODUCT, "head"), *DRAW, *END] * 2)
-    mlp = [(PRODUCT, "mlp"), (SWIGLU, "mlp"), (PRODUCT, "mlp")]
-    check_parts([*BEGIN, *one, *mlp, *one, *mlp, (NORM, "norms"), (PRODUCT, "head"), *DRAW, *END] * 2)
 
 
 def test_pages_coded_between_steps_and_before_the_first() -> None:

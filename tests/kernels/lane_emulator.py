@@ -592,7 +592,6 @@ def language() -> types.ModuleType:
     gl.load, gl.store, gl.where = load, store, where
     gl.maximum, gl.minimum = binary(np.maximum), binary(np.minimum)
     gl.sqrt = lambda x: Value(np.sqrt(x.data), x.kind)
-    gl.rsqrt = lambda x: Value((1 / np.sqrt(x.data)).astype(x.data.dtype), x.kind)
     gl.arange = lambda first, end, layout: Value(np.arange(first, end), "i32")
     gl.full = lambda shape, value, kind, layout: Value(np.full(shape, value), kind)
     gl.program_id = lambda axis: Value(RUNNING.ids[axis], "i32")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels.linear import BITS, PackedWeight, launch
-from octo_run.kernels.linear.around import Around
 
 HERE = Path(__file__).parent
 emulator = SimpleNamespace(**runpy.run_path(str(HERE / "lane_emulator.py")))
@@ -83,53 +82,6 @@ def test_the_fused_product_with_swiglu_is_that_of_both_halves(
         assert (out.double() - exact.double()).abs().max() <= 0.02 * exact.double().abs().max()
 
 
-@pytest.mark.few(2)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kind", "group"), [("int4", 64), ("int4", None), ("int8", None), ("fp8", 64), ("fp4", 32)])
-def test_a_norm_of_the_inputs_and_a_sum_are_done_in_the_product(
-    emulated: Any, monkeypatch: pytest.MonkeyPatch, kind: str, group: int | None, dtype: torch.dtype
-) -> None:
-    """Against float64; inputs of unlike sizes, a column far larger than others, rows of zeros."""
-    monkeypatch.setattr(launch, "streamed_product_kernel", emulated)
-    limit = 1e-2 if dtype == torch.bfloat16 else 2e-3
-    for seed, (rows, out, columns, how) in enumerate(
-        [(1, 40, 256, launch.Tiling(4, 1, 2, 1)), (3, 16, 200, launch.Tiling(2, 1, 1, 1)),
-         (9, 40, 384, launch.Tiling(4, 1, 2, 1)), (16, 24, 1152, launch.Tiling(4, 4, 1, 1))]
-    ):  # fmt: skip
-        generator = torch.Generator().manual_seed(seed)
-        weight = on_a_gpu(made(kind, out, columns, group, kind == "int4", seed))
-        x = torch.randn(rows, columns, generator=generator) * 0.1 * 4 ** torch.arange(rows)[:, None]
-        x[:, 5] *= 20
-        x[-1] *= rows < 2 or seed % 2
-        x = x.clamp(-200, 200).to(dtype)
-        norm = (1 + 0.3 * torch.randn(columns, generator=generator)).to(dtype)
-        before = torch.randn(rows, out + 3, generator=generator).to(dtype)
-        exact = x.double() * (x.double().square().mean(1, keepdim=True) + 1e-5).rsqrt() * norm.double()
-        for add in (False, True):
-            got = before.clone() if add else torch.full_like(before, float("nan"))
-            launch.fused(x, weight, None, got[:, :out], how, Around(norm, 1e-5, add))
-            found = got[:, :out].double() - (before[:, :out].double() if add else 0)
-            slack = before[:, :out].double().abs() * limit if add else torch.zeros(())
-            dense = weight.dequantised(torch.float64)
-            size = exact.norm(dim=1)[:, None] * dense.norm(dim=1) + 1e-9
-            assert bool(((found - exact @ dense.T).abs() <= limit * size + slack).all())
-            assert torch.equal(got[:, out:].isnan(), torch.full((rows, 3), not add))
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize("slices", [1, 2])
-def test_a_sum_of_slices_is_added(emulated: Any, monkeypatch: pytest.MonkeyPatch, slices: int) -> None:
-    monkeypatch.setattr(launch, "streamed_product_kernel", emulated)
-    weight = on_a_gpu(made("int4", 40, 512, 64, True, slices))
-    x, before = torch.randn(5, 512).to(torch.bfloat16), torch.randn(5, 40).to(torch.bfloat16)
-    how, outs = launch.Tiling(2, 2 // slices, 1, slices), [torch.full_like(before, float("nan")), before.clone()]
-    launch.fused(x, weight, None, outs[0], how)
-    launch.fused(x, weight, None, outs[1], how, Around(add=True))
-    assert torch.equal(outs[1], before + outs[0])
-    with pytest.raises(ValueError, match="are not normed in the product"):
-        launch.fused(x, weight, None, outs[0], launch.Tiling(2, 1, 1, 2), Around(norm=x[0]))
-
-
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "group"), [("int4", 64), ("int8", None), ("fp8", 64)])
 def test_threads_meet_before_they_reuse_shared_memory(
@@ -146,6 +98,3 @@ def test_threads_meet_before_they_reuse_shared_memory(
         got = torch.full((rows, out), float("nan"), dtype=torch.bfloat16)
         launch.fused(x, weight, None, got, how)
         assert error(got, x, weight, None) < 5e-3
-        if how.slices == 1:
-            launch.fused(x, weight, None, got, how, Around(torch.ones(columns, dtype=x.dtype), 1e-5, add=True))
-            assert bool(got.isfinite().all())

@@ -32,12 +32,6 @@ RULES = {
 NORM = dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT", "POST"), B) | {"eps": "fp32", "multiplier": "fp32"}
 ADDED = {"N": 4096, "BLOCK": 4096, "ADD": True, "NORM": True, "EARLY": True}
 PLAIN = {"SCALED": False, "NORM_V": False}
-VECTOR = dict.fromkeys(("X", "WEIGHT", "BIAS", "NORM", "LATER", "OUT"), B) | {
-    "eps": "fp32", "n": "i32", "lines": "i32"
-}  # fmt: skip
-OF_VECTOR = {"BN": 2, "BK": 2048, "EARLY": True} | dict.fromkeys(
-    ("BIASED", "NORMED", "SWIGLU", "ADD", "FETCHES"), False
-)
 CASES = [
     (layer_kernels.add_rms_norm_kernel, NORM, ADDED | dict.fromkeys(("POST_NORM", "SCALED", "CENTRED"), False), 8),
     (layer_kernels.add_rms_norm_kernel, NORM | {"WEIGHT": F, "POST": F},
@@ -71,10 +65,8 @@ CASES = [
      {"D": 128, "BD": 128, "HEADS": 16, "COLUMNS": 32, "EARLY": True}, 4),
     (layer_kernels.embed_packed_kernel, {"IDS": I, "CODES": "*u8", "ROWS": F, "OUT": B},
      {"N": 4096, "PADDED": 4096, "BLOCK": 1024, "EARLY": True}, 4),
-    (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 4096}, 4),
-    (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 4096, "NORMED": True, "BIASED": True, "FETCHES": True}, 4),
-    (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 4096, "NORMED": True, "SWIGLU": True}, 4),
-    (layer_kernels.vector_kernel, VECTOR, OF_VECTOR | {"K": 14336, "ADD": True}, 4),
+    (layer_kernels.vector_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": B, "n": "i32"},
+     {"K": 4096, "BN": 2, "BK": 2048, "BIASED": False, "EARLY": True}, 4),
     (sample_kernels.sample_slice_kernel, RULES | {"EDITS": F, "vocab": "i32", "s_penalty": "i32"},
      {"BLOCK": 1024, "COUNTED": True, "EDITED": True, "NOISY": True, "FLOORED": True}, 4),
     (sample_kernels.sample_merge_kernel,

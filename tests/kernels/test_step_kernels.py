@@ -347,50 +347,6 @@ def test_triton_products_of_a_vector(n, k, biased):
     close(out, x.double() @ weight.double().T + (bias.double() if biased else 0), HALF)
 
 
-@triton_only
-@pytest.mark.parametrize(("n", "k"), [(40, 96), (6, 1000), (2, 4500)])
-@pytest.mark.parametrize("swiglu", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("dtype", [HALF, torch.float16])
-def test_triton_products_of_a_vector_and_what_is_around_them(n, k, swiglu, normed, add, dtype):
-    """A norm of inputs of any size, SwiGLU and a sum, with biases, against float64."""
-    from octo_run.kernels.step import launch
-
-    torch.manual_seed(0)
-    for scale in (1e-3, 30):
-        x, bias = random(1, k, dtype=dtype, scale=scale), random(n, dtype=dtype)
-        weight, norm = random(n, k, dtype=dtype, scale=k**-0.5), 1 + random(k, dtype=dtype, scale=0.3)
-        given = x.double()
-        if normed:
-            given = given * (given.square().mean() + 1e-5).rsqrt() * norm.double()
-        exact = (given @ weight.double().T + bias.double()).to(dtype)
-        if swiglu:
-            gate, up = exact.chunk(2, 1)
-            exact = torch.nn.functional.silu(gate) * up
-        before = random(*exact.shape, dtype=dtype)
-        out = before.clone() if add else torch.full_like(before, torch.nan)
-        launch.vector(x, weight, bias, out, ops.Around(norm if normed else None, 1e-5, add), swiglu=swiglu)
-        close(out, exact.double() + (before.double() if add else 0), dtype)
-
-
-def test_what_is_around_a_product_needs_one_row_on_a_gpu():
-    from octo_run.kernels.linear import around
-
-    x, weight, out = random(2, 64), random(8, 64), random(2, 8)
-    before = set(around.taken_in)
-    around.taken_in.update(around.WAYS)
-    try:
-        assert not ops.takes_in(x, None)
-        one, norm = x[:1].to(HALF), weight[0].to(HALF)
-        assert ops.takes_in(one, norm) == (DEVICE == "cuda") and not ops.takes_in(one, weight[0])
-    finally:
-        around.taken_in.clear()
-        around.taken_in.update(before)
-    with pytest.raises(ValueError, match="for one row of 16-bit numbers on a GPU alone"):
-        ops.linear(x, weight, None, out, ops.Around(add=True))
-
-
 def draws(batch, vocab, **changes):
     """Rules of a batch: the first sequence greedy, all penalised for some tokens."""
     state = ops.Draws(
