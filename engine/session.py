@@ -261,7 +261,7 @@ class Session:
     def _too_long(self, tokens: str) -> UsageError:
         return UsageError(
             f"The message makes a prompt of {tokens} tokens by itself and the context holds "
-            f"{self.engine.max_context:,}: {self.engine.shorten}."
+            f"{self.engine.max_context:,}: {self.engine.plan.shorten}."
         )
 
     def _head(self) -> list[dict[str, str]]:

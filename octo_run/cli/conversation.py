@@ -17,12 +17,13 @@ from octo_run.cli.keeper import Keeper
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.progress import PromptProgress
 from octo_run.cli.sampling_options import SamplingOptions
-from octo_run.errors import UsageError, quoted
+from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from prompt_toolkit.formatted_text import StyleAndTextTuples
 
     from octo_run.engine import Engine, Reply, SamplingParams, Session
+    from octo_run.tokenizer import Tokenizer
 
 #: What begins and ends a message of several lines.
 BLOCK = '"""'
@@ -102,6 +103,17 @@ class ChatOptions:
     think_budget: int | None = None
     variables: dict[str, Any] = dataclasses.field(default_factory=dict)
     template: tuple[str, str] | None = None
+
+    def prepare(self, tokenizer: "Tokenizer", model: str) -> None:
+        """Let a model's tokenizer have the other chat template, if there is one.
+
+        Raises:
+            OctoError: It has none at all.
+        """
+        if self.template is not None:
+            tokenizer.use_template(*self.template)
+        if not tokenizer.has_chat_template:
+            raise OctoError(f"{model} has no chat template: name one with --chat-template, or use octo-run generate.")
 
 
 class Conversation:

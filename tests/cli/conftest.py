@@ -126,7 +126,11 @@ class FakeEngine:
 
     @property
     def plan(self) -> SimpleNamespace:
-        return SimpleNamespace(kv=self.kv, weight_format=self.loaded.weights or "fp32")
+        loaded = self.loaded or SimpleNamespace(kv="", weights=None)
+        return SimpleNamespace(
+            kv=loaded.kv, weight_format=loaded.weights or "fp32", context=self.max_context,
+            check_length=lambda _tokens: None, shorten="shorten it",
+        )  # fmt: skip
 
     def memory_plan(self) -> dict[str, int]:
         parts = {
@@ -186,7 +190,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The fake engine, put behind all that the commands use of the real one."""
     fake = FakeEngine()
 
-    def load(options: Any, **cache: Any) -> FakeEngine:
+    def load(options: Any, check: Any = None, **cache: Any) -> FakeEngine:
+        if check is not None:
+            check(fake.tokenizer, fake.plan)
         fake.loaded, fake.cache, fake.closed = options, cache, False
         fake.loads.append(options.kv)
         fake.weights.append(options.weights)
