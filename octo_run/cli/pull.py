@@ -64,7 +64,7 @@ def progress_bar(first: str) -> Iterator["Callable[[PullProgress], None] | None"
         task = bar.add_task(first, total=None)
 
         def show(state: "PullProgress") -> None:
-            label = f"{state.whole} of {state.count} files"
+            label = "reading what is there" if state.reads else f"{state.whole} of {state.count} files"
             bar.update(task, description=label, completed=state.done_bytes, total=state.total_bytes or None)
 
         yield show
