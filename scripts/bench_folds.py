@@ -11,11 +11,10 @@ largest difference of a step's logits from those with none, divided by their spr
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
-from bench_report import provenance, save, table
+from bench_report import output_options, provenance, save, table
 
 from octo_run.engine import Engine, benchmark
 from octo_run.engine.shapes import SHAPES
@@ -43,8 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", default="1", help="sequences of a step, several with commas")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--json", type=Path)
+    output_options(parser)
     return parser.parse_args()
 
 
