@@ -293,7 +293,8 @@ def octo(capsys: pytest.CaptureFixture[str], stdin: Callable[[bytes], None]) -> 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
-    """Pretend that a person sits at a terminal and types these lines; an exception class is what a key raises."""
+    """Pretend that a person sits at a terminal and types these lines; an exception class is what a key
+    raises, and a function makes a line of what the line begins with."""
 
     def play(lines: list[Any]) -> None:
         from octo_run.cli import line_editor
@@ -304,12 +305,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
             def __init__(self, *_: Any) -> None:
                 pass
 
-            def read(self, _draft: str = "", loading: Any = None) -> str:
+            def read(self, draft: str = "", loading: Any = None) -> str:
                 if loading is not None:  # this person waits for the model
                     loading.get()
                 line = lines.pop(0) if lines else EOFError
                 if isinstance(line, str):
                     return line
+                if not isinstance(line, type):
+                    return str(line(draft))
                 raise line
 
         monkeypatch.setattr(line_editor, "LineEditor", Editor)
