@@ -32,8 +32,12 @@ def command(name: str, revision: str | None, token: str | None, verify: bool, of
     """
     from octo_run.models import hub
 
-    with progress_bar("asking the Hub") as progress:
-        entry = hub.pull(name, revision=revision, token=token, verify=verify, offline=offline, progress=progress)
+    try:
+        with progress_bar("asking the Hub") as progress:
+            entry = hub.pull(name, revision=revision, token=token, verify=verify, offline=offline, progress=progress)
+    except KeyboardInterrupt:
+        console.notice("stopped; the same command goes on where it was")
+        raise
     at = f" at {entry.commit[:12]}" if entry.commit else ""
     there = ", where Hugging Face's tools have it already" if entry.shared else ""
     console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {shown(str(entry.path))}{there}")
