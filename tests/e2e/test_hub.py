@@ -424,7 +424,7 @@ def test_ctrl_c_ends_what_is_in_flight(fake_hub: Any, repo: Path) -> None:
         process.kill()
         _, told = process.communicate()
         fake_hub.release.set()
-    assert told == b"stopped; the same command goes on where it was\n" and not incomplete_files()
+    assert told.rstrip() == b"stopped; the same command goes on where it was" and not incomplete_files()
 
 
 def test_one_failure_ends_the_others(fake_hub: Any, repo: Path) -> None:
