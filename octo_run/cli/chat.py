@@ -188,7 +188,7 @@ def _conversation(
         options.prepare(tokenizer, load.model)
         head = [{"role": "system", "content": system}] if system else []
         tokenizer.chat([*head, {"role": "user", "content": "Hello."}], **options.variables)
-        for name, text in texts.items():
+        for name, text in {**texts, "the message": beginning.prompt or ""}.items():
             documents.check(tokenizer, plan, name, text)
 
     engine = runtime.load_engine(load, check=check)
@@ -247,7 +247,7 @@ def _single(
     text = "\n\n".join(part for part in [*parts, beginning.prompt or ""] if part.strip())
     if not text.strip():
         raise UsageError("--single answers one message: give it with -p, or on standard input.")
-    conversation = _conversation(system, load, sampling, options, beginning)
+    conversation = _conversation(system, load, sampling, options, dataclasses.replace(beginning, prompt=text))
     conversation.person = False  # nothing but the answer
     try:
         conversation.take(text if not text.startswith("/") else f"/{text}")

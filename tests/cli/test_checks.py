@@ -70,6 +70,12 @@ def test_chat_and_generate_refuse_the_same_before_a_weight_is_read(
             done = octo(*way, *argv, data=b"Hello.\n")
             assert done.code in (1, 2) and says in done.err and not weights, (way, argv, done, weights)
             assert done.err.splitlines()[-1].startswith("octo-run: "), done.err
+    long = Path(files["long"]).read_text()
+    if not at_a_terminal:
+        done = octo("chat", "--single", data=long.encode())
+        assert done.code == 2 and "the message makes about" in done.err and not weights, done
+    done = octo("chat", "-p", long)
+    assert done.code == 2 and "the message makes about" in done.err and not weights, done
     if at_a_terminal:
         terminal(["Hello."])
     octo("chat", data=b"Hello.\n")
