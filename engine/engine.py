@@ -165,6 +165,7 @@ class Engine:
         cache_bytes: int | None = None,
         random_weights: ModelConfig | str | Path | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
+        before_weights: Callable[[Tokenizer, MemoryPlan], None] | None = None,
         on_measure: Callable[[int, int], None] | None = None,
     ) -> "Engine":
         """Load a model with its KV cache.
@@ -189,6 +190,8 @@ class Engine:
             random_weights: A configuration, the path of one, or a name in `shapes.SHAPES`: the weights of this shape
                 are made up, to measure it.
             on_plan: Called with the memory plan before any weight is read.
+            before_weights: Called then with the tokenizer, too, if there is one: to check a prompt, say. What it raises
+                ends the loading.
             on_measure: Called with layers and their number while ``auto:N`` measures how precise each must be.
 
         Raises:
@@ -234,6 +237,8 @@ class Engine:
             cfg, plan = stored, planned(stored)
         if on_plan is not None:
             on_plan(plan)
+        if before_weights is not None and isinstance(tokenizer, Tokenizer):
+            before_weights(tokenizer, plan)
         with torch.inference_mode():
             source: weight_files.Weights
             if path is None:
@@ -513,14 +518,6 @@ class Engine:
         if not self.tokenizer.has_chat_template:
             raise OctoError(f"The model {self.name} has no chat template; continue text with `octo-run generate`.")
 
-    @property
-    def shorten(self) -> str:
-        """What to do about a text that the context does not hold."""
-        most = self.config.context_limit
-        if self.max_context >= most:
-            return "shorten it, the model has no longer context"
-        return f"shorten it, or load the model with a longer context (max_context or --ctx, {most} at most)"
-
     def check_prompt(self, ids: list[int]) -> None:
         """Check that ids are a prompt.
 
@@ -529,10 +526,7 @@ class Engine:
         """
         if not ids:
             raise UsageError("The prompt is empty; give at least one token.")
-        if len(ids) > self.max_context:
-            raise UsageError(
-                f"The prompt has {len(ids):,} tokens and the context holds {self.max_context:,}: {self.shorten}."
-            )
+        self.plan.check_length(len(ids))
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
         if wrong is not None:
             raise UsageError(f"The token id {wrong} is not in the vocabulary of {self.config.vocab_size:,}.")

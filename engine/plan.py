@@ -54,6 +54,7 @@ class MemoryPlan:
         free: What is left to an engine.
         before: What the process held in memory when the plan was made if the device is a CPU (PyTorch, tokenizer).
         loading: The bytes held at most while weights are fused, before anything else is there.
+        longest: Tokens of the longest context that the model has.
         arena: Packed pages, their table, and what is done to keys (`models.conditioning`).
         full_precision: Sinks, windows and the staging buffer.
         recurrent: States of recurrent layers and their snapshots.
@@ -72,6 +73,7 @@ class MemoryPlan:
     free: int
     before: int
     loading: int
+    longest: int
     weights: int
     arena: int
     full_precision: int
@@ -90,6 +92,24 @@ class MemoryPlan:
     def context(self) -> int:
         """Tokens that one sequence can hold."""
         return self.shape.context
+
+    @property
+    def shorten(self) -> str:
+        """What to do about a text that the context does not hold."""
+        if self.context >= self.longest:
+            return "shorten it, the model has no longer context"
+        return f"shorten it, or load the model with a longer context (max_context or --ctx, {self.longest} at most)"
+
+    def check_length(self, tokens: int) -> None:
+        """Check that the context holds a prompt of so many tokens.
+
+        Raises:
+            UsageError: It does not.
+        """
+        if tokens > self.context:
+            raise UsageError(
+                f"The prompt has {tokens:,} tokens and the context holds {self.context:,}: {self.shorten}."
+            )
 
     @property
     def total(self) -> int:
@@ -380,6 +400,7 @@ def plan_memory(
         free=max(0, free - DRIVER_BYTES) if device.type == "cuda" else free,
         before=0 if device.type == "cuda" else system_memory.resident(),
         loading=loading_bytes(decoder, weights, fmt, device, quantise is not None),
+        longest=cfg.context_limit,
         weights=weights,
         measure=measure,
         **measure(shape),

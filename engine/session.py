@@ -11,7 +11,7 @@ from octo_run.engine.reply import Reply, ThinkBudget
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.shared_beginning import shared_beginning
 from octo_run.errors import UsageError, expect
-from octo_run.tokenizer.thinking import Division
+from octo_run.tokenizer.thinking import END_THINK, THINK, Division
 
 #: Tokens kept free for an answer when old turns must make room and no ``max_tokens`` is given.
 ANSWER_ROOM = 256
@@ -128,6 +128,16 @@ class Session:
     def question(self) -> str | None:
         """The last question, None if there is none."""
         return next((turn["content"] for turn in reversed(self.turns) if turn["role"] == "user"), None)
+
+    @property
+    def answer(self) -> str | None:
+        """The last answer without the thought before it, None if there is none."""
+        self._settle()
+        text = next((turn["content"] for turn in reversed(self.turns) if turn["role"] == "assistant"), None)
+        if text is None or END_THINK not in text:
+            return text
+        thinks = text.lstrip().startswith(THINK) or END_THINK in self.engine.tokenizer.template_source
+        return text.partition(END_THINK)[2].lstrip("\n") if thinks else text
 
     def undo(self) -> str | None:
         """Take back the last question and its answer.
@@ -261,7 +271,7 @@ class Session:
     def _too_long(self, tokens: str) -> UsageError:
         return UsageError(
             f"The message makes a prompt of {tokens} tokens by itself and the context holds "
-            f"{self.engine.max_context:,}: {self.engine.shorten}."
+            f"{self.engine.max_context:,}: {self.engine.plan.shorten}."
         )
 
     def _head(self) -> list[dict[str, str]]:

@@ -81,6 +81,8 @@ class PullProgress:
         whole: How many files are whole, of ``count``.
         done_bytes: Bytes of all files so far, present ones included.
         total_bytes: Bytes of all files, present ones included. It grows once, when the weight files are known.
+        reads: Whether files that are there are read to see whether they are damaged; these bytes count, too, and again
+            if they have to be fetched.
     """
 
     file: str
@@ -88,6 +90,7 @@ class PullProgress:
     count: int
     done_bytes: int
     total_bytes: int
+    reads: bool = False
 
 
 ProgressCallback = Callable[[PullProgress], None]
@@ -210,7 +213,7 @@ class _Pull:
         self.files: dict[str, HubFile] = {}
         self.plan: list[str] = []
         self._have: dict[str, int] = {}
-        self._whole = 0
+        self._whole, self._reads = 0, False
         self._begun: set[str | None] = set()
         self._lock = threading.Lock()
 
@@ -222,11 +225,14 @@ class _Pull:
             return self.commit
         store.forget_left(self.folder, {file.digest for file in self.files.values()})
         snapshot = self.folder / "snapshots" / self.commit
-        self._fetch([name for name in SMALL_NAMES if name in self.files])
+        self.plan = [name for name in SMALL_NAMES if name in self.files]
+        self._fetch(self.plan)
         load_config(snapshot)
         weights = [SINGLE_NAME] if SINGLE_NAME in self.files else self._shards(snapshot)
-        needed = {name: self.files[name].size for name in [*self.plan, *weights]}
-        store.write_manifest(self.folder, self.commit, self.name.ref, needed)
+        self.plan += weights
+        store.write_manifest(
+            self.folder, self.commit, self.name.ref, {name: self.files[name].size for name in self.plan}
+        )
         store.check_space(self.name, sum(self._missing_bytes(name) for name in weights if not self._is_there(name)))
         self._fetch(weights)
         return self.commit
@@ -276,7 +282,7 @@ class _Pull:
         file = self.files[name]
         if not has_file(self.folder, path, file.size):
             return False
-        if path not in self._good and (self.verify or name in SMALL_NAMES) and not file.is_in(path):
+        if path not in self._good and (self.verify or name in SMALL_NAMES) and not self._read(name, path):
             for found in {path, path.resolve()}:
                 if lies_in(found.parent, self.folder):
                     found.unlink()
@@ -284,13 +290,21 @@ class _Pull:
         self._good.add(path)
         return True
 
+    def _read(self, name: str, path: Path) -> bool:
+        """Whether a file that is there has its content; how far the reading is is told."""
+        self._reads = True
+        good = self.files[name].is_in(path, partial(self._advance, name))
+        self._reads = False
+        if not good:
+            self._have[name] = 0
+        return good
+
     def _missing_bytes(self, name: str) -> int:
         file = self.files[name]
         return max(0, (file.size or 0) - store.left_of(self.folder, file.digest))
 
     def _fetch(self, names: list[str]) -> None:
         """Fetch files, some at a time, each of which appears under its name only when it is whole."""
-        self.plan += names
         missing = []
         for name in names:
             blob = None if self._is_there(name) else self._known_blob(name)
@@ -352,7 +366,7 @@ class _Pull:
         if self.progress is not None:
             total = sum(self.files[item].size or 0 for item in self.plan)
             done = sum(self._have.values())
-            self.progress(PullProgress(name, self._whole, len(self.plan), done, total))
+            self.progress(PullProgress(name, self._whole, len(self.plan), done, total, self._reads))
 
 
 def in_parallel(names: list[str], work: Callable[[str], None], stop: Callable[[], None]) -> None:

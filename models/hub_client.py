@@ -53,14 +53,19 @@ class HubFile:
     size: int | None
     digest: str | None
 
-    def is_in(self, path: Path) -> bool:
-        """Whether ``path`` has this content, as far as the Hub says what it is."""
+    def is_in(self, path: Path, advance: Callable[[int], None]) -> bool:
+        """Whether ``path`` has this content, as far as the Hub says what it is.
+
+        Args:
+            advance: Given the number of each piece's bytes that is read.
+        """
         if self.digest is None:
             return True
         with path.open("rb") as source:
             found = new_hash(self.digest, path.stat().st_size)
             while chunk := source.read(1 << 20):
                 found.update(chunk)
+                advance(len(chunk))
         return bool(found.hexdigest() == self.digest)
 
 

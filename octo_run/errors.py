@@ -47,16 +47,19 @@ def _repr(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str | None:
     """The one of some known names that ``name`` is a misspelling of; None where there is none.
 
     Two letters that changed places count as one fault, as does another case.
+
+    Args:
+        alike: The share of the letters that must be the same, at least.
     """
     from difflib import get_close_matches
 
     by_lower = {other.lower(): other for other in known}
     name = name[:200].lower()
-    found = get_close_matches(name, by_lower, n=1)
+    found = get_close_matches(name, by_lower, 1, alike)
     if not found:
         swaps = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)}
         found = [swap for swap in sorted(swaps) if swap in by_lower]

@@ -28,7 +28,7 @@ import torch
 import triton
 from attention_peers import PEERS, compile_flashinfer
 from bench_graphs import DEVICE, in_turn, recorded
-from bench_report import provenance, save, table
+from bench_report import output_options, provenance, save, table
 
 from octo_run.engine.benchmark import wait
 from octo_run.engine.evaluation.figure import log_ticks, page, set_ticks, styles
@@ -357,8 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--peers", default=",".join(name for name, *_ in PEERS), help="of other projects; '' for none")
     parser.add_argument("--processes", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="of the checks")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args(argv)
     formats, peers = args.formats.split(","), args.peers.split(",")

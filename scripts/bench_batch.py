@@ -12,11 +12,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
-from bench_report import provenance, save, table
+from bench_report import output_options, provenance, save, table
 
 from octo_run.engine import Engine, SamplingParams
 from octo_run.engine.shapes import SHAPES
@@ -43,8 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--json", type=Path)
+    output_options(parser)
     return parser.parse_args()
 
 

@@ -13,10 +13,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from bench_report import provenance, save, table
+from bench_report import output_options, provenance, save, table
 from gpu_cases import make_case
 from torch import Tensor
 
@@ -113,8 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     run, rows = provenance(sys.argv, torch.device("cpu"), [torch]), list[Row]()

@@ -13,13 +13,12 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
 from bench_graphs import DEVICE
 from bench_prefill import median_ms
-from bench_report import provenance, save, table
+from bench_report import output_options, provenance, save, table
 
 from octo_run.kernels import PAGE_TOKENS, encode_pages, page_bytes
 from octo_run.kernels.codec import TrellisCodec, parse_kv
@@ -90,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dims", default="128,64", help="numbers of a key")
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     shape = (1, args.tokens // PAGE, args.heads, PAGE)

@@ -17,12 +17,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import triton
 from bench_graphs import DEVICE, in_turn, recorded
-from bench_report import provenance, save, table, table_line
+from bench_report import output_options, provenance, save, table, table_line
 from torch import Tensor
 
 from octo_run.engine.benchmark import copy_bandwidth, wait
@@ -252,8 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", default="bf16,int4,fp4,int8,fp8")
     parser.add_argument("--rows", default="1,4,16,64,4096")
     parser.add_argument("--tilings", action="store_true", help="time other divisions of the products, too")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args(argv)
     bandwidth, run, found = copy_bandwidth(DEVICE), provenance(sys.argv, DEVICE, [torch, triton]), list[Row]()
     print(report(found, run, bandwidth), end="", flush=True)

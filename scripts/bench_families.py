@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_report import table
+from bench_report import output_options, table
 
 from octo_run.engine.plan import plan_memory
 from octo_run.engine.random_model import read_shape
@@ -125,8 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kv", default="oct3,bf16")
     parser.add_argument("--depths", default="0,32768,98304")
     parser.add_argument("--rows", type=Path, action="append", default=[], help="rows that were measured before")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args(argv)
     rows = [json.loads(line) for file in args.rows for line in file.read_text(encoding="utf-8").splitlines()]
     depths, failures = [int(depth) for depth in args.depths.split(",")], list[str]()

@@ -29,7 +29,7 @@ from typing import Any
 import llguidance
 import torch
 import triton
-from bench_report import provenance, table
+from bench_report import output_options, provenance, table
 from torch import Tensor
 
 from octo_run.engine import Engine, SamplingParams
@@ -297,8 +297,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--json", type=Path)
+    output_options(parser)
     args = parser.parse_args()
     if unknown := set(args.grammars.split(",")) - GRAMMARS.keys():
         parser.error(f"there is no grammar {', '.join(sorted(unknown))}; the grammars are {', '.join(GRAMMARS)}")

@@ -15,13 +15,12 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
 from bench_attention import BOUND, ROTATE_BYTES, Shape, adds, calls, check, form, inputs
 from bench_graphs import DEVICE, in_turn, recorded
-from bench_report import provenance, save, table
+from bench_report import output_options, provenance, save, table
 
 from octo_run.engine.benchmark import wait
 
@@ -78,8 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contexts", default="1x32768,16x32768")
     parser.add_argument("--theta", type=float, default=5e5)
     parser.add_argument("--processes", type=int, default=max(1, min(16, os.cpu_count() or 1)), help="of the checks")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args(argv)
     formats, contexts = args.formats.split(","), args.contexts.split(",")
     dims, groups = ([int(n) for n in text.split(",")] for text in (args.dims, args.groups))

@@ -16,12 +16,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
 from bench_graphs import DEVICE, in_turn, recorded
-from bench_report import provenance, save, table, table_line
+from bench_report import output_options, provenance, save, table, table_line
 from torch import Tensor
 
 from octo_run.engine.benchmark import copy_bandwidth
@@ -217,8 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", default="int4,int8,fp8,fp4")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--tilings", action="store_true", help="time other divisions of the work, too")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args(argv)
     if args.tilings and not runs_ptx(DEVICE):
         parser.error("--tilings needs an NVIDIA GPU: the kernel that it divides runs nowhere else")

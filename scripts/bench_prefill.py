@@ -15,12 +15,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import triton
 from bench_graphs import DEVICE, event
-from bench_report import provenance, save, table
+from bench_report import output_options, provenance, save, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -237,8 +236,7 @@ def main() -> int:
     parser.add_argument("--past", default="0,8192,32768,131072", help="packed tokens before the chunk")
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=8192, help="of the prompt through a layer")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args()
     formats = args.formats.split(",")
     errors: dict[str, float] = {}

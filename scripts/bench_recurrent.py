@@ -16,12 +16,11 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
 from bench_graphs import in_turn, recorded
-from bench_report import provenance, save, table
+from bench_report import output_options, provenance, save, table
 from torch import Tensor
 
 from octo_run.kernels import recurrent
@@ -157,8 +156,7 @@ def main() -> int:
     parser.add_argument("--heads", default="16x32x128x128")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--tokens", default="64,512,4096")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args()
     shape = DeltaShape(*(int(n) for n in args.heads.split("x")))
     run, rows = provenance(sys.argv, DEVICE, [torch, triton]), list[Row]()

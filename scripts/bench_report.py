@@ -1,5 +1,6 @@
 """What the reports of the measuring scripts have in common: where, when and by which command, and tables."""
 
+import argparse
 import datetime
 import json
 import os
@@ -53,6 +54,22 @@ def table_line(cells: Sequence[str]) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
     return "\n".join(map(table_line, [header, ["---"] * len(header), *rows]))
+
+
+def output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where results go; a file that cannot be written is refused before anything is measured.
+
+    They are paths, or None: ``args.json`` and ``args.markdown``.
+    """
+
+    def writable(text: str) -> Path:
+        path = Path(text)
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written; give a file in a folder that is there")
+        return path
+
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the rows there")
+    parser.add_argument("--markdown", type=writable, metavar="FILE", help="write the report there")
 
 
 def save(rows: Sequence[Any], text: str, json_path: Path | None, markdown_path: Path | None) -> None:

@@ -25,10 +25,9 @@ import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from bench_report import cpu_name, provenance, save, table
+from bench_report import cpu_name, output_options, provenance, save, table
 
 SECONDS = 300  # until a chat is given up
 #: Line editing begins with bracketed paste; below an answer stands what it cost.
@@ -138,8 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--options", type=shlex.split, default=[], help="of octo-run, one text: '-m MODEL'")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    output_options(parser)
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least one must be counted")

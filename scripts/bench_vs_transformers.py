@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import triton
-from bench_report import provenance, table
+from bench_report import output_options, provenance, table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -364,8 +364,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--decode-attention", type=backends, default=["default"], metavar="LIST",
                         help="the same for decode; each is compiled, in about a minute at 8B (default)")  # fmt: skip
     parser.add_argument("--compile-prefill", action="store_true", help="time the peer's compiled prefill too")
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--json", type=Path)
+    output_options(parser)
     return parser.parse_args(argv)
 
 

@@ -6,7 +6,6 @@ Figures have a white page of their own, whatever matplotlib is set to: they read
 import math
 import re
 import textwrap
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from octo_run.errors import OctoError, UsageError, shown
 ENDINGS = (".png", ".svg", ".pdf")
 #: Letters can be read where a picture of these inches is shown at half its size. No text is taken for a formula.
 _LOOK = {"font.size": 13, "text.parse_math": False, "svg.hashsalt": "octo-run", "savefig.dpi": 150}
+_FONT = "DejaVu Sans"  # matplotlib's own
 _TITLE, _LINE = 12, 0.25  # points of the title's letters, inches of a line of it
 
 #: What is coded so has this colour in every figure.
@@ -68,8 +68,9 @@ def page(
     from matplotlib.figure import Figure
 
     width, height = size
-    lines = [title, *(part for line in about.split("\n") for part in _lines(shown(line), width))]
-    with style.context(["default", _LOOK]):
+    about, fonts = _drawable("\n".join(map(shown, about.split("\n"))))
+    lines = [title, *(part for line in about.split("\n") for part in _lines(line, width, fonts))]
+    with style.context(["default", _LOOK, {"font.family": fonts}]):
         figure = Figure(figsize=(width, height + _LINE * len(lines)), layout="constrained")
         grid = list(figure.subplots(-(-panels // columns), columns, sharey=True, squeeze=False).flat)
         for axes in grid[panels:]:
@@ -77,23 +78,43 @@ def page(
         figure.suptitle("\n".join(lines), fontsize=_TITLE)
         yield figure, grid[:panels]
         undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a letter that the font has not is drawn as a box
-            figure.savefig(path, metadata=undated)
+        figure.savefig(path, metadata=undated)
 
 
-def _lines(text: str, inches: float) -> list[str]:
+def _drawable(text: str) -> tuple[str, list[str]]:
+    """A text with escapes in place of the letters that no font of this machine has, and the fonts that it needs."""
+    from matplotlib.font_manager import fontManager
+    from matplotlib.ft2font import FT2Font
+
+    fonts = [_FONT]
+    missing = {*text} - {"\n"}
+    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name != _FONT, "Sans" not in entry.name)):
+        if not missing:
+            break
+        if entry.name in fonts[1:]:
+            continue
+        try:
+            font = FT2Font(fontManager.findfont(entry.name, fallback_to_default=False))
+            has = {letter for letter in missing if font.scalable and font.get_char_index(ord(letter))}
+        except (OSError, RuntimeError, ValueError):  # a font that is damaged, gone, or of another kind
+            continue
+        if has and entry.name != _FONT:
+            fonts.append(entry.name)
+        missing -= has
+    escaped = {ord(letter): letter.encode("unicode_escape").decode("ascii") for letter in missing}
+    return text.translate(escaped), fonts
+
+
+def _lines(text: str, inches: float, fonts: list[str]) -> list[str]:
     """A line of the title in as many as it takes for none to be longer than the page is wide."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
 
-    font, most = FontProperties(family="DejaVu Sans", size=_TITLE), 0.97 * 72 * inches
+    font, most = FontProperties(family=fonts, size=_TITLE), 0.97 * 72 * inches
     for letters in range(int(15 * inches), 10, -4):
         lines = textwrap.wrap(text, letters, break_on_hyphens=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")
-            if all(TextToPath().get_text_width_height_descent(line, font, ismath=False)[0] <= most for line in lines):
-                break
+        if all(TextToPath().get_text_width_height_descent(line, font, ismath=False)[0] <= most for line in lines):
+            break
     return lines
 
 

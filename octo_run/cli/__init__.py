@@ -20,7 +20,8 @@ import click
 from octo_run import __version__, process
 from octo_run.cli import console
 from octo_run.cli.examples import EXAMPLES
-from octo_run.errors import OctoError, UsageError, nearest, quoted, shown
+from octo_run.cli.hints import LONGEST_USAGE, command_hint, flat, usage_sentence
+from octo_run.errors import OctoError, UsageError, quoted, shown
 from octo_run.process import EXIT_INTERRUPTED
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
@@ -76,7 +77,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self._modules and not args[0].startswith("-"):
-            near = "--help" if args[0] == "help" else nearest(args[0], self._modules)
+            near = command_hint(args[0], self._modules)
             hint = f"did you mean {near!r}?" if near else f"the commands are {', '.join(self._modules)}."
             raise UsageError(f"there is no command {quoted(args[0])}; {hint}")
         return super().resolve_command(ctx, args)
@@ -181,31 +182,20 @@ def explain(error: Exception, invocation: Invocation) -> int:
 
         message, code = again(str(error)), error.exit_code
     elif isinstance(error, click.UsageError):
-        where = f"; `{error.ctx.command_path} --help` lists what is accepted" if error.ctx is not None else ""
-        text = shown(_flat(error.format_message()).rstrip("."), _LONGEST_USAGE)
-        message, code = f"{text}{where}.", EXIT_USAGE
-        if near := getattr(error, "possibilities", None):
-            message = f"{shown(_flat(error.message).rstrip('.'), _LONGEST_USAGE)}: did you mean {' or '.join(near)}?"
+        message, code = usage_sentence(error), EXIT_USAGE
     elif isinstance(error, click.ClickException):
-        message, code = _flat(error.format_message()), error.exit_code
+        message, code = flat(error.format_message()), error.exit_code
     elif _out_of_memory(error):
         message, code = _memory_advice(error, command), EXIT_FAILURE
     elif isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         message, code = f"{where}{error.strerror}.", EXIT_FAILURE
     else:
-        what = shown(_flat(f"{type(error).__name__}: {error}"), _LONGEST_USAGE)
+        what = shown(flat(f"{type(error).__name__}: {error}"), LONGEST_USAGE)
         message = f"unexpected failure ({what}); this is a fault of octo-run, `--debug` shows where."
         code = EXIT_FAILURE
     console.warn(f"octo-run: {message}")
     return code
-
-
-_LONGEST_USAGE = 360  # characters of a message with a sentence around it
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from octo_run import __version__
-from octo_run.cli import completion, console, debug_option, profile_tables, runtime
+from octo_run.cli import checks, completion, console, debug_option, profile_tables, runtime
 from octo_run.cli.options import COUNT, MOST_SEQUENCES, TOKENS, Count, EngineOptions, Tokens, engine_options
 from octo_run.cli.output import OutputFile, deliver
 from octo_run.cli.progress import minutes
@@ -96,13 +96,13 @@ def command(tests: "list[Test]", depths: list[int], batch: int, repetitions: int
     _check_context(load.ctx, max(depths), needed - max(depths))
     _check_profile(profiled, trace, output, tests)
     cfg = runtime.bench_config(load.model, random_weights, offline=load.offline)
-    formats = runtime.checked_formats(load.kv, cfg)
+    formats = checks.several_formats(load.kv, cfg)
     if needed > cfg.context_limit:
         raise UsageError(
             f"A depth of {max(depths):,} and a test of {needed - max(depths):,} are {needed:,} tokens and the model's"
             f" context has {cfg.context_limit:,}; choose less."
         )
-    stored = runtime.checked_weights(load, cfg, random_weights)
+    stored = checks.several_weights(load, cfg, random_weights)
     loads = [
         dataclasses.replace(load, kv=kv, weights=weights, ctx=load.ctx or needed)
         for weights in stored

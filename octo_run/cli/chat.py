@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from octo_run import __version__, process
-from octo_run.cli import chat_commands, completion, console, debug_option, documents, runtime, session_files
+from octo_run.cli import chat_commands, checks, completion, console, debug_option, documents, runtime, session_files
 from octo_run.cli.arriving import Arriving
 from octo_run.cli.chat_commands import Leave
 from octo_run.cli.conversation import BLOCK, ChatOptions, Conversation, opens_block
@@ -30,6 +30,9 @@ from octo_run.process import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from prompt_toolkit.formatted_text import StyleAndTextTuples
+
+    from octo_run.engine import MemoryPlan
+    from octo_run.tokenizer import Tokenizer
 
 EXAMPLES = (
     "I want to book a table for two in San Jose tonight.",
@@ -178,19 +181,25 @@ def _as_it_was(name: str, load: EngineOptions) -> EngineOptions:
 def _conversation(
     system: str | None, load: EngineOptions, sampling: SamplingOptions, options: ChatOptions, beginning: Beginning
 ) -> Conversation:
-    texts = [documents.read(path) for path in beginning.files]
-    engine = runtime.load_engine(load)
-    if options.template is not None:
-        engine.tokenizer.use_template(*options.template)
+    texts = {str(path): documents.read(path) for path in beginning.files}
+    sampling = checks.answering(load, sampling, options.template)
+
+    def check(tokenizer: "Tokenizer", plan: "MemoryPlan") -> None:
+        options.prepare(tokenizer, load.model)
+        head = [{"role": "system", "content": system}] if system else []
+        tokenizer.chat([*head, {"role": "user", "content": "Hello."}], **options.variables)
+        for name, text in {**texts, "the message": beginning.prompt or ""}.items():
+            documents.check(tokenizer, plan, name, text)
+
+    engine = runtime.load_engine(load, check=check)
     params = runtime.sampling_params(engine, sampling)
     session = runtime.open_session(engine, system, variables=options.variables, drops=options.drops)
     runtime.warm_up(engine, params)  # before a saved conversation takes its place in the cache
     conversation = Conversation(engine, session, params, load, sampling, options)
     if beginning.session is not None:
         _resume(conversation, beginning, system)
-    conversation.check_system()
-    for path, text in zip(beginning.files, texts, strict=True):
-        documents.add(conversation, str(path), text)
+    for name, text in texts.items():
+        documents.add(conversation, name, text)
     return conversation
 
 
@@ -201,7 +210,7 @@ def _resume(chat: Conversation, beginning: Beginning, system: str | None) -> Non
     chat.keeper.keep(name)
     if name not in session_files.names():
         return
-    called = {"temp": "temperature", "json_schema": "grammar", "regex": "grammar"}
+    called = {"temp": "temperature", "json_schema": "grammar", "regex": "grammar", "read": "grammar"}
     given = {called.get(field, field) for field, value in vars(chat.sampling).items() if value not in (None, ())}
     asked = chat.params
     advice = "the same command with --anew reads its text again"
@@ -211,6 +220,7 @@ def _resume(chat: Conversation, beginning: Beginning, system: str | None) -> Non
     if system is not None:
         chat.session.system = system
     chat.session.variables |= chat.options.variables
+    chat.check_system()
     chat.notice(chat_commands.loaded(chat, name))
 
 
@@ -237,7 +247,7 @@ def _single(
     text = "\n\n".join(part for part in [*parts, beginning.prompt or ""] if part.strip())
     if not text.strip():
         raise UsageError("--single answers one message: give it with -p, or on standard input.")
-    conversation = _conversation(system, load, sampling, options, beginning)
+    conversation = _conversation(system, load, sampling, options, dataclasses.replace(beginning, prompt=text))
     conversation.person = False  # nothing but the answer
     try:
         conversation.take(text if not text.startswith("/") else f"/{text}")

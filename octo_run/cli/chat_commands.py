@@ -76,10 +76,13 @@ def _regenerate(chat: "Conversation", _argument: str) -> None:
 def _edit(chat: "Conversation", _argument: str) -> None:
     if not chat.person:
         raise UsageError("/edit needs a terminal.")
-    question = chat.session.question
-    if question is None:
+    if chat.session.question is None:
         raise UsageError("there is no question to edit.")
-    chat.draft, chat.edits = question, True
+    documents, chat.draft = chat.typed()
+    chat.edits = True
+    if documents:
+        chat.notice("the file that was read for it goes along again" if len(documents) == 1 else
+                    f"the {len(documents):,} files that were read for it go along again")  # fmt: skip
 
 
 def _continue(chat: "Conversation", _argument: str) -> None:
@@ -234,13 +237,14 @@ def _copy(chat: "Conversation", _argument: str) -> None:
 
     if not chat.person:
         raise UsageError("/copy needs a terminal.")
-    if chat.last is None or not chat.last.text:
+    text = chat.session.answer or ""
+    if not text.strip():
         raise UsageError("there is no answer to copy.")
-    data = chat.last.text.encode()
+    data = text.encode()
     if len(data) > _LONGEST_COPY:
         raise UsageError(f"the answer has {len(data):,} bytes and a terminal takes {_LONGEST_COPY:,}; /export it.")
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
-    chat.notice(f"{count(len(chat.last.text), 'character')} sent to the clipboard")
+    chat.notice(f"{count(len(text), 'character')} sent to the clipboard")
 
 
 def _think(chat: "Conversation", argument: str) -> None:

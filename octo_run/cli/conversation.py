@@ -17,12 +17,13 @@ from octo_run.cli.keeper import Keeper
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.progress import PromptProgress
 from octo_run.cli.sampling_options import SamplingOptions
-from octo_run.errors import UsageError, quoted
+from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from prompt_toolkit.formatted_text import StyleAndTextTuples
 
     from octo_run.engine import Engine, Reply, SamplingParams, Session
+    from octo_run.tokenizer import Tokenizer
 
 #: What begins and ends a message of several lines.
 BLOCK = '"""'
@@ -103,6 +104,17 @@ class ChatOptions:
     variables: dict[str, Any] = dataclasses.field(default_factory=dict)
     template: tuple[str, str] | None = None
 
+    def prepare(self, tokenizer: "Tokenizer", model: str) -> None:
+        """Let a model's tokenizer have the other chat template, if there is one.
+
+        Raises:
+            OctoError: It has none at all.
+        """
+        if self.template is not None:
+            tokenizer.use_template(*self.template)
+        if not tokenizer.has_chat_template:
+            raise OctoError(f"{model} has no chat template: name one with --chat-template, or use octo-run generate.")
+
 
 class Conversation:
     """One chat with one engine at a time: takes a line, answers it on standard output.
@@ -113,7 +125,7 @@ class Conversation:
         draft: What the next input line begins with.
         edits: Whether the next message takes the place of the last question.
         documents: Texts of files that go with the next message.
-        last: The last answer.
+        sent: The last message that files went with: the whole of it, their texts, and what was typed.
         changed: The sampling settings that were set by hand.
         person: Whether somebody sits at a terminal.
         held: Tokens of the context that are in use.
@@ -131,7 +143,7 @@ class Conversation:
         self.interrupted, self.stopped_at, self.draft = False, -math.inf, ""
         self.edits = False
         self.documents: list[str] = []
-        self.last: Reply | None = None
+        self.sent: tuple[str, list[str], str] = ("", [], "")
         self.engine, self.session, self.params = engine, session, params
         self.load, self.sampling, self.options = load, sampling, options
         self.changed: dict[str, Any] = {}
@@ -304,15 +316,21 @@ class Conversation:
         Args:
             edits: It takes the place of the last question.
         """
-        if self.documents and not text.strip():
+        documents = [*(self.typed()[0] if edits else []), *self.documents]
+        if documents and not text.strip():
             raise UsageError("the message is empty; type what is to be done with the file.")
-        if self.answer("\n\n".join([*self.documents, text]), again=edits):
-            self.documents = []
+        whole = "\n\n".join([*documents, text])
+        if self.answer(whole, again=edits):
+            self.documents, self.sent = [], (whole, documents, text)
+
+    def typed(self) -> tuple[list[str], str]:
+        """The last question: the texts of files that went with it, as far as they are known, and what was typed."""
+        question, (whole, documents, text) = self.session.question or "", self.sent
+        return (documents, text) if question == whole else ([], question)
 
     def _account(self, reply: "Reply") -> None:
         """Add the reply to the statistics, and at a terminal say what it cost."""
         self.statistics.add(reply)
-        self.last = reply
         self.held = reply.prompt_tokens + reply.generated_tokens
         if reply.finish_reason == "context":
             self.tell("the context is full: the answer stops here")

@@ -8,6 +8,8 @@ from octo_run.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
+    from octo_run.engine import MemoryPlan
+    from octo_run.tokenizer import Tokenizer
 
 #: Bytes of a document at most: more than the longest contexts hold.
 _LONGEST = 16_000_000
@@ -35,11 +37,22 @@ def add(chat: "Conversation", name: str, text: str) -> None:
     """
     tokenizer, room = chat.engine.tokenizer, chat.session.room()
     before = sum(tokenizer.count(other, room) for other in chat.documents)
+    _check(tokenizer, chat.engine.plan, name, text, room, before)
+    chat.documents.append(text)
+
+
+def check(tokenizer: "Tokenizer", plan: "MemoryPlan", name: str, text: str) -> None:
+    """Check before a model is loaded that its context is not too short for a document.
+
+    Raises:
+        UsageError: It is.
+    """
+    _check(tokenizer, plan, name, text, plan.context, 0)
+
+
+def _check(tokenizer: "Tokenizer", plan: "MemoryPlan", name: str, text: str, room: int, before: int) -> None:
     left = max(0, room - before)
     tokens = tokenizer.count(text, left)
     if tokens > left:
         others = f" beside the {before:,} of files that were read before" if before else ""
-        raise UsageError(
-            f"{shown(name)} makes about {tokens:,} tokens and {left:,} fit{others}: {chat.engine.shorten}."
-        )
-    chat.documents.append(text)
+        raise UsageError(f"{shown(name)} makes about {tokens:,} tokens and {left:,} fit{others}: {plan.shorten}.")

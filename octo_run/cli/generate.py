@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from octo_run.cli import console, debug_option, runtime
-from octo_run.cli.generate_batch import SEQUENCES, Prompts, run_batch, run_several, told_logprobs
+from octo_run.cli import checks, console, debug_option, runtime
+from octo_run.cli.generate_batch import SEQUENCES, Prompts, load_for, run_batch, run_several, told_logprobs
 from octo_run.cli.options import (
     MOST_SEQUENCES,
     TEXT,
@@ -111,16 +111,14 @@ def command(
     )
     if batch is not None and (prompt is not None or files or answers > 1):
         raise UsageError("--batch has all prompts in its file: leave out -p, --file and --n.")
-    sampling = runtime.checked_sampling(sampling, runtime.check_loadable(load))
-    runtime.check_template(prompts.template)
+    sampling = checks.answering(load, sampling, prompts.template)
     if batch is not None:
         console.require_output()
         return run_batch(batch, out, prompts, load, sampling, sequences or SEQUENCES, logprobs, force=force)
     text = _prompt_text(prompt, files)
     if answers > 1:
         return run_several(text, answers, prompts, load, sampling, sequences or SEQUENCES, logprobs, as_json=as_json)
-    engine = runtime.load_engine(load)
-    ids = prompts.ids(engine, text)
+    engine, ids = load_for(prompts, text, load)
     progress = PromptProgress()
     reply = runtime.open_reply(engine, ids, sampling, progress.report, logprobs)
     interrupted = _run(reply, progress, stream=not as_json)

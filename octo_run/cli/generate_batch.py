@@ -19,7 +19,8 @@ from octo_run.errors import OctoError, UsageError
 from octo_run.process import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
-    from octo_run.engine import Completion, Engine, SamplingParams, Token
+    from octo_run.engine import Completion, Engine, MemoryPlan, SamplingParams, Token
+    from octo_run.tokenizer import Tokenizer
 
 #: Answers that are made at a time.
 SEQUENCES = 8
@@ -41,31 +42,44 @@ class Prompts:
     variables: dict[str, Any]
     template: tuple[str, str] | None
 
-    def ids(self, engine: "Engine", text: str) -> list[int]:
+    def ids(self, tokenizer: "Tokenizer", text: str) -> list[int]:
         """Token ids of a text: through the chat template, or as it is."""
-        tokenizer = engine.tokenizer
         if not self.as_chat:
             if self.bos is None:
                 return tokenizer.prompt(text)
             if self.bos and tokenizer.bos_id is None:
                 raise UsageError("--bos is given, and this model has no first token.")
             return tokenizer.encode(text, add_bos=self.bos)
-        return self.chat(engine, [*self.head, {"role": "user", "content": text}])
+        return self.chat(tokenizer, [*self.head, {"role": "user", "content": text}])
 
     @property
     def head(self) -> list[dict[str, str]]:
         """The message before all others, if there is a system prompt."""
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def chat(self, engine: "Engine", messages: list[dict[str, Any]]) -> list[int]:
+    def chat(self, tokenizer: "Tokenizer", messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation."""
-        tokenizer = engine.tokenizer
         if self.template is not None:
             tokenizer.use_template(*self.template)
         if not tokenizer.has_chat_template:
             instead = "use --raw" if self.as_chat else "give prompt in place of messages"
             raise UsageError(f"this model has no chat template: {instead}, or name one with --chat-template.")
         return tokenizer.chat(messages, **self.variables)
+
+
+def load_for(prompts: Prompts, text: str, load: EngineOptions, **cache: Any) -> "tuple[Engine, list[int]]":
+    """An engine, and the ids of the text that it is to answer; one that it cannot is refused before a weight is read.
+
+    Args:
+        cache: See ``runtime.load_engine``.
+    """
+    ids: list[int] = []
+
+    def check(tokenizer: "Tokenizer", plan: "MemoryPlan") -> None:
+        ids.extend(prompts.ids(tokenizer, text))
+        plan.check_length(len(ids))
+
+    return runtime.load_engine(load, check=check, **cache), ids
 
 
 def told_logprobs(engine: "Engine", tokens: "Iterable[Token]") -> list[dict[str, Any]]:
@@ -90,8 +104,7 @@ def run_several(
     as_json: bool,
 ) -> int:
     """Give several answers to one prompt, in order; a line of dashes is between two texts."""
-    engine = runtime.load_engine(load, sequences=min(count, sequences))
-    ids = prompts.ids(engine, text)
+    engine, ids = load_for(prompts, text, load, sequences=min(count, sequences))
     params = runtime.sampling_params(engine, sampling, logprobs=logprobs)
     rules = [_with_seed(params, number) for number in range(count)]
     if params.temperature == 0:
@@ -272,6 +285,6 @@ def _answer_lines(
 def _line_ids(engine: "Engine", prompts: Prompts, line: Line) -> list[int]:
     if line.messages is not None:
         own = line.messages[0].get("role") == "system" or not prompts.system
-        return prompts.chat(engine, line.messages if own else [*prompts.head, *line.messages])
+        return prompts.chat(engine.tokenizer, line.messages if own else [*prompts.head, *line.messages])
     assert line.text is not None
-    return prompts.ids(engine, line.text)
+    return prompts.ids(engine.tokenizer, line.text)

@@ -158,7 +158,7 @@ class Keeper:
         self.name, self._behind = None, True
         chat.session.clear()
         chat.session.system, chat.session.turns = text.system, [*text.turns]
-        chat.documents, chat.last = [], None
+        chat.documents = []
         chat.held = chat.count_tokens()
         return True
 
@@ -210,5 +210,5 @@ def _take_over(chat: "Conversation", saved: "SavedSession") -> None:
         for field in dataclasses.fields(saved.settings)
         if field.name != "stop_ids"
     }
-    chat.documents, chat.last = [], None
+    chat.documents = []
     chat.held = chat.count_tokens()

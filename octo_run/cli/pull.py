@@ -32,8 +32,12 @@ def command(name: str, revision: str | None, token: str | None, verify: bool, of
     """
     from octo_run.models import hub
 
-    with progress_bar("asking the Hub") as progress:
-        entry = hub.pull(name, revision=revision, token=token, verify=verify, offline=offline, progress=progress)
+    try:
+        with progress_bar("asking the Hub") as progress:
+            entry = hub.pull(name, revision=revision, token=token, verify=verify, offline=offline, progress=progress)
+    except KeyboardInterrupt:
+        console.notice("stopped; the same command goes on where it was")
+        raise
     at = f" at {entry.commit[:12]}" if entry.commit else ""
     there = ", where Hugging Face's tools have it already" if entry.shared else ""
     console.notice(f"{entry.label}{at}: {console.human_bytes(entry.bytes)} in {shown(str(entry.path))}{there}")
@@ -64,7 +68,7 @@ def progress_bar(first: str) -> Iterator["Callable[[PullProgress], None] | None"
         task = bar.add_task(first, total=None)
 
         def show(state: "PullProgress") -> None:
-            label = f"{state.whole} of {state.count} files"
+            label = "reading what is there" if state.reads else f"{state.whole} of {state.count} files"
             bar.update(task, description=label, completed=state.done_bytes, total=state.total_bytes or None)
 
         yield show

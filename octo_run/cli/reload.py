@@ -10,7 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from octo_run import process
-from octo_run.cli import runtime
+from octo_run.cli import checks, runtime
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
@@ -57,7 +57,7 @@ def load_anew(chat: "Conversation", **changes: Any) -> None:
         KeyboardInterrupt: Ctrl-C was pressed; likewise.
     """
     wanted, before = dataclasses.replace(chat.load, **changes), chat.load
-    runtime.check_loadable(wanted)
+    checks.loadable(wanted)
     chat.keeper.catch_up(chat)  # without an engine nothing can be saved
     chat.keeper.release()
     failure: BaseException | None = None
@@ -111,11 +111,8 @@ def _loaded(chat: "Conversation", wanted: "EngineOptions", *, warm: bool) -> "tu
     Args:
         warm: Whether it is warmed up: not one that has been used before.
     """
-    engine = runtime.load_engine(wanted)
+    engine = runtime.load_engine(wanted, check=lambda tokenizer, _plan: chat.options.prepare(tokenizer, wanted.model))
     try:
-        if chat.options.template is not None:
-            engine.tokenizer.use_template(*chat.options.template)
-        engine.check_chat()
         params = _params(chat, engine)
         if warm:
             runtime.warm_up(engine, params)

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 from octo_run import process
 from octo_run.cli.console import human_bytes, notice, notice_lines, require_output, warn
 from octo_run.cli.options import EngineOptions
-from octo_run.cli.sampling_options import SamplingOptions, read_grammar
-from octo_run.errors import OctoError, UsageError, quoted, shown
+from octo_run.cli.sampling_options import SamplingOptions, given
+from octo_run.errors import OctoError, quoted, shown
 
 if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
     from octo_run.engine.benchmark import Row, Test
     from octo_run.engine.profiling import Profile
     from octo_run.models.config import ModelConfig
+    from octo_run.tokenizer import Tokenizer
 
 PLAN_PARTS = {
     "weights": "weights",
@@ -113,10 +114,13 @@ def _compiled_cpu(device: str | None) -> bool:
     return choose_device(device).type == "cpu" and library() is not None
 
 
-def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
+def load_engine(
+    options: EngineOptions, check: "Callable[[Tokenizer, MemoryPlan], None] | None" = None, **cache: Any
+) -> "Engine":
     """Load the model that ``options`` names, printing the device and the memory plan on standard error first.
 
     Args:
+        check: Called before a weight is read; what it raises ends the loading.
         cache: Further arguments of ``Engine.load``.
     """
     require_output()
@@ -171,6 +175,7 @@ def load_engine(options: EngineOptions, **cache: Any) -> "Engine":
         max_context=options.ctx,
         dtype=options.dtype,
         on_plan=announce,
+        before_weights=check,
         on_measure=tell,
         conditioning=options.conditioning,
         weights=options.weights,
@@ -236,95 +241,11 @@ def warm_up(engine: "Engine", params: "SamplingParams") -> None:
         ) from error
 
 
-def check_weights(names: Iterable[str | None]) -> None:
-    """Raise ``UsageError`` for a name that is no format of weights."""
-    from octo_run.models.quantisation.schemes import scheme_of
-
-    for name in names:
-        scheme_of(name)
-
-
-def checked_weights(load: EngineOptions, cfg: "ModelConfig", random_weights: str | None) -> list[str | None]:
-    """The formats of ``--weights A,B``, each once, checked before any of them is measured; None: nothing was said.
-
-    Raises:
-        OctoError: There is no such format, or the model cannot have it.
-    """
-    from octo_run.engine.engine import choose_device, choose_dtype
-    from octo_run.models.hub import resolve
-    from octo_run.models.quantisation.schemes import matrix_dtype, refuse_packed
-
-    if load.weights is None:
-        return [None]
-    names = [*dict.fromkeys(name.strip() for name in load.weights.split(","))]
-    check_weights(names)
-    device = choose_device(load.device)
-    for name in names:
-        matrix_dtype(name, cfg, device, choose_dtype(load.dtype, cfg, device))
-        if random_weights is None and cfg.quantisation is not None:
-            refuse_packed(resolve(load.model), cfg, name)
-    return [*names]
-
-
-def checked_formats(text: str, cfg: "ModelConfig") -> list[str]:
-    """The formats of ``A,B,C``, each once, checked before any of them is measured.
-
-    Raises:
-        UsageError: A model of this shape cannot use one of them.
-    """
-    from octo_run.engine.allocation import parse_formats
-
-    kvs = [*dict.fromkeys(name.strip() for name in text.split(","))]
-    for kv in kvs:
-        parse_formats(kv, cfg)
-    return kvs
-
-
 def open_session(engine: "Engine", system: str | None, **options: Any) -> "Session":
     """A new conversation with ``engine``; ``options`` are those of ``Session``."""
     from octo_run.engine import Session
 
     return Session(engine, system=system, **options)
-
-
-def check_loadable(options: EngineOptions) -> "ModelConfig":
-    """Check, before anything is read or closed for it, that there is such a model with such formats and device.
-
-    Returns:
-        The model's configuration.
-
-    Raises:
-        OctoError: There is not.
-    """
-    import_torch()
-    from octo_run.engine.allocation import parse_formats
-    from octo_run.engine.engine import choose_device, choose_dtype
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
-
-    if options.offline:
-        go_offline()
-    cfg = load_config(resolve(options.model))
-    for name, value in (("--kv", options.kv), ("--weights", options.weights or "")):
-        if "," in value:
-            raise UsageError(f"{name} {quoted(value)} are several formats: give one; bench and eval ppl take several.")
-    parse_formats(options.kv, cfg)
-    check_weights([options.weights])
-    choose_dtype(options.dtype, cfg, choose_device(options.device))
-    return cfg
-
-
-def check_template(template: tuple[str, str] | None) -> None:
-    """Check before a model is loaded that a text, given with its file, is a chat template.
-
-    Raises:
-        OctoError: It is none.
-    """
-    if template is not None:
-        import_torch()
-        from octo_run.tokenizer.chat import ChatTemplate
-
-        ChatTemplate(*template, {}, ()).check()
 
 
 def folder_of(model: str) -> str:
@@ -437,36 +358,6 @@ def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "M
     return load_config(resolve(model)) if random_weights is None else read_shape(random_weights)
 
 
-def checked_sampling(options: SamplingOptions, cfg: "ModelConfig") -> SamplingOptions:
-    """The options with what the answer must be, read and checked before a model is loaded for them.
-
-    Raises:
-        UsageError: A value that cannot be, a file that cannot be read, or no grammar in it.
-        OctoError: llguidance is not installed.
-    """
-    if options == SamplingOptions():  # nothing is said
-        return options
-    import_torch()
-    from octo_run.engine import SamplingParams
-
-    wrong = next((token for token, _ in options.logit_bias if token >= cfg.vocab_size), None)
-    if wrong is not None:
-        raise UsageError(
-            f"--logit-bias {wrong}=...: the model has the tokens 0 to {cfg.vocab_size - 1}, give one of them."
-        )
-    given = _given(options)
-    SamplingParams(**{name: value for name, value in given.items() if value is not None})
-    return dataclasses.replace(options, read=given["grammar"])
-
-
-def _given(options: SamplingOptions) -> dict[str, Any]:
-    """The options by the names of ``SamplingParams``; None: nothing is said."""
-    given = {**vars(options), "temperature": options.temp, "grammar": read_grammar(options)}
-    for name in ("temp", "json_schema", "regex", "read"):
-        del given[name]
-    return {name: None if value == () else value for name, value in given.items()}
-
-
 def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> "SamplingParams":
     """The model's sampling defaults, overridden by what the command line says.
 
@@ -478,7 +369,7 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     from octo_run.engine import SamplingParams
     from octo_run.engine.stopping import impossible
 
-    params = SamplingParams.from_defaults(engine.defaults, **_given(options), **more)
+    params = SamplingParams.from_defaults(engine.defaults, **given(options), **more)
     for text in params.stop:
         if impossible(engine.tokenizer, text):
             warn(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")

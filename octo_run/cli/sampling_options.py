@@ -157,3 +157,11 @@ def read_grammar(options: SamplingOptions) -> "Grammar | None":
         return Grammar("json", console.read_text(options.json_schema))
     assert options.grammar is not None
     return Grammar("gbnf" if options.grammar.suffix.lower() == ".gbnf" else "lark", console.read_text(options.grammar))
+
+
+def given(options: SamplingOptions) -> dict[str, Any]:
+    """The options by the names of ``SamplingParams``; None: nothing is said."""
+    found = {**vars(options), "temperature": options.temp, "grammar": read_grammar(options)}
+    for name in ("temp", "json_schema", "regex", "read"):
+        del found[name]
+    return {name: None if value == () else value for name, value in found.items()}

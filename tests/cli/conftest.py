@@ -126,7 +126,11 @@ class FakeEngine:
 
     @property
     def plan(self) -> SimpleNamespace:
-        return SimpleNamespace(kv=self.kv, weight_format=self.loaded.weights or "fp32")
+        loaded = self.loaded or SimpleNamespace(kv="", weights=None)
+        return SimpleNamespace(
+            kv=loaded.kv, weight_format=loaded.weights or "fp32", context=self.max_context,
+            check_length=lambda _tokens: None, shorten="shorten it",
+        )  # fmt: skip
 
     def memory_plan(self) -> dict[str, int]:
         parts = {
@@ -186,7 +190,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The fake engine, put behind all that the commands use of the real one."""
     fake = FakeEngine()
 
-    def load(options: Any, **cache: Any) -> FakeEngine:
+    def load(options: Any, check: Any = None, **cache: Any) -> FakeEngine:
+        if check is not None:
+            check(fake.tokenizer, fake.plan)
         fake.loaded, fake.cache, fake.closed = options, cache, False
         fake.loads.append(options.kv)
         fake.weights.append(options.weights)
@@ -287,7 +293,8 @@ def octo(capsys: pytest.CaptureFixture[str], stdin: Callable[[bytes], None]) -> 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
-    """Pretend that a person sits at a terminal and types these lines; an exception class is what a key raises."""
+    """Pretend that a person sits at a terminal and types these lines; an exception class is what a key
+    raises, and a function makes a line of what the line begins with."""
 
     def play(lines: list[Any]) -> None:
         from octo_run.cli import line_editor
@@ -298,12 +305,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], None]:
             def __init__(self, *_: Any) -> None:
                 pass
 
-            def read(self, _draft: str = "", loading: Any = None) -> str:
+            def read(self, draft: str = "", loading: Any = None) -> str:
                 if loading is not None:  # this person waits for the model
                     loading.get()
                 line = lines.pop(0) if lines else EOFError
                 if isinstance(line, str):
                     return line
+                if not isinstance(line, type):
+                    return str(line(draft))
                 raise line
 
         monkeypatch.setattr(line_editor, "LineEditor", Editor)

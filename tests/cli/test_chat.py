@@ -1,5 +1,6 @@
 """``chat``: piped and at a terminal, slash commands, Ctrl-C, notices."""
 
+import base64
 import json
 import re
 import signal
@@ -495,6 +496,45 @@ def test_a_question_that_is_edited_stays_until_the_changed_one_is_sent(
     terminal(["one", *lines])
     shown = octo(*REAL)
     assert [int(line.split()[0]) for line in shown.out.splitlines() if "of the context" in line] == counts
+
+
+def test_an_edited_question_has_its_files_apart(octo: Callable[..., Any], terminal: Any, tmp_path: Path) -> None:
+    """Nobody wants a long file in the input line. It goes along again, unless it is another question that is edited."""
+    (tmp_path / "a.txt").write_text("The boats left at dawn.")
+    drafts = list[str]()
+
+    def changed(draft: str) -> str:
+        drafts.append(draft)
+        return f"{draft}!"
+
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    edit = ["/edit", changed]
+    terminal([f"/read {tmp_path / 'a.txt'}", "one", *edit, f"/export {one}", *edit, "two", *edit, f"/export {two}"])
+    shown = octo(*REAL)
+    asked = [
+        [turn["content"] for turn in json.loads(path.read_text())["messages"] if turn["role"] == "user"]
+        for path in (one, two)
+    ]
+    assert drafts == ["one", "one!", "two"] and "the file that was read for it goes along again" in shown.out
+    assert asked == [["The boats left at dawn.\n\none!"], ["The boats left at dawn.\n\none!!", "two!"]]
+
+
+def test_what_is_copied_is_the_last_answer_of_the_conversation(
+    octo: Callable[..., Any], terminal: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of one that was gone on with, also of a conversation that was loaded; none of one that is forgotten."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+    def copied() -> list[str]:
+        said = octo(*REAL, "--session", "kept").out
+        return [base64.b64decode(text).decode() for text in re.findall("]52;c;(.*?)\x07", said)]
+
+    terminal(["I want to book a table for two.", "/copy", "/continue", "/copy", f"/export {tmp_path / 'a.json'}"])
+    first, both = copied()
+    assert both == json.loads((tmp_path / "a.json").read_text())["messages"][-1]["content"]
+    assert both.startswith(first) and len(both) > len(first)
+    terminal(["/copy", "/clear", "/copy"])
+    assert copied() == [both]
 
 
 def test_a_dropped_file_has_the_path_that_a_shell_would_read(

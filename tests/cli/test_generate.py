@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from octo_run.cli import runtime
+from octo_run.cli import checks
 from octo_run.cli.options import DEFAULT_KV, DEFAULT_MODEL, EngineOptions
 
 KEYS = {"text", "ids", "finish_reason", "prompt_tokens", "reused_tokens", "read_tokens", "generated_tokens", "seconds"}
@@ -105,7 +105,7 @@ def test_a_model_without_template_is_named(octo: Callable[..., Any], engine: Any
 
 
 def test_options_reach_the_engine(octo: Callable[..., Any], engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "check_loadable", lambda _options: SimpleNamespace(vocab_size=9))
+    monkeypatch.setattr(checks, "loadable", lambda _options: SimpleNamespace(vocab_size=9))
     engine.answers("x")
     assert octo("generate", "-p", "x").code == 0
     assert engine.loaded == EngineOptions(DEFAULT_MODEL, DEFAULT_KV, None, None, None, None, False, None)

@@ -85,7 +85,17 @@ def test_options_have_the_names_that_python_has() -> None:
 
     options = {name for param in generate.command.params for name in param.opts}
     python = {*inspect.signature(Engine.load).parameters, *inspect.signature(SamplingParams).parameters}
-    elsewhere = {"sink", "window", "sequences", "cache_bytes", "random_weights", "on_plan", "on_measure", "stop_ids"}
+    elsewhere = {
+        "sink",
+        "window",
+        "sequences",
+        "cache_bytes",
+        "random_weights",
+        "on_plan",
+        "before_weights",
+        "on_measure",
+        "stop_ids",
+    }
     missing = {name for name in python - elsewhere if f"--{name.replace('_', '-')}" not in options}
     assert not missing
 

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from octo_run.cli import console, reload, runtime
+from octo_run.cli import checks, console, reload, runtime
 from octo_run.engine import Engine, warm_up
 from octo_run.errors import OctoError
 
@@ -112,8 +113,7 @@ def test_another_model_is_warmed_up_too(
     octo: Callable[..., Any], engine: Any, warmed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If that fails, the former one comes back."""
-    engine.check_chat = lambda: None
-    monkeypatch.setattr(runtime, "check_loadable", lambda _: None)
+    monkeypatch.setattr(checks, "loadable", lambda _: SimpleNamespace())
     monkeypatch.setattr(reload, "_params", lambda *_: "params")
     monkeypatch.setattr(runtime, "open_session", lambda *_, **__: engine.session)
     engine.session = type("Session", (), {"system": None, "variables": {}, "drops": True, "turns": []})()
@@ -121,10 +121,10 @@ def test_another_model_is_warmed_up_too(
     assert shown.code == 0 and shown.err.count(NOTICE) == 2 and warmed[1:] == ["params"] and engine.kv == "bf16"
     load = runtime.load_engine
 
-    def load_failing(options: Any) -> Any:
+    def load_failing(options: Any, **check: Any) -> Any:
         if options.kv == "bf16":
             monkeypatch.setattr(warm_up, "warm_up", fails(RuntimeError("no compiler")))
-        return load(options)
+        return load(options, **check)
 
     monkeypatch.setattr(runtime, "load_engine", load_failing)
     shown = octo("chat", data=b"/kv bf16\n")

@@ -1,6 +1,7 @@
 """Figures: one legend for all panels, all formats in them, titles that say where the figures are from."""
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,58 @@ def test_figures_are_white_whatever_matplotlib_is_set_to(ending: str, tmp_path: 
     if ending == ".png":
         pixels = matplotlib.image.imread(path)
         assert all(pixels[row, column].tolist() == [1, 1, 1, 1] for row, column in itertools.product((0, -1), (0, -1)))
+
+
+@pytest.fixture
+def another_font(tmp_path: Path) -> Iterator[None]:
+    """A font that has three letters which matplotlib's own has not, as a system may have one."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from matplotlib.font_manager import fontManager
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    pen.lineTo((900, 0))
+    pen.lineTo((450, 900))
+    pen.closePath()
+    names, before = [".notdef", "a", "b", "c"], [*fontManager.ttflist]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap(dict(zip(map(ord, "日本한"), names[1:], strict=True)))
+    builder.setupGlyf(dict.fromkeys(names, pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Three Letters", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "three.ttf")
+    fontManager.addfont(tmp_path / "three.ttf")
+    yield
+    fontManager.ttflist = before
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
+def test_letters_come_from_a_font_that_has_them(
+    drawn: dict[str, Any], another_font: None, tmp_path: Path, ending: str
+) -> None:
+    """What no font has is escaped: nobody can read boxes."""
+    rows = [change("bf16", 0, 9000), change("oct3", 0.4, 900)]
+    plots.plot_perplexity(rows, tmp_path / f"a{ending}", "日本한.txt\noct-run \U0001078e\ufffe")
+    title = drawn["figure"].get_suptitle()
+    assert "日本한.txt" in title and "oct-run \\U0001078e\\ufffe" in title
+    assert drawn["figure"]._suptitle.get_fontfamily()[:2] == ["DejaVu Sans", "Three Letters"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_no_font_has_are_escaped(
+    drawn: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from matplotlib.font_manager import fontManager
+
+    monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if "DejaVu" in font.name])
+    plots.plot_perplexity([change("bf16", 0, 9000)], tmp_path / "a.png", "日.txt, ü")
+    assert "\\u65e5.txt, ü" in drawn["figure"].get_suptitle()
 
 
 def test_partial_figures_say_so(drawn: dict[str, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -325,3 +326,25 @@ def test_what_may_have_become_a_mark_is_part_of_a_stopped_answer(scripted: Any) 
     assert reply.parts[-1] == (True, " ")
     reply.close()
     assert reply.parts[-1] == (True, "</th")
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "answer"),
+    [
+        ("", "plain", "plain"),
+        ("", "<think>\nso\n</think>\n\nyes", "yes"),
+        ("", "a </think> in an answer", "a </think> in an answer"),
+        ("x</think>y", "so\n</think>\n\nyes", "yes"),
+        ("x</think>y", "no thought", "no thought"),
+    ],
+)
+def test_the_answer_without_its_thought(template: str, content: str, answer: str) -> None:
+    session = Session.__new__(Session)
+    session.engine = SimpleNamespace(tokenizer=SimpleNamespace(template_source=template))  # type: ignore[assignment]
+    session._open = None
+    session.turns = [{"role": "assistant", "content": "older"}, {"role": "assistant", "content": content}]
+    assert session.answer == answer
+    session.turns.append({"role": "user", "content": "?"})
+    assert session.answer == answer
+    session.turns = []
+    assert session.answer is None

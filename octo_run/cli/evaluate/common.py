@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octo_run.cli import console, runtime
+from octo_run.cli import checks, console, runtime
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
 from octo_run.cli.progress import Running
@@ -87,7 +87,7 @@ def formats(load: EngineOptions) -> list[str]:
     Raises:
         UsageError: The model cannot use one of them.
     """
-    return runtime.checked_formats(load.kv, model_config(load))
+    return checks.several_formats(load.kv, model_config(load))
 
 
 def context(load: EngineOptions, usual: int) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octo_run.cli import console, debug_option, runtime
+from octo_run.cli import checks, console, debug_option
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options, percent
 from octo_run.cli.options import TOKENS, EngineOptions, engine_options
@@ -64,7 +64,7 @@ def command(
     kvs = common.formats(load)
     if load.weights is not None:
         stored = [*dict.fromkeys(name.strip() for name in load.weights.split(","))]
-        runtime.check_weights(stored)
+        checks.weights(stored)
         kvs = [kv if kv == weights == "bf16" else f"{weights}/{kv}" for weights in stored for kv in kvs]
         load = dataclasses.replace(load, weights="bf16")
     context = common.context(load, _CONTEXT)
