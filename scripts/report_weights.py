@@ -27,6 +27,7 @@ SHOWN = {
     "nearest-64": Scheme("nearest-64", "int4", 64),
     "unweighted-64": Scheme("unweighted-64", "int4", 64, fitted=True),
     **{name: SCHEMES[name] for name in ("int4-128", "int4", "fp8", "int8")},
+    "int4-experts": SCHEMES["int4"].in_files.experts,
 }
 MEANINGS = {
     "nearest-128": "4 bits, groups of 128, the range of a group, rounded to nearest",
@@ -36,11 +37,12 @@ MEANINGS = {
     "int4": "the same in groups of 64",
     "fp8": "E4M3, a factor for each row",
     "int8": "8 bits, a factor for each row",
+    "int4-experts": "what files of int4 have for experts: symmetric groups of 32, with a scale and no zero",
 }
 CONTEXT, STRIDE = 1024, 960
 KVS = ("bf16", "oct4", "oct3", "oct2")
 LABELS = [*KVS[1:], *(f"{name}/{kv}" for name in ("int8", "int4") for kv in KVS)]
-LABELS += [f"{name}/bf16" for name in SHOWN if name not in ("int8", "int4")]
+LABELS += [f"{name}/bf16" for name in SHOWN if name not in ("int8", "int4", "int4-experts")]
 
 
 def dense(linear: AnyLinear) -> AnyLinear:
