@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -132,9 +133,8 @@ def main() -> None:
         name, *model, text = item.split("=")
         folder = model[0] if model else name
         options = f" --formats {args.formats}" if args.formats != ",".join(LABELS) else ""
-        command = (
-            f"python scripts/report_weights.py --tokens {args.tokens}{options} {name}{'=MODEL' if model else ''}=TEXT"
-        )
+        wanted = shlex.quote(f"{name}{'=MODEL' if model else ''}=TEXT")
+        command = f"python scripts/report_weights.py --tokens {args.tokens}{options} {wanted}"
         device = "a CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
         made = f"`{command}`, torch {torch.__version__} on {device}, {datetime.date.today()}."
         before = args.output.read_text("utf-8").rstrip() if args.output.exists() else "\n\n".join(head)

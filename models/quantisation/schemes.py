@@ -3,8 +3,8 @@
 - ``fp8``: E4M3 codes and a factor for each row, its largest magnitude / 448.
 - ``int8``: codes -127 to 127 and a factor for each row, its largest magnitude / 127.
 - ``int4``: codes 0 to 15, with a scale and a zero (a code, 0 to 15) for each group of 64 (``int4-128``: 128) columns.
-- Symmetric ones, which files have for experts: the zero is 8, and the scale may be negative, so that the number of the
-  largest magnitude is code 0. Groups are half as long, which takes as much memory and loses less.
+- Symmetric ones, which files have for experts: the zero is 8, and the scale may be negative, so that the longer side of
+  the codes, down to -8, is that of the numbers that need it. Groups are half as long: as much memory, and less is lost.
 
 The scale and zero of a group are those of the least squared error among some that cut off its extremes, made better by
 turns: the best scale for the codes, the best codes for the scale. Each column counts as much as the mean square of what
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Shares of a group's range that are tried.
 CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+#: Shares that are tried without zeros: the scale may have either sign.
+SIGNED_CUTS = (*CUTS, *(-cut for cut in CUTS))
 #: Turns of scale and codes after that.
 TURNS = 3
 #: Scales of a row at least, as a share of its largest: what is smaller would not be exact in float16 beside it.
@@ -242,7 +244,7 @@ def _of_groups(weight: Tensor, scheme: Scheme, counts: Tensor, codes: Tensor) ->
     least = torch.where(least > 0, least, 1.0)
 
     def allowed(scale: Tensor) -> Tensor:
-        return torch.maximum(_bfloat16(scale.abs()), least).copysign_(whole)
+        return torch.maximum(_bfloat16(scale.abs()), least).copysign_(scale)
 
     def zero_of(scale: Tensor, cut: float) -> Tensor:
         return torch.full_like(scale, 8) if scheme.symmetric else (-low * cut / scale).round_().clamp_(0, 15)
@@ -263,7 +265,7 @@ def _of_groups(weight: Tensor, scheme: Scheme, counts: Tensor, codes: Tensor) ->
         return tuple(torch.where(better, one, other) for one, other in zip((new, origin, found), best, strict=True))  # type: ignore[return-value]
 
     best = scale, zero, lost
-    for cut in CUTS:
+    for cut in SIGNED_CUTS if scheme.symmetric else CUTS:
         new = allowed(whole * cut)
         best = tried(new, zero_of(new, cut), best)
     for _ in range(TURNS):
@@ -271,7 +273,7 @@ def _of_groups(weight: Tensor, scheme: Scheme, counts: Tensor, codes: Tensor) ->
         found = levels(scale, zero)
         counted = found * counts
         fit = (counted * x).sum(-1, keepdim=True) / (counted * found).sum(-1, keepdim=True)
-        best = tried(allowed(torch.where(fit * whole > 0, fit, scale)), zero, best)
+        best = tried(allowed(torch.where(fit * scale > 0, fit, scale)), zero, best)
     scale, zero, _lost = best
     codes.copy_((levels(scale, zero) + zero).flatten(1)[:, :columns])
     return scale[..., 0], zero[..., 0]
@@ -301,7 +303,7 @@ def reference(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
             whole = -x[x.abs().argmax()] / 8
 
         def allowed(scale: Tensor) -> Tensor:
-            return stored(scale.abs()).clamp_min(least).copysign(whole)
+            return stored(scale.abs()).clamp_min(least).copysign(scale)
 
         def zero_of(scale: Tensor, cut: float) -> Tensor:
             return torch.full_like(scale, 8) if scheme.symmetric else (-low * cut / scale).round().clamp(0, 15)
@@ -313,14 +315,15 @@ def reference(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
             return float(((levels(*pair) * pair[0] - x).square() * count).sum())
 
         pairs = []
-        for cut in CUTS if scheme.fitted else CUTS[:1]:
+        cuts = SIGNED_CUTS if scheme.symmetric else CUTS
+        for cut in cuts if scheme.fitted else cuts[:1]:
             scale = allowed(whole * cut)
             pairs.append((scale, zero_of(scale, cut)))
         best = min(pairs, key=lost)
         for _ in range(TURNS if scheme.fitted else 0):
             found = levels(*best)
             energy = (count * found * found).sum()
-            if energy > 0 and (fit := (count * found * x).sum() / energy) * whole > 0:
+            if energy > 0 and (fit := (count * found * x).sum() / energy) * best[0] > 0:
                 best = min(best, (allowed(fit), best[1]), key=lost)
         return levels(*best) * best[0]
 

@@ -339,35 +339,6 @@ def test_transformers_computes_the_same_of_quantised_experts(family: str, weight
     assert models.relative(ours.logits(hidden), theirs(ids).logits) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
-@pytest.mark.parametrize("weights", SCHEMES)
-def test_other_programs_find_what_they_want_of_quantised_experts(family: str, weights: str, tmp_path: Path) -> None:
-    """transformers and vLLM take no zeros of experts (or not in all versions), and vLLM wants inputs of fp8 for fp8."""
-    models.save(family, tmp_path / "model", **EVEN)
-    quantise(tmp_path / "model", tmp_path / "packed", weights, device="cpu")
-    config = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
-    tensors, scheme = load_file(tmp_path / "packed" / "model.safetensors"), SCHEMES[weights]
-    routed = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
-    groups = [group for group in config["config_groups"].values() if group["targets"] != ["Linear"]]
-    if weights == "int8":
-        assert not groups
-    else:
-        (group,), others = groups, [name for name in tensors if name not in routed]
-        (target,) = group["targets"]
-        assert all(re.match(target[3:], name.rpartition(".")[0]) for name in routed)
-        assert not any(re.match(target[3:], name.rpartition(".")[0]) for name in others)
-        assert group["weights"]["symmetric"] is True
-        assert group["weights"]["group_size"] == (None if scheme.group is None else scheme.group // 2)
-        inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-        assert (group["input_activations"] or {}).items() >= (inputs if weights == "fp8" else {}).items()
-        assert (group["input_activations"] is None) == (weights != "fp8")
-    assert not any(name.endswith("weight_zero_point") for name in routed)
-    assert any(name.endswith("weight_zero_point") for name in tensors) == weights.startswith("int4")
-    down = ".experts.3.w2.weight_scale" if family == "mixtral" else ".experts.3.down_proj.weight_scale"
-    found = {tuple(tensor.shape) for name, tensor in routed.items() if name.endswith(down)}
-    assert found == {(256, 1 if scheme.group is None else 2 * 128 // scheme.group)}
-
-
 def test_stacked_experts_are_not_written(tmp_path: Path) -> None:
     models.save("gpt-oss", tmp_path / "model", **WIDE)
     with pytest.raises(UsageError, match="GptOssForCausalLM models are not written"):
