@@ -320,7 +320,7 @@ def test_quantised_folders_are_what_loading_makes(family: str, weights: str, tmp
 
 
 @pytest.mark.few(4)
-@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "qwen2-moe", "olmoe"])
 @pytest.mark.parametrize("weights", SCHEMES)
 @torch.inference_mode()
 def test_transformers_computes_the_same_of_quantised_experts(family: str, weights: str, tmp_path: Path) -> None:
