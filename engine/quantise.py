@@ -32,7 +32,7 @@ def quantise(
         out: Must not be there.
         weights: ``fp8``, ``int8``, ``int4`` or ``int4-128``.
         device, dtype: See ``Engine.load``, which makes the same codes (int8 and fp8: for a cache whose values are not
-            rotated).
+            rotated; int4: but for experts, see ``Scheme.in_files``).
         progress: Told the bytes written and to be written.
 
     Returns:

@@ -19,6 +19,7 @@ from octo_run.kernels.linear.packed import by_group
 from octo_run.models.families import MLPNames
 from octo_run.models.linear import Linear, PackedLinear, _stacked, pack_one
 from octo_run.models.mlp import DenseMLP, DenseSpec, mean_squares
+from octo_run.models.quantisation.schemes import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -115,6 +116,7 @@ class Experts:
     def packed(self, quantise: Quantise, index: int, seen: Tensor | None, judged: Tensor | None = None) -> Experts:
         """See `specs.FeedForward`; ``judged`` as in `apply`. Experts are packed one by one."""
         weights, shared = self.weights, self.shared
+        for_routed = quantise.experts or quantise if isinstance(quantise, Scheme) else quantise
         if isinstance(weights.gate_up, Tensor) and isinstance(weights.down, Tensor):
             shown = None if seen is None else self._shown(seen if judged is None else judged)
             gate_up, down = _Stack(weights.experts), _Stack(weights.experts)
@@ -127,8 +129,8 @@ class Experts:
                     inner = reference.activated(Linear(first.weight, bias)(x), weights.activation)
                     squares = mean_squares(x), mean_squares(inner)
                 name = f"of expert {expert}"
-                gate_up.put(expert, pack_one(f"gate, up {name}", index, first, quantise, squares[0]))
-                down.put(expert, pack_one(f"down_proj {name}", index, second, quantise, squares[1]))
+                gate_up.put(expert, pack_one(f"gate, up {name}", index, first, for_routed, squares[0]))
+                down.put(expert, pack_one(f"down_proj {name}", index, second, for_routed, squares[1]))
                 if first.weight.is_meta:  # the other experts are like it
                     break
             weights = replace(weights, gate_up=gate_up.weight, down=down.weight)

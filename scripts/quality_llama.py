@@ -2,9 +2,10 @@
 
     python scripts/quality_llama.py OUT.json --model NAME=MODEL --gguf FILE --text FILE [--kv f16,q8_0,q4_0]
 
-The same GGUF file as MODEL was imported from, read by llama-cpp-python; token ids and windows are octo-run's, so rows
-stand beside those of `octo-run eval ppl`. The change is against llama.cpp's own f16 cache. Its caches code every token
-at once: no sinks and no window stay uncoded. OUT.json has what is done after every window.
+FILE has MODEL's weights in f16 (`scripts/write_gguf.py`) and is read by llama-cpp-python; with weights of 4 bits its
+products round their inputs, and small differences drown in that. Token ids and windows are octo-run's, so rows stand
+beside those of `octo-run eval ppl`. The change is against llama.cpp's own f16 cache. Its caches code every token at
+once: no sinks and no window stay uncoded. OUT.json has what is done after every window.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", required=True, help="NAME=MODEL")
-    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--gguf", type=Path, required=True, help="of the same weights, in f16")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--skip", type=int, default=0, help="characters of the text to pass over")
     parser.add_argument("--tokens", type=int, default=24_570)

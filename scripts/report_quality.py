@@ -48,7 +48,7 @@ TITLES = {
     "formats": "Formats, with the defaults (64 sinks, window 64, keys conditioned)",
     "off": "Keys as they are (`--conditioning off`)",
     "mean": "The mean of each head's keys kept out of the code, and nothing else (`--conditioning mean`)",
-    "llama": "llama.cpp's KV formats on the same GGUF file, against its own f16; all tokens are in codes",
+    "llama": "llama.cpp's KV formats on an f16 file of these weights, against its own f16; all tokens are in codes",
     "weights": "Conditioning by statistics of the weights alone, without a text (no option of the program: simulated)",
     "protection": "Sinks and window, both, one or neither (`--sink 0`, `--window 0`)",
     "boundary": "First and last layer uncompressed (no option of the program: simulated)",

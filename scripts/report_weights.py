@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ SHOWN = {
     "nearest-64": Scheme("nearest-64", "int4", 64),
     "unweighted-64": Scheme("unweighted-64", "int4", 64, fitted=True),
     **{name: SCHEMES[name] for name in ("int4-128", "int4", "fp8", "int8")},
+    "int4-experts": SCHEMES["int4"].in_files.experts,
 }
 MEANINGS = {
     "nearest-128": "4 bits, groups of 128, the range of a group, rounded to nearest",
@@ -36,11 +38,12 @@ MEANINGS = {
     "int4": "the same in groups of 64",
     "fp8": "E4M3, a factor for each row",
     "int8": "8 bits, a factor for each row",
+    "int4-experts": "what files of int4 have for experts: symmetric groups of 32, with a scale and no zero",
 }
 CONTEXT, STRIDE = 1024, 960
 KVS = ("bf16", "oct4", "oct3", "oct2")
 LABELS = [*KVS[1:], *(f"{name}/{kv}" for name in ("int8", "int4") for kv in KVS)]
-LABELS += [f"{name}/bf16" for name in SHOWN if name not in ("int8", "int4")]
+LABELS += [f"{name}/bf16" for name in SHOWN if name not in ("int8", "int4", "int4-experts")]
 
 
 def dense(linear: AnyLinear) -> AnyLinear:
@@ -130,9 +133,8 @@ def main() -> None:
         name, *model, text = item.split("=")
         folder = model[0] if model else name
         options = f" --formats {args.formats}" if args.formats != ",".join(LABELS) else ""
-        command = (
-            f"python scripts/report_weights.py --tokens {args.tokens}{options} {name}{'=MODEL' if model else ''}=TEXT"
-        )
+        wanted = shlex.quote(f"{name}{'=MODEL' if model else ''}=TEXT")
+        command = f"python scripts/report_weights.py --tokens {args.tokens}{options} {wanted}"
         device = "a CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
         made = f"`{command}`, torch {torch.__version__} on {device}, {datetime.date.today()}."
         before = args.output.read_text("utf-8").rstrip() if args.output.exists() else "\n\n".join(head)

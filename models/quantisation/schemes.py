@@ -3,6 +3,8 @@
 - ``fp8``: E4M3 codes and a factor for each row, its largest magnitude / 448.
 - ``int8``: codes -127 to 127 and a factor for each row, its largest magnitude / 127.
 - ``int4``: codes 0 to 15, with a scale and a zero (a code, 0 to 15) for each group of 64 (``int4-128``: 128) columns.
+- Symmetric ones, which files have for experts: the zero is 8, and the scale may be negative, so that the longer side of
+  the codes, down to -8, is that of the numbers that need it. Groups are half as long: as much memory, and less is lost.
 
 The scale and zero of a group are those of the least squared error among some that cut off its extremes, made better by
 turns: the best scale for the codes, the best codes for the scale. Each column counts as much as the mean square of what
@@ -13,7 +15,7 @@ All factors and scales are bfloat16 numbers, so that files hold them exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Shares of a group's range that are tried.
 CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+#: Shares that are tried without zeros: the scale may have either sign.
+SIGNED_CUTS = (*CUTS, *(-cut for cut in CUTS))
 #: Turns of scale and codes after that.
 TURNS = 3
 #: Scales of a row at least, as a share of its largest: what is smaller would not be exact in float16 beside it.
@@ -54,6 +58,8 @@ class Scheme:
         group: Columns that share a scale; None: all of a row.
         weighted: Whether columns count by what they are multiplied by; else all alike.
         fitted: Whether scales are chosen by error; else they are the range of a group (plain round to nearest).
+        symmetric: Whether groups have no zero of their own.
+        experts: How routed experts are quantised; None: like the other matrices.
     """
 
     name: str
@@ -61,6 +67,16 @@ class Scheme:
     group: int | None = None
     weighted: bool = False
     fitted: bool = False
+    symmetric: bool = False
+    experts: Scheme | None = None
+
+    @property
+    def in_files(self) -> Scheme:
+        """The same, with experts as files hold them: other programs leave their zeros out, or refuse them."""
+        if self.group is None:
+            return self
+        half = replace(self, name=f"{self.name}, experts", group=self.group // 2, symmetric=True)
+        return replace(self, experts=half)
 
     @property
     def rotates_values(self) -> bool:
@@ -167,7 +183,8 @@ def quantised(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
     """
     out, columns = weight.shape
     if weight.is_meta:
-        return empty(scheme.kind, (out, columns), scheme.group, scheme.group is not None, weight.device)
+        asymmetric = scheme.group is not None and not scheme.symmetric
+        return empty(scheme.kind, (out, columns), scheme.group, asymmetric, weight.device)
     if scheme.kind == "int8" and (made := compiled.packed_rows(weight)) is not None:
         return made
     codes = torch.empty(out, columns, dtype=torch.uint8, device=weight.device)
@@ -175,10 +192,11 @@ def quantised(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
         rows = torch.cat([_of_rows(piece, scheme.kind, into) for piece, into in _pieces(weight, codes)])
         return pack(scheme.kind, codes, -(-columns // BLOCK) * BLOCK, rows)
     counts = _counts(importance if scheme.weighted else None, columns, scheme.group, weight.device)
-    fitted = [_of_groups(piece, scheme.group, counts, scheme.fitted, into) for piece, into in _pieces(weight, codes)]
+    fitted = [_of_groups(piece, scheme, counts, into) for piece, into in _pieces(weight, codes)]
     scales, zeros = (torch.cat(part) for part in zip(*fitted, strict=True))
-    rows = torch.exp2(torch.log2(scales.amax(1)).floor())
-    return pack("int4", codes, scheme.group, rows, scales / rows[:, None], zeros - 8)
+    rows = torch.exp2(torch.log2(scales.abs().amax(1)).floor())
+    offsets = None if scheme.symmetric else zeros - 8
+    return pack("int4", codes, scheme.group, rows, scales / rows[:, None], offsets)
 
 
 def _pieces(weight: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -189,7 +207,7 @@ def _pieces(weight: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _bfloat16(values: Tensor) -> Tensor:
-    """Positive float32 numbers rounded to those of bfloat16."""
+    """Float32 numbers rounded to those of bfloat16."""
     return values.to(torch.bfloat16).to(torch.float32)
 
 
@@ -216,24 +234,27 @@ def _counts(importance: Tensor | None, columns: int, group: int, device: torch.d
     return torch.nn.functional.pad(counts, (0, -columns % group)).view(-1, group)
 
 
-def _of_groups(weight: Tensor, group: int, counts: Tensor, fitted: bool, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _of_groups(weight: Tensor, scheme: Scheme, counts: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and zeros ``[out, groups]`` in float32; the codes go to ``codes`` uint8 ``[out, in]``."""
-    out, columns = weight.shape
+    (out, columns), group = weight.shape, counts.shape[1]
     x = torch.nn.functional.pad(weight, (0, -columns % group)).view(out, -1, group)
     low, high = x.amin(-1, keepdim=True).clamp_max(0.0), x.amax(-1, keepdim=True).clamp_min(0.0)
-    whole = high / 15 - low / 15
-    least = _bfloat16(whole.amax(1, keepdim=True) * _LEAST)
+    whole = torch.where(-low >= high, -low / 8, -high / 8) if scheme.symmetric else high / 15 - low / 15
+    least = _bfloat16(whole.abs().amax(1, keepdim=True) * _LEAST)
     least = torch.where(least > 0, least, 1.0)
 
     def allowed(scale: Tensor) -> Tensor:
-        return torch.maximum(_bfloat16(scale), least)
+        return torch.maximum(_bfloat16(scale.abs()), least).copysign_(scale)
+
+    def zero_of(scale: Tensor, cut: float) -> Tensor:
+        return torch.full_like(scale, 8) if scheme.symmetric else (-low * cut / scale).round_().clamp_(0, 15)
 
     def levels(scale: Tensor, zero: Tensor) -> Tensor:
         return (x / scale + zero).round_().clamp_(0, 15).sub_(zero)
 
     scale = allowed(whole)
-    zero = (-low / scale).round().clamp(0, 15)
-    if not fitted:
+    zero = zero_of(scale, 1.0)
+    if not scheme.fitted:
         codes.copy_((levels(scale, zero) + zero).flatten(1)[:, :columns])
         return scale[..., 0], zero[..., 0]
     lost = torch.full_like(whole, torch.inf)
@@ -244,15 +265,15 @@ def _of_groups(weight: Tensor, group: int, counts: Tensor, fitted: bool, codes: 
         return tuple(torch.where(better, one, other) for one, other in zip((new, origin, found), best, strict=True))  # type: ignore[return-value]
 
     best = scale, zero, lost
-    for cut in CUTS:
+    for cut in SIGNED_CUTS if scheme.symmetric else CUTS:
         new = allowed(whole * cut)
-        best = tried(new, (-low * cut / new).round_().clamp_(0, 15), best)
+        best = tried(new, zero_of(new, cut), best)
     for _ in range(TURNS):
         scale, zero, _lost = best
         found = levels(scale, zero)
         counted = found * counts
         fit = (counted * x).sum(-1, keepdim=True) / (counted * found).sum(-1, keepdim=True)
-        best = tried(allowed(torch.where(fit > 0, fit, scale)), zero, best)
+        best = tried(allowed(torch.where(fit * scale > 0, fit, scale)), zero, best)
     scale, zero, _lost = best
     codes.copy_((levels(scale, zero) + zero).flatten(1)[:, :columns])
     return scale[..., 0], zero[..., 0]
@@ -278,6 +299,14 @@ def reference(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
     def of_group(x: Tensor, count: Tensor, least: Tensor) -> Tensor:
         low, high = x.min().clamp_max(0), x.max().clamp_min(0)
         whole = (high - low) / 15
+        if scheme.symmetric:
+            whole = -x[x.abs().argmax()] / 8
+
+        def allowed(scale: Tensor) -> Tensor:
+            return stored(scale.abs()).clamp_min(least).copysign(scale)
+
+        def zero_of(scale: Tensor, cut: float) -> Tensor:
+            return torch.full_like(scale, 8) if scheme.symmetric else (-low * cut / scale).round().clamp(0, 15)
 
         def levels(scale: Tensor, zero: Tensor) -> Tensor:
             return (x / scale + zero).round().clamp(0, 15) - zero
@@ -286,15 +315,16 @@ def reference(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
             return float(((levels(*pair) * pair[0] - x).square() * count).sum())
 
         pairs = []
-        for cut in CUTS if scheme.fitted else CUTS[:1]:
-            scale = stored(whole * cut).clamp_min(least)
-            pairs.append((scale, (-low * cut / scale).round().clamp(0, 15)))
+        cuts = SIGNED_CUTS if scheme.symmetric else CUTS
+        for cut in cuts if scheme.fitted else cuts[:1]:
+            scale = allowed(whole * cut)
+            pairs.append((scale, zero_of(scale, cut)))
         best = min(pairs, key=lost)
         for _ in range(TURNS if scheme.fitted else 0):
             found = levels(*best)
             energy = (count * found * found).sum()
-            if energy > 0 and (fit := (count * found * x).sum() / energy) > 0:
-                best = min(best, (stored(fit).clamp_min(least), best[1]), key=lost)
+            if energy > 0 and (fit := (count * found * x).sum() / energy) * best[0] > 0:
+                best = min(best, (allowed(fit), best[1]), key=lost)
         return levels(*best) * best[0]
 
     if scheme.group is None:
@@ -302,7 +332,10 @@ def reference(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) 
     result = []
     for row in wide:
         parts = torch.split(row, scheme.group)
-        widest = max((part.max().clamp_min(0) - part.min().clamp_max(0)) / 15 for part in parts)
+        if scheme.symmetric:
+            widest = row.abs().max() / 8
+        else:
+            widest = max((part.max().clamp_min(0) - part.min().clamp_max(0)) / 15 for part in parts)
         least = stored(widest * _LEAST)
         least = least if least > 0 else torch.ones_like(least)
         pairs = zip(parts, torch.split(counts, scheme.group), strict=True)

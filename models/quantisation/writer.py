@@ -1,7 +1,8 @@
 """Writing a quantised model as a folder that other programs load, too: compressed-tensors in safetensors files.
 
 The layers' matrices are quantised as they are on load, with the rotation of values left out: it belongs to a format of
-the cache, which a file does not know. The embedding, the output head, norms and biases stay dense.
+the cache, which a file does not know. Experts of int4 are symmetric (``Scheme.in_files``). The embedding, the output
+head, norms and biases stay dense.
 """
 
 from __future__ import annotations
@@ -41,12 +42,38 @@ if TYPE_CHECKING:
     from octo_run.models.quantisation.schemes import Scheme
 
 
+#: Routed experts, by the names of their matrices in files.
+_EXPERTS = r"re:.*\.experts\.[0-9]+\.(gate_proj|up_proj|down_proj|w1|w2|w3)$"
+
+
 def quantization_config(scheme: Scheme, experts: bool = False) -> dict[str, Any]:
     """What ``config.json`` says about the weights, as compressed-tensors writes it; ``experts``: there are routers."""
-    weights: dict[str, Any] = {
+    groups = [_config_group(["Linear"], _numbers(scheme))]
+    if experts and scheme.kind == "fp8":
+        # vLLM has fp8 experts with inputs of fp8 alone; transformers and octo-run leave the inputs as they are.
+        inputs = _numbers(scheme) | {"strategy": "token", "dynamic": True, "observer": None}
+        groups.append(_config_group([_EXPERTS], _numbers(scheme), inputs))
+    elif experts and (routed := scheme.in_files.experts) is not None:
+        groups.append(_config_group([_EXPERTS], _numbers(routed)))
+    # transformers makes the places of packed tensors before it reads them, and those of packed zeros in the shape of
+    # unpacked ones; told to dequantise, it reads each matrix whole.
+    whole = {} if scheme.group is None else {"dequantize": True}
+    return whole | {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if scheme.kind == "fp8" else "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ["lm_head", *(("re:.*\\.gate$", "re:.*shared_expert_gate$") if experts else ())],
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+    }
+
+
+def _numbers(scheme: Scheme) -> dict[str, Any]:
+    return {
         "num_bits": 8 if scheme.kind in ("int8", "fp8") else 4,
         "type": "float" if scheme.kind == "fp8" else "int",
-        "symmetric": scheme.group is None,
+        "symmetric": scheme.group is None or scheme.symmetric,
         "strategy": "channel" if scheme.group is None else "group",
         "group_size": scheme.group,
         "dynamic": False,
@@ -55,19 +82,10 @@ def quantization_config(scheme: Scheme, experts: bool = False) -> dict[str, Any]
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    # transformers makes the places of packed tensors before it reads them, and those of packed zeros in the shape of
-    # unpacked ones; told to dequantise, it reads each matrix whole.
-    whole = {} if weights["symmetric"] else {"dequantize": True}
-    return whole | {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized" if scheme.kind == "fp8" else "pack-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "ignore": ["lm_head", *(("re:.*\\.gate$", "re:.*shared_expert_gate$") if experts else ())],
-        "config_groups": {"group_0": group},
-    }
+
+
+def _config_group(targets: list[str], weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
 
 
 def check_shapes(cfg: ModelConfig, scheme: Scheme) -> None:
@@ -109,7 +127,7 @@ def quantised_items(cfg: ModelConfig, weights: Weights, scheme: Scheme, dtype: t
     check_shapes(cfg, scheme)
     with torch.inference_mode():
         watched = _Watched(weights)
-        decoder = Decoder(cfg, watched, None, None, scheme, random_ids(cfg) if scheme.weighted else None)
+        decoder = Decoder(cfg, watched, None, None, scheme.in_files, random_ids(cfg) if scheme.weighted else None)
     items: dict[str, Item] = {}
 
     def dense(name: str, tensor: Tensor | PackedWeight | None) -> None:

@@ -25,14 +25,17 @@ from octo_run.models.config import load_config, parse_config
 from octo_run.models.decoder import Decoder
 from octo_run.models.experts import LEAST_TOKENS, Experts
 from octo_run.models.families import FAMILIES
+from octo_run.models.plain_attention import attend_plain
 from octo_run.models.quantisation.schemes import SCHEMES
-from octo_run.models.weights import RandomWeights, expected_tensors, num_parameters, random_weights
+from octo_run.models.weights import RandomWeights, StoredWeights, expected_tensors, num_parameters, random_weights
 
 HERE = Path(__file__).parent
 files = SimpleNamespace(**runpy.run_path(str(HERE / "quantised_files.py")))
 models = SimpleNamespace(**runpy.run_path(str(HERE.parent / "engine" / "test_expert_families.py")))
 #: Sizes of whole groups.
 WIDE = {"intermediate_size": 128, "moe_intermediate_size": 128, "initializer_range": 0.05}
+#: Of whole groups of every scheme.
+EVEN = WIDE | {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "shared_expert_intermediate_size": 128}
 IDS = models.tokens(40)
 EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 
@@ -310,10 +313,30 @@ def test_quantised_folders_are_what_loading_makes(family: str, weights: str, tmp
     sizes = {"hidden_size": 192, "head_dim": 64, "shared_expert_intermediate_size": 64}
     models.save(family, tmp_path / "model", **WIDE | sizes)
     quantise(tmp_path / "model", tmp_path / "packed", weights, device="cpu")
-    assert torch.equal(logits(tmp_path / "packed"), logits(tmp_path / "model", weights=weights))
+    assert torch.equal(logits(tmp_path / "packed"), logits(tmp_path / "model", weights=SCHEMES[weights].in_files))
     names = load_file(tmp_path / "packed" / "model.safetensors").keys()
     listed = "block_sparse_moe.experts.1.w3" if family == "mixtral" else "mlp.experts.1.up_proj"
     assert any(name.endswith(f".{listed}.weight_packed") for name in names)
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "qwen2-moe", "olmoe"])
+@pytest.mark.parametrize("weights", SCHEMES)
+@torch.inference_mode()
+def test_transformers_computes_the_same_of_quantised_experts(family: str, weights: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="the package by which transformers reads these files")
+    from transformers import AutoModelForCausalLM
+
+    models.save(family, tmp_path / "model", **EVEN)
+    quantise(tmp_path / "model", tmp_path / "packed", weights, device="cpu")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
+    ids, cfg = torch.tensor([IDS]), load_config(tmp_path / "packed")
+    ours = Decoder(cfg, StoredWeights(tmp_path / "packed", cfg, "cpu", torch.float32), None, None)
+    hidden = ours.hidden(
+        ids, torch.arange(len(IDS))[None],
+        lambda layer, q, k, v: attend_plain(q, k, v, ours.specs[layer].attention),
+    )  # fmt: skip
+    assert models.relative(ours.logits(hidden), theirs(ids).logits) < 1e-4
 
 
 def test_stacked_experts_are_not_written(tmp_path: Path) -> None:

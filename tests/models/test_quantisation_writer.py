@@ -1,9 +1,12 @@
 """Folders of quantised weights, read by the format's description and by other programs, against what loading makes."""
 
 import json
+import re
+import runpy
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,10 @@ from octo_run.models.plain_attention import attend_plain
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.quantisation.schemes import SCHEMES
 from octo_run.models.weights import StoredWeights
+
+#: The dtype and the shape of a tensor.
+Place = tuple[torch.dtype, tuple[int, ...]]
+experts = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "engine" / "test_expert_families.py")))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -124,6 +131,71 @@ def test_transformers_computes_the_same(make_checkpoint: Callable[..., Path], tm
         )
         torch.testing.assert_close(theirs(ids).logits, ours.logits(hidden), rtol=0, atol=1e-3)
         assert theirs.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 43)
+
+
+def numbers(config: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The group of config.json that a matrix belongs to: by a pattern of its name, else as a linear layer."""
+    if any(re.match(entry[3:], name) if entry.startswith("re:") else entry == name for entry in config["ignore"]):
+        return None
+    groups = {target: group for group in config["config_groups"].values() for target in group["targets"]}
+    patterns = [target for target in groups if target.startswith("re:") and re.match(target[3:], name)]
+    found: dict[str, Any] = groups[patterns[0] if patterns else "Linear"]
+    return found
+
+
+def places(
+    form: str, weights: dict[str, Any], out: int, columns: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors of a matrix as vLLM 0.33 makes places for them."""
+    groups = columns // (weights["group_size"] or columns)
+    scale = (torch.float32, (out, groups))
+    if form == "float-quantized":
+        assert weights["type"] == "float" and weights["strategy"] == "channel" and weights["symmetric"]
+        return {"weight": (torch.float8_e4m3fn, (out, columns)), "weight_scale": scale}
+    bits = weights["num_bits"]
+    assert weights["type"] == "int" and not weights["dynamic"] and weights["actorder"] is None and 32 % bits == 0
+    assert weights["strategy"] == ("channel" if weights["group_size"] is None else "group")
+    found = {
+        "weight_packed": (torch.int32, (out, columns * bits // 32)), "weight_scale": scale,
+        "weight_shape": (torch.int64, (2,)),
+    }  # fmt: skip
+    if not weights["symmetric"]:
+        assert out % (32 // bits) == 0  # zeros of fused matrices lie one behind the other, in whole words
+        found["weight_zero_point"] = (torch.int32, (out * bits // 32, groups))
+    return found
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("family", ["qwen3-moe", "llama", "mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("weights", SCHEMES)
+def test_vllm_has_a_place_for_each_tensor(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, family: str, weights: str
+) -> None:
+    """By the rules of its reader of compressed-tensors, which are retold here."""
+    path, packed = tmp_path / "model", tmp_path / "packed"
+    if family == "llama":
+        make_checkpoint(hidden_size=256, intermediate_size=384, tie_word_embeddings=False)
+    else:
+        sizes = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 128}
+        experts.save(family, path, **sizes, moe_intermediate_size=128, shared_expert_intermediate_size=128)
+    quantise(path, packed, weights, device="cpu")
+    config, found = json.loads((packed / "config.json").read_text())["quantization_config"], tensors(packed)
+    wanted = dict[str, Place]()
+    for name, tensor in tensors(path).items():
+        module, part = name.rpartition(".")[::2]
+        group = numbers(config, module) if part == "weight" and tensor.ndim == 2 and "embed" not in name else None
+        if group is None:
+            wanted[name] = (tensor.dtype, tuple(tensor.shape))
+            continue
+        made = places(config["format"], group["weights"], *tensor.shape)
+        wanted |= {f"{module}.{each}": place for each, place in made.items()}
+        if ".experts." in module:  # not all versions read zeros; with fp8 weights none leaves inputs as they are
+            assert group["weights"]["symmetric"]
+            dynamic = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+            assert dynamic.items() <= group["input_activations"].items() if weights == "fp8" else True
+        else:
+            assert group["input_activations"] is None
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()} == wanted
 
 
 @pytest.mark.parametrize(("weights", "whole"), [("int4", True), ("int4-128", True), ("int8", False), ("fp8", False)])
