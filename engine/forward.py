@@ -291,9 +291,9 @@ class Forward:
             ops.norm_heads(qkv[:, :of_q], part.q_norm, eps)
             ops.norm_heads(qkv[:, of_q:of_k], part.k_norm, eps)
         mixed = mix(index, qkv)
-        if part.v_back is not None:
+        if part.v_rotation is not None:
             mixed, rotated = buffers["q"][:rows], mixed  # the queries are not needed any more
-            ops.rotate_back(rotated.flatten(1), part.v_back, mixed.view(rows, -1))
+            ops.rotate_back(rotated.flatten(1), part.v_rotation, mixed.view(rows, -1))
         if part.gate is not None:
             part.gate.apply(given, buffers["gate"][:rows])
             ops.gate(mixed.view(rows, -1), buffers["gate"][:rows])

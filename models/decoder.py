@@ -115,9 +115,7 @@ class AttentionWeights:
     k_norm: Tensor | None
     out: SingleLinear
     #: What values are rotated by on their way into the arena (rows times it), where the weights do not do it.
-    v_rotation: Tensor | None = None
-    #: The same rotation, where what attention gives is to be turned back: where the output's weights do not do it.
-    v_back: Tensor | None = None
+    v_rotation: Tensor | None
     #: What queries and keys are multiplied by after RoPE, ``[2, kv_heads, d, d]`` (see ``Decoder.store_keys``).
     maps: Tensor | None = None
     #: The mean of keys before RoPE that stays out of their code, float32 ``[kv_heads, d]``.
@@ -205,7 +203,7 @@ class Decoder:
     """The model on one device.
 
     Queries and keys are mapped after RoPE (``store_keys``); the values' rotation is folded into the value and output
-    projections, which is exact, each where it takes it (see ``Linear`` and ``Scheme.rotates_values``).
+    projections, which is exact, where these take it (see ``Linear`` and ``Scheme.takes_rotation``).
 
     Args:
         weights: Taken layer by layer, so that fused copies never double the memory; a dict by Hugging Face names is
@@ -254,7 +252,7 @@ class Decoder:
         self.ropes = list(dict.fromkeys(kinds))
         self.rope_of = [self.ropes.index(kind) for kind in kinds]
         self._frequencies = [rope.frequencies(*kind, self.device, self.context) for kind in self.ropes]
-        self._folds = not isinstance(quantise, Scheme) or quantise.rotates_values
+        self._folds = not isinstance(quantise, Scheme) or quantise.takes_rotation
         turned = {} if v_rotations is None else {d: one for d, one in v_rotations.items() if not _is_identity(one)}
         seen = None if quantise is None or text is None or self.device.type == "meta" else Text(self, text)
         self.layers: list[Layer] = []
@@ -404,15 +402,17 @@ class Decoder:
             q = q.reordered(parts_first(spec.heads, (spec.head_dim, spec.head_dim)))
             q, gate = q.part(0, size), joined(q.part(size, 2 * size))
         out = weights.linear(f"{prefix}self_attn.o_proj", cfg.o_bias)
-        online = back_online = None
+        unfolded = None
         if v_rotation is not None:
             rotation = v_rotation.to(torch.float32)
-            turned = v.with_rotated_outputs(rotation, spec.kv_heads) if self._folds and self._is_wide(v) else None
-            # A gate multiplies the heads as they are.
-            back = out.with_rotated_inputs(rotation, spec.heads) if self._is_wide(out) and not spec.gated else None
-            unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
-            v, online = (v, unfolded) if turned is None else (turned, None)
-            out, back_online = (out, unfolded) if back is None else (back, None)
+            turned = v.with_rotated_outputs(rotation, spec.kv_heads)
+            back = out.with_rotated_inputs(rotation, spec.heads)
+            # Matrices stored in fewer bits than the arithmetic has would lose some: they stay what they are.
+            wide = all(isinstance(part, Linear) and part.weight.dtype == self.dtype for part in (v, out))
+            if turned is not None and back is not None and wide and self._folds and not spec.gated:
+                v, out = turned, back
+            else:
+                unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
         order = spec_order(cfg, spec)
         norms: list[Tensor | None] = [None, None]
         for place, (name, heads) in enumerate((("q_norm", spec.heads), ("k_norm", spec.kv_heads))):
@@ -423,24 +423,20 @@ class Decoder:
                 norms[place] = weight
         if order is not None:
             q, k = q.reordered(head_order(order, spec.heads)), k.reordered(head_order(order, spec.kv_heads))
-        return AttentionWeights(joined(q, k, v), norms[0], norms[1], out, online, back_online, gate=gate)
-
-    def _is_wide(self, linear: SingleLinear) -> bool:
-        """Whether a matrix has as many bits as the arithmetic; one of fewer would lose some if it was rotated."""
-        return isinstance(linear, Linear) and linear.weight.dtype == self.dtype
+        return AttentionWeights(joined(q, k, v), norms[0], norms[1], out, unfolded, gate=gate)
 
     def _borrowing(self, weights: Weights, spec: LayerSpec, prefix: str, v_rotation: Tensor | None) -> AttentionWeights:
         """The attention of a layer that sees another one's keys and values, rotated as that one stores them."""
         q = weights.linear(f"{prefix}self_attn.q_proj", self.cfg.qkv_bias)
-        out, back_online = weights.linear(f"{prefix}self_attn.o_proj", self.cfg.o_bias), None
+        out, unfolded = weights.linear(f"{prefix}self_attn.o_proj", self.cfg.o_bias), None
         norm = self._norm_weight(weights.take(f"{prefix}self_attn.q_norm.weight")) if spec.qk_norm else None
         if v_rotation is not None:
-            back = out.with_rotated_inputs(v_rotation.to(torch.float32), spec.heads) if self._is_wide(out) else None
+            back = out.with_rotated_inputs(v_rotation.to(torch.float32), spec.heads) if self._folds else None
             if back is None:
-                back_online = v_rotation.to(self.device, self.dtype).T.contiguous()
+                unfolded = v_rotation.to(self.device, self.dtype).T.contiguous()
             out = out if back is None else back
         assert spec_order(self.cfg, spec) is None and spec.qk_norm != "all" and not spec.gated
-        return AttentionWeights(q, norm, norm, out, v_back=back_online)
+        return AttentionWeights(q, norm, norm, out, unfolded)
 
     def _projections(
         self, weights: Weights, spec: LayerSpec, prefix: str
@@ -568,7 +564,7 @@ class Decoder:
         Args:
             normed: What attention was given, ``[B, C, hidden]``.
         """
-        rotation, gate = layer.attention.v_back, layer.attention.gate
+        rotation, gate = layer.attention.v_rotation, layer.attention.gate
         mixed = (mixed if rotation is None else mixed @ rotation.T).flatten(2)
         return mixed if gate is None else mixed * gate(normed).sigmoid()
 

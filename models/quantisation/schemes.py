@@ -79,8 +79,8 @@ class Scheme:
         return replace(self, experts=half)
 
     @property
-    def rotates_values(self) -> bool:
-        """Whether the rotation of values goes into the value projection before it is quantised.
+    def takes_rotation(self) -> bool:
+        """Whether the rotation of values goes into the matrices before they are quantised.
 
         Not with 4 bits: a rotated value projection costs SmolLM2 several per cent more of perplexity. With 8 bits too
         little is lost to be seen, and no step needs to rotate.

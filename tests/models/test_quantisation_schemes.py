@@ -186,7 +186,7 @@ def test_the_plan_says_what_is_held(weights: str, head: str, tmp_path: Path, mon
     with Engine.load("octo-demo", device="cpu", weights=weights, head=head, max_context=256) as engine:
         decoder = engine.forward.decoder
         storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in held(decoder)}
-        # bf16 weights, and value projections of 4 bits, stay as they are: values are rotated on their way into the cache.
+        # Weights in bf16 and in 4 bits stay as they are: values are rotated on their way into the cache.
         rotations = sum(x.nbytes for layer in decoder.layers if (x := layer.attention.v_rotation) is not None)
         assert (rotations > 0) == (weights in ("bf16", "int4", "int4-128"))
         assert sum(storages.values()) + rotations == engine.plan.weights < engine.plan.loading
