@@ -33,7 +33,7 @@ struct Weight {
 
 // Column of the code at each byte: int8 [128], nibbles [2][64] (low halves, then high ones).
 struct Orders {
-    int bytes[128], halves[128];
+    uint8_t bytes[128], halves[128];
     Orders() {
         const int word4[8] = {0, 2, 4, 6, 1, 3, 5, 7}, word8[4] = {0, 2, 1, 3};
         int column[128];
@@ -135,22 +135,22 @@ template <int KIND> static inline Numbers numbers_of(const uint8_t *codes) {
 
 // One row of activations in the order of a weight's codes.
 struct Prepared {
-    int8_t *bytes;    // [blocks][parts][hi, lo][128]; or int16 [blocks][parts][2 halves][even, odd bytes of codes][32]
-    I16 *starts;      // [blocks][parts][hi, lo]: less the zero times the sums of the lanes; or one, then nothing
-    F16 *sums;        // [blocks][parts]: numbers summed over lanes
-    float *steps;     // [blocks]
+    int8_t *bytes;  // [blocks][parts][hi, lo][128]; or int16 [blocks][parts][2 halves][even, odd bytes of codes][32]
+    I16 *starts;    // [blocks][parts][hi, lo]: less the zero times the sums of the lanes; or one, then nothing
+    float *sums;    // [groups], then zeros up to a whole vector
+    float *steps;   // [blocks]
 };
 
 static size_t prepared_bytes(const Weight &w) {
-    size_t blocks = w.blocks(), parts = w.parts();
-    return blocks * parts * (256 + 2 * sizeof(I16) + sizeof(F16)) + (blocks * 4 + 63) / 64 * 64;
+    const size_t blocks = w.blocks(), parts = w.parts();
+    return blocks * parts * (256 + 2 * sizeof(I16)) + (w.groups() + 15) / 16 * 64 + (blocks * 4 + 63) / 64 * 64;
 }
 static Prepared place(const Weight &w, char *at) {
-    size_t blocks = w.blocks(), parts = w.parts();
+    const size_t blocks = w.blocks(), parts = w.parts();
     Prepared p;
     p.starts = (I16 *)at, at += blocks * parts * 2 * sizeof(I16);
-    p.sums = (F16 *)at, at += blocks * parts * sizeof(F16);
     p.bytes = (int8_t *)at, at += blocks * parts * 256;
+    p.sums = (float *)at, at += (w.groups() + 15) / 16 * 64;
     p.steps = (float *)at;
     return p;
 }
@@ -158,10 +158,13 @@ static Prepared place(const Weight &w, char *at) {
 // x in natural order, float32 [columns], of a block: its columns, padded by zeros.
 static void gather(const Weight &w, const void *x, int element_kind, int64_t block, float *into) {
     int64_t first = block * BLOCK, count = std::min<int64_t>(BLOCK, w.columns - first);
-    for (int64_t i = 0; i < count; i++) {
-        int64_t at = w.order ? w.order[first + i] : first + i;
-        into[i] = element(x, element_kind, at);
-    }
+    if (!w.order && element_kind == FLOAT32)
+        memcpy(into, (const float *)x + first, count * 4);
+    else
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = w.order ? w.order[first + i] : first + i;
+            into[i] = element(x, element_kind, at);
+        }
     for (int64_t i = count; i < BLOCK; i++) into[i] = 0;
 }
 
@@ -187,127 +190,215 @@ static float rounded(const float *values, int32_t *whole) {
     return step;
 }
 
-static void prepare(const Weight &w, const void *x, int element_kind, Prepared p) {
-    const int *order = w.nibbles() ? orders.halves : orders.bytes, parts = w.parts(), zero = zero_of(w.kind);
+// A block's bytes in another order: to[i] = from[order[i]].
+static inline void reorder(const int8_t *from, const uint8_t *order, int8_t *to) {
+#if defined(__AVX512VBMI__)
+    const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 64);
+    for (int i = 0; i < BLOCK; i += 64)
+        _mm512_storeu_si512(to + i, _mm512_permutex2var_epi8(first, _mm512_loadu_si512(order + i), second));
+#else
+    for (int i = 0; i < BLOCK; i++) to[i] = from[order[i]];
+#endif
+}
+
+// The numbers of a block as bytes, high and low ones, of the codes of one part.
+template <int ZERO>
+static void prepare_bytes(const int32_t *numbers, const uint8_t *order, int parts, int part, int8_t *into, I16 *starts) {
+    alignas(64) int8_t high[BLOCK], low[BLOCK];
+    for (int i = 0; i < BLOCK; i += 16) {
+        alignas(64) int32_t of_high[16], of_low[16];
+        const bool there = parts == 1 || i / 16 % 2 == part;
+        const I16 n = there ? load<I16>(numbers + i) : I16{};
+        const F16 rounds = floats(n) * (1.0f / 254) + 12582912.0f;
+        const I16 hi = integers(rounds - 12582912.0f);
+        store(of_high, hi), store(of_low, n - hi * 254);
+        for (int j = 0; j < 16; j++) high[i + j] = (int8_t)of_high[j], low[i + j] = (int8_t)of_low[j];
+    }
+    reorder(high, order, into), reorder(low, order, into + BLOCK);
+    for (int half = 0; half < 2; half++) {
+        I16 sums = {};
+        dots(sums, B64{} + uint8_t(1), B64{} + uint8_t(1), into + half * BLOCK);
+        store(starts + half, sums * -ZERO);
+    }
+}
+
+template <int KIND> static void prepare_as(const Weight &w, const void *x, int element_kind, Prepared p) {
+    constexpr int zero = zero_of(KIND);
+    const uint8_t *order = w.nibbles() ? orders.halves : orders.bytes;
+    const int parts = w.parts();
+    const int64_t group = std::min<int64_t>(w.group, BLOCK), groups = w.groups();
+    memset(p.sums, 0, (groups + 15) / 16 * 64);
     for (int64_t b = 0; b < w.blocks(); b++) {
         alignas(64) float values[BLOCK];
         alignas(64) int32_t numbers[BLOCK];
         gather(w, x, element_kind, b, values);
         p.steps[b] = rounded(values, numbers);
+        for (int64_t first = 0; w.offsets && first < BLOCK; first += group) {
+            int32_t sum = 0;
+            for (int64_t i = first; i < first + group; i++) sum += numbers[i];
+            p.sums[(b * BLOCK + first) / w.group] += p.steps[b] * (float)sum;
+        }
         for (int part = 0; part < parts; part++) {
             const int64_t at = b * parts + part;
-            auto number = [&](int i) {  // of the codes' byte i
-                return parts == 1 || order[i] / 16 % 2 == part ? numbers[order[i]] : 0;
-            };
-            int32_t sums[2][16] = {};
-            if (of_bytes(w.kind)) {
-                int8_t *into = p.bytes + at * 256;
-                for (int i = 0; i < BLOCK; i++) {
-                    const int n = number(i), hi = (int)std::nearbyint(n * (1.0f / 254)), lo = n - 254 * hi;
-                    into[i] = hi, into[BLOCK + i] = lo;
-                    sums[0][i % 64 / 4] += hi, sums[1][i % 64 / 4] += lo;
-                }
+            if constexpr (of_bytes(KIND)) {
+                prepare_bytes<zero>(numbers, order, parts, part, p.bytes + at * 256, p.starts + 2 * at);
             } else {
                 int16_t *into = (int16_t *)(p.bytes + at * 256);
+                int32_t sums[16] = {};
                 for (int i = 0; i < BLOCK; i++) {
-                    const int16_t n = number(i);
+                    const int16_t n = parts == 1 || order[i] / 16 % 2 == part ? numbers[order[i]] : 0;
                     into[i / 64 * 64 + i % 2 * 32 + i % 64 / 2] = n;
-                    sums[0][i % 64 / 4] += n;
+                    sums[i % 64 / 4] += n;
                 }
+                store(p.starts + 2 * at, load<I16>(sums) * -zero), store(p.starts + 2 * at + 1, I16{});
             }
-            const I16 first = load<I16>(sums[0]), second = load<I16>(sums[1]);
-            store(p.starts + 2 * at, first * -zero), store(p.starts + 2 * at + 1, second * -zero);
-            store(p.sums + at, floats(of_bytes(w.kind) ? first * 254 + second : first));
         }
     }
 }
+static void prepare(const Weight &w, const void *x, int element_kind, Prepared p) {
+    (w.kind == INT8 ? prepare_as<INT8> : w.kind == INT4 ? prepare_as<INT4> : prepare_as<FP4>)(w, x, element_kind, p);
+}
 
-// Scales (or offsets) of a block's lanes for a part.
-static inline F16 of_lanes(const Weight &w, const uint16_t *found, int64_t row, int64_t block, int part) {
-    if (w.group >= BLOCK) return splat(of_half(found[row * w.groups() + block * BLOCK / w.group]));
-    const uint16_t *first = found + row * w.groups() + block * (BLOCK / w.group);
-    const int parts_of = BLOCK / w.group;  // 2, 4 or 8 numbers; lane i has columns 16 (i % 8) or 32 (i % 4) and on
-    const I16 lane = lane_numbers();
-    const I16 column = w.nibbles() ? (lane & 3) * 32 + 16 * part : (lane & 7) * 16;
-    const int shift = parts_of == 2 ? 6 : parts_of == 4 ? 5 : 4;
+// 16 numbers of 16 bits.
+static inline F16 of_halves(const uint16_t *from) {
 #if defined(__AVX512BW__)
-    __mmask16 there = (1u << parts_of) - 1;
-    __m512 wide = _mm512_cvtph_ps(_mm256_castsi128_si256(_mm_maskz_loadu_epi16(there, first)));
-    return (F16)_mm512_permutexvar_ps((__m512i)(column >> shift), wide);
+    return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 #elif REGISTER == 32 && defined(__F16C__)
-    const __m128i halves = parts_of == 2   ? _mm_cvtsi32_si128(load<int32_t>(first))
-                           : parts_of == 4 ? _mm_loadl_epi64((const __m128i *)first)
-                                           : _mm_loadu_si128((const __m128i *)first);
-    const __m256i at = (__m256i)(column >> shift).low.lanes;  // the upper lanes have the same columns
-    const Lanes<float> half = (Lanes<float>)_mm256_permutevar8x32_ps(_mm256_cvtph_ps(halves), at);
-    return {half, half};
+    return {(Lanes<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)),
+            (Lanes<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 8)))};
 #else
-    float few[8], found_lane[16];
-    for (int i = 0; i < parts_of; i++) few[i] = of_half(first[i]);
-    int32_t at[16];
-    store(at, column >> shift);
-    for (int i = 0; i < 16; i++) found_lane[i] = few[at[i]];
-    return load<F16>(found_lane);
+    float found[16];
+    for (int i = 0; i < 16; i++) found[i] = of_half(from[i]);
+    return load<F16>(found);
 #endif
 }
 
-// A row's products with TOKENS rows of activations. Rows follow each other in memory, which is fetched in advance.
-template <int KIND, int PARTS, int TOKENS>
-static void row_by_tokens(const Weight &w, int64_t row, const Prepared *xs, const float *bias, void *out, int kind,
-                          int64_t out_stride, int64_t token) {
+// Scales of rows, and their products with the offsets: float32 [rows][groups], or null.
+struct Scales {
+    float *scales, *shifts;
+};
+static Scales scales_of(const Weight &w, int64_t row, int64_t rows) {
+    if (!w.scales && !w.offsets) return {};
+    const int64_t count = rows * w.groups(), room = (count + 31) / 16 * 16;  // what is loaded goes beyond the last one
+    float *at = (float *)scratch(2, 2 * room * 4);
+    const Scales found{at, w.offsets ? at + room : nullptr};
+    const float unit = w.kind == FP4 ? 0.5f : 1.0f;
+    const auto some = [&](const uint16_t *part, int64_t i) {
+        if (i + 16 <= count) return of_halves(part + row * w.groups() + i);
+        uint16_t last[16] = {};
+        memcpy(last, part + row * w.groups() + i, (count - i) * 2);
+        return of_halves(last);
+    };
+    for (int64_t i = 0; i < count; i += 16) {
+        const F16 scale = w.scales ? some(w.scales, i) * unit : splat(unit);
+        store(found.scales + i, scale);
+        if (w.offsets) store(found.shifts + i, scale * some(w.offsets, i));
+    }
+    return found;
+}
+
+// Of a block's scales those of its lanes, whose places `index` tells.
+static inline F16 of_lanes(const float *first, const I16 &index) {
+#if REGISTER == 64
+    return (F16)_mm512_permutexvar_ps((__m512i)index, (__m512)load<F16>(first));
+#elif REGISTER == 32
+    const Lanes<float> half = (Lanes<float>)_mm256_permutevar8x32_ps(_mm256_loadu_ps(first), (__m256i)index.low.lanes);
+    return {half, half};  // the upper lanes have the same columns
+#else
+    float found[16];
+    int32_t at[16];
+    store(at, index);
+    for (int i = 0; i < 16; i++) found[i] = first[at[i]];
+    return load<F16>(found);
+#endif
+}
+
+// Products of ROWS rows, whose scales are given, with TOKENS rows of activations. Rows follow each other in memory,
+// which is fetched in advance.
+template <int KIND, int PARTS, int TOKENS, int ROWS>
+static void rows_by_tokens(const Weight &w, int64_t row, Scales given, const Prepared *xs, const float *bias, void *out,
+                           int kind, int64_t out_stride, int64_t token) {
     constexpr bool is_signed = KIND == INT8;
     constexpr int64_t bytes = KIND == INT8 ? 128 : 64;
-    const F16 unit = splat(KIND == FP4 ? 0.5f : 1.0f);
-    const uint8_t *codes = w.codes + row * w.row_bytes();
-    const int64_t blocks = w.blocks();
-    F16 sums[TOKENS] = {};
+    const int64_t blocks = w.blocks(), groups = w.groups(), width = blocks * bytes;
+    const int64_t each = w.group > BLOCK ? 0 : BLOCK / w.group;  // scales of a block
+    const int shift = w.group >= BLOCK ? 7 : w.group == 64 ? 6 : w.group == 32 ? 5 : 4;
+    const uint8_t *codes = w.codes + row * width;
+    const I16 lane = lane_numbers();
+    F16 sums[ROWS][TOKENS] = {};
+    for (int64_t g = 0; given.shifts && g < groups; g += 16)
+        for (int r = 0; r < ROWS; r++) {
+            F16 shifts = load<F16>(given.shifts + r * groups + g);
+            if (g + 16 > groups) shifts = pick(lane < (int32_t)(groups - g), shifts, F16{});
+            for (int t = 0; t < TOKENS; t++) sums[r][t] -= shifts * load<F16>(xs[t].sums + g);
+        }
+    I16 index[PARTS];
+    for (int part = 0; part < PARTS; part++)
+        index[part] = (KIND == INT8 ? (lane & 7) * 16 : (lane & 3) * 32 + 16 * part) >> shift;
     for (int64_t b = 0; b < blocks; b++, codes += bytes) {
-        __builtin_prefetch(codes + AHEAD);
-        if (KIND == INT8) __builtin_prefetch(codes + AHEAD + 64);
-        Numbers numbers = numbers_of<KIND>(codes);
-        I16 words[4];
-        if constexpr (!of_bytes(KIND))
-            words[0] = even_bytes(numbers.low, is_signed), words[1] = odd_bytes(numbers.low, is_signed),
-            words[2] = even_bytes(numbers.high, is_signed), words[3] = odd_bytes(numbers.high, is_signed);
-        else if (is_signed)
-            numbers.low ^= 128, numbers.high ^= 128;
+        Numbers numbers[ROWS];
+        I16 words[ROWS][4];
+        for (int r = 0; r < ROWS; r++) {
+            __builtin_prefetch(codes + r * width + AHEAD);
+            if (KIND == INT8) __builtin_prefetch(codes + r * width + AHEAD + 64);
+            Numbers &n = numbers[r] = numbers_of<KIND>(codes + r * width);
+            if constexpr (!of_bytes(KIND))
+                words[r][0] = even_bytes(n.low, is_signed), words[r][1] = odd_bytes(n.low, is_signed),
+                words[r][2] = even_bytes(n.high, is_signed), words[r][3] = odd_bytes(n.high, is_signed);
+            else if (is_signed)
+                n.low ^= 128, n.high ^= 128;
+        }
         for (int part = 0; part < PARTS; part++) {
-            F16 scale = unit, shift = {};
-            if (w.scales) scale *= of_lanes(w, w.scales, row, b, part);
-            if (w.offsets) shift = of_lanes(w, w.offsets, row, b, part);
+            F16 scales[ROWS];
+            for (int r = 0; r < ROWS; r++)
+                scales[r] = given.scales ? of_lanes(given.scales + r * groups + b * each, index[part])
+                                         : splat(KIND == FP4 ? 0.5f : 1.0f);
             for (int t = 0; t < TOKENS; t++) {
                 const int64_t at = b * PARTS + part;
                 const int8_t *x = xs[t].bytes + at * 256;
-                F16 found;
-                if constexpr (of_bytes(KIND)) {
-                    I16 hi = xs[t].starts[2 * at], lo = xs[t].starts[2 * at + 1];
-                    dots(hi, numbers.low, numbers.high, x), dots(lo, numbers.low, numbers.high, x + 128);
-                    found = floats(hi) * 254.0f + floats(lo);
-                } else {
-                    I16 sum = xs[t].starts[2 * at];
-                    sum = pairs(pairs(sum, load<I16>(x), words[0]), load<I16>(x + 64), words[1]);
-                    sum = pairs(pairs(sum, load<I16>(x + 128), words[2]), load<I16>(x + 192), words[3]);
-                    found = floats(sum);
+                for (int r = 0; r < ROWS; r++) {
+                    F16 found;
+                    if constexpr (of_bytes(KIND)) {
+                        I16 hi = xs[t].starts[2 * at], lo = xs[t].starts[2 * at + 1];
+                        dots(hi, numbers[r].low, numbers[r].high, x), dots(lo, numbers[r].low, numbers[r].high, x + 128);
+                        found = floats(hi) * 254.0f + floats(lo);
+                    } else {
+                        I16 sum = xs[t].starts[2 * at];
+                        sum = pairs(pairs(sum, load<I16>(x), words[r][0]), load<I16>(x + 64), words[r][1]);
+                        sum = pairs(pairs(sum, load<I16>(x + 128), words[r][2]), load<I16>(x + 192), words[r][3]);
+                        found = floats(sum);
+                    }
+                    sums[r][t] += found * (scales[r] * xs[t].steps[b]);
                 }
-                if (w.offsets) found -= shift * xs[t].sums[at];
-                sums[t] += found * (scale * xs[t].steps[b]);
             }
         }
     }
-    for (int t = 0; t < TOKENS; t++) {
-        float y = total(sums[t]) * w.rows[row];
-        put(out, kind, (token + t) * out_stride + row, bias ? y + bias[row] : y);
-    }
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++) {
+            float y = total(sums[r][t]) * w.rows[row + r];
+            put(out, kind, (token + t) * out_stride + row + r, bias ? y + bias[row + r] : y);
+        }
 }
 
+constexpr int AT_A_TIME = REGISTER == 64 ? 4 : 1;  // rows with one of activations: what registers hold
 template <int KIND, int PARTS>
 static void some_rows(const Weight &w, int64_t row, int64_t last, const Prepared *xs, int64_t tokens, const float *bias,
                       void *out, int kind, int64_t stride) {
+    const Scales all = scales_of(w, row, last - row);
+    const auto from = [&](int64_t r) {
+        const int64_t at = (r - row) * w.groups();
+        return Scales{all.scales ? all.scales + at : nullptr, all.shifts ? all.shifts + at : nullptr};
+    };
     int64_t t = 0;  // four rows of activations stay in the first-level cache while the rows of the weight pass
     for (; t + 4 <= tokens; t += 4)
-        for (int64_t r = row; r < last; r++) row_by_tokens<KIND, PARTS, 4>(w, r, xs + t, bias, out, kind, stride, t);
-    for (; t < tokens; t++)
-        for (int64_t r = row; r < last; r++) row_by_tokens<KIND, PARTS, 1>(w, r, xs + t, bias, out, kind, stride, t);
+        for (int64_t r = row; r < last; r++)
+            rows_by_tokens<KIND, PARTS, 4, 1>(w, r, from(r), xs + t, bias, out, kind, stride, t);
+    for (; t < tokens; t++) {
+        int64_t r = row;
+        for (; r + AT_A_TIME <= last; r += AT_A_TIME)
+            rows_by_tokens<KIND, PARTS, 1, AT_A_TIME>(w, r, from(r), xs + t, bias, out, kind, stride, t);
+        for (; r < last; r++) rows_by_tokens<KIND, PARTS, 1, 1>(w, r, from(r), xs + t, bias, out, kind, stride, t);
+    }
 }
 
 #if REGISTER != 16
@@ -389,7 +480,7 @@ template <int KIND> static void fill(const Weight &w, int64_t row, int64_t count
     constexpr int zero = KIND == INT4 ? 8 : KIND == FP4 ? 12 : 0;
     constexpr int64_t bytes = KIND == INT8 ? 128 : 64;
     constexpr bool is_signed = KIND == INT8;
-    const int *order = is_signed ? orders.bytes : orders.halves;
+    const uint8_t *order = is_signed ? orders.bytes : orders.halves;
     const int64_t groups = panel_groups(w);
     int64_t pair[64];  // of columns, by its place among the even and odd bytes of low and high numbers
     for (int i = 0; i < 64; i++) pair[i] = order[i / 32 * 64 + i % 16 * 4 + i / 16 % 2] / 2;
