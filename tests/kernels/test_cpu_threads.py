@@ -38,7 +38,7 @@ for start in starts:
     ends.append(links[-1].clone())
 for threads in (2, 3, 4):
     torch.set_num_threads(threads)
-    for number in range(100):  # what is left of one run is wrong in the next one
+    for number in range(400):  # what is left of one run is wrong in the next one
         links[0].copy_(starts[number % 2])
         replays.run("chain", chain)
         if not torch.equal(links[-1], ends[number % 2]):
