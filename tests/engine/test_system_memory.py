@@ -1,6 +1,9 @@
 """Memory that a container or ``ulimit`` leaves, on made-up trees of ``/proc`` and ``/sys``."""
 
+import ctypes
+import mmap
 import resource
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -110,3 +113,28 @@ def test_peaks_are_forgotten() -> None:
     del block
     system_memory.forget_peak()
     assert system_memory.resident() - 5 * MB < system_memory.resident_peak() < high - 40 * MB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise and pagemap are Linux's")
+@pytest.mark.parametrize("changed", [False, True])
+def test_code_is_given_back_unless_it_was_changed(tmp_path: Path, changed: bool) -> None:
+    """A debugger's breakpoint in a library is in this process's own page: it must stay."""
+    size, file = 32 << 20, tmp_path / "library"
+    file.write_bytes(b"c" * size)
+    everything = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    with file.open("rb") as opened:
+        try:
+            code = mmap.mmap(opened.fileno(), size, flags=mmap.MAP_PRIVATE, prot=everything)
+        except PermissionError:
+            pytest.skip("nothing is run from this folder")
+    first = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    if changed:
+        code[5000] = ord("x")
+    ctypes.CDLL(None).mprotect(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.PROT_READ | mmap.PROT_EXEC)
+    assert code[:: mmap.PAGESIZE].count(b"c") == size // mmap.PAGESIZE  # all of it is in memory now
+    system_memory.give_back()
+    before = system_memory.resident()
+    assert code[5000:5001] == (b"x" if changed else b"c")
+    assert code[:: mmap.PAGESIZE].count(b"c") == size // mmap.PAGESIZE
+    came_back = system_memory.resident() - before
+    assert came_back < MB if changed else came_back > size - 2 * MB

@@ -1,54 +1,88 @@
 // Threads that wait for work. The caller works too.
+//
+// A step has some hundred rounds of work, microseconds long. So whoever waits watches for a while before it sleeps, and
+// what is counted is counted without a lock. Each thread begins with a share of its own, which lies together in memory,
+// and then takes from the others' what is left.
 #include "common.h"
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
-#include <new>
+#include <pthread.h>
 #include <thread>
-#include <unistd.h>
-#include <vector>
 #ifdef AMX
 #include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
-struct Pool {
-    std::mutex lock, one_call;
-    std::condition_variable wake, done;
-    const std::function<void(int64_t)> *work = nullptr;
-    std::atomic<int64_t> next{0};
-    int64_t count = 0;
-    int wanted = 0, busy = 0;
-    uint64_t round = 0;
-    std::atomic<uint64_t> seen_round{0};
-    int started = 0;
+constexpr int MOST = 256;     // threads
+constexpr int WATCHED = 2000;  // times that something is looked at before its watcher sleeps
 
-    void run() {
-        for (int64_t i; (i = next.fetch_add(1)) < count;) (*work)(i);
+template <class Holds> bool watch(const Holds &holds) {
+    for (int i = 0; i < WATCHED; i++) {
+        if (holds()) return true;
+#if defined(__x86_64__)
+        _mm_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+    return holds();
+}
+
+struct Pool {
+    std::mutex one_call, lock;  // the second one only for those who sleep
+    std::condition_variable wake, done;
+    // The number of the round, whether threads may still join it, and how many of them are in it. What a round is about
+    // is written before it opens, and again when it is closed and nobody is in it.
+    static constexpr uint64_t OPEN = 1 << 15, JOINED = OPEN - 1, ROUND = 1 << 16;
+    alignas(64) std::atomic<uint64_t> state{0};
+    std::atomic<int> asleep{0};
+    std::atomic<bool> caller_sleeps{false};
+    const std::function<void(int64_t)> *work = nullptr;
+    int shares = 0, started = 0;
+    struct alignas(64) Share {
+        std::atomic<int64_t> next;
+        int64_t end;
+    } share[MOST];
+
+    void run(int own) {
+        for (int i = 0; i < shares; i++) {
+            Share &from = share[(own + i) % shares];
+            while (from.next.load(std::memory_order_relaxed) < from.end) {
+                const int64_t n = from.next.fetch_add(1, std::memory_order_relaxed);
+                if (n < from.end) (*work)(n);
+            }
+        }
     }
     void serve(int number) {
         uint64_t last = 0;
+        const auto more = [&] { return state.load() / ROUND != last; };
         for (;;) {
-            for (int spin = 0; spin < 2000 && seen_round.load(std::memory_order_acquire) == last; spin++) {
-#if defined(__x86_64__)
-                _mm_pause();
-#endif
+            if (!watch(more)) {
+                std::unique_lock<std::mutex> held(lock);
+                asleep++;
+                wake.wait(held, more);
+                asleep--;
             }
-            std::unique_lock<std::mutex> held(lock);
-            wake.wait(held, [&] { return round != last; });
-            last = round;
-            if (number >= wanted) continue;
-            held.unlock();
-            run();
-            held.lock();
-            if (--busy == 0) done.notify_one();
+            uint64_t now = state.load();
+            last = now / ROUND;
+            bool joined = false;
+            while (now / ROUND == last && now & OPEN && !(joined = state.compare_exchange_weak(now, now + 1))) {}
+            if (!joined) continue;
+            if (number < shares) run(number);
+            if ((state.fetch_sub(1) & JOINED) == 1 && caller_sleeps) {
+                std::lock_guard<std::mutex> held(lock);
+                done.notify_one();
+            }
         }
     }
     void call(int64_t jobs, int threads, const std::function<void(int64_t)> &what) {
-        std::unique_lock<std::mutex> held(lock);
+        std::lock_guard<std::mutex> one(one_call);
         while (started < threads - 1) {
-            int number = started;
+            const int number = started + 1;
             try {
                 std::thread([this, number] { serve(number); }).detach();
             } catch (const std::exception &) {
@@ -57,20 +91,29 @@ struct Pool {
             started++;
         }
         work = &what;
-        count = jobs;
-        next = 0;
-        wanted = busy = std::min(started, threads - 1);
-        seen_round = ++round;
-        held.unlock();
-        wake.notify_all();
-        run();
-        held.lock();
-        done.wait(held, [&] { return busy == 0; });
+        shares = std::min(started + 1, threads);
+        for (int i = 0; i < shares; i++) {
+            share[i].next.store(jobs * i / shares, std::memory_order_relaxed);
+            share[i].end = jobs * (i + 1) / shares;
+        }
+        state = (state / ROUND + 1) * ROUND + OPEN;
+        if (asleep) {
+            std::lock_guard<std::mutex> held(lock);
+            wake.notify_all();
+        }
+        run(0);
+        state -= OPEN;  // who comes now has nothing to do here
+        const auto left = [&] { return !(state & JOINED); };
+        if (watch(left)) return;
+        std::unique_lock<std::mutex> held(lock);
+        caller_sleeps = true;
+        done.wait(held, left);
+        caller_sleeps = false;
     }
 };
-Pool *pool = nullptr;
-pid_t owner = 0;
-std::mutex making;
+std::atomic<Pool *> pool{nullptr};
+// A forked child has no threads of its parent's: it makes its own.
+const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = nullptr; });
 
 struct Kept {
     char *at[8] = {};
@@ -87,15 +130,15 @@ void parallel(int64_t count, int threads, const std::function<void(int64_t)> &wo
         for (int64_t i = 0; i < count; i++) work(i);
         return;
     }
-    {
-        std::lock_guard<std::mutex> held(making);
-        if (owner != getpid()) {  // a forked child has no threads of its parent's
-            pool = new Pool;
-            owner = getpid();
-        }
+    Pool *found = pool;
+    if (!found) {
+        Pool *made = new Pool;
+        if (pool.compare_exchange_strong(found, made))
+            found = made;
+        else
+            delete made;
     }
-    std::lock_guard<std::mutex> one(pool->one_call);
-    pool->call(count, threads, work);
+    found->call(count, std::min(threads, MOST), work);
 }
 
 char *scratch(int slot, size_t bytes) {
