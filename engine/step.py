@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octo_run.engine.arena import KVArena
+from octo_run.engine.arena import PAGE, KVArena
 from octo_run.engine.forward import Forward
 from octo_run.engine.grammar import Grammar, Guide
 from octo_run.engine.sampling import BatchSampler, Sampling, SamplingParams
@@ -33,12 +33,15 @@ def batch_buckets(sequences: int) -> list[int]:
     return sorted({1 << i for i in range(sequences.bit_length())} | {sequences})
 
 
-def length_bound(length: int, context: int) -> int:
+def length_bound(length: int, context: int, unpaged: int = 0) -> int:
     """The bound on lengths that decode attention is launched with: a power of two from 1,024 on, at most ``context``.
 
     The division of the work follows from it alone, so that one recorded step serves all lengths up to it.
+
+    Args:
+        unpaged: The longest length at which there is no page yet, a bound too: attention is a simpler kernel there.
     """
-    return min(context, max(1024, 1 << (length - 1).bit_length()))
+    return min(context, unpaged if length <= unpaged else max(1024, 1 << (length - 1).bit_length()))
 
 
 class StepState:
@@ -221,7 +224,8 @@ class Stepper:
             if self.arena.states is not None:
                 self.arena.states.passing(sequence.row, len(sequence))
         bucket = self._arrange(sequences)
-        bound = length_bound(max(map(len, sequences)) + 1, self.arena.shape.context)
+        shape = self.arena.shape
+        bound = length_bound(max(map(len, sequences)) + 1, shape.context, shape.sink + PAGE)
         # Until the device and the host agree again, nothing may rely on either.
         current, self._set = self._set, None
         for sequence in sequences:

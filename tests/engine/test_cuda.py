@@ -78,6 +78,20 @@ def test_reading_is_decoding(kv: str, options: dict[str, bool]) -> None:
         assert float((logits - want).norm() / want.norm()) < (1e-4 if kv == "bf16" else 5e-3)
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 0.05), ("bfloat16", 0.5)])
+def test_steps_agree_with_reading_where_pages_begin(dtype: str, most: float) -> None:
+    """Log-probabilities of an answer that begins before there are pages, which another graph writes, and ends behind
+    the first ones."""
+    engine = load("oct4", dtype=dtype, max_context=2048)
+    ids = prompt(engine)[:90]
+    engine.end_ids = frozenset()
+    tokens = list(engine.generate(ids, SamplingParams(temperature=0, max_tokens=160)))
+    chosen = torch.tensor([token.id for token in tokens])
+    logits = engine.logits([*ids, *chosen.tolist()], 1)[len(ids) - 1 : -1].float().cpu()
+    want = logits.log_softmax(-1)[torch.arange(len(chosen)), chosen]
+    assert float((torch.tensor([token.logprob for token in tokens]) - want).abs().max()) < most
+
+
 def test_comparing_formats_waits_for_the_device_only_to_take_what_is_done() -> None:
     """No copy and no look at a value waits while windows are read and compared."""
     ids = (prompt(load("bf16", max_context=256)) * 8)[:2000]

@@ -53,6 +53,8 @@ def test_buckets() -> None:
     assert batch_buckets(64) == [1, 2, 4, 8, 16, 32, 64]
     assert [length_bound(n, 5000) for n in (1, 1024, 1025, 2048, 4097, 5000)] == [1024, 1024, 2048, 2048, 5000, 5000]
     assert length_bound(7, 500) == 500
+    assert [length_bound(n, 5000, 128) for n in (1, 128, 129, 1025)] == [128, 128, 1024, 2048]
+    assert length_bound(7, 64, 128) == 64
 
 
 @pytest.mark.few(1)
