@@ -181,7 +181,9 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="a file to append to")
     given = parser.parse_args()
     given.shown = [Path(part).name if Path(part).exists() else part for part in sys.argv[1:]]
-    given.shown = ["=".join(Path(word).name for word in part.split("=")) if "=" in part else part for part in given.shown]
+    given.shown = [
+        "=".join(Path(word).name for word in part.split("=")) if "=" in part else part for part in given.shown
+    ]
     depths = [int(depth) for depth in given.depth.split(",")]
     tests = [("pp", 512, 0), *(("tg", given.tokens, depth) for depth in depths)]
     with tempfile.TemporaryDirectory() as folder:

@@ -136,7 +136,6 @@ def test_a_vocab_and_merges_prompt_begins_as_in_transformers(
 @pytest.mark.parametrize("field", [True, False, None])
 def test_whatever_feeds_plain_text_begins_it_so(make_checkpoint: Callable[..., Path], field: bool | None) -> None:
     """`generate --raw`, `eval ppl`, `eval needle`, `eval tasks` and the capture of keys."""
-    from types import SimpleNamespace
 
     from octo_run.cli.generate_batch import Prompts
     from octo_run.engine.evaluation import needle, perplexity, tasks
@@ -152,10 +151,9 @@ def test_whatever_feeds_plain_text_begins_it_so(make_checkpoint: Callable[..., P
     begin = [1] if field else []
     text = "The dog sleeps in the garden."
     ids = tok.encode(text)
-    engine: Any = SimpleNamespace(tokenizer=tok)
-    assert Prompts(False, None, None, {}, None).ids(engine, text) == begin + ids
-    assert Prompts(False, None, True, {}, None).ids(engine, text) == [1, *ids]
-    assert Prompts(False, None, False, {}, None).ids(engine, text) == ids
+    assert Prompts(False, None, None, {}, None).ids(tok, text) == begin + ids
+    assert Prompts(False, None, True, {}, None).ids(tok, text) == [1, *ids]
+    assert Prompts(False, None, False, {}, None).ids(tok, text) == ids
     assert tasks.prompt_ids(tok, text, as_chat=False) == begin + ids
     asked = needle._prompt(tok, text, "key", "continue")
     assert asked[: len(begin) + 2] == begin + ids[:2] and (1 in asked) is bool(begin)
