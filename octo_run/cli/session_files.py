@@ -60,6 +60,20 @@ def names() -> list[str]:
     return sorted(filter(_is_name, found))
 
 
+def find(name: str) -> Path:
+    """The file of the conversation ``name``.
+
+    Raises:
+        UsageError: There is none.
+    """
+    path = session_path(name)
+    if not os.path.lexists(path):
+        near = nearest(name, names())
+        hint = f"did you mean {near}?" if near else "`octo-run sessions list` lists them."
+        raise UsageError(f"there is no session {quoted(name)}; {hint}")
+    return path
+
+
 def read(name: str) -> "SavedSession":
     """The header of the conversation ``name``.
 
@@ -69,11 +83,7 @@ def read(name: str) -> "SavedSession":
     """
     from octo_run.engine.saved_session import SavedSession
 
-    path = session_path(name)
-    if not os.path.lexists(path):
-        near = nearest(name, names())
-        hint = f"did you mean {near}?" if near else "`octo-run sessions list` lists them."
-        raise UsageError(f"there is no session {quoted(name)}; {hint}")
+    path = find(name)
     try:
         return SavedSession.read(path)
     except OctoError as error:
@@ -155,9 +165,7 @@ def remove(name: str) -> int:
         UsageError: There is none.
         OctoError: It is in use, or cannot be deleted.
     """
-    path = session_path(name)
-    if not os.path.lexists(path):
-        raise UsageError(f"there is no session {quoted(name)}; `octo-run sessions list` lists them.")
+    path = find(name)
     with in_use(name):
         try:
             size = sum(part.lstat().st_size for part in parts(name) if os.path.lexists(part))

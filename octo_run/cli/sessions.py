@@ -96,8 +96,9 @@ def remove(names: tuple[str, ...], yes: bool) -> None:
 
     It asks first; if the answer is no, nothing is removed and the exit code is 0.
     """
+    names = tuple(dict.fromkeys(names))
     for name in names:
-        session_files.session_path(name)
+        session_files.find(name)  # what is not there is not asked about, and no others are deleted beside it
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and standard input is no terminal: give --yes.")

@@ -143,3 +143,17 @@ def test_quiet_says_only_what_was_asked_for(octo: Callable[..., Any], terminal: 
     terminal([*lines, "/tokens"])
     shown = octo(*ARGV, "-q")
     assert shown.code == 0 and shown.err == "" and shown.out.startswith("0 questions: ") and shown.out.count("\n") == 1
+
+
+def test_what_is_not_there_is_not_asked_about_and_then_nothing_is_deleted(
+    octo: Callable[..., Any], folder: Path
+) -> None:
+    folder.mkdir(parents=True)
+    for name in ("one", "trip"):
+        (folder / f"{name}.safetensors").write_bytes(b"")
+    for argv in (("one", "tripp"), ("one", "tripp", "--yes")):
+        shown = octo("sessions", "rm", *argv)
+        assert shown.code == 2 and "there is no session 'tripp'; did you mean trip?" in shown.err, shown
+    assert sorted(path.name for path in folder.iterdir()) == ["one.safetensors", "trip.safetensors"]
+    assert octo("sessions", "rm", "one", "one", "--yes").code == 0, "named twice is deleted once"
+    assert [path.name for path in folder.iterdir()] == ["trip.safetensors"]
