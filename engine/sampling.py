@@ -201,9 +201,11 @@ class SamplingParams:
     @staticmethod
     def own(defaults: GenerationDefaults) -> dict[str, Any]:
         """The model's own settings by their names; what it does not say is not among them."""
-        values: dict[str, Any] = {"repetition_penalty": defaults.repetition_penalty}
-        if defaults.do_sample:
-            values |= {name: getattr(defaults, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        values: dict[str, Any] = {"temperature": defaults.temperature} if defaults.do_sample else {}
+        for name in (*(("top_k", "top_p", "min_p") if defaults.do_sample else ()), "repetition_penalty"):
+            value = getattr(defaults, name)
+            if value != getattr(GenerationDefaults, name):
+                values[name] = value
         return values
 
 

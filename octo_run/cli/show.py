@@ -165,6 +165,8 @@ def _experts(facts: dict[str, Any]) -> list[str]:
 
 def _sampling(own: dict[str, Any]) -> str:
     """What the model's own files say about how its answers are drawn."""
+    if not own:
+        return "temperature 0, as the model's files ask for no chance; options change it"
     if "temperature" not in own:
         own = {"temperature": 0, **own}
     return ", ".join(f"{name} {value:g}" for name, value in own.items()) + " (the model's own; options change it)"

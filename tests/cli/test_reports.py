@@ -12,6 +12,7 @@ import pytest
 from octo_run import OctoError, __version__
 from octo_run.cli import bench, console, doctor
 from octo_run.models import hub
+from octo_run.models.cache import DEMO_PATH
 
 
 @pytest.fixture
@@ -209,6 +210,22 @@ def test_show_json(octo: Callable[..., Any]) -> None:
     assert rows["auto:56"]["bytes_per_token"] == rows["oct3"]["bytes_per_token"] == 8 * 2 * (56 + 56)
     assert rows["octopus3"]["tokens_that_fit"] > rows["bf16"]["tokens_that_fit"] > 0
     assert all(row["all_in_bytes_per_token"] > row["bytes_per_token"] for row in facts["kv"])
+
+
+def test_show_says_no_setting_that_the_files_do_not_say(octo: Callable[..., Any], tmp_path: Path) -> None:
+    for file in DEMO_PATH.iterdir():
+        if file.is_file() and file.name != "generation_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    says = tmp_path / "generation_config.json"
+    for values, line in (
+        ({}, "temperature 0, as the model's files ask for no chance"),
+        ({"repetition_penalty": 1.0}, "temperature 0, as the model's files ask for no chance"),
+        ({"repetition_penalty": 1.1}, "temperature 0, repetition_penalty 1.1 (the model's own"),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 1.0}, "temperature 0.6 (the model's own"),
+    ):
+        says.write_text(json.dumps(values))
+        shown = octo("show", str(tmp_path), "--device", "cpu")
+        assert shown.code == 0 and f"sampling      {line}" in shown.out, shown
 
 
 @pytest.mark.slow
