@@ -274,6 +274,8 @@ def _answer_lines(
         wanted.append(index)
         ids.append(found)
         rules.append(rule)
+    own = dict.fromkeys(stop for rule in rules for stop in rule.stop if stop not in base.stop)
+    runtime.warn_of_stops(engine, "stop", own)
     with Running("batch") as running:
         running.report(len(answers.done), len(lines), str)
         for completion in engine.generate_batch(ids, rules):

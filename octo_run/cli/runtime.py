@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -367,14 +367,24 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
         more: Further settings.
     """
     from octo_run.engine import SamplingParams
-    from octo_run.engine.stopping import impossible
 
     params = SamplingParams.from_defaults(engine.defaults, **given(options), **more)
-    for text in params.stop:
-        if impossible(engine.tokenizer, text):
-            warn(f"--stop {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
+    warn_of_stops(engine, "--stop", params.stop)
     engine.check_params(params)
     return params
+
+
+def warn_of_stops(engine: "Engine", name: str, stops: Iterable[str]) -> None:
+    """Tell which stop texts no answer of this model can hold.
+
+    Args:
+        name: Of what gives them.
+    """
+    from octo_run.engine.stopping import impossible
+
+    for text in stops:
+        if impossible(engine.tokenizer, text):
+            warn(f"{name} {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
 
 
 def describe_plan(model: str, plan: "MemoryPlan") -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from octo_run.models.cache import DEMO_PATH
+
 from .conftest import READY, SENT
 
 LETTERS = "你好 😀 👨\u200d👩\u200d👧 中文字符, naïve Ωμέγα 日本語 🇩🇪!"
@@ -117,9 +119,37 @@ def test_the_first_token_and_spaces_of_a_raw_text(octo: Any) -> None:
     assert octo(*argv, "--chat", "--bos", "-p", "x").returncode == 2
 
 
-def test_a_stop_text_that_never_stops_is_said(octo: Any) -> None:
-    done = octo("generate", "-p", "The captain", "-n", "2", "--stop", "\n\n", "--stop", "the")
-    assert done.returncode == 0 and "never stops" not in done.stderr
+@pytest.fixture
+def letters_only(tmp_path: Path) -> Path:
+    """The embedded model with a vocabulary of small letters and no bytes: it spells nothing else."""
+    from tokenizers import Tokenizer, decoders, models
+
+    folder = tmp_path / "letters"
+    folder.mkdir()
+    for file in DEMO_PATH.iterdir():
+        if file.suffix in (".json", ".safetensors") and not file.name.startswith("tokenizer"):
+            (folder / file.name).symlink_to(file)
+    pieces = [*"abcdefghijklmnopqrstuvwxyz", *(f"<{number}>" for number in range(26, 8192))]
+    tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_stop_text_that_never_stops_is_said(octo: Any, letters_only: Path, tmp_path: Path) -> None:
+    """Of an option, of a line of a batch, in a chat, and after another model was loaded there."""
+    plain = octo("generate", "-p", "The captain", "-n", "2", "--stop", "\n\n", "--stop", "the")
+    assert plain.returncode == 0 and "never stops" not in plain.stderr, "bytes spell everything"
+    folder, says = str(letters_only), "'Z!' never stops an answer: the tokens of this model cannot spell it"
+    done = octo("generate", "-m", folder, "-p", "the", "-n", "2", "--stop", "Z!", "--stop", "the")
+    assert done.returncode == 0 and done.stderr.count("never stops") == 1 and f"--stop {says}" in done.stderr
+    batch = write_batch(tmp_path / "in.jsonl", [{"prompt": "the", "stop": stop} for stop in ("a", "Z!", "Z!")])
+    done = octo("generate", "-m", folder, "--batch", str(batch), "-n", "2")
+    assert done.returncode == 0 and done.stderr.count("never stops") == 1 and f"stop {says}" in done.stderr
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    argv = ("chat", "-n", "1", "--chat-template", str(tmp_path / "plain.jinja"))
+    done = octo(*argv, text=f"/set stop Z!\n/model {folder}\n/set stop Z!\n/set stop ab\n")
+    assert done.returncode == 0 and done.stderr.count(f"stop {says}") == 2, done.stderr
 
 
 BATCH = [
