@@ -13,12 +13,25 @@ import torch
 from torch import Tensor
 
 from octo_run.engine.evaluation.capture import Captured
+from octo_run.engine.evaluation.figure import family
 from octo_run.kernels import PAGE_TOKENS as PAGE
 from octo_run.kernels.attention.key_mean import AngleTables, mean_maps
 from octo_run.kernels.codec import Codec, baselines, get
 from octo_run.kernels.codec import names as format_names
 from octo_run.models.plain_attention import capped, hidden_keys
 
+#: What the families of codecs are.
+FAMILIES = {
+    "oct": "octo-run's formats, trellis codes",
+    "octopus": "octahedral codes of triples (OCTOPUS), directions chosen among nine; a format of octo-run, too",
+    "octopus-s": "the same with every number rounded by itself",
+    "octopus-q": "octopus-s with the signs of its rotated residual (QJL), which correct inner products alone",
+    "turbo": "TurboQuant's levels of each rotated coordinate",
+    "mixed": "TurboQuant's levels, other numbers of them, three coordinates in one number",
+    "polar": "PolarQuant's angles",
+    "kivi": "KIVI's groups of 64 coordinates between their least and greatest, not rotated",
+    "t": "octo-run's trellis code at TurboQuant's sizes",
+}
 SPREAD = 3.0  # standard deviation of the logits of Gaussian queries and keys
 KEYS = 256  # of a softmax over Gaussian keys
 
@@ -172,9 +185,9 @@ def markdown(rows: Sequence[Row], facts: str) -> str:
         f"(Gaussian data: {KEYS} keys, logits of standard deviation {SPREAD:g}), bound the distortion-rate limit of a "
         "Gaussian source at all stored bits. Bytes hold everything: codes, norms, scales, padding.",
         "",
-        "oct2, oct3 and oct4 are octo-run's formats (trellis codes of about so many bits a coordinate), octopus2 to "
-        "octopus4 octahedral codes of triples, the other names codecs of other papers, built here to compare; the "
-        "number is their nominal bits.",
+        "A name ends in the nominal bits of a coordinate, those of `t` in the bytes of a vector:",
+        "",
+        *(f"- `{name}`: {what}" for name, what in FAMILIES.items() if name in {family(row.codec) for row in rows}),
         "",
     ]
     for data in dict.fromkeys(row.data for row in rows):

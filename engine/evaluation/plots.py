@@ -15,7 +15,13 @@ from octo_run.engine.evaluation.reading import REFERENCE
 #: What families of codecs are called where there is room to explain them.
 _NAMES = {
     "oct": "oct (octo-run, trellis)",
-    "octopus": "octopus (octahedral, 3x3)",
+    "octopus": "octopus (octahedral)",
+    "octopus-s": "octopus-s (each number alone)",
+    "octopus-q": "octopus-q (octopus-s and QJL)",
+    "turbo": "turbo (TurboQuant)",
+    "mixed": "mixed (TurboQuant, by threes)",
+    "polar": "polar (PolarQuant)",
+    "kivi": "kivi (KIVI)",
     "t": "t (trellis at turbo's sizes)",
     "bound": "bound (Gaussian source)",
 }
@@ -125,7 +131,7 @@ def plot_distortion(rows: Sequence[Distortion], path: Path, about: str = "") -> 
         set_ticks(grid[0].yaxis, log_ticks(*grid[0].get_ylim()), "g")
         shown = [name for name in (*names, "bound") if name in handles]
         figure.legend([handles[name] for name in shown], [_NAMES.get(name, name) for name in shown],
-                      loc="outside lower center", ncols=2 * columns, fontsize=12)  # fmt: skip
+                      loc="outside lower center", ncols=1 + columns, fontsize=12)  # fmt: skip
         figure.supylabel("distortion, relative to the energy", fontsize=13)
 
 

@@ -3,7 +3,18 @@
 import pytest
 
 from octo_run.engine.evaluation.capture import capture
-from octo_run.engine.evaluation.codec_report import bound, build, for_models, gaussian, markdown, real
+from octo_run.engine.evaluation.codec_report import (
+    FAMILIES,
+    all_names,
+    bound,
+    build,
+    for_models,
+    gaussian,
+    markdown,
+    real,
+)
+from octo_run.engine.evaluation.figure import family
+from octo_run.engine.evaluation.plots import _NAMES
 from octo_run.errors import UsageError
 
 TEXT = "In the morning the harbour was quiet, and the boats lay side by side without a sound. " * 30
@@ -35,6 +46,12 @@ def test_keys_and_values_of_a_model() -> None:
     assert plain.mse < rows["keys", "turbo2"].mse
     report = markdown([*gaussian(["octopus2"], 128, 300, 0), *rows.values()], "Facts.")
     assert "| octopus2 | 40 |" in report and "## Keys, mean out" in report
+    assert "- `octopus`: octahedral" in report and "- `turbo`: TurboQuant" in report and "`kivi`" not in report
+
+
+def test_every_name_is_explained() -> None:
+    """In the report and in the legend, and each family by what it is."""
+    assert {family(name) for name in all_names(128)} == {*FAMILIES} == {*_NAMES} - {"bound"}
 
 
 def test_a_short_text_is_refused() -> None:

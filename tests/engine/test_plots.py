@@ -60,6 +60,20 @@ def test_one_legend_fits_all_panels(drawn: dict[str, Any], tmp_path: Path) -> No
     assert "the model" in drawn["figure"].get_suptitle() and "octo-run eval codec" in drawn["figure"].get_suptitle()
 
 
+@pytest.mark.parametrize("kinds", [("gaussian",), ("gaussian", "keys", "keys, mean out", "values")])
+def test_the_legend_of_all_codecs_has_room(drawn: dict[str, Any], tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    """Each family with what it is, beside one panel and beside four."""
+    rows = [
+        distortion(kind, name, 40 + size) for kind in kinds for size, name in enumerate(codec_report.all_names(128))
+    ]
+    plots.plot_distortion(rows, tmp_path / "a.png", "the model")
+    drawn["figure"].draw_without_rendering()
+    page, (legend,) = drawn["figure"].bbox, drawn["figure"].legends
+    box = legend.get_window_extent()
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0
+    assert not any(box.overlaps(axes.get_window_extent()) for axes in drawn["figure"].axes)
+
+
 def test_bf16_is_a_point_and_all_formats_are_told_apart(drawn: dict[str, Any], tmp_path: Path) -> None:
     """However many there are, the legend has room beside the panel and below the title."""
     rows = [change(kv, 0.04 * place, 16384.0 / (1 + place % 7)) for place, kv in enumerate(MANY)]
@@ -212,4 +226,4 @@ def test_figures_can_be_read_on_every_shade() -> None:
 def test_the_report_explains_names_and_has_no_aims() -> None:
     rows = [distortion("gaussian", name, size) for name, size in (("oct2", 40), ("oct3", 56), ("oct4", 72))]
     report = codec_report.markdown(rows, "facts")
-    assert "reach" not in report and "oct2, oct3 and oct4 are octo-run's formats" in report
+    assert "reach" not in report and "- `oct`: octo-run's formats" in report

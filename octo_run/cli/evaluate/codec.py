@@ -63,6 +63,10 @@ def command(
     error mse_stderr (relative to the energy), cosine, ip_error (mean error of inner products), kl (of attention
     weights, in nats), bound (the least distortion of a Gaussian source at these bits).
 
+    Beside our formats there are octopus-s and octopus-q (each number rounded by itself; with QJL's signs), turbo and
+    mixed (TurboQuant; three coordinates in one number), polar (PolarQuant), kivi (KIVI) and t (our trellis code at
+    TurboQuant's sizes, by bytes). The report of --markdown says more.
+
     Ctrl-C ends the measurement with the rows that are there.
     """
     from octo_run.engine.evaluation.codec_report import as_dicts, markdown
@@ -82,7 +86,7 @@ def command(
         if plots:
             from octo_run.engine.evaluation.plots import plot_distortion
 
-            about = common.about(of or "no model", () if text is None else (text,)) + study.partial
+            about = common.about(of, () if text is None else (text,)) + study.partial
             files += [OutputFile(plot, lambda path: plot_distortion(study.rows, path, about)) for plot in plots]
         table = _table(study.rows) + study.partial
         deliver(console.as_json(as_dicts(study.rows)) if as_json else table, files, as_json=as_json)

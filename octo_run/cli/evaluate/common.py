@@ -172,10 +172,10 @@ def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
             check_writable(path)
 
 
-def about(model: str, texts: Sequence[Path]) -> str:
-    """What a figure's title says of its origin: the model, the text, the command."""
+def about(model: str | None, texts: Sequence[Path]) -> str:
+    """What a figure's title says of its origin: the model, if one reads something, the text, the command."""
     read = ", ".join(path.name for path in texts) or "the bundled sample"
-    return f"{model}, {read}\n{shlex.join(['octo-run', *sys.argv[1:]])}"
+    return f"{'random vectors' if model is None else f'{model}, {read}'}\n{shlex.join(['octo-run', *sys.argv[1:]])}"
 
 
 def csv_output(path: Path | None, rows: Sequence[dict[str, Any]]) -> list[OutputFile]:
