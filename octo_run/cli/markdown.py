@@ -61,10 +61,15 @@ class MarkdownStream:
         return out + self._show("0")
 
     def set_dim(self, dim: bool) -> str:
-        """Write dim letters from now on, or plain ones, on a line of their own."""
+        """Write a thought from now on, or what is said, on a line of its own: in dim or plain letters; where there are
+        no colours, behind a mark."""
         out = self.finish()
         if self._start is None:
             out += self._new_line()
+        if not self._colours:
+            from octo_run.tokenizer.thinking import END_THINK, THINK
+
+            out += f"{THINK if dim else END_THINK}\n"
         self._dim, self._fence, self._start = dim, None, ""
         return out + ("" if dim else "\n") + self._style()
 

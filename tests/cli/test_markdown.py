@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from octo_run.cli import console
 from octo_run.cli.answer_display import AnswerDisplay
 from octo_run.cli.markdown import MarkdownStream
 
@@ -114,6 +115,11 @@ def test_a_letter_is_there_soon() -> None:
     assert plain(shown(text)) == text
 
 
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "colours", lambda: True)
+
+
 def display(pieces: list[list[tuple[bool, str]]], **how: bool) -> None:
     """Show an answer whose parts come as these pieces."""
     shown, reply = AnswerDisplay(**{"markdown": True, "hide": False, **how}), SimpleNamespace(parts=[])
@@ -124,6 +130,7 @@ def display(pieces: list[list[tuple[bool, str]]], **how: bool) -> None:
     shown.finish()
 
 
+@pytest.mark.usefixtures("colours")
 def test_a_thought_begins_where_its_words_begin(capsys: pytest.CaptureFixture[str]) -> None:
     """The line of the mark itself leaves no empty line on the screen."""
     parts = [(True, "\nHm.\n"), (False, "\n\nYes.")]
@@ -133,6 +140,15 @@ def test_a_thought_begins_where_its_words_begin(capsys: pytest.CaptureFixture[st
         assert re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out) == "Hm.\n\nYes."
 
 
+def test_without_colours_a_thought_has_its_marks(capsys: pytest.CaptureFixture[str]) -> None:
+    for pieces in ([[(True, "\nHm.\n")], [(False, "\n\nYes.")]], [[(True, "Hm.")], [(False, "Yes.")]]):
+        display(pieces)
+        assert capsys.readouterr().out == "<think>\nHm.\n</think>\n\nYes."
+    display([[(False, "Yes.")]])
+    assert capsys.readouterr().out == "Yes."
+
+
+@pytest.mark.usefixtures("colours")
 def test_thoughts_without_lines_of_their_own_are_set_off(capsys: pytest.CaptureFixture[str]) -> None:
     display([[(True, "Hm.")], [(False, "Yes.")]])
     assert re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out) == "Hm.\n\nYes."

@@ -99,6 +99,25 @@ def test_a_thought_is_hidden_and_ends_after_its_budget(octo: Any, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_thought_is_dim_at_a_terminal(terminal: Callable[..., Any], tmp_path: Path) -> None:
+    """And the answer is not; ``NO_COLOR`` leaves the marks in place of dim letters."""
+    (tmp_path / "think.jinja").write_text(THINKING)
+    argv = ("chat", "-n", "24", "--chat-template", str(tmp_path / "think.jinja"), "--think-budget", "5")
+    for changes, dim in (({}, True), ({"NO_COLOR": "1"}, False)):
+        chat = terminal(*argv, **changes)
+        at = chat.wait_for(READY)
+        chat.type(NEEDLE + "\r")
+        at = chat.wait_for(SENT, at)
+        end = chat.wait_for(r"first after", at)
+        answer = chat.screen[at:end].rpartition("[")[0]
+        thought, _, rest = answer.partition("\x1b[0m" if dim else "</think>")
+        assert bool(re.search(r"\x1b\[(0;)?2m", thought)) is dim and ("<think>" in thought) is not dim, repr(answer)
+        assert re.search(r"\w", thought) and re.search(r"\w{2}", re.sub(r"\x1b\[[0-9;]*m", "", rest)), answer
+        chat.type(CTRL_D)
+        chat.wait_for_end()
+
+
+@pytest.mark.slow
 def test_a_full_context_stops_the_chat_if_wanted(octo: Any) -> None:
     lines = "\n".join(["Tell me a long story about the sea and the boats, please."] * 12)
     argv = ("chat", "--ctx", "256", "-n", "20")
@@ -107,6 +126,7 @@ def test_a_full_context_stops_the_chat_if_wanted(octo: Any) -> None:
     assert done.stdout.count("\n") > 2, "what fits is answered"
     done = octo(*argv, text=lines)
     assert done.returncode == 0 and "dropped" in done.stderr
+    assert re.search(r"the context is 9\d % full: the oldest turns will be dropped", done.stderr)
 
 
 @pytest.mark.slow
