@@ -86,6 +86,8 @@ def _edit(chat: "Conversation", _argument: str) -> None:
 
 
 def _continue(chat: "Conversation", _argument: str) -> None:
+    if chat.session.answer is None:
+        raise UsageError("there is no answer to continue.")
     chat.resume()
 
 
@@ -263,6 +265,9 @@ def _think(chat: "Conversation", argument: str) -> None:
 def _model(chat: "Conversation", argument: str) -> None:
     if not argument:
         raise UsageError(f"give a model: /model NAME; on this machine there are {', '.join(runtime.model_names())}.")
+    if argument == chat.load.model and not chat.engine.closed:
+        chat.notice(f"the model is {argument} already")
+        return
     load_anew(chat, model=argument, ctx=None)
 
 
@@ -319,6 +324,10 @@ class Command:
         return f"{f'{name} {self.argument}'.rstrip()}: {self.says}"
 
 
+def _command_words(_chat: "Conversation") -> list[str]:
+    return [name[1:] for name, command in COMMANDS.items() if command.says]
+
+
 def _setting_words(_chat: "Conversation") -> list[str]:
     return [f"{name} " for name in settings()]
 
@@ -343,7 +352,7 @@ def _format_words(_chat: "Conversation") -> list[str]:
 
 
 COMMANDS: dict[str, Command] = {
-    "/help": Command(_help, "COMMAND", "this list, or the line of one command"),
+    "/help": Command(_help, "COMMAND", "this list, or the line of one command", _command_words),
     "/exit": Command(_exit, "", "leave (also Ctrl-D)"),
     "/clear": Command(_clear, "", "forget the conversation; the system prompt stays"),
     "/undo": Command(_undo, "", "take back the last question and its answer"),

@@ -83,7 +83,8 @@ def load_anew(chat: "Conversation", **changes: Any) -> None:
         _give(chat, engine, wanted, params)
     if failure is not None:
         raise failure
-    chat.notice("the conversation is read with the next question")
+    follows = "; the conversation is read with the next question" if chat.session.turns else ""
+    chat.notice(f"{wanted.model} with the KV cache {wanted.kv}{follows}")
 
 
 def _give(chat: "Conversation", engine: "Engine", load: "EngineOptions", params: "SamplingParams") -> None:

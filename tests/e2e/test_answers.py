@@ -79,6 +79,8 @@ def test_samplers_are_options(octo: Any) -> None:
     ):
         done = octo(*plain, *argv)
         assert done.returncode == 0 and done.stdout != first, argv
+    lowered = octo(*plain, "--repetition-penalty", "3").stdout
+    assert lowered != first and octo(*plain, "--repetition-penalty", "3", "--penalty-range", "2").stdout != lowered
     greedy = ("generate", "-p", "The number is", "--temp", "0", "-n", "60")
     again = "The second of these 100."
     assert octo(*greedy).stdout.count(again) > 1 and octo(*greedy, "--dry-multiplier", "5").stdout.count(again) <= 1

@@ -97,3 +97,10 @@ def test_ctrl_c_while_numbers_are_looked_for(environment: dict[str, str], text: 
     assert totals[0]["trials"] == totals[1]["trials"] and totals[0]["trials"] % 8 == 0
     assert 8 <= totals[0]["trials"] < 200 and all(cell["partial"] is True for cell in cells)
     assert len(table.read_text().splitlines()) == 1 + len(cells)
+
+
+def test_ctrl_c_in_a_benchmark_prints_the_rows_that_are_there(environment: dict[str, str]) -> None:
+    argv = ("bench", "--tests", "tg4,pg8+2,tg3000", "-r", "1", "--device", "cpu", "--threads", "1")
+    out, told = in_a_pipe(environment, *argv, until="case 3 of 3")
+    assert re.search(r"^int8.* oct3 +tg4 ", out, re.M) and re.search(r"^int8.* oct3 +pg8\+2 ", out, re.M)
+    assert "tg3000" not in out and "about" in told and "left" in told

@@ -124,7 +124,50 @@ def test_tab_completes_commands_settings_and_files(terminal: Callable[..., Any],
     at = chat.wait_for("name.txt", at)
     chat.type("\r")
     at = chat.wait_for(r"a-long-name.txt: 29 characters go with the next message.*?" + PROMPT, at)
+    chat.type("/help und" + TAB)
+    at = chat.wait_for("o", at)
+    chat.type("\r")
+    at = chat.wait_for(r"/undo: take back the last question.*?" + PROMPT, at)
+    chat.type("/model octo-d" + TAB)
+    at = chat.wait_for("emo", at)
+    chat.type("\r")
+    at = chat.wait_for(r"\[the model is octo-demo already\].*?" + PROMPT, at)
+    chat.type("/kv octopus" + TAB + TAB)  # a list, as there are three
+    at = chat.wait_for("octopus2.*octopus3.*octopus4", at)
+    chat.type("4\r")
+    at = chat.wait_for(r"\[octo-demo with the KV cache octopus4\].*?" + PROMPT, at)
+    chat.type("/kv oct3\r")  # whose plan was told before
+    at = chat.wait_for(r"\[octo-demo with the KV cache oct3\].*?" + PROMPT, at)
     leave(chat)
+
+
+def test_several_lines_are_one_message(terminal: Callable[..., Any], tmp_path: Path) -> None:
+    """Alt-Enter, a backslash, a block between quotes and a paste; Enter sends."""
+    chat = terminal("chat", "-n", "2")
+    at = chat.wait_for(READY)
+    for keys in (
+        "one\x1b\rtwo", "one\\\rtwo", '"""one\rtwo\r"""', "\x1b[200~one\ntwo\x1b[201~",
+        "\x1b[200~one\r\ntwo\r\n\x1b[201~",
+    ):  # fmt: skip
+        chat.type(keys + "\r")
+        at = chat.wait_for(DONE, at)
+    chat.type(f"/export {tmp_path}/talk.json\r")
+    chat.wait_for("10 messages written", at)
+    leave(chat)
+    messages = json.loads((tmp_path / "talk.json").read_text("utf-8"))["messages"]
+    assert [message["content"] for message in messages[::2]] == ["one\ntwo"] * 5
+
+
+def test_without_colours_nothing_but_the_line_is_steered(terminal: Callable[..., Any]) -> None:
+    """``NO_COLOR``: no colours of answers, notices and the input line."""
+    for changes, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        chat = terminal("chat", "-n", "4", **changes)
+        at = chat.wait_for(READY)
+        chat.type("Hello.\r")
+        chat.wait_for(DONE, at)
+        leave(chat)
+        colours = set(re.findall(r"\x1b\[([0-9;]*)m", chat.screen))
+        assert any(set(each.split(";")) - {"", "0", "1"} for each in colours) is coloured, colours
 
 
 @pytest.mark.slow
