@@ -65,7 +65,8 @@ def test_nothing_stays(tiny: Callable[..., Engine], kv: str, context: int, cfg: 
 
 
 def test_pages_are_filled_read_and_coded(tiny: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a long conversation: two chunks, the second one behind packed pages, and a page between the steps."""
+    """As at the beginning of a conversation, before there are pages, and as in a long one: two chunks, the second one
+    behind packed pages, and a page between the steps."""
     engine = tiny("oct3")
     chunks, steps, coded = list[tuple[int, int]](), list[int](), list[int]()
     read, launch, code = engine.forward.chunks, engine.step.launch, engine.arena.code_oldest
@@ -78,7 +79,8 @@ def test_pages_are_filled_read_and_coded(tiny: Callable[..., Engine], monkeypatc
     monkeypatch.setattr(engine.step, "launch", lambda given: (steps.append(len(given[0])), launch(given)))
     monkeypatch.setattr(engine.arena, "code_oldest", lambda *given: (coded.append(1), code(*given)))
     warm_up(engine, PARAMS, fail)
-    assert chunks == [(320, 0), (63, 3)] and steps == [383, 384, 385] and len(steps) == STEPS and coded == [1]
+    assert chunks == [(32, 0), (320, 0), (63, 3)] and coded == [1]
+    assert steps == [32, 33, 34, 383, 384, 385] and len(steps) == 2 * STEPS
 
 
 def test_rules_of_the_answers_are_those_of_the_steps(tiny: Callable[..., Engine]) -> None:
