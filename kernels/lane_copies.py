@@ -84,33 +84,6 @@ def copy16_or_clear(address, pointer, there, wanted, WHOLE_LINES: gl.constexpr):
     )
 
 
-@gluon.jit
-def prefetch_l2(pointer, size, wanted):
-    """Start bringing ``size`` bytes (a multiple of 16) at ``pointer`` into the second-level cache, where they are wanted
-    (sm_90)."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [pointer, u32(size), u32(wanted)],
-        dtype=gl.uint32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def prefetch_l2_line(pointer, wanted):
-    """The same for what lies around ``pointer``, 32 bytes at least."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pointer, u32(wanted)],
-        dtype=gl.uint32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @constexpr_function
 def _expect_asm(at, count):
     return (

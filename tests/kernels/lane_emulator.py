@@ -353,15 +353,6 @@ def warp_arrives(_lane: Value, at: int) -> None:
     barrier()
 
 
-def prefetch_l2(pointer: Pointer, size: Value, wanted: Value) -> None:
-    """Nothing comes of it, but it must not reach outside."""
-    for at, count, here in zip(*(np.broadcast_to(x, (RUNNING.threads,)) for x in (pointer.at, size.data, wanted.data)),
-                               strict=True):  # fmt: skip
-        if here:
-            assert at % 16 == 0 and count % 16 == 0 and count > 0, "a prefetch of bytes that are not aligned"
-            RUNNING.memory.read(at + 16 * np.arange(count // 16), 16)
-
-
 def wait_for_warps(turn: Value, at: int) -> None:
     assert (threads_of(turn) == (RUNNING.rounds + 1) % 2).all(), "a wait for a round that has not begun"
 
@@ -516,8 +507,6 @@ INSTRUCTIONS: dict[str, Any] = {
 COPIES: dict[str, Callable[..., Any]] = {
     "copy16": copy16,
     "commit_copies": commit_copies,
-    "prefetch_l2": prefetch_l2,
-    "prefetch_l2_line": lambda pointer, wanted: prefetch_l2(pointer, Value(16, "i32"), wanted),
     "wait_for_all_copies": wait_for_all_copies,
     "copy16_if": copy16_if,
     "copy16_or_clear": lambda to, pointer, there, wanted, lines: copy16_if(to, pointer, wanted, lines, there),
