@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from octo_run.engine.arena import PAGE, KVArena
+from octo_run.engine.arena import KVArena
 from octo_run.engine.forward import Forward
 from octo_run.engine.grammar import Grammar, Guide
 from octo_run.engine.sampling import BatchSampler, Sampling, SamplingParams
 from octo_run.engine.sampling_rules import MAX_TOP
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
+from octo_run.kernels.page_size import longest_unpaged
 
 #: Steps of a sequence that may be launched and not yet read.
 AHEAD = 8
@@ -225,7 +226,7 @@ class Stepper:
                 self.arena.states.passing(sequence.row, len(sequence))
         bucket = self._arrange(sequences)
         shape = self.arena.shape
-        bound = length_bound(max(map(len, sequences)) + 1, shape.context, shape.sink + PAGE)
+        bound = length_bound(max(map(len, sequences)) + 1, shape.context, longest_unpaged(shape.sink))
         # Until the device and the host agree again, nothing may rely on either.
         current, self._set = self._set, None
         for sequence in sequences:

@@ -16,7 +16,7 @@ import torch
 
 from octo_run.kernels.codec import PlainCodec, TrellisCodec
 from octo_run.kernels.devices import is_nvidia
-from octo_run.kernels.page_size import PAGE_TOKENS
+from octo_run.kernels.page_size import longest_unpaged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,7 +180,7 @@ def describe(q: Tensor, kv: AttentionInputs, fmt: KVFormat, max_length: int, dev
         stored(fmt, q.dtype, mean=kv.mean is not None),
         ELEMENTS.get(q.dtype, Element.OTHER),
         Queries.ONE if q.shape[1:2] == (1,) and coefficients_known else Queries.SEVERAL,
-        Pages.SOME if kv.pages.numel() > 0 and max_length > kv.sink + PAGE_TOKENS else Pages.NONE,
+        Pages.SOME if kv.pages.numel() > 0 and max_length > longest_unpaged(kv.sink) else Pages.NONE,
         Width.UP_TO_256 if q.shape[-1] <= 256 else Width.ABOVE_256,
     )
 
