@@ -219,10 +219,9 @@ def profile(engine: Engine, test: tuple[str, int], *, depth: int, batch: int) ->
 def assign_parts(names: list[str]) -> list[str]:
     """The part that each kernel of a stream belongs to.
 
-    Norms divide them into pieces of three kinds. With RoPE: a layer's projections, what brings keys and values into the
+    Norms divide them into pieces of four kinds. With RoPE: a layer's projections, what brings keys and values into the
     arena, attention, coding of pages, the output's projection. With the delta rule: the same of a recurrent layer. With
-    SwiGLU: its MLP. With neither: the end of a step or
-    prompt (the head, sampling) and the beginning of the next.
+    SwiGLU: its MLP. With none of these: the end of a step or prompt (the head, sampling) and the beginning of the next.
 
     Args:
         names: The kernels in order of their start.

@@ -112,30 +112,19 @@ def test_tab_completes_commands_settings_and_files(terminal: Callable[..., Any],
     (tmp_path / "a-long-name.txt").write_text("The gulls followed the boats.")
     chat = terminal("chat", "-n", "3", columns=200)
     at = chat.wait_for(READY)
-    chat.type("/tok" + TAB)
-    at = chat.wait_for("ens", at)
-    chat.type("\r")
-    at = chat.wait_for(r"0 questions: 0 of 4,096 tokens.*?" + PROMPT, at)
-    chat.type("/set temp" + TAB)
-    at = chat.wait_for("erature", at)
-    chat.type("0.5\r")
-    at = chat.wait_for(r"\[temperature 0.5\].*?" + PROMPT, at)
-    chat.type(f"/read {tmp_path}/a-lo{TAB}")
-    at = chat.wait_for("name.txt", at)
-    chat.type("\r")
-    at = chat.wait_for(r"a-long-name.txt: 29 characters go with the next message.*?" + PROMPT, at)
-    chat.type("/help und" + TAB)
-    at = chat.wait_for("o", at)
-    chat.type("\r")
-    at = chat.wait_for(r"/undo: take back the last question.*?" + PROMPT, at)
-    chat.type("/model octo-d" + TAB)
-    at = chat.wait_for("emo", at)
-    chat.type("\r")
-    at = chat.wait_for(r"\[the model is octo-demo already\].*?" + PROMPT, at)
-    chat.type("/kv octopus" + TAB + TAB)  # a list, as there are three
-    at = chat.wait_for("octopus2.*octopus3.*octopus4", at)
-    chat.type("4\r")
-    at = chat.wait_for(r"\[octo-demo with the KV cache octopus4\].*?" + PROMPT, at)
+    for typed, completed, rest, answer in (
+        ("/tok" + TAB, "ens", "", "0 questions: 0 of 4,096 tokens"),
+        ("/set temp" + TAB, "erature", "0.5", r"\[temperature 0.5\]"),
+        (f"/read {tmp_path}/a-lo{TAB}", "name.txt", "", "a-long-name.txt: 29 characters go with the next message"),
+        ("/help und" + TAB, "o", "", "/undo: take back the last question"),
+        ("/model octo-d" + TAB, "emo", "", r"\[the model is octo-demo already\]"),
+        # a list, as there are three
+        ("/kv octopus" + TAB + TAB, "octopus2.*octopus3.*octopus4", "4", r"\[octo-demo with the KV cache octopus4\]"),
+    ):
+        chat.type(typed)
+        at = chat.wait_for(completed, at)
+        chat.type(rest + "\r")
+        at = chat.wait_for(answer + ".*?" + PROMPT, at)
     chat.type("/kv oct3\r")  # whose plan was told before
     at = chat.wait_for(r"\[octo-demo with the KV cache oct3\].*?" + PROMPT, at)
     leave(chat)
