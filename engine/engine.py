@@ -217,7 +217,7 @@ class Engine:
             cfg = load_config(path)
             refuse_packed(path, cfg, weights)
         else:
-            cfg = read_shape(random_weights)
+            cfg, scheme = read_shape(random_weights), None if scheme is None else scheme.plain
         where = choose_device(device)
         kind = choose_dtype(dtype, cfg, where)
         fmt, matrices = parse_formats(kv, cfg, seed, kind), matrix_dtype(weights, cfg, where, kind)

@@ -87,6 +87,11 @@ class Scheme:
         """
         return self.group is None
 
+    @property
+    def plain(self) -> Scheme:
+        """The same by plain rounding, a tenth of the work: for random numbers, of which only the speed counts."""
+        return replace(self, fitted=False, weighted=False)
+
     def __call__(self, weight: Tensor, importance: Tensor | None = None) -> PackedWeight:
         """See :func:`quantised`."""
         return quantised(weight, self, importance)
