@@ -102,7 +102,7 @@ def delta_step_kernel(
     tl.store(OUT + number * (HV * DV) + head * DV + at_v, tl.where(in_v, done, 0.0).to(kind), mask=at_v < DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "n"])
 def delta_heads_kernel(
     X, GATES, CONV_W, DECAY, BIAS, CONV, QK, V, BETA, FADE, start, n,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, TAPS: tl.constexpr,
@@ -151,7 +151,7 @@ def delta_heads_kernel(
         tl.store(QK + (token * 2 * HK + unit)[:, None] * DK + at[None, :], y.to(kind), mask=square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "lead"])
 def delta_block_kernel(
     QK, V, W, SCORES, BETA, FADE, n, lead,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -210,7 +210,9 @@ def delta_block_kernel(
     tl.store(W + (token * HV + head)[:, None] * DK + at_k[None, :], w.to(kind), mask=square_k)
 
 
-@triton.jit
+# Lengths differ from call to call. Besides, a scan of one block, which Triton would take for a constant, was compiled to
+# reads of memory that is not there (Triton 3.6, bfloat16 and float16).
+@triton.jit(do_not_specialize=["start", "n", "lead", "blocks", "save"])
 def delta_scan_kernel(
     QK, V, W, SCORES, FADE, MEMORY, SAVED, OUT, start, n, lead, blocks, save,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -261,7 +263,7 @@ def delta_scan_kernel(
     tl.store(MEMORY + place, memory, mask=square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines"])
 def delta_finish_kernel(
     OUT, X, NORM, eps, lines, HV: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, CHANNELS: tl.constexpr,
     LINES: tl.constexpr,
