@@ -65,7 +65,7 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape, fmt: LayerFormats) -> 
 
 def _cpu_products(decoder: Decoder, rows: int) -> int:
     """Bytes that products of a chunk with packed weights take, if there are such."""
-    parts = [part for layer in decoder.layers for part in _products(layer)]
+    parts = [part for layer in decoder.layers for part in products_of(layer)]
     narrow = any(isinstance(part, Linear) and part.weight.dtype != decoder.dtype for part in parts)
     if not _slab(decoder) or library() is None or narrow:
         return _slab(decoder)
@@ -95,7 +95,7 @@ def _lent_bytes(shape: ArenaShape) -> int:
 def _slab(decoder: Decoder) -> int:
     """Bytes of the rows that products of many tokens with packed weights decode at a time, if there are such; on a CPU
     also those of weights in another dtype than the arithmetic's."""
-    layers = [part for layer in decoder.layers for part in _products(layer)]
+    layers = [part for layer in decoder.layers for part in products_of(layer)]
     decoded = (isinstance(part, PackedLinear) or part.weight.dtype != decoder.dtype for part in (*layers, decoder.head))
     return SLAB_BYTES if any(decoded) else 0
 
@@ -104,12 +104,13 @@ def _joining(decoder: Decoder) -> int:
     """Bytes in which the slices of products with packed weights of many columns meet on a GPU, if there are such."""
     from octo_run.kernels.linear import launch
 
-    parts = [part for layer in decoder.layers for part in _products(layer)] + [decoder.head]
+    parts = [part for layer in decoder.layers for part in products_of(layer)] + [decoder.head]
     packed = [part.weight for part in parts if isinstance(part, PackedLinear)]
     return 4 * launch.PARTS if any(launch.tiling(weight.padded // BLOCK).slices > 1 for weight in packed) else 0
 
 
-def _products(layer: Layer) -> tuple[SingleLinear, ...]:
+def products_of(layer: Layer) -> tuple[SingleLinear, ...]:
+    """The matrices of a layer, experts but for their shared one left out."""
     return (*layer.mixer.parts, *layer.mlp.parts)
 
 
@@ -123,7 +124,7 @@ def loading_bytes(decoder: Decoder, weights: int, fmt: LayerFormats, device: tor
         dense = quantised or any(isinstance(part, Linear) for part in layer.mixer.parts)
         fused = max(layer.mixer.joined_bytes, layer.mlp.joined_bytes)
         if cfg.quantisation is not None:
-            fused += _stored(decoder.head, *_products(layer))
+            fused += _stored(decoder.head, *products_of(layer))
         copies = max(copies, fused, cfg.hidden_size * heads * (8 + size) * dense)
     table = cfg.vocab_size * cfg.hidden_size
     if quantised:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 #: Rows of x that a launch of the fused product takes, and up to which it is faster than decoding first.
 ROWS_AT_ONCE, FUSED_ROWS = 16, 64
-#: Numbers in which the slices of a product with many columns meet: those of seven slices of 8,192 outputs.
-PARTS = 14 * 8192 * ROWS_AT_ONCE
+#: Numbers in which the slices of a product with many columns meet: four slices of the 57,344 outputs that gate and up of
+#: a 70B model have. Products with more of them take fewer rows at once.
+PARTS = 4 * 57344 * ROWS_AT_ONCE
 #: Rows, and blocks of columns, that a program decodes.
 _ROWS, _BLOCKS = 4, 4
 _ALIGNED = 128  # outputs of a slab are a multiple
@@ -65,16 +66,21 @@ def tiling(blocks: int) -> Tiling:
 def fits(x: Tensor, weight: PackedWeight) -> bool:
     """Whether the fused kernel takes this product: 16-bit inputs, aligned rows and scales, an NVIDIA GPU."""
     by_group = weight.scales is None or (weight.group <= BLOCK and _groups_aligned(weight))
-    slices = tiling(weight.padded // BLOCK).slices
-    in_parts = slices == 1 or slices * ROWS_AT_ONCE * weight.shape[0] <= PARTS
     return (
         x.dtype in ELEMENTS
         and weight.columns % 4 == 0
         and by_group
-        and in_parts
+        and rows_at_once(weight) > 0
         and runs_ptx(x.device)
         and len(x) <= FUSED_ROWS
     )
+
+
+def rows_at_once(weight: PackedWeight) -> int:
+    """Rows of x that a launch of the fused product takes, 0 if its slices have no room to meet."""
+    slices = tiling(weight.padded // BLOCK).slices
+    counts = (16, 8, 4, 2, 1)
+    return next((rows for rows in counts if slices == 1 or slices * rows * weight.shape[0] <= PARTS), 0)
 
 
 def _groups_aligned(weight: PackedWeight) -> bool:
@@ -91,14 +97,15 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Ten
         if not fits(x, weight):
             _by_slabs(x, weight, bias, out)
             return
-        for first in range(0, len(x), ROWS_AT_ONCE):
-            some = slice(first, first + ROWS_AT_ONCE)
+        at_once = rows_at_once(weight)
+        for first in range(0, len(x), at_once):
+            some = slice(first, first + at_once)
             fused(x[some], weight, bias, out[some])
 
 
 def packed_swiglu(x: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor) -> bool:
     """`kernels.linear.packed_swiglu` on a GPU."""
-    if weight.order is not None or weight.shape[0] % 16 or len(x) > ROWS_AT_ONCE or not fits(x, weight):
+    if weight.order is not None or weight.shape[0] % 16 or len(x) > rows_at_once(weight) or not fits(x, weight):
         return False
     with on_device_of(x):
         fused(x, weight, bias, out, swiglu=True)
@@ -120,7 +127,7 @@ def fused(
     *,
     swiglu: bool = False,
 ) -> None:
-    """The fused product of at most ``ROWS_AT_ONCE`` rows; ``swiglu``: of its first half silu, times the second."""
+    """The fused product of at most `rows_at_once` rows; ``swiglu``: of its first half silu, times the second."""
     n, blocks, rows = weight.shape[0], weight.padded // BLOCK, len(x)
     how = tiling(blocks) if how is None else how
     wide = 2 if rows > 8 else 1

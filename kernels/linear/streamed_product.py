@@ -72,7 +72,7 @@ def _finish(factors, buffer, turn, OUT, BIAS, PARTS, part, tile, step, half, n, 
         mine = (tile >= 0) & (output < n) & (row < rows) & (place % SHARED == 0)
         total *= factors[first // (32 * WARPS)]
         if SLICES > 1:
-            gl.store(PARTS + (part * (8 * NT) + row) * n + output, total, mask=mine)
+            gl.store(PARTS + (part * rows + row) * n + output, total, mask=mine)
         else:
             if BIASED:
                 total += gl.load(BIAS + output, mask=mine, other=0).to(gl.float32)
@@ -83,12 +83,12 @@ def _finish(factors, buffer, turn, OUT, BIAS, PARTS, part, tile, step, half, n, 
 
 
 @gluon.jit
-def _sum_of_slices(PARTS, BIAS, line, output, n, mine, NT: gl.constexpr, SLICES: gl.constexpr, BIASED: gl.constexpr):
+def _sum_of_slices(PARTS, BIAS, line, output, n, rows, mine, SLICES: gl.constexpr, BIASED: gl.constexpr):
     """An output of all slices."""
     at = PARTS + gl.where(mine, line * n + output, 0)
     total = load_global_l2_f(at)
     for i in gl.static_range(1, SLICES):
-        total += load_global_l2_f(at + i * (8 * NT) * n)
+        total += load_global_l2_f(at + i * rows * n)
     if BIASED:
         total += gl.load(BIAS + output, mask=mine, other=0).to(gl.float32)
     return total
@@ -96,8 +96,8 @@ def _sum_of_slices(PARTS, BIAS, line, output, n, mine, NT: gl.constexpr, SLICES:
 
 @gluon.jit
 def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid,
-                 ELEMENT: gl.constexpr, NT: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr,
-                 SWIGLU: gl.constexpr, SLICES: gl.constexpr):  # fmt: skip
+                 ELEMENT: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr, SWIGLU: gl.constexpr,
+                 SLICES: gl.constexpr):  # fmt: skip
     """Write the outputs of the program's tiles, of which all slices have made their parts: those of all tiles at once,
     for each of them waits for memory."""
     OUTPUTS: gl.constexpr = 8 if SWIGLU else 16
@@ -108,9 +108,9 @@ def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, 
         tile = first + place // (OUTPUTS * rows) * programs
         output = tile * step + ((place >> 3) % (OUTPUTS // 8)) * half + (place & 7)
         mine = (place < count) & (output < n)
-        total = _sum_of_slices(PARTS, BIAS, line, output, n, mine, NT, SLICES, BIASED)
+        total = _sum_of_slices(PARTS, BIAS, line, output, n, rows, mine, SLICES, BIASED)
         if SWIGLU:
-            up = _sum_of_slices(PARTS, BIAS, line, output + half, n, mine, NT, SLICES, BIASED)
+            up = _sum_of_slices(PARTS, BIAS, line, output + half, n, rows, mine, SLICES, BIASED)
             total = _swiglu(total, up, ELEMENT)
         gl.store(OUT + line.to(gl.int64) * stride_out + output, total.to(OUT.dtype.element_ty), mask=mine)
 
@@ -127,7 +127,7 @@ def streamed_product_kernel(
 
     Args:
         SCALES, OFFSETS: Of a group, of all rows one after the other; groups lie ``stride_group`` apart.
-        PARTS, COUNTERS: Only of several slices: float32 ``[SLICES, 8 NT, n]``, and zeros, one for each program.
+        PARTS, COUNTERS: Only of several slices: float32 ``[SLICES, rows, n]``, and zeros, one for each program.
         step, half: Tile i has outputs from ``step i`` on and from ``step i + half`` on, 8 of each: 16 and 8, or with
             SWIGLU 8 and n / 2, for OUT is then ``[rows, n / 2]``: silu of the first half times the second.
         GROUP: Columns of a group, 0 for all of a row.
@@ -218,6 +218,6 @@ def streamed_product_kernel(
     if SLICES > 1:
         count = arrive(COUNTERS + first, SLICES - 1)
         if count == SLICES - 1:
-            _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid, ELEMENT, NT,
-                         WARPS, BIASED, SWIGLU, SLICES)  # fmt: skip
+            _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, stride_out, tid, ELEMENT, WARPS,
+                         BIASED, SWIGLU, SLICES)  # fmt: skip
     smem._keep_alive()

@@ -10,6 +10,12 @@ from octo_run.engine import Engine, benchmark
 from octo_run.engine.random_model import read_shape
 from octo_run.engine.sequence import Sequence
 from octo_run.engine.shapes import SHAPES
+from octo_run.engine.working_bytes import products_of
+from octo_run.kernels.linear.launch import rows_at_once
+from octo_run.models.decoder import Decoder
+from octo_run.models.linear import PackedLinear
+from octo_run.models.quantisation.schemes import head_scheme, scheme_of
+from octo_run.models.weights import RandomWeights
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +62,15 @@ def test_named_shapes_are_those_of_the_models() -> None:
     found = [(one.count, one.chosen, one.inner) for one in sparse.values() if one is not None]
     assert found == [(8, 2, 14336), (128, 8, 768), (32, 4, 2880)]
     assert shapes["qwen2.5-7b"].qkv_bias and shapes["qwen3-0.6b"].qk_norm
+
+
+@pytest.mark.parametrize("weights", ["int4-128", "int8"])
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_every_matrix_has_room_for_its_fused_product_on_a_gpu(name: str, weights: str) -> None:
+    """Otherwise it is decoded for each token, which is ten times slower and fails no other test."""
+    cfg = read_shape(name)
+    source = RandomWeights(cfg, "meta", torch.bfloat16)
+    decoder = Decoder(cfg, source, None, None, scheme_of(weights), None, head_scheme("int8"))
+    parts = [part.weight for layer in decoder.layers for part in products_of(layer) if isinstance(part, PackedLinear)]
+    assert parts and min(map(rows_at_once, parts)) >= 8
+    assert isinstance(decoder.head, PackedLinear) and rows_at_once(decoder.head.weight) >= 1
