@@ -211,13 +211,13 @@ def load_global_l2_f(pointer):
 
 
 @gluon.jit
-def load_global2_l2(pointer):
-    """The lane's 8 bytes at ``pointer``, past the first-level cache."""
+def load_global4_l2(pointer):
+    """The lane's 16 bytes at ``pointer``, past the first-level cache."""
     return gl.inline_asm_elementwise(
-        "ld.global.cg.v2.u32 {$0, $1}, [$2];",
-        "=r,=r,l",
+        "ld.global.cg.v4.u32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,l",
         [pointer],
-        dtype=(gl.uint32, gl.uint32),
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
         is_pure=False,
         pack=1,
     )
@@ -232,6 +232,12 @@ def sync_warp(lane):
 def own_warp(x):
     """The number of the thread's warp as a scalar (from a scalar): a loop that depends on it is each warp's own."""
     return effect("{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 $0, t, 5; }", x)
+
+
+@gluon.jit
+def own_warp_backwards(x, WARPS: gl.constexpr):
+    """`own_warp`, numbered from the last of WARPS on."""
+    return WARPS - 1 - own_warp(x)
 
 
 @gluon.jit

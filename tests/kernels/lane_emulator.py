@@ -472,11 +472,12 @@ INSTRUCTIONS: dict[str, Any] = {
     "load_global4": lambda pointer: global_words(pointer, 4),
     "load_global2": lambda pointer: global_words(pointer, 2),
     "load_global_l2_f": lambda pointer: unpack(global_words(pointer, 1)[0].data.view(np.uint8).reshape(-1, 4), "f32"),
-    "load_global2_l2": lambda pointer: global_words(pointer, 2),
+    "load_global4_l2": lambda pointer: global_words(pointer, 4),
     "write_shared4_if": lambda address, a, b, c, d, wanted: write_shared_words(address, [a, b, c, d], wanted),
     "read_scalars": read_scalars,
     "runs_as": lambda _, warp: True,
     "own_warp": lambda _: Value(0, "i32"),  # all warps run in step
+    "own_warp_backwards": lambda _x, _warps: Value(0, "i32"),
     "has_role": lambda _x, _role, _roles: True,
     "as_found": lambda new, old, mine: tuple(where(mine, a, b) for a, b in zip(new, old, strict=True)),
     "team_barrier": lambda _: barrier(),

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from octo_run.kernels.attention.hopper.codewords import chains_of, field, half_selectors, value_words
-from octo_run.kernels.attention.hopper.full_precision import blocks_at_once, full_precision, stage_round
+from octo_run.kernels.attention.hopper.full_precision import blocks_at_once, full_precision, load_queries, stage_round
 from octo_run.kernels.attention.hopper.mean_bias import (
     PAGE_BYTES,
     PAGES_AT_ONCE,
@@ -193,16 +193,10 @@ def table_decode_kernel(
         components = u32(COMPONENTS_AT + warp * component_bytes(NT))
         functions = load_functions(FUNCTIONS, lane)
         angles = load_angles(ANGLES, begin + warp, last, lane, D, WARPS)
-    after = 0
-    if EARLY:
-        let_next_kernel_start(seq)
-        after = wait_for_kernel_before(seq)
-    q_row = Q + (seq * sq_b + head * G * sq_h + after)
     sink_k = SINK_K + owned * ssk_r + head * ssk_h
     sink_v = SINK_V + owned * ssv_r + head * ssv_h
     tail_k = TAIL_K + owned * stk_r + head * stk_h
     tail_v = TAIL_V + owned * stv_r + head * stv_h
-    coef = COEF + (seq * sc_b + head * G * sc_h + after)
     n_sink = gl.minimum(sink, length)
     behind = 64 * num  # the first token behind the pages, counted from the sinks on
     if WINDOW > 0:
@@ -218,36 +212,45 @@ def table_decode_kernel(
     beside = mine <= SPARE
     room = gl.where(beside, max(SPARE, 1), blocks_at_once(EXTRAS_AT_V, D))
     full_at = gl.where(beside, SPARE_AT, 0)
-    stage_round(
-        sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink, count, first_slot,
-        capacity, part, parts, 0, mine, room, full_at, tid, D, WARPS,
-    )  # fmt: skip
-    if MEAN > 0:
-        loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
-    if runs_as(seq, WARPS - 1):  # the last warp has the fewest full-precision tokens
-        for b in gl.static_range(NT):
-            keep_words(
-                u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
-                split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
-            )
     if beside:
         fill_tables(
             table, table_x, TABLE_V, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
             COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
         )  # fmt: skip
-    if MEAN > 0:  # what it needs has come meanwhile
+    after = 0
+    if EARLY:
+        let_next_kernel_start(seq)
+        after = wait_for_kernel_before(seq)
+    q_row = Q + (seq * sq_b + head * G * sq_h + after)
+    coef = COEF + (seq * sc_b + head * G * sc_h + after)
+    stage_round(
+        sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink, count, first_slot,
+        capacity, part, parts, 0, mine, room, full_at, tid, D, WARPS,
+    )  # fmt: skip
+    queries16 = load_queries(q_row, sq_h, lane, first_head, G, D, NT)
+    if MEAN > 0:
+        loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
+    if runs_as(seq, 0):
+        for b in gl.static_range(NT):
+            keep_words(
+                u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
+                split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
+            )
+    if MEAN > 0:
         write_operands(loaded, lane, warp, scale_log2, MEAN_AT, D, NT, MEAN, WARPS)
     zero_i = lane * 0
     running, total, acc = full_precision(
-        q_row, sq_h, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink,
+        queries16, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink,
         count, first_slot, capacity, part, parts, mine, room, full_at, tid, first_head, scale_log2,
         32512.0 / step_v, SINK_LOGITS + head * G, G, D, NT, PAIRS, ELEMENT, WARPS, CAP, SINKS,
     )  # fmt: skip
     if beside == 0:
+        barrier()
         fill_tables(
             table, table_x, TABLE_V, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V,
             COPIES_V, EXTRAS_AT_V, B_V, COPIES_XV, EXTRAS, ONE_TABLE, 32 * WARPS,
         )  # fmt: skip
+        barrier()
     # Shuffled to itself: else the assembler takes the remainder's mask into every lookup, an instruction each.
     lane_k = shuffle(u32((lane % COPIES_K) * 4), lane)
     lane_xk = shuffle(u32((lane % COPIES_XK) * 4), lane)
@@ -261,7 +264,6 @@ def table_decode_kernel(
     selector = u32(gl.where(g & 1 == 0, 0x7351, 0x6240))
     source = t * 4 + (g >> 1)
     halves = half_selectors(lane) if CHAINS == 4 else ()
-    barrier()
     scales = ()
     for b in gl.static_range(NT):
         two = ()

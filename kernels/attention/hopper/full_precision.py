@@ -20,6 +20,7 @@ from octo_run.kernels.lanes import (
     load_global2,
     max_over_rows,
     mma_half,
+    own_warp_backwards,
     pack_half,
     read_shared2,
     read_shared_half,
@@ -63,16 +64,30 @@ def _stage(
 
 
 @gluon.jit
-def _query16(q_ptr, stride_qh, lane, head, G: gl.constexpr, D: gl.constexpr):
-    """The B operand of the scores: in lanes of even g the row of head ``head + g / 2``, else zeros."""
+def load_queries(q_ptr, stride_qh, lane, head, G: gl.constexpr, D: gl.constexpr, NT: gl.constexpr):
+    """The B operands of the scores, NT blocks of four heads: in lanes of even g the row of head ``head + g / 2``."""
     g = lane >> 2
-    h = head + (g >> 1)
-    mine = (g & 1 == 0) & (h < G)
-    row = q_ptr + gl.minimum(h, G - 1) * stride_qh + (lane & 3) * 4
     out = ()
-    for s in gl.static_range(D // 16):
-        a, b = load_global2(row + 16 * s)
-        out = out + (gl.where(mine, a, 0), gl.where(mine, b, 0))
+    for block in gl.static_range(NT):
+        row = q_ptr + gl.minimum(head + 4 * block + (g >> 1), G - 1) * stride_qh + (lane & 3) * 4
+        words = ()
+        for s in gl.static_range(D // 16):
+            words = words + load_global2(row + 16 * s)
+        out = out + (words,)
+    return out
+
+
+@gluon.jit
+def _queries(loaded, lane, head, G: gl.constexpr, NT: gl.constexpr):
+    """What `load_queries` read, with zeros in lanes of odd g and of heads that are not there."""
+    g = lane >> 2
+    out = ()
+    for block in gl.static_range(NT):
+        mine = (g & 1 == 0) & (head + 4 * block + (g >> 1) < G)
+        words = ()
+        for i in gl.static_range(len(loaded[block])):
+            words = words + (gl.where(mine, loaded[block][i], 0),)
+        out = out + (words,)
     return out
 
 
@@ -194,23 +209,27 @@ def _sink_logits(logits, lane, warp, part, head, G: gl.constexpr, NT: gl.constex
 
 @gluon.jit
 def full_precision(
-    q_ptr, stride_qh, sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v,
+    loaded, sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v,
     n_sink, count, first_slot, capacity, part, parts, mine, room, at, tid, head, scale_log2, to_sums,
     sink_logits, G: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, PAIRS: gl.constexpr, ELEMENT: gl.constexpr,
     WARPS: gl.constexpr, CAP: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
-    """Softmax sums of the program's part of ``count`` tokens, of which the first ``n_sink`` are sinks.
+    """Softmax sums of the program's part of ``count`` tokens, of which the first ``n_sink`` are sinks; ``loaded``:
+    `load_queries`.
 
-    Its ``mine`` blocks of sixteen tokens are ``part + n * parts``, warp by warp; `stage_round` has begun to copy
-    those from 0 on to byte ``at`` of shared memory, which has room for ``room``. All pointers are those of the sequence
-    and KV head. CAP limits the logits; SINKS: the first part begins with the sink logits. Returns (running maxima, sums
-    of weights of the lane's rows, sums of values times ``to_sums``): tuples of NT, NT and NT * 6 * PAIRS numbers.
+    Its ``mine`` blocks of sixteen tokens are ``part + n * parts``, warp by warp, the last warp first, which has the
+    fewest pages. `stage_round` has begun to copy those from 0 on to byte ``at`` of shared memory, which has room for
+    ``room``. Who has no block does not wait for those who have, unless the room is needed again. All pointers are those
+    of the sequence and KV head. CAP limits the logits; SINKS: the first part begins with the sink logits. Returns
+    (running maxima, sums of weights of the lane's rows, sums of values times ``to_sums``): tuples of NT, NT and
+    NT * 6 * PAIRS numbers.
     """
     N: gl.constexpr = (D + 2) // 3 // chains_of(D)
     HALF: gl.constexpr = gl.bfloat16 if ELEMENT == "bf16" else gl.float16
     v_after = room * (16 * row_bytes(D))
     lane = tid & 31
     warp = tid >> 5
+    turned = WARPS - 1 - warp
     g = lane >> 2
     t = lane & 3
     zero = (lane * 0).to(gl.float32)
@@ -219,19 +238,19 @@ def full_precision(
     if SINKS:
         running, total = _sink_logits(sink_logits, lane, warp, part, head, G, NT)
     acc = repeat(zero, NT * 6 * PAIRS)
-    query = ()
-    for block_of_heads in gl.static_range(NT):
-        query = query + (_query16(q_ptr, stride_qh, lane, head + 4 * block_of_heads, G, D),)
+    query = _queries(loaded, lane, head, G, NT)
     wait_for_all_copies(lane)
     barrier()
+    own = own_warp_backwards(part, WARPS)
     for begin in range(0, mine, room):
         now = gl.minimum(mine - begin, room)
         first = part + begin * parts
-        for turn in range(0, now, WARPS):
-            block = gl.minimum(turn + warp, now - 1)
+        for base in range(own, now, WARPS):
+            number = base + (turned - own)
+            block = gl.minimum(number, now - 1)
             token = (first + block * parts) * 16 + g
-            there0 = (turn + warp < now) & (token < count)
-            there1 = (turn + warp < now) & (token + 8 < count)
+            there0 = (number < now) & (token < count)
+            there1 = (number < now) & (token + 8 < count)
             k_at = at + block * (16 * row_bytes(D))
             raw = repeat(repeat(zero, 4), NT)
             for s in gl.static_range(D // 16):
@@ -264,8 +283,8 @@ def full_precision(
             running = new_running
             total = new_total
             acc = _grow(acc, decays, weights, k_at + v_after, lane, zero, to_sums, D, N, NT, PAIRS, ELEMENT)
-        barrier()
         if begin + room < mine:
+            barrier()
             stage_round(
                 sink_k, sink_v, tail_k, tail_v, stride_sink_k, stride_sink_v, stride_tail_k, stride_tail_v, n_sink,
                 count, first_slot, capacity, part, parts, begin + room, mine, room, at, tid, D, WARPS,

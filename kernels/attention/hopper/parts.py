@@ -11,7 +11,8 @@ from octo_run.kernels.lane_copies import wait_for_all_copies
 from octo_run.kernels.lanes import (
     barrier,
     exp2,
-    load_global2_l2,
+    load_global4_l2,
+    load_global_l2_f,
     log2,
     read_shared2,
     read_shared_f,
@@ -168,51 +169,50 @@ def combine(
 def merge(tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, G: gl.constexpr, D: gl.constexpr,
            HEADS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
     """The result of all programs of these heads, by the last one to finish; past the first-level cache, which is not
-    coherent."""
-    AT_ONCE: gl.constexpr = 16  # parts whose loads are under way together
-    TURNS: gl.constexpr = (HEADS * D + 64 * WARPS - 1) // (64 * WARPS)  # two columns a thread in each, all at a time
-    places = ()
-    for turn in gl.static_range(TURNS):
-        item = turn * (64 * WARPS) + 2 * tid
-        which = gl.minimum(gl.minimum(item // D, HEADS - 1), G - 1 - first_head)
-        places = places + ((which, item % D, (item < HEADS * D) & (first_head + item // D < G)),)
+    coherent. Few parts are read in one go, and so are up to twice as many."""
+    if parts <= 16:
+        _merge(tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, G, D, HEADS, WARPS, 16)
+    else:
+        _merge(tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, G, D, HEADS, WARPS, 32)
+
+
+@gluon.jit
+def _merge(tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, G: gl.constexpr, D: gl.constexpr,
+           HEADS: gl.constexpr, WARPS: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
+    """Four columns a thread, whose loads from AT_ONCE parts are under way together."""
     zero = (tid * 0).to(gl.float32)
-    best = repeat(zero - 1e30, TURNS)
-    mass = repeat(zero, TURNS)
-    left = repeat(zero, TURNS)
-    right = repeat(zero, TURNS)
-    for first in range(0, parts, AT_ONCE):
-        loaded = ()
-        for n in gl.static_range(TURNS):
+    for begin in gl.static_range(0, HEADS * D, 128 * WARPS):
+        item = begin + 4 * tid
+        which = gl.minimum(gl.minimum(item // D, HEADS - 1), G - 1 - first_head)
+        column = item % D
+        best = zero - 1e30
+        mass = zero
+        sums = repeat(zero, 4)
+        for first in range(0, parts, AT_ONCE):
             levels = ()
             values = ()
             for s in gl.static_range(AT_ONCE):
-                place = places[n][0] * parts + gl.minimum(first + s, parts - 1)
-                level = gl.load(lse_row + place, cache_modifier=".cg")
-                levels = levels + (gl.where(first + s < parts, level, -1e30),)
-                values = values + (load_global2_l2(partial_row + place.to(gl.int64) * D + places[n][1]),)
-            loaded = loaded + ((levels, values),)
-        grown = ((), (), (), ())
-        for n in gl.static_range(TURNS):
-            levels, values = loaded[n]
-            highest = best[n]
+                place = which * parts + gl.minimum(first + s, parts - 1)
+                levels = levels + (load_global_l2_f(lse_row + place),)
+                values = values + (load_global4_l2(partial_row + place.to(gl.int64) * D + column),)
+            highest = best
             for s in gl.static_range(AT_ONCE):
                 highest = gl.maximum(highest, levels[s])
-            decay = exp2(best[n] - highest)
-            new_mass = mass[n] * decay
-            new_left = left[n] * decay
-            new_right = right[n] * decay
+            decay = exp2(best - highest)
+            best = highest
+            mass *= decay
+            grown = ()
+            for i in gl.static_range(4):
+                grown = grown + (sums[i] * decay,)
             for s in gl.static_range(AT_ONCE):
                 scale = gl.where(first + s < parts, exp2(levels[s] - highest), 0.0)
-                new_mass += scale
-                new_left += scale * values[s][0].to(gl.float32, bitcast=True)
-                new_right += scale * values[s][1].to(gl.float32, bitcast=True)
-            grown = (
-                grown[0] + (highest,), grown[1] + (new_mass,), grown[2] + (new_left,), grown[3] + (new_right,)
-            )  # fmt: skip
-        best, mass, left, right = grown
-    for n in gl.static_range(TURNS):
-        which, column, keep = places[n]
+                mass += scale
+                more = ()
+                for i in gl.static_range(4):
+                    more = more + (grown[i] + scale * values[s][i].to(gl.float32, bitcast=True),)
+                grown = more
+            sums = grown
+        keep = (item < HEADS * D) & (first_head + item // D < G)
         out = out_row + which * stride_oh + column
-        gl.store(out, (left[n] / mass[n]).to(out_row.dtype.element_ty), mask=keep)
-        gl.store(out + 1, (right[n] / mass[n]).to(out_row.dtype.element_ty), mask=keep)
+        for i in gl.static_range(4):
+            gl.store(out + i, (sums[i] / mass).to(out_row.dtype.element_ty), mask=keep)
