@@ -173,7 +173,8 @@ class Engine:
         Args:
             model: A path, a name in the cache, or ``octo-demo``; with ``random_weights`` a name for the shape.
             kv: The format of the cache: NAME, K:V, or auto:N, which chooses among ``oct2``, ``oct3`` and ``oct4`` for
-                the keys and the values of each layer, N bytes of 128 numbers on average.
+                the keys and the values of each layer, N bytes of 128 numbers on average. Layers with a short window
+                have ``bf16`` in any case (``allocation.SHORT_WINDOW``).
             max_context: In tokens (None: what the model's file says, as far as it fits).
             seed: Chooses the codec's rotation.
             conditioning: What is done to keys so that their code errs less (`models.conditioning`): ``off``, ``mean``
