@@ -353,3 +353,24 @@ def test_only_layers_with_codes_are_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert found.shape == (4, 2) and bool((found[[1, 3]] > 0).all()) and float(found[[0, 2]].max()) < 1e-6
     assert float(found[[0, 2]].max()) < 1e-3 * float(found[[1, 3]].min())
     assert [fmt.k.name == "bf16" for fmt in engine.kv] == [True, False] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("full_layers", [0, 2])
+def test_on_a_gpu(make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, full_layers: int) -> None:
+    """Recorded steps, of which the layers take turns between kernels, are the unrecorded ones; where all layers have
+    short windows, they are those of bf16."""
+    kinds = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": full_layers}
+    path = make_checkpoint(
+        architectures=["Qwen2ForCausalLM"], model_type="qwen2", max_position_embeddings=8192, num_hidden_layers=4,
+        **kinds,
+    )  # fmt: skip
+    found = []
+    for kv, recorded in (("oct3", True), ("oct3", False), ("bf16", True)):
+        with Engine.load(path, kv=kv, device="cuda", dtype="bfloat16", max_context=6000) as engine:
+            if not recorded:
+                monkeypatch.setattr(engine.step, "_run", lambda _key, work: work())
+            short = {engine.arena.formats[layer].k.bits == 0 for layer in engine.arena.windows[0].shape.layers}
+            assert short == {True}
+            found.append((greedy(engine, IDS[:2500], 400), greedy(engine, IDS[:2600], 50)))
+    assert found[0] == found[1] and (found[0] == found[2]) == (full_layers == 0)
