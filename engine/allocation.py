@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from octo_run.errors import UsageError, nearest, quoted
 from octo_run.kernels.codec import KVFormat, LayerFormats, get, names, parse_kv
+from octo_run.kernels.codec.formats import PLAIN
 from octo_run.models.config import ModelConfig
+from octo_run.models.specs import layer_specs
 
 #: The formats that are chosen from, and their relative errors: energy of the error by energy of the vector, Gaussian
 #: vectors of 128 numbers (docs/formats.md). Their proportions matter; other head dimensions have these within 7 %.
 ERRORS = {"oct2": 0.0554, "oct3": 0.0142, "oct4": 0.0041}
 #: What budgets count: bytes of so many numbers, norm and padding included.
 NUMBERS = 128
+#: Layers that see at most so many of the newest tokens have no codes, whatever ``--kv`` says. The newest 64 to 127 are
+#: in full precision anyway (with the usual ``--window``), so that a token would see three coded pages or fewer, however
+#: long the context is: they save little, and their codes cost quality, and time in every step.
+SHORT_WINDOW = 256
 
 #: A sensitivity for keys and one for values.
 Pair = Sequence[float]
@@ -32,16 +40,35 @@ class AutoFormats(LayerFormats):
     """Formats that were chosen within a budget of bytes.
 
     Attributes:
-        budget: Bytes of 128 numbers, on average.
+        budget: Bytes of 128 numbers, on average over the layers that have codes.
     """
 
     budget: int
 
     @classmethod
-    def within(cls, budget: int, sensitivities: Sequence[Pair], head_dim: int, seed: int = 0) -> AutoFormats:
-        """See ``allocate``."""
-        layers = allocate(sensitivities, Fraction(budget * head_dim, NUMBERS), head_dim, seed)
-        return cls(f"auto:{budget}", layers, budget)
+    def within(
+        cls,
+        budget: int,
+        sensitivities: Sequence[Pair],
+        head_dim: int,
+        seed: int = 0,
+        plain: Mapping[int, KVFormat] = MappingProxyType({}),
+    ) -> AutoFormats:
+        """See ``allocate``.
+
+        Args:
+            sensitivities: Of each layer.
+            plain: The formats of layers that have no codes, by their numbers; their sensitivities do not count.
+        """
+        coded = [pair for layer, pair in enumerate(sensitivities) if layer not in plain]
+        found = iter(allocate(coded, Fraction(budget * head_dim, NUMBERS), head_dim, seed))
+        layers = (plain[layer] if layer in plain else next(found) for layer in range(len(sensitivities)))
+        return cls(f"auto:{budget}", tuple(layers), budget)
+
+    @property
+    def plain(self) -> dict[int, KVFormat]:
+        """The formats of layers that have no codes, by their numbers."""
+        return {layer: fmt for layer, fmt in enumerate(self.layers) if not fmt.k.bits}
 
     @property
     def measured_with(self) -> KVFormat:
@@ -58,15 +85,16 @@ class AutoFormats(LayerFormats):
         if sensitivities is None:
             return self
         codec = self.layers[0].k
-        return type(self).within(self.budget, sensitivities.tolist(), codec.head_dim, codec.seed)
+        return type(self).within(self.budget, sensitivities.tolist(), codec.head_dim, codec.seed, self.plain)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.counts}; {self.average:.2f} bytes on average)"
 
     @property
     def average(self) -> float:
-        """Bytes of 128 numbers that are used, on average."""
-        return self.vector_bytes / (2 * len(self)) * NUMBERS / self.layers[0].k.head_dim
+        """Bytes of 128 numbers that are used, on average over the layers that have codes."""
+        coded = [self.layer_bytes(layer) for layer in range(len(self)) if layer not in self.plain]
+        return sum(coded) / (2 * len(coded)) * NUMBERS / self.layers[0].k.head_dim
 
 
 def allocate(sensitivities: Sequence[Pair], budget: Fraction, head_dim: int, seed: int = 0) -> tuple[KVFormat, ...]:
@@ -113,25 +141,31 @@ def allocate(sensitivities: Sequence[Pair], budget: Fraction, head_dim: int, see
 def parse_formats(
     text: str, cfg: ModelConfig, seed: int = 0, plain_dtype: torch.dtype = torch.bfloat16
 ) -> LayerFormats:
-    """The formats of a model's layers that ``--kv`` names.
+    """The formats of a model's layers that ``--kv`` names; layers with a short window (`SHORT_WINDOW`) have no codes.
 
     Args:
         text: "NAME", "KNAME:VNAME", or "auto:N": the formats are then those for layers and sides that are alike, until
             ``AutoFormats.chosen`` knows better.
-        plain_dtype: The dtype that ``bf16`` stores.
+        plain_dtype: The dtype that ``bf16`` stores, and layers without codes.
 
     Raises:
         UsageError: Any other text; the message names the choices.
     """
+
+    @functools.cache
+    def named(name: str, head_dim: int) -> KVFormat:
+        return parse_kv(name, head_dim, seed, plain_dtype)
+
     text = text.strip().lower()
     first = text.split(":")[0]
     if first not in names() and nearest(first, [*names(), "auto"]) == "auto" != first:
         raise UsageError(f"unknown KV format {quoted(first)}: did you mean auto:N, with N bytes of 128 numbers?")
     if "auto" not in text.split(":"):
-        sizes_of = dict.fromkeys(heads.size for heads in cfg.cached_heads)
-        made = {size: parse_kv(text, size, seed, plain_dtype) for size in sizes_of}
-        layers = tuple(made[heads.size] for heads in cfg.cached_heads)
-        return LayerFormats(layers[0].name, layers)
+        given = [named(text, heads.size) for heads in cfg.cached_heads]
+        short = short_layers(cfg)
+        return LayerFormats(
+            text, tuple(named(PLAIN, fmt.k.head_dim) if layer in short else fmt for layer, fmt in enumerate(given))
+        )
     if not cfg.plain_layers:
         raise UsageError(
             f"--kv {quoted(text)}: auto measures layers that have heads of one size, and keys and values of their own, "
@@ -145,4 +179,13 @@ def parse_formats(
             f"--kv {quoted(text)}: auto chooses formats of keys and values by itself; give auto:N with N = {least} to "
             f"{most}, the bytes of 128 numbers on average."
         )
-    return AutoFormats.within(int(match[1]), [(1.0, 1.0)] * len(cfg.attention_layers), cfg.head_dim, seed)
+    plain = dict.fromkeys(short_layers(cfg), named(PLAIN, cfg.head_dim))
+    if len(plain) == len(cfg.attention_layers):  # there is nothing to choose
+        return LayerFormats(text, tuple(plain.values()))
+    return AutoFormats.within(int(match[1]), [(1.0, 1.0)] * len(cfg.attention_layers), cfg.head_dim, seed, plain)
+
+
+def short_layers(cfg: ModelConfig) -> tuple[int, ...]:
+    """The numbers, among the layers that have keys and values of their own, of those with a short window."""
+    windows = (layer_specs(cfg)[index].attention.window for index in cfg.attention_layers)
+    return tuple(number for number, window in enumerate(windows) if window is not None and window <= SHORT_WINDOW)

@@ -74,23 +74,31 @@ class Calibration:
         return Conditioning(means, shapes).of_kind(kind)
 
     def sensitivities(
-        self, kind: str, fmt: KVFormat, on_progress: Callable[[int, int], None] | None = None
+        self,
+        kind: str,
+        fmt: KVFormat,
+        on_progress: Callable[[int, int], None] | None = None,
+        plain: tuple[int, ...] = (),
     ) -> Tensor | None:
         """``sensitivity.measure`` of a decoder whose keys are conditioned; None if no token of the text would be coded.
 
         Args:
             kind: The conditioning.
             fmt: The code.
+            plain: Of the layers that have keys and values those without a code, by their numbers: 0.
         """
         ids = self.ids[:FEWER]
         if len(ids) <= sensitivity.FIRST:
             return None
-        what = ("sensitivities", kind, fmt.name, fmt.k.seed, version_of(fmt))
+        what = ("sensitivities", kind, fmt.name, fmt.k.seed, version_of(fmt), *plain)
+        layers = self.decoder.cfg.attention_layers
         shape = {"divergences": (self.decoder.cfg.num_layers, 2)}
-        found = self._known(
-            what, shape, lambda: {"divergences": sensitivity.measure(self.decoder, fmt, ids, on_progress)}
-        )["divergences"]
-        return found[[*self.decoder.cfg.attention_layers]]
+        without = frozenset(layers[number] for number in plain)
+
+        def measured() -> dict[str, Tensor]:
+            return {"divergences": sensitivity.measure(self.decoder, fmt, ids, on_progress, without)}
+
+        return self._known(what, shape, measured)["divergences"][[*layers]]
 
     @cached_property
     def ids(self) -> list[int]:

@@ -173,7 +173,8 @@ class Engine:
         Args:
             model: A path, a name in the cache, or ``octo-demo``; with ``random_weights`` a name for the shape.
             kv: The format of the cache: NAME, K:V, or auto:N, which chooses among ``oct2``, ``oct3`` and ``oct4`` for
-                the keys and the values of each layer, N bytes of 128 numbers on average.
+                the keys and the values of each layer, N bytes of 128 numbers on average. Layers with a short window
+                have ``bf16`` in any case (``allocation.SHORT_WINDOW``).
             max_context: In tokens (None: what the model's file says, as far as it fits).
             seed: Chooses the codec's rotation.
             conditioning: What is done to keys so that their code errs less (`models.conditioning`): ``off``, ``mean``
@@ -255,15 +256,17 @@ class Engine:
             if path is None or where.type != "cpu" or scheme is None or cfg.recurrent:
                 decoder = made(source)
             else:
-                turns = {d: one.numpy().tobytes() for d, one in turned.items()}
+                turns = {len(one): one.numpy().tobytes() for one in turned if one is not None}
+                unturned = [number for number, one in enumerate(turned) if one is None]
                 factors = cfg.rope_factors(plan.context)  # all that the context decides of a decoder's tensors
-                kept = KeptWeights(path, (cfg, kind, matrices, scheme, of_head, turns, factors))
+                kept = KeptWeights(path, (cfg, kind, matrices, scheme, of_head, turns, factors, *unturned))
                 shapes = weight_files.RandomWeights(cfg, "meta", kind, matrices=matrices)
                 decoder = kept.decoder(made, shapes, source)
             calibration = Calibration(decoder, tokenizer, path)
             decoder.store_keys(fmt.rotations("k"), calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):
-                fmt = fmt.chosen(calibration.sensitivities(plan.conditioning, fmt.measured_with, on_measure))
+                found = calibration.sensitivities(plan.conditioning, fmt.measured_with, on_measure, tuple(fmt.plain))
+                fmt = fmt.chosen(found)
             if where.type == "cuda":
                 torch.cuda.empty_cache()  # what fusing the weights left behind, before the arena asks for the rest
             else:

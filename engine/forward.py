@@ -87,10 +87,6 @@ class Forward:
         #: The buffers of each layer's mixer and MLP; layers of one kind have the same.
         self._of_mlp = [made[repr(spec.mlp.shapes(rows))] for spec in decoder.specs]
         self._of_mixer = [made[repr(_mixer_shapes(spec, rows))] for spec in decoder.specs]
-        #: Of each layer that has attention the arena's number of the layer whose keys and values it sees.
-        own = {layer: number for number, layer in enumerate(cfg.attention_layers)}
-        sources = {layer: cfg.kv_source(layer) for layer in range(cfg.num_layers)}
-        self._number = {layer: own[source] for layer, source in sources.items() if source in own}
         self._positions = torch.zeros(rows, dtype=torch.int32, device=device)
         self._no_slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -110,11 +106,13 @@ class Forward:
         self.arena.upload(ids, into)
         return into
 
-    def _coefficients_of(self, count: int, head_dim: int) -> Tensor | None:
-        """Where those of so many queries are written to, ``[count, 1, heads, d]``; None where nothing needs them."""
-        if not 0 < count <= len(self._coefficients):
+    def _coefficients_of(self, index: int, count: int) -> Tensor | None:
+        """Where those of so many queries of a layer are written to, ``[count, 1, heads, d]``; None where nothing needs
+        them."""
+        layer = self.decoder.layers[index]
+        if layer.attention.key_mean is None or not 0 < count <= len(self._coefficients):
             return None
-        shape = count, 1, self._coefficients.shape[2], head_dim
+        shape = count, 1, self._coefficients.shape[2], layer.spec.head_dim
         return self._coefficients.view(-1)[: prod(shape)].view(shape)
 
     def chunks(self, chunks: list[Chunk]) -> Tensor:
@@ -138,8 +136,8 @@ class Forward:
         def mix(index: int, qkv: Tensor) -> Tensor:
             slots, buffers = self._no_slots[:count], self._of_mixer[index]
             q, mixed, kv = buffers["q"][:count], buffers["mixed"][:count], buffers["kv"][:, :count]
-            layer, number = self.decoder.specs[index], self._number[index]
-            coefficients = self._coefficients_of(count, layer.head_dim)
+            layer, number = self.decoder.specs[index], self.decoder.places[index]
+            coefficients = self._coefficients_of(index, count)
             ops.qkv_rope_append(qkv, transforms[index], slots, kv[0], kv[1], q, coefficients=coefficients)
             for chunk, rows in parts:
                 queries, out = (x[rows].transpose(0, 1) for x in (q, mixed))
@@ -177,8 +175,8 @@ class Forward:
 
         def mix(index: int, qkv: Tensor) -> Tensor:
             buffers, layer = self._of_mixer[index], self.decoder.specs[index]
-            q, mixed, number = buffers["q"][:batch], buffers["mixed"][:batch], self._number[index]
-            coefficients = self._coefficients_of(batch, layer.head_dim)
+            q, mixed, number = buffers["q"][:batch], buffers["mixed"][:batch], self.decoder.places[index]
+            coefficients = self._coefficients_of(index, batch)
             if layer.kv_source is None:
                 full_k, full_v = arena.full(number)
                 ops.qkv_rope_append(qkv, transforms[index], state.places, full_k, full_v, q, state.rows, coefficients)

@@ -50,14 +50,13 @@ class Parts:
 
 def _key_means(decoder: Decoder, shape: ArenaShape) -> KeyMeans:
     """Those of a decoder that was given means (``Decoder.store_keys``)."""
-    means, maps = list[Tensor](), list[Tensor]()
-    layers = decoder.cfg.attention_layers
-    for index in layers:
+    means, maps, frequencies = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
+    for number, index in enumerate(decoder.cfg.attention_layers):
         part = decoder.layers[index].attention
-        assert part.key_mean is not None and part.maps is not None
-        means.append(part.key_mean)
-        maps.append(part.maps[1])
-    return KeyMeans(shape, means, maps, [decoder.inv_freq(index) for index in layers])
+        if part.key_mean is not None:
+            assert part.maps is not None
+            means[number], maps[number], frequencies[number] = part.key_mean, part.maps[1], decoder.inv_freq(index)
+    return KeyMeans(shape, means, maps, frequencies)
 
 
 def tensors(*holders: object) -> Iterator[Tensor]:

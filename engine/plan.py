@@ -16,7 +16,6 @@ from octo_run.engine.window_pages import WindowShape
 from octo_run.engine.working_bytes import library_workspace, loading_bytes, temporary_bytes
 from octo_run.errors import OctoError, UsageError, quoted
 from octo_run.kernels.codec import LayerFormats
-from octo_run.kernels.codec.formats import PLAIN
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import CONDITIONINGS, ModelConfig
 from octo_run.models.decoder import Decoder
@@ -50,6 +49,7 @@ class MemoryPlan:
     ``loading`` are not in the sum.
 
     Attributes:
+        coded: Whether keys of any layer have a code.
         weight_format: What the weights are stored as (``Decoder.weight_format``).
         free: What is left to an engine.
         before: What the process held in memory when the plan was made if the device is a CPU (PyTorch, tokenizer).
@@ -65,6 +65,7 @@ class MemoryPlan:
     """
 
     kv: str
+    coded: bool
     conditioning: str
     weight_format: str
     device: str
@@ -82,11 +83,6 @@ class MemoryPlan:
     graphs: int
     logits: int
     measure: Callable[[ArenaShape], dict[str, int]] = field(repr=False, compare=False)
-
-    @property
-    def coded(self) -> bool:
-        """Whether keys have a code."""
-        return self.kv.split(":")[0] != PLAIN
 
     @property
     def context(self) -> int:
@@ -218,14 +214,13 @@ def recurrent_shape(cfg: ModelConfig) -> RecurrentShape | None:
 
 def window_shapes(cfg: ModelConfig, fmt: LayerFormats, sequences: int = 1, free: int = 0) -> tuple[WindowShape, ...]:
     """The groups of layers that have a window, with as many snapshots as a part of the free memory holds. There are no
-    groups with formats that are chosen later: what one takes is known only then, and its layers share the pages of the
-    others."""
-    if isinstance(fmt, AutoFormats):
-        return ()
+    groups of layers whose formats are chosen later: what one takes is known only then, and its layers share the pages
+    of those without a window."""
     groups = dict[int, list[int]]()
     for number, index in enumerate(cfg.attention_layers):
         window = layer_specs(cfg)[index].attention.window
-        if window is not None:
+        known = not isinstance(fmt, AutoFormats) or number in fmt.plain
+        if window is not None and known:
             groups.setdefault(window, []).append(number)
     sizes = _token_bytes(cfg, fmt)
     shapes = [
@@ -392,6 +387,7 @@ def plan_memory(
 
     plan = MemoryPlan(
         kv=fmt.name,
+        coded=fmt.coded,
         conditioning=kind,
         weight_format=decoder.weight_format,
         device=str(device),

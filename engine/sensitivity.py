@@ -5,7 +5,7 @@ it). The effect of one layer is far smaller than what bfloat16 rounds away, so a
 products take the first 11 bits of their inputs, which is enough).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -36,7 +36,11 @@ LOGIT_ROWS = 256
 
 @torch.inference_mode()
 def measure(
-    decoder: Decoder, fmt: KVFormat, ids: list[int], on_progress: Callable[[int, int], None] | None = None
+    decoder: Decoder,
+    fmt: KVFormat,
+    ids: list[int],
+    on_progress: Callable[[int, int], None] | None = None,
+    plain: Collection[int] = (),
 ) -> Tensor:
     """The divergence of the next token's distribution from the exact one, for each layer and side coded alone.
 
@@ -48,6 +52,7 @@ def measure(
         decoder: With the rotations of ``fmt``; its keys are coded as it stores them.
         ids: Of a text, more than ``FIRST`` tokens; about 750 are enough.
         on_progress: Called with the layers done and the number of layers, first with none.
+        plain: Layers that have no code: nothing is lost by them.
 
     Returns:
         Float32 ``[layers, 2]`` on the CPU: keys, values; nats, means over all tokens that see coded ones.
@@ -74,7 +79,8 @@ def measure(
                 variants[2 * index : 2 * index + 2],
             )
             if decoder.layers[index].has_attention:
-                _through_attention(decoder, index, exact, known, new, angles[index], turns[index], fmt)
+                code = None if index in plain else fmt
+                _through_attention(decoder, index, exact, known, new, angles[index], turns[index], code)
             else:
                 _through_other(decoder, _wide(decoder.layers[index]), exact, known, new)
         if on_progress is not None:
@@ -87,7 +93,7 @@ def measure(
 
 def _through_attention(
     decoder: Decoder, index: int, exact: Tensor, known: Sequence[Tensor], new: Tensor, angles: Angles, turns: Angles,
-    fmt: KVFormat,
+    fmt: KVFormat | None,
 ) -> None:  # fmt: skip
     """Take hidden states through a layer with attention, in place.
 
@@ -96,6 +102,7 @@ def _through_attention(
         known: Variants of the tokens from ``FIRST`` on, ``[B, m, hidden]``: earlier tokens are the same in all.
         new: Room for the variants that begin here, ``[2, m, hidden]``.
         turns: The rotations alone of ``angles``.
+        fmt: The code; None: there is none, and no variants begin.
     """
     stored, spec = decoder.layers[index].attention, decoder.specs[index].attention
     layer = decoder.layers[index]
@@ -120,12 +127,16 @@ def _through_attention(
 
     for part in known:
         part[:] = rest(part, attended(part, k, v))
-    coded = _attention_to_coded(q, k, v, *_code_errors(stored, fmt, k, v, turns), stored.maps, spec)
+    coded: tuple[Tensor, ...] = ()
+    if fmt is not None:
+        coded = _attention_to_coded(q, k, v, *_code_errors(stored, fmt, k, v, turns), stored.maps, spec)
     own = attend_plain(q, k, v, spec)
     del q, k, v  # before the MLP's activations come
-    for variant, mixed in zip(new, coded, strict=True):
+    for variant, mixed in zip(new, coded, strict=fmt is not None):
         variant[:] = rest(exact[:, FIRST:], mixed)[0]
     exact[:] = rest(exact, own)
+    if fmt is None:
+        new[:] = exact[:, FIRST:]
 
 
 def _through_other(decoder: Decoder, layer: Layer, exact: Tensor, known: Sequence[Tensor], new: Tensor) -> None:

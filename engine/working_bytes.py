@@ -51,7 +51,7 @@ def _cpu_temporaries(decoder: Decoder, shape: ArenaShape, fmt: LayerFormats) -> 
     attention = max(
         kernels.attention_host_bytes(
             shape.chunk, cfg.num_heads, *heads, (shape.max_pages, shape.ring + shape.chunk), one, shape.dtype,
-            mean=bool(shape.mean_heads),
+            mean=bool(shape.mean_heads) and one.k.bits > 0,
         )
         for heads, one in {*zip(shape.heads, fmt, strict=True)}
     )  # fmt: skip

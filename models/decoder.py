@@ -10,7 +10,7 @@ coordinates of their queries and keys put in that order when they are loaded (``
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -46,14 +46,13 @@ from octo_run.models.specs import FeedForward, LayerSpec, layer_specs
 from octo_run.models.weights import EMBEDDING, FINAL_NORM, LAYER_SCALE, HeldWeights, Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from octo_run.engine.arena import Chunk
     from octo_run.engine.recurrent_state import RecurrentStates
     from octo_run.engine.step import StepState
 
-#: Orthogonal matrices ``[d, d]`` by head_dim.
-Rotations = Mapping[int, Tensor]
+#: Of each layer that has keys and values of its own an orthogonal matrix ``[d, d]``, one for all heads of one size.
+#: None: what the layer stores stays as it is.
+Rotations = Sequence[Tensor | None]
 #: ``attention(layer, q [B, C, heads, d], k [B, C, kv_heads, d], v [B, C, kv_heads, d]) -> [B, C, heads, d]``
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -208,8 +207,8 @@ class Decoder:
     Args:
         weights: Taken layer by layer, so that fused copies never double the memory; a dict by Hugging Face names is
             emptied.
-        k_rotations: The codec's for queries and keys, or None.
-        v_rotations: The codec's for values, or None.
+        k_rotations: The codecs' for queries and keys; None: none anywhere.
+        v_rotations: The codecs' for values; None: none anywhere.
         quantise: Packs the layers' dense matrices, once the rotation of values is in them if they take it; None: they
             stay dense.
         text: Token ids that go through the layers before these are packed, so that it is known what their matrices are
@@ -219,8 +218,6 @@ class Decoder:
         context: Tokens of the longest sequence (None: the model's limit). It alone decides which of two lists of RoPE
             factors counts where a model has one for short and one for long contexts: one choice for all tokens, so that
             what is cached stays right.
-
-    The identity counts as None, so that plain formats pay nothing.
     """
 
     def __init__(
@@ -253,11 +250,15 @@ class Decoder:
         self.rope_of = [self.ropes.index(kind) for kind in kinds]
         self._frequencies = [rope.frequencies(*kind, self.device, self.context) for kind in self.ropes]
         self._folds = not isinstance(quantise, Scheme) or quantise.takes_rotation
-        turned = {} if v_rotations is None else {d: one for d, one in v_rotations.items() if not _is_identity(one)}
+        #: Of each layer with attention the place among ``cfg.attention_layers`` (its number in an arena) of the one
+        #: whose keys and values it sees.
+        self.places = _places(cfg)
         seen = None if quantise is None or text is None or self.device.type == "meta" else Text(self, text)
         self.layers: list[Layer] = []
         for index, spec in enumerate(self.specs):
-            layer = self._layer(weights, spec, f"model.layers.{index}.", turned.get(spec.head_dim))
+            place = self.places.get(index)
+            turned = None if v_rotations is None or place is None else v_rotations[place]
+            layer = self._layer(weights, spec, f"model.layers.{index}.", turned)
             self.specs[index] = layer.spec
             if quantise is not None:
                 layer = self._packed(layer, index, quantise, seen)
@@ -271,26 +272,29 @@ class Decoder:
         Keys are stored times ``A^T R^T`` and queries times ``A^-1 R^T``: their products stay what they are.
 
         Args:
-            rotations: R of the codec.
+            rotations: R of the codecs. Where there is none, keys have no code: they stay as they are, whatever the
+                conditioning says.
             conditioning: Has A of each layer and KV head (the identity if it has none), and means.
         """
-        cfg, device = self.cfg, self.device
-        if conditioning is None and all(map(_is_identity, rotations.values())):
-            return
-        place = {layer: index for index, layer in enumerate(cfg.attention_layers)}
-        wide = {d: rotation.to(device, torch.float32).T for d, rotation in rotations.items()}
-        alike = {d: turned.to(self.dtype).contiguous() for d, turned in wide.items()}
+        device, alike = self.device, dict[int, Tensor]()
         shapes = None if conditioning is None else conditioning.shapes
         for number, layer in enumerate(self.layers):
             if not layer.has_attention:
                 continue
-            spec, index = layer.spec, place[cfg.kv_source(number)]
+            spec, index = layer.spec, self.places[number]
             if spec.kv_source is not None:  # the same tensors, so that a change in place is one of both
                 source = self.layers[spec.kv_source].attention
                 mixer = replace(layer.attention, maps=source.maps, key_mean=source.key_mean)
                 self.layers[number] = replace(layer, mixer=mixer)
                 continue
-            turned, maps = wide[spec.head_dim], alike[spec.head_dim].expand(2, spec.kv_heads, -1, -1)
+            rotation = rotations[index]
+            if rotation is None:
+                self.layers[number] = replace(layer, mixer=replace(layer.attention, maps=None, key_mean=None))
+                continue
+            turned = rotation.to(device, torch.float32).T
+            if spec.head_dim not in alike:
+                alike[spec.head_dim] = turned.to(self.dtype).contiguous()
+            maps = alike[spec.head_dim].expand(2, spec.kv_heads, -1, -1)
             if shapes is not None and device.type == "meta":  # shapes alone: see linear._stacked
                 maps = torch.empty(2, *shapes[index].shape, dtype=self.dtype, device=device)
             elif shapes is not None:
@@ -616,5 +620,8 @@ def _embedding_and_head(weights: Weights, pack: Quantise | None) -> tuple[Tensor
     return table, head
 
 
-def _is_identity(matrix: Tensor) -> bool:
-    return torch.equal(matrix, torch.eye(len(matrix), dtype=matrix.dtype))
+def _places(cfg: ModelConfig) -> dict[int, int]:
+    """Of each layer with attention the place among ``cfg.attention_layers`` of the one whose keys it sees."""
+    own = {layer: place for place, layer in enumerate(cfg.attention_layers)}
+    sources = {layer: cfg.kv_source(layer) for layer in range(cfg.num_layers)}
+    return {layer: own[source] for layer, source in sources.items() if source in own}

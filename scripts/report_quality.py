@@ -35,7 +35,7 @@ from octo_run.engine.evaluation.plots import plot_perplexity
 from octo_run.engine.evaluation.reading import REFERENCE
 from octo_run.engine.window_pages import WindowPages
 from octo_run.errors import OctoError
-from octo_run.kernels.codec import Codec
+from octo_run.kernels.codec import Codec, LayerFormats
 from octo_run.models import conditioning
 from octo_run.models.conditioning import Conditioning
 from octo_run.models.decoder import Decoder
@@ -118,12 +118,21 @@ def load_case(model: str, case: Case, place: dict[str, Any]) -> Engine:
     # Uncompressed keys are not conditioned, unless they are told to be: what codes in passing then see is what real
     # codes would.
     kind = case.settings["conditioning"]
-    with unittest.mock.patch.object(plan, "conditioning_kind", lambda *_: kind):
+    with (
+        unittest.mock.patch.object(plan, "conditioning_kind", lambda *_: kind),
+        unittest.mock.patch.object(LayerFormats, "rotations", identities),
+    ):
         engine = Engine.load(model, kv=REFERENCE, **place, **case.settings)
     codec = _codec(case.kv, engine.config.head_dim)
     exact = {layer % engine.config.num_layers for layer in case.exact_layers}
     _code_in_passing(engine, codec, exact)
     return engine
+
+
+def identities(formats: LayerFormats, side: str) -> tuple[torch.Tensor | None, ...]:
+    """In place of ``LayerFormats.rotations``: keys are turned by the identity, so that they can be conditioned."""
+    sizes = [fmt.k.head_dim for fmt in formats]
+    return tuple(torch.eye(size, dtype=torch.float64) if side == "k" else None for size in sizes)
 
 
 @torch.inference_mode()

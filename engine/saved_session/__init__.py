@@ -15,8 +15,8 @@ object: version, model, settings, the conversation, and what decides whether the
   that a cut to these positions needs beside those of ``window0``, and their numbers. An older file has none of them:
   what is cut is then read again;
 - ``key_maps0`` ``[layers, 2, kv_heads, d, d]`` and ``key_means0`` float32 ``[layers, kv_heads, d]``: what queries and
-  keys are multiplied by and what is kept out of the code, where there is such; ``key_maps1`` as ``full1``. They are
-  measured, so each machine has its own; an engine takes those of the file.
+  keys are multiplied by and what is kept out of the code, of the layers whose keys have one; ``key_maps1`` as
+  ``full1``. They are measured, so each machine has its own; an engine takes those of the file.
 
 Pages go from one layout to the other where they were written on another kind of device. Nothing but the codec
 compresses them. A file is written beside its name, brought to the disk, and then given its name: whoever is interrupted

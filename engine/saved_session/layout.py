@@ -27,16 +27,16 @@ def tail_of(path: Path) -> Path:
 
 
 def key_tensors(engine: Engine) -> dict[str, list[Tensor]]:
-    """The maps and means of all layers whose keys are conditioned, by their names in a file; none that follow from the
-    rotation alone."""
+    """The maps and means of all layers whose keys are conditioned, those of one kind together, by their names in a
+    file; none that follow from the rotation alone."""
     every, found = attention_layers(engine), dict[str, list[Tensor]]()
     for kind, numbers in enumerate(engine.plan.shape.kinds.values()):
         layers = [every[number] for number in numbers]
         maps = [layer.maps for layer in layers if layer.maps is not None]
-        if engine.plan.conditioning == "full" and len(maps) == len(layers):
+        if engine.plan.conditioning == "full" and maps:
             found[f"key_maps{kind}"] = maps
         means = [layer.key_mean for layer in layers if layer.key_mean is not None]
-        if len(means) == len(layers):
+        if means:
             found[f"key_means{kind}"] = means
     return found
 

@@ -302,8 +302,8 @@ class SavedSession:
             old.copy_(new)  # in place: recorded steps read them there
         if engine.arena.means is not None:
             for number, layer in enumerate(attention_layers(engine)):
-                assert layer.key_mean is not None and layer.maps is not None
-                engine.arena.means.adopt(number, layer.key_mean, layer.maps[1])
+                if layer.key_mean is not None and layer.maps is not None:
+                    engine.arena.means.adopt(number, layer.key_mean, layer.maps[1])
 
     def _read_pages(self, engine: Engine, data: TensorFile, name: str, ids: list[int]) -> None:
         """Read pages into those of the arena that are ``ids``.

@@ -14,6 +14,8 @@ from octo_run.kernels.codec.plain import PlainCodec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from octo_run.kernels.codec.base import Codec
+
 
 class LayerRun(NamedTuple):
     """Consecutive layers of one format: those from ``first`` on, before ``end``."""
@@ -25,8 +27,8 @@ class LayerRun(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerFormats:
-    """A format for each layer. All share a seed, and on each side either all are coded or none is: the rotation of
-    keys, and that of values, is one for all heads of one size.
+    """A format for each layer. All that are coded share a seed: the rotation of keys, and that of values, is one for
+    all coded heads of one size.
 
     Attributes:
         name: What ``--kv`` was given.
@@ -38,9 +40,11 @@ class LayerFormats:
 
     def __post_init__(self) -> None:
         for side in ("k", "v"):
-            kinds = {(c.seed, isinstance(c, PlainCodec)) for c in (getattr(fmt, side) for fmt in self.layers)}
-            if len(kinds) != 1:
-                raise ValueError(f"the layers' formats of {side.upper()} must have one rotation, not those of {kinds}")
+            seeds = {codec.seed for codec in self._codecs(side) if not isinstance(codec, PlainCodec)}
+            if len(seeds) > 1:
+                raise ValueError(
+                    f"the layers' codes of {side.upper()} must have one seed, not those of {sorted(seeds)}"
+                )
 
     @classmethod
     def uniform(cls, fmt: KVFormat, layers: int) -> LayerFormats:
@@ -56,10 +60,14 @@ class LayerFormats:
     def __iter__(self) -> Iterator[KVFormat]:
         return iter(self.layers)
 
+    def _codecs(self, side: str) -> list[Codec]:
+        """Those of keys (``k``) or values (``v``) of the layers, in order."""
+        return [getattr(fmt, side) for fmt in self.layers]
+
     @property
     def coded(self) -> bool:
-        """Whether keys are coded."""
-        return self.layers[0].k.bits > 0
+        """Whether keys of any layer are coded."""
+        return any(fmt.k.bits > 0 for fmt in self.layers)
 
     @cached_property
     def vector_bytes(self) -> int:
@@ -70,10 +78,9 @@ class LayerFormats:
         """Bytes that a token of one KV head takes in pages of a layer: its keys and values."""
         return self.layers[layer].k.bytes_per_vector + self.layers[layer].v.bytes_per_vector
 
-    def rotations(self, side: str) -> dict[int, Tensor]:
-        """The rotations of keys (``k``) or values (``v``) by head_dim, ``[d, d]`` each."""
-        codecs = {codec.head_dim: codec for codec in (getattr(fmt, side) for fmt in self.layers)}
-        return {dim: codec.rotation for dim, codec in codecs.items()}
+    def rotations(self, side: str) -> tuple[Tensor | None, ...]:
+        """What keys (``k``) or values (``v``) of each layer are rotated by, ``[d, d]``; None: they have no code."""
+        return tuple(None if isinstance(codec, PlainCodec) else codec.rotation for codec in self._codecs(side))
 
     @cached_property
     def runs(self) -> tuple[LayerRun, ...]:

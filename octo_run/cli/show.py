@@ -208,11 +208,26 @@ def _kinds(facts: dict[str, Any]) -> list[str]:
 
 def _window_lines(facts: dict[str, Any]) -> list[str]:
     """A line on each group of layers with a window, by the first format whose pages are given back behind it."""
+    from octo_run.engine.allocation import SHORT_WINDOW
+
     row: dict[str, Any] = next((row for row in facts["kv"] if row["windows"]), {"windows": []})
+    lines = []
+    for one in row["windows"]:
+        kv = "without codes, whatever --kv says," if one["window"] <= SHORT_WINDOW else f"with {row['kv']}"
+        size = f"{one['bytes_per_token']:,} bytes a token, {console.human_bytes(one['bytes'])} however many there are"
+        lines.append(f"windows       {one['layers']} layers see {one['window']:,} tokens: {kv} {size}")
+    return lines
+
+
+def _short_windows(facts: dict[str, Any]) -> list[str]:
+    """Why layers have no codes, if there are such."""
+    from octo_run.engine.allocation import SHORT_WINDOW
+
+    if all(one["window"] > SHORT_WINDOW for row in facts["kv"] for one in row["windows"]):
+        return []
     return [
-        f"windows       {one['layers']} layers see {one['window']:,} tokens: with {row['kv']}"
-        f" {one['bytes_per_token']:,} bytes a token, {console.human_bytes(one['bytes'])} however many there are"
-        for one in row["windows"]
+        f"windows      of {SHORT_WINDOW} tokens or fewer are stored as with bf16: the newest tokens have no codes in "
+        "any layer, so that codes would save little there, and cost quality and time"
     ]
 
 
@@ -256,6 +271,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"bf16         the uncompressed cache; it takes the dtype of the arithmetic, {facts['dtype']} here",
         "auto:N       chooses one of oct2, oct3 and oct4 for the keys and the values of each layer, N bytes of 128 "
         "numbers on average; which need the better ones is measured at load",
+        *_short_windows(facts),
         "",
         "Tokens past the model's own context are of no use, however many would fit. Keys of coded formats are "
         "conditioned at load, unless --conditioning says otherwise (see octo-run chat --help).",

@@ -25,11 +25,13 @@ except ImportError as error:
         "octo_run.integrations.transformers needs transformers 5.24 or newer: pip install 'octo-run[transformers]'."
     ) from error
 
+from octo_run.engine.allocation import SHORT_WINDOW
 from octo_run.engine.arena import ArenaShape
 from octo_run.errors import OctoError, UsageError, expect, quoted
 from octo_run.integrations.batch_pages import BatchPages, Scratch, View
 from octo_run.integrations.stored_states import StoredStates
 from octo_run.kernels.codec import parse_kv
+from octo_run.kernels.codec.formats import PLAIN
 from octo_run.kernels.codec.rotation import HEAD_DIMS
 from octo_run.models.config import KVHeads
 
@@ -37,8 +39,8 @@ __all__ = ["OctoCache", "OctoLayer"]
 
 octo_attention.register()
 
-#: Kinds of layers whose keys and values are coded.
-_CODED = ("full_attention", "sliding_attention", "chunked_attention")
+#: Kinds of layers whose keys and values are stored here.
+_STORED = ("full_attention", "sliding_attention", "chunked_attention")
 #: Kinds of layers that have none; transformers' own objects keep what they have.
 _WITHOUT = ("conv", "linear_attention", "dummy")
 _TWO_CACHES = (
@@ -234,7 +236,8 @@ class OctoCache(DynamicCache):  # type: ignore[misc]
 
     The first ``sinks`` tokens and at least the last ``window`` are in full precision; the rest are in pages of 64
     tokens. What a call brings is seen by this call as it came, and coded for later ones. Texts of a batch have the same
-    length, padding included. It grows as needed.
+    length, padding included. It grows as needed. Layers with a sliding window of 256 tokens or fewer have no codes,
+    which would save little there: they store what they are given as it is.
 
     Args:
         config: The model's.
@@ -297,12 +300,14 @@ class OctoCache(DynamicCache):  # type: ignore[misc]
         self._given = given
 
     def _layer(self, kind: str, options: dict[str, Any]) -> Any:
-        if kind in _CODED:
-            return OctoLayer(self.kv, self.sinks, self.window, self.scratch, options.get("sliding_window"))
+        if kind in _STORED:
+            seen = options.get("sliding_window")
+            kv = self.kv if seen is None or seen > SHORT_WINDOW else PLAIN
+            return OctoLayer(kv, self.sinks, self.window, self.scratch, seen)
         if kind in _WITHOUT:
             return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
         raise OctoError(
-            f"OctoCache does not know layers of the kind {quoted(kind)}, only {', '.join(_CODED + _WITHOUT)}: use "
+            f"OctoCache does not know layers of the kind {quoted(kind)}, only {', '.join(_STORED + _WITHOUT)}: use "
             "another cache, for example DynamicCache."
         )
 

@@ -240,17 +240,30 @@ def test_show_text_has_a_row_for_every_format(octo: Callable[..., Any]) -> None:
 @pytest.mark.slow
 def test_show_tells_what_windows_take(octo: Callable[..., Any], make_checkpoint: Callable[..., Path]) -> None:
     """Bytes that grow with the context are those of the other layers."""
-    kinds = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1, "num_hidden_layers": 3}
+    kinds = {"use_sliding_window": True, "sliding_window": 300, "max_window_layers": 1, "num_hidden_layers": 3}
     path = make_checkpoint(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **kinds)
     facts = json.loads(octo("show", str(path), "--json", "--device", "cpu").out)
     row = next(row for row in facts["kv"] if row["kv"] == "oct3")
     assert row["bytes_per_token"] == 2 * 2 * 30
     (window,) = row["windows"]
-    assert window["layers"] == 2 and window["window"] == 128 and window["bytes_per_token"] == 2 * 2 * 2 * 30
+    assert window["layers"] == 2 and window["window"] == 300 and window["bytes_per_token"] == 2 * 2 * 2 * 30
     assert 0 < window["bytes"] < 2048 * window["bytes_per_token"] * 2
     out = octo("show", str(path), "--device", "cpu").out
-    assert "windows       2 layers see 128 tokens: with bf16 2,048 bytes a token, " in out
-    assert "however many there are" in out and "windows   " not in octo("show").out
+    assert "windows       2 layers see 300 tokens: with bf16 2,048 bytes a token, " in out
+    assert "however many there are" in out and "stored as with bf16" not in out
+    assert "windows   " not in octo("show").out
+
+
+def test_show_tells_which_windows_have_no_codes(octo: Callable[..., Any], make_checkpoint: Callable[..., Path]) -> None:
+    kinds = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1, "num_hidden_layers": 3}
+    path = make_checkpoint(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **kinds)
+    rows = json.loads(octo("show", str(path), "--json", "--device", "cpu").out)["kv"]
+    assert {row["kv"] for row in rows} >= {"bf16", "oct3", "auto:56"}
+    assert all([one["bytes_per_token"] for one in row["windows"]] == [2 * 2 * 2 * 64 * 4] for row in rows)
+    assert next(row["bytes_per_token"] for row in rows if row["kv"] == "oct3") == 2 * 2 * 30
+    out = octo("show", str(path), "--device", "cpu").out
+    assert "windows       2 layers see 128 tokens: without codes, whatever --kv says, 2,048 bytes a token, " in out
+    assert "windows      of 256 tokens or fewer are stored as with bf16: " in out
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octo_run.engine import Engine, plan_memory
+from octo_run.engine import Engine, allocation, plan_memory
 from octo_run.engine.allocation import parse_formats
 from octo_run.engine.arena import Chunk
 from octo_run.engine.calibration import Calibration
@@ -198,6 +198,12 @@ def tiny() -> Callable[..., Engine]:
         return build_engine(cfg, kv, context, **plan_options)
 
     return make
+
+
+@pytest.fixture
+def coded_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers with a window have codes, however short it is: what is tested of coded pages has short windows here."""
+    monkeypatch.setattr(allocation, "SHORT_WINDOW", 0)
 
 
 @pytest.fixture(scope="session")

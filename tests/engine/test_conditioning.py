@@ -13,6 +13,7 @@ from octo_run.engine import sensitivity
 from octo_run.engine.arena import ArenaShape
 from octo_run.engine.calibration import FEWER, TOKENS
 from octo_run.engine.parts import held_bytes
+from octo_run.kernels.codec import LayerFormats
 from octo_run.models import conditioning
 from octo_run.models.cache import statistics_folder
 from octo_run.models.conditioning import Conditioning
@@ -35,7 +36,12 @@ def logits(kv: str, kind: str | None, step: int | None = 64) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["mean", "full"])
 def test_without_coding_the_logits_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = logits("bf16", None)
+
+    def identities(formats: LayerFormats, side: str) -> list[torch.Tensor | None]:
+        return [torch.eye(fmt.k.head_dim, dtype=torch.float64) if side == "k" else None for fmt in formats]
+
     monkeypatch.setattr(plan_module, "conditioning_kind", lambda *_: kind)
+    monkeypatch.setattr(LayerFormats, "rotations", identities)
     conditioned = logits("bf16", None)
     assert not torch.equal(conditioned, exact), "means were taken out"
     assert float((conditioned - exact).abs().max() / exact.abs().max()) < 1e-5
@@ -143,7 +149,7 @@ def test_keys_are_conditioned_by_the_whole_text_and_formats_chosen_by_a_part(
         seen.append(ids)
         return measure(decoder, ids[:80])
 
-    def chosen(decoder: Decoder, fmt: object, ids: list[int], on_progress: object) -> torch.Tensor:
+    def chosen(decoder: Decoder, fmt: object, ids: list[int], *_: object) -> torch.Tensor:
         seen.append(ids)
         return torch.zeros(len(decoder.layers), 2)
 

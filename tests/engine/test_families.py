@@ -22,6 +22,8 @@ from octo_run.models.families import FAMILIES
 from octo_run.models.plain_attention import attend_plain
 from octo_run.models.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("coded_windows")
+
 COUNT, ON = 300, "cuda"
 SMALL: dict[str, Any] = {
     "vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -323,7 +325,7 @@ def test_transforms_change_nothing(name: str, made: Callable[[str], tuple[Path, 
     generator = torch.Generator().manual_seed(1)
     squares = {d: torch.randn(2, d, d, generator=generator, dtype=torch.float64) for _, d in cfg.cached_heads}
     turns = {d: torch.linalg.qr(square)[0] for d, square in squares.items()}
-    of_keys, of_values = ({d: both[side] for d, both in turns.items()} for side in (0, 1))
+    of_keys, of_values = ([turns[d][side] for _, d in cfg.cached_heads] for side in (0, 1))
     decoder = Decoder(cfg, load_weights(path, cfg, "cpu", torch.float32), None, of_values, context=512)
 
     def logits() -> Tensor:

@@ -18,6 +18,8 @@ from octo_run.models.families import DeltaFields
 
 from .conftest import TINY
 
+pytestmark = pytest.mark.usefixtures("coded_windows")
+
 Tiny = Callable[..., Engine]
 IDS = torch.randint(0, 250, (3, 1400), generator=torch.Generator().manual_seed(5)).tolist()
 WINDOWED = replace(

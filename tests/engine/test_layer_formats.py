@@ -51,9 +51,11 @@ def reference_logits(engine: Engine, ids: list[int]) -> Tensor:
         return decoder.logits(decoder.hidden(torch.tensor([ids]), positions[None], attention))[0]
 
 
-@pytest.mark.few("oct4:oct2/octopus2:oct3-off")
+@pytest.mark.few("oct4:oct2/octopus2:oct3-off", "bf16/oct3-full")
 @pytest.mark.parametrize("conditioning", ["off", "full"])
-@pytest.mark.parametrize("kv", ["oct3", "oct2/oct4:oct3", "oct4:oct2/octopus2:oct3", "oct2:bf16/oct3:bf16"])
+@pytest.mark.parametrize(
+    "kv", ["oct3", "oct2/oct4:oct3", "oct4:oct2/octopus2:oct3", "oct2:bf16/oct3:bf16", "bf16/oct3"]
+)
 def test_logits_are_those_of_a_model_with_each_layers_codec(
     kv: str, conditioning: str, tiny: Tiny, random_ids: Any
 ) -> None:
@@ -112,7 +114,14 @@ def test_formats_as_text() -> None:
     assert mixed.vector_bytes == 44 + 52 + 52 + 60
 
 
-@pytest.mark.parametrize("others", [("oct3", 128, 1), ("oct3", 64, 1), ("bf16", 64, 0), ("oct3:bf16", 64, 0)])
-def test_layers_have_one_rotation(others: tuple[str, int, int]) -> None:
-    with pytest.raises(ValueError, match="must have one rotation"):
+@pytest.mark.parametrize("others", [("oct3", 128, 1), ("oct3", 64, 1), ("bf16:oct3", 64, 1)])
+def test_codes_have_one_seed(others: tuple[str, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"must have one seed, not those of \[0, 1\]"):
         LayerFormats("mixed", (parse_kv("oct2", 64), parse_kv(*others)))
+
+
+def test_what_has_no_code_is_not_rotated() -> None:
+    formats = LayerFormats("mixed", (parse_kv("bf16", 64, 1), parse_kv("oct2:bf16", 64), parse_kv("oct3", 128)))
+    sizes = [[None if one is None else len(one) for one in formats.rotations(side)] for side in ("k", "v")]
+    assert sizes == [[None, 64, 128], [None, None, 128]] and formats.coded
+    assert not LayerFormats.uniform(parse_kv("bf16:oct3", 64), 2).coded

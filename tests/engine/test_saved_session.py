@@ -28,6 +28,8 @@ from octo_run.models.safetensors_file import read_headers
 
 from .conftest import TINY
 
+pytestmark = pytest.mark.usefixtures("coded_windows")
+
 GREEDY = SamplingParams(max_tokens=12)
 LONG = "The boats left at dawn, and the gulls followed them out to sea. " * 20
 

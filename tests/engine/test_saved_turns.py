@@ -15,6 +15,8 @@ from octo_run.models.config import ModelConfig
 
 from .test_snapshots import BOTH, RECURRENT, WINDOWED, remember
 
+pytestmark = pytest.mark.usefixtures("coded_windows")
+
 KINDS = pytest.mark.parametrize("cfg", [RECURRENT, WINDOWED, BOTH], ids=["recurrent", "windowed", "both"])
 #: Answers in letters, so that an answer's text has the tokens that were drawn.
 LETTERS = tuple((token, -100.0) for token in range(260) if not 97 <= token <= 122)

@@ -32,10 +32,9 @@ def decoder(cfg: ModelConfig = CFG, kind: str = "full", dtype: torch.dtype = tor
     for name, weight in weights.items():
         if name.endswith("proj.weight"):
             weight.mul_(gain)
-    made = Decoder(cfg, weights, None, {FORMAT.v.head_dim: FORMAT.v.rotation})
-    made.store_keys(
-        {FORMAT.k.head_dim: FORMAT.k.rotation}, Calibration(made, NoTokenizer(cfg.vocab_size), None).conditioning(kind)
-    )
+    made = Decoder(cfg, weights, None, [FORMAT.v.rotation] * cfg.num_layers)
+    found = Calibration(made, NoTokenizer(cfg.vocab_size), None).conditioning(kind)
+    made.store_keys([FORMAT.k.rotation] * cfg.num_layers, found)
     return made
 
 

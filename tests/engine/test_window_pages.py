@@ -20,6 +20,8 @@ from octo_run.models.config import ModelConfig
 
 from .conftest import TINY, Counter
 
+pytestmark = pytest.mark.usefixtures("coded_windows")
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 PATTERNS = {
     "all": (SLIDING,) * 2,

@@ -20,6 +20,7 @@ from octo_run.kernels.codec import parse_kv
 transformers = pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 is not installed")
 
 from octo_run.integrations import octo_attention  # noqa: E402
+from octo_run.integrations import transformers as cache_module  # noqa: E402
 from octo_run.integrations.stored_states import StoredStates  # noqa: E402
 from octo_run.integrations.transformers import OctoCache  # noqa: E402
 
@@ -198,9 +199,10 @@ def test_a_mask_of_a_chunk_knows_its_padding(decoder: Decoder) -> None:
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "GptOss"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_what_the_kernels_cannot_do_is_done_over_decoded_pages(
-    decoder: Decoder, device: str, family: str, padded: bool
+    decoder: Decoder, device: str, family: str, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sliding windows; soft caps; a logit of each head that takes its share: as the models themselves do it."""
+    monkeypatch.setattr(cache_module, "SHORT_WINDOW", 0)
     extra = {"Gemma2": {"query_pre_attn_scalar": 64}, "GptOss": {"num_local_experts": 2, "num_experts_per_tok": 1}}
     model = decoder(family, device, sliding_window=100, **extra.get(family, {}))
     for name, parameter in model.named_parameters():
@@ -221,6 +223,25 @@ def test_what_the_kernels_cannot_do_is_done_over_decoded_pages(
     assert coded.nbytes < cache.nbytes
     lengths = [layer._store.length for layer in coded.layers if layer.is_sliding]
     assert lengths and all(99 <= length < 100 + 64 + 64 for length in lengths), "pages out of sight are let go of"
+
+
+@pytest.mark.parametrize(("window", "kv"), [(256, "bf16"), (257, "oct3")])
+def test_a_short_window_has_no_codes(decoder: Decoder, window: int, kv: str) -> None:
+    """What it stores is what a cache of bf16 stores, bit for bit."""
+    model = decoder("Gemma2", sliding_window=window, query_pre_attn_scalar=64)
+    model.set_attn_implementation("eager")
+    caches = [OctoCache(model.config, kv=name) for name in ("oct3", "bf16")]
+    for cache in caches:
+        with torch.no_grad():
+            for first in (0, 250):
+                model(ids(1, 500)[:, first : first + 250], past_key_values=cache)
+    of_oct3, of_bf16 = (cache.layers for cache in caches)
+    assert [layer.kv for layer in of_oct3 if layer.is_sliding] == [kv] * sum(one.is_sliding for one in of_oct3)
+    assert {layer.kv for layer in of_oct3 if not layer.is_sliding} == {"oct3"}
+    assert of_oct3[0].is_sliding and caches[0].nbytes < caches[1].nbytes
+    for side in ("keys", "values"):
+        one, two = (getattr(layers[0], side) + 0 for layers in (of_oct3, of_bf16))
+        assert torch.equal(one, two) == (kv == "bf16")
 
 
 def test_a_sliding_window_that_is_not_full_is_read_from_pages(decoder: Decoder) -> None:

@@ -128,7 +128,7 @@ def test_the_function_stays_and_statistics_may_be_hostile(kind: str) -> None:
         if found is not None:
             assert found.shapes is not None
             assert all(bool(part.isfinite().all()) for part in (*found.shapes, *found.means))
-            decoder.store_keys({64: torch.eye(64, dtype=torch.float64)}, found)
+            decoder.store_keys([torch.eye(64, dtype=torch.float64)] * cfg.num_layers, found)
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = (x.repeat_interleave(3, 2).transpose(1, 2) for x in (k, v))

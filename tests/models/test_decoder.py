@@ -110,7 +110,7 @@ def test_rotations_change_nothing_but_the_basis(name: str) -> None:
         torch.linalg.qr(torch.randn(cfg.head_dim, cfg.head_dim, generator=generator, dtype=torch.float64))[0]
         for _ in range(2)
     )
-    given = {cfg.head_dim: k_rotation}, {cfg.head_dim: v_rotation}
+    given = [k_rotation] * cfg.num_layers, [v_rotation] * cfg.num_layers
     ids, positions = torch.arange(40)[None], torch.arange(40)[None]
     seen: list[dict[str, Tensor]] = []
     results = []

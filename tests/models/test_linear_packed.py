@@ -164,7 +164,7 @@ def test_a_decoder_quantises_what_it_has_rotated() -> None:
         seen.append(weight.clone())
         return eight_bits(weight)
 
-    decoder = Decoder(CFG, dict(weights), None, {64: rotation}, quantise)
+    decoder = Decoder(CFG, dict(weights), None, [rotation] * CFG.num_layers, quantise)
     assert len(seen) == 4 * CFG.num_layers
     layer = decoder.layers[0]
     assert layer.attention.v_rotation is None and isinstance(decoder.head, Linear)
@@ -183,7 +183,9 @@ def test_four_bits_are_not_given_rotated_matrices(weights: str, changed: bool) -
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
     stored = random_weights(CFG, "cpu", torch.float32)
     scheme, ids = SCHEMES[weights], [*range(5, 69)]
-    plain, rotated = (Decoder(CFG, dict(stored), None, turned, scheme, ids) for turned in (None, {64: rotation}))
+    plain, rotated = (
+        Decoder(CFG, dict(stored), None, turned, scheme, ids) for turned in (None, [rotation] * CFG.num_layers)
+    )
     for one, other in zip(plain.layers, rotated.layers, strict=True):
         assert (other.attention.v_rotation is None) is changed
         for a, b in ((one.attention.qkv, other.attention.qkv), (one.attention.out, other.attention.out)):
@@ -218,7 +220,7 @@ def test_values_are_rotated_online_where_weights_are_packed(
     monkeypatch.setattr(Packed, "which", which)
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)))[0]
     exact = logits(Decoder(CFG, Dequantised(CFG, "cpu", torch.float32), None, None))
-    decoder = Decoder(CFG, Packed(CFG, "cpu", torch.float32), None, {64: rotation})
+    decoder = Decoder(CFG, Packed(CFG, "cpu", torch.float32), None, [rotation] * CFG.num_layers)
     assert all(layer.attention.v_rotation is not None for layer in decoder.layers)
     assert (logits(decoder) - exact).abs().max() < 1e-4 * exact.abs().max()
 

@@ -153,9 +153,9 @@ def test_what_columns_are_multiplied_by_is_measured_as_the_model_computes() -> N
 
     weights, ids = random_weights(CFG, "cpu", torch.float32), random_ids(CFG)
     assert ids == random_ids(CFG) and len(ids) == 256
-    dense = Decoder(CFG, dict(weights), None, {64: rotation})
+    dense = Decoder(CFG, dict(weights), None, [rotation] * CFG.num_layers)
     with torch.inference_mode():
-        Decoder(CFG, dict(weights), None, {64: rotation}, quantise, ids)
+        Decoder(CFG, dict(weights), None, [rotation] * CFG.num_layers, quantise, ids)
         inputs: list[Tensor] = []
 
         def attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
