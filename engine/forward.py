@@ -258,6 +258,7 @@ class Forward:
 
         following = [layer.norms.before_attention for layer in decoder.layers[1:]] + [decoder.final_norm]
         given, first = residual, decoder.layers[0]
+        into: Tensor | ops.AddNorm
         if first.norms.before_attention is not None:
             given = normed
             ops.add_rms_norm(residual, None, first.norms.before_attention, eps, normed, centred=first.spec.layer_norm)
@@ -266,11 +267,18 @@ class Forward:
                 self._attention(index, layer, given, delta, mix)
             else:
                 other(layer.mixer, given, delta, {name: x[:rows] for name, x in self._of_mixer[index].items()})
-            if layer.spec.parallel:  # the MLP sees what attention saw
-                add(layer.spec, layer.norms.after_attention, None)
+            spec, norms = layer.spec, layer.norms
+            if spec.parallel:
+                add(spec, norms.after_attention, None)
+                into = given  # what attention saw
+            elif norms.before_mlp is None:
+                into = add(spec, norms.after_attention, None)
             else:
-                given = add(layer.spec, layer.norms.after_attention, layer.norms.before_mlp)
-            layer.mlp.apply(given, delta, {name: x[:rows] for name, x in self._of_mlp[index].items()})
+                into = ops.AddNorm(
+                    delta, residual, norms.before_mlp, eps, normed, norms.after_attention, spec.residual_multiplier,
+                    spec.layer_norm,
+                )  # fmt: skip
+            layer.mlp.apply(into, delta, {name: x[:rows] for name, x in self._of_mlp[index].items()})
             if layer.per_layer is None:
                 given = add(layer.spec, layer.norms.after_mlp, next_norm, layer.scale)
                 continue

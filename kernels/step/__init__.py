@@ -9,6 +9,7 @@ lies on the device: number b of the batch owns row ``rows[b]``. -1 is filler, fo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SLICE_TOKENS",
+    "AddNorm",
     "Draws",
     "HeadTransform",
     "add_rms_norm",
@@ -33,6 +35,7 @@ __all__ = [
     "linear",
     "mapped",
     "norm_heads",
+    "now",
     "penalised",
     "qkv_rope_append",
     "rotate_back",
@@ -94,6 +97,34 @@ def add_rms_norm(
             launch.add_rms_norm(residual, None, weight, eps, out, None, 1.0, centred)
     elif not compiled.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred, scale):
         reference.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred, scale)
+
+
+@dataclass(frozen=True)
+class AddNorm:
+    """An ``add_rms_norm`` that is still to be done, so that a kernel that reads what it makes may do it itself.
+
+    Attributes:
+        x, residual, weight, eps, out, post, multiplier, centred: What it is given.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    eps: float
+    out: Tensor
+    post: Tensor | None = None
+    multiplier: float = 1.0
+    centred: bool = False
+
+
+def now(given: Tensor | AddNorm) -> Tensor:
+    """The tensor that is given, or that an ``add_rms_norm`` makes, which is then done."""
+    if isinstance(given, Tensor):
+        return given
+    add_rms_norm(
+        given.x, given.residual, given.weight, given.eps, given.out, given.post, given.multiplier, given.centred
+    )
+    return given.out
 
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:

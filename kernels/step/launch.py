@@ -92,7 +92,12 @@ def add_rms_norm(
         launch(
             X=x, **pointers, eps=eps, multiplier=multiplier, N=width, BLOCK=block, ADD=residual is not None,
             NORM=weight is not None and out is not None, POST_NORM=post is not None, SCALED=multiplier != 1.0,
-            CENTRED=centred, **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
+            CENTRED=centred, **early(x.device), num_warps=norm_warps(block))  # fmt: skip
+
+
+def norm_warps(block: int) -> int:
+    """Warps of a program that norms a row of so many numbers, a power of two."""
+    return min(16, max(4, block // 512))
 
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
@@ -106,7 +111,7 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
     with on_device_of(x):
         launch(
             X=x, WEIGHT=weight, eps=eps, s_row=x.stride(0), N=width, BLOCK=block, **early(x.device),
-            num_warps=min(16, max(4, block // 512)))  # fmt: skip
+            num_warps=norm_warps(block))  # fmt: skip
 
 
 def gate(x: Tensor, gates: Tensor) -> None:

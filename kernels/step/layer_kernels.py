@@ -28,6 +28,21 @@ def _row_normed(x, weight, eps, inside, N: tl.constexpr, CENTRED: tl.constexpr, 
 
 
 @triton.jit
+def _row_added(
+    x, RESIDUAL, post, eps, multiplier, inside, N: tl.constexpr, ADD: tl.constexpr, POST_NORM: tl.constexpr,
+    SCALED: tl.constexpr, CENTRED: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    """One row of N numbers as it is added, and with ADD the residual, in float32 but rounded."""
+    if POST_NORM:
+        x = _row_normed(x, post, eps, inside, N, CENTRED, kind)
+    if SCALED:
+        x = (x * multiplier).to(kind).to(tl.float32)
+    if ADD:
+        x = (x + tl.load(RESIDUAL, mask=inside, other=0).to(tl.float32)).to(kind).to(tl.float32)
+    return x
+
+
+@triton.jit
 def add_rms_norm_kernel(
     X, RESIDUAL, WEIGHT, OUT, POST, eps, multiplier, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
     NORM: tl.constexpr, POST_NORM: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
@@ -39,20 +54,15 @@ def add_rms_norm_kernel(
     inside = at < N
     if NORM:
         weight = tl.load(WEIGHT + at, mask=inside, other=0)
-    if POST_NORM:
-        post = tl.load(POST + at, mask=inside, other=0)
+    post = tl.load(POST + at, mask=inside, other=0) if POST_NORM else 0
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     x = tl.load(X + row + at, mask=inside, other=0).to(tl.float32)
-    if POST_NORM:
-        x = _row_normed(x, post, eps, inside, N, CENTRED, kind)
-    if SCALED:
-        x = (x * multiplier).to(kind).to(tl.float32)
+    residual = RESIDUAL + row + at
+    x = _row_added(x, residual, post, eps, multiplier, inside, N, ADD, POST_NORM, SCALED, CENTRED, kind)
     if ADD:
-        x = (x + tl.load(RESIDUAL + row + at, mask=inside, other=0).to(tl.float32)).to(kind)
-        tl.store(RESIDUAL + row + at, x, mask=inside)
-        x = x.to(tl.float32)
+        tl.store(residual, x.to(kind), mask=inside)
     if NORM:
         tl.store(OUT + row + at, _row_normed(x, weight, eps, inside, N, CENTRED, kind).to(kind), mask=inside)
 
