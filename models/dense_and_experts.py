@@ -63,7 +63,7 @@ class DenseAndExperts:
         """See `experts.Experts`."""
         return self.experts.unread_bytes(tokens)
 
-    def apply(self, given: Tensor | ops.AddNorm, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
+    def apply(self, given: Tensor | ops.AddNorm, out: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
         """See `specs.FeedForward`."""
         x = ops.now(given)
         normed, judged, made = (buffers[f"side_{name}"] for name in ("given", "judged", "made"))
@@ -71,8 +71,10 @@ class DenseAndExperts:
         self.dense.apply(normed, made, buffers)
         ops.add_rms_norm(made, None, self.after_dense, self.eps, out)
         ops.add_rms_norm(x, None, self.before_experts, self.eps, normed)
-        self.experts.apply(normed, made, buffers, ops.AddNorm(x, None, self.before_router, self.eps, judged))
-        ops.add_rms_norm(made, out, None, self.eps, normed, self.after_experts)
+        router_norm = ops.AddNorm(x, None, self.before_router, self.eps, judged)
+        chosen = self.experts.apply(normed, made, buffers, router_norm)
+        ops.add_rms_norm(chosen, out, None, self.eps, normed, self.after_experts)
+        return out
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `specs.FeedForward`."""

@@ -25,7 +25,7 @@ from octo_run.models.quantisation.schemes import Scheme
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from octo_run.kernels.step import AddNorm
+    from octo_run.kernels.step import AddNorm, Mixture
     from octo_run.models.expert_config import ExpertConfig
     from octo_run.models.linear import Quantise, SingleLinear
     from octo_run.models.weights import Weights
@@ -87,7 +87,7 @@ class Experts:
     def apply(
         self, given: Tensor | AddNorm, out: Tensor, buffers: Mapping[str, Tensor],
         judged: Tensor | AddNorm | None = None,
-    ) -> None:  # fmt: skip
+    ) -> Tensor | Mixture:  # fmt: skip
         """See `specs.FeedForward`.
 
         Args:
@@ -105,7 +105,7 @@ class Experts:
         if self.shared is not None:
             shared = buffers["shared"]
             self.shared.apply(normed, shared, buffers)
-        routed.mix(normed, self.weights, scratch, out, shared)
+        return routed.mix(normed, self.weights, scratch, out, shared, unsummed=True)
 
     def __call__(self, x: Tensor, judged: Tensor | None = None) -> Tensor:
         """See `specs.FeedForward`; ``judged`` as in `apply`."""

@@ -16,7 +16,7 @@ from octo_run.kernels.experts.weights import ACTIVATIONS, Activation, ExpertWeig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from octo_run.kernels.step import AddNorm
+    from octo_run.kernels.step import AddNorm, Mixture
 
 __all__ = ["ACTIVATIONS", "Activation", "ExpertWeights", "Scratch", "mix", "route", "scratch_bytes"]
 
@@ -47,7 +47,10 @@ def route(x: Tensor | AddNorm, router: Tensor, bias: Tensor | None, normalised: 
     return x
 
 
-def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None) -> None:
+def mix(
+    x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None, *,
+    unsummed: bool = False,
+) -> Tensor | Mixture:  # fmt: skip
     """``out [R, hidden]``: for each token the sum of its experts' outputs times their weights.
 
     Args:
@@ -55,10 +58,14 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
         scratch: For R tokens, as ``route`` has left it.
         shared: ``[R, hidden]``, the outputs of an expert that all tokens have, or None. It is added times the sigmoid
             of the router's output behind those of the experts.
+        unsummed: A sum that would take a kernel of its own may be left to be made, if there are few tokens.
+
+    Returns:
+        ``out``, or what it would be the sum of, in ``scratch`` and ``shared``; ``out`` is then not written.
     """
     if x.is_cuda:
         from octo_run.kernels.experts import launch
 
-        launch.mix(x, experts, scratch, out, shared)
-    else:
-        reference.mix(x, experts, scratch, out, shared)
+        return launch.mix(x, experts, scratch, out, shared, unsummed=unsummed)
+    reference.mix(x, experts, scratch, out, shared)
+    return out

@@ -28,8 +28,8 @@ from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scr
 from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
 from octo_run.kernels.linear.streamed_parts import shared_bytes
-from octo_run.kernels.step import AddNorm
-from octo_run.kernels.step.launch import norm_warps
+from octo_run.kernels.step import AddNorm, Mixture
+from octo_run.kernels.step.launch import mixture_arguments, norm_warps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,8 @@ SMALL_TOKENS = 256
 ROUTER_TOKENS = FUSED_TOKENS
 #: Tokens, and columns rounded up to a power of two, up to which the router does the norm in front of it.
 NORM_TOKENS, NORM_COLUMNS = 4, 4096
+#: Tokens up to which the norm that follows adds up what experts give, where the second product does not.
+UNSUMMED_TOKENS = FUSED_TOKENS
 #: Bytes of the second matrices that are fetched into the second-level cache while the first product still runs.
 AHEAD_BYTES = 6 << 20
 #: Programs of dense experts' first products, and of second ones of up to 1024 columns and more. The short ones have a
@@ -161,8 +163,8 @@ def division(x: Tensor, experts: ExpertWeights) -> Divisions:
 
 def mix(
     x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None,
-    divisions: Divisions | None = None,
-) -> None:  # fmt: skip
+    divisions: Divisions | None = None, *, unsummed: bool = False,
+) -> Tensor | Mixture:  # fmt: skip
     """`kernels.experts.mix` on a GPU.
 
     Args:
@@ -177,7 +179,7 @@ def mix(
         first, second = hows.get("gate_up"), hows.get("down")
         if isinstance(first, VectorTiling) and isinstance(second, VectorTiling):
             _vectors(x, experts, scratch, out, shared, first, second)
-            return
+            return out
         rows = FEW if hows else SOME if len(x) <= SMALL_TOKENS else MANY
         tiles = _sorted(scratch, rows)
         for name, taken, made, known in (
@@ -188,7 +190,11 @@ def mix(
                 fused_product(taken, experts, name, scratch, made, tiles, how, known=known)
             else:
                 _grouped(taken, experts, name, scratch, made, tiles)
-        _combine(experts, scratch, out, shared)
+        mixture = scratch.mixture(shared)
+        if unsummed and len(x) <= UNSUMMED_TOKENS:
+            return mixture
+        _combine(mixture, out)
+    return out
 
 
 def _fused_fits(x: Tensor, weight: PackedWeight) -> bool:
@@ -324,10 +330,9 @@ def _grouped(x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out
         num_stages=3)  # fmt: skip
 
 
-def _combine(experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None) -> None:
+def _combine(mixture: Mixture, out: Tensor) -> None:
     rows, hidden = out.shape
     launch: Callable[..., Any] = combine_kernel[(triton.cdiv(hidden, _COLUMNS), rows)]
     launch(
-        PARTS=scratch.parts, WEIGHTS=scratch.weights, SHARED=out if shared is None else shared, LOGITS=scratch.logits,
-        OUT=out, outputs=scratch.logits.shape[1], experts=experts.experts, N=hidden, CHOSEN=scratch.indices.shape[1],
-        BLOCK=_COLUMNS, HAS_SHARED=shared is not None, **early(out.device), num_warps=4)  # fmt: skip
+        X=mixture.parts, **mixture_arguments(mixture), OUT=out, N=hidden, BLOCK=_COLUMNS, **early(out.device),
+        num_warps=4)  # fmt: skip

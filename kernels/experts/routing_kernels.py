@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octo_run.kernels.step.layer_kernels import _row_added, _row_normed
+from octo_run.kernels.step.layer_kernels import _row_added, _row_normed, row_mixed
 
 
 @triton.jit
@@ -234,22 +234,15 @@ def place_kernel(
 
 @triton.jit
 def combine_kernel(
-    PARTS, WEIGHTS, SHARED, LOGITS, OUT, outputs, experts, N: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
+    X, SHARES, SHARED, GATES, OUT, s_gate, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     HAS_SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The weighted sum of a row's CHOSEN parts; the program is (BLOCK columns, row)."""
+    """The weighted sum of a row's PARTS; the program is (BLOCK columns, row)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     inside = at < N
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    total = tl.zeros([BLOCK], tl.float32)
-    for number in tl.static_range(CHOSEN):
-        weight = tl.load(WEIGHTS + row * CHOSEN + number)
-        part = tl.load(PARTS + (row * CHOSEN + number) * N + at, mask=inside, other=0)
-        total += weight * part.to(tl.float32)
-    if HAS_SHARED:
-        gate = 1.0 / (1.0 + tl.exp(-tl.load(LOGITS + row * outputs + experts)))
-        total += gate * tl.load(SHARED + row * N + at, mask=inside, other=0).to(tl.float32)
+    total = row_mixed(X, SHARES, SHARED, GATES, s_gate, row, at, inside, N, PARTS, HAS_SHARED)
     tl.store(OUT + row * N + at, total.to(OUT.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ The Triton cases run where there is a GPU, or interpreted (see test_attention_in
 import os
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,12 @@ from octo_run.engine import Engine, SamplingParams
 from octo_run.kernels import experts as routed
 from octo_run.kernels import step as ops
 from octo_run.kernels.experts import Scratch
-from octo_run.kernels.step import AddNorm
+from octo_run.kernels.step import AddNorm, Mixture, reference
 from octo_run.models.config import parse_config
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-poisoned = runpy.run_path(str(Path(__file__).parent / "test_experts.py"))["poisoned"]
+shapes = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "test_experts.py")))
 triton_only = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="Triton kernels need a GPU or TRITON_INTERPRET=1"
 )
@@ -62,7 +63,7 @@ class Case:
         from octo_run.kernels.experts import launch
 
         residual = None if self.residual is None else self.residual.clone()
-        out, scratch = torch.full_like(self.x, torch.nan), poisoned(Scratch.make(self.shapes, DEVICE))
+        out, scratch = torch.full_like(self.x, torch.nan), shapes.poisoned(Scratch.make(self.shapes, DEVICE))
         norm = AddNorm(self.x, residual, self.weight, self.eps, out, self.post, self.multiplier, self.centred)
         assert launch.route(norm, self.router, self.bias, self.normalised, scratch) is out
         found = {"normed": out, "logits": scratch.logits, "indices": scratch.indices, "weights": scratch.weights}
@@ -155,6 +156,100 @@ def test_triton_router_leaves_the_norm_to_others(rows: int, hidden: int, folded:
         assert float((ours[name].double() - want).norm() / want.norm()) < 1e-5, name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize(("rows", "experts"), [(1, 32), (1, 512), (4, 512)])
+def test_the_sum_is_stored_when_all_programs_have_read_what_it_replaces(rows: int, experts: int) -> None:
+    """More programs than run at once: if one read the sum in its place, its logits would be others."""
+    given = Case(rows, 4096, torch.bfloat16, experts=experts, outputs=experts)
+    first = given.run()
+    for _ in range(200):
+        again = given.run()
+        assert all(torch.equal(again[name], want) for name, want in first.items())
+    want = given.exact()["logits"]
+    assert float((first["logits"].double() - want).norm() / want.norm()) < BOUNDS[torch.bfloat16]
+
+
+def mixture_of(rows: int, parts: int, hidden: int, dtype: torch.dtype, shared: bool, seed: int) -> Mixture:
+    """Gates lie in the last column of a router's outputs."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=random).to(DEVICE, kind)
+
+    gates = normal(rows, 5)[:, 4] if shared else None
+    weights = normal(rows, parts).softmax(1)
+    return Mixture(normal(rows * parts, hidden, kind=dtype), weights, normal(rows, hidden, kind=dtype) if shared else
+                   None, gates)  # fmt: skip
+
+
+def exactly(mixture: Mixture) -> Tensor:
+    """Its sums by float64."""
+    weights = mixture.weights.double()
+    total = (mixture.parts.double().view(*weights.shape, -1) * weights[..., None]).sum(1)
+    if mixture.shared is not None and mixture.gates is not None:
+        total += mixture.shared.double() / (1 + (-mixture.gates.double()).exp())[:, None]
+    return total
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_reference_of_a_mixture(shared: bool) -> None:
+    mixture = mixture_of(3, 4, 50, torch.float32, shared, 0)
+    torch.testing.assert_close(mixture.summed().double(), exactly(mixture), rtol=1e-5, atol=1e-5)
+    residual, out, weight = (torch.randn(3, 50).to(DEVICE) for _ in range(3))
+    wanted = residual + mixture.summed()
+    reference.add_rms_norm(mixture, residual, weight[0], 1e-5, out)
+    torch.testing.assert_close(residual, wanted)
+    torch.testing.assert_close(out, reference.normed(wanted, weight[0], 1e-5))
+
+
+@triton_only
+@pytest.mark.parametrize("how", [{}, {"multiplier": 0.22}, {"post": True, "multiplier": 0.5}, {"centred": True}, {
+    "normed": False, "post": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("rows", "parts", "hidden", "dtype", "shared"), [
+    (1, 4, 96, torch.float32, False), (2, 8, 77, torch.float16, True), (4, 1, 301, torch.bfloat16, True),
+    (3, 3, 1000, torch.float32, True),
+])  # fmt: skip
+def test_triton_norm_adds_up_what_experts_give(
+    rows: int, parts: int, hidden: int, dtype: torch.dtype, shared: bool, how: dict[str, Any]
+) -> None:
+    """Bit by bit as the sum's own kernel and the norm's; near float64."""
+    from octo_run.kernels.experts import launch
+    from octo_run.kernels.step import launch as step
+
+    mixture, rest = mixture_of(rows, parts, hidden, dtype, shared, 3), Case(rows, hidden, dtype, post=True, seed=4)
+    assert rest.residual is not None and rest.post is not None
+    post, centred = rest.post if how.get("post") else None, how.get("centred", False)
+    weight, multiplier = rest.weight if how.get("normed", True) else None, how.get("multiplier", 1.0)
+    summed = torch.full_like(rest.x, torch.nan)
+    launch._combine(mixture, summed)
+    error = float((summed.double() - exactly(mixture)).norm() / exactly(mixture).norm())
+    assert error < BOUNDS[dtype], error
+    found = []
+    for x in (mixture, summed):
+        residual, out = rest.residual.clone(), torch.full_like(rest.x, 7 if weight is None else torch.nan)
+        step.add_rms_norm(x, residual, weight, 1e-5, out, post, multiplier, centred)
+        found.append((residual, out))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert bool(found[0][1].isfinite().all()) and not torch.equal(found[0][0], rest.residual)
+
+
+@triton_only
+@pytest.mark.parametrize(("rows", "left"), [(1, True), (5, True), (64, True), (65, False)])
+def test_triton_sums_are_left_to_the_norm_for_few_tokens(rows: int, left: bool) -> None:
+    """Of tiles of sorted tokens, where the second product does not add up; only where that is asked for."""
+    from octo_run.kernels.experts import launch
+
+    layer = shapes.Layer(rows, packed=("int8", None), hidden=40, inner=24, experts=3, shared=True).to(DEVICE)
+    launch.route(layer.x, layer.router, layer.bias, layer.normalised, layer.scratch)
+    gave = launch.mix(layer.x, layer.weights, layer.scratch, layer.out, layer.shared, unsummed=True)
+    assert isinstance(gave, Mixture) == left and bool(layer.out.isnan().all()) == left
+    unsummed = gave.summed() if isinstance(gave, Mixture) else gave
+    assert launch.mix(layer.x, layer.weights, layer.scratch, layer.out, layer.shared) is layer.out
+    torch.testing.assert_close(unsummed, layer.out, rtol=1e-5, atol=1e-5)
+    layer.check(1e-5)
+
+
 BASE: dict[str, Any] = {
     "vocab_size": 500, "hidden_size": 88, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
@@ -207,6 +302,7 @@ def test_triton_steps_of_models_with_fewer_kernels(
 ) -> None:
     """Logits of steps are those of steps in which every kernel does its own part."""
     from octo_run.kernels.experts import launch
+    from octo_run.kernels.step import launch as step
 
     fields, weights, layers = MODELS[name]
     cfg = parse_config({k: v for k, v in (BASE | fields).items() if v is not None}, Path("config.json"))
@@ -217,9 +313,22 @@ def test_triton_steps_of_models_with_fewer_kernels(
         monkeypatch.setattr(routed, "route", launch.route)
         monkeypatch.setattr(routed, "mix", launch.mix)
         monkeypatch.setattr(engine.forward._replays, "run", lambda _key, work: work())
+    add, mixtures = ops.add_rms_norm, list[int]()
+
+    def adding(x: Tensor | Mixture, *rest: Any, **more: Any) -> None:
+        if isinstance(x, Mixture):
+            mixtures.append(len(x.weights))
+        if isinstance(x, Mixture) and DEVICE == "cpu":
+            assert rest[7:] in ((), (1.0,))
+            step.add_rms_norm(x, *rest[:7], **more)
+        else:
+            add(x, *rest, **more)
+
+    monkeypatch.setattr(ops, "add_rms_norm", adding)
     ids, found = torch.randint(0, 500, (6,), generator=torch.Generator().manual_seed(7)).tolist(), []
-    for tokens in (launch.NORM_TOKENS, 0):
+    for tokens, sums in ((0, 0), (launch.NORM_TOKENS, launch.UNSUMMED_TOKENS)):
         monkeypatch.setattr(launch, "NORM_TOKENS", tokens)
+        monkeypatch.setattr(launch, "UNSUMMED_TOKENS", sums)
         folded.clear()
         sequence = engine.sequence()
         engine.prefill(sequence, ids[:3])
@@ -229,6 +338,7 @@ def test_triton_steps_of_models_with_fewer_kernels(
             engine.step.read(sequence)
             found.append(engine.step.logits[0].clone())
         assert folded == ([3] * layers + [1] * layers * 3 if tokens else [])
+        assert mixtures == (folded if weights is not None else [])
         sequence.discard()
     bound = 1e-5 if weights is None else 1e-3  # a CPU rounds what packed matrices are multiplied by
     for one, other in zip(found[:3], found[3:], strict=True):
