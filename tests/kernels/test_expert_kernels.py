@@ -295,10 +295,11 @@ def randomised(engine: Engine) -> None:
 
 
 @triton_only
+@pytest.mark.parametrize("dtype", ["float32", *(["bfloat16"] if DEVICE == "cuda" else [])])
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_triton_steps_of_models_with_fewer_kernels(
-    name: str, monkeypatch: pytest.MonkeyPatch, folded: list[int]
+    name: str, dtype: str, monkeypatch: pytest.MonkeyPatch, folded: list[int]
 ) -> None:
     """Logits of steps are those of steps in which every kernel does its own part."""
     from octo_run.kernels.experts import launch
@@ -306,9 +307,11 @@ def test_triton_steps_of_models_with_fewer_kernels(
 
     fields, weights, layers = MODELS[name]
     cfg = parse_config({k: v for k, v in (BASE | fields).items() if v is not None}, Path("config.json"))
-    engine = Engine.load(name, random_weights=cfg, device=DEVICE, dtype="float32", kv="bf16", weights=weights,
-                         max_context=256)  # fmt: skip
+    engine = Engine.load(
+        name, random_weights=cfg, device=DEVICE, dtype=dtype, kv="bf16", weights=weights, max_context=256
+    )
     randomised(engine)
+    monkeypatch.setattr(engine.step, "_run", lambda _key, work: work())  # a recorded step would be the same again
     if DEVICE == "cpu":  # the interpreter's kernels on a CPU's tensors, which no replay knows of
         monkeypatch.setattr(routed, "route", launch.route)
         monkeypatch.setattr(routed, "mix", launch.mix)
@@ -341,5 +344,6 @@ def test_triton_steps_of_models_with_fewer_kernels(
         assert mixtures == (folded if weights is not None else [])
         sequence.discard()
     bound = 1e-5 if weights is None else 1e-3  # a CPU rounds what packed matrices are multiplied by
+    bound = bound if dtype == "float32" else 3e-2
     for one, other in zip(found[:3], found[3:], strict=True):
         assert float((one - other).norm() / other.norm()) < bound
