@@ -122,7 +122,7 @@ CASES: list[dict[str, Any]] = [
 def test_triton_router_with_the_norm_in_front(
     rows: int, hidden: int, dtype: torch.dtype, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, folded: list[int]
 ) -> None:
-    """Near float64, and what the two kernels give: the rows bit by bit, as a row's norm has the same division."""
+    """Near float64, and what the two kernels give: rows bit by bit where a row's norm has the same division."""
     from octo_run.kernels.experts import launch
     from octo_run.kernels.step import launch as step
 
@@ -136,9 +136,9 @@ def test_triton_router_with_the_norm_in_front(
     monkeypatch.setattr(ops, "add_rms_norm", step.add_rms_norm)
     theirs = given.run()
     assert folded == [rows]
-    more_warps = len(given.router) > 128
+    more_warps = len(given.router) > 128  # than the norm's own kernel has
     for name, want in theirs.items():
-        if name in ("logits", "weights") or (name == "normed" and more_warps):
+        if name in ("logits", "weights") or (name in ("normed", "residual") and more_warps):
             bound = BOUNDS[dtype] if more_warps else 1e-5
             torch.testing.assert_close(ours[name], want, rtol=bound, atol=bound)
         else:
