@@ -100,9 +100,8 @@ def down_vector_kernel(
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     there = at < N
-    if EARLY:
-        if AHEAD > 0:
-            _fetch_ahead(WEIGHT, INDICES, token, experts, ahead, N, K, CHOSEN, BN, AHEAD)
+    if EARLY and AHEAD > 0:
+        _fetch_ahead(WEIGHT, INDICES, token, experts, ahead, N, K, CHOSEN, BN, AHEAD)
     first_rows = ()
     for number in tl.static_range(CHOSEN):
         expert = tl.load(INDICES + token * CHOSEN + number, cache_modifier=".cg")

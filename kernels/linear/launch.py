@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 #: Rows of x that a launch of the fused product takes, and up to which it is faster than decoding first.
 ROWS_AT_ONCE, FUSED_ROWS = 16, 64
-#: Numbers in which the slices of a product with many columns meet: four slices of the 57,344 outputs that gate and up of
-#: a 70B model have. Products with more of them take fewer rows at once.
+#: Numbers in which the slices of a product with many columns meet: four slices of 57,344 outputs, gate and up of a 70B
+#: model. Products with more of them take fewer rows at once.
 PARTS = 4 * 57344 * ROWS_AT_ONCE
 #: Rows, and blocks of columns, that a program decodes.
 _ROWS, _BLOCKS = 4, 4
