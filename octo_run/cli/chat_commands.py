@@ -131,7 +131,7 @@ def _set(chat: "Conversation", argument: str) -> None:
         params = dataclasses.replace(chat.params, **changes)
         chat.engine.check_params(params)
         if name == "stop":
-            runtime.warn_of_stops(chat.engine, name, params.stop)
+            runtime.warn_of_stops(chat.engine.tokenizer, name, params.stop)
         chat.params = params
         chat.changed |= changes
     chat.tell(f"{name} {_shown_setting(getattr(chat.params, name))}")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
     from octo_run.engine.benchmark import Row, Test
     from octo_run.engine.profiling import Profile
+    from octo_run.engine.random_model import NoTokenizer
     from octo_run.models.config import ModelConfig
     from octo_run.tokenizer import Tokenizer
 
@@ -369,13 +370,13 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     from octo_run.engine import SamplingParams
 
     params = SamplingParams.from_defaults(engine.defaults, **given(options), **more)
-    warn_of_stops(engine, "--stop", params.stop)
+    warn_of_stops(engine.tokenizer, "--stop", params.stop)
     engine.check_params(params)
     return params
 
 
-def warn_of_stops(engine: "Engine", name: str, stops: Iterable[str]) -> None:
-    """Tell which stop texts no answer of this model can hold.
+def warn_of_stops(tokenizer: "Tokenizer | NoTokenizer", name: str, stops: Iterable[str]) -> None:
+    """Tell which stop texts no answer of the tokenizer's model can hold.
 
     Args:
         name: Of what gives them.
@@ -383,7 +384,7 @@ def warn_of_stops(engine: "Engine", name: str, stops: Iterable[str]) -> None:
     from octo_run.engine.stopping import impossible
 
     for text in stops:
-        if impossible(engine.tokenizer, text):
+        if impossible(tokenizer, text):
             warn(f"{name} {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
 
 

@@ -19,9 +19,10 @@ from octo_run.errors import OctoError, UsageError
 from octo_run.process import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
-    from octo_run.engine import Engine
+    from octo_run.engine import Engine, MemoryPlan
     from octo_run.engine.evaluation.reading import Progress
     from octo_run.models.config import ModelConfig
+    from octo_run.tokenizer import Tokenizer
 
 text_type = click.Path(path_type=Path)
 figure_type = click.Path(dir_okay=False, path_type=Path)
@@ -103,7 +104,13 @@ def context(load: EngineOptions, usual: int) -> int:
 
 
 def loader(
-    load: EngineOptions, cache: CacheOptions, tokens: int | None, sequences: int = 1, *, by: str = "--ctx"
+    load: EngineOptions,
+    cache: CacheOptions,
+    tokens: int | None,
+    sequences: int = 1,
+    *,
+    by: str = "--ctx",
+    check: "Callable[[Tokenizer, MemoryPlan], None] | None" = None,
 ) -> Callable[[str], "Engine"]:
     """The function that loads the engine of a format, ``KV`` or ``WEIGHTS/KV``.
 
@@ -111,6 +118,7 @@ def loader(
         tokens: Its context; None: what the model has.
         sequences: How many it holds.
         by: The option that says its context.
+        check: See ``runtime.load_engine``.
     """
 
     def of(kv: str) -> "Engine":
@@ -118,7 +126,7 @@ def loader(
         asked = dataclasses.replace(load, weights=weights or load.weights or "auto", head=load.head or "bf16")
         options = dataclasses.replace(asked, kv=kv, ctx=tokens)
         with runtime.context_by(f"choose {by} of {{fits}} or less"):
-            return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
+            return runtime.load_engine(options, check=check, sequences=sequences, **dataclasses.asdict(cache))
 
     return of
 
