@@ -22,6 +22,9 @@ ERRORS = {"oct2": 0.0554, "oct3": 0.0142, "oct4": 0.0041}
 #: What budgets count: bytes of so many numbers, norm and padding included.
 NUMBERS = 128
 
+#: What ``--kv`` takes, in words.
+CHOICES = f"{', '.join(names())}, K:V, auto:N"
+
 #: A sensitivity for keys and one for values.
 Pair = Sequence[float]
 _AUTO = re.compile(r"auto:([0-9]{1,4})")
@@ -124,10 +127,15 @@ def parse_formats(
         UsageError: Any other text; the message names the choices.
     """
     text = text.strip().lower()
-    first = text.split(":")[0]
-    if first not in names() and nearest(first, [*names(), "auto"]) == "auto" != first:
-        raise UsageError(f"unknown KV format {quoted(first)}: did you mean auto:N, with N bytes of 128 numbers?")
-    if "auto" not in text.split(":"):
+    parts = text.split(":")
+    unknown = None if "auto" in parts else next((name for name in parts[:2] if name not in names()), None)
+    if unknown is not None:
+        near = nearest(unknown, [*names(), "auto"])
+        if near == "auto":
+            raise UsageError(f"unknown KV format {quoted(unknown)}: did you mean auto:N, with N bytes of 128 numbers?")
+        hint = f"did you mean {near}, of {CHOICES}?" if near else f"choose one of {CHOICES}."
+        raise UsageError(f"unknown KV format {quoted(unknown)}: {hint}")
+    if "auto" not in parts:
         sizes_of = dict.fromkeys(heads.size for heads in cfg.cached_heads)
         made = {size: parse_kv(text, size, seed, plain_dtype) for size in sizes_of}
         layers = tuple(made[heads.size] for heads in cfg.cached_heads)

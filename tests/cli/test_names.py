@@ -41,6 +41,9 @@ def test_nearest() -> None:
     assert nearest("x" * 10_000, names) is None
 
 
+EVERY_FORMAT = "oct2, oct3, oct4, octopus2, octopus3, octopus4, bf16, K:V, auto:N"
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -54,7 +57,11 @@ def test_nearest() -> None:
         (("show", "./modle"), "There is no folder './modle': did you mean 'model'?"),
         (("show", "zzz"), "give a folder, octo-demo, or ORG/NAME[@REV] of the Hub"),
         (("pull", "zzz"), "'zzz' is no model name: give ORG/NAME[@REV] of the Hub"),
-        (("generate", "-p", "x", "--kv", "otc3"), "unknown KV format 'otc3': did you mean oct3, of oct2, "),
+        (("generate", "-p", "x", "--kv", "zzz"), "choose one of " + EVERY_FORMAT),
+        (("generate", "-p", "x", "--kv", "otc3"), f"unknown KV format 'otc3': did you mean oct3, of {EVERY_FORMAT}?"),
+        (("generate", "-p", "x", "--kv", "auto:x"), "give auto:N with N = 40 to 72"),
+        (("generate", "-p", "x", "--weights", "zzz"), "give one of fp32, bf16, fp8, int8, int4, int4-128, auto."),
+        (("generate", "-p", "x", "--device", "gpu"), "give --device cpu, cuda, cuda:N or auto."),
         (("generate", "-p", "x", "--kv", "oct3:fb16"), "unknown KV format 'fb16': did you mean bf16, of "),
         (("generate", "-p", "x", "--kv", "atuo:56"), "unknown KV format 'atuo': did you mean auto:N"),
         (("bench", "--kv", "oct3,otc4"), "did you mean oct4, of "),
