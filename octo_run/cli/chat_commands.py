@@ -28,6 +28,8 @@ FIXED = {"grammar": "by --json-schema, --regex or --grammar when the chat begins
 NO_SYSTEM = "none"
 #: What ``/read`` takes in place of a file to send none.
 NO_FILE = "none"
+#: What is said of a model that ``/think`` can do nothing for.
+NO_SWITCH = "this model's chat template cannot switch thinking on or off"
 #: What ``/load`` takes behind a name to read the text again.
 ANEW = "anew"
 #: Bytes that are copied at most: terminals take no more.
@@ -93,7 +95,7 @@ def _continue(chat: "Conversation", _argument: str) -> None:
 
 def _system(chat: "Conversation", argument: str) -> None:
     if argument:
-        before, chat.session.system = chat.session.system, None if argument == NO_SYSTEM else argument
+        before, chat.session.system = chat.session.system, None if argument.lower() == NO_SYSTEM else argument
         try:
             chat.check_system()
         except OctoError as error:
@@ -141,8 +143,11 @@ def _read_file(chat: "Conversation", argument: str) -> None:
     from octo_run.cli.conversation import count
 
     if not argument:
-        raise UsageError("give a file: /read FILE.")
-    if argument == NO_FILE:
+        if not chat.documents:
+            raise UsageError("no file goes with the next message; give one: /read FILE.")
+        chat.tell(f"{count(len(chat.documents), 'file')} will be sent with the next message; /read FILE adds one")
+        return
+    if argument.lower() == NO_FILE:
         number, chat.documents = len(chat.documents), []
         chat.notice(f"{count(number, 'file')} will not be sent" if number else "there was no file to be sent")
         return
@@ -188,7 +193,7 @@ def _load(chat: "Conversation", argument: str) -> None:
     name, _, how = argument.partition(" ")
     if not name:
         raise UsageError("give a name: /load NAME; /sessions lists them.")
-    if how.strip() not in ("", ANEW):
+    if how.strip().lower() not in ("", ANEW):
         raise UsageError(f"/load takes a name, and {ANEW} to read the text again.")
     try:
         chat.keeper.load(chat, name, anew=bool(how), advice=f"/load {name} {ANEW} reads its text again")
@@ -252,9 +257,12 @@ def _copy(chat: "Conversation", _argument: str) -> None:
 
 
 def _think(chat: "Conversation", argument: str) -> None:
-    switches = chat.engine.tokenizer.thinking.switches()
+    argument, switches = argument.lower(), chat.engine.tokenizer.thinking.switches()
+    if not argument:
+        chat.tell("; ".join(_thinking(chat, [*switches])))
+        return
     if not switches:
-        raise UsageError("this model's chat template cannot switch thinking on or off.")
+        raise UsageError(f"{NO_SWITCH}.")
     if argument not in switches:
         *others, last = switches
         raise UsageError(f"give {', '.join(others)} or {last}: /think {others[0]}.")
@@ -262,9 +270,27 @@ def _think(chat: "Conversation", argument: str) -> None:
     chat.notice(f"thinking is {argument} from the next question on")
 
 
+def _thinking(chat: "Conversation", words: list[str]) -> Iterator[str]:
+    """How the model thinks as things are, and what ``/think`` takes."""
+    from octo_run.cli.conversation import count
+
+    if words:
+        is_set = chat.engine.tokenizer.thinking.switched(chat.session.variables)
+        yield f"thinking is {is_set or 'as the chat template has it'}"
+        yield f"/think {' or '.join(word for word in words if word != is_set)} changes it"
+    else:
+        yield NO_SWITCH
+    if chat.options.think_budget is not None:
+        yield f"a thought ends after {count(chat.options.think_budget, 'token')} (--think-budget)"
+    if chat.options.hide_thinking:
+        yield "thoughts are not shown (--hide-thinking)"
+
+
 def _model(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError(f"give a model: /model NAME; on this machine there are {', '.join(runtime.model_names())}.")
+        is_set = "no model is loaded" if chat.engine.closed else f"the model is {chat.load.model}"
+        chat.tell(f"{is_set}; /model NAME loads one of those on this machine: {', '.join(runtime.model_names())}")
+        return
     if argument == chat.load.model and not chat.engine.closed:
         chat.notice(f"the model is {argument} already")
         return
@@ -273,7 +299,9 @@ def _model(chat: "Conversation", argument: str) -> None:
 
 def _kv(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError(f"give a format, of {', '.join(runtime.format_names())}: /kv oct4; it is {chat.load.kv} now.")
+        is_set = "no model is loaded" if chat.engine.closed else f"the KV cache is {chat.engine.kv}"
+        chat.tell(f"{is_set}; /kv FORMAT takes {runtime.format_choices()}")
+        return
     if argument.lower() == chat.load.kv and not chat.engine.closed:
         chat.notice(f"the KV cache is {chat.load.kv} already")
         return
@@ -398,6 +426,7 @@ def _lines() -> Iterator[str]:
         if command.says:
             head = "/help, /?" if name == "/help" else f"{name} {command.argument}".rstrip()
             yield f"{head:18} {command.says}"
+    yield "                   (/system, /set, /think, /read, /model and /kv alone show what is set)"
     yield "//text             send a message that begins with a slash"
     yield '"""                begins a message of several lines, and ends it'
 
@@ -468,15 +497,15 @@ def _shown_setting(value: object) -> str:
 def _parse_setting(name: str, value: str) -> object:
     """The value of a setting as :class:`SamplingParams` takes it; ``none`` is no limit, seed, stop text or bias."""
     if name == "stop":
-        return () if value == "none" else (value,)
+        return () if value.lower() == "none" else (value,)
     if name == "logit_bias":
-        pairs = () if value == "none" else tuple(map(bias_of, re.split(r"[\s,]+", value)))
+        pairs = () if value.lower() == "none" else tuple(map(bias_of, re.split(r"[\s,]+", value)))
         if None in pairs:
             raise UsageError(
                 f"logit_bias is {quoted(value)}; give token ids and numbers from -100 to 100, like 123=-5."
             )
         return pairs
-    if name in ("seed", "max_tokens") and value == "none":
+    if name in ("seed", "max_tokens") and value.lower() == "none":
         return None
     number = TOKENS.parse(value) if name == "max_tokens" else None
     if number is not None:

@@ -277,6 +277,13 @@ def format_names() -> list[str]:
     return [*codec.names(), "auto:56"]
 
 
+def format_choices() -> str:
+    """What ``--kv`` takes, in words."""
+    from octo_run.engine.allocation import CHOICES
+
+    return CHOICES
+
+
 def open_reply(
     engine: "Engine", ids: list[int], options: SamplingOptions, on_prompt: Callable[[int, int], None], logprobs: int = 0
 ) -> "Reply":

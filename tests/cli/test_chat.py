@@ -235,7 +235,7 @@ def test_a_file_goes_with_the_next_message(octo: Callable[..., Any], engine: Any
     assert shown.code == 0 and "note.txt: 8 characters go with the next message" in shown.err
     assert engine.session.asked == ["the text\n\nWhat does it say?", "And now?"]
     for wrong, says in (
-        ("/read", "give a file"),
+        ("/read", "give one: /read FILE"),
         ("/read /none", "no such file"),
         (f"/read {tmp_path}", "is a folder"),
     ):
@@ -552,9 +552,27 @@ def test_a_dropped_file_has_the_path_that_a_shell_would_read(
 
 
 def test_what_is_there_is_not_loaded_again(octo: Callable[..., Any]) -> None:
-    shown = octo(*REAL, data=b"/kv OCT3\n/kv\n")
-    assert shown.code == 2 and "the KV cache is oct3 already" in shown.err and "it is oct3 now" in shown.err
-    assert "on this machine there are octo-demo" in octo(*REAL, data=b"/model\n").err
+    shown = octo(*REAL, data=b"/kv OCT3\n/model octo-demo\n")
+    assert shown.code == 0 and "the KV cache is oct3 already" in shown.err and "is octo-demo already" in shown.err
+
+
+def test_a_command_alone_says_what_is_set(octo: Callable[..., Any], tmp_path: Path) -> None:
+    """And is no failure, which would end a chat in a pipe."""
+    (tmp_path / "note").write_text("text")
+    lines = ("/system", "/think", "/model", "/kv", f"/read {tmp_path}/note", "/read", "/read NONE")
+    shown = octo(*REAL, "-q", "--think-budget", "1", "--hide-thinking", data="\n".join(lines).encode())
+    told = shown.err.splitlines()
+    assert shown.code == 0 and len(told) == 5, shown
+    assert told[0] == "system prompt: (none)"
+    assert told[1] == (
+        "this model's chat template cannot switch thinking on or off; a thought ends after 1 token (--think-budget); "
+        "thoughts are not shown (--hide-thinking)"
+    )
+    assert told[2].startswith("the model is octo-demo; ") and "on this machine: octo-demo" in told[2]
+    assert told[3].startswith("the KV cache is oct3; /kv FORMAT takes oct2, ") and told[3].endswith("K:V, auto:N")
+    assert told[4] == "1 file will be sent with the next message; /read FILE adds one"
+    for line in ("/read", "/load", "/save", "/export"):
+        assert octo(*REAL, "-q", data=line.encode()).code == 2, "there is nothing to show"
 
 
 def test_a_session_that_is_in_use_is_told_of_before_a_model_is_loaded(
