@@ -3,27 +3,22 @@
 import base64
 import dataclasses
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from octo_run import errors
-from octo_run.cli import console, documents, runtime, session_files
-from octo_run.cli.options import TOKENS
+from octo_run.cli import chat_settings, console, documents, runtime, session_files
 from octo_run.cli.output import OutputFile, check_writable, write_file
 from octo_run.cli.reload import load_anew
-from octo_run.cli.sampling_options import bias_of
 from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
 
-#: Settings that a chat has from its options alone, and which those are.
-FIXED = {"grammar": "by --json-schema, --regex or --grammar when the chat begins"}
 #: What ``/system`` takes for no system prompt.
 NO_SYSTEM = "none"
 #: What ``/read`` takes in place of a file to send none.
@@ -104,39 +99,6 @@ def _system(chat: "Conversation", argument: str) -> None:
             raise error
         chat.keeper.touched()
     chat.tell(f"system prompt: {chat.session.system or '(none)'}")
-
-
-def _set(chat: "Conversation", argument: str) -> None:
-    names = settings()
-    name, _, value = argument.partition(" ")
-    if not name:
-        own = runtime.model_defaults(chat.engine)
-        lines = []
-        for setting in (*names, *FIXED):
-            value = getattr(chat.params, setting)
-            mark = "  (the model's own)" if setting in own and own[setting] == value else ""
-            mark = f"  (fixed: {FIXED[setting]})" if setting in FIXED else mark
-            lines.append(f"{setting:20}{_shown_setting(value)}{mark}")
-        chat.print("\n".join(lines))
-        return
-    name = name.lower().lstrip("-").replace("-", "_")  # as the options are written, too
-    name = "temperature" if name == "temp" else name
-    if name in FIXED:
-        if value.strip():
-            raise UsageError(f"{name} is fixed while a chat runs: {FIXED[name]}.")
-    elif name not in names:
-        near = errors.nearest(name, names)
-        hint = f"did you mean {near}?" if near else f"the settings are {', '.join(names)}."
-        raise UsageError(f"there is no setting {name}; {hint}")
-    if value.strip():
-        changes: dict[str, Any] = {name: _parse_setting(name, value.strip())}
-        params = dataclasses.replace(chat.params, **changes)
-        chat.engine.check_params(params)
-        if name == "stop":
-            runtime.warn_of_stops(chat.engine.tokenizer, name, params.stop)
-        chat.params = params
-        chat.changed |= changes
-    chat.tell(f"{name} {_shown_setting(getattr(chat.params, name))}")
 
 
 def _read_file(chat: "Conversation", argument: str) -> None:
@@ -232,7 +194,9 @@ def _export(chat: "Conversation", argument: str) -> None:
     messages = chat.session.messages
     if path.suffix.lower() == ".json":
         values = {
-            name: value for name, value in dataclasses.asdict(chat.params).items() if name in (*settings(), *FIXED)
+            name: value
+            for name, value in dataclasses.asdict(chat.params).items()
+            if name in (*chat_settings.names(), *chat_settings.FIXED)
         }
         text = console.as_json({"model": chat.engine.name, "settings": values, "messages": messages}) + "\n"
     else:
@@ -357,7 +321,7 @@ def _command_words(_chat: "Conversation") -> list[str]:
 
 
 def _setting_words(_chat: "Conversation") -> list[str]:
-    return [f"{name} " for name in settings()]
+    return [f"{name} " for name in chat_settings.names()]
 
 
 def _session_words(_chat: "Conversation") -> list[str]:
@@ -394,7 +358,7 @@ COMMANDS: dict[str, Command] = {
         lambda _chat: [NO_SYSTEM],
     ),
     "/set": Command(
-        _set,
+        chat_settings.change,
         "NAME VALUE",
         "set how answers are drawn, for example temperature 0.7; /set alone shows all",
         _setting_words,
@@ -471,49 +435,6 @@ def nearest(name: str) -> str | None:
     # Without the slash, which all have, so that it makes nothing look alike.
     near = errors.nearest(name[1:], [known[1:] for known in COMMANDS])
     return f"/{near}" if near else None
-
-
-def settings() -> list[str]:
-    """What ``/set`` sets."""
-    from octo_run.engine import SamplingParams
-
-    # Nobody gives a chat ids to stop at, and it shows no log-probabilities.
-    others = ("stop_ids", "logprobs", *FIXED)
-    return [field.name for field in dataclasses.fields(SamplingParams) if field.name not in others]
-
-
-def _shown_setting(value: object) -> str:
-    from octo_run.engine.grammar import Grammar
-
-    if value is None or value == ():
-        return "none"
-    if isinstance(value, Grammar):
-        return f"a {value.name} of {len(value.text):,} characters"
-    if isinstance(value, tuple) and isinstance(value[0], tuple):
-        return " ".join(f"{token}={number:g}" for token, number in value)
-    return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
-
-
-def _parse_setting(name: str, value: str) -> object:
-    """The value of a setting as :class:`SamplingParams` takes it; ``none`` is no limit, seed, stop text or bias."""
-    if name == "stop":
-        return () if value.lower() == "none" else (value,)
-    if name == "logit_bias":
-        pairs = () if value.lower() == "none" else tuple(map(bias_of, re.split(r"[\s,]+", value)))
-        if None in pairs:
-            raise UsageError(
-                f"logit_bias is {quoted(value)}; give token ids and numbers from -100 to 100, like 123=-5."
-            )
-        return pairs
-    if name in ("seed", "max_tokens") and value.lower() == "none":
-        return None
-    number = TOKENS.parse(value) if name == "max_tokens" else None
-    if number is not None:
-        return number
-    try:
-        return int(value) if re.fullmatch(r"[+-]?[0-9]{1,20}", value) else float(value)
-    except ValueError:
-        raise UsageError(f"{name} is {quoted(value)}; give a number.") from None
 
 
 def _write(path: Path, text: str) -> None:
