@@ -176,6 +176,8 @@ def resolve(name: str) -> Path:
     if name and path.exists():
         what = _no_model(path) if is_gguf(path) else "a file: give the folder that holds config.json and the weights."
         raise UsageError(f"{quoted(name)} is {what}")
+    if path.suffix.lower() == ".gguf" and "://" not in name and ":" not in name:
+        raise UsageError(f"There is no file {quoted(name)}; `octo-run import FILE` makes a model of a GGUF file.")
     if name.startswith(("/", ".", "~")) or (name.endswith("/") and "://" not in name) or "\\" in name:
         raise UsageError(f"There is no folder {quoted(name)}{_nearest_folder(path)}")
     return find(parse_hub_name(name, f"a folder, {DEMO_NAME}, or ", nearest_model)).path

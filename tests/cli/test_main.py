@@ -133,6 +133,38 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(octo: Callable[..., Any], a
     assert shown.err.count("\n") == 1
 
 
+def test_options_of_other_programs_are_told_with_ours(octo: Callable[..., Any], engine: Any) -> None:
+    """Also where a letter of theirs is one of ours; what is a value stays one."""
+    cases = {
+        "chat -ngl 99": "No such option '-ngl': did you mean --device?",
+        "chat -c 4096": "did you mean --max-context?",
+        "chat --ctx-size 4096": "did you mean --max-context?",
+        "chat -t 4": "did you mean --threads?",
+        "generate -p x -ctk q8_0": "No such option '-ctk': did you mean --kv?",
+        "generate -p x -ctv q8_0": "No such option '-ctv': did you mean --kv?",
+        "chat -sys x": "did you mean --system?",
+        "chat -st": "did you mean --single?",
+        "generate -p x -np 2": "did you mean --sequences?",
+        "chat -np 2": "No such option '-np'; `octo-run chat --help` lists",
+        "list -ngl 2": "No such option '-ngl'; `octo-run list --help` lists",
+        "eval ppl -ngl 2": "No such option '-ngl': did you mean --device?",
+        "chat -cb": "No such option '-cb'; `octo-run chat --help` lists",
+        "chat -fa on": "No such option '-fa': attention always works that way; leave it out.",
+        "chat -hf a/b": "then -m ORG/NAME names it.",
+        "chat --no-mmap": "leave it out.",
+        "chat -b 512": "leave it out.",
+        "chat -ub 512": "leave it out.",
+        "chat -cnv": "leave it out.",
+    }
+    for line, says in cases.items():
+        shown = octo(*line.split())
+        assert shown.code == 2 and says in shown.err and shown.err.count("\n") == 1, (line, shown)
+        assert not shown.out and engine.loads == [], line
+    for line in ("generate -qn 1 -p -ngl", "generate -qp -c", "generate -mocto-demo -p -ngl"):
+        engine.answers("a")
+        assert octo(*line.split()).code == 0, line
+
+
 def test_without_a_command_the_help_is_shown(octo: Callable[..., Any]) -> None:
     shown = octo()
     assert shown.code == 2 and "Commands:" in shown.err
