@@ -90,6 +90,19 @@ def commands(group: click.Group, name: str = "octo-run") -> dict[str, set[str]]:
     return found
 
 
+def test_commands_that_list_or_measure_have_a_form_for_programs() -> None:
+    """By one name, and the page of commands names them."""
+    from octo_run.cli import cli
+
+    known, others = commands(cli), {"chat", "pull", "import", "rm", "sessions rm", "quantize", "completion"}
+    groups = {"sessions", "eval"}
+    with_it = {name.removeprefix("octo-run ") for name, options in known.items() if "--json" in options}
+    assert with_it == {name.removeprefix("octo-run ") for name in known} - others - groups
+    (row,) = re.findall(r"^\| `--json` \| of (.*): ", text_of(ROOT / "docs" / "commands.md"), re.M)
+    named = re.findall(r"`([a-z ]+)`", row)
+    assert {name for name in with_it if not name.startswith("eval ")} | {"eval"} == {*named}
+
+
 def code_in(path: Path) -> list[str]:
     """What stands between backticks, and the lines of code blocks."""
     text = text_of(path)

@@ -74,7 +74,7 @@ def test_an_empty_stop_text_is_refused_by_tasks_too(octo: Callable[..., Any], tm
 
 
 def test_token_counts_of_all_commands_take_thousands(octo: Callable[..., Any], engine: Any) -> None:
-    shown = octo("bench", "--tests", "pp1k,tg8", "--depth", "2k", "-o", "json")
+    shown = octo("bench", "--tests", "pp1k,tg8", "--depth", "2k", "--json")
     assert shown.code == 0, shown.err
     assert [run[1:4] for run in engine.runs] == [("pp", 1024, 2048), ("tg", 8, 2048)]
 
