@@ -75,6 +75,13 @@ def test_the_readme_is_short_and_has_eight_figures() -> None:
         assert (ROOT / "docs" / "results" / f"terminal-{theme}.svg").stat().st_size <= 40_000
 
 
+def test_octahedral_is_said_of_the_formats_that_are() -> None:
+    """The trellis codes, the default among them, fold nothing onto an octahedron."""
+    for path in (README, *sorted((ROOT / "docs").glob("*.md"))):
+        for part in re.split(r"\n\n|\n(?=\|)", text_of(path)):
+            assert "octahedr" not in part.lower() or "octopus" in part.lower(), f"{relative(path)}: {part}"
+
+
 def commands(group: click.Group, name: str = "octo-run") -> dict[str, set[str]]:
     """The options of each command by its whole name."""
     found: dict[str, set[str]] = {}

@@ -129,7 +129,7 @@ debug_option = click.option(
 @click.version_option(__version__, prog_name="octo-run", message="%(prog)s %(version)s")
 @debug_option
 def cli() -> None:
-    """Chat with a language model from the terminal, its KV cache kept in octahedral codes.
+    """Chat with a language model from the terminal, its KV cache kept in short codes.
 
     `octo-run chat` talks to the small embedded demo model; `octo-run pull ORG/NAME` fetches another one.
     """
