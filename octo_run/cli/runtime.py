@@ -355,15 +355,27 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "ModelConfig":
-    """The configuration that ``bench`` measures, read before any weight is."""
+def model_config(model: str, *, offline: bool = False) -> "ModelConfig":
+    """The configuration of a model, read before PyTorch is imported: most of a start for a name that is none.
+
+    Raises:
+        OctoError: There is no such model, or it is none that octo-run can load.
+    """
     if offline:
         go_offline()
-    from octo_run.engine.random_model import read_shape
+    from octo_run.models.cache import resolve
     from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
 
-    return load_config(resolve(model)) if random_weights is None else read_shape(random_weights)
+    return load_config(resolve(model))
+
+
+def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "ModelConfig":
+    """The configuration that ``bench`` measures, read before any weight is."""
+    if random_weights is None:
+        return model_config(model, offline=offline)
+    from octo_run.engine.random_model import read_shape
+
+    return read_shape(random_weights)
 
 
 def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> "SamplingParams":

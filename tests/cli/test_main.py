@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -103,6 +104,22 @@ def test_list_imports_neither_torch_nor_the_hub_client() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
     assert shown.splitlines()[-1] == "[]"
+
+
+def test_a_model_that_is_not_there_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """Which is most of a start."""
+    (tmp_path / "tasks").write_text('{"prompt": "x", "answer": "1"}')
+    lines = [
+        "generate -p x", "chat --single -p x", "bench", "eval ppl", "eval needle", f"eval tasks {tmp_path}/tasks",
+        "eval codec",
+    ]  # fmt: skip
+    commands = [f"{line} -m a/none --offline".split() for line in lines]
+    commands += [["show", "a/none"], ["quantize", "a/none", "x"]]
+    program = f"import sys; from octo_run.cli import main; print([main(argv) for argv in {commands!r}])\n"
+    program += "print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert shown.stdout.splitlines() == [str([1] * len(commands)), "False"], shown
+    assert shown.stderr.count("fetch it with `octo-run pull a/none`.") == len(commands), shown.stderr
 
 
 def test_version(octo: Callable[..., Any]) -> None:

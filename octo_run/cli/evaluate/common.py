@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import octo_run
 from octo_run.cli import checks, console, runtime
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
@@ -73,13 +74,8 @@ def cache_options(command: Command) -> Command:
 
 
 def model_config(load: EngineOptions) -> "ModelConfig":
-    """The configuration of the model, or of the shape, that is to be loaded."""
-    if load.offline:
-        runtime.go_offline()
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
-
-    return load_config(resolve(load.model))
+    """The configuration of the model that is to be loaded."""
+    return runtime.model_config(load.model, offline=load.offline)
 
 
 def formats(load: EngineOptions) -> list[str]:
@@ -160,9 +156,7 @@ def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wa
 
 def sample_text() -> str:
     """The bundled sample: a few pages of plain prose."""
-    from octo_run.engine import evaluation
-
-    return (Path(evaluation.__file__).parent / "sample.txt").read_text("utf-8")
+    return (Path(octo_run.__file__).parent / "engine" / "evaluation" / "sample.txt").read_text("utf-8")
 
 
 def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:

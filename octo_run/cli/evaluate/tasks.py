@@ -73,14 +73,16 @@ def command(
     The keys of a --json row: kv, tasks (answered), correct, accuracy, its 95 % Wilson interval low and high, partial
     (whether that is not all tasks).
     """
-    from octo_run.engine.evaluation import tasks as evaluation
-    from octo_run.engine.evaluation.reading import Progress
-
     common.check_outputs(output)
     if system is not None and not as_chat:
         raise UsageError("--system needs --chat: a raw prompt has no system prompt.")
+    text = console.read_text(file)
+    common.model_config(load)  # before PyTorch is imported
+    from octo_run.engine.evaluation import tasks as evaluation
+    from octo_run.engine.evaluation.reading import Progress
+
     rule = evaluation.extractor(extract, pattern, ignore_case=ignore_case)
-    found = evaluation.read_tasks(console.read_text(file), str(file), prompt_key, answer_key)[:limit]
+    found = evaluation.read_tasks(text, str(file), prompt_key, answer_key)[:limit]
     wanted = evaluation.wanted_answers(found, rule)
     kvs = common.formats(load)
     prompts = _prompts(load, found, stop, as_chat=as_chat, system=system)
