@@ -423,6 +423,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("file", "open", "attach"), "/read"),
     **dict.fromkeys(("settings", "params", "parameters"), "/set"),
     **dict.fromkeys(("list", "ls", "history"), "/sessions"),
+    **dict.fromkeys(("show", "info", "status", "usage", "verbose"), "/stats"),
+    **dict.fromkeys(("nothink", "no_think", "reasoning"), "/think"),
 }
 #: What people type to leave a program: as a whole line no message.
 LEAVING = ("exit", "quit", ":q", "exit()", "quit()")

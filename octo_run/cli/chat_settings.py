@@ -5,15 +5,22 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from octo_run.cli import runtime
+from octo_run.cli.hints import option_for
 from octo_run.cli.options import TOKENS
 from octo_run.cli.sampling_options import bias_of
-from octo_run.errors import UsageError, nearest, quoted
+from octo_run.errors import UsageError, nearest, quoted, shown
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
 
 #: Settings that a chat has from its options alone, and which those are.
 FIXED = {"grammar": "by --json-schema, --regex or --grammar when the chat begins"}
+#: What other programs set with the same command, and what has a command of its own here.
+_ELSEWHERE = {
+    "parameter": "/set NAME VALUE", "system": "/system TEXT", "think": "/think on", "nothink": "/think off",
+    "model": "/model NAME", "kv": "/kv FORMAT", "verbose": "/stats",
+}  # fmt: skip
+_NAME_AND_VALUE = re.compile(r"([^\s=]*)(?:=|\s*)(.*)", re.DOTALL)
 
 
 def change(chat: "Conversation", argument: str) -> None:
@@ -23,7 +30,7 @@ def change(chat: "Conversation", argument: str) -> None:
         UsageError: There is no such setting, or it has no such value.
     """
     known = names()
-    name, _, value = argument.partition(" ")
+    name, value = _NAME_AND_VALUE.fullmatch(argument).groups()  # type: ignore[union-attr]
     if not name:
         own = runtime.model_defaults(chat.engine)
         lines = []
@@ -40,9 +47,7 @@ def change(chat: "Conversation", argument: str) -> None:
         if value.strip():
             raise UsageError(f"{name} is fixed while a chat runs: {FIXED[name]}.")
     elif name not in known:
-        near = nearest(name, known)
-        hint = f"did you mean {near}?" if near else f"the settings are {', '.join(known)}."
-        raise UsageError(f"there is no setting {name}; {hint}")
+        raise UsageError(f"there is no setting {shown(name, 40)}; {_hint(name, known)}")
     if value.strip():
         changes: dict[str, Any] = {name: _parsed(name, value.strip())}
         params = dataclasses.replace(chat.params, **changes)
@@ -52,6 +57,18 @@ def change(chat: "Conversation", argument: str) -> None:
         chat.params = params
         chat.changed |= changes
     chat.tell(f"{name} {_shown(getattr(chat.params, name))}")
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """What a setting that there is not was meant to be."""
+    if name in _ELSEWHERE:
+        return f"did you mean {_ELSEWHERE[name]}?"
+    option = option_for(f"--{name.replace('_', '-')}")
+    setting = option.lstrip("-").replace("-", "_")
+    if option and setting not in known:
+        return f"{option} says it when the chat begins."
+    near = setting or nearest(name, known)
+    return f"did you mean {near}?" if near else f"the settings are {', '.join(known)}."
 
 
 def names() -> list[str]:

@@ -17,7 +17,7 @@ _COMMANDS = {
 }  # fmt: skip
 #: What they call an option; one of ours stands for it.
 _OPTIONS = {
-    "--max-context": ("-c", "--ctx-size", "--num-ctx", "--context", "--context-length", "--max-model-len",
+    "--max-context": ("-c", "--ctx", "--ctx-size", "--num-ctx", "--context", "--context-length", "--max-model-len",
                       "--max-kv-size"),
     "--max-tokens": ("--n-predict", "--num-predict", "--predict", "--max-new-tokens", "--max-length"),
     "--threads": ("-t", "-tb", "--threads-batch"),
@@ -125,6 +125,12 @@ def _elsewhere(name: str, known: list[str]) -> str | None:
         return f"did you mean {ours}?"
     why = next((why for why, others in _WITHOUT.items() if name in others), None)
     return None if why is None else f"{why}."
+
+
+def option_for(name: str) -> str:
+    """The option of ours that is called so, by us or by other programs; "" where there is none."""
+    found = (option for option, others in _OPTIONS.items() if name == option or name in others)
+    return next(found, "")
 
 
 def _names(command: click.Command) -> list[str]:

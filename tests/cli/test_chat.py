@@ -191,7 +191,14 @@ def test_questions_about_commands_are_no_messages(octo: Callable[..., Any], engi
 
 
 @pytest.mark.parametrize(
-    ("line", "near"), [("/hlep", "/help"), ("/ststs", "/stats"), ("/reed x", "/read"), ("/sytem none", "/system")]
+    ("line", "near"),
+    [
+        ("/hlep", "/help"),
+        ("/ststs", "/stats"),
+        ("/show info", "/stats"),
+        ("/reed x", "/read"),
+        ("/sytem none", "/system"),
+    ],
 )
 def test_the_nearest_command_is_named(octo: Callable[..., Any], engine: Any, line: str, near: str) -> None:
     shown = octo("chat", data=line.encode())
@@ -462,6 +469,33 @@ def test_every_setting_that_is_listed_can_be_set_or_is_fixed(octo: Callable[...,
     assert shown.code == 0 and told[::2] == told[1::2] and len(told) == len(lines), shown.err
     shown = octo(*REAL, "-q", data=b"/set grammar x")
     assert shown.code == 2 and "grammar is fixed while a chat runs" in shown.err
+
+
+def test_settings_as_other_programs_write_them(octo: Callable[..., Any]) -> None:
+    """``/set NAME=VALUE`` is understood; their names are told with ours."""
+    lines = ("temperature=0.5", "logit_bias 5=3", "stop ===", "stop==", "max-tokens=1k", "temp 2")
+    shown = octo(*REAL, "-q", data="".join(f"/set {line}\n" for line in lines).encode())
+    told = ["temperature 0.5", "logit_bias 5=3", "stop '==='", "stop '='", "max_tokens 1024", "temperature 2.0"]
+    assert shown.code == 0 and shown.err.splitlines() == told, shown
+    cases = {
+        "num_predict 5": "did you mean max_tokens?", "repeat_penalty=1": "did you mean repetition_penalty?",
+        "num_ctx 4096": "--max-context says it when the chat begins.",
+        "parameter top_k 5": "did you mean /set NAME VALUE?",
+        "system x": "did you mean /system TEXT?", "nothink": "did you mean /think off?",
+        "tempe 1": "did you mean temperature?",
+        "x" * 500 + " 1": "... xxx",
+    }  # fmt: skip
+    for line, says in cases.items():
+        shown = octo(*REAL, "-q", data=f"/set {line}\n".encode())
+        assert shown.code == 2 and says in shown.err and len(shown.err) < 420, (line, shown)
+
+
+def test_an_answer_of_nothing_is_told(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    engine.answers("", "A word.")
+    terminal(["one", "two"])
+    out = octo("chat").out
+    assert out.count("the model ends the answer here, ") == 1, out
+    assert out.index("the model ends the answer here") < out.index("A word.")
 
 
 def test_a_bias_on_a_token_that_there_is_not(octo: Callable[..., Any]) -> None:
