@@ -5,10 +5,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from octo_run.cli import runtime
-from octo_run.cli.hints import option_for
+from octo_run.cli.hints import nearest_setting, option_for
 from octo_run.cli.options import TOKENS
 from octo_run.cli.sampling_options import bias_of
-from octo_run.errors import UsageError, nearest, quoted, shown
+from octo_run.errors import UsageError, quoted, shown
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
@@ -64,10 +64,9 @@ def _hint(name: str, known: list[str]) -> str:
     if name in _ELSEWHERE:
         return f"did you mean {_ELSEWHERE[name]}?"
     option = option_for(f"--{name.replace('_', '-')}")
-    setting = option.lstrip("-").replace("-", "_")
-    if option and setting not in known:
+    if option and option.lstrip("-").replace("-", "_") not in known:
         return f"{option} says it when the chat begins."
-    near = setting or nearest(name, known)
+    near = nearest_setting(name, known)
     return f"did you mean {near}?" if near else f"the settings are {', '.join(known)}."
 
 

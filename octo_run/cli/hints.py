@@ -19,7 +19,8 @@ _COMMANDS = {
 _OPTIONS = {
     "--max-context": ("-c", "--ctx", "--ctx-size", "--num-ctx", "--context", "--context-length", "--max-model-len",
                       "--max-kv-size"),
-    "--max-tokens": ("--n-predict", "--num-predict", "--predict", "--max-new-tokens", "--max-length"),
+    "--max-tokens": ("--n-predict", "--num-predict", "--predict", "--max-new-tokens", "--max-length",
+                     "--max-completion-tokens"),
     "--threads": ("-t", "-tb", "--threads-batch"),
     "--device": ("-ngl", "-dev", "-mg", "-sm", "-ts", "--gpu", "--cpu", "--cuda", "--gpu-layers", "--n-gpu-layers",
                  "--main-gpu", "--split-mode", "--tensor-split"),
@@ -131,6 +132,13 @@ def option_for(name: str) -> str:
     """The option of ours that is called so, by us or by other programs; "" where there is none."""
     found = (option for option, others in _OPTIONS.items() if name == option or name in others)
     return next(found, "")
+
+
+def nearest_setting(name: str, known: Iterable[str]) -> str | None:
+    """The one of some settings, by the names of Python, that is called so by other programs, or is misspelt so."""
+    known = [*known]
+    ours = option_for(f"--{name.lower().replace('_', '-')}").lstrip("-").replace("-", "_")
+    return ours if ours in known else nearest(name, known)
 
 
 def _names(command: click.Command) -> list[str]:
