@@ -39,6 +39,8 @@ def test_nearest() -> None:
     assert nearest("zzz", names) is None and nearest("", names) is None
     assert nearest("ab", ["ba"]) == "ba"
     assert nearest("x" * 10_000, names) is None
+    assert nearest("te", ["temperature", "top_k"]) == "temperature", "it begins so"
+    assert nearest("t", ["temperature"]) is None and nearest("to", ["top_k_long", "top_p_long"]) is None
 
 
 EVERY_FORMAT = "oct2, oct3, oct4, octopus2, octopus3, octopus4, bf16, K:V, auto:N"
