@@ -178,6 +178,15 @@ def test_advice_names_what_the_command_has(
     assert shown.code == 2 and says in shown.err and shown.err.count("\n") == 1, shown.err
 
 
+def test_a_repository_may_be_called_like_a_gguf_file(octo: Callable[..., Any], place: Path) -> None:
+    from octo_run.models.cache import repo_folder
+    from octo_run.models.names import HubName
+
+    repo_folder(HubName("org/name.gguf", None)).mkdir(parents=True)
+    assert "`octo-run pull org/name.gguf`" in octo("show", "org/name.gguf").err
+    assert "There is no file 'org/other.gguf'" in octo("show", "org/other.gguf").err
+
+
 def test_a_context_that_does_not_fit_is_explained_by_the_option_that_says_it(
     octo: Callable[..., Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
