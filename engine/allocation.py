@@ -30,6 +30,9 @@ NUMBERS = 128
 #: long the context is: they save little, and their codes cost quality, and time in every step.
 SHORT_WINDOW = 256
 
+#: What ``--kv`` takes, in words.
+CHOICES = f"{', '.join(names())}, K:V, auto:N"
+
 #: A sensitivity for keys and one for values.
 Pair = Sequence[float]
 _AUTO = re.compile(r"auto:([0-9]{1,4})")
@@ -157,10 +160,15 @@ def parse_formats(
         return parse_kv(name, head_dim, seed, plain_dtype)
 
     text = text.strip().lower()
-    first = text.split(":")[0]
-    if first not in names() and nearest(first, [*names(), "auto"]) == "auto" != first:
-        raise UsageError(f"unknown KV format {quoted(first)}: did you mean auto:N, with N bytes of 128 numbers?")
-    if "auto" not in text.split(":"):
+    parts = text.split(":")
+    unknown = None if "auto" in parts else next((name for name in parts[:2] if name not in names()), None)
+    if unknown is not None:
+        near = nearest(unknown, [*names(), "auto"])
+        if near == "auto":
+            raise UsageError(f"unknown KV format {quoted(unknown)}: did you mean auto:N, with N bytes of 128 numbers?")
+        hint = f"did you mean {near}, of {CHOICES}?" if near else f"choose one of {CHOICES}."
+        raise UsageError(f"unknown KV format {quoted(unknown)}: {hint}")
+    if "auto" not in parts:
         given = [named(text, heads.size) for heads in cfg.cached_heads]
         short = short_layers(cfg)
         return LayerFormats(

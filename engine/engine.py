@@ -60,7 +60,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     device = str(device).strip().lower()
     match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", device)
     if match is None:
-        raise UsageError(f"There is no device {device!r}; give --device cpu, cuda or cuda:N.")
+        raise UsageError(f"There is no device {quoted(device)}; give --device cpu, cuda, cuda:N or auto.")
     if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         instead = "give --device cpu" if count == 0 else f"give --device cuda:N with N = 0 to {count - 1}, or cpu"
@@ -80,7 +80,7 @@ def choose_dtype(dtype: str | torch.dtype | None, cfg: ModelConfig, device: torc
     if name is None or name == "auto":
         return torch.float32 if device.type == "cpu" else DTYPES.get(cfg.dtype, torch.bfloat16)
     if not isinstance(name, str) or name not in DTYPES:
-        raise UsageError(f"There is no dtype {quoted(dtype)}; the dtypes are {', '.join(DTYPES)}.")
+        raise UsageError(f"There is no dtype {quoted(dtype)}; the dtypes are {', '.join(DTYPES)}, auto.")
     return DTYPES[name]
 
 

@@ -93,7 +93,7 @@ class MemoryPlan:
     def shorten(self) -> str:
         """What to do about a text that the context does not hold."""
         if self.context >= self.longest:
-            return "shorten it, the model has no longer context"
+            return "shorten it, this model's context cannot be longer"
         return f"shorten it, or load the model with a longer context (max_context or --ctx, {self.longest} at most)"
 
     def check_length(self, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""A model of the transformers library with its KV cache in octahedral codes: a long prompt, and what it takes."""
+"""A model of the transformers library with its KV cache in codes: a long prompt, and what it takes."""
 
 import torch
 from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Operations on the octahedral KV arena; each dispatches on the device of its inputs."""
+"""Operations on the coded KV arena; each dispatches on the device of its inputs."""
 
 from octo_run.kernels.attention import (
     PAGE_TOKENS,

@@ -176,9 +176,20 @@ def resolve(name: str) -> Path:
     if name and path.exists():
         what = _no_model(path) if is_gguf(path) else "a file: give the folder that holds config.json and the weights."
         raise UsageError(f"{quoted(name)} is {what}")
-    if name.startswith(("/", ".", "~")) or (name.endswith("/") and "://" not in name) or "\\" in name:
+    is_path = name.startswith(("/", ".", "~")) or (name.endswith("/") and "://" not in name) or "\\" in name
+    if path.suffix.lower() == ".gguf" and ":" not in name and (is_path or not _is_pulled(name)):
+        raise UsageError(f"There is no file {quoted(name)}; `octo-run import FILE` makes a model of a GGUF file.")
+    if is_path:
         raise UsageError(f"There is no folder {quoted(name)}{_nearest_folder(path)}")
     return find(parse_hub_name(name, f"a folder, {DEMO_NAME}, or ", nearest_model)).path
+
+
+def _is_pulled(name: str) -> bool:
+    """Whether a repository of this name is in the cache, complete or not."""
+    try:
+        return present(repo_folder(parse_hub_name(name))) or find_shared(parse_hub_name(name)) is not None
+    except OctoError:
+        return False
 
 
 def _no_model(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""octo-run: LLM inference with an octahedral-coded KV cache.
+"""octo-run: LLM inference with a coded KV cache.
 
 The public names are loaded on first use, so that importing the package (and ``octo-run --help``) does not import torch.
 """

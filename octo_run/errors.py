@@ -50,7 +50,8 @@ def _repr(value: object) -> str:
 def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str | None:
     """The one of some known names that ``name`` is a misspelling of; None where there is none.
 
-    Two letters that changed places count as one fault, as does another case.
+    Two letters that changed places count as one fault, as does another case. The beginning of one name alone, two
+    letters or more, means that name.
 
     Args:
         alike: The share of the letters that must be the same, at least.
@@ -63,6 +64,9 @@ def nearest(name: str, known: Iterable[str], alike: float = 0.6) -> str | None:
     if not found:
         swaps = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)}
         found = [swap for swap in sorted(swaps) if swap in by_lower]
+    if not found and len(name) > 1:
+        begun = [other for other in by_lower if other.startswith(name)]
+        found = begun if len(begun) == 1 else []
     return by_lower[found[0]] if found else None
 
 

@@ -75,6 +75,13 @@ def test_the_readme_is_short_and_has_eight_figures() -> None:
         assert (ROOT / "docs" / "results" / f"terminal-{theme}.svg").stat().st_size <= 40_000
 
 
+def test_octahedral_is_said_of_the_formats_that_are() -> None:
+    """The trellis codes, the default among them, fold nothing onto an octahedron."""
+    for path in (README, *sorted((ROOT / "docs").glob("*.md"))):
+        for part in re.split(r"\n\n|\n(?=\|)", text_of(path)):
+            assert "octahedr" not in part.lower() or "octopus" in part.lower(), f"{relative(path)}: {part}"
+
+
 def commands(group: click.Group, name: str = "octo-run") -> dict[str, set[str]]:
     """The options of each command by its whole name."""
     found: dict[str, set[str]] = {}
@@ -88,6 +95,19 @@ def commands(group: click.Group, name: str = "octo-run") -> dict[str, set[str]]:
             commands(command, whole) if isinstance(command, click.Group) else {}
         )
     return found
+
+
+def test_commands_that_list_or_measure_have_a_form_for_programs() -> None:
+    """By one name, and the page of commands names them."""
+    from octo_run.cli import cli
+
+    known, others = commands(cli), {"chat", "pull", "import", "rm", "sessions rm", "quantize", "completion"}
+    groups = {"sessions", "eval"}
+    with_it = {name.removeprefix("octo-run ") for name, options in known.items() if "--json" in options}
+    assert with_it == {name.removeprefix("octo-run ") for name in known} - others - groups
+    (row,) = re.findall(r"^\| `--json` \| of (.*): ", text_of(ROOT / "docs" / "commands.md"), re.M)
+    named = re.findall(r"`([a-z ]+)`", row)
+    assert {name for name in with_it if not name.startswith("eval ")} | {"eval"} == {*named}
 
 
 def code_in(path: Path) -> list[str]:

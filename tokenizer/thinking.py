@@ -160,6 +160,24 @@ class Thinking:
             return {effort: {"reasoning_effort": effort} for effort in ("low", "medium", "high")}
         return {}
 
+    def switched(self, variables: Mapping[str, Any]) -> str | None:
+        """The word of `switches` that variables amount to: the one that makes no difference to a prompt.
+
+        Returns:
+            None where that is none of them, or several that nobody said.
+
+        Raises:
+            OctoError: The template is faulty.
+        """
+
+        def prompt(more: Mapping[str, Any]) -> str:
+            return self._tokenizer.render([{"role": "user", "content": "Hello."}], **{**variables, **more})
+
+        as_it_is = prompt({})
+        words = [word for word, said in self.switches().items() if prompt(said) == as_it_is]
+        said = [word for word in words if variables.items() >= self.switches()[word].items()]
+        return words[0] if len(words) == 1 else next(iter(said), None)
+
 
 def thought_of(message: Mapping[str, Any]) -> str:
     """The thought that a message has apart from its content."""

@@ -7,12 +7,14 @@ in GSM8K, after ``####``).
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from octo_run.engine.engine import Engine
 from octo_run.engine.evaluation.statistics import wilson
+from octo_run.engine.plan import MemoryPlan
 from octo_run.engine.reply import Reply
 from octo_run.engine.sampling import SamplingParams
 from octo_run.errors import OctoError, UsageError, quoted
@@ -199,24 +201,59 @@ def wanted_answers(tasks: Sequence[Task], extract: Callable[[str], str | None]) 
     return wanted
 
 
+def prompts(
+    tokenizer: Tokenizer, tasks: Sequence[Task], *, as_chat: bool, system: str | None = None
+) -> list[list[int]]:
+    """The token ids of the tasks' prompts (see :func:`prompt_ids`).
+
+    Raises:
+        OctoError: A prompt that cannot be used; it names the line.
+    """
+    found = []
+    for task in tasks:
+        with _line(task):
+            found.append(prompt_ids(tokenizer, task.prompt, as_chat=as_chat, system=system))
+    return found
+
+
+def check_lengths(plan: MemoryPlan, tasks: Sequence[Task], prompts: Sequence[list[int]]) -> None:
+    """Check that the context holds the prompts.
+
+    Raises:
+        UsageError: It does not hold one; it names the line.
+    """
+    for task, ids in zip(tasks, prompts, strict=True):
+        with _line(task):
+            plan.check_length(len(ids))
+
+
+@contextmanager
+def _line(task: Task) -> Iterator[None]:
+    """Inside the block an error is told with the task's line."""
+    try:
+        yield
+    except OctoError as error:
+        kind = UsageError if isinstance(error, UsageError) else OctoError
+        raise kind(f"line {task.line}: {error}") from None
+
+
 def run(
     engine: Engine,
     tasks: Sequence[Task],
+    prompts: Sequence[list[int]],
     wanted: Sequence[str],
     extract: Callable[[str], str | None],
     *,
-    as_chat: bool,
-    system: str | None = None,
     max_tokens: int = 256,
     stop: tuple[str, ...] = (),
 ) -> Iterator[Outcome]:
-    """Answer the tasks greedily, one after the other, and compare with what is wanted (see :func:`wanted_answers`).
+    """Answer the tasks greedily, one after the other, and compare with what is wanted.
 
-    Raises:
-        UsageError: A prompt that cannot be used; it names the line.
+    Args:
+        prompts: The ids of the tasks' prompts (:func:`prompts`).
+        wanted: See :func:`wanted_answers`.
     """
     params = SamplingParams(max_tokens=max_tokens, stop=stop)
-    prompts = [_ids(engine, task, as_chat, system) for task in tasks]  # all of them are checked before the first answer
 
     def outcome(task: Task, want: str, ids: list[int]) -> Outcome:
         response = "".join(Reply(engine.generate(ids, params)))
@@ -224,16 +261,6 @@ def run(
         return Outcome(task.line, response, got, want, got == want)
 
     return map(outcome, tasks, wanted, prompts)
-
-
-def _ids(engine: Engine, task: Task, as_chat: bool, system: str | None) -> list[int]:
-    """The prompt of one task."""
-    try:
-        ids = prompt_ids(engine.tokenizer, task.prompt, as_chat=as_chat, system=system)
-        engine.check_prompt(ids)
-        return ids
-    except UsageError as error:
-        raise UsageError(f"line {task.line}: {error}") from None
 
 
 def score(kv: str, outcomes: Sequence[Outcome], tasks: int) -> Score:

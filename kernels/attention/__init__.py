@@ -1,4 +1,4 @@
-"""Attention over the octahedral KV arena: kernels (CUDA, CPU) and the PyTorch reference behind one call.
+"""Attention over the coded KV arena: kernels (CUDA, CPU) and the PyTorch reference behind one call.
 
 Which kernel runs when: `dispatch`. `general` holds the Triton kernels, for every GPU and format; `hopper` the Gluon
 kernels of decode steps over trellis codes. Beside them what both share: what a call reads (`inputs`), what it computes

@@ -129,7 +129,7 @@ def scheme_of(weights: str | Scheme | None) -> Scheme | None:
         return None
     if not isinstance(weights, str) or weights not in SCHEMES:
         near = nearest(weights, WEIGHTS) if isinstance(weights, str) else None
-        known = ", ".join(WEIGHTS)
+        known = ", ".join((*WEIGHTS, "auto"))
         hint = f"did you mean {near}, of {known}?" if near else f"give one of {known}."
         raise UsageError(f"There is no format of weights {quoted(weights)}: {hint}")
     return SCHEMES[weights]

@@ -20,7 +20,7 @@ import click
 from octo_run import __version__, process
 from octo_run.cli import console
 from octo_run.cli.examples import EXAMPLES
-from octo_run.cli.hints import LONGEST_USAGE, command_hint, flat, usage_sentence
+from octo_run.cli.hints import LONGEST_USAGE, command_hint, flat, refuse_elsewhere, usage_sentence
 from octo_run.errors import OctoError, UsageError, quoted, shown
 from octo_run.process import EXIT_INTERRUPTED
 
@@ -80,7 +80,10 @@ class LazyGroup(click.Group):
             near = command_hint(args[0], self._modules)
             hint = f"did you mean {near!r}?" if near else f"the commands are {', '.join(self._modules)}."
             raise UsageError(f"there is no command {quoted(args[0])}; {hint}")
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and not isinstance(command, click.Group) and not ctx.resilient_parsing:
+            refuse_elsewhere(command, f"{ctx.command_path} {name}", rest)
+        return name, command, rest
 
 
 def _complete(command: click.Command, path: str) -> None:
@@ -126,7 +129,7 @@ debug_option = click.option(
 @click.version_option(__version__, prog_name="octo-run", message="%(prog)s %(version)s")
 @debug_option
 def cli() -> None:
-    """Chat with a language model from the terminal, its KV cache kept in octahedral codes.
+    """Chat with a language model from the terminal, its KV cache kept in short codes.
 
     `octo-run chat` talks to the small embedded demo model; `octo-run pull ORG/NAME` fetches another one.
     """

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from octo_run.cli import console
-from octo_run.errors import OctoError, UsageError, nearest, quoted
+from octo_run.cli.hints import nearest_setting
+from octo_run.errors import OctoError, UsageError, quoted
 
 #: What a line may set of its own, by the names of ``SamplingParams``.
 SETTINGS = (
@@ -77,7 +78,7 @@ def _object(text: str) -> dict[str, Any]:
 def _line(number: int, value: dict[str, Any]) -> Line:
     unknown = next((name for name in value if name not in _KEYS), None)
     if unknown is not None:
-        near = nearest(unknown, _KEYS)
+        near = nearest_setting(unknown, _KEYS)
         hint = f"did you mean {quoted(near)}?" if near else f"there are {', '.join(_KEYS)}."
         raise UsageError(f"no line has {quoted(unknown)}; {hint}")
     text, messages = value.get("prompt"), value.get("messages")

@@ -67,6 +67,7 @@ def _depths(_ctx: click.Context, _param: click.Parameter, value: str) -> list[in
               help="Measure a shape (llama-3.1-8b, ..., or a config.json).")  # fmt: skip
 @click.option("--output", "-o", type=click.Choice(["table", "markdown", "csv", "json", "jsonl"]), default="table",
               show_default=True, help="Form of the result.")  # fmt: skip
+@click.option("--json", "output", flag_value="json", help="The same as --output json.")
 @click.option("--profile", "profiled", is_flag=True, help="Show where the time goes, and write a trace file.")
 @click.option("--trace", type=click.Path(path_type=Path), metavar="FILE",
               help=f"Where to write it, as .json or .json.gz.  [default: {TRACE}]")  # fmt: skip

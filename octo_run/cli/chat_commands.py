@@ -3,31 +3,28 @@
 import base64
 import dataclasses
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from octo_run import errors
-from octo_run.cli import console, documents, runtime, session_files
-from octo_run.cli.options import TOKENS
+from octo_run.cli import chat_settings, console, documents, runtime, session_files
 from octo_run.cli.output import OutputFile, check_writable, write_file
 from octo_run.cli.reload import load_anew
-from octo_run.cli.sampling_options import bias_of
 from octo_run.errors import OctoError, UsageError, quoted
 
 if TYPE_CHECKING:
     from octo_run.cli.conversation import Conversation
 
-#: Settings that a chat has from its options alone, and which those are.
-FIXED = {"grammar": "by --json-schema, --regex or --grammar when the chat begins"}
 #: What ``/system`` takes for no system prompt.
 NO_SYSTEM = "none"
 #: What ``/read`` takes in place of a file to send none.
 NO_FILE = "none"
+#: What is said of a model that ``/think`` can do nothing for.
+NO_SWITCH = "this model's chat template cannot switch thinking on or off"
 #: What ``/load`` takes behind a name to read the text again.
 ANEW = "anew"
 #: Bytes that are copied at most: terminals take no more.
@@ -93,7 +90,7 @@ def _continue(chat: "Conversation", _argument: str) -> None:
 
 def _system(chat: "Conversation", argument: str) -> None:
     if argument:
-        before, chat.session.system = chat.session.system, None if argument == NO_SYSTEM else argument
+        before, chat.session.system = chat.session.system, None if argument.lower() == NO_SYSTEM else argument
         try:
             chat.check_system()
         except OctoError as error:
@@ -104,45 +101,15 @@ def _system(chat: "Conversation", argument: str) -> None:
     chat.tell(f"system prompt: {chat.session.system or '(none)'}")
 
 
-def _set(chat: "Conversation", argument: str) -> None:
-    names = settings()
-    name, _, value = argument.partition(" ")
-    if not name:
-        own = runtime.model_defaults(chat.engine)
-        lines = []
-        for setting in (*names, *FIXED):
-            value = getattr(chat.params, setting)
-            mark = "  (the model's own)" if setting in own and own[setting] == value else ""
-            mark = f"  (fixed: {FIXED[setting]})" if setting in FIXED else mark
-            lines.append(f"{setting:20}{_shown_setting(value)}{mark}")
-        chat.print("\n".join(lines))
-        return
-    name = name.lower().lstrip("-").replace("-", "_")  # as the options are written, too
-    name = "temperature" if name == "temp" else name
-    if name in FIXED:
-        if value.strip():
-            raise UsageError(f"{name} is fixed while a chat runs: {FIXED[name]}.")
-    elif name not in names:
-        near = errors.nearest(name, names)
-        hint = f"did you mean {near}?" if near else f"the settings are {', '.join(names)}."
-        raise UsageError(f"there is no setting {name}; {hint}")
-    if value.strip():
-        changes: dict[str, Any] = {name: _parse_setting(name, value.strip())}
-        params = dataclasses.replace(chat.params, **changes)
-        chat.engine.check_params(params)
-        if name == "stop":
-            runtime.warn_of_stops(chat.engine, name, params.stop)
-        chat.params = params
-        chat.changed |= changes
-    chat.tell(f"{name} {_shown_setting(getattr(chat.params, name))}")
-
-
 def _read_file(chat: "Conversation", argument: str) -> None:
     from octo_run.cli.conversation import count
 
     if not argument:
-        raise UsageError("give a file: /read FILE.")
-    if argument == NO_FILE:
+        if not chat.documents:
+            raise UsageError("no file goes with the next message; give one: /read FILE.")
+        chat.tell(f"{count(len(chat.documents), 'file')} will be sent with the next message; /read FILE adds one")
+        return
+    if argument.lower() == NO_FILE:
         number, chat.documents = len(chat.documents), []
         chat.notice(f"{count(number, 'file')} will not be sent" if number else "there was no file to be sent")
         return
@@ -188,7 +155,7 @@ def _load(chat: "Conversation", argument: str) -> None:
     name, _, how = argument.partition(" ")
     if not name:
         raise UsageError("give a name: /load NAME; /sessions lists them.")
-    if how.strip() not in ("", ANEW):
+    if how.strip().lower() not in ("", ANEW):
         raise UsageError(f"/load takes a name, and {ANEW} to read the text again.")
     try:
         chat.keeper.load(chat, name, anew=bool(how), advice=f"/load {name} {ANEW} reads its text again")
@@ -227,7 +194,9 @@ def _export(chat: "Conversation", argument: str) -> None:
     messages = chat.session.messages
     if path.suffix.lower() == ".json":
         values = {
-            name: value for name, value in dataclasses.asdict(chat.params).items() if name in (*settings(), *FIXED)
+            name: value
+            for name, value in dataclasses.asdict(chat.params).items()
+            if name in (*chat_settings.names(), *chat_settings.FIXED)
         }
         text = console.as_json({"model": chat.engine.name, "settings": values, "messages": messages}) + "\n"
     else:
@@ -252,9 +221,12 @@ def _copy(chat: "Conversation", _argument: str) -> None:
 
 
 def _think(chat: "Conversation", argument: str) -> None:
-    switches = chat.engine.tokenizer.thinking.switches()
+    argument, switches = argument.lower(), chat.engine.tokenizer.thinking.switches()
+    if not argument:
+        chat.tell("; ".join(_thinking(chat, [*switches])))
+        return
     if not switches:
-        raise UsageError("this model's chat template cannot switch thinking on or off.")
+        raise UsageError(f"{NO_SWITCH}.")
     if argument not in switches:
         *others, last = switches
         raise UsageError(f"give {', '.join(others)} or {last}: /think {others[0]}.")
@@ -262,9 +234,27 @@ def _think(chat: "Conversation", argument: str) -> None:
     chat.notice(f"thinking is {argument} from the next question on")
 
 
+def _thinking(chat: "Conversation", words: list[str]) -> Iterator[str]:
+    """How the model thinks as things are, and what ``/think`` takes."""
+    from octo_run.cli.conversation import count
+
+    if words:
+        is_set = chat.engine.tokenizer.thinking.switched(chat.session.variables)
+        yield f"thinking is {is_set or 'as the chat template has it'}"
+        yield f"/think {' or '.join(word for word in words if word != is_set)} changes it"
+    else:
+        yield NO_SWITCH
+    if chat.options.think_budget is not None:
+        yield f"a thought ends after {count(chat.options.think_budget, 'token')} (--think-budget)"
+    if chat.options.hide_thinking:
+        yield "thoughts are not shown (--hide-thinking)"
+
+
 def _model(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError(f"give a model: /model NAME; on this machine there are {', '.join(runtime.model_names())}.")
+        is_set = "no model is loaded" if chat.engine.closed else f"the model is {chat.load.model}"
+        chat.tell(f"{is_set}; /model NAME loads one of those on this machine: {', '.join(runtime.model_names())}")
+        return
     if argument == chat.load.model and not chat.engine.closed:
         chat.notice(f"the model is {argument} already")
         return
@@ -273,7 +263,9 @@ def _model(chat: "Conversation", argument: str) -> None:
 
 def _kv(chat: "Conversation", argument: str) -> None:
     if not argument:
-        raise UsageError(f"give a format, of {', '.join(runtime.format_names())}: /kv oct4; it is {chat.load.kv} now.")
+        is_set = "no model is loaded" if chat.engine.closed else f"the KV cache is {chat.engine.kv}"
+        chat.tell(f"{is_set}; /kv FORMAT takes {runtime.format_choices()}")
+        return
     if argument.lower() == chat.load.kv and not chat.engine.closed:
         chat.notice(f"the KV cache is {chat.load.kv} already")
         return
@@ -329,7 +321,7 @@ def _command_words(_chat: "Conversation") -> list[str]:
 
 
 def _setting_words(_chat: "Conversation") -> list[str]:
-    return [f"{name} " for name in settings()]
+    return [f"{name} " for name in chat_settings.names()]
 
 
 def _session_words(_chat: "Conversation") -> list[str]:
@@ -366,7 +358,7 @@ COMMANDS: dict[str, Command] = {
         lambda _chat: [NO_SYSTEM],
     ),
     "/set": Command(
-        _set,
+        chat_settings.change,
         "NAME VALUE",
         "set how answers are drawn, for example temperature 0.7; /set alone shows all",
         _setting_words,
@@ -398,6 +390,7 @@ def _lines() -> Iterator[str]:
         if command.says:
             head = "/help, /?" if name == "/help" else f"{name} {command.argument}".rstrip()
             yield f"{head:18} {command.says}"
+    yield "                   (/system, /set, /think, /read, /model and /kv alone show what is set)"
     yield "//text             send a message that begins with a slash"
     yield '"""                begins a message of several lines, and ends it'
 
@@ -430,6 +423,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("file", "open", "attach"), "/read"),
     **dict.fromkeys(("settings", "params", "parameters"), "/set"),
     **dict.fromkeys(("list", "ls", "history"), "/sessions"),
+    **dict.fromkeys(("show", "info", "status", "usage", "verbose"), "/stats"),
+    **dict.fromkeys(("nothink", "no_think", "reasoning"), "/think"),
 }
 #: What people type to leave a program: as a whole line no message.
 LEAVING = ("exit", "quit", ":q", "exit()", "quit()")
@@ -442,49 +437,6 @@ def nearest(name: str) -> str | None:
     # Without the slash, which all have, so that it makes nothing look alike.
     near = errors.nearest(name[1:], [known[1:] for known in COMMANDS])
     return f"/{near}" if near else None
-
-
-def settings() -> list[str]:
-    """What ``/set`` sets."""
-    from octo_run.engine import SamplingParams
-
-    # Nobody gives a chat ids to stop at, and it shows no log-probabilities.
-    others = ("stop_ids", "logprobs", *FIXED)
-    return [field.name for field in dataclasses.fields(SamplingParams) if field.name not in others]
-
-
-def _shown_setting(value: object) -> str:
-    from octo_run.engine.grammar import Grammar
-
-    if value is None or value == ():
-        return "none"
-    if isinstance(value, Grammar):
-        return f"a {value.name} of {len(value.text):,} characters"
-    if isinstance(value, tuple) and isinstance(value[0], tuple):
-        return " ".join(f"{token}={number:g}" for token, number in value)
-    return ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
-
-
-def _parse_setting(name: str, value: str) -> object:
-    """The value of a setting as :class:`SamplingParams` takes it; ``none`` is no limit, seed, stop text or bias."""
-    if name == "stop":
-        return () if value == "none" else (value,)
-    if name == "logit_bias":
-        pairs = () if value == "none" else tuple(map(bias_of, re.split(r"[\s,]+", value)))
-        if None in pairs:
-            raise UsageError(
-                f"logit_bias is {quoted(value)}; give token ids and numbers from -100 to 100, like 123=-5."
-            )
-        return pairs
-    if name in ("seed", "max_tokens") and value == "none":
-        return None
-    number = TOKENS.parse(value) if name == "max_tokens" else None
-    if number is not None:
-        return number
-    try:
-        return int(value) if re.fullmatch(r"[+-]?[0-9]{1,20}", value) else float(value)
-    except ValueError:
-        raise UsageError(f"{name} is {quoted(value)}; give a number.") from None
 
 
 def _write(path: Path, text: str) -> None:

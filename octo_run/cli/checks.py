@@ -87,15 +87,11 @@ def loadable(options: EngineOptions) -> "ModelConfig":
     Raises:
         OctoError: There is not.
     """
+    cfg = runtime.model_config(options.model, offline=options.offline)
     runtime.import_torch()
     from octo_run.engine.allocation import parse_formats
     from octo_run.engine.engine import choose_device, choose_dtype
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
 
-    if options.offline:
-        runtime.go_offline()
-    cfg = load_config(resolve(options.model))
     for name, value in (("--kv", options.kv), ("--weights", options.weights or "")):
         if "," in value:
             raise UsageError(f"{name} {quoted(value)} are several formats: give one; bench and eval ppl take several.")

@@ -17,7 +17,7 @@ from octo_run.cli.keeper import Keeper
 from octo_run.cli.options import EngineOptions
 from octo_run.cli.progress import PromptProgress
 from octo_run.cli.sampling_options import SamplingOptions
-from octo_run.errors import OctoError, UsageError, quoted
+from octo_run.errors import OctoError, UsageError, quoted, shown
 
 if TYPE_CHECKING:
     from prompt_toolkit.formatted_text import StyleAndTextTuples
@@ -178,7 +178,9 @@ class Conversation:
         if command is None:
             near = chat_commands.nearest(name)
             hint = f"did you mean {near}? " if near else ""
-            raise UsageError(f"there is no command {name}; {hint}/help lists the commands, //text sends a slash.")
+            raise UsageError(
+                f"there is no command {shown(name, 40)}; {hint}/help lists the commands, //text sends a slash."
+            )
         if argument and not command.argument:
             raise UsageError(f"{name} takes no argument, and {quoted(argument)} is one; {command.usage}.")
         command.run(self, argument)
@@ -347,6 +349,8 @@ class Conversation:
     def _say_cost(self, reply: "Reply") -> None:
         """One line about an answer, and an empty one that sets it off from what follows."""
         parts = [count(reply.generated_tokens, "token")]
+        if reply.finish_reason == "stop" and not reply.text.strip():
+            parts.insert(0, "the model ends the answer here")
         if reply.decoded_tokens:
             parts.append(f"{console.rate(reply.decoded_tokens, reply.decode_seconds)} tokens/s")
         if reply.generated_tokens:

@@ -275,7 +275,7 @@ def _answer_lines(
         ids.append(found)
         rules.append(rule)
     own = dict.fromkeys(stop for rule in rules for stop in rule.stop if stop not in base.stop)
-    runtime.warn_of_stops(engine, "stop", own)
+    runtime.warn_of_stops(engine.tokenizer, "stop", own)
     with Running("batch") as running:
         running.report(len(answers.done), len(lines), str)
         for completion in engine.generate_batch(ids, rules):

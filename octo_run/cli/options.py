@@ -55,7 +55,10 @@ class Count(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         number = self.parse(str(value))
         if number is None:
-            self.fail(f"{quoted(value)} is no whole number from {self.least:,} to {self.most:,}", param, ctx)
+            usual = re.search(r"\[default: (.+)\]", getattr(param, "help", None) or "")
+            # What other programs call so is what ours do without the option.
+            hint = f"; leave it out for {usual[1]}" if usual is not None and str(value).strip() in ("0", "-1") else ""
+            self.fail(f"{quoted(value)} is no whole number from {self.least:,} to {self.most:,}{hint}", param, ctx)
         return number
 
     def parse(self, text: str) -> int | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from octo_run.cli import completion, console, debug_option
+from octo_run.cli import completion, console, debug_option, runtime
 from octo_run.cli.options import Format, device_option, dtype_option
 from octo_run.errors import shown
 
@@ -28,6 +28,7 @@ def command(model: str, out: Path, weights: str, device: str | None, dtype: str 
     (--head int8 packs them when OUT is loaded). Loading MODEL with --weights saves this file, and with int8 and fp8 a
     small product in each layer: the rotation of values is then in the matrices before they are quantised.
     """
+    runtime.model_config(model)  # a name that is none is told at once
     from octo_run.engine.quantise import quantise
 
     tell = None

@@ -126,6 +126,6 @@ def _loaded(chat: "Conversation", wanted: "EngineOptions", *, warm: bool) -> "tu
 def _params(chat: "Conversation", engine: "Engine") -> "SamplingParams":
     """How an engine answers in this chat."""
     params = dataclasses.replace(runtime.sampling_params(engine, chat.sampling), **chat.changed)
-    runtime.warn_of_stops(engine, "stop", chat.changed.get("stop", ()))
+    runtime.warn_of_stops(engine.tokenizer, "stop", chat.changed.get("stop", ()))
     engine.check_params(params)  # a bias is on tokens of the former model
     return params

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from octo_run.engine import Engine, MemoryPlan, Reply, SamplingParams, Session
     from octo_run.engine.benchmark import Row, Test
     from octo_run.engine.profiling import Profile
+    from octo_run.engine.random_model import NoTokenizer
     from octo_run.models.config import ModelConfig
     from octo_run.tokenizer import Tokenizer
 
@@ -276,6 +277,13 @@ def format_names() -> list[str]:
     return [*codec.names(), "auto:56"]
 
 
+def format_choices() -> str:
+    """What ``--kv`` takes, in words."""
+    from octo_run.engine.allocation import CHOICES
+
+    return CHOICES
+
+
 def open_reply(
     engine: "Engine", ids: list[int], options: SamplingOptions, on_prompt: Callable[[int, int], None], logprobs: int = 0
 ) -> "Reply":
@@ -347,15 +355,27 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "ModelConfig":
-    """The configuration that ``bench`` measures, read before any weight is."""
+def model_config(model: str, *, offline: bool = False) -> "ModelConfig":
+    """The configuration of a model, read before PyTorch is imported: most of a start for a name that is none.
+
+    Raises:
+        OctoError: There is no such model, or it is none that octo-run can load.
+    """
     if offline:
         go_offline()
-    from octo_run.engine.random_model import read_shape
+    from octo_run.models.cache import resolve
     from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
 
-    return load_config(resolve(model)) if random_weights is None else read_shape(random_weights)
+    return load_config(resolve(model))
+
+
+def bench_config(model: str, random_weights: str | None, *, offline: bool) -> "ModelConfig":
+    """The configuration that ``bench`` measures, read before any weight is."""
+    if random_weights is None:
+        return model_config(model, offline=offline)
+    from octo_run.engine.random_model import read_shape
+
+    return read_shape(random_weights)
 
 
 def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> "SamplingParams":
@@ -369,13 +389,13 @@ def sampling_params(engine: "Engine", options: SamplingOptions, **more: Any) -> 
     from octo_run.engine import SamplingParams
 
     params = SamplingParams.from_defaults(engine.defaults, **given(options), **more)
-    warn_of_stops(engine, "--stop", params.stop)
+    warn_of_stops(engine.tokenizer, "--stop", params.stop)
     engine.check_params(params)
     return params
 
 
-def warn_of_stops(engine: "Engine", name: str, stops: Iterable[str]) -> None:
-    """Tell which stop texts no answer of this model can hold.
+def warn_of_stops(tokenizer: "Tokenizer | NoTokenizer", name: str, stops: Iterable[str]) -> None:
+    """Tell which stop texts no answer of the tokenizer's model can hold.
 
     Args:
         name: Of what gives them.
@@ -383,7 +403,7 @@ def warn_of_stops(engine: "Engine", name: str, stops: Iterable[str]) -> None:
     from octo_run.engine.stopping import impossible
 
     for text in stops:
-        if impossible(engine.tokenizer, text):
+        if impossible(tokenizer, text):
             warn(f"{name} {quoted(text)} never stops an answer: the tokens of this model cannot spell it")
 
 

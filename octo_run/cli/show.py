@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from octo_run.cli import completion, console, debug_option
+from octo_run.cli import completion, console, debug_option, runtime
 from octo_run.cli.options import DEFAULT_MODEL, device_option, dtype_option
 from octo_run.errors import OctoError, UsageError, shown
 from octo_run.models.config import HEADS
@@ -54,17 +54,17 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     Raises:
         OctoError: The model cannot be read.
     """
+    cfg = runtime.model_config(model)
     from octo_run.engine.engine import choose_device, choose_dtype
     from octo_run.engine.plan import free_memory, recurrent_shape, weight_bytes
     from octo_run.engine.sampling import SamplingParams
-    from octo_run.models.config import load_config, load_generation_defaults
+    from octo_run.models.cache import resolve
+    from octo_run.models.config import load_generation_defaults
     from octo_run.models.decoder import Decoder
-    from octo_run.models.hub import resolve
     from octo_run.models.specs import layer_kinds, layer_specs
     from octo_run.models.weights import RandomWeights, active_parameters, num_parameters, stored_config
 
     path = resolve(model)
-    cfg = load_config(path)
     if any(path.glob("*.safetensors")):  # a folder with a configuration alone can be described, too
         cfg = stored_config(path, cfg)
     where = choose_device(device)

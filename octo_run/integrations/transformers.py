@@ -1,4 +1,4 @@
-"""Octahedral KV memory for models of the transformers library.
+"""Coded KV memory for models of the transformers library.
 
     from octo_run.integrations.transformers import OctoCache
 
@@ -232,7 +232,7 @@ class OctoLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class OctoCache(DynamicCache):  # type: ignore[misc]
-    """A cache of keys and values in octahedral codes, for ``past_key_values``.
+    """A cache of keys and values in codes, for ``past_key_values``.
 
     The first ``sinks`` tokens and at least the last ``window`` are in full precision; the rest are in pages of 64
     tokens. What a call brings is seen by this call as it came, and coded for later ones. Texts of a batch have the same

@@ -57,6 +57,8 @@ def texts(path: Path) -> list[str]:
         ('{"prompt": "x", "max_tokens": [1]}', "max_tokens is [1]; give a whole number"),
         ('{"prompt": "x", "top_p": NaN}', "top_p is nan; give above 0"),
         ('{"prompt": "x", "temprature": 1}', "did you mean 'temperature'?"),
+        ('{"prompt": "x", "max_new_tokens": 1}', "did you mean 'max_tokens'?"),
+        ('{"text": "x"}', "no line has 'text'; did you mean 'prompt'?"),
         ('{"prompt": "x", "prompt": "y"}', "'prompt' is there twice; give each name once"),
         ('{"prompt": ""}', "prompt is ''; give a text"),
         ('{"prompt": "a\\ud800"}', "half of a surrogate pair"),

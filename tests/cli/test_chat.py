@@ -191,7 +191,14 @@ def test_questions_about_commands_are_no_messages(octo: Callable[..., Any], engi
 
 
 @pytest.mark.parametrize(
-    ("line", "near"), [("/hlep", "/help"), ("/ststs", "/stats"), ("/reed x", "/read"), ("/sytem none", "/system")]
+    ("line", "near"),
+    [
+        ("/hlep", "/help"),
+        ("/ststs", "/stats"),
+        ("/show info", "/stats"),
+        ("/reed x", "/read"),
+        ("/sytem none", "/system"),
+    ],
 )
 def test_the_nearest_command_is_named(octo: Callable[..., Any], engine: Any, line: str, near: str) -> None:
     shown = octo("chat", data=line.encode())
@@ -235,7 +242,7 @@ def test_a_file_goes_with_the_next_message(octo: Callable[..., Any], engine: Any
     assert shown.code == 0 and "note.txt: 8 characters go with the next message" in shown.err
     assert engine.session.asked == ["the text\n\nWhat does it say?", "And now?"]
     for wrong, says in (
-        ("/read", "give a file"),
+        ("/read", "give one: /read FILE"),
         ("/read /none", "no such file"),
         (f"/read {tmp_path}", "is a folder"),
     ):
@@ -464,6 +471,33 @@ def test_every_setting_that_is_listed_can_be_set_or_is_fixed(octo: Callable[...,
     assert shown.code == 2 and "grammar is fixed while a chat runs" in shown.err
 
 
+def test_settings_as_other_programs_write_them(octo: Callable[..., Any]) -> None:
+    """``/set NAME=VALUE`` is understood; their names are told with ours."""
+    lines = ("temperature=0.5", "logit_bias 5=3", "stop ===", "stop==", "max-tokens=1k", "temp 2")
+    shown = octo(*REAL, "-q", data="".join(f"/set {line}\n" for line in lines).encode())
+    told = ["temperature 0.5", "logit_bias 5=3", "stop '==='", "stop '='", "max_tokens 1024", "temperature 2.0"]
+    assert shown.code == 0 and shown.err.splitlines() == told, shown
+    cases = {
+        "num_predict 5": "did you mean max_tokens?", "repeat_penalty=1": "did you mean repetition_penalty?",
+        "num_ctx 4096": "--max-context says it when the chat begins.",
+        "parameter top_k 5": "did you mean /set NAME VALUE?",
+        "system x": "did you mean /system TEXT?", "nothink": "did you mean /think off?",
+        "tempe 1": "did you mean temperature?",
+        "x" * 500 + " 1": "... xxx",
+    }  # fmt: skip
+    for line, says in cases.items():
+        shown = octo(*REAL, "-q", data=f"/set {line}\n".encode())
+        assert shown.code == 2 and says in shown.err and len(shown.err) < 420, (line, shown)
+
+
+def test_an_answer_of_nothing_is_told(octo: Callable[..., Any], engine: Any, terminal: Any) -> None:
+    engine.answers("", "A word.")
+    terminal(["one", "two"])
+    out = octo("chat").out
+    assert out.count("the model ends the answer here, ") == 1, out
+    assert out.index("the model ends the answer here") < out.index("A word.")
+
+
 def test_a_bias_on_a_token_that_there_is_not(octo: Callable[..., Any]) -> None:
     """Is refused when it is set, and nothing has changed."""
     for argv in (REAL, ("generate", "-p", "x", "-n", "2", "--device", "cpu")):
@@ -552,9 +586,27 @@ def test_a_dropped_file_has_the_path_that_a_shell_would_read(
 
 
 def test_what_is_there_is_not_loaded_again(octo: Callable[..., Any]) -> None:
-    shown = octo(*REAL, data=b"/kv OCT3\n/kv\n")
-    assert shown.code == 2 and "the KV cache is oct3 already" in shown.err and "it is oct3 now" in shown.err
-    assert "on this machine there are octo-demo" in octo(*REAL, data=b"/model\n").err
+    shown = octo(*REAL, data=b"/kv OCT3\n/model octo-demo\n")
+    assert shown.code == 0 and "the KV cache is oct3 already" in shown.err and "is octo-demo already" in shown.err
+
+
+def test_a_command_alone_says_what_is_set(octo: Callable[..., Any], tmp_path: Path) -> None:
+    """And is no failure, which would end a chat in a pipe."""
+    (tmp_path / "note").write_text("text")
+    lines = ("/system", "/think", "/model", "/kv", f"/read {tmp_path}/note", "/read", "/read NONE")
+    shown = octo(*REAL, "-q", "--think-budget", "1", "--hide-thinking", data="\n".join(lines).encode())
+    told = shown.err.splitlines()
+    assert shown.code == 0 and len(told) == 5, shown
+    assert told[0] == "system prompt: (none)"
+    assert told[1] == (
+        "this model's chat template cannot switch thinking on or off; a thought ends after 1 token (--think-budget); "
+        "thoughts are not shown (--hide-thinking)"
+    )
+    assert told[2].startswith("the model is octo-demo; ") and "on this machine: octo-demo" in told[2]
+    assert told[3].startswith("the KV cache is oct3; /kv FORMAT takes oct2, ") and told[3].endswith("K:V, auto:N")
+    assert told[4] == "1 file will be sent with the next message; /read FILE adds one"
+    for line in ("/read", "/load", "/save", "/export"):
+        assert octo(*REAL, "-q", data=line.encode()).code == 2, "there is nothing to show"
 
 
 def test_a_session_that_is_in_use_is_told_of_before_a_model_is_loaded(

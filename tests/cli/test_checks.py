@@ -90,6 +90,23 @@ def test_a_prompt_that_is_too_long_is_refused_before_a_weight_is_read(
         assert done.code == 2 and "and the context holds 4,096" in done.err and not weights, done
 
 
+def test_prompts_of_a_measurement_are_made_before_a_weight_is_read(
+    octo: Callable[..., Any], weights: list[str], files: dict[str, str], tmp_path: Path
+) -> None:
+    file, settings = tmp_path / "tasks", tmp_path / "base" / "tokenizer_config.json"
+    template = Path(files["refuses"]).read_text()
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    argv = ("eval", "tasks", str(file), "-m", files["base"])
+    cases = (
+        ("hello", ("--system", "x"), "refuses this conversation: only users"),
+        (Path(files["long"]).read_text(), (), "line 1: The prompt has"),
+    )
+    for prompt, options, says in cases:
+        file.write_text(json.dumps({"prompt": prompt, "answer": "1"}) + "\n")
+        done = octo(*argv, *options)
+        assert done.code in (1, 2) and says in done.err and not weights, done
+
+
 def test_what_an_answer_must_be_is_no_setting_of_a_saved_conversation_by_another_name(
     octo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -105,6 +106,22 @@ def test_list_imports_neither_torch_nor_the_hub_client() -> None:
     assert shown.splitlines()[-1] == "[]"
 
 
+def test_a_model_that_is_not_there_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """Which is most of a start."""
+    (tmp_path / "tasks").write_text('{"prompt": "x", "answer": "1"}')
+    lines = [
+        "generate -p x", "chat --single -p x", "bench", "eval ppl", "eval needle", f"eval tasks {tmp_path}/tasks",
+        "eval codec",
+    ]  # fmt: skip
+    commands = [f"{line} -m a/none --offline".split() for line in lines]
+    commands += [["show", "a/none"], ["quantize", "a/none", "x"]]
+    program = f"import sys; from octo_run.cli import main; print([main(argv) for argv in {commands!r}])\n"
+    program += "print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert shown.stdout.splitlines() == [str([1] * len(commands)), "False"], shown
+    assert shown.stderr.count("fetch it with `octo-run pull a/none`.") == len(commands), shown.stderr
+
+
 def test_version(octo: Callable[..., Any]) -> None:
     shown = octo("--version")
     assert (shown.code, shown.out, shown.err) == (0, f"octo-run {octo_run.__version__}\n", "")
@@ -131,6 +148,38 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(octo: Callable[..., Any], a
     assert shown.out == ""
     assert shown.err.startswith("octo-run: ") and says in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_options_of_other_programs_are_told_with_ours(octo: Callable[..., Any], engine: Any) -> None:
+    """Also where a letter of theirs is one of ours; what is a value stays one."""
+    cases = {
+        "chat -ngl 99": "No such option '-ngl': did you mean --device?",
+        "chat -c 4096": "did you mean --max-context?",
+        "chat --ctx-size 4096": "did you mean --max-context?",
+        "chat -t 4": "did you mean --threads?",
+        "generate -p x -ctk q8_0": "No such option '-ctk': did you mean --kv?",
+        "generate -p x -ctv q8_0": "No such option '-ctv': did you mean --kv?",
+        "chat -sys x": "did you mean --system?",
+        "chat -st": "did you mean --single?",
+        "generate -p x -np 2": "did you mean --sequences?",
+        "chat -np 2": "No such option '-np'; `octo-run chat --help` lists",
+        "list -ngl 2": "No such option '-ngl'; `octo-run list --help` lists",
+        "eval ppl -ngl 2": "No such option '-ngl': did you mean --device?",
+        "chat -cb": "No such option '-cb'; `octo-run chat --help` lists",
+        "chat -fa on": "No such option '-fa': attention always works that way; leave it out.",
+        "chat -hf a/b": "then -m ORG/NAME names it.",
+        "chat --no-mmap": "leave it out.",
+        "chat -b 512": "leave it out.",
+        "chat -ub 512": "leave it out.",
+        "chat -cnv": "leave it out.",
+    }
+    for line, says in cases.items():
+        shown = octo(*line.split())
+        assert shown.code == 2 and says in shown.err and shown.err.count("\n") == 1, (line, shown)
+        assert not shown.out and engine.loads == [], line
+    for line in ("generate -qn 1 -p -ngl", "generate -qp -c", "generate -mocto-demo -p -ngl"):
+        engine.answers("a")
+        assert octo(*line.split()).code == 0, line
 
 
 def test_without_a_command_the_help_is_shown(octo: Callable[..., Any]) -> None:

@@ -39,6 +39,11 @@ def test_nearest() -> None:
     assert nearest("zzz", names) is None and nearest("", names) is None
     assert nearest("ab", ["ba"]) == "ba"
     assert nearest("x" * 10_000, names) is None
+    assert nearest("te", ["temperature", "top_k"]) == "temperature", "it begins so"
+    assert nearest("t", ["temperature"]) is None and nearest("to", ["top_k_long", "top_p_long"]) is None
+
+
+EVERY_FORMAT = "oct2, oct3, oct4, octopus2, octopus3, octopus4, bf16, K:V, auto:N"
 
 
 @pytest.mark.parametrize(
@@ -52,9 +57,16 @@ def test_nearest() -> None:
         (("rm", "sea-tales", "-y"), f"did you mean '{OTHER}'?"),
         (("rm", "./here", "-y"), "rm removes ORG/NAME[@REV] and imported/NAME only"),
         (("show", "./modle"), "There is no folder './modle': did you mean 'model'?"),
+        (("show", "no.gguf"), "There is no file 'no.gguf'; `octo-run import FILE` makes a model of a GGUF file."),
+        (("chat", "-m", "models/no.gguf"), "There is no file 'models/no.gguf'; `octo-run import FILE`"),
+        (("chat", "-m", "./no.gguf"), "There is no file './no.gguf'; `octo-run import FILE`"),
         (("show", "zzz"), "give a folder, octo-demo, or ORG/NAME[@REV] of the Hub"),
         (("pull", "zzz"), "'zzz' is no model name: give ORG/NAME[@REV] of the Hub"),
-        (("generate", "-p", "x", "--kv", "otc3"), "unknown KV format 'otc3': did you mean oct3, of oct2, "),
+        (("generate", "-p", "x", "--kv", "zzz"), "choose one of " + EVERY_FORMAT),
+        (("generate", "-p", "x", "--kv", "otc3"), f"unknown KV format 'otc3': did you mean oct3, of {EVERY_FORMAT}?"),
+        (("generate", "-p", "x", "--kv", "auto:x"), "give auto:N with N = 40 to 72"),
+        (("generate", "-p", "x", "--weights", "zzz"), "give one of fp32, bf16, fp8, int8, int4, int4-128, auto."),
+        (("generate", "-p", "x", "--device", "gpu"), "give --device cpu, cuda, cuda:N or auto."),
         (("generate", "-p", "x", "--kv", "oct3:fb16"), "unknown KV format 'fb16': did you mean bf16, of "),
         (("generate", "-p", "x", "--kv", "atuo:56"), "unknown KV format 'atuo': did you mean auto:N"),
         (("bench", "--kv", "oct3,otc4"), "did you mean oct4, of "),
@@ -164,6 +176,15 @@ def test_advice_names_what_the_command_has(
         (place / "tasks").write_text('{"prompt": "x", "answer": "1"}\n')
     shown = octo(*argv, *(("--device", "cpu") if argv[1] != "codec" else ()))
     assert shown.code == 2 and says in shown.err and shown.err.count("\n") == 1, shown.err
+
+
+def test_a_repository_may_be_called_like_a_gguf_file(octo: Callable[..., Any], place: Path) -> None:
+    from octo_run.models.cache import repo_folder
+    from octo_run.models.names import HubName
+
+    repo_folder(HubName("org/name.gguf", None)).mkdir(parents=True)
+    assert "`octo-run pull org/name.gguf`" in octo("show", "org/name.gguf").err
+    assert "There is no file 'org/other.gguf'" in octo("show", "org/other.gguf").err
 
 
 def test_a_context_that_does_not_fit_is_explained_by_the_option_that_says_it(

@@ -55,6 +55,10 @@ def test_values_are_understood_however_they_are_written(
         (("--ctx", "0"), "'0' is no number of tokens"),
         (("--ctx", "0k"), "'0k' is no number of tokens"),
         (("--ctx", "9999999999k"), "is no number of tokens"),
+        (("-n", "-1"), "'-1' is no whole number from 1 to 2,147,483,647; leave it out for no limit; "),
+        (("--seed", "-1"), "; leave it out for a new one each time; "),
+        (("--seed", "-2"), "from 0 to 9,223,372,036,854,775,807; `octo-run generate"),
+        (("--threads", "0"), "from 1 to 512; leave it out for PyTorch's choice; "),
         (("--dtype", "int8"), "'int8' is no dtype; the dtypes are bfloat16, float16, float32, bf16, fp16, fp32"),
     ],
 )
@@ -74,7 +78,7 @@ def test_an_empty_stop_text_is_refused_by_tasks_too(octo: Callable[..., Any], tm
 
 
 def test_token_counts_of_all_commands_take_thousands(octo: Callable[..., Any], engine: Any) -> None:
-    shown = octo("bench", "--tests", "pp1k,tg8", "--depth", "2k", "-o", "json")
+    shown = octo("bench", "--tests", "pp1k,tg8", "--depth", "2k", "--json")
     assert shown.code == 0, shown.err
     assert [run[1:4] for run in engine.runs] == [("pp", 1024, 2048), ("tg", 8, 2048)]
 

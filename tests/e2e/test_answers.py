@@ -139,11 +139,15 @@ def letters_only(tmp_path: Path) -> Path:
 
 
 def test_a_stop_text_that_never_stops_is_said(octo: Any, letters_only: Path, tmp_path: Path) -> None:
-    """Of an option, of a line of a batch, in a chat, and after another model was loaded there."""
+    """Of an option, in a measurement, of a line of a batch, in a chat, and after another model was loaded there."""
     plain = octo("generate", "-p", "The captain", "-n", "2", "--stop", "\n\n", "--stop", "the")
     assert plain.returncode == 0 and "never stops" not in plain.stderr, "bytes spell everything"
     folder, says = str(letters_only), "'Z!' never stops an answer: the tokens of this model cannot spell it"
     done = octo("generate", "-m", folder, "-p", "the", "-n", "2", "--stop", "Z!", "--stop", "the")
+    assert done.returncode == 0 and done.stderr.count("never stops") == 1 and f"--stop {says}" in done.stderr
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "the", "answer": "1"}\n')
+    argv = ("eval", "tasks", str(tmp_path / "tasks.jsonl"), "--raw", "--kv", "bf16,oct3", "-n", "2")
+    done = octo(*argv, "-m", folder, "--stop", "Z!", "--stop", "the")
     assert done.returncode == 0 and done.stderr.count("never stops") == 1 and f"--stop {says}" in done.stderr
     batch = write_batch(tmp_path / "in.jsonl", [{"prompt": "the", "stop": stop} for stop in ("a", "Z!", "Z!")])
     done = octo("generate", "-m", folder, "--batch", str(batch), "-n", "2")

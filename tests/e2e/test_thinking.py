@@ -71,6 +71,9 @@ def test_thoughts_of_channels(environment: dict[str, str], programs: Any, model:
     again = octo(*chat, "--think-budget", "5", "--hide-thinking", "--session", "talk", text="Third\n/regen\n")
     assert again.stdout == (" hm" * 5 + "\n") * 2 and "2 questions" in again.stderr
     assert "\n<think>\n hm hm\n</think>\n\n hm" in programs.run(["sessions", "show", "talk"], environment, "").stdout
+    state = octo(*chat, "--think-budget", "5", text="/think\n/think HIGH\n/think\n").stderr
+    assert "thinking is medium; /think low or high changes it; a thought ends after 5 tokens (--think-budget)" in state
+    assert "thinking is high; /think low or medium changes it; " in state
     wrong = programs.run(["chat", "-m", str(model), "--ctx", "512"], environment, "/think off\n")
     assert wrong.returncode == 2 and "give low, medium or high: /think low" in wrong.stderr
     (line,) = octo("generate", "--chat", "--json", "-n", "5", "-p", "Hello").stdout.splitlines()

@@ -598,7 +598,8 @@ def test_tasks_are_answered_and_scored(scripted: Callable[..., Any]) -> None:
     prompts = [tasks.Task(1, "abc", "4"), tasks.Task(2, "xyz", "5")]
     decoder.say(4, "so 4\n#")
     rule = tasks.extractor("last-number")
-    outcomes = [*tasks.run(engine, prompts, ["4", "5"], rule, as_chat=False, max_tokens=20, stop=("#",))]
+    ids = tasks.prompts(engine.tokenizer, prompts, as_chat=False)
+    outcomes = [*tasks.run(engine, prompts, ids, ["4", "5"], rule, max_tokens=20, stop=("#",))]
     assert [(o.line, o.response, o.got, o.correct) for o in outcomes] == [
         (1, "so 4\n", "4", True),
         (2, "so 4\n", "4", False),
@@ -608,7 +609,7 @@ def test_tasks_are_answered_and_scored(scripted: Callable[..., Any]) -> None:
     assert (score.low, score.high) == wilson(1, 2)
     long = [tasks.Task(7, "a" * 300, "1")]
     with pytest.raises(UsageError, match="line 7: The prompt has 301 tokens"):
-        next(tasks.run(engine, long, ["1"], rule, as_chat=False))
+        tasks.check_lengths(engine.plan, long, tasks.prompts(engine.tokenizer, long, as_chat=False))
     with pytest.raises(OctoError, match="nothing to score"):
         tasks.score("bf16", [], 1)
     base = SimpleNamespace(has_chat_template=False)

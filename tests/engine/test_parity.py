@@ -156,7 +156,7 @@ def test_demo_greedy_in_bfloat16(demo: Any) -> None:
 
 
 @pytest.mark.slow
-def test_octahedral_cache_is_close_but_not_equal(demo: Any, prompt: list[int]) -> None:
+def test_a_coded_cache_is_close_but_not_equal(demo: Any, prompt: list[int]) -> None:
     """The logits of the last tokens see coded pages; those of the first tokens nothing but full precision."""
     exact = demo("bf16").logits(prompt)
     errors = {}
@@ -168,6 +168,6 @@ def test_octahedral_cache_is_close_but_not_equal(demo: Any, prompt: list[int]) -
     assert errors["oct4"] < 0.03 and errors["oct3"] < errors["octopus3"]
 
 
-def test_octahedral_cache_before_the_first_page_is_exact(demo: Any, prompt: list[int]) -> None:
+def test_a_coded_cache_before_the_first_page_is_exact(demo: Any, prompt: list[int]) -> None:
     """Rotations fold away: without packed pages only float32 rounding is left."""
     assert relative(demo("oct3").logits(prompt[:128]), demo("bf16").logits(prompt[:128])) < 1e-4

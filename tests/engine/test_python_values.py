@@ -64,10 +64,10 @@ def test_advice_about_the_context_can_be_followed(engine: Engine) -> None:
     with pytest.raises(UsageError, match=r"longer context \(max_context or --ctx, 4096 at most\)"):
         engine.generate([5] * 300)
     with Engine.load("octo-demo", device="cpu", max_context=4096, kv="oct2") as longest:
-        with pytest.raises(UsageError, match="the model has no longer context") as caught:
+        with pytest.raises(UsageError, match="this model's context cannot be longer") as caught:
             longest.generate([5] * 5000)
         assert "--ctx" not in str(caught.value)
-        with pytest.raises(UsageError, match="the model has no longer context"):
+        with pytest.raises(UsageError, match="this model's context cannot be longer"):
             Session(longest).ask("word " * 5000)
 
 

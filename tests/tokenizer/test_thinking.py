@@ -245,6 +245,27 @@ def test_how_much_a_model_thinks_is_switched_where_its_template_asks(tokenizers:
         assert tok.thinking.switches() == switches, name
 
 
+#: What the templates do where nothing is said.
+UNASKED = {
+    "ByteDance-Seed-OSS": "on", "Qwen-Qwen3-0.6B": "on", "Qwen-QwQ-32B": None, "deepseek-ai-DeepSeek-V3.1": "off",
+    "openai-gpt-oss-120b": "medium",
+}  # fmt: skip
+
+
+def test_how_a_template_is_switched_is_known_from_what_it_writes(tokenizers: Any, shared: Any) -> None:
+    text, channels = tokenizers("text"), tokenizers("channels")
+    for name, unasked in UNASKED.items():
+        tok = channels if "gpt-oss" in name else text
+        tok.use_template(shared(f"chat_templates/{name}.jinja").read_text(), name)
+        assert tok.thinking.switched({}) == unasked, name
+        for word, variables in tok.thinking.switches().items():
+            assert tok.thinking.switched({**variables, "other": 1}) == word, name
+    text.use_template(shared("chat_templates/ByteDance-Seed-OSS.jinja").read_text(), "seed")
+    assert text.thinking.switched({"thinking_budget": 512}) is None
+    text.use_template("{{ messages[0].content }}{% if messages|length > 1 and thinking %}x{% endif %}", "late")
+    assert text.thinking.switched({}) is None and text.thinking.switched({"thinking": False}) == "off"
+
+
 def test_a_word_of_the_template_that_is_no_variable_is_no_switch(tokenizers: Any) -> None:
     tok = tokenizers("text", "{% for m in messages %}{{ m.thinking }}{% endfor %}")
     assert tok.thinking.switches() == {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from octo_run.cli import completion, console, debug_option
+from octo_run.cli import completion, console, debug_option, runtime
 from octo_run.cli.evaluate import common
 from octo_run.cli.options import DEFAULT_MODEL, SEED, Count, Tokens, lower, offline_option
 from octo_run.cli.output import OutputFile, deliver
@@ -69,6 +69,8 @@ def command(
 
     Ctrl-C ends the measurement with the rows that are there.
     """
+    if not no_model:
+        runtime.model_config(model, offline=offline)  # before PyTorch is imported
     from octo_run.engine.evaluation.codec_report import as_dicts, markdown
 
     console.require_output()

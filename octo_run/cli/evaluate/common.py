@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import octo_run
 from octo_run.cli import checks, console, runtime
 from octo_run.cli.options import SEED, Command, Count, EngineOptions
 from octo_run.cli.output import OutputFile, check_writable
@@ -19,9 +20,10 @@ from octo_run.errors import OctoError, UsageError
 from octo_run.process import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
-    from octo_run.engine import Engine
+    from octo_run.engine import Engine, MemoryPlan
     from octo_run.engine.evaluation.reading import Progress
     from octo_run.models.config import ModelConfig
+    from octo_run.tokenizer import Tokenizer
 
 text_type = click.Path(path_type=Path)
 figure_type = click.Path(dir_okay=False, path_type=Path)
@@ -72,13 +74,8 @@ def cache_options(command: Command) -> Command:
 
 
 def model_config(load: EngineOptions) -> "ModelConfig":
-    """The configuration of the model, or of the shape, that is to be loaded."""
-    if load.offline:
-        runtime.go_offline()
-    from octo_run.models.config import load_config
-    from octo_run.models.hub import resolve
-
-    return load_config(resolve(load.model))
+    """The configuration of the model that is to be loaded."""
+    return runtime.model_config(load.model, offline=load.offline)
 
 
 def formats(load: EngineOptions) -> list[str]:
@@ -103,7 +100,13 @@ def context(load: EngineOptions, usual: int) -> int:
 
 
 def loader(
-    load: EngineOptions, cache: CacheOptions, tokens: int | None, sequences: int = 1, *, by: str = "--ctx"
+    load: EngineOptions,
+    cache: CacheOptions,
+    tokens: int | None,
+    sequences: int = 1,
+    *,
+    by: str = "--ctx",
+    check: "Callable[[Tokenizer, MemoryPlan], None] | None" = None,
 ) -> Callable[[str], "Engine"]:
     """The function that loads the engine of a format, ``KV`` or ``WEIGHTS/KV``.
 
@@ -111,6 +114,7 @@ def loader(
         tokens: Its context; None: what the model has.
         sequences: How many it holds.
         by: The option that says its context.
+        check: See ``runtime.load_engine``.
     """
 
     def of(kv: str) -> "Engine":
@@ -118,7 +122,7 @@ def loader(
         asked = dataclasses.replace(load, weights=weights or load.weights or "auto", head=load.head or "bf16")
         options = dataclasses.replace(asked, kv=kv, ctx=tokens)
         with runtime.context_by(f"choose {by} of {{fits}} or less"):
-            return runtime.load_engine(options, sequences=sequences, **dataclasses.asdict(cache))
+            return runtime.load_engine(options, check=check, sequences=sequences, **dataclasses.asdict(cache))
 
     return of
 
@@ -152,9 +156,7 @@ def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wa
 
 def sample_text() -> str:
     """The bundled sample: a few pages of plain prose."""
-    from octo_run.engine import evaluation
-
-    return (Path(evaluation.__file__).parent / "sample.txt").read_text("utf-8")
+    return (Path(octo_run.__file__).parent / "engine" / "evaluation" / "sample.txt").read_text("utf-8")
 
 
 def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from octo_run.cli import console, debug_option
+from octo_run.cli import console, debug_option, runtime
 from octo_run.cli.evaluate import common
 from octo_run.cli.evaluate.common import CacheOptions, cache_options
 from octo_run.cli.options import COUNT, TEXT, TOKENS, EngineOptions, engine_options, stop_option
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from octo_run.engine.evaluation.reading import Progress
-    from octo_run.engine.evaluation.tasks import Outcome, Score
+    from octo_run.engine.evaluation.tasks import Outcome, Score, Task
 
 
 @click.command("tasks")
@@ -73,25 +73,28 @@ def command(
     The keys of a --json row: kv, tasks (answered), correct, accuracy, its 95 % Wilson interval low and high, partial
     (whether that is not all tasks).
     """
-    from octo_run.engine.evaluation import tasks as evaluation
-    from octo_run.engine.evaluation.reading import Progress
-
     common.check_outputs(output)
     if system is not None and not as_chat:
         raise UsageError("--system needs --chat: a raw prompt has no system prompt.")
+    text = console.read_text(file)
+    common.model_config(load)  # before PyTorch is imported
+    from octo_run.engine.evaluation import tasks as evaluation
+    from octo_run.engine.evaluation.reading import Progress
+
     rule = evaluation.extractor(extract, pattern, ignore_case=ignore_case)
-    found = evaluation.read_tasks(console.read_text(file), str(file), prompt_key, answer_key)[:limit]
+    found = evaluation.read_tasks(text, str(file), prompt_key, answer_key)[:limit]
     wanted = evaluation.wanted_answers(found, rule)
     kvs = common.formats(load)
-    if as_chat:
-        _check_template(load)
+    prompts = _prompts(load, found, stop, as_chat=as_chat, system=system)
     answered: dict[str, list[Outcome]] = {kv: [] for kv in kvs}
-    engine_of = common.loader(load, cache, load.ctx)
+    engine_of = common.loader(
+        load, cache, load.ctx, check=lambda _tokenizer, plan: evaluation.check_lengths(plan, found, prompts)
+    )
 
     def run() -> "Iterator[Progress]":
         for kv, outcomes in answered.items():
             for outcome in evaluation.run(
-                engine_of(kv), found, wanted, rule, as_chat=as_chat, system=system, max_tokens=max_tokens, stop=stop
+                engine_of(kv), found, prompts, wanted, rule, max_tokens=max_tokens, stop=stop
             ):
                 outcomes.append(outcome)
                 yield Progress(sum(map(len, answered.values())), len(found) * len(kvs))
@@ -108,13 +111,24 @@ def command(
     return common.follow("eval tasks", run(), lambda: _table(scores()), deliver_scores)
 
 
-def _check_template(load: EngineOptions) -> None:
-    """Check before the weights are read that the model can be asked."""
+def _prompts(
+    load: EngineOptions, found: "list[Task]", stop: tuple[str, ...], *, as_chat: bool, system: str | None
+) -> list[list[int]]:
+    """The ids of the prompts, made before a model is loaded; a stop text that no answer can hold is told.
+
+    Raises:
+        OctoError: The model cannot be asked so.
+    """
+    from octo_run.engine.evaluation import tasks as evaluation
     from octo_run.models.hub import resolve
     from octo_run.tokenizer import load_tokenizer
 
-    if not load_tokenizer(resolve(load.model)).has_chat_template:
+    tokenizer = load_tokenizer(resolve(load.model))
+    if as_chat and not tokenizer.has_chat_template:
         raise UsageError(f"{load.model} has no chat template: use --raw.")
+    prompts = evaluation.prompts(tokenizer, found, as_chat=as_chat, system=system)
+    runtime.warn_of_stops(tokenizer, "--stop", stop)
+    return prompts
 
 
 def _write_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
