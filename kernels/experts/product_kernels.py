@@ -3,7 +3,7 @@
 A program of the first product makes number i of an expert's gate and of its up, whose rows take turns in its tile, and
 of both what the second matrix is multiplied by.
 """
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
 
 import triton
 import triton.language as tl

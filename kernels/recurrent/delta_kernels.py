@@ -210,8 +210,8 @@ def delta_block_kernel(
     tl.store(W + (token * HV + head)[:, None] * DK + at_k[None, :], w.to(kind), mask=square_k)
 
 
-# Lengths differ from call to call. Besides, a scan of one block, which Triton would take for a constant, was compiled so
-# that it read memory that is not there (Triton 3.6, bfloat16 and float16).
+# Lengths differ from call to call. Besides, a scan of one block, which Triton would take for a constant, was compiled
+# so that it read memory that is not there (Triton 3.6, bfloat16 and float16).
 @triton.jit(do_not_specialize=["start", "n", "lead", "blocks", "save"])
 def delta_scan_kernel(
     QK, V, W, SCORES, FADE, MEMORY, SAVED, OUT, start, n, lead, blocks, save,
