@@ -62,8 +62,8 @@ def table_parts(lanes: int, pages: int, most: int, multiprocessors: int, at_once
     """Parts of a sequence in the table-decode and the wide decode kernel: the least time by a model.
 
     Of equals it is the most, because sequences may be shorter. The model's unit is a round of a program's warps over as
-    many pages (2.7 us on an H200); a round of half of them takes less, because they wait less for each other. A program
-    costs about one and a half whatever it does, a merge a quarter and a half for every sixteen parts.
+    many pages (2.7 us on an H200). A round of at most half of eight warps takes less, because they wait less for each
+    other. A program costs about one and a half whatever it does, a merge a quarter and a half for every sixteen parts.
 
     Args:
         lanes: Programs across the sequence (one fills a multiprocessor).
@@ -76,8 +76,9 @@ def table_parts(lanes: int, pages: int, most: int, multiprocessors: int, at_once
         waves = -(-lanes * parts // multiprocessors)
         merge = 0.25 + 0.5 * -(-parts // 16) if parts > 1 else 0
         whole, rest = divmod(-(-pages // parts), at_once)
-        last = 0 if rest == 0 else HALF_ROUND if 2 * rest <= at_once else 1
+        last = 0 if rest == 0 else HALF_ROUND if alone and 2 * rest <= at_once else 1
         return waves * (1.5 + whole + last) + merge
 
-    fewest = max(1, at_once // 2)  # pages of a part
+    alone = at_once >= 8
+    fewest = at_once // 4 if alone else at_once  # pages of a part
     return min(range(1, max(1, min(most, -(-pages // fewest))) + 1), key=lambda parts: (rounds(parts), -parts))

@@ -230,8 +230,8 @@ def table_decode_kernel(
     queries16 = load_queries(q_row, sq_h, lane, first_head, G, D, NT)
     if MEAN > 0:
         loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
-    if runs_as(seq, 0):
-        for b in gl.static_range(NT):
+    for b in gl.static_range(NT):
+        if runs_as(seq, b):
             keep_words(
                 u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
                 split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
