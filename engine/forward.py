@@ -249,16 +249,13 @@ class Forward:
         residual, normed, delta = (self._buffers[name][:rows] for name in ("residual", "normed", "delta"))
         ops.embed(ids, decoder.embedding, residual, decoder.embedding_scale)
 
-        def add(
-            gave: Tensor | ops.Mixture, spec: LayerSpec, post: Tensor | None, norm: Tensor | None, scale: float = 1.0
-        ) -> Tensor:
+        def add(spec: LayerSpec, post: Tensor | None, norm: Tensor | None, scale: float = 1.0) -> Tensor:
             """Add what a part of a layer gave to the residual; the input of the next part, for which ``norm`` is."""
-            ops.add_rms_norm(gave, residual, norm, eps, normed, post, spec.residual_multiplier, spec.layer_norm, scale)
+            ops.add_rms_norm(delta, residual, norm, eps, normed, post, spec.residual_multiplier, spec.layer_norm, scale)
             return residual if norm is None else normed
 
         following = [layer.norms.before_attention for layer in decoder.layers[1:]] + [decoder.final_norm]
         given, first = residual, decoder.layers[0]
-        into: Tensor | ops.AddNorm
         if first.norms.before_attention is not None:
             given = normed
             ops.add_rms_norm(residual, None, first.norms.before_attention, eps, normed, centred=first.spec.layer_norm)
@@ -267,25 +264,18 @@ class Forward:
                 self._attention(index, layer, given, delta, mix)
             else:
                 other(layer.mixer, given, delta, {name: x[:rows] for name, x in self._of_mixer[index].items()})
-            spec, norms = layer.spec, layer.norms
-            if spec.parallel:
-                add(delta, spec, norms.after_attention, None)
-                into = given  # what attention saw
-            elif norms.before_mlp is None:
-                into = add(delta, spec, norms.after_attention, None)
+            if layer.spec.parallel:  # the MLP sees what attention saw
+                add(layer.spec, layer.norms.after_attention, None)
             else:
-                into = ops.AddNorm(
-                    delta, residual, norms.before_mlp, eps, normed, norms.after_attention, spec.residual_multiplier,
-                    spec.layer_norm,
-                )  # fmt: skip
-            gave = layer.mlp.apply(into, delta, {name: x[:rows] for name, x in self._of_mlp[index].items()})
+                given = add(layer.spec, layer.norms.after_attention, layer.norms.before_mlp)
+            layer.mlp.apply(given, delta, {name: x[:rows] for name, x in self._of_mlp[index].items()})
             if layer.per_layer is None:
-                given = add(gave, spec, norms.after_mlp, next_norm, layer.scale)
+                given = add(layer.spec, layer.norms.after_mlp, next_norm, layer.scale)
                 continue
-            add(gave, spec, norms.after_mlp, None)
+            add(layer.spec, layer.norms.after_mlp, None)
             own, inner = self._buffers["per_layer"][index, :rows], self._buffers["per_layer_inner"][:rows]
             layer.per_layer.apply(residual, own, delta, inner)
-            given = add(delta, spec, layer.per_layer.norm, next_norm, layer.scale)
+            given = add(layer.spec, layer.per_layer.norm, next_norm, layer.scale)
         return given
 
     def _attention(self, index: int, layer: Layer, given: Tensor, out: Tensor, mix: Mix) -> None:

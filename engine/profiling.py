@@ -54,7 +54,6 @@ OTHER, GAPS = "other", "gaps"
 PARTS = (ATTENTION, RECURRENT, PROJECTIONS, MLP, HEAD, SAMPLING, NORMS, APPEND, CODING, OTHER, GAPS)
 
 _PRODUCT = "product"  # whose part follows from its place
-_NORM_AND_MLP = "norm and mlp"  # belongs to the MLP, before which there is no other norm
 
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
@@ -63,7 +62,6 @@ KERNELS = {
     "combine_kernel": MLP,
     "count_kernel": MLP,
     "norm_heads_kernel": NORMS,
-    "norm_router_kernel": _NORM_AND_MLP,
     **{f"delta_{name}_kernel": RECURRENT for name in ("step", "heads", "block", "scan", "finish")},
     "dequantise_kernel": _PRODUCT,
     "down_vector_kernel": MLP,
@@ -224,7 +222,6 @@ def assign_parts(names: list[str]) -> list[str]:
     Norms divide them into pieces of four kinds. With RoPE: a layer's projections, what brings keys and values into the
     arena, attention, coding of pages, the output's projection. With the delta rule: the same of a recurrent layer. With
     SwiGLU: its MLP. With none of these: the end of a step or prompt (the head, sampling) and the beginning of the next.
-    A router that does the norm in front of it begins an MLP.
 
     Args:
         names: The kernels in order of their start.
@@ -235,9 +232,6 @@ def assign_parts(names: list[str]) -> list[str]:
         if role == NORMS:
             parts += [*_piece(piece, first=not parts), NORMS]
             piece = []
-        elif role == _NORM_AND_MLP:
-            parts += _piece(piece, first=not parts)
-            piece = [MLP]
         else:
             piece.append(role)
     return parts + _piece(piece, first=not parts)

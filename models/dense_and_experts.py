@@ -63,18 +63,16 @@ class DenseAndExperts:
         """See `experts.Experts`."""
         return self.experts.unread_bytes(tokens)
 
-    def apply(self, given: Tensor | ops.AddNorm, out: Tensor, buffers: Mapping[str, Tensor]) -> Tensor:
+    def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """See `specs.FeedForward`."""
-        x = ops.now(given)
-        normed, judged, made = (buffers[f"side_{name}"] for name in ("given", "judged", "made"))
-        ops.add_rms_norm(x, None, self.before_dense, self.eps, normed)
-        self.dense.apply(normed, made, buffers)
+        given, judged, made = (buffers[f"side_{name}"] for name in ("given", "judged", "made"))
+        ops.add_rms_norm(normed, None, self.before_dense, self.eps, given)
+        self.dense.apply(given, made, buffers)
         ops.add_rms_norm(made, None, self.after_dense, self.eps, out)
-        ops.add_rms_norm(x, None, self.before_experts, self.eps, normed)
-        router_norm = ops.AddNorm(x, None, self.before_router, self.eps, judged)
-        chosen = self.experts.apply(normed, made, buffers, router_norm)
-        ops.add_rms_norm(chosen, out, None, self.eps, normed, self.after_experts)
-        return out
+        ops.add_rms_norm(normed, None, self.before_experts, self.eps, given)
+        ops.add_rms_norm(normed, None, self.before_router, self.eps, judged)
+        self.experts.apply(given, made, buffers, judged)
+        ops.add_rms_norm(made, out, None, self.eps, given, self.after_experts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `specs.FeedForward`."""

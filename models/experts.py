@@ -13,7 +13,6 @@ from torch import Tensor
 
 from octo_run.errors import OctoError
 from octo_run.kernels import experts as routed
-from octo_run.kernels import step as ops
 from octo_run.kernels.experts import Activation, ExpertWeights, Scratch, reference
 from octo_run.kernels.linear import PackedWeight
 from octo_run.kernels.linear.packed import by_group
@@ -25,7 +24,6 @@ from octo_run.models.quantisation.schemes import Scheme
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from octo_run.kernels.step import AddNorm, Mixture
     from octo_run.models.expert_config import ExpertConfig
     from octo_run.models.linear import Quantise, SingleLinear
     from octo_run.models.weights import Weights
@@ -84,19 +82,15 @@ class Experts:
             yield f"{expert}.up_proj", both.part(inner, 2 * inner)
             yield f"{expert}.down_proj", down
 
-    def apply(
-        self, given: Tensor | AddNorm, out: Tensor, buffers: Mapping[str, Tensor],
-        judged: Tensor | AddNorm | None = None,
-    ) -> Tensor | Mixture:  # fmt: skip
+    def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor], judged: Tensor | None = None) -> None:
         """See `specs.FeedForward`.
 
         Args:
-            judged: What the router sees, likewise; None: what the experts see.
+            judged: What the router sees, ``[R, hidden]``; None: what the experts see.
         """
-        scratch = self.spec.scratch(len(out), buffers)
-        seen = given if judged is None else judged
-        made = routed.route(seen, self.router, self.router_bias, self.spec.config.normalised, scratch)
-        normed = made if judged is None else ops.now(given)
+        scratch = self.spec.scratch(len(normed), buffers)
+        seen = normed if judged is None else judged
+        routed.route(seen, self.router, self.router_bias, self.spec.config.normalised, scratch)
         if self.scales is not None:
             chosen = buffers["expert_scales"].view(-1).view(torch.float32)[: scratch.weights.numel()]
             torch.index_select(self.scales, 0, scratch.indices.view(-1), out=chosen)
@@ -105,7 +99,7 @@ class Experts:
         if self.shared is not None:
             shared = buffers["shared"]
             self.shared.apply(normed, shared, buffers)
-        return routed.mix(normed, self.weights, scratch, out, shared, unsummed=True)
+        routed.mix(normed, self.weights, scratch, out, shared)
 
     def __call__(self, x: Tensor, judged: Tensor | None = None) -> Tensor:
         """See `specs.FeedForward`; ``judged`` as in `apply`."""

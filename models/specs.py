@@ -25,7 +25,6 @@ from octo_run.models.rope_config import FULL, SLIDING, Rope
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from octo_run.kernels.step import AddNorm, Mixture
     from octo_run.models.decoder import Mixer
     from octo_run.models.linear import Quantise, SingleLinear
     from octo_run.models.weights import Weights
@@ -45,18 +44,13 @@ class FeedForward(Protocol):
     def parts(self) -> tuple[SingleLinear, ...]:
         """The layers with a matrix of their own that it is made of."""
 
-    def apply(self, given: Tensor | AddNorm, out: Tensor, buffers: Mapping[str, Tensor]) -> Tensor | Mixture:
-        """Write what it gives for ``given [R, hidden]`` to ``out [R, hidden]``.
+    def apply(self, normed: Tensor, out: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """Write what it gives for ``normed [R, hidden]`` to ``out [R, hidden]``.
 
         On CUDA it allocates nothing and waits for nothing, so that a step can be recorded.
 
         Args:
-            given: Or the sum and norm that make it, which are then done before ``out`` is written; ``out`` may be what
-                they add.
             buffers: Those of `FeedForwardSpec.shapes`, for R rows. They hold nothing from call to call.
-
-        Returns:
-            ``out``, or what it would be the sum of, which lies in ``buffers``; ``out`` is then anything.
         """
 
     def __call__(self, x: Tensor) -> Tensor:

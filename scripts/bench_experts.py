@@ -1,16 +1,14 @@
 """Times layers of routed experts on one GPU: whole, the router alone, and what the experts do alone.
 
     python scripts/bench_experts.py [--shapes qwen3-30b-a3b,gpt-oss-20b,mixtral-8x7b] [--kinds bf16,int4,...]
-        [--rows 1,4,16,64,4096] [--norms] [--tilings] [--json FILE] [--markdown FILE]
+        [--rows 1,4,16,64,4096] [--tilings] [--json FILE] [--markdown FILE]
 
 Every case is first compared with float64, for two of its rows; nothing is timed that is wrong. A case runs as many
 layers in turn as exceed the second-level cache several times, recorded as CUDA graphs, which are replayed in turn. The
 bytes are those of the experts that were chosen, each once, and of the router; the share is that of the bandwidth of a
-copy (read and written), measured beside them. For many rows TFLOP/s say more. With --norms a layer is also timed with
-the sums and norms in front of it and behind it, as the program divides them among kernels and with kernels of their own
-for either (NORM_TOKENS and UNSUMMED_TOKENS of `kernels.experts.launch`). With --tilings the experts are also timed with
-the divisions of `TILINGS` or `VECTORS` for one of their two products; the one that the program chooses is marked. The
-table is printed as it grows.
+copy (read and written), measured beside them. For many rows TFLOP/s say more. With --tilings the experts are also timed
+with the divisions of `TILINGS` or `VECTORS` for one of their two products; the one that the program chooses is marked.
+The table is printed as it grows.
 """
 
 import argparse
@@ -28,11 +26,9 @@ from torch import Tensor
 
 from octo_run.engine.benchmark import copy_bandwidth, wait
 from octo_run.kernels.experts import Activation, ExpertWeights, Scratch, launch, reference
-from octo_run.kernels.experts.launch import NORM_TOKENS, UNSUMMED_TOKENS, Tiling, VectorTiling
+from octo_run.kernels.experts.launch import Tiling, VectorTiling
 from octo_run.kernels.linear import PackedWeight, pack
 from octo_run.kernels.linear.packed import BLOCK
-from octo_run.kernels.step import AddNorm
-from octo_run.kernels.step import launch as step_launch
 
 REPEATS, ROTATE_BYTES, BOUND = 21, 400 << 20, 1.5e-2
 #: Experts, chosen ones, hidden, inner, activation.
@@ -45,11 +41,6 @@ SHAPES = {
 TILINGS = [(8, 1, 1), (8, 1, 2), (8, 1, 3), (8, 2, 1), (8, 2, 2), (16, 1, 1), (4, 1, 4)]
 #: Of a few tokens' products with dense ones: outputs, columns at a time, warps.
 VECTORS = [(1, 512, 4), (1, 1024, 4), (2, 1024, 4), (4, 256, 4), (4, 512, 4), (4, 1024, 4), (4, 1024, 8), (8, 256, 4)]
-#: Tokens up to which the router norms, and up to which the norm adds up.
-NORMS = {
-    "with norms": (NORM_TOKENS, UNSUMMED_TOKENS), "with norms, that of the router apart": (0, UNSUMMED_TOKENS),
-    "with norms, the sum apart": (NORM_TOKENS, 0), "with norms, both apart": (0, 0),
-}  # fmt: skip
 HEADER = ["shape", "experts", "rows", "what", "us", "GB/s", "of copy", "TFLOP/s", "error"]
 
 
@@ -167,8 +158,6 @@ class Case:
         self.x = torch.randn(rows, hidden, dtype=torch.bfloat16, device=DEVICE)
         shapes = Scratch.shapes(rows, experts, chosen, experts, hidden, inner, self.x.dtype)
         self.scratch, self.out = Scratch.make(shapes, DEVICE), torch.empty_like(self.x)
-        #: What is added, what to, where its norm goes, and that one's weight.
-        self.around = (*(torch.randn_like(self.x) for _ in range(3)), torch.ones_like(self.x[0]))
         self.layers, self.read = layers_of(name, kind), 0.0
         self.flops = rows * chosen * 6 * hidden * inner
         self.error = self.error_with(None)
@@ -200,40 +189,14 @@ class Case:
             launch.route(self.x, router, None, True, self.scratch)
             launch.mix(self.x, weights, self.scratch, self.out)
 
-    def with_norms(self, tokens: tuple[int, int], layers: int | None = None) -> None:
-        """So many layers, or all, between the sums and norms around them, divided as one of `NORMS`."""
-        launch.NORM_TOKENS, launch.UNSUMMED_TOKENS = tokens
-        for router, weights in self.layers[:layers]:
-            delta, residual, normed, weight = self.around
-            launch.route(AddNorm(delta, residual, weight, 1e-5, normed), router, None, True, self.scratch)
-            gave = launch.mix(normed, weights, self.scratch, self.out, unsummed=True)
-            step_launch.add_rms_norm(gave, residual, weight, 1e-5, delta)
-        launch.NORM_TOKENS, launch.UNSUMMED_TOKENS = NORM_TOKENS, UNSUMMED_TOKENS
-
-    def norms_error(self, tokens: tuple[int, int]) -> float:
-        """How far the result of the first layer is from that of kernels that do one thing each."""
-        results, (delta, residual, *_) = list[Tensor](), self.around
-        for some in (tokens, NORMS["with norms, both apart"]):
-            delta.copy_(self.x)
-            residual.copy_(self.x)
-            self.with_norms(some, 1)
-            results.append(delta.double())
-        error = float((results[0] - results[1]).norm() / results[1].norm())
-        return error if error == error else math.inf
-
-    def steps(self, tilings: bool, norms: bool) -> list[Step]:
-        """Whole layers, their parts, norms, and other divisions of a product, checked."""
+    def steps(self, tilings: bool) -> list[Step]:
+        """Whole layers, their parts, and other divisions of a product, checked."""
         routers, error = sum(router.nbytes for router, _ in self.layers), self.error
         found = [
             Step("layer", self.both, routers + self.read, self.flops, error),
             Step("router", self.route, routers, None, error),
             Step("products and sum", self.mix, self.read, self.flops, error),
         ]
-        for what, tokens in NORMS.items() if norms else ():
-            if not (wrong := self.norms_error(tokens)) < BOUND:
-                print(f"{what}: relative error {wrong:.1e}, not timed", file=sys.stderr, flush=True)
-                continue
-            found.append(Step(what, partial(self.with_norms, tokens), routers + self.read, self.flops, wrong))
         weights = self.layers[0][1]
         chosen = launch.division(self.x, weights)
         for name, usual in chosen.items() if tilings else ():
@@ -263,10 +226,10 @@ class Case:
         return [total / len(self.layers) for total in in_turn(graphs, REPEATS)]
 
 
-def measure(name: str, kind: str, rows: int, bandwidth: float, tilings: bool, norms: bool) -> list[Row]:
+def measure(name: str, kind: str, rows: int, bandwidth: float, tilings: bool) -> list[Row]:
     """Check and time a case."""
     case = Case(name, kind, rows)
-    steps, found = case.steps(tilings, norms), []
+    steps, found = case.steps(tilings), []
     for step, us in zip(steps, case.times(steps), strict=True):
         rate = step.nbytes / len(case.layers) / us * 1e-3
         tflops = None if step.flops is None else step.flops / us * 1e-6
@@ -287,7 +250,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--kinds", default="bf16,int4,fp4,int8,fp8")
     parser.add_argument("--rows", default="1,4,16,64,4096")
-    parser.add_argument("--norms", action="store_true", help="time layers with the norms around them, too")
     parser.add_argument("--tilings", action="store_true", help="time other divisions of the products, too")
     output_options(parser)
     args = parser.parse_args(argv)
@@ -297,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         for kind in args.kinds.split(","):
             for rows in map(int, args.rows.split(",")):
                 try:
-                    some = measure(name, kind, rows, bandwidth, args.tilings, args.norms)
+                    some = measure(name, kind, rows, bandwidth, args.tilings)
                 except ValueError as problem:
                     print(f"{name} {kind} {rows} rows: {problem}, not timed", file=sys.stderr, flush=True)
                     continue

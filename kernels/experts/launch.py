@@ -11,7 +11,6 @@ import torch
 import triton
 from torch import Tensor
 
-from octo_run.kernels import step as ops
 from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
 from octo_run.kernels.experts.packed_product import packed_experts_kernel
 from octo_run.kernels.experts.product_kernels import down_vector_kernel, gate_up_vector_kernel, grouped_kernel
@@ -19,7 +18,6 @@ from octo_run.kernels.experts.routing_kernels import (
     choose_kernel,
     combine_kernel,
     count_kernel,
-    norm_router_kernel,
     place_kernel,
     router_kernel,
     router_rows_kernel,
@@ -28,8 +26,6 @@ from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scr
 from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
 from octo_run.kernels.linear.streamed_parts import shared_bytes
-from octo_run.kernels.step import AddNorm, Mixture
-from octo_run.kernels.step.launch import mixture_arguments, norm_warps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,10 +51,6 @@ SMALL_TOKENS = 256
 #: Tokens up to which the router takes each by itself; as many as are decoded fused, so that their results do not depend
 #: on how many there are.
 ROUTER_TOKENS = FUSED_TOKENS
-#: Tokens, and columns rounded up to a power of two, up to which the router does the norm in front of it.
-NORM_TOKENS, NORM_COLUMNS = 4, 4096
-#: Tokens up to which the norm that follows adds up what experts give, where the second product does not.
-UNSUMMED_TOKENS = FUSED_TOKENS
 #: Bytes of the second matrices that are fetched into the second-level cache while the first product still runs.
 AHEAD_BYTES = 6 << 20
 #: Experts whose first columns a program of the second product has in registers before the first product has ended.
@@ -91,55 +83,43 @@ def _check_scratch(scratch: Scratch, rows: int) -> None:
         raise ValueError(f"{len(scratch.tiles)} tiles are too few for {pairs} pairs and {experts} experts")
 
 
-def route(x: Tensor | AddNorm, router: Tensor, bias: Tensor | None, normalised: bool, scratch: Scratch) -> Tensor:
+def route(x: Tensor, router: Tensor, bias: Tensor | None, normalised: bool, scratch: Scratch) -> None:
     """`kernels.experts.route` on a GPU."""
-    made = x if isinstance(x, Tensor) else x.out
-    rows, hidden = made.shape
+    rows, hidden = x.shape
     outputs, experts, chosen = len(router), len(scratch.counts), scratch.indices.shape[1]
-    _check(x=made, router=router, bias=bias)
+    _check(x=x, router=router, bias=bias)
     _check_scratch(scratch, rows)
     if outputs < experts or chosen > experts:
         raise ValueError(f"{outputs} outputs of a router cannot choose {chosen} of {experts} experts")
-    product = {"WEIGHT": router, "BIAS": router if bias is None else bias, "OUT": scratch.logits}
+    product = {"X": x, "WEIGHT": router, "BIAS": router if bias is None else bias, "OUT": scratch.logits}
     wide = triton.next_power_of_2(experts)
     choice = {
         "INDICES": scratch.indices, "WEIGHTS": scratch.weights, "TILES": scratch.tiles, "ORDER": scratch.order,
         "experts": experts, "outputs": outputs, "CHOSEN": chosen, "BE": wide,
-        "PART": wide if wide <= 128 else 32, "NORMALISED": normalised, "SINGLE": rows == 1, **early(made.device),
+        "PART": wide if wide <= 128 else 32, "NORMALISED": normalised, "SINGLE": rows == 1, **early(x.device),
         "num_warps": 8 if wide > 128 else 4,
     }  # fmt: skip
     launch: Callable[..., Any]
-    with on_device_of(made):
+    with on_device_of(x):
         if rows <= ROUTER_TOKENS:
-            few = {**product, **choice, "COUNTERS": _counters(made.device), "BIASED": bias is not None,
-                   "K": hidden, "BN": ROUTER_OUTPUTS}  # fmt: skip
-            grid, columns = (triton.cdiv(outputs, ROUTER_OUTPUTS), rows), triton.next_power_of_2(hidden)
-            if isinstance(x, AddNorm) and rows <= NORM_TOKENS and columns <= NORM_COLUMNS:
-                _norm_route(x, grid, columns, few)
-            else:
-                launch = router_kernel[grid]
-                launch(X=ops.now(x), BK=min(2048, columns), **few)
-            return made
+            columns = min(2048, triton.next_power_of_2(hidden))
+            launch = router_kernel[(triton.cdiv(outputs, ROUTER_OUTPUTS), rows)]
+            launch(
+                **product,
+                COUNTERS=_counters(x.device),
+                **choice,
+                K=hidden,
+                BN=ROUTER_OUTPUTS,
+                BK=columns,
+                BIASED=bias is not None,
+            )
+            return
         launch = router_rows_kernel[(triton.cdiv(outputs, 32), triton.cdiv(rows, 32))]
         launch(
-            X=ops.now(x), **product, rows=rows, outputs=outputs, K=hidden, BM=32, BN=32, BK=64, BIASED=bias is not None,
-            **early(made.device), num_warps=4)  # fmt: skip
+            **product, rows=rows, outputs=outputs, K=hidden, BM=32, BN=32, BK=64, BIASED=bias is not None,
+            **early(x.device), num_warps=4)  # fmt: skip
         launch = choose_kernel[(rows,)]
         launch(LOGITS=scratch.logits, **choice)
-    return made
-
-
-def _norm_route(norm: AddNorm, grid: tuple[int, int], columns: int, router: dict[str, Any]) -> None:
-    """The router of a few tokens, which does the norm in front of it, too: as many warps as that has by itself, so that
-    it gives the same row where the router has no more."""
-    residual, post = (norm.x if tensor is None else tensor for tensor in (norm.residual, norm.post))
-    _check(x=norm.x, residual=residual, post=post, weight=norm.weight)
-    launch: Callable[..., Any] = norm_router_kernel[grid]
-    launch(
-        X=norm.x, RESIDUAL=residual, NORM=norm.weight, POST=post, NORMED=norm.out, eps=norm.eps,
-        multiplier=norm.multiplier, BK=columns, ADD=norm.residual is not None, POST_NORM=norm.post is not None,
-        SCALED=norm.multiplier != 1.0, CENTRED=norm.centred,
-        **router | {"num_warps": max(router["num_warps"], norm_warps(columns))})  # fmt: skip
 
 
 @functools.cache
@@ -165,8 +145,8 @@ def division(x: Tensor, experts: ExpertWeights) -> Divisions:
 
 def mix(
     x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None,
-    divisions: Divisions | None = None, *, unsummed: bool = False,
-) -> Tensor | Mixture:  # fmt: skip
+    divisions: Divisions | None = None,
+) -> None:  # fmt: skip
     """`kernels.experts.mix` on a GPU.
 
     Args:
@@ -181,7 +161,7 @@ def mix(
         first, second = hows.get("gate_up"), hows.get("down")
         if isinstance(first, VectorTiling) and isinstance(second, VectorTiling):
             _vectors(x, experts, scratch, out, shared, first, second)
-            return out
+            return
         rows = FEW if hows else SOME if len(x) <= SMALL_TOKENS else MANY
         tiles = _sorted(scratch, rows)
         for name, taken, made, known in (
@@ -192,11 +172,7 @@ def mix(
                 fused_product(taken, experts, name, scratch, made, tiles, how, known=known)
             else:
                 _grouped(taken, experts, name, scratch, made, tiles)
-        mixture = scratch.mixture(shared)
-        if unsummed and len(x) <= UNSUMMED_TOKENS:
-            return mixture
-        _combine(mixture, out)
-    return out
+        _combine(experts, scratch, out, shared)
 
 
 def _fused_fits(x: Tensor, weight: PackedWeight) -> bool:
@@ -333,9 +309,10 @@ def _grouped(x: Tensor, experts: ExpertWeights, name: str, scratch: Scratch, out
         num_stages=3)  # fmt: skip
 
 
-def _combine(mixture: Mixture, out: Tensor) -> None:
+def _combine(experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None) -> None:
     rows, hidden = out.shape
     launch: Callable[..., Any] = combine_kernel[(triton.cdiv(hidden, _COLUMNS), rows)]
     launch(
-        X=mixture.parts, **mixture_arguments(mixture), OUT=out, N=hidden, BLOCK=_COLUMNS, **early(out.device),
-        num_warps=4)  # fmt: skip
+        PARTS=scratch.parts, WEIGHTS=scratch.weights, SHARED=out if shared is None else shared, LOGITS=scratch.logits,
+        OUT=out, outputs=scratch.logits.shape[1], experts=experts.experts, N=hidden, CHOSEN=scratch.indices.shape[1],
+        BLOCK=_COLUMNS, HAS_SHARED=shared is not None, **early(out.device), num_warps=4)  # fmt: skip

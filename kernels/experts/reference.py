@@ -61,7 +61,7 @@ def _product(x: Tensor, part: tuple[Tensor | PackedWeight, Tensor | None], out: 
 def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared: Tensor | None = None) -> None:
     """See ``kernels.experts.mix``. Experts that nobody chose are not looked at."""
     flat = scratch.indices.flatten().to(torch.int64)
-    chosen = scratch.indices.shape[1]
+    rows, chosen = scratch.indices.shape
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=experts.experts).tolist()
     edges = [0, *itertools.accumulate(counts)]
@@ -80,4 +80,19 @@ def mix(x: Tensor, experts: ExpertWeights, scratch: Scratch, out: Tensor, shared
         for expert, some in here:  # what the experts were given is not needed any more
             _product(inner[some], experts.part("down", expert), given[some])
         scratch.parts[pairs] = given
-    out.copy_(scratch.mixture(shared).summed())
+    out.copy_(combined(scratch, rows, shared))
+
+
+def combined(scratch: Scratch, rows: int, shared: Tensor | None) -> Tensor:
+    """The weighted sums of the experts' outputs, in float32 (float64 for that): ``[R, hidden]``."""
+    parts = scratch.parts
+    wide = torch.float64 if parts.dtype == torch.float64 else torch.float32
+    weights = scratch.weights.to(wide)
+    # Expert by expert: no copy of all parts in float32.
+    by_token = parts.view(rows, -1, parts.shape[1])
+    total = weights[:, :1] * by_token[:, 0]
+    for place in range(1, weights.shape[1]):
+        total += weights[:, place, None] * by_token[:, place]
+    if shared is not None:
+        total += torch.sigmoid(scratch.logits[:, len(scratch.counts), None].to(wide)) * shared
+    return total

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octo_run.kernels.step.layer_kernels import _row_added, _row_normed, row_mixed
-
 
 @triton.jit
 def _comparable(logits):
@@ -61,24 +59,13 @@ def _choose(
 
 
 @triton.jit
-def _is_last(COUNTER):
-    """Whether this is the last program of a row to come here. All that the others have read and written lies before.
-    COUNTER: int32, 0 before the first and after the last."""
-    tl.debug_barrier()  # what all threads have done comes before what one of them counts
-    last = tl.atomic_add(COUNTER, 1, sem="acq_rel") == tl.num_programs(0) - 1
-    if last:
-        tl.store(COUNTER, 0)
-    return last
-
-
-@triton.jit
 def router_kernel(
     X, WEIGHT, BIAS, OUT, COUNTERS, INDICES, WEIGHTS, TILES, ORDER, experts, outputs, K: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BIASED: tl.constexpr, CHOSEN: tl.constexpr, BE: tl.constexpr,
     PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Float32 logits OUT [R, outputs] of X [R, K] by WEIGHT [outputs, K]; the program is (BN outputs, row). The last
-    program of a row to end chooses its experts. COUNTERS: int32 [R] of `_is_last`."""
+    program of a row to end chooses its experts. COUNTERS: int32 [R], 0 before and after."""
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.program_id(1).to(tl.int64)
     k = tl.arange(0, BK)
@@ -99,47 +86,10 @@ def router_kernel(
     if BIASED:
         logits += tl.load(BIAS + at, mask=at < outputs, other=0).to(tl.float32)
     tl.store(OUT + row * outputs + at, logits, mask=at < outputs)
-    if _is_last(COUNTERS + row):
-        _choose(OUT, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN, BE, PART, NORMALISED, SINGLE)
-
-
-@triton.jit
-def norm_router_kernel(
-    X, RESIDUAL, NORM, POST, NORMED, eps, multiplier, WEIGHT, BIAS, OUT, COUNTERS, INDICES, WEIGHTS, TILES, ORDER,
-    experts, outputs, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, POST_NORM: tl.constexpr,
-    SCALED: tl.constexpr, CENTRED: tl.constexpr, BIASED: tl.constexpr, CHOSEN: tl.constexpr, BE: tl.constexpr,
-    PART: tl.constexpr, NORMALISED: tl.constexpr, SINGLE: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """As `router_kernel`, of the NORMED row that `layer_kernels.add_rms_norm_kernel` would make of X and RESIDUAL.
-
-    Every program makes the row for itself, all of it (BK is K or more), and the first one stores it. The sum replaces
-    RESIDUAL, which all programs read: the last one to end stores it, because all others have read by then.
-    """
-    kind = X.dtype.element_ty
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.program_id(1).to(tl.int64)
-    k = tl.arange(0, BK)
-    inside = k < K
-    source = WEIGHT + at[:, None] * K + k[None, :]
-    weights = tl.load(source, mask=(at < outputs)[:, None] & inside[None, :], other=0)
-    norm = tl.load(NORM + k, mask=inside, other=0)
-    post = tl.load(POST + k, mask=inside, other=0) if POST_NORM else 0
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    x = tl.load(X + row * K + k, mask=inside, other=0).to(tl.float32)
-    residual = RESIDUAL + row * K + k
-    x = _row_added(x, residual, post, eps, multiplier, inside, K, ADD, POST_NORM, SCALED, CENTRED, kind)
-    normed = _row_normed(x, norm, eps, inside, K, CENTRED, kind)
-    if tl.program_id(0) == 0:
-        tl.store(NORMED + row * K + k, normed.to(kind), mask=inside)
-    logits = tl.sum(weights.to(tl.float32) * normed[None, :], 1)
-    if BIASED:
-        logits += tl.load(BIAS + at, mask=at < outputs, other=0).to(tl.float32)
-    tl.store(OUT + row * outputs + at, logits, mask=at < outputs)
-    if _is_last(COUNTERS + row):
-        if ADD:
-            tl.store(residual, x.to(kind), mask=inside)
+    tl.debug_barrier()  # what all threads have written comes before what one of them counts
+    ended = tl.atomic_add(COUNTERS + row, 1, sem="acq_rel")
+    if ended == tl.num_programs(0) - 1:
+        tl.store(COUNTERS + row, 0)
         _choose(OUT, INDICES, WEIGHTS, TILES, ORDER, row, experts, outputs, CHOSEN, BE, PART, NORMALISED, SINGLE)
 
 
@@ -234,15 +184,22 @@ def place_kernel(
 
 @triton.jit
 def combine_kernel(
-    X, SHARES, SHARED, GATES, OUT, s_gate, N: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS, WEIGHTS, SHARED, LOGITS, OUT, outputs, experts, N: tl.constexpr, CHOSEN: tl.constexpr, BLOCK: tl.constexpr,
     HAS_SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The weighted sum of a row's PARTS; the program is (BLOCK columns, row)."""
+    """The weighted sum of a row's CHOSEN parts; the program is (BLOCK columns, row)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     inside = at < N
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    total = row_mixed(X, SHARES, SHARED, GATES, s_gate, row, at, inside, N, PARTS, HAS_SHARED)
+    total = tl.zeros([BLOCK], tl.float32)
+    for number in tl.static_range(CHOSEN):
+        weight = tl.load(WEIGHTS + row * CHOSEN + number)
+        part = tl.load(PARTS + (row * CHOSEN + number) * N + at, mask=inside, other=0)
+        total += weight * part.to(tl.float32)
+    if HAS_SHARED:
+        gate = 1.0 / (1.0 + tl.exp(-tl.load(LOGITS + row * outputs + experts)))
+        total += gate * tl.load(SHARED + row * N + at, mask=inside, other=0).to(tl.float32)
     tl.store(OUT + row * N + at, total.to(OUT.dtype.element_ty), mask=inside)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from octo_run.kernels.linear import PackedWeight
-from octo_run.kernels.step import Mixture
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,10 +130,6 @@ class Scratch:
     def make(cls, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device | str) -> Scratch:
         """One of its own memory."""
         return cls(**{name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()})
-
-    def mixture(self, shared: Tensor | None) -> Mixture:
-        """What the tokens' outputs are sums of: ``parts``, and what ``kernels.experts.mix`` says of ``shared``."""
-        return Mixture(self.parts, self.weights, shared, None if shared is None else self.logits[:, len(self.counts)])
 
     def of(self, rows: int) -> Scratch:
         """That of the first ``rows`` tokens."""

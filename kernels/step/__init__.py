@@ -9,7 +9,6 @@ lies on the device: number b of the batch owns row ``rows[b]``. -1 is filler, fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,26 +17,15 @@ from torch import Tensor
 from octo_run.kernels.cpu import linear as compiled_linear
 from octo_run.kernels.cpu import step as compiled
 from octo_run.kernels.step import reference
-from octo_run.kernels.step.reference import (
-    SLICE_TOKENS,
-    Draws,
-    HeadTransform,
-    Mixture,
-    count_drawn,
-    mapped,
-    penalised,
-    share,
-)
+from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, count_drawn, mapped, penalised, share
 
 if TYPE_CHECKING:
     from octo_run.kernels.linear import PackedWeight
 
 __all__ = [
     "SLICE_TOKENS",
-    "AddNorm",
     "Draws",
     "HeadTransform",
-    "Mixture",
     "add_rms_norm",
     "count_drawn",
     "embed",
@@ -45,7 +33,6 @@ __all__ = [
     "linear",
     "mapped",
     "norm_heads",
-    "now",
     "penalised",
     "qkv_rope_append",
     "rotate_back",
@@ -73,7 +60,7 @@ def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float =
 
 
 def add_rms_norm(
-    x: Tensor | Mixture,
+    x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
@@ -89,13 +76,13 @@ def add_rms_norm(
     All are of one dtype, but for weights, which may be float32 (see ``reference.normed``).
 
     Args:
-        x, residual, out: ``[B, hidden]``, contiguous; ``out`` is none of the others. Of ``x`` the sums are rounded.
+        x, residual, out: ``[B, hidden]``, contiguous; ``out`` is none of the others.
         weight: ``[hidden]``; None: nothing is written but ``residual``.
         post: ``[hidden]``: the weight of a norm of ``x`` that comes first.
         multiplier: What is added is multiplied by it.
         centred: The norms are LayerNorms without bias.
     """
-    if (x.parts if isinstance(x, Mixture) else x).is_cuda:
+    if x.is_cuda:
         from octo_run.kernels.step import launch
 
         if scale == 1.0 or residual is None:
@@ -105,38 +92,8 @@ def add_rms_norm(
         residual.mul_(scale)
         if weight is not None:
             launch.add_rms_norm(residual, None, weight, eps, out, None, 1.0, centred)
-    elif isinstance(x, Mixture) or not compiled.add_rms_norm(
-        x, residual, weight, eps, out, post, multiplier, centred, scale
-    ):
+    elif not compiled.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred, scale):
         reference.add_rms_norm(x, residual, weight, eps, out, post, multiplier, centred, scale)
-
-
-@dataclass(frozen=True)
-class AddNorm:
-    """An ``add_rms_norm`` that is still to be done, so that a kernel that reads what it makes may do it itself.
-
-    Attributes:
-        x, residual, weight, eps, out, post, multiplier, centred: What it is given.
-    """
-
-    x: Tensor
-    residual: Tensor | None
-    weight: Tensor
-    eps: float
-    out: Tensor
-    post: Tensor | None = None
-    multiplier: float = 1.0
-    centred: bool = False
-
-
-def now(given: Tensor | AddNorm) -> Tensor:
-    """The tensor that is given, or that an ``add_rms_norm`` makes, which is then done."""
-    if isinstance(given, Tensor):
-        return given
-    add_rms_norm(
-        given.x, given.residual, given.weight, given.eps, given.out, given.post, given.multiplier, given.centred
-    )
-    return given.out
 
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:

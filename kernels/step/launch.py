@@ -21,7 +21,7 @@ from octo_run.kernels.step.layer_kernels import (
     swiglu_kernel,
     vector_kernel,
 )
-from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform, Mixture
+from octo_run.kernels.step.reference import SLICE_TOKENS, Draws, HeadTransform
 from octo_run.kernels.step.sample_kernels import sample_merge_kernel, sample_slice_kernel
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def embed_packed(ids: Tensor, table: PackedWeight, out: Tensor) -> None:
 
 
 def add_rms_norm(
-    x: Tensor | Mixture,
+    x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
@@ -82,40 +82,17 @@ def add_rms_norm(
     centred: bool = False,
 ) -> None:
     """`kernels.step.add_rms_norm` by the Triton kernel."""
-    mixture = x if isinstance(x, Mixture) else None
-    x = x.parts if isinstance(x, Mixture) else x
     given = {"RESIDUAL": residual, "WEIGHT": weight, "OUT": out, "POST": post}
     pointers = {name: x if tensor is None else tensor for name, tensor in given.items()}
     _check(x=x, **pointers)
-    rows, width = x.shape
-    mixed: dict[str, Any] = {"SHARES": x, "SHARED": x, "GATES": x, "s_gate": 0, "PARTS": 0, "HAS_SHARED": False}
-    if mixture is not None:
-        mixed, rows = mixture_arguments(mixture), len(mixture.weights)
+    width = x.shape[1]
     block = triton.next_power_of_2(width)
-    launch: Callable[..., Any] = add_rms_norm_kernel[(rows,)]
+    launch: Callable[..., Any] = add_rms_norm_kernel[(len(x),)]
     with on_device_of(x):
         launch(
-            X=x, **pointers, **mixed, eps=eps, multiplier=multiplier, N=width, BLOCK=block, ADD=residual is not None,
+            X=x, **pointers, eps=eps, multiplier=multiplier, N=width, BLOCK=block, ADD=residual is not None,
             NORM=weight is not None and out is not None, POST_NORM=post is not None, SCALED=multiplier != 1.0,
-            CENTRED=centred, **early(x.device), num_warps=norm_warps(block))  # fmt: skip
-
-
-def mixture_arguments(mixture: Mixture) -> dict[str, Any]:
-    """What a kernel that adds up a mixture's parts is given beside them.
-
-    Raises:
-        ValueError: They are not contiguous.
-    """
-    shared = mixture.parts if mixture.shared is None else mixture.shared
-    gates = mixture.weights if mixture.gates is None else mixture.gates
-    _check(parts=mixture.parts, weights=mixture.weights, shared=shared)
-    return {"SHARES": mixture.weights, "SHARED": shared, "GATES": gates, "s_gate": gates.stride(0),
-            "PARTS": mixture.weights.shape[1], "HAS_SHARED": mixture.shared is not None}  # fmt: skip
-
-
-def norm_warps(block: int) -> int:
-    """Warps of a program that norms a row of so many numbers, a power of two."""
-    return min(16, max(4, block // 512))
+            CENTRED=centred, **early(x.device), num_warps=min(16, max(4, block // 512)))  # fmt: skip
 
 
 def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
@@ -129,7 +106,7 @@ def norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
     with on_device_of(x):
         launch(
             X=x, WEIGHT=weight, eps=eps, s_row=x.stride(0), N=width, BLOCK=block, **early(x.device),
-            num_warps=norm_warps(block))  # fmt: skip
+            num_warps=min(16, max(4, block // 512)))  # fmt: skip
 
 
 def gate(x: Tensor, gates: Tensor) -> None:

@@ -28,64 +28,31 @@ def _row_normed(x, weight, eps, inside, N: tl.constexpr, CENTRED: tl.constexpr, 
 
 
 @triton.jit
-def _row_added(
-    x, RESIDUAL, post, eps, multiplier, inside, N: tl.constexpr, ADD: tl.constexpr, POST_NORM: tl.constexpr,
-    SCALED: tl.constexpr, CENTRED: tl.constexpr, kind: tl.constexpr,
+def add_rms_norm_kernel(
+    X, RESIDUAL, WEIGHT, OUT, POST, eps, multiplier, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, POST_NORM: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One row of N numbers as it is added, and with ADD the residual, in float32 but rounded."""
-    residual = tl.load(RESIDUAL, mask=inside, other=0).to(tl.float32) if ADD else 0.0
+    """One row of N numbers a program."""
+    kind = X.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * N
+    at = tl.arange(0, BLOCK)
+    inside = at < N
+    if NORM:
+        weight = tl.load(WEIGHT + at, mask=inside, other=0)
+    if POST_NORM:
+        post = tl.load(POST + at, mask=inside, other=0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(X + row + at, mask=inside, other=0).to(tl.float32)
     if POST_NORM:
         x = _row_normed(x, post, eps, inside, N, CENTRED, kind)
     if SCALED:
         x = (x * multiplier).to(kind).to(tl.float32)
     if ADD:
-        x = (x + residual).to(kind).to(tl.float32)
-    return x
-
-
-@triton.jit
-def row_mixed(
-    X, SHARES, SHARED, GATES, s_gate, row, at, inside, N: tl.constexpr, PARTS: tl.constexpr, HAS_SHARED: tl.constexpr
-):
-    """Numbers ``at`` of a row of a `reference.Mixture` of rows of N numbers, in float32."""
-    total = tl.zeros_like(at).to(tl.float32)
-    for number in tl.static_range(PARTS):
-        share = tl.load(SHARES + row * PARTS + number)
-        part = tl.load(X + (row * PARTS + number) * N + at, mask=inside, other=0)
-        total += share * part.to(tl.float32)
-    if HAS_SHARED:
-        gate = 1.0 / (1.0 + tl.exp(-tl.load(GATES + row * s_gate)))
-        total += gate * tl.load(SHARED + row * N + at, mask=inside, other=0).to(tl.float32)
-    return total
-
-
-@triton.jit
-def add_rms_norm_kernel(
-    X, SHARES, SHARED, GATES, RESIDUAL, WEIGHT, OUT, POST, eps, multiplier, s_gate, N: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, HAS_SHARED: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
-    POST_NORM: tl.constexpr, SCALED: tl.constexpr, CENTRED: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """One row of N numbers a program. PARTS: 0, or X are as many parts of each row of a `reference.Mixture`."""
-    kind = X.dtype.element_ty
-    number = tl.program_id(0).to(tl.int64)
-    row = number * N
-    at = tl.arange(0, BLOCK)
-    inside = at < N
-    if NORM:
-        weight = tl.load(WEIGHT + at, mask=inside, other=0)
-    post = tl.load(POST + at, mask=inside, other=0) if POST_NORM else 0
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-    if PARTS > 0:
-        x = row_mixed(X, SHARES, SHARED, GATES, s_gate, number, at, inside, N, PARTS, HAS_SHARED)
-        x = x.to(kind).to(tl.float32)
-    else:
-        x = tl.load(X + row + at, mask=inside, other=0).to(tl.float32)
-    residual = RESIDUAL + row + at
-    x = _row_added(x, residual, post, eps, multiplier, inside, N, ADD, POST_NORM, SCALED, CENTRED, kind)
-    if ADD:
-        tl.store(residual, x.to(kind), mask=inside)
+        x = (x + tl.load(RESIDUAL + row + at, mask=inside, other=0).to(tl.float32)).to(kind)
+        tl.store(RESIDUAL + row + at, x, mask=inside)
+        x = x.to(tl.float32)
     if NORM:
         tl.store(OUT + row + at, _row_normed(x, weight, eps, inside, N, CENTRED, kind).to(kind), mask=inside)
 

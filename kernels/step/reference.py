@@ -46,36 +46,6 @@ class HeadTransform:
     v_norm: bool = False
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Rows that are weighted sums of parts and are still to be added up, so that a kernel that reads them may do it.
-
-    Attributes:
-        parts: ``[R * N, hidden]``, the N parts of a row one after the other.
-        weights: Float32 ``[R, N]``.
-        shared: ``[R, hidden]``: one part more, times the sigmoid of ``gates``, float32 ``[R]`` of any stride; both or
-            neither.
-    """
-
-    parts: Tensor
-    weights: Tensor
-    shared: Tensor | None = None
-    gates: Tensor | None = None
-
-    def summed(self) -> Tensor:
-        """The sums, in float32 (float64 for that): ``[R, hidden]``."""
-        wide = torch.float64 if self.parts.dtype == torch.float64 else torch.float32
-        weights = self.weights.to(wide)
-        # Part by part: no copy of all of them in float32.
-        by_row = self.parts.view(*weights.shape, -1)
-        total = weights[:, :1] * by_row[:, 0]
-        for place in range(1, weights.shape[1]):
-            total += weights[:, place, None] * by_row[:, place]
-        if self.shared is not None and self.gates is not None:
-            total += torch.sigmoid(self.gates[:, None].to(wide)) * self.shared
-        return total
-
-
 #: Tokens of the vocabulary that one program of the sampler looks at.
 SLICE_TOKENS = 1024
 
@@ -219,7 +189,7 @@ def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float =
 
 
 def add_rms_norm(
-    x: Tensor | Mixture,
+    x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
@@ -230,8 +200,6 @@ def add_rms_norm(
     scale: float = 1.0,
 ) -> None:
     """See ``kernels.step.add_rms_norm``."""
-    if isinstance(x, Mixture):
-        x = x.summed().to(x.parts.dtype)
     if post is not None:
         x = normed(x, post, eps, centred=centred)
     if multiplier != 1.0:

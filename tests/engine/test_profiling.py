@@ -53,42 +53,13 @@ def test_every_kernel_of_ours_has_a_part() -> None:
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
     }
     assert len(found) > 10 and found == set(profiling.KERNELS)
-    assert set(profiling.KERNELS.values()) <= {*profiling.PARTS, "product", "norm and mlp"}
+    assert set(profiling.KERNELS.values()) <= {*profiling.PARTS, "product"}
 
 
 def test_a_recurrent_layer_lies_between_two_norms() -> None:
     names = [NORM, PRODUCT, PRODUCT, "delta_step_kernel", PRODUCT, NORM, PRODUCT, "swiglu_kernel", PRODUCT, NORM]
     parts = ["norms", *["projections"] * 2, "recurrent", "projections", "norms", *["mlp"] * 3, "norms"]
     assert profiling.assign_parts(names) == parts
-
-
-EXPERTS = [("gate_up_vector_kernel", "mlp"), ("down_vector_kernel", "mlp")]
-routers = pytest.mark.parametrize(
-    "router", [[(NORM, "norms"), ("router_kernel", "mlp")], [("norm_router_kernel", "mlp")]],
-    ids=["norm, router", "both in one"],
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("mixing", [[TURN, "table_decode_kernel"], ["delta_step_kernel"]], ids=["attention", "delta"])
-@pytest.mark.parametrize("shared", [[], [(PRODUCT, "mlp"), (SWIGLU, "mlp"), (NVJET, "mlp")]], ids=["", "shared"])
-@routers
-def test_layers_with_experts(router: list[Any], shared: list[Any], mixing: list[str]) -> None:
-    """In front of a router there is a norm, or none but its own."""
-    mixed = [
-        (name, {TURN: "rope and append", "delta_step_kernel": "recurrent"}.get(name, "attention")) for name in mixing
-    ]
-    layers = [(PRODUCT, "projections"), *mixed, (NVJET, "projections"), *router, *shared, *EXPERTS, (NORM, "norms")] * 2
-    check_parts([*BEGIN, *layers, (PRODUCT, "head"), *DRAW, *END] * 2)
-
-
-@routers
-def test_an_mlp_and_experts_side_by_side(router: list[Any]) -> None:
-    norm = (NORM, "norms")
-    dense = [norm, norm, (PRODUCT, "mlp"), (SWIGLU, "mlp"), (PRODUCT, "mlp"), norm, norm]
-    product = (PRODUCT, "projections")
-    mixed = [product, (TURN, "rope and append"), ("merge_kernel", "attention"), product]
-    layers = [*mixed, *dense, *router, *EXPERTS, norm, norm] * 2
-    check_parts([*BEGIN, *layers, (PRODUCT, "head"), *DRAW, *END] * 2)
 
 
 @pytest.mark.parametrize("attention", [["table_decode_kernel"], ["general_decode_kernel", "merge_kernel"]])

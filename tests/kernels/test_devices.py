@@ -28,8 +28,6 @@ from octo_run.kernels.attention.hopper import wide_launch
 from octo_run.kernels.attention.launch import attend_triton
 from octo_run.kernels.codec import parse_kv
 from octo_run.kernels.encode.launch import encode_pages_triton
-from octo_run.kernels.experts import Scratch
-from octo_run.kernels.experts import launch as experts
 from octo_run.kernels.step import launch, layer_kernels
 
 META = torch.device("meta")
@@ -127,17 +125,6 @@ def append() -> None:
     launch.qkv_rope_append(meta(3, 8 * 64), transform, numbers(3), full_k, full_v, q, numbers(3), found)
 
 
-def norm_of_a_mixture() -> None:
-    mixture = ops.Mixture(meta(6, 64), meta(3, 2, dtype=torch.float32), meta(3, 64), meta(3, dtype=torch.float32))
-    launch.add_rms_norm(mixture, meta(3, 64), meta(64), 1e-5, meta(3, 64))
-
-
-def route() -> None:
-    scratch = Scratch.make(Scratch.shapes(2, 5, 2, 5, 64, 8, torch.bfloat16), META)
-    norm = ops.AddNorm(meta(2, 64), meta(2, 64), meta(64), 1e-5, meta(2, 64))
-    experts.route(norm, meta(5, 64), None, True, scratch)
-
-
 def sample() -> None:
     wide, one = meta(2, dtype=torch.int64), meta(2, dtype=torch.float32)
     draws = ops.Draws(
@@ -163,8 +150,6 @@ def take_out() -> None:
 LAUNCHERS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "norm": (lambda: launch.add_rms_norm(meta(3, 64), meta(3, 64), meta(64), 1e-5, meta(3, 64)),
              {"add_rms_norm_kernel"}),
-    "norm of a mixture": (norm_of_a_mixture, {"add_rms_norm_kernel"}),
-    "router with norm": (route, {"norm_router_kernel"}),
     "vector": (lambda: launch.vector(meta(1, 64), meta(9, 64), None, meta(1, 9)), {"vector_kernel"}),
     "swiglu": (lambda: launch.swiglu(meta(3, 64), meta(3, 32)), {"swiglu_kernel"}),
     "append": (append, {"qkv_rope_append_kernel"}),

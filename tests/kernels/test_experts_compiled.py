@@ -36,21 +36,6 @@ def grouped(kind: str, bits: int, group: int, rows: int, wide: int, first: bool)
     return product_kernels.grouped_kernel, GROUPED | {"WEIGHT": B if dense else I}, constants, 4
 
 
-NORM_ROUTER = CHOSEN | dict.fromkeys(("X", "RESIDUAL", "NORM", "POST", "NORMED", "WEIGHT", "BIAS"), B) | {
-    "OUT": F, "COUNTERS": I, "TILES": I, "ORDER": I, "eps": "fp32", "multiplier": "fp32", "experts": "i32",
-    "outputs": "i32",
-}  # fmt: skip
-
-
-def norm_router(columns: int, block: int, experts: int, warps: int, **flags: bool):
-    wide = dict.fromkeys(("NORM", "POST"), F) if flags.get("POST_NORM") else {}
-    constants = dict.fromkeys(("POST_NORM", "SCALED", "CENTRED", "BIASED"), False) | flags | {
-        "K": columns, "BN": 2, "BK": block, "ADD": True, "CHOSEN": 8, "BE": experts,
-        "PART": experts if experts <= 128 else 32, "NORMALISED": True, "SINGLE": True, "EARLY": True,
-    }  # fmt: skip
-    return routing_kernels.norm_router_kernel, NORM_ROUTER | wide, constants, warps
-
-
 CASES = [  # the quick one, then the others
     (product_kernels.gate_up_vector_kernel,
      {"X": B, "WEIGHT": B, "BIAS": B, "INDICES": I, "OUT": B, "alpha": "fp32", "limit": "fp32"},
@@ -60,8 +45,6 @@ CASES = [  # the quick one, then the others
                "outputs": "i32"},
      {"K": 2880, "BN": 2, "BK": 2048, "BIASED": True, "CHOSEN": 10, "BE": 512, "PART": 32,
       "NORMALISED": True, "SINGLE": True, "EARLY": True}, 8),
-    norm_router(2048, 2048, 128, 4), norm_router(2880, 4096, 32, 8, BIASED=True),
-    norm_router(4096, 4096, 512, 8, POST_NORM=True, SCALED=True, CENTRED=True),
     (routing_kernels.router_rows_kernel, {"X": B, "WEIGHT": B, "BIAS": B, "OUT": F, "rows": "i32", "outputs": "i32"},
      {"K": 2048, "BM": 32, "BN": 32, "BK": 64, "BIASED": False, "EARLY": True}, 4),
     (routing_kernels.choose_kernel, CHOSEN | {"LOGITS": F, "TILES": I, "ORDER": I, "experts": "i32", "outputs": "i32"},
@@ -71,8 +54,8 @@ CASES = [  # the quick one, then the others
      {"INDICES": I, "COUNTS": I, "ORDER": I, "TILES": I, "experts": "i32", "pairs": "i32", "tiles": "i32"},
      {"ROWS": 64, "BE": 128, "BLOCK": 1024, "EARLY": True}, 4),
     (routing_kernels.combine_kernel,
-     {"X": B, "SHARES": F, "SHARED": B, "GATES": F, "OUT": B, "s_gate": "i32"},
-     {"N": 2048, "PARTS": 8, "BLOCK": 512, "HAS_SHARED": True, "EARLY": True}, 4),
+     {"PARTS": B, "WEIGHTS": F, "SHARED": B, "LOGITS": F, "OUT": B, "outputs": "i32", "experts": "i32"},
+     {"N": 2048, "CHOSEN": 8, "BLOCK": 512, "HAS_SHARED": True, "EARLY": True}, 4),
     (product_kernels.down_vector_kernel,
      CHOSEN | {"X": B, "WEIGHT": B, "BIAS": B, "SHARED": B, "LOGITS": F, "OUT": B, "outputs": "i32", "experts": "i32",
                "ahead": "i32"},

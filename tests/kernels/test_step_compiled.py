@@ -29,18 +29,13 @@ RULES = {
     "COUNTERS": L,
     "SLICES": F,
 }
-NORM = dict.fromkeys(("X", "SHARED", "RESIDUAL", "WEIGHT", "OUT", "POST"), B) | {
-    "SHARES": F, "GATES": F, "eps": "fp32", "multiplier": "fp32", "s_gate": "i32",
-}  # fmt: skip
-ADDED = {"N": 4096, "BLOCK": 4096, "PARTS": 0, "HAS_SHARED": False, "ADD": True, "NORM": True, "EARLY": True}
-MIXED = ADDED | dict.fromkeys(("POST_NORM", "SCALED", "CENTRED"), False) | {"PARTS": 8}
+NORM = dict.fromkeys(("X", "RESIDUAL", "WEIGHT", "OUT", "POST"), B) | {"eps": "fp32", "multiplier": "fp32"}
+ADDED = {"N": 4096, "BLOCK": 4096, "ADD": True, "NORM": True, "EARLY": True}
 PLAIN = {"SCALED": False, "NORM_V": False}
 CASES = [
     (layer_kernels.add_rms_norm_kernel, NORM, ADDED | dict.fromkeys(("POST_NORM", "SCALED", "CENTRED"), False), 8),
     (layer_kernels.add_rms_norm_kernel, NORM | {"WEIGHT": F, "POST": F},
      ADDED | {"POST_NORM": True, "SCALED": True, "CENTRED": True}, 8),
-    (layer_kernels.add_rms_norm_kernel, NORM, MIXED, 8),
-    (layer_kernels.add_rms_norm_kernel, NORM, MIXED | {"N": 2048, "BLOCK": 2048, "HAS_SHARED": True}, 4),
     (layer_kernels.norm_heads_kernel, {"X": B, "WEIGHT": F, "eps": "fp32", "s_row": "i32"},
      {"N": 4096, "BLOCK": 4096, "EARLY": True}, 8),
     (layer_kernels.swiglu_kernel, {"GATE_UP": B, "OUT": B, "n": "i32"}, {"BLOCK": 1024, "GELU": False, "EARLY": True},
