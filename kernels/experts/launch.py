@@ -53,8 +53,6 @@ SMALL_TOKENS = 256
 ROUTER_TOKENS = FUSED_TOKENS
 #: Bytes of the second matrices that are fetched into the second-level cache while the first product still runs.
 AHEAD_BYTES = 6 << 20
-#: Experts whose first columns a program of the second product has in registers before the first product has ended.
-KEPT = 4
 #: Programs of dense experts' first products, and of second ones of up to 1024 columns and more. The short ones have a
 #: row to a warp, and as few registers as let all programs of a token be there at once.
 GATE_UP, DOWN, LONG_DOWN = VectorTiling(1, 1024, 4), VectorTiling(4, 256, 4), VectorTiling(4, 1024, 4)
@@ -252,7 +250,6 @@ def _vectors(
         outputs=scratch.logits.shape[1], experts=experts.experts, ahead=ahead, N=hidden, K=inner, CHOSEN=chosen,
         BN=tile.outputs, BK=min(tile.columns, triton.next_power_of_2(inner)), BIASED=bias is not None,
         HAS_SHARED=shared is not None, AHEAD=32 * tile.outputs * triton.cdiv(chosen, 32) if ahead else 0,
-        KEPT=min(chosen, KEPT),
         **early(x.device), num_warps=tile.warps)  # fmt: skip
 
 

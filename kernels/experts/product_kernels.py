@@ -3,7 +3,7 @@
 A program of the first product makes number i of an expert's gate and of its up, whose rows take turns in its tile, and
 of both what the second matrix is multiplied by.
 """
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -86,12 +86,9 @@ def _fetch_ahead(
 def down_vector_kernel(
     X, WEIGHT, BIAS, INDICES, WEIGHTS, SHARED, LOGITS, OUT, outputs, experts, ahead, N: tl.constexpr, K: tl.constexpr,
     CHOSEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIASED: tl.constexpr, HAS_SHARED: tl.constexpr,
-    AHEAD: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BN of a token's N outputs, summed over its CHOSEN experts; the program is (outputs, token). X: [pairs, K].
-
-    The kernel in front is the first product of the same experts, which begins behind its own wait: so these are known
-    and read before this one waits, and with them the first columns of KEPT experts' rows.
 
     AHEAD: 0, or places of `_fetch_ahead`: the first ``ahead`` bytes of each row are fetched while the first product
     still runs.
@@ -99,52 +96,39 @@ def down_vector_kernel(
     token = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    there = at < N
-    if EARLY and AHEAD > 0:
-        _fetch_ahead(WEIGHT, INDICES, token, experts, ahead, N, K, CHOSEN, BN, AHEAD)
-    first_rows = ()
-    for number in tl.static_range(CHOSEN):
-        expert = tl.load(INDICES + token * CHOSEN + number, cache_modifier=".cg")
-        first_rows = first_rows + (expert.to(tl.int64) * N,)
-    kept = ()
-    for number in tl.static_range(KEPT):
-        source = WEIGHT + (first_rows[number] + at)[:, None] * K + k[None, :]
-        mask = there[:, None] & (k < K)[None, :]
-        kept = kept + (tl.load(source, mask=mask, other=0, eviction_policy="evict_first"),)
     if EARLY:
+        if AHEAD > 0:
+            _fetch_ahead(WEIGHT, INDICES, token, experts, ahead, N, K, CHOSEN, BN, AHEAD)
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros([BN, BK], tl.float32)
     result = tl.zeros([BN], tl.float32)
     for number in tl.static_range(CHOSEN):
         pair = token * CHOSEN + number
+        first_row = tl.load(INDICES + pair).to(tl.int64) * N
         share = tl.load(WEIGHTS + pair)
-        source = WEIGHT + (first_rows[number] + at)[:, None] * K + k[None, :]
-        inputs = X + pair * K + k
-        if number < KEPT:
-            total += _times(kept[number], inputs, k < K, there, share, BK)
-        for first in range(BK if number < KEPT else 0, K, BK):
-            mask = there[:, None] & (first + k < K)[None, :]
-            weights = tl.load(source + first, mask=mask, other=0, eviction_policy="evict_first")
-            total += _times(weights, inputs + first, first + k < K, there, share, BK)
+        source = WEIGHT + (first_row + at)[:, None] * K + k[None, :]
+        for first in range(0, K, BK):
+            total += _times(source + first, X + pair * K + first + k, first + k < K, at < N, share, BK)
         if BIASED:
-            result += share * tl.load(BIAS + first_rows[number] + at, mask=there, other=0).to(tl.float32)
+            result += share * tl.load(BIAS + first_row + at, mask=at < N, other=0).to(tl.float32)
     result += tl.sum(total, 1)
     if HAS_SHARED:
         gate = 1.0 / (1.0 + tl.exp(-tl.load(LOGITS + token * outputs + experts)))
-        result += gate * tl.load(SHARED + token * N + at, mask=there, other=0).to(tl.float32)
-    tl.store(OUT + token * N + at, result.to(OUT.dtype.element_ty), mask=there)
+        result += gate * tl.load(SHARED + token * N + at, mask=at < N, other=0).to(tl.float32)
+    tl.store(OUT + token * N + at, result.to(OUT.dtype.element_ty), mask=at < N)
 
 
 @triton.jit
 def _times(weights, inputs, inside, there, share, BK: tl.constexpr):
     """Weights [BN, BK] times inputs [BK] times ``share``, in float32."""
+    mask = there[:, None] & inside[None, :]
+    wide = tl.load(weights, mask=mask, other=0, eviction_policy="evict_first").to(tl.float32)
     if BK > 256:
         x = tl.load(inputs, mask=inside, other=0)[None, :]
     else:  # A row to a warp, each of which reads the inputs: through shared memory all would wait for each other.
-        mask = there[:, None] & inside[None, :]
         x = tl.load(inputs[None, :] + 0 * there[:, None].to(tl.int32), mask=mask, other=0)
-    return weights.to(tl.float32) * (x.to(tl.float32) * share)
+    return wide * (x.to(tl.float32) * share)
 
 
 @triton.jit
