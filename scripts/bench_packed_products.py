@@ -134,7 +134,7 @@ def divisions(x: Tensor, weight: PackedWeight) -> tuple[list[launch.Tiling], lau
     blocks, found = weight.padded // BLOCK, []
     for warps, most, ahead, programs in TILINGS:
         slices = -(-blocks // (warps * most))
-        if slices == 1 or (programs <= slices and slices * launch.ROWS_AT_ONCE * weight.shape[0] <= launch.PARTS):
+        if slices == 1 or (programs <= slices and slices * len(x) * weight.shape[0] <= launch.PARTS):
             found.append(launch.Tiling(warps, -(-blocks // (warps * slices)), ahead, slices, programs))
     chosen = launch.tiling(blocks) if launch.fits(x, weight) else None
     return [*dict.fromkeys([*found, *([] if chosen is None else [chosen])])], chosen
