@@ -15,7 +15,8 @@ VARIABLE = "_OCTO_RUN_COMPLETE"
 FORMATS = ("oct2", "oct3", "oct4", "octopus2", "octopus3", "octopus4", "bf16", "auto:56")
 SHAPES = (
     "llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-0.6b",
-    "qwen3.5-9b", "gemma-3-12b", "gemma-4-12b", "gemma-4-31b", "smollm2-1.7b", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b",
+    "qwen3.5-9b", "gemma-3-12b", "gemma-4-12b", "gemma-4-31b", "smollm2-1.7b", "mixtral-8x7b", "qwen3-30b-a3b",
+    "gpt-oss-20b",
 )  # fmt: skip
 WEIGHTS = ("auto", "fp32", "bf16", "fp8", "int8", "int4", "int4-128")
 # Bash divides words at some letters that values have, too. The program gets the line as it is, and answers with what
