@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from octo_run.engine.arena import KVArena
     from octo_run.engine.sequence import Sequence
 
-#: Bytes that the snapshots of a file take at most, beside the newest ones.
-MOST_BYTES = 128 << 20
+#: Bytes that the snapshots of a file take at most, beside the newest ones; and those of a tail, which is written after
+#: most turns of a conversation.
+MOST_BYTES, MOST_OF_TAIL = 128 << 20, 16 << 20
 #: Snapshots that are saved whatever they take: where the last question begins and where it ends.
 ALWAYS = 2
 #: The positions of the snapshots, by their name in a file.
@@ -86,13 +87,16 @@ class Earlier:
         if not arena.takes_snapshots:
             return cls()
         ends = (sequence.after_cut(turn)[0] for turn in sequence.turns if turn < length)
-        found = sorted({end for end in ends if 0 < end < length}, reverse=True)
-        count = len(found)
-        while count > ALWAYS and _bytes_of(arena, found[:count], packed, first) > MOST_BYTES:
-            count -= 1
-        positions, states = found[:count][::-1], arena.states
+        found = sorted(end for end in {*ends} if 0 < end < length)
+        positions, states = _newest(arena, found, packed, first, MOST_BYTES), arena.states
         parts = [] if states is None else [states.of(sequence.row, position) for position in positions]
         return cls(positions, parts, needed_pages(arena, positions, packed, first))
+
+    def of_tail(self, arena: KVArena, packed: int, first: list[int]) -> Earlier:
+        """The newest of them that `MOST_OF_TAIL` hold; see :meth:`of`."""
+        positions = _newest(arena, self.positions, packed, first, MOST_OF_TAIL)
+        states = self.states[len(self.positions) - len(positions) :] if self.states else []
+        return Earlier(positions, states, needed_pages(arena, positions, packed, first))
 
     def items(self) -> dict[str, Item]:
         """The tensors of the file, but for the pages; states are read when their turn comes."""
@@ -104,6 +108,14 @@ class Earlier:
             shape = (len(parts), *parts[0].shape)
             found[of_state(name)] = Item(parts[0].dtype, shape, partial(_on_the_host, parts))
         return found | {numbers_of(n): _integers(numbers) for n, numbers in enumerate(self.numbers)}
+
+
+def _newest(arena: KVArena, positions: list[int], packed: int, first: list[int], most: int) -> list[int]:
+    """Of snapshots in order the newest that so many bytes hold, `ALWAYS` at least."""
+    found = list(positions)
+    while len(found) > ALWAYS and _bytes_of(arena, found, packed, first) > most:
+        del found[0]
+    return found
 
 
 def _bytes_of(arena: KVArena, positions: list[int], packed: int, first: list[int]) -> int:

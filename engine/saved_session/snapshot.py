@@ -168,10 +168,23 @@ class Snapshot:
             tail_of(path).unlink(missing_ok=True)
 
     def write_tail(self, path: Path, base: Base, were_read: Callable[[], None] = lambda: None) -> None:
-        """Write what the session file at ``path``, which is ``base``, lacks, as its tail; see :meth:`write`."""
+        """Write what the session file at ``path``, which is ``base``, lacks, as its tail; see :meth:`write`. A tail has
+        fewer snapshots of earlier turns."""
         pages = self.shared(base)
         header = self.header | {"base": {"id": base.file_id, "pages": pages}}
-        self._write(path, tail_of(path), header, self.items(were_read, pages))
+        self._write(path, tail_of(path), header, self._with_few_snapshots().items(were_read, pages))
+
+    def _with_few_snapshots(self) -> Snapshot:
+        """What a tail holds."""
+        arena, packed = self.engine.arena, len(self.page_ids["pages"])
+        if not self.earlier.positions:
+            return self
+        first = [packed - len(self.page_ids[f"window{number}"]) for number in range(len(arena.windows))]
+        few, page_ids = self.earlier.of_tail(arena, packed, first), dict(self.page_ids)
+        for number, (all_numbers, numbers) in enumerate(zip(self.earlier.numbers, few.numbers, strict=True)):
+            ids = dict(zip(all_numbers, page_ids[of_window(number)], strict=True))
+            page_ids[of_window(number)] = [ids[one] for one in numbers]
+        return dataclasses.replace(self, page_ids=page_ids, earlier=few)
 
     def _write(self, path: Path, target: Path, header: dict[str, Any], items: dict[str, Item]) -> None:
         metadata = {"format": FORMAT, "session": json.dumps(header)}

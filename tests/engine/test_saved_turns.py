@@ -252,3 +252,30 @@ def test_a_conversation_that_had_lost_its_row_is_saved_with_its_turns(
     again = file.session(other)
     taken_back(again, 3)
     assert read(again, "Who?")[1] <= 4 + 2 * 64 + 8
+
+
+@KINDS
+def test_a_tail_has_fewer_snapshots(
+    make: Make, tmp_path: Path, cfg: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written after most turns. Those of the last question are always there, and so is what they need."""
+    path, session = tmp_path / "s.safetensors", talk(make(cfg), QUESTIONS[:4])
+    base = Snapshot.take(session, GREEDY)
+    base.write(path)
+    read(session, QUESTIONS[4])
+    found = []
+    for most in (1 << 30, 0):
+        monkeypatch.setattr(earlier, "MOST_OF_TAIL", most)
+        Snapshot.take(session, GREEDY).write_tail(path, base.as_base)
+        found.append(positions(SavedSession.read(path)))
+    assert found[0] > 3 and found[1] == 2
+    file, engine = SavedSession.read(path), make(cfg)
+    assert file.restore(engine) == file.tokens
+    after = file.session(engine)
+    taken_back(after, 1)
+    messages = [dict(turn) for turn in after.turns]
+    said, count = read(after, "Who?")
+    assert count <= 4 + 2 * 64 + 8
+    fresh = Session(make(cfg))
+    fresh.turns = messages
+    assert read(fresh, "Who?")[0] == said
