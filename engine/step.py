@@ -23,6 +23,7 @@ from octo_run.engine.sampling import BatchSampler, Sampling, SamplingParams
 from octo_run.engine.sampling_rules import MAX_TOP
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
+from octo_run.kernels.devices import without_collection
 from octo_run.kernels.page_size import longest_unpaged
 
 #: Steps of a sequence that may be launched and not yet read.
@@ -401,7 +402,8 @@ class _Recorder:
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         if key not in self._graphs:
-            work()
+            with without_collection():  # kernels are compiled
+                work()
             self._graphs[key] = None
             return
         graph = self._graphs[key]

@@ -9,7 +9,7 @@ import torch
 
 from octo_run.engine.benchmark import ordinary_ids
 from octo_run.kernels import PAGE_TOKENS as PAGE
-from octo_run.kernels.devices import compiling
+from octo_run.kernels.devices import compiling, without_collection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ def warm_up(engine: Engine, params: SamplingParams, on_compile: Callable[[], obj
     most = max(1, engine.max_context - STEPS)
     count = min(first + PAGE - 1, most)  # the ring is full after one step
     ids = random.Random(0).choices(ordinary_ids(engine), k=count)
-    with compiling(on_compile):
+    with compiling(on_compile), without_collection():
         if count > (few := min(PAGE // 2, most)):
             _answer(engine, params, [ids[:few]])
         _answer(engine, params, [ids[:first], ids[first:]] if count > first else [ids])

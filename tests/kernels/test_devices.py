@@ -5,6 +5,7 @@ kernels are compiled is told.
 """
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -247,3 +248,17 @@ def test_it_is_told_once_that_kernels_are_compiled(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ZeroDivisionError), devices.compiling(lambda: told.append(-1)):
         raise ZeroDivisionError
     assert triton.knobs.compilation.listener is former
+
+
+def test_nothing_is_collected_while_kernels_are_compiled() -> None:
+    """Whatever ends it; and nothing is switched on that was off."""
+    assert gc.isenabled()
+    with devices.without_collection():
+        assert not gc.isenabled()
+        with devices.without_collection():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), devices.without_collection():
+        raise ZeroDivisionError
+    assert gc.isenabled()
