@@ -1,8 +1,10 @@
 """Codewords of table-coded pages, lane by lane: from the words of a lane buffer (`codec.page_layout`) to int8 triples.
 
-``words``: the lane's words of a block. CHAINS, N: chains, and triplets of each; B: bits of a stream code; STATE: of the
-trellis state; SIGNED: whether signs are stored apart; SH, SHX: bit position of a table index in the byte offset of its
-entry, for the chained and the extra triplets.
+``words``: the lane's words of a block. Functions for a single codeword are given the two of them that hold it (and two
+for its chain's first code, two for its signs): Triton compiles a function anew for each place in a block where it is
+used, and takes as long as it has arguments. CHAINS, N: chains, and triplets of each; B: bits of a stream code; STATE:
+of the trellis state; SIGNED: whether signs are stored apart; SH, SHX: bit position of a table index in the byte offset
+of its entry, for the chained and the extra triplets.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,assignment"
 
@@ -53,98 +55,71 @@ def select(a, b, MASK: gl.constexpr):
     return (a & MASK) | (b & (0xFFFFFFFF ^ MASK))
 
 
+@constexpr_function
+def if_last(slot, triplets, bit):
+    """The place in its word of a bit that only a chain's last slot needs; 0 of others, which then compile to one."""
+    return int(bit) % 32 if int(slot) % int(triplets) == int(triplets) - 1 else 0
+
+
 @gluon.jit
 def _signs(words, BYTE: gl.constexpr, ROW: gl.constexpr):
-    """Three bytes of 0x00 or 0xff: token row ROW's sign bits in the bytes BYTE .. BYTE + 2 of the lane's words."""
-    W: gl.constexpr = BYTE // 4
-    S: gl.constexpr = ROW % 8
-    lo = words[W] << S
-    if BYTE % 4 >= 2:
-        hi = words[W + 1] << S
+    """Three bytes of 0x00 or 0xff: token row ROW's sign bits in the bytes BYTE .. BYTE + 2 of two words."""
+    lo = words[0] << ROW
+    if BYTE >= 2:
+        hi = words[1] << ROW
     else:
         hi = lo
-    return permute_bytes(lo, hi, _sign_selector(BYTE % 4))
+    return permute_bytes(lo, hi, _sign_selector(BYTE))
 
 
 @gluon.jit
-def codeword(
-    index,
-    lane_base,
-    words,
-    SIGN_BYTE: gl.constexpr,
-    ROW: gl.constexpr,
-    MASK: gl.constexpr,
-    OFFSET: gl.constexpr,
+def _codeword(
+    index, lane_base, signs, BYTE: gl.constexpr, ROW: gl.constexpr, MASK: gl.constexpr, OFFSET: gl.constexpr,
     SIGNED: gl.constexpr,
-):
+):  # fmt: skip
     """The int8 triple (x, y, z, 0) whose table index stands (shifted by the row size) in ``index``."""
     value = load_shared((index & MASK) | lane_base, OFFSET)
     if SIGNED:
-        value = value ^ _signs(words, SIGN_BYTE, ROW)
+        value = value ^ _signs(signs, BYTE, ROW)
     return value
 
 
 @gluon.jit
 def chained(
-    words,
-    lane_base,
-    BIT: gl.constexpr,
-    BYTE: gl.constexpr,
-    ROW: gl.constexpr,
-    S: gl.constexpr,
-    N: gl.constexpr,
-    B: gl.constexpr,
-    STATE: gl.constexpr,
-    SH: gl.constexpr,
-    OFFSET: gl.constexpr,
+    codes, first, signs, lane_base, BIT: gl.constexpr, FIRST_BIT: gl.constexpr, BYTE: gl.constexpr, ROW: gl.constexpr,
+    LAST: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr,
     SIGNED: gl.constexpr,
-):
-    """The codeword of slot S of the tail-biting chain whose stream begins at BIT and whose signs at BYTE, from the
-    table at byte OFFSET."""
+):  # fmt: skip
+    """The codeword of a slot of a tail-biting chain, from the table at byte OFFSET: its code is in ``codes`` from bit
+    BIT on, the chain's first one in ``first`` from FIRST_BIT on (`if_last`), its signs in ``signs`` from BYTE on, for
+    row ROW of eight. LAST: it is the chain's last slot."""
     MASK: gl.constexpr = ((1 << (B + STATE)) - 1) << SH
-    if S < N - 1:
-        index = field(words, BIT + S * B, SH, B + STATE)
-    else:
+    if LAST:
         # The first triplet's predecessor is the last one: its low bits come from slot 0.
-        top = field(words, BIT + S * B, SH, B)
-        wrap = field(words, BIT, SH + B, STATE)
+        top = field(codes, BIT, SH, B)
+        wrap = field(first, FIRST_BIT, SH + B, STATE)
         index = select(wrap, top, ((1 << STATE) - 1) << (SH + B))
-    return codeword(index, lane_base, words, BYTE + 3 * S, ROW, MASK, OFFSET, SIGNED)
+    else:
+        index = field(codes, BIT, SH, B + STATE)
+    return _codeword(index, lane_base, signs, BYTE, ROW, MASK, OFFSET, SIGNED)
 
 
 @gluon.jit
 def single(
-    words,
-    lane_base_x,
-    BIT: gl.constexpr,
-    BYTE: gl.constexpr,
-    ROW: gl.constexpr,
-    B: gl.constexpr,
-    SHX: gl.constexpr,
-    EXTRA_OFFSET: gl.constexpr,
-    SIGNED: gl.constexpr,
-):
-    """The codeword of the extra triplet at BIT, from the table at byte EXTRA_OFFSET."""
-    index = field(words, BIT, SHX, B)
-    return codeword(index, lane_base_x, words, BYTE, ROW, ((1 << B) - 1) << SHX, EXTRA_OFFSET, SIGNED)
+    codes, signs, lane_base_x, BIT: gl.constexpr, BYTE: gl.constexpr, ROW: gl.constexpr, B: gl.constexpr,
+    SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
+):  # fmt: skip
+    """The codeword of the extra triplet whose code is in ``codes`` from BIT on, from the table at byte EXTRA_OFFSET."""
+    index = field(codes, BIT, SHX, B)
+    return _codeword(index, lane_base_x, signs, BYTE, ROW, ((1 << B) - 1) << SHX, EXTRA_OFFSET, SIGNED)
 
 
 @gluon.jit
 def key_token(
-    words,
-    lane_base,
-    lane_base_x,
-    R: gl.constexpr,
-    CHAINS: gl.constexpr,
-    N: gl.constexpr,
-    EXTRAS: gl.constexpr,
-    B: gl.constexpr,
-    STATE: gl.constexpr,
-    SH: gl.constexpr,
-    SHX: gl.constexpr,
-    EXTRA_OFFSET: gl.constexpr,
+    words, lane_base, lane_base_x, R: gl.constexpr, CHAINS: gl.constexpr, N: gl.constexpr, EXTRAS: gl.constexpr,
+    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr,
     SIGNED: gl.constexpr,
-):
+):  # fmt: skip
     """The lane's codewords of its token R in the K block: its one or two chains, the extra triplets (garbage where the
     lane has none)."""
     RUN: gl.constexpr = CHAINS // 4 * N
@@ -152,28 +127,28 @@ def key_token(
     BIT: gl.constexpr = R * SLOTS * B
     BYTE: gl.constexpr = SLOTS * B
     out = ()
-    for c in gl.static_range(CHAINS // 4):
-        for s in gl.static_range(N):
-            out = out + (
-                chained(words, lane_base, BIT + c * N * B, BYTE + 3 * c * N, R, s, N, B, STATE, SH, 0, SIGNED),
-            )
-    if first_extras(EXTRAS) > 0:
-        out = out + (single(words, lane_base_x, BIT + RUN * B, BYTE + 3 * RUN, R, B, SHX, EXTRA_OFFSET, SIGNED),)
-    if first_extras(EXTRAS) < EXTRAS:
-        SECONDS: gl.constexpr = 8 * BYTE + 24 * (SLOTS + 1) * SIGNED
+    for i in gl.static_range(RUN):
         out = out + (
-            single(
-                words,
-                lane_base_x,
-                SECONDS + (R // 4 * 2 + R % 2) * B,
-                BYTE + 3 * SLOTS,
-                R,
-                B,
-                SHX,
-                EXTRA_OFFSET,
-                SIGNED,
+            chained(
+                words[(BIT + i * B) // 32 : (BIT + i * B) // 32 + 2],
+                words[(BIT + i // N * N * B) // 32 : (BIT + i // N * N * B) // 32 + 2],
+                words[(BYTE + 3 * i) // 4 : (BYTE + 3 * i) // 4 + 2],
+                lane_base, (BIT + i * B) % 32, if_last(i, N, BIT + i // N * N * B), (BYTE + 3 * i) % 4, R % 8,
+                i % N == N - 1, B, STATE, SH, 0, SIGNED,
             ),
-        )
+        )  # fmt: skip
+    if first_extras(EXTRAS) > 0:
+        AT: gl.constexpr = BIT + RUN * B
+        OWN: gl.constexpr = BYTE + 3 * RUN
+        codes = words[AT // 32 : AT // 32 + 2]
+        signs = words[OWN // 4 : OWN // 4 + 2]
+        out = out + (single(codes, signs, lane_base_x, AT % 32, OWN % 4, R % 8, B, SHX, EXTRA_OFFSET, SIGNED),)
+    if first_extras(EXTRAS) < EXTRAS:
+        SECOND: gl.constexpr = 8 * BYTE + 24 * (SLOTS + 1) * SIGNED + (R // 4 * 2 + R % 2) * B
+        ITS: gl.constexpr = BYTE + 3 * SLOTS
+        codes = words[SECOND // 32 : SECOND // 32 + 2]
+        signs = words[ITS // 4 : ITS // 4 + 2]
+        out = out + (single(codes, signs, lane_base_x, SECOND % 32, ITS % 4, R % 8, B, SHX, EXTRA_OFFSET, SIGNED),)
     return out
 
 
@@ -206,39 +181,32 @@ def key_norm(
 
 
 @gluon.jit
-def value_slot(
-    words,
-    lane_base,
-    lane_base_x,
-    U: gl.constexpr,
-    S: gl.constexpr,
-    N: gl.constexpr,
-    B: gl.constexpr,
-    STATE: gl.constexpr,
-    SH: gl.constexpr,
-    SHX: gl.constexpr,
-    OFFSET: gl.constexpr,
-    EXTRA_OFFSET: gl.constexpr,
-    SIGNED: gl.constexpr,
-):
-    """The lane's codeword of its token U in the V block: slot S of chain g, or (S = N) the extra triplet, garbage where
-    the lane has none."""
-    if S < N:
-        BYTE: gl.constexpr = 2 * N * B + 3 * N * (U // 8)
-        return chained(words, lane_base, U * N * B, BYTE, U, S, N, B, STATE, SH, OFFSET, SIGNED)
-    else:
-        EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)
-        return single(
-            words,
-            lane_base_x,
-            EXTRA * 8 + U * B,
-            EXTRA + 2 * B + 3 * (U // 8),
-            U,
-            B,
-            SHX,
-            EXTRA_OFFSET,
-            SIGNED,
-        )
+def value_of_chain(
+    words, lane_base, U: gl.constexpr, S: gl.constexpr, N: gl.constexpr, SIGNS: gl.constexpr, B: gl.constexpr,
+    STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr, SIGNED: gl.constexpr,
+):  # fmt: skip
+    """The lane's codeword of its token U in the V block: slot S of its chain, whose signs begin at byte SIGNS."""
+    FIRST: gl.constexpr = U * N * B
+    AT: gl.constexpr = FIRST + S * B
+    OWN: gl.constexpr = SIGNS + 3 * S
+    return chained(
+        words[AT // 32 : AT // 32 + 2], words[FIRST // 32 : FIRST // 32 + 2], words[OWN // 4 : OWN // 4 + 2], lane_base,
+        AT % 32, if_last(S, N, FIRST), OWN % 4, U % 8, S == N - 1, B, STATE, SH, OFFSET, SIGNED,
+    )  # fmt: skip
+
+
+@gluon.jit
+def value_alone(
+    words, lane_base_x, U: gl.constexpr, N: gl.constexpr, B: gl.constexpr, SHX: gl.constexpr,
+    EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
+):  # fmt: skip
+    """The lane's codeword of its token U in the V block that is no part of a chain; garbage where the lane has none."""
+    EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)
+    AT: gl.constexpr = EXTRA * 8 + U * B
+    OWN: gl.constexpr = EXTRA + 2 * B + 3 * (U // 8)
+    codes = words[AT // 32 : AT // 32 + 2]
+    signs = words[OWN // 4 : OWN // 4 + 2]
+    return single(codes, signs, lane_base_x, AT % 32, OWN % 4, U % 8, B, SHX, EXTRA_OFFSET, SIGNED)
 
 
 @gluon.jit
@@ -285,11 +253,11 @@ def half_planes(
     FROM: gl.constexpr = 0 if S < N else 3
     if S < N:
         first = _clean(
-            chained(words, lane_base, 2 * Q * N * B, N * B, 2 * Q, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED
-        )
+            value_of_chain(words, lane_base, 2 * Q, S, N, N * B, B, STATE, SH, OFFSET, SIGNED), SIGNED
+        )  # fmt: skip
         second = _clean(
-            chained(words, lane_base, (2 * Q + 1) * N * B, N * B, 2 * Q + 1, S, N, B, STATE, SH, OFFSET, SIGNED), SIGNED
-        )
+            value_of_chain(words, lane_base, 2 * Q + 1, S, N, N * B, B, STATE, SH, OFFSET, SIGNED), SIGNED
+        )  # fmt: skip
     else:
         SIGNS: gl.constexpr = N * (B + 3 * SIGNED)
         index = field(words, 8 * (SIGNS + 2 * SIGNED) + Q * B, SHX, B)

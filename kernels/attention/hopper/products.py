@@ -12,7 +12,8 @@ from octo_run.kernels.attention.hopper.codewords import (
     key_norm,
     key_token,
     select,
-    value_slot,
+    value_alone,
+    value_of_chain,
 )
 from octo_run.kernels.lanes import (
     exp2,
@@ -237,13 +238,15 @@ def sum_values(
                     )  # fmt: skip
                 elif s < SLOTS:
                     w = ()
-                    for i in gl.static_range(4):
-                        w = w + (
-                            value_slot(
-                                words, lane_base, lane_base_x, 8 * half + 4 * four + i, s, N, B, STATE, SH, SHX, OFFSET,
-                                EXTRA_OFFSET, SIGNED,
-                            ),
-                        )  # fmt: skip
+                    for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
+                        if s < N:
+                            w = w + (
+                                value_of_chain(
+                                    words, lane_base, u, s, N, 2 * N * B + 3 * N * half, B, STATE, SH, OFFSET, SIGNED
+                                ),
+                            )
+                        else:
+                            w = w + (value_alone(words, lane_base_x, u, N, B, SHX, EXTRA_OFFSET, SIGNED),)
                     planes = planes + (transposed(w),)
                 else:
                     planes = planes + ((u32(zero), u32(zero), u32(zero)),)

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.hopper.codewords import codeword, field, key_norm, select, single
+from octo_run.kernels.attention.hopper.codewords import chained, if_last, key_norm, select, single
 from octo_run.kernels.attention.hopper.mean_bias import PAGE_BYTES, PAGES_AT_ONCE
 from octo_run.kernels.attention.hopper.products import query_bytes, soft_cap, transposed
 from octo_run.kernels.lanes import (
@@ -132,37 +132,6 @@ def _value_words(
     return words
 
 
-@constexpr_function
-def _word(bit, beyond, words):
-    """The word of a bit, or the one beyond it if there is one."""
-    return min(int(bit) // 32 + int(beyond), int(words) - 1)
-
-
-@constexpr_function
-def _if_last(slot, n, bit):
-    """The place in its word of a bit that only a chain's last slot needs; 0 of others, which then compile to one."""
-    return int(bit) % 32 if int(slot) % int(n) == int(n) - 1 else 0
-
-
-@gluon.jit
-def _chained(
-    few, lane_base, BIT: gl.constexpr, FIRST_BIT: gl.constexpr, BYTE: gl.constexpr, ROW: gl.constexpr,
-    LAST: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr,
-    SIGNED: gl.constexpr,
-):  # fmt: skip
-    """`codewords.chained` from few of a buffer's words, which compiles in a fraction of the time: two that hold its
-    code, from bit BIT on, two the chain's first one, from FIRST_BIT on, two its signs, from BYTE on. LAST: it is the
-    chain's last slot."""
-    MASK: gl.constexpr = ((1 << (B + STATE)) - 1) << SH
-    if LAST:
-        top = field(few, BIT, SH, B)
-        wrap = field(few, 64 + FIRST_BIT, SH + B, STATE)
-        index = select(wrap, top, ((1 << STATE) - 1) << (SH + B))
-    else:
-        index = field(few, BIT, SH, B + STATE)
-    return codeword(index, lane_base, few, 16 + BYTE, ROW, MASK, OFFSET, SIGNED)
-
-
 @gluon.jit
 def tile_scores(
     stage, lane, lane_base, lane_base_x, queries_at, zero, TILE: gl.constexpr, D: gl.constexpr, B: gl.constexpr,
@@ -185,19 +154,16 @@ def tile_scores(
             a = ()
             for i in gl.static_range(2 * s, 2 * s + 2):
                 for row in gl.static_range(2 * TILE, 2 * TILE + 2):
-                    few = (
-                        words[_word(row * OF_TOKEN + i * B, 0, WORDS)],
-                        words[_word(row * OF_TOKEN + i * B, 1, WORDS)],
-                        words[_word(row * OF_TOKEN + i // N * N * B, 0, WORDS)],
-                        words[_word(row * OF_TOKEN + i // N * N * B, 1, WORDS)],
-                        words[_word(8 * (OF_TOKEN + 3 * i), 0, WORDS)],
-                        words[_word(8 * (OF_TOKEN + 3 * i), 1, WORDS)],
-                    )
                     a = a + (
-                        _chained(
-                            few, lane_base, (row * OF_TOKEN + i * B) % 32,
-                            _if_last(i, N, row * OF_TOKEN + i // N * N * B),
-                            (OF_TOKEN + 3 * i) % 4, row, i % N == N - 1, B, STATE, SH, 0, SIGNED,
+                        chained(
+                            words[(row * OF_TOKEN + i * B) // 32 : (row * OF_TOKEN + i * B) // 32 + 2],
+                            words[
+                                (row * OF_TOKEN + i // N * N * B) // 32 : (row * OF_TOKEN + i // N * N * B) // 32 + 2
+                            ],
+                            words[(OF_TOKEN + 3 * i) // 4 : (OF_TOKEN + 3 * i) // 4 + 2],
+                            lane_base, (row * OF_TOKEN + i * B) % 32,
+                            if_last(i, N, row * OF_TOKEN + i // N * N * B),
+                            (OF_TOKEN + 3 * i) % 4, row % 8, i % N == N - 1, B, STATE, SH, 0, SIGNED,
                         ),
                     )  # fmt: skip
             new = ()
@@ -210,16 +176,12 @@ def tile_scores(
             sums = new
     extras = ()
     for row in gl.static_range(2 * TILE, 2 * TILE + 2):
-        few = (
-            words[_word(row * OF_TOKEN + 2 * N * B, 0, WORDS)],
-            words[_word(row * OF_TOKEN + 2 * N * B, 1, WORDS)],
-            words[_word(8 * (OF_TOKEN + 6 * N), 0, WORDS)],
-            words[_word(8 * (OF_TOKEN + 6 * N), 1, WORDS)],
-        )
         extras = extras + (
             single(
-                few, lane_base_x, (row * OF_TOKEN + 2 * N * B) % 32, 8 + (OF_TOKEN + 6 * N) % 4, row, B, SHX,
-                EXTRA_OFFSET, SIGNED,
+                words[(row * OF_TOKEN + 2 * N * B) // 32 : (row * OF_TOKEN + 2 * N * B) // 32 + 2],
+                words[(OF_TOKEN + 6 * N) // 4 : (OF_TOKEN + 6 * N) // 4 + 2],
+                lane_base_x, (row * OF_TOKEN + 2 * N * B) % 32, (OF_TOKEN + 6 * N) % 4, row % 8, B, SHX, EXTRA_OFFSET,
+                SIGNED,
             ),
         )  # fmt: skip
     gammas = ()
@@ -361,28 +323,22 @@ def slice_values(
                         w = ()
                         for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
                             if s < N:
-                                few = (
-                                    words[_word((u * N + s) * B, 0, ALL)],
-                                    words[_word((u * N + s) * B, 1, ALL)],
-                                    words[_word(u * N * B, 0, ALL)],
-                                    words[_word(u * N * B, 1, ALL)],
-                                    words[_word(8 * (2 * N * B + 3 * (N * half + s)), 0, ALL)],
-                                    words[_word(8 * (2 * N * B + 3 * (N * half + s)), 1, ALL)],
-                                )
-                                value = _chained(
-                                    few, lane_base, (u * N + s) * B % 32, _if_last(s, N, u * N * B),
-                                    (2 * N * B + 3 * (N * half + s)) % 4, u, s == N - 1, B, STATE, SH, OFFSET, SIGNED,
+                                codes = words[(u * N + s) * B // 32 : (u * N + s) * B // 32 + 2]
+                                begin = words[u * N * B // 32 : u * N * B // 32 + 2]
+                                signs = words[
+                                    (2 * N * B + 3 * (N * half + s)) // 4 : (2 * N * B + 3 * (N * half + s)) // 4 + 2
+                                ]
+                                value = chained(
+                                    codes, begin, signs, lane_base, (u * N + s) * B % 32, if_last(s, N, u * N * B),
+                                    (2 * N * B + 3 * (N * half + s)) % 4, u % 8, s == N - 1, B, STATE, SH, OFFSET,
+                                    SIGNED,
                                 )  # fmt: skip
                             else:
-                                few = (
-                                    words[_word(8 * EXTRA + u * B, 0, ALL)],
-                                    words[_word(8 * EXTRA + u * B, 1, ALL)],
-                                    words[_word(8 * (EXTRA + 2 * B + 3 * half), 0, ALL)],
-                                    words[_word(8 * (EXTRA + 2 * B + 3 * half), 1, ALL)],
-                                )
+                                codes = words[(8 * EXTRA + u * B) // 32 : (8 * EXTRA + u * B) // 32 + 2]
+                                signs = words[(EXTRA + 2 * B + 3 * half) // 4 : (EXTRA + 2 * B + 3 * half) // 4 + 2]
                                 value = single(
-                                    few, lane_base_x, (8 * EXTRA + u * B) % 32, 8 + (EXTRA + 2 * B + 3 * half) % 4, u,
-                                    B, SHX, EXTRA_OFFSET, SIGNED,
+                                    codes, signs, lane_base_x, (8 * EXTRA + u * B) % 32, (EXTRA + 2 * B + 3 * half) % 4,
+                                    u % 8, B, SHX, EXTRA_OFFSET, SIGNED,
                                 )  # fmt: skip
                             w = w + (value,)
                         planes = planes + (transposed(w),)
