@@ -1,7 +1,8 @@
-"""Which cases of a test its mark ``few`` leaves quick."""
+"""Which cases of a test its mark ``few`` leaves quick, and which tests are for a GPU."""
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,3 +36,22 @@ def test_as_many_as_it_says_or_those_that_it_names() -> None:
 def test_cases_that_are_slow_anyway_do_not_count() -> None:
     assert names(pytest.mark.few(2), slow="cdefgh") == "ab"
     assert names(pytest.mark.few(1), slow="ab") == "c"
+
+
+def test_what_runs_on_a_gpu_is_marked_where_there_is_one() -> None:
+    """A chunk of a recurrent layer once read memory that was not there; its tests had no mark and ran on no GPU."""
+    hook = runpy.run_path(str(Path(__file__).parent / "kernels" / "conftest.py"))["pytest_collection_modifyitems"]
+
+    class Item(Case):
+        path = Path("somewhere/else.py")
+
+        def __init__(self, **module: str) -> None:
+            super().__init__("a")
+            self.module, self.added = SimpleNamespace(**module), list[str]()
+
+        def add_marker(self, mark: pytest.MarkDecorator) -> None:
+            self.added.append(mark.name)
+
+    items = [Item(DEVICE="cuda"), Item(DEVICE="cpu"), Item()]
+    hook(items)
+    assert [item.added for item in items] == [["gpu"], [], []]

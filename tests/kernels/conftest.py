@@ -16,9 +16,13 @@ FOREIGN = {*runpy.run_path(str(HERE / "cpu_targets.py"))["TARGETS"]} - {"native"
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a costly test the first case is quick, the others are slow; so are other instruction sets than this one's."""
+    """Of a costly test the first case is quick, the others are slow; so are other instruction sets than this one's.
+    Where there is a GPU, the tests of files that use it then (``DEVICE``) are marked ``gpu``, so that ``-m gpu`` has
+    them."""
     seen = set[object]()
     for item in items:
+        if getattr(getattr(item, "module", None), "DEVICE", None) == "cuda":
+            item.add_marker(pytest.mark.gpu)
         if item.path.parent != HERE or item.get_closest_marker("slow") is not None:
             continue
         case = getattr(item, "callspec", None)
