@@ -226,6 +226,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {
         "architectures": ["Gemma4ForCausalLM"],
         "hidden_size": 5376,
+        "hidden_size_per_layer_input": 0,
         "intermediate_size": 21504,
         "model_type": "gemma4_text",
         "num_attention_heads": 32,

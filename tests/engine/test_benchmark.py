@@ -15,7 +15,7 @@ from octo_run.kernels.linear.launch import rows_at_once
 from octo_run.models.decoder import Decoder
 from octo_run.models.linear import PackedLinear
 from octo_run.models.quantisation.schemes import head_scheme, scheme_of
-from octo_run.models.weights import RandomWeights
+from octo_run.models.weights import RandomWeights, num_parameters
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,23 @@ def test_named_shapes_are_those_of_the_models() -> None:
     found = [(one.count, one.chosen, one.inner) for one in sparse.values() if one is not None]
     assert found == [(8, 2, 14336), (128, 8, 768), (32, 4, 2880)]
     assert shapes["qwen2.5-7b"].qkv_bias and shapes["qwen3-0.6b"].qk_norm
+
+
+#: Parameters of the text parts, in millions, as published; those of qwen3.5-9b and gemma-4-12b are what they were when
+#: this was written.
+PARAMETERS = {
+    "llama-3.1-8b": 8030, "llama-3.1-70b": 70554, "llama-3.2-1b": 1236, "mistral-7b": 7242, "qwen2.5-0.5b": 494,
+    "qwen2.5-7b": 7616, "qwen3-0.6b": 596, "qwen3.5-9b": 8954, "gemma-3-12b": 11766, "gemma-4-12b": 11907,
+    "gemma-4-31b": 30697, "smollm2-1.7b": 1711, "mixtral-8x7b": 46703, "qwen3-30b-a3b": 30532, "gpt-oss-20b": 20915,
+}  # fmt: skip
+
+
+def test_named_shapes_have_the_parameters_of_the_models() -> None:
+    """A field that is left out may mean another model: that of 31B had four billion more."""
+    assert {*PARAMETERS} == {*SHAPES}
+    for name, millions in PARAMETERS.items():
+        found = num_parameters(read_shape(name)) / 1e6
+        assert abs(found - millions) < 0.002 * millions, (name, found)
 
 
 @pytest.mark.parametrize("weights", ["int4-128", "int8"])
