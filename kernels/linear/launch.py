@@ -79,8 +79,10 @@ def fits(x: Tensor, weight: PackedWeight) -> bool:
 def rows_at_once(weight: PackedWeight) -> int:
     """Rows of x that a launch of the fused product takes, 0 if its slices have no room to meet."""
     slices = tiling(weight.padded // BLOCK).slices
-    counts = (16, 8, 4, 2, 1)
-    return next((rows for rows in counts if slices == 1 or slices * rows * weight.shape[0] <= PARTS), 0)
+    rows = ROWS_AT_ONCE
+    while slices > 1 and slices * rows * weight.shape[0] > PARTS:
+        rows //= 2
+    return rows
 
 
 def _groups_aligned(weight: PackedWeight) -> bool:
