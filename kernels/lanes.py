@@ -203,6 +203,19 @@ def load_global2(pointer):
 
 
 @gluon.jit
+def load_global2_in_order(pointer):
+    """The lane's 8 bytes at ``pointer``, asked for before what comes later in the source."""
+    return gl.inline_asm_elementwise(
+        "ld.global.v2.u32 {$0, $1}, [$2];",
+        "=r,=r,l",
+        [pointer],
+        dtype=(gl.uint32, gl.uint32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def load_global_l2_f(pointer):
     """The lane's float32 at ``pointer``, past the first-level cache."""
     return gl.inline_asm_elementwise(
@@ -344,6 +357,14 @@ def shuffle(x, lane):
 def shuffle_f(x, lane):
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=f,f,r", [x, lane], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def largest_of_warp(x):
+    """The largest uint32 of all lanes, in all of them."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", [x], dtype=gl.uint32, is_pure=False, pack=1
     )
 
 

@@ -23,9 +23,8 @@ from octo_run.kernels.experts.routing_kernels import (
     router_rows_kernel,
 )
 from octo_run.kernels.experts.weights import FEW, MANY, SOME, ExpertWeights, Scratch, tile_count
-from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, tiling
+from octo_run.kernels.linear.launch import ELEMENTS, Tiling, _groups_aligned, by_digits, of_weight, tiling
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
-from octo_run.kernels.linear.streamed_parts import shared_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,22 +203,14 @@ def fused_product(
     step, half = (8, n // 2) if first else (16, 8)
     outputs = triton.cdiv(n, 2 * step if first else step)
     programs = min(outputs, max(1, how.programs * processors(x.device) // tiles))
-    group = 0 if weight.scales is None else weight.group
-    shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, 1, how.warps, how.turns * how.ahead)
-    threads, unused = 32 * how.warps, weight.rows
-    scales = unused if weight.scales is None else weight.scales
     launch: Callable[..., Any] = packed_experts_kernel[(programs, tiles)]
     launch(
-        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=scales,
-        OFFSETS=scales if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias,
-        ORDER=scratch.order, TILES=scratch.tiles, OUT=out, alpha=activation.alpha, limit=activation.limit, n=n,
-        columns=weight.columns, blocks=blocks, row_bytes=weight.codes.stride(0),
-        stride_group=0 if weight.scales is None else weight.scales.stride(1), outputs=outputs, programs=programs,
-        step=step, half=half, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype], GROUP=group,
-        HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, PADDED=weight.padded != weight.columns,
-        UNEVEN=blocks != how.warps * how.turns, TURNS=how.turns, AHEAD=how.ahead, CHOSEN=scratch.indices.shape[1],
-        FIRST=first, ACTIVATION=activation.kind, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
-        KNOWN=known, **early(x.device), num_warps=how.warps, **how.registers,
+        X=x, BIAS=weight.rows if bias is None else bias, ORDER=scratch.order, TILES=scratch.tiles, OUT=out,
+        alpha=activation.alpha, limit=activation.limit, n=n, blocks=blocks, outputs=outputs, programs=programs,
+        step=step, half=half, ELEMENT=ELEMENTS[x.dtype], BIASED=bias is not None,
+        UNEVEN=blocks != how.warps * how.turns, CHOSEN=scratch.indices.shape[1], FIRST=first,
+        ACTIVATION=activation.kind, KNOWN=known,
+        **of_weight(weight, 1, by_digits(len(scratch.indices), weight), how), **early(x.device),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of, processors, runs_ptx
 from octo_run.kernels.linear.dequantise_kernel import dequantise_kernel
+from octo_run.kernels.linear.digit_parts import takes_digits
 from octo_run.kernels.linear.packed import BITS, BLOCK, PackedWeight
 from octo_run.kernels.linear.reference import SLAB_BYTES, in_slabs
 from octo_run.kernels.linear.streamed_parts import shared_bytes
@@ -85,6 +86,11 @@ def rows_at_once(weight: PackedWeight) -> int:
     return rows
 
 
+def by_digits(rows: int, weight: PackedWeight) -> bool:
+    """Whether a product is one of whole numbers (`digit_parts`)."""
+    return rows == 1 and bool(takes_digits(weight.kind, 0 if weight.scales is None else weight.group))
+
+
 def _groups_aligned(weight: PackedWeight) -> bool:
     """Whether scales (and offsets) of 8 rows are 16 aligned bytes."""
     parts = [part for part in (weight.scales, weight.offsets) if part is not None]
@@ -132,28 +138,36 @@ def fused(
     """The fused product of at most `rows_at_once` rows; ``swiglu``: of its first half silu, times the second."""
     n, blocks, rows = weight.shape[0], weight.padded // BLOCK, len(x)
     how = tiling(blocks) if how is None else how
-    wide = 2 if rows > 8 else 1
+    wide, digits = 2 if rows > 8 else 1, by_digits(rows, weight)
     step, half = (8, n // 2) if swiglu else (16, 8)
     parts, counters = _joining(x.device) if how.slices > 1 else (weight.rows, weight.rows)
     tiles = triton.cdiv(n, 2 * step if swiglu else step)
     programs = min(tiles, max(1, how.programs * processors(x.device) // how.slices))
-    group = 0 if weight.scales is None else weight.group
-    shared = shared_bytes(BITS[weight.kind], group, weight.offsets is not None, wide, how.warps, how.turns * how.ahead)
-    threads, unused = 32 * how.warps, weight.rows
-    scales = unused if weight.scales is None else weight.scales
     launch: Callable[..., Any] = streamed_product_kernel[(programs * how.slices, 1)]
     launch(
-        X=x, CODES=weight.codes, ROWS=weight.rows, SCALES=scales,
-        OFFSETS=scales if weight.offsets is None else weight.offsets, BIAS=unused if bias is None else bias, OUT=out,
-        PARTS=parts, COUNTERS=counters, n=n, rows=rows, columns=weight.columns, blocks=blocks,
-        slice_blocks=triton.cdiv(blocks, how.slices), row_bytes=weight.codes.stride(0), stride_x=x.stride(0),
-        stride_out=out.stride(0), stride_group=0 if weight.scales is None else weight.scales.stride(1), tiles=tiles,
-        programs=programs, step=step, half=half, KIND=weight.kind, BITS=BITS[weight.kind], ELEMENT=ELEMENTS[x.dtype],
-        GROUP=group, NT=wide, HAS_OFFSETS=weight.offsets is not None, BIASED=bias is not None, SWIGLU=swiglu,
-        PADDED=weight.padded != weight.columns, UNEVEN=blocks != how.slices * how.warps * how.turns, TURNS=how.turns,
-        AHEAD=how.ahead, SLICES=how.slices, WARPS=how.warps, SMEM_WORDS=-(-int(shared) // (4 * threads)) * threads,
-        **early(x.device), num_warps=how.warps, **how.registers,
+        X=x, BIAS=weight.rows if bias is None else bias, OUT=out, PARTS=parts, COUNTERS=counters, n=n, rows=rows,
+        blocks=blocks, slice_blocks=triton.cdiv(blocks, how.slices), stride_x=x.stride(0), stride_out=out.stride(0),
+        tiles=tiles, programs=programs, step=step, half=half, ELEMENT=ELEMENTS[x.dtype], NT=wide,
+        BIASED=bias is not None, SWIGLU=swiglu, UNEVEN=blocks != how.slices * how.warps * how.turns, SLICES=how.slices,
+        **of_weight(weight, wide, digits, how), **early(x.device),
     )  # fmt: skip
+
+
+def of_weight(weight: PackedWeight, wide: int, digits: bool, how: Tiling) -> dict[str, Any]:
+    """What a launch of a fused product, this one or that of experts, is told of the weight and of its division."""
+    group, unused = 0 if weight.scales is None else weight.group, weight.rows
+    scales = unused if weight.scales is None else weight.scales
+    bits, moved = BITS[weight.kind], weight.offsets is not None
+    shared, threads = shared_bytes(bits, group, moved, wide, digits, how.warps, how.turns, how.ahead), 32 * how.warps
+    return {
+        "CODES": weight.codes, "ROWS": weight.rows, "SCALES": scales,
+        "OFFSETS": scales if weight.offsets is None else weight.offsets, "columns": weight.columns,
+        "row_bytes": weight.codes.stride(0),
+        "stride_group": 0 if weight.scales is None else weight.scales.stride(1), "KIND": weight.kind, "BITS": bits,
+        "GROUP": group, "DIGITS": digits, "HAS_OFFSETS": moved, "PADDED": weight.padded != weight.columns,
+        "TURNS": how.turns, "AHEAD": how.ahead,  "WARPS": how.warps,
+        "SMEM_WORDS": -(-int(shared) // (4 * threads)) * threads, "num_warps": how.warps, **how.registers,
+    }  # fmt: skip
 
 
 def unpack(weight: PackedWeight, first: int, last: int, out: Tensor) -> None:

@@ -14,6 +14,7 @@ from octo_run.kernels.lane_copies import (
     copy16_if,
     copy16_or_clear,
     expect_warps,
+    wait_for_copies,
     warp_arrives,
 )
 from octo_run.kernels.lanes import (
@@ -22,14 +23,26 @@ from octo_run.kernels.lanes import (
     load_global2,
     low_half,
     mma_half,
+    read_shared2,
     read_shared4,
     read_shared_f,
     read_shared_half,
     repeat,
     shuffle_f,
+    sync_warp,
     u32,
     write_shared2,
     write_shared4_of,
+    write_shared_if,
+)
+from octo_run.kernels.linear.digit_parts import (
+    add_digits,
+    block_of,
+    byte_tables,
+    plane_bytes,
+    scale_of,
+    sum_of_lanes,
+    whole_sums,
 )
 from octo_run.kernels.linear.unpack import (
     excess,
@@ -49,37 +62,67 @@ def stage_bytes(bits, group, offsets):
 
 
 @constexpr_function
-def shared_bytes(bits, group, offsets, nt, warps, stages):
-    """Shared memory of a program: the ring, the sums of two tiles, the warps' arrivals and a constant."""
-    return int(warps) * (int(stages) * stage_bytes(bits, group, offsets) + int(nt) * 1024) + 16
+def shared_bytes(bits, group, offsets, nt, digits, warps, turns, ahead):
+    """Shared memory of a program: the ring, the sums of two tiles, digits on their way, the warps' arrivals, and each
+    warp's constants."""
+    ring = int(turns) * int(ahead) * stage_bytes(bits, group, offsets)
+    each = ring + plane_bytes(digits, turns) + 16
+    return int(warps) * each + 2 * sum_bytes(nt, digits, warps) + 8
 
 
 @constexpr_function
-def threads_of_sum(nt, warps):
+def sums_of_tile(nt, digits):
+    """Sums of a tile: of 16 outputs and eight rows at a time, or one that is digits."""
+    return 16 if digits else 128 * int(nt)
+
+
+@constexpr_function
+def sum_bytes(nt, digits, warps):
+    """Where the warps' sums of a tile lie: those of digits side by side for each output, and a place that is free."""
+    return 4 * sums_of_tile(nt, digits) * (int(warps) + (1 if digits else 0))
+
+
+@constexpr_function
+def threads_of_sum(nt, digits, warps):
     """Threads that share the sum of an output."""
-    return max(1, int(warps) // (4 * int(nt)))
+    return int(warps) if digits else max(1, int(warps) // (4 * int(nt)))
 
 
 @constexpr_function
-def side_by_side(turns):
-    """Blocks of a warp that lie side by side: two, if it has an even number, to read 128 bytes of 4-bit codes whole."""
-    return 1 if int(turns) % 2 else 2
+def rounds_of_sum(nt, digits, warps):
+    """How often the program's threads take a place each until a tile's sums are all added up."""
+    return -(-sums_of_tile(nt, digits) * threads_of_sum(nt, digits, warps) // (32 * int(warps)))
 
 
 @constexpr_function
-def block_of(turn, turns, warps):
-    """Blocks from a warp's first one to that of its turn."""
-    near = side_by_side(turns)
-    return int(turn) // near * near * int(warps) + int(turn) % near
+def other_half(digits):
+    """What the numbers of the sums of an output of a tile's first half and of its second differ by."""
+    return 1 if digits else 2
+
+
+@constexpr_function
+def _constant(kind, digits, i):
+    return (byte_tables(kind) if digits else masks(kind))[int(i)]
 
 
 @gluon.jit
-def prepare_shared(lane, KIND: gl.constexpr, ARRIVALS: gl.constexpr, WARPS: gl.constexpr):
-    """Make what lies behind the ring and the sums: the count of arrivals, and the kind's constants."""
+def prepare_shared(lane, warp, KIND: gl.constexpr, ARRIVALS: gl.constexpr, WARPS: gl.constexpr, DIGITS: gl.constexpr):
+    """Make what lies behind the ring and the sums: the count of arrivals, and each warp's copy of the kind's constants.
+
+    Constants from memory stay in registers: the compiler would make them anew for each use, or, if it knew that all
+    lanes have the same ones, would keep them elsewhere and bring them for each use.
+
+    Returns:
+        The constants.
+    """
+    zero = u32(lane * 0)
+    at = u32(ARRIVALS + 8 + 16 * warp)
     barrier()
     expect_warps(lane, ARRIVALS, WARPS)
-    write_shared2(u32(lane * 0 + (ARRIVALS + 8)), u32(lane * 0) + masks(KIND)[0], u32(lane * 0) + masks(KIND)[1])
+    for i in gl.static_range(2):
+        write_shared2(at + 8 * i, zero + _constant(KIND, DIGITS, 2 * i), zero + _constant(KIND, DIGITS, 2 * i + 1))
     barrier()
+    return read_shared2(at) + read_shared2(at + 8)
 
 
 @gluon.jit
@@ -304,49 +347,135 @@ def _scaled(acc, raw, sums, at, EXCESS: gl.constexpr, GROUPS: gl.constexpr, PART
 
 
 @gluon.jit
-def place_of_sum(place, tile, step, half, NT: gl.constexpr, SHARED: gl.constexpr):
-    """Of a thread's place among the tile's sums: number, output and row of x."""
-    number = place // SHARED
-    lane = (number & 127) >> 2
-    i = number & 3
-    return number, tile * step + (i >> 1) * half + (lane >> 2), (number >> 7) * 8 + (lane & 3) * 2 + (i & 1)
+def ask(ring, places, left, block, end, n, half, row_bytes, stride_group, programs, step, lane, FIRST: gl.constexpr,
+        LAST: gl.constexpr, TURNS: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr,
+        UNEVEN: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Start copying to the places FIRST to LAST - 1 of the warp's ring, which begins at ``ring``.
+
+    Returns:
+        ``places`` and ``left`` of the block that is copied next.
+    """
+    STAGE: gl.constexpr = stage_bytes(BITS, GROUP, HAS_OFFSETS)
+    for i in gl.static_range(FIRST, LAST):
+        copy_turn(ring + i * STAGE, places, left, block, end, n, half, stride_group, lane, i % TURNS, TURNS, BITS,
+                  GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
+        if i % TURNS == TURNS - 1:
+            places, left = next_places(places, row_bytes, programs, step), left - programs
+    return places, left
+
+
+@gluon.jit
+def add_tile(ring, places, left, inputs, sums, backs, constants, OFFSETS, tile, block, end, n, half, row_bytes,
+             stride_group, programs, step, lane, KIND: gl.constexpr, BITS: gl.constexpr, ELEMENT: gl.constexpr,
+             GROUP: gl.constexpr, NT: gl.constexpr, DIGITS: gl.constexpr, HAS_OFFSETS: gl.constexpr,
+             SUMMED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
+             WARPS: gl.constexpr):  # fmt: skip
+    """The warp's sums of a tile, whose blocks lie in the ring from ``ring`` on; their places are filled with blocks of
+    a later tile.
+
+    Returns:
+        The sums, and `ask`'s ``places`` and ``left``.
+    """
+    STAGE: gl.constexpr = stage_bytes(BITS, GROUP, HAS_OFFSETS)
+    EXCESS: gl.constexpr = excess(KIND, ELEMENT)
+    zero = (lane * 0).to(gl.float32)
+    low = tile * step + (lane >> 2)
+    if DIGITS:
+        if GROUP == 0:
+            acc = repeat(lane * 0, 4)
+        else:
+            acc = repeat(zero, 2)
+    elif GROUP == 0 and SUMMED:
+        acc = less_offsets(sums, OFFSETS, low, low + half, n, lane, EXCESS, NT, TURNS, HAS_OFFSETS)
+    else:
+        acc = repeat(repeat(zero, 4), NT)
+    for turn in gl.static_range(TURNS):
+        slot = ring + turn * STAGE
+        wait_for_copies(lane, TURNS * AHEAD - 1)
+        if DIGITS:
+            acc = add_digits(acc, slot, inputs[turn], sums[turn], backs[turn], constants, lane, KIND, BITS, GROUP,
+                             HAS_OFFSETS)  # fmt: skip
+        else:
+            acc = add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, NT,
+                            HAS_OFFSETS)  # fmt: skip
+        sync_warp(lane)  # all its lanes have read the block that is replaced now
+        copy_turn(slot, places, left, block, end, n, half, stride_group, lane, turn, TURNS, BITS, GROUP, HAS_OFFSETS,
+                  UNEVEN, WARPS)  # fmt: skip
+    if DIGITS and GROUP == 0:
+        acc = whole_sums(acc, sums, OFFSETS, low, low + half, n, KIND, TURNS, HAS_OFFSETS)
+    return acc, next_places(places, row_bytes, programs, step), left - programs
+
+
+@gluon.jit
+def next_tile(ring, start, BITS: gl.constexpr, GROUP: gl.constexpr, HAS_OFFSETS: gl.constexpr, TURNS: gl.constexpr,
+              AHEAD: gl.constexpr):  # fmt: skip
+    """Where the blocks of the tile behind that at ``ring`` lie, in a ring from ``start`` on."""
+    BYTES: gl.constexpr = TURNS * stage_bytes(BITS, GROUP, HAS_OFFSETS)
+    if AHEAD > 1:
+        ring = gl.where(ring == start + (AHEAD - 1) * BYTES, start, ring + BYTES)
+    return ring
+
+
+@gluon.jit
+def place_of_sum(place, tile, step, half, NT: gl.constexpr, DIGITS: gl.constexpr, WARPS: gl.constexpr):
+    """Of a thread's place among the tile's sums: number, output and row of x (of digits beyond the sums: no row)."""
+    number = place // threads_of_sum(NT, DIGITS, WARPS)
+    if DIGITS:
+        output = tile * step + (number & 1) * half + ((number >> 1) & 7)
+        row = number >> 4
+    else:
+        lane = (number & 127) >> 2
+        output = tile * step + ((number >> 1) & 1) * half + (lane >> 2)
+        row = (number >> 7) * 8 + (lane & 3) * 2 + (number & 1)
+    return number, output, row
 
 
 @gluon.jit
 def factors_of(ROWS, tile, step, half, n, tid, KIND: gl.constexpr, ELEMENT: gl.constexpr, NT: gl.constexpr,
-               WARPS: gl.constexpr):  # fmt: skip
-    """Factors of the rows of the weight whose sums the thread finishes, times `output_factor`."""
-    SHARED: gl.constexpr = threads_of_sum(NT, WARPS)
+               DIGITS: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+    """Factors of the rows of the weight whose sums the thread finishes, times what these lack."""
+    LACKING: gl.constexpr = scale_of(KIND) if DIGITS else output_factor(KIND, ELEMENT)
     out = ()
-    for first in gl.static_range(0, NT * 128 * SHARED, 32 * WARPS):
-        _, output, _row = place_of_sum(first + tid, tile, step, half, NT, SHARED)
-        out = out + (gl.load(ROWS + output, mask=output < n, other=0) * output_factor(KIND, ELEMENT),)
+    for i in gl.static_range(rounds_of_sum(NT, DIGITS, WARPS)):
+        _, output, _row = place_of_sum(i * (32 * WARPS) + tid, tile, step, half, NT, DIGITS, WARPS)
+        out = out + (gl.load(ROWS + output, mask=output < n, other=0) * LACKING,)
     return out
 
 
 @gluon.jit
-def hand_over(acc, buffer, lane, warp, NT: gl.constexpr, WARPS: gl.constexpr, ARRIVALS: gl.constexpr):
+def hand_over(acc, backs, buffer, lane, warp, GROUP: gl.constexpr, NT: gl.constexpr, DIGITS: gl.constexpr,
+              WARPS: gl.constexpr, ARRIVALS: gl.constexpr):  # fmt: skip
     """Write the warp's sums of a tile for all to read."""
-    for b in gl.static_range(NT):
-        bits = ()
-        for i in gl.static_range(4):
-            bits = bits + (acc[b][i].to(gl.uint32, bitcast=True),)
-        at = buffer + b * (WARPS * 512) + warp * 512 + lane * 16
-        write_shared4_of(u32(at), bits[0], bits[1], bits[2], bits[3])
+    if DIGITS:
+        total = sum_of_lanes(acc, backs[0], lane, GROUP)
+        number = (lane >> 2) * 2 + (lane & 1)
+        at = buffer + (number * (WARPS + 1) + warp) * 4
+        write_shared_if(u32(at), total.to(gl.uint32, bitcast=True), lane & 2 == 0)
+    else:
+        for b in gl.static_range(NT):
+            bits = ()
+            for i in gl.static_range(4):
+                bits = bits + (acc[b][i].to(gl.uint32, bitcast=True),)
+            at = buffer + b * (WARPS * 512) + warp * 512 + lane * 16
+            write_shared4_of(u32(at), bits[0], bits[1], bits[2], bits[3])
     warp_arrives(lane, ARRIVALS)
 
 
 @gluon.jit
-def sum_of_warps(buffer, place, number, lane, NT: gl.constexpr, WARPS: gl.constexpr):
+def sum_of_warps(buffer, place, number, lane, NT: gl.constexpr, DIGITS: gl.constexpr, WARPS: gl.constexpr):
     """What all warps have summed up for a thread's place, in all threads that share it. ``number``: of the place."""
-    SHARED: gl.constexpr = threads_of_sum(NT, WARPS)
+    SHARED: gl.constexpr = threads_of_sum(NT, DIGITS, WARPS)
     EACH: gl.constexpr = WARPS // SHARED
-    at = buffer + (number >> 7) * (WARPS * 512) + (number & 127) * 4 + place % SHARED * (EACH * 512)
+    STEP: gl.constexpr = 4 if DIGITS else 512
+    at = buffer + place % SHARED * (EACH * STEP)
+    if DIGITS:
+        at += (number & 15) * (4 * (WARPS + 1))
+    else:
+        at += (number >> 7) * (WARPS * 512) + (number & 127) * 4
     total = read_shared_f(u32(at))
     for w in gl.static_range(1, EACH):
-        total += read_shared_f(u32(at + w * 512))
-    if SHARED >= 2:
-        total += shuffle_f(total, lane ^ 1)
-    if SHARED >= 4:
-        total += shuffle_f(total, lane ^ 2)
+        total += read_shared_f(u32(at + w * STEP))
+    for bit in gl.static_range(5):
+        if 1 << bit < SHARED:
+            total += shuffle_f(total, lane ^ (1 << bit))
     return total

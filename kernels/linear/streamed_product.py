@@ -15,33 +15,39 @@ the next tile is computed. If there are several slices, the last of their progra
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from octo_run.kernels.lane_copies import wait_for_copies, wait_for_warps
+from octo_run.kernels.lane_copies import wait_for_warps
 from octo_run.kernels.lanes import (
     arrive,
     exp2,
     let_next_kernel_start,
     load_global_l2_f,
-    read_shared2,
     repeat,
     shuffle_f,
-    sync_warp,
-    u32,
     wait_for_kernel_before,
 )
-from octo_run.kernels.linear.streamed_parts import (
-    add_block,
+from octo_run.kernels.linear.digit_parts import (
     block_of,
-    copy_turn,
+    digits_and_sums,
+    excess_of,
+    load_numbers,
+    plane_bytes,
+    side_by_side,
+    write_digits,
+)
+from octo_run.kernels.linear.streamed_parts import (
+    add_tile,
+    ask,
     factors_of,
     first_places,
     hand_over,
-    less_offsets,
-    next_places,
+    next_tile,
+    other_half,
     place_of_sum,
     prepare_shared,
+    rounds_of_sum,
     row_inputs,
-    side_by_side,
     stage_bytes,
+    sum_bytes,
     sum_of_warps,
     sums_of,
     threads_of_sum,
@@ -60,25 +66,26 @@ def _swiglu(gate, up, ELEMENT: gl.constexpr):
 
 @gluon.jit
 def _finish(factors, buffer, turn, OUT, BIAS, PARTS, part, tile, step, half, n, rows, stride_out, tid, lane,
-            ELEMENT: gl.constexpr, NT: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr, SWIGLU: gl.constexpr,
-            SLICES: gl.constexpr, ARRIVALS: gl.constexpr):  # fmt: skip
+            ELEMENT: gl.constexpr, NT: gl.constexpr, DIGITS: gl.constexpr, WARPS: gl.constexpr, BIASED: gl.constexpr,
+            SWIGLU: gl.constexpr, SLICES: gl.constexpr, ARRIVALS: gl.constexpr):  # fmt: skip
     """Add up the warps' sums of a tile (none if it is negative), and write outputs, or the slice's part of them."""
-    SHARED: gl.constexpr = threads_of_sum(NT, WARPS)
+    SHARED: gl.constexpr = threads_of_sum(NT, DIGITS, WARPS)
+    OTHER: gl.constexpr = other_half(DIGITS)
     wait_for_warps(turn + lane * 0, ARRIVALS)
-    for first in gl.static_range(0, NT * 128 * SHARED, 32 * WARPS):
-        place = first + tid
-        number, output, row = place_of_sum(place, tile, step, half, NT, SHARED)
-        total = sum_of_warps(buffer, place, number, lane, NT, WARPS)
+    for i in gl.static_range(rounds_of_sum(NT, DIGITS, WARPS)):
+        place = i * (32 * WARPS) + tid
+        number, output, row = place_of_sum(place, tile, step, half, NT, DIGITS, WARPS)
+        total = sum_of_warps(buffer, place, number, lane, NT, DIGITS, WARPS)
         mine = (tile >= 0) & (output < n) & (row < rows) & (place % SHARED == 0)
-        total *= factors[first // (32 * WARPS)]
+        total *= factors[i]
         if SLICES > 1:
             gl.store(PARTS + (part * rows + row) * n + output, total, mask=mine)
         else:
             if BIASED:
                 total += gl.load(BIAS + output, mask=mine, other=0).to(gl.float32)
             if SWIGLU:  # the thread of the same row's other half
-                total = _swiglu(total, shuffle_f(total, lane ^ (2 * SHARED)), ELEMENT)
-                mine = mine & (number & 2 == 0)
+                total = _swiglu(total, shuffle_f(total, lane ^ (OTHER * SHARED)), ELEMENT)
+                mine = mine & (number & OTHER == 0)
             gl.store(OUT + row.to(gl.int64) * stride_out + output, total.to(OUT.dtype.element_ty), mask=mine)
 
 
@@ -115,15 +122,39 @@ def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, 
         gl.store(OUT + line.to(gl.int64) * stride_out + output, total.to(OUT.dtype.element_ty), mask=mine)
 
 
+@gluon.jit
+def _inputs(X, rows, stride_x, block, end, columns, lane, KIND: gl.constexpr, ELEMENT: gl.constexpr, NT: gl.constexpr,
+            PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr, SUMMED: gl.constexpr, STEPS: gl.constexpr,
+            WARPS: gl.constexpr):  # fmt: skip
+    """Operands of a warp's blocks, and their sums by group, by turn."""
+    inputs = ()
+    sums = ()
+    for turn in gl.static_range(TURNS):
+        operands = ()
+        for b in gl.static_range(NT):
+            line = X + gl.minimum(8 * b + (lane >> 2), rows - 1).to(gl.int64) * stride_x
+            at = block + block_of(turn, TURNS, WARPS)
+            operands = operands + (row_inputs(line, at, end, columns, lane, PADDED, UNEVEN, KIND, ELEMENT),)
+        inputs = inputs + (operands,)
+    for turn in gl.static_range(TURNS):
+        if SUMMED:
+            sums = sums + (sums_of(inputs[turn], lane, STEPS, ELEMENT, NT),)
+        else:
+            sums = sums + ((),)
+    return inputs, sums
+
+
 @gluon.jit(do_not_specialize=["n", "rows", "stride_x", "stride_out", "tiles", "programs", "step", "half"])
 def streamed_product_kernel(
     X, CODES, ROWS, SCALES, OFFSETS, BIAS, OUT, PARTS, COUNTERS, n, rows, columns, blocks, slice_blocks, row_bytes,
     stride_x, stride_out, stride_group, tiles, programs, step, half, KIND: gl.constexpr, BITS: gl.constexpr,
-    ELEMENT: gl.constexpr, GROUP: gl.constexpr, NT: gl.constexpr, HAS_OFFSETS: gl.constexpr, BIASED: gl.constexpr,
-    SWIGLU: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr,
-    SLICES: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, EARLY: gl.constexpr,
+    ELEMENT: gl.constexpr, GROUP: gl.constexpr, NT: gl.constexpr, DIGITS: gl.constexpr, HAS_OFFSETS: gl.constexpr,
+    BIASED: gl.constexpr, SWIGLU: gl.constexpr, PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr,
+    AHEAD: gl.constexpr, SLICES: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
-    """OUT [rows, n] = X [rows, columns] W^T + BIAS for at most 8 NT rows; programs: ``programs`` for each of SLICES.
+    """OUT [rows, n] = X [rows, columns] W^T + BIAS for at most 8 NT rows, or for one of whole numbers if DIGITS
+    (`digit_parts`); programs: ``programs`` for each of SLICES.
 
     Args:
         SCALES, OFFSETS: Of a group, of all rows one after the other; groups lie ``stride_group`` apart.
@@ -143,78 +174,65 @@ def streamed_product_kernel(
     lane = tid & 31
     warp = tid >> 5
     EXCESS: gl.constexpr = excess(KIND, ELEMENT)
-    SUMMED: gl.constexpr = HAS_OFFSETS or EXCESS > 0
+    SUMMED: gl.constexpr = HAS_OFFSETS or (excess_of(KIND) if DIGITS else EXCESS) > 0
     STEPS: gl.constexpr = GROUP // 16 if GROUP > 0 else 8
     STAGES: gl.constexpr = TURNS * AHEAD
     STAGE: gl.constexpr = stage_bytes(BITS, GROUP, HAS_OFFSETS)
     RING: gl.constexpr = STAGES * STAGE
-    BUFFER: gl.constexpr = NT * WARPS * 512
-    ARRIVALS: gl.constexpr = WARPS * RING + 2 * BUFFER
+    BUFFER: gl.constexpr = sum_bytes(NT, DIGITS, WARPS)
+    DIGIT_PLANES: gl.constexpr = WARPS * RING + 2 * BUFFER
+    ARRIVALS: gl.constexpr = DIGIT_PLANES + WARPS * plane_bytes(DIGITS, TURNS)
+    planes = DIGIT_PLANES + warp * plane_bytes(DIGITS, TURNS)
     smem.index(0).store(tid)  # names the allocation in the PTX
-    prepare_shared(lane, KIND, ARRIVALS, WARPS)
+    constants = prepare_shared(lane, warp, KIND, ARRIVALS, WARPS, DIGITS)
     part = gl.program_id(0) % SLICES
     first = gl.program_id(0) // SLICES
     block = part * slice_blocks + warp * side_by_side(TURNS)
     end = gl.minimum(blocks, (part + 1) * slice_blocks)
-    g = lane >> 2
     places = first_places(CODES, SCALES, OFFSETS, first, block, row_bytes, stride_group, step, half, lane, BITS, GROUP)
     left = tiles - first  # positive while there is a tile to copy
-    for i in gl.static_range(STAGES):
-        copy_turn(warp * RING + i * STAGE, places, left, block, end, n, half, stride_group, lane, i % TURNS, TURNS,
-                  BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
-        if i % TURNS == TURNS - 1:
-            places, left = next_places(places, row_bytes, programs, step), left - programs
+    ring = warp * RING
+    # What many copies bring comes before the inputs, also those of small kernels in front: with one block of a warp
+    # under way the step of a model is faster than with all that there is room for, or with none.
+    AT_ONCE: gl.constexpr = 1 if DIGITS else STAGES
+    places, left = ask(ring, places, left, block, end, n, half, row_bytes, stride_group, programs, step, lane, 0,
+                       AT_ONCE, TURNS, BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
     after = 0
     if EARLY:
         let_next_kernel_start(n)
         after = wait_for_kernel_before(n)
     inputs = ()
     sums = ()
-    for turn in gl.static_range(TURNS):
-        operands = ()
-        for b in gl.static_range(NT):
-            line = X + after + gl.minimum(8 * b + g, rows - 1).to(gl.int64) * stride_x
-            at = block + block_of(turn, TURNS, WARPS)
-            operands = operands + (row_inputs(line, at, end, columns, lane, PADDED, UNEVEN, KIND, ELEMENT),)
-        inputs = inputs + (operands,)
-    for turn in gl.static_range(TURNS):
-        if SUMMED:
-            sums = sums + (sums_of(inputs[turn], lane, STEPS, ELEMENT, NT),)
-        else:
-            sums = sums + ((),)
-    # Constants from memory stay in registers: the compiler would make them anew for each use.
-    constants = read_shared2(u32(lane * 0 + (ARRIVALS + 8)))
-    ring = warp * RING
+    backs = ()
+    if DIGITS:
+        numbers = load_numbers(X + after, block, end, columns, lane, PADDED, UNEVEN, TURNS, WARPS)
+        places, left = ask(ring, places, left, block, end, n, half, row_bytes, stride_group, programs, step, lane,
+                           AT_ONCE, STAGES, TURNS, BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
+        backs = write_digits(numbers, planes, lane, GROUP, ELEMENT, TURNS)
+        inputs, sums = digits_and_sums(planes, lane, KIND, GROUP, TURNS, SUMMED)
+    else:
+        inputs, sums = _inputs(X + after, rows, stride_x, block, end, columns, lane, KIND, ELEMENT, NT, PADDED, UNEVEN,
+                               TURNS, SUMMED, STEPS, WARPS)  # fmt: skip
     buffer = WARPS * RING
     other = WARPS * RING + BUFFER
     turned = 1
     before = -1
-    waiting = repeat((lane * 0).to(gl.float32), NT * 4 * threads_of_sum(NT, WARPS) // WARPS)
+    waiting = repeat((lane * 0).to(gl.float32), rounds_of_sum(NT, DIGITS, WARPS))
     for tile in range(first, tiles, programs):
-        factors = factors_of(ROWS, tile, step, half, n, tid, KIND, ELEMENT, NT, WARPS)
-        if GROUP == 0 and SUMMED:
-            acc = less_offsets(sums, OFFSETS, tile * step + g, tile * step + half + g, n, lane, EXCESS, NT, TURNS,
-                                HAS_OFFSETS)  # fmt: skip
-        else:
-            acc = repeat(repeat((lane * 0).to(gl.float32), 4), NT)
-        for turn in gl.static_range(TURNS):
-            slot = ring + turn * STAGE
-            wait_for_copies(lane, STAGES - 1)
-            acc = add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, NT,
-                             HAS_OFFSETS)  # fmt: skip
-            sync_warp(lane)  # all its lanes have read the block that is replaced now
-            copy_turn(slot, places, left, block, end, n, half, stride_group, lane, turn, TURNS, BITS, GROUP,
-                      HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
-        places, left = next_places(places, row_bytes, programs, step), left - programs
-        if AHEAD > 1:
-            ring = gl.where(ring == warp * RING + (AHEAD - 1) * TURNS * STAGE, warp * RING, ring + TURNS * STAGE)
+        factors = factors_of(ROWS, tile, step, half, n, tid, KIND, ELEMENT, NT, DIGITS, WARPS)
+        acc, places, left = add_tile(
+            ring, places, left, inputs, sums, backs, constants, OFFSETS, tile, block, end, n, half, row_bytes,
+            stride_group, programs, step, lane, KIND, BITS, ELEMENT, GROUP, NT, DIGITS, HAS_OFFSETS, SUMMED, UNEVEN,
+            TURNS, AHEAD, WARPS,
+        )  # fmt: skip
+        ring = next_tile(ring, warp * RING, BITS, GROUP, HAS_OFFSETS, TURNS, AHEAD)
         _finish(waiting, other, turned, OUT, BIAS, PARTS, part, before, step, half, n, rows, stride_out, tid, lane,
-                ELEMENT, NT, WARPS, BIASED, SWIGLU, SLICES, ARRIVALS)  # fmt: skip
-        hand_over(acc, buffer, lane, warp, NT, WARPS, ARRIVALS)
+                ELEMENT, NT, DIGITS, WARPS, BIASED, SWIGLU, SLICES, ARRIVALS)  # fmt: skip
+        hand_over(acc, backs, buffer, lane, warp, GROUP, NT, DIGITS, WARPS, ARRIVALS)
         waiting, before, turned = factors, tile, 1 - turned
         buffer, other = other, buffer
     _finish(waiting, other, turned, OUT, BIAS, PARTS, part, before, step, half, n, rows, stride_out, tid, lane,
-            ELEMENT, NT, WARPS, BIASED, SWIGLU, SLICES, ARRIVALS)  # fmt: skip
+            ELEMENT, NT, DIGITS, WARPS, BIASED, SWIGLU, SLICES, ARRIVALS)  # fmt: skip
     if SLICES > 1:
         count = arrive(COUNTERS + first, SLICES - 1)
         if count == SLICES - 1:

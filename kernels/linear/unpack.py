@@ -27,8 +27,8 @@ def excess(kind, element):
 
 @constexpr_function
 def masks(kind):
-    """Two constants of a kind that come from registers, as an instruction takes one constant only."""
-    return {"int4": (0x000F000F, 0), "int8": (0x007F007F, 0x00800080)}.get(str(kind), (0, 0))
+    """Constants of a kind that come from registers, as an instruction takes one constant only: two, and two zeros."""
+    return {"int4": (0x000F000F, 0, 0, 0), "int8": (0x007F007F, 0x00800080, 0, 0)}.get(str(kind), (0, 0, 0, 0))
 
 
 @constexpr_function

@@ -399,6 +399,11 @@ def shuffle(x: Value, lane: Any) -> Value:
     return Value(np.take_along_axis(threads_of(x).reshape(-1, 32), source.astype(np.int64), 1).reshape(-1), x.kind)
 
 
+def largest_of_warp(x: Value) -> Value:
+    warps = threads_of(x).reshape(-1, 32)
+    return Value(np.broadcast_to(warps.max(1, keepdims=True), warps.shape).reshape(-1), x.kind)
+
+
 def operand(registers: list[Any], kind: str) -> np.ndarray:
     """Registers of fragments as [warps, 8 (g), 4 (t), registers, elements]."""
     words = np.stack([np.broadcast_to(numbers(r, "u32"), (RUNNING.threads,)) for r in registers], -1)
@@ -471,6 +476,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
     "load_global4": lambda pointer: global_words(pointer, 4),
     "load_global2": lambda pointer: global_words(pointer, 2),
+    "load_global2_in_order": lambda pointer: global_words(pointer, 2),
     "load_global_l2_f": lambda pointer: unpack(global_words(pointer, 1)[0].data.view(np.uint8).reshape(-1, 4), "f32"),
     "load_global4_l2": lambda pointer: global_words(pointer, 4),
     "write_shared4_if": lambda address, a, b, c, d, wanted: write_shared_words(address, [a, b, c, d], wanted),
@@ -493,6 +499,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "permute_bytes_by": permute,
     "shuffle": shuffle,
     "shuffle_f": shuffle,
+    "largest_of_warp": largest_of_warp,
     "mma_int8_32": lambda c, a0, a1, a2, a3, b0, b1: product(c, [a0, a1, a2, a3], [b0, b1], "i8"),
     "mma_int8_16": lambda c, a0, a1, b0: product(c, [a0, a1], [b0], "i8"),
     "mma_half_8": lambda c, a0, a1, b0: product(c, [a0, a1], [b0], "f16"),
@@ -600,7 +607,13 @@ PACKAGE = "octo_run.kernels"
 HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "tables", "decode")
 HOPPER += ("wide_full_precision", "wide_products", "wide_parts", "wide_decode")
 MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
-MODULES += ("linear.unpack", "linear.streamed_parts", "linear.streamed_product", "experts.packed_product")
+MODULES += (
+    "linear.unpack",
+    "linear.digit_parts",
+    "linear.streamed_parts",
+    "linear.streamed_product",
+    "experts.packed_product",
+)
 
 
 @contextmanager

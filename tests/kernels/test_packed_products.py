@@ -42,7 +42,7 @@ def emulated() -> Any:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("group", [None, 16, 64, 128])
+@pytest.mark.parametrize("group", [None, 16, 32, 64, 128])
 def test_the_fused_product_is_that_of_the_values(
     emulated: Any, monkeypatch: pytest.MonkeyPatch, kind: str, group: int | None, dtype: torch.dtype
 ) -> None:
@@ -82,14 +82,42 @@ def test_the_fused_product_with_swiglu_is_that_of_both_halves(
         assert (out.double() - exact.double()).abs().max() <= 0.02 * exact.double().abs().max()
 
 
+@pytest.mark.few("fp4-32")
+@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 64), ("int4", 32), ("fp4", 32), ("int8", None)])
+def test_a_row_of_numbers_of_any_size(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, kind: str, group: int | None
+) -> None:
+    monkeypatch.setattr(launch, "streamed_product_kernel", emulated)
+    columns, how = 640, launch.Tiling(2, 3, 1, 1)
+    weight = on_a_gpu(made(kind, 24, columns, group, True, 3))
+    plain = torch.randn(columns, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    outliers = plain * torch.where(torch.arange(columns) % 97 == 5, 3000.0, 1.0)
+    numbers = {
+        "one alone": torch.where(torch.arange(columns) == 300, 1.0, 0.0), "outliers": outliers, "zeros": plain * 0,
+        "large": plain * 1e30, "small": plain * 1e-35, "of all sizes": plain * 2.0 ** (torch.arange(columns) % 60 - 30.0),
+        "just below a power of two": torch.full((columns,), 1.9921875), "negative": torch.full((columns,), -1.9921875),
+    }  # fmt: skip
+    for name, x in numbers.items():
+        out = torch.full((1, 24), float("nan"), dtype=torch.bfloat16)
+        launch.fused(row := x.to(torch.bfloat16)[None], weight, None, out, how)
+        scale = float(row.double().abs().max()) or 1.0
+        assert error(out.double() / scale, row.double() / scale, weight, None) < 5e-3, name
+    for wrong in (float("nan"), float("inf")):
+        row = plain.to(torch.bfloat16)[None]
+        row[0, 513] = wrong
+        launch.fused(row, weight, None, out, how)
+        assert not out.isfinite().any()
+
+
 @pytest.mark.few(1)
-@pytest.mark.parametrize(("kind", "group"), [("int4", 64), ("int8", None), ("fp8", 64)])
+@pytest.mark.parametrize(("kind", "group"), [("int4", 64), ("int8", None), ("fp4", 32), ("fp8", 64)])
 def test_threads_meet_before_they_reuse_shared_memory(
     monkeypatch: pytest.MonkeyPatch, kind: str, group: int | None
 ) -> None:
     watched = emulator.Kernel(emulator.kernel_modules()["streamed_product"].streamed_product_kernel, watched=True)
     monkeypatch.setattr(launch, "streamed_product_kernel", watched)
     for rows, out, columns, how in (
+        (1, 48, 640, launch.Tiling(2, 3, 1, 1)),
         (3, 80, 384, launch.Tiling(4, 1, 2, 1)),
         (9, 48, 640, launch.Tiling(2, 2, 1, 2)),
     ):
