@@ -20,7 +20,7 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     make_components,
     mean_bytes,
     operand_bytes,
-    page_biases,
+    page_components,
     write_operands,
 )
 from octo_run.kernels.attention.hopper.parts import combine, divide, hidden_pages, merge
@@ -45,6 +45,7 @@ from octo_run.kernels.lanes import (
     read_shared,
     read_shared4,
     read_shared_f,
+    reciprocal,
     repeat,
     runs_as,
     shuffle,
@@ -128,7 +129,8 @@ def table_decode_kernel(
     MEAN_AT: gl.constexpr = PLACE_AT + 16
     COMPONENTS_AT: gl.constexpr = MEAN_AT + operand_bytes(D, NT, MEAN)
     SPARE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, WARPS, MEAN) if MEAN > 0 else 0)
-    ANGLES_AHEAD: gl.constexpr = NT == 1 and D <= 128  # there are registers for the next ones
+    ANGLES_AHEAD: gl.constexpr = NT * D <= 128  # there are registers for the next ones
+    WHOLE: gl.constexpr = MEAN > 0 and CAP == 0  # the products that add biases to logits add logarithms of norms, too
     SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
     FULL_V: gl.constexpr = value_words(CHAINS, N, B_V, SIGNED_V)
@@ -289,7 +291,7 @@ def table_decode_kernel(
         wait_for_copies(lane, 1)
         k_words = _words(k_stage, lane, WORDS_K)
         if MEAN > 0:
-            biases = page_biases(components + u32(turn * (PAGE_BYTES // WARPS)), functions, lane, NT)
+            of_page = page_components(components + u32(turn * (NT * PAGE_BYTES // WARPS)), lane, NT)
         sync_warp(lane)
         _fetch(k_stage, next_block, lane, BPV_K)
         queries = ()
@@ -300,9 +302,9 @@ def table_decode_kernel(
             k_words, lane, lane_k, lane_xk, queries, zero_i, CHAINS, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
             SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
-        if MEAN > 0:
-            scores = add_biases(scores, biases, NT)
-        if CAP > 0 or WINDOW > 0:
+        if MEAN > 0 and CAP > 0:
+            scores = add_biases(scores, of_page, functions, repeat(zero_i.to(gl.float32), 8), NT)
+        if CAP > 0 or (WINDOW > 0 and not WHOLE):
             scores = limit_scores(scores, lane, gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page, NT, CAP, WINDOW)
         wait_for_copies(lane, 1)
         v_words = _words(v_stage, lane, FULL_V)
@@ -319,9 +321,20 @@ def table_decode_kernel(
         gammas = ()
         log_gammas = ()
         for r in gl.static_range(8):
-            gamma = (field(n_words, 12 * r, 16, 12) & 0xFFF0000).to(gl.float32, bitcast=True) * 5.192296858534828e33
-            gammas = gammas + (gamma,)
-            log_gammas = log_gammas + (gl.maximum(log2(gamma), -24.0),)
+            bits = field(n_words, 12 * r, 16, 12) & 0xFFF0000
+            if WHOLE:
+                gamma = (bits | 1).to(gl.float32, bitcast=True) * 5.192296858534828e33  # 2^-37 in place of zero
+                gammas = gammas + (reciprocal(gamma),)
+                log_gammas = log_gammas + (log2(gamma),)
+            else:
+                gamma = bits.to(gl.float32, bitcast=True) * 5.192296858534828e33
+                gammas = gammas + (gamma,)
+                log_gammas = log_gammas + (gl.maximum(log2(gamma), -24.0),)
+        if WHOLE:
+            scores = add_biases(scores, of_page, functions, log_gammas, NT)
+            if WINDOW > 0:
+                hidden = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page
+                scores = limit_scores(scores, lane, hidden, NT, CAP, WINDOW)
         packed = ()
         decays = ()
         shares = ()
@@ -330,7 +343,7 @@ def table_decode_kernel(
         new_weight = ()
         for b in gl.static_range(NT):
             pairs, highest, mass, heavy, decay, share = weigh_page(
-                scores[b], gammas, log_gammas, inside, running[b], total[b], weight[b], lane
+                scores[b], gammas, log_gammas, inside, running[b], total[b], weight[b], lane, WHOLE
             )
             packed = packed + (pairs,)
             decays = decays + (decay,)
