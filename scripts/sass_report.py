@@ -192,21 +192,28 @@ def disassemble(cubin: bytes) -> Machine:
 def loop_over_pages(machine: Machine, warps: int = 1) -> tuple[list[str], list[float]]:
     """The instructions of the shortest loop that has all int8 products, and how often each runs for a page.
 
+    A loop around it that has more products of floats is taken whole: these make the key mean's components of four
+    pages. So do those that a branch leaves out, where a page has several warps.
+
     Args:
         warps: Those that share a page; branches with int8 products, and with the key mean's, are one warp's each.
     """
-    products = machine.names.count("IMMA")
-    whole = [loop for loop in machine.loops + machine.returns if machine.names[slice(*loop)].count("IMMA") == products]
-    start, end = min(whole, key=lambda loop: loop[1] - loop[0])
+    names, products = machine.names, machine.names.count("IMMA")
+    whole = [loop for loop in machine.loops + machine.returns if names[slice(*loop)].count("IMMA") == products]
+    inner = start, end = min(whole, key=lambda loop: loop[1] - loop[0])
+    if warps == 1:
+        floats = names[slice(*inner)].count("HMMA")
+        around = [loop for loop in whole if names[slice(*loop)].count("HMMA") > floats]
+        start, end = min(around, key=lambda loop: loop[1] - loop[0], default=inner)
+        weights = [1.0 if inner[0] <= at < inner[1] else 0.25 for at in range(start, end)]
+        return names[start:end], weights
     weights = [float(warps)] * (end - start)
     for first, last in machine.skips:
-        if warps > 1 and start <= first < last <= end and "IMMA" in machine.names[first:last]:
+        if start <= first < last <= end and "IMMA" in names[first:last]:
             weights[first - start : last - start] = [1.0] * (last - first)
-            continue
-        # Products of floats that may be left out: the components of the next four pages.
-        if start <= first < last <= end and "HMMA" in machine.names[first:last]:
+        elif start <= first < last <= end and "HMMA" in names[first:last]:
             weights[first - start : last - start] = [0.25] * (last - first)
-    return machine.names[start:end], weights
+    return names[start:end], weights
 
 
 def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: dict[str, int | float] = PLAIN) -> Report:

@@ -13,7 +13,7 @@ from octo_run.kernels.attention import arguments
 from octo_run.kernels.attention.dispatch import head_blocks
 from octo_run.kernels.attention.hopper.decode import table_decode_kernel
 from octo_run.kernels.attention.hopper.full_precision import row_bytes
-from octo_run.kernels.attention.hopper.mean_bias import mean_bytes
+from octo_run.kernels.attention.hopper.mean_bias import APART_BYTES, mean_bytes
 from octo_run.kernels.attention.hopper.products import query_bytes
 from octo_run.kernels.attention.inputs import AttentionInputs
 from octo_run.kernels.attention.parts import TABLE_WARPS, table_parts
@@ -87,7 +87,7 @@ def constants(
     threads = 32 * TABLE_WARPS
     stages = TABLE_WARPS * PAGE_TOKENS * (k.bytes_per_vector + v.bytes_per_vector)
     other = stages + blocks * int(query_bytes(k.head_dim)) + 16
-    other += int(mean_bytes(k.head_dim, blocks, TABLE_WARPS, mean)) if mean else 0
+    other += int(mean_bytes(k.head_dim, blocks, TABLE_WARPS, mean, APART_BYTES)) if mean else 0
     copies_k, copies_v, size = table_copies(k, v, other)
     size = min(SHARED_BYTES, size + SPARE_BLOCKS * 32 * int(row_bytes(k.head_dim)))
     fixed: dict[str, int | str] = {

@@ -34,8 +34,10 @@ from octo_run.kernels.lanes import (
 
 PAGES_AT_ONCE = gl.constexpr(4)
 """Of a warp, whose components are made together."""
-PAGE_BYTES = gl.constexpr(272)
-"""Of a page's components for four heads, and what keeps those of the next page in other banks."""
+PAGE_BYTES = gl.constexpr(256)
+"""Of a page's components for four heads."""
+APART_BYTES = gl.constexpr(272)
+"""The same, and what keeps those of the next page in other banks, if there is room for it."""
 _fastest = constexpr_function(fastest_steps)
 
 
@@ -64,15 +66,15 @@ def operand_bytes(head_dim, blocks, fast):
 
 
 @constexpr_function
-def component_bytes(blocks):
-    """Shared memory of a warp for the components of its next pages."""
-    return int(blocks) * int(PAGES_AT_ONCE) * int(PAGE_BYTES)
+def component_bytes(blocks, page_bytes):
+    """Shared memory of a warp for the components of its next pages, so many bytes a page and four heads."""
+    return int(blocks) * int(PAGES_AT_ONCE) * int(page_bytes)
 
 
 @constexpr_function
-def mean_bytes(head_dim, blocks, warps, fast):
-    """Shared memory for the key mean."""
-    return int(operand_bytes(head_dim, blocks, fast)) + int(warps) * int(component_bytes(blocks))
+def mean_bytes(head_dim, blocks, warps, fast, page_bytes):
+    """Shared memory for the key mean; see `component_bytes`."""
+    return int(operand_bytes(head_dim, blocks, fast)) + int(warps) * int(component_bytes(blocks, page_bytes))
 
 
 @gluon.jit
@@ -189,13 +191,15 @@ def _all_sums(angles, at, OFFSET: gl.constexpr, D: gl.constexpr, FAST: gl.conste
 
 
 @gluon.jit
-def make_components(angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr):
-    """The components of four pages, to the warp's stage in shared memory: the operands of the second product. What
-    comes next is to synchronise the warp."""
+def make_components(
+    angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr, PAGE: gl.constexpr
+):
+    """The components of four pages, to the warp's stage in shared memory: the operands of the second product, PAGE
+    bytes a page and four heads. What comes next is to synchronise the warp."""
     TILES: gl.constexpr = _tiles(D, FAST)
     g = lane >> 2
     constant = g < 4
-    to = stage + u32((lane & 3) * (NT * PAGE_BYTES) + (g & 3) * (64 * NT) + (g >> 2) * (16 * NT))
+    to = stage + u32((lane & 3) * (NT * PAGE) + (g & 3) * (64 * NT) + (g >> 2) * (16 * NT))
     at = u32(lane * 16)
     sums = ()
     for b in gl.static_range(NT):
