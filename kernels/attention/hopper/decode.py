@@ -10,8 +10,6 @@ from triton.experimental.gluon import language as gl
 from octo_run.kernels.attention.hopper.codewords import chains_of, field, half_selectors, value_words
 from octo_run.kernels.attention.hopper.full_precision import blocks_at_once, full_precision, load_queries, stage_round
 from octo_run.kernels.attention.hopper.mean_bias import (
-    APART_BYTES,
-    PAGES_AT_ONCE,
     add_biases,
     component_bytes,
     load_angles,
@@ -20,7 +18,9 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     make_components,
     mean_bytes,
     operand_bytes,
+    page_apart,
     page_components,
+    pages_ahead,
     write_operands,
 )
 from octo_run.kernels.attention.hopper.parts import combine, divide, hidden_pages, merge
@@ -91,13 +91,13 @@ def table_decode_kernel(
     COPIES_XK: gl.constexpr, B_V: gl.constexpr, STATE_V: gl.constexpr, SIGNED_V: gl.constexpr, BPV_V: gl.constexpr,
     COPIES_V: gl.constexpr, COPIES_XV: gl.constexpr, ONE_TABLE: gl.constexpr, NT: gl.constexpr, PASS: gl.constexpr,
     ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, BATCHED: gl.constexpr,
-    EARLY: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, SINKS: gl.constexpr,
+    EARLY: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, SINKS: gl.constexpr, TIGHT: gl.constexpr,
 ):  # fmt: skip
     """Programs: (KV head and block of 4 NT query heads, part of a sequence). ``even_parts``: see `parts.divide`.
 
     ONE_TABLE: K and V have one format. MEAN: fast steps of the key mean's tables, 0 without a mean. EARLY: it may be
     launched before the kernel in front has ended. WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are
-    SINK_LOGITS. Shared memory: K's table, its extra triplets' table; V's likewise if
+    SINK_LOGITS. TIGHT: see `launch.constants`. Shared memory: K's table, its extra triplets' table; V's likewise if
     it has its own; a stage of a K and a V block for each warp; the queries; four words that say what the program does;
     what the key mean takes; in what remains, full-precision tokens if they fit, else these go where the table is to
     come.
@@ -124,11 +124,14 @@ def table_decode_kernel(
     STAGES_AT: gl.constexpr = EXTRAS_AT_V + (4 << B_V) * COPIES_XV
     QUERIES_AT: gl.constexpr = STAGES_AT + WARPS * 64 * (BPV_K + BPV_V)
     SLOTS_Q: gl.constexpr = query_words(D)
-    QUERY_BYTES: gl.constexpr = query_bytes(D)
-    PLACE_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES
-    MEAN_AT: gl.constexpr = PLACE_AT + 16
+    QUERY_BYTES: gl.constexpr = query_bytes(D, TIGHT)
+    MEAN_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES + (0 if TIGHT else 16)
+    PAGES_AHEAD: gl.constexpr = pages_ahead(TIGHT)
+    PAGE_APART: gl.constexpr = page_apart(TIGHT)
     COMPONENTS_AT: gl.constexpr = MEAN_AT + operand_bytes(D, NT, MEAN)
-    SPARE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, WARPS, MEAN, APART_BYTES) if MEAN > 0 else 0)
+    # What the program does has been read by all of it, with a barrier since, before components are written.
+    PLACE_AT: gl.constexpr = COMPONENTS_AT if TIGHT else QUERIES_AT + NT * QUERY_BYTES
+    SPARE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, WARPS, MEAN, PAGES_AHEAD, PAGE_APART) if MEAN > 0 else 0)
     ANGLES_AHEAD: gl.constexpr = D <= 128  # there are registers for the next ones
     WHOLE: gl.constexpr = MEAN > 0 and CAP == 0  # the products that add biases to logits add logarithms of norms, too
     SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
@@ -192,9 +195,9 @@ def table_decode_kernel(
     _fetch(v_stage, pages + page_id.to(gl.int64) * sp_page + 64 * BPV_K, lane, BPV_V)
 
     if MEAN > 0:
-        components = u32(COMPONENTS_AT + warp * component_bytes(NT, APART_BYTES))
+        components = u32(COMPONENTS_AT + warp * component_bytes(NT, PAGES_AHEAD, PAGE_APART))
         functions = load_functions(FUNCTIONS, lane)
-        angles = load_angles(ANGLES, begin + warp, last, lane, D, WARPS)
+        angles = load_angles(ANGLES, begin + warp, last, lane, D, WARPS, PAGES_AHEAD)
     sink_k = SINK_K + owned * ssk_r + head * ssk_h
     sink_v = SINK_V + owned * ssv_r + head * ssv_h
     tail_k = TAIL_K + owned * stk_r + head * stk_h
@@ -234,10 +237,10 @@ def table_decode_kernel(
         loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
     for b in gl.static_range(NT):
         if runs_as(seq, b):
-            keep_words(
-                u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
-                split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
-            )
+            split = split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT)
+            if TIGHT:
+                split = split[:SLOTS_Q] + (gl.where(g & 1 == 0, split[SLOTS_Q], split[SLOTS_Q + 1]),)
+            keep_words(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), split)
     if MEAN > 0:
         write_operands(loaded, lane, warp, scale_log2, MEAN_AT, D, NT, MEAN, WARPS)
     zero_i = lane * 0
@@ -270,23 +273,27 @@ def table_decode_kernel(
     for b in gl.static_range(NT):
         two = ()
         for i in gl.static_range(SLOTS_Q, SLOTS_Q + 2):
-            word_at = QUERIES_AT + b * QUERY_BYTES + i // 4 * 512 + i % 4 * 4
-            two = two + (read_shared_f(u32(word_at + lane * 16)),)
+            if TIGHT:  # all lanes t have the same factor: the first one of them keeps it, the second one the offset
+                word_at = QUERIES_AT + b * QUERY_BYTES + SLOTS_Q // 4 * 512 + SLOTS_Q % 4 * 4 + (i - SLOTS_Q) * 64
+                two = two + (read_shared_f(u32(word_at + t * 16)),)
+            else:
+                word_at = QUERIES_AT + b * QUERY_BYTES + i // 4 * 512 + i % 4 * 4
+                two = two + (read_shared_f(u32(word_at + lane * 16)),)
         scales = scales + (two,)
     # Every warp ends its loop by itself; run in step instead (`own` is zero then), a warp without a page is not inside.
     own = own_warp(seq)
     own_begin = begin + own
-    # With a mean, pages by four of the warp; else all at once, and the outer loop is none.
-    for section in range(0, end - own_begin if MEAN > 0 else 1, WARPS * PAGES_AT_ONCE):
+    # With a mean, pages by PAGES_AHEAD of the warp; else all at once, and the outer loop is none.
+    for section in range(0, end - own_begin if MEAN > 0 else 1, WARPS * PAGES_AHEAD):
         section_end = end
         if MEAN > 0:
             page = own_begin + section + (warp - own)
             if not ANGLES_AHEAD:
-                angles = load_angles(ANGLES, page, last, lane, D, WARPS)
-            make_components(angles, components, lane, MEAN_AT, D, NT, MEAN, APART_BYTES)
+                angles = load_angles(ANGLES, page, last, lane, D, WARPS, PAGES_AHEAD)
+            make_components(angles, components, lane, MEAN_AT, D, NT, MEAN, PAGES_AHEAD, PAGE_APART)
             if ANGLES_AHEAD:
-                angles = load_angles(ANGLES, page + PAGES_AT_ONCE * WARPS, last, lane, D, WARPS)
-            section_end = gl.minimum(own_begin + section + PAGES_AT_ONCE * WARPS, end)
+                angles = load_angles(ANGLES, page + PAGES_AHEAD * WARPS, last, lane, D, WARPS, PAGES_AHEAD)
+            section_end = gl.minimum(own_begin + section + PAGES_AHEAD * WARPS, end)
         for base in range(own_begin + section, section_end, WARPS):
             page = base + (warp - own)
             inside = page < end
@@ -296,7 +303,7 @@ def table_decode_kernel(
             k_words = _words(k_stage, lane, WORDS_K)
             if MEAN > 0:
                 turn = base - own_begin - section  # times WARPS
-                of_page = page_components(components + u32(turn * (NT * APART_BYTES // WARPS)), lane, NT)
+                of_page = page_components(components + u32(turn * (NT * PAGE_APART // WARPS)), lane, NT)
             sync_warp(lane)
             _fetch(k_stage, next_block, lane, BPV_K)
             queries = ()

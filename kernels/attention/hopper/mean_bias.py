@@ -33,11 +33,9 @@ from octo_run.kernels.lanes import (
 )
 
 PAGES_AT_ONCE = gl.constexpr(4)
-"""Of a warp, whose components are made together."""
+"""Of a warp, whose components are made together; a divisor of it where there is little room."""
 PAGE_BYTES = gl.constexpr(256)
 """Of a page's components for four heads."""
-APART_BYTES = gl.constexpr(272)
-"""The same, and what keeps those of the next page in other banks, if there is room for it."""
 _fastest = constexpr_function(fastest_steps)
 
 
@@ -66,15 +64,28 @@ def operand_bytes(head_dim, blocks, fast):
 
 
 @constexpr_function
-def component_bytes(blocks, page_bytes):
-    """Shared memory of a warp for the components of its next pages, so many bytes a page and four heads."""
-    return int(blocks) * int(PAGES_AT_ONCE) * int(page_bytes)
+def pages_ahead(tight):
+    """Pages whose components the table kernel makes together."""
+    return int(PAGES_AT_ONCE) // 2 if tight else int(PAGES_AT_ONCE)
 
 
 @constexpr_function
-def mean_bytes(head_dim, blocks, warps, fast, page_bytes):
+def page_apart(tight):
+    """Bytes from a page's components to the next one's in the table kernel, for four heads: with what keeps them in
+    other banks, if there is room."""
+    return int(PAGE_BYTES) + (0 if tight else 16)
+
+
+@constexpr_function
+def component_bytes(blocks, pages, page_bytes):
+    """Shared memory of a warp for the components of its next pages, so many bytes a page and four heads."""
+    return int(blocks) * int(pages) * int(page_bytes)
+
+
+@constexpr_function
+def mean_bytes(head_dim, blocks, warps, fast, pages, page_bytes):
     """Shared memory for the key mean; see `component_bytes`."""
-    return int(operand_bytes(head_dim, blocks, fast)) + int(warps) * int(component_bytes(blocks, page_bytes))
+    return int(operand_bytes(head_dim, blocks, fast)) + int(warps) * int(component_bytes(blocks, pages, page_bytes))
 
 
 @gluon.jit
@@ -150,10 +161,11 @@ def write_operands(
 
 
 @gluon.jit
-def load_angles(angles_ptr, page, last, lane, D: gl.constexpr, WARPS: gl.constexpr):
-    """The other operand of the first product: cosines and sines of four pages of a warp from ``page`` on."""
+def load_angles(angles_ptr, page, last, lane, D: gl.constexpr, WARPS: gl.constexpr, PAGES: gl.constexpr):
+    """The other operand of the first product: cosines and sines of PAGES pages of a warp from ``page`` on, those of
+    fewer than four again and again."""
     CHUNKS: gl.constexpr = (_steps(D) + 1) // 2
-    there = gl.minimum(page + (lane >> 3) * WARPS, last) * 2 + (lane >> 2 & 1)
+    there = gl.minimum(page + (lane >> 3) % PAGES * WARPS, last) * 2 + (lane >> 2 & 1)
     row = angles_ptr + there * (CHUNKS * 16) + (lane & 3) * 4
     words = ()
     for c in gl.static_range(CHUNKS):
@@ -192,14 +204,15 @@ def _all_sums(angles, at, OFFSET: gl.constexpr, D: gl.constexpr, FAST: gl.conste
 
 @gluon.jit
 def make_components(
-    angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr, PAGE: gl.constexpr
-):
-    """The components of four pages, to the warp's stage in shared memory: the operands of the second product, PAGE
+    angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr, PAGES: gl.constexpr,
+    PAGE: gl.constexpr,
+):  # fmt: skip
+    """The components of PAGES pages, to the warp's stage in shared memory: the operands of the second product, PAGE
     bytes a page and four heads. What comes next is to synchronise the warp."""
     TILES: gl.constexpr = _tiles(D, FAST)
     g = lane >> 2
     constant = g < 4
-    to = stage + u32((lane & 3) * (NT * PAGE) + (g & 3) * (64 * NT) + (g >> 2) * (16 * NT))
+    to = stage + u32((lane & (PAGES - 1)) * (NT * PAGE) + (g & 3) * (64 * NT) + (g >> 2) * (16 * NT))
     at = u32(lane * 16)
     sums = ()
     for b in gl.static_range(NT):

@@ -39,9 +39,10 @@ def query_words(head_dim):
 
 
 @constexpr_function
-def query_bytes(head_dim):
-    """Shared memory for the queries of a block of heads: the operand, a factor and an offset for each lane."""
-    return -(-(query_words(head_dim) + 2) // 4) * 512
+def query_bytes(head_dim, tight=False):
+    """Shared memory for the queries of a block of heads: the operand, a factor and an offset for each lane; ``tight``:
+    one of both."""
+    return -(-(int(query_words(head_dim)) + (1 if tight else 2)) // 4) * 512
 
 
 @gluon.jit
