@@ -317,8 +317,8 @@ def table_decode_kernel(
             if MEAN > 0 and CAP > 0:
                 scores = add_biases(scores, of_page, functions, repeat(zero_i.to(gl.float32), 8), NT)
             if CAP > 0 or (WINDOW > 0 and not WHOLE):
-                hidden = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page
-                scores = limit_scores(scores, lane, hidden, NT, CAP, WINDOW)
+                unseen = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page
+                scores = limit_scores(scores, lane, unseen, NT, CAP, WINDOW)
             wait_for_copies(lane, 1)
             v_words = _words(v_stage, lane, FULL_V)
             for w in gl.static_range(FULL_V, ALL_V):
@@ -346,8 +346,8 @@ def table_decode_kernel(
             if WHOLE:
                 scores = add_biases(scores, of_page, functions, log_gammas, NT)
                 if WINDOW > 0:
-                    hidden = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page
-                    scores = limit_scores(scores, lane, hidden, NT, CAP, WINDOW)
+                    unseen = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page
+                    scores = limit_scores(scores, lane, unseen, NT, CAP, WINDOW)
             packed = ()
             decays = ()
             shares = ()
