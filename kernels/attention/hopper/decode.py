@@ -237,10 +237,11 @@ def table_decode_kernel(
         loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
     for b in gl.static_range(NT):
         if runs_as(seq, b):
+            kept_at = u32(QUERIES_AT + b * QUERY_BYTES + lane * 16)
             split = split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT)
             if TIGHT:
                 split = split[:SLOTS_Q] + (gl.where(g & 1 == 0, split[SLOTS_Q], split[SLOTS_Q + 1]),)
-            keep_words(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), split)
+            keep_words(kept_at, split)
     if MEAN > 0:
         write_operands(loaded, lane, warp, scale_log2, MEAN_AT, D, NT, MEAN, WARPS)
     zero_i = lane * 0
