@@ -71,6 +71,19 @@ def read_shared4(address):
 
 
 @gluon.jit
+def read_shared4_at(address, OFFSET: gl.constexpr):
+    """`read_shared4` so many bytes behind ``address``, without an instruction for it."""
+    return gl.inline_asm_elementwise(
+        _shared_asm("ld.shared.v4.u32 {$0, $1, $2, $3}, @;", OFFSET),
+        "=r,=r,=r,=r,r",
+        [address],
+        dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def write_shared(address, value):
     return gl.inline_asm_elementwise(
         _shared_asm("st.shared.u32 @, $1; mov.u32 $0, 0;"),
@@ -493,6 +506,11 @@ def exp2(x):
 @gluon.jit
 def log2(x):
     return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -26,6 +26,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from octo_run.kernels.attention.hopper import wide_launch
 from octo_run.kernels.attention.hopper.decode import table_decode_kernel
 from octo_run.kernels.attention.hopper.launch import constants, options
+from octo_run.kernels.attention.hopper.mean_bias import pages_ahead
 from octo_run.kernels.attention.hopper.wide_decode import wide_decode_kernel
 from octo_run.kernels.codec import TrellisCodec, parse_kv
 
@@ -42,7 +43,16 @@ VARIANTS += [
     "oct4-8-64",
 ]
 # The usual fast steps: of theta 1e4 (2 at head_dim 64, 3 at 128), of 1e5 and more (1 and 2; 3 or 4 at 256).
-MEANS = ("4-128+mean2", "4-128+mean3", "7-128+mean2", "4-64+mean1", "4-64+mean2", "8-64+mean1", "4-256+mean4")
+MEANS = (
+    "4-128+mean2",
+    "4-128+mean3",
+    "7-128+mean2",
+    "4-64+mean1",
+    "4-64+mean2",
+    "8-64+mean1",
+    "8-128+mean2",
+    "4-256+mean4",
+)
 VARIANTS += [f"{kv}-{shape}" for shape in MEANS for kv in ("oct2", "oct3", "oct4")]
 WIDE = ("4-512", "8-512", "16-512", "16-512+mean6")
 VARIANTS += [f"{kv}-{shape}" for shape in WIDE for kv in ("oct2", "oct3", "oct4")]
@@ -73,7 +83,8 @@ class Report:
     """Costs of one variant's main loop.
 
     Attributes:
-        instructions: Of a page, on average: of those for the key mean's components of four pages, a quarter counts.
+        instructions: Of a page, on average: of those for the key mean's components of four pages a quarter counts (of
+            two, half).
             Of the wide kernel those of four warps, which share a page.
         kinds: How many instructions of each name it has.
         mean: Fast steps of the key mean's tables, 0 without a mean.
@@ -129,6 +140,14 @@ def compile_variant(
     launch = wide_launch.options() if wide else options(head_dim)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
     return kernel.asm["cubin"], int(kernel.metadata.shared)
+
+
+def pages_at_once(kv: str, group: int, head_dim: int, mean: int) -> int:
+    """Pages whose components of the key mean a warp makes together."""
+    fmt = parse_kv(kv, head_dim)
+    assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
+    tight = head_dim <= 256 and bool(constants(fmt.k, fmt.v, 1, group, "bf16", mean, True)["TIGHT"])
+    return int(pages_ahead(tight))
 
 
 def by_pipe(names: list[str], weights: list[float] | None = None) -> dict[str, float]:
@@ -189,31 +208,40 @@ def disassemble(cubin: bytes) -> Machine:
     return Machine(names, back[True], back[False], skips, registers, stack)
 
 
-def loop_over_pages(machine: Machine, warps: int = 1) -> tuple[list[str], list[float]]:
+def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple[list[str], list[float]]:
     """The instructions of the shortest loop that has all int8 products, and how often each runs for a page.
+
+    A loop around it that has more products of floats is taken whole: these make the key mean's components. So do those
+    that a branch leaves out, where a page has several warps.
 
     Args:
         warps: Those that share a page; branches with int8 products, and with the key mean's, are one warp's each.
+        at_once: Pages whose components are made together.
     """
-    products = machine.names.count("IMMA")
-    whole = [loop for loop in machine.loops + machine.returns if machine.names[slice(*loop)].count("IMMA") == products]
-    start, end = min(whole, key=lambda loop: loop[1] - loop[0])
+    names, products = machine.names, machine.names.count("IMMA")
+    whole = [loop for loop in machine.loops + machine.returns if names[slice(*loop)].count("IMMA") == products]
+    inner = start, end = min(whole, key=lambda loop: loop[1] - loop[0])
+    if warps == 1:
+        floats = names[slice(*inner)].count("HMMA")
+        around = [loop for loop in whole if names[slice(*loop)].count("HMMA") > floats]
+        start, end = min(around, key=lambda loop: loop[1] - loop[0], default=inner)
+        weights = [1.0 if inner[0] <= at < inner[1] else 1 / at_once for at in range(start, end)]
+        return names[start:end], weights
     weights = [float(warps)] * (end - start)
     for first, last in machine.skips:
-        if warps > 1 and start <= first < last <= end and "IMMA" in machine.names[first:last]:
+        if start <= first < last <= end and "IMMA" in names[first:last]:
             weights[first - start : last - start] = [1.0] * (last - first)
-            continue
-        # Products of floats that may be left out: the components of the next four pages.
-        if start <= first < last <= end and "HMMA" in machine.names[first:last]:
-            weights[first - start : last - start] = [0.25] * (last - first)
-    return machine.names[start:end], weights
+        elif start <= first < last <= end and "HMMA" in names[first:last]:
+            weights[first - start : last - start] = [1 / at_once] * (last - first)
+    return names[start:end], weights
 
 
 def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: dict[str, int | float] = PLAIN) -> Report:
     """Compile one variant and count."""
     cubin, shared = compile_variant(kv, group, head_dim, mean, spec)
     machine = disassemble(cubin)
-    loop, weights = loop_over_pages(machine, 4 if head_dim > 256 else 1)
+    at_once = pages_at_once(kv, group, head_dim, mean) if mean else 1
+    loop, weights = loop_over_pages(machine, 4 if head_dim > 256 else 1, at_once)
     if mean and min(weights) == 1:
         raise RuntimeError("the key mean's products for four pages were not found in the loop over pages")
     kinds: dict[str, float] = Counter()
@@ -296,7 +324,7 @@ def main() -> int:
             " Pipes: instructions of a turn; the busiest one with the cycles that a scheduler's pipe takes for a token,"
             f" at {costs} cycles an instruction (memory: without bank conflicts, 32 bits a lane, four schedulers to one"
             " pipe). `+mean2`: with the key mean, two steps of eight frequencies being fast; of the instructions that"
-            " make the components of four pages at a time a quarter counts."
+            " make the components of four pages at a time a quarter counts, of two half."
         )
         save(args.markdown, "Instructions of the decode kernel's loop", about, text)
     return 0

@@ -471,6 +471,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "read_shared_f": lambda address: shared_words(address, 1)[0].to("f32", bitcast=True),
     "read_shared2": lambda address: shared_words(address, 2),
     "read_shared4": lambda address: shared_words(address, 4),
+    "read_shared4_at": lambda address, offset: shared_words(address, 4, offset),
     "read_shared_half": lambda address: unpack(np.pad(shared_read(address, 2), ((0, 0), (0, 2))), "u32"),
     "write_shared": lambda address, value: write_shared_words(address, [value]),
     "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
@@ -511,6 +512,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "high_half": lambda word: half_of(word, 1),
     "exp2": exp2,
     "log2": log2,
+    "reciprocal": lambda x: Value(flushed(1 / flushed(x.data)), "f32"),
 }
 COPIES: dict[str, Callable[..., Any]] = {
     "copy16": copy16,

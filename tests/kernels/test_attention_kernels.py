@@ -70,13 +70,14 @@ def _integers(values):
 
 def make_case(
     kv, lengths, count, heads, kv_heads, dim, dtype=torch.float32, sink=SINK, window=64, seed=0, mean=0.0,
-    layout="lanes", theta=1e4, sees=None, cap=None, sinking=False,
+    layout="lanes", theta=1e4, sees=None, cap=None, sinking=False, silent=0,
 ):  # fmt: skip
     """Sequences of `lengths` tokens whose last `count` are the queries; length 0 is filler. They own rows of the arena
     in no order, with rows of nobody between them. Whatever must not be read is NaN, or page 0.
 
     `mean`: size of the means that the packed keys get back, `theta`: of their frequencies; `layout`: of the pages.
     `sees`, `cap`, `sinking`: window, cap and sink logits; pages and sinks before the window must not be read either.
+    `silent`: of so many tokens one has a value of zero.
     """
     torch.manual_seed(seed)
     sink_logits = 4 * torch.randn(heads, generator=torch.Generator().manual_seed(seed)) if sinking else None
@@ -104,6 +105,8 @@ def make_case(
             want[b] = 0
             continue
         vectors = (torch.randn(2, kv_heads, n, dim) * (0.2 + torch.rand(2, kv_heads, n, 1))).to(dtype)
+        if silent:
+            vectors[1, :, ::silent] = 0
         stored = vectors.double()
         top = min(n, sink)
         sinks[:, row, :, :top] = vectors[:, :, :top]

@@ -176,7 +176,23 @@ def test_the_key_mean_of_many_pages(kernel: Any, dim: int, theta: float, fast: i
     lengths = [*([200] * 34), 64 * 69 + 192]
     case = decode_case("oct2", lengths, 1, 1, dim, mean=2.0, theta=theta)
     assert worst_error(case) < 3e-3  # the worst of 35: in a short sequence one token may have half of the weight
-    assert kernel.launches[-1]["MEAN"] == fast
+    assert kernel.launches[-1]["MEAN"] == fast and not kernel.launches[-1]["TIGHT"]
+
+
+@pytest.mark.parametrize(("kv", "group", "dim", "theta"), [("oct4", 8, 128, 1e6), ("oct2", 2, 256, 1e4)])
+def test_the_key_mean_where_there_is_little_room(kernel: Any, kv: str, group: int, dim: int, theta: float) -> None:
+    """Components come by two pages, of which a warp has five; the tables have as many copies as without a mean."""
+    case = decode_case(kv, [200, 64 * 37 + 192], group, 1, dim, mean=2.0, theta=theta)
+    assert worst_error(case) < 1.5e-3
+    found = kernel.launches[0]
+    without = table_launch.constants(case.fmt.k, case.fmt.v, 1, group, "f16", 0, True)
+    assert found["TIGHT"] and found["COPIES_K"] == without["COPIES_K"]
+
+
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+def test_values_of_zero(kernel: Any, mean: float) -> None:
+    """Every third token's: it has its share of the weight, and adds nothing."""
+    assert worst_error(decode_case("oct3", [450], 4, 1, 64, mean=mean, silent=3)) < 1.5e-3
 
 
 @pytest.mark.parametrize("mean", [30.0, 3000.0, 1e7])
@@ -280,7 +296,12 @@ def test_every_page_has_one_program(packed: list[int], programs: int, processors
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv", "lengths", "group", "dim", "mean"),
-    [("oct3", [1500], 4, 128, 0.0), ("oct4:oct2", [900, 300], 7, 64, 0.0), ("oct2", [*([200] * 34), 2600], 1, 64, 2.0)],
+    [
+        ("oct3", [1500], 4, 128, 0.0),
+        ("oct4:oct2", [900, 300], 7, 64, 0.0),
+        ("oct2", [*([200] * 34), 2600], 1, 64, 2.0),
+        ("oct4", [900, 300], 8, 112, 2.0),
+    ],
 )
 def test_threads_meet_only_at_barriers(
     monkeypatch: pytest.MonkeyPatch, kv: str, lengths: list[int], group: int, dim: int, mean: float

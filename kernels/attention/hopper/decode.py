@@ -10,8 +10,6 @@ from triton.experimental.gluon import language as gl
 from octo_run.kernels.attention.hopper.codewords import chains_of, field, half_selectors, value_words
 from octo_run.kernels.attention.hopper.full_precision import blocks_at_once, full_precision, load_queries, stage_round
 from octo_run.kernels.attention.hopper.mean_bias import (
-    PAGE_BYTES,
-    PAGES_AT_ONCE,
     add_biases,
     component_bytes,
     load_angles,
@@ -20,7 +18,9 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     make_components,
     mean_bytes,
     operand_bytes,
-    page_biases,
+    page_apart,
+    page_components,
+    pages_ahead,
     write_operands,
 )
 from octo_run.kernels.attention.hopper.parts import combine, divide, hidden_pages, merge
@@ -45,6 +45,7 @@ from octo_run.kernels.lanes import (
     read_shared,
     read_shared4,
     read_shared_f,
+    reciprocal,
     repeat,
     runs_as,
     shuffle,
@@ -90,13 +91,13 @@ def table_decode_kernel(
     COPIES_XK: gl.constexpr, B_V: gl.constexpr, STATE_V: gl.constexpr, SIGNED_V: gl.constexpr, BPV_V: gl.constexpr,
     COPIES_V: gl.constexpr, COPIES_XV: gl.constexpr, ONE_TABLE: gl.constexpr, NT: gl.constexpr, PASS: gl.constexpr,
     ELEMENT: gl.constexpr, MEAN: gl.constexpr, WARPS: gl.constexpr, SMEM_WORDS: gl.constexpr, BATCHED: gl.constexpr,
-    EARLY: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, SINKS: gl.constexpr,
+    EARLY: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, SINKS: gl.constexpr, TIGHT: gl.constexpr,
 ):  # fmt: skip
     """Programs: (KV head and block of 4 NT query heads, part of a sequence). ``even_parts``: see `parts.divide`.
 
     ONE_TABLE: K and V have one format. MEAN: fast steps of the key mean's tables, 0 without a mean. EARLY: it may be
     launched before the kernel in front has ended. WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are
-    SINK_LOGITS. Shared memory: K's table, its extra triplets' table; V's likewise if
+    SINK_LOGITS. TIGHT: see `launch.constants`. Shared memory: K's table, its extra triplets' table; V's likewise if
     it has its own; a stage of a K and a V block for each warp; the queries; four words that say what the program does;
     what the key mean takes; in what remains, full-precision tokens if they fit, else these go where the table is to
     come.
@@ -123,12 +124,16 @@ def table_decode_kernel(
     STAGES_AT: gl.constexpr = EXTRAS_AT_V + (4 << B_V) * COPIES_XV
     QUERIES_AT: gl.constexpr = STAGES_AT + WARPS * 64 * (BPV_K + BPV_V)
     SLOTS_Q: gl.constexpr = query_words(D)
-    QUERY_BYTES: gl.constexpr = query_bytes(D)
-    PLACE_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES
-    MEAN_AT: gl.constexpr = PLACE_AT + 16
+    QUERY_BYTES: gl.constexpr = query_bytes(D, TIGHT)
+    MEAN_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES + (0 if TIGHT else 16)
+    PAGES_AHEAD: gl.constexpr = pages_ahead(TIGHT)
+    PAGE_APART: gl.constexpr = page_apart(TIGHT)
     COMPONENTS_AT: gl.constexpr = MEAN_AT + operand_bytes(D, NT, MEAN)
-    SPARE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, WARPS, MEAN) if MEAN > 0 else 0)
-    ANGLES_AHEAD: gl.constexpr = NT == 1 and D <= 128  # there are registers for the next ones
+    # What the program does has been read by all of it, with a barrier since, before components are written.
+    PLACE_AT: gl.constexpr = COMPONENTS_AT if TIGHT else QUERIES_AT + NT * QUERY_BYTES
+    SPARE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, WARPS, MEAN, PAGES_AHEAD, PAGE_APART) if MEAN > 0 else 0)
+    ANGLES_AHEAD: gl.constexpr = D <= 128  # there are registers for the next ones
+    WHOLE: gl.constexpr = MEAN > 0 and CAP == 0  # the products that add biases to logits add logarithms of norms, too
     SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
     FULL_V: gl.constexpr = value_words(CHAINS, N, B_V, SIGNED_V)
@@ -190,9 +195,9 @@ def table_decode_kernel(
     _fetch(v_stage, pages + page_id.to(gl.int64) * sp_page + 64 * BPV_K, lane, BPV_V)
 
     if MEAN > 0:
-        components = u32(COMPONENTS_AT + warp * component_bytes(NT))
+        components = u32(COMPONENTS_AT + warp * component_bytes(NT, PAGES_AHEAD, PAGE_APART))
         functions = load_functions(FUNCTIONS, lane)
-        angles = load_angles(ANGLES, begin + warp, last, lane, D, WARPS)
+        angles = load_angles(ANGLES, begin + warp, last, lane, D, WARPS, PAGES_AHEAD)
     sink_k = SINK_K + owned * ssk_r + head * ssk_h
     sink_v = SINK_V + owned * ssv_r + head * ssv_h
     tail_k = TAIL_K + owned * stk_r + head * stk_h
@@ -232,10 +237,11 @@ def table_decode_kernel(
         loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
     for b in gl.static_range(NT):
         if runs_as(seq, b):
-            keep_words(
-                u32(QUERIES_AT + b * QUERY_BYTES + lane * 16),
-                split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT),
-            )
+            kept_at = u32(QUERIES_AT + b * QUERY_BYTES + lane * 16)
+            split = split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT)
+            if TIGHT:
+                split = split[:SLOTS_Q] + (gl.where(g & 1 == 0, split[SLOTS_Q], split[SLOTS_Q + 1]),)
+            keep_words(kept_at, split)
     if MEAN > 0:
         write_operands(loaded, lane, warp, scale_log2, MEAN_AT, D, NT, MEAN, WARPS)
     zero_i = lane * 0
@@ -268,99 +274,120 @@ def table_decode_kernel(
     for b in gl.static_range(NT):
         two = ()
         for i in gl.static_range(SLOTS_Q, SLOTS_Q + 2):
-            word_at = QUERIES_AT + b * QUERY_BYTES + i // 4 * 512 + i % 4 * 4
-            two = two + (read_shared_f(u32(word_at + lane * 16)),)
+            if TIGHT:  # all lanes t have the same factor: the first one of them keeps it, the second one the offset
+                word_at = QUERIES_AT + b * QUERY_BYTES + SLOTS_Q // 4 * 512 + SLOTS_Q % 4 * 4 + (i - SLOTS_Q) * 64
+                two = two + (read_shared_f(u32(word_at + t * 16)),)
+            else:
+                word_at = QUERIES_AT + b * QUERY_BYTES + i // 4 * 512 + i % 4 * 4
+                two = two + (read_shared_f(u32(word_at + lane * 16)),)
         scales = scales + (two,)
     # Every warp ends its loop by itself; run in step instead (`own` is zero then), a warp without a page is not inside.
     own = own_warp(seq)
-    for base in range(begin + own, end, WARPS):
-        page = base + (warp - own)
-        inside = page < end
-        next_block = pages + next_id.to(gl.int64) * sp_page
-        next_id = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
+    own_begin = begin + own
+    # With a mean, pages by PAGES_AHEAD of the warp; else all at once, and the outer loop is none.
+    for section in range(0, end - own_begin if MEAN > 0 else 1, WARPS * PAGES_AHEAD):
+        section_end = end
         if MEAN > 0:
-            turn = (base - begin) & (WARPS * (PAGES_AT_ONCE - 1))  # times WARPS
-            if turn == 0:
-                if not ANGLES_AHEAD:
-                    angles = load_angles(ANGLES, page, last, lane, D, WARPS)
-                make_components(angles, components, lane, MEAN_AT, D, NT, MEAN)
-                if ANGLES_AHEAD:
-                    angles = load_angles(ANGLES, page + PAGES_AT_ONCE * WARPS, last, lane, D, WARPS)
-        wait_for_copies(lane, 1)
-        k_words = _words(k_stage, lane, WORDS_K)
-        if MEAN > 0:
-            biases = page_biases(components + u32(turn * (PAGE_BYTES // WARPS)), functions, lane, NT)
-        sync_warp(lane)
-        _fetch(k_stage, next_block, lane, BPV_K)
-        queries = ()
-        for b in gl.static_range(NT):
-            kept = kept_words(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
-            queries = queries + ((kept, scales[b][0], scales[b][1]),)
-        scores = score_page(
-            k_words, lane, lane_k, lane_xk, queries, zero_i, CHAINS, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
-            SIGNED_K, NORM_K, WORDS_K, NT,
-        )  # fmt: skip
-        if MEAN > 0:
-            scores = add_biases(scores, biases, NT)
-        if CAP > 0 or WINDOW > 0:
-            scores = limit_scores(scores, lane, gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page, NT, CAP, WINDOW)
-        wait_for_copies(lane, 1)
-        v_words = _words(v_stage, lane, FULL_V)
-        for w in gl.static_range(FULL_V, ALL_V):
-            at = FULL_V * 128 + (w - FULL_V) * (EXTRAS * 16) + gl.minimum(lane, EXTRAS * 4 - 1) * 4
-            v_words = v_words + (read_shared(v_stage + u32(at)),)
-        n_words = (
-            read_shared(v_stage + u32(NORMS_AT + g * 12)),
-            read_shared(v_stage + u32(NORMS_AT + g * 12 + 4)),
-            read_shared(v_stage + u32(NORMS_AT + g * 12 + 8)),
-        )
-        sync_warp(lane)
-        _fetch(v_stage, next_block + 64 * BPV_K, lane, BPV_V)
-        gammas = ()
-        log_gammas = ()
-        for r in gl.static_range(8):
-            gamma = (field(n_words, 12 * r, 16, 12) & 0xFFF0000).to(gl.float32, bitcast=True) * 5.192296858534828e33
-            gammas = gammas + (gamma,)
-            log_gammas = log_gammas + (gl.maximum(log2(gamma), -24.0),)
-        packed = ()
-        decays = ()
-        shares = ()
-        new_running = ()
-        new_total = ()
-        new_weight = ()
-        for b in gl.static_range(NT):
-            pairs, highest, mass, heavy, decay, share = weigh_page(
-                scores[b], gammas, log_gammas, inside, running[b], total[b], weight[b], lane
-            )
-            packed = packed + (pairs,)
-            decays = decays + (decay,)
-            shares = shares + (share,)
-            new_running = new_running + (highest,)
-            new_total = new_total + (mass,)
-            new_weight = new_weight + (heavy,)
-        running = new_running
-        total = new_total
-        weight = new_weight
-
-        grown = repeat((), NT)
-        for first in gl.static_range(0, PAIRS, PASS):
-            sums = sum_values(
-                v_words, lane_v, lane_xv, packed, source, selector, halves, zero_i, first, min(PASS, PAIRS - first),
-                CHAINS, N, SLOTS, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
-            )  # fmt: skip
-            longer = ()
+            page = own_begin + section + (warp - own)
+            if not ANGLES_AHEAD:
+                angles = load_angles(ANGLES, page, last, lane, D, WARPS, PAGES_AHEAD)
+            make_components(angles, components, lane, MEAN_AT, D, NT, MEAN, PAGES_AHEAD, PAGE_APART)
+            if ANGLES_AHEAD:
+                angles = load_angles(ANGLES, page + PAGES_AHEAD * WARPS, last, lane, D, WARPS, PAGES_AHEAD)
+            section_end = gl.minimum(own_begin + section + PAGES_AHEAD * WARPS, end)
+        for base in range(own_begin + section, section_end, WARPS):
+            page = base + (warp - own)
+            inside = page < end
+            next_block = pages + next_id.to(gl.int64) * sp_page
+            next_id = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
+            wait_for_copies(lane, 1)
+            k_words = _words(k_stage, lane, WORDS_K)
+            if MEAN > 0:
+                turn = base - own_begin - section  # times WARPS
+                of_page = page_components(components + u32(turn * (NT * PAGE_APART // WARPS)), lane, NT)
+            sync_warp(lane)
+            _fetch(k_stage, next_block, lane, BPV_K)
+            queries = ()
             for b in gl.static_range(NT):
-                row = grown[b]
-                for i in gl.static_range(3 * min(PASS, PAIRS - first)):
-                    for h in gl.static_range(2):
-                        four = sums[b * 3 * min(PASS, PAIRS - first) + i]
-                        page_sum = (four[2 * h] * 256 + four[2 * h + 1]).to(gl.float32)
-                        row = row + (acc[b * 6 * PAIRS + 6 * first + 2 * i + h] * decays[b] + page_sum * shares[b],)
-                longer = longer + (row,)
-            grown = longer
-        acc = ()
-        for b in gl.static_range(NT):
-            acc = acc + grown[b]
+                kept = kept_words(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
+                queries = queries + ((kept, scales[b][0], scales[b][1]),)
+            scores = score_page(
+                k_words, lane, lane_k, lane_xk, queries, zero_i, CHAINS, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K,
+                EXTRAS_AT_K, SIGNED_K, NORM_K, WORDS_K, NT,
+            )  # fmt: skip
+            if MEAN > 0 and CAP > 0:
+                scores = add_biases(scores, of_page, functions, repeat(zero_i.to(gl.float32), 8), NT)
+            if CAP > 0 or (WINDOW > 0 and not WHOLE):
+                unseen = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page
+                scores = limit_scores(scores, lane, unseen, NT, CAP, WINDOW)
+            wait_for_copies(lane, 1)
+            v_words = _words(v_stage, lane, FULL_V)
+            for w in gl.static_range(FULL_V, ALL_V):
+                at = FULL_V * 128 + (w - FULL_V) * (EXTRAS * 16) + gl.minimum(lane, EXTRAS * 4 - 1) * 4
+                v_words = v_words + (read_shared(v_stage + u32(at)),)
+            n_words = (
+                read_shared(v_stage + u32(NORMS_AT + g * 12)),
+                read_shared(v_stage + u32(NORMS_AT + g * 12 + 4)),
+                read_shared(v_stage + u32(NORMS_AT + g * 12 + 8)),
+            )
+            sync_warp(lane)
+            _fetch(v_stage, next_block + 64 * BPV_K, lane, BPV_V)
+            gammas = ()
+            log_gammas = ()
+            for r in gl.static_range(8):
+                bits = field(n_words, 12 * r, 16, 12) & 0xFFF0000
+                if WHOLE:
+                    gamma = (bits | 1).to(gl.float32, bitcast=True) * 5.192296858534828e33  # 2^-37 in place of zero
+                    gammas = gammas + (reciprocal(gamma),)
+                    log_gammas = log_gammas + (log2(gamma),)
+                else:
+                    gamma = bits.to(gl.float32, bitcast=True) * 5.192296858534828e33
+                    gammas = gammas + (gamma,)
+                    log_gammas = log_gammas + (gl.maximum(log2(gamma), -24.0),)
+            if WHOLE:
+                scores = add_biases(scores, of_page, functions, log_gammas, NT)
+                if WINDOW > 0:
+                    unseen = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page
+                    scores = limit_scores(scores, lane, unseen, NT, CAP, WINDOW)
+            packed = ()
+            decays = ()
+            shares = ()
+            new_running = ()
+            new_total = ()
+            new_weight = ()
+            for b in gl.static_range(NT):
+                pairs, highest, mass, heavy, decay, share = weigh_page(
+                    scores[b], gammas, log_gammas, inside, running[b], total[b], weight[b], lane, WHOLE
+                )
+                packed = packed + (pairs,)
+                decays = decays + (decay,)
+                shares = shares + (share,)
+                new_running = new_running + (highest,)
+                new_total = new_total + (mass,)
+                new_weight = new_weight + (heavy,)
+            running = new_running
+            total = new_total
+            weight = new_weight
+
+            grown = repeat((), NT)
+            for first in gl.static_range(0, PAIRS, PASS):
+                sums = sum_values(
+                    v_words, lane_v, lane_xv, packed, source, selector, halves, zero_i, first, min(PASS, PAIRS - first),
+                    CHAINS, N, SLOTS, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
+                )  # fmt: skip
+                longer = ()
+                for b in gl.static_range(NT):
+                    row = grown[b]
+                    for i in gl.static_range(3 * min(PASS, PAIRS - first)):
+                        for h in gl.static_range(2):
+                            four = sums[b * 3 * min(PASS, PAIRS - first) + i]
+                            page_sum = (four[2 * h] * 256 + four[2 * h + 1]).to(gl.float32)
+                            row = row + (acc[b * 6 * PAIRS + 6 * first + 2 * i + h] * decays[b] + page_sum * shares[b],)
+                    longer = longer + (row,)
+                grown = longer
+            acc = ()
+            for b in gl.static_range(NT):
+                acc = acc + grown[b]
 
     first_row = before * (HKV * G) + (head * G + first_head) * parts
     out_row = OUT + seq * so_b + (head * G + first_head) * so_h

@@ -26,13 +26,14 @@ from octo_run.kernels.lanes import (
     pack_half_finite,
     read_shared2,
     read_shared4,
+    read_shared4_at,
     repeat,
     u32,
     write_shared4_of,
 )
 
 PAGES_AT_ONCE = gl.constexpr(4)
-"""Of a warp, whose components are made together."""
+"""Of a warp, whose components are made together; a divisor of it where there is little room."""
 PAGE_BYTES = gl.constexpr(256)
 """Of a page's components for four heads."""
 _fastest = constexpr_function(fastest_steps)
@@ -45,9 +46,9 @@ def _steps(head_dim):
 
 
 @constexpr_function
-def _chains(head_dim):
-    """Sums that the first operand's products are divided into."""
-    return max(2, int(_steps(head_dim)) // 2)
+def _chains(head_dim, blocks):
+    """Sums that the first tile's products are divided into; those of two blocks are under way together."""
+    return max(2, int(_steps(head_dim)) // (2 * int(blocks)))
 
 
 @constexpr_function
@@ -63,15 +64,28 @@ def operand_bytes(head_dim, blocks, fast):
 
 
 @constexpr_function
-def component_bytes(blocks):
-    """Shared memory of a warp for the components of its next pages."""
-    return int(blocks) * 1024
+def pages_ahead(tight):
+    """Pages whose components the table kernel makes together."""
+    return int(PAGES_AT_ONCE) // 2 if tight else int(PAGES_AT_ONCE)
 
 
 @constexpr_function
-def mean_bytes(head_dim, blocks, warps, fast):
-    """Shared memory for the key mean."""
-    return int(operand_bytes(head_dim, blocks, fast)) + int(warps) * int(component_bytes(blocks))
+def page_apart(tight):
+    """Bytes from a page's components to the next one's in the table kernel, for four heads: with what keeps them in
+    other banks, if there is room."""
+    return int(PAGE_BYTES) + (0 if tight else 16)
+
+
+@constexpr_function
+def component_bytes(blocks, pages, page_bytes):
+    """Shared memory of a warp for the components of its next pages, so many bytes a page and four heads."""
+    return int(blocks) * int(pages) * int(page_bytes)
+
+
+@constexpr_function
+def mean_bytes(head_dim, blocks, warps, fast, pages, page_bytes):
+    """Shared memory for the key mean; see `component_bytes`."""
+    return int(operand_bytes(head_dim, blocks, fast)) + int(warps) * int(component_bytes(blocks, pages, page_bytes))
 
 
 @gluon.jit
@@ -147,10 +161,11 @@ def write_operands(
 
 
 @gluon.jit
-def load_angles(angles_ptr, page, last, lane, D: gl.constexpr, WARPS: gl.constexpr):
-    """The other operand of the first product: cosines and sines of four pages of a warp from ``page`` on."""
+def load_angles(angles_ptr, page, last, lane, D: gl.constexpr, WARPS: gl.constexpr, PAGES: gl.constexpr):
+    """The other operand of the first product: cosines and sines of PAGES pages of a warp from ``page`` on, those of
+    fewer than four again and again."""
     CHUNKS: gl.constexpr = (_steps(D) + 1) // 2
-    there = gl.minimum(page + (lane >> 3) * WARPS, last) * 2 + (lane >> 2 & 1)
+    there = gl.minimum(page + (lane >> 3) % PAGES * WARPS, last) * 2 + (lane >> 2 & 1)
     row = angles_ptr + there * (CHUNKS * 16) + (lane & 3) * 4
     words = ()
     for c in gl.static_range(CHUNKS):
@@ -159,53 +174,65 @@ def load_angles(angles_ptr, page, last, lane, D: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
-def _sum(sums, angles, at, FIRST: gl.constexpr, END: gl.constexpr, BY: gl.constexpr):
-    """The sums and every BY-th product from step FIRST, whose operand is at ``at``, on."""
+def _sum(sums, angles, at, OFFSET: gl.constexpr, FIRST: gl.constexpr, END: gl.constexpr, BY: gl.constexpr):
+    """The sums and every BY-th product from step FIRST, whose operand is OFFSET bytes behind ``at``, on."""
     for step in gl.static_range(FIRST, END, BY):
-        r0, r1, r2, r3 = read_shared4(at + (step - FIRST) * 512)
+        r0, r1, r2, r3 = read_shared4_at(at, OFFSET + (step - FIRST) * 512)
         sums = mma_half(sums, r0, r1, r2, r3, angles[2 * step], angles[2 * step + 1], "f16")
     return sums
 
 
 @gluon.jit
-def make_components(angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr):
-    """The components of four pages, to the warp's stage in shared memory: the operands of the second product. What
-    comes next is to synchronise the warp."""
+def _all_sums(angles, at, OFFSET: gl.constexpr, D: gl.constexpr, FAST: gl.constexpr, CHAINS: gl.constexpr):
+    """The components of four heads, tile by tile; tile 0 by sums of CHAINS chains, as a product waits for the one
+    before it."""
     STEPS: gl.constexpr = _steps(D)
     FASTEST: gl.constexpr = _fastest(FAST)
+    zero = repeat((at * 0).to(gl.float32), 4)
+    four = _sum(zero, angles, at, OFFSET, 0, STEPS, CHAINS)
+    for chain in gl.static_range(1, CHAINS):
+        more = _sum(zero, angles, at, OFFSET + chain * 512, chain, STEPS, CHAINS)
+        both = ()
+        for i in gl.static_range(4):
+            both = both + (four[i] + more[i],)
+        four = both
+    sums = (four, _sum(zero, angles, at, OFFSET + STEPS * 512, 0, FAST, 1))
+    for tile in gl.static_range(2):
+        sums = sums + (_sum(zero, angles, at, OFFSET + (STEPS + FAST + tile * FASTEST) * 512, 0, FASTEST, 1),)
+    return sums
+
+
+@gluon.jit
+def make_components(
+    angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr, PAGES: gl.constexpr,
+    PAGE: gl.constexpr,
+):  # fmt: skip
+    """The components of PAGES pages, to the warp's stage in shared memory: the operands of the second product, PAGE
+    bytes a page and four heads. What comes next is to synchronise the warp."""
     TILES: gl.constexpr = _tiles(D, FAST)
     g = lane >> 2
     constant = g < 4
-    to = stage + u32((lane & 3) * PAGE_BYTES + (g & 3) * 64 + (g >> 2) * 16)
+    to = stage + u32((lane & (PAGES - 1)) * (NT * PAGE) + (g & 3) * (64 * NT) + (g >> 2) * (16 * NT))
+    at = u32(lane * 16)
+    sums = ()
     for b in gl.static_range(NT):
-        at = u32(AT + b * TILES * 512 + lane * 16)
-        zero = repeat((lane * 0).to(gl.float32), 4)
-        sums = ()
-        for tile in gl.static_range(4):
-            if tile == 0:
-                # Sums of two steps each where there are more: a product waits for the one before it.
-                four = _sum(zero, angles, at, 0, STEPS, _chains(D))
-                for chain in gl.static_range(1, _chains(D)):
-                    more = _sum(zero, angles, at + chain * 512, chain, STEPS, _chains(D))
-                    both = ()
-                    for i in gl.static_range(4):
-                        both = both + (four[i] + more[i],)
-                    four = both
-                sums = sums + (four,)
-            elif tile == 1:
-                sums = sums + (_sum(zero, angles, at + STEPS * 512, 0, FAST, 1),)
-            else:
-                sums = sums + (_sum(zero, angles, at + (STEPS + FAST + (tile - 2) * FASTEST) * 512, 0, FASTEST, 1),)
-        for half in gl.static_range(2):
+        sums = sums + (_all_sums(angles, at, AT + b * TILES * 512, D, FAST, _chains(D, NT)),)
+    for half in gl.static_range(2):
+        words = ()
+        for b in gl.static_range(NT):
             # Slot 1: what rounding leaves of slot 0, whose coefficients have a rest of their own.
-            rest = sums[0][half] - low_half(pack_half_finite(sums[0][half], sums[0][half]))
-            second = sums[0][2 + half] + gl.where(constant, rest, 0.0)
-            words = (pack_half_finite(sums[0][half], second),)
+            first = sums[b][0][half]
+            rest = first - low_half(pack_half_finite(first, first))
+            second = sums[b][0][2 + half] + gl.where(constant, rest, 0.0)
+            four = (pack_half_finite(first, second),)
             for tile in gl.static_range(1, 4):
-                words = words + (pack_half_finite(sums[tile][half], sums[tile][2 + half]),)
-            write_shared4_of(
-                to + (b * (PAGES_AT_ONCE * PAGE_BYTES) + half * 32), words[0], words[1], words[2], words[3]
-            )
+                four = four + (pack_half_finite(sums[b][tile][half], sums[b][tile][2 + half]),)
+            words = words + (four,)
+        if NT == 1:
+            write_shared4_of(to + half * 32, words[0][0], words[0][1], words[0][2], words[0][3])
+        else:
+            write_shared4_of(to + half * 64, words[0][0], words[0][1], words[1][0], words[1][1])
+            write_shared4_of(to + (half * 64 + 16), words[0][2], words[0][3], words[1][2], words[1][3])
 
 
 @gluon.jit
@@ -215,30 +242,33 @@ def load_functions(functions_ptr, lane):
 
 
 @gluon.jit
-def page_biases(at, functions, lane, NT: gl.constexpr):
-    """What the mean adds to the logits of the page whose components are at ``at``: NT tuples of 8, token 8 r + g of
-    head 4 b + t."""
+def page_components(at, lane, NT: gl.constexpr):
+    """The components of the page that are at ``at``: two registers for each block of heads."""
+    gl.static_assert(NT <= 2)
+    if NT == 1:
+        b0, b1 = read_shared2(at + u32(lane * 8))
+        return ((b0, b1),)
+    else:
+        b0, b1, b2, b3 = read_shared4(at + u32(lane * 16))
+        return (b0, b1), (b2, b3)
+
+
+@gluon.jit
+def add_biases(scores, components, functions, more, NT: gl.constexpr):
+    """The scores of a page with what the mean adds to them, and with ``more[r]`` in the rows r of all heads: NT tuples
+    of 8, token 8 r + g of head 4 b + t."""
     out = ()
-    zero = (lane * 0).to(gl.float32)
     for b in gl.static_range(NT):
-        b0, b1 = read_shared2(at + u32(b * (PAGES_AT_ONCE * PAGE_BYTES) + lane * 8))
-        low = repeat(zero, 4)
-        high = repeat(zero, 4)
+        b0, b1 = components[b]
+        low = (more[0], more[4], more[1], more[5])
+        high = (more[2], more[6], more[3], more[7])
         f = functions[0]
         low = mma_half(low, f[0], f[1], f[2], f[3], b0, b1, "f16")
         f = functions[1]
         high = mma_half(high, f[0], f[1], f[2], f[3], b0, b1, "f16")
-        out = out + ((low[0], low[2], high[0], high[2], low[1], low[3], high[1], high[3]),)
-    return out
-
-
-@gluon.jit
-def add_biases(scores, biases, NT: gl.constexpr):
-    """Scores with the biases."""
-    out = ()
-    for n in gl.static_range(NT):
+        biases = (low[0], low[2], high[0], high[2], low[1], low[3], high[1], high[3])
         eight = ()
         for r in gl.static_range(8):
-            eight = eight + (scores[n][r] + biases[n][r],)
+            eight = eight + (scores[b][r] + biases[r],)
         out = out + (eight,)
     return out

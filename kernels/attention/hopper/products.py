@@ -39,9 +39,10 @@ def query_words(head_dim):
 
 
 @constexpr_function
-def query_bytes(head_dim):
-    """Shared memory for the queries of a block of heads: the operand, a factor and an offset for each lane."""
-    return -(-(query_words(head_dim) + 2) // 4) * 512
+def query_bytes(head_dim, tight=False):
+    """Shared memory for the queries of a block of heads: the operand, a factor and an offset for each lane; ``tight``:
+    one of both."""
+    return -(-(int(query_words(head_dim)) + (1 if tight else 2)) // 4) * 512
 
 
 @gluon.jit
@@ -177,13 +178,17 @@ def limit_scores(scores, lane, hidden, NT: gl.constexpr, CAP: gl.constexpr, WIND
 
 
 @gluon.jit
-def weigh_page(scores, gammas, log_gammas, inside, running, total, weight, lane):
+def weigh_page(scores, gammas, log_gammas, inside, running, total, weight, lane, WHOLE: gl.constexpr):
     """A page's softmax for one block of heads: its values' weights as pairs of int8, those of the rows 2 i and 2 i + 1
     in one register, scaled by the page's largest; the new running maximum, sum of weights and sum of scaled weights;
-    what becomes of the old sums and of the page's own."""
+    what becomes of the old sums and of the page's own. WHOLE: the logarithms are in the scores, and ``gammas`` are the
+    norms' inverses."""
     tops = running * 0.0 - 1e30
     for r in gl.static_range(8):
-        tops = gl.maximum(tops, scores[r] + log_gammas[r])
+        if WHOLE:
+            tops = gl.maximum(tops, scores[r])
+        else:
+            tops = gl.maximum(tops, scores[r] + log_gammas[r])
     tops = max_over_rows(gl.where(inside, tops, -1e30), lane)
     highest = gl.maximum(running, tops)
     shift = gl.where(inside, tops, 1e30)  # a page beyond the end: all weights zero
@@ -196,8 +201,12 @@ def weigh_page(scores, gammas, log_gammas, inside, running, total, weight, lane)
         bits = ()
         for i in gl.static_range(2):
             p = exp2(scores[2 * pair + i] - shift)
-            p_sum += p
-            rounded = p * gammas[2 * pair + i] * 32512.0 + 12582912.0
+            if WHOLE:
+                p_sum += p * gammas[2 * pair + i]
+                rounded = p * 32512.0 + 12582912.0
+            else:
+                p_sum += p
+                rounded = p * gammas[2 * pair + i] * 32512.0 + 12582912.0
             w_sum += rounded - 12582912.0
             bits = bits + (rounded.to(gl.uint32, bitcast=True),)
         both = permute_bytes(bits[0], bits[1], 0x5410)  # neither is negative, so nothing is carried between them

@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.lanes import read_shared4, u32, write_shared2, write_shared4, write_shared4_of
+from octo_run.kernels.lanes import read_shared4, u32, write_shared, write_shared2, write_shared4, write_shared4_of
 
 
 @constexpr_function
@@ -29,7 +29,9 @@ def _fill(words, tid, AT: gl.constexpr, ENTRIES: gl.constexpr, COPIES: gl.conste
     QUADS: gl.constexpr = COPIES // 4
     for r in gl.static_range((ENTRIES + THREADS - 1) // THREADS):
         entry = gl.minimum(r * THREADS + tid, ENTRIES - 1)
-        if COPIES == 2:
+        if COPIES == 1:
+            write_shared(u32(AT + entry * 4), words[r])
+        elif COPIES == 2:
             write_shared2(u32(AT + entry * 8), words[r], words[r])
         for i in gl.static_range(QUADS):
             quad = ((tid % 32) // (32 // COPIES) + i) % QUADS

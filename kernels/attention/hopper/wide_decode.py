@@ -64,7 +64,7 @@ def other_bytes(head_dim, blocks, teams, bytes_k, bytes_v, mean):
     """Shared memory beside the tables: pages, queries, exchange, four words, what the key mean takes."""
     head_dim, blocks, teams, mean = int(head_dim), int(blocks), int(teams), int(mean)
     of_team = 64 * (int(bytes_k) + int(bytes_v)) + int(exchange_bytes(blocks))
-    of_mean = int(mean_bytes(head_dim, blocks, teams, mean)) if mean else 0
+    of_mean = int(mean_bytes(head_dim, blocks, teams, mean, PAGES_AT_ONCE, PAGE_BYTES)) if mean else 0
     return teams * of_team + blocks * int(query_bytes(head_dim)) + 16 + of_mean
 
 
@@ -123,7 +123,7 @@ def wide_decode_kernel(
     PLACE_AT: gl.constexpr = QUERIES_AT + NT * QUERY_BYTES
     MEAN_AT: gl.constexpr = PLACE_AT + 16
     COMPONENTS_AT: gl.constexpr = MEAN_AT + operand_bytes(D, NT, MEAN)
-    EXCHANGE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, TEAMS, MEAN) if MEAN > 0 else 0)
+    EXCHANGE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, TEAMS, MEAN, PAGES_AT_ONCE, PAGE_BYTES) if MEAN > 0 else 0)
     gl.static_assert(full_bytes(D, NT) <= STAGES_AT)
     gl.static_assert(combine_bytes(D, NT, TEAMS) <= SMEM_WORDS * 4)
     WORDS_K: gl.constexpr = BPV_K // 2  # of a lane, for its eight tokens
@@ -187,7 +187,7 @@ def wide_decode_kernel(
     _fetch(v_stage, block + 64 * BPV_K, lane, tile, BPV_V)
 
     if MEAN > 0:
-        components = u32(COMPONENTS_AT + team * component_bytes(NT))
+        components = u32(COMPONENTS_AT + team * component_bytes(NT, PAGES_AT_ONCE, PAGE_BYTES))
         functions = load_functions(FUNCTIONS, lane)
     after = 0
     if EARLY:
@@ -260,10 +260,11 @@ def wide_decode_kernel(
             if turn == 0:
                 for b in gl.static_range(NT):
                     if has_role(seq, b, 4):
-                        angles = load_angles(ANGLES, page, last, lane, D, TEAMS)
+                        angles = load_angles(ANGLES, page, last, lane, D, TEAMS, PAGES_AT_ONCE)
                         make_components(
                             angles, components + b * (PAGES_AT_ONCE * PAGE_BYTES), lane,
-                            MEAN_AT + b * (operand_bytes(D, NT, MEAN) // NT), D, 1, MEAN,
+                            MEAN_AT + b * (operand_bytes(D, NT, MEAN) // NT), D, 1, MEAN, PAGES_AT_ONCE,
+                            PAGE_BYTES,
                         )  # fmt: skip
         wait_for_copies(lane, 0)
         team_barrier(own)
