@@ -94,7 +94,8 @@ def test_a_row_of_numbers_of_any_size(
     outliers = plain * torch.where(torch.arange(columns) % 97 == 5, 3000.0, 1.0)
     numbers = {
         "one alone": torch.where(torch.arange(columns) == 300, 1.0, 0.0), "outliers": outliers, "zeros": plain * 0,
-        "large": plain * 1e30, "small": plain * 1e-35, "of all sizes": plain * 2.0 ** (torch.arange(columns) % 60 - 30.0),
+        "large": plain * 1e30, "small": plain * 1e-35,
+        "of all sizes": plain * 2.0 ** (torch.arange(columns) % 60 - 30.0),
         "just below a power of two": torch.full((columns,), 1.9921875), "negative": torch.full((columns,), -1.9921875),
     }  # fmt: skip
     for name, x in numbers.items():
