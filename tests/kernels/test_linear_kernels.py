@@ -36,9 +36,10 @@ def test_triton_decodes_rows(kind: str, group: int | None, offsets: bool, column
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", tuple(BITS))
 @pytest.mark.parametrize("rows", [1, 5, 16, 40, 100])
-def test_products_on_a_gpu(kind: str, rows: int, dtype: torch.dtype) -> None:
-    weight = made(kind, 200, 576, 32, True, rows).to(DEVICE)
-    x = torch.randn(rows, 576, device=DEVICE).to(dtype)
+@pytest.mark.parametrize(("group", "columns"), [(32, 576), (128, 4096), (64, 4608), (None, 640)])
+def test_products_on_a_gpu(kind: str, rows: int, dtype: torch.dtype, group: int | None, columns: int) -> None:
+    weight = made(kind, 200, columns, group, True, rows).to(DEVICE)
+    x = torch.randn(rows, columns, device=DEVICE).to(dtype)
     bias = torch.randn(200, device=DEVICE).to(dtype)
     out = torch.full((rows, 200), float("nan"), device=DEVICE, dtype=dtype)
     packed_linear(x, weight, bias, out)
