@@ -136,7 +136,7 @@ def divisions(x: Tensor, weight: PackedWeight) -> tuple[list[launch.Tiling], lau
         slices = -(-blocks // (warps * most))
         if slices == 1 or (programs <= slices and slices * len(x) * weight.shape[0] <= launch.PARTS):
             found.append(launch.Tiling(warps, -(-blocks // (warps * slices)), ahead, slices, programs))
-    chosen = launch.tiling(blocks) if launch.fits(x, weight) else None
+    chosen = launch.tiling(blocks, len(x)) if launch.fits(x, weight) else None
     return [*dict.fromkeys([*found, *([] if chosen is None else [chosen])])], chosen
 
 

@@ -51,14 +51,18 @@ class Tiling:
 
 
 #: By timing on an H200 (`scripts/bench_packed_products.py`). A warp keeps its inputs in registers: of four blocks.
-#: Where columns are cut into slices anyway, two programs of shorter ones on a multiprocessor are faster.
+#: Where columns are cut into slices anyway, two programs of shorter ones on a multiprocessor are faster, and for more
+#: than eight rows one of twice as many warps, whose next tile comes while they multiply.
 _WARPS, _TURNS, _TURNS_OF_SLICES = 8, 4, 2
 
 
-def tiling(blocks: int) -> Tiling:
-    """The division of ``blocks`` of 128 columns: the same for all numbers of rows, so that sums are the same ones."""
+def tiling(blocks: int, rows: int = 1) -> Tiling:
+    """The division of ``blocks`` of 128 columns: the same up to eight rows, and from there on."""
     if blocks > _WARPS * _TURNS:
         slices = -(-blocks // (_WARPS * _TURNS_OF_SLICES))
+        if rows > 8:
+            warps = _WARPS * _TURNS_OF_SLICES
+            return Tiling(warps, -(-blocks // (slices * warps)), 2, slices)
         return Tiling(_WARPS, -(-blocks // (slices * _WARPS)), 1, slices, 2)
     turns = -(-blocks // _WARPS)
     return Tiling(_WARPS, turns, 2 if turns < 3 else 1, 1)
@@ -137,7 +141,7 @@ def fused(
 ) -> None:
     """The fused product of at most `rows_at_once` rows; ``swiglu``: of its first half silu, times the second."""
     n, blocks, rows = weight.shape[0], weight.padded // BLOCK, len(x)
-    how = tiling(blocks) if how is None else how
+    how = tiling(blocks, rows) if how is None else how
     wide, digits = 2 if rows > 8 else 1, by_digits(rows, weight)
     step, half = (8, n // 2) if swiglu else (16, 8)
     parts, counters = _joining(x.device) if how.slices > 1 else (weight.rows, weight.rows)
