@@ -13,7 +13,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from octo_run.kernels.experts import launch, product_kernels, routing_kernels  # noqa: E402
 from octo_run.kernels.experts.packed_product import packed_experts_kernel  # noqa: E402
-from octo_run.kernels.linear.digit_parts import takes_digits
+from octo_run.kernels.linear.digit_parts import takes_digits  # noqa: E402
 from octo_run.kernels.linear.streamed_parts import shared_bytes  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -117,8 +117,8 @@ def test_fused_products_compile_for_hopper(kind, bits, group, turns, first, digi
     shared = int(shared_bytes(bits, group, offsets, 1, digits, 8, turns, how.ahead))
     fixed = {
         "KIND": kind, "BITS": bits, "ELEMENT": "bf16", "GROUP": group, "DIGITS": digits, "HAS_OFFSETS": offsets,
-        "BIASED": kind == "fp4", "PADDED": kind == "fp4", "UNEVEN": kind == "fp4", "TURNS": turns, "AHEAD": how.ahead, "CHOSEN": 8,
-        "FIRST": first, "ACTIVATION": "clamped_silu" if kind == "fp4" else "silu", "WARPS": 8,
+        "BIASED": kind == "fp4", "PADDED": kind == "fp4", "UNEVEN": kind == "fp4", "TURNS": turns,
+        "AHEAD": how.ahead, "CHOSEN": 8, "FIRST": first, "ACTIVATION": "clamped_silu" if kind == "fp4" else "silu", "WARPS": 8,
         "SMEM_WORDS": -(-shared // 1024) * 256, "EARLY": True, "KNOWN": not first,
     }  # fmt: skip
     names = packed_experts_kernel.arg_names
@@ -132,7 +132,6 @@ def test_fused_products_compile_for_hopper(kind, bits, group, turns, first, digi
     assert text.index("griddepcontrol.wait") < text.index("griddepcontrol.launch_dependents")
     assert (text.index("cp.async") < text.index("griddepcontrol.wait")) == (not first)
     found = disassembled(compiled.asm["cubin"])
-    assert found.spilled_bytes <= (32 if turns == 3 and not digits else 0), (
-        "inputs of three blocks leave too few of 128 registers"
-    )
+    few = turns == 3 and not digits  # inputs of three blocks leave too few of 128 registers
+    assert found.spilled_bytes <= (32 if few else 0)
     assert found.registers <= (128 if turns < 4 else 255)
