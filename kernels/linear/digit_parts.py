@@ -1,6 +1,6 @@
 """Products of packed weights with one row of whole numbers, lane by lane: for codes that are small whole numbers, too.
 
-Codes of int4, int8 and fp4 (twice the value, plus `excess_of`) are int8 operands of a tensor-core product of 32 columns
+Codes of int4 and fp4 (twice the value, plus `excess_of`) are int8 operands of a tensor-core product of 32 columns
 as they come out of a mask or a table of bytes: half of the instructions that 16-bit floats take. The inputs are made to
 fit. A number of x is a whole number q times a power of two, and q is written in digits of -128 to 127:
 
@@ -56,7 +56,7 @@ def _bits(wide):
 @constexpr_function
 def takes_digits(kind, group):
     """Whether codes of a kind, in groups of so many columns (0: all), can be multiplied so."""
-    return str(kind) in ("int4", "int8", "fp4") and int(group) != 16
+    return str(kind) in ("int4", "fp4") and int(group) != 16
 
 
 @constexpr_function
@@ -236,10 +236,7 @@ def _read_digits(planes, lane, TURN: gl.constexpr, KIND: gl.constexpr, GROUP: gl
     operands = ()
     for s in gl.static_range(4):
         for second in gl.static_range(2):
-            if KIND == "int8":
-                operand = permute_bytes(words[2 * s + second], words[2 * s + second], 0x3120)
-            else:
-                operand = permute_bytes(words[2 * s], words[2 * s + 1], _order_of_bytes(KIND, second))
+            operand = permute_bytes(words[2 * s], words[2 * s + 1], _order_of_bytes(KIND, second))
             operands = operands + (gl.where(of_group == s * groups_in(GROUP) // 4, operand, 0),)
     return operands
 
@@ -288,31 +285,20 @@ def _two_operands(word, tables, KIND: gl.constexpr):
 
 
 @gluon.jit
-def codes_of_block(slot, lane, tables, KIND: gl.constexpr, BITS: gl.constexpr):
+def _codes_of_block(slot, lane, tables, KIND: gl.constexpr):
     """Operands A of the four products of the block at ``slot``, four registers each."""
-    g = lane >> 2
-    low = ()
-    high = ()
-    for c in gl.static_range(BITS // 4):
-        if BITS == 4:
-            at = slot + lane * 16
-        else:
-            at = slot + g * 128 + ((2 * (lane & 3) + c) ^ (g & 1)) * 16
-        low = low + read_shared4(u32(at))
-        high = high + read_shared4(u32(at + 128 * BITS))
+    low = read_shared4(u32(slot + lane * 16))
+    high = read_shared4(u32(slot + lane * 16 + 512))
     out = ()
     for s in gl.static_range(4):
-        if BITS == 8:
-            out = out + ((low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]),)
-        else:
-            a0, a2 = _two_operands(low[s], tables, KIND)
-            a1, a3 = _two_operands(high[s], tables, KIND)
-            out = out + ((a0, a1, a2, a3),)
+        a0, a2 = _two_operands(low[s], tables, KIND)
+        a1, a3 = _two_operands(high[s], tables, KIND)
+        out = out + ((a0, a1, a2, a3),)
     return out
 
 
 @gluon.jit
-def add_digits(acc, slot, inputs, sum, back, tables, lane, KIND: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+def add_digits(acc, slot, inputs, sum, back, tables, lane, KIND: gl.constexpr, GROUP: gl.constexpr,
                HAS_OFFSETS: gl.constexpr):  # fmt: skip
     """The tile's sums with the block that lies at ``slot``: a float for each half of the tile, or four integers of the
     tensor cores if GROUP is 0. ``sum``: `_digit_sum` of the block."""
@@ -320,13 +306,13 @@ def add_digits(acc, slot, inputs, sum, back, tables, lane, KIND: gl.constexpr, B
     raw = repeat(lane * 0, 4)
     if GROUP == 0:
         raw = acc
-    codes = codes_of_block(slot, lane, tables, KIND, BITS)
+    codes = _codes_of_block(slot, lane, tables, KIND)
     for s in gl.static_range(4):
         a = codes[s]
         raw = mma_int8_32(raw, a[0], a[1], a[2], a[3], inputs[2 * s], inputs[2 * s + 1])
     if GROUP > 0:
         # The scales of 8 rows of one group and one half of the tile lie side by side.
-        at = slot + 256 * BITS + (lane & 3) * GROUPS // 4 * 32 + (lane >> 2) * 2
+        at = slot + 1024 + (lane & 3) * GROUPS // 4 * 32 + (lane >> 2) * 2
         both = ()
         for half in gl.static_range(2):
             factor = low_half(read_shared_half(u32(at + 16 * half)))

@@ -393,7 +393,7 @@ def add_tile(ring, places, left, inputs, sums, backs, constants, OFFSETS, tile, 
         slot = ring + turn * STAGE
         wait_for_copies(lane, TURNS * AHEAD - 1)
         if DIGITS:
-            acc = add_digits(acc, slot, inputs[turn], sums[turn], backs[turn], constants, lane, KIND, BITS, GROUP,
+            acc = add_digits(acc, slot, inputs[turn], sums[turn], backs[turn], constants, lane, KIND, GROUP,
                              HAS_OFFSETS)  # fmt: skip
         else:
             acc = add_block(acc, slot, inputs[turn], sums[turn], constants, lane, KIND, BITS, ELEMENT, GROUP, NT,

@@ -118,7 +118,8 @@ def test_fused_products_compile_for_hopper(kind, bits, group, turns, first, digi
     fixed = {
         "KIND": kind, "BITS": bits, "ELEMENT": "bf16", "GROUP": group, "DIGITS": digits, "HAS_OFFSETS": offsets,
         "BIASED": kind == "fp4", "PADDED": kind == "fp4", "UNEVEN": kind == "fp4", "TURNS": turns,
-        "AHEAD": how.ahead, "CHOSEN": 8, "FIRST": first, "ACTIVATION": "clamped_silu" if kind == "fp4" else "silu", "WARPS": 8,
+        "AHEAD": how.ahead, "CHOSEN": 8, "FIRST": first,
+        "ACTIVATION": "clamped_silu" if kind == "fp4" else "silu", "WARPS": 8,
         "SMEM_WORDS": -(-shared // 1024) * 256, "EARLY": True, "KNOWN": not first,
     }  # fmt: skip
     names = packed_experts_kernel.arg_names

@@ -83,7 +83,7 @@ def test_the_fused_product_with_swiglu_is_that_of_both_halves(
 
 
 @pytest.mark.few("fp4-32")
-@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 64), ("int4", 32), ("fp4", 32), ("int8", None)])
+@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 64), ("int4", 32), ("fp4", 32), ("int4", None)])
 def test_a_row_of_numbers_of_any_size(
     emulated: Any, monkeypatch: pytest.MonkeyPatch, kind: str, group: int | None
 ) -> None:
