@@ -203,27 +203,14 @@ def load_global4(pointer):
 
 
 @gluon.jit
-def load_global2(pointer):
-    """The lane's 8 bytes at ``pointer``."""
+def load_global2(pointer, IN_ORDER: gl.constexpr = False):
+    """The lane's 8 bytes at ``pointer``; IN_ORDER: asked for before what comes later in the source."""
     return gl.inline_asm_elementwise(
         "ld.global.v2.u32 {$0, $1}, [$2];",
         "=r,=r,l",
         [pointer],
         dtype=(gl.uint32, gl.uint32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def load_global2_in_order(pointer):
-    """The lane's 8 bytes at ``pointer``, asked for before what comes later in the source."""
-    return gl.inline_asm_elementwise(
-        "ld.global.v2.u32 {$0, $1}, [$2];",
-        "=r,=r,l",
-        [pointer],
-        dtype=(gl.uint32, gl.uint32),
-        is_pure=False,
+        is_pure=not IN_ORDER,
         pack=1,
     )
 

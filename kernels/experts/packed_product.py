@@ -18,14 +18,12 @@ from octo_run.kernels.lanes import (
     wait_for_kernel_before,
 )
 from octo_run.kernels.linear.digit_parts import (
-    block_of,
     digits_and_sums,
-    excess_of,
     load_numbers,
     plane_bytes,
-    side_by_side,
     write_digits,
 )
+from octo_run.kernels.linear.input_parts import inputs_and_sums, side_by_side
 from octo_run.kernels.linear.streamed_parts import (
     add_tile,
     ask,
@@ -37,11 +35,9 @@ from octo_run.kernels.linear.streamed_parts import (
     place_of_sum,
     prepare_shared,
     rounds_of_sum,
-    row_inputs,
     stage_bytes,
     sum_bytes,
     sum_of_warps,
-    sums_of,
     threads_of_sum,
 )
 from octo_run.kernels.linear.unpack import excess
@@ -119,7 +115,7 @@ def packed_experts_kernel(
     lane = tid & 31
     warp = tid >> 5
     EXCESS: gl.constexpr = excess(KIND, ELEMENT)
-    SUMMED: gl.constexpr = HAS_OFFSETS or (excess_of(KIND) if DIGITS else EXCESS) > 0
+    SUMMED: gl.constexpr = HAS_OFFSETS or EXCESS > 0
     STEPS: gl.constexpr = GROUP // 16 if GROUP > 0 else 8
     STAGES: gl.constexpr = TURNS * AHEAD
     STAGE: gl.constexpr = stage_bytes(BITS, GROUP, HAS_OFFSETS)
@@ -178,20 +174,14 @@ def packed_experts_kernel(
         places, left = ask(ring, places, left, block, blocks, n, half, row_bytes, stride_group, programs, step, lane,
                            AT_ONCE, STAGES, TURNS, BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
         backs = write_digits(numbers, planes, lane, GROUP, ELEMENT, TURNS)
-        inputs, sums = digits_and_sums(planes, lane, KIND, GROUP, TURNS, SUMMED)
+        inputs, sums = digits_and_sums(planes, lane, KIND, GROUP, TURNS)
     else:
         at = after + gl.maximum(gl.minimum(begin + g, end - 1), 0)
         if FIRST:
             at = gl.load(ORDER + at) // CHOSEN
-        source = X + at.to(gl.int64) * columns
-        for turn in gl.static_range(TURNS):
-            there = block + block_of(turn, TURNS, WARPS)
-            inputs = inputs + ((row_inputs(source, there, blocks, columns, lane, PADDED, UNEVEN, KIND, ELEMENT),),)
-        for turn in gl.static_range(TURNS):
-            if SUMMED:
-                sums = sums + (sums_of(inputs[turn], lane, STEPS, ELEMENT, 1),)
-            else:
-                sums = sums + ((),)
+        lines = (X + at.to(gl.int64) * columns,)
+        inputs, sums = inputs_and_sums(lines, block, blocks, columns, lane, KIND, ELEMENT, 1, PADDED, UNEVEN, TURNS,
+                                       SUMMED, STEPS, WARPS)  # fmt: skip
     buffer = WARPS * RING
     other = WARPS * RING + BUFFER
     turned = 1

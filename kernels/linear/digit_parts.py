@@ -24,7 +24,6 @@ from triton.runtime.jit import constexpr_function
 from octo_run.kernels.lanes import (
     high_half,
     largest_of_warp,
-    load_global2_in_order,
     low_half,
     mma_int8_32,
     permute_bytes,
@@ -38,6 +37,7 @@ from octo_run.kernels.lanes import (
     u32,
     write_shared,
 )
+from octo_run.kernels.linear.input_parts import block_of, load_columns
 
 
 @constexpr_function
@@ -62,7 +62,7 @@ def takes_digits(kind, group):
 @constexpr_function
 def excess_of(kind):
     """What operands exceed the codes' values by (twice the values of fp4)."""
-    return {"int4": 8, "fp4": 12}.get(str(kind), 0)
+    return {"int4": 8, "fp4": 12}[str(kind)]
 
 
 @constexpr_function
@@ -99,19 +99,6 @@ def _order_of_bytes(kind, second):
     return {("int4", 0): 0x5140, ("int4", 1): 0x7362, ("fp4", 0): 0x6420, ("fp4", 1): 0x7531}[(str(kind), int(second))]
 
 
-@constexpr_function
-def side_by_side(turns):
-    """Blocks of a warp that lie side by side: two, if it has an even number, to read 128 bytes of 4-bit codes whole."""
-    return 1 if int(turns) % 2 else 2
-
-
-@constexpr_function
-def block_of(turn, turns, warps):
-    """Blocks from a warp's first one to that of its turn."""
-    near = side_by_side(turns)
-    return int(turn) // near * near * int(warps) + int(turn) % near
-
-
 @gluon.jit
 def _floats(word, ELEMENT: gl.constexpr):
     """Two 16-bit floats as float32."""
@@ -133,16 +120,7 @@ def load_numbers(line, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: 
     for turn in gl.static_range(TURNS):
         at = block + block_of(turn, TURNS, WARPS)
         k = gl.minimum(at, end - 1) * 128 + 4 * lane
-        if PADDED:
-            first, second = load_global2_in_order(line + gl.minimum(k, columns - 4))
-            first = gl.where(k < columns, first, 0)
-            second = gl.where(k < columns, second, 0)
-        else:
-            first, second = load_global2_in_order(line + k)
-        if UNEVEN:
-            first = gl.where(at < end, first, 0)
-            second = gl.where(at < end, second, 0)
-        out = out + ((first, second),)
+        out = out + (load_columns(line, k, at, end, columns, True, PADDED, UNEVEN),)
     return out
 
 
@@ -252,17 +230,14 @@ def _digit_sum(inputs, lane):
 
 
 @gluon.jit
-def digits_and_sums(planes, lane, KIND: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr, SUMMED: gl.constexpr):
-    """By turn, the operands of a warp's block, and their `_digit_sum`, if it is SUMMED."""
+def digits_and_sums(planes, lane, KIND: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr):
+    """By turn, the operands of a warp's block, and their `_digit_sum`."""
     inputs = ()
     sums = ()
     for turn in gl.static_range(TURNS):
         operands = _read_digits(planes, lane, turn, KIND, GROUP)
         inputs = inputs + (operands,)
-        if SUMMED:
-            sums = sums + (_digit_sum(operands, lane),)
-        else:
-            sums = sums + (0.0,)
+        sums = sums + (_digit_sum(operands, lane),)
     return inputs, sums
 
 
@@ -303,9 +278,10 @@ def add_digits(acc, slot, inputs, sum, back, tables, lane, KIND: gl.constexpr, G
     """The tile's sums with the block that lies at ``slot``: a float for each half of the tile, or four integers of the
     tensor cores if GROUP is 0. ``sum``: `_digit_sum` of the block."""
     GROUPS: gl.constexpr = groups_in(GROUP)
-    raw = repeat(lane * 0, 4)
     if GROUP == 0:
         raw = acc
+    else:
+        raw = repeat(lane * 0, 4)
     codes = _codes_of_block(slot, lane, tables, KIND)
     for s in gl.static_range(4):
         a = codes[s]
@@ -322,7 +298,7 @@ def add_digits(acc, slot, inputs, sum, back, tables, lane, KIND: gl.constexpr, G
             if HAS_OFFSETS:
                 taken = low_half(read_shared_half(u32(at + 32 * GROUPS + 16 * half))) + excess_of(KIND)
                 one = one - taken * sum
-            elif excess_of(KIND) > 0:
+            else:
                 one = one - excess_of(KIND) * sum
             both = both + (acc[half] + factor * one,)
         raw = both
@@ -333,19 +309,16 @@ def add_digits(acc, slot, inputs, sum, back, tables, lane, KIND: gl.constexpr, G
 def whole_sums(acc, sums, OFFSETS, output_low, output_high, n, KIND: gl.constexpr, TURNS: gl.constexpr,
                HAS_OFFSETS: gl.constexpr):  # fmt: skip
     """Sums of codes without groups as floats, less their excess and their row's offset, times the inputs."""
+    whole = sums[0]
+    for turn in gl.static_range(1, TURNS):
+        whole += sums[turn]
     both = ()
     for half in gl.static_range(2):
-        one = _joined(acc[2 * half], acc[2 * half + 1])
-        if excess_of(KIND) > 0 or HAS_OFFSETS:
-            whole = sums[0]
-            for turn in gl.static_range(1, TURNS):
-                whole += sums[turn]
-            taken = whole * 0.0 + excess_of(KIND)
-            if HAS_OFFSETS:
-                output = output_low if half == 0 else output_high
-                taken += gl.load(OFFSETS + output, mask=output < n, other=0).to(gl.float32)
-            one = one - taken * whole
-        both = both + (one,)
+        taken = whole * 0.0 + excess_of(KIND)
+        if HAS_OFFSETS:
+            output = output_low if half == 0 else output_high
+            taken += gl.load(OFFSETS + output, mask=output < n, other=0).to(gl.float32)
+        both = both + (_joined(acc[2 * half], acc[2 * half + 1]) - taken * whole,)
     return both
 
 

@@ -90,9 +90,14 @@ def rows_at_once(weight: PackedWeight) -> int:
     return rows
 
 
+def _group(weight: PackedWeight) -> int:
+    """Columns that share a scale, as kernels are told: 0 if all of a row do."""
+    return 0 if weight.scales is None else weight.group
+
+
 def by_digits(rows: int, weight: PackedWeight) -> bool:
     """Whether a product is one of whole numbers (`digit_parts`)."""
-    return rows == 1 and bool(takes_digits(weight.kind, 0 if weight.scales is None else weight.group))
+    return rows == 1 and bool(takes_digits(weight.kind, _group(weight)))
 
 
 def _groups_aligned(weight: PackedWeight) -> bool:
@@ -159,8 +164,7 @@ def fused(
 
 def of_weight(weight: PackedWeight, wide: int, digits: bool, how: Tiling) -> dict[str, Any]:
     """What a launch of a fused product, this one or that of experts, is told of the weight and of its division."""
-    group, unused = 0 if weight.scales is None else weight.group, weight.rows
-    scales = unused if weight.scales is None else weight.scales
+    group, scales = _group(weight), weight.rows if weight.scales is None else weight.scales
     bits, moved = BITS[weight.kind], weight.offsets is not None
     shared, threads = shared_bytes(bits, group, moved, wide, digits, how.warps, how.turns, how.ahead), 32 * how.warps
     return {
@@ -169,7 +173,7 @@ def of_weight(weight: PackedWeight, wide: int, digits: bool, how: Tiling) -> dic
         "row_bytes": weight.codes.stride(0),
         "stride_group": 0 if weight.scales is None else weight.scales.stride(1), "KIND": weight.kind, "BITS": bits,
         "GROUP": group, "DIGITS": digits, "HAS_OFFSETS": moved, "PADDED": weight.padded != weight.columns,
-        "TURNS": how.turns, "AHEAD": how.ahead,  "WARPS": how.warps,
+        "TURNS": how.turns, "AHEAD": how.ahead, "WARPS": how.warps,
         "SMEM_WORDS": -(-int(shared) // (4 * threads)) * threads, "num_warps": how.warps, **how.registers,
     }  # fmt: skip
 

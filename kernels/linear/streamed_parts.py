@@ -19,8 +19,6 @@ from octo_run.kernels.lane_copies import (
 )
 from octo_run.kernels.lanes import (
     barrier,
-    fma_half2,
-    load_global2,
     low_half,
     mma_half,
     read_shared2,
@@ -37,16 +35,15 @@ from octo_run.kernels.lanes import (
 )
 from octo_run.kernels.linear.digit_parts import (
     add_digits,
-    block_of,
     byte_tables,
     plane_bytes,
     scale_of,
     sum_of_lanes,
     whole_sums,
 )
+from octo_run.kernels.linear.input_parts import block_of
 from octo_run.kernels.linear.unpack import (
     excess,
-    input_factor,
     masks,
     output_factor,
     pair,
@@ -208,47 +205,6 @@ def copy_turn(slot, places, left, block, end, n, half, stride_group, lane, TURN:
     copy_block(slot, codes_low, codes_high, scales, AHEAD * (16 * BITS), AHEAD * group_step, block + AHEAD < end,
                (left > 0) & (row < n), (left > 0) & (row + half < n), (left > 0) & groups & (scales_row < n), lane,
                BITS, GROUP, UNEVEN)  # fmt: skip
-
-
-@gluon.jit
-def row_inputs(row, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.constexpr, KIND: gl.constexpr,
-               ELEMENT: gl.constexpr):  # fmt: skip
-    """Operand B of a block's 8 steps of the lane's row of x, times `input_factor`: 16 registers, zeros from block
-    ``end`` on."""
-    t = lane & 3
-    here = gl.minimum(block, end - 1)
-    words = ()
-    for s in gl.static_range(8):
-        k = here * 128 + 16 * s + 4 * t
-        if PADDED:
-            first, second = load_global2(row + gl.minimum(k, columns - 4))
-            first = gl.where(k < columns, first, 0)
-            second = gl.where(k < columns, second, 0)
-        else:
-            first, second = load_global2(row + k)
-        if UNEVEN:
-            first = gl.where(block < end, first, 0)
-            second = gl.where(block < end, second, 0)
-        if input_factor(KIND, ELEMENT) != 0:
-            factor = u32(lane * 0 + input_factor(KIND, ELEMENT))
-            first = fma_half2(first, factor, u32(lane * 0) + 0x80008000, ELEMENT)
-            second = fma_half2(second, factor, u32(lane * 0) + 0x80008000, ELEMENT)
-        words = words + (first, second)
-    return words
-
-
-@gluon.jit
-def sums_of(inputs, lane, STEPS: gl.constexpr, ELEMENT: gl.constexpr, NT: gl.constexpr):
-    """Sums of inputs over each group of a block, by an operand A of ones: two rows' for each group and 8 rows of x."""
-    one = u32(lane * 0) + (0x3F803F80 if ELEMENT == "bf16" else 0x3C003C00)
-    out = ()
-    for part in gl.static_range(8 // STEPS):
-        for b in gl.static_range(NT):
-            four = repeat((lane * 0).to(gl.float32), 4)
-            for s in gl.static_range(part * STEPS, (part + 1) * STEPS):
-                four = mma_half(four, one, one, one, one, inputs[b][2 * s], inputs[b][2 * s + 1], ELEMENT)
-            out = out + (four[0], four[1])
-    return out
 
 
 @gluon.jit

@@ -26,14 +26,12 @@ from octo_run.kernels.lanes import (
     wait_for_kernel_before,
 )
 from octo_run.kernels.linear.digit_parts import (
-    block_of,
     digits_and_sums,
-    excess_of,
     load_numbers,
     plane_bytes,
-    side_by_side,
     write_digits,
 )
+from octo_run.kernels.linear.input_parts import inputs_and_sums, side_by_side
 from octo_run.kernels.linear.streamed_parts import (
     add_tile,
     ask,
@@ -45,11 +43,9 @@ from octo_run.kernels.linear.streamed_parts import (
     place_of_sum,
     prepare_shared,
     rounds_of_sum,
-    row_inputs,
     stage_bytes,
     sum_bytes,
     sum_of_warps,
-    sums_of,
     threads_of_sum,
 )
 from octo_run.kernels.linear.unpack import excess
@@ -122,28 +118,6 @@ def _join_slices(PARTS, BIAS, OUT, first, tiles, programs, step, half, n, rows, 
         gl.store(OUT + line.to(gl.int64) * stride_out + output, total.to(OUT.dtype.element_ty), mask=mine)
 
 
-@gluon.jit
-def _inputs(X, rows, stride_x, block, end, columns, lane, KIND: gl.constexpr, ELEMENT: gl.constexpr, NT: gl.constexpr,
-            PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr, SUMMED: gl.constexpr, STEPS: gl.constexpr,
-            WARPS: gl.constexpr):  # fmt: skip
-    """Operands of a warp's blocks, and their sums by group, by turn."""
-    inputs = ()
-    sums = ()
-    for turn in gl.static_range(TURNS):
-        operands = ()
-        for b in gl.static_range(NT):
-            line = X + gl.minimum(8 * b + (lane >> 2), rows - 1).to(gl.int64) * stride_x
-            at = block + block_of(turn, TURNS, WARPS)
-            operands = operands + (row_inputs(line, at, end, columns, lane, PADDED, UNEVEN, KIND, ELEMENT),)
-        inputs = inputs + (operands,)
-    for turn in gl.static_range(TURNS):
-        if SUMMED:
-            sums = sums + (sums_of(inputs[turn], lane, STEPS, ELEMENT, NT),)
-        else:
-            sums = sums + ((),)
-    return inputs, sums
-
-
 @gluon.jit(do_not_specialize=["n", "rows", "stride_x", "stride_out", "tiles", "programs", "step", "half"])
 def streamed_product_kernel(
     X, CODES, ROWS, SCALES, OFFSETS, BIAS, OUT, PARTS, COUNTERS, n, rows, columns, blocks, slice_blocks, row_bytes,
@@ -174,7 +148,7 @@ def streamed_product_kernel(
     lane = tid & 31
     warp = tid >> 5
     EXCESS: gl.constexpr = excess(KIND, ELEMENT)
-    SUMMED: gl.constexpr = HAS_OFFSETS or (excess_of(KIND) if DIGITS else EXCESS) > 0
+    SUMMED: gl.constexpr = HAS_OFFSETS or EXCESS > 0
     STEPS: gl.constexpr = GROUP // 16 if GROUP > 0 else 8
     STAGES: gl.constexpr = TURNS * AHEAD
     STAGE: gl.constexpr = stage_bytes(BITS, GROUP, HAS_OFFSETS)
@@ -209,10 +183,13 @@ def streamed_product_kernel(
         places, left = ask(ring, places, left, block, end, n, half, row_bytes, stride_group, programs, step, lane,
                            AT_ONCE, STAGES, TURNS, BITS, GROUP, HAS_OFFSETS, UNEVEN, WARPS)  # fmt: skip
         backs = write_digits(numbers, planes, lane, GROUP, ELEMENT, TURNS)
-        inputs, sums = digits_and_sums(planes, lane, KIND, GROUP, TURNS, SUMMED)
+        inputs, sums = digits_and_sums(planes, lane, KIND, GROUP, TURNS)
     else:
-        inputs, sums = _inputs(X + after, rows, stride_x, block, end, columns, lane, KIND, ELEMENT, NT, PADDED, UNEVEN,
-                               TURNS, SUMMED, STEPS, WARPS)  # fmt: skip
+        lines = ()
+        for b in gl.static_range(NT):
+            lines = lines + (X + after + gl.minimum(8 * b + (lane >> 2), rows - 1).to(gl.int64) * stride_x,)
+        inputs, sums = inputs_and_sums(lines, block, end, columns, lane, KIND, ELEMENT, NT, PADDED, UNEVEN, TURNS,
+                                       SUMMED, STEPS, WARPS)  # fmt: skip
     buffer = WARPS * RING
     other = WARPS * RING + BUFFER
     turned = 1

@@ -476,8 +476,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "write_shared": lambda address, value: write_shared_words(address, [value]),
     "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
     "load_global4": lambda pointer: global_words(pointer, 4),
-    "load_global2": lambda pointer: global_words(pointer, 2),
-    "load_global2_in_order": lambda pointer: global_words(pointer, 2),
+    "load_global2": lambda pointer, _in_order=False: global_words(pointer, 2),
     "load_global_l2_f": lambda pointer: unpack(global_words(pointer, 1)[0].data.view(np.uint8).reshape(-1, 4), "f32"),
     "load_global4_l2": lambda pointer: global_words(pointer, 4),
     "write_shared4_if": lambda address, a, b, c, d, wanted: write_shared_words(address, [a, b, c, d], wanted),
@@ -611,6 +610,7 @@ HOPPER += ("wide_full_precision", "wide_products", "wide_parts", "wide_decode")
 MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
 MODULES += (
     "linear.unpack",
+    "linear.input_parts",
     "linear.digit_parts",
     "linear.streamed_parts",
     "linear.streamed_product",
