@@ -254,9 +254,10 @@ def own_warp_backwards(x, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def runs_as(x, WARP: gl.constexpr):
-    """Whether the thread is of a warp, as a scalar (from a scalar): what depends on it is that warp's alone."""
-    return own_warp(x) == WARP
+def runs_among(x, FIRST: gl.constexpr, END: gl.constexpr):
+    """Whether the thread is of one of these warps, as a scalar (from a scalar): what depends on it is theirs alone."""
+    number = own_warp(x)
+    return (number >= FIRST) & (number < END)
 
 
 @gluon.jit
@@ -483,6 +484,21 @@ def high_half(word):
         is_pure=True,
         pack=1,
     )
+
+
+@gluon.jit
+def floats_of(word, ELEMENT: gl.constexpr):
+    """The two numbers of ELEMENT, "bf16" or "f16", in a register as float32."""
+    if ELEMENT == "bf16":
+        return (word << 16).to(gl.float32, bitcast=True), (word & 0xFFFF0000).to(gl.float32, bitcast=True)
+    else:
+        return low_half(word), high_half(word)
+
+
+@gluon.jit
+def max_halves(a, b):
+    """The larger ones of two numbers of 16 bits, without signs, in a register each."""
+    return gl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.uint32, is_pure=True, pack=1)
 
 
 @gluon.jit

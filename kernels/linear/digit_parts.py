@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.lanes import (
-    high_half,
+    floats_of,
     largest_of_warp,
     low_half,
     mma_int8_32,
@@ -100,15 +100,6 @@ def _order_of_bytes(kind, second):
 
 
 @gluon.jit
-def _floats(word, ELEMENT: gl.constexpr):
-    """Two 16-bit floats as float32."""
-    if ELEMENT == "bf16":
-        return (word << 16).to(gl.float32, bitcast=True), (word & 0xFFFF0000).to(gl.float32, bitcast=True)
-    else:
-        return low_half(word), high_half(word)
-
-
-@gluon.jit
 def load_numbers(line, block, end, columns, lane, PADDED: gl.constexpr, UNEVEN: gl.constexpr, TURNS: gl.constexpr,
                  WARPS: gl.constexpr):  # fmt: skip
     """The lane's four columns of each of a warp's blocks of a row, two registers; zeros from block ``end`` on.
@@ -179,8 +170,8 @@ def write_digits(words, planes, lane, GROUP: gl.constexpr, ELEMENT: gl.constexpr
     theres = ()
     backs = ()
     for turn in gl.static_range(TURNS):
-        a, b = _floats(words[turn][0], ELEMENT)
-        c, d = _floats(words[turn][1], ELEMENT)
+        a, b = floats_of(words[turn][0], ELEMENT)
+        c, d = floats_of(words[turn][1], ELEMENT)
         numbers = numbers + ((a, b, c, d),)
     if WIDE:
         largest = _largest(numbers[0])

@@ -464,6 +464,11 @@ def log2(x: Value) -> Value:
         return Value(np.log2(flushed(x.data)), "f32")
 
 
+def halves_of(word: Value) -> np.ndarray:
+    """The numbers of 16 bits in registers."""
+    return np.ascontiguousarray(threads_of(word))[:, None].view(np.uint16)
+
+
 INSTRUCTIONS: dict[str, Any] = {
     "barrier": barrier,
     "load_shared": lambda address, offset: shared_words(address, 1, offset)[0],
@@ -481,7 +486,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "load_global4_l2": lambda pointer: global_words(pointer, 4),
     "write_shared4_if": lambda address, a, b, c, d, wanted: write_shared_words(address, [a, b, c, d], wanted),
     "read_scalars": read_scalars,
-    "runs_as": lambda _, warp: True,
+    "runs_among": lambda _x, _first, _end: True,
     "own_warp": lambda _: Value(0, "i32"),  # all warps run in step
     "own_warp_backwards": lambda _x, _warps: Value(0, "i32"),
     "has_role": lambda _x, _role, _roles: True,
@@ -509,6 +514,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "pack_half_finite": pack_half_finite,
     "low_half": lambda word: half_of(word, 0),
     "high_half": lambda word: half_of(word, 1),
+    "max_halves": lambda a, b: Value(np.maximum(halves_of(a), halves_of(b)).view(np.uint32)[..., 0], "u32"),
     "exp2": exp2,
     "log2": log2,
     "reciprocal": lambda x: Value(flushed(1 / flushed(x.data)), "f32"),

@@ -41,13 +41,17 @@ def written(write: Callable[..., None], fmt: Any, k: Tensor, v: Tensor, device: 
     return pages[:, 0].cpu()
 
 
+def moved(kv: Any, device: str, **others: Tensor) -> Any:
+    """An arena's inputs, with others in place of some, on a device."""
+    parts = {name: x for name, x in vars(kv).items() if isinstance(x, Tensor)} | others
+    return replace(kv, **{name: x.to(device) for name, x in parts.items()})
+
+
 def read(attention: Callable[..., Tensor], case: Any, pages: Tensor, device: str) -> Tensor:
     """What attention over these pages is on a device; taken to the CPU."""
-    moved = {name: x.to(device) for name, x in vars(case.kv).items() if isinstance(x, Tensor)} | {
-        "pages": pages.to(device)
-    }
     spec, q = AttentionSpec(case.q.shape[-1] ** -0.5), case.q.to(device)
-    return attention(q, replace(case.kv, **moved), case.fmt, spec=spec, max_length=case.max_length).cpu()
+    kv = moved(case.kv, device, pages=pages)
+    return attention(q, kv, case.fmt, spec=spec, max_length=case.max_length).cpu()
 
 
 def read_on_a_cpu(case: Any, pages: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ def test_triton_unpacks_pages(kv: str, dim: int) -> None:
     case, _, _ = arena(kv, dim, 5)
     batch, kv_heads, most = len(case.kv.rows), case.kv.pages.shape[1], case.kv.page_table.shape[1]
     slabs = torch.full((2, batch, kv_heads, 64 * (most - 1), dim), torch.nan, device=DEVICE)
-    unpack_pages(case.kv, case.fmt, slabs[0], slabs[1], 1, most - 1)
+    unpack_pages(moved(case.kv, DEVICE), case.fmt, slabs[0], slabs[1], 1, most - 1)
     fmt = PageFormat(case.fmt, "lanes")
     for b, (row, packed) in enumerate(zip(case.kv.rows.tolist(), case.kv.num_packed.tolist(), strict=True)):
         pages = case.kv.pages[case.kv.page_table[row, 1:packed].long()].cpu()

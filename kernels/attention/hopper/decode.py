@@ -14,7 +14,6 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     component_bytes,
     load_angles,
     load_functions,
-    load_operands,
     make_components,
     mean_bytes,
     operand_bytes,
@@ -29,11 +28,11 @@ from octo_run.kernels.attention.hopper.products import (
     query_bytes,
     query_words,
     score_page,
-    split_query,
     sum_values,
     weigh_page,
+    write_queries,
 )
-from octo_run.kernels.attention.hopper.tables import entries, fill_tables, keep_words, kept_words, row_shift
+from octo_run.kernels.attention.hopper.tables import entries, fill_tables, kept_words, row_shift
 from octo_run.kernels.lane_copies import commit_copies, copy16, wait_for_copies
 from octo_run.kernels.lanes import (
     arrive,
@@ -47,7 +46,7 @@ from octo_run.kernels.lanes import (
     read_shared_f,
     reciprocal,
     repeat,
-    runs_as,
+    runs_among,
     shuffle,
     sync_warp,
     u32,
@@ -233,17 +232,17 @@ def table_decode_kernel(
         capacity, part, parts, 0, mine, room, full_at, tid, D, WARPS,
     )  # fmt: skip
     queries16 = load_queries(q_row, sq_h, lane, first_head, G, D, NT)
+    # With a mean, half of the warps split the query, and the others make the operands of the mean's products.
+    SPLITTERS: gl.constexpr = WARPS // 2 if MEAN > 0 else WARPS
+    if runs_among(seq, 0, SPLITTERS):
+        write_queries(
+            q_row, sq_h, queries16, seq, lane, warp, first_head, step_k * scale_log2, QUERIES_AT, G, D, NT, ELEMENT,
+            TIGHT, SPLITTERS,
+        )  # fmt: skip
     if MEAN > 0:
-        loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
-    for b in gl.static_range(NT):
-        if runs_as(seq, b):
-            kept_at = u32(QUERIES_AT + b * QUERY_BYTES + lane * 16)
-            split = split_query(q_row, sq_h, lane, first_head + 4 * b, step_k * scale_log2, G, D, WARPS, LAYOUT)
-            if TIGHT:
-                split = split[:SLOTS_Q] + (gl.where(g & 1 == 0, split[SLOTS_Q], split[SLOTS_Q + 1]),)
-            keep_words(kept_at, split)
-    if MEAN > 0:
-        write_operands(loaded, lane, warp, scale_log2, MEAN_AT, D, NT, MEAN, WARPS)
+        the_others = runs_among(seq, SPLITTERS, WARPS)
+        if the_others:
+            write_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, scale_log2, MEAN_AT, D, G, NT, MEAN, SPLITTERS)
     zero_i = lane * 0
     running, total, acc = full_precision(
         queries16, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink,

@@ -48,37 +48,29 @@ class _Copies:
         entries, extras = 1 << (codec.stream + codec.state_bits), 1 << codec.stream
         return 4 * (entries * self.main + extras * self.extra)
 
-    @property
-    def conflicts(self) -> float:
-        """How many lanes share a copy, in a lookup of which one in fifteen is of an extra triplet."""
-        return 32 / self.main + 32 / self.extra / 14
 
+def table_copies(k: TrellisCodec, v: TrellisCodec, other_bytes: int, block: int = 0) -> tuple[_Copies, _Copies, int]:
+    """Choose how often the tables are copied: as often as there is room for.
 
-def table_copies(
-    k: TrellisCodec, v: TrellisCodec, other_bytes: int, main_first: bool = False
-) -> tuple[_Copies, _Copies, int]:
-    """Choose how often the tables are copied: the fewest conflicts that there is room for.
-
-    Args:
-        main_first: As many copies as there is room for of the chained triplets' tables, then of the extra ones', of
-            which one may do: 32 lanes that read it at random are 3.4 in its busiest bank.
+    The tables of the chained triplets come first, most lookups being theirs. Then comes room for ``block`` bytes more;
+    then the extra triplets' tables, of which one copy may do: 32 lanes that read it at random are 3.4 in its busiest
+    bank.
 
     Returns:
         Copies of K's and V's table (one table if they have one format), and the bytes of shared memory with
         ``other_bytes``.
     """
-    some = [_Copies(main, extra) for main in (32, 16, 8, 4) for extra in (32, 16, 8, 4, 2, 1)[: 6 if main_first else 5]]
+    some = [_Copies(main, extra) for main in (32, 16, 8, 4) for extra in (32, 16, 8, 4, 2, 1)]
     pairs = [(a, b) for a in some for b in ([a] if k is v else some)]
 
     def size(pair: tuple[_Copies, _Copies]) -> int:
         return other_bytes + pair[0].bytes(k) + (0 if k is v else pair[1].bytes(v))
 
-    def order(pair: tuple[_Copies, _Copies]) -> tuple[float, float]:
-        conflicts = pair[0].conflicts + pair[1].conflicts
-        return (32 / pair[0].main + 32 / pair[1].main if main_first else 0.0), conflicts
+    def order(pair: tuple[_Copies, _Copies]) -> tuple[float, bool, float]:
+        a, b = pair
+        return 1 / a.main + 1 / b.main, size(pair) + block > SHARED_BYTES, 1 / a.extra + 1 / b.extra
 
-    fitting = [pair for pair in pairs if size(pair) <= SHARED_BYTES]
-    best = min(fitting, key=order)
+    best = min((pair for pair in pairs if size(pair) <= SHARED_BYTES), key=order)
     return *best, size(best)
 
 
@@ -98,23 +90,22 @@ def constants(
     """The kernel's constexprs for formats of K and V.
 
     TIGHT: the key mean's components are made for two pages at a time in place of four, and queries lie closer, as the
-    tables have more copies then.
+    chained triplets' tables have more copies then.
 
     Args:
         group: Query heads a KV head.
         mean: Fast steps of the key mean's tables (`angle_tables`), 0 without a mean.
-        batched: For several sequences, not for one.
+        batched: For several sequences, not for one. One has full-precision tokens beside the tables, which can be
+            filled before the wait for the kernel in front then, at the cost of extra triplets' copies.
     """
     blocks = head_blocks(group, k.head_dim)[0]
     threads = 32 * TABLE_WARPS
-    copies_k, copies_v, size = table_copies(k, v, _other_bytes(k, v, blocks, mean, False))
-    tight = False
-    if mean:
-        found = table_copies(k, v, _other_bytes(k, v, blocks, mean, True), main_first=True)
-        tight = 1 / found[0].main + 1 / found[1].main < 1 / copies_k.main + 1 / copies_v.main
-        if tight:
-            copies_k, copies_v, size = found
-    size = min(SHARED_BYTES, size + SPARE_BLOCKS * 32 * int(row_bytes(k.head_dim)))
+    block = 32 * int(row_bytes(k.head_dim))  # sixteen full-precision tokens
+    beside = 0 if batched else block  # of one sequence a program's start counts, of several each page
+    ways = [False, True] if mean else [False]
+    found = [(tight, *table_copies(k, v, _other_bytes(k, v, blocks, mean, tight), beside)) for tight in ways]
+    tight, copies_k, copies_v, size = min(found, key=lambda way: 1 / way[1].main + 1 / way[2].main)
+    size = min(SHARED_BYTES, size + SPARE_BLOCKS * block)
     fixed: dict[str, int | str] = {
         "HKV": kv_heads,
         "G": group,

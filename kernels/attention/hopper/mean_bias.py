@@ -108,7 +108,7 @@ def _place(n, D: gl.constexpr, FAST: gl.constexpr):
 
 
 @gluon.jit
-def load_operands(
+def _load_operands(
     coef_row, stride_h, weights_ptr, lane, warp, first_head, D: gl.constexpr, G: gl.constexpr, NT: gl.constexpr,
     FAST: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def load_operands(
     t = lane & 3
     out = ()
     for c in gl.static_range((TILES + WARPS - 1) // WARPS):
-        tile, step = _place(gl.minimum(c * WARPS + warp, TILES - 1), D, FAST)
+        tile, step = _place(gl.minimum(c * WARPS + warp % WARPS, TILES - 1), D, FAST)
         parts = ()
         for b in gl.static_range(NT):
             row = coef_row + gl.minimum(first_head + 4 * b + (g & 3), G - 1) * stride_h + step * 8 + t
@@ -131,14 +131,16 @@ def load_operands(
 
 @gluon.jit
 def write_operands(
-    loaded, lane, warp, scale_log2, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr,
-    WARPS: gl.constexpr,
+    coef_row, stride_h, weights_ptr, lane, warp, first_head, scale_log2, AT: gl.constexpr, D: gl.constexpr,
+    G: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The operands of the first product, in the unit of the logits, to byte AT of shared memory, tile by tile."""
+    """The operands of the first product, in the unit of the logits, to byte AT of shared memory, tile by tile. WARPS
+    warps share the work; what others do is what one of these does."""
+    loaded = _load_operands(coef_row, stride_h, weights_ptr, lane, warp, first_head, D, G, NT, FAST, WARPS)
     TILES: gl.constexpr = _tiles(D, FAST)
     g = lane >> 2
     for c in gl.static_range((TILES + WARPS - 1) // WARPS):
-        n = gl.minimum(c * WARPS + warp, TILES - 1)
+        n = gl.minimum(c * WARPS + warp % WARPS, TILES - 1)
         tile, _step = _place(n, D, FAST)
         weights = _floats(loaded[c][0])
         constant = (tile == 0) & (g < 4)  # its second slot: what rounding leaves of the first one

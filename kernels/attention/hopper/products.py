@@ -17,6 +17,9 @@ from octo_run.kernels.attention.hopper.codewords import (
 )
 from octo_run.kernels.lanes import (
     exp2,
+    floats_of,
+    has_role,
+    max_halves,
     max_over_rows,
     mma_int8_16,
     mma_int8_32,
@@ -26,6 +29,7 @@ from octo_run.kernels.lanes import (
     shuffle,
     shuffle_f,
     u32,
+    write_shared,
 )
 
 
@@ -46,63 +50,110 @@ def query_bytes(head_dim, tight=False):
 
 
 @gluon.jit
-def split_query(
-    q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """The B operand of the score products (one register a slot), and the bits of the factor and offset that make logits
-    of its int32 sums.
-
-    A query is a 16-bit number times a scale, held as two int8 halves: column g is half g & 1 (0: high) of head g >> 1.
-    Slots: the chains of lane t, its extra, that of the last two for tiles of even and of odd number.
-    """
+def triplet_of(s, head, t, G: gl.constexpr, D: gl.constexpr):
+    """The triplet that lane t has in slot s, and whether there is one, of a head that there is."""
     CHAINS: gl.constexpr = chains_of(D)
     RUN: gl.constexpr = CHAINS // 4 * ((D + 2) // 3 // CHAINS)
     EXTRAS: gl.constexpr = (D + 2) // 3 % CHAINS
     FIRST: gl.constexpr = first_extras(EXTRAS)
     SECONDS: gl.constexpr = RUN + (FIRST > 0)
-    SLOTS: gl.constexpr = query_words(D)
-    g = lane >> 2
-    t = lane & 3
-    head = first_head + (g >> 1)
-    half = g & 1
-    row = q_ptr + gl.minimum(head, G - 1) * stride_qh
-    peak = gl.full([32 * WARPS], 1e-30, gl.float32, layout=LAYOUT)
-    values = ()
-    for s in gl.static_range(SLOTS):
-        if s < RUN:
-            triplet = t * RUN + s
-            good = head < G
-        elif s < SECONDS:
-            triplet = 4 * RUN + t
-            good = (head < G) & (t < FIRST)
-        else:
-            triplet = 4 * RUN + FIRST + t - 2 * (s - SECONDS)
-            good = (head < G) & (t >= 2 * (s - SECONDS)) & (triplet < 4 * RUN + EXTRAS)
-        for c in gl.static_range(3):
-            value = gl.load(row + triplet * 3 + c, mask=good & (triplet * 3 + c < D), other=0.0).to(gl.float32)
-            values = values + (value,)
-            peak = gl.maximum(peak, gl.maximum(value, -value))
-    peak = gl.maximum(peak, shuffle_f(peak, lane ^ 1))
-    peak = gl.maximum(peak, shuffle_f(peak, lane ^ 2))
-    out = ()
-    total = gl.full([32 * WARPS], 0, gl.int32, layout=LAYOUT)
-    for s in gl.static_range(SLOTS):
-        packed = gl.full([32 * WARPS], 0, gl.uint32, layout=LAYOUT)
-        for c in gl.static_range(3):
-            whole = (values[3 * s + c] * (32512.0 / peak) + 12582912.0).to(gl.int32, bitcast=True) - 0x4B400000
-            if s != SECONDS + 1:  # the extras of slot SECONDS again
-                total += whole
-            high = (whole + 128) >> 8
-            byte = gl.where(half == 0, high, whole - (high << 8))
-            packed = packed | ((u32(byte) & 0xFF) << (8 * c))
-        out = out + (packed,)
+    late = t - 2 * (s - SECONDS)
+    alone = gl.where(s < SECONDS, t, FIRST + late)  # of the triplets without a chain
+    there = (alone >= gl.where(s < SECONDS, 0, FIRST)) & (alone < gl.where(s < SECONDS, FIRST, EXTRAS))
+    return gl.where(s < RUN, t * RUN + s, 4 * RUN + alone), (head < G) & ((s < RUN) | there)
+
+
+@gluon.jit
+def whole_of(value, rate):
+    """A query's number as one of 16 bits."""
+    return (value * rate + 12582912.0).to(gl.int32, bitcast=True) - 0x4B400000
+
+
+@gluon.jit
+def half_byte(whole, g, C: gl.constexpr):
+    """Byte C of a slot's register: in lanes of even g the upper half of that number, in the others the lower one."""
+    high = (whole + 128) >> 8
+    byte = gl.where(g & 1 == 0, high, whole - (high << 8))
+    return (u32(byte) & 0xFF) << (8 * C)
+
+
+@gluon.jit
+def factor_and_offset(peak, total, scale, lane):
+    """The bits of both, of a row whose numbers four lanes have added up a part of each."""
     total += shuffle(u32(total), lane ^ 1).to(gl.int32, bitcast=True)
     total += shuffle(u32(total), lane ^ 2).to(gl.int32, bitcast=True)
     # Lane (g, t) of a result speaks for head t; 2^112 undoes the exponent bias of the norms' float32 bits.
-    factor = shuffle_f(peak, t * 8) * (1.0 / 32512.0) * scale * 5.192296858534828e33
-    offset = 0.5 * shuffle(u32(total), t * 8).to(gl.int32, bitcast=True).to(gl.float32) * factor
-    return out + (factor.to(gl.uint32, bitcast=True), offset.to(gl.uint32, bitcast=True))
+    factor = shuffle_f(peak, (lane & 3) * 8) * (1.0 / 32512.0) * scale * 5.192296858534828e33
+    offset = 0.5 * shuffle(u32(total), (lane & 3) * 8).to(gl.int32, bitcast=True).to(gl.float32) * factor
+    return factor.to(gl.uint32, bitcast=True), offset.to(gl.uint32, bitcast=True)
+
+
+@gluon.jit
+def _largest(words, lane, ELEMENT: gl.constexpr):
+    """The largest magnitude in a row of which four lanes have a part each, in all of them."""
+    most = words[0] & 0x7FFF7FFF
+    for i in gl.static_range(1, len(words)):  # 15 bits of a magnitude are in the order of what they stand for
+        most = max_halves(most, words[i] & 0x7FFF7FFF)
+    most = max_halves(most, shuffle(most, lane ^ 1))
+    most = max_halves(most, shuffle(most, lane ^ 2))
+    low, high = floats_of(most, ELEMENT)
+    return gl.maximum(gl.maximum(low, high), 1e-30)
+
+
+@gluon.jit
+def write_queries(
+    q_row, stride_qh, loaded, seq, lane, warp, first_head, scale, AT: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
+    NT: gl.constexpr, ELEMENT: gl.constexpr, TIGHT: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Write what `tables.kept_words` reads of NT blocks of four heads, `query_bytes` from one to the next, to byte AT
+    of shared memory: the B operand of the score products (one register a slot), and the bits of the factor and offset
+    that make logits of its int32 sums. WARPS warps share the work, each has some slots of one block; what others do is
+    what one of these does. ``loaded``: `full_precision.load_queries`.
+
+    A query is a 16-bit number times a scale, held as two int8 halves: column g is half g & 1 (0: high) of head g >> 1.
+    Slots: the chains of lane t, its extra, that of the last two for tiles of even and of odd number.
+    """
+    SLOTS: gl.constexpr = query_words(D)
+    EACH: gl.constexpr = WARPS // NT  # warps of a block
+    TURNS: gl.constexpr = (SLOTS + EACH - 1) // EACH
+    g = lane >> 2
+    t = lane & 3
+    block = warp % WARPS // EACH
+    head = first_head + 4 * block + (g >> 1)
+    row = q_row + gl.minimum(head, G - 1) * stride_qh
+    to = AT + block * query_bytes(D, TIGHT) + lane * 16
+    values = ()
+    for turn in gl.static_range(TURNS):
+        slot = gl.minimum(turn * EACH + warp % EACH, SLOTS - 1)
+        triplet, there = triplet_of(slot, head, t, G, D)
+        for c in gl.static_range(3):
+            value = gl.load(row + triplet * 3 + c, mask=there & (triplet * 3 + c < D), other=0.0)
+            values = values + (value.to(gl.float32),)
+    words = loaded[0]
+    if NT == 2:
+        words = ()
+        for i in gl.static_range(len(loaded[0])):
+            words = words + (gl.where(block == 0, loaded[0][i], loaded[1][i]),)
+    peak = _largest(words, lane, ELEMENT)
+    rate = 32512.0 / peak
+    for turn in gl.static_range(TURNS):
+        slot = gl.minimum(turn * EACH + warp % EACH, SLOTS - 1)
+        packed = u32(lane * 0)
+        for c in gl.static_range(3):
+            packed = packed | half_byte(whole_of(values[3 * turn + c], rate), g, c)
+        write_shared(u32(to + slot // 4 * 512 + slot % 4 * 4), packed)
+    if has_role(seq, EACH - 1, EACH):  # it has the fewest slots
+        total = lane * 0
+        for i in gl.static_range(len(words)):
+            two = floats_of(words[i], ELEMENT)
+            total += whole_of(two[0], rate) + whole_of(two[1], rate)
+        factor, offset = factor_and_offset(peak, total, scale, lane)
+        at = u32(to + SLOTS // 4 * 512 + SLOTS % 4 * 4)
+        if TIGHT:  # all lanes t have the same factor: those of even g keep it, the others the offset
+            write_shared(at, gl.where(g & 1 == 0, factor, offset))
+        else:
+            write_shared(at, factor)
+            write_shared(u32(to + (SLOTS + 1) // 4 * 512 + (SLOTS + 1) % 4 * 4), offset)
 
 
 @gluon.jit

@@ -17,14 +17,13 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     component_bytes,
     load_angles,
     load_functions,
-    load_operands,
     make_components,
     mean_bytes,
     operand_bytes,
     write_operands,
 )
 from octo_run.kernels.attention.hopper.parts import divide, hidden_pages
-from octo_run.kernels.attention.hopper.products import query_bytes, split_query
+from octo_run.kernels.attention.hopper.products import query_bytes
 from octo_run.kernels.attention.hopper.tables import entries, fill_tables, keep_words, row_shift
 from octo_run.kernels.attention.hopper.wide_full_precision import full_bytes, full_sums, full_tokens
 from octo_run.kernels.attention.hopper.wide_parts import combine_bytes, combine_teams
@@ -33,6 +32,7 @@ from octo_run.kernels.attention.hopper.wide_products import (
     limit_tile,
     slice_pairs,
     slice_values,
+    split_query,
     tile_scores,
     value_norms,
     weigh_tile,
@@ -218,8 +218,7 @@ def wide_decode_kernel(
         split_query(q_row, sq_h, lane, first_head + 4 * its_block, step_k * scale_log2, G, D, WARPS, LAYOUT),
     )
     if MEAN > 0:
-        loaded = load_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, D, G, NT, MEAN, WARPS)
-        write_operands(loaded, lane, warp, scale_log2, MEAN_AT, D, NT, MEAN, WARPS)
+        write_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, scale_log2, MEAN_AT, D, G, NT, MEAN, WARPS)
     full_tokens(
         q_row, sq_h, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink, count, first_slot, capacity,
         part, parts, mine, tid, first_head, scale_log2, SINK_LOGITS + head * G, 0, G, D, NT, ELEMENT, WARPS, CAP, SINKS,

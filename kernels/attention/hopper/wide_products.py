@@ -9,9 +9,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.hopper.codewords import chained, if_last, key_norm, select, single
+from octo_run.kernels.attention.hopper.codewords import (
+    chained,
+    chains_of,
+    first_extras,
+    if_last,
+    key_norm,
+    select,
+    single,
+)
 from octo_run.kernels.attention.hopper.mean_bias import PAGE_BYTES, PAGES_AT_ONCE
-from octo_run.kernels.attention.hopper.products import query_bytes, soft_cap, transposed
+from octo_run.kernels.attention.hopper.products import (
+    factor_and_offset,
+    half_byte,
+    query_bytes,
+    query_words,
+    soft_cap,
+    transposed,
+    triplet_of,
+    whole_of,
+)
 from octo_run.kernels.lanes import (
     exp2,
     log2,
@@ -26,10 +43,46 @@ from octo_run.kernels.lanes import (
     read_shared4,
     repeat,
     shuffle,
+    shuffle_f,
     team_barrier,
     u32,
     write_shared,
 )
+
+
+@gluon.jit
+def split_query(
+    q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """What `products.write_queries` writes of a block of heads, by one warp that has no other use for the query."""
+    SLOTS: gl.constexpr = query_words(D)
+    EXTRAS: gl.constexpr = (D + 2) // 3 % chains_of(D)
+    g = lane >> 2
+    t = lane & 3
+    head = first_head + (g >> 1)
+    row = q_ptr + gl.minimum(head, G - 1) * stride_qh
+    peak = gl.full([32 * WARPS], 1e-30, gl.float32, layout=LAYOUT)
+    values = ()
+    for s in gl.static_range(SLOTS):
+        triplet, there = triplet_of(lane * 0 + s, head, t, G, D)
+        for c in gl.static_range(3):
+            value = gl.load(row + triplet * 3 + c, mask=there & (triplet * 3 + c < D), other=0.0).to(gl.float32)
+            values = values + (value,)
+            peak = gl.maximum(peak, gl.maximum(value, -value))
+    peak = gl.maximum(peak, shuffle_f(peak, lane ^ 1))
+    peak = gl.maximum(peak, shuffle_f(peak, lane ^ 2))
+    out = ()
+    total = lane * 0
+    for s in gl.static_range(SLOTS):
+        packed = u32(lane * 0)
+        for c in gl.static_range(3):
+            whole = whole_of(values[3 * s + c], 32512.0 / peak)
+            if s < SLOTS - 1 or first_extras(EXTRAS) == EXTRAS:  # else it has the extras of the one before it again
+                total += whole
+            packed = packed | half_byte(whole, g, c)
+        out = out + (packed,)
+    return out + factor_and_offset(peak, total, scale, lane)
 
 
 @constexpr_function
@@ -143,7 +196,7 @@ def tile_scores(
     LAST: gl.constexpr = 2 * N // 4  # the chunk of query words that the extra triplet's is in
     words = _key_words(stage, lane, TILE, N, B, SIGNED, NORM, WORDS)
     OF_TOKEN: gl.constexpr = (2 * N + 1) * B  # bits of a token's codes, bytes of all tokens'
-    FACTOR: gl.constexpr = 2 * N + 1  # behind the operand (`products.split_query`)
+    FACTOR: gl.constexpr = 2 * N + 1  # behind the operand (`split_query`)
     OFFSET: gl.constexpr = 2 * N + 2
     sums = repeat(repeat(zero, 4), NT)
     for c in gl.static_range(LAST + 1):
