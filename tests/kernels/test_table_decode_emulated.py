@@ -189,6 +189,25 @@ def test_the_key_mean_where_there_is_little_room(kernel: Any, kv: str, group: in
     assert found["TIGHT"] and found["COPIES_K"] == without["COPIES_K"]
 
 
+@pytest.mark.parametrize(
+    ("kv", "group", "dim", "mean"), [("oct3", 8, 128, 2.0), ("oct4", 8, 64, 2.0), ("oct4", 4, 128, 0.0)]
+)
+def test_one_sequence_has_full_precision_tokens_beside_the_tables(
+    kernel: Any, kv: str, group: int, dim: int, mean: float
+) -> None:
+    """Of which only the extra triplets' tables have fewer copies for it."""
+    case = decode_case(kv, [700], group, 1, dim, mean=mean, theta=5e5)
+    assert worst_error(case) < 1.5e-3
+    fast = kernel.launches[0]["MEAN"]
+    one, several = (
+        table_launch.constants(case.fmt.k, case.fmt.v, 1, group, "f16", fast, batched) for batched in (False, True)
+    )
+    assert one["COPIES_K"] == several["COPIES_K"] and one["TIGHT"] == several["TIGHT"]
+    tables = table_launch._Copies(one["COPIES_K"], one["COPIES_XK"]).bytes(case.fmt.k)
+    other = table_launch._other_bytes(case.fmt.k, case.fmt.v, int(one["NT"]), fast, bool(one["TIGHT"]))
+    assert 4 * int(one["SMEM_WORDS"]) - tables - other >= 32 * int(table_launch.row_bytes(dim))
+
+
 @pytest.mark.parametrize("mean", [0.0, 2.0])
 def test_values_of_zero(kernel: Any, mean: float) -> None:
     """Every third token's: it has its share of the weight, and adds nothing."""
