@@ -34,14 +34,10 @@ CASES = [  # the quick one, then the others
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["*bf16", "*fp32", "ones"])
+@pytest.mark.parametrize("kind", ["*bf16", "*fp32"])
 @pytest.mark.parametrize(("kernel", "computed", "types", "constants", "warps"), CASES)
 def test_compiles_for_hopper(kernel, computed, types, constants, warps, kind):
-    """`ones`: with integers that are 1, which Triton takes for constants."""
-    if kind == "ones":
-        constants = constants | {name: 1 for name, one in types.items() if one == "i32"}
-        types = {name: one for name, one in types.items() if one != "i32"}
-    types = types | dict.fromkeys(computed, "*bf16" if kind == "ones" else kind)
+    types = types | dict.fromkeys(computed, kind)
     assert set(types) | set(constants) == set(kernel.arg_names)
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
