@@ -6,7 +6,6 @@ Windows are read several at a time, by all formats in lockstep, and every token 
 (:mod:`.reading`). The vocabulary is reduced on the device, a slice of tokens at a time: of a token three numbers stay.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -375,9 +374,9 @@ def _scored_rows(
 def row(kv: str, base: Tensor, values: Tensor, held: float, rate: float, partial: bool) -> Row:
     """The figures of losses, divergences and agreement ``values [3, n]``, the reference's losses being ``base [n]``."""
     losses, kl, agree = values
-    perplexity, error = math.exp(float(losses.mean())), standard_error(losses)
+    perplexity, error = float(losses.mean().exp()), standard_error(losses)
     change = losses - base
-    ratio, change_error = math.exp(float(change.mean())), standard_error(change)
+    ratio, change_error = float(change.mean().exp()), standard_error(change)
     return Row(
         kv=kv,
         perplexity=perplexity,

@@ -269,6 +269,29 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     assert shown.err.startswith("octo-run: ") and shown.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("argv", [["ppl", "--ctx", "300"], ["needle", "--lengths", "300", "--questions", "1"]], ids=str)
+def test_a_long_step_is_refused_before_weights_are_read(
+    octo: Callable[..., Any], argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("octo_run.engine.engine.weight_files.StoredWeights", read)
+    shown = octo("eval", *argv, "--step", "301", "--device", "cpu")
+    assert shown.code == 2 and shown.err.endswith("octo-run: --step is 301; give 1 to 300 tokens.\n"), shown
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(65, True), (66, False)])
+def test_texts_too_short_for_codes_are_said(octo: Callable[..., Any], tokens: int, said: bool) -> None:
+    """All formats have the figures of bf16 there."""
+    argv = ("--ctx", str(tokens), "--tokens", "70", "--sink", "0", "--window", "0", "--device", "cpu", "--json")
+    shown = octo("eval", "ppl", "--kv", "oct2", *argv)
+    assert shown.code == 0, shown
+    assert (f"--ctx {tokens}: nothing is coded there, as --sink, --window and" in shown.err) == said
+    bf16, oct2 = json.loads(shown.out)
+    assert said or oct2["kl_mean"] > 1e-6 + bf16["kl_mean"]
+
+
 def test_tasks_that_are_stopped_keep_their_answers(
     octo: Callable[..., Any], tmp_path: Path, tasks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,9 @@ def _comparison(
     ids = [part[:most] for part in ids]
     wanted = min(count, sequences_at_once(choose_device(load.device), context))
     sequences = common.sequences_that_fit(load, cache, context, wanted)
-    return Comparison(common.loader(load, cache, context, sequences), kvs, ids, stride=stride, step=step)
+    common.note_uncoded(context, cache, "--ctx")
+    engine_of = common.loader(load, cache, context, sequences, check=common.step_fits(step))
+    return Comparison(engine_of, kvs, ids, stride=stride, step=step)
 
 
 def table(rows: Sequence["Row"], tokens: int) -> str:
