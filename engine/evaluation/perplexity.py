@@ -71,13 +71,16 @@ class Row:
     partial: bool = False
 
 
-def windows(tokens: int, context: int, stride: int, *, begin: bool, cut: bool = False) -> list[Window]:
+def windows(
+    tokens: int, context: int, stride: int, *, begin: bool, cut: bool = False, name: str = "A text"
+) -> list[Window]:
     """The windows of a text of ``tokens`` tokens.
 
     Args:
         begin: Each window is preceded by a begin-of-text token, which takes one place of the context; without it the
             text's first token is not scored.
         cut: Whether the text was longer, for the message.
+        name: What the message calls the text.
 
     Raises:
         UsageError: A text shorter than a window, or a stride that leaves tokens without any before them.
@@ -89,7 +92,7 @@ def windows(tokens: int, context: int, stride: int, *, begin: bool, cut: bool = 
         raise UsageError(f"--stride is {stride} and the context {context}: give 1 to {context - 1}.")
     if tokens < room:
         raise UsageError(
-            f"A text has {tokens:,} tokens and a window of --ctx {context:,} takes {room:,}: "
+            f"{name} has {tokens:,} token{'s' * (tokens != 1)} and a window of --ctx {context:,} takes {room:,}: "
             f"give {'more --tokens' if cut else 'a longer --text'}"
             + (" or a smaller --ctx." if tokens + begin > 1 else ".")
         )

@@ -230,7 +230,11 @@ def test_tasks_with_their_answers_in_a_file(octo: Callable[..., Any], tasks: str
         (["ppl", "--text", "."], ". is a folder"),
         (["ppl", "--text", "EMPTY"], "is empty; give a file with text"),
         (["ppl", "--text", "BYTES"], "is not UTF-8 text: byte 0"),
-        (["ppl", "--ctx", "4000"], "A text has 1,551 tokens and a window of --ctx 4,000 takes 3,999"),
+        (["ppl", "--ctx", "4000"], "The bundled sample has 1,551 tokens and a window of --ctx 4,000 takes 3,999"),
+        (
+            ["ppl", "--text", "TASKS", "--text", "WORD", "--ctx", "9"],
+            "WORD has 1 token and a window of --ctx 9",
+        ),
         (["ppl", "--stride", "5000"], "--stride is 5000 and the context 1024: give 1 to 1023"),
         (["ppl", "--kv", "octopus3,oct9"], "unknown KV format 'oct9'"),
         (["ppl", "--kv", "oct3,auto:10"], "--kv 'auto:10': auto chooses formats of keys and values by itself"),
@@ -260,6 +264,7 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "EMPTY").write_text(" \n")
+    (tmp_path / "WORD").write_text("a")
     (tmp_path / "BYTES").write_bytes(b"\xff\xfe")
     (tmp_path / "BAD").write_text('{"prompt": "a", "answer": 1}\n{oops\n')
     (tmp_path / "TASKS").write_text(Path(tasks).read_text())

@@ -95,7 +95,7 @@ def test_a_hostile_model_is_never_worse_for_it(
 
 @pytest.mark.slow
 def test_coded_keys_are_conditioned_unless_it_is_off() -> None:
-    for kv, kind, used in (("oct3", None, "full"), ("oct3:bf16", "mean", "mean"), ("bf16:oct3", "full", "off")):
+    for kv, kind, used in (("oct3", None, "full"), ("oct3:bf16", " Mean", "mean"), ("bf16:oct3", "full", "off")):
         with load(kv, kind) as engine:
             assert engine.plan.conditioning == used
             assert (engine.arena.means is not None) == (used != "off")
