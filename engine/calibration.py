@@ -4,8 +4,9 @@ Two things are: how its keys are conditioned, and how much each layer and side s
 """
 
 import hashlib
+import io
+import math
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from octo_run.engine import sensitivity
 from octo_run.engine.random_model import NoTokenizer
+from octo_run.errors import OctoError
 from octo_run.kernels.codec import KVFormat
 from octo_run.kernels.codec.page_format import version_of
 from octo_run.models import conditioning
@@ -27,6 +29,7 @@ from octo_run.models.conditioning import Conditioning
 from octo_run.models.config import ModelConfig
 from octo_run.models.decoder import Decoder
 from octo_run.models.files import weight_files
+from octo_run.models.foreign import parsing, read_bytes
 from octo_run.tokenizer import Tokenizer
 from octo_run.unfinished import unfinished
 
@@ -35,7 +38,9 @@ TOKENS, FEWER = 1536, 768
 #: Files that are kept, those used last: one may have some 20 MB.
 MOST = 16
 #: Counts changes of the text or of what is made of it.
-_VERSION = 5
+_VERSION = 6
+#: Bytes of a file beside the numbers, for each array; there are some 300.
+_ENTRY_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,12 @@ class Calibration:
         return found
 
     def _fingerprint(self, path: Path, what: tuple[object, ...]) -> str:
-        """Of all that decides the numbers: the weights (by name, size and time of their files), the configuration, the
-        dtype, the kind of device, RoPE's factors where the context chooses them, and the tokens."""
+        """Of all that decides the numbers: the weights (by name, size and time of their files) and what they are stored
+        as, the configuration, the dtype of the arithmetic, the kind of device, RoPE's factors where the context chooses
+        them, and the tokens."""
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
         decoder = self.decoder
-        model = decoder.cfg, decoder.weight_format, decoder.device.type, decoder.rope_factors
+        model = decoder.cfg, decoder.weight_format, decoder.dtype, decoder.device.type, decoder.rope_factors
         known = (_VERSION, what, files, model, self.ids)
         return hashlib.sha256(repr(known).encode()).hexdigest()
 
@@ -139,14 +145,17 @@ def calibration_ids(cfg: ModelConfig, tokenizer: Tokenizer | NoTokenizer) -> lis
 
 def _read(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """What ``_keep`` wrote, None if there is none or it is damaged."""
+    most = sum(4 * math.prod(shape) + _ENTRY_BYTES for shape in shapes.values())
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            found = {name: torch.from_numpy(stored[name].astype(np.float32)) for name in shapes}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        data = io.BytesIO(read_bytes(file, most))
+        with parsing(file, "NumPy archive"), np.load(data, allow_pickle=False) as stored:
+            found = {name: torch.from_numpy(stored[name]) for name in shapes}
+    except OctoError:
         return None
-    good = all(found[name].shape == shape and bool(found[name].isfinite().all()) for name, shape in shapes.items())
-    if not good:
-        return None
+    for name, shape in shapes.items():
+        part = found[name]
+        if part.dtype != torch.float32 or part.shape != shape or not bool(part.isfinite().all()):
+            return None
     with suppress(OSError):
         os.utime(file)  # used last
     return found

@@ -295,9 +295,10 @@ def conditioning_kind(fmt: LayerFormats, asked: str | None) -> str:
     Raises:
         UsageError: Another word.
     """
-    if asked is not None and asked not in CONDITIONINGS:
+    kind = "full" if asked is None else asked.strip().lower()
+    if kind not in CONDITIONINGS:
         raise UsageError(f"There is no conditioning {quoted(asked)}; give --conditioning off, mean or full.")
-    return (asked or "full") if fmt.coded else "off"
+    return kind if fmt.coded else "off"
 
 
 class ContextTooLong(OctoError):

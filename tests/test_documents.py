@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
+from octo_run.kernels.codec.rotation import HEAD_DIMS
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 WRITTEN = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,6 +50,13 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(place), f"{relative(path)} links to {target}"
     used = set(re.findall(r"\[[^\]]+\]\[([^\]]+)\]", text))
     assert used == set(re.findall(r"^\[([^\]]+)\]: ", text, re.M))
+
+
+@pytest.mark.parametrize("name", ["formats.md", "transformers.md"])
+def test_all_head_dimensions_of_codes_are_named(name: str) -> None:
+    text = " ".join(text_of(ROOT / "docs" / name).split())
+    dims = ", ".join(map(str, HEAD_DIMS[:-1]))
+    assert re.search(rf"oded formats take head.* of {dims} (and|or) {HEAD_DIMS[-1]}", text)
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=relative)

@@ -6,7 +6,6 @@ Windows are read several at a time, by all formats in lockstep, and every token 
 (:mod:`.reading`). The vocabulary is reduced on the device, a slice of tokens at a time: of a token three numbers stay.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,13 +71,16 @@ class Row:
     partial: bool = False
 
 
-def windows(tokens: int, context: int, stride: int, *, begin: bool, cut: bool = False) -> list[Window]:
+def windows(
+    tokens: int, context: int, stride: int, *, begin: bool, cut: bool = False, name: str = "A text"
+) -> list[Window]:
     """The windows of a text of ``tokens`` tokens.
 
     Args:
         begin: Each window is preceded by a begin-of-text token, which takes one place of the context; without it the
             text's first token is not scored.
         cut: Whether the text was longer, for the message.
+        name: What the message calls the text.
 
     Raises:
         UsageError: A text shorter than a window, or a stride that leaves tokens without any before them.
@@ -90,7 +92,7 @@ def windows(tokens: int, context: int, stride: int, *, begin: bool, cut: bool = 
         raise UsageError(f"--stride is {stride} and the context {context}: give 1 to {context - 1}.")
     if tokens < room:
         raise UsageError(
-            f"A text has {tokens:,} tokens and a window of --ctx {context:,} takes {room:,}: "
+            f"{name} has {tokens:,} token{'s' * (tokens != 1)} and a window of --ctx {context:,} takes {room:,}: "
             f"give {'more --tokens' if cut else 'a longer --text'}"
             + (" or a smaller --ctx." if tokens + begin > 1 else ".")
         )
@@ -375,9 +377,9 @@ def _scored_rows(
 def row(kv: str, base: Tensor, values: Tensor, held: float, rate: float, partial: bool) -> Row:
     """The figures of losses, divergences and agreement ``values [3, n]``, the reference's losses being ``base [n]``."""
     losses, kl, agree = values
-    perplexity, error = math.exp(float(losses.mean())), standard_error(losses)
+    perplexity, error = float(losses.mean().exp()), standard_error(losses)
     change = losses - base
-    ratio, change_error = math.exp(float(change.mean())), standard_error(change)
+    ratio, change_error = float(change.mean().exp()), standard_error(change)
     return Row(
         kv=kv,
         perplexity=perplexity,

@@ -29,18 +29,24 @@ _OURS = {"marker": "o", "linestyle": "-", "linewidth": 2.5, "markersize": 8, "zo
 _OTHERS = {"linestyle": "--", "linewidth": 1.2, "markersize": 6}
 _MARKERS = "sD^vPX*<>phd"  # of other families, where bits need none
 _LEGEND_LINES = 24  # in one column
+_FAR = 1_000_000_000  # per cent: nothing can be read off an axis that goes so far
 
 
 def plot_perplexity(rows: Sequence[Row], path: Path, about: str = "") -> None:
     """Perplexity change (%, with its standard error) against the cache's bytes per token; bf16 is the point at 0.
 
-    Formats of one family are joined, the axes logarithmic where the figures are far apart.
+    Formats of one family are joined, the axes logarithmic where the figures are far apart. Formats that are worse by
+    ``_FAR`` or more are named in the title.
 
     Args:
         about: Model, text and command, for the title.
     """
     if any(row.partial for row in rows):
         about += f"\npartial: {min(row.tokens for row in rows):,} tokens scored"
+    far = [row.kv for row in rows if not abs(row.delta_percent) < _FAR]
+    if far:
+        about += f"\nnot drawn, worse by {_FAR:,} % or more: {', '.join(far)}"
+        rows = [row for row in rows if row.kv not in far]
     own = styles([row.kv for row in rows])
     legend_columns = -(-len(rows) // _LEGEND_LINES)
     height = max(5.4, 1.2 + 0.26 * -(-len(rows) // legend_columns))

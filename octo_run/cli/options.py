@@ -233,7 +233,7 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--conditioning",
-        type=click.Choice(CONDITIONINGS),
+        type=click.Choice(CONDITIONINGS, case_sensitive=False),
         default=None,
         help="Change keys so that their code errs less: not at all, by their mean, or in full.  [default: full]",
     ),

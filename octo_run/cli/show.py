@@ -19,6 +19,7 @@ class FormatRow:
         bytes_per_token: Codes and norms of all KV heads and of all layers that have no window.
         all_in_bytes_per_token: These with the sinks, windows, recurrent states and staging buffer, spread over the
             context (None where the model does not fit at all).
+        conditioning: What is done to its keys, unless ``--conditioning`` says otherwise.
         windows: Of each group of layers with a window its ``layers``, ``window`` in tokens, ``bytes_per_token``, and
             the ``bytes`` that its pages take however long the context is.
     """
@@ -27,6 +28,7 @@ class FormatRow:
     bytes_per_token: int
     all_in_bytes_per_token: float | None
     tokens_that_fit: int
+    conditioning: str
     windows: list[dict[str, int]]
 
 
@@ -126,7 +128,7 @@ def _weight_rows(cfg: Any, device: Any, dtype: Any) -> list[dict[str, Any]]:
 def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
     """One row for every format that can store vectors of this head dimension, ``bf16`` first."""
     from octo_run.engine.allocation import parse_formats
-    from octo_run.engine.plan import plan_memory, token_bytes
+    from octo_run.engine.plan import conditioning_kind, plan_memory, token_bytes
     from octo_run.kernels import codec
 
     rows = []
@@ -135,14 +137,14 @@ def _format_rows(cfg: Any, device: Any, dtype: Any) -> list[FormatRow]:
             fmt = parse_formats(name, cfg, 0, dtype)
         except UsageError:  # no such code for this head dimension
             continue
-        per_token = token_bytes(cfg, fmt)
+        per_token, keys = token_bytes(cfg, fmt), conditioning_kind(fmt, None)
         try:
             plan = plan_memory(cfg, fmt, device=device, dtype=dtype)
         except OctoError:  # the weights alone do not fit
-            rows.append(FormatRow(name, per_token, None, 0, []))
+            rows.append(FormatRow(name, per_token, None, 0, keys, []))
         else:
             all_in = round(plan.all_in_bytes_per_token, 1)
-            rows.append(FormatRow(name, per_token, all_in, plan.tokens_that_fit(), plan.windows))
+            rows.append(FormatRow(name, per_token, all_in, plan.tokens_that_fit(), keys, plan.windows))
     return rows
 
 
@@ -206,6 +208,12 @@ def _kinds(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _conditioning_lines(facts: dict[str, Any]) -> list[str]:
+    """The line on what is done to keys, if a format of this model does anything."""
+    kinds = dict.fromkeys(row["conditioning"] for row in facts["kv"] if row["conditioning"] != "off")
+    return [f"conditioning  {kind}, of keys with a code; --conditioning off, mean or full chooses" for kind in kinds]
+
+
 def _window_lines(facts: dict[str, Any]) -> list[str]:
     """A line on each group of layers with a window, by the first format whose pages are given back behind it."""
     from octo_run.engine.allocation import SHORT_WINDOW
@@ -259,6 +267,7 @@ def _text(facts: dict[str, Any]) -> str:
         *_rope_lines(facts),
         *_recurrent_lines(facts),
         *_window_lines(facts),
+        *_conditioning_lines(facts),
         f"sampling      {_sampling(facts['sampling'])}",
         f"device        {facts['device']}, {console.human_bytes(facts['free_bytes'])} free",
         *_weight_table(facts["weights"]),
@@ -273,7 +282,6 @@ def _text(facts: dict[str, Any]) -> str:
         "numbers on average; which need the better ones is measured at load",
         *_short_windows(facts),
         "",
-        "Tokens past the model's own context are of no use, however many would fit. Keys of coded formats are "
-        "conditioned at load, unless --conditioning says otherwise (see octo-run chat --help).",
+        "Tokens past the model's own context are of no use, however many would fit.",
     ]
     return "\n".join(lines)

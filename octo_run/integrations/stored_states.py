@@ -39,8 +39,12 @@ class StoredStates(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(StoredStates, StoredStates.dense, (args, kwargs or {}))
+        args, kwargs = tree_map_only(StoredStates, StoredStates._promised, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def _promised(self) -> Tensor:
+        """``dense`` with the strides that this tensor says it has: who reads them may ask for a view."""
+        return self.dense().contiguous()
 
     def dense(self) -> Tensor:
         """The keys or values themselves.

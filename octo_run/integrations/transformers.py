@@ -3,7 +3,7 @@
     from octo_run.integrations.transformers import OctoCache
 
     model.set_attn_implementation("octo")
-    model.generate(**inputs, past_key_values=OctoCache(model.config, kv="oct3"))
+    model.generate(**inputs, cache=OctoCache(model.config, kv="oct3"))
 
 Importing this module makes the attention "octo" known to transformers (see ``octo_attention``). The cache works with
 any attention: without "octo", keys and values are decoded for every call.
@@ -47,6 +47,7 @@ _TWO_CACHES = (
     "A model with an encoder has two caches: give it EncoderDecoderCache(OctoCache(model.config), "
     "OctoCache(model.config))."
 )
+_NO_OFFLOADING = "OctoCache does not offload pages: use it without offloading."
 
 
 class OctoLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -218,7 +219,7 @@ class OctoLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def offload(self) -> None:
         """Not done: pages stay on their device."""
-        raise OctoError("OctoCache does not offload pages: use it without offloading.")
+        raise OctoError(_NO_OFFLOADING)
 
     prefetch = offload
 
@@ -256,6 +257,12 @@ class OctoCache(DynamicCache):  # type: ignore[misc]
         expect("The KV format", kv, str)
         expect("The number of sink tokens", sinks, int)
         expect("The window", window, int)
+        kv = kv.strip().lower()
+        if "auto" in kv.split(":"):
+            raise UsageError(
+                f"The KV format is {quoted(kv)}, and OctoCache does not measure which layers need the better codes: "
+                "give one format, oct3 say, or K:V."
+            )
         parse_kv(kv, 128)
         ArenaShape((KVHeads(1, 128),), 1, torch.float32, 1, sinks, window)  # refuses what no arena takes
         self.kv, self.sinks, self.window, self.scratch = kv, sinks, window, Scratch()
@@ -283,6 +290,12 @@ class OctoCache(DynamicCache):  # type: ignore[misc]
         """Forget everything, and give the memory back."""
         self._updated = None
         super().reset()
+
+    def offload(self, *_: Any, **__: Any) -> None:
+        """Not done: pages stay on their device."""
+        raise OctoError(_NO_OFFLOADING)
+
+    prefetch = offload
 
     @property
     def _is_user_defined(self) -> bool:

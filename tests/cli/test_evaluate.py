@@ -230,7 +230,11 @@ def test_tasks_with_their_answers_in_a_file(octo: Callable[..., Any], tasks: str
         (["ppl", "--text", "."], ". is a folder"),
         (["ppl", "--text", "EMPTY"], "is empty; give a file with text"),
         (["ppl", "--text", "BYTES"], "is not UTF-8 text: byte 0"),
-        (["ppl", "--ctx", "4000"], "A text has 1,551 tokens and a window of --ctx 4,000 takes 3,999"),
+        (["ppl", "--ctx", "4000"], "The bundled sample has 1,551 tokens and a window of --ctx 4,000 takes 3,999"),
+        (
+            ["ppl", "--text", "TASKS", "--text", "WORD", "--ctx", "9"],
+            "WORD has 1 token and a window of --ctx 9",
+        ),
         (["ppl", "--stride", "5000"], "--stride is 5000 and the context 1024: give 1 to 1023"),
         (["ppl", "--kv", "octopus3,oct9"], "unknown KV format 'oct9'"),
         (["ppl", "--kv", "oct3,auto:10"], "--kv 'auto:10': auto chooses formats of keys and values by itself"),
@@ -260,6 +264,7 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "EMPTY").write_text(" \n")
+    (tmp_path / "WORD").write_text("a")
     (tmp_path / "BYTES").write_bytes(b"\xff\xfe")
     (tmp_path / "BAD").write_text('{"prompt": "a", "answer": 1}\n{oops\n')
     (tmp_path / "TASKS").write_text(Path(tasks).read_text())
@@ -267,6 +272,29 @@ def test_wrong_usage_is_one_sentence_before_anything_is_loaded(
     assert shown.code == (1 if "no/such" in argv else 2)
     assert shown.out == "" and says in shown.err
     assert shown.err.startswith("octo-run: ") and shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["ppl", "--ctx", "300"], ["needle", "--lengths", "300", "--questions", "1"]], ids=str)
+def test_a_long_step_is_refused_before_weights_are_read(
+    octo: Callable[..., Any], argv: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("octo_run.engine.engine.weight_files.StoredWeights", read)
+    shown = octo("eval", *argv, "--step", "301", "--device", "cpu")
+    assert shown.code == 2 and shown.err.endswith("octo-run: --step is 301; give 1 to 300 tokens.\n"), shown
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(65, True), (66, False)])
+def test_texts_too_short_for_codes_are_said(octo: Callable[..., Any], tokens: int, said: bool) -> None:
+    """All formats have the figures of bf16 there."""
+    argv = ("--ctx", str(tokens), "--tokens", "70", "--sink", "0", "--window", "0", "--device", "cpu", "--json")
+    shown = octo("eval", "ppl", "--kv", "oct2", *argv)
+    assert shown.code == 0, shown
+    assert (f"--ctx {tokens}: nothing is coded there, as --sink, --window and" in shown.err) == said
+    bf16, oct2 = json.loads(shown.out)
+    assert said or oct2["kl_mean"] > 1e-6 + bf16["kl_mean"]
 
 
 def test_tasks_that_are_stopped_keep_their_answers(

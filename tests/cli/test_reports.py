@@ -210,6 +210,8 @@ def test_show_json(octo: Callable[..., Any]) -> None:
     assert rows["auto:56"]["bytes_per_token"] == rows["oct3"]["bytes_per_token"] == 8 * 2 * (56 + 56)
     assert rows["octopus3"]["tokens_that_fit"] > rows["bf16"]["tokens_that_fit"] > 0
     assert all(row["all_in_bytes_per_token"] > row["bytes_per_token"] for row in facts["kv"])
+    assert {row["kv"] for row in facts["kv"] if row["conditioning"] == "off"} == {"bf16"}
+    assert {row["conditioning"] for row in facts["kv"]} == {"off", "full"}
 
 
 def test_show_says_no_setting_that_the_files_do_not_say(octo: Callable[..., Any], tmp_path: Path) -> None:
@@ -234,6 +236,7 @@ def test_show_text_has_a_row_for_every_format(octo: Callable[..., Any]) -> None:
 
     out = octo("show").out
     assert "18,880,896" in out
+    assert "conditioning  full, of keys with a code; --conditioning off, mean or full chooses" in out
     assert {line.split()[0] for line in out.splitlines() if line.split()} >= {*codec.names(), "auto:56"}
 
 

@@ -162,7 +162,7 @@ def test_missing_kernels_are_told_once(
 
 def test_names_may_be_in_capital_letters(octo: Callable[..., Any], engine: Any, tmp_path: Path) -> None:
     engine.answers("once")
-    assert octo("generate", "-p", "x", "--weights", "INT4", "--head", "INT8").code == 0
+    assert octo("generate", "-p", "x", "--weights", "INT4", "--head", "INT8", "--conditioning", "OFF").code == 0
     assert (engine.loaded.weights, engine.loaded.head) == ("int4", "int8")
     assert octo("bench", "--weights", "BF16, Int8", "--tests", "tg8").code == 0 and engine.weights[1:] == [
         "bf16",

@@ -1,15 +1,17 @@
 """Conditioned keys in the engine: one function without coding, nearer to it with coding, kept for the next load."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from octo_run import Engine, UsageError
+from octo_run.engine import calibration, sensitivity
 from octo_run.engine import plan as plan_module
-from octo_run.engine import sensitivity
 from octo_run.engine.arena import ArenaShape
 from octo_run.engine.calibration import FEWER, TOKENS
 from octo_run.engine.parts import held_bytes
@@ -93,7 +95,7 @@ def test_a_hostile_model_is_never_worse_for_it(
 
 @pytest.mark.slow
 def test_coded_keys_are_conditioned_unless_it_is_off() -> None:
-    for kv, kind, used in (("oct3", None, "full"), ("oct3:bf16", "mean", "mean"), ("bf16:oct3", "full", "off")):
+    for kv, kind, used in (("oct3", None, "full"), ("oct3:bf16", " Mean", "mean"), ("bf16:oct3", "full", "off")):
         with load(kv, kind) as engine:
             assert engine.plan.conditioning == used
             assert (engine.arena.means is not None) == (used != "off")
@@ -119,6 +121,48 @@ def test_what_was_measured_is_kept_for_the_next_load(monkeypatch: pytest.MonkeyP
         kept.write_bytes(damage)
         assert torch.equal(logits("oct3", None), first), "what is damaged is measured again"
     assert [file.name for file in statistics_folder().iterdir()] == [kept.name]
+
+
+def test_each_arithmetic_has_statistics_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path))
+    measure, measured = conditioning.measure, []
+
+    def observed(decoder: Decoder, ids: list[int]) -> Conditioning:
+        measured.append(decoder.dtype)
+        return measure(decoder, ids[:80])
+
+    monkeypatch.setattr(conditioning, "measure", observed)
+    for dtype in ("float32", "bfloat16", "float32"):
+        Engine.load(kv="oct3", device="cpu", max_context=256, dtype=dtype, weights="bf16").close()
+    assert measured == [torch.float32, torch.bfloat16], "both are called bf16: the dtype differs alone"
+
+
+def test_statistics_with_any_damage_are_none_or_what_was_written(tmp_path: Path) -> None:
+    file, shapes = tmp_path / "kept.npz", {"means0": (2, 4), "shapes0": (2, 4, 4)}
+    written = {name: torch.ones(shape) for name, shape in shapes.items()}
+    calibration._keep(file, written)
+    good = file.read_bytes()
+    places = [place for place in range(len(good)) if place % 3 == 0 or good[place : place + 2] == b"PK"]
+    # Also the flags and the methods of entries: encrypted, compressed in a way that is not known.
+    places += [good.rindex(b"PK\x01\x02") + offset for offset in (8, 10)]
+    for place in places:
+        for bit in range(8):
+            damaged = bytearray(good)
+            damaged[place] ^= 1 << bit
+            file.write_bytes(damaged)
+            found = calibration._read(file, shapes)
+            assert found is None or all(torch.equal(found[name], written[name]) for name in shapes), (place, bit)
+    for other in (np.float64, np.dtype("U5"), object):
+        np.savez(file, **{name: part.numpy().astype(other) for name, part in written.items()})
+        assert calibration._read(file, shapes) is None, other
+    with file.open("wb") as out:
+        np.save(out, np.ones(3))
+    assert calibration._read(file, shapes) is None
+    file.write_bytes(good + bytes(1 << 20))
+    assert calibration._read(file, shapes) is None
+    file.unlink()
+    os.mkfifo(file)
+    assert calibration._read(file, shapes) is None, "nobody writes there: it must not wait"
 
 
 @pytest.mark.slow

@@ -617,6 +617,12 @@ def test_tasks_are_answered_and_scored(scripted: Callable[..., Any]) -> None:
         tasks.prompt_ids(base, "a", as_chat=True)  # type: ignore[arg-type]
 
 
+def test_losses_beyond_all_exponents_are_infinite_figures() -> None:
+    none = torch.zeros(100, dtype=torch.float64)
+    found = perplexity.row("oct2", none, torch.stack([none + 800, none, none]), 1.0, 1.0, False)
+    assert found.perplexity == found.delta_percent == math.inf
+
+
 # Plots
 
 

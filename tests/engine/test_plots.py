@@ -1,6 +1,7 @@
 """Figures: one legend for all panels, all formats in them, titles that say where the figures are from."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,15 @@ def test_the_legend_of_all_codecs_has_room(drawn: dict[str, Any], tmp_path: Path
     box = legend.get_window_extent()
     assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0
     assert not any(box.overlaps(axes.get_window_extent()) for axes in drawn["figure"].axes)
+
+
+@pytest.mark.parametrize("far", [1e300, math.inf, math.nan])
+def test_what_no_axis_holds_is_named_in_the_title(drawn: dict[str, Any], tmp_path: Path, far: float) -> None:
+    rows = [change("bf16", 0, 2000.0), change("oct4", 1.0, 900.0), change("oct2", far, 500.0)]
+    plots.plot_perplexity(rows, tmp_path / "a.png", "the model")
+    assert "not drawn, worse by 1,000,000,000 % or more: oct2" in drawn["figure"].get_suptitle()
+    (axes,) = drawn["figure"].axes
+    assert [text.get_text().split(":")[0] for text in axes.get_legend().get_texts()] == ["bf16", "oct4"]
 
 
 def test_bf16_is_a_point_and_all_formats_are_told_apart(drawn: dict[str, Any], tmp_path: Path) -> None:

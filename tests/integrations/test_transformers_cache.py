@@ -526,9 +526,35 @@ def test_states_are_tensors_to_others(decoder: Decoder) -> None:
     assert torch.cat((keys, keys), 2).shape == (2, 2, 600, 64) and keys.repeat_interleave(2, 1).shape == (2, 4, 300, 64)
 
 
+def test_states_have_the_strides_that_they_say(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values come as views of a projection; of a sliding window's a part is returned."""
+    monkeypatch.setattr(cache_module, "SHORT_WINDOW", 0)
+    for family, settings in (("Llama", {}), ("Mistral", {"sliding_window": 100})):
+        layer = OctoCache(decoder(family, **settings).config, kv="bf16").layers[0]
+        for count in (300, 7, 1):
+            new = torch.randn(2, count, 2, 64)
+            for states in layer.update(new.transpose(1, 2), new.transpose(1, 2)):
+                assert states.is_contiguous()
+                flat = states.view(4, -1, 64)
+                assert torch.equal(flat[:, -count:], new.transpose(1, 2).reshape(4, count, 64)), (family, count)
+
+
+def test_pages_are_not_offloaded(decoder: Decoder) -> None:
+    cache = OctoCache(decoder("Llama").config)
+    for owner, place in ((cache, (0,)), (cache.layers[0], ())):
+        for name in ("offload", "prefetch"):
+            with pytest.raises(OctoError, match="does not offload pages: use it without offloading"):
+                getattr(owner, name)(*place)
+
+
+def test_formats_may_be_in_capital_letters(decoder: Decoder) -> None:
+    assert OctoCache(decoder("Llama").config, kv=" Oct4:OCT2 ").kv == "oct4:oct2"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"kv": "auto:56"}, "'auto:56', and OctoCache does not measure which layers .* give one format, oct3 say, or"),
         ({"kv": "oct9"}, "unknown KV format 'oct9': did you mean oct4, of oct2, oct3"),
         ({"kv": 3}, "The KV format is 3"),
         ({"sinks": -1}, "number of sink tokens is -1"),

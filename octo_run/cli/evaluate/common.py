@@ -127,6 +127,34 @@ def loader(
     return of
 
 
+def step_fits(step: int | None) -> "Callable[[Tokenizer, MemoryPlan], None]":
+    """A ``check`` of :func:`loader` that refuses a ``--step`` longer than a chunk before a weight is read."""
+
+    def check(_tokenizer: "Tokenizer", plan: "MemoryPlan") -> None:
+        if step is not None and step > plan.shape.chunk:
+            raise UsageError(f"--step is {step}; give 1 to {plan.shape.chunk} tokens.")
+
+    return check
+
+
+def note_uncoded(tokens: int, cache: CacheOptions, by: str) -> None:
+    """Say so if texts are so short that no token sees a coded one: all formats have the same figures then.
+
+    Args:
+        tokens: The longest text's.
+        by: The option that says it.
+    """
+    from octo_run.kernels.page_size import PAGE_TOKENS
+
+    full = cache.sink + cache.window + PAGE_TOKENS
+    most = full + 1  # the last token of a text is not read
+    if tokens <= most:
+        console.notice(
+            f"{by} {tokens:,}: nothing is coded there, as --sink, --window and the page being filled hold {full:,} "
+            f"tokens in full precision; give more than {most:,}"
+        )
+
+
 def sequences_that_fit(load: EngineOptions, cache: CacheOptions, tokens: int, wanted: int) -> int:
     """How many sequences of so many tokens an engine of bf16 has room for, at most ``wanted``: halved until it fits.
 

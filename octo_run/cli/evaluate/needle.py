@@ -146,7 +146,9 @@ def _search(
     wanted = min(len(questions), max(_AT_ONCE[choose_device(load.device).type], plan.per_text))
     context = max(plan.lengths)
     sequences = common.sequences_that_fit(load, cache, context, wanted)
-    return needle.Search(common.loader(load, cache, context, sequences, by="--lengths"), kvs, questions, step)
+    common.note_uncoded(context, cache, "--lengths")
+    engine_of = common.loader(load, cache, context, sequences, by="--lengths", check=common.step_fits(step))
+    return needle.Search(engine_of, kvs, questions, step)
 
 
 def report(cells: list["Cell"]) -> str:

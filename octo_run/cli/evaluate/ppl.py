@@ -68,7 +68,8 @@ def command(
         kvs = [kv if kv == weights == "bf16" else f"{weights}/{kv}" for weights in stored for kv in kvs]
         load = dataclasses.replace(load, weights="bf16")
     context = common.context(load, _CONTEXT)
-    comparison = _comparison(contents, kvs, context, step, stride or context // 2, tokens, load, cache)
+    names = [*map(str, texts)] or ["The bundled sample"]
+    comparison = _comparison(names, contents, kvs, context, step, stride or context // 2, tokens, load, cache)
 
     def deliver_rows() -> None:
         rows = comparison.rows()
@@ -90,6 +91,7 @@ def command(
 
 
 def _comparison(
+    names: list[str],
     contents: list[str],
     kvs: list[str],
     context: int,
@@ -110,12 +112,15 @@ def _comparison(
     ids = [tokenizer.encode(text) for text in contents]
     most = max(map(len, ids)) if tokens is None else max(1, tokens // len(ids))
     count = sum(
-        len(windows(len(part[:most]), context, stride, begin=tokenizer.adds_bos, cut=len(part) > most)) for part in ids
+        len(windows(len(part[:most]), context, stride, begin=tokenizer.adds_bos, cut=len(part) > most, name=name))
+        for name, part in zip(names, ids, strict=True)
     )
     ids = [part[:most] for part in ids]
     wanted = min(count, sequences_at_once(choose_device(load.device), context))
     sequences = common.sequences_that_fit(load, cache, context, wanted)
-    return Comparison(common.loader(load, cache, context, sequences), kvs, ids, stride=stride, step=step)
+    common.note_uncoded(context, cache, "--ctx")
+    engine_of = common.loader(load, cache, context, sequences, check=common.step_fits(step))
+    return Comparison(engine_of, kvs, ids, stride=stride, step=step)
 
 
 def table(rows: Sequence["Row"], tokens: int) -> str:
