@@ -379,16 +379,16 @@ def _pattern(fields: Fields, family: Family, num_layers: int, window: int | None
     """Kinds of layers of which every so many-th sees all, or whose pattern is spelt out: L for a window, G for none; of
     these the last layer sees all."""
     default = family.defaults.get("sliding_window_pattern")
-    if fields.raw("sliding_window_pattern") is None and (default is None or window is None):
+    spelt = fields.raw("sliding_window_pattern") if family.pattern_field else None
+    if spelt is None and (default is None or window is None):
         return [SLIDING if window is not None else FULL] * num_layers
-    spelt = fields.raw("sliding_window_pattern")
     if isinstance(spelt, str) and family.spelt_pattern:
         if not spelt or not {*spelt} <= {"L", "G"}:
             problem = f"is {quoted(spelt)}, no number and no text of the letters L and G"
             raise fields.fail("sliding_window_pattern", problem)
         kinds = [SLIDING if spelt[index % len(spelt)] == "L" else FULL for index in range(num_layers)]
         return [*kinds[:-1], FULL]
-    every = fields.integer("sliding_window_pattern", default)
+    every = default if spelt is None else fields.integer("sliding_window_pattern")
     return [FULL if (index + 1) % every == 0 else SLIDING for index in range(num_layers)]
 
 

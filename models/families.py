@@ -80,6 +80,7 @@ class Family:
             ``switch``: by ``layer_types`` or from ``max_window_layers`` on, and only with ``use_sliding_window``;
             ``kinds``: by ``layer_types``, or all but every ``sliding_window_pattern``-th; ``linear``: none, but there
             are recurrent layers: by ``layer_types``, or all but every ``full_attention_interval``-th.
+        pattern_field: ``sliding_window_pattern`` is a field of this family; else what `defaults` says of it counts.
         spelt_pattern: ``sliding_window_pattern`` may be a text, ``LLLG``, say.
         gated: Attention's heads are multiplied by the sigmoid of gates, which are rows of q.
         grouped_delta: See `delta_net.DeltaNetSpec`.
@@ -108,6 +109,7 @@ class Family:
     activation: tuple[str, str] = ("hidden_act", "silu")
     gelu_is_tanh: bool = False
     sliding: str = "none"
+    pattern_field: bool = False
     spelt_pattern: bool = False
     gated: bool = False
     grouped_delta: bool = False
@@ -172,6 +174,11 @@ def _gemma(attention_cap: float | None, logit_cap: float | None) -> Callable[[Fi
         }
 
     return more
+
+
+def _gemma3(fields: Fields, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Gemma's fields; but nothing is computed of a soft cap of attention, which its files name as null."""
+    return _gemma(None, None)(fields, kinds) | {"attention_cap": None}
 
 
 def _granite(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -295,7 +302,7 @@ _GEMMA4_LAYERS: dict[str, Any] = {
     "activation": _GELU,
     "embedding_scaled": True,
     "sliding": "kinds",
-    "rope": RopeFields(by_kind=True, partial=True, left_out=GEMMA4_ROPE),
+    "rope": RopeFields(by_kind=True, partial=True, proportional=True, left_out=GEMMA4_ROPE),
 }
 
 FAMILIES: Mapping[str, Family] = {
@@ -445,8 +452,9 @@ FAMILIES: Mapping[str, Family] = {
         activation=_GELU,
         embedding_scaled=True,
         sliding="kinds",
+        pattern_field=True,
         rope=RopeFields(1_000_000.0, by_kind=True, local_theta=10_000.0, stretched=True),
-        more=_gemma(None, None),
+        more=_gemma3,
     ),
     "Gemma4ForCausalLM": Family(
         "gemma4_text",
@@ -555,6 +563,7 @@ FAMILIES: Mapping[str, Family] = {
         qk_norm="head",
         norms=_AFTER,
         sliding="kinds",
+        pattern_field=True,
         spelt_pattern=True,
         eps=("rms_norm_eps", 1e-5),
         more=_exaone4,
@@ -587,6 +596,7 @@ FAMILIES: Mapping[str, Family] = {
         interleaved=True,
         parallel=True,
         sliding="kinds",
+        pattern_field=True,
         eps=("layer_norm_eps", 1e-5),
         more=_cohere2,
     ),

@@ -88,9 +88,19 @@ GRANITE_4 = {"shared_intermediate_size": 128, "num_local_experts": 0}
         ("Gemma3ForCausalLM", {"rope_local_base_freq": 2e4, "rope_parameters": {FULL: {"rope_theta": 1e6}}},
          {"rope_theta": 1e6, "rope_local_base_freq": 2e4}),
         ("Gemma3ForCausalLM", {"rope_parameters": {FULL: {"rope_theta": 2e6}}}, {"rope_theta": 2e6}),
+        ("Gemma3ForCausalLM",
+         {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_parameters": {
+             FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+         {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("Gemma4ForCausalLM", {"rope_parameters": {
+            FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}}, {}),
+        ("Gemma4ForCausalLM", {"rope_scaling": {}}, {}),
         ("Qwen3ForCausalLM", {"rope_scaling": {"factor": 1.0}}, {}),
         ("Qwen3ForCausalLM", {"rope_scaling": {"mrope_section": [8, 12, 12]}}, {}),
         ("Qwen3MoeForCausalLM", {"use_sliding_window": True, "sliding_window": None}, {}),
+        ("Qwen3MoeForCausalLM", {"num_experts": 0}, {"num_local_experts": 0}),
         ("Qwen2MoeForCausalLM", {}, {"qkv_bias": True}),
         ("GemmaForCausalLM", {"hidden_act": "gelu", "hidden_activation": None}, {"hidden_act": "gelu_pytorch_tanh"}),
         ("LlamaForCausalLM", {"model_type": "internlm3"}, {"architectures": ["InternLM3ForCausalLM"]}),
@@ -406,7 +416,7 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
         (
             "Gemma3ForCausalLM",
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}, "rope_scaling": YARN},
-            "are both given",
+            "rope_scaling and rope_parameters.full_attention are both given and differ",
         ),
         ("Gemma4ForCausalLM", {"enable_moe_block": True}, "num_experts is missing"),
         (
