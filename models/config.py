@@ -388,7 +388,7 @@ def _pattern(fields: Fields, family: Family, num_layers: int, window: int | None
             raise fields.fail("sliding_window_pattern", problem)
         kinds = [SLIDING if spelt[index % len(spelt)] == "L" else FULL for index in range(num_layers)]
         return [*kinds[:-1], FULL]
-    every = default if spelt is None else fields.integer("sliding_window_pattern")
+    every = fields.integer("sliding_window_pattern") if default is None or spelt is not None else default
     return [FULL if (index + 1) % every == 0 else SLIDING for index in range(num_layers)]
 
 

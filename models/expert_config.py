@@ -91,9 +91,7 @@ def qwen_experts(
 
 
 def gpt_oss_experts(fields: Fields) -> dict[str, Any]:
-    """Of gpt-oss. The library means a yarn of its own where the rotary embedding is left out, which no file does."""
-    if not fields.raw("rope_scaling") and not fields.raw("rope_parameters"):
-        raise fields.fail("rope_scaling", "is missing")
+    """Of gpt-oss."""
     count = fields.integer("num_local_experts", 128, high=_MOST)
     alpha = fields.number("swiglu_alpha", 1.702, low=_LIMIT[0], high=_LIMIT[1])
     limit = fields.number("swiglu_limit", 7.0, low=_LIMIT[0], high=_LIMIT[1])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from octo_run.errors import quoted
 from octo_run.models.expert_config import gpt_oss_experts, local_experts, olmoe_experts, qwen_experts
 from octo_run.models.fields import Fields
 from octo_run.models.gemma4 import ROPE as GEMMA4_ROPE
@@ -128,6 +129,9 @@ class Family:
 
 
 def _delta(fields: Fields) -> dict[str, Any]:
+    act = fields.text("hidden_act") or "silu"
+    if ACTIVATIONS.get(act) != "silu":  # it is that of the convolution, too
+        raise fields.fail("hidden_act", f"is {quoted(act)}, and octo-run computes recurrent layers with silu only")
     sizes = [
         fields.integer(f"linear_{name}", default, high=high)
         for name, default, high in (
@@ -292,6 +296,8 @@ _MINISTRAL3_ROPE = {
     "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+
 _GEMMA4_LAYERS: dict[str, Any] = {
     "attention_bias_field": True,
     "qk_norm": "head",
@@ -320,7 +326,7 @@ FAMILIES: Mapping[str, Family] = {
         sliding="kinds",
         sinks=True,
         eps=("rms_norm_eps", 1e-5),
-        rope=RopeFields(theta=150_000.0),
+        rope=RopeFields(150_000.0, left_out=_GPT_OSS_ROPE),
         more=lambda fields, _kinds: gpt_oss_experts(fields),
     ),
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),

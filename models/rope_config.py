@@ -150,7 +150,7 @@ def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> 
     if len(readings) == 2 and readings[0] != readings[1]:
         raise fields.fail("rope_scaling", "and rope_parameters are both given and differ")
     if not readings and how.left_out:
-        readings = [reader.one(Fields(fields.path, how.left_out, "rope_parameters."), how.left_out["rope_theta"])]
+        readings = [reader.one(Fields(fields.path, how.left_out, "rope_parameters."), reader.top)]
     rope = readings[0] if readings else reader.plain()
     if not how.by_kind:
         return rope, None

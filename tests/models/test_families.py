@@ -207,8 +207,6 @@ def test_every_causal_language_model_of_transformers_is_read_or_refused_by_a_sen
         if known is None or known.model_type != model_type:
             continue
         values = json.loads(CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
-        if architecture == "GptOssForCausalLM":  # means a RoPE of its own where nothing is said of it
-            continue
         if architecture == "GraniteMoeHybridForCausalLM":  # means Mamba layers where nothing is said of them
             with pytest.raises(OctoError, match="which octo-run does not compute here"):
                 parse_config(values | {"architectures": [architecture]}, Path("somewhere/config.json"))
@@ -217,12 +215,22 @@ def test_every_causal_language_model_of_transformers_is_read_or_refused_by_a_sen
         assert cfg.architecture == architecture
 
 
+@pytest.mark.parametrize("architecture", [name for name, family in FAMILIES.items() if family.rope.left_out])
+def test_rotary_parameters_that_are_left_out_are_those_of_transformers(architecture: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    values = json.loads(transformers.CONFIG_MAPPING[FAMILIES[architecture].model_type]().to_json_string(use_diff=False))
+    assert values["rope_parameters"]
+    without = values | {"rope_parameters": None}
+    ours, left_out = (parse_config(one | {"architectures": [architecture]}, Path("c")) for one in (values, without))
+    assert ours == left_out and (ours.rope_scaling or ours.sliding_rope)
+
+
 def test_the_nearest_that_is_named_is_there() -> None:
     for words, _, nearest in UNBUILT:
         assert nearest.split(",")[0] in (*FAMILIES, *WRAPPERS) or "distillation" in nearest, words
 
 
-OF_TEXT = {"GptOss", "Olmoe", "Mixtral", "GraniteMoeHybrid"}
+OF_TEXT = {"Olmoe", "Mixtral", "GraniteMoeHybrid"}
 
 
 @pytest.mark.few(2)
@@ -474,6 +482,8 @@ def test_an_unknown_family_is_told_what_is_known() -> None:
             "short_factor holds 0.0, not a number from",
         ),
         ("Qwen2ForCausalLM", {"rope_scaling": {"type": "other", "factor": 2.0}}, "is 'other', and octo-run"),
+        ("Qwen3_5ForCausalLM", {"hidden_act": "gelu_pytorch_tanh"}, "computes recurrent layers with silu only"),
+        ("Qwen3NextForCausalLM", {"hidden_act": "gelu_pytorch_tanh"}, "computes recurrent layers with silu only"),
         ("Qwen2ForCausalLM", {"rope_scaling": {"factor": 2.0}}, "rope_type is missing, though the factor is 2"),
         ("Qwen3MoeForCausalLM", {"use_sliding_window": True}, "use_sliding_window is true"),
         ("InternLM3ForCausalLM", {"qkv_bias": True}, "qkv_bias is true"),
