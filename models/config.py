@@ -289,9 +289,9 @@ def _architecture(fields: Fields) -> tuple[str, str, Fields]:
         if model_type is None:
             raise fields.fail("architectures", "is missing, and so is model_type")
         raise fields.fail("model_type", f"is {quoted(model_type)}{refusal(model_type)}")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise fields.fail("architectures", f"is {quoted(names)}, not a list with one name")
-    name = str(names[0])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise fields.fail("architectures", f"is {quoted(names)}, not a list of names")
+    name = _named(names, model_type)
     if name in WRAPPERS:
         return name, *text_part(fields, name)
     if name not in FAMILIES:
@@ -302,6 +302,13 @@ def _architecture(fields: Fields) -> tuple[str, str, Fields]:
                 return "", architecture, fields
         raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(name)}")
     return "", name, fields
+
+
+def _named(names: list[str], model_type: str | None) -> str:
+    """Of several architectures the one that is known, first of all the one that ``model_type`` agrees with."""
+    kinds = {name: one.model_type for name, one in FAMILIES.items()}
+    kinds |= {name: one.model_type for name, one in WRAPPERS.items()}
+    return max(names, key=lambda name: (name in kinds) + (kinds.get(name) == model_type))
 
 
 def _activation(fields: Fields, family: Family) -> str:

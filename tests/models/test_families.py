@@ -201,7 +201,7 @@ def test_every_causal_language_model_of_transformers_is_read_or_refused_by_a_sen
             assert f"architectures names '{architecture}', which" in said[architecture]
     assert len(said) > 100
     named = sum("the nearest that it runs is" in text for text in said.values())
-    assert named > len(said) / 2, f"{named} of {len(said)} say what such a model has, and the nearest that works"
+    assert named > len(said) * 0.8, f"{named} of {len(said)} say what such a model has, and the nearest that works"
     for model_type, architecture in NAMES.items():
         known = FAMILIES.get(architecture)
         if known is None or known.model_type != model_type:
@@ -389,6 +389,16 @@ def test_a_head_is_tied_where_either_place_says_so(outer: bool | None, inner: bo
         ("BertForMaskedLM", "an encoder", "LlamaForCausalLM"),
         ("Gemma4AssistantForCausalLM", "only drafts of another model's tokens", "Gemma4ForCausalLM"),
         ("Gemma3nForCausalLM", "per-layer embeddings", "Gemma4ForCausalLM"),
+        ("LlamaForCausalLMEagle3", "only drafts of another model's tokens", "LlamaForCausalLM"),
+        ("Qwen3Model", "no head that gives the next token", "Qwen3ForCausalLM"),
+        ("Gemma3TextModel", "no head that gives the next token", "Gemma3ForCausalLM"),
+        ("Qwen2ForSequenceClassification", "no head that gives the next token", "Qwen2ForCausalLM"),
+        ("Qwen2ForProcessRewardModel", "no head that gives the next token", "Qwen2ForCausalLM"),
+        ("Qwen2VLModel", "no head that gives the next token", "Qwen2VLForConditionalGeneration"),
+        ("MPNetModel", "an encoder", "LlamaForCausalLM"),
+        ("Phi4FlashForCausalLM", "Mamba layers", "Phi3ForCausalLM"),
+        ("BaichuanForCausalLM", "q, k and v fused", "LlamaForCausalLM"),
+        ("Exaone4_5_ForConditionalGeneration", "parts beside its text", "Exaone4ForCausalLM"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(name: str, what: str, nearest: str) -> None:
