@@ -100,8 +100,10 @@ def text_part(fields: Fields, name: str) -> tuple[str, Fields]:
         kinds = ", ".join(wrapper.decoders)
         raise text.fail("model_type", f"is {quoted(kind)}, and octo-run knows {kinds} in {quoted(name)}")
     meant = {**LEFT_OUT.get(kind, {}), **wrapper.defaults}
-    if isinstance(text.raw("rope_parameters"), dict):  # which has the base
-        meant.pop("rope_theta", None)
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = text.raw(name)
+        if isinstance(rope, dict) and rope.get("rope_theta") is not None:
+            meant.pop("rope_theta", None)
     # What a file says of the whole model holds for its text, too.
     outer = {one: fields.values[one] for one in _OF_THE_WHOLE if fields.raw(one) is not None}
     inner = {one: value for one, value in text.values.items() if value is not None or one not in outer}

@@ -321,6 +321,25 @@ def test_what_a_text_part_leaves_out_means_what_it_means_to_transformers(wrapper
         assert ours.sliding_window == window
 
 
+@pytest.mark.parametrize(("wrapper", "kind"), TEXT_PARTS)
+def test_where_a_text_part_says_the_base_of_its_rope(wrapper: str, kind: str) -> None:
+    """Beside the rotary parameters or in them, of either name; where they do not have it, it is left out."""
+    transformers = pytest.importorskip("transformers")
+    whole = {one.model_type: one for one in transformers.CONFIG_MAPPING.values()}[WRAPPERS[wrapper].model_type]
+    inner = {"rope_type": "default", "mrope_section": [8, 12, 12]}
+    for fields in (
+        {"rope_theta": 7e6, "rope_scaling": inner},
+        {"rope_scaling": inner | {"rope_theta": 7e6}},
+        {"rope_parameters": inner | {"rope_theta": 7e6}},
+        {"rope_parameters": inner},
+        {"rope_scaling": inner},
+    ):
+        text = SIZES | {"model_type": kind, "head_dim": 64} | fields
+        ours = parse_config({"architectures": [wrapper], "text_config": text}, Path("config.json"))
+        theirs = whole(text_config=json.loads(json.dumps(text))).text_config.rope_parameters
+        assert (ours.rope_theta, ours.rope_scaling) == (theirs["rope_theta"], None), fields
+
+
 def test_a_checkpoint_is_known_by_its_model_type() -> None:
     """Without ``architectures``."""
     for wrapper, one in WRAPPERS.items():
