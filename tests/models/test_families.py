@@ -379,6 +379,16 @@ def test_text_parts_as_published() -> None:
 
 
 @pytest.mark.parametrize(
+    ("outer", "inner", "ends"),
+    [([1, 106], 1, (1, 106)), (None, 5, (5,)), (7, None, (7,)), (7, [8, 7], (7, 8)), (None, None, ())],
+)
+def test_an_answer_ends_with_the_tokens_that_either_place_names(outer: Any, inner: Any, ends: tuple[int, ...]) -> None:
+    text = SIZES | {"eos_token_id": inner}
+    values = {"architectures": ["LlavaForConditionalGeneration"], "text_config": text, "eos_token_id": outer}
+    assert parse_config(values, Path("config.json")).eos_token_ids == ends
+
+
+@pytest.mark.parametrize(
     ("outer", "inner", "tied"),
     [(None, None, True), (True, False, True), (False, True, True), (False, None, False), (None, False, False)],
 )
