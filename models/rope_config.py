@@ -155,7 +155,8 @@ def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> 
     if not how.by_kind:
         return rope, None
     local = how.local_theta or rope.theta
-    slides = Rope(fields.number(how.local_field, local, low=THETA[0], high=THETA[1]), share=rope.share)
+    share = 1.0 if how.proportional else rope.share
+    slides = Rope(fields.number(how.local_field, local, low=THETA[0], high=THETA[1]), share=share)
     return rope, slides if slides != rope else None
 
 

@@ -97,6 +97,8 @@ GRANITE_4 = {"shared_intermediate_size": 128, "num_local_experts": 0}
             FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}}, {}),
         ("Gemma4ForCausalLM", {"rope_scaling": {}}, {}),
+        ("Gemma4ForCausalLM", {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.25}}, {}),
         ("Qwen3ForCausalLM", {"rope_scaling": {"factor": 1.0}}, {}),
         ("Qwen3ForCausalLM", {"rope_scaling": {"mrope_section": [8, 12, 12]}}, {}),
         ("Qwen3MoeForCausalLM", {"use_sliding_window": True, "sliding_window": None}, {}),
