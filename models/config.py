@@ -289,9 +289,9 @@ def _architecture(fields: Fields) -> tuple[str, str, Fields]:
         if model_type is None:
             raise fields.fail("architectures", "is missing, and so is model_type")
         raise fields.fail("model_type", f"is {quoted(model_type)}{refusal(model_type)}")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise fields.fail("architectures", f"is {quoted(names)}, not a list with one name")
-    name = str(names[0])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise fields.fail("architectures", f"is {quoted(names)}, not a list of names")
+    name = _named(names, model_type)
     if name in WRAPPERS:
         return name, *text_part(fields, name)
     if name not in FAMILIES:
@@ -302,6 +302,13 @@ def _architecture(fields: Fields) -> tuple[str, str, Fields]:
                 return "", architecture, fields
         raise fields.fail("model_type", f"is {quoted(model_type)}, which contradicts architectures {quoted(name)}")
     return "", name, fields
+
+
+def _named(names: list[str], model_type: str | None) -> str:
+    """Of several architectures the one that is known, first of all the one that ``model_type`` agrees with."""
+    kinds = {name: one.model_type for name, one in FAMILIES.items()}
+    kinds |= {name: one.model_type for name, one in WRAPPERS.items()}
+    return max(names, key=lambda name: (name in kinds) + (kinds.get(name) == model_type))
 
 
 def _activation(fields: Fields, family: Family) -> str:
@@ -379,16 +386,16 @@ def _pattern(fields: Fields, family: Family, num_layers: int, window: int | None
     """Kinds of layers of which every so many-th sees all, or whose pattern is spelt out: L for a window, G for none; of
     these the last layer sees all."""
     default = family.defaults.get("sliding_window_pattern")
-    if fields.raw("sliding_window_pattern") is None and (default is None or window is None):
+    spelt = fields.raw("sliding_window_pattern") if family.pattern_field else None
+    if spelt is None and (default is None or window is None):
         return [SLIDING if window is not None else FULL] * num_layers
-    spelt = fields.raw("sliding_window_pattern")
     if isinstance(spelt, str) and family.spelt_pattern:
         if not spelt or not {*spelt} <= {"L", "G"}:
             problem = f"is {quoted(spelt)}, no number and no text of the letters L and G"
             raise fields.fail("sliding_window_pattern", problem)
         kinds = [SLIDING if spelt[index % len(spelt)] == "L" else FULL for index in range(num_layers)]
         return [*kinds[:-1], FULL]
-    every = fields.integer("sliding_window_pattern", default)
+    every = fields.integer("sliding_window_pattern") if default is None or spelt is not None else default
     return [FULL if (index + 1) % every == 0 else SLIDING for index in range(num_layers)]
 
 

@@ -68,7 +68,8 @@ def qwen_experts(
     """Of Qwen, some of whose layers can be dense. Given what fields mean that are left out; ``shared`` 0: none."""
     if fields.boolean("use_sliding_window") and fields.values.get("sliding_window", 0) is not None:
         raise fields.fail("use_sliding_window", "is true, and octo-run computes this family without a window")
-    count = fields.integer("num_experts", fields.integer("num_local_experts", count, high=_MOST), low=0, high=_MOST)
+    elsewhere = fields.integer("num_local_experts", count, low=0, high=_MOST)
+    count = fields.integer("num_experts", elsewhere, low=0, high=_MOST)
     if not count:
         return {}
     step, layers = fields.integer("decoder_sparse_step", 1), fields.integer("num_hidden_layers")
@@ -90,9 +91,7 @@ def qwen_experts(
 
 
 def gpt_oss_experts(fields: Fields) -> dict[str, Any]:
-    """Of gpt-oss. The library means a yarn of its own where the rotary embedding is left out, which no file does."""
-    if not fields.raw("rope_scaling") and not fields.raw("rope_parameters"):
-        raise fields.fail("rope_scaling", "is missing")
+    """Of gpt-oss."""
     count = fields.integer("num_local_experts", 128, high=_MOST)
     alpha = fields.number("swiglu_alpha", 1.702, low=_LIMIT[0], high=_LIMIT[1])
     limit = fields.number("swiglu_limit", 7.0, low=_LIMIT[0], high=_LIMIT[1])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from octo_run.errors import quoted
 from octo_run.models.expert_config import gpt_oss_experts, local_experts, olmoe_experts, qwen_experts
 from octo_run.models.fields import Fields
 from octo_run.models.gemma4 import ROPE as GEMMA4_ROPE
@@ -80,6 +81,7 @@ class Family:
             ``switch``: by ``layer_types`` or from ``max_window_layers`` on, and only with ``use_sliding_window``;
             ``kinds``: by ``layer_types``, or all but every ``sliding_window_pattern``-th; ``linear``: none, but there
             are recurrent layers: by ``layer_types``, or all but every ``full_attention_interval``-th.
+        pattern_field: ``sliding_window_pattern`` is a field of this family; else what `defaults` says of it counts.
         spelt_pattern: ``sliding_window_pattern`` may be a text, ``LLLG``, say.
         gated: Attention's heads are multiplied by the sigmoid of gates, which are rows of q.
         grouped_delta: See `delta_net.DeltaNetSpec`.
@@ -108,6 +110,7 @@ class Family:
     activation: tuple[str, str] = ("hidden_act", "silu")
     gelu_is_tanh: bool = False
     sliding: str = "none"
+    pattern_field: bool = False
     spelt_pattern: bool = False
     gated: bool = False
     grouped_delta: bool = False
@@ -126,6 +129,9 @@ class Family:
 
 
 def _delta(fields: Fields) -> dict[str, Any]:
+    act = fields.text("hidden_act") or "silu"
+    if ACTIVATIONS.get(act) != "silu":  # it is that of the convolution, too
+        raise fields.fail("hidden_act", f"is {quoted(act)}, and octo-run computes recurrent layers with silu only")
     sizes = [
         fields.integer(f"linear_{name}", default, high=high)
         for name, default, high in (
@@ -172,6 +178,11 @@ def _gemma(attention_cap: float | None, logit_cap: float | None) -> Callable[[Fi
         }
 
     return more
+
+
+def _gemma3(fields: Fields, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Gemma's fields; but nothing is computed of a soft cap of attention, which its files name as null."""
+    return _gemma(None, None)(fields, kinds) | {"attention_cap": None}
 
 
 def _granite(fields: Fields, _kinds: tuple[str, ...]) -> dict[str, Any]:
@@ -285,6 +296,8 @@ _MINISTRAL3_ROPE = {
     "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+
 _GEMMA4_LAYERS: dict[str, Any] = {
     "attention_bias_field": True,
     "qk_norm": "head",
@@ -295,7 +308,7 @@ _GEMMA4_LAYERS: dict[str, Any] = {
     "activation": _GELU,
     "embedding_scaled": True,
     "sliding": "kinds",
-    "rope": RopeFields(by_kind=True, partial=True, left_out=GEMMA4_ROPE),
+    "rope": RopeFields(by_kind=True, partial=True, proportional=True, left_out=GEMMA4_ROPE),
 }
 
 FAMILIES: Mapping[str, Family] = {
@@ -313,7 +326,7 @@ FAMILIES: Mapping[str, Family] = {
         sliding="kinds",
         sinks=True,
         eps=("rms_norm_eps", 1e-5),
-        rope=RopeFields(theta=150_000.0),
+        rope=RopeFields(150_000.0, left_out=_GPT_OSS_ROPE),
         more=lambda fields, _kinds: gpt_oss_experts(fields),
     ),
     "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
@@ -445,8 +458,9 @@ FAMILIES: Mapping[str, Family] = {
         activation=_GELU,
         embedding_scaled=True,
         sliding="kinds",
+        pattern_field=True,
         rope=RopeFields(1_000_000.0, by_kind=True, local_theta=10_000.0, stretched=True),
-        more=_gemma(None, None),
+        more=_gemma3,
     ),
     "Gemma4ForCausalLM": Family(
         "gemma4_text",
@@ -555,6 +569,7 @@ FAMILIES: Mapping[str, Family] = {
         qk_norm="head",
         norms=_AFTER,
         sliding="kinds",
+        pattern_field=True,
         spelt_pattern=True,
         eps=("rms_norm_eps", 1e-5),
         more=_exaone4,
@@ -587,6 +602,7 @@ FAMILIES: Mapping[str, Family] = {
         interleaved=True,
         parallel=True,
         sliding="kinds",
+        pattern_field=True,
         eps=("layer_norm_eps", 1e-5),
         more=_cohere2,
     ),

@@ -99,6 +99,7 @@ class RopeFields:
         theta: The base where it is left out.
         partial: A part of a head may turn (``partial_rotary_factor``).
         share: ... this one where the field is left out.
+        proportional: ... with the kind ``proportional`` alone; with others the field says nothing.
         by_kind: Layers that slide have an embedding of their own: nested ``rope_parameters``, or ``local_field``.
         local_field: Has the base of layers that slide in older files.
         local_theta: ... where that is left out; None: the other layers'.
@@ -112,6 +113,7 @@ class RopeFields:
     theta: float = 10_000.0
     partial: bool = False
     share: float = 1.0
+    proportional: bool = False
     by_kind: bool = False
     local_field: str = "rope_local_base_freq"
     local_theta: float | None = None
@@ -132,29 +134,36 @@ def read_ropes(fields: Fields, how: RopeFields, context: int, head_dim: int) -> 
     layers that slide where it is another."""
     reader = _Reader(fields, how, context, head_dim)
     local = how.local_theta or reader.top
-    older, newer = fields.sub("rope_scaling"), fields.sub("rope_parameters")
+    older, newer = _given(fields, "rope_scaling"), _given(fields, "rope_parameters")
     if older is None and newer is None and FULL in how.left_out:
         newer = Fields(fields.path, how.left_out, "rope_parameters.")
     if how.by_kind and newer is not None and any(kind in newer.values for kind in (FULL, SLIDING)):
-        if older is not None and older.values:
-            raise fields.fail("rope_scaling", "and rope_parameters by kinds of layers are both given: leave one out")
         # They win over what older files say beside them.
         bases = {FULL: reader.top, SLIDING: fields.number(how.local_field, local, low=THETA[0], high=THETA[1])}
         full, sliding = (
             reader.one(newer.sub(kind) or Fields(newer.path, {}, newer.prefix), base) for kind, base in bases.items()
         )
+        if older is not None and reader.one(older, full.theta) != full:
+            raise fields.fail("rope_scaling", "and rope_parameters.full_attention are both given and differ")
         return full, sliding if sliding != full else None
-    readings = [reader.one(rope) for rope in (older, newer) if rope is not None and rope.values]
+    readings = [reader.one(rope) for rope in (older, newer) if rope is not None]
     if len(readings) == 2 and readings[0] != readings[1]:
         raise fields.fail("rope_scaling", "and rope_parameters are both given and differ")
-    if not readings and how.left_out and fields.raw("rope_theta") is None:
-        readings = [reader.one(Fields(fields.path, how.left_out, "rope_parameters."))]
+    if not readings and how.left_out:
+        readings = [reader.one(Fields(fields.path, how.left_out, "rope_parameters."), reader.top)]
     rope = readings[0] if readings else reader.plain()
     if not how.by_kind:
         return rope, None
     local = how.local_theta or rope.theta
-    slides = Rope(fields.number(how.local_field, local, low=THETA[0], high=THETA[1]), share=rope.share)
+    share = 1.0 if how.proportional else rope.share
+    slides = Rope(fields.number(how.local_field, local, low=THETA[0], high=THETA[1]), share=share)
     return rope, slides if slides != rope else None
+
+
+def _given(fields: Fields, name: str) -> Fields | None:
+    """An object that says something."""
+    found = fields.sub(name)
+    return found if found is not None and found.values else None
 
 
 class _Reader:
@@ -163,7 +172,7 @@ class _Reader:
         self.top = fields.number("rope_theta", how.theta, low=THETA[0], high=THETA[1])
 
     def plain(self) -> Rope:
-        return Rope(self.top, share=self._share(self.fields, self.how.share))
+        return Rope(self.top, share=1.0 if self.how.proportional else self._share(self.fields, self.how.share))
 
     def one(self, rope: Fields, base: float | None = None) -> Rope:
         """What ``rope_scaling``, ``rope_parameters`` or a part of the latter says.
@@ -178,7 +187,8 @@ class _Reader:
         kind = rope.text("rope_type") or rope.text("type")
         if kind is None and _factor(rope, 1.0) != 1.0:
             raise rope.fail("rope_type", f"is missing, though the factor is {_factor(rope):g}: name the scaling")
-        share = self._share(rope, self._share(fields, self.how.share))
+        counts = kind == "proportional" or not self.how.proportional
+        share = self._share(rope, self._share(fields, self.how.share)) if counts else 1.0
         # "dynamic" scales nothing within the file's context, beyond which it allows none. "mrope" turns by three
         # positions, which are one for text.
         if kind is None or kind in ("default", "dynamic", "mrope"):

@@ -7,10 +7,8 @@ from typing import Any
 from octo_run.errors import quoted
 from octo_run.models.fields import Fields
 
-_TIED = "tie_word_embeddings"
-_OF_THE_WHOLE = (
-    "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config"
-)  # fmt: skip
+_TIED, _ENDS = "tie_word_embeddings", "eos_token_id"
+_OF_THE_WHOLE = ("bos_token_id", "dtype", "torch_dtype", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -100,12 +98,17 @@ def text_part(fields: Fields, name: str) -> tuple[str, Fields]:
         kinds = ", ".join(wrapper.decoders)
         raise text.fail("model_type", f"is {quoted(kind)}, and octo-run knows {kinds} in {quoted(name)}")
     meant = {**LEFT_OUT.get(kind, {}), **wrapper.defaults}
-    if isinstance(text.raw("rope_parameters"), dict):  # which has the base
-        meant.pop("rope_theta", None)
+    for rope in (text.raw("rope_scaling"), text.raw("rope_parameters")):
+        if isinstance(rope, dict) and rope.get("rope_theta") is not None:
+            meant.pop("rope_theta", None)
     # What a file says of the whole model holds for its text, too.
     outer = {one: fields.values[one] for one in _OF_THE_WHOLE if fields.raw(one) is not None}
     inner = {one: value for one, value in text.values.items() if value is not None or one not in outer}
+    # An answer ends with the tokens of both: newer files name that of a turn in the one place and not in the other.
+    named = [at.raw(_ENDS) for at in (fields, text) if at.raw(_ENDS) is not None]
+    ends = [one for value in named for one in (value if isinstance(value, list) else [value])]
     # Whether the head is tied either place may say, and wrongly: where it is, a stored head of other values counts.
     said = [at.raw(_TIED) for at in (fields, text) if at.raw(_TIED) is not None]
     tied = next((one for one in said if one is not False), not said)
-    return wrapper.decoders[kind], Fields(fields.path, {**meant, **outer, **inner, _TIED: tied}, text.prefix)
+    values = {**meant, **outer, **inner, _ENDS: ends, _TIED: tied}
+    return wrapper.decoders[kind], Fields(fields.path, values, text.prefix)

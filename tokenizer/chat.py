@@ -39,6 +39,8 @@ _WORDS = {
 _MAX_DEPTH = 100
 #: A template that reads thoughts as parts of a message's content.
 _THOUGHTS_AS_PARTS = re.compile(r"==\s*(['\"])thinking\1")
+#: A template that may read the text of a message as a part of its content.
+_TEXTS_AS_PARTS = re.compile(r"(['\"])text\1")
 #: Stands behind the message that is to be continued. The space tells whether the template strips the message.
 _END = "END_OF_THE_LAST_MESSAGE "
 _ADVICE = "use plain generation, or a model with another template"
@@ -80,7 +82,7 @@ class ChatTemplate:
 
         A thought under one of the names ``reasoning_content``, ``thinking`` and ``reasoning`` is given to the template
         under the first two, of which templates read one or the other, or as a part of the content for those that read
-        it so (Mistral's).
+        it so (Mistral's). A text is given as a part of the content to templates that would leave it out otherwise.
 
         Args:
             continue_final_message: The text ends where the last message does, so that a model goes on with it. No
@@ -126,8 +128,17 @@ class ChatTemplate:
     def _render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool, goes_on: bool, variables: Mapping[str, Any]
     ) -> Text:
-        if isinstance(messages, (list, tuple)) and self._thoughts_as_parts:
-            messages = [_with_thought_as_part(message) for message in messages]
+        if isinstance(messages, (list, tuple)):
+            if self._thoughts_as_parts:
+                messages = [_with_thought_as_part(message) for message in messages]
+            if roles := self._texts_as_parts:
+                messages = [_with_text_as_part(message, roles) for message in messages]
+        return self._rendered(messages, add_generation_prompt, goes_on, variables)
+
+    def _rendered(
+        self, messages: Any, add_generation_prompt: bool, goes_on: bool, variables: Mapping[str, Any]
+    ) -> Text:
+        """What the template makes of messages as they are."""
         messages = self._plain(messages, 0)
         variables = self._plain(variables, 0)
         _check_unicode(messages, variables)
@@ -212,6 +223,29 @@ class ChatTemplate:
         return _THOUGHTS_AS_PARTS.search(self.source) is not None and REASONING[0] not in self.source
 
     @cached_property
+    def _texts_as_parts(self) -> frozenset[str]:
+        """The roles whose text the template leaves out, unless it is a part of the message's content. Templates of
+        checkpoints that see do: they take a text's characters for parts."""
+        if _TEXTS_AS_PARTS.search(self.source) is None:
+            return frozenset()
+        _ = self._program  # a faulty one is told
+        for roles in (("system", "user", "assistant"), ("user", "assistant")):
+            messages = [{"role": role, "content": f"the text of the {role}"} for role in roles]
+            plain = self._attempt(messages)
+            parts = self._attempt([_with_text_as_part(message, frozenset(roles)) for message in messages])
+            if parts is not None:
+                seen = {one["role"]: [one["content"] in (text or "") for text in (plain, parts)] for one in messages}
+                return frozenset(role for role, where in seen.items() if where == [False, True])
+        return frozenset()
+
+    def _attempt(self, messages: Any) -> str | None:
+        """What the template makes of messages; None: nothing."""
+        try:
+            return str.__str__(self._rendered(messages, False, False, {}))
+        except OctoError:
+            return None
+
+    @cached_property
     def _program(self) -> Program:
         try:
             return Program(self.source)
@@ -266,6 +300,14 @@ def _with_thought_as_part(message: Any) -> Any:
         return message
     parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": content}]
     return {**{name: value for name, value in message.items() if name not in REASONING}, "content": parts}
+
+
+def _with_text_as_part(message: Any, roles: frozenset[str]) -> Any:
+    """A message of one of these roles whose text is a part of its content."""
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+    if not isinstance(role, str) or role not in roles:
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _mark_end(messages: Any) -> str:

@@ -1,8 +1,8 @@
 """What a model repository says about its tokenizer besides the vocabulary: named and added tokens, switches, template.
 
 Sources, the first that speaks wins: ``chat_template.jinja`` (template only), ``tokenizer_config.json``,
-``special_tokens_map.json`` (named tokens only), ``added_tokens.json`` (added tokens only). ``config.json`` says which
-family the model is of and for how many ids it has rows.
+``chat_template.json`` (template only), ``special_tokens_map.json`` (named tokens only), ``added_tokens.json`` (added
+tokens only). ``config.json`` says which family the model is of and for how many ids it has rows.
 """
 
 import re
@@ -225,11 +225,13 @@ def check_added(tokens: Iterable[AddedToken], where: Path) -> None:
 
 
 def _load_template(directory: Path, main: dict[str, Any], path: Path) -> tuple[str | None, str]:
-    """The chat template and the file it stands in; ``chat_template.jinja`` wins over tokenizer_config.json."""
-    jinja = directory / "chat_template.jinja"
+    """The chat template and the file it stands in."""
+    jinja, older = directory / "chat_template.jinja", directory / "chat_template.json"
     if present(jinja):
         return read_text(jinja), str(jinja)
     value = main.get("chat_template")
+    if value is None and present(older):  # of checkpoints that see
+        value, path = read_json_object(older).get("chat_template"), older
     if isinstance(value, list):
         named = [isinstance(item, dict) and isinstance(item.get("name"), str) and "template" in item for item in value]
         if not all(named):

@@ -1,5 +1,6 @@
 """Every family of models against transformers: tiny random models that the library writes and the engine loads."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -280,6 +281,36 @@ def test_logits_equal_those_of_transformers(name: str, made: Callable[[str], tup
         assert relative(engine.logits(ids, step), theirs) < 1e-4, f"in chunks of {step}"
     first = 180  # two pages are coded on the way
     assert relative(stepped(engine, ids, first), theirs[first:]) < 1e-4, "step by step"
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gemma3", {"attn_logit_softcapping": 5.0}),
+        ("olmo3", {"sliding_window_pattern": 2, "layer_types": None}),
+        ("gemma2", {"sliding_window_pattern": 3, "layer_types": None}),
+        ("ministral3", {"rope_parameters": None, "rope_theta": 5e5}),
+        ("gemma4-small", {"rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        }}),
+    ],
+)  # fmt: skip
+@torch.inference_mode()
+def test_fields_that_mean_nothing_to_transformers(
+    name: str, change: dict[str, Any], made: Callable[[str], tuple[Path, Any, Tensor]], tmp_path: Path
+) -> None:
+    """Those that its class of the family does not read."""
+    import transformers
+
+    folder = shutil.copytree(made(name)[0], tmp_path / "odd")
+    values = json.loads((folder / "config.json").read_text()) | change
+    values = {field: value for field, value in values.items() if change.get(field, ...) is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    ours = Engine.load(folder, kv="bf16", device="cpu", max_context=512).logits(tokens(), 65)
+    assert relative(ours, theirs(torch.tensor([tokens()])).logits[0]) < 1e-4
 
 
 @pytest.mark.few("yarn")

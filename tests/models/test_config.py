@@ -77,6 +77,17 @@ def test_defaults_of_left_out_fields() -> None:
     assert parse(architectures=...).architecture == "LlamaForCausalLM"
 
 
+def test_of_several_architectures_the_known_one_counts() -> None:
+    """That of ``model_type``, if several are known."""
+    for names in (
+        ["LlamaForCausalLM", "OtherForCausalLM"],
+        ["OtherForCausalLM", "LlamaForCausalLM"],
+        ["Qwen2ForCausalLM", "LlamaForCausalLM"],
+    ):
+        assert parse(architectures=names).architecture == "LlamaForCausalLM"
+    assert parse(architectures=names, model_type=...).architecture == "Qwen2ForCausalLM"
+
+
 def test_families_differ_in_biases_and_norms() -> None:
     def marks(cfg: ModelConfig) -> tuple[bool, bool, bool, bool]:
         return cfg.qkv_bias, cfg.o_bias, cfg.mlp_bias, cfg.qk_norm
@@ -171,7 +182,9 @@ def test_missing_fields(field: str) -> None:
         ("llama", {"architectures": ["FooForCausalLM"]}, "architectures names 'FooForCausalLM'"),
         ("llama", {"architectures": ..., "model_type": "foo"}, "model_type is 'foo'"),
         ("llama", {"architectures": ..., "model_type": ...}, "architectures is missing, and so is model_type"),
-        ("llama", {"architectures": "LlamaForCausalLM"}, "not a list with one name"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "not a list of names"),
+        ("llama", {"architectures": ["LlamaForCausalLM", 3]}, "not a list of names"),
+        ("llama", {"architectures": ["OtherForCausalLM", "FooForCausalLM"]}, "architectures names 'OtherForCausalLM'"),
         ("llama", {"model_type": "mistral"}, "model_type is 'mistral', which contradicts architectures"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads (4) is no multiple of num_key_value_heads (3)"),
         ("qwen2", {"num_key_value_heads": ...}, "no multiple of num_key_value_heads (32, which is left out)"),

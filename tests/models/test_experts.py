@@ -285,7 +285,6 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3-moe", {"mlp_only_layers": "1"}, "mlp_only_layers is '1'"),
     ("qwen3-moe", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window is true"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is"),
-    ("gpt-oss", {"rope_scaling": None, "rope_parameters": None}, "rope_scaling is missing"),
     ("gpt-oss", {"swiglu_limit": 0}, "swiglu_limit is 0"),
 ]
 

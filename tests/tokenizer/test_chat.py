@@ -183,6 +183,40 @@ def test_a_message_that_goes_on_equals_transformers(template_file: Path) -> None
     assert compared >= 3
 
 
+#: As checkpoints that see have them; the last one for a role alone.
+OF_PARTS = {
+    "idefics": """<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{% if
+message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}{% for line in message['content']
+%}{% if line['type'] == 'text' %}{{ line['text'] }}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor
+%}<end_of_utterance>
+{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}""",
+    "llava": """{% for message in messages %}{{ message.role.upper() + ': ' }}{% for part in message.content |
+selectattr('type', 'equalto', 'text') %}{{ part.text + ' ' }}{% endfor %}{% endfor %}""",
+    "without a system": """{% for message in messages %}{% if message.role == "system" %}{{ raise_exception("no") }}{%
+endif %}{% if message.role == "user" %}{% for part in message.content %}{% if part.type == "text" %}<{{ part.text }}>{%
+endif %}{% endfor %}{% else %}{{ message.content }}{% endif %}{% endfor %}""",
+}
+
+
+@pytest.mark.parametrize("name", OF_PARTS)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_text_is_a_part_for_templates_that_leave_it_out_otherwise(name: str, goes_on: bool) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    system = None if name == "without a system" else "Be terse."
+    messages = talk("Hello", "Hi", "", "  x <end_of_utterance>", "So", system=system)[: None if goes_on else -1]
+    as_parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+    template = ChatTemplate(OF_PARTS[name], "a file", NAMES, ["<end_of_utterance>"])
+    ours = template.render(messages, add_generation_prompt=not goes_on, continue_final_message=goes_on)
+    assert "Hello" in ours and "x <end" in ours
+    if name == "without a system":
+        assert ours.startswith("<Hello>Hi<>") and ours.endswith("So") is goes_on
+        return
+    whole = oracle(utils, OF_PARTS[name], as_parts, add_generation_prompt=not goes_on)
+    assert whole is not None and (whole.startswith(ours) and ours.endswith("So") if goes_on else ours == whole)
+    marked = template.render_marked(messages, add_generation_prompt=False)
+    assert marked.text.count(marked.mark) == 1, "a user's mark of an end is a text"
+
+
 def test_a_message_goes_on_where_it_ends() -> None:
     turn = "<|{{ m.role }}|>{{ m.content @ }}<|end|>"
     loop = "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -810,6 +844,9 @@ def config_folder(folder: Path, **files: str) -> Path:
 def test_where_the_template_comes_from(tmp_path: Path) -> None:
     listed = '{"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]}'
     assert load_config(config_folder(tmp_path, tokenizer_config__json=listed)).chat_template == "D"
+    assert load_config(config_folder(tmp_path, chat_template__json='{"chat_template": "O"}')).chat_template == "D"
+    config = load_config(config_folder(tmp_path, tokenizer_config__json="{}"))
+    assert config.chat_template == "O" and config.chat_template_file.endswith("chat_template.json")
     config = load_config(config_folder(tmp_path, chat_template__jinja="F"))
     assert config.chat_template == "F" and config.chat_template_file.endswith("chat_template.jinja")
 
