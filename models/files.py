@@ -7,7 +7,7 @@ from pathlib import Path
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME
 from octo_run.models.foreign import MAX_WEIGHT_FILES, present, read_json_object
-from octo_run.models.quantisation.config import MODELOPT_NAME
+from octo_run.models.quantisation.config import OLDER_NAMES
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -17,7 +17,7 @@ TOKENIZER_NAMES = "tokenizer.json or tokenizer.model or tekken.json or vocab.jso
 SMALL_NAMES = (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
-    MODELOPT_NAME,
+    *OLDER_NAMES,
     *(name for files in TOKENIZERS for name in files),
     "tokenizer_config.json",
     "special_tokens_map.json",

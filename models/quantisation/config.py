@@ -15,8 +15,12 @@ from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.fields import Fields
 from octo_run.models.quantisation import names
 
-#: Where older files of ModelOpt say what ``quantization_config`` says.
-MODELOPT_NAME = "hf_quant_config.json"
+#: Files in which older programs say what ``quantization_config`` says, and the methods that they are of.
+OLDER_NAMES: Mapping[str, str] = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 _LOADABLE = (
     "octo-run loads compressed-tensors, GPTQ, AWQ, fp8, MXFP4 and ModelOpt files, and quantises unquantised ones itself"
 )
@@ -124,7 +128,7 @@ def parse_quantisation(fields: Fields) -> Quantisation:
     Raises:
         OctoError: octo-run cannot load such weights; it says what would work.
     """
-    method = (fields.text("quant_method") or "").lower()
+    method = (fields.text("quant_method") or _unnamed(fields)).lower()
     parse = _METHODS.get(method)
     if parse is None:
         name = shown(method or "unnamed", 40)
@@ -138,6 +142,14 @@ def parse_quantisation(fields: Fields) -> Quantisation:
             if target.startswith("re:"):
                 names.matches(target[3:], "")
     return found
+
+
+def _unnamed(fields: Fields) -> str:
+    """The method of a configuration that names none; empty where that cannot be told."""
+    if fields.raw("load_in_4bit") or fields.raw("load_in_8bit"):
+        return "bitsandbytes"
+    keys = fields.values.keys()
+    return "mlx" if {"bits", "group_size"} <= keys and not keys & {"sym", "desc_act", "zero_point"} else ""
 
 
 def _refused(fields: Fields, field: str, problem: str, advice: str) -> OctoError:
@@ -177,33 +189,52 @@ def _bits(fields: Fields, field: str, known: tuple[int, ...]) -> int:
 
 
 def _gptq(fields: Fields) -> Quantisation:
-    bits = _bits(fields, "bits", (4, 8))
     form = (fields.text("checkpoint_format") or fields.text("format") or "gptq").lower()
     if form not in ("gptq", "gptq_v2") or fields.boolean("is_marlin_format"):
         name = "marlin" if fields.boolean("is_marlin_format") else form
         raise _refused(fields, "checkpoint_format", f"is {quoted(name)}", "take a copy in the format gptq or gptq_v2")
-    scheme = StoredScheme(
-        "gptq", f"int{bits}", _group(fields, default=128), symmetric=fields.boolean("sym", True),
-        zero_shift=1 if form == "gptq" else 0,
-    )  # fmt: skip
-    if fields.raw("dynamic"):
-        raise _refused(
-            fields, "dynamic", "gives layers settings of their own", "take a copy with the same settings for all layers"
-        )
+
+    def scheme(fields: Fields) -> StoredScheme:
+        kind, group = f"int{_bits(fields, 'bits', (4, 8))}", _group(fields, default=128)
+        shift = 1 if form == "gptq" else 0
+        return StoredScheme("gptq", kind, group, symmetric=fields.boolean("sym", True), zero_shift=shift)
+
     ignored = () if fields.boolean("lm_head") else ("lm_head",)
     order = ", columns reordered" if fields.boolean("desc_act") else ""
-    rules = (Rule(("Linear",), scheme),)
-    return Quantisation(f"GPTQ{order}", rules, (*ignored, *_names(fields, "modules_to_not_convert")))
+    ignored = (*ignored, *_names(fields, "modules_to_not_convert"))
+    return Quantisation(f"GPTQ{order}", _with_exceptions(fields, scheme), ignored)
 
 
 def _awq(fields: Fields) -> Quantisation:
-    _bits(fields, "bits" if fields.raw("w_bit") is None else "w_bit", (4,))
     version = (fields.text("version") or fields.text("format") or "gemm").lower()
     if version != "gemm":
         raise _refused(fields, "version", f"is {quoted(version)}", "take a copy of the version gemm")
-    size = "group_size" if fields.raw("q_group_size") is None else "q_group_size"
-    scheme = StoredScheme("awq", "int4", _group(fields, size, 128), symmetric=False)
-    return Quantisation("AWQ", (Rule(("Linear",), scheme),), ("lm_head", *_names(fields, "modules_to_not_convert")))
+
+    def scheme(fields: Fields) -> StoredScheme:
+        _bits(fields, "bits" if fields.raw("w_bit") is None else "w_bit", (4,))
+        size = "group_size" if fields.raw("q_group_size") is None else "q_group_size"
+        return StoredScheme("awq", "int4", _group(fields, size, 128), symmetric=False)
+
+    ignored = ("lm_head", *_names(fields, "modules_to_not_convert"))
+    return Quantisation("AWQ", _with_exceptions(fields, scheme), ignored)
+
+
+def _with_exceptions(fields: Fields, scheme: Callable[[Fields], StoredScheme]) -> tuple[Rule, ...]:
+    """The rules of a file of GPTQModel: ``dynamic`` has patterns of layers that are not quantised (``-:``), or that
+    have settings of their own (``+:`` or nothing before the pattern). The first one that matches counts."""
+    rules, exceptions = [], fields.sub("dynamic")
+    for pattern in {} if exceptions is None else exceptions.values:
+        target = f"re:{re.sub('^[-+]:', '', pattern)}"
+        if pattern.startswith("-:"):
+            rules.append(Rule((target,), None))
+            continue
+        assert exceptions is not None
+        own = Fields(fields.path, exceptions.values, exceptions.prefix).sub(pattern)
+        prefix = f"{exceptions.prefix}{shown(pattern, 60)}."
+        rules.append(
+            Rule((target,), scheme(Fields(fields.path, {**fields.values, **(own.values if own else {})}, prefix)))
+        )
+    return (*rules, Rule(("Linear",), scheme(fields)))
 
 
 def _fp8(fields: Fields) -> Quantisation:
@@ -335,6 +366,7 @@ _METHODS: Mapping[str, Callable[[Fields], Quantisation]] = {
 }
 _HINTS = {
     "bitsandbytes": "take the unquantised files and give --weights",
+    "mlx": "take the unquantised files and give --weights",
     "auto-round": "take the copy that AutoRound exports as auto_gptq or auto_awq",
     "gguf": "import the GGUF file",
 }

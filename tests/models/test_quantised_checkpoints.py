@@ -23,6 +23,7 @@ from octo_run.engine.parts import held_bytes
 from octo_run.errors import OctoError
 from octo_run.kernels.linear import PackedWeight
 from octo_run.models.config import load_config
+from octo_run.models.files import SMALL_NAMES
 from octo_run.models.linear import Linear, PackedLinear, SplitLinear
 from octo_run.models.quantisation import names
 from octo_run.models.weights import StoredWeights, load_weights, stored_config
@@ -271,6 +272,30 @@ def test_a_layer_whose_file_holds_a_plain_matrix_is_plain(make_checkpoint: Make)
     assert plan.weights == engine.plan.weights
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_layers_with_settings_of_their_own(name: str, make_checkpoint: Make) -> None:
+    """``dynamic`` of GPTQModel, as published files have it: layers that are left out, others with other groups."""
+    config, write, size = {
+        "gptq": (gptq(lm_head=False), files.gptq, {"bits": 8, "group_size": 64, "sym": False}),
+        "awq": (AWQ | {"group_size": 32}, lambda *_bits, **_sym: files.awq(64), {"group_size": 64}),
+    }[name]
+    dynamic = {
+        "lm_head": {}, "model.language_model.embed_tokens": {}, r"-:.*self_attn\..*": {}, "-:.*visual.*": {},
+        r"+:model\.layers\.1\.mlp\.down.*": size, r".*\.down_proj": {},
+    }  # fmt: skip
+    usual = files.gptq() if name == "gptq" else files.awq(32)
+
+    def choose(prefix: str) -> Writer | None:
+        if "self_attn" in prefix or prefix == "lm_head":
+            return None
+        return write(8, 64, symmetric=False) if prefix == "model.layers.1.mlp.down_proj" else usual
+
+    decoder = same_logits(*quantised(make_checkpoint, config | {"dynamic": dynamic}, by_name(choose))).forward.decoder
+    first, second = decoder.layers
+    assert isinstance(first.attention.qkv, Linear) and isinstance(first.mlp.gate_up, PackedLinear)
+    assert (first.mlp.down.weight.group, second.mlp.down.weight.group) == (32, 64)  # type: ignore[union-attr]
+
+
 def test_what_older_and_other_programs_leave_in_files(make_checkpoint: Make) -> None:
     """Biases of zeros, scales of inputs and of the cache, zeros of symmetric weights, groups that count for nothing."""
     packed, dense = quantised(make_checkpoint, *FORMATS["gptq"])
@@ -304,18 +329,34 @@ def test_scales_of_inputs_and_of_the_cache_are_harmless(make_checkpoint: Make) -
         loaded(packed)
 
 
-def test_older_files_of_modelopt(make_checkpoint: Make) -> None:
-    """Say the same in a file of their own."""
-    packed, dense = quantised(make_checkpoint, *FORMATS["modelopt nvfp4"])
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("gptq", "quantize_config.json", gptq() | {"damp_percent": 0.1, "true_sequential": True, "model_name_or_path": None}),
+        ("modelopt nvfp4", "hf_quant_config.json", {
+            "producer": {"name": "modelopt"},
+            "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]},
+        }),
+        ("awq", "quant_config.json", {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}),
+    ],
+)  # fmt: skip
+def test_older_programs_say_it_in_a_file_of_its_own(
+    name: str, file: str, content: dict[str, Any], make_checkpoint: Make
+) -> None:
+    packed, dense = quantised(make_checkpoint, *FORMATS[name])
     values = json.loads((packed / "config.json").read_text())
     del values["quantization_config"]
     (packed / "config.json").write_text(json.dumps(values))
-    content = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]}
-    file = packed / "hf_quant_config.json"
-    file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": content}))
+    (packed / file).write_text(json.dumps({key: value for key, value in content.items() if key != "quant_method"}))
     same_logits(packed, dense)
-    file.write_text("{")
-    with pytest.raises(OctoError, match=r"hf_quant_config\.json is not valid JSON"):
+    assert file in SMALL_NAMES  # which are pulled
+    (packed / file).write_text("{}")
+    with pytest.raises(OctoError, match=rf"{file}: \w+ is missing") as refused:
+        load_config(packed)
+    assert str(packed / file) in str(refused.value)
+    (packed / file).write_text("{")
+    with pytest.raises(OctoError, match=f"{file} is not valid JSON"):
         loaded(packed)
 
 
@@ -441,14 +482,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "eetq"}, r"\(eetq\)"),
     ({"quant_method": "quip"}, r"\(quip\)"),
     ({"quant_method": "auto-round"}, "exports as auto_gptq"),
-    ({"load_in_8bit": True}, r"\(unnamed\)"),
+    ({"load_in_8bit": True}, r"\(bitsandbytes\), which cannot be loaded: take the unq"),
+    ({"modules": []}, r"\(unnamed\)"),
+    ({"group_size": 64, "bits": 4, "mode": "affine"}, r"\(mlx\), which cannot be loaded: take the unquantised files"),
     (gptq(bits=3), "bits is 3, which cannot be loaded: take a copy of 4 and 8 bits"),
     (gptq(bits=True), "bits is True"),
     (gptq(group_size=24), "group_size is 24; groups of a multiple of 16"),
     (gptq(group_size=0), "group_size is 0"),
     (gptq(checkpoint_format="marlin"), "checkpoint_format is 'marlin'"),
     (gptq(is_marlin_format=True), "'marlin', which cannot be loaded: take a copy in the format gptq"),
-    (gptq(dynamic={"-:.*q_proj": {}}), "dynamic gives layers settings of their own"),
+    (gptq(dynamic={"+:.*q_proj": {"bits": 2}}), r"dynamic\.\+:\.\*q_proj\.bits is 2, which cannot be loaded"),
+    (gptq(dynamic={".*q_proj": {"group_size": 24}}), r"dynamic\..*group_size is 24; groups of"),
+    (gptq(dynamic={"+:.*q_proj": True}), r"dynamic\.\+:\.\*q_proj is True, not an object"),
+    (gptq(dynamic=["a"]), "dynamic is .* not an object"),
+    (gptq(dynamic={"-:(a": {}}), "pattern"),
     (AWQ | {"version": "gemv"}, "version is 'gemv', which cannot be loaded: take a copy of the version gemm"),
     (AWQ | {"version": "GEMV_FAST"}, "'gemv_fast'"),
     (AWQ | {"bits": 8}, "bits is 8"),
@@ -487,6 +534,26 @@ def test_what_cannot_be_loaded_is_refused_by_name(number: int, make_checkpoint: 
 
 
 JUNK = [[], {}, [[]], {"a": 1}, "x", "\x1b[31m" * 1000, True, -3, 1.5, float("nan"), 10**400, ["x" * 5000], [{}] * 99]
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "words"),
+    [
+        ("compression_config", four(32) | {"format": "marlin-24"}, r"compression_config\..*format is 'marlin-24'"),
+        ("quantization", {"group_size": 64, "bits": 4}, r"\(mlx\), which cannot be loaded"),
+        ("quantization", None, ""),
+        ("quantization", False, ""),
+    ],
+)
+def test_other_names_of_quantization_config(key: str, method: Any, words: str, make_checkpoint: Make) -> None:
+    folder = make_checkpoint()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {key: method}))
+    if not words:
+        assert load_config(folder).quantisation is None
+        return
+    with pytest.raises(OctoError, match=words):
+        load_config(folder)
 
 
 @pytest.mark.few(2)
@@ -565,6 +632,7 @@ import json, re, sys, torch
 from pathlib import Path
 from octo_run.engine import plan_memory, system_memory
 from octo_run.models.config import load_config
+from octo_run.models.files import SMALL_NAMES
 from octo_run.models.decoder import Decoder
 from octo_run.models.weights import StoredWeights, stored_config
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
