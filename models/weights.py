@@ -247,7 +247,7 @@ def _order(name: str, entry: TensorEntry, scheme: StoredScheme, columns: int) ->
     with TensorFile(entry.file) as data:
         groups = data.read(entry, torch.device("cpu"), STORED_DTYPES[entry.dtype])
     try:
-        return order_of(groups, scheme.group, columns)
+        return order_of(groups, scheme, columns)
     except ValueError as error:
         raise damaged(entry, name, str(error)) from None
 

@@ -41,6 +41,7 @@ class StoredScheme:
         rows: Rows that share a scale; None: all.
         symmetric: Codes have no zeros of their own.
         zero_shift: What a stored zero is less than the code it means.
+        ordered: The group of each column is stored and counts; else it may be.
     """
 
     layout: str
@@ -49,6 +50,7 @@ class StoredScheme:
     rows: int | None = 1
     symmetric: bool = True
     zero_shift: int = 0
+    ordered: bool = False
 
     def __str__(self) -> str:
         if self.group is None:
@@ -196,8 +198,9 @@ def _gptq(fields: Fields) -> Quantisation:
 
     def scheme(fields: Fields) -> StoredScheme:
         kind, group = f"int{_bits(fields, 'bits', (4, 8))}", _group(fields, default=128)
+        symmetric, ordered = fields.boolean("sym", True), fields.boolean("desc_act") and group is not None
         shift = 1 if form == "gptq" else 0
-        return StoredScheme("gptq", kind, group, symmetric=fields.boolean("sym", True), zero_shift=shift)
+        return StoredScheme("gptq", kind, group, symmetric=symmetric, zero_shift=shift, ordered=ordered)
 
     ignored = () if fields.boolean("lm_head") else ("lm_head",)
     order = ", columns reordered" if fields.boolean("desc_act") else ""

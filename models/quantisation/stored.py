@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: Bytes at most that putting codes in lane order takes at a time, beside a layer's stored and packed tensors.
 SLAB_BYTES = 16 << 20
 _WORKING = 16  # bytes of an element of a slab on the way
+_LARGEST = 1e30  # of scales: times a code and a number it is still one of float32
 _UNIT = 8  # rows that a slab is a multiple of
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -122,19 +123,19 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
     return stored[..., :count]
 
 
-def order_of(groups: Tensor, group: int | None, columns: int) -> Tensor | None:
+def order_of(groups: Tensor, scheme: StoredScheme, columns: int) -> Tensor | None:
     """The order of columns by group, int32 ``[in]``; None if columns lie in their groups one after the other.
 
     Args:
-        groups: The group of each column.
-        group: Columns of a group.
+        groups: The group of each column. All zeros mean nothing unless the scheme is ordered.
 
     Raises:
         ValueError: There is no such group, or one has not as many columns as it must have.
     """
-    if group is None or bool((groups == 0).all()):
+    group = scheme.group
+    if group is None or (not scheme.ordered and bool((groups == 0).all())):
         return None
-    count = -(-columns // group)
+    count = groups_of(scheme, columns)
     if bool((groups < 0).any()) or bool((groups >= count).any()):
         raise ValueError(f"has groups that are not among the {count}")
     natural = torch.arange(columns, device=groups.device) // group
@@ -172,6 +173,8 @@ def packed(
         OctoError: Its tensors have wrong values.
     """
     parts = layout.parts(scheme, out, columns, source)
+    if not bool((parts.scales.abs() <= _LARGEST).all()):
+        raise source.damaged(parts.names[1], f"has scales of more than {_LARGEST:g}")
     weight = empty_weight(scheme, out, columns, device, order)
     _fill_scales(weight, scheme, parts)
     step = max(_UNIT, SLAB_BYTES // (weight.padded * _WORKING) // _UNIT * _UNIT)
