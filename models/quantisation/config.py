@@ -96,6 +96,11 @@ class Quantisation:
     dense: frozenset[str] = frozenset()
     orders: Mapping[str, str] = field(default_factory=dict, hash=False)
 
+    @property
+    def kinds(self) -> set[str]:
+        """Of the codes of all layers (`StoredScheme.kind`)."""
+        return {rule.scheme.kind for rule in self.rules if rule.scheme is not None}
+
     def scheme(self, name: str) -> StoredScheme | None:
         """How the linear layer ``name`` (without ``.weight``) is stored; None: as a plain matrix."""
         if name in self.dense or any(self._means(entry, name) for entry in self.ignored):
@@ -232,10 +237,11 @@ def _with_exceptions(fields: Fields, scheme: Callable[[Fields], StoredScheme]) -
             rules.append(Rule((target,), None))
             continue
         assert exceptions is not None
-        own = Fields(fields.path, exceptions.values, exceptions.prefix).sub(pattern)
-        prefix = f"{exceptions.prefix}{shown(pattern, 60)}."
+        own, name = exceptions.raw(pattern) or {}, shown(pattern, 60)
+        if not isinstance(own, dict):
+            raise exceptions.fail(name, f"is {quoted(own)}, not an object")
         rules.append(
-            Rule((target,), scheme(Fields(fields.path, {**fields.values, **(own.values if own else {})}, prefix)))
+            Rule((target,), scheme(Fields(fields.path, {**fields.values, **own}, f"{exceptions.prefix}{name}.")))
         )
     return (*rules, Rule(("Linear",), scheme(fields)))
 

@@ -247,6 +247,7 @@ def test_a_packed_head_counts_though_the_configuration_ties_it(tied: bool, make_
         values = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": tied}
         (folder / "config.json").write_text(json.dumps(values))
     assert isinstance(same_logits(packed, dense).forward.decoder.head, PackedLinear)
+    assert loaded(packed, head="int8").forward.decoder.head.weight.kind == "int4"  # as it is stored
 
 
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
