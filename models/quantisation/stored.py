@@ -56,12 +56,14 @@ class Parts:
         scales: Float32, for the rows and columns that share them (see ``StoredScheme``).
         zeros: Float32 ``[out, groups]``: what the value of a code is to be less than, or None.
         names: The tensors of codes and of scales, for complaints.
+        factor: What the whole matrix is multiplied by, a number in float32.
     """
 
     codes: Callable[[int, int], Tensor]
     scales: Tensor
     zeros: Tensor | None = None
     names: tuple[str, str] = ("weight", "weight_scale")
+    factor: Tensor | float = 1.0
 
 
 class Layout(ABC):
@@ -173,7 +175,7 @@ def packed(
         OctoError: Its tensors have wrong values.
     """
     parts = layout.parts(scheme, out, columns, source)
-    if not bool((parts.scales.abs() <= _LARGEST).all()):
+    if not bool(((parts.scales * parts.factor).abs() <= _LARGEST).all()):
         raise source.damaged(parts.names[1], f"has scales of more than {_LARGEST:g}")
     weight = empty_weight(scheme, out, columns, device, order)
     _fill_scales(weight, scheme, parts)
@@ -196,12 +198,12 @@ def _fill_scales(weight: PackedWeight, scheme: StoredScheme, parts: Parts) -> No
     scales = parts.scales.reshape(-1, 1) if scheme.group is None else parts.scales
     scales = scales.expand(out, -1) if rows is None else scales.repeat_interleave(rows, 0)[:out]
     if weight.scales is None:
-        weight.rows.copy_(scales[:, 0])
+        weight.rows.copy_(scales[:, 0] * parts.factor)
     else:
         # A power of two for each row, so that the rest is exact in float16 wherever it has 11 bits.
         largest = scales.abs().amax(1)
         factors = torch.exp2(torch.log2(torch.where(largest > 0, largest, 1.0)).floor())
-        weight.rows.copy_(factors)
+        weight.rows.copy_(factors * parts.factor)
         _spread(scales / factors[:, None], scheme, weight, weight.scales)
     if weight.offsets is not None:
         assert parts.zeros is not None

@@ -198,7 +198,8 @@ def test_logits_are_those_of_the_values(name: str, make_checkpoint: Make) -> Non
     assert sum(held) == engine.plan.weights
     matrices = load_weights(packed, load_config(packed), "cpu", torch.float32)
     for tensor, exact in load_file(dense / "model.safetensors").items():
-        assert torch.allclose(matrices[tensor], exact, rtol=2**-11, atol=1e-7 * float(exact.abs().max()))
+        rtol = 2**-21 if "nvfp4" in name else 2**-11  # scales of E4M3 are exact in float16, those of 24 bits are not
+        assert torch.allclose(matrices[tensor], exact, rtol=rtol, atol=1e-7 * float(exact.abs().max()))
 
 
 @pytest.mark.few(2)
