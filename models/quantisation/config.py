@@ -101,9 +101,13 @@ class Quantisation:
         """Of the codes of all layers (`StoredScheme.kind`)."""
         return {rule.scheme.kind for rule in self.rules if rule.scheme is not None}
 
-    def scheme(self, name: str) -> StoredScheme | None:
-        """How the linear layer ``name`` (without ``.weight``) is stored; None: as a plain matrix."""
-        if name in self.dense or any(self._means(entry, name) for entry in self.ignored):
+    def scheme(self, *named: str) -> StoredScheme | None:
+        """How a linear layer is stored; None: as a plain matrix.
+
+        Args:
+            named: What it is called, without ``.weight``: first by octo-run, then by files of its kind.
+        """
+        if named[0] in self.dense or any(self._means(entry, name) for entry in self.ignored for name in named):
             return None
         means: tuple[_Match, ...] = (
             lambda target, name: target == name,
@@ -112,7 +116,7 @@ class Quantisation:
         )
         for match in means:
             for rule in self.rules:
-                if any(match(target, name) for target in rule.targets):
+                if any(match(target, name) for target in rule.targets for name in named):
                     return rule.scheme
         return None
 

@@ -298,6 +298,39 @@ def test_layers_with_settings_of_their_own(name: str, make_checkpoint: Make) -> 
     assert (first.mlp.down.weight.group, second.mlp.down.weight.group) == (32, 64)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("part", ["language_model.model.", "model.language_model."])
+def test_names_of_a_checkpoint_that_sees_too(part: str, make_checkpoint: Make) -> None:
+    """Rules for layers of the text are told by the names that they have in its files."""
+    config, begun = four(32), part.replace(".", r"\.")
+    groups = config["config_groups"]
+    groups["group_0"]["targets"] = [f"re:{begun}layers\\.\\d+\\.mlp.*"]
+    groups["other"] = {
+        "targets": [f"re:{begun}.*attn.*"],
+        "format": "int-quantized",
+        "weights": {"num_bits": 8, "strategy": "channel"},
+    }
+    config["ignore"] = ["language_model.lm_head", f"{part}layers.1.mlp.down_proj"]
+
+    def choose(name: str) -> Writer | None:
+        if name == "lm_head" or name == "model.layers.1.mlp.down_proj":
+            return None
+        return files.ct_int8() if "attn" in name else files.ct_packed()
+
+    packed, dense = quantised(make_checkpoint, config, by_name(choose))
+    values = json.loads((packed / "config.json").read_text())
+    outer = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    text = {key: value for key, value in values.items() if key not in ("architectures", "quantization_config")}
+    quantization = {"quantization_config": values["quantization_config"]}
+    (packed / "config.json").write_text(json.dumps(outer | quantization | {"text_config": text}))
+    stored = load_file(packed / "model.safetensors")
+    renamed = {
+        f"{part}{name[6:]}" if name.startswith("model.") else f"language_model.{name}": one
+        for name, one in stored.items()
+    }
+    save_file(renamed, packed / "model.safetensors")
+    same_logits(packed, dense)
+
+
 def test_what_older_and_other_programs_leave_in_files(make_checkpoint: Make) -> None:
     """Biases of zeros, scales of inputs and of the cache, zeros of symmetric weights, groups that count for nothing."""
     packed, dense = quantised(make_checkpoint, *FORMATS["gptq"])
