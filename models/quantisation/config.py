@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Any
 
 from octo_run.errors import OctoError, quoted, shown
@@ -27,7 +28,7 @@ _LOADABLE = (
 #: Columns of a group: a multiple of the smallest that a packed weight has (`kernels.linear.packed.GROUPS`).
 _GROUP_UNIT = 16
 #: The classes that a linear layer is meant by.
-_LINEAR = ("Linear", "torch.nn.Linear", "ColumnParallelLinear", "RowParallelLinear")
+_LINEAR = frozenset(("Linear", "torch.nn.Linear", "ColumnParallelLinear", "RowParallelLinear"))
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,6 @@ class StoredScheme:
         else:
             shared = f"{self.rows} x {self.group}"
         return f"{self.kind}, a scale{'' if self.symmetric else ' and a zero'} for {shared}"
-
-
-#: Whether a pattern means the module of a name.
-_Match = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
@@ -107,30 +104,43 @@ class Quantisation:
         Args:
             named: What it is called, without ``.weight``: first by octo-run, then by files of its kind.
         """
-        if named[0] in self.dense or any(self._means(entry, name) for entry in self.ignored for name in named):
-            return None
-        means: tuple[_Match, ...] = (
-            lambda target, name: target == name,
-            lambda target, name: target not in _LINEAR and self._means(target, name),
-            lambda target, _name: target in _LINEAR,
-        )
-        for match in means:
-            for rule in self.rules:
-                if any(match(target, name) for target in rule.targets for name in named):
-                    return rule.scheme
-        return None
-
-    def _means(self, entry: str, name: str) -> bool:
-        if entry in _LINEAR:
-            return True
-        if self.style == "exact":
-            return names.matches(entry[3:], name) if entry.startswith("re:") else entry == name
-        return (names.fits_glob if self.style == "glob" else names.contains)(entry, name)
+        return None if named[0] in self.dense else _chooser(self.rules, self.ignored, self.style)(named)
 
     def __str__(self) -> str:
         kinds = dict.fromkeys(str(rule.scheme) for rule in self.rules if rule.scheme is not None)
         note = " (inputs are not quantised here)" if self.activations else ""
         return f"{self.method}: {'; '.join(kinds)}{note}"
+
+
+@lru_cache(maxsize=4)
+def _chooser(
+    rules: tuple[Rule, ...], ignored: tuple[str, ...], style: str
+) -> Callable[[tuple[str, ...]], StoredScheme | None]:
+    """What chooses the scheme of a layer of some names. It remembers: a load asks for each layer of a model, of which
+    there may be tens of thousands, several times."""
+
+    def means(entries: tuple[str, ...]) -> Callable[[str], bool]:
+        patterns = tuple(entry for entry in entries if entry not in _LINEAR)
+        every, ready = len(patterns) < len(entries), names.Entries(patterns, style)
+        return lambda name: every or ready.mean(name)
+
+    patterns = [tuple(target for target in rule.targets if target not in _LINEAR) for rule in rules]
+    whole, by_pattern, left_out = [*map(set, patterns)], [*map(means, patterns)], means(ignored)
+
+    @cache
+    def scheme(named: tuple[str, ...]) -> StoredScheme | None:
+        if any(map(left_out, named)):
+            return None
+        exact = (not targets.isdisjoint(named) for targets in whole)
+        similar = (any(map(match, named)) for match in by_pattern)
+        linear = (len(targets) < len(rule.targets) for targets, rule in zip(patterns, rules, strict=True))
+        for found in (exact, similar, linear):
+            for rule, is_meant in zip(rules, found, strict=True):
+                if is_meant:
+                    return rule.scheme
+        return None
+
+    return scheme
 
 
 def parse_quantisation(fields: Fields) -> Quantisation:

@@ -26,6 +26,7 @@ from octo_run.models.config import load_config
 from octo_run.models.files import SMALL_NAMES
 from octo_run.models.linear import Linear, PackedLinear, SplitLinear
 from octo_run.models.quantisation import names
+from octo_run.models.quantisation.config import Quantisation, Rule, StoredScheme
 from octo_run.models.weights import StoredWeights, load_weights, stored_config
 
 files = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "quantised_files.py")))
@@ -638,11 +639,27 @@ def test_patterns_match_as_those_of_python_do(pattern: str, name: str, found: bo
     assert names.matches(pattern, name) == found == (re.match(pattern, name) is not None)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*)*x", "((a{0,999}){0,999}){999}y", ".*.*.*.*.*.*.*.*.*z"])
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|a)*b", "(.*)*x", "((a{0,999}){0,999}){999}y", ".*.*.*.*.*.*.*.*.*z", ".*.*.*z"]
+)
 def test_no_pattern_takes_for_ever(pattern: str) -> None:
     begun = time.process_time()
     assert not names.matches(pattern, "a" * 80 + ".")
     assert time.process_time() - begun < 2
+
+
+def test_long_lists_of_names_take_no_time() -> None:
+    """A checkpoint of many experts has tens of thousands of layers, and may name a thousand that are left out."""
+    left_out = tuple(f"model.visual.blocks.{i}.mlp" for i in range(1000)) + ("model.layers.3.mlp.experts.7",)
+    rules = (Rule(("re:.*self_attn.*",), None), Rule(("Linear",), StoredScheme("gptq", "int4", 32)))
+    quantisation = Quantisation("GPTQ", rules, left_out)
+    begun = time.process_time()
+    found = [
+        quantisation.scheme(f"model.layers.{layer}.mlp.experts.{expert}.up_proj")
+        for layer in range(40) for expert in range(500)
+    ]  # fmt: skip
+    assert time.process_time() - begun < 3 and found.count(None) == 1 and found[3 * 500 + 7] is None
+    assert quantisation.scheme("model.layers.3.self_attn.q_proj") is None
 
 
 @pytest.mark.slow
