@@ -20,7 +20,7 @@ from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
 from octo_run.models.kv_heads import KVHeads as KVHeads
 from octo_run.models.kv_heads import head_size
-from octo_run.models.quantisation.config import MODELOPT_NAME, Quantisation, parse_quantisation
+from octo_run.models.quantisation.config import OLDER_NAMES, Quantisation, parse_quantisation
 from octo_run.models.rope_config import FULL, LINEAR, SLIDING, Rope, RopeScaling, read_ropes
 from octo_run.models.text_parts import WRAPPERS, text_part
 from octo_run.models.unbuilt import refusal
@@ -202,17 +202,27 @@ def load_config(model_dir: Path) -> ModelConfig:
     if not present(path):
         raise OctoError(f"{path.parent} has no {path.name}, so it is no model folder that octo-run can load.")
     values = read_json_object(path)
-    older = path.parent / MODELOPT_NAME
-    if values.get("quantization_config") is None and present(older):
-        values["quantization_config"] = {"quant_method": "modelopt"} | read_json_object(older)
-    return parse_config(values, path)
+    elsewhere = _said_elsewhere(path, values) if values.get("quantization_config") is None else None
+    return parse_config(values, path, elsewhere)
 
 
-def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
+def _said_elsewhere(path: Path, values: Mapping[str, Any]) -> Fields | None:
+    """What older and other programs say of quantised weights in place of ``quantization_config``."""
+    for name, method in {"compression_config": "compressed-tensors", "quantization": "mlx"}.items():
+        if isinstance(said := values.get(name), dict) and said.keys() & {"config_groups", "bits"}:
+            return Fields(path, {"quant_method": method} | said, f"{name}.")
+    for name, method in OLDER_NAMES.items():
+        if present(older := path.parent / name):
+            return Fields(older, {"quant_method": method} | read_json_object(older))
+    return None
+
+
+def parse_config(values: Mapping[str, Any], path: Path, quantization: Fields | None = None) -> ModelConfig:
     """The description in ``values``, the content of a configuration file.
 
     Args:
         path: The file, named in complaints.
+        quantization: What counts as ``quantization_config`` where ``values`` have none.
     """
     fields = Fields(path, values)
     wrapper, architecture, fields = _architecture(fields)
@@ -236,7 +246,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> ModelConfig:
     bias = family.attention_bias_field and flag("attention_bias")
     out_bias = family.out_bias_field
     bos = fields.raw("bos_token_id")
-    quantization = fields.sub("quantization_config")
+    quantization = fields.sub("quantization_config") or quantization
     config = ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,

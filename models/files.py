@@ -7,7 +7,7 @@ from pathlib import Path
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME
 from octo_run.models.foreign import MAX_WEIGHT_FILES, present, read_json_object
-from octo_run.models.quantisation.config import MODELOPT_NAME
+from octo_run.models.quantisation.config import OLDER_NAMES
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -17,7 +17,7 @@ TOKENIZER_NAMES = "tokenizer.json or tokenizer.model or tekken.json or vocab.jso
 SMALL_NAMES = (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
-    MODELOPT_NAME,
+    *OLDER_NAMES,
     *(name for files in TOKENIZERS for name in files),
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -27,6 +27,7 @@ SMALL_NAMES = (
     INDEX_NAME,
 )
 """Everything but the weights that a model folder may need. Other files are never fetched."""
+_PICKLES, _PICKLED = (".bin", ".pt", ".pth"), "pickled weights such as {} are never opened"
 
 
 def weight_files(model_dir: Path) -> tuple[Path, ...]:
@@ -43,9 +44,17 @@ def weight_files(model_dir: Path) -> tuple[Path, ...]:
         return (model_dir / SINGLE_NAME,)
     if present(model_dir / INDEX_NAME):
         return tuple(model_dir / name for name in sorted(set(read_index(model_dir / INDEX_NAME).values())))
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in model_dir.glob(pattern))
-    other = f" (pickled weights such as {shown(pickles[0], 60)} are never opened)" if pickles else ""
+    other = others_told(path.name for path in model_dir.glob("*.*"))
     raise OctoError(f"{model_dir} has neither {SINGLE_NAME} nor {INDEX_NAME}{other}, so there are no weights to load.")
+
+
+def others_told(names: Iterable[str]) -> str:
+    """What is told of files with weights that octo-run does not read, where there are no others; maybe nothing."""
+    names = sorted(names)
+    for kinds, what in ((".safetensors", "weights such as {} are not read"), (_PICKLES, _PICKLED)):
+        if found := next((name for name in names if name.endswith(kinds)), None):
+            return f" ({what.format(shown(found, 60))})"
+    return ""
 
 
 def read_index(path: Path) -> dict[str, str]:

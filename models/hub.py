@@ -36,7 +36,15 @@ from octo_run.models.cache import (
     snapshot_missing,
 )
 from octo_run.models.config import CONFIG_NAME, load_config
-from octo_run.models.files import INDEX_NAME, SINGLE_NAME, SMALL_NAMES, TOKENIZER_NAMES, has_tokenizer, weight_files
+from octo_run.models.files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    SMALL_NAMES,
+    TOKENIZER_NAMES,
+    has_tokenizer,
+    others_told,
+    weight_files,
+)
 from octo_run.models.foreign import MAX_FILE_BYTES
 from octo_run.models.hub_client import HubClient, HubFile, Unfinished
 from octo_run.models.names import (
@@ -242,9 +250,8 @@ class _Pull:
         if CONFIG_NAME not in self.files:
             raise OctoError(f"{self.name} has no {CONFIG_NAME}, so it is no model that octo-run can run.")
         if SINGLE_NAME not in self.files and INDEX_NAME not in self.files:
-            pickles = [name for name in self.files if name.endswith((".bin", ".pt", ".pth"))]
-            other = f" (only others, such as {pickles[0]}, which octo-run never opens)" if pickles else ""
-            raise OctoError(f"{self.name} has no safetensors weights{other}: look for a conversion of it.")
+            other = others_told(name for name in self.files if "/" not in name)
+            raise OctoError(f"{self.name} has no {SINGLE_NAME} or {INDEX_NAME}{other}: look for a conversion of it.")
         if not has_tokenizer(self.files):
             raise OctoError(f"{self.name} has no tokenizer that octo-run can read: it takes {TOKENIZER_NAMES}.")
         for name in SMALL_NAMES:

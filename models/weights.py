@@ -38,10 +38,9 @@ _HARMLESS = re.compile(
     r"|(model\.)?mtp\..+",
     re.DOTALL,
 )
-# The decoder's tensors in checkpoints that see and hear, too: as older and as newer files name them.
-_TEXT_PART = re.compile(
-    r"(?:language_model\.|model\.language_model\.|language_model\.model\.|model\.text_model\.)(?=.)", re.DOTALL
-)
+# What stands before the decoder's names in checkpoints that see and hear, too, of older and of newer files.
+_TEXT_PARTS = ("language_model.", "model.language_model.", "language_model.model.", "model.text_model.")
+_TEXT_PART = re.compile(f"(?:{'|'.join(map(re.escape, _TEXT_PARTS))})(?=.)", re.DOTALL)
 # What such checkpoints have beside it.
 _OTHER_PARTS = re.compile(
     r"(model\.)?(image_newline"
@@ -227,8 +226,10 @@ def _scheme(cfg: ModelConfig, quantisation: Quantisation, prefix: str) -> Stored
     """How files hold a layer; they know it by the name that they have for it."""
     if prefix in quantisation.dense:
         return None
-    older = cfg.experts is not None and cfg.experts.naming == "w123"
-    return quantisation.scheme(published_name(prefix) if older else prefix)
+    if cfg.experts is not None and cfg.experts.naming == "w123":
+        prefix = published_name(prefix)
+    parts = [f"{part}{prefix.removeprefix('model.')}" for part in _TEXT_PARTS] if cfg.wrapper else []
+    return quantisation.scheme(prefix, *parts)
 
 
 def _is_packed(prefix: str, scheme: StoredScheme, found: dict[str, TensorEntry]) -> bool:
@@ -247,7 +248,7 @@ def _order(name: str, entry: TensorEntry, scheme: StoredScheme, columns: int) ->
     with TensorFile(entry.file) as data:
         groups = data.read(entry, torch.device("cpu"), STORED_DTYPES[entry.dtype])
     try:
-        return order_of(groups, scheme.group, columns)
+        return order_of(groups, scheme, columns)
     except ValueError as error:
         raise damaged(entry, name, str(error)) from None
 

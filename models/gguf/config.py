@@ -45,7 +45,11 @@ _KNOWN_KEYS = {
     "rope.scaling.original_context_length", "rope.scale_linear", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
 #: Values that change nothing, where 0, false and an empty text are not those.
-_NEUTRAL = {"attention.causal": True, "rope.scaling.attn_factor": 1.0, "logit_scale": 1.0}
+_NEUTRAL = {
+    "attention.causal": True, "rope.scaling.attn_factor": 1.0, "logit_scale": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+}  # fmt: skip
 
 
 class Fields:
@@ -134,7 +138,7 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
         values["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
     if name == "llama":
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in model.tensors
-    scaling = _linear(fields)
+    scaling = _scaling(fields)
     cfg = parse_config(values, model.path)
     if ROPE_FREQS in model.tensors:
         if scaling is not None:
@@ -166,13 +170,20 @@ def _refuse_unknown(fields: Fields) -> None:
             raise fields.fail(short, f"is {quoted(value)}, which this architecture does not have in octo-run")
 
 
-def _linear(fields: Fields) -> dict[str, Any] | None:
+def _scaling(fields: Fields) -> dict[str, Any] | None:
     """The ``rope_scaling`` that the metadata name. The factors of llama3 are a tensor instead."""
-    factor = fields.get("rope.scaling.factor", float, fields.get("rope.scale_linear", float, 1.0))
-    kind = fields.get("rope.scaling.type", str, "linear" if factor not in (0.0, 1.0) else "none")
-    if kind not in ("linear", "none"):
-        raise fields.fail("rope.scaling.type", f"is {quoted(kind)}, and octo-run knows linear (and llama3's factors)")
-    return {"rope_type": "linear", "factor": short(factor)} if kind == "linear" and factor not in (0.0, 1.0) else None
+    factor = short(fields.get("rope.scaling.factor", float, fields.get("rope.scale_linear", float, 1.0)))
+    kind = fields.get("rope.scaling.type", str, "none" if factor in (0.0, 1.0) else "linear")
+    if kind not in ("linear", "yarn", "none"):
+        raise fields.fail(
+            "rope.scaling.type", f"is {quoted(kind)}, and octo-run knows linear, yarn and llama3's factors"
+        )
+    if kind == "none" or factor in (0.0, 1.0):
+        return None
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = fields.need("rope.scaling.original_context_length", int)
+    return scaling
 
 
 def _llama3(model: GgufModel, values: dict[str, Any], cfg: ModelConfig) -> dict[str, Any] | None:

@@ -64,6 +64,7 @@ class PreTokenizer:
 
 
 _LLAMA3 = PreTokenizer((_split(_WORDS + r"\p{N}{1,3}" + _REST), _BYTES), ignore_merges=True, add_bos=True)
+_QWEN2 = PreTokenizer((_split(_WORDS + r"\p{N}" + _REST), _BYTES), nfc=True)
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer((_GPT2,)),
     "smollm": PreTokenizer((_DIGITS, _GPT2)),
@@ -72,8 +73,10 @@ PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
     "smaug-bpe": PreTokenizer(_LLAMA3.steps),
-    "qwen2": PreTokenizer((_split(_WORDS + r"\p{N}" + _REST), _BYTES), nfc=True),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
     "tekken": PreTokenizer((_split(_TEKKEN), _BYTES), ignore_merges=True, add_bos=True),
 }
 """What `tokenizer.ggml.pre` names."""

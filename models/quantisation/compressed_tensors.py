@@ -111,8 +111,8 @@ class Fp4(Layout):
         stored, divisor = source("weight_packed"), as_scales(source, self.divisor).reshape(())
         if not bool(divisor > 0):
             raise source.damaged(self.divisor, "is not above 0")
-        scales = as_scales(source, "weight_scale") / divisor
-        return Parts(lambda first, last: unpacked(stored[first:last], 4, columns), scales)
+        scales = as_scales(source, "weight_scale")
+        return Parts(lambda first, last: unpacked(stored[first:last], 4, columns), scales, factor=1 / divisor)
 
 
 class Mxfp4(Layout):

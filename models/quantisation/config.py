@@ -9,21 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import Any
 
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.fields import Fields
 from octo_run.models.quantisation import names
 
-#: Where older files of ModelOpt say what ``quantization_config`` says.
-MODELOPT_NAME = "hf_quant_config.json"
+#: Files in which older programs say what ``quantization_config`` says, and the methods that they are of.
+OLDER_NAMES: Mapping[str, str] = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 _LOADABLE = (
     "octo-run loads compressed-tensors, GPTQ, AWQ, fp8, MXFP4 and ModelOpt files, and quantises unquantised ones itself"
 )
 #: Columns of a group: a multiple of the smallest that a packed weight has (`kernels.linear.packed.GROUPS`).
 _GROUP_UNIT = 16
 #: The classes that a linear layer is meant by.
-_LINEAR = ("Linear", "torch.nn.Linear", "ColumnParallelLinear", "RowParallelLinear")
+_LINEAR = frozenset(("Linear", "torch.nn.Linear", "ColumnParallelLinear", "RowParallelLinear"))
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class StoredScheme:
         rows: Rows that share a scale; None: all.
         symmetric: Codes have no zeros of their own.
         zero_shift: What a stored zero is less than the code it means.
+        ordered: The group of each column is stored and counts; else it may be.
     """
 
     layout: str
@@ -45,6 +51,7 @@ class StoredScheme:
     rows: int | None = 1
     symmetric: bool = True
     zero_shift: int = 0
+    ordered: bool = False
 
     def __str__(self) -> str:
         if self.group is None:
@@ -54,10 +61,6 @@ class StoredScheme:
         else:
             shared = f"{self.rows} x {self.group}"
         return f"{self.kind}, a scale{'' if self.symmetric else ' and a zero'} for {shared}"
-
-
-#: Whether a pattern means the module of a name.
-_Match = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
@@ -90,32 +93,54 @@ class Quantisation:
     dense: frozenset[str] = frozenset()
     orders: Mapping[str, str] = field(default_factory=dict, hash=False)
 
-    def scheme(self, name: str) -> StoredScheme | None:
-        """How the linear layer ``name`` (without ``.weight``) is stored; None: as a plain matrix."""
-        if name in self.dense or any(self._means(entry, name) for entry in self.ignored):
-            return None
-        means: tuple[_Match, ...] = (
-            lambda target, name: target == name,
-            lambda target, name: target not in _LINEAR and self._means(target, name),
-            lambda target, _name: target in _LINEAR,
-        )
-        for match in means:
-            for rule in self.rules:
-                if any(match(target, name) for target in rule.targets):
-                    return rule.scheme
-        return None
+    @property
+    def kinds(self) -> set[str]:
+        """Of the codes of all layers (`StoredScheme.kind`)."""
+        return {rule.scheme.kind for rule in self.rules if rule.scheme is not None}
 
-    def _means(self, entry: str, name: str) -> bool:
-        if entry in _LINEAR:
-            return True
-        if self.style == "exact":
-            return names.matches(entry[3:], name) if entry.startswith("re:") else entry == name
-        return (names.fits_glob if self.style == "glob" else names.contains)(entry, name)
+    def scheme(self, *named: str) -> StoredScheme | None:
+        """How a linear layer is stored; None: as a plain matrix.
+
+        Args:
+            named: What it is called, without ``.weight``: first by octo-run, then by files of its kind.
+        """
+        return None if named[0] in self.dense else _chooser(self.rules, self.ignored, self.style)(named)
 
     def __str__(self) -> str:
         kinds = dict.fromkeys(str(rule.scheme) for rule in self.rules if rule.scheme is not None)
         note = " (inputs are not quantised here)" if self.activations else ""
         return f"{self.method}: {'; '.join(kinds)}{note}"
+
+
+@lru_cache(maxsize=4)
+def _chooser(
+    rules: tuple[Rule, ...], ignored: tuple[str, ...], style: str
+) -> Callable[[tuple[str, ...]], StoredScheme | None]:
+    """What chooses the scheme of a layer of some names. It remembers: a load asks for each layer of a model, of which
+    there may be tens of thousands, several times."""
+
+    def means(entries: tuple[str, ...]) -> Callable[[str], bool]:
+        patterns = tuple(entry for entry in entries if entry not in _LINEAR)
+        every, ready = len(patterns) < len(entries), names.Entries(patterns, style)
+        return lambda name: every or ready.mean(name)
+
+    patterns = [tuple(target for target in rule.targets if target not in _LINEAR) for rule in rules]
+    whole, by_pattern, left_out = [*map(set, patterns)], [*map(means, patterns)], means(ignored)
+
+    @cache
+    def scheme(named: tuple[str, ...]) -> StoredScheme | None:
+        if any(map(left_out, named)):
+            return None
+        exact = (not targets.isdisjoint(named) for targets in whole)
+        similar = (any(map(match, named)) for match in by_pattern)
+        linear = (len(targets) < len(rule.targets) for targets, rule in zip(patterns, rules, strict=True))
+        for found in (exact, similar, linear):
+            for rule, is_meant in zip(rules, found, strict=True):
+                if is_meant:
+                    return rule.scheme
+        return None
+
+    return scheme
 
 
 def parse_quantisation(fields: Fields) -> Quantisation:
@@ -124,7 +149,7 @@ def parse_quantisation(fields: Fields) -> Quantisation:
     Raises:
         OctoError: octo-run cannot load such weights; it says what would work.
     """
-    method = (fields.text("quant_method") or "").lower()
+    method = (fields.text("quant_method") or _unnamed(fields)).lower()
     parse = _METHODS.get(method)
     if parse is None:
         name = shown(method or "unnamed", 40)
@@ -138,6 +163,14 @@ def parse_quantisation(fields: Fields) -> Quantisation:
             if target.startswith("re:"):
                 names.matches(target[3:], "")
     return found
+
+
+def _unnamed(fields: Fields) -> str:
+    """The method of a configuration that names none; empty where that cannot be told."""
+    if fields.raw("load_in_4bit") or fields.raw("load_in_8bit"):
+        return "bitsandbytes"
+    keys = fields.values.keys()
+    return "mlx" if {"bits", "group_size"} <= keys and not keys & {"sym", "desc_act", "zero_point"} else ""
 
 
 def _refused(fields: Fields, field: str, problem: str, advice: str) -> OctoError:
@@ -177,33 +210,54 @@ def _bits(fields: Fields, field: str, known: tuple[int, ...]) -> int:
 
 
 def _gptq(fields: Fields) -> Quantisation:
-    bits = _bits(fields, "bits", (4, 8))
     form = (fields.text("checkpoint_format") or fields.text("format") or "gptq").lower()
     if form not in ("gptq", "gptq_v2") or fields.boolean("is_marlin_format"):
         name = "marlin" if fields.boolean("is_marlin_format") else form
         raise _refused(fields, "checkpoint_format", f"is {quoted(name)}", "take a copy in the format gptq or gptq_v2")
-    scheme = StoredScheme(
-        "gptq", f"int{bits}", _group(fields, default=128), symmetric=fields.boolean("sym", True),
-        zero_shift=1 if form == "gptq" else 0,
-    )  # fmt: skip
-    if fields.raw("dynamic"):
-        raise _refused(
-            fields, "dynamic", "gives layers settings of their own", "take a copy with the same settings for all layers"
-        )
+
+    def scheme(fields: Fields) -> StoredScheme:
+        kind, group = f"int{_bits(fields, 'bits', (4, 8))}", _group(fields, default=128)
+        symmetric, ordered = fields.boolean("sym", True), fields.boolean("desc_act") and group is not None
+        shift = 1 if form == "gptq" else 0
+        return StoredScheme("gptq", kind, group, symmetric=symmetric, zero_shift=shift, ordered=ordered)
+
     ignored = () if fields.boolean("lm_head") else ("lm_head",)
     order = ", columns reordered" if fields.boolean("desc_act") else ""
-    rules = (Rule(("Linear",), scheme),)
-    return Quantisation(f"GPTQ{order}", rules, (*ignored, *_names(fields, "modules_to_not_convert")))
+    ignored = (*ignored, *_names(fields, "modules_to_not_convert"))
+    return Quantisation(f"GPTQ{order}", _with_exceptions(fields, scheme), ignored)
 
 
 def _awq(fields: Fields) -> Quantisation:
-    _bits(fields, "bits" if fields.raw("w_bit") is None else "w_bit", (4,))
     version = (fields.text("version") or fields.text("format") or "gemm").lower()
     if version != "gemm":
         raise _refused(fields, "version", f"is {quoted(version)}", "take a copy of the version gemm")
-    size = "group_size" if fields.raw("q_group_size") is None else "q_group_size"
-    scheme = StoredScheme("awq", "int4", _group(fields, size, 128), symmetric=False)
-    return Quantisation("AWQ", (Rule(("Linear",), scheme),), ("lm_head", *_names(fields, "modules_to_not_convert")))
+
+    def scheme(fields: Fields) -> StoredScheme:
+        _bits(fields, "bits" if fields.raw("w_bit") is None else "w_bit", (4,))
+        size = "group_size" if fields.raw("q_group_size") is None else "q_group_size"
+        return StoredScheme("awq", "int4", _group(fields, size, 128), symmetric=False)
+
+    ignored = ("lm_head", *_names(fields, "modules_to_not_convert"))
+    return Quantisation("AWQ", _with_exceptions(fields, scheme), ignored)
+
+
+def _with_exceptions(fields: Fields, scheme: Callable[[Fields], StoredScheme]) -> tuple[Rule, ...]:
+    """The rules of a file of GPTQModel: ``dynamic`` has patterns of layers that are not quantised (``-:``), or that
+    have settings of their own (``+:`` or nothing before the pattern). The first one that matches counts."""
+    rules, exceptions = [], fields.sub("dynamic")
+    for pattern in {} if exceptions is None else exceptions.values:
+        target = f"re:{re.sub('^[-+]:', '', pattern)}"
+        if pattern.startswith("-:"):
+            rules.append(Rule((target,), None))
+            continue
+        assert exceptions is not None
+        own, name = exceptions.raw(pattern) or {}, shown(pattern, 60)
+        if not isinstance(own, dict):
+            raise exceptions.fail(name, f"is {quoted(own)}, not an object")
+        rules.append(
+            Rule((target,), scheme(Fields(fields.path, {**fields.values, **own}, f"{exceptions.prefix}{name}.")))
+        )
+    return (*rules, Rule(("Linear",), scheme(fields)))
 
 
 def _fp8(fields: Fields) -> Quantisation:
@@ -335,6 +389,7 @@ _METHODS: Mapping[str, Callable[[Fields], Quantisation]] = {
 }
 _HINTS = {
     "bitsandbytes": "take the unquantised files and give --weights",
+    "mlx": "take the unquantised files and give --weights",
     "auto-round": "take the copy that AutoRound exports as auto_gptq or auto_awq",
     "gguf": "import the GGUF file",
 }

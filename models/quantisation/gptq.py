@@ -31,7 +31,7 @@ class Gptq(Layout):
             "qweight": Needed(("I32",), ((-(-columns * bits // 32), out),)),
             "qzeros": Needed(("I32",), ((groups, -(-out * bits // 32)),)),
             "scales": Needed(FLOATS, ((groups, out),)),
-            "g_idx": Needed(("I32", "I64"), ((columns,),), optional=True),
+            "g_idx": Needed(("I32", "I64"), ((columns,),), optional=not scheme.ordered),
         }
 
     def parts(self, scheme: StoredScheme, out: int, columns: int, source: Source) -> Parts:

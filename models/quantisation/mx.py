@@ -56,5 +56,5 @@ class ModelOptFp4(Layout):
     def parts(self, scheme: StoredScheme, out: int, columns: int, source: Source) -> Parts:
         """See :class:`Layout`."""
         stored = source("weight")
-        scales = as_scales(source, "weight_scale") * as_scales(source, "weight_scale_2").reshape(())
-        return Parts(lambda first, last: unpacked(stored[first:last], 4, columns), scales)
+        scales, factor = as_scales(source, "weight_scale"), as_scales(source, "weight_scale_2").reshape(())
+        return Parts(lambda first, last: unpacked(stored[first:last], 4, columns), scales, factor=factor)

@@ -1,7 +1,8 @@
 """Names of modules against the patterns of a foreign configuration. Nothing here imports torch.
 
 A regular expression of a foreign file can take for ever in Python's own matcher, which tries one way after the other.
-Here all ways are followed together, as sets of positions, so that the time is bounded by pattern times name.
+So Python's own has the simple ones alone. With the others all ways are followed together, as sets of positions: the
+time is bounded by pattern times name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from octo_run.models.foreign import parsing
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 #: Characters of a pattern at most.
 _LONGEST = 2000
+#: Repeats of a pattern at most that Python's own matcher gets: each may be tried with all lengths of the others.
+_MOST_REPEATS = 3
+_SINGLE = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
 _CATEGORIES = {
     "CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W",
     "CATEGORY_SPACE": r"\s", "CATEGORY_NOT_SPACE": r"\S",
@@ -32,6 +36,40 @@ def _parsed(pattern: str) -> Any:
         return _parser.parse(pattern)
 
 
+@functools.lru_cache(maxsize=4096)
+def _quick(pattern: str) -> re.Pattern[str] | None:
+    """The pattern for Python's own matcher, if that needs no more than some length of the name to the third power."""
+    repeats = _repeats(_parsed(pattern))
+    return re.compile(pattern) if repeats is not None and repeats <= _MOST_REPEATS else None
+
+
+def _repeats(items: Any) -> int | None:
+    """How many single characters, or kinds of them, are repeated; None if anything else is, or is looked for."""
+    count = 0
+    for operation, argument in items:
+        kind, inner = str(operation), []
+        if kind in ("MAX_REPEAT", "MIN_REPEAT"):
+            body = argument[2]
+            if int(argument[1]) > 1:
+                if len(body) != 1 or str(body[0][0]) not in _SINGLE:
+                    return None
+                count += 1
+            else:
+                inner = [body]
+        elif kind == "BRANCH":
+            inner = argument[1]
+        elif kind == "SUBPATTERN" and not argument[1] and not argument[2]:
+            inner = [argument[3]]
+        elif kind not in (*_SINGLE, "AT"):
+            return None
+        for part in inner:
+            found = _repeats(part)
+            if found is None:
+                return None
+            count += found
+    return count
+
+
 def matches(pattern: str, name: str) -> bool:
     """Whether a regular expression matches ``name`` from its beginning, like ``re.match``.
 
@@ -39,6 +77,8 @@ def matches(pattern: str, name: str) -> bool:
         OctoError: It is none, or it has back references, look-behinds or flags.
     """
     with parsing(f"The pattern {quoted(pattern)} of quantization_config", "regular expression", "mend it"):
+        if (quick := _quick(pattern)) is not None and "\n" not in name:
+            return quick.match(name) is not None
         return bool(_ends(_parsed(pattern), name, frozenset((0,)), pattern))
 
 
@@ -52,7 +92,7 @@ def _ends(items: Any, text: str, starts: frozenset[int], pattern: str) -> frozen
 
 
 def _step(operation: str, argument: Any, text: str, starts: frozenset[int], pattern: str) -> frozenset[int]:
-    if operation in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+    if operation in _SINGLE:
         return frozenset(i + 1 for i in starts if i < len(text) and _is_one(operation, argument, text[i]))
     if operation == "BRANCH":
         return frozenset().union(*(_ends(way, text, starts, pattern) for way in argument[1]))
@@ -109,14 +149,37 @@ def _in_set(kind: str, value: Any, character: str) -> bool:
     return kind == "CATEGORY" and re.match(_CATEGORIES[str(value)], character) is not None
 
 
-def contains(entry: str, name: str) -> bool:
-    """Whether ``entry`` is a run of whole parts of the dotted ``name``; with ``re:`` a regular expression."""
-    if entry.startswith("re:"):
-        return matches(entry[3:], name)
-    return f".{entry.strip('.')}." in f".{name}."
+class Entries:
+    """Some names and patterns of a foreign configuration, made ready for tens of thousands of names.
 
+    Args:
+        style: How an entry means a name: ``exact`` as a whole; ``contains`` as a run of its dotted parts; ``glob`` as a
+            run of its first parts, ``*`` being anything. With ``re:`` before it, it is a regular expression, but not in
+            ``glob``.
+    """
 
-def fits_glob(entry: str, name: str) -> bool:
-    """Whether a pattern with ``*`` matches the whole ``name`` or a run of its first parts."""
-    pattern = ".*".join(re.escape(part) for part in entry.removesuffix(".").split("*"))
-    return matches(rf"{pattern}(\..*)?$", name)
+    def __init__(self, entries: tuple[str, ...], style: str) -> None:
+        self._style, self._plain, patterns = style, set[str](), list[str]()
+        for entry in entries:
+            if style == "glob" and "*" in entry:
+                patterns.append(".*".join(map(re.escape, entry.removesuffix(".").split("*"))) + r"(\..*)?$")
+            elif style != "glob" and entry.startswith("re:"):
+                patterns.append(entry[3:])
+            else:
+                self._plain.add({"glob": entry.removesuffix("."), "contains": entry.strip(".")}.get(style, entry))
+        self._lengths = {entry.count(".") + 1 for entry in self._plain}
+        quick = [(pattern, _quick(pattern)) for pattern in patterns]
+        self._matchers = [
+            functools.partial(matches, pattern) if known is None else known.match for pattern, known in quick
+        ]
+
+    def mean(self, name: str) -> bool:
+        """Whether any of them means ``name``."""
+        return not self._plain.isdisjoint(self._runs(name)) or any(match(name) for match in self._matchers)
+
+    def _runs(self, name: str) -> list[str]:
+        if not self._plain or self._style == "exact":
+            return [name]
+        parts = name.split(".")
+        starts = range(len(parts) if self._style == "contains" else 1)
+        return [".".join(parts[i : i + length]) for i in starts for length in self._lengths if i + length <= len(parts)]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: Bytes at most that putting codes in lane order takes at a time, beside a layer's stored and packed tensors.
 SLAB_BYTES = 16 << 20
 _WORKING = 16  # bytes of an element of a slab on the way
+_LARGEST = 1e30  # of scales: times a code and a number it is still one of float32
 _UNIT = 8  # rows that a slab is a multiple of
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -55,12 +56,14 @@ class Parts:
         scales: Float32, for the rows and columns that share them (see ``StoredScheme``).
         zeros: Float32 ``[out, groups]``: what the value of a code is to be less than, or None.
         names: The tensors of codes and of scales, for complaints.
+        factor: What the whole matrix is multiplied by, a number in float32.
     """
 
     codes: Callable[[int, int], Tensor]
     scales: Tensor
     zeros: Tensor | None = None
     names: tuple[str, str] = ("weight", "weight_scale")
+    factor: Tensor | float = 1.0
 
 
 class Layout(ABC):
@@ -122,19 +125,19 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
     return stored[..., :count]
 
 
-def order_of(groups: Tensor, group: int | None, columns: int) -> Tensor | None:
+def order_of(groups: Tensor, scheme: StoredScheme, columns: int) -> Tensor | None:
     """The order of columns by group, int32 ``[in]``; None if columns lie in their groups one after the other.
 
     Args:
-        groups: The group of each column.
-        group: Columns of a group.
+        groups: The group of each column. All zeros mean nothing unless the scheme is ordered.
 
     Raises:
         ValueError: There is no such group, or one has not as many columns as it must have.
     """
-    if group is None or bool((groups == 0).all()):
+    group = scheme.group
+    if group is None or (not scheme.ordered and bool((groups == 0).all())):
         return None
-    count = -(-columns // group)
+    count = groups_of(scheme, columns)
     if bool((groups < 0).any()) or bool((groups >= count).any()):
         raise ValueError(f"has groups that are not among the {count}")
     natural = torch.arange(columns, device=groups.device) // group
@@ -172,6 +175,8 @@ def packed(
         OctoError: Its tensors have wrong values.
     """
     parts = layout.parts(scheme, out, columns, source)
+    if not bool(((parts.scales * parts.factor).abs() <= _LARGEST).all()):
+        raise source.damaged(parts.names[1], f"has scales of more than {_LARGEST:g}")
     weight = empty_weight(scheme, out, columns, device, order)
     _fill_scales(weight, scheme, parts)
     step = max(_UNIT, SLAB_BYTES // (weight.padded * _WORKING) // _UNIT * _UNIT)
@@ -193,12 +198,12 @@ def _fill_scales(weight: PackedWeight, scheme: StoredScheme, parts: Parts) -> No
     scales = parts.scales.reshape(-1, 1) if scheme.group is None else parts.scales
     scales = scales.expand(out, -1) if rows is None else scales.repeat_interleave(rows, 0)[:out]
     if weight.scales is None:
-        weight.rows.copy_(scales[:, 0])
+        weight.rows.copy_(scales[:, 0] * parts.factor)
     else:
         # A power of two for each row, so that the rest is exact in float16 wherever it has 11 bits.
         largest = scales.abs().amax(1)
         factors = torch.exp2(torch.log2(torch.where(largest > 0, largest, 1.0)).floor())
-        weight.rows.copy_(factors)
+        weight.rows.copy_(factors * parts.factor)
         _spread(scales / factors[:, None], scheme, weight, weight.scales)
     if weight.offsets is not None:
         assert parts.zeros is not None

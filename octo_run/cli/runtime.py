@@ -93,16 +93,18 @@ def resolved(options: EngineOptions, random_weights: str | None = None) -> Engin
     """The options with what weights and head are stored as where nothing was said about them.
 
     On a CPU with compiled kernels, which read them two to four times as fast, layers are int8, but not where they are
-    quantised or a layer has experts; and the head is int8 where layers are int8 or int4.
+    quantised or a layer has experts; and the head is int8 where layers are int8 or int4, in their files or here.
     """
     weights, head = options.weights, options.head
+    packed = weights in WITH_PACKED_HEAD
     if head is None and weights is not None and weights not in WITH_PACKED_HEAD:
         head = "bf16"
     if (weights is None or head is None) and _compiled_cpu(options.device):
         if weights is None:
             cfg = bench_config(options.model, random_weights, offline=options.offline)
             weights = "int8" if cfg.quantisation is None and cfg.experts is None else "auto"
-        if head is None and weights in WITH_PACKED_HEAD:
+            packed = weights == "int8" or (cfg.quantisation is not None and cfg.quantisation.kinds <= {"int4", "int8"})
+        if head is None and packed:
             head = "int8"
     return dataclasses.replace(options, weights=weights or "auto", head=head or "bf16")
 

@@ -42,6 +42,22 @@ def test_beside_packed_layers_the_head_is_int8_unless_asked() -> None:
         assert stored(weights=weights, head="bf16") == (weights, "bf16")
 
 
+@pytest.mark.parametrize(
+    ("quantised", "head"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "int8"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 32}, "int8"),
+        ({"quant_method": "fp8"}, "bf16"),
+    ],
+)
+def test_files_of_4_and_8_bits_have_it_too(
+    quantised: dict[str, Any], head: str, make_checkpoint: Callable[..., Path]
+) -> None:
+    path = str(make_checkpoint(quantization_config=quantised))
+    assert stored(model=path) == ("auto", head)
+    assert stored(model=path, head="bf16") == ("auto", "bf16") == stored(model=path, weights="auto")
+
+
 def test_it_is_read_in_the_plan(octo: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(runtime, "_planned", set())

@@ -817,7 +817,10 @@ def test_models_that_cannot_run_are_refused_before_their_weights(
     cases = {
         "MambaForCausalLM": files | {"config.json": json.dumps(config).encode()},
         "has no config.json": {name: data for name, data in files.items() if name != "config.json"},
-        "such as pytorch_model.bin": {
+        "pickled weights such as pytorch_model.bin are never": {
+            name: data for name, data in files.items() if not name.endswith((".safetensors", ".index.json"))
+        },
+        r"no model.safetensors or .*index.json \(weights such as consolidated.safetensors are not read\): look for": {
             name: data for name, data in files.items() if not name.startswith("model") or name.endswith(".py")
         },
         "has no tokenizer that": {name: data for name, data in files.items() if name != "tokenizer.model"},

@@ -259,10 +259,21 @@ def test_other_rope_scalings(small_gguf: Callable[..., Any], tmp_path: Path) -> 
     small.metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     folder = import_model(small.write(tmp_path / "linear.gguf")).path
     assert json.loads((folder / "config.json").read_text())["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    small.metadata["llama.rope.scaling.type"] = "longrope"
+    with pytest.raises(OctoError, match=r"llama\.rope\.scaling\.type is 'longrope'"):
+        import_model(small.write(tmp_path / "longrope.gguf"))
     small.metadata["llama.rope.scaling.type"] = "yarn"
-    with pytest.raises(OctoError, match=r"llama\.rope\.scaling\.type is 'yarn'"):
+    with pytest.raises(OctoError, match=r"llama\.rope\.scaling\.original_context_length is missing"):
         import_model(small.write(tmp_path / "yarn.gguf"))
-    small.metadata |= {"llama.rope.scaling.type": None, "llama.rope.scaling.factor": None}
+    small.metadata |= {"llama.rope.scaling.original_context_length": 128, "llama.rope.scaling.yarn_beta_fast": 32.0}
+    folder = import_model(small.write(tmp_path / "yarn.gguf")).path
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert json.loads((folder / "config.json").read_text())["rope_scaling"] == scaling
+    small.metadata["llama.rope.scaling.yarn_beta_fast"] = 16.0
+    with pytest.raises(OctoError, match=r"llama\.rope\.scaling\.yarn_beta_fast is 16\.0, which this architecture"):
+        import_model(small.write(tmp_path / "other-yarn.gguf"))
+    for name in ("type", "factor", "yarn_beta_fast"):
+        small.metadata[f"llama.rope.scaling.{name}"] = None
     small.tensors["rope_freqs.weight"] = np.linspace(1, 3, 8, dtype=np.float32), GGMLQuantizationType.F32
     with pytest.raises(OctoError, match=r"the factors in rope_freqs\.weight are not those of llama3"):
         import_model(small.write(tmp_path / "odd.gguf"))

@@ -29,8 +29,10 @@ SPLITS: dict[str, tuple[list[str], bool]] = {
     "starcoder": ([r"\p{N}", GPT2], False),
     "refact": ([r"\p{N}", GPT2], False),
     "llama-bpe": ([WORDS + r"\p{N}{1,3}" + REST], True),
+    "falcon3": ([WORDS + r"\p{N}{1,3}" + REST], True),
     "smaug-bpe": ([WORDS + r"\p{N}{1,3}" + REST], False),
     "qwen2": ([WORDS + r"\p{N}" + REST], False),
+    "deepseek-r1-qwen": ([WORDS + r"\p{N}" + REST], False),
     "tekken": ([TEKKEN], True),
 }
 TEXTS = [
@@ -149,11 +151,11 @@ def test_every_split_is_that_of_its_patterns(
     )  # fmt: skip
     oracle = PlainBpe(vocabulary, merges, *SPLITS[pre])
     for text in texts_of(shared_dir):
-        plain = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
+        plain = unicodedata.normalize("NFC", text) if "qwen" in pre else text
         ids = tok.encode(text)
         assert ids == oracle.encode(plain), text[:80]
         assert tok.decode(ids) == plain
-    assert tok.adds_bos == (pre in ("llama-bpe", "tekken"))
+    assert tok.adds_bos == (pre in ("llama-bpe", "falcon3", "tekken"))
     assert len(vocabulary) + 1 in tok.encode("<|eot_id|>", allow_special=True)
     assert not {len(vocabulary), len(vocabulary) + 1, len(vocabulary) + 2} & {*tok.encode("<|eot_id|>[PAD128002]")}
 

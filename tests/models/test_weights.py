@@ -503,6 +503,8 @@ def test_no_weights(make_checkpoint: Make) -> None:
     assert "neither model.safetensors nor" in refused(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     assert "pickled weights such as pytorch_model.bin are never opened" in refused(folder)
+    (folder / "gptq_model-4bit-128g.safetensors").write_bytes(b"")
+    assert "(weights such as gptq_model-4bit-128g.safetensors are not read)" in refused(folder)
 
 
 @pytest.mark.slow
