@@ -18,7 +18,7 @@ import torch
 
 from octo_run.engine import sequence as sequences
 from octo_run.engine.engine import Engine
-from octo_run.engine.evaluation.reading import REFERENCE, Progress, Reader, groups, pack, rows_at_once
+from octo_run.engine.evaluation.reading import REFERENCE, Progress, Reader, check_step, groups, pack, rows_at_once
 from octo_run.engine.evaluation.statistics import cluster_error, wilson
 from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.sampling import SamplingParams
@@ -301,8 +301,7 @@ class Search:
         for number, group in enumerate(groups(self._load, self._others)):
             asked = group[1:] if number else group  # bf16 has answered already
             most = min(engine.plan.shape.chunk for _, engine in asked)
-            if self._step is not None and not 1 <= self._step <= most:
-                raise UsageError(f"--step is {self._step}; give 1 to {most} tokens.")
+            check_step(self._step, most)
             rows = min(rows_at_once(engine.plan, engine.config) for _, engine in asked)
             readers = {kv: Reader(engine, rows) for kv, engine in asked}
             batches = _batches(self._questions, min(engine.plan.shape.sequences for _, engine in asked))

@@ -19,6 +19,7 @@ from octo_run.engine.evaluation.reading import (
     Piece,
     Progress,
     Reader,
+    check_step,
     groups,
     pack,
     rows_at_once,
@@ -210,8 +211,7 @@ class _Round:
         ]
         self._rows = min(rows_at_once(engine.plan, engine.config) for engine in engines)
         most = min(self._rows, min(engine.plan.shape.chunk for engine in engines))
-        if step is not None and not 1 <= step <= most:
-            raise UsageError(f"--step is {step}; give 1 to {most} tokens.")
+        check_step(step, most)
         self._step = step or most
         self._at_once = min(engine.plan.shape.sequences for engine in engines)
         self._bytes = [cache_bytes_per_token(engine) for engine in engines]

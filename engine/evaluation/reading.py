@@ -21,6 +21,7 @@ from octo_run.engine.arena import PAGE, Chunk, KVArena
 from octo_run.engine.engine import MAX_SEQUENCES, Engine
 from octo_run.engine.forward import Forward, buffer_bytes
 from octo_run.engine.plan import CHUNK, MemoryPlan, free_memory
+from octo_run.errors import UsageError
 from octo_run.models.config import ModelConfig
 
 #: The format that the others are compared with.
@@ -173,6 +174,16 @@ class Progress:
 
     done: int
     to_do: int
+
+
+def check_step(step: int | None, most: int) -> None:
+    """Check tokens that are read at once; None: as many as fit.
+
+    Raises:
+        UsageError: They are not 1 to ``most``.
+    """
+    if step is not None and not 1 <= step <= most:
+        raise UsageError(f"--step is {step}; give 1 to {most} tokens.")
 
 
 def rows_at_once(plan: MemoryPlan, cfg: ModelConfig) -> int:

@@ -131,8 +131,9 @@ def step_fits(step: int | None) -> "Callable[[Tokenizer, MemoryPlan], None]":
     """A ``check`` of :func:`loader` that refuses a ``--step`` longer than a chunk before a weight is read."""
 
     def check(_tokenizer: "Tokenizer", plan: "MemoryPlan") -> None:
-        if step is not None and step > plan.shape.chunk:
-            raise UsageError(f"--step is {step}; give 1 to {plan.shape.chunk} tokens.")
+        from octo_run.engine.evaluation.reading import check_step
+
+        check_step(step, plan.shape.chunk)
 
     return check
 
