@@ -215,7 +215,7 @@ def wide_decode_kernel(
     its_block = gl.minimum(warp, NT - 1)
     keep_words(
         u32(QUERIES_AT + its_block * QUERY_BYTES + lane * 16),
-        split_query(q_row, sq_h, lane, first_head + 4 * its_block, step_k * scale_log2, G, D, WARPS, LAYOUT),
+        split_query(q_row, sq_h, lane, first_head + 4 * its_block, step_k * scale_log2, G, D),
     )
     if MEAN > 0:
         write_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, scale_log2, MEAN_AT, D, G, NT, MEAN, WARPS)

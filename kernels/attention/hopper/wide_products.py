@@ -51,10 +51,7 @@ from octo_run.kernels.lanes import (
 
 
 @gluon.jit
-def split_query(
-    q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
+def split_query(q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: gl.constexpr):
     """What `products.write_queries` writes of a block of heads, by one warp that has no other use for the query."""
     SLOTS: gl.constexpr = query_words(D)
     EXTRAS: gl.constexpr = (D + 2) // 3 % chains_of(D)
@@ -62,7 +59,7 @@ def split_query(
     t = lane & 3
     head = first_head + (g >> 1)
     row = q_ptr + gl.minimum(head, G - 1) * stride_qh
-    peak = gl.full([32 * WARPS], 1e-30, gl.float32, layout=LAYOUT)
+    peak = (lane * 0).to(gl.float32) + 1e-30
     values = ()
     for s in gl.static_range(SLOTS):
         triplet, there = triplet_of(lane * 0 + s, head, t, G, D)
