@@ -28,16 +28,22 @@ from octo_run.kernels.recurrent import reference
 from octo_run.kernels.recurrent.reference import BLOCK, DeltaShape, DeltaWeights, LayerState, Saving
 
 __all__ = [
+    "ALIGNMENT",
     "BLOCK",
     "DeltaShape",
     "DeltaWeights",
     "LayerState",
     "Saving",
+    "aligned",
     "chunk",
     "host_bytes",
     "scratch_bytes",
+    "scratch_parts",
     "step",
 ]
+
+#: Bytes of the widest vector that kernels read. Triton compiles a kernel anew for pointers that are no multiple of it.
+ALIGNMENT = 16
 
 
 def step(
@@ -113,8 +119,21 @@ def host_bytes(shape: DeltaShape, tokens: int) -> int:
     return 4 * (tokens + 2 * BLOCK) * (5 * shape.channels + shape.value_heads * head)
 
 
+def scratch_parts(shape: DeltaShape, tokens: int, itemsize: int) -> list[tuple[int, int]]:
+    """What the scratch memory of :func:`chunk` holds for so many tokens: numbers, and the bytes of one.
+
+    That is strengths and decays in float32, then queries with keys, values, W and scores in the compute dtype.
+    """
+    keys, values, heads = shape.key_heads * shape.key_dim, shape.values, shape.value_heads
+    rest = 2 * keys, values, heads * shape.key_dim, heads * BLOCK
+    return [(tokens * heads, 4)] * 2 + [(tokens * numbers, itemsize) for numbers in rest]
+
+
 def scratch_bytes(shape: DeltaShape, tokens: int, itemsize: int) -> int:
     """Bytes of the scratch memory that :func:`chunk` needs on a GPU for so many tokens."""
-    keys, values = shape.key_heads * shape.key_dim, shape.value_heads * shape.value_dim
-    wide = 2 * keys + values + shape.value_heads * (shape.key_dim + BLOCK)
-    return tokens * (wide * itemsize + 2 * 4 * shape.value_heads)
+    return sum(aligned(numbers * size) for numbers, size in scratch_parts(shape, tokens, itemsize))
+
+
+def aligned(size: int) -> int:
+    """Bytes that a part of the scratch memory takes, so that the next one lies where a vector may."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -210,16 +210,18 @@ def delta_block_kernel(
     tl.store(W + (token * HV + head)[:, None] * DK + at_k[None, :], w.to(kind), mask=square_k)
 
 
-# Lengths differ from call to call. Besides, a scan of one block, which Triton would take for a constant, was compiled
-# so that it read memory that is not there (Triton 3.6, bfloat16 and float16).
-@triton.jit(do_not_specialize=["start", "n", "lead", "blocks", "save"])
+# Lengths differ from call to call. Besides, two other kernels that Triton 3.6 made of this one for 16-bit numbers were
+# wrong: for a scan of one block as a constant, and for pointers that are no multiple of 16 bytes. They read memory that
+# is not there, or gave numbers that are off by their own size. So pointers are those of whole, aligned parts.
+@triton.jit(do_not_specialize=["start", "begin", "end", "lead", "blocks", "save"])
 def delta_scan_kernel(
-    QK, V, W, SCORES, FADE, MEMORY, SAVED, OUT, start, n, lead, blocks, save,
+    QK, V, W, SCORES, FADE, MEMORY, SAVED, OUT, start, begin, end, lead, blocks, save,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, COLUMNS: tl.constexpr,
     SAVES: tl.constexpr,
 ):  # fmt: skip
     """From block to block: OUT [n, HV, DV] and MEMORY [HV, DK, DV]; the program is (COLUMNS of the values, value head).
 
+    The tokens are those from ``begin`` on and before ``end``; the first block has ``64 - lead`` of them.
     SAVES: the memory before block number ``save`` goes to SAVED."""
     kind = QK.dtype.element_ty
     head = tl.program_id(1)
@@ -231,16 +233,16 @@ def delta_scan_kernel(
     in_v = at_v < DV
     square = in_k[:, None] & in_v[None, :]
     place = head * DK * DV + at_k[:, None] * DV + at_v[None, :]
-    memory = tl.load(MEMORY + place, mask=square & (start + 0 * place > 0), other=0)
+    memory = tl.load(MEMORY + place, mask=square & (start + begin + 0 * place > 0), other=0)
     for block in range(blocks):
         if SAVES:
             tl.store(SAVED + place, memory, mask=square & (block + 0 * place == save))
-        first = block * 64 - lead
+        first = begin + block * 64 - lead
         token = (first + line).to(tl.int64)
-        real = (token >= 0) & (token < n)
+        real = (token >= begin) & (token < end)
         square_k = real[:, None] & in_k[None, :]
         square_v = real[:, None] & in_v[None, :]
-        last = tl.minimum(first + 63, n - 1)
+        last = tl.minimum(first + 63, end - 1)
         fade = tl.load(FADE + token * HV + head, mask=real, other=0)
         whole = tl.load(FADE + last.to(tl.int64) * HV + head)
         w = tl.load(W + (token * HV + head)[:, None] * DK + at_k[None, :], mask=square_k, other=0)

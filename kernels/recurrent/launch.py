@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of
+from octo_run.kernels.recurrent import aligned, scratch_parts
 from octo_run.kernels.recurrent.delta_kernels import (
     delta_block_kernel,
     delta_finish_kernel,
@@ -92,7 +93,7 @@ def chunk(
     sizes = _sizes(shape)
     hk, hv, dk, dv = sizes.values()
     conv, memory = state.conv[row], state.memory[row]
-    qk, v, w, scores, beta, fade = _carved(scratch, shape, count, projected.dtype)
+    beta, fade, qk, v, w, scores = _carved(scratch, shape, count, projected.dtype)
     lead = first_lead(start, savings)
     blocks = triton.cdiv(lead + count, BLOCK)
     bk, bv = max(16, triton.next_power_of_2(dk)), max(16, triton.next_power_of_2(dv))
@@ -114,11 +115,10 @@ def chunk(
             saved = memory if saving is None else saving.state.memory[0]
             save = 0 if saving is None else (saving.position - start - first + before) // BLOCK
             scan(
-                QK=qk[first * 2 * hk * dk :], V=v[first * hv * dv :], W=w[first * hv * dk :],
-                SCORES=scores[first * hv * BLOCK :], FADE=fade[first * hv :], MEMORY=memory, SAVED=saved,
-                OUT=out[first:], start=start + first, n=end - first, lead=before,
-                blocks=triton.cdiv(before + end - first, BLOCK), save=save, **sizes, BK=bk, COLUMNS=columns,
-                SAVES=saving is not None, num_warps=4, num_stages=stages(projected.dtype))  # fmt: skip
+                QK=qk, V=v, W=w, SCORES=scores, FADE=fade, MEMORY=memory, SAVED=saved, OUT=out, start=start,
+                begin=first, end=end, lead=before, blocks=triton.cdiv(before + end - first, BLOCK), save=save, **sizes,
+                BK=bk, COLUMNS=columns, SAVES=saving is not None, num_warps=4,
+                num_stages=stages(projected.dtype))  # fmt: skip
         finish(
             OUT=out, X=projected, NORM=weights.norm, eps=weights.eps, lines=count * hv, HV=hv, DV=dv, BV=bv,
             CHANNELS=shape.channels, LINES=_LINES, num_warps=4)  # fmt: skip
@@ -138,12 +138,9 @@ def _pieces(start: int, count: int, savings: Sequence[Saving]) -> Iterator[tuple
 
 
 def _carved(scratch: Tensor, shape: DeltaShape, count: int, dtype: torch.dtype) -> list[Tensor]:
-    """Queries and keys, values, W, scores in the compute dtype; strengths and decays in float32."""
-    hv = shape.value_heads
-    sizes = [count * hv, count * hv]
-    wide = scratch[: 8 * count * hv].view(torch.float32).split(sizes)  # type: ignore[no-untyped-call]
-    sizes = [
-        count * size for size in (2 * shape.key_heads * shape.key_dim, shape.values, hv * shape.key_dim, hv * BLOCK)
-    ]
-    rest = scratch[8 * count * hv :][: sum(sizes) * dtype.itemsize].view(dtype)
-    return [*rest.split(sizes), *wide]  # type: ignore[no-untyped-call]
+    """The parts of `scratch_parts`, in its order."""
+    found, at, kinds = [], 0, [torch.float32] * 2 + [dtype] * 4
+    for (numbers, size), kind in zip(scratch_parts(shape, count, dtype.itemsize), kinds, strict=True):
+        found.append(scratch[at : at + numbers * size].view(kind))
+        at += aligned(numbers * size)
+    return found

@@ -347,6 +347,22 @@ def check_anywhere(run, seed, dtype, tokens):
     assert bool(shared.memory[others].isnan().all() and shared.conv[others].isnan().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parts_of_the_scratch_memory_lie_where_vectors_may(shape, dtype):
+    """Wherever they lay, the scan was compiled for scalar reads, and its results were wrong (Triton 3.6, sm_90)."""
+    from octo_run.kernels.recurrent import launch
+
+    for count in (1, 2, 3, 63, 64, 65, 127):
+        scratch = torch.zeros(recurrent.scratch_bytes(shape, count, dtype.itemsize), dtype=torch.uint8)
+        parts = launch._carved(scratch, shape, count, dtype)
+        for number, part in enumerate(parts):
+            assert (part.data_ptr() - scratch.data_ptr()) % 16 == 0
+            part.fill_(number + 1)
+        for number, part in enumerate(parts):
+            assert bool((part == number + 1).all()), "parts do not overlap"
+
+
 @pytest.mark.parametrize("positions", [[0], [9], [10, 10], [10, 73], [138, 74], [211], [83, 211]])
 def test_states_that_cannot_be_saved(positions):
     """Before the chunk's second token, twice at one place or in one block, not in order, behind the chunk."""
