@@ -39,8 +39,8 @@ def launch_decode(
     kv_heads = kv.pages.shape[1]
     group = heads // kv_heads
     tiles = dispatch.tiles(kernel, call.stored, call.element, dim)
-    parts = 1
-    if call.pages is dispatch.Pages.SOME:  # else there are few keys
+    parts, paged = 1, call.pages is dispatch.Pages.SOME
+    if paged:  # else there are few keys
         parts = general_parts(q.device, batch, kv_heads, spec.reach(max_length), tiles.at_once)
     programs = parts * batch
     partial = lse = no_table(q.device)  # unused without parts
@@ -57,7 +57,7 @@ def launch_decode(
     launch: Callable[..., Any]
     if kernel is Kernel.PLAIN_DECODE:
         launch = plain_decode_kernel[(kv_heads, programs)]
-        launch(WIDTH=max(16, triton.next_power_of_2(dim)), **common)
+        launch(WIDTH=max(16, triton.next_power_of_2(dim)), PAGED=paged, **common)
     else:
         launch = general_decode_kernel[(kv_heads, programs)]
         launch(BF=tiles.full_keys, FLIP=tiles.flip, DOT=tl.float32 if q.dtype == torch.float32 else tl.float16,

@@ -33,12 +33,14 @@ def plain_decode_kernel(
     SINK_LOGITS, scale, sink, capacity, batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BATCH: tl.constexpr,
-    DIVIDED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
+    DIVIDED: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, part) of `parts.divide`; its normalised output goes to PARTIAL [parts, H, D], its
     log2-sum-exp2 to LSE [parts, H]; without DIVIDED program (KV head, sequence), and to OUT. What the arena holds:
-    `AttentionInputs`; all of it has one element type. WIDTH: D, made a power of two; BM: G padded.
-    WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a sequence's first part has.
+    `AttentionInputs`; all of it has one element type. WIDTH: D, made a power of two; BM: G padded. PAGED: a sequence
+    may have pages. WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a sequence's first part
+    has.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -58,8 +60,10 @@ def plain_decode_kernel(
         owned, length = place(b, ROWS, STARTS)
         earliest = earliest_seen(length, WINDOW)
         segments = full_segments(packed, length, tl.load(TAIL_ORIGIN + b), sink, capacity, earliest, WINDOW)
-        hidden = hidden_pages(earliest, sink, packed, WINDOW)
-        page_tiles = (packed - hidden) * tiles_of_page(BN)
+        page_tiles = 0
+        if PAGED:
+            hidden = hidden_pages(earliest, sink, packed, WINDOW)
+            page_tiles = (packed - hidden) * tiles_of_page(BN)
         tiles = page_tiles + full_tiles(segments, BN)
         r = tl.arange(0, BM)
         head = h * G + r
@@ -75,19 +79,25 @@ def plain_decode_kernel(
         acc = tl.zeros([WIDTH, BM], tl.float32)
         # One loop for all tiles: two with products of a warp group in a kernel were miscompiled (ptxas 12.8).
         for t in range(part * tiles // parts, (part + 1) * tiles // parts):
-            paged = t < page_tiles
-            number = hidden + t // tiles_of_page(BN)
-            page = tl.load(PAGE_TABLE + owned * st_r + number, mask=paged, other=0)
             is_sink, row, _, valid = full_tile(t - page_tiles, segments, BN)
-            kpage = (PAGES + page.to(tl.int64) * sp_page + h * sp_head).to(tl.pointer_type(Q.dtype.element_ty))
-            row = tl.where(paged, (t % tiles_of_page(BN)) * BN, row).to(tl.int64)
-            valid = tl.where(paged, BN, valid)
-            k_step = tl.where(paged, D, tl.where(is_sink, ssk_t, stk_t))
-            v_step = tl.where(paged, D, tl.where(is_sink, ssv_t, stv_t))
+            row = row.to(tl.int64)
+            k_step = tl.where(is_sink, ssk_t, stk_t)
+            v_step = tl.where(is_sink, ssv_t, stv_t)
             k_at = tl.where(is_sink, SINK_K + owned * ssk_r + h * ssk_h, TAIL_K + owned * stk_r + h * stk_h)
             v_at = tl.where(is_sink, SINK_V + owned * ssv_r + h * ssv_h, TAIL_V + owned * stv_r + h * stv_h)
-            k_at = tl.where(paged, kpage, k_at) + row * k_step
-            v_at = tl.where(paged, kpage + PAGE * D, v_at) + row * v_step
+            if PAGED:
+                paged = t < page_tiles
+                number = hidden + t // tiles_of_page(BN)
+                page = tl.load(PAGE_TABLE + owned * st_r + number, mask=paged, other=0)
+                kpage = (PAGES + page.to(tl.int64) * sp_page + h * sp_head).to(tl.pointer_type(Q.dtype.element_ty))
+                row = tl.where(paged, (t % tiles_of_page(BN)) * BN, row)
+                valid = tl.where(paged, BN, valid)
+                k_step = tl.where(paged, D, k_step)
+                v_step = tl.where(paged, D, v_step)
+                k_at = tl.where(paged, kpage, k_at)
+                v_at = tl.where(paged, kpage + PAGE * D, v_at)
+            k_at += row * k_step
+            v_at += row * v_step
             there = n < valid
             if D == WIDTH:
                 k = tl.load(k_at + (n * k_step)[:, None] + column[None, :], mask=there[:, None], other=0.0)
@@ -101,7 +111,7 @@ def plain_decode_kernel(
             s = tl.dot(k, q, input_precision="ieee") * gain
             if CAP > 0:
                 s = soft_cap(s, CAP)
-            if WINDOW > 0:  # the first page may begin before it
+            if PAGED and WINDOW > 0:  # the first page may begin before it
                 there = there & ((n >= earliest - sink - number * PAGE - row) | (t >= page_tiles))
             s = tl.where(there[:, None], s, float("-inf"))
             top = tl.maximum(m, tl.max(s, 0))
