@@ -7,6 +7,7 @@ the batch, r row of the arena, c query token, h head, t token, l layer, n page o
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -22,6 +23,11 @@ def strides(name: str, tensor: Tensor, **dimensions: int) -> Arguments:
     """Strides of a tensor by the names of its dimensions: ``strides("sq", q, b=0, h=2)``."""
     every = tensor.stride()
     return {f"{name}_{key}": every[place] for key, place in dimensions.items()}
+
+
+def step(*tensors: Tensor) -> Arguments:
+    """STEP: what all strides of the tensors are multiples of, a power of two up to 16 (`general.parts.in_steps`)."""
+    return {"STEP": math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))}
 
 
 def of_lengths(kv: AttentionInputs) -> Arguments:

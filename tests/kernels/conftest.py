@@ -34,6 +34,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _uniform_registers_are_written(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test of machine code compiles for sm_90 is looked at (`machine_code`)."""
+    if not request.path.name.endswith("_compiled.py") or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    import triton
+
+    code, original = runpy.run_path(str(HERE / "machine_code.py")), triton.compile
+
+    def checked(*args, **options):
+        compiled = original(*args, **options)
+        if "cubin" in compiled.asm:
+            assert code["unwritten_registers"](code["disassembly"](compiled.asm["cubin"])) == []
+        return compiled
+
+    monkeypatch.setattr(triton, "compile", checked)
+
+
+@pytest.fixture(autouse=True)
 def _same_numbers(request: pytest.FixtureRequest) -> None:
     """PyTorch's random numbers depend on the test alone, not on those that ran before it in the same process."""
     import torch

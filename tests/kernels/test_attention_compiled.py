@@ -5,6 +5,7 @@ uses are computed where the first one begins, and undefined if that is skipped.
 """
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -54,7 +55,10 @@ def compile_for_hopper(kernel, constants, options, dtype, tables="fp32", types=N
         signature[name] = "constexpr" if name in constants else f"*{pointer}" if pointer else "i32"
     signature |= {"scale": "fp32"} if "scale" in kernel.arg_names else {}
     places = enumerate(kernel.arg_names)
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in places if n not in constants and n not in UNALIGNED}
+    unaligned = {*UNALIGNED, *constants}
+    if constants.get("D", 16) % 16:  # so are strides, but for those of pages
+        unaligned |= {name for name in kernel.arg_names if re.fullmatch(r"s(?!p)[a-z]+_[a-z]", name)}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in places if n not in unaligned}
     source = ASTSource(kernel, signature, constants, attributes)
     launch = {"num_warps": options.warps, "num_stages": options.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
@@ -133,7 +137,9 @@ def test_decode_compiles_for_hopper(kv, dim, group, dtype, mean, kinds):
     assert stack <= max(spill_bound(kv), WIDE_SPILLS if dim > 256 else 0), f"{stack} bytes of registers spilled"
 
 
-@pytest.mark.parametrize(("dim", "group"), [(64, 4), (80, 7), (128, 4), (128, 16), (256, 1), (512, 8)])
+@pytest.mark.parametrize(
+    ("dim", "group"), [(64, 4), (80, 7), (100, 4), (120, 4), (128, 4), (128, 16), (256, 1), (512, 8)]
+)
 @pytest.mark.parametrize(("batch", "paged"), [(1, True), (16, True), (1, False)])
 @pytest.mark.parametrize("kinds", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_plain_decode_compiles_for_hopper(dim, group, batch, paged, kinds):
@@ -145,7 +151,7 @@ def test_plain_decode_compiles_for_hopper(dim, group, batch, paged, kinds):
     tiling, width = tiles(Kernel.PLAIN_DECODE, Stored.PLAIN, Element.HALF, dim), triton.next_power_of_2(dim)
     constants = {
         "G": group, "D": dim, "WIDTH": width, "BM": tiling.rows, "BN": tiling.keys, "BATCH": batch, "DIVIDED": paged,
-        "PAGED": paged, **kinds,
+        "PAGED": paged, "STEP": math.gcd(16, dim), **kinds,
     }  # fmt: skip
     kernel, stack = compile_for_hopper(plain_decode_kernel, constants, tiling, torch.bfloat16)
     ptx = kernel.asm["ptx"]
@@ -153,8 +159,9 @@ def test_plain_decode_compiles_for_hopper(dim, group, batch, paged, kinds):
     # for scores by warp groups.
     products = width // 16 * (tiling.keys >= 64) + max(1, width // 64) * (tiling.keys // 16)
     assert ptx.count("wgmma.mma_async") == products
-    vectors = re.findall(r"cp\.async\.cg\.shared\.global[^;]*0x10", ptx)
-    assert len(vectors) >= 2 * tiling.keys * width * 2 // 16 // 128, "keys and values come by copies of 16 bytes"
+    size = 2 * math.gcd(8, dim)
+    vectors = re.findall(rf"cp\.async\.c[ag]\.shared\.global[^;]*{size:#x}", ptx)
+    assert len(vectors) >= 2 * tiling.keys * width * 2 // size // 128, f"keys and values come by copies of {size} bytes"
     at_once = tiling.at_once if paged else 1  # without pages there is one for each KV head of a sequence
     assert at_once * (kernel.metadata.shared + 1024) <= 228 * 1024, "as many programs as counted on"
     assert stack == 0
@@ -177,6 +184,8 @@ def test_unpacking_compiles_for_hopper(kv, dim):
     [
         (64, torch.bfloat16, True, False),
         (80, torch.bfloat16, True, True),
+        (100, torch.bfloat16, False, False),
+        (120, torch.bfloat16, True, True),
         (128, torch.bfloat16, False, False),
         (128, torch.bfloat16, True, False),
         (128, torch.bfloat16, False, True),
@@ -199,6 +208,7 @@ def test_prefill_compiles_for_hopper(dim, dtype, past, slab, kinds):
     width = max(16, triton.next_power_of_2(dim))
     constants = {
         "G": 4, "D": dim, "WIDTH": width, "BM": tiling.rows, "BN": tiling.keys, "PAST": past, "SLAB": slab,
+        "STEP": math.gcd(16, dim),
         "DOT": tl.float32 if dtype == torch.float32 else tl.float16, **kinds,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in flash_kernel.arg_names}

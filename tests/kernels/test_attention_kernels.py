@@ -413,6 +413,8 @@ def test_triton_decode_shapes(dim, group):
         ("octopus2", 128, 1, torch.float32),
         ("octopus4", 96, 7, torch.float16),
         ("bf16", 80, 4, torch.float16),
+        ("bf16", 100, 2, torch.float16),
+        ("bf16", 120, 4, torch.float16),
         ("bf16:octopus3", 64, 2, torch.float16),
         ("oct4", 512, 1, torch.float16),
     ],
@@ -485,7 +487,9 @@ def test_bfloat16_prefill_is_as_exact_in_many_slabs(slabs, mean, monkeypatch):
 
 
 @triton_only
-@pytest.mark.parametrize(("dim", "group"), [(64, 16), (80, 4), (128, 7), (256, 1), (512, 4)])
+@pytest.mark.parametrize(
+    ("dim", "group"), [(36, 5), (64, 16), (80, 4), (100, 1), (120, 4), (128, 7), (256, 1), (512, 4)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
 def test_triton_plain_decode_shapes(dim, group, dtype):
     """The interpreter multiplies the bits of bfloat16 numbers: that type is for a GPU."""
@@ -716,10 +720,14 @@ def test_triton_division(seed, window):
 
 
 @triton_only
-@pytest.mark.parametrize(("kv", "dtype"), [("octopus3", torch.bfloat16), ("bf16", torch.float16)])
-def test_triton_empty_arena(kv, dtype):
+@pytest.mark.parametrize(
+    ("kv", "dim", "dtype"),
+    [("octopus3", 64, torch.bfloat16), ("bf16", 64, torch.float16), ("bf16", 100, torch.bfloat16),
+     ("bf16", 120, torch.bfloat16)],
+)  # fmt: skip
+def test_triton_empty_arena(kv, dim, dtype):
     dtype = torch.float16 if INTERPRETED else dtype  # the interpreter multiplies the bits of bfloat16 numbers
-    case = make_case(kv, [40], 1, 2, 1, 64, dtype=dtype)
+    case = make_case(kv, [40], 1, 2, 1, dim, dtype=dtype)
     case.kv = replace(case.kv, pages=case.kv.pages[:0])
     assert relative_error(run_triton(case), case.want) < 5e-3
 

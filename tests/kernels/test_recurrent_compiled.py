@@ -27,7 +27,7 @@ CASES = [  # the quick one, then the others
     (kernels.delta_block_kernel, ("QK", "V", "W", "SCORES"),
      {"BETA": F, "FADE": F, "n": "i32", "lead": "i32"}, HEADS | {"BK": 128, "BV": 128}, 8),
     (kernels.delta_scan_kernel, ("QK", "V", "W", "SCORES", "OUT"),
-     {"FADE": F, "MEMORY": F, "SAVED": F} | dict.fromkeys(("start", "n", "lead", "blocks", "save"), "i32"),
+     {"FADE": F, "MEMORY": F, "SAVED": F} | dict.fromkeys(("start", "begin", "end", "lead", "blocks", "save"), "i32"),
      HEADS | {"BK": 128, "COLUMNS": 32, "SAVES": True}, 4),
     (kernels.delta_finish_kernel, ("OUT", "X", "NORM"), {"eps": "fp32", "lines": "i32"},
      {"HV": 32, "DV": 128, "BV": 128, "CHANNELS": 8192, "LINES": 16}, 4),
@@ -54,5 +54,5 @@ def test_compiles_for_hopper(kernel, computed, types, constants, warps, kind):
 @pytest.mark.parametrize("kernel", [kernels.delta_heads_kernel, kernels.delta_block_kernel, kernels.delta_scan_kernel])
 def test_lengths_are_no_constants(kernel):
     """Triton 3.6 took a scan of one block for a constant, and what it made of it read memory that is not there."""
-    lengths = [one for one in kernel.params if one.name in ("start", "n", "lead", "blocks", "save")]
+    lengths = [one for one in kernel.params if one.name in ("start", "n", "begin", "end", "lead", "blocks", "save")]
     assert lengths and all(one.do_not_specialize for one in lengths)

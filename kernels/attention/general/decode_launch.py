@@ -57,7 +57,8 @@ def launch_decode(
     launch: Callable[..., Any]
     if kernel is Kernel.PLAIN_DECODE:
         launch = plain_decode_kernel[(kv_heads, programs)]
-        launch(WIDTH=max(16, triton.next_power_of_2(dim)), PAGED=paged, **common)
+        launch(WIDTH=max(16, triton.next_power_of_2(dim)), PAGED=paged,
+               **arguments.step(kv.sink_k, kv.sink_v, kv.tail_k, kv.tail_v), **common)  # fmt: skip
     else:
         launch = general_decode_kernel[(kv_heads, programs)]
         launch(BF=tiles.full_keys, FLIP=tiles.flip, DOT=tl.float32 if q.dtype == torch.float32 else tl.float16,

@@ -20,6 +20,7 @@ from octo_run.kernels.attention.general.parts import (
     full_tile,
     full_tiles,
     hidden_pages,
+    in_steps,
     my_part,
     place,
     soft_cap,
@@ -33,18 +34,22 @@ def plain_decode_kernel(
     SINK_LOGITS, scale, sink, capacity, batch, programs, sq_b, sq_h, so_b, so_h, sp_page, sp_head, st_r,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BATCH: tl.constexpr,
-    DIVIDED: tl.constexpr, PAGED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
-    EARLY: tl.constexpr,
+    DIVIDED: tl.constexpr, PAGED: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, part) of `parts.divide`; its normalised output goes to PARTIAL [parts, H, D], its
     log2-sum-exp2 to LSE [parts, H]; without DIVIDED program (KV head, sequence), and to OUT. What the arena holds:
     `AttentionInputs`; all of it has one element type. WIDTH: D, made a power of two; BM: G padded. PAGED: a sequence
-    may have pages. WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a sequence's first part
-    has.
+    may have pages. STEP: of strides. WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, which a
+    sequence's first part has.
     """
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
+    ssk_r, ssk_h, ssk_t = in_steps(ssk_r, STEP), in_steps(ssk_h, STEP), in_steps(ssk_t, STEP)
+    ssv_r, ssv_h, ssv_t = in_steps(ssv_r, STEP), in_steps(ssv_h, STEP), in_steps(ssv_t, STEP)
+    stk_r, stk_h, stk_t = in_steps(stk_r, STEP), in_steps(stk_h, STEP), in_steps(stk_t, STEP)
+    stv_r, stv_h, stv_t = in_steps(stv_r, STEP), in_steps(stv_h, STEP), in_steps(stv_t, STEP)
     h = tl.program_id(0)
     flat = tl.program_id(1)
     heads = tl.num_programs(0) * G

@@ -21,6 +21,7 @@ from octo_run.kernels.attention.general.parts import (
     full_segments,
     full_tile,
     full_tiles,
+    in_steps,
     soft_cap,
 )
 from octo_run.kernels.attention.general.planes import PLAIN, norms, planes
@@ -84,7 +85,8 @@ def flash_kernel(
     sink, capacity, first, sq_b, sq_c, sq_h, so_b, so_c, so_h,
     ssk_r, ssk_h, ssk_t, ssv_r, ssv_h, ssv_t, stk_r, stk_h, stk_t, stv_r, stv_h, stv_t,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAST: tl.constexpr,
-    SLAB: tl.constexpr, DOT: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
+    SLAB: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """Causal attention over sinks and tail, normalised to OUT [B, C, H, D]; PAST makes it a continuation of what an
     earlier call left in ACC and LSE.
@@ -93,8 +95,13 @@ def flash_kernel(
     TAIL_V (`capacity` of them at most, of type DOT), all before the queries; normalised to ACC float32 [B, C, H, D], so
     that slabs add no rounding, log2-sum-exp2 to LSE [B, C, H] (without a key 0 and `LOWEST`). Program (row block, the
     last first, for they take longest; KV head; sequence). WIDTH: D, made a power of two. `scale` is above 0.
-    WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, with which the first call begins.
+    STEP: of strides. WINDOW, CAP: `AttentionSpec`, 0 without; SINKS: there are SINK_LOGITS, with which the first call
+    begins.
     """
+    ssk_r, ssk_h, ssk_t = in_steps(ssk_r, STEP), in_steps(ssk_h, STEP), in_steps(ssk_t, STEP)
+    ssv_r, ssv_h, ssv_t = in_steps(ssv_r, STEP), in_steps(ssv_h, STEP), in_steps(ssv_t, STEP)
+    stk_r, stk_h, stk_t = in_steps(stk_r, STEP), in_steps(stk_h, STEP), in_steps(stk_t, STEP)
+    stv_r, stv_h, stv_t = in_steps(stv_r, STEP), in_steps(stv_h, STEP), in_steps(stv_t, STEP)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)

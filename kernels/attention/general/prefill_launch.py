@@ -71,8 +71,8 @@ def _flash(q: Tensor, kv: AttentionInputs, out: Tensor, running: tuple[Tensor, T
     launch: Callable[..., Any] = flash_kernel[(triton.cdiv(count * group, tiles.rows), kv_heads, batch)]
     launch(
         Q=q, OUT=out, ACC=running[0], LSE=running[1], ROWS=kv.rows, **arguments.of_lengths(kv),
-        **arguments.of_full(*full), **arguments.of_spec(spec, running[1]), scale=spec.scale, count=count, sink=kv.sink,
-        capacity=full[2].shape[2], first=first, **arguments.strides("sq", q, b=0, c=1, h=2),
+        **arguments.of_full(*full), **arguments.step(*full), **arguments.of_spec(spec, running[1]), scale=spec.scale,
+        count=count, sink=kv.sink, capacity=full[2].shape[2], first=first, **arguments.strides("sq", q, b=0, c=1, h=2),
         **arguments.strides("so", out, b=0, c=1, h=2), G=group, D=dim, WIDTH=max(16, triton.next_power_of_2(dim)),
         BM=tiles.rows, BN=tiles.keys, PAST=past, SLAB=slab is not None,
         DOT=tl.float32 if q.dtype == torch.float32 else tl.float16, num_warps=tiles.warps, num_stages=tiles.stages,
