@@ -215,6 +215,20 @@ def test_steps_keep_boundaries_up_to_the_end_of_the_sinks() -> None:
     assert value(one, 0) == 192
 
 
+def test_steps_leave_snapshots_that_were_asked_for() -> None:
+    """One where texts part, which is where a prompt ends and steps begin."""
+    one = states(snapshots=9)
+    planned = one.plan(0, 0, 128, [128])
+    write(one, planned[-1][1], 128)
+    one.keep(0, planned)
+    assert one.snapshots(0) == [64, 128]
+    for position in range(128, 300):
+        one.passing(0, position)
+        write(one, 0, position + 1)
+        one.stand(0, position + 1)
+    assert one.snapshots(0) == [64, 128, 256]
+
+
 def arena(rows: int = 2, snapshots: int = 6) -> KVArena:
     fmt = LayerFormats("bf16", (parse_kv("bf16", 8, plain_dtype=torch.float32),))
     shape = ArenaShape(
