@@ -209,14 +209,15 @@ class RecurrentStates:
     def passing(self, row: int, position: int) -> None:
         """Before a step feeds the token at ``position``: take a snapshot at a page boundary, in place of the last one
         that was taken so, or beside it."""
-        if position <= self._sink or (position - self._sink) % PAGE:
+        if (position - self._sink) % PAGE:
             return
         last = self._passing.pop(row, None)
-        if last is not None and (last - self._sink) % (EVERY * PAGE):
+        if last is not None and (last <= self._sink or (last - self._sink) % (EVERY * PAGE)):
             self._held[row] = [one for one in self._held[row] if one[0] != last]
         self._use(row)
-        self.take(row, position)
-        self._passing[row] = position
+        if position not in self.snapshots(row):  # one that is there was asked for, and stays
+            self.take(row, position)
+            self._passing[row] = position
 
     def take(self, row: int, position: int) -> None:
         """Take a snapshot of a row's state, which stands at ``position``, unless there is one or nothing to keep."""

@@ -272,6 +272,10 @@ class Sequence:
         self.turns = list(donor.turns)
         self._end = (tokens, pages)
 
+    def inherit(self, parked: "Sequence") -> None:
+        """Hold what another sequence has in the same row."""
+        self._ids[:], self._end, self.turns = parked._ids, parked._end, list(parked.turns)
+
     def begin_with(self, prefix: KeptPrefix, length: int) -> None:
         """Hold the first ``length`` tokens of a prefix that was kept."""
         table, row = self._table, self.row
@@ -362,15 +366,13 @@ class SequenceTable:
         if not reused:
             donor = None
         if donor is not None and not donor.pinned and reused == len(donor):
-            donor.cut(reused)  # nothing is lost; a recurrent state may have to come back
-            return self._pin(donor)
+            return self._go_on(donor, reused)  # nothing is lost; a recurrent state may have to come back
         row = self._free_row(donor)
         before = self.rows[row]
         if before is not None:
             self.kept.keep(before, reused if before is donor else 0, prefix)
             if before is donor:
-                donor.cut(reused)
-                return self._pin(donor)
+                return self._go_on(donor, reused)
             self.give_back(before)
         self.drop_pages(row, 0)
         sequence = self.rows[row] = Sequence(self, row)
@@ -380,6 +382,18 @@ class SequenceTable:
             sequence.become(donor, reused)
         elif prefix is not None:
             sequence.begin_with(prefix, length)
+        return self._pin(sequence)
+
+    def _go_on(self, parked: Sequence, length: int) -> Sequence:
+        """A new sequence in the row of a parked one, with its first ``length`` tokens.
+
+        Whoever had the parked one may still hold it, a generation that was left say: for them it has ended, so that
+        they neither go on in the new one nor close it.
+        """
+        parked.cut(length)
+        sequence = Sequence(self, parked.row)
+        sequence.inherit(parked)
+        self.rows[parked.row] = sequence
         return self._pin(sequence)
 
     def _held(self, ids: list[int]) -> dict[Sequence, int]:

@@ -237,9 +237,8 @@ def _item(tensor: Tensor) -> Item:
 
 
 def _held(engine: Engine, ids: list[int]) -> tuple[Sequence | None, int, int]:
-    """The sequence that holds most of a conversation, and how many of its tokens and pages that are."""
+    """The sequence that can give most of a conversation, and how many of its tokens and pages that are."""
     rows = [sequence for sequence in engine.arena.table.rows if sequence is not None]
-    best = max(rows, key=lambda sequence: sequence.common(ids), default=None)
-    if best is None or not best.common(ids):
-        return None, 0, 0
-    return best, *best.after_cut(best.common(ids))
+    held = [(*sequence.after_cut(sequence.common(ids)), sequence) for sequence in rows]
+    length, pages, best = max(held, key=lambda one: one[0], default=(0, 0, None))
+    return (best, length, pages) if length else (None, 0, 0)

@@ -129,6 +129,20 @@ def test_nothing_is_held_when_it_is_left_early(scripted: Any) -> None:
     assert len(list(engine.generate_batch(prompts, SamplingParams(max_tokens=10)))) == 5
 
 
+def test_a_generation_that_was_left_ends_beside_a_batch(tiny: Tiny, random_ids: Any) -> None:
+    """The batch goes on in the row that it had; so does whatever else a program closes late, or Python by itself."""
+    engine, ids = tiny(sequences=2), random_ids(90)
+    engine.end_ids = frozenset()
+    left = engine.generate(ids, SamplingParams(max_tokens=9))
+    next(left)
+    alone = [token.id for token in tiny().generate([*ids, 1, 2], SamplingParams(max_tokens=9))]
+    rules = [SamplingParams(max_tokens=count) for count in (9, 3)]
+    answers = engine.generate_batch([[*ids, 1, 2], random_ids(20, seed=1)], rules)
+    assert next(answers).index == 1
+    left.close()
+    assert next(answers).ids == alone
+
+
 def test_prompts_and_parameters_are_checked_before_anything_runs(tiny: Tiny) -> None:
     engine = tiny(context=100)
     assert list(engine.generate_batch([])) == []

@@ -96,6 +96,24 @@ def test_generations_may_take_turns(tiny: Tiny, random_ids: Any) -> None:
     assert together == alone
 
 
+def test_a_generation_whose_tokens_another_one_goes_on_from(tiny: Tiny, random_ids: Any) -> None:
+    """It neither draws from the other one's sequence nor ends it."""
+    engine, fresh = tiny(), tiny()
+    engine.end_ids = fresh.end_ids = frozenset()
+    first, rule = random_ids(80), SamplingParams(max_tokens=8, temperature=1.0, seed=5)
+    one = engine.generate(first, rule)
+    said = [next(one).id, next(one).id]
+    second = [*first, said[0], 7, 8, 9]
+    other = engine.generate(second, rule)
+    answer = [next(other).id, next(other).id]
+    assert other.reused_tokens == 81  # all that there was: the row goes on
+    said += [next(one).id, next(one).id]
+    answer += [token.id for token in other]
+    said += [token.id for token in one]
+    wanted = [[token.id for token in fresh.generate(ids, rule)] for ids in (first, second)]
+    assert [said, answer] == wanted
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_inside_the_layers_leaves_a_usable_engine(

@@ -203,6 +203,32 @@ def test_steps_keep_every_fourth_page_and_the_last() -> None:
     assert value(one, 0) == 64 + 7 * 256
 
 
+def test_steps_keep_boundaries_up_to_the_end_of_the_sinks() -> None:
+    """An answer that ends within the first page can be gone back to; later the first of these boundaries are let go."""
+    one = states(snapshots=9)
+    for position in range(200):
+        one.passing(0, position)
+        write(one, 0, position + 1)
+        one.stand(0, position + 1)
+        assert one.snapshots(0) == [64 * (position // 64)] * (position >= 64), position
+    one.cut(0, 192)
+    assert value(one, 0) == 192
+
+
+def test_steps_leave_snapshots_that_were_asked_for() -> None:
+    """One where texts part, which is where a prompt ends and steps begin."""
+    one = states(snapshots=9)
+    planned = one.plan(0, 0, 128, [128])
+    write(one, planned[-1][1], 128)
+    one.keep(0, planned)
+    assert one.snapshots(0) == [64, 128]
+    for position in range(128, 300):
+        one.passing(0, position)
+        write(one, 0, position + 1)
+        one.stand(0, position + 1)
+    assert one.snapshots(0) == [64, 128, 256]
+
+
 def arena(rows: int = 2, snapshots: int = 6) -> KVArena:
     fmt = LayerFormats("bf16", (parse_kv("bf16", 8, plain_dtype=torch.float32),))
     shape = ArenaShape(
@@ -252,7 +278,7 @@ def test_prompts_go_on_from_parked_sequences_and_share_with_running_ones() -> No
     check(of, one, 300)
     one.close()
     again = of.open(ids[:400])
-    assert again is one
+    assert not one.alive and again.row == 0
     check(of, again, 300)
     again.close()
     edited = of.open([*ids[:290], 9, 9])

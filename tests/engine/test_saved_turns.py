@@ -100,6 +100,37 @@ def test_turns_are_gone_back_to_without_a_second_reading(make: Make, tmp_path: P
 
 
 @KINDS
+def test_turns_that_end_within_the_sinks(make: Make, tmp_path: Path, cfg: ModelConfig) -> None:
+    """A snapshot there is no number of whole pages behind the sinks, but before their end."""
+    session = Session(make(cfg, sink=200))
+    for question in ("the gulls followed the boats " * 2, QUESTIONS[0]):
+        read(session, question)
+    file = saved(session, tmp_path / "s.safetensors")
+    engine = make(cfg, sink=200)
+    assert file.restore(engine) == file.tokens > 400
+    after = file.session(engine)
+    taken_back(after, 1)
+    held = len(engine.tokenizer.chat(after.messages, add_generation_prompt=False))
+    said, count = read(after, "Who?")
+    assert count <= 4 + 64 + 8 < held
+    fresh = Session(make(cfg, sink=200))
+    fresh.turns = after.messages[:-2]
+    assert read(fresh, "Who?")[0] == said
+
+
+def test_the_sequence_that_has_most_of_a_conversation_is_saved(make: Make, tmp_path: Path) -> None:
+    """Not one that went on from the same tokens and cannot be cut to them."""
+    engine = make(RECURRENT, sequences=2)
+    session = Session(engine)
+    session.turns = talk(make(RECURRENT), QUESTIONS[:1]).messages
+    ids = session.rendered(session.turns)
+    with engine.sequence() as longer, engine.sequence() as whole:
+        engine.prefill(longer, [*ids, 7, 8, 9])
+        engine.prefill(whole, ids)
+    assert saved(session, tmp_path / "s.safetensors").tokens == len(ids)
+
+
+@KINDS
 def test_what_was_loaded_is_saved_again(make: Make, tmp_path: Path, cfg: ModelConfig) -> None:
     first = saved(talk(make(cfg, "oct3"), QUESTIONS[:4]), tmp_path / "s.safetensors")
     engine = make(cfg, "oct3")

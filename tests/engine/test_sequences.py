@@ -128,7 +128,7 @@ class Program:
             history = list(self.kept_histories[self.given[0]])
             self.found += 1
         else:
-            history = donors[self.copied[0]] if self.copied else self.history.get(sequence, [])
+            history = donors.get(self.copied[0] if self.copied else sequence.row, [])
         self.history[sequence] = history
         if len(sequence):
             assert sequence.ids == ids[: len(sequence)] and len(sequence) < len(ids)
