@@ -20,7 +20,7 @@ from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
 from octo_run.models.kv_heads import KVHeads as KVHeads
 from octo_run.models.kv_heads import head_size
-from octo_run.models.quantisation.config import OLDER_NAMES, Quantisation, parse_quantisation
+from octo_run.models.quantisation.config import OLDER_NAMES, PACKED, Quantisation, parse_quantisation
 from octo_run.models.rope_config import FULL, LINEAR, SLIDING, Rope, RopeScaling, read_ropes
 from octo_run.models.text_parts import WRAPPERS, text_part
 from octo_run.models.unbuilt import refusal
@@ -212,9 +212,23 @@ def _said_elsewhere(path: Path, values: Mapping[str, Any]) -> Fields | None:
         if isinstance(said := values.get(name), dict) and said.keys() & {"config_groups", "bits"}:
             return Fields(path, {"quant_method": method} | said, f"{name}.")
     for name, method in OLDER_NAMES.items():
-        if present(older := path.parent / name):
+        if present(older := path.parent / name) and _are_packed(path.parent):
             return Fields(older, {"quant_method": method} | read_json_object(older))
     return None
+
+
+def _are_packed(model_dir: Path) -> bool:
+    """Whether the files of a folder hold quantised weights; also where they cannot be looked at.
+
+    The files of `OLDER_NAMES` stay behind where a model was made whole again, or lie beside the model that it was
+    made of.
+    """
+    from octo_run.models.files import tensor_names  # which knows the names of this module
+
+    try:
+        return any(map(PACKED.search, tensor_names(model_dir)))
+    except OctoError:  # of which a load complains
+        return True
 
 
 def parse_config(values: Mapping[str, Any], path: Path, quantization: Fields | None = None) -> ModelConfig:

@@ -1,12 +1,20 @@
 """The files of a model folder, by their Hugging Face names. Nothing here imports torch."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME
-from octo_run.models.foreign import MAX_WEIGHT_FILES, present, read_json_object
+from octo_run.models.foreign import (
+    MAX_HEADER_BYTES,
+    MAX_WEIGHT_FILES,
+    json_object,
+    open_regular,
+    parsing,
+    present,
+    read_json_object,
+)
 from octo_run.models.quantisation.config import OLDER_NAMES
 
 SINGLE_NAME = "model.safetensors"
@@ -75,6 +83,22 @@ def read_index(path: Path) -> dict[str, str]:
     if len(set(weight_map.values())) > MAX_WEIGHT_FILES:
         raise OctoError(f"{path}: weight_map names more than {MAX_WEIGHT_FILES:,} files.")
     return weight_map
+
+
+def tensor_names(model_dir: Path) -> Collection[str]:
+    """The names of the tensors of a model folder, as its index or the header of its single file has them.
+
+    Raises:
+        OctoError: There is neither, or it is none.
+    """
+    model_dir = Path(model_dir)
+    if not present(model_dir / SINGLE_NAME):
+        return read_index(model_dir / INDEX_NAME)
+    path = model_dir / SINGLE_NAME
+    with open_regular(path) as data, parsing(path, "safetensors"):
+        length = int.from_bytes(data.read(8), "little")
+        text = data.read(min(length, MAX_HEADER_BYTES))
+    return json_object(text, f"The header of {path}", strict=True)
 
 
 def has_tokenizer(names: Iterable[str]) -> bool:

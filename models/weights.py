@@ -166,8 +166,8 @@ def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
 
     Where ``cfg`` ties the output head to the embedding and the files hold a head of other values, the stored head
     counts and the result is not tied. A head with the embedding's values (of whatever dtype) stays tied, and so is one
-    without an embedding beside it. A layer whose file holds a plain matrix is not quantised. Reads headers, both
-    tensors of a tied head as far as they agree, and the groups of columns.
+    without an embedding beside it. A layer whose file holds a plain matrix is not quantised, and a model whose layers
+    all are such is not. Reads headers, both tensors of a tied head as far as they agree, and the groups of columns.
 
     Raises:
         OctoError: As :func:`load_weights`.
@@ -186,13 +186,15 @@ def _stored_config(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConf
     cfg = _with_stored_head(cfg, found)
     if cfg.quantisation is None:
         return cfg
-    dense, orders = set[str](), dict[str, str]()
-    for prefix, (scheme, shape) in quantised_layers(cfg).items():
+    dense, orders, layers = set[str](), dict[str, str](), quantised_layers(cfg)
+    for prefix, (scheme, shape) in layers.items():
         layout = LAYOUTS[scheme.layout]
         if not _is_packed(prefix, scheme, found) and f"{prefix}.weight" in found:
             dense.add(prefix)
         elif layout.order is not None and (name := f"{prefix}.{layout.order}") in found:
             orders[prefix] = digest_of(_order(name, found[name], scheme, shape[1]))
+    if len(dense) == len(layers):
+        return replace(cfg, quantisation=None)
     orders = {prefix: digest for prefix, digest in orders.items() if digest}
     quantisation = replace(cfg.quantisation, dense=cfg.quantisation.dense | dense, orders=orders)
     return replace(cfg, quantisation=quantisation)

@@ -22,6 +22,8 @@ OLDER_NAMES: Mapping[str, str] = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
 }
+#: Ends of the names of tensors that quantised layers alone have, in all of these methods.
+PACKED = re.compile(r"\.(qweight|weight_scale(_inv|_2)?)\Z")
 _LOADABLE = (
     "octo-run loads compressed-tensors, GPTQ, AWQ, fp8, MXFP4 and ModelOpt files, and quantises unquantised ones itself"
 )

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from octo_run.engine import Engine, plan_memory
 from octo_run.engine.parts import held_bytes
+from octo_run.engine.quantise import quantise
 from octo_run.errors import OctoError
 from octo_run.kernels.linear import PackedWeight
 from octo_run.models.config import load_config
 from octo_run.models.files import SMALL_NAMES
 from octo_run.models.linear import Linear, PackedLinear, SplitLinear
 from octo_run.models.quantisation import names
-from octo_run.models.quantisation.config import Quantisation, Rule, StoredScheme
+from octo_run.models.quantisation.config import OLDER_NAMES, Quantisation, Rule, StoredScheme
 from octo_run.models.weights import StoredWeights, load_weights, stored_config
 
 files = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "quantised_files.py")))
@@ -394,6 +395,34 @@ def test_older_programs_say_it_in_a_file_of_its_own(
     (packed / file).write_text("{")
     with pytest.raises(OctoError, match=f"{file} is not valid JSON"):
         loaded(packed)
+
+
+@pytest.mark.parametrize("name", [*OLDER_NAMES, "config.json", "shards"])
+def test_what_is_left_of_a_quantised_model_beside_plain_weights(
+    name: str, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    """The tensors decide: files of older programs, which stay behind, and a configuration that was copied."""
+    packed, dense = quantised(make_checkpoint, *FORMATS["gptq"])
+    for file in ("model.safetensors", "config.json"):
+        shutil.copy(dense / file, packed / file)
+    if name == "config.json":
+        values = json.loads((packed / name).read_text()) | {"quantization_config": gptq()}
+        (packed / name).write_text(json.dumps(values))
+    elif name == "shards":
+        (packed / "quantize_config.json").write_text(json.dumps(gptq(bits=3)))  # which is of no account
+        (packed / "model.safetensors").rename(packed / "model-00001-of-00001.safetensors")
+        index = dict.fromkeys(
+            load_file(packed / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors"
+        )
+        (packed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    else:
+        (packed / name).write_text("{")
+    plain, ours = loaded(dense, weights="int8"), loaded(packed, weights="int8")
+    assert ours.plan.weights == plain.plan.weights and torch.equal(ours.logits(IDS), plain.logits(IDS))
+    assert loaded(packed).plan.weight_format == loaded(dense).plan.weight_format
+    quantise(packed, tmp_path / "out", "int4", device="cpu")
+    assert not any((tmp_path / "out" / older).exists() for older in OLDER_NAMES)
+    assert load_config(tmp_path / "out").quantisation is not None
 
 
 def test_a_zero_of_version_1_that_is_all_ones_means_0(make_checkpoint: Make) -> None:
