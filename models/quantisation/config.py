@@ -85,6 +85,7 @@ class Quantisation:
         style: How names are compared: ``exact``, ``contains`` or ``glob``.
         activations: Whether inputs were meant to be quantised, too, which octo-run does not do.
         dense: Layers whose files hold a plain matrix after all (``weights.stored_config``).
+        packed: Layers whose files hold a quantised one though they were left out (likewise).
         orders: Digest of the order of columns, for layers that have one (likewise).
     """
 
@@ -94,6 +95,7 @@ class Quantisation:
     style: str = "contains"
     activations: bool = False
     dense: frozenset[str] = frozenset()
+    packed: frozenset[str] = frozenset()
     orders: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
@@ -101,13 +103,22 @@ class Quantisation:
         """Of the codes of all layers (`StoredScheme.kind`)."""
         return {rule.scheme.kind for rule in self.rules if rule.scheme is not None}
 
-    def scheme(self, *named: str) -> StoredScheme | None:
+    def scheme(self, layer: str, *named: str) -> StoredScheme | None:
         """How a linear layer is stored; None: as a plain matrix.
 
         Args:
-            named: What it is called, without ``.weight``: first by octo-run, then by files of its kind.
+            layer: What octo-run calls it, without ``.weight``.
+            named: What files of its kind call it (nothing: the same).
         """
-        return None if named[0] in self.dense else _chooser(self.rules, self.ignored, self.style)(named)
+        if layer in self.dense:
+            return None
+        if layer in self.packed:
+            return self.if_quantised(*(named or (layer,)))
+        return _chooser(self.rules, self.ignored, self.style)(named or (layer,))
+
+    def if_quantised(self, *named: str) -> StoredScheme | None:
+        """How a layer is stored if it is quantised at all: nothing is left out."""
+        return _chooser(tuple(rule for rule in self.rules if rule.scheme is not None), (), self.style)(named)
 
     def __str__(self) -> str:
         kinds = dict.fromkeys(str(rule.scheme) for rule in self.rules if rule.scheme is not None)
