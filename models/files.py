@@ -1,7 +1,7 @@
 """The files of a model folder, by their Hugging Face names. Nothing here imports torch."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from octo_run.errors import OctoError, quoted, shown
@@ -85,20 +85,20 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def tensor_names(model_dir: Path) -> Collection[str]:
-    """The names of the tensors of a model folder, as its index or the header of its single file has them.
+def stored_dtypes(model_dir: Path) -> set[str]:
+    """The dtypes of the tensors of a model folder, as the headers of its weight files name them.
 
     Raises:
-        OctoError: There is neither, or it is none.
+        OctoError: There is no such file, or it is none.
     """
-    model_dir = Path(model_dir)
-    if not present(model_dir / SINGLE_NAME):
-        return read_index(model_dir / INDEX_NAME)
-    path = model_dir / SINGLE_NAME
-    with open_regular(path) as data, parsing(path, "safetensors"):
-        length = int.from_bytes(data.read(8), "little")
-        text = data.read(min(length, MAX_HEADER_BYTES))
-    return json_object(text, f"The header of {path}", strict=True)
+    found = set[str]()
+    for path in weight_files(model_dir):
+        with open_regular(path) as data, parsing(path, "safetensors"):
+            length = int.from_bytes(data.read(8), "little")
+            text = data.read(min(length, MAX_HEADER_BYTES))
+        header = json_object(text, f"The header of {path}", strict=True)
+        found |= {str(one.get("dtype")) for one in header.values() if isinstance(one, dict) and "shape" in one}
+    return found
 
 
 def has_tokenizer(names: Iterable[str]) -> bool:

@@ -22,8 +22,6 @@ OLDER_NAMES: Mapping[str, str] = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
 }
-#: Ends of the names of tensors that quantised layers alone have, in all of these methods.
-PACKED = re.compile(r"\.(qweight|weight_scale(_inv|_2)?)\Z")
 _LOADABLE = (
     "octo-run loads compressed-tensors, GPTQ, AWQ, AutoRound, fp8, MXFP4 and ModelOpt files, and quantises "
     "unquantised ones itself"
@@ -32,6 +30,18 @@ _LOADABLE = (
 _GROUP_UNIT = 16
 #: The classes that a linear layer is meant by.
 _LINEAR = frozenset(("Linear", "torch.nn.Linear", "ColumnParallelLinear", "RowParallelLinear"))
+
+
+class UnknownMethod(OctoError):
+    """A method of quantisation that octo-run does not read, or none that is named.
+
+    Attributes:
+        named: Whether one is.
+    """
+
+    def __init__(self, message: str, named: bool) -> None:
+        super().__init__(message)
+        self.named = named
 
 
 @dataclass(frozen=True)
@@ -161,15 +171,17 @@ def parse_quantisation(fields: Fields) -> Quantisation:
     """What ``quantization_config`` says.
 
     Raises:
-        OctoError: octo-run cannot load such weights; it says what would work.
+        UnknownMethod: octo-run does not know how such weights are stored; it says what would work.
+        OctoError: It knows, and cannot load them; likewise.
     """
     method = (fields.text("quant_method") or _unnamed(fields)).lower()
     parse = _METHODS.get(method)
     if parse is None:
         name = shown(method or "unnamed", 40)
         hint = _HINTS.get(method, "take another copy of the model")
-        raise OctoError(
-            f"{fields.path}: the weights are quantized ({name}), which cannot be loaded: {hint}; {_LOADABLE}."
+        raise UnknownMethod(
+            f"{fields.path}: the weights are quantized ({name}), which cannot be loaded: {hint}; {_LOADABLE}.",
+            bool(method),
         )
     found = parse(fields)
     for rule in found.rules:
@@ -472,5 +484,6 @@ _HINTS = {
     "bitsandbytes": "take the unquantised files and give --weights",
     "mlx": "take the unquantised files and give --weights",
     "intel/auto-round": "take the copy that AutoRound exports as auto_gptq or auto_awq",
+    "gemma": "take the copy in compressed-tensors (its name ends in qat-w4a16-ct)",
     "gguf": "import the GGUF file",
 }

@@ -446,7 +446,7 @@ def test_older_programs_say_it_in_a_file_of_its_own(
         loaded(packed)
 
 
-@pytest.mark.parametrize("name", [*OLDER_NAMES, "config.json", "shards"])
+@pytest.mark.parametrize("name", [*OLDER_NAMES, "config.json", "unnamed", "unknown", "shards"])
 def test_what_is_left_of_a_quantised_model_beside_plain_weights(
     name: str, make_checkpoint: Make, tmp_path: Path
 ) -> None:
@@ -457,6 +457,10 @@ def test_what_is_left_of_a_quantised_model_beside_plain_weights(
     if name == "config.json":
         values = json.loads((packed / name).read_text()) | {"quantization_config": gptq()}
         (packed / name).write_text(json.dumps(values))
+    elif name in ("unnamed", "unknown"):  # as unquantised copies of models trained for 4 bits have it
+        said = {"bits": 4, "group_size": 32} if name == "unnamed" else {"quant_method": "hqq", "nbits": 4}
+        values = json.loads((packed / "config.json").read_text()) | {"quantization_config": said}
+        (packed / "config.json").write_text(json.dumps(values))
     elif name == "shards":
         (packed / "quantize_config.json").write_text(json.dumps(gptq(bits=3)))  # which is of no account
         (packed / "model.safetensors").rename(packed / "model-00001-of-00001.safetensors")
@@ -595,6 +599,7 @@ def test_a_configuration_that_does_not_fit_the_file(name: str, fields: dict[str,
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"\(bitsandbytes\), which cannot be loaded: take the unq"),
     ({"quant_method": "hqq"}, r"\(hqq\), which cannot be loaded: take another copy"),
+    ({"quant_method": "gemma"}, r"\(gemma\), which cannot be loaded: take the copy in compressed-tensors"),
     ({"quant_method": "aqlm"}, r"\(aqlm\)"),
     ({"quant_method": "eetq"}, r"\(eetq\)"),
     ({"quant_method": "quip"}, r"\(quip\)"),
@@ -652,6 +657,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_loaded_is_refused_by_name(number: int, make_checkpoint: Make) -> None:
     config, words = REFUSED[number]
     folder = make_checkpoint()
+    edited(folder, lambda tensors: tensors.update(packed=torch.zeros(1, dtype=torch.uint8)))
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
     with pytest.raises(OctoError, match=words) as refused:
@@ -679,6 +685,7 @@ def test_other_names_of_quantization_config(key: str, method: Any, words: str, m
     if not words:
         assert load_config(folder).quantisation is None
         return
+    edited(folder, lambda tensors: tensors.update(packed=torch.zeros(1, dtype=torch.int32)))
     with pytest.raises(OctoError, match=words):
         load_config(folder)
 
