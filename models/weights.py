@@ -327,6 +327,15 @@ def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntr
     """
     if cfg.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
         found = found | {EMBEDDING: found[HEAD]}
+    prefix = EMBEDDING.removesuffix("weight")
+    if cfg.quantisation is not None and any(
+        name.startswith(prefix) and (name != EMBEDDING or entry.dtype not in FLOAT_DTYPES)
+        for name, entry in found.items()
+    ):
+        raise OctoError(
+            f"The embedding in {model_dir} is quantised, which cannot be loaded: take a copy of the model whose embedding "
+            "is not."
+        )
     needed = needed_tensors(cfg, found)
     there = {name: what for name, what in needed.items() if name in found}
     missing = [name for name, what in needed.items() if name not in found and not what.optional]

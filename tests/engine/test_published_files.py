@@ -155,6 +155,22 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Writer], d
         nvfp4(["lm_head", "re:.*visual.*", "re:.*linear_attn.*", "re:.*mlp.gate$", "re:.*shared_expert_gate$"]),
         {ROUTERS + "|linear_attn": None, ".": files.nvfp4()}, {"unstacked": True, "input_global_scale": r"_proj$"},
     ),
+    "qwen3.6-moe mixed": (
+        "Qwen3_5MoeForConditionalGeneration",
+        MOE | DELTA | heads(4, 2, 64),
+        nvfp4(["re:.*visual.*", "re:.*mlp.gate$", "re:.*shared_expert_gate$"], targets=[r"re:.*mlp\.(experts\.\d+|shared_expert)\.(gate|up|down)_proj$"]),
+        {
+            r"\.(gate|shared_expert_gate|in_proj_a|in_proj_b)$|embed|conv1d": None,
+            "self_attn|linear_attn|lm_head": files.fp8(1, None, dtype=torch.bfloat16),
+            ".": files.nvfp4(),
+        },
+        {
+            "input_global_scale": r"(gate|up|down)_proj$",
+            "k_scale": r"self_attn$",
+            "v_scale": r"self_attn$",
+            "groups": dynamic8([], targets=[r"re:.*self_attn\.(q|k|v|o)_proj$", r"re:.*linear_attn\.(in_proj_qkv|in_proj_z|out_proj)$", "re:.*lm_head$"]),
+        },
+    ),
     "ministral3 fp8": (
         "Mistral3ForConditionalGeneration",
         {**heads(2, 1, 64), "model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},

@@ -478,6 +478,21 @@ def test_what_is_left_of_a_quantised_model_beside_plain_weights(
     assert load_config(tmp_path / "out").quantisation is not None
 
 
+@pytest.mark.parametrize("write", [files.ct_packed(), files.ct_int8()])
+def test_a_quantised_embedding_is_refused_by_its_name(write: Writer, make_checkpoint: Make) -> None:
+    packed, _ = quantised(make_checkpoint, *FORMATS["ct w4a16"])
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        parts, _ = write(tensors.pop("model.embed_tokens.weight").double().numpy())
+        tensors.update({f"model.embed_tokens.{part}": one for part, one in parts.items()})
+
+    edited(packed, change)
+    with pytest.raises(
+        OctoError, match=r"^The embedding in .*packed is quantised, which cannot be loaded: take a copy"
+    ):
+        loaded(packed)
+
+
 def test_a_zero_of_version_1_that_is_all_ones_means_0(make_checkpoint: Make) -> None:
     packed, _ = quantised(make_checkpoint, *FORMATS["gptq asymmetric"])
     name = "model.layers.0.mlp.down_proj"
