@@ -333,7 +333,7 @@ def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntr
         for name, entry in found.items()
     ):
         raise OctoError(
-            f"The embedding in {model_dir} is quantised, which cannot be loaded: take a copy of the model whose embedding "
+            f"The embedding in {model_dir} is quantised, which cannot be loaded: take a copy of the model in which it "
             "is not."
         )
     needed = needed_tensors(cfg, found)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ import torch
 
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import ModelConfig, parse_config
+from octo_run.models.families import FAMILIES
 from octo_run.models.foreign import AGAIN
 from octo_run.models.gguf.header import GgufModel
 from octo_run.models.rope import inverse_frequencies
 from octo_run.models.safetensors_file import TensorEntry, TensorFile
 
 #: llama.cpp's name of an architecture -> the Hugging Face one.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+}  # fmt: skip
 #: Those whose rows of q and k llama.cpp's converter reorders: it turns neighbouring coordinates, not halves of a head.
 REORDERED = ("llama",)
+#: Those whose layers have experts.
+_WITH_EXPERTS = ("qwen3moe",)
 EMBEDDING, HEAD, ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -34,7 +41,11 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+#: The matrices of all experts of a layer, and those of one, as older files have them.
+_EXPERTS = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 #: Rotary frequencies, which are computed from the configuration.
 _COMPUTED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 #: What `model_config` reads, or what changes nothing. Any other entry of an architecture must be neutral.
@@ -44,6 +55,9 @@ _KNOWN_KEYS = {
     "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned",
     "rope.scaling.original_context_length", "rope.scale_linear", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
+#: The same for architectures with experts, all of which are chosen by a softmax and weighted to a sum of 1.
+_EXPERT_KEYS = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_EXPERT_NEUTRAL = {"expert_gating_func": 1, "expert_weights_norm": True, "expert_weights_scale": 1.0}
 #: Values that change nothing, where 0, false and an empty text are not those.
 _NEUTRAL = {
     "attention.causal": True, "rope.scaling.attn_factor": 1.0, "logit_scale": 1.0,
@@ -110,7 +124,8 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
     """
     name = architecture(model)
     fields = Fields(model.path, model.metadata, f"{name}.")
-    _refuse_unknown(fields)
+    experts = name in _WITH_EXPERTS
+    _refuse_unknown(fields, experts)
     hidden, heads = fields.need("embedding_length", int), fields.need("attention.head_count", int)
     head_dim = fields.get("attention.key_length", int, hidden // max(1, heads))
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -118,7 +133,7 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
             raise fields.fail(key, f"is {quoted(fields.get(key, int))} where {head_dim}, the size of a head, is needed")
     values = {
         "architectures": [ARCHITECTURES[name]],
-        "model_type": name,
+        "model_type": FAMILIES[ARCHITECTURES[name]].model_type,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": fields.need("feed_forward_length", int),
@@ -136,6 +151,13 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
     }
     if name != "qwen2":
         values["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
+    if experts:
+        values |= {
+            "num_experts": fields.need("expert_count", int),
+            "num_experts_per_tok": fields.need("expert_used_count", int),
+            "moe_intermediate_size": fields.need("expert_feed_forward_length", int),
+            "norm_topk_prob": True,
+        }
     if name == "llama":
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in model.tensors
     scaling = _scaling(fields)
@@ -160,13 +182,16 @@ def _shape(model: GgufModel, name: str) -> tuple[int, ...]:
     return model.tensors[name].shape
 
 
-def _refuse_unknown(fields: Fields) -> None:
+def _refuse_unknown(fields: Fields, experts: bool) -> None:
+    known, neutral = _KNOWN_KEYS, _NEUTRAL
+    if experts:
+        known, neutral = known | _EXPERT_KEYS, neutral | _EXPERT_NEUTRAL
     for key, value in fields.values.items():
         short = key.removeprefix(fields.prefix)
-        if short == key or short in _KNOWN_KEYS:
+        if short == key or short in known:
             continue
         items = value if isinstance(value, list) else [value]
-        if any(item != _NEUTRAL.get(short, item) or (short not in _NEUTRAL and item) for item in items):
+        if any(item != neutral.get(short, item) or (short not in neutral and item) for item in items):
             raise fields.fail(short, f"is {quoted(value)}, which this architecture does not have in octo-run")
 
 
@@ -248,7 +273,8 @@ def tensor_names(model: GgufModel, expected: dict[str, tuple[int, ...]]) -> dict
     """
     found: dict[str, TensorEntry] = {}
     wanted = {gguf_name(name): name for name in expected}
-    for name, entry in model.tensors.items():
+    stored = dict(part for name, entry in model.tensors.items() for part in _by_expert(name, entry))
+    for name, entry in stored.items():
         if _COMPUTED.fullmatch(name):
             continue
         if name not in wanted:
@@ -268,9 +294,24 @@ def tensor_names(model: GgufModel, expected: dict[str, tuple[int, ...]]) -> dict
     return {name: found[name] for name in expected}
 
 
+def _by_expert(name: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
+    """The matrices of the experts in a tensor of all of a layer's; of another tensor itself."""
+    match = _EXPERTS.fullmatch(name)
+    if match is None or len(entry.shape) != 3 or not entry.shape[0]:
+        return [(name, entry)]
+    size, found = (entry.end - entry.start) // entry.shape[0], []
+    for expert in range(entry.shape[0]):
+        start = entry.start + expert * size
+        part = replace(entry, shape=entry.shape[1:], start=start, end=start + size)
+        found.append((f"{match[1]}.{expert}.weight", part))
+    return found
+
+
 def gguf_name(name: str) -> str:
     """What GGUF calls one of the decoder's tensors."""
     stem, _, kind = name.rpartition(".")
+    if (expert := _EXPERT.fullmatch(stem)) is not None:
+        return f"blk.{expert[1]}.ffn_{expert[3]}.{expert[2]}.{kind}"
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     if layer is None:
         return f"{next(ours for ours, theirs in _TOP.items() if theirs == stem)}.{kind}"

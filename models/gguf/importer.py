@@ -169,7 +169,7 @@ class _Import:
         self.cfg, self.found = cfg, found
         if scheme is not None:
             check_shapes(cfg, scheme)
-            values["quantization_config"] = quantization_config(scheme)
+            values["quantization_config"] = quantization_config(scheme, cfg.experts is not None)
             self.files[CONFIG_NAME] = json.dumps(values, indent=1).encode()
 
     def _try(self, path: Path) -> None:

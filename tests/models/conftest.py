@@ -71,6 +71,18 @@ def small_bpe() -> dict[str, Any]:
     }
 
 
+def with_stacked_experts(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With the matrices of a layer's experts in one tensor, by GGUF's name, the router by its own."""
+    found: dict[str, Any] = {}
+    for name, values in weights.items():
+        parts = name.split(".")
+        if "experts" in parts:
+            found.setdefault(f"blk.{parts[2]}.ffn_{parts[6].removesuffix('_proj')}_exps.weight", []).append(values)
+        else:
+            found["blk." + parts[2] + ".ffn_gate_inp.weight" if ".mlp.gate." in name else name] = values
+    return {name: np.stack(values) if isinstance(values, list) else values for name, values in found.items()}
+
+
 @dataclass
 class SmallGguf:
     """What goes into a GGUF file: metadata, and tensors as (values or bytes, GGML type), to be changed and written."""
@@ -115,7 +127,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-6, "head_dim": 128},
-}
+    "qwen3moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "rms_norm_eps": 1e-6, "head_dim": 64, "num_experts": 5,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -156,15 +172,23 @@ def small_gguf() -> Callable[..., SmallGguf]:
             "general.name": "A small model",
             **small_bpe(),
         }
+        if cfg.experts is not None:
+            metadata |= {
+                f"{arch}.expert_count": cfg.experts.count,
+                f"{arch}.expert_used_count": cfg.experts.chosen,
+                f"{arch}.expert_feed_forward_length": cfg.experts.inner,
+            }
         result = SmallGguf(arch, config, weights, metadata)
-        for name, tensor in weights.items():
-            values = tensor.numpy()
+        for name, values in with_stacked_experts({name: tensor.numpy() for name, tensor in weights.items()}).items():
             if arch == "llama" and ".q_proj." in name:
                 values = reordered(values, cfg.num_heads)
             elif arch == "llama" and ".k_proj." in name:
                 values = reordered(values, cfg.num_kv_heads)
-            kind = GGMLQuantizationType[quant if values.ndim == 2 else "F32"]
-            result.tensors[gguf_name(name)] = quantize(np.ascontiguousarray(values), kind), kind
+            kind = GGMLQuantizationType[quant if values.ndim > 1 and "ffn_gate_inp" not in name else "F32"]
+            result.tensors[name if name.startswith("blk.") else gguf_name(name)] = (
+                quantize(np.ascontiguousarray(values), kind),
+                kind,
+            )
         return result
 
     return make
