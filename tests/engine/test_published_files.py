@@ -171,6 +171,21 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Writer], d
             "groups": dynamic8([], targets=[r"re:.*self_attn\.(q|k|v|o)_proj$", r"re:.*linear_attn\.(in_proj_qkv|in_proj_z|out_proj)$", "re:.*lm_head$"]),
         },
     ),
+    "qwen3.5-moe auto-round": (
+        "Qwen3_5MoeForConditionalGeneration",
+        MOE | DELTA | heads(4, 2, 64),
+        {
+            "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32, "sym": True,
+            "data_type": "int", "block_name_to_quantize": "model.language_model.layers,model.visual.blocks",
+            "extra_config": {
+                **{key: {"bits": 16} for key in layers("mlp.gate", prefix="model.language_model.layers")},
+                ".*shared_expert_gate.*": {"bits": 16, "data_type": "fp"}, ".*linear_attn\\.in_proj_[ab].*": {"bits": 16, "data_type": "fp"},
+                ".*self_attn.*": {"bits": 8},
+            },
+        },
+        {ROUTERS: None, "self_attn": files.auto_round(8), ".": files.auto_round()},
+        {},
+    ),
     "ministral3 fp8": (
         "Mistral3ForConditionalGeneration",
         {**heads(2, 1, 64), "model_type": "ministral3", "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
