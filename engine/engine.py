@@ -235,10 +235,10 @@ class Engine:
                 quantise=scheme, pack_embedding=of_head, matrices=matrices,
             )  # fmt: skip
 
-        if path is not None and cfg.quantisation is not None:  # which layers are quantised, their tensors say
+        if packed := path is not None and cfg.quantisation is not None:  # which layers are, their tensors say
             cfg = weight_files.stored_config(path, cfg)
         plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
-        if path is not None and (stored := weight_files.stored_config(path, cfg)) != cfg:
+        if path is not None and not packed and (stored := weight_files.stored_config(path, cfg)) != cfg:
             cfg, plan = stored, planned(stored)
         if on_plan is not None:
             on_plan(plan)

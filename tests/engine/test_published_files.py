@@ -60,7 +60,7 @@ def four(ignore: list[str], **more: Any) -> dict[str, Any]:
 
 
 def nvfp4(ignore: list[str], **more: Any) -> dict[str, Any]:
-    return ct("nvfp4-pack-quantized", ignore, inputs={"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"},
+    return ct("nvfp4-pack-quantized", ignore, inputs={"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group", "group_size": 16},
               num_bits=4, type="float", strategy="tensor_group", group_size=16, **more)  # fmt: skip
 
 
