@@ -85,6 +85,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3": ("qwen3", {"rope_theta": 1e6}),
     "qwen3moe": ("qwen3moe", {"rope_theta": 1e6}),
+    "gemma3": ("gemma3", {}),
 }
 
 
@@ -316,7 +317,7 @@ def nan(small: Any) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "architecture": (lambda s: setattr(s, "arch", "gemma3"), r"the architecture 'gemma3', and octo-run imports llama"),
+    "architecture": (lambda s: setattr(s, "arch", "gemma2"), r"the architecture 'gemma2', and octo-run imports llama"),
     "adapter": (changed("general.type", "adapter"), r"holds no model but something else \(adapter\)"),
     "experts": (changed("llama.expert_count", 8), r"llama\.expert_count is 8, which this architecture"),
     "window": (changed("llama.attention.sliding_window", 128), r"llama\.attention\.sliding_window is 128"),
@@ -441,6 +442,34 @@ def test_any_value_of_what_is_said_of_experts(small_gguf: Callable[..., Any], tm
                 importer._Import(replace(model, metadata=model.metadata | {f"qwen3moe.{key}": value}), name, None, None)
             except OctoError as error:
                 assert str(error).isprintable() and len(str(error)) <= 480 and str(model.path) in str(error)
+
+
+GEMMA3: list[tuple[Callable[[Any], Any], str]] = [
+    (changed("gemma3.attention.sliding_window", None), "attention.sliding_window is missing"),
+    (changed("gemma3.attention.sliding_window_pattern", 0), "sliding_window_pattern is 0"),
+    (changed("gemma3.attention.sliding_window_pattern", [True, False]), "which octo-run does not understand"),
+    (changed("gemma3.final_logit_softcapping", 30.0), r"final_logit_softcapping is 30\.0, which this architecture"),
+    (lambda s: s.tensors.pop("blk.3.post_ffw_norm.weight"), r"lacks 1 tensors .*blk\.3\.post_ffw_norm\.weight"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(GEMMA3)))
+def test_gemma_3_that_is_refused(number: int, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    change, sentence = GEMMA3[number]
+    small = small_gguf("gemma3")
+    change(small)
+    text = refused(small.write(tmp_path / "model.gguf"))
+    assert re.search(sentence, text), text
+
+
+def test_what_gemma_3_is_told_by_its_shape(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    """Of 62 layers attention is scaled by a head's share of the hidden state; what is said of patterns and bases counts."""
+    small = small_gguf("gemma3", num_hidden_layers=62, head_dim=32, query_pre_attn_scalar=16)
+    small.metadata |= {"gemma3.attention.sliding_window_pattern": 3, "gemma3.rope.freq_base_swa": 20000.0}
+    cfg = load_config(import_model(small.write(tmp_path / "model.gguf")).path)
+    assert cfg.attention_scale == 16**-0.5 and cfg.sliding_window == 24
+    assert [index for index, kind in enumerate(cfg.layer_types[:6]) if kind == "full_attention"] == [2, 5]
+    assert cfg.sliding_rope is not None and cfg.sliding_rope.theta == 20000.0
 
 
 # Splits and archives
@@ -683,7 +712,13 @@ def test_sampling_and_ends(small_gguf: Callable[..., Any], tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("arch", "quant", "weights"),
-    [("llama", "Q8_0", "int4"), ("qwen2", "F32", "int8"), ("qwen3moe", "Q8_0", "int8"), ("qwen3moe", "F32", "int4")],
+    [
+        ("llama", "Q8_0", "int4"),
+        ("qwen2", "F32", "int8"),
+        ("qwen3moe", "Q8_0", "int8"),
+        ("qwen3moe", "F32", "int4"),
+        ("gemma3", "Q8_0", "int8"),
+    ],
 )
 def test_quantised_imports_are_what_quantising_an_import_gives(
     arch: str, quant: str, weights: str, small_gguf: Callable[..., Any], tmp_path: Path
