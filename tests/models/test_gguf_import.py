@@ -463,7 +463,7 @@ def test_gemma_3_that_is_refused(number: int, small_gguf: Callable[..., Any], tm
 
 
 def test_what_gemma_3_is_told_by_its_shape(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
-    """Of 62 layers attention is scaled by a head's share of the hidden state; a pattern and a base that are said count."""
+    """Of 62 layers attention is scaled by a head's share of the hidden state; what is said of windows counts."""
     small = small_gguf("gemma3", num_hidden_layers=62, head_dim=32, query_pre_attn_scalar=16)
     small.metadata |= {"gemma3.attention.sliding_window_pattern": 3, "gemma3.rope.freq_base_swa": 20000.0}
     cfg = load_config(import_model(small.write(tmp_path / "model.gguf")).path)
