@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octo_run import folders
 from octo_run.engine import sensitivity
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.errors import OctoError
@@ -50,11 +52,13 @@ class Calibration:
     Attributes:
         tokenizer: The model's; one of random weights sees random tokens.
         path: The model's folder; None for random weights: nothing is kept of them.
+        on_unkept: Called with a sentence if something took long and cannot be kept.
     """
 
     decoder: Decoder
     tokenizer: Tokenizer | NoTokenizer
     path: Path | None
+    on_unkept: Callable[[str], object] | None = None
 
     def conditioning(self, kind: str) -> Conditioning | None:
         """What is to be done to the keys, whose decoder must store them as they are.
@@ -119,8 +123,12 @@ class Calibration:
         file = statistics_folder() / f"{name_of(self.path)}-{self._fingerprint(self.path, what)[:40]}.npz"
         found = _read(file, shapes)
         if found is None:
+            begun = time.monotonic()
             found = measure()
-            _keep(file, found)
+            took = time.monotonic() - begun
+            problem = _keep(file, found)
+            if problem is not None and self.on_unkept is not None and took > folders.NOTICEABLE:
+                self.on_unkept(folders.unkept(file.parent, problem, "measures the model again", self.path))
         return found
 
     def _fingerprint(self, path: Path, what: tuple[object, ...]) -> str:
@@ -161,15 +169,19 @@ def _read(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor
     return found
 
 
-def _keep(file: Path, found: dict[str, Tensor]) -> None:
-    """Write it. Where that cannot be, the next load measures anew."""
+def _keep(file: Path, found: dict[str, Tensor]) -> OSError | None:
+    """Write it; what keeps it from being written is returned, and the next load measures anew."""
     arrays: dict[str, Any] = {name: part.numpy() for name, part in found.items()}
-    with suppress(OSError):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(file) as part:
             with part.open("wb") as out:
                 np.savez(out, **arrays)
             part.replace(file)
+    except OSError as error:
+        return error
+    with suppress(OSError):
         kept = sorted(file.parent.glob("*.npz"), key=lambda one: -one.stat().st_mtime)
         for old in kept[MOST:]:
             old.unlink(missing_ok=True)
+    return None

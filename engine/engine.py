@@ -167,6 +167,7 @@ class Engine:
         on_plan: Callable[[MemoryPlan], None] | None = None,
         before_weights: Callable[[Tokenizer, MemoryPlan], None] | None = None,
         on_measure: Callable[[int, int], None] | None = None,
+        on_unkept: Callable[[str], object] | None = None,
     ) -> "Engine":
         """Load a model with its KV cache.
 
@@ -194,6 +195,7 @@ class Engine:
             before_weights: Called then with the tokenizer, too, if there is one: to check a prompt, say. What it raises
                 ends the loading.
             on_measure: Called with layers and their number while ``auto:N`` measures how precise each must be.
+            on_unkept: Called with a sentence if what a load measured or packed cannot be kept for the next one.
 
         Raises:
             UsageError: Wrong arguments.
@@ -233,8 +235,10 @@ class Engine:
                 quantise=scheme, pack_embedding=of_head, matrices=matrices,
             )  # fmt: skip
 
+        if packed := path is not None and cfg.quantisation is not None:  # which layers are, their tensors say
+            cfg = weight_files.stored_config(path, cfg)
         plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
-        if path is not None and (stored := weight_files.stored_config(path, cfg)) != cfg:
+        if path is not None and not packed and (stored := weight_files.stored_config(path, cfg)) != cfg:
             cfg, plan = stored, planned(stored)
         if on_plan is not None:
             on_plan(plan)
@@ -259,10 +263,10 @@ class Engine:
                 turns = {len(one): one.numpy().tobytes() for one in turned if one is not None}
                 unturned = [number for number, one in enumerate(turned) if one is None]
                 factors = cfg.rope_factors(plan.context)  # all that the context decides of a decoder's tensors
-                kept = KeptWeights(path, (cfg, kind, matrices, scheme, of_head, turns, factors, *unturned))
+                kept = KeptWeights(path, (cfg, kind, matrices, scheme, of_head, turns, factors, *unturned), on_unkept)
                 shapes = weight_files.RandomWeights(cfg, "meta", kind, matrices=matrices)
                 decoder = kept.decoder(made, shapes, source)
-            calibration = Calibration(decoder, tokenizer, path)
+            calibration = Calibration(decoder, tokenizer, path, on_unkept)
             decoder.store_keys(fmt.rotations("k"), calibration.conditioning(plan.conditioning))
             if isinstance(fmt, AutoFormats):
                 found = calibration.sensitivities(plan.conditioning, fmt.measured_with, on_measure, tuple(fmt.plain))

@@ -11,7 +11,7 @@ from octo_run.models.config import load_config
 from octo_run.models.hub import resolve
 from octo_run.models.quantisation.schemes import scheme_of
 from octo_run.models.quantisation.writer import check_shapes, check_target, quantised_items, write_folder
-from octo_run.models.weights import StoredWeights
+from octo_run.models.weights import StoredWeights, stored_config
 
 
 def quantise(
@@ -51,6 +51,8 @@ def quantise(
     check_target(out)
     path = resolve(str(model))
     cfg = load_config(path)
+    if cfg.quantisation is not None:  # as it says: the files decide
+        cfg = stored_config(path, cfg)
     if cfg.quantisation is not None:
         raise OctoError(
             f"The weights in {path} are quantised already ({cfg.quantisation.method}): take the model's unquantised "

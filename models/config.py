@@ -20,7 +20,7 @@ from octo_run.models.fields import MAX_INT, Fields
 from octo_run.models.foreign import present, read_json_object
 from octo_run.models.kv_heads import KVHeads as KVHeads
 from octo_run.models.kv_heads import head_size
-from octo_run.models.quantisation.config import OLDER_NAMES, Quantisation, parse_quantisation
+from octo_run.models.quantisation.config import OLDER_NAMES, Quantisation, UnknownMethod, parse_quantisation
 from octo_run.models.rope_config import FULL, LINEAR, SLIDING, Rope, RopeScaling, read_ropes
 from octo_run.models.text_parts import WRAPPERS, text_part
 from octo_run.models.unbuilt import refusal
@@ -34,6 +34,8 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 DTYPES = ("bfloat16", "float16", "float32")
 _MAX_LAYERS = 4096
 # Numbers with which float32 arithmetic works: outside, something is 0, infinite or not a number, or all logits agree.
+#: Dtypes that files of plain weights have: of these, of positions and of masks.
+_PLAIN_DTYPES = frozenset(("F64", "F32", "F16", "BF16", "I64", "BOOL"))
 _EPS = (2.0**-126, 1.0)  # from the smallest normal number on: GPUs take smaller ones for 0
 _TEMPERATURE = (1e-10, 1e10)  # or 0
 _PENALTY = (1e-3, 1e3)
@@ -203,7 +205,12 @@ def load_config(model_dir: Path) -> ModelConfig:
         raise OctoError(f"{path.parent} has no {path.name}, so it is no model folder that octo-run can load.")
     values = read_json_object(path)
     elsewhere = _said_elsewhere(path, values) if values.get("quantization_config") is None else None
-    return parse_config(values, path, elsewhere)
+    try:
+        return parse_config(values, path, elsewhere)
+    except UnknownMethod:
+        if _are_packed(path.parent):
+            raise
+        return parse_config(values, path, plain=True)
 
 
 def _said_elsewhere(path: Path, values: Mapping[str, Any]) -> Fields | None:
@@ -212,17 +219,33 @@ def _said_elsewhere(path: Path, values: Mapping[str, Any]) -> Fields | None:
         if isinstance(said := values.get(name), dict) and said.keys() & {"config_groups", "bits"}:
             return Fields(path, {"quant_method": method} | said, f"{name}.")
     for name, method in OLDER_NAMES.items():
-        if present(older := path.parent / name):
+        if present(older := path.parent / name) and _are_packed(path.parent):
             return Fields(older, {"quant_method": method} | read_json_object(older))
     return None
 
 
-def parse_config(values: Mapping[str, Any], path: Path, quantization: Fields | None = None) -> ModelConfig:
+def _are_packed(model_dir: Path) -> bool:
+    """Whether the files of a folder hold quantised weights; also where they cannot be looked at.
+
+    What says so stays behind where a model was made whole again, and lies beside the model that it was made of.
+    """
+    from octo_run.models.files import stored_dtypes  # which knows the names of this module
+
+    try:
+        return not stored_dtypes(model_dir) <= _PLAIN_DTYPES
+    except OctoError:  # of which a load complains
+        return True
+
+
+def parse_config(
+    values: Mapping[str, Any], path: Path, quantization: Fields | None = None, plain: bool = False
+) -> ModelConfig:
     """The description in ``values``, the content of a configuration file.
 
     Args:
         path: The file, named in complaints.
         quantization: What counts as ``quantization_config`` where ``values`` have none.
+        plain: The weights are not quantised, whatever is said.
     """
     fields = Fields(path, values)
     wrapper, architecture, fields = _architecture(fields)
@@ -270,7 +293,7 @@ def parse_config(values: Mapping[str, Any], path: Path, quantization: Fields | N
         bos_token_id=None if bos is None or bos == -1 else fields.integer("bos_token_id", low=0, high=vocab_size - 1),
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size),
         dtype=_dtype(fields),
-        quantisation=None if quantization is None else parse_quantisation(quantization),
+        quantisation=None if quantization is None or plain else parse_quantisation(quantization),
         layer_types=kinds if LINEAR in kinds or (SLIDING in kinds and (window or sliding_rope)) else (),
         rope_share=rope.share,
         query_scaling=rope.query_scaling,

@@ -35,7 +35,7 @@ _STACKED = {
     **{f"experts.{name}.weight": (name, "weight") for name in ("gate_up_proj", "down_proj")},
     **{f"experts.{name}_bias": (name, "bias") for name in ("gate_up_proj", "down_proj")},
     **{f"experts.{name}_{part}": (name, f"weight_{part}")
-       for name in ("gate_up_proj", "down_proj") for part in ("blocks", "scales")},
+       for name in ("gate_up_proj", "down_proj") for part in ("blocks", "scales", "scale_inv")},
 }  # fmt: skip
 
 
@@ -48,22 +48,29 @@ def published_name(name: str) -> str:
     return f"{match[1]}.block_sparse_moe.experts.{match[2]}.{older}{match[4]}"
 
 
-def by_expert(found: dict[str, TensorEntry], experts: ExpertConfig, hidden: int) -> dict[str, TensorEntry]:
+def by_expert(
+    found: dict[str, TensorEntry], experts: ExpertConfig, hidden: int, block: int = 1
+) -> dict[str, TensorEntry]:
     """The tensors of a model by the names above; those that are no experts' keep theirs.
+
+    Args:
+        block: Rows that a scale of a stacked matrix of fp8 is for.
 
     Raises:
         OctoError: A stacked tensor has not the shape of all experts', or two tensors have one name.
     """
     named: dict[str, TensorEntry] = {}
     for name, entry in found.items():
-        for new, part in _parts(name, entry, experts, hidden):
+        for new, part in _parts(name, entry, experts, hidden, block):
             if new in named:
                 raise OctoError(f"{entry.path}: {shown(name, 80)} is there by another name, too: {AGAIN}.")
             named[new] = part
     return named
 
 
-def _parts(name: str, entry: TensorEntry, experts: ExpertConfig, hidden: int) -> list[tuple[str, TensorEntry]]:
+def _parts(
+    name: str, entry: TensorEntry, experts: ExpertConfig, hidden: int, block: int
+) -> list[tuple[str, TensorEntry]]:
     match = _BLOCK.fullmatch(name) or (_BESIDE.fullmatch(name) if experts.beside else None)
     if match is None:
         return [(name, entry)]
@@ -76,6 +83,8 @@ def _parts(name: str, entry: TensorEntry, experts: ExpertConfig, hidden: int) ->
         return [(f"{layer}.experts.{older[1]}.{_PROJECTIONS[older[2]]}.{older[3]}", entry)]
     if rest in _STACKED:
         matrix, part = _STACKED[rest]
+        if part == "weight_scale_inv":
+            return _unstacked_scales(name, entry, experts, f"{layer}.experts", matrix, block)
         return _unstacked(name, entry, experts, hidden, f"{layer}.experts", matrix, part)
     return [(f"{layer}.{rest}", entry)]
 
@@ -107,4 +116,36 @@ def _unstacked(
             found.append((f"{where}.up_proj.{part}", replace(each, shape=(rows // 2, *own[1:]), start=half)))
         else:
             found.append((f"{where}.{matrix}.{part}", each))
+    return found
+
+
+def _unstacked_scales(
+    name: str, entry: TensorEntry, experts: ExpertConfig, prefix: str, matrix: str, block: int
+) -> list[tuple[str, TensorEntry]]:
+    """The parts of the scales of all experts' blocks; of a matrix as a whole gate and up may have the same one."""
+    halves = 2 if matrix == "gate_up_proj" else 1
+    whole = len(entry.shape) == 3 and entry.shape[1] == 1
+    if (
+        len(entry.shape) != 3
+        or entry.shape[0] != experts.count
+        or experts.fused
+        or (entry.shape[1] % halves and not whole)
+    ):
+        raise OctoError(
+            f"The weights in {entry.path.parent} do not fit its config.json: {shown(name, 80)} is "
+            f"{quoted(list(entry.shape))}, no scales for {experts.count} experts."
+        )
+    if halves == 2 and not whole and experts.inner % block:
+        raise OctoError(
+            f"{entry.path}: {shown(name, 80)} has blocks of {block} rows that belong to gate and up at once, which "
+            "octo-run cannot load: take another copy of the model."
+        )
+    rows, columns = entry.shape[1:]
+    size, found = rows * columns * ITEM_BITS[entry.dtype] // 8, []
+    part = rows // halves if not whole else rows
+    for expert in range(experts.count):
+        for number, half in enumerate(("gate_proj", "up_proj") if halves == 2 else (matrix,)):
+            start = entry.start + expert * size + (0 if whole else number * size // halves)
+            each = replace(entry, shape=(part, columns), start=start, end=start + size * part // rows)
+            found.append((f"{prefix}.{expert}.{half}.weight_scale_inv", each))
     return found

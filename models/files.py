@@ -6,7 +6,15 @@ from pathlib import Path
 
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME
-from octo_run.models.foreign import MAX_WEIGHT_FILES, present, read_json_object
+from octo_run.models.foreign import (
+    MAX_HEADER_BYTES,
+    MAX_WEIGHT_FILES,
+    json_object,
+    open_regular,
+    parsing,
+    present,
+    read_json_object,
+)
 from octo_run.models.quantisation.config import OLDER_NAMES
 
 SINGLE_NAME = "model.safetensors"
@@ -75,6 +83,22 @@ def read_index(path: Path) -> dict[str, str]:
     if len(set(weight_map.values())) > MAX_WEIGHT_FILES:
         raise OctoError(f"{path}: weight_map names more than {MAX_WEIGHT_FILES:,} files.")
     return weight_map
+
+
+def stored_dtypes(model_dir: Path) -> set[str]:
+    """The dtypes of the tensors of a model folder, as the headers of its weight files name them.
+
+    Raises:
+        OctoError: There is no such file, or it is none.
+    """
+    found = set[str]()
+    for path in weight_files(model_dir):
+        with open_regular(path) as data, parsing(path, "safetensors"):
+            length = int.from_bytes(data.read(8), "little")
+            text = data.read(min(length, MAX_HEADER_BYTES))
+        header = json_object(text, f"The header of {path}", strict=True)
+        found |= {str(one.get("dtype")) for one in header.values() if isinstance(one, dict) and "shape" in one}
+    return found
 
 
 def has_tokenizer(names: Iterable[str]) -> bool:

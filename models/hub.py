@@ -57,6 +57,7 @@ from octo_run.models.names import (
     is_gguf,
     parse_hub_name,
 )
+from octo_run.models.quantisation.config import UnknownMethod
 from octo_run.models.store import removable, remove
 
 __all__ = [
@@ -235,7 +236,11 @@ class _Pull:
         snapshot = self.folder / "snapshots" / self.commit
         self.plan = [name for name in SMALL_NAMES if name in self.files]
         self._fetch(self.plan)
-        load_config(snapshot)
+        try:
+            load_config(snapshot)
+        except UnknownMethod as error:
+            if error.named:  # else the weights may be plain ones, which only they can say
+                raise
         weights = [SINGLE_NAME] if SINGLE_NAME in self.files else self._shards(snapshot)
         self.plan += weights
         store.write_manifest(

@@ -7,9 +7,11 @@ alone and gets the tensors of the file in the order in which they are met in it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property, partial
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from octo_run import folders
 from octo_run.errors import OctoError
 from octo_run.kernels.cpu import path_name
 from octo_run.models.cache import name_of, packed_folder
@@ -40,14 +43,15 @@ T = TypeVar("T")
 class KeptWeights:
     """The file of one model, packed in one way."""
 
-    def __init__(self, path: Path, about: tuple[object, ...]) -> None:
+    def __init__(self, path: Path, about: tuple[object, ...], on_unkept: Callable[[str], object] | None = None) -> None:
         """Nothing is read yet.
 
         Args:
             path: The model's folder.
             about: What decides how its weights are packed, beside the files; ``repr`` must tell all of it.
+            on_unkept: Called with a sentence if packing took long and its result cannot be kept.
         """
-        self._model = str(path.resolve())
+        self._model, self._path, self._on_unkept = str(path.resolve()), path, on_unkept
         files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(path)]
         known = hashlib.sha256(repr((_VERSION, torch.__version__, path_name(), files, about)).encode())
         self._file = packed_folder() / f"{name_of(path)}-{known.hexdigest()[:20]}.safetensors"
@@ -60,8 +64,12 @@ class KeptWeights:
         """
         found = self.load(lambda: make(shapes))
         if found is None:
+            begun = time.monotonic()
             found = make(stored)
-            self.keep(found)
+            took = time.monotonic() - begun
+            problem = self.keep(found)
+            if problem is not None and self._on_unkept is not None and took > folders.NOTICEABLE:
+                self._on_unkept(folders.unkept(self._file.parent, problem, "packs the weights again", self._path))
         return found
 
     def load(self, shapes: Callable[[], T]) -> T | None:
@@ -96,24 +104,32 @@ class KeptWeights:
             os.utime(self._file)  # used last
         return made
 
-    def keep(self, made: object) -> None:
-        """Write the tensors of ``made``. Where that cannot be, the next load packs again."""
+    def keep(self, made: object) -> OSError | None:
+        """Write the tensors of ``made``; what keeps them from being written is returned, and the next load packs again.
+
+        Tensors of a kind that no file holds are passed over without an error.
+        """
         found = [*_places(made)]
         tensors = {id(old): old for _, _, old in found if isinstance(old, Tensor)}
         if not all(one.is_contiguous() and one.is_cpu and one.dtype in TYPES for one in tensors.values()):
-            return
+            return None
         numbers = " ".join(repr(old) for _, _, old in found if isinstance(old, float))
         shard = _shard([*tensors.values()], {"format": "pt", "model": self._model, "numbers": numbers})
         folder = self._file.parent
-        with suppress(OSError):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             with unfinished(self._file) as part:  # what killed programs left goes before the room is looked at
                 if shard.size > shutil.disk_usage(folder).free // 2:
-                    return
+                    return OSError(
+                        errno.ENOSPC, f"{shard.size / 1e9:,.1f} GB would take more than half of what is free"
+                    )
                 with part.open("wb") as out:
                     shard.write(out.write)
                 part.replace(self._file)
-            forget()
+        except OSError as error:
+            return error
+        forget()
+        return None
 
 
 def forget() -> None:

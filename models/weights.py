@@ -20,7 +20,7 @@ from octo_run.models.expert_tensors import by_expert, published_name
 from octo_run.models.files import INDEX_NAME, SINGLE_NAME, read_index, weight_files
 from octo_run.models.foreign import AGAIN, present
 from octo_run.models.linear import Linear, PackedLinear, SingleLinear
-from octo_run.models.quantisation.config import Quantisation, StoredScheme
+from octo_run.models.quantisation.config import StoredScheme
 from octo_run.models.quantisation.layouts import LAYOUTS
 from octo_run.models.quantisation.stored import Needed, digest_of, empty_weight, order_of, packed
 from octo_run.models.safetensors_file import FLOAT_DTYPES, STORED_DTYPES, TensorEntry, TensorFile, read_header
@@ -53,7 +53,7 @@ _UNUSED_KEYS = re.compile(r"model\.layers\.(\d{1,4})\.self_attn\.(k_proj|v_proj|
 # Scales by which the inputs and outputs of quantised layers were meant to be quantised, too.
 _INPUT_SCALES = re.compile(
     r"(lm_head|model\.layers\.\d+\.(self_attn|linear_attn|mlp)(\.\w+)+)"
-    r"\.(activation_scale|(input|output)_(scale(_ub)?|global_scale|zero_point))"
+    r"[._](activation_scale|(input|output)_(scale(_ub)?|global_scale|zero_point))"
 )
 
 
@@ -166,8 +166,9 @@ def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
 
     Where ``cfg`` ties the output head to the embedding and the files hold a head of other values, the stored head
     counts and the result is not tied. A head with the embedding's values (of whatever dtype) stays tied, and so is one
-    without an embedding beside it. A layer whose file holds a plain matrix is not quantised. Reads headers, both
-    tensors of a tied head as far as they agree, and the groups of columns.
+    without an embedding beside it. A layer whose file holds a plain matrix is not quantised, one whose file holds codes
+    is, and a model without such is not. Reads headers, both tensors of a tied head as far as they agree, and the groups
+    of columns.
 
     Raises:
         OctoError: As :func:`load_weights`.
@@ -179,30 +180,54 @@ def stored_config(model_dir: Path, cfg: ModelConfig) -> ModelConfig:
 
 def _named(cfg: ModelConfig, found: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The tensors of files by the names of :func:`expected_tensors`."""
-    return found if cfg.experts is None else by_expert(found, cfg.experts, cfg.hidden_size)
+    if cfg.experts is None:
+        return found
+    schemes = [] if cfg.quantisation is None else [rule.scheme for rule in cfg.quantisation.rules]
+    block = max((scheme.rows or 1 for scheme in schemes if scheme is not None), default=1)
+    return by_expert(found, cfg.experts, cfg.hidden_size, block)
 
 
 def _stored_config(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConfig:
-    cfg = _with_stored_head(cfg, found)
+    cfg = _with_stored_head(_with_packed(cfg, found), found)
     if cfg.quantisation is None:
         return cfg
-    dense, orders = set[str](), dict[str, str]()
-    for prefix, (scheme, shape) in quantised_layers(cfg).items():
+    dense, orders, layers = set[str](), dict[str, str](), quantised_layers(cfg)
+    for prefix, (scheme, shape) in layers.items():
         layout = LAYOUTS[scheme.layout]
         if not _is_packed(prefix, scheme, found) and f"{prefix}.weight" in found:
             dense.add(prefix)
         elif layout.order is not None and (name := f"{prefix}.{layout.order}") in found:
             orders[prefix] = digest_of(_order(name, found[name], scheme, shape[1]))
+    if len(dense) == len(layers):
+        return replace(cfg, quantisation=None)
     orders = {prefix: digest for prefix, digest in orders.items() if digest}
     quantisation = replace(cfg.quantisation, dense=cfg.quantisation.dense | dense, orders=orders)
     return replace(cfg, quantisation=quantisation)
+
+
+def _with_packed(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConfig:
+    """With the layers that are quantised though the configuration leaves them out: published lists are wrong at times,
+    and libraries mean different names by them."""
+    if cfg.quantisation is None:
+        return cfg
+    packed = set[str]()
+    for name, shape in expected_tensors(replace(cfg, tie_word_embeddings=False)).items():
+        prefix = name.removesuffix(".weight")
+        plain = name in found and found[name].dtype in FLOAT_DTYPES
+        if len(shape) == 2 and name != EMBEDDING and not plain:
+            names = _names(cfg, prefix)
+            if cfg.quantisation.scheme(prefix, *names) is None:
+                scheme = cfg.quantisation.if_quantised(*names)
+                if scheme is not None and _is_packed(prefix, scheme, found):
+                    packed.add(prefix)
+    return replace(cfg, quantisation=replace(cfg.quantisation, packed=frozenset(packed))) if packed else cfg
 
 
 def _with_stored_head(cfg: ModelConfig, found: dict[str, TensorEntry]) -> ModelConfig:
     if not cfg.tie_word_embeddings:
         return cfg
     apart = replace(cfg, tie_word_embeddings=False)
-    scheme = None if cfg.quantisation is None else cfg.quantisation.scheme("lm_head")
+    scheme = None if cfg.quantisation is None else cfg.quantisation.scheme("lm_head", *_names(cfg, "lm_head"))
     if scheme is not None and _is_packed("lm_head", scheme, found):
         return apart
     if HEAD not in found or EMBEDDING not in found or _same_values(found[EMBEDDING], found[HEAD]):
@@ -217,19 +242,19 @@ def quantised_layers(cfg: ModelConfig) -> dict[str, tuple[StoredScheme, tuple[in
     found = {}
     for name, shape in expected_tensors(cfg).items():
         prefix = name.removesuffix(".weight")
-        if len(shape) == 2 and name != EMBEDDING and (scheme := _scheme(cfg, cfg.quantisation, prefix)) is not None:
-            found[prefix] = scheme, (shape[0], shape[1])
+        if len(shape) == 2 and name != EMBEDDING:
+            scheme = cfg.quantisation.scheme(prefix, *_names(cfg, prefix))
+            if scheme is not None:
+                found[prefix] = scheme, (shape[0], shape[1])
     return found
 
 
-def _scheme(cfg: ModelConfig, quantisation: Quantisation, prefix: str) -> StoredScheme | None:
-    """How files hold a layer; they know it by the name that they have for it."""
-    if prefix in quantisation.dense:
-        return None
+def _names(cfg: ModelConfig, prefix: str) -> list[str]:
+    """What files call a layer."""
     if cfg.experts is not None and cfg.experts.naming == "w123":
         prefix = published_name(prefix)
     parts = [f"{part}{prefix.removeprefix('model.')}" for part in _TEXT_PARTS] if cfg.wrapper else []
-    return quantisation.scheme(prefix, *parts)
+    return [prefix, *parts]
 
 
 def _is_packed(prefix: str, scheme: StoredScheme, found: dict[str, TensorEntry]) -> bool:
@@ -302,6 +327,15 @@ def check_tensors(model_dir: Path, cfg: ModelConfig, found: dict[str, TensorEntr
     """
     if cfg.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
         found = found | {EMBEDDING: found[HEAD]}
+    prefix = EMBEDDING.removesuffix("weight")
+    if cfg.quantisation is not None and any(
+        name.startswith(prefix) and (name != EMBEDDING or entry.dtype not in FLOAT_DTYPES)
+        for name, entry in found.items()
+    ):
+        raise OctoError(
+            f"The embedding in {model_dir} is quantised, which cannot be loaded: take a copy of the model in which it "
+            "is not."
+        )
     needed = needed_tensors(cfg, found)
     there = {name: what for name, what in needed.items() if name in found}
     missing = [name for name, what in needed.items() if name not in found and not what.optional]

@@ -1,9 +1,13 @@
 """Where the program keeps what it makes. Nothing here imports torch."""
 
 import os
+import shlex
 from pathlib import Path
 
-from octo_run.errors import OctoError
+from octo_run.errors import OctoError, shown
+
+#: Seconds that making something may take without a word where it cannot be kept.
+NOTICEABLE = 2.0
 
 
 def own_folder() -> Path:
@@ -40,3 +44,19 @@ def state_folder() -> Path:
 def no_folder(error: RuntimeError) -> OctoError:
     """What is raised where a path begins with a home that there is not."""
     return OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.")
+
+
+def unkept(folder: Path, error: OSError, again: str, model: Path) -> str:
+    """What is told if something that took long cannot be kept.
+
+    Args:
+        folder: Where it was to be kept, in :func:`own_folder`.
+        again: What every load does then, in words.
+        model: The model's folder: in a cache that is another one, its name would no longer be known.
+    """
+    inside = model.resolve().is_relative_to(own_folder().resolve())
+    by_path = f" and give the model as {shlex.quote(str(model.resolve()))}" if inside else ""
+    return (
+        f"{shown(str(folder), 200)} cannot be written ({shown(error.strerror or str(error), 100)}), so each load "
+        f"{again}: make it writable, or name another folder in OCTO_RUN_CACHE{by_path}"
+    )

@@ -71,9 +71,9 @@ def main() -> None:
                 weight = pairs_together(weight, heads)
         numbers = weight.numpy()
         if numbers.ndim == 1:
-            writer.add_tensor(gguf_name(name), numbers)
+            writer.add_tensor(gguf_name(name, "llama"), numbers)
         else:
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+            writer.add_tensor(gguf_name(name, "llama"), gguf.quants.quantize(numbers, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

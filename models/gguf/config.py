@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,23 @@ import torch
 
 from octo_run.errors import OctoError, quoted, shown
 from octo_run.models.config import ModelConfig, parse_config
+from octo_run.models.families import FAMILIES
 from octo_run.models.foreign import AGAIN
 from octo_run.models.gguf.header import GgufModel
 from octo_run.models.rope import inverse_frequencies
 from octo_run.models.safetensors_file import TensorEntry, TensorFile
 
 #: llama.cpp's name of an architecture -> the Hugging Face one.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM", "gemma3": "Gemma3ForCausalLM",
+}  # fmt: skip
 #: Those whose rows of q and k llama.cpp's converter reorders: it turns neighbouring coordinates, not halves of a head.
 REORDERED = ("llama",)
+#: Layers of the largest Gemma 3.
+_GEMMA3_27B = 62
+#: Those whose layers have experts.
+_WITH_EXPERTS = ("qwen3moe",)
 EMBEDDING, HEAD, ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -34,7 +43,19 @@ _LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+#: What is called otherwise in an architecture.
+_OTHERWISE = {
+    "gemma3": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+}
+#: The matrices of all experts of a layer, and those of one, as older files have them.
+_EXPERTS = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 #: Rotary frequencies, which are computed from the configuration.
 _COMPUTED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 #: What `model_config` reads, or what changes nothing. Any other entry of an architecture must be neutral.
@@ -44,6 +65,11 @@ _KNOWN_KEYS = {
     "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned",
     "rope.scaling.original_context_length", "rope.scale_linear", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
+#: Beside them those of an architecture.
+_OWN_KEYS = {"gemma3": {"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"}}
+#: The same for architectures with experts, all of which are chosen by a softmax and weighted to a sum of 1.
+_EXPERT_KEYS = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_EXPERT_NEUTRAL = {"expert_gating_func": 1, "expert_weights_norm": True, "expert_weights_scale": 1.0}
 #: Values that change nothing, where 0, false and an empty text are not those.
 _NEUTRAL = {
     "attention.causal": True, "rope.scaling.attn_factor": 1.0, "logit_scale": 1.0,
@@ -110,7 +136,8 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
     """
     name = architecture(model)
     fields = Fields(model.path, model.metadata, f"{name}.")
-    _refuse_unknown(fields)
+    experts = name in _WITH_EXPERTS
+    _refuse_unknown(fields, name)
     hidden, heads = fields.need("embedding_length", int), fields.need("attention.head_count", int)
     head_dim = fields.get("attention.key_length", int, hidden // max(1, heads))
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -118,7 +145,7 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
             raise fields.fail(key, f"is {quoted(fields.get(key, int))} where {head_dim}, the size of a head, is needed")
     values = {
         "architectures": [ARCHITECTURES[name]],
-        "model_type": name,
+        "model_type": FAMILIES[ARCHITECTURES[name]].model_type,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": fields.need("feed_forward_length", int),
@@ -136,6 +163,15 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
     }
     if name != "qwen2":
         values["attention_bias"] = "blk.0.attn_q.bias" in model.tensors
+    if experts:
+        values |= {
+            "num_experts": fields.need("expert_count", int),
+            "num_experts_per_tok": fields.need("expert_used_count", int),
+            "moe_intermediate_size": fields.need("expert_feed_forward_length", int),
+            "norm_topk_prob": True,
+        }
+    if name == "gemma3":
+        values |= _gemma3(fields, values)
     if name == "llama":
         values["mlp_bias"] = "blk.0.ffn_gate.bias" in model.tensors
     scaling = _scaling(fields)
@@ -149,6 +185,20 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
     return values, parse_config(values, model.path)
 
 
+def _gemma3(fields: Fields, values: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 3 has beside the others. llama.cpp scales attention by the size of a head, but in the model of 62
+    layers by what there is of the hidden state for a head."""
+    large = values["num_hidden_layers"] == _GEMMA3_27B
+    head = values["hidden_size"] // max(1, values["num_attention_heads"]) if large else values["head_dim"]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": head,
+        "sliding_window": fields.need("attention.sliding_window", int),
+        "sliding_window_pattern": fields.get("attention.sliding_window_pattern", int, 6),
+        "rope_local_base_freq": short(fields.get("rope.freq_base_swa", float, 10000.0)),
+    }
+
+
 def short(value: float) -> float:
     """A number that a GGUF file holds in float32 as the shortest decimal that means it: 1e-05."""
     return float(str(np.float32(value)))
@@ -160,13 +210,16 @@ def _shape(model: GgufModel, name: str) -> tuple[int, ...]:
     return model.tensors[name].shape
 
 
-def _refuse_unknown(fields: Fields) -> None:
+def _refuse_unknown(fields: Fields, name: str) -> None:
+    known, neutral = _KNOWN_KEYS | _OWN_KEYS.get(name, set()), _NEUTRAL
+    if name in _WITH_EXPERTS:
+        known, neutral = known | _EXPERT_KEYS, neutral | _EXPERT_NEUTRAL
     for key, value in fields.values.items():
         short = key.removeprefix(fields.prefix)
-        if short == key or short in _KNOWN_KEYS:
+        if short == key or short in known:
             continue
         items = value if isinstance(value, list) else [value]
-        if any(item != _NEUTRAL.get(short, item) or (short not in _NEUTRAL and item) for item in items):
+        if any(item != neutral.get(short, item) or (short not in neutral and item) for item in items):
             raise fields.fail(short, f"is {quoted(value)}, which this architecture does not have in octo-run")
 
 
@@ -247,8 +300,10 @@ def tensor_names(model: GgufModel, expected: dict[str, tuple[int, ...]]) -> dict
         OctoError: Tensors are missing, unknown or misshapen.
     """
     found: dict[str, TensorEntry] = {}
-    wanted = {gguf_name(name): name for name in expected}
-    for name, entry in model.tensors.items():
+    arch = architecture(model)
+    wanted = {gguf_name(name, arch): name for name in expected}
+    stored = dict(part for name, entry in model.tensors.items() for part in _by_expert(name, entry))
+    for name, entry in stored.items():
         if _COMPUTED.fullmatch(name):
             continue
         if name not in wanted:
@@ -268,10 +323,26 @@ def tensor_names(model: GgufModel, expected: dict[str, tuple[int, ...]]) -> dict
     return {name: found[name] for name in expected}
 
 
-def gguf_name(name: str) -> str:
-    """What GGUF calls one of the decoder's tensors."""
+def _by_expert(name: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
+    """The matrices of the experts in a tensor of all of a layer's; of another tensor itself."""
+    match = _EXPERTS.fullmatch(name)
+    if match is None or len(entry.shape) != 3 or not entry.shape[0]:
+        return [(name, entry)]
+    size, found = (entry.end - entry.start) // entry.shape[0], []
+    for expert in range(entry.shape[0]):
+        start = entry.start + expert * size
+        part = replace(entry, shape=entry.shape[1:], start=start, end=start + size)
+        found.append((f"{match[1]}.{expert}.weight", part))
+    return found
+
+
+def gguf_name(name: str, arch: str) -> str:
+    """What GGUF calls one of the decoder's tensors in an architecture of llama.cpp."""
     stem, _, kind = name.rpartition(".")
+    if (expert := _EXPERT.fullmatch(stem)) is not None:
+        return f"blk.{expert[1]}.ffn_{expert[3]}.{expert[2]}.{kind}"
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
     if layer is None:
         return f"{next(ours for ours, theirs in _TOP.items() if theirs == stem)}.{kind}"
-    return f"blk.{layer[1]}.{next(ours for ours, theirs in _LAYER.items() if theirs == layer[2])}.{kind}"
+    names = {**_LAYER, **_OTHERWISE.get(arch, {})}
+    return f"blk.{layer[1]}.{next(ours for ours, theirs in names.items() if theirs == layer[2])}.{kind}"

@@ -23,7 +23,13 @@ from torch import Tensor
 from octo_run.errors import OctoError, UsageError, expect, quoted, shown
 from octo_run.models import store
 from octo_run.models.cache import ModelEntry, find
-from octo_run.models.config import CONFIG_NAME, GENERATION_CONFIG_NAME, load_config, load_generation_defaults
+from octo_run.models.config import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    ModelConfig,
+    load_config,
+    load_generation_defaults,
+)
 from octo_run.models.files import INDEX_NAME
 from octo_run.models.foreign import open_regular, parsing, present
 from octo_run.models.gguf import tensors
@@ -149,17 +155,13 @@ class _Import:
         self, model: GgufModel, name: HubName, scheme: Scheme | None, progress: ProgressCallback | None
     ) -> None:
         self.name, self.scheme, self.progress, self.done = name, scheme, progress, 0
-        architecture(model)
+        arch = architecture(model)
         tokenizer = tokenizer_files(model)
         values, cfg = model_config(model, tokenizer.ends)
         check_rows(model, cfg.vocab_size)
         found = tensor_names(model, expected_tensors(cfg))
         tensors.check_types(model)
-        reorder = values["model_type"] in REORDERED
-        self.heads = {
-            name: cfg.num_heads if ".q_proj." in name else cfg.num_kv_heads
-            for name in found if reorder and re.search(r"\.[qk]_proj\.", name)
-        }  # fmt: skip
+        self.changes = _changes(arch, cfg)
         self.files = {
             CONFIG_NAME: json.dumps(values, indent=1).encode(),
             GENERATION_CONFIG_NAME: json.dumps(_generation(model, tokenizer.ends), indent=1).encode(),
@@ -169,7 +171,7 @@ class _Import:
         self.cfg, self.found = cfg, found
         if scheme is not None:
             check_shapes(cfg, scheme)
-            values["quantization_config"] = quantization_config(scheme)
+            values["quantization_config"] = quantization_config(scheme, cfg.experts is not None)
             self.files[CONFIG_NAME] = json.dumps(values, indent=1).encode()
 
     def _try(self, path: Path) -> None:
@@ -204,8 +206,8 @@ class _Import:
     def _items(self) -> dict[str, Item]:
         """The tensors to be written; quantised ones are made now."""
         if self.scheme is None:
-            return tensors.bfloat16_items(self.found, self.heads)
-        source = GgufWeights(self.found, self.heads, not self.cfg.tie_word_embeddings)
+            return tensors.bfloat16_items(self.found, self.changes)
+        source = GgufWeights(self.found, self.changes, not self.cfg.tie_word_embeddings)
         return quantised_items(self.cfg, source, self.scheme, torch.bfloat16)
 
     def _publish(self, folder: Path, written: dict[str, tuple[Path, str, int]]) -> ModelEntry:
@@ -228,6 +230,18 @@ class _Import:
         return advance
 
 
+def _changes(name: str, cfg: ModelConfig) -> dict[str, tensors.Change]:
+    """What the converter did to the tensors of an architecture of llama.cpp: rows of queries and keys in another order,
+    1 added to the weights of norms."""
+    changes: dict[str, tensors.Change] = {}
+    for tensor in expected_tensors(cfg):
+        if name in REORDERED and (part := re.search(r"\.([qk])_proj\.", tensor)):
+            changes[tensor] = tensors.Change(cfg.num_heads if part[1] == "q" else cfg.num_kv_heads)
+        elif cfg.family.norm == "one_plus" and tensor.endswith("norm.weight"):
+            changes[tensor] = tensors.Change(added=1.0)
+    return changes
+
+
 def _generation(model: GgufModel, ends: dict[str, Any]) -> dict[str, Any]:
     """The content of generation_config.json: the sampling that the metadata recommend; without that, greedy."""
     fields = Fields(model.path, model.metadata, "general.sampling.")
@@ -241,12 +255,14 @@ def _generation(model: GgufModel, ends: dict[str, Any]) -> dict[str, Any]:
 class GgufWeights(Weights):
     """Those of a GGUF file: rounded to bfloat16 as an import does, in float32 on the CPU."""
 
-    def __init__(self, entries: dict[str, TensorEntry], heads: dict[str, int], has_head: bool) -> None:
-        self._entries, self._heads, self.has_head = entries, heads, has_head
+    def __init__(self, entries: dict[str, TensorEntry], changes: dict[str, tensors.Change], has_head: bool) -> None:
+        self._entries, self._changes, self.has_head = entries, changes, has_head
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`."""
-        return tensors.read_tensor(name, self._entries[name], self._heads.get(name)).to(torch.float32)
+        return tensors.read_tensor(name, self._entries[name], self._changes.get(name, tensors.UNCHANGED)).to(
+            torch.float32
+        )
 
 
 class _Partial:

@@ -1,7 +1,8 @@
 """The tensors of a GGUF file in bfloat16, decoded piece by piece."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,21 @@ from octo_run.models.gguf.header import GgufModel
 from octo_run.models.safetensors_file import TensorEntry, TensorFile
 from octo_run.models.safetensors_writer import Item
 
+
+@dataclass(frozen=True)
+class Change:
+    """What llama.cpp's converter did to a tensor, to be undone.
+
+    Attributes:
+        heads: It reordered the rows of so many heads; None: of none.
+        added: To each number.
+    """
+
+    heads: int | None = None
+    added: float = 0.0
+
+
+UNCHANGED = Change()
 #: Items that are decoded at once.
 PIECE_ITEMS = 4 << 20
 
@@ -44,7 +60,7 @@ def check_types(model: GgufModel) -> None:
             ) from None
 
 
-def bfloat16_items(found: dict[str, TensorEntry], heads: dict[str, int]) -> dict[str, Item]:
+def bfloat16_items(found: dict[str, TensorEntry], changes: Mapping[str, Change]) -> dict[str, Item]:
     """The tensors as they are to be written.
 
     Their pieces raise ``OctoError`` for a tensor that cannot be decoded or holds values that bfloat16 cannot, and for a
@@ -52,35 +68,35 @@ def bfloat16_items(found: dict[str, TensorEntry], heads: dict[str, int]) -> dict
 
     Args:
         found: The decoder's name -> where it comes from.
-        heads: Tensors whose rows llama.cpp reordered -> how many heads they have.
+        changes: Those of the tensors that were changed.
     """
     return {
-        name: Item(torch.bfloat16, entry.shape, partial(_bfloat16, name, entry, heads.get(name)))
+        name: Item(torch.bfloat16, entry.shape, partial(_bfloat16, name, entry, changes.get(name, UNCHANGED)))
         for name, entry in found.items()
     }
 
 
-def read_tensor(name: str, entry: TensorEntry, heads: int | None) -> Tensor:
+def read_tensor(name: str, entry: TensorEntry, change: Change) -> Tensor:
     """A whole tensor in bfloat16; errors as of :func:`bfloat16_items`."""
-    return torch.cat([*_bfloat16(name, entry, heads)]).view(entry.shape)
+    return torch.cat([*_bfloat16(name, entry, change)]).view(entry.shape)
 
 
-def _bfloat16(name: str, entry: TensorEntry, heads: int | None) -> Iterator[Tensor]:
+def _bfloat16(name: str, entry: TensorEntry, change: Change) -> Iterator[Tensor]:
     """The tensor's values, some rows at a time."""
-    for piece in _pieces(entry, heads):
+    for piece in _pieces(entry, change):
         values = piece.to(torch.bfloat16)
         if not values.isfinite().all():
             raise OctoError(f"{entry.path}: {name} holds values that are no finite numbers: {AGAIN}.")
         yield values
 
 
-def _pieces(entry: TensorEntry, heads: int | None) -> Iterator[Tensor]:
+def _pieces(entry: TensorEntry, change: Change) -> Iterator[Tensor]:
     """The tensor's values in float32, some rows at a time; whole heads where rows change places."""
     block, block_bytes = _block(entry)
     columns = entry.shape[-1] if len(entry.shape) > 1 else 1 if block == 1 else entry.shape[0]
     rows = item_count(entry) // columns
     row_bytes = columns // block * block_bytes
-    unit = 1 if heads is None else rows // heads
+    unit = 1 if change.heads is None else rows // change.heads
     step = max(unit, PIECE_ITEMS // columns // unit * unit)
     with TensorFile(entry.file) as file:
         for first in range(0, rows, step):
@@ -88,7 +104,9 @@ def _pieces(entry: TensorEntry, heads: int | None) -> Iterator[Tensor]:
             data = file.read_bytes(entry.start + first * row_bytes, count * row_bytes)
             with parsing(entry.path, "GGUF"):
                 values = _decode(np.frombuffer(data, np.uint8).reshape(count, row_bytes), entry.dtype)
-            if heads is not None:  # back from pairs (0, 1), (2, 3), ... to halves of a head
+            if change.added:
+                values = values - np.float32(change.added)
+            if change.heads is not None:  # back from pairs (0, 1), (2, 3), ... to halves of a head
                 values = values.reshape(count // unit, unit // 2, 2, columns).swapaxes(1, 2)
             yield torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(-1)
 

@@ -23,12 +23,25 @@ OLDER_NAMES: Mapping[str, str] = {
     "quant_config.json": "awq",
 }
 _LOADABLE = (
-    "octo-run loads compressed-tensors, GPTQ, AWQ, fp8, MXFP4 and ModelOpt files, and quantises unquantised ones itself"
+    "octo-run loads compressed-tensors, GPTQ, AWQ, AutoRound, fp8, MXFP4 and ModelOpt files, and quantises "
+    "unquantised ones itself"
 )
 #: Columns of a group: a multiple of the smallest that a packed weight has (`kernels.linear.packed.GROUPS`).
 _GROUP_UNIT = 16
 #: The classes that a linear layer is meant by.
 _LINEAR = frozenset(("Linear", "torch.nn.Linear", "ColumnParallelLinear", "RowParallelLinear"))
+
+
+class UnknownMethod(OctoError):
+    """A method of quantisation that octo-run does not read, or none that is named.
+
+    Attributes:
+        named: Whether one is.
+    """
+
+    def __init__(self, message: str, named: bool) -> None:
+        super().__init__(message)
+        self.named = named
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Quantisation:
         style: How names are compared: ``exact``, ``contains`` or ``glob``.
         activations: Whether inputs were meant to be quantised, too, which octo-run does not do.
         dense: Layers whose files hold a plain matrix after all (``weights.stored_config``).
+        packed: Layers whose files hold a quantised one though they were left out (likewise).
         orders: Digest of the order of columns, for layers that have one (likewise).
     """
 
@@ -91,6 +105,7 @@ class Quantisation:
     style: str = "contains"
     activations: bool = False
     dense: frozenset[str] = frozenset()
+    packed: frozenset[str] = frozenset()
     orders: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
@@ -98,13 +113,22 @@ class Quantisation:
         """Of the codes of all layers (`StoredScheme.kind`)."""
         return {rule.scheme.kind for rule in self.rules if rule.scheme is not None}
 
-    def scheme(self, *named: str) -> StoredScheme | None:
+    def scheme(self, layer: str, *named: str) -> StoredScheme | None:
         """How a linear layer is stored; None: as a plain matrix.
 
         Args:
-            named: What it is called, without ``.weight``: first by octo-run, then by files of its kind.
+            layer: What octo-run calls it, without ``.weight``.
+            named: What files of its kind call it (nothing: the same).
         """
-        return None if named[0] in self.dense else _chooser(self.rules, self.ignored, self.style)(named)
+        if layer in self.dense:
+            return None
+        if layer in self.packed:
+            return self.if_quantised(*(named or (layer,)))
+        return _chooser(self.rules, self.ignored, self.style)(named or (layer,))
+
+    def if_quantised(self, *named: str) -> StoredScheme | None:
+        """How a layer is stored if it is quantised at all: nothing is left out."""
+        return _chooser(tuple(rule for rule in self.rules if rule.scheme is not None), (), self.style)(named)
 
     def __str__(self) -> str:
         kinds = dict.fromkeys(str(rule.scheme) for rule in self.rules if rule.scheme is not None)
@@ -147,15 +171,17 @@ def parse_quantisation(fields: Fields) -> Quantisation:
     """What ``quantization_config`` says.
 
     Raises:
-        OctoError: octo-run cannot load such weights; it says what would work.
+        UnknownMethod: octo-run does not know how such weights are stored; it says what would work.
+        OctoError: It knows, and cannot load them; likewise.
     """
     method = (fields.text("quant_method") or _unnamed(fields)).lower()
     parse = _METHODS.get(method)
     if parse is None:
         name = shown(method or "unnamed", 40)
         hint = _HINTS.get(method, "take another copy of the model")
-        raise OctoError(
-            f"{fields.path}: the weights are quantized ({name}), which cannot be loaded: {hint}; {_LOADABLE}."
+        raise UnknownMethod(
+            f"{fields.path}: the weights are quantized ({name}), which cannot be loaded: {hint}; {_LOADABLE}.",
+            bool(method),
         )
     found = parse(fields)
     for rule in found.rules:
@@ -251,13 +277,79 @@ def _with_exceptions(fields: Fields, scheme: Callable[[Fields], StoredScheme]) -
             rules.append(Rule((target,), None))
             continue
         assert exceptions is not None
-        own, name = exceptions.raw(pattern) or {}, shown(pattern, 60)
-        if not isinstance(own, dict):
-            raise exceptions.fail(name, f"is {quoted(own)}, not an object")
-        rules.append(
-            Rule((target,), scheme(Fields(fields.path, {**fields.values, **own}, f"{exceptions.prefix}{name}.")))
-        )
+        rules.append(Rule((target,), scheme(_of_layer(fields, exceptions, pattern))))
     return (*rules, Rule(("Linear",), scheme(fields)))
+
+
+#: How AutoRound packs -> layout, and what a stored zero is less than the code it means.
+_PACKINGS = {
+    "auto_round:gptq": ("gptq", 1),
+    "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round": ("gptq", 0),
+    "auto_round:gptqmodel": ("gptq", 0),
+    "auto_round:awq": ("awq", 0),
+    "auto_round:auto_awq": ("awq", 0),
+}
+
+
+def _auto_round(fields: Fields) -> Quantisation:
+    """The layers in the blocks that are named (all of the decoder where none is), and those of ``extra_config``, which
+    has settings of their own by names or by parts of names; with 16 bits and more they are not quantised."""
+    packing = (fields.text("packing_format") or "auto_round:gptq").lower()
+    if packing not in _PACKINGS:
+        advice = "take the copy that AutoRound exports as auto_gptq, auto_awq or llm_compressor"
+        raise _refused(fields, "packing_format", f"is {quoted(packing)}", advice)
+    layout, shift = _PACKINGS[packing]
+
+    def scheme(fields: Fields) -> StoredScheme | None:
+        if fields.integer("bits", high=64) >= 16:
+            return None
+        bits = _bits(fields, "bits", (4, 8) if layout == "gptq" else (4,))
+        if (kind := fields.text("data_type") or "int") != "int":
+            raise _refused(fields, "data_type", f"is {quoted(kind)}", "take a copy of 4 or 8 bits of type int")
+        if fields.raw("act_bits") is not None and fields.integer("act_bits", high=64) < 16:
+            raise _refused(fields, "act_bits", f"is {fields.raw('act_bits')}", "take a copy that packs weights alone")
+        group, symmetric = _group(fields, default=128), layout == "gptq" and fields.boolean("sym", True)
+        return StoredScheme(layout, f"int{bits}", group, symmetric=symmetric, zero_shift=shift)
+
+    own = fields.sub("extra_config")
+    rules = []
+    for name in {} if own is None else own.values:
+        assert own is not None
+        if own.raw(name):
+            target = f"re:.*(?:{name})" if re.search(r"[^\w.-]", name) else name
+            rules.append(Rule((target,), scheme(_of_layer(fields, own, name))))
+    blocks = _block_names(fields)
+    within = tuple(f"re:{re.escape(block)}" for block in blocks) if blocks else ("Linear",)
+    named = blocks or (own is not None and any("lm_head" in name for name in own.values))
+    ignored = (*(() if named else ("lm_head",)), *_names(fields, "modules_to_not_convert"))
+    return Quantisation("AutoRound", (*rules, Rule(within, scheme(fields))), ignored)
+
+
+def _block_names(fields: Fields) -> list[str]:
+    """What the names of quantised layers begin with: one text with commas, or a list of names or of lists of them."""
+    for key in ("block_name_to_quantize", "to_quant_block_names"):
+        said = fields.raw(key)
+        if said is not None:
+            waiting, found = [said], list[str]()
+            while waiting:
+                one = waiting.pop()
+                if isinstance(one, list):
+                    waiting += one
+                elif isinstance(one, str):
+                    found += filter(None, map(str.strip, one.split(",")))
+                else:
+                    raise fields.fail(key, f"is {quoted(said)}, not names of blocks")
+            return found
+    return []
+
+
+def _of_layer(fields: Fields, exceptions: Fields, name: str) -> Fields:
+    """The settings of a method with those that some layers have of their own."""
+    own, where = exceptions.raw(name) or {}, shown(name, 60)
+    if not isinstance(own, dict):
+        raise exceptions.fail(where, f"is {quoted(own)}, not an object")
+    return Fields(fields.path, {**fields.values, **own}, f"{exceptions.prefix}{where}.")
 
 
 def _fp8(fields: Fields) -> Quantisation:
@@ -381,6 +473,7 @@ _METHODS: Mapping[str, Callable[[Fields], Quantisation]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "awq": _awq,
+    "auto-round": _auto_round,
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm,
     "mxfp4": _mxfp4,
@@ -390,6 +483,7 @@ _METHODS: Mapping[str, Callable[[Fields], Quantisation]] = {
 _HINTS = {
     "bitsandbytes": "take the unquantised files and give --weights",
     "mlx": "take the unquantised files and give --weights",
-    "auto-round": "take the copy that AutoRound exports as auto_gptq or auto_awq",
+    "intel/auto-round": "take the copy that AutoRound exports as auto_gptq or auto_awq",
+    "gemma": "take the copy in compressed-tensors (its name ends in qat-w4a16-ct)",
     "gguf": "import the GGUF file",
 }

@@ -170,10 +170,14 @@ def refuse_packed(path: Path, cfg: ModelConfig, weights: str | Scheme | None) ->
     Raises:
         OctoError: It names the method.
     """
-    if weights not in (None, "auto") and cfg.quantisation is not None:
+    from octo_run.models.weights import stored_config  # which knows schemes
+
+    if weights in (None, "auto") or cfg.quantisation is None:
+        return
+    if (found := stored_config(path, cfg).quantisation) is not None:
         name = weights.name if isinstance(weights, Scheme) else weights
         raise OctoError(
-            f"The weights in {path} are quantised already ({cfg.quantisation.method}) and cannot become {name}: leave "
+            f"The weights in {path} are quantised already ({found.method}) and cannot become {name}: leave "
             "--weights out, or take the model's unquantised files."
         )
 

@@ -119,7 +119,8 @@ def as_scales(source: Source, name: str) -> Tensor:
 
 def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
     """The first ``count`` codes uint8 of each row of int32 words or uint8 bytes, the lowest bits first."""
-    stored = words.contiguous().view(torch.uint8)
+    size = words.shape[-1] * words.element_size()
+    stored = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], size)
     if bits == 4:
         stored = torch.stack((stored & 15, stored >> 4), -1).flatten(-2)
     return stored[..., :count]

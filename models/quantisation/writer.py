@@ -28,6 +28,7 @@ from octo_run.models.files import INDEX_NAME, SMALL_NAMES
 from octo_run.models.foreign import present, read_bytes, read_json_object
 from octo_run.models.linear import PackedLinear, SplitLinear, head_order, joined
 from octo_run.models.mlp import DenseMLP
+from octo_run.models.quantisation.config import OLDER_NAMES
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.safetensors_writer import Item, index_of, plan_shards
 from octo_run.models.weights import EMBEDDING, HEAD, Weights
@@ -288,8 +289,8 @@ def write_folder(
     values = read_json_object(source / CONFIG_NAME)
     quantization = quantization_config(scheme, cfg.experts is not None)
     values |= {"tie_word_embeddings": cfg.tie_word_embeddings, "quantization_config": quantization}
-    files = {name: read_bytes(source / name) for name in SMALL_NAMES if present(source / name)}
-    files.pop(INDEX_NAME, None)
+    names = [name for name in SMALL_NAMES if name != INDEX_NAME and name not in OLDER_NAMES]
+    files = {name: read_bytes(source / name) for name in names if present(source / name)}
     files[CONFIG_NAME] = json.dumps(values, indent=1).encode()
     if len(shards) > 1:
         files[INDEX_NAME] = index_of(shards)

@@ -180,6 +180,7 @@ def load_engine(
         on_plan=announce,
         before_weights=check,
         on_measure=tell,
+        on_unkept=_say_once,
         conditioning=options.conditioning,
         weights=options.weights,
         head=options.head or "bf16",

@@ -98,6 +98,7 @@ def test_options_have_the_names_that_python_has() -> None:
         "on_plan",
         "before_weights",
         "on_measure",
+        "on_unkept",
         "stop_ids",
     }
     missing = {name for name in python - elsewhere if f"--{name.replace('_', '-')}" not in options}

@@ -27,6 +27,7 @@ import pytest
 from octo_run.cli import main
 from octo_run.errors import OctoError, UsageError
 from octo_run.models import hub, hub_client, store
+from octo_run.models.config import load_config
 
 NAME = "tiny/llama"
 SHARDS = tuple(f"model-{shard}-of-00003.safetensors" for shard in ("00001", "00002", "00003"))
@@ -814,8 +815,10 @@ def test_models_that_cannot_run_are_refused_before_their_weights(
 ) -> None:
     files = dict(fake_hub.repos[NAME].commits[fake_hub.repos[NAME].refs["main"]])
     config = json.loads(files["config.json"]) | {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+    hqq = json.loads(files["config.json"]) | {"quantization_config": {"quant_method": "hqq"}}
     cases = {
         "MambaForCausalLM": files | {"config.json": json.dumps(config).encode()},
+        r"quantized \(hqq\), which": files | {"config.json": json.dumps(hqq).encode()},
         "has no config.json": {name: data for name, data in files.items() if name != "config.json"},
         "pickled weights such as pytorch_model.bin are never": {
             name: data for name, data in files.items() if not name.endswith((".safetensors", ".index.json"))
@@ -833,6 +836,14 @@ def test_models_that_cannot_run_are_refused_before_their_weights(
         sentence(error)
     assert [fake_hub.downloads(shard) for shard in SHARDS] == [0, 0, 0]
     assert hub.list_models()[1:] == []
+
+
+def test_plain_weights_with_a_quantization_that_has_no_name(fake_hub: Any, repo: Path) -> None:
+    """As copies of models that were trained for 4 bits are published."""
+    files = dict(fake_hub.repos[NAME].commits[fake_hub.repos[NAME].refs["main"]])
+    config = json.loads(files["config.json"]) | {"quantization_config": {"bits": 4}}
+    fake_hub.repos[NAME].commit(files | {"config.json": json.dumps(config).encode()}, "main")
+    assert load_config(hub.pull(NAME).path).quantisation is None
 
 
 def test_remove(fake_hub: Any, repo: Path, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from octo_run import folders
 from octo_run.engine import Engine, SamplingParams, calibration
 from octo_run.models import kept_weights, store
 from octo_run.models.cache import name_of, packed_folder, statistics_folder
@@ -200,3 +201,30 @@ def test_a_decoder_with_a_turned_matrix_is_not_kept(make_checkpoint: Callable[..
     decoder.final_norm = torch.zeros(4, 3).T
     kept.keep(decoder)
     assert not packed_folder().exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_cannot_be_kept_is_told_with_what_helps(
+    inside: bool, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it took long: of packed weights, of conditioning, and of what ``auto:N`` measures."""
+    monkeypatch.setattr(folders, "NOTICEABLE", 0.0)
+    model, cache = make_checkpoint(head_dim=64), tmp_path / "cache"
+    if inside:
+        model = model.rename(cache.mkdir() or cache / "a model")
+    for folder in (packed_folder(), statistics_folder()):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.write_text("no folder")
+    told: list[str] = []
+    load(model, kv="auto:56", max_context=600, on_unkept=told.append)
+    place = f" and give the model as '{model}'" if inside else ""
+    advice = f"make it writable, or name another folder in OCTO_RUN_CACHE{place}"
+    packed, measured = (f"{folder()} cannot be written (File exists)" for folder in (packed_folder, statistics_folder))
+    again = f"{measured}, so each load measures the model again: {advice}"
+    assert told == [f"{packed}, so each load packs the weights again: {advice}", again, again]
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(tmp_path / "elsewhere"))
+    load(model, kv="auto:56", max_context=600, on_unkept=told.append)
+    monkeypatch.setattr(folders, "NOTICEABLE", 1000.0)
+    monkeypatch.setenv("OCTO_RUN_CACHE", str(cache))
+    load(model, kv="auto:56", max_context=600, on_unkept=told.append)
+    assert len(told) == 3

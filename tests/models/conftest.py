@@ -21,18 +21,24 @@ LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA3 = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in TOP:
         return f"{TOP[stem]}.{kind}"
     _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{LAYER[rest]}.{kind}"
+    names = LAYER | GEMMA3 if arch == "gemma3" else LAYER
+    return f"blk.{layer}.{names[rest]}.{kind}"
 
 
 def reordered(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -69,6 +75,18 @@ def small_bpe() -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": TEMPLATE,
     }
+
+
+def with_stacked_experts(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With the matrices of a layer's experts in one tensor, by GGUF's name, the router by its own."""
+    found: dict[str, Any] = {}
+    for name, values in weights.items():
+        parts = name.split(".")
+        if "experts" in parts:
+            found.setdefault(f"blk.{parts[2]}.ffn_{parts[6].removesuffix('_proj')}_exps.weight", []).append(values)
+        else:
+            found["blk." + parts[2] + ".ffn_gate_inp.weight" if ".mlp.gate." in name else name] = values
+    return {name: np.stack(values) if isinstance(values, list) else values for name, values in found.items()}
 
 
 @dataclass
@@ -115,7 +133,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-6, "head_dim": 128},
-}
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "rms_norm_eps": 1e-6, "head_dim": 64,
+        "num_hidden_layers": 8, "sliding_window": 24, "sliding_window_pattern": 6, "query_pre_attn_scalar": 64,
+        "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1e6, "tie_word_embeddings": True,
+        "rope_local_base_freq": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "qwen3moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "rms_norm_eps": 1e-6, "head_dim": 64, "num_experts": 5,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -156,15 +184,31 @@ def small_gguf() -> Callable[..., SmallGguf]:
             "general.name": "A small model",
             **small_bpe(),
         }
+        if arch == "gemma3":
+            metadata |= {
+                f"{arch}.attention.sliding_window": config["sliding_window"],
+                f"{arch}.rope.scaling.type": "linear",
+                f"{arch}.rope.scaling.factor": 8.0,
+            }
+        if cfg.experts is not None:
+            metadata |= {
+                f"{arch}.expert_count": cfg.experts.count,
+                f"{arch}.expert_used_count": cfg.experts.chosen,
+                f"{arch}.expert_feed_forward_length": cfg.experts.inner,
+            }
         result = SmallGguf(arch, config, weights, metadata)
-        for name, tensor in weights.items():
-            values = tensor.numpy()
+        for name, values in with_stacked_experts({name: tensor.numpy() for name, tensor in weights.items()}).items():
             if arch == "llama" and ".q_proj." in name:
                 values = reordered(values, cfg.num_heads)
             elif arch == "llama" and ".k_proj." in name:
                 values = reordered(values, cfg.num_kv_heads)
-            kind = GGMLQuantizationType[quant if values.ndim == 2 else "F32"]
-            result.tensors[gguf_name(name)] = quantize(np.ascontiguousarray(values), kind), kind
+            if arch == "gemma3" and name.endswith("norm.weight"):
+                values = values + np.float32(1)
+            kind = GGMLQuantizationType[quant if values.ndim > 1 and "ffn_gate_inp" not in name else "F32"]
+            result.tensors[name if name.startswith("blk.") else gguf_name(name, arch)] = (
+                quantize(np.ascontiguousarray(values), kind),
+                kind,
+            )
         return result
 
     return make

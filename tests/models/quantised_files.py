@@ -88,6 +88,33 @@ def integers(w: Matrix, bits: int, group: int | None, symmetric: bool, dtype: to
     return codes, scale, zero, wide * (codes - spread(zero, group, w.shape[1]))
 
 
+def auto_round(bits: int = 4, group: int | None = 32, *, symmetric: bool = True, less: int = 1) -> Writer:
+    """AutoRound's packing after GPTQ: rows of inputs in words, no groups of columns; zeros ``less`` what they are. A
+    symmetric scale has the sign of what is largest, so that -8 (or -128) is used."""
+
+    def write(w: Matrix) -> Written:
+        if symmetric:
+            half, scales = 2 ** (bits - 1), []
+            for first in range(0, w.shape[1], group or w.shape[1]):
+                part = w[:, first : first + (group or w.shape[1])]
+                largest = np.take_along_axis(part, np.abs(part).argmax(1)[:, None], 1)[:, 0]
+                scales.append(-largest / half)
+            scale = torch.from_numpy(np.stack(scales, 1)).half().double().numpy()
+            zero, wide = np.full(scale.shape, half), spread(scale, group, w.shape[1])
+            codes = np.clip(np.round(w / wide) + half, 0, 2 * half - 1)
+            codes, values = codes.astype(np.uint8), wide * (codes - half)
+        else:
+            codes, scale, zero, values = integers(w, bits, group, False, torch.float16)
+        stored = (zero - less) % 2**bits
+        return {
+            "qweight": torch.from_numpy(words(codes, bits).T.copy()),
+            "qzeros": torch.from_numpy(words(stored.T.astype(np.uint8), bits)),
+            "scales": torch.from_numpy(scale.T.copy()).half(),
+        }, values
+
+    return write
+
+
 def gptq(
     bits: int = 4, group: int | None = 32, *, symmetric: bool = True, act_order: bool = False, version: int = 1
 ) -> Writer:
@@ -111,9 +138,9 @@ def gptq(
     return write
 
 
-def awq(group: int | None = 64) -> Writer:
+def awq(group: int | None = 64, *, symmetric: bool = False) -> Writer:
     def write(w: Matrix) -> Written:
-        codes, scale, zero, values = integers(w, 4, group, False, torch.float16)
+        codes, scale, zero, values = integers(w, 4, group, symmetric, torch.float16)
 
         def packed(columns: Matrix) -> Tensor:  # [n, out] -> [n, out / 8]
             shuffled = columns.reshape(len(columns), -1, 8)[..., AWQ_ORDER].reshape(len(columns), -1)

@@ -56,6 +56,8 @@ def transformers_model(path: Path) -> Any:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    if "moe_intermediate_size" in config.to_dict():  # which that reader passes over
+        config.moe_intermediate_size = 64
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -82,6 +84,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
     "qwen3": ("qwen3", {"rope_theta": 1e6}),
+    "qwen3moe": ("qwen3moe", {"rope_theta": 1e6}),
+    "gemma3": ("gemma3", {}),
 }
 
 
@@ -102,7 +106,9 @@ def test_weights_and_config_come_back(name: str, quant: str, small_gguf: Callabl
         assert torch.equal(weights[tensor], values), tensor
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-tied", "qwen3"])  # the others have what that reader passes over
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2-tied", "qwen3", "qwen3moe"]
+)  # the others have what that reader passes over
 def test_logits_equal_those_of_transformers(name: str, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
     """Transformers reads the same file by code of its own."""
     arch, changes = CONFIGS[name]
@@ -311,7 +317,7 @@ def nan(small: Any) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "architecture": (lambda s: setattr(s, "arch", "gemma3"), r"the architecture 'gemma3', and octo-run imports llama"),
+    "architecture": (lambda s: setattr(s, "arch", "gemma2"), r"the architecture 'gemma2', and octo-run imports llama"),
     "adapter": (changed("general.type", "adapter"), r"holds no model but something else \(adapter\)"),
     "experts": (changed("llama.expert_count", 8), r"llama\.expert_count is 8, which this architecture"),
     "window": (changed("llama.attention.sliding_window", 128), r"llama\.attention\.sliding_window is 128"),
@@ -395,6 +401,75 @@ def test_any_value_of_any_entry_is_taken_or_refused(kind: str, small_gguf: Calla
                 assert text.isprintable() and len(text) <= 480 and text.endswith(".") and "octo-run-import" not in text
                 assert str(model.path) in text, (key, value, text)
     assert refusals > len(keys) * len(VALUES) / 3
+
+
+def cut_experts(small: Any) -> None:
+    data, kind = small.tensors["blk.1.ffn_up_exps.weight"]
+    small.tensors["blk.1.ffn_up_exps.weight"] = np.ascontiguousarray(data[:-1]), kind
+
+
+EXPERTS: list[tuple[Callable[[Any], Any], str]] = [
+    (changed("qwen3moe.expert_count", None), "expert_count is missing"),
+    (changed("qwen3moe.expert_count", 6), r"tensor blk\.0\.ffn_gate_inp\.weight has the shape \[5, 64\]"),
+    (changed("qwen3moe.expert_used_count", 9), "num_experts_per_tok is 9, more than the 5 experts"),
+    (
+        changed("qwen3moe.expert_feed_forward_length", 32),
+        r"has the shape \[64, 64\] where its metadata ask for \[32, 64\]",
+    ),
+    (changed("qwen3moe.expert_gating_func", 2), r"expert_gating_func is 2, which this architecture does not have"),
+    (changed("qwen3moe.expert_weights_norm", False), r"expert_weights_norm is False"),
+    (changed("qwen3moe.expert_shared_count", 1), r"expert_shared_count is 1, which this architecture does not have"),
+    (cut_experts, r"lacks 1 tensors of its model \(such as blk\.1\.ffn_up\.4\.weight\)"),
+    (lambda s: s.tensors.pop("blk.0.ffn_down_exps.weight"), r"lacks 5 tensors .*blk\.0\.ffn_down\.0"),
+    (extra("blk.0.ffn_gate_up_exps.weight"), r"the tensor 'blk\.0\.ffn_gate_up_exps\.weight'"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(EXPERTS)))
+def test_experts_that_are_refused(number: int, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    change, sentence = EXPERTS[number]
+    small = small_gguf("qwen3moe")
+    change(small)
+    text = refused(small.write(tmp_path / "model.gguf"))
+    assert re.search(sentence, text), text
+
+
+def test_any_value_of_what_is_said_of_experts(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    model, name = read_model(small_gguf("qwen3moe").write(tmp_path / "model.gguf")), HubName("imported/x")
+    for key in ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_gating_func"):
+        for value in VALUES:
+            try:
+                importer._Import(replace(model, metadata=model.metadata | {f"qwen3moe.{key}": value}), name, None, None)
+            except OctoError as error:
+                assert str(error).isprintable() and len(str(error)) <= 480 and str(model.path) in str(error)
+
+
+GEMMA3: list[tuple[Callable[[Any], Any], str]] = [
+    (changed("gemma3.attention.sliding_window", None), "attention.sliding_window is missing"),
+    (changed("gemma3.attention.sliding_window_pattern", 0), "sliding_window_pattern is 0"),
+    (changed("gemma3.attention.sliding_window_pattern", [True, False]), "which octo-run does not understand"),
+    (changed("gemma3.final_logit_softcapping", 30.0), r"final_logit_softcapping is 30\.0, which this architecture"),
+    (lambda s: s.tensors.pop("blk.3.post_ffw_norm.weight"), r"lacks 1 tensors .*blk\.3\.post_ffw_norm\.weight"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(GEMMA3)))
+def test_gemma_3_that_is_refused(number: int, small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    change, sentence = GEMMA3[number]
+    small = small_gguf("gemma3")
+    change(small)
+    text = refused(small.write(tmp_path / "model.gguf"))
+    assert re.search(sentence, text), text
+
+
+def test_what_gemma_3_is_told_by_its_shape(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    """Of 62 layers attention is scaled by a head's share of the hidden state; what is said of windows counts."""
+    small = small_gguf("gemma3", num_hidden_layers=62, head_dim=32, query_pre_attn_scalar=16)
+    small.metadata |= {"gemma3.attention.sliding_window_pattern": 3, "gemma3.rope.freq_base_swa": 20000.0}
+    cfg = load_config(import_model(small.write(tmp_path / "model.gguf")).path)
+    assert cfg.attention_scale == 16**-0.5 and cfg.sliding_window == 24
+    assert [index for index, kind in enumerate(cfg.layer_types[:6]) if kind == "full_attention"] == [2, 5]
+    assert cfg.sliding_rope is not None and cfg.sliding_rope.theta == 20000.0
 
 
 # Splits and archives
@@ -635,7 +710,16 @@ def test_sampling_and_ends(small_gguf: Callable[..., Any], tmp_path: Path) -> No
     assert values["do_sample"] and values["temperature"] == 0.6 and values["top_k"] == 20
 
 
-@pytest.mark.parametrize(("arch", "quant", "weights"), [("llama", "Q8_0", "int4"), ("qwen2", "F32", "int8")])
+@pytest.mark.parametrize(
+    ("arch", "quant", "weights"),
+    [
+        ("llama", "Q8_0", "int4"),
+        ("qwen2", "F32", "int8"),
+        ("qwen3moe", "Q8_0", "int8"),
+        ("qwen3moe", "F32", "int4"),
+        ("gemma3", "Q8_0", "int8"),
+    ],
+)
 def test_quantised_imports_are_what_quantising_an_import_gives(
     arch: str, quant: str, weights: str, small_gguf: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -1,6 +1,5 @@
 """The schemes of quantised weights against their references in float64, and what they lose."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import Engine, SamplingParams
+from octo_run.engine.quantise import quantise
 from octo_run.errors import OctoError, UsageError
 from octo_run.kernels.linear import PackedWeight
 from octo_run.models import kept_weights
@@ -220,10 +220,14 @@ def test_formats_that_do_not_exist_are_refused(options: dict[str, str]) -> None:
         Engine.load("octo-demo", device="cpu", **options)
 
 
-def test_weights_that_are_quantised_already_are_not_quantised_again(make_checkpoint: Callable[..., Path]) -> None:
-    path = make_checkpoint()
-    values = json.loads((path / "config.json").read_text())
-    values["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(OctoError, match=r"quantised already \(GPTQ\) and cannot become int8: leave --weights out"):
-        Engine.load(path, device="cpu", weights="int8")
+def test_weights_that_are_quantised_already_are_not_quantised_again(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    quantise(make_checkpoint(), tmp_path / "packed", "fp8", device="cpu")
+    words = r"quantised already \(compressed-tensors\) and cannot become int8: leave --weights out"
+    with pytest.raises(OctoError, match=words):
+        Engine.load(tmp_path / "packed", device="cpu", weights="int8")
+    with pytest.raises(
+        OctoError, match=r"quantised already \(compressed-tensors\): take the model's unquantised files"
+    ):
+        quantise(tmp_path / "packed", tmp_path / "again", "int8", device="cpu")

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from octo_run.engine import Engine, plan_memory
 from octo_run.engine.parts import held_bytes
+from octo_run.engine.quantise import quantise
 from octo_run.errors import OctoError
 from octo_run.kernels.linear import PackedWeight
 from octo_run.models.config import load_config
 from octo_run.models.files import SMALL_NAMES
 from octo_run.models.linear import Linear, PackedLinear, SplitLinear
 from octo_run.models.quantisation import names
-from octo_run.models.quantisation.config import Quantisation, Rule, StoredScheme
+from octo_run.models.quantisation.config import OLDER_NAMES, Quantisation, Rule, StoredScheme
 from octo_run.models.weights import StoredWeights, load_weights, stored_config
 
 files = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "quantised_files.py")))
@@ -57,6 +58,14 @@ def gptq(**fields: Any) -> dict[str, Any]:
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+
+
+def auto_round(packing: str | None, **fields: Any) -> dict[str, Any]:
+    config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int", "iters": 200,
+              "autoround_version": "0.9.2", "block_name_to_quantize": "model.layers"}  # fmt: skip
+    return config | ({"packing_format": packing} if packing else {}) | fields
+
+
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 BLOCK = {"strategy": "block", "block_structure": [128, 128], "type": "float"}
 FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
@@ -75,6 +84,17 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
     "awq": (AWQ, files.awq()),
     "awq 32": (AWQ | {"group_size": 32}, files.awq(32)),
     "awq a group a row": (AWQ | {"group_size": -1}, files.awq(None)),
+    "auto-round": (auto_round("auto_round:auto_gptq"), files.auto_round()),
+    "auto-round, older": (auto_round(None, block_name_to_quantize=None), files.auto_round()),
+    "auto-round 8 bits, asymmetric": (
+        auto_round("auto_round:gptq", bits=8, group_size=64, sym=False), files.auto_round(8, 64, symmetric=False),
+    ),
+    "auto-round, zeros as they are": (auto_round("auto_round"), files.auto_round(less=0)),
+    "auto-round, zeros as they are, asymmetric": (
+        auto_round("auto_round:gptqmodel", sym=False, act_bits=16), files.auto_round(symmetric=False, less=0),
+    ),
+    "auto-round awq": (auto_round("auto_round:auto_awq", group_size=64, sym=False), files.awq()),
+    "auto-round awq, symmetric": (auto_round("auto_round:awq"), files.awq(32, symmetric=True)),
     "ct w4a16": (four(32), files.ct_packed()),
     "ct w4a16 128, the last one half": (four(128), files.ct_packed(4, 128)),
     "ct w4a16, scales in float16": (four(32), files.ct_packed(dtype=torch.float16)),
@@ -180,7 +200,7 @@ def configured(folder: Path, **fields: Any) -> None:
 
 
 #: Of the formats one of each way to pack numbers.
-ONE_OF_A_KIND = ("gptq", "gptq act-order", "awq", "ct w4a16", "ct w8a8", "ct fp8 block", "ct nvfp4", "ct mxfp4", "ct mxfp8",
+ONE_OF_A_KIND = ("gptq", "gptq act-order", "awq", "auto-round, zeros as they are, asymmetric", "ct w4a16", "ct w8a8", "ct fp8 block", "ct nvfp4", "ct mxfp4", "ct mxfp8",
                  "fp8 block", "mxfp4")  # fmt: skip
 
 
@@ -299,6 +319,36 @@ def test_layers_with_settings_of_their_own(name: str, make_checkpoint: Make) -> 
     assert (first.mlp.down.weight.group, second.mlp.down.weight.group) == (32, 64)  # type: ignore[union-attr]
 
 
+def test_layers_with_settings_of_their_own_in_files_of_auto_round(make_checkpoint: Make) -> None:
+    """By name, by a part of it and by pattern, as AutoRound writes them; the head, too."""
+    eight, dense = {"bits": 8, "group_size": 64, "sym": False}, {"bits": 16, "data_type": "float"}
+    own = {
+        "model.layers.0.mlp.down_proj": {"bits": 16}, "model.layers.1.mlp.down_proj": {"group_size": 64, "sym": False},
+        ".*layers\\.1\\.self_attn.*": eight, "layers.0.self_attn": dense, "model.layers.0.mlp.up_proj": {},
+        "lm_head": {"bits": 4, "group_size": 128, "sym": True, "data_type": "int", "act_bits": 16},
+    }  # fmt: skip
+    config = auto_round("auto_round:auto_gptq", extra_config=own, block_name_to_quantize=["model.layers"])
+
+    def choose(name: str) -> Writer | None:
+        if name == "model.layers.0.mlp.down_proj" or "layers.0.self_attn" in name:
+            return None
+        if name == "model.layers.1.mlp.down_proj":
+            return files.auto_round(4, 64, symmetric=False)
+        if "self_attn" in name:
+            return files.auto_round(8, 64, symmetric=False)
+        return files.auto_round(4, 128 if name == "lm_head" else 32)
+
+    packed, plain = quantised(make_checkpoint, config, by_name(choose))
+    decoder = same_logits(packed, plain).forward.decoder
+    first, second = decoder.layers
+    assert isinstance(first.attention.qkv, Linear) and isinstance(first.mlp.down, Linear)
+    assert isinstance(first.mlp.gate_up, PackedLinear) and second.attention.qkv.weight.kind == "int8"  # type: ignore[union-attr]
+    assert isinstance(decoder.head, PackedLinear)
+    configured(packed, block_name_to_quantize="model.layers.0,model.layers.1.self_attn")
+    scheme = load_config(packed).quantisation.scheme  # type: ignore[union-attr]
+    assert scheme("model.layers.1.mlp.up_proj") is None and scheme("model.layers.1.self_attn.q_proj") is not None
+
+
 @pytest.mark.parametrize("part", ["language_model.model.", "model.language_model."])
 def test_names_of_a_checkpoint_that_sees_too(part: str, make_checkpoint: Make) -> None:
     """Rules for layers of the text are told by the names that they have in its files."""
@@ -393,6 +443,53 @@ def test_older_programs_say_it_in_a_file_of_its_own(
     assert str(packed / file) in str(refused.value)
     (packed / file).write_text("{")
     with pytest.raises(OctoError, match=f"{file} is not valid JSON"):
+        loaded(packed)
+
+
+@pytest.mark.parametrize("name", [*OLDER_NAMES, "config.json", "unnamed", "unknown", "shards"])
+def test_what_is_left_of_a_quantised_model_beside_plain_weights(
+    name: str, make_checkpoint: Make, tmp_path: Path
+) -> None:
+    """The tensors decide: files of older programs, which stay behind, and a configuration that was copied."""
+    packed, dense = quantised(make_checkpoint, *FORMATS["gptq"])
+    for file in ("model.safetensors", "config.json"):
+        shutil.copy(dense / file, packed / file)
+    if name == "config.json":
+        values = json.loads((packed / name).read_text()) | {"quantization_config": gptq()}
+        (packed / name).write_text(json.dumps(values))
+    elif name in ("unnamed", "unknown"):  # as unquantised copies of models trained for 4 bits have it
+        said = {"bits": 4, "group_size": 32} if name == "unnamed" else {"quant_method": "hqq", "nbits": 4}
+        values = json.loads((packed / "config.json").read_text()) | {"quantization_config": said}
+        (packed / "config.json").write_text(json.dumps(values))
+    elif name == "shards":
+        (packed / "quantize_config.json").write_text(json.dumps(gptq(bits=3)))  # which is of no account
+        (packed / "model.safetensors").rename(packed / "model-00001-of-00001.safetensors")
+        index = dict.fromkeys(
+            load_file(packed / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors"
+        )
+        (packed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    else:
+        (packed / name).write_text("{")
+    plain, ours = loaded(dense, weights="int8"), loaded(packed, weights="int8")
+    assert ours.plan.weights == plain.plan.weights and torch.equal(ours.logits(IDS), plain.logits(IDS))
+    assert loaded(packed).plan.weight_format == loaded(dense).plan.weight_format
+    quantise(packed, tmp_path / "out", "int4", device="cpu")
+    assert not any((tmp_path / "out" / older).exists() for older in OLDER_NAMES)
+    assert load_config(tmp_path / "out").quantisation is not None
+
+
+@pytest.mark.parametrize("write", [files.ct_packed(), files.ct_int8()])
+def test_a_quantised_embedding_is_refused_by_its_name(write: Writer, make_checkpoint: Make) -> None:
+    packed, _ = quantised(make_checkpoint, *FORMATS["ct w4a16"])
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        parts, _ = write(tensors.pop("model.embed_tokens.weight").double().numpy())
+        tensors.update({f"model.embed_tokens.{part}": one for part, one in parts.items()})
+
+    edited(packed, change)
+    with pytest.raises(
+        OctoError, match=r"^The embedding in .*packed is quantised, which cannot be loaded: take a copy"
+    ):
         loaded(packed)
 
 
@@ -517,10 +614,21 @@ def test_a_configuration_that_does_not_fit_the_file(name: str, fields: dict[str,
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"\(bitsandbytes\), which cannot be loaded: take the unq"),
     ({"quant_method": "hqq"}, r"\(hqq\), which cannot be loaded: take another copy"),
+    ({"quant_method": "gemma"}, r"\(gemma\), which cannot be loaded: take the copy in compressed-tensors"),
     ({"quant_method": "aqlm"}, r"\(aqlm\)"),
     ({"quant_method": "eetq"}, r"\(eetq\)"),
     ({"quant_method": "quip"}, r"\(quip\)"),
-    ({"quant_method": "auto-round"}, "exports as auto_gptq"),
+    ({"quant_method": "intel/auto-round"}, "exports as auto_gptq"),
+    (auto_round("auto_round:llm_compressor"), "packing_format is 'auto_round:llm_compressor', which .* as auto_gptq, auto_awq or"),
+    (auto_round("auto_round:fp8_static", data_type="fp"), "packing_format is 'auto_round:fp8_static'"),
+    (auto_round("auto_round:auto_gptq", bits=2), "bits is 2, which cannot be loaded: take a copy of 4 and 8 bits"),
+    (auto_round("auto_round:auto_awq", bits=8), "bits is 8, which cannot be loaded: take a copy of 4 bits"),
+    (auto_round("auto_round", data_type="mx_fp"), "data_type is 'mx_fp', which cannot be loaded"),
+    (auto_round("auto_round", act_bits=8), "act_bits is 8, which cannot be loaded: take a copy that packs weights alone"),
+    (auto_round("auto_round", extra_config={"lm_head": {"bits": 3}}), r"extra_config\.lm_head\.bits is 3"),
+    (auto_round("auto_round", extra_config={"lm_head": True}), r"extra_config\.lm_head is True, not an object"),
+    (auto_round("auto_round", extra_config={"(a": {"bits": 4}}), "pattern"),
+    (auto_round("auto_round", block_name_to_quantize=[["a"], 3]), "block_name_to_quantize is .*not names of blocks"),
     ({"load_in_8bit": True}, r"\(bitsandbytes\), which cannot be loaded: take the unq"),
     ({"modules": []}, r"\(unnamed\)"),
     ({"group_size": 64, "bits": 4, "mode": "affine"}, r"\(mlx\), which cannot be loaded: take the unquantised files"),
@@ -564,6 +672,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_loaded_is_refused_by_name(number: int, make_checkpoint: Make) -> None:
     config, words = REFUSED[number]
     folder = make_checkpoint()
+    edited(folder, lambda tensors: tensors.update(packed=torch.zeros(1, dtype=torch.uint8)))
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
     with pytest.raises(OctoError, match=words) as refused:
@@ -591,18 +700,25 @@ def test_other_names_of_quantization_config(key: str, method: Any, words: str, m
     if not words:
         assert load_config(folder).quantisation is None
         return
+    edited(folder, lambda tensors: tensors.update(packed=torch.zeros(1, dtype=torch.int32)))
     with pytest.raises(OctoError, match=words):
         load_config(folder)
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize("name", ["gptq", "awq", "ct w4a16", "ct fp8 block", "fp8 block", "mxfp4", "modelopt nvfp4"])
+@pytest.mark.parametrize(
+    "name", ["gptq", "awq", "auto-round", "ct w4a16", "ct fp8 block", "fp8 block", "mxfp4", "modelopt nvfp4"]
+)
 def test_every_field_with_every_kind_of_value(name: str, make_checkpoint: Make) -> None:
     folder, values = make_checkpoint(), json.loads
     values = json.loads((folder / "config.json").read_text())
     config = FORMATS[name][0]
     inside = ("config_groups", "group_0", "weights")
-    changes = [config | {key: value} for key in (*config, "dynamic", "ignored_layers", "format") for value in JUNK]
+    changes = [
+        config | {key: value}
+        for key in (*config, "dynamic", "ignored_layers", "format", "extra_config")
+        for value in JUNK
+    ]
     if "config_groups" in config:
         group = config["config_groups"]["group_0"]
         for value in JUNK:

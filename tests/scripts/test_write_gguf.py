@@ -11,7 +11,7 @@ from octo_run.models.cache import DEMO_PATH
 from octo_run.models.config import load_config
 from octo_run.models.gguf.config import model_config, tensor_names
 from octo_run.models.gguf.header import read_model
-from octo_run.models.gguf.tensors import read_tensor
+from octo_run.models.gguf.tensors import Change, read_tensor
 from octo_run.models.weights import expected_tensors, load_weights
 
 
@@ -29,7 +29,7 @@ def test_the_file_is_the_model(
     weights = load_weights(DEMO_PATH, cfg, "cpu", torch.float32)
     heads = {"q_proj": cfg.num_heads, "k_proj": cfg.num_kv_heads}
     for name, entry in tensor_names(model, expected_tensors(cfg)).items():
-        found = read_tensor(name, entry, heads.get(name.split(".")[-2])).float()
+        found = read_tensor(name, entry, Change(heads.get(name.split(".")[-2]))).float()
         assert float((found - weights[name]).norm() / weights[name].norm()) <= error, name
 
 
