@@ -35,6 +35,7 @@ from octo_run.models.hub import resolve
 from octo_run.models.kept_weights import KeptWeights
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.quantisation.schemes import Scheme, head_scheme, matrix_dtype, refuse_packed, scheme_of
+from octo_run.models.tensors import stored_config
 from octo_run.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -236,9 +237,9 @@ class Engine:
             )  # fmt: skip
 
         if packed := path is not None and cfg.quantisation is not None:  # which layers are, their tensors say
-            cfg = weight_files.stored_config(path, cfg)
+            cfg = stored_config(path, cfg)
         plan = planned(cfg)  # wrong arguments are refused before any weight is looked at
-        if path is not None and not packed and (stored := weight_files.stored_config(path, cfg)) != cfg:
+        if path is not None and not packed and (stored := stored_config(path, cfg)) != cfg:
             cfg, plan = stored, planned(stored)
         if on_plan is not None:
             on_plan(plan)

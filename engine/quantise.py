@@ -11,7 +11,8 @@ from octo_run.models.config import load_config
 from octo_run.models.hub import resolve
 from octo_run.models.quantisation.schemes import scheme_of
 from octo_run.models.quantisation.writer import check_shapes, check_target, quantised_items, write_folder
-from octo_run.models.weights import StoredWeights, stored_config
+from octo_run.models.tensors import stored_config
+from octo_run.models.weights import StoredWeights
 
 
 def quantise(

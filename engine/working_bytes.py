@@ -24,7 +24,7 @@ from octo_run.models.linear import Linear, PackedLinear, SingleLinear
 from octo_run.models.quantisation.importance import TOKENS as MEASURED
 from octo_run.models.quantisation.schemes import CODE_BYTES, PIECE, WORKING_BYTES
 from octo_run.models.quantisation.stored import SLAB_BYTES as STORED_SLAB
-from octo_run.models.weights import expected_tensors
+from octo_run.models.tensors import expected_tensors
 
 
 def temporary_bytes(decoder: Decoder, shape: ArenaShape, fmt: LayerFormats, device: torch.device) -> int:

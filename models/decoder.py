@@ -43,7 +43,8 @@ from octo_run.models.per_layer import PerLayerEmbedding, PerLayerInput
 from octo_run.models.quantisation.importance import Text
 from octo_run.models.quantisation.schemes import Scheme, format_name
 from octo_run.models.specs import FeedForward, LayerSpec, layer_specs
-from octo_run.models.weights import EMBEDDING, FINAL_NORM, LAYER_SCALE, HeldWeights, Weights
+from octo_run.models.tensors import EMBEDDING, FINAL_NORM, LAYER_SCALE
+from octo_run.models.weights import HeldWeights, Weights
 
 if TYPE_CHECKING:
     from octo_run.engine.arena import Chunk

@@ -39,7 +39,8 @@ from octo_run.models.decoder import Decoder
 from octo_run.models.files import INDEX_NAME, SMALL_NAMES
 from octo_run.models.foreign import read_json_object
 from octo_run.models.hub import resolve
-from octo_run.models.weights import expected_tensors, load_weights
+from octo_run.models.tensors import expected_tensors
+from octo_run.models.weights import load_weights
 from octo_run.tokenizer import Tokenizer, load_tokenizer
 
 Weights = dict[str, Tensor]

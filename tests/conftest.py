@@ -161,7 +161,7 @@ def short_calibration() -> Iterator[None]:
     """What is measured on small random models is measured on a quarter of the tokens, which is as good: it takes far
     longer than most of what is asked of such a model."""
     from octo_run.engine import calibration
-    from octo_run.models.weights import num_parameters
+    from octo_run.models.tensors import num_parameters
 
     of_all = calibration.calibration_ids
 

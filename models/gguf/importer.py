@@ -42,7 +42,8 @@ from octo_run.models.quantisation.schemes import Scheme, scheme_of
 from octo_run.models.quantisation.writer import check_shapes, quantised_items, quantization_config
 from octo_run.models.safetensors_file import TensorEntry
 from octo_run.models.safetensors_writer import Item, index_of, plan_shards
-from octo_run.models.weights import Weights, expected_tensors
+from octo_run.models.tensors import expected_tensors
+from octo_run.models.weights import Weights
 from octo_run.tokenizer import load_tokenizer
 
 ProgressCallback = Callable[[PullProgress], None]

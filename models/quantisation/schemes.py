@@ -170,7 +170,7 @@ def refuse_packed(path: Path, cfg: ModelConfig, weights: str | Scheme | None) ->
     Raises:
         OctoError: It names the method.
     """
-    from octo_run.models.weights import stored_config  # which knows schemes
+    from octo_run.models.tensors import stored_config  # which knows schemes
 
     if weights in (None, "auto") or cfg.quantisation is None:
         return

@@ -31,7 +31,8 @@ from octo_run.models.mlp import DenseMLP
 from octo_run.models.quantisation.config import OLDER_NAMES
 from octo_run.models.quantisation.importance import random_ids
 from octo_run.models.safetensors_writer import Item, index_of, plan_shards
-from octo_run.models.weights import EMBEDDING, HEAD, Weights
+from octo_run.models.tensors import EMBEDDING, HEAD
+from octo_run.models.weights import Weights
 from octo_run.unfinished import unfinished
 
 if TYPE_CHECKING:

@@ -64,7 +64,8 @@ def describe(model: str, device: str | None, dtype: str | None) -> dict[str, Any
     from octo_run.models.config import load_generation_defaults
     from octo_run.models.decoder import Decoder
     from octo_run.models.specs import layer_kinds, layer_specs
-    from octo_run.models.weights import RandomWeights, active_parameters, num_parameters, stored_config
+    from octo_run.models.tensors import active_parameters, num_parameters, stored_config
+    from octo_run.models.weights import RandomWeights
 
     path = resolve(model)
     if any(path.glob("*.safetensors")):  # a folder with a configuration alone can be described, too

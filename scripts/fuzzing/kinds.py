@@ -205,7 +205,7 @@ def _config(data: Path | None) -> Kind:
     from octo_run.engine import Engine
     from octo_run.engine.plan import plan_memory
     from octo_run.models.config import load_config
-    from octo_run.models.weights import num_parameters
+    from octo_run.models.tensors import num_parameters
 
     def check(folder: Path, trial: Trial) -> None:
         cfg = load_config(folder)

@@ -15,7 +15,8 @@ from octo_run.kernels.linear.launch import rows_at_once
 from octo_run.models.decoder import Decoder
 from octo_run.models.linear import PackedLinear
 from octo_run.models.quantisation.schemes import head_scheme, scheme_of
-from octo_run.models.weights import RandomWeights, num_parameters
+from octo_run.models.tensors import num_parameters
+from octo_run.models.weights import RandomWeights
 
 
 @pytest.fixture(scope="module")

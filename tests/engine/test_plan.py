@@ -24,7 +24,7 @@ from octo_run.engine.plan import PARTS
 from octo_run.engine.working_bytes import temporary_bytes
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.config import ModelConfig
-from octo_run.models.weights import num_parameters
+from octo_run.models.tensors import num_parameters
 
 CPU = torch.device("cpu")
 CFG = ModelConfig(
@@ -263,7 +263,7 @@ import json, os, sys
 import torch
 from octo_run.engine import Engine, system_memory
 from octo_run.models.config import ModelConfig
-from octo_run.models.weights import num_parameters
+from octo_run.models.tensors import num_parameters
 if len(sys.argv) > 1:
     shape = ModelConfig("LlamaForCausalLM", 1000, 256, 512, 4, 6, 2, 128, 2**31 - 1, 1e-5, 1e4)
     free = system_memory.available()

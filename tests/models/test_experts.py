@@ -27,7 +27,8 @@ from octo_run.models.experts import LEAST_TOKENS, Experts
 from octo_run.models.families import FAMILIES
 from octo_run.models.plain_attention import attend_plain
 from octo_run.models.quantisation.schemes import SCHEMES
-from octo_run.models.weights import RandomWeights, StoredWeights, expected_tensors, num_parameters, random_weights
+from octo_run.models.tensors import expected_tensors, num_parameters
+from octo_run.models.weights import RandomWeights, StoredWeights, random_weights
 
 HERE = Path(__file__).parent
 files = SimpleNamespace(**runpy.run_path(str(HERE / "quantised_files.py")))

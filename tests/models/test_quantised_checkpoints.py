@@ -28,7 +28,8 @@ from octo_run.models.files import SMALL_NAMES
 from octo_run.models.linear import Linear, PackedLinear, SplitLinear
 from octo_run.models.quantisation import names
 from octo_run.models.quantisation.config import OLDER_NAMES, Quantisation, Rule, StoredScheme
-from octo_run.models.weights import StoredWeights, load_weights, stored_config
+from octo_run.models.tensors import stored_config
+from octo_run.models.weights import StoredWeights, load_weights
 
 files = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "quantised_files.py")))
 Writer = files.Writer
@@ -805,7 +806,8 @@ from octo_run.engine import plan_memory, system_memory
 from octo_run.models.config import load_config
 from octo_run.models.files import SMALL_NAMES
 from octo_run.models.decoder import Decoder
-from octo_run.models.weights import StoredWeights, stored_config
+from octo_run.models.tensors import stored_config
+from octo_run.models.weights import StoredWeights
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 folder = Path(sys.argv[1]); cfg = stored_config(folder, load_config(folder))
 plan = plan_memory(cfg, "bf16", device=torch.device("cpu"), dtype=torch.bfloat16, max_context=256)

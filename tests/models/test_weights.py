@@ -19,18 +19,13 @@ from safetensors.torch import load_file, save_file
 from octo_run.cli.show import describe
 from octo_run.engine.engine import Engine
 from octo_run.errors import OctoError
-from octo_run.models import weights as weights_module
+from octo_run.models import tensors as tensors_module
 from octo_run.models.config import load_config, load_generation_defaults
 from octo_run.models.files import missing_files
 from octo_run.models.hub import DEMO_PATH
 from octo_run.models.safetensors_file import read_header
-from octo_run.models.weights import (
-    expected_tensors,
-    load_weights,
-    num_parameters,
-    random_weights,
-    stored_config,
-)
+from octo_run.models.tensors import expected_tensors, num_parameters, stored_config
+from octo_run.models.weights import load_weights, random_weights
 
 Make = Callable[..., Path]
 
@@ -434,14 +429,14 @@ def test_too_large_a_configuration(make_checkpoint: Make) -> None:
 def test_a_replaced_file_is_not_read_as_the_new_one(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the headers and the data every file becomes another one of the same tensors."""
     folder, other = make_checkpoint(), make_checkpoint("other", seed=1)
-    check = weights_module.check_tensors
+    check = tensors_module.check_tensors
 
     def replace_after(*args: Any) -> Any:
         result = check(*args)
         (other / "model.safetensors").replace(folder / "model.safetensors")
         return result
 
-    monkeypatch.setattr(weights_module, "check_tensors", replace_after)
+    monkeypatch.setattr(tensors_module, "check_tensors", replace_after)
     assert "model.safetensors was changed or replaced while it was read" in refused(folder)
 
 
@@ -516,7 +511,8 @@ def test_loading_does_not_hold_the_model_twice(make_checkpoint: Make) -> None:
 import re, torch
 from pathlib import Path
 from octo_run.models.config import load_config
-from octo_run.models.weights import load_weights, num_parameters
+from octo_run.models.tensors import num_parameters
+from octo_run.models.weights import load_weights
 folder = Path({str(folder)!r}); cfg = load_config(folder)
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()

@@ -12,7 +12,8 @@ from octo_run.models.config import load_config
 from octo_run.models.gguf.config import model_config, tensor_names
 from octo_run.models.gguf.header import read_model
 from octo_run.models.gguf.tensors import Change, read_tensor
-from octo_run.models.weights import expected_tensors, load_weights
+from octo_run.models.tensors import expected_tensors
+from octo_run.models.weights import load_weights
 
 
 @pytest.mark.parametrize(("kind", "error"), [("f16", 1e-6), ("q8_0", 0.006), ("q4_1", 0.09)])
