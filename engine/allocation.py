@@ -17,6 +17,7 @@ from torch import Tensor
 from octo_run.errors import UsageError, nearest, quoted
 from octo_run.kernels.codec import KVFormat, LayerFormats, get, names, parse_kv
 from octo_run.kernels.codec.formats import PLAIN
+from octo_run.kernels.codec.rotation import HEAD_DIMS
 from octo_run.models.config import ModelConfig
 from octo_run.models.specs import layer_specs
 
@@ -30,6 +31,8 @@ NUMBERS = 128
 #: long the context is: they save little, and their codes cost quality, and time in every step.
 SHORT_WINDOW = 256
 
+#: The format of a cache where none is asked for, if heads have codes.
+DEFAULT = "oct3"
 #: What ``--kv`` takes, in words.
 CHOICES = f"{', '.join(names())}, K:V, auto:N"
 
@@ -139,6 +142,12 @@ def allocate(sensitivities: Sequence[Pair], budget: Fraction, head_dim: int, see
     pairs = [(names[k], names[v]) for k, v in zip(levels[::2], levels[1::2], strict=True)]
     made = {(k, v): parse_kv(k if k == v else f"{k}:{v}", head_dim, seed) for k, v in pairs}
     return tuple(made[pair] for pair in pairs)
+
+
+def default_format(cfg: ModelConfig) -> str:
+    """The format of a model's cache where none is asked for: without a code where heads have sizes for which there is
+    none."""
+    return DEFAULT if all(heads.size in HEAD_DIMS for heads in cfg.cached_heads) else PLAIN
 
 
 def parse_formats(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octo_run.engine import system_memory
-from octo_run.engine.allocation import AutoFormats, parse_formats
+from octo_run.engine.allocation import AutoFormats, default_format, parse_formats
 from octo_run.engine.arena import Chunk
 from octo_run.engine.batching import Completion, complete
 from octo_run.engine.calibration import Calibration
@@ -152,7 +152,7 @@ class Engine:
         cls,
         model: str | Path = "octo-demo",
         *,
-        kv: str = "oct3",
+        kv: str | None = None,
         device: str | torch.device | None = None,
         max_context: int | None = None,
         dtype: str | torch.dtype | None = None,
@@ -176,7 +176,8 @@ class Engine:
             model: A path, a name in the cache, or ``octo-demo``; with ``random_weights`` a name for the shape.
             kv: The format of the cache: NAME, K:V, or auto:N, which chooses among ``oct2``, ``oct3`` and ``oct4`` for
                 the keys and the values of each layer, N bytes of 128 numbers on average. Layers with a short window
-                have ``bf16`` in any case (``allocation.SHORT_WINDOW``).
+                have ``bf16`` in any case (``allocation.SHORT_WINDOW``). None: ``oct3``, or ``bf16`` where heads have
+                sizes for which there are no codes.
             max_context: In tokens (None: what the model's file says, as far as it fits).
             seed: Chooses the codec's rotation.
             conditioning: What is done to keys so that their code errs less (`models.conditioning`): ``off``, ``mean``
@@ -203,7 +204,7 @@ class Engine:
             OctoError: A model that cannot be loaded or does not fit.
         """
         expect("model", model, str, Path)
-        expect("kv", kv, str)
+        expect("kv", kv, str, none=True)
         expect("device", device, str, torch.device, none=True)
         for name, number in (("seed", seed), ("sink", sink), ("window", window), ("sequences", sequences)):
             expect(name, number, int)
@@ -224,7 +225,8 @@ class Engine:
             cfg, scheme = read_shape(random_weights), None if scheme is None else scheme.plain
         where = choose_device(device)
         kind = choose_dtype(dtype, cfg, where)
-        fmt, matrices = parse_formats(kv, cfg, seed, kind), matrix_dtype(weights, cfg, where, kind)
+        fmt = parse_formats(default_format(cfg) if kv is None else kv, cfg, seed, kind)
+        matrices = matrix_dtype(weights, cfg, where, kind)
         tokenizer: Tokenizer | NoTokenizer = NoTokenizer(cfg.vocab_size) if path is None else load_tokenizer(path)
         defaults = GenerationDefaults() if path is None else load_generation_defaults(path)
         system_memory.give_back()  # what reading a large vocabulary took

@@ -266,8 +266,8 @@ def _kv(chat: "Conversation", argument: str) -> None:
         is_set = "no model is loaded" if chat.engine.closed else f"the KV cache is {chat.engine.kv}"
         chat.tell(f"{is_set}; /kv FORMAT takes {runtime.format_choices()}")
         return
-    if argument.lower() == chat.load.kv and not chat.engine.closed:
-        chat.notice(f"the KV cache is {chat.load.kv} already")
+    if not chat.engine.closed and argument.lower() == chat.engine.plan.kv:
+        chat.notice(f"the KV cache is {chat.engine.plan.kv} already")
         return
     load_anew(chat, kv=argument.lower())
 

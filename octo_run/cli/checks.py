@@ -64,15 +64,15 @@ def several_weights(load: EngineOptions, cfg: "ModelConfig", random_weights: str
     return [*names]
 
 
-def several_formats(text: str, cfg: "ModelConfig") -> list[str]:
-    """The formats of ``A,B,C``, each once, checked before any of them is measured.
+def several_formats(text: str | None, cfg: "ModelConfig") -> list[str]:
+    """The formats of ``A,B,C``, each once, checked before any of them is measured; None: the usual one.
 
     Raises:
         UsageError: A model of this shape cannot use one of them.
     """
-    from octo_run.engine.allocation import parse_formats
+    from octo_run.engine.allocation import default_format, parse_formats
 
-    kvs = [*dict.fromkeys(name.strip() for name in text.split(","))]
+    kvs = [*dict.fromkeys(name.strip() for name in (text or default_format(cfg)).split(","))]
     for kv in kvs:
         parse_formats(kv, cfg)
     return kvs
@@ -92,10 +92,11 @@ def loadable(options: EngineOptions) -> "ModelConfig":
     from octo_run.engine.allocation import parse_formats
     from octo_run.engine.engine import choose_device, choose_dtype
 
-    for name, value in (("--kv", options.kv), ("--weights", options.weights or "")):
+    for name, value in (("--kv", options.kv or ""), ("--weights", options.weights or "")):
         if "," in value:
             raise UsageError(f"{name} {quoted(value)} are several formats: give one; bench and eval ppl take several.")
-    parse_formats(options.kv, cfg)
+    if options.kv is not None:
+        parse_formats(options.kv, cfg)
     weights([options.weights])
     choose_dtype(options.dtype, cfg, choose_device(options.device))
     return cfg

@@ -215,6 +215,7 @@ def _head(
 ) -> dict[str, Any]:
     """What tells one batch from another: a digest of its prompts, and by the options' names what shapes the answers."""
     given = dataclasses.asdict(prompts) | dataclasses.asdict(load) | dataclasses.asdict(sampling)
+    given["kv"] = runtime.format_of(load)
     given |= {"logprobs": logprobs, "chat": given.pop("as_chat"), "chat_template": given.pop("template")}
     given["template_kwargs"], given["temperature"] = given.pop("variables"), given.pop("temp")
     grammar = given.pop("read")

@@ -16,7 +16,6 @@ from octo_run.errors import UsageError, nearest, quoted
 from octo_run.models.config import CONDITIONINGS, HEADS
 
 DEFAULT_MODEL = "octo-demo"
-DEFAULT_KV = "oct3"
 #: What an engine makes at a time at most.
 MOST_SEQUENCES = 64
 #: CPU threads at most: native code does not survive some hundreds of thousands.
@@ -33,7 +32,7 @@ class EngineOptions:
     """What to load and where: the common options of every command that runs a model."""
 
     model: str
-    kv: str
+    kv: str | None
     conditioning: str | None
     ctx: int | None
     device: str | None
@@ -225,11 +224,10 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--kv",
-        default=DEFAULT_KV,
-        show_default=True,
+        default=None,
         callback=lower,
         shell_complete=completion.formats,
-        help="KV cache format: NAME, K:V or auto:N (see `show`).",
+        help="KV cache format: NAME, K:V or auto:N (see `show`).  [default: oct3; bf16 where heads have no code]",
     ),
     click.option(
         "--conditioning",

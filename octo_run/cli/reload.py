@@ -56,7 +56,7 @@ def load_anew(chat: "Conversation", **changes: Any) -> None:
             be loaded again either, the chat has none, which is said; its conversation is there still.
         KeyboardInterrupt: Ctrl-C was pressed; likewise.
     """
-    wanted, before = dataclasses.replace(chat.load, **changes), chat.load
+    wanted, before, former = dataclasses.replace(chat.load, **changes), chat.load, chat.engine.plan.kv
     checks.loadable(wanted)
     chat.keeper.catch_up(chat)  # without an engine nothing can be saved
     chat.keeper.release()
@@ -71,7 +71,7 @@ def load_anew(chat: "Conversation", **changes: Any) -> None:
             failure, wanted = error, before
         if failure is not None:
             _forget_frames(failure)
-            chat.tell(f"back to {before.model} with the KV cache {before.kv}")
+            chat.tell(f"back to {before.model} with the KV cache {former}")
             try:
                 engine, params = _loaded(chat, before, warm=False)
             except Exception as error:
@@ -84,7 +84,7 @@ def load_anew(chat: "Conversation", **changes: Any) -> None:
     if failure is not None:
         raise failure
     follows = "; the conversation is read with the next question" if chat.session.turns else ""
-    chat.notice(f"{wanted.model} with the KV cache {wanted.kv}{follows}")
+    chat.notice(f"{wanted.model} with the KV cache {engine.plan.kv}{follows}")
 
 
 def _give(chat: "Conversation", engine: "Engine", load: "EngineOptions", params: "SamplingParams") -> None:

@@ -90,12 +90,13 @@ def _say_once(text: str) -> None:
 
 
 def resolved(options: EngineOptions, random_weights: str | None = None) -> EngineOptions:
-    """The options with what weights and head are stored as where nothing was said about them.
+    """The options with what the cache, weights and head are stored as where nothing was said about them.
 
-    On a CPU with compiled kernels, which read them two to four times as fast, layers are int8, but not where they are
-    quantised or a layer has experts; and the head is int8 where layers are int8 or int4, in their files or here.
+    The cache is as `allocation.default_format` says. On a CPU with compiled kernels, which read them two to four times
+    as fast, layers are int8, but not where they are quantised or a layer has experts; and the head is int8 where layers
+    are int8 or int4, in their files or here.
     """
-    weights, head = options.weights, options.head
+    kv, weights, head = format_of(options, random_weights), options.weights, options.head
     packed = weights in WITH_PACKED_HEAD
     if head is None and weights is not None and weights not in WITH_PACKED_HEAD:
         head = "bf16"
@@ -106,7 +107,16 @@ def resolved(options: EngineOptions, random_weights: str | None = None) -> Engin
             packed = weights == "int8" or (cfg.quantisation is not None and cfg.quantisation.kinds <= {"int4", "int8"})
         if head is None and packed:
             head = "int8"
-    return dataclasses.replace(options, weights=weights or "auto", head=head or "bf16")
+    return dataclasses.replace(options, kv=kv, weights=weights or "auto", head=head or "bf16")
+
+
+def format_of(options: EngineOptions, random_weights: str | None = None) -> str:
+    """The format of the cache, where nothing was said the usual one."""
+    if options.kv is not None:
+        return options.kv
+    from octo_run.engine.allocation import default_format
+
+    return default_format(bench_config(options.model, random_weights, offline=options.offline))
 
 
 def _compiled_cpu(device: str | None) -> bool:
@@ -132,6 +142,7 @@ def load_engine(
     import_torch()
     with process.no_collection():
         from octo_run.engine import Engine
+    from octo_run.kernels.codec.formats import PLAIN
     from octo_run.kernels.cpu import failure, on_compile
 
     on_compile(_say_once)
@@ -150,6 +161,8 @@ def load_engine(
         else:
             notice_lines(describe_plan(model, plan))
             _said.add(f"{cache_and_context(plan)}: {human_bytes(plan.total)} in all")
+        if asked.kv is None and plan.kv == PLAIN:
+            _say_once("the KV cache is in bf16, as there is no code for heads of this model's size")
         if asked.weights is None and options.weights == "int8":
             _say_once("weights in int8, as a CPU is slow to read them; --weights bf16 or fp32 does not quantise them")
         if options.weights == "bf16" and plan.weight_format.startswith("fp32"):

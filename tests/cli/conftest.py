@@ -122,13 +122,13 @@ class FakeEngine:
 
     @property
     def kv(self) -> str:
-        return str(self.loaded.kv)
+        return str(self.loaded.kv or "oct3")
 
     @property
     def plan(self) -> SimpleNamespace:
         loaded = self.loaded or SimpleNamespace(kv="", weights=None)
         return SimpleNamespace(
-            kv=loaded.kv, weight_format=loaded.weights or "fp32", context=self.max_context,
+            kv=loaded.kv or "oct3", weight_format=loaded.weights or "fp32", context=self.max_context,
             check_length=lambda _tokens: None, shorten="shorten it",
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from octo_run.cli import checks
-from octo_run.cli.options import DEFAULT_KV, DEFAULT_MODEL, EngineOptions
+from octo_run.cli.options import DEFAULT_MODEL, EngineOptions
 
 KEYS = {"text", "ids", "finish_reason", "prompt_tokens", "reused_tokens", "read_tokens", "generated_tokens", "seconds"}
 
@@ -108,7 +108,7 @@ def test_options_reach_the_engine(octo: Callable[..., Any], engine: Any, monkeyp
     monkeypatch.setattr(checks, "loadable", lambda _options: SimpleNamespace(vocab_size=9))
     engine.answers("x")
     assert octo("generate", "-p", "x").code == 0
-    assert engine.loaded == EngineOptions(DEFAULT_MODEL, DEFAULT_KV, None, None, None, None, False, None)
+    assert engine.loaded == EngineOptions(DEFAULT_MODEL, None, None, None, None, None, False, None)
     assert all(value in (None, ()) for value in vars(engine.sampling).values())
     engine.answers("x")
     load = "-m org/name --kv oct3:oct2 --conditioning mean --ctx 2048 --device cuda:1 --dtype float16"

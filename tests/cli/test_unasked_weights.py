@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from octo_run.cli import runtime
+from octo_run import UsageError
+from octo_run.cli import checks, runtime
 from octo_run.cli.evaluate import common
 from octo_run.cli.options import EngineOptions
 from octo_run.kernels import cpu
@@ -186,3 +187,16 @@ def test_names_may_be_in_capital_letters(octo: Callable[..., Any], engine: Any, 
     ]
     assert "no folder" in octo("quantize", "octo-demo", str(tmp_path / "none" / "out"), "--weights", "INT8").err
     assert "there is no format" not in octo("import", str(tmp_path / "no.gguf"), "--weights", "INT8").err.lower()
+
+
+def test_unasked_heads_without_a_code_have_a_cache_in_bf16(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    plain = replace(ASKED, model=str(make_checkpoint(head_dim=40)), kv=None)
+    assert runtime.resolved(plain).kv == "bf16"
+    assert runtime.resolved(replace(ASKED, kv=None)).kv == "oct3"
+    assert runtime.resolved(replace(plain, kv="oct4")).kv == "oct4", "what is asked for is not changed, but refused"
+    with pytest.raises(UsageError, match=r"oct4 cannot store head_dim 40.*use --kv bf16"):
+        checks.loadable(replace(plain, kv="oct4"))
+    assert checks.loadable(plain).head_dim == 40
+    assert checks.several_formats(None, checks.loadable(plain)) == ["bf16"]
