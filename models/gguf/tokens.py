@@ -12,7 +12,7 @@ from typing import Any
 
 from octo_run.errors import OctoError, quoted
 from octo_run.models.foreign import AGAIN
-from octo_run.models.gguf.config import Fields
+from octo_run.models.gguf.fields import Fields
 from octo_run.models.gguf.header import GgufModel
 from octo_run.tokenizer.spm import varint
 
