@@ -14,6 +14,8 @@ from octo_run.models.gguf.header import GgufModel
 
 #: Layers of the largest Gemma 2, and of the largest Gemma 3.
 _GEMMA2_27B, _GEMMA3_27B = 46, 62
+#: Layers of the EXAONE 4 that has a window.
+_EXAONE4_32B = 64
 #: GGUF's names of a layer's tensors -> the decoder's, for most architectures.
 _LAYER: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
@@ -185,6 +187,8 @@ def _olmo3_yarn(fields: Fields) -> dict[str, Any]:
 def _exaone4(fields: Fields, values: dict[str, Any], _tensors: Collection[str]) -> dict[str, Any]:
     if not fields.get("attention.sliding_window", int):
         return {"sliding_window": None}
+    if values["num_hidden_layers"] != _EXAONE4_32B:  # of other sizes llama.cpp leaves out the window
+        fields.need("attention.sliding_window_pattern", list)
     return _window(fields, values, 4)
 
 

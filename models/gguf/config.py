@@ -97,7 +97,8 @@ def _shape(model: GgufModel, name: str) -> tuple[int, ...]:
 
 
 def _refuse_unknown(fields: Fields, arch: Architecture, read: set[str]) -> None:
-    neutral = {**_NEUTRAL, **arch.neutral}
+    base = fields.values.get(f"{fields.prefix}rope.freq_base")
+    neutral = {**_NEUTRAL, "rope.freq_base_swa": base, **arch.neutral}
     known = (_KNOWN_KEYS - arch.neutral.keys()) | arch.keys | {arch.eps} | read
     for key, value in fields.values.items():
         short = key.removeprefix(fields.prefix)

@@ -146,6 +146,8 @@ class Converter:
                 if rope.get(key) is not None:
                     getattr(writer, f"add_rope_scaling_yarn_{key.replace('attention', 'attn')}")(rope[key])
         writer.add_rope_freq_base(rope["rope_theta"])
+        if "sliding_attention" in self.rope:
+            writer.add_rope_freq_base_swa(self.rope["sliding_attention"]["rope_theta"])
         if "layer_norm_eps" in config:
             writer.add_layer_norm_eps(config["layer_norm_eps"])
         else:

@@ -234,6 +234,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("glm4", {"glm4.nextn_predict_layers": 1}, r"glm4\.nextn_predict_layers is 1"),
     ("glm4", {"glm4.rope.dimension_sections": [8, 12, 12, 0]}, r"glm4\.rope\.dimension_sections is"),
     ("olmo3", {"olmo2.attention.sliding_window": None}, r"rope\.scaling\.yarn_attn_factor is 1\.2"),
+    ("olmo3", {"olmo2.rope.freq_base_swa": 10000.0}, r"rope\.freq_base_swa is 10000\.0"),
+    ("exaone4", {"exaone4.attention.sliding_window_pattern": None}, r"attention\.sliding_window_pattern is missing"),
     ("cohere2", {"cohere2.attention.layer_norm_epsilon": None}, r"attention\.layer_norm_epsilon is missing"),
 ]  # fmt: skip
 
