@@ -41,7 +41,37 @@ _AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "p
 _FUSED = {"ffn_up": "mlp.gate_up_proj"}
 _WINDOW = frozenset(("attention.sliding_window", "attention.sliding_window_pattern"))
 _EXPERT_KEYS = frozenset(("expert_count", "expert_used_count"))
-_INNER = "expert_feed_forward_length"
+EXPERT_INNER, _SHARED = "expert_feed_forward_length", "expert_shared_feed_forward_length"
+#: How many of the layers, the last ones, predict further tokens; octo-run has no use for these.
+PREDICTING = "nextn_predict_layers"
+_DELTA = {
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_gate": "linear_attn.in_proj_z",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_QWEN3NEXT = {
+    **{ours: theirs for ours, theirs in _DELTA.items() if "in_proj" not in theirs},
+    **_SHARED_EXPERT,
+    "attn_qkv+attn_gate": "linear_attn.in_proj_qkvz",
+    "ssm_ba": "linear_attn.in_proj_ba",
+}
+_DELTA_KEYS = frozenset((
+    "ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size",
+    "full_attention_interval",
+))  # fmt: skip
 #: Experts are chosen by a softmax and weighted to a sum of 1.
 _EXPERT_NEUTRAL = {"expert_gating_func": 1, "expert_weights_norm": True, "expert_weights_scale": 1.0}
 
@@ -54,12 +84,14 @@ class Architecture:
 
     Attributes:
         model: The Hugging Face architecture.
-        names: GGUF's name of a layer's tensors -> the decoder's, where it is another than that of most.
+        names: GGUF's name of a layer's tensors -> the decoder's, where it is another than that of most; ``+`` is
+            between those of two tensors that are one of the decoder's.
         keys: Metadata that ``more`` and ``yarn`` read, or that change nothing, beside those of all.
         neutral: Values of metadata that change nothing, where 0, false and an empty text are not those.
         eps: Which of the metadata is the epsilon of the norms.
         reordered: The converter reorders the rows of q and k: llama.cpp turns neighbouring coordinates, not halves of
             a head.
+        spread: The converter puts apart value heads that share a key head.
         longrope: RoPE may have the factors of longrope, two tensors.
         more: Further fields of ``config.json``, of the metadata, the fields so far, and the names of the tensors.
         yarn: What ``rope_scaling`` has beside the fields of all, where its kind is ``yarn``.
@@ -71,6 +103,7 @@ class Architecture:
     neutral: Mapping[str, Any] = field(default_factory=dict)
     eps: str = "attention.layer_norm_rms_epsilon"
     reordered: bool = False
+    spread: bool = False
     longrope: bool = False
     more: More = lambda _fields, _values, _tensors: {}
     yarn: Callable[[Fields], dict[str, Any]] = lambda _fields: {}
@@ -134,7 +167,7 @@ def _qwen3moe(fields: Fields, _values: dict[str, Any], _tensors: Collection[str]
     return {
         "num_experts": fields.need("expert_count", int),
         "num_experts_per_tok": fields.need("expert_used_count", int),
-        "moe_intermediate_size": fields.need(_INNER, int),
+        "moe_intermediate_size": fields.need(EXPERT_INNER, int),
         "norm_topk_prob": True,
     }
 
@@ -151,7 +184,7 @@ def _gpt_oss(fields: Fields, values: dict[str, Any], _tensors: Collection[str]) 
     return {
         "num_local_experts": fields.need("expert_count", int),
         "num_experts_per_tok": fields.need("expert_used_count", int),
-        "intermediate_size": fields.need(_INNER, int),
+        "intermediate_size": fields.need(EXPERT_INNER, int),
         **_window(fields, values, 2),
     }
 
@@ -206,6 +239,29 @@ def _ministral3_yarn(fields: Fields) -> dict[str, Any]:
     return {"mscale": scale, "mscale_all_dim": scale, "llama_4_scaling_beta": beta}
 
 
+def _delta(fields: Fields, values: dict[str, Any], _tensors: Collection[str]) -> dict[str, Any]:
+    heads, inner = fields.need("ssm.time_step_rank", int), fields.need("ssm.inner_size", int)
+    if heads < 1 or inner % heads:
+        raise fields.fail("ssm.inner_size", f"is {inner}, no multiple of the {heads} heads of ssm.time_step_rank")
+    period = fields.get("full_attention_interval", int, 4)
+    if not 0 < period < 2**16:
+        raise fields.fail("full_attention_interval", f"is {period}, which octo-run does not understand")
+    layers = range(min(values["num_hidden_layers"], 2**16))
+    return {
+        "linear_conv_kernel_dim": fields.need("ssm.conv_kernel", int),
+        "linear_key_head_dim": fields.need("ssm.state_size", int),
+        "linear_value_head_dim": inner // heads,
+        "linear_num_key_heads": fields.need("ssm.group_count", int),
+        "linear_num_value_heads": heads,
+        "layer_types": ["linear_attention" if (index + 1) % period else "full_attention" for index in layers],
+    }
+
+
+def _delta_moe(fields: Fields, values: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
+    shared = {"shared_expert_intermediate_size": fields.need(_SHARED, int)}
+    return _delta(fields, values, tensors) | _qwen3moe(fields, values, tensors) | shared
+
+
 _LLAMA = Architecture("LlamaForCausalLM", reordered=True)
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": _LLAMA,
@@ -213,12 +269,30 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("Qwen2ForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM"),
     "qwen3moe": Architecture(
-        "Qwen3MoeForCausalLM", keys=_EXPERT_KEYS | {_INNER}, neutral=_EXPERT_NEUTRAL, more=_qwen3moe
+        "Qwen3MoeForCausalLM", keys=_EXPERT_KEYS | {EXPERT_INNER}, neutral=_EXPERT_NEUTRAL, more=_qwen3moe
+    ),
+    "qwen3next": Architecture(
+        "Qwen3NextForCausalLM",
+        _QWEN3NEXT,
+        _DELTA_KEYS | _EXPERT_KEYS | {EXPERT_INNER, _SHARED},
+        _EXPERT_NEUTRAL,
+        more=_delta_moe,
+    ),
+    "qwen35": Architecture(
+        "Qwen3_5ForCausalLM", _DELTA, _DELTA_KEYS | {PREDICTING, "rope.dimension_sections"}, spread=True, more=_delta
+    ),
+    "qwen35moe": Architecture(
+        "Qwen3_5MoeForCausalLM",
+        {**_DELTA, **_SHARED_EXPERT},
+        _DELTA_KEYS | _EXPERT_KEYS | {EXPERT_INNER, _SHARED, PREDICTING, "rope.dimension_sections"},
+        _EXPERT_NEUTRAL,
+        spread=True,
+        more=_delta_moe,
     ),
     "gpt-oss": Architecture(
         "GptOssForCausalLM",
         {"attn_sinks.weight": "self_attn.sinks", "post_attention_norm": "post_attention_layernorm"},
-        _WINDOW | _EXPERT_KEYS | {_INNER},
+        _WINDOW | _EXPERT_KEYS | {EXPERT_INNER},
         more=_gpt_oss,
         yarn=lambda _fields: {"truncate": False},
     ),

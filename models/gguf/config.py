@@ -10,7 +10,7 @@ from octo_run.errors import OctoError, quoted
 from octo_run.models.config import ModelConfig, parse_config
 from octo_run.models.families import FAMILIES
 from octo_run.models.foreign import AGAIN
-from octo_run.models.gguf.architectures import Architecture, architecture
+from octo_run.models.gguf.architectures import EXPERT_INNER, PREDICTING, Architecture, architecture
 from octo_run.models.gguf.fields import Fields, short
 from octo_run.models.gguf.header import GgufModel
 from octo_run.models.rope import inverse_frequencies
@@ -18,6 +18,7 @@ from octo_run.models.safetensors_file import TensorFile
 
 #: The lists of factors of longrope -> the tensors that hold them.
 _FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+INNER = "feed_forward_length"
 EMBEDDING, HEAD, ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
 #: What `model_config` reads, or what changes nothing. Any other entry of an architecture must be neutral.
@@ -52,6 +53,9 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
     hidden, heads = fields.need("embedding_length", int), fields.need("attention.head_count", int)
     head_dim = fields.get("attention.key_length", int, hidden // max(1, heads))
     turned = fields.get("rope.dimension_count", int, head_dim)
+    layers = fields.need("block_count", int) - (fields.get(PREDICTING, int, 0) if PREDICTING in arch.keys else 0)
+    # models whose MLPs are experts throughout may have no other
+    inner = next((key for key in (INNER, EXPERT_INNER) if f"{fields.prefix}{key}" in fields.values), INNER)
     for key, value in (("attention.value_length", None), ("rope.dimension_count", turned)):
         value = fields.get(key, int, head_dim) if value is None else value
         if value != head_dim and not (key.startswith("rope") and family.rope.partial and 0 < value < head_dim):
@@ -61,8 +65,8 @@ def model_config(model: GgufModel, ends: dict[str, Any]) -> tuple[dict[str, Any]
         "model_type": family.model_type,
         family.activation[0]: family.activation[1],
         "hidden_size": hidden,
-        "intermediate_size": fields.need("feed_forward_length", int),
-        "num_hidden_layers": fields.need("block_count", int),
+        "intermediate_size": fields.need(inner, int),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": fields.get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,

@@ -3,10 +3,12 @@
 import re
 from dataclasses import replace
 
+import numpy as np
+
 from octo_run.errors import OctoError, quoted
 from octo_run.models.config import ModelConfig
 from octo_run.models.foreign import AGAIN
-from octo_run.models.gguf.architectures import Architecture
+from octo_run.models.gguf.architectures import PREDICTING, Architecture
 from octo_run.models.gguf.header import GgufModel
 from octo_run.models.gguf.tensors import Source
 from octo_run.models.safetensors_file import TensorEntry
@@ -22,7 +24,7 @@ _LONGROPE = re.compile(r"rope_factors_(long|short)\.weight")
 
 
 def gguf_names(name: str, arch: Architecture) -> tuple[str, ...]:
-    """What GGUF calls the tensors of which one of the decoder's is made: one, or two whose rows take turns in it."""
+    """What GGUF calls the tensors of which one of the decoder's is made."""
     stem, _, kind = name.rpartition(".")
     if (expert := _EXPERT.fullmatch(stem)) is not None:
         parts = expert[3].split("_")
@@ -33,7 +35,7 @@ def gguf_names(name: str, arch: Architecture) -> tuple[str, ...]:
     names = arch.layer_names
     if layer[2] in names:
         return (f"blk.{layer[1]}.{names[layer[2]]}",)
-    return (f"blk.{layer[1]}.{names[layer[2].rpartition('.')[0]]}.{kind}",)
+    return tuple(f"blk.{layer[1]}.{part}.{kind}" for part in names[layer[2].rpartition(".")[0]].split("+"))
 
 
 def sources(model: GgufModel, arch: Architecture, cfg: ModelConfig) -> dict[str, Source]:
@@ -44,35 +46,95 @@ def sources(model: GgufModel, arch: Architecture, cfg: ModelConfig) -> dict[str,
     """
     expected = expected_tensors(cfg)
     parts = {name: gguf_names(name, arch) for name in expected}
-    wanted = {part: name for name, names in parts.items() for part in names}
     stored = dict(part for name, entry in model.tensors.items() for part in _by_expert(name, entry))
     computed = cfg.rope_scaling is not None and cfg.rope_scaling.kind == "longrope"
+    shapes = dict[str, tuple[int, ...]]()
+    for name, shape in expected.items():
+        sizes = _rows_of(name, shape[0], len(parts[name]), cfg)
+        shapes |= {part: (rows, *shape[1:]) for part, rows in zip(parts[name], sizes, strict=True)}
     for name, entry in stored.items():
-        if _COMPUTED.fullmatch(name) or (computed and _LONGROPE.fullmatch(name)):
+        if _COMPUTED.fullmatch(name) or (computed and _LONGROPE.fullmatch(name)) or _predicts(name, arch, cfg):
             continue
-        if name not in wanted:
+        if name not in shapes:
             raise OctoError(
                 f"{model.path} has the tensor {quoted(name)}, which is no part of the models that octo-run knows."
             )
-        rows, *rest = expected[wanted[name]]
-        shape = (rows // len(parts[wanted[name]]), *rest)
-        if entry.shape != shape:
+        if _wide(entry.shape) != _wide(shapes[name]):
             raise OctoError(
                 f"{model.path}: the tensor {name} has the shape {quoted(list(entry.shape))} where its metadata ask for "
-                f"{list(shape)}: {AGAIN}."
+                f"{list(shapes[name])}: {AGAIN}."
             )
-    missing = [part for part in wanted if part not in stored]
+    missing = [part for part in shapes if part not in stored]
     if missing:
         raise OctoError(f"{model.path} lacks {len(missing):,} tensors of its model (such as {missing[0]}): {AGAIN}.")
-    return {name: _source(name, tuple(stored[part] for part in parts[name]), arch, cfg) for name in expected}
+    return {
+        name: _source(name, shape, tuple(stored[part] for part in parts[name]), arch, cfg)
+        for name, shape in expected.items()
+    }
 
 
-def _source(name: str, entries: tuple[TensorEntry, ...], arch: Architecture, cfg: ModelConfig) -> Source:
-    """With what the converter did to the tensor: rows of queries and keys in another order, 1 added to the weights of
-    norms."""
+def _wide(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without dimensions of 1, which some converters leave out."""
+    return tuple(size for size in shape if size != 1)
+
+
+def _predicts(name: str, arch: Architecture, cfg: ModelConfig) -> bool:
+    """Whether a tensor is of the layers behind the last, which predict further tokens."""
+    layer = re.fullmatch(r"blk\.(\d{1,9})\..+", name, re.DOTALL)
+    return layer is not None and PREDICTING in arch.keys and int(layer[1]) >= cfg.num_layers
+
+
+def _rows_of(name: str, rows: int, count: int, cfg: ModelConfig) -> list[int]:
+    """The rows of each of the tensors of which one is made."""
+    if count == 2 and name.endswith("in_proj_qkvz.weight") and cfg.delta is not None:
+        values = cfg.delta.value_heads * cfg.delta.value_dim
+        return [rows - values, values]
+    return [rows // count] * count
+
+
+def _source(
+    name: str, shape: tuple[int, ...], entries: tuple[TensorEntry, ...], arch: Architecture, cfg: ModelConfig
+) -> Source:
+    """With what the converter did to the tensor: rows and columns in another order, 1 added to the weights of norms,
+    decays in place of their logarithms."""
     if arch.reordered and (part := re.search(r"\.([qk])_proj\.", name)):
-        return Source(entries, heads=cfg.num_heads if part[1] == "q" else cfg.num_kv_heads)
-    return Source(entries, added=float(cfg.family.norm == "one_plus" and name.endswith("norm.weight")))
+        return Source(shape, entries, heads=cfg.num_heads if part[1] == "q" else cfg.num_kv_heads)
+    if (delta := re.search(r"\.linear_attn\.(\w+)", name)) is not None:
+        return _of_delta_net(delta[1], shape, entries, arch, cfg)
+    return Source(shape, entries, added=float(cfg.family.norm == "one_plus" and name.endswith("norm.weight")))
+
+
+def _of_delta_net(
+    name: str, shape: tuple[int, ...], entries: tuple[TensorEntry, ...], arch: Architecture, cfg: ModelConfig
+) -> Source:
+    """Value heads that share a key head are neighbours; where the converter spreads them, each key head's first come
+    first. In Qwen3-Next it puts together the rows of queries, of keys, of values, and of gates of all key heads."""
+    sizes = cfg.delta
+    assert sizes is not None
+    group, exact = sizes.value_heads // sizes.key_heads, len(shape) == 1
+    if name == "in_proj_qkvz":
+        widths = (sizes.key_dim, sizes.key_dim, group * sizes.value_dim, group * sizes.value_dim)
+        starts = sizes.key_heads * np.cumsum((0, *widths[:-1]))
+        ranges = [
+            np.arange(start + head * width, start + (head + 1) * width)
+            for head in range(sizes.key_heads)
+            for start, width in zip(starts, widths, strict=True)
+        ]
+        return Source(shape, entries, rows=np.concatenate(ranges))
+    if not arch.spread or name == "norm":
+        return Source(shape, entries, decay=name == "A_log", exact=exact)
+
+    def spread(width: int) -> np.ndarray:
+        stored = np.arange(sizes.value_heads * width).reshape(group, sizes.key_heads, width)
+        return stored.swapaxes(0, 1).reshape(-1)
+
+    if name == "out_proj":
+        return Source(shape, entries, columns=spread(sizes.value_dim))
+    if name in ("in_proj_qkv", "conv1d"):
+        keys = 2 * sizes.key_heads * sizes.key_dim
+        return Source(shape, entries, rows=np.concatenate((np.arange(keys), keys + spread(sizes.value_dim))))
+    rows = spread(sizes.value_dim if name == "in_proj_z" else 1)
+    return Source(shape, entries, rows=rows, decay=name == "A_log", exact=exact)
 
 
 def _by_expert(name: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:

@@ -18,9 +18,11 @@ from torch import Tensor
 #: Hugging Face's ``model_type`` -> llama.cpp's architecture.
 ARCHS = {
     "mixtral": "llama", "ministral3": "mistral3", "mistral": "mistral3", "gpt_oss": "gpt-oss", "olmo3": "olmo2",
+    "qwen3_next": "qwen3next", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
 }  # fmt: skip
 PERMUTED = ("llama", "mistral3", "granite", "smollm3")
 GEMMA = ("gemma2", "gemma3")
+DELTA = ("qwen3next", "qwen35", "qwen35moe")
 
 
 def permuted(weight: Tensor, heads: int) -> Tensor:
@@ -59,6 +61,9 @@ class Converter:
         if self.kind == "gpt_oss":
             yield from self._of_gpt_oss(name, tensor)
             return
+        if self.arch in DELTA:
+            yield from self._of_qwen(name, tensor)
+            return
         if ".experts." in name:
             if ".experts.0." in name:  # with the others behind it
                 every = [self.weights[name.replace(".0.w", f".{i}.w")] for i in range(self.config["num_local_experts"])]
@@ -91,8 +96,52 @@ class Converter:
             yield self._name(f"{stem}gate_proj.{kind}"), tensor[:, ::2]
             yield self._name(f"{stem}up_proj.{kind}"), tensor[:, 1::2]
 
+    def _of_qwen(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        keys, values = self.config["linear_num_key_heads"], self.config["linear_num_value_heads"]
+        key_dim, value_dim = self.config["linear_key_head_dim"], self.config["linear_value_head_dim"]
+
+        def spread(weight: Tensor, dim: int, size: int) -> Tensor:
+            shape = [*weight.shape[:dim], keys, values // keys, size, *weight.shape[dim + 1 :]]
+            return weight.reshape(shape).transpose(dim, dim + 1).reshape(weight.shape)
+
+        if self.arch != "qwen3next" and ".linear_attn." in name:
+            if ".in_proj_qkv." in name or ".conv1d." in name:
+                start = 2 * keys * key_dim
+                tensor = torch.cat((tensor[:start], spread(tensor[start:], 0, value_dim)))
+            elif ".in_proj_z." in name:
+                tensor = spread(tensor, 0, value_dim)
+            elif ".out_proj." in name:
+                tensor = spread(tensor, 1, value_dim)
+            elif not name.endswith("norm.weight"):
+                tensor = spread(tensor, 0, 1)
+        if name.endswith(".A_log"):
+            tensor = -tensor.exp()
+        elif name.endswith(".dt_bias"):
+            name = name.replace(".dt_bias", ".dt_proj.bias")
+        elif ".conv1d." in name:
+            tensor = tensor.squeeze()
+        elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+            tensor = tensor + 1
+        layer = (name.split(".") * 2)[2]
+        if ".in_proj_qkvz." in name:
+            group = values // keys * value_dim
+            parts = tensor.view(keys, -1, tensor.shape[1]).split([key_dim, key_dim, group, group], 1)
+            q, k, v, z = (part.flatten(0, 1) for part in parts)
+            yield f"blk.{layer}.attn_qkv.weight", torch.cat((q, k, v))
+            yield f"blk.{layer}.attn_gate.weight", z
+        elif ".experts.gate_up_proj" in name:
+            for part, half in zip(("gate", "up"), tensor.chunk(2, 1), strict=True):
+                yield f"blk.{layer}.ffn_{part}_exps.weight", half
+        elif ".experts.down_proj" in name:
+            yield f"blk.{layer}.ffn_down_exps.weight", tensor
+        elif ".experts." not in name:
+            yield self._name(name), tensor
+        elif ".experts.0." in name:
+            names = [name.replace(".experts.0.", f".experts.{i}.") for i in range(self.config["num_experts"])]
+            yield self._name(name.replace(".experts.0.", ".experts.")), torch.stack([*map(self.weights.get, names)])
+
     def _type(self, name: str, tensor: Tensor) -> Type:
-        matrix = tensor.dim() > 1 and "ffn_gate_inp" not in name and not name.endswith("bias")
+        matrix = tensor.dim() > 1 and "ffn_gate_inp" not in name and "conv1d" not in name and not name.endswith("bias")
         if self.quant == "MXFP4":
             return Type.MXFP4 if "_exps.weight" in name else Type.F32
         return Type[self.quant] if matrix else Type.F32
@@ -132,7 +181,8 @@ class Converter:
         writer.add_block_count(config["num_hidden_layers"])
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(config["hidden_size"])
-        writer.add_feed_forward_length(config["intermediate_size"])
+        if config.get("intermediate_size") is not None:
+            writer.add_feed_forward_length(config["intermediate_size"])
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(self.kv)
         if self.kind == "gemma2":  # has no base of RoPE
@@ -152,8 +202,9 @@ class Converter:
             writer.add_layer_norm_eps(config["layer_norm_eps"])
         else:
             writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        if config.get("num_local_experts") is not None:
-            writer.add_expert_count(config["num_local_experts"])
+        experts = config.get("num_local_experts") or config.get("num_experts")
+        if experts is not None:
+            writer.add_expert_count(experts)
             writer.add_expert_used_count(config["num_experts_per_tok"])
         if config.get("head_dim") is not None and self.kind not in ("phi3", "granite"):
             writer.add_key_length(config["head_dim"])
@@ -176,6 +227,23 @@ class Converter:
     def _gpt_oss(self, writer: gguf.GGUFWriter) -> None:
         writer.add_sliding_window(self.config["sliding_window"])
         writer.add_expert_feed_forward_length(self.config["intermediate_size"])
+
+    def _qwen3_5_text(self, writer: gguf.GGUFWriter) -> None:
+        config = self.config
+        if "moe_intermediate_size" in config:
+            writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+            writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+        writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+        writer.add_ssm_state_size(config["linear_key_head_dim"])
+        writer.add_ssm_group_count(config["linear_num_key_heads"])
+        writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+        writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+        writer.add_full_attention_interval(4)
+        writer.add_rope_dimension_count(int(self.head_dim * 0.25))
+        if self.arch != "qwen3next":
+            writer.add_rope_dimension_sections([3, 3, 2, 0])
+
+    _qwen3_next = _qwen3_5_moe_text = _qwen3_5_text
 
     def _phi3(self, writer: gguf.GGUFWriter) -> None:
         context, original = (

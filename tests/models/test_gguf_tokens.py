@@ -44,6 +44,13 @@ SPLITS: dict[str, tuple[list[str], bool]] = {
     "chatglm-bpe": ([WORDS + r"\p{N}{1,3}" + REST], False),
     "gpt-4o": ([GPT4O], False),
     "seed-coder": ([WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"], False),
+    "qwen35": (
+        [
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ],
+        False,
+    ),
     "exaone4": ([GPT2], False),
     "command-r": ([r"\p{N}", GPT2], False),
 }
