@@ -4,6 +4,7 @@ writes them, have transformers' logits."""
 import json
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from octo_run.engine import Engine
 from octo_run.engine.quantise import quantise
 from octo_run.errors import OctoError, UsageError
 from octo_run.models.cache import cache_folder
-from octo_run.models.gguf import tensors
+from octo_run.models.gguf import importer, tensors
 from octo_run.models.gguf.architectures import ARCHITECTURES
 from octo_run.models.gguf.header import read_model
 from octo_run.models.gguf.importer import import_model
+from octo_run.models.names import HubName
 
 Converter = runpy.run_path(str(Path(__file__).parent / "gguf_converter.py"))["Converter"]
 COUNT = 150
@@ -311,6 +313,34 @@ def test_what_is_refused(
     text = str(error.value)
     assert str(path) in text and text.endswith(".") and "\n" not in text
     assert not [*cache_folder().glob("models--*/snapshots/*")]
+
+
+VALUES: tuple[Any, ...] = (
+    0, -1, 1, 3, 2**31, 2**63, True, 1e-40, 1e30, float("nan"), "", "\x1b[2J", [], ["x"], [1, 2],
+    [True] * 4, [2**40] * 4,
+)  # fmt: skip
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", ["gpt-oss", "phi4-mini", "qwen35", "qwen3next", "granite", "olmo3", "ministral3"])
+def test_any_value_of_any_entry_is_taken_or_refused(name: str, vocabulary: dict[str, Any], tmp_path: Path) -> None:
+    made(name, tmp_path / "model")
+    path = Converter(tmp_path / "model", vocabulary).write(tmp_path / "model.gguf")
+    model, wanted = read_model(path), HubName("imported/x")
+    importer._Import(model, wanted, None, None)
+    arch, refusals = model.metadata["general.architecture"], 0
+    keys = [key for key in model.metadata if key.startswith(f"{arch}.")]
+    more = "attention.sliding_window_pattern", "nextn_predict_layers", "full_attention_interval"
+    keys += [f"{arch}.{key}" for key in more]
+    for key in keys:
+        for value in VALUES:
+            try:
+                importer._Import(replace(model, metadata=model.metadata | {key: value}), wanted, None, None)
+            except OctoError as error:
+                refusals += 1
+                text = str(error)
+                assert text.isprintable() and len(text) <= 480 and text.endswith(".") and str(model.path) in text, key
+    assert refusals > len(keys) * len(VALUES) / 3
 
 
 def test_every_architecture_is_tried_and_documented() -> None:
