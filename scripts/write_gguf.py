@@ -14,7 +14,8 @@ import torch
 
 from octo_run.models.cache import resolve
 from octo_run.models.config import ModelConfig, load_config
-from octo_run.models.gguf.config import gguf_name
+from octo_run.models.gguf.architectures import ARCHITECTURES
+from octo_run.models.gguf.names import gguf_names
 from octo_run.models.weights import load_weights
 
 #: The types of a file, and what llama.cpp calls a file that is mostly of one.
@@ -69,11 +70,11 @@ def main() -> None:
         for part, heads in (("q_proj", cfg.num_heads), ("k_proj", cfg.num_kv_heads)):
             if name.endswith(f"{part}.weight"):
                 weight = pairs_together(weight, heads)
-        numbers = weight.numpy()
+        numbers, (stored,) = weight.numpy(), gguf_names(name, ARCHITECTURES["llama"])
         if numbers.ndim == 1:
-            writer.add_tensor(gguf_name(name, "llama"), numbers)
+            writer.add_tensor(stored, numbers)
         else:
-            writer.add_tensor(gguf_name(name, "llama"), gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+            writer.add_tensor(stored, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -26,23 +26,24 @@ from octo_run.models.cache import ModelEntry, find
 from octo_run.models.config import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
-    ModelConfig,
     load_config,
     load_generation_defaults,
 )
 from octo_run.models.files import INDEX_NAME
 from octo_run.models.foreign import open_regular, parsing, present
 from octo_run.models.gguf import tensors
-from octo_run.models.gguf.config import REORDERED, Fields, architecture, model_config, short, tensor_names
+from octo_run.models.gguf.architectures import architecture
+from octo_run.models.gguf.config import model_config
+from octo_run.models.gguf.experts import MXFP4, as_published, packed_experts
+from octo_run.models.gguf.fields import Fields, short
 from octo_run.models.gguf.header import GgufModel, read_model
+from octo_run.models.gguf.names import sources
 from octo_run.models.gguf.tokens import check_rows, tokenizer_files
 from octo_run.models.hub import PullProgress
 from octo_run.models.names import IMPORTED, HubName, gguf_files, parse_hub_name
 from octo_run.models.quantisation.schemes import Scheme, scheme_of
 from octo_run.models.quantisation.writer import check_shapes, quantised_items, quantization_config
-from octo_run.models.safetensors_file import TensorEntry
 from octo_run.models.safetensors_writer import Item, index_of, plan_shards
-from octo_run.models.tensors import expected_tensors
 from octo_run.models.weights import Weights
 from octo_run.tokenizer import load_tokenizer
 
@@ -156,13 +157,14 @@ class _Import:
         self, model: GgufModel, name: HubName, scheme: Scheme | None, progress: ProgressCallback | None
     ) -> None:
         self.name, self.scheme, self.progress, self.done = name, scheme, progress, 0
-        arch = architecture(model)
+        _, arch = architecture(model)
         tokenizer = tokenizer_files(model)
         values, cfg = model_config(model, tokenizer.ends)
         check_rows(model, cfg.vocab_size)
-        found = tensor_names(model, expected_tensors(cfg))
+        found = sources(model, arch, cfg)
         tensors.check_types(model)
-        self.changes = _changes(arch, cfg)
+        if scheme is None and packed_experts(cfg, found):
+            values["quantization_config"] = dict(MXFP4)
         self.files = {
             CONFIG_NAME: json.dumps(values, indent=1).encode(),
             GENERATION_CONFIG_NAME: json.dumps(_generation(model, tokenizer.ends), indent=1).encode(),
@@ -207,8 +209,8 @@ class _Import:
     def _items(self) -> dict[str, Item]:
         """The tensors to be written; quantised ones are made now."""
         if self.scheme is None:
-            return tensors.bfloat16_items(self.found, self.changes)
-        source = GgufWeights(self.found, self.changes, not self.cfg.tie_word_embeddings)
+            return as_published(self.cfg, self.found)
+        source = GgufWeights(self.found, not self.cfg.tie_word_embeddings)
         return quantised_items(self.cfg, source, self.scheme, torch.bfloat16)
 
     def _publish(self, folder: Path, written: dict[str, tuple[Path, str, int]]) -> ModelEntry:
@@ -231,18 +233,6 @@ class _Import:
         return advance
 
 
-def _changes(name: str, cfg: ModelConfig) -> dict[str, tensors.Change]:
-    """What the converter did to the tensors of an architecture of llama.cpp: rows of queries and keys in another order,
-    1 added to the weights of norms."""
-    changes: dict[str, tensors.Change] = {}
-    for tensor in expected_tensors(cfg):
-        if name in REORDERED and (part := re.search(r"\.([qk])_proj\.", tensor)):
-            changes[tensor] = tensors.Change(cfg.num_heads if part[1] == "q" else cfg.num_kv_heads)
-        elif cfg.family.norm == "one_plus" and tensor.endswith("norm.weight"):
-            changes[tensor] = tensors.Change(added=1.0)
-    return changes
-
-
 def _generation(model: GgufModel, ends: dict[str, Any]) -> dict[str, Any]:
     """The content of generation_config.json: the sampling that the metadata recommend; without that, greedy."""
     fields = Fields(model.path, model.metadata, "general.sampling.")
@@ -256,14 +246,12 @@ def _generation(model: GgufModel, ends: dict[str, Any]) -> dict[str, Any]:
 class GgufWeights(Weights):
     """Those of a GGUF file: rounded to bfloat16 as an import does, in float32 on the CPU."""
 
-    def __init__(self, entries: dict[str, TensorEntry], changes: dict[str, tensors.Change], has_head: bool) -> None:
-        self._entries, self._changes, self.has_head = entries, changes, has_head
+    def __init__(self, found: dict[str, tensors.Source], has_head: bool) -> None:
+        self._found, self.has_head = found, has_head
 
     def take(self, name: str) -> Tensor:
         """See :class:`Weights`."""
-        return tensors.read_tensor(name, self._entries[name], self._changes.get(name, tensors.UNCHANGED)).to(
-            torch.float32
-        )
+        return tensors.read_tensor(name, self._found[name]).to(torch.float32)
 
 
 class _Partial:

@@ -12,7 +12,7 @@ from typing import Any
 
 from octo_run.errors import OctoError, quoted
 from octo_run.models.foreign import AGAIN
-from octo_run.models.gguf.config import Fields
+from octo_run.models.gguf.fields import Fields
 from octo_run.models.gguf.header import GgufModel
 from octo_run.tokenizer.spm import varint
 
@@ -28,6 +28,10 @@ _NAMED = {
 }
 #: Control tokens that end an answer, whatever the metadata name: most files name one of several.
 _ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>")
+#: ... where all of these are there, as in gpt-oss, ``<|end|>`` ends a part of an answer and the others a whole one.
+_PART, _WHOLE = "<|end|>", ("<|return|>", "<|call|>")
+#: Special tokens of Phi-3 that do not swallow the white space after them, as all others do.
+_KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 State = dict[str, Any]
 _DIGITS: State = {"type": "Digits", "individual_digits": True}
@@ -36,10 +40,13 @@ _BYTES: State = {**_GPT2, "use_regex": False}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SHORT, _PATHS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_TEKKEN = rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}" + _PATHS
+_GPT4O = rf"{_BEFORE}{_UPPER}*{_LOWER}+{_SHORT}|{_BEFORE}{_UPPER}+{_LOWER}*{_SHORT}|\p{{N}}{{1,3}}" + _PATHS
+_MARKS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+_QWEN35 = _MARKS + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SEED = _WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _split(regex: str) -> State:
@@ -64,6 +71,7 @@ class PreTokenizer:
 
 
 _LLAMA3 = PreTokenizer((_split(_WORDS + r"\p{N}{1,3}" + _REST), _BYTES), ignore_merges=True, add_bos=True)
+_CL100K = PreTokenizer(_LLAMA3.steps)
 _QWEN2 = PreTokenizer((_split(_WORDS + r"\p{N}" + _REST), _BYTES), nfc=True)
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer((_GPT2,)),
@@ -74,9 +82,17 @@ PRE_TOKENIZERS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "falcon3": _LLAMA3,
-    "smaug-bpe": PreTokenizer(_LLAMA3.steps),
+    "smaug-bpe": _CL100K,
+    "dbrx": _CL100K,
+    "glm4": _CL100K,
+    "chatglm-bpe": _CL100K,
+    "gpt-4o": PreTokenizer((_split(_GPT4O), _BYTES)),
+    "seed-coder": PreTokenizer((_split(_SEED), _BYTES)),
+    "exaone4": PreTokenizer((_GPT2,)),
+    "command-r": PreTokenizer((_DIGITS, _GPT2), nfc=True),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "qwen35": PreTokenizer((_split(_QWEN35), _BYTES), nfc=True),
     "tekken": PreTokenizer((_split(_TEKKEN), _BYTES), ignore_merges=True, add_bos=True),
 }
 """What `tokenizer.ggml.pre` names."""
@@ -126,6 +142,8 @@ class _Vocabulary:
             twice = next(token for i, token in enumerate(self.tokens) if self.ids[token] != i)
             raise self.fields.fail("tokens", f"has {quoted(twice)} twice: {AGAIN}")
         self.named = {name: token_id for name, key in _NAMED.items() if (token_id := self._id(key)) is not None}
+        # What the published tokenizer says of each token the metadata do not.
+        self.swallows = model.metadata.get("general.architecture") == "phi3" and self.kind == "llama"
         self.template = Fields(model.path, model.metadata, "tokenizer.").get("chat_template", str)
 
     def _list(self, key: str, kind: type, default: list[Any] | None = None) -> list[Any]:
@@ -158,6 +176,8 @@ class _Vocabulary:
             files = {"tokenizer.model": self._sentencepiece()}
             # llama.cpp puts the space before each stretch of text between special tokens, which is called legacy
             config = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+            if self.swallows:
+                config["added_tokens_decoder"] = self._swallowing()
         config |= {name: self.tokens[token_id] for name, token_id in self.named.items()}
         config |= {"add_bos_token": add_bos, "add_eos_token": self.fields.get("add_eos_token", bool, False)}
         config["clean_up_tokenization_spaces"] = False
@@ -166,9 +186,22 @@ class _Vocabulary:
             files["chat_template.jinja"] = self.template.encode()
         return TokenizerFiles(files, self._ends())
 
+    def _swallowing(self) -> State:
+        """The special tokens that swallow the white space after them."""
+        texts = {i: self.tokens[i] for i, kind in enumerate(self.types) if kind == CONTROL or self.tokens[i] == "</s>"}
+        return {
+            str(i): {"content": text, "special": True, "rstrip": True, "lstrip": False, "normalized": False}
+            for i, text in texts.items()
+            if text not in _KEEPS_SPACE
+        }
+
     def _ends(self) -> dict[str, Any]:
         found = [self.named.get("eos_token"), self._id("eot_token_id"), self._id("eom_token_id")]
-        found += [self.ids.get(text) for text in _ENDS]
+        texts: tuple[str, ...] = _ENDS
+        if all(text in self.ids for text in _WHOLE):
+            texts = (*_WHOLE, *(text for text in _ENDS if text != _PART))
+            found = [i for i in found if i is None or self.tokens[i] != _PART]
+        found += [self.ids.get(text) for text in texts]
         eos = list(dict.fromkeys(i for i in found if i is not None))
         ends: dict[str, Any] = {"eos_token_id": eos[0] if len(eos) == 1 else eos} if eos else {}
         return ends | {f"{name}_id": self.named[name] for name in ("bos_token", "pad_token") if name in self.named}

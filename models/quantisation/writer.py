@@ -102,7 +102,7 @@ def check_shapes(cfg: ModelConfig, scheme: Scheme) -> None:
             f"A checkpoint of {cfg.wrapper} holds more than its text, which alone octo-run knows, so that no quantised "
             "folder of it can be written: give --weights to the command that loads it."
         )
-    if not cfg.plain_layers:
+    if not cfg.plain_layers or cfg.recurrent:
         raise _unwritten(cfg)
     unit = scheme.group or 8
     inputs = {cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.intermediate_size}

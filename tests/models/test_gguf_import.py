@@ -317,9 +317,12 @@ def nan(small: Any) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "architecture": (lambda s: setattr(s, "arch", "gemma2"), r"the architecture 'gemma2', and octo-run imports llama"),
+    "architecture": (
+        lambda s: setattr(s, "arch", "falcon"),
+        r"the architecture 'falcon', and octo-run imports llama, .* only: try the model's repository of safetensors",
+    ),
     "adapter": (changed("general.type", "adapter"), r"holds no model but something else \(adapter\)"),
-    "experts": (changed("llama.expert_count", 8), r"llama\.expert_count is 8, which this architecture"),
+    "experts": (changed("llama.expert_used_count", 8), r"llama\.expert_used_count is 8, which this architecture"),
     "window": (changed("llama.attention.sliding_window", 128), r"llama\.attention\.sliding_window is 128"),
     "unequal layers": (changed("llama.attention.head_count_kv", [2, 1]), r"head_count_kv is \[2, 1\]"),
     "value length": (changed("llama.attention.value_length", 8), r"value_length is 8 where 16"),

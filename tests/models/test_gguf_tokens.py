@@ -11,7 +11,7 @@ import pytest
 
 from octo_run.errors import OctoError
 from octo_run.models.gguf.header import read_model
-from octo_run.models.gguf.tokens import tokenizer_files
+from octo_run.models.gguf.tokens import PRE_TOKENIZERS, tokenizer_files
 from octo_run.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -20,6 +20,11 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SHORT}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SHORT}|\p{{N}}{{1,3}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 #: How the published tokenizers split: patterns one after another, and whether whole pieces are looked up first.
@@ -34,6 +39,20 @@ SPLITS: dict[str, tuple[list[str], bool]] = {
     "qwen2": ([WORDS + r"\p{N}" + REST], False),
     "deepseek-r1-qwen": ([WORDS + r"\p{N}" + REST], False),
     "tekken": ([TEKKEN], True),
+    "dbrx": ([WORDS + r"\p{N}{1,3}" + REST], False),
+    "glm4": ([WORDS + r"\p{N}{1,3}" + REST], False),
+    "chatglm-bpe": ([WORDS + r"\p{N}{1,3}" + REST], False),
+    "gpt-4o": ([GPT4O], False),
+    "seed-coder": ([WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"], False),
+    "qwen35": (
+        [
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ],
+        False,
+    ),
+    "exaone4": ([GPT2], False),
+    "command-r": ([r"\p{N}", GPT2], False),
 }
 TEXTS = [
     "Hello, world! It's 2024, and we'RE here; they'd've gone.",
@@ -137,6 +156,12 @@ def llama3(shared_dir: Path) -> tuple[dict[str, int], list[str]]:
     return vocabulary, merges
 
 
+def test_every_pre_tokenizer_is_tried() -> None:
+    assert {*PRE_TOKENIZERS} == {*SPLITS, "llama3", "llama-v3"}  # which are llama-bpe
+    text = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    assert all(f"`{pre}`" in text for pre in SPLITS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pre", SPLITS)
 def test_every_split_is_that_of_its_patterns(
@@ -151,7 +176,7 @@ def test_every_split_is_that_of_its_patterns(
     )  # fmt: skip
     oracle = PlainBpe(vocabulary, merges, *SPLITS[pre])
     for text in texts_of(shared_dir):
-        plain = unicodedata.normalize("NFC", text) if "qwen" in pre else text
+        plain = unicodedata.normalize("NFC", text) if "qwen" in pre or pre == "command-r" else text
         ids = tok.encode(text)
         assert ids == oracle.encode(plain), text[:80]
         assert tok.decode(ids) == plain
@@ -281,3 +306,41 @@ def test_ends_and_templates(small_gguf: Callable[..., Any], tmp_path: Path) -> N
     assert result.files["chat_template.jinja"].decode() == small.metadata["tokenizer.chat_template"]
     added = json.loads(result.files["tokenizer.json"])["added_tokens"]
     assert [entry["id"] for entry in added if entry["special"]] == [0, 1, 2, 5]
+
+
+def test_the_ends_of_gpt_oss(small_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    """``<|end|>`` ends a thought there, and an answer elsewhere."""
+    small = small_gguf("llama")
+    tokens = small.metadata["tokenizer.ggml.tokens"]
+    tokens[5], tokens[6], tokens[7], tokens[2] = "<|end|>", "<|return|>", "<|call|>", "unused"
+    small.metadata |= {"tokenizer.ggml.eos_token_id": 6, "tokenizer.ggml.eot_token_id": 5}
+    ends = tokenizer_files(read_model(small.write(tmp_path / "model.gguf"))).ends
+    assert ends["eos_token_id"] == [6, 7, 0]
+    tokens[7] = "<|other|>"
+    assert 5 in tokenizer_files(read_model(small.write(tmp_path / "other.gguf"))).ends["eos_token_id"]
+
+
+def test_special_tokens_of_phi3_swallow_white_space(
+    llama2: dict[str, Any], small_gguf: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As its published tokenizer says of each and the metadata do not."""
+    llama2["tokens"] += ["<|endoftext|>", "<|user|>", "<|end|>"]
+    llama2["scores"] += [-1000.0] * 3
+    llama2["token_type"] += [3, 3, 3]
+    small = small_gguf("llama")
+    small.metadata |= {f"tokenizer.ggml.{key}": value for key, value in llama2.items()}
+    small.metadata |= {"tokenizer.ggml.merges": None}
+    found = {}
+    for arch in ("phi3", "llama"):
+        small.arch = arch
+        folder = tmp_path / arch
+        folder.mkdir()
+        for name, content in tokenizer_files(read_model(small.write(tmp_path / f"{arch}.gguf"))).files.items():
+            (folder / name).write_bytes(content)
+        tok = load_tokenizer(folder)
+        found[arch] = [
+            tok.encode(text, allow_special=True) for text in ("<|user|>\n Hi<|end|>\n<s>\nHi", "<|endoftext|>\n")
+        ]
+        hi, line = tok.encode("Hi"), tok.encode("\n")
+    assert found["phi3"] == [[32001, *hi, 32002, 1, *tok.encode("\nHi")], [32000, *line]]
+    assert found["llama"][0] == [32001, *tok.encode("\n Hi"), 32002, *line, 1, *tok.encode("\nHi")]

@@ -9,10 +9,11 @@ import torch
 
 from octo_run.models.cache import DEMO_PATH
 from octo_run.models.config import load_config
-from octo_run.models.gguf.config import model_config, tensor_names
+from octo_run.models.gguf.architectures import ARCHITECTURES
+from octo_run.models.gguf.config import model_config
 from octo_run.models.gguf.header import read_model
-from octo_run.models.gguf.tensors import Change, read_tensor
-from octo_run.models.tensors import expected_tensors
+from octo_run.models.gguf.names import sources
+from octo_run.models.gguf.tensors import read_tensor
 from octo_run.models.weights import load_weights
 
 
@@ -28,9 +29,8 @@ def test_the_file_is_the_model(
     _, written = model_config(model, {"bos_token_id": cfg.bos_token_id, "eos_token_id": list(cfg.eos_token_ids)})
     assert written == cfg
     weights = load_weights(DEMO_PATH, cfg, "cpu", torch.float32)
-    heads = {"q_proj": cfg.num_heads, "k_proj": cfg.num_kv_heads}
-    for name, entry in tensor_names(model, expected_tensors(cfg)).items():
-        found = read_tensor(name, entry, Change(heads.get(name.split(".")[-2]))).float()
+    for name, source in sources(model, ARCHITECTURES["llama"], cfg).items():
+        found = read_tensor(name, source).float()
         assert float((found - weights[name]).norm() / weights[name].norm()) <= error, name
 
 
