@@ -26,13 +26,14 @@ class _Ended:
     """An answer that ended, to be gone on with.
 
     Attributes:
-        turn: Its message.
+        messages: The conversation that it is the end of, its own message last: what is taken back or set later makes
+            another one, even if that ends with the same words.
         ids: The ids that it goes on from.
         division: Where in its parts it was.
         answered: How many of the ids are its own.
     """
 
-    turn: dict[str, str]
+    messages: list[dict[str, str]]
     ids: list[int]
     division: Division
     answered: int
@@ -84,6 +85,7 @@ class Session:
         self._open: Reply | None = None
         self._begun: dict[str, str] | None = None  # what the answer that is open said before
         self._before: Mark | None = None  # the session before the answer that is open
+        self._asked = list[dict[str, str]]()  # the messages that it answers
         self._ended: _Ended | None = None  # the last answer
 
     def __repr__(self) -> str:
@@ -181,6 +183,7 @@ class Session:
         shared = shared_beginning(ids, messages, self.rendered) if self.engine.arena.takes_snapshots else 0
         reply = Reply(self.engine.generate(ids, params, on_prompt, shared), dropped, budget)
         self.turns, self._open, self._begun, self._before = turns, reply, None, before
+        self._asked = deepcopy(messages)
         return reply
 
     def resume(
@@ -214,6 +217,7 @@ class Session:
         reply = Reply(self.engine.generate(ids, params, on_prompt, answered=answered), budget=budget)
         if division is not None:
             reply.generation.answer.division = division
+        self._asked = deepcopy(self.messages[:-1])
         self.turns, self._open, self._begun, self._before = self.turns[:-1], reply, begun, before
         return reply
 
@@ -221,7 +225,7 @@ class Session:
         """The conversation's ids up to the last word of its last answer, this answer, where in its parts it is, if the
         ids do not tell, and how many of the ids are its own."""
         turn, thinking = self.turns[-1], self.engine.tokenizer.thinking
-        if self._ended is not None and self._ended.turn == turn:
+        if self._ended is not None and self._ended.messages == self.messages:
             # A character that was cut is left out: its bytes are in the ids.
             cut = {name: text.removesuffix("\ufffd") for name, text in turn.items()}
             return list(self._ended.ids), cut, deepcopy(self._ended.division), self._ended.answered
@@ -293,4 +297,4 @@ class Session:
             at_stop_text = reply.finish_reason == "stop" and not at_end  # which the ids hold and the text does not
             said = reply.ids[:-1] if at_end else reply.ids
             ids, answered = [*reply.prompt_ids, *said], reply.answered + len(said)
-            self._ended = None if at_stop_text else _Ended(dict(turn), ids, division, answered)
+            self._ended = None if at_stop_text else _Ended([*self._asked, dict(turn)], ids, division, answered)

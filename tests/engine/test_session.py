@@ -317,6 +317,21 @@ def test_there_must_be_an_answer_to_go_on_with(scripted: Any) -> None:
         talk.session.resume()
 
 
+def test_an_answer_goes_on_in_the_conversation_that_there_is(scripted: Any) -> None:
+    """Not in one that was taken back and ended with the same words, nor behind a former system prompt."""
+    talk = Talk(scripted, system="be brief")
+    talk.ask("hello", "yes")
+    talk.ask("sure?", "yes")
+    mark = talk.session.mark()
+    talk.session.undo()
+    more = talk.session.resume(SamplingParams())
+    assert bytes(i for i in more.prompt_ids if i < 256) == b"sbe briefuhelloayes"
+    talk.session.restore(mark)
+    talk.session.system = "be long"
+    more = talk.session.resume(SamplingParams())
+    assert bytes(i for i in more.prompt_ids if i < 256) == b"sbe longuhelloayesusure?ayes"
+
+
 def test_a_full_context_may_stop_the_conversation(scripted: Any) -> None:
     talk = Talk(scripted, context=200)
     talk.session.drops = False
