@@ -10,8 +10,9 @@ from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.reply import Reply, ThinkBudget
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.shared_beginning import shared_beginning
+from octo_run.engine.stopping import Cut
 from octo_run.errors import UsageError, expect
-from octo_run.tokenizer.thinking import END_THINK, THINK, Division
+from octo_run.tokenizer.thinking import END_THINK, THINK
 
 #: Tokens kept free for an answer when old turns must make room and no ``max_tokens`` is given.
 ANSWER_ROOM = 256
@@ -28,14 +29,16 @@ class _Ended:
     Attributes:
         messages: The conversation that it is the end of, its own message last: what is taken back or set later makes
             another one, even if that ends with the same words.
+        begun: Its message without what was told only because nothing followed.
         ids: The ids that it goes on from.
-        division: Where in its parts it was.
+        cut: How it ended.
         answered: How many of the ids are its own.
     """
 
     messages: list[dict[str, str]]
+    begun: dict[str, str]
     ids: list[int]
-    division: Division
+    cut: Cut
     answered: int
 
 
@@ -208,35 +211,34 @@ class Session:
         before = self.mark()
         if not self.turns or self.turns[-1]["role"] != "assistant":
             raise UsageError("There is no answer to continue.")
-        ids, begun, division, answered = self._answer_ids()
+        ids, begun, cut, answered = self._answer_ids()
         if len(ids) >= self.engine.max_context:
             raise UsageError(f"The context of {self.engine.max_context:,} tokens is full: no answer goes on in it.")
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         left = None if think_budget is None else max(0, think_budget - answered)
         budget = None if left is None else ThinkBudget(left, self.engine, params)
         reply = Reply(self.engine.generate(ids, params, on_prompt, answered=answered), budget=budget)
-        if division is not None:
-            reply.generation.answer.division = division
+        if cut is not None:
+            reply.generation.answer.go_on_from(cut)
         self._asked = deepcopy(self.messages[:-1])
         self.turns, self._open, self._begun, self._before = self.turns[:-1], reply, begun, before
         return reply
 
-    def _answer_ids(self) -> tuple[list[int], dict[str, str], Division | None, int]:
-        """The conversation's ids up to the last word of its last answer, this answer, where in its parts it is, if the
-        ids do not tell, and how many of the ids are its own."""
+    def _answer_ids(self) -> tuple[list[int], dict[str, str], Cut | None, int]:
+        """The conversation's ids up to the last word of its last answer, this answer, how it ended, if the ids do not
+        tell, and how many of the ids are its own."""
         turn, thinking = self.turns[-1], self.engine.tokenizer.thinking
         if self._ended is not None and self._ended.messages == self.messages:
-            # A character that was cut is left out: its bytes are in the ids.
-            cut = {name: text.removesuffix("\ufffd") for name, text in turn.items()}
-            return list(self._ended.ids), cut, deepcopy(self._ended.division), self._ended.answered
-        division: Division | None = None
+            return list(self._ended.ids), self._ended.begun, self._ended.cut, self._ended.answered
+        cut: Cut | None = None
         if thinking.key is None:
             division = thinking.division([])
             division.give(division.text(turn["content"]))
+            cut = Cut(division, (), 0, 0)
         ids = self.rendered(self.messages, add_generation_prompt=False)
         ends = [place for place, token in enumerate(ids) if token in self.engine.end_ids]
         ids = ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids
-        return ids, turn, division, len(ids) - common_length(ids, self.rendered(self.messages[:-1]))
+        return ids, turn, cut, len(ids) - common_length(ids, self.rendered(self.messages[:-1]))
 
     def _fitting(
         self, turns: list[dict[str, str]], params: SamplingParams
@@ -289,12 +291,15 @@ class Session:
             reply, self._open = self._open, None
             if reply.finish_reason is None:
                 reply.close()
-            turn = self.engine.tokenizer.thinking.message(reply.text, reply.parts, self._begun)
+            answer, message, begun = reply.generation.answer, self.engine.tokenizer.thinking.message, self._begun
+            turn = message(reply.text, reply.parts, begun)
             self._begun = None
             self.turns.append(turn)
-            division = reply.generation.answer.division
-            at_end = bool(reply.ids) and (reply.ids[-1] in self.engine.end_ids or division.ended)
+            at_end = bool(reply.ids) and (reply.ids[-1] in self.engine.end_ids or answer.division.ended)
             at_stop_text = reply.finish_reason == "stop" and not at_end  # which the ids hold and the text does not
-            said = reply.ids[:-1] if at_end else reply.ids
-            ids, answered = [*reply.prompt_ids, *said], reply.answered + len(said)
-            self._ended = None if at_stop_text else _Ended([*self._asked, dict(turn)], ids, division, answered)
+            self._ended = None
+            if answer.cut is not None and not at_stop_text:
+                said = reply.ids[:-1] if at_end else reply.ids
+                sure = message(reply.text[: len(reply.text) - answer.cut.told], reply.parts[: answer.cut.parts], begun)
+                ids, answered = [*reply.prompt_ids, *said], reply.answered + len(said)
+                self._ended = _Ended([*self._asked, dict(turn)], sure, ids, answer.cut, answered)
