@@ -336,6 +336,21 @@ def test_a_thought_that_the_context_has_no_room_to_end(scripted: Any) -> None:
     assert "".join(reply) == "<think>ab" and reply.finish_reason == "context"
 
 
+def test_whoever_asks_for_the_conversation_gets_all_of_it(scripted: Any) -> None:
+    """The last answer, too; one that failed is no part of it, nor of a conversation that is set in its place."""
+    talk = Talk(scripted)
+    talk.ask("hello", "hi")
+    assert [turn["content"] for turn in talk.session.turns] == ["hello", "hi"]
+    reply = talk.open("more", "yes")
+    talk.decoder.fail_at, talk.decoder.failure = (reply.prompt_tokens + 1, 0), MemoryError
+    with pytest.raises(MemoryError):
+        "".join(reply)
+    assert talk.session.question == "hello" and len(talk.session.turns) == 2
+    talk.open("and", "so")
+    talk.session.turns = [{"role": "user", "content": "else"}, {"role": "assistant", "content": "no"}]
+    assert talk.contents == ["else", "no"]
+
+
 def test_an_answer_that_was_loaded_goes_on(scripted: Any) -> None:
     """Without the ids of its reply: behind the last word, before the token that ends the turn."""
     talk = Talk(scripted)
