@@ -157,6 +157,8 @@ class Keeper:
         from octo_run.engine.saved_session import SessionMismatch
 
         session_files.find(name)
+        if name == self.name:
+            self.finish()  # its file is being written, maybe
         with ExitStack() as lock:
             if self.name not in (None, name):
                 lock.enter_context(session_files.in_use(name))  # nobody shall change it from here on

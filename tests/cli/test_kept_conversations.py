@@ -1,6 +1,7 @@
 """Conversations that are kept: names that are none, files that are damaged, and what /load does with the former one."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,32 @@ def test_what_a_full_disk_refused_is_not_lost_by_load(
     assert shown.err.count("No space left on device") == 2, "each time"
     assert [line.split()[0] for line in shown.out.splitlines() if "of the context" in line] == ["1", "3"]
     assert questions(octo, "mine") == 1
+
+
+@pytest.mark.parametrize("how", ["", " anew"])
+def test_load_waits_for_the_turn_that_is_being_saved(
+    octo: Callable[..., Any], terminal: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    from octo_run.engine.saved_session import SavedSession, Snapshot
+
+    write, began = Snapshot._write, threading.Event()
+
+    def slow(self: Snapshot, *rest: Any) -> None:
+        began.wait(1 if rest[0] != rest[1] else 0)  # a tail, until somebody reads the file or waits for it
+        write(self, *rest)
+
+    read = SavedSession.read
+
+    def told(path: Path) -> SavedSession:
+        found = read(path)
+        began.set()
+        return found
+
+    monkeypatch.setattr(Snapshot, "_write", slow)
+    monkeypatch.setattr(SavedSession, "read", told)
+    terminal(["one", "two", f"/load mine{how}", "/tokens"])
+    shown = octo(*ARGV, "--session", "mine")
+    assert "2 questions: " in shown.out and "was changed" not in shown.err, shown.err
 
 
 def test_a_copy_leaves_the_conversation_to_be_saved(octo: Callable[..., Any], terminal: Any) -> None:
