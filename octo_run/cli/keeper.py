@@ -26,8 +26,9 @@ class Keeper:
     def __init__(self) -> None:
         self.name: str | None = None
         self._lock = ExitStack()
-        #: The files that this chat loaded or saved, as it knows them, by their names: only these are written again.
-        self._own = dict[str, str]()
+        #: By their names the files that this chat loaded or saved (``SavedSession.file_id``): only these are written
+        #: over.
+        self._own = dict[str, set[str]]()
         self._background: BackgroundSave | None = None
         self._behind = False  # whether the conversation has changed since it was saved
 
@@ -45,8 +46,6 @@ class Keeper:
 
     def _let_go(self) -> None:
         """Save the conversation no more; others may."""
-        if self.name is not None:
-            self._own[self.name] = session_files.identity(self.name)
         self._lock.close()
         self.name = None
 
@@ -68,17 +67,15 @@ class Keeper:
                 self._refuse_unknown(name)
             self._begin(chat, name, whole=True)
             self.finish()
-            self._own[name] = session_files.identity(name)
         return path.stat().st_size
 
     def _refuse_unknown(self, name: str) -> None:
         """Refuse to write over turns that this chat has not seen."""
         if not os.path.lexists(session_files.session_path(name)):
             return
-        known = self._own.get(name)
-        if known is None:
+        if name not in self._own:
             why = f"there is a session {quoted(name)} already"
-        elif known != session_files.identity(name):
+        elif session_files.identity(name) not in self._own[name]:
             why = f"another program has changed the session {quoted(name)}"
         else:
             return
@@ -175,7 +172,8 @@ class Keeper:
             if self.name not in (None, name):
                 self._let_go()
                 self.name, self._lock = name, lock.pop_all()
-        self._own[name], self._behind = saved.file_id, False
+        self._own.setdefault(name, set()).add(saved.file_id)
+        self._behind = False
         _take_over(chat, saved)
 
     def load_text(self, chat: "Conversation", name: str) -> bool:
@@ -225,6 +223,7 @@ class Keeper:
         self._background.finish()
         self._tell_failure()
         snapshot = Snapshot.take(chat.session, chat.params, options)
+        self._own.setdefault(name, set()).add(snapshot.header["id"])
         self._background.begin(snapshot, session_files.session_path(name), whole=whole)
         self._behind = self._behind and self.name not in (None, name)  # a copy leaves it to be saved
 

@@ -244,6 +244,26 @@ def test_settings_that_change_after_the_last_answer_are_kept(octo: Callable[...,
     assert session_files.read("mine").settings.top_k == 7
 
 
+def test_a_save_that_was_interrupted_may_be_repeated(
+    octo: Callable[..., Any], terminal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octo_run.engine.background_save import BackgroundSave
+
+    finish, pressed = BackgroundSave.finish, list[int]()
+
+    def waiting(self: BackgroundSave) -> None:
+        if self._thread is not None and not pressed:
+            pressed.append(1)
+            self._thread.join()
+            raise KeyboardInterrupt
+        finish(self)
+
+    monkeypatch.setattr(BackgroundSave, "finish", waiting)
+    terminal(["one", "/save copy", "/save copy"])
+    shown = octo(*ARGV)
+    assert pressed and shown.out.count("saved as copy") == 1 and "session 'copy'" not in shown.err, shown.err
+
+
 def test_save_does_not_write_over_what_another_program_has_said(
     octo: Callable[..., Any], terminal: Any, saved: Path
 ) -> None:
