@@ -64,7 +64,7 @@ class Keeper:
             if name != self.name:
                 self._refuse_unknown(name)
                 lock.enter_context(session_files.in_use(name))
-                self._refuse_unknown(name)
+                self._refuse_unknown(name)  # until now somebody could write it
             self._begin(chat, name, whole=True)
             self.finish()
         return path.stat().st_size
