@@ -177,10 +177,13 @@ class _Scheduler:
         """The next request, with a sequence of its own, if there is a row and if its prompt and a page more fit.
 
         One that begins like one of ``reading`` waits until it can have that from there.
+
+        Raises:
+            OctoError: Others have all rows, and nothing here runs that could end.
         """
         engine = self._engine
         table = engine.arena.table
-        if not self._waiting or not table.has_row():
+        if not self._waiting or (not table.has_row() and (self._running or reading)):
             return None
         request = self._waiting[0]
         alike, place = max(

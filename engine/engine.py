@@ -493,6 +493,7 @@ class Engine:
 
         Raises:
             UsageError: As :meth:`generate` does, naming the prompt.
+            OctoError: Sequences that are worked with by hand, or another batch, leave it none, or no page.
         """
         if isinstance(prompts, (str, bytes, dict)) or not isinstance(prompts, Iterable):
             raise UsageError(f"prompts is {quoted(prompts)}; give a list of prompts, each a text or token ids.")

@@ -32,15 +32,13 @@ class ThinkBudget:
             raise UsageError(f"The budget of thought is {self.tokens} tokens; give 0 or more.")
 
     def rest(self, ids: list[int], count: int, answered: int) -> Generation | None:
-        """What follows ``ids``, after ``count`` tokens of the answer; None where there is no room for it.
+        """What follows ``ids``, after ``count`` tokens of the answer; None where the context has no room for it.
 
         Args:
             answered: How many of the ids are the answer's.
         """
         params = self.params
         if params.max_tokens is not None:
-            if params.max_tokens <= count:
-                return None
             params = replace(params, max_tokens=params.max_tokens - count)
         if len(ids) >= self.engine.max_context:
             return None
@@ -170,7 +168,8 @@ class Reply:
             [*self.prompt_ids, *self.ids, *ids], len(self.ids), self.answered + len(self.ids) + len(ids)
         )
         if following is None:
-            self.finish_reason = "length"
+            self.generation.answer.leave()
+            self.finish_reason = "context"
             return
         mark = self.generation.answer.insert(ids)
         following.answer.go_on(self.generation.answer)

@@ -10,8 +10,9 @@ from octo_run.engine.kept_prefixes import common_length
 from octo_run.engine.reply import Reply, ThinkBudget
 from octo_run.engine.sampling import SamplingParams
 from octo_run.engine.shared_beginning import shared_beginning
+from octo_run.engine.stopping import Cut
 from octo_run.errors import UsageError, expect
-from octo_run.tokenizer.thinking import END_THINK, THINK, Division
+from octo_run.tokenizer.thinking import END_THINK, THINK
 
 #: Tokens kept free for an answer when old turns must make room and no ``max_tokens`` is given.
 ANSWER_ROOM = 256
@@ -26,15 +27,18 @@ class _Ended:
     """An answer that ended, to be gone on with.
 
     Attributes:
-        turn: Its message.
+        messages: The conversation that it is the end of, its own message last: what is taken back or set later makes
+            another one, even if that ends with the same words.
+        begun: Its message without what was told only because nothing followed.
         ids: The ids that it goes on from.
-        division: Where in its parts it was.
+        cut: How it ended.
         answered: How many of the ids are its own.
     """
 
-    turn: dict[str, str]
+    messages: list[dict[str, str]]
+    begun: dict[str, str]
     ids: list[int]
-    division: Division
+    cut: Cut
     answered: int
 
 
@@ -80,20 +84,33 @@ class Session:
         expect("variables", variables, dict, none=True)
         expect("drops", drops, bool)
         self.engine, self.system, self.variables, self.drops = engine, system, dict(variables or {}), drops
-        self.turns: list[dict[str, str]] = []
+        self._turns: list[dict[str, str]] = []
         self._open: Reply | None = None
         self._begun: dict[str, str] | None = None  # what the answer that is open said before
         self._before: Mark | None = None  # the session before the answer that is open
+        self._asked = list[dict[str, str]]()  # the messages that it answers
         self._ended: _Ended | None = None  # the last answer
 
     def __repr__(self) -> str:
-        return f"<Session with {self.engine!r}: {len(self.turns)} messages>"
+        return f"<Session with {self.engine!r}: {len(self._turns)} messages>"
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The conversation without the system prompt; it may be changed. An answer that is open ends here, as in
+        everything that asks what the conversation is."""
+        self._settle()
+        return self._turns
+
+    @turns.setter
+    def turns(self, turns: list[dict[str, str]]) -> None:
+        self._settle()  # what is open is no answer to these
+        self._turns = turns
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """The conversation as chat messages, the system prompt first."""
         self._settle()
-        return self._head() + self.turns
+        return self._head() + self._turns
 
     def rendered(self, messages: list[dict[str, str]], **variables: Any) -> list[int]:
         """Token ids of messages, through the model's chat template."""
@@ -102,19 +119,19 @@ class Session:
     def clear(self) -> None:
         """Forget all turns; the system prompt stays."""
         self._open = self._ended = None
-        self.turns = []
+        self._turns = []
 
     def mark(self) -> Mark:
         """The conversation as it is, to be gone back to."""
         self._settle()
-        return Mark((*self.turns,), self._ended)
+        return Mark((*self._turns,), self._ended)
 
     def restore(self, mark: Mark) -> None:
         """Go back to what the conversation was; an answer that is open ends and is forgotten."""
         if self._open is not None:
             self._open.close()
         self._open = self._begun = None
-        self.turns, self._ended = [*mark.turns], mark.ended
+        self._turns, self._ended = [*mark.turns], mark.ended
 
     def room(self) -> int:
         """How many tokens the next message may have, beside the system prompt and room for an answer (and beside the
@@ -127,13 +144,14 @@ class Session:
     @property
     def question(self) -> str | None:
         """The last question, None if there is none."""
-        return next((turn["content"] for turn in reversed(self.turns) if turn["role"] == "user"), None)
+        self._settle()
+        return next((turn["content"] for turn in reversed(self._turns) if turn["role"] == "user"), None)
 
     @property
     def answer(self) -> str | None:
         """The last answer without the thought before it, None if there is none."""
         self._settle()
-        text = next((turn["content"] for turn in reversed(self.turns) if turn["role"] == "assistant"), None)
+        text = next((turn["content"] for turn in reversed(self._turns) if turn["role"] == "assistant"), None)
         if text is None or END_THINK not in text:
             return text
         thinks = text.lstrip().startswith(THINK) or END_THINK in self.engine.tokenizer.template_source
@@ -146,8 +164,8 @@ class Session:
             The question, None if there is none.
         """
         self._settle()
-        while self.turns:
-            turn = self.turns.pop()
+        while self._turns:
+            turn = self._turns.pop()
             if turn["role"] == "user":
                 return turn["content"]
         return None
@@ -175,12 +193,13 @@ class Session:
         before = self.mark()
         self._refuse_longest(text)
         params = params or SamplingParams.from_defaults(self.engine.defaults)
-        turns, ids, dropped = self._fitting([*self.turns, {"role": "user", "content": text}], params)
+        turns, ids, dropped = self._fitting([*self._turns, {"role": "user", "content": text}], params)
         budget = None if think_budget is None else ThinkBudget(think_budget, self.engine, params)
         messages = self._head() + turns
         shared = shared_beginning(ids, messages, self.rendered) if self.engine.arena.takes_snapshots else 0
         reply = Reply(self.engine.generate(ids, params, on_prompt, shared), dropped, budget)
-        self.turns, self._open, self._begun, self._before = turns, reply, None, before
+        self._turns, self._open, self._begun, self._before = turns, reply, None, before
+        self._asked = deepcopy(messages)
         return reply
 
     def resume(
@@ -203,36 +222,36 @@ class Session:
         """
         expect("params", params, SamplingParams, none=True)
         before = self.mark()
-        if not self.turns or self.turns[-1]["role"] != "assistant":
+        if not self._turns or self._turns[-1]["role"] != "assistant":
             raise UsageError("There is no answer to continue.")
-        ids, begun, division, answered = self._answer_ids()
+        ids, begun, cut, answered = self._answer_ids()
         if len(ids) >= self.engine.max_context:
             raise UsageError(f"The context of {self.engine.max_context:,} tokens is full: no answer goes on in it.")
         params = params or SamplingParams.from_defaults(self.engine.defaults)
         left = None if think_budget is None else max(0, think_budget - answered)
         budget = None if left is None else ThinkBudget(left, self.engine, params)
         reply = Reply(self.engine.generate(ids, params, on_prompt, answered=answered), budget=budget)
-        if division is not None:
-            reply.generation.answer.division = division
-        self.turns, self._open, self._begun, self._before = self.turns[:-1], reply, begun, before
+        if cut is not None:
+            reply.generation.answer.go_on_from(cut)
+        self._asked = deepcopy(self.messages[:-1])
+        self._turns, self._open, self._begun, self._before = self._turns[:-1], reply, begun, before
         return reply
 
-    def _answer_ids(self) -> tuple[list[int], dict[str, str], Division | None, int]:
-        """The conversation's ids up to the last word of its last answer, this answer, where in its parts it is, if the
-        ids do not tell, and how many of the ids are its own."""
-        turn, thinking = self.turns[-1], self.engine.tokenizer.thinking
-        if self._ended is not None and self._ended.turn == turn:
-            # A character that was cut is left out: its bytes are in the ids.
-            cut = {name: text.removesuffix("\ufffd") for name, text in turn.items()}
-            return list(self._ended.ids), cut, deepcopy(self._ended.division), self._ended.answered
-        division: Division | None = None
+    def _answer_ids(self) -> tuple[list[int], dict[str, str], Cut | None, int]:
+        """The conversation's ids up to the last word of its last answer, this answer, how it ended, if the ids do not
+        tell, and how many of the ids are its own."""
+        turn, thinking = self._turns[-1], self.engine.tokenizer.thinking
+        if self._ended is not None and self._ended.messages == self.messages:
+            return list(self._ended.ids), self._ended.begun, self._ended.cut, self._ended.answered
+        cut: Cut | None = None
         if thinking.key is None:
             division = thinking.division([])
             division.give(division.text(turn["content"]))
+            cut = Cut(division, (), 0, 0)
         ids = self.rendered(self.messages, add_generation_prompt=False)
         ends = [place for place, token in enumerate(ids) if token in self.engine.end_ids]
         ids = ids[: ends[-1]] if ends and len(ids) - ends[-1] <= _AFTER_END else ids
-        return ids, turn, division, len(ids) - common_length(ids, self.rendered(self.messages[:-1]))
+        return ids, turn, cut, len(ids) - common_length(ids, self.rendered(self.messages[:-1]))
 
     def _fitting(
         self, turns: list[dict[str, str]], params: SamplingParams
@@ -285,12 +304,15 @@ class Session:
             reply, self._open = self._open, None
             if reply.finish_reason is None:
                 reply.close()
-            turn = self.engine.tokenizer.thinking.message(reply.text, reply.parts, self._begun)
+            answer, message, begun = reply.generation.answer, self.engine.tokenizer.thinking.message, self._begun
+            turn = message(reply.text, reply.parts, begun)
             self._begun = None
-            self.turns.append(turn)
-            division = reply.generation.answer.division
-            at_end = bool(reply.ids) and (reply.ids[-1] in self.engine.end_ids or division.ended)
+            self._turns.append(turn)
+            at_end = bool(reply.ids) and (reply.ids[-1] in self.engine.end_ids or answer.division.ended)
             at_stop_text = reply.finish_reason == "stop" and not at_end  # which the ids hold and the text does not
-            said = reply.ids[:-1] if at_end else reply.ids
-            ids, answered = [*reply.prompt_ids, *said], reply.answered + len(said)
-            self._ended = None if at_stop_text else _Ended(dict(turn), ids, division, answered)
+            self._ended = None
+            if answer.cut is not None and not at_stop_text:
+                said = reply.ids[:-1] if at_end else reply.ids
+                sure = message(reply.text[: len(reply.text) - answer.cut.told], reply.parts[: answer.cut.parts], begun)
+                ids, answered = [*reply.prompt_ids, *said], reply.answered + len(said)
+                self._ended = _Ended([*self._asked, dict(turn)], sure, ids, answer.cut, answered)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.errors import OctoError, quoted, shown
@@ -127,10 +127,15 @@ def _short(names: list[tuple[str, str, int, int]]) -> str:
     return f"{' and '.join([*kinds][:3])}{where}{seed}"
 
 
-@lru_cache(maxsize=2)
+#: Those that were found, as long as somebody has the engine.
+_found: WeakKeyDictionary[Engine, Identity] = WeakKeyDictionary()
+
+
 def identity_of(engine: Engine) -> Identity:
     """That of an engine, found once."""
-    return Identity.of(engine)
+    if engine not in _found:
+        _found[engine] = Identity.of(engine)
+    return _found[engine]
 
 
 def read_identity(fields: Fields) -> Identity:

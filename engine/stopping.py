@@ -10,6 +10,8 @@ it.
 """
 
 import functools
+from copy import deepcopy
+from dataclasses import dataclass, replace
 
 from octo_run.engine.random_model import NoTokenizer
 from octo_run.engine.sampling import SamplingParams
@@ -18,12 +20,30 @@ from octo_run.tokenizer import Tokenizer
 from octo_run.tokenizer.thinking import Division, Part, Piece, feed
 
 
+@dataclass(frozen=True)
+class Cut:
+    """An answer where it ended, for one that goes on with it: what was held back may still become something else.
+
+    Attributes:
+        division: Where in its parts it was.
+        held: What was held back.
+        told: Characters at the end of its text that were told because nothing followed.
+        parts: How many parts there were without these.
+    """
+
+    division: Division
+    held: tuple[Piece, ...]
+    told: int
+    parts: int
+
+
 class AnswerText:
     """Turns an answer's tokens into text, held back while it may become a stop string, and says where it ends.
 
     Attributes:
         parts: What the model thinks and what it says, as far as it is certain: in order, without marks.
         division: Tells them apart.
+        cut: How it ended; None while it has not, and where a stop string ended it.
     """
 
     def __init__(self, tokenizer: Tokenizer | NoTokenizer, params: SamplingParams, end_ids: frozenset[int],
@@ -41,6 +61,8 @@ class AnswerText:
         self._stops, self._most = params.stop, params.max_tokens
         self.ends = end_ids | set(params.stop_ids)
         self.parts, self.division = list[Part](), Division()
+        self.cut: Cut | None = None
+        self._held = list[Piece]()  # what is not given yet
         if self._tokenizer is None:
             if self._stops:
                 raise UsageError("A model with random weights has no tokenizer for stop strings: give stop_ids.")
@@ -49,7 +71,6 @@ class AnswerText:
         self.ends |= {token for token in named if token is not None}
         self._stream = self._tokenizer.stream(prompt)
         self.division = self._tokenizer.thinking.division(prompt)
-        self._held = list[Piece]()  # what is not given yet
 
     def push(self, token: int, *, last: bool) -> tuple[str, bool]:
         """Take the next token.
@@ -69,12 +90,24 @@ class AnswerText:
             ended |= self.division.ended
         elif not ended:
             self._held += self.division.text(self._stream.push(token))
-        if ended or last:
-            self._held += self.division.text(self._stream.finish())
-        ended |= self._cut()
+        if self._cut():
+            return self._told(self._take_all(), last=True), True
         held = self._searched
-        keep = 0 if ended or last else _possible_stop(held, self._stops)
-        return self._told(self._release(len(held) - keep), last=ended or last), ended
+        text = self._told(self._release(len(held) - _possible_stop(held, self._stops)))
+        if not ended and not last:
+            return text, False
+        before = self._as_it_is()
+        self._held += self.division.text(self._stream.finish())
+        stopped = self._cut()
+        rest = self._told(self._take_all(), last=True)
+        self.cut = None if stopped else replace(before, told=len(rest))
+        return text + rest, ended or stopped
+
+    def _as_it_is(self) -> Cut:
+        return Cut(deepcopy(self.division), tuple(self._held), 0, len(self.parts))
+
+    def _take_all(self) -> list[Piece]:
+        return self._release(len(self._searched))
 
     def take(self, token: int, count: int, *, full: bool) -> tuple[str, str | None]:
         """Take the next token, of which ``count`` have come now.
@@ -92,15 +125,21 @@ class AnswerText:
     def insert(self, ids: list[int]) -> str:
         """Put tokens into the answer that the model did not write; what they add to its text."""
         assert self._tokenizer is not None
-        return self._told(feed(self.division, self._tokenizer, ids))
+        self._held += self.division.text(self._stream.finish())  # nothing of it goes on behind them
+        return self._told([*self._take_all(), *feed(self.division, self._tokenizer, ids)])
 
     def leave(self) -> None:
         """The answer ends here, in the middle: what was held back as a possible mark belongs to its parts."""
+        self.cut = self._as_it_is()
         self.parts += self.division.give([], last=True)[1]
 
     def go_on(self, before: "AnswerText") -> None:
         """This answer goes on with another one, in whose thought it may be."""
         self.division, self.parts = before.division, before.parts
+
+    def go_on_from(self, cut: Cut) -> None:
+        """This answer goes on with one that was cut."""
+        self.division, self._held = deepcopy(cut.division), [*cut.held]
 
     def _told(self, pieces: list[Piece], *, last: bool = False) -> str:
         text, parts = self.division.give(pieces, last=last)

@@ -231,6 +231,7 @@ def _think(chat: "Conversation", argument: str) -> None:
         *others, last = switches
         raise UsageError(f"give {', '.join(others)} or {last}: /think {others[0]}.")
     chat.session.variables |= switches[argument]
+    chat.keeper.settings_changed()
     chat.notice(f"thinking is {argument} from the next question on")
 
 

@@ -56,6 +56,7 @@ def change(chat: "Conversation", argument: str) -> None:
             runtime.warn_of_stops(chat.engine.tokenizer, name, params.stop)
         chat.params = params
         chat.changed |= changes
+        chat.keeper.settings_changed()
     chat.tell(f"{name} {_shown(getattr(chat.params, name))}")
 
 

@@ -1,5 +1,6 @@
 """Saves the conversation of a chat, in the background, and loads others."""
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ class Keeper:
     def __init__(self) -> None:
         self.name: str | None = None
         self._lock = ExitStack()
-        self._own: set[str] = set()  # names that this chat loaded or saved: only these are written again
+        #: By their names the files that this chat loaded or saved (``SavedSession.file_id``): only these are written
+        #: over.
+        self._own = dict[str, set[str]]()
         self._background: BackgroundSave | None = None
         self._behind = False  # whether the conversation has changed since it was saved
 
@@ -35,12 +38,16 @@ class Keeper:
         Raises:
             OctoError: Another program uses it.
         """
-        lock = ExitStack()
         if name != self.name:
+            lock = ExitStack()
             lock.enter_context(session_files.in_use(name))
-            self._lock.close()
+            self._let_go()
             self.name, self._lock = name, lock
-        self._own.add(name)
+
+    def _let_go(self) -> None:
+        """Save the conversation no more; others may."""
+        self._lock.close()
+        self.name = None
 
     def save(self, chat: "Conversation", name: str) -> int:
         """Save the conversation now.
@@ -49,23 +56,30 @@ class Keeper:
             Bytes of the file.
 
         Raises:
-            UsageError: No name, or that of a conversation which this chat does not know.
+            UsageError: No name, or that of a conversation which this chat does not know, or not as it is.
             OctoError: It cannot be written.
         """
         path = session_files.session_path(name)
-        if name not in self._own and path.exists():
-            raise UsageError(
-                f"there is a session {quoted(name)} already: /load it, take another name, or "
-                f"`octo-run sessions rm {name}`."
-            )
-        lock = ExitStack()
-        if name != self.name:
-            lock.enter_context(session_files.in_use(name))
-        with lock:
+        with ExitStack() as lock:
+            if name != self.name:
+                self._refuse_unknown(name)
+                lock.enter_context(session_files.in_use(name))
+                self._refuse_unknown(name)  # until now somebody could write it
             self._begin(chat, name, whole=True)
             self.finish()
-        self._own.add(name)
         return path.stat().st_size
+
+    def _refuse_unknown(self, name: str) -> None:
+        """Refuse to write over turns that this chat has not seen."""
+        if not os.path.lexists(session_files.session_path(name)):
+            return
+        if name not in self._own:
+            why = f"there is a session {quoted(name)} already"
+        elif session_files.identity(name) not in self._own[name]:
+            why = f"another program has changed the session {quoted(name)}"
+        else:
+            return
+        raise UsageError(f"{why}: /load it, take another name, or `octo-run sessions rm {name}`.")
 
     def after_turn(self, chat: "Conversation") -> None:
         """Begin to save the conversation if it is one that is kept; what went wrong before is told."""
@@ -76,6 +90,11 @@ class Keeper:
     def touched(self) -> None:
         """The conversation has changed without an answer."""
         self._behind = True
+
+    def settings_changed(self) -> None:
+        """How answers are drawn has changed: a conversation that is kept keeps that."""
+        if self.name is not None:
+            self._behind = True
 
     def catch_up(self, chat: "Conversation") -> None:
         """Begin to save what was not saved yet, if there is an engine."""
@@ -95,17 +114,26 @@ class Keeper:
         """
         if self._background is not None:
             self._background.finish()
-            if (failure := self._background.failure()) is not None:
+            if (failure := self._failure()) is not None:
                 raise failure
+
+    def _save_rest(self, chat: "Conversation") -> None:
+        """Bring a conversation that is kept to the disk, in one file.
+
+        Raises:
+            OctoError: It cannot be written.
+        """
+        if self._background is not None:
+            self._background.finish()
+            self._failure()  # it is tried again
+        if self.name is not None and (self._behind or self._in_parts(self.name)):
+            self._begin(chat, self.name, whole=True)
+        self.finish()
 
     def close(self, chat: "Conversation") -> None:
         """The chat ends: save what is left, in one file, and say it if that cannot be."""
         try:
-            if self._background is not None:
-                self._background.finish()
-            if self.name is not None and (self._behind or self._in_parts(self.name)):
-                self._begin(chat, self.name, whole=True)
-            self.finish()
+            self._save_rest(chat)
         except OctoError as error:
             console.warn(f"octo-run: {error}")
         finally:
@@ -125,19 +153,26 @@ class Keeper:
         """
         from octo_run.engine.saved_session import SessionMismatch
 
-        saved = session_files.read(name)
-        if name != self.name:
-            self._keep_former(chat)
-        if self._background is not None:
-            self._background.forget()
-        try:
-            if not anew:
-                saved.restore(chat.engine)
-        except SessionMismatch as error:
-            raise OctoError(f"{str(error).rstrip('.')}; {advice}.") from None
-        if self.name is not None:
-            self.keep(name)
-        self._own.add(name)
+        session_files.find(name)
+        if name == self.name:
+            self.finish()  # its file is being written, maybe
+        with ExitStack() as lock:
+            if self.name not in (None, name):
+                lock.enter_context(session_files.in_use(name))  # nobody shall change it from here on
+            saved = session_files.read(name)
+            if name != self.name:
+                self._keep_former(chat)
+            if self._background is not None:
+                self._background.forget()
+            try:
+                if not anew:
+                    saved.restore(chat.engine)
+            except SessionMismatch as error:
+                raise OctoError(f"{str(error).rstrip('.')}; {advice}.") from None
+            if self.name not in (None, name):
+                self._let_go()
+                self.name, self._lock = name, lock.pop_all()
+        self._own.setdefault(name, set()).add(saved.file_id)
         self._behind = False
         _take_over(chat, saved)
 
@@ -154,8 +189,8 @@ class Keeper:
         if text is None:
             return False
         self._keep_former(chat)
-        self._lock.close()
-        self.name, self._behind = None, True
+        self._let_go()
+        self._behind = True
         chat.session.clear()
         chat.session.system, chat.session.turns = text.system, [*text.turns]
         chat.documents = []
@@ -170,9 +205,7 @@ class Keeper:
             OctoError: It cannot be written.
         """
         if self.name is not None:
-            if self._behind or self._in_parts(self.name):
-                self._begin(chat, self.name, whole=True)
-            self.finish()
+            self._save_rest(chat)
         elif chat.person and self._behind and chat.session.mark().turns:
             raise UsageError("this conversation is not saved: /save NAME keeps it, or /clear forgets it; /load then.")
 
@@ -190,11 +223,18 @@ class Keeper:
         self._background.finish()
         self._tell_failure()
         snapshot = Snapshot.take(chat.session, chat.params, options)
+        self._own.setdefault(name, set()).add(snapshot.header["id"])
         self._background.begin(snapshot, session_files.session_path(name), whole=whole)
-        self._behind = False
+        self._behind = self._behind and self.name not in (None, name)  # a copy leaves it to be saved
+
+    def _failure(self) -> OctoError | None:
+        """Why the last file could not be written; what it was to have is still to be saved."""
+        failure = None if self._background is None else self._background.failure()
+        self._behind = self._behind or failure is not None
+        return failure
 
     def _tell_failure(self) -> None:
-        if self._background is not None and (failure := self._background.failure()) is not None:
+        if (failure := self._failure()) is not None:
             console.warn(f"octo-run: the conversation is not saved: {failure}")
 
 

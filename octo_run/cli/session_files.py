@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,6 +92,14 @@ def read(name: str) -> "SavedSession":
         if read_text(name) is not None:
             advice = f"`octo-run sessions show {name}` shows its text, and /load {name} in a chat goes on with it"
         raise Damaged(f"the session {quoted(name)} is damaged ({why}); {advice}.") from None
+
+
+def identity(name: str) -> str:
+    """What each writing of a conversation has anew; "" where it cannot be read."""
+    try:
+        return read(name).file_id
+    except OctoError:
+        return ""
 
 
 def read_text(name: str) -> "SavedText | None":
@@ -185,21 +193,35 @@ def in_use(name: str) -> Iterator[None]:
         OctoError: Another program uses it, or the folder cannot be written.
     """
     path = session_path(name)
-    lock = path.with_name(f".{name}.lock")
+    descriptor = None
+    while descriptor is None:
+        descriptor = _locked(name, path)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise OctoError(f"sessions cannot be kept in {path.parent}: {error.strerror}.") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OctoError(
-                f"another octo-run uses the session {quoted(name)}: leave it there first, or take another name."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(name: str, path: Path) -> int | None:
+    """The open lock of a conversation; None where it was deleted with it (:func:`remove`) before it was had."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = path.with_name(f".{name}.lock")
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise OctoError(f"sessions cannot be kept in {path.parent}: {error.strerror}.") from None
+    found = None
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OctoError(
+                    f"another octo-run uses the session {quoted(name)}: leave it there first, or take another name."
+                ) from None
+        if os.fstat(descriptor).st_nlink:
+            found = descriptor
+    finally:
+        if found is None:
+            os.close(descriptor)
+    return found

@@ -1,6 +1,7 @@
 """Conversations that are kept: names that are none, files that are damaged, and what /load does with the former one."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,136 @@ def test_what_is_not_there_is_not_asked_about_and_then_nothing_is_deleted(
     assert sorted(path.name for path in folder.iterdir()) == ["one.safetensors", "trip.safetensors"]
     assert octo("sessions", "rm", "one", "one", "--yes").code == 0, "named twice is deleted once"
     assert [path.name for path in folder.iterdir()] == ["trip.safetensors"]
+
+
+def questions(octo: Callable[..., Any], name: str) -> int:
+    return int(octo("sessions", "show", name).out.count("user:"))
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """``failing[:] = [True, False]``: the first file that is written finds a full disk, the others do not."""
+    from octo_run.engine.saved_session import Snapshot
+    from octo_run.errors import OctoError
+
+    write, plan = Snapshot._write, list[bool]()
+
+    def written(self: Snapshot, path: Path, target: Path, *rest: Any) -> None:
+        if plan and plan.pop(0):
+            raise OctoError(f"{target} cannot be written: No space left on device.")
+        write(self, path, target, *rest)
+
+    monkeypatch.setattr(Snapshot, "_write", written)
+    return plan
+
+
+def test_what_a_full_disk_refused_is_saved_when_the_chat_ends(
+    octo: Callable[..., Any], terminal: Any, failing: list[bool]
+) -> None:
+    failing[:] = [False, True]
+    terminal(["one", "two"])
+    shown = octo(*ARGV, "--session", "mine")
+    assert shown.code == 0 and questions(octo, "mine") == 2 and "cannot be written" not in shown.err
+    failing[:] = [True, True]
+    terminal(["three"])
+    assert octo(*ARGV, "--session", "mine").err.count("No space left on device") == 1, "it is lost, and said"
+
+
+def test_what_a_full_disk_refused_is_not_lost_by_load(
+    octo: Callable[..., Any], terminal: Any, saved: Path, failing: list[bool]
+) -> None:
+    failing[:] = [True, True, True]
+    terminal(["one", "/load trip", "/load trip", "/tokens", "/load trip", "/tokens"])
+    shown = octo(*ARGV, "--session", "mine")
+    assert shown.err.count("No space left on device") == 2, "each time"
+    assert [line.split()[0] for line in shown.out.splitlines() if "of the context" in line] == ["1", "3"]
+    assert questions(octo, "mine") == 1
+
+
+@pytest.mark.parametrize("how", ["", " anew"])
+def test_load_waits_for_the_turn_that_is_being_saved(
+    octo: Callable[..., Any], terminal: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    from octo_run.engine.saved_session import SavedSession, Snapshot
+
+    write, began = Snapshot._write, threading.Event()
+
+    def slow(self: Snapshot, *rest: Any) -> None:
+        began.wait(1 if rest[0] != rest[1] else 0)  # a tail, until somebody reads the file or waits for it
+        write(self, *rest)
+
+    read = SavedSession.read
+
+    def told(path: Path) -> SavedSession:
+        found = read(path)
+        began.set()
+        return found
+
+    monkeypatch.setattr(Snapshot, "_write", slow)
+    monkeypatch.setattr(SavedSession, "read", told)
+    terminal(["one", "two", f"/load mine{how}", "/tokens"])
+    shown = octo(*ARGV, "--session", "mine")
+    assert "2 questions: " in shown.out and "was changed" not in shown.err, shown.err
+
+
+def test_a_copy_leaves_the_conversation_to_be_saved(octo: Callable[..., Any], terminal: Any) -> None:
+    terminal(["one", "/undo", "/save copy"])
+    assert octo(*ARGV, "--session", "mine").code == 0
+    assert questions(octo, "copy") == questions(octo, "mine") == 0
+
+
+def test_settings_that_change_after_the_last_answer_are_kept(octo: Callable[..., Any], terminal: Any) -> None:
+    from octo_run.cli import session_files
+
+    terminal(["one", "/set top_k 7"])
+    octo(*ARGV, "--session", "mine")
+    assert session_files.read("mine").settings.top_k == 7
+
+
+def test_a_save_that_was_interrupted_may_be_repeated(
+    octo: Callable[..., Any], terminal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octo_run.engine.background_save import BackgroundSave
+
+    finish, pressed = BackgroundSave.finish, list[int]()
+
+    def waiting(self: BackgroundSave) -> None:
+        if self._thread is not None and not pressed:
+            pressed.append(1)
+            self._thread.join()
+            raise KeyboardInterrupt
+        finish(self)
+
+    monkeypatch.setattr(BackgroundSave, "finish", waiting)
+    terminal(["one", "/save copy", "/save copy"])
+    shown = octo(*ARGV)
+    assert pressed and shown.out.count("saved as copy") == 1 and "session 'copy'" not in shown.err, shown.err
+
+
+def test_save_does_not_write_over_what_another_program_has_said(
+    octo: Callable[..., Any], terminal: Any, saved: Path
+) -> None:
+    """Between two times, or before a chat goes over to another conversation and comes back."""
+    from octo_run.cli import session_files
+
+    def elsewhere(name: str) -> Callable[[str], str]:
+        def other(_draft: str) -> str:
+            from octo_run.engine import Engine
+            from octo_run.engine.saved_session import Snapshot
+
+            with Engine.load(device="cpu", max_context=512) as engine, session_files.in_use(name):
+                found = session_files.read(name)
+                session = found.session(engine)
+                session.turns += [{"role": "user", "content": "new"}, {"role": "assistant", "content": "Yes."}]
+                Snapshot.take(session, found.settings).write(session_files.session_path(name))
+            return f"/save {name}"
+
+        return other
+
+    terminal(["one", "/save copy", "/save copy", elsewhere("copy"), "/load copy anew", "/save copy"])
+    shown = octo(*ARGV)
+    assert shown.err.count("another program has changed the session 'copy'") == 1 and questions(octo, "copy") == 2
+    terminal(["one", "/load trip", elsewhere("mine"), "/load mine anew", elsewhere("trip"), "/save mine"])
+    shown = octo(*ARGV, "--session", "mine")
+    assert shown.err.count("another program has changed the session") == 2
+    assert [questions(octo, name) for name in ("mine", "trip")] == [2, 4]

@@ -2,6 +2,8 @@
 conversation."""
 
 import dataclasses
+import json
+import shutil
 import signal
 import sys
 import weakref
@@ -125,3 +127,15 @@ def test_a_bias_that_another_model_has_no_tokens_for(octo: Callable[..., Any], m
     shown = octo(*ARGV, "-q", data=b"/set logit_bias 8000=1\n/kv bf16\n")
     assert shown.code == 2 and "logit_bias names the token 8000 and the vocabulary has 5,000" in shown.err
     assert octo(*ARGV, "-q", data=b"/set logit_bias 4000=1\n/kv bf16\n").code == 0
+
+
+def test_another_model_gets_the_last_answer_too(octo: Callable[..., Any], terminal: Any, tmp_path: Path) -> None:
+    """It is entered into the conversation with the next question, or before the model is another one."""
+    from octo_run.models.cache import DEMO_PATH
+
+    folder = tmp_path / "other"
+    shutil.copytree(DEMO_PATH, folder)
+    terminal(["one", f"/model {folder}", "/continue", f"/export {tmp_path / 'talk.json'}"])
+    shown = octo(*ARGV)
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert shown.code == 0 and [message["role"] for message in messages] == ["user", "assistant"], shown.err

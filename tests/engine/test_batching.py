@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from octo_run.engine import Completion, Engine, SamplingParams
-from octo_run.errors import UsageError
+from octo_run.errors import OctoError, UsageError
 
 Tiny = Callable[..., Engine]
 
@@ -127,6 +127,21 @@ def test_nothing_is_held_when_it_is_left_early(scripted: Any) -> None:
         list(engine.generate_batch([[7] * 9, [8] * 9], SamplingParams(max_tokens=10)))
     assert nothing_is_left(engine)
     assert len(list(engine.generate_batch(prompts, SamplingParams(max_tokens=10)))) == 5
+
+
+def test_others_that_have_all_sequences_are_told_not_waited_for(tiny: Tiny, random_ids: Any) -> None:
+    """Sequences by hand, or a batch that waits to be read, which goes on then."""
+    engine, prompts = tiny(sequences=2), [random_ids(30, seed=seed) for seed in range(4)]
+    engine.end_ids = frozenset()
+    alone = [done.ids for done in engine.generate_batch(prompts, SamplingParams(max_tokens=4))]
+    rules = [SamplingParams(max_tokens=count) for count in (4, 9, 9, 4)]
+    first = engine.generate_batch(prompts, rules)
+    found = [next(first)]
+    with engine.sequence(), pytest.raises(OctoError, match="All 2 sequences"):
+        next(engine.generate_batch(prompts))
+    found += first
+    by_index = {done.index: done.ids for done in found}
+    assert [by_index[0], by_index[1][:4], by_index[2][:4], by_index[3]] == alone
 
 
 def test_a_generation_that_was_left_ends_beside_a_batch(tiny: Tiny, random_ids: Any) -> None:

@@ -297,6 +297,60 @@ def test_a_stopped_answer_goes_on_with_half_a_character(scripted: Any) -> None:
     assert "".join(more) == said.decode() and talk.contents == ["hello", said.decode()]
 
 
+def test_what_was_held_back_when_an_answer_was_stopped_is_said_when_it_goes_on(scripted: Any) -> None:
+    """The ids have it; and it may still become a stop string."""
+    for rest, left, reason in (("z end", "z end", "stop"), ("zy end", "", "stop"), ("zz", "zz", "length")):
+        talk = Talk(scripted)
+        reply = talk.open("hello", f"ab{rest}", stop=("zy",))
+        talk.decoder.fail_at = reply.prompt_tokens + 2, 0  # Ctrl-C when z is fed, which may become a stop string
+        assert next(reply) + next(reply) == "ab"
+        with pytest.raises(KeyboardInterrupt):
+            next(reply)
+        assert talk.contents == ["hello", "ab"] and bytes(reply.ids) == b"abz"
+        more = talk.session.resume(SamplingParams(stop=("zy",), max_tokens=1 if reason == "length" else 9))
+        assert "".join(more) == left and more.finish_reason == reason
+        assert talk.contents == ["hello", f"ab{left}"]
+
+
+def test_an_answer_that_was_cut_within_a_mark_goes_on(scripted: Any) -> None:
+    """The mark ends the thought as it would have done."""
+    talk = Talk(scripted)
+    reply = talk.open("hello", "<think>hm</think>yes", max_tokens=12)
+    assert "".join(reply) == "<think>hm</t" and {thought for thought, _ in reply.parts} == {True}
+    more = talk.session.resume(SamplingParams())
+    assert "".join(more) == "hink>yes" and {thought for thought, _ in more.parts} == {False}
+    assert talk.contents == ["hello", "<think>hm</think>yes"]
+
+
+def test_a_thought_that_is_ended_loses_nothing_that_was_held_back(scripted: Any) -> None:
+    talk = Talk(scripted)
+    reply = talk.session.ask("hello", SamplingParams(stop=("zy",)), think_budget=8)
+    talk.decoder.say(reply.prompt_tokens, "<think>z" + "?" * 12 + "yes")
+    assert "".join(reply) == reply.text and reply.text.startswith("<think>z\n</think>\n"), reply.text
+
+
+def test_a_thought_that_the_context_has_no_room_to_end(scripted: Any) -> None:
+    talk = Talk(scripted, context=200)
+    reply = talk.session.ask("x" * 180, SamplingParams(), think_budget=9)
+    talk.decoder.say(reply.prompt_tokens, "<think>ab and more")
+    assert "".join(reply) == "<think>ab" and reply.finish_reason == "context"
+
+
+def test_whoever_asks_for_the_conversation_gets_all_of_it(scripted: Any) -> None:
+    """The last answer, too; one that failed is no part of it, nor of a conversation that is set in its place."""
+    talk = Talk(scripted)
+    talk.ask("hello", "hi")
+    assert [turn["content"] for turn in talk.session.turns] == ["hello", "hi"]
+    reply = talk.open("more", "yes")
+    talk.decoder.fail_at, talk.decoder.failure = (reply.prompt_tokens + 1, 0), MemoryError
+    with pytest.raises(MemoryError):
+        "".join(reply)
+    assert talk.session.question == "hello" and len(talk.session.turns) == 2
+    talk.open("and", "so")
+    talk.session.turns = [{"role": "user", "content": "else"}, {"role": "assistant", "content": "no"}]
+    assert talk.contents == ["else", "no"]
+
+
 def test_an_answer_that_was_loaded_goes_on(scripted: Any) -> None:
     """Without the ids of its reply: behind the last word, before the token that ends the turn."""
     talk = Talk(scripted)
@@ -315,6 +369,21 @@ def test_there_must_be_an_answer_to_go_on_with(scripted: Any) -> None:
     talk.session.undo()
     with pytest.raises(UsageError, match="no answer to continue"):
         talk.session.resume()
+
+
+def test_an_answer_goes_on_in_the_conversation_that_there_is(scripted: Any) -> None:
+    """Not in one that was taken back and ended with the same words, nor behind a former system prompt."""
+    talk = Talk(scripted, system="be brief")
+    talk.ask("hello", "yes")
+    talk.ask("sure?", "yes")
+    mark = talk.session.mark()
+    talk.session.undo()
+    more = talk.session.resume(SamplingParams())
+    assert bytes(i for i in more.prompt_ids if i < 256) == b"sbe briefuhelloayes"
+    talk.session.restore(mark)
+    talk.session.system = "be long"
+    more = talk.session.resume(SamplingParams())
+    assert bytes(i for i in more.prompt_ids if i < 256) == b"sbe longuhelloayesusure?ayes"
 
 
 def test_a_full_context_may_stop_the_conversation(scripted: Any) -> None:

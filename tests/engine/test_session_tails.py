@@ -1,9 +1,11 @@
 """Conversations that are saved after each turn: only what is new is written, and a kill leaves one of the states."""
 
+import gc
 import os
 import random
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,3 +180,13 @@ def test_kill_9_at_any_moment_leaves_a_state_that_was_there(
         assert found.restore(tiny("oct3", 2048)) == found.tokens > 1000
         seen.add(found.shared is None)
     assert seen == {True, False}, "some kills found a tail, others one file"
+
+
+def test_an_engine_that_nobody_has_any_more_is_let_go(tiny: Callable[..., Engine], tmp_path: Path) -> None:
+    """A conversation of it that was saved does not hold its memory."""
+    session = Session(tiny("oct3", 300))
+    save_turns(session, tmp_path / "s.safetensors", BackgroundSave(), "one")
+    engine = weakref.ref(session.engine)
+    del session
+    gc.collect()
+    assert engine() is None
