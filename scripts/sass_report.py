@@ -180,15 +180,22 @@ class Machine:
     spilled_bytes: int
 
 
-def disassemble(cubin: bytes) -> Machine:
-    """By the tools in Triton's package."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+def _told(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool in Triton's package says of a kernel."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(cubin: bytes) -> str:
+    """The instructions of a kernel (SASS)."""
+    return _told("nvdisasm", "-c", cubin)
+
+
+def disassemble(cubin: bytes) -> Machine:
+    """By the tools in Triton's package."""
+    sass, usage = machine_code(cubin), _told("cuobjdump", "-res-usage", cubin)
     labels: dict[str, int] = {}
     names: list[str] = []
     back: dict[bool, list[tuple[int, int]]] = {True: [], False: []}

@@ -28,13 +28,11 @@ from octo_run.kernels.recurrent import reference
 from octo_run.kernels.recurrent.reference import BLOCK, DeltaShape, DeltaWeights, LayerState, Saving
 
 __all__ = [
-    "ALIGNMENT",
     "BLOCK",
     "DeltaShape",
     "DeltaWeights",
     "LayerState",
     "Saving",
-    "aligned",
     "chunk",
     "host_bytes",
     "scratch_bytes",
@@ -42,8 +40,7 @@ __all__ = [
     "step",
 ]
 
-#: Bytes of the widest vector that kernels read. Triton compiles a kernel anew for pointers that are no multiple of it.
-ALIGNMENT = 16
+_VECTOR = 16  # bytes
 
 
 def step(
@@ -119,21 +116,22 @@ def host_bytes(shape: DeltaShape, tokens: int) -> int:
     return 4 * (tokens + 2 * BLOCK) * (5 * shape.channels + shape.value_heads * head)
 
 
-def scratch_parts(shape: DeltaShape, tokens: int, itemsize: int) -> list[tuple[int, int]]:
-    """What the scratch memory of :func:`chunk` holds for so many tokens: numbers, and the bytes of one.
+def scratch_parts(shape: DeltaShape, tokens: int, itemsize: int) -> list[slice]:
+    """The bytes of each part of the scratch memory of :func:`chunk` for so many tokens.
 
-    That is strengths and decays in float32, then queries with keys, values, W and scores in the compute dtype.
+    These are strengths and decays in float32, then queries with keys, values, W and scores in the compute dtype. Each
+    begins at a multiple of the widest vector that kernels read: Triton would compile them anew for others.
     """
     keys, values, heads = shape.key_heads * shape.key_dim, shape.values, shape.value_heads
     rest = 2 * keys, values, heads * shape.key_dim, heads * BLOCK
-    return [(tokens * heads, 4)] * 2 + [(tokens * numbers, itemsize) for numbers in rest]
+    sizes = [4 * heads] * 2 + [itemsize * numbers for numbers in rest]
+    parts, first = [], 0
+    for size in sizes:
+        parts.append(slice(first, first + tokens * size))
+        first = -(-parts[-1].stop // _VECTOR) * _VECTOR
+    return parts
 
 
 def scratch_bytes(shape: DeltaShape, tokens: int, itemsize: int) -> int:
     """Bytes of the scratch memory that :func:`chunk` needs on a GPU for so many tokens."""
-    return sum(aligned(numbers * size) for numbers, size in scratch_parts(shape, tokens, itemsize))
-
-
-def aligned(size: int) -> int:
-    """Bytes that a part of the scratch memory takes, so that the next one lies where a vector may."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return int(scratch_parts(shape, tokens, itemsize)[-1].stop)

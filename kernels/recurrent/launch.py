@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from octo_run.kernels.devices import early, on_device_of
-from octo_run.kernels.recurrent import aligned, scratch_parts
+from octo_run.kernels.recurrent import scratch_parts
 from octo_run.kernels.recurrent.delta_kernels import (
     delta_block_kernel,
     delta_finish_kernel,
@@ -139,8 +139,6 @@ def _pieces(start: int, count: int, savings: Sequence[Saving]) -> Iterator[tuple
 
 def _carved(scratch: Tensor, shape: DeltaShape, count: int, dtype: torch.dtype) -> list[Tensor]:
     """The parts of `scratch_parts`, in its order."""
-    found, at, kinds = [], 0, [torch.float32] * 2 + [dtype] * 4
-    for (numbers, size), kind in zip(scratch_parts(shape, count, dtype.itemsize), kinds, strict=True):
-        found.append(scratch[at : at + numbers * size].view(kind))
-        at += aligned(numbers * size)
-    return found
+    kinds = [torch.float32] * 2 + [dtype] * 4
+    parts = scratch_parts(shape, count, dtype.itemsize)
+    return [scratch[part].view(kind) for part, kind in zip(parts, kinds, strict=True)]

@@ -1,8 +1,10 @@
 """What the tests of kernels share."""
 
+import functools
 import os
 import runpy
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         seen.add((item.path, getattr(item, "originalname", None)))
 
 
+@functools.cache
+def _looking_at_machine_code() -> tuple[Callable[[bytes], str], Callable[[str], list[str]]]:
+    report = runpy.run_path(str(HERE.parents[1] / "scripts" / "sass_report.py"))
+    return report["machine_code"], runpy.run_path(str(HERE / "machine_code.py"))["unwritten_registers"]
+
+
 @pytest.fixture(autouse=True)
 def _uniform_registers_are_written(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test of machine code compiles for sm_90 is looked at (`machine_code`)."""
@@ -40,12 +48,12 @@ def _uniform_registers_are_written(request: pytest.FixtureRequest, monkeypatch: 
         return
     import triton
 
-    code, original = runpy.run_path(str(HERE / "machine_code.py")), triton.compile
+    original, (machine_code, unwritten_registers) = triton.compile, _looking_at_machine_code()
 
     def checked(*args, **options):
         compiled = original(*args, **options)
         if "cubin" in compiled.asm:
-            assert code["unwritten_registers"](code["disassembly"](compiled.asm["cubin"])) == []
+            assert unwritten_registers(machine_code(compiled.asm["cubin"])) == []
         return compiled
 
     monkeypatch.setattr(triton, "compile", checked)

@@ -6,24 +6,10 @@ off by their own size, or ends with an illegal memory access (seen on an H200). 
 """
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?(\S+)\s*(.*?)\s*;")
 UNIFORM = re.compile(r"\bUR(\d+)\b")
 DESCRIPTOR = re.compile(r"(g?)desc\[UR(\d+)\]")
-
-
-def disassembly(cubin: bytes) -> str:
-    """The SASS of a kernel, by Triton's nvdisasm."""
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        tool = knobs.nvidia.nvdisasm.path
-        return subprocess.run([tool, "-c", file], capture_output=True, text=True, check=True).stdout
 
 
 def unwritten_registers(sass: str) -> list[str]:
