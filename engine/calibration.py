@@ -7,11 +7,10 @@ import hashlib
 import io
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +122,10 @@ class Calibration:
         file = statistics_folder() / f"{name_of(self.path)}-{self._fingerprint(self.path, what)[:40]}.npz"
         found = _read(file, shapes)
         if found is None:
-            begun = time.monotonic()
-            found = measure()
-            took = time.monotonic() - begun
-            problem = _keep(file, found)
-            if problem is not None and self.on_unkept is not None and took > folders.NOTICEABLE:
-                self.on_unkept(folders.unkept(file.parent, problem, "measures the model again", self.path))
+            found = folders.made_and_kept(
+                measure, partial(_keep, file), self.on_unkept, folder=file.parent, again="measures the model again",
+                model=self.path,
+            )  # fmt: skip
         return found
 
     def _fingerprint(self, path: Path, what: tuple[object, ...]) -> str:

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property, partial
@@ -64,12 +63,10 @@ class KeptWeights:
         """
         found = self.load(lambda: make(shapes))
         if found is None:
-            begun = time.monotonic()
-            found = make(stored)
-            took = time.monotonic() - begun
-            problem = self.keep(found)
-            if problem is not None and self._on_unkept is not None and took > folders.NOTICEABLE:
-                self._on_unkept(folders.unkept(self._file.parent, problem, "packs the weights again", self._path))
+            found = folders.made_and_kept(
+                lambda: make(stored), self.keep, self._on_unkept, folder=self._file.parent,
+                again="packs the weights again", model=self._path,
+            )  # fmt: skip
         return found
 
     def load(self, shapes: Callable[[], T]) -> T | None:

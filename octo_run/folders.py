@@ -2,10 +2,14 @@
 
 import os
 import shlex
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from octo_run.errors import OctoError, shown
 
+T = TypeVar("T")
 #: Seconds that making something may take without a word where it cannot be kept.
 NOTICEABLE = 2.0
 
@@ -46,17 +50,33 @@ def no_folder(error: RuntimeError) -> OctoError:
     return OctoError(f"There is no folder for models ({error}): name one in OCTO_RUN_CACHE.")
 
 
-def unkept(folder: Path, error: OSError, again: str, model: Path) -> str:
-    """What is told if something that took long cannot be kept.
+def made_and_kept(
+    make: Callable[[], T],
+    keep: Callable[[T], OSError | None],
+    on_unkept: Callable[[str], object] | None,
+    *,
+    folder: Path,
+    again: str,
+    model: Path,
+) -> T:
+    """What ``make`` makes, kept for the next load by ``keep``; where that cannot be, it is told if making took long.
 
     Args:
-        folder: Where it was to be kept, in :func:`own_folder`.
-        again: What every load does then, in words.
+        keep: Returns what keeps it from being written.
+        on_unkept: Called with the sentence.
+        folder: Where it is to be kept, in :func:`own_folder`.
+        again: What every load does where it is not kept, in words.
         model: The model's folder: in a cache that is another one, its name would no longer be known.
     """
-    inside = model.resolve().is_relative_to(own_folder().resolve())
-    by_path = f" and give the model as {shlex.quote(str(model.resolve()))}" if inside else ""
-    return (
-        f"{shown(str(folder), 200)} cannot be written ({shown(error.strerror or str(error), 100)}), so each load "
-        f"{again}: make it writable, or name another folder in OCTO_RUN_CACHE{by_path}"
-    )
+    begun = time.monotonic()
+    made = make()
+    took = time.monotonic() - begun
+    error = keep(made)
+    if error is not None and on_unkept is not None and took > NOTICEABLE:
+        inside = model.resolve().is_relative_to(own_folder().resolve())
+        by_path = f" and give the model as {shlex.quote(str(model.resolve()))}" if inside else ""
+        on_unkept(
+            f"{shown(str(folder), 200)} cannot be written ({shown(error.strerror or str(error), 100)}), so each load "
+            f"{again}: make it writable, or name another folder in OCTO_RUN_CACHE{by_path}"
+        )
+    return made
