@@ -72,7 +72,8 @@ def several_formats(text: str | None, cfg: "ModelConfig") -> list[str]:
     """
     from octo_run.engine.allocation import default_format, parse_formats
 
-    kvs = [*dict.fromkeys(name.strip() for name in (text or default_format(cfg)).split(","))]
+    text = default_format(cfg) if text is None else text
+    kvs = [*dict.fromkeys(name.strip() for name in text.split(","))]
     for kv in kvs:
         parse_formats(kv, cfg)
     return kvs

@@ -215,7 +215,10 @@ def _head(
 ) -> dict[str, Any]:
     """What tells one batch from another: a digest of its prompts, and by the options' names what shapes the answers."""
     given = dataclasses.asdict(prompts) | dataclasses.asdict(load) | dataclasses.asdict(sampling)
-    given["kv"] = runtime.format_of(load)
+    if load.kv is None:
+        from octo_run.engine.allocation import default_format
+
+        given["kv"] = default_format(runtime.model_config(load.model, offline=load.offline))
     given |= {"logprobs": logprobs, "chat": given.pop("as_chat"), "chat_template": given.pop("template")}
     given["template_kwargs"], given["temperature"] = given.pop("variables"), given.pop("temp")
     grammar = given.pop("read")

@@ -1,5 +1,6 @@
 """Saves the conversation of a chat, in the background, and loads others."""
 
+import dataclasses
 import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -216,7 +217,7 @@ class Keeper:
         from octo_run.engine.background_save import BackgroundSave
         from octo_run.engine.saved_session import Snapshot
 
-        loaded = runtime.resolved(chat.load)
+        loaded = runtime.resolved(dataclasses.replace(chat.load, kv=chat.engine.plan.kv))  # which needs no file
         options: dict[str, Any] = {option: getattr(loaded, option) for option in KEPT_OPTIONS}
         if self._background is None:
             self._background = BackgroundSave()
@@ -240,8 +241,6 @@ class Keeper:
 
 def _take_over(chat: "Conversation", saved: "SavedSession") -> None:
     """Let a chat go on with a saved conversation."""
-    import dataclasses
-
     session = saved.session(chat.engine)
     session.drops = chat.session.drops
     chat.session, chat.params = session, saved.settings

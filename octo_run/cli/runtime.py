@@ -1,6 +1,7 @@
 """The one place where the command line meets the engine; tests replace these functions by a small stand-in."""
 
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -96,27 +97,23 @@ def resolved(options: EngineOptions, random_weights: str | None = None) -> Engin
     as fast, layers are int8, but not where they are quantised or a layer has experts; and the head is int8 where layers
     are int8 or int4, in their files or here.
     """
-    kv, weights, head = format_of(options, random_weights), options.weights, options.head
+    from octo_run.engine.allocation import default_format
+
+    known = functools.cache(lambda: bench_config(options.model, random_weights, offline=options.offline))
+    kv, weights, head = options.kv, options.weights, options.head
+    if kv is None:
+        kv = default_format(known())
     packed = weights in WITH_PACKED_HEAD
     if head is None and weights is not None and weights not in WITH_PACKED_HEAD:
         head = "bf16"
     if (weights is None or head is None) and _compiled_cpu(options.device):
         if weights is None:
-            cfg = bench_config(options.model, random_weights, offline=options.offline)
+            cfg = known()
             weights = "int8" if cfg.quantisation is None and cfg.experts is None else "auto"
             packed = weights == "int8" or (cfg.quantisation is not None and cfg.quantisation.kinds <= {"int4", "int8"})
         if head is None and packed:
             head = "int8"
     return dataclasses.replace(options, kv=kv, weights=weights or "auto", head=head or "bf16")
-
-
-def format_of(options: EngineOptions, random_weights: str | None = None) -> str:
-    """The format of the cache, where nothing was said the usual one."""
-    if options.kv is not None:
-        return options.kv
-    from octo_run.engine.allocation import default_format
-
-    return default_format(bench_config(options.model, random_weights, offline=options.offline))
 
 
 def _compiled_cpu(device: str | None) -> bool:

@@ -200,3 +200,5 @@ def test_unasked_heads_without_a_code_have_a_cache_in_bf16(
         checks.loadable(replace(plain, kv="oct4"))
     assert checks.loadable(plain).head_dim == 40
     assert checks.several_formats(None, checks.loadable(plain)) == ["bf16"]
+    with pytest.raises(UsageError, match="unknown KV format ''"):
+        checks.several_formats("", checks.loadable(plain))
