@@ -30,7 +30,6 @@ Mix = Callable[[int, Tensor], Tensor]
 #: ``other(layer, normed [R, hidden], out [R, hidden], buffers)``: what a layer has in place of attention
 Other = Callable[[Mixer, Tensor, Tensor, dict[str, Tensor]], None]
 
-_ANGLE_ROWS = 256  # angles worked on at a time
 _ALIGNED = 128  # elements: every buffer begins on a multiple
 
 
@@ -215,11 +214,9 @@ class Forward:
         for number in range(len(decoder.ropes)):
             cos, sin = (self._buffers[f"{name}{number}"][:count] for name in ("cos", "sin"))
             scaled = self._queries[number][:count] if number in self._queries else None
-            for first in range(0, count, _ANGLE_ROWS):
-                rows = slice(first, first + _ANGLE_ROWS)
-                cos[rows], sin[rows], queries = decoder.angles_of(number, positions[rows], cos.dtype)
-                if queries is not None and scaled is not None:
-                    scaled[rows] = queries
+            queries = decoder.write_angles(number, positions, cos, sin)
+            if queries is not None and scaled is not None:
+                scaled.copy_(queries)
             angles.append(Angles(cos, sin, scaled))
         made = dict[int, ops.HeadTransform]()
         for index, layer in enumerate(decoder.layers):

@@ -58,6 +58,7 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
+    "angles_kernel": APPEND,
     "choose_kernel": MLP,
     "combine_kernel": MLP,
     "count_kernel": MLP,
@@ -65,6 +66,7 @@ KERNELS = {
     **{f"delta_{name}_kernel": RECURRENT for name in ("step", "heads", "block", "scan", "finish")},
     "dequantise_kernel": _PRODUCT,
     "down_vector_kernel": MLP,
+    "embed_kernel": OTHER,
     "embed_packed_kernel": OTHER,
     "flash_kernel": ATTENTION,
     "gate_kernel": ATTENTION,
@@ -74,6 +76,7 @@ KERNELS = {
     "lane_search_kernel": CODING,
     "merge_kernel": ATTENTION,
     "merge_places_kernel": ATTENTION,
+    "move_on_kernel": SAMPLING,
     "octopus_pages_kernel": CODING,
     "pack_kernel": CODING,
     "packed_experts_kernel": MLP,

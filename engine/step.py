@@ -23,6 +23,7 @@ from octo_run.engine.sampling import BatchSampler, Sampling, SamplingParams
 from octo_run.engine.sampling_rules import MAX_TOP
 from octo_run.engine.sequence import Sequence
 from octo_run.errors import OctoError, UsageError
+from octo_run.kernels import step as ops
 from octo_run.kernels.devices import without_collection
 from octo_run.kernels.page_size import longest_unpaged
 
@@ -374,10 +375,7 @@ class Stepper:
         """The tokens of the logits; then the state is that of the next step."""
         state, shape = self._state.first(batch), self.arena.shape
         self.sampler.draw(self.logits[:batch], state.rows)
-        position = state.positions.add_(state.active)
-        torch.where(
-            position < shape.sink, position, (position - shape.sink) % shape.ring + shape.sink, out=state.places
-        )
+        ops.move_on(state.positions, state.places, state.active, shape.sink, shape.ring)
 
 
 @functools.cache

@@ -330,6 +330,16 @@ class Decoder:
         queries = None if pure else rope.query_factors(kind, positions)
         return Angles(*rope.cos_sin(positions, frequencies, dtype, factor), queries)
 
+    def write_angles(self, number: int, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+        """Write what one of ``ropes`` does at ``positions`` int32 ``[R]``: ``cos, sin [R, d / 2]``.
+
+        Returns:
+            What queries are multiplied by, float32 ``[R]``; None: nothing.
+        """
+        kind = self.ropes[number][0]
+        ops.angles(positions, self._frequencies[number], rope.attention_factor(kind), cos, sin)
+        return rope.query_factors(kind, positions)
+
     @property
     def weight_format(self) -> str:
         """What its weights are stored as: ``bf16``, ``int4``, ``int8+bf16``, ``int4, head int8``, say."""

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from octo_run.kernels.step.reference import cos_sin as cos_sin
 from octo_run.models.config import ModelConfig
 from octo_run.models.rope_config import Rope, RopeScaling
 
@@ -78,19 +79,6 @@ def query_factors(rope: Rope | None, positions: Tensor) -> Tensor | None:
         return None
     beta, original = rope.query_scaling
     return 1 + beta * torch.log(1 + torch.floor(positions / original))
-
-
-def cos_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[..., head_dim / 2]`` of int ``positions [...]``, computed in float32, given in ``dtype``.
-
-    Args:
-        factor: They are multiplied by it where ``inv_freq`` is not 0.
-    """
-    angles = positions.to(torch.float32)[..., None] * inv_freq
-    cos, sin = angles.cos(), angles.sin()
-    if factor != 1.0:
-        cos, sin = cos.mul_(torch.where(inv_freq > 0, factor, 1.0)), sin.mul_(factor)
-    return cos.to(dtype), sin.to(dtype)
 
 
 def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -27,11 +27,13 @@ __all__ = [
     "Draws",
     "HeadTransform",
     "add_rms_norm",
+    "angles",
     "count_drawn",
     "embed",
     "gate",
     "linear",
     "mapped",
+    "move_on",
     "norm_heads",
     "penalised",
     "qkv_rope_append",
@@ -42,6 +44,32 @@ __all__ = [
 ]
 
 
+def angles(positions: Tensor, inv_freq: Tensor, factor: float, cos: Tensor, sin: Tensor) -> None:
+    """RoPE's cosines and sines ``cos, sin [B, d / 2]`` at ``positions`` int32 ``[B]``, computed in float32.
+
+    Args:
+        inv_freq: Radians a position, float32 ``[d / 2]``.
+        factor: Both are multiplied by it where ``inv_freq`` is not 0.
+    """
+    if cos.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.angles(positions, inv_freq, factor, cos, sin)
+    else:
+        reference.angles(positions, inv_freq, factor, cos, sin)
+
+
+def move_on(positions: Tensor, places: Tensor, active: Tensor, sink: int, ring: int) -> None:
+    """Add ``active`` (0 or 1) to the ``positions`` of sequences, and write to ``places`` which full-precision slots
+    these have: the first ``sink`` positions one each, then a ring of ``ring`` slots. All int32 ``[B]``."""
+    if positions.is_cuda:
+        from octo_run.kernels.step import launch
+
+        launch.move_on(positions, places, active, sink, ring)
+    else:
+        reference.move_on(positions, places, active, sink, ring)
+
+
 def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float = 1.0) -> None:
     """``out [B, hidden] = scale * table[ids]``; ``ids`` int32 or int64 ``[B]``.
 
@@ -49,12 +77,13 @@ def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float =
         table: ``[vocab, hidden]`` of the dtype of ``out`` (on a CPU bfloat16, too), or packed: int8 with a factor for
             each row.
     """
-    if out.is_cuda and not isinstance(table, Tensor):
+    if out.is_cuda:
         from octo_run.kernels.step import launch
 
-        launch.embed_packed(ids, table, out)
-        if scale != 1.0:
-            out.mul_(scale)
+        if isinstance(table, Tensor):
+            launch.embed(ids, table, out, scale)
+        else:
+            launch.embed_packed(ids, table, out, scale)
     elif not (out.is_cpu and compiled.embed(ids, table, out, scale)):
         reference.embed(ids, table, out, scale)
 

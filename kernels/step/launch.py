@@ -13,8 +13,11 @@ from torch import Tensor
 from octo_run.kernels.devices import early, on_device_of
 from octo_run.kernels.step.layer_kernels import (
     add_rms_norm_kernel,
+    angles_kernel,
+    embed_kernel,
     embed_packed_kernel,
     gate_kernel,
+    move_on_kernel,
     norm_heads_kernel,
     qkv_rope_append_kernel,
     rotate_back_kernel,
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 
 _SWIGLU_COLUMNS = 1024
 #: Codes of an embedding that a program takes.
-_EMBED_CODES = 1024
+_EMBEDDED = 1024
+#: Angles, and sequences that move on, that a program takes.
+_ANGLES, _SEQUENCES = 512, 32
 #: Heads, and columns of a rotation, that a program takes.
 _HEADS, _COLUMNS = 16, 32
 #: Heads times tokens that a program takes of a few tokens, and of many.
@@ -59,16 +64,48 @@ def vector(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
             num_warps=_VECTOR_WARPS)  # fmt: skip
 
 
-def embed_packed(ids: Tensor, table: PackedWeight, out: Tensor) -> None:
+def angles(positions: Tensor, inv_freq: Tensor, factor: float, cos: Tensor, sin: Tensor) -> None:
+    """`kernels.step.angles` by the Triton kernel."""
+    _check(positions=positions, inv_freq=inv_freq, cos=cos, sin=sin)
+    count = cos.numel()
+    launch: Callable[..., Any] = angles_kernel[(triton.cdiv(count, _ANGLES),)]
+    with on_device_of(cos):
+        launch(
+            POSITIONS=positions, INV_FREQ=inv_freq, COS=cos, SIN=sin, factor=float(factor), n=len(positions),
+            N=len(inv_freq), BLOCK=_ANGLES, **early(cos.device), num_warps=4)  # fmt: skip
+
+
+def move_on(positions: Tensor, places: Tensor, active: Tensor, sink: int, ring: int) -> None:
+    """`kernels.step.move_on` by the Triton kernel."""
+    _check(positions=positions, places=places, active=active)
+    launch: Callable[..., Any] = move_on_kernel[(triton.cdiv(len(positions), _SEQUENCES),)]
+    with on_device_of(positions):
+        launch(
+            POSITIONS=positions, PLACES=places, ACTIVE=active, n=len(positions), sink=sink, ring=ring,
+            BLOCK=_SEQUENCES, **early(positions.device), num_warps=1)  # fmt: skip
+
+
+def embed(ids: Tensor, table: Tensor, out: Tensor, scale: float) -> None:
+    """`kernels.step.embed` of a table of numbers by the Triton kernel."""
+    _check(ids=ids, table=table, out=out)
+    width = table.shape[1]
+    launch: Callable[..., Any] = embed_kernel[(len(ids), triton.cdiv(width, _EMBEDDED))]
+    with on_device_of(out):
+        launch(
+            IDS=ids, TABLE=table, OUT=out, scale=float(scale), N=width, BLOCK=_EMBEDDED, **early(out.device),
+            num_warps=4)  # fmt: skip
+
+
+def embed_packed(ids: Tensor, table: PackedWeight, out: Tensor, scale: float = 1.0) -> None:
     """`kernels.step.embed` of a packed table by the Triton kernel."""
     _check(ids=ids, codes=table.codes, rows=table.rows, out=out)
     if table.kind != "int8" or table.scales is not None or table.offsets is not None or table.order is not None:
         raise ValueError(f"an embedding is packed as int8 with a factor for each row, not as {table.kind} in groups")
-    launch: Callable[..., Any] = embed_packed_kernel[(len(ids), triton.cdiv(table.padded, _EMBED_CODES))]
+    launch: Callable[..., Any] = embed_packed_kernel[(len(ids), triton.cdiv(table.padded, _EMBEDDED))]
     with on_device_of(out):
         launch(
-            IDS=ids, CODES=table.codes, ROWS=table.rows, OUT=out, N=table.columns, PADDED=table.padded,
-            BLOCK=_EMBED_CODES, **early(out.device), num_warps=4)  # fmt: skip
+            IDS=ids, CODES=table.codes, ROWS=table.rows, OUT=out, scale=float(scale), N=table.columns,
+            PADDED=table.padded, BLOCK=_EMBEDDED, SCALED=scale != 1.0, **early(out.device), num_warps=4)  # fmt: skip
 
 
 def add_rms_norm(
@@ -201,8 +238,9 @@ def sample(draws: Draws, logits: Tensor, floor: Tensor | None) -> None:
             PENALTIES=draws.penalties, EDITS=edits, FLOOR=unused if floor is None else floor, SEEDS=draws.seeds,
             COUNTERS=draws.counters, SLICES=draws.slices, vocab=vocab, s_penalty=draws.penalties.stride(0),
             BLOCK=SLICE_TOKENS, COUNTED=draws.counted, EDITED=draws.edits is not None, NOISY=draws.noisy,
-            FLOORED=floor is not None, num_warps=4)  # fmt: skip
+            FLOORED=floor is not None, **early(logits.device), num_warps=4)  # fmt: skip
         merge(
             LOGITS=logits, ROWS=draws.rows, COUNTS=draws.counts, COUNTERS=draws.counters, SLICES=draws.slices,
             TOKENS=draws.tokens, LOGPROBS=draws.logprobs, vocab=vocab, slices=slices,
-            WIDTH=triton.next_power_of_2(slices), COUNTED=draws.counted, NOISY=draws.noisy, num_warps=1)  # fmt: skip
+            WIDTH=triton.next_power_of_2(slices), COUNTED=draws.counted, NOISY=draws.noisy,
+            **early(logits.device), num_warps=1)  # fmt: skip

@@ -73,9 +73,50 @@ def norm_heads_kernel(X, WEIGHT, eps, s_row, N: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
+def angles_kernel(POSITIONS, INV_FREQ, COS, SIN, factor, n, N: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """BLOCK of the N angles of each of n positions a program."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n * N
+    inv_freq = tl.load(INV_FREQ + at % N, mask=inside, other=0.0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    angle = tl.load(POSITIONS + at // N, mask=inside, other=0).to(tl.float32) * inv_freq
+    kind = COS.dtype.element_ty
+    tl.store(COS + at, (tl.cos(angle) * tl.where(inv_freq > 0, factor, 1.0)).to(kind), mask=inside)
+    tl.store(SIN + at, (tl.sin(angle) * factor).to(kind), mask=inside)
+
+
+@triton.jit
+def move_on_kernel(POSITIONS, PLACES, ACTIVE, n, sink, ring, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """BLOCK sequences a program."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    position = tl.load(POSITIONS + at, mask=inside, other=0) + tl.load(ACTIVE + at, mask=inside, other=0)
+    tl.store(POSITIONS + at, position, mask=inside)
+    tl.store(PLACES + at, tl.where(position < sink, position, (position - sink) % ring + sink), mask=inside)
+
+
+@triton.jit
+def embed_kernel(IDS, TABLE, OUT, scale, N: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """BLOCK numbers of a token's row of N; the program is (token, part of the row)."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.load(IDS + tl.program_id(0)).to(tl.int64)
+    values = tl.load(TABLE + token * N + at, mask=at < N, other=0).to(tl.float32) * scale
+    tl.store(OUT + tl.program_id(0).to(tl.int64) * N + at, values.to(OUT.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
 def embed_packed_kernel(
-    IDS, CODES, ROWS, OUT, N: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
-):
+    IDS, CODES, ROWS, OUT, scale, N: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """BLOCK codes of a token's row of N int8 codes in lane order (`kernels.linear.packed`); the program is (token, part
     of the row)."""
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -88,6 +129,8 @@ def embed_packed_kernel(
     token = tl.load(IDS + tl.program_id(0)).to(tl.int64)
     codes = tl.load(CODES + token * PADDED + at, mask=at < PADDED, other=0).to(tl.int8, bitcast=True)
     values = (codes.to(tl.float32) * tl.load(ROWS + token)).to(OUT.dtype.element_ty)
+    if SCALED:
+        values = (values.to(tl.float32) * scale).to(OUT.dtype.element_ty)
     tl.store(OUT + tl.program_id(0).to(tl.int64) * N + column, values, mask=column < N)
 
 

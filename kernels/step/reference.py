@@ -46,6 +46,8 @@ class HeadTransform:
     v_norm: bool = False
 
 
+#: Positions whose angles are worked on at a time.
+ANGLE_ROWS = 256
 #: Tokens of the vocabulary that one program of the sampler looks at.
 SLICE_TOKENS = 1024
 
@@ -174,6 +176,32 @@ def normed(x: Tensor, weight: Tensor | None, eps: float, *, centred: bool = Fals
     if weight is None:
         return wide.to(x.dtype)
     return (weight * wide).to(x.dtype) if weight.dtype != x.dtype else weight * wide.to(x.dtype)
+
+
+def cos_sin(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[..., head_dim / 2]`` of int ``positions [...]``, computed in float32, given in ``dtype``.
+
+    Args:
+        factor: They are multiplied by it where ``inv_freq`` is not 0.
+    """
+    angles = positions.to(torch.float32)[..., None] * inv_freq
+    cos, sin = angles.cos(), angles.sin()
+    if factor != 1.0:
+        cos, sin = cos.mul_(torch.where(inv_freq > 0, factor, 1.0)), sin.mul_(factor)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def angles(positions: Tensor, inv_freq: Tensor, factor: float, cos: Tensor, sin: Tensor) -> None:
+    """See ``kernels.step.angles``."""
+    for first in range(0, len(positions), ANGLE_ROWS):
+        rows = slice(first, first + ANGLE_ROWS)
+        cos[rows], sin[rows] = cos_sin(positions[rows], inv_freq, cos.dtype, factor)
+
+
+def move_on(positions: Tensor, places: Tensor, active: Tensor, sink: int, ring: int) -> None:
+    """See ``kernels.step.move_on``."""
+    positions.add_(active)
+    torch.where(positions < sink, positions, (positions - sink) % ring + sink, out=places)
 
 
 def embed(ids: Tensor, table: Tensor | PackedWeight, out: Tensor, scale: float = 1.0) -> None:

@@ -7,6 +7,7 @@ What lasts is stored by rows; number b of the batch owns row ROWS[b], a negative
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 SCORE, TOKEN, BASE, TOTAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """What is known of a slice: the best score; the bits of its token; of the logits the largest and the sum of
@@ -28,9 +29,13 @@ def _hash(x):
 def sample_slice_kernel(
     LOGITS, ROWS, COUNTS, TEMPERATURE, PENALTIES, EDITS, FLOOR, SEEDS, COUNTERS, SLICES, vocab, s_penalty,
     BLOCK: tl.constexpr, COUNTED: tl.constexpr, EDITED: tl.constexpr, NOISY: tl.constexpr, FLOORED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The program is (slice, number in the batch). SLICES float32 [B, 4, slices]: `SCORE`, `TOKEN`, `BASE`, `TOTAL`."""
     index, row = tl.program_id(0), tl.program_id(1)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     owned = tl.load(ROWS + row).to(tl.int64)
     if owned < 0:
         return
@@ -73,10 +78,13 @@ def sample_slice_kernel(
 @triton.jit
 def sample_merge_kernel(
     LOGITS, ROWS, COUNTS, COUNTERS, SLICES, TOKENS, LOGPROBS, vocab, slices,
-    WIDTH: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr,
+    WIDTH: tl.constexpr, COUNTED: tl.constexpr, NOISY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence: the token and its log-probability; it is counted, and so is the draw."""
     row = tl.program_id(0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     owned = tl.load(ROWS + row).to(tl.int64)
     if owned < 0:
         return

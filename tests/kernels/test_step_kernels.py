@@ -488,9 +488,66 @@ def test_triton_packed_embedding(width, dtype):
     table, _codes = packed_table(50, width)
     ids = torch.tensor([2, 49, 0, 2], device=DEVICE, dtype=torch.int32)
     out, want = (torch.full((4, width), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2))
-    launch.embed_packed(ids, table, out)
-    reference.embed(ids, table, want)
-    assert torch.equal(out, want) and bool(out.isfinite().all())
+    for scale in (1.0, 3.140625):
+        launch.embed_packed(ids, table, out.fill_(torch.nan), scale)
+        reference.embed(ids, table, want, scale)
+        assert torch.equal(out, want) and bool(out.isfinite().all())
     wrong = replace(table, kind="fp8")
     with pytest.raises(ValueError, match="an embedding is packed as int8"):
         launch.embed_packed(ids, wrong, out)
+
+
+@triton_only
+@pytest.mark.parametrize("width", [48, 384, 1100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, HALF])
+@pytest.mark.parametrize("scale", [1.0, 3.140625])
+def test_triton_embedding(width, dtype, scale):
+    from octo_run.kernels.step import launch
+
+    table, out = random(50, width, dtype=dtype), torch.full((4, width), torch.nan, device=DEVICE, dtype=dtype)
+    for ids in (integers([2, 49, 0, 2]), integers([2, 49, 0, 2]).long()):
+        want = torch.empty_like(out)
+        launch.embed(ids, table, out.fill_(torch.nan), scale)
+        reference.embed(ids, table, want, scale)
+        close(out, want, dtype) if scale != 1.0 else torch.testing.assert_close(out, want, rtol=0, atol=0)
+
+
+@triton_only
+@pytest.mark.parametrize(("rows", "half"), [(1, 64), (5, 40), (300, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("factor", [1.0, 1.3465735])
+def test_triton_angles(rows, half, dtype, factor):
+    """Positions to a million; frequencies of 0 turn nothing, and have no factor."""
+    from octo_run.kernels.step import launch
+
+    torch.manual_seed(0)
+    positions = torch.randint(0, 1 << 20, (rows,), dtype=torch.int32).to(DEVICE)
+    inv_freq = torch.cat((5e5 ** -(torch.arange(half - 7) / half), torch.zeros(7))).to(DEVICE)
+    found, want = ([torch.full((rows, half), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)] for _ in "12")
+    launch.angles(positions, inv_freq, factor, *found)
+    reference.angles(positions, inv_freq, factor, *want)
+    exact = (positions.float()[:, None] * inv_freq).double()
+    factors = torch.where(inv_freq > 0, factor, 1.0)
+    for ours, theirs, true in zip(found, want, (exact.cos() * factors, exact.sin() * factors), strict=True):
+        bound = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+        assert float((ours.double() - true).abs().max()) < bound
+        assert float((theirs.double() - true).abs().max()) < bound
+    assert bool((found[0][:, -7:] == 1).all()) and bool((found[1][:, -7:] == 0).all())
+
+
+@triton_only
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_triton_moves_on(count):
+    """Through sinks and round the ring, as the reference and by the definition; filler stays."""
+    from octo_run.kernels.step import launch
+
+    sink, ring = 4, 6
+    active = integers([int(n % 3 != 1) for n in range(count)])
+    states = [[integers(range(count)), torch.full((count,), -7, dtype=torch.int32, device=DEVICE)] for _ in "12"]
+    for step in range(1, 15):
+        for (positions, places), run in zip(states, (launch.move_on, reference.move_on), strict=True):
+            run(positions, places, active, sink, ring)
+        now = [n + step * int(n % 3 != 1) for n in range(count)]
+        for positions, places in states:
+            assert positions.tolist() == now
+            assert places.tolist() == [p if p < sink else (p - sink) % ring + sink for p in now]
