@@ -39,7 +39,7 @@ _EMBEDDED = 1024
 _ANGLES, _SEQUENCES = 512, 32
 #: Heads, and columns of a rotation, that a program takes.
 _HEADS, _COLUMNS = 16, 32
-#: Heads times tokens that a program takes of a few tokens, and of many.
+#: Heads times tokens that are few, and what a program takes of many.
 _LINES, _MANY_LINES = 16, 64
 #: Rows and columns of the weights that a program of a matrix-vector product takes at a time, and its warps. By timing
 #: whole steps of an 8B shape on an H200, of (4, 1024, 4), (2, 1024, 4), (8, 512, 4), (4, 512, 2) and this one.
@@ -194,8 +194,9 @@ def qkv_rope_append(
     columns = padded if maps is None and transform.v_rotation is None else min(padded, _COLUMNS)
     group = heads // kv_heads
     at_once = min(triton.next_power_of_2(group), _LINES)
-    tokens = (_LINES if len(qkv) * at_once <= _LINES else _MANY_LINES) // at_once
-    units = kv_heads * (triton.cdiv(group, at_once) + 2)
+    few = len(qkv) * at_once <= _LINES  # then it counts how soon a program ends, not how many there are
+    tokens = 1 if few else _MANY_LINES // at_once
+    units = kv_heads * (triton.cdiv(group, at_once) * (1 if coefficients is None else 2) + 2)
     launch: Callable[..., Any] = qkv_rope_append_kernel[(units, triton.cdiv(d, columns), triton.cdiv(len(qkv), tokens))]
     with on_device_of(qkv):
         launch(
@@ -207,7 +208,7 @@ def qkv_rope_append(
             TOKENS=tokens, COLUMNS=columns, NORM=transform.q_norm is not None, MAP=maps is not None,
             MAP_V=transform.v_rotation is not None, TAKES_MEAN=coefficients is not None, MAPPED=rows is not None,
             SCALED=transform.queries is not None, NORM_V=transform.v_norm, **early(qkv.device),
-            num_warps=4)  # fmt: skip
+            num_warps=8 if few else 4)  # fmt: skip
 
 
 def rotate_back(mixed: Tensor, rotation: Tensor, out: Tensor) -> None:

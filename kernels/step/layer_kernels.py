@@ -74,12 +74,12 @@ def norm_heads_kernel(X, WEIGHT, eps, s_row, N: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def angles_kernel(POSITIONS, INV_FREQ, COS, SIN, factor, n, N: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """BLOCK of the N angles of each of n positions a program."""
+    """BLOCK of the N angles of each of n positions a program. No kernel starts before it ends: later ones read the
+    angles before they wait."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n * N
     inv_freq = tl.load(INV_FREQ + at % N, mask=inside, other=0.0)
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
     angle = tl.load(POSITIONS + at // N, mask=inside, other=0).to(tl.float32) * inv_freq
     kind = COS.dtype.element_ty
@@ -194,19 +194,24 @@ def qkv_rope_append_kernel(
     MAPPED: tl.constexpr, SCALED: tl.constexpr, NORM_V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The program is (a KV head's unit; COLUMNS columns of the result; TOKENS numbers of the batch). Units of a KV
-    head: HEADS of its query heads at a time, then its keys, then its values. MAPPED: K and V go to row ROWS[number],
-    nowhere if it is negative."""
+    head: HEADS of its query heads at a time, then its keys, then its values; with a mean, the coefficients of HEADS
+    query heads at a time, which are all columns of the first program. MAPPED: K and V go to row ROWS[number], nowhere
+    if it is negative."""
     kind = QKV.dtype.element_ty
     HALF: tl.constexpr = D // 2
     GROUP: tl.constexpr = H // HKV
     OF_Q: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    h = (tl.program_id(0) // (OF_Q + 2)).to(tl.int64)
-    unit = tl.program_id(0) % (OF_Q + 2)
-    is_q = unit < OF_Q
+    UNITS: tl.constexpr = OF_Q + 2 + (OF_Q if TAKES_MEAN else 0)
+    h = (tl.program_id(0) // UNITS).to(tl.int64)
+    unit = tl.program_id(0) % UNITS
+    is_mean = unit >= OF_Q + 2
+    if is_mean & (tl.program_id(1) > 0):
+        return
+    is_q = (unit < OF_Q) | is_mean
     is_k = unit == OF_Q
     line = tl.arange(0, HEADS * TOKENS)
     row = (tl.program_id(2) * TOKENS + line // HEADS).to(tl.int64)
-    place = tl.where(is_q, unit * HEADS, 0) + line % HEADS
+    place = tl.where(is_q, tl.where(is_mean, unit - (OF_Q + 2), unit) * HEADS, 0) + line % HEADS
     real = (row < n) & (place < tl.where(is_q, GROUP, 1))
     # For each line, because the interpreter cannot tell a scalar truth from an integer.
     q_line = unit + 0 * line < OF_Q
@@ -216,16 +221,17 @@ def qkv_rope_append_kernel(
     inside = column < D
     partner = tl.where(column < HALF, column + HALF, column - HALF)
     source = QKV + (row * (H + 2 * HKV) + head)[:, None] * D
+    there = real[:, None] & inside[None, :]
     out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     kept = out < D
     into = column[:, None] * D + out[None, :]
     square = inside[:, None] & kept[None, :]
     part = tl.zeros([BD, COLUMNS], kind)
     if MAP:
-        keys_too = column[:, None] < tl.where(is_q | is_k, D, 0)
+        keys_too = column[:, None] < tl.where((is_q | is_k) & (unit < OF_Q + 2), D, 0)
         part = tl.load(MAPS + tl.where(is_q, 0, sm_part) + h * sm_h + into, mask=square & keys_too, other=0)
     if MAP_V:
-        values = column[:, None] < tl.where(unit > OF_Q, D, 0)
+        values = column[:, None] < tl.where(unit == OF_Q + 1, D, 0)
         part += tl.load(V_ROTATION + into, mask=square & values, other=0)
     target = row
     if MAPPED:
@@ -238,42 +244,46 @@ def qkv_rope_append_kernel(
         weight_across = _for_lines(Q_NORM, partner, here_q, line, HEADS * TOKENS)
         weight_across += _for_lines(K_NORM, partner, here_k, line, HEADS * TOKENS)
     if TAKES_MEAN:
-        of_q = column < tl.where(is_q, D, 0)
-        mean = _for_lines(MEAN + h * D, column, of_q, line, HEADS * TOKENS)
-        mean_across = _for_lines(MEAN + h * D, partner, of_q, line, HEADS * TOKENS)
+        of_mean = column < tl.where(is_mean, D, 0)
+        mean = _for_lines(MEAN + h * D, column, of_mean, line, HEADS * TOKENS)
+        mean_across = _for_lines(MEAN + h * D, partner, of_mean, line, HEADS * TOKENS)
+    # The angles are there since the step or prompt began: `angles_kernel` lets no kernel start before its end.
+    angle = row[:, None] * HALF + tl.where(column < HALF, column, column - HALF)[None, :]
+    turns = there & (column < tl.where(is_q | is_k, D, 0))[None, :]
+    cos = tl.load(COS + angle, mask=turns, other=0).to(tl.float32)
+    sin = tl.load(SIN + angle, mask=turns, other=0).to(tl.float32)
+    if SCALED:
+        scaled = (row < n) & (q_line | (unit + 0 * line >= OF_Q + 2))
+        factor = tl.load(QUERIES + row, mask=scaled, other=1.0).to(kind).to(tl.float32)[:, None]
+    slot = tl.load(SLOTS + row, mask=row < n, other=0).to(tl.int64)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    slot = tl.load(SLOTS + row, mask=row < n, other=0).to(tl.int64)
     stored = (real & (target >= 0))[:, None] & kept[None, :]
-    raw = tl.load(source + column[None, :], mask=real[:, None] & inside[None, :], other=0)
+    raw = tl.load(source + column[None, :], mask=there, other=0)
     if is_q | is_k:
         x = raw.to(tl.float32)
-        other = tl.load(source + partner[None, :], mask=real[:, None] & inside[None, :], other=0).to(tl.float32)
+        other = tl.load(source + partner[None, :], mask=there, other=0).to(tl.float32)
         if NORM:
             x, other = _normed(x, other, weight, weight_across, eps, kind, D)
-        angle = row[:, None] * HALF + tl.where(column < HALF, column, column - HALF)[None, :]
-        there = real[:, None] & inside[None, :]
-        cos = tl.load(COS + angle, mask=there, other=0).to(tl.float32)
-        sin = tl.load(SIN + angle, mask=there, other=0).to(tl.float32)
         low = (column < HALF)[None, :]
         by_cos = (x * cos).to(kind).to(tl.float32)
         by_sin = (other * sin).to(kind).to(tl.float32)
         turned = tl.where(low, by_cos - by_sin, by_cos + by_sin).to(kind)
         if SCALED:
-            factor = tl.load(QUERIES + row, mask=(row < n) & q_line, other=1.0).to(kind).to(tl.float32)[:, None]
             turned = (turned.to(tl.float32) * factor).to(kind)
         if TAKES_MEAN:
-            # The partner of each column, turned, makes A of the first half and B of the second (`key_mean`).
-            by_cos = (other * cos).to(kind).to(tl.float32)
-            by_sin = (x * sin).to(kind).to(tl.float32)
-            across = tl.where(low, by_cos + by_sin, by_cos - by_sin).to(kind).to(tl.float32)
-            if SCALED:
-                across = (across * factor).to(kind).to(tl.float32)
-            straight = turned.to(tl.float32)
-            found = tl.where(low, straight * mean + across * mean_across, straight * mean_across - across * mean)
-            mine = (real & q_line)[:, None] & (inside & (column // COLUMNS == tl.program_id(1)))[None, :]
-            tl.store(COEF + (row * H + head)[:, None] * D + column[None, :], found, mask=mine)
+            if is_mean:
+                # The partner of each column, turned, makes A of the first half and B of the second (`key_mean`).
+                by_cos = (other * cos).to(kind).to(tl.float32)
+                by_sin = (x * sin).to(kind).to(tl.float32)
+                across = tl.where(low, by_cos + by_sin, by_cos - by_sin).to(kind).to(tl.float32)
+                if SCALED:
+                    across = (across * factor).to(kind).to(tl.float32)
+                straight = turned.to(tl.float32)
+                found = tl.where(low, straight * mean + across * mean_across, straight * mean_across - across * mean)
+                tl.store(COEF + (row * H + head)[:, None] * D + column[None, :], found, mask=there)
+                return
         if MAP:
             result = tl.dot(turned, part, input_precision="ieee").to(kind)
             at = out

@@ -280,6 +280,9 @@ def table_decode_kernel(
                 word_at = QUERIES_AT + b * QUERY_BYTES + i // 4 * 512 + i % 4 * 4
                 two = two + (read_shared_f(u32(word_at + lane * 16)),)
         scales = scales + (two,)
+    # Loops carry the next block's place, not its page's id: whoever waits for an id waits for all that was asked for
+    # since, which may be the next pages' angles.
+    next_block = pages + next_id.to(gl.int64) * sp_page
     # Every warp ends its loop by itself; run in step instead (`own` is zero then), a warp without a page is not inside.
     own = own_warp(seq)
     own_begin = begin + own
@@ -297,8 +300,7 @@ def table_decode_kernel(
         for base in range(own_begin + section, section_end, WARPS):
             page = base + (warp - own)
             inside = page < end
-            next_block = pages + next_id.to(gl.int64) * sp_page
-            next_id = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
+            following = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
             wait_for_copies(lane, 1)
             k_words = _words(k_stage, lane, WORDS_K)
             if MEAN > 0:
@@ -387,6 +389,7 @@ def table_decode_kernel(
             acc = ()
             for b in gl.static_range(NT):
                 acc = acc + grown[b]
+            next_block = pages + following.to(gl.int64) * sp_page
 
     first_row = before * (HKV * G) + (head * G + first_head) * parts
     out_row = OUT + seq * so_b + (head * G + first_head) * so_h
