@@ -58,7 +58,7 @@ _PRODUCT = "product"  # whose part follows from its place
 #: What our kernels do, by the beginnings of their names.
 KERNELS = {
     "add_rms_norm_kernel": NORMS,
-    "angles_kernel": APPEND,
+    "angles_kernel": OTHER,
     "choose_kernel": MLP,
     "combine_kernel": MLP,
     "count_kernel": MLP,

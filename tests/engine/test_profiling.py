@@ -28,8 +28,8 @@ GATHER = "void at::native::(anonymous namespace)::indexSelectSmallIndex<c10::BFl
 TO_HOST, SORT = "Memcpy DtoH (Device -> Pinned)", "void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<long>()"
 
 NORM, PRODUCT, TURN, SWIGLU = "add_rms_norm_kernel", "vector_kernel", "qkv_rope_append_kernel", "swiglu_kernel"
-DRAW = [("sample_slice_kernel", "sampling"), ("sample_merge_kernel", "sampling")]
-BEGIN = [(COPY, "other"), (GATHER, "other"), (NORM, "norms")]
+DRAW = [("sample_slice_kernel", "sampling"), ("sample_merge_kernel", "sampling"), ("move_on_kernel", "sampling")]
+BEGIN = [(GATHER, "other"), ("angles_kernel", "other"), ("embed_kernel", "other"), (NORM, "norms")]
 END = [(COPY, "other"), (TO_HOST, "other")]
 
 
@@ -96,7 +96,7 @@ def test_a_prompt_in_two_chunks() -> None:
         ("plain_pages_kernel", "page coding"), (COPY, "rope and append"), (NVJET, "projections"), (NORM, "norms"),
         (NVJET, "mlp"), (SWIGLU, "mlp"), (NVJET, "mlp"), (NORM, "norms"),
     ]  # fmt: skip
-    check_parts([*BEGIN, *mixing, *BEGIN[:2], (NORM, "norms"), *mixing, (GATHER, "other"), (NVJET, "head"), *END[:1]])
+    check_parts([*BEGIN, *mixing, *BEGIN, *mixing, (GATHER, "other"), (NVJET, "head"), *END[:1]])
 
 
 def test_overlapping_time_belongs_to_the_kernel_that_began_first() -> None:
