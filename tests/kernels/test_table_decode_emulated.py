@@ -221,6 +221,16 @@ def test_a_key_mean_of_any_size(kernel: Any, mean: float) -> None:
     assert worst_error(case) < (5e-3 if mean == 30.0 else float("inf"))
 
 
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+@pytest.mark.parametrize("times", [16.0, 256.0])
+def test_pages_of_very_unequal_weight(kernel: Any, mean: float, times: float) -> None:
+    """Logits whose maxima differ from page to page by up to hundreds, up and down."""
+    case = decode_case("oct3", [1200], 4, 1, 64, mean=mean)
+    case = replace(case, spec=replace(case.spec, scale=case.spec.scale * times))
+    want = attend_reference(case.q, case.kv, case.fmt, spec=case.spec)
+    assert worst_error(replace(case, want=want.double())) < 1e-4 * times + 2e-3
+
+
 @pytest.mark.slow
 def test_sequences_of_unequal_lengths_are_cut_finer(kernel: Any) -> None:
     lengths = [64 * 40 + 192, 300, 1, 64 * 9 + 200]

@@ -249,7 +249,7 @@ def table_decode_kernel(
         if the_others:
             write_operands(coef, sc_h, WEIGHTS, lane, warp, first_head, scale_log2, MEAN_AT, D, G, NT, MEAN, SPLITTERS)
     zero_i = lane * 0
-    running, total, acc = full_precision(
+    highest, total, acc = full_precision(
         queries16, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink,
         count, first_slot, capacity, part, parts, mine, room, full_at, tid, first_head, scale_log2,
         32512.0 / step_v, SINK_LOGITS + head * G, G, D, NT, PAIRS, ELEMENT, WARPS, CAP, SINKS,
@@ -270,6 +270,7 @@ def table_decode_kernel(
     else:
         lane_v = shuffle(u32((lane % COPIES_V) * 4), lane)
         lane_xv = shuffle(u32((lane % COPIES_XV) * 4), lane)
+    level = highest
     weight = repeat(zero_i.to(gl.float32), NT)
     selector = u32(gl.where(g & 1 == 0, 0x7351, 0x6240))
     source = t * 4 + (g >> 1)
@@ -300,7 +301,6 @@ def table_decode_kernel(
         v_stage = k_stage + 64 * BPV_K
         apart = shuffle(u32(apart), lane).to(gl.int32)
         g = lane >> 2
-        unit = zero_i.to(gl.float32) + 1.0  # what the sums of values are multiples of
     # With a mean, pages by PAGES_AHEAD of the warp; else all at once, and the outer loop is none.
     for section in range(0, end - own_begin if MEAN > 0 else 1, WARPS * PAGES_AHEAD):
         section_end = end
@@ -367,30 +367,25 @@ def table_decode_kernel(
                     scores = limit_scores(scores, lane, unseen, NT, CAP, WINDOW)
             packed = ()
             decays = ()
-            shares = ()
-            new_running = ()
+            new_highest = ()
+            new_level = ()
             new_total = ()
             new_weight = ()
             for b in gl.static_range(NT):
-                pairs, highest, mass, heavy, decay, share = weigh_page(
-                    scores[b], gammas, log_gammas, inside, running[b], total[b], weight[b], lane, WHOLE
+                pairs, most, reference, mass, heavy, decay = weigh_page(
+                    scores[b], gammas, log_gammas, inside, highest[b], level[b], total[b], weight[b], lane, WHOLE
                 )
-                if HALVES:
-                    # Not behind the loop of `sum_values_by_halves`, where there are no registers for it.
+                if HALVES:  # not behind the loop of `sum_values_by_halves`, where there are no registers for it
                     mass = computed_here(mass)
                     heavy = computed_here(heavy)
-                    # The sums become multiples of the page's share, which is a multiplication of each less. (Of 2^-60
-                    # where that is smaller: then the page counts for 2^-60, so nothing.)
-                    new_unit = gl.maximum(share, 8.673617379884035e-19)
-                    decay = decay * unit * reciprocal(new_unit)
-                    unit = new_unit
                 packed = packed + (pairs,)
                 decays = decays + (decay,)
-                shares = shares + (share,)
-                new_running = new_running + (highest,)
+                new_highest = new_highest + (most,)
+                new_level = new_level + (reference,)
                 new_total = new_total + (mass,)
                 new_weight = new_weight + (heavy,)
-            running = new_running
+            highest = new_highest
+            level = new_level
             total = new_total
             weight = new_weight
 
@@ -415,10 +410,7 @@ def table_decode_kernel(
                             four = sums[b * 3 * min(AT_ONCE, PAIRS - first) + i]
                             page_sum = (four[2 * h] * 256 + four[2 * h + 1]).to(gl.float32)
                             decayed = acc[b * 6 * PAIRS + 6 * first + 2 * i + h] * decays[b]
-                            if HALVES:
-                                row = row + (decayed + page_sum,)
-                            else:
-                                row = row + (decayed + page_sum * shares[b],)
+                            row = row + (decayed + page_sum,)
                     longer = longer + (row,)
                 grown = longer
             acc = ()
@@ -426,17 +418,12 @@ def table_decode_kernel(
                 acc = acc + grown[b]
             next_block = pages + following.to(gl.int64) * sp_page
 
-    if HALVES:
-        whole = ()
-        for i in gl.static_range(6 * PAIRS):
-            whole = whole + (acc[i] * unit,)
-        acc = whole
     first_row = before * (HKV * G) + (head * G + first_head) * parts
     out_row = OUT + seq * so_b + (head * G + first_head) * so_h
     partial_row = PARTIAL + first_row.to(gl.int64) * D
     lse_row = LSE + first_row
     combine(
-        acc, running, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, so_h, parts, part,
+        acc, level, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, so_h, parts, part,
         step_v / 32512.0, CHAINS, N, G, D, HEADS, NT, PAIRS, WARPS,
     )  # fmt: skip
     if parts > 1:

@@ -96,7 +96,7 @@ def divide(
 
 @gluon.jit
 def combine(
-    acc, running, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, part,
+    acc, level, total, weight, lane, warp, tid, first_head, out_row, partial_row, lse_row, stride_oh, parts, part,
     to_value, CHAINS: gl.constexpr, N: gl.constexpr, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
     NT: gl.constexpr, PAIRS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def combine(
                             value += shuffle_f(value, lane ^ 8)
                     value += lift
                     write_shared(mine + u32(place * 4), value.to(gl.uint32, bitcast=True))
-        write_shared(heads, running[b].to(gl.uint32, bitcast=True))
+        write_shared(heads, level[b].to(gl.uint32, bitcast=True))
         write_shared(heads + 16, mass.to(gl.uint32, bitcast=True))
     barrier()
     for written in range(0, HEADS * D, 64 * WARPS):
@@ -137,7 +137,7 @@ def combine(
         column = item % D
         row = u32(((which // 4) * (4 * ROW + 8) + (which % 4) * ROW + column) * 4)
         head = u32(((which // 4) * (4 * ROW + 8) + 4 * ROW + which % 4) * 4)
-        best = running[0] * 0.0 - 1e30
+        best = level[0] * 0.0 - 1e30
         for w in gl.static_range(WARPS):
             best = gl.maximum(best, read_shared_f(head + w * (WARP_WORDS * 4)))
         mass = best * 0.0
@@ -161,8 +161,8 @@ def combine(
             to = partial_row + place.to(gl.int64) * D + column
             gl.store(to, left * over, mask=keep)
             gl.store(to + 1, right * over, mask=keep)
-            level = gl.where(empty, -1e30, best + log2(gl.where(empty, 1.0, mass)))
-            gl.store(lse_row + place, level, mask=keep & (column == 0))
+            whole = gl.where(empty, -1e30, best + log2(gl.where(empty, 1.0, mass)))
+            gl.store(lse_row + place, whole, mask=keep & (column == 0))
 
 
 @gluon.jit

@@ -280,24 +280,31 @@ def limit_scores(scores, lane, hidden, NT: gl.constexpr, CAP: gl.constexpr, WIND
 
 
 @gluon.jit
-def weigh_page(scores, gammas, log_gammas, inside, running, total, weight, lane, WHOLE: gl.constexpr):
-    """A page's softmax for one block of heads: its values' weights as pairs of int8, those of the rows 2 i and 2 i + 1
-    in one register, scaled by the page's largest; the new running maximum, sum of weights and sum of scaled weights;
-    what becomes of the old sums and of the page's own. WHOLE: the logarithms are in the scores, and ``gammas`` are the
-    norms' inverses."""
-    tops = running * 0.0 - 1e30
+def weigh_page(scores, gammas, log_gammas, inside, highest, level, total, weight, lane, WHOLE: gl.constexpr):
+    """A page's softmax for one block of heads.
+
+    Sums are relative to a level: the page's own maximum, which leaves nothing to multiply its weights and values by,
+    or, where that is far below the largest maximum so far, 2^-60 of the latter (then the page counts for 2^-60 of all,
+    at most, in place of less). WHOLE: the logarithms are in the scores, and ``gammas`` are the norms' inverses.
+
+    Returns:
+        The values' weights as pairs of int8, those of the rows 2 i and 2 i + 1 in one register, scaled by the page's
+        largest; the new largest maximum, level, sum of weights and sum of scaled weights; and what becomes of older
+        sums.
+    """
+    tops = level * 0.0 - 1e30
     for r in gl.static_range(8):
         if WHOLE:
             tops = gl.maximum(tops, scores[r])
         else:
             tops = gl.maximum(tops, scores[r] + log_gammas[r])
     tops = max_over_rows(gl.where(inside, tops, -1e30), lane)
-    highest = gl.maximum(running, tops)
+    highest = gl.maximum(highest, tops)
     shift = gl.where(inside, tops, 1e30)  # a page beyond the end: all weights zero
-    decay = exp2(running - highest)
-    share = gl.where(inside, exp2(tops - highest), 0.0)
-    p_sum = running * 0.0
-    w_sum = running * 0.0
+    new_level = gl.maximum(tops, highest - 60.0)
+    decay = exp2(level - new_level)
+    p_sum = level * 0.0
+    w_sum = level * 0.0
     packed = ()
     for pair in gl.static_range(4):
         bits = ()
@@ -313,7 +320,7 @@ def weigh_page(scores, gammas, log_gammas, inside, running, total, weight, lane,
             bits = bits + (rounded.to(gl.uint32, bitcast=True),)
         both = permute_bytes(bits[0], bits[1], 0x5410)  # neither is negative, so nothing is carried between them
         packed = packed + (select(both, both + 0x800080, 0xFF00FF),)
-    return packed, highest, total * decay + p_sum * share, weight * decay + w_sum * share, decay, share
+    return packed, highest, new_level, total * decay + p_sum, weight * decay + w_sum, decay
 
 
 @gluon.jit
