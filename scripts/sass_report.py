@@ -222,7 +222,7 @@ def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple
     that a branch leaves out, where a page has several warps.
 
     Args:
-        warps: Those that share a page; branches with int8 products, and with the key mean's, are one warp's each.
+        warps: Those that share a page; branches that read shared memory are one warp's each.
         at_once: Pages whose components are made together.
     """
     names, products = machine.names, machine.names.count("IMMA")
@@ -236,10 +236,11 @@ def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple
         return names[start:end], weights
     weights = [float(warps)] * (end - start)
     for first, last in machine.skips:
-        if start <= first < last <= end and "IMMA" in names[first:last]:
-            weights[first - start : last - start] = [1.0] * (last - first)
-        elif start <= first < last <= end and "HMMA" in names[first:last]:
+        inside = set(names[first:last]) if start <= first < last <= end else set()
+        if "HMMA" in inside:
             weights[first - start : last - start] = [1 / at_once] * (last - first)
+        elif "LDS" in inside:
+            weights[first - start : last - start] = [1.0] * (last - first)
     return names[start:end], weights
 
 

@@ -16,7 +16,6 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     PAGES_AT_ONCE,
     component_bytes,
     load_angles,
-    load_functions,
     make_components,
     mean_bytes,
     operand_bytes,
@@ -43,6 +42,7 @@ from octo_run.kernels.lanes import (
     barrier,
     has_role,
     let_next_kernel_start,
+    load_global4,
     own_warp,
     read_scalars,
     repeat,
@@ -188,7 +188,7 @@ def wide_decode_kernel(
 
     if MEAN > 0:
         components = u32(COMPONENTS_AT + team * component_bytes(NT, PAGES_AT_ONCE, PAGE_BYTES))
-        functions = load_functions(FUNCTIONS, lane)
+        functions = load_global4(FUNCTIONS + (tile % 2 * 128 + lane * 4))  # `mean_bias.load_functions`
     after = 0
     if EARLY:
         let_next_kernel_start(seq)
@@ -238,6 +238,7 @@ def wide_decode_kernel(
     else:
         lane_v = shuffle(u32((lane % COPIES_V) * 4), lane)
         lane_xv = shuffle(u32((lane % COPIES_XV) * 4), lane)
+    its_row = shuffle(u32(lane * 0 + 1) << u32(2 * tile), lane)  # for a product: as a shift it costs more
     zero_i = lane * 0
     zero_f = zero_i.to(gl.float32)
     weight = repeat(zero_f, NT)
@@ -269,17 +270,12 @@ def wide_decode_kernel(
         team_barrier(own)
         if base != begin + own:  # the first one is under way since the start
             _fetch(v_stage, block + 64 * BPV_K, lane, tile, BPV_V)
-        scores = repeat(zero_f, 2 * NT)
-        for role in gl.static_range(4):
-            if has_role(seq, role, 4):
-                found = tile_scores(
-                    k_stage, lane, lane_k, lane_xk, queries_at, zero_i, role, D, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
-                    SIGNED_K, NORM_K, WORDS_K, NT,
-                )  # fmt: skip
-                if MEAN > 0:
-                    at = components + u32(turn * (PAGE_BYTES // TEAMS))
-                    found = add_tile_biases(found, at, functions, lane, role, NT)
-                scores = as_found(found, scores, tile == role)
+        scores = tile_scores(
+            k_stage, lane, lane_k, lane_xk, queries_at, zero_i, tile, its_row, seq, D, B_K, STATE_K, SH_K, SHX_K,
+            EXTRAS_AT_K, SIGNED_K, NORM_K, WORDS_K, NT,
+        )  # fmt: skip
+        if MEAN > 0:
+            scores = add_tile_biases(scores, components + u32(turn * (PAGE_BYTES // TEAMS)), functions, lane, tile, NT)
         if CAP > 0 or WINDOW > 0:
             unseen = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page - 16 * tile
             scores = limit_tile(scores, lane, unseen, NT, CAP, WINDOW)

@@ -12,9 +12,9 @@ from triton.runtime.jit import constexpr_function
 from octo_run.kernels.attention.hopper.codewords import (
     chained,
     chains_of,
+    field,
     first_extras,
     if_last,
-    key_norm,
     select,
     single,
 )
@@ -30,7 +30,9 @@ from octo_run.kernels.attention.hopper.products import (
     whole_of,
 )
 from octo_run.kernels.lanes import (
+    as_found,
     exp2,
+    has_role,
     log2,
     max_over_rows,
     mma_half,
@@ -95,15 +97,6 @@ def _meets(word, first, size):
 
 
 @constexpr_function
-def _wanted_of_keys(word, tile, n, b, signed, norm, words):
-    """Whether a tile's logits need this word of a lane's buffer in the K block (`codec.page_layout`, three extras)."""
-    word, tile, n, b, signed, norm, words = (int(x) for x in (word, tile, n, b, signed, norm, words))
-    of_token, beyond = (2 * n + 1) * b, 8 * max(0, norm - b)
-    streams, signs = _meets(word, 2 * tile * of_token, 2 * of_token), _meets(word, 8 * of_token, 24 * (2 * n + 1))
-    return streams or (signed > 0 and signs) or _meets(word, 32 * words - beyond, beyond)
-
-
-@constexpr_function
 def _wanted_of_values(word, first, end, n, b, state, signed):
     """Whether the slots from ``first`` to before ``end`` need this word of a lane's buffer in the V block."""
     word, first, end, n, b, state, signed = (int(x) for x in (word, first, end, n, b, state, signed))
@@ -120,36 +113,62 @@ def _wanted_of_values(word, first, end, n, b, state, signed):
 
 
 @constexpr_function
-def _keys_in_chunk(chunk, tile, n, b, signed, norm, words):
-    return sum(bool(_wanted_of_keys(4 * int(chunk) + i, tile, n, b, signed, norm, words)) for i in range(4))
-
-
-@constexpr_function
 def _values_in_chunk(chunk, first, end, n, b, state, signed):
     return sum(bool(_wanted_of_values(4 * int(chunk) + i, first, end, n, b, state, signed)) for i in range(4))
 
 
 @gluon.jit
-def _key_words(
-    stage, lane, TILE: gl.constexpr, N: gl.constexpr, B: gl.constexpr, SIGNED: gl.constexpr, NORM: gl.constexpr,
-    WORDS: gl.constexpr,
-):  # fmt: skip
-    """The lane's words of a staged K block; zeros in place of those that the tile does not need."""
-    none = u32(lane * 0)
+def _words_between(stage, lane, FIRST: gl.constexpr, END: gl.constexpr, WORDS: gl.constexpr):
+    """Words FIRST to before END of the lane's, of which a staged block has so many."""
     words = ()
-    for c in gl.static_range(WORDS // 4):
-        if _keys_in_chunk(c, TILE, N, B, SIGNED, NORM, WORDS) > 1:
-            a0, a1, a2, a3 = read_shared4(stage + u32(lane * 16 + c * 512))
-            words = words + (a0, a1, a2, a3)
+    for c in gl.static_range(FIRST // 4, (END + 3) // 4):
+        if 4 * c + 4 <= WORDS and min(4 * c + 4, END) - max(4 * c, FIRST) > 1:
+            four = read_shared4(stage + u32(lane * 16 + c * 512))
+            words = words + four[max(FIRST - 4 * c, 0) : min(END - 4 * c, 4)]
         else:
-            for i in gl.static_range(4):
-                if _wanted_of_keys(4 * c + i, TILE, N, B, SIGNED, NORM, WORDS):
-                    words = words + (read_shared(stage + u32(lane * 16 + (c * 512 + i * 4))),)
+            for w in gl.static_range(max(4 * c, FIRST), min(4 * c + 4, END)):
+                if 4 * c + 4 <= WORDS:
+                    words = words + (read_shared(stage + u32(lane * 16 + (c * 512 + w % 4 * 4))),)
                 else:
-                    words = words + (none,)
-    for w in gl.static_range(WORDS // 4 * 4, WORDS):
-        words = words + (read_shared(stage + u32(lane * 4 + w * 128)),)
+                    words = words + (read_shared(stage + u32(lane * 4 + w * 128)),)
     return words
+
+
+@gluon.jit
+def _field_between(stage, lane, BIT: gl.constexpr, SIZE: gl.constexpr, WORDS: gl.constexpr):
+    """Bits BIT to before BIT + SIZE of the lane's words, as words of their own."""
+    words = _words_between(stage, lane, BIT // 32, (BIT + SIZE + 31) // 32, WORDS)
+    out = ()
+    for w in gl.static_range((SIZE + 31) // 32):
+        out = out + (field(words[w : w + 2], BIT % 32, 0, min(32, SIZE - 32 * w)),)
+    return out
+
+
+@gluon.jit
+def _tile_words(
+    stage, lane, tile, any_scalar, N: gl.constexpr, B: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr
+):
+    """The codes of the warp's tile in a staged K block, whichever it is from bit 0 on; then what its norms have beyond
+    their tokens' streams. Reading is all that warps do in branches of their own: in those the place of each bit is
+    known, and behind them it is the same."""
+    OF_TILE: gl.constexpr = 2 * (2 * N + 1) * B
+    HIGH: gl.constexpr = NORM - B
+    gl.static_assert(HIGH > 0)
+    words = repeat(u32(lane * 0), (OF_TILE + 31) // 32 + 1)
+    for role in gl.static_range(4):
+        if has_role(any_scalar, role, 4):
+            found = _field_between(stage, lane, role * OF_TILE, OF_TILE, WORDS)
+            found = found + _field_between(stage, lane, WORDS * 32 + (2 * role - 8) * HIGH, 2 * HIGH, WORDS)
+            words = as_found(found, words, tile == role)
+    return words
+
+
+@gluon.jit
+def _tile_norm(words, ROW: gl.constexpr, N: gl.constexpr, B: gl.constexpr, NORM: gl.constexpr):
+    """The norm of a token of `_tile_words` as float32 bits, 2^-112 times too small: right in lane 3 of every four."""
+    low = field(words, ROW * (2 * N + 1) * B + 2 * N * B, 28 - NORM, B) & (((1 << B) - 1) << (28 - NORM))
+    high = field(words[(2 * (2 * N + 1) * B + 31) // 32 :], ROW * (NORM - B), 28 - (NORM - B), NORM - B)
+    return low | (high & (((1 << (NORM - B)) - 1) << (28 - (NORM - B))))
 
 
 @gluon.jit
@@ -184,15 +203,21 @@ def _value_words(
 
 @gluon.jit
 def tile_scores(
-    stage, lane, lane_base, lane_base_x, queries_at, zero, TILE: gl.constexpr, D: gl.constexpr, B: gl.constexpr,
+    stage, lane, lane_base, lane_base_x, queries_at, zero, tile, its_row, any_scalar, D: gl.constexpr, B: gl.constexpr,
     STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
     NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile for NT blocks of four heads: number 2 b + i is token 16 TILE + 8 i + g of head 4 b + t."""
+    """Logits of a tile for NT blocks of four heads: number 2 b + i is token 16 tile + 8 i + g of head 4 b + t.
+    ``its_row``: 2^(2 tile), which moves the tile's sign bits where those of the first one are."""
     N: gl.constexpr = (D + 2) // 3 // 8
     LAST: gl.constexpr = 2 * N // 4  # the chunk of query words that the extra triplet's is in
-    words = _key_words(stage, lane, TILE, N, B, SIGNED, NORM, WORDS)
     OF_TOKEN: gl.constexpr = (2 * N + 1) * B  # bits of a token's codes, bytes of all tokens'
+    words = _tile_words(stage, lane, tile, any_scalar, N, B, NORM, WORDS)
+    signs = ()
+    if SIGNED:
+        stored = _words_between(stage, lane, OF_TOKEN // 4, (OF_TOKEN + 3 * (2 * N + 1) + 3) // 4, WORDS)
+        for w in gl.static_range(len(stored)):
+            signs = signs + (stored[w] * its_row,)
     FACTOR: gl.constexpr = 2 * N + 1  # behind the operand (`split_query`)
     OFFSET: gl.constexpr = 2 * N + 2
     sums = repeat(repeat(zero, 4), NT)
@@ -203,17 +228,17 @@ def tile_scores(
         for s in gl.static_range(2 * c, min(2 * c + 2, N)):
             a = ()
             for i in gl.static_range(2 * s, 2 * s + 2):
-                for row in gl.static_range(2 * TILE, 2 * TILE + 2):
+                for row in gl.static_range(2):
                     a = a + (
                         chained(
                             words[(row * OF_TOKEN + i * B) // 32 : (row * OF_TOKEN + i * B) // 32 + 2],
                             words[
                                 (row * OF_TOKEN + i // N * N * B) // 32 : (row * OF_TOKEN + i // N * N * B) // 32 + 2
                             ],
-                            words[(OF_TOKEN + 3 * i) // 4 : (OF_TOKEN + 3 * i) // 4 + 2],
+                            signs[(OF_TOKEN % 4 + 3 * i) // 4 : (OF_TOKEN % 4 + 3 * i) // 4 + 2],
                             lane_base, (row * OF_TOKEN + i * B) % 32,
                             if_last(i, N, row * OF_TOKEN + i // N * N * B),
-                            (OF_TOKEN + 3 * i) % 4, row % 8, i % N == N - 1, B, STATE, SH, 0, SIGNED,
+                            (OF_TOKEN + 3 * i) % 4, row, i % N == N - 1, B, STATE, SH, 0, SIGNED,
                         ),
                     )  # fmt: skip
             new = ()
@@ -225,18 +250,18 @@ def tile_scores(
                 )
             sums = new
     extras = ()
-    for row in gl.static_range(2 * TILE, 2 * TILE + 2):
+    for row in gl.static_range(2):
         extras = extras + (
             single(
                 words[(row * OF_TOKEN + 2 * N * B) // 32 : (row * OF_TOKEN + 2 * N * B) // 32 + 2],
-                words[(OF_TOKEN + 6 * N) // 4 : (OF_TOKEN + 6 * N) // 4 + 2],
-                lane_base_x, (row * OF_TOKEN + 2 * N * B) % 32, (OF_TOKEN + 6 * N) % 4, row % 8, B, SHX, EXTRA_OFFSET,
+                signs[(OF_TOKEN % 4 + 6 * N) // 4 : (OF_TOKEN % 4 + 6 * N) // 4 + 2],
+                lane_base_x, (row * OF_TOKEN + 2 * N * B) % 32, (OF_TOKEN + 6 * N) % 4, row, B, SHX, EXTRA_OFFSET,
                 SIGNED,
             ),
         )  # fmt: skip
     gammas = ()
     for h in gl.static_range(2):
-        norm = key_norm(words, 2 * TILE + h, 8, N, 3, B, NORM, WORDS)
+        norm = _tile_norm(words, h, N, B, NORM)
         gammas = gammas + (shuffle(norm, lane | 3).to(gl.float32, bitcast=True),)
     out = ()
     for b in gl.static_range(NT):
@@ -251,15 +276,16 @@ def tile_scores(
 
 
 @gluon.jit
-def add_tile_biases(scores, at, functions, lane, TILE: gl.constexpr, NT: gl.constexpr):
-    """The scores of a tile with what the key mean adds to them (`mean_bias`); ``at``: the page's components."""
+def add_tile_biases(scores, at, functions, lane, tile, NT: gl.constexpr):
+    """The scores of a tile with what the key mean adds to them (`mean_bias`); ``at``: the page's components,
+    ``functions``: the tile's of them, the even ones' or the odd ones'."""
     zero = repeat((lane * 0).to(gl.float32), 4)
-    f = functions[TILE % 2]
     out = ()
     for b in gl.static_range(NT):
         b0, b1 = read_shared2(at + u32(b * (PAGES_AT_ONCE * PAGE_BYTES) + lane * 8))
-        four = mma_half(zero, f[0], f[1], f[2], f[3], b0, b1, "f16")
-        out = out + (scores[2 * b] + four[TILE // 2], scores[2 * b + 1] + four[2 + TILE // 2])
+        four = mma_half(zero, functions[0], functions[1], functions[2], functions[3], b0, b1, "f16")
+        for i in gl.static_range(2):
+            out = out + (scores[2 * b + i] + gl.where(tile < 2, four[2 * i], four[2 * i + 1]),)
     return out
 
 
