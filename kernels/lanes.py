@@ -339,6 +339,17 @@ def permute_bytes_by(a, b, selector):
     )
 
 
+@constexpr_function
+def _shift_asm(places):
+    return f"shf.r.wrap.b32 $0, $1, $2, {int(places)};"
+
+
+@gluon.jit
+def shift_pair(low, high, PLACES: gl.constexpr):
+    """The lower word of two, moved down by so many bits."""
+    return gl.inline_asm_elementwise(_shift_asm(PLACES), "=r,r,r", [low, high], dtype=gl.uint32, is_pure=True, pack=1)
+
+
 @gluon.jit
 def append_nibble(word, x):
     """The word moved down by four bits, the low four bits of x on top."""

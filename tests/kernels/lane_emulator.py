@@ -499,6 +499,9 @@ INSTRUCTIONS: dict[str, Any] = {
     "arrive": arrive,
     "write_shared2": lambda address, a, b: write_shared_words(address, [a, b]),
     "write_shared4_of": lambda address, *words: write_shared_words(address, list(words)),
+    "shift_pair": lambda low, high, places: Value(
+        low.data >> np.uint32(places) | high.data << np.uint32(32 - places), "u32"
+    ),
     "append_nibble": lambda word, x: Value(word.data >> np.uint32(4) | x.data << np.uint32(28), "u32"),
     "permute_bytes": permute,
     "permute_bytes_by": permute,
@@ -612,7 +615,7 @@ def language() -> types.ModuleType:
 
 PACKAGE = "octo_run.kernels"
 HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "tables", "decode")
-HOPPER += ("wide_full_precision", "wide_products", "wide_parts", "wide_decode")
+HOPPER += ("wide_full_precision", "wide_words", "wide_products", "wide_parts", "wide_decode")
 MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
 MODULES += (
     "linear.unpack",

@@ -29,16 +29,15 @@ from octo_run.kernels.attention.hopper.wide_parts import combine_bytes, combine_
 from octo_run.kernels.attention.hopper.wide_products import (
     add_tile_biases,
     limit_tile,
-    slice_pairs,
     slice_values,
     split_query,
     tile_scores,
     value_norms,
     weigh_tile,
 )
+from octo_run.kernels.attention.hopper.wide_words import SLICE_PAIRS, fourth_lookup
 from octo_run.kernels.lane_copies import commit_copies, copy16, wait_for_copies
 from octo_run.kernels.lanes import (
-    as_found,
     barrier,
     has_role,
     let_next_kernel_start,
@@ -71,9 +70,13 @@ def other_bytes(head_dim, blocks, teams, bytes_k, bytes_v, mean):
 @gluon.jit
 def _fetch(stage, block, lane, tile, BPV: gl.constexpr):
     """Start copying a block of 64 vectors to the team's stage, every warp of it a quarter."""
-    for c in gl.static_range((64 * BPV + 2047) // 2048):
-        # Beyond the end the last 16 bytes once more.
-        at = gl.minimum(c * 2048 + tile * 512 + lane * 16, 64 * BPV - 16)
+    first = tile * 512 + lane * 16
+    to = stage + u32(first)
+    source = block + first
+    for c in gl.static_range(64 * BPV // 2048):
+        copy16(to + c * 2048, source + c * 2048)
+    if 64 * BPV % 2048 > 0:  # beyond the end the last 16 bytes once more
+        at = gl.minimum(64 * BPV // 2048 * 2048 + first, 64 * BPV - 16)
         copy16(stage + u32(at), block + at)
     commit_copies(lane)
 
@@ -105,7 +108,7 @@ def wide_decode_kernel(
     N: gl.constexpr = T // 8
     gl.static_assert(T % 8 == 3)
     EXTRAS: gl.constexpr = 3
-    PAIRS: gl.constexpr = slice_pairs(N + 1)
+    PAIRS: gl.constexpr = SLICE_PAIRS
     BLOCKS: gl.constexpr = (G + 4 * NT - 1) // (4 * NT)
     SH_K: gl.constexpr = row_shift(COPIES_K)
     SHX_K: gl.constexpr = row_shift(COPIES_XK)
@@ -238,6 +241,7 @@ def wide_decode_kernel(
     else:
         lane_v = shuffle(u32((lane % COPIES_V) * 4), lane)
         lane_xv = shuffle(u32((lane % COPIES_XV) * 4), lane)
+    fourth = fourth_lookup(lane, tile, lane_v, lane_xv, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V)
     its_row = shuffle(u32(lane * 0 + 1) << u32(2 * tile), lane)  # for a product: as a shift it costs more
     zero_i = lane * 0
     zero_f = zero_i.to(gl.float32)
@@ -286,13 +290,10 @@ def wide_decode_kernel(
         running, total, weight, decays, shares = weigh_tile(
             scores, gammas, inside, running, total, weight, maxima_at, weights_at, lane, tile, source, selector, own, NT
         )
-        for role in gl.static_range(4):
-            if has_role(seq, role, 4):
-                grown = slice_values(
-                    acc, decays, shares, v_stage, weights_at, lane, lane_v, lane_xv, zero_i, role, D, B_V, STATE_V,
-                    SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, FULL_V, ALL_V, NT,
-                )  # fmt: skip
-                acc = as_found(grown, acc, tile == role)
+        acc = slice_values(
+            acc, decays, shares, v_stage, weights_at, lane, lane_v, fourth, zero_i, tile, seq, D, B_V, STATE_V, SH_V,
+            TABLE_AT_V, SIGNED_V, FULL_V, ALL_V, NT,
+        )  # fmt: skip
         block = next_block
 
     gl.store(PLACES + (2 * seq + tid), gl.where(tid == 0, tid * 0 + before, tid * 0 + parts),

@@ -7,12 +7,11 @@ memory, so that for the sums of values a warp takes a slice of the head, over al
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.hopper.codewords import (
     chained,
     chains_of,
-    field,
+    codeword,
     first_extras,
     if_last,
     select,
@@ -29,10 +28,9 @@ from octo_run.kernels.attention.hopper.products import (
     triplet_of,
     whole_of,
 )
+from octo_run.kernels.attention.hopper.wide_words import SLICE_PAIRS, slice_words, tile_norm, tile_words, words_between
 from octo_run.kernels.lanes import (
-    as_found,
     exp2,
-    has_role,
     log2,
     max_over_rows,
     mma_half,
@@ -84,123 +82,6 @@ def split_query(q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: g
     return out + factor_and_offset(peak, total, scale, lane)
 
 
-@constexpr_function
-def slice_pairs(slots):
-    """Pairs of slots of a warp's slice, but for the last slice, which has the rest."""
-    return -(-((int(slots) + 1) // 2) // 4)
-
-
-@constexpr_function
-def _meets(word, first, size):
-    """Whether a word has any of the ``size`` bits from ``first`` on."""
-    return size > 0 and first < 32 * word + 32 and first + size > 32 * word
-
-
-@constexpr_function
-def _wanted_of_values(word, first, end, n, b, state, signed):
-    """Whether the slots from ``first`` to before ``end`` need this word of a lane's buffer in the V block."""
-    word, first, end, n, b, state, signed = (int(x) for x in (word, first, end, n, b, state, signed))
-    chained_end, extra = min(end, n), 8 * 2 * n * (b + 3 * signed)
-    for token in range(16):
-        if _meets(word, (token * n + first) * b, (chained_end - first) * b + state):
-            return True
-        if end >= n and _meets(word, token * n * b, state):  # the last slot's state
-            return True
-    for eight in range(2 * signed):
-        if _meets(word, 8 * (2 * n * b + 3 * n * eight + 3 * first), 24 * (chained_end - first)):
-            return True
-    return end > n and _meets(word, extra, 16 * (b + 3 * signed))
-
-
-@constexpr_function
-def _values_in_chunk(chunk, first, end, n, b, state, signed):
-    return sum(bool(_wanted_of_values(4 * int(chunk) + i, first, end, n, b, state, signed)) for i in range(4))
-
-
-@gluon.jit
-def _words_between(stage, lane, FIRST: gl.constexpr, END: gl.constexpr, WORDS: gl.constexpr):
-    """Words FIRST to before END of the lane's, of which a staged block has so many."""
-    words = ()
-    for c in gl.static_range(FIRST // 4, (END + 3) // 4):
-        if 4 * c + 4 <= WORDS and min(4 * c + 4, END) - max(4 * c, FIRST) > 1:
-            four = read_shared4(stage + u32(lane * 16 + c * 512))
-            words = words + four[max(FIRST - 4 * c, 0) : min(END - 4 * c, 4)]
-        else:
-            for w in gl.static_range(max(4 * c, FIRST), min(4 * c + 4, END)):
-                if 4 * c + 4 <= WORDS:
-                    words = words + (read_shared(stage + u32(lane * 16 + (c * 512 + w % 4 * 4))),)
-                else:
-                    words = words + (read_shared(stage + u32(lane * 4 + w * 128)),)
-    return words
-
-
-@gluon.jit
-def _field_between(stage, lane, BIT: gl.constexpr, SIZE: gl.constexpr, WORDS: gl.constexpr):
-    """Bits BIT to before BIT + SIZE of the lane's words, as words of their own."""
-    words = _words_between(stage, lane, BIT // 32, (BIT + SIZE + 31) // 32, WORDS)
-    out = ()
-    for w in gl.static_range((SIZE + 31) // 32):
-        out = out + (field(words[w : w + 2], BIT % 32, 0, min(32, SIZE - 32 * w)),)
-    return out
-
-
-@gluon.jit
-def _tile_words(
-    stage, lane, tile, any_scalar, N: gl.constexpr, B: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr
-):
-    """The codes of the warp's tile in a staged K block, whichever it is from bit 0 on; then what its norms have beyond
-    their tokens' streams. Reading is all that warps do in branches of their own: in those the place of each bit is
-    known, and behind them it is the same."""
-    OF_TILE: gl.constexpr = 2 * (2 * N + 1) * B
-    HIGH: gl.constexpr = NORM - B
-    gl.static_assert(HIGH > 0)
-    words = repeat(u32(lane * 0), (OF_TILE + 31) // 32 + 1)
-    for role in gl.static_range(4):
-        if has_role(any_scalar, role, 4):
-            found = _field_between(stage, lane, role * OF_TILE, OF_TILE, WORDS)
-            found = found + _field_between(stage, lane, WORDS * 32 + (2 * role - 8) * HIGH, 2 * HIGH, WORDS)
-            words = as_found(found, words, tile == role)
-    return words
-
-
-@gluon.jit
-def _tile_norm(words, ROW: gl.constexpr, N: gl.constexpr, B: gl.constexpr, NORM: gl.constexpr):
-    """The norm of a token of `_tile_words` as float32 bits, 2^-112 times too small: right in lane 3 of every four."""
-    low = field(words, ROW * (2 * N + 1) * B + 2 * N * B, 28 - NORM, B) & (((1 << B) - 1) << (28 - NORM))
-    high = field(words[(2 * (2 * N + 1) * B + 31) // 32 :], ROW * (NORM - B), 28 - (NORM - B), NORM - B)
-    return low | (high & (((1 << (NORM - B)) - 1) << (28 - (NORM - B))))
-
-
-@gluon.jit
-def _value_words(
-    stage, lane, FIRST: gl.constexpr, END: gl.constexpr, N: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr,
-    SIGNED: gl.constexpr, FULL: gl.constexpr, ALL: gl.constexpr, EXTRAS: gl.constexpr,
-):  # fmt: skip
-    """The lane's words of a staged V block; zeros in place of those that the slots do not need."""
-    none = u32(lane * 0)
-    words = ()
-    for c in gl.static_range(FULL // 4):
-        if _values_in_chunk(c, FIRST, END, N, B, STATE, SIGNED) > 1:
-            a0, a1, a2, a3 = read_shared4(stage + u32(lane * 16 + c * 512))
-            words = words + (a0, a1, a2, a3)
-        else:
-            for i in gl.static_range(4):
-                if _wanted_of_values(4 * c + i, FIRST, END, N, B, STATE, SIGNED):
-                    words = words + (read_shared(stage + u32(lane * 16 + (c * 512 + i * 4))),)
-                else:
-                    words = words + (none,)
-    for w in gl.static_range(FULL // 4 * 4, ALL):
-        if _wanted_of_values(w, FIRST, END, N, B, STATE, SIGNED):
-            if w < FULL:
-                at = lane * 4 + w * 128
-            else:
-                at = FULL * 128 + (w - FULL) * (EXTRAS * 16) + gl.minimum(lane, EXTRAS * 4 - 1) * 4
-            words = words + (read_shared(stage + u32(at)),)
-        else:
-            words = words + (none,)
-    return words
-
-
 @gluon.jit
 def tile_scores(
     stage, lane, lane_base, lane_base_x, queries_at, zero, tile, its_row, any_scalar, D: gl.constexpr, B: gl.constexpr,
@@ -212,10 +93,10 @@ def tile_scores(
     N: gl.constexpr = (D + 2) // 3 // 8
     LAST: gl.constexpr = 2 * N // 4  # the chunk of query words that the extra triplet's is in
     OF_TOKEN: gl.constexpr = (2 * N + 1) * B  # bits of a token's codes, bytes of all tokens'
-    words = _tile_words(stage, lane, tile, any_scalar, N, B, NORM, WORDS)
+    words = tile_words(stage, lane, tile, any_scalar, N, B, NORM, WORDS)
     signs = ()
     if SIGNED:
-        stored = _words_between(stage, lane, OF_TOKEN // 4, (OF_TOKEN + 3 * (2 * N + 1) + 3) // 4, WORDS)
+        stored = words_between(stage, lane, OF_TOKEN // 4, (OF_TOKEN + 3 * (2 * N + 1) + 3) // 4, WORDS)
         for w in gl.static_range(len(stored)):
             signs = signs + (stored[w] * its_row,)
     FACTOR: gl.constexpr = 2 * N + 1  # behind the operand (`split_query`)
@@ -261,7 +142,7 @@ def tile_scores(
         )  # fmt: skip
     gammas = ()
     for h in gl.static_range(2):
-        norm = _tile_norm(words, h, N, B, NORM)
+        norm = tile_norm(words, h, N, B, NORM)
         gammas = gammas + (shuffle(norm, lane | 3).to(gl.float32, bitcast=True),)
     out = ()
     for b in gl.static_range(NT):
@@ -374,52 +255,34 @@ def weigh_tile(
 
 @gluon.jit
 def slice_values(
-    acc, decays, shares, stage, weights_at, lane, lane_base, lane_base_x, zero, PART: gl.constexpr, D: gl.constexpr,
-    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, OFFSET: gl.constexpr,
-    EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, FULL: gl.constexpr, ALL: gl.constexpr, NT: gl.constexpr,
+    acc, decays, shares, stage, weights_at, lane, lane_base, fourth, zero, part, any_scalar, D: gl.constexpr,
+    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr, SIGNED: gl.constexpr,
+    FULL: gl.constexpr, ALL: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
-    """Sums with the weighted values of a page, of the slots of slice PART: for each block of heads, pair of slots,
-    component, slot of the pair."""
-    T: gl.constexpr = (D + 2) // 3
-    N: gl.constexpr = T // 8
-    SLOTS: gl.constexpr = N + 1
-    EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)  # the byte at which the extra triplet's codes begin
-    PAIRS: gl.constexpr = slice_pairs(SLOTS)
-    FIRST: gl.constexpr = PART * PAIRS
-    END: gl.constexpr = min(FIRST + PAIRS, (SLOTS + 1) // 2)
-    words = _value_words(stage, lane, 2 * FIRST, min(2 * END, SLOTS), N, B, STATE, SIGNED, FULL, ALL, T % 8)
+    """Sums with the weighted values of a page, of the warp's slots: for each block of heads, pair of slots, component,
+    slot of the pair. The last slice's last pair is garbage. ``fourth``: `fourth_lookup`."""
+    words = slice_words(stage, lane, part, any_scalar, (D + 2) // 3 // 8, B, STATE, SIGNED, FULL, ALL, (D + 2) // 3 % 8)
     found = repeat((), NT)
-    for pair in gl.static_range(FIRST, END):
+    for pair in gl.static_range(SLICE_PAIRS):
         sums = repeat(repeat(zero, 4), NT * 3)
         for half in gl.static_range(2):
             planes = ()
             for s in gl.static_range(2 * pair, 2 * pair + 2):
                 for four in gl.static_range(2):
-                    if s < SLOTS:
-                        w = ()
-                        for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
-                            if s < N:
-                                codes = words[(u * N + s) * B // 32 : (u * N + s) * B // 32 + 2]
-                                begin = words[u * N * B // 32 : u * N * B // 32 + 2]
-                                signs = words[
-                                    (2 * N * B + 3 * (N * half + s)) // 4 : (2 * N * B + 3 * (N * half + s)) // 4 + 2
-                                ]
-                                value = chained(
-                                    codes, begin, signs, lane_base, (u * N + s) * B % 32, if_last(s, N, u * N * B),
-                                    (2 * N * B + 3 * (N * half + s)) % 4, u % 8, s == N - 1, B, STATE, SH, OFFSET,
-                                    SIGNED,
-                                )  # fmt: skip
-                            else:
-                                codes = words[(8 * EXTRA + u * B) // 32 : (8 * EXTRA + u * B) // 32 + 2]
-                                signs = words[(EXTRA + 2 * B + 3 * half) // 4 : (EXTRA + 2 * B + 3 * half) // 4 + 2]
-                                value = single(
-                                    codes, signs, lane_base_x, (8 * EXTRA + u * B) % 32, (EXTRA + 2 * B + 3 * half) % 4,
-                                    u % 8, B, SHX, EXTRA_OFFSET, SIGNED,
-                                )  # fmt: skip
-                            w = w + (value,)
-                        planes = planes + (transposed(w),)
-                    else:
-                        planes = planes + ((u32(zero), u32(zero), u32(zero)),)
+                    w = ()
+                    for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
+                        codes = words[2 * u + s // 3 : 2 * u + s // 3 + 1]
+                        signs = words[32 + 5 * half + 3 * s // 4 : 32 + 5 * half + 3 * s // 4 + 2]
+                        if s == 3:
+                            index = (codes[0] * fourth[0]) & fourth[1]
+                            value = codeword(index | fourth[2], signs, 3 * s % 4, u % 8, OFFSET, SIGNED)
+                        else:
+                            value = chained(
+                                codes, codes, signs, lane_base, s % 3 * B, 0, 3 * s % 4, u % 8, False, B, STATE, SH,
+                                OFFSET, SIGNED,
+                            )  # fmt: skip
+                        w = w + (value,)
+                    planes = planes + (transposed(w),)
             new = ()
             for b in gl.static_range(NT):
                 weights = read_shared2(weights_at + u32(b * 512 + half * 8 + lane * 16))  # no registers to keep them
@@ -437,13 +300,11 @@ def slice_values(
             for c in gl.static_range(3):
                 for h in gl.static_range(2):
                     page_sum = (sums[b * 3 + c][2 * h] * 256 + sums[b * 3 + c][2 * h + 1]).to(gl.float32)
-                    before = acc[(b * PAIRS + pair - FIRST) * 6 + 2 * c + h]
+                    before = acc[(b * SLICE_PAIRS + pair) * 6 + 2 * c + h]
                     row = row + (before * decays[b] + page_sum * shares[b],)
             longer = longer + (row,)
         found = longer
     out = ()
     for b in gl.static_range(NT):
         out = out + found[b]
-        for i in gl.static_range((END - FIRST) * 6, PAIRS * 6):  # what the last slice does not have
-            out = out + (acc[b * PAIRS * 6 + i],)
     return out
