@@ -83,6 +83,7 @@ class Report:
     """Costs of one variant's main loop.
 
     Attributes:
+        code: Instructions of the loop, each once, of 16 bytes: those that a multiprocessor's cache has to hold.
         instructions: Of a page, on average: of those for the key mean's components of four pages a quarter counts (of
             two, half).
             Of the wide kernel those of four warps, which share a page.
@@ -93,6 +94,7 @@ class Report:
     kv: str
     group: int
     head_dim: int
+    code: int
     instructions: float
     per_token: float
     per_triplet: float
@@ -148,6 +150,13 @@ def pages_at_once(kv: str, group: int, head_dim: int, mean: int) -> int:
     assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
     tight = head_dim <= 256 and bool(constants(fmt.k, fmt.v, 1, group, "bf16", mean, True)["TIGHT"])
     return int(pages_ahead(tight))
+
+
+def blocks_of_heads(kv: str, group: int, head_dim: int, mean: int) -> int:
+    """Blocks of four heads of a program of the wide kernel."""
+    fmt = parse_kv(kv, head_dim)
+    assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
+    return int(wide_launch.constants(fmt.k, fmt.v, group, "bf16", mean, True)["NT"])
 
 
 def by_pipe(names: list[str], weights: list[float] | None = None) -> dict[str, float]:
@@ -215,7 +224,9 @@ def disassemble(cubin: bytes) -> Machine:
     return Machine(names, back[True], back[False], skips, registers, stack)
 
 
-def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple[list[str], list[float]]:
+def loop_over_pages(
+    machine: Machine, warps: int = 1, at_once: int = 4, blocks: int = 1
+) -> tuple[list[str], list[float]]:
     """The instructions of the shortest loop that has all int8 products, and how often each runs for a page.
 
     A loop around it that has more products of floats is taken whole: these make the key mean's components. So do those
@@ -224,6 +235,7 @@ def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple
     Args:
         warps: Those that share a page; branches that read shared memory are one warp's each.
         at_once: Pages whose components are made together.
+        blocks: Blocks of heads, for each of which one of several warps makes them.
     """
     names, products = machine.names, machine.names.count("IMMA")
     whole = [loop for loop in machine.loops + machine.returns if names[slice(*loop)].count("IMMA") == products]
@@ -238,7 +250,7 @@ def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple
     for first, last in machine.skips:
         inside = set(names[first:last]) if start <= first < last <= end else set()
         if "HMMA" in inside:
-            weights[first - start : last - start] = [1 / at_once] * (last - first)
+            weights[first - start : last - start] = [blocks / at_once] * (last - first)
         elif "LDS" in inside:
             weights[first - start : last - start] = [1.0] * (last - first)
     return names[start:end], weights
@@ -249,8 +261,9 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: di
     cubin, shared = compile_variant(kv, group, head_dim, mean, spec)
     machine = disassemble(cubin)
     at_once = pages_at_once(kv, group, head_dim, mean) if mean else 1
-    loop, weights = loop_over_pages(machine, 4 if head_dim > 256 else 1, at_once)
-    if mean and min(weights) == 1:
+    warps, blocks = (4, blocks_of_heads(kv, group, head_dim, mean)) if head_dim > 256 else (1, 1)
+    loop, weights = loop_over_pages(machine, warps, at_once, blocks)
+    if mean and len({weight for name, weight in zip(loop, weights, strict=True) if name == "HMMA"}) < 2:
         raise RuntimeError("the key mean's products for four pages were not found in the loop over pages")
     kinds: dict[str, float] = Counter()
     for name, weight in zip(loop, weights, strict=True):
@@ -260,6 +273,7 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: di
         kv=kv,
         group=group,
         head_dim=head_dim,
+        code=len(loop),
         instructions=instructions,
         per_token=instructions / TOKENS,
         per_triplet=instructions * 32 / TOKENS / (2 * -(-head_dim // 3)),
@@ -282,13 +296,13 @@ def parse(variant: str) -> tuple[str, int, int, int]:
 
 def table(reports: list[Report]) -> str:
     """A markdown table."""
-    header = ["format", "group", "d", "loop", "a token", "a triplet", *PIPES, "busiest: cycles a token", "registers",
-              "spilled B", "barriers", "shared B"]  # fmt: skip
+    header = ["format", "group", "d", "code", "loop", "a token", "a triplet", *PIPES, "busiest: cycles a token",
+              "registers", "spilled B", "barriers", "shared B"]  # fmt: skip
     lines = [header, ["---"] * len(header)]
     for r in reports:
         pipe, cycles = r.busiest
         name = f"{r.kv}+mean{r.mean}" if r.mean else r.kv
-        lines.append([name, str(r.group), str(r.head_dim), f"{r.instructions:.0f}", f"{r.per_token:.1f}",
+        lines.append([name, str(r.group), str(r.head_dim), str(r.code), f"{r.instructions:.0f}", f"{r.per_token:.1f}",
                       f"{r.per_triplet:.2f}", *(f"{r.pipes[name]:.0f}" for name in PIPES), f"{pipe}: {cycles:.1f}",
                       str(r.registers), str(r.spilled_bytes), str(r.barriers), f"{r.shared_bytes:,}"])  # fmt: skip
     return markdown(lines)

@@ -39,7 +39,6 @@ from octo_run.kernels.attention.hopper.wide_words import SLICE_PAIRS, fourth_loo
 from octo_run.kernels.lane_copies import commit_copies, copy16, wait_for_copies
 from octo_run.kernels.lanes import (
     barrier,
-    has_role,
     let_next_kernel_start,
     load_global4,
     own_warp,
@@ -191,6 +190,7 @@ def wide_decode_kernel(
 
     if MEAN > 0:
         components = u32(COMPONENTS_AT + team * component_bytes(NT, PAGES_AT_ONCE, PAGE_BYTES))
+        own_block = gl.minimum(tile, NT - 1)
         functions = load_global4(FUNCTIONS + (tile % 2 * 128 + lane * 4))  # `mean_bias.load_functions`
     after = 0
     if EARLY:
@@ -261,15 +261,12 @@ def wide_decode_kernel(
         next_id = gl.load(ids + gl.minimum(page + 2 * TEAMS, last))
         if MEAN > 0:
             turn = (base - begin) & (TEAMS * (PAGES_AT_ONCE - 1))  # times TEAMS
-            if turn == 0:
-                for b in gl.static_range(NT):
-                    if has_role(seq, b, 4):
-                        angles = load_angles(ANGLES, page, last, lane, D, TEAMS, PAGES_AT_ONCE)
-                        make_components(
-                            angles, components + b * (PAGES_AT_ONCE * PAGE_BYTES), lane,
-                            MEAN_AT + b * (operand_bytes(D, NT, MEAN) // NT), D, 1, MEAN, PAGES_AT_ONCE,
-                            PAGE_BYTES,
-                        )  # fmt: skip
+            if (turn == 0) & (own_warp(seq) % 4 < NT):  # a warp for each block of heads
+                angles = load_angles(ANGLES, page, last, lane, D, TEAMS, PAGES_AT_ONCE)
+                make_components(
+                    angles, components + u32(own_block * (PAGES_AT_ONCE * PAGE_BYTES)), lane, MEAN_AT, D, 1, MEAN,
+                    PAGES_AT_ONCE, PAGE_BYTES, own_block * (operand_bytes(D, NT, MEAN) // NT),
+                )  # fmt: skip
         wait_for_copies(lane, 0)
         team_barrier(own)
         if base != begin + own:  # the first one is under way since the start
