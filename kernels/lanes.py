@@ -267,10 +267,22 @@ def has_role(x, ROLE: gl.constexpr, ROLES: gl.constexpr):
 
 
 @gluon.jit
-def as_found(new, old, mine):
-    """What a branch for some warps leaves of a tuple: ``new``. Run in step, all warps take every branch; there it is
-    ``new`` in the threads ``mine``, else ``old``."""
-    return new
+def by_role(x, role, function, stage, lane, shape):
+    """``function(stage, lane, ROLE, *shape)``, a tuple, with the number of the thread's warp of every four as ROLE: a
+    branch of the code each. ``x``: any scalar; ``role``: that number of each thread, by which all branches' results
+    are told apart where the warps are run in step."""
+    number = own_warp(x) % 4
+    if number < 2:
+        if number == 0:
+            found = function(stage, lane, 0, *shape)
+        else:
+            found = function(stage, lane, 1, *shape)
+    else:
+        if number == 2:
+            found = function(stage, lane, 2, *shape)
+        else:
+            found = function(stage, lane, 3, *shape)
+    return found
 
 
 @gluon.jit

@@ -73,9 +73,12 @@ def _signs(words, BYTE: gl.constexpr, ROW: gl.constexpr):
 
 
 @gluon.jit
-def codeword(address, signs, BYTE: gl.constexpr, ROW: gl.constexpr, OFFSET: gl.constexpr, SIGNED: gl.constexpr):
-    """The int8 triple (x, y, z, 0) at ``address`` of the table at byte OFFSET."""
-    value = load_shared(address, OFFSET)
+def _codeword(
+    index, lane_base, signs, BYTE: gl.constexpr, ROW: gl.constexpr, MASK: gl.constexpr, OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr,
+):  # fmt: skip
+    """The int8 triple (x, y, z, 0) whose table index stands (shifted by the row size) in ``index``."""
+    value = load_shared((index & MASK) | lane_base, OFFSET)
     if SIGNED:
         value = value ^ _signs(signs, BYTE, ROW)
     return value
@@ -98,7 +101,7 @@ def chained(
         index = select(wrap, top, ((1 << STATE) - 1) << (SH + B))
     else:
         index = field(codes, BIT, SH, B + STATE)
-    return codeword((index & MASK) | lane_base, signs, BYTE, ROW, OFFSET, SIGNED)
+    return _codeword(index, lane_base, signs, BYTE, ROW, MASK, OFFSET, SIGNED)
 
 
 @gluon.jit
@@ -108,7 +111,7 @@ def single(
 ):  # fmt: skip
     """The codeword of the extra triplet whose code is in ``codes`` from BIT on, from the table at byte EXTRA_OFFSET."""
     index = field(codes, BIT, SHX, B)
-    return codeword((index & (((1 << B) - 1) << SHX)) | lane_base_x, signs, BYTE, ROW, EXTRA_OFFSET, SIGNED)
+    return _codeword(index, lane_base_x, signs, BYTE, ROW, ((1 << B) - 1) << SHX, EXTRA_OFFSET, SIGNED)
 
 
 @gluon.jit

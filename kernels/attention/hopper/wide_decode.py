@@ -36,7 +36,7 @@ from octo_run.kernels.attention.hopper.wide_products import (
     weigh_tile,
 )
 from octo_run.kernels.attention.hopper.wide_words import SLICE_PAIRS, fourth_lookup
-from octo_run.kernels.lane_copies import commit_copies, copy16, wait_for_copies
+from octo_run.kernels.lane_copies import commit_copies, copy16, copy16_if, wait_for_copies
 from octo_run.kernels.lanes import (
     barrier,
     let_next_kernel_start,
@@ -72,11 +72,11 @@ def _fetch(stage, block, lane, tile, BPV: gl.constexpr):
     first = tile * 512 + lane * 16
     to = stage + u32(first)
     source = block + first
-    for c in gl.static_range(64 * BPV // 2048):
-        copy16(to + c * 2048, source + c * 2048)
-    if 64 * BPV % 2048 > 0:  # beyond the end the last 16 bytes once more
-        at = gl.minimum(64 * BPV // 2048 * 2048 + first, 64 * BPV - 16)
-        copy16(stage + u32(at), block + at)
+    for c in gl.static_range((64 * BPV + 2047) // 2048):
+        if c * 2048 + 2048 <= 64 * BPV:
+            copy16(to + c * 2048, source + c * 2048)
+        else:
+            copy16_if(to + c * 2048, source + c * 2048, c * 2048 + first < 64 * BPV, False)
     commit_copies(lane)
 
 

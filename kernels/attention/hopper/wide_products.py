@@ -7,11 +7,11 @@ memory, so that for the sums of values a warp takes a slice of the head, over al
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.hopper.codewords import (
     chained,
     chains_of,
-    codeword,
     first_extras,
     if_last,
     select,
@@ -31,6 +31,7 @@ from octo_run.kernels.attention.hopper.products import (
 from octo_run.kernels.attention.hopper.wide_words import SLICE_PAIRS, slice_words, tile_norm, tile_words, words_between
 from octo_run.kernels.lanes import (
     exp2,
+    load_shared,
     log2,
     max_over_rows,
     mma_half,
@@ -253,6 +254,27 @@ def weigh_tile(
     return new_running, new_total, new_weight, decays, shares
 
 
+@constexpr_function
+def _two_rows(first):
+    """PRMT selector that spreads the top bits of the bytes ``first`` of two registers, then of those behind them."""
+    return (8 + first) | (12 + first) << 4 | (9 + first) << 8 | (13 + first) << 12
+
+
+@gluon.jit
+def _signed_planes(w, xy, z, SECOND: gl.constexpr, ROW: gl.constexpr):
+    """The x, y and z bytes of four triples (`transposed`), of tokens ROW to ROW + 3 of eight, with the signs in ``xy``
+    and ``z``: words of two slots (`slice_words`), of which SECOND says whether it is the second one."""
+    first = permute_bytes(w[0], w[1], 0x5140) ^ permute_bytes(xy << ROW, xy << (ROW + 1), _two_rows(2 * SECOND))
+    second = permute_bytes(w[2], w[3], 0x5140) ^ permute_bytes(xy << (ROW + 2), xy << (ROW + 3), _two_rows(2 * SECOND))
+    if SECOND:
+        alone = z >> 24
+    else:
+        alone = z & 0xFF
+    rows = alone * (0x8040201 << ROW)  # a row's bit on top of each byte
+    last = permute_bytes(w[0], w[1], 0x3362) ^ permute_bytes(w[2], w[3], 0x6233) ^ permute_bytes(rows, rows, 0xBA98)
+    return permute_bytes(first, second, 0x5410), permute_bytes(first, second, 0x7632), last
+
+
 @gluon.jit
 def slice_values(
     acc, decays, shares, stage, weights_at, lane, lane_base, fourth, zero, part, any_scalar, D: gl.constexpr,
@@ -272,17 +294,19 @@ def slice_values(
                     w = ()
                     for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
                         codes = words[2 * u + s // 3 : 2 * u + s // 3 + 1]
-                        signs = words[32 + 5 * half + 3 * s // 4 : 32 + 5 * half + 3 * s // 4 + 2]
                         if s == 3:
-                            index = (codes[0] * fourth[0]) & fourth[1]
-                            value = codeword(index | fourth[2], signs, 3 * s % 4, u % 8, OFFSET, SIGNED)
+                            value = load_shared(((codes[0] * fourth[0]) & fourth[1]) | fourth[2], OFFSET)
                         else:
                             value = chained(
-                                codes, codes, signs, lane_base, s % 3 * B, 0, 3 * s % 4, u % 8, False, B, STATE, SH,
-                                OFFSET, SIGNED,
-                            )  # fmt: skip
+                                codes, codes, codes, lane_base, s % 3 * B, 0, 0, 0, False, B, STATE, SH, OFFSET, False
+                            )
                         w = w + (value,)
-                    planes = planes + (transposed(w),)
+                    if SIGNED:
+                        xy = words[32 + 6 * half + s // 2]
+                        z = words[35 + 6 * half + s // 2]
+                        planes = planes + (_signed_planes(w, xy, z, s % 2, 4 * four),)
+                    else:
+                        planes = planes + (transposed(w),)
             new = ()
             for b in gl.static_range(NT):
                 weights = read_shared2(weights_at + u32(b * 512 + half * 8 + lane * 16))  # no registers to keep them

@@ -11,7 +11,15 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.hopper.codewords import field, select
-from octo_run.kernels.lanes import as_found, has_role, read_shared, read_shared4, repeat, shift_pair, shuffle, u32
+from octo_run.kernels.lanes import (
+    by_role,
+    permute_bytes,
+    read_shared,
+    read_shared4,
+    shift_pair,
+    shuffle,
+    u32,
+)
 
 SLICE_PAIRS = gl.constexpr(3)
 """Pairs of slots of a warp's slice; the last one has two."""
@@ -72,22 +80,23 @@ def _field_between(stage, lane, BIT: gl.constexpr, SIZE: gl.constexpr, WORDS: gl
 
 
 @gluon.jit
+def _words_of_tile(
+    stage, lane, TILE: gl.constexpr, N: gl.constexpr, B: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr
+):
+    OF_TILE: gl.constexpr = 2 * (2 * N + 1) * B
+    HIGH: gl.constexpr = NORM - B
+    gl.static_assert(HIGH > 0)
+    codes = _field_between(stage, lane, TILE * OF_TILE, OF_TILE, WORDS)
+    return codes + _field_between(stage, lane, WORDS * 32 + (2 * TILE - 8) * HIGH, 2 * HIGH, WORDS)
+
+
+@gluon.jit
 def tile_words(
     stage, lane, tile, any_scalar, N: gl.constexpr, B: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr
 ):
     """The codes of the warp's tile in a staged K block, whichever it is from bit 0 on; then what its norms have beyond
-    their tokens' streams. Reading is all that warps do in branches of their own: in those the place of each bit is
-    known, and behind them it is the same."""
-    OF_TILE: gl.constexpr = 2 * (2 * N + 1) * B
-    HIGH: gl.constexpr = NORM - B
-    gl.static_assert(HIGH > 0)
-    words = repeat(u32(lane * 0), (OF_TILE + 31) // 32 + 1)
-    for role in gl.static_range(4):
-        if has_role(any_scalar, role, 4):
-            found = _field_between(stage, lane, role * OF_TILE, OF_TILE, WORDS)
-            found = found + _field_between(stage, lane, WORDS * 32 + (2 * role - 8) * HIGH, 2 * HIGH, WORDS)
-            words = as_found(found, words, tile == role)
-    return words
+    their tokens' streams."""
+    return by_role(any_scalar, tile, _words_of_tile, stage, lane, (N, B, NORM, WORDS))
 
 
 @gluon.jit
@@ -146,15 +155,67 @@ def _codes_of_token(
         return shift_pair(last, state, 32 - 3 * B), field(alone, ALONE, 0, B)
 
 
+@constexpr_function
+def _xy_selector(first):
+    """PRMT selector of the x and y of two triples of bytes that begin at byte ``first`` of two registers."""
+    return first | (first + 1) << 4 | (first + 3) << 8 | (first + 4) << 12
+
+
+@constexpr_function
+def _z_selector(first):
+    """PRMT selector that takes the z of two triples, the first at byte ``first``, to the lowest and highest byte."""
+    return first | first << 4 | first << 8 | (first + 3) << 12
+
+
+@gluon.jit
+def _parted(words, BYTE: gl.constexpr):
+    """Six triples of bytes, from byte BYTE of ``words`` on: x and y of two in each of three words, z in three more."""
+    xy = ()
+    z = ()
+    for k in gl.static_range(3):
+        low, high = words[(BYTE + 6 * k) // 4], words[(BYTE + 6 * k) // 4 + 1]
+        xy = xy + (permute_bytes(low, high, _xy_selector((BYTE + 6 * k) % 4)),)
+        low, high = words[(BYTE + 6 * k + 2) // 4], words[(BYTE + 6 * k + 2) // 4 + 1]
+        z = z + (permute_bytes(low, high, _z_selector((BYTE + 6 * k + 2) % 4)),)
+    return xy + z
+
+
 @gluon.jit
 def _signs_of_half(words, alone, BIT: gl.constexpr, ALONE: gl.constexpr, PART: gl.constexpr):
     """`slice_words`' signs of eight tokens: the slice's begin at BIT of ``words``, the extra triplet's at ALONE."""
-    out = (field(words, BIT, 0, 32), field(words[1:], BIT, 0, 32))
     if PART < 3:
-        return out + (field(words[2:], BIT, 0, 32), field(words[3:], BIT, 0, 32), field(words[4:], BIT, 0, 16))
+        return _parted(words, BIT // 8)
     else:
-        mixed = select(field(words[2:], BIT, 0, 8), field(alone, ALONE, 8, 24), 0xFF)
-        return out + (mixed, mixed, mixed)
+        first, second = field(words, BIT, 0, 32), field(words[1:], BIT, 0, 32)
+        third = select(field(words[2:], BIT, 0, 8), field(alone, ALONE, 8, 24), 0xFF)
+        return _parted((first, second, third, third, third, third), 0)
+
+
+@gluon.jit
+def _words_of_slice(
+    stage, lane, PART: gl.constexpr, N: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr,
+    FULL: gl.constexpr, ALL: gl.constexpr, EXTRAS: gl.constexpr,
+):  # fmt: skip
+    gl.static_assert((N % 6 == 3) & (N // 6 == 3) & (3 * B + STATE <= 32))
+    SIGNS: gl.constexpr = 16 * N * B  # the bits at which they begin, then the codes and signs of extra triplets
+    EXTRA: gl.constexpr = SIGNS + 48 * N * SIGNED
+    EXTRA_SIGNS: gl.constexpr = EXTRA + 16 * B
+    LONG: gl.constexpr = (N * B + 31) // 32 + 1  # words of a token
+    words = _value_words(stage, lane, 6 * PART, min(6 * PART + 6, N + 1), N, B, STATE, SIGNED, FULL, ALL, EXTRAS)
+    out = ()
+    for u in gl.static_range(16):
+        out = out + _codes_of_token(
+            words[u * N * B // 32 : u * N * B // 32 + LONG],
+            words[(EXTRA + u * B) // 32 : (EXTRA + u * B) // 32 + 2],
+            u * N * B % 32, (EXTRA + u * B) % 32, PART, B, STATE,
+        )  # fmt: skip
+    for half in gl.static_range(2 * SIGNED):
+        out = out + _signs_of_half(
+            words[(SIGNS + 24 * (N * half + 6 * PART)) // 32 : (SIGNS + 24 * (N * half + 6 * PART)) // 32 + 6],
+            words[(EXTRA_SIGNS + 24 * half) // 32 : (EXTRA_SIGNS + 24 * half) // 32 + 2],
+            (SIGNS + 24 * (N * half + 6 * PART)) % 32, (EXTRA_SIGNS + 24 * half) % 32, PART,
+        )  # fmt: skip
+    return out
 
 
 @gluon.jit
@@ -163,35 +224,12 @@ def slice_words(
     FULL: gl.constexpr, ALL: gl.constexpr, EXTRAS: gl.constexpr,
 ):  # fmt: skip
     """Codes and signs of the warp's slice in a staged V block, six slots: two words a token, of three slots with the
-    state of the last one, slot s from bit s % 3 * B on; then five words for each eight tokens, slot s from byte 3 s on.
+    state of the last one, slot s from bit s % 3 * B on; then six words for each eight tokens, as `_parted`.
 
     The last slice has the last three slots of the chains, whose last one finds its state behind it as all others do,
     and the extra triplet. What stands in place of two more is garbage.
     """
-    gl.static_assert((N % 6 == 3) & (N // 6 == 3) & (3 * B + STATE <= 32))
-    SIGNS: gl.constexpr = 16 * N * B  # the bits at which they begin, then the codes and signs of extra triplets
-    EXTRA: gl.constexpr = SIGNS + 48 * N * SIGNED
-    EXTRA_SIGNS: gl.constexpr = EXTRA + 16 * B
-    LONG: gl.constexpr = (N * B + 31) // 32 + 1  # words of a token
-    words = repeat(u32(lane * 0), 32 + 10 * SIGNED)
-    for role in gl.static_range(4):
-        if has_role(any_scalar, role, 4):
-            read = _value_words(stage, lane, 6 * role, min(6 * role + 6, N + 1), N, B, STATE, SIGNED, FULL, ALL, EXTRAS)
-            found = ()
-            for u in gl.static_range(16):
-                found = found + _codes_of_token(
-                    read[u * N * B // 32 : u * N * B // 32 + LONG],
-                    read[(EXTRA + u * B) // 32 : (EXTRA + u * B) // 32 + 2],
-                    u * N * B % 32, (EXTRA + u * B) % 32, role, B, STATE,
-                )  # fmt: skip
-            for half in gl.static_range(2 * SIGNED):
-                found = found + _signs_of_half(
-                    read[(SIGNS + 24 * (N * half + 6 * role)) // 32 : (SIGNS + 24 * (N * half + 6 * role)) // 32 + 6],
-                    read[(EXTRA_SIGNS + 24 * half) // 32 : (EXTRA_SIGNS + 24 * half) // 32 + 2],
-                    (SIGNS + 24 * (N * half + 6 * role)) % 32, (EXTRA_SIGNS + 24 * half) % 32, role,
-                )  # fmt: skip
-            words = as_found(found, words, part == role)
-    return words
+    return by_role(any_scalar, part, _words_of_slice, stage, lane, (N, B, STATE, SIGNED, FULL, ALL, EXTRAS))
 
 
 @gluon.jit
