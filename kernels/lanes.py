@@ -267,11 +267,10 @@ def has_role(x, ROLE: gl.constexpr, ROLES: gl.constexpr):
 
 
 @gluon.jit
-def by_role(x, role, function, stage, lane, shape):
-    """``function(stage, lane, ROLE, *shape)``, a tuple, with the number of the thread's warp of every four as ROLE: a
-    branch of the code each. ``x``: any scalar; ``role``: that number of each thread, by which all branches' results
-    are told apart where the warps are run in step."""
-    number = own_warp(x) % 4
+def by_role(number, role, function, stage, lane, shape):
+    """``function(stage, lane, ROLE, *shape)``, a tuple, where ROLE is the scalar ``number`` of the thread's warp among
+    four: a branch of the code each. ``role``: that number in each thread; where the warps are run in step, all take
+    every branch, and it tells whose result is whose."""
     if number < 2:
         if number == 0:
             found = function(stage, lane, 0, *shape)

@@ -179,12 +179,14 @@ class Machine:
         loops: Slices of them, each up to a conditional jump back.
         returns: The same up to an unconditional jump back, which may be the way back from a detour too.
         skips: Slices that a conditional jump leaves out.
+        leaps: Of unconditional jumps ahead the place behind them, and where they go.
     """
 
     names: list[str]
     loops: list[tuple[int, int]]
     returns: list[tuple[int, int]]
     skips: list[tuple[int, int]]
+    leaps: dict[int, int]
     registers: int
     spilled_bytes: int
 
@@ -208,7 +210,7 @@ def disassemble(cubin: bytes) -> Machine:
     labels: dict[str, int] = {}
     names: list[str] = []
     back: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    ahead: list[tuple[int, str]] = []
+    ahead: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
     for line in sass.splitlines():
         if label := re.match(r"\s*\.(L_x?_?\w+):", line):
             labels[label.group(1)] = len(names)
@@ -217,11 +219,25 @@ def disassemble(cubin: bytes) -> Machine:
             target = re.search(r"\.(L_x?_?\w+)", found.group(3))
             if names[-1] == "BRA" and target and target.group(1) in labels:
                 back[bool(found.group(1))].append((labels[target.group(1)], len(names)))
-            elif names[-1] == "BRA" and target and found.group(1):
-                ahead.append((len(names), target.group(1)))
+            elif names[-1] == "BRA" and target:
+                ahead[bool(found.group(1))].append((len(names), target.group(1)))
     registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
-    skips = [(start, labels[label]) for start, label in ahead]
-    return Machine(names, back[True], back[False], skips, registers, stack)
+    skips = [(start, labels[label]) for start, label in ahead[True]]
+    leaps = {start: labels[label] for start, label in ahead[False]}
+    return Machine(names, back[True], back[False], skips, leaps, registers, stack)
+
+
+def _halve_choices(machine: Machine, weights: list[float], start: int, end: int) -> None:
+    """Of the instructions ``start`` to ``end``, those of either branch of a choice run in half of the warps."""
+    for first, other in sorted(machine.skips):
+        join = machine.leaps.get(other, 0)  # the first branch ends with a jump over the other one
+        if start <= first < other < min(join, end):
+            last = min(join, end)
+            for at in range(first, last):
+                weights[at] /= 2
+            _halve_choices(machine, weights, first, other)
+            _halve_choices(machine, weights, other, last)
+            start = last
 
 
 def loop_over_pages(
@@ -233,7 +249,7 @@ def loop_over_pages(
     that a branch leaves out, where a page has several warps.
 
     Args:
-        warps: Those that share a page; branches that read shared memory are one warp's each.
+        warps: Those that share a page; of a choice between branches half of them take either.
         at_once: Pages whose components are made together.
         blocks: Blocks of heads, for each of which one of several warps makes them.
     """
@@ -246,14 +262,12 @@ def loop_over_pages(
         start, end = min(around, key=lambda loop: loop[1] - loop[0], default=inner)
         weights = [1.0 if inner[0] <= at < inner[1] else 1 / at_once for at in range(start, end)]
         return names[start:end], weights
-    weights = [float(warps)] * (end - start)
+    weights = [float(warps)] * len(names)
+    _halve_choices(machine, weights, start, end)
     for first, last in machine.skips:
-        inside = set(names[first:last]) if start <= first < last <= end else set()
-        if "HMMA" in inside:
-            weights[first - start : last - start] = [blocks / at_once] * (last - first)
-        elif "LDS" in inside:
-            weights[first - start : last - start] = [1.0] * (last - first)
-    return names[start:end], weights
+        if start <= first < last <= end and "HMMA" in names[first:last] and "IMMA" not in names[first:last]:
+            weights[first:last] = [blocks / at_once] * (last - first)
+    return names[start:end], weights[start:end]
 
 
 def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: dict[str, int | float] = PLAIN) -> Report:

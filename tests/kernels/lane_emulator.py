@@ -470,7 +470,7 @@ def halves_of(word: Value) -> np.ndarray:
 
 
 def by_role(
-    _x: Value, role: Value, function: Callable[..., Any], stage: Value, lane: Value, shape: tuple[int, ...]
+    _number: Value, role: Value, function: Callable[..., Any], stage: Value, lane: Value, shape: tuple[int, ...]
 ) -> tuple[Value, ...]:
     """All warps take every branch; each thread has what its own one leaves."""
     found = [function(stage, lane, number, *shape) for number in range(4)]

@@ -254,6 +254,7 @@ def wide_decode_kernel(
     barrier()
     # Every team ends its loop by itself; run in step instead (`own` is zero then), one without a page is not inside.
     own = own_warp(seq) // 4
+    number = own_warp(seq) % 4  # of the warp in its team, as a scalar: `tile`
     for base in range(begin + own, end, TEAMS):
         page = base + (team - own)
         inside = page < end
@@ -261,7 +262,7 @@ def wide_decode_kernel(
         next_id = gl.load(ids + gl.minimum(page + 2 * TEAMS, last))
         if MEAN > 0:
             turn = (base - begin) & (TEAMS * (PAGES_AT_ONCE - 1))  # times TEAMS
-            if (turn == 0) & (own_warp(seq) % 4 < NT):  # a warp for each block of heads
+            if (turn == 0) & (number < NT):  # a warp for each block of heads
                 angles = load_angles(ANGLES, page, last, lane, D, TEAMS, PAGES_AT_ONCE)
                 make_components(
                     angles, components + u32(own_block * (PAGES_AT_ONCE * PAGE_BYTES)), lane, MEAN_AT, D, 1, MEAN,
@@ -272,7 +273,7 @@ def wide_decode_kernel(
         if base != begin + own:  # the first one is under way since the start
             _fetch(v_stage, block + 64 * BPV_K, lane, tile, BPV_V)
         scores = tile_scores(
-            k_stage, lane, lane_k, lane_xk, queries_at, zero_i, tile, its_row, seq, D, B_K, STATE_K, SH_K, SHX_K,
+            k_stage, lane, lane_k, lane_xk, queries_at, zero_i, tile, its_row, number, D, B_K, STATE_K, SH_K, SHX_K,
             EXTRAS_AT_K, SIGNED_K, NORM_K, WORDS_K, NT,
         )  # fmt: skip
         if MEAN > 0:
@@ -288,7 +289,7 @@ def wide_decode_kernel(
             scores, gammas, inside, running, total, weight, maxima_at, weights_at, lane, tile, source, selector, own, NT
         )
         acc = slice_values(
-            acc, decays, shares, v_stage, weights_at, lane, lane_v, fourth, zero_i, tile, seq, D, B_V, STATE_V, SH_V,
+            acc, decays, shares, v_stage, weights_at, lane, lane_v, fourth, zero_i, tile, number, D, B_V, STATE_V, SH_V,
             TABLE_AT_V, SIGNED_V, FULL_V, ALL_V, NT,
         )  # fmt: skip
         block = next_block

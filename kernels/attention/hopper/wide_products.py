@@ -85,7 +85,7 @@ def split_query(q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: g
 
 @gluon.jit
 def tile_scores(
-    stage, lane, lane_base, lane_base_x, queries_at, zero, tile, its_row, any_scalar, D: gl.constexpr, B: gl.constexpr,
+    stage, lane, lane_base, lane_base_x, queries_at, zero, tile, its_row, number, D: gl.constexpr, B: gl.constexpr,
     STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
     NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def tile_scores(
     N: gl.constexpr = (D + 2) // 3 // 8
     LAST: gl.constexpr = 2 * N // 4  # the chunk of query words that the extra triplet's is in
     OF_TOKEN: gl.constexpr = (2 * N + 1) * B  # bits of a token's codes, bytes of all tokens'
-    words = tile_words(stage, lane, tile, any_scalar, N, B, NORM, WORDS)
+    words = tile_words(stage, lane, tile, number, N, B, NORM, WORDS)
     signs = ()
     if SIGNED:
         stored = words_between(stage, lane, OF_TOKEN // 4, (OF_TOKEN + 3 * (2 * N + 1) + 3) // 4, WORDS)
@@ -277,13 +277,13 @@ def _signed_planes(w, xy, z, SECOND: gl.constexpr, ROW: gl.constexpr):
 
 @gluon.jit
 def slice_values(
-    acc, decays, shares, stage, weights_at, lane, lane_base, fourth, zero, part, any_scalar, D: gl.constexpr,
+    acc, decays, shares, stage, weights_at, lane, lane_base, fourth, zero, part, number, D: gl.constexpr,
     B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr, SIGNED: gl.constexpr,
     FULL: gl.constexpr, ALL: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
     """Sums with the weighted values of a page, of the warp's slots: for each block of heads, pair of slots, component,
     slot of the pair. The last slice's last pair is garbage. ``fourth``: `fourth_lookup`."""
-    words = slice_words(stage, lane, part, any_scalar, (D + 2) // 3 // 8, B, STATE, SIGNED, FULL, ALL, (D + 2) // 3 % 8)
+    words = slice_words(stage, lane, part, number, (D + 2) // 3 // 8, B, STATE, SIGNED, FULL, ALL, (D + 2) // 3 % 8)
     found = repeat((), NT)
     for pair in gl.static_range(SLICE_PAIRS):
         sums = repeat(repeat(zero, 4), NT * 3)

@@ -91,12 +91,10 @@ def _words_of_tile(
 
 
 @gluon.jit
-def tile_words(
-    stage, lane, tile, any_scalar, N: gl.constexpr, B: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr
-):
+def tile_words(stage, lane, tile, number, N: gl.constexpr, B: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr):
     """The codes of the warp's tile in a staged K block, whichever it is from bit 0 on; then what its norms have beyond
     their tokens' streams."""
-    return by_role(any_scalar, tile, _words_of_tile, stage, lane, (N, B, NORM, WORDS))
+    return by_role(number, tile, _words_of_tile, stage, lane, (N, B, NORM, WORDS))
 
 
 @gluon.jit
@@ -220,7 +218,7 @@ def _words_of_slice(
 
 @gluon.jit
 def slice_words(
-    stage, lane, part, any_scalar, N: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr,
+    stage, lane, part, number, N: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SIGNED: gl.constexpr,
     FULL: gl.constexpr, ALL: gl.constexpr, EXTRAS: gl.constexpr,
 ):  # fmt: skip
     """Codes and signs of the warp's slice in a staged V block, six slots: two words a token, of three slots with the
@@ -229,7 +227,7 @@ def slice_words(
     The last slice has the last three slots of the chains, whose last one finds its state behind it as all others do,
     and the extra triplet. What stands in place of two more is garbage.
     """
-    return by_role(any_scalar, part, _words_of_slice, stage, lane, (N, B, STATE, SIGNED, FULL, ALL, EXTRAS))
+    return by_role(number, part, _words_of_slice, stage, lane, (N, B, STATE, SIGNED, FULL, ALL, EXTRAS))
 
 
 @gluon.jit
