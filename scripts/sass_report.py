@@ -54,7 +54,7 @@ MEANS = (
     "4-256+mean4",
 )
 VARIANTS += [f"{kv}-{shape}" for shape in MEANS for kv in ("oct2", "oct3", "oct4")]
-WIDE = ("4-512", "8-512", "16-512", "16-512+mean6")
+WIDE = ("4-512", "8-512", "16-512", "8-512+mean6", "16-512+mean6")
 VARIANTS += [f"{kv}-{shape}" for shape in WIDE for kv in ("oct2", "oct3", "oct4")]
 #: Pipes by the beginnings of instructions' names, and the cycles for which a scheduler's pipe has one: integers run at
 #: half the rate of floats (multiplications in a pipe of their own), special functions at an eighth.
@@ -356,7 +356,7 @@ def main() -> int:
         costs = ", ".join(f"{name} {cost}" for name, (_, cost) in PIPES.items() if cost)
         about = (
             f". A turn of the loop is {TOKENS} tokens of a KV head, by one warp; for heads of 512 by four, whose"
-            " instructions are added up."
+            " instructions are added up; `code`: instructions that the loop has, 16 bytes each."
             " Pipes: instructions of a turn; the busiest one with the cycles that a scheduler's pipe takes for a token,"
             f" at {costs} cycles an instruction (memory: without bank conflicts, 32 bits a lane, four schedulers to one"
             " pipe). `+mean2`: with the key mean, two steps of eight frequencies being fast; of the instructions that"
