@@ -267,10 +267,21 @@ def has_role(x, ROLE: gl.constexpr, ROLES: gl.constexpr):
 
 
 @gluon.jit
-def as_found(new, old, mine):
-    """What a branch for some warps leaves of a tuple: ``new``. Run in step, all warps take every branch; there it is
-    ``new`` in the threads ``mine``, else ``old``."""
-    return new
+def by_role(number, role, function, stage, lane, shape):
+    """``function(stage, lane, ROLE, *shape)``, a tuple, where ROLE is the scalar ``number`` of the thread's warp among
+    four: a branch of the code each. ``role``: that number in each thread; where the warps are run in step, all take
+    every branch, and it tells whose result is whose."""
+    if number < 2:
+        if number == 0:
+            found = function(stage, lane, 0, *shape)
+        else:
+            found = function(stage, lane, 1, *shape)
+    else:
+        if number == 2:
+            found = function(stage, lane, 2, *shape)
+        else:
+            found = function(stage, lane, 3, *shape)
+    return found
 
 
 @gluon.jit
@@ -337,6 +348,17 @@ def permute_bytes_by(a, b, selector):
     return gl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=gl.uint32, is_pure=True, pack=1
     )
+
+
+@constexpr_function
+def _shift_asm(places):
+    return f"shf.r.wrap.b32 $0, $1, $2, {int(places)};"
+
+
+@gluon.jit
+def shift_pair(low, high, PLACES: gl.constexpr):
+    """The lower word of two, moved down by so many bits."""
+    return gl.inline_asm_elementwise(_shift_asm(PLACES), "=r,r,r", [low, high], dtype=gl.uint32, is_pure=True, pack=1)
 
 
 @gluon.jit

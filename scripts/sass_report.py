@@ -54,7 +54,7 @@ MEANS = (
     "4-256+mean4",
 )
 VARIANTS += [f"{kv}-{shape}" for shape in MEANS for kv in ("oct2", "oct3", "oct4")]
-WIDE = ("4-512", "8-512", "16-512", "16-512+mean6")
+WIDE = ("4-512", "8-512", "16-512", "8-512+mean6", "16-512+mean6")
 VARIANTS += [f"{kv}-{shape}" for shape in WIDE for kv in ("oct2", "oct3", "oct4")]
 #: Pipes by the beginnings of instructions' names, and the cycles for which a scheduler's pipe has one: integers run at
 #: half the rate of floats (multiplications in a pipe of their own), special functions at an eighth.
@@ -83,6 +83,7 @@ class Report:
     """Costs of one variant's main loop.
 
     Attributes:
+        code: Instructions of the loop, each once, of 16 bytes: those that a multiprocessor's cache has to hold.
         instructions: Of a page, on average: of those for the key mean's components of four pages a quarter counts (of
             two, half).
             Of the wide kernel those of four warps, which share a page.
@@ -94,6 +95,7 @@ class Report:
     kv: str
     group: int
     head_dim: int
+    code: int
     instructions: float
     per_token: float
     per_triplet: float
@@ -152,6 +154,13 @@ def pages_at_once(kv: str, group: int, head_dim: int, mean: int) -> int:
     return int(pages_ahead(tight))
 
 
+def blocks_of_heads(kv: str, group: int, head_dim: int, mean: int) -> int:
+    """Blocks of four heads of a program of the wide kernel."""
+    fmt = parse_kv(kv, head_dim)
+    assert isinstance(fmt.k, TrellisCodec) and isinstance(fmt.v, TrellisCodec)
+    return int(wide_launch.constants(fmt.k, fmt.v, group, "bf16", mean, True)["NT"])
+
+
 def by_pipe(names: list[str], weights: list[float] | None = None) -> dict[str, float]:
     """Instructions of each pipe, each with its weight."""
     counts: dict[str, float] = dict.fromkeys(PIPES, 0)
@@ -172,12 +181,14 @@ class Machine:
         loops: Slices of them, each up to a conditional jump back.
         returns: The same up to an unconditional jump back, which may be the way back from a detour too.
         skips: Slices that a conditional jump leaves out.
+        leaps: Of unconditional jumps ahead the place behind them, and where they go.
     """
 
     names: list[str]
     loops: list[tuple[int, int]]
     returns: list[tuple[int, int]]
     skips: list[tuple[int, int]]
+    leaps: dict[int, int]
     registers: int
     spilled_bytes: int
 
@@ -201,7 +212,7 @@ def disassemble(cubin: bytes) -> Machine:
     labels: dict[str, int] = {}
     names: list[str] = []
     back: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    ahead: list[tuple[int, str]] = []
+    ahead: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
     for line in sass.splitlines():
         if label := re.match(r"\s*\.(L_x?_?\w+):", line):
             labels[label.group(1)] = len(names)
@@ -210,22 +221,39 @@ def disassemble(cubin: bytes) -> Machine:
             target = re.search(r"\.(L_x?_?\w+)", found.group(3))
             if names[-1] == "BRA" and target and target.group(1) in labels:
                 back[bool(found.group(1))].append((labels[target.group(1)], len(names)))
-            elif names[-1] == "BRA" and target and found.group(1):
-                ahead.append((len(names), target.group(1)))
+            elif names[-1] == "BRA" and target:
+                ahead[bool(found.group(1))].append((len(names), target.group(1)))
     registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[-1]) for what in ("REG", "STACK"))
-    skips = [(start, labels[label]) for start, label in ahead]
-    return Machine(names, back[True], back[False], skips, registers, stack)
+    skips = [(start, labels[label]) for start, label in ahead[True]]
+    leaps = {start: labels[label] for start, label in ahead[False]}
+    return Machine(names, back[True], back[False], skips, leaps, registers, stack)
 
 
-def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple[list[str], list[float]]:
+def _halve_choices(machine: Machine, weights: list[float], start: int, end: int) -> None:
+    """Of the instructions ``start`` to ``end``, those of either branch of a choice run in half of the warps."""
+    for first, other in sorted(machine.skips):
+        join = machine.leaps.get(other, 0)  # the first branch ends with a jump over the other one
+        if start <= first < other < min(join, end):
+            last = min(join, end)
+            for at in range(first, last):
+                weights[at] /= 2
+            _halve_choices(machine, weights, first, other)
+            _halve_choices(machine, weights, other, last)
+            start = last
+
+
+def loop_over_pages(
+    machine: Machine, warps: int = 1, at_once: int = 4, blocks: int = 1
+) -> tuple[list[str], list[float]]:
     """The instructions of the shortest loop that has all int8 products, and how often each runs for a page.
 
     A loop around it that has more products of floats is taken whole: these make the key mean's components. So do those
     that a branch leaves out, where a page has several warps. A loop in it that has int8 products is one of two turns.
 
     Args:
-        warps: Those that share a page; branches with int8 products, and with the key mean's, are one warp's each.
+        warps: Those that share a page; of a choice between branches half of them take either.
         at_once: Pages whose components are made together.
+        blocks: Blocks of heads, for each of which one of several warps makes them.
     """
     names, products = machine.names, machine.names.count("IMMA")
     whole = [loop for loop in machine.loops + machine.returns if names[slice(*loop)].count("IMMA") == products]
@@ -242,13 +270,12 @@ def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple
                     if first <= begin < stop <= last:  # what is between its turns
                         weights[begin - start : stop - start] = [1.0] * (stop - begin)
         return names[start:end], weights
-    weights = [float(warps)] * (end - start)
+    weights = [float(warps)] * len(names)
+    _halve_choices(machine, weights, start, end)
     for first, last in machine.skips:
-        if start <= first < last <= end and "IMMA" in names[first:last]:
-            weights[first - start : last - start] = [1.0] * (last - first)
-        elif start <= first < last <= end and "HMMA" in names[first:last]:
-            weights[first - start : last - start] = [1 / at_once] * (last - first)
-    return names[start:end], weights
+        if start <= first < last <= end and "HMMA" in names[first:last] and "IMMA" not in names[first:last]:
+            weights[first:last] = [blocks / at_once] * (last - first)
+    return names[start:end], weights[start:end]
 
 
 def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: dict[str, int | float] = PLAIN) -> Report:
@@ -256,8 +283,9 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: di
     cubin, shared = compile_variant(kv, group, head_dim, mean, spec)
     machine = disassemble(cubin)
     at_once = pages_at_once(kv, group, head_dim, mean) if mean else 1
-    loop, weights = loop_over_pages(machine, 4 if head_dim > 256 else 1, at_once)
-    if mean and min(weights) == 1:
+    warps, blocks = (4, blocks_of_heads(kv, group, head_dim, mean)) if head_dim > 256 else (1, 1)
+    loop, weights = loop_over_pages(machine, warps, at_once, blocks)
+    if mean and len({weight for name, weight in zip(loop, weights, strict=True) if name == "HMMA"}) < 2:
         raise RuntimeError("the key mean's products for four pages were not found in the loop over pages")
     kinds: dict[str, float] = Counter()
     for name, weight in zip(loop, weights, strict=True):
@@ -267,6 +295,7 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: di
         kv=kv,
         group=group,
         head_dim=head_dim,
+        code=len(loop),
         instructions=instructions,
         per_token=instructions / TOKENS,
         per_triplet=instructions * 32 / TOKENS / (2 * -(-head_dim // 3)),
@@ -290,13 +319,13 @@ def parse(variant: str) -> tuple[str, int, int, int]:
 
 def table(reports: list[Report]) -> str:
     """A markdown table."""
-    header = ["format", "group", "d", "loop", "a token", "a triplet", *PIPES, "busiest: cycles a token", "registers",
-              "spilled B", "barriers", "shared B"]  # fmt: skip
+    header = ["format", "group", "d", "code", "loop", "a token", "a triplet", *PIPES, "busiest: cycles a token",
+              "registers", "spilled B", "barriers", "shared B"]  # fmt: skip
     lines = [header, ["---"] * len(header)]
     for r in reports:
         pipe, cycles = r.busiest
         name = f"{r.kv}+mean{r.mean}" if r.mean else r.kv
-        lines.append([name, str(r.group), str(r.head_dim), f"{r.instructions:.0f}", f"{r.per_token:.1f}",
+        lines.append([name, str(r.group), str(r.head_dim), str(r.code), f"{r.instructions:.0f}", f"{r.per_token:.1f}",
                       f"{r.per_triplet:.2f}", *(f"{r.pipes[name]:.0f}" for name in PIPES), f"{pipe}: {cycles:.1f}",
                       str(r.registers), str(r.spilled_bytes), str(r.barriers), f"{r.shared_bytes:,}"])  # fmt: skip
     return markdown(lines)
@@ -336,7 +365,7 @@ def main() -> int:
         costs = ", ".join(f"{name} {cost}" for name, (_, cost) in PIPES.items() if cost)
         about = (
             f". A turn of the loop is {TOKENS} tokens of a KV head, by one warp; for heads of 512 by four, whose"
-            " instructions are added up."
+            " instructions are added up; `code`: instructions that the loop has, 16 bytes each."
             " Pipes: instructions of a turn; the busiest one with the cycles that a scheduler's pipe takes for a token,"
             f" at {costs} cycles an instruction (memory: without bank conflicts, 32 bits a lane, four schedulers to one"
             " pipe). `+mean2`: with the key mean, two steps of eight frequencies being fast; of the instructions that"

@@ -272,7 +272,7 @@ def qkv_rope_append_kernel(
         turned = tl.where(low, by_cos - by_sin, by_cos + by_sin).to(kind)
         if SCALED:
             turned = (turned.to(tl.float32) * factor).to(kind)
-        if TAKES_MEAN:
+        if TAKES_MEAN:  # noqa: SIM102 (a constant of the compilation)
             if is_mean:
                 # The partner of each column, turned, makes A of the first half and B of the second (`key_mean`).
                 by_cos = (other * cos).to(kind).to(tl.float32)

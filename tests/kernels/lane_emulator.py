@@ -469,6 +469,17 @@ def halves_of(word: Value) -> np.ndarray:
     return np.ascontiguousarray(threads_of(word))[:, None].view(np.uint16)
 
 
+def by_role(
+    _number: Value, role: Value, function: Callable[..., Any], stage: Value, lane: Value, shape: tuple[int, ...]
+) -> tuple[Value, ...]:
+    """All warps take every branch; each thread has what its own one leaves."""
+    found = [function(stage, lane, number, *shape) for number in range(4)]
+    chosen = []
+    for a, b, c, d in zip(*found, strict=True):
+        chosen.append(where(role < 2, where(role == 0, a, b), where(role == 2, c, d)))
+    return tuple(chosen)
+
+
 INSTRUCTIONS: dict[str, Any] = {
     "barrier": barrier,
     "load_shared": lambda address, offset: shared_words(address, 1, offset)[0],
@@ -490,7 +501,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "own_warp": lambda _: Value(0, "i32"),  # all warps run in step
     "own_warp_backwards": lambda _x, _warps: Value(0, "i32"),
     "has_role": lambda _x, _role, _roles: True,
-    "as_found": lambda new, old, mine: tuple(where(mine, a, b) for a, b in zip(new, old, strict=True)),
+    "by_role": by_role,
     "team_barrier": lambda _: barrier(),
     "write_shared_if": lambda address, value, wanted: write_shared_words(address, [value], wanted),
     "let_next_kernel_start": lambda _: Value(0, "i32"),
@@ -499,6 +510,9 @@ INSTRUCTIONS: dict[str, Any] = {
     "arrive": arrive,
     "write_shared2": lambda address, a, b: write_shared_words(address, [a, b]),
     "write_shared4_of": lambda address, *words: write_shared_words(address, list(words)),
+    "shift_pair": lambda low, high, places: Value(
+        low.data >> np.uint32(places) | high.data << np.uint32(32 - places), "u32"
+    ),
     "append_nibble": lambda word, x: Value(word.data >> np.uint32(4) | x.data << np.uint32(28), "u32"),
     "computed_here": lambda x: x,
     "bits_of_two": lambda low, high, bits: ((low.to("i64") | high.to("i64") << 32) >> bits).to("u32"),
@@ -614,7 +628,7 @@ def language() -> types.ModuleType:
 
 PACKAGE = "octo_run.kernels"
 HOPPER = ("codewords", "full_precision", "mean_bias", "parts", "products", "tables", "decode")
-HOPPER += ("wide_full_precision", "wide_products", "wide_parts", "wide_decode")
+HOPPER += ("wide_full_precision", "wide_words", "wide_products", "wide_parts", "wide_decode")
 MODULES = ("lanes", "lane_copies", *(f"attention.hopper.{name}" for name in HOPPER), "encode.lane_search")
 MODULES += (
     "linear.unpack",

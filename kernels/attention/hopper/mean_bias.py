@@ -207,15 +207,16 @@ def _all_sums(angles, at, OFFSET: gl.constexpr, D: gl.constexpr, FAST: gl.conste
 @gluon.jit
 def make_components(
     angles, stage, lane, AT: gl.constexpr, D: gl.constexpr, NT: gl.constexpr, FAST: gl.constexpr, PAGES: gl.constexpr,
-    PAGE: gl.constexpr,
+    PAGE: gl.constexpr, behind=0,
 ):  # fmt: skip
     """The components of PAGES pages, to the warp's stage in shared memory: the operands of the second product, PAGE
-    bytes a page and four heads. What comes next is to synchronise the warp."""
+    bytes a page and four heads. What comes next is to synchronise the warp. ``behind``: bytes from AT on to where the
+    operands of these heads begin."""
     TILES: gl.constexpr = _tiles(D, FAST)
     g = lane >> 2
     constant = g < 4
     to = stage + u32((lane & (PAGES - 1)) * (NT * PAGE) + (g & 3) * (64 * NT) + (g >> 2) * (16 * NT))
-    at = u32(lane * 16)
+    at = u32(lane * 16 + behind)
     sums = ()
     for b in gl.static_range(NT):
         sums = sums + (_all_sums(angles, at, AT + b * TILES * 512, D, FAST, _chains(D, NT)),)

@@ -16,7 +16,6 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     PAGES_AT_ONCE,
     component_bytes,
     load_angles,
-    load_functions,
     make_components,
     mean_bytes,
     operand_bytes,
@@ -30,19 +29,18 @@ from octo_run.kernels.attention.hopper.wide_parts import combine_bytes, combine_
 from octo_run.kernels.attention.hopper.wide_products import (
     add_tile_biases,
     limit_tile,
-    slice_pairs,
     slice_values,
     split_query,
     tile_scores,
     value_norms,
     weigh_tile,
 )
-from octo_run.kernels.lane_copies import commit_copies, copy16, wait_for_copies
+from octo_run.kernels.attention.hopper.wide_words import SLICE_PAIRS, fourth_lookup
+from octo_run.kernels.lane_copies import commit_copies, copy16, copy16_if, wait_for_copies
 from octo_run.kernels.lanes import (
-    as_found,
     barrier,
-    has_role,
     let_next_kernel_start,
+    load_global4,
     own_warp,
     read_scalars,
     repeat,
@@ -71,10 +69,14 @@ def other_bytes(head_dim, blocks, teams, bytes_k, bytes_v, mean):
 @gluon.jit
 def _fetch(stage, block, lane, tile, BPV: gl.constexpr):
     """Start copying a block of 64 vectors to the team's stage, every warp of it a quarter."""
+    first = tile * 512 + lane * 16
+    to = stage + u32(first)
+    source = block + first
     for c in gl.static_range((64 * BPV + 2047) // 2048):
-        # Beyond the end the last 16 bytes once more.
-        at = gl.minimum(c * 2048 + tile * 512 + lane * 16, 64 * BPV - 16)
-        copy16(stage + u32(at), block + at)
+        if c * 2048 + 2048 <= 64 * BPV:
+            copy16(to + c * 2048, source + c * 2048)
+        else:
+            copy16_if(to + c * 2048, source + c * 2048, c * 2048 + first < 64 * BPV, False)
     commit_copies(lane)
 
 
@@ -105,7 +107,7 @@ def wide_decode_kernel(
     N: gl.constexpr = T // 8
     gl.static_assert(T % 8 == 3)
     EXTRAS: gl.constexpr = 3
-    PAIRS: gl.constexpr = slice_pairs(N + 1)
+    PAIRS: gl.constexpr = SLICE_PAIRS
     BLOCKS: gl.constexpr = (G + 4 * NT - 1) // (4 * NT)
     SH_K: gl.constexpr = row_shift(COPIES_K)
     SHX_K: gl.constexpr = row_shift(COPIES_XK)
@@ -188,7 +190,8 @@ def wide_decode_kernel(
 
     if MEAN > 0:
         components = u32(COMPONENTS_AT + team * component_bytes(NT, PAGES_AT_ONCE, PAGE_BYTES))
-        functions = load_functions(FUNCTIONS, lane)
+        own_block = gl.minimum(tile, NT - 1)
+        functions = load_global4(FUNCTIONS + (tile % 2 * 128 + lane * 4))  # `mean_bias.load_functions`
     after = 0
     if EARLY:
         let_next_kernel_start(seq)
@@ -238,6 +241,8 @@ def wide_decode_kernel(
     else:
         lane_v = shuffle(u32((lane % COPIES_V) * 4), lane)
         lane_xv = shuffle(u32((lane % COPIES_XV) * 4), lane)
+    fourth = fourth_lookup(lane, tile, lane_v, lane_xv, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V)
+    its_row = shuffle(u32(lane * 0 + 1) << u32(2 * tile), lane)  # for a product: as a shift it costs more
     zero_i = lane * 0
     zero_f = zero_i.to(gl.float32)
     weight = repeat(zero_f, NT)
@@ -249,6 +254,7 @@ def wide_decode_kernel(
     barrier()
     # Every team ends its loop by itself; run in step instead (`own` is zero then), one without a page is not inside.
     own = own_warp(seq) // 4
+    number = own_warp(seq) % 4  # of the warp in its team, as a scalar: `tile`
     for base in range(begin + own, end, TEAMS):
         page = base + (team - own)
         inside = page < end
@@ -256,30 +262,22 @@ def wide_decode_kernel(
         next_id = gl.load(ids + gl.minimum(page + 2 * TEAMS, last))
         if MEAN > 0:
             turn = (base - begin) & (TEAMS * (PAGES_AT_ONCE - 1))  # times TEAMS
-            if turn == 0:
-                for b in gl.static_range(NT):
-                    if has_role(seq, b, 4):
-                        angles = load_angles(ANGLES, page, last, lane, D, TEAMS, PAGES_AT_ONCE)
-                        make_components(
-                            angles, components + b * (PAGES_AT_ONCE * PAGE_BYTES), lane,
-                            MEAN_AT + b * (operand_bytes(D, NT, MEAN) // NT), D, 1, MEAN, PAGES_AT_ONCE,
-                            PAGE_BYTES,
-                        )  # fmt: skip
+            if (turn == 0) & (number < NT):  # a warp for each block of heads
+                angles = load_angles(ANGLES, page, last, lane, D, TEAMS, PAGES_AT_ONCE)
+                make_components(
+                    angles, components + u32(own_block * (PAGES_AT_ONCE * PAGE_BYTES)), lane, MEAN_AT, D, 1, MEAN,
+                    PAGES_AT_ONCE, PAGE_BYTES, own_block * (operand_bytes(D, NT, MEAN) // NT),
+                )  # fmt: skip
         wait_for_copies(lane, 0)
         team_barrier(own)
         if base != begin + own:  # the first one is under way since the start
             _fetch(v_stage, block + 64 * BPV_K, lane, tile, BPV_V)
-        scores = repeat(zero_f, 2 * NT)
-        for role in gl.static_range(4):
-            if has_role(seq, role, 4):
-                found = tile_scores(
-                    k_stage, lane, lane_k, lane_xk, queries_at, zero_i, role, D, B_K, STATE_K, SH_K, SHX_K, EXTRAS_AT_K,
-                    SIGNED_K, NORM_K, WORDS_K, NT,
-                )  # fmt: skip
-                if MEAN > 0:
-                    at = components + u32(turn * (PAGE_BYTES // TEAMS))
-                    found = add_tile_biases(found, at, functions, lane, role, NT)
-                scores = as_found(found, scores, tile == role)
+        scores = tile_scores(
+            k_stage, lane, lane_k, lane_xk, queries_at, zero_i, tile, its_row, number, D, B_K, STATE_K, SH_K, SHX_K,
+            EXTRAS_AT_K, SIGNED_K, NORM_K, WORDS_K, NT,
+        )  # fmt: skip
+        if MEAN > 0:
+            scores = add_tile_biases(scores, components + u32(turn * (PAGE_BYTES // TEAMS)), functions, lane, tile, NT)
         if CAP > 0 or WINDOW > 0:
             unseen = gl.maximum(start + 1 - WINDOW, 0) - sink - 64 * page - 16 * tile
             scores = limit_tile(scores, lane, unseen, NT, CAP, WINDOW)
@@ -290,13 +288,10 @@ def wide_decode_kernel(
         running, total, weight, decays, shares = weigh_tile(
             scores, gammas, inside, running, total, weight, maxima_at, weights_at, lane, tile, source, selector, own, NT
         )
-        for role in gl.static_range(4):
-            if has_role(seq, role, 4):
-                grown = slice_values(
-                    acc, decays, shares, v_stage, weights_at, lane, lane_v, lane_xv, zero_i, role, D, B_V, STATE_V,
-                    SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, FULL_V, ALL_V, NT,
-                )  # fmt: skip
-                acc = as_found(grown, acc, tile == role)
+        acc = slice_values(
+            acc, decays, shares, v_stage, weights_at, lane, lane_v, fourth, zero_i, tile, number, D, B_V, STATE_V, SH_V,
+            TABLE_AT_V, SIGNED_V, FULL_V, ALL_V, NT,
+        )  # fmt: skip
         block = next_block
 
     gl.store(PLACES + (2 * seq + tid), gl.where(tid == 0, tid * 0 + before, tid * 0 + parts),

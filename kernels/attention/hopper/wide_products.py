@@ -14,7 +14,6 @@ from octo_run.kernels.attention.hopper.codewords import (
     chains_of,
     first_extras,
     if_last,
-    key_norm,
     select,
     single,
 )
@@ -29,8 +28,10 @@ from octo_run.kernels.attention.hopper.products import (
     triplet_of,
     whole_of,
 )
+from octo_run.kernels.attention.hopper.wide_words import SLICE_PAIRS, slice_words, tile_norm, tile_words, words_between
 from octo_run.kernels.lanes import (
     exp2,
+    load_shared,
     log2,
     max_over_rows,
     mma_half,
@@ -82,117 +83,23 @@ def split_query(q_ptr, stride_qh, lane, first_head, scale, G: gl.constexpr, D: g
     return out + factor_and_offset(peak, total, scale, lane)
 
 
-@constexpr_function
-def slice_pairs(slots):
-    """Pairs of slots of a warp's slice, but for the last slice, which has the rest."""
-    return -(-((int(slots) + 1) // 2) // 4)
-
-
-@constexpr_function
-def _meets(word, first, size):
-    """Whether a word has any of the ``size`` bits from ``first`` on."""
-    return size > 0 and first < 32 * word + 32 and first + size > 32 * word
-
-
-@constexpr_function
-def _wanted_of_keys(word, tile, n, b, signed, norm, words):
-    """Whether a tile's logits need this word of a lane's buffer in the K block (`codec.page_layout`, three extras)."""
-    word, tile, n, b, signed, norm, words = (int(x) for x in (word, tile, n, b, signed, norm, words))
-    of_token, beyond = (2 * n + 1) * b, 8 * max(0, norm - b)
-    streams, signs = _meets(word, 2 * tile * of_token, 2 * of_token), _meets(word, 8 * of_token, 24 * (2 * n + 1))
-    return streams or (signed > 0 and signs) or _meets(word, 32 * words - beyond, beyond)
-
-
-@constexpr_function
-def _wanted_of_values(word, first, end, n, b, state, signed):
-    """Whether the slots from ``first`` to before ``end`` need this word of a lane's buffer in the V block."""
-    word, first, end, n, b, state, signed = (int(x) for x in (word, first, end, n, b, state, signed))
-    chained_end, extra = min(end, n), 8 * 2 * n * (b + 3 * signed)
-    for token in range(16):
-        if _meets(word, (token * n + first) * b, (chained_end - first) * b + state):
-            return True
-        if end >= n and _meets(word, token * n * b, state):  # the last slot's state
-            return True
-    for eight in range(2 * signed):
-        if _meets(word, 8 * (2 * n * b + 3 * n * eight + 3 * first), 24 * (chained_end - first)):
-            return True
-    return end > n and _meets(word, extra, 16 * (b + 3 * signed))
-
-
-@constexpr_function
-def _keys_in_chunk(chunk, tile, n, b, signed, norm, words):
-    return sum(bool(_wanted_of_keys(4 * int(chunk) + i, tile, n, b, signed, norm, words)) for i in range(4))
-
-
-@constexpr_function
-def _values_in_chunk(chunk, first, end, n, b, state, signed):
-    return sum(bool(_wanted_of_values(4 * int(chunk) + i, first, end, n, b, state, signed)) for i in range(4))
-
-
-@gluon.jit
-def _key_words(
-    stage, lane, TILE: gl.constexpr, N: gl.constexpr, B: gl.constexpr, SIGNED: gl.constexpr, NORM: gl.constexpr,
-    WORDS: gl.constexpr,
-):  # fmt: skip
-    """The lane's words of a staged K block; zeros in place of those that the tile does not need."""
-    none = u32(lane * 0)
-    words = ()
-    for c in gl.static_range(WORDS // 4):
-        if _keys_in_chunk(c, TILE, N, B, SIGNED, NORM, WORDS) > 1:
-            a0, a1, a2, a3 = read_shared4(stage + u32(lane * 16 + c * 512))
-            words = words + (a0, a1, a2, a3)
-        else:
-            for i in gl.static_range(4):
-                if _wanted_of_keys(4 * c + i, TILE, N, B, SIGNED, NORM, WORDS):
-                    words = words + (read_shared(stage + u32(lane * 16 + (c * 512 + i * 4))),)
-                else:
-                    words = words + (none,)
-    for w in gl.static_range(WORDS // 4 * 4, WORDS):
-        words = words + (read_shared(stage + u32(lane * 4 + w * 128)),)
-    return words
-
-
-@gluon.jit
-def _value_words(
-    stage, lane, FIRST: gl.constexpr, END: gl.constexpr, N: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr,
-    SIGNED: gl.constexpr, FULL: gl.constexpr, ALL: gl.constexpr, EXTRAS: gl.constexpr,
-):  # fmt: skip
-    """The lane's words of a staged V block; zeros in place of those that the slots do not need."""
-    none = u32(lane * 0)
-    words = ()
-    for c in gl.static_range(FULL // 4):
-        if _values_in_chunk(c, FIRST, END, N, B, STATE, SIGNED) > 1:
-            a0, a1, a2, a3 = read_shared4(stage + u32(lane * 16 + c * 512))
-            words = words + (a0, a1, a2, a3)
-        else:
-            for i in gl.static_range(4):
-                if _wanted_of_values(4 * c + i, FIRST, END, N, B, STATE, SIGNED):
-                    words = words + (read_shared(stage + u32(lane * 16 + (c * 512 + i * 4))),)
-                else:
-                    words = words + (none,)
-    for w in gl.static_range(FULL // 4 * 4, ALL):
-        if _wanted_of_values(w, FIRST, END, N, B, STATE, SIGNED):
-            if w < FULL:
-                at = lane * 4 + w * 128
-            else:
-                at = FULL * 128 + (w - FULL) * (EXTRAS * 16) + gl.minimum(lane, EXTRAS * 4 - 1) * 4
-            words = words + (read_shared(stage + u32(at)),)
-        else:
-            words = words + (none,)
-    return words
-
-
 @gluon.jit
 def tile_scores(
-    stage, lane, lane_base, lane_base_x, queries_at, zero, TILE: gl.constexpr, D: gl.constexpr, B: gl.constexpr,
+    stage, lane, lane_base, lane_base_x, queries_at, zero, tile, its_row, number, D: gl.constexpr, B: gl.constexpr,
     STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
     NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile for NT blocks of four heads: number 2 b + i is token 16 TILE + 8 i + g of head 4 b + t."""
+    """Logits of a tile for NT blocks of four heads: number 2 b + i is token 16 tile + 8 i + g of head 4 b + t.
+    ``its_row``: 2^(2 tile), which moves the tile's sign bits where those of the first one are."""
     N: gl.constexpr = (D + 2) // 3 // 8
     LAST: gl.constexpr = 2 * N // 4  # the chunk of query words that the extra triplet's is in
-    words = _key_words(stage, lane, TILE, N, B, SIGNED, NORM, WORDS)
     OF_TOKEN: gl.constexpr = (2 * N + 1) * B  # bits of a token's codes, bytes of all tokens'
+    words = tile_words(stage, lane, tile, number, N, B, NORM, WORDS)
+    signs = ()
+    if SIGNED:
+        stored = words_between(stage, lane, OF_TOKEN // 4, (OF_TOKEN + 3 * (2 * N + 1) + 3) // 4, WORDS)
+        for w in gl.static_range(len(stored)):
+            signs = signs + (stored[w] * its_row,)
     FACTOR: gl.constexpr = 2 * N + 1  # behind the operand (`split_query`)
     OFFSET: gl.constexpr = 2 * N + 2
     sums = repeat(repeat(zero, 4), NT)
@@ -203,17 +110,17 @@ def tile_scores(
         for s in gl.static_range(2 * c, min(2 * c + 2, N)):
             a = ()
             for i in gl.static_range(2 * s, 2 * s + 2):
-                for row in gl.static_range(2 * TILE, 2 * TILE + 2):
+                for row in gl.static_range(2):
                     a = a + (
                         chained(
                             words[(row * OF_TOKEN + i * B) // 32 : (row * OF_TOKEN + i * B) // 32 + 2],
                             words[
                                 (row * OF_TOKEN + i // N * N * B) // 32 : (row * OF_TOKEN + i // N * N * B) // 32 + 2
                             ],
-                            words[(OF_TOKEN + 3 * i) // 4 : (OF_TOKEN + 3 * i) // 4 + 2],
+                            signs[(OF_TOKEN % 4 + 3 * i) // 4 : (OF_TOKEN % 4 + 3 * i) // 4 + 2],
                             lane_base, (row * OF_TOKEN + i * B) % 32,
                             if_last(i, N, row * OF_TOKEN + i // N * N * B),
-                            (OF_TOKEN + 3 * i) % 4, row % 8, i % N == N - 1, B, STATE, SH, 0, SIGNED,
+                            (OF_TOKEN + 3 * i) % 4, row, i % N == N - 1, B, STATE, SH, 0, SIGNED,
                         ),
                     )  # fmt: skip
             new = ()
@@ -225,18 +132,18 @@ def tile_scores(
                 )
             sums = new
     extras = ()
-    for row in gl.static_range(2 * TILE, 2 * TILE + 2):
+    for row in gl.static_range(2):
         extras = extras + (
             single(
                 words[(row * OF_TOKEN + 2 * N * B) // 32 : (row * OF_TOKEN + 2 * N * B) // 32 + 2],
-                words[(OF_TOKEN + 6 * N) // 4 : (OF_TOKEN + 6 * N) // 4 + 2],
-                lane_base_x, (row * OF_TOKEN + 2 * N * B) % 32, (OF_TOKEN + 6 * N) % 4, row % 8, B, SHX, EXTRA_OFFSET,
+                signs[(OF_TOKEN % 4 + 6 * N) // 4 : (OF_TOKEN % 4 + 6 * N) // 4 + 2],
+                lane_base_x, (row * OF_TOKEN + 2 * N * B) % 32, (OF_TOKEN + 6 * N) % 4, row, B, SHX, EXTRA_OFFSET,
                 SIGNED,
             ),
         )  # fmt: skip
     gammas = ()
     for h in gl.static_range(2):
-        norm = key_norm(words, 2 * TILE + h, 8, N, 3, B, NORM, WORDS)
+        norm = tile_norm(words, h, N, B, NORM)
         gammas = gammas + (shuffle(norm, lane | 3).to(gl.float32, bitcast=True),)
     out = ()
     for b in gl.static_range(NT):
@@ -251,15 +158,16 @@ def tile_scores(
 
 
 @gluon.jit
-def add_tile_biases(scores, at, functions, lane, TILE: gl.constexpr, NT: gl.constexpr):
-    """The scores of a tile with what the key mean adds to them (`mean_bias`); ``at``: the page's components."""
+def add_tile_biases(scores, at, functions, lane, tile, NT: gl.constexpr):
+    """The scores of a tile with what the key mean adds to them (`mean_bias`); ``at``: the page's components,
+    ``functions``: the tile's of them, the even ones' or the odd ones'."""
     zero = repeat((lane * 0).to(gl.float32), 4)
-    f = functions[TILE % 2]
     out = ()
     for b in gl.static_range(NT):
         b0, b1 = read_shared2(at + u32(b * (PAGES_AT_ONCE * PAGE_BYTES) + lane * 8))
-        four = mma_half(zero, f[0], f[1], f[2], f[3], b0, b1, "f16")
-        out = out + (scores[2 * b] + four[TILE // 2], scores[2 * b + 1] + four[2 + TILE // 2])
+        four = mma_half(zero, functions[0], functions[1], functions[2], functions[3], b0, b1, "f16")
+        for i in gl.static_range(2):
+            out = out + (scores[2 * b + i] + gl.where(tile < 2, four[2 * i], four[2 * i + 1]),)
     return out
 
 
@@ -346,54 +254,59 @@ def weigh_tile(
     return new_running, new_total, new_weight, decays, shares
 
 
+@constexpr_function
+def _two_rows(first):
+    """PRMT selector that spreads the top bits of the bytes ``first`` of two registers, then of those behind them."""
+    return (8 + first) | (12 + first) << 4 | (9 + first) << 8 | (13 + first) << 12
+
+
+@gluon.jit
+def _signed_planes(w, xy, z, SECOND: gl.constexpr, ROW: gl.constexpr):
+    """The x, y and z bytes of four triples (`transposed`), of tokens ROW to ROW + 3 of eight, with the signs in ``xy``
+    and ``z``: words of two slots (`slice_words`), of which SECOND says whether it is the second one."""
+    first = permute_bytes(w[0], w[1], 0x5140) ^ permute_bytes(xy << ROW, xy << (ROW + 1), _two_rows(2 * SECOND))
+    second = permute_bytes(w[2], w[3], 0x5140) ^ permute_bytes(xy << (ROW + 2), xy << (ROW + 3), _two_rows(2 * SECOND))
+    if SECOND:
+        alone = z >> 24
+    else:
+        alone = z & 0xFF
+    rows = alone * (0x8040201 << ROW)  # a row's bit on top of each byte
+    last = permute_bytes(w[0], w[1], 0x3362) ^ permute_bytes(w[2], w[3], 0x6233) ^ permute_bytes(rows, rows, 0xBA98)
+    return permute_bytes(first, second, 0x5410), permute_bytes(first, second, 0x7632), last
+
+
 @gluon.jit
 def slice_values(
-    acc, decays, shares, stage, weights_at, lane, lane_base, lane_base_x, zero, PART: gl.constexpr, D: gl.constexpr,
-    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, OFFSET: gl.constexpr,
-    EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, FULL: gl.constexpr, ALL: gl.constexpr, NT: gl.constexpr,
+    acc, decays, shares, stage, weights_at, lane, lane_base, fourth, zero, part, number, D: gl.constexpr,
+    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr, SIGNED: gl.constexpr,
+    FULL: gl.constexpr, ALL: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
-    """Sums with the weighted values of a page, of the slots of slice PART: for each block of heads, pair of slots,
-    component, slot of the pair."""
-    T: gl.constexpr = (D + 2) // 3
-    N: gl.constexpr = T // 8
-    SLOTS: gl.constexpr = N + 1
-    EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)  # the byte at which the extra triplet's codes begin
-    PAIRS: gl.constexpr = slice_pairs(SLOTS)
-    FIRST: gl.constexpr = PART * PAIRS
-    END: gl.constexpr = min(FIRST + PAIRS, (SLOTS + 1) // 2)
-    words = _value_words(stage, lane, 2 * FIRST, min(2 * END, SLOTS), N, B, STATE, SIGNED, FULL, ALL, T % 8)
+    """Sums with the weighted values of a page, of the warp's slots: for each block of heads, pair of slots, component,
+    slot of the pair. The last slice's last pair is garbage. ``fourth``: `fourth_lookup`."""
+    words = slice_words(stage, lane, part, number, (D + 2) // 3 // 8, B, STATE, SIGNED, FULL, ALL, (D + 2) // 3 % 8)
     found = repeat((), NT)
-    for pair in gl.static_range(FIRST, END):
+    for pair in gl.static_range(SLICE_PAIRS):
         sums = repeat(repeat(zero, 4), NT * 3)
         for half in gl.static_range(2):
             planes = ()
             for s in gl.static_range(2 * pair, 2 * pair + 2):
                 for four in gl.static_range(2):
-                    if s < SLOTS:
-                        w = ()
-                        for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
-                            if s < N:
-                                codes = words[(u * N + s) * B // 32 : (u * N + s) * B // 32 + 2]
-                                begin = words[u * N * B // 32 : u * N * B // 32 + 2]
-                                signs = words[
-                                    (2 * N * B + 3 * (N * half + s)) // 4 : (2 * N * B + 3 * (N * half + s)) // 4 + 2
-                                ]
-                                value = chained(
-                                    codes, begin, signs, lane_base, (u * N + s) * B % 32, if_last(s, N, u * N * B),
-                                    (2 * N * B + 3 * (N * half + s)) % 4, u % 8, s == N - 1, B, STATE, SH, OFFSET,
-                                    SIGNED,
-                                )  # fmt: skip
-                            else:
-                                codes = words[(8 * EXTRA + u * B) // 32 : (8 * EXTRA + u * B) // 32 + 2]
-                                signs = words[(EXTRA + 2 * B + 3 * half) // 4 : (EXTRA + 2 * B + 3 * half) // 4 + 2]
-                                value = single(
-                                    codes, signs, lane_base_x, (8 * EXTRA + u * B) % 32, (EXTRA + 2 * B + 3 * half) % 4,
-                                    u % 8, B, SHX, EXTRA_OFFSET, SIGNED,
-                                )  # fmt: skip
-                            w = w + (value,)
-                        planes = planes + (transposed(w),)
+                    w = ()
+                    for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
+                        codes = words[2 * u + s // 3 : 2 * u + s // 3 + 1]
+                        if s == 3:
+                            value = load_shared(((codes[0] * fourth[0]) & fourth[1]) | fourth[2], OFFSET)
+                        else:
+                            value = chained(
+                                codes, codes, codes, lane_base, s % 3 * B, 0, 0, 0, False, B, STATE, SH, OFFSET, False
+                            )
+                        w = w + (value,)
+                    if SIGNED:
+                        xy = words[32 + 6 * half + s // 2]
+                        z = words[35 + 6 * half + s // 2]
+                        planes = planes + (_signed_planes(w, xy, z, s % 2, 4 * four),)
                     else:
-                        planes = planes + ((u32(zero), u32(zero), u32(zero)),)
+                        planes = planes + (transposed(w),)
             new = ()
             for b in gl.static_range(NT):
                 weights = read_shared2(weights_at + u32(b * 512 + half * 8 + lane * 16))  # no registers to keep them
@@ -411,13 +324,11 @@ def slice_values(
             for c in gl.static_range(3):
                 for h in gl.static_range(2):
                     page_sum = (sums[b * 3 + c][2 * h] * 256 + sums[b * 3 + c][2 * h + 1]).to(gl.float32)
-                    before = acc[(b * PAIRS + pair - FIRST) * 6 + 2 * c + h]
+                    before = acc[(b * SLICE_PAIRS + pair) * 6 + 2 * c + h]
                     row = row + (before * decays[b] + page_sum * shares[b],)
             longer = longer + (row,)
         found = longer
     out = ()
     for b in gl.static_range(NT):
         out = out + found[b]
-        for i in gl.static_range((END - FIRST) * 6, PAIRS * 6):  # what the last slice does not have
-            out = out + (acc[b * PAIRS * 6 + i],)
     return out
