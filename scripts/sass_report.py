@@ -88,7 +88,6 @@ class Report:
             two, half).
             Of the wide kernel those of four warps, which share a page.
         kinds: How many instructions of each name it has.
-        code: Instructions as they lie in memory, of the loop of one page.
         mean: Fast steps of the key mean's tables, 0 without a mean.
     """
 
@@ -105,7 +104,6 @@ class Report:
     shared_bytes: int
     kinds: dict[str, float]
     pipes: dict[str, float]
-    code: int
     mean: int = 0
 
     @property
@@ -305,7 +303,6 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: di
         shared_bytes=shared,
         kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
         pipes=by_pipe(loop, weights),
-        code=sum(weight >= 1 for weight in weights),
         mean=mean,
     )
 

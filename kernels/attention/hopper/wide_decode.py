@@ -226,7 +226,7 @@ def wide_decode_kernel(
         q_row, sq_h, sink_k, sink_v, tail_k, tail_v, ssk_t, ssv_t, stk_t, stv_t, n_sink, count, first_slot, capacity,
         part, parts, mine, tid, first_head, scale_log2, SINK_LOGITS + head * G, 0, G, D, NT, ELEMENT, WARPS, CAP, SINKS,
     )  # fmt: skip
-    running, total, acc = full_sums(tid, 32512.0 / step_v, 0, D, NT, PAIRS)
+    highest, total, acc = full_sums(tid, 32512.0 / step_v, 0, D, NT, PAIRS)
     barrier()
     fill_tables(
         table, table_x, TABLE_V, tid, MAIN_K, COPIES_K, EXTRAS_AT_K, B_K, COPIES_XK, TABLE_AT_V, MAIN_V, COPIES_V,
@@ -245,6 +245,7 @@ def wide_decode_kernel(
     its_row = shuffle(u32(lane * 0 + 1) << u32(2 * tile), lane)  # for a product: as a shift it costs more
     zero_i = lane * 0
     zero_f = zero_i.to(gl.float32)
+    level = highest
     weight = repeat(zero_f, NT)
     selector = u32(gl.where(g & 1 == 0, 0x7351, 0x6240))
     source = t * 4 + (g >> 1)
@@ -285,11 +286,25 @@ def wide_decode_kernel(
         team_barrier(own)
         _fetch(k_stage, next_block, lane, tile, BPV_K)
         gammas = value_norms(v_stage + NORMS_AT, lane, tile)
-        running, total, weight, decays, shares = weigh_tile(
-            scores, gammas, inside, running, total, weight, maxima_at, weights_at, lane, tile, source, selector, own, NT
+        highest, level, total, weight, decays = weigh_tile(
+            scores,
+            gammas,
+            inside,
+            highest,
+            level,
+            total,
+            weight,
+            maxima_at,
+            weights_at,
+            lane,
+            tile,
+            source,
+            selector,
+            own,
+            NT,
         )
         acc = slice_values(
-            acc, decays, shares, v_stage, weights_at, lane, lane_v, fourth, zero_i, tile, number, D, B_V, STATE_V, SH_V,
+            acc, decays, v_stage, weights_at, lane, lane_v, fourth, zero_i, tile, number, D, B_V, STATE_V, SH_V,
             TABLE_AT_V, SIGNED_V, FULL_V, ALL_V, NT,
         )  # fmt: skip
         block = next_block
@@ -298,7 +313,7 @@ def wide_decode_kernel(
              mask=(tid < 2) & (part == 0))  # fmt: skip
     first_row = (before + part) * (gl.num_programs(0) // BLOCKS * G) + head * G + first_head
     combine_teams(
-        acc, running, total, weight, tid, first_head, PARTIAL + first_row.to(gl.int64) * D, LSE + first_row,
+        acc, level, total, weight, tid, first_head, PARTIAL + first_row.to(gl.int64) * D, LSE + first_row,
         step_v / 32512.0, G, D, NT, PAIRS, TEAMS,
     )  # fmt: skip
     smem._keep_alive()

@@ -40,7 +40,7 @@ def _bits(x):
 
 @gluon.jit
 def combine_teams(
-    acc, running, total, weight, tid, first_head, partial_row, lse_row, to_value, G: gl.constexpr, D: gl.constexpr,
+    acc, level, total, weight, tid, first_head, partial_row, lse_row, to_value, G: gl.constexpr, D: gl.constexpr,
     NT: gl.constexpr, PAIRS: gl.constexpr, TEAMS: gl.constexpr,
 ):  # fmt: skip
     """Add up the warps' sums through shared memory (the table is not needed any more); write outputs to
@@ -62,7 +62,7 @@ def combine_teams(
         head = (warp >> 2) * HEADS + 4 * b + t
         write_shared(u32(MASS_AT + (head * 4 + tile) * 4), _bits(sum_over_rows(total[b], lane)))
         write_shared(u32(LIFT_AT + (head * 4 + tile) * 4), _bits(0.5 * sum_over_rows(weight[b], lane)))
-        write_shared(u32(MAXIMA_AT + head * 4), _bits(running[b]))
+        write_shared(u32(MAXIMA_AT + head * 4), _bits(level[b]))
         for i in gl.static_range(PAIRS):
             for c in gl.static_range(3):
                 for h in gl.static_range(2):
@@ -96,5 +96,5 @@ def combine_teams(
             over = gl.where(empty, 0.0, to_value / gl.where(empty, 1.0, mass))
             gl.store(partial_row + (i * D + column), left * over, mask=keep)
             gl.store(partial_row + (i * D + 1 + column), right * over, mask=keep)
-            level = gl.where(empty, -1e30, best + log2(gl.where(empty, 1.0, mass)))
-            gl.store(lse_row + (column * 0 + i), level, mask=keep & (column == 0))
+            whole = gl.where(empty, -1e30, best + log2(gl.where(empty, 1.0, mass)))
+            gl.store(lse_row + (column * 0 + i), whole, mask=keep & (column == 0))

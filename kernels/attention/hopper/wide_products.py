@@ -202,10 +202,10 @@ def value_norms(norms_at, lane, tile):
 
 @gluon.jit
 def weigh_tile(
-    scores, gammas, inside, running, total, weight, maxima_at, weights_at, lane, tile, source, selector, team,
+    scores, gammas, inside, highest, level, total, weight, maxima_at, weights_at, lane, tile, source, selector, team,
     NT: gl.constexpr,
 ):  # fmt: skip
-    """The page's softmax: new running maxima and sums, what becomes of the old sums of values and of the page's own.
+    """The page's softmax: new maxima, levels (`products.weigh_page`) and sums, and what becomes of older sums.
 
     The warps tell each other their tiles' maxima, then the weights, as pairs of int8 scaled by the page's largest one:
     at ``weights_at`` 512 bytes a block of heads, as operands of `slice_values`.
@@ -218,22 +218,23 @@ def weigh_tile(
         top = max_over_rows(gl.maximum(scores[2 * b] + log_gammas[0], scores[2 * b + 1] + log_gammas[1]), lane)
         write_shared(maxima_at + u32(b * 64 + t * 16 + tile * 4), top.to(gl.uint32, bitcast=True))
     team_barrier(team)
-    new_running = ()
+    new_highest = ()
+    new_level = ()
     new_total = ()
     new_weight = ()
     decays = ()
-    shares = ()
     for b in gl.static_range(NT):
         four = read_shared4(maxima_at + u32(b * 64 + t * 16))
         tops = four[0].to(gl.float32, bitcast=True)
         for w in gl.static_range(1, 4):
             tops = gl.maximum(tops, four[w].to(gl.float32, bitcast=True))
-        highest = gl.maximum(running[b], gl.where(inside, tops, -1e30))
+        tops = gl.where(inside, tops, -1e30)
+        most = gl.maximum(highest[b], tops)
         shift = gl.where(inside, tops, 1e30)  # a page beyond the end: all weights zero
-        decay = exp2(running[b] - highest)
-        share = gl.where(inside, exp2(tops - highest), 0.0)
-        p_sum = running[b] * 0.0
-        w_sum = running[b] * 0.0
+        reference = gl.maximum(tops, most - 60.0)
+        decay = exp2(level[b] - reference)
+        p_sum = decay * 0.0
+        w_sum = decay * 0.0
         bits = ()
         for i in gl.static_range(2):
             p = exp2(scores[2 * b + i] - shift)
@@ -245,13 +246,13 @@ def weigh_tile(
         sent = select(both, both + 0x800080, 0xFF00FF)
         word = permute_bytes_by(shuffle(sent, source), shuffle(sent, source + 16), selector)
         write_shared(weights_at + u32(b * 512 + lane * 16 + tile * 4), word)
-        new_running = new_running + (highest,)
-        new_total = new_total + (total[b] * decay + p_sum * share,)
-        new_weight = new_weight + (weight[b] * decay + w_sum * share,)
+        new_highest = new_highest + (most,)
+        new_level = new_level + (reference,)
+        new_total = new_total + (total[b] * decay + p_sum,)
+        new_weight = new_weight + (weight[b] * decay + w_sum,)
         decays = decays + (decay,)
-        shares = shares + (share,)
     team_barrier(team)
-    return new_running, new_total, new_weight, decays, shares
+    return new_highest, new_level, new_total, new_weight, decays
 
 
 @constexpr_function
@@ -277,7 +278,7 @@ def _signed_planes(w, xy, z, SECOND: gl.constexpr, ROW: gl.constexpr):
 
 @gluon.jit
 def slice_values(
-    acc, decays, shares, stage, weights_at, lane, lane_base, fourth, zero, part, number, D: gl.constexpr,
+    acc, decays, stage, weights_at, lane, lane_base, fourth, zero, part, number, D: gl.constexpr,
     B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr, SIGNED: gl.constexpr,
     FULL: gl.constexpr, ALL: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
@@ -325,7 +326,7 @@ def slice_values(
                 for h in gl.static_range(2):
                     page_sum = (sums[b * 3 + c][2 * h] * 256 + sums[b * 3 + c][2 * h + 1]).to(gl.float32)
                     before = acc[(b * SLICE_PAIRS + pair) * 6 + 2 * c + h]
-                    row = row + (before * decays[b] + page_sum * shares[b],)
+                    row = row + (before * decays[b] + page_sum,)
             longer = longer + (row,)
         found = longer
     out = ()
