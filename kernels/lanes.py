@@ -348,6 +348,23 @@ def append_nibble(word, x):
 
 
 @gluon.jit
+def computed_here(x):
+    """A float32 that is computed where the source says so, not where it is first wanted."""
+    return gl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@constexpr_function
+def _funnel_asm(bits):
+    return f"shf.r.wrap.b32 $0, $1, $2, {int(bits)};"
+
+
+@gluon.jit
+def bits_of_two(low, high, BITS: gl.constexpr):
+    """The 32 bits from bit BITS on of two registers; where the source says so, not before a loop around it."""
+    return gl.inline_asm_elementwise(_funnel_asm(BITS), "=r,r,r", [low, high], dtype=gl.uint32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def shuffle(x, lane):
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [x, lane], dtype=gl.uint32, is_pure=False, pack=1

@@ -87,6 +87,7 @@ class Report:
             two, half).
             Of the wide kernel those of four warps, which share a page.
         kinds: How many instructions of each name it has.
+        code: Instructions as they lie in memory, of the loop of one page.
         mean: Fast steps of the key mean's tables, 0 without a mean.
     """
 
@@ -102,6 +103,7 @@ class Report:
     shared_bytes: int
     kinds: dict[str, float]
     pipes: dict[str, float]
+    code: int
     mean: int = 0
 
     @property
@@ -219,7 +221,7 @@ def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple
     """The instructions of the shortest loop that has all int8 products, and how often each runs for a page.
 
     A loop around it that has more products of floats is taken whole: these make the key mean's components. So do those
-    that a branch leaves out, where a page has several warps.
+    that a branch leaves out, where a page has several warps. A loop in it that has int8 products is one of two turns.
 
     Args:
         warps: Those that share a page; branches with int8 products, and with the key mean's, are one warp's each.
@@ -233,6 +235,12 @@ def loop_over_pages(machine: Machine, warps: int = 1, at_once: int = 4) -> tuple
         around = [loop for loop in whole if names[slice(*loop)].count("HMMA") > floats]
         start, end = min(around, key=lambda loop: loop[1] - loop[0], default=inner)
         weights = [1.0 if inner[0] <= at < inner[1] else 1 / at_once for at in range(start, end)]
+        for first, last in machine.loops:
+            if start <= first < last <= end and 0 < names[first:last].count("IMMA") < products:
+                weights[first - start : last - start] = [2.0] * (last - first)
+                for begin, stop in machine.skips:
+                    if first <= begin < stop <= last:  # what is between its turns
+                        weights[begin - start : stop - start] = [1.0] * (stop - begin)
         return names[start:end], weights
     weights = [float(warps)] * (end - start)
     for first, last in machine.skips:
@@ -268,6 +276,7 @@ def report(kv: str, group: int = 4, head_dim: int = 128, mean: int = 0, spec: di
         shared_bytes=shared,
         kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
         pipes=by_pipe(loop, weights),
+        code=sum(weight >= 1 for weight in weights),
         mean=mean,
     )
 

@@ -500,6 +500,8 @@ INSTRUCTIONS: dict[str, Any] = {
     "write_shared2": lambda address, a, b: write_shared_words(address, [a, b]),
     "write_shared4_of": lambda address, *words: write_shared_words(address, list(words)),
     "append_nibble": lambda word, x: Value(word.data >> np.uint32(4) | x.data << np.uint32(28), "u32"),
+    "computed_here": lambda x: x,
+    "bits_of_two": lambda low, high, bits: ((low.to("i64") | high.to("i64") << 32) >> bits).to("u32"),
     "permute_bytes": permute,
     "permute_bytes_by": permute,
     "shuffle": shuffle,
