@@ -4,7 +4,6 @@ import importlib.util
 import os
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -68,19 +67,12 @@ def test_the_wide_kernel_s_loop_is_within_its_budget(kv: str, group: int, fast: 
     assert found.shared_bytes <= 227 * 1024
 
 
-def local_memory(found: Any, at_once: int) -> float:
-    """Accesses of a page to local memory; at head_dim 256 one word may be read with the key mean's components."""
-    reads, writes = found.kinds.get("LDL", 0.0), found.kinds.get("STL", 0.0)
-    return float(max(0.0, reads - (1 / at_once if found.mean and found.head_dim == 256 else 0)) + writes)
-
-
 @pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4"])
 @pytest.mark.parametrize(("group", "head_dim", "fast"), [(4, 128, 2), (4, 128, 3), (8, 128, 2), (4, 64, 1), (4, 64, 2),
                                                          (8, 64, 1), (4, 256, 4)])  # fmt: skip
 def test_the_key_mean_costs_little(kv: str, group: int, head_dim: int, fast: int) -> None:
     """Of the loop's instructions at most 3.7 % (`oct2`, head_dim 256, whose table has more copies for it); and nothing
-    of it is in local memory, where two words of what comes before may be, and at head_dim 256 a word that is read with
-    the components."""
+    of it is in local memory, where two words of what comes before may be."""
     tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
     without, found = tool["report"](kv, group, head_dim), tool["report"](kv, group, head_dim, fast)
     blocks = 1 if group <= 4 else 2
@@ -88,7 +80,7 @@ def test_the_key_mean_costs_little(kv: str, group: int, head_dim: int, fast: int
     at_once = tool["pages_at_once"](kv, group, head_dim, fast)
     assert found.kinds["HMMA"] == blocks * (2 + tiles / at_once), "the loop over pages is the one that was counted"
     assert found.kinds["IMMA"] == without.kinds["IMMA"] and "HMMA" not in without.kinds
-    assert local_memory(found, at_once) == 0 and found.spilled_bytes <= (8 if head_dim <= 128 else 64)
+    assert not {"LDL", "STL"} & found.kinds.keys() and found.spilled_bytes <= (8 if head_dim <= 128 else 64)
     assert head_dim < 256 or found.code <= CACHED
     assert found.instructions <= 1.037 * without.instructions, (found.instructions, without.instructions)
 
@@ -104,7 +96,8 @@ def test_windows_caps_and_sink_logits_spill_nothing(kv: str, group: int, head_di
         ({"WINDOW": 4096, "CAP": 50.0, "SINKS": True}, 128),
     ):
         found = tool["report"](kv, group, head_dim, fast, spec)
-        assert local_memory(found, tool["pages_at_once"](kv, group, head_dim, fast)) == 0
+        # At head_dim 256 words may be read from local memory with the key mean's components, not for every page.
+        assert "STL" not in found.kinds and found.kinds.get("LDL", 0) <= (0 if head_dim <= 128 else 0.75)
         assert found.spilled_bytes <= (0 if head_dim <= 128 else 64)
         assert head_dim < 256 or found.code <= CACHED
         assert found.kinds["IMMA"] == plain.kinds["IMMA"] and found.barriers == 0

@@ -200,7 +200,7 @@ def table_decode_kernel(
 
     if MEAN > 0:
         components = u32(COMPONENTS_AT + warp * component_bytes(NT, PAGES_AHEAD, PAGE_APART))
-        functions = load_functions(FUNCTIONS, lane)
+        functions = load_functions(FUNCTIONS, lane, False)
         angles = load_angles(ANGLES, begin + warp, last, lane, D, WARPS, PAGES_AHEAD)
     sink_k = SINK_K + owned * ssk_r + head * ssk_h
     sink_v = SINK_V + owned * ssv_r + head * ssv_h
@@ -318,6 +318,8 @@ def table_decode_kernel(
             k_words = _words(k_stage, lane, WORDS_K)
             if MEAN > 0:
                 turn = base - own_begin - section  # times WARPS
+                if HALVES:  # there are no registers to keep them
+                    functions = load_functions(FUNCTIONS, lane, True)
                 of_page = page_components(components + u32(turn * (NT * PAGE_APART // WARPS)), lane, NT)
             sync_warp(lane)
             _fetch(k_stage, next_block, lane, BPV_K)
