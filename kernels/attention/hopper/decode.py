@@ -200,7 +200,7 @@ def table_decode_kernel(
 
     if MEAN > 0:
         components = u32(COMPONENTS_AT + warp * component_bytes(NT, PAGES_AHEAD, PAGE_APART))
-        functions = load_functions(FUNCTIONS, lane, False)
+        functions = load_functions(FUNCTIONS, lane)
         angles = load_angles(ANGLES, begin + warp, last, lane, D, WARPS, PAGES_AHEAD)
     sink_k = SINK_K + owned * ssk_r + head * ssk_h
     sink_v = SINK_V + owned * ssv_r + head * ssv_h
