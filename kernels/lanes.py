@@ -190,14 +190,14 @@ def read_shared_half(address):
 
 
 @gluon.jit
-def load_global4(pointer):
-    """The lane's 16 bytes at ``pointer``."""
+def load_global4(pointer, IN_ORDER: gl.constexpr = False):
+    """The lane's 16 bytes at ``pointer``; IN_ORDER: asked for where the source says so, every time."""
     return gl.inline_asm_elementwise(
         "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];",
         "=r,=r,=r,=r,l",
         [pointer],
         dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
-        is_pure=True,
+        is_pure=not IN_ORDER,
         pack=1,
     )
 

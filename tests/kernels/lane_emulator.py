@@ -491,7 +491,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "read_shared_half": lambda address: unpack(np.pad(shared_read(address, 2), ((0, 0), (0, 2))), "u32"),
     "write_shared": lambda address, value: write_shared_words(address, [value]),
     "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
-    "load_global4": lambda pointer: global_words(pointer, 4),
+    "load_global4": lambda pointer, _in_order=False: global_words(pointer, 4),
     "load_global2": lambda pointer, _in_order=False: global_words(pointer, 2),
     "load_global_l2_f": lambda pointer: unpack(global_words(pointer, 1)[0].data.view(np.uint8).reshape(-1, 4), "f32"),
     "load_global4_l2": lambda pointer: global_words(pointer, 4),

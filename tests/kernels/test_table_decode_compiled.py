@@ -17,8 +17,8 @@ pytestmark = [
 #: Instructions, 16 bytes each, of the 32 KiB that a multiprocessor holds.
 CACHED = 2048
 #: Warp instructions a token and KV head by format, group and head_dim; what the kernel had when it was measured, and a
-#: twentieth more. Products of a page for four heads: 4 x 6 and 2 x 9 at 128, 4 x 3 and 2 x 9 at 64, 4 x 11 and 2 x 18 at
-#: 256, or 2 x 17 by halves.
+#: twentieth more. Products of a page for four heads: 4 x 6 and 2 x 9 at 128, 4 x 3 and 2 x 9 at 64, 4 x 11 and 2 x 18
+#: at 256, or 2 x 17 by halves.
 BUDGET = {
     ("oct2", 4, 128): (19.5, 42),
     ("oct3", 4, 128): (27.9, 42),

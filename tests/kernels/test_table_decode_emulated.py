@@ -73,7 +73,7 @@ def test_keys_and_values_in_different_formats(kernel: Any, kv: str, dim: int, gr
 
 
 @pytest.mark.parametrize("group", [1, 3, 5, 7, 8, 16])
-@pytest.mark.parametrize(("kv", "dim"), [("oct3", 128), ("oct2", 64), ("oct4", 80)])
+@pytest.mark.parametrize(("kv", "dim"), [("oct3", 128), ("oct2", 64), ("oct4", 80), ("oct4", 256)])
 def test_every_group(kernel: Any, group: int, kv: str, dim: int) -> None:
     assert worst_error(decode_case(kv, [700], group, 1, dim)) < 1e-3
 
@@ -84,6 +84,7 @@ def test_every_group(kernel: Any, group: int, kv: str, dim: int) -> None:
 def test_lengths_around_page_edges(kernel: Any, kv: str, length: int) -> None:
     assert worst_error(decode_case(kv, [length], 4, 1, 64)) < 1e-3
     assert worst_error(decode_case(kv, [length, 130, 400], 1, 2, 64)) < 1e-3
+    assert worst_error(decode_case(kv, [length, 300], 2, 1, 256)) < 1e-3
 
 
 @pytest.mark.slow
@@ -229,6 +230,14 @@ def test_pages_of_very_unequal_weight(kernel: Any, mean: float, times: float) ->
     case = replace(case, spec=replace(case.spec, scale=case.spec.scale * times))
     want = attend_reference(case.q, case.kv, case.fmt, spec=case.spec)
     assert worst_error(replace(case, want=want.double())) < 1e-4 * times + 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 256])
+def test_a_mean_that_tells_pages_apart(kernel: Any, dim: int) -> None:
+    """By a mean that makes logits hundreds apart: five pages a warp, any of which may have next to all the weight."""
+    case = decode_case("oct3", [*([200] * 34), 64 * 37 + 192], 1, 1, dim, mean=30.0)
+    assert worst_error(case) < 2e-2  # such a mean's own errors are 1e-2 and 6e-3
 
 
 @pytest.mark.slow

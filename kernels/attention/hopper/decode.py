@@ -320,6 +320,8 @@ def table_decode_kernel(
             k_words = _words(k_stage, lane, WORDS_K)
             if MEAN > 0:
                 turn = base - own_begin - section  # times WARPS
+                if HALVES:  # there are no registers to keep them
+                    functions = load_functions(FUNCTIONS, lane, True)
                 of_page = page_components(components + u32(turn * (NT * PAGE_APART // WARPS)), lane, NT)
             sync_warp(lane)
             _fetch(k_stage, next_block, lane, BPV_K)
