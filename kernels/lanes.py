@@ -190,14 +190,14 @@ def read_shared_half(address):
 
 
 @gluon.jit
-def load_global4(pointer, IN_ORDER: gl.constexpr = False):
-    """The lane's 16 bytes at ``pointer``; IN_ORDER: asked for where the source says so, every time."""
+def load_global4(pointer):
+    """The lane's 16 bytes at ``pointer``."""
     return gl.inline_asm_elementwise(
         "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];",
         "=r,=r,=r,=r,l",
         [pointer],
         dtype=(gl.uint32, gl.uint32, gl.uint32, gl.uint32),
-        is_pure=not IN_ORDER,
+        is_pure=True,
         pack=1,
     )
 
@@ -367,23 +367,6 @@ def append_nibble(word, x):
     return gl.inline_asm_elementwise(
         "shf.r.wrap.b32 $0, $1, $2, 4;", "=r,r,r", [word, x], dtype=gl.uint32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def computed_here(x):
-    """A float32 that is computed where the source says so, not where it is first wanted."""
-    return gl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)
-
-
-@constexpr_function
-def _funnel_asm(bits):
-    return f"shf.r.wrap.b32 $0, $1, $2, {int(bits)};"
-
-
-@gluon.jit
-def bits_of_two(low, high, BITS: gl.constexpr):
-    """The 32 bits from bit BITS on of two registers; where the source says so, not before a loop around it."""
-    return gl.inline_asm_elementwise(_funnel_asm(BITS), "=r,r,r", [low, high], dtype=gl.uint32, is_pure=False, pack=1)
 
 
 @gluon.jit

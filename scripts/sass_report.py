@@ -246,7 +246,7 @@ def loop_over_pages(
     """The instructions of the shortest loop that has all int8 products, and how often each runs for a page.
 
     A loop around it that has more products of floats is taken whole: these make the key mean's components. So do those
-    that a branch leaves out, where a page has several warps. A loop in it that has int8 products is one of two turns.
+    that a branch leaves out, where a page has several warps.
 
     Args:
         warps: Those that share a page; of a choice between branches half of them take either.
@@ -261,12 +261,6 @@ def loop_over_pages(
         around = [loop for loop in whole if names[slice(*loop)].count("HMMA") > floats]
         start, end = min(around, key=lambda loop: loop[1] - loop[0], default=inner)
         weights = [1.0 if inner[0] <= at < inner[1] else 1 / at_once for at in range(start, end)]
-        for first, last in machine.loops:
-            if start <= first < last <= end and 0 < names[first:last].count("IMMA") < products:
-                weights[first - start : last - start] = [2.0] * (last - first)
-                for begin, stop in machine.skips:
-                    if first <= begin < stop <= last:  # what is between its turns
-                        weights[begin - start : stop - start] = [1.0] * (stop - begin)
         return names[start:end], weights
     weights = [float(warps)] * len(names)
     _halve_choices(machine, weights, start, end)

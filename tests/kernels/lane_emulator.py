@@ -491,7 +491,7 @@ INSTRUCTIONS: dict[str, Any] = {
     "read_shared_half": lambda address: unpack(np.pad(shared_read(address, 2), ((0, 0), (0, 2))), "u32"),
     "write_shared": lambda address, value: write_shared_words(address, [value]),
     "write_shared4": lambda address, value: write_shared_words(address, [value] * 4),
-    "load_global4": lambda pointer, _in_order=False: global_words(pointer, 4),
+    "load_global4": lambda pointer: global_words(pointer, 4),
     "load_global2": lambda pointer, _in_order=False: global_words(pointer, 2),
     "load_global_l2_f": lambda pointer: unpack(global_words(pointer, 1)[0].data.view(np.uint8).reshape(-1, 4), "f32"),
     "load_global4_l2": lambda pointer: global_words(pointer, 4),
@@ -514,8 +514,6 @@ INSTRUCTIONS: dict[str, Any] = {
         low.data >> np.uint32(places) | high.data << np.uint32(32 - places), "u32"
     ),
     "append_nibble": lambda word, x: Value(word.data >> np.uint32(4) | x.data << np.uint32(28), "u32"),
-    "computed_here": lambda x: x,
-    "bits_of_two": lambda low, high, bits: ((low.to("i64") | high.to("i64") << 32) >> bits).to("u32"),
     "permute_bytes": permute,
     "permute_bytes_by": permute,
     "shuffle": shuffle,

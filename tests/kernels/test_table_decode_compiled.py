@@ -4,7 +4,6 @@ import importlib.util
 import os
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,11 +13,8 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 
-#: Instructions, 16 bytes each, of the 32 KiB that a multiprocessor holds.
-CACHED = 2048
 #: Warp instructions a token and KV head by format, group and head_dim; what the kernel had when it was measured, and a
-#: twentieth more. Products of a page for four heads: 4 x 6 and 2 x 9 at 128, 4 x 3 and 2 x 9 at 64, 4 x 11 and 2 x 18
-#: at 256, or 2 x 17 by halves.
+#: twentieth more. Products of a page for four heads: 4 x 6 and 2 x 9 at 128, 4 x 3 and 2 x 9 at 64, 4 x 11 and 2 x 18.
 BUDGET = {
     ("oct2", 4, 128): (19.5, 42),
     ("oct3", 4, 128): (27.9, 42),
@@ -26,9 +22,6 @@ BUDGET = {
     ("oct3", 7, 128): (32.1, 84),
     ("oct3", 4, 64): (16.4, 30),
     ("oct2", 4, 256): (31.9, 80),
-    ("oct3", 4, 256): (50.1, 78),
-    ("oct4", 4, 256): (50.5, 78),
-    ("oct3:oct2", 4, 256): (41.7, 78),
     ("oct3:oct2", 4, 128): (23.6, 42),
 }
 
@@ -44,7 +37,6 @@ def test_main_loop_is_within_its_budget_and_spills_nothing(kv: str, group: int, 
     assert found.spilled_bytes <= (0 if head_dim <= 128 else 64)
     assert found.per_token <= budget, found
     assert found.shared_bytes <= 227 * 1024
-    assert found.code <= CACHED, "the instruction cache does not hold the loop"
 
 
 #: The same of heads of 512: instructions, int8 products of a page (four warps do as many), bytes of spilled registers
@@ -71,19 +63,12 @@ def test_the_wide_kernel_s_loop_is_within_its_budget(kv: str, group: int, fast: 
     assert found.shared_bytes <= 227 * 1024
 
 
-def local_memory(found: Any, at_once: int) -> float:
-    """Accesses of a page to local memory; at head_dim 256 one word may be read with the key mean's components."""
-    reads, writes = found.kinds.get("LDL", 0.0), found.kinds.get("STL", 0.0)
-    return float(max(0.0, reads - (1 / at_once if found.mean and found.head_dim == 256 else 0)) + writes)
-
-
 @pytest.mark.parametrize("kv", ["oct2", "oct3", "oct4"])
 @pytest.mark.parametrize(("group", "head_dim", "fast"), [(4, 128, 2), (4, 128, 3), (8, 128, 2), (4, 64, 1), (4, 64, 2),
                                                          (8, 64, 1), (4, 256, 4)])  # fmt: skip
 def test_the_key_mean_costs_little(kv: str, group: int, head_dim: int, fast: int) -> None:
     """Of the loop's instructions at most 3.7 % (`oct2`, head_dim 256, whose table has more copies for it); and nothing
-    of it is in local memory, where two words of what comes before may be, and at head_dim 256 a word that is read with
-    the components."""
+    of it is in local memory, where two words of what comes before may be."""
     tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
     without, found = tool["report"](kv, group, head_dim), tool["report"](kv, group, head_dim, fast)
     blocks = 1 if group <= 4 else 2
@@ -91,8 +76,7 @@ def test_the_key_mean_costs_little(kv: str, group: int, head_dim: int, fast: int
     at_once = tool["pages_at_once"](kv, group, head_dim, fast)
     assert found.kinds["HMMA"] == blocks * (2 + tiles / at_once), "the loop over pages is the one that was counted"
     assert found.kinds["IMMA"] == without.kinds["IMMA"] and "HMMA" not in without.kinds
-    assert local_memory(found, at_once) == 0 and found.spilled_bytes <= (8 if head_dim <= 128 else 64)
-    assert head_dim < 256 or found.code <= CACHED
+    assert not {"LDL", "STL"} & found.kinds.keys() and found.spilled_bytes <= (8 if head_dim <= 128 else 64)
     assert found.instructions <= 1.037 * without.instructions, (found.instructions, without.instructions)
 
 
@@ -107,9 +91,7 @@ def test_windows_caps_and_sink_logits_spill_nothing(kv: str, group: int, head_di
         ({"WINDOW": 4096, "CAP": 50.0, "SINKS": True}, 128),
     ):
         found = tool["report"](kv, group, head_dim, fast, spec)
-        assert local_memory(found, tool["pages_at_once"](kv, group, head_dim, fast)) == 0
-        assert found.spilled_bytes <= (0 if head_dim <= 128 else 64)
-        assert head_dim < 256 or found.code <= CACHED
+        assert not {"LDL", "STL"} & found.kinds.keys() and found.spilled_bytes <= (0 if head_dim <= 128 else 64)
         assert found.kinds["IMMA"] == plain.kinds["IMMA"] and found.barriers == 0
         assert found.instructions <= plain.instructions + more * (2 if group > 4 else 1)
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.codec import page_layout
-from octo_run.kernels.lanes import bits_of_two, load_shared, permute_bytes, permute_bytes_by
+from octo_run.kernels.lanes import load_shared, permute_bytes, permute_bytes_by
 
 chains_of = constexpr_function(page_layout.chains_of)
 first_extras = constexpr_function(page_layout.first_extras)
@@ -47,17 +47,6 @@ def field(words, BIT: gl.constexpr, TO: gl.constexpr, SIZE: gl.constexpr):
     else:
         # A field that crosses into the next word always moves down: IN + SIZE > 32 >= TO + SIZE.
         return (words[FIRST] >> (IN - TO)) | (words[LAST] << (32 - IN + TO))
-
-
-@gluon.jit
-def moved_down(held, words, BITS: gl.constexpr):
-    """What takes the place of ``held``, the first ones of a buffer's words: as many from its bit BITS on, garbage
-    behind its end."""
-    source = held + words[len(held) : len(words)]
-    out = ()
-    for i in gl.static_range(BITS // 32, BITS // 32 + len(held)):
-        out = out + (bits_of_two(source[i], source[min(i + 1, len(words) - 1)], BITS % 32),)
-    return out
 
 
 @gluon.jit
@@ -125,38 +114,25 @@ def single(
     return _codeword(index, lane_base_x, signs, BYTE, ROW, ((1 << B) - 1) << SHX, EXTRA_OFFSET, SIGNED)
 
 
-@constexpr_function
-def seconds_at(slots, stream, signed):
-    """The bit of a lane's buffer in a K block at which the codes of the last two of six or two extras begin."""
-    return 8 * int(slots) * int(stream) + 24 * (int(slots) + 1) * int(signed)
-
-
-@gluon.jit
-def key_pieces(words, SLOTS: gl.constexpr, B: gl.constexpr, SIGNED: gl.constexpr):
-    """The lane's words of a K block from the first one on that has signs, and that has codes of the last two extras."""
-    SECONDS: gl.constexpr = seconds_at(SLOTS, B, SIGNED) // 32
-    return words[SLOTS * B // 4 : len(words)], words[SECONDS : len(words)]
-
-
 @gluon.jit
 def key_token(
-    codes, signs, seconds, lane_base, lane_base_x, R: gl.constexpr, CHAINS: gl.constexpr, N: gl.constexpr,
-    EXTRAS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr,
-    EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
+    words, lane_base, lane_base_x, R: gl.constexpr, CHAINS: gl.constexpr, N: gl.constexpr, EXTRAS: gl.constexpr,
+    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr,
 ):  # fmt: skip
     """The lane's codewords of its token R in the K block: its one or two chains, the extra triplets (garbage where the
-    lane has none). ``codes``, ``signs``, ``seconds``: words from the first one on that has such (`key_pieces`)."""
+    lane has none)."""
     RUN: gl.constexpr = CHAINS // 4 * N
     SLOTS: gl.constexpr = RUN + (first_extras(EXTRAS) > 0)
     BIT: gl.constexpr = R * SLOTS * B
-    BYTE: gl.constexpr = SLOTS * B % 4
+    BYTE: gl.constexpr = SLOTS * B
     out = ()
     for i in gl.static_range(RUN):
         out = out + (
             chained(
-                codes[(BIT + i * B) // 32 : (BIT + i * B) // 32 + 2],
-                codes[(BIT + i // N * N * B) // 32 : (BIT + i // N * N * B) // 32 + 2],
-                signs[(BYTE + 3 * i) // 4 : (BYTE + 3 * i) // 4 + 2],
+                words[(BIT + i * B) // 32 : (BIT + i * B) // 32 + 2],
+                words[(BIT + i // N * N * B) // 32 : (BIT + i // N * N * B) // 32 + 2],
+                words[(BYTE + 3 * i) // 4 : (BYTE + 3 * i) // 4 + 2],
                 lane_base, (BIT + i * B) % 32, if_last(i, N, BIT + i // N * N * B), (BYTE + 3 * i) % 4, R % 8,
                 i % N == N - 1, B, STATE, SH, 0, SIGNED,
             ),
@@ -164,15 +140,15 @@ def key_token(
     if first_extras(EXTRAS) > 0:
         AT: gl.constexpr = BIT + RUN * B
         OWN: gl.constexpr = BYTE + 3 * RUN
-        its = codes[AT // 32 : AT // 32 + 2]
-        its_signs = signs[OWN // 4 : OWN // 4 + 2]
-        out = out + (single(its, its_signs, lane_base_x, AT % 32, OWN % 4, R % 8, B, SHX, EXTRA_OFFSET, SIGNED),)
+        codes = words[AT // 32 : AT // 32 + 2]
+        signs = words[OWN // 4 : OWN // 4 + 2]
+        out = out + (single(codes, signs, lane_base_x, AT % 32, OWN % 4, R % 8, B, SHX, EXTRA_OFFSET, SIGNED),)
     if first_extras(EXTRAS) < EXTRAS:
-        SECOND: gl.constexpr = seconds_at(SLOTS, B, SIGNED) % 32 + (R // 4 * 2 + R % 2) * B
+        SECOND: gl.constexpr = 8 * BYTE + 24 * (SLOTS + 1) * SIGNED + (R // 4 * 2 + R % 2) * B
         ITS: gl.constexpr = BYTE + 3 * SLOTS
-        its = seconds[SECOND // 32 : SECOND // 32 + 2]
-        its_signs = signs[ITS // 4 : ITS // 4 + 2]
-        out = out + (single(its, its_signs, lane_base_x, SECOND % 32, ITS % 4, R % 8, B, SHX, EXTRA_OFFSET, SIGNED),)
+        codes = words[SECOND // 32 : SECOND // 32 + 2]
+        signs = words[ITS // 4 : ITS // 4 + 2]
+        out = out + (single(codes, signs, lane_base_x, SECOND % 32, ITS % 4, R % 8, B, SHX, EXTRA_OFFSET, SIGNED),)
     return out
 
 
@@ -206,31 +182,31 @@ def key_norm(
 
 @gluon.jit
 def value_of_chain(
-    codes, signs, lane_base, U: gl.constexpr, S: gl.constexpr, N: gl.constexpr, SIGNS: gl.constexpr, B: gl.constexpr,
+    words, lane_base, U: gl.constexpr, S: gl.constexpr, N: gl.constexpr, SIGNS: gl.constexpr, B: gl.constexpr,
     STATE: gl.constexpr, SH: gl.constexpr, OFFSET: gl.constexpr, SIGNED: gl.constexpr,
 ):  # fmt: skip
-    """The lane's codeword of its token U in the V block: slot S of its chain, whose codes begin with ``codes``, and
-    whose signs at byte SIGNS of ``signs``."""
+    """The lane's codeword of its token U in the V block: slot S of its chain, whose signs begin at byte SIGNS."""
     FIRST: gl.constexpr = U * N * B
     AT: gl.constexpr = FIRST + S * B
     OWN: gl.constexpr = SIGNS + 3 * S
     return chained(
-        codes[AT // 32 : AT // 32 + 2], codes[FIRST // 32 : FIRST // 32 + 2], signs[OWN // 4 : OWN // 4 + 2], lane_base,
+        words[AT // 32 : AT // 32 + 2], words[FIRST // 32 : FIRST // 32 + 2], words[OWN // 4 : OWN // 4 + 2], lane_base,
         AT % 32, if_last(S, N, FIRST), OWN % 4, U % 8, S == N - 1, B, STATE, SH, OFFSET, SIGNED,
     )  # fmt: skip
 
 
 @gluon.jit
 def value_alone(
-    codes, signs, lane_base_x, U: gl.constexpr, BIT: gl.constexpr, BYTE: gl.constexpr, B: gl.constexpr,
-    SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
+    words, lane_base_x, U: gl.constexpr, N: gl.constexpr, B: gl.constexpr, SHX: gl.constexpr,
+    EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
 ):  # fmt: skip
-    """The lane's codeword of its token U in the V block that is no part of a chain; garbage where the lane has none.
-    Token 0's code is at bit BIT of ``codes``; signs of the token's eight begin at byte BYTE of ``signs``."""
-    AT: gl.constexpr = BIT + U * B
-    its = codes[AT // 32 : AT // 32 + 2]
-    its_signs = signs[BYTE // 4 : BYTE // 4 + 2]
-    return single(its, its_signs, lane_base_x, AT % 32, BYTE % 4, U % 8, B, SHX, EXTRA_OFFSET, SIGNED)
+    """The lane's codeword of its token U in the V block that is no part of a chain; garbage where the lane has none."""
+    EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)
+    AT: gl.constexpr = EXTRA * 8 + U * B
+    OWN: gl.constexpr = EXTRA + 2 * B + 3 * (U // 8)
+    codes = words[AT // 32 : AT // 32 + 2]
+    signs = words[OWN // 4 : OWN // 4 + 2]
+    return single(codes, signs, lane_base_x, AT % 32, OWN % 4, U % 8, B, SHX, EXTRA_OFFSET, SIGNED)
 
 
 @gluon.jit
@@ -277,10 +253,10 @@ def half_planes(
     FROM: gl.constexpr = 0 if S < N else 3
     if S < N:
         first = _clean(
-            value_of_chain(words, words, lane_base, 2 * Q, S, N, N * B, B, STATE, SH, OFFSET, SIGNED), SIGNED
+            value_of_chain(words, lane_base, 2 * Q, S, N, N * B, B, STATE, SH, OFFSET, SIGNED), SIGNED
         )  # fmt: skip
         second = _clean(
-            value_of_chain(words, words, lane_base, 2 * Q + 1, S, N, N * B, B, STATE, SH, OFFSET, SIGNED), SIGNED
+            value_of_chain(words, lane_base, 2 * Q + 1, S, N, N * B, B, STATE, SH, OFFSET, SIGNED), SIGNED
         )  # fmt: skip
     else:
         SIGNS: gl.constexpr = N * (B + 3 * SIGNED)

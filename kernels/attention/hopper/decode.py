@@ -29,7 +29,6 @@ from octo_run.kernels.attention.hopper.products import (
     query_words,
     score_page,
     sum_values,
-    sum_values_by_halves,
     weigh_page,
     write_queries,
 )
@@ -38,7 +37,6 @@ from octo_run.kernels.lane_copies import commit_copies, copy16, wait_for_copies
 from octo_run.kernels.lanes import (
     arrive,
     barrier,
-    computed_here,
     let_next_kernel_start,
     log2,
     own_warp,
@@ -133,9 +131,6 @@ def table_decode_kernel(
     # What the program does has been read by all of it, with a barrier since, before components are written.
     PLACE_AT: gl.constexpr = COMPONENTS_AT if TIGHT else QUERIES_AT + NT * QUERY_BYTES
     SPARE_AT: gl.constexpr = MEAN_AT + (mean_bytes(D, NT, WARPS, MEAN, PAGES_AHEAD, PAGE_APART) if MEAN > 0 else 0)
-    # A page in one go would be more instructions than the cache of a multiprocessor holds.
-    HALVES: gl.constexpr = D > 128 and (SIGNED_K or SIGNED_V)
-    AT_ONCE: gl.constexpr = PAIRS if HALVES else PASS
     ANGLES_AHEAD: gl.constexpr = D <= 128  # there are registers for the next ones
     WHOLE: gl.constexpr = MEAN > 0 and CAP == 0  # the products that add biases to logits add logarithms of norms, too
     SPARE: gl.constexpr = blocks_at_once(SMEM_WORDS * 4 - SPARE_AT, D)
@@ -275,7 +270,6 @@ def table_decode_kernel(
     selector = u32(gl.where(g & 1 == 0, 0x7351, 0x6240))
     source = t * 4 + (g >> 1)
     halves = half_selectors(lane) if CHAINS == 4 else ()
-    turns = gl.where(processors > 0, 2, 1)  # two, of which a compiler knows nothing: it would write both out
     scales = ()
     for b in gl.static_range(NT):
         two = ()
@@ -293,19 +287,11 @@ def table_decode_kernel(
     # Every warp ends its loop by itself; run in step instead (`own` is zero then), a warp without a page is not inside.
     own = own_warp(seq)
     own_begin = begin + own
-    apart = warp - own
-    if HALVES:  # shuffled to themselves, too: else the assembler computes them anew for every page
-        gl.static_assert(NT == 1)
-        lane = shuffle(u32(lane), lane).to(gl.int32)
-        k_stage = shuffle(k_stage, lane)
-        v_stage = k_stage + 64 * BPV_K
-        apart = shuffle(u32(apart), lane).to(gl.int32)
-        g = lane >> 2
     # With a mean, pages by PAGES_AHEAD of the warp; else all at once, and the outer loop is none.
     for section in range(0, end - own_begin if MEAN > 0 else 1, WARPS * PAGES_AHEAD):
         section_end = end
         if MEAN > 0:
-            page = own_begin + section + apart
+            page = own_begin + section + (warp - own)
             if not ANGLES_AHEAD:
                 angles = load_angles(ANGLES, page, last, lane, D, WARPS, PAGES_AHEAD)
             make_components(angles, components, lane, MEAN_AT, D, NT, MEAN, PAGES_AHEAD, PAGE_APART)
@@ -313,15 +299,13 @@ def table_decode_kernel(
                 angles = load_angles(ANGLES, page + PAGES_AHEAD * WARPS, last, lane, D, WARPS, PAGES_AHEAD)
             section_end = gl.minimum(own_begin + section + PAGES_AHEAD * WARPS, end)
         for base in range(own_begin + section, section_end, WARPS):
-            page = base + apart
+            page = base + (warp - own)
             inside = page < end
             following = gl.load(ids + gl.minimum(page + 2 * WARPS, last))
             wait_for_copies(lane, 1)
             k_words = _words(k_stage, lane, WORDS_K)
             if MEAN > 0:
                 turn = base - own_begin - section  # times WARPS
-                if HALVES:  # there are no registers to keep them
-                    functions = load_functions(FUNCTIONS, lane, True)
                 of_page = page_components(components + u32(turn * (NT * PAGE_APART // WARPS)), lane, NT)
             sync_warp(lane)
             _fetch(k_stage, next_block, lane, BPV_K)
@@ -330,8 +314,8 @@ def table_decode_kernel(
                 kept = kept_words(u32(QUERIES_AT + b * QUERY_BYTES + lane * 16), SLOTS_Q)
                 queries = queries + ((kept, scales[b][0], scales[b][1]),)
             scores = score_page(
-                k_words, lane, lane_k, lane_xk, queries, zero_i, turns, CHAINS, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K,
-                EXTRAS_AT_K, SIGNED_K, NORM_K, WORDS_K, NT, HALVES,
+                k_words, lane, lane_k, lane_xk, queries, zero_i, CHAINS, N, EXTRAS, B_K, STATE_K, SH_K, SHX_K,
+                EXTRAS_AT_K, SIGNED_K, NORM_K, WORDS_K, NT,
             )  # fmt: skip
             if MEAN > 0 and CAP > 0:
                 scores = add_biases(scores, of_page, functions, repeat(zero_i.to(gl.float32), 8), NT)
@@ -377,9 +361,6 @@ def table_decode_kernel(
                 pairs, most, reference, mass, heavy, decay = weigh_page(
                     scores[b], gammas, log_gammas, inside, highest[b], level[b], total[b], weight[b], lane, WHOLE
                 )
-                if HALVES:  # not behind the loop of `sum_values_by_halves`, where there are no registers for it
-                    mass = computed_here(mass)
-                    heavy = computed_here(heavy)
                 packed = packed + (pairs,)
                 decays = decays + (decay,)
                 new_highest = new_highest + (most,)
@@ -392,27 +373,19 @@ def table_decode_kernel(
             weight = new_weight
 
             grown = repeat((), NT)
-            for first in gl.static_range(0, PAIRS, AT_ONCE):
-                if HALVES:
-                    sums = sum_values_by_halves(
-                        v_words, lane_v, lane_xv, packed[0], source, selector, zero_i, turns, N, B_V, STATE_V, SH_V,
-                        SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V,
-                    )  # fmt: skip
-                else:
-                    sums = sum_values(
-                        v_words, lane_v, lane_xv, packed, source, selector, halves, zero_i, first,
-                        min(AT_ONCE, PAIRS - first), CHAINS, N, SLOTS, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V,
-                        EXTRAS_AT_V, SIGNED_V, NT,
-                    )  # fmt: skip
+            for first in gl.static_range(0, PAIRS, PASS):
+                sums = sum_values(
+                    v_words, lane_v, lane_xv, packed, source, selector, halves, zero_i, first, min(PASS, PAIRS - first),
+                    CHAINS, N, SLOTS, B_V, STATE_V, SH_V, SHX_V, TABLE_AT_V, EXTRAS_AT_V, SIGNED_V, NT,
+                )  # fmt: skip
                 longer = ()
                 for b in gl.static_range(NT):
                     row = grown[b]
-                    for i in gl.static_range(3 * min(AT_ONCE, PAIRS - first)):
+                    for i in gl.static_range(3 * min(PASS, PAIRS - first)):
                         for h in gl.static_range(2):
-                            four = sums[b * 3 * min(AT_ONCE, PAIRS - first) + i]
+                            four = sums[b * 3 * min(PASS, PAIRS - first) + i]
                             page_sum = (four[2 * h] * 256 + four[2 * h + 1]).to(gl.float32)
-                            decayed = acc[b * 6 * PAIRS + 6 * first + 2 * i + h] * decays[b]
-                            row = row + (decayed + page_sum,)
+                            row = row + (acc[b * 6 * PAIRS + 6 * first + 2 * i + h] * decays[b] + page_sum,)
                     longer = longer + (row,)
                 grown = longer
             acc = ()

@@ -239,10 +239,9 @@ def make_components(
 
 
 @gluon.jit
-def load_functions(functions_ptr, lane, IN_ORDER: gl.constexpr = False):
-    """The functions' values at the offsets: the operand of the second product that is the same for all pages.
-    IN_ORDER: `load_global4`."""
-    return load_global4(functions_ptr + lane * 4, IN_ORDER), load_global4(functions_ptr + (128 + lane * 4), IN_ORDER)
+def load_functions(functions_ptr, lane):
+    """The functions' values at the offsets: the operand of the second product that is the same for all pages."""
+    return load_global4(functions_ptr + lane * 4), load_global4(functions_ptr + (128 + lane * 4))
 
 
 @gluon.jit

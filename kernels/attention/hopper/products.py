@@ -10,10 +10,7 @@ from octo_run.kernels.attention.hopper.codewords import (
     first_extras,
     half_planes,
     key_norm,
-    key_pieces,
     key_token,
-    moved_down,
-    seconds_at,
     select,
     value_alone,
     value_of_chain,
@@ -160,32 +157,28 @@ def write_queries(
 
 
 @gluon.jit
-def _score_tiles(
-    words, codes, signs, seconds, lane, lane_base, lane_base_x, queries, zero, before, TILES: gl.constexpr,
-    CHAINS: gl.constexpr, N: gl.constexpr, EXTRAS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr,
-    SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, NORM: gl.constexpr,
-    WORDS: gl.constexpr, NT: gl.constexpr,
+def score_page(
+    words, lane, lane_base, lane_base_x, queries, zero, CHAINS: gl.constexpr, N: gl.constexpr, EXTRAS: gl.constexpr,
+    B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, EXTRA_OFFSET: gl.constexpr,
+    SIGNED: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
 ):  # fmt: skip
-    """Logits of TILES tiles of sixteen tokens, ``before`` which there are as many others; numbered as `score_page`'s.
-    ``codes``, ``signs``, ``seconds``: of these tiles, as `key_token` takes them; ``words``: the whole buffer."""
+    """Logits of 64 tokens for NT blocks of four heads: number 8 b + r is token 8 r + g of head 4 b + t."""
     WHOLE: gl.constexpr = CHAINS // 4 * N + (first_extras(EXTRAS) > 0)  # slots that all tokens have
     out = repeat((), NT)
-    for tile in gl.static_range(TILES):
+    for tile in gl.static_range(4):
         top = key_token(
-            codes, signs, seconds, lane_base, lane_base_x, 2 * tile, CHAINS, N, EXTRAS, B, STATE, SH, SHX,
-            EXTRA_OFFSET, SIGNED,
-        )  # fmt: skip
+            words, lane_base, lane_base_x, 2 * tile, CHAINS, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED
+        )
         low = key_token(
-            codes, signs, seconds, lane_base, lane_base_x, 2 * tile + 1, CHAINS, N, EXTRAS, B, STATE, SH, SHX,
-            EXTRA_OFFSET, SIGNED,
-        )  # fmt: skip
+            words, lane_base, lane_base_x, 2 * tile + 1, CHAINS, N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED
+        )
         gammas = ()
         for h in gl.static_range(2):
             norm = key_norm(words, 2 * tile + h, CHAINS, N, EXTRAS, B, NORM, WORDS)
             if EXTRAS == 3:
                 holder = lane | 3
             else:
-                holder = (lane & 28) | (before + tile)
+                holder = (lane & 28) | tile
             gammas = gammas + (shuffle(norm, holder).to(gl.float32, bitcast=True),)
         grown = ()
         for b in gl.static_range(NT):
@@ -208,50 +201,6 @@ def _score_tiles(
             grown = grown + (two,)
         out = grown
     return out
-
-
-@gluon.jit
-def score_page(
-    words, lane, lane_base, lane_base_x, queries, zero, turns, CHAINS: gl.constexpr, N: gl.constexpr,
-    EXTRAS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr,
-    EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr, NORM: gl.constexpr, WORDS: gl.constexpr, NT: gl.constexpr,
-    HALVES: gl.constexpr,
-):  # fmt: skip
-    """Logits of 64 tokens for NT blocks of four heads: number 8 b + r is token 8 r + g of head 4 b + t. HALVES: by two
-    turns of a loop, each with half of the tokens."""
-    SLOTS: gl.constexpr = CHAINS // 4 * N + (first_extras(EXTRAS) > 0)
-    signs, seconds = key_pieces(words, SLOTS, B, SIGNED)
-    if not HALVES:
-        return _score_tiles(
-            words, words, signs, seconds, lane, lane_base, lane_base_x, queries, zero, 0, 4, CHAINS, N, EXTRAS, B,
-            STATE, SH, SHX, EXTRA_OFFSET, SIGNED, NORM, WORDS, NT,
-        )  # fmt: skip
-    else:
-        gl.static_assert(EXTRAS == 6)  # norms of both halves lie at the same places, of other lanes
-        AT: gl.constexpr = seconds_at(SLOTS, B, SIGNED) % 32
-        SIGN_BYTES: gl.constexpr = SLOTS * B % 4 + 3 * (SLOTS + 1) * SIGNED
-        codes = words[0 : (4 * SLOTS * B + 31) // 32]
-        its_signs = signs[0 : (SIGN_BYTES + 3) // 4]
-        its_seconds = seconds[0 : (AT + 2 * B + 31) // 32]
-        first = repeat(repeat(zero.to(gl.float32), 4), NT)
-        second = first
-        for half in range(turns):
-            second = _score_tiles(
-                words, codes, its_signs, its_seconds, lane, lane_base, lane_base_x, queries, zero, 2 * half, 2, CHAINS,
-                N, EXTRAS, B, STATE, SH, SHX, EXTRA_OFFSET, SIGNED, NORM, WORDS, NT,
-            )  # fmt: skip
-            if half + 1 != turns:  # what the second turn needs takes the places of what the first one needed
-                first = second
-                codes = moved_down(codes, words, 4 * SLOTS * B)
-                its_seconds = moved_down(its_seconds, seconds, 2 * B)
-                moved = ()
-                for i in gl.static_range(len(its_signs)):
-                    moved = moved + (its_signs[i] << 4,)
-                its_signs = moved
-        out = ()
-        for b in gl.static_range(NT):
-            out = out + (first[b] + second[b],)
-        return out
 
 
 @gluon.jit
@@ -333,34 +282,6 @@ def transposed(w):
 
 
 @gluon.jit
-def _planes(
-    codes, signs, alone, alone_signs, lane_base, lane_base_x, U: gl.constexpr, S: gl.constexpr, N: gl.constexpr,
-    SIGNS: gl.constexpr, ALONE: gl.constexpr, ALONE_SIGNS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr,
-    SH: gl.constexpr, SHX: gl.constexpr, OFFSET: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
-):  # fmt: skip
-    """In a V block of eight chains, the x, y and z of slot S of the lane's chain, or (S = N) of its extra, for four
-    tokens from U on. SIGNS, ALONE_SIGNS: bytes, ALONE: the bit, at which these begin (`value_of_chain`,
-    `value_alone`)."""
-    w = ()
-    for u in gl.static_range(U, U + 4):
-        if S < N:
-            w = w + (value_of_chain(codes, signs, lane_base, u, S, N, SIGNS, B, STATE, SH, OFFSET, SIGNED),)
-        else:
-            w = w + (value_alone(alone, alone_signs, lane_base_x, u, ALONE, ALONE_SIGNS, B, SHX, EXTRA_OFFSET, SIGNED),)
-    return transposed(w)
-
-
-@gluon.jit
-def _turned_weights(packed, source, selector, HALF: gl.constexpr):
-    """Weights of half of a page's tokens as operands of the products with values."""
-    weights = ()
-    for four in gl.static_range(2):
-        sent = packed[2 * HALF + four]
-        weights = weights + (permute_bytes_by(shuffle(sent, source), shuffle(sent, source + 16), selector),)
-    return weights
-
-
-@gluon.jit
 def sum_values(
     words, lane_base, lane_base_x, packed, source, selector, halves, zero, FIRST: gl.constexpr, WIDTH: gl.constexpr,
     CHAINS: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr, SH: gl.constexpr,
@@ -371,7 +292,6 @@ def sum_values(
     half), K runs over the tokens, four of a lane in a register. Of four chains, ``halves`` are `half_selectors`: two
     lanes share a chain, and each has zeros for the other one's tokens."""
     sums = repeat(repeat(zero, 4), NT * 3 * WIDTH)
-    ALONE: gl.constexpr = 2 * N * (B + 3 * SIGNED)  # the byte at which what is in no chain begins
     for half in gl.static_range(2):
         planes = ()
         for s in gl.static_range(2 * FIRST, 2 * FIRST + 2 * WIDTH):
@@ -384,18 +304,25 @@ def sum_values(
                         ),
                     )  # fmt: skip
                 elif s < SLOTS:
-                    planes = planes + (
-                        _planes(
-                            words, words, words, words, lane_base, lane_base_x, 8 * half + 4 * four, s, N,
-                            2 * N * B + 3 * N * half, 8 * ALONE, ALONE + 2 * B + 3 * half, B, STATE, SH, SHX, OFFSET,
-                            EXTRA_OFFSET, SIGNED,
-                        ),
-                    )  # fmt: skip
+                    w = ()
+                    for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
+                        if s < N:
+                            w = w + (
+                                value_of_chain(
+                                    words, lane_base, u, s, N, 2 * N * B + 3 * N * half, B, STATE, SH, OFFSET, SIGNED
+                                ),
+                            )
+                        else:
+                            w = w + (value_alone(words, lane_base_x, u, N, B, SHX, EXTRA_OFFSET, SIGNED),)
+                    planes = planes + (transposed(w),)
                 else:
                     planes = planes + ((u32(zero), u32(zero), u32(zero)),)
         new = ()
         for b in gl.static_range(NT):
-            weights = _turned_weights(packed[b], source, selector, half)
+            weights = ()
+            for four in gl.static_range(2):
+                sent = packed[b][2 * half + four]
+                weights = weights + (permute_bytes_by(shuffle(sent, source), shuffle(sent, source + 16), selector),)
             for i in gl.static_range(WIDTH):
                 for c in gl.static_range(3):
                     new = new + (
@@ -406,74 +333,3 @@ def sum_values(
                     )  # fmt: skip
         sums = new
     return sums
-
-
-@gluon.jit
-def _half_sums(
-    sums, codes, signs, alone, alone_signs, lane_base, lane_base_x, weights, zero, N: gl.constexpr,
-    SIGNS: gl.constexpr, ALONE: gl.constexpr, ALONE_SIGNS: gl.constexpr, B: gl.constexpr, STATE: gl.constexpr,
-    SH: gl.constexpr, SHX: gl.constexpr, OFFSET: gl.constexpr, EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
-):  # fmt: skip
-    """A turn of `sum_values_by_halves`: the sums with those of half of the tokens. Pair by pair: all slots' planes at
-    once have no registers."""
-    new = ()
-    for pair in gl.static_range((N + 2) // 2):
-        planes = ()
-        for s in gl.static_range(2 * pair, min(2 * pair + 2, N + 1)):
-            for four in gl.static_range(2):
-                planes = planes + (
-                    _planes(
-                        codes, signs, alone, alone_signs, lane_base, lane_base_x, 4 * four, s, N, SIGNS, ALONE,
-                        ALONE_SIGNS, B, STATE, SH, SHX, OFFSET, EXTRA_OFFSET, SIGNED,
-                    ),
-                )  # fmt: skip
-        if len(planes) == 4:
-            rows = ()
-            for c in gl.static_range(3):
-                rows = rows + ((planes[0][c], planes[2][c], planes[1][c], planes[3][c]),)
-        else:  # the extra alone: x in the upper half of a product, y in the lower one, z in the upper one of another
-            rows = (
-                (planes[0][0], planes[0][1], planes[1][0], planes[1][1]),
-                (planes[0][2], u32(zero), planes[1][2], u32(zero)),
-            )
-        for i in gl.static_range(len(rows)):
-            a = rows[i]
-            new = new + (mma_int8_32(sums[3 * pair + i], a[0], a[1], a[2], a[3], weights[0], weights[1]),)
-    return new
-
-
-@gluon.jit
-def sum_values_by_halves(
-    words, lane_base, lane_base_x, packed, source, selector, zero, turns, N: gl.constexpr, B: gl.constexpr,
-    STATE: gl.constexpr, SH: gl.constexpr, SHX: gl.constexpr, OFFSET: gl.constexpr, EXTRA_OFFSET: gl.constexpr,
-    SIGNED: gl.constexpr,
-):  # fmt: skip
-    """`sum_values` of all slots of eight chains and their extras, for one block of heads, by two turns of a loop, each
-    with half of the tokens. N is even."""
-    gl.static_assert(N % 2 == 0)
-    SIGNS: gl.constexpr = 2 * N * B  # a byte
-    ALONE: gl.constexpr = 8 * 2 * N * (B + 3 * SIGNED)  # a bit
-    ALONE_SIGNS: gl.constexpr = ALONE // 8 + 2 * B
-    all_signs = words[SIGNS // 4 : len(words)]
-    all_alone = words[ALONE // 32 : len(words)]
-    all_alone_signs = words[ALONE_SIGNS // 4 : len(words)]
-    codes = words[0 : (8 * N * B + 31) // 32]
-    signs = all_signs[0 : (SIGNS % 4 + 3 * N * SIGNED + 3) // 4]
-    alone = all_alone[0 : (ALONE % 32 + 8 * B + 31) // 32]
-    alone_signs = all_alone_signs[0 : (ALONE_SIGNS % 4 + 3 * SIGNED + 3) // 4]
-    FULL: gl.constexpr = 3 * N // 2  # products of pairs of slots
-    sums = repeat(repeat(zero, 4), FULL + 2)
-    for half in range(turns):
-        weights = _turned_weights(packed, source, selector, 0)
-        sums = _half_sums(
-            sums, codes, signs, alone, alone_signs, lane_base, lane_base_x, weights, zero, N, SIGNS % 4, ALONE % 32,
-            ALONE_SIGNS % 4, B, STATE, SH, SHX, OFFSET, EXTRA_OFFSET, SIGNED,
-        )  # fmt: skip
-        if half + 1 != turns:  # what the second turn needs takes the places of what the first one needed
-            codes = moved_down(codes, words, 8 * N * B)
-            signs = moved_down(signs, all_signs, 24 * N)
-            alone = moved_down(alone, all_alone, 8 * B)
-            alone_signs = moved_down(alone_signs, all_alone_signs, 24)
-            packed = (packed[2], packed[3], packed[2], packed[3])
-    xy, z = sums[FULL], sums[FULL + 1]
-    return sums[0:FULL] + ((xy[0], xy[1], zero, zero), (xy[2], xy[3], zero, zero), (z[0], z[1], zero, zero))

@@ -287,22 +287,9 @@ def wide_decode_kernel(
         _fetch(k_stage, next_block, lane, tile, BPV_K)
         gammas = value_norms(v_stage + NORMS_AT, lane, tile)
         highest, level, total, weight, decays = weigh_tile(
-            scores,
-            gammas,
-            inside,
-            highest,
-            level,
-            total,
-            weight,
-            maxima_at,
-            weights_at,
-            lane,
-            tile,
-            source,
-            selector,
-            own,
-            NT,
-        )
+            scores, gammas, inside, highest, level, total, weight, maxima_at, weights_at, lane, tile, source, selector,
+            own, NT,
+        )  # fmt: skip
         acc = slice_values(
             acc, decays, v_stage, weights_at, lane, lane_v, fourth, zero_i, tile, number, D, B_V, STATE_V, SH_V,
             TABLE_AT_V, SIGNED_V, FULL_V, ALL_V, NT,
