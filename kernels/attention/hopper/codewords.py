@@ -200,13 +200,47 @@ def value_alone(
     words, lane_base_x, U: gl.constexpr, N: gl.constexpr, B: gl.constexpr, SHX: gl.constexpr,
     EXTRA_OFFSET: gl.constexpr, SIGNED: gl.constexpr,
 ):  # fmt: skip
-    """The lane's codeword of its token U in the V block that is no part of a chain; garbage where the lane has none."""
-    EXTRA: gl.constexpr = 2 * N * (B + 3 * SIGNED)
-    AT: gl.constexpr = EXTRA * 8 + U * B
-    OWN: gl.constexpr = EXTRA + 2 * B + 3 * (U // 8)
+    """The lane's codeword of its token U in a V block of eight chains that is no part of a chain, without its signs;
+    garbage where the lane has none."""
+    AT: gl.constexpr = 16 * N * (B + 3 * SIGNED) + U * B
     codes = words[AT // 32 : AT // 32 + 2]
-    signs = words[OWN // 4 : OWN // 4 + 2]
-    return single(codes, signs, lane_base_x, AT % 32, OWN % 4, U % 8, B, SHX, EXTRA_OFFSET, SIGNED)
+    return single(codes, codes, lane_base_x, AT % 32, 0, 0, B, SHX, EXTRA_OFFSET, False)
+
+
+@constexpr_function
+def byte_of_signs(slot, half, n, b):
+    """Where the signs of a slot of a chain (slot n: of the extra triplet) begin in a V block of eight chains, for the
+    eight tokens of a half."""
+    slot, half, n, b = int(slot), int(half), int(n), int(b)
+    return 2 * n * b + 3 * (n * half + slot) if slot < n else 2 * n * (b + 3) + 2 * b + 3 * half
+
+
+@constexpr_function
+def xy_selector(first):
+    """PRMT selector of the x and y of two triples of bytes that begin at byte ``first`` of two registers."""
+    return first | (first + 1) << 4 | (first + 3) << 8 | (first + 4) << 12
+
+
+@gluon.jit
+def _two_bytes(words, FIRST: gl.constexpr):
+    """The bytes FIRST and FIRST + 1 of the words, the lowest ones of a register."""
+    return permute_bytes(words[FIRST // 4], words[(FIRST + 1) // 4], FIRST % 4 | (FIRST % 4 + 1) << 4)
+
+
+@gluon.jit
+def signs_of_pair(words, FIRST: gl.constexpr, SECOND: gl.constexpr):
+    """The sign bytes x and y of two slots, whose three bytes begin at the bytes FIRST and SECOND, in one register."""
+    if SECOND == FIRST + 3:
+        return permute_bytes(words[FIRST // 4], words[FIRST // 4 + 1], xy_selector(FIRST % 4))
+    else:
+        return permute_bytes(_two_bytes(words, FIRST), _two_bytes(words, SECOND), 0x5410)
+
+
+@gluon.jit
+def sign_of_z(words, FIRST: gl.constexpr):
+    """The sign byte z of a slot whose three bytes begin at byte FIRST, alone in a register."""
+    word = words[(FIRST + 2) // 4]
+    return permute_bytes(word, word * 0, 0x4440 | (FIRST + 2) % 4)
 
 
 @gluon.jit

@@ -6,12 +6,15 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.hopper.codewords import (
+    byte_of_signs,
     chains_of,
     first_extras,
     half_planes,
     key_norm,
     key_token,
     select,
+    sign_of_z,
+    signs_of_pair,
     value_alone,
     value_of_chain,
 )
@@ -281,6 +284,34 @@ def transposed(w):
     return permute_bytes(first, second, 0x5410), permute_bytes(first, second, 0x7632), z
 
 
+@constexpr_function
+def _two_rows(first):
+    """PRMT selector that spreads the top bits of the bytes ``first`` of two registers, then of those behind them."""
+    return (8 + first) | (12 + first) << 4 | (9 + first) << 8 | (13 + first) << 12
+
+
+@gluon.jit
+def signed_planes(w, xy, z, SECOND: gl.constexpr, ROW: gl.constexpr):
+    """The x, y and z bytes of four triples (`transposed`), of tokens ROW to ROW + 3 of eight, with their signs: ``xy``
+    has the sign bytes of two slots (`codewords.signs_of_pair`), of which SECOND says whether it is the second one,
+    ``z`` the one of z alone."""
+    first = permute_bytes(w[0], w[1], 0x5140) ^ permute_bytes(xy << ROW, xy << (ROW + 1), _two_rows(2 * SECOND))
+    second = permute_bytes(w[2], w[3], 0x5140) ^ permute_bytes(xy << (ROW + 2), xy << (ROW + 3), _two_rows(2 * SECOND))
+    rows = z * (0x8040201 << ROW)  # a row's bit on top of each byte
+    last = permute_bytes(w[0], w[1], 0x3362) ^ permute_bytes(w[2], w[3], 0x6233) ^ permute_bytes(rows, rows, 0xBA98)
+    return permute_bytes(first, second, 0x5410), permute_bytes(first, second, 0x7632), last
+
+
+@gluon.jit
+def _with_signs(w, words, S: gl.constexpr, FOUR: gl.constexpr, HALF: gl.constexpr, SLOTS: gl.constexpr, N: gl.constexpr,
+                B: gl.constexpr):  # fmt: skip
+    """`signed_planes` of four tokens of half of a V block of eight chains, slot S."""
+    FIRST: gl.constexpr = byte_of_signs(S - S % 2, HALF, N, B)
+    SECOND: gl.constexpr = byte_of_signs(min(S - S % 2 + 1, SLOTS - 1), HALF, N, B)
+    z = sign_of_z(words, byte_of_signs(S, HALF, N, B))
+    return signed_planes(w, signs_of_pair(words, FIRST, SECOND), z, S % 2, 4 * FOUR)
+
+
 @gluon.jit
 def sum_values(
     words, lane_base, lane_base_x, packed, source, selector, halves, zero, FIRST: gl.constexpr, WIDTH: gl.constexpr,
@@ -307,14 +338,13 @@ def sum_values(
                     w = ()
                     for u in gl.static_range(8 * half + 4 * four, 8 * half + 4 * four + 4):
                         if s < N:
-                            w = w + (
-                                value_of_chain(
-                                    words, lane_base, u, s, N, 2 * N * B + 3 * N * half, B, STATE, SH, OFFSET, SIGNED
-                                ),
-                            )
+                            w = w + (value_of_chain(words, lane_base, u, s, N, 0, B, STATE, SH, OFFSET, False),)
                         else:
                             w = w + (value_alone(words, lane_base_x, u, N, B, SHX, EXTRA_OFFSET, SIGNED),)
-                    planes = planes + (transposed(w),)
+                    if SIGNED:
+                        planes = planes + (_with_signs(w, words, s, four, half, SLOTS, N, B),)
+                    else:
+                        planes = planes + (transposed(w),)
                 else:
                     planes = planes + ((u32(zero), u32(zero), u32(zero)),)
         new = ()

@@ -7,7 +7,6 @@ memory, so that for the sums of values a warp takes a slice of the head, over al
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.attention.hopper.codewords import (
     chained,
@@ -23,6 +22,7 @@ from octo_run.kernels.attention.hopper.products import (
     half_byte,
     query_bytes,
     query_words,
+    signed_planes,
     soft_cap,
     transposed,
     triplet_of,
@@ -255,27 +255,6 @@ def weigh_tile(
     return new_highest, new_level, new_total, new_weight, decays
 
 
-@constexpr_function
-def _two_rows(first):
-    """PRMT selector that spreads the top bits of the bytes ``first`` of two registers, then of those behind them."""
-    return (8 + first) | (12 + first) << 4 | (9 + first) << 8 | (13 + first) << 12
-
-
-@gluon.jit
-def _signed_planes(w, xy, z, SECOND: gl.constexpr, ROW: gl.constexpr):
-    """The x, y and z bytes of four triples (`transposed`), of tokens ROW to ROW + 3 of eight, with the signs in ``xy``
-    and ``z``: words of two slots (`slice_words`), of which SECOND says whether it is the second one."""
-    first = permute_bytes(w[0], w[1], 0x5140) ^ permute_bytes(xy << ROW, xy << (ROW + 1), _two_rows(2 * SECOND))
-    second = permute_bytes(w[2], w[3], 0x5140) ^ permute_bytes(xy << (ROW + 2), xy << (ROW + 3), _two_rows(2 * SECOND))
-    if SECOND:
-        alone = z >> 24
-    else:
-        alone = z & 0xFF
-    rows = alone * (0x8040201 << ROW)  # a row's bit on top of each byte
-    last = permute_bytes(w[0], w[1], 0x3362) ^ permute_bytes(w[2], w[3], 0x6233) ^ permute_bytes(rows, rows, 0xBA98)
-    return permute_bytes(first, second, 0x5410), permute_bytes(first, second, 0x7632), last
-
-
 @gluon.jit
 def slice_values(
     acc, decays, stage, weights_at, lane, lane_base, fourth, zero, part, number, D: gl.constexpr,
@@ -305,7 +284,11 @@ def slice_values(
                     if SIGNED:
                         xy = words[32 + 6 * half + s // 2]
                         z = words[35 + 6 * half + s // 2]
-                        planes = planes + (_signed_planes(w, xy, z, s % 2, 4 * four),)
+                        if s % 2 == 1:
+                            z = z >> 24
+                        else:
+                            z = z & 0xFF
+                        planes = planes + (signed_planes(w, xy, z, s % 2, 4 * four),)
                     else:
                         planes = planes + (transposed(w),)
             new = ()

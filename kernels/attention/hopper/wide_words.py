@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from octo_run.kernels.attention.hopper.codewords import field, select
+from octo_run.kernels.attention.hopper.codewords import field, select, xy_selector
 from octo_run.kernels.lanes import (
     by_role,
     permute_bytes,
@@ -154,12 +154,6 @@ def _codes_of_token(
 
 
 @constexpr_function
-def _xy_selector(first):
-    """PRMT selector of the x and y of two triples of bytes that begin at byte ``first`` of two registers."""
-    return first | (first + 1) << 4 | (first + 3) << 8 | (first + 4) << 12
-
-
-@constexpr_function
 def _z_selector(first):
     """PRMT selector that takes the z of two triples, the first at byte ``first``, to the lowest and highest byte."""
     return first | first << 4 | first << 8 | (first + 3) << 12
@@ -172,7 +166,7 @@ def _parted(words, BYTE: gl.constexpr):
     z = ()
     for k in gl.static_range(3):
         low, high = words[(BYTE + 6 * k) // 4], words[(BYTE + 6 * k) // 4 + 1]
-        xy = xy + (permute_bytes(low, high, _xy_selector((BYTE + 6 * k) % 4)),)
+        xy = xy + (permute_bytes(low, high, xy_selector((BYTE + 6 * k) % 4)),)
         low, high = words[(BYTE + 6 * k + 2) // 4], words[(BYTE + 6 * k + 2) // 4 + 1]
         z = z + (permute_bytes(low, high, _z_selector((BYTE + 6 * k + 2) % 4)),)
     return xy + z
