@@ -13,16 +13,18 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 
+#: Instructions, 16 bytes each, of the 32 KiB that a multiprocessor's cache holds.
+CACHED = 2048
 #: Warp instructions a token and KV head by format, group and head_dim; what the kernel had when it was measured, and a
 #: twentieth more. Products of a page for four heads: 4 x 6 and 2 x 9 at 128, 4 x 3 and 2 x 9 at 64, 4 x 11 and 2 x 18.
 BUDGET = {
-    ("oct2", 4, 128): (19.5, 42),
-    ("oct3", 4, 128): (27.9, 42),
-    ("oct4", 4, 128): (28.0, 42),
-    ("oct3", 7, 128): (32.1, 84),
-    ("oct3", 4, 64): (16.4, 30),
-    ("oct2", 4, 256): (31.9, 80),
-    ("oct3:oct2", 4, 128): (23.6, 42),
+    ("oct2", 4, 128): (19.2, 42),
+    ("oct3", 4, 128): (26.7, 42),
+    ("oct4", 4, 128): (26.8, 42),
+    ("oct3", 7, 128): (30.6, 84),
+    ("oct3", 4, 64): (16.0, 30),
+    ("oct2", 4, 256): (31.4, 80),
+    ("oct3:oct2", 4, 128): (23.2, 42),
 }
 
 
@@ -67,8 +69,8 @@ def test_the_wide_kernel_s_loop_is_within_its_budget(kv: str, group: int, fast: 
 @pytest.mark.parametrize(("group", "head_dim", "fast"), [(4, 128, 2), (4, 128, 3), (8, 128, 2), (4, 64, 1), (4, 64, 2),
                                                          (8, 64, 1), (4, 256, 4)])  # fmt: skip
 def test_the_key_mean_costs_little(kv: str, group: int, head_dim: int, fast: int) -> None:
-    """Of the loop's instructions at most 3.7 % (`oct2`, head_dim 256, whose table has more copies for it); and nothing
-    of it is in local memory, where two words of what comes before may be."""
+    """Of the loop's instructions at most 3.8 % (`oct2`, head_dim 256, whose table has more copies for it); nothing of
+    it is in local memory, where two words of what comes before may be; and the instruction cache holds it."""
     tool = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sass_report.py"))
     without, found = tool["report"](kv, group, head_dim), tool["report"](kv, group, head_dim, fast)
     blocks = 1 if group <= 4 else 2
@@ -77,7 +79,8 @@ def test_the_key_mean_costs_little(kv: str, group: int, head_dim: int, fast: int
     assert found.kinds["HMMA"] == blocks * (2 + tiles / at_once), "the loop over pages is the one that was counted"
     assert found.kinds["IMMA"] == without.kinds["IMMA"] and "HMMA" not in without.kinds
     assert not {"LDL", "STL"} & found.kinds.keys() and found.spilled_bytes <= (8 if head_dim <= 128 else 64)
-    assert found.instructions <= 1.037 * without.instructions, (found.instructions, without.instructions)
+    assert found.instructions <= 1.038 * without.instructions, (found.instructions, without.instructions)
+    assert head_dim > 128 or found.code <= CACHED
 
 
 @pytest.mark.parametrize(("kv", "group", "head_dim", "fast"), [("oct3", 4, 128, 0), ("oct3", 7, 128, 2),
