@@ -94,8 +94,8 @@ def test_windows_caps_and_sink_logits_spill_nothing(kv: str, group: int, head_di
         ({"WINDOW": 4096, "CAP": 50.0, "SINKS": True}, 128),
     ):
         found = tool["report"](kv, group, head_dim, fast, spec)
-        # At head_dim 256 a word may be read from local memory with the key mean's components, not for every page.
-        assert "STL" not in found.kinds and found.kinds.get("LDL", 0) <= (0 if head_dim <= 128 else 0.25)
+        # At head_dim 256 three words may be read from local memory with the key mean's components, every fourth page.
+        assert "STL" not in found.kinds and found.kinds.get("LDL", 0) <= (0 if head_dim <= 128 else 0.75)
         assert found.spilled_bytes <= (0 if head_dim <= 128 else 64)
         assert found.kinds["IMMA"] == plain.kinds["IMMA"] and found.barriers == 0
         assert found.instructions <= plain.instructions + more * (2 if group > 4 else 1)
