@@ -94,8 +94,9 @@ def test_windows_caps_and_sink_logits_spill_nothing(kv: str, group: int, head_di
         ({"WINDOW": 4096, "CAP": 50.0, "SINKS": True}, 128),
     ):
         found = tool["report"](kv, group, head_dim, fast, spec)
-        # At head_dim 256 three words may be read from local memory with the key mean's components, every fourth page.
-        assert "STL" not in found.kinds and found.kinds.get("LDL", 0) <= (0 if head_dim <= 128 else 0.75)
+        # At head_dim 256 the assembler of Triton 3.9 keeps up to four words elsewhere; that of 3.6 keeps none.
+        local = found.kinds.get("LDL", 0) + found.kinds.get("STL", 0)
+        assert local <= (0 if head_dim <= 128 else 2)
         assert found.spilled_bytes <= (0 if head_dim <= 128 else 64)
         assert found.kinds["IMMA"] == plain.kinds["IMMA"] and found.barriers == 0
         assert found.instructions <= plain.instructions + more * (2 if group > 4 else 1)
