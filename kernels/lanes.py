@@ -362,14 +362,6 @@ def shift_pair(low, high, PLACES: gl.constexpr):
 
 
 @gluon.jit
-def append_nibble(word, x):
-    """The word moved down by four bits, the low four bits of x on top."""
-    return gl.inline_asm_elementwise(
-        "shf.r.wrap.b32 $0, $1, $2, 4;", "=r,r,r", [word, x], dtype=gl.uint32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def shuffle(x, lane):
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [x, lane], dtype=gl.uint32, is_pure=False, pack=1

@@ -19,7 +19,6 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 from octo_run.kernels.lanes import (
-    append_nibble,
     barrier,
     load_global4,
     mma_half_8,
@@ -27,6 +26,7 @@ from octo_run.kernels.lanes import (
     read_shared,
     read_shared4,
     repeat,
+    shift_pair,
     shuffle,
     sync_warp,
     u32,
@@ -157,7 +157,7 @@ def _slot_of_eight(factors, keys_at, moves_at, codes_at, lane, zero):
             for half in gl.static_range(2):
                 word = words[2 * r + half]
                 if before // 4 == half:
-                    word = append_nibble(append_nibble(word, u32(keys[2 * r])), u32(keys[2 * r + 1]))
+                    word = shift_pair(shift_pair(word, u32(keys[2 * r]), 4), u32(keys[2 * r + 1]), 4)
                 new = new + (word,)
         words = new
     for r in gl.static_range(2):
@@ -243,7 +243,7 @@ def _longer_paths(paths, moves_at, history_at, lane, STATE: gl.constexpr):
         for s in gl.static_range(2):
             word = u32(lane * 0)
             for after in gl.static_range(S):
-                word = append_nibble(word, u32(best[s * S + after]))
+                word = shift_pair(word, u32(best[s * S + after]), 4)
                 out = out + (best[s * S + after] & -16,)
             words = words + (word,)
         write_shared2(history_at + u32(((g + 8 * r) * S + start) * 4), words[0], words[1])

@@ -513,7 +513,6 @@ INSTRUCTIONS: dict[str, Any] = {
     "shift_pair": lambda low, high, places: Value(
         low.data >> np.uint32(places) | high.data << np.uint32(32 - places), "u32"
     ),
-    "append_nibble": lambda word, x: Value(word.data >> np.uint32(4) | x.data << np.uint32(28), "u32"),
     "permute_bytes": permute,
     "permute_bytes_by": permute,
     "shuffle": shuffle,

@@ -239,9 +239,15 @@ def make_components(
 
 
 @gluon.jit
+def load_half_of_functions(functions_ptr, lane, half):
+    """Half 0 or 1 of `load_functions`."""
+    return load_global4(functions_ptr + (half * 128 + lane * 4))
+
+
+@gluon.jit
 def load_functions(functions_ptr, lane):
     """The functions' values at the offsets: the operand of the second product that is the same for all pages."""
-    return load_global4(functions_ptr + lane * 4), load_global4(functions_ptr + (128 + lane * 4))
+    return load_half_of_functions(functions_ptr, lane, 0), load_half_of_functions(functions_ptr, lane, 1)
 
 
 @gluon.jit

@@ -232,6 +232,14 @@ def limit_scores(scores, lane, hidden, NT: gl.constexpr, CAP: gl.constexpr, WIND
 
 
 @gluon.jit
+def next_level(tops, highest, level):
+    """The level of the sums (`weigh_page`) with a page whose maximum is ``tops``, ``highest`` being the largest so far,
+    and what the sums so far are multiplied by."""
+    new_level = gl.maximum(tops, highest - 60.0)
+    return new_level, exp2(level - new_level)
+
+
+@gluon.jit
 def weigh_page(scores, gammas, log_gammas, inside, highest, level, total, weight, lane, WHOLE: gl.constexpr):
     """A page's softmax for one block of heads.
 
@@ -253,8 +261,7 @@ def weigh_page(scores, gammas, log_gammas, inside, highest, level, total, weight
     tops = max_over_rows(gl.where(inside, tops, -1e30), lane)
     highest = gl.maximum(highest, tops)
     shift = gl.where(inside, tops, 1e30)  # a page beyond the end: all weights zero
-    new_level = gl.maximum(tops, highest - 60.0)
-    decay = exp2(level - new_level)
+    new_level, decay = next_level(tops, highest, level)
     p_sum = level * 0.0
     w_sum = level * 0.0
     packed = ()

@@ -16,6 +16,7 @@ from octo_run.kernels.attention.hopper.mean_bias import (
     PAGES_AT_ONCE,
     component_bytes,
     load_angles,
+    load_half_of_functions,
     make_components,
     mean_bytes,
     operand_bytes,
@@ -40,7 +41,6 @@ from octo_run.kernels.lane_copies import commit_copies, copy16, copy16_if, wait_
 from octo_run.kernels.lanes import (
     barrier,
     let_next_kernel_start,
-    load_global4,
     own_warp,
     read_scalars,
     repeat,
@@ -191,7 +191,7 @@ def wide_decode_kernel(
     if MEAN > 0:
         components = u32(COMPONENTS_AT + team * component_bytes(NT, PAGES_AT_ONCE, PAGE_BYTES))
         own_block = gl.minimum(tile, NT - 1)
-        functions = load_global4(FUNCTIONS + (tile % 2 * 128 + lane * 4))  # `mean_bias.load_functions`
+        functions = load_half_of_functions(FUNCTIONS, lane, tile % 2)
     after = 0
     if EARLY:
         let_next_kernel_start(seq)

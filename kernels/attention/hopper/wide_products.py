@@ -20,6 +20,7 @@ from octo_run.kernels.attention.hopper.mean_bias import PAGE_BYTES, PAGES_AT_ONC
 from octo_run.kernels.attention.hopper.products import (
     factor_and_offset,
     half_byte,
+    next_level,
     query_bytes,
     query_words,
     signed_planes,
@@ -231,8 +232,7 @@ def weigh_tile(
         tops = gl.where(inside, tops, -1e30)
         most = gl.maximum(highest[b], tops)
         shift = gl.where(inside, tops, 1e30)  # a page beyond the end: all weights zero
-        reference = gl.maximum(tops, most - 60.0)
-        decay = exp2(level[b] - reference)
+        reference, decay = next_level(tops, most, level[b])
         p_sum = decay * 0.0
         w_sum = decay * 0.0
         bits = ()
